@@ -1,0 +1,301 @@
+// What the suites share: bytes as hex, a connection without a socket, a server on a thread of its own, and plain clients.
+#pragma once
+
+#include "../wschat.hpp"
+
+#include <doctest/doctest.h>
+
+#include <condition_variable>
+#include <cstdlib>
+#include <thread>
+
+namespace test {
+
+using namespace std::chrono_literals;
+
+// Every wait for an event gives up after that; nothing waits for a time to pass.
+constexpr auto deadline = 20s;
+
+// "81 05 48 65 6c 6c 6f" as bytes.
+inline std::string hex(std::string_view digits) {
+    std::string bytes;
+    int high = -1;
+    for (const char c : digits) {
+        const int value = wschat::text::hex_digit(c);
+        if (value < 0) continue;
+        if (high < 0) {
+            high = value;
+        } else {
+            bytes += static_cast<char>(high * 16 + value);
+            high = -1;
+        }
+    }
+    return bytes;
+}
+
+inline std::string to_hex(std::string_view bytes) {
+    std::string digits;
+    for (const char c : bytes) {
+        char two[4];
+        std::snprintf(two, sizeof two, "%02x ", static_cast<unsigned>(static_cast<unsigned char>(c)));
+        digits += two;
+    }
+    if (!digits.empty()) digits.pop_back();
+    return digits;
+}
+
+inline wschat::MaskKey test_mask() { return {0x37, 0xfa, 0x21, 0x3d}; }
+
+// What a connection has queued, taken out.
+inline std::string take_output(wschat::Connection& connection) {
+    std::string bytes;
+    while (!connection.output().empty()) {
+        std::string_view pieces[8];
+        const std::size_t count = connection.output().gather(pieces, 8);
+        std::size_t size = 0;
+        for (std::size_t i = 0; i < count; ++i) {
+            bytes += pieces[i];
+            size += pieces[i].size();
+        }
+        connection.output().consume(size);
+    }
+    return bytes;
+}
+
+// The poller that WSCHAT_TEST_POLLER asks for.
+inline wschat::Poller::Kind poller_kind() {
+    const char* wanted = std::getenv("WSCHAT_TEST_POLLER");
+    return wanted != nullptr && std::string(wanted) == "poll" ? wschat::Poller::Kind::poll : wschat::Poller::Kind::automatic;
+}
+
+// A server that runs on a thread of its own from start() on, and has shut down when this is gone.
+class RunningServer {
+public:
+    explicit RunningServer(wschat::ServerOptions options = {}) : server(with_test_poller(std::move(options))) {}
+    RunningServer(const RunningServer&) = delete;
+    RunningServer& operator=(const RunningServer&) = delete;
+    ~RunningServer() { stop(); }
+
+    // Listens on a port that the system picks, and runs.
+    void start() {
+        server.listen(0);
+        port_ = server.port();
+        run();
+    }
+    // Where the test has called listen() itself.
+    void run() {
+        if (port_ == 0) port_ = server.port();
+        thread_ = std::thread([this] { server.run(); });
+    }
+    void stop(std::chrono::milliseconds grace = 2000ms) {
+        if (!thread_.joinable()) return;
+        server.shutdown(grace);
+        thread_.join();
+    }
+    int port() const { return port_; }
+
+    // Runs the function on the loop's thread and waits for its result.
+    template <class Function>
+    auto on_loop(Function function) -> decltype(function()) {
+        using Result = decltype(function());
+        std::mutex mutex;
+        std::condition_variable changed;
+        bool done = false;
+        std::conditional_t<std::is_void_v<Result>, char, std::optional<Result>> result{};
+        server.loop().post([&] {
+            if constexpr (std::is_void_v<Result>) function();
+            else result = function();
+            const std::lock_guard<std::mutex> lock(mutex);
+            done = true;
+            changed.notify_one();
+        });
+        std::unique_lock<std::mutex> lock(mutex);
+        if (!changed.wait_for(lock, deadline, [&] { return done; })) throw std::runtime_error("the loop does not answer");
+        if constexpr (!std::is_void_v<Result>) return std::move(*result);
+    }
+    wschat::Metrics metrics() {
+        return on_loop([this] { return server.metrics(); });
+    }
+    // Waits until a condition on the loop's thread holds.
+    template <class Condition>
+    bool eventually(Condition condition) {
+        const auto until = wschat::Clock::now() + deadline;
+        while (!on_loop(condition)) {
+            if (wschat::Clock::now() > until) return false;
+            std::this_thread::sleep_for(2ms);
+        }
+        return true;
+    }
+
+    wschat::Server server;
+
+private:
+    static wschat::ServerOptions with_test_poller(wschat::ServerOptions options) {
+        options.poller = poller_kind();
+        options.handle_signals = false;
+        return options;
+    }
+
+    std::thread thread_;
+    int port_ = 0;
+};
+
+// A TCP connection of a test, which reads with a deadline.
+class RawClient {
+public:
+    explicit RawClient(int port) : socket_(connect_to(port)) {}
+    explicit RawClient(wschat::Socket socket) : socket_(std::move(socket)) {}
+    explicit operator bool() const { return static_cast<bool>(socket_); }
+
+    void send(std::string_view bytes) {
+        while (!bytes.empty()) {
+            const wschat::IoResult sent = socket_.send(&bytes, 1);
+            if (sent.outcome == wschat::IoResult::Outcome::error) return;
+            if (sent.outcome == wschat::IoResult::Outcome::would_block && !wait(POLLOUT)) return;
+            bytes.remove_prefix(sent.size);
+        }
+    }
+    // Reads until the bytes that have come hold what is wanted, or the stream ends; answers whether they do.
+    bool read_until(std::string_view wanted) {
+        while (received.find(wanted) == std::string::npos)
+            if (!read_some()) return false;
+        return true;
+    }
+    bool read_at_least(std::size_t size) {
+        while (received.size() < size)
+            if (!read_some()) return false;
+        return true;
+    }
+    // Reads to the end of the stream; false where the deadline came first.
+    bool read_to_end() {
+        while (read_some()) {}
+        return ended;
+    }
+    void shutdown_send() { socket_.shutdown_send(); }
+    // Closes with a reset instead of a FIN.
+    void reset() {
+        const linger now{1, 0};
+        ::setsockopt(socket_.descriptor(), SOL_SOCKET, SO_LINGER, &now, sizeof now);
+        socket_.close();
+    }
+    void close() { socket_.close(); }
+    wschat::Socket& socket() { return socket_; }
+
+    // Reads what is there, waiting for the first of it; false at the end and at the deadline.
+    bool read_some() {
+        std::vector<char> buffer(256 * 1024);
+        for (;;) {
+            const wschat::IoResult got = socket_.receive(buffer.data(), buffer.size());
+            if (got.outcome == wschat::IoResult::Outcome::done) {
+                received.append(buffer.data(), got.size);
+                return true;
+            }
+            if (got.outcome == wschat::IoResult::Outcome::would_block) {
+                if (!wait(POLLIN)) return false;
+                continue;
+            }
+            ended = true;
+            reset_by_peer = got.outcome == wschat::IoResult::Outcome::error;
+            return false;
+        }
+    }
+
+    std::string received;
+    bool ended = false;          // the peer has closed, one way or the other
+    bool reset_by_peer = false;  // with a reset
+
+private:
+    bool wait(short events) {
+        pollfd entry{socket_.descriptor(), events, 0};
+        return ::poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(deadline).count())) > 0;
+    }
+    static wschat::Socket connect_to(int port) {
+        wschat::Socket socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        sockaddr_in address{};
+        address.sin_family = AF_INET;
+        address.sin_port = htons(static_cast<std::uint16_t>(port));
+        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        if (::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) return {};
+        wschat::os::make_nonblocking(socket.descriptor());
+        return socket;
+    }
+
+    wschat::Socket socket_;
+};
+
+// A WebSocket client of a test, made of the protocol section in its other role.
+class Client {
+public:
+    explicit Client(int port, std::string_view target = "/", std::string_view extra_headers = {}) : raw(port) {
+        std::string request = wschat::opening_request("127.0.0.1:" + std::to_string(port), target, key);
+        request.insert(request.size() - 2, extra_headers);
+        raw.send(request);
+        if (!raw.read_until("\r\n\r\n")) return;
+        const std::size_t end = raw.received.find("\r\n\r\n") + 4;
+        head = raw.received.substr(0, end);
+        raw.received.erase(0, end);
+        if (!wschat::opening_answer_error(head, key, subprotocols(extra_headers)).empty()) return;
+        connection.open(wschat::Role::client, limits, arena, wschat::Clock::now(), &test_mask);
+    }
+    Client(const Client&) = delete;
+    Client& operator=(const Client&) = delete;
+
+    bool is_open() const { return connection.is_open(); }
+    void send(std::string_view text, wschat::Opcode opcode = wschat::Opcode::text) {
+        connection.send(opcode, text);
+        flush();
+    }
+    void ping(std::string_view payload) {
+        connection.send_control(wschat::Opcode::ping, payload);
+        flush();
+    }
+    void close(wschat::CloseCode code = wschat::CloseCode::normal, std::string_view reason = {}) {
+        connection.close(code, reason, wschat::Clock::now());
+        flush();
+    }
+    // The next message or pong; nothing where the connection ends or the deadline comes first.
+    std::optional<std::string> next(wschat::Event::Kind kind = wschat::Event::Kind::message) {
+        for (;;) {
+            const wschat::Event event = connection.next_event();
+            flush();
+            if (event.kind == kind) return std::string(event.message.data());
+            if (event.kind == wschat::Event::Kind::close) return std::nullopt;
+            if (event.kind != wschat::Event::Kind::none) continue;
+            raw.received.clear();
+            if (!raw.read_some()) {
+                connection.receive_end("the server hung up");
+                continue;
+            }
+            connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
+        }
+    }
+    // Reads to the end of the connection and answers the close code.
+    wschat::CloseCode close_code() {
+        while (next()) {}
+        return connection.close_code();
+    }
+    void flush() { raw.send(take_output(connection)); }
+
+    static constexpr const char* key = "dGhlIHNhbXBsZSBub25jZQ==";
+    RawClient raw;
+    std::string head;  // of the server's answer
+    wschat::Limits limits = generous_limits();
+    wschat::SendArena arena;
+    wschat::Connection connection;
+
+private:
+    static wschat::Limits generous_limits() {
+        wschat::Limits limits;
+        limits.max_message_size = limits.max_backlog = 256 * 1024 * 1024;
+        limits.control_frames_per_second = 0;
+        return limits;
+    }
+    static std::string_view subprotocols(std::string_view headers) {
+        const std::size_t at = headers.find("Sec-WebSocket-Protocol: ");
+        if (at == std::string_view::npos) return {};
+        headers.remove_prefix(at + 24);
+        return headers.substr(0, headers.find('\r'));
+    }
+};
+
+}  // namespace test

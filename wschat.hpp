@@ -1,0 +1,5074 @@
+// wschat.hpp: a real-time WebSocket chat server in one C++17 header, with the verbs of Tornado's WebSocketHandler.
+// SPDX-License-Identifier: MIT
+//
+//   #include "wschat.hpp"
+//
+//   struct Chat : wschat::WebSocketHandler {
+//       void open() override                               { room("lobby").join(*this); }
+//       void on_message(const wschat::Message& m) override { room("lobby").broadcast(m); }
+//   };
+//
+//   int main() {
+//       wschat::Server server;
+//       server.file("/", "chat.html");
+//       server.route<Chat>("/chat");
+//       server.listen(8888);
+//       server.run();
+//   }
+//
+//   g++ -std=c++17 -O2 chat.cpp -o chat -pthread && ./chat
+//
+// THE HOUSE
+//
+// Bytes go one way: a socket (§ 10) is read by a session of the server (§ 13) -> RequestParser (§ 5), once -> Connection
+// (§ 7: frames, UTF-8, control frames, closing) -> event -> WebSocketHandler (§ 8) -> Room (§ 9) -> one shared
+// EncodedFrame (§ 4) -> each member's SendQueue (§ 3) -> one gathered write for each connection at the end of the
+// loop's turn (§ 12, § 13) -> socket.
+//
+// The sections stand strictly bottom-up; a section uses only sections above it, and each prefix of this file that ends
+// at a banner compiles.
+//
+//   §     Section         Main types                                                        May use
+//   § 1   Configuration   WSCHAT_* macros, version, ABI-tagged inline namespace             -
+//   § 2   Vocabulary      Opcode, CloseCode, Message, Limits, Error, LogEntry               1
+//   § 3   Bytes           Bytes, SendArena, SendQueue, Utf8Validator, sha1, base64, Json    2
+//   § 4   Frames          FrameHeader, FrameParser, EncodedFrame                            2-3
+//   § 5   HTTP            Request, Response, RequestParser, the upgrade check               2-3
+//   § 7   Protocol        Connection                                                        2-5
+//   § 8   Handler         WebSocketHandler, HandlerRef                                      2, 3, 4, 5, 7
+//   § 9   Rooms           Room, Rooms                                                       2, 3, 4, 7, 8
+//   § 10  Sockets         IpAddress, Socket, Poller (epoll, kqueue, poll)                   2-3
+//   § 12  Loop            Loop, Timer, post(), signals                                      2, 10
+//   § 13  Server          Server, routes, pages, sessions                                   all above
+//
+// Macros. To be set by whoever compiles, the same in every translation unit (they are part of the ABI tag, so that
+// translation units which disagree do not link):
+//
+//   WSCHAT_ZLIB, WSCHAT_OPENSSL, WSCHAT_SQLITE, WSCHAT_HIREDIS     reserved for the optional capabilities; all 0
+//
+// Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
+// WSCHAT_VERSION_STRING.
+//
+// Threads. A server is one loop on one thread, the one that calls run(). Loop::post(), what is built on it
+// (HandlerRef), and Server::shutdown() may be called from any thread; everything else belongs to the loop's thread,
+// and builds without NDEBUG assert it. More cores: several servers, one a thread.
+//
+// Lifetime. The server owns handlers; a handler lives until its on_close() has returned. A Message is a view that is
+// valid until the callback returns. A Room& is valid until the callback returns. A reference to a handler that
+// outlives a callback is ref(), never a pointer.
+//
+// Errors. What the network does is a status, an event and a log entry, never an exception. What the caller does wrong
+// (an illegal close code, a port in use, a missing page) is a wschat::Error whose sentence names the call, the value
+// and the cause. An exception that leaves a callback is logged and costs that one connection (1011).
+//
+// Re-entrancy. A callback may call anything: close any connection, join, leave, broadcast, stop the server. Nothing
+// that it calls runs another callback: output and closing are queued, and the loop acts on them when it has returned.
+
+#pragma once
+
+// ====================================================================================================================
+// § 1  Configuration
+//
+// Version, feature macros, and the inline namespace whose name carries both. Knows nothing of the rest.
+// ====================================================================================================================
+
+#define WSCHAT_VERSION_MAJOR 0
+#define WSCHAT_VERSION_MINOR 1
+#define WSCHAT_VERSION_PATCH 0
+#define WSCHAT_VERSION (10000 * WSCHAT_VERSION_MAJOR + 100 * WSCHAT_VERSION_MINOR + WSCHAT_VERSION_PATCH)
+#define WSCHAT_VERSION_STRING "0.1.0"
+
+#ifndef WSCHAT_ZLIB
+#define WSCHAT_ZLIB 0
+#endif
+#ifndef WSCHAT_OPENSSL
+#define WSCHAT_OPENSSL 0
+#endif
+#ifndef WSCHAT_SQLITE
+#define WSCHAT_SQLITE 0
+#endif
+#ifndef WSCHAT_HIREDIS
+#define WSCHAT_HIREDIS 0
+#endif
+
+#if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
+#error "wschat.hpp needs C++17: compile with -std=c++17 or newer"
+#endif
+
+// The two steps let the feature macros expand before they are pasted. All of it is undefined at the end of the file.
+#define WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis) \
+    v##major##_##minor##_z##zlib##o##openssl##s##sqlite##r##hiredis
+#define WSCHAT_ABI_NAME(major, minor, zlib, openssl, sqlite, hiredis) \
+    WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis)
+#define WSCHAT_ABI                                                                                               \
+    WSCHAT_ABI_NAME(WSCHAT_VERSION_MAJOR, WSCHAT_VERSION_MINOR, WSCHAT_ZLIB, WSCHAT_OPENSSL, WSCHAT_SQLITE, \
+                    WSCHAT_HIREDIS)
+
+// ====================================================================================================================
+// § 2  Vocabulary
+//
+// The words that all other sections share: opcodes, close codes, messages, limits, errors and log entries. Plain
+// values; knows nothing of bytes on a wire.
+// ====================================================================================================================
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+// The monotonic clock is the only clock that decides anything; a jump of the wall clock changes nothing.
+using Clock = std::chrono::steady_clock;
+using Time = Clock::time_point;
+using Duration = Clock::duration;
+
+// What a caller did wrong: the sentence names the call, the value and the cause.
+class Error : public std::runtime_error {
+public:
+    using std::runtime_error::runtime_error;
+};
+
+// RFC 6455 11.8.
+enum class Opcode : std::uint8_t { continuation = 0x0, text = 0x1, binary = 0x2, close = 0x8, ping = 0x9, pong = 0xA };
+
+constexpr bool is_control(Opcode opcode) { return (static_cast<unsigned>(opcode) & 0x8u) != 0; }
+
+// RFC 6455 7.4.1 and IANA's registry. An application's own codes are 3000-4999: CloseCode{4001}.
+enum class CloseCode : std::uint16_t {
+    normal = 1000,
+    going_away = 1001,
+    protocol_error = 1002,
+    unsupported_data = 1003,
+    no_status = 1005,  // never on the wire: the peer's Close frame had no code
+    abnormal = 1006,   // never on the wire: the connection ended without a Close frame
+    invalid_payload = 1007,
+    policy_violation = 1008,
+    message_too_big = 1009,
+    mandatory_extension = 1010,
+    internal_error = 1011,
+    service_restart = 1012,
+    try_again_later = 1013,
+    bad_gateway = 1014,
+    tls_handshake = 1015  // never on the wire
+};
+
+constexpr unsigned number(CloseCode code) { return static_cast<unsigned>(code); }
+
+// Whether a Close frame may carry the code, from either side: 1000-1003, 1007-1014, 3000-4999 (RFC 6455 7.4).
+constexpr bool legal_on_wire(CloseCode code) {
+    const unsigned n = number(code);
+    return (n >= 1000 && n <= 1003) || (n >= 1007 && n <= 1014) || (n >= 3000 && n <= 4999);
+}
+
+// Who ended a connection and why, so that a 1006 is never a riddle.
+enum class CloseCause : std::uint8_t {
+    none,               // it is not closed
+    peer,               // the peer sent a Close frame first
+    local,              // close() was called here, and the peer answered
+    protocol_error,     // the peer broke the protocol or a limit on input; close_code() says which rule
+    connection_lost,    // the transport ended or failed without a Close frame
+    ping_timeout,       // the peer did not answer a keepalive ping
+    closing_timeout,    // the peer did not answer our Close frame
+    backlog,            // the peer read too slowly: Limits::max_backlog or max_total_backlog
+    handler_exception,  // an exception left a callback
+    shutdown            // the server shut down
+};
+
+constexpr std::string_view to_string(CloseCause cause) {
+    constexpr std::string_view names[] = {"none",         "peer",            "local",   "protocol error",    "connection lost",
+                                          "ping timeout", "closing timeout", "backlog", "handler exception", "shutdown"};
+    return names[static_cast<std::size_t>(cause)];
+}
+
+// What became of a message that was written.
+enum class WriteStatus : std::uint8_t {
+    sent,     // leaves for the kernel at the end of the loop's turn
+    queued,   // the peer is slow: it waits behind what the kernel has not taken yet
+    dropped,  // the backlog limit is reached and the policy is to drop; counted in dropped_messages()
+    closed    // the connection is not open (any more); nothing was written
+};
+
+// A message as it was received: a view that is valid until the callback returns.
+class Message {
+public:
+    explicit Message(std::string_view payload, Opcode opcode = Opcode::text) : payload_(payload), opcode_(opcode) {}
+
+    std::string_view text() const { return payload_; }
+    std::string_view data() const { return payload_; }
+    std::size_t size() const { return payload_.size(); }
+    bool binary() const { return opcode_ == Opcode::binary; }
+    Opcode opcode() const { return opcode_; }
+
+private:
+    std::string_view payload_;
+    Opcode opcode_;
+};
+
+// What happens to a message for a peer whose backlog is full.
+enum class BacklogPolicy : std::uint8_t {
+    close,  // the connection is closed with 1008 (or aborted where that can not be delivered)
+    drop    // the new message is dropped and counted
+};
+
+// Every bound that the server keeps. Sizes in bytes; a duration of zero turns that timer off. A route starts with the
+// server's limits and may have its own; the last group holds for the server as a whole.
+struct Limits {
+    Duration handshake_timeout = std::chrono::seconds(10);  // absolute, from the accept to the 101 or to a page's answer
+    std::size_t max_request_line = 8 * 1024;                // 414
+    std::size_t max_header_bytes = 16 * 1024;               // 431
+    std::size_t max_header_fields = 100;                    // 431
+
+    std::size_t max_message_size = 1024 * 1024;  // of a whole message; 1009
+    std::size_t max_fragments = 1024;            // of one message; 1008
+    unsigned control_frames_per_second = 100;    // a sustained rate of pings, pongs; 1008. 0: no limit
+    unsigned control_frames_burst = 500;         // and as many may come at once
+
+    std::size_t max_backlog = 1024 * 1024;  // written but not yet taken by the kernel; one message may always wait
+    BacklogPolicy backlog_policy = BacklogPolicy::close;
+
+    Duration ping_interval = std::chrono::seconds(20);   // a silent peer is pinged
+    Duration ping_timeout = std::chrono::seconds(20);    // and gone when it stays silent for so long after it
+    Duration closing_timeout = std::chrono::seconds(5);  // for the peer's answer to our Close frame
+    Duration linger_timeout = std::chrono::seconds(2);   // after our last byte, input is read and discarded for so long
+    std::size_t linger_bytes = 256 * 1024;               // and up to so many bytes
+
+    std::size_t max_total_backlog = 256 * 1024 * 1024;  // of all connections together: the largest are closed
+    std::size_t max_connections = 0;                    // 503; 0: the process's descriptor limit less 64
+    std::size_t max_connections_per_address = 0;        // 503; 0: no limit. IPv6 counts by /64
+};
+
+enum class LogLevel : std::uint8_t { debug, info, warning, error };
+
+constexpr std::string_view to_string(LogLevel level) {
+    constexpr std::string_view names[] = {"debug", "info", "warning", "error"};
+    return names[static_cast<std::size_t>(level)];
+}
+
+// One event of the server's log: a short constant name, and fields that may hold what a peer sent. A view that is
+// valid until the log function returns. to_string(entry) makes one safe line of it.
+struct LogEntry {
+    LogLevel level;
+    std::string_view event;
+    const std::vector<std::pair<std::string_view, std::string>>& fields;
+};
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 3  Bytes
+//
+// What holds, checks and rewrites bytes: the buffer for an unfinished message, the output queues and the arena that
+// they share, UTF-8, SHA-1, base64, JSON text, log lines. Knows nothing of frames or of HTTP.
+// ====================================================================================================================
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <new>
+#include <type_traits>
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+// A growable block of bytes for what has arrived of an unfinished message. Unlike std::string it does not clear what
+// it grows by, and release() gives its memory back. Grows with what is appended, at most to twice of it.
+class Bytes {
+public:
+    Bytes() = default;
+    Bytes(Bytes&& other) noexcept
+        : data_(std::exchange(other.data_, nullptr)),
+          size_(std::exchange(other.size_, 0u)),
+          capacity_(std::exchange(other.capacity_, 0u)) {}
+    Bytes& operator=(Bytes&& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+        std::swap(capacity_, other.capacity_);
+        return *this;
+    }
+    ~Bytes() { ::operator delete(data_); }
+
+    char* data() { return data_; }
+    char* end() { return data_ + size_; }
+    std::size_t size() const { return size_; }
+    std::size_t room() const { return capacity_ - size_; }
+    bool empty() const { return size_ == 0; }
+    std::string_view view() const { return {data_, size_}; }
+
+    void reserve(std::size_t more) {
+        if (more <= room()) return;
+        const std::size_t wanted = size_ + more > 2 * capacity_ ? size_ + more : 2 * capacity_;
+        char* grown = static_cast<char*>(::operator new(wanted));
+        if (size_ != 0) std::memcpy(grown, data_, size_);
+        ::operator delete(data_);
+        data_ = grown;
+        capacity_ = wanted;
+    }
+    // Bytes that were written behind end() by somebody else, within room().
+    void advance(std::size_t n) { size_ += n; }
+    void append(const char* bytes, std::size_t n) {
+        if (n == 0) return;
+        reserve(n);
+        std::memcpy(end(), bytes, n);
+        size_ += n;
+    }
+    void append(std::string_view bytes) { append(bytes.data(), bytes.size()); }
+    void clear() { size_ = 0; }
+    void release() {
+        ::operator delete(data_);
+        data_ = nullptr;
+        size_ = capacity_ = 0;
+    }
+
+private:
+    char* data_ = nullptr;
+    std::size_t size_ = 0;
+    std::size_t capacity_ = 0;
+};
+
+// A block of output bytes that is only ever appended to, and shared by reference count. The count is not atomic: a
+// chunk never leaves the thread of its loop.
+class Chunk {
+public:
+    static Chunk* make(std::size_t capacity, bool pooled) {
+        return new (::operator new(sizeof(Chunk) + capacity)) Chunk(capacity, pooled);
+    }
+    void acquire() { ++references_; }
+    void release() {
+        if (--references_ == 0) ::operator delete(this);
+    }
+    bool shared() const { return references_ > 1; }
+    bool pooled() const { return pooled_; }
+    std::size_t size() const { return size_; }
+    std::size_t room() const { return capacity_ - size_; }
+    char* data() { return reinterpret_cast<char*>(this + 1); }
+    char* end() { return data() + size_; }
+    void advance(std::size_t n) { size_ += n; }
+    void clear() { size_ = 0; }
+
+private:
+    Chunk(std::size_t capacity, bool pooled) : capacity_(capacity), pooled_(pooled) {}
+
+    std::size_t size_ = 0;
+    std::size_t capacity_;
+    std::uint32_t references_ = 0;
+    bool pooled_;
+};
+
+class ChunkRef {
+public:
+    ChunkRef() = default;
+    explicit ChunkRef(Chunk* chunk) : chunk_(chunk) {
+        if (chunk_ != nullptr) chunk_->acquire();
+    }
+    ChunkRef(const ChunkRef& other) : ChunkRef(other.chunk_) {}
+    ChunkRef(ChunkRef&& other) noexcept : chunk_(std::exchange(other.chunk_, nullptr)) {}
+    ChunkRef& operator=(ChunkRef other) noexcept {
+        std::swap(chunk_, other.chunk_);
+        return *this;
+    }
+    ~ChunkRef() {
+        if (chunk_ != nullptr) chunk_->release();
+    }
+    Chunk* operator->() const { return chunk_; }
+    explicit operator bool() const { return chunk_ != nullptr; }
+    friend bool operator==(const ChunkRef& a, const ChunkRef& b) { return a.chunk_ == b.chunk_; }
+
+private:
+    Chunk* chunk_ = nullptr;
+};
+
+// A range of a chunk's bytes.
+struct Slice {
+    ChunkRef chunk;
+    std::size_t begin = 0;
+    std::size_t end = 0;
+
+    std::size_t size() const { return end - begin; }
+    const char* data() const { return chunk->data() + begin; }
+    std::string_view view() const { return {data(), size()}; }
+};
+
+// Where all output of a loop is written, once: frames lie behind one another in pooled chunks, and queues hold slices
+// of them. A chunk of which no queue holds a slice any more is used again, so a healthy server allocates nothing for
+// its output.
+class SendArena {
+public:
+    SendArena() = default;
+    SendArena(const SendArena&) = delete;
+    SendArena& operator=(const SendArena&) = delete;
+
+    // A slice of n bytes for the caller to write, by writable(slice).
+    Slice allocate(std::size_t n) {
+        ChunkRef chunk = n > large ? ChunkRef(Chunk::make(n, false)) : pooled_with_room(n);
+        const std::size_t begin = chunk->size();
+        chunk->advance(n);
+        return {std::move(chunk), begin, begin + n};
+    }
+    static char* writable(const Slice& slice) { return slice.chunk->data() + slice.begin; }
+
+private:
+    // More than that has a chunk of its own, which a queue may keep without keeping anybody else's bytes.
+    static constexpr std::size_t large = 64 * 1024;
+    static constexpr std::size_t pooled_size = 256 * 1024;
+    static constexpr std::size_t max_pooled = 8;
+
+    const ChunkRef& pooled_with_room(std::size_t n) {
+        if (current_ < pool_.size()) {
+            ChunkRef& current = pool_[current_];
+            if (!current->shared()) current->clear();
+            if (current->room() >= n) return current;
+        }
+        for (current_ = 0; current_ < pool_.size(); ++current_) {
+            if (pool_[current_]->shared()) continue;
+            pool_[current_]->clear();
+            return pool_[current_];
+        }
+        ChunkRef fresh(Chunk::make(pooled_size, true));
+        if (pool_.size() < max_pooled) pool_.push_back(std::move(fresh));
+        else pool_[current_ = 0] = std::move(fresh);  // the old one lives on in the queues that hold it
+        return pool_[current_];
+    }
+
+    std::vector<ChunkRef> pool_;
+    std::size_t current_ = 0;
+};
+
+// What one connection has yet to send: slices in order. Slices that follow one another in a chunk become one, so what
+// a turn of the loop wrote for a room is a single piece in each member's queue.
+class SendQueue {
+public:
+    std::size_t size() const { return bytes_; }
+    bool empty() const { return bytes_ == 0; }
+
+    void append(Slice slice) {
+        bytes_ += slice.size();
+        push(std::move(slice));
+    }
+
+    // The first pieces in order, at most max of them; returns how many.
+    std::size_t gather(std::string_view* pieces, std::size_t max) const {
+        std::size_t count = 0;
+        for (std::size_t i = front_; i < older_.size() && count < max; ++i) pieces[count++] = older_[i].view();
+        if (count < max && tail_.size() != 0) pieces[count++] = tail_.view();
+        return count;
+    }
+
+    // The first n bytes have been sent.
+    void consume(std::size_t n) {
+        bytes_ -= n;
+        while (n != 0 && front_ < older_.size()) {
+            Slice& slice = older_[front_];
+            const std::size_t part = n < slice.size() ? n : slice.size();
+            slice.begin += part;
+            n -= part;
+            if (slice.size() == 0) {
+                slice = Slice();
+                ++front_;
+            }
+        }
+        tail_.begin += n;
+        if (tail_.chunk && tail_.size() == 0) tail_ = Slice();
+        if (front_ != 0) drop_sent();
+    }
+
+    // Moves what lies in the arena's pooled chunks into chunks of this queue alone, so that a peer that does not read
+    // keeps no more memory than its own backlog. Called when the kernel takes no more.
+    void keep() {
+        if (kept_ == older_.size() && (!tail_.chunk || !tail_.chunk->pooled())) return;
+        std::vector<Slice> fresh;
+        fresh.reserve(older_.size() - kept_ + 1);
+        for (std::size_t i = kept_; i < older_.size(); ++i) fresh.push_back(std::move(older_[i]));
+        older_.resize(kept_);
+        fresh.push_back(std::exchange(tail_, Slice()));
+        for (Slice& slice : fresh) {
+            if (slice.chunk->pooled()) push_copy(slice.view());
+            else push(std::move(slice));
+        }
+        kept_ = older_.size();
+    }
+
+    void clear() { *this = SendQueue(); }
+
+private:
+    static constexpr std::size_t own_size = 16 * 1024;
+
+    void push(Slice&& slice) {
+        if (tail_.chunk == slice.chunk && tail_.end == slice.begin) {
+            tail_.end = slice.end;
+            return;
+        }
+        if (tail_.size() != 0) older_.push_back(std::move(tail_));
+        tail_ = std::move(slice);
+    }
+
+    void push_copy(std::string_view bytes) {
+        const bool fits = tail_.chunk && !tail_.chunk->pooled() && !tail_.chunk->shared() &&
+                          tail_.end == tail_.chunk->size() && tail_.chunk->room() >= bytes.size();
+        ChunkRef chunk = fits ? tail_.chunk : ChunkRef(Chunk::make(bytes.size() > own_size ? bytes.size() : own_size, false));
+        const std::size_t begin = chunk->size();
+        std::memcpy(chunk->end(), bytes.data(), bytes.size());
+        chunk->advance(bytes.size());
+        push({std::move(chunk), begin, begin + bytes.size()});
+    }
+
+    // Forgets the sent slices at the front; an empty queue gives back what a long backlog made it grow by.
+    void drop_sent() {
+        if (front_ == older_.size()) {
+            older_.clear();
+            if (older_.capacity() > 16) older_.shrink_to_fit();
+            front_ = kept_ = 0;
+        } else if (front_ >= 64 && front_ * 2 >= older_.size()) {
+            older_.erase(older_.begin(), older_.begin() + static_cast<std::ptrdiff_t>(front_));
+            kept_ = kept_ > front_ ? kept_ - front_ : 0;
+            front_ = 0;
+        }
+    }
+
+    Slice tail_;                // the last slice, the one that may grow
+    std::vector<Slice> older_;  // those before it; [0, front_) are sent, [front_, kept_) lie in chunks of our own
+    std::size_t front_ = 0;
+    std::size_t kept_ = 0;
+    std::size_t bytes_ = 0;
+};
+
+// RFC 3629, as the bytes arrive: feed() answers false as soon as no continuation could make the text valid.
+class Utf8Validator {
+public:
+    bool feed(const char* data, std::size_t size) {
+        auto p = reinterpret_cast<const unsigned char*>(data);
+        const unsigned char* const end = p + size;
+        for (;;) {
+            for (; needed_ != 0; --needed_) {
+                if (p == end) return true;
+                if (*p < low_ || *p > high_) return false;
+                low_ = 0x80;
+                high_ = 0xBF;
+                ++p;
+            }
+            p = skip_ascii(p, end);
+            if (p == end) return true;
+            if (!lead(*p++)) return false;
+        }
+    }
+    // Whether the text may end here, not within a character.
+    bool complete() const { return needed_ == 0; }
+    void reset() { *this = Utf8Validator(); }
+
+private:
+    static const unsigned char* skip_ascii(const unsigned char* p, const unsigned char* end) {
+        constexpr std::uint64_t high_bits = 0x8080808080808080u;
+        for (std::uint64_t words[4]; end - p >= 32; p += 32) {
+            std::memcpy(words, p, 32);
+            if (((words[0] | words[1] | words[2] | words[3]) & high_bits) != 0) break;
+        }
+        while (p != end && *p < 0x80) ++p;
+        return p;
+    }
+    // RFC 3629 4: how many bytes follow, and what the first of them may be: no overlong forms, no surrogates, nothing
+    // above U+10FFFF.
+    bool lead(unsigned char c) {
+        if (c < 0xC2 || c > 0xF4) return false;
+        needed_ = c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
+        if (c == 0xE0) low_ = 0xA0;
+        if (c == 0xED) high_ = 0x9F;
+        if (c == 0xF0) low_ = 0x90;
+        if (c == 0xF4) high_ = 0x8F;
+        return true;
+    }
+
+    std::uint8_t needed_ = 0;
+    std::uint8_t low_ = 0x80;
+    std::uint8_t high_ = 0xBF;
+};
+
+inline bool valid_utf8(std::string_view text) {
+    Utf8Validator validator;
+    return validator.feed(text.data(), text.size()) && validator.complete();
+}
+
+// The longest beginning of a valid UTF-8 text that has at most max bytes and does not end within a character.
+inline std::string_view cut_utf8(std::string_view text, std::size_t max) {
+    if (text.size() <= max) return text;
+    while (max != 0 && (static_cast<unsigned char>(text[max]) & 0xC0) == 0x80) --max;
+    return text.substr(0, max);
+}
+
+// FIPS 180-4. Not for security: the opening handshake asks for it.
+inline std::array<unsigned char, 20> sha1(std::string_view input) {
+    std::uint32_t state[5] = {0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0};
+    const auto rotate = [](std::uint32_t x, int n) { return (x << n) | (x >> (32 - n)); };
+    const auto block = [&](const unsigned char* p) {
+        std::uint32_t w[80];
+        for (std::size_t i = 0; i < 16; ++i, p += 4)
+            w[i] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
+        for (std::size_t i = 16; i < 80; ++i) w[i] = rotate(w[i - 3] ^ w[i - 8] ^ w[i - 14] ^ w[i - 16], 1);
+        std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
+        for (std::size_t i = 0; i < 80; ++i) {
+            const std::uint32_t f = i < 20   ? ((b & c) | (~b & d)) + 0x5A827999
+                                    : i < 40 ? (b ^ c ^ d) + 0x6ED9EBA1
+                                    : i < 60 ? ((b & c) | (b & d) | (c & d)) + 0x8F1BBCDC
+                                             : (b ^ c ^ d) + 0xCA62C1D6;
+            const std::uint32_t next = rotate(a, 5) + f + e + w[i];
+            e = d;
+            d = c;
+            c = rotate(b, 30);
+            b = a;
+            a = next;
+        }
+        const std::uint32_t sum[5] = {a, b, c, d, e};
+        for (std::size_t i = 0; i < 5; ++i) state[i] += sum[i];
+    };
+
+    const auto bytes = reinterpret_cast<const unsigned char*>(input.data());
+    std::size_t done = 0;
+    for (; input.size() - done >= 64; done += 64) block(bytes + done);
+    unsigned char last[128] = {};
+    const std::size_t left = input.size() - done;
+    if (left != 0) std::memcpy(last, bytes + done, left);
+    last[left] = 0x80;
+    const std::size_t padded = left < 56 ? 64 : 128;
+    const std::uint64_t bits = std::uint64_t{input.size()} * 8;
+    for (std::size_t i = 0; i < 8; ++i) last[padded - 1 - i] = static_cast<unsigned char>(bits >> (8 * i));
+    for (std::size_t i = 0; i < padded; i += 64) block(last + i);
+
+    std::array<unsigned char, 20> digest{};
+    for (std::size_t i = 0; i < 20; ++i) digest[i] = static_cast<unsigned char>(state[i / 4] >> (24 - 8 * (i % 4)));
+    return digest;
+}
+
+// RFC 4648 4, with padding.
+inline std::string base64(const unsigned char* data, std::size_t size) {
+    constexpr char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    std::string text;
+    text.reserve((size + 2) / 3 * 4);
+    for (std::size_t i = 0; i < size; i += 3) {
+        const std::size_t left = size - i;
+        const unsigned bits = (unsigned{data[i]} << 16) | (left > 1 ? unsigned{data[i + 1]} << 8 : 0u) |
+                              (left > 2 ? unsigned{data[i + 2]} : 0u);
+        text += alphabet[bits >> 18];
+        text += alphabet[(bits >> 12) & 63];
+        text += left > 1 ? alphabet[(bits >> 6) & 63] : '=';
+        text += left > 2 ? alphabet[bits & 63] : '=';
+    }
+    return text;
+}
+
+// JSON text (RFC 8259) as it is built: a Json is its own serialization. Objects are braces of pairs:
+// Json{{"type", "join"}, {"name", name}, {"users", Json::array(names)}}.
+class Json {
+public:
+    struct Member;
+
+    Json(std::nullptr_t = nullptr) : text_("null") {}
+    Json(bool value) : text_(value ? "true" : "false") {}
+    Json(const char* value) : Json(std::string_view(value)) {}
+    Json(const std::string& value) : Json(std::string_view(value)) {}
+    Json(std::string_view value) { quote(value); }
+    Json(double value) {
+        char digits[32];
+        std::snprintf(digits, sizeof digits, "%.17g", value);
+        text_ = std::isfinite(value) ? digits : "null";
+    }
+    template <class Integer, std::enable_if_t<std::is_integral_v<Integer> && !std::is_same_v<Integer, bool>, int> = 0>
+    Json(Integer value) : text_(std::to_string(value)) {}
+    Json(std::initializer_list<Member> members);
+
+    template <class Range>
+    static Json array(const Range& items) {
+        Json list;
+        list.text_ = "[";
+        for (const auto& item : items) {
+            if (list.text_.size() > 1) list.text_ += ',';
+            list.text_ += Json(item).text_;
+        }
+        list.text_ += ']';
+        return list;
+    }
+
+    const std::string& dump() const { return text_; }
+
+private:
+    // What is not UTF-8 becomes U+FFFD, so that a text message that carries the JSON stays valid.
+    void quote(std::string_view value) {
+        text_ += '"';
+        while (!value.empty()) {
+            const std::size_t size = character(value);
+            if (size == 0) text_ += "\xEF\xBF\xBD";
+            else if (size == 1) escape(value.front());
+            else text_ += value.substr(0, size);
+            value.remove_prefix(size == 0 ? 1 : size);
+        }
+        text_ += '"';
+    }
+    // The bytes of the first character, 0 where it is invalid.
+    static std::size_t character(std::string_view value) {
+        for (std::size_t size = 1; size <= 4 && size <= value.size(); ++size)
+            if (valid_utf8(value.substr(0, size))) return size;
+        return 0;
+    }
+    void escape(char c) {
+        char code[8];
+        if (c == '"' || c == '\\') (text_ += '\\') += c;
+        else if (c == '\n') text_ += "\\n";
+        else if (static_cast<unsigned char>(c) >= 0x20) text_ += c;
+        else text_.append(code, static_cast<std::size_t>(std::snprintf(code, sizeof code, "\\u%04x", unsigned(c))));
+    }
+
+    std::string text_;
+};
+
+struct Json::Member {
+    std::string_view name;
+    Json value;
+};
+
+inline Json::Json(std::initializer_list<Member> members) : text_("{") {
+    for (const Member& member : members) {
+        if (text_.size() > 1) text_ += ',';
+        quote(member.name);
+        text_ += ':';
+        text_ += member.value.text_;
+    }
+    text_ += '}';
+}
+
+// What a peer chose, made fit for a log line: control characters, quotes and backslashes as \xNN, the rest cut at max
+// bytes, so that nobody forges a line or moves the cursor of a terminal.
+inline std::string escape_for_log(std::string_view value, std::size_t max = 200) {
+    std::string text;
+    for (const char c : value.substr(0, max)) {
+        char code[8];
+        const auto byte = static_cast<unsigned char>(c);
+        if (byte < 0x20 || byte >= 0x7F || c == '"' || c == '\\')
+            text.append(code, static_cast<std::size_t>(std::snprintf(code, sizeof code, "\\x%02x", unsigned{byte})));
+        else text += c;
+    }
+    if (value.size() > max) text += "...";
+    return text;
+}
+
+// `warning handler_exception peer="127.0.0.1" what="..."`: one line, escaped, without a line end.
+inline std::string to_string(const LogEntry& entry) {
+    std::string line(to_string(entry.level));
+    (line += ' ') += entry.event;
+    for (const auto& [name, value] : entry.fields) {
+        ((line += ' ') += name) += "=\"";
+        (line += escape_for_log(value)) += '"';
+    }
+    return line;
+}
+
+// A log for a terminal: Server::on_log(log_to_stderr). Leaves out what is for debugging only.
+inline void log_to_stderr(const LogEntry& entry) {
+    if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_string(entry).c_str());
+}
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 4  Frames
+//
+// RFC 6455 5 as plain values: a header is parsed from bytes or encoded to bytes, a payload is masked in place. Knows
+// nothing of messages beyond the order of their fragments, and nothing of closing.
+// ====================================================================================================================
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+// Which end of a connection we are: a server reads masked frames and sends plain ones, a client the reverse.
+enum class Role : std::uint8_t { server, client };
+
+// Why a connection must fail: the code for the Close frame and a reason in a few words.
+struct Failure {
+    CloseCode code;
+    std::string_view reason;
+};
+
+using MaskKey = std::array<unsigned char, 4>;
+
+// RFC 6455 5.2.
+struct FrameHeader {
+    static constexpr std::size_t max_size = 14;
+
+    bool fin = true;
+    bool rsv1 = false;
+    Opcode opcode = Opcode::text;
+    bool masked = false;
+    MaskKey mask{};
+    std::uint64_t length = 0;
+};
+
+// RFC 6455 5.3: byte i of the payload is xored with mask[(offset + i) % 4]. In place; doing it twice undoes it.
+inline void apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
+    unsigned char key[8];
+    for (std::size_t i = 0; i < 8; ++i) key[i] = mask[(offset + i) % 4];
+    std::uint64_t word;
+    std::memcpy(&word, key, 8);
+    std::size_t i = 0;
+    for (std::uint64_t words[4]; size - i >= 32; i += 32) {
+        std::memcpy(words, data + i, 32);
+        for (std::uint64_t& w : words) w ^= word;
+        std::memcpy(data + i, words, 32);
+    }
+    for (std::uint64_t w; size - i >= 8; i += 8) {
+        std::memcpy(&w, data + i, 8);
+        w ^= word;
+        std::memcpy(data + i, &w, 8);
+    }
+    for (; i < size; ++i) data[i] = static_cast<char>(static_cast<unsigned char>(data[i]) ^ key[i % 8]);
+}
+
+constexpr std::size_t encoded_size(const FrameHeader& header) {
+    return 2u + (header.length < 126 ? 0u : header.length < 65536 ? 2u : 8u) + (header.masked ? 4u : 0u);
+}
+
+// Writes encoded_size(header) bytes, the length in its shortest form; returns the place behind them.
+inline char* encode(const FrameHeader& header, char* out) {
+    const auto put = [&out](std::uint64_t byte) { *out++ = static_cast<char>(byte & 0xFF); };
+    put((header.fin ? 0x80u : 0u) | (header.rsv1 ? 0x40u : 0u) | static_cast<unsigned>(header.opcode));
+    const unsigned mask_bit = header.masked ? 0x80u : 0u;
+    const int length_bytes = header.length < 126 ? 0 : header.length < 65536 ? 2 : 8;
+    put(mask_bit | (length_bytes == 0 ? header.length : length_bytes == 2 ? 126u : 127u));
+    for (int i = length_bytes; i-- > 0;) put(header.length >> (8 * i));
+    if (header.masked)
+        for (const unsigned char byte : header.mask) put(byte);
+    return out;
+}
+
+// The three outcomes of parsing a header: more bytes are needed, a header that took `size` bytes, or a failure.
+struct ParsedFrame {
+    enum class Outcome : std::uint8_t { need_more, header, failure };
+
+    Outcome outcome = Outcome::need_more;
+    std::size_t size = 0;
+    FrameHeader header{};
+    Failure failure{};
+};
+
+// Parses the headers of one direction of a connection, and keeps the one bit of state that their order needs: whether
+// a fragmented message is open.
+class FrameParser {
+public:
+    // `role` is ours: a server's parser demands masks, a client's refuses them.
+    explicit FrameParser(Role role = Role::server) : role_(role) {}
+
+    // Parses the header at the front of `bytes`. A rule that the first bytes already break fails before the rest has
+    // come. The payload is the caller's to take.
+    ParsedFrame parse(std::string_view bytes) {
+        ParsedFrame parsed;
+        const auto byte = [bytes](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
+        if (bytes.empty()) return parsed;
+        FrameHeader& header = parsed.header;
+
+        // 1. The first byte: FIN, RSV1-3, opcode.
+        header.fin = (byte(0) & 0x80) != 0;
+        header.rsv1 = (byte(0) & 0x40) != 0;
+        header.opcode = static_cast<Opcode>(byte(0) & 0x0F);
+        if (const char* reason = first_byte_error(byte(0), header)) return failed(reason);
+        if (bytes.size() < 2) return parsed;
+
+        // 2. The second byte: MASK and the length, or which form of length follows.
+        header.masked = (byte(1) & 0x80) != 0;
+        const unsigned short_length = byte(1) & 0x7F;
+        if (header.masked != (role_ == Role::server))
+            return failed(role_ == Role::server ? "frame from a client is not masked" : "frame from a server is masked");
+        if (is_control(header.opcode) && short_length > 125) return failed("control frame is longer than 125 bytes");
+
+        // 3. The length in its three forms. RFC 6455 5.2: "the minimal number of bytes MUST be used to encode the
+        // length", and of a 64-bit length "the most significant bit MUST be 0".
+        const std::size_t length_bytes = short_length < 126 ? 0 : short_length == 126 ? 2 : 8;
+        const std::size_t size = 2 + length_bytes + (header.masked ? 4 : 0);
+        if (length_bytes == 8 && bytes.size() > 2 && (byte(2) & 0x80) != 0)
+            return failed("most significant bit of a 64-bit length is set");
+        if (bytes.size() < 2 + length_bytes) return parsed;
+        header.length = length_bytes == 0 ? short_length : 0;
+        for (std::size_t i = 0; i < length_bytes; ++i) header.length = header.length << 8 | byte(2 + i);
+        if (length_bytes != 0 && header.length < (length_bytes == 2 ? 126u : 65536u))
+            return failed("length is not in its shortest form");
+
+        // 4. The mask.
+        if (bytes.size() < size) return parsed;
+        if (header.masked) std::memcpy(header.mask.data(), bytes.data() + size - 4, 4);
+        if (!is_control(header.opcode)) message_open_ = !header.fin;
+        parsed.outcome = ParsedFrame::Outcome::header;
+        parsed.size = size;
+        return parsed;
+    }
+
+private:
+    const char* first_byte_error(unsigned char byte, const FrameHeader& header) const {
+        if ((byte & 0x70) != 0) return "reserved bit is set and no extension was negotiated";
+        const unsigned opcode = byte & 0x0F;
+        if ((opcode > 0x2 && opcode < 0x8) || opcode > 0xA) return "opcode is reserved";
+        if (is_control(header.opcode)) return header.fin ? nullptr : "control frame is fragmented";
+        if (header.opcode == Opcode::continuation) return message_open_ ? nullptr : "continuation of nothing";
+        return message_open_ ? "new message within a fragmented message" : nullptr;
+    }
+    static ParsedFrame failed(const char* reason) {
+        ParsedFrame parsed;
+        parsed.outcome = ParsedFrame::Outcome::failure;
+        parsed.failure = {CloseCode::protocol_error, reason};
+        return parsed;
+    }
+
+    Role role_;
+    bool message_open_ = false;
+};
+
+// A message as a server sends it, encoded once and shared by all queues that it is in. Belongs to the loop's thread.
+class EncodedFrame {
+public:
+    EncodedFrame(SendArena& arena, Opcode opcode, std::string_view payload) : opcode_(opcode) {
+        FrameHeader header;
+        header.opcode = opcode;
+        header.length = payload.size();
+        slice_ = arena.allocate(encoded_size(header) + payload.size());
+        char* out = encode(header, SendArena::writable(slice_));
+        if (!payload.empty()) std::memcpy(out, payload.data(), payload.size());
+    }
+
+    const Slice& slice() const { return slice_; }
+    std::size_t size() const { return slice_.size(); }
+    Opcode opcode() const { return opcode_; }
+
+private:
+    Slice slice_;
+    Opcode opcode_;
+};
+
+// The same as a client sends it: masked, and so never shared.
+inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view payload, const MaskKey& mask) {
+    FrameHeader header;
+    header.opcode = opcode;
+    header.masked = true;
+    header.mask = mask;
+    header.length = payload.size();
+    Slice slice = arena.allocate(encoded_size(header) + payload.size());
+    char* out = encode(header, SendArena::writable(slice));
+    if (!payload.empty()) std::memcpy(out, payload.data(), payload.size());
+    apply_mask(out, payload.size(), mask);
+    return slice;
+}
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 5  HTTP
+//
+// RFC 9112 as far as pages and upgrades need it, and the opening handshake of RFC 6455 4: requests are parsed strictly,
+// answers are complete. Knows nothing of sockets, of files or of what a path means.
+// ====================================================================================================================
+
+#include <algorithm>
+#include <ctime>
+#include <optional>
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+namespace text {
+
+constexpr char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
+constexpr bool digit(char c) { return c >= '0' && c <= '9'; }
+constexpr bool alphanumeric(char c) { return digit(c) || (lower(c) >= 'a' && lower(c) <= 'z'); }
+
+inline std::string lowered(std::string_view s) {
+    std::string result(s);
+    for (char& c : result) c = lower(c);
+    return result;
+}
+inline bool same_ignoring_case(std::string_view a, std::string_view b) {
+    return a.size() == b.size() &&
+           std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return lower(x) == lower(y); });
+}
+inline bool starts_with(std::string_view s, std::string_view start) { return s.substr(0, start.size()) == start; }
+
+// RFC 9110 5.6.3: optional white space is space and tab, nothing else.
+inline std::string_view trimmed(std::string_view s) {
+    while (!s.empty() && (s.front() == ' ' || s.front() == '\t')) s.remove_prefix(1);
+    while (!s.empty() && (s.back() == ' ' || s.back() == '\t')) s.remove_suffix(1);
+    return s;
+}
+// RFC 9110 5.6.2.
+inline bool token_char(char c) { return alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr); }
+inline bool token(std::string_view s) { return !s.empty() && std::all_of(s.begin(), s.end(), token_char); }
+
+// What precedes the first separator; the rest, without it, stays in s.
+inline std::string_view cut_at(std::string_view& s, char separator) {
+    const std::size_t at = s.find(separator);
+    const std::string_view part = s.substr(0, at);
+    s.remove_prefix(at == std::string_view::npos ? s.size() : at + 1);
+    return part;
+}
+
+// Digits only; nothing where it is not a number or is over max.
+inline std::optional<std::uint64_t> unsigned_number(std::string_view s, std::uint64_t max) {
+    if (s.empty() || s.size() > 20) return std::nullopt;
+    std::uint64_t value = 0;
+    for (const char c : s) {
+        if (!digit(c)) return std::nullopt;
+        const auto next = static_cast<std::uint64_t>(c - '0');
+        if (value > (max - next) / 10) return std::nullopt;
+        value = value * 10 + next;
+    }
+    return value;
+}
+
+inline int hex_digit(char c) {
+    if (digit(c)) return c - '0';
+    return lower(c) >= 'a' && lower(c) <= 'f' ? lower(c) - 'a' + 10 : -1;
+}
+
+// RFC 3986 2.1; nothing where an escape is malformed. `plus`: '+' is a space, as in a query.
+inline std::optional<std::string> percent_decoded(std::string_view s, bool plus = false) {
+    std::string result;
+    result.reserve(s.size());
+    for (std::size_t i = 0; i < s.size(); ++i) {
+        if (s[i] != '%') {
+            result += plus && s[i] == '+' ? ' ' : s[i];
+            continue;
+        }
+        if (s.size() - i < 3 || hex_digit(s[i + 1]) < 0 || hex_digit(s[i + 2]) < 0) return std::nullopt;
+        result += static_cast<char>(hex_digit(s[i + 1]) * 16 + hex_digit(s[i + 2]));
+        i += 2;
+    }
+    return result;
+}
+
+}  // namespace text
+
+// RFC 9110 5.6.7: "Sun, 06 Nov 1994 08:49:37 GMT". Days are counted by hand because strftime() follows the locale.
+inline std::string http_date(std::int64_t unix_seconds) {
+    const std::int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
+    const std::int64_t z = days + 719468, era = z / 146097, of_era = z % 146097;
+    const std::int64_t year_of_era = (of_era - of_era / 1460 + of_era / 36524 - of_era / 146096) / 365;
+    const std::int64_t of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    const std::int64_t mp = (5 * of_year + 2) / 153, day = of_year - (153 * mp + 2) / 5 + 1;
+    const std::int64_t month = mp < 10 ? mp + 3 : mp - 9, year = year_of_era + era * 400 + (month <= 2 ? 1 : 0);
+    constexpr const char* days_of_week[] = {"Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"};
+    constexpr const char* months[] = {"Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"};
+    char text[64];
+    std::snprintf(text, sizeof text, "%s, %02d %s %04d %02d:%02d:%02d GMT", days_of_week[days % 7], static_cast<int>(day),
+                  months[month - 1], static_cast<int>(year), static_cast<int>(second / 3600),
+                  static_cast<int>(second / 60 % 60), static_cast<int>(second % 60));
+    return text;
+}
+
+// The header fields of a message: a view of their lines, each of which has passed field_line_error(). Names are found
+// without regard to case; every look-up reads the lines once.
+class Fields {
+public:
+    Fields() = default;
+    explicit Fields(std::string_view lines) : lines_(lines) {}
+
+    // Calls visit(name, value) for each field line, until it answers false.
+    template <class Visit>
+    void each(Visit&& visit) const {
+        for (std::string_view rest = lines_; !rest.empty();) {
+            std::string_view line = text::cut_at(rest, '\n');
+            if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+            if (line.empty()) return;
+            const std::string_view name = text::cut_at(line, ':');
+            if (!visit(name, text::trimmed(line))) return;
+        }
+    }
+    // The first field of that name, or nothing.
+    std::optional<std::string_view> find(std::string_view name) const {
+        std::optional<std::string_view> found;
+        each([&](std::string_view n, std::string_view value) {
+            if (text::same_ignoring_case(n, name)) found = value;
+            return !found;
+        });
+        return found;
+    }
+    std::size_t count(std::string_view name) const {
+        std::size_t n = 0;
+        each([&](std::string_view field, std::string_view) {
+            if (text::same_ignoring_case(field, name)) ++n;
+            return true;
+        });
+        return n;
+    }
+    // Calls visit(element) for each element of a comma-separated list, over all fields of that name (RFC 9110 5.6.1).
+    template <class Visit>
+    void each_element(std::string_view name, Visit&& visit) const {
+        each([&](std::string_view n, std::string_view value) {
+            while (text::same_ignoring_case(n, name) && !value.empty()) {
+                const std::string_view element = text::trimmed(text::cut_at(value, ','));
+                if (!element.empty()) visit(element);
+            }
+            return true;
+        });
+    }
+    bool has_element(std::string_view name, std::string_view element) const {
+        bool found = false;
+        each_element(name, [&](std::string_view e) { found = found || text::same_ignoring_case(e, element); });
+        return found;
+    }
+
+private:
+    std::string_view lines_;
+};
+
+// Why a line (without its CRLF) is no header field (RFC 9112 5); null where it is one.
+inline const char* field_line_error(std::string_view line) {
+    if (line.front() == ' ' || line.front() == '\t') return "a header line is folded";
+    const std::size_t colon = line.find(':');
+    if (colon == std::string_view::npos) return "a header line has no colon";
+    if (colon == 0) return "a header has no name";
+    if (!text::token(line.substr(0, colon))) return "a header name has a character that it must not have";
+    for (const char c : line.substr(colon + 1)) {
+        const auto byte = static_cast<unsigned char>(c);
+        if ((byte < 0x20 && c != '\t') || byte == 0x7F) return "a header value has a control character";
+    }
+    return nullptr;
+}
+
+// A host and, where there is one, a port: a name, an IPv4 address, or an IPv6 address in brackets (RFC 3986 3.2.2, less
+// what no host on the web has).
+inline bool valid_host(std::string_view host) {
+    std::string_view name = host, port;
+    if (text::starts_with(host, "[")) {
+        const std::size_t close = host.find(']');
+        if (close == std::string_view::npos || close < 3) return false;
+        name = host.substr(1, close - 1);
+        for (const char c : name)
+            if (text::hex_digit(c) < 0 && c != ':' && c != '.') return false;
+        port = host.substr(close + 1);
+        if (!port.empty() && port.front() != ':') return false;
+        if (!port.empty()) port.remove_prefix(1);
+    } else {
+        port = host;
+        name = text::cut_at(port, ':');
+        for (const char c : name)
+            if (!text::alphanumeric(c) && c != '-' && c != '.' && c != '_' && c != '~') return false;
+    }
+    return !name.empty() && (port.empty() || text::unsigned_number(port, 65535));
+}
+
+// A request's head. As a parser hands it out it owns its bytes; all views of it live as long as it does.
+class Request {
+public:
+    std::string_view method() const { return part(method_); }
+    // As it was sent: "/chat/tea%20room?name=Anna".
+    std::string_view target() const { return part(target_); }
+    // "/chat/tea%20room", still encoded; path() is decoded.
+    std::string_view raw_path() const { return part(path_); }
+    std::string path() const { return text::percent_decoded(raw_path()).value_or(std::string()); }
+    std::string_view query_string() const { return part(query_); }
+    // Of the Host field, or of an absolute target.
+    std::string_view host() const { return part(host_); }
+    bool http_1_0() const { return http_1_0_; }
+    bool has_body() const { return has_body_; }
+
+    Fields fields() const { return Fields(std::string_view(head_).substr(fields_begin_)); }
+    // The first header of that name, whatever its case; empty where there is none.
+    std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
+
+    // A parameter of the query, decoded ("+" is a space); nothing where it is absent or malformed.
+    std::optional<std::string> query(std::string_view name) const {
+        for (std::string_view rest = query_string(); !rest.empty();) {
+            std::string_view value = text::cut_at(rest, '&');
+            const std::string_view key = text::cut_at(value, '=');
+            if (text::percent_decoded(key, true) == std::string(name)) return text::percent_decoded(value, true);
+        }
+        return std::nullopt;
+    }
+    // RFC 6265 4.2.1; the value as it was sent, without the quotes that it may stand in.
+    std::optional<std::string_view> cookie(std::string_view name) const {
+        std::optional<std::string_view> found;
+        fields().each([&](std::string_view field, std::string_view value) {
+            while (text::same_ignoring_case(field, "cookie") && !value.empty() && !found) {
+                std::string_view pair = text::cut_at(value, ';');
+                if (text::trimmed(text::cut_at(pair, '=')) != name) continue;
+                pair = text::trimmed(pair);
+                if (pair.size() >= 2 && pair.front() == '"' && pair.back() == '"') pair = pair.substr(1, pair.size() - 2);
+                found = pair;
+            }
+            return !found;
+        });
+        return found;
+    }
+    // What stood in the path for "{name}" of the route, decoded; empty where the route has no such parameter.
+    std::string_view param(std::string_view name) const {
+        for (const auto& [key, value] : params_)
+            if (key == name) return value;
+        return {};
+    }
+    void set_params(std::vector<std::pair<std::string, std::string>> params) { params_ = std::move(params); }
+
+private:
+    friend class RequestParser;
+
+    struct Part {
+        std::uint32_t begin = 0;
+        std::uint32_t size = 0;
+    };
+    std::string_view part(Part p) const { return std::string_view(head_).substr(p.begin, p.size); }
+    Part part_of(std::string_view view) const {
+        return {static_cast<std::uint32_t>(view.data() - head_.data()), static_cast<std::uint32_t>(view.size())};
+    }
+
+    std::string head_;
+    Part method_, target_, path_, query_, host_;
+    std::uint32_t fields_begin_ = 0;
+    bool http_1_0_ = false;
+    bool has_body_ = false;
+    std::vector<std::pair<std::string, std::string>> params_;
+};
+
+// Parses one request head after another from bytes in any pieces, in time linear in their number. The outcome of a
+// feed() is one of three; after a failure the parser takes nothing more.
+class RequestParser {
+public:
+    enum class Outcome : std::uint8_t { need_more, request, failure };
+
+    explicit RequestParser(const Limits& limits) : limits_(&limits) {}
+
+    // Takes bytes up to the end of a head; `consumed` says how many.
+    Outcome feed(std::string_view bytes, std::size_t& consumed) {
+        consumed = 0;
+        while (status_ == 0 && consumed < bytes.size()) {
+            const std::size_t end = bytes.find('\n', consumed);
+            const bool whole = end != std::string_view::npos;
+            const std::string_view piece = bytes.substr(consumed, whole ? end + 1 - consumed : std::string_view::npos);
+            if (!within_limits(piece.size(), whole)) break;
+            request_.head_.append(piece);
+            consumed += piece.size();
+            if (!plausible_start() || !whole) continue;
+            if (take_line()) return check_head() ? Outcome::request : Outcome::failure;
+        }
+        return status_ == 0 ? Outcome::need_more : Outcome::failure;
+    }
+
+    // The request of the outcome, to be taken once; the parser is then ready for the next.
+    Request take_request() {
+        Request request = std::move(request_);
+        request.head_.shrink_to_fit();
+        *this = RequestParser(*limits_);
+        return request;
+    }
+    // Whether bytes of an unfinished head have come.
+    bool started() const { return !request_.head_.empty(); }
+    // After a failure: the status of the answer, and a sentence for its body.
+    int status() const { return status_; }
+    const std::string& reason() const { return reason_; }
+
+private:
+    std::string_view head() const { return request_.head_; }
+
+    bool fail(int status, std::string reason) {
+        status_ = status;
+        reason_ = std::move(reason);
+        return false;
+    }
+
+    // Counted before the bytes are kept, with the line end given for free.
+    bool within_limits(std::size_t more, bool whole) {
+        const std::size_t line_end = whole ? 2 : 0;
+        if (request_.fields_begin_ == 0) {
+            if (head().size() + more > limits_->max_request_line + line_end)
+                return fail(414, "The request line is longer than " + std::to_string(limits_->max_request_line) + " bytes.");
+        } else if (head().size() - request_.fields_begin_ + more > limits_->max_header_bytes + line_end) {
+            return fail(431, "The headers are longer than " + std::to_string(limits_->max_header_bytes) + " bytes.");
+        }
+        return true;
+    }
+
+    // What can not become a request line is refused at its first byte, not after a deadline.
+    bool plausible_start() {
+        const char first = head().front();
+        if (text::token_char(first) || first == '\r' || first == '\n') return true;
+        return fail(400, first == '\x16' ? "This port speaks plain HTTP, and the client began with TLS."
+                                         : "The request does not begin with a method.");
+    }
+
+    // Judges the line that has just been completed; true where it ends the head.
+    bool take_line() {
+        const std::string_view line = head().substr(line_begin_, head().size() - line_begin_ - 1);
+        if (line.empty() || line.back() != '\r') return fail(400, "A line does not end with CR LF.");
+        const std::string_view content = line.substr(0, line.size() - 1);
+        line_begin_ = head().size();
+        if (request_.fields_begin_ != 0) return content.empty() || take_field(content);
+        if (content.empty()) {
+            // RFC 9112 2.2: "ignore at least one empty line (CRLF) received prior to the request-line".
+            if (skipped_empty_line_) return fail(400, "The request line is empty.");
+            skipped_empty_line_ = true;
+            request_.head_.clear();
+            line_begin_ = 0;
+            return false;
+        }
+        request_.fields_begin_ = static_cast<std::uint32_t>(line_begin_);
+        take_request_line(content);
+        return false;
+    }
+
+    // Never ends the head, and so answers false.
+    bool take_field(std::string_view line) {
+        if (++field_count_ > limits_->max_header_fields)
+            return fail(431, "There are more than " + std::to_string(limits_->max_header_fields) + " headers.");
+        if (const char* error = field_line_error(line)) fail(400, std::string("In the headers, ") + error + ".");
+        return false;
+    }
+
+    // RFC 9112 3: method SP request-target SP HTTP-version, with single spaces.
+    bool take_request_line(std::string_view line) {
+        std::string_view rest = line;
+        const std::string_view method = text::cut_at(rest, ' '), target = text::cut_at(rest, ' '), version = rest;
+        if (!text::token(method)) return fail(400, "The method is malformed.");
+        if (target.empty()) return fail(400, "The request line has no target.");
+        for (const char c : target)
+            if (c <= ' ' || c > '~' || c == '#') return fail(400, "The target has a character that it must not have.");
+        if (version.size() != 8 || !text::starts_with(version, "HTTP/") || !text::digit(version[5]) || version[6] != '.' ||
+            !text::digit(version[7]))
+            return fail(400, "The HTTP version is malformed.");
+        if (version[5] != '1' || version[7] > '1') return fail(505, "This server speaks HTTP/1.1.");
+        request_.http_1_0_ = version[7] == '0';
+        request_.method_ = request_.part_of(method);
+        request_.target_ = request_.part_of(target);
+        return take_target(target);
+    }
+
+    // RFC 9112 3.2: origin-form, absolute-form ("A server MUST accept the absolute-form"), "*".
+    bool take_target(std::string_view target) {
+        std::string_view path = target;
+        const std::size_t scheme = text::starts_with(text::lowered(target.substr(0, 7)), "http://")    ? 7
+                                   : text::starts_with(text::lowered(target.substr(0, 8)), "https://") ? 8
+                                                                                                       : 0;
+        if (scheme != 0) {
+            const std::size_t end = std::min(target.find_first_of("/?", scheme), target.size());
+            const std::string_view authority = target.substr(scheme, end - scheme);
+            if (!valid_host(authority)) return fail(400, "The host of the target is invalid.");
+            request_.host_ = request_.part_of(authority);
+            path = target.substr(end);
+        } else if (target.front() != '/' && target != "*" && request_.method() != "CONNECT") {
+            return fail(400, "The target does not begin with a slash.");
+        }
+        std::string_view query = path;
+        path = text::cut_at(query, '?');
+        if (!text::percent_decoded(path)) return fail(400, "The path has a malformed percent escape.");
+        request_.path_ = request_.part_of(path);
+        request_.query_ = request_.part_of(query);
+        return true;
+    }
+
+    // What only the whole head can tell: Host and the length of a body.
+    bool check_head() {
+        const Fields fields = request_.fields();
+        const std::size_t hosts = fields.count("host");
+        if (hosts > 1 || (hosts == 0 && !request_.http_1_0_))
+            return fail(400, hosts == 0 ? "There is no Host header." : "There is more than one Host header.");
+        const std::string_view host = fields.find("host").value_or(std::string_view());
+        if (hosts == 1 && !valid_host(host)) return fail(400, "The Host header is invalid.");
+        if (request_.host_.size == 0 && hosts == 1) request_.host_ = request_.part_of(host);
+        return check_body(fields);
+    }
+
+    // RFC 9112 6.1-6.3, read so that no two servers in a row can disagree where the request ends.
+    bool check_body(const Fields& fields) {
+        const std::size_t lengths = fields.count("content-length"), codings = fields.count("transfer-encoding");
+        if (lengths > 0 && codings > 0) return fail(400, "Content-Length stands beside Transfer-Encoding.");
+        if (lengths > 1) return fail(400, "There is more than one Content-Length.");
+        if (codings > 1) return fail(400, "There is more than one Transfer-Encoding.");
+        if (lengths == 1) {
+            const auto length = text::unsigned_number(*fields.find("content-length"), INT64_MAX);
+            if (!length) return fail(400, "Content-Length is not a number.");
+            request_.has_body_ = *length != 0;
+        }
+        if (codings == 1) {
+            if (request_.http_1_0_) return fail(400, "Transfer-Encoding stands in an HTTP/1.0 request.");
+            if (!text::same_ignoring_case(*fields.find("transfer-encoding"), "chunked"))
+                return fail(501, "The transfer coding is not implemented.");
+            request_.has_body_ = true;
+        }
+        return true;
+    }
+
+    const Limits* limits_;
+    Request request_;
+    std::size_t line_begin_ = 0;
+    std::size_t field_count_ = 0;
+    bool skipped_empty_line_ = false;
+    int status_ = 0;
+    std::string reason_;
+};
+
+inline std::string_view reason_phrase(int status) {
+    switch (status) {
+        case 200: return "OK";
+        case 204: return "No Content";
+        case 301: return "Moved Permanently";
+        case 302: return "Found";
+        case 303: return "See Other";
+        case 304: return "Not Modified";
+        case 307: return "Temporary Redirect";
+        case 308: return "Permanent Redirect";
+        case 400: return "Bad Request";
+        case 401: return "Unauthorized";
+        case 403: return "Forbidden";
+        case 404: return "Not Found";
+        case 405: return "Method Not Allowed";
+        case 408: return "Request Timeout";
+        case 409: return "Conflict";
+        case 413: return "Content Too Large";
+        case 414: return "URI Too Long";
+        case 421: return "Misdirected Request";
+        case 426: return "Upgrade Required";
+        case 429: return "Too Many Requests";
+        case 431: return "Request Header Fields Too Large";
+        case 500: return "Internal Server Error";
+        case 501: return "Not Implemented";
+        case 503: return "Service Unavailable";
+        case 505: return "HTTP Version Not Supported";
+        default: return status < 300 ? "Success" : status < 400 ? "Redirection" : status < 500 ? "Client Error" : "Server Error";
+    }
+}
+
+// An answer to a request. Statuses are 200-599. Content-Length, Connection and Date are the server's to add.
+class Response {
+public:
+    explicit Response(int status, std::string body = {}, std::string_view type = "text/plain; charset=utf-8")
+        : status_(status), body_(std::move(body)) {
+        if (status < 200 || status > 599) throw Error("Response: status " + std::to_string(status) + " is not in 200-599");
+        if (!body_.empty()) set_header("Content-Type", type);
+    }
+    static Response html(std::string body) { return Response(200, std::move(body), "text/html; charset=utf-8"); }
+    static Response json(const Json& body, int status = 200) { return Response(status, body.dump(), "application/json"); }
+    static Response redirect(std::string_view location, int status = 302) {
+        return std::move(Response(status).set_header("Location", location));
+    }
+
+    // Adds a header, in place of one of the same name. CR, LF, NUL and other control characters are an Error: what a
+    // peer sent can not split an answer.
+    Response& set_header(std::string_view name, std::string_view value) {
+        if (field_line_error(std::string(name) + ": " + std::string(value)) != nullptr || !text::token(name))
+            throw Error("Response::set_header: \"" + escape_for_log(name) + ": " + escape_for_log(value) +
+                        "\" is not a header field");
+        const auto same = [&](const auto& header) { return text::same_ignoring_case(header.first, name); };
+        // Set-Cookie is the one field that repeats (RFC 9110 5.3).
+        if (!text::same_ignoring_case(name, "set-cookie"))
+            headers_.erase(std::remove_if(headers_.begin(), headers_.end(), same), headers_.end());
+        headers_.emplace_back(name, value);
+        return *this;
+    }
+
+    int status() const { return status_; }
+    const std::string& body() const { return body_; }
+    const std::vector<std::pair<std::string, std::string>>& headers() const { return headers_; }
+
+private:
+    int status_;
+    std::string body_;
+    std::vector<std::pair<std::string, std::string>> headers_;
+};
+
+// RFC 6455 4.2.2 / 5.4: the proof that the server has read the key.
+inline std::string accept_key(std::string_view key) {
+    const auto digest = sha1(std::string(key) + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+    return base64(digest.data(), digest.size());
+}
+
+// 16 bytes in base64: 22 characters of the alphabet and two of padding.
+inline bool valid_key(std::string_view key) {
+    const auto in_alphabet = [](char c) { return text::alphanumeric(c) || c == '+' || c == '/'; };
+    return key.size() == 24 && key.substr(22) == "==" && std::all_of(key.begin(), key.begin() + 22, in_alphabet);
+}
+
+// Whether the client asks to leave HTTP for WebSocket at all (RFC 6455 4.2.1 / 3-4).
+inline bool wants_upgrade(const Request& request) {
+    return request.fields().has_element("upgrade", "websocket") && request.fields().has_element("connection", "upgrade");
+}
+
+inline Response upgrade_required(std::string sentence) {
+    return std::move(Response(426, std::move(sentence))
+                         .set_header("Upgrade", "websocket")
+                         .set_header("Connection", "Upgrade")
+                         .set_header("Sec-WebSocket-Version", "13"));
+}
+
+// RFC 6455 4.2.1: the refusal of a request that wants an upgrade and may not have it, or nothing.
+inline std::optional<Response> refuse_upgrade(const Request& request) {
+    const Fields fields = request.fields();
+    if (request.method() != "GET") {
+        Response refusal(405, "A WebSocket handshake is a GET request.\n");
+        refusal.set_header("Allow", "GET");
+        return refusal;
+    }
+    if (request.http_1_0()) return Response(505, "A WebSocket handshake needs HTTP/1.1.\n");
+    if (request.has_body()) return Response(400, "A WebSocket handshake has no body.\n");
+    if (fields.count("sec-websocket-version") != 1 || *fields.find("sec-websocket-version") != "13")
+        return upgrade_required("This server speaks WebSocket version 13.\n");
+    if (fields.count("sec-websocket-key") != 1) return Response(400, "There must be one Sec-WebSocket-Key.\n");
+    if (!valid_key(*fields.find("sec-websocket-key")))
+        return Response(400, "Sec-WebSocket-Key is not 16 bytes in base64.\n");
+    bool tokens = true;
+    fields.each_element("sec-websocket-protocol", [&](std::string_view name) { tokens = tokens && text::token(name); });
+    if (!tokens) return Response(400, "Sec-WebSocket-Protocol is not a list of tokens.\n");
+    return std::nullopt;
+}
+
+// The subprotocols that a client offers, in its order of preference.
+inline std::vector<std::string_view> offered_subprotocols(const Request& request) {
+    std::vector<std::string_view> offered;
+    request.fields().each_element("sec-websocket-protocol", [&](std::string_view name) { offered.push_back(name); });
+    return offered;
+}
+
+// The 101 (RFC 6455 4.2.2 / 5).
+inline std::string switching_protocols(std::string_view key, std::string_view subprotocol) {
+    std::string head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
+    ((head += "Sec-WebSocket-Accept: ") += accept_key(key)) += "\r\n";
+    if (!subprotocol.empty()) ((head += "Sec-WebSocket-Protocol: ") += subprotocol) += "\r\n";
+    return head += "\r\n";
+}
+
+// A client's opening handshake (RFC 6455 4.1). `key`: 16 random bytes in base64.
+inline std::string opening_request(std::string_view host, std::string_view target, std::string_view key,
+                                   std::string_view subprotocols = {}) {
+    std::string head = "GET ";
+    ((head += target) += " HTTP/1.1\r\nHost: ") += host;
+    (head += "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ") += key;
+    if (!subprotocols.empty()) (head += "\r\nSec-WebSocket-Protocol: ") += subprotocols;
+    return head += "\r\n\r\n";
+}
+
+// Why a client must not take the server's answer for a handshake (RFC 6455 4.1, the numbered list at its end); empty
+// where it may. `head` ends with the empty line.
+inline std::string opening_answer_error(std::string_view head, std::string_view key, std::string_view subprotocols = {}) {
+    std::string_view rest = head;
+    const std::string_view status_line = text::cut_at(rest, '\n');
+    if (!text::starts_with(status_line, "HTTP/1.1 101"))
+        return "the server answered \"" + escape_for_log(text::trimmed(status_line.substr(0, status_line.find('\r')))) + "\"";
+    const Fields fields(rest);
+    if (!fields.has_element("upgrade", "websocket")) return "the answer has no Upgrade: websocket";
+    if (!fields.has_element("connection", "upgrade")) return "the answer has no Connection: Upgrade";
+    if (fields.count("sec-websocket-accept") != 1 || *fields.find("sec-websocket-accept") != accept_key(key))
+        return "Sec-WebSocket-Accept does not match the key";
+    if (fields.count("sec-websocket-extensions") != 0) return "the server chose an extension that was not offered";
+    if (const auto chosen = fields.find("sec-websocket-protocol")) {
+        bool offered = false;
+        while (!subprotocols.empty() && !offered) offered = text::trimmed(text::cut_at(subprotocols, ',')) == *chosen;
+        if (!offered) return "the server chose a subprotocol that was not offered";
+    }
+    return {};
+}
+
+// RFC 6454 7: an origin as "https://chat.example:8443", scheme and host in lower case and the scheme's own port left
+// out; nothing for "null" and whatever else is not a web origin.
+inline std::optional<std::string> normalized_origin(std::string_view origin) {
+    std::string normal = text::lowered(origin);
+    const std::string_view default_port = text::starts_with(normal, "https://")  ? ":443"
+                                          : text::starts_with(normal, "http://") ? ":80"
+                                                                                 : "";
+    if (default_port.empty()) return std::nullopt;
+    if (!valid_host(std::string_view(normal).substr(normal.find("//") + 2))) return std::nullopt;
+    if (normal.size() > default_port.size() && normal.substr(normal.size() - default_port.size()) == default_port)
+        normal.resize(normal.size() - default_port.size());
+    return normal;
+}
+
+// Whether a page of that origin lies on the host that it connects to, as the Host header names it. The scheme is not
+// compared: a proxy in front may speak TLS for a server that does not.
+inline bool same_host(std::string_view origin, std::string_view host) {
+    const auto normal = normalized_origin(origin);
+    if (!normal) return false;
+    const std::string scheme = normal->substr(0, normal->find("//") + 2);
+    return normal == normalized_origin(scheme + std::string(host));
+}
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 7  Protocol
+//
+// Connection: the whole of RFC 6455 after the opening handshake, as a state machine. Bytes go in, events and bytes come
+// out, and the time is an argument. Knows nothing of sockets, of clocks or of who handles the events.
+// ====================================================================================================================
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+struct Event {
+    enum class Kind : std::uint8_t { none, message, ping, pong, close };
+
+    Kind kind = Kind::none;
+    Message message{std::string_view()};  // of a message, a ping or a pong; valid until the next call of next_event()
+};
+
+class Connection {
+public:
+    // closing: our Close frame is sent and the peer's is awaited. closed: nothing is read any more; what is queued may
+    // still be sent. In either, nothing more is accepted for sending.
+    enum class State : std::uint8_t { connecting, open, closing, closed };
+
+    // Where a client gets the four bytes of a mask from; they must not be predictable (RFC 6455 10.3).
+    using MaskSource = MaskKey (*)();
+
+    Connection() = default;
+    Connection(const Connection&) = delete;
+    Connection& operator=(const Connection&) = delete;
+
+    // The opening handshake is done. `limits` and `arena` must outlive the connection; a client needs a mask source.
+    void open(Role role, const Limits& limits, SendArena& arena, Time now, MaskSource masks = nullptr) {
+        parser_ = FrameParser(role);
+        limits_ = &limits;
+        arena_ = &arena;
+        masks_ = role == Role::client ? masks : nullptr;
+        if (role == Role::client && masks == nullptr) throw Error("Connection::open: a client needs a source of masks");
+        state_ = State::open;
+        alive_ = control_time_ = now;
+        control_tokens_ = static_cast<float>(limits.control_frames_burst);
+    }
+
+    State state() const { return state_; }
+    bool is_open() const { return state_ == State::open; }
+    CloseCode close_code() const { return close_code_; }
+    const std::string& close_reason() const { return close_reason_; }
+    CloseCause close_cause() const { return cause_; }
+    // Closed without a Close frame that could still be delivered: the transport is to be dropped at once.
+    bool aborted() const { return state_ == State::closed && abort_; }
+
+    // ---- input -----------------------------------------------------------------------------------------------------
+
+    // Bytes from the peer, which are unmasked in place. They must stay until next_event() has answered `none` or
+    // keep_input() was called. What lies at receive_area() is taken without a copy.
+    void receive(char* data, std::size_t size, Time now) {
+        input_ = data;
+        input_end_ = data + size;
+        alive(now);
+    }
+
+    // Where the next bytes from the peer would lie best: behind what has come of a large frame. {null, 0} where the
+    // caller's own buffer serves. Grows with what has arrived, never with what was announced.
+    std::pair<char*, std::size_t> receive_area() {
+        if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read || message_.size() < direct_read)
+            return {nullptr, 0};
+        const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
+        message_.reserve(static_cast<std::size_t>(wanted));
+        return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.room()))};
+    }
+
+    // The transport has ended: by the peer's FIN or by an error, which the reason names.
+    void receive_end(std::string_view reason) { abort(CloseCause::connection_lost, reason); }
+
+    // What has happened, one event a call, `none` when more bytes are needed. A close event comes exactly once, last.
+    Event next_event() {
+        if (delivered_) {
+            message_.release();
+            delivered_ = false;
+        }
+        while (state_ == State::open || state_ == State::closing) {
+            if (!in_payload_ && !take_header()) break;
+            if (!in_payload_) continue;
+            const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
+            if (!whole && input_ == input_end_) break;
+            const Event event = is_control(frame_.opcode) ? take_control() : take_data(whole);
+            if (event.kind != Event::Kind::none) return event;
+        }
+        if (state_ != State::closed || close_reported_) return {};
+        close_reported_ = true;
+        message_.release();
+        control_.clear();
+        return {Event::Kind::close, Message(std::string_view())};
+    }
+
+    // Puts what is left of the input aside, because its consumer can take no more now; resume() goes on with it.
+    void keep_input() {
+        if (input_ == input_end_) return;
+        kept_.append(input_, static_cast<std::size_t>(input_end_ - input_));
+        input_ = input_end_ = nullptr;
+    }
+    void resume() {
+        spent_.release();
+        if (kept_.empty()) return;
+        std::swap(kept_, spent_);
+        input_ = spent_.data();
+        input_end_ = spent_.end();
+    }
+
+    // ---- output ----------------------------------------------------------------------------------------------------
+
+    SendQueue& output() { return output_; }
+    const SendQueue& output() const { return output_; }
+
+    // Whether a message of that many bytes would pass Limits::max_backlog. One message may always wait.
+    bool overflows(std::size_t size) const { return !output_.empty() && output_.size() + size > limits_->max_backlog; }
+
+    WriteStatus send(Opcode opcode, std::string_view payload) {
+        if (masks_ == nullptr) return state_ == State::open ? send(EncodedFrame(*arena_, opcode, payload)) : WriteStatus::closed;
+        return accept(payload.size()) ? append(encode_masked(*arena_, opcode, payload, masks_())) : refused();
+    }
+    // For a server; a client masks each frame anew.
+    WriteStatus send(const EncodedFrame& frame) { return accept(frame.size()) ? append(frame.slice()) : refused(); }
+
+    // An unsolicited ping or pong (RFC 6455 5.5.2, 5.5.3); at most 125 bytes. Passes the backlog limit.
+    WriteStatus send_control(Opcode opcode, std::string_view payload) {
+        if (payload.size() > 125) throw Error("ping: a payload of " + std::to_string(payload.size()) + " bytes is over 125");
+        if (state_ != State::open) return WriteStatus::closed;
+        return append_control(opcode, payload);
+    }
+
+    // Starts the closing handshake; later calls change nothing. An illegal code, a reason over 123 bytes or one that
+    // is not UTF-8 is an Error.
+    void close(CloseCode code, std::string_view reason, Time now, CloseCause cause = CloseCause::local) {
+        check_close(code, reason);
+        if (state_ != State::open) return;
+        append_close(code, reason);
+        state_ = State::closing;
+        cause_ = cause;
+        close_code_ = code;
+        close_reason_ = reason;
+        closing_since_ = now;
+    }
+    static void check_close(CloseCode code, std::string_view reason) {
+        if (!legal_on_wire(code)) throw Error("close: " + std::to_string(number(code)) + " is not a code that may be sent");
+        if (reason.size() > 123) throw Error("close: a reason of " + std::to_string(reason.size()) + " bytes is over 123");
+        if (!valid_utf8(reason)) throw Error("close: the reason is not UTF-8");
+    }
+
+    // The one way out on failure (RFC 6455 7.1.7): a Close frame with the code, and nothing is read any more.
+    void fail(CloseCode code, std::string_view reason, CloseCause cause = CloseCause::protocol_error) {
+        if (state_ == State::closed) return;
+        if (state_ == State::open) append_close(code, cut_utf8(reason, 123));
+        end(cause, code, reason);
+    }
+
+    // The end without a Close frame: the peer is out of reach.
+    void abort(CloseCause cause, std::string_view reason) {
+        if (state_ == State::closed) return;
+        abort_ = true;
+        // A peer that hangs up instead of answering our Close frame has been told; the cause stays ours.
+        const bool ours = state_ == State::closing && cause == CloseCause::connection_lost;
+        end(ours ? cause_ : cause, CloseCode::abnormal, reason);
+        output_.clear();
+    }
+
+    // A pong that waited for a peer that did not read. Called when the kernel has taken all output.
+    void send_waiting_pong() {
+        if (!pong_waits_) return;
+        pong_waits_ = false;
+        append_control(Opcode::pong, std::exchange(waiting_pong_, std::string()));
+    }
+    // Whether the kernel has refused output that is still queued. While it does, pongs wait, the latest only.
+    void set_blocked(bool blocked) { blocked_ = blocked; }
+    bool blocked() const { return blocked_; }
+
+    std::uint64_t dropped_messages() const { return dropped_; }
+
+    // ---- time ------------------------------------------------------------------------------------------------------
+
+    // The peer has shown that it lives: it sent bytes, or took some of a backlog.
+    void alive(Time now) {
+        alive_ = now;
+        ping_sent_ = false;
+    }
+
+    // When tick() has something to do; Time::max() for never. A message moves it later without a call.
+    Time deadline() const {
+        if (state_ == State::closing) return after(closing_since_, limits_->closing_timeout);
+        if (state_ != State::open || limits_->ping_interval == Duration::zero()) return Time::max();
+        return ping_sent_ ? after(ping_time_, limits_->ping_timeout) : after(alive_, limits_->ping_interval);
+    }
+
+    void tick(Time now) {
+        if (now < deadline()) return;
+        if (state_ == State::closing) return abort(CloseCause::closing_timeout, "the peer did not answer our Close frame");
+        if (ping_sent_) return abort(CloseCause::ping_timeout, "the peer did not answer a ping");
+        append_control(Opcode::ping, {});
+        ping_sent_ = true;
+        ping_time_ = now;
+    }
+
+private:
+    // From that size on a frame that is still coming is read into its message directly.
+    static constexpr std::size_t direct_read = 16 * 1024;
+
+    static Time after(Time time, Duration timeout) { return timeout == Duration::zero() ? Time::max() : time + timeout; }
+
+    // Parses the next header. False: more bytes are needed. True with in_payload_ unset: the connection has failed.
+    bool take_header() {
+        const auto left = static_cast<std::size_t>(input_end_ - input_);
+        if (left == 0) return false;
+        // A header whose first bytes came in an earlier piece is completed in header_bytes_.
+        const std::size_t before = header_size_;
+        std::string_view bytes(input_, left);
+        if (before != 0) {
+            const std::size_t more = std::min(left, FrameHeader::max_size - before);
+            std::memcpy(header_bytes_ + before, input_, more);
+            bytes = {header_bytes_, before + more};
+        }
+        const ParsedFrame parsed = parser_.parse(bytes);
+        if (parsed.outcome == ParsedFrame::Outcome::failure) {
+            fail(parsed.failure.code, parsed.failure.reason);
+            return true;
+        }
+        if (parsed.outcome == ParsedFrame::Outcome::need_more) {
+            if (before == 0) std::memcpy(header_bytes_, input_, left);
+            header_size_ = static_cast<std::uint8_t>(bytes.size());
+            input_ = input_end_;
+            return false;
+        }
+        input_ += parsed.size - before;
+        header_size_ = 0;
+        frame_ = parsed.header;
+        frame_left_ = frame_.length;
+        in_payload_ = is_control(frame_.opcode) || begin_data_frame();
+        return true;
+    }
+
+    // The limits that a header alone can break.
+    bool begin_data_frame() {
+        if (frame_.opcode != Opcode::continuation) {
+            message_opcode_ = frame_.opcode;
+            fragments_ = 0;
+            utf8_.reset();
+        }
+        if (++fragments_ > limits_->max_fragments) {
+            fail(CloseCode::policy_violation, "message has more than " + std::to_string(limits_->max_fragments) + " fragments");
+            return false;
+        }
+        if (frame_.length > limits_->max_message_size || message_.size() + frame_.length > limits_->max_message_size) {
+            fail(CloseCode::message_too_big, "message is larger than " + std::to_string(limits_->max_message_size) + " bytes");
+            return false;
+        }
+        return true;
+    }
+
+    // Unmasks the next part of the payload where it lies, and takes it from the input.
+    std::string_view take_payload() {
+        const auto size =
+            static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, static_cast<std::uint64_t>(input_end_ - input_)));
+        if (frame_.masked && size != 0)
+            apply_mask(input_, size, frame_.mask, static_cast<std::size_t>((frame_.length - frame_left_) % 4));
+        const std::string_view part(input_, size);
+        input_ += size;
+        frame_left_ -= size;
+        if (frame_left_ == 0) in_payload_ = false;
+        return part;
+    }
+
+    Event take_data(bool whole) {
+        const bool text = message_opcode_ == Opcode::text;
+        const bool alone = whole && frame_.fin && fragments_ == 1 && frame_left_ == frame_.length;
+        const std::string_view part = take_payload();
+        if (text && !utf8_.feed(part.data(), part.size())) return invalid_text();
+        // A frame that is a whole message is handed on where it lies; any other part is collected.
+        if (!alone) {
+            if (part.data() == message_.end() && part.size() <= message_.room()) message_.advance(part.size());
+            else message_.append(part);
+        }
+        if (in_payload_ || !frame_.fin) return {};
+        if (text && !utf8_.complete()) return invalid_text();
+        delivered_ = !alone;
+        // RFC 6455 1.4: after a Close frame of ours, what still comes is of no interest to the application.
+        if (state_ != State::open) return {};
+        return {Event::Kind::message, Message(alone ? part : message_.view(), message_opcode_)};
+    }
+    Event invalid_text() {
+        fail(CloseCode::invalid_payload, "text is not UTF-8");
+        return {};
+    }
+
+    Event take_control() {
+        std::string_view payload = take_payload();
+        if (in_payload_ || !control_.empty()) {
+            control_.append(payload);
+            if (in_payload_) return {};
+            spent_control_ = std::exchange(control_, std::string());
+            payload = spent_control_;
+        }
+        if (frame_.opcode == Opcode::close) {
+            take_close(payload);
+            return {};
+        }
+        if (!control_allowed()) {
+            fail(CloseCode::policy_violation, "too many control frames");
+            return {};
+        }
+        const Message message(payload, frame_.opcode);
+        if (frame_.opcode == Opcode::pong) return {Event::Kind::pong, message};
+        answer_ping(payload);
+        return {Event::Kind::ping, message};
+    }
+
+    // RFC 6455 5.5.3: "If an endpoint receives a Ping frame and has not yet sent Pong frame(s) in response to previous
+    // Ping frame(s), the endpoint MAY elect to send a Pong frame for only the most recently processed Ping frame."
+    void answer_ping(std::string_view payload) {
+        if (!blocked_) {
+            append_control(Opcode::pong, payload);
+            return;
+        }
+        waiting_pong_ = payload;
+        pong_waits_ = true;
+    }
+
+    // A bucket of control_frames_burst tokens that fills with control_frames_per_second.
+    bool control_allowed() {
+        if (limits_->control_frames_per_second == 0) return true;
+        const auto elapsed = std::chrono::duration<float>(alive_ - control_time_).count();
+        control_time_ = alive_;
+        control_tokens_ = std::min(static_cast<float>(limits_->control_frames_burst),
+                                   control_tokens_ + elapsed * static_cast<float>(limits_->control_frames_per_second));
+        control_tokens_ -= 1;
+        return control_tokens_ >= 0;
+    }
+
+    // RFC 6455 5.5.1, 7.1.5, 7.1.6.
+    void take_close(std::string_view payload) {
+        if (payload.size() == 1) return fail(CloseCode::protocol_error, "Close frame with a body of one byte");
+        CloseCode code = CloseCode::no_status;
+        std::string_view reason;
+        if (!payload.empty()) {
+            code = static_cast<CloseCode>(static_cast<unsigned char>(payload[0]) << 8 | static_cast<unsigned char>(payload[1]));
+            reason = payload.substr(2);
+            if (!legal_on_wire(code)) return fail(CloseCode::protocol_error, "Close frame with an illegal code");
+            if (!valid_utf8(reason)) return fail(CloseCode::invalid_payload, "Close frame with a reason that is not UTF-8");
+        }
+        // "When sending a Close frame in response, the endpoint typically echos the status code it received."
+        if (state_ == State::open) append_close(code, {});
+        end(state_ == State::closing ? cause_ : CloseCause::peer, code, reason);
+    }
+
+    void end(CloseCause cause, CloseCode code, std::string_view reason) {
+        state_ = State::closed;
+        cause_ = cause;
+        close_code_ = code;
+        close_reason_ = reason;
+        pong_waits_ = false;
+        in_payload_ = false;
+        input_ = input_end_ = nullptr;
+        kept_.release();
+    }
+
+    bool accept(std::size_t size) const { return state_ == State::open && !overflows(size); }
+
+    WriteStatus refused() {
+        if (state_ != State::open) return WriteStatus::closed;
+        if (limits_->backlog_policy == BacklogPolicy::drop) {
+            ++dropped_;
+            return WriteStatus::dropped;
+        }
+        fail(CloseCode::policy_violation, "the peer reads too slowly", CloseCause::backlog);
+        return WriteStatus::closed;
+    }
+
+    WriteStatus append(Slice slice) {
+        output_.append(std::move(slice));
+        return blocked_ ? WriteStatus::queued : WriteStatus::sent;
+    }
+
+    WriteStatus append_control(Opcode opcode, std::string_view payload) {
+        return append(masks_ == nullptr ? EncodedFrame(*arena_, opcode, payload).slice()
+                                        : encode_masked(*arena_, opcode, payload, masks_()));
+    }
+
+    void append_close(CloseCode code, std::string_view reason) {
+        std::string body;
+        if (code != CloseCode::no_status) {
+            body += static_cast<char>(number(code) >> 8);
+            body += static_cast<char>(number(code) & 0xFF);
+            body += reason;
+        }
+        append_control(Opcode::close, body);
+    }
+
+    const Limits* limits_ = nullptr;
+    SendArena* arena_ = nullptr;
+    MaskSource masks_ = nullptr;  // set for a client
+
+    State state_ = State::connecting;
+    CloseCause cause_ = CloseCause::none;
+    CloseCode close_code_ = CloseCode::no_status;
+    bool abort_ = false;
+    bool close_reported_ = false;
+    std::string close_reason_;
+
+    // Input: what is given, the frame that is being read, the message that it belongs to.
+    char* input_ = nullptr;
+    char* input_end_ = nullptr;
+    FrameParser parser_;
+    std::uint8_t header_size_ = 0;
+    char header_bytes_[FrameHeader::max_size];
+    bool in_payload_ = false;
+    bool delivered_ = false;  // message_ was handed out and is to be released
+    Opcode message_opcode_ = Opcode::text;
+    FrameHeader frame_;
+    std::uint64_t frame_left_ = 0;
+    std::size_t fragments_ = 0;
+    Utf8Validator utf8_;
+    Bytes message_;
+    std::string control_;        // the beginning of a control frame's payload
+    std::string spent_control_;  // one that was handed out
+    Bytes kept_;                 // input that keep_input() put aside
+    Bytes spent_;                // and that is being read again
+
+    // Output.
+    SendQueue output_;
+    bool blocked_ = false;
+    bool pong_waits_ = false;
+    bool ping_sent_ = false;
+    std::string waiting_pong_;
+    std::uint64_t dropped_ = 0;
+
+    // Time.
+    Time alive_{};
+    Time ping_time_{};
+    Time closing_since_{};
+    Time control_time_{};
+    float control_tokens_ = 0;
+};
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 8  Handler
+//
+// WebSocketHandler: the verbs that a user overrides and calls, and HandlerRef, which outlives it. A handler appends to
+// its connection's queue and tells its host; it knows nothing of sockets, of loops or of when the output leaves.
+// ====================================================================================================================
+
+#include <cassert>
+#include <functional>
+#include <memory>
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+class Loop;
+class Room;
+class Rooms;
+class Server;
+class WebSocketHandler;
+struct HandlerCore;
+
+// Where any thread may leave work for the loop's thread. False: the loop is gone, and the work will not be done.
+class Mailbox {
+public:
+    virtual ~Mailbox() = default;
+    virtual bool post(std::function<void()> work) = 0;
+};
+
+// What a handler needs of the server that owns it; § 13 implements it.
+class HandlerHost {
+public:
+    // The handler has output, or its connection has changed its state: to be seen to at the end of the turn.
+    virtual void attend(HandlerCore& core) = 0;
+    // Offers what is queued to the kernel now.
+    virtual void flush_now(HandlerCore& core) = 0;
+    virtual void set_nodelay(HandlerCore& core, bool on) = 0;
+    virtual bool origin_allowed(std::string_view origin, const Request& request) const = 0;
+    virtual Time now() const = 0;
+    virtual bool on_loop_thread() const = 0;
+    virtual Rooms& rooms() = 0;
+    virtual Loop& loop() = 0;
+    virtual Server& server() = 0;
+    virtual std::shared_ptr<Mailbox> mailbox() = 0;
+
+protected:
+    ~HandlerHost() = default;
+};
+
+// A weak reference to a handler, for any thread to keep. What is done through one whose handler is gone is a no-op;
+// each call answers whether the work was accepted, which is false once the server itself is gone.
+class HandlerRef {
+public:
+    HandlerRef() = default;
+
+    // Runs work(handler) on the loop's thread, if the handler still lives then.
+    bool post(std::function<void(WebSocketHandler&)> work) const {
+        if (!mailbox_) return false;
+        return mailbox_->post([cell = cell_, work = std::move(work)] {
+            if (cell->handler != nullptr) work(*cell->handler);
+        });
+    }
+    inline bool write_message(std::string payload, Opcode opcode = Opcode::text) const;
+    inline bool close(CloseCode code = CloseCode::normal, std::string reason = {}) const;
+
+    // The handler, or null where it is gone. Only on the loop's thread.
+    WebSocketHandler* get() const { return cell_ ? cell_->handler : nullptr; }
+
+private:
+    friend class WebSocketHandler;
+    friend class HandlerAccess;
+
+    struct Cell {
+        WebSocketHandler* handler;  // read and written on the loop's thread alone
+    };
+
+    std::shared_ptr<Mailbox> mailbox_;
+    std::shared_ptr<Cell> cell_;
+};
+
+// What the server and the rooms keep for a handler.
+struct HandlerCore {
+    struct Membership {
+        Room* room;
+        std::size_t index;  // of the handler among the room's members
+    };
+
+    HandlerHost* host = nullptr;
+    void* session = nullptr;  // the host's
+    bool attended = false;    // attend() was called in this turn
+    std::uint64_t messages_sent = 0;
+    Connection connection;
+    Request request;
+    std::string remote_address;
+    std::string subprotocol;
+    std::vector<Membership> rooms;
+    HandlerRef ref;
+};
+
+// One WebSocket connection. The server makes one for each request that its route matches, calls prepare(),
+// check_origin() and select_subprotocol() before the 101, then open(), and after on_close() destroys it.
+class WebSocketHandler {
+public:
+    WebSocketHandler() = default;
+    WebSocketHandler(const WebSocketHandler&) = delete;
+    WebSocketHandler& operator=(const WebSocketHandler&) = delete;
+    virtual ~WebSocketHandler() = default;
+
+    // ---- to be overridden ------------------------------------------------------------------------------------------
+
+    // Before the 101: an answer here refuses the handshake (401, 403, a redirect).
+    virtual std::optional<Response> prepare(const Request&) { return std::nullopt; }
+    // Whether a page of this origin may connect; asked only where the request has an Origin header. Default: a page
+    // from the host that it connects to, or one of Server::allow_origins(). False is a 403.
+    virtual bool check_origin(std::string_view origin) { return core_.host->origin_allowed(origin, request()); }
+    // One of the subprotocols that the client offers, or nothing. What was not offered is not sent (RFC 6455 4.2.2).
+    virtual std::string select_subprotocol(const std::vector<std::string_view>& offered) {
+        static_cast<void>(offered);
+        return {};
+    }
+    // open() and on_close() come exactly once each for a connection that got its 101, also where open() throws.
+    virtual void open() {}
+    virtual void on_message(const Message& message) = 0;
+    // The room has already forgotten this handler; rooms() still names what it was in.
+    virtual void on_close() {}
+    virtual void on_ping(std::string_view payload) { static_cast<void>(payload); }  // the pong is already on its way
+    virtual void on_pong(std::string_view payload) { static_cast<void>(payload); }
+    // The backlog had passed half of Limits::max_backlog and has fallen under it again.
+    virtual void on_drain() {}
+
+    // ---- to be called, on the loop's thread ------------------------------------------------------------------------
+
+    // Queues a message; it leaves at the end of the loop's turn. Never throws for the peer's sake: see WriteStatus. A
+    // text that is not UTF-8 is an Error (RFC 6455 8.1: the peer would have to fail the connection).
+    WriteStatus write_message(std::string_view payload, Opcode opcode = Opcode::text) {
+        check_payload("write_message", payload, opcode);
+        return write_data(payload.size(), [&](Connection& connection) { return connection.send(opcode, payload); });
+    }
+    // A message as it came in; not checked again.
+    WriteStatus write_message(const Message& message) {
+        return write_data(message.size(), [&](Connection& c) { return c.send(message.opcode(), message.data()); });
+    }
+    // One that is encoded already, to be shared by many.
+    WriteStatus write_message(const EncodedFrame& frame) {
+        return write_data(frame.size(), [&](Connection& connection) { return connection.send(frame); });
+    }
+    WriteStatus write_json(const Json& value) { return write_message(value.dump()); }
+    // Any object with .dump(), as nlohmann::json.
+    template <class Object>
+    auto write_json(const Object& object) -> decltype(std::string_view(object.dump()), WriteStatus()) {
+        return write_message(std::string_view(object.dump()));
+    }
+
+    // At most 125 bytes (RFC 6455 5.5), else an Error.
+    WriteStatus ping(std::string_view payload = {}) {
+        return write([&](Connection& connection) { return connection.send_control(Opcode::ping, payload); });
+    }
+    // Starts the closing handshake; on_close() comes when the peer has answered, or Limits::closing_timeout later. An
+    // illegal code (RFC 6455 7.4), a reason over 123 bytes or one that is not UTF-8 is an Error.
+    void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) {
+        Connection::check_close(code, reason);
+        write([&](Connection& connection) {
+            if (connection.is_open()) connection.close(code, reason, core_.host->now());
+            return WriteStatus::closed;
+        });
+    }
+    void close(int code, std::string_view reason = {}) {
+        if (code < 0 || code > 0xFFFF) throw Error("close: " + std::to_string(code) + " is not a code that may be sent");
+        close(static_cast<CloseCode>(code), reason);
+    }
+
+    // What the peer's Close frame said, or why we failed the connection; CloseCode::no_status until it is closed.
+    CloseCode close_code() const { return core_.connection.close_code(); }
+    const std::string& close_reason() const { return core_.connection.close_reason(); }
+    CloseCause close_cause() const { return core_.connection.close_cause(); }
+    bool is_open() const { return core_.connection.is_open(); }
+
+    // The request of the opening handshake; lives as long as the handler.
+    const Request& request() const { return core_.request; }
+    // The client's address as text, "127.0.0.1" or "::1" or "unix"; behind a trusted proxy the one that it names.
+    const std::string& remote_address() const { return core_.remote_address; }
+    const std::string& selected_subprotocol() const { return core_.subprotocol; }
+
+    // The room of that name; it is made by being named, and gone at the end of a turn in which it is empty.
+    inline Room& room(std::string_view name);
+    // The rooms that this handler is in.
+    inline std::vector<Room*> rooms() const;
+
+    // Bytes that are queued and that the kernel has not taken yet.
+    std::size_t buffered_amount() const { return core_.connection.output().size(); }
+    // Messages that BacklogPolicy::drop has dropped.
+    std::uint64_t dropped_messages() const { return core_.connection.dropped_messages(); }
+    // TCP_NODELAY; on by default.
+    void set_nodelay(bool on) {
+        if (core_.host != nullptr) core_.host->set_nodelay(core_, on);
+    }
+
+    // A reference for other threads and for later. Not before prepare().
+    HandlerRef ref() {
+        if (core_.ref.cell_ == nullptr && core_.host != nullptr) {
+            core_.ref.cell_ = std::make_shared<HandlerRef::Cell>(HandlerRef::Cell{this});
+            core_.ref.mailbox_ = core_.host->mailbox();
+        }
+        return core_.ref;
+    }
+    // For timers and post(). Not before prepare().
+    Loop& loop() { return core_.host->loop(); }
+    Server& server() { return core_.host->server(); }
+
+private:
+    friend class HandlerAccess;
+
+    static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
+        if (opcode != Opcode::text && opcode != Opcode::binary)
+            throw Error(std::string(call) + ": the opcode is neither text nor binary");
+        if (opcode == Opcode::text && !valid_utf8(payload))
+            throw Error(std::string(call) + ": the text is not UTF-8; send it as Opcode::binary");
+    }
+
+    template <class Send>
+    WriteStatus write(Send&& send) {
+        if (core_.host == nullptr) return WriteStatus::closed;
+        assert(core_.host->on_loop_thread() && "a handler belongs to the loop's thread: use ref()");
+        const WriteStatus status = send(core_.connection);
+        if (!core_.attended) core_.host->attend(core_);
+        return status;
+    }
+    template <class Send>
+    WriteStatus write_data(std::size_t size, Send&& send) {
+        return write([&](Connection& connection) {
+            // Before a limit is held against the peer, the kernel may take what this turn has queued.
+            if (connection.is_open() && connection.overflows(size)) core_.host->flush_now(core_);
+            const WriteStatus status = send(connection);
+            if (status == WriteStatus::sent || status == WriteStatus::queued) ++core_.messages_sent;
+            return status;
+        });
+    }
+
+    HandlerCore core_;
+};
+
+// The one door to what a handler keeps inside, for the sections that need it.
+class HandlerAccess {
+public:
+    static HandlerCore& core(WebSocketHandler& handler) { return handler.core_; }
+    static const HandlerCore& core(const WebSocketHandler& handler) { return handler.core_; }
+    static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
+        WebSocketHandler::check_payload(call, payload, opcode);
+    }
+    // The handler is about to be destroyed: what refers to it finds nothing from now on.
+    static void forget(WebSocketHandler& handler) {
+        if (handler.core_.ref.cell_) handler.core_.ref.cell_->handler = nullptr;
+    }
+};
+
+inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const {
+    HandlerAccess::check_payload("HandlerRef::write_message", payload, opcode);
+    return post([payload = std::move(payload), opcode](WebSocketHandler& handler) {
+        handler.write_message(Message(payload, opcode));
+    });
+}
+
+inline bool HandlerRef::close(CloseCode code, std::string reason) const {
+    Connection::check_close(code, reason);
+    return post([code, reason = std::move(reason)](WebSocketHandler& handler) { handler.close(code, reason); });
+}
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 9  Rooms
+//
+// Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
+// nothing of what members say to one another.
+// ====================================================================================================================
+
+#include <unordered_map>
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+class Room {
+public:
+    // Iterates over the members at the time of begin(), leaving out who leaves in the meantime; so the body of a loop
+    // may close, join and leave as it likes.
+    class Iterator {
+    public:
+        explicit Iterator(const Room& room) : room_(&room), members_(room.members_) { skip(); }
+        WebSocketHandler& operator*() const { return *members_[at_]; }
+        WebSocketHandler* operator->() const { return members_[at_]; }
+        Iterator& operator++() {
+            ++at_;
+            skip();
+            return *this;
+        }
+        friend bool operator!=(const Iterator& it, std::nullptr_t) { return it.at_ != it.members_.size(); }
+
+    private:
+        void skip() {
+            while (at_ != members_.size() && !room_->has(*members_[at_])) ++at_;
+        }
+        const Room* room_;
+        std::vector<WebSocketHandler*> members_;
+        std::size_t at_ = 0;
+    };
+
+    explicit Room(std::string name, Rooms& rooms) : name_(std::move(name)), rooms_(rooms) {}
+    Room(const Room&) = delete;
+    Room& operator=(const Room&) = delete;
+
+    const std::string& name() const { return name_; }
+    std::size_t size() const { return members_.size(); }
+    bool empty() const { return members_.empty(); }
+    bool has(const WebSocketHandler& handler) const { return membership(handler) != nullptr; }
+    Iterator begin() const { return Iterator(*this); }
+    std::nullptr_t end() const { return nullptr; }
+
+    // False where it is a member already or its connection is not open. A member leaves by itself when its connection
+    // ends.
+    bool join(WebSocketHandler& handler) {
+        if (!handler.is_open() || has(handler)) return false;
+        HandlerAccess::core(handler).rooms.push_back({this, members_.size()});
+        members_.push_back(&handler);
+        return true;
+    }
+    // False where it is not a member.
+    inline bool leave(WebSocketHandler& handler);
+
+    // Sends to every member whose connection is open, but not to `except`; returns to how many it was sent or queued.
+    // What each backlog policy dropped is counted at the member.
+    std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
+    std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr, Opcode opcode = Opcode::text) {
+        HandlerAccess::check_payload("broadcast", payload, opcode);
+        return broadcast(Message(payload, opcode), except);
+    }
+    std::size_t broadcast_json(const Json& value, const WebSocketHandler* except = nullptr) {
+        return broadcast(Message(value.dump()), except);
+    }
+    std::size_t broadcast(const EncodedFrame& frame, const WebSocketHandler* except = nullptr) {
+        std::size_t reached = 0;
+        for (WebSocketHandler* member : members_) {
+            if (member == except) continue;
+            const WriteStatus status = member->write_message(frame);
+            if (status == WriteStatus::sent || status == WriteStatus::queued) ++reached;
+        }
+        return reached;
+    }
+
+private:
+    friend class Rooms;
+
+    const HandlerCore::Membership* membership(const WebSocketHandler& handler) const {
+        for (const auto& membership : HandlerAccess::core(handler).rooms)
+            if (membership.room == this)
+                return membership.index < members_.size() && members_[membership.index] == &handler ? &membership : nullptr;
+        return nullptr;
+    }
+    // The last member takes the place of the one that goes.
+    void remove_at(std::size_t index) {
+        members_[index] = members_.back();
+        members_.pop_back();
+        if (index == members_.size()) return;
+        for (auto& membership : HandlerAccess::core(*members_[index]).rooms)
+            if (membership.room == this) membership.index = index;
+    }
+
+    std::string name_;
+    Rooms& rooms_;
+    std::vector<WebSocketHandler*> members_;
+    bool to_prune_ = false;
+};
+
+// All rooms of a server, by name.
+class Rooms {
+public:
+    explicit Rooms(SendArena& arena) : arena_(arena) {}
+    Rooms(const Rooms&) = delete;
+    Rooms& operator=(const Rooms&) = delete;
+
+    Room& operator[](std::string_view name) {
+        const auto found = rooms_.find(name);
+        if (found != rooms_.end()) return *found->second;
+        auto room = std::make_unique<Room>(std::string(name), *this);
+        Room& made = *room;
+        rooms_.emplace(std::string_view(made.name()), std::move(room));
+        may_be_empty(made);
+        return made;
+    }
+    // Null where nobody is in such a room.
+    Room* find(std::string_view name) const {
+        const auto found = rooms_.find(name);
+        return found == rooms_.end() || found->second->empty() ? nullptr : found->second.get();
+    }
+    std::size_t size() const { return rooms_.size(); }
+    // In no order.
+    std::vector<std::string> names() const {
+        std::vector<std::string> result;
+        for (const auto& entry : rooms_) result.push_back(entry.second->name());
+        return result;
+    }
+    SendArena& arena() { return arena_; }
+
+    // A connection has ended: no room has it as a member any more. The handler's own list stays for its on_close().
+    void forget(WebSocketHandler& handler) {
+        for (const auto& membership : HandlerAccess::core(handler).rooms) {
+            membership.room->remove_at(membership.index);
+            may_be_empty(*membership.room);
+        }
+    }
+    // Drops empty rooms; called at the end of each turn.
+    void prune() {
+        for (Room* room : to_prune_) {
+            room->to_prune_ = false;
+            if (room->empty()) rooms_.erase(rooms_.find(room->name()));
+        }
+        to_prune_.clear();
+    }
+
+private:
+    friend class Room;
+
+    void may_be_empty(Room& room) {
+        if (std::exchange(room.to_prune_, true)) return;
+        to_prune_.push_back(&room);
+    }
+
+    SendArena& arena_;
+    std::unordered_map<std::string_view, std::unique_ptr<Room>> rooms_;  // a key is its room's own name
+    std::vector<Room*> to_prune_;
+};
+
+inline bool Room::leave(WebSocketHandler& handler) {
+    const HandlerCore::Membership* membership = this->membership(handler);
+    if (membership == nullptr) return false;
+    remove_at(membership->index);
+    auto& rooms = HandlerAccess::core(handler).rooms;
+    rooms.erase(rooms.begin() + (membership - rooms.data()));
+    if (empty()) rooms_.may_be_empty(*this);
+    return true;
+}
+
+inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
+    if (empty()) return 0;
+    return broadcast(EncodedFrame(rooms_.arena(), message.opcode(), message.data()), except);
+}
+
+inline Room& WebSocketHandler::room(std::string_view name) { return core_.host->rooms()[name]; }
+
+inline std::vector<Room*> WebSocketHandler::rooms() const {
+    std::vector<Room*> result;
+    for (const auto& membership : core_.rooms) result.push_back(membership.room);
+    return result;
+}
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 10  Sockets
+//
+// Addresses, sockets that never block, and the poller: one small contract over epoll, kqueue and poll. The first
+// section that includes an OS header, and the one place where systems differ. Knows nothing of what the bytes mean.
+// ====================================================================================================================
+
+#include <cerrno>
+#include <cstdlib>
+#include <system_error>
+
+#if defined(_WIN32)
+#ifndef NOMINMAX
+#define NOMINMAX
+#define WSCHAT_UNDEF_NOMINMAX
+#endif
+#include <winsock2.h>
+// winsock2.h stands before what includes windows.h.
+#include <fcntl.h>
+#include <io.h>
+#include <sys/stat.h>
+#include <windows.h>
+#include <ws2tcpip.h>
+#ifdef WSCHAT_UNDEF_NOMINMAX
+#undef NOMINMAX
+#undef WSCHAT_UNDEF_NOMINMAX
+#endif
+#else
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <unistd.h>
+#if defined(__linux__)
+#include <sys/epoll.h>
+#elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || defined(__DragonFly__)
+#include <sys/event.h>
+#endif
+#if defined(__APPLE__)
+#include <mach-o/dyld.h>
+#endif
+#endif
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+// What a call of the system is named and does differently from one to the other.
+namespace os {
+
+#if defined(_WIN32)
+
+using Descriptor = SOCKET;
+using Pollfd = WSAPOLLFD;
+constexpr Descriptor no_descriptor = INVALID_SOCKET;
+
+struct Startup {
+    Startup() {
+        WSADATA data;
+        WSAStartup(MAKEWORD(2, 2), &data);
+    }
+};
+inline void start() { static const Startup startup; }
+inline int last_error() { return WSAGetLastError(); }
+inline bool would_block(int error) { return error == WSAEWOULDBLOCK; }
+inline bool interrupted(int) { return false; }
+inline bool out_of_descriptors(int error) { return error == WSAEMFILE || error == WSAENOBUFS; }
+inline void close(Descriptor descriptor) { ::closesocket(descriptor); }
+inline bool make_nonblocking(Descriptor descriptor) {
+    u_long on = 1;
+    return ::ioctlsocket(descriptor, static_cast<long>(FIONBIO), &on) == 0;
+}
+inline Descriptor open_socket(int family) {
+    start();
+    const Descriptor descriptor = ::socket(family, SOCK_STREAM, 0);
+    if (descriptor != no_descriptor) make_nonblocking(descriptor);
+    return descriptor;
+}
+inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size) {
+    const Descriptor descriptor = ::accept(listener, address, size);
+    if (descriptor != no_descriptor) make_nonblocking(descriptor);
+    return descriptor;
+}
+inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
+    if (count == 0) return ::Sleep(timeout_ms < 0 ? INFINITE : static_cast<DWORD>(timeout_ms)), 0;
+    return ::WSAPoll(entries, static_cast<ULONG>(count), timeout_ms);
+}
+inline std::ptrdiff_t receive(Descriptor descriptor, char* data, std::size_t size) {
+    return ::recv(descriptor, data, static_cast<int>((std::min)(size, std::size_t{1} << 30)), 0);
+}
+inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
+    WSABUF buffers[64];
+    for (std::size_t i = 0; i < count; ++i)
+        buffers[i] = {static_cast<ULONG>(pieces[i].size()), const_cast<char*>(pieces[i].data())};
+    DWORD sent = 0;
+    return ::WSASend(descriptor, buffers, static_cast<DWORD>(count), &sent, 0, nullptr, nullptr) == 0
+               ? static_cast<std::ptrdiff_t>(sent)
+               : -1;
+}
+inline void shutdown_send(Descriptor descriptor) { ::shutdown(descriptor, SD_SEND); }
+inline std::size_t descriptor_limit() { return 16384; }
+
+using FileStatus = struct _stat64;
+inline int open_file(const char* path) { return ::_open(path, _O_RDONLY | _O_BINARY | _O_NOINHERIT); }
+inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) {
+    return ::_read(file, data, static_cast<unsigned>((std::min)(size, std::size_t{1} << 30)));
+}
+inline void close_file(int file) { ::_close(file); }
+inline bool file_status(int file, FileStatus& status) { return ::_fstat64(file, &status) == 0; }
+inline bool regular(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFREG; }
+inline std::int64_t modified_ns(const FileStatus& status) { return std::int64_t{status.st_mtime} * 1'000'000'000; }
+// Names are checked before: no way up, no device, no stream.
+inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names) {
+    std::string path = root;
+    for (const std::string& name : names) path += "\\" + name;
+    return open_file(path.c_str());
+}
+inline std::string absolute_path(const std::string& path) {
+    char resolved[_MAX_PATH];
+    return ::_fullpath(resolved, path.c_str(), sizeof resolved) != nullptr ? resolved : path;
+}
+inline std::string executable_path() {
+    char path[MAX_PATH];
+    const DWORD size = ::GetModuleFileNameA(nullptr, path, sizeof path);
+    return std::string(path, size);
+}
+
+#else
+
+using Descriptor = int;
+using Pollfd = pollfd;
+constexpr Descriptor no_descriptor = -1;
+
+inline int last_error() { return errno; }
+inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
+inline bool interrupted(int error) { return error == EINTR; }
+inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
+inline void close(Descriptor descriptor) { ::close(descriptor); }
+inline bool make_nonblocking(Descriptor descriptor) {
+    return ::fcntl(descriptor, F_SETFL, O_NONBLOCK) == 0 && ::fcntl(descriptor, F_SETFD, FD_CLOEXEC) == 0;
+}
+// Everything is close-on-exec, so that a child process keeps no connection open.
+#if defined(SOCK_CLOEXEC) && defined(SOCK_NONBLOCK)
+inline Descriptor open_socket(int family) { return ::socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0); }
+inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size) {
+    return ::accept4(listener, address, size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+}
+inline int open_pipe(int (&ends)[2]) { return ::pipe2(ends, O_NONBLOCK | O_CLOEXEC); }
+#else
+inline Descriptor open_socket(int family) {
+    const Descriptor descriptor = ::socket(family, SOCK_STREAM, 0);
+    if (descriptor >= 0) make_nonblocking(descriptor);
+    return descriptor;
+}
+inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size) {
+    const Descriptor descriptor = ::accept(listener, address, size);
+    if (descriptor >= 0) make_nonblocking(descriptor);
+#if defined(SO_NOSIGPIPE)
+    const int on = 1;
+    if (descriptor >= 0) ::setsockopt(descriptor, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+#endif
+    return descriptor;
+}
+inline int open_pipe(int (&ends)[2]) {
+    if (::pipe(ends) != 0) return -1;
+    return make_nonblocking(ends[0]) && make_nonblocking(ends[1]) ? 0 : -1;
+}
+#endif
+inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
+    return ::poll(entries, static_cast<nfds_t>(count), timeout_ms);
+}
+inline std::ptrdiff_t receive(Descriptor descriptor, char* data, std::size_t size) {
+    return ::recv(descriptor, data, size, 0);
+}
+// SIGPIPE is never raised: by a flag here, or by SO_NOSIGPIPE where there is no such flag.
+inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
+#if defined(MSG_NOSIGNAL)
+    constexpr int flags = MSG_NOSIGNAL;
+#else
+    constexpr int flags = 0;
+#endif
+    if (count == 1) return ::send(descriptor, pieces[0].data(), pieces[0].size(), flags);
+    iovec vectors[64];
+    for (std::size_t i = 0; i < count; ++i) vectors[i] = {const_cast<char*>(pieces[i].data()), pieces[i].size()};
+    msghdr message{};
+    message.msg_iov = vectors;
+    message.msg_iovlen = static_cast<decltype(message.msg_iovlen)>(count);
+    return ::sendmsg(descriptor, &message, flags);
+}
+inline void shutdown_send(Descriptor descriptor) { ::shutdown(descriptor, SHUT_WR); }
+inline std::size_t descriptor_limit() {
+    rlimit limit{};
+    if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return 1024 * 1024;
+    return static_cast<std::size_t>(limit.rlim_cur);
+}
+
+using FileStatus = struct stat;
+// A pipe or a device does not make it wait.
+constexpr int open_file_flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+inline int open_file(const char* path) { return ::open(path, open_file_flags); }
+inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) { return ::read(file, data, size); }
+inline void close_file(int file) { ::close(file); }
+inline bool file_status(int file, FileStatus& status) { return ::fstat(file, &status) == 0; }
+inline bool regular(const FileStatus& status) { return S_ISREG(status.st_mode); }
+inline std::int64_t modified_ns(const FileStatus& status) {
+#if defined(__APPLE__)
+    const timespec modified = status.st_mtimespec;
+#else
+    const timespec modified = status.st_mtim;
+#endif
+    return std::int64_t{modified.tv_sec} * 1'000'000'000 + modified.tv_nsec;
+}
+// Step by step and following no symbolic link, so that nothing outside of the root can be reached.
+inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names) {
+    int folder = ::open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    for (std::size_t i = 0; folder >= 0 && i < names.size(); ++i) {
+        const bool last = i + 1 == names.size();
+        const int next = ::openat(folder, names[i].c_str(), O_NOFOLLOW | (last ? open_file_flags : O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+        const int error = errno;
+        ::close(folder);
+        errno = error;
+        folder = next;
+    }
+    return folder;
+}
+inline std::string absolute_path(const std::string& path) {
+    const std::unique_ptr<char, void (*)(void*)> resolved(::realpath(path.c_str(), nullptr), &std::free);
+    return resolved ? resolved.get() : path;
+}
+inline std::string executable_path() {
+#if defined(__APPLE__)
+    char path[4096];
+    std::uint32_t size = sizeof path;
+    return ::_NSGetExecutablePath(path, &size) == 0 ? absolute_path(path) : std::string();
+#else
+    const std::string link = "/proc/self/exe";
+    const std::string path = absolute_path(link);
+    return path == link ? std::string() : path;
+#endif
+}
+
+#endif
+
+inline const char* error_name(int error) {
+    switch (error) {
+        case EACCES: return "EACCES";
+        case EADDRINUSE: return "EADDRINUSE";
+        case EADDRNOTAVAIL: return "EADDRNOTAVAIL";
+        case EAFNOSUPPORT: return "EAFNOSUPPORT";
+        case ECONNABORTED: return "ECONNABORTED";
+        case ECONNRESET: return "ECONNRESET";
+        case EINVAL: return "EINVAL";
+        case EISDIR: return "EISDIR";
+        case EMFILE: return "EMFILE";
+        case ENFILE: return "ENFILE";
+        case ENOBUFS: return "ENOBUFS";
+        case ENOENT: return "ENOENT";
+        case ENOMEM: return "ENOMEM";
+        case ENOTDIR: return "ENOTDIR";
+        case EPERM: return "EPERM";
+        case EPIPE: return "EPIPE";
+        case ETIMEDOUT: return "ETIMEDOUT";
+        default: return nullptr;
+    }
+}
+
+// "Address already in use (EADDRINUSE)"
+inline std::string error_text(int error) {
+    const char* name = error_name(error);
+    return std::system_category().message(error) + " (" + (name != nullptr ? name : std::to_string(error)) + ")";
+}
+
+}  // namespace os
+
+// An IPv4 or IPv6 address, or that of a Unix socket, which has none. IPv4 is kept as IPv4 also where it came mapped
+// into IPv6 (RFC 4291 2.5.5.2).
+class IpAddress {
+public:
+    enum class Family : std::uint8_t { unix_socket, ipv4, ipv6 };
+
+    IpAddress() = default;
+    explicit IpAddress(const sockaddr_storage& address) {
+        if (address.ss_family == AF_INET) {
+            sockaddr_in in;
+            std::memcpy(&in, &address, sizeof in);
+            set(Family::ipv4, &in.sin_addr);
+        } else if (address.ss_family == AF_INET6) {
+            sockaddr_in6 in6;
+            std::memcpy(&in6, &address, sizeof in6);
+            set(Family::ipv6, &in6.sin6_addr);
+        }
+    }
+    // Numeric forms only; nothing where it is not an address.
+    static std::optional<IpAddress> parse(std::string_view text) {
+        const std::string copy(text);
+        unsigned char bytes[16];
+        IpAddress address;
+        if (::inet_pton(AF_INET, copy.c_str(), bytes) == 1) address.set(Family::ipv4, bytes);
+        else if (::inet_pton(AF_INET6, copy.c_str(), bytes) == 1) address.set(Family::ipv6, bytes);
+        else return std::nullopt;
+        return address;
+    }
+
+    Family family() const { return family_; }
+    std::string to_string() const {
+        if (family_ == Family::unix_socket) return "unix";
+        char text[64] = "";
+        ::inet_ntop(family_ == Family::ipv4 ? AF_INET : AF_INET6, bytes_.data(), text, sizeof text);
+        return text;
+    }
+    // The first bits, the rest zero: what a CIDR block or a limit for each /64 goes by.
+    IpAddress prefix(unsigned bits) const {
+        IpAddress result = *this;
+        for (unsigned i = 0; i < 16; ++i) {
+            const unsigned keep = bits > i * 8 ? std::min(bits - i * 8, 8u) : 0;
+            result.bytes_[i] = static_cast<unsigned char>(result.bytes_[i] & (0xFF00u >> keep));
+        }
+        return result;
+    }
+    unsigned bits() const { return family_ == Family::ipv4 ? 32 : family_ == Family::ipv6 ? 128 : 0; }
+
+    friend bool operator==(const IpAddress& a, const IpAddress& b) { return a.family_ == b.family_ && a.bytes_ == b.bytes_; }
+    friend bool operator<(const IpAddress& a, const IpAddress& b) {
+        return a.family_ != b.family_ ? a.family_ < b.family_ : a.bytes_ < b.bytes_;
+    }
+
+private:
+    void set(Family family, const void* bytes) {
+        family_ = family;
+        std::memcpy(bytes_.data(), bytes, family == Family::ipv4 ? 4 : 16);
+        static constexpr unsigned char mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF};
+        if (family != Family::ipv6 || std::memcmp(bytes_.data(), mapped, 12) != 0) return;
+        family_ = Family::ipv4;
+        std::memmove(bytes_.data(), bytes_.data() + 12, 4);
+        std::fill(bytes_.begin() + 4, bytes_.end(), static_cast<unsigned char>(0));
+    }
+
+    Family family_ = Family::unix_socket;
+    std::array<unsigned char, 16> bytes_{};
+};
+
+// A block of addresses, "10.0.0.0/8" or a single address. "unix" stands for every Unix socket.
+class Cidr {
+public:
+    // An Error where the text is none.
+    explicit Cidr(std::string_view text) {
+        if (text == "unix") return;
+        std::string_view rest = text;
+        const auto address = IpAddress::parse(text::cut_at(rest, '/'));
+        const bool single = text.find('/') == std::string_view::npos;
+        const auto bits = text::unsigned_number(rest, address ? address->bits() : 0);
+        if (!address || (!single && !bits)) throw Error("\"" + std::string(text) + "\" is neither an address nor a CIDR block");
+        bits_ = single ? address->bits() : static_cast<unsigned>(*bits);
+        base_ = address->prefix(bits_);
+    }
+    bool contains(const IpAddress& address) const {
+        return address.family() == base_.family() && address.prefix(bits_) == base_;
+    }
+
+private:
+    IpAddress base_;
+    unsigned bits_ = 0;
+};
+
+// What a call on a socket came to.
+struct IoResult {
+    enum class Outcome : std::uint8_t { done, would_block, end, error };
+
+    Outcome outcome;
+    std::size_t size = 0;
+    int error = 0;
+};
+
+// A descriptor that is closed with its owner.
+class OwnedDescriptor {
+public:
+    OwnedDescriptor() = default;
+    explicit OwnedDescriptor(os::Descriptor descriptor) : descriptor_(descriptor) {}
+    OwnedDescriptor(OwnedDescriptor&& other) noexcept : descriptor_(std::exchange(other.descriptor_, os::no_descriptor)) {}
+    OwnedDescriptor& operator=(OwnedDescriptor&& other) noexcept {
+        std::swap(descriptor_, other.descriptor_);
+        return *this;
+    }
+    ~OwnedDescriptor() { close(); }
+
+    explicit operator bool() const { return descriptor_ != os::no_descriptor; }
+    os::Descriptor descriptor() const { return descriptor_; }
+    void close() {
+        if (*this) os::close(std::exchange(descriptor_, os::no_descriptor));
+    }
+
+private:
+    os::Descriptor descriptor_ = os::no_descriptor;
+};
+
+// A stream socket that never blocks.
+class Socket : public OwnedDescriptor {
+public:
+    using OwnedDescriptor::OwnedDescriptor;
+
+    IoResult receive(char* data, std::size_t size) { return result([&] { return os::receive(descriptor(), data, size); }); }
+
+    // Sends the pieces in order with one call of the system; at most max_pieces of them.
+    static constexpr std::size_t max_pieces = 64;
+    IoResult send(const std::string_view* pieces, std::size_t count) {
+        IoResult sent = result([&] { return os::send(descriptor(), pieces, count); });
+        if (sent.outcome == IoResult::Outcome::end) sent.outcome = IoResult::Outcome::would_block;
+        return sent;
+    }
+    // The peer reads the end of the stream; we may still read.
+    void shutdown_send() { os::shutdown_send(descriptor()); }
+    void set_nodelay(bool on) { set_option(IPPROTO_TCP, TCP_NODELAY, on ? 1 : 0); }
+    bool set_option(int level, int name, int value) {
+        return ::setsockopt(descriptor(), level, name, reinterpret_cast<const char*>(&value), sizeof value) == 0;
+    }
+
+private:
+    template <class Call>
+    static IoResult result(Call&& call) {
+        for (;;) {
+            const std::ptrdiff_t n = call();
+            if (n > 0) return {IoResult::Outcome::done, static_cast<std::size_t>(n), 0};
+            if (n == 0) return {IoResult::Outcome::end, 0, 0};
+            const int error = os::last_error();
+            if (os::interrupted(error)) continue;
+            // The kernel is short of memory for a moment: the socket is not at fault.
+            const bool later = os::would_block(error) || error == ENOBUFS || error == ENOMEM;
+            return {later ? IoResult::Outcome::would_block : IoResult::Outcome::error, 0, error};
+        }
+    }
+};
+
+// Where to listen: "8888" and "127.0.0.1:8888" (this machine only), "0.0.0.0:80", "[::1]:80", "*:80" (every address of
+// both families), "unix:/run/chat.sock".
+struct ListenAddress {
+    std::string host = "127.0.0.1";
+    int port = 0;  // 0: the system picks one
+    std::string unix_path;
+
+    // An Error where the text is none of the forms above.
+    static ListenAddress parse(std::string_view text) {
+        ListenAddress address;
+        const std::size_t colon = text.rfind(':');
+        if (text::starts_with(text, "unix:")) {
+            address.unix_path = text.substr(5);
+            if (address.unix_path.empty()) throw Error("listen " + std::string(text) + ": the path is missing");
+            return address;
+        }
+        std::string_view host = colon == std::string_view::npos ? std::string_view("127.0.0.1") : text.substr(0, colon);
+        if (host.size() >= 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+        const auto port = text::unsigned_number(colon == std::string_view::npos ? text : text.substr(colon + 1), 65535);
+        if (!port || host.empty())
+            throw Error("listen " + escape_for_log(text) + ": not an address; a port is 0-65535, as in 8888 or 127.0.0.1:8888");
+        address.host = host;
+        address.port = static_cast<int>(*port);
+        return address;
+    }
+    std::string to_string() const {
+        if (!unix_path.empty()) return "unix:" + unix_path;
+        const bool ipv6 = host.find(':') != std::string::npos;
+        return (ipv6 ? "[" + host + "]" : host) + ":" + std::to_string(port);
+    }
+};
+
+// A socket that listens. Making one is an Error where the system refuses, with the address and the cause.
+class ListenSocket {
+public:
+    ListenSocket(const ListenAddress& address, bool reuse_port) : address_(address) {
+        if (!address.unix_path.empty()) listen_unix();
+        else listen_tcp(reuse_port);
+    }
+    ListenSocket(const ListenSocket&) = delete;
+    ListenSocket& operator=(const ListenSocket&) = delete;
+    ~ListenSocket() {
+#if !defined(_WIN32)
+        if (socket_ && !address_.unix_path.empty()) ::unlink(address_.unix_path.c_str());
+#endif
+    }
+
+    // With the port that the system picked.
+    const ListenAddress& address() const { return address_; }
+    os::Descriptor descriptor() const { return socket_.descriptor(); }
+
+    // The next connection; where there is none, `error` says why.
+    Socket accept(IpAddress& peer, int& error) {
+        sockaddr_storage from{};
+        socklen_t size = sizeof from;
+        Socket accepted(os::accept(socket_.descriptor(), reinterpret_cast<sockaddr*>(&from), &size));
+        error = accepted ? 0 : os::last_error();
+        if (accepted) peer = IpAddress(from);
+#if !defined(__linux__)
+        if (accepted && address_.unix_path.empty()) accepted.set_nodelay(true);
+#endif
+        return accepted;
+    }
+
+private:
+    [[noreturn]] void fail(int error, const char* call) const {
+        std::string sentence = "listen " + address_.to_string() + ": " + os::error_text(error);
+        if (error == EADDRINUSE) sentence += ": another process has it";
+        else if (error == EACCES && address_.port != 0 && address_.port < 1024) sentence += ": ports below 1024 need permission";
+        else if (error == EADDRNOTAVAIL) sentence += ": this machine has no such address";
+        else sentence += std::string(" from ") + call;
+        throw Error(sentence);
+    }
+
+    void listen_tcp(bool reuse_port) {
+#if defined(_WIN32)
+        os::start();
+#endif
+        const bool any = address_.host == "*";
+        addrinfo hints{};
+        hints.ai_family = AF_UNSPEC;
+        hints.ai_socktype = SOCK_STREAM;
+        hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
+        addrinfo* found = nullptr;
+        const std::string service = std::to_string(address_.port);
+        const int status = ::getaddrinfo(any ? "::" : address_.host.c_str(), service.c_str(), &hints, &found);
+        if (status != 0) throw Error("listen " + address_.to_string() + ": the host is unknown: " + ::gai_strerror(status));
+        const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owned(found, [](addrinfo* list) { ::freeaddrinfo(list); });
+        socket_ = Socket(os::open_socket(found->ai_family));
+        if (!socket_ && any) {
+            // A machine without IPv6 has one family less.
+            address_.host = "0.0.0.0";
+            return listen_tcp(reuse_port);
+        }
+        if (!socket_) fail(os::last_error(), "socket");
+        if (found->ai_family == AF_INET6) socket_.set_option(IPPROTO_IPV6, IPV6_V6ONLY, any ? 0 : 1);
+#if !defined(_WIN32)
+        // On Windows it would let two processes share a port.
+        socket_.set_option(SOL_SOCKET, SO_REUSEADDR, 1);
+#endif
+#if defined(SO_REUSEPORT)
+        if (reuse_port && !socket_.set_option(SOL_SOCKET, SO_REUSEPORT, 1)) fail(os::last_error(), "setsockopt SO_REUSEPORT");
+#else
+        if (reuse_port) throw Error("listen " + address_.to_string() + ": this system has no SO_REUSEPORT");
+#endif
+        socket_.set_nodelay(true);  // Linux lets accepted sockets inherit it
+        bind_and_listen(found->ai_addr, static_cast<socklen_t>(found->ai_addrlen));
+        learn_port();
+    }
+
+    void learn_port() {
+        sockaddr_storage bound{};
+        socklen_t size = sizeof bound;
+        if (::getsockname(socket_.descriptor(), reinterpret_cast<sockaddr*>(&bound), &size) != 0) return;
+        sockaddr_in in;
+        std::memcpy(&in, &bound, sizeof in);  // the port lies at the same place in both families
+        address_.port = ntohs(in.sin_port);
+    }
+
+    void bind_and_listen(const sockaddr* address, socklen_t size) {
+        if (::bind(socket_.descriptor(), address, size) != 0) fail_closed("bind");
+        if (::listen(socket_.descriptor(), SOMAXCONN) != 0) fail_closed("listen");
+    }
+    [[noreturn]] void fail_closed(const char* call) {
+        const int error = os::last_error();
+        socket_.close();
+        fail(error, call);
+    }
+
+    void listen_unix() {
+#if defined(_WIN32)
+        throw Error("listen " + address_.to_string() + ": Unix sockets are not supported on Windows");
+#else
+        sockaddr_un name{};
+        name.sun_family = AF_UNIX;
+        if (address_.unix_path.size() >= sizeof name.sun_path)
+            throw Error("listen " + address_.to_string() + ": the path is longer than " +
+                        std::to_string(sizeof name.sun_path - 1) + " bytes");
+        std::memcpy(name.sun_path, address_.unix_path.data(), address_.unix_path.size());
+        remove_stale(name);
+        socket_ = Socket(os::open_socket(AF_UNIX));
+        if (!socket_) fail(os::last_error(), "socket");
+        bind_and_listen(reinterpret_cast<const sockaddr*>(&name), sizeof name);
+#endif
+    }
+#if !defined(_WIN32)
+    // A socket that a dead process left behind would keep its path taken for ever.
+    static void remove_stale(const sockaddr_un& name) {
+        struct stat status {};
+        if (::lstat(name.sun_path, &status) != 0 || !S_ISSOCK(status.st_mode)) return;
+        const Socket probe(os::open_socket(AF_UNIX));
+        if (!probe) return;
+        const int result = ::connect(probe.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name);
+        if (result != 0 && os::last_error() == ECONNREFUSED) ::unlink(name.sun_path);
+    }
+#endif
+
+    ListenAddress address_;
+    Socket socket_;
+};
+
+// Wakes a poller from another thread or from a signal handler.
+class WakeUp {
+public:
+    WakeUp() {
+#if defined(_WIN32)
+        // A datagram socket that is connected to itself: Windows polls sockets only.
+        os::start();
+        read_ = write_ = ::socket(AF_INET, SOCK_DGRAM, 0);
+        sockaddr_in self{};
+        self.sin_family = AF_INET;
+        self.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        int size = sizeof self;
+        const auto address = reinterpret_cast<sockaddr*>(&self);
+        if (read_ == os::no_descriptor || ::bind(read_, address, size) != 0 || ::getsockname(read_, address, &size) != 0 ||
+            ::connect(read_, address, size) != 0 || !os::make_nonblocking(read_))
+            throw Error("Loop: no socket to wake it: " + os::error_text(os::last_error()));
+#else
+        int ends[2];
+        if (os::open_pipe(ends) != 0) throw Error("Loop: no pipe to wake it: " + os::error_text(errno));
+        read_ = ends[0];
+        write_ = ends[1];
+#endif
+    }
+    WakeUp(const WakeUp&) = delete;
+    WakeUp& operator=(const WakeUp&) = delete;
+    ~WakeUp() {
+        os::close(read_);
+        if (write_ != read_) os::close(write_);
+    }
+
+    os::Descriptor descriptor() const { return read_; }
+    os::Descriptor write_end() const { return write_; }
+    // A full pipe wakes as well as one byte more would. Safe in a signal handler.
+    static void wake(os::Descriptor write_end, char byte) {
+#if defined(_WIN32)
+        ::send(write_end, &byte, 1, 0);
+#else
+        const ssize_t written = ::write(write_end, &byte, 1);
+        static_cast<void>(written);
+#endif
+    }
+    // Calls take(byte) for each byte that came.
+    template <class Take>
+    void drain(Take&& take) {
+        char bytes[256];
+        for (;;) {
+#if defined(_WIN32)
+            const std::ptrdiff_t n = ::recv(read_, bytes, sizeof bytes, 0);
+#else
+            const std::ptrdiff_t n = ::read(read_, bytes, sizeof bytes);
+#endif
+            if (n < 0 && os::interrupted(os::last_error())) continue;
+            if (n <= 0) return;
+            for (std::ptrdiff_t i = 0; i < n; ++i) take(bytes[i]);
+        }
+    }
+
+private:
+    os::Descriptor read_;
+    os::Descriptor write_;
+};
+
+// What a poller watches a descriptor for.
+class Pollable {
+public:
+    // `broken`: both directions are gone; reported also where nothing is being waited for.
+    virtual void on_ready(bool readable, bool writable, bool broken) = 0;
+
+protected:
+    ~Pollable() = default;
+};
+
+// The contract over the three: level-triggered; after remove(), wait() reports the owner no more, but a batch that was
+// handed out already may still name it, so an owner lives until the batch is done.
+class Poller {
+public:
+    enum class Kind : std::uint8_t { automatic, poll };
+
+    struct Ready {
+        Pollable* owner;
+        bool readable;
+        bool writable;
+        bool broken;
+    };
+
+    static inline std::unique_ptr<Poller> make(Kind kind);
+    virtual ~Poller() = default;
+    virtual const char* name() const = 0;
+    // False where the system refuses for want of resources.
+    virtual bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
+    virtual void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
+    virtual void remove(os::Descriptor descriptor) = 0;
+    // Waits until something is ready or the timeout is over (-1: never) and fills `ready` anew.
+    virtual void wait(int timeout_ms, std::vector<Ready>& ready) = 0;
+};
+
+class PollPoller final : public Poller {
+public:
+    const char* name() const override { return "poll"; }
+    bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        index_[descriptor] = entries_.size();
+        entries_.push_back({descriptor, events(read, write), 0});
+        owners_.push_back(&owner);
+        return true;
+    }
+    void change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
+        entries_[index_.at(descriptor)].events = events(read, write);
+    }
+    void remove(os::Descriptor descriptor) override {
+        const auto found = index_.find(descriptor);
+        const std::size_t at = found->second;
+        index_.erase(found);
+        if (at + 1 != entries_.size()) {
+            entries_[at] = entries_.back();
+            owners_[at] = owners_.back();
+            index_[entries_[at].fd] = at;
+        }
+        entries_.pop_back();
+        owners_.pop_back();
+    }
+    void wait(int timeout_ms, std::vector<Ready>& ready) override {
+        ready.clear();
+        if (os::poll(entries_.data(), entries_.size(), timeout_ms) <= 0) return;
+        for (std::size_t i = 0; i < entries_.size(); ++i) {
+            const auto got = static_cast<unsigned>(entries_[i].revents);
+            if (got == 0) continue;
+            const bool broken = (got & (POLLHUP | POLLERR | POLLNVAL)) != 0;
+            ready.push_back({owners_[i], (got & POLLIN) != 0, (got & POLLOUT) != 0, broken});
+        }
+    }
+
+private:
+    static short events(bool read, bool write) { return static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0)); }
+
+    std::vector<os::Pollfd> entries_;
+    std::vector<Pollable*> owners_;
+    std::unordered_map<os::Descriptor, std::size_t> index_;
+};
+
+#if defined(__linux__)
+
+class EpollPoller final : public Poller {
+public:
+    EpollPoller() : epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+        if (!epoll_) throw Error("Loop: epoll_create1: " + os::error_text(errno));
+    }
+    const char* name() const override { return "epoll"; }
+    bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        return control(EPOLL_CTL_ADD, descriptor, &owner, read, write);
+    }
+    void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        control(EPOLL_CTL_MOD, descriptor, &owner, read, write);
+    }
+    void remove(os::Descriptor descriptor) override { control(EPOLL_CTL_DEL, descriptor, nullptr, false, false); }
+    void wait(int timeout_ms, std::vector<Ready>& ready) override {
+        ready.clear();
+        const int count = ::epoll_wait(epoll_.descriptor(), events_, batch, timeout_ms);
+        for (int i = 0; i < count; ++i) {
+            const std::uint32_t got = events_[i].events;
+            ready.push_back({static_cast<Pollable*>(events_[i].data.ptr), (got & EPOLLIN) != 0, (got & EPOLLOUT) != 0,
+                             (got & (EPOLLHUP | EPOLLERR)) != 0});
+        }
+    }
+
+private:
+    static constexpr int batch = 512;
+
+    bool control(int operation, os::Descriptor descriptor, Pollable* owner, bool read, bool write) {
+        epoll_event event{};
+        event.events = (read ? std::uint32_t{EPOLLIN} : 0u) | (write ? std::uint32_t{EPOLLOUT} : 0u);
+        event.data.ptr = owner;
+        return ::epoll_ctl(epoll_.descriptor(), operation, descriptor, &event) == 0;
+    }
+
+    OwnedDescriptor epoll_;
+    epoll_event events_[batch];
+};
+using SystemPoller = EpollPoller;
+
+#elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || defined(__DragonFly__)
+
+class KqueuePoller final : public Poller {
+public:
+    KqueuePoller() : queue_(::kqueue()) {
+        if (!queue_) throw Error("Loop: kqueue: " + os::error_text(errno));
+        ::fcntl(queue_.descriptor(), F_SETFD, FD_CLOEXEC);
+    }
+    const char* name() const override { return "kqueue"; }
+    bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        return control(descriptor, &owner, EVFILT_READ, EV_ADD | (read ? EV_ENABLE : EV_DISABLE)) &&
+               control(descriptor, &owner, EVFILT_WRITE, EV_ADD | (write ? EV_ENABLE : EV_DISABLE));
+    }
+    void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        add(descriptor, owner, read, write);
+    }
+    void remove(os::Descriptor descriptor) override {
+        control(descriptor, nullptr, EVFILT_READ, EV_DELETE);
+        control(descriptor, nullptr, EVFILT_WRITE, EV_DELETE);
+    }
+    void wait(int timeout_ms, std::vector<Ready>& ready) override {
+        ready.clear();
+        timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1000000L};
+        const int count = ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
+        for (int i = 0; i < count; ++i) {
+            const struct kevent& event = events_[i];
+            // The end of the stream is read as such; only where nobody reads is it news.
+            const bool broken = event.filter == EVFILT_WRITE && (event.flags & EV_EOF) != 0;
+            ready.push_back({static_cast<Pollable*>(event.udata), event.filter == EVFILT_READ, event.filter == EVFILT_WRITE, broken});
+        }
+    }
+
+private:
+    static constexpr int batch = 512;
+
+    bool control(os::Descriptor descriptor, Pollable* owner, int filter, int flags) {
+        struct kevent event;
+        EV_SET(&event, static_cast<uintptr_t>(descriptor), static_cast<short>(filter), static_cast<unsigned short>(flags), 0, 0, owner);
+        return ::kevent(queue_.descriptor(), &event, 1, nullptr, 0, nullptr) == 0;
+    }
+
+    OwnedDescriptor queue_;
+    struct kevent events_[batch];
+};
+using SystemPoller = KqueuePoller;
+
+#else
+using SystemPoller = PollPoller;
+#endif
+
+inline std::unique_ptr<Poller> Poller::make(Kind kind) {
+    if (kind == Kind::poll) return std::make_unique<PollPoller>();
+    return std::make_unique<SystemPoller>();
+}
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 12  Loop
+//
+// One thread's turns: wait for sockets, call their owners, run timers and what other threads have posted, then the
+// hooks that end a turn. Knows nothing of what the owners do.
+// ====================================================================================================================
+
+#include <atomic>
+#include <csignal>
+#include <mutex>
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+// Something that happens at a time. It stands in the heap of its loop at most once, and is not owned by it.
+class Timer {
+public:
+    Timer() = default;
+    Timer(const Timer&) = delete;
+    Timer& operator=(const Timer&) = delete;
+    virtual void on_timer(Time now) = 0;
+    bool scheduled() const { return index_ != none; }
+    Time due() const { return due_; }
+
+protected:
+    ~Timer() = default;
+
+private:
+    friend class Timers;
+    static constexpr std::size_t none = static_cast<std::size_t>(-1);
+
+    Time due_{};
+    std::size_t index_ = none;
+};
+
+// A binary heap whose entries know their places: every operation costs O(log n), and none allocates in the long run.
+class Timers {
+public:
+    // Sets or moves the timer; Time::max() cancels it.
+    void schedule(Timer& timer, Time due) {
+        if (due == Time::max()) return cancel(timer);
+        timer.due_ = due;
+        if (!timer.scheduled()) {
+            timer.index_ = heap_.size();
+            heap_.push_back(&timer);
+        }
+        settle(timer.index_);
+    }
+    void cancel(Timer& timer) {
+        if (!timer.scheduled()) return;
+        const std::size_t hole = std::exchange(timer.index_, Timer::none);
+        Timer* last = heap_.back();
+        heap_.pop_back();
+        if (last == &timer) return;
+        put(hole, last);
+        settle(hole);
+    }
+    Time next() const { return heap_.empty() ? Time::max() : heap_.front()->due_; }
+    void run_due(Time now) {
+        while (next() <= now) {
+            Timer& timer = *heap_.front();
+            cancel(timer);
+            timer.on_timer(now);
+        }
+    }
+
+private:
+    void put(std::size_t at, Timer* timer) {
+        heap_[at] = timer;
+        timer->index_ = at;
+    }
+    // Moves the entry up or down to where it belongs.
+    void settle(std::size_t at) {
+        Timer* timer = heap_[at];
+        for (; at != 0 && timer->due_ < heap_[(at - 1) / 2]->due_; at = (at - 1) / 2) put(at, heap_[(at - 1) / 2]);
+        for (;;) {
+            std::size_t child = 2 * at + 1;
+            if (child >= heap_.size()) break;
+            if (child + 1 < heap_.size() && heap_[child + 1]->due_ < heap_[child]->due_) ++child;
+            if (!(heap_[child]->due_ < timer->due_)) break;
+            put(at, heap_[child]);
+            at = child;
+        }
+        put(at, timer);
+    }
+
+    std::vector<Timer*> heap_;
+};
+
+// While one lives, SIGINT and SIGTERM wake the loops that asked for them, and do nothing else; afterwards they do what
+// they did before. On Windows the same for Ctrl-C and the closing of the console.
+class SignalGuard {
+public:
+    explicit SignalGuard(os::Descriptor wake) : slot_(take_slot(wake)) {
+        const std::lock_guard<std::mutex> lock(mutex());
+        if (users()++ == 0) install();
+    }
+    SignalGuard(const SignalGuard&) = delete;
+    SignalGuard& operator=(const SignalGuard&) = delete;
+    ~SignalGuard() {
+        const std::lock_guard<std::mutex> lock(mutex());
+        if (--users() == 0) restore();
+        slot_->store(os::no_descriptor);
+    }
+
+private:
+    using Slot = std::atomic<os::Descriptor>;
+    static constexpr std::size_t max_loops = 64;
+
+    struct Slots {
+        Slots() {
+            for (Slot& slot : list) slot.store(os::no_descriptor);
+        }
+        Slot list[max_loops];
+    };
+    static Slots& slots() {
+        static Slots all;
+        return all;
+    }
+    static std::mutex& mutex() {
+        static std::mutex one;
+        return one;
+    }
+    static int& users() {
+        static int count = 0;
+        return count;
+    }
+    static Slot* take_slot(os::Descriptor wake) {
+        for (Slot& slot : slots().list) {
+            os::Descriptor empty = os::no_descriptor;
+            if (slot.compare_exchange_strong(empty, wake)) return &slot;
+        }
+        throw Error("Loop: more than " + std::to_string(max_loops) + " loops handle signals");
+    }
+    static void wake_all(int signal) {
+        for (Slot& slot : slots().list) {
+            const os::Descriptor wake = slot.load();
+            if (wake != os::no_descriptor) WakeUp::wake(wake, static_cast<char>(signal));
+        }
+    }
+
+#if defined(_WIN32)
+    static BOOL WINAPI handle(DWORD) {
+        wake_all(SIGINT);
+        return TRUE;
+    }
+    static void install() { ::SetConsoleCtrlHandler(&handle, TRUE); }
+    static void restore() { ::SetConsoleCtrlHandler(&handle, FALSE); }
+#else
+    static void handle(int signal) {
+        const int saved = errno;
+        wake_all(signal);
+        errno = saved;
+    }
+    static struct sigaction* before() {
+        static struct sigaction actions[2];
+        return actions;
+    }
+    static void install() {
+        struct sigaction action {};
+        action.sa_handler = &handle;
+        action.sa_flags = SA_RESTART;
+        ::sigemptyset(&action.sa_mask);
+        ::sigaction(SIGINT, &action, &before()[0]);
+        ::sigaction(SIGTERM, &action, &before()[1]);
+    }
+    static void restore() {
+        ::sigaction(SIGINT, &before()[0], nullptr);
+        ::sigaction(SIGTERM, &before()[1], nullptr);
+    }
+#endif
+
+    Slot* slot_;
+};
+
+class Loop {
+public:
+    using TimerId = std::uint64_t;
+
+    explicit Loop(Poller::Kind kind = Poller::Kind::automatic)
+        : poller_(Poller::make(kind)), mailbox_(std::make_shared<LoopMailbox>()), waker_(*this), now_(Clock::now()) {
+        if (!poller_->add(mailbox_->wake_up.descriptor(), waker_, true, false))
+            throw Error("Loop: " + std::string(poller_->name()) + ": " + os::error_text(os::last_error()));
+    }
+    Loop(const Loop&) = delete;
+    Loop& operator=(const Loop&) = delete;
+    ~Loop() { mailbox_->close(); }
+
+    // Runs turns until stop().
+    void run() {
+        stop_ = false;
+        thread_.store(this_thread());
+        while (!stop_) turn();
+        thread_.store(nullptr);
+    }
+    // Ends run() after this turn.
+    void stop() { stop_ = true; }
+
+    // Runs the work on the loop's thread, in the order of the calls. The one call that any thread may make. False: the
+    // loop is gone. An exception that leaves the work is logged.
+    bool post(std::function<void()> work) { return mailbox_->post(std::move(work)); }
+    // For threads that may outlive the loop.
+    std::shared_ptr<Mailbox> mailbox() const { return mailbox_; }
+
+    // Calls once, after the delay.
+    TimerId call_later(Duration delay, std::function<void()> call) { return add_call(delay, Duration::zero(), std::move(call)); }
+    // Calls again and again, the first time after one interval. Calls that were missed are not made up for. An
+    // interval of zero or less is an Error.
+    TimerId call_every(Duration interval, std::function<void()> call) {
+        if (interval <= Duration::zero()) throw Error("call_every: the interval is not positive");
+        return add_call(interval, interval, std::move(call));
+    }
+    // False where the call was made or cancelled already.
+    bool cancel(TimerId id) { return calls_.erase(id) != 0; }
+
+    // The time of this turn.
+    Time now() const { return now_; }
+    // True on the loop's thread, and as long as the loop does not run.
+    bool on_loop_thread() const {
+        const void* thread = thread_.load(std::memory_order_relaxed);
+        return thread == nullptr || thread == this_thread();
+    }
+
+    // ---- for servers -----------------------------------------------------------------------------------------------
+
+    Poller& poller() { return *poller_; }
+    Timers& timers() { return timers_; }
+    os::Descriptor wake_descriptor() const { return mailbox_->wake_up.write_end(); }
+    // Called at the end of each turn; true: it has left something to do, and the next turn is not to wait.
+    void at_turn_end(std::function<bool()> hook) { turn_end_ = std::move(hook); }
+    void on_signal(std::function<void(int)> handler) { on_signal_ = std::move(handler); }
+    // Told of what leaves posted work and timers.
+    void on_exception(std::function<void(const char* where, const char* what)> handler) { on_exception_ = std::move(handler); }
+
+private:
+    class LoopMailbox final : public Mailbox {
+    public:
+        bool post(std::function<void()> work) override {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (!open_) return false;
+            work_.push_back(std::move(work));
+            if (!has_work.exchange(true)) WakeUp::wake(wake_up.write_end(), 0);
+            return true;
+        }
+        std::vector<std::function<void()>> take() {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            has_work.store(false);
+            return std::exchange(work_, {});
+        }
+        void close() {
+            std::vector<std::function<void()>> undone;  // destroyed without the lock
+            const std::lock_guard<std::mutex> lock(mutex_);
+            open_ = false;
+            undone.swap(work_);
+        }
+
+        WakeUp wake_up;
+        std::atomic<bool> has_work{false};
+
+    private:
+        std::mutex mutex_;
+        std::vector<std::function<void()>> work_;
+        bool open_ = true;
+    };
+
+    class Waker final : public Pollable {
+    public:
+        explicit Waker(Loop& loop) : loop_(loop) {}
+        void on_ready(bool, bool, bool) override {
+            loop_.mailbox_->wake_up.drain([this](char byte) {
+                if (byte != 0 && loop_.on_signal_) loop_.on_signal_(byte);
+            });
+        }
+
+    private:
+        Loop& loop_;
+    };
+
+    // A call that a user asked for.
+    class Call final : public Timer {
+    public:
+        Call(Loop& loop, TimerId id, Duration interval, std::function<void()> call)
+            : loop_(loop), id_(id), interval_(interval), call_(std::move(call)) {}
+        ~Call() { loop_.timers_.cancel(*this); }
+        void on_timer(Time now) override {
+            // The call may cancel itself, so it is held here while it runs.
+            const auto self = loop_.calls_.at(id_);
+            if (interval_ == Duration::zero()) loop_.calls_.erase(id_);
+            else loop_.timers_.schedule(*this, std::max(due() + interval_, now + Duration(1)));
+            loop_.guarded("timer", call_);
+        }
+
+    private:
+        Loop& loop_;
+        TimerId id_;
+        Duration interval_;
+        std::function<void()> call_;
+    };
+
+    // An address that only this thread has.
+    static const void* this_thread() {
+        static thread_local char marker;
+        return &marker;
+    }
+
+    TimerId add_call(Duration delay, Duration interval, std::function<void()> call) {
+        const TimerId id = ++last_call_;
+        const auto added = std::make_shared<Call>(*this, id, interval, std::move(call));
+        calls_.emplace(id, added);
+        timers_.schedule(*added, Clock::now() + delay);
+        return id;
+    }
+
+    void turn() {
+        poller_->wait(timeout_ms(), ready_);
+        now_ = Clock::now();
+        for (const Poller::Ready& ready : ready_) ready.owner->on_ready(ready.readable, ready.writable, ready.broken);
+        timers_.run_due(now_);
+        if (mailbox_->has_work.load())
+            for (const auto& work : mailbox_->take()) guarded("post", work);
+        again_ = turn_end_ && turn_end_();
+    }
+
+    // Rounded up, so that a timer that is nearly due does not spin.
+    int timeout_ms() const {
+        if (again_ || stop_ || mailbox_->has_work.load()) return 0;
+        if (timers_.next() == Time::max()) return -1;
+        const auto left = timers_.next() - Clock::now();
+        if (left <= Duration::zero()) return 0;
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(left).count() + 1;
+        return ms > 60'000 ? 60'000 : static_cast<int>(ms);
+    }
+
+    void guarded(const char* where, const std::function<void()>& call) {
+        try {
+            call();
+        } catch (const std::exception& error) {
+            if (on_exception_) on_exception_(where, error.what());
+        } catch (...) {
+            if (on_exception_) on_exception_(where, "not a std::exception");
+        }
+    }
+
+    std::unique_ptr<Poller> poller_;
+    std::shared_ptr<LoopMailbox> mailbox_;
+    Waker waker_;
+    Timers timers_;
+    std::unordered_map<TimerId, std::shared_ptr<Call>> calls_;
+    TimerId last_call_ = 0;
+    std::vector<Poller::Ready> ready_;
+    Time now_;
+    std::atomic<const void*> thread_{nullptr};
+    bool stop_ = false;
+    bool again_ = false;
+    std::function<bool()> turn_end_;
+    std::function<void(int)> on_signal_;
+    std::function<void(const char*, const char*)> on_exception_;
+};
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 13  Server
+//
+// What joins all of it: listeners, routes, pages, and a session for each connection, which reads, calls the handler
+// and flushes. The one section that knows of everything above.
+// ====================================================================================================================
+
+#include <map>
+#include <tuple>
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+// ---- what a path means ---------------------------------------------------------------------------------------------
+
+// The pattern of a route: "/chat/{room}" matches "/chat/tea%20room" with room = "tea room". A parameter matches one
+// segment that is not empty; "{name...}" at the end matches all that is left, slashes and nothing included.
+class Pattern {
+public:
+    struct Match {
+        std::vector<std::pair<std::string, std::string>> params;
+        std::vector<std::string> rest;  // the segments, decoded one by one, that "{name...}" matched
+    };
+
+    // An Error where the text is no pattern; `call` is named in it.
+    Pattern(const char* call, std::string_view pattern) : text_(pattern) {
+        const std::string quoted = std::string(call) + " \"" + std::string(pattern) + "\": ";
+        if (!text::starts_with(pattern, "/")) throw Error(quoted + "a path begins with a slash");
+        for (std::string& text : split(pattern)) {
+            if (open_ended_) throw Error(quoted + "nothing follows a {name...}");
+            const bool param = text.size() > 2 && text.front() == '{' && text.back() == '}';
+            if (param) text = text.substr(1, text.size() - 2);
+            open_ended_ = param && text.size() > 3 && text.substr(text.size() - 3) == "...";
+            if (open_ended_) text.resize(text.size() - 3);
+            if (text.find_first_of("{}?#%") != std::string::npos)
+                throw Error(quoted + "a segment is plain text, one {name} or, at the end, one {name...}");
+            segments_.push_back({param, std::move(text)});
+        }
+    }
+
+    const std::string& text() const { return text_; }
+
+    std::optional<Match> match(std::string_view raw_path) const {
+        Match match;
+        if (!text::starts_with(raw_path, "/")) return std::nullopt;
+        std::vector<std::string> parts = split(raw_path);
+        if (open_ended_ ? parts.size() < segments_.size() : parts.size() != segments_.size()) return std::nullopt;
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            std::string part = text::percent_decoded(parts[i]).value_or(std::string());
+            if (open_ended_ && i + 1 >= segments_.size()) match.rest.push_back(std::move(part));
+            else if (segments_[i].param ? part.empty() : part != segments_[i].text) return std::nullopt;
+            else if (segments_[i].param) match.params.emplace_back(segments_[i].text, std::move(part));
+        }
+        if (open_ended_) match.params.emplace_back(segments_.back().text, joined(match.rest));
+        return match;
+    }
+
+    // Of two patterns that match, the one with the higher rank is meant: open-ended ones last, more text first.
+    std::size_t rank() const {
+        std::size_t rank = open_ended_ ? 0 : 1000;
+        for (const Segment& segment : segments_) rank += segment.param ? 1 : 2;
+        return rank;
+    }
+    // Whether no path could tell the two apart.
+    friend bool operator==(const Pattern& a, const Pattern& b) {
+        const auto same = [](const Segment& x, const Segment& y) { return x.param == y.param && (x.param || x.text == y.text); };
+        return a.open_ended_ == b.open_ended_ && a.segments_.size() == b.segments_.size() &&
+               std::equal(a.segments_.begin(), a.segments_.end(), b.segments_.begin(), same);
+    }
+
+private:
+    struct Segment {
+        bool param;
+        std::string text;
+    };
+    static std::vector<std::string> split(std::string_view path) {
+        std::vector<std::string> parts;
+        path.remove_prefix(1);
+        for (bool more = true; more;) {
+            more = path.find('/') != std::string_view::npos;
+            parts.emplace_back(text::cut_at(path, '/'));
+        }
+        return parts;
+    }
+    static std::string joined(const std::vector<std::string>& parts) {
+        std::string path;
+        for (const std::string& part : parts) (path += path.empty() ? "" : "/") += part;
+        return path;
+    }
+
+    std::string text_;
+    std::vector<Segment> segments_;
+    bool open_ended_ = false;
+};
+
+// ---- files ---------------------------------------------------------------------------------------------------------
+
+// A regular file, open for reading. Folders, devices and pipes are not opened.
+class File {
+public:
+    File() = default;
+    explicit File(const std::string& path) : File(os::open_file(path.c_str()), errno) {}
+    File(File&& other) noexcept
+        : file_(std::exchange(other.file_, -1)), error_(other.error_), size_(other.size_), modified_ns_(other.modified_ns_) {}
+    File& operator=(File&& other) noexcept {
+        std::swap(file_, other.file_);
+        error_ = other.error_;
+        size_ = other.size_;
+        modified_ns_ = other.modified_ns_;
+        return *this;
+    }
+    ~File() { close(); }
+
+    // root/names[0]/names[1]/...: never anything outside of the root, a hidden file or what a link points to.
+    static File beneath(const std::string& root, const std::vector<std::string>& names) {
+        for (const std::string& name : names)
+            if (!plain_name(name)) return File(-1, ENOENT);
+        const int file = os::open_file_beneath(root, names);
+        return File(file, errno);
+    }
+
+    explicit operator bool() const { return file_ >= 0; }
+    int error() const { return error_; }  // why there is none
+    std::uint64_t size() const { return size_; }
+    std::int64_t modified_seconds() const { return modified_ns_ / 1'000'000'000; }
+    // RFC 9110 8.8.3. What was written anew differs in its size or its time.
+    std::string etag() const {
+        char text[64];
+        std::snprintf(text, sizeof text, "\"%llx-%llx\"", static_cast<unsigned long long>(size_),
+                      static_cast<unsigned long long>(modified_ns_));
+        return text;
+    }
+    // 0 at the end and on an error.
+    std::size_t read(char* data, std::size_t size) {
+        const std::ptrdiff_t n = os::read_file(file_, data, size);
+        return n > 0 ? static_cast<std::size_t>(n) : 0;
+    }
+    void close() {
+        if (file_ >= 0) os::close_file(std::exchange(file_, -1));
+    }
+
+private:
+    File(int file, int error) : file_(file), error_(file < 0 ? error : 0) {
+        os::FileStatus status{};
+        if (file_ < 0) return;
+        if (!os::file_status(file_, status) || !os::regular(status)) {
+            close();
+            error_ = EISDIR;
+            return;
+        }
+        size_ = static_cast<std::uint64_t>(status.st_size);
+        modified_ns_ = os::modified_ns(status);
+    }
+
+    // No way up, no hidden file, no separator of any system, nothing that Windows reads as a device or a stream.
+    static bool plain_name(const std::string& name) {
+        return !name.empty() && name.front() != '.' && name.find_first_of(std::string_view("/\\:\0", 4)) == std::string::npos &&
+               name.back() != ' ' && name.back() != '.';
+    }
+
+    int file_ = -1;
+    int error_ = 0;
+    std::uint64_t size_ = 0;
+    std::int64_t modified_ns_ = 0;
+};
+
+inline std::string_view content_type(std::string_view name) {
+    constexpr std::pair<std::string_view, std::string_view> types[] = {
+        {"html", "text/html; charset=utf-8"},
+        {"htm", "text/html; charset=utf-8"},
+        {"css", "text/css; charset=utf-8"},
+        {"js", "text/javascript; charset=utf-8"},
+        {"mjs", "text/javascript; charset=utf-8"},
+        {"json", "application/json"},
+        {"map", "application/json"},
+        {"txt", "text/plain; charset=utf-8"},
+        {"md", "text/markdown; charset=utf-8"},
+        {"csv", "text/csv; charset=utf-8"},
+        {"xml", "application/xml"},
+        {"svg", "image/svg+xml"},
+        {"png", "image/png"},
+        {"jpg", "image/jpeg"},
+        {"jpeg", "image/jpeg"},
+        {"gif", "image/gif"},
+        {"webp", "image/webp"},
+        {"avif", "image/avif"},
+        {"ico", "image/x-icon"},
+        {"woff2", "font/woff2"},
+        {"woff", "font/woff"},
+        {"wasm", "application/wasm"},
+        {"pdf", "application/pdf"},
+        {"mp3", "audio/mpeg"},
+        {"ogg", "audio/ogg"},
+        {"mp4", "video/mp4"},
+        {"webm", "video/webm"},
+        {"webmanifest", "application/manifest+json"},
+    };
+    const std::size_t dot = name.rfind('.');
+    if (dot == std::string_view::npos) return "application/octet-stream";
+    for (const auto& [extension, type] : types)
+        if (text::same_ignoring_case(name.substr(dot + 1), extension)) return type;
+    return "application/octet-stream";
+}
+
+// Whether the client's copy is still good (RFC 9110 13.1.2, 13.1.3: If-None-Match before If-Modified-Since). A date is
+// compared as text: what clients send back is the Last-Modified that they were given.
+inline bool not_modified(const Request& request, const std::string& etag, const std::string& last_modified) {
+    if (request.fields().find("if-none-match")) {
+        bool match = false;
+        request.fields().each_element("if-none-match", [&](std::string_view tag) {
+            if (text::starts_with(tag, "W/")) tag.remove_prefix(2);
+            match = match || tag == "*" || tag == etag;
+        });
+        return match;
+    }
+    return request.header("if-modified-since") == last_modified;
+}
+
+// "page.html" of a source file's folder: beside(__FILE__, "page.html").
+inline std::string beside(std::string_view source_file, std::string_view name) {
+    const std::size_t slash = source_file.find_last_of("/\\");
+    return std::string(source_file.substr(0, slash == std::string_view::npos ? 0 : slash + 1)) + std::string(name);
+}
+
+// ---- the server ----------------------------------------------------------------------------------------------------
+
+// Counters since the start, and what is open now. Messages and bytes are payloads and octets on sockets.
+struct Metrics {
+    std::uint64_t connections_accepted = 0;
+    std::uint64_t connections_open = 0;
+    std::uint64_t connections_refused = 0;  // 503 at the limit of connections, in all or of one address
+    std::uint64_t requests = 0;
+    std::uint64_t websockets_opened = 0;
+    std::uint64_t websockets_open = 0;
+    std::uint64_t messages_received = 0;
+    std::uint64_t messages_sent = 0;
+    std::uint64_t messages_dropped = 0;  // by BacklogPolicy::drop
+    std::uint64_t bytes_received = 0;
+    std::uint64_t bytes_sent = 0;
+    std::uint64_t backlog_bytes = 0;  // waiting for slow peers now
+    std::uint64_t handler_exceptions = 0;
+    std::uint64_t log_entries_suppressed = 0;
+    std::uint64_t rooms = 0;
+    std::map<int, std::uint64_t> responses;          // by HTTP status
+    std::map<CloseCause, std::uint64_t> closed;      // WebSocket connections, by cause
+    std::map<CloseCode, std::uint64_t> close_codes;  // and by code
+};
+
+// Metrics in the text format that Prometheus reads (version 0.0.4).
+inline std::string prometheus_text(const Metrics& metrics) {
+    std::string text;
+    const auto head = [&](const char* name, const char* type, const char* help) {
+        ((((text += "# HELP wschat_") += name) += ' ') += help) += '\n';
+        ((((text += "# TYPE wschat_") += name) += ' ') += type) += '\n';
+    };
+    const auto line = [&](const std::string& name, std::uint64_t value) {
+        (((text += "wschat_") += name) += ' ') += std::to_string(value);
+        text += '\n';
+    };
+    const auto single = [&](const char* name, const char* type, const char* help, std::uint64_t value) {
+        head(name, type, help);
+        line(name, value);
+    };
+    single("connections_accepted_total", "counter", "Connections accepted.", metrics.connections_accepted);
+    single("connections_open", "gauge", "Connections open now.", metrics.connections_open);
+    single("connections_refused_total", "counter", "Connections refused at a limit.", metrics.connections_refused);
+    single("requests_total", "counter", "HTTP requests, handshakes included.", metrics.requests);
+    single("websockets_opened_total", "counter", "WebSocket connections opened.", metrics.websockets_opened);
+    single("websockets_open", "gauge", "WebSocket connections open now.", metrics.websockets_open);
+    single("messages_received_total", "counter", "Messages received.", metrics.messages_received);
+    single("messages_sent_total", "counter", "Messages queued for a peer.", metrics.messages_sent);
+    single("messages_dropped_total", "counter", "Messages dropped for slow peers.", metrics.messages_dropped);
+    single("bytes_received_total", "counter", "Bytes received.", metrics.bytes_received);
+    single("bytes_sent_total", "counter", "Bytes sent.", metrics.bytes_sent);
+    single("backlog_bytes", "gauge", "Bytes waiting for slow peers now.", metrics.backlog_bytes);
+    single("handler_exceptions_total", "counter", "Exceptions that left a callback.", metrics.handler_exceptions);
+    single("log_entries_suppressed_total", "counter", "Log entries over the rate limit.", metrics.log_entries_suppressed);
+    single("rooms", "gauge", "Rooms with members now.", metrics.rooms);
+    head("responses_total", "counter", "HTTP responses, by status.");
+    for (const auto& [status, count] : metrics.responses)
+        line("responses_total{status=\"" + std::to_string(status) + "\"}", count);
+    head("closed_total", "counter", "WebSocket connections closed, by cause.");
+    for (const auto& [cause, count] : metrics.closed) line("closed_total{cause=\"" + std::string(to_string(cause)) + "\"}", count);
+    head("close_codes_total", "counter", "WebSocket connections closed, by close code.");
+    for (const auto& [code, count] : metrics.close_codes)
+        line("close_codes_total{code=\"" + std::to_string(number(code)) + "\"}", count);
+    return text;
+}
+
+struct ServerOptions {
+    Limits limits;
+    Poller::Kind poller = Poller::Kind::automatic;
+    bool handle_signals = true;   // while run() runs, SIGINT and SIGTERM mean shutdown(), a second one at once
+    bool reuse_port = false;      // SO_REUSEPORT: several servers, one a thread or a process, share a port
+    bool require_origin = false;  // refuse a handshake without an Origin header, from what is no browser
+};
+
+// A WebSocket route. Server::route() makes it.
+class Route {
+public:
+    using Factory = std::function<std::unique_ptr<WebSocketHandler>()>;
+
+    Route(Pattern pattern, Factory factory) : pattern_(std::move(pattern)), factory_(std::move(factory)) {}
+
+    // In place of the server's, for the connections of this route.
+    Route& set_limits(const Limits& limits) {
+        limits_ = limits;
+        return *this;
+    }
+    const Limits& limits(const Limits& servers) const { return limits_ ? *limits_ : servers; }
+    const Pattern& pattern() const { return pattern_; }
+    std::unique_ptr<WebSocketHandler> make_handler() const { return factory_(); }
+
+private:
+    Pattern pattern_;
+    Factory factory_;
+    std::optional<Limits> limits_;
+};
+
+class Server final : private HandlerHost {
+public:
+    explicit Server(ServerOptions options = {})
+        : options_(std::move(options)), loop_(options_.poller), rooms_(arena_), receive_buffer_(receive_size) {
+        loop_.at_turn_end([this] { return end_turn(); });
+        loop_.on_signal([this](int) { on_signal(); });
+        loop_.on_exception([this](const char* where, const char* what) { report_exception(where, what, {}); });
+        reserve_descriptor();
+    }
+    Server(const Server&) = delete;
+    Server& operator=(const Server&) = delete;
+    // Connections that are still open end without a closing handshake; their on_close() is called.
+    ~Server() { drop_all(); }
+
+    // ---- routes and pages, before run() or in callbacks ------------------------------------------------------------
+
+    // Each connection to the pattern gets a handler of its own, made with copies of the arguments (std::ref passes a
+    // reference). A pattern that was given before is an Error.
+    template <class Handler, class... Arguments>
+    Route& route(std::string_view pattern, Arguments&&... arguments) {
+        return add_route(pattern, [stored = std::tuple<std::decay_t<Arguments>...>(std::forward<Arguments>(arguments)...)] {
+            return std::apply([](const auto&... a) -> std::unique_ptr<WebSocketHandler> { return std::make_unique<Handler>(a...); },
+                              stored);
+        });
+    }
+    Route& add_route(std::string_view pattern, Route::Factory factory) {
+        Pattern parsed("route", pattern);
+        for (const auto& route : routes_)
+            if (route->pattern() == parsed) throw Error("route \"" + std::string(pattern) + "\": given twice");
+        routes_.push_back(std::make_unique<Route>(std::move(parsed), std::move(factory)));
+        return *routes_.back();
+    }
+
+    // A small answer, made by a function for each GET or HEAD. An exception out of it is a 500.
+    void get(std::string_view pattern, std::function<Response(const Request&)> answer) {
+        add_page(Pattern("get", pattern), [answer = std::move(answer)](Session& session, const Request& request, const Pattern::Match&) {
+            session.respond(answer(request), &request);
+        });
+    }
+    // One file, read anew for each request that does not have it yet. A relative path is looked up from the working
+    // directory, then from the program's own folder. A file that is not there is an Error.
+    void file(std::string_view pattern, std::string_view path) {
+        const std::string found = find_file(std::string(pattern), std::string(path));
+        add_page(Pattern("file", pattern), [found](Session& session, const Request& request, const Pattern::Match&) {
+            session.respond_file(File(found), content_type(found), request);
+        });
+    }
+    // The files below a folder; "index.html" for a folder. No listings, no hidden files, no symbolic links, no way out.
+    // A folder that is not there is an Error.
+    void static_dir(std::string_view pattern, std::string_view folder) {
+        const std::string root = os::absolute_path(std::string(folder));
+        const File probe = File(root);
+        if (probe || probe.error() != EISDIR)
+            throw Error("static_dir \"" + std::string(pattern) + "\": " + std::string(folder) + " is not a folder");
+        const std::string below = std::string(pattern) + (pattern.substr(pattern.size() - 1) == "/" ? "" : "/") + "{path...}";
+        add_page(Pattern("static_dir", below), [root](Session& session, const Request& request, const Pattern::Match& match) {
+            session.respond_below(root, match.rest, request);
+        });
+    }
+    // metrics() as Prometheus reads it. It is for everybody who can reach the server.
+    void metrics_page(std::string_view pattern) {
+        get(pattern, [this](const Request&) { return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4"); });
+    }
+
+    // Origins that may connect beside the server's own: "https://chat.example", or "*" for all. An Error where one is
+    // no origin.
+    void allow_origins(const std::vector<std::string>& origins) {
+        for (const std::string& origin : origins) {
+            const auto normal = normalized_origin(origin);
+            if (origin != "*" && !normal) throw Error("allow_origins: \"" + origin + "\" is not an origin, as https://chat.example is");
+            origins_.push_back(normal.value_or("*"));
+        }
+    }
+    // Where it is set, a request for another host is a 421; this defends pages in a private network from DNS rebinding.
+    void allow_hosts(const std::vector<std::string>& hosts) {
+        for (const std::string& host : hosts) hosts_.push_back(text::lowered(host));
+    }
+    // Proxies ("10.0.0.0/8", "unix") whose X-Forwarded-For is believed, read from the right.
+    void trusted_proxies(const std::vector<std::string>& proxies) {
+        for (const std::string& proxy : proxies) trusted_proxies_.emplace_back(proxy);
+    }
+    // Gets every log entry, on the loop's thread; entries that peers cause are limited to 100 a second. Silent without.
+    void on_log(std::function<void(const LogEntry&)> log) { log_ = std::move(log); }
+
+    // ---- running ---------------------------------------------------------------------------------------------------
+
+    // On 127.0.0.1; 0: the system picks a port, see port(). An Error where the system refuses.
+    void listen(int port) { listen(std::to_string(port)); }
+    // "8888", "0.0.0.0:8888", "[::1]:80", "*:80", "unix:/run/chat.sock".
+    void listen(std::string_view address) {
+        listeners_.push_back(std::make_unique<Listener>(*this, ListenAddress::parse(address), options_.reuse_port));
+        log(LogLevel::debug, "listening", {{"address", listeners_.back()->address().to_string()}});
+    }
+    // Of the first listener.
+    int port() const { return listeners_.empty() ? 0 : listeners_.front()->address().port; }
+    // "http://127.0.0.1:8888/", of the first listener.
+    std::string url() const {
+        if (listeners_.empty()) return {};
+        const ListenAddress& address = listeners_.front()->address();
+        return address.unix_path.empty() ? "http://" + address.to_string() + "/" : address.to_string();
+    }
+
+    // Serves until shutdown() has ended it.
+    void run() {
+        if (listeners_.empty() && !draining_) throw Error("run: nothing to serve: call listen() first");
+        std::optional<SignalGuard> signals;
+        if (options_.handle_signals) signals.emplace(loop_.wake_descriptor());
+        loop_.run();
+    }
+    // From any thread: stops accepting, closes every connection with 1001, and ends run() when all are gone, at the
+    // latest after the deadline.
+    void shutdown(Duration deadline = std::chrono::seconds(5)) {
+        loop_.post([this, deadline] { begin_shutdown(deadline); });
+    }
+
+    Loop& loop() override { return loop_; }
+    Rooms& rooms() override { return rooms_; }
+    const Limits& limits() const { return options_.limits; }
+    SendArena& arena() { return arena_; }
+
+    // On the loop's thread.
+    Metrics metrics() const {
+        Metrics now = metrics_;
+        now.connections_open = sessions_.size();
+        now.rooms = rooms_.size();
+        now.backlog_bytes = backlog_;
+        for (const auto& session : sessions_) session->add_to(now);
+        return now;
+    }
+
+private:
+    class Listener;
+    class Session;
+    using Page = std::function<void(Session&, const Request&, const Pattern::Match&)>;
+    using LogFields = std::vector<std::pair<std::string_view, std::string>>;
+
+    static constexpr std::size_t receive_size = 256 * 1024;
+    static constexpr std::size_t descriptors_kept = 64;  // for files, pipes and whatever the program opens itself
+    static constexpr std::size_t turned_away_at_once = 32;
+
+    // ---- one connection --------------------------------------------------------------------------------------------
+
+    // From the accept to the last byte: first HTTP, then perhaps WebSocket, at last lingering, when our last byte is
+    // sent and input is only discarded, because closing with unread input would destroy what the peer has not read.
+    class Session final : public Pollable, public Timer {
+    public:
+        Session(Server& server, Socket socket, const IpAddress& peer)
+            : server_(server), socket_(std::move(socket)), peer_(peer), http_(std::make_unique<Http>(server.limits())) {}
+        Session(const Session&) = delete;
+        Session& operator=(const Session&) = delete;
+        ~Session() { server_.loop_.timers().cancel(*this); }
+
+        std::size_t index = 0;  // in the server's list
+        bool gone() const { return phase_ == Phase::gone; }
+        std::size_t backlog() const { return counted_backlog_; }
+        const IpAddress& peer() const { return peer_; }
+
+        // False where the poller can not take it.
+        bool start() {
+            schedule(after(limits().handshake_timeout));
+            return server_.loop_.poller().add(socket_.descriptor(), *this, true, false);
+        }
+
+        // ---- called by the loop and the server ---------------------------------------------------------------------
+
+        void on_ready(bool readable, bool writable, bool broken) override {
+            if (gone()) return;
+            protect([&] {
+                if (writable) {
+                    blocked_ = false;
+                    flush();
+                }
+                if (readable && reading()) read();
+                else if (broken && !gone()) lose("the connection was reset");
+                attend();
+            });
+        }
+
+        void on_timer(Time now) override {
+            protect([&] {
+                if (phase_ == Phase::websocket) {
+                    connection().tick(now);
+                    schedule(connection().deadline());
+                    attend();
+                } else if (phase_ == Phase::http && http_->parser.started() && !busy()) {
+                    respond(Response(408, "The request did not arrive in time.\n"), nullptr);
+                    schedule(after(limits().linger_timeout));
+                } else {
+                    remove();
+                }
+            });
+        }
+
+        // The end of a turn in which something happened here.
+        void settle() {
+            attended_ = false;
+            if (handler_) core().attended = false;
+            if (gone()) return;
+            protect([&] {
+                if (phase_ == Phase::websocket) settle_websocket();
+                else settle_http();
+                if (!gone()) watch();
+            });
+        }
+
+        void attend() {
+            if (std::exchange(attended_, true)) return;
+            server_.attended_.push_back(this);
+        }
+
+        // The server shuts down: an upgraded connection gets a Close frame, an answer is finished, the rest ends.
+        void shut_down() {
+            if (phase_ == Phase::websocket)
+                connection().close(CloseCode::going_away, "server is shutting down", server_.now(), CloseCause::shutdown);
+            else if (phase_ == Phase::http && !busy()) return remove();
+            else if (phase_ == Phase::http) http_->keep_alive = false;
+            attend();
+        }
+        // Ends it at once, as far as it has not ended.
+        void abort(CloseCause cause, std::string_view reason) {
+            if (gone()) return;
+            if (phase_ == Phase::websocket) {
+                connection().abort(cause, reason);
+                end_handler();
+            }
+            remove();
+        }
+
+        // Offers what is queued to the kernel.
+        void flush() {
+            SendQueue& queue = output();
+            const bool was_blocked = connection_blocked();
+            bool progress = false;
+            while (!queue.empty() && !blocked_ && !lost_) {
+                std::string_view pieces[Socket::max_pieces];
+                const std::size_t count = queue.gather(pieces, Socket::max_pieces);
+                std::size_t size = 0;
+                for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
+                const IoResult sent = socket_.send(pieces, count);
+                if (sent.outcome == IoResult::Outcome::error) {
+                    lost_ = true;
+                    lost_error_ = sent.error;
+                    break;
+                }
+                queue.consume(sent.size);
+                server_.metrics_.bytes_sent += sent.size;
+                progress = progress || sent.size != 0;
+                blocked_ = sent.size < size;
+            }
+            if (blocked_ && !lost_) queue.keep();
+            if (handler_) {
+                connection().set_blocked(blocked_);
+                if (was_blocked && progress) connection().alive(server_.now());
+            } else if (progress && phase_ == Phase::http) {
+                schedule(after(limits().handshake_timeout));
+            }
+            if (lost_) attend();
+            server_.backlog_ += queue.size() - counted_backlog_;
+            counted_backlog_ = queue.size();
+        }
+        void set_nodelay(bool on) { socket_.set_nodelay(on); }
+        void add_to(Metrics& metrics) const {
+            if (!handler_) return;
+            const HandlerCore& core = HandlerAccess::core(*handler_);
+            metrics.messages_sent += core.messages_sent;
+            metrics.messages_dropped += core.connection.dropped_messages();
+        }
+
+        // ---- answers, for pages ------------------------------------------------------------------------------------
+
+        // Queues an answer. Without a request, or with one that asks for it, the connection ends after it.
+        void respond(const Response& response, const Request* request) {
+            const bool body_allowed = response.status() != 204 && response.status() != 304;
+            begin_response(response, request, body_allowed ? std::optional<std::uint64_t>(response.body().size()) : std::nullopt);
+            if (body_allowed && !http_->head_only) append(response.body());
+        }
+
+        void respond_file(File file, std::string_view type, const Request& request) {
+            if (!file) {
+                server_.log(LogLevel::warning, "file_missing", {{"path", request.path()}, {"cause", os::error_text(file.error())}});
+                return respond(Response(404, "There is nothing at this path.\n"), &request);
+            }
+            const std::string etag = file.etag(), modified = http_date(file.modified_seconds());
+            const bool unchanged = not_modified(request, etag, modified);
+            Response response(unchanged ? 304 : 200);
+            response.set_header("ETag", etag).set_header("Last-Modified", modified).set_header("Cache-Control", "no-cache");
+            if (unchanged) return respond(response, &request);
+            response.set_header("Content-Type", type);
+            begin_response(response, &request, file.size());
+            if (http_->head_only) return;
+            http_->file_left = file.size();
+            http_->file = std::move(file);
+        }
+
+        void respond_below(const std::string& root, std::vector<std::string> names, const Request& request) {
+            if (names.back().empty()) names.back() = "index.html";
+            File file = File::beneath(root, names);
+            // No path that begins with two slashes comes so far, so this leads nowhere else.
+            if (!file && file.error() == EISDIR)
+                return respond(Response::redirect(std::string(request.raw_path()) + "/", 301), &request);
+            const std::string_view type = content_type(names.back());
+            if (!file) return respond(Response(404, "There is nothing at this path.\n"), &request);
+            respond_file(std::move(file), type, request);
+        }
+
+    private:
+        enum class Phase : std::uint8_t { http, websocket, lingering, gone };
+
+        // What only HTTP and lingering need; an upgraded connection has none.
+        struct Http {
+            explicit Http(const Limits& limits) : parser(limits) {}
+
+            RequestParser parser;
+            SendQueue output;
+            std::string pending;  // pipelined bytes that wait for the answer before them
+            File file;            // the body that is being sent
+            std::uint64_t file_left = 0;
+            std::size_t discarded = 0;
+            bool keep_alive = true;
+            bool head_only = false;
+            bool shut = false;  // our side of the stream is shut
+        };
+
+        HandlerCore& core() { return HandlerAccess::core(*handler_); }
+        Connection& connection() { return core().connection; }
+        bool connection_blocked() { return handler_ && connection().blocked(); }
+        SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
+        const Limits& limits() const { return route_ != nullptr ? route_->limits(server_.limits()) : server_.limits(); }
+        Time after(Duration timeout) const { return timeout == Duration::zero() ? Time::max() : server_.now() + timeout; }
+        void schedule(Time due) { server_.loop_.timers().schedule(*this, due); }
+        bool busy() const { return !http_->output.empty() || http_->file_left != 0; }
+        bool reading() const { return !paused_ && !input_ended_ && !(phase_ == Phase::http && !http_->pending.empty()); }
+
+        // What is thrown here, for want of memory, costs this connection.
+        template <class Work>
+        void protect(Work&& work) {
+            try {
+                work();
+            } catch (const std::exception& error) {
+                server_.report_exception("session", error.what(), peer_.to_string());
+                abort(CloseCause::connection_lost, "out of resources");
+            }
+        }
+
+        // Tells the poller what is being waited for.
+        void watch() {
+            const bool read = reading(), write = blocked_;
+            if (read == watching_read_ && write == watching_write_) return;
+            server_.loop_.poller().change(socket_.descriptor(), *this, read, write);
+            watching_read_ = read;
+            watching_write_ = write;
+        }
+
+        void lose(std::string_view reason) { abort(CloseCause::connection_lost, reason); }
+
+        void remove() {
+            if (gone()) return;
+            phase_ = Phase::gone;
+            server_.loop_.timers().cancel(*this);
+            server_.loop_.poller().remove(socket_.descriptor());
+            server_.backlog_ -= counted_backlog_;
+            counted_backlog_ = 0;
+            socket_.close();
+            http_.reset();
+            server_.bury(*this);
+        }
+
+        // ---- reading -----------------------------------------------------------------------------------------------
+
+        void read() {
+            // A peer that sends without a pause must leave the others their turn.
+            for (int round = 0; round < 4 && !gone() && reading(); ++round) {
+                char* place = server_.receive_buffer_.data();
+                std::size_t room = server_.receive_buffer_.size();
+                if (phase_ == Phase::websocket) {
+                    const auto [area, area_size] = connection().receive_area();
+                    if (area != nullptr) {
+                        place = area;
+                        room = area_size;
+                    }
+                }
+                const IoResult got = socket_.receive(place, room);
+                if (got.outcome == IoResult::Outcome::would_block) return;
+                if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
+                server_.metrics_.bytes_received += got.size;
+                take(place, got.size);
+                if (got.size < room) return;
+            }
+        }
+
+        void take(char* data, std::size_t size) {
+            if (phase_ == Phase::websocket) {
+                connection().receive(data, size, server_.now());
+                pump();
+            } else if (phase_ == Phase::http) {
+                feed({data, size});
+            } else if ((http_->discarded += size) > limits().linger_bytes) {
+                remove();
+            }
+        }
+
+        void end_of_input(const IoResult& got) {
+            if (phase_ == Phase::websocket) {
+                connection().receive_end(got.error != 0 ? os::error_text(got.error) : "the peer hung up without a Close frame");
+                pump();
+            } else if (got.outcome == IoResult::Outcome::end && phase_ == Phase::http && busy()) {
+                // The peer has shut its sending side, and may still wait for the answer.
+                input_ended_ = true;
+                http_->keep_alive = false;
+            } else {
+                remove();
+            }
+        }
+
+        // ---- HTTP --------------------------------------------------------------------------------------------------
+
+        void feed(std::string_view bytes) {
+            while (!bytes.empty() && phase_ == Phase::http && !busy()) {
+                std::size_t consumed = 0;
+                const RequestParser::Outcome outcome = http_->parser.feed(bytes, consumed);
+                bytes.remove_prefix(consumed);
+                if (outcome == RequestParser::Outcome::need_more) return;
+                if (outcome == RequestParser::Outcome::failure)
+                    return respond(Response(http_->parser.status(), http_->parser.reason() + "\n"), nullptr);
+                answer(http_->parser.take_request(), bytes);
+                if (phase_ == Phase::websocket) return;
+            }
+            // What comes after the last answer of a connection is not a request.
+            if (!bytes.empty() && phase_ == Phase::http && http_->keep_alive) http_->pending.append(bytes);
+        }
+
+        void answer(Request request, std::string_view rest) {
+            ++server_.metrics_.requests;
+            if (server_.draining_) return respond(Response(503, "The server is shutting down.\n"), nullptr);
+            if (!server_.serves_host(request.host()))
+                return respond(Response(421, "This server does not serve the host \"" + std::string(request.host()) + "\".\n"), nullptr);
+            if (wants_upgrade(request)) return upgrade(std::move(request), rest);
+            std::optional<Pattern::Match> match;
+            const PageEntry* page = best(server_.pages_, request.raw_path(), match);
+            if (page == nullptr && best_route(request, match) != nullptr)
+                return respond(upgrade_required("There is a WebSocket at this path, and no page.\n"), &request);
+            if (page == nullptr) return respond(Response(404, "There is nothing at this path.\n"), &request);
+            if (request.method() != "GET" && request.method() != "HEAD") {
+                Response refusal(405, "This path answers GET and HEAD.\n");
+                return respond(refusal.set_header("Allow", "GET, HEAD"), &request);
+            }
+            if (request.has_body()) return respond(Response(413, "A request to this server has no body.\n"), nullptr);
+            request.set_params(std::move(match->params));
+            try {
+                page->answer(*this, request, *match);
+            } catch (const std::exception& error) {
+                server_.report_exception("get", error.what(), peer_.to_string());
+                respond(Response(500, "The server failed to answer.\n"), nullptr);
+            }
+        }
+
+        // Of a list of entries with patterns the one that is meant by the path, or null.
+        template <class Entry>
+        static const Entry* best(const std::vector<std::unique_ptr<Entry>>& entries, std::string_view path,
+                                 std::optional<Pattern::Match>& match) {
+            const Entry* found = nullptr;
+            for (const auto& entry : entries) {
+                if (found != nullptr && found->pattern().rank() >= entry->pattern().rank()) continue;
+                if (auto matched = entry->pattern().match(path)) {
+                    found = entry.get();
+                    match = std::move(matched);
+                }
+            }
+            return found;
+        }
+        const Route* best_route(const Request& request, std::optional<Pattern::Match>& match) const {
+            return best(server_.routes_, request.raw_path(), match);
+        }
+
+        // Queues the head of an answer; a length of nothing is that of an answer which has no body by its status.
+        void begin_response(const Response& response, const Request* request, std::optional<std::uint64_t> length) {
+            Http& http = *http_;
+            http.head_only = request != nullptr && request->method() == "HEAD";
+            http.keep_alive = http.keep_alive && request != nullptr && !request->http_1_0() && !request->has_body() &&
+                              !server_.draining_ && !request->fields().has_element("connection", "close");
+            std::string head = "HTTP/1.1 " + std::to_string(response.status()) + " ";
+            (head += reason_phrase(response.status())) += "\r\nDate: ";
+            (head += http_date(static_cast<std::int64_t>(std::time(nullptr)))) += "\r\n";
+            std::string connection = http.keep_alive ? "" : "close";
+            for (const auto& [name, value] : response.headers()) {
+                if (text::same_ignoring_case(name, "connection")) connection = value + (connection.empty() ? "" : ", ") + connection;
+                else (((head += name) += ": ") += value) += "\r\n";
+            }
+            if (length) ((head += "Content-Length: ") += std::to_string(*length)) += "\r\n";
+            if (!connection.empty()) ((head += "Connection: ") += connection) += "\r\n";
+            head += "X-Content-Type-Options: nosniff\r\n\r\n";
+            append(head);
+            ++server_.metrics_.responses[response.status()];
+            if (!http.keep_alive) http.pending.clear();
+            attend();
+        }
+
+        void append(std::string_view bytes) {
+            if (bytes.empty()) return;
+            Slice slice = server_.arena_.allocate(bytes.size());
+            std::memcpy(SendArena::writable(slice), bytes.data(), bytes.size());
+            output().append(std::move(slice));
+        }
+
+        void settle_http() {
+            flush();
+            // A file goes out piece by piece, as the peer takes it.
+            for (int piece = 0; piece < 8 && http_->file_left != 0 && !blocked_ && !lost_; ++piece) {
+                append_file_piece();
+                flush();
+            }
+            if (lost_) return remove();
+            if (busy()) return blocked_ ? void() : attend();
+            if (phase_ == Phase::lingering || !http_->keep_alive) return linger();
+            if (http_->pending.empty()) return;
+            const std::string pending = std::exchange(http_->pending, std::string());
+            feed(pending);
+        }
+
+        void append_file_piece() {
+            char piece[16 * 1024];
+            const auto wanted = static_cast<std::size_t>(std::min<std::uint64_t>(http_->file_left, sizeof piece));
+            const std::size_t got = http_->file.read(piece, wanted);
+            // A file that has become shorter can not keep the promise of its Content-Length.
+            if (got == 0) lost_ = true;
+            append({piece, got});
+            http_->file_left -= got;
+            if (http_->file_left == 0) http_->file.close();
+        }
+
+        // Our last byte is with the kernel: tells the peer so, and discards what still comes, for a bounded time.
+        void linger() {
+            if (std::exchange(http_->shut, true)) return;
+            phase_ = Phase::lingering;
+            if (input_ended_) return remove();
+            socket_.shutdown_send();
+            schedule(after(limits().linger_timeout));
+        }
+
+        // ---- the opening handshake ---------------------------------------------------------------------------------
+
+        void upgrade(Request request, std::string_view rest) {
+            std::optional<Pattern::Match> match;
+            const Route* route = best_route(request, match);
+            if (route == nullptr) return refuse(Response(404, "There is no WebSocket at this path.\n"), request);
+            if (auto refusal = refuse_upgrade(request)) return refuse(*refusal, request);
+            const IpAddress client = server_.client_address(peer_, request);
+            if (!count_address(client)) return refuse(server_.too_many(), request);
+            request.set_params(std::move(match->params));
+            route_ = route;
+            try {
+                handler_ = route->make_handler();
+                core().host = &server_;
+                core().session = this;
+                core().request = std::move(request);
+                core().remote_address = client.to_string();
+                if (auto refusal = judge_handshake()) {
+                    const std::unique_ptr<WebSocketHandler> refused = drop_handler();
+                    return refuse(*refusal, HandlerAccess::core(*refused).request);
+                }
+            } catch (const std::exception& error) {
+                server_.report_exception("handshake", error.what(), peer_.to_string());
+                drop_handler();
+                return respond(Response(500, "The server failed to open the connection.\n"), nullptr);
+            }
+            open_websocket(rest);
+        }
+
+        // What the handler says of the request.
+        std::optional<Response> judge_handshake() {
+            const Request& request = core().request;
+            const std::size_t origins = request.fields().count("origin");
+            if (origins > 1) return Response(400, "There is more than one Origin header.\n");
+            if (origins == 0 && server_.options_.require_origin) return Response(403, "A request without an Origin is refused here.\n");
+            const std::string_view origin = request.header("origin");
+            if (origins == 1 && !handler_->check_origin(origin))
+                return Response(403, "The origin \"" + escape_for_log(origin) + "\" is refused; allowed: " +
+                                         server_.allowed_origins(request) + ".\n");
+            if (auto refusal = handler_->prepare(request)) return refusal;
+            const std::vector<std::string_view> offered = offered_subprotocols(request);
+            if (offered.empty()) return std::nullopt;
+            const std::string chosen = handler_->select_subprotocol(offered);
+            if (std::find(offered.begin(), offered.end(), chosen) != offered.end()) core().subprotocol = chosen;
+            else if (!chosen.empty()) server_.log(LogLevel::warning, "subprotocol_not_offered", {{"subprotocol", chosen}});
+            return std::nullopt;
+        }
+
+        void refuse(const Response& response, const Request& request) {
+            if (server_.log_)
+                server_.log(LogLevel::info, "refused",
+                            {{"status", std::to_string(response.status())}, {"peer", peer_.to_string()},
+                             {"target", std::string(request.target())}, {"sentence", std::string(text::trimmed(response.body()))}});
+            respond(response, nullptr);
+        }
+
+        void open_websocket(std::string_view rest) {
+            append(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol));
+            ++server_.metrics_.responses[101];
+            connection().open(Role::server, limits(), server_.arena_, server_.now());
+            std::swap(connection().output(), http_->output);
+            phase_ = Phase::websocket;
+            http_.reset();
+            ++server_.metrics_.websockets_opened;
+            ++server_.metrics_.websockets_open;
+            schedule(connection().deadline());
+            if (server_.log_)
+                server_.log(LogLevel::debug, "open", {{"peer", core().remote_address}, {"target", std::string(core().request.target())}});
+            attend();
+            call("open", [this] { handler_->open(); });
+            if (rest.empty()) return;
+            // They lie in the loop's receive buffer, which is ours to write to.
+            connection().receive(const_cast<char*>(rest.data()), rest.size(), server_.now());
+            pump();
+        }
+
+        // ---- WebSocket ---------------------------------------------------------------------------------------------
+
+        // Runs a callback. What leaves it is logged and costs this connection.
+        template <class Callback>
+        void call(const char* name, Callback&& callback) {
+            try {
+                callback();
+                return;
+            } catch (const std::exception& error) {
+                server_.report_exception(name, error.what(), peer_.to_string());
+            } catch (...) {
+                server_.report_exception(name, "not a std::exception", peer_.to_string());
+            }
+            connection().fail(CloseCode::internal_error, "internal error", CloseCause::handler_exception);
+            attend();
+        }
+
+        // Gives the handler what has happened, until there is no more, or it can take no more.
+        void pump() {
+            for (;;) {
+                const Event event = connection().next_event();
+                switch (event.kind) {
+                    case Event::Kind::none: return;
+                    case Event::Kind::message:
+                        ++server_.metrics_.messages_received;
+                        call("on_message", [&] { handler_->on_message(event.message); });
+                        break;
+                    case Event::Kind::ping: call("on_ping", [&] { handler_->on_ping(event.message.data()); }); break;
+                    case Event::Kind::pong: call("on_pong", [&] { handler_->on_pong(event.message.data()); }); break;
+                    case Event::Kind::close: return finish();
+                }
+                attend();
+                if (pause()) return;
+            }
+        }
+
+        std::size_t half_backlog() const { return limits().max_backlog / 2; }
+
+        // A peer that does not read what it asked for is not read either, until it does.
+        bool pause() {
+            if (!connection().is_open() || output().size() <= half_backlog()) return false;
+            high_ = true;
+            flush();
+            if (output().size() <= half_backlog()) return false;
+            connection().keep_input();
+            return paused_ = true;
+        }
+
+        void settle_websocket() {
+            if (output().size() > half_backlog()) high_ = true;
+            flush();
+            if (lost_) {
+                connection().abort(CloseCause::connection_lost, os::error_text(lost_error_));
+            } else if (output().empty()) {
+                connection().send_waiting_pong();
+                flush();
+            }
+            const bool low = output().size() <= half_backlog();
+            if (paused_ && (low || !connection().is_open())) {
+                paused_ = false;
+                connection().resume();
+                pump();
+            } else if (connection().state() == Connection::State::closed) {
+                pump();
+            }
+            if (phase_ != Phase::websocket) return;
+            if (high_ && low && connection().is_open()) {
+                high_ = false;
+                call("on_drain", [this] { handler_->on_drain(); });
+            }
+            // Closing may be due before the next ping was.
+            if (connection().deadline() < due() || !scheduled()) schedule(connection().deadline());
+        }
+
+        // The connection has closed: the handler ends, what is queued still goes out.
+        void finish() {
+            if (connection().aborted()) {
+                end_handler();
+                return remove();
+            }
+            auto http = std::make_unique<Http>(limits());
+            http->keep_alive = false;
+            std::swap(http->output, connection().output());
+            end_handler();
+            http_ = std::move(http);
+            phase_ = Phase::lingering;
+            paused_ = false;
+            schedule(after(limits().closing_timeout));
+            attend();
+        }
+
+        // on_close(), exactly once, and the end of the handler.
+        void end_handler() {
+            server_.rooms_.forget(*handler_);
+            --server_.metrics_.websockets_open;
+            ++server_.metrics_.closed[connection().close_cause()];
+            ++server_.metrics_.close_codes[connection().close_code()];
+            log_close();
+            try {
+                handler_->on_close();
+            } catch (const std::exception& error) {
+                server_.report_exception("on_close", error.what(), peer_.to_string());
+            } catch (...) {
+                server_.report_exception("on_close", "not a std::exception", peer_.to_string());
+            }
+            add_to(server_.metrics_);
+            core().rooms.clear();
+            drop_handler();
+        }
+
+        std::unique_ptr<WebSocketHandler> drop_handler() {
+            if (handler_) HandlerAccess::forget(*handler_);
+            return std::move(handler_);
+        }
+
+        void log_close() {
+            if (!server_.log_) return;
+            const CloseCause cause = connection().close_cause();
+            const bool news = cause == CloseCause::protocol_error || cause == CloseCause::backlog;
+            server_.log(news ? LogLevel::info : LogLevel::debug, "closed",
+                        {{"peer", core().remote_address}, {"code", std::to_string(number(connection().close_code()))},
+                         {"cause", std::string(to_string(cause))}, {"reason", connection().close_reason()}});
+        }
+
+        bool count_address(const IpAddress& client) {
+            if (counted_) return true;
+            counted_ = server_.count_address(client);
+            if (counted_) counted_address_ = client;
+            return counted_;
+        }
+
+        Server& server_;
+        Socket socket_;
+        IpAddress peer_;
+        Phase phase_ = Phase::http;
+        bool attended_ = false;
+        bool blocked_ = false;  // the kernel takes no more output for now
+        bool paused_ = false;   // reading waits until the peer reads
+        bool input_ended_ = false;
+        bool high_ = false;     // the backlog has passed its half, on_drain() is owed
+        bool lost_ = false;     // sending failed
+        bool watching_read_ = true;
+        bool watching_write_ = false;
+        bool counted_ = false;
+        int lost_error_ = 0;
+        IpAddress counted_address_;
+        std::size_t counted_backlog_ = 0;
+        const Route* route_ = nullptr;
+        std::unique_ptr<WebSocketHandler> handler_;
+        std::unique_ptr<Http> http_;
+
+        friend class Server;
+    };
+
+    // ---- listening -------------------------------------------------------------------------------------------------
+
+    class Listener final : public Pollable, public Timer {
+    public:
+        Listener(Server& server, const ListenAddress& address, bool reuse_port) : server_(server), socket_(address, reuse_port) {
+            if (!server_.loop_.poller().add(socket_.descriptor(), *this, true, false))
+                throw Error("listen " + socket_.address().to_string() + ": " + os::error_text(os::last_error()));
+        }
+        Listener(const Listener&) = delete;
+        Listener& operator=(const Listener&) = delete;
+        ~Listener() {
+            server_.loop_.timers().cancel(*this);
+            server_.loop_.poller().remove(socket_.descriptor());
+        }
+
+        const ListenAddress& address() const { return socket_.address(); }
+
+        void on_ready(bool, bool, bool) override {
+            // A flood of connections must leave the others their turn.
+            for (int i = 0; i < 64 && !server_.draining_; ++i) {
+                IpAddress peer;
+                int error = 0;
+                Socket accepted = socket_.accept(peer, error);
+                if (accepted) server_.welcome(std::move(accepted), peer);
+                else if (os::would_block(error)) return;
+                else if (os::out_of_descriptors(error)) return shed(error);
+                else if (error == ENOBUFS || error == ENOMEM) return rest(error);
+                // Any other error is of that one connection, which is gone already (ECONNABORTED and kin).
+            }
+        }
+        void on_timer(Time) override { server_.loop_.poller().change(socket_.descriptor(), *this, true, false); }
+
+    private:
+        // Without a descriptor the connection can be neither taken nor refused, and the poller would report it for
+        // ever: the one that is kept in reserve serves to tell it so.
+        void shed(int error) {
+            server_.reserve_.close();
+            IpAddress peer;
+            int ignored = 0;
+            Socket refused = socket_.accept(peer, ignored);
+            if (refused) {
+                constexpr std::string_view answer =
+                    "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 20\r\n\r\nThe server is full.\n";
+                refused.send(&answer, 1);
+                refused.shutdown_send();
+                ++server_.metrics_.connections_refused;
+                refused.close();
+            }
+            server_.reserve_descriptor();
+            rest(error);
+        }
+        // Accepting goes on a little later, so that a shortage costs no time.
+        void rest(int error) {
+            server_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
+            server_.loop_.poller().change(socket_.descriptor(), *this, false, false);
+            server_.loop_.timers().schedule(*this, server_.now() + std::chrono::milliseconds(50));
+        }
+
+        Server& server_;
+        ListenSocket socket_;
+    };
+
+    // Takes a connection in, or turns it away with a 503.
+    void welcome(Socket socket, const IpAddress& peer) {
+        ++metrics_.connections_accepted;
+        if (sessions_.size() >= max_connections() + turned_away_at_once) {
+            ++metrics_.connections_refused;
+            return;
+        }
+        const bool full = sessions_.size() >= max_connections();
+        auto made = std::make_unique<Session>(*this, std::move(socket), peer);
+        Session& session = *made;
+        session.index = sessions_.size();
+        sessions_.push_back(std::move(made));
+        if (!session.start()) return session.remove();
+        if (full || (!trusted(peer) && !session.count_address(peer))) session.respond(too_many(), nullptr);
+    }
+    Response too_many() {
+        ++metrics_.connections_refused;
+        log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
+        return std::move(Response(503, "There are too many connections.\n").set_header("Retry-After", "10"));
+    }
+    std::size_t max_connections() const {
+        if (options_.limits.max_connections != 0) return options_.limits.max_connections;
+        const std::size_t limit = os::descriptor_limit();
+        return limit > 2 * descriptors_kept ? limit - descriptors_kept : limit / 2;
+    }
+
+    // ---- who the peer is -------------------------------------------------------------------------------------------
+
+    bool trusted(const IpAddress& address) const {
+        return std::any_of(trusted_proxies_.begin(), trusted_proxies_.end(), [&](const Cidr& c) { return c.contains(address); });
+    }
+    // From the right, the first address that is not of a trusted proxy: what stands left of it anybody may have written.
+    IpAddress client_address(const IpAddress& peer, const Request& request) const {
+        if (!trusted(peer)) return peer;
+        std::vector<std::string_view> hops;
+        request.fields().each_element("x-forwarded-for", [&](std::string_view hop) { hops.push_back(hop); });
+        IpAddress client = peer;
+        for (; !hops.empty() && trusted(client); hops.pop_back()) {
+            const auto address = IpAddress::parse(hops.back());
+            if (!address) break;
+            client = *address;
+        }
+        return client;
+    }
+    // False where the address has its share of connections already.
+    bool count_address(const IpAddress& client) {
+        if (options_.limits.max_connections_per_address == 0 || client.family() == IpAddress::Family::unix_socket) return true;
+        std::size_t& count = connections_of_[share_of(client)];
+        if (count >= options_.limits.max_connections_per_address) return false;
+        ++count;
+        return true;
+    }
+    void uncount_address(const IpAddress& client) {
+        const auto found = connections_of_.find(share_of(client));
+        if (found != connections_of_.end() && --found->second == 0) connections_of_.erase(found);
+    }
+    static IpAddress share_of(const IpAddress& client) {
+        return client.family() == IpAddress::Family::ipv6 ? client.prefix(64) : client;
+    }
+
+    bool serves_host(std::string_view host) const {
+        return hosts_.empty() || std::find(hosts_.begin(), hosts_.end(), text::lowered(host)) != hosts_.end();
+    }
+    bool origin_allowed(std::string_view origin, const Request& request) const override {
+        if (std::find(origins_.begin(), origins_.end(), "*") != origins_.end()) return true;
+        const auto normal = normalized_origin(origin);
+        return same_host(origin, request.host()) ||
+               (normal && std::find(origins_.begin(), origins_.end(), *normal) != origins_.end());
+    }
+    std::string allowed_origins(const Request& request) const {
+        std::string list = "pages of " + escape_for_log(request.host());
+        for (const std::string& origin : origins_) (list += ", ") += origin;
+        return list;
+    }
+
+    // ---- HandlerHost -----------------------------------------------------------------------------------------------
+
+    static Session& session_of(HandlerCore& core) { return *static_cast<Session*>(core.session); }
+    void attend(HandlerCore& core) override {
+        core.attended = true;
+        session_of(core).attend();
+    }
+    void flush_now(HandlerCore& core) override { session_of(core).flush(); }
+    void set_nodelay(HandlerCore& core, bool on) override { session_of(core).set_nodelay(on); }
+    Time now() const override { return loop_.now(); }
+    bool on_loop_thread() const override { return loop_.on_loop_thread(); }
+    Server& server() override { return *this; }
+    std::shared_ptr<Mailbox> mailbox() override { return loop_.mailbox(); }
+
+    // ---- turns -----------------------------------------------------------------------------------------------------
+
+    // Flushes what the callbacks have queued and reports what has closed; that calls on_close() and on_drain(), which
+    // may queue more. True: there is more to do than a turn should take.
+    bool end_turn() {
+        for (int round = 0; round < 16 && !attended_.empty(); ++round) {
+            settling_.swap(attended_);
+            for (Session* session : settling_) session->settle();
+            settling_.clear();
+            if (backlog_ > options_.limits.max_total_backlog) relieve();
+        }
+        rooms_.prune();
+        if (!buried_.empty()) {
+            attended_.erase(std::remove_if(attended_.begin(), attended_.end(), [](Session* s) { return s->gone(); }), attended_.end());
+            buried_.clear();
+        }
+        closed_listeners_.clear();
+        if (draining_ && sessions_.empty()) loop_.stop();
+        return !attended_.empty();
+    }
+
+    // All backlogs together are over their limit: the largest go.
+    void relieve() {
+        while (backlog_ > options_.limits.max_total_backlog) {
+            const auto larger = [](const auto& a, const auto& b) { return a->backlog() < b->backlog(); };
+            const auto largest = std::max_element(sessions_.begin(), sessions_.end(), larger);
+            if (largest == sessions_.end() || (*largest)->backlog() == 0) return;
+            (*largest)->abort(CloseCause::backlog, "all backlogs together are over their limit");
+        }
+    }
+
+    // Takes a session from the list; it is destroyed when nothing in this turn can refer to it any more.
+    void bury(Session& session) {
+        if (session.counted_) uncount_address(session.counted_address_);
+        std::swap(sessions_[session.index], sessions_.back());
+        sessions_[session.index]->index = session.index;
+        buried_.push_back(std::move(sessions_.back()));
+        sessions_.pop_back();
+    }
+
+    void on_signal() {
+        if (std::exchange(signalled_, true)) drop_all();
+        else begin_shutdown(std::chrono::seconds(5));
+    }
+
+    void begin_shutdown(Duration deadline) {
+        if (!std::exchange(draining_, true)) {
+            log(LogLevel::debug, "shutdown", {{"connections", std::to_string(sessions_.size())}});
+            closed_listeners_.swap(listeners_);
+        }
+        for (std::size_t i = sessions_.size(); i-- > 0;)
+            if (i < sessions_.size()) sessions_[i]->shut_down();
+        loop_.call_later(deadline, [this] { drop_all(); });
+    }
+    void drop_all() {
+        while (!sessions_.empty()) sessions_.back()->abort(CloseCause::shutdown, "server is shutting down");
+    }
+
+    // ---- logging ---------------------------------------------------------------------------------------------------
+
+    void log(LogLevel level, std::string_view event, LogFields fields) {
+        if (!log_ || !may_log()) return;
+        log_({level, event, fields});
+    }
+    // A peer can not flood the log: a bucket of 100 entries that fills with 100 a second.
+    bool may_log() {
+        const Time now = Clock::now();
+        log_tokens_ = std::min(100.0, log_tokens_ + std::chrono::duration<double>(now - log_time_).count() * 100);
+        log_time_ = now;
+        if (log_tokens_ < 1) {
+            ++metrics_.log_entries_suppressed;
+            return false;
+        }
+        log_tokens_ -= 1;
+        return true;
+    }
+    void report_exception(const char* where, const char* what, std::string peer) {
+        ++metrics_.handler_exceptions;
+        log(LogLevel::error, "exception", {{"in", where}, {"what", what}, {"peer", std::move(peer)}});
+    }
+
+    // ---- set-up ----------------------------------------------------------------------------------------------------
+
+    struct PageEntry {
+        Pattern path;
+        Page answer;
+        const Pattern& pattern() const { return path; }
+    };
+    void add_page(Pattern pattern, Page answer) {
+        for (const auto& page : pages_)
+            if (page->path == pattern) throw Error("page \"" + pattern.text() + "\": given twice");
+        pages_.push_back(std::make_unique<PageEntry>(PageEntry{std::move(pattern), std::move(answer)}));
+    }
+
+    static std::string find_file(const std::string& pattern, const std::string& path) {
+        File file(path);
+        std::string found = path;
+        const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
+        if (!file && relative) {
+            found = beside(os::executable_path(), path);
+            if (File here{found}) return os::absolute_path(found);
+        }
+        if (!file) throw Error("file \"" + pattern + "\": " + path + ": " + os::error_text(file.error()));
+        return os::absolute_path(path);
+    }
+
+    void reserve_descriptor() {
+#if !defined(_WIN32)
+        reserve_ = OwnedDescriptor(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+#endif
+    }
+
+    ServerOptions options_;
+    Loop loop_;
+    SendArena arena_;
+    Rooms rooms_;
+    std::vector<char> receive_buffer_;
+    std::vector<std::unique_ptr<Route>> routes_;
+    std::vector<std::unique_ptr<PageEntry>> pages_;
+    std::vector<std::string> origins_;
+    std::vector<std::string> hosts_;
+    std::vector<Cidr> trusted_proxies_;
+    std::function<void(const LogEntry&)> log_;
+    double log_tokens_ = 100;
+    Time log_time_{};
+
+    std::vector<std::unique_ptr<Listener>> listeners_;
+    std::vector<std::unique_ptr<Listener>> closed_listeners_;  // destroyed at the end of the turn, which may know them
+    std::vector<std::unique_ptr<Session>> sessions_;
+    std::vector<Session*> attended_;  // sessions to settle at the end of the turn
+    std::vector<Session*> settling_;
+    std::vector<std::unique_ptr<Session>> buried_;
+    std::map<IpAddress, std::size_t> connections_of_;
+    OwnedDescriptor reserve_;
+    std::size_t backlog_ = 0;
+    bool draining_ = false;
+    bool signalled_ = false;
+    Metrics metrics_;
+};
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+#undef WSCHAT_ABI
+#undef WSCHAT_ABI_NAME
+#undef WSCHAT_ABI_PASTE
