@@ -100,7 +100,7 @@
     v##major##_##minor##_z##zlib##o##openssl##s##sqlite##r##hiredis
 #define WSCHAT_ABI_NAME(major, minor, zlib, openssl, sqlite, hiredis) \
     WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis)
-#define WSCHAT_ABI                                                                                               \
+#define WSCHAT_ABI                                                                                          \
     WSCHAT_ABI_NAME(WSCHAT_VERSION_MAJOR, WSCHAT_VERSION_MINOR, WSCHAT_ZLIB, WSCHAT_OPENSSL, WSCHAT_SQLITE, \
                     WSCHAT_HIREDIS)
 
@@ -181,8 +181,16 @@ enum class CloseCause : std::uint8_t {
 };
 
 constexpr std::string_view to_string(CloseCause cause) {
-    constexpr std::string_view names[] = {"none",         "peer",            "local",   "protocol error",    "connection lost",
-                                          "ping timeout", "closing timeout", "backlog", "handler exception", "shutdown"};
+    constexpr std::string_view names[] = {"none",
+                                          "peer",
+                                          "local",
+                                          "protocol error",
+                                          "connection lost",
+                                          "ping timeout",
+                                          "closing timeout",
+                                          "backlog",
+                                          "handler exception",
+                                          "shutdown"};
     return names[static_cast<std::size_t>(cause)];
 }
 
@@ -219,10 +227,11 @@ enum class BacklogPolicy : std::uint8_t {
 // Every bound that the server keeps. Sizes in bytes; a duration of zero turns that timer off. A route starts with the
 // server's limits and may have its own; the last group holds for the server as a whole.
 struct Limits {
-    Duration handshake_timeout = std::chrono::seconds(10);  // absolute, from the accept to the 101 or to a page's answer
-    std::size_t max_request_line = 8 * 1024;                // 414
-    std::size_t max_header_bytes = 16 * 1024;               // 431
-    std::size_t max_header_fields = 100;                    // 431
+    Duration handshake_timeout =
+        std::chrono::seconds(10);              // absolute, from the accept to the 101 or to a page's answer
+    std::size_t max_request_line = 8 * 1024;   // 414
+    std::size_t max_header_bytes = 16 * 1024;  // 431
+    std::size_t max_header_fields = 100;       // 431
 
     std::size_t max_message_size = 1024 * 1024;  // of a whole message; 1009
     std::size_t max_fragments = 1024;            // of one message; 1008
@@ -513,7 +522,8 @@ private:
     void push_copy(std::string_view bytes) {
         const bool fits = tail_.chunk && !tail_.chunk->pooled() && !tail_.chunk->shared() &&
                           tail_.end == tail_.chunk->size() && tail_.chunk->room() >= bytes.size();
-        ChunkRef chunk = fits ? tail_.chunk : ChunkRef(Chunk::make(bytes.size() > own_size ? bytes.size() : own_size, false));
+        ChunkRef chunk =
+            fits ? tail_.chunk : ChunkRef(Chunk::make(bytes.size() > own_size ? bytes.size() : own_size, false));
         const std::size_t begin = chunk->size();
         std::memcpy(chunk->end(), bytes.data(), bytes.size());
         chunk->advance(bytes.size());
@@ -881,7 +891,8 @@ public:
         header.masked = (byte(1) & 0x80) != 0;
         const unsigned short_length = byte(1) & 0x7F;
         if (header.masked != (role_ == Role::server))
-            return failed(role_ == Role::server ? "frame from a client is not masked" : "frame from a server is masked");
+            return failed(role_ == Role::server ? "frame from a client is not masked"
+                                                : "frame from a server is masked");
         if (is_control(header.opcode) && short_length > 125) return failed("control frame is longer than 125 bytes");
 
         // 3. The length in its three forms. RFC 6455 5.2: "the minimal number of bytes MUST be used to encode the
@@ -1000,7 +1011,9 @@ inline std::string_view trimmed(std::string_view s) {
     return s;
 }
 // RFC 9110 5.6.2.
-inline bool token_char(char c) { return alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr); }
+inline bool token_char(char c) {
+    return alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
+}
 inline bool token(std::string_view s) { return !s.empty() && std::all_of(s.begin(), s.end(), token_char); }
 
 // What precedes the first separator; the rest, without it, stays in s.
@@ -1056,10 +1069,11 @@ inline std::string http_date(std::int64_t unix_seconds) {
     const std::int64_t mp = (5 * of_year + 2) / 153, day = of_year - (153 * mp + 2) / 5 + 1;
     const std::int64_t month = mp < 10 ? mp + 3 : mp - 9, year = year_of_era + era * 400 + (month <= 2 ? 1 : 0);
     constexpr const char* days_of_week[] = {"Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"};
-    constexpr const char* months[] = {"Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"};
+    constexpr const char* months[] = {"Jan", "Feb", "Mar", "Apr", "May", "Jun",
+                                      "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"};
     char text[64];
-    std::snprintf(text, sizeof text, "%s, %02d %s %04d %02d:%02d:%02d GMT", days_of_week[days % 7], static_cast<int>(day),
-                  months[month - 1], static_cast<int>(year), static_cast<int>(second / 3600),
+    std::snprintf(text, sizeof text, "%s, %02d %s %04d %02d:%02d:%02d GMT", days_of_week[days % 7],
+                  static_cast<int>(day), months[month - 1], static_cast<int>(year), static_cast<int>(second / 3600),
                   static_cast<int>(second / 60 % 60), static_cast<int>(second % 60));
     return text;
 }
@@ -1192,7 +1206,8 @@ public:
                 std::string_view pair = text::cut_at(value, ';');
                 if (text::trimmed(text::cut_at(pair, '=')) != name) continue;
                 pair = text::trimmed(pair);
-                if (pair.size() >= 2 && pair.front() == '"' && pair.back() == '"') pair = pair.substr(1, pair.size() - 2);
+                if (pair.size() >= 2 && pair.front() == '"' && pair.back() == '"')
+                    pair = pair.substr(1, pair.size() - 2);
                 found = pair;
             }
             return !found;
@@ -1278,7 +1293,8 @@ private:
         const std::size_t line_end = whole ? 2 : 0;
         if (request_.fields_begin_ == 0) {
             if (head().size() + more > limits_->max_request_line + line_end)
-                return fail(414, "The request line is longer than " + std::to_string(limits_->max_request_line) + " bytes.");
+                return fail(414,
+                            "The request line is longer than " + std::to_string(limits_->max_request_line) + " bytes.");
         } else if (head().size() - request_.fields_begin_ + more > limits_->max_header_bytes + line_end) {
             return fail(431, "The headers are longer than " + std::to_string(limits_->max_header_bytes) + " bytes.");
         }
@@ -1329,8 +1345,8 @@ private:
         if (target.empty()) return fail(400, "The request line has no target.");
         for (const char c : target)
             if (c <= ' ' || c > '~' || c == '#') return fail(400, "The target has a character that it must not have.");
-        if (version.size() != 8 || !text::starts_with(version, "HTTP/") || !text::digit(version[5]) || version[6] != '.' ||
-            !text::digit(version[7]))
+        if (version.size() != 8 || !text::starts_with(version, "HTTP/") || !text::digit(version[5]) ||
+            version[6] != '.' || !text::digit(version[7]))
             return fail(400, "The HTTP version is malformed.");
         if (version[5] != '1' || version[7] > '1') return fail(505, "This server speaks HTTP/1.1.");
         request_.http_1_0_ = version[7] == '0';
@@ -1430,7 +1446,11 @@ inline std::string_view reason_phrase(int status) {
         case 501: return "Not Implemented";
         case 503: return "Service Unavailable";
         case 505: return "HTTP Version Not Supported";
-        default: return status < 300 ? "Success" : status < 400 ? "Redirection" : status < 500 ? "Client Error" : "Server Error";
+        default:
+            return status < 300   ? "Success"
+                   : status < 400 ? "Redirection"
+                   : status < 500 ? "Client Error"
+                                  : "Server Error";
     }
 }
 
@@ -1439,11 +1459,14 @@ class Response {
 public:
     explicit Response(int status, std::string body = {}, std::string_view type = "text/plain; charset=utf-8")
         : status_(status), body_(std::move(body)) {
-        if (status < 200 || status > 599) throw Error("Response: status " + std::to_string(status) + " is not in 200-599");
+        if (status < 200 || status > 599)
+            throw Error("Response: status " + std::to_string(status) + " is not in 200-599");
         if (!body_.empty()) set_header("Content-Type", type);
     }
     static Response html(std::string body) { return Response(200, std::move(body), "text/html; charset=utf-8"); }
-    static Response json(const Json& body, int status = 200) { return Response(status, body.dump(), "application/json"); }
+    static Response json(const Json& body, int status = 200) {
+        return Response(status, body.dump(), "application/json");
+    }
     static Response redirect(std::string_view location, int status = 302) {
         return std::move(Response(status).set_header("Location", location));
     }
@@ -1486,7 +1509,8 @@ inline bool valid_key(std::string_view key) {
 
 // Whether the client asks to leave HTTP for WebSocket at all (RFC 6455 4.2.1 / 3-4).
 inline bool wants_upgrade(const Request& request) {
-    return request.fields().has_element("upgrade", "websocket") && request.fields().has_element("connection", "upgrade");
+    return request.fields().has_element("upgrade", "websocket") &&
+           request.fields().has_element("connection", "upgrade");
 }
 
 inline Response upgrade_required(std::string sentence) {
@@ -1537,18 +1561,21 @@ inline std::string opening_request(std::string_view host, std::string_view targe
                                    std::string_view subprotocols = {}) {
     std::string head = "GET ";
     ((head += target) += " HTTP/1.1\r\nHost: ") += host;
-    (head += "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ") += key;
+    (head += "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ") +=
+        key;
     if (!subprotocols.empty()) (head += "\r\nSec-WebSocket-Protocol: ") += subprotocols;
     return head += "\r\n\r\n";
 }
 
 // Why a client must not take the server's answer for a handshake (RFC 6455 4.1, the numbered list at its end); empty
 // where it may. `head` ends with the empty line.
-inline std::string opening_answer_error(std::string_view head, std::string_view key, std::string_view subprotocols = {}) {
+inline std::string opening_answer_error(std::string_view head, std::string_view key,
+                                        std::string_view subprotocols = {}) {
     std::string_view rest = head;
     const std::string_view status_line = text::cut_at(rest, '\n');
     if (!text::starts_with(status_line, "HTTP/1.1 101"))
-        return "the server answered \"" + escape_for_log(text::trimmed(status_line.substr(0, status_line.find('\r')))) + "\"";
+        return "the server answered \"" + escape_for_log(text::trimmed(status_line.substr(0, status_line.find('\r')))) +
+               "\"";
     const Fields fields(rest);
     if (!fields.has_element("upgrade", "websocket")) return "the answer has no Upgrade: websocket";
     if (!fields.has_element("connection", "upgrade")) return "the answer has no Connection: Upgrade";
@@ -1706,7 +1733,8 @@ public:
     bool overflows(std::size_t size) const { return !output_.empty() && output_.size() + size > limits_->max_backlog; }
 
     WriteStatus send(Opcode opcode, std::string_view payload) {
-        if (masks_ == nullptr) return state_ == State::open ? send(EncodedFrame(*arena_, opcode, payload)) : WriteStatus::closed;
+        if (masks_ == nullptr)
+            return state_ == State::open ? send(EncodedFrame(*arena_, opcode, payload)) : WriteStatus::closed;
         return accept(payload.size()) ? append(encode_masked(*arena_, opcode, payload, masks_())) : refused();
     }
     // For a server; a client masks each frame anew.
@@ -1714,7 +1742,8 @@ public:
 
     // An unsolicited ping or pong (RFC 6455 5.5.2, 5.5.3); at most 125 bytes. Passes the backlog limit.
     WriteStatus send_control(Opcode opcode, std::string_view payload) {
-        if (payload.size() > 125) throw Error("ping: a payload of " + std::to_string(payload.size()) + " bytes is over 125");
+        if (payload.size() > 125)
+            throw Error("ping: a payload of " + std::to_string(payload.size()) + " bytes is over 125");
         if (state_ != State::open) return WriteStatus::closed;
         return append_control(opcode, payload);
     }
@@ -1732,8 +1761,10 @@ public:
         closing_since_ = now;
     }
     static void check_close(CloseCode code, std::string_view reason) {
-        if (!legal_on_wire(code)) throw Error("close: " + std::to_string(number(code)) + " is not a code that may be sent");
-        if (reason.size() > 123) throw Error("close: a reason of " + std::to_string(reason.size()) + " bytes is over 123");
+        if (!legal_on_wire(code))
+            throw Error("close: " + std::to_string(number(code)) + " is not a code that may be sent");
+        if (reason.size() > 123)
+            throw Error("close: a reason of " + std::to_string(reason.size()) + " bytes is over 123");
         if (!valid_utf8(reason)) throw Error("close: the reason is not UTF-8");
     }
 
@@ -1783,7 +1814,8 @@ public:
 
     void tick(Time now) {
         if (now < deadline()) return;
-        if (state_ == State::closing) return abort(CloseCause::closing_timeout, "the peer did not answer our Close frame");
+        if (state_ == State::closing)
+            return abort(CloseCause::closing_timeout, "the peer did not answer our Close frame");
         if (ping_sent_) return abort(CloseCause::ping_timeout, "the peer did not answer a ping");
         append_control(Opcode::ping, {});
         ping_sent_ = true;
@@ -1794,7 +1826,9 @@ private:
     // From that size on a frame that is still coming is read into its message directly.
     static constexpr std::size_t direct_read = 16 * 1024;
 
-    static Time after(Time time, Duration timeout) { return timeout == Duration::zero() ? Time::max() : time + timeout; }
+    static Time after(Time time, Duration timeout) {
+        return timeout == Duration::zero() ? Time::max() : time + timeout;
+    }
 
     // Parses the next header. False: more bytes are needed. True with in_payload_ unset: the connection has failed.
     bool take_header() {
@@ -1835,11 +1869,13 @@ private:
             utf8_.reset();
         }
         if (++fragments_ > limits_->max_fragments) {
-            fail(CloseCode::policy_violation, "message has more than " + std::to_string(limits_->max_fragments) + " fragments");
+            fail(CloseCode::policy_violation,
+                 "message has more than " + std::to_string(limits_->max_fragments) + " fragments");
             return false;
         }
         if (frame_.length > limits_->max_message_size || message_.size() + frame_.length > limits_->max_message_size) {
-            fail(CloseCode::message_too_big, "message is larger than " + std::to_string(limits_->max_message_size) + " bytes");
+            fail(CloseCode::message_too_big,
+                 "message is larger than " + std::to_string(limits_->max_message_size) + " bytes");
             return false;
         }
         return true;
@@ -1847,8 +1883,8 @@ private:
 
     // Unmasks the next part of the payload where it lies, and takes it from the input.
     std::string_view take_payload() {
-        const auto size =
-            static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, static_cast<std::uint64_t>(input_end_ - input_)));
+        const auto size = static_cast<std::size_t>(
+            std::min<std::uint64_t>(frame_left_, static_cast<std::uint64_t>(input_end_ - input_)));
         if (frame_.masked && size != 0)
             apply_mask(input_, size, frame_.mask, static_cast<std::size_t>((frame_.length - frame_left_) % 4));
         const std::string_view part(input_, size);
@@ -1930,10 +1966,12 @@ private:
         CloseCode code = CloseCode::no_status;
         std::string_view reason;
         if (!payload.empty()) {
-            code = static_cast<CloseCode>(static_cast<unsigned char>(payload[0]) << 8 | static_cast<unsigned char>(payload[1]));
+            code = static_cast<CloseCode>(static_cast<unsigned char>(payload[0]) << 8 |
+                                          static_cast<unsigned char>(payload[1]));
             reason = payload.substr(2);
             if (!legal_on_wire(code)) return fail(CloseCode::protocol_error, "Close frame with an illegal code");
-            if (!valid_utf8(reason)) return fail(CloseCode::invalid_payload, "Close frame with a reason that is not UTF-8");
+            if (!valid_utf8(reason))
+                return fail(CloseCode::invalid_payload, "Close frame with a reason that is not UTF-8");
         }
         // "When sending a Close frame in response, the endpoint typically echos the status code it received."
         if (state_ == State::open) append_close(code, {});
@@ -2198,7 +2236,8 @@ public:
         });
     }
     void close(int code, std::string_view reason = {}) {
-        if (code < 0 || code > 0xFFFF) throw Error("close: " + std::to_string(code) + " is not a code that may be sent");
+        if (code < 0 || code > 0xFFFF)
+            throw Error("close: " + std::to_string(code) + " is not a code that may be sent");
         close(static_cast<CloseCode>(code), reason);
     }
 
@@ -2363,7 +2402,8 @@ public:
     // Sends to every member whose connection is open, but not to `except`; returns to how many it was sent or queued.
     // What each backlog policy dropped is counted at the member.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
-    std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr, Opcode opcode = Opcode::text) {
+    std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
+                          Opcode opcode = Opcode::text) {
         HandlerAccess::check_payload("broadcast", payload, opcode);
         return broadcast(Message(payload, opcode), except);
     }
@@ -2386,7 +2426,8 @@ private:
     const HandlerCore::Membership* membership(const WebSocketHandler& handler) const {
         for (const auto& membership : HandlerAccess::core(handler).rooms)
             if (membership.room == this)
-                return membership.index < members_.size() && members_[membership.index] == &handler ? &membership : nullptr;
+                return membership.index < members_.size() && members_[membership.index] == &handler ? &membership
+                                                                                                    : nullptr;
         return nullptr;
     }
     // The last member takes the place of the one that goes.
@@ -2531,7 +2572,8 @@ inline std::vector<Room*> WebSocketHandler::rooms() const {
 #include <unistd.h>
 #if defined(__linux__)
 #include <sys/epoll.h>
-#elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || defined(__DragonFly__)
+#elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
+    defined(__DragonFly__)
 #include <sys/event.h>
 #endif
 #if defined(__APPLE__)
@@ -2712,7 +2754,8 @@ inline int open_file_beneath(const std::string& root, const std::vector<std::str
     int folder = ::open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     for (std::size_t i = 0; folder >= 0 && i < names.size(); ++i) {
         const bool last = i + 1 == names.size();
-        const int next = ::openat(folder, names[i].c_str(), O_NOFOLLOW | (last ? open_file_flags : O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+        const int next = ::openat(folder, names[i].c_str(),
+                                  O_NOFOLLOW | (last ? open_file_flags : O_RDONLY | O_DIRECTORY | O_CLOEXEC));
         const int error = errno;
         ::close(folder);
         errno = error;
@@ -2816,7 +2859,9 @@ public:
     }
     unsigned bits() const { return family_ == Family::ipv4 ? 32 : family_ == Family::ipv6 ? 128 : 0; }
 
-    friend bool operator==(const IpAddress& a, const IpAddress& b) { return a.family_ == b.family_ && a.bytes_ == b.bytes_; }
+    friend bool operator==(const IpAddress& a, const IpAddress& b) {
+        return a.family_ == b.family_ && a.bytes_ == b.bytes_;
+    }
     friend bool operator<(const IpAddress& a, const IpAddress& b) {
         return a.family_ != b.family_ ? a.family_ < b.family_ : a.bytes_ < b.bytes_;
     }
@@ -2846,7 +2891,8 @@ public:
         const auto address = IpAddress::parse(text::cut_at(rest, '/'));
         const bool single = text.find('/') == std::string_view::npos;
         const auto bits = text::unsigned_number(rest, address ? address->bits() : 0);
-        if (!address || (!single && !bits)) throw Error("\"" + std::string(text) + "\" is neither an address nor a CIDR block");
+        if (!address || (!single && !bits))
+            throw Error("\"" + std::string(text) + "\" is neither an address nor a CIDR block");
         bits_ = single ? address->bits() : static_cast<unsigned>(*bits);
         base_ = address->prefix(bits_);
     }
@@ -2873,7 +2919,8 @@ class OwnedDescriptor {
 public:
     OwnedDescriptor() = default;
     explicit OwnedDescriptor(os::Descriptor descriptor) : descriptor_(descriptor) {}
-    OwnedDescriptor(OwnedDescriptor&& other) noexcept : descriptor_(std::exchange(other.descriptor_, os::no_descriptor)) {}
+    OwnedDescriptor(OwnedDescriptor&& other) noexcept
+        : descriptor_(std::exchange(other.descriptor_, os::no_descriptor)) {}
     OwnedDescriptor& operator=(OwnedDescriptor&& other) noexcept {
         std::swap(descriptor_, other.descriptor_);
         return *this;
@@ -2895,7 +2942,9 @@ class Socket : public OwnedDescriptor {
 public:
     using OwnedDescriptor::OwnedDescriptor;
 
-    IoResult receive(char* data, std::size_t size) { return result([&] { return os::receive(descriptor(), data, size); }); }
+    IoResult receive(char* data, std::size_t size) {
+        return result([&] { return os::receive(descriptor(), data, size); });
+    }
 
     // Sends the pieces in order with one call of the system; at most max_pieces of them.
     static constexpr std::size_t max_pieces = 64;
@@ -2947,7 +2996,8 @@ struct ListenAddress {
         if (host.size() >= 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
         const auto port = text::unsigned_number(colon == std::string_view::npos ? text : text.substr(colon + 1), 65535);
         if (!port || host.empty())
-            throw Error("listen " + escape_for_log(text) + ": not an address; a port is 0-65535, as in 8888 or 127.0.0.1:8888");
+            throw Error("listen " + escape_for_log(text) +
+                        ": not an address; a port is 0-65535, as in 8888 or 127.0.0.1:8888");
         address.host = host;
         address.port = static_cast<int>(*port);
         return address;
@@ -2995,7 +3045,8 @@ private:
     [[noreturn]] void fail(int error, const char* call) const {
         std::string sentence = "listen " + address_.to_string() + ": " + os::error_text(error);
         if (error == EADDRINUSE) sentence += ": another process has it";
-        else if (error == EACCES && address_.port != 0 && address_.port < 1024) sentence += ": ports below 1024 need permission";
+        else if (error == EACCES && address_.port != 0 && address_.port < 1024)
+            sentence += ": ports below 1024 need permission";
         else if (error == EADDRNOTAVAIL) sentence += ": this machine has no such address";
         else sentence += std::string(" from ") + call;
         throw Error(sentence);
@@ -3013,7 +3064,8 @@ private:
         addrinfo* found = nullptr;
         const std::string service = std::to_string(address_.port);
         const int status = ::getaddrinfo(any ? "::" : address_.host.c_str(), service.c_str(), &hints, &found);
-        if (status != 0) throw Error("listen " + address_.to_string() + ": the host is unknown: " + ::gai_strerror(status));
+        if (status != 0)
+            throw Error("listen " + address_.to_string() + ": the host is unknown: " + ::gai_strerror(status));
         const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owned(found, [](addrinfo* list) { ::freeaddrinfo(list); });
         socket_ = Socket(os::open_socket(found->ai_family));
         if (!socket_ && any) {
@@ -3028,7 +3080,8 @@ private:
         socket_.set_option(SOL_SOCKET, SO_REUSEADDR, 1);
 #endif
 #if defined(SO_REUSEPORT)
-        if (reuse_port && !socket_.set_option(SOL_SOCKET, SO_REUSEPORT, 1)) fail(os::last_error(), "setsockopt SO_REUSEPORT");
+        if (reuse_port && !socket_.set_option(SOL_SOCKET, SO_REUSEPORT, 1))
+            fail(os::last_error(), "setsockopt SO_REUSEPORT");
 #else
         if (reuse_port) throw Error("listen " + address_.to_string() + ": this system has no SO_REUSEPORT");
 #endif
@@ -3101,8 +3154,9 @@ public:
         self.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
         int size = sizeof self;
         const auto address = reinterpret_cast<sockaddr*>(&self);
-        if (read_ == os::no_descriptor || ::bind(read_, address, size) != 0 || ::getsockname(read_, address, &size) != 0 ||
-            ::connect(read_, address, size) != 0 || !os::make_nonblocking(read_))
+        if (read_ == os::no_descriptor || ::bind(read_, address, size) != 0 ||
+            ::getsockname(read_, address, &size) != 0 || ::connect(read_, address, size) != 0 ||
+            !os::make_nonblocking(read_))
             throw Error("Loop: no socket to wake it: " + os::error_text(os::last_error()));
 #else
         int ends[2];
@@ -3220,7 +3274,9 @@ public:
     }
 
 private:
-    static short events(bool read, bool write) { return static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0)); }
+    static short events(bool read, bool write) {
+        return static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0));
+    }
 
     std::vector<os::Pollfd> entries_;
     std::vector<Pollable*> owners_;
@@ -3267,7 +3323,8 @@ private:
 };
 using SystemPoller = EpollPoller;
 
-#elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || defined(__DragonFly__)
+#elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
+    defined(__DragonFly__)
 
 class KqueuePoller final : public Poller {
 public:
@@ -3290,12 +3347,14 @@ public:
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
         timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1000000L};
-        const int count = ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
+        const int count =
+            ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
         for (int i = 0; i < count; ++i) {
             const struct kevent& event = events_[i];
             // The end of the stream is read as such; only where nobody reads is it news.
             const bool broken = event.filter == EVFILT_WRITE && (event.flags & EV_EOF) != 0;
-            ready.push_back({static_cast<Pollable*>(event.udata), event.filter == EVFILT_READ, event.filter == EVFILT_WRITE, broken});
+            ready.push_back({static_cast<Pollable*>(event.udata), event.filter == EVFILT_READ,
+                             event.filter == EVFILT_WRITE, broken});
         }
     }
 
@@ -3304,7 +3363,8 @@ private:
 
     bool control(os::Descriptor descriptor, Pollable* owner, int filter, int flags) {
         struct kevent event;
-        EV_SET(&event, static_cast<uintptr_t>(descriptor), static_cast<short>(filter), static_cast<unsigned short>(flags), 0, 0, owner);
+        EV_SET(&event, static_cast<uintptr_t>(descriptor), static_cast<short>(filter),
+               static_cast<unsigned short>(flags), 0, 0, owner);
         return ::kevent(queue_.descriptor(), &event, 1, nullptr, 0, nullptr) == 0;
     }
 
@@ -3530,7 +3590,9 @@ public:
     std::shared_ptr<Mailbox> mailbox() const { return mailbox_; }
 
     // Calls once, after the delay.
-    TimerId call_later(Duration delay, std::function<void()> call) { return add_call(delay, Duration::zero(), std::move(call)); }
+    TimerId call_later(Duration delay, std::function<void()> call) {
+        return add_call(delay, Duration::zero(), std::move(call));
+    }
     // Calls again and again, the first time after one interval. Calls that were missed are not made up for. An
     // interval of zero or less is an Error.
     TimerId call_every(Duration interval, std::function<void()> call) {
@@ -3557,7 +3619,9 @@ public:
     void at_turn_end(std::function<bool()> hook) { turn_end_ = std::move(hook); }
     void on_signal(std::function<void(int)> handler) { on_signal_ = std::move(handler); }
     // Told of what leaves posted work and timers.
-    void on_exception(std::function<void(const char* where, const char* what)> handler) { on_exception_ = std::move(handler); }
+    void on_exception(std::function<void(const char* where, const char* what)> handler) {
+        on_exception_ = std::move(handler);
+    }
 
 private:
     class LoopMailbox final : public Mailbox {
@@ -3752,7 +3816,9 @@ public:
     }
     // Whether no path could tell the two apart.
     friend bool operator==(const Pattern& a, const Pattern& b) {
-        const auto same = [](const Segment& x, const Segment& y) { return x.param == y.param && (x.param || x.text == y.text); };
+        const auto same = [](const Segment& x, const Segment& y) {
+            return x.param == y.param && (x.param || x.text == y.text);
+        };
         return a.open_ended_ == b.open_ended_ && a.segments_.size() == b.segments_.size() &&
                std::equal(a.segments_.begin(), a.segments_.end(), b.segments_.begin(), same);
     }
@@ -3790,7 +3856,10 @@ public:
     File() = default;
     explicit File(const std::string& path) : File(os::open_file(path.c_str()), errno) {}
     File(File&& other) noexcept
-        : file_(std::exchange(other.file_, -1)), error_(other.error_), size_(other.size_), modified_ns_(other.modified_ns_) {}
+        : file_(std::exchange(other.file_, -1)),
+          error_(other.error_),
+          size_(other.size_),
+          modified_ns_(other.modified_ns_) {}
     File& operator=(File&& other) noexcept {
         std::swap(file_, other.file_);
         error_ = other.error_;
@@ -3843,8 +3912,9 @@ private:
 
     // No way up, no hidden file, no separator of any system, nothing that Windows reads as a device or a stream.
     static bool plain_name(const std::string& name) {
-        return !name.empty() && name.front() != '.' && name.find_first_of(std::string_view("/\\:\0", 4)) == std::string::npos &&
-               name.back() != ' ' && name.back() != '.';
+        return !name.empty() && name.front() != '.' &&
+               name.find_first_of(std::string_view("/\\:\0", 4)) == std::string::npos && name.back() != ' ' &&
+               name.back() != '.';
     }
 
     int file_ = -1;
@@ -3963,13 +4033,15 @@ inline std::string prometheus_text(const Metrics& metrics) {
     single("bytes_sent_total", "counter", "Bytes sent.", metrics.bytes_sent);
     single("backlog_bytes", "gauge", "Bytes waiting for slow peers now.", metrics.backlog_bytes);
     single("handler_exceptions_total", "counter", "Exceptions that left a callback.", metrics.handler_exceptions);
-    single("log_entries_suppressed_total", "counter", "Log entries over the rate limit.", metrics.log_entries_suppressed);
+    single("log_entries_suppressed_total", "counter", "Log entries over the rate limit.",
+           metrics.log_entries_suppressed);
     single("rooms", "gauge", "Rooms with members now.", metrics.rooms);
     head("responses_total", "counter", "HTTP responses, by status.");
     for (const auto& [status, count] : metrics.responses)
         line("responses_total{status=\"" + std::to_string(status) + "\"}", count);
     head("closed_total", "counter", "WebSocket connections closed, by cause.");
-    for (const auto& [cause, count] : metrics.closed) line("closed_total{cause=\"" + std::string(to_string(cause)) + "\"}", count);
+    for (const auto& [cause, count] : metrics.closed)
+        line("closed_total{cause=\"" + std::string(to_string(cause)) + "\"}", count);
     head("close_codes_total", "counter", "WebSocket connections closed, by close code.");
     for (const auto& [code, count] : metrics.close_codes)
         line("close_codes_total{code=\"" + std::to_string(number(code)) + "\"}", count);
@@ -4026,9 +4098,11 @@ public:
     // reference). A pattern that was given before is an Error.
     template <class Handler, class... Arguments>
     Route& route(std::string_view pattern, Arguments&&... arguments) {
-        return add_route(pattern, [stored = std::tuple<std::decay_t<Arguments>...>(std::forward<Arguments>(arguments)...)] {
-            return std::apply([](const auto&... a) -> std::unique_ptr<WebSocketHandler> { return std::make_unique<Handler>(a...); },
-                              stored);
+        return add_route(pattern, [stored =
+                                       std::tuple<std::decay_t<Arguments>...>(std::forward<Arguments>(arguments)...)] {
+            return std::apply(
+                [](const auto&... a) -> std::unique_ptr<WebSocketHandler> { return std::make_unique<Handler>(a...); },
+                stored);
         });
     }
     Route& add_route(std::string_view pattern, Route::Factory factory) {
@@ -4041,9 +4115,10 @@ public:
 
     // A small answer, made by a function for each GET or HEAD. An exception out of it is a 500.
     void get(std::string_view pattern, std::function<Response(const Request&)> answer) {
-        add_page(Pattern("get", pattern), [answer = std::move(answer)](Session& session, const Request& request, const Pattern::Match&) {
-            session.respond(answer(request), &request);
-        });
+        add_page(Pattern("get", pattern),
+                 [answer = std::move(answer)](Session& session, const Request& request, const Pattern::Match&) {
+                     session.respond(answer(request), &request);
+                 });
     }
     // One file, read anew for each request that does not have it yet. A relative path is looked up from the working
     // directory, then from the program's own folder. A file that is not there is an Error.
@@ -4060,14 +4135,17 @@ public:
         const File probe = File(root);
         if (probe || probe.error() != EISDIR)
             throw Error("static_dir \"" + std::string(pattern) + "\": " + std::string(folder) + " is not a folder");
-        const std::string below = std::string(pattern) + (pattern.substr(pattern.size() - 1) == "/" ? "" : "/") + "{path...}";
-        add_page(Pattern("static_dir", below), [root](Session& session, const Request& request, const Pattern::Match& match) {
-            session.respond_below(root, match.rest, request);
-        });
+        const std::string below =
+            std::string(pattern) + (pattern.substr(pattern.size() - 1) == "/" ? "" : "/") + "{path...}";
+        add_page(Pattern("static_dir", below),
+                 [root](Session& session, const Request& request, const Pattern::Match& match) {
+                     session.respond_below(root, match.rest, request);
+                 });
     }
     // metrics() as Prometheus reads it. It is for everybody who can reach the server.
     void metrics_page(std::string_view pattern) {
-        get(pattern, [this](const Request&) { return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4"); });
+        get(pattern,
+            [this](const Request&) { return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4"); });
     }
 
     // Origins that may connect beside the server's own: "https://chat.example", or "*" for all. An Error where one is
@@ -4075,7 +4153,8 @@ public:
     void allow_origins(const std::vector<std::string>& origins) {
         for (const std::string& origin : origins) {
             const auto normal = normalized_origin(origin);
-            if (origin != "*" && !normal) throw Error("allow_origins: \"" + origin + "\" is not an origin, as https://chat.example is");
+            if (origin != "*" && !normal)
+                throw Error("allow_origins: \"" + origin + "\" is not an origin, as https://chat.example is");
             origins_.push_back(normal.value_or("*"));
         }
     }
@@ -4153,7 +4232,10 @@ private:
     class Session final : public Pollable, public Timer {
     public:
         Session(Server& server, Socket socket, const IpAddress& peer)
-            : server_(server), socket_(std::move(socket)), peer_(peer), http_(std::make_unique<Http>(server.limits())) {}
+            : server_(server),
+              socket_(std::move(socket)),
+              peer_(peer),
+              http_(std::make_unique<Http>(server.limits())) {}
         Session(const Session&) = delete;
         Session& operator=(const Session&) = delete;
         ~Session() { server_.loop_.timers().cancel(*this); }
@@ -4219,7 +4301,8 @@ private:
         // The server shuts down: an upgraded connection gets a Close frame, an answer is finished, the rest ends.
         void shut_down() {
             if (phase_ == Phase::websocket)
-                connection().close(CloseCode::going_away, "server is shutting down", server_.now(), CloseCause::shutdown);
+                connection().close(CloseCode::going_away, "server is shutting down", server_.now(),
+                                   CloseCause::shutdown);
             else if (phase_ == Phase::http && !busy()) return remove();
             else if (phase_ == Phase::http) http_->keep_alive = false;
             attend();
@@ -4279,19 +4362,23 @@ private:
         // Queues an answer. Without a request, or with one that asks for it, the connection ends after it.
         void respond(const Response& response, const Request* request) {
             const bool body_allowed = response.status() != 204 && response.status() != 304;
-            begin_response(response, request, body_allowed ? std::optional<std::uint64_t>(response.body().size()) : std::nullopt);
+            begin_response(response, request,
+                           body_allowed ? std::optional<std::uint64_t>(response.body().size()) : std::nullopt);
             if (body_allowed && !http_->head_only) append(response.body());
         }
 
         void respond_file(File file, std::string_view type, const Request& request) {
             if (!file) {
-                server_.log(LogLevel::warning, "file_missing", {{"path", request.path()}, {"cause", os::error_text(file.error())}});
+                server_.log(LogLevel::warning, "file_missing",
+                            {{"path", request.path()}, {"cause", os::error_text(file.error())}});
                 return respond(Response(404, "There is nothing at this path.\n"), &request);
             }
             const std::string etag = file.etag(), modified = http_date(file.modified_seconds());
             const bool unchanged = not_modified(request, etag, modified);
             Response response(unchanged ? 304 : 200);
-            response.set_header("ETag", etag).set_header("Last-Modified", modified).set_header("Cache-Control", "no-cache");
+            response.set_header("ETag", etag)
+                .set_header("Last-Modified", modified)
+                .set_header("Cache-Control", "no-cache");
             if (unchanged) return respond(response, &request);
             response.set_header("Content-Type", type);
             begin_response(response, &request, file.size());
@@ -4334,10 +4421,14 @@ private:
         bool connection_blocked() { return handler_ && connection().blocked(); }
         SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
         const Limits& limits() const { return route_ != nullptr ? route_->limits(server_.limits()) : server_.limits(); }
-        Time after(Duration timeout) const { return timeout == Duration::zero() ? Time::max() : server_.now() + timeout; }
+        Time after(Duration timeout) const {
+            return timeout == Duration::zero() ? Time::max() : server_.now() + timeout;
+        }
         void schedule(Time due) { server_.loop_.timers().schedule(*this, due); }
         bool busy() const { return !http_->output.empty() || http_->file_left != 0; }
-        bool reading() const { return !paused_ && !input_ended_ && !(phase_ == Phase::http && !http_->pending.empty()); }
+        bool reading() const {
+            return !paused_ && !input_ended_ && !(phase_ == Phase::http && !http_->pending.empty());
+        }
 
         // What is thrown here, for want of memory, costs this connection.
         template <class Work>
@@ -4409,7 +4500,8 @@ private:
 
         void end_of_input(const IoResult& got) {
             if (phase_ == Phase::websocket) {
-                connection().receive_end(got.error != 0 ? os::error_text(got.error) : "the peer hung up without a Close frame");
+                connection().receive_end(got.error != 0 ? os::error_text(got.error)
+                                                        : "the peer hung up without a Close frame");
                 pump();
             } else if (got.outcome == IoResult::Outcome::end && phase_ == Phase::http && busy()) {
                 // The peer has shut its sending side, and may still wait for the answer.
@@ -4441,7 +4533,9 @@ private:
             ++server_.metrics_.requests;
             if (server_.draining_) return respond(Response(503, "The server is shutting down.\n"), nullptr);
             if (!server_.serves_host(request.host()))
-                return respond(Response(421, "This server does not serve the host \"" + std::string(request.host()) + "\".\n"), nullptr);
+                return respond(
+                    Response(421, "This server does not serve the host \"" + std::string(request.host()) + "\".\n"),
+                    nullptr);
             if (wants_upgrade(request)) return upgrade(std::move(request), rest);
             std::optional<Pattern::Match> match;
             const PageEntry* page = best(server_.pages_, request.raw_path(), match);
@@ -4491,7 +4585,8 @@ private:
             (head += http_date(static_cast<std::int64_t>(std::time(nullptr)))) += "\r\n";
             std::string connection = http.keep_alive ? "" : "close";
             for (const auto& [name, value] : response.headers()) {
-                if (text::same_ignoring_case(name, "connection")) connection = value + (connection.empty() ? "" : ", ") + connection;
+                if (text::same_ignoring_case(name, "connection"))
+                    connection = value + (connection.empty() ? "" : ", ") + connection;
                 else (((head += name) += ": ") += value) += "\r\n";
             }
             if (length) ((head += "Content-Length: ") += std::to_string(*length)) += "\r\n";
@@ -4579,25 +4674,29 @@ private:
             const Request& request = core().request;
             const std::size_t origins = request.fields().count("origin");
             if (origins > 1) return Response(400, "There is more than one Origin header.\n");
-            if (origins == 0 && server_.options_.require_origin) return Response(403, "A request without an Origin is refused here.\n");
+            if (origins == 0 && server_.options_.require_origin)
+                return Response(403, "A request without an Origin is refused here.\n");
             const std::string_view origin = request.header("origin");
             if (origins == 1 && !handler_->check_origin(origin))
-                return Response(403, "The origin \"" + escape_for_log(origin) + "\" is refused; allowed: " +
-                                         server_.allowed_origins(request) + ".\n");
+                return Response(403, "The origin \"" + escape_for_log(origin) +
+                                         "\" is refused; allowed: " + server_.allowed_origins(request) + ".\n");
             if (auto refusal = handler_->prepare(request)) return refusal;
             const std::vector<std::string_view> offered = offered_subprotocols(request);
             if (offered.empty()) return std::nullopt;
             const std::string chosen = handler_->select_subprotocol(offered);
             if (std::find(offered.begin(), offered.end(), chosen) != offered.end()) core().subprotocol = chosen;
-            else if (!chosen.empty()) server_.log(LogLevel::warning, "subprotocol_not_offered", {{"subprotocol", chosen}});
+            else if (!chosen.empty())
+                server_.log(LogLevel::warning, "subprotocol_not_offered", {{"subprotocol", chosen}});
             return std::nullopt;
         }
 
         void refuse(const Response& response, const Request& request) {
             if (server_.log_)
                 server_.log(LogLevel::info, "refused",
-                            {{"status", std::to_string(response.status())}, {"peer", peer_.to_string()},
-                             {"target", std::string(request.target())}, {"sentence", std::string(text::trimmed(response.body()))}});
+                            {{"status", std::to_string(response.status())},
+                             {"peer", peer_.to_string()},
+                             {"target", std::string(request.target())},
+                             {"sentence", std::string(text::trimmed(response.body()))}});
             respond(response, nullptr);
         }
 
@@ -4612,7 +4711,8 @@ private:
             ++server_.metrics_.websockets_open;
             schedule(connection().deadline());
             if (server_.log_)
-                server_.log(LogLevel::debug, "open", {{"peer", core().remote_address}, {"target", std::string(core().request.target())}});
+                server_.log(LogLevel::debug, "open",
+                            {{"peer", core().remote_address}, {"target", std::string(core().request.target())}});
             attend();
             call("open", [this] { handler_->open(); });
             if (rest.empty()) return;
@@ -4741,8 +4841,10 @@ private:
             const CloseCause cause = connection().close_cause();
             const bool news = cause == CloseCause::protocol_error || cause == CloseCause::backlog;
             server_.log(news ? LogLevel::info : LogLevel::debug, "closed",
-                        {{"peer", core().remote_address}, {"code", std::to_string(number(connection().close_code()))},
-                         {"cause", std::string(to_string(cause))}, {"reason", connection().close_reason()}});
+                        {{"peer", core().remote_address},
+                         {"code", std::to_string(number(connection().close_code()))},
+                         {"cause", std::string(to_string(cause))},
+                         {"reason", connection().close_reason()}});
         }
 
         bool count_address(const IpAddress& client) {
@@ -4760,8 +4862,8 @@ private:
         bool blocked_ = false;  // the kernel takes no more output for now
         bool paused_ = false;   // reading waits until the peer reads
         bool input_ended_ = false;
-        bool high_ = false;     // the backlog has passed its half, on_drain() is owed
-        bool lost_ = false;     // sending failed
+        bool high_ = false;  // the backlog has passed its half, on_drain() is owed
+        bool lost_ = false;  // sending failed
         bool watching_read_ = true;
         bool watching_write_ = false;
         bool counted_ = false;
@@ -4779,7 +4881,8 @@ private:
 
     class Listener final : public Pollable, public Timer {
     public:
-        Listener(Server& server, const ListenAddress& address, bool reuse_port) : server_(server), socket_(address, reuse_port) {
+        Listener(Server& server, const ListenAddress& address, bool reuse_port)
+            : server_(server), socket_(address, reuse_port) {
             if (!server_.loop_.poller().add(socket_.descriptor(), *this, true, false))
                 throw Error("listen " + socket_.address().to_string() + ": " + os::error_text(os::last_error()));
         }
@@ -4817,7 +4920,8 @@ private:
             Socket refused = socket_.accept(peer, ignored);
             if (refused) {
                 constexpr std::string_view answer =
-                    "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 20\r\n\r\nThe server is full.\n";
+                    "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 20\r\n\r\nThe server is "
+                    "full.\n";
                 refused.send(&answer, 1);
                 refused.shutdown_send();
                 ++server_.metrics_.connections_refused;
@@ -4866,7 +4970,8 @@ private:
     // ---- who the peer is -------------------------------------------------------------------------------------------
 
     bool trusted(const IpAddress& address) const {
-        return std::any_of(trusted_proxies_.begin(), trusted_proxies_.end(), [&](const Cidr& c) { return c.contains(address); });
+        return std::any_of(trusted_proxies_.begin(), trusted_proxies_.end(),
+                           [&](const Cidr& c) { return c.contains(address); });
     }
     // From the right, the first address that is not of a trusted proxy: what stands left of it anybody may have written.
     IpAddress client_address(const IpAddress& peer, const Request& request) const {
@@ -4883,7 +4988,8 @@ private:
     }
     // False where the address has its share of connections already.
     bool count_address(const IpAddress& client) {
-        if (options_.limits.max_connections_per_address == 0 || client.family() == IpAddress::Family::unix_socket) return true;
+        if (options_.limits.max_connections_per_address == 0 || client.family() == IpAddress::Family::unix_socket)
+            return true;
         std::size_t& count = connections_of_[share_of(client)];
         if (count >= options_.limits.max_connections_per_address) return false;
         ++count;
@@ -4939,7 +5045,8 @@ private:
         }
         rooms_.prune();
         if (!buried_.empty()) {
-            attended_.erase(std::remove_if(attended_.begin(), attended_.end(), [](Session* s) { return s->gone(); }), attended_.end());
+            attended_.erase(std::remove_if(attended_.begin(), attended_.end(), [](Session* s) { return s->gone(); }),
+                            attended_.end());
             buried_.clear();
         }
         closed_listeners_.clear();

@@ -236,6 +236,8 @@ public:
         raw.received.erase(0, end);
         if (!wschat::opening_answer_error(head, key, subprotocols(extra_headers)).empty()) return;
         connection.open(wschat::Role::client, limits, arena, wschat::Clock::now(), &test_mask);
+        // Frames may have come together with the answer.
+        if (!raw.received.empty()) connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
     }
     Client(const Client&) = delete;
     Client& operator=(const Client&) = delete;
