@@ -1362,7 +1362,7 @@ private:
                                    : text::starts_with(text::lowered(target.substr(0, 8)), "https://") ? 8
                                                                                                        : 0;
         if (scheme != 0) {
-            const std::size_t end = std::min(target.find_first_of("/?", scheme), target.size());
+            const std::size_t end = (std::min)(target.find_first_of("/?", scheme), target.size());
             const std::string_view authority = target.substr(scheme, end - scheme);
             if (!valid_host(authority)) return fail(400, "The host of the target is invalid.");
             request_.host_ = request_.part_of(authority);
@@ -1808,7 +1808,7 @@ public:
     // When tick() has something to do; Time::max() for never. A message moves it later without a call.
     Time deadline() const {
         if (state_ == State::closing) return after(closing_since_, limits_->closing_timeout);
-        if (state_ != State::open || limits_->ping_interval == Duration::zero()) return Time::max();
+        if (state_ != State::open || limits_->ping_interval == Duration::zero()) return (Time::max)();
         return ping_sent_ ? after(ping_time_, limits_->ping_timeout) : after(alive_, limits_->ping_interval);
     }
 
@@ -1827,7 +1827,7 @@ private:
     static constexpr std::size_t direct_read = 16 * 1024;
 
     static Time after(Time time, Duration timeout) {
-        return timeout == Duration::zero() ? Time::max() : time + timeout;
+        return timeout == Duration::zero() ? (Time::max)() : time + timeout;
     }
 
     // Parses the next header. False: more bytes are needed. True with in_payload_ unset: the connection has failed.
@@ -1838,7 +1838,7 @@ private:
         const std::size_t before = header_size_;
         std::string_view bytes(input_, left);
         if (before != 0) {
-            const std::size_t more = std::min(left, FrameHeader::max_size - before);
+            const std::size_t more = (std::min)(left, FrameHeader::max_size - before);
             std::memcpy(header_bytes_ + before, input_, more);
             bytes = {header_bytes_, before + more};
         }
@@ -1954,8 +1954,9 @@ private:
         if (limits_->control_frames_per_second == 0) return true;
         const auto elapsed = std::chrono::duration<float>(alive_ - control_time_).count();
         control_time_ = alive_;
-        control_tokens_ = std::min(static_cast<float>(limits_->control_frames_burst),
-                                   control_tokens_ + elapsed * static_cast<float>(limits_->control_frames_per_second));
+        control_tokens_ =
+            (std::min)(static_cast<float>(limits_->control_frames_burst),
+                       control_tokens_ + elapsed * static_cast<float>(limits_->control_frames_per_second));
         control_tokens_ -= 1;
         return control_tokens_ >= 0;
     }
@@ -2293,7 +2294,13 @@ private:
     WriteStatus write(Send&& send) {
         if (core_.host == nullptr) return WriteStatus::closed;
         assert(core_.host->on_loop_thread() && "a handler belongs to the loop's thread: use ref()");
-        const WriteStatus status = send(core_.connection);
+        WriteStatus status = WriteStatus::closed;
+        try {
+            status = send(core_.connection);
+        } catch (const std::bad_alloc&) {
+            // It costs this connection, and not the one whose callback broadcasts to it.
+            core_.connection.abort(CloseCause::connection_lost, "out of memory");
+        }
         if (!core_.attended) core_.host->attend(core_);
         return status;
     }
@@ -2852,7 +2859,7 @@ public:
     IpAddress prefix(unsigned bits) const {
         IpAddress result = *this;
         for (unsigned i = 0; i < 16; ++i) {
-            const unsigned keep = bits > i * 8 ? std::min(bits - i * 8, 8u) : 0;
+            const unsigned keep = bits > i * 8 ? (std::min)(bits - i * 8, 8u) : 0;
             result.bytes_[i] = static_cast<unsigned char>(result.bytes_[i] & (0xFF00u >> keep));
         }
         return result;
@@ -3425,7 +3432,7 @@ class Timers {
 public:
     // Sets or moves the timer; Time::max() cancels it.
     void schedule(Timer& timer, Time due) {
-        if (due == Time::max()) return cancel(timer);
+        if (due == (Time::max)()) return cancel(timer);
         timer.due_ = due;
         if (!timer.scheduled()) {
             timer.index_ = heap_.size();
@@ -3442,7 +3449,7 @@ public:
         put(hole, last);
         settle(hole);
     }
-    Time next() const { return heap_.empty() ? Time::max() : heap_.front()->due_; }
+    Time next() const { return heap_.empty() ? (Time::max)() : heap_.front()->due_; }
     void run_due(Time now) {
         while (next() <= now) {
             Timer& timer = *heap_.front();
@@ -3677,7 +3684,7 @@ private:
             // The call may cancel itself, so it is held here while it runs.
             const auto self = loop_.calls_.at(id_);
             if (interval_ == Duration::zero()) loop_.calls_.erase(id_);
-            else loop_.timers_.schedule(*this, std::max(due() + interval_, now + Duration(1)));
+            else loop_.timers_.schedule(*this, (std::max)(due() + interval_, now + Duration(1)));
             loop_.guarded("timer", call_);
         }
 
@@ -3715,7 +3722,7 @@ private:
     // Rounded up, so that a timer that is nearly due does not spin.
     int timeout_ms() const {
         if (again_ || stop_ || mailbox_->has_work.load()) return 0;
-        if (timers_.next() == Time::max()) return -1;
+        if (timers_.next() == (Time::max)()) return -1;
         const auto left = timers_.next() - Clock::now();
         if (left <= Duration::zero()) return 0;
         const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(left).count() + 1;
@@ -4240,7 +4247,11 @@ private:
         Session& operator=(const Session&) = delete;
         ~Session() { server_.loop_.timers().cancel(*this); }
 
-        std::size_t index = 0;  // in the server's list
+        // The server's lists, linked through the sessions so that none is forgotten for want of memory.
+        std::size_t index = 0;
+        Session* next_attended = nullptr;
+        std::unique_ptr<Session> next_buried;
+
         bool gone() const { return phase_ == Phase::gone; }
         std::size_t backlog() const { return counted_backlog_; }
         const IpAddress& peer() const { return peer_; }
@@ -4294,8 +4305,7 @@ private:
         }
 
         void attend() {
-            if (std::exchange(attended_, true)) return;
-            server_.attended_.push_back(this);
+            if (!std::exchange(attended_, true)) server_.attended_.push(*this);
         }
 
         // The server shuts down: an upgraded connection gets a Close frame, an answer is finished, the rest ends.
@@ -4323,7 +4333,7 @@ private:
             const bool was_blocked = connection_blocked();
             bool progress = false;
             while (!queue.empty() && !blocked_ && !lost_) {
-                std::string_view pieces[Socket::max_pieces];
+                std::string_view* pieces = server_.pieces_.data();
                 const std::size_t count = queue.gather(pieces, Socket::max_pieces);
                 std::size_t size = 0;
                 for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
@@ -4422,7 +4432,7 @@ private:
         SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
         const Limits& limits() const { return route_ != nullptr ? route_->limits(server_.limits()) : server_.limits(); }
         Time after(Duration timeout) const {
-            return timeout == Duration::zero() ? Time::max() : server_.now() + timeout;
+            return timeout == Duration::zero() ? (Time::max)() : server_.now() + timeout;
         }
         void schedule(Time due) { server_.loop_.timers().schedule(*this, due); }
         bool busy() const { return !http_->output.empty() || http_->file_left != 0; }
@@ -4901,7 +4911,7 @@ private:
                 IpAddress peer;
                 int error = 0;
                 Socket accepted = socket_.accept(peer, error);
-                if (accepted) server_.welcome(std::move(accepted), peer);
+                if (accepted) take(std::move(accepted), peer);
                 else if (os::would_block(error)) return;
                 else if (os::out_of_descriptors(error)) return shed(error);
                 else if (error == ENOBUFS || error == ENOMEM) return rest(error);
@@ -4911,6 +4921,13 @@ private:
         void on_timer(Time) override { server_.loop_.poller().change(socket_.descriptor(), *this, true, false); }
 
     private:
+        void take(Socket accepted, const IpAddress& peer) {
+            try {
+                server_.welcome(std::move(accepted), peer);
+            } catch (const std::bad_alloc&) {
+                server_.report_exception("accept", "out of memory", {});
+            }
+        }
         // Without a descriptor the connection can be neither taken nor refused, and the poller would report it for
         // ever: the one that is kept in reserve serves to tell it so.
         void shed(int error) {
@@ -5034,20 +5051,42 @@ private:
 
     // ---- turns -----------------------------------------------------------------------------------------------------
 
+    // Sessions to settle at the end of the turn, first come, first served.
+    class AttendedList {
+    public:
+        bool empty() const { return first_ == nullptr; }
+        void push(Session& session) {
+            session.next_attended = nullptr;
+            (first_ == nullptr ? first_ : last_->next_attended) = &session;
+            last_ = &session;
+        }
+        // Empties the list and visits what was in it; the visit may push again.
+        template <class Visit>
+        void take_each(Visit&& visit) {
+            for (Session* session = std::exchange(first_, nullptr); session != nullptr;) {
+                Session& visited = *std::exchange(session, session->next_attended);
+                visit(visited);
+            }
+        }
+
+    private:
+        Session* first_ = nullptr;
+        Session* last_ = nullptr;
+    };
+
     // Flushes what the callbacks have queued and reports what has closed; that calls on_close() and on_drain(), which
     // may queue more. True: there is more to do than a turn should take.
     bool end_turn() {
         for (int round = 0; round < 16 && !attended_.empty(); ++round) {
-            settling_.swap(attended_);
-            for (Session* session : settling_) session->settle();
-            settling_.clear();
+            attended_.take_each([](Session& session) { session.settle(); });
             if (backlog_ > options_.limits.max_total_backlog) relieve();
         }
         rooms_.prune();
-        if (!buried_.empty()) {
-            attended_.erase(std::remove_if(attended_.begin(), attended_.end(), [](Session* s) { return s->gone(); }),
-                            attended_.end());
-            buried_.clear();
+        if (buried_) {
+            attended_.take_each([this](Session& session) {
+                if (!session.gone()) attended_.push(session);
+            });
+            while (buried_) buried_ = std::move(buried_->next_buried);
         }
         closed_listeners_.clear();
         if (draining_ && sessions_.empty()) loop_.stop();
@@ -5069,7 +5108,7 @@ private:
         if (session.counted_) uncount_address(session.counted_address_);
         std::swap(sessions_[session.index], sessions_.back());
         sessions_[session.index]->index = session.index;
-        buried_.push_back(std::move(sessions_.back()));
+        session.next_buried = std::exchange(buried_, std::move(sessions_.back()));
         sessions_.pop_back();
     }
 
@@ -5100,7 +5139,7 @@ private:
     // A peer can not flood the log: a bucket of 100 entries that fills with 100 a second.
     bool may_log() {
         const Time now = Clock::now();
-        log_tokens_ = std::min(100.0, log_tokens_ + std::chrono::duration<double>(now - log_time_).count() * 100);
+        log_tokens_ = (std::min)(100.0, log_tokens_ + std::chrono::duration<double>(now - log_time_).count() * 100);
         log_time_ = now;
         if (log_tokens_ < 1) {
             ++metrics_.log_entries_suppressed;
@@ -5149,7 +5188,9 @@ private:
     Loop loop_;
     SendArena arena_;
     Rooms rooms_;
+    // One of each serves all connections.
     std::vector<char> receive_buffer_;
+    std::array<std::string_view, Socket::max_pieces> pieces_;
     std::vector<std::unique_ptr<Route>> routes_;
     std::vector<std::unique_ptr<PageEntry>> pages_;
     std::vector<std::string> origins_;
@@ -5162,9 +5203,8 @@ private:
     std::vector<std::unique_ptr<Listener>> listeners_;
     std::vector<std::unique_ptr<Listener>> closed_listeners_;  // destroyed at the end of the turn, which may know them
     std::vector<std::unique_ptr<Session>> sessions_;
-    std::vector<Session*> attended_;  // sessions to settle at the end of the turn
-    std::vector<Session*> settling_;
-    std::vector<std::unique_ptr<Session>> buried_;
+    AttendedList attended_;
+    std::unique_ptr<Session> buried_;  // the first of those that are destroyed at the end of the turn
     std::map<IpAddress, std::size_t> connections_of_;
     OwnedDescriptor reserve_;
     std::size_t backlog_ = 0;

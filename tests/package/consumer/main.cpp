@@ -1,0 +1,13 @@
+#include <wschat.hpp>
+
+#include <cstdio>
+
+struct Echo : wschat::WebSocketHandler {
+    void on_message(const wschat::Message& m) override { write_message(m.text()); }
+};
+
+int main() {
+    wschat::Server server;
+    server.route<Echo>("/echo");
+    std::puts("wschat " WSCHAT_VERSION_STRING);
+}

@@ -1,0 +1,145 @@
+#!/bin/sh
+# All that must hold, by one command: installs what is missing (as root, on Debian), builds, runs every test.
+#
+#   tests/run.sh          everything
+#   tests/run.sh quick    the g++ build and its tests, without the browser
+#
+# Everything is written below build/. Stops at the first stage that fails, with status 1 and the end of its log. The
+# last line is always "N passed, N failed".
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+mode=${1-all}
+case $mode in
+all | quick) ;;
+*) echo "usage: tests/run.sh [quick]" && exit 2 ;;
+esac
+
+logs=build/logs
+passed=0
+failed=0
+export CI=true LC_ALL=C.UTF-8 CMAKE_GENERATOR=Ninja
+mkdir -p $logs
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+finish() {
+    echo "$passed passed, $failed failed"
+    test $failed = 0
+    exit
+}
+
+# give_up STAGE LOG
+give_up() {
+    tail -n 100 "$2"
+    echo "tests/run.sh: stage '$1' failed; all of its output is in $2"
+    test $failed != 0 || failed=1
+    finish
+}
+
+# stage NAME COMMAND...: nothing but its name is printed, unless it fails
+stage() {
+    name=$1 log=$logs/$(echo "$1" | tr -d : | tr ' ' -).log
+    shift
+    echo "== $name"
+    "$@" >"$log" 2>&1 </dev/null || give_up "$name" "$log"
+}
+
+# tests NAME COMMAND...: a stage that is counted, and whose closing lines are printed
+tests() {
+    name=$1 log=$logs/$(echo "$1" | tr -d : | tr ' ' -).log
+    shift
+    echo "== $name"
+    status=0
+    "$@" >"$log" 2>&1 </dev/null || status=$?
+    # ctest: "98% tests passed, 2 tests failed out of 100"; meson: "Ok: 98", "Fail: 2", "Timeout: 0"
+    counts=$(awk '/tests failed out of/ { bad += $4; good += $NF - $4 }
+                  /^Ok: / { good += $2 } /^(Fail|Timeout|Unexpected Pass|Skipped): / { bad += $NF }
+                  END { print good + 0, bad + 0 }' "$log")
+    passed=$((passed + ${counts% *}))
+    failed=$((failed + ${counts#* }))
+    test $status = 0 || give_up "$name" "$log"
+    grep -E 'tests passed|^Total Test time|^Ok:|^Fail:' "$log"
+}
+
+# build PRESET OPTION...
+build() {
+    preset=$1
+    shift
+    stage "$preset: configure" cmake --preset "$preset" -DWSCHAT_WERROR=ON "$@"
+    stage "$preset: build" cmake --build "build/$preset" -j 2
+}
+
+# ---- what is needed -------------------------------------------------------------------------------------------------
+
+missing=
+# need PACKAGE COMMAND...: the package is missing if the command fails
+need() {
+    package=$1
+    shift
+    "$@" >/dev/null 2>&1 || missing="$missing $package"
+}
+header() { echo "#include <$1>" | g++ -E -x c++ -; }
+sanitizers() { ls "$(clang++ -print-resource-dir)"/lib/*/libclang_rt.tsan*; }
+
+need g++ command -v g++
+need cmake command -v cmake
+need ninja-build command -v ninja
+need python3 test -x /usr/bin/python3
+need doctest-dev header doctest/doctest.h
+need zlib1g-dev header zlib.h
+need pkg-config command -v pkg-config
+need meson command -v meson
+need python3-websockets /usr/bin/python3 -c 'import websockets'
+need python3-tornado /usr/bin/python3 -c 'import tornado'
+need nodejs command -v node
+need npm command -v npm
+if [ $mode = all ]; then
+    need clang command -v clang++
+    need libclang-rt-dev sanitizers
+    need chromium-headless-shell test -x /usr/bin/chromium-headless-shell
+fi
+
+if [ -n "$missing" ]; then
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "tests/run.sh: missing:$missing (Debian's names); as root on Debian this script installs them itself"
+        failed=1
+        finish
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    stage "apt-get update" apt-get update
+    stage "apt-get install" apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 $missing
+fi
+
+# Exact versions, no lock file. Node does not read the machine's certificates unless it is told to.
+npm_packages="ws@8.23.0 playwright-core@1.60.0"
+if [ "$(cat build/npm/installed 2>/dev/null)" != "$npm_packages" ]; then
+    stage "npm install" env NODE_OPTIONS="${NODE_OPTIONS---use-openssl-ca}" npm install --prefix build/npm \
+        --no-save --no-package-lock --no-audit --no-fund --prefer-offline $npm_packages
+    echo "$npm_packages" >build/npm/installed
+fi
+
+# ---- the stages -----------------------------------------------------------------------------------------------------
+
+build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON
+if [ $mode = quick ]; then
+    tests "dev: tests" ctest --preset dev -LE browser
+    finish
+fi
+tests "dev: tests" ctest --preset dev
+tests "dev: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset dev -L poll
+
+build asan -DWSCHAT_EXAMPLES=OFF
+tests "asan: tests" ctest --preset asan
+tests "asan: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset asan -L poll
+
+build tsan -DWSCHAT_EXAMPLES=OFF
+tests "tsan: tests" ctest --preset tsan
+
+build clang -DWSCHAT_TESTS=OFF
+
+test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true
+stage "meson: build" meson compile -C build/meson -j 2
+tests "meson: tests" meson test -C build/meson --no-rebuild --num-processes 2 --print-errorlogs
+
+finish
