@@ -983,6 +983,7 @@ inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view pay
 
 #include <algorithm>
 #include <ctime>
+#include <memory>
 #include <optional>
 
 namespace wschat {
@@ -1671,6 +1672,7 @@ public:
     // Bytes from the peer, which are unmasked in place. They must stay until next_event() has answered `none` or
     // keep_input() was called. What lies at receive_area() is taken without a copy.
     void receive(char* data, std::size_t size, Time now) {
+        if (aside_) aside_->resumed.release();
         input_ = data;
         input_end_ = data + size;
         alive(now);
@@ -1706,22 +1708,23 @@ public:
         if (state_ != State::closed || close_reported_) return {};
         close_reported_ = true;
         message_.release();
-        control_.clear();
         return {Event::Kind::close, Message(std::string_view())};
     }
 
     // Puts what is left of the input aside, because its consumer can take no more now; resume() goes on with it.
     void keep_input() {
         if (input_ == input_end_) return;
-        kept_.append(input_, static_cast<std::size_t>(input_end_ - input_));
+        Bytes kept;
+        kept.append(input_, static_cast<std::size_t>(input_end_ - input_));
+        aside().kept = std::move(kept);
         input_ = input_end_ = nullptr;
     }
     void resume() {
-        spent_.release();
-        if (kept_.empty()) return;
-        std::swap(kept_, spent_);
-        input_ = spent_.data();
-        input_end_ = spent_.end();
+        if (!aside_ || aside_->kept.empty()) return;
+        std::swap(aside_->resumed, aside_->kept);
+        aside_->kept.release();
+        input_ = aside_->resumed.data();
+        input_end_ = aside_->resumed.end();
     }
 
     // ---- output ----------------------------------------------------------------------------------------------------
@@ -1758,7 +1761,7 @@ public:
         cause_ = cause;
         close_code_ = code;
         close_reason_ = reason;
-        closing_since_ = now;
+        waiting_since_ = now;
     }
     static void check_close(CloseCode code, std::string_view reason) {
         if (!legal_on_wire(code))
@@ -1789,7 +1792,7 @@ public:
     void send_waiting_pong() {
         if (!pong_waits_) return;
         pong_waits_ = false;
-        append_control(Opcode::pong, std::exchange(waiting_pong_, std::string()));
+        append_control(Opcode::pong, std::exchange(aside().pong, std::string()));
     }
     // Whether the kernel has refused output that is still queued. While it does, pongs wait, the latest only.
     void set_blocked(bool blocked) { blocked_ = blocked; }
@@ -1807,9 +1810,9 @@ public:
 
     // When tick() has something to do; Time::max() for never. A message moves it later without a call.
     Time deadline() const {
-        if (state_ == State::closing) return after(closing_since_, limits_->closing_timeout);
+        if (state_ == State::closing) return after(waiting_since_, limits_->closing_timeout);
         if (state_ != State::open || limits_->ping_interval == Duration::zero()) return (Time::max)();
-        return ping_sent_ ? after(ping_time_, limits_->ping_timeout) : after(alive_, limits_->ping_interval);
+        return ping_sent_ ? after(waiting_since_, limits_->ping_timeout) : after(alive_, limits_->ping_interval);
     }
 
     void tick(Time now) {
@@ -1819,7 +1822,7 @@ public:
         if (ping_sent_) return abort(CloseCause::ping_timeout, "the peer did not answer a ping");
         append_control(Opcode::ping, {});
         ping_sent_ = true;
-        ping_time_ = now;
+        waiting_since_ = now;
     }
 
 private:
@@ -1918,11 +1921,10 @@ private:
 
     Event take_control() {
         std::string_view payload = take_payload();
-        if (in_payload_ || !control_.empty()) {
-            control_.append(payload);
+        if (in_payload_ || (aside_ && !aside_->control.empty())) {
+            aside().control.append(payload);
             if (in_payload_) return {};
-            spent_control_ = std::exchange(control_, std::string());
-            payload = spent_control_;
+            payload = aside_->whole_control = std::exchange(aside_->control, std::string());
         }
         if (frame_.opcode == Opcode::close) {
             take_close(payload);
@@ -1945,7 +1947,7 @@ private:
             append_control(Opcode::pong, payload);
             return;
         }
-        waiting_pong_ = payload;
+        aside().pong = payload;
         pong_waits_ = true;
     }
 
@@ -1987,7 +1989,6 @@ private:
         pong_waits_ = false;
         in_payload_ = false;
         input_ = input_end_ = nullptr;
-        kept_.release();
     }
 
     bool accept(std::size_t size) const { return state_ == State::open && !overflows(size); }
@@ -2022,50 +2023,57 @@ private:
         append_control(Opcode::close, body);
     }
 
-    const Limits* limits_ = nullptr;
-    SendArena* arena_ = nullptr;
-    MaskSource masks_ = nullptr;  // set for a client
+    // What few connections need, and none that is idle.
+    struct Aside {
+        Bytes kept;                 // input that keep_input() put aside
+        Bytes resumed;              // and that is being read again
+        std::string control;        // the beginning of a control frame's payload
+        std::string whole_control;  // one that has become whole, for as long as its event lives
+        std::string pong;           // the payload of the pong that waits
+    };
+    Aside& aside() {
+        if (!aside_) aside_ = std::make_unique<Aside>();
+        return *aside_;
+    }
 
+    // What every message that is sent needs stands first and together.
+    const Limits* limits_ = nullptr;
+    MaskSource masks_ = nullptr;  // set for a client
     State state_ = State::connecting;
     CloseCause cause_ = CloseCause::none;
     CloseCode close_code_ = CloseCode::no_status;
+    bool blocked_ = false;
     bool abort_ = false;
     bool close_reported_ = false;
-    std::string close_reason_;
-
-    // Input: what is given, the frame that is being read, the message that it belongs to.
-    char* input_ = nullptr;
-    char* input_end_ = nullptr;
-    FrameParser parser_;
-    std::uint8_t header_size_ = 0;
-    char header_bytes_[FrameHeader::max_size];
-    bool in_payload_ = false;
-    bool delivered_ = false;  // message_ was handed out and is to be released
-    Opcode message_opcode_ = Opcode::text;
-    FrameHeader frame_;
-    std::uint64_t frame_left_ = 0;
-    std::size_t fragments_ = 0;
-    Utf8Validator utf8_;
-    Bytes message_;
-    std::string control_;        // the beginning of a control frame's payload
-    std::string spent_control_;  // one that was handed out
-    Bytes kept_;                 // input that keep_input() put aside
-    Bytes spent_;                // and that is being read again
-
-    // Output.
-    SendQueue output_;
-    bool blocked_ = false;
     bool pong_waits_ = false;
     bool ping_sent_ = false;
-    std::string waiting_pong_;
-    std::uint64_t dropped_ = 0;
+    SendQueue output_;
 
     // Time.
     Time alive_{};
-    Time ping_time_{};
-    Time closing_since_{};
+    Time waiting_since_{};  // for the answer to our ping or to our Close frame
     Time control_time_{};
     float control_tokens_ = 0;
+
+    // Input: what is given, the frame that is being read, the message that it belongs to.
+    FrameParser parser_;
+    std::uint8_t header_size_ = 0;
+    bool in_payload_ = false;
+    bool delivered_ = false;  // message_ was handed out and is to be released
+    Opcode message_opcode_ = Opcode::text;
+    Utf8Validator utf8_;
+    char* input_ = nullptr;
+    char* input_end_ = nullptr;
+    FrameHeader frame_;
+    std::uint64_t frame_left_ = 0;
+    Bytes message_;
+    std::size_t fragments_ = 0;
+    char header_bytes_[FrameHeader::max_size];
+
+    SendArena* arena_ = nullptr;
+    std::uint64_t dropped_ = 0;
+    std::string close_reason_;
+    std::unique_ptr<Aside> aside_;
 };
 
 }  // namespace WSCHAT_ABI
@@ -2127,8 +2135,8 @@ public:
 
     // Runs work(handler) on the loop's thread, if the handler still lives then.
     bool post(std::function<void(WebSocketHandler&)> work) const {
-        if (!mailbox_) return false;
-        return mailbox_->post([cell = cell_, work = std::move(work)] {
+        if (!cell_) return false;
+        return cell_->mailbox->post([cell = cell_, work = std::move(work)] {
             if (cell->handler != nullptr) work(*cell->handler);
         });
     }
@@ -2143,10 +2151,10 @@ private:
     friend class HandlerAccess;
 
     struct Cell {
+        std::shared_ptr<Mailbox> mailbox;
         WebSocketHandler* handler;  // read and written on the loop's thread alone
     };
 
-    std::shared_ptr<Mailbox> mailbox_;
     std::shared_ptr<Cell> cell_;
 };
 
@@ -2164,7 +2172,7 @@ struct HandlerCore {
     Connection connection;
     Request request;
     std::string remote_address;
-    std::string subprotocol;
+    std::string_view subprotocol;  // a part of the request
     std::vector<Membership> rooms;
     HandlerRef ref;
 };
@@ -2252,7 +2260,8 @@ public:
     const Request& request() const { return core_.request; }
     // The client's address as text, "127.0.0.1" or "::1" or "unix"; behind a trusted proxy the one that it names.
     const std::string& remote_address() const { return core_.remote_address; }
-    const std::string& selected_subprotocol() const { return core_.subprotocol; }
+    // What select_subprotocol() chose; empty where it chose nothing.
+    std::string_view selected_subprotocol() const { return core_.subprotocol; }
 
     // The room of that name; it is made by being named, and gone at the end of a turn in which it is empty.
     inline Room& room(std::string_view name);
@@ -2271,8 +2280,7 @@ public:
     // A reference for other threads and for later. Not before prepare().
     HandlerRef ref() {
         if (core_.ref.cell_ == nullptr && core_.host != nullptr) {
-            core_.ref.cell_ = std::make_shared<HandlerRef::Cell>(HandlerRef::Cell{this});
-            core_.ref.mailbox_ = core_.host->mailbox();
+            core_.ref.cell_ = std::make_shared<HandlerRef::Cell>(HandlerRef::Cell{core_.host->mailbox(), this});
         }
         return core_.ref;
     }
@@ -4241,8 +4249,8 @@ private:
         Session(Server& server, Socket socket, const IpAddress& peer)
             : server_(server),
               socket_(std::move(socket)),
-              peer_(peer),
-              http_(std::make_unique<Http>(server.limits())) {}
+              http_(std::make_unique<Http>(server.limits())),
+              peer_(peer) {}
         Session(const Session&) = delete;
         Session& operator=(const Session&) = delete;
         ~Session() { server_.loop_.timers().cancel(*this); }
@@ -4694,7 +4702,8 @@ private:
             const std::vector<std::string_view> offered = offered_subprotocols(request);
             if (offered.empty()) return std::nullopt;
             const std::string chosen = handler_->select_subprotocol(offered);
-            if (std::find(offered.begin(), offered.end(), chosen) != offered.end()) core().subprotocol = chosen;
+            const auto found = std::find(offered.begin(), offered.end(), chosen);
+            if (found != offered.end()) core().subprotocol = *found;
             else if (!chosen.empty())
                 server_.log(LogLevel::warning, "subprotocol_not_offered", {{"subprotocol", chosen}});
             return std::nullopt;
@@ -4802,7 +4811,7 @@ private:
                 call("on_drain", [this] { handler_->on_drain(); });
             }
             // Closing may be due before the next ping was.
-            if (connection().deadline() < due() || !scheduled()) schedule(connection().deadline());
+            if (!connection().is_open() && connection().deadline() < due()) schedule(connection().deadline());
         }
 
         // The connection has closed: the handler ends, what is queued still goes out.
@@ -4866,7 +4875,9 @@ private:
 
         Server& server_;
         Socket socket_;
-        IpAddress peer_;
+        std::unique_ptr<WebSocketHandler> handler_;
+        std::unique_ptr<Http> http_;
+        std::size_t counted_backlog_ = 0;
         Phase phase_ = Phase::http;
         bool attended_ = false;
         bool blocked_ = false;  // the kernel takes no more output for now
@@ -4878,11 +4889,9 @@ private:
         bool watching_write_ = false;
         bool counted_ = false;
         int lost_error_ = 0;
-        IpAddress counted_address_;
-        std::size_t counted_backlog_ = 0;
         const Route* route_ = nullptr;
-        std::unique_ptr<WebSocketHandler> handler_;
-        std::unique_ptr<Http> http_;
+        IpAddress peer_;
+        IpAddress counted_address_;
 
         friend class Server;
     };
