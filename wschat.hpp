@@ -245,7 +245,7 @@ struct Limits {
     Duration ping_timeout = std::chrono::seconds(20);    // and gone when it stays silent for so long after it
     Duration closing_timeout = std::chrono::seconds(5);  // for the peer's answer to our Close frame
     Duration linger_timeout = std::chrono::seconds(2);   // after our last byte, input is read and discarded for so long
-    std::size_t linger_bytes = 256 * 1024;               // and up to so many bytes
+    std::size_t linger_bytes = 256 * 1024;               // and up to so many bytes; past them it waits unread
 
     std::size_t max_total_backlog = 256 * 1024 * 1024;  // of all connections together: the largest are closed
     std::size_t max_connections = 0;                    // 503; 0: the process's descriptor limit less 64
@@ -308,6 +308,7 @@ public:
     char* data() { return data_; }
     char* end() { return data_ + size_; }
     std::size_t size() const { return size_; }
+    std::size_t capacity() const { return capacity_; }
     std::size_t room() const { return capacity_ - size_; }
     bool empty() const { return size_ == 0; }
     std::string_view view() const { return {data_, size_}; }
@@ -408,7 +409,7 @@ struct Slice {
 
 // Where all output of a loop is written, once: frames lie behind one another in pooled chunks, and queues hold slices
 // of them. A chunk of which no queue holds a slice any more is used again, so a healthy server allocates nothing for
-// its output.
+// its output. And where a few blocks of large messages that have been read rest until the next one comes.
 class SendArena {
 public:
     SendArena() = default;
@@ -424,7 +425,25 @@ public:
     }
     static char* writable(const Slice& slice) { return slice.chunk->data() + slice.begin; }
 
+    // A block that was given back, or an empty one.
+    Bytes take_block() {
+        if (blocks_.empty()) return {};
+        Bytes block = std::move(blocks_.back());
+        blocks_.pop_back();
+        return block;
+    }
+    void give_back(Bytes&& block) {
+        block.clear();
+        const bool keep = block.capacity() >= min_block && block.capacity() <= max_block && blocks_.size() < max_blocks;
+        if (keep) blocks_.push_back(std::move(block));
+        else block.release();
+    }
+
 private:
+    static constexpr std::size_t min_block = 64 * 1024;
+    static constexpr std::size_t max_block = 2 * 1024 * 1024;
+    static constexpr std::size_t max_blocks = 4;
+
     // More than that has a chunk of its own, which a queue may keep without keeping anybody else's bytes.
     static constexpr std::size_t large = 64 * 1024;
     static constexpr std::size_t pooled_size = 256 * 1024;
@@ -449,7 +468,14 @@ private:
 
     std::vector<ChunkRef> pool_;
     std::size_t current_ = 0;
+    std::vector<Bytes> blocks_;
 };
+
+inline Slice copy(SendArena& arena, std::string_view bytes) {
+    Slice slice = arena.allocate(bytes.size());
+    if (!bytes.empty()) std::memcpy(SendArena::writable(slice), bytes.data(), bytes.size());
+    return slice;
+}
 
 // What one connection has yet to send: slices in order. Slices that follow one another in a chunk become one, so what
 // a turn of the loop wrote for a room is a single piece in each member's queue.
@@ -818,24 +844,31 @@ struct FrameHeader {
     std::uint64_t length = 0;
 };
 
-// RFC 6455 5.3: byte i of the payload is xored with mask[(offset + i) % 4]. In place; doing it twice undoes it.
-inline void apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
+// RFC 6455 5.3: byte i of the payload is xored with mask[(offset + i) % 4]. In place; doing it twice undoes it. Answers
+// whether all bytes are ASCII now, which costs next to nothing while they pass.
+inline bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
     unsigned char key[8];
     for (std::size_t i = 0; i < 8; ++i) key[i] = mask[(offset + i) % 4];
-    std::uint64_t word;
+    std::uint64_t word, seen[4] = {0, 0, 0, 0};
     std::memcpy(&word, key, 8);
     std::size_t i = 0;
     for (std::uint64_t words[4]; size - i >= 32; i += 32) {
         std::memcpy(words, data + i, 32);
-        for (std::uint64_t& w : words) w ^= word;
+        for (std::size_t k = 0; k < 4; ++k) seen[k] |= words[k] ^= word;
         std::memcpy(data + i, words, 32);
     }
     for (std::uint64_t w; size - i >= 8; i += 8) {
         std::memcpy(&w, data + i, 8);
-        w ^= word;
+        seen[0] |= w ^= word;
         std::memcpy(data + i, &w, 8);
     }
-    for (; i < size; ++i) data[i] = static_cast<char>(static_cast<unsigned char>(data[i]) ^ key[i % 8]);
+    unsigned char rest = 0;
+    for (; i < size; ++i) {
+        const auto byte = static_cast<unsigned char>(static_cast<unsigned char>(data[i]) ^ key[i % 8]);
+        rest = static_cast<unsigned char>(rest | byte);
+        data[i] = static_cast<char>(byte);
+    }
+    return (((seen[0] | seen[1] | seen[2] | seen[3]) & 0x8080808080808080u) | (rest & 0x80u)) == 0;
 }
 
 constexpr std::size_t encoded_size(const FrameHeader& header) {
@@ -1684,7 +1717,7 @@ public:
         if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read || message_.size() < direct_read)
             return {nullptr, 0};
         const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
-        message_.reserve(static_cast<std::size_t>(wanted));
+        if (message_.room() < direct_read) message_.reserve(static_cast<std::size_t>(wanted));
         return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.room()))};
     }
 
@@ -1694,7 +1727,7 @@ public:
     // What has happened, one event a call, `none` when more bytes are needed. A close event comes exactly once, last.
     Event next_event() {
         if (delivered_) {
-            message_.release();
+            arena_->give_back(std::move(message_));
             delivered_ = false;
         }
         while (state_ == State::open || state_ == State::closing) {
@@ -1739,6 +1772,25 @@ public:
         if (masks_ == nullptr)
             return state_ == State::open ? send(EncodedFrame(*arena_, opcode, payload)) : WriteStatus::closed;
         return accept(payload.size()) ? append(encode_masked(*arena_, opcode, payload, masks_())) : refused();
+    }
+    // The same for a large message of a server, without a copy where nothing waits before it: `offer(pieces, count)` says
+    // how many bytes the transport takes at once, and only the rest is queued.
+    template <class Offer>
+    WriteStatus send(Opcode opcode, std::string_view payload, Offer&& offer) {
+        if (payload.size() < direct_send || masks_ != nullptr || !output_.empty() || blocked_ || state_ != State::open)
+            return send(opcode, payload);
+        FrameHeader header;
+        header.opcode = opcode;
+        header.length = payload.size();
+        char head[FrameHeader::max_size];
+        const std::string_view pieces[2] = {{head, static_cast<std::size_t>(encode(header, head) - head)}, payload};
+        std::size_t taken = offer(pieces, 2);
+        for (std::string_view piece : pieces) {
+            const std::size_t skip = (std::min)(taken, piece.size());
+            taken -= skip;
+            if (skip != piece.size()) output_.append(copy(*arena_, piece.substr(skip)));
+        }
+        return blocked_ ? WriteStatus::queued : WriteStatus::sent;
     }
     // For a server; a client masks each frame anew.
     WriteStatus send(const EncodedFrame& frame) { return accept(frame.size()) ? append(frame.slice()) : refused(); }
@@ -1802,10 +1854,10 @@ public:
 
     // ---- time ------------------------------------------------------------------------------------------------------
 
-    // The peer has shown that it lives: it sent bytes, or took some of a backlog.
-    void alive(Time now) {
-        alive_ = now;
-        ping_sent_ = false;
+    // The peer has taken some of a backlog: it lives, and our Close frame is on its way to it.
+    void reads_again(Time now) {
+        alive(now);
+        if (state_ == State::closing) waiting_since_ = now;
     }
 
     // When tick() has something to do; Time::max() for never. A message moves it later without a call.
@@ -1826,8 +1878,17 @@ public:
     }
 
 private:
+    void alive(Time now) {
+        alive_ = now;
+        ping_sent_ = false;
+    }
+
     // From that size on a frame that is still coming is read into its message directly.
     static constexpr std::size_t direct_read = 16 * 1024;
+    // From that size on a message is offered to the transport where it lies.
+    static constexpr std::size_t direct_send = 16 * 1024;
+    // What is unmasked before it is checked.
+    static constexpr std::size_t cached_block = 16 * 1024;
 
     static Time after(Time time, Duration timeout) {
         return timeout == Duration::zero() ? (Time::max)() : time + timeout;
@@ -1884,15 +1945,21 @@ private:
         return true;
     }
 
-    // Unmasks the next part of the payload where it lies, and takes it from the input.
-    std::string_view take_payload() {
+    // Unmasks the next part of the payload where it lies, and takes it from the input. Text is checked on the way, block
+    // by block while the block is in the cache; nothing where it is invalid.
+    std::optional<std::string_view> take_payload(bool text) {
         const auto size = static_cast<std::size_t>(
             std::min<std::uint64_t>(frame_left_, static_cast<std::uint64_t>(input_end_ - input_)));
-        if (frame_.masked && size != 0)
-            apply_mask(input_, size, frame_.mask, static_cast<std::size_t>((frame_.length - frame_left_) % 4));
         const std::string_view part(input_, size);
+        for (std::size_t done = 0; done < size;) {
+            const std::size_t block = (std::min)(size - done, cached_block);
+            const bool ascii = frame_.masked && apply_mask(input_ + done, block, frame_.mask,
+                                                           static_cast<std::size_t>((frame_.length - frame_left_) % 4));
+            if (text && !(ascii && utf8_.complete()) && !utf8_.feed(input_ + done, block)) return std::nullopt;
+            done += block;
+            frame_left_ -= block;
+        }
         input_ += size;
-        frame_left_ -= size;
         if (frame_left_ == 0) in_payload_ = false;
         return part;
     }
@@ -1900,19 +1967,22 @@ private:
     Event take_data(bool whole) {
         const bool text = message_opcode_ == Opcode::text;
         const bool alone = whole && frame_.fin && fragments_ == 1 && frame_left_ == frame_.length;
-        const std::string_view part = take_payload();
-        if (text && !utf8_.feed(part.data(), part.size())) return invalid_text();
+        const auto part = take_payload(text);
+        if (!part) return invalid_text();
         // A frame that is a whole message is handed on where it lies; any other part is collected.
-        if (!alone) {
-            if (part.data() == message_.end() && part.size() <= message_.room()) message_.advance(part.size());
-            else message_.append(part);
-        }
+        if (!alone) collect(*part);
         if (in_payload_ || !frame_.fin) return {};
         if (text && !utf8_.complete()) return invalid_text();
         delivered_ = !alone;
         // RFC 6455 1.4: after a Close frame of ours, what still comes is of no interest to the application.
         if (state_ != State::open) return {};
-        return {Event::Kind::message, Message(alone ? part : message_.view(), message_opcode_)};
+        return {Event::Kind::message, Message(alone ? *part : message_.view(), message_opcode_)};
+    }
+    void collect(std::string_view part) {
+        if (message_.capacity() == 0 && frame_.length >= direct_read) message_ = arena_->take_block();
+        const bool in_place = part.data() == message_.end() && part.size() <= message_.room();
+        if (in_place) message_.advance(part.size());
+        else message_.append(part);
     }
     Event invalid_text() {
         fail(CloseCode::invalid_payload, "text is not UTF-8");
@@ -1920,7 +1990,7 @@ private:
     }
 
     Event take_control() {
-        std::string_view payload = take_payload();
+        std::string_view payload = *take_payload(false);
         if (in_payload_ || (aside_ && !aside_->control.empty())) {
             aside().control.append(payload);
             if (in_payload_) return {};
@@ -2114,6 +2184,8 @@ public:
     virtual void attend(HandlerCore& core) = 0;
     // Offers what is queued to the kernel now.
     virtual void flush_now(HandlerCore& core) = 0;
+    // Offers to the kernel what is not queued, while nothing is; answers how many bytes it took.
+    virtual std::size_t offer(HandlerCore& core, const std::string_view* pieces, std::size_t count) = 0;
     virtual void set_nodelay(HandlerCore& core, bool on) = 0;
     virtual bool origin_allowed(std::string_view origin, const Request& request) const = 0;
     virtual Time now() const = 0;
@@ -2214,12 +2286,10 @@ public:
     // text that is not UTF-8 is an Error (RFC 6455 8.1: the peer would have to fail the connection).
     WriteStatus write_message(std::string_view payload, Opcode opcode = Opcode::text) {
         check_payload("write_message", payload, opcode);
-        return write_data(payload.size(), [&](Connection& connection) { return connection.send(opcode, payload); });
+        return write_payload(opcode, payload);
     }
     // A message as it came in; not checked again.
-    WriteStatus write_message(const Message& message) {
-        return write_data(message.size(), [&](Connection& c) { return c.send(message.opcode(), message.data()); });
-    }
+    WriteStatus write_message(const Message& message) { return write_payload(message.opcode(), message.data()); }
     // One that is encoded already, to be shared by many.
     WriteStatus write_message(const EncodedFrame& frame) {
         return write_data(frame.size(), [&](Connection& connection) { return connection.send(frame); });
@@ -2311,6 +2381,13 @@ private:
         }
         if (!core_.attended) core_.host->attend(core_);
         return status;
+    }
+    WriteStatus write_payload(Opcode opcode, std::string_view payload) {
+        return write_data(payload.size(), [&](Connection& connection) {
+            return connection.send(opcode, payload, [this](const std::string_view* pieces, std::size_t count) {
+                return core_.host->offer(core_, pieces, count);
+            });
+        });
     }
     template <class Send>
     WriteStatus write_data(std::size_t size, Send&& send) {
@@ -4236,7 +4313,7 @@ private:
     using Page = std::function<void(Session&, const Request&, const Pattern::Match&)>;
     using LogFields = std::vector<std::pair<std::string_view, std::string>>;
 
-    static constexpr std::size_t receive_size = 256 * 1024;
+    static constexpr std::size_t receive_size = 64 * 1024;
     static constexpr std::size_t descriptors_kept = 64;  // for files, pipes and whatever the program opens itself
     static constexpr std::size_t turned_away_at_once = 32;
 
@@ -4335,31 +4412,37 @@ private:
             remove();
         }
 
+        // One call of the system; answers how many bytes it took.
+        std::size_t offer(const std::string_view* pieces, std::size_t count) {
+            std::size_t size = 0;
+            for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
+            if (blocked_ || lost_) return 0;
+            const IoResult sent = socket_.send(pieces, count);
+            lost_ = sent.outcome == IoResult::Outcome::error;
+            lost_error_ = sent.error;
+            blocked_ = !lost_ && sent.size < size;
+            if (phase_ == Phase::websocket) connection().set_blocked(blocked_);
+            server_.metrics_.bytes_sent += sent.size;
+            return sent.size;
+        }
+
         // Offers what is queued to the kernel.
         void flush() {
             SendQueue& queue = output();
-            const bool was_blocked = connection_blocked();
+            const bool was_blocked = phase_ == Phase::websocket && connection().blocked();
             bool progress = false;
             while (!queue.empty() && !blocked_ && !lost_) {
-                std::string_view* pieces = server_.pieces_.data();
-                const std::size_t count = queue.gather(pieces, Socket::max_pieces);
-                std::size_t size = 0;
-                for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
-                const IoResult sent = socket_.send(pieces, count);
-                if (sent.outcome == IoResult::Outcome::error) {
-                    lost_ = true;
-                    lost_error_ = sent.error;
-                    break;
-                }
-                queue.consume(sent.size);
-                server_.metrics_.bytes_sent += sent.size;
-                progress = progress || sent.size != 0;
-                blocked_ = sent.size < size;
+                const std::size_t count = queue.gather(server_.pieces_.data(), Socket::max_pieces);
+                const std::size_t taken = offer(server_.pieces_.data(), count);
+                queue.consume(taken);
+                progress = progress || taken != 0;
             }
             if (blocked_ && !lost_) queue.keep();
-            if (handler_) {
+            if (phase_ == Phase::websocket) {
                 connection().set_blocked(blocked_);
-                if (was_blocked && progress) connection().alive(server_.now());
+                if (was_blocked && progress) connection().reads_again(server_.now());
+            } else if (progress && !queue.empty() && phase_ == Phase::lingering) {
+                schedule(after(limits().closing_timeout));
             } else if (progress && phase_ == Phase::http) {
                 schedule(after(limits().handshake_timeout));
             }
@@ -4436,7 +4519,6 @@ private:
 
         HandlerCore& core() { return HandlerAccess::core(*handler_); }
         Connection& connection() { return core().connection; }
-        bool connection_blocked() { return handler_ && connection().blocked(); }
         SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
         const Limits& limits() const { return route_ != nullptr ? route_->limits(server_.limits()) : server_.limits(); }
         Time after(Duration timeout) const {
@@ -4445,7 +4527,9 @@ private:
         void schedule(Time due) { server_.loop_.timers().schedule(*this, due); }
         bool busy() const { return !http_->output.empty() || http_->file_left != 0; }
         bool reading() const {
-            return !paused_ && !input_ended_ && !(phase_ == Phase::http && !http_->pending.empty());
+            if (paused_ || input_ended_) return false;
+            if (phase_ == Phase::lingering) return http_->discarded <= limits().linger_bytes;
+            return phase_ != Phase::http || http_->pending.empty();
         }
 
         // What is thrown here, for want of memory, costs this connection.
@@ -4511,8 +4595,8 @@ private:
                 pump();
             } else if (phase_ == Phase::http) {
                 feed({data, size});
-            } else if ((http_->discarded += size) > limits().linger_bytes) {
-                remove();
+            } else {
+                http_->discarded += size;
             }
         }
 
@@ -4521,8 +4605,8 @@ private:
                 connection().receive_end(got.error != 0 ? os::error_text(got.error)
                                                         : "the peer hung up without a Close frame");
                 pump();
-            } else if (got.outcome == IoResult::Outcome::end && phase_ == Phase::http && busy()) {
-                // The peer has shut its sending side, and may still wait for the answer.
+            } else if (got.outcome == IoResult::Outcome::end && busy()) {
+                // The peer has shut its sending side, and may still wait for what is queued.
                 input_ended_ = true;
                 http_->keep_alive = false;
             } else {
@@ -4617,10 +4701,7 @@ private:
         }
 
         void append(std::string_view bytes) {
-            if (bytes.empty()) return;
-            Slice slice = server_.arena_.allocate(bytes.size());
-            std::memcpy(SendArena::writable(slice), bytes.data(), bytes.size());
-            output().append(std::move(slice));
+            if (!bytes.empty()) output().append(copy(server_.arena_, bytes));
         }
 
         void settle_http() {
@@ -4715,7 +4796,7 @@ private:
                             {{"status", std::to_string(response.status())},
                              {"peer", peer_.to_string()},
                              {"target", std::string(request.target())},
-                             {"sentence", std::string(text::trimmed(response.body()))}});
+                             {"sentence", response.body().substr(0, response.body().find('\n'))}});
             respond(response, nullptr);
         }
 
@@ -5052,6 +5133,9 @@ private:
         session_of(core).attend();
     }
     void flush_now(HandlerCore& core) override { session_of(core).flush(); }
+    std::size_t offer(HandlerCore& core, const std::string_view* pieces, std::size_t count) override {
+        return session_of(core).offer(pieces, count);
+    }
     void set_nodelay(HandlerCore& core, bool on) override { session_of(core).set_nodelay(on); }
     Time now() const override { return loop_.now(); }
     bool on_loop_thread() const override { return loop_.on_loop_thread(); }

@@ -1,0 +1,569 @@
+// Two client libraries that we did not write, npm's ws and the WebSocket that is built into Node, against the examples.
+//
+//   node tests/interop/interop_test.mjs --echo BIN --chat BIN --rooms BIN --modules DIR
+//
+// Starts the programs itself, each on a port that the system picks. DIR is where ws is installed: a node_modules, or
+// the folder that it lies in; without it, this file's own. Prints one line for each check, then "N passed, N failed",
+// and ends with status 1 if one of them failed.
+
+import { spawn, spawnSync } from 'node:child_process';
+import { once } from 'node:events';
+import http from 'node:http';
+import { createRequire } from 'node:module';
+import { dirname, join, resolve } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { isDeepStrictEqual, parseArgs } from 'node:util';
+
+const PATIENCE = 20_000;   // ms for one check; a machine under load is slow, not broken
+const LAST_CALL = 240_000; // ms for everything; then the test ends itself
+
+// Node 20 has the built-in WebSocket behind a switch, later ones have it at hand.
+const SWITCH = '--experimental-websocket';
+if (!globalThis.WebSocket && !process.execArgv.includes(SWITCH) && process.allowedNodeEnvironmentFlags.has(SWITCH)) {
+  const argv = [SWITCH, ...process.execArgv, ...process.argv.slice(1)];
+  const again = spawnSync(process.execPath, argv, { stdio: 'inherit' });
+  process.exit(again.status ?? 1);
+}
+
+// ---- What this run is given ----------------------------------------------------------------------------------------
+
+function usage(sentence) {
+  console.error(sentence);
+  process.exit(2);
+}
+
+const HERE = dirname(fileURLToPath(import.meta.url));
+const text = { type: 'string', default: '' };
+const { values: options } = parseArgs({ options: { echo: text, chat: text, rooms: text, modules: text, only: text } });
+if (!options.echo || !options.chat || !options.rooms)
+  usage('Usage: interop_test.mjs --echo BIN --chat BIN --rooms BIN [--modules DIR] [--only TEXT]');
+
+function load(name) {
+  for (const place of [options.modules, HERE].filter(Boolean)) {
+    try { return createRequire(join(resolve(place), 'here.js'))(name); } catch { /* the next place */ }
+  }
+  return usage(`${name} was not found: "npm install --no-package-lock" in tests/interop, or --modules DIR.`);
+}
+const { WebSocket: WsSocket } = load('ws');
+
+// ---- Checks --------------------------------------------------------------------------------------------------------
+
+const CHECKS = [];
+
+/// Registers a function; the checks run in the order in which they stand here.
+function check(sentence, action) {
+  CHECKS.push({ sentence, action });
+}
+
+/// The same for a function of a library's client class, once for each.
+function checkEachLibrary(sentence, action) {
+  for (const library of LIBRARIES) check(`${library.title}: ${sentence}`, () => action(library));
+}
+
+function short(value) {
+  const text = JSON.stringify(value) ?? String(value);
+  return text.length <= 300 ? text : `${text.slice(0, 200)}... (${text.length} in all)`;
+}
+
+function expect(actual, wanted, what = 'the result') {
+  const same = Buffer.isBuffer(actual) && Buffer.isBuffer(wanted) ? actual.equals(wanted)
+                                                                  : isDeepStrictEqual(actual, wanted);
+  if (!same) throw new Error(`${what}: expected ${short(wanted)}, got ${short(actual)}`);
+}
+
+function within(promise, what) {
+  let timer;
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`waited ${PATIENCE / 1000} s for ${what}`)), PATIENCE);
+  });
+  return Promise.race([promise, late]).finally(() => clearTimeout(timer));
+}
+
+// ---- Programs: each is a child of this process, and is stopped by its own process id -------------------------------
+
+const programs = [];  // all that were started
+
+/// One of the examples, on a port of its own.
+class Program {
+  constructor(path) {
+    this.log = '';
+    this.output = '';
+    this.child = spawn(resolve(path), ['0'], { stdio: ['ignore', 'pipe', 'pipe'] });
+    this.child.stderr.setEncoding('utf8').on('data', text => { this.log = (this.log + text).slice(-2000); });
+    this.ended = new Promise(done => {
+      this.child.once('exit', (status, signal) => done(status ?? signal));
+      this.child.once('error', error => done(String(error)));
+    });
+    programs.push(this);
+  }
+
+  static async start(path) {
+    const program = new Program(path);
+    const ready = new Promise(done => {
+      program.child.stdout.setEncoding('utf8').on('data', text => {
+        program.output += text;
+        const address = program.output.match(/http:\/\/(127\.0\.0\.1:\d+)\//);
+        if (address) done(address[1]);
+      });
+    });
+    const died = program.ended.then(how => {
+      throw new Error(`${path} ended with ${how} before it was ready: ${program.log}`);
+    });
+    died.catch(() => {});
+    program.host = await within(Promise.race([ready, died]), `${path} to print its address`);
+    return program;
+  }
+
+  ws(path = '/') { return `ws://${this.host}${path}`; }
+  http(path = '/') { return `http://${this.host}${path}`; }
+
+  /// The status or the signal with which it ends.
+  stop(signal = 'SIGTERM') {
+    this.child.kill(signal);
+    return within(this.ended, `the program to end after ${signal}`);
+  }
+}
+
+let echo, chat, rooms;
+
+// ---- Clients: the same few verbs for each library ------------------------------------------------------------------
+
+const openClients = new Set();  // whatever a check has opened is dropped after it
+
+/// What has come and who waits for it.
+class Mailbox {
+  #items = [];
+  #waiting = [];
+  put(item) {
+    if (this.#waiting.length) this.#waiting.shift()(item);
+    else this.#items.push(item);
+  }
+  take() {
+    return this.#items.length ? Promise.resolve(this.#items.shift()) : new Promise(done => this.#waiting.push(done));
+  }
+}
+
+class Client {
+  messages = new Mailbox();
+
+  /// Resolves when the connection is open; `Library` is the WebSocket class.
+  async connect(Library, ...args) {
+    this.socket = new Library(...args);
+    this.socket.binaryType = this.binaryType;
+    openClients.add(this);
+    this.closing = new Promise(done => this.socket.addEventListener('close', ({ code, reason, wasClean }) =>
+      done({ code, reason, clean: wasClean })));
+    this.socket.addEventListener('message', ({ data }) =>
+      this.messages.put(typeof data === 'string' ? data : Buffer.from(data)));
+    await new Promise((done, fail) => {
+      this.socket.addEventListener('open', done);
+      this.socket.addEventListener('error', e => fail(e.error ?? new Error(e.message || 'the connection failed')));
+    });
+    return this;
+  }
+  send(message) { this.socket.send(message); }
+  /// The next message: a string or a Buffer.
+  async receive() {
+    const ended = this.closing.then(how => { throw new Error(`closed with ${short(how)} instead of a message`); });
+    ended.catch(() => {});
+    return Promise.race([this.messages.take(), ended]);
+  }
+  /// Closes; answers how the connection ended.
+  close(...codeAndReason) {
+    this.socket.close(...codeAndReason);
+    return this.closing;
+  }
+}
+
+class WsClient extends Client {
+  static title = 'ws';
+  binaryType = 'nodebuffer';
+
+  connect(url, { protocols = [], ...rest } = {}) {
+    return super.connect(WsSocket, url, protocols, { perMessageDeflate: false, maxPayload: 64 * 1024 * 1024, ...rest });
+  }
+  drop() { this.socket.terminate(); }
+}
+
+class BuiltInClient extends Client {
+  static title = 'built-in';
+  binaryType = 'arraybuffer';
+
+  connect(url) { return super.connect(globalThis.WebSocket, url); }
+  drop() { this.socket.close(); }
+}
+
+const LIBRARIES = globalThis.WebSocket ? [WsClient, BuiltInClient] : [WsClient];
+if (!globalThis.WebSocket) console.log(`# Node ${process.version} has no WebSocket of its own: ws alone is tested`);
+
+// ---- Echo: messages ------------------------------------------------------------------------------------------------
+
+const SIZES = [0, 1, 125, 126, 127, 65535, 65536, 1024 * 1024, 16 * 1024 * 1024];
+
+/// A text of so many bytes as UTF-8, with characters of one to four bytes.
+const textOf = size => 'aé€😀'.repeat(size / 10) + 'x'.repeat(size % 10);
+const bytesOf = size => Buffer.alloc(size, Buffer.from(Array.from({ length: 256 }, (_, i) => i)));
+
+const counted = size => `${size.toLocaleString('en')} bytes`;
+
+for (const size of SIZES) {
+  checkEachLibrary(`a text and a binary message of ${counted(size)} come back as they were`, async library => {
+    const client = await new library().connect(echo.ws());
+    for (const message of [textOf(size), bytesOf(size)]) {
+      client.send(message);
+      expect(await client.receive(), message, 'the echo');
+    }
+  });
+}
+
+checkEachLibrary('characters of every length, to the last of Unicode, come back as they were', async library => {
+  const client = await new library().connect(echo.ws('/any/path?and=query'));
+  for (const text of ['\x00\x7f', '\x80\u07ff', '\u0800\ud7ff\ue000\ufffe\uffff', '\u{10000}\u{10fffd}\u{10ffff}',
+                      'κόσμε', '👩‍👩‍👧‍👦 e\u0301 \u202e\ufeff']) {
+    client.send(text);
+    expect(await client.receive(), text, 'the echo');
+  }
+});
+
+checkEachLibrary('10,000 small messages, sent without a pause, come back in order', async library => {
+  const client = await new library().connect(echo.ws());
+  for (let number = 0; number < 10_000; ++number) client.send(`message ${number}`);
+  for (let number = 0; number < 10_000; ++number) expect(await client.receive(), `message ${number}`, 'the echo');
+});
+
+checkEachLibrary('200 connections at once each get their own echo', async library => {
+  const clients = await Promise.all(Array.from({ length: 200 }, () => new library().connect(echo.ws())));
+  clients.forEach((client, number) => client.send(`I am ${number}`));
+  for (const [number, client] of clients.entries()) expect(await client.receive(), `I am ${number}`, 'the echo');
+  const ends = await Promise.all(clients.map(client => client.close(1000)));
+  expect(ends.filter(({ code }) => code !== 1000), [], 'the ends that are not with 1000');
+});
+
+check('ws: fragments, also empty ones and ones that part a character, come back as one message', async () => {
+  const client = await new WsClient().connect(echo.ws());
+  const sendParts = (binary, parts) => parts.forEach((part, i) =>
+    client.socket.send(part, { binary, fin: i === parts.length - 1 }));
+  const smile = Buffer.from('😀');
+  sendParts(false, ['one ', '', 'two ', smile.subarray(0, 1), smile.subarray(1), '']);
+  expect(await client.receive(), 'one two 😀', 'the echo');
+  const parts = [Buffer.from([0]), Buffer.alloc(70_000, 255), Buffer.alloc(0), Buffer.from([1])];
+  sendParts(true, parts);
+  expect(await client.receive(), Buffer.concat(parts), 'the echo');
+});
+
+check('ws: pings between the fragments of a message are answered before it is complete', async () => {
+  const client = await new WsClient().connect(echo.ws());
+  const pongs = new Mailbox();
+  client.socket.on('pong', payload => pongs.put(payload.toString()));
+  for (let number = 0; number < 5; ++number) {
+    client.socket.send(`part ${number} `, { fin: false });
+    client.socket.ping(`ping ${number}`);
+    expect(await pongs.take(), `ping ${number}`, 'the payload of the pong');
+  }
+  client.socket.send('end', { fin: true });
+  expect(await client.receive(), 'part 0 part 1 part 2 part 3 part 4 end', 'the echo');
+});
+
+// ---- Echo: control frames ------------------------------------------------------------------------------------------
+
+check('ws: a ping is answered with its payload, of 0 to 125 bytes', async () => {
+  const client = await new WsClient().connect(echo.ws());
+  const pongs = new Mailbox();
+  client.socket.on('pong', payload => pongs.put(payload));
+  for (const payload of [Buffer.alloc(0), Buffer.from([0, 255]), Buffer.from('ping 😀'), bytesOf(125)]) {
+    client.socket.ping(payload);
+    expect(await pongs.take(), payload, 'the payload of the pong');
+  }
+});
+
+check('ws: a pong that nobody asked for changes nothing', async () => {
+  const client = await new WsClient().connect(echo.ws());
+  client.socket.pong('unasked');
+  client.send('still here');
+  expect(await client.receive(), 'still here', 'the echo');
+});
+
+checkEachLibrary('a close with a code and a reason is answered with the code', async library => {
+  for (const [code, reason] of [[1000, ''], [1000, 'done'], [3000, 'x'.repeat(123)], [4999, 'до свидания 😀']]) {
+    const client = await new library().connect(echo.ws());
+    const how = await client.close(code, reason);
+    expect([how.code, how.clean], [code, true], 'the code of the answer, and whether the end was clean');
+  }
+});
+
+checkEachLibrary('a close without a code is answered with a Close frame without a code', async library => {
+  const client = await new library().connect(echo.ws());
+  expect(await client.close(), { code: 1005, reason: '', clean: true }, 'the end');  // RFC 6455 7.1.5: 1005 is none
+});
+
+check('ws: what was sent before a close still comes back before it is answered', async () => {
+  const client = await new WsClient().connect(echo.ws());
+  const message = bytesOf(8 * 1024 * 1024);
+  client.send(message);
+  client.send('last');
+  const closing = client.close(1000);
+  expect(await client.receive(), message, 'the echo');
+  expect(await client.receive(), 'last', 'the echo');
+  expect((await closing).code, 1000, 'the code of the answer');
+});
+
+checkEachLibrary('a server that is stopped closes with 1001 and ends with status 0', async library => {
+  const program = await Program.start(options.echo);
+  const clients = await Promise.all([1, 2, 3].map(() => new library().connect(program.ws())));
+  clients[0].send('hello');
+  expect(await clients[0].receive(), 'hello', 'the echo');
+  const status = program.stop('SIGINT');
+  for (const client of clients) {
+    const { code, reason, clean } = await client.closing;
+    expect([code, reason !== '', clean], [1001, true, true], 'the close code, whether there is a reason, a clean end');
+  }
+  expect(await status, 0, 'the status of the server');
+});
+
+// ---- The handshake -------------------------------------------------------------------------------------------------
+
+check('ws: an offer of permessage-deflate is declined, and messages go uncompressed', async () => {
+  const client = await new WsClient().connect(echo.ws(), { perMessageDeflate: { threshold: 0 } });
+  expect(client.socket.extensions, '', 'the extensions');
+  client.send('a'.repeat(1000));
+  expect(await client.receive(), 'a'.repeat(1000), 'the echo');
+});
+
+if (LIBRARIES.includes(BuiltInClient)) {
+  check('built-in: its offer of permessage-deflate is declined', async () => {  // it always makes one
+    const client = await new BuiltInClient().connect(echo.ws());
+    expect([client.socket.extensions, client.socket.protocol], ['', ''], 'the extensions and the subprotocol');
+  });
+}
+
+check('ws: of the subprotocols that are offered none is chosen', async () => {
+  // ws then fails the connection, as a browser does; the server's answer is seen before that.
+  const client = new WsClient();
+  const connecting = client.connect(echo.ws(), { protocols: ['chat.v2', 'chat'] });
+  const upgraded = once(client.socket, 'upgrade');
+  const message = await connecting.then(() => 'it is open', error => error.message);
+  expect(message, 'Server sent no subprotocol', 'what ws says of it');
+  const [answer] = await upgraded;
+  expect(answer.statusCode, 101, 'the status');
+  expect(answer.headers['sec-websocket-protocol'], undefined, 'the subprotocol');
+});
+
+/// The server's answer to a handshake of ws that it refuses.
+async function refusal(url, wsOptions) {
+  const socket = new WsSocket(url, { perMessageDeflate: false, ...wsOptions });
+  const accepted = once(socket, 'open').then(() => { throw new Error('the connection was accepted'); });
+  accepted.catch(() => {});
+  const [, answer] = await Promise.race([once(socket, 'unexpected-response'), accepted]);
+  return wholeAnswer(answer);
+}
+
+async function wholeAnswer(answer) {
+  let body = '';
+  for await (const part of answer.setEncoding('utf8')) body += part;
+  const { date, ...headers } = answer.headers;
+  return { status: answer.statusCode, headers, body };
+}
+
+check('ws: a page of the same host may connect', async () => {
+  const client = await new WsClient().connect(chat.ws('/chat'), { origin: chat.http().slice(0, -1) });
+  client.send('hello');
+  expect(await client.receive(), 'hello', 'the message');
+});
+
+const REFUSALS = [
+  ['an origin of another host', '/chat', { origin: 'http://evil.example' }, 403, 'http://evil.example'],
+  ['the origin null', '/chat', { origin: 'null' }, 403, 'null'],
+  ['version 8', '/chat', { protocolVersion: 8 }, 426, '13'],
+  ['an unknown path', '/nowhere', {}, 404, 'path'],
+];
+for (const [what, path, wsOptions, status, word] of REFUSALS) {
+  check(`ws: ${what} is refused with ${status} and a sentence`, async () => {
+    const answer = await refusal(chat.ws(path), wsOptions);
+    expect(answer.status, status, 'the status');
+    expect([answer.body.includes(word), answer.body.endsWith('.\n')], [true, true],
+           `whether "${answer.body}" is a sentence with "${word}"`);
+    if (status === 426) expect(answer.headers['sec-websocket-version'], '13', 'Sec-WebSocket-Version');
+  });
+}
+
+// ---- Pages ---------------------------------------------------------------------------------------------------------
+
+check('pages: GET, HEAD and a conditional GET on one connection of node:http', async () => {
+  const agent = new http.Agent({ keepAlive: true, maxSockets: 1 });
+  const ports = new Set();
+  const ask = async (method, path, headers = {}) => {
+    const request = http.request(chat.http(path), { method, headers, agent }).end();
+    const [answer] = await once(request, 'response');
+    ports.add(answer.socket.localPort);
+    return wholeAnswer(answer);
+  };
+  try {
+    const page = await ask('GET', '/');
+    expect([page.status, page.headers['content-type']], [200, 'text/html; charset=utf-8'], 'the page');
+    expect(page.body.includes('</html>'), true, 'whether the page is whole');
+    const head = await ask('HEAD', '/');
+    expect([head.status, head.body, head.headers], [200, '', page.headers], 'the answer to HEAD');
+    const known = await ask('GET', '/', { 'If-None-Match': page.headers.etag });
+    expect([known.status, known.body], [304, ''], 'the answer to a conditional GET');
+    expect((await ask('GET', '/nothing')).status, 404, 'the status of an unknown path');
+    expect((await ask('GET', '/chat')).status, 426, 'the status of a WebSocket without an upgrade');
+    expect((await ask('GET', '/')).body, page.body, 'the page, asked for again');
+    expect(ports.size, 1, 'the number of connections');
+  } finally {
+    agent.destroy();
+  }
+});
+
+check('pages: fetch() gets the page', async () => {
+  const answer = await fetch(chat.http());
+  expect([answer.status, (await answer.text()).includes('</html>')], [200, true], 'the page');
+});
+
+// ---- Chat ----------------------------------------------------------------------------------------------------------
+
+const [FIRST, SECOND] = [LIBRARIES[0], LIBRARIES.at(-1)];
+
+check('chat: clients of two libraries talk in the room, each hears all of it in the same order', async () => {
+  const anna = await new FIRST().connect(chat.ws('/chat')), bert = await new SECOND().connect(chat.ws('/chat'));
+  for (const [speaker, line] of [[anna, 'hello, Bert 😀'], [bert, 'hello, Anna'], [anna, bytesOf(3)], [bert, '']]) {
+    speaker.send(line);
+    expect([await anna.receive(), await bert.receive()], [line, line], 'what both hear');
+  }
+});
+
+check('chat: clients that are cut off, by a FIN or by a reset, do not trouble the others', async () => {
+  const anna = await new FIRST().connect(chat.ws('/chat')), bert = await new SECOND().connect(chat.ws('/chat'));
+  for (let number = 0; number < 10; ++number) {
+    const gone = await new WsClient().connect(chat.ws('/chat'));
+    anna.send(`line ${number}`);
+    if (number % 2) gone.socket._socket.resetAndDestroy();
+    else gone.socket.terminate();
+    expect([await anna.receive(), await bert.receive()], [`line ${number}`, `line ${number}`], 'what the others hear');
+  }
+});
+
+checkEachLibrary('chat: a message over the limit is answered with 1009, and the others stay', async library => {
+  const other = await new library().connect(chat.ws('/chat'));
+  // Most of what is over it is still to be sent when the server has seen enough: no reset may overtake its answer.
+  for (const size of [1024 * 1024 + 1, 2 * 1024 * 1024, ...Array(3).fill(16 * 1024 * 1024)]) {
+    const client = await new library().connect(chat.ws('/chat'));
+    client.send(bytesOf(size));
+    expect((await client.closing).code, 1009, `the close code for ${counted(size)}`);
+  }
+  other.send('still here');
+  expect(await other.receive(), 'still here', 'the message');
+});
+
+// ---- Rooms ---------------------------------------------------------------------------------------------------------
+
+/// The next event, which must have just these fields and, where the event has one, a time.
+async function event(client, wanted) {
+  const { time, ...got } = JSON.parse(await client.receive());
+  expect(got, wanted, 'the event');
+  expect(Number.isInteger(time), ['said', 'join', 'leave', 'nick'].includes(wanted.type), 'whether there is a time');
+}
+
+async function enter(library, room, query, name, users) {
+  const client = await new library().connect(rooms.ws(`/chat/${encodeURIComponent(room)}${query}`));
+  const features = ['rooms', 'names', 'users'];
+  await event(client, { type: 'hello', version: 1, server: 'rooms', room, name, features });
+  await event(client, { type: 'users', users });
+  return client;
+}
+
+check('rooms: names, lines, a change of name, errors and leaving are JSON events', async () => {
+  const anna = await enter(FIRST, 'Grüner Tee 🍵', '?name=Anna', 'Anna', ['Anna']);
+  const bert = await enter(SECOND, 'Grüner Tee 🍵', '?name=Anna', 'Anna-2', ['Anna', 'Anna-2']);
+  await event(anna, { type: 'join', name: 'Anna-2' });
+  await event(anna, { type: 'users', users: ['Anna', 'Anna-2'] });
+
+  const text = 'said "so" \\ </script> \u0001\u2028 😀';
+  anna.send(text);
+  for (const client of [anna, bert]) await event(client, { type: 'said', name: 'Anna', text });
+
+  bert.send('/nick Bert');
+  for (const client of [anna, bert]) {
+    await event(client, { type: 'nick', old: 'Anna-2', name: 'Bert' });
+    await event(client, { type: 'users', users: ['Anna', 'Bert'] });
+  }
+
+  for (const [line, code] of [['/nick Anna', 'name_taken'], ['/nick ', 'name_bad'], ['/dance', 'unknown_command'],
+                              [Buffer.from([0]), 'bad_line']]) {
+    bert.send(line);
+    const error = JSON.parse(await bert.receive());
+    expect([error.type, error.code, error.text !== ''], ['error', code, true], 'the error');
+  }
+
+  expect((await bert.close(1000)).code, 1000, 'the close code');
+  await event(anna, { type: 'leave', name: 'Bert' });
+  await event(anna, { type: 'users', users: ['Anna'] });
+});
+
+check('rooms: a member that is cut off leaves the roster at once', async () => {
+  const anna = await enter(FIRST, 'tea', '?name=Anna', 'Anna', ['Anna']);
+  const bert = await enter(WsClient, 'tea', '?name=Bert', 'Bert', ['Anna', 'Bert']);
+  await event(anna, { type: 'join', name: 'Bert' });
+  await event(anna, { type: 'users', users: ['Anna', 'Bert'] });
+  bert.socket.terminate();
+  await event(anna, { type: 'leave', name: 'Bert' });
+  await event(anna, { type: 'users', users: ['Anna'] });
+});
+
+// ---- Keepalive, and the end ----------------------------------------------------------------------------------------
+
+const silent = {};  // connected at the start of the run, and silent since
+
+check('keepalive: a client that has been silent is pinged, and its connection goes on', async () => {
+  expect((await silent.pinged).length, 0, 'the length of the payload of the ping');
+  for (const client of silent.clients) {
+    client.send('still here');
+    expect(await client.receive(), 'still here', 'the echo');
+    expect((await client.close(1000)).code, 1000, 'the close code');
+  }
+});
+
+check('the three programs have survived all this and end with status 0 on SIGTERM', async () => {
+  for (const program of [echo, chat, rooms]) {
+    expect(program.child.exitCode ?? program.child.signalCode, null, 'the status before the signal');
+    expect(await program.stop('SIGTERM'), 0, 'the status');
+  }
+});
+
+// ---- All of it -----------------------------------------------------------------------------------------------------
+
+const tally = { passed: 0, failed: 0 };
+
+async function run({ sentence, action }) {
+  try {
+    await within(action(), 'this check to end');
+    tally.passed += 1;
+    console.log(`ok - ${sentence}`);
+  } catch (error) {
+    tally.failed += 1;
+    console.log(`not ok - ${sentence}: ${error.message}`);
+  }
+  for (const client of openClients) client.drop();
+  openClients.clear();
+}
+
+function finish() {
+  for (const program of programs) program.child.kill('SIGKILL');
+  if (tally.failed) for (const { log } of [echo, chat, rooms]) console.log(`# the end of a log: ${log}`);
+  console.log(`${tally.passed} passed, ${tally.failed} failed`);
+  process.exit(tally.failed || !tally.passed ? 1 : 0);
+}
+
+process.once('SIGTERM', () => process.exit(1));
+process.on('exit', () => { for (const program of programs) program.child.kill('SIGKILL'); });
+setTimeout(() => {
+  tally.failed += 1;
+  console.log(`not ok - everything ends within ${LAST_CALL / 1000} s`);
+  finish();
+}, LAST_CALL);
+
+[echo, chat, rooms] = await Promise.all([options.echo, options.chat, options.rooms].map(path => Program.start(path)));
+silent.clients = await Promise.all(LIBRARIES.map(library => new library().connect(echo.ws())));
+silent.pinged = new Promise(done => silent.clients[0].socket.on('ping', done));
+openClients.clear();  // these stay
+for (const one of CHECKS) if (one.sentence.includes(options.only)) await run(one);
+finish();
