@@ -518,6 +518,7 @@ public:
     // Moves what lies in the arena's pooled chunks into chunks of this queue alone, so that a peer that does not read
     // keeps no more memory than its own backlog. Called when the kernel takes no more.
     void keep() {
+        kept_ = (std::max)(kept_, front_);
         if (kept_ == older_.size() && (!tail_.chunk || !tail_.chunk->pooled())) return;
         std::vector<Slice> fresh;
         fresh.reserve(older_.size() - kept_ + 1);
@@ -934,11 +935,14 @@ public:
         const std::size_t size = 2 + length_bytes + (header.masked ? 4 : 0);
         if (length_bytes == 8 && bytes.size() > 2 && (byte(2) & 0x80) != 0)
             return failed("most significant bit of a 64-bit length is set");
+        // Six zero bytes at the front of eight already tell that two would have done.
+        if (length_bytes == 8 && bytes.size() >= 8 &&
+            bytes.substr(2, 6).find_first_not_of('\0') == std::string_view::npos)
+            return failed("length is not in its shortest form");
         if (bytes.size() < 2 + length_bytes) return parsed;
         header.length = length_bytes == 0 ? short_length : 0;
         for (std::size_t i = 0; i < length_bytes; ++i) header.length = header.length << 8 | byte(2 + i);
-        if (length_bytes != 0 && header.length < (length_bytes == 2 ? 126u : 65536u))
-            return failed("length is not in its shortest form");
+        if (length_bytes == 2 && header.length < 126) return failed("length is not in its shortest form");
 
         // 4. The mask.
         if (bytes.size() < size) return parsed;
@@ -1065,7 +1069,7 @@ inline std::optional<std::uint64_t> unsigned_number(std::string_view s, std::uin
     for (const char c : s) {
         if (!digit(c)) return std::nullopt;
         const auto next = static_cast<std::uint64_t>(c - '0');
-        if (value > (max - next) / 10) return std::nullopt;
+        if (next > max || value > (max - next) / 10) return std::nullopt;
         value = value * 10 + next;
     }
     return value;
@@ -1096,7 +1100,8 @@ inline std::optional<std::string> percent_decoded(std::string_view s, bool plus 
 
 // RFC 9110 5.6.7: "Sun, 06 Nov 1994 08:49:37 GMT". Days are counted by hand because strftime() follows the locale.
 inline std::string http_date(std::int64_t unix_seconds) {
-    const std::int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
+    const std::int64_t days = unix_seconds / 86400 - (unix_seconds % 86400 < 0 ? 1 : 0);
+    const std::int64_t second = unix_seconds - days * 86400;
     const std::int64_t z = days + 719468, era = z / 146097, of_era = z % 146097;
     const std::int64_t year_of_era = (of_era - of_era / 1460 + of_era / 36524 - of_era / 146096) / 365;
     const std::int64_t of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
@@ -1106,7 +1111,7 @@ inline std::string http_date(std::int64_t unix_seconds) {
     constexpr const char* months[] = {"Jan", "Feb", "Mar", "Apr", "May", "Jun",
                                       "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"};
     char text[64];
-    std::snprintf(text, sizeof text, "%s, %02d %s %04d %02d:%02d:%02d GMT", days_of_week[days % 7],
+    std::snprintf(text, sizeof text, "%s, %02d %s %04d %02d:%02d:%02d GMT", days_of_week[(days % 7 + 7) % 7],
                   static_cast<int>(day), months[month - 1], static_cast<int>(year), static_cast<int>(second / 3600),
                   static_cast<int>(second / 60 % 60), static_cast<int>(second % 60));
     return text;
@@ -1211,7 +1216,7 @@ public:
     // As it was sent: "/chat/tea%20room?name=Anna".
     std::string_view target() const { return part(target_); }
     // "/chat/tea%20room", still encoded; path() is decoded.
-    std::string_view raw_path() const { return part(path_); }
+    std::string_view raw_path() const { return path_.size == 0 ? "/" : part(path_); }
     std::string path() const { return text::percent_decoded(raw_path()).value_or(std::string()); }
     std::string_view query_string() const { return part(query_); }
     // Of the Host field, or of an absolute target.
@@ -1291,11 +1296,10 @@ public:
             const std::size_t end = bytes.find('\n', consumed);
             const bool whole = end != std::string_view::npos;
             const std::string_view piece = bytes.substr(consumed, whole ? end + 1 - consumed : std::string_view::npos);
-            if (!within_limits(piece.size(), whole)) break;
+            if (!plausible_start(piece) || !within_limits(piece)) break;
             request_.head_.append(piece);
             consumed += piece.size();
-            if (!plausible_start() || !whole) continue;
-            if (take_line()) return check_head() ? Outcome::request : Outcome::failure;
+            if (whole && take_line()) return check_head() ? Outcome::request : Outcome::failure;
         }
         return status_ == 0 ? Outcome::need_more : Outcome::failure;
     }
@@ -1322,25 +1326,28 @@ private:
         return false;
     }
 
-    // Counted before the bytes are kept, with the line end given for free.
-    bool within_limits(std::size_t more, bool whole) {
-        const std::size_t line_end = whole ? 2 : 0;
-        if (request_.fields_begin_ == 0) {
-            if (head().size() + more > limits_->max_request_line + line_end)
-                return fail(414,
-                            "The request line is longer than " + std::to_string(limits_->max_request_line) + " bytes.");
-        } else if (head().size() - request_.fields_begin_ + more > limits_->max_header_bytes + line_end) {
-            return fail(431, "The headers are longer than " + std::to_string(limits_->max_header_bytes) + " bytes.");
-        }
-        return true;
-    }
-
     // What can not become a request line is refused at its first byte, not after a deadline.
-    bool plausible_start() {
-        const char first = head().front();
+    bool plausible_start(std::string_view piece) {
+        const char first = head().empty() ? piece.front() : head().front();
         if (text::token_char(first) || first == '\r' || first == '\n') return true;
         return fail(400, first == '\x16' ? "This port speaks plain HTTP, and the client began with TLS."
                                          : "The request does not begin with a method.");
+    }
+
+    // Counted before the bytes are kept, with the line end that they may end in given for free.
+    bool within_limits(std::string_view piece) {
+        std::size_t size = head().size() + piece.size();
+        const auto ends_with = [&](char c) {
+            return size != 0 && (size > head().size() ? piece[size - head().size() - 1] : head().back()) == c;
+        };
+        if (ends_with('\n')) --size;
+        if (ends_with('\r')) --size;
+        if (request_.fields_begin_ == 0 && size > limits_->max_request_line)
+            return fail(414,
+                        "The request line is longer than " + std::to_string(limits_->max_request_line) + " bytes.");
+        if (request_.fields_begin_ != 0 && size > request_.fields_begin_ + limits_->max_header_bytes)
+            return fail(431, "The headers are longer than " + std::to_string(limits_->max_header_bytes) + " bytes.");
+        return true;
     }
 
     // Judges the line that has just been completed; true where it ends the head.
@@ -1582,8 +1589,16 @@ inline std::vector<std::string_view> offered_subprotocols(const Request& request
     return offered;
 }
 
+// What is put into a handshake begins no other line.
+inline void require_one_line(const char* call, std::string_view value) {
+    for (const char c : value)
+        if ((static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7F)
+            throw Error(std::string(call) + ": \"" + escape_for_log(value) + "\" has a control character");
+}
+
 // The 101 (RFC 6455 4.2.2 / 5).
 inline std::string switching_protocols(std::string_view key, std::string_view subprotocol) {
+    require_one_line("switching_protocols", subprotocol);
     std::string head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
     ((head += "Sec-WebSocket-Accept: ") += accept_key(key)) += "\r\n";
     if (!subprotocol.empty()) ((head += "Sec-WebSocket-Protocol: ") += subprotocol) += "\r\n";
@@ -1593,6 +1608,8 @@ inline std::string switching_protocols(std::string_view key, std::string_view su
 // A client's opening handshake (RFC 6455 4.1). `key`: 16 random bytes in base64.
 inline std::string opening_request(std::string_view host, std::string_view target, std::string_view key,
                                    std::string_view subprotocols = {}) {
+    for (const std::string_view value : {host, target, key, subprotocols}) require_one_line("opening_request", value);
+    if (target.find(' ') != std::string_view::npos) throw Error("opening_request: the target has a space");
     std::string head = "GET ";
     ((head += target) += " HTTP/1.1\r\nHost: ") += host;
     (head += "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ") +=
@@ -1607,7 +1624,7 @@ inline std::string opening_answer_error(std::string_view head, std::string_view 
                                         std::string_view subprotocols = {}) {
     std::string_view rest = head;
     const std::string_view status_line = text::cut_at(rest, '\n');
-    if (!text::starts_with(status_line, "HTTP/1.1 101"))
+    if (!text::starts_with(status_line, "HTTP/1.1 101 "))
         return "the server answered \"" + escape_for_log(text::trimmed(status_line.substr(0, status_line.find('\r')))) +
                "\"";
     const Fields fields(rest);
@@ -1619,7 +1636,8 @@ inline std::string opening_answer_error(std::string_view head, std::string_view 
     if (const auto chosen = fields.find("sec-websocket-protocol")) {
         bool offered = false;
         while (!subprotocols.empty() && !offered) offered = text::trimmed(text::cut_at(subprotocols, ',')) == *chosen;
-        if (!offered) return "the server chose a subprotocol that was not offered";
+        if (!offered || fields.count("sec-websocket-protocol") != 1)
+            return "the server chose a subprotocol that was not offered";
     }
     return {};
 }
@@ -1854,6 +1872,11 @@ public:
 
     // ---- time ------------------------------------------------------------------------------------------------------
 
+    // The peer has shown that it lives.
+    void alive(Time now) {
+        alive_ = now;
+        ping_sent_ = false;
+    }
     // The peer has taken some of a backlog: it lives, and our Close frame is on its way to it.
     void reads_again(Time now) {
         alive(now);
@@ -1878,11 +1901,6 @@ public:
     }
 
 private:
-    void alive(Time now) {
-        alive_ = now;
-        ping_sent_ = false;
-    }
-
     // From that size on a frame that is still coming is read into its message directly.
     static constexpr std::size_t direct_read = 16 * 1024;
     // From that size on a message is offered to the transport where it lies.
@@ -3085,11 +3103,13 @@ struct ListenAddress {
             return address;
         }
         std::string_view host = colon == std::string_view::npos ? std::string_view("127.0.0.1") : text.substr(0, colon);
-        if (host.size() >= 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+        const bool brackets = host.size() > 2 && host.front() == '[' && host.back() == ']';
+        if (brackets) host = host.substr(1, host.size() - 2);
         const auto port = text::unsigned_number(colon == std::string_view::npos ? text : text.substr(colon + 1), 65535);
-        if (!port || host.empty())
+        if (!port || host.empty() || host.find_first_of("[]") != std::string_view::npos ||
+            brackets != (host.find(':') != std::string_view::npos))
             throw Error("listen " + escape_for_log(text) +
-                        ": not an address; a port is 0-65535, as in 8888 or 127.0.0.1:8888");
+                        ": not an address; a port is 0-65535, as in 8888, 127.0.0.1:8888 or [::1]:8888");
         address.host = host;
         address.port = static_cast<int>(*port);
         return address;
@@ -3875,9 +3895,9 @@ public:
             if (open_ended_) throw Error(quoted + "nothing follows a {name...}");
             const bool param = text.size() > 2 && text.front() == '{' && text.back() == '}';
             if (param) text = text.substr(1, text.size() - 2);
-            open_ended_ = param && text.size() > 3 && text.substr(text.size() - 3) == "...";
+            open_ended_ = param && text.size() >= 3 && text.substr(text.size() - 3) == "...";
             if (open_ended_) text.resize(text.size() - 3);
-            if (text.find_first_of("{}?#%") != std::string::npos)
+            if (text.find_first_of("{}?#%") != std::string::npos || (param && text.empty()))
                 throw Error(quoted + "a segment is plain text, one {name} or, at the end, one {name...}");
             segments_.push_back({param, std::move(text)});
         }
@@ -4281,6 +4301,7 @@ public:
 
     // Serves until shutdown() has ended it.
     void run() {
+        if (draining_ && sessions_.empty()) return;
         if (listeners_.empty() && !draining_) throw Error("run: nothing to serve: call listen() first");
         std::optional<SignalGuard> signals;
         if (options_.handle_signals) signals.emplace(loop_.wake_descriptor());
@@ -4892,7 +4913,8 @@ private:
                 call("on_drain", [this] { handler_->on_drain(); });
             }
             // Closing may be due before the next ping was.
-            if (!connection().is_open() && connection().deadline() < due()) schedule(connection().deadline());
+            if (!connection().is_open() && (!scheduled() || connection().deadline() < due()))
+                schedule(connection().deadline());
         }
 
         // The connection has closed: the handler ends, what is queued still goes out.
