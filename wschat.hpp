@@ -577,11 +577,115 @@ private:
     std::size_t bytes_ = 0;
 };
 
+#if defined(__x86_64__) && defined(__GNUC__)
+
+// Checks 32 bytes at a time with three table look-ups (Keiser and Lemire, "Validating UTF-8 In Less Than One
+// Instruction Per Byte", 2021). `p` is at the beginning of a character, with three bytes of valid text before it. Returns
+// the beginning of a character up to which all is valid, near the end or near the first error.
+__attribute__((target("avx2"))) inline const unsigned char* skip_utf8_avx2(const unsigned char* p,
+                                                                           const unsigned char* end) {
+    typedef unsigned char Block __attribute__((vector_size(32)));
+    typedef char Signed __attribute__((vector_size(32)));
+    // What a pair of bytes may be guilty of; the pair is invalid where all three tables agree on it.
+    constexpr unsigned char too_short = 1, too_long = 2, overlong_3 = 4, too_large = 8, surrogate = 16, overlong_2 = 32,
+                            too_large_1000 = 64, overlong_4 = 64, two_continuations = 128;
+    constexpr unsigned char any = too_short | too_long | two_continuations;
+    constexpr unsigned char large = any | too_large | too_large_1000;
+    constexpr unsigned char first_high[16] = {too_long,
+                                              too_long,
+                                              too_long,
+                                              too_long,
+                                              too_long,
+                                              too_long,
+                                              too_long,
+                                              too_long,
+                                              two_continuations,
+                                              two_continuations,
+                                              two_continuations,
+                                              two_continuations,
+                                              too_short | overlong_2,
+                                              too_short,
+                                              too_short | overlong_3 | surrogate,
+                                              too_short | too_large | too_large_1000 | overlong_4};
+    constexpr unsigned char first_low[16] = {any | overlong_3 | overlong_2 | overlong_4,
+                                             any | overlong_2,
+                                             any,
+                                             any,
+                                             any | too_large,
+                                             large,
+                                             large,
+                                             large,
+                                             large,
+                                             large,
+                                             large,
+                                             large,
+                                             large,
+                                             large | surrogate,
+                                             large,
+                                             large};
+    constexpr unsigned char continuation = too_long | overlong_2 | two_continuations;
+    constexpr unsigned char second_high[16] = {too_short,
+                                               too_short,
+                                               too_short,
+                                               too_short,
+                                               too_short,
+                                               too_short,
+                                               too_short,
+                                               too_short,
+                                               continuation | overlong_3 | too_large_1000 | overlong_4,
+                                               continuation | overlong_3 | too_large,
+                                               continuation | surrogate | too_large,
+                                               continuation | surrogate | too_large,
+                                               too_short,
+                                               too_short,
+                                               too_short,
+                                               too_short};
+    Signed tables[3];
+    const unsigned char* sources[3] = {first_high, first_low, second_high};
+    for (int i = 0; i < 3; ++i) {
+        std::memcpy(&tables[i], sources[i], 16);
+        std::memcpy(reinterpret_cast<char*>(&tables[i]) + 16, sources[i], 16);
+    }
+    for (; end - p >= 32; p += 32) {
+        Block now, before[3];
+        std::memcpy(&now, p, 32);
+        for (int i = 0; i < 3; ++i) std::memcpy(&before[i], p - 1 - i, 32);
+        const Block pairs =
+            reinterpret_cast<Block>(__builtin_ia32_pshufb256(tables[0], reinterpret_cast<Signed>(before[0] >> 4)) &
+                                    __builtin_ia32_pshufb256(tables[1], reinterpret_cast<Signed>(before[0] & 15)) &
+                                    __builtin_ia32_pshufb256(tables[2], reinterpret_cast<Signed>(now >> 4)));
+        // The third byte of three and the third and fourth of four must be continuations after a continuation.
+        const Block inner = reinterpret_cast<Block>((before[1] >= 0xE0) | (before[2] >= 0xF0)) & 0x80;
+        typedef long long Words __attribute__((vector_size(32)));
+        const Words errors = reinterpret_cast<Words>(pairs ^ inner);
+        if ((errors[0] | errors[1] | errors[2] | errors[3]) != 0) break;
+    }
+    for (int back = 1; back <= 3; ++back) {
+        const unsigned char c = p[-back];
+        if (c < 0x80) break;
+        const int length = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : c >= 0xC0 ? 2 : 0;
+        if (length > back) return p - back;
+    }
+    return p;
+}
+inline bool has_avx2() {
+    static const bool answer = __builtin_cpu_supports("avx2") != 0;
+    return answer;
+}
+
+#else
+
+inline const unsigned char* skip_utf8_avx2(const unsigned char* p, const unsigned char*) { return p; }
+constexpr bool has_avx2() { return false; }
+
+#endif
+
 // RFC 3629, as the bytes arrive: feed() answers false as soon as no continuation could make the text valid.
 class Utf8Validator {
 public:
     bool feed(const char* data, std::size_t size) {
-        auto p = reinterpret_cast<const unsigned char*>(data);
+        const auto begin = reinterpret_cast<const unsigned char*>(data);
+        const unsigned char* p = begin;
         const unsigned char* const end = p + size;
         for (;;) {
             for (; needed_ != 0; --needed_) {
@@ -592,8 +696,10 @@ public:
                 ++p;
             }
             p = skip_ascii(p, end);
+            if (end - p >= 64 && p - begin >= 3 && has_avx2()) p = skip_utf8_avx2(p, end);
             if (p == end) return true;
-            if (!lead(*p++)) return false;
+            if (*p >= 0x80 && !lead(*p)) return false;
+            ++p;
         }
     }
     // Whether the text may end here, not within a character.
@@ -1624,7 +1730,8 @@ inline std::string opening_answer_error(std::string_view head, std::string_view 
                                         std::string_view subprotocols = {}) {
     std::string_view rest = head;
     const std::string_view status_line = text::cut_at(rest, '\n');
-    if (!text::starts_with(status_line, "HTTP/1.1 101 "))
+    const std::string_view status = status_line.substr(0, status_line.find_first_of(" \r", 9));
+    if (status != "HTTP/1.1 101")
         return "the server answered \"" + escape_for_log(text::trimmed(status_line.substr(0, status_line.find('\r')))) +
                "\"";
     const Fields fields(rest);
