@@ -15,7 +15,9 @@ files = {path.name[: -len("_test.cpp")] for path in pathlib.Path(__file__).resol
 held = set(listed("--list-test-suites"))
 cases = listed("--list-test-cases")
 
-problems = [f"tests/{name}_test.cpp is not in the list of suites" for name in sorted(files - names)]
+# tests/server_pages_test.cpp goes on with the suite "server".
+problems = [f"tests/{name}_test.cpp is of no suite in the list" for name in sorted(files)
+            if not any(name == suite or name.startswith(suite + "_") for suite in names)]
 problems += [f'{name} is listed, but no file has TEST_SUITE("{name}")' for name in sorted(names - held)]
 problems += [f'TEST_SUITE("{name}") is not in the list of suites' for name in sorted(held - names)]
 problems += [f"'{case}' is in no suite" for case in listed("--list-test-cases", "--test-suite-exclude=?*")]

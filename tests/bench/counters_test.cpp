@@ -1,0 +1,228 @@
+// What a message costs, counted and not timed: calls of the system, allocations, bytes held. The executable is linked
+// with --wrap for each call that is counted; counters belong to a thread, so that those of the server's thread are read
+// through its loop.
+#include "../support.hpp"
+
+using namespace test;
+using wschat::Message;
+using wschat::Opcode;
+
+namespace {
+
+struct Counters {
+    std::uint64_t sends = 0;
+    std::uint64_t receives = 0;
+    std::uint64_t waits = 0;
+    std::uint64_t poll_changes = 0;
+    std::uint64_t allocations = 0;
+    std::int64_t bytes_held = 0;
+};
+thread_local Counters counters;
+
+constexpr std::size_t header_size = alignof(std::max_align_t);
+
+void* counted_new(std::size_t size) {
+    void* block = std::malloc(size + header_size);
+    if (block == nullptr) throw std::bad_alloc();
+    std::memcpy(block, &size, sizeof size);
+    ++counters.allocations;
+    counters.bytes_held += static_cast<std::int64_t>(size);
+    return static_cast<char*>(block) + header_size;
+}
+void counted_delete(void* place) {
+    if (place == nullptr) return;
+    void* block = static_cast<char*>(place) - header_size;
+    std::size_t size = 0;
+    std::memcpy(&size, block, sizeof size);
+    counters.bytes_held -= static_cast<std::int64_t>(size);
+    std::free(block);
+}
+
+}  // namespace
+
+void* operator new(std::size_t size) { return counted_new(size); }
+void* operator new[](std::size_t size) { return counted_new(size); }
+void operator delete(void* place) noexcept { counted_delete(place); }
+void operator delete[](void* place) noexcept { counted_delete(place); }
+void operator delete(void* place, std::size_t) noexcept { counted_delete(place); }
+void operator delete[](void* place, std::size_t) noexcept { counted_delete(place); }
+
+extern "C" {
+ssize_t __real_send(int, const void*, size_t, int);
+ssize_t __real_sendmsg(int, const msghdr*, int);
+ssize_t __real_recv(int, void*, size_t, int);
+int __real_epoll_wait(int, epoll_event*, int, int);
+int __real_epoll_ctl(int, int, int, epoll_event*);
+
+ssize_t __wrap_send(int descriptor, const void* data, size_t size, int flags) {
+    ++counters.sends;
+    return __real_send(descriptor, data, size, flags);
+}
+ssize_t __wrap_sendmsg(int descriptor, const msghdr* message, int flags) {
+    ++counters.sends;
+    return __real_sendmsg(descriptor, message, flags);
+}
+ssize_t __wrap_recv(int descriptor, void* data, size_t size, int flags) {
+    ++counters.receives;
+    return __real_recv(descriptor, data, size, flags);
+}
+int __wrap_epoll_wait(int descriptor, epoll_event* events, int count, int timeout) {
+    ++counters.waits;
+    return __real_epoll_wait(descriptor, events, count, timeout);
+}
+int __wrap_epoll_ctl(int descriptor, int operation, int target, epoll_event* event) {
+    ++counters.poll_changes;
+    return __real_epoll_ctl(descriptor, operation, target, event);
+}
+}
+
+namespace {
+
+struct Member : wschat::WebSocketHandler {
+    void open() override { room("all").join(*this); }
+    void on_message(const Message& m) override { room("all").broadcast(m); }
+};
+struct Echo : wschat::WebSocketHandler {
+    void on_message(const Message& m) override { write_message(m); }
+};
+
+// A server with a room of `size` members, all of which are open.
+struct Party {
+    explicit Party(std::size_t size) {
+        running.server.route<Member>("/room");
+        running.server.route<Echo>("/echo");
+        running.start();
+        for (std::size_t i = 0; i < size; ++i) members.push_back(std::make_unique<Client>(running.port(), "/room"));
+        for (const auto& member : members) REQUIRE(member->is_open());
+        REQUIRE(running.eventually([&] { return running.server.rooms()["all"].size() == size; }));
+    }
+    // The counters of the server's thread, when all that came before is done.
+    Counters count() {
+        running.on_loop([] {});
+        return running.on_loop([] { return counters; });
+    }
+    // Each member sees the message.
+    void all_receive(const std::string& text) {
+        for (const auto& member : members) REQUIRE(member->next() == text);
+    }
+
+    RunningServer running;
+    std::vector<std::unique_ptr<Client>> members;
+};
+
+}  // namespace
+
+TEST_SUITE("counters") {
+    TEST_CASE("a broadcast to N members is N calls of send, and ten of one turn are N as well") {
+        Party party(40);
+        for (const int broadcasts : {1, 10}) {
+            CAPTURE(broadcasts);
+            const Counters before = party.count();
+            party.running.on_loop([&] {
+                for (int i = 0; i < broadcasts; ++i) party.running.server.rooms()["all"].broadcast("to everybody");
+            });
+            const Counters after = party.count();
+            CHECK(after.sends - before.sends == 40);
+            CHECK(after.receives == before.receives);
+            CHECK(after.poll_changes == before.poll_changes);
+            for (int i = 0; i < broadcasts; ++i) party.all_receive("to everybody");
+        }
+    }
+
+    TEST_CASE("an echo is one receive and one send, and the poller is told nothing") {
+        Party party(0);
+        Client client(party.running.port(), "/echo");
+        client.send("warm");
+        REQUIRE(client.next() == "warm");
+        const Counters before = party.count();
+        for (int i = 0; i < 50; ++i) {
+            client.send("once around");
+            REQUIRE(client.next() == "once around");
+        }
+        const Counters after = party.count();
+        CHECK(after.receives - before.receives == 50);
+        CHECK(after.sends - before.sends == 50);
+        CHECK(after.poll_changes == before.poll_changes);
+        // One for each message, and those that wake it to be asked for its counters.
+        CHECK(after.waits - before.waits >= 50);
+        CHECK(after.waits - before.waits <= 56);
+    }
+
+    TEST_CASE("in the steady state a delivery allocates nothing") {
+        Party party(20);
+        const auto talk = [&](int messages) {
+            for (int i = 0; i < messages; ++i) {
+                party.members[0]->send("some words for everybody in the room");
+                party.all_receive("some words for everybody in the room");
+            }
+        };
+        talk(10);
+        const Counters before = party.count();
+        talk(50);
+        const Counters after = party.count();
+        CHECK(after.allocations == before.allocations);
+        CHECK(after.bytes_held <= before.bytes_held);  // what the counting posted is freed here
+    }
+
+    TEST_CASE("a large echo is received in place and sent from there: nothing of it stays") {
+        Party party(0);
+        Client client(party.running.port(), "/echo");
+        const std::string large(1024 * 1024, 'x');
+        const auto talk = [&](int messages) {
+            for (int i = 0; i < messages; ++i) {
+                client.send(large, Opcode::binary);
+                REQUIRE(client.next() == large);
+            }
+        };
+        talk(20);
+        const Counters before = party.count();
+        talk(20);
+        const Counters after = party.count();
+        // What the kernel did not take at once was queued, a few times.
+        CHECK(after.allocations - before.allocations <= 20 * 8);
+        CHECK(after.bytes_held <= before.bytes_held);
+    }
+
+    TEST_CASE("a message that arrives whole is handed on where it was received") {
+        wschat::Limits limits;
+        wschat::SendArena arena;
+        wschat::Connection connection;
+        connection.open(wschat::Role::server, limits, arena, wschat::Time());
+        std::string input = hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
+        connection.receive(&input[0], input.size(), wschat::Time());
+        const wschat::Event event = connection.next_event();
+        REQUIRE(event.message.text() == "Hello");
+        CHECK(event.message.text().data() == input.data() + 6);
+    }
+
+    TEST_CASE("a large message of a server is offered to the transport where it lies") {
+        wschat::Limits limits;
+        wschat::SendArena arena;
+        wschat::Connection connection;
+        connection.open(wschat::Role::server, limits, arena, wschat::Time());
+        const std::string large(100'000, 'x');
+        const char* offered = nullptr;
+        connection.send(Opcode::binary, large, [&](const std::string_view* pieces, std::size_t count) {
+            offered = pieces[count - 1].data();
+            return pieces[0].size() + pieces[1].size();
+        });
+        CHECK(offered == large.data());
+        CHECK(connection.output().empty());
+    }
+
+    TEST_CASE("an idle connection holds less than a kibibyte") {
+        Party party(0);
+        std::vector<std::unique_ptr<Client>> clients;
+        const auto arrive = [&](std::size_t count) {
+            for (std::size_t i = 0; i < count; ++i) {
+                clients.push_back(std::make_unique<Client>(party.running.port(), "/echo"));
+                REQUIRE(clients.back()->is_open());
+            }
+        };
+        arrive(64);  // the tables grow by doubling: from one full size to the next
+        const Counters before = party.count();
+        arrive(64);
+        const Counters after = party.count();
+        CHECK((after.bytes_held - before.bytes_held) / 64 < 1024);
+    }
+}

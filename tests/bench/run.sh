@@ -1,0 +1,310 @@
+#!/bin/sh
+# sh tests/bench/run.sh [quick|full] [only=NAME,...] [work=PREFIX,...] [rounds=N] [seconds=S]
+#
+# Builds the load generator, the floor, wschat's bench_server and the peers into build/bench, runs every server on
+# every piece of work in interleaved rounds (server on CPU 0, load on CPU 1), and leaves there bench.txt (also
+# printed), bench.svg and bench.json. What the figures mean: tests/bench/README.md.
+#
+#   quick     one second a run, two rounds, the main work, and only wschat, the floor and two peers
+#   full      two seconds a run, seven rounds (without a word: 1.5 seconds, three rounds)
+#   only=     of: floor wschat beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado
+#   work=     names or beginnings of names of the list below: work=fanout,echo-4
+
+# Words are split on purpose; ulimit -n is everywhere on Linux.
+# shellcheck disable=SC2086,SC3045,SC1003
+
+set -u
+cd "$(dirname "$0")/../.." || exit 1
+bench=tests/bench
+out=build/bench
+
+peers="beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado"
+only="floor wschat $peers"
+rounds=3
+seconds=1.5
+wanted=""
+quick=0
+
+# Name, what the server does, and the arguments of bench_load, in the order of the tables.
+work_list() {
+    cat <<'LIST'
+fanout-10-64     room --mode fanout --members 10 --size 64
+fanout-200-64    room --mode fanout --members 200 --size 64
+fanout-2000-64   room --mode fanout --members 2000 --size 64
+fanout-8000-64   room --mode fanout --members 8000 --size 64
+fanout-10-1k     room --mode fanout --members 10 --size 1024
+fanout-200-1k    room --mode fanout --members 200 --size 1024
+fanout-2000-1k   room --mode fanout --members 2000 --size 1024
+fanout-8000-1k   room --mode fanout --members 8000 --size 1024
+rate-200-64      room --mode fanout-rate --members 200 --size 64
+rate-2000-64     room --mode fanout-rate --members 2000 --size 64
+rate-200-16k     room --mode fanout-rate --members 200 --size 16384
+stalled-200-16k  room --mode fanout-rate --members 200 --size 16384 --stalled 0.05
+echo-200-64      echo --mode echo --members 200 --size 64
+echo-50-16k      echo --mode echo --members 50 --size 16384
+echo-4-1m        echo --mode echo --members 4 --size 1048576
+echo-4-1m-mixed  echo --mode echo --members 4 --size 1048576 --filler mixed
+idle-10000       room --mode idle --members 10000
+active-10        echo --mode ping-idle --members 11
+active-10000     echo --mode ping-idle --members 10001
+connect          echo --mode connect
+LIST
+}
+quick_work="fanout-200-64 fanout-2000-64 rate-200-64 echo-200-64 echo-50-16k echo-4-1m idle-10000 active-10 connect compile"
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() { say "run.sh: $*"; exit 1; }
+
+for argument in "$@"; do
+    value=$(printf '%s' "${argument#*=}" | tr ',' ' ')
+    case $argument in
+        quick) quick=1 rounds=2 seconds=1 only="floor wschat websocketpp libwebsockets" wanted=$quick_work ;;
+        full) rounds=7 seconds=2 ;;
+        only=?*) only=$value ;;
+        work=?*) wanted=$value quick=0 ;;
+        rounds=[1-9]*) rounds=$value ;;
+        seconds=?*) seconds=$value ;;
+        *) sed -n '2,/^$/s/^# \{0,1\}//p' "$bench/run.sh" >&2; die "$argument: not understood" ;;
+    esac
+done
+
+is_wanted() { # is_wanted WORK
+    [ -z "$wanted" ] && return 0
+    for each in $wanted; do
+        [ "$1" = "$each" ] && return 0
+        [ "$quick" = 1 ] && continue
+        case $1 in "$each"*) return 0 ;; esac
+    done
+    return 1
+}
+
+# ---- install and build -----------------------------------------------------------------------------------------------
+
+install_packages() { # install_packages PACKAGE...
+    command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || return 1
+    say "installing $*"
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install -y --no-install-recommends "$@" \
+        >"$out/install.log" 2>&1
+}
+
+# need TEST PACKAGE...: installs the packages where the test (a path, or a command) finds nothing
+need() {
+    test=$1
+    shift
+    present "$test" || { install_packages "$@" && present "$test"; } || { say "missing: $* (no $test)"; return 1; }
+}
+present() { case $1 in /*) [ -e "$1" ] ;; *) command -v "$1" >/dev/null ;; esac; }
+
+# build NAME SOURCE... -- COMMAND...: runs the command where the result is missing or older than a source
+build() {
+    name=$1 fresh=1
+    shift
+    [ -e "$out/$name" ] || fresh=0
+    while [ "$1" != -- ]; do
+        [ -e "$1" ] || return 1
+        [ "$fresh" = 0 ] || [ -z "$(find "$1" -newer "$out/$name")" ] || fresh=0
+        shift
+    done
+    shift
+    [ "$fresh" = 1 ] && return 0
+    say "building $name"
+    "$@" >"$out/$name.log" 2>&1 && return 0
+    rm -f "$out/$name"
+    return 1
+}
+
+cxx="${CXX:-g++} -std=c++17 -O2 -DNDEBUG"
+
+build_ws() {
+    need node nodejs && need npm npm || return 1
+    mkdir -p "$out/node" && cp $bench/peers/package.json $bench/peers/ws_server.mjs "$out/node/" || return 1
+    [ -d "$out/node/node_modules/ws" ] && [ -z "$(find $bench/peers/package.json -newer "$out/node/node_modules/ws")" ] && return 0
+    (cd "$out/node" && npm install --no-package-lock --no-audit --no-fund --no-update-notifier) >"$out/ws.log" 2>&1
+}
+
+build_server() { # build_server NAME
+    p=$bench/peers
+    case $1 in
+        floor) build floor $bench/floor.cpp -- $cxx $bench/floor.cpp -o $out/floor ;;
+        wschat) build wschat $bench/server.cpp wschat.hpp -- $cxx -I. $bench/server.cpp -o $out/wschat -pthread ;;
+        beast) need /usr/include/boost/beast.hpp libboost-dev &&
+            build beast $p/beast.cpp -- $cxx $p/beast.cpp -o $out/beast -pthread ;;
+        websocketpp) need /usr/include/websocketpp/server.hpp libwebsocketpp-dev libboost-dev &&
+            build websocketpp $p/websocketpp.cpp -- $cxx $p/websocketpp.cpp -o $out/websocketpp -pthread ;;
+        libwebsockets*) need /usr/include/libwebsockets.h libwebsockets-dev &&
+            build libwebsockets $p/libwebsockets.c -- ${CC:-gcc} -O2 -DNDEBUG $p/libwebsockets.c -o $out/libwebsockets -lwebsockets ;;
+        gorilla) need go golang-go && need /usr/share/gocode/src/github.com/gorilla/websocket golang-github-gorilla-websocket-dev &&
+            build gorilla $p/gorilla.go -- env GO111MODULE=off GOPATH=/usr/share/gocode go build -o $out/gorilla $p/gorilla.go ;;
+        ws) build_ws ;;
+        tornado) need /usr/lib/python3/dist-packages/tornado python3-tornado ;;
+        *) die "only=$1: no such server" ;;
+    esac
+}
+
+command_of() { # command_of NAME PORT MODE
+    case $1 in
+        libwebsockets-ev) echo "$out/libwebsockets $2 $3 ev" ;;
+        gorilla) echo "env GOMAXPROCS=1 $out/gorilla $2 $3" ;;
+        ws) echo "node $out/node/ws_server.mjs $2 $3" ;;
+        tornado) echo "/usr/bin/python3 $bench/peers/tornado_server.py $2 $3" ;;
+        *) echo "$out/$1 $2 $3" ;;
+    esac
+}
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+server_pid=""
+
+stop_server() {
+    [ -n "$server_pid" ] || return 0
+    kill -TERM "$server_pid" 2>/dev/null
+    tries=0
+    while kill -0 "$server_pid" 2>/dev/null && [ $tries -lt 30 ]; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    kill -KILL "$server_pid" 2>/dev/null
+    wait "$server_pid" 2>/dev/null
+    server_pid=""
+}
+trap stop_server EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+port=$((20000 + $$ % 6000))
+
+start_server() { # start_server NAME MODE: a line on its standard output says that it is ready
+    port=$((port + 1))
+    : >"$out/server.out"
+    # shellcheck disable=SC2046
+    taskset -c 0 $(command_of "$1" $port "$2") >"$out/server.out" 2>"$out/server.err" &
+    server_pid=$!
+    tries=0
+    while [ ! -s "$out/server.out" ]; do
+        kill -0 "$server_pid" 2>/dev/null || { server_pid=""; return 1; }
+        [ $tries -lt 200 ] || return 1
+        sleep 0.05
+        tries=$((tries + 1))
+    done
+}
+
+# One line, safe inside a JSON string.
+first_line() { head -n 1 "$1" | tr -d '"\\' | tr -d '\000-\037' | cut -c1-200; }
+
+row() { # row ROUND SERVER WORK REST: REST without its opening brace
+    printf '{"round":%s,"server":"%s","work":"%s",%s\n' "$1" "$2" "$3" "$4" >>"$out/raw.jsonl"
+}
+
+run_load() { # run_load ARGUMENT...: its JSON without the opening brace, or an error
+    if taskset -c 1 "$out/load" --port $port --pid "$server_pid" --seconds "$seconds" "$@" >"$out/load.out" 2>"$out/load.err"
+    then line=$(cat "$out/load.out") && echo "${line#?}"
+    else echo "\"error\":\"$(first_line "$out/load.err")\"}"
+    fi
+}
+
+run_once() { # run_once ROUND SERVER WORK MODE ARGUMENT...
+    head="$1 $2 $3" mode=$4
+    start=$(printf '%-3s %-18s %-17s' "$1" "$3" "$2")
+    if start_server "$2" "$mode"
+    then shift 4 && result=$(run_load "$@")
+    else result="\"error\":\"does not start: $(first_line "$out/server.err")\"}"
+    fi
+    stop_server
+    row $head "$result"
+    say "$start $(summary "$result")"
+}
+
+summary() { # of a row, for those who wait
+    case $1 in
+        \"error*) printf '%s' "$1" ;;
+        *) printf '%s' "$1" | tr ',' '\n' | sed -n 's/"//g; s/^\(server_cpu_us\|p99_us\|rss_bytes_each\|limited_by\):/\1 /p' | tr '\n' ' ' ;;
+    esac
+}
+
+# set_rate MEMBERS SIZE: sets `rate` to half of what the floor can deliver where every message is a turn of its own,
+# from its CPU time for each delivery with one sender.
+set_rate() {
+    file=$out/rate-$1-$2
+    if [ ! -s "$file" ]; then
+        start_server floor room || die "the floor does not start: $(first_line "$out/server.err")"
+        taskset -c 1 "$out/load" --port $port --pid "$server_pid" --mode fanout --senders 1 --seconds 1 --members "$1" \
+            --size "$2" >"$out/load.out" 2>"$out/load.err" || die "$(first_line "$out/load.err")"
+        stop_server
+        /usr/bin/python3 $bench/report.py rate "$out/load.out" >"$file" || die "no rate for $1 members"
+        say "rate for $1 members, $2 bytes: $(cat "$file") messages a second"
+    fi
+    rate=$(cat "$file")
+}
+
+option() { # option NAME ARGUMENT...: the value of an option
+    name=$1
+    shift
+    while [ $# -gt 1 ]; do
+        [ "$1" = "$name" ] && { echo "$2"; return; }
+        shift
+    done
+}
+
+compile_row() { # compile_row ROUND SERVER SOURCE
+    for flags in -fsyntax-only "-O2 -c -o $out/compile.o"; do
+        work=compile${flags%% *}
+        [ "$work" = compile-fsyntax-only ] && work=compile-syntax
+            if spent=$(/usr/bin/python3 $bench/report.py cpu taskset -c 0 ${CXX:-g++} -std=c++17 $flags -I. "$3" 2>"$out/compile.err")
+        then row "$1" "$2" "$work" "\"mode\":\"compile\",\"cpu_seconds\":$spent}"
+        else row "$1" "$2" "$work" "\"error\":\"$(first_line "$out/compile.err")\"}"
+        fi
+    done
+    say "$(printf '%-3s %-18s %s' "$1" compile "$2")"
+}
+
+compile_round() { # compile_round ROUND
+    : >"$out/empty.cpp"
+    compile_row "$1" floor "$out/empty.cpp"
+    for server in $only; do
+        case $server in
+            wschat) [ -e examples/chat.cpp ] && compile_row "$1" wschat examples/chat.cpp ;;
+            beast | websocketpp) compile_row "$1" "$server" $bench/peers/"$server".cpp ;;
+        esac
+    done
+}
+
+run_round() { # run_round ROUND
+    while read -r work mode arguments; do
+        is_wanted "$work" || continue
+        case $work in rate-* | stalled-*)
+            set_rate "$(option --members $arguments)" "$(option --size $arguments)"
+            arguments="$arguments --rate $rate" ;;
+        esac
+        for server in $only; do
+            run_once "$1" "$server" "$work" "$mode" $arguments </dev/null
+        done
+    done <"$out/work"
+    is_wanted compile && compile_round "$1"
+}
+
+mkdir -p "$out" || exit 1
+rm -f "$out"/rate-* "$out/raw.jsonl"
+work_list >"$out/work"
+[ "$(nproc)" -ge 2 ] || die "two CPUs are needed: one for the server, one for the load"
+need taskset util-linux || exit 1
+need /usr/bin/python3 python3 || exit 1
+ulimit -n "$(ulimit -Hn)"
+
+build load $bench/load.cpp -- $cxx $bench/load.cpp -o $out/load || { cat $out/load.log >&2; die "bench_load does not compile"; }
+build_server floor || { cat $out/floor.log >&2; die "the floor does not compile"; }
+ready=""
+for server in $only; do
+    if build_server "$server"; then ready="$ready $server"
+    elif [ "$server" = wschat ]; then say "wschat: skipped: $bench/server.cpp does not compile yet ($out/wschat.log)"
+    else say "$server: skipped: not to be had or does not compile ($out/$server.log)"
+    fi
+done
+only=$ready
+
+round=1
+while [ $round -le "$rounds" ]; do
+    run_round $round
+    round=$((round + 1))
+done
+/usr/bin/python3 $bench/report.py table "$out"
