@@ -128,6 +128,9 @@ using Clock = std::chrono::steady_clock;
 using Time = Clock::time_point;
 using Duration = Clock::duration;
 
+// A delay after a time; one that passes the end of time is never over.
+constexpr Time later(Time time, Duration delay) { return delay > (Time::max)() - time ? (Time::max)() : time + delay; }
+
 // What a caller did wrong: the sentence names the call, the value and the cause.
 class Error : public std::runtime_error {
 public:
@@ -280,6 +283,7 @@ struct LogEntry {
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <new>
@@ -485,8 +489,10 @@ public:
     bool empty() const { return bytes_ == 0; }
 
     void append(Slice slice) {
-        bytes_ += slice.size();
+        const std::size_t size = slice.size();
+        if (size == 0) return;
         push(std::move(slice));
+        bytes_ += size;
     }
 
     // The first pieces in order, at most max of them; returns how many.
@@ -518,17 +524,16 @@ public:
     // Moves what lies in the arena's pooled chunks into chunks of this queue alone, so that a peer that does not read
     // keeps no more memory than its own backlog. Called when the kernel takes no more.
     void keep() {
-        kept_ = (std::max)(kept_, front_);
-        if (kept_ == older_.size() && (!tail_.chunk || !tail_.chunk->pooled())) return;
-        std::vector<Slice> fresh;
-        fresh.reserve(older_.size() - kept_ + 1);
-        for (std::size_t i = kept_; i < older_.size(); ++i) fresh.push_back(std::move(older_[i]));
-        older_.resize(kept_);
-        fresh.push_back(std::exchange(tail_, Slice()));
-        for (Slice& slice : fresh) {
-            if (slice.chunk->pooled()) push_copy(slice.view());
-            else push(std::move(slice));
-        }
+        const std::size_t from = front_ > kept_ ? front_ : kept_;
+        if (from == older_.size() && (!tail_.chunk || !tail_.chunk->pooled())) return;
+        SendQueue own;  // made aside, so that a want of memory leaves this queue as it was
+        for (std::size_t i = from; i < older_.size(); ++i) own.push_own(older_[i]);
+        own.push_own(tail_);
+        older_.reserve(from + own.older_.size());
+        older_.resize(from);
+        for (Slice& slice : own.older_) older_.push_back(std::move(slice));
+        if (older_.capacity() > 2 * older_.size() + 16) older_.shrink_to_fit();
+        tail_ = std::move(own.tail_);
         kept_ = older_.size();
     }
 
@@ -546,9 +551,12 @@ private:
         tail_ = std::move(slice);
     }
 
-    void push_copy(std::string_view bytes) {
-        const bool fits = tail_.chunk && !tail_.chunk->pooled() && !tail_.chunk->shared() &&
-                          tail_.end == tail_.chunk->size() && tail_.chunk->room() >= bytes.size();
+    // A chunk that is not pooled has room only where it is this queue's own.
+    void push_own(const Slice& slice) {
+        if (!slice.chunk->pooled()) return push(Slice(slice));
+        const std::string_view bytes = slice.view();
+        const bool fits = tail_.chunk && !tail_.chunk->pooled() && tail_.end == tail_.chunk->size() &&
+                          tail_.chunk->room() >= bytes.size();
         ChunkRef chunk =
             fits ? tail_.chunk : ChunkRef(Chunk::make(bytes.size() > own_size ? bytes.size() : own_size, false));
         const std::size_t begin = chunk->size();
@@ -817,8 +825,14 @@ public:
     Json(const std::string& value) : Json(std::string_view(value)) {}
     Json(std::string_view value) { quote(value); }
     Json(double value) {
+        // As few digits as bring the same number back.
         char digits[32];
-        std::snprintf(digits, sizeof digits, "%.17g", value);
+        for (int precision = 15; precision <= 17; ++precision) {
+            std::snprintf(digits, sizeof digits, "%.*g", precision, value);
+            if (std::strtod(digits, nullptr) >= value && std::strtod(digits, nullptr) <= value) break;
+        }
+        for (char& c : digits)
+            if (c == ',') c = '.';  // the program's locale
         text_ = std::isfinite(value) ? digits : "null";
     }
     template <class Integer, std::enable_if_t<std::is_integral_v<Integer> && !std::is_same_v<Integer, bool>, int> = 0>
@@ -1495,7 +1509,8 @@ private:
         if (version.size() != 8 || !text::starts_with(version, "HTTP/") || !text::digit(version[5]) ||
             version[6] != '.' || !text::digit(version[7]))
             return fail(400, "The HTTP version is malformed.");
-        if (version[5] != '1' || version[7] > '1') return fail(505, "This server speaks HTTP/1.1.");
+        // RFC 9110 2.5: a higher minor version is treated as the highest that is known.
+        if (version[5] != '1') return fail(505, "This server speaks HTTP/1.1.");
         request_.http_1_0_ = version[7] == '0';
         request_.method_ = request_.part_of(method);
         request_.target_ = request_.part_of(target);
@@ -1910,6 +1925,7 @@ public:
         char head[FrameHeader::max_size];
         const std::string_view pieces[2] = {{head, static_cast<std::size_t>(encode(header, head) - head)}, payload};
         std::size_t taken = offer(pieces, 2);
+        if (state_ != State::open) return WriteStatus::closed;  // the transport has failed
         for (std::string_view piece : pieces) {
             const std::size_t skip = (std::min)(taken, piece.size());
             taken -= skip;
@@ -2016,7 +2032,7 @@ private:
     static constexpr std::size_t cached_block = 16 * 1024;
 
     static Time after(Time time, Duration timeout) {
-        return timeout == Duration::zero() ? (Time::max)() : time + timeout;
+        return timeout == Duration::zero() ? (Time::max)() : later(time, timeout);
     }
 
     // Parses the next header. False: more bytes are needed. True with in_payload_ unset: the connection has failed.
@@ -2098,9 +2114,12 @@ private:
         if (!alone) collect(*part);
         if (in_payload_ || !frame_.fin) return {};
         if (text && !utf8_.complete()) return invalid_text();
-        delivered_ = !alone;
         // RFC 6455 1.4: after a Close frame of ours, what still comes is of no interest to the application.
-        if (state_ != State::open) return {};
+        if (state_ != State::open) {
+            message_.release();
+            return {};
+        }
+        delivered_ = !alone;
         return {Event::Kind::message, Message(alone ? *part : message_.view(), message_opcode_)};
     }
     void collect(std::string_view part) {
@@ -2381,7 +2400,10 @@ public:
     WebSocketHandler() = default;
     WebSocketHandler(const WebSocketHandler&) = delete;
     WebSocketHandler& operator=(const WebSocketHandler&) = delete;
-    virtual ~WebSocketHandler() = default;
+    // What refers to it finds nothing from now on.
+    virtual ~WebSocketHandler() {
+        if (core_.ref.cell_) core_.ref.cell_->handler = nullptr;
+    }
 
     // ---- to be overridden ------------------------------------------------------------------------------------------
 
@@ -2536,10 +2558,6 @@ public:
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
-    // The handler is about to be destroyed: what refers to it finds nothing from now on.
-    static void forget(WebSocketHandler& handler) {
-        if (handler.core_.ref.cell_) handler.core_.ref.cell_->handler = nullptr;
-    }
 };
 
 inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const {
@@ -2570,14 +2588,19 @@ namespace wschat {
 inline namespace WSCHAT_ABI {
 
 class Room {
+    struct Member {
+        WebSocketHandler* handler;
+        std::size_t slot;  // of the membership among the handler's rooms
+    };
+
 public:
     // Iterates over the members at the time of begin(), leaving out who leaves in the meantime; so the body of a loop
     // may close, join and leave as it likes.
     class Iterator {
     public:
         explicit Iterator(const Room& room) : room_(&room), members_(room.members_) { skip(); }
-        WebSocketHandler& operator*() const { return *members_[at_]; }
-        WebSocketHandler* operator->() const { return members_[at_]; }
+        WebSocketHandler& operator*() const { return *members_[at_].handler; }
+        WebSocketHandler* operator->() const { return members_[at_].handler; }
         Iterator& operator++() {
             ++at_;
             skip();
@@ -2587,10 +2610,10 @@ public:
 
     private:
         void skip() {
-            while (at_ != members_.size() && !room_->has(*members_[at_])) ++at_;
+            while (at_ != members_.size() && !room_->has(*members_[at_].handler)) ++at_;
         }
         const Room* room_;
-        std::vector<WebSocketHandler*> members_;
+        std::vector<Member> members_;
         std::size_t at_ = 0;
     };
 
@@ -2601,7 +2624,7 @@ public:
     const std::string& name() const { return name_; }
     std::size_t size() const { return members_.size(); }
     bool empty() const { return members_.empty(); }
-    bool has(const WebSocketHandler& handler) const { return membership(handler) != nullptr; }
+    bool has(const WebSocketHandler& handler) const { return place(handler) != none; }
     Iterator begin() const { return Iterator(*this); }
     std::nullptr_t end() const { return nullptr; }
 
@@ -2609,8 +2632,10 @@ public:
     // ends.
     bool join(WebSocketHandler& handler) {
         if (!handler.is_open() || has(handler)) return false;
-        HandlerAccess::core(handler).rooms.push_back({this, members_.size()});
-        members_.push_back(&handler);
+        auto& rooms = HandlerAccess::core(handler).rooms;
+        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);  // both lists take it, or neither
+        members_.push_back({&handler, rooms.size()});
+        rooms.push_back({this, members_.size() - 1});
         return true;
     }
     // False where it is not a member.
@@ -2629,9 +2654,9 @@ public:
     }
     std::size_t broadcast(const EncodedFrame& frame, const WebSocketHandler* except = nullptr) {
         std::size_t reached = 0;
-        for (WebSocketHandler* member : members_) {
-            if (member == except) continue;
-            const WriteStatus status = member->write_message(frame);
+        for (const Member& member : members_) {
+            if (member.handler == except) continue;
+            const WriteStatus status = member.handler->write_message(frame);
             if (status == WriteStatus::sent || status == WriteStatus::queued) ++reached;
         }
         return reached;
@@ -2640,25 +2665,30 @@ public:
 private:
     friend class Rooms;
 
-    const HandlerCore::Membership* membership(const WebSocketHandler& handler) const {
-        for (const auto& membership : HandlerAccess::core(handler).rooms)
-            if (membership.room == this)
-                return membership.index < members_.size() && members_[membership.index] == &handler ? &membership
-                                                                                                    : nullptr;
-        return nullptr;
+    static constexpr std::size_t none = static_cast<std::size_t>(-1);
+
+    // Where the handler stands among the members: the shorter of the two lists is searched.
+    std::size_t place(const WebSocketHandler& handler) const {
+        const auto& rooms = HandlerAccess::core(handler).rooms;
+        for (std::size_t i = 0; i < (std::min)(rooms.size(), members_.size()); ++i) {
+            if (members_[i].handler == &handler) return i;
+            const std::size_t at = rooms[i].index;
+            if (rooms[i].room == this && at < members_.size() && members_[at].handler == &handler) return at;
+        }
+        return none;
     }
     // The last member takes the place of the one that goes.
     void remove_at(std::size_t index) {
         members_[index] = members_.back();
         members_.pop_back();
         if (index == members_.size()) return;
-        for (auto& membership : HandlerAccess::core(*members_[index]).rooms)
-            if (membership.room == this) membership.index = index;
+        HandlerAccess::core(*members_[index].handler).rooms[members_[index].slot].index = index;
     }
 
     std::string name_;
     Rooms& rooms_;
-    std::vector<WebSocketHandler*> members_;
+    std::vector<Member> members_;
+    Room* next_to_prune_ = nullptr;
     bool to_prune_ = false;
 };
 
@@ -2701,32 +2731,35 @@ public:
     }
     // Drops empty rooms; called at the end of each turn.
     void prune() {
-        for (Room* room : to_prune_) {
-            room->to_prune_ = false;
-            if (room->empty()) rooms_.erase(rooms_.find(room->name()));
+        while (to_prune_ != nullptr) {
+            Room& room = *to_prune_;
+            to_prune_ = room.next_to_prune_;
+            room.to_prune_ = false;
+            if (room.empty()) rooms_.erase(rooms_.find(room.name()));
         }
-        to_prune_.clear();
     }
 
 private:
     friend class Room;
 
     void may_be_empty(Room& room) {
-        if (std::exchange(room.to_prune_, true)) return;
-        to_prune_.push_back(&room);
+        if (!std::exchange(room.to_prune_, true)) room.next_to_prune_ = std::exchange(to_prune_, &room);
     }
 
     SendArena& arena_;
     std::unordered_map<std::string_view, std::unique_ptr<Room>> rooms_;  // a key is its room's own name
-    std::vector<Room*> to_prune_;
+    Room* to_prune_ = nullptr;  // the first of a chain, which takes no memory: a handler's end can not fail
 };
 
 inline bool Room::leave(WebSocketHandler& handler) {
-    const HandlerCore::Membership* membership = this->membership(handler);
-    if (membership == nullptr) return false;
-    remove_at(membership->index);
+    const std::size_t index = place(handler);
+    if (index == none) return false;
     auto& rooms = HandlerAccess::core(handler).rooms;
-    rooms.erase(rooms.begin() + (membership - rooms.data()));
+    const std::size_t slot = members_[index].slot;
+    remove_at(index);
+    rooms[slot] = rooms.back();
+    rooms.pop_back();
+    if (slot != rooms.size()) rooms[slot].room->members_[rooms[slot].index].slot = slot;
     if (empty()) rooms_.may_be_empty(*this);
     return true;
 }
@@ -2857,13 +2890,21 @@ inline void shutdown_send(Descriptor descriptor) { ::shutdown(descriptor, SD_SEN
 inline std::size_t descriptor_limit() { return 16384; }
 
 using FileStatus = struct _stat64;
-inline int open_file(const char* path) { return ::_open(path, _O_RDONLY | _O_BINARY | _O_NOINHERIT); }
+// Windows opens no folder and calls that EACCES.
+inline int open_file(const char* path) {
+    const int file = ::_open(path, _O_RDONLY | _O_BINARY | _O_NOINHERIT);
+    FileStatus status{};
+    if (file < 0 && errno == EACCES)
+        errno = ::_stat64(path, &status) == 0 && (status.st_mode & _S_IFDIR) != 0 ? EISDIR : EACCES;
+    return file;
+}
 inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) {
     return ::_read(file, data, static_cast<unsigned>((std::min)(size, std::size_t{1} << 30)));
 }
 inline void close_file(int file) { ::_close(file); }
 inline bool file_status(int file, FileStatus& status) { return ::_fstat64(file, &status) == 0; }
 inline bool regular(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFREG; }
+inline bool folder(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFDIR; }
 inline std::int64_t modified_ns(const FileStatus& status) { return std::int64_t{status.st_mtime} * 1'000'000'000; }
 // Names are checked before: no way up, no device, no stream.
 inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names) {
@@ -2958,6 +2999,7 @@ inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) { return
 inline void close_file(int file) { ::close(file); }
 inline bool file_status(int file, FileStatus& status) { return ::fstat(file, &status) == 0; }
 inline bool regular(const FileStatus& status) { return S_ISREG(status.st_mode); }
+inline bool folder(const FileStatus& status) { return S_ISDIR(status.st_mode); }
 inline std::int64_t modified_ns(const FileStatus& status) {
 #if defined(__APPLE__)
     const timespec modified = status.st_mtimespec;
@@ -3461,6 +3503,9 @@ class PollPoller final : public Poller {
 public:
     const char* name() const override { return "poll"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        // The one thing here that may want memory and change something comes first.
+        if (entries_.size() == entries_.capacity()) entries_.reserve(2 * entries_.size() + 16);
+        owners_.reserve(entries_.capacity());
         index_[descriptor] = entries_.size();
         entries_.push_back({descriptor, events(read, write), 0});
         owners_.push_back(&owner);
@@ -3471,6 +3516,7 @@ public:
     }
     void remove(os::Descriptor descriptor) override {
         const auto found = index_.find(descriptor);
+        if (found == index_.end()) return;  // add() has failed
         const std::size_t at = found->second;
         index_.erase(found);
         if (at + 1 != entries_.size()) {
@@ -3645,11 +3691,11 @@ public:
     // Sets or moves the timer; Time::max() cancels it.
     void schedule(Timer& timer, Time due) {
         if (due == (Time::max)()) return cancel(timer);
-        timer.due_ = due;
         if (!timer.scheduled()) {
-            timer.index_ = heap_.size();
             heap_.push_back(&timer);
+            timer.index_ = heap_.size() - 1;
         }
+        timer.due_ = due;
         settle(timer.index_);
     }
     void cancel(Timer& timer) {
@@ -3917,12 +3963,15 @@ private:
         const TimerId id = ++last_call_;
         const auto added = std::make_shared<Call>(*this, id, interval, std::move(call));
         calls_.emplace(id, added);
-        timers_.schedule(*added, Clock::now() + delay);
+        timers_.schedule(*added, later(Clock::now(), delay));
         return id;
     }
 
     void turn() {
-        poller_->wait(timeout_ms(), ready_);
+        try {
+            poller_->wait(timeout_ms(), ready_);
+        } catch (const std::bad_alloc&) {  // what was left out is reported again
+        }
         now_ = Clock::now();
         for (const Poller::Ready& ready : ready_) ready.owner->on_ready(ready.readable, ready.writable, ready.broken);
         timers_.run_due(now_);
@@ -4073,7 +4122,7 @@ private:
 class File {
 public:
     File() = default;
-    explicit File(const std::string& path) : File(os::open_file(path.c_str()), errno) {}
+    explicit File(const std::string& path) : File(opened(os::open_file(path.c_str()))) {}
     File(File&& other) noexcept
         : file_(std::exchange(other.file_, -1)),
           error_(other.error_),
@@ -4092,8 +4141,7 @@ public:
     static File beneath(const std::string& root, const std::vector<std::string>& names) {
         for (const std::string& name : names)
             if (!plain_name(name)) return File(-1, ENOENT);
-        const int file = os::open_file_beneath(root, names);
-        return File(file, errno);
+        return opened(os::open_file_beneath(root, names));
     }
 
     explicit operator bool() const { return file_ >= 0; }
@@ -4117,12 +4165,13 @@ public:
     }
 
 private:
+    static File opened(int file) { return File(file, errno); }
     File(int file, int error) : file_(file), error_(file < 0 ? error : 0) {
         os::FileStatus status{};
         if (file_ < 0) return;
         if (!os::file_status(file_, status) || !os::regular(status)) {
             close();
-            error_ = EISDIR;
+            error_ = os::folder(status) ? EISDIR : ENOENT;
             return;
         }
         size_ = static_cast<std::uint64_t>(status.st_size);
@@ -4303,7 +4352,7 @@ public:
         : options_(std::move(options)), loop_(options_.poller), rooms_(arena_), receive_buffer_(receive_size) {
         loop_.at_turn_end([this] { return end_turn(); });
         loop_.on_signal([this](int) { on_signal(); });
-        loop_.on_exception([this](const char* where, const char* what) { report_exception(where, what, {}); });
+        loop_.on_exception([this](const char* where, const char* what) { report_exception(where, what, nullptr); });
         reserve_descriptor();
     }
     Server(const Server&) = delete;
@@ -4354,8 +4403,8 @@ public:
         const File probe = File(root);
         if (probe || probe.error() != EISDIR)
             throw Error("static_dir \"" + std::string(pattern) + "\": " + std::string(folder) + " is not a folder");
-        const std::string below =
-            std::string(pattern) + (pattern.substr(pattern.size() - 1) == "/" ? "" : "/") + "{path...}";
+        const bool slash = Pattern("static_dir", pattern).text().back() == '/';
+        const std::string below = std::string(pattern) + (slash ? "" : "/") + "{path...}";
         add_page(Pattern("static_dir", below),
                  [root](Session& session, const Request& request, const Pattern::Match& match) {
                      session.respond_below(root, match.rest, request);
@@ -4469,10 +4518,13 @@ private:
         std::size_t backlog() const { return counted_backlog_; }
         const IpAddress& peer() const { return peer_; }
 
-        // False where the poller can not take it.
-        bool start() {
-            schedule(after(limits().handshake_timeout));
-            return server_.loop_.poller().add(socket_.descriptor(), *this, true, false);
+        // `full`: only to be told so.
+        void start(bool full) {
+            protect([&] {
+                schedule(after(limits().handshake_timeout));
+                if (!server_.loop_.poller().add(socket_.descriptor(), *this, true, false)) return remove();
+                if (full || (!server_.trusted(peer_) && !count_address(peer_))) respond(server_.too_many(), nullptr);
+            });
         }
 
         // ---- called by the loop and the server ---------------------------------------------------------------------
@@ -4524,11 +4576,13 @@ private:
         // The server shuts down: an upgraded connection gets a Close frame, an answer is finished, the rest ends.
         void shut_down() {
             if (phase_ == Phase::websocket)
-                connection().close(CloseCode::going_away, "server is shutting down", server_.now(),
-                                   CloseCause::shutdown);
+                protect([this] {
+                    connection().close(CloseCode::going_away, "server is shutting down", server_.now(),
+                                       CloseCause::shutdown);
+                });
             else if (phase_ == Phase::http && !busy()) return remove();
             else if (phase_ == Phase::http) http_->keep_alive = false;
-            attend();
+            if (!gone()) attend();
         }
         // Ends it at once, as far as it has not ended.
         void abort(CloseCause cause, std::string_view reason) {
@@ -4546,11 +4600,13 @@ private:
             for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
             if (blocked_ || lost_) return 0;
             const IoResult sent = socket_.send(pieces, count);
-            lost_ = sent.outcome == IoResult::Outcome::error;
-            lost_error_ = sent.error;
-            blocked_ = !lost_ && sent.size < size;
-            if (phase_ == Phase::websocket) connection().set_blocked(blocked_);
             server_.metrics_.bytes_sent += sent.size;
+            lost_ = sent.outcome == IoResult::Outcome::error;
+            blocked_ = !lost_ && sent.size < size;
+            if (phase_ == Phase::websocket) {
+                connection().set_blocked(blocked_);
+                if (lost_) connection().abort(CloseCause::connection_lost, os::error_text(sent.error));
+            }
             return sent.size;
         }
 
@@ -4588,7 +4644,7 @@ private:
 
         // ---- answers, for pages ------------------------------------------------------------------------------------
 
-        // Queues an answer. Without a request, or with one that asks for it, the connection ends after it.
+        // Queues an answer. Where there is no request, or one that asks for it, the connection ends after it.
         void respond(const Response& response, const Request* request) {
             const bool body_allowed = response.status() != 204 && response.status() != 304;
             begin_response(response, request,
@@ -4596,11 +4652,17 @@ private:
             if (body_allowed && !http_->head_only) append(response.body());
         }
 
+        // The same, and the connection ends after it.
+        void respond_last(const Response& response, const Request& request) {
+            http_->keep_alive = false;
+            respond(response, &request);
+        }
+
         void respond_file(File file, std::string_view type, const Request& request) {
             if (!file) {
                 server_.log(LogLevel::warning, "file_missing",
                             {{"path", request.path()}, {"cause", os::error_text(file.error())}});
-                return respond(Response(404, "There is nothing at this path.\n"), &request);
+                return respond(no_file(file), &request);
             }
             const std::string etag = file.etag(), modified = http_date(file.modified_seconds());
             const bool unchanged = not_modified(request, etag, modified);
@@ -4613,7 +4675,12 @@ private:
             begin_response(response, &request, file.size());
             if (http_->head_only) return;
             http_->file_left = file.size();
-            http_->file = std::move(file);
+            if (file.size() != 0) http_->file = std::move(file);
+        }
+
+        static Response no_file(const File& file) {
+            if (file.error() == EMFILE || file.error() == ENFILE) return Response(503, "The server is full.\n");
+            return Response(404, "There is nothing at this path.\n");
         }
 
         void respond_below(const std::string& root, std::vector<std::string> names, const Request& request) {
@@ -4623,7 +4690,7 @@ private:
             if (!file && file.error() == EISDIR)
                 return respond(Response::redirect(std::string(request.raw_path()) + "/", 301), &request);
             const std::string_view type = content_type(names.back());
-            if (!file) return respond(Response(404, "There is nothing at this path.\n"), &request);
+            if (!file) return respond(no_file(file), &request);
             respond_file(std::move(file), type, request);
         }
 
@@ -4650,7 +4717,7 @@ private:
         SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
         const Limits& limits() const { return route_ != nullptr ? route_->limits(server_.limits()) : server_.limits(); }
         Time after(Duration timeout) const {
-            return timeout == Duration::zero() ? (Time::max)() : server_.now() + timeout;
+            return timeout == Duration::zero() ? (Time::max)() : later(server_.now(), timeout);
         }
         void schedule(Time due) { server_.loop_.timers().schedule(*this, due); }
         bool busy() const { return !http_->output.empty() || http_->file_left != 0; }
@@ -4660,15 +4727,23 @@ private:
             return phase_ != Phase::http || http_->pending.empty();
         }
 
+        // Runs what may throw; what leaves it is logged. False: something has left it.
+        template <class Work>
+        bool attempt(const char* where, Work&& work) {
+            try {
+                work();
+                return true;
+            } catch (const std::exception& error) {
+                server_.report_exception(where, error.what(), &peer_);
+            } catch (...) {
+                server_.report_exception(where, "not a std::exception", &peer_);
+            }
+            return false;
+        }
         // What is thrown here, for want of memory, costs this connection.
         template <class Work>
         void protect(Work&& work) {
-            try {
-                work();
-            } catch (const std::exception& error) {
-                server_.report_exception("session", error.what(), peer_.to_string());
-                abort(CloseCause::connection_lost, "out of resources");
-            }
+            if (!attempt("session", work)) abort(CloseCause::connection_lost, "out of memory");
         }
 
         // Tells the poller what is being waited for.
@@ -4684,6 +4759,7 @@ private:
 
         void remove() {
             if (gone()) return;
+            handler_.reset();
             phase_ = Phase::gone;
             server_.loop_.timers().cancel(*this);
             server_.loop_.poller().remove(socket_.descriptor());
@@ -4761,11 +4837,11 @@ private:
 
         void answer(Request request, std::string_view rest) {
             ++server_.metrics_.requests;
-            if (server_.draining_) return respond(Response(503, "The server is shutting down.\n"), nullptr);
-            if (!server_.serves_host(request.host()))
-                return respond(
-                    Response(421, "This server does not serve the host \"" + std::string(request.host()) + "\".\n"),
-                    nullptr);
+            if (server_.draining_) return respond_last(Response(503, "The server is shutting down.\n"), request);
+            if (!server_.serves_host(request.host())) {
+                const std::string host(request.host());
+                return respond_last(Response(421, "This server does not serve the host \"" + host + "\".\n"), request);
+            }
             if (wants_upgrade(request)) return upgrade(std::move(request), rest);
             std::optional<Pattern::Match> match;
             const PageEntry* page = best(server_.pages_, request.raw_path(), match);
@@ -4776,14 +4852,11 @@ private:
                 Response refusal(405, "This path answers GET and HEAD.\n");
                 return respond(refusal.set_header("Allow", "GET, HEAD"), &request);
             }
-            if (request.has_body()) return respond(Response(413, "A request to this server has no body.\n"), nullptr);
+            if (request.has_body())
+                return respond_last(Response(413, "A request to this server has no body.\n"), request);
             request.set_params(std::move(match->params));
-            try {
-                page->answer(*this, request, *match);
-            } catch (const std::exception& error) {
-                server_.report_exception("get", error.what(), peer_.to_string());
-                respond(Response(500, "The server failed to answer.\n"), nullptr);
-            }
+            if (!attempt("get", [&] { page->answer(*this, request, *match); }))
+                respond_last(Response(500, "The server failed to answer.\n"), request);
         }
 
         // Of a list of entries with patterns the one that is meant by the path, or null.
@@ -4878,22 +4951,20 @@ private:
             if (!count_address(client)) return refuse(server_.too_many(), request);
             request.set_params(std::move(match->params));
             route_ = route;
-            try {
+            std::optional<Response> refusal;
+            const bool judged = attempt("handshake", [&] {
                 handler_ = route->make_handler();
+                if (!handler_) throw Error("route \"" + route->pattern().text() + "\": the factory made no handler");
                 core().host = &server_;
                 core().session = this;
                 core().request = std::move(request);
                 core().remote_address = client.to_string();
-                if (auto refusal = judge_handshake()) {
-                    const std::unique_ptr<WebSocketHandler> refused = drop_handler();
-                    return refuse(*refusal, HandlerAccess::core(*refused).request);
-                }
-            } catch (const std::exception& error) {
-                server_.report_exception("handshake", error.what(), peer_.to_string());
-                drop_handler();
-                return respond(Response(500, "The server failed to open the connection.\n"), nullptr);
-            }
-            open_websocket(rest);
+                refusal = judge_handshake();
+            });
+            if (judged && !refusal) return open_websocket(rest);
+            const std::unique_ptr<WebSocketHandler> refused = std::move(handler_);
+            if (judged) return refuse(*refusal, HandlerAccess::core(*refused).request);
+            respond(Response(500, "The server failed to open the connection.\n"), nullptr);
         }
 
         // What the handler says of the request.
@@ -4925,24 +4996,25 @@ private:
                              {"peer", peer_.to_string()},
                              {"target", std::string(request.target())},
                              {"sentence", response.body().substr(0, response.body().find('\n'))}});
-            respond(response, nullptr);
+            respond_last(response, request);
         }
 
         void open_websocket(std::string_view rest) {
             append(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol));
             ++server_.metrics_.responses[101];
             connection().open(Role::server, limits(), server_.arena_, server_.now());
+            schedule(connection().deadline());
+            // From here to open() nothing throws, so that on_close() never comes without it.
             std::swap(connection().output(), http_->output);
             phase_ = Phase::websocket;
             http_.reset();
             ++server_.metrics_.websockets_opened;
             ++server_.metrics_.websockets_open;
-            schedule(connection().deadline());
+            attend();
+            call("open", [this] { handler_->open(); });
             if (server_.log_)
                 server_.log(LogLevel::debug, "open",
                             {{"peer", core().remote_address}, {"target", std::string(core().request.target())}});
-            attend();
-            call("open", [this] { handler_->open(); });
             if (rest.empty()) return;
             // They lie in the loop's receive buffer, which is ours to write to.
             connection().receive(const_cast<char*>(rest.data()), rest.size(), server_.now());
@@ -4954,14 +5026,7 @@ private:
         // Runs a callback. What leaves it is logged and costs this connection.
         template <class Callback>
         void call(const char* name, Callback&& callback) {
-            try {
-                callback();
-                return;
-            } catch (const std::exception& error) {
-                server_.report_exception(name, error.what(), peer_.to_string());
-            } catch (...) {
-                server_.report_exception(name, "not a std::exception", peer_.to_string());
-            }
+            if (attempt(name, callback)) return;
             connection().fail(CloseCode::internal_error, "internal error", CloseCause::handler_exception);
             attend();
         }
@@ -5000,14 +5065,12 @@ private:
         void settle_websocket() {
             if (output().size() > half_backlog()) high_ = true;
             flush();
-            if (lost_) {
-                connection().abort(CloseCause::connection_lost, os::error_text(lost_error_));
-            } else if (output().empty()) {
+            if (output().empty()) {
                 connection().send_waiting_pong();
                 flush();
             }
-            const bool low = output().size() <= half_backlog();
-            if (paused_ && (low || !connection().is_open())) {
+            const auto low = [this] { return output().size() <= half_backlog(); };
+            if (paused_ && (low() || !connection().is_open())) {
                 paused_ = false;
                 connection().resume();
                 pump();
@@ -5015,7 +5078,7 @@ private:
                 pump();
             }
             if (phase_ != Phase::websocket) return;
-            if (high_ && low && connection().is_open()) {
+            if (high_ && low() && connection().is_open()) {
                 high_ = false;
                 call("on_drain", [this] { handler_->on_drain(); });
             }
@@ -5045,24 +5108,15 @@ private:
         void end_handler() {
             server_.rooms_.forget(*handler_);
             --server_.metrics_.websockets_open;
-            ++server_.metrics_.closed[connection().close_cause()];
-            ++server_.metrics_.close_codes[connection().close_code()];
-            log_close();
-            try {
-                handler_->on_close();
-            } catch (const std::exception& error) {
-                server_.report_exception("on_close", error.what(), peer_.to_string());
-            } catch (...) {
-                server_.report_exception("on_close", "not a std::exception", peer_.to_string());
-            }
+            attempt("session", [this] {
+                ++server_.metrics_.closed[connection().close_cause()];
+                ++server_.metrics_.close_codes[connection().close_code()];
+                log_close();
+            });
+            attempt("on_close", [this] { handler_->on_close(); });
             add_to(server_.metrics_);
             core().rooms.clear();
-            drop_handler();
-        }
-
-        std::unique_ptr<WebSocketHandler> drop_handler() {
-            if (handler_) HandlerAccess::forget(*handler_);
-            return std::move(handler_);
+            handler_.reset();
         }
 
         void log_close() {
@@ -5098,7 +5152,6 @@ private:
         bool watching_read_ = true;
         bool watching_write_ = false;
         bool counted_ = false;
-        int lost_error_ = 0;
         const Route* route_ = nullptr;
         IpAddress peer_;
         IpAddress counted_address_;
@@ -5140,11 +5193,18 @@ private:
         void on_timer(Time) override { server_.loop_.poller().change(socket_.descriptor(), *this, true, false); }
 
     private:
+        void take_in(Socket accepted, const IpAddress& peer) {
+            try {
+                server_.welcome(std::move(accepted), peer);
+            } catch (const std::exception& error) {  // for want of memory: it is closed
+                server_.report_exception("accept", error.what(), &peer);
+            }
+        }
         void take(Socket accepted, const IpAddress& peer) {
             try {
                 server_.welcome(std::move(accepted), peer);
-            } catch (const std::bad_alloc&) {
-                server_.report_exception("accept", "out of memory", {});
+            } catch (const std::exception& error) {  // for want of memory: it is closed
+                server_.report_exception("accept", error.what(), &peer);
             }
         }
         // Without a descriptor the connection can be neither taken nor refused, and the poller would report it for
@@ -5189,8 +5249,7 @@ private:
         Session& session = *made;
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
-        if (!session.start()) return session.remove();
-        if (full || (!trusted(peer) && !session.count_address(peer))) session.respond(too_many(), nullptr);
+        session.start(full);
     }
     Response too_many() {
         ++metrics_.connections_refused;
@@ -5355,24 +5414,34 @@ private:
     // ---- logging ---------------------------------------------------------------------------------------------------
 
     void log(LogLevel level, std::string_view event, LogFields fields) {
-        if (!log_ || !may_log()) return;
-        log_({level, event, fields});
+        if (!log_ || !may_log(level)) return;
+        try {
+            log_({level, event, fields});
+        } catch (...) {  // there is nobody left to tell
+        }
     }
-    // A peer can not flood the log: a bucket of 100 entries that fills with 100 a second.
-    bool may_log() {
+    // A peer can not flood the log: for each level a bucket of 100 entries that fills with 100 a second, so that what
+    // is told of every connection does not drown what went wrong.
+    bool may_log(LogLevel level) {
+        LogBucket& bucket = log_buckets_[static_cast<std::size_t>(level)];
         const Time now = Clock::now();
-        log_tokens_ = (std::min)(100.0, log_tokens_ + std::chrono::duration<double>(now - log_time_).count() * 100);
-        log_time_ = now;
-        if (log_tokens_ < 1) {
+        const double filled = std::chrono::duration<double>(now - bucket.filled).count() * 100;
+        bucket.tokens = (std::min)(100.0, bucket.tokens + filled);
+        bucket.filled = now;
+        if (bucket.tokens < 1) {
             ++metrics_.log_entries_suppressed;
             return false;
         }
-        log_tokens_ -= 1;
+        bucket.tokens -= 1;
         return true;
     }
-    void report_exception(const char* where, const char* what, std::string peer) {
+    // Throws nothing: it is what catch blocks call, for want of memory too.
+    void report_exception(const char* where, const char* what, const IpAddress* peer) noexcept {
         ++metrics_.handler_exceptions;
-        log(LogLevel::error, "exception", {{"in", where}, {"what", what}, {"peer", std::move(peer)}});
+        try {
+            log(LogLevel::error, "exception", {{"in", where}, {"what", what}, {"peer", peer ? peer->to_string() : ""}});
+        } catch (const std::bad_alloc&) {
+        }
     }
 
     // ---- set-up ----------------------------------------------------------------------------------------------------
@@ -5419,8 +5488,11 @@ private:
     std::vector<std::string> hosts_;
     std::vector<Cidr> trusted_proxies_;
     std::function<void(const LogEntry&)> log_;
-    double log_tokens_ = 100;
-    Time log_time_{};
+    struct LogBucket {
+        double tokens = 100;
+        Time filled{};
+    };
+    LogBucket log_buckets_[4];  // by level
 
     std::vector<std::unique_ptr<Listener>> listeners_;
     std::vector<std::unique_ptr<Listener>> closed_listeners_;  // destroyed at the end of the turn, which may know them

@@ -129,11 +129,11 @@ fi
 tests "dev: tests" ctest --preset dev
 tests "dev: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset dev -L poll
 
-build asan -DWSCHAT_EXAMPLES=OFF
+build asan
 tests "asan: tests" ctest --preset asan
 tests "asan: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset asan -L poll
 
-build tsan -DWSCHAT_EXAMPLES=OFF
+build tsan
 tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF

@@ -1,0 +1,780 @@
+// § 3 of the header: buffers, output queues and their arena, UTF-8, SHA-1, base64, log lines. Json is in vocabulary_test.
+#include "support.hpp"
+
+#include <random>
+
+using namespace wschat;
+
+// ---- every allocation of this program is counted --------------------------------------------------------------------
+
+namespace {
+
+struct Heap {
+    std::size_t allocations = 0;  // calls of operator new so far
+    std::size_t live = 0;         // bytes that are allocated now
+};
+thread_local Heap heap;
+
+constexpr std::size_t size_field = __STDCPP_DEFAULT_NEW_ALIGNMENT__;
+
+}  // namespace
+
+#if defined(__GNUC__)
+#define WSCHAT_TEST_NOINLINE __attribute__((noinline))
+#else
+#define WSCHAT_TEST_NOINLINE
+#endif
+
+WSCHAT_TEST_NOINLINE void* operator new(std::size_t size) {
+    void* block = std::malloc(size_field + size);
+    if (block == nullptr) throw std::bad_alloc();
+    std::memcpy(block, &size, sizeof size);
+    ++heap.allocations;
+    heap.live += size;
+    return static_cast<char*>(block) + size_field;
+}
+WSCHAT_TEST_NOINLINE void operator delete(void* memory) noexcept {
+    if (memory == nullptr) return;
+    void* block = static_cast<char*>(memory) - size_field;
+    std::size_t size = 0;
+    std::memcpy(&size, block, sizeof size);
+    heap.live -= size;
+    std::free(block);
+}
+void operator delete(void* memory, std::size_t) noexcept { ::operator delete(memory); }
+
+namespace {
+
+// The same on every platform, unlike the distributions of the standard library.
+class Random {
+public:
+    std::size_t below(std::size_t end) { return static_cast<std::size_t>(engine_()) % end; }
+    std::size_t from_to(std::size_t first, std::size_t last) { return first + below(last - first + 1); }
+    std::string bytes(std::size_t size) {
+        std::string result(size, '\0');
+        for (char& c : result) c = static_cast<char>(engine_());
+        return result;
+    }
+
+private:
+    std::mt19937 engine_{20240229};
+};
+
+Slice written(SendArena& arena, std::string_view bytes) {
+    Slice slice = arena.allocate(bytes.size());
+    if (!bytes.empty()) std::memcpy(SendArena::writable(slice), bytes.data(), bytes.size());
+    return slice;
+}
+
+using Pieces = std::vector<std::string_view>;
+
+Pieces pieces_of(const SendQueue& queue, std::size_t max) {
+    Pieces pieces(max);
+    pieces.resize(queue.gather(pieces.data(), max));
+    return pieces;
+}
+
+std::string content_of(const SendQueue& queue) {
+    std::string content;
+    for (const std::string_view piece : pieces_of(queue, 10'000)) content += piece;
+    return content;
+}
+
+}  // namespace
+
+TEST_SUITE_BEGIN("bytes");
+
+// ---- Bytes ----------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a buffer holds what was appended to it, in pieces of any size") {
+    Random random;
+    Bytes bytes;
+    std::string expected;
+    for (int i = 0; i < 200; ++i) {
+        const std::string piece = random.bytes(random.below(300));
+        if (i % 3 == 0) {
+            bytes.reserve(piece.size());
+            REQUIRE(bytes.room() >= piece.size());
+            if (!piece.empty()) std::memcpy(bytes.end(), piece.data(), piece.size());
+            bytes.advance(piece.size());
+        } else {
+            bytes.append(piece);
+        }
+        expected += piece;
+        REQUIRE(bytes.view() == expected);
+    }
+    CHECK(bytes.size() == expected.size());
+    CHECK(std::string(bytes.data(), bytes.size()) == expected);
+}
+
+TEST_CASE("a buffer grows to at most twice of what was appended, in few steps") {
+    Bytes bytes;
+    const std::size_t before = heap.allocations;
+    for (int i = 0; i < 100'000; ++i) {
+        bytes.append("x", 1);
+        if (bytes.size() + bytes.room() > 2 * bytes.size()) FAIL_CHECK("room for ", bytes.room(), " at ", bytes.size());
+    }
+    CHECK(heap.allocations - before < 20);
+}
+
+TEST_CASE("a buffer that is cleared keeps its memory and one that is released gives it back") {
+    const std::size_t before = heap.live;
+    Bytes bytes;
+    CHECK(bytes.empty());
+    bytes.append("something");
+    const std::size_t grown = heap.live;
+    CHECK(grown > before);
+    bytes.clear();
+    CHECK(bytes.empty());
+    CHECK(heap.live == grown);
+    bytes.release();
+    CHECK(bytes.room() == 0);
+    CHECK(heap.live == before);
+    bytes.append("again");
+    CHECK(bytes.view() == "again");
+}
+
+TEST_CASE("a buffer can be moved and swapped") {
+    Bytes a, b;
+    a.append("first");
+    b.append("second");
+    std::swap(a, b);
+    CHECK(a.view() == "second");
+    CHECK(b.view() == "first");
+    const Bytes c(std::move(a));
+    CHECK(c.view() == "second");
+}
+
+// ---- SendArena and SendQueue ----------------------------------------------------------------------------------------
+
+TEST_CASE("slices of an arena that are held never overlap") {
+    Random random;
+    SendArena arena;
+    std::vector<std::pair<Slice, std::string>> held;
+    for (int i = 0; i < 600; ++i) {
+        // Around the sizes at which an implementation changes its ways: a frame, a page, a chunk, more than a chunk.
+        const std::size_t size = i % 100 == 99 ? random.from_to(60'000, 300'000) : random.from_to(1, 4'000);
+        const std::string bytes = random.bytes(size);
+        const Slice slice = written(arena, bytes);
+        REQUIRE(slice.size() == bytes.size());
+        held.emplace_back(slice, bytes);
+        if (i % 7 == 0) held.erase(held.begin() + static_cast<std::ptrdiff_t>(random.below(held.size())));
+    }
+    for (const auto& [slice, bytes] : held) REQUIRE(slice.view() == bytes);
+}
+
+TEST_CASE("slices that were written one after another are one piece in a queue") {
+    SendArena arena;
+    SendQueue queue;
+    queue.append(written(arena, "one "));
+    queue.append(written(arena, "two "));
+    queue.append(written(arena, "three"));
+    CHECK(queue.size() == 13);
+    CHECK(pieces_of(queue, 8) == Pieces{"one two three"});
+}
+
+TEST_CASE("slices with something else between them stay apart and in order") {
+    SendArena arena;
+    SendQueue queue, other;
+    queue.append(written(arena, "one "));
+    other.append(written(arena, "not for it"));
+    queue.append(written(arena, "two "));
+    queue.append(written(arena, "three"));
+    CHECK(pieces_of(queue, 8) == Pieces{"one ", "two three"});
+    CHECK(pieces_of(queue, 1) == Pieces{"one "});
+    CHECK(pieces_of(other, 8) == Pieces{"not for it"});
+}
+
+TEST_CASE("the same slice may be in many queues and several times in one") {
+    SendArena arena;
+    std::vector<SendQueue> members(3);
+    const Slice slice = written(arena, "hello ");
+    for (SendQueue& queue : members) queue.append(slice);
+    members[0].append(slice);
+    members[1].consume(6);
+    CHECK(content_of(members[0]) == "hello hello ");
+    CHECK(members[1].empty());
+    CHECK(content_of(members[2]) == "hello ");
+}
+
+TEST_CASE("a queue gives its bytes in order, whatever pieces are taken") {
+    for (std::size_t step = 1; step <= 14; ++step) {
+        SendArena arena;
+        SendQueue queue;
+        std::string expected;
+        for (const std::string_view word : {"one", "three", "five", "x", "seven"}) {
+            queue.append(written(arena, word));
+            expected += word;
+            if (word.size() > 3) written(arena, "between");
+        }
+        std::string taken;
+        while (!queue.empty()) {
+            const std::string rest = content_of(queue);
+            REQUIRE(rest.size() == queue.size());
+            const std::size_t size = std::min(step, queue.size());
+            taken += rest.substr(0, size);
+            queue.consume(size);
+        }
+        CHECK(taken == expected);
+        CHECK(pieces_of(queue, 8).empty());
+    }
+}
+
+TEST_CASE("a queue that was partly sent can be kept") {
+    // Three pieces, since something lies between them; the kernel has taken one and a half, and then no more.
+    SendArena arena;
+    SendQueue queue;
+    for (const std::string_view word : {"first ", "second ", "third"}) {
+        queue.append(written(arena, word));
+        written(arena, "between");
+    }
+    queue.consume(9);
+    queue.keep();
+    CHECK(queue.size() == 9);
+    CHECK(content_of(queue) == "ond third");
+}
+
+TEST_CASE("an empty slice changes nothing in a queue") {
+    SendArena arena;
+    SendQueue queue;
+    queue.append(written(arena, ""));
+    CHECK(queue.empty());
+    CHECK(pieces_of(queue, 8).empty());
+    queue.append(written(arena, "one "));
+    written(arena, "between");
+    queue.append(written(arena, "two"));
+    queue.append(written(arena, ""));
+    queue.consume(1);
+    queue.keep();
+    CHECK(content_of(queue) == "ne two");
+    queue.consume(6);
+    CHECK(queue.empty());
+}
+
+TEST_CASE("a queue behaves like a string under any sequence of appending, taking and keeping") {
+    struct Member {
+        SendQueue queue;
+        std::string expected;
+    };
+    Random random;
+    SendArena arena;
+    std::vector<Member> members(6);
+    const auto agrees = [](const Member& member, std::size_t max) {
+        std::string gathered;
+        const Pieces pieces = pieces_of(member.queue, max);
+        for (const std::string_view piece : pieces) {
+            if (piece.empty()) return false;
+            gathered += piece;
+        }
+        const bool all = pieces.size() < max;
+        return member.queue.size() == member.expected.size() && member.queue.empty() == member.expected.empty() &&
+               (all ? gathered == member.expected : member.expected.compare(0, gathered.size(), gathered) == 0);
+    };
+    for (int step = 0; step < 20'000; ++step) {
+        const bool large = random.below(1'000) == 0;
+        const std::string bytes = random.bytes(large ? random.from_to(60'000, 300'000) : random.from_to(1, 200));
+        const Slice slice = written(arena, bytes);
+        for (Member& member : members) {
+            const std::size_t dice = random.below(1'000);
+            if (dice < 420) {
+                member.queue.append(slice);
+                member.expected += bytes;
+            } else if (dice < 750) {
+                const std::size_t some = member.expected.size() > 30'000 ? 30'000 : 225;
+                const std::size_t size = random.below(std::min(member.expected.size(), some) + 1);
+                member.queue.consume(size);
+                member.expected.erase(0, size);
+            } else if (dice < 754) {
+                member.queue.keep();
+            } else if (dice == 754) {
+                member.queue.consume(member.expected.size());
+                member.expected.clear();
+            } else if (dice == 755 && random.below(5) == 0) {
+                member.queue.clear();
+                member.expected.clear();
+            }
+            if (!agrees(member, random.from_to(1, 8))) FAIL("after step ", step);
+        }
+    }
+    for (const Member& member : members) CHECK(agrees(member, 10'000));
+}
+
+TEST_CASE("the arena allocates nothing in the steady state") {
+    SendArena arena;
+    std::vector<SendQueue> members(40);
+    std::vector<std::string_view> pieces(64);
+    const std::string payload(20'000, 'x');
+    std::size_t sent = 0;
+    const auto turn = [&] {
+        // Four rooms with ten members each and twenty messages of many sizes, and a few words for one member alone.
+        for (std::size_t room = 0; room < 4; ++room) {
+            for (std::size_t i = 0; i < 20; ++i) {
+                const Slice slice = written(arena, std::string_view(payload).substr(0, 1 + 1000 * i));
+                for (std::size_t m = room; m < members.size(); m += 4) members[m].append(slice);
+            }
+        }
+        members[7].append(written(arena, "ping"));
+        for (SendQueue& queue : members) {
+            while (!queue.empty()) {
+                const std::size_t count = queue.gather(pieces.data(), pieces.size());
+                std::size_t size = 0;
+                for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
+                queue.consume(size);
+                sent += size;
+            }
+        }
+    };
+    for (int i = 0; i < 10; ++i) turn();
+    const std::size_t before = heap.allocations;
+    sent = 0;
+    for (int i = 0; i < 100; ++i) turn();
+    CHECK(heap.allocations == before);
+    CHECK(sent == 100 * (40 * (20 + 1000 * 190) + 4));
+}
+
+TEST_CASE("a stalled queue that is kept does not pin what the arena uses again") {
+    Random random;
+    SendArena arena;
+    SendQueue stalled, healthy;
+    const std::string payload = random.bytes(1000);
+    std::string expected;
+    const auto turn = [&](std::size_t bytes) {
+        for (std::size_t written_bytes = 0; written_bytes < bytes; written_bytes += payload.size()) {
+            const Slice slice = written(arena, payload);
+            healthy.append(slice);
+            // The stalled peer gets one message of a hundred, so that it could pin every chunk with little.
+            if (random.below(100) == 0) {
+                stalled.append(slice);
+                expected += payload;
+            }
+        }
+        healthy.consume(healthy.size());
+        stalled.keep();
+    };
+    turn(4'000'000);
+    REQUIRE(stalled.size() > 16'000);
+    const std::size_t live = heap.live, backlog = stalled.size();
+    for (int i = 0; i < 200; ++i) turn(100'000);
+    // What the heap has grown by is the stalled queue's own bytes, in blocks of some KiB.
+    CHECK(heap.live - live < 2 * (stalled.size() - backlog) + expected.capacity() + 65'536);
+    CHECK(content_of(stalled) == expected);
+    const std::size_t before = heap.allocations;
+    for (int i = 0; i < 200'000; ++i) {
+        healthy.append(written(arena, payload));
+        healthy.consume(payload.size());
+    }
+    CHECK(heap.allocations == before);
+    CHECK(content_of(stalled) == expected);
+}
+
+TEST_CASE("a stalled queue of small pieces keeps little more memory than its bytes") {
+    SendArena arena;
+    SendQueue stalled;
+    written(arena, "the arena has its first chunk");
+    const std::size_t before = heap.live;
+    for (int turn = 0; turn < 100; ++turn) {
+        for (int i = 0; i < 100; ++i) {
+            stalled.append(written(arena, "small piece"));
+            written(arena, "-");
+        }
+        stalled.keep();
+    }
+    CHECK(stalled.size() == 110'000);
+    CHECK(heap.live - before < 2 * stalled.size());
+    stalled.consume(stalled.size());
+    CHECK(heap.live - before < 4'096);
+}
+
+TEST_CASE("a large slice is kept as it is, not copied for each queue that holds it") {
+    SendArena arena;
+    const std::string payload(1'000'000, 'x');
+    const Slice before = written(arena, "before"), large = written(arena, payload), after = written(arena, "after");
+    std::vector<SendQueue> members(20);
+    for (SendQueue& queue : members)
+        for (const Slice& slice : {before, large, after}) queue.append(slice);
+    const std::size_t live = heap.live;
+    for (SendQueue& queue : members) queue.keep();
+    CHECK(heap.live - live < payload.size());
+    for (const SendQueue& queue : members) CHECK(content_of(queue) == "before" + payload + "after");
+}
+
+TEST_CASE("a queue that has become empty gives back what a long backlog made it grow by") {
+    SendArena arena;
+    SendQueue queue;
+    written(arena, "the arena has its first chunk");
+    const std::size_t before = heap.live;
+    for (int i = 0; i < 10'000; ++i) {
+        queue.append(written(arena, "piece"));
+        written(arena, "-");
+    }
+    CHECK(heap.live > before);
+    queue.consume(queue.size());
+    CHECK(heap.live - before < 1'024);
+}
+
+TEST_CASE("a queue that is cleared holds nothing") {
+    SendArena arena;
+    SendQueue queue;
+    const std::size_t before = heap.live;
+    queue.append(written(arena, std::string(1'000'000, 'x')));
+    queue.clear();
+    CHECK(queue.empty());
+    CHECK(queue.size() == 0);
+    CHECK(pieces_of(queue, 8).empty());
+    CHECK(heap.live == before);
+    queue.append(written(arena, "again"));
+    CHECK(content_of(queue) == "again");
+}
+
+TEST_CASE("a block that was given back to the arena is handed out again, empty") {
+    SendArena arena;
+    CHECK(arena.take_block().room() == 0);
+    Bytes block;
+    block.append(std::string(100'000, 'x'));
+    const char* memory = block.data();
+    arena.give_back(std::move(block));
+    const std::size_t before = heap.allocations;
+    Bytes again = arena.take_block();
+    CHECK(again.empty());
+    CHECK(again.data() == memory);
+    CHECK(again.room() >= 100'000);
+    CHECK(heap.allocations == before);
+    CHECK(arena.take_block().room() == 0);
+}
+
+TEST_CASE("the blocks that rest in an arena are bounded in number and size") {
+    SendArena arena;
+    const std::size_t before = heap.live;
+    std::vector<Bytes> blocks(100);
+    for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i].reserve(std::size_t{10} << i % 22);  // to 20 MiB
+    for (Bytes& block : blocks) arena.give_back(std::move(block));
+    for (Bytes& block : blocks) block.reserve(1'000'000);
+    for (Bytes& block : blocks) arena.give_back(std::move(block));
+    blocks.clear();
+    CHECK(heap.live - before < 16'000'000);
+}
+
+// ---- UTF-8 ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// RFC 3629 3, as its table is written.
+std::string encoded(std::uint32_t c) {
+    const auto byte = [](std::uint32_t value) { return static_cast<char>(static_cast<unsigned char>(value)); };
+    if (c < 0x80) return {byte(c)};
+    if (c < 0x800) return {byte(0xC0 | c >> 6), byte(0x80 | (c & 0x3F))};
+    if (c < 0x10000) return {byte(0xE0 | c >> 12), byte(0x80 | (c >> 6 & 0x3F)), byte(0x80 | (c & 0x3F))};
+    return {byte(0xF0 | c >> 18), byte(0x80 | (c >> 12 & 0x3F)), byte(0x80 | (c >> 6 & 0x3F)), byte(0x80 | (c & 0x3F))};
+}
+
+bool is_character(std::uint32_t c) { return c <= 0x10FFFF && !(c >= 0xD800 && c <= 0xDFFF); }
+
+// The slow and obvious reference. How many bytes the first character has: those of which the text begins with what the
+// character that they stand for is encoded as. 0 where there is none.
+std::size_t first_character(std::string_view text) {
+    for (std::size_t size = 1; size <= 4 && size <= text.size(); ++size) {
+        constexpr unsigned char payload_of_lead[] = {0, 0x7F, 0x1F, 0x0F, 0x07};
+        std::uint32_t c = static_cast<unsigned char>(text[0]) & payload_of_lead[size];
+        for (std::size_t i = 1; i < size; ++i) c = c << 6 | (static_cast<unsigned char>(text[i]) & 0x3F);
+        if (is_character(c) && encoded(c) == text.substr(0, size)) return size;
+    }
+    return 0;
+}
+
+bool reference_valid(std::string_view text) {
+    while (!text.empty()) {
+        const std::size_t size = first_character(text);
+        if (size == 0) return false;
+        text.remove_prefix(size);
+    }
+    return true;
+}
+
+// Whether some continuation makes the text valid: one to three more bytes are tried.
+bool can_become_valid(std::string_view text, int more = 3) {
+    if (reference_valid(text)) return true;
+    if (more == 0) return false;
+    for (const char next : {'\x80', '\x8F', '\x90', '\x9F', '\xA0', '\xBF'})
+        if (can_become_valid(std::string(text) + next, more - 1)) return true;
+    return false;
+}
+
+// How many bytes it takes until the text is certainly invalid; npos where it never is.
+std::size_t certainly_invalid_at(std::string_view text) {
+    std::size_t valid = 0;  // whole characters are left out, to be less slow
+    for (std::size_t size = 1; size <= text.size(); ++size) {
+        if (!can_become_valid(text.substr(valid, size - valid))) return size;
+        if (first_character(text.substr(valid, size - valid)) == size - valid) valid = size;
+    }
+    return std::string_view::npos;
+}
+
+// Feeds the text in two pieces, at every split, and byte by byte. What the validator says wrongly, or nothing.
+std::string wrong_about(std::string_view text) {
+    const std::size_t invalid_at = certainly_invalid_at(text);
+    const bool valid = reference_valid(text);
+    const auto fault = [&](const char* what, std::size_t at) {
+        return test::to_hex(text) + ": " + what + " at " + std::to_string(at) + "\n";
+    };
+    for (std::size_t split = 0; split <= text.size(); ++split) {
+        Utf8Validator validator;
+        if (validator.feed(text.data(), split) != (split < invalid_at)) return fault("first piece", split);
+        if (split >= invalid_at) continue;
+        if (validator.feed(text.data() + split, text.size() - split) != (text.size() < invalid_at))
+            return fault("second piece", split);
+        if (text.size() < invalid_at && validator.complete() != valid) return fault("completeness", split);
+    }
+    Utf8Validator bytewise;
+    for (std::size_t i = 0; i < text.size() && i < invalid_at; ++i)
+        if (bytewise.feed(&text[i], 1) != (i + 1 < invalid_at)) return fault("byte", i);
+    if (valid_utf8(text) != valid) return fault("the whole", 0);
+    return {};
+}
+
+}  // namespace
+
+TEST_CASE("the reference for UTF-8 says what RFC 3629 says") {
+    CHECK(reference_valid("\xEF\xBB\xBF\xF0\xA3\x8E\xB4"));  // RFC 3629 7
+    CHECK_FALSE(reference_valid("\xC0\x80"));  // RFC 3629 3: "the overlong encodings of the NUL character"
+    CHECK_FALSE(reference_valid("\xED\xA1\x8C\xED\xBE\xB4"));
+    CHECK(certainly_invalid_at("\xC0\x80") == 1);
+    CHECK(certainly_invalid_at("\xED\xA1\x8C\xED\xBE\xB4") == 2);
+    CHECK(certainly_invalid_at("a\xF4\x90\x80\x80") == 3);
+    CHECK(certainly_invalid_at("a\xF4\x8F\xBF") == std::string_view::npos);
+}
+
+TEST_CASE("every character is valid UTF-8 and no surrogate is") {
+    for (std::uint32_t c = 0; c <= 0x10FFFF; ++c)
+        if (valid_utf8(encoded(c)) != is_character(c)) FAIL_CHECK("character ", c);
+    CHECK_FALSE(valid_utf8(encoded(0x110000)));
+    CHECK(valid_utf8(""));
+}
+
+TEST_CASE("all sequences of one and two bytes are judged as the reference does, at every split") {
+    std::string wrong;
+    for (unsigned a = 0; a < 256; ++a) {
+        wrong += wrong_about(std::string(1, static_cast<char>(a)));
+        for (unsigned b = 0; b < 256; ++b)
+            wrong += wrong_about(std::string{static_cast<char>(a), static_cast<char>(b)});
+    }
+    CHECK(wrong == "");
+}
+
+TEST_CASE("all boundaries of three and four bytes are judged as the reference does, at every split") {
+    const std::string leads = test::hex("00 7f 80 bf c1 c2 df e0 e1 ec ed ee ef f0 f1 f3 f4 f5 f8 ff");
+    const std::string others = test::hex("7f 80 8f 90 9f a0 bf c0 c2");
+    std::string wrong;
+    for (const char a : leads)
+        for (const char b : others)
+            for (const char c : others) {
+                wrong += wrong_about(std::string{a, b, c});
+                for (const char d : others) wrong += wrong_about(std::string{a, b, c, d});
+            }
+    CHECK(wrong == "");
+}
+
+TEST_CASE("a bad byte is found at every place of a long text") {
+    for (std::size_t size = 1; size <= 140; ++size) {
+        std::string text(size, 'x');
+        for (std::size_t at = 0; at < size; ++at) {
+            for (const char bad : {'\x80', '\xC3', '\xFF'}) {
+                text[at] = bad;
+                Utf8Validator validator;
+                // A lead byte is bad once something else than a continuation follows.
+                const bool certain = bad != '\xC3' || at + 1 < size;
+                if (validator.feed(text.data(), size) == certain || valid_utf8(text))
+                    FAIL_CHECK("size ", size, ", byte ", at);
+            }
+            text[at] = 'x';
+        }
+        if (!valid_utf8(text)) FAIL_CHECK("size ", size);
+    }
+}
+
+TEST_CASE("all boundaries of up to four bytes are judged alike at every place of a long text") {
+    // Long texts are checked many bytes at a time, and so are the two neighbours of the sequence.
+    const std::string leads = test::hex("80 bf c0 c1 c2 df e0 e1 ec ed ee ef f0 f1 f3 f4 f5 f8 ff");
+    const std::string others = test::hex("79 80 8f 90 9f a0 bf c2 e1");
+    std::vector<std::string> sequences;
+    for (const char a : leads) {
+        sequences.push_back({a});
+        for (const char b : others) {
+            sequences.push_back({a, b});
+            for (const char c : others) {
+                sequences.push_back({a, b, c});
+                for (const char d : others) sequences.push_back({a, b, c, d});
+            }
+        }
+    }
+    const std::string umlauts = "\xC3\xA4\xC3\xA4\xC3\xA4\xC3\xA4\xC3\xA4\xC3\xA4\xC3\xA4\xC3\xA4\xC3\xA4\xC3\xA4";
+    std::string wrong;
+    for (const std::string& sequence : sequences) {
+        const bool valid = reference_valid(sequence);
+        for (std::size_t at = 0; at < 64; ++at) {
+            std::string text = "xxx" + umlauts.substr(0, at % 2 == 0 ? 2 : 20) + std::string(at, 'x') + sequence;
+            for (int i = 0; i < 4; ++i) text += umlauts;
+            Utf8Validator validator;
+            const bool judged = validator.feed(text.data(), text.size());
+            if (judged != valid || (judged && !validator.complete())) wrong += test::to_hex(sequence) + "\n";
+        }
+        if (wrong.size() > 500) break;
+    }
+    CHECK(wrong == "");
+}
+
+TEST_CASE("a character is found at every place of a long text") {
+    for (const std::string character : {"\xC3\xA4", "\xE2\x82\xAC", "\xF0\x9F\x98\x80"}) {
+        for (std::size_t before = 0; before <= 70; ++before) {
+            const std::string text = std::string(before, 'x') + character + std::string(70, 'y') + character;
+            if (!valid_utf8(text)) FAIL_CHECK(before, " bytes before");
+            if (valid_utf8(std::string_view(text).substr(0, text.size() - 1))) FAIL_CHECK(before, " bytes before, cut");
+        }
+    }
+}
+
+TEST_CASE("a text in random pieces is judged like the whole") {
+    Random random;
+    std::string wrong;
+    for (int round = 0; round < 1'500; ++round) {
+        std::string text;
+        for (const std::size_t size = random.from_to(1, 400); text.size() < size;) {
+            constexpr std::uint32_t ends[] = {0x80, 0x800, 0xD800, 0x110000};
+            const std::uint32_t end = ends[random.below(std::size(ends))];
+            text += encoded(static_cast<std::uint32_t>(random.below(end)));  // some few are surrogates
+        }
+        if (round % 2 == 0) text[random.below(text.size())] = static_cast<char>(random.below(256));
+        const std::size_t invalid_at = certainly_invalid_at(text);
+        Utf8Validator validator;
+        for (std::size_t from = 0; from < text.size() && from < invalid_at;) {
+            const std::size_t size = std::min(random.from_to(0, 200), text.size() - from);
+            if (validator.feed(text.data() + from, size) != (from + size < invalid_at))
+                wrong += test::to_hex(text) + "\n";
+            from += size;
+        }
+        if (invalid_at == std::string_view::npos && validator.complete() != reference_valid(text))
+            wrong += test::to_hex(text) + "\n";
+    }
+    CHECK(wrong == "");
+}
+
+TEST_CASE("a validator that is reset begins anew") {
+    Utf8Validator validator;
+    CHECK(validator.complete());
+    CHECK(validator.feed("\xF0\x9F", 2));
+    CHECK_FALSE(validator.complete());
+    validator.reset();
+    CHECK(validator.complete());
+    CHECK(validator.feed("a", 1));
+}
+
+TEST_CASE("a text is cut at the last character that fits") {
+    const std::string text = "a\xC3\xA4\xE2\x82\xAC\xF0\x9F\x98\x80z\xF4\x8F\xBF\xBF";
+    for (std::size_t max = 0; max <= text.size() + 2; ++max) {
+        std::size_t longest = std::min(max, text.size());
+        while (!reference_valid(std::string_view(text).substr(0, longest))) --longest;
+        CHECK(cut_utf8(text, max) == text.substr(0, longest));
+    }
+    CHECK(cut_utf8("", 5) == "");
+    CHECK(cut_utf8("abc", 2) == "ab");
+}
+
+// ---- SHA-1 and base64 -----------------------------------------------------------------------------------------------
+
+static std::string sha1_hex(std::string_view text) {
+    const auto digest = sha1(text);
+    std::string hex = test::to_hex({reinterpret_cast<const char*>(digest.data()), digest.size()});
+    hex.erase(std::remove(hex.begin(), hex.end(), ' '), hex.end());
+    return hex;
+}
+
+TEST_CASE("SHA-1 gives the digests of FIPS 180 and RFC 3174") {
+    CHECK(sha1_hex("") == "da39a3ee5e6b4b0d3255bfef95601890afd80709");
+    CHECK(sha1_hex("abc") == "a9993e364706816aba3e25717850c26c9cd0d89d");
+    CHECK(sha1_hex("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq") ==
+          "84983e441c3bd26ebaae4aa1f95129e5e54670f1");
+    CHECK(sha1_hex("abcdefghbcdefghicdefghijdefghijkefghijklfghijklmghijklmnhijklmnoijklmnopjklmnopqklmnopqrlmnopqrs"
+                   "mnopqrstnopqrstu") == "a49b2446a02c645bf419f995b67091253a04a259");
+    CHECK(sha1_hex(std::string(1'000'000, 'a')) == "34aa973cd4c4daa4f61eeb2bdbad27316534016f");
+    std::string eighty;
+    for (int i = 0; i < 80; ++i) eighty += "01234567";
+    CHECK(sha1_hex(eighty) == "dea356a2cddd90c7a7ecedc5ebb563934f460452");
+}
+
+TEST_CASE("SHA-1 pads inputs of every length around a block rightly") {
+    // Made with Python's hashlib: 'a' * n.
+    CHECK(sha1_hex(std::string(55, 'a')) == "c1c8bbdc22796e28c0e15163d20899b65621d65a");
+    CHECK(sha1_hex(std::string(56, 'a')) == "c2db330f6083854c99d4b5bfb6e8f29f201be699");
+    CHECK(sha1_hex(std::string(57, 'a')) == "f08f24908d682555111be7ff6f004e78283d989a");
+    CHECK(sha1_hex(std::string(63, 'a')) == "03f09f5b158a7a8cdad920bddc29b81c18a551f5");
+    CHECK(sha1_hex(std::string(64, 'a')) == "0098ba824b5c16427bd7a1122a5a442a25ec644d");
+    CHECK(sha1_hex(std::string(65, 'a')) == "11655326c708d70319be2610e8a57d9a5b959d3b");
+    CHECK(sha1_hex(std::string(119, 'a')) == "ee971065aaa017e0632a8ca6c77bb3bf8b1dfc56");
+    CHECK(sha1_hex(std::string(120, 'a')) == "f34c1488385346a55709ba056ddd08280dd4c6d6");
+    CHECK(sha1_hex(std::string(127, 'a')) == "89d95fa32ed44a7c610b7ee38517ddf57e0bb975");
+    CHECK(sha1_hex(std::string(128, 'a')) == "ad5b3fdbcb526778c2839d2f151ea753995e26a0");
+}
+
+static std::string base64_of(std::string_view bytes) {
+    return base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+}
+
+TEST_CASE("base64 gives the texts of RFC 4648 10") {
+    CHECK(base64_of("") == "");
+    CHECK(base64_of("f") == "Zg==");
+    CHECK(base64_of("fo") == "Zm8=");
+    CHECK(base64_of("foo") == "Zm9v");
+    CHECK(base64_of("foob") == "Zm9vYg==");
+    CHECK(base64_of("fooba") == "Zm9vYmE=");
+    CHECK(base64_of("foobar") == "Zm9vYmFy");
+}
+
+TEST_CASE("base64 uses every character of its alphabet for its value") {
+    CHECK(base64_of(test::hex("00 10 83 10 51 87 20 92 8b 30 d3 8f 41 14 93 51 55 97 61 96 9b 71 d7 9f "
+                              "82 18 a3 92 59 a7 a2 9a ab b2 db af c3 1c b3 d3 5d b7 e3 9e bb f3 df bf")) ==
+          "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/");
+    CHECK(base64_of(test::hex("ff ff ff")) == "////");
+    CHECK(base64_of(test::hex("ff")) == "/w==");
+}
+
+// ---- log lines ------------------------------------------------------------------------------------------------------
+
+TEST_CASE("what a peer sent can not forge a line of the log") {
+    CHECK(escape_for_log("plain text, 100% ~") == "plain text, 100% ~");
+    CHECK(escape_for_log("a\r\nb") == R"(a\x0d\x0ab)");
+    CHECK(escape_for_log("\x1b[2J") == R"(\x1b[2J)");
+    CHECK(escape_for_log("a\"b\\c") == R"(a\x22b\x5cc)");
+    CHECK(escape_for_log(std::string_view("\0\t\x7f", 3)) == R"(\x00\x09\x7f)");
+    CHECK(escape_for_log("\xC2\x9B") == R"(\xc2\x9b)");  // CSI as one C1 control character
+    CHECK(escape_for_log("") == "");
+}
+
+TEST_CASE("an escaped text is printable ASCII, and different texts stay different") {
+    std::vector<std::string> escaped;
+    for (unsigned a = 0; a < 256; ++a) {
+        escaped.push_back(escape_for_log(std::string(1, static_cast<char>(a))));
+        for (unsigned b = 0; b < 256; ++b)
+            escaped.push_back(escape_for_log(std::string{static_cast<char>(a), static_cast<char>(b)}));
+    }
+    for (const std::string& text : escaped)
+        if (!std::all_of(text.begin(), text.end(), [](char c) { return c >= ' ' && c <= '~' && c != '"'; }))
+            FAIL_CHECK(text);
+    std::sort(escaped.begin(), escaped.end());
+    CHECK(std::adjacent_find(escaped.begin(), escaped.end()) == escaped.end());
+}
+
+TEST_CASE("a long text is cut in the log, and one can see it") {
+    CHECK(escape_for_log("abcdef", 6) == "abcdef");
+    CHECK(escape_for_log("abcdef", 5) == "abcde...");
+    CHECK(escape_for_log(std::string(200, 'x')) == std::string(200, 'x'));
+    CHECK(escape_for_log(std::string(100'000, '\n')).size() < 1'000);
+}
+
+TEST_CASE("a log entry is one line with its fields in quotes") {
+    const std::vector<std::pair<std::string_view, std::string>> fields = {{"peer", "127.0.0.1"},
+                                                                          {"what", "it said \"no\"\nerror x=\"y\""}};
+    CHECK(to_string(LogEntry{LogLevel::warning, "handler_exception", fields}) ==
+          R"(warning handler_exception peer="127.0.0.1" what="it said \x22no\x22\x0aerror x=\x22y\x22")");
+    CHECK(to_string(LogEntry{LogLevel::info, "listening", {}}) == "info listening");
+}
+
+TEST_SUITE_END();

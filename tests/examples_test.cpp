@@ -1,0 +1,358 @@
+// The programs of examples/ and the server of the benchmark, as processes: what DESIGN 7 promises to people's scripts.
+#include "support.hpp"
+
+#include <csignal>
+#include <spawn.h>
+#include <sys/wait.h>
+
+#if !defined(WSCHAT_EXAMPLES_DIR)
+#error "compile with -DWSCHAT_EXAMPLES_DIR='\"the folder of the compiled examples\"'"
+#endif
+
+using namespace wschat;
+using namespace std::chrono_literals;
+using test::Client;
+using test::RawClient;
+
+namespace {
+
+bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+
+// A program that runs with its output in pipes, and is gone with the test.
+class Program {
+public:
+    explicit Program(const std::vector<std::string>& command) {
+        int out[2], err[2];
+        REQUIRE(::pipe2(out, O_CLOEXEC) == 0);
+        REQUIRE(::pipe2(err, O_CLOEXEC) == 0);
+        posix_spawn_file_actions_t actions;
+        ::posix_spawn_file_actions_init(&actions);
+        ::posix_spawn_file_actions_adddup2(&actions, out[1], 1);
+        ::posix_spawn_file_actions_adddup2(&actions, err[1], 2);
+        std::vector<char*> arguments;
+        for (const std::string& word : command) arguments.push_back(const_cast<char*>(word.c_str()));
+        arguments.push_back(nullptr);
+        const int error = ::posix_spawn(&pid_, command[0].c_str(), &actions, nullptr, arguments.data(), environ);
+        ::posix_spawn_file_actions_destroy(&actions);
+        ::close(out[1]);
+        ::close(err[1]);
+        out_ = out[0];
+        err_ = err[0];
+        REQUIRE_MESSAGE(error == 0, command[0] << ": " << std::strerror(error));
+    }
+    Program(const Program&) = delete;
+    Program& operator=(const Program&) = delete;
+    ~Program() {
+        if (pid_ > 0) {
+            ::kill(pid_, SIGKILL);
+            ::waitpid(pid_, nullptr, 0);
+        }
+        ::close(out_);
+        ::close(err_);
+    }
+
+    // Waits for the line that it prints when it is ready.
+    std::string first_line() {
+        while (!contains(output_, "\n") && read_some(out_, output_)) {}
+        return output_.substr(0, output_.find('\n'));
+    }
+    // The port in that line.
+    int port() {
+        const std::string line = first_line();
+        const std::size_t at = line.find("http://127.0.0.1:");
+        REQUIRE_MESSAGE(at != std::string::npos, line << errors());
+        return std::atoi(line.c_str() + at + 17);
+    }
+    void signal(int number) { ::kill(pid_, number); }
+    // Waits for its end, and answers its status; -1 where a signal has ended it.
+    int status() {
+        while (read_some(out_, output_)) {}
+        int status = -1;
+        REQUIRE(::waitpid(std::exchange(pid_, -1), &status, 0) > 0);
+        return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    }
+    std::string output() {
+        while (read_some(out_, output_)) {}
+        return output_;
+    }
+    std::string errors() {
+        while (read_some(err_, errors_)) {}
+        return errors_;
+    }
+
+private:
+    static bool read_some(int descriptor, std::string& text) {
+        pollfd entry{descriptor, POLLIN, 0};
+        REQUIRE(::poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(test::deadline).count())) == 1);
+        char bytes[4096];
+        const ssize_t size = ::read(descriptor, bytes, sizeof bytes);
+        if (size > 0) text.append(bytes, static_cast<std::size_t>(size));
+        return size > 0;
+    }
+
+    pid_t pid_ = -1;
+    int out_ = -1, err_ = -1;
+    std::string output_, errors_;
+};
+
+std::string example(const std::string& name) { return std::string(WSCHAT_EXAMPLES_DIR) + "/" + name; }
+
+struct Example {
+    std::string name;
+    std::vector<std::string> command;  // but for the port
+    std::vector<std::string> after;    // what follows the port
+    std::string target;                // of its WebSocket
+    std::string ready, ready_end;      // its line, but for the address
+
+    std::vector<std::string> with_port(const std::string& port) const {
+        std::vector<std::string> all = command;
+        all.push_back(port);
+        all.insert(all.end(), after.begin(), after.end());
+        return all;
+    }
+};
+
+// All programs that have the command line of DESIGN 7.
+std::vector<Example> all_programs() {
+    std::vector<Example> programs = {
+        {"chat", {example("chat")}, {}, "/chat", "chat: open ", " in two windows"},
+        {"echo", {example("echo")}, {}, "/", "echo: ", ""},
+        {"rooms", {example("rooms")}, {}, "/chat", "rooms: open ", " in two windows"},
+        {"ticker", {example("ticker")}, {}, "/ticks", "ticker: ", ""},
+    };
+#if defined(WSCHAT_BENCH_SERVER)
+    programs.push_back({"bench_server", {WSCHAT_BENCH_SERVER}, {"echo"}, "/", "bench_server: ", ""});
+    programs.push_back({"bench_server", {WSCHAT_BENCH_SERVER}, {"room", "2"}, "/", "bench_server: ", ""});
+#endif
+    return programs;
+}
+
+// The next message that holds the text.
+std::string next_with(Client& client, std::string_view part) {
+    for (int i = 0; i < 1000; ++i) {
+        const auto message = client.next();
+        if (!message) return "the connection has ended";
+        if (contains(*message, part)) return *message;
+    }
+    return "no such message";
+}
+
+}  // namespace
+
+TEST_SUITE_BEGIN("examples");
+
+TEST_CASE("each program prints one line with its address when it is ready, and nothing else") {
+    for (const Example& program : all_programs()) {
+        CAPTURE(program.name);
+        Program running(program.with_port("0"));
+        const std::string line = running.first_line(), url = "http://127.0.0.1:" + std::to_string(running.port()) + "/";
+        CHECK(line == program.ready + url + program.ready_end);
+        CHECK(Client(running.port(), program.target).is_open());
+        running.signal(SIGTERM);
+        CHECK(running.output() == line + "\n");
+        CHECK(running.errors() == "");
+        CHECK(running.status() == 0);
+    }
+}
+
+TEST_CASE("each program ends with status 0 on SIGINT and SIGTERM, and its clients get 1001") {
+    for (const Example& program : all_programs()) {
+        for (const int signal : {SIGINT, SIGTERM}) {
+            CAPTURE(program.name);
+            CAPTURE(signal);
+            Program running(program.with_port("0"));
+            Client one(running.port(), program.target), two(running.port(), program.target);
+            REQUIRE(one.is_open());
+            running.signal(signal);
+            for (Client* client : {&one, &two}) {
+                CHECK(client->close_code() == CloseCode::going_away);
+                client->raw.close();
+            }
+            CHECK(running.status() == 0);
+        }
+    }
+}
+
+TEST_CASE("each program says why it can not listen, and ends with status 1") {
+    const ListenSocket taken(ListenAddress::parse("0"), false);
+    const std::string port = std::to_string(taken.address().port);
+    const struct {
+        std::string port, sentence;
+    } table[] = {
+        {port, "listen 127.0.0.1:" + port + ": Address already in use (EADDRINUSE): another process has it"},
+        {"eighty", "listen eighty: not an address"},
+        {"65536", "listen 65536: not an address"},
+        {"192.0.2.1:0", "listen 192.0.2.1:0: Cannot assign requested address (EADDRNOTAVAIL)"},
+    };
+    for (const Example& program : all_programs()) {
+        for (const auto& row : table) {
+            CAPTURE(program.name);
+            CAPTURE(row.port);
+            Program running(program.with_port(row.port));
+            CHECK(running.output() == "");
+            CHECK(running.errors().substr(0, program.name.size() + 2 + row.sentence.size()) ==
+                  program.name + ": " + row.sentence);
+            CHECK(running.errors().back() == '\n');
+            CHECK(running.status() == 1);
+        }
+    }
+}
+
+TEST_CASE("each program takes an address in place of a port") {
+    for (const Example& program : all_programs()) {
+        CAPTURE(program.name);
+        Program running(program.with_port("0.0.0.0:0"));
+        const std::string line = running.first_line();
+        CHECK(contains(line, "http://0.0.0.0:"));
+        CHECK(Client(std::atoi(line.c_str() + line.rfind(':') + 1), program.target).is_open());
+    }
+}
+
+TEST_CASE("the chat and the rooms find their page beside the source, or where --page says") {
+    const std::string path = "/tmp/wschat-" + std::to_string(::getpid()) + "-page.html";
+    std::FILE* file = std::fopen(path.c_str(), "w");
+    REQUIRE(file != nullptr);
+    std::fputs("<p>a page of my own</p>", file);
+    std::fclose(file);
+    const auto page_of = [](Program& program) {
+        RawClient client(program.port());
+        client.send("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        client.read_to_end();
+        return client.received;
+    };
+    for (const std::string name : {"chat", "rooms"}) {
+        CAPTURE(name);
+        Program own({example(name), "0"});
+        CHECK(contains(page_of(own), "HTTP/1.1 200 OK"));
+        CHECK(contains(page_of(own), "WebSocket"));
+        Program other({example(name), "0", "--page", path}), first({example(name), "--page", path, "0"});
+        CHECK(contains(page_of(other), "<p>a page of my own</p>"));
+        CHECK(contains(page_of(first), "<p>a page of my own</p>"));
+
+        Program missing({example(name), "0", "--page", path + ".missing"});
+        CHECK(missing.output() == "");
+        CHECK(missing.errors() == name + ": file \"/\": " + path + ".missing: No such file or directory (ENOENT)\n");
+        CHECK(missing.status() == 1);
+        Program none({example(name), "0", "--page"});
+        CHECK(none.status() == 1);
+    }
+    ::unlink(path.c_str());
+}
+
+TEST_CASE("the chat gives every message to everybody") {
+    Program program({example("chat"), "0"});
+    Client one(program.port(), "/chat"), two(program.port(), "/chat");
+    one.send("hello");
+    CHECK(one.next() == "hello");
+    CHECK(two.next() == "hello");
+    two.send("\xC3\xBC");
+    CHECK(one.next() == "\xC3\xBC");
+}
+
+TEST_CASE("the echo answers text and binary on any path, large messages too, up to 64 MiB") {
+    Program program({example("echo"), "0"});
+    for (const std::string target : {"/", "/any/path", "/?query"}) {
+        CAPTURE(target);
+        Client client(program.port(), target);
+        client.send("text");
+        CHECK(client.next() == "text");
+        client.send(std::string("bin\0ary", 7), Opcode::binary);
+        CHECK(client.next() == std::string("bin\0ary", 7));
+    }
+    Client client(program.port());
+    const std::string large(16 * 1024 * 1024, 'x');
+    client.send(large);
+    CHECK((client.next() == large));
+    // RFC 6455 5.2: a length of eight bytes; this one is over the limit by one.
+    client.raw.send(test::hex("82 ff 00 00 00 00 04 00 00 01 00 00 00 00"));
+    CHECK(client.close_code() == CloseCode::message_too_big);
+}
+
+TEST_CASE("the echo takes a message of a hundred thousand fragments") {
+    Program program({example("echo"), "0"});
+    Client client(program.port());
+    // RFC 6455 5.4: a first frame, continuations, and a last one with FIN; each of one byte, masked with zeros.
+    std::string frames = test::hex("01 81 00 00 00 00") + "x";
+    for (int i = 0; i < 99'998; ++i) frames += test::hex("00 81 00 00 00 00") + "x";
+    client.raw.send(frames + test::hex("80 81 00 00 00 00") + "x");
+    CHECK((client.next() == std::string(100'000, 'x')));
+}
+
+TEST_CASE("the rooms greet, tell of members and names, and keep rooms apart") {
+    Program program({example("rooms"), "0"});
+    Client anna(program.port(), "/chat/tea?name=Anna");
+    CHECK(contains(next_with(anna, "\"hello\""), "\"room\":\"tea\",\"name\":\"Anna\""));
+    CHECK(contains(next_with(anna, "\"users\""), "[\"Anna\"]"));
+    Client other(program.port(), "/chat/tea?name=Anna"), bob(program.port(), "/chat?name=Bob");
+    CHECK(contains(next_with(other, "\"hello\""), "\"name\":\"Anna-2\""));
+    CHECK(contains(next_with(bob, "\"hello\""), "\"room\":\"lobby\",\"name\":\"Bob\""));
+    CHECK(contains(next_with(anna, "\"join\""), "\"name\":\"Anna-2\""));
+    CHECK(contains(next_with(anna, "\"users\""), "[\"Anna\",\"Anna-2\"]"));
+
+    other.send("good <b>tea</b> \"here\"");
+    CHECK(contains(next_with(anna, "\"said\""), "\"name\":\"Anna-2\",\"text\":\"good <b>tea</b> \\\"here\\\"\""));
+    bob.send("good coffee");
+    CHECK(contains(next_with(bob, "\"said\""), "good coffee"));
+
+    other.send("/nick Carl");
+    CHECK(contains(next_with(anna, "\"nick\""), "\"old\":\"Anna-2\",\"name\":\"Carl\""));
+    other.send("/nick Anna");
+    CHECK(contains(next_with(other, "\"error\""), "\"code\":\"name_taken\""));
+    other.send("/nick \t");
+    CHECK(contains(next_with(other, "\"error\""), "\"code\":\"name_bad\""));
+    other.send("/dance");
+    CHECK(contains(next_with(other, "\"error\""), "\"code\":\"unknown_command\""));
+    other.send("bytes", Opcode::binary);
+    CHECK(contains(next_with(other, "\"error\""), "\"code\":\"bad_line\""));
+
+    other.close();
+    CHECK(other.close_code() == CloseCode::normal);
+    CHECK(contains(next_with(anna, "\"leave\""), "\"name\":\"Carl\""));
+    CHECK(contains(next_with(anna, "\"users\""), "[\"Anna\"]"));
+}
+
+TEST_CASE("the ticker sends its ticks in their order to everybody, and answers how many that is") {
+    Program program({example("ticker"), "0"});
+    Client one(program.port(), "/ticks"), two(program.port(), "/ticks");
+    const auto tick = [](Client& client) {
+        const std::string message = next_with(client, "{\"tick\":");
+        return std::atoi(message.c_str() + 8);
+    };
+    const int first = tick(one);
+    CHECK(first >= 1);
+    CHECK(tick(one) == first + 1);
+    CHECK(tick(two) >= 1);
+    two.send("how many?");
+    CHECK(next_with(two, "watchers") == "{\"watchers\":2}");
+}
+
+#if defined(WSCHAT_BENCH_SERVER)
+
+TEST_CASE("the bench server gives every message to everybody, or back to its sender") {
+    Program room({WSCHAT_BENCH_SERVER, "0", "room"}), echo({WSCHAT_BENCH_SERVER, "0", "echo"});
+    Client one(room.port()), two(room.port());
+    one.send("hello");
+    CHECK(one.next() == "hello");
+    CHECK(two.next() == "hello");
+    Client alone(echo.port()), other(echo.port());
+    alone.send("first");
+    other.send("second");
+    CHECK(alone.next() == "first");
+    CHECK(other.next() == "second");
+}
+
+TEST_CASE("the bench server tells how it is called where it is called wrongly, and ends with status 1") {
+    for (const std::vector<std::string>& arguments :
+         {std::vector<std::string>{}, {"0"}, {"0", "talk"}, {"0", "room", "0"}, {"0", "room", "many"}, {"0", "room", "65"}}) {
+        std::vector<std::string> command = {WSCHAT_BENCH_SERVER};
+        command.insert(command.end(), arguments.begin(), arguments.end());
+        Program program(command);
+        CHECK(program.output() == "");
+        CHECK(program.errors() == "usage: bench_server PORT room|echo [threads, 1-64]\n");
+        CHECK(program.status() == 1);
+    }
+}
+
+#endif
+
+TEST_SUITE_END();

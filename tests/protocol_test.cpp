@@ -1,0 +1,1274 @@
+// § 7: bytes in, events and bytes out, and the time is an argument. No socket and no sleep.
+#include "support.hpp"
+
+#include <random>
+
+namespace {
+
+using test::hex;
+using test::to_hex;
+using wschat::CloseCause;
+using wschat::CloseCode;
+using wschat::Connection;
+using wschat::Error;
+using wschat::Event;
+using wschat::Limits;
+using wschat::Opcode;
+using wschat::Role;
+using wschat::Time;
+using wschat::WriteStatus;
+using namespace std::chrono_literals;
+
+const Time start = Time() + 1h;
+constexpr std::size_t whole = std::string_view::npos;
+
+// A frame as a server sends it: RFC 6455 5.2, the length in its shortest form.
+std::string frame(unsigned first_byte, std::string_view payload) {
+    std::string bytes(1, static_cast<char>(first_byte));
+    const std::size_t size = payload.size();
+    const int length_bytes = size < 126 ? 0 : size < 65536 ? 2 : 8;
+    bytes += static_cast<char>(length_bytes == 0 ? size : length_bytes == 2 ? 126u : 127u);
+    for (int i = length_bytes; i-- > 0;) bytes += static_cast<char>(size >> (8 * i) & 0xFF);
+    return bytes.append(payload);
+}
+
+// The same frames as a client sends them, masked with 37 fa 21 3d (RFC 6455 5.3). The last may be unfinished.
+std::string masked(std::string_view frames) {
+    const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(frames[i]); };
+    std::string bytes;
+    while (!frames.empty()) {
+        const unsigned form = byte(1) & 0x7Fu;
+        const std::size_t head = form < 126 ? 2 : form == 126 ? 4 : 10;
+        if (frames.size() < head) return bytes.append(frames);
+        std::size_t size = form < 126 ? form : 0;
+        for (std::size_t i = 2; i < head; ++i) size = size << 8 | byte(i);
+        bytes += frames[0];
+        bytes += static_cast<char>(byte(1) | 0x80u);
+        bytes.append(frames.substr(2, head - 2)).append("\x37\xfa\x21\x3d");
+        const std::string_view payload = frames.substr(head, size);
+        for (std::size_t i = 0; i < payload.size(); ++i)
+            bytes += static_cast<char>(static_cast<unsigned char>(payload[i]) ^ test::test_mask()[i % 4]);
+        frames.remove_prefix(head + payload.size());
+    }
+    return bytes;
+}
+
+// What a peer sends to an end of that role.
+std::string wire(Role role, std::string_view frames) {
+    return role == Role::server ? masked(frames) : std::string(frames);
+}
+
+// One end of a connection: what it is given, and in words what it has made of it.
+class End {
+public:
+    explicit End(Role its_role = Role::server, const Limits& its_limits = {}) : role(its_role), limits(its_limits) {
+        connection.open(role, limits, arena, now, role == Role::client ? &test::test_mask : nullptr);
+    }
+    End(const End&) = delete;
+    End& operator=(const End&) = delete;
+
+    // Gives it bytes in pieces, each in memory of its own that is gone afterwards.
+    End& give(std::string_view bytes, std::size_t piece = whole) {
+        while (!bytes.empty()) give_some(bytes, bytes.substr(0, piece).size());
+        return *this;
+    }
+    // The same, but where the connection offers a better place, there.
+    End& give_in_place(std::string_view bytes, std::size_t piece = whole) {
+        while (!bytes.empty()) {
+            const auto [area, room] = connection.receive_area();
+            const std::size_t size = std::min(bytes.substr(0, piece).size(), area == nullptr ? bytes.size() : room);
+            if (area == nullptr) {
+                give_some(bytes, size);
+                continue;
+            }
+            in_place += size;
+            std::memcpy(area, bytes.data(), size);
+            connection.receive(area, size, now);
+            bytes.remove_prefix(size);
+            take_events();
+        }
+        return *this;
+    }
+    // Gives it the frames as its peer sends them: masked where it is a server.
+    End& peer(std::string_view hex_frames) { return give(wire(role, hex(hex_frames))); }
+    End& peer_sends(std::string_view frames, std::size_t piece = whole) { return give(wire(role, frames), piece); }
+
+    void take_events() {
+        for (;;) {
+            const Event event = connection.next_event();
+            if (event.kind == Event::Kind::none) return;
+            note(event);
+        }
+    }
+    void note(const Event& event) {
+        if (!noted_.empty()) noted_ += " | ";
+        switch (event.kind) {
+            case Event::Kind::message: noted_ += event.message.binary() ? "binary " : "text "; break;
+            case Event::Kind::ping: noted_ += "ping "; break;
+            case Event::Kind::pong: noted_ += "pong "; break;
+            case Event::Kind::close:
+                noted_ += "close " + std::to_string(number(connection.close_code())) + " ";
+                noted_ += to_string(connection.close_cause());
+                break;
+            case Event::Kind::none: noted_ += "none"; break;
+        }
+        noted_ += event.message.data();
+    }
+    // The events since the last call: "ping hey | text Hello | close 1000 peer".
+    std::string events() {
+        take_events();
+        return std::exchange(noted_, std::string());
+    }
+    // What it has queued since the last call, in hex.
+    std::string sent() { return to_hex(test::take_output(connection)); }
+    void tick_after(wschat::Duration duration) { connection.tick(now += duration); }
+
+    Role role;
+    Limits limits;
+    wschat::SendArena arena;
+    Connection connection;
+    Time now = start;
+    std::size_t in_place = 0;  // bytes that went to receive_area()
+
+private:
+    void give_some(std::string_view& bytes, std::size_t size) {
+        const std::unique_ptr<char[]> piece(new char[size]);
+        std::memcpy(piece.get(), bytes.data(), size);
+        bytes.remove_prefix(size);
+        connection.receive(piece.get(), size, now);
+        take_events();
+    }
+
+    std::string noted_;
+};
+
+const Role both_roles[] = {Role::server, Role::client};
+
+// Text of exactly that many bytes, with characters of one to four bytes.
+std::string text_of(std::size_t size) {
+    std::string text;
+    while (text.size() < size) text += "a\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80z";
+    text = wschat::cut_utf8(text, size);
+    return text.append(size - text.size(), '.');
+}
+std::string bytes_of(std::size_t size) {
+    std::string bytes;
+    for (std::size_t i = 0; i < size; ++i) bytes += static_cast<char>(i * 7 + i / 256);
+    return bytes;
+}
+
+// A Close frame's body.
+std::string close_body(unsigned code, std::string_view reason = {}) {
+    std::string body;
+    body += static_cast<char>(code >> 8);
+    body += static_cast<char>(code & 0xFF);
+    return body.append(reason);
+}
+
+}  // namespace
+
+TEST_SUITE("protocol") {
+    // ---- messages --------------------------------------------------------------------------------------------------
+
+    TEST_CASE("the examples of RFC 6455 5.7 are read") {
+        struct Row {
+            Role reader;
+            std::string bytes;
+            std::string events;
+        };
+        const Row rows[] = {
+            {Role::client, "81 05 48 65 6c 6c 6f", "text Hello"},
+            {Role::server, "81 85 37 fa 21 3d 7f 9f 4d 51 58", "text Hello"},
+            {Role::client, "01 03 48 65 6c 80 02 6c 6f", "text Hello"},
+            {Role::client, "89 05 48 65 6c 6c 6f", "ping Hello"},
+            {Role::server, "8a 85 37 fa 21 3d 7f 9f 4d 51 58", "pong Hello"},
+        };
+        for (const Row& row : rows) {
+            CAPTURE(row.bytes);
+            CHECK(End(row.reader).give(hex(row.bytes)).events() == row.events);
+        }
+        CHECK((End(Role::client).give(hex("82 7e 01 00") + bytes_of(256)).events() == "binary " + bytes_of(256)));
+        CHECK((End(Role::client).give(hex("82 7f 00 00 00 00 00 01 00 00") + bytes_of(65536)).events() ==
+               "binary " + bytes_of(65536)));
+    }
+
+    TEST_CASE("the examples of RFC 6455 5.7 are written") {
+        End server(Role::server), client(Role::client);
+        CHECK(server.connection.send(Opcode::text, "Hello") == WriteStatus::sent);
+        CHECK(server.sent() == "81 05 48 65 6c 6c 6f");
+        CHECK(client.connection.send(Opcode::text, "Hello") == WriteStatus::sent);
+        CHECK(client.sent() == "81 85 37 fa 21 3d 7f 9f 4d 51 58");
+        server.connection.send_control(Opcode::ping, "Hello");
+        CHECK(server.sent() == "89 05 48 65 6c 6c 6f");
+        // "Pong response": the client's, to that ping.
+        client.give(hex("89 05 48 65 6c 6c 6f"));
+        CHECK(client.sent() == "8a 85 37 fa 21 3d 7f 9f 4d 51 58");
+    }
+
+    const std::size_t sizes[] = {0, 1, 125, 126, 127, 65535, 65536, 1024 * 1024};
+
+    TEST_CASE("a message is written as one frame with its length in the shortest form") {
+        for (const Role role : both_roles)
+            for (const std::size_t size : sizes) {
+                CAPTURE(size);
+                End end(role);
+                const Role reader = role == Role::server ? Role::client : Role::server;
+                end.connection.send(Opcode::text, text_of(size));
+                CHECK((test::take_output(end.connection) == wire(reader, frame(0x81, text_of(size)))));
+                end.connection.send(Opcode::binary, bytes_of(size));
+                CHECK((test::take_output(end.connection) == wire(reader, frame(0x82, bytes_of(size)))));
+            }
+    }
+
+    TEST_CASE("a message of any size, in one frame and in any pieces, arrives as it was sent") {
+        for (const Role role : both_roles)
+            for (const std::size_t size : sizes)
+                for (const bool binary : {false, true}) {
+                    const std::string payload = binary ? bytes_of(size) : text_of(size);
+                    const std::string bytes = wire(role, frame(binary ? 0x82 : 0x81, payload));
+                    const std::string expected = (binary ? "binary " : "text ") + payload;
+                    for (const std::size_t piece : {std::size_t{1}, bytes.size() / 2 + 1, bytes.size()}) {
+                        CAPTURE(size);
+                        CAPTURE(binary);
+                        CAPTURE(piece);
+                        End end(role);
+                        CHECK((end.give(bytes, piece).events() == expected));
+                        CHECK(end.sent() == "");
+                        CHECK(end.connection.is_open());
+                    }
+                }
+    }
+
+    TEST_CASE(
+        "a message of any size, in fragments with control frames between and in any pieces, arrives as it was sent") {
+        for (const Role role : both_roles)
+            for (const std::size_t size : sizes)
+                for (const bool binary : {false, true}) {
+                    const std::string payload = binary ? bytes_of(size) : text_of(size);
+                    const std::string_view view = payload;
+                    // The cuts fall within characters.
+                    const std::size_t first = size / 3, second = size / 2;
+                    const std::string bytes =
+                        wire(role, frame(binary ? 0x02 : 0x01, view.substr(0, first)) + frame(0x89, "are you there") +
+                                       frame(0x00, view.substr(first, second - first)) + frame(0x8A, "yes") +
+                                       frame(0x00, "") + frame(0x80, view.substr(second)));
+                    const std::string expected =
+                        "ping are you there | pong yes | " + ((binary ? "binary " : "text ") + payload);
+                    for (const std::size_t piece : {std::size_t{1}, bytes.size() / 2 + 1, bytes.size()}) {
+                        CAPTURE(size);
+                        CAPTURE(binary);
+                        CAPTURE(piece);
+                        End end(role);
+                        CHECK((end.give(bytes, piece).events() == expected));
+                        CHECK(test::take_output(end.connection) ==
+                              wire(role == Role::server ? Role::client : Role::server, frame(0x8A, "are you there")));
+                        CHECK(end.connection.is_open());
+                    }
+                }
+    }
+
+    TEST_CASE("empty messages and empty fragments are messages and fragments") {
+        End end;
+        CHECK(end.peer("81 00").events() == "text ");
+        CHECK(end.peer("82 00").events() == "binary ");
+        CHECK(end.peer("01 00 00 00 80 00").events() == "text ");
+        CHECK(end.peer("02 00 00 01 41 80 00").events() == "binary A");
+    }
+
+    // What a peer may send, long enough for every path through the connection.
+    std::string recorded_conversation() {
+        const std::string large = text_of(90'000);
+        return frame(0x81, "one") + frame(0x82, bytes_of(300)) + frame(0x89, "p1") + frame(0x81, "") +
+               frame(0x01, "\xf0\x9f") + frame(0x89, "") + frame(0x80, "\x98\x80") + frame(0x8A, "unasked") +
+               frame(0x02, bytes_of(20'000)) + frame(0x00, "") + frame(0x8A, std::string(125, 'x')) +
+               frame(0x80, bytes_of(40'000)) + frame(0x81, large) + frame(0x89, std::string(125, 'y')) +
+               frame(0x01, large.substr(0, 33'333)) + frame(0x80, large.substr(33'333)) + frame(0x81, "last") +
+               frame(0x88, close_body(4321, "that was all")) + frame(0x81, "too late") + hex("ff ff ff");
+    }
+
+    TEST_CASE("how the bytes are cut never changes what happens") {
+        std::mt19937 random(6455);
+        for (const Role role : both_roles) {
+            const std::string conversation = wire(role, recorded_conversation());
+            End reference(role);
+            const std::string events = reference.give(conversation).events(), sent = reference.sent();
+            CHECK(events.substr(events.rfind(" | text last")) == " | text last | close 4321 peer");
+            for (int i = 0; i < 200; ++i) {
+                CAPTURE(i);
+                End end(role);
+                const std::size_t longest = std::size_t{1} << (random() % 17);
+                for (std::string_view rest = conversation; !rest.empty();) {
+                    const std::string_view piece = rest.substr(0, 1 + random() % longest);
+                    if (i % 2 == 0) end.give(piece);
+                    else end.give_in_place(piece);
+                    rest.remove_prefix(piece.size());
+                }
+                CHECK((end.events() == events));
+                CHECK((end.sent() == sent));
+                CHECK(end.connection.close_reason() == "that was all");
+            }
+        }
+    }
+
+    TEST_CASE("what breaks RFC 6455 5 is answered with a Close frame of 1002") {
+        struct Row {
+            std::string rule;
+            Role reader;
+            std::string bytes;
+        };
+        const Row rows[] = {
+            {"5.1: not masked from a client", Role::server, "81 05 48 65 6c 6c 6f"},
+            {"5.1: masked from a server", Role::client, "81 85 37 fa 21 3d 7f 9f 4d 51 58"},
+            {"5.2: RSV1", Role::client, "c1 00"},
+            {"5.2: RSV2", Role::client, "a1 00"},
+            {"5.2: RSV3", Role::client, "91 00"},
+            {"5.2: opcode 3", Role::client, "83 00"},
+            {"5.2: opcode 7", Role::client, "87 00"},
+            {"5.2: opcode B", Role::client, "8b 00"},
+            {"5.2: opcode F", Role::client, "8f 00"},
+            {"5.2: 125 in 16 bits", Role::client, "82 7e 00 7d"},
+            {"5.2: 65535 in 64 bits", Role::client, "82 7f 00 00 00 00 00 00 ff ff"},
+            {"5.2: the top bit of 64", Role::client, "82 7f 80 00 00 00 00 00 00 00"},
+            {"5.4: continuation of nothing", Role::client, "80 00"},
+            {"5.4: continuation of a message that ended", Role::client, "01 00 80 00 80 00"},
+            {"5.4: a new message within one", Role::client, "01 00 81 00"},
+            {"5.5: a fragmented ping", Role::client, "09 00"},
+            {"5.5: a fragmented Close", Role::client, "08 00"},
+            {"5.5: a ping of 126 bytes", Role::client, "89 7e 00 7e"},
+        };
+        for (const Row& row : rows) {
+            CAPTURE(row.rule);
+            End end(row.reader);
+            end.give(hex(row.bytes));
+            const std::string reason = end.connection.close_reason();
+            const std::string close =
+                wire(row.reader == Role::server ? Role::client : Role::server, frame(0x88, close_body(1002, reason)));
+            const std::string events = end.events();
+            CHECK(events.substr(events.find("close")) == "close 1002 protocol error");
+            CHECK(reason != "");
+            CHECK(end.sent() == to_hex(close));
+            CHECK(!end.connection.aborted());
+        }
+    }
+
+    TEST_CASE("after a failure nothing is read any more") {
+        End end;
+        CHECK(end.peer("83 00 81 02 68 69 89 00 88 00").events() == "close 1002 protocol error");
+        end.sent();
+        CHECK(end.peer("81 02 68 69 89 00 88 02 03 e8").events() == "");
+        CHECK(end.sent() == "");
+        CHECK(end.connection.close_code() == CloseCode::protocol_error);
+    }
+
+    // ---- UTF-8 -----------------------------------------------------------------------------------------------------
+
+    TEST_CASE("text that can not become UTF-8 is refused with 1007 as soon as that is certain") {
+        // Each announces more than has come.
+        const std::string frames[] = {
+            "81 05 48 ff",                // no lead byte
+            "81 05 48 80",                // a continuation byte
+            "81 05 c0",                   // overlong
+            "81 05 c3 28",                // not continued
+            "81 05 e0 9f",                // overlong
+            "81 05 ed a0",                // a surrogate
+            "81 05 f0 8f",                // overlong
+            "81 05 f4 90",                // above U+10FFFF
+            "81 05 f5",                   // above U+10FFFF
+            "81 7e 04 00 61 61 61 ff",    // the third byte of 1024
+            "01 05 61 62 ff",             // in the first fragment, which has not ended
+            "01 01 c3 00 05 28",          // a character that the next fragment does not finish
+            "01 01 c3 89 00 00 05 28",    // nor with a ping between
+            "01 02 e2 82 00 00 80 05 41"  // nor two fragments later
+        };
+        for (const Role role : both_roles)
+            for (const std::string& bytes : frames) {
+                CAPTURE(bytes);
+                End end(role);
+                end.peer(bytes);
+                CHECK(end.connection.close_code() == CloseCode::invalid_payload);
+                CHECK(end.connection.close_cause() == CloseCause::protocol_error);
+                CHECK(!end.connection.aborted());
+            }
+    }
+
+    TEST_CASE("text that could still become UTF-8 is waited for") {
+        for (const std::string bytes : {"81 05 c3", "81 05 e2 82", "81 05 f0 9f 98", "01 01 f0", "01 01 f0 00 01 9f"}) {
+            CAPTURE(bytes);
+            End end;
+            CHECK(end.peer(bytes).events() == "");
+            CHECK(end.connection.is_open());
+        }
+    }
+
+    TEST_CASE("text that ends within a character is refused with 1007") {
+        for (const std::string bytes : {"81 01 c3", "81 03 f0 9f 98", "01 01 c3 80 00", "01 01 e2 00 01 82 80 00"}) {
+            CAPTURE(bytes);
+            End end;
+            CHECK(end.peer(bytes).events() == "close 1007 protocol error");
+            CHECK(end.sent().substr(0, 2) == "88");
+        }
+    }
+
+    TEST_CASE("a character may be spread over fragments") {
+        CHECK(End().peer("01 01 f0 00 01 9f 00 01 98 80 01 80").events() == "text \xf0\x9f\x98\x80");
+        CHECK(End().peer("01 02 61 c3 89 01 ff 80 02 a9 62").events() == "ping \xff | text a\xc3\xa9\x62");
+    }
+
+    TEST_CASE("what one message lacks does not pass to the next") {
+        End end;
+        CHECK(end.peer("02 01 c3 80 00 81 01 41").events() == "binary \xc3 | text A");
+    }
+
+    TEST_CASE("only text is checked") {
+        End end;
+        CHECK(end.peer("82 02 c0 ff 89 02 c0 ff 8a 02 c0 ff").events() ==
+              "binary \xc0\xff | ping \xc0\xff | pong \xc0\xff");
+        CHECK(end.connection.is_open());
+    }
+
+    // ---- limits ----------------------------------------------------------------------------------------------------
+
+    TEST_CASE("a message over the limit is refused with 1009, alone and as a sum of fragments") {
+        Limits limits;
+        limits.max_message_size = 1000;
+        struct Row {
+            std::vector<std::size_t> fragments;
+            bool fits;
+        };
+        const Row rows[] = {{{999}, true},         {{1000}, true},          {{1001}, false},
+                            {{500, 500}, true},    {{500, 501}, false},     {{1000, 0, 0}, true},
+                            {{1000, 0, 1}, false}, {{1, 999}, true},        {{1, 1000}, false},
+                            {{0, 1001}, false},    {{400, 300, 300}, true}, {{400, 300, 301}, false}};
+        for (const Role role : both_roles)
+            for (const Row& row : rows) {
+                End end(role, limits);
+                std::size_t sum = 0;
+                for (std::size_t i = 0; i < row.fragments.size(); ++i) {
+                    const bool last = i + 1 == row.fragments.size();
+                    sum += row.fragments[i];
+                    CAPTURE(sum);
+                    end.peer_sends(
+                        frame((i == 0 ? 0x02u : 0x00u) | (last ? 0x80u : 0u), std::string(row.fragments[i], 'x')));
+                }
+                CHECK(end.events() == (row.fits ? "binary " + std::string(sum, 'x') : "close 1009 protocol error"));
+                CHECK(end.connection.is_open() == row.fits);
+            }
+    }
+
+    TEST_CASE("a message over the limit is refused when its header has come") {
+        Limits limits;
+        limits.max_message_size = 1000;
+        End alone(Role::client, limits), sum(Role::client, limits);
+        CHECK(alone.give(hex("82 7e 03 e9")).events() == "close 1009 protocol error");
+        CHECK(sum.give(hex("02 02 41 42 00 7e 03 e7")).events() == "close 1009 protocol error");
+        CHECK(alone.connection.close_reason() == "message is larger than 1000 bytes");
+        // 2^63 - 1 and some bytes before it do not add up to a small number.
+        End huge(Role::client, limits);
+        CHECK(huge.give(hex("02 02 41 42 00 7f 7f ff ff ff ff ff ff ff")).events() == "close 1009 protocol error");
+    }
+
+    TEST_CASE("each message has the whole limit") {
+        Limits limits;
+        limits.max_message_size = 3;
+        CHECK(End(Role::server, limits).peer("82 03 61 62 63 02 02 61 62 80 01 63 82 03 61 62 63").events() ==
+              "binary abc | binary abc | binary abc");
+    }
+
+    TEST_CASE("more fragments than the limit are refused with 1008, the empty ones counted") {
+        Limits limits;
+        limits.max_fragments = 4;
+        CHECK(End(Role::server, limits).peer("02 00 00 00 00 00 80 01 41").events() == "binary A");
+        CHECK(End(Role::server, limits).peer("02 00 00 00 00 00 00 00 00 00").events() == "close 1008 protocol error");
+        // Control frames are not fragments, and the next message counts anew.
+        CHECK(End(Role::server, limits).peer("02 00 00 00 8a 00 00 00 8a 00 80 00 02 00 00 00 00 00 80 00").events() ==
+              "pong  | pong  | binary  | binary ");
+    }
+
+    TEST_CASE("a million empty fragments end at the limit of 1024") {
+        End end;
+        end.peer_sends(frame(0x02, ""));
+        for (int i = 1; i < 1024; ++i) end.peer_sends(frame(0x00, ""));
+        CHECK(end.events() == "");
+        CHECK(end.peer_sends(frame(0x00, "")).events() == "close 1008 protocol error");
+        CHECK(end.connection.close_reason() == "message has more than 1024 fragments");
+    }
+
+    TEST_CASE("memory grows with what arrives, not with what is announced") {
+        Limits limits;
+        limits.max_message_size = std::size_t{1} << 62;
+        End end(Role::client, limits);
+        // A frame of 2^62 bytes: whoever believed it would have no memory left.
+        end.give(hex("82 7f 40 00 00 00 00 00 00 00") + "x");
+        CHECK(end.events() == "");
+        std::size_t arrived = 1;
+        for (int i = 0; i < 40; ++i) {
+            end.give_in_place(std::string(10'000, 'x'));
+            arrived += 10'000;
+            CHECK(end.connection.receive_area().second <= arrived + 64 * 1024);
+        }
+        CHECK(end.in_place != 0);
+        CHECK(end.connection.is_open());
+    }
+
+    TEST_CASE("a flood of control frames is refused with 1008") {
+        for (const std::string control : {"89 00", "8a 00"}) {
+            CAPTURE(control);
+            End end;
+            for (int i = 0; i < 500; ++i) end.peer(control);
+            end.events();
+            CHECK(end.connection.is_open());
+            CHECK(end.peer(control).events() == "close 1008 protocol error");
+        }
+    }
+
+    TEST_CASE("control frames at a rate under the limit may go on for ever") {
+        End end;
+        for (int i = 0; i < 5000; ++i) {
+            end.now += 10ms;
+            end.peer("8a 00");
+        }
+        CHECK(end.connection.is_open());
+        // At twice the rate the burst is used up after 500 more than the rate allows.
+        int more = 0;
+        for (; end.connection.is_open() && more < 2000; ++more) {
+            end.now += 5ms;
+            end.peer("8a 00");
+        }
+        CHECK(more > 900);
+        CHECK(more < 1100);
+    }
+
+    TEST_CASE("a Close frame is never one too many, and no rate means no limit") {
+        Limits limits;
+        limits.control_frames_burst = 1;
+        End strict(Role::server, limits);
+        CHECK(strict.peer("8a 00 88 02 03 e8").events() == "pong  | close 1000 peer");
+        limits.control_frames_per_second = 0;
+        End loose(Role::server, limits);
+        for (int i = 0; i < 10'000; ++i) loose.peer("8a 00");
+        CHECK(loose.connection.is_open());
+    }
+
+    // ---- pings -----------------------------------------------------------------------------------------------------
+
+    TEST_CASE("a ping is answered with a pong of the same payload") {
+        for (const std::size_t size : std::initializer_list<std::size_t>{0, 1, 5, 124, 125})
+            for (const Role role : both_roles) {
+                CAPTURE(size);
+                End end(role);
+                end.peer_sends(frame(0x89, bytes_of(size)), 1);
+                CHECK((end.events() == "ping " + bytes_of(size)));
+                CHECK(end.sent() ==
+                      to_hex(wire(role == Role::server ? Role::client : Role::server, frame(0x8A, bytes_of(size)))));
+            }
+    }
+
+    TEST_CASE("every ping of a peer that reads is answered, in order") {
+        End end;
+        CHECK(end.peer("89 01 61 89 01 62 89 01 63").events() == "ping a | ping b | ping c");
+        CHECK(end.sent() == "8a 01 61 8a 01 62 8a 01 63");
+    }
+
+    TEST_CASE("of the pings of a peer that does not read only the latest is answered, when it reads again") {
+        End end;
+        end.connection.send(Opcode::text, "x");
+        end.connection.set_blocked(true);
+        CHECK(end.peer("89 01 61 89 01 62 89 01 63").events() == "ping a | ping b | ping c");
+        CHECK(end.sent() == "81 01 78");
+        end.connection.set_blocked(false);
+        end.connection.send_waiting_pong();
+        CHECK(end.sent() == "8a 01 63");
+        end.connection.send_waiting_pong();
+        CHECK(end.sent() == "");
+    }
+
+    TEST_CASE("a million pings of a peer that does not read queue nothing") {
+        Limits limits;
+        limits.control_frames_per_second = 0;
+        End end(Role::server, limits);
+        end.connection.set_blocked(true);
+        const std::string pings = [] {
+            std::string many;
+            for (int i = 0; i < 1000; ++i) many += frame(0x89, std::string(125, 'p'));
+            return masked(many);
+        }();
+        for (int i = 0; i < 1000; ++i) {
+            std::string copy = pings;
+            end.connection.receive(&copy[0], copy.size(), end.now);
+            while (end.connection.next_event().kind != Event::Kind::none) {
+            }
+        }
+        CHECK(end.connection.output().size() == 0);
+        CHECK(end.connection.is_open());
+    }
+
+    TEST_CASE("a pong that waits is not sent to a connection that has closed") {
+        End end;
+        end.connection.set_blocked(true);
+        end.peer("89 01 61 88 00");
+        CHECK(end.sent() == "88 00");
+        end.connection.send_waiting_pong();
+        CHECK(end.sent() == "");
+    }
+
+    TEST_CASE("a pong that nobody asked for is not answered") {
+        End end;
+        // RFC 6455 5.5.3: "A response to an unsolicited Pong frame is not expected."
+        CHECK(end.peer("8a 02 68 69").events() == "pong hi");
+        CHECK(end.sent() == "");
+        CHECK(end.connection.is_open());
+    }
+
+    // ---- keepalive -------------------------------------------------------------------------------------------------
+
+    TEST_CASE("a silent peer is pinged, and is gone when it stays silent") {
+        End end;  // 20 s and 20 s
+        CHECK(end.connection.deadline() == start + 20s);
+        end.tick_after(20s - 1ns);
+        CHECK(end.sent() == "");
+        end.tick_after(1ns);
+        CHECK(end.sent() == "89 00");
+        CHECK(end.connection.deadline() == start + 40s);
+        end.tick_after(20s - 1ns);
+        CHECK(end.events() == "");
+        end.tick_after(1ns);
+        CHECK(end.events() == "close 1006 ping timeout");
+        CHECK(end.connection.close_reason() == "the peer did not answer a ping");
+        CHECK(end.connection.aborted());
+        CHECK(end.connection.deadline() == Time::max());
+    }
+
+    TEST_CASE("every byte of a peer counts as life") {
+        for (const std::string bytes : {"8a 00", "81 00", "81", "89 00", "01 01 41"}) {
+            CAPTURE(bytes);
+            End end(Role::client);
+            end.tick_after(20s);
+            end.sent();
+            end.now += 19s;
+            end.give(hex(bytes));
+            CHECK(end.connection.deadline() == end.now + 20s);
+            end.tick_after(1s);
+            CHECK(end.connection.is_open());
+            end.tick_after(19s);
+            CHECK(end.sent().substr(0, 5) == (bytes == "89 00" ? "8a 80" : "89 80"));
+        }
+    }
+
+    TEST_CASE("a peer that takes some of a backlog lives") {
+        End end;
+        end.tick_after(20s);
+        end.now += 15s;
+        end.connection.reads_again(end.now);
+        CHECK(end.connection.deadline() == end.now + 20s);
+        end.tick_after(19s);
+        CHECK(end.connection.is_open());
+    }
+
+    TEST_CASE("a peer that takes some of a backlog has the whole closing timeout from then on") {
+        End end;  // 5 s
+        end.connection.close(CloseCode::normal, {}, end.now);
+        end.now += 4s;
+        end.connection.reads_again(end.now);
+        CHECK(end.connection.deadline() == end.now + 5s);
+        end.tick_after(5s);
+        CHECK(end.events() == "close 1006 closing timeout");
+    }
+
+    TEST_CASE("a timer of zero is off") {
+        Limits limits;
+        limits.ping_interval = 0s;
+        End silent(Role::server, limits);
+        CHECK(silent.connection.deadline() == Time::max());
+        silent.tick_after(10'000h);
+        CHECK(silent.sent() == "");
+        CHECK(silent.connection.is_open());
+
+        limits = {};
+        limits.ping_timeout = 0s;
+        End patient(Role::server, limits);
+        patient.tick_after(20s);
+        CHECK(patient.sent() == "89 00");
+        CHECK(patient.connection.deadline() == Time::max());
+        patient.tick_after(10'000h);
+        CHECK(patient.connection.is_open());
+        patient.peer("8a 00");
+        patient.tick_after(20s);
+        CHECK(patient.sent() == "89 00");
+
+        limits = {};
+        limits.closing_timeout = 0s;
+        End closing(Role::server, limits);
+        closing.connection.close(CloseCode::normal, {}, closing.now);
+        CHECK(closing.connection.deadline() == Time::max());
+        closing.tick_after(10'000h);
+        CHECK(closing.events() == "");
+    }
+
+    TEST_CASE("tick does something at the deadline and nothing before it") {
+        std::mt19937 random(7);
+        Limits limits;
+        limits.ping_interval = 7s;
+        limits.ping_timeout = 3s;
+        limits.closing_timeout = 2s;
+        for (int i = 0; i < 200; ++i) {
+            CAPTURE(i);
+            End end(Role::server, limits);
+            while (end.connection.state() != Connection::State::closed) {
+                const Time deadline = end.connection.deadline();
+                REQUIRE(deadline != Time::max());
+                REQUIRE(deadline > end.now);
+                const auto state = end.connection.state();
+                end.now += (deadline - end.now) / (2 + static_cast<int>(random() % 3));
+                end.connection.tick(end.now);
+                CHECK(end.sent() == "");
+                CHECK(end.connection.state() == state);
+                CHECK(end.connection.deadline() == deadline);
+                const auto choice = random() % 4;
+                if (choice == 0) end.peer("8a 00");
+                if (choice == 1) end.connection.close(CloseCode::normal, {}, end.now);
+                end.sent();
+                if (choice >= 2) {
+                    end.now = deadline;
+                    end.connection.tick(end.now);
+                    CHECK((end.sent() == "89 00" || end.connection.state() == Connection::State::closed));
+                }
+            }
+            end.connection.tick(end.now + 1h);
+            CHECK(end.sent() == "");
+        }
+    }
+
+    // ---- the closing handshake -------------------------------------------------------------------------------------
+
+    TEST_CASE("a Close frame of the peer is echoed") {
+        End end;
+        CHECK(end.peer("88 05 03 e8 62 79 65").events() == "close 1000 peer");
+        CHECK(end.sent() == "88 02 03 e8");
+        CHECK(end.connection.close_reason() == "bye");
+        CHECK(end.connection.state() == Connection::State::closed);
+        CHECK(!end.connection.aborted());
+    }
+
+    TEST_CASE("a Close frame without a code is echoed without one and reads as 1005") {
+        End end;
+        CHECK(end.peer("88 00").events() == "close 1005 peer");
+        CHECK(end.sent() == "88 00");
+        CHECK(end.connection.close_reason() == "");
+    }
+
+    TEST_CASE("a Close frame of ours waits for the peer's") {
+        End end;
+        CHECK(end.connection.close_cause() == CloseCause::none);
+        end.connection.close(CloseCode{4000}, "bye", end.now);
+        CHECK(end.sent() == "88 05 0f a0 62 79 65");
+        CHECK(end.connection.state() == Connection::State::closing);
+        CHECK(!end.connection.is_open());
+        CHECK(end.events() == "");
+        CHECK(end.peer("88 02 0f a0").events() == "close 4000 local");
+        CHECK(end.sent() == "");
+        CHECK(end.connection.state() == Connection::State::closed);
+    }
+
+    TEST_CASE("what the peer answers to our Close frame is the close code") {
+        End end;
+        end.connection.close(CloseCode::normal, "bye", end.now);
+        CHECK(end.peer("88 04 03 e9 6f 6b").events() == "close 1001 local");
+        CHECK(end.connection.close_reason() == "ok");
+    }
+
+    TEST_CASE("both sides may close at once") {
+        End server(Role::server), client(Role::client);
+        server.connection.close(CloseCode{4001}, "server", start);
+        client.connection.close(CloseCode{4002}, "client", start);
+        const std::string from_server = test::take_output(server.connection);
+        server.give(test::take_output(client.connection));
+        client.give(from_server);
+        CHECK(server.events() == "close 4002 local");
+        CHECK(client.events() == "close 4001 local");
+        CHECK(server.sent() == "");
+        CHECK(client.sent() == "");
+    }
+
+    TEST_CASE("a peer that does not answer our Close frame is gone after the closing timeout") {
+        End end;  // 5 s
+        end.now += 1s;
+        end.connection.close(CloseCode::going_away, {}, end.now);
+        CHECK(end.connection.deadline() == end.now + 5s);
+        // What still comes does not extend it.
+        end.now += 4s;
+        CHECK(end.peer("81 02 68 69 8a 00").events() == "pong ");
+        end.tick_after(1s - 1ns);
+        CHECK(end.connection.state() == Connection::State::closing);
+        end.tick_after(1ns);
+        CHECK(end.events() == "close 1006 closing timeout");
+        CHECK(end.connection.aborted());
+    }
+
+    TEST_CASE("of all codes those of RFC 6455 7.4 are echoed, the others are 1002") {
+        const auto legal = [](unsigned code) {
+            return (code >= 1000 && code <= 1003) || (code >= 1007 && code <= 1014) || (code >= 3000 && code <= 4999);
+        };
+        for (const Role role : both_roles)
+            for (unsigned code = 0; code <= 5000; ++code) {
+                CAPTURE(code);
+                End end(role);
+                end.peer_sends(frame(0x88, close_body(code, "why")));
+                const std::string answer = test::take_output(end.connection);
+                const Role reader = role == Role::server ? Role::client : Role::server;
+                if (legal(code)) {
+                    CHECK(end.events() == "close " + std::to_string(code) + " peer");
+                    CHECK(end.connection.close_reason() == "why");
+                    CHECK(answer == wire(reader, frame(0x88, close_body(code))));
+                } else {
+                    CHECK(end.events() == "close 1002 protocol error");
+                    CHECK(answer == wire(reader, frame(0x88, close_body(1002, end.connection.close_reason()))));
+                }
+            }
+        CHECK(End().peer("88 02 ff ff").events() == "close 1002 protocol error");
+    }
+
+    TEST_CASE("a Close frame with half a code is 1002, one with a reason that is not UTF-8 is 1007") {
+        CHECK(End().peer("88 01 03").events() == "close 1002 protocol error");
+        CHECK(End().peer("88 03 03 e8 ff").events() == "close 1007 protocol error");
+        CHECK(End().peer("88 03 03 e8 c3").events() == "close 1007 protocol error");
+        CHECK(End().peer("88 04 03 e8 c3 a9").events() == "close 1000 peer");
+        // The code is looked at first.
+        CHECK(End().peer("88 03 03 ed ff").events() == "close 1002 protocol error");
+    }
+
+    TEST_CASE("a reason of 123 bytes fits in either direction") {
+        const std::string reason = text_of(123);
+        End end;
+        end.peer_sends(frame(0x88, close_body(1000, reason)));
+        CHECK(end.connection.close_reason() == reason);
+        End ours;
+        ours.connection.close(CloseCode::normal, reason, start);
+        CHECK(ours.sent() == to_hex(frame(0x88, close_body(1000, reason))));
+    }
+
+    TEST_CASE("a reason of ours that is too long is cut at a character") {
+        End end;
+        const std::string reason = std::string(122, 'x') + "\xc3\xa9";
+        end.connection.fail(CloseCode::internal_error, reason);
+        CHECK(end.sent() == to_hex(frame(0x88, close_body(1011, std::string(122, 'x')))));
+    }
+
+    TEST_CASE("bytes after a Close frame are ignored") {
+        End end;
+        CHECK(end.peer("88 02 03 e8 81 02 68 69 89 00 88 02 03 e9 ff ff").events() == "close 1000 peer");
+        CHECK(end.sent() == "88 02 03 e8");
+        CHECK(end.peer("81 02 68 69 83 00 88 02 03 ea").events() == "");
+        CHECK(end.sent() == "");
+        CHECK(end.connection.close_code() == CloseCode::normal);
+    }
+
+    TEST_CASE("a second close changes nothing") {
+        End end;
+        end.connection.close(CloseCode{4000}, "first", end.now);
+        end.sent();
+        end.now += 3s;
+        end.connection.close(CloseCode{4001}, "second", end.now);
+        CHECK(end.sent() == "");
+        CHECK(end.connection.deadline() == start + 5s);
+        CHECK(end.peer("88 02 0f a0").events() == "close 4000 local");
+        end.connection.close(CloseCode{4002}, "third", end.now);
+        CHECK(end.sent() == "");
+        CHECK(end.connection.close_code() == CloseCode{4000});
+    }
+
+    TEST_CASE("nothing is sent after a Close frame") {
+        End end;
+        end.connection.close(CloseCode::normal, {}, end.now);
+        end.sent();
+        CHECK(end.connection.send(Opcode::text, "late") == WriteStatus::closed);
+        CHECK(end.connection.send_control(Opcode::ping, "late") == WriteStatus::closed);
+        CHECK(end.sent() == "");
+        end.peer("88 02 03 e8");
+        CHECK(end.connection.send(Opcode::text, "late") == WriteStatus::closed);
+        CHECK(end.connection.send_control(Opcode::ping, "late") == WriteStatus::closed);
+        CHECK(end.sent() == "");
+    }
+
+    TEST_CASE("a connection that is not open yet sends and reads nothing") {
+        Connection connection;
+        CHECK(connection.state() == Connection::State::connecting);
+        CHECK(connection.send(Opcode::text, "early") == WriteStatus::closed);
+        CHECK(connection.send_control(Opcode::ping, "early") == WriteStatus::closed);
+        CHECK(connection.next_event().kind == Event::Kind::none);
+        CHECK(connection.deadline() == Time::max());
+        CHECK(connection.output().empty());
+    }
+
+    TEST_CASE("messages after our Close frame are not delivered, but still checked") {
+        End end;
+        end.connection.close(CloseCode::normal, {}, end.now);
+        end.sent();
+        CHECK(end.peer("81 02 68 69 01 01 61 80 01 62").events() == "");
+        CHECK(end.peer("89 01 70").events() == "ping p");
+        // RFC 6455 5.5.2: a ping is answered "unless it already received a Close frame".
+        CHECK(end.sent() == "8a 01 70");
+        CHECK(end.peer("81 01 ff").events() == "close 1007 protocol error");
+        // There is only one Close frame.
+        CHECK(end.sent() == "");
+    }
+
+    TEST_CASE("what ends a connection in each state") {
+        struct State {
+            std::string name;
+            void (*reach)(End&);
+        };
+        const State states[] = {
+            {"open", [](End&) {}},
+            {"closing", [](End& e) { e.connection.close(CloseCode{4000}, {}, e.now); }},
+            {"closed by the peer", [](End& e) { e.peer("88 02 03 e8"); }},
+            {"failed", [](End& e) { e.peer("83 00"); }},
+            {"lost", [](End& e) { e.connection.receive_end("lost"); }},
+        };
+        struct Action {
+            std::string name;
+            void (*act)(End&);
+        };
+        const Action actions[] = {
+            {"close", [](End& e) { e.connection.close(CloseCode{4444}, {}, e.now); }},
+            {"fail", [](End& e) { e.connection.fail(CloseCode::internal_error, "", CloseCause::handler_exception); }},
+            {"abort", [](End& e) { e.connection.abort(CloseCause::shutdown, "enough"); }},
+            {"end of the stream", [](End& e) { e.connection.receive_end("hung up"); }},
+        };
+        // For each state and action: the events, and the bytes that are left to be sent.
+        const char* const expected[5][4][2] = {
+            {{"", "88 02 11 5c"},
+             {"close 1011 handler exception", "88 02 03 f3"},
+             {"close 1006 shutdown", ""},
+             {"close 1006 connection lost", ""}},
+            {{"", "88 02 0f a0"},
+             {"close 1011 handler exception", "88 02 0f a0"},
+             {"close 1006 shutdown", ""},
+             {"close 1006 local", ""}},
+            {{"close 1000 peer", "88 02 03 e8"},
+             {"close 1000 peer", "88 02 03 e8"},
+             {"close 1000 peer", "88 02 03 e8"},
+             {"close 1000 peer", "88 02 03 e8"}},
+            {{"close 1002 protocol error", "failed"},
+             {"close 1002 protocol error", "failed"},
+             {"close 1002 protocol error", "failed"},
+             {"close 1002 protocol error", "failed"}},
+            {{"close 1006 connection lost", ""},
+             {"close 1006 connection lost", ""},
+             {"close 1006 connection lost", ""},
+             {"close 1006 connection lost", ""}},
+        };
+        for (std::size_t s = 0; s < 5; ++s)
+            for (std::size_t a = 0; a < 4; ++a) {
+                CAPTURE(states[s].name);
+                CAPTURE(actions[a].name);
+                End end;
+                states[s].reach(end);
+                actions[a].act(end);
+                CHECK(end.events() == expected[s][a][0]);
+                const std::string sent = end.sent();
+                if (expected[s][a][1] == std::string("failed"))
+                    CHECK(sent == to_hex(frame(0x88, close_body(1002, "opcode is reserved"))));
+                else CHECK(sent == expected[s][a][1]);
+                const bool lost = end.connection.close_code() == CloseCode::abnormal;
+                CHECK(end.connection.aborted() == lost);
+                // Whatever comes then, there is no second event.
+                const bool over = s >= 2 || a >= 1;
+                CHECK((end.connection.state() == Connection::State::closed) == over);
+                if (!over) continue;
+                for (const Action& again : actions) again.act(end);
+                end.peer("81 02 68 69 88 02 03 e8").tick_after(1h);
+                CHECK(end.events() == "");
+                CHECK(end.sent() == "");
+            }
+    }
+
+    TEST_CASE("an end of the stream within a message loses the message") {
+        for (const std::string bytes : {"81", "81 05 48 65", "01 02 48 65", "89 05 48", "01 00 89 01"}) {
+            CAPTURE(bytes);
+            End end(Role::client);
+            end.give(hex(bytes));
+            end.connection.receive_end("the peer hung up");
+            CHECK(end.events() == "close 1006 connection lost");
+            CHECK(end.connection.close_reason() == "the peer hung up");
+        }
+    }
+
+    // ---- output ----------------------------------------------------------------------------------------------------
+
+    TEST_CASE("a message that waits is queued, one that does not is sent") {
+        End end;
+        CHECK(end.connection.send(Opcode::text, "a") == WriteStatus::sent);
+        end.connection.set_blocked(true);
+        CHECK(end.connection.blocked());
+        CHECK(end.connection.send(Opcode::text, "b") == WriteStatus::queued);
+        CHECK(end.connection.send_control(Opcode::ping, "c") == WriteStatus::queued);
+        end.connection.set_blocked(false);
+        CHECK(end.connection.send(Opcode::text, "d") == WriteStatus::sent);
+        CHECK(end.sent() == "81 01 61 81 01 62 89 01 63 81 01 64");
+    }
+
+    Limits backlog_of_100(wschat::BacklogPolicy policy) {
+        Limits limits;
+        limits.max_backlog = 100;
+        limits.backlog_policy = policy;
+        return limits;
+    }
+
+    TEST_CASE("a message over the backlog limit is dropped and counted where that is the policy") {
+        End end(Role::server, backlog_of_100(wschat::BacklogPolicy::drop));
+        const std::string sixty(60, 'x');
+        CHECK(end.connection.send(Opcode::text, sixty) == WriteStatus::sent);  // 62 bytes
+        CHECK(end.connection.send(Opcode::text, sixty) == WriteStatus::dropped);
+        CHECK(end.connection.send(Opcode::text, std::string(37, 'x')) == WriteStatus::dropped);
+        CHECK(end.connection.dropped_messages() == 2);
+        CHECK(end.connection.send(Opcode::text, std::string(36, 'y')) == WriteStatus::sent);  // 100 bytes
+        CHECK(end.connection.output().size() == 100);
+        CHECK(end.connection.is_open());
+        CHECK(end.sent() == to_hex(frame(0x81, sixty) + frame(0x81, std::string(36, 'y'))));
+        CHECK(end.connection.send(Opcode::text, sixty) == WriteStatus::sent);
+        CHECK(end.connection.dropped_messages() == 2);
+    }
+
+    TEST_CASE("a message over the backlog limit closes with 1008 where that is the policy") {
+        End end(Role::server, backlog_of_100(wschat::BacklogPolicy::close));
+        const std::string sixty(60, 'x');
+        CHECK(end.connection.send(Opcode::text, sixty) == WriteStatus::sent);
+        CHECK(end.connection.send(Opcode::text, sixty) == WriteStatus::closed);
+        CHECK(end.events() == "close 1008 backlog");
+        CHECK(end.connection.close_reason() == "the peer reads too slowly");
+        CHECK(end.connection.dropped_messages() == 0);
+        CHECK(!end.connection.aborted());
+        CHECK(end.sent() == to_hex(frame(0x81, sixty) + frame(0x88, close_body(1008, "the peer reads too slowly"))));
+    }
+
+    TEST_CASE("one message may always wait, whatever its size") {
+        for (const Role role : both_roles) {
+            End end(role, backlog_of_100(wschat::BacklogPolicy::drop));
+            CHECK(end.connection.send(Opcode::binary, std::string(5000, 'x')) == WriteStatus::sent);
+            CHECK(end.connection.send(Opcode::binary, "") == WriteStatus::dropped);
+            end.sent();
+            CHECK(end.connection.send(Opcode::binary, std::string(5000, 'x')) == WriteStatus::sent);
+        }
+    }
+
+    TEST_CASE("control frames pass the backlog limit") {
+        End end(Role::server, backlog_of_100(wschat::BacklogPolicy::close));
+        end.connection.send(Opcode::binary, std::string(5000, 'x'));
+        CHECK(end.connection.send_control(Opcode::ping, "a") == WriteStatus::sent);
+        CHECK(end.connection.send_control(Opcode::pong, "b") == WriteStatus::sent);
+        end.peer("89 01 63");
+        end.connection.close(CloseCode::normal, {}, end.now);
+        const std::string sent = end.sent();
+        CHECK(sent.substr(sent.size() - 38) == "89 01 61 8a 01 62 8a 01 63 88 02 03 e8");
+        CHECK(end.connection.state() == Connection::State::closing);
+    }
+
+    TEST_CASE("a frame that is encoded once is sent by many") {
+        wschat::SendArena arena;
+        const wschat::EncodedFrame encoded(arena, Opcode::text, "Hello");
+        for (int i = 0; i < 3; ++i) {
+            End end;
+            CHECK(end.connection.send(encoded) == WriteStatus::sent);
+            CHECK(end.sent() == "81 05 48 65 6c 6c 6f");
+        }
+    }
+
+    TEST_CASE("a large message is offered to the transport, and what it does not take is queued") {
+        const std::string payload = bytes_of(100'000), bytes = frame(0x82, payload);
+        for (const std::size_t taken :
+             std::initializer_list<std::size_t>{0, 1, 9, 10, 11, 50'000, bytes.size() - 1, bytes.size()}) {
+            CAPTURE(taken);
+            End end;
+            std::string offered;
+            const auto offer = [&](const std::string_view* pieces, std::size_t count) {
+                for (std::size_t i = 0; i < count; ++i) offered += pieces[i];
+                end.connection.set_blocked(taken != bytes.size());
+                return taken;
+            };
+            CHECK(end.connection.send(Opcode::binary, payload, offer) ==
+                  (taken == bytes.size() ? WriteStatus::sent : WriteStatus::queued));
+            CHECK((offered == bytes));
+            CHECK((bytes.substr(0, taken) + test::take_output(end.connection) == bytes));
+        }
+    }
+
+    TEST_CASE("a message is not offered where it would overtake another, or could not leave at all") {
+        const std::string large = bytes_of(100'000);
+        const auto never = [](const std::string_view*, std::size_t) -> std::size_t {
+            FAIL("it was offered");
+            return 0;
+        };
+        End behind_another;
+        behind_another.connection.send(Opcode::text, "first");
+        CHECK(behind_another.connection.send(Opcode::binary, large, never) == WriteStatus::sent);
+        CHECK((test::take_output(behind_another.connection) == frame(0x81, "first") + frame(0x82, large)));
+        End blocked;
+        blocked.connection.set_blocked(true);
+        CHECK(blocked.connection.send(Opcode::binary, large, never) == WriteStatus::queued);
+        CHECK((test::take_output(blocked.connection) == frame(0x82, large)));
+        End closed;
+        closed.connection.close(CloseCode::normal, {}, start);
+        closed.sent();
+        CHECK(closed.connection.send(Opcode::binary, large, never) == WriteStatus::closed);
+        CHECK(closed.sent() == "");
+        End client(Role::client);
+        CHECK(client.connection.send(Opcode::binary, large, never) == WriteStatus::sent);
+        CHECK((test::take_output(client.connection) == masked(frame(0x82, large))));
+    }
+
+    wschat::MaskKey counted_mask() {
+        static unsigned char count = 0;
+        return {++count, 0x00, 0xff, 0x10};
+    }
+
+    TEST_CASE("a client asks for a new mask for each frame") {
+        // RFC 6455 5.3: "a fresh masking key MUST be chosen" for every frame.
+        Limits limits;
+        wschat::SendArena arena;
+        Connection client;
+        client.open(Role::client, limits, arena, start, &counted_mask);
+        client.send(Opcode::text, "ab");
+        client.send(Opcode::binary, "ab");
+        client.send_control(Opcode::ping, "");
+        client.close(CloseCode::normal, {}, start);
+        CHECK(to_hex(test::take_output(client)) ==
+              "81 82 01 00 ff 10 60 62 82 82 02 00 ff 10 63 62 89 80 03 00 ff 10 88 82 04 00 ff 10 07 e8");
+    }
+
+    TEST_CASE("a server does not mask, whatever it is given") {
+        // RFC 6455 5.1: "A server MUST NOT mask any frames that it sends to the client."
+        Limits limits;
+        wschat::SendArena arena;
+        Connection server;
+        server.open(Role::server, limits, arena, start, &counted_mask);
+        server.send(Opcode::text, "ab");
+        server.close(CloseCode::normal, {}, start);
+        CHECK(to_hex(test::take_output(server)) == "81 02 61 62 88 02 03 e8");
+    }
+
+    // ---- reading in place, and putting off --------------------------------------------------------------------------
+
+    TEST_CASE("a large frame that is read in place is the same message") {
+        for (const Role role : both_roles)
+            for (const std::size_t piece : {std::size_t{997}, std::size_t{16'384}, std::size_t{300'000}})
+                for (const bool binary : {false, true}) {
+                    CAPTURE(piece);
+                    CAPTURE(binary);
+                    const std::string payload = binary ? bytes_of(1'000'003) : text_of(1'000'003);
+                    const std::string frames = frame(binary ? 0x82 : 0x81, payload) + frame(0x81, "next");
+                    End end(role);
+                    CHECK((end.give_in_place(wire(role, frames), piece).events() ==
+                           (binary ? "binary " : "text ") + payload + " | text next"));
+                    CHECK(end.in_place > 500'000);
+                }
+    }
+
+    TEST_CASE("a large fragment that is read in place joins the others") {
+        const std::string payload = text_of(500'000);
+        const std::string frames = frame(0x01, payload.substr(0, 100'001)) + frame(0x89, "p") +
+                                   frame(0x00, payload.substr(100'001, 199'999)) + frame(0x80, payload.substr(300'000));
+        End end;
+        CHECK((end.give_in_place(masked(frames), 30'000).events() == "ping p | text " + payload));
+        CHECK(end.in_place > 200'000);
+    }
+
+    TEST_CASE("text that is read in place is checked as it comes") {
+        std::string payload = text_of(1'000'000);
+        payload[600'000] = '\xff';
+        End end;
+        const std::string bytes = masked(frame(0x81, payload));
+        end.give_in_place(bytes.substr(0, 590'000), 10'000);
+        CHECK(end.connection.is_open());
+        end.give_in_place(bytes.substr(590'000, 20'000), 10'000);
+        CHECK(end.events() == "close 1007 protocol error");
+        CHECK(end.connection.receive_area().first == nullptr);
+    }
+
+    TEST_CASE("small frames and control frames have no place of their own") {
+        End end(Role::client);
+        CHECK(end.connection.receive_area().first == nullptr);
+        end.give(hex("81 7e 10 00") + std::string(100, 'x'));
+        CHECK(end.connection.receive_area().first == nullptr);
+        end.give(std::string(3996, 'x'));
+        end.events();
+        end.give(hex("02 7f 00 00 00 00 00 01 00 00") + std::string(40'000, 'x'));
+        CHECK(end.connection.receive_area().first != nullptr);
+        end.give(std::string(25'536, 'x') + hex("89 05 61"));
+        CHECK(end.connection.receive_area().first == nullptr);
+    }
+
+    TEST_CASE("input that is put aside is gone on with") {
+        for (const Role role : both_roles) {
+            const std::string bytes =
+                wire(role, frame(0x81, "one") + frame(0x89, "p") + frame(0x81, text_of(500)) + frame(0x01, "th") +
+                               frame(0x80, "ree") + frame(0x82, "half a frame"));
+            const std::size_t cut = bytes.size() - 5;
+            End end(role);
+            {
+                std::string piece = bytes.substr(0, cut);
+                end.connection.receive(&piece[0], piece.size(), end.now);
+                // Each time one event is taken and the rest is put aside.
+                end.note(end.connection.next_event());
+                end.connection.keep_input();
+                piece.assign(piece.size(), '\xff');
+            }
+            for (int i = 0; i < 3; ++i) {
+                end.connection.resume();
+                end.note(end.connection.next_event());
+                end.connection.keep_input();
+            }
+            end.connection.resume();
+            CHECK((end.events() == "text one | ping p | text " + text_of(500) + " | text three"));
+            CHECK(end.give(bytes.substr(cut)).events() == "binary half a frame");
+        }
+    }
+
+    TEST_CASE("putting nothing aside and going on with nothing change nothing") {
+        End end;
+        end.connection.keep_input();
+        end.connection.resume();
+        CHECK(end.peer("81 02 68 69").events() == "text hi");
+        end.connection.keep_input();
+        end.connection.keep_input();
+        end.connection.resume();
+        end.connection.resume();
+        CHECK(end.events() == "");
+        CHECK(end.peer("81 02 68 69").events() == "text hi");
+    }
+
+    TEST_CASE("input that is put aside is forgotten when the connection ends") {
+        End end;
+        std::string piece = masked(hex("81 01 61 81 01 62"));
+        end.connection.receive(&piece[0], piece.size(), end.now);
+        end.note(end.connection.next_event());
+        end.connection.keep_input();
+        end.connection.fail(CloseCode::internal_error, "");
+        end.connection.resume();
+        CHECK(end.events() == "text a | close 1011 protocol error");
+    }
+
+    // ---- illegal calls ---------------------------------------------------------------------------------------------
+
+    TEST_CASE("illegal calls are an Error with a sentence") {
+        End end;
+        Connection fresh;
+        CHECK_THROWS_WITH_AS(fresh.open(Role::client, end.limits, end.arena, start),
+                             "Connection::open: a client needs a source of masks", Error);
+        CHECK_THROWS_WITH_AS(end.connection.send_control(Opcode::ping, std::string(126, 'x')),
+                             "ping: a payload of 126 bytes is over 125", Error);
+        CHECK_THROWS_WITH_AS(end.connection.close(CloseCode::normal, std::string(124, 'x'), start),
+                             "close: a reason of 124 bytes is over 123", Error);
+        CHECK_THROWS_WITH_AS(end.connection.close(CloseCode::normal, "\xff", start), "close: the reason is not UTF-8",
+                             Error);
+        for (const unsigned code : {0u, 999u, 1004u, 1005u, 1006u, 1015u, 2999u, 5000u}) {
+            const std::string sentence = "close: " + std::to_string(code) + " is not a code that may be sent";
+            CHECK_THROWS_WITH_AS(end.connection.close(static_cast<CloseCode>(code), {}, start), sentence.c_str(),
+                                 Error);
+        }
+        CHECK(end.sent() == "");
+        CHECK(end.connection.is_open());
+        // Also where the connection has closed: the mistake does not hide behind the state.
+        end.peer("88 00");
+        CHECK_THROWS_AS(end.connection.close(CloseCode::abnormal, {}, start), Error);
+    }
+}

@@ -1,0 +1,829 @@
+// § 13 as an HTTP server, over real sockets: pages, files and folders, and every refusal as a complete answer.
+#include "support.hpp"
+
+#include <filesystem>
+#include <fstream>
+
+using namespace wschat;
+using namespace std::chrono_literals;
+using test::hex;
+using test::RawClient;
+using test::RunningServer;
+namespace fs = std::filesystem;
+
+namespace {
+
+// "" where the call throws no Error.
+template <class Call>
+std::string error_of(Call&& call) {
+    try {
+        call();
+    } catch (const Error& error) {
+        return error.what();
+    }
+    return "";
+}
+
+bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+
+// An answer of a server, as it stands on the wire.
+struct Answer {
+    int status = 0;  // 0: none that is complete
+    std::string head, body;
+
+    std::string header(std::string_view name) const {
+        return std::string(Fields(std::string_view(head).substr(head.find('\n') + 1)).find(name).value_or(""));
+    }
+};
+
+// The next answer of a connection, taken out of what has come. To HEAD, the head is all of it.
+Answer next_answer(RawClient& client, bool to_head = false) {
+    Answer answer;
+    if (!client.read_until("\r\n\r\n")) return answer;
+    const std::size_t head_size = client.received.find("\r\n\r\n") + 4;
+    answer.head = client.received.substr(0, head_size);
+    const int status = std::atoi(answer.head.substr(9, 3).c_str());
+    const auto length = text::unsigned_number(answer.header("content-length"), UINT64_MAX);
+    const std::size_t body_size = to_head || !length ? 0 : static_cast<std::size_t>(*length);
+    if (!client.read_at_least(head_size + body_size)) return answer;
+    answer.body = client.received.substr(head_size, body_size);
+    client.received.erase(0, head_size + body_size);
+    answer.status = status;
+    return answer;
+}
+
+std::string request(std::string_view target, std::string_view headers = {}, std::string_view method = "GET") {
+    return std::string(method) + " " + std::string(target) + " HTTP/1.1\r\nHost: x\r\n" + std::string(headers) + "\r\n";
+}
+
+// One request on a connection of its own.
+Answer fetch(int port, std::string_view target, std::string_view headers = {}, std::string_view method = "GET") {
+    RawClient client(port);
+    client.send(request(target, headers, method));
+    return next_answer(client, method == "HEAD");
+}
+
+// A folder of its own, which is gone afterwards with all that lies in it.
+class Folder {
+public:
+    Folder() {
+        char name[] = "/tmp/wschat-test-XXXXXX";
+        REQUIRE(::mkdtemp(name) != nullptr);
+        path_ = name;
+    }
+    Folder(const Folder&) = delete;
+    Folder& operator=(const Folder&) = delete;
+    ~Folder() {
+        std::error_code ignored;
+        fs::remove_all(path_, ignored);
+    }
+    std::string write(const std::string& name, std::string_view content) const {
+        fs::create_directories((path_ / name).parent_path());
+        std::ofstream(path_ / name, std::ios::binary) << content;
+        return (path_ / name).string();
+    }
+    fs::path operator/(const std::string& name) const { return path_ / name; }
+
+private:
+    fs::path path_;
+};
+
+std::string large_content() {
+    std::string content(20 * 1024 * 1024, '\0');
+    for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 7 + i / 1000);
+    return content;
+}
+
+struct Echo : WebSocketHandler {
+    void on_message(const Message& m) override { write_message(m); }
+};
+
+Response hello(const Request&) { return Response(200, "hello"); }
+
+std::string upgrade(std::string_view headers, std::string_view request_line = "GET / HTTP/1.1",
+                    std::string_view key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+                    std::string_view version = "Sec-WebSocket-Version: 13\r\n") {
+    return std::string(request_line) + "\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + std::string(key) +
+           std::string(version) + std::string(headers) + "\r\n";
+}
+
+}  // namespace
+
+TEST_SUITE_BEGIN("server");
+
+// ---- pages ----------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a page is what its function answers, with its headers and its length") {
+    RunningServer running;
+    running.server.get("/", [](const Request&) {
+        Response response = Response::html("<p>Hello</p>");
+        response.set_header("Set-Cookie", "a=1").set_header("Set-Cookie", "b=2");
+        return response;
+    });
+    running.start();
+    const Answer answer = fetch(running.port(), "/");
+    CHECK(answer.head.substr(0, 17) == "HTTP/1.1 200 OK\r\n");
+    CHECK(answer.body == "<p>Hello</p>");
+    CHECK(answer.header("content-type") == "text/html; charset=utf-8");
+    CHECK(answer.header("content-length") == "12");
+    CHECK(answer.header("x-content-type-options") == "nosniff");
+    CHECK(answer.header("date").size() == std::string("Sun, 06 Nov 1994 08:49:37 GMT").size());
+    CHECK(contains(answer.head, "\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n"));
+    CHECK(answer.header("connection") == "");
+}
+
+TEST_CASE("a page knows the parameters of its path, of its query and its cookies") {
+    RunningServer running;
+    running.server.get("/users/{name}/{rest...}", [](const Request& r) {
+        return Response(200, std::string(r.param("name")) + "|" + std::string(r.param("rest")) + "|" +
+                                 r.query("q").value_or("-") + "|" + std::string(r.cookie("id").value_or("-")));
+    });
+    running.start();
+    CHECK(fetch(running.port(), "/users/Anna%20B/x/y?q=a+b", "Cookie: id=7\r\n").body == "Anna B|x/y|a b|7");
+    CHECK(fetch(running.port(), "/users/Anna/").body == "Anna||-|-");
+}
+
+TEST_CASE("the statuses and bodies that a page may answer arrive as they are") {
+    RunningServer running;
+    running.server.get("/json", [](const Request&) { return Response::json(Json{{"a", 1}}, 201); });
+    running.server.get("/redirect", [](const Request&) { return Response::redirect("/json", 303); });
+    running.server.get("/empty", [](const Request&) { return Response(204); });
+    running.server.get("/gone", [](const Request&) { return Response(410, "Gone.\n"); });
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/json") + request("/redirect") + request("/empty") + request("/gone"));
+    const Answer json = next_answer(client);
+    CHECK(json.status == 201);
+    CHECK(json.body == "{\"a\":1}");
+    CHECK(json.header("content-type") == "application/json");
+    const Answer redirect = next_answer(client);
+    CHECK(redirect.status == 303);
+    CHECK(redirect.header("location") == "/json");
+    CHECK(redirect.header("content-length") == "0");
+    // RFC 9110 8.6: "A server MUST NOT send a Content-Length header field in any response with a status code of ... 204".
+    const Answer empty = next_answer(client);
+    CHECK(empty.status == 204);
+    CHECK(empty.header("content-length") == "");
+    CHECK(next_answer(client).status == 410);
+}
+
+TEST_CASE("an exception out of a page is a 500 that tells the peer nothing of it, and the server lives") {
+    RunningServer running;
+    std::vector<std::string> log;
+    running.server.on_log([&](const LogEntry& entry) { log.push_back(to_string(entry)); });
+    running.server.get("/", [](const Request&) -> Response { throw std::runtime_error("the database is down"); });
+    running.server.get("/hello", hello);
+    running.start();
+    const Answer answer = fetch(running.port(), "/");
+    CHECK(answer.status == 500);
+    CHECK_FALSE(answer.body.empty());
+    CHECK_FALSE(contains(answer.body, "database"));
+    CHECK(fetch(running.port(), "/hello").status == 200);
+    CHECK(running.metrics().handler_exceptions == 1);
+    running.stop();
+    CHECK(std::any_of(log.begin(), log.end(), [](const std::string& line) {
+        return contains(line, "error exception in=\"get\" what=\"the database is down\"");
+    }));
+}
+
+TEST_CASE("an exception out of a page that is no std::exception is a 500 too") {
+    RunningServer running;
+    running.server.get("/", [](const Request&) -> Response { throw 42; });
+    running.server.get("/hello", hello);
+    running.start();
+    CHECK(fetch(running.port(), "/").status == 500);
+    CHECK(fetch(running.port(), "/hello").status == 200);
+}
+
+TEST_CASE("a HEAD is answered by the head that a GET gets, and nothing more") {
+    Folder folder;
+    RunningServer running;
+    running.server.get("/page", hello);
+    running.server.file("/file", folder.write("a.txt", "0123456789"));
+    running.start();
+    for (const std::string target : {"/page", "/file", "/nothing"}) {
+        CAPTURE(target);
+        const Answer get = fetch(running.port(), target);
+        RawClient client(running.port());
+        client.send(request(target, "", "HEAD") + request("/page", "Connection: close\r\n"));
+        const Answer head = next_answer(client, true);
+        CHECK(head.status == get.status);
+        for (const char* name : {"content-length", "content-type", "etag", "last-modified"}) {
+            CAPTURE(std::string(name));
+            CHECK(head.header(name) == get.header(name));
+        }
+        // What follows at once is the next answer, not a body.
+        const Answer next = next_answer(client);
+        CHECK(next.status == 200);
+        CHECK(next.body == "hello");
+    }
+}
+
+TEST_CASE("a HEAD is answered without a body by whatever it is refused with") {
+    // RFC 9110 9.3.2: "the server MUST NOT send content in the response".
+    RunningServer running;
+    running.server.get("/page", hello);
+    running.server.get("/throws", [](const Request&) -> Response { throw std::runtime_error("no"); });
+    running.server.route<Echo>("/");
+    running.server.allow_hosts({"x"});
+    running.start();
+    const struct {
+        std::string what, request;
+        int status;
+    } table[] = {
+        {"an exception", request("/throws", "", "HEAD"), 500},
+        {"a body", request("/page", "Content-Length: 5\r\n", "HEAD"), 413},
+        {"another host", "HEAD /page HTTP/1.1\r\nHost: y\r\n\r\n", 421},
+        {"an upgrade", upgrade("", "HEAD / HTTP/1.1"), 405},
+        {"no route", upgrade("", "HEAD /nothing HTTP/1.1"), 404},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.what);
+        RawClient client(running.port());
+        client.send(row.request);
+        CHECK(client.read_to_end());
+        CHECK(next_answer(client, true).status == row.status);
+        CHECK(client.received == "");
+    }
+}
+
+TEST_CASE("a connection is kept for further requests, until one asks to close it") {
+    RunningServer running;
+    running.server.get("/{name}", [](const Request& r) { return Response(200, std::string(r.param("name"))); });
+    running.start();
+    RawClient client(running.port());
+    for (int i = 0; i < 50; ++i) {
+        client.send(request("/" + std::to_string(i)));
+        REQUIRE(next_answer(client).body == std::to_string(i));
+    }
+    CHECK(running.metrics().connections_accepted == 1);
+    client.send(request("/last", "Connection: close\r\n"));
+    const Answer last = next_answer(client);
+    CHECK(last.body == "last");
+    CHECK(last.header("connection") == "close");
+    CHECK(client.read_to_end());
+    CHECK(client.received == "");
+}
+
+TEST_CASE("an HTTP/1.0 request gets its page, and the connection ends") {
+    RunningServer running;
+    running.server.get("/", hello);
+    running.start();
+    RawClient client(running.port());
+    client.send("GET / HTTP/1.0\r\n\r\n");
+    CHECK(client.read_to_end());
+    const Answer answer = next_answer(client);
+    CHECK(answer.body == "hello");
+    CHECK(answer.header("connection") == "close");
+}
+
+TEST_CASE("a peer that has shut its sending side still gets the whole answer") {
+    Folder folder;
+    const std::string content = large_content();
+    RunningServer running;
+    running.server.file("/", folder.write("large.bin", content));
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/"));
+    client.shutdown_send();
+    const Answer answer = next_answer(client);
+    CHECK(answer.status == 200);
+    CHECK((answer.body == content));
+    CHECK(client.read_to_end());
+}
+
+// ---- pipelining -----------------------------------------------------------------------------------------------------
+
+TEST_CASE("pipelined requests are answered in their order, with a large file between them") {
+    Folder folder;
+    const std::string content = large_content();
+    RunningServer running;
+    running.server.file("/large", folder.write("large.bin", content));
+    running.server.get("/{name}", [](const Request& r) { return Response(200, std::string(r.param("name"))); });
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/1") + request("/large") + request("/2") + request("/large", "", "HEAD") + request("/3") +
+                request("/large") + request("/4"));
+    CHECK(next_answer(client).body == "1");
+    CHECK((next_answer(client).body == content));
+    CHECK(next_answer(client).body == "2");
+    CHECK(next_answer(client, true).header("content-length") == std::to_string(content.size()));
+    CHECK(next_answer(client).body == "3");
+    CHECK((next_answer(client).body == content));
+    CHECK(next_answer(client).body == "4");
+}
+
+TEST_CASE("a thousand pipelined requests are answered, wherever the pieces that they come in are cut") {
+    RunningServer running;
+    running.server.get("/{name}", [](const Request& r) { return Response(200, std::string(r.param("name"))); });
+    running.start();
+    std::string all;
+    for (int i = 0; i < 1000; ++i) all += request("/" + std::to_string(i));
+    for (const std::size_t piece : {all.size(), std::size_t{4096}, std::size_t{777}}) {
+        CAPTURE(piece);
+        RawClient client(running.port());
+        for (std::size_t at = 0; at < all.size(); at += piece) client.send(std::string_view(all).substr(at, piece));
+        for (int i = 0; i < 1000; ++i) REQUIRE(next_answer(client).body == std::to_string(i));
+    }
+}
+
+TEST_CASE("what follows a request that asks to close is not answered") {
+    RunningServer running;
+    std::atomic<int> asked{0};
+    running.server.get("/", [&](const Request&) {
+        ++asked;
+        return Response(200, "hello");
+    });
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/") + request("/", "Connection: close\r\n") + request("/"));
+    CHECK(client.read_to_end());
+    CHECK(next_answer(client).status == 200);
+    CHECK(next_answer(client).status == 200);
+    CHECK(client.received == "");
+    CHECK(asked == 2);
+}
+
+// ---- refusals -------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a refusal is a complete answer with a sentence, and what comes after it is never a next request") {
+    RunningServer running;
+    std::atomic<int> smuggled{0};
+    running.server.get("/", hello);
+    running.server.get("/second", [&](const Request&) {
+        ++smuggled;
+        return Response(200, "smuggled");
+    });
+    running.server.route<Echo>("/");
+    running.server.allow_hosts({"x"});
+    running.start();
+    const std::string get = "GET / HTTP/1.1\r\nHost: x\r\n";
+    const struct {
+        std::string what, request;
+        int status;
+        std::string header, value;
+    } table[] = {
+        // FAULTS 1
+        {"upgrade by POST", upgrade("", "POST / HTTP/1.1"), 405, "Allow", "GET"},
+        {"upgrade by HTTP/1.0", upgrade("", "GET / HTTP/1.0"), 505, "", ""},
+        {"HTTP/2.0", "GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505, "", ""},
+        {"HTTP/0.9", "GET /\r\nHost: x\r\n\r\n", 400, "", ""},
+        // FAULTS 2
+        {"no Host", "GET / HTTP/1.1\r\n\r\n", 400, "", ""},
+        {"two Hosts", get + "Host: x\r\n\r\n", 400, "", ""},
+        {"an invalid Host", "GET / HTTP/1.1\r\nHost: x/y\r\n\r\n", 400, "", ""},
+        {"a host that is not served", "GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421, "", ""},
+        {"an upgrade for such a host", upgrade("", "GET http://evil.example/ HTTP/1.1"), 421, "", ""},
+        // FAULTS 4
+        {"no key", upgrade("", "GET / HTTP/1.1", ""), 400, "", ""},
+        {"two keys", upgrade("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), 400, "", ""},
+        {"a key of 15 bytes", upgrade("", "GET / HTTP/1.1", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j\r\n"), 400, "", ""},
+        {"no version", upgrade("", "GET / HTTP/1.1", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", ""), 426,
+         "Sec-WebSocket-Version", "13"},
+        {"version 8", upgrade("", "GET / HTTP/1.1", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+                              "Sec-WebSocket-Version: 8\r\n"), 426, "Sec-WebSocket-Version", "13"},
+        // FAULTS 5
+        {"space before the colon", get + "A : b\r\n\r\n", 400, "", ""},
+        {"a folded line", get + "A: b\r\n c\r\n\r\n", 400, "", ""},
+        {"NUL in a value", get + std::string("A: b\0c\r\n\r\n", 10), 400, "", ""},
+        {"a bare LF", "GET / HTTP/1.1\nHost: x\n\n", 400, "", ""},
+        {"a bare CR", get + "A: b\rc\r\n\r\n", 400, "", ""},
+        {"a header without a name", get + ": b\r\n\r\n", 400, "", ""},
+        {"a header without a colon", get + "Abc\r\n\r\n", 400, "", ""},
+        // FAULTS 6
+        {"Content-Length beside Transfer-Encoding",
+         "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "", ""},
+        {"two Content-Lengths", get + "Content-Length: 0\r\nContent-Length: 0\r\n\r\n", 400, "", ""},
+        {"a signed Content-Length", get + "Content-Length: +0\r\n\r\n", 400, "", ""},
+        {"a Content-Length past 64 bits", get + "Content-Length: 99999999999999999999999\r\n\r\n", 400, "", ""},
+        {"a coding that is not implemented", get + "Transfer-Encoding: gzip\r\n\r\n", 501, "", ""},
+        {"a body", get + "Content-Length: 5\r\n\r\nhello", 413, "", ""},
+        {"a chunked body", get + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", 413, "", ""},
+        {"a body on an upgrade", upgrade("Content-Length: 5\r\n") + "hello", 400, "", ""},
+        {"a POST with a body", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", 405, "Allow", "GET, HEAD"},
+        // FAULTS 7
+        {"a path of 64 KiB", "GET /" + std::string(65536, 'a') + " HTTP/1.1\r\nHost: x\r\n\r\n", 414, "", ""},
+        {"a header of 20 KiB", get + "A: " + std::string(20480, 'a') + "\r\n\r\n", 431, "", ""},
+        {"2,000 headers", get + [] {
+             std::string headers;
+             for (int i = 0; i < 2000; ++i) headers += "A: b\r\n";
+             return headers;
+         }() + "\r\n", 431, "", ""},
+        // FAULTS 9
+        {"a foreign origin", upgrade("Origin: http://evil.example\r\n"), 403, "", ""},
+        {"the origin null", upgrade("Origin: null\r\n"), 403, "", ""},
+        {"two origins", upgrade("Origin: http://x\r\nOrigin: http://x\r\n"), 400, "", ""},
+        // The rest
+        {"no WebSocket at that path", upgrade("", "GET /nothing HTTP/1.1"), 404, "", ""},
+        {"no method", " / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "", ""},
+        {"a path escape that is malformed", "GET /%zz HTTP/1.1\r\nHost: x\r\n\r\n", 400, "", ""},
+        {"TLS", hex("16 03 01 00 f4 01 00 00 f0 03 03"), 400, "", ""},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.what);
+        RawClient client(running.port());
+        client.send(row.request + request("/second"));
+        CHECK(client.read_to_end());
+        CHECK_FALSE(client.reset_by_peer);
+        const Answer answer = next_answer(client);
+        CHECK(answer.status == row.status);
+        CHECK(client.received == "");
+        CHECK(answer.header("content-type") == "text/plain; charset=utf-8");
+        CHECK(contains(answer.header("connection"), "close"));
+        CHECK(answer.body.size() > 10);
+        CHECK(answer.body.substr(answer.body.size() - std::min<std::size_t>(2, answer.body.size())) == ".\n");
+        if (!row.header.empty()) CHECK(answer.header(row.header) == row.value);
+    }
+    CHECK(smuggled == 0);
+}
+
+TEST_CASE("a request that is refused without a fault of its syntax leaves the connection for the next") {
+    RunningServer running;
+    running.server.get("/", hello);
+    running.server.route<Echo>("/chat");
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/nothing") + request("/", "", "DELETE") + request("/chat") + request("*", "", "OPTIONS") + request("/"));
+    const Answer missing = next_answer(client);
+    CHECK(missing.status == 404);
+    CHECK(contains(missing.body, ".\n"));
+    const Answer method = next_answer(client);
+    CHECK(method.status == 405);
+    CHECK(method.header("allow") == "GET, HEAD");
+    const Answer upgrade_wanted = next_answer(client);
+    CHECK(upgrade_wanted.status == 426);
+    CHECK(upgrade_wanted.header("upgrade") == "websocket");
+    CHECK(upgrade_wanted.header("connection") == "Upgrade");
+    CHECK(upgrade_wanted.header("sec-websocket-version") == "13");
+    CHECK(next_answer(client).status == 404);
+    CHECK(next_answer(client).body == "hello");
+}
+
+TEST_CASE("only the tokens upgrade and websocket together ask for an upgrade") {
+    // FAULTS 3
+    RunningServer running;
+    running.server.get("/", hello);
+    running.server.route<Echo>("/");
+    running.start();
+    const struct {
+        std::string headers;
+        int status;
+    } table[] = {
+        {"Upgrade: websocket\r\nConnection: Upgrade\r\n", 101},
+        {"Upgrade: WebSocket\r\nConnection: keep-alive, upgrade\r\n", 101},
+        {"Upgrade: h2c, websocket\r\nConnection: keep-alive\r\nConnection: Upgrade\r\n", 101},
+        {"Upgrade: websocket\r\nConnection: noupgradeplease\r\n", 200},
+        {"Upgrade: websockets\r\nConnection: Upgrade\r\n", 200},
+        {"Upgrade: websocket\r\n", 200},
+        {"Connection: Upgrade\r\n", 200},
+        {"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n", 200},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.headers);
+        const std::string rest = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+        CHECK(fetch(running.port(), "/", row.headers + rest).status == row.status);
+    }
+}
+
+TEST_CASE("what is no origin to allow is an Error") {
+    Server server;
+    for (const std::string origin : {"", "chat.example", "null", "ws://chat.example", "https://", "https://chat.example/"}) {
+        CAPTURE(origin);
+        CHECK(contains(error_of([&] { server.allow_origins({origin}); }), "allow_origins: \"" + origin + "\""));
+    }
+    CHECK(error_of([&] { server.allow_origins({"*", "https://chat.example", "http://127.0.0.1:8080"}); }) == "");
+}
+
+// ---- one file -------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a file is served with its type, its length, its date and its tag") {
+    Folder folder;
+    RunningServer running;
+    running.server.file("/", folder.write("chat.html", "<p>Hello</p>"));
+    running.start();
+    const Answer answer = fetch(running.port(), "/");
+    CHECK(answer.status == 200);
+    CHECK(answer.body == "<p>Hello</p>");
+    CHECK(answer.header("content-type") == "text/html; charset=utf-8");
+    CHECK(answer.header("content-length") == "12");
+    CHECK(answer.header("cache-control") == "no-cache");
+    const std::string etag = answer.header("etag");
+    CHECK(etag.size() > 2);
+    CHECK(etag.front() == '"');
+    CHECK(etag.back() == '"');
+    CHECK(answer.header("last-modified").substr(3, 2) == ", ");
+    CHECK(fetch(running.port(), "/").header("etag") == etag);
+}
+
+TEST_CASE("an empty file is an empty page") {
+    Folder folder;
+    RunningServer running;
+    running.server.file("/", folder.write("empty.txt", ""));
+    running.start();
+    const Answer answer = fetch(running.port(), "/");
+    CHECK(answer.status == 200);
+    CHECK(answer.header("content-length") == "0");
+}
+
+TEST_CASE("a client that has the file already is told so, by its tag before its date") {
+    // RFC 9110 13.1.2, 13.1.3
+    Folder folder;
+    RunningServer running;
+    running.server.file("/", folder.write("a.txt", "content"));
+    running.start();
+    const Answer first = fetch(running.port(), "/");
+    const std::string tag = first.header("etag"), date = first.header("last-modified");
+    const std::string old = "Sun, 06 Nov 1994 08:49:37 GMT";
+    const struct {
+        std::string headers;
+        int status;
+    } table[] = {
+        {"If-None-Match: " + tag, 304},
+        {"If-None-Match: W/" + tag, 304},
+        {"If-None-Match: \"x\", " + tag + ", \"y\"", 304},
+        {"If-None-Match: *", 304},
+        {"If-None-Match: \"x\"", 200},
+        {"If-None-Match: " + tag.substr(1), 200},
+        {"If-Modified-Since: " + date, 304},
+        {"If-Modified-Since: " + old, 200},
+        {"If-Modified-Since: yesterday", 200},
+        {"If-None-Match: \"x\"\r\nIf-Modified-Since: " + date, 200},
+        {"If-None-Match: " + tag + "\r\nIf-Modified-Since: " + old, 304},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.headers);
+        RawClient client(running.port());
+        client.send(request("/", row.headers + "\r\n") + request("/"));
+        const Answer answer = next_answer(client, row.status == 304);
+        CHECK(answer.status == row.status);
+        CHECK(answer.header("etag") == tag);
+        // A 304 ends with its head: the next answer follows at once.
+        CHECK(next_answer(client).body == "content");
+    }
+}
+
+TEST_CASE("a file that has changed is served anew, with another tag") {
+    Folder folder;
+    RunningServer running;
+    running.server.file("/", folder.write("a.txt", "before"));
+    running.start();
+    const std::string tag = fetch(running.port(), "/").header("etag");
+    folder.write("a.txt", "after it");
+    const Answer answer = fetch(running.port(), "/", "If-None-Match: " + tag + "\r\n");
+    CHECK(answer.status == 200);
+    CHECK(answer.body == "after it");
+    CHECK(answer.header("etag") != tag);
+}
+
+TEST_CASE("a file that is missing is an Error when it is set up, and a 404 later") {
+    Folder folder;
+    RunningServer running;
+    const std::string path = (folder / "a.txt").string();
+    CHECK(error_of([&] { running.server.file("/", path); }) == "file \"/\": " + path + ": No such file or directory (ENOENT)");
+    CHECK(contains(error_of([&] { running.server.file("/", "/tmp"); }), "file \"/\": /tmp: Is a directory (EISDIR)"));
+    CHECK(contains(error_of([&] { running.server.file("/", ""); }), "file \"/\": "));
+    CHECK(contains(error_of([&] { running.server.file("/", "no/such/page.html"); }), "file \"/\": no/such/page.html: "));
+    folder.write("a.txt", "here");
+    running.server.file("/", path);
+    running.start();
+    CHECK(fetch(running.port(), "/").status == 200);
+    fs::remove(path);
+    CHECK(fetch(running.port(), "/").status == 404);
+    folder.write("a.txt", "back");
+    CHECK(fetch(running.port(), "/").body == "back");
+}
+
+TEST_CASE("a relative path is looked up from the working directory, and stays what it was there") {
+    Folder folder;
+    folder.write("page.txt", "of the working directory");
+    const fs::path before = fs::current_path();
+    fs::current_path(folder / "");
+    RunningServer running;
+    running.server.file("/", "page.txt");
+    fs::current_path(before);
+    running.start();
+    CHECK(fetch(running.port(), "/").body == "of the working directory");
+}
+
+TEST_CASE("a relative path that is not in the working directory is looked up beside the program") {
+    const std::string name = "wschat-test-page-" + std::to_string(::getpid()) + ".txt";
+    const fs::path beside_program = fs::read_symlink("/proc/self/exe").parent_path() / name;
+    std::ofstream(beside_program) << "beside the program";
+    Folder folder;
+    const fs::path before = fs::current_path();
+    fs::current_path(folder / "");
+    RunningServer running;
+    const std::string error = error_of([&] { running.server.file("/", name); });
+    fs::current_path(before);
+    CHECK(error == "");
+    running.start();
+    CHECK(fetch(running.port(), "/").body == "beside the program");
+    fs::remove(beside_program);
+}
+
+TEST_CASE("beside names a file in the folder of another") {
+    CHECK(beside("/src/examples/chat.cpp", "chat.html") == "/src/examples/chat.html");
+    CHECK(beside("chat.cpp", "chat.html") == "chat.html");
+    CHECK(beside("C:\\src\\chat.cpp", "chat.html") == "C:\\src\\chat.html");
+}
+
+TEST_CASE("a large file goes to a slow reader piece by piece, and nobody else waits") {
+    Folder folder;
+    const std::string content = large_content();
+    RunningServer running;
+    running.server.file("/large", folder.write("large.bin", content));
+    running.server.get("/", hello);
+    running.start();
+    RawClient slow(running.port());
+    slow.send(request("/large"));
+    REQUIRE(running.eventually([&] { return running.server.metrics().bytes_sent > 100'000; }));
+    for (int i = 0; i < 100; ++i) {
+        REQUIRE(fetch(running.port(), "/").body == "hello");
+        REQUIRE(running.metrics().backlog_bytes < 1024 * 1024);
+    }
+    const Answer answer = next_answer(slow);
+    CHECK(answer.status == 200);
+    CHECK((answer.body == content));
+}
+
+TEST_CASE("a file that becomes shorter while it is sent ends the connection before the length that was promised") {
+    Folder folder;
+    const std::string path = folder.write("large.bin", large_content());
+    RunningServer running;
+    running.server.file("/", path);
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/"));
+    REQUIRE(running.eventually([&] { return running.server.metrics().bytes_sent > 100'000; }));
+    fs::resize_file(path, 0);
+    CHECK(client.read_to_end());
+    CHECK(contains(client.received, "Content-Length: 20971520\r\n"));
+    CHECK(client.received.size() < 20'971'520);
+    CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
+}
+
+TEST_CASE("a reader that goes away in the middle of a file leaves nothing behind") {
+    const auto descriptors = [] { return std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator()); };
+    Folder folder;
+    RunningServer running;
+    running.server.file("/", folder.write("large.bin", large_content()));
+    running.start();
+    const auto before = descriptors();
+    for (int i = 0; i < 20; ++i) {
+        RawClient client(running.port());
+        client.send(request("/"));
+        REQUIRE(client.read_at_least(1000));
+        if (i % 2 == 0) client.reset();
+    }
+    CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
+    CHECK(running.metrics().backlog_bytes == 0);
+    CHECK(descriptors() == before);
+}
+
+// ---- a folder -------------------------------------------------------------------------------------------------------
+
+TEST_CASE("the files of a folder are served by their names, with the types of their endings") {
+    Folder folder;
+    const struct {
+        std::string name, target, type;
+    } table[] = {
+        {"index.html", "/", "text/html; charset=utf-8"},
+        {"index.html", "/index.html", "text/html; charset=utf-8"},
+        {"sub/index.html", "/sub/", "text/html; charset=utf-8"},
+        {"sub/style.css", "/sub/style.css", "text/css; charset=utf-8"},
+        {"app.js", "/app.js?version=2", "text/javascript; charset=utf-8"},
+        {"app.mjs", "/app.mjs", "text/javascript; charset=utf-8"},
+        {"data.json", "/data.json", "application/json"},
+        {"icon.svg", "/icon.svg", "image/svg+xml"},
+        {"photo.JPG", "/photo.JPG", "image/jpeg"},
+        {"picture.png", "/picture.png", "image/png"},
+        {"favicon.ico", "/favicon.ico", "image/x-icon"},
+        {"font.woff2", "/font.woff2", "font/woff2"},
+        {"code.wasm", "/code.wasm", "application/wasm"},
+        {"notes.txt", "/notes.txt", "text/plain; charset=utf-8"},
+        {"archive.tar.xyz", "/archive.tar.xyz", "application/octet-stream"},
+        {"README", "/README", "application/octet-stream"},
+        {"with space.txt", "/with%20space.txt", "text/plain; charset=utf-8"},
+        {"\xC3\xBC.txt", "/%C3%BC.txt", "text/plain; charset=utf-8"},
+        {"plus+and&.txt", "/plus+and&.txt", "text/plain; charset=utf-8"},
+    };
+    for (const auto& row : table) folder.write(row.name, "content of " + row.name);
+    for (const std::string prefix : {"/", "/files", "/files/"}) {
+        RunningServer running;
+        running.server.static_dir(prefix, (folder / "").string());
+        running.start();
+        for (const auto& row : table) {
+            CAPTURE(prefix);
+            CAPTURE(row.target);
+            const Answer answer = fetch(running.port(), prefix == "/" ? row.target : "/files" + row.target);
+            CHECK(answer.status == 200);
+            CHECK(answer.body == "content of " + row.name);
+            CHECK(answer.header("content-type") == row.type);
+        }
+    }
+}
+
+TEST_CASE("files of a folder are conditional and answer HEAD as a single file does") {
+    Folder folder;
+    folder.write("a.txt", "content");
+    RunningServer running;
+    running.server.static_dir("/", (folder / "").string());
+    running.start();
+    const std::string tag = fetch(running.port(), "/a.txt").header("etag");
+    CHECK(fetch(running.port(), "/a.txt", "If-None-Match: " + tag + "\r\n").status == 304);
+    const Answer head = fetch(running.port(), "/a.txt", "", "HEAD");
+    CHECK(head.status == 200);
+    CHECK(head.header("content-length") == "7");
+    CHECK(fetch(running.port(), "/a.txt", "", "PUT").status == 405);
+}
+
+TEST_CASE("a folder is redirected to its path with a slash, where its index is, and is never listed") {
+    Folder folder;
+    folder.write("sub/index.html", "index");
+    folder.write("bare/a.txt", "a");
+    RunningServer running;
+    running.server.static_dir("/files", (folder / "").string());
+    running.start();
+    const Answer answer = fetch(running.port(), "/files/sub");
+    CHECK(answer.status == 301);
+    CHECK(answer.header("location") == "/files/sub/");
+    CHECK(fetch(running.port(), "/files/sub/").body == "index");
+    CHECK(fetch(running.port(), "/files/bare/").status == 404);
+    CHECK(fetch(running.port(), "/files/").status == 404);
+}
+
+TEST_CASE("nothing outside of a folder, nothing hidden and nothing but a regular file is served or redirected to") {
+    // FAULTS 41
+    Folder folder;
+    folder.write("secret.txt", "secret");
+    folder.write("www/index.html", "index");
+    folder.write("www/a.txt", "a");
+    folder.write("www/sub/b.txt", "b");
+    folder.write("www/.hidden", "secret");
+    folder.write("www/.git/config", "secret");
+    folder.write("www/sub/.hidden", "secret");
+    fs::create_symlink(folder / "secret.txt", folder / "www/link.txt");
+    fs::create_symlink(folder / "www/a.txt", folder / "www/inside.txt");
+    fs::create_directory_symlink(folder / "", folder / "www/link");
+    REQUIRE(::mkfifo((folder / "www/fifo").c_str(), 0600) == 0);
+    RunningServer running;
+    const ListenSocket socket(ListenAddress::parse("unix:" + (folder / "www/socket").string()), false);
+    running.server.static_dir("/", (folder / "www").string());
+    running.start();
+    for (const std::string target :
+         {"/../secret.txt", "/%2e%2e/secret.txt", "/%2E./secret.txt", "/..%2fsecret.txt", "/..%2Fsecret.txt",
+          "/sub/../../secret.txt", "/sub/%2e%2e/%2e%2e/secret.txt", "/sub/../a.txt", "/..\\secret.txt", "/%5c..%5csecret.txt",
+          "/..%5csecret.txt", "//a.txt", "///a.txt", "/sub//b.txt", "//etc/passwd", "/%2fetc%2fpasswd", "//host/..",
+          "//host/%2e%2e", "//sub", "/%2fsub", "/%00", "/a.txt%00", "/a.txt%00.html", "/sub%00/b.txt", "/link.txt",
+          "/inside.txt", "/link", "/link/", "/link/secret.txt", "/link/www/a.txt", "/fifo", "/fifo/", "/socket", "/.hidden",
+          "/.git/config", "/.git", "/.git/", "/sub/.hidden", "/.", "/./a.txt", "/sub/.", "/a.txt/", "/a.txt/b", "/a.txt.",
+          "/a.txt%20", "/a.txt::$DATA", "/c:/a.txt", "/missing", "/missing/", "/sub/", "/%", "/%2", "/a%zz",
+          "http://x/../secret.txt", "http://x//etc/passwd"}) {
+        CAPTURE(target);
+        const Answer answer = fetch(running.port(), target);
+        CHECK((answer.status == 404 || answer.status == 400));
+        CHECK(answer.header("location") == "");
+        CHECK_FALSE(contains(answer.body, "secret"));
+    }
+}
+
+TEST_CASE("a folder that is not there, or is none, is an Error when it is set up") {
+    Folder folder;
+    const std::string file = folder.write("a.txt", "a"), missing = (folder / "missing").string();
+    Server server;
+    CHECK(error_of([&] { server.static_dir("/", missing); }) == "static_dir \"/\": " + missing + " is not a folder");
+    CHECK(error_of([&] { server.static_dir("/", file); }) == "static_dir \"/\": " + file + " is not a folder");
+    CHECK(error_of([&] { server.static_dir("/", "/dev/null"); }) == "static_dir \"/\": /dev/null is not a folder");
+    CHECK(contains(error_of([&] { server.static_dir("files", (folder / "").string()); }), "static_dir \"files"));
+}
+
+TEST_CASE("an empty pattern for a folder is an Error as any that does not begin with a slash") {
+    Folder folder;
+    Server server;
+    std::string error;
+    try {
+        server.static_dir("", (folder / "").string());
+    } catch (const Error& expected) {
+        error = expected.what();
+    } catch (const std::exception& other) {
+        error = std::string("not an Error: ") + other.what();
+    }
+    CHECK(contains(error, "static_dir \""));
+}
+
+TEST_CASE("a page goes before a folder that has its path too, and a folder within before the one around it") {
+    Folder outer, inner;
+    outer.write("a.txt", "outer");
+    outer.write("in/a.txt", "outer");
+    inner.write("a.txt", "inner");
+    RunningServer running;
+    running.server.static_dir("/", (outer / "").string());
+    running.server.static_dir("/in", (inner / "").string());
+    running.server.get("/hello", hello);
+    running.start();
+    CHECK(fetch(running.port(), "/hello").body == "hello");
+    CHECK(fetch(running.port(), "/a.txt").body == "outer");
+    CHECK(fetch(running.port(), "/in/a.txt").body == "inner");
+}
+
+TEST_SUITE_END();
