@@ -51,7 +51,7 @@
 //
 // Threads. A server is one loop on one thread, the one that calls run(). Loop::post(), what is built on it
 // (HandlerRef), and Server::shutdown() may be called from any thread; everything else belongs to the loop's thread,
-// and builds without NDEBUG assert it. More cores: several servers, one a thread.
+// and builds without NDEBUG assert it where something is sent or closed. More cores: several servers, one a thread.
 //
 // Lifetime. The server owns handlers; a handler lives until its on_close() has returned. A Message is a view that is
 // valid until the callback returns. A Room& is valid until the callback returns. A reference to a handler that
@@ -93,6 +93,12 @@
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wschat.hpp needs C++17: compile with -std=c++17 or newer"
+#endif
+
+#if defined(__GNUC__)
+#define WSCHAT_NOINLINE __attribute__((noinline))
+#else
+#define WSCHAT_NOINLINE
 #endif
 
 // The two steps let the feature macros expand before they are pasted. All of it is undefined at the end of the file.
@@ -230,8 +236,8 @@ enum class BacklogPolicy : std::uint8_t {
 // Every bound that the server keeps. Sizes in bytes; a duration of zero turns that timer off. A route starts with the
 // server's limits and may have its own; the last group holds for the server as a whole.
 struct Limits {
-    Duration handshake_timeout =
-        std::chrono::seconds(10);              // absolute, from the accept to the 101 or to a page's answer
+    // Absolute, from the accept to the whole request of a 101 or a page; anew for each request, and while an answer moves.
+    Duration handshake_timeout = std::chrono::seconds(10);
     std::size_t max_request_line = 8 * 1024;   // 414
     std::size_t max_header_bytes = 16 * 1024;  // 431
     std::size_t max_header_fields = 100;       // 431
@@ -246,11 +252,12 @@ struct Limits {
 
     Duration ping_interval = std::chrono::seconds(20);   // a silent peer is pinged
     Duration ping_timeout = std::chrono::seconds(20);    // and gone when it stays silent for so long after it
-    Duration closing_timeout = std::chrono::seconds(5);  // for the peer's answer to our Close frame
+    Duration closing_timeout = std::chrono::seconds(5);  // for the peer's answer to our Close frame, and a second more
+                                                         // for each 64 KiB that are queued before it
     Duration linger_timeout = std::chrono::seconds(2);   // after our last byte, input is read and discarded for so long
     std::size_t linger_bytes = 256 * 1024;               // and up to so many bytes; past them it waits unread
 
-    std::size_t max_total_backlog = 256 * 1024 * 1024;  // of all connections together: the largest are closed
+    std::size_t max_total_backlog = 256 * 1024 * 1024;  // of all, with unfinished input: the largest are closed
     std::size_t max_connections = 0;                    // 503; 0: the process's descriptor limit less 64
     std::size_t max_connections_per_address = 0;        // 503; 0: no limit. IPv6 counts by /64
 };
@@ -357,7 +364,7 @@ public:
     }
     void acquire() { ++references_; }
     void release() {
-        if (--references_ == 0) ::operator delete(this);
+        if (--references_ == 0) destroy(this);
     }
     bool shared() const { return references_ > 1; }
     bool pooled() const { return pooled_; }
@@ -370,6 +377,8 @@ public:
 
 private:
     Chunk(std::size_t capacity, bool pooled) : capacity_(capacity), pooled_(pooled) {}
+    // Not inlined: where it is, g++ 12 believes that two references in a row both were the last.
+    WSCHAT_NOINLINE static void destroy(Chunk* chunk) { ::operator delete(chunk); }
 
     std::size_t size_ = 0;
     std::size_t capacity_;
@@ -1636,6 +1645,8 @@ public:
     // Adds a header, in place of one of the same name. CR, LF, NUL and other control characters are an Error: what a
     // peer sent can not split an answer.
     Response& set_header(std::string_view name, std::string_view value) {
+        if (text::same_ignoring_case(name, "content-length") || text::same_ignoring_case(name, "transfer-encoding"))
+            throw Error("Response::set_header: " + std::string(name) + " is the server's to set");
         if (field_line_error(std::string(name) + ": " + std::string(value)) != nullptr || !text::token(name))
             throw Error("Response::set_header: \"" + escape_for_log(name) + ": " + escape_for_log(value) +
                         "\" is not a header field");
@@ -1900,6 +1911,9 @@ public:
         input_end_ = aside_->resumed.end();
     }
 
+    // Bytes of unfinished messages, and of input that was put aside.
+    std::size_t input_held() const { return message_.capacity() + (aside_ ? aside_->kept.capacity() : 0); }
+
     // ---- output ----------------------------------------------------------------------------------------------------
 
     SendQueue& output() { return output_; }
@@ -1954,7 +1968,7 @@ public:
         cause_ = cause;
         close_code_ = code;
         close_reason_ = reason;
-        waiting_since_ = now;
+        waiting_since_ = later(now, drain_time(output_.size()));
     }
     static void check_close(CloseCode code, std::string_view reason) {
         if (!legal_on_wire(code))
@@ -2000,11 +2014,8 @@ public:
         alive_ = now;
         ping_sent_ = false;
     }
-    // The peer has taken some of a backlog: it lives, and our Close frame is on its way to it.
-    void reads_again(Time now) {
-        alive(now);
-        if (state_ == State::closing) waiting_since_ = now;
-    }
+    // How long a peer may take for a backlog that lies before our last bytes: a second for each 64 KiB.
+    static Duration drain_time(std::size_t backlog) { return std::chrono::seconds(backlog / (64 * 1024)); }
 
     // When tick() has something to do; Time::max() for never. A message moves it later without a call.
     Time deadline() const {
@@ -2199,10 +2210,14 @@ private:
         state_ = State::closed;
         cause_ = cause;
         close_code_ = code;
-        close_reason_ = reason;
         pong_waits_ = false;
         in_payload_ = false;
         input_ = input_end_ = nullptr;
+        try {
+            close_reason_ = reason;
+        } catch (const std::bad_alloc&) {  // the code and the cause say enough; an end can not fail
+            close_reason_.clear();
+        }
     }
 
     bool accept(std::size_t size) const { return state_ == State::open && !overflows(size); }
@@ -2393,8 +2408,8 @@ struct HandlerCore {
     HandlerRef ref;
 };
 
-// One WebSocket connection. The server makes one for each request that its route matches, calls prepare(),
-// check_origin() and select_subprotocol() before the 101, then open(), and after on_close() destroys it.
+// One WebSocket connection. The server makes one for each request that its route matches, calls check_origin(),
+// prepare() and select_subprotocol() before the 101, then open(), and after on_close() destroys it.
 class WebSocketHandler {
 public:
     WebSocketHandler() = default;
@@ -2467,7 +2482,7 @@ public:
         close(static_cast<CloseCode>(code), reason);
     }
 
-    // What the peer's Close frame said, or why we failed the connection; CloseCode::no_status until it is closed.
+    // What the peer's Close frame said, or what ours says as long as there is none; CloseCode::no_status before.
     CloseCode close_code() const { return core_.connection.close_code(); }
     const std::string& close_reason() const { return core_.connection.close_reason(); }
     CloseCause close_cause() const { return core_.connection.close_cause(); }
@@ -2481,6 +2496,7 @@ public:
     std::string_view selected_subprotocol() const { return core_.subprotocol; }
 
     // The room of that name; it is made by being named, and gone at the end of a turn in which it is empty.
+    // An Error in the constructor, when the handler has no server yet.
     inline Room& room(std::string_view name);
     // The rooms that this handler is in.
     inline std::vector<Room*> rooms() const;
@@ -2501,12 +2517,17 @@ public:
         }
         return core_.ref;
     }
-    // For timers and post(). Not before prepare().
-    Loop& loop() { return core_.host->loop(); }
-    Server& server() { return core_.host->server(); }
+    // For timers and post(). An Error in the constructor.
+    Loop& loop() { return host("loop").loop(); }
+    Server& server() { return host("server").server(); }
 
 private:
     friend class HandlerAccess;
+
+    HandlerHost& host(const char* call) {
+        if (core_.host == nullptr) throw Error(std::string(call) + ": a handler has no server in its constructor");
+        return *core_.host;
+    }
 
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         if (opcode != Opcode::text && opcode != Opcode::binary)
@@ -2769,7 +2790,7 @@ inline std::size_t Room::broadcast(const Message& message, const WebSocketHandle
     return broadcast(EncodedFrame(rooms_.arena(), message.opcode(), message.data()), except);
 }
 
-inline Room& WebSocketHandler::room(std::string_view name) { return core_.host->rooms()[name]; }
+inline Room& WebSocketHandler::room(std::string_view name) { return host("room").rooms()[name]; }
 
 inline std::vector<Room*> WebSocketHandler::rooms() const {
     std::vector<Room*> result;
@@ -2850,10 +2871,23 @@ struct Startup {
     }
 };
 inline void start() { static const Startup startup; }
-inline int last_error() { return WSAGetLastError(); }
-inline bool would_block(int error) { return error == WSAEWOULDBLOCK; }
+// As an errno, where there is one that this file knows.
+inline int last_error() {
+    switch (const int error = WSAGetLastError()) {
+        case WSAEADDRINUSE: return EADDRINUSE;
+        case WSAEADDRNOTAVAIL: return EADDRNOTAVAIL;
+        case WSAEACCES: return EACCES;
+        case WSAECONNABORTED: return ECONNABORTED;
+        case WSAECONNRESET: return ECONNRESET;
+        case WSAEMFILE: return EMFILE;
+        case WSAENOBUFS: return ENOBUFS;
+        case WSAEWOULDBLOCK: return EWOULDBLOCK;
+        default: return error;
+    }
+}
+inline bool would_block(int error) { return error == EWOULDBLOCK; }
 inline bool interrupted(int) { return false; }
-inline bool out_of_descriptors(int error) { return error == WSAEMFILE || error == WSAENOBUFS; }
+inline bool out_of_descriptors(int error) { return error == EMFILE; }
 inline void close(Descriptor descriptor) { ::closesocket(descriptor); }
 inline bool make_nonblocking(Descriptor descriptor) {
     u_long on = 1;
@@ -3066,7 +3100,7 @@ inline const char* error_name(int error) {
 // "Address already in use (EADDRINUSE)"
 inline std::string error_text(int error) {
     const char* name = error_name(error);
-    return std::system_category().message(error) + " (" + (name != nullptr ? name : std::to_string(error)) + ")";
+    return std::generic_category().message(error) + " (" + (name != nullptr ? name : std::to_string(error)) + ")";
 }
 
 }  // namespace os
@@ -4331,7 +4365,8 @@ public:
 
     Route(Pattern pattern, Factory factory) : pattern_(std::move(pattern)), factory_(std::move(factory)) {}
 
-    // In place of the server's, for the connections of this route.
+    // In place of all of the server's, for the connections of this route: begin with a copy of Server::limits(). The
+    // last group of Limits holds for the server as a whole.
     Route& set_limits(const Limits& limits) {
         limits_ = limits;
         return *this;
@@ -4358,7 +4393,10 @@ public:
     Server(const Server&) = delete;
     Server& operator=(const Server&) = delete;
     // Connections that are still open end without a closing handshake; their on_close() is called.
-    ~Server() { drop_all(); }
+    ~Server() {
+        drop_all();
+        dig();
+    }
 
     // ---- routes and pages, before run() or in callbacks ------------------------------------------------------------
 
@@ -4624,15 +4662,14 @@ private:
             if (blocked_ && !lost_) queue.keep();
             if (phase_ == Phase::websocket) {
                 connection().set_blocked(blocked_);
-                if (was_blocked && progress) connection().reads_again(server_.now());
-            } else if (progress && !queue.empty() && phase_ == Phase::lingering) {
-                schedule(after(limits().closing_timeout));
+                if (was_blocked && progress) connection().alive(server_.now());
             } else if (progress && phase_ == Phase::http) {
                 schedule(after(limits().handshake_timeout));
             }
             if (lost_) attend();
-            server_.backlog_ += queue.size() - counted_backlog_;
-            counted_backlog_ = queue.size();
+            const std::size_t held = queue.size() + (phase_ == Phase::websocket ? connection().input_held() : 0);
+            server_.backlog_ += held - counted_backlog_;
+            counted_backlog_ = held;
         }
         void set_nodelay(bool on) { socket_.set_nodelay(on); }
         void add_to(Metrics& metrics) const {
@@ -4687,8 +4724,9 @@ private:
             if (names.back().empty()) names.back() = "index.html";
             File file = File::beneath(root, names);
             // No path that begins with two slashes comes so far, so this leads nowhere else.
+            const std::string query = request.query_string().empty() ? "" : "?" + std::string(request.query_string());
             if (!file && file.error() == EISDIR)
-                return respond(Response::redirect(std::string(request.raw_path()) + "/", 301), &request);
+                return respond(Response::redirect(std::string(request.raw_path()) + "/" + query, 301), &request);
             const std::string_view type = content_type(names.back());
             if (!file) return respond(no_file(file), &request);
             respond_file(std::move(file), type, request);
@@ -4916,7 +4954,7 @@ private:
             if (busy()) return blocked_ ? void() : attend();
             if (phase_ == Phase::lingering || !http_->keep_alive) return linger();
             if (http_->pending.empty()) return;
-            const std::string pending = std::exchange(http_->pending, std::string());
+            std::string pending = std::exchange(http_->pending, std::string());
             feed(pending);
         }
 
@@ -5016,7 +5054,7 @@ private:
                 server_.log(LogLevel::debug, "open",
                             {{"peer", core().remote_address}, {"target", std::string(core().request.target())}});
             if (rest.empty()) return;
-            // They lie in the loop's receive buffer, which is ours to write to.
+            // They lie in the loop's receive buffer or in what was pipelined, and both are ours to write to.
             connection().receive(const_cast<char*>(rest.data()), rest.size(), server_.now());
             pump();
         }
@@ -5082,9 +5120,8 @@ private:
                 high_ = false;
                 call("on_drain", [this] { handler_->on_drain(); });
             }
-            // Closing may be due before the next ping was.
-            if (!connection().is_open() && (!scheduled() || connection().deadline() < due()))
-                schedule(connection().deadline());
+            // Closing may be due before the next ping was, and the next ping before the answer to the last one.
+            if (!scheduled() || connection().deadline() < due()) schedule(connection().deadline());
         }
 
         // The connection has closed: the handler ends, what is queued still goes out.
@@ -5100,7 +5137,7 @@ private:
             http_ = std::move(http);
             phase_ = Phase::lingering;
             paused_ = false;
-            schedule(after(limits().closing_timeout));
+            schedule(later(after(limits().closing_timeout), Connection::drain_time(output().size())));
             attend();
         }
 
@@ -5183,7 +5220,7 @@ private:
                 IpAddress peer;
                 int error = 0;
                 Socket accepted = socket_.accept(peer, error);
-                if (accepted) take(std::move(accepted), peer);
+                if (accepted) take_in(std::move(accepted), peer);
                 else if (os::would_block(error)) return;
                 else if (os::out_of_descriptors(error)) return shed(error);
                 else if (error == ENOBUFS || error == ENOMEM) return rest(error);
@@ -5194,13 +5231,6 @@ private:
 
     private:
         void take_in(Socket accepted, const IpAddress& peer) {
-            try {
-                server_.welcome(std::move(accepted), peer);
-            } catch (const std::exception& error) {  // for want of memory: it is closed
-                server_.report_exception("accept", error.what(), &peer);
-            }
-        }
-        void take(Socket accepted, const IpAddress& peer) {
             try {
                 server_.welcome(std::move(accepted), peer);
             } catch (const std::exception& error) {  // for want of memory: it is closed
@@ -5298,8 +5328,12 @@ private:
         return client.family() == IpAddress::Family::ipv6 ? client.prefix(64) : client;
     }
 
+    // A host that was allowed without a port is served on every port.
     bool serves_host(std::string_view host) const {
-        return hosts_.empty() || std::find(hosts_.begin(), hosts_.end(), text::lowered(host)) != hosts_.end();
+        const std::string whole = text::lowered(host), name = whole.substr(0, whole.rfind(':'));
+        return hosts_.empty() || std::any_of(hosts_.begin(), hosts_.end(), [&](const std::string& allowed) {
+                   return allowed == whole || allowed == name;
+               });
     }
     bool origin_allowed(std::string_view origin, const Request& request) const override {
         if (std::find(origins_.begin(), origins_.end(), "*") != origins_.end()) return true;
@@ -5367,11 +5401,16 @@ private:
             attended_.take_each([this](Session& session) {
                 if (!session.gone()) attended_.push(session);
             });
-            while (buried_) buried_ = std::move(buried_->next_buried);
+            dig();
         }
         closed_listeners_.clear();
         if (draining_ && sessions_.empty()) loop_.stop();
         return !attended_.empty();
+    }
+
+    // Destroys what is buried, one by one: the chain's own destructor would take a stack frame for each.
+    void dig() {
+        while (buried_) buried_ = std::move(buried_->next_buried);
     }
 
     // All backlogs together are over their limit: the largest go.
@@ -5440,7 +5479,7 @@ private:
         ++metrics_.handler_exceptions;
         try {
             log(LogLevel::error, "exception", {{"in", where}, {"what", what}, {"peer", peer ? peer->to_string() : ""}});
-        } catch (const std::bad_alloc&) {
+        } catch (...) {  // no memory is left to tell it with
         }
     }
 
@@ -5510,6 +5549,7 @@ private:
 }  // namespace WSCHAT_ABI
 }  // namespace wschat
 
+#undef WSCHAT_NOINLINE
 #undef WSCHAT_ABI
 #undef WSCHAT_ABI_NAME
 #undef WSCHAT_ABI_PASTE

@@ -658,19 +658,22 @@ TEST_SUITE("protocol") {
         End end;
         end.tick_after(20s);
         end.now += 15s;
-        end.connection.reads_again(end.now);
+        end.connection.alive(end.now);
         CHECK(end.connection.deadline() == end.now + 20s);
         end.tick_after(19s);
         CHECK(end.connection.is_open());
     }
 
-    TEST_CASE("a peer that takes some of a backlog has the whole closing timeout from then on") {
+    TEST_CASE(
+        "a peer has a second more for its Close frame for each 64 KiB that lie before ours, and nothing extends that") {
         End end;  // 5 s
+        end.connection.send(Opcode::binary, std::string(640 * 1024, 'x'));
         end.connection.close(CloseCode::normal, {}, end.now);
-        end.now += 4s;
-        end.connection.reads_again(end.now);
-        CHECK(end.connection.deadline() == end.now + 5s);
-        end.tick_after(5s);
+        CHECK(end.connection.deadline() == end.now + 15s);
+        end.now += 14s;
+        end.connection.alive(end.now);
+        CHECK(end.connection.deadline() == end.now + 1s);
+        end.tick_after(1s);
         CHECK(end.events() == "close 1006 closing timeout");
     }
 

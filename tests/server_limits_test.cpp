@@ -479,6 +479,8 @@ TEST_CASE("where descriptors are used up the server does not spin, serves who is
         Server server(options);
         server.route<Echo>("/");
         server.listen(0);
+        // UndefinedBehaviorSanitizer wants a pipe for the first look at a type: that of errors has been seen now.
+        static_cast<void>(os::error_text(EMFILE));
         const int next = ::dup(0);
         const rlimit few{static_cast<rlim_t>(next) + 20, static_cast<rlim_t>(next) + 20};
         ::close(next);
@@ -596,18 +598,21 @@ TEST_CASE("calls that a signal interrupts are made again") {
         const pthread_t thread = running.on_loop([] { return ::pthread_self(); });
         std::atomic<bool> interrupting{true};
         std::thread interrupter([&] {
-            while (interrupting) ::pthread_kill(thread, SIGUSR1);
+            while (interrupting) {
+                ::pthread_kill(thread, SIGUSR1);
+                std::this_thread::sleep_for(50us);
+            }
         });
         const std::string large(300'000, 'x');
         int answered = 0;
-        for (int i = 0; i < 50; ++i) {
+        for (int i = 0; i < 20; ++i) {
             Client client(running.port());
             client.send(large);
             if (client.next() == large) ++answered;
         }
         interrupting = false;
         interrupter.join();
-        CHECK(answered == 50);
+        CHECK(answered == 20);
     }
     ::sigaction(SIGUSR1, &before, nullptr);
 }

@@ -115,9 +115,9 @@ Socket connect_ipv6(int port) {
 
 std::string temporary_path(const std::string& name) { return "/tmp/wschat-" + std::to_string(::getpid()) + "-" + name; }
 
-// The log of a server as lines; read it when the server has stopped.
+// The log of a server as lines, made before the server; read it when the server has stopped.
 struct Log {
-    explicit Log(Server& server) {
+    void take_from(Server& server) {
         server.on_log([this](const LogEntry& entry) { lines.push_back(to_string(entry)); });
     }
     bool has(std::string_view part) const {
@@ -743,8 +743,9 @@ TEST_CASE("the metrics page is the metrics in the text format of Prometheus") {
 }
 
 TEST_CASE("the log tells of opening, closing, refusals and the shutdown") {
+    Log log;
     RunningServer running;
-    Log log(running.server);
+    log.take_from(running.server);
     running.server.route<Echo>("/chat");
     running.start();
     {
@@ -769,8 +770,9 @@ TEST_CASE("the log tells of opening, closing, refusals and the shutdown") {
 
 TEST_CASE("what a peer chose can not break a line of the log or reach the terminal") {
     // FAULTS 43
+    Log log;
     RunningServer running;
-    Log log(running.server);
+    log.take_from(running.server);
     running.server.route<Echo>("/");
     running.start();
     Client foreign(running.port(), "/", "Origin: http://evil\"\xC2\x9B\x9B" "31m.example\r\n");
@@ -789,8 +791,9 @@ TEST_CASE("what a peer chose can not break a line of the log or reach the termin
 }
 
 TEST_CASE("peers can not flood the log, and what was left out is counted") {
+    Log log;
     RunningServer running;
-    Log log(running.server);
+    log.take_from(running.server);
     const std::string path = temporary_path("page.txt");
     std::FILE* file = std::fopen(path.c_str(), "w");
     REQUIRE(file != nullptr);
