@@ -94,6 +94,7 @@ need python3-websockets /usr/bin/python3 -c 'import websockets'
 need python3-tornado /usr/bin/python3 -c 'import tornado'
 need nodejs command -v node
 need npm command -v npm
+need valgrind command -v valgrind
 if [ $mode = all ]; then
     need clang command -v clang++
     need libclang-rt-dev sanitizers

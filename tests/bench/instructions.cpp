@@ -1,0 +1,63 @@
+// Work for callgrind, N times over:   instructions receive|echo|broadcast N
+//
+// receive: a masked text frame of 64 bytes, from bytes to a message. echo: the same, and the answer queued and taken
+// out. broadcast: one frame of 64 bytes encoded, queued for 100 connections and taken out, counted for each connection.
+#include "../../wschat.hpp"
+
+#include <deque>
+
+namespace {
+
+using wschat::Opcode;
+
+std::string masked_frame() {
+    wschat::SendArena arena;
+    const wschat::MaskKey mask = {0x37, 0xfa, 0x21, 0x3d};
+    return std::string(wschat::encode_masked(arena, Opcode::text, std::string(64, 'x'), mask).view());
+}
+
+void take_out(wschat::Connection& connection) {
+    std::string_view piece;
+    connection.output().gather(&piece, 1);
+    connection.output().consume(piece.size());
+}
+
+void receive(long count, bool echo) {
+    wschat::Limits limits;
+    wschat::SendArena arena;
+    wschat::Connection connection;
+    connection.open(wschat::Role::server, limits, arena, wschat::Time());
+    const std::string frame = masked_frame();
+    std::string input;
+    for (long i = 0; i < count; ++i) {
+        input = frame;  // unmasking writes to it
+        connection.receive(&input[0], input.size(), wschat::Time());
+        for (wschat::Event event = connection.next_event(); event.kind != wschat::Event::Kind::none;
+             event = connection.next_event())
+            if (echo) connection.send(event.message.opcode(), event.message.data());
+        if (echo) take_out(connection);
+    }
+}
+
+void broadcast(long count) {
+    wschat::Limits limits;
+    wschat::SendArena arena;
+    std::deque<wschat::Connection> members(100);
+    for (wschat::Connection& member : members) member.open(wschat::Role::server, limits, arena, wschat::Time());
+    const std::string payload(64, 'x');
+    for (long i = 0; i < count; i += 100) {
+        const wschat::EncodedFrame frame(arena, Opcode::text, payload);
+        for (wschat::Connection& member : members) member.send(frame);
+        for (wschat::Connection& member : members) take_out(member);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const std::string mode = argc > 1 ? argv[1] : "";
+    const long count = argc > 2 ? std::atol(argv[2]) : 0;
+    if (mode == "receive" || mode == "echo") receive(count, mode == "echo");
+    else if (mode == "broadcast") broadcast(count);
+    else return std::fprintf(stderr, "usage: instructions receive|echo|broadcast N\n"), 1;
+}
