@@ -134,7 +134,7 @@ build asan
 tests "asan: tests" ctest --preset asan
 tests "asan: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset asan -L poll
 
-build tsan
+build tsan "-DWSCHAT_TEST_SUITES=handler;rooms;loop;server"
 tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF
