@@ -4353,8 +4353,9 @@ inline std::string prometheus_text(const Metrics& metrics) {
 struct ServerOptions {
     Limits limits;
     Poller::Kind poller = Poller::Kind::automatic;
-    bool handle_signals = true;   // while run() runs, SIGINT and SIGTERM mean shutdown(), a second one at once
-    bool reuse_port = false;      // SO_REUSEPORT: several servers, one a thread or a process, share a port
+    bool handle_signals =
+        true;                 // from listen() to the end of run(): SIGINT and SIGTERM are shutdown(), a second at once
+    bool reuse_port = false;  // SO_REUSEPORT: several servers, one a thread or a process, share a port
     bool require_origin = false;  // refuse a handshake without an Origin header, from what is no browser
 };
 
@@ -4482,6 +4483,7 @@ public:
     // "8888", "0.0.0.0:8888", "[::1]:80", "*:80", "unix:/run/chat.sock".
     void listen(std::string_view address) {
         listeners_.push_back(std::make_unique<Listener>(*this, ListenAddress::parse(address), options_.reuse_port));
+        handle_signals();
         log(LogLevel::debug, "listening", {{"address", listeners_.back()->address().to_string()}});
     }
     // Of the first listener.
@@ -4497,9 +4499,9 @@ public:
     void run() {
         if (draining_ && sessions_.empty()) return;
         if (listeners_.empty() && !draining_) throw Error("run: nothing to serve: call listen() first");
-        std::optional<SignalGuard> signals;
-        if (options_.handle_signals) signals.emplace(loop_.wake_descriptor());
+        handle_signals();
         loop_.run();
+        signals_.reset();
     }
     // From any thread: stops accepting, closes every connection with 1001, and ends run() when all are gone, at the
     // latest after the deadline.
@@ -5432,6 +5434,10 @@ private:
         sessions_.pop_back();
     }
 
+    // From the first listen() on, because whoever reads the address that was printed may send one before run().
+    void handle_signals() {
+        if (options_.handle_signals && !signals_) signals_.emplace(loop_.wake_descriptor());
+    }
     void on_signal() {
         if (std::exchange(signalled_, true)) drop_all();
         else begin_shutdown(std::chrono::seconds(5));
@@ -5543,6 +5549,7 @@ private:
     std::size_t backlog_ = 0;
     bool draining_ = false;
     bool signalled_ = false;
+    std::optional<SignalGuard> signals_;
     Metrics metrics_;
 };
 

@@ -174,6 +174,18 @@ TEST_CASE("each program ends with status 0 on SIGINT and SIGTERM, and its client
     }
 }
 
+TEST_CASE("each program ends with status 0 though the signal comes right after its line") {
+    for (const Example& program : all_programs()) {
+        for (int round = 0; round < 5; ++round) {
+            CAPTURE(program.name);
+            Program running(program.with_port("0"));
+            running.first_line();
+            running.signal(SIGTERM);
+            CHECK(running.status() == 0);
+        }
+    }
+}
+
 TEST_CASE("each program says why it can not listen, and ends with status 1") {
     const ListenSocket taken(ListenAddress::parse("0"), false);
     const std::string port = std::to_string(taken.address().port);

@@ -3,6 +3,7 @@
 #include "support.hpp"
 
 #include <csignal>
+#include <sys/wait.h>
 
 using namespace wschat;
 using namespace std::chrono_literals;
@@ -628,6 +629,23 @@ TEST_CASE("SIGINT and SIGTERM end all servers of the process that handle signals
         one.join();
         two.join();
     }
+}
+
+TEST_CASE("a signal between listen and run ends the run at its beginning") {
+    // Whoever has read the port may send one already. In a process of its own, which it would kill otherwise.
+    const pid_t child = ::fork();
+    if (child == 0) {
+        ServerOptions options;
+        options.poller = test::poller_kind();
+        Server server(options);
+        server.listen(0);
+        std::raise(SIGTERM);
+        server.run();
+        ::_exit(0);
+    }
+    int status = -1;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status));
 }
 
 TEST_CASE("a second signal ends a server that waits for a peer at once") {
