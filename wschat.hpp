@@ -4353,9 +4353,9 @@ inline std::string prometheus_text(const Metrics& metrics) {
 struct ServerOptions {
     Limits limits;
     Poller::Kind poller = Poller::Kind::automatic;
-    bool handle_signals =
-        true;                 // from listen() to the end of run(): SIGINT and SIGTERM are shutdown(), a second at once
-    bool reuse_port = false;  // SO_REUSEPORT: several servers, one a thread or a process, share a port
+    // From listen() to the end of run(), SIGINT and SIGTERM mean shutdown(); a second one ends at once.
+    bool handle_signals = true;
+    bool reuse_port = false;      // SO_REUSEPORT: several servers, one a thread or a process, share a port
     bool require_origin = false;  // refuse a handshake without an Origin header, from what is no browser
 };
 
