@@ -1,10 +1,10 @@
 // The programs of examples/ and the server of the benchmark, as processes: what DESIGN 7 promises to people's scripts.
 #include "support.hpp"
 
-#include <csignal>
-#include <cstring>
 #include <spawn.h>
 #include <sys/wait.h>
+#include <csignal>
+#include <cstring>
 
 #if !defined(WSCHAT_EXAMPLES_DIR)
 #error "compile with -DWSCHAT_EXAMPLES_DIR='\"the folder of the compiled examples\"'"
@@ -54,7 +54,8 @@ public:
 
     // Waits for the line that it prints when it is ready.
     std::string first_line() {
-        while (!contains(output_, "\n") && read_some(out_, output_)) {}
+        while (!contains(output_, "\n") && read_some(out_, output_)) {
+        }
         return output_.substr(0, output_.find('\n'));
     }
     // The port in that line.
@@ -67,17 +68,20 @@ public:
     void signal(int number) { ::kill(pid_, number); }
     // Waits for its end, and answers its status; -1 where a signal has ended it.
     int status() {
-        while (read_some(out_, output_)) {}
+        while (read_some(out_, output_)) {
+        }
         int status = -1;
         REQUIRE(::waitpid(std::exchange(pid_, -1), &status, 0) > 0);
         return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
     }
     std::string output() {
-        while (read_some(out_, output_)) {}
+        while (read_some(out_, output_)) {
+        }
         return output_;
     }
     std::string errors() {
-        while (read_some(err_, errors_)) {}
+        while (read_some(err_, errors_)) {
+        }
         return errors_;
     }
 
@@ -356,8 +360,12 @@ TEST_CASE("the bench server gives every message to everybody, or back to its sen
 }
 
 TEST_CASE("the bench server tells how it is called where it is called wrongly, and ends with status 1") {
-    for (const std::vector<std::string>& arguments :
-         {std::vector<std::string>{}, {"0"}, {"0", "talk"}, {"0", "room", "0"}, {"0", "room", "many"}, {"0", "room", "65"}}) {
+    for (const std::vector<std::string>& arguments : {std::vector<std::string>{},
+                                                      {"0"},
+                                                      {"0", "talk"},
+                                                      {"0", "room", "0"},
+                                                      {"0", "room", "many"},
+                                                      {"0", "room", "65"}}) {
         std::vector<std::string> command = {WSCHAT_BENCH_SERVER};
         command.insert(command.end(), arguments.begin(), arguments.end());
         Program program(command);

@@ -76,12 +76,13 @@ bool eventually(Condition condition) {
 }
 
 using Handler = void (*)(int);
+using SignalAction = struct sigaction;
 
 // What a signal does, put back afterwards.
 class Disposition {
 public:
     Disposition(int signal, Handler handler) : signal_(signal) {
-        struct sigaction action {};
+        SignalAction action{};
         action.sa_handler = handler;
         ::sigaction(signal, &action, &before_);
     }
@@ -91,11 +92,11 @@ public:
 
 private:
     int signal_;
-    struct sigaction before_ {};
+    SignalAction before_{};
 };
 
 Handler handler_of(int signal) {
-    struct sigaction action {};
+    SignalAction action{};
     ::sigaction(signal, nullptr, &action);
     return action.sa_handler;
 }
@@ -192,7 +193,8 @@ TEST_CASE("a thousand timers that are set, moved and cancelled at random run as 
     std::vector<std::unique_ptr<TestTimer>> all;
     std::map<int, Time> model;  // what is set, by the number of the timer
     for (int i = 0; i < 1000; ++i)
-        all.push_back(std::make_unique<TestTimer>([&, i] { ran.emplace_back(all[static_cast<std::size_t>(i)]->due(), i); }));
+        all.push_back(
+            std::make_unique<TestTimer>([&, i] { ran.emplace_back(all[static_cast<std::size_t>(i)]->due(), i); }));
 
     for (int now = 0; now < 5000; now += 50) {
         for (int step = 0; step < 200; ++step) {
@@ -490,7 +492,8 @@ TEST_CASE("threads may post while the loop ends, and learn from the answer wheth
 TEST_CASE("an exception out of posted work or a timer is reported, and the loop lives on") {
     TestLoop loop;
     std::vector<std::string> reports;
-    loop.on_exception([&](const char* where, const char* what) { reports.push_back(std::string(where) + ": " + what); });
+    loop.on_exception(
+        [&](const char* where, const char* what) { reports.push_back(std::string(where) + ": " + what); });
     loop.post([] { throw std::runtime_error("from work"); });
     loop.post([] { throw 42; });
     loop.call_later(1ms, [] { throw Error("from a timer"); });
@@ -550,7 +553,8 @@ TEST_CASE("the time of a turn stands still within it, and the next turn has its 
     Time first;
     loop.call_later(0ms, [&] {
         first = loop.now();
-        while (Clock::now() - first < 2ms) {}
+        while (Clock::now() - first < 2ms) {
+        }
         CHECK(loop.now() == first);
         loop.call_later(1ms, [&] { loop.stop(); });
     });
@@ -666,7 +670,8 @@ TEST_CASE("other signals are left alone") {
     // FAULTS 33: no global signal disposition is changed except by the signal handling that the user asked for.
     const auto dispositions = [] {
         std::vector<Handler> all;
-        for (const int signal : {SIGPIPE, SIGHUP, SIGQUIT, SIGCHLD, SIGALRM, SIGUSR1}) all.push_back(handler_of(signal));
+        for (const int signal : {SIGPIPE, SIGHUP, SIGQUIT, SIGCHLD, SIGALRM, SIGUSR1})
+            all.push_back(handler_of(signal));
         return all;
     };
     const auto before = dispositions();

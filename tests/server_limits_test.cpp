@@ -1,9 +1,9 @@
 // § 13 against hostile, slow and vanishing peers, over real sockets: limits, deadlines, lingering, descriptors.
 #include "support.hpp"
 
+#include <sys/wait.h>
 #include <csignal>
 #include <set>
-#include <sys/wait.h>
 
 using namespace wschat;
 using namespace std::chrono_literals;
@@ -15,6 +15,8 @@ using test::RunningServer;
 namespace {
 
 bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+
+using SignalAction = struct sigaction;
 
 struct Echo : WebSocketHandler {
     void on_message(const Message& m) override { write_message(m); }
@@ -29,14 +31,16 @@ struct Member : WebSocketHandler {
 struct Flood : WebSocketHandler {
     void on_message(const Message& m) override {
         const std::string piece(64 * 1024, 'x');
-        for (std::size_t left = std::stoul(std::string(m.text())); left >= piece.size(); left -= piece.size()) write_message(piece);
+        for (std::size_t left = std::stoul(std::string(m.text())); left >= piece.size(); left -= piece.size())
+            write_message(piece);
     }
 };
 
 // Whether the bytes are one whole HTTP answer of that status, with a sentence in its body.
 bool is_refusal(std::string_view bytes, int status) {
     const std::size_t end = bytes.find("\r\n\r\n");
-    if (bytes.substr(0, 13) != "HTTP/1.1 " + std::to_string(status) + " " || end == std::string_view::npos) return false;
+    if (bytes.substr(0, 13) != "HTTP/1.1 " + std::to_string(status) + " " || end == std::string_view::npos)
+        return false;
     const std::string_view body = bytes.substr(end + 4);
     return body.size() > 10 && body.substr(body.size() - 2) == ".\n" &&
            contains(bytes, "\r\nContent-Length: " + std::to_string(body.size()) + "\r\n");
@@ -51,8 +55,10 @@ RawClient connect_from(const char* local, int port, int receive_window = 0) {
     REQUIRE(::inet_pton(AF_INET, local, &from.sin_addr) == 1);
     to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     to.sin_port = htons(static_cast<std::uint16_t>(port));
-    if (::bind(socket.descriptor(), reinterpret_cast<const sockaddr*>(&from), sizeof from) != 0) return RawClient(Socket());
-    if (::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&to), sizeof to) != 0) return RawClient(Socket());
+    if (::bind(socket.descriptor(), reinterpret_cast<const sockaddr*>(&from), sizeof from) != 0)
+        return RawClient(Socket());
+    if (::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&to), sizeof to) != 0)
+        return RawClient(Socket());
     os::make_nonblocking(socket.descriptor());
     return RawClient(std::move(socket));
 }
@@ -80,7 +86,8 @@ RawClient deaf_client(int port) {
 
 // What a server with a short deadline answers to the bytes: all of it, to the end of the connection. Begun anew where
 // the machine was so slow that the deadline came before the bytes.
-std::string answer_to(int port, std::string_view bytes, const std::function<void(RawClient&)>& then = [](RawClient&) {}) {
+std::string answer_to(
+    int port, std::string_view bytes, const std::function<void(RawClient&)>& then = [](RawClient&) {}) {
     for (int attempt = 0; attempt < 100; ++attempt) {
         RawClient client(port);
         client.send(bytes);
@@ -207,8 +214,8 @@ TEST_CASE("behind a trusted proxy the limit holds for the addresses that it name
         std::string address;
         bool open;
     } table[] = {
-        {"203.0.113.7", true},          {"203.0.113.7", false},       {"203.0.113.8", true},  {"::ffff:203.0.113.8", false},
-        {"2001:db8:0:1::1", true},      {"2001:db8:0:1::2", false},   {"2001:db8:0:2::1", true},
+        {"203.0.113.7", true},     {"203.0.113.7", false},     {"203.0.113.8", true},     {"::ffff:203.0.113.8", false},
+        {"2001:db8:0:1::1", true}, {"2001:db8:0:1::2", false}, {"2001:db8:0:2::1", true},
     };
     std::vector<std::unique_ptr<Client>> clients;
     for (const auto& row : table) {
@@ -251,14 +258,15 @@ TEST_CASE("a peer that drips bytes does not move the deadline of the handshake")
     RunningServer running(with_limits(limits));
     running.server.route<Echo>("/");
     running.start();
-    const std::string answer = answer_to(running.port(), "GET / HTTP/1.1\r\nHost: x\r\nX-Padding: ", [](RawClient& client) {
-        client.socket().set_nodelay(true);
-        pollfd answered{client.socket().descriptor(), POLLIN, 0};
-        int dripped = 0;
-        // Long before the header is too large to be one.
-        for (; dripped < 8000 && ::poll(&answered, 1, 5) == 0; ++dripped) client.send("x");
-        CHECK(dripped < 8000);
-    });
+    const std::string answer =
+        answer_to(running.port(), "GET / HTTP/1.1\r\nHost: x\r\nX-Padding: ", [](RawClient& client) {
+            client.socket().set_nodelay(true);
+            pollfd answered{client.socket().descriptor(), POLLIN, 0};
+            int dripped = 0;
+            // Long before the header is too large to be one.
+            for (; dripped < 8000 && ::poll(&answered, 1, 5) == 0; ++dripped) client.send("x");
+            CHECK(dripped < 8000);
+        });
     CHECK(is_refusal(answer, 408));
 }
 
@@ -378,7 +386,7 @@ TEST_CASE("what comes after our last byte is read up to a number of bytes, and n
     CHECK(client.read_to_end());
     CHECK(running.metrics().connections_open == 1);
     while (running.metrics().bytes_received <= nonsense.size() + limits.linger_bytes) client.send(piece);
-    while (client.socket().send(pieces, 1).outcome == IoResult::Outcome::done) {}
+    while (client.socket().send(pieces, 1).outcome == IoResult::Outcome::done) continue;
     const std::uint64_t read = running.metrics().bytes_received;
     for (int turn = 0; turn < 100; ++turn) running.on_loop([] {});
     CHECK(running.metrics().bytes_received == read);
@@ -528,7 +536,7 @@ TEST_CASE("where descriptors are used up the server does not spin, serves who is
     CHECK(WIFEXITED(status));
     CHECK(WEXITSTATUS(status) == 0);
     const Duration busy = std::chrono::seconds(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
-                      std::chrono::microseconds(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
+                          std::chrono::microseconds(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
     CHECK(busy < crowded / 2);
 }
 
@@ -588,7 +596,7 @@ TEST_CASE("every descriptor of a server is close-on-exec") {
 
 TEST_CASE("calls that a signal interrupts are made again") {
     // FAULTS 33
-    struct sigaction nothing {}, before {};
+    SignalAction nothing{}, before{};
     nothing.sa_handler = [](int) {};  // without SA_RESTART
     REQUIRE(::sigaction(SIGUSR1, &nothing, &before) == 0);
     {
@@ -650,7 +658,7 @@ TEST_CASE("what was reported of connections that are ended in the same batch is 
 TEST_CASE("a server leaves SIGPIPE as it is, and a peer that is gone raises none") {
     static volatile std::sig_atomic_t raised;
     raised = 0;
-    struct sigaction count {}, before {};
+    SignalAction count{}, before{};
     count.sa_handler = [](int) { raised = raised + 1; };
     REQUIRE(::sigaction(SIGPIPE, &count, &before) == 0);
     {
@@ -664,7 +672,7 @@ TEST_CASE("a server leaves SIGPIPE as it is, and a peer that is gone raises none
         }
         CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
     }
-    struct sigaction after {};
+    SignalAction after{};
     ::sigaction(SIGPIPE, &before, &after);
     CHECK(raised == 0);
     CHECK((after.sa_handler == count.sa_handler));

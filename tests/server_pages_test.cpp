@@ -100,11 +100,18 @@ struct Echo : WebSocketHandler {
 
 Response hello(const Request&) { return Response(200, "hello"); }
 
-std::string upgrade(std::string_view headers, std::string_view request_line = "GET / HTTP/1.1",
-                    std::string_view key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
-                    std::string_view version = "Sec-WebSocket-Version: 13\r\n") {
-    return std::string(request_line) + "\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + std::string(key) +
-           std::string(version) + std::string(headers) + "\r\n";
+// What makes a request a handshake (RFC 6455 4.1), and a request of these headers.
+const std::string key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+const std::string version = "Sec-WebSocket-Version: 13\r\n";
+std::string upgrade(std::string_view headers, std::string_view request_line = "GET / HTTP/1.1") {
+    return std::string(request_line) + "\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
+           std::string(headers) + "\r\n";
+}
+
+std::string repeated(int count, const std::string& text) {
+    std::string all;
+    for (int i = 0; i < count; ++i) all += text;
+    return all;
 }
 
 }  // namespace
@@ -160,7 +167,8 @@ TEST_CASE("the statuses and bodies that a page may answer arrive as they are") {
     CHECK(redirect.status == 303);
     CHECK(redirect.header("location") == "/json");
     CHECK(redirect.header("content-length") == "0");
-    // RFC 9110 8.6: "A server MUST NOT send a Content-Length header field in any response with a status code of ... 204".
+    // RFC 9110 8.6: "A server MUST NOT send a Content-Length header field in any response with a status code of 1xx
+    // (Informational) or 204 (No Content)."
     const Answer empty = next_answer(client);
     CHECK(empty.status == 204);
     CHECK(empty.header("content-length") == "");
@@ -234,8 +242,8 @@ TEST_CASE("a HEAD is answered without a body by whatever it is refused with") {
         {"an exception", request("/throws", "", "HEAD"), 500},
         {"a body", request("/page", "Content-Length: 5\r\n", "HEAD"), 413},
         {"another host", "HEAD /page HTTP/1.1\r\nHost: y\r\n\r\n", 421},
-        {"an upgrade", upgrade("", "HEAD / HTTP/1.1"), 405},
-        {"no route", upgrade("", "HEAD /nothing HTTP/1.1"), 404},
+        {"an upgrade", upgrade(key + version, "HEAD / HTTP/1.1"), 405},
+        {"no route", upgrade(key + version, "HEAD /nothing HTTP/1.1"), 404},
     };
     for (const auto& row : table) {
         CAPTURE(row.what);
@@ -361,63 +369,56 @@ TEST_CASE("a refusal is a complete answer with a sentence, and what comes after 
     const struct {
         std::string what, request;
         int status;
-        std::string header, value;
+        std::string header = {};
     } table[] = {
         // FAULTS 1
-        {"upgrade by POST", upgrade("", "POST / HTTP/1.1"), 405, "Allow", "GET"},
-        {"upgrade by HTTP/1.0", upgrade("", "GET / HTTP/1.0"), 505, "", ""},
-        {"HTTP/2.0", "GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505, "", ""},
-        {"HTTP/0.9", "GET /\r\nHost: x\r\n\r\n", 400, "", ""},
+        {"upgrade by POST", upgrade(key + version, "POST / HTTP/1.1"), 405, "Allow: GET"},
+        {"upgrade by HTTP/1.0", upgrade(key + version, "GET / HTTP/1.0"), 505},
+        {"HTTP/2.0", "GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505},
+        {"HTTP/0.9", "GET /\r\nHost: x\r\n\r\n", 400},
         // FAULTS 2
-        {"no Host", "GET / HTTP/1.1\r\n\r\n", 400, "", ""},
-        {"two Hosts", get + "Host: x\r\n\r\n", 400, "", ""},
-        {"an invalid Host", "GET / HTTP/1.1\r\nHost: x/y\r\n\r\n", 400, "", ""},
-        {"a host that is not served", "GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421, "", ""},
-        {"an upgrade for such a host", upgrade("", "GET http://evil.example/ HTTP/1.1"), 421, "", ""},
+        {"no Host", "GET / HTTP/1.1\r\n\r\n", 400},
+        {"two Hosts", get + "Host: x\r\n\r\n", 400},
+        {"an invalid Host", "GET / HTTP/1.1\r\nHost: x/y\r\n\r\n", 400},
+        {"a host that is not served", "GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421},
+        {"an upgrade for such a host", upgrade(key + version, "GET http://evil.example/ HTTP/1.1"), 421},
         // FAULTS 4
-        {"no key", upgrade("", "GET / HTTP/1.1", ""), 400, "", ""},
-        {"two keys", upgrade("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), 400, "", ""},
-        {"a key of 15 bytes", upgrade("", "GET / HTTP/1.1", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j\r\n"), 400, "", ""},
-        {"no version", upgrade("", "GET / HTTP/1.1", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", ""), 426,
-         "Sec-WebSocket-Version", "13"},
-        {"version 8", upgrade("", "GET / HTTP/1.1", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
-                              "Sec-WebSocket-Version: 8\r\n"), 426, "Sec-WebSocket-Version", "13"},
+        {"no key", upgrade(version), 400},
+        {"two keys", upgrade(key + key + version), 400},
+        {"a key of 15 bytes", upgrade("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j\r\n" + version), 400},
+        {"no version", upgrade(key), 426, "Sec-WebSocket-Version: 13"},
+        {"version 8", upgrade(key + "Sec-WebSocket-Version: 8\r\n"), 426, "Sec-WebSocket-Version: 13"},
         // FAULTS 5
-        {"space before the colon", get + "A : b\r\n\r\n", 400, "", ""},
-        {"a folded line", get + "A: b\r\n c\r\n\r\n", 400, "", ""},
-        {"NUL in a value", get + std::string("A: b\0c\r\n\r\n", 10), 400, "", ""},
-        {"a bare LF", "GET / HTTP/1.1\nHost: x\n\n", 400, "", ""},
-        {"a bare CR", get + "A: b\rc\r\n\r\n", 400, "", ""},
-        {"a header without a name", get + ": b\r\n\r\n", 400, "", ""},
-        {"a header without a colon", get + "Abc\r\n\r\n", 400, "", ""},
+        {"space before the colon", get + "A : b\r\n\r\n", 400},
+        {"a folded line", get + "A: b\r\n c\r\n\r\n", 400},
+        {"NUL in a value", get + std::string("A: b\0c\r\n\r\n", 10), 400},
+        {"a bare LF", "GET / HTTP/1.1\nHost: x\n\n", 400},
+        {"a bare CR", get + "A: b\rc\r\n\r\n", 400},
+        {"a header without a name", get + ": b\r\n\r\n", 400},
+        {"a header without a colon", get + "Abc\r\n\r\n", 400},
         // FAULTS 6
-        {"Content-Length beside Transfer-Encoding",
-         "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "", ""},
-        {"two Content-Lengths", get + "Content-Length: 0\r\nContent-Length: 0\r\n\r\n", 400, "", ""},
-        {"a signed Content-Length", get + "Content-Length: +0\r\n\r\n", 400, "", ""},
-        {"a Content-Length past 64 bits", get + "Content-Length: 99999999999999999999999\r\n\r\n", 400, "", ""},
-        {"a coding that is not implemented", get + "Transfer-Encoding: gzip\r\n\r\n", 501, "", ""},
-        {"a body", get + "Content-Length: 5\r\n\r\nhello", 413, "", ""},
-        {"a chunked body", get + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", 413, "", ""},
-        {"a body on an upgrade", upgrade("Content-Length: 5\r\n") + "hello", 400, "", ""},
-        {"a POST with a body", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", 405, "Allow", "GET, HEAD"},
+        {"a length beside a coding", get + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400},
+        {"two Content-Lengths", get + "Content-Length: 0\r\nContent-Length: 0\r\n\r\n", 400},
+        {"a signed Content-Length", get + "Content-Length: +0\r\n\r\n", 400},
+        {"a Content-Length past 64 bits", get + "Content-Length: 99999999999999999999999\r\n\r\n", 400},
+        {"a coding that is not implemented", get + "Transfer-Encoding: gzip\r\n\r\n", 501},
+        {"a body", get + "Content-Length: 5\r\n\r\nhello", 413},
+        {"a chunked body", get + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", 413},
+        {"a body on an upgrade", upgrade(key + version + "Content-Length: 5\r\n") + "hello", 400},
+        {"a POST with a body", request("/", "Content-Length: 5\r\n", "POST") + "hello", 405, "Allow: GET, HEAD"},
         // FAULTS 7
-        {"a path of 64 KiB", "GET /" + std::string(65536, 'a') + " HTTP/1.1\r\nHost: x\r\n\r\n", 414, "", ""},
-        {"a header of 20 KiB", get + "A: " + std::string(20480, 'a') + "\r\n\r\n", 431, "", ""},
-        {"2,000 headers", get + [] {
-             std::string headers;
-             for (int i = 0; i < 2000; ++i) headers += "A: b\r\n";
-             return headers;
-         }() + "\r\n", 431, "", ""},
+        {"a path of 64 KiB", request("/" + std::string(65536, 'a')), 414},
+        {"a header of 20 KiB", request("/", "A: " + std::string(20480, 'a') + "\r\n"), 431},
+        {"2,000 headers", request("/", repeated(2000, "A: b\r\n")), 431},
         // FAULTS 9
-        {"a foreign origin", upgrade("Origin: http://evil.example\r\n"), 403, "", ""},
-        {"the origin null", upgrade("Origin: null\r\n"), 403, "", ""},
-        {"two origins", upgrade("Origin: http://x\r\nOrigin: http://x\r\n"), 400, "", ""},
+        {"a foreign origin", upgrade(key + version + "Origin: http://evil.example\r\n"), 403},
+        {"the origin null", upgrade(key + version + "Origin: null\r\n"), 403},
+        {"two origins", upgrade(key + version + "Origin: http://x\r\nOrigin: http://x\r\n"), 400},
         // The rest
-        {"no WebSocket at that path", upgrade("", "GET /nothing HTTP/1.1"), 404, "", ""},
-        {"no method", " / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "", ""},
-        {"a path escape that is malformed", "GET /%zz HTTP/1.1\r\nHost: x\r\n\r\n", 400, "", ""},
-        {"TLS", hex("16 03 01 00 f4 01 00 00 f0 03 03"), 400, "", ""},
+        {"no WebSocket at that path", upgrade(key + version, "GET /nothing HTTP/1.1"), 404},
+        {"no method", " / HTTP/1.1\r\nHost: x\r\n\r\n", 400},
+        {"a path escape that is malformed", request("/%zz"), 400},
+        {"TLS", hex("16 03 01 00 f4 01 00 00 f0 03 03"), 400},
     };
     for (const auto& row : table) {
         CAPTURE(row.what);
@@ -430,9 +431,9 @@ TEST_CASE("a refusal is a complete answer with a sentence, and what comes after 
         CHECK(client.received == "");
         CHECK(answer.header("content-type") == "text/plain; charset=utf-8");
         CHECK(contains(answer.header("connection"), "close"));
-        CHECK(answer.body.size() > 10);
-        CHECK(answer.body.substr(answer.body.size() - std::min<std::size_t>(2, answer.body.size())) == ".\n");
-        if (!row.header.empty()) CHECK(answer.header(row.header) == row.value);
+        REQUIRE(answer.body.size() > 10);
+        CHECK(answer.body.substr(answer.body.size() - 2) == ".\n");
+        if (!row.header.empty()) CHECK(contains(answer.head, "\r\n" + row.header + "\r\n"));
     }
     CHECK(smuggled == 0);
 }
@@ -443,7 +444,8 @@ TEST_CASE("a request that is refused without a fault of its syntax leaves the co
     running.server.route<Echo>("/chat");
     running.start();
     RawClient client(running.port());
-    client.send(request("/nothing") + request("/", "", "DELETE") + request("/chat") + request("*", "", "OPTIONS") + request("/"));
+    client.send(request("/nothing") + request("/", "", "DELETE") + request("/chat") + request("*", "", "OPTIONS") +
+                request("/"));
     const Answer missing = next_answer(client);
     CHECK(missing.status == 404);
     CHECK(contains(missing.body, ".\n"));
@@ -480,14 +482,14 @@ TEST_CASE("only the tokens upgrade and websocket together ask for an upgrade") {
     };
     for (const auto& row : table) {
         CAPTURE(row.headers);
-        const std::string rest = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
-        CHECK(fetch(running.port(), "/", row.headers + rest).status == row.status);
+        CHECK(fetch(running.port(), "/", row.headers + key + version).status == row.status);
     }
 }
 
 TEST_CASE("what is no origin to allow is an Error") {
     Server server;
-    for (const std::string origin : {"", "chat.example", "null", "ws://chat.example", "https://", "https://chat.example/"}) {
+    for (const std::string origin :
+         {"", "chat.example", "null", "ws://chat.example", "https://", "https://chat.example/"}) {
         CAPTURE(origin);
         CHECK(contains(error_of([&] { server.allow_origins({origin}); }), "allow_origins: \"" + origin + "\""));
     }
@@ -579,10 +581,12 @@ TEST_CASE("a file that is missing is an Error when it is set up, and a 404 later
     Folder folder;
     RunningServer running;
     const std::string path = (folder / "a.txt").string();
-    CHECK(error_of([&] { running.server.file("/", path); }) == "file \"/\": " + path + ": No such file or directory (ENOENT)");
+    CHECK(error_of([&] { running.server.file("/", path); }) ==
+          "file \"/\": " + path + ": No such file or directory (ENOENT)");
     CHECK(contains(error_of([&] { running.server.file("/", "/tmp"); }), "file \"/\": /tmp: Is a directory (EISDIR)"));
     CHECK(contains(error_of([&] { running.server.file("/", ""); }), "file \"/\": "));
-    CHECK(contains(error_of([&] { running.server.file("/", "no/such/page.html"); }), "file \"/\": no/such/page.html: "));
+    CHECK(
+        contains(error_of([&] { running.server.file("/", "no/such/page.html"); }), "file \"/\": no/such/page.html: "));
     folder.write("a.txt", "here");
     running.server.file("/", path);
     running.start();
@@ -641,6 +645,9 @@ TEST_CASE("a large file goes to a slow reader piece by piece, and nobody else wa
         REQUIRE(fetch(running.port(), "/").body == "hello");
         REQUIRE(running.metrics().backlog_bytes < 1024 * 1024);
     }
+    while (slow.received.size() < content.size() && slow.read_some()) {
+        REQUIRE(running.metrics().backlog_bytes < 1024 * 1024);
+    }
     const Answer answer = next_answer(slow);
     CHECK(answer.status == 200);
     CHECK((answer.body == content));
@@ -649,7 +656,9 @@ TEST_CASE("a large file goes to a slow reader piece by piece, and nobody else wa
 TEST_CASE("a file that becomes shorter while it is sent ends the connection before the length that was promised") {
     Folder folder;
     const std::string path = folder.write("large.bin", large_content());
-    RunningServer running;
+    ServerOptions options;
+    options.limits.handshake_timeout = Duration::zero();  // never
+    RunningServer running(options);
     running.server.file("/", path);
     running.start();
     RawClient client(running.port());
@@ -663,7 +672,9 @@ TEST_CASE("a file that becomes shorter while it is sent ends the connection befo
 }
 
 TEST_CASE("a reader that goes away in the middle of a file leaves nothing behind") {
-    const auto descriptors = [] { return std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator()); };
+    const auto descriptors = [] {
+        return std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator());
+    };
     Folder folder;
     RunningServer running;
     running.server.file("/", folder.write("large.bin", large_content()));
@@ -770,15 +781,61 @@ TEST_CASE("nothing outside of a folder, nothing hidden and nothing but a regular
     const ListenSocket socket(ListenAddress::parse("unix:" + (folder / "www/socket").string()), false);
     running.server.static_dir("/", (folder / "www").string());
     running.start();
-    for (const std::string target :
-         {"/../secret.txt", "/%2e%2e/secret.txt", "/%2E./secret.txt", "/..%2fsecret.txt", "/..%2Fsecret.txt",
-          "/sub/../../secret.txt", "/sub/%2e%2e/%2e%2e/secret.txt", "/sub/../a.txt", "/..\\secret.txt", "/%5c..%5csecret.txt",
-          "/..%5csecret.txt", "//a.txt", "///a.txt", "/sub//b.txt", "//etc/passwd", "/%2fetc%2fpasswd", "//host/..",
-          "//host/%2e%2e", "//sub", "/%2fsub", "/%00", "/a.txt%00", "/a.txt%00.html", "/sub%00/b.txt", "/link.txt",
-          "/inside.txt", "/link", "/link/", "/link/secret.txt", "/link/www/a.txt", "/fifo", "/fifo/", "/socket", "/.hidden",
-          "/.git/config", "/.git", "/.git/", "/sub/.hidden", "/.", "/./a.txt", "/sub/.", "/a.txt/", "/a.txt/b", "/a.txt.",
-          "/a.txt%20", "/a.txt::$DATA", "/c:/a.txt", "/missing", "/missing/", "/sub/", "/%", "/%2", "/a%zz",
-          "http://x/../secret.txt", "http://x//etc/passwd"}) {
+    for (const std::string target : {"/../secret.txt",
+                                     "/%2e%2e/secret.txt",
+                                     "/%2E./secret.txt",
+                                     "/..%2fsecret.txt",
+                                     "/..%2Fsecret.txt",
+                                     "/sub/../../secret.txt",
+                                     "/sub/%2e%2e/%2e%2e/secret.txt",
+                                     "/sub/../a.txt",
+                                     "/..\\secret.txt",
+                                     "/%5c..%5csecret.txt",
+                                     "/..%5csecret.txt",
+                                     "//a.txt",
+                                     "///a.txt",
+                                     "/sub//b.txt",
+                                     "//etc/passwd",
+                                     "/%2fetc%2fpasswd",
+                                     "//host/..",
+                                     "//host/%2e%2e",
+                                     "//sub",
+                                     "/%2fsub",
+                                     "/%00",
+                                     "/a.txt%00",
+                                     "/a.txt%00.html",
+                                     "/sub%00/b.txt",
+                                     "/link.txt",
+                                     "/inside.txt",
+                                     "/link",
+                                     "/link/",
+                                     "/link/secret.txt",
+                                     "/link/www/a.txt",
+                                     "/fifo",
+                                     "/fifo/",
+                                     "/socket",
+                                     "/.hidden",
+                                     "/.git/config",
+                                     "/.git",
+                                     "/.git/",
+                                     "/sub/.hidden",
+                                     "/.",
+                                     "/./a.txt",
+                                     "/sub/.",
+                                     "/a.txt/",
+                                     "/a.txt/b",
+                                     "/a.txt.",
+                                     "/a.txt%20",
+                                     "/a.txt::$DATA",
+                                     "/c:/a.txt",
+                                     "/missing",
+                                     "/missing/",
+                                     "/sub/",
+                                     "/%",
+                                     "/%2",
+                                     "/a%zz",
+                                     "http://x/../secret.txt",
+                                     "http://x//etc/passwd"}) {
         CAPTURE(target);
         const Answer answer = fetch(running.port(), target);
         CHECK((answer.status == 404 || answer.status == 400));

@@ -2,8 +2,8 @@
 // Pages and refusals are in server_pages_test.cpp, limits and hostile peers in server_limits_test.cpp.
 #include "support.hpp"
 
-#include <csignal>
 #include <sys/wait.h>
+#include <csignal>
 
 using namespace wschat;
 using namespace std::chrono_literals;
@@ -165,9 +165,17 @@ TEST_CASE("a path that no pattern matches has no WebSocket") {
     const struct {
         std::string pattern, target;
     } table[] = {
-        {"/chat/{room}", "/chat/"}, {"/chat/{room}", "/chat"}, {"/chat/{room}", "/chat/a/b"}, {"/chat/{room}", "/Chat/a"},
-        {"/chat/{room}", "//chat/a"}, {"/a", "/a/"}, {"/a/", "/a"}, {"/files/{rest...}", "/files"}, {"/a", "/b"},
-        {"/a", "/a%2F"}, {"/", "//"},
+        {"/chat/{room}", "/chat/"},
+        {"/chat/{room}", "/chat"},
+        {"/chat/{room}", "/chat/a/b"},
+        {"/chat/{room}", "/Chat/a"},
+        {"/chat/{room}", "//chat/a"},
+        {"/a", "/a/"},
+        {"/a/", "/a"},
+        {"/files/{rest...}", "/files"},
+        {"/a", "/b"},
+        {"/a", "/a%2F"},
+        {"/", "//"},
     };
     for (const auto& row : table) {
         CAPTURE(row.pattern);
@@ -181,7 +189,8 @@ TEST_CASE("a path that no pattern matches has no WebSocket") {
 }
 
 TEST_CASE("of several patterns that match, text goes before parameters and these before an open end") {
-    const std::vector<std::string> patterns = {"/{rest...}", "/chat/{rest...}", "/{user}/{room}", "/chat/{room}", "/chat/tea"};
+    const std::vector<std::string> patterns = {"/{rest...}", "/chat/{rest...}", "/{user}/{room}", "/chat/{room}",
+                                               "/chat/tea"};
     const struct {
         std::string target, told;
     } table[] = {
@@ -214,8 +223,12 @@ TEST_CASE("a pattern that is given twice is an Error, also where only the names 
         std::string first, second;
         bool same;
     } table[] = {
-        {"/a", "/a", true},           {"/b/{x}", "/b/{y}", true}, {"/c/{x...}", "/c/{y...}", true},
-        {"/d/{x}", "/d/{x...}", false}, {"/e", "/e/", false},       {"/f/{x}", "/f/x", false},
+        {"/a", "/a", true},
+        {"/b/{x}", "/b/{y}", true},
+        {"/c/{x...}", "/c/{y...}", true},
+        {"/d/{x}", "/d/{x...}", false},
+        {"/e", "/e/", false},
+        {"/f/{x}", "/f/x", false},
     };
     const auto answer = [](const Request&) { return Response(200); };
     for (const auto& row : table) {
@@ -224,13 +237,14 @@ TEST_CASE("a pattern that is given twice is an Error, also where only the names 
         CHECK(error_of([&] { server.route<Echo>(row.second); }) ==
               (row.same ? "route \"" + row.second + "\": given twice" : ""));
         server.get(row.first, answer);
-        CHECK(error_of([&] { server.get(row.second, answer); }) == (row.same ? "page \"" + row.second + "\": given twice" : ""));
+        CHECK(error_of([&] { server.get(row.second, answer); }) ==
+              (row.same ? "page \"" + row.second + "\": given twice" : ""));
     }
 }
 
 TEST_CASE("what is no pattern is an Error that names the call and the pattern") {
-    for (const std::string pattern : {"", "chat", "{room}", "/a{b}", "/{a}b", "/{a", "/a}", "/{}", "/{a}{b}", "/{a...}/b",
-                                      "/{a...}/", "/a?b", "/a#b", "/a%20b", "/{a%20}"}) {
+    for (const std::string pattern : {"", "chat", "{room}", "/a{b}", "/{a}b", "/{a", "/a}", "/{}", "/{a}{b}",
+                                      "/{a...}/b", "/{a...}/", "/a?b", "/a#b", "/a%20b", "/{a%20}"}) {
         CAPTURE(pattern);
         Server server;
         CHECK(contains(error_of([&] { server.route<Echo>(pattern); }), "route \"" + pattern + "\": "));
@@ -390,7 +404,8 @@ TEST_CASE("without an address a server listens on 127.0.0.1, on a port that it t
     running.server.route<Echo>("/");
     running.start();
     CHECK(running.port() > 0);
-    CHECK(running.on_loop([&] { return running.server.url(); }) == "http://127.0.0.1:" + std::to_string(running.port()) + "/");
+    CHECK(running.on_loop([&] { return running.server.url(); }) ==
+          "http://127.0.0.1:" + std::to_string(running.port()) + "/");
     Client client(running.port());
     CHECK(client.is_open());
 }
@@ -781,7 +796,8 @@ TEST_CASE("the log tells of opening, closing, refusals and the shutdown") {
     CHECK(log.has("debug listening address=\"127.0.0.1:" + std::to_string(running.port()) + "\""));
     CHECK(log.has("debug open peer=\"127.0.0.1\" target=\"/chat?name=Anna\""));
     CHECK(log.has("debug closed peer=\"127.0.0.1\" code=\"1000\" cause=\"peer\" reason=\"bye\""));
-    CHECK(log.has("info refused status=\"404\" peer=\"127.0.0.1\" target=\"/nowhere\" sentence=\"There is no WebSocket"));
+    CHECK(
+        log.has("info refused status=\"404\" peer=\"127.0.0.1\" target=\"/nowhere\" sentence=\"There is no WebSocket"));
     CHECK(log.has("info closed peer=\"127.0.0.1\" code=\"1002\" cause=\"protocol error\""));
     CHECK(log.has("debug shutdown"));
 }
@@ -793,7 +809,9 @@ TEST_CASE("what a peer chose can not break a line of the log or reach the termin
     log.take_from(running.server);
     running.server.route<Echo>("/");
     running.start();
-    Client foreign(running.port(), "/", "Origin: http://evil\"\xC2\x9B\x9B" "31m.example\r\n");
+    Client foreign(running.port(), "/",
+                   "Origin: http://evil\"\xC2\x9B\x9B"
+                   "31m.example\r\n");
     CHECK(foreign.head.substr(0, 12) == "HTTP/1.1 403");
     Client client(running.port());
     client.close(CloseCode::normal, "bye\r\nerror forged=\"yes\"\x1b[2J\xC2\x9B");

@@ -1,9 +1,9 @@
 // § 10: addresses, listening, sockets that never block, and the pollers, all of them against one contract.
 #include "support.hpp"
 
+#include <sys/wait.h>
 #include <csignal>
 #include <set>
-#include <sys/wait.h>
 
 using namespace wschat;
 
@@ -103,11 +103,13 @@ struct Pair {
     Socket here, there;
 };
 
+using SignalAction = struct sigaction;
+
 IoResult send(Socket& socket, std::string_view bytes) { return socket.send(&bytes, 1); }
 
 void fill(Socket& socket) {
     const std::string bytes(64 * 1024, 'x');
-    while (send(socket, bytes).outcome == IoResult::Outcome::done) {}
+    while (send(socket, bytes).outcome == IoResult::Outcome::done) continue;
 }
 
 // What a poller reports for one owner.
@@ -189,8 +191,9 @@ TEST_CASE("an address is parsed from its numeric forms and written in its canoni
 }
 
 TEST_CASE("what is no numeric address is not parsed") {
-    for (const std::string text : {"", "localhost", "1.2.3", "1.2.3.4.5", "256.0.0.1", "1.2.3.4 ", " 1.2.3.4", "1.2.3.4:80", "[::1]",
-                             ":::", "1::2::3", "12345::", "::1%lo", "0x7f.0.0.1", "-1.0.0.1"}) {
+    for (const std::string text :
+         {"", "localhost", "1.2.3", "1.2.3.4.5", "256.0.0.1", "1.2.3.4 ", " 1.2.3.4", "1.2.3.4:80", "[::1]",
+          ":::", "1::2::3", "12345::", "::1%lo", "0x7f.0.0.1", "-1.0.0.1"}) {
         CAPTURE(text);
         CHECK_FALSE(IpAddress::parse(text));
     }
@@ -230,8 +233,12 @@ TEST_CASE("the prefix of an address keeps its first bits and clears the rest") {
         unsigned bits;
         std::string prefix;
     } table[] = {
-        {"192.0.2.255", 32, "192.0.2.255"}, {"192.0.2.255", 31, "192.0.2.254"}, {"192.0.2.255", 25, "192.0.2.128"},
-        {"192.0.2.255", 24, "192.0.2.0"},   {"192.0.2.255", 9, "192.0.0.0"},    {"192.0.2.255", 0, "0.0.0.0"},
+        {"192.0.2.255", 32, "192.0.2.255"},
+        {"192.0.2.255", 31, "192.0.2.254"},
+        {"192.0.2.255", 25, "192.0.2.128"},
+        {"192.0.2.255", 24, "192.0.2.0"},
+        {"192.0.2.255", 9, "192.0.0.0"},
+        {"192.0.2.255", 0, "0.0.0.0"},
         {"2001:db8:1:2:3:4:5:6", 64, "2001:db8:1:2::"},
         {"2001:db8:1:2:3:4:5:6", 128, "2001:db8:1:2:3:4:5:6"},
         {"2001:db8:ffff::", 33, "2001:db8:8000::"},
@@ -257,14 +264,22 @@ TEST_CASE("a CIDR block contains the addresses of its family with its first bits
         std::string block, address;
         bool contains;
     } table[] = {
-        {"10.0.0.0/8", "10.255.255.255", true},      {"10.0.0.0/8", "11.0.0.0", false},
-        {"10.1.2.3/8", "10.9.9.9", true},            {"192.0.2.1", "192.0.2.1", true},
-        {"192.0.2.1", "192.0.2.2", false},           {"192.0.2.0/31", "192.0.2.1", true},
-        {"192.0.2.0/31", "192.0.2.2", false},        {"0.0.0.0/0", "203.0.113.9", true},
-        {"0.0.0.0/0", "::1", false},                 {"::/0", "203.0.113.9", false},
-        {"::/0", "2001:db8::1", true},               {"2001:db8::/32", "2001:db8:ffff::1", true},
-        {"2001:db8::/32", "2001:db9::1", false},     {"::1", "::1", true},
-        {"10.0.0.0/8", "::ffff:10.0.0.1", true},     {"::ffff:10.0.0.1", "10.0.0.1", true},
+        {"10.0.0.0/8", "10.255.255.255", true},
+        {"10.0.0.0/8", "11.0.0.0", false},
+        {"10.1.2.3/8", "10.9.9.9", true},
+        {"192.0.2.1", "192.0.2.1", true},
+        {"192.0.2.1", "192.0.2.2", false},
+        {"192.0.2.0/31", "192.0.2.1", true},
+        {"192.0.2.0/31", "192.0.2.2", false},
+        {"0.0.0.0/0", "203.0.113.9", true},
+        {"0.0.0.0/0", "::1", false},
+        {"::/0", "203.0.113.9", false},
+        {"::/0", "2001:db8::1", true},
+        {"2001:db8::/32", "2001:db8:ffff::1", true},
+        {"2001:db8::/32", "2001:db9::1", false},
+        {"::1", "::1", true},
+        {"10.0.0.0/8", "::ffff:10.0.0.1", true},
+        {"::ffff:10.0.0.1", "10.0.0.1", true},
     };
     for (const auto& row : table) {
         CAPTURE(row.block);
@@ -281,8 +296,9 @@ TEST_CASE("the block unix is every Unix socket and nothing else") {
 }
 
 TEST_CASE("what is no CIDR block is an Error that quotes it") {
-    for (const std::string text : {"", "/", "/8", "10.0.0.0/", "10.0.0.0/33", "::/129", "10.0.0.0/8/8", "10.0.0.0/-1", "10.0.0.0/ 8",
-                             "10.0.0.0/8x", "10.0.0/8", "proxy.example", "unix/8", "10.0.0.0/99999999999999999999999"}) {
+    for (const std::string text :
+         {"", "/", "/8", "10.0.0.0/", "10.0.0.0/33", "::/129", "10.0.0.0/8/8", "10.0.0.0/-1", "10.0.0.0/ 8",
+          "10.0.0.0/8x", "10.0.0/8", "proxy.example", "unix/8", "10.0.0.0/99999999999999999999999"}) {
         CAPTURE(text);
         const std::string error = error_of([&] { Cidr block(text); });
         CHECK(contains(error, "\"" + text + "\""));
@@ -319,8 +335,9 @@ TEST_CASE("a listening address is parsed from each of its forms and written so t
 }
 
 TEST_CASE("what is no listening address is an Error that names it") {
-    for (const std::string text : {"", ":", "localhost", "8888x", "65536", "-1", "+80", " 80", "99999999999999999999", "127.0.0.1:",
-                             ":8888", "127.0.0.1:http", "[]:80", "[::1]", "[::1", "[::1:80", "::1]:80", "[::1]x:80", "unix:"}) {
+    for (const std::string text :
+         {"", ":", "localhost", "8888x", "65536", "-1", "+80", " 80", "99999999999999999999", "127.0.0.1:", ":8888",
+          "127.0.0.1:http", "[]:80", "[::1]", "[::1", "[::1:80", "::1]:80", "[::1]x:80", "unix:"}) {
         CAPTURE(text);
         const std::string error = error_of([&] { ListenAddress::parse(text); });
         CHECK(contains(error, "listen " + text + ":"));
@@ -451,12 +468,13 @@ TEST_CASE("a listener on an IPv6 address has IPv6 connections only") {
         MESSAGE("this machine has no IPv6");
         return;
     }
-    ListenSocket listener(ListenAddress::parse("[::1]:0"), false);
-    CHECK(contains(listener.address().to_string(), "[::1]:"));
+    ListenSocket listener(ListenAddress::parse("[::]:0"), false);
+    CHECK(contains(listener.address().to_string(), "[::]:"));
     const Socket client = connect_to(listener.address(), AF_INET6);
     IpAddress peer;
     CHECK(accept(listener, peer));
     CHECK(peer.to_string() == "::1");
+    // RFC 3493 5.3; otherwise it would have the same port of IPv4 too.
     int ipv6_only = 0;
     socklen_t size = sizeof ipv6_only;
     REQUIRE(::getsockopt(listener.descriptor(), IPPROTO_IPV6, IPV6_V6ONLY, &ipv6_only, &size) == 0);
@@ -606,7 +624,7 @@ TEST_CASE("sending to a peer that does not read takes what fits and then would b
 TEST_CASE("sending to a peer that is gone is an error and raises no SIGPIPE") {
     static volatile std::sig_atomic_t raised;
     raised = 0;
-    struct sigaction count {}, before {};
+    SignalAction count{}, before{};
     count.sa_handler = [](int) { raised = raised + 1; };
     REQUIRE(::sigaction(SIGPIPE, &count, &before) == 0);
     Pair pair;
@@ -636,7 +654,8 @@ TEST_CASE("every descriptor of this section is close-on-exec") {
     // FAULTS 40. What was open before is not ours.
     const std::set<int> before = inheritable_descriptors();
     Folder folder;
-    ListenSocket tcp(ListenAddress::parse("0"), false), local(ListenAddress::parse("unix:" + folder / "chat.sock"), false);
+    ListenSocket tcp(ListenAddress::parse("0"), false),
+        local(ListenAddress::parse("unix:" + folder / "chat.sock"), false);
     const Socket tcp_client = connect_to(tcp.address()), local_client = connect_to(local.address());
     IpAddress peer;
     const Socket tcp_accepted = accept(tcp, peer), local_accepted = accept(local, peer);
@@ -708,7 +727,7 @@ TEST_CASE("a poller reports what is writable as long as the kernel takes bytes")
         fill(pair.here);
         CHECK(now_ready(*poller, owner) == "");
         std::vector<char> buffer(1 << 20);
-        while (pair.there.receive(buffer.data(), buffer.size()).outcome == IoResult::Outcome::done) {}
+        while (pair.there.receive(buffer.data(), buffer.size()).outcome == IoResult::Outcome::done) continue;
         CHECK(now_ready(*poller, owner) == "w");
     }
 }
