@@ -299,6 +299,30 @@ struct LogEntry {
 namespace wschat {
 inline namespace WSCHAT_ABI {
 
+// The first lines of an object, 64 bytes each, will be needed soon.
+#if defined(__GNUC__)
+inline void prefetch(const void* object, int lines) {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(object) + 64 * i);
+}
+#else
+inline void prefetch(const void*, int) {}
+#endif
+
+// Memory for bytes. A large block begins in the middle of a page: the kernel fills its own pages from their beginning,
+// and a copy between two places that are about equally far into their pages is slow on many processors (4 KiB aliasing).
+// It doubled what the kernel takes for a message of 1 MiB.
+constexpr std::size_t large_block = 64 * 1024;
+constexpr std::size_t page_size = 4096;
+
+inline char* allocate_block(std::size_t size) {
+    if (size < large_block) return static_cast<char*>(::operator new(size));
+    return static_cast<char*>(::operator new(size + page_size / 2, std::align_val_t(page_size))) + page_size / 2;
+}
+inline void free_block(char* block, std::size_t size) {
+    if (size < large_block) ::operator delete(block);
+    else ::operator delete(block - page_size / 2, std::align_val_t(page_size));
+}
+
 // A growable block of bytes for what has arrived of an unfinished message. Unlike std::string it does not clear what
 // it grows by, and release() gives its memory back. Grows with what is appended, at most to twice of it.
 class Bytes {
@@ -314,7 +338,7 @@ public:
         std::swap(capacity_, other.capacity_);
         return *this;
     }
-    ~Bytes() { ::operator delete(data_); }
+    ~Bytes() { free_block(data_, capacity_); }
 
     char* data() { return data_; }
     char* end() { return data_ + size_; }
@@ -327,9 +351,9 @@ public:
     void reserve(std::size_t more) {
         if (more <= room()) return;
         const std::size_t wanted = size_ + more > 2 * capacity_ ? size_ + more : 2 * capacity_;
-        char* grown = static_cast<char*>(::operator new(wanted));
+        char* grown = allocate_block(wanted);
         if (size_ != 0) std::memcpy(grown, data_, size_);
-        ::operator delete(data_);
+        free_block(data_, capacity_);
         data_ = grown;
         capacity_ = wanted;
     }
@@ -344,7 +368,7 @@ public:
     void append(std::string_view bytes) { append(bytes.data(), bytes.size()); }
     void clear() { size_ = 0; }
     void release() {
-        ::operator delete(data_);
+        free_block(data_, capacity_);
         data_ = nullptr;
         size_ = capacity_ = 0;
     }
@@ -360,7 +384,7 @@ private:
 class Chunk {
 public:
     static Chunk* make(std::size_t capacity, bool pooled) {
-        return new (::operator new(sizeof(Chunk) + capacity)) Chunk(capacity, pooled);
+        return new (allocate_block(sizeof(Chunk) + capacity)) Chunk(capacity, pooled);
     }
     void acquire() { ++references_; }
     void release() {
@@ -378,7 +402,9 @@ public:
 private:
     Chunk(std::size_t capacity, bool pooled) : capacity_(capacity), pooled_(pooled) {}
     // Not inlined: where it is, g++ 12 believes that two references in a row both were the last.
-    WSCHAT_NOINLINE static void destroy(Chunk* chunk) { ::operator delete(chunk); }
+    WSCHAT_NOINLINE static void destroy(Chunk* chunk) {
+        free_block(reinterpret_cast<char*>(chunk), sizeof(Chunk) + chunk->capacity_);
+    }
 
     std::size_t size_ = 0;
     std::size_t capacity_;
@@ -497,11 +523,10 @@ public:
     std::size_t size() const { return bytes_; }
     bool empty() const { return bytes_ == 0; }
 
-    void append(Slice slice) {
-        const std::size_t size = slice.size();
-        if (size == 0) return;
-        push(std::move(slice));
-        bytes_ += size;
+    void append(const Slice& slice) {
+        if (slice.size() == 0) return;
+        push(slice);
+        bytes_ += slice.size();
     }
 
     // The first pieces in order, at most max of them; returns how many.
@@ -515,6 +540,10 @@ public:
     // The first n bytes have been sent.
     void consume(std::size_t n) {
         bytes_ -= n;
+        if (bytes_ == 0 && older_.empty()) {
+            tail_ = Slice();
+            return;
+        }
         while (n != 0 && front_ < older_.size()) {
             Slice& slice = older_[front_];
             const std::size_t part = n < slice.size() ? n : slice.size();
@@ -551,18 +580,18 @@ public:
 private:
     static constexpr std::size_t own_size = 16 * 1024;
 
-    void push(Slice&& slice) {
-        if (tail_.chunk == slice.chunk && tail_.end == slice.begin) {
+    void push(const Slice& slice) {
+        if (tail_.end == slice.begin && tail_.chunk == slice.chunk) {
             tail_.end = slice.end;
             return;
         }
         if (tail_.size() != 0) older_.push_back(std::move(tail_));
-        tail_ = std::move(slice);
+        tail_ = slice;
     }
 
     // A chunk that is not pooled has room only where it is this queue's own.
     void push_own(const Slice& slice) {
-        if (!slice.chunk->pooled()) return push(Slice(slice));
+        if (!slice.chunk->pooled()) return push(slice);
         const std::string_view bytes = slice.view();
         const bool fits = tail_.chunk && !tail_.chunk->pooled() && tail_.end == tail_.chunk->size() &&
                           tail_.chunk->room() >= bytes.size();
@@ -587,11 +616,11 @@ private:
         }
     }
 
-    Slice tail_;                // the last slice, the one that may grow
+    Slice tail_;  // the last slice, the one that may grow
+    std::size_t bytes_ = 0;
     std::vector<Slice> older_;  // those before it; [0, front_) are sent, [front_, kept_) lie in chunks of our own
     std::size_t front_ = 0;
     std::size_t kept_ = 0;
-    std::size_t bytes_ = 0;
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -974,31 +1003,54 @@ struct FrameHeader {
     std::uint64_t length = 0;
 };
 
+#if defined(__x86_64__) && defined(__GNUC__)
+
+// Masks whole blocks of 64 bytes and answers how many bytes these were; the bits that they have now are or'ed to `seen`.
+__attribute__((target("avx2"))) inline std::size_t mask_blocks_avx2(char* data, std::size_t size, std::uint64_t word,
+                                                                    std::uint64_t& seen) {
+    typedef std::uint64_t Block __attribute__((vector_size(32)));
+    const Block key = {word, word, word, word};
+    Block bits = {seen, 0, 0, 0}, low, high;
+    std::size_t done = 0;
+    for (; size - done >= 64; done += 64) {
+        std::memcpy(&low, data + done, 32);
+        std::memcpy(&high, data + done + 32, 32);
+        bits |= (low ^= key) | (high ^= key);
+        std::memcpy(data + done, &low, 32);
+        std::memcpy(data + done + 32, &high, 32);
+    }
+    seen = bits[0] | bits[1] | bits[2] | bits[3];
+    return done;
+}
+
+#else
+
+inline std::size_t mask_blocks_avx2(char*, std::size_t, std::uint64_t, std::uint64_t&) { return 0; }
+
+#endif
+
 // RFC 6455 5.3: byte i of the payload is xored with mask[(offset + i) % 4]. In place; doing it twice undoes it. Answers
 // whether all bytes are ASCII now, which costs next to nothing while they pass.
 inline bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
-    unsigned char key[8];
-    for (std::size_t i = 0; i < 8; ++i) key[i] = mask[(offset + i) % 4];
-    std::uint64_t word, seen[4] = {0, 0, 0, 0};
-    std::memcpy(&word, key, 8);
-    std::size_t i = 0;
-    for (std::uint64_t words[4]; size - i >= 32; i += 32) {
-        std::memcpy(words, data + i, 32);
-        for (std::size_t k = 0; k < 4; ++k) seen[k] |= words[k] ^= word;
-        std::memcpy(data + i, words, 32);
+    MaskKey key = mask;
+    if (offset % 4 != 0)
+        for (std::size_t i = 0; i < 4; ++i) key[i] = mask[(offset + i) % 4];
+    std::uint32_t half;
+    std::memcpy(&half, key.data(), 4);
+    const std::uint64_t word = half * std::uint64_t{0x0000000100000001};
+    std::uint64_t seen = 0;
+    std::size_t i = size >= 64 && has_avx2() ? mask_blocks_avx2(data, size, word, seen) : 0;
+    for (std::uint64_t next; size - i >= 8; i += 8) {
+        std::memcpy(&next, data + i, 8);
+        seen |= next ^= word;
+        std::memcpy(data + i, &next, 8);
     }
-    for (std::uint64_t w; size - i >= 8; i += 8) {
-        std::memcpy(&w, data + i, 8);
-        seen[0] |= w ^= word;
-        std::memcpy(data + i, &w, 8);
-    }
-    unsigned char rest = 0;
     for (; i < size; ++i) {
-        const auto byte = static_cast<unsigned char>(static_cast<unsigned char>(data[i]) ^ key[i % 8]);
-        rest = static_cast<unsigned char>(rest | byte);
+        const auto byte = static_cast<unsigned char>(static_cast<unsigned char>(data[i]) ^ key[i % 4]);
+        seen |= byte;
         data[i] = static_cast<char>(byte);
     }
-    return (((seen[0] | seen[1] | seen[2] | seen[3]) & 0x8080808080808080u) | (rest & 0x80u)) == 0;
+    return (seen & 0x8080808080808080u) == 0;
 }
 
 constexpr std::size_t encoded_size(const FrameHeader& header) {
@@ -1843,6 +1895,7 @@ public:
         control_tokens_ = static_cast<float>(limits.control_frames_burst);
     }
 
+    const Limits& limits() const { return *limits_; }
     State state() const { return state_; }
     bool is_open() const { return state_ == State::open; }
     CloseCode close_code() const { return close_code_; }
@@ -1995,11 +2048,12 @@ public:
         output_.clear();
     }
 
-    // A pong that waited for a peer that did not read. Called when the kernel has taken all output.
-    void send_waiting_pong() {
-        if (!pong_waits_) return;
-        pong_waits_ = false;
+    // Queues the pong that waited for a peer that did not read, if there is one. Called when the kernel has taken all
+    // output.
+    bool send_waiting_pong() {
+        if (!std::exchange(pong_waits_, false)) return false;
         append_control(Opcode::pong, std::exchange(aside().pong, std::string()));
+        return true;
     }
     // Whether the kernel has refused output that is still queued. While it does, pongs wait, the latest only.
     void set_blocked(bool blocked) { blocked_ = blocked; }
@@ -2232,8 +2286,8 @@ private:
         return WriteStatus::closed;
     }
 
-    WriteStatus append(Slice slice) {
-        output_.append(std::move(slice));
+    WriteStatus append(const Slice& slice) {
+        output_.append(slice);
         return blocked_ ? WriteStatus::queued : WriteStatus::sent;
     }
 
@@ -2265,7 +2319,7 @@ private:
         return *aside_;
     }
 
-    // What every message that is sent needs stands first and together.
+    // What every message that is sent and every end of a turn needs stands first and together.
     const Limits* limits_ = nullptr;
     MaskSource masks_ = nullptr;  // set for a client
     State state_ = State::connecting;
@@ -2277,10 +2331,12 @@ private:
     bool pong_waits_ = false;
     bool ping_sent_ = false;
     SendQueue output_;
-
-    // Time.
     Time alive_{};
     Time waiting_since_{};  // for the answer to our ping or to our Close frame
+    Bytes message_;         // what has come of the message that is being read
+    std::unique_ptr<Aside> aside_;
+
+    // The bucket of control frames.
     Time control_time_{};
     float control_tokens_ = 0;
 
@@ -2295,14 +2351,12 @@ private:
     char* input_end_ = nullptr;
     FrameHeader frame_;
     std::uint64_t frame_left_ = 0;
-    Bytes message_;
     std::size_t fragments_ = 0;
     char header_bytes_[FrameHeader::max_size];
 
     SendArena* arena_ = nullptr;
     std::uint64_t dropped_ = 0;
     std::string close_reason_;
-    std::unique_ptr<Aside> aside_;
 };
 
 }  // namespace WSCHAT_ABI
@@ -2576,6 +2630,9 @@ class HandlerAccess {
 public:
     static HandlerCore& core(WebSocketHandler& handler) { return handler.core_; }
     static const HandlerCore& core(const WebSocketHandler& handler) { return handler.core_; }
+    // What sending needs, which stands at the beginning of both.
+    static void prefetch(const WebSocketHandler* handler) { wschat::prefetch(handler, 4); }
+    static void prefetch_session(const WebSocketHandler& handler) { wschat::prefetch(handler.core_.session, 2); }
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
@@ -2674,10 +2731,15 @@ public:
         return broadcast(Message(value.dump()), except);
     }
     std::size_t broadcast(const EncodedFrame& frame, const WebSocketHandler* except = nullptr) {
+        constexpr std::size_t ahead = 4;
         std::size_t reached = 0;
-        for (const Member& member : members_) {
-            if (member.handler == except) continue;
-            const WriteStatus status = member.handler->write_message(frame);
+        for (std::size_t i = 0; i < members_.size(); ++i) {
+            if (members_.size() - i > 2 * ahead) {
+                HandlerAccess::prefetch(members_[i + 2 * ahead].handler);
+                HandlerAccess::prefetch_session(*members_[i + ahead].handler);
+            }
+            if (members_[i].handler == except) continue;
+            const WriteStatus status = members_[i].handler->write_message(frame);
             if (status == WriteStatus::sent || status == WriteStatus::queued) ++reached;
         }
         return reached;
@@ -4384,8 +4446,8 @@ private:
 
 class Server final : private HandlerHost {
 public:
-    explicit Server(ServerOptions options = {})
-        : options_(std::move(options)), loop_(options_.poller), rooms_(arena_), receive_buffer_(receive_size) {
+    explicit Server(ServerOptions options = {}) : options_(std::move(options)), loop_(options_.poller), rooms_(arena_) {
+        receive_buffer_.reserve(receive_size);
         loop_.at_turn_end([this] { return end_turn(); });
         loop_.on_signal([this](int) { on_signal(); });
         loop_.on_exception([this](const char* where, const char* what) { report_exception(where, what, nullptr); });
@@ -4553,6 +4615,12 @@ private:
         std::size_t index = 0;
         Session* next_attended = nullptr;
         std::unique_ptr<Session> next_buried;
+
+        // Its end of a turn comes next.
+        void prefetch() const {
+            HandlerAccess::prefetch(handler_.get());
+            if (next_attended != nullptr) wschat::prefetch(next_attended, 2);
+        }
 
         bool gone() const { return phase_ == Phase::gone; }
         std::size_t backlog() const { return counted_backlog_; }
@@ -4816,7 +4884,7 @@ private:
             // A peer that sends without a pause must leave the others their turn.
             for (int round = 0; round < 4 && !gone() && reading(); ++round) {
                 char* place = server_.receive_buffer_.data();
-                std::size_t room = server_.receive_buffer_.size();
+                std::size_t room = server_.receive_buffer_.capacity();
                 if (phase_ == Phase::websocket) {
                     const auto [area, area_size] = connection().receive_area();
                     if (area != nullptr) {
@@ -5090,7 +5158,7 @@ private:
             }
         }
 
-        std::size_t half_backlog() const { return limits().max_backlog / 2; }
+        std::size_t half_backlog() { return connection().limits().max_backlog / 2; }
 
         // A peer that does not read what it asked for is not read either, until it does.
         bool pause() {
@@ -5105,10 +5173,7 @@ private:
         void settle_websocket() {
             if (output().size() > half_backlog()) high_ = true;
             flush();
-            if (output().empty()) {
-                connection().send_waiting_pong();
-                flush();
-            }
+            if (output().empty() && connection().send_waiting_pong()) flush();
             const auto low = [this] { return output().size() <= half_backlog(); };
             if (paused_ && (low() || !connection().is_open())) {
                 paused_ = false;
@@ -5176,11 +5241,9 @@ private:
             return counted_;
         }
 
+        // What the end of each turn needs stands first and together.
         Server& server_;
         Socket socket_;
-        std::unique_ptr<WebSocketHandler> handler_;
-        std::unique_ptr<Http> http_;
-        std::size_t counted_backlog_ = 0;
         Phase phase_ = Phase::http;
         bool attended_ = false;
         bool blocked_ = false;  // the kernel takes no more output for now
@@ -5191,6 +5254,9 @@ private:
         bool watching_read_ = true;
         bool watching_write_ = false;
         bool counted_ = false;
+        std::unique_ptr<WebSocketHandler> handler_;
+        std::unique_ptr<Http> http_;
+        std::size_t counted_backlog_ = 0;
         const Route* route_ = nullptr;
         IpAddress peer_;
         IpAddress counted_address_;
@@ -5382,6 +5448,7 @@ private:
         void take_each(Visit&& visit) {
             for (Session* session = std::exchange(first_, nullptr); session != nullptr;) {
                 Session& visited = *std::exchange(session, session->next_attended);
+                if (session != nullptr) session->prefetch();
                 visit(visited);
             }
         }
@@ -5525,7 +5592,7 @@ private:
     SendArena arena_;
     Rooms rooms_;
     // One of each serves all connections.
-    std::vector<char> receive_buffer_;
+    Bytes receive_buffer_;
     std::array<std::string_view, Socket::max_pieces> pieces_;
     std::vector<std::unique_ptr<Route>> routes_;
     std::vector<std::unique_ptr<PageEntry>> pages_;

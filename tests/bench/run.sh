@@ -1,5 +1,5 @@
 #!/bin/sh
-# sh tests/bench/run.sh [quick|full] [only=NAME,...] [work=PREFIX,...] [rounds=N] [seconds=S]
+# sh tests/bench/run.sh [quick|full|micro] [only=NAME,...] [work=PREFIX,...] [rounds=N] [seconds=S]
 #
 # Builds the load generator, the floor, wschat's bench_server and the peers into build/bench, runs every server on
 # every piece of work in interleaved rounds (server on CPU 0, load on CPU 1), and leaves there bench.txt (also
@@ -7,6 +7,7 @@
 #
 #   quick     one second a run, two rounds, the main work, and only wschat, the floor and two peers
 #   full      two seconds a run, seven rounds (without a word: 1.5 seconds, three rounds)
+#   micro     nothing of that: GB/s of unmasking, UTF-8 validation and frames against memcpy, by Google Benchmark
 #   only=     of: floor wschat beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado
 #   work=     names or beginnings of names of the list below: work=fanout,echo-4
 
@@ -24,6 +25,7 @@ rounds=3
 seconds=1.5
 wanted=""
 quick=0
+micro=0
 
 # Name, what the server does, and the arguments of bench_load, in the order of the tables.
 work_list() {
@@ -61,6 +63,7 @@ for argument in "$@"; do
     case $argument in
         quick) quick=1 rounds=2 seconds=1 only="floor wschat websocketpp libwebsockets" wanted=$quick_work ;;
         full) rounds=7 seconds=2 ;;
+        micro) micro=1 ;;
         only=?*) only=$value ;;
         work=?*) wanted=$value quick=0 ;;
         rounds=[1-9]*) rounds=$value ;;
@@ -284,10 +287,16 @@ run_round() { # run_round ROUND
 }
 
 mkdir -p "$out" || exit 1
-rm -f "$out"/rate-* "$out/raw.jsonl"
-work_list >"$out/work"
 [ "$(nproc)" -ge 2 ] || die "two CPUs are needed: one for the server, one for the load"
 need taskset util-linux || exit 1
+if [ "$micro" = 1 ]; then
+    need /usr/include/benchmark/benchmark.h libbenchmark-dev &&
+        build micro $bench/micro.cpp wschat.hpp -- $cxx $bench/micro.cpp -o $out/micro -lbenchmark -pthread ||
+        { cat $out/micro.log >&2; die "micro does not compile"; }
+    exec taskset -c 1 $out/micro --benchmark_counters_tabular=true
+fi
+rm -f "$out"/rate-* "$out/raw.jsonl"
+work_list >"$out/work"
 need /usr/bin/python3 python3 || exit 1
 ulimit -n "$(ulimit -Hn)"
 
