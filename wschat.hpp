@@ -37,13 +37,14 @@
 //   § 7   Protocol        Connection                                                        2-5
 //   § 8   Handler         WebSocketHandler, HandlerRef                                      2, 3, 4, 5, 7
 //   § 9   Rooms           Room, Rooms                                                       2, 3, 4, 7, 8
-//   § 10  Sockets         IpAddress, Socket, Poller (epoll, kqueue, poll)                   2-3
+//   § 10  Sockets         IpAddress, Socket, SendBatch, Poller (epoll, kqueue, poll)        2-3
 //   § 12  Loop            Loop, Timer, post(), signals                                      2, 10
 //   § 13  Server          Server, routes, pages, sessions                                   all above
 //
 // Macros. To be set by whoever compiles, the same in every translation unit (they are part of the ABI tag, so that
 // translation units which disagree do not link):
 //
+//   WSCHAT_LIBURING     1: on Linux the output of a turn goes to many connections in one call of the system (liburing)
 //   WSCHAT_ZLIB, WSCHAT_OPENSSL, WSCHAT_SQLITE, WSCHAT_HIREDIS     reserved for the optional capabilities; all 0
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
@@ -90,6 +91,9 @@
 #ifndef WSCHAT_HIREDIS
 #define WSCHAT_HIREDIS 0
 #endif
+#ifndef WSCHAT_LIBURING
+#define WSCHAT_LIBURING 0
+#endif
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wschat.hpp needs C++17: compile with -std=c++17 or newer"
@@ -102,13 +106,13 @@
 #endif
 
 // The two steps let the feature macros expand before they are pasted. All of it is undefined at the end of the file.
-#define WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis) \
-    v##major##_##minor##_z##zlib##o##openssl##s##sqlite##r##hiredis
-#define WSCHAT_ABI_NAME(major, minor, zlib, openssl, sqlite, hiredis) \
-    WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis)
+#define WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis, liburing) \
+    v##major##_##minor##_z##zlib##o##openssl##s##sqlite##r##hiredis##u##liburing
+#define WSCHAT_ABI_NAME(major, minor, zlib, openssl, sqlite, hiredis, liburing) \
+    WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis, liburing)
 #define WSCHAT_ABI                                                                                          \
     WSCHAT_ABI_NAME(WSCHAT_VERSION_MAJOR, WSCHAT_VERSION_MINOR, WSCHAT_ZLIB, WSCHAT_OPENSSL, WSCHAT_SQLITE, \
-                    WSCHAT_HIREDIS)
+                    WSCHAT_HIREDIS, WSCHAT_LIBURING)
 
 // ====================================================================================================================
 // § 2  Vocabulary
@@ -2905,6 +2909,9 @@ inline std::vector<Room*> WebSocketHandler::rooms() const {
 #include <unistd.h>
 #if defined(__linux__)
 #include <sys/epoll.h>
+#if WSCHAT_LIBURING
+#include <liburing.h>
+#endif
 #elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
     defined(__DragonFly__)
 #include <sys/event.h>
@@ -3315,6 +3322,12 @@ public:
         return ::setsockopt(descriptor(), level, name, reinterpret_cast<const char*>(&value), sizeof value) == 0;
     }
 
+    // What an error of the system means. Where the kernel is short of memory for a moment, the socket is not at fault.
+    static IoResult failure(int error) {
+        const bool later = os::would_block(error) || error == ENOBUFS || error == ENOMEM;
+        return {later ? IoResult::Outcome::would_block : IoResult::Outcome::error, 0, error};
+    }
+
 private:
     template <class Call>
     static IoResult result(Call&& call) {
@@ -3323,13 +3336,104 @@ private:
             if (n > 0) return {IoResult::Outcome::done, static_cast<std::size_t>(n), 0};
             if (n == 0) return {IoResult::Outcome::end, 0, 0};
             const int error = os::last_error();
-            if (os::interrupted(error)) continue;
-            // The kernel is short of memory for a moment: the socket is not at fault.
-            const bool later = os::would_block(error) || error == ENOBUFS || error == ENOMEM;
-            return {later ? IoResult::Outcome::would_block : IoResult::Outcome::error, 0, error};
+            if (!os::interrupted(error)) return failure(error);
         }
     }
 };
+
+// Sends, each to a socket of its own, that go to the kernel in one call of the system. Optional: where there is none, and
+// for whatever it leaves undone, there is Socket::send().
+class SendBatch {
+public:
+    struct Item {
+        Socket* socket;
+        std::string_view bytes;
+        void* owner;
+        std::optional<IoResult> sent;  // as Socket::send() would have answered; nothing where it was not tried
+    };
+    static constexpr std::size_t max_items = 256;
+    // Fewer are cheaper one by one.
+    static constexpr std::size_t min_items = 16;
+
+    // Null without WSCHAT_LIBURING, and where the kernel refuses a ring.
+    static inline std::unique_ptr<SendBatch> make();
+    virtual ~SendBatch() = default;
+
+    void add(Socket& socket, std::string_view bytes, void* owner) { items_[size_++] = {&socket, bytes, owner, {}}; }
+    bool full() const { return size_ == max_items; }
+    // Sends what was added, where it is worth it, and forgets it after `visit(item)` for each.
+    template <class Visit>
+    void send(Visit&& visit) {
+        const std::size_t count = std::exchange(size_, 0u);
+        if (count < min_items) return;
+        submit(items_.data(), count);
+        for (std::size_t i = 0; i < count; ++i) visit(items_[i]);
+    }
+
+private:
+    virtual void submit(Item* items, std::size_t count) = 0;
+
+    std::array<Item, max_items> items_{};
+    std::size_t size_ = 0;
+};
+
+#if WSCHAT_LIBURING
+
+// MSG_DONTWAIT makes every send end within the call that submits it.
+class UringSendBatch final : public SendBatch {
+public:
+    UringSendBatch() : usable_(::io_uring_queue_init(max_items, &ring_, 0) == 0) {}
+    UringSendBatch(const UringSendBatch&) = delete;
+    UringSendBatch& operator=(const UringSendBatch&) = delete;
+    ~UringSendBatch() override { end(); }
+    explicit operator bool() const { return usable_; }
+
+private:
+    void submit(Item* items, std::size_t count) override {
+        if (!usable_) return;
+        for (std::size_t i = 0; i < count; ++i) {
+            io_uring_sqe* entry = ::io_uring_get_sqe(&ring_);
+            ::io_uring_prep_send(entry, items[i].socket->descriptor(), items[i].bytes.data(), items[i].bytes.size(),
+                                 MSG_NOSIGNAL | MSG_DONTWAIT);
+            ::io_uring_sqe_set_data(entry, &items[i]);
+        }
+        std::size_t submitted = 0;
+        while (submitted != count) {
+            const int n = ::io_uring_submit(&ring_);
+            if (n == -EINTR) continue;
+            if (n <= 0) break;
+            submitted += static_cast<std::size_t>(n);
+        }
+        for (std::size_t i = 0; i < submitted; ++i) take_result();
+        // What a ring has not taken it would send later, a second time.
+        if (submitted != count) end();
+    }
+    void take_result() {
+        io_uring_cqe* result = nullptr;
+        while (::io_uring_wait_cqe(&ring_, &result) == -EINTR) continue;
+        auto& item = *static_cast<Item*>(::io_uring_cqe_get_data(result));
+        if (result->res > 0) item.sent = {IoResult::Outcome::done, static_cast<std::size_t>(result->res), 0};
+        else item.sent = Socket::failure(-result->res);
+        ::io_uring_cqe_seen(&ring_, result);
+    }
+    void end() {
+        if (std::exchange(usable_, false)) ::io_uring_queue_exit(&ring_);
+    }
+
+    io_uring ring_;
+    bool usable_;
+};
+inline std::unique_ptr<SendBatch> SendBatch::make() {
+    auto batch = std::make_unique<UringSendBatch>();
+    if (!*batch) return nullptr;
+    return batch;
+}
+
+#else
+
+inline std::unique_ptr<SendBatch> SendBatch::make() { return nullptr; }
+
+#endif
 
 // Where to listen: "8888" and "127.0.0.1:8888" (this machine only), "0.0.0.0:80", "[::1]:80", "*:80" (every address of
 // both families), "unix:/run/chat.sock".
@@ -4707,7 +4811,10 @@ private:
             std::size_t size = 0;
             for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
             if (blocked_ || lost_) return 0;
-            const IoResult sent = socket_.send(pieces, count);
+            return note_sent(socket_.send(pieces, count), size);
+        }
+        // What came of offering so many bytes.
+        std::size_t note_sent(const IoResult& sent, std::size_t size) {
             server_.metrics_.bytes_sent += sent.size;
             lost_ = sent.outcome == IoResult::Outcome::error;
             blocked_ = !lost_ && sent.size < size;
@@ -4716,6 +4823,17 @@ private:
                 if (lost_) connection().abort(CloseCause::connection_lost, os::error_text(sent.error));
             }
             return sent.size;
+        }
+
+        // What may be sent together with what others send: all that is queued, where it is one piece. Empty: nothing.
+        std::string_view batchable() {
+            std::string_view piece;
+            if (phase_ != Phase::websocket || blocked_ || lost_ || output().gather(&piece, 1) == 0) return {};
+            return piece.size() == output().size() ? piece : std::string_view();
+        }
+        Socket& socket() { return socket_; }
+        void note_batched(const SendBatch::Item& item) {
+            if (item.sent) output().consume(note_sent(*item.sent, item.bytes.size()));
         }
 
         // Offers what is queued to the kernel.
@@ -5438,6 +5556,7 @@ private:
     class AttendedList {
     public:
         bool empty() const { return first_ == nullptr; }
+        Session* first() const { return first_; }
         void push(Session& session) {
             session.next_attended = nullptr;
             (first_ == nullptr ? first_ : last_->next_attended) = &session;
@@ -5462,6 +5581,7 @@ private:
     // may queue more. True: there is more to do than a turn should take.
     bool end_turn() {
         for (int round = 0; round < 16 && !attended_.empty(); ++round) {
+            if (batch_) send_together();
             attended_.take_each([](Session& session) { session.settle(); });
             if (backlog_ > options_.limits.max_total_backlog) relieve();
         }
@@ -5475,6 +5595,18 @@ private:
         closed_listeners_.clear();
         if (draining_ && sessions_.empty()) loop_.stop();
         return !attended_.empty();
+    }
+
+    // Sends what is queued for many in a few calls of the system; settling then finds it sent.
+    void send_together() {
+        const auto note = [](const SendBatch::Item& item) { static_cast<Session*>(item.owner)->note_batched(item); };
+        for (Session* session = attended_.first(); session != nullptr; session = session->next_attended) {
+            session->prefetch();
+            const std::string_view bytes = session->batchable();
+            if (!bytes.empty()) batch_->add(session->socket(), bytes, session);
+            if (batch_->full()) batch_->send(note);
+        }
+        batch_->send(note);
     }
 
     // Destroys what is buried, one by one: the chain's own destructor would take a stack frame for each.
@@ -5594,6 +5726,7 @@ private:
     // One of each serves all connections.
     Bytes receive_buffer_;
     std::array<std::string_view, Socket::max_pieces> pieces_;
+    std::unique_ptr<SendBatch> batch_ = SendBatch::make();
     std::vector<std::unique_ptr<Route>> routes_;
     std::vector<std::unique_ptr<PageEntry>> pages_;
     std::vector<std::string> origins_;

@@ -88,6 +88,7 @@ need ninja-build command -v ninja
 need python3 test -x /usr/bin/python3
 need doctest-dev header doctest/doctest.h
 need zlib1g-dev header zlib.h
+need liburing-dev header liburing.h
 need pkg-config command -v pkg-config
 need meson command -v meson
 need python3-websockets /usr/bin/python3 -c 'import websockets'
@@ -122,7 +123,7 @@ fi
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
-build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON
+build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON -DWSCHAT_LIBURING=ON
 if [ $mode = quick ]; then
     tests "dev: tests" ctest --preset dev -LE browser
     finish

@@ -640,6 +640,56 @@ TEST_CASE("sending to a peer that is gone is an error and raises no SIGPIPE") {
     ::sigaction(SIGPIPE, &before, nullptr);
 }
 
+TEST_CASE("a batch sends to each of its sockets, once, and says of each what its own call would have said") {
+    const auto batch = SendBatch::make();
+    if (!WSCHAT_LIBURING) CHECK(batch == nullptr);
+    if (!batch) return;  // or the kernel refuses a ring
+    enum class Peer { reads, is_full, is_gone };
+    const auto kind = [](std::size_t i) {
+        return i % 10 == 3 ? Peer::is_full : i % 10 == 7 ? Peer::is_gone : Peer::reads;
+    };
+    std::vector<Pair> pairs(100);
+    std::vector<std::string> texts;
+    for (std::size_t i = 0; i < pairs.size(); ++i) {
+        if (kind(i) == Peer::is_full) fill(pairs[i].here);
+        if (kind(i) == Peer::is_gone) pairs[i].there.close();
+        texts.push_back("to number " + std::to_string(i));
+    }
+    for (int round = 0; round < 2; ++round) {
+        for (std::size_t i = 0; i < pairs.size(); ++i) batch->add(pairs[i].here, texts[i], &pairs[i]);
+        std::size_t visited = 0;
+        batch->send([&](const SendBatch::Item& item) {
+            const std::size_t i = visited++;
+            CAPTURE(i);
+            CHECK(item.owner == &pairs[i]);
+            REQUIRE(item.sent);
+            const IoResult::Outcome expected[] = {IoResult::Outcome::done, IoResult::Outcome::would_block,
+                                                  IoResult::Outcome::error};
+            CHECK(item.sent->outcome == expected[static_cast<std::size_t>(kind(i))]);
+            CHECK(item.sent->size == (kind(i) == Peer::reads ? texts[i].size() : 0));
+            if (kind(i) == Peer::is_gone) CHECK(item.sent->error == EPIPE);
+        });
+        CHECK(visited == pairs.size());
+        for (std::size_t i = 0; i < pairs.size(); ++i) {
+            if (kind(i) != Peer::reads) continue;
+            char received[64];
+            const IoResult got = pairs[i].there.receive(received, sizeof received);
+            CHECK(std::string_view(received, got.size) == texts[i]);
+        }
+    }
+}
+
+TEST_CASE("what is too little for a batch is not tried, and left to the ordinary call") {
+    const auto batch = SendBatch::make();
+    if (!batch) return;
+    std::vector<Pair> pairs(SendBatch::min_items - 1);
+    for (Pair& pair : pairs) batch->add(pair.here, "hello", &pair);
+    batch->send([](const SendBatch::Item&) { FAIL("tried"); });
+    batch->send([](const SendBatch::Item&) { FAIL("kept"); });
+    char received[8];
+    for (Pair& pair : pairs) CHECK(pair.there.receive(received, 8).outcome == IoResult::Outcome::would_block);
+}
+
 TEST_CASE("after the sending side is shut the peer reads the end, and can still answer") {
     Pair pair;
     pair.here.shutdown_send();

@@ -8,7 +8,7 @@
 #   quick     one second a run, two rounds, the main work, and only wschat, the floor and two peers
 #   full      two seconds a run, seven rounds (without a word: 1.5 seconds, three rounds)
 #   micro     nothing of that: GB/s of unmasking, UTF-8 validation and frames against memcpy, by Google Benchmark
-#   only=     of: floor wschat beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado
+#   only=     of: floor wschat wschat-uring beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado
 #   work=     names or beginnings of names of the list below: work=fanout,echo-4
 
 # Words are split on purpose; ulimit -n is everywhere on Linux.
@@ -20,7 +20,7 @@ bench=tests/bench
 out=build/bench
 
 peers="beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado"
-only="floor wschat $peers"
+only="floor wschat wschat-uring $peers"
 rounds=3
 seconds=1.5
 wanted=""
@@ -61,7 +61,7 @@ die() { say "run.sh: $*"; exit 1; }
 for argument in "$@"; do
     value=$(printf '%s' "${argument#*=}" | tr ',' ' ')
     case $argument in
-        quick) quick=1 rounds=2 seconds=1 only="floor wschat websocketpp libwebsockets" wanted=$quick_work ;;
+        quick) quick=1 rounds=2 seconds=1 only="floor wschat wschat-uring websocketpp libwebsockets" wanted=$quick_work ;;
         full) rounds=7 seconds=2 ;;
         micro) micro=1 ;;
         only=?*) only=$value ;;
@@ -131,6 +131,9 @@ build_server() { # build_server NAME
     case $1 in
         floor) build floor $bench/floor.cpp -- $cxx $bench/floor.cpp -o $out/floor ;;
         wschat) build wschat $bench/server.cpp wschat.hpp -- $cxx -I. $bench/server.cpp -o $out/wschat -pthread ;;
+        wschat-uring) need /usr/include/liburing.h liburing-dev &&
+            build wschat-uring $bench/server.cpp wschat.hpp -- \
+                $cxx -DWSCHAT_LIBURING=1 -I. $bench/server.cpp -o $out/wschat-uring -pthread -luring ;;
         beast) need /usr/include/boost/beast.hpp libboost-dev &&
             build beast $p/beast.cpp -- $cxx $p/beast.cpp -o $out/beast -pthread ;;
         websocketpp) need /usr/include/websocketpp/server.hpp libwebsocketpp-dev libboost-dev &&
