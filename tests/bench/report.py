@@ -173,7 +173,7 @@ def panel(work, by, x, y):
     """Horizontal bars from zero; one longer than LONGEST times the floor is cut, and says so."""
     floor = by["floor"].median
     absolute = work.startswith(ABSOLUTE)
-    order = sorted((s for s in by if by[s].median is not None), key=lambda s: (s != "floor", s != "wschat", by[s].median))
+    order = sorted((s for s in by if by[s].median is not None), key=lambda s: (s != "floor", not s.startswith("wschat"), by[s].median))
     longest = max(by[s].median for s in order)
     if not absolute:
         longest = min(longest, floor * LONGEST)
@@ -184,7 +184,7 @@ def panel(work, by, x, y):
         value, bar_y = by[server].median, top + i * BAR
         cut = value > longest
         length = WIDTH * min(value, longest) / longest
-        kind = server if server in ("floor", "wschat") else "peer"
+        kind = "floor" if server == "floor" else "wschat" if server.startswith("wschat") else "peer"
         parts.append(f'<text x="{x + LEFT - 6}" y="{bar_y + 12}" text-anchor="end">{escape(server)}</text>')
         parts.append(f'<rect class="{kind}" x="{x + LEFT}" y="{bar_y + 2}" width="{max(length, 1):.1f}" height="13" rx="2"/>')
         if cut:
