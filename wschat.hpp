@@ -3838,10 +3838,12 @@ struct TlsFree {
 template <class Object, auto Free>
 using TlsOwned = std::unique_ptr<Object, TlsFree<Free>>;
 
-// The oldest entry of this thread's error queue, which is the cause of the others; the queue is empty afterwards.
-inline std::string take_tls_error() {
-    const unsigned long code = ERR_get_error();
-    ERR_clear_error();
+// Of this thread's error queue the oldest entry, which is the cause of the others, or the oldest of that library; the
+// queue is empty afterwards.
+inline std::string take_tls_error(int library = 0) {
+    unsigned long code = ERR_get_error();
+    while (const unsigned long next = ERR_get_error())
+        if (ERR_GET_LIB(code) != library && ERR_GET_LIB(next) == library) code = next;
     if (ERR_GET_LIB(code) == ERR_LIB_SYS) return std::generic_category().message(ERR_GET_REASON(code));
     const char* reason = ERR_reason_error_string(code);
     return reason != nullptr ? reason : "unknown error";
@@ -4133,8 +4135,8 @@ public:
     SSL* native() { return ssl_.get(); }
 
 private:
-    // Output that a peer causes and does not read. No honest one comes near it.
-    static constexpr std::size_t max_output = 256 * 1024;
+    // A peer may cause output and not read it (changes of keys); no honest one comes near that.
+    static constexpr std::size_t max_output = 128 * 1024;
 
     void make() {
         ERR_clear_error();
@@ -4184,10 +4186,11 @@ private:
         switch (error) {
             case SSL_ERROR_NONE: return {Outcome::done};
             case SSL_ERROR_WANT_READ: return {Outcome::need_more};
-            case SSL_ERROR_ZERO_RETURN: return {Outcome::end};
+            case SSL_ERROR_ZERO_RETURN: input_ = {}; return {Outcome::end};
             default: break;
         }
-        failure_ = take_tls_error();
+        failure_ = take_tls_error(ERR_LIB_SSL);
+        if (refusal_ != nullptr) failure_ = refusal_;
         const long verdict = SSL_get_verify_result(ssl_.get());
         if (verdict != X509_V_OK && !established_) (failure_ += ": ") += X509_verify_cert_error_string(verdict);
         input_ = {};
@@ -4212,13 +4215,13 @@ private:
     // Everything is taken, so that nothing has to be written again.
     static int take(BIO* bio, const char* data, int size) noexcept {
         TlsStream& stream = of(bio);
-        if (stream.output().size() + static_cast<std::size_t>(size) > max_output) return -1;
         try {
-            stream.output_.append(data, static_cast<std::size_t>(size));
-        } catch (const std::bad_alloc&) {  // nothing is thrown through OpenSSL: the connection fails
-            return -1;
+            if (stream.output().size() > max_output) stream.refusal_ = "the peer does not read";
+            else stream.output_.append(data, static_cast<std::size_t>(size));
+        } catch (const std::bad_alloc&) {  // nothing is thrown through OpenSSL
+            stream.refusal_ = "out of memory";
         }
-        return size;
+        return stream.refusal_ == nullptr ? size : -1;
     }
     static long control(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
 
@@ -4230,6 +4233,7 @@ private:
     Bytes output_;
     std::size_t sent_ = 0;  // of the output
     std::string failure_;
+    const char* refusal_ = nullptr;  // why output was not taken
     bool begun_ = false;
     bool plain_text_ = false;
     bool established_ = false;
@@ -4332,7 +4336,7 @@ private:
         if (!stream_.established()) stream_.handshake();
         for (;;) {
             IoResult pushed = push(socket, wire);
-            if (pushed.outcome == IoResult::Outcome::done) {
+            if (pushed.outcome == IoResult::Outcome::done && !rest.empty()) {
                 rest.skip(sealed_);
                 done += std::exchange(sealed_, 0u);
             }
@@ -5624,7 +5628,7 @@ private:
             server_.loop_.poller().remove(socket_.descriptor());
             server_.backlog_ -= counted_backlog_;
             counted_backlog_ = 0;
-            if (transport_) transport_->end(socket_, server_.wire_);
+            if (transport_ && !lost_) transport_->end(socket_, server_.wire_);
             socket_.close();
             transport_.reset();
             http_.reset();
