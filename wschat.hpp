@@ -37,7 +37,8 @@
 //   § 7   Protocol        Connection                                                        2-5
 //   § 8   Handler         WebSocketHandler, HandlerRef                                      2, 3, 4, 5, 7
 //   § 9   Rooms           Room, Rooms                                                       2, 3, 4, 7, 8
-//   § 10  Sockets         IpAddress, Socket, SendBatch, Poller (epoll, kqueue, poll)        2-3
+//   § 10  Sockets         IpAddress, Socket, SendBatch, Transport, Poller (epoll, kqueue)   2-3
+//   § 11  TLS             TlsOptions, TlsContext, TlsStream, TlsTransport                   2, 3, 10
 //   § 12  Loop            Loop, Timer, post(), signals                                      2, 10
 //   § 13  Server          Server, routes, pages, sessions                                   all above
 //
@@ -1408,6 +1409,13 @@ public:
     std::string_view host() const { return part(host_); }
     bool http_1_0() const { return http_1_0_; }
     bool has_body() const { return has_body_; }
+    // "https" where the connection to this server is encrypted, else "http"; what a proxy in front says is not asked.
+    std::string_view scheme() const { return tls_ != 0 ? "https" : "http"; }
+    // The subject of the certificate that the client has proved to have, as RFC 2253 writes it ("CN=Anna,O=Tea"); empty
+    // where it showed none.
+    std::string_view client_certificate() const {
+        return tls_ == 0 ? std::string_view() : std::string_view(head_).substr(head_.size() - (tls_ - 1u));
+    }
 
     Fields fields() const { return Fields(std::string_view(head_).substr(fields_begin_)); }
     // The first header of that name, whatever its case; empty where there is none.
@@ -1445,6 +1453,14 @@ public:
         return {};
     }
     void set_params(std::vector<std::pair<std::string, std::string>> params) { params_ = std::move(params); }
+    // It came over TLS, from a client with that certificate or with none.
+    void set_secure(std::string_view client_certificate) {
+        constexpr std::size_t max = 4096;
+        const std::string_view kept = client_certificate.substr(0, max);
+        head_.reserve(head_.size() + kept.size());
+        head_ += kept;
+        tls_ = static_cast<std::uint16_t>(kept.size() + 1);
+    }
 
 private:
     friend class RequestParser;
@@ -1463,6 +1479,7 @@ private:
     std::uint32_t fields_begin_ = 0;
     bool http_1_0_ = false;
     bool has_body_ = false;
+    std::uint16_t tls_ = 0;  // over TLS one more than the size of client_certificate(), which ends head_
     std::vector<std::pair<std::string, std::string>> params_;
 };
 
@@ -2052,12 +2069,11 @@ public:
         output_.clear();
     }
 
-    // Queues the pong that waited for a peer that did not read, if there is one. Called when the kernel has taken all
-    // output.
-    bool send_waiting_pong() {
-        if (!std::exchange(pong_waits_, false)) return false;
+    // Queues the pong that waited for a peer that did not read, if there is one. Called when the kernel takes output
+    // again.
+    void send_waiting_pong() {
+        if (!std::exchange(pong_waits_, false)) return;
         append_control(Opcode::pong, std::exchange(aside().pong, std::string()));
-        return true;
     }
     // Whether the kernel has refused output that is still queued. While it does, pongs wait, the latest only.
     void set_blocked(bool blocked) { blocked_ = blocked; }
@@ -3435,6 +3451,47 @@ inline std::unique_ptr<SendBatch> SendBatch::make() { return nullptr; }
 
 #endif
 
+// Octets that went through sockets.
+struct WireCount {
+    std::uint64_t received = 0;
+    std::uint64_t sent = 0;
+};
+
+// What may stand between a connection and its socket: encryption. A plain connection has none. The octets of each call
+// are added to `wire`.
+class Transport {
+public:
+    virtual ~Transport() = default;
+    // As Socket::receive(). An error that is not the socket's has no number, and failure() tells it.
+    virtual IoResult receive(Socket& socket, char* data, std::size_t size, WireCount& wire) = 0;
+    // As Socket::send(): a byte counts as sent when the kernel has all that was made of it. What was not counted is
+    // offered again, first and unchanged. With no pieces: sends what is still owed.
+    virtual IoResult send(Socket& socket, const std::string_view* pieces, std::size_t count, WireCount& wire) = 0;
+    // Whether bytes wait here that the poller does not know of.
+    virtual bool has_input() const = 0;
+    // Whether the kernel has refused something that is still owed.
+    virtual bool wants_write() const = 0;
+    // Whether the peer is known and bytes may be exchanged.
+    virtual bool established() const = 0;
+    // Tells the peer that nothing more comes. False: the kernel does not take it yet; to be called again then.
+    virtual bool end(Socket& socket, WireCount& wire) = 0;
+    // Why it has failed; empty where it has not.
+    virtual const std::string& failure() const = 0;
+    // Whether it has failed because the peer began with plain text.
+    virtual bool plain_text() const = 0;
+    // Who the peer has proved to be; empty where it was not asked.
+    virtual std::string peer_name() const = 0;
+};
+
+// What makes a transport for each connection of a listener.
+class TransportFactory {
+public:
+    virtual ~TransportFactory() = default;
+    virtual std::unique_ptr<Transport> make() = 0;
+    // Reads its files anew, for the connections to come; where that is an Error, all stays as it was.
+    virtual void reload() = 0;
+};
+
 // Where to listen: "8888" and "127.0.0.1:8888" (this machine only), "0.0.0.0:80", "[::1]:80", "*:80" (every address of
 // both families), "unix:/run/chat.sock".
 struct ListenAddress {
@@ -3849,6 +3906,671 @@ inline std::unique_ptr<Poller> Poller::make(Kind kind) {
 
 }  // namespace WSCHAT_ABI
 }  // namespace wschat
+
+// ====================================================================================================================
+// § 11  TLS
+//
+// TlsStream: TLS 1.2 and 1.3 by OpenSSL, as bytes in and bytes out, for either side; and what puts one between a socket
+// and the server's session. Compiled with WSCHAT_OPENSSL only. Knows nothing of HTTP, of WebSocket or of loops.
+// ====================================================================================================================
+
+#if WSCHAT_OPENSSL
+
+#include <openssl/bio.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/pem.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
+
+#if OPENSSL_VERSION_NUMBER < 0x10101000L
+#error "wschat.hpp needs OpenSSL 1.1.1 or newer"
+#endif
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+// What OpenSSL gives and takes back.
+template <auto Free>
+struct TlsFree {
+    template <class Object>
+    void operator()(Object* object) const {
+        Free(object);
+    }
+};
+template <class Object, auto Free>
+using TlsOwned = std::unique_ptr<Object, TlsFree<Free>>;
+
+// Of this thread's error queue the oldest entry, which is the cause of the others, or the oldest of that library; the
+// queue is empty afterwards.
+inline std::string take_tls_error(int library = 0) {
+    unsigned long code = ERR_get_error();
+    while (const unsigned long next = ERR_get_error())
+        if (ERR_GET_LIB(code) != library && ERR_GET_LIB(next) == library) code = next;
+    if (ERR_GET_LIB(code) == ERR_LIB_SYS) return std::generic_category().message(ERR_GET_REASON(code));
+    const char* reason = ERR_reason_error_string(code);
+    return reason != nullptr ? reason : "unknown error";
+}
+
+// PEM files: a certificate, with those that lead to a root after it, and its private key.
+struct TlsCertificate {
+    std::string certificate;
+    std::string key;
+};
+
+// For Server::listen_tls(). All files are PEM.
+struct TlsOptions {
+    std::string certificate;     // with those that lead to a root after it
+    std::string key;             // its private key
+    std::string key_password{};  // of every key that is encrypted
+    // For further hosts: a client gets the one that is for the name it asks for (SNI), the first where none is.
+    std::vector<TlsCertificate> more{};
+    // Where it is set, clients are asked for a certificate that one of the authorities in this file has signed; see
+    // Request::client_certificate().
+    std::string client_authorities{};
+    bool require_client_certificate = true;  // false: a client may have none; a wrong one is refused all the same
+};
+
+// For the client's side of a TlsStream.
+struct TlsClientOptions {
+    std::string authorities{};  // a PEM file; empty: those that the system trusts
+    std::string certificate{};  // where the server asks for one
+    std::string key{};
+    std::string key_password{};
+    // Neither who signed the server's certificate nor its name is looked at: whoever stands between can read and change
+    // everything.
+    bool accept_any_certificate = false;
+};
+
+// Certificates, keys and rules: what the streams of a listener have in common. Making one is an Error where a file can
+// not be used, with its name and OpenSSL's reason.
+class TlsContext {
+public:
+    explicit TlsContext(const TlsOptions& options) {
+        add(TLS_server_method(), {options.certificate, options.key}, options.key_password);
+        for (const TlsCertificate& more : options.more) add(TLS_server_method(), more, options.key_password);
+        for (const Context& context : contexts_) ask_for_certificates(context.get(), options);
+        SSL_CTX_set_cert_cb(contexts_.front().get(), &choose, this);
+    }
+    explicit TlsContext(const TlsClientOptions& options) : verify_(!options.accept_any_certificate) {
+        add(TLS_client_method(), {options.certificate, options.key}, options.key_password);
+        SSL_CTX* context = contexts_.front().get();
+        const unsigned char http[] = "\x08http/1.1";
+        SSL_CTX_set_alpn_protos(context, http, sizeof http - 1);
+        if (!verify_) return;
+        SSL_CTX_set_verify(context, SSL_VERIFY_PEER, nullptr);
+        const std::string& file = options.authorities;
+        if (file.empty()) SSL_CTX_set_default_verify_paths(context);
+        else if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("authorities", file);
+    }
+    TlsContext(const TlsContext&) = delete;
+    TlsContext& operator=(const TlsContext&) = delete;
+
+    SSL_CTX* get() const { return contexts_.front().get(); }
+    bool verifies() const { return verify_; }
+
+private:
+    using Context = TlsOwned<SSL_CTX, &SSL_CTX_free>;
+
+    [[noreturn]] static void fail(const char* what, const std::string& file) {
+        throw Error(std::string("TLS ") + what + " \"" + file + "\": " + take_tls_error());
+    }
+
+    void add(const SSL_METHOD* method, const TlsCertificate& files, const std::string& password) {
+        ERR_clear_error();
+        Context made(SSL_CTX_new(method));
+        if (!made) throw Error("TLS: " + take_tls_error());
+        SSL_CTX* context = made.get();
+        SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
+        SSL_CTX_set_options(context, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
+        SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+        // Of TLS 1.2 only what has forward secrecy and authenticated encryption; TLS 1.3 has nothing else.
+        SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20");
+        // Tickets let a client resume without a table here that grows with those who have been.
+        SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+        SSL_CTX_set_alpn_select_cb(context, &choose_protocol, nullptr);
+        if (!files.certificate.empty() || !files.key.empty() || method == TLS_server_method())
+            load(context, files, password);
+        contexts_.push_back(std::move(made));
+    }
+
+    static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
+        if (SSL_CTX_use_certificate_chain_file(context, files.certificate.c_str()) != 1)
+            fail("certificate", files.certificate);
+        // Without a callback OpenSSL would ask at the terminal.
+        SSL_CTX_set_default_passwd_cb(context, &give_password);
+        SSL_CTX_set_default_passwd_cb_userdata(context, const_cast<std::string*>(&password));
+        const bool loaded = SSL_CTX_use_PrivateKey_file(context, files.key.c_str(), SSL_FILETYPE_PEM) == 1;
+        SSL_CTX_set_default_passwd_cb_userdata(context, nullptr);
+        if (!loaded) fail("key", files.key);
+        if (SSL_CTX_check_private_key(context) != 1)
+            throw Error("TLS key \"" + files.key + "\" does not belong to the certificate \"" + files.certificate +
+                        "\": " + take_tls_error());
+    }
+    static int give_password(char* place, int room, int, void* password) {
+        if (password == nullptr) return 0;
+        const std::string& text = *static_cast<const std::string*>(password);
+        if (text.size() > static_cast<std::size_t>(room)) return 0;
+        std::memcpy(place, text.data(), text.size());
+        return static_cast<int>(text.size());
+    }
+
+    static void ask_for_certificates(SSL_CTX* context, const TlsOptions& options) {
+        const std::string& file = options.client_authorities;
+        if (file.empty()) return;
+        STACK_OF(X509_NAME)* names = SSL_load_client_CA_file(file.c_str());
+        if (names == nullptr) fail("client_authorities", file);
+        SSL_CTX_set_client_CA_list(context, names);
+        if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("client_authorities", file);
+        const int required = options.require_client_certificate ? SSL_VERIFY_FAIL_IF_NO_PEER_CERT : 0;
+        SSL_CTX_set_verify(context, SSL_VERIFY_PEER | required, nullptr);
+        // What a ticket proves holds for this server alone.
+        const unsigned char id[] = "wschat";
+        SSL_CTX_set_session_id_context(context, id, sizeof id - 1);
+    }
+
+    // RFC 6066 3: the certificate for the name that the client asks for.
+    static int choose(SSL* ssl, void* self) {
+        const char* name = SSL_get_servername(ssl, TLSEXT_NAMETYPE_host_name);
+        if (name == nullptr) return 1;
+        for (const Context& context : static_cast<TlsContext*>(self)->contexts_) {
+            X509* certificate = SSL_CTX_get0_certificate(context.get());
+            if (X509_check_host(certificate, name, 0, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS, nullptr) != 1) continue;
+            SSL_set_SSL_CTX(ssl, context.get());
+            break;
+        }
+        return 1;
+    }
+
+    // RFC 7301 3.2: "In the event that the server supports no protocols that the client advertises, then the server SHALL
+    // respond with a fatal 'no_application_protocol' alert."
+    static int choose_protocol(SSL*, const unsigned char** chosen, unsigned char* size, const unsigned char* offered,
+                               unsigned offered_size, void*) {
+        constexpr std::string_view http = "http/1.1";
+        for (unsigned at = 0; at < offered_size; at += 1u + offered[at]) {
+            const std::string_view name(reinterpret_cast<const char*>(offered) + at + 1, offered[at]);
+            if (name != http) continue;
+            *chosen = offered + at + 1;
+            *size = offered[at];
+            return SSL_TLSEXT_ERR_OK;
+        }
+        return SSL_TLSEXT_ERR_ALERT_FATAL;
+    }
+
+    std::vector<Context> contexts_;  // one for each certificate
+    bool verify_ = false;
+};
+
+// One connection's encryption: ciphertext goes in and out as bytes, in any pieces. Calls no socket and keeps no time.
+class TlsStream {
+public:
+    enum class Outcome : std::uint8_t {
+        done,
+        need_more,  // ciphertext from the peer
+        end,        // the peer has said that nothing more comes (close_notify)
+        failure     // failure() says why; an alert that tells the peer may lie in output()
+    };
+    struct Result {
+        Outcome outcome;
+        std::size_t size = 0;
+    };
+    // What one record holds at most (RFC 8446 5.1).
+    static constexpr std::size_t max_record = 16 * 1024;
+
+    // A server's side.
+    explicit TlsStream(std::shared_ptr<const TlsContext> context) : context_(std::move(context)) {
+        make();
+        SSL_set_accept_state(ssl_.get());
+    }
+    // A client's side; `host` is the name or the address that the server's certificate must be for.
+    TlsStream(std::shared_ptr<const TlsContext> context, std::string_view host) : context_(std::move(context)) {
+        make();
+        SSL_set_connect_state(ssl_.get());
+        expect(std::string(host));
+    }
+    TlsStream(const TlsStream&) = delete;
+    TlsStream& operator=(const TlsStream&) = delete;
+
+    // ---- input -----------------------------------------------------------------------------------------------------
+
+    // Ciphertext from the peer; it must stay until read() has answered need_more, or keep_input() was called.
+    void receive(std::string_view ciphertext) {
+        // No record begins with a letter, and every HTTP method and answer does.
+        if (!begun_ && !ciphertext.empty()) {
+            begun_ = true;
+            plain_text_ = ciphertext.front() >= 'A' && ciphertext.front() <= 'Z';
+            if (plain_text_) failure_ = "the peer speaks plain text";
+        }
+        if (input_.empty()) {
+            kept_.release();
+            input_ = ciphertext;
+        } else {
+            hold(ciphertext);
+        }
+    }
+    // Decrypts, as much as there is room for and input. Makes the handshake on the way.
+    Result read(char* data, std::size_t size) {
+        std::size_t done = 0;
+        while (done < size) {
+            std::size_t part = 0;
+            const Result step = run([&] { return SSL_read_ex(ssl_.get(), data + done, size - done, &part); });
+            if (step.outcome != Outcome::done) return done != 0 ? Result{Outcome::done, done} : step;
+            done += part;
+        }
+        return {Outcome::done, done};
+    }
+    // Puts aside what read() has not come to.
+    void keep_input() {
+        if (input_.empty()) kept_.release();
+        else if (kept_.empty()) hold({});
+    }
+    // Whether read() may have more without further input.
+    bool has_input() const { return failure_.empty() && (!input_.empty() || SSL_pending(ssl_.get()) != 0); }
+
+    // ---- output ----------------------------------------------------------------------------------------------------
+
+    // Begins or goes on with the handshake, for a client that has nothing to read yet.
+    Result handshake() {
+        return run([&] { return SSL_do_handshake(ssl_.get()); });
+    }
+    // Encrypts all of it, at most max_record bytes.
+    Result write(std::string_view plaintext) {
+        if (plaintext.empty()) return {Outcome::done, 0};
+        std::size_t written = 0;
+        const Result step = run([&] { return SSL_write_ex(ssl_.get(), plaintext.data(), plaintext.size(), &written); });
+        return {step.outcome, written};
+    }
+    // Tells the peer that nothing more comes (close_notify).
+    void shutdown() {
+        if (!established_ || shut_ || !failure_.empty()) return;
+        shut_ = true;
+        run([&] { return SSL_shutdown(ssl_.get()) < 0 ? 0 : 1; });
+    }
+
+    // Ciphertext for the peer.
+    std::string_view output() const { return output_.view().substr(sent_); }
+    void consume(std::size_t n) {
+        sent_ += n;
+        if (sent_ != output_.size()) return;
+        output_.clear();
+        sent_ = 0;
+    }
+    // While there is no output, a block of somebody else may serve for it.
+    void borrow(Bytes& block) { std::swap(output_, block); }
+    // Gives the block back; what is still to be sent is kept in one of its size.
+    void give_back(Bytes& block) {
+        Bytes own;
+        own.append(output());
+        std::swap(output_, block);
+        block.clear();
+        output_ = std::move(own);
+        sent_ = 0;
+    }
+    void release_output() { output_.release(); }
+
+    // ---- state -----------------------------------------------------------------------------------------------------
+
+    // The handshake is done, and the peer is who it must be.
+    bool established() const { return established_; }
+    const std::string& failure() const { return failure_; }
+    bool plain_text() const { return plain_text_; }
+    // "TLSv1.3", "TLS_AES_256_GCM_SHA384", "http/1.1" or nothing.
+    std::string_view version() const { return SSL_get_version(ssl_.get()); }
+    std::string_view cipher() const { return SSL_get_cipher_name(ssl_.get()); }
+    std::string_view protocol() const {
+        const unsigned char* name = nullptr;
+        unsigned size = 0;
+        SSL_get0_alpn_selected(ssl_.get(), &name, &size);
+        return {reinterpret_cast<const char*>(name), size};
+    }
+    // Whether keys of an earlier connection were used again.
+    bool resumed() const { return SSL_session_reused(ssl_.get()) == 1; }
+    // The subject of the peer's certificate as RFC 2253 writes it; empty where it showed none.
+    std::string peer_name() const {
+        const TlsOwned<X509, &X509_free> certificate(SSL_get_peer_certificate(ssl_.get()));
+        const TlsOwned<BIO, &BIO_free> text(BIO_new(BIO_s_mem()));
+        if (!certificate || !text) return {};
+        X509_NAME_print_ex(text.get(), X509_get_subject_name(certificate.get()), 0, XN_FLAG_RFC2253);
+        char* data = nullptr;
+        const long size = BIO_get_mem_data(text.get(), &data);
+        return {data, static_cast<std::size_t>(size)};
+    }
+    SSL* native() { return ssl_.get(); }
+
+private:
+    // A peer may cause output and not read it (changes of keys); no honest one comes near that.
+    static constexpr std::size_t max_output = 128 * 1024;
+
+    void make() {
+        ERR_clear_error();
+        method_.reset(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "wschat"));
+        ssl_.reset(SSL_new(context_->get()));
+        BIO* bio = method_ ? BIO_new(method_.get()) : nullptr;
+        if (!ssl_ || bio == nullptr) throw std::bad_alloc();
+        BIO_meth_set_read(method_.get(), &give);
+        BIO_meth_set_write(method_.get(), &take);
+        BIO_meth_set_ctrl(method_.get(), &control);
+        BIO_set_data(bio, this);
+        BIO_set_init(bio, 1);
+        SSL_set_bio(ssl_.get(), bio, bio);
+    }
+
+    void expect(const std::string& host) {
+        SSL* ssl = ssl_.get();
+        const bool address = IpAddress::parse(host).has_value();
+        // RFC 6066 3: "Literal IPv4 and IPv6 addresses are not permitted in "HostName"."
+        if (!address)
+            SSL_ctrl(ssl, SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, const_cast<char*>(host.c_str()));
+        if (!context_->verifies()) return;
+        SSL_set_hostflags(ssl, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+        const int set = address ? X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl), host.c_str())
+                                : SSL_set1_host(ssl, host.c_str());
+        if (set != 1 || host.empty()) throw Error("TLS: \"" + escape_for_log(host) + "\" is no name of a server");
+    }
+
+    void hold(std::string_view more) {
+        Bytes joined;
+        joined.reserve(input_.size() + more.size());
+        joined.append(input_);
+        joined.append(more);
+        kept_ = std::move(joined);
+        input_ = kept_.view();
+    }
+
+    // Makes one call of OpenSSL, which answers 1 for success. What other calls have left in the thread's error queue
+    // does not decide, and what this one leaves is taken out.
+    template <class Call>
+    Result run(Call&& call) {
+        if (!failure_.empty()) return {Outcome::failure};
+        ERR_clear_error();
+        const int answer = call();
+        const int error = answer == 1 ? SSL_ERROR_NONE : SSL_get_error(ssl_.get(), answer);
+        if (!established_ && SSL_is_init_finished(ssl_.get()) == 1) established_ = true;
+        switch (error) {
+            case SSL_ERROR_NONE: return {Outcome::done};
+            case SSL_ERROR_WANT_READ: return {Outcome::need_more};
+            case SSL_ERROR_ZERO_RETURN: input_ = {}; return {Outcome::end};
+            default: break;
+        }
+        failure_ = take_tls_error(ERR_LIB_SSL);
+        if (refusal_ != nullptr) failure_ = refusal_;
+        const long verdict = SSL_get_verify_result(ssl_.get());
+        if (verdict != X509_V_OK && !established_) (failure_ += ": ") += X509_verify_cert_error_string(verdict);
+        input_ = {};
+        return {Outcome::failure};
+    }
+
+    static TlsStream& of(BIO* bio) {
+        BIO_clear_retry_flags(bio);
+        return *static_cast<TlsStream*>(BIO_get_data(bio));
+    }
+    static int give(BIO* bio, char* place, int room) {
+        std::string_view& input = of(bio).input_;
+        const std::size_t size = (std::min)(input.size(), static_cast<std::size_t>(room));
+        if (size == 0) {
+            BIO_set_retry_read(bio);
+            return -1;
+        }
+        std::memcpy(place, input.data(), size);
+        input.remove_prefix(size);
+        return static_cast<int>(size);
+    }
+    // Everything is taken, so that nothing has to be written again.
+    static int take(BIO* bio, const char* data, int size) noexcept {
+        TlsStream& stream = of(bio);
+        try {
+            if (stream.output().size() > max_output) stream.refusal_ = "the peer does not read";
+            else stream.output_.append(data, static_cast<std::size_t>(size));
+        } catch (const std::bad_alloc&) {  // nothing is thrown through OpenSSL
+            stream.refusal_ = "out of memory";
+        }
+        return stream.refusal_ == nullptr ? size : -1;
+    }
+    static long control(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
+
+    std::shared_ptr<const TlsContext> context_;
+    TlsOwned<BIO_METHOD, &BIO_meth_free> method_;
+    TlsOwned<SSL, &SSL_free> ssl_;
+    std::string_view input_;
+    Bytes kept_;  // what input_ is a part of, where it was put aside
+    Bytes output_;
+    std::size_t sent_ = 0;  // of the output
+    std::string failure_;
+    const char* refusal_ = nullptr;  // why output was not taken
+    bool begun_ = false;
+    bool plain_text_ = false;
+    bool established_ = false;
+    bool shut_ = false;
+};
+
+// The blocks that all TLS connections of a listener share, so that an idle one holds none.
+struct TlsBlocks {
+    std::vector<char> received = std::vector<char>(64 * 1024);
+    std::vector<char> record = std::vector<char>(TlsStream::max_record);
+    Bytes output;
+};
+
+// A TlsStream between a connection and its socket.
+class TlsTransport final : public Transport {
+public:
+    template <class... StreamArguments>
+    explicit TlsTransport(std::shared_ptr<TlsBlocks> blocks, StreamArguments&&... arguments)
+        : blocks_(std::move(blocks)), stream_(std::forward<StreamArguments>(arguments)...) {}
+
+    IoResult receive(Socket& socket, char* data, std::size_t size, WireCount& wire) override {
+        borrow();
+        const IoResult got = decrypt(socket, data, size, wire);
+        stream_.keep_input();
+        // A handshake's answer or an alert. Where it can not be sent now, the poller is asked.
+        push(socket, wire);
+        give_back();
+        return got;
+    }
+
+    IoResult send(Socket& socket, const std::string_view* pieces, std::size_t count, WireCount& wire) override {
+        borrow();
+        const IoResult sent = encrypt(socket, pieces, count, wire);
+        give_back();
+        return sent;
+    }
+
+    bool has_input() const override { return stream_.has_input(); }
+    bool wants_write() const override { return !stream_.output().empty(); }
+    bool established() const override { return stream_.established(); }
+    bool end(Socket& socket, WireCount& wire) override {
+        stream_.shutdown();
+        return push(socket, wire).outcome != IoResult::Outcome::would_block;
+    }
+    const std::string& failure() const override { return stream_.failure(); }
+    bool plain_text() const override { return stream_.plain_text(); }
+    std::string peer_name() const override { return stream_.peer_name(); }
+
+private:
+    // What is encrypted before the kernel is asked to take it.
+    static constexpr std::size_t batch = 64 * 1024;
+
+    // While nothing is owed, the block of all serves for the output.
+    void borrow() {
+        borrowed_ = !wants_write();
+        if (borrowed_) stream_.borrow(blocks_->output);
+    }
+    void give_back() {
+        if (borrowed_) stream_.give_back(blocks_->output);
+        else if (!wants_write()) stream_.release_output();
+    }
+
+    IoResult decrypt(Socket& socket, char* data, std::size_t size, WireCount& wire) {
+        TlsStream::Result got = stream_.read(data, size);
+        if (got.outcome == TlsStream::Outcome::need_more) {
+            // Little more than there is room for, so that little has to be put aside.
+            const std::size_t wanted = (std::min)(blocks_->received.size(), size + TlsStream::max_record);
+            const IoResult raw = socket.receive(blocks_->received.data(), wanted);
+            if (raw.outcome != IoResult::Outcome::done) return raw;
+            wire.received += raw.size;
+            stream_.receive({blocks_->received.data(), raw.size});
+            got = stream_.read(data, size);
+        }
+        switch (got.outcome) {
+            case TlsStream::Outcome::done: return {IoResult::Outcome::done, got.size, 0};
+            case TlsStream::Outcome::need_more: return {IoResult::Outcome::would_block, 0, 0};
+            case TlsStream::Outcome::end: return {IoResult::Outcome::end, 0, 0};
+            default: return {IoResult::Outcome::error, 0, 0};
+        }
+    }
+
+    // Sends what is owed. would_block: the kernel does not take all of it now.
+    IoResult push(Socket& socket, WireCount& wire) {
+        while (wants_write()) {
+            const std::string_view owed = stream_.output();
+            const IoResult sent = socket.send(&owed, 1);
+            wire.sent += sent.size;
+            stream_.consume(sent.size);
+            if (sent.outcome == IoResult::Outcome::error) return {sent.outcome, 0, sent.error};
+            if (sent.size < owed.size()) return {IoResult::Outcome::would_block, 0, 0};
+        }
+        return {IoResult::Outcome::done, 0, 0};
+    }
+
+    // Encrypts only what the kernel takes, but for the last batch: that is owed, and its bytes are not counted as sent
+    // before it has gone.
+    IoResult encrypt(Socket& socket, const std::string_view* pieces, std::size_t count, WireCount& wire) {
+        Rest rest{pieces, count};
+        std::size_t done = 0;
+        if (!stream_.established()) stream_.handshake();
+        for (;;) {
+            IoResult pushed = push(socket, wire);
+            if (pushed.outcome == IoResult::Outcome::done && !rest.empty()) {
+                rest.skip(sealed_);
+                done += std::exchange(sealed_, 0u);
+            }
+            pushed.size = done;
+            if (pushed.outcome != IoResult::Outcome::done || rest.empty() || !stream_.established()) return pushed;
+            if (!seal(rest)) {
+                const bool failed = !stream_.failure().empty();
+                return {failed ? IoResult::Outcome::error : IoResult::Outcome::would_block, done, 0};
+            }
+        }
+    }
+
+    // What is left of the pieces.
+    struct Rest {
+        const std::string_view* pieces;
+        std::size_t count;
+        std::size_t begin = 0;  // in the first of them
+
+        bool empty() const { return count == 0; }
+        std::string_view first() const { return pieces->substr(begin); }
+        void skip(std::size_t n) {
+            for (; count != 0 && n >= first().size(); ++pieces, --count, begin = 0) n -= first().size();
+            begin += n;
+        }
+    };
+
+    // Encrypts the next batch; nothing is owed before. False: the stream takes none of it.
+    bool seal(Rest rest) {
+        while (!rest.empty() && sealed_ < batch) {
+            const std::string_view record = next_record(rest);
+            if (stream_.write(record).outcome != TlsStream::Outcome::done) break;
+            rest.skip(record.size());
+            sealed_ += record.size();
+        }
+        return sealed_ != 0;
+    }
+    // As much as a record holds, so that small messages share one: in place where that is one piece.
+    std::string_view next_record(Rest rest) {
+        const std::string_view first = rest.first().substr(0, TlsStream::max_record);
+        if (first.size() == TlsStream::max_record || rest.count == 1) return first;
+        char* const joined = blocks_->record.data();
+        std::size_t size = 0;
+        while (!rest.empty() && size < TlsStream::max_record) {
+            const std::string_view part = rest.first().substr(0, TlsStream::max_record - size);
+            std::memcpy(joined + size, part.data(), part.size());
+            size += part.size();
+            rest.skip(part.size());
+        }
+        return {joined, size};
+    }
+
+    std::shared_ptr<TlsBlocks> blocks_;
+    TlsStream stream_;
+    std::size_t sealed_ = 0;  // bytes that are encrypted, and not counted as sent while output is owed
+    bool borrowed_ = false;
+};
+
+// The TLS of one listener.
+class TlsListener final : public TransportFactory {
+public:
+    explicit TlsListener(TlsOptions options)
+        : options_(std::move(options)), context_(std::make_shared<const TlsContext>(options_)) {}
+
+    std::unique_ptr<Transport> make() override { return std::make_unique<TlsTransport>(blocks_, context_); }
+    void reload() override { context_ = std::make_shared<const TlsContext>(options_); }
+
+private:
+    TlsOptions options_;
+    std::shared_ptr<const TlsContext> context_;
+    std::shared_ptr<TlsBlocks> blocks_ = std::make_shared<TlsBlocks>();
+};
+
+// A certificate for trials, of EC P-256 and signed with its own key, of which browsers warn; the texts of its PEM files.
+// For host names and addresses: {"localhost", "127.0.0.1"}.
+inline TlsCertificate make_self_signed_certificate(const std::vector<std::string>& hosts, int days = 365) {
+    const auto require = [](bool good) {
+        if (!good) throw Error("make_self_signed_certificate: " + take_tls_error());
+    };
+    ERR_clear_error();
+    EVP_PKEY* generated = nullptr;
+    const TlsOwned<EVP_PKEY_CTX, &EVP_PKEY_CTX_free> generator(EVP_PKEY_CTX_new_id(EVP_PKEY_EC, nullptr));
+    require(generator && EVP_PKEY_keygen_init(generator.get()) == 1 &&
+            EVP_PKEY_CTX_set_ec_paramgen_curve_nid(generator.get(), NID_X9_62_prime256v1) == 1 &&
+            EVP_PKEY_keygen(generator.get(), &generated) == 1);
+    const TlsOwned<EVP_PKEY, &EVP_PKEY_free> key(generated);
+    const TlsOwned<X509, &X509_free> made(X509_new());
+    X509* const certificate = made.get();
+    const TlsOwned<BIGNUM, &BN_free> serial(BN_new());
+    require(made && serial && BN_rand(serial.get(), 127, BN_RAND_TOP_ANY, BN_RAND_BOTTOM_ANY) == 1 &&
+            BN_to_ASN1_INTEGER(serial.get(), X509_get_serialNumber(certificate)) != nullptr);
+    X509_set_version(certificate, 2);
+    X509_time_adj_ex(X509_getm_notBefore(certificate), -1, 0, nullptr);
+    X509_time_adj_ex(X509_getm_notAfter(certificate), days, 0, nullptr);
+
+    std::string names;
+    for (const std::string& host : hosts)
+        names += (names.empty() ? "" : ",") + std::string(IpAddress::parse(host) ? "IP:" : "DNS:") + host;
+    X509_NAME* subject = X509_get_subject_name(certificate);
+    const std::string common = hosts.empty() ? "" : hosts.front();
+    require(X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_UTF8,
+                                       reinterpret_cast<const unsigned char*>(common.c_str()), -1, -1, 0) == 1 &&
+            X509_set_issuer_name(certificate, subject) == 1 && X509_set_pubkey(certificate, key.get()) == 1);
+    const std::pair<int, const char*> extensions[] = {{NID_subject_alt_name, names.c_str()},
+                                                      {NID_basic_constraints, "critical,CA:FALSE"},
+                                                      {NID_key_usage, "critical,digitalSignature"},
+                                                      {NID_ext_key_usage, "serverAuth"}};
+    for (const auto& [name, value] : extensions) {
+        X509V3_CTX context{};
+        X509V3_set_ctx(&context, certificate, certificate, nullptr, nullptr, 0);
+        const TlsOwned<X509_EXTENSION, &X509_EXTENSION_free> extension(
+            X509V3_EXT_nconf_nid(nullptr, &context, name, value));
+        require(extension && X509_add_ext(certificate, extension.get(), -1) == 1);
+    }
+    require(X509_sign(certificate, key.get(), EVP_sha256()) != 0);
+
+    const auto text = [&](auto&& write) {
+        const TlsOwned<BIO, &BIO_free> pem(BIO_new(BIO_s_mem()));
+        require(pem && write(pem.get()) == 1);
+        char* data = nullptr;
+        const long size = BIO_get_mem_data(pem.get(), &data);
+        return std::string(data, static_cast<std::size_t>(size));
+    };
+    return {text([&](BIO* pem) { return PEM_write_bio_X509(pem, certificate); }), text([&](BIO* pem) {
+                return PEM_write_bio_PrivateKey(pem, key.get(), nullptr, nullptr, 0, nullptr, nullptr);
+            })};
+}
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+#endif  // WSCHAT_OPENSSL
 
 // ====================================================================================================================
 // § 12  Loop
@@ -4456,6 +5178,8 @@ struct Metrics {
     std::uint64_t connections_accepted = 0;
     std::uint64_t connections_open = 0;
     std::uint64_t connections_refused = 0;  // 503 at the limit of connections, in all or of one address
+    std::uint64_t tls_handshakes = 0;       // that were completed
+    std::uint64_t tls_failures = 0;         // handshakes that failed, and connections that broke the protocol later
     std::uint64_t requests = 0;
     std::uint64_t websockets_opened = 0;
     std::uint64_t websockets_open = 0;
@@ -4491,6 +5215,8 @@ inline std::string prometheus_text(const Metrics& metrics) {
     single("connections_accepted_total", "counter", "Connections accepted.", metrics.connections_accepted);
     single("connections_open", "gauge", "Connections open now.", metrics.connections_open);
     single("connections_refused_total", "counter", "Connections refused at a limit.", metrics.connections_refused);
+    single("tls_handshakes_total", "counter", "TLS handshakes completed.", metrics.tls_handshakes);
+    single("tls_failures_total", "counter", "TLS connections that failed.", metrics.tls_failures);
     single("requests_total", "counter", "HTTP requests, handshakes included.", metrics.requests);
     single("websockets_opened_total", "counter", "WebSocket connections opened.", metrics.websockets_opened);
     single("websockets_open", "gauge", "WebSocket connections open now.", metrics.websockets_open);
@@ -4647,18 +5373,27 @@ public:
     // On 127.0.0.1; 0: the system picks a port, see port(). An Error where the system refuses.
     void listen(int port) { listen(std::to_string(port)); }
     // "8888", "0.0.0.0:8888", "[::1]:80", "*:80", "unix:/run/chat.sock".
-    void listen(std::string_view address) {
-        listeners_.push_back(std::make_unique<Listener>(*this, ListenAddress::parse(address), options_.reuse_port));
-        handle_signals();
-        log(LogLevel::debug, "listening", {{"address", listeners_.back()->address().to_string()}});
+    void listen(std::string_view address) { add_listener(address, nullptr); }
+#if WSCHAT_OPENSSL
+    // The same with TLS: https and wss. An Error too where a file can not be read or a key does not match.
+    void listen_tls(int port, TlsOptions tls) { listen_tls(std::to_string(port), std::move(tls)); }
+    void listen_tls(std::string_view address, TlsOptions tls) {
+        add_listener(address, std::make_shared<TlsListener>(std::move(tls)));
+    }
+#endif
+    // Reads the certificates of all listeners anew; who is connected stays so. An Error where a file is not right; that
+    // listener then keeps what it has.
+    void reload_certificates() {
+        for (const auto& listener : listeners_) listener->reload();
     }
     // Of the first listener.
     int port() const { return listeners_.empty() ? 0 : listeners_.front()->address().port; }
-    // "http://127.0.0.1:8888/", of the first listener.
+    // "http://127.0.0.1:8888/" or "https://...", of the first listener.
     std::string url() const {
         if (listeners_.empty()) return {};
         const ListenAddress& address = listeners_.front()->address();
-        return address.unix_path.empty() ? "http://" + address.to_string() + "/" : address.to_string();
+        const std::string scheme = listeners_.front()->secure() ? "https://" : "http://";
+        return address.unix_path.empty() ? scheme + address.to_string() + "/" : address.to_string();
     }
 
     // Serves until shutdown() has ended it.
@@ -4686,6 +5421,8 @@ public:
         now.connections_open = sessions_.size();
         now.rooms = rooms_.size();
         now.backlog_bytes = backlog_;
+        now.bytes_received = wire_.received;
+        now.bytes_sent = wire_.sent;
         for (const auto& session : sessions_) session->add_to(now);
         return now;
     }
@@ -4699,6 +5436,7 @@ private:
     static constexpr std::size_t receive_size = 64 * 1024;
     static constexpr std::size_t descriptors_kept = 64;  // for files, pipes and whatever the program opens itself
     static constexpr std::size_t turned_away_at_once = 32;
+    static constexpr unsigned handshakes_at_once = 64;  // steps of TLS handshakes in one turn
 
     // ---- one connection --------------------------------------------------------------------------------------------
 
@@ -4706,9 +5444,10 @@ private:
     // sent and input is only discarded, because closing with unread input would destroy what the peer has not read.
     class Session final : public Pollable, public Timer {
     public:
-        Session(Server& server, Socket socket, const IpAddress& peer)
+        Session(Server& server, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport)
             : server_(server),
               socket_(std::move(socket)),
+              transport_(std::move(transport)),
               http_(std::make_unique<Http>(server.limits())),
               peer_(peer) {}
         Session(const Session&) = delete;
@@ -4775,8 +5514,9 @@ private:
             if (handler_) core().attended = false;
             if (gone()) return;
             protect([&] {
+                if (transport_) settle_transport();
                 if (phase_ == Phase::websocket) settle_websocket();
-                else settle_http();
+                else if (!gone()) settle_http();
                 if (!gone()) watch();
             });
         }
@@ -4811,16 +5551,17 @@ private:
             std::size_t size = 0;
             for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
             if (blocked_ || lost_) return 0;
-            return note_sent(socket_.send(pieces, count), size);
+            return note_sent(transport_ ? transport_->send(socket_, pieces, count, server_.wire_)
+                                        : count_sent(socket_.send(pieces, count)),
+                             size);
         }
         // What came of offering so many bytes.
         std::size_t note_sent(const IoResult& sent, std::size_t size) {
-            server_.metrics_.bytes_sent += sent.size;
             lost_ = sent.outcome == IoResult::Outcome::error;
-            blocked_ = !lost_ && sent.size < size;
+            blocked_ = !lost_ && (sent.size < size || (transport_ && transport_->wants_write()));
             if (phase_ == Phase::websocket) {
                 connection().set_blocked(blocked_);
-                if (lost_) connection().abort(CloseCause::connection_lost, os::error_text(sent.error));
+                if (lost_) connection().abort(CloseCause::connection_lost, error_text(sent));
             }
             return sent.size;
         }
@@ -4828,30 +5569,32 @@ private:
         // What may be sent together with what others send: all that is queued, where it is one piece. Empty: nothing.
         std::string_view batchable() {
             std::string_view piece;
-            if (phase_ != Phase::websocket || blocked_ || lost_ || output().gather(&piece, 1) == 0) return {};
+            if (phase_ != Phase::websocket || transport_ || blocked_ || lost_ || output().gather(&piece, 1) == 0)
+                return {};
             return piece.size() == output().size() ? piece : std::string_view();
         }
         Socket& socket() { return socket_; }
         void note_batched(const SendBatch::Item& item) {
-            if (item.sent) output().consume(note_sent(*item.sent, item.bytes.size()));
+            if (item.sent) output().consume(note_sent(count_sent(*item.sent), item.bytes.size()));
         }
 
         // Offers what is queued to the kernel.
         void flush() {
             SendQueue& queue = output();
             const bool was_blocked = phase_ == Phase::websocket && connection().blocked();
-            bool progress = false;
+            if (was_blocked && !blocked_) connection().send_waiting_pong();
+            const std::uint64_t sent_before = server_.wire_.sent;
+            if (queue.empty() && transport_ && transport_->wants_write()) offer(nullptr, 0);
             while (!queue.empty() && !blocked_ && !lost_) {
                 const std::size_t count = queue.gather(server_.pieces_.data(), Socket::max_pieces);
-                const std::size_t taken = offer(server_.pieces_.data(), count);
-                queue.consume(taken);
-                progress = progress || taken != 0;
+                queue.consume(offer(server_.pieces_.data(), count));
             }
+            const bool progress = server_.wire_.sent != sent_before;
             if (blocked_ && !lost_) queue.keep();
             if (phase_ == Phase::websocket) {
                 connection().set_blocked(blocked_);
                 if (was_blocked && progress) connection().alive(server_.now());
-            } else if (progress && phase_ == Phase::http) {
+            } else if (progress && phase_ == Phase::http && (!transport_ || transport_->established())) {
                 schedule(after(limits().handshake_timeout));
             }
             if (lost_) attend();
@@ -4972,9 +5715,23 @@ private:
             if (!attempt("session", work)) abort(CloseCause::connection_lost, "out of memory");
         }
 
+        IoResult count_sent(const IoResult& sent) {
+            server_.wire_.sent += sent.size;
+            return sent;
+        }
+        IoResult receive(char* data, std::size_t size) {
+            if (transport_) return transport_->receive(socket_, data, size, server_.wire_);
+            const IoResult got = socket_.receive(data, size);
+            server_.wire_.received += got.size;
+            return got;
+        }
+        std::string error_text(const IoResult& result) const {
+            return result.error != 0 || !transport_ ? os::error_text(result.error) : transport_->failure();
+        }
+
         // Tells the poller what is being waited for.
         void watch() {
-            const bool read = reading(), write = blocked_;
+            const bool read = reading(), write = transport_ ? transport_->wants_write() : blocked_;
             if (read == watching_read_ && write == watching_write_) return;
             server_.loop_.poller().change(socket_.descriptor(), *this, read, write);
             watching_read_ = read;
@@ -4991,7 +5748,9 @@ private:
             server_.loop_.poller().remove(socket_.descriptor());
             server_.backlog_ -= counted_backlog_;
             counted_backlog_ = 0;
+            if (transport_ && !lost_) transport_->end(socket_, server_.wire_);
             socket_.close();
+            transport_.reset();
             http_.reset();
             server_.bury(*this);
         }
@@ -5001,6 +5760,7 @@ private:
         void read() {
             // A peer that sends without a pause must leave the others their turn.
             for (int round = 0; round < 4 && !gone() && reading(); ++round) {
+                if (transport_ && !secured_ && !server_.may_shake_hands()) return;
                 char* place = server_.receive_buffer_.data();
                 std::size_t room = server_.receive_buffer_.capacity();
                 if (phase_ == Phase::websocket) {
@@ -5010,12 +5770,11 @@ private:
                         room = area_size;
                     }
                 }
-                const IoResult got = socket_.receive(place, room);
+                const IoResult got = receive(place, room);
                 if (got.outcome == IoResult::Outcome::would_block) return;
                 if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
-                server_.metrics_.bytes_received += got.size;
                 take(place, got.size);
-                if (got.size < room) return;
+                if (got.size < room && !(transport_ && transport_->has_input())) return;
             }
         }
 
@@ -5031,10 +5790,15 @@ private:
         }
 
         void end_of_input(const IoResult& got) {
+            const bool failed = transport_ && !transport_->failure().empty();
+            if (failed) log_failure();
             if (phase_ == Phase::websocket) {
-                connection().receive_end(got.error != 0 ? os::error_text(got.error)
-                                                        : "the peer hung up without a Close frame");
+                connection().receive_end(got.outcome == IoResult::Outcome::error
+                                             ? error_text(got)
+                                             : "the peer hung up without a Close frame");
                 pump();
+            } else if (failed) {
+                go_on_plainly();
             } else if (got.outcome == IoResult::Outcome::end && busy()) {
                 // The peer has shut its sending side, and may still wait for what is queued.
                 input_ended_ = true;
@@ -5042,6 +5806,46 @@ private:
             } else {
                 remove();
             }
+        }
+
+        // ---- encryption --------------------------------------------------------------------------------------------
+
+        // What the poller does not tell: the handshake is done, or more has come than could be taken.
+        void settle_transport() {
+            if (!secured_ && transport_->established()) {
+                secured_ = true;
+                ++server_.metrics_.tls_handshakes;
+            }
+            if (blocked_ && !transport_->wants_write()) blocked_ = false;
+            if (!transport_->has_input() || !reading()) return;
+            read();
+            attend();
+        }
+
+        void log_failure() {
+            ++server_.metrics_.tls_failures;
+            if (server_.log_)
+                server_.log(LogLevel::info, "tls_failed",
+                            {{"peer", peer_.to_string()}, {"cause", transport_->failure()}});
+        }
+
+        // The encryption has failed before there was a WebSocket. Whoever began in plain text is answered so; anybody
+        // else has got an alert, which is not to be destroyed by a reset.
+        void go_on_plainly() {
+            const bool plain_text = transport_->plain_text();
+            transport_.reset();
+            blocked_ = false;
+            if (plain_text) {
+                if (!busy())
+                    respond(Response(400,
+                                     "This port speaks TLS, and the client began with plain HTTP: use https:// "
+                                     "or wss://.\n"),
+                            nullptr);
+                return attend();
+            }
+            http_->output.clear();
+            http_->file_left = 0;
+            linger();
         }
 
         // ---- HTTP --------------------------------------------------------------------------------------------------
@@ -5063,6 +5867,7 @@ private:
 
         void answer(Request request, std::string_view rest) {
             ++server_.metrics_.requests;
+            if (transport_) request.set_secure(transport_->peer_name());
             if (server_.draining_) return respond_last(Response(503, "The server is shutting down.\n"), request);
             if (!server_.serves_host(request.host())) {
                 const std::string host(request.host());
@@ -5159,9 +5964,12 @@ private:
 
         // Our last byte is with the kernel: tells the peer so, and discards what still comes, for a bounded time.
         void linger() {
-            if (std::exchange(http_->shut, true)) return;
+            if (http_->shut) return;
             phase_ = Phase::lingering;
+            if (transport_ && !transport_->end(socket_, server_.wire_)) return;
+            http_->shut = true;
             if (input_ended_) return remove();
+            transport_.reset();  // what still comes is not looked at
             socket_.shutdown_send();
             schedule(after(limits().linger_timeout));
         }
@@ -5291,7 +6099,6 @@ private:
         void settle_websocket() {
             if (output().size() > half_backlog()) high_ = true;
             flush();
-            if (output().empty() && connection().send_waiting_pong()) flush();
             const auto low = [this] { return output().size() <= half_backlog(); };
             if (paused_ && (low() || !connection().is_open())) {
                 paused_ = false;
@@ -5362,13 +6169,15 @@ private:
         // What the end of each turn needs stands first and together.
         Server& server_;
         Socket socket_;
+        std::unique_ptr<Transport> transport_;  // null where the connection is plain
         Phase phase_ = Phase::http;
         bool attended_ = false;
         bool blocked_ = false;  // the kernel takes no more output for now
         bool paused_ = false;   // reading waits until the peer reads
         bool input_ended_ = false;
-        bool high_ = false;  // the backlog has passed its half, on_drain() is owed
-        bool lost_ = false;  // sending failed
+        bool high_ = false;     // the backlog has passed its half, on_drain() is owed
+        bool lost_ = false;     // sending failed
+        bool secured_ = false;  // the transport is established
         bool watching_read_ = true;
         bool watching_write_ = false;
         bool counted_ = false;
@@ -5386,8 +6195,9 @@ private:
 
     class Listener final : public Pollable, public Timer {
     public:
-        Listener(Server& server, const ListenAddress& address, bool reuse_port)
-            : server_(server), socket_(address, reuse_port) {
+        Listener(Server& server, const ListenAddress& address, bool reuse_port,
+                 std::shared_ptr<TransportFactory> transports)
+            : server_(server), socket_(address, reuse_port), transports_(std::move(transports)) {
             if (!server_.loop_.poller().add(socket_.descriptor(), *this, true, false))
                 throw Error("listen " + socket_.address().to_string() + ": " + os::error_text(os::last_error()));
         }
@@ -5399,6 +6209,10 @@ private:
         }
 
         const ListenAddress& address() const { return socket_.address(); }
+        bool secure() const { return transports_ != nullptr; }
+        void reload() {
+            if (transports_) transports_->reload();
+        }
 
         void on_ready(bool, bool, bool) override {
             // A flood of connections must leave the others their turn.
@@ -5418,7 +6232,7 @@ private:
     private:
         void take_in(Socket accepted, const IpAddress& peer) {
             try {
-                server_.welcome(std::move(accepted), peer);
+                server_.welcome(std::move(accepted), peer, transports_ ? transports_->make() : nullptr);
             } catch (const std::exception& error) {  // for want of memory: it is closed
                 server_.report_exception("accept", error.what(), &peer);
             }
@@ -5434,7 +6248,7 @@ private:
                 constexpr std::string_view answer =
                     "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 20\r\n\r\nThe server is "
                     "full.\n";
-                refused.send(&answer, 1);
+                if (!secure()) refused.send(&answer, 1);
                 refused.shutdown_send();
                 ++server_.metrics_.connections_refused;
                 refused.close();
@@ -5451,17 +6265,25 @@ private:
 
         Server& server_;
         ListenSocket socket_;
+        std::shared_ptr<TransportFactory> transports_;  // null where the connections are plain
     };
 
+    void add_listener(std::string_view address, std::shared_ptr<TransportFactory> transports) {
+        listeners_.push_back(std::make_unique<Listener>(*this, ListenAddress::parse(address), options_.reuse_port,
+                                                        std::move(transports)));
+        handle_signals();
+        log(LogLevel::debug, "listening", {{"address", listeners_.back()->address().to_string()}});
+    }
+
     // Takes a connection in, or turns it away with a 503.
-    void welcome(Socket socket, const IpAddress& peer) {
+    void welcome(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport) {
         ++metrics_.connections_accepted;
         if (sessions_.size() >= max_connections() + turned_away_at_once) {
             ++metrics_.connections_refused;
             return;
         }
         const bool full = sessions_.size() >= max_connections();
-        auto made = std::make_unique<Session>(*this, std::move(socket), peer);
+        auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport));
         Session& session = *made;
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
@@ -5593,6 +6415,7 @@ private:
             dig();
         }
         closed_listeners_.clear();
+        handshakes_left_ = handshakes_at_once;
         if (draining_ && sessions_.empty()) loop_.stop();
         return !attended_.empty();
     }
@@ -5607,6 +6430,13 @@ private:
             if (batch_->full()) batch_->send(note);
         }
         batch_->send(note);
+    }
+
+    // Handshakes cost much more than messages: a flood of them must leave the others their turn.
+    bool may_shake_hands() {
+        if (handshakes_left_ == 0) return false;
+        --handshakes_left_;
+        return true;
     }
 
     // Destroys what is buried, one by one: the chain's own destructor would take a stack frame for each.
@@ -5747,9 +6577,11 @@ private:
     std::map<IpAddress, std::size_t> connections_of_;
     OwnedDescriptor reserve_;
     std::size_t backlog_ = 0;
+    unsigned handshakes_left_ = handshakes_at_once;
     bool draining_ = false;
     bool signalled_ = false;
     std::optional<SignalGuard> signals_;
+    WireCount wire_;
     Metrics metrics_;
 };
 

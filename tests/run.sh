@@ -89,6 +89,8 @@ need python3 test -x /usr/bin/python3
 need doctest-dev header doctest/doctest.h
 need zlib1g-dev header zlib.h
 need liburing-dev header liburing.h
+need libssl-dev header openssl/ssl.h
+need openssl command -v openssl
 need pkg-config command -v pkg-config
 need meson command -v meson
 need python3-websockets /usr/bin/python3 -c 'import websockets'
@@ -130,12 +132,15 @@ if [ $mode = quick ]; then
 fi
 tests "dev: tests" ctest --preset dev
 tests "dev: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset dev -L poll
+tests "dev: over TLS" env WSCHAT_TEST_TLS=1 ctest --preset dev -L over_tls
 
 build asan
 tests "asan: tests" ctest --preset asan
 tests "asan: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset asan -L poll
+tests "asan: over TLS" env WSCHAT_TEST_TLS=1 ctest --preset asan -L over_tls
+tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan "-DWSCHAT_TEST_SUITES=handler;rooms;loop;server"
+build tsan "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server"
 tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF

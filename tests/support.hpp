@@ -65,8 +65,77 @@ inline std::string take_output(wschat::Connection& connection) {
 // The poller that WSCHAT_TEST_POLLER asks for.
 inline wschat::Poller::Kind poller_kind() {
     const char* wanted = std::getenv("WSCHAT_TEST_POLLER");
-    return wanted != nullptr && std::string(wanted) == "poll" ? wschat::Poller::Kind::poll : wschat::Poller::Kind::automatic;
+    return wanted != nullptr && std::string(wanted) == "poll" ? wschat::Poller::Kind::poll
+                                                              : wschat::Poller::Kind::automatic;
 }
+
+#if WSCHAT_OPENSSL
+
+// Whether every server of the tests listens with TLS and every client speaks it, as WSCHAT_TEST_TLS=1 asks for.
+inline bool over_tls() {
+    const char* wanted = std::getenv("WSCHAT_TEST_TLS");
+    return wanted != nullptr && std::string(wanted) == "1";
+}
+
+// A certificate for localhost in files that are gone with the process.
+class CertificateFiles {
+public:
+    explicit CertificateFiles(const std::string& name,
+                              const std::vector<std::string>& hosts = {"localhost", "127.0.0.1"})
+        : certificate("/tmp/wschat-" + std::to_string(::getpid()) + "-" + name + "-cert.pem"),
+          key("/tmp/wschat-" + std::to_string(::getpid()) + "-" + name + "-key.pem") {
+        renew(hosts);
+    }
+    CertificateFiles(const CertificateFiles&) = delete;
+    CertificateFiles& operator=(const CertificateFiles&) = delete;
+    ~CertificateFiles() {
+        ::unlink(certificate.c_str());
+        ::unlink(key.c_str());
+    }
+    // Another certificate and another key in their place.
+    void renew(const std::vector<std::string>& hosts) const {
+        const auto made = wschat::make_self_signed_certificate(hosts);
+        write(certificate, made.certificate);
+        write(key, made.key);
+    }
+    static void write(const std::string& path, std::string_view text) {
+        std::FILE* file = std::fopen(path.c_str(), "we");
+        REQUIRE(file != nullptr);
+        std::fwrite(text.data(), 1, text.size(), file);
+        std::fclose(file);
+    }
+    wschat::TlsOptions options() const { return {certificate, key}; }
+
+    const std::string certificate;
+    const std::string key;
+};
+
+inline void listen_tls(wschat::Server& server, std::string_view address) {
+    static const CertificateFiles files("all");
+    server.listen_tls(address, files.options());
+}
+
+// A client's side of TLS that takes the server for who it says it is.
+inline std::unique_ptr<wschat::Transport> client_transport(std::string_view host = "localhost") {
+    wschat::TlsClientOptions options;
+    options.accept_any_certificate = true;
+    static const auto context = std::make_shared<const wschat::TlsContext>(options);
+    return std::make_unique<wschat::TlsTransport>(std::make_shared<wschat::TlsBlocks>(), context, host);
+}
+
+#else
+
+constexpr bool over_tls() { return false; }
+inline void listen_tls(wschat::Server&, std::string_view) {}
+inline std::unique_ptr<wschat::Transport> client_transport() { return nullptr; }
+
+#endif
+
+inline void listen(wschat::Server& server, std::string_view address = "0") {
+    if (over_tls()) listen_tls(server, address);
+    else server.listen(address);
+}
+inline std::string scheme() { return over_tls() ? "https" : "http"; }
 
 // A server that runs on a thread of its own from start() on, and has shut down when this is gone.
 class RunningServer {
@@ -78,8 +147,7 @@ public:
 
     // Listens on a port that the system picks, and runs.
     void start() {
-        server.listen(0);
-        port_ = server.port();
+        test::listen(server);
         run();
     }
     // Where the test has called listen() itself.
@@ -110,7 +178,8 @@ public:
             changed.notify_one();
         });
         std::unique_lock<std::mutex> lock(mutex);
-        if (!changed.wait_for(lock, deadline, [&] { return done; })) throw std::runtime_error("the loop does not answer");
+        if (!changed.wait_for(lock, deadline, [&] { return done; }))
+            throw std::runtime_error("the loop does not answer");
         if constexpr (!std::is_void_v<Result>) return std::move(*result);
     }
     wschat::Metrics metrics() {
@@ -140,19 +209,25 @@ private:
     int port_ = 0;
 };
 
-// A TCP connection of a test, which reads with a deadline.
+// A connection of a test, over TLS where that is asked for, which reads with a deadline.
 class RawClient {
 public:
-    explicit RawClient(int port) : socket_(connect_to(port)) {}
-    explicit RawClient(wschat::Socket socket) : socket_(std::move(socket)) {}
+    explicit RawClient(int port) : RawClient(connect_to(port)) {}
+    explicit RawClient(wschat::Socket socket)
+        : RawClient(std::move(socket), over_tls() ? client_transport() : nullptr) {}
+    RawClient(wschat::Socket socket, std::unique_ptr<wschat::Transport> transport)
+        : socket_(std::move(socket)), transport_(std::move(transport)) {}
+    // A plain one, also where all others are not.
+    static RawClient plain(int port) { return RawClient(connect_to(port), nullptr); }
     explicit operator bool() const { return static_cast<bool>(socket_); }
 
     void send(std::string_view bytes) {
         while (!bytes.empty()) {
-            const wschat::IoResult sent = socket_.send(&bytes, 1);
+            const wschat::IoResult sent = transport_ ? offer(&bytes, 1) : counted(bytes);
             if (sent.outcome == wschat::IoResult::Outcome::error) return;
-            if (sent.outcome == wschat::IoResult::Outcome::would_block && !wait(POLLOUT)) return;
             bytes.remove_prefix(sent.size);
+            if (bytes.empty()) return;
+            if (transport_ && !established() ? !shake_hands() : !wait(POLLOUT)) return;
         }
     }
     // Reads until the bytes that have come hold what is wanted, or the stream ends; answers whether they do.
@@ -168,30 +243,38 @@ public:
     }
     // Reads to the end of the stream; false where the deadline came first.
     bool read_to_end() {
-        while (read_some()) {}
+        while (read_some()) {
+        }
         return ended;
     }
-    void shutdown_send() { socket_.shutdown_send(); }
+    void shutdown_send() {
+        end_transport();
+        socket_.shutdown_send();
+    }
     // Closes with a reset instead of a FIN.
     void reset() {
         const linger now{1, 0};
         ::setsockopt(socket_.descriptor(), SOL_SOCKET, SO_LINGER, &now, sizeof now);
         socket_.close();
     }
-    void close() { socket_.close(); }
+    void close() {
+        end_transport();
+        socket_.close();
+    }
     wschat::Socket& socket() { return socket_; }
+    wschat::Transport* transport() { return transport_.get(); }
 
     // Reads what is there, waiting for the first of it; false at the end and at the deadline.
     bool read_some() {
         std::vector<char> buffer(256 * 1024);
         for (;;) {
-            const wschat::IoResult got = socket_.receive(buffer.data(), buffer.size());
+            const wschat::IoResult got = receive(buffer.data(), buffer.size());
             if (got.outcome == wschat::IoResult::Outcome::done) {
                 received.append(buffer.data(), got.size);
                 return true;
             }
             if (got.outcome == wschat::IoResult::Outcome::would_block) {
-                if (!wait(POLLIN)) return false;
+                if (!wait_for_input()) return false;
                 continue;
             }
             ended = true;
@@ -203,8 +286,52 @@ public:
     std::string received;
     bool ended = false;          // the peer has closed, one way or the other
     bool reset_by_peer = false;  // with a reset
+    wschat::WireCount wire;      // what went through the socket
 
 private:
+    wschat::IoResult counted(std::string_view bytes) {
+        const wschat::IoResult sent = socket_.send(&bytes, 1);
+        wire.sent += sent.size;
+        return sent;
+    }
+    wschat::IoResult receive(char* data, std::size_t size) {
+        if (transport_) {
+            const std::lock_guard<std::mutex> lock(*mutex_);
+            return transport_->receive(socket_, data, size, wire);
+        }
+        const wschat::IoResult got = socket_.receive(data, size);
+        wire.received += got.size;
+        return got;
+    }
+    wschat::IoResult offer(const std::string_view* pieces, std::size_t count) {
+        const std::lock_guard<std::mutex> lock(*mutex_);
+        return transport_->send(socket_, pieces, count, wire);
+    }
+    bool established() const {
+        const std::lock_guard<std::mutex> lock(*mutex_);
+        return transport_->established();
+    }
+    bool owes() const {
+        const std::lock_guard<std::mutex> lock(*mutex_);
+        return transport_ && transport_->wants_write();
+    }
+    // The next step of the handshake; application data that comes with it is kept.
+    bool shake_hands() {
+        char bytes[4096];
+        const wschat::IoResult got = receive(bytes, sizeof bytes);
+        if (got.outcome == wschat::IoResult::Outcome::done) received.append(bytes, got.size);
+        if (got.outcome == wschat::IoResult::Outcome::would_block && !established()) return wait_for_input();
+        return got.outcome == wschat::IoResult::Outcome::done || established();
+    }
+    // What the server waits for goes out first.
+    bool wait_for_input() {
+        if (owes() && offer(nullptr, 0).outcome == wschat::IoResult::Outcome::would_block)
+            return wait(POLLIN | POLLOUT);
+        return wait(POLLIN);
+    }
+    void end_transport() {
+        if (transport_ && socket_) transport_->end(socket_, wire);
+    }
     bool wait(short events) {
         pollfd entry{socket_.descriptor(), events, 0};
         return ::poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(deadline).count())) > 0;
@@ -221,6 +348,8 @@ private:
     }
 
     wschat::Socket socket_;
+    std::unique_ptr<wschat::Transport> transport_;
+    std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  // some tests send from a thread of their own
 };
 
 // A WebSocket client of a test, made of the protocol section in its other role.
@@ -273,7 +402,8 @@ public:
     }
     // Reads to the end of the connection and answers the close code.
     wschat::CloseCode close_code() {
-        while (next()) {}
+        while (next()) {
+        }
         return connection.close_code();
     }
     void flush() { raw.send(take_output(connection)); }

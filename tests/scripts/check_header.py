@@ -67,8 +67,12 @@ def includes():
 
 
 def one_command(source, program):
-    """The command that the README promises; not one line of output."""
-    output = run([*COMPILER, "-std=c++17", "-O2", source, "-o", program, "-I", ROOT, "-pthread"],
+    """The command that the README promises, with the macros and the libraries that the source itself asks for in a
+    comment "// g++ ..."; not one line of output."""
+    asked = re.search(r"^// g\+\+ (.*?)(?: &&.*)?$", pathlib.Path(source).read_text(encoding="utf-8"), re.MULTILINE)
+    words = asked[1].split() if asked else []
+    output = run([*COMPILER, "-std=c++17", "-O2", *(word for word in words if word.startswith("-D")), source, "-o", program,
+                  "-I", ROOT, "-pthread", *(word for word in words if word.startswith("-l"))],
                  f"{source} does not compile with the one command")
     require(not output, f"{source} compiles with warnings:\n{output}")
 
@@ -182,6 +186,16 @@ def abi():
     run([*COMPILER, "-std=c++17", use, make, "-o", WORK / "abi"], "two translation units that agree do not link")
 
 
+def features():
+    """Each example compiles with every combination of the features that it can do without."""
+    for zlib, openssl in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        for source in sorted((ROOT / "examples").glob("*.cpp")):
+            if "TlsOptions" in source.read_text(encoding="utf-8") and not openssl:
+                continue
+            run([*COMPILER, *FLAGS, "-Werror", "-fsyntax-only", f"-DWSCHAT_ZLIB={zlib}", f"-DWSCHAT_OPENSSL={openssl}",
+                 source], f"{source} does not compile with WSCHAT_ZLIB={zlib} and WSCHAT_OPENSSL={openssl}")
+
+
 def examples():
     """Each example compiles with the one command."""
     for source in sorted((ROOT / "examples").glob("*.cpp")):
@@ -227,6 +241,6 @@ if __name__ == "__main__":
     os.environ.pop("CPATH", None)
     try:
         {check.__name__: check for check in (version, contents, prefixes, macros, hostile_macros, two_units, abi,
-                                             examples, map_program, readme)}[sys.argv[1]]()
+                                             features, examples, map_program, readme)}[sys.argv[1]]()
     finally:
         shutil.rmtree(WORK, ignore_errors=True)

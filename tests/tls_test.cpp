@@ -1,0 +1,865 @@
+// § 11: streams in memory, in any pieces; then the server over sockets. With WSCHAT_TEST_TLS=1 the suites of the server
+// run over TLS as well. Without WSCHAT_OPENSSL there is one test, which says so.
+#include "support.hpp"
+
+using namespace wschat;
+using namespace std::chrono_literals;
+
+#if !WSCHAT_OPENSSL
+
+TEST_SUITE("tls") {
+    TEST_CASE("without WSCHAT_OPENSSL nothing of OpenSSL is included") {
+#if defined(OPENSSL_VERSION_NUMBER)
+        CHECK(false);
+#else
+        CHECK(WSCHAT_OPENSSL == 0);
+#endif
+    }
+}
+
+#else
+
+#include <csignal>
+
+using test::CertificateFiles;
+using test::Client;
+using test::RawClient;
+using test::RunningServer;
+
+namespace {
+
+// "" where the call throws no Error.
+template <class Call>
+std::string error_of(Call&& call) {
+    try {
+        call();
+    } catch (const Error& error) {
+        return error.what();
+    }
+    return "";
+}
+
+bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+
+std::shared_ptr<const TlsContext> server_context(const TlsOptions& options) {
+    return std::make_shared<const TlsContext>(options);
+}
+std::shared_ptr<const TlsContext> client_context(const std::string& authorities, const TlsOptions& own = {"", ""}) {
+    TlsClientOptions options;
+    options.authorities = authorities;
+    options.certificate = own.certificate;
+    options.key = own.key;
+    return std::make_shared<const TlsContext>(options);
+}
+std::shared_ptr<const TlsContext> careless_client() {
+    TlsClientOptions options;
+    options.accept_any_certificate = true;
+    return std::make_shared<const TlsContext>(options);
+}
+
+// What a stream has to say to the other, taken out.
+std::string take(TlsStream& stream) {
+    std::string bytes(stream.output());
+    stream.consume(bytes.size());
+    return bytes;
+}
+
+// All that a stream can read, while its input lies in pieces of that size.
+std::string feed(TlsStream& stream, const std::string& bytes, std::size_t piece = std::string::npos) {
+    std::string text;
+    std::vector<char> place(50'000);
+    for (std::size_t at = 0; at < bytes.size(); at += piece) {
+        const std::string part = bytes.substr(at, piece);
+        stream.receive(part);
+        for (;;) {
+            const TlsStream::Result got = stream.read(place.data(), place.size());
+            if (got.outcome != TlsStream::Outcome::done) break;
+            text.append(place.data(), got.size);
+        }
+    }
+    return text;
+}
+
+// Exchanges bytes until neither has anything to say.
+void talk(TlsStream& client, TlsStream& server, std::size_t piece = std::string::npos) {
+    client.handshake();
+    for (;;) {
+        const std::string up = take(client), down = take(server);
+        if (up.empty() && down.empty()) return;
+        feed(server, up, piece);
+        feed(client, down, piece);
+    }
+}
+
+// Writes a text of any size, and answers the ciphertext.
+std::string written(TlsStream& stream, std::string_view text) {
+    std::string bytes;
+    for (; !text.empty(); text.remove_prefix((std::min)(text.size(), TlsStream::max_record))) {
+        REQUIRE(stream.write(text.substr(0, TlsStream::max_record)).outcome == TlsStream::Outcome::done);
+        bytes += take(stream);
+    }
+    return bytes;
+}
+
+std::string some_text(std::size_t size) {
+    std::string text(size, '\0');
+    for (std::size_t i = 0; i < size; ++i) text[i] = static_cast<char>(i * 31 + i / 255);
+    return text;
+}
+
+// Where TLS 1.2 is to be spoken, the client says so.
+constexpr int versions[] = {TLS1_2_VERSION, TLS1_3_VERSION};
+
+struct Pair {
+    explicit Pair(int version = TLS1_3_VERSION)
+        : client(careless_client(), "localhost"), server(server_context(files.options())) {
+        SSL_set_max_proto_version(client.native(), version);
+    }
+    CertificateFiles files{"pair"};
+    TlsStream client, server;
+};
+
+struct Echo : WebSocketHandler {
+    void on_message(const Message& m) override { write_message(m); }
+};
+
+// A certificate that clients may use, by openssl's own program.
+struct ClientCertificate : CertificateFiles {
+    explicit ClientCertificate(const std::string& name) : CertificateFiles(name) {
+        const std::string command =
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /O=Tea/CN=" + name +
+            " -keyout " + key + " -out " + certificate + " 2>/dev/null";
+        REQUIRE(std::system(command.c_str()) == 0);
+    }
+};
+
+// A client that keeps the TLS and the socket apart, for what a proper one does not do.
+struct Apart {
+    Apart(int port, std::shared_ptr<const TlsContext> context = careless_client(),
+          const std::string& host = "localhost")
+        : raw(RawClient::plain(port)), stream(std::move(context), host) {}
+    // The handshake to its end; false where it fails.
+    bool shake_hands() {
+        stream.handshake();
+        while (!stream.established() && stream.failure().empty()) {
+            raw.send(take(stream));
+            if (!read_some()) return false;
+        }
+        raw.send(take(stream));
+        return stream.established();
+    }
+    bool read_some() {
+        if (!raw.read_some()) return false;
+        text += feed(stream, raw.received);
+        raw.received.clear();
+        return true;
+    }
+    bool read_until(std::string_view wanted) {
+        while (!contains(text, wanted))
+            if (!read_some()) return false;
+        return true;
+    }
+    void send(std::string_view plain) { raw.send(written(stream, plain)); }
+
+    RawClient raw;
+    TlsStream stream;
+    std::string text;
+};
+
+std::string serial_of(TlsStream& stream) {
+    const TlsOwned<X509, &X509_free> certificate(SSL_get_peer_certificate(stream.native()));
+    REQUIRE(certificate);
+    const TlsOwned<BIGNUM, &BN_free> number(ASN1_INTEGER_to_BN(X509_get_serialNumber(certificate.get()), nullptr));
+    std::string bytes(64, '\0');
+    bytes.resize(static_cast<std::size_t>(BN_bn2bin(number.get(), reinterpret_cast<unsigned char*>(&bytes[0]))));
+    return test::to_hex(bytes);
+}
+
+const std::string hello_masked = test::hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
+const std::string hello_plain = test::hex("81 05 48 65 6c 6c 6f");
+std::string upgrade() { return opening_request("localhost", "/", Client::key); }
+
+}  // namespace
+
+TEST_SUITE_BEGIN("tls");
+
+// ---- streams --------------------------------------------------------------------------------------------------------
+
+TEST_CASE("texts of every size pass between two streams in both directions, however the ciphertext is cut") {
+    for (const int version : versions) {
+        for (const std::size_t piece :
+             {std::size_t{1}, std::size_t{7}, std::size_t{1000}, std::size_t{16'500}, std::string::npos}) {
+            CAPTURE(version);
+            CAPTURE(piece);
+            Pair pair(version);
+            talk(pair.client, pair.server, piece);
+            REQUIRE(pair.client.established());
+            REQUIRE(pair.server.established());
+            for (const std::size_t size : {1u, 100u, 16'384u, 16'385u, 200'000u}) {
+                const std::string text = some_text(size);
+                CHECK((feed(pair.server, written(pair.client, text), piece) == text));
+                CHECK((feed(pair.client, written(pair.server, text), piece) == text));
+            }
+            CHECK_FALSE(pair.server.has_input());
+        }
+    }
+}
+
+TEST_CASE("TLS 1.2 and 1.3 are spoken with forward secrecy, and the protocol is http/1.1") {
+    for (const int version : versions) {
+        Pair pair(version);
+        talk(pair.client, pair.server);
+        CHECK(pair.server.version() == (version == TLS1_2_VERSION ? "TLSv1.2" : "TLSv1.3"));
+        CHECK(contains(pair.server.cipher(), version == TLS1_2_VERSION ? "ECDHE-ECDSA-" : "TLS_"));
+        CHECK(pair.server.protocol() == "http/1.1");
+        CHECK(pair.client.protocol() == "http/1.1");
+        CHECK(pair.server.peer_name() == "");
+        CHECK(pair.client.peer_name() == "CN=localhost");
+    }
+}
+
+TEST_CASE("what is weaker than TLS 1.2 with forward secrecy is refused by an alert") {
+    const struct {
+        int version;
+        std::string ciphers, server, client;
+    } table[] = {
+        {TLS1_1_VERSION, "DEFAULT:@SECLEVEL=0", "unsupported protocol", "tlsv1 alert protocol version"},
+        {TLS1_2_VERSION, "AES128-GCM-SHA256:ECDHE-ECDSA-AES128-SHA", "no shared cipher",
+         "sslv3 alert handshake failure"},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.server);
+        Pair pair;
+        SSL_set_min_proto_version(pair.client.native(), TLS1_VERSION);
+        SSL_set_max_proto_version(pair.client.native(), row.version);
+        REQUIRE(SSL_set_cipher_list(pair.client.native(), row.ciphers.c_str()) == 1);
+        talk(pair.client, pair.server);
+        CHECK(pair.server.failure() == row.server);
+        CHECK(pair.client.failure() == row.client);
+        CHECK_FALSE(pair.server.established());
+    }
+}
+
+TEST_CASE("a client that speaks no protocol of ours is refused, as RFC 7301 asks") {
+    Pair pair;
+    const unsigned char h2[] = "\x02h2";
+    SSL_set_alpn_protos(pair.client.native(), h2, 3);
+    talk(pair.client, pair.server);
+    CHECK(pair.server.failure() == "no application protocol");
+    CHECK(pair.client.failure() == "tlsv1 alert no application protocol");
+}
+
+TEST_CASE("a client takes a server only for what its certificate proves, unless it is told to take anybody") {
+    const CertificateFiles good("good", {"chat.example", "*.wild.example", "127.0.0.1", "::1"}), other("other"),
+        old("old");
+    CertificateFiles::write(old.certificate, make_self_signed_certificate({"localhost"}, -1).certificate);
+    const struct {
+        std::string host, authorities, failure;
+    } table[] = {
+        {"chat.example", good.certificate, ""},
+        {"CHAT.example", good.certificate, ""},
+        {"a.wild.example", good.certificate, ""},
+        {"127.0.0.1", good.certificate, ""},
+        {"::1", good.certificate, ""},
+        {"evil.example", good.certificate, "certificate verify failed: hostname mismatch"},
+        {"wild.example", good.certificate, "certificate verify failed: hostname mismatch"},
+        {"a.b.wild.example", good.certificate, "certificate verify failed: hostname mismatch"},
+        {"127.0.0.2", good.certificate, "certificate verify failed: IP address mismatch"},
+        {"chat.example", other.certificate, "certificate verify failed: self-signed certificate"},
+        {"chat.example", "", "certificate verify failed: self-signed certificate"},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.host);
+        CAPTURE(row.authorities);
+        TlsStream client(client_context(row.authorities), row.host), server(server_context(good.options()));
+        talk(client, server);
+        CHECK(client.failure() == row.failure);
+        CHECK(client.established() == row.failure.empty());
+        if (!row.failure.empty()) CHECK(contains(server.failure(), "alert"));
+    }
+    TlsStream careless(careless_client(), "evil.example"), server(server_context(good.options()));
+    talk(careless, server);
+    CHECK(careless.established());
+    CHECK(server.established());
+}
+
+TEST_CASE("a certificate that has expired is refused") {
+    const CertificateFiles old("expired");
+    const auto made = make_self_signed_certificate({"localhost"}, -1);
+    CertificateFiles::write(old.certificate, made.certificate);
+    CertificateFiles::write(old.key, made.key);
+    TlsStream client(client_context(old.certificate), "localhost"), server(server_context(old.options()));
+    talk(client, server);
+    CHECK(client.failure() == "certificate verify failed: certificate has expired");
+}
+
+TEST_CASE("a name that no server can have is an Error") {
+    const auto context = client_context("");
+    CHECK(contains(error_of([&] { TlsStream client(context, ""); }), "TLS: \"\" is no name of a server"));
+}
+
+TEST_CASE("of several certificates a client gets the one for the name it asks for, and else the first") {
+    const CertificateFiles first("first", {"one.example"}), second("second", {"two.example", "*.two.example"});
+    TlsOptions options = first.options();
+    options.more.push_back({second.certificate, second.key});
+    const auto context = server_context(options);
+    for (const int version : versions) {
+        for (const auto& [host, name] : {std::pair{"one.example", "CN=one.example"},
+                                         {"two.example", "CN=two.example"},
+                                         {"a.two.example", "CN=two.example"},
+                                         {"three.example", "CN=one.example"},
+                                         {"127.0.0.1", "CN=one.example"}}) {
+            CAPTURE(host);
+            TlsStream client(careless_client(), host), server(context);
+            SSL_set_max_proto_version(client.native(), version);
+            talk(client, server);
+            CHECK(client.established());
+            CHECK(client.peer_name() == name);
+        }
+    }
+}
+
+TEST_CASE("close_notify ends one direction, and the other goes on") {
+    for (const int version : versions) {
+        Pair pair(version);
+        talk(pair.client, pair.server);
+        std::string bytes = written(pair.client, "last words");
+        pair.client.shutdown();
+        bytes += take(pair.client);
+        char place[100];
+        pair.server.receive(bytes);
+        REQUIRE(pair.server.read(place, sizeof place).size == 10);
+        CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::end);
+        CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::end);
+        CHECK(feed(pair.client, written(pair.server, "the answer")) == "the answer");
+        pair.server.shutdown();
+        pair.server.shutdown();
+        const std::string notify = take(pair.server);
+        CHECK_FALSE(notify.empty());
+        pair.client.receive(notify);
+        CHECK(pair.client.read(place, sizeof place).outcome == TlsStream::Outcome::end);
+        CHECK(pair.server.failure() == "");
+    }
+}
+
+TEST_CASE("what comes after close_notify is not looked at") {
+    Pair pair;
+    talk(pair.client, pair.server);
+    pair.client.shutdown();
+    CHECK(feed(pair.server, take(pair.client) + "GET / HTTP/1.1\r\n\r\n") == "");
+    CHECK(pair.server.failure() == "");
+}
+
+TEST_CASE("without close_notify a stream waits for more: its end is not a proper one") {
+    Pair pair;
+    talk(pair.client, pair.server);
+    const std::string bytes = written(pair.client, some_text(5000));
+    char place[100];
+    pair.server.receive(std::string_view(bytes).substr(0, bytes.size() - 1));
+    CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::need_more);
+}
+
+TEST_CASE("a byte that was changed on the way fails the stream, with an alert for the peer") {
+    for (const int version : versions) {
+        Pair pair(version);
+        talk(pair.client, pair.server);
+        std::string bytes = written(pair.client, "some words");
+        bytes[bytes.size() - 3] = static_cast<char>(bytes[bytes.size() - 3] ^ 1);
+        CHECK(feed(pair.server, bytes) == "");
+        CHECK(pair.server.failure() == "decryption failed or bad record mac");
+        const std::string alert = take(pair.server);
+        feed(pair.client, alert);
+        CHECK(pair.client.failure() == "sslv3 alert bad record mac");
+        // Nothing more comes of it.
+        char place[100];
+        CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::failure);
+        CHECK(pair.server.write("words").outcome == TlsStream::Outcome::failure);
+        pair.server.shutdown();
+        CHECK(take(pair.server) == "");
+    }
+}
+
+TEST_CASE("a peer that begins with plain text is known by its first byte") {
+    for (const std::string text : {"GET / HTTP/1.1\r\n", "P", "HTTP/1.1 400 Bad Request\r\n"}) {
+        Pair pair;
+        pair.server.receive(text);
+        char place[100];
+        CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::failure);
+        CHECK(pair.server.plain_text());
+        CHECK(take(pair.server) == "");
+    }
+    Pair pair;
+    feed(pair.server, test::hex("00 01 02 03 04 05 06 07 08 09 0a"));
+    CHECK_FALSE(pair.server.plain_text());
+    CHECK_FALSE(pair.server.failure().empty());
+}
+
+TEST_CASE("a client can not negotiate anew") {
+    Pair pair(TLS1_2_VERSION);
+    talk(pair.client, pair.server);
+    SSL_clear_options(pair.client.native(), SSL_OP_NO_RENEGOTIATION);
+    REQUIRE(SSL_renegotiate(pair.client.native()) == 1);
+    talk(pair.client, pair.server);
+    // RFC 5246 7.2.2: the server has answered with a warning, after which this client gives up.
+    CHECK(pair.client.failure() == "no renegotiation");
+    CHECK(pair.server.failure() == "sslv3 alert handshake failure");
+}
+
+TEST_CASE("a peer may change its keys, but what it makes a server say without reading it is bounded") {
+    Pair pair;
+    talk(pair.client, pair.server);
+    const auto change_keys = [&] {
+        REQUIRE(SSL_key_update(pair.client.native(), SSL_KEY_UPDATE_REQUESTED) == 1);
+        feed(pair.server, written(pair.client, "x"));
+    };
+    for (int i = 0; i < 10; ++i) change_keys();
+    CHECK(feed(pair.client, written(pair.server, "words")) == "words");
+    std::size_t largest = 0;
+    for (int i = 0; i < 20'000 && pair.server.failure().empty(); ++i) {
+        change_keys();
+        largest = (std::max)(largest, pair.server.output().size());
+    }
+    CHECK(pair.server.failure() == "the peer does not read");
+    CHECK(largest < 140'000);
+}
+
+TEST_CASE("stale entries of the thread's error queue decide nothing, and none are left behind") {
+    Pair pair;
+    const auto disturb = [] { ERR_put_error(ERR_LIB_SSL, 0, SSL_R_BAD_PACKET, __FILE__, __LINE__); };
+    disturb();
+    talk(pair.client, pair.server);
+    REQUIRE(pair.server.established());
+    disturb();
+    CHECK(feed(pair.server, written(pair.client, "words")) == "words");
+    disturb();
+    CHECK(pair.server.write("words").outcome == TlsStream::Outcome::done);
+    std::string bad = written(pair.client, "words");
+    bad.back() = static_cast<char>(bad.back() ^ 1);
+    feed(pair.server, bad);
+    CHECK_FALSE(pair.server.failure().empty());
+    CHECK(ERR_peek_error() == 0);
+}
+
+TEST_CASE("input that was put aside is read later, and output may be taken in any parts") {
+    Pair pair;
+    talk(pair.client, pair.server);
+    const std::string text = some_text(60'000);
+    std::string got;
+    {
+        const std::string bytes = written(pair.client, text);
+        pair.server.receive(bytes);
+        char place[10'000];
+        got.append(place, pair.server.read(place, sizeof place).size);
+        pair.server.keep_input();
+    }
+    CHECK(pair.server.has_input());
+    pair.server.receive(written(pair.client, "more"));
+    std::vector<char> place(100'000);
+    got.append(place.data(), pair.server.read(place.data(), place.size()).size);
+    CHECK((got == text + "more"));
+    CHECK_FALSE(pair.server.has_input());
+
+    pair.client.write(std::string_view(text).substr(0, 16'000));
+    std::string parts;
+    while (!pair.client.output().empty()) {
+        const std::size_t part = (std::min)(pair.client.output().size(), std::size_t{777});
+        parts += pair.client.output().substr(0, part);
+        pair.client.consume(part);
+    }
+    CHECK((feed(pair.server, parts) == text.substr(0, 16'000)));
+}
+
+TEST_CASE("a ticket lets a client resume") {
+    for (const int version : versions) {
+        const CertificateFiles files("ticket");
+        const auto context = server_context(files.options());
+        TlsStream first(careless_client(), "localhost"), server(context);
+        SSL_set_max_proto_version(first.native(), version);
+        talk(first, server);
+        const TlsOwned<SSL_SESSION, &SSL_SESSION_free> session(SSL_get1_session(first.native()));
+        TlsStream second(careless_client(), "localhost"), again(context);
+        SSL_set_max_proto_version(second.native(), version);
+        REQUIRE(SSL_set_session(second.native(), session.get()) == 1);
+        talk(second, again);
+        CHECK(second.resumed());
+        CHECK(again.resumed());
+        CHECK(feed(again, written(second, "words")) == "words");
+    }
+}
+
+// ---- files ----------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a file that can not be used is an Error with its name and OpenSSL's reason") {
+    const CertificateFiles good("right"), other("wrong");
+    const std::string nonsense = good.certificate + ".txt", locked = good.key + ".locked", rsa = good.key + ".rsa";
+    CertificateFiles::write(nonsense, "nonsense\n");
+    REQUIRE(std::system(("openssl ec -aes128 -passout pass:tea -in " + good.key + " -out " + locked + " 2>/dev/null")
+                            .c_str()) == 0);
+    REQUIRE(std::system(("openssl genrsa -out " + rsa + " 2048 2>/dev/null").c_str()) == 0);
+    const struct {
+        std::string certificate, key, password, error;
+    } table[] = {
+        {good.certificate, good.key, "", ""},
+        {good.certificate, locked, "tea", ""},
+        {"/nowhere/cert.pem", good.key, "", "TLS certificate \"/nowhere/cert.pem\": No such file or directory"},
+        {nonsense, good.key, "", "TLS certificate \"" + nonsense + "\": no start line"},
+        {"", "", "", "TLS certificate \"\": No such file or directory"},
+        {good.certificate, "/nowhere/key.pem", "", "TLS key \"/nowhere/key.pem\": No such file or directory"},
+        // The reason is another one in OpenSSL 1.1.1.
+        {good.certificate, good.certificate, "", "TLS key \"" + good.certificate + "\": "},
+        {good.certificate, nonsense, "", "TLS key \"" + nonsense + "\": "},
+        {good.certificate, other.key, "", "TLS key \"" + other.key + "\": key values mismatch"},
+        {good.certificate, rsa, "",
+         "TLS key \"" + rsa + "\" does not belong to the certificate \"" + good.certificate + "\""},
+        {good.certificate, locked, "", "TLS key \"" + locked + "\": "},
+        {good.certificate, locked, "coffee", "TLS key \"" + locked + "\": bad decrypt"},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.error);
+        TlsOptions options{row.certificate, row.key};
+        options.key_password = row.password;
+        Server server;
+        const std::string error = error_of([&] { server.listen_tls(0, options); });
+        CHECK(error.substr(0, row.error.empty() ? std::string::npos : row.error.size()) == row.error);
+        CHECK(server.port() == (row.error.empty() ? server.port() : 0));
+    }
+    TlsOptions options = good.options();
+    options.client_authorities = nonsense;
+    CHECK(contains(error_of([&] { server_context(options); }), "TLS client_authorities \"" + nonsense + "\": "));
+    options = good.options();
+    options.more.push_back({"/nowhere/more.pem", good.key});
+    CHECK(contains(error_of([&] { server_context(options); }), "TLS certificate \"/nowhere/more.pem\": "));
+    CHECK(contains(error_of([&] { client_context("/nowhere/ca.pem"); }), "TLS authorities \"/nowhere/ca.pem\": "));
+    for (const std::string& path : {nonsense, locked, rsa}) ::unlink(path.c_str());
+}
+
+// ---- the server -----------------------------------------------------------------------------------------------------
+
+TEST_CASE("TLS and plain at once on one server: each request knows its scheme") {
+    struct Scheme : WebSocketHandler {
+        void open() override { write_message(request().scheme()); }
+        void on_message(const Message&) override {}
+    };
+    const CertificateFiles files("both");
+    RunningServer running;
+    running.server.route<Scheme>("/");
+    running.server.get("/scheme", [](const Request& r) { return Response(200, std::string(r.scheme()) + r.path()); });
+    running.server.listen_tls(0, files.options());
+    const std::string unix_path = files.certificate + ".sock";
+    running.server.listen("unix:" + unix_path);
+    CHECK(running.server.url() == "https://127.0.0.1:" + std::to_string(running.server.port()) + "/");
+    const int tls_port = running.server.port();
+    running.run();
+    const auto plain_port = running.on_loop([&] {
+        const ListenSocket probe(ListenAddress::parse("0"), false);
+        return probe.address().port;
+    });
+    running.on_loop([&] { running.server.listen(plain_port); });
+    const std::string page = "GET /scheme HTTP/1.1\r\nHost: x\r\nX-Forwarded-Proto: gopher\r\n\r\n";
+    Apart tls(tls_port);
+    REQUIRE(tls.shake_hands());
+    tls.send(page + upgrade());
+    CHECK(tls.read_until("https/scheme"));
+    CHECK(tls.read_until(test::hex("81 05") + "https"));
+    RawClient plain = RawClient::plain(plain_port);
+    plain.send(page + upgrade());
+    CHECK(plain.read_until("http/scheme"));
+    CHECK(plain.read_until(test::hex("81 04") + "http"));
+}
+
+TEST_CASE(
+    "a client that speaks plain HTTP to the port of TLS is told so in plain HTTP, and a TLS client on the plain one "
+    "too") {
+    const CertificateFiles files("plain");
+    RunningServer running, other;
+    running.server.route<Echo>("/");
+    running.server.listen_tls(0, files.options());
+    running.run();
+    for (const std::string& request : {std::string("GET / HTTP/1.1\r\nHost: x\r\n\r\n"), std::string("P"),
+                                       "POST / HTTP/1.1\r\n\r\n" + std::string(100'000, 'x')}) {
+        RawClient plain = RawClient::plain(running.port());
+        plain.send(request);
+        CHECK(plain.read_to_end());
+        CHECK_FALSE(plain.reset_by_peer);
+        CHECK(contains(plain.received, "HTTP/1.1 400 Bad Request\r\n"));
+        CHECK(contains(plain.received, "\r\n\r\nThis port speaks TLS, and the client began with plain HTTP"));
+    }
+    CHECK(running.metrics().tls_failures == 3);
+    other.server.listen(0);
+    other.run();
+    Apart tls(other.port());
+    CHECK_FALSE(tls.shake_hands());
+    CHECK(tls.stream.plain_text());
+}
+
+TEST_CASE("a refused handshake ends with an alert that arrives, and is logged with its reason") {
+    const CertificateFiles files("refused");
+    std::vector<std::string> log;
+    RunningServer running;
+    running.server.on_log([&](const LogEntry& entry) { log.push_back(to_string(entry)); });
+    running.server.listen_tls(0, files.options());
+    running.run();
+    Apart old(running.port());
+    SSL_set_min_proto_version(old.stream.native(), TLS1_VERSION);
+    SSL_set_max_proto_version(old.stream.native(), TLS1_1_VERSION);
+    SSL_set_cipher_list(old.stream.native(), "DEFAULT:@SECLEVEL=0");
+    CHECK_FALSE(old.shake_hands());
+    CHECK(old.stream.failure() == "tlsv1 alert protocol version");
+    RawClient noise = RawClient::plain(running.port());
+    noise.send(test::hex("16 03 01 40 00 01") + std::string(40'000, 'x'));
+    CHECK(noise.read_to_end());
+    CHECK_FALSE(noise.reset_by_peer);
+    CHECK(noise.received.substr(0, 1) == test::hex("15"));
+    CHECK(running.metrics().tls_failures == 2);
+    CHECK(running.metrics().tls_handshakes == 0);
+    old.raw.close();
+    noise.close();
+    running.stop();
+    CHECK(std::any_of(log.begin(), log.end(), [](const std::string& line) {
+        return line == "info tls_failed peer=\"127.0.0.1\" cause=\"unsupported protocol\"";
+    }));
+}
+
+TEST_CASE("a handshake that stops in the middle is ended at the deadline, and counts as a connection until then") {
+    const CertificateFiles files("middle");
+    ServerOptions options;
+    options.limits.handshake_timeout = 50ms;
+    RunningServer running(options);
+    running.server.route<Echo>("/");
+    running.server.listen_tls(0, files.options());
+    running.run();
+    Apart half(running.port()), stopped(running.port());
+    half.stream.handshake();
+    const std::string hello = take(half.stream);
+    half.raw.send(hello.substr(0, hello.size() / 2));
+    stopped.stream.handshake();
+    stopped.raw.send(take(stopped.stream));
+    CHECK(half.raw.read_to_end());
+    CHECK(stopped.raw.read_to_end());
+    CHECK(half.raw.received == "");
+    CHECK_FALSE(stopped.raw.received.empty());
+    CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
+    CHECK(running.metrics().tls_handshakes == 0);
+}
+
+TEST_CASE("a client that sends one byte at a time is served as any other") {
+    const CertificateFiles files("drip");
+    RunningServer running;
+    running.server.route<Echo>("/");
+    running.server.listen_tls(0, files.options());
+    running.run();
+    Apart client(running.port());
+    client.raw.socket().set_nodelay(true);
+    const auto drip = [&](const std::string& bytes) {
+        for (const char byte : bytes) client.raw.send({&byte, 1});
+    };
+    client.stream.handshake();
+    while (!client.stream.established()) {
+        drip(take(client.stream));
+        REQUIRE(client.read_some());
+    }
+    drip(take(client.stream) + written(client.stream, upgrade() + hello_masked));
+    CHECK(client.read_until("\r\n\r\n" + hello_plain));
+}
+
+TEST_CASE("more decrypted bytes than a turn reads do not wait for the socket") {
+    const CertificateFiles files("stall");
+    RunningServer running;
+    running.server.route<Echo>("/");
+    running.server.listen_tls(0, files.options());
+    running.run();
+    Apart client(running.port());
+    REQUIRE(client.shake_hands());
+    client.send(upgrade());
+    REQUIRE(client.read_until("\r\n\r\n"));
+    client.text.clear();
+    // Small messages of one record each, and large ones that end within a record.
+    std::string bytes;
+    for (int i = 0; i < 3000; ++i) bytes += written(client.stream, hello_masked);
+    const std::string large = test::hex("82 ff 00 00 00 00 00 04 00 05 00 00 00 00") + std::string(0x40005, 'x');
+    for (int i = 0; i < 5; ++i) bytes += written(client.stream, large + hello_masked);
+    client.raw.send(bytes);
+    std::string wanted;
+    for (int i = 0; i < 3000; ++i) wanted += hello_plain;
+    for (int i = 0; i < 5; ++i)
+        wanted += test::hex("82 7f 00 00 00 00 00 04 00 05") + std::string(0x40005, 'x') + hello_plain;
+    while (client.text.size() < wanted.size() && client.read_some()) continue;
+    CHECK((client.text == wanted));
+}
+
+TEST_CASE("a stream that is cut off, one that ends with close_notify and one that breaks are all 1006") {
+    struct Noted : WebSocketHandler {
+        explicit Noted(std::vector<std::string>& endings) : endings_(endings) {}
+        void on_message(const Message&) override {}
+        void on_close() override {
+            endings_.push_back(std::to_string(number(close_code())) + " " + std::string(to_string(close_cause())) +
+                               ": " + close_reason());
+        }
+        std::vector<std::string>& endings_;
+    };
+    const CertificateFiles files("cut");
+    std::vector<std::string> endings;
+    RunningServer running;
+    running.server.route<Noted>("/", std::ref(endings));
+    running.server.listen_tls(0, files.options());
+    running.run();
+    for (int kind = 0; kind < 3; ++kind) {
+        Apart client(running.port());
+        REQUIRE(client.shake_hands());
+        client.send(upgrade());
+        REQUIRE(client.read_until("\r\n\r\n"));
+        if (kind == 1) client.stream.shutdown();
+        if (kind == 2) client.stream.write("words");
+        std::string bytes = take(client.stream);
+        if (kind == 2) bytes.back() = static_cast<char>(bytes.back() ^ 1);
+        client.raw.send(bytes);
+        if (kind != 2) client.raw.shutdown_send();
+        client.raw.read_to_end();
+        feed(client.stream, client.raw.received);
+        // RFC 8446 6.1: "Each party MUST send a "close_notify" alert before closing its write side".
+        char place[1];
+        const auto last = client.stream.read(place, 1).outcome;
+        CHECK(last == (kind == 2 ? TlsStream::Outcome::failure : TlsStream::Outcome::end));
+        REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
+    }
+    running.stop();
+    CHECK(endings == std::vector<std::string>{"1006 connection lost: the peer hung up without a Close frame",
+                                              "1006 connection lost: the peer hung up without a Close frame",
+                                              "1006 connection lost: decryption failed or bad record mac"});
+}
+
+TEST_CASE("after the closing handshake the server says close_notify") {
+    const CertificateFiles files("bye");
+    RunningServer running;
+    running.server.route<Echo>("/");
+    running.server.listen_tls(0, files.options());
+    running.run();
+    Apart client(running.port());
+    REQUIRE(client.shake_hands());
+    client.send(upgrade() + test::hex("88 80 00 00 00 00"));
+    CHECK(client.read_until(test::hex("88 00")));
+    while (client.read_some()) continue;
+    char place[1];
+    CHECK(client.stream.read(place, 1).outcome == TlsStream::Outcome::end);
+    CHECK_FALSE(client.raw.reset_by_peer);
+}
+
+TEST_CASE("certificates are read anew while clients come and go, and who is connected stays") {
+    const CertificateFiles files("reload");
+    RunningServer running;
+    running.server.route<Echo>("/");
+    running.server.listen_tls(0, files.options());
+    running.run();
+    Apart staying(running.port());
+    REQUIRE(staying.shake_hands());
+    staying.send(upgrade());
+    REQUIRE(staying.read_until("\r\n\r\n"));
+    std::atomic<bool> going{true};
+    std::atomic<int> served{0};
+    std::thread load([&] {
+        while (going) {
+            Apart client(running.port());
+            if (!client.shake_hands()) return;
+            client.send(upgrade() + hello_masked);
+            if (!client.read_until(hello_plain)) return;
+            ++served;
+        }
+    });
+    std::string last = serial_of(staying.stream);
+    for (int i = 0; i < 20; ++i) {
+        files.renew({"localhost"});
+        running.on_loop([&] { running.server.reload_certificates(); });
+        Apart client(running.port());
+        REQUIRE(client.shake_hands());
+        CHECK(serial_of(client.stream) != last);
+        last = serial_of(client.stream);
+    }
+    const int before = served;
+    CHECK(running.eventually([&] { return served > before; }));
+    going = false;
+    load.join();
+    staying.send(hello_masked);
+    CHECK(staying.read_until(hello_plain));
+    // What can not be used changes nothing.
+    CertificateFiles::write(files.key, "nonsense");
+    const std::string error = running.on_loop([&] { return error_of([&] { running.server.reload_certificates(); }); });
+    CHECK(contains(error, "TLS key \"" + files.key + "\": "));
+    Apart after(running.port());
+    REQUIRE(after.shake_hands());
+    CHECK(serial_of(after.stream) == last);
+}
+
+TEST_CASE("a server may ask clients for a certificate, and knows them by it") {
+    struct Who : WebSocketHandler {
+        void open() override { write_message("you are " + std::string(request().client_certificate()) + "."); }
+        void on_message(const Message&) override {}
+    };
+    const CertificateFiles files("asking");
+    const ClientCertificate anna("Anna"), stranger("Stranger");
+    for (const bool required : {true, false}) {
+        for (const int version : versions) {
+            TlsOptions options = files.options();
+            options.client_authorities = anna.certificate;
+            options.require_client_certificate = required;
+            RunningServer running;
+            running.server.route<Who>("/");
+            running.server.listen_tls(0, options);
+            running.run();
+            const auto answer_to = [&](const std::shared_ptr<const TlsContext>& context) {
+                Apart client(running.port(), context);
+                SSL_set_max_proto_version(client.stream.native(), version);
+                client.shake_hands();
+                if (client.stream.failure().empty()) client.send(upgrade());
+                while (!contains(client.text, ".") && client.read_some()) continue;
+                if (!client.stream.failure().empty()) return client.stream.failure();
+                return client.text.substr((std::min)(client.text.size(), client.text.find("you are ")));
+            };
+            CAPTURE(required);
+            CAPTURE(version);
+            CHECK(answer_to(client_context(files.certificate, anna.options())) == "you are CN=Anna,O=Tea.");
+            CHECK(contains(answer_to(client_context(files.certificate, stranger.options())), "alert unknown ca"));
+            const std::string nobody = answer_to(client_context(files.certificate));
+            if (required) CHECK(contains(nobody, "alert"));
+            else CHECK(nobody == "you are .");
+        }
+    }
+}
+
+TEST_CASE("a flood of handshakes is worked off over many turns of the loop") {
+    const CertificateFiles files("flood");
+    RunningServer running;
+    running.server.route<Echo>("/");
+    running.server.listen_tls(0, files.options());
+    running.run();
+    std::vector<std::unique_ptr<Apart>> clients;
+    for (int i = 0; i < 200; ++i) {
+        clients.push_back(std::make_unique<Apart>(running.port()));
+        clients.back()->stream.handshake();
+    }
+    REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 200; }));
+    // While the loop is held up, all say hello; then each turn tells how many octets have been answered.
+    std::atomic<bool> held{false}, released{false};
+    running.server.loop().post([&] {
+        held = true;
+        while (!released) std::this_thread::yield();
+    });
+    while (!held) std::this_thread::yield();
+    for (const auto& client : clients) client->raw.send(take(client->stream));
+    std::vector<std::uint64_t> sent;
+    std::function<void()> look = [&] {
+        sent.push_back(running.server.metrics().bytes_sent);
+        if (sent.size() < 50) running.server.loop().post(look);
+    };
+    running.server.loop().post(look);
+    released = true;
+    REQUIRE(running.eventually([&] { return sent.size() == 50; }));
+    std::uint64_t largest = 0;
+    for (std::size_t i = 1; i < sent.size(); ++i) largest = (std::max)(largest, sent[i] - sent[i - 1]);
+    for (const auto& client : clients) CHECK(client->shake_hands());
+    CHECK(largest > 0);
+    CHECK(largest < sent.back() / 2);
+}
+
+TEST_SUITE_END();
+
+#endif
