@@ -299,13 +299,14 @@ struct LogEntry {
 namespace wschat {
 inline namespace WSCHAT_ABI {
 
-// The first lines of an object, 64 bytes each, will be needed soon.
+// The first lines of an object, 64 bytes each, will be needed soon. It may be null.
 #if defined(__GNUC__)
-inline void prefetch(const void* object, int lines) {
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(object) + 64 * i);
+inline void prefetch(const void* object, std::uintptr_t lines) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(object);
+    for (std::uintptr_t i = 0; i < lines; ++i) __builtin_prefetch(reinterpret_cast<const void*>(begin + 64 * i));
 }
 #else
-inline void prefetch(const void*, int) {}
+inline void prefetch(const void*, std::uintptr_t) {}
 #endif
 
 // Memory for bytes. A large block begins in the middle of a page: the kernel fills its own pages from their beginning,
