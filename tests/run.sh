@@ -122,7 +122,7 @@ fi
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
-build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON
+build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_ZLIB=ON -DWSCHAT_TESTS_INTEROP=ON
 if [ $mode = quick ]; then
     tests "dev: tests" ctest --preset dev -LE browser
     finish
@@ -130,7 +130,7 @@ fi
 tests "dev: tests" ctest --preset dev
 tests "dev: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset dev -L poll
 
-build asan
+build asan -DWSCHAT_ZLIB=ON
 tests "asan: tests" ctest --preset asan
 tests "asan: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset asan -L poll
 
@@ -139,6 +139,7 @@ tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF
 
+# The one build that leaves out what is optional, and runs the tests.
 test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true
 stage "meson: build" meson compile -C build/meson -j 2
 tests "meson: tests" meson test -C build/meson --no-rebuild --num-processes 2 --print-errorlogs

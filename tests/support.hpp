@@ -65,7 +65,8 @@ inline std::string take_output(wschat::Connection& connection) {
 // The poller that WSCHAT_TEST_POLLER asks for.
 inline wschat::Poller::Kind poller_kind() {
     const char* wanted = std::getenv("WSCHAT_TEST_POLLER");
-    return wanted != nullptr && std::string(wanted) == "poll" ? wschat::Poller::Kind::poll : wschat::Poller::Kind::automatic;
+    return wanted != nullptr && std::string(wanted) == "poll" ? wschat::Poller::Kind::poll
+                                                              : wschat::Poller::Kind::automatic;
 }
 
 // A server that runs on a thread of its own from start() on, and has shut down when this is gone.
@@ -110,7 +111,8 @@ public:
             changed.notify_one();
         });
         std::unique_lock<std::mutex> lock(mutex);
-        if (!changed.wait_for(lock, deadline, [&] { return done; })) throw std::runtime_error("the loop does not answer");
+        if (!changed.wait_for(lock, deadline, [&] { return done; }))
+            throw std::runtime_error("the loop does not answer");
         if constexpr (!std::is_void_v<Result>) return std::move(*result);
     }
     wschat::Metrics metrics() {
@@ -168,7 +170,8 @@ public:
     }
     // Reads to the end of the stream; false where the deadline came first.
     bool read_to_end() {
-        while (read_some()) {}
+        while (read_some()) {
+        }
         return ended;
     }
     void shutdown_send() { socket_.shutdown_send(); }
@@ -223,19 +226,26 @@ private:
     wschat::Socket socket_;
 };
 
-// A WebSocket client of a test, made of the protocol section in its other role.
+// A WebSocket client of a test, made of the protocol section in its other role. It offers compression where it is given
+// options for it.
 class Client {
 public:
-    explicit Client(int port, std::string_view target = "/", std::string_view extra_headers = {}) : raw(port) {
-        std::string request = wschat::opening_request("127.0.0.1:" + std::to_string(port), target, key);
+    explicit Client(int port, std::string_view target = "/", std::string_view extra_headers = {},
+                    const std::optional<wschat::CompressionOptions>& compression = std::nullopt)
+        : raw(port) {
+        const std::string offer = compression ? pool.offer(*compression) : std::string();
+        std::string request = wschat::opening_request("127.0.0.1:" + std::to_string(port), target, key, {}, offer);
         request.insert(request.size() - 2, extra_headers);
         raw.send(request);
         if (!raw.read_until("\r\n\r\n")) return;
         const std::size_t end = raw.received.find("\r\n\r\n") + 4;
         head = raw.received.substr(0, end);
         raw.received.erase(0, end);
-        if (!wschat::opening_answer_error(head, key, subprotocols(extra_headers)).empty()) return;
-        connection.open(wschat::Role::client, limits, arena, wschat::Clock::now(), &test_mask);
+        if (!wschat::opening_answer_error(head, key, subprotocols(extra_headers), !offer.empty()).empty()) return;
+        auto agreed = compression ? pool.read_answer(wschat::Fields(head), *compression, error) : nullptr;
+        if (!error.empty()) return;
+        compressed = agreed != nullptr;
+        connection.open(wschat::Role::client, limits, arena, wschat::Clock::now(), &test_mask, std::move(agreed));
         // Frames may have come together with the answer.
         if (!raw.received.empty()) connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
     }
@@ -273,16 +283,20 @@ public:
     }
     // Reads to the end of the connection and answers the close code.
     wschat::CloseCode close_code() {
-        while (next()) {}
+        while (next()) {
+        }
         return connection.close_code();
     }
     void flush() { raw.send(take_output(connection)); }
 
     static constexpr const char* key = "dGhlIHNhbXBsZSBub25jZQ==";
     RawClient raw;
-    std::string head;  // of the server's answer
+    std::string head;         // of the server's answer
+    bool compressed = false;  // the server has agreed to it
+    std::string error;        // or to what was not offered
     wschat::Limits limits = generous_limits();
     wschat::SendArena arena;
+    wschat::CompressionPool pool;
     wschat::Connection connection;
 
 private:
