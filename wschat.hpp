@@ -21,7 +21,7 @@
 // THE HOUSE
 //
 // Bytes go one way: a socket (§ 10) is read by a session of the server (§ 13) -> RequestParser (§ 5), once -> Connection
-// (§ 7: frames, UTF-8, control frames, closing) -> event -> WebSocketHandler (§ 8) -> Room (§ 9) -> one shared
+// (§ 7: frames, UTF-8, control frames, closing; § 6 inflates) -> event -> WebSocketHandler (§ 8) -> Room (§ 9) -> one shared
 // EncodedFrame (§ 4) -> each member's SendQueue (§ 3) -> one gathered write for each connection at the end of the
 // loop's turn (§ 12, § 13) -> socket.
 //
@@ -34,8 +34,9 @@
 //   § 3   Bytes           Bytes, SendArena, SendQueue, Utf8Validator, sha1, base64, Json    2
 //   § 4   Frames          FrameHeader, FrameParser, EncodedFrame                            2-3
 //   § 5   HTTP            Request, Response, RequestParser, the upgrade check               2-3
-//   § 7   Protocol        Connection                                                        2-5
-//   § 8   Handler         WebSocketHandler, HandlerRef                                      2, 3, 4, 5, 7
+//   § 6   Compression     CompressionOptions, Deflater, Inflater, CompressionPool           2-5
+//   § 7   Protocol        Connection                                                        2-6
+//   § 8   Handler         WebSocketHandler, HandlerRef                                      2-7
 //   § 9   Rooms           Room, Rooms                                                       2, 3, 4, 7, 8
 //   § 10  Sockets         IpAddress, Socket, SendBatch, Transport, Poller (epoll, kqueue)   2-3
 //   § 11  TLS             TlsOptions, TlsContext, TlsStream, TlsTransport                   2, 3, 10
@@ -45,8 +46,10 @@
 // Macros. To be set by whoever compiles, the same in every translation unit (they are part of the ABI tag, so that
 // translation units which disagree do not link):
 //
-//   WSCHAT_LIBURING     1: on Linux the output of a turn goes to many connections in one call of the system (liburing)
-//   WSCHAT_ZLIB, WSCHAT_OPENSSL, WSCHAT_SQLITE, WSCHAT_HIREDIS     reserved for the optional capabilities; all 0
+//   WSCHAT_ZLIB                      1: compression (§ 6), with zlib: link with -lz
+//   WSCHAT_OPENSSL                   1: TLS (§ 11), with OpenSSL: link with -lssl -lcrypto
+//   WSCHAT_LIBURING                  1: on Linux a turn's output goes to many in one call of the system: link with -luring
+//   WSCHAT_SQLITE, WSCHAT_HIREDIS    reserved for the optional capabilities; both 0
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
@@ -247,7 +250,7 @@ struct Limits {
     std::size_t max_header_bytes = 16 * 1024;  // 431
     std::size_t max_header_fields = 100;       // 431
 
-    std::size_t max_message_size = 1024 * 1024;  // of a whole message; 1009
+    std::size_t max_message_size = 1024 * 1024;  // of a whole message, after inflating; 1009
     std::size_t max_fragments = 1024;            // of one message; 1008
     unsigned control_frames_per_second = 100;    // a sustained rate of pings, pongs; 1008. 0: no limit
     unsigned control_frames_burst = 500;         // and as many may come at once
@@ -304,13 +307,14 @@ struct LogEntry {
 namespace wschat {
 inline namespace WSCHAT_ABI {
 
-// The first lines of an object, 64 bytes each, will be needed soon.
+// The first lines of an object, 64 bytes each, will be needed soon. It may be null.
 #if defined(__GNUC__)
-inline void prefetch(const void* object, int lines) {
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(object) + 64 * i);
+inline void prefetch(const void* object, std::uintptr_t lines) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(object);
+    for (std::uintptr_t i = 0; i < lines; ++i) __builtin_prefetch(reinterpret_cast<const void*>(begin + 64 * i));
 }
 #else
-inline void prefetch(const void*, int) {}
+inline void prefetch(const void*, std::uintptr_t) {}
 #endif
 
 // Memory for bytes. A large block begins in the middle of a page: the kernel fills its own pages from their beginning,
@@ -1089,8 +1093,9 @@ struct ParsedFrame {
 // a fragmented message is open.
 class FrameParser {
 public:
-    // `role` is ours: a server's parser demands masks, a client's refuses them.
-    explicit FrameParser(Role role = Role::server) : role_(role) {}
+    // `role` is ours: a server's parser demands masks, a client's refuses them. `compression`: it was negotiated, and
+    // RSV1 may stand in the first frame of a message (RFC 7692 6).
+    explicit FrameParser(Role role = Role::server, bool compression = false) : role_(role), compression_(compression) {}
 
     // Parses the header at the front of `bytes`. A rule that the first bytes already break fails before the rest has
     // come. The payload is the caller's to take.
@@ -1141,9 +1146,14 @@ public:
 
 private:
     const char* first_byte_error(unsigned char byte, const FrameHeader& header) const {
-        if ((byte & 0x70) != 0) return "reserved bit is set and no extension was negotiated";
+        if ((byte & 0x70) != 0 && ((byte & 0x30) != 0 || !compression_))
+            return "reserved bit is set and no extension was negotiated";
         const unsigned opcode = byte & 0x0F;
         if ((opcode > 0x2 && opcode < 0x8) || opcode > 0xA) return "opcode is reserved";
+        // RFC 7692 6.1: "An endpoint MUST NOT set the "Per-Message Compressed" bit of control frames and non-first
+        // fragments of a data message."
+        if (header.rsv1 && header.opcode != Opcode::text && header.opcode != Opcode::binary)
+            return "frame is marked as compressed and does not begin a message";
         if (is_control(header.opcode)) return header.fin ? nullptr : "control frame is fragmented";
         if (header.opcode == Opcode::continuation) return message_open_ ? nullptr : "continuation of nothing";
         return message_open_ ? "new message within a fragmented message" : nullptr;
@@ -1156,42 +1166,83 @@ private:
     }
 
     Role role_;
+    bool compression_;
     bool message_open_ = false;
 };
 
-// A message as a server sends it, encoded once and shared by all queues that it is in. Belongs to the loop's thread.
+// The whole frame of a payload, whose length the header takes over.
+inline Slice encode_frame(SendArena& arena, FrameHeader header, std::string_view payload) {
+    header.length = payload.size();
+    Slice slice = arena.allocate(encoded_size(header) + payload.size());
+    char* out = encode(header, SendArena::writable(slice));
+    if (!payload.empty()) std::memcpy(out, payload.data(), payload.size());
+    if (header.masked) apply_mask(out, payload.size(), header.mask);
+    return slice;
+}
+
+// A message as a server sends it, encoded once and shared by all queues that it is in: plain, and in compressed forms
+// for those who negotiated them, each made when the first of them asks. Belongs to the loop's thread.
 class EncodedFrame {
 public:
-    EncodedFrame(SendArena& arena, Opcode opcode, std::string_view payload) : opcode_(opcode) {
-        FrameHeader header;
-        header.opcode = opcode;
-        header.length = payload.size();
-        slice_ = arena.allocate(encoded_size(header) + payload.size());
-        char* out = encode(header, SendArena::writable(slice_));
-        if (!payload.empty()) std::memcpy(out, payload.data(), payload.size());
+    EncodedFrame(SendArena& arena, Opcode opcode, std::string_view payload) : EncodedFrame(&arena, opcode, payload) {
+        payload_ = slice().view().substr(size() - payload.size());
+    }
+    // The same of a payload that outlives it: not even the plain form is made before somebody asks.
+    static EncodedFrame of_lasting(SendArena& arena, Opcode opcode, std::string_view payload) {
+        return EncodedFrame(&arena, opcode, payload);
     }
 
-    const Slice& slice() const { return slice_; }
-    std::size_t size() const { return slice_.size(); }
+    const Slice& slice() const {
+        if (!plain_.chunk) plain_ = encode_frame(*arena_, header(), payload_);
+        return plain_;
+    }
+    // Of the plain form.
+    std::size_t size() const { return size_; }
     Opcode opcode() const { return opcode_; }
+    std::string_view payload() const { return payload_; }
+
+    // The form of that key, which make() encodes where it is new.
+    template <class Make>
+    const Slice& form(const void* key, Make&& make) const {
+        if (form_.key == nullptr) form_ = {key, make()};
+        if (form_.key == key) return form_.slice;
+        for (const Form& other : other_forms_)
+            if (other.key == key) return other.slice;
+        other_forms_.push_back({key, make()});
+        return other_forms_.back().slice;
+    }
 
 private:
-    Slice slice_;
+    struct Form {
+        const void* key = nullptr;
+        Slice slice;
+    };
+
+    EncodedFrame(SendArena* arena, Opcode opcode, std::string_view payload)
+        : arena_(arena), payload_(payload), opcode_(opcode), size_(encoded_size(header()) + payload.size()) {}
+    FrameHeader header() const {
+        FrameHeader header;
+        header.opcode = opcode_;
+        header.length = payload_.size();
+        return header;
+    }
+
+    SendArena* arena_;
+    std::string_view payload_;
     Opcode opcode_;
+    std::size_t size_;
+    mutable Slice plain_;
+    mutable Form form_;  // nearly always there is one at most
+    mutable std::vector<Form> other_forms_;
 };
 
-// The same as a client sends it: masked, and so never shared.
+// A frame as a client sends it: masked, and so never shared.
 inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view payload, const MaskKey& mask) {
     FrameHeader header;
     header.opcode = opcode;
     header.masked = true;
     header.mask = mask;
-    header.length = payload.size();
-    Slice slice = arena.allocate(encoded_size(header) + payload.size());
-    char* out = encode(header, SendArena::writable(slice));
-    if (!payload.empty()) std::memcpy(out, payload.data(), payload.size());
-    apply_mask(out, payload.size(), mask);
-    return slice;
+    return encode_frame(arena, header, payload);
 }
 
 }  // namespace WSCHAT_ABI
@@ -1802,31 +1853,35 @@ inline void require_one_line(const char* call, std::string_view value) {
 }
 
 // The 101 (RFC 6455 4.2.2 / 5).
-inline std::string switching_protocols(std::string_view key, std::string_view subprotocol) {
-    require_one_line("switching_protocols", subprotocol);
+inline std::string switching_protocols(std::string_view key, std::string_view subprotocol,
+                                       std::string_view extensions = {}) {
+    for (const std::string_view value : {subprotocol, extensions}) require_one_line("switching_protocols", value);
     std::string head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
     ((head += "Sec-WebSocket-Accept: ") += accept_key(key)) += "\r\n";
     if (!subprotocol.empty()) ((head += "Sec-WebSocket-Protocol: ") += subprotocol) += "\r\n";
+    if (!extensions.empty()) ((head += "Sec-WebSocket-Extensions: ") += extensions) += "\r\n";
     return head += "\r\n";
 }
 
 // A client's opening handshake (RFC 6455 4.1). `key`: 16 random bytes in base64.
 inline std::string opening_request(std::string_view host, std::string_view target, std::string_view key,
-                                   std::string_view subprotocols = {}) {
-    for (const std::string_view value : {host, target, key, subprotocols}) require_one_line("opening_request", value);
+                                   std::string_view subprotocols = {}, std::string_view extensions = {}) {
+    for (const std::string_view value : {host, target, key, subprotocols, extensions})
+        require_one_line("opening_request", value);
     if (target.find(' ') != std::string_view::npos) throw Error("opening_request: the target has a space");
     std::string head = "GET ";
     ((head += target) += " HTTP/1.1\r\nHost: ") += host;
     (head += "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ") +=
         key;
     if (!subprotocols.empty()) (head += "\r\nSec-WebSocket-Protocol: ") += subprotocols;
+    if (!extensions.empty()) (head += "\r\nSec-WebSocket-Extensions: ") += extensions;
     return head += "\r\n\r\n";
 }
 
 // Why a client must not take the server's answer for a handshake (RFC 6455 4.1, the numbered list at its end); empty
-// where it may. `head` ends with the empty line.
-inline std::string opening_answer_error(std::string_view head, std::string_view key,
-                                        std::string_view subprotocols = {}) {
+// may. `head` ends with the empty line. Where an extension was offered, what was chosen is for § 6 to judge.
+inline std::string opening_answer_error(std::string_view head, std::string_view key, std::string_view subprotocols = {},
+                                        bool extension_offered = false) {
     std::string_view rest = head;
     const std::string_view status_line = text::cut_at(rest, '\n');
     const std::string_view status = status_line.substr(0, status_line.find_first_of(" \r", 9));
@@ -1838,7 +1893,8 @@ inline std::string opening_answer_error(std::string_view head, std::string_view 
     if (!fields.has_element("connection", "upgrade")) return "the answer has no Connection: Upgrade";
     if (fields.count("sec-websocket-accept") != 1 || *fields.find("sec-websocket-accept") != accept_key(key))
         return "Sec-WebSocket-Accept does not match the key";
-    if (fields.count("sec-websocket-extensions") != 0) return "the server chose an extension that was not offered";
+    if (!extension_offered && fields.count("sec-websocket-extensions") != 0)
+        return "the server chose an extension that was not offered";
     if (const auto chosen = fields.find("sec-websocket-protocol")) {
         bool offered = false;
         while (!subprotocols.empty() && !offered) offered = text::trimmed(text::cut_at(subprotocols, ',')) == *chosen;
@@ -1875,6 +1931,575 @@ inline bool same_host(std::string_view origin, std::string_view host) {
 }  // namespace wschat
 
 // ====================================================================================================================
+// § 6  Compression
+//
+// permessage-deflate (RFC 7692): what two ends agree on, and payloads in and out of DEFLATE. Knows nothing of frames or
+// of when a message ends. Without WSCHAT_ZLIB nothing is left of it but the words that the sections below use.
+// ====================================================================================================================
+
+#if WSCHAT_ZLIB
+#include <zlib.h>
+#endif
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+constexpr bool compression_available = WSCHAT_ZLIB != 0;
+
+// What WebSocketHandler::get_compression_options() answers, and what a client offers. As it stands here no connection
+// holds more than 100 bytes for it: each message is compressed by itself, by a compressor that all connections share,
+// and a broadcast once for all of them.
+//
+// Where a side keeps its context, a message may refer back to those before it. Small messages that resemble one another
+// become much smaller, but each connection then pays for it, from the first compressed message on until its end:
+//
+//   server_context_takeover    a compressor, 2^(window bits + 2) + 2^(memory level + 9) bytes and 6 KiB: 262 KiB with
+//                              15 and 8, 22 KiB with 11 and 4, and each broadcast is compressed for each such member
+//   client_context_takeover    a decompressor, 2^(window bits) bytes and 7 KiB: 39 KiB with 15, 9 KiB with 11
+//
+// A secret and what an attacker chose do not belong into one message, nor into one context, that is compressed: its size
+// tells the one who knows the other whether they agree (CRIME, BREACH).
+struct CompressionOptions {
+    int level = 6;         // 1, the fastest, to 9, the smallest
+    int memory_level = 8;  // 1 to 9: more is faster and a little smaller
+    // How far each side may refer back in what it sends: 2^8 to 2^15 bytes. The peer may ask for less; of a client the
+    // limit is asked where it offers to keep one (RFC 7692 7.1.2.2).
+    int server_max_window_bits = 15;
+    int client_max_window_bits = 15;
+    bool server_context_takeover = false;
+    bool client_context_takeover = false;
+    std::size_t threshold = 1024;  // smaller messages are sent plain: they fit into a packet as they are
+};
+
+// What the messages of one connection pass through where compression was agreed on.
+class Compression {
+public:
+    enum class Outcome : std::uint8_t {
+        more,    // the room is used up; there may be more
+        done,    // nothing is left of what was given
+        corrupt  // it is no DEFLATE stream, or the message ends within a block
+    };
+
+    Compression(const Compression&) = delete;
+    Compression& operator=(const Compression&) = delete;
+    virtual ~Compression() = default;
+
+    // ---- input -----------------------------------------------------------------------------------------------------
+
+    void begin_message() {
+        compressed_size_ = 0;
+        begun_ = false;
+    }
+    // Whether a message within the limit can need so many more bytes, however badly it was compressed: a fixed code has
+    // nine bits for a byte at most, and the end of each block some more. Ends what inflates to nothing, for ever.
+    bool plausible(std::uint64_t more, std::uint64_t max_message) {
+        compressed_size_ += more;
+        return compressed_size_ <= max_message || compressed_size_ - max_message <= max_message / 8 + 64 * 1024;
+    }
+    // The next part of a message; it must stay until inflate() has answered `done`. `last`: it ends the message.
+    virtual void give(std::string_view compressed, bool last) = 0;
+    virtual Outcome inflate(char* out, std::size_t room, std::size_t& size) = 0;
+    // Bytes that an unfinished message holds here, and a finished one does not.
+    virtual std::size_t input_held() const = 0;
+    // What the input has become since the count was last set to zero, for whoever divides his time.
+    std::size_t inflated = 0;
+
+    // ---- output ----------------------------------------------------------------------------------------------------
+
+    bool wants(std::size_t size) const { return size >= threshold_ && size != 0; }
+    // The compressed payload, in `block`; nothing where it is to be sent plain, because that is smaller.
+    virtual std::string_view deflate(std::string_view payload, Bytes& block) = 0;
+    // Connections for which this is the same make the same of a message; null where it depends on earlier ones.
+    const void* shared() const { return shared_; }
+
+protected:
+    Compression(std::size_t threshold, const void* shared) : threshold_(threshold), shared_(shared) {}
+
+    bool begun_ = false;  // something of the message was given
+
+private:
+    std::size_t threshold_;
+    const void* shared_;
+    std::uint64_t compressed_size_ = 0;  // of the message, as far as it was announced
+};
+
+// A server's end of what was agreed on, and its answer to the offer; both empty where all offers are declined.
+struct AcceptedCompression {
+    std::unique_ptr<Compression> compression;
+    std::string answer;
+};
+
+#if WSCHAT_ZLIB
+
+// ---- DEFLATE -------------------------------------------------------------------------------------------------------
+
+// zlib takes its memory from where the program takes its own.
+inline void* zlib_allocate(void*, unsigned count, unsigned size) {
+    return ::operator new(static_cast<std::size_t>(count) * size, std::nothrow);
+}
+inline void zlib_free(void*, void* block) { ::operator delete(block); }
+
+// zlib counts in unsigned int.
+constexpr std::size_t zlib_piece = std::size_t{1} << 30;
+
+// Messages to DEFLATE. Level and memory level are 1 to 9, window bits 8 to 15.
+class Deflater {
+public:
+    // zlib makes no raw stream for a window of 2^8. With one of 2^9 it refers back 250 bytes at most (the window less
+    // the 262 that it looks ahead), which suits both.
+    Deflater(int level, int memory_level, int window_bits) {
+        stream_.zalloc = &zlib_allocate;
+        stream_.zfree = &zlib_free;
+        const int bits = (std::max)(window_bits, 9);
+        if (deflateInit2(&stream_, level, Z_DEFLATED, -bits, memory_level, Z_DEFAULT_STRATEGY) != Z_OK)
+            throw std::bad_alloc();
+    }
+    Deflater(const Deflater&) = delete;
+    Deflater& operator=(const Deflater&) = delete;
+    ~Deflater() { deflateEnd(&stream_); }
+
+    // RFC 7692 7.2.1: compressed up to an empty stored block, whose last four bytes are left out. Appends to the block.
+    // `keep`: the next message may refer back to this one; otherwise the answer is nothing where it would not be smaller
+    // than the payload.
+    std::string_view deflate(std::string_view payload, Bytes& block, bool keep) {
+        if (payload.empty()) return {};
+        if (!keep) deflateReset(&stream_);  // before, since what may be thrown below leaves a message half done
+        const std::size_t begin = block.size(), most = keep ? static_cast<std::size_t>(-1) : payload.size();
+        for (std::string_view rest = payload; !rest.empty();) {
+            const std::string_view piece = rest.substr(0, zlib_piece);
+            rest.remove_prefix(piece.size());
+            stream_.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(piece.data()));
+            stream_.avail_in = static_cast<uInt>(piece.size());
+            do write_some(block, rest.empty() ? Z_SYNC_FLUSH : Z_NO_FLUSH);
+            while (stream_.avail_out == 0 && block.size() - begin - tail_size < most);
+        }
+        const std::size_t size = block.size() - begin - tail_size;
+        return size < most ? std::string_view(block.data() + begin, size) : std::string_view();
+    }
+
+private:
+    static constexpr std::size_t tail_size = 4;
+
+    void write_some(Bytes& block, int flush) {
+        block.reserve(64);  // more than a flush needs at once
+        const auto room = static_cast<uInt>((std::min)(block.room(), zlib_piece));
+        stream_.next_out = reinterpret_cast<Bytef*>(block.end());
+        stream_.avail_out = room;
+        ::deflate(&stream_, flush);
+        block.advance(room - stream_.avail_out);
+    }
+
+    z_stream stream_{};
+};
+
+// DEFLATE to messages, in any pieces.
+class Inflater {
+public:
+    explicit Inflater(int window_bits) : window_bits_(window_bits) {
+        stream_.zalloc = &zlib_allocate;
+        stream_.zfree = &zlib_free;
+        if (inflateInit2(&stream_, -window_bits) != Z_OK) throw std::bad_alloc();
+    }
+    Inflater(const Inflater&) = delete;
+    Inflater& operator=(const Inflater&) = delete;
+    ~Inflater() { inflateEnd(&stream_); }
+
+    void begin_message() { something_came_ = tail_given_ = ended_ = false; }
+    void give(std::string_view compressed, bool last) {
+        rest_ = compressed;
+        last_ = last;
+        something_came_ = something_came_ || !compressed.empty();
+    }
+    Compression::Outcome inflate(char* out, std::size_t room, std::size_t& size) {
+        for (size = 0;;) {
+            if (stream_.avail_in == 0 && !output_waits_ && !refill()) return finished();
+            if (size == room) return Compression::Outcome::more;
+            const auto space = static_cast<uInt>((std::min)(room - size, zlib_piece));
+            stream_.next_out = reinterpret_cast<Bytef*>(out + size);
+            stream_.avail_out = space;
+            const int outcome = ::inflate(&stream_, Z_SYNC_FLUSH);
+            size += space - stream_.avail_out;
+            if (outcome == Z_MEM_ERROR) throw std::bad_alloc();
+            ended_ = outcome == Z_STREAM_END;
+            // RFC 7692 7.2.3.4: a block may be marked as the final one, and others follow. The window is not lost.
+            if (ended_) inflateResetKeep(&stream_);
+            else if (outcome != Z_OK && outcome != Z_BUF_ERROR) return Compression::Outcome::corrupt;
+            output_waits_ = stream_.avail_out == 0 && !ended_ && !between_blocks();
+        }
+    }
+    // Forgets the window.
+    void reset() {
+        inflateReset(&stream_);
+        stream_.avail_in = 0;
+        output_waits_ = false;
+    }
+    // About what zlib holds, once something was inflated.
+    std::size_t memory() const { return (std::size_t{1} << window_bits_) + 8 * 1024; }
+
+private:
+    // RFC 7692 7.2.2: "Append 4 octets of 0x00 0x00 0xff 0xff to the tail end of the payload of the message." Senders
+    // that leave out the octet before it, after a final block or for an empty message, are understood as well.
+    bool refill() {
+        static constexpr char tail[] = {0x00, 0x00, '\xff', '\xff'};
+        if (rest_.empty() && last_ && something_came_ && !ended_ && !tail_given_) {
+            tail_given_ = true;
+            rest_ = {tail, sizeof tail};
+        }
+        const std::string_view piece = rest_.substr(0, zlib_piece);
+        rest_.remove_prefix(piece.size());
+        stream_.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(piece.data()));
+        stream_.avail_in = static_cast<uInt>(piece.size());
+        return !piece.empty();
+    }
+    Compression::Outcome finished() const {
+        const bool whole = !last_ || !something_came_ || ended_ || between_blocks();
+        return whole ? Compression::Outcome::done : Compression::Outcome::corrupt;
+    }
+    // zlib.h, inflate(): data_type is the number of unused bits in the last byte, "plus 128 if inflate() returned
+    // immediately after decoding an end-of-block code".
+    bool between_blocks() const { return (stream_.data_type & 128) != 0 && (stream_.data_type & 63) == 0; }
+
+    z_stream stream_{};
+    std::string_view rest_;  // what zlib was not given yet
+    int window_bits_;
+    bool last_ = false;
+    bool something_came_ = false;
+    bool tail_given_ = false;
+    bool ended_ = false;         // a final block was the last that was read
+    bool output_waits_ = false;  // zlib holds output for which there was no room
+};
+
+// ---- negotiation ---------------------------------------------------------------------------------------------------
+
+// Reads one Sec-WebSocket-Extensions field (RFC 6455 9.1): next() for an extension, then parameter() as often as it
+// answers true, then next() again. Where the field is malformed both answer false.
+class ExtensionReader {
+public:
+    explicit ExtensionReader(std::string_view field) : rest_(text::trimmed(field)) {}
+
+    bool next(std::string_view& name) {
+        while (skip(',')) continue;  // RFC 9110 5.6.1: empty elements of a list do not count
+        return !rest_.empty() && take_token(name);
+    }
+    bool parameter(std::string_view& name, std::optional<std::string>& value) {
+        value.reset();
+        if (!skip(';')) return rest_.empty() || rest_.front() == ',' ? false : fail();
+        return take_token(name) && (!skip('=') || take_value(value));
+    }
+    bool well_formed() const { return well_formed_; }
+
+private:
+    bool fail() {
+        rest_ = {};
+        return well_formed_ = false;
+    }
+    void skip_space() { rest_.remove_prefix((std::min)(rest_.find_first_not_of(" \t"), rest_.size())); }
+    bool skip(char c) {
+        if (rest_.empty() || rest_.front() != c) return false;
+        rest_.remove_prefix(1);
+        skip_space();
+        return true;
+    }
+    bool take_token(std::string_view& token) {
+        const auto end = std::find_if_not(rest_.begin(), rest_.end(), text::token_char);
+        token = rest_.substr(0, static_cast<std::size_t>(end - rest_.begin()));
+        rest_.remove_prefix(token.size());
+        skip_space();
+        return !token.empty() || fail();
+    }
+    // A token, or in quotes what would be one (RFC 9110 5.6.4).
+    bool take_value(std::optional<std::string>& value) {
+        if (rest_.empty() || rest_.front() != '"') {
+            std::string_view plain;
+            if (!take_token(plain)) return false;
+            value = plain;
+            return true;
+        }
+        value.emplace();
+        rest_.remove_prefix(1);
+        while (!rest_.empty() && rest_.front() != '"') {
+            if (rest_.front() == '\\') rest_.remove_prefix(1);
+            if (rest_.empty()) break;
+            *value += rest_.front();
+            rest_.remove_prefix(1);
+        }
+        return (skip('"') && text::token(*value)) || fail();
+    }
+
+    std::string_view rest_;
+    bool well_formed_ = true;
+};
+
+// The parameters of a permessage-deflate (RFC 7692 7.1), of an offer or of an answer.
+struct DeflateTerms {
+    enum class Kind : std::uint8_t { offer, answer };
+
+    bool server_no_context_takeover = false;
+    bool client_no_context_takeover = false;
+    std::optional<int> server_max_window_bits;
+    std::optional<int> client_max_window_bits;
+
+    // Nothing where a parameter is unknown, there twice, or has a value that it must not have.
+    static std::optional<DeflateTerms> read(ExtensionReader& reader, Kind kind) {
+        DeflateTerms terms;
+        bool valid = true;
+        std::string_view name;
+        for (std::optional<std::string> value; reader.parameter(name, value);)
+            valid = terms.take(name, value, kind) && valid;
+        if (!valid || !reader.well_formed()) return std::nullopt;
+        return terms;
+    }
+
+    std::string to_string(Kind kind) const {
+        std::string text = "permessage-deflate";
+        if (server_no_context_takeover) text += "; server_no_context_takeover";
+        if (client_no_context_takeover) text += "; client_no_context_takeover";
+        if (server_max_window_bits) text += "; server_max_window_bits=" + std::to_string(*server_max_window_bits);
+        if (client_max_window_bits) text += "; client_max_window_bits";
+        if (client_max_window_bits && (kind == Kind::answer || *client_max_window_bits < 15))
+            text += "=" + std::to_string(*client_max_window_bits);
+        return text;
+    }
+
+private:
+    bool take(std::string_view name, const std::optional<std::string>& value, Kind kind) {
+        if (name == "server_no_context_takeover") return take_flag(server_no_context_takeover, value);
+        if (name == "client_no_context_takeover") return take_flag(client_no_context_takeover, value);
+        if (name == "server_max_window_bits") return take_bits(server_max_window_bits, value);
+        if (name != "client_max_window_bits") return false;
+        // 7.1.2.2: in an offer it may stand without a value, which says that the client can keep any limit.
+        return take_bits(client_max_window_bits, value || kind == Kind::answer ? value : "15");
+    }
+    static bool take_flag(bool& flag, const std::optional<std::string>& value) {
+        return !std::exchange(flag, true) && !value;
+    }
+    // 7.1.2.1: "a decimal integer value without leading zeroes between 8 to 15".
+    static bool take_bits(std::optional<int>& bits, const std::optional<std::string>& value) {
+        const auto number = value && value->front() != '0' ? text::unsigned_number(*value, 15) : std::nullopt;
+        if (bits || !number || *number < 8) return false;
+        bits = static_cast<int>(*number);
+        return true;
+    }
+};
+
+// What the connections of a loop share: a compressor for each combination of level, memory and window bits that is in
+// use, and a few decompressors that wait for a message. Must outlive the connections.
+class CompressionPool {
+public:
+    CompressionPool() { idle_.reserve(max_idle); }
+    CompressionPool(const CompressionPool&) = delete;
+    CompressionPool& operator=(const CompressionPool&) = delete;
+
+    // A server's part: agrees to the first offer that it can keep. Illegal options are an Error.
+    AcceptedCompression accept(const Fields& fields, const CompressionOptions& options);
+
+    // A client's part: the offer, and what the server has made of it. Null where it has declined; where it answers what
+    // was not offered, `error` says so, and the connection must fail (RFC 7692 7.1).
+    static std::string offer(const CompressionOptions& options) {
+        return terms_of(options).to_string(DeflateTerms::Kind::offer);
+    }
+    std::unique_ptr<Compression> read_answer(const Fields& fields, const CompressionOptions& options,
+                                             std::string& error);
+
+    // ---- for the connections ---------------------------------------------------------------------------------------
+
+    struct SharedDeflater {
+        int level, memory_level, window_bits;
+        std::unique_ptr<Deflater> deflater;  // made for the first message
+
+        std::string_view deflate(std::string_view payload, Bytes& block) {
+            if (!deflater) deflater = std::make_unique<Deflater>(level, memory_level, window_bits);
+            return deflater->deflate(payload, block, false);
+        }
+    };
+    SharedDeflater& shared_deflater(const CompressionOptions& options, int window_bits) {
+        for (const auto& shared : shared_)
+            if (shared->level == options.level && shared->memory_level == options.memory_level &&
+                shared->window_bits == window_bits)
+                return *shared;
+        shared_.push_back(std::make_unique<SharedDeflater>(
+            SharedDeflater{options.level, options.memory_level, window_bits, nullptr}));
+        return *shared_.back();
+    }
+
+    // With the largest window, which suits every peer.
+    std::unique_ptr<Inflater> take_inflater() {
+        if (idle_.empty()) return std::make_unique<Inflater>(15);
+        std::unique_ptr<Inflater> inflater = std::move(idle_.back());
+        idle_.pop_back();
+        return inflater;
+    }
+    void give_back(std::unique_ptr<Inflater> inflater) {
+        inflater->reset();
+        if (idle_.size() < max_idle) idle_.push_back(std::move(inflater));
+    }
+
+private:
+    static constexpr std::size_t max_idle = 4;
+
+    static void check(const CompressionOptions& options) {
+        const auto within = [](const char* name, int value, int least, int most) {
+            if (value < least || value > most)
+                throw Error(std::string("CompressionOptions: ") + name + " " + std::to_string(value) + " is not in " +
+                            std::to_string(least) + "-" + std::to_string(most));
+        };
+        within("level", options.level, 1, 9);
+        within("memory_level", options.memory_level, 1, 9);
+        within("server_max_window_bits", options.server_max_window_bits, 8, 15);
+        within("client_max_window_bits", options.client_max_window_bits, 8, 15);
+    }
+    // What the options ask for: a client's offer, and a server's answer to one that asks for nothing.
+    static DeflateTerms terms_of(const CompressionOptions& options) {
+        check(options);
+        DeflateTerms terms;
+        terms.server_no_context_takeover = !options.server_context_takeover;
+        terms.client_no_context_takeover = !options.client_context_takeover;
+        if (options.server_max_window_bits < 15) terms.server_max_window_bits = options.server_max_window_bits;
+        terms.client_max_window_bits = options.client_max_window_bits;
+        return terms;
+    }
+    // RFC 7692 7.1: what of it is answered to an offer.
+    static DeflateTerms answer_to(const DeflateTerms& offer, const CompressionOptions& options) {
+        DeflateTerms answer = terms_of(options);
+        if (offer.server_no_context_takeover) answer.server_no_context_takeover = true;
+        if (offer.client_no_context_takeover) answer.client_no_context_takeover = true;
+        if (offer.server_max_window_bits)
+            answer.server_max_window_bits = (std::min)(options.server_max_window_bits, *offer.server_max_window_bits);
+        // 7.1.2.2: a server that was not offered it "MUST NOT" answer with it.
+        const int client_bits = (std::min)(options.client_max_window_bits, offer.client_max_window_bits.value_or(15));
+        answer.client_max_window_bits.reset();
+        if (offer.client_max_window_bits && client_bits < 15) answer.client_max_window_bits = client_bits;
+        return answer;
+    }
+
+    std::vector<std::unique_ptr<SharedDeflater>> shared_;
+    std::vector<std::unique_ptr<Inflater>> idle_;
+};
+
+// How one side of a connection compresses.
+struct DeflateDirection {
+    bool context_takeover;
+    int window_bits;
+};
+
+// One end of a connection. Holds a compressor or a decompressor only where a context is kept, or a message unfinished.
+class PerMessageDeflate final : public Compression {
+public:
+    PerMessageDeflate(CompressionPool& pool, const CompressionOptions& options, DeflateDirection sent,
+                      DeflateDirection received)
+        : Compression(options.threshold,
+                      sent.context_takeover ? nullptr : &pool.shared_deflater(options, sent.window_bits)),
+          pool_(pool),
+          shared_(pool.shared_deflater(options, sent.window_bits)),
+          sent_(sent),
+          received_(received) {}
+
+    void give(std::string_view compressed, bool last) override {
+        if (!inflater_)
+            inflater_ =
+                received_.context_takeover ? std::make_unique<Inflater>(received_.window_bits) : pool_.take_inflater();
+        if (!std::exchange(begun_, true)) inflater_->begin_message();
+        inflater_->give(compressed, last);
+        last_ = last;
+    }
+    Outcome inflate(char* out, std::size_t room, std::size_t& size) override {
+        const Outcome outcome = inflater_->inflate(out, room, size);
+        if (outcome == Outcome::done && last_ && !received_.context_takeover) pool_.give_back(std::move(inflater_));
+        return outcome;
+    }
+    std::size_t input_held() const override {
+        return inflater_ && !received_.context_takeover ? inflater_->memory() : 0;
+    }
+
+    std::string_view deflate(std::string_view payload, Bytes& block) override {
+        if (!sent_.context_takeover) return shared_.deflate(payload, block);
+        if (!deflater_)
+            deflater_ = std::make_unique<Deflater>(shared_.level, shared_.memory_level, shared_.window_bits);
+        return deflater_->deflate(payload, block, true);
+    }
+
+private:
+    CompressionPool& pool_;
+    CompressionPool::SharedDeflater& shared_;  // also says how a compressor of its own is to be made
+    std::unique_ptr<Deflater> deflater_;
+    std::unique_ptr<Inflater> inflater_;
+    DeflateDirection sent_, received_;
+    bool last_ = false;
+};
+
+inline AcceptedCompression CompressionPool::accept(const Fields& fields, const CompressionOptions& options) {
+    AcceptedCompression accepted;
+    check(options);
+    fields.each([&](std::string_view field, std::string_view value) {
+        if (!text::same_ignoring_case(field, "sec-websocket-extensions")) return true;
+        ExtensionReader reader(value);
+        for (std::string_view name; reader.next(name);) {
+            const auto offer = DeflateTerms::read(reader, DeflateTerms::Kind::offer);
+            if (name != "permessage-deflate" || !offer) continue;
+            const DeflateTerms answer = answer_to(*offer, options);
+            const DeflateDirection sent{!answer.server_no_context_takeover, answer.server_max_window_bits.value_or(15)};
+            const DeflateDirection received{!answer.client_no_context_takeover,
+                                            answer.client_max_window_bits.value_or(15)};
+            accepted.compression = std::make_unique<PerMessageDeflate>(*this, options, sent, received);
+            accepted.answer = answer.to_string(DeflateTerms::Kind::answer);
+            return false;
+        }
+        return true;
+    });
+    return accepted;
+}
+
+inline std::unique_ptr<Compression> CompressionPool::read_answer(const Fields& fields,
+                                                                 const CompressionOptions& options,
+                                                                 std::string& error) {
+    const DeflateTerms offer = terms_of(options);
+    std::optional<DeflateTerms> answer;
+    std::size_t extensions = 0;
+    bool well_formed = true;
+    fields.each([&](std::string_view field, std::string_view value) {
+        if (!text::same_ignoring_case(field, "sec-websocket-extensions")) return true;
+        ExtensionReader reader(value);
+        for (std::string_view name; reader.next(name); ++extensions) {
+            answer = DeflateTerms::read(reader, DeflateTerms::Kind::answer);
+            if (name != "permessage-deflate") answer.reset();
+        }
+        well_formed = well_formed && reader.well_formed();
+        return true;
+    });
+    if (extensions == 0 && well_formed) return nullptr;
+    const auto over = [](const std::optional<int>& answered, const std::optional<int>& offered) {
+        return offered && answered.value_or(15) > *offered;
+    };
+    if (extensions != 1 || !well_formed || !answer)
+        error = "the server's Sec-WebSocket-Extensions is not one answer to permessage-deflate";
+    else if (offer.server_no_context_takeover && !answer->server_no_context_takeover)
+        error = "the server does not do without context takeover";
+    else if (over(answer->server_max_window_bits, offer.server_max_window_bits))
+        error = "the server does not keep to server_max_window_bits";
+    else if (answer->client_max_window_bits && over(answer->client_max_window_bits, offer.client_max_window_bits))
+        error = "the server asks for more client_max_window_bits than were offered";
+    if (!error.empty()) return nullptr;
+    const DeflateDirection sent{options.client_context_takeover && !answer->client_no_context_takeover,
+                                answer->client_max_window_bits.value_or(options.client_max_window_bits)};
+    const DeflateDirection received{!answer->server_no_context_takeover, answer->server_max_window_bits.value_or(15)};
+    return std::make_unique<PerMessageDeflate>(*this, options, sent, received);
+}
+
+#else
+
+class CompressionPool {
+public:
+    AcceptedCompression accept(const Fields&, const CompressionOptions&) { return {}; }
+    static std::string offer(const CompressionOptions&) { return {}; }
+    std::unique_ptr<Compression> read_answer(const Fields&, const CompressionOptions&, std::string&) { return nullptr; }
+};
+
+#endif
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
 // § 7  Protocol
 //
 // Connection: the whole of RFC 6455 after the opening handshake, as a state machine. Bytes go in, events and bytes come
@@ -1905,12 +2530,15 @@ public:
     Connection& operator=(const Connection&) = delete;
 
     // The opening handshake is done. `limits` and `arena` must outlive the connection; a client needs a mask source.
-    void open(Role role, const Limits& limits, SendArena& arena, Time now, MaskSource masks = nullptr) {
-        parser_ = FrameParser(role);
+    // `compression`: what the handshake has agreed on, or null.
+    void open(Role role, const Limits& limits, SendArena& arena, Time now, MaskSource masks = nullptr,
+              std::unique_ptr<Compression> compression = nullptr) {
+        parser_ = FrameParser(role, compression != nullptr);
         limits_ = &limits;
         arena_ = &arena;
         masks_ = role == Role::client ? masks : nullptr;
         if (role == Role::client && masks == nullptr) throw Error("Connection::open: a client needs a source of masks");
+        compression_ = std::move(compression);
         state_ = State::open;
         alive_ = control_time_ = now;
         control_tokens_ = static_cast<float>(limits.control_frames_burst);
@@ -1931,6 +2559,7 @@ public:
     // keep_input() was called. What lies at receive_area() is taken without a copy.
     void receive(char* data, std::size_t size, Time now) {
         if (aside_) aside_->resumed.release();
+        if (compression_available && compression_) compression_->inflated = 0;
         input_ = data;
         input_end_ = data + size;
         alive(now);
@@ -1939,7 +2568,8 @@ public:
     // Where the next bytes from the peer would lie best: behind what has come of a large frame. {null, 0} where the
     // caller's own buffer serves. Grows with what has arrived, never with what was announced.
     std::pair<char*, std::size_t> receive_area() {
-        if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read || message_.size() < direct_read)
+        if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read || message_.size() < direct_read ||
+            inflating_)
             return {nullptr, 0};
         const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
         if (message_.room() < direct_read) message_.reserve(static_cast<std::size_t>(wanted));
@@ -1978,6 +2608,7 @@ public:
         input_ = input_end_ = nullptr;
     }
     void resume() {
+        if (compression_available && compression_) compression_->inflated = 0;
         if (!aside_ || aside_->kept.empty()) return;
         std::swap(aside_->resumed, aside_->kept);
         aside_->kept.release();
@@ -1985,8 +2616,17 @@ public:
         input_end_ = aside_->resumed.end();
     }
 
+    // Whether the input has become so much more than it was that others should have their turn: keep_input(), and later
+    // resume(). A byte may become a thousand.
+    bool exhausting() const {
+        return compression_available && compression_ && compression_->inflated > inflated_at_once;
+    }
+
     // Bytes of unfinished messages, and of input that was put aside.
-    std::size_t input_held() const { return message_.capacity() + (aside_ ? aside_->kept.capacity() : 0); }
+    std::size_t input_held() const {
+        const std::size_t held = message_.capacity() + (aside_ ? aside_->kept.capacity() : 0);
+        return compression_available && compression_ ? held + compression_->input_held() : held;
+    }
 
     // ---- output ----------------------------------------------------------------------------------------------------
 
@@ -1997,15 +2637,18 @@ public:
     bool overflows(std::size_t size) const { return !output_.empty() && output_.size() + size > limits_->max_backlog; }
 
     WriteStatus send(Opcode opcode, std::string_view payload) {
-        if (masks_ == nullptr)
-            return state_ == State::open ? send(EncodedFrame(*arena_, opcode, payload)) : WriteStatus::closed;
-        return accept(payload.size()) ? append(encode_masked(*arena_, opcode, payload, masks_())) : refused();
+        FrameHeader header;
+        header.masked = masks_ != nullptr;
+        header.length = payload.size();
+        if (!accept(encoded_size(header) + payload.size())) return refused();
+        return append(compresses(payload.size()) ? compressed(opcode, payload) : frame(opcode, payload));
     }
     // The same for a large message of a server, without a copy where nothing waits before it: `offer(pieces, count)` says
     // how many bytes the transport takes at once, and only the rest is queued.
     template <class Offer>
     WriteStatus send(Opcode opcode, std::string_view payload, Offer&& offer) {
-        if (payload.size() < direct_send || masks_ != nullptr || !output_.empty() || blocked_ || state_ != State::open)
+        if (payload.size() < direct_send || masks_ != nullptr || !output_.empty() || blocked_ ||
+            state_ != State::open || compresses(payload.size()))
             return send(opcode, payload);
         FrameHeader header;
         header.opcode = opcode;
@@ -2022,7 +2665,13 @@ public:
         return blocked_ ? WriteStatus::queued : WriteStatus::sent;
     }
     // For a server; a client masks each frame anew.
-    WriteStatus send(const EncodedFrame& frame) { return accept(frame.size()) ? append(frame.slice()) : refused(); }
+    WriteStatus send(const EncodedFrame& frame) {
+        if (!accept(frame.size())) return refused();
+        if (!compresses(frame.payload().size())) return append(frame.slice());
+        // Who may not refer back to earlier messages gets what all others get who may not.
+        const auto make = [&] { return compressed(frame.opcode(), frame.payload()); };
+        return append(compression_->shared() != nullptr ? frame.form(compression_->shared(), make) : make());
+    }
 
     // An unsolicited ping or pong (RFC 6455 5.5.2, 5.5.3); at most 125 bytes. Passes the backlog limit.
     WriteStatus send_control(Opcode opcode, std::string_view payload) {
@@ -2115,6 +2764,9 @@ private:
     static constexpr std::size_t direct_send = 16 * 1024;
     // What is unmasked before it is checked.
     static constexpr std::size_t cached_block = 16 * 1024;
+    // The least room to inflate to, and to deflate to.
+    static constexpr std::size_t compression_block = 64 * 1024;
+    static constexpr std::size_t inflated_at_once = 256 * 1024;
 
     static Time after(Time time, Duration timeout) {
         return timeout == Duration::zero() ? (Time::max)() : later(time, timeout);
@@ -2157,18 +2809,23 @@ private:
             message_opcode_ = frame_.opcode;
             fragments_ = 0;
             utf8_.reset();
+            inflating_ = compression_available && frame_.rsv1;
+            if (inflating_) compression_->begin_message();
         }
         if (++fragments_ > limits_->max_fragments) {
             fail(CloseCode::policy_violation,
                  "message has more than " + std::to_string(limits_->max_fragments) + " fragments");
             return false;
         }
-        if (frame_.length > limits_->max_message_size || message_.size() + frame_.length > limits_->max_message_size) {
-            fail(CloseCode::message_too_big,
-                 "message is larger than " + std::to_string(limits_->max_message_size) + " bytes");
-            return false;
-        }
-        return true;
+        const std::size_t max = limits_->max_message_size;
+        const bool fits = inflating_ ? compression_->plausible(frame_.length, max)
+                                     : frame_.length <= max && message_.size() + frame_.length <= max;
+        if (!fits) too_big();
+        return fits;
+    }
+    void too_big() {
+        fail(CloseCode::message_too_big,
+             "message is larger than " + std::to_string(limits_->max_message_size) + " bytes");
     }
 
     // Unmasks the next part of the payload where it lies, and takes it from the input. Text is checked on the way, block
@@ -2191,6 +2848,7 @@ private:
     }
 
     Event take_data(bool whole) {
+        if (inflating_) return take_compressed();
         const bool text = message_opcode_ == Opcode::text;
         const bool alone = whole && frame_.fin && fragments_ == 1 && frame_left_ == frame_.length;
         const auto part = take_payload(text);
@@ -2216,6 +2874,46 @@ private:
     Event invalid_text() {
         fail(CloseCode::invalid_payload, "text is not UTF-8");
         return {};
+    }
+
+    // A part of a compressed message is inflated as it comes. What lies here whole is handed on in the block that it was
+    // inflated to; of what does not, only as much is kept as it has become.
+    Event take_compressed() {
+        const std::string_view part = *take_payload(false);
+        const bool last = !in_payload_ && frame_.fin;
+        if (state_ != State::open) return {};  // as above, after a Close frame of ours
+        compression_->give(part, last);
+        Compression::Outcome outcome;
+        do {
+            Bytes block = arena_->take_block();
+            block.reserve(compression_block);
+            outcome = inflate_to(block);
+            if (state_ != State::open) return {};
+            if (message_.empty() && (last || outcome == Compression::Outcome::more)) std::swap(message_, block);
+            else message_.append(block.view());
+            arena_->give_back(std::move(block));
+        } while (outcome == Compression::Outcome::more);
+        if (!last) return {};
+        if (message_opcode_ == Opcode::text && !utf8_.complete()) return invalid_text();
+        inflating_ = false;
+        delivered_ = true;
+        return {Event::Kind::message, Message(message_.view(), message_opcode_)};
+    }
+    // Fills the block, or fails: the limit and UTF-8 are held against what a message inflates to, at once.
+    Compression::Outcome inflate_to(Bytes& block) {
+        const std::size_t left = limits_->max_message_size - message_.size();
+        std::size_t size = 0;
+        const Compression::Outcome outcome =
+            compression_->inflate(block.data(), left < block.room() ? left + 1 : block.room(), size);
+        block.advance(size);
+        compression_->inflated += size;
+        if (outcome == Compression::Outcome::corrupt)
+            // RFC 7692 names no code. RFC 6455 7.4.1: 1007 is for "data within a message that was not consistent with
+            // the type of the message".
+            fail(CloseCode::invalid_payload, "message is not compressed as RFC 7692 wants it");
+        else if (size > left) too_big();
+        else if (message_opcode_ == Opcode::text && !utf8_.feed(block.data(), size)) invalid_text();
+        return outcome;
     }
 
     Event take_control() {
@@ -2311,9 +3009,28 @@ private:
         return blocked_ ? WriteStatus::queued : WriteStatus::sent;
     }
 
-    WriteStatus append_control(Opcode opcode, std::string_view payload) {
-        return append(masks_ == nullptr ? EncodedFrame(*arena_, opcode, payload).slice()
-                                        : encode_masked(*arena_, opcode, payload, masks_()));
+    WriteStatus append_control(Opcode opcode, std::string_view payload) { return append(frame(opcode, payload)); }
+
+    Slice frame(Opcode opcode, std::string_view payload, bool rsv1 = false) {
+        FrameHeader header;
+        header.opcode = opcode;
+        header.rsv1 = rsv1;
+        header.masked = masks_ != nullptr;
+        if (header.masked) header.mask = masks_();
+        return encode_frame(*arena_, header, payload);
+    }
+
+    bool compresses(std::size_t size) const {
+        return compression_available && compression_ != nullptr && compression_->wants(size);
+    }
+    // The message as a compressed frame, or as a plain one where that is smaller.
+    Slice compressed(Opcode opcode, std::string_view payload) {
+        Bytes block = arena_->take_block();
+        block.reserve(compression_block);
+        const std::string_view deflated = compression_->deflate(payload, block);
+        Slice slice = deflated.empty() ? frame(opcode, payload) : frame(opcode, deflated, true);
+        arena_->give_back(std::move(block));
+        return slice;
     }
 
     void append_close(CloseCode code, std::string_view reason) {
@@ -2355,6 +3072,7 @@ private:
     Time waiting_since_{};  // for the answer to our ping or to our Close frame
     Bytes message_;         // what has come of the message that is being read
     std::unique_ptr<Aside> aside_;
+    std::unique_ptr<Compression> compression_;  // null where it was not negotiated
 
     // The bucket of control frames.
     Time control_time_{};
@@ -2365,6 +3083,7 @@ private:
     std::uint8_t header_size_ = 0;
     bool in_payload_ = false;
     bool delivered_ = false;  // message_ was handed out and is to be released
+    bool inflating_ = false;  // the message is compressed
     Opcode message_opcode_ = Opcode::text;
     Utf8Validator utf8_;
     char* input_ = nullptr;
@@ -2506,6 +3225,9 @@ public:
         static_cast<void>(offered);
         return {};
     }
+    // How messages are compressed where the client offers it (permessage-deflate, RFC 7692): not at all. Asked only
+    // where the program is built with WSCHAT_ZLIB.
+    virtual std::optional<CompressionOptions> get_compression_options() { return std::nullopt; }
     // open() and on_close() come exactly once each for a connection that got its 101, also where open() throws.
     virtual void open() {}
     virtual void on_message(const Message& message) = 0;
@@ -2869,7 +3591,7 @@ inline bool Room::leave(WebSocketHandler& handler) {
 
 inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
     if (empty()) return 0;
-    return broadcast(EncodedFrame(rooms_.arena(), message.opcode(), message.data()), except);
+    return broadcast(EncodedFrame::of_lasting(rooms_.arena(), message.opcode(), message.data()), except);
 }
 
 inline Room& WebSocketHandler::room(std::string_view name) { return host("room").rooms()[name]; }
@@ -5986,6 +6708,7 @@ private:
             request.set_params(std::move(match->params));
             route_ = route;
             std::optional<Response> refusal;
+            AcceptedCompression compression;
             const bool judged = attempt("handshake", [&] {
                 handler_ = route->make_handler();
                 if (!handler_) throw Error("route \"" + route->pattern().text() + "\": the factory made no handler");
@@ -5994,8 +6717,9 @@ private:
                 core().request = std::move(request);
                 core().remote_address = client.to_string();
                 refusal = judge_handshake();
+                if (!refusal) compression = accept_compression();
             });
-            if (judged && !refusal) return open_websocket(rest);
+            if (judged && !refusal) return open_websocket(std::move(compression), rest);
             const std::unique_ptr<WebSocketHandler> refused = std::move(handler_);
             if (judged) return refuse(*refusal, HandlerAccess::core(*refused).request);
             respond(Response(500, "The server failed to open the connection.\n"), nullptr);
@@ -6023,6 +6747,15 @@ private:
             return std::nullopt;
         }
 
+        AcceptedCompression accept_compression() {
+            const Fields offers = core().request.fields();
+            if (!compression_available || offers.count("sec-websocket-extensions") == 0) return {};
+            const auto options = handler_->get_compression_options();
+            if (!options) return {};
+            if (!server_.compression_pool_) server_.compression_pool_ = std::make_unique<CompressionPool>();
+            return server_.compression_pool_->accept(offers, *options);
+        }
+
         void refuse(const Response& response, const Request& request) {
             if (server_.log_)
                 server_.log(LogLevel::info, "refused",
@@ -6033,10 +6766,12 @@ private:
             respond_last(response, request);
         }
 
-        void open_websocket(std::string_view rest) {
-            append(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol));
+        void open_websocket(AcceptedCompression compression, std::string_view rest) {
+            append(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
+                                       compression.answer));
             ++server_.metrics_.responses[101];
-            connection().open(Role::server, limits(), server_.arena_, server_.now());
+            connection().open(Role::server, limits(), server_.arena_, server_.now(), nullptr,
+                              std::move(compression.compression));
             schedule(connection().deadline());
             // From here to open() nothing throws, so that on_close() never comes without it.
             std::swap(connection().output(), http_->output);
@@ -6086,8 +6821,13 @@ private:
 
         std::size_t half_backlog() { return connection().limits().max_backlog / 2; }
 
-        // A peer that does not read what it asked for is not read either, until it does.
+        // A peer that does not read what it asked for is not read either, until it does; nor is one whose input is much
+        // work, until the others had their turn.
         bool pause() {
+            if (connection().is_open() && connection().exhausting()) {
+                connection().keep_input();
+                return paused_ = true;
+            }
             if (!connection().is_open() || output().size() <= half_backlog()) return false;
             high_ = true;
             flush();
@@ -6553,6 +7293,7 @@ private:
     Loop loop_;
     SendArena arena_;
     Rooms rooms_;
+    std::unique_ptr<CompressionPool> compression_pool_;  // made when the first connection needs it
     // One of each serves all connections.
     Bytes receive_buffer_;
     std::array<std::string_view, Socket::max_pieces> pieces_;

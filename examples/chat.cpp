@@ -1,9 +1,11 @@
-// The smallest chat: everybody who is connected gets every message.   chat [port] [--page FILE]
+// The smallest chat: everybody who is connected gets every message, long ones compressed where it is built with
+// -DWSCHAT_ZLIB=1 -lz.   chat [port] [--page FILE]
 #include "../wschat.hpp"
 
 struct Chat : wschat::WebSocketHandler {
     void open() override                               { room("lobby").join(*this); }
     void on_message(const wschat::Message& m) override { room("lobby").broadcast(m); }
+    std::optional<wschat::CompressionOptions> get_compression_options() override { return wschat::CompressionOptions(); }
 };
 
 int main(int argc, char** argv) try {

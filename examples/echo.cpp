@@ -1,7 +1,15 @@
-// Sends every message back, on any path; made to be tested against.   echo [port]
+// Sends every message back, on any path, compressed where it is built with -DWSCHAT_ZLIB=1 -lz and the client asks for
+// it; made to be tested against.   echo [port]
 #include "../wschat.hpp"
 
 struct Echo : wschat::WebSocketHandler {
+    // The client says how: each side keeps its context unless that is refused, and nothing is too small.
+    std::optional<wschat::CompressionOptions> get_compression_options() override {
+        wschat::CompressionOptions options;
+        options.server_context_takeover = options.client_context_takeover = true;
+        options.threshold = 0;
+        return options;
+    }
     void on_message(const wschat::Message& m) override { write_message(m); }
 };
 

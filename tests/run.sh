@@ -125,7 +125,9 @@ fi
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
-build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON -DWSCHAT_LIBURING=ON
+features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON"
+
+build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON $features -DWSCHAT_LIBURING=ON
 if [ $mode = quick ]; then
     tests "dev: tests" ctest --preset dev -LE browser
     finish
@@ -134,17 +136,17 @@ tests "dev: tests" ctest --preset dev
 tests "dev: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset dev -L poll
 tests "dev: over TLS" env WSCHAT_TEST_TLS=1 ctest --preset dev -L over_tls
 
-build asan
+build asan $features
 tests "asan: tests" ctest --preset asan
 tests "asan: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset asan -L poll
-tests "asan: over TLS" env WSCHAT_TEST_TLS=1 ctest --preset asan -L over_tls
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server"
+build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server"
 tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF
 
+# The one build that leaves out what is optional, and runs the tests.
 test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true
 stage "meson: build" meson compile -C build/meson -j 2
 tests "meson: tests" meson test -C build/meson --no-rebuild --num-processes 2 --print-errorlogs

@@ -352,19 +352,26 @@ private:
     std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  // some tests send from a thread of their own
 };
 
-// A WebSocket client of a test, made of the protocol section in its other role.
+// A WebSocket client of a test, made of the protocol section in its other role. It offers compression where it is given
+// options for it.
 class Client {
 public:
-    explicit Client(int port, std::string_view target = "/", std::string_view extra_headers = {}) : raw(port) {
-        std::string request = wschat::opening_request("127.0.0.1:" + std::to_string(port), target, key);
+    explicit Client(int port, std::string_view target = "/", std::string_view extra_headers = {},
+                    const std::optional<wschat::CompressionOptions>& compression = std::nullopt)
+        : raw(port) {
+        const std::string offer = compression ? pool.offer(*compression) : std::string();
+        std::string request = wschat::opening_request("127.0.0.1:" + std::to_string(port), target, key, {}, offer);
         request.insert(request.size() - 2, extra_headers);
         raw.send(request);
         if (!raw.read_until("\r\n\r\n")) return;
         const std::size_t end = raw.received.find("\r\n\r\n") + 4;
         head = raw.received.substr(0, end);
         raw.received.erase(0, end);
-        if (!wschat::opening_answer_error(head, key, subprotocols(extra_headers)).empty()) return;
-        connection.open(wschat::Role::client, limits, arena, wschat::Clock::now(), &test_mask);
+        if (!wschat::opening_answer_error(head, key, subprotocols(extra_headers), !offer.empty()).empty()) return;
+        auto agreed = compression ? pool.read_answer(wschat::Fields(head), *compression, error) : nullptr;
+        if (!error.empty()) return;
+        compressed = agreed != nullptr;
+        connection.open(wschat::Role::client, limits, arena, wschat::Clock::now(), &test_mask, std::move(agreed));
         // Frames may have come together with the answer.
         if (!raw.received.empty()) connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
     }
@@ -410,9 +417,12 @@ public:
 
     static constexpr const char* key = "dGhlIHNhbXBsZSBub25jZQ==";
     RawClient raw;
-    std::string head;  // of the server's answer
+    std::string head;         // of the server's answer
+    bool compressed = false;  // the server has agreed to it
+    std::string error;        // or to what was not offered
     wschat::Limits limits = generous_limits();
     wschat::SendArena arena;
+    wschat::CompressionPool pool;
     wschat::Connection connection;
 
 private:

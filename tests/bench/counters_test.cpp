@@ -19,11 +19,12 @@ struct Counters {
     std::int64_t bytes_held = 0;
 };
 thread_local Counters counters;
+thread_local bool no_memory = false;  // for the test that sets it
 
 constexpr std::size_t header_size = alignof(std::max_align_t);
 
 void* counted_new(std::size_t size) {
-    void* block = std::malloc(size + header_size);
+    void* block = no_memory ? nullptr : std::malloc(size + header_size);
     if (block == nullptr) throw std::bad_alloc();
     std::memcpy(block, &size, sizeof size);
     ++counters.allocations;
@@ -235,3 +236,128 @@ TEST_SUITE("counters") {
         CHECK((after.bytes_held - before.bytes_held) / 64 < 1024);
     }
 }
+
+#if WSCHAT_ZLIB
+
+namespace {
+
+wschat::CompressionOptions all_compressed(bool takeover) {
+    wschat::CompressionOptions options;
+    options.server_context_takeover = options.client_context_takeover = takeover;
+    options.threshold = 0;
+    return options;
+}
+
+// A room and an echo that compress; "takeover" is in the path where they keep contexts.
+struct DeflateMember : wschat::WebSocketHandler {
+    std::optional<wschat::CompressionOptions> get_compression_options() override {
+        return all_compressed(request().raw_path() == "/takeover");
+    }
+    void open() override { room("all").join(*this); }
+    void on_message(const Message& m) override { room("all").broadcast(m); }
+};
+
+struct DeflateParty {
+    DeflateParty() {
+        running.server.route<DeflateMember>("/shared");
+        running.server.route<DeflateMember>("/takeover");
+        running.server.route<Echo>("/plain");
+        running.start();
+    }
+    void arrive(std::size_t count, const char* target, bool takeover = false) {
+        auto& clients = std::string(target) == "/plain" ? others : members;
+        for (std::size_t i = 0; i < count; ++i) {
+            clients.push_back(std::make_unique<Client>(running.port(), target, "", all_compressed(takeover)));
+            REQUIRE(clients.back()->is_open());
+        }
+    }
+    void talk(Client& speaker, int messages = 1) {
+        const std::string text = "some words for everybody in the room, some words for everybody, and some more";
+        for (int i = 0; i < messages; ++i) {
+            speaker.send(text);
+            for (const auto& member : members) REQUIRE(member->next() == text);
+        }
+    }
+    Counters count() {
+        running.on_loop([] {});
+        return running.on_loop([] { return counters; });
+    }
+    template <class Work>
+    std::int64_t bytes_for(Work&& work) {
+        const std::int64_t before = count().bytes_held;
+        work();
+        return count().bytes_held - before;
+    }
+
+    RunningServer running;
+    std::vector<std::unique_ptr<Client>> members, others;
+};
+
+}  // namespace
+
+TEST_SUITE("counters") {
+    TEST_CASE("with the shared compressor a delivery allocates nothing either") {
+        DeflateParty party;
+        party.arrive(20, "/shared");
+        party.talk(*party.members[0], 10);
+        const Counters before = party.count();
+        party.talk(*party.members[0], 50);
+        const Counters after = party.count();
+        CHECK(after.allocations == before.allocations);
+        CHECK(after.bytes_held <= before.bytes_held);
+    }
+
+    TEST_CASE("a connection that keeps no context holds next to nothing for compression, also when it has talked") {
+        DeflateParty party;
+        party.arrive(2, "/shared");
+        party.talk(*party.members[0], 10);
+        const std::int64_t plain = party.bytes_for([&] { party.arrive(64, "/plain"); }) / 64;
+        const std::int64_t compressed = party.bytes_for([&] { party.arrive(64, "/shared"); }) / 64;
+        CHECK(compressed - plain < 200);
+        const std::int64_t talking = party.bytes_for([&] {
+            for (const auto& member : party.members) party.talk(*member);
+        });
+        CHECK(talking < 64 * 16);
+    }
+
+    TEST_CASE("a message that could not be compressed for want of memory leaves nothing in the next") {
+        wschat::Deflater deflater(6, 8, 15);
+        std::string noise;
+        for (unsigned i = 0, random = 1; i < 1'000'000; ++i)
+            noise += static_cast<char>((random = random * 69069 + 1) >> 24);
+        const auto deflated = [&](std::string_view payload) {
+            wschat::Bytes block;
+            block.reserve(64 * 1024);
+            no_memory = payload.size() == noise.size();
+            std::string result;
+            try {
+                const std::string_view bytes = deflater.deflate(payload, block, false);
+                no_memory = false;
+                result = bytes;
+            } catch (const std::bad_alloc&) {
+                no_memory = false;
+                result = "no memory";
+            }
+            return result;
+        };
+        const std::string words = deflated("again and again and again and again");
+        CHECK(deflated(noise) == "no memory");
+        CHECK(deflated("again and again and again and again") == words);
+    }
+
+    TEST_CASE("a context costs what CompressionOptions says, from the first message on") {
+        DeflateParty party;
+        party.arrive(1, "/takeover", true);
+        party.talk(*party.members[0], 10);
+        party.arrive(1, "/takeover", true);
+        const std::int64_t compressor = party.bytes_for([&] { party.talk(*party.members[0]); });
+        CHECK(compressor > 258 * 1024);
+        CHECK(compressor < 266 * 1024);
+        const std::int64_t decompressor = party.bytes_for([&] { party.talk(*party.members[1]); });
+        CHECK(decompressor > 36 * 1024);
+        CHECK(decompressor < 42 * 1024);
+        CHECK(party.bytes_for([&] { party.talk(*party.members[1], 10); }) <= 0);
+    }
+}
+
+#endif

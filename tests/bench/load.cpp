@@ -61,7 +61,8 @@ struct Options {
     double timeout = 60;      // the whole run, warm-up and connecting included
     std::size_t window = 64;  // handshakes under way
     bool binary = false;
-    bool mixed = false;  // text of one- to four-byte sequences instead of ASCII
+    bool mixed = false;     // text of one- to four-byte sequences instead of ASCII
+    bool takeover = false;  // deflate: the server may keep a context for each member
     std::string path = "/";
 };
 
@@ -72,6 +73,7 @@ constexpr const char* usage =
     "  fanout-rate  messages at --rate a second; latency from the intended time of sending\n"
     "  echo         every member has one message under way\n"
     "  ping-idle    as echo, but only the first member sends\n"
+    "  deflate      one sender, and compression; counts frames without reading what is in them\n"
     "  idle         connects the members; the server's memory before and after\n"
     "  connect      connect, opening and closing handshake, --window under way\n"
     "options\n"
@@ -81,7 +83,7 @@ constexpr const char* usage =
     "  --stalled F (0)       fraction that never reads  --samples N (32)     members that take the latency\n"
     "  --seconds S (2)       measured                   --warmup S (0.3)     before that\n"
     "  --window N (64)       handshakes under way       --timeout S (60)     for the whole run\n"
-    "  --path P (/)\n";
+    "  --path P (/)                                     --takeover yes|no    (no) deflate: a context for each member\n";
 
 double number(const char* name, const char* text, double least, double most) {
     char* end = nullptr;
@@ -116,6 +118,7 @@ void set_option(Options& o, const char* name, const char* text) {
     else if (n == "--window") o.window = count(1, 4096);
     else if (n == "--type") o.binary = one_of(name, text, "binary", "text");
     else if (n == "--filler") o.mixed = one_of(name, text, "mixed", "ascii");
+    else if (n == "--takeover") o.takeover = one_of(name, text, "yes", "no");
     else if (n == "--path") o.path = text;
     else fail("%s: no such option\n%s", name, usage);
 }
@@ -129,7 +132,7 @@ Options parse_options(int argc, char** argv) {
     if (o.mode.empty() || o.port == 0 || o.pid == 0) fail("--mode, --port and --pid are needed\n%s", usage);
     if (o.mode == "fanout-rate" && o.rate <= 0) fail("--mode fanout-rate needs --rate");
     if (o.mode == "echo") o.senders = o.members;
-    if (o.mode == "ping-idle") o.senders = 1;
+    if (o.mode == "ping-idle" || o.mode == "deflate") o.senders = 1;
     if (o.senders > o.members) fail("--senders %zu: only %zu members", o.senders, o.members);
     o.timeout = (std::max)(o.timeout, o.seconds + o.warmup + 10);
     return o;
@@ -324,10 +327,11 @@ struct Connection {
 };
 
 struct Totals {
-    std::uint64_t bytes = 0;   // of frames, at all members that read
-    std::uint64_t reads = 0;   // system calls of those that parse
-    std::uint64_t parsed = 0;  // messages at those
-    std::uint64_t sent = 0;    // messages
+    std::uint64_t bytes = 0;    // of frames, at all members that read
+    std::uint64_t reads = 0;    // system calls of those that parse
+    std::uint64_t parsed = 0;   // messages at those
+    std::uint64_t payload = 0;  // deflate: compressed bytes at those
+    std::uint64_t sent = 0;     // messages
     std::uint64_t handshakes = 0;
     std::uint64_t stalled_closed = 0;
 };
@@ -345,7 +349,12 @@ public:
           end_of_all_(now() + static_cast<Nanoseconds>(o.timeout * 1e9)) {
         request_ = "GET " + o.path + " HTTP/1.1\r\nHost: 127.0.0.1:" + std::to_string(o.port) +
                    "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-                   "Sec-WebSocket-Version: 13\r\n\r\n";
+                   "Sec-WebSocket-Version: 13\r\n";
+        if (deflate()) {
+            request_ += "Sec-WebSocket-Extensions: permessage-deflate";
+            request_ += o.takeover ? "\r\n" : "; server_no_context_takeover; client_no_context_takeover\r\n";
+        }
+        request_ += "\r\n";
     }
     virtual ~Load();
     Load(const Load&) = delete;
@@ -356,6 +365,7 @@ protected:
     virtual void on_open(Connection&) {}
     virtual void on_closed(Connection&) {}
     virtual void on_message(Connection&, const Stamp&) {}
+    bool deflate() const { return options_.mode == "deflate"; }
 
     void start_connecting(Connection& c);
     void connect_all(std::size_t n);
@@ -511,6 +521,8 @@ void Load::read_answer(Connection& c) {
     const std::string line = answer.substr(0, answer.find('\r'));
     if (line.compare(0, 12, "HTTP/1.1 101") != 0) fail("connection %u: the server answers: %s", c.index, line.c_str());
     if (answer.find("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=") > end) fail("connection %u: wrong Sec-WebSocket-Accept", c.index);
+    if (deflate() && answer.find("permessage-deflate") > end)
+        fail("connection %u: the server does not compress", c.index);
     c.stage = Stage::open;
     --opening_;
     ++totals_.handshakes;
@@ -566,7 +578,7 @@ void Load::feed(Connection& c, const char* p, std::size_t n) {
             continue;
         }
         const std::size_t take = static_cast<std::size_t>((std::min)(c.left, static_cast<std::uint64_t>(end - p)));
-        if (std::memcmp(p, frame_.body().data() + c.body_at, take) != 0)
+        if (!deflate() && std::memcmp(p, frame_.body().data() + c.body_at, take) != 0)
             fail("connection %u: a message came back with another body", c.index);
         c.body_at += take;
         c.left -= take;
@@ -593,7 +605,8 @@ const char* Load::feed_head(Connection& c, const char* p, const char* end) {
     std::uint64_t payload = h[1] < 126 ? h[1] : 0;
     for (std::size_t i = 2; i < header; ++i) payload = payload << 8 | h[i];
     const bool control = (h[0] & 8) != 0;
-    if (!fill(header + (control ? static_cast<std::size_t>(payload) & 127 : Stamp::size))) return p;
+    const std::size_t needed = control ? static_cast<std::size_t>(payload) & 127 : deflate() ? 0 : Stamp::size;
+    if (!fill(header + needed)) return p;
     if (control) on_control(c, header, static_cast<std::size_t>(payload) & 127);
     else begin_frame(c, header, payload);
     return p;
@@ -601,6 +614,14 @@ const char* Load::feed_head(Connection& c, const char* p, const char* end) {
 
 void Load::begin_frame(Connection& c, std::size_t header, std::uint64_t payload) {
     const int first = static_cast<unsigned char>(c.head[0]);
+    if (deflate()) {
+        if (first != (0xC0 | (options_.binary ? 2 : 1)))
+            fail("connection %u: first byte of a frame is %02X: not a compressed message", c.index,
+                 static_cast<unsigned>(first));
+        c.left = payload;
+        totals_.payload += payload;
+        return;
+    }
     if (first != (128 | (options_.binary ? 2 : 1)))
         fail("connection %u: first byte of a frame is %02X: the counting needs unfragmented, uncompressed %s", c.index,
              static_cast<unsigned>(first), options_.binary ? "binary" : "text");
@@ -930,6 +951,35 @@ private:
     Histogram latency_, lag_;
 };
 
+// A closed loop as in fan-out, with a single sender, so that any frame that comes to it is its own message.
+class DeflateLoad : public Measured {
+public:
+    using Measured::Measured;
+    void run() override {
+        make_members(options_.members);
+        for (Connection& c : connections_) c.role = Role::parses;
+        connect_all(options_.members);
+        settle(0.1);
+        send_message(connections_[0], now());
+        settle(options_.warmup);
+        begin();
+        settle(options_.seconds);
+        end();
+        const auto deliveries = static_cast<double>(totals_last_.parsed - totals_first_.parsed);
+        if (deliveries == 0) fail("not one delivery in %g s", wall());
+        Report r = report("delivery", deliveries, busier());
+        r.text("takeover", options_.takeover ? "yes" : "no");
+        r.number("compressed_size", static_cast<double>(totals_last_.payload - totals_first_.payload) / deliveries);
+        r.print();
+    }
+
+private:
+    // The server may still be writing to the others; the next message waits behind that.
+    void on_message(Connection& c, const Stamp&) override {
+        if (c.index == 0) send_message(c, turn_time_);
+    }
+};
+
 // Connections that do nothing: what each costs in memory.
 class IdleLoad : public Measured {
 public:
@@ -995,6 +1045,7 @@ private:
 std::unique_ptr<Load> make_load(const Options& o) {
     if (o.mode == "fanout" || o.mode == "fanout-rate") return std::make_unique<FanoutLoad>(o);
     if (o.mode == "echo" || o.mode == "ping-idle") return std::make_unique<EchoLoad>(o);
+    if (o.mode == "deflate") return std::make_unique<DeflateLoad>(o);
     if (o.mode == "idle") return std::make_unique<IdleLoad>(o);
     if (o.mode == "connect") return std::make_unique<ConnectLoad>(o);
     fail("--mode %s: no such mode\n%s", o.mode.c_str(), usage);

@@ -21,6 +21,7 @@ FIGURES = [
     ("stalled", "p99_us", "p99 latency of the others, µs; 5% of the members never read"),
     ("echo", "server_cpu_us", "server CPU, µs for each message"),
     ("idle", "rss_bytes_each", "server memory, bytes for each idle connection (without the kernel's own)"),
+    ("deflate", "server_cpu_us", "server CPU, µs for each delivery of a compressed broadcast"),
     ("active", "p50_us", "median round trip, µs, of the one that is active"),
     ("connect", "server_cpu_us", "server CPU, µs for each opening and closing handshake"),
     ("compile", "cpu_seconds", "CPU seconds; the floor: a file that includes nothing"),
@@ -73,7 +74,7 @@ class Cell:
             return "; ".join(notes)
         mode = self.rows[0]["mode"]
         limits = [r.get("limited_by") for r in self.rows]
-        if mode in ("fanout", "echo", "connect"):
+        if mode in ("fanout", "echo", "connect", "deflate"):
             if limits.count("load") * 2 > len(limits):
                 notes.append("the load generator was the limit")
             disturbed = sum(max(r["server_share"], r["load_share"]) < 0.85 for r in self.rows)
@@ -83,6 +84,8 @@ class Cell:
             notes.append("cannot keep up with the rate")
         if mode == "fanout" and self.middle("messages_per_read"):
             notes.append(f"{number(self.middle('messages_per_read'))} messages a read")
+        if mode == "deflate":
+            notes.append(f"{number(self.middle('compressed_size'))} bytes a message")
         if mode == "echo" and self.rows[0]["size"] >= 16384:
             notes.append(f"{number(self.middle('mb_per_second'))} MB/s")
         if self.middle("undelivered"):

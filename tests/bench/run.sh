@@ -50,6 +50,9 @@ idle-10000       room --mode idle --members 10000
 active-10        echo --mode ping-idle --members 11
 active-10000     echo --mode ping-idle --members 10001
 connect          echo --mode connect
+deflate-1000-1k        deflate --mode deflate --members 1000 --size 1024
+deflate-1000-16k       deflate --mode deflate --members 1000 --size 16384
+deflate-1000-1k-keep   deflate --mode deflate --members 1000 --size 1024 --takeover yes
 LIST
 }
 quick_work="fanout-200-64 fanout-2000-64 rate-200-64 echo-200-64 echo-50-16k echo-4-1m idle-10000 active-10 connect compile"
@@ -130,7 +133,9 @@ build_server() { # build_server NAME
     p=$bench/peers
     case $1 in
         floor) build floor $bench/floor.cpp -- $cxx $bench/floor.cpp -o $out/floor ;;
-        wschat) build wschat $bench/server.cpp wschat.hpp -- $cxx -I. $bench/server.cpp -o $out/wschat -pthread ;;
+        wschat) build wschat $bench/server.cpp wschat.hpp -- $cxx -I. $bench/server.cpp -o $out/wschat -pthread &&
+            need /usr/include/zlib.h zlib1g-dev && build wschat-deflate $bench/compressed.cpp wschat.hpp -- \
+            $cxx -DWSCHAT_ZLIB=1 -I. $bench/compressed.cpp -o $out/wschat-deflate -pthread -lz ;;
         wschat-uring) need /usr/include/liburing.h liburing-dev &&
             build wschat-uring $bench/server.cpp wschat.hpp -- \
                 $cxx -DWSCHAT_LIBURING=1 -I. $bench/server.cpp -o $out/wschat-uring -pthread -luring ;;
@@ -150,12 +155,18 @@ build_server() { # build_server NAME
 
 command_of() { # command_of NAME PORT MODE
     case $1 in
+        wschat) [ "$3" = deflate ] && echo "$out/wschat-deflate $2 $3" || echo "$out/wschat $2 $3" ;;
         libwebsockets-ev) echo "$out/libwebsockets $2 $3 ev" ;;
         gorilla) echo "env GOMAXPROCS=1 $out/gorilla $2 $3" ;;
         ws) echo "node $out/node/ws_server.mjs $2 $3" ;;
         tornado) echo "/usr/bin/python3 $bench/peers/tornado_server.py $2 $3" ;;
         *) echo "$out/$1 $2 $3" ;;
     esac
+}
+
+# Only these have a room that compresses.
+can() { # can NAME MODE
+    case $2 in deflate) case $1 in wschat | ws | tornado) ;; *) return 1 ;; esac ;; esac
 }
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -283,6 +294,7 @@ run_round() { # run_round ROUND
             arguments="$arguments --rate $rate" ;;
         esac
         for server in $only; do
+            can "$server" "$mode" || continue
             run_once "$1" "$server" "$work" "$mode" $arguments </dev/null
         done
     done <"$out/work"

@@ -1,8 +1,8 @@
 // Two client libraries that we did not write, npm's ws and the WebSocket that is built into Node, against the examples.
 //
-//   node tests/interop/interop_test.mjs --echo BIN --chat BIN --rooms BIN --modules DIR
+//   node tests/interop/interop_test.mjs --echo BIN --chat BIN --rooms BIN --modules DIR [--zlib]
 //
-// Starts the programs itself, each on a port that the system picks. DIR is where ws is installed: a node_modules, or
+// Starts the programs itself, each on a port that the system picks; --zlib: they are built with compression. DIR is where ws is installed: a node_modules, or
 // the folder that it lies in; without it, this file's own. Prints one line for each check, then "N passed, N failed",
 // and ends with status 1 if one of them failed.
 
@@ -34,9 +34,11 @@ function usage(sentence) {
 
 const HERE = dirname(fileURLToPath(import.meta.url));
 const text = { type: 'string', default: '' };
-const { values: options } = parseArgs({ options: { echo: text, chat: text, rooms: text, modules: text, only: text } });
+const { values: options } = parseArgs({
+  options: { echo: text, chat: text, rooms: text, modules: text, only: text, zlib: { type: 'boolean', default: false } },
+});
 if (!options.echo || !options.chat || !options.rooms)
-  usage('Usage: interop_test.mjs --echo BIN --chat BIN --rooms BIN [--modules DIR] [--only TEXT]');
+  usage('Usage: interop_test.mjs --echo BIN --chat BIN --rooms BIN [--modules DIR] [--only TEXT] [--zlib]');
 
 function load(name) {
   for (const place of [options.modules, HERE].filter(Boolean)) {
@@ -206,8 +208,12 @@ const bytesOf = size => Buffer.alloc(size, Buffer.from(Array.from({ length: 256 
 
 const counted = size => `${size.toLocaleString('en')} bytes`;
 
+// Node's own inflates no more than 4 MiB, and can not be kept from compressing.
+const tooLarge = (library, size) => options.zlib && library === BuiltInClient && size > 4 * 1024 * 1024;
+
 for (const size of SIZES) {
   checkEachLibrary(`a text and a binary message of ${counted(size)} come back as they were`, async library => {
+    if (tooLarge(library, size)) return;
     const client = await new library().connect(echo.ws());
     for (const message of [textOf(size), bytesOf(size)]) {
       client.send(message);
@@ -320,21 +326,59 @@ checkEachLibrary('a server that is stopped closes with 1001 and ends with status
   expect(await status, 0, 'the status of the server');
 });
 
+// ---- Compression ---------------------------------------------------------------------------------------------------
+
+const both = [false, true];
+const agreements = both.flatMap(serverNo => both.flatMap(clientNo => [undefined, 9, 12, 15].flatMap(serverBits =>
+  [undefined, true, 9, 13].map(clientBits => ({ serverNo, clientNo, serverBits, clientBits })))));
+
+if (options.zlib) {
+  check('ws: all parameters of permessage-deflate, and messages in every agreement', async () => {
+    for (const { serverNo, clientNo, serverBits, clientBits } of agreements) {
+      const client = await new WsClient().connect(echo.ws(), { perMessageDeflate: {
+        threshold: 0, serverNoContextTakeover: serverNo, clientNoContextTakeover: clientNo,
+        serverMaxWindowBits: serverBits, clientMaxWindowBits: clientBits } });
+      expect(client.socket._extensions?.['permessage-deflate'] !== undefined, true, 'whether compression was agreed on');
+      for (const message of ['', 'x', 'hello hello hello', textOf(10_000), bytesOf(70_000), 'hello hello hello',
+                             textOf(10_000)]) {
+        client.send(message);
+        expect(await client.receive(), message, 'the echo');
+      }
+      expect((await client.close(1000)).code, 1000, 'the code of the answer');
+    }
+  });
+
+  checkEachLibrary('compressed messages of every size come back as they were', async library => {
+    const client = await new library().connect(echo.ws(), { perMessageDeflate: { threshold: 0 } });
+    for (const size of SIZES.filter(size => !tooLarge(library, size)))
+      for (const message of [textOf(size), bytesOf(size)]) {
+        client.send(message);
+        expect(await client.receive(), message, 'the echo');
+      }
+  });
+
+  check('ws: a compressed message in fragments, with pings between them, comes back as one', async () => {
+    const client = await new WsClient().connect(echo.ws(), { perMessageDeflate: { threshold: 0 } });
+    for (let number = 0; number < 100; ++number) {
+      client.socket.send(`part ${number} `, { fin: false, compress: true });
+      client.socket.ping();
+    }
+    client.socket.send('end', { fin: true, compress: true });
+    expect(await client.receive(), Array.from({ length: 100 }, (_, number) => `part ${number} `).join('') + 'end',
+           'the echo');
+  });
+}
+
 // ---- The handshake -------------------------------------------------------------------------------------------------
 
-check('ws: an offer of permessage-deflate is declined, and messages go uncompressed', async () => {
-  const client = await new WsClient().connect(echo.ws(), { perMessageDeflate: { threshold: 0 } });
-  expect(client.socket.extensions, '', 'the extensions');
+checkEachLibrary('an offer of permessage-deflate is agreed to where the program is built with zlib', async library => {
+  // The built-in one always makes one.
+  const client = await new library().connect(echo.ws(), { perMessageDeflate: { threshold: 0 } });
+  const agreed = client.socket.extensions.split(';')[0];
+  expect([agreed, client.socket.protocol], [options.zlib ? 'permessage-deflate' : '', ''], 'the extension, the subprotocol');
   client.send('a'.repeat(1000));
   expect(await client.receive(), 'a'.repeat(1000), 'the echo');
 });
-
-if (LIBRARIES.includes(BuiltInClient)) {
-  check('built-in: its offer of permessage-deflate is declined', async () => {  // it always makes one
-    const client = await new BuiltInClient().connect(echo.ws());
-    expect([client.socket.extensions, client.socket.protocol], ['', ''], 'the extensions and the subprotocol');
-  });
-}
 
 check('ws: of the subprotocols that are offered none is chosen', async () => {
   // ws then fails the connection, as a browser does; the server's answer is seen before that.

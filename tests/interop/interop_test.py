@@ -1,9 +1,9 @@
 #!/usr/bin/python3
 """Two client libraries that we did not write, Python's websockets and Tornado, and raw sockets, against the examples.
 
-    /usr/bin/python3 tests/interop/interop_test.py --echo BIN --chat BIN --rooms BIN
+    /usr/bin/python3 tests/interop/interop_test.py --echo BIN --chat BIN --rooms BIN [--zlib]
 
-Starts the programs itself, each on a port that the system picks. Prints one line for each check, then "N passed,
+Starts the programs itself, each on a port that the system picks; --zlib: they are built with compression. Prints one line for each check, then "N passed,
 N failed", and ends with status 1 if one of them failed. Written for Debian's python3-websockets and python3-tornado.
 """
 
@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ try:
     import tornado.websocket
     import websockets
     import websockets.client
+    from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 except ImportError as missing:
     sys.exit(f"{missing}: needs Debian's python3-websockets and python3-tornado, which /usr/bin/python3 sees")
 
@@ -110,6 +112,7 @@ class Servers:
 
     echo = chat = rooms = None
     echo_path = ""
+    zlib = False  # they are built with compression
     silent_clients = ()
 
 
@@ -457,12 +460,69 @@ async def _(servers, library):
 # ---- the handshake --------------------------------------------------------------------------------------------------
 
 
-@check_each_library("an offer of permessage-deflate is declined, and messages go uncompressed")
+@check_each_library("an offer of permessage-deflate is agreed to where the program is built with zlib, and else declined")
 async def _(servers, library):
     client = await library().connect(servers.echo.ws(), **library.offering_compression)
-    expect(client.extensions(), None, "Sec-WebSocket-Extensions")
+    expect(client.extensions(), "permessage-deflate" if servers.zlib else None, "Sec-WebSocket-Extensions")
     await client.send("a" * 1000)
     expect(await client.receive(), "a" * 1000, "the echo")
+
+
+# ---- compression ----------------------------------------------------------------------------------------------------
+
+
+async def echoes_compressed(client):
+    """Messages that compress well, badly and not at all, small and large, the same again, and pings in between."""
+    for message in 2 * ["", "x", "hello hello hello", "κόσμε 😀 " * 5000, b"", bytes_of(1000), os.urandom(70_000),
+                        bytes(3_000_000), "y" * 1_000_000]:
+        await client.send(message)
+        expect(await client.receive(), message, "the echo")
+        await client.ping(b"still there")
+
+
+@check("websockets: all parameters of permessage-deflate, and messages in every agreement")
+async def _(servers):
+    if not servers.zlib:
+        return
+    for no_server, no_client, server_bits, client_bits in itertools.product(
+            (False, True), (False, True), (None, 9, 12, 15), (None, True, 9, 13)):
+        offer = ClientPerMessageDeflateFactory(no_server, no_client, server_bits, client_bits)
+        client = await WebsocketsClient().connect(servers.echo.ws(), extensions=[offer])
+        expect(client.extensions(), "permessage-deflate"
+               + "; server_no_context_takeover" * no_server + "; client_no_context_takeover" * no_client
+               + (f"; server_max_window_bits={server_bits}" if server_bits else "")
+               + (f"; client_max_window_bits={client_bits}" if client_bits in (9, 13) else ""), "the agreement")
+        for message in 2 * ["", "x", "hello hello hello", "κόσμε 😀 " * 500, os.urandom(5000), bytes(100_000)]:
+            await client.send(message)
+            expect(await client.receive(), message, "the echo")
+        expect(await client.close(1000, ""), 1000, "the close code")
+
+
+@check_each_library("compressed messages of every kind come back as they were")
+async def _(servers, library):
+    if servers.zlib:
+        await echoes_compressed(await library().connect(servers.echo.ws(), **library.offering_compression))
+
+
+@check("websockets: a compressed message in 1,000 fragments comes back as one")
+async def _(servers):
+    if not servers.zlib:
+        return
+    client = await WebsocketsClient().connect(servers.echo.ws(), **WebsocketsClient.offering_compression)
+    await client.send([f"part {number} " for number in range(1000)])
+    expect(await client.receive(), "".join(f"part {number} " for number in range(1000)), "the echo")
+
+
+@check("tornado: a member that did not agree to compression, and one that did, hear the same in the chat")
+async def _(servers):
+    chat = servers.chat.ws("/chat")
+    plain = await TornadoClient().connect(chat)
+    offering = await TornadoClient().connect(chat, **TornadoClient.offering_compression)
+    expect(offering.extensions() is not None, servers.zlib, "whether compression was agreed on")
+    for text in ("short", "long " * 10_000):
+        await offering.send(text)
+        for client in (plain, offering):
+            expect(await client.receive(), text, "the message")
 
 
 @check_each_library("of the subprotocols that are offered none is chosen")
@@ -917,6 +977,7 @@ async def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("echo", "chat", "rooms"):
         parser.add_argument(f"--{name}", required=True, metavar="BIN", help=f"the program examples/{name}.cpp")
+    parser.add_argument("--zlib", action="store_true", help="the programs are built with compression")
     parser.add_argument("--only", default="", metavar="TEXT", help="run only the checks with this in their sentence")
     options = parser.parse_args()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
@@ -925,6 +986,7 @@ async def main():
         for name in ("echo", "chat", "rooms"):
             setattr(Servers, name, await Program().start(getattr(options, name)))
         Servers.echo_path = options.echo
+        Servers.zlib = options.zlib
         Servers.silent_clients = [await library().connect(Servers.echo.ws()) for library in LIBRARIES]
         OPEN_CLIENTS.clear()  # these stay
         results = [await run(sentence, function, Servers) for sentence, function in CHECKS if options.only in sentence]

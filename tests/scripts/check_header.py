@@ -18,6 +18,7 @@ HEADER = (ROOT / "wschat.hpp").read_text(encoding="utf-8")
 LINES = HEADER.split("\n")
 COMPILER, FLAGS = sys.argv[2:3], sys.argv[3:]
 WORK = pathlib.Path(tempfile.mkdtemp(prefix="wschat-check-"))
+FEATURES = ["WSCHAT_ZLIB"]  # those that the header has already
 
 
 def require(condition, sentence):
@@ -52,10 +53,15 @@ def prefix(line):
     return "\n".join(LINES[:line]) + ("\n" if "#pragma once" in HEADER else "\n#endif\n")
 
 
-def includes():
+def feature_sets():
+    """The options that build the header without features, and with each of them."""
+    return [[], *([f"-D{feature}=1"] for feature in FEATURES)]
+
+
+def includes(features):
     """The headers that wschat.hpp itself includes here, in its order."""
-    output = run([*COMPILER, "-std=c++17", "-E", "-dI", "-I", ROOT, write("includes.cpp", '#include "wschat.hpp"\n')],
-                 "wschat.hpp does not preprocess")
+    output = run([*COMPILER, "-std=c++17", *features, "-E", "-dI", "-I", ROOT,
+                  write("includes.cpp", '#include "wschat.hpp"\n')], "wschat.hpp does not preprocess")
     found, inside = [], False
     for line in output.splitlines():
         if marker := re.match(r'# \d+ "(.*?)"', line):
@@ -66,11 +72,11 @@ def includes():
     return "\n".join(found) + "\n"
 
 
-def one_command(source, program):
+def one_command(source, program, *features):
     """The command that the README promises, with the macros and the libraries that the source itself asks for in a
     comment "// g++ ..."; not one line of output."""
     asked = re.search(r"^// g\+\+ (.*?)(?: &&.*)?$", pathlib.Path(source).read_text(encoding="utf-8"), re.MULTILINE)
-    words = asked[1].split() if asked else []
+    words = [*(asked[1].split() if asked else []), *features]
     output = run([*COMPILER, "-std=c++17", "-O2", *(word for word in words if word.startswith("-D")), source, "-o", program,
                   "-I", ROOT, "-pthread", *(word for word in words if word.startswith("-l"))],
                  f"{source} does not compile with the one command")
@@ -126,24 +132,26 @@ def contents():
 
 
 def prefixes():
-    """Every prefix of the header that ends at a banner compiles, and so does the whole."""
+    """Every prefix of the header that ends at a banner compiles, and so does the whole, with each feature and without."""
     unit = write("unit.cpp", '#include "wschat.hpp"\n')
-    for line, number, name in sections():
-        write("wschat.hpp", prefix(line))
-        run([*COMPILER, *FLAGS, "-Werror", "-fsyntax-only", unit],
-            f"what stands above § {number} {name} does not compile")
-    write("wschat.hpp", HEADER)
-    run([*COMPILER, *FLAGS, "-Werror", "-fsyntax-only", unit], "wschat.hpp does not compile")
+    for features in feature_sets():
+        compiles = [*COMPILER, *FLAGS, *features, "-Werror", "-fsyntax-only", unit]
+        for line, number, name in sections():
+            write("wschat.hpp", prefix(line))
+            run(compiles, f"what stands above § {number} {name} does not compile")
+        write("wschat.hpp", HEADER)
+        run(compiles, "wschat.hpp does not compile")
 
 
 def macros():
     """Only WSCHAT_ macros leak, and no macro of somebody else is changed."""
-    def defined(text):
-        return set(run([*COMPILER, "-std=c++17", "-dM", "-E", "-I", ROOT, write("macros.cpp", text)],
+    def defined(text, features):
+        return set(run([*COMPILER, "-std=c++17", *features, "-dM", "-E", "-I", ROOT, write("macros.cpp", text)],
                        "macros").splitlines())
-    before, after = defined(includes()), defined('#include "wschat.hpp"\n')
-    leaked = [line for line in sorted(before ^ after) if not line.startswith("#define WSCHAT_")]
-    require(not leaked, "wschat.hpp defines, changes or removes:\n" + "\n".join(leaked))
+    for features in feature_sets():
+        before, after = defined(includes(features), features), defined('#include "wschat.hpp"\n', features)
+        leaked = [line for line in sorted(before ^ after) if not line.startswith("#define WSCHAT_")]
+        require(not leaked, "wschat.hpp defines, changes or removes:\n" + "\n".join(leaked))
 
 
 def hostile_macros():
@@ -151,9 +159,11 @@ def hostile_macros():
     hostile = "".join(f"#define {macro}\n" for macro in (
         "min(a, b) ((a) < (b) ? (a) : (b))", "max(a, b) ((a) > (b) ? (a) : (b))", "ERROR 0", "DELETE (0x00010000L)",
         "OK 0", "True 1", "False 0", "Bool int", "None 0L"))
-    for text in (hostile, includes() + hostile):
-        run([*COMPILER, *FLAGS, "-fsyntax-only", "-I", ROOT, write("hostile.cpp", text + '#include "wschat.hpp"\n')],
-            "wschat.hpp does not compile after #define min, max, ERROR and the like")
+    for features in feature_sets():
+        for text in (hostile, includes(features) + hostile):
+            run([*COMPILER, *FLAGS, *features, "-fsyntax-only", "-I", ROOT,
+                 write("hostile.cpp", text + '#include "wschat.hpp"\n')],
+                "wschat.hpp does not compile after #define min, max, ERROR and the like")
 
 
 def two_units():
@@ -200,6 +210,7 @@ def examples():
     """Each example compiles with the one command."""
     for source in sorted((ROOT / "examples").glob("*.cpp")):
         one_command(source, WORK / source.stem)
+    one_command(ROOT / "examples" / "echo.cpp", WORK / "echo", "-DWSCHAT_ZLIB=1", "-lz")
 
 
 def map_program():

@@ -1,4 +1,7 @@
-"""tornado_server.py PORT room|echo: the peer program for Tornado, as its documentation writes a chat."""
+"""tornado_server.py PORT room|echo|deflate: the peer program for Tornado, as its documentation writes a chat.
+
+deflate: a room that compresses; the contexts are as the client asks.
+"""
 
 import asyncio
 import sys
@@ -26,6 +29,11 @@ class Chat(Member):
             member.write_message(data, binary=binary)
 
 
+class Deflate(Chat):
+    def get_compression_options(self):
+        return {"compression_level": 6}
+
+
 class Echo(Member):
     def on_message(self, message):
         self.write_message(message, binary=isinstance(message, bytes))
@@ -33,7 +41,7 @@ class Echo(Member):
 
 async def main():
     port, mode = int(sys.argv[1]), sys.argv[2]
-    app = tornado.web.Application([("/.*", Echo if mode == "echo" else Chat)])
+    app = tornado.web.Application([("/.*", {"echo": Echo, "room": Chat, "deflate": Deflate}[mode])])
     app.listen(port, "127.0.0.1", backlog=4096)
     print(f"tornado: listening on 127.0.0.1:{port}", flush=True)
     await asyncio.Event().wait()

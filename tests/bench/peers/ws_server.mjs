@@ -1,10 +1,12 @@
-// ws_server.mjs PORT room|echo: the peer program for Node's ws, as its README writes a broadcast.
+// ws_server.mjs PORT room|echo|deflate: the peer program for Node's ws, as its README writes a broadcast. deflate: a
+// room that compresses; the contexts are as the client asks.
 
 import { WebSocketServer } from 'ws';
 
 const [port, mode] = [Number(process.argv[2]), process.argv[3]];
 const server = new WebSocketServer({
-  host: '127.0.0.1', port, backlog: 4096, perMessageDeflate: false,  // TCP_NODELAY is ws's own default
+  host: '127.0.0.1', port, backlog: 4096,  // TCP_NODELAY is ws's own default
+  perMessageDeflate: mode === 'deflate' && { threshold: 0, zlibDeflateOptions: { level: 6 } },
 });
 
 server.on('connection', (socket) => {

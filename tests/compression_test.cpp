@@ -1,0 +1,1114 @@
+// § 6 and what §§ 4, 7, 9 and 13 do with it: negotiation as tables, messages against zlib used directly, bombs, and
+// what a connection pays. Where the header is built without WSCHAT_ZLIB, that nothing of it is left.
+#include "support.hpp"
+
+#include <random>
+
+using namespace wschat;
+using test::Client;
+using test::hex;
+using test::RunningServer;
+using test::to_hex;
+using namespace std::chrono_literals;
+
+namespace {
+
+// Answers with what a test says, and echoes; "/room" is a room.
+struct Echo : WebSocketHandler {
+    explicit Echo(CompressionOptions options) : options_(options) {}
+    std::optional<CompressionOptions> get_compression_options() override { return options_; }
+    void on_message(const Message& m) override { write_message(m); }
+    CompressionOptions options_;
+};
+
+CompressionOptions options_of(int server_bits, int client_bits, bool server_takeover, bool client_takeover) {
+    CompressionOptions options;
+    options.server_max_window_bits = server_bits;
+    options.client_max_window_bits = client_bits;
+    options.server_context_takeover = server_takeover;
+    options.client_context_takeover = client_takeover;
+    options.threshold = 0;
+    return options;
+}
+
+}  // namespace
+
+#if WSCHAT_ZLIB
+
+namespace {
+
+const Time start = Time() + 1h;
+constexpr std::size_t whole = std::string_view::npos;
+
+// ---- zlib, used directly -------------------------------------------------------------------------------------------
+
+class Zlib {
+public:
+    Zlib(bool deflates, int window_bits, int level = 6, int strategy = Z_DEFAULT_STRATEGY) : deflates_(deflates) {
+        const int outcome = deflates ? deflateInit2(&stream_, level, Z_DEFLATED, -window_bits, 8, strategy)
+                                     : inflateInit2(&stream_, -window_bits);
+        REQUIRE(outcome == Z_OK);
+    }
+    Zlib(const Zlib&) = delete;
+    Zlib& operator=(const Zlib&) = delete;
+    ~Zlib() { deflates_ ? deflateEnd(&stream_) : inflateEnd(&stream_); }
+
+    // The output of the whole input; with Z_FINISH the stream is then a new one.
+    std::string run(std::string_view input, int flush = Z_SYNC_FLUSH) {
+        std::string output;
+        stream_.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(input.data()));
+        stream_.avail_in = static_cast<uInt>(input.size());
+        char piece[16 * 1024];
+        do {
+            stream_.next_out = reinterpret_cast<Bytef*>(piece);
+            stream_.avail_out = sizeof piece;
+            last = deflates_ ? ::deflate(&stream_, flush) : ::inflate(&stream_, flush);
+            output.append(piece, sizeof piece - stream_.avail_out);
+        } while (stream_.avail_out == 0);
+        if (deflates_ && flush == Z_FINISH) deflateReset(&stream_);
+        return output;
+    }
+    // As RFC 7692 7.2.1 and 7.2.2 have it.
+    std::string message_out(std::string_view payload) {
+        const std::string output = run(payload);
+        return output.substr(0, output.size() - 4);
+    }
+    std::string message_in(std::string payload) { return run(payload + hex("00 00 ff ff")); }
+
+    int last = Z_OK;  // what the last call has answered
+
+private:
+    bool deflates_;
+    z_stream stream_{};
+};
+
+// ---- frames and an end of a connection -----------------------------------------------------------------------------
+
+// A frame, unmasked, or with a mask of zeros.
+std::string frame(unsigned first_byte, std::string_view payload, bool masked) {
+    FrameHeader header;
+    header.masked = masked;
+    header.length = payload.size();
+    char head[FrameHeader::max_size];
+    const char* end = encode(header, head);
+    head[0] = static_cast<char>(first_byte);
+    return std::string(head, static_cast<std::size_t>(end - head)).append(payload);
+}
+
+struct End {
+    End(Role its_role, std::unique_ptr<Compression> compression, std::size_t max_message = 1024 * 1024)
+        : role(its_role) {
+        limits.max_message_size = max_message;
+        limits.max_backlog = 256 * 1024 * 1024;
+        connection.open(role, limits, arena, start, role == Role::client ? &test::test_mask : nullptr,
+                        std::move(compression));
+    }
+    End(const End&) = delete;
+    End& operator=(const End&) = delete;
+
+    // Gives it a frame of its peer, in pieces that are gone afterwards.
+    End& give(unsigned first_byte, std::string_view payload, std::size_t piece = whole) {
+        return give(frame(first_byte, payload, role == Role::server), piece);
+    }
+    End& give(std::string_view bytes, std::size_t piece = whole) {
+        for (; !bytes.empty(); bytes.remove_prefix(std::min(piece, bytes.size()))) {
+            std::string part(bytes.substr(0, piece));
+            connection.receive(&part[0], part.size(), start);
+            take_events();
+        }
+        return *this;
+    }
+    void take_events() {
+        for (;;) {
+            const Event event = connection.next_event();
+            if (event.kind == Event::Kind::none) return;
+            if (event.kind == Event::Kind::close) closed = number(connection.close_code());
+            else if (event.kind == Event::Kind::message) messages.emplace_back(event.message.data());
+            else others += event.kind == Event::Kind::ping ? "ping " : "pong ";
+        }
+    }
+    // What it has sent since the last call: the first byte of each frame, and its payload.
+    std::vector<std::pair<unsigned, std::string>> sent() {
+        std::vector<std::pair<unsigned, std::string>> frames;
+        std::string bytes = test::take_output(connection);
+        FrameParser parser(role == Role::client ? Role::server : Role::client, true);
+        for (std::size_t at = 0; at < bytes.size();) {
+            const ParsedFrame parsed = parser.parse(std::string_view(bytes).substr(at));
+            REQUIRE(parsed.outcome == ParsedFrame::Outcome::header);
+            const auto size = static_cast<std::size_t>(parsed.header.length);
+            if (parsed.header.masked) apply_mask(&bytes[at + parsed.size], size, parsed.header.mask);
+            frames.emplace_back(static_cast<unsigned char>(bytes[at]), bytes.substr(at + parsed.size, size));
+            at += parsed.size + size;
+        }
+        return frames;
+    }
+
+    Role role;
+    Limits limits;
+    SendArena arena;
+    Connection connection;
+    std::vector<std::string> messages;
+    std::string others;
+    unsigned closed = 0;  // the close code
+};
+
+Fields extensions(std::string& lines, std::string_view value) {
+    lines = "Sec-WebSocket-Extensions: " + std::string(value) + "\r\n";
+    return Fields(lines);
+}
+
+// A server's end after the usual offer.
+std::unique_ptr<Compression> server_end(CompressionPool& pool, const CompressionOptions& options,
+                                        std::string_view offer = "permessage-deflate; client_max_window_bits") {
+    std::string lines;
+    auto accepted = pool.accept(extensions(lines, offer), options);
+    REQUIRE(accepted.compression);
+    return std::move(accepted.compression);
+}
+
+// And a client's, after the answer that such a server gives it.
+std::unique_ptr<Compression> client_end(CompressionPool& pool, const CompressionOptions& options) {
+    std::string lines, error;
+    const std::string answer = pool.accept(extensions(lines, pool.offer(options)), options).answer;
+    auto compression = pool.read_answer(extensions(lines, answer), options, error);
+    REQUIRE(compression);
+    REQUIRE(error == "");
+    return compression;
+}
+
+// Text of that many bytes, which compresses as chats do; and bytes that do not compress.
+std::string words(std::size_t size, unsigned seed = 1) {
+    static const char* const some[] = {
+        "the ",  "quick ", "br\xc3\xb6wn ", "fox ", "\xe2\x82\xac ", "jumps ", "\xf0\x9f\x98\x80 ",
+        "over ", "a ",     "lazy dog. "};
+    std::mt19937 random(seed);
+    std::string text;
+    while (text.size() < size) text += some[random() % 10];
+    text = cut_utf8(text, size);
+    return text.append(size - text.size(), '.');
+}
+std::string noise(std::size_t size, unsigned seed = 1) {
+    std::mt19937 random(seed);
+    std::string bytes;
+    while (bytes.size() < size) bytes += static_cast<char>(random());
+    return bytes;
+}
+
+constexpr unsigned plain_text = 0x81, plain_binary = 0x82, compressed_text = 0xC1, compressed_binary = 0xC2;
+
+}  // namespace
+
+TEST_SUITE("compression") {
+    // ---- negotiation -----------------------------------------------------------------------------------------------
+
+    TEST_CASE("a server answers an offer with what both can keep, and declines what no offer may be") {
+        const CompressionOptions usual, small = options_of(10, 11, false, false),
+                                        takeover = options_of(15, 15, true, true),
+                                        small_takeover = options_of(12, 9, true, true);
+        const std::string none = "; server_no_context_takeover; client_no_context_takeover";
+        struct Row {
+            CompressionOptions options;
+            std::string offer;
+            std::string answer;  // without its name; "-": declined
+        };
+        const Row rows[] = {
+            {usual, "permessage-deflate", none},
+            {usual, "permessage-deflate; client_max_window_bits", none},
+            {usual, "permessage-deflate; client_no_context_takeover; server_no_context_takeover", none},
+            {usual, "permessage-deflate; server_max_window_bits=15", none + "; server_max_window_bits=15"},
+            {usual, "permessage-deflate; server_max_window_bits=10", none + "; server_max_window_bits=10"},
+            {usual, "permessage-deflate; server_max_window_bits=8", none + "; server_max_window_bits=8"},
+            {usual, "permessage-deflate; client_max_window_bits=15", none},
+            {usual, "permessage-deflate; client_max_window_bits=8", none + "; client_max_window_bits=8"},
+            {takeover, "permessage-deflate", ""},
+            {takeover, "permessage-deflate; server_no_context_takeover", "; server_no_context_takeover"},
+            {takeover, "permessage-deflate; client_no_context_takeover", "; client_no_context_takeover"},
+            {takeover, "permessage-deflate; client_max_window_bits; server_max_window_bits=9",
+             "; server_max_window_bits=9"},
+            {small, "permessage-deflate", none + "; server_max_window_bits=10"},
+            {small, "permessage-deflate; server_max_window_bits=12", none + "; server_max_window_bits=10"},
+            {small, "permessage-deflate; server_max_window_bits=9", none + "; server_max_window_bits=9"},
+            {small, "permessage-deflate; client_max_window_bits",
+             none + "; server_max_window_bits=10; client_max_window_bits=11"},
+            {small_takeover, "permessage-deflate; client_max_window_bits=10",
+             "; server_max_window_bits=12; client_max_window_bits=9"},
+            // Quoted values are values (RFC 6455 9.1), and space does not count.
+            {usual, "permessage-deflate;server_max_window_bits=\"10\"", none + "; server_max_window_bits=10"},
+            {usual, "permessage-deflate ;\tserver_max_window_bits = \"1\\0\" ", none + "; server_max_window_bits=10"},
+            // Several offers, in order of preference; the first that can be kept.
+            {takeover, "permessage-deflate; server_max_window_bits=10, permessage-deflate",
+             "; server_max_window_bits=10"},
+            {takeover, "x-webkit-deflate-frame, permessage-deflate; server_no_context_takeover, permessage-deflate",
+             "; server_no_context_takeover"},
+            {takeover, "permessage-deflate; mux=1, permessage-deflate; client_max_window_bits=11",
+             "; client_max_window_bits=11"},
+            {takeover, "foo; x=\"a, permessage_deflate; b\", permessage-deflate", "-"},
+            {takeover, ",, permessage-deflate ,", ""},
+            // Unknown, doubled or invalid parameters, and values where none may stand or none stands.
+            {usual, "permessage-deflate; mux", "-"},
+            {usual, "permessage-deflate; server_no_context_takeover; server_no_context_takeover", "-"},
+            {usual, "permessage-deflate; client_max_window_bits; client_max_window_bits=10", "-"},
+            {usual, "permessage-deflate; server_max_window_bits=10; server_max_window_bits=10", "-"},
+            {usual, "permessage-deflate; server_no_context_takeover=true", "-"},
+            {usual, "permessage-deflate; client_no_context_takeover=\"\"", "-"},
+            {usual, "permessage-deflate; server_max_window_bits", "-"},
+            {usual, "permessage-deflate; server_max_window_bits=", "-"},
+            {usual, "permessage-deflate; server_max_window_bits=7", "-"},
+            {usual, "permessage-deflate; server_max_window_bits=16", "-"},
+            {usual, "permessage-deflate; server_max_window_bits=08", "-"},
+            {usual, "permessage-deflate; server_max_window_bits=+9", "-"},
+            {usual, "permessage-deflate; server_max_window_bits=99999999999999999999999", "-"},
+            {usual, "permessage-deflate; client_max_window_bits=7", "-"},
+            {usual, "permessage-deflate; client_max_window_bits=0", "-"},
+            {usual, "permessage-deflate; client_max_window_bits=\" 10\"", "-"},
+            {usual, "permessage-deflate; Client_Max_Window_Bits", "-"},
+            // What is no list of extensions.
+            {usual, "", "-"},
+            {usual, "permessage-deflate permessage-deflate", "-"},
+            {usual, "permessage-deflate;", "-"},
+            {usual, "permessage-deflate; =10", "-"},
+            {usual, "permessage-deflate; server_max_window_bits=\"10", "-"},
+            {usual, "permessage-deflate=1", "-"},
+            {usual, "\"permessage-deflate\"", "-"},
+            {usual, "; permessage-deflate", "-"},
+            {usual, "permessage-deflated", "-"},
+            {usual, "deflate-frame", "-"},
+        };
+        for (const Row& row : rows) {
+            CAPTURE(row.offer);
+            CompressionPool pool;
+            std::string lines;
+            const AcceptedCompression accepted = pool.accept(extensions(lines, row.offer), row.options);
+            CHECK(accepted.answer == (row.answer == "-" ? "" : "permessage-deflate" + row.answer));
+            CHECK((accepted.compression != nullptr) == (row.answer != "-"));
+        }
+    }
+
+    TEST_CASE("offers may stand in several header fields") {
+        CompressionPool pool;
+        const Fields fields(
+            "Sec-WebSocket-Extensions: permessage-deflate; mux\r\nHost: x\r\n"
+            "sec-websocket-extensions: permessage-deflate; server_max_window_bits=9\r\n");
+        CHECK(pool.accept(fields, options_of(15, 15, true, true)).answer ==
+              "permessage-deflate; server_max_window_bits=9");
+    }
+
+    TEST_CASE("a client offers what its options say") {
+        CHECK(CompressionPool::offer({}) ==
+              "permessage-deflate; server_no_context_takeover; client_no_context_takeover; client_max_window_bits");
+        CHECK(CompressionPool::offer(options_of(15, 15, true, true)) == "permessage-deflate; client_max_window_bits");
+        CHECK(CompressionPool::offer(options_of(9, 10, true, false)) ==
+              "permessage-deflate; client_no_context_takeover; server_max_window_bits=9; client_max_window_bits=10");
+    }
+
+    TEST_CASE("a client takes the answers that its offer allows, and fails on any other") {
+        const CompressionOptions takeover = options_of(15, 15, true, true), small = options_of(10, 11, true, true),
+                                 none = options_of(15, 15, false, false);
+        struct Row {
+            CompressionOptions options;
+            std::string answer;
+            std::string outcome;  // "yes", "no", or a part of the error
+        };
+        const Row rows[] = {
+            {takeover, "permessage-deflate", "yes"},
+            {takeover, "permessage-deflate; server_no_context_takeover; client_no_context_takeover", "yes"},
+            {takeover, "permessage-deflate; server_max_window_bits=8; client_max_window_bits=8", "yes"},
+            {none, "permessage-deflate; server_no_context_takeover", "yes"},
+            {small, "permessage-deflate; server_max_window_bits=10; client_max_window_bits=11", "yes"},
+            {small, "permessage-deflate; server_max_window_bits=9", "yes"},
+            {takeover, "", "no"},
+            {takeover, "permessage-deflate, permessage-deflate", "not one answer"},
+            {takeover, "permessage-deflate, foo", "not one answer"},
+            {takeover, "foo", "not one answer"},
+            {takeover, "permessage-deflate; foo", "not one answer"},
+            {takeover, "permessage-deflate; client_max_window_bits", "not one answer"},
+            {takeover, "permessage-deflate; server_max_window_bits=7", "not one answer"},
+            {takeover, "permessage-deflate; server_no_context_takeover=1", "not one answer"},
+            {takeover, "permessage-deflate; server_no_context_takeover; server_no_context_takeover", "not one answer"},
+            {takeover, "permessage-deflate;", "not one answer"},
+            {takeover, "=", "not one answer"},
+            {none, "permessage-deflate", "context takeover"},
+            {small, "permessage-deflate", "server_max_window_bits"},
+            {small, "permessage-deflate; server_max_window_bits=11", "server_max_window_bits"},
+            {small, "permessage-deflate; server_max_window_bits=10; client_max_window_bits=12",
+             "client_max_window_bits"},
+        };
+        for (const Row& row : rows) {
+            CAPTURE(row.answer);
+            CompressionPool pool;
+            std::string lines, error;
+            const auto compression = pool.read_answer(extensions(lines, row.answer), row.options, error);
+            CHECK((compression != nullptr) == (row.outcome == "yes"));
+            if (row.outcome == "yes" || row.outcome == "no") CHECK(error == "");
+            else CHECK(error.find(row.outcome) != std::string::npos);
+        }
+    }
+
+    TEST_CASE("illegal options are an Error that names the value") {
+        CompressionPool pool;
+        std::string lines;
+        const auto error_of = [&](auto change) {
+            CompressionOptions options;
+            change(options);
+            try {
+                pool.accept(extensions(lines, "permessage-deflate"), options);
+            } catch (const Error& error) {
+                CHECK_THROWS_AS(CompressionPool::offer(options), Error);
+                return std::string(error.what());
+            }
+            return std::string();
+        };
+        CHECK(error_of([](auto& o) { o.level = 0; }) == "CompressionOptions: level 0 is not in 1-9");
+        CHECK(error_of([](auto& o) { o.level = 10; }) == "CompressionOptions: level 10 is not in 1-9");
+        CHECK(error_of([](auto& o) { o.memory_level = 0; }) == "CompressionOptions: memory_level 0 is not in 1-9");
+        CHECK(error_of([](auto& o) { o.server_max_window_bits = 7; }) ==
+              "CompressionOptions: server_max_window_bits 7 is not in 8-15");
+        CHECK(error_of([](auto& o) { o.client_max_window_bits = 16; }) ==
+              "CompressionOptions: client_max_window_bits 16 is not in 8-15");
+        CHECK(error_of([](auto&) {}) == "");
+    }
+
+    TEST_CASE("endless offers are read in time linear in their length") {
+        CompressionPool pool;
+        for (const std::string_view part :
+             {"a;", "a,", "permessage-deflate;mux,", "x=\"", "\\\"", ";;;", ",,,,", "a;b=c;"}) {
+            CAPTURE(part);
+            std::string lines, offer;
+            while (offer.size() < 4 * 1024 * 1024) offer += part;
+            CHECK(pool.accept(extensions(lines, offer), {}).answer == "");
+        }
+    }
+
+    // ---- the vectors of RFC 7692 -----------------------------------------------------------------------------------
+
+    TEST_CASE("the examples of RFC 7692 7.2.3 are read, in any pieces") {
+        struct Row {
+            const char* bytes;
+            std::vector<std::string> messages;
+        };
+        const Row rows[] = {
+            {"c1 07 f2 48 cd c9 c9 07 00", {"Hello"}},
+            {"41 03 f2 48 cd 80 04 c9 c9 07 00", {"Hello"}},
+            {"c1 07 f2 48 cd c9 c9 07 00 c1 07 f2 48 cd c9 c9 07 00", {"Hello", "Hello"}},
+            {"c1 07 f2 48 cd c9 c9 07 00 c1 05 f2 00 11 00 00", {"Hello", "Hello"}},
+            {"c1 0b 00 05 00 fa ff 48 65 6c 6c 6f 00", {"Hello"}},
+            {"c1 08 f3 48 cd c9 c9 07 00 00", {"Hello"}},
+            {"c1 08 f3 48 cd c9 c9 07 00 00 c1 05 f2 00 11 00 00", {"Hello", "Hello"}},
+            {"c1 0d f2 48 05 00 00 00 ff ff ca c9 c9 07 00", {"Hello"}},
+            {"c1 01 00", {""}},
+            {"41 01 00 00 00 80 00", {""}},
+            // What others send instead: an empty payload, and a final block without the octet behind it.
+            {"c1 00", {""}},
+            {"c1 00 c1 07 f2 48 cd c9 c9 07 00", {"", "Hello"}},
+            {"c1 07 f3 48 cd c9 c9 07 00", {"Hello"}},
+            {"41 07 f3 48 cd c9 c9 07 00 80 00 c1 07 f2 48 cd c9 c9 07 00", {"Hello", "Hello"}},
+            // Plain messages in between are no part of the context.
+            {"c1 07 f2 48 cd c9 c9 07 00 81 03 61 62 63 c1 05 f2 00 11 00 00", {"Hello", "abc", "Hello"}},
+        };
+        for (const Row& row : rows) {
+            CAPTURE(row.bytes);
+            for (const std::size_t piece : {whole, std::size_t{1}, std::size_t{2}, std::size_t{3}, std::size_t{5}}) {
+                CAPTURE(piece);
+                CompressionPool pool;
+                End end(Role::client, client_end(pool, options_of(15, 15, true, true)));
+                end.give(hex(row.bytes), piece);
+                CHECK(end.messages == row.messages);
+                CHECK(end.closed == 0);
+            }
+        }
+    }
+
+    TEST_CASE("the examples of RFC 7692 7.2.3 are written") {
+        CompressionPool pool;
+        End end(Role::server, server_end(pool, options_of(15, 15, true, true)));
+        for (int i = 0; i < 2; ++i) CHECK(end.connection.send(Opcode::text, "Hello") == WriteStatus::sent);
+        CHECK(to_hex(test::take_output(end.connection)) == "c1 07 f2 48 cd c9 c9 07 00 c1 05 f2 00 11 00 00");
+    }
+
+    TEST_CASE("without context takeover each message stands by itself") {
+        CompressionPool pool;
+        End end(Role::server, server_end(pool, options_of(15, 15, false, false)));
+        const std::string message = words(500);
+        for (int i = 0; i < 3; ++i) end.connection.send(Opcode::text, message);
+        const auto sent = end.sent();
+        REQUIRE(sent.size() == 3);
+        for (const auto& [first_byte, payload] : sent) {
+            CHECK(first_byte == compressed_text);
+            CHECK(payload == sent[0].second);
+            CHECK(Zlib(false, 15).message_in(payload) == message);
+        }
+        // And what refers back to an earlier one is corrupt.
+        end.give(compressed_text, hex("f2 48 cd c9 c9 07 00")).give(compressed_text, hex("f2 00 11 00 00"));
+        CHECK(end.messages == std::vector<std::string>{"Hello"});
+        CHECK(end.closed == 1007);
+    }
+
+    // ---- the grid --------------------------------------------------------------------------------------------------
+
+    TEST_CASE("what is sent is inflated by zlib with the window that was agreed on") {
+        const std::size_t sizes[] = {1, 2, 100, 255, 256, 257, 1000, 5000, 40'000, 70'000, 200'000};
+        for (int bits = 8; bits <= 15; ++bits)
+            for (const bool takeover : {false, true})
+                for (const Role role : {Role::server, Role::client}) {
+                    CAPTURE(bits);
+                    CAPTURE(takeover);
+                    CompressionPool pool;
+                    const CompressionOptions options = options_of(bits, bits, takeover, takeover);
+                    End end(role, role == Role::server ? server_end(pool, options) : client_end(pool, options));
+                    auto reader = std::make_unique<Zlib>(false, bits);
+                    for (const std::size_t size : sizes)
+                        for (const bool compressible : {true, false}) {
+                            CAPTURE(size);
+                            const std::string message = compressible ? words(size) : noise(size);
+                            CHECK(end.connection.send(Opcode::binary, message) == WriteStatus::sent);
+                            const auto sent = end.sent();
+                            REQUIRE(sent.size() == 1);
+                            const bool compressed = sent[0].first == compressed_binary;
+                            CHECK((compressed || (sent[0].first == plain_binary && !takeover)));
+                            // A message that does not become smaller goes as it is, where the next needs nothing of it.
+                            if (!takeover) CHECK((sent[0].second.size() < size) == compressed);
+                            if (compressible && size > 1000) CHECK(sent[0].second.size() < size / 2);
+                            if (!takeover) reader = std::make_unique<Zlib>(false, bits);
+                            CHECK((compressed ? reader->message_in(sent[0].second) == message
+                                              : sent[0].second == message));
+                        }
+                }
+    }
+
+    TEST_CASE("what zlib has deflated is read, in any fragments and any pieces") {
+        const std::size_t sizes[] = {0, 1, 100, 5000, 70'000, 200'000};
+        std::mt19937 random(7692);
+        for (int bits = 9; bits <= 15; bits += 2)
+            for (const bool takeover : {false, true})
+                for (const Role role : {Role::server, Role::client})
+                    for (const int strategy : {Z_DEFAULT_STRATEGY, Z_HUFFMAN_ONLY, Z_FIXED, Z_RLE}) {
+                        CAPTURE(bits);
+                        CAPTURE(takeover);
+                        CompressionPool pool;
+                        const CompressionOptions options = options_of(bits, bits, takeover, takeover);
+                        End end(role, role == Role::server ? server_end(pool, options) : client_end(pool, options));
+                        auto writer = std::make_unique<Zlib>(true, bits, 6, strategy);
+                        for (const std::size_t size : sizes) {
+                            CAPTURE(size);
+                            const std::string message =
+                                size % 3 == 0 ? noise(size) : words(size, static_cast<unsigned>(bits));
+                            if (!takeover)
+                                writer = std::make_unique<Zlib>(true, bits, static_cast<int>(size % 10), strategy);
+                            const std::string payload = writer->message_out(message);
+                            std::string frames;
+                            std::size_t at = 0;
+                            for (bool first = true; first || at < payload.size(); first = false) {
+                                const std::size_t part = random() % 4 == 0 ? 0 : random() % (payload.size() + 1);
+                                const std::string_view fragment = std::string_view(payload).substr(at, part);
+                                at += fragment.size();
+                                frames += frame((first ? 0x42u : 0u) | (at == payload.size() ? 0x80u : 0u), fragment,
+                                                role == Role::server);
+                                if (random() % 3 == 0 && at < payload.size())
+                                    frames += frame(0x89, "", role == Role::server);
+                                if (at == payload.size()) break;
+                            }
+                            const std::size_t pieces[] = {whole, 1, 7, 1000, 65536};
+                            end.give(frames, pieces[random() % (size > 5000 ? 1 : 2) + (size > 5000 ? 3 : 0)]);
+                            REQUIRE(end.closed == 0);
+                            REQUIRE(end.messages.size() == 1);
+                            CHECK(end.messages[0] == message);
+                            end.messages.clear();
+                        }
+                    }
+    }
+
+    TEST_CASE("both ends of a connection understand one another, whatever they have agreed on") {
+        for (const int server_bits : {8, 9, 12, 15})
+            for (const int client_bits : {8, 10, 15})
+                for (const int takeover : {0, 1, 2, 3}) {
+                    CAPTURE(server_bits);
+                    CAPTURE(client_bits);
+                    CAPTURE(takeover);
+                    CompressionPool server_pool, client_pool;
+                    const CompressionOptions options =
+                        options_of(server_bits, client_bits, (takeover & 1) != 0, (takeover & 2) != 0);
+                    std::string lines, error;
+                    auto accepted = server_pool.accept(extensions(lines, CompressionPool::offer(options)), options);
+                    auto answered = client_pool.read_answer(extensions(lines, accepted.answer), options, error);
+                    REQUIRE(error == "");
+                    End server(Role::server, std::move(accepted.compression));
+                    End client(Role::client, std::move(answered));
+                    for (const unsigned size : {300u, 3000u, 100'000u, 100u, 70'000u}) {
+                        const std::string message = words(size, size);
+                        client.connection.send(Opcode::text, message);
+                        server.give(test::take_output(client.connection), 10'000);
+                        server.connection.send(Opcode::text, message);
+                        client.give(test::take_output(server.connection), 10'000);
+                    }
+                    CHECK(server.messages.size() == 5);
+                    CHECK(server.messages == client.messages);
+                }
+    }
+
+    TEST_CASE("with context takeover a message that was said before costs next to nothing") {
+        CompressionPool pool;
+        End end(Role::server, server_end(pool, options_of(15, 15, true, false)));
+        const std::string message = words(1000);
+        for (int i = 0; i < 2; ++i) end.connection.send(Opcode::text, message);
+        const auto sent = end.sent();
+        CHECK(sent[0].second.size() > 200);
+        CHECK(sent[1].second.size() < 30);
+    }
+
+    TEST_CASE("messages under the threshold, empty ones and control frames are plain") {
+        CompressionPool pool;
+        CompressionOptions options = options_of(15, 15, false, false);
+        options.threshold = 100;
+        End end(Role::server, server_end(pool, options));
+        end.connection.send(Opcode::text, words(99));
+        end.connection.send(Opcode::text, words(100));
+        end.connection.send_control(Opcode::ping, words(120));
+        end.give(0x89, "are you there");
+        end.connection.close(CloseCode::normal, words(120), start);
+        const auto sent = end.sent();
+        REQUIRE(sent.size() == 5);
+        const unsigned first_bytes[] = {plain_text, compressed_text, 0x89, 0x8A, 0x88};
+        for (std::size_t i = 0; i < 5; ++i) CHECK(sent[i].first == first_bytes[i]);
+
+        End all(Role::server, server_end(pool, options_of(15, 15, true, false)));
+        all.connection.send(Opcode::text, "");
+        all.connection.send(Opcode::text, "a");
+        all.connection.send(Opcode::text, "");
+        CHECK(to_hex(test::take_output(all.connection)) == "81 00 c1 03 4a 04 00 81 00");
+    }
+
+    // ---- RSV1 ------------------------------------------------------------------------------------------------------
+
+    TEST_CASE("RSV1 stands only in the first frame of a message, and only where compression was agreed on") {
+        struct Row {
+            const char* bytes;
+            bool agreed;
+            unsigned closed;
+        };
+        const Row rows[] = {
+            {"c1 07 f2 48 cd c9 c9 07 00", false, 1002},
+            {"c2 00", false, 1002},
+            {"c1 07 f2 48 cd c9 c9 07 00", true, 0},
+            {"c2 07 f2 48 cd c9 c9 07 00", true, 0},
+            {"41 03 f2 48 cd 80 04 c9 c9 07 00", true, 0},
+            {"41 03 f2 48 cd c0 04 c9 c9 07 00", true, 1002},  // again on the last fragment
+            {"41 03 f2 48 cd 40 00", true, 1002},              // and on one in between
+            {"01 01 61 c0 01 62", true, 1002},                 // only on a later one
+            {"c9 00", true, 1002},
+            {"ca 00", true, 1002},
+            {"c8 02 03 e8", true, 1002},
+            {"41 03 f2 48 cd c9 00", true, 1002},  // a ping within
+            {"41 03 f2 48 cd 89 00 80 04 c9 c9 07 00", true, 0},
+            {"a1 00", true, 1002},  // RSV2, RSV3
+            {"91 00", true, 1002},
+            {"e1 00", true, 1002},
+            {"d1 00", true, 1002},
+            {"c3 00", true, 1002},  // reserved opcodes
+            {"cb 00", true, 1002},
+        };
+        for (const Row& row : rows) {
+            CAPTURE(row.bytes);
+            CompressionPool pool;
+            End end(Role::client, row.agreed ? client_end(pool, options_of(15, 15, true, true)) : nullptr);
+            CHECK(end.give(hex(row.bytes)).closed == row.closed);
+        }
+    }
+
+    // ---- what is wrong with a message ------------------------------------------------------------------------------
+
+    TEST_CASE("what is no DEFLATE stream, and what ends within a block, is refused with 1007") {
+        const char* const payloads[] = {
+            "ff ff ff ff",              // a reserved type of block
+            "06",                       // the same, in a message of one byte
+            "00 05 00 00 00 48",        // a stored block whose length does not match its complement
+            "f2 48 cd c9",              // the beginning of "Hello"
+            "00 05 00 fa ff 48 65",     // the beginning of a stored block
+            "f2 00 11 00 00",           // a reference to before the first message
+            "05 00 00 00 00 00 00 00",  // dynamic codes that are none
+            "f3 48 cd c9 c9 07 00 ff",  // rubbish after a final block
+        };
+        for (const char* payload : payloads) {
+            CAPTURE(payload);
+            for (const bool takeover : {false, true})
+                for (const std::size_t piece : {whole, std::size_t{1}}) {
+                    CompressionPool pool;
+                    End end(Role::server, server_end(pool, options_of(15, 15, takeover, takeover)));
+                    end.give(compressed_binary, hex(payload), piece);
+                    CHECK(end.messages.empty());
+                    CHECK(end.closed == 1007);
+                    CHECK(end.connection.close_reason() == "message is not compressed as RFC 7692 wants it");
+                }
+        }
+    }
+
+    TEST_CASE("a corrupt stream is refused as soon as it is certain, and so is text that is not UTF-8") {
+        CompressionPool pool;
+        const CompressionOptions options = options_of(15, 15, false, false);
+        End corrupt(Role::server, server_end(pool, options));
+        CHECK(corrupt.give(0x42, hex("ff")).closed == 1007);  // not a last fragment
+
+        // The invalid byte stands in the first fragment; the rest of the message has not come.
+        std::string bad = words(3000) + "\xff" + words(3000);
+        const std::string payload = Zlib(true, 15, 0).message_out(bad);
+        End invalid(Role::server, server_end(pool, options));
+        invalid.give(0x41, std::string_view(payload).substr(0, 2900));
+        CHECK(invalid.closed == 0);
+        invalid.give(0x00, std::string_view(payload).substr(2900, 300));
+        CHECK(invalid.closed == 1007);
+        CHECK(invalid.connection.close_reason() == "text is not UTF-8");
+
+        End unfinished(Role::server, server_end(pool, options));
+        unfinished.give(compressed_text, Zlib(true, 15).message_out("caf\xc3"));
+        CHECK(unfinished.closed == 1007);
+        CHECK(unfinished.connection.close_reason() == "text is not UTF-8");
+
+        End bytes(Role::server, server_end(pool, options));
+        CHECK(bytes.give(compressed_binary, Zlib(true, 15).message_out(bad)).closed == 0);
+        CHECK(bytes.messages == std::vector<std::string>{bad});
+    }
+
+    TEST_CASE("no change of a byte does harm: a message, or 1007, or 1009") {
+        CompressionPool pool;
+        std::mt19937 random(11);
+        const std::string payload = Zlib(true, 15).message_out(words(3000));
+        for (std::size_t at = 0; at < payload.size(); ++at)
+            for (int i = 0; i < 4; ++i) {
+                std::string changed = payload;
+                changed[at] = static_cast<char>(changed[at] ^ (1 << (random() % 8)));
+                End end(Role::server, server_end(pool, options_of(15, 15, false, random() % 2 == 0)), 64 * 1024);
+                end.give(compressed_binary, changed, random() % 2 == 0 ? whole : 1 + random() % 100);
+                CHECK((end.messages.size() == 1 || end.closed == 1007 || end.closed == 1009));
+            }
+    }
+
+    // ---- bombs -----------------------------------------------------------------------------------------------------
+
+    TEST_CASE("the limit holds for what a message inflates to") {
+        CompressionPool pool;
+        for (const unsigned size : {9'999u, 10'000u, 10'001u, 70'000u}) {
+            CAPTURE(size);
+            for (const std::size_t piece : {whole, std::size_t{10}}) {
+                End end(Role::server, server_end(pool, options_of(15, 15, false, false)), 10'000);
+                end.give(compressed_binary, Zlib(true, 15).message_out(std::string(size, 'x')), piece);
+                CHECK(end.messages.size() == (size <= 10'000 ? 1 : 0));
+                CHECK(end.closed == (size <= 10'000 ? 0 : 1009));
+            }
+            // What does not compress is a little longer on its way than the limit.
+            End end(Role::server, server_end(pool, options_of(15, 15, false, false)), size);
+            end.give(compressed_binary, Zlib(true, 15, 6, Z_FIXED).message_out(noise(size)));
+            CHECK(end.messages.size() == 1);
+        }
+    }
+
+    TEST_CASE("a bomb costs at most about the limit, and is answered with 1009") {
+        constexpr std::size_t limit = 1024 * 1024;
+        const std::string zeros(16 * limit, '\0');
+        Zlib deflate(true, 15, 9), finish(true, 15, 9);
+        std::string nested;
+        for (int i = 0; i < 16; ++i) nested += finish.run(std::string_view(zeros).substr(0, limit), Z_FINISH);
+        struct Bomb {
+            const char* name;
+            std::string payload;
+        };
+        const Bomb bombs[] = {
+            {"a thousand to one", deflate.message_out(zeros)},
+            {"of many final blocks", nested},
+        };
+        for (const Bomb& bomb : bombs) {
+            CAPTURE(bomb.name);
+            CHECK(bomb.payload.size() * 900 < zeros.size());
+            for (const std::size_t piece : {whole, std::size_t{100}}) {
+                CompressionPool pool;
+                End end(Role::server, server_end(pool, options_of(15, 15, false, false)), limit);
+                const std::string bytes = frame(compressed_binary, bomb.payload, true);
+                std::size_t held = 0;
+                for (std::size_t at = 0; at < bytes.size(); at += std::min(piece, bytes.size())) {
+                    end.give(std::string_view(bytes).substr(at, piece));
+                    held = std::max(held, end.connection.input_held());
+                }
+                CHECK(end.closed == 1009);
+                CHECK(end.messages.empty());
+                CHECK(held <= 2 * limit + 64 * 1024);
+            }
+        }
+    }
+
+    TEST_CASE("a message that grows on the wire and not in memory ends at 1009 as well") {
+        CompressionPool pool;
+        const std::string stored = hex("00 00 00 ff ff"), final_block = hex("03 00");
+        for (const std::string& block : {stored, final_block}) {
+            CAPTURE(to_hex(block));
+            std::string blocks;
+            while (blocks.size() < 1000 * block.size()) blocks += block;
+            End end(Role::server, server_end(pool, options_of(15, 15, false, false)), 100'000);
+            end.limits.max_fragments = 1'000'000;
+            end.give(0x42, blocks);
+            std::size_t given = blocks.size();
+            for (; end.closed == 0 && given < 10'000'000; given += blocks.size()) end.give(0x00, blocks);
+            CHECK(end.closed == 1009);
+            CHECK(given < 200'000);
+        }
+        // Where it is announced, nothing of it need come.
+        End end(Role::server, server_end(pool, options_of(15, 15, false, false)), 100'000);
+        end.give(hex("c2 ff 00 00 00 00 00 0f 00 00 00 00 00 00"));
+        CHECK(end.closed == 1009);
+        End huge(Role::server, server_end(pool, options_of(15, 15, false, false)), 100'000);
+        huge.give(hex("c2 ff 7f ff ff ff ff ff ff ff 00 00 00 00"));
+        CHECK(huge.closed == 1009);
+    }
+
+    TEST_CASE("input that becomes much more is read in turns, and nothing of it is lost") {
+        CompressionPool pool;
+        End end(Role::server, server_end(pool, options_of(15, 15, false, false)));
+        std::string bytes;
+        for (int i = 0; i < 20; ++i)
+            bytes +=
+                frame(compressed_binary, Zlib(true, 15).message_out(std::string(100'000, static_cast<char>(i))), true);
+        end.connection.receive(&bytes[0], bytes.size(), start);
+        std::size_t messages = 0, turns = 1;
+        for (;;) {
+            const Event event = end.connection.next_event();
+            if (event.kind == Event::Kind::none) break;
+            CHECK((event.message.data() == std::string(100'000, static_cast<char>(messages++))));
+            if (!end.connection.exhausting()) continue;
+            end.connection.keep_input();
+            bytes.assign(bytes.size(), '!');
+            end.connection.resume();
+            CHECK_FALSE(end.connection.exhausting());
+            ++turns;
+        }
+        CHECK(messages == 20);
+        CHECK(turns == 7);
+    }
+
+    TEST_CASE("an unfinished message holds what it has become, and nothing when it is over") {
+        CompressionPool pool;
+        End end(Role::server, server_end(pool, options_of(15, 15, false, false)));
+        const std::string payload = Zlib(true, 15).message_out(words(300'000));
+        end.give(0x42, std::string_view(payload).substr(0, 1));
+        CHECK(end.connection.input_held() > 30'000);  // a decompressor
+        CHECK(end.connection.input_held() < 50'000);
+        end.give(0x00, std::string_view(payload).substr(1, payload.size() / 2));
+        CHECK(end.connection.input_held() > 100'000);
+        CHECK(end.connection.input_held() < 450'000);
+        end.give(0x80, std::string_view(payload).substr(1 + payload.size() / 2));
+        CHECK(end.messages.size() == 1);
+        CHECK(end.connection.input_held() == 0);
+    }
+
+    // ---- sending -----------------------------------------------------------------------------------------------
+
+    TEST_CASE("a message that was not sent is no part of the context") {
+        CompressionPool pool;
+        End end(Role::server, server_end(pool, options_of(15, 15, true, false)));
+        end.limits.max_backlog = 4000;
+        end.limits.backlog_policy = BacklogPolicy::drop;
+        Zlib reader(false, 15);
+        std::size_t dropped = 0;
+        for (unsigned i = 0; i < 50; ++i) {
+            const std::string message = words(2000, i % 5);
+            if (end.connection.send(Opcode::text, message) == WriteStatus::dropped) {
+                ++dropped;
+                for (const auto& [first_byte, payload] : end.sent()) {
+                    CHECK(first_byte == compressed_text);
+                    CHECK(reader.message_in(payload).size() == 2000);
+                }
+            }
+        }
+        CHECK(dropped > 0);
+        CHECK(reader.last == Z_OK);
+    }
+
+    TEST_CASE("nothing is compressed for a connection that is not open") {
+        CompressionPool pool;
+        End end(Role::server, server_end(pool, options_of(15, 15, false, false)));
+        end.connection.close(CloseCode::normal, "", start);
+        CHECK(end.connection.send(Opcode::text, words(5000)) == WriteStatus::closed);
+        CHECK(end.connection.send(EncodedFrame(end.arena, Opcode::text, words(5000))) == WriteStatus::closed);
+        CHECK(end.sent().size() == 1);
+        // What still comes is not inflated any more, and the closing goes on.
+        end.give(compressed_text, hex("ff ff ff"));
+        CHECK(end.closed == 0);
+        end.give(0x88, hex("03 e8"));
+        CHECK(end.closed == 1000);
+        CHECK(end.messages.empty());
+    }
+}
+
+namespace {
+
+// Counts what a connection has compressed.
+class Counting final : public Compression {
+public:
+    Counting(const void* shared, int& count) : Compression(0, shared), count_(count) {}
+    void give(std::string_view, bool) override {}
+    Outcome inflate(char*, std::size_t, std::size_t&) override { return Outcome::done; }
+    std::size_t input_held() const override { return 0; }
+    std::string_view deflate(std::string_view, Bytes& block) override {
+        ++count_;
+        block.append("smaller");
+        return block.view();
+    }
+
+private:
+    int& count_;
+};
+
+}  // namespace
+
+TEST_SUITE("compression") {
+    TEST_CASE("a frame for many is compressed once for all that share parameters, and plain only where it is needed") {
+        SendArena arena;
+        Limits limits;
+        int count = 0, own = 0;
+        const int keys[3] = {};
+        std::vector<std::unique_ptr<Connection>> members;
+        const auto add = [&](std::unique_ptr<Compression> compression) {
+            members.push_back(std::make_unique<Connection>());
+            members.back()->open(Role::server, limits, arena, start, nullptr, std::move(compression));
+        };
+        for (int i = 0; i < 100; ++i) add(std::make_unique<Counting>(&keys[0], count));
+        for (int i = 0; i < 100; ++i) add(std::make_unique<Counting>(&keys[i % 3], count));
+        for (int i = 0; i < 5; ++i) add(std::make_unique<Counting>(nullptr, own));
+        for (int i = 0; i < 100; ++i) add(nullptr);
+
+        const std::string payload = words(1000);
+        const EncodedFrame frame(arena, Opcode::text, payload);
+        for (const auto& member : members) CHECK(member->send(frame) == WriteStatus::sent);
+        CHECK(count == 3);
+        CHECK(own == 5);
+        for (std::size_t i = 0; i < members.size(); ++i)
+            CHECK(test::take_output(*members[i]) ==
+                  (i < 205 ? hex("c1 07") + "smaller" : hex("81 7e 03 e8") + payload));
+    }
+
+    TEST_CASE("frames that a turn sends compressed lie behind one another, as plain ones do") {
+        SendArena arena;
+        Limits limits;
+        int count = 0;
+        Connection member;
+        member.open(Role::server, limits, arena, start, nullptr, std::make_unique<Counting>(&count, count));
+        for (int i = 0; i < 10; ++i)
+            member.send(EncodedFrame::of_lasting(arena, Opcode::text, "much longer than it will be"));
+        std::string_view pieces[20];
+        CHECK(member.output().gather(pieces, 20) == 1);
+        CHECK(count == 10);
+    }
+}
+
+// ---- over sockets --------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Member : WebSocketHandler {
+    explicit Member(CompressionOptions options) : options_(options) {}
+    std::optional<CompressionOptions> get_compression_options() override {
+        if (request().query("plain")) return std::nullopt;
+        CompressionOptions options = options_;
+        if (request().query("context")) options.server_context_takeover = true;
+        return options;
+    }
+    void open() override { room("lobby").join(*this); }
+    void on_message(const Message& m) override { room("lobby").broadcast(m); }
+    CompressionOptions options_;
+};
+
+}  // namespace
+
+TEST_SUITE("compression") {
+    TEST_CASE("a server and a client speak compressed over a socket where the handler allows it") {
+        RunningServer running;
+        running.server.route<Echo>("/", options_of(15, 15, false, false));
+        running.server.route<Echo>("/context", options_of(12, 11, true, true));
+        running.start();
+        for (const char* target : {"/", "/context"})
+            for (const bool takeover : {false, true}) {
+                CAPTURE(target);
+                Client client(running.port(), target, "", options_of(15, 15, takeover, takeover));
+                REQUIRE(client.is_open());
+                CHECK(client.compressed);
+                for (const unsigned size : {1u, 500u, 70'000u, 1'000'000u}) {
+                    const std::string message = words(size);
+                    client.send(message);
+                    CHECK((client.next() == message));
+                }
+                const std::uint64_t before = running.metrics().bytes_sent;
+                client.send(std::string(1'000'000, 'x'));
+                CHECK(client.next()->size() == 1'000'000);
+                CHECK(running.metrics().bytes_sent - before < 5000);
+                client.close();
+                CHECK(client.close_code() == CloseCode::normal);
+            }
+    }
+
+    TEST_CASE("without an offer, and without a handler's options, nothing is agreed on") {
+        struct Plain : WebSocketHandler {
+            void on_message(const Message& m) override { write_message(m); }
+        };
+        RunningServer running;
+        running.server.route<Plain>("/");
+        running.server.route<Echo>("/deflate", CompressionOptions());
+        running.start();
+        Client declined(running.port(), "/", "", CompressionOptions());
+        CHECK(declined.is_open());
+        CHECK_FALSE(declined.compressed);
+        CHECK(declined.head.find("Extensions") == std::string::npos);
+        Client silent(running.port(), "/deflate");
+        CHECK(silent.is_open());
+        CHECK(silent.head.find("Extensions") == std::string::npos);
+        silent.send(words(5000));
+        CHECK(silent.next() == words(5000));
+        Client wrong(running.port(), "/deflate", "Sec-WebSocket-Extensions: permessage-deflate; mux\r\n");
+        CHECK(wrong.is_open());
+        Client agreed(running.port(), "/deflate", "", CompressionOptions());
+        CHECK(agreed.compressed);
+        CHECK(agreed.head.find("Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover; "
+                               "client_no_context_takeover\r\n") != std::string::npos);
+    }
+
+    TEST_CASE("illegal options are a 500 for the client and a sentence in the log") {
+        std::string log;
+        RunningServer running;
+        running.server.on_log([&](const LogEntry& entry) { log += to_string(entry); });
+        CompressionOptions options;
+        options.level = 77;
+        running.server.route<Echo>("/", options);
+        running.start();
+        Client client(running.port(), "/", "", CompressionOptions());
+        CHECK(client.head.find("HTTP/1.1 500") == 0);
+        running.stop();
+        CHECK(log.find("CompressionOptions: level 77 is not in 1-9") != std::string::npos);
+    }
+
+    TEST_CASE("a broadcast reaches members with every kind of agreement") {
+        RunningServer running;
+        running.server.route<Member>("/", options_of(15, 15, false, true));
+        running.start();
+        std::vector<std::unique_ptr<Client>> clients;
+        for (const char* target : {"/", "/?plain=1", "/?context=1"})
+            for (const int bits : {8, 11, 15}) {
+                clients.push_back(
+                    std::make_unique<Client>(running.port(), target, "", options_of(bits, bits, true, true)));
+                clients.push_back(std::make_unique<Client>(running.port(), target));
+            }
+        for (const auto& client : clients) REQUIRE(client->is_open());
+        REQUIRE(running.eventually([&] { return running.server.rooms()["lobby"].size() == clients.size(); }));
+        for (unsigned round = 0; round < 5; ++round) {
+            const std::string message = words(round * 30'000 + 10, round);
+            clients[round]->send(message);
+            for (const auto& client : clients) CHECK((client->next() == message));
+        }
+    }
+
+    TEST_CASE("a handler may do anything with a compressed message in its callback") {
+        struct Busy : WebSocketHandler {
+            std::optional<CompressionOptions> get_compression_options() override {
+                return options_of(15, 15, false, false);
+            }
+            void open() override { room("lobby").join(*this); }
+            void on_message(const Message& m) override {
+                const std::string before(m.data());
+                for (int i = 0; i < 3; ++i) {
+                    room("lobby").broadcast(m);
+                    write_message(m);
+                    write_message(noise(100'000), Opcode::binary);
+                }
+                intact = intact && m.data() == before;
+                if (m.size() < 1000) close(CloseCode{4000}, "enough");
+            }
+            bool intact = true;
+            void on_close() override {
+                if (!intact) write_message("changed");  // closed: dropped
+                CHECK(intact);
+            }
+        };
+        RunningServer running;
+        running.server.route<Busy>("/");
+        running.start();
+        Client client(running.port(), "/", "", options_of(15, 15, false, false));
+        for (const unsigned size : {200'000u, 5000u, 500u}) {
+            const std::string message = words(size);
+            client.send(message);
+            for (int i = 0; i < 3; ++i) {
+                CHECK((client.next() == message));
+                CHECK((client.next() == message));
+                CHECK((client.next() == noise(100'000)));
+            }
+        }
+        CHECK(client.close_code() == CloseCode{4000});
+    }
+
+    TEST_CASE("after a bomb and after a corrupt message the Close frame arrives, and the server lives on") {
+        RunningServer running;
+        running.server.route<Echo>("/", options_of(15, 15, false, false));
+        running.start();
+        const std::string bomb = Zlib(true, 15, 9).message_out(std::string(64 * 1024 * 1024, '\0'));
+        for (const auto& [payload, code] : {std::pair<std::string, CloseCode>(bomb, CloseCode::message_too_big),
+                                            {hex("ff ff ff"), CloseCode::invalid_payload}}) {
+            Client client(running.port(), "/", "", options_of(15, 15, false, false));
+            REQUIRE(client.is_open());
+            client.raw.send(frame(compressed_binary, payload, true));
+            CHECK(client.close_code() == code);
+        }
+        Client client(running.port(), "/", "", options_of(15, 15, false, false));
+        client.send(words(5000));
+        CHECK(client.next() == words(5000));
+    }
+
+    TEST_CASE(
+        "hundreds of messages that inflate to the limit, sent at once, all arrive, and others are served meanwhile") {
+        RunningServer running;
+        running.server.route<Echo>("/", options_of(15, 15, false, false));
+        running.start();
+        Client greedy(running.port(), "/", "", options_of(15, 15, false, false));
+        Client modest(running.port(), "/", "", options_of(15, 15, false, false));
+        const std::string large =
+            frame(compressed_binary, Zlib(true, 15, 9).message_out(std::string(1'000'000, '\0')), true);
+        std::string all;
+        for (int i = 0; i < 300; ++i) all += large;
+        greedy.raw.send(all);
+        modest.send("and I?");
+        CHECK(modest.next() == "and I?");
+        for (int i = 0; i < 300; ++i) REQUIRE(greedy.next()->size() == 1'000'000);
+    }
+
+    TEST_CASE("unfinished compressed messages count towards the limit of all backlogs") {
+        ServerOptions options;
+        options.limits.max_total_backlog = 500'000;
+        RunningServer running(options);
+        running.server.route<Echo>("/", options_of(15, 15, false, false));
+        running.start();
+        std::vector<std::unique_ptr<Client>> clients;
+        for (int i = 0; i < 30; ++i) {
+            clients.push_back(std::make_unique<Client>(running.port(), "/", "", options_of(15, 15, false, false)));
+            REQUIRE(clients.back()->is_open());
+            clients.back()->raw.send(frame(0x41, hex("f2 48 cd"), true));
+        }
+        CHECK(running.eventually([&] {
+            const Metrics metrics = running.server.metrics();
+            const auto closed = metrics.closed.find(CloseCause::backlog);
+            return closed != metrics.closed.end() && closed->second >= 17 && metrics.backlog_bytes <= 500'000;
+        }));
+        CHECK(running.metrics().websockets_open >= 10);
+    }
+}
+
+#else
+
+TEST_SUITE("compression") {
+    TEST_CASE("a server that is built without it declines every offer") {
+        static_assert(!compression_available);
+        RunningServer running;
+        running.server.route<Echo>("/", options_of(15, 15, true, true));
+        running.start();
+        Client client(running.port(), "/", "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n");
+        REQUIRE(client.is_open());
+        CHECK(client.head.find("Extensions") == std::string::npos);
+        client.send("as it is");
+        CHECK(client.next() == "as it is");
+        client.raw.send(hex("c1 80 00 00 00 00"));
+        CHECK(client.close_code() == CloseCode::protocol_error);
+    }
+}
+
+#endif
