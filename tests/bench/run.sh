@@ -1,5 +1,5 @@
 #!/bin/sh
-# sh tests/bench/run.sh [quick|full|micro] [only=NAME,...] [work=PREFIX,...] [rounds=N] [seconds=S]
+# sh tests/bench/run.sh [quick|full|micro] [only=NAME,...] [work=PREFIX,...] [rounds=N] [peers=N] [seconds=S]
 #
 # Builds the load generator, the floor, wschat's bench_server and the peers into build/bench, runs every server on
 # every piece of work in interleaved rounds (server on CPU 0, load on CPU 1), and leaves there bench.txt (also
@@ -9,6 +9,7 @@
 #   full      two seconds a run, seven rounds (without a word: 1.5 seconds, three rounds)
 #   micro     nothing of that: GB/s of unmasking, UTF-8 validation and frames against memcpy, by Google Benchmark
 #   only=     of: floor wschat wschat-uring beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado
+#   peers=    the rounds in which the peers take part; they are so far away that fewer do
 #   work=     names or beginnings of names of the list below: work=fanout,echo-4
 
 # Words are split on purpose; ulimit -n is everywhere on Linux.
@@ -22,6 +23,7 @@ out=build/bench
 peers="beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado"
 only="floor wschat wschat-uring $peers"
 rounds=3
+peer_rounds=""
 seconds=1.5
 wanted=""
 quick=0
@@ -70,6 +72,7 @@ for argument in "$@"; do
         only=?*) only=$value ;;
         work=?*) wanted=$value quick=0 ;;
         rounds=[1-9]*) rounds=$value ;;
+        peers=[0-9]*) peer_rounds=$value ;;
         seconds=?*) seconds=$value ;;
         *) sed -n '2,/^$/s/^# \{0,1\}//p' "$bench/run.sh" >&2; die "$argument: not understood" ;;
     esac
@@ -278,11 +281,18 @@ compile_row() { # compile_row ROUND SERVER SOURCE
 compile_round() { # compile_round ROUND
     : >"$out/empty.cpp"
     compile_row "$1" floor "$out/empty.cpp"
-    for server in $only; do
+    for server in $(in_round "$1"); do
         case $server in
             wschat) [ -e examples/chat.cpp ] && compile_row "$1" wschat examples/chat.cpp ;;
             beast | websocketpp) compile_row "$1" "$server" $bench/peers/"$server".cpp ;;
         esac
+    done
+}
+
+in_round() { # in_round ROUND: the servers that take part
+    for each in $only; do
+        case $each in floor | wschat*) ;; *) [ "$1" -le "${peer_rounds:-$rounds}" ] || continue ;; esac
+        echo "$each"
     done
 }
 
@@ -293,7 +303,7 @@ run_round() { # run_round ROUND
             set_rate "$(option --members $arguments)" "$(option --size $arguments)"
             arguments="$arguments --rate $rate" ;;
         esac
-        for server in $only; do
+        for server in $(in_round "$1"); do
             can "$server" "$mode" || continue
             run_once "$1" "$server" "$work" "$mode" $arguments </dev/null
         done
