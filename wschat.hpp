@@ -327,9 +327,13 @@ inline char* allocate_block(std::size_t size) {
     if (size < large_block) return static_cast<char*>(::operator new(size));
     return static_cast<char*>(::operator new(size + page_size / 2, std::align_val_t(page_size))) + page_size / 2;
 }
+// Not inlined: where it is, g++ 12 believes that it may come to a null pointer.
+WSCHAT_NOINLINE inline void free_large_block(char* block) {
+    ::operator delete(block - page_size / 2, std::align_val_t(page_size));
+}
 inline void free_block(char* block, std::size_t size) {
     if (size < large_block) ::operator delete(block);
-    else ::operator delete(block - page_size / 2, std::align_val_t(page_size));
+    else free_large_block(block);
 }
 
 // A growable block of bytes for what has arrived of an unfinished message. Unlike std::string it does not clear what
