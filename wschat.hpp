@@ -3936,6 +3936,7 @@ public:
     }
     // Numeric forms only; nothing where it is not an address.
     static std::optional<IpAddress> parse(std::string_view text) {
+        if (text.find('\0') != std::string_view::npos) return std::nullopt;  // inet_pton() would stop there
         const std::string copy(text);
         unsigned char bytes[16];
         IpAddress address;
@@ -5610,8 +5611,8 @@ private:
     TimerId add_call(Duration delay, Duration interval, std::function<void()> call) {
         const TimerId id = ++last_call_;
         const auto added = std::make_shared<Call>(*this, id, interval, std::move(call));
-        calls_.emplace(id, added);
         timers_.schedule(*added, later(Clock::now(), delay));
+        calls_.emplace(id, added);
         return id;
     }
 
@@ -5621,7 +5622,8 @@ private:
         } catch (const std::bad_alloc&) {  // what was left out is reported again
         }
         now_ = Clock::now();
-        for (const Poller::Ready& ready : ready_) ready.owner->on_ready(ready.readable, ready.writable, ready.broken);
+        for (const Poller::Ready& ready : ready_)
+            guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
         if (mailbox_->has_work.load())
             for (const auto& work : mailbox_->take()) guarded("post", work);
@@ -5638,7 +5640,8 @@ private:
         return ms > 60'000 ? 60'000 : static_cast<int>(ms);
     }
 
-    void guarded(const char* where, const std::function<void()>& call) {
+    template <class Call>
+    void guarded(const char* where, Call&& call) {
         try {
             call();
         } catch (const std::exception& error) {
@@ -5755,7 +5758,7 @@ private:
     }
     static std::string joined(const std::vector<std::string>& parts) {
         std::string path;
-        for (const std::string& part : parts) (path += path.empty() ? "" : "/") += part;
+        for (const std::string& part : parts) (path += &part == &parts.front() ? "" : "/") += part;
         return path;
     }
 
@@ -7217,13 +7220,17 @@ private:
     }
 
     void begin_shutdown(Duration deadline) {
-        if (!std::exchange(draining_, true)) {
-            log(LogLevel::debug, "shutdown", {{"connections", std::to_string(sessions_.size())}});
-            closed_listeners_.swap(listeners_);
-        }
+        const bool first = !std::exchange(draining_, true);
+        const std::size_t connections = sessions_.size();
+        if (first) closed_listeners_.swap(listeners_);
         for (std::size_t i = sessions_.size(); i-- > 0;)
             if (i < sessions_.size()) sessions_[i]->shut_down();
-        loop_.call_later(deadline, [this] { drop_all(); });
+        try {
+            loop_.call_later(deadline, [this] { drop_all(); });
+        } catch (const std::bad_alloc&) {  // without a deadline it might never end
+            drop_all();
+        }
+        if (first) log(LogLevel::debug, "shutdown", {{"connections", std::to_string(connections)}});
     }
     void drop_all() {
         while (!sessions_.empty()) sessions_.back()->abort(CloseCause::shutdown, "server is shutting down");
