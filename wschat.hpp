@@ -346,10 +346,13 @@ public:
           size_(std::exchange(other.size_, 0u)),
           capacity_(std::exchange(other.capacity_, 0u)) {}
     Bytes& operator=(Bytes&& other) noexcept {
+        swap(other);
+        return *this;
+    }
+    void swap(Bytes& other) noexcept {
         std::swap(data_, other.data_);
         std::swap(size_, other.size_);
         std::swap(capacity_, other.capacity_);
-        return *this;
     }
     ~Bytes() { free_block(data_, capacity_); }
 
@@ -4923,14 +4926,14 @@ public:
         sent_ = 0;
     }
     // While there is no output, a block of somebody else may serve for it.
-    void borrow(Bytes& block) { std::swap(output_, block); }
+    void borrow(Bytes& block) { output_.swap(block); }
     // Gives the block back; what is still to be sent is kept in one of its size.
     void give_back(Bytes& block) {
         Bytes own;
         own.append(output());
-        std::swap(output_, block);
+        output_.swap(block);
         block.clear();
-        output_ = std::move(own);
+        output_.swap(own);
         sent_ = 0;
     }
     void release_output() { output_.release(); }
@@ -4955,13 +4958,15 @@ public:
     // The subject of the peer's certificate as RFC 2253 writes it; empty where it showed none.
     std::string peer_name() const {
         const TlsOwned<X509, &X509_free> certificate(SSL_get_peer_certificate(ssl_.get()));
+        if (!certificate) return {};
         const TlsOwned<BIO, &BIO_free> text(BIO_new(BIO_s_mem()));
-        if (!certificate || !text) return {};
+        if (!text) throw std::bad_alloc();
         X509_NAME_print_ex(text.get(), X509_get_subject_name(certificate.get()), 0, XN_FLAG_RFC2253);
         char* data = nullptr;
         const long size = BIO_get_mem_data(text.get(), &data);
         return {data, static_cast<std::size_t>(size)};
     }
+    // For what is not offered here.
     SSL* native() { return ssl_.get(); }
 
 private:
@@ -4972,8 +4977,8 @@ private:
         ERR_clear_error();
         method_.reset(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "wschat"));
         ssl_.reset(SSL_new(context_->get()));
-        BIO* bio = method_ ? BIO_new(method_.get()) : nullptr;
-        if (!ssl_ || bio == nullptr) throw std::bad_alloc();
+        BIO* bio = method_ && ssl_ ? BIO_new(method_.get()) : nullptr;
+        if (bio == nullptr) throw std::bad_alloc();
         BIO_meth_set_read(method_.get(), &give);
         BIO_meth_set_write(method_.get(), &take);
         BIO_meth_set_ctrl(method_.get(), &control);

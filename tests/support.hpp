@@ -77,7 +77,7 @@ inline bool over_tls() {
     return wanted != nullptr && std::string(wanted) == "1";
 }
 
-// A certificate for localhost in files that are gone with the process.
+// A certificate for localhost in files that are gone with this.
 class CertificateFiles {
 public:
     explicit CertificateFiles(const std::string& name,
@@ -111,7 +111,7 @@ public:
 };
 
 inline void listen_tls(wschat::Server& server, std::string_view address) {
-    static const CertificateFiles files("all");
+    const CertificateFiles files("all");
     server.listen_tls(address, files.options());
 }
 
