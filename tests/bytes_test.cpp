@@ -33,6 +33,14 @@ WSCHAT_TEST_NOINLINE void* operator new(std::size_t size) {
     heap.live += size;
     return static_cast<char*>(block) + size_field;
 }
+// Without this AddressSanitizer would serve it by its own.
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+    try {
+        return ::operator new(size);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
 WSCHAT_TEST_NOINLINE void operator delete(void* memory) noexcept {
     if (memory == nullptr) return;
     void* block = static_cast<char*>(memory) - size_field;
