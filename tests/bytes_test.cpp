@@ -785,4 +785,14 @@ TEST_CASE("a log entry is one line with its fields in quotes") {
     CHECK(to_string(LogEntry{LogLevel::info, "listening", {}}) == "info listening");
 }
 
+TEST_CASE("a slice of nothing can be copied, and a copy of no bytes is empty") {
+    const Slice nothing;
+    const Slice same = nothing;
+    CHECK_FALSE(same.chunk);
+    CHECK(same.size() == 0);
+    SendArena arena;
+    CHECK(copy(arena, "").size() == 0);
+    CHECK(copy(arena, "a").view() == "a");
+}
+
 TEST_SUITE_END();

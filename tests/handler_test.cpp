@@ -1569,4 +1569,52 @@ TEST_SUITE("handler") {
     TEST_CASE("a handler may do anything in on_drain") { try_all_actions("drain"); }
     TEST_CASE("a handler may do anything in a timer") { try_all_actions("timer"); }
     TEST_CASE("a handler may do anything in posted work") { try_all_actions("post"); }
+
+    // ---- what nobody has overridden --------------------------------------------------------------------------------
+
+    TEST_CASE("a handler that overrides on_message alone chooses no subprotocol, and pings and pongs pass it by") {
+        struct Plain : WebSocketHandler {
+            void on_message(const Message& message) override { write_message(message); }
+        };
+        RunningServer running;
+        running.server.route<Plain>("/");
+        running.start();
+        Client client(running.port(), "/", "Sec-WebSocket-Protocol: chat, superchat\r\n");
+        REQUIRE(client.is_open());
+        CHECK(client.head.find("Sec-WebSocket-Protocol") == std::string::npos);
+        client.connection.send_control(Opcode::pong, "nobody asked");
+        client.ping("are you there");
+        CHECK(client.next(Event::Kind::pong) == "are you there");
+        client.send("hello");
+        CHECK(client.next() == "hello");
+    }
+
+    TEST_CASE("what needs a server is an Error in a handler that has none") {
+        Script script;
+        Scripted alone(script);
+        CHECK_THROWS_WITH_AS(alone.room("lobby"), "room: a handler has no server in its constructor", Error);
+        CHECK_THROWS_WITH_AS(alone.loop(), "loop: a handler has no server in its constructor", Error);
+        CHECK_THROWS_WITH_AS(alone.server(), "server: a handler has no server in its constructor", Error);
+    }
+
+    TEST_CASE("on_drain does not come to a handler that has closed") {
+        wschat::Limits limits;
+        limits.backlog_policy = BacklogPolicy::drop;
+        limits.closing_timeout = test::deadline;
+        Filling filling;
+        World world(with_limits(limits));
+        world.script.on_message = [&](Scripted& self, const Message&) {
+            filling(self);
+            self.close(4000, "that was all");
+        };
+        world.start();
+        Client client(world.port());
+        narrow(client);
+        client.send("fill");
+        CHECK(world.running.eventually([&] { return filling.dropped == 1; }));
+        CHECK(count_numbered(client, filling.sent + filling.queued) == filling.sent + filling.queued);
+        CHECK(client.close_code() == CloseCode{4000});
+        CHECK(world.script.journal.wait_for("close 4000 local"));
+        CHECK(world.script.journal.count("drain") == 0);
+    }
 }

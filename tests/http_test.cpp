@@ -1223,4 +1223,62 @@ TEST_CASE("a page may connect to the host that it came from and to no other that
     }
 }
 
+TEST_CASE("what the server sets of an answer nobody else sets") {
+    for (const std::string name : {"Content-Length", "content-length", "Transfer-Encoding", "TRANSFER-ENCODING"}) {
+        CAPTURE(name);
+        const std::string sentence = "Response::set_header: " + name + " is the server's to set";
+        CHECK_THROWS_WITH_AS(Response(200).set_header(name, "5"), sentence.c_str(), Error);
+    }
+}
+
+TEST_CASE("a version has one digit on each side of its point") {
+    for (const std::string version : {"HTTP/1x1", "HTTP/1.x", "HTTP/11.", "HTTP/.11"}) {
+        CAPTURE(version);
+        CHECK(status_of("GET / " + version + "\r\nHost: a\r\n\r\n") == 400);
+    }
+}
+
+TEST_CASE("the authority form of CONNECT is taken, and is the path of nothing") {
+    const Request request = parsed("CONNECT chat.example:443 HTTP/1.1\r\nHost: chat.example:443\r\n\r\n");
+    CHECK(request.target() == "chat.example:443");
+    CHECK_FALSE(Pattern("get", "/{everything...}").match(request.raw_path()));
+    CHECK(status_of("GET chat.example:443 HTTP/1.1\r\nHost: chat.example:443\r\n\r\n") == 400);
+}
+
+TEST_CASE("a value of white space alone is empty") {
+    CHECK(parsed(with_lines("X-One: \t \r\n")).fields().find("x-one") == "");
+}
+
+TEST_CASE("a host may have all unreserved characters of RFC 3986 2.3") {
+    CHECK(parsed("GET / HTTP/1.1\r\nHost: a-b.c_d~e\r\n\r\n").host() == "a-b.c_d~e");
+    CHECK(status_of("GET / HTTP/1.1\r\nHost: a}b\r\n\r\n") == 400);
+}
+
+TEST_CASE("an offer of subprotocols is refused wherever in it the one stands that is no token") {
+    for (const std::string offer : {"super chat, chat", "chat, super chat, superchat", "super chat, super chat"}) {
+        CAPTURE(offer);
+        const auto refusal = refuse_upgrade(parsed(opening_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ==", offer)));
+        REQUIRE(refusal);
+        CHECK(refusal->status() == 400);
+    }
+}
+
+TEST_CASE("of control characters a handshake takes the tab alone") {
+    const std::string key = "dGhlIHNhbXBsZSBub25jZQ==";
+    CHECK(parsed(opening_request("a", "/", key, "chat,\tsuperchat")).header("sec-websocket-protocol") ==
+          "chat,\tsuperchat");
+    CHECK_THROWS_AS(opening_request("a", "/", key, "chat\x7F"), Error);
+    CHECK_THROWS_AS(switching_protocols(key, "chat\x7F"), Error);
+}
+
+TEST_CASE("the subprotocol that a server chose may be any of those that were offered") {
+    const std::string key = "dGhlIHNhbXBsZSBub25jZQ==";
+    for (const std::string chosen : {"one", "two", "three"}) {
+        CAPTURE(chosen);
+        CHECK(opening_answer_error(switching_protocols(key, chosen), key, "one, two, three") == "");
+    }
+    CHECK(opening_answer_error(switching_protocols(key, "four"), key, "one, two, three") ==
+          "the server chose a subprotocol that was not offered");
+}
+
 TEST_SUITE_END();

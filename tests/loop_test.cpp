@@ -693,4 +693,19 @@ TEST_CASE("more loops than there are places for signals are an Error") {
     const SignalGuard again(loop.wake_descriptor());
 }
 
+TEST_CASE("a loop that nobody listens to lives on through exceptions and signals") {
+    TestLoop loop;
+    const SignalGuard guard(loop.wake_descriptor());
+    bool done = false;
+    loop.post([] { throw std::runtime_error("unheard"); });
+    loop.post([] { throw 42; });
+    loop.post([] { std::raise(SIGTERM); });
+    loop.call_later(5ms, [&] {
+        done = true;
+        loop.stop();
+    });
+    REQUIRE(loop.run_until_stopped());
+    CHECK(done);
+}
+
 TEST_SUITE_END();

@@ -1274,4 +1274,17 @@ TEST_SUITE("protocol") {
         end.peer("88 00");
         CHECK_THROWS_AS(end.connection.close(CloseCode::abnormal, {}, start), Error);
     }
+
+    TEST_CASE("input that is gone on with once is not gone on with again") {
+        End end;
+        std::string piece = masked(hex("81 01 61 81 01 62"));
+        end.connection.receive(&piece[0], piece.size(), end.now);
+        end.note(end.connection.next_event());
+        end.connection.keep_input();
+        end.connection.resume();
+        CHECK(end.events() == "text a | text b");
+        end.connection.resume();
+        CHECK(end.events() == "");
+        CHECK(end.peer("81 01 63").events() == "text c");
+    }
 }

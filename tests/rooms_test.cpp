@@ -651,4 +651,26 @@ TEST_SUITE("rooms") {
         anna.raw.close();
         CHECK(party.running.eventually([&] { return party.running.server.rooms().size() == 0; }));
     }
+
+    TEST_CASE("in on_close a handler is no member, though another has taken its place") {
+        bool known = true;
+        Party party;
+        party.on_close = [&](Guest& guest) {
+            Room& room = *guest.rooms().front();
+            known = room.has(guest) || room.leave(guest);
+            CHECK(names_in(room) == "bert cleo");
+        };
+        Visitor anna(party, "anna", "lobby"), bert(party, "bert", "lobby"), cleo(party, "cleo", "lobby");
+        anna.close();
+        REQUIRE(party.eventually_has("lobby", 2));
+        CHECK_FALSE(party.on_loop([&] { return known; }));
+        party.on_loop([&] { party.on_close = nullptr; });
+    }
+
+    TEST_CASE("an iterator of a room points to its members") {
+        Party party;
+        Visitor anna(party, "anna", "lobby");
+        CHECK(party.on_loop([&] { return party.room("lobby").begin()->is_open(); }));
+        CHECK(party.on_loop([&] { return party.room("lobby").begin().operator->() == &party["anna"]; }));
+    }
 }

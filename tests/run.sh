@@ -146,6 +146,10 @@ tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF
 
+# A minute of each; README.md names the commands for hours of them.
+stage "fuzz: saved corpus, and 10 seconds of each harness" sh tests/fuzz/run.sh 10
+stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
+
 # The one build that leaves out what is optional, and runs the tests.
 test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true
 stage "meson: build" meson compile -C build/meson -j 2

@@ -681,4 +681,63 @@ TEST_CASE("a server leaves SIGPIPE as it is, and a peer that is gone raises none
     CHECK((after.sa_handler == count.sa_handler));
 }
 
+TEST_CASE("past a crowd that is being turned away, who comes next is hung up on without an answer") {
+    Limits limits;
+    limits.max_connections = 1;
+    limits.linger_timeout = test::deadline;  // those who were turned away stay until they go
+    RunningServer running(with_limits(limits));
+    running.server.route<Echo>("/");
+    running.start();
+    Client member(running.port());
+    REQUIRE(member.is_open());
+    std::vector<RawClient> crowd;
+    for (int i = 0; i < 32; ++i) {
+        crowd.emplace_back(running.port());
+        REQUIRE(crowd.back().read_to_end());
+        CHECK(is_refusal(crowd.back().received, 503));
+    }
+    RawClient late(running.port());
+    CHECK(late.read_to_end());
+    CHECK(late.received == "");
+    CHECK(running.metrics().connections_refused == 33);
+    crowd.clear();
+    REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 1; }));
+    RawClient next(running.port());
+    CHECK(next.read_to_end());
+    CHECK(is_refusal(next.received, 503));
+    member.send("hello");
+    CHECK(member.next() == "hello");
+}
+
+TEST_CASE("where there are few descriptors half of them are for connections, and the next gets a 503") {
+    int report[2];
+    REQUIRE(::pipe(report) == 0);
+    const pid_t forked = ::fork();
+    if (forked == 0) {
+        const rlimit few{100, 100};
+        ::setrlimit(RLIMIT_NOFILE, &few);
+        ServerOptions options;
+        options.poller = test::poller_kind();
+        Server server(options);
+        server.route<Echo>("/");
+        server.listen(0);
+        const int port = server.port();
+        if (::write(report[1], &port, sizeof port) != sizeof port) ::_exit(1);
+        server.run();
+        ::_exit(0);
+    }
+    const Child child(forked);
+    ::close(report[1]);
+    int port = 0;
+    REQUIRE(::read(report[0], &port, sizeof port) == sizeof port);
+    ::close(report[0]);
+    std::vector<std::unique_ptr<Client>> clients;
+    for (int i = 0; i < 50; ++i) clients.push_back(std::make_unique<Client>(port));
+    CHECK(std::all_of(clients.begin(), clients.end(), [](const auto& client) { return client->is_open(); }));
+    RawClient refused(port);
+    CHECK(refused.read_to_end());
+    CHECK(is_refusal(refused.received, 503));
+    CHECK(contains(refused.received, "There are too many connections."));
+}
+
 TEST_SUITE_END();

@@ -883,4 +883,93 @@ TEST_CASE("a page goes before a folder that has its path too, and a folder withi
     CHECK(fetch(running.port(), "/in/a.txt").body == "inner");
 }
 
+TEST_CASE("a host that is allowed without a port is served on every port, one with a port on that") {
+    RunningServer running;
+    running.server.allow_hosts({"Chat.Example", "game.example:8080", "[::1]"});
+    running.server.get("/", hello);
+    running.start();
+    const std::pair<std::string, int> table[] = {
+        {"chat.example", 200}, {"CHAT.EXAMPLE:8888", 200}, {"game.example:8080", 200},
+        {"game.example", 421}, {"game.example:8081", 421}, {"[::1]", 200},
+        {"[::1]:8888", 200},   {"evil.example", 421},      {"evil.chat.example", 421},
+    };
+    for (const auto& [host, status] : table) {
+        CAPTURE(host);
+        RawClient client(running.port());
+        client.send("GET / HTTP/1.1\r\nHost: " + host + "\r\n\r\n");
+        CHECK(next_answer(client).status == status);
+    }
+}
+
+TEST_CASE("a page that is being sent when the server shuts down is sent to its end, and is the last") {
+    Folder folder;
+    const std::string content = large_content();
+    RunningServer running;
+    running.server.file("/large", folder.write("large.bin", content));
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/large") + request("/large"));
+    REQUIRE(running.eventually([&] { return running.server.metrics().bytes_sent > 100'000; }));
+    running.server.shutdown(test::deadline);
+    running.on_loop([] {});  // it has begun
+    const Answer answer = next_answer(client);
+    CHECK(answer.status == 200);
+    CHECK((answer.body == content));
+    CHECK(client.read_to_end());
+    CHECK(client.received == "");
+}
+
+TEST_CASE("a file that can not be opened for want of descriptors is a 503, and is there again later") {
+    Folder folder;
+    RunningServer running;
+    running.server.file("/", folder.write("a.txt", "here"));
+    running.server.static_dir("/folder", (folder / "").string());
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/"));
+    REQUIRE(next_answer(client).body == "here");
+    rlimit before{};
+    REQUIRE(::getrlimit(RLIMIT_NOFILE, &before) == 0);
+    static_cast<void>(os::error_text(EMFILE));  // what is loaded at the first error is loaded now
+    const int next = ::dup(0);
+    ::close(next);
+    const rlimit none{static_cast<rlim_t>(next), before.rlim_max};
+    REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+    client.send(request("/") + request("/folder/a.txt"));
+    const Answer file = next_answer(client), below = next_answer(client);
+    ::setrlimit(RLIMIT_NOFILE, &before);
+    CHECK(file.status == 503);
+    CHECK(below.status == 503);
+    CHECK(file.body == "The server is full.\n");
+    client.send(request("/"));
+    CHECK(next_answer(client).body == "here");
+}
+
+TEST_CASE("a page with a colon in its name is not looked up beside the program") {
+    RunningServer running;
+    CHECK(contains(error_of([&] { running.server.file("/", "no:such.html"); }), "file \"/\": no:such.html: "));
+}
+
+TEST_CASE("who reads a large file as fast as it can gets it whole while others come and go") {
+    Folder folder;
+    const std::string content = large_content();
+    RunningServer running;
+    running.server.file("/large", folder.write("large.bin", content));
+    running.server.get("/", hello);
+    running.start();
+    std::atomic<bool> reading{true};
+    bool whole = false;
+    std::thread reader([&] {
+        whole = fetch(running.port(), "/large").body == content;
+        reading = false;
+    });
+    while (reading) {
+        RawClient visitor(running.port());
+        visitor.send(request("/"));
+        CHECK(next_answer(visitor).body == "hello");
+    }
+    reader.join();
+    CHECK(whole);
+}
+
 TEST_SUITE_END();

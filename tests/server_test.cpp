@@ -853,4 +853,85 @@ TEST_CASE("peers can not flood the log, and what was left out is counted") {
     CHECK(running.on_loop([&] { return log.lines.size(); }) - before + suppressed == 3000);
 }
 
+TEST_CASE("who connects between the signal and the run is not taken in") {
+    const pid_t child = ::fork();
+    if (child == 0) {
+        ServerOptions options;
+        options.poller = test::poller_kind();
+        Server server(options);
+        server.route<Echo>("/");
+        server.listen(0);
+        std::raise(SIGTERM);
+        RawClient late(server.port());
+        server.run();
+        const bool refused = late && late.read_to_end() && late.received.empty();
+        ::_exit(refused && server.metrics().connections_accepted == 0 ? 0 : 1);
+    }
+    int status = -1;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+}
+
+TEST_CASE("a run that was stopped in the middle of a shutdown is gone on with by the next") {
+    ServerOptions options;
+    options.poller = test::poller_kind();
+    options.handle_signals = false;
+    Server server(options);
+    server.route<Echo>("/");
+    server.listen(0);
+    std::thread first([&] { server.run(); });
+    Client deaf(server.port());
+    server.shutdown(1h);
+    CHECK(deaf.raw.read_until(hex("03 e9")));
+    server.loop().post([&] { server.loop().stop(); });
+    first.join();
+    CHECK(server.metrics().connections_open == 1);
+    std::thread second([&] { server.run(); });
+    deaf.raw.close();
+    second.join();
+    CHECK(server.metrics().connections_open == 0);
+}
+
+TEST_CASE("a route whose factory makes no handler answers 500 and says so in the log") {
+    Log log;
+    RunningServer running;
+    log.take_from(running.server);
+    running.server.add_route("/", [] { return nullptr; });
+    running.start();
+    Client client(running.port());
+    CHECK_FALSE(client.is_open());
+    CHECK(client.head.substr(0, 12) == "HTTP/1.1 500");
+    running.stop();
+    CHECK(log.has("error exception in=\"handshake\""));
+    CHECK(log.has("the factory made no handler"));
+}
+
+TEST_CASE("the limit for one address does not hold for Unix sockets, which have none") {
+    ServerOptions options;
+    options.limits.max_connections_per_address = 1;
+    const std::string path = temporary_path("limit.sock");
+    RunningServer running(options);
+    running.server.route<Echo>("/");
+    running.server.listen("unix:" + path);
+    running.run();
+    RawClient one(connect_unix(path)), two(connect_unix(path));
+    CHECK(echoes(one));
+    CHECK(echoes(two));
+}
+
+TEST_CASE("the metrics page counts closed connections by their cause and by their code") {
+    Metrics metrics;
+    metrics.closed = {{CloseCause::peer, 3}, {CloseCause::ping_timeout, 2}};
+    metrics.close_codes = {{CloseCode::normal, 3}, {CloseCode::abnormal, 2}};
+    const std::string text = prometheus_text(metrics);
+    for (const std::string line :
+         {"# TYPE wschat_closed_total counter", "wschat_closed_total{cause=\"peer\"} 3",
+          "wschat_closed_total{cause=\"ping timeout\"} 2", "wschat_close_codes_total{code=\"1000\"} 3",
+          "wschat_close_codes_total{code=\"1006\"} 2"}) {
+        CAPTURE(line);
+        CHECK(contains(text, "\n" + line + "\n"));
+    }
+}
+
 TEST_SUITE_END();

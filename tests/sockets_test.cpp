@@ -165,6 +165,25 @@ std::set<int> inheritable_descriptors() {
 }
 #endif
 
+// No more descriptors can be had while one lives.
+class NoDescriptors {
+public:
+    NoDescriptors() {
+        static_cast<void>(os::error_text(EMFILE));  // what is loaded at the first error is loaded now
+        const int next = ::dup(0);
+        ::close(next);
+        ::getrlimit(RLIMIT_NOFILE, &before_);
+        const rlimit none{static_cast<rlim_t>(next), before_.rlim_max};
+        ::setrlimit(RLIMIT_NOFILE, &none);
+    }
+    NoDescriptors(const NoDescriptors&) = delete;
+    NoDescriptors& operator=(const NoDescriptors&) = delete;
+    ~NoDescriptors() { ::setrlimit(RLIMIT_NOFILE, &before_); }
+
+private:
+    rlimit before_{};
+};
+
 }  // namespace
 
 TEST_SUITE_BEGIN("sockets");
@@ -964,6 +983,144 @@ TEST_CASE("a poller that waits is woken from another thread") {
         poller->wait(20'000, ready);
         waker.join();
         CHECK(reported(ready, owner) == "r");
+    }
+}
+
+TEST_CASE("where descriptors are used up whatever needs one is an Error that says so, and works later") {
+    Folder folder;
+    const std::string path = folder / "chat.sock";
+    const std::function<void()> calls[] = {
+        [] { ListenSocket(ListenAddress::parse("127.0.0.1:0"), false); },
+        [] { ListenSocket(ListenAddress::parse("*:0"), false); },
+        [&] { ListenSocket(ListenAddress::parse("unix:" + path), false); },
+        [] { WakeUp(); },
+#if defined(__linux__)
+        [] { Poller::make(Poller::Kind::automatic); },
+#endif
+    };
+    for (const auto& call : calls) {
+        std::string error;
+        {
+            const NoDescriptors none;
+            error = error_of(call);
+        }
+        CAPTURE(error);
+        CHECK(contains(error, ": Too many open files (EMFILE)"));
+        CHECK(error_of(call) == "");
+    }
+}
+
+TEST_CASE("a Unix socket that was left behind stays where it can not be found out whether it was") {
+    Folder folder;
+    const std::string path = folder / "chat.sock";
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::memcpy(name.sun_path, path.data(), path.size());
+    {
+        const Socket dead(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        REQUIRE(::bind(dead.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0);
+    }
+    {
+        const NoDescriptors none;
+        CHECK(contains(error_of([&] { ListenSocket(ListenAddress::parse("unix:" + path), false); }), "(EMFILE)"));
+    }
+    struct stat status {};
+    CHECK(::lstat(path.c_str(), &status) == 0);
+}
+
+#if defined(__linux__)
+TEST_CASE("a Unix socket whose owner is too busy to accept stays theirs") {
+    Folder folder;
+    const std::string path = folder / "chat.sock";
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::memcpy(name.sun_path, path.data(), path.size());
+    const Socket busy(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    REQUIRE(::bind(busy.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0);
+    REQUIRE(::listen(busy.descriptor(), 0) == 0);
+    // One connection waits, and there is no room for another.
+    const ListenAddress where = ListenAddress::parse("unix:" + path);
+    const Socket first = connect_to(where);
+    REQUIRE(first);
+    CHECK(contains(error_of([&] { ListenSocket(where, false); }), "(EADDRINUSE)"));
+    const Socket accepted(::accept(busy.descriptor(), nullptr, nullptr));
+    CHECK(accepted);
+    CHECK(connect_to(where));
+}
+#endif
+
+TEST_CASE("a Unix socket in a folder without permission is an Error, and no advice about ports") {
+    Folder folder;
+    const std::string where = "unix:" + folder / "chat.sock";
+    REQUIRE(::chmod((folder / "").c_str(), 0500) == 0);
+    const auto listen_unprivileged = [&] {
+        if (::setuid(65534) != 0 && ::geteuid() == 0) return 2;
+        const std::string error = error_of([&] { ListenSocket(ListenAddress::parse(where), false); });
+        return error == "listen " + where + ": Permission denied (EACCES) from bind" ? 0 : 1;
+    };
+    const pid_t child = ::fork();
+    if (child == 0) ::_exit(listen_unprivileged());
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+}
+
+TEST_CASE("each error that a socket or a file meets is told by its name") {
+    const std::pair<int, std::string> names[] = {
+        {EACCES, "EACCES"},
+        {EADDRINUSE, "EADDRINUSE"},
+        {EADDRNOTAVAIL, "EADDRNOTAVAIL"},
+        {EAFNOSUPPORT, "EAFNOSUPPORT"},
+        {ECONNABORTED, "ECONNABORTED"},
+        {ECONNRESET, "ECONNRESET"},
+        {EINVAL, "EINVAL"},
+        {EISDIR, "EISDIR"},
+        {EMFILE, "EMFILE"},
+        {ENFILE, "ENFILE"},
+        {ENOBUFS, "ENOBUFS"},
+        {ENOENT, "ENOENT"},
+        {ENOMEM, "ENOMEM"},
+        {ENOTDIR, "ENOTDIR"},
+        {EPERM, "EPERM"},
+        {EPIPE, "EPIPE"},
+        {ETIMEDOUT, "ETIMEDOUT"},
+    };
+    for (const auto& [error, name] : names) {
+        CAPTURE(name);
+        const std::string text = os::error_text(error);
+        CHECK(contains(text, " (" + name + ")"));
+        CHECK(text.size() > name.size() + 3);
+    }
+}
+
+TEST_CASE("an address has as many bits as its family, that of a Unix socket none") {
+    CHECK(address("127.0.0.1").bits() == 32);
+    CHECK(address("::1").bits() == 128);
+    CHECK(IpAddress().bits() == 0);
+    CHECK(IpAddress().to_string() == "unix");
+}
+
+TEST_CASE("sending nothing takes nothing, and is no end of the stream") {
+    Pair pair;
+    const IoResult sent = send(pair.here, "");
+    CHECK(sent.outcome == IoResult::Outcome::would_block);
+    CHECK(sent.size == 0);
+    CHECK(send(pair.here, "a").outcome == IoResult::Outcome::done);
+}
+
+TEST_CASE("what is no descriptor can not be made to block never") { CHECK_FALSE(os::make_nonblocking(-1)); }
+
+TEST_CASE("a poller that is to remove what it does not know changes nothing") {
+    for (const Poller::Kind kind : kinds) {
+        const auto poller = Poller::make(kind);
+        CAPTURE(poller->name());
+        Pair known, other;
+        Owner owner;
+        REQUIRE(poller->add(known.here.descriptor(), owner, true, false));
+        poller->remove(other.here.descriptor());
+        REQUIRE(send(known.there, "a").outcome == IoResult::Outcome::done);
+        CHECK(now_ready(*poller, owner) == "r");
     }
 }
 

@@ -1,0 +1,97 @@
+#!/bin/sh
+# sh tests/coverage.sh
+#
+# How much of wschat.hpp the suites run, by clang's source-based coverage: each suite on epoll, those that poll once more
+# with WSCHAT_TEST_POLLER=poll, and the examples with them. Prints the lines that nothing runs, the conditions that had
+# only one outcome, and the percentages. Everything is written below build/coverage.
+#
+# A line counts once, however many times a template or an inline function was made of it; so do the two outcomes of a
+# condition. What the preprocessor takes out does not count, nor do conditions that the compiler has decided.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+out=build/coverage
+die() {
+    echo "coverage.sh: $*"
+    exit 1
+}
+# quietly LOG COMMAND...
+quietly() {
+    log=$out/$1
+    shift
+    "$@" >"$log" 2>&1 </dev/null || { tail -n 60 "$log"; die "failed: $*"; }
+}
+
+mkdir -p $out
+for tool in clang++ cmake ninja; do command -v $tool >/dev/null || die "$tool is missing; tests/run.sh installs it"; done
+if ! command -v llvm-cov >/dev/null || ! command -v llvm-profdata >/dev/null; then
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "llvm-cov is missing (Debian: llvm)"
+    quietly install.log env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        -o DPkg::Lock::Timeout=300 llvm
+fi
+
+# ---- build and run --------------------------------------------------------------------------------------------------
+
+echo "== build"
+# Counters that lie in the file itself count also what a process did that was killed.
+quietly configure.log cmake -S . -B $out -G Ninja -DCMAKE_BUILD_TYPE= -DCMAKE_CXX_COMPILER=clang++ \
+    -DCMAKE_CXX_FLAGS="-O1 -DNDEBUG -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation"
+quietly build.log cmake --build $out -j 2 --target wschat_tests
+
+# run NAME OPTION...: the suites; every process adds to the profile of its program
+run() {
+    echo "== $1"
+    name=$1
+    shift
+    LLVM_PROFILE_FILE=$PWD/$out/profiles/%c%m.profraw quietly "$name.log" $out/tests/wschat_tests "$@"
+    grep -E 'test cases:' "$out/$name.log"
+}
+rm -rf $out/profiles
+unset WSCHAT_TEST_POLLER
+run epoll
+polls=$(sed -n 's/^set(suites_that_poll \([a-z ]*\)).*/\1/p' tests/CMakeLists.txt | tr ' ' ',')
+export WSCHAT_TEST_POLLER=poll
+run poll "--test-suite=$polls"
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+llvm-profdata merge -o $out/all.profdata $out/profiles/*.profraw || die "no profile"
+export_as() {
+    llvm-cov export -format="$1" -instr-profile=$out/all.profdata $out/tests/wschat_tests wschat.hpp 2>$out/export.log
+}
+export_as lcov >$out/lines.info && export_as text >$out/branches.json || die "llvm-cov: $(cat $out/export.log)"
+
+python3 - $out/lines.info $out/branches.json <<'END'
+import json
+import sys
+
+source = [''] + open('wschat.hpp').read().split('\n')
+
+counts = {}  # of each line
+for record in open(sys.argv[1]):
+    if record.startswith('DA:'):
+        line, count = record[3:].split(',')[:2]
+        counts[int(line)] = counts.get(int(line), 0) + int(count)
+
+outcomes = {}  # place -> [times true, times false], over all instantiations
+for file in json.load(open(sys.argv[2]))['data'][0]['files']:
+    for line, column, end_line, end_column, yes, no, *_ in file['branches']:
+        seen = outcomes.setdefault((line, column, end_line, end_column), [0, 0])
+        seen[0] += yes
+        seen[1] += no
+
+print('== lines that nothing runs')
+missed = sorted(line for line in counts if counts[line] == 0)
+for line in missed:
+    print('%5d  %s' % (line, source[line]))
+
+print('== conditions that had one outcome only')
+for (line, column, end_line, end_column), (yes, no) in sorted(outcomes.items()):
+    if counts.get(line, 0) and (yes == 0) != (no == 0):
+        text = source[line][column - 1:end_column - 1] if line == end_line else source[line][column - 1:] + ' ...'
+        print('%5d  never %s: %s' % (line, 'false' if yes else 'true', text))
+
+covered = sum((yes > 0) + (no > 0) for yes, no in outcomes.values())
+print('== wschat.hpp: %.1f%% of %d lines, %.1f%% of %d branches' %
+      (100 * (1 - len(missed) / len(counts)), len(counts), 100 * covered / (2 * len(outcomes)), 2 * len(outcomes)))
+END

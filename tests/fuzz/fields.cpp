@@ -1,0 +1,391 @@
+// What stands in headers and in settings: lists, cookies, queries, origins, hosts, addresses, paths, answers. Nothing
+// throws but an Error where one is documented, what is found lies within the input, and each rule has a reference.
+//
+// Input: up to three lines, each ended by LF, and what is left: the first two are names, patterns, blocks of addresses and
+// the like, as the check needs them.
+#include "fuzz.hpp"
+#include "reference.hpp"
+
+namespace {
+
+using namespace fuzz;
+using wschat::Cidr;
+using wschat::IpAddress;
+using wschat::ListenAddress;
+using wschat::Pattern;
+using wschat::Request;
+using wschat::RequestParser;
+using wschat::Response;
+
+// What a call makes, or nothing where it is a caller's error. Any other exception leaves, and is a find.
+template <class Make>
+auto unless_error(Make make) -> std::optional<decltype(make())> {
+    try {
+        return make();
+    } catch (const wschat::Error& error) {
+        check(error.what()[0] != '\0', "an Error says nothing");
+        return std::nullopt;
+    }
+}
+
+std::optional<Request> request_with(std::string_view target, const std::string& lines) {
+    static const wschat::Limits limits;
+    RequestParser parser(limits);
+    std::size_t consumed = 0;
+    const std::string head = "GET " + std::string(target) + " HTTP/1.1\r\nHost: a\r\n" + lines + "\r\n";
+    if (parser.feed(head, consumed) != RequestParser::Outcome::request || consumed != head.size()) return std::nullopt;
+    return parser.take_request();
+}
+
+// ---- header fields --------------------------------------------------------------------------------------------------
+
+FieldList lines_of(std::string_view text) {
+    FieldList fields;
+    for (std::string line : split(text, '\n')) {
+        if (!line.empty() && line.back() == '\r') line.pop_back();
+        if (line.empty()) break;
+        const std::size_t colon = (std::min)(line.find(':'), line.size());
+        fields.emplace_back(line.substr(0, colon), colon == line.size() ? "" : trimmed(line.substr(colon + 1)));
+    }
+    return fields;
+}
+
+// Any bytes at all, as lines of a header.
+void check_fields(std::string_view text) {
+    const wschat::Fields fields(text);
+    const FieldList expected = lines_of(text);
+    FieldList found;
+    fields.each([&](std::string_view name, std::string_view value) {
+        check(within(name, text) && within(value, text), "a field lies outside of its text");
+        found.emplace_back(name, value);
+        return true;
+    });
+    check(found == expected, "the fields are others", text);
+    for (const auto& [name, value] : expected) {
+        const std::vector<std::string> values = values_of(expected, lower(name));
+        check(fields.count(name) == values.size() && fields.find(name) == values[0], "a field is not found", name);
+        const std::vector<std::string> elements = elements_of(expected, lower(name));
+        std::vector<std::string> seen;
+        fields.each_element(name, [&](std::string_view element) {
+            check(within(element, text), "an element lies outside of its text");
+            seen.emplace_back(element);
+        });
+        check(seen == elements, "the elements of a list are others", value);
+        for (const std::string& element : elements)
+            check(fields.has_element(lower(name), lower(element)), "an element of a list is not found", element);
+    }
+    check(!fields.has_element("no-such-name", text), "an element is found in a list that is not there");
+}
+
+// RFC 6265 4.2.1.
+void check_cookies(const std::string& first, const std::string& second) {
+    const auto request = request_with("/", "Cookie: " + first + "\r\nX: 1\r\ncookie: " + second + "\r\n");
+    if (!request) return;
+    FieldList cookies;
+    for (const std::string& value : {first, second})
+        for (const std::string& pair : split(trimmed(value), ';')) {
+            const std::size_t equals = (std::min)(pair.find('='), pair.size());
+            std::string content = trimmed(std::string_view(pair).substr((std::min)(equals + 1, pair.size())));
+            if (content.size() > 1 && content.front() == '"' && content.back() == '"')
+                content = content.substr(1, content.size() - 2);
+            cookies.emplace_back(trimmed(std::string_view(pair).substr(0, equals)), content);
+        }
+    for (const auto& [name, value] : cookies) {
+        if (name.empty()) continue;
+        const auto found = request->cookie(name);
+        const auto same_name = [&, &key = name](const auto& cookie) { return cookie.first == key; };
+        check(found == std::find_if(cookies.begin(), cookies.end(), same_name)->second, "a cookie is another", name);
+    }
+    check(!request->cookie("no such name"), "a cookie is found that is not there");
+}
+
+// A list of extensions or of subprotocols never changes whether the upgrade is taken but by what is no token.
+void check_lists(const std::string& list) {
+    const auto request = request_with("/",
+                                      "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+                                      "Sec-WebSocket-Extensions: " +
+                                          list + "\r\nSec-WebSocket-Protocol: " + list + "\r\n");
+    if (!request) return;
+    const std::vector<std::string> names = elements_of({{"list", list}}, "list");
+    const bool tokens =
+        std::all_of(names.begin(), names.end(), [](const auto& n) { return only(n, token_characters); });
+    check(wschat::refuse_upgrade(*request).has_value() == !tokens, "a list is judged wrongly", list);
+    const auto offered = wschat::offered_subprotocols(*request);
+    check(std::equal(offered.begin(), offered.end(), names.begin(), names.end()), "the subprotocols are others", list);
+}
+
+// ---- targets --------------------------------------------------------------------------------------------------------
+
+void check_escapes(const std::string& text) {
+    for (const bool plus : {false, true}) {
+        const auto decoded = wschat::text::percent_decoded(text, plus);
+        check(decoded.has_value() == good_escapes(text), "escapes are judged wrongly", text);
+        if (decoded) check_same(*decoded, unescaped(text, plus), "escapes are decoded wrongly");
+    }
+    std::string escaped;
+    for (const char c : text) {
+        char code[4];
+        std::snprintf(code, sizeof code, "%%%02x", static_cast<unsigned>(static_cast<unsigned char>(c)));
+        escaped += code;
+    }
+    check(wschat::text::percent_decoded(escaped) == text, "what is escaped and decoded is another", text);
+}
+
+void check_query(const std::string& query) {
+    const auto request = request_with("/?" + query, "");
+    if (!request) return;
+    FieldList pairs;
+    for (const std::string& pair : split(query, '&')) {
+        const std::size_t equals = (std::min)(pair.find('='), pair.size());
+        const std::string key = pair.substr(0, equals), value = pair.substr((std::min)(equals + 1, pair.size()));
+        if (good_escapes(key)) pairs.emplace_back(unescaped(key, true), value);
+    }
+    for (const auto& [key, value] : pairs) {
+        if (key.empty()) continue;
+        const auto same_key = [&, &name = key](const auto& pair) { return pair.first == name; };
+        const std::string& first = std::find_if(pairs.begin(), pairs.end(), same_key)->second;
+        const auto found = request->query(key);
+        check(found.has_value() == good_escapes(first) && (!found || *found == unescaped(first, true)),
+              "a parameter of the query is another", key);
+    }
+}
+
+// The segments of a path, decoded one by one.
+std::vector<std::string> segments_of(std::string_view path) {
+    std::vector<std::string> segments = split(path.substr(1), '/');
+    for (std::string& segment : segments) segment = unescaped(segment);
+    return segments;
+}
+
+// "{name}", "{name...}" or text; false where it is none of them.
+struct Segment {
+    std::string name, text;
+    bool rest = false, good = true;
+
+    explicit Segment(const std::string& s) : text(s) {
+        if (s.size() > 2 && s.front() == '{' && s.back() == '}') {
+            name = s.substr(1, s.size() - 2);
+            rest = name.size() >= 3 && name.substr(name.size() - 3) == "...";
+            if (rest) name.resize(name.size() - 3);
+            text.clear();
+            good = !name.empty();
+        }
+        good = good && (name + text).find_first_of("{}?#%") == std::string::npos;
+    }
+};
+
+// What a pattern takes out of a path; nothing where it does not match.
+std::optional<FieldList> matched(const std::vector<Segment>& pattern, const std::vector<std::string>& path) {
+    FieldList params;
+    for (std::size_t i = 0; i < pattern.size(); ++i) {
+        if (i >= path.size()) return std::nullopt;
+        if (pattern[i].rest) {
+            std::string rest = path[i];
+            for (std::size_t k = i + 1; k < path.size(); ++k) rest += "/" + path[k];
+            params.emplace_back(pattern[i].name, rest);
+            return params;
+        }
+        if (pattern[i].name.empty() ? pattern[i].text != path[i] : path[i].empty()) return std::nullopt;
+        if (!pattern[i].name.empty()) params.emplace_back(pattern[i].name, path[i]);
+    }
+    return pattern.size() == path.size() ? std::optional<FieldList>(params) : std::nullopt;
+}
+
+void check_pattern(const std::string& text, const std::string& path) {
+    std::vector<Segment> segments;
+    bool good = text.substr(0, 1) == "/";
+    for (const std::string& each : split(good ? text.substr(1) : "", '/')) {
+        good = good && (segments.empty() || !segments.back().rest);
+        segments.emplace_back(each);
+        good = good && segments.back().good;
+    }
+    const auto pattern = unless_error([&] { return Pattern("route", text); });
+    check(pattern.has_value() == good, "a pattern is judged wrongly", text);
+    if (!pattern) return;
+    const auto match = pattern->match(path);
+    check(*pattern == Pattern("route", text), "a pattern differs from itself", text);
+    if (path.substr(0, 1) != "/") return check(!match, "a path without a slash matches", path);
+    if (!good_escapes(path)) return;  // RequestParser refuses it
+    const auto expected = matched(segments, segments_of(path));
+    check(match.has_value() == expected.has_value(), "whether a path matches is answered wrongly", text + " " + path);
+    if (match) check(match->params == *expected, "the parameters are others", text + " " + path);
+}
+
+// ---- origins and hosts ----------------------------------------------------------------------------------------------
+
+struct Place {
+    std::string host;
+    unsigned long port = 0;
+    bool canonical = true;  // as a browser writes it
+};
+Place place_of(const std::string& authority, unsigned long default_port) {
+    Place place{lower(authority), default_port, true};
+    const std::size_t colon = authority.rfind(':');
+    if (colon == std::string::npos || authority.back() == ']') return place;
+    const std::string port = authority.substr(colon + 1);
+    place.host.resize(colon);
+    place.canonical = !port.empty() && port[0] != '0';
+    if (!port.empty()) place.port = std::strtoul(port.c_str(), nullptr, 10);
+    return place;
+}
+
+void check_origin(const std::string& origin, const std::string& host) {
+    check(wschat::valid_host(host) == good_host(host), "a host is judged wrongly", host);
+    const std::string small = lower(origin);
+    const std::size_t scheme = small.substr(0, 7) == "http://" ? 7 : small.substr(0, 8) == "https://" ? 8 : 0;
+    const bool good = scheme != 0 && good_host(origin.substr(scheme));
+    const auto normal = wschat::normalized_origin(origin);
+    check(normal.has_value() == good, "an origin is judged wrongly", origin);
+    if (!good) return check(!wschat::same_host(origin, host), "what is no origin is the same host", origin);
+    const std::string standard = scheme == 7 ? ":80" : ":443";
+    const bool drops = small.size() > standard.size() && small.substr(small.size() - standard.size()) == standard;
+    check_same(*normal, drops ? small.substr(0, small.size() - standard.size()) : small, "an origin becomes another");
+    check(wschat::normalized_origin(*normal) == normal, "an origin that was normalized changes again", origin);
+    if (!good_host(host)) return check(!wschat::same_host(origin, host), "what is no host is the same host", host);
+    const unsigned long port = scheme == 7 ? 80 : 443;
+    const Place from = place_of(origin.substr(scheme), port), to = place_of(host, port);
+    const bool same = from.host == to.host && from.port == to.port;
+    if (wschat::same_host(origin, host)) check(same, "an origin is let in that is elsewhere", origin + " " + host);
+    else check(!same || !from.canonical || !to.canonical, "an origin is refused at home", origin + " " + host);
+}
+
+// ---- addresses ------------------------------------------------------------------------------------------------------
+
+// The bits of an address in text; empty where it is none. IPv4 that is mapped into IPv6 is IPv4.
+std::string bits_of(const std::string& text) {
+    unsigned char bytes[16];
+    if (text.find('\0') != std::string::npos) return {};
+    std::size_t first = 0, last = 4;
+    if (::inet_pton(AF_INET, text.c_str(), bytes) != 1) {
+        if (::inet_pton(AF_INET6, text.c_str(), bytes) != 1) return {};
+        last = 16;
+        if (std::string(bytes, bytes + 12) == std::string("\0\0\0\0\0\0\0\0\0\0\xFF\xFF", 12)) first = 12;
+    }
+    std::string bits;
+    for (std::size_t i = first; i < last; ++i)
+        for (int bit = 7; bit >= 0; --bit) bits += (bytes[i] >> bit & 1) != 0 ? '1' : '0';
+    return bits;
+}
+
+void check_address(const std::string& text) {
+    const std::string bits = bits_of(text);
+    const auto address = IpAddress::parse(text);
+    check(address.has_value() == !bits.empty(), "an address is judged wrongly", text);
+    if (!address) return;
+    check(address->bits() == bits.size(), "an address is of the wrong family", text);
+    check(bits_of(address->to_string()) == bits, "an address is written as another", text);
+    check(IpAddress::parse(address->to_string()) == *address, "an address that is written and read is another", text);
+    check(address->prefix(address->bits()) == *address && !(*address < *address), "an address differs from itself",
+          text);
+}
+
+void check_block(const std::string& text, const std::string& address) {
+    const std::size_t slash = text.find('/');
+    const std::string base = bits_of(text.substr(0, slash)),
+                      length = slash == std::string::npos ? "" : text.substr(slash + 1);
+    const bool good =
+        text == "unix" || (!base.empty() && (slash == std::string::npos || number_up_to(length, base.size())));
+    const auto block = unless_error([&] { return Cidr(text); });
+    check(block.has_value() == good, "a block of addresses is judged wrongly", text);
+    const auto parsed = IpAddress::parse(address);
+    if (!block) return;
+    check(block->contains(IpAddress()) == (text == "unix"), "a Unix socket is in the wrong block", text);
+    if (!parsed) return;
+    const std::size_t bits = slash == std::string::npos ? base.size() : std::strtoul(length.c_str(), nullptr, 10);
+    const std::string of_address = bits_of(address);
+    const bool inside =
+        text != "unix" && of_address.size() == base.size() && of_address.substr(0, bits) == base.substr(0, bits);
+    check(block->contains(*parsed) == inside, "an address is in the wrong block", text + " " + address);
+}
+
+void check_listen_address(const std::string& text) {
+    const auto address = unless_error([&] { return ListenAddress::parse(text); });
+    if (!address) return;
+    check(address->port >= 0 && address->port <= 65535, "a port is out of range", text);
+    check(!address->host.empty() || !address->unix_path.empty(), "an address to listen on has no host", text);
+    const ListenAddress again = ListenAddress::parse(address->to_string());
+    check(again.host == address->host && again.port == address->port && again.unix_path == address->unix_path,
+          "an address to listen on that is written and read is another", text);
+}
+
+// ---- what we send ---------------------------------------------------------------------------------------------------
+
+// No value that is put into a header begins another line, or ends the head.
+void check_response(const std::string& name, const std::string& value) {
+    const auto response = unless_error([&] { return Response(200).set_header(name, value); });
+    bool control = false;
+    for (const char c : value) control = control || (c >= 0 && c < 0x20 && c != '\t') || c == 0x7F;
+    const bool ours = lower(name) == "content-length" || lower(name) == "transfer-encoding";
+    check(response.has_value() == (!name.empty() && only(name, token_characters) && !control && !ours),
+          "a header of an answer is judged wrongly", name + ": " + value);
+}
+
+void check_opening(const std::string& host, const std::string& target, const std::string& protocols) {
+    const auto head =
+        unless_error([&] { return wschat::opening_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
+    if (!head) return;
+    check(head->find("\r\n\r\n") == head->size() - 4, "an opening request is more than one head", *head);
+    const std::vector<std::string> lines = split(*head, '\n');
+    check(lines.size() == 8u + (protocols.empty() ? 0 : 1), "an opening request has lines of its own", *head);
+}
+
+// An answer with the right proof, and whatever else: taken where it chooses nothing that was not offered.
+void check_answer(const std::string& lines, const std::string& offered) {
+    const std::string key = "dGhlIHNhbXBsZSBub25jZQ==";
+    const std::string head =
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" +
+        lines + "\r\n\r\n";
+    const std::string error = wschat::opening_answer_error(head, key, offered);
+    const FieldList fields = lines_of(std::string_view(head).substr(head.find('\n') + 1));
+    const auto chosen = values_of(fields, "sec-websocket-protocol");
+    const std::vector<std::string> names = split(offered, ',');
+    const bool was_offered =
+        chosen.size() == 1 && !offered.empty() &&
+        std::any_of(names.begin(), names.end(), [&](const auto& n) { return trimmed(n) == chosen[0]; });
+    const bool good = values_of(fields, "sec-websocket-accept").size() == 1 &&
+                      values_of(fields, "sec-websocket-extensions").empty() && (chosen.empty() || was_offered);
+    check(error.empty() == good, "an answer is judged wrongly", lines);
+    check(!wschat::opening_answer_error(lines, key, offered).empty() || lines.size() > 100, "an answer is no answer",
+          lines);
+}
+
+void check_not_modified(const std::string& tags) {
+    const auto request = request_with("/", "If-None-Match: " + tags + "\r\n");
+    if (!request) return;
+    bool good = false;
+    for (const std::string& tag : elements_of({{"tags", tags}}, "tags"))
+        good = good || tag == "*" || tag == "W/*" || tag == "\"1-2\"" || tag == "W/\"1-2\"";
+    check(wschat::not_modified(*request, "\"1-2\"", "now") == good, "whether a copy is still good is answered wrongly",
+          tags);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+    const Exact whole(Choices(data, size).rest());
+    const std::string text(whole.view());
+    const std::size_t first_end = (std::min)(text.find('\n'), text.size());
+    const std::string first = text.substr(0, first_end), after = text.substr((std::min)(first_end + 1, text.size()));
+    const std::size_t second_end = (std::min)(after.find('\n'), after.size());
+    const std::string second = after.substr(0, second_end),
+                      rest = after.substr((std::min)(second_end + 1, after.size()));
+
+    check_fields(whole.view());
+    check_cookies(first, second);
+    check_lists(first);
+    check_escapes(first);
+    check_query(first);
+    check_pattern(first, second);
+    check_origin(first, second);
+    check_address(first);
+    check_block(first, second);
+    check_listen_address(first);
+    check_response(first, rest);
+    check_opening(first, second, rest);
+    check_answer(text, first);
+    check_not_modified(first);
+    check(wschat::text::unsigned_number(first, 65535).has_value() == number_up_to(first, 65535), "a number", first);
+    check(!wschat::content_type(first).empty(), "a file has no type", first);
+    return 0;
+}

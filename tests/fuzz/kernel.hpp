@@ -1,0 +1,466 @@
+// A kernel of the fuzzer's making: descriptors, peers, files, faults and a clock behind the calls of the system that a
+// server makes. The calls are defined here by their own names, which a program prefers to those of the C library; what
+// is not of a descriptor that this kernel has made goes on to the real one.
+#pragma once
+
+#include "fuzz.hpp"
+
+#include <sys/syscall.h>
+
+#include <deque>
+#include <functional>
+#include <map>
+
+namespace fuzz {
+
+// The other end of a connection, and what the real kernel would hold for it.
+struct Peer {
+    static constexpr std::size_t any = static_cast<std::size_t>(-1);
+
+    std::string address;
+    std::string sent;          // what the server has not received yet
+    std::string received;      // all that the server has sent
+    std::size_t window = any;  // so much is still taken from the server
+    std::size_t piece = any;   // and at most so much a call, in either direction
+    bool fin = false;          // the peer has shut its side
+    bool reset = false;
+    bool shut = false;       // the server has shut its side
+    bool closed = false;     // the server has closed the descriptor
+    bool disturbed = false;  // it takes less than all, or has gone
+};
+
+class Kernel {
+public:
+    enum class Call { accept, receive, send, watch, wait, open, read, end };
+    using Nanoseconds = std::chrono::nanoseconds;
+
+    // What is done while nothing is ready; false when nothing will ever come any more.
+    std::function<bool()> script;
+    std::map<Call, std::deque<int>> faults;  // errors for the next calls
+    std::deque<std::shared_ptr<Peer>> backlog;
+    Nanoseconds now = std::chrono::hours(1);
+    std::size_t descriptor_limit = Peer::any;
+    std::optional<std::size_t> fail_in;  // becomes the heap's when the call returns
+    std::size_t file_size = 40'000;
+    std::size_t bytes_in = 0, bytes_out = 0, accepted = 0;
+
+    std::size_t open_descriptors() const {
+        return used([](const Descriptor&) { return true; });
+    }
+    std::size_t open_streams() const {
+        return used([](const Descriptor& d) { return d.kind == Kind::stream; });
+    }
+    bool ours(int descriptor) const {
+        return descriptor >= first && descriptor < first + static_cast<int>(table_.size());
+    }
+    // Something has happened that may not go on for ever.
+    void progress() { idle_ = 0; }
+
+    // ---- the calls -------------------------------------------------------------------------------------------------
+
+    int socket() { return make({Kind::listener, {}, 0}); }
+    int pipe(int (&ends)[2]) {
+        ends[0] = make({Kind::pipe, {}, 0});
+        ends[1] = make({Kind::pipe_end, {}, static_cast<std::size_t>(ends[0])});
+        return 0;
+    }
+    int epoll() { return make({Kind::epoll, {}, 0}); }
+
+    int accept(int listener, sockaddr* address, socklen_t* size) {
+        check(at(listener).kind == Kind::listener, "accept() of what does not listen");
+        int error = 0;
+        if (faulty(Call::accept, error)) {
+            // "Gone already" concerns one connection that was waiting.
+            if (error == ECONNABORTED && !backlog.empty()) backlog.pop_front();
+            return failed(error);
+        }
+        if (backlog.empty()) return failed(EAGAIN);
+        if (open_descriptors() >= descriptor_limit) return failed(EMFILE);
+        const std::shared_ptr<Peer> peer = backlog.front();
+        backlog.pop_front();
+        write_address(peer->address, address, size);
+        ++accepted;
+        progress();
+        return make({Kind::stream, peer, 0});
+    }
+
+    ssize_t receive(int descriptor, void* data, std::size_t size) {
+        Peer& peer = stream(descriptor);
+        int error = 0;
+        if (faulty(Call::receive, error)) return failed(error);
+        if (peer.reset) return failed(ECONNRESET);
+        const std::size_t n = (std::min)({peer.sent.size(), peer.piece, size});
+        if (n == 0) return peer.fin ? (progress(), 0) : failed(EAGAIN);
+        std::memcpy(data, peer.sent.data(), n);
+        peer.sent.erase(0, n);
+        bytes_in += n;
+        progress();
+        return static_cast<ssize_t>(n);
+    }
+
+    ssize_t send(int descriptor, const std::vector<std::string_view>& pieces, int flags) {
+        Peer& peer = stream(descriptor);
+        check((flags & MSG_NOSIGNAL) != 0, "send() may raise SIGPIPE");
+        check(!peer.shut, "send() after the sending side was shut");
+        int error = 0;
+        if (faulty(Call::send, error)) return failed(error);
+        if (peer.reset) return failed(EPIPE);
+        std::size_t room = (std::min)(peer.window, peer.piece), sent = 0;
+        for (const std::string_view piece : pieces) {
+            const std::size_t n = (std::min)(piece.size(), room);
+            peer.received += piece.substr(0, n);
+            room -= n;
+            sent += n;
+        }
+        if (sent == 0) return failed(EAGAIN);
+        if (peer.window != Peer::any) peer.window -= sent;
+        bytes_out += sent;
+        progress();
+        return static_cast<ssize_t>(sent);
+    }
+    void shut(int descriptor) {
+        stream(descriptor).shut = true;
+        progress();
+    }
+
+    int close(int descriptor) {
+        Descriptor& closed = at(descriptor);
+        if (closed.peer) closed.peer->closed = true;
+        watched_.erase(descriptor);
+        closed = {};
+        progress();
+        return 0;
+    }
+
+    int open(std::string_view path) {
+        int error = 0;
+        if (faulty(Call::open, error)) return failed(error);
+        if (open_descriptors() >= descriptor_limit) return failed(EMFILE);
+        if (path == "/sim" || path == "sub") return make({Kind::folder, {}, 0});
+        const bool there = path == "/dev/null" || path == "/sim/page.html" || path == "page.html";
+        return there ? make({Kind::file, {}, 0}) : failed(ENOENT);
+    }
+    int status(int descriptor, struct stat* status) {
+        *status = {};
+        status->st_mode = at(descriptor).kind == Kind::folder ? S_IFDIR : S_IFREG;
+        status->st_size = static_cast<off_t>(file_size);
+        return 0;
+    }
+    ssize_t read(int descriptor, void* data, std::size_t size) {
+        Descriptor& from = at(descriptor);
+        int error = 0;
+        if (from.kind == Kind::file && faulty(Call::read, error)) return error == 0 ? 0 : failed(error);
+        if (from.kind == Kind::pipe && from.bytes.empty()) return failed(EAGAIN);
+        std::string bytes = from.kind == Kind::pipe ? from.bytes : std::string(file_size - from.other, 'f');
+        bytes.resize((std::min)(bytes.size(), size));
+        if (!bytes.empty()) std::memcpy(data, bytes.data(), bytes.size());
+        if (from.kind == Kind::pipe) from.bytes.erase(0, bytes.size());
+        else from.other += bytes.size();
+        progress();
+        return static_cast<ssize_t>(bytes.size());
+    }
+    ssize_t write(int descriptor, std::string_view bytes) {
+        check(at(descriptor).kind == Kind::pipe_end, "write() to what is no pipe");
+        at(static_cast<int>(at(descriptor).other)).bytes += bytes;
+        return static_cast<ssize_t>(bytes.size());
+    }
+
+    int control(int operation, int descriptor, const epoll_event* event) {
+        at(descriptor);
+        int error = 0;
+        const bool known = watched_.count(descriptor) != 0;
+        if (operation == EPOLL_CTL_ADD) {
+            check(!known, "a descriptor is added to the poller twice");
+            if (faulty(Call::watch, error)) return failed(error);
+        } else if (!known) {
+            return failed(ENOENT);
+        }
+        if (operation == EPOLL_CTL_DEL) watched_.erase(descriptor);
+        else watched_[descriptor] = *event;
+        return 0;
+    }
+    int wait(epoll_event* events, int size, int timeout_ms) {
+        return wait(timeout_ms, [&] {
+            int count = 0;
+            for (const auto& [descriptor, event] : watched_) {
+                const std::uint32_t ready = ready_for(descriptor, event.events);
+                if (ready == 0 || count == size) continue;
+                events[count] = event;
+                events[count++].events = ready;
+            }
+            return count;
+        });
+    }
+    int poll(pollfd* entries, std::size_t size, int timeout_ms) {
+        return wait(timeout_ms, [&] {
+            int count = 0;
+            for (std::size_t i = 0; i < size; ++i) {
+                const auto events = static_cast<std::uint32_t>(entries[i].events);
+                entries[i].revents = static_cast<short>(ready_for(entries[i].fd, events));
+                if (entries[i].revents != 0) ++count;
+            }
+            return count;
+        });
+    }
+
+private:
+    enum class Kind { none, epoll, pipe, pipe_end, listener, stream, file, folder };
+    struct Descriptor {
+        Kind kind = Kind::none;
+        std::shared_ptr<Peer> peer{};
+        std::size_t other = 0;  // a pipe's reading end; how much of a file was read
+        std::string bytes{};
+    };
+    static constexpr int first = 1000;
+
+    template <class Condition>
+    std::size_t used(Condition condition) const {
+        return static_cast<std::size_t>(std::count_if(
+            table_.begin(), table_.end(), [&](const Descriptor& d) { return d.kind != Kind::none && condition(d); }));
+    }
+    static int failed(int error) {
+        errno = error;
+        return -1;
+    }
+    // The lowest number that is free, as the real one does, so that numbers are used again at once.
+    int make(Descriptor made) {
+        std::size_t i = 0;
+        while (i < table_.size() && table_[i].kind != Kind::none) ++i;
+        if (i == table_.size()) table_.emplace_back();
+        table_[i] = std::move(made);
+        return first + static_cast<int>(i);
+    }
+    Descriptor& at(int descriptor) {
+        check(ours(descriptor), "a descriptor that was never open is used", std::to_string(descriptor));
+        Descriptor& found = table_[static_cast<std::size_t>(descriptor - first)];
+        check(found.kind != Kind::none, "a descriptor that is closed is used", std::to_string(descriptor));
+        return found;
+    }
+    Peer& stream(int descriptor) {
+        check(at(descriptor).kind == Kind::stream, "what is no stream is used as one");
+        return *at(descriptor).peer;
+    }
+    bool faulty(Call call, int& error) {
+        std::deque<int>& errors = faults[call];
+        if (errors.empty()) return false;
+        error = errors.front();
+        errors.pop_front();
+        progress();
+        return true;
+    }
+
+    static void write_address(const std::string& text, sockaddr* address, socklen_t* size) {
+        sockaddr_storage storage{};
+        sockaddr_in in{};
+        sockaddr_in6 in6{};
+        if (::inet_pton(AF_INET, text.c_str(), &in.sin_addr) == 1) {
+            in.sin_family = AF_INET;
+            std::memcpy(&storage, &in, sizeof in);
+        } else if (::inet_pton(AF_INET6, text.c_str(), &in6.sin6_addr) == 1) {
+            in6.sin6_family = AF_INET6;
+            std::memcpy(&storage, &in6, sizeof in6);
+        } else {
+            storage.ss_family = AF_UNIX;
+        }
+        std::memcpy(address, &storage, (std::min)(std::size_t{*size}, sizeof storage));
+    }
+
+    // EPOLLIN, EPOLLOUT, EPOLLERR and EPOLLHUP have the values of POLLIN and so on.
+    std::uint32_t ready_for(int descriptor, std::uint32_t wanted) {
+        const Descriptor& d = at(descriptor);
+        std::uint32_t ready = 0;
+        if (d.kind == Kind::listener && !backlog.empty()) ready = EPOLLIN;
+        if (d.kind == Kind::pipe && !d.bytes.empty()) ready = EPOLLIN;
+        if (d.kind == Kind::stream) {
+            const Peer& peer = *d.peer;
+            if (!peer.sent.empty() || peer.fin || peer.reset) ready |= EPOLLIN;
+            if (peer.window != 0 || peer.reset) ready |= EPOLLOUT;
+            if (peer.reset) ready |= EPOLLERR;
+            if (peer.reset || (peer.fin && peer.shut)) ready |= EPOLLHUP;
+        }
+        return ready & (wanted | EPOLLERR | EPOLLHUP);
+    }
+
+    // Lets the script go on until something is ready or the time is over. Nothing takes time but the script and waiting.
+    template <class Collect>
+    int wait(int timeout_ms, Collect collect) {
+        check(++idle_ < 60, "the server spins");
+        int error = 0;
+        if (faulty(Call::wait, error)) return failed(error);
+        const Nanoseconds until = now + std::chrono::milliseconds(timeout_ms);
+        for (;;) {
+            const bool more = script();
+            const int count = collect();
+            if (count != 0 || timeout_ms == 0 || (timeout_ms > 0 && now >= until)) return count;
+            if (more) continue;
+            check(timeout_ms > 0, "the server waits for ever");
+            now = until;
+            progress();
+        }
+    }
+
+    std::vector<Descriptor> table_;
+    std::map<int, epoll_event> watched_;
+    int idle_ = 0;
+};
+
+inline Kernel* kernel = nullptr;
+
+// With FUZZ_TRACE in the environment each call is a line on standard error.
+inline void trace(const char* call, int descriptor, long result) {
+    static const bool on = std::getenv("FUZZ_TRACE") != nullptr;
+    if (!on) return;
+    std::fprintf(stderr, "%10.6f %s(%d) = %ld%s%s\n", std::chrono::duration<double>(kernel->now).count(), call,
+                 descriptor, result, result < 0 ? " " : "", result < 0 ? std::strerror(errno) : "");
+}
+
+// What stands between the server and its kernel costs no memory of the server's.
+template <class Result, class Simulated, class Real>
+Result called(const char* name, int descriptor, Simulated simulated, Real real) {
+    if (kernel == nullptr || !kernel->ours(descriptor)) return static_cast<Result>(real());
+    const auto answer = [&] {
+        const Spared spared;
+        const Result result = simulated();
+        trace(name, descriptor, static_cast<long>(result));
+        return result;
+    }();
+    if (kernel->fail_in) heap.fail_in = *std::exchange(kernel->fail_in, std::nullopt);
+    return answer;
+}
+
+}  // namespace fuzz
+
+extern "C" {
+
+int socket(int family, int type, int protocol) noexcept {
+    if (fuzz::kernel == nullptr || (family != AF_INET && family != AF_INET6))
+        return static_cast<int>(::syscall(SYS_socket, family, type, protocol));
+    const fuzz::Spared spared;
+    return fuzz::kernel->socket();
+}
+int setsockopt(int descriptor, int level, int name, const void* value, socklen_t size) noexcept {
+    return fuzz::called<int>(
+        "setsockopt", descriptor, [] { return 0; },
+        [&] { return ::syscall(SYS_setsockopt, descriptor, level, name, value, size); });
+}
+int bind(int descriptor, const sockaddr* address, socklen_t size) noexcept {
+    return fuzz::called<int>(
+        "bind", descriptor, [] { return 0; }, [&] { return ::syscall(SYS_bind, descriptor, address, size); });
+}
+int listen(int descriptor, int backlog) noexcept {
+    return fuzz::called<int>(
+        "listen", descriptor, [] { return 0; }, [&] { return ::syscall(SYS_listen, descriptor, backlog); });
+}
+int getsockname(int descriptor, sockaddr* address, socklen_t* size) noexcept {
+    return fuzz::called<int>(
+        "getsockname", descriptor, [] { return -1; },
+        [&] { return ::syscall(SYS_getsockname, descriptor, address, size); });
+}
+int accept4(int descriptor, sockaddr* address, socklen_t* size, int flags) {
+    return fuzz::called<int>(
+        "accept4", descriptor, [&] { return fuzz::kernel->accept(descriptor, address, size); },
+        [&] { return ::syscall(SYS_accept4, descriptor, address, size, flags); });
+}
+ssize_t recv(int descriptor, void* data, size_t size, int flags) {
+    return fuzz::called<ssize_t>(
+        "recv", descriptor, [&] { return fuzz::kernel->receive(descriptor, data, size); },
+        [&] { return ::syscall(SYS_recvfrom, descriptor, data, size, flags, nullptr, nullptr); });
+}
+ssize_t send(int descriptor, const void* data, size_t size, int flags) {
+    return fuzz::called<ssize_t>(
+        "send", descriptor,
+        [&] {
+            return fuzz::kernel->send(descriptor, {{static_cast<const char*>(data), size}}, flags);
+        },
+        [&] { return ::syscall(SYS_sendto, descriptor, data, size, flags, nullptr, 0); });
+}
+ssize_t sendmsg(int descriptor, const msghdr* message, int flags) {
+    return fuzz::called<ssize_t>(
+        "sendmsg", descriptor,
+        [&] {
+            std::vector<std::string_view> pieces;
+            for (std::size_t i = 0; i < message->msg_iovlen; ++i)
+                pieces.emplace_back(static_cast<const char*>(message->msg_iov[i].iov_base),
+                                    message->msg_iov[i].iov_len);
+            return fuzz::kernel->send(descriptor, pieces, flags);
+        },
+        [&] { return ::syscall(SYS_sendmsg, descriptor, message, flags); });
+}
+int shutdown(int descriptor, int how) noexcept {
+    return fuzz::called<int>(
+        "shutdown", descriptor, [&] { return fuzz::kernel->shut(descriptor), 0; },
+        [&] { return ::syscall(SYS_shutdown, descriptor, how); });
+}
+int close(int descriptor) {
+    return fuzz::called<int>(
+        "close", descriptor, [&] { return fuzz::kernel->close(descriptor); },
+        [&] { return ::syscall(SYS_close, descriptor); });
+}
+int pipe2(int ends[2], int flags) noexcept {
+    if (fuzz::kernel == nullptr) return static_cast<int>(::syscall(SYS_pipe2, ends, flags));
+    const fuzz::Spared spared;
+    int made[2];
+    fuzz::kernel->pipe(made);
+    ends[0] = made[0];
+    ends[1] = made[1];
+    return 0;
+}
+ssize_t read(int descriptor, void* data, size_t size) {
+    return fuzz::called<ssize_t>(
+        "read", descriptor, [&] { return fuzz::kernel->read(descriptor, data, size); },
+        [&] { return ::syscall(SYS_read, descriptor, data, size); });
+}
+ssize_t write(int descriptor, const void* data, size_t size) {
+    return fuzz::called<ssize_t>(
+        "write", descriptor,
+        [&] {
+            return fuzz::kernel->write(descriptor, {static_cast<const char*>(data), size});
+        },
+        [&] { return ::syscall(SYS_write, descriptor, data, size); });
+}
+int open(const char* path, int flags, ...) {
+    const bool simulated = fuzz::kernel != nullptr &&
+                           (std::string_view(path) == "/dev/null" || std::string_view(path).substr(0, 4) == "/sim");
+    if (!simulated) return static_cast<int>(::syscall(SYS_openat, AT_FDCWD, path, flags, 0600));
+    const fuzz::Spared spared;
+    return fuzz::kernel->open(path);
+}
+int openat(int folder, const char* path, int flags, ...) {
+    return fuzz::called<int>(
+        "openat", folder, [&] { return fuzz::kernel->open(path); },
+        [&] { return ::syscall(SYS_openat, folder, path, flags, 0600); });
+}
+int fstat(int descriptor, struct stat* status) noexcept {
+    return fuzz::called<int>(
+        "fstat", descriptor, [&] { return fuzz::kernel->status(descriptor, status); },
+        [&] { return ::syscall(SYS_newfstatat, descriptor, "", status, AT_EMPTY_PATH); });
+}
+int epoll_create1(int flags) noexcept {
+    if (fuzz::kernel == nullptr) return static_cast<int>(::syscall(SYS_epoll_create1, flags));
+    const fuzz::Spared spared;
+    return fuzz::kernel->epoll();
+}
+int epoll_ctl(int poller, int operation, int descriptor, epoll_event* event) noexcept {
+    return fuzz::called<int>(
+        "epoll_ctl", poller, [&] { return fuzz::kernel->control(operation, descriptor, event); },
+        [&] { return ::syscall(SYS_epoll_ctl, poller, operation, descriptor, event); });
+}
+int epoll_wait(int poller, epoll_event* events, int size, int timeout_ms) {
+    return fuzz::called<int>(
+        "epoll_wait", poller, [&] { return fuzz::kernel->wait(events, size, timeout_ms); },
+        [&] { return ::syscall(SYS_epoll_pwait, poller, events, size, timeout_ms, nullptr, 8); });
+}
+int poll(pollfd* entries, nfds_t size, int timeout_ms) {
+    return fuzz::called<int>(
+        "poll", size == 0 ? -1 : entries[0].fd, [&] { return fuzz::kernel->poll(entries, size, timeout_ms); },
+        [&] { return ::syscall(SYS_poll, entries, size, timeout_ms); });
+}
+int clock_gettime(clockid_t clock, timespec* time) noexcept {
+    if (fuzz::kernel == nullptr || clock != CLOCK_MONOTONIC)
+        return static_cast<int>(::syscall(SYS_clock_gettime, clock, time));
+    time->tv_sec = fuzz::kernel->now.count() / 1'000'000'000;
+    time->tv_nsec = fuzz::kernel->now.count() % 1'000'000'000;
+    return 0;
+}
+
+}  // extern "C"

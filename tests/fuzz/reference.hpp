@@ -1,0 +1,168 @@
+// What several harnesses compare the header with: text, header fields, UTF-8 and close codes, as slow and obvious as can
+// be.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace fuzz {
+
+// ---- text -----------------------------------------------------------------------------------------------------------
+
+inline const std::string digits = "0123456789", letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+inline const std::string token_characters = digits + letters + "!#$%&'*+-.^_`|~";
+
+inline bool only(std::string_view s, std::string_view allowed) {
+    return s.find_first_not_of(allowed) == std::string_view::npos;
+}
+inline std::string lower(std::string_view s) {
+    std::string result(s);
+    for (char& c : result)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 32);
+    return result;
+}
+inline std::string trimmed(std::string_view s) {
+    const std::size_t begin = s.find_first_not_of(" \t"), end = s.find_last_not_of(" \t");
+    return begin == std::string_view::npos ? std::string() : std::string(s.substr(begin, end - begin + 1));
+}
+inline std::vector<std::string> split(std::string_view s, char separator) {
+    std::vector<std::string> parts(1);
+    for (const char c : s)
+        if (c == separator) parts.emplace_back();
+        else parts.back() += c;
+    return parts;
+}
+// Digits, at most 20 of them, whose number is at most max.
+inline bool number_up_to(std::string_view s, unsigned long long max) {
+    if (s.empty() || s.size() > 20 || !only(s, digits)) return false;
+    const std::string text(s.substr((std::min)(s.find_first_not_of('0'), s.size())));
+    const std::string greatest = std::to_string(max);
+    return text.size() != greatest.size() ? text.size() < greatest.size() : text <= greatest;
+}
+
+// A name, an IPv4 address or an IPv6 address in brackets, and perhaps a port.
+inline bool good_host(std::string_view host) {
+    const bool brackets = host.substr(0, 1) == "[";
+    const std::size_t end = brackets ? host.find(']') : host.find(':');
+    if (brackets && end == std::string_view::npos) return false;
+    const std::string_view name = brackets ? host.substr(1, end - 1) : host.substr(0, end);
+    const std::string_view rest = end == std::string_view::npos ? "" : host.substr(brackets ? end + 1 : end);
+    if (brackets && (name.size() < 2 || !only(name, digits + "abcdefABCDEF:."))) return false;
+    if (!brackets && (name.empty() || !only(name, digits + letters + "-._~"))) return false;
+    return rest.empty() || (rest[0] == ':' && (rest.size() == 1 || number_up_to(rest.substr(1), 65535)));
+}
+inline bool good_escapes(std::string_view path) {
+    for (std::size_t at = path.find('%'); at != std::string_view::npos; at = path.find('%', at + 1))
+        if (path.size() < at + 3 || !only(path.substr(at + 1, 2), digits + "abcdefABCDEF")) return false;
+    return true;
+}
+// Of what has good escapes.
+inline std::string unescaped(std::string_view s, bool plus = false) {
+    std::string result;
+    for (; !s.empty(); s.remove_prefix(1)) {
+        const bool escape = s.front() == '%';
+        if (escape) result += static_cast<char>(std::strtoul(std::string(s.substr(1, 2)).c_str(), nullptr, 16));
+        else result += plus && s.front() == '+' ? ' ' : s.front();
+        if (escape) s.remove_prefix(2);
+    }
+    return result;
+}
+
+// ---- header fields -------------------------------------------------------------------------------------------------
+
+using FieldList = std::vector<std::pair<std::string, std::string>>;
+
+inline std::vector<std::string> values_of(const FieldList& fields, std::string_view name) {
+    std::vector<std::string> values;
+    for (const auto& [field, value] : fields)
+        if (lower(field) == name) values.push_back(value);
+    return values;
+}
+// RFC 9110 5.6.1: elements of a list; empty ones do not count.
+inline std::vector<std::string> elements_of(const FieldList& fields, std::string_view name) {
+    std::vector<std::string> elements;
+    for (const std::string& value : values_of(fields, name))
+        for (const std::string& part : split(value, ','))
+            if (!trimmed(part).empty()) elements.push_back(trimmed(part));
+    return elements;
+}
+inline bool has_element(const FieldList& fields, std::string_view name, std::string_view element) {
+    for (const std::string& each : elements_of(fields, name))
+        if (lower(each) == element) return true;
+    return false;
+}
+
+// ---- UTF-8 ----------------------------------------------------------------------------------------------------------
+
+// RFC 3629 3, byte by byte: after each the code points that may still come of the bytes are compared with those that
+// there are.
+class SlowUtf8 {
+public:
+    // False: nothing that follows could make the text valid.
+    bool take(char c) {
+        if (begun_.empty() && c >= 0) return true;
+        begun_ += c;
+        const auto lead = static_cast<unsigned char>(begun_[0]);
+        const unsigned length = lead < 0x80             ? 1
+                                : (lead & 0xE0) == 0xC0 ? 2
+                                : (lead & 0xF0) == 0xE0 ? 3
+                                : (lead & 0xF8) == 0xF0 ? 4
+                                                        : 0;
+        if (length == 0) return false;
+        constexpr unsigned lead_bits[] = {0, 0x7F, 0x1F, 0x0F, 0x07};
+        std::uint32_t least = lead & lead_bits[length], greatest = least;
+        for (unsigned i = 1; i < length; ++i) {
+            const bool here = i < begun_.size();
+            const auto byte = here ? static_cast<unsigned char>(begun_[i]) : 0u;
+            if (here && (byte & 0xC0) != 0x80) return false;
+            least = least << 6 | (here ? byte & 0x3F : 0);
+            greatest = greatest << 6 | (here ? byte & 0x3F : 0x3F);
+        }
+        struct Range {
+            unsigned length;
+            std::uint32_t first, last;
+        };
+        constexpr Range ranges[] = {
+            {1, 0, 0x7F}, {2, 0x80, 0x7FF}, {3, 0x800, 0xD7FF}, {3, 0xE000, 0xFFFF}, {4, 0x10000, 0x10FFFF}};
+        bool possible = false;
+        for (const Range& range : ranges)
+            possible = possible || (range.length == length && least <= range.last && greatest >= range.first);
+        if (begun_.size() == length) begun_.clear();
+        return possible;
+    }
+    bool complete() const { return begun_.empty(); }
+
+private:
+    std::string begun_;  // the bytes of the character that is not finished
+};
+
+// How many bytes there are before the one that makes the text invalid; its size where there is none.
+inline std::size_t slow_utf8_prefix(std::string_view text, bool* complete = nullptr) {
+    SlowUtf8 utf8;
+    std::size_t n = 0;
+    while (n < text.size() && utf8.take(text[n])) ++n;
+    if (complete != nullptr) *complete = n == text.size() && utf8.complete();
+    return n;
+}
+inline bool slow_utf8(std::string_view text) {
+    bool complete = false;
+    slow_utf8_prefix(text, &complete);
+    return complete;
+}
+
+// ---- close codes -----------------------------------------------------------------------------------------------------
+
+// RFC 6455 7.4 and the registry of IANA, as a list.
+inline bool may_be_sent(unsigned code) {
+    for (const unsigned registered :
+         {1000u, 1001u, 1002u, 1003u, 1007u, 1008u, 1009u, 1010u, 1011u, 1012u, 1013u, 1014u})
+        if (code == registered) return true;
+    return code >= 3000 && code < 5000;
+}
+
+}  // namespace fuzz

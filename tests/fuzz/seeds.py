@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""The inputs that the harnesses begin with.
+
+seeds.py make FOLDER        FOLDER/NAME/ for each harness: seeds made of the strings in tests/*.cpp, and the saved inputs
+seeds.py pack NAME FOLDER   tests/fuzz/corpus/NAME.hex: the inputs of a folder, the short ones first, as lines of hex
+"""
+import hashlib
+import pathlib
+import re
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+SAVED = HERE / "corpus"
+NAMES = ("http", "fields", "text", "connection", "server")
+PACKED = 80_000  # bytes of a packed file at the most
+
+# ---- the strings of the tests ---------------------------------------------------------------------------------------
+
+TOKEN = re.compile(r'//[^\n]*|/\*.*?\*/|R"(\w*)\((.*?)\)\1"|"((?:[^"\\\n]|\\.)*)"|\'(?:[^\'\\\n]|\\.)+\'', re.S)
+ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{1,2}|[0-7]{1,3}|.)", re.S)
+PLAIN = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
+
+
+def unescaped(literal):
+    def one(match):
+        escape = match[1]
+        if escape[:1] == b"x":
+            return bytes([int(escape[1:], 16)])
+        if escape[:1] in b"01234567":
+            return bytes([int(escape, 8) & 255])
+        return PLAIN.get(escape, escape)
+
+    return ESCAPE.sub(one, literal.encode())
+
+
+def strings_of(suite):
+    """The string literals of tests/SUITE_test.cpp in rows: those of a row have only commas between them."""
+    source = (HERE.parent / f"{suite}_test.cpp").read_text()
+    rows, end, glued = [[]], 0, False
+    for token in TOKEN.finditer(source):
+        between = source[end:token.start()].strip()
+        if token[0].startswith(("//", "/*")):
+            continue
+        end = token.end()
+        if token[2] is None and token[3] is None:
+            rows.append([])
+            continue
+        text = token[2].encode() if token[2] is not None else unescaped(token[3])
+        if between == "" and rows[-1]:
+            rows[-1][-1] += text  # one literal after another is one string
+        elif re.fullmatch(r"s?v?\s*,", between):
+            rows[-1].append(text)
+        else:
+            rows.append([text])
+    return [row for row in rows if row]
+
+
+def all_of(*suites):
+    return [row for suite in suites for row in strings_of(suite)]
+
+
+def from_hex(text):
+    """The bytes of "81 05 48 65", or nothing."""
+    if not re.fullmatch(rb"([0-9a-fA-F]{2} )*[0-9a-fA-F]{2}", text) or len(text) < 2:
+        return None
+    return bytes.fromhex(text.decode())
+
+
+# ---- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def http_seeds():
+    head = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    upgrade = (b"GET /chat HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
+               b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+    streams = [head, upgrade, head + upgrade + head]
+    for row in all_of("http", "server", "handler"):
+        for text in row:
+            if b" HTTP/" in text and b"\r\n" in text:
+                streams.append(text)
+            elif b" HTTP/" in text:
+                streams.append(text + b"\r\nHost: a\r\n\r\n")
+            elif re.match(rb"[\w-]+:", text):
+                streams.append(b"GET / HTTP/1.1\r\nHost: a\r\n" + text.rstrip(b"\r\n") + b"\r\n\r\n")
+                streams.append(upgrade[:-2] + text.rstrip(b"\r\n") + b"\r\n\r\n")
+            elif text[:1] == b"/" or b"://" in text:
+                streams.append(b"GET " + text + b" HTTP/1.1\r\nHost: " + text[:40] + b"\r\n\r\n")
+    return [bytes([limits, 7]) + stream for stream in streams for limits in (0, 2)]
+
+
+def fields_seeds():
+    seeds = [b"10.0.0.0/8\n10.2.3.4", b"/chat/{room}/{rest...}\n/chat/tea%20room/a//b", b"https://a.example:443\na.example"]
+    for row in all_of("http", "handler", "sockets", "server", "server_pages"):
+        seeds += [b"\n".join(row[i:i + 3]) for i in range(len(row))]
+    return seeds
+
+
+def text_seeds():
+    texts = []
+    for row in all_of("bytes", "vocabulary", "protocol", "frames"):
+        for text in row:
+            texts += [text, from_hex(text) or b""]
+    texts += [bytes([3, 232]), bytes([3, 239]) + b"gr\xc3\xbc\xc3\x9fe", bytes([15, 160]) + b"\xff", b"\x9a\x99\x99\x99\x99\x99\xb9\x3f"]
+    return [bytes(before) + text for text in texts for before in ((0, 0, 0, 0), (2, 61, 5, 7), (128, 33, 31, 9))]
+
+
+CALLS = ("send_text send_binary send_encoded send_offered ping pong close fail abort hang_up wait tick alive drain block "
+         "unblock pause resume").split()
+WITH_TEXT = ("ping", "pong", "close", "fail")
+
+
+def call(what, amount=0, text=b"", later=False):
+    step = bytes([6 if later else 3, CALLS.index(what), amount])
+    return step + (bytes([len(text)]) + text if what in WITH_TEXT else b"")
+
+
+def frames_of(data):
+    """Unmasked frames as steps of the harness, which masks them; what is no frame goes on as it is."""
+    steps = b""
+    while len(data) >= 2 and data[1] < 126 and len(data) >= 2 + data[1]:
+        steps += bytes([1, data[0], len(steps) & 255, data[1]]) + data[2:2 + data[1]]
+        data = data[2 + data[1]:]
+    return steps + (bytes([0, len(data)]) + data if data else b"")
+
+
+def connection_seeds():
+    vectors = [v for row in all_of("protocol", "frames") for v in map(from_hex, row) if v and len(v) < 256]
+    ping, text, close = b"\x89\x02hi", b"\x81\x05Hello", b"\x88\x02\x03\xe8"
+    seeds = []
+    for set_up in (0, 1, 2, 3, 4, 5, 8, 9, 12, 13):  # the role and the limits
+        head = bytes([set_up, 5])
+        for vector in vectors if set_up < 2 else vectors[::5]:
+            seeds += [head + bytes([0, len(vector)]) + vector, head + frames_of(vector) + call("tick", 100)]
+        large = b"".join(bytes([2, first, size, 1]) for first, size in ((0x82, 249), (0x01, 252), (0x89, 9), (0x80, 254)))
+        seeds += [head + large, head + large + call("drain", 255)]
+        for what in CALLS:
+            for amount in (0, 4, 100, 251, 255):
+                now = call(what, amount, b"why")
+                seeds += [head + frames_of(text) + now + frames_of(ping + text) + call("drain", 255) + frames_of(close),
+                          head + call(what, amount, b"why", later=True) + frames_of(text + ping + text) + call("resume"),
+                          head + call("send_text", 200) + call("block") + now + frames_of(ping + ping) + call("unblock") +
+                          call("drain", 255) + call("tick", 200) + call("tick", 200)]
+    return seeds
+
+
+def server_seeds():
+    seeds = []
+
+    def request(target=0, flags=0, more=0, wishes=b"", address=0):
+        return bytes([2, address, target, flags, more, len(wishes)]) + wishes
+
+    for options in (0, 1, 2, 4, 5, 8, 9, 12, 13, 32, 64, 100):
+        head = bytes([options])
+        for target in range(16):
+            seeds.append(head + request(target) + b"\0" + bytes([3, 0, target, 0, 0, 0]))
+            seeds.append(head + request(0, 0, target) + b"\0")
+            seeds.append(head + bytes([1, 0, 3, 0, target, 200 + target, 0, 0]) + b"\0" + bytes([4, 0, 0, 0, 0, 0]))
+        for what in range(26):
+            letter = bytes([97 + what])
+            room = request() + b"\0" + request(9) + b"\0" + request(wishes=b"aaa" + letter) + b"\0"
+            message = bytes([17, 0, what, 0])
+            seeds += [head + room + message + b"\0", head + room + bytes([9, 1, 1]) + message + b"\0" + message + bytes([9, 1, 255]),
+                      head + request(wishes=letter * 7) + b"\0" + bytes([6, 0, 0x89, 1, 65]) + bytes([6, 0, 0x8A, 1, 65]) + b"\0",
+                      head + room + message + bytes([8, 1]) + b"\0" + bytes([7, 0]) + b"\0"]
+        for call_ in range(7):
+            for error in range(9):
+                seeds.append(head + bytes([12, call_, error]) + request() + b"\0" + bytes([12, call_, error, 17, 0, 1, 9]) + b"\0")
+        for count in (1, 2, 3, 5, 8, 13, 21, 34):
+            seeds.append(head + request() + b"\0" + bytes([14, count]) + request() + b"\0" + bytes([14, count, 17, 0, 1, 9]) + b"\0")
+        for vector in [v for row in all_of("protocol") for v in map(from_hex, row) if v and 2 <= len(v) < 200][::6]:
+            seeds.append(head + request() + bytes([6, 0, vector[0], len(vector) - 2]) + vector[2:] + b"\0")
+        seeds.append(head + request() + bytes([13, 0]) + request() + b"\0" + bytes([11, 3]) + bytes([13, 1]) + b"\0")
+        for how in (0, 1, 50):
+            seeds.append(head + request() + b"\0" + request(1) + bytes([15, how]) + b"\0" + bytes([15, how, 11, 5]))
+    return seeds
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def lines_of(path):
+    lines = path.read_text().split("\n") if path.exists() else []
+    return [bytes.fromhex(line) for line in lines if line and not line.startswith("#")]
+
+
+def make(folder):
+    for name in NAMES:
+        target = pathlib.Path(folder) / name
+        target.mkdir(parents=True, exist_ok=True)
+        seeds = {seed for seed in globals()[f"{name}_seeds"]() if len(seed) <= 1000}
+        saved = lines_of(SAVED / f"{name}.hex") + lines_of(SAVED / f"{name}.found.hex")
+        for seed in seeds | set(saved):
+            (target / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
+
+
+def pack(name, folder):
+    inputs = sorted((path.read_bytes() for path in pathlib.Path(folder).iterdir()), key=lambda data: (len(data), data))
+    lines, size = [], 0
+    for data in inputs:
+        size += 2 * len(data) + 1
+        if data and size <= PACKED:
+            lines.append(data.hex() + "\n")
+    SAVED.mkdir(exist_ok=True)
+    (SAVED / f"{name}.hex").write_text("".join(lines))
+    print(f"{name}: {len(lines)} of {len(inputs)} inputs")
+
+
+if len(sys.argv) == 3 and sys.argv[1] == "make":
+    make(sys.argv[2])
+elif len(sys.argv) == 4 and sys.argv[1] == "pack" and sys.argv[2] in NAMES:
+    pack(sys.argv[2], sys.argv[3])
+else:
+    sys.exit(__doc__)
