@@ -720,7 +720,7 @@ TEST_CASE("where there are few descriptors half of them are for connections, and
         options.poller = test::poller_kind();
         Server server(options);
         server.route<Echo>("/");
-        server.listen(0);
+        test::listen(server);
         const int port = server.port();
         if (::write(report[1], &port, sizeof port) != sizeof port) ::_exit(1);
         server.run();

@@ -879,7 +879,7 @@ TEST_CASE("a run that was stopped in the middle of a shutdown is gone on with by
     options.handle_signals = false;
     Server server(options);
     server.route<Echo>("/");
-    server.listen(0);
+    test::listen(server);
     std::thread first([&] { server.run(); });
     Client deaf(server.port());
     server.shutdown(1h);
@@ -913,7 +913,7 @@ TEST_CASE("the limit for one address does not hold for Unix sockets, which have 
     const std::string path = temporary_path("limit.sock");
     RunningServer running(options);
     running.server.route<Echo>("/");
-    running.server.listen("unix:" + path);
+    test::listen(running.server, "unix:" + path);
     running.run();
     RawClient one(connect_unix(path)), two(connect_unix(path));
     CHECK(echoes(one));
