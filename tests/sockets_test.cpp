@@ -1086,9 +1086,9 @@ TEST_CASE("each error that a socket or a file meets is told by its name") {
         {EPIPE, "EPIPE"},
         {ETIMEDOUT, "ETIMEDOUT"},
     };
-    for (const auto& [error, name] : names) {
+    for (const auto& entry : names) {
+        const std::string name = entry.second, text = os::error_text(entry.first);
         CAPTURE(name);
-        const std::string text = os::error_text(error);
         CHECK(contains(text, " (" + name + ")"));
         CHECK(text.size() > name.size() + 3);
     }
