@@ -888,16 +888,19 @@ TEST_CASE("a host that is allowed without a port is served on every port, one wi
     running.server.allow_hosts({"Chat.Example", "game.example:8080", "[::1]"});
     running.server.get("/", hello);
     running.start();
-    const std::pair<std::string, int> table[] = {
+    const struct {
+        std::string host;
+        int status;
+    } table[] = {
         {"chat.example", 200}, {"CHAT.EXAMPLE:8888", 200}, {"game.example:8080", 200},
         {"game.example", 421}, {"game.example:8081", 421}, {"[::1]", 200},
         {"[::1]:8888", 200},   {"evil.example", 421},      {"evil.chat.example", 421},
     };
-    for (const auto& [host, status] : table) {
-        CAPTURE(host);
+    for (const auto& row : table) {
+        CAPTURE(row.host);
         RawClient client(running.port());
-        client.send("GET / HTTP/1.1\r\nHost: " + host + "\r\n\r\n");
-        CHECK(next_answer(client).status == status);
+        client.send("GET / HTTP/1.1\r\nHost: " + row.host + "\r\n\r\n");
+        CHECK(next_answer(client).status == row.status);
     }
 }
 
