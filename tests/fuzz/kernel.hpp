@@ -151,13 +151,17 @@ public:
         int error = 0;
         if (from.kind == Kind::file && faulty(Call::read, error)) return error == 0 ? 0 : failed(error);
         if (from.kind == Kind::pipe && from.bytes.empty()) return failed(EAGAIN);
-        std::string bytes = from.kind == Kind::pipe ? from.bytes : std::string(file_size - from.other, 'f');
-        bytes.resize((std::min)(bytes.size(), size));
-        if (!bytes.empty()) std::memcpy(data, bytes.data(), bytes.size());
-        if (from.kind == Kind::pipe) from.bytes.erase(0, bytes.size());
-        else from.other += bytes.size();
+        std::size_t n = 0;
+        if (from.kind == Kind::pipe) {
+            n = from.bytes.copy(static_cast<char*>(data), size);
+            from.bytes.erase(0, n);
+        } else {
+            n = (std::min)(size, file_size - (std::min)(file_size, from.other));
+            std::memset(data, 'f', n);
+            from.other += n;
+        }
         progress();
-        return static_cast<ssize_t>(bytes.size());
+        return static_cast<ssize_t>(n);
     }
     ssize_t write(int descriptor, std::string_view bytes) {
         check(at(descriptor).kind == Kind::pipe_end, "write() to what is no pipe");
