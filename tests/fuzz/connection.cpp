@@ -738,7 +738,7 @@ void check_understood(std::string_view sent, Role other) {
     limits.control_frames_per_second = 0;
     wschat::SendArena arena;
     Connection peer;
-    peer.open(other, limits, arena, {}, other == Role::client ? [] { return wschat::MaskKey{}; } : nullptr);
+    peer.open(other, limits, arena, {}, other == Role::client ? +[] { return wschat::MaskKey{}; } : nullptr);
     Exact bytes(sent);
     peer.receive(bytes.data(), bytes.size(), {});
     while (peer.next_event().kind != Event::Kind::none) {
