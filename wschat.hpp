@@ -2679,6 +2679,12 @@ public:
         const auto make = [&] { return compressed(frame.opcode(), frame.payload()); };
         return append(compression_->shared() != nullptr ? frame.form(compression_->shared(), make) : make());
     }
+    // The same, but a peer that is slow does without it: it is dropped and counted, whatever the policy.
+    WriteStatus send_volatile(const EncodedFrame& frame) {
+        if (state_ != State::open || (!blocked_ && !overflows(frame.size()))) return send(frame);
+        ++dropped_;
+        return WriteStatus::dropped;
+    }
 
     // An unsolicited ping or pong (RFC 6455 5.5.2, 5.5.3); at most 125 bytes. Passes the backlog limit.
     WriteStatus send_control(Opcode opcode, std::string_view payload) {
@@ -3259,6 +3265,11 @@ public:
     WriteStatus write_message(const EncodedFrame& frame) {
         return write_data(frame.size(), [&](Connection& connection) { return connection.send(frame); });
     }
+    // What is stale when it comes late (who is typing, where a pointer is): dropped and counted where it would wait
+    // behind what the peer has not taken yet.
+    WriteStatus write_volatile(const EncodedFrame& frame) {
+        return write_data(frame.size(), [&](Connection& connection) { return connection.send_volatile(frame); });
+    }
     WriteStatus write_json(const Json& value) { return write_message(value.dump()); }
     // Any object with .dump(), as nlohmann::json.
     template <class Object>
@@ -3493,6 +3504,9 @@ public:
         }
         return reached;
     }
+    // Members that are slow do without it: WebSocketHandler::write_volatile().
+    std::size_t broadcast_volatile(std::string_view payload, const WebSocketHandler* except = nullptr,
+                                   Opcode opcode = Opcode::text);
 
 private:
     friend class Rooms;
@@ -3599,6 +3613,16 @@ inline bool Room::leave(WebSocketHandler& handler) {
 inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
     if (empty()) return 0;
     return broadcast(EncodedFrame::of_lasting(rooms_.arena(), message.opcode(), message.data()), except);
+}
+
+inline std::size_t Room::broadcast_volatile(std::string_view payload, const WebSocketHandler* except, Opcode opcode) {
+    HandlerAccess::check_payload("broadcast_volatile", payload, opcode);
+    if (empty()) return 0;
+    const EncodedFrame frame(rooms_.arena(), opcode, payload);
+    std::size_t reached = 0;
+    for (const Member& member : members_)
+        if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++reached;
+    return reached;
 }
 
 inline Room& WebSocketHandler::room(std::string_view name) { return host("room").rooms()[name]; }

@@ -1044,6 +1044,24 @@ TEST_SUITE("protocol") {
         CHECK(end.sent() == to_hex(frame(0x81, sixty) + frame(0x88, close_body(1008, "the peer reads too slowly"))));
     }
 
+    TEST_CASE("a volatile frame never waits for a peer that is slow, and never closes it") {
+        wschat::SendArena arena;
+        const wschat::EncodedFrame stale(arena, Opcode::text, "typing");
+        End end(Role::server, backlog_of_100(wschat::BacklogPolicy::close));
+        CHECK(end.connection.send_volatile(stale) == WriteStatus::sent);
+        end.connection.set_blocked(true);
+        CHECK(end.connection.send_volatile(stale) == WriteStatus::dropped);
+        end.connection.set_blocked(false);
+        end.connection.send(Opcode::text, std::string(86, 'x'));
+        CHECK(end.connection.send_volatile(stale) == WriteStatus::dropped);  // 96 bytes wait
+        CHECK(end.connection.dropped_messages() == 2);
+        CHECK(end.connection.is_open());
+        CHECK(end.sent() == to_hex(frame(0x81, "typing") + frame(0x81, std::string(86, 'x'))));
+        end.connection.close(CloseCode::normal, {}, end.now);
+        CHECK(end.connection.send_volatile(stale) == WriteStatus::closed);
+        CHECK(end.connection.dropped_messages() == 2);
+    }
+
     TEST_CASE("one message may always wait, whatever its size") {
         for (const Role role : both_roles) {
             End end(role, backlog_of_100(wschat::BacklogPolicy::drop));

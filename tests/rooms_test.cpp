@@ -488,6 +488,28 @@ TEST_SUITE("rooms") {
     };
     const std::set<std::string> all_five = {"0", "1", "2", "3", "4"};
 
+    TEST_CASE("a member that does not read misses what is volatile, and nothing else") {
+        wschat::Limits limits;
+        limits.max_backlog = 256 * 1024 * 1024;
+        Party party(limits);
+        Visitor reader(party, "reader", "lobby"), sleeper(party, "sleeper", "lobby"),
+            left_out(party, "left_out", "lobby");
+        const std::string large(64 * 1024 * 1024, 'x');  // more than a kernel takes
+        party.on_loop([&] { party["sleeper"].write_message(large, Opcode::binary); });
+        party.on_loop([&] {
+            CHECK(party.room("lobby").broadcast_volatile("typing", &party["left_out"]) == 1);
+            CHECK(party["sleeper"].dropped_messages() == 1);
+            CHECK(party.room("lobby").broadcast("said") == 3);
+            CHECK_THROWS_AS(party.room("lobby").broadcast_volatile("\xFF"), Error);
+            CHECK(party.room("empty").broadcast_volatile("nobody") == 0);
+        });
+        CHECK(reader.next() == "typing");
+        CHECK(reader.next() == "said");
+        CHECK((sleeper.next() == large));
+        CHECK(sleeper.next() == "said");
+        CHECK(left_out.next() == "said");
+    }
+
     TEST_CASE("a loop over a room visits each member once") {
         Party party;
         SixVisitors visitors(party);
