@@ -42,6 +42,7 @@
 //   § 11  TLS             TlsOptions, TlsContext, TlsStream, TlsTransport                   2, 3, 10
 //   § 12  Loop            Loop, Timer, post(), signals                                      2, 10
 //   § 13  Server          Server, routes, pages, sessions                                   all above
+//   § 15  Chat            ChatHandler, ChatHub, ChatRoom, Presence, MemoryHistory           all above
 //
 // Macros. To be set by whoever compiles, the same in every translation unit (they are part of the ABI tag, so that
 // translation units which disagree do not link):
@@ -6168,6 +6169,26 @@ public:
         loop_.post([this, deadline] { begin_shutdown(deadline); });
     }
 
+    // The one object of a type that belongs to this server: made as Extension(server) when it is first asked for, and
+    // destroyed before the loop and the rooms are.
+    template <class Extension>
+    Extension& extension() {
+        static char key;
+        for (const auto& [known, object] : extensions_)
+            if (known == &key) return *static_cast<Extension*>(object.get());
+        extensions_.emplace_back(&key, std::make_shared<Extension>(*this));
+        return *static_cast<Extension*>(extensions_.back().second.get());
+    }
+    // Where its chats keep what is said (§ 15, § 16), set before the first connection: MemoryHistory, SqliteHistory.
+    template <class Store>
+    void history(Store store) {
+        set_history(*this, std::move(store));
+    }
+    // A log entry of what is built on the server.
+    void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
+        log(level, event, std::move(fields));
+    }
+
     Loop& loop() override { return loop_; }
     Rooms& rooms() override { return rooms_; }
     const Limits& limits() const { return options_.limits; }
@@ -7364,7 +7385,1418 @@ private:
     std::optional<SignalGuard> signals_;
     WireCount wire_;
     Metrics metrics_;
+    std::vector<std::pair<const void*, std::shared_ptr<void>>> extensions_;
 };
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+// ====================================================================================================================
+// § 15  Chat
+//
+// ChatHandler: a whole chat as one handler: names and presence, a history that is caught up with, private messages,
+// commands, floods and moderation. Knows nothing of how a history is kept or shared: that is a ChatStore's.
+// ====================================================================================================================
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+class ChatHandler;
+class ChatHub;
+
+// ---- what is said, and where it is kept ----------------------------------------------------------------------------
+
+// One thing that somebody did in a room. What is said is kept under an id; the rest is passed on and forgotten.
+struct ChatEntry {
+    // said and action ("/me waves") are kept; a file may hold their numbers. come, go and rename are of users.
+    enum class Kind : std::uint8_t { said = 0, action = 1, whisper, typing, come, go, rename };
+
+    Kind kind = Kind::said;
+    std::uint64_t id = 0;   // grows within its room; 0: not kept
+    std::int64_t time = 0;  // Unix time in milliseconds
+    std::string room{};
+    std::string name{};        // whose it is; empty: the server's own
+    std::string text{};        // of a rename the new name, of a come what the user is about
+    std::string to{};          // of a whisper
+    std::string author{};      // who is behind the name, told to nobody; a tag counts for its author
+    std::string tag{};         // the sender's own, by which a message that comes again is known
+    std::uint64_t sender = 0;  // the connection, by a number that no other server gives; not kept
+};
+
+// What a room has kept after an id, oldest first.
+struct HistoryPage {
+    std::vector<ChatEntry> entries{};  // without the name of the room
+    std::uint64_t last = 0;            // the newest id of the room, 0 where it has none
+    bool gap = false;     // something after the id is not among the entries, or the id is of another history
+    std::string error{};  // why it could not be read
+};
+
+// Keeps what is said and delivers it, to this server and perhaps to others: an entry is delivered when it comes back
+// from the store, so that all see one order. Everything here is called on the loop's thread.
+class ChatStore {
+public:
+    class Listener {
+    public:
+        // An entry that was appended or passed, here or elsewhere. Those with ids come in the order of their room. A
+        // server that is new is told of everybody who is there by entries of the kind `come`.
+        virtual void on_entry(const ChatEntry& entry) = 0;
+        // The author has sent the tag before; the entry has the id of then, and is not delivered again.
+        virtual void on_repeat(const ChatEntry& entry) = 0;
+        // What was appended here is not kept, and nobody was told of it.
+        virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
+
+    protected:
+        ~Listener() = default;
+    };
+    using PageCall = std::function<void(HistoryPage)>;
+
+    ChatStore() = default;
+    ChatStore(const ChatStore&) = delete;
+    ChatStore& operator=(const ChatStore&) = delete;
+    ChatStore(ChatStore&&) = default;
+    ChatStore& operator=(ChatStore&&) = default;
+    virtual ~ChatStore() = default;
+
+    // Once, before all else. What comes from another thread is posted to the mailbox.
+    virtual void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) = 0;
+    // Keeps the entry: one of the listener's calls follows, at once or later.
+    virtual void append(ChatEntry entry) = 0;
+    // Passes on what is not kept.
+    virtual void pass(const ChatEntry& entry) = 0;
+    // The newest entries after the id, at most `limit`; without an id the newest of all. `then` is called at once or
+    // later; not at all once the store is gone.
+    virtual void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) = 0;
+};
+
+struct HistoryLimits {
+    std::size_t max_entries = 1000;              // of a room
+    std::size_t max_bytes = 1024 * 1024;         // of a room
+    Duration max_age = std::chrono::hours(168);  // zero: no limit
+    std::size_t max_rooms = 1000;                // past it the room that was silent for longest is forgotten
+};
+
+// The history of one room in memory, and its tags.
+class HistoryRing {
+public:
+    // Ids begin after `last`.
+    explicit HistoryRing(std::uint64_t last) : last_(last) {}
+
+    // The id under which the author's tag is known, or 0.
+    std::uint64_t find(const ChatEntry& entry) const {
+        const auto found = entry.tag.empty() ? tags_.end() : tags_.find(tag_key(entry));
+        return found == tags_.end() ? 0 : found->second;
+    }
+    std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
+        Kept kept{entry, now, entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256};
+        kept.entry.room.clear();
+        kept.entry.id = last_ + 1;
+        if (!entry.tag.empty()) tags_.emplace(tag_key(entry), kept.entry.id);
+        bytes_ += kept.bytes;
+        entries_.emplace(++last_, std::move(kept));
+        touched_ = now;
+        trim(limits, now);
+        return last_;
+    }
+    HistoryPage since(std::optional<std::uint64_t> id, std::size_t limit, const HistoryLimits& limits, Time now) {
+        trim(limits, now);
+        HistoryPage page;
+        page.last = last_;
+        const bool known = id && *id <= last_;
+        const std::uint64_t newest = last_ > limit ? last_ - limit : 0;  // ids are without holes
+        for (auto it = entries_.upper_bound((std::max)(known ? *id : 0, newest)); it != entries_.end(); ++it)
+            page.entries.push_back(it->second.entry);
+        page.gap = id && (!known || last_ - *id > page.entries.size());
+        return page;
+    }
+    std::size_t size() const { return entries_.size(); }
+    std::size_t bytes() const { return bytes_; }
+    Time touched() const { return touched_; }
+
+private:
+    struct Kept {
+        ChatEntry entry;
+        Time at;
+        std::size_t bytes;
+    };
+    static std::string tag_key(const ChatEntry& entry) { return entry.author + '\n' + entry.tag; }
+
+    void trim(const HistoryLimits& limits, Time now) {
+        while (!entries_.empty()) {
+            const Kept& oldest = entries_.begin()->second;
+            const bool old = limits.max_age != Duration::zero() && later(oldest.at, limits.max_age) <= now;
+            if (!old && entries_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
+            bytes_ -= oldest.bytes;
+            if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
+            entries_.erase(entries_.begin());
+        }
+    }
+
+    std::map<std::uint64_t, Kept> entries_;
+    std::map<std::string, std::uint64_t> tags_;
+    std::uint64_t last_;
+    std::size_t bytes_ = 0;
+    Time touched_{};
+};
+
+// The history that every chat has without being asked for one: in memory, gone with the server.
+class MemoryHistory final : public ChatStore {
+public:
+    explicit MemoryHistory(const HistoryLimits& limits = {}) : limits_(limits) {}
+
+    void attach(Listener& listener, std::shared_ptr<Mailbox>) override { listener_ = &listener; }
+    void append(ChatEntry entry) override {
+        HistoryRing& ring = *ring_of(entry.room, true);
+        entry.id = ring.find(entry);
+        if (entry.id != 0) return listener_->on_repeat(entry);
+        entry.id = ring.append(entry, limits_, Clock::now());
+        listener_->on_entry(entry);
+    }
+    void pass(const ChatEntry& entry) override { listener_->on_entry(entry); }
+    void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) override {
+        HistoryRing nothing(fresh_id());
+        HistoryRing* ring = ring_of(room, false);
+        then((ring == nullptr ? nothing : *ring).since(id, limit, limits_, Clock::now()));
+    }
+
+private:
+    // Ids begin at the microseconds of the wall clock, so that one of an earlier run is known to be none of this.
+    static std::uint64_t fresh_id() {
+        using namespace std::chrono;
+        return static_cast<std::uint64_t>(duration_cast<microseconds>(system_clock::now().time_since_epoch()).count());
+    }
+    // Null where there are too many rooms, all with something to keep, and this one has nothing yet.
+    HistoryRing* ring_of(const std::string& room, bool to_write) {
+        const auto found = rings_.find(room);
+        if (found != rings_.end()) return &found->second;
+        if (rings_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
+            const auto earlier = [](const auto& a, const auto& b) { return a.second.touched() < b.second.touched(); };
+            const auto oldest = std::min_element(rings_.begin(), rings_.end(), earlier);
+            if (!to_write && oldest->second.touched() != Time()) return nullptr;
+            rings_.erase(oldest);
+        }
+        return &rings_.emplace(room, HistoryRing(fresh_id())).first->second;
+    }
+
+    HistoryLimits limits_;
+    Listener* listener_ = nullptr;
+    std::map<std::string, HistoryRing> rings_;
+};
+
+// ---- what may be written -------------------------------------------------------------------------------------------
+
+namespace text {
+
+// Whether a character does something other than being seen: C0, C1 and DEL, and where `formats` is set also what
+// joins, reverses or hides its neighbours (a soft hyphen, zero widths, directions, separators of lines, a BOM).
+inline bool invisible(char32_t c, bool formats) {
+    if (c < 0x20 || (c >= 0x7F && c < 0xA0)) return true;
+    return formats && (c == 0xAD || c == 0x61C || (c >= 0x200B && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) ||
+                       (c >= 0x2060 && c <= 0x206F) || c == 0xFEFF || (c >= 0xE0000 && c <= 0xE007F));
+}
+
+// Calls visit(character) for each one of a text that is valid UTF-8, until it answers false; answers the last answer.
+template <class Visit>
+bool each_character(std::string_view text, Visit&& visit) {
+    for (std::size_t i = 0; i < text.size();) {
+        const auto lead = static_cast<unsigned char>(text[i]);
+        const std::size_t size = lead < 0x80 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+        char32_t c = size == 1 ? lead : lead & (0xFFu >> (size + 1));
+        for (std::size_t k = 1; k < size; ++k) c = c << 6 | (static_cast<unsigned char>(text[i + k]) & 0x3Fu);
+        if (!visit(c)) return false;
+        i += size;
+    }
+    return true;
+}
+
+// What may be the name of a user or of a room: 1 to max bytes that are seen, without a space at either end or two in
+// a row.
+inline bool good_name(std::string_view name, std::size_t max) {
+    if (name.empty() || name.size() > max || !valid_utf8(name) || name.front() == ' ' || name.back() == ' ')
+        return false;
+    return name.find("  ") == std::string_view::npos &&
+           each_character(name, [](char32_t c) { return !invisible(c, true); });
+}
+// What may be said: anything but control characters; line ends and tabs are none.
+inline bool good_text(std::string_view text) {
+    return valid_utf8(text) &&
+           each_character(text, [](char32_t c) { return c == '\n' || c == '\t' || !invisible(c, false); });
+}
+
+}  // namespace text
+
+// A line of a client. "/me waves" is the command "me"; "hello" and "//hello" are said, the latter with one slash. A line
+// behind "/tag TAG " is the same line with a tag, which comes back with the answer.
+struct ChatLine {
+    std::string_view tag;
+    std::string_view command;  // empty: it is said
+    std::string_view rest;
+
+    static ChatLine parse(std::string_view line) {
+        ChatLine parsed;
+        if (text::starts_with(line, "/tag ")) {
+            line.remove_prefix(5);
+            parsed.tag = text::cut_at(line, ' ');
+        }
+        const bool command = text::starts_with(line, "/") && !text::starts_with(line, "//");
+        if (text::starts_with(line, "/")) line.remove_prefix(1);
+        if (command) parsed.command = text::cut_at(line, ' ');
+        if (command && parsed.command.empty()) parsed.command = "/";
+        parsed.rest = line;
+        return parsed;
+    }
+    // 1 to 64 visible ASCII characters.
+    static bool good_tag(std::string_view tag) {
+        return !tag.empty() && tag.size() <= 64 &&
+               std::all_of(tag.begin(), tag.end(), [](char c) { return c > ' ' && c < 0x7F; });
+    }
+};
+
+// An event as the clients get it: one JSON object, built field by field. README.md has the table of all.
+class ChatEvent {
+public:
+    explicit ChatEvent(std::string_view type) { add("type", type); }
+    ChatEvent& add(std::string_view name, const Json& value) { return add_json(name, value.dump()); }
+    ChatEvent& add_json(std::string_view name, std::string_view json) {
+        text_ += text_.empty() ? '{' : ',';
+        ((text_ += Json(name).dump()) += ':') += json;
+        return *this;
+    }
+    ChatEvent& add_unless_empty(std::string_view name, std::string_view value) {
+        return value.empty() ? *this : add(name, value);
+    }
+    std::string dump() const { return text_ + '}'; }
+
+private:
+    std::string text_;
+};
+
+// ---- floods --------------------------------------------------------------------------------------------------------
+
+struct Rate {
+    double per_second = 0;  // 0: no limit
+    double burst = 0;       // so many at once
+};
+
+class TokenBucket {
+public:
+    // Takes so many tokens, or none and answers false. One that is larger than the burst needs a full bucket.
+    bool take(double tokens, const Rate& rate, Time now) {
+        if (rate.per_second <= 0) return true;
+        drain(rate, now);
+        if (used_ + (std::min)(tokens, rate.burst) > rate.burst) return false;
+        used_ += tokens;
+        return true;
+    }
+    bool full(const Rate& rate, Time now) {
+        drain(rate, now);
+        return used_ <= 0;
+    }
+
+private:
+    void drain(const Rate& rate, Time now) {
+        used_ = (std::max)(0.0, used_ - std::chrono::duration<double>(now - at_).count() * rate.per_second);
+        at_ = now;
+    }
+    double used_ = 0;
+    Time at_{};
+};
+
+// What one connection, or all of one address, may send.
+struct FloodRates {
+    Rate messages, bytes;
+};
+
+class FloodMeter {
+public:
+    bool take(std::size_t size, const FloodRates& rates, Time now) {
+        const bool messages = messages_.take(1, rates.messages, now);
+        return bytes_.take(static_cast<double>(size), rates.bytes, now) && messages;
+    }
+    bool full(const FloodRates& rates, Time now) {
+        return messages_.full(rates.messages, now) && bytes_.full(rates.bytes, now);
+    }
+
+private:
+    TokenBucket messages_, bytes_;
+};
+
+// What happens to a message over the limit: the first is answered, those that follow it are dropped, and past
+// `patience` of them the connection is closed. Ten seconds without one, and all is forgotten.
+class FloodJudge {
+public:
+    enum class Verdict : std::uint8_t { pass, tell, drop, close };
+
+    Verdict judge(bool within, unsigned patience, Time now) {
+        const bool told = std::exchange(told_, !within);
+        if (within) return Verdict::pass;
+        if (later(last_, std::chrono::seconds(10)) <= now) count_ = 0;
+        last_ = now;
+        if (++count_ > patience) return Verdict::close;
+        return told ? Verdict::drop : Verdict::tell;
+    }
+
+private:
+    unsigned count_ = 0;
+    bool told_ = false;
+    Time last_{};
+};
+
+// ---- presence ------------------------------------------------------------------------------------------------------
+
+// A user as the application knows it.
+struct ChatUser {
+    std::string name{};
+    std::string about{};  // JSON text that everybody in the room is shown, or nothing
+    bool fixed = false;   // of an account: it can not be changed, and all connections with it are one user
+};
+
+// Who is in a room. A user has any number of connections, comes with the first, and leaves when the last has been
+// gone for the time of grace. Names are unique in their room, whatever the case of their ASCII letters.
+class Presence {
+public:
+    struct User {
+        ChatUser who;
+        std::string identity;                   // two connections with the same are one user; empty: none is known
+        std::vector<ChatHandler*> connections;  // none in the time of grace, and none of a user elsewhere
+        Time leaves = (Time::max)();            // the end of the time of grace
+        bool elsewhere = false;                 // connected to another server
+        std::vector<std::string> tags{};        // of the latest whispers
+    };
+
+    static std::string folded(std::string_view name) { return text::lowered(name); }
+
+    // By name; null where nobody has it.
+    User* find(std::string_view name) const {
+        const auto found = users_.find(folded(name));
+        return found == users_.end() ? nullptr : found->second.get();
+    }
+    User* with_identity(const std::string& identity) const {
+        const auto found = identity.empty() ? identities_.end() : identities_.find(identity);
+        return found == identities_.end() ? nullptr : found->second;
+    }
+    bool empty() const { return users_.empty(); }
+    std::size_t size() const { return users_.size(); }
+
+    // By name.
+    std::vector<ChatUser> users() const {
+        std::vector<ChatUser> list;
+        for (const auto& entry : users_) list.push_back(entry.second->who);
+        return list;
+    }
+
+    // A connection comes. It belongs to the user with its identity; without one, to a user of that name who is away
+    // and had none either; else to a new user, whose name is made free if it is not. `first`: the user has come.
+    struct Arrival {
+        User& user;
+        bool first;
+    };
+    Arrival arrive(const ChatUser& who, const std::string& identity, ChatHandler* connection) {
+        User* user = with_identity(identity);
+        if (user == nullptr && identity.empty()) {
+            user = find(who.name);
+            if (user != nullptr && (!user->identity.empty() || user->leaves == (Time::max)())) user = nullptr;
+        }
+        const bool first = user == nullptr;
+        if (first) user = &add(who, identity);
+        user->connections.push_back(connection);
+        user->leaves = (Time::max)();
+        return {*user, first};
+    }
+    // Somebody who is connected elsewhere, or one whose connections follow.
+    User& add(ChatUser who, const std::string& identity) {
+        who.name = free_name(who.name);
+        const std::string key = folded(who.name);
+        User& user = *users_.emplace(key, std::make_unique<User>()).first->second;
+        user.who = std::move(who);
+        user.identity = identity;
+        if (!identity.empty()) identities_.emplace(identity, &user);
+        return user;
+    }
+
+    // A connection goes. True: the user has left, and is destroyed. Else, after the last one, expire() says so later.
+    bool depart(User& user, ChatHandler* connection, Time leaves, bool at_once) {
+        auto& all = user.connections;
+        all.erase(std::remove(all.begin(), all.end(), connection), all.end());
+        if (!all.empty()) return false;
+        if (at_once) remove(user);
+        else user.leaves = leaves;
+        return at_once;
+    }
+    // Those whose time of grace is over; `next` is when it is for another one.
+    std::vector<std::string> expire(Time now, Time& next) {
+        std::vector<std::string> gone;
+        next = (Time::max)();
+        for (const auto& entry : users_) {
+            if (entry.second->leaves <= now) gone.push_back(entry.second->who.name);
+            else next = (std::min)(next, entry.second->leaves);
+        }
+        for (const std::string& name : gone) remove(*find(name));
+        return gone;
+    }
+    void remove(User& user) {
+        if (!user.identity.empty()) identities_.erase(user.identity);
+        users_.erase(folded(user.who.name));
+    }
+
+    // False where somebody else has that name.
+    bool rename(User& user, const std::string& name) {
+        const User* holder = find(name);
+        if (holder != nullptr && holder != &user) return false;
+        const auto found = users_.find(folded(user.who.name));
+        std::unique_ptr<User> moved = std::move(found->second);
+        users_.erase(found);
+        moved->who.name = name;
+        users_.emplace(folded(name), std::move(moved));
+        return true;
+    }
+    // The name itself or, where it is taken, the name with the first number that makes it free.
+    std::string free_name(const std::string& name) const {
+        std::string free = name;
+        for (std::size_t n = 2; find(free) != nullptr; ++n) {
+            if (n == 10 && users_.size() > n) n = users_.size();  // a hundred guests need no hundred tries
+            free = name + "-" + std::to_string(n);
+        }
+        return free;
+    }
+    // The user whose name the text begins with, the longest if there are several; it is cut off with the space after it.
+    User* cut_user(std::string_view& text) const {
+        for (std::size_t end = text.size(); end != std::string_view::npos && end != 0; end = text.rfind(' ', end - 1)) {
+            User* user = find(text.substr(0, end));
+            if (user == nullptr) continue;
+            text.remove_prefix((std::min)(end + 1, text.size()));
+            return user;
+        }
+        return nullptr;
+    }
+
+private:
+    std::map<std::string, std::unique_ptr<User>> users_;  // by folded name
+    std::map<std::string, User*> identities_;
+};
+
+// ---- rooms and the hub ---------------------------------------------------------------------------------------------
+
+// The bounds of all chats of a server: ChatHub::of(server).limits. Sizes in bytes.
+struct ChatLimits {
+    std::size_t max_text = 16 * 1024;
+    std::size_t max_name = 40;
+    std::size_t max_room_name = 64;
+    std::size_t max_rooms_per_connection = 10;
+    std::size_t max_rooms = 10'000;
+    std::size_t history_on_join = 50;            // entries for who comes without an id
+    std::size_t history_on_resume = 500;         // and with one
+    std::size_t max_history_event = 256 * 1024;  // of one event with entries; older ones are left out
+    Duration grace = std::chrono::seconds(3);    // for who comes back after a lost connection
+    FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
+    FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all its connections; IPv6 counts by /64
+    unsigned flood_patience = 100;  // messages over these limits, past which a connection is closed
+};
+
+// What a user may do: ChatHandler::may().
+enum class ChatAction : std::uint8_t { say, whisper, rename, join, list_rooms, kick, ban, mute };
+
+// A room of the chat. Valid until the callback returns, as a Room is; its members are those of Rooms[name()].
+class ChatRoom {
+public:
+    ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), hub_(hub) {}
+    ChatRoom(const ChatRoom&) = delete;
+    ChatRoom& operator=(const ChatRoom&) = delete;
+
+    const std::string& name() const { return name_; }
+    std::vector<ChatUser> users() const { return presence_.users(); }
+
+    // Says something to all, as the server or under a name; published it is kept and has an id. An Error where the
+    // text holds control characters or is not UTF-8.
+    inline void publish(std::string_view text, std::string_view name = {});
+    inline void broadcast(std::string_view text, std::string_view name = {});
+    // The newest entries after an id, at most `limit`, and whether something is missing; `then` is called at once, or
+    // later where the history is in a file.
+    inline void since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCall then);
+    // Ends all connections of the user who are in this room, with 1008. False: there is no such user.
+    inline bool kick(std::string_view name, std::string_view reason = {});
+    // For so long nothing that the user says is passed on; zero: it is again. False: there is no such user.
+    inline bool mute(std::string_view name, Duration duration);
+
+    // ---- for handlers and the hub ----------------------------------------------------------------------------------
+
+    Presence& presence() { return presence_; }
+    // The newest id of which the members were told.
+    std::uint64_t told() const { return told_; }
+    void set_told(std::uint64_t id) { told_ = (std::max)(told_, id); }
+    bool expiring = false;  // a timer waits for the end of somebody's time of grace
+
+private:
+    std::string name_;
+    ChatHub& hub_;
+    Presence presence_;
+    std::uint64_t told_ = 0;
+};
+
+// The chat of a server, which its handlers share: rooms, the history, bans. On the loop's thread.
+class ChatHub final : private ChatStore::Listener {
+public:
+    explicit ChatHub(Server& server)
+        : server_(server), serial_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16) {
+        set_store(std::make_unique<MemoryHistory>());
+    }
+    ChatHub(const ChatHub&) = delete;
+    ChatHub& operator=(const ChatHub&) = delete;
+
+    static ChatHub& of(Server& server) { return server.extension<ChatHub>(); }
+
+    ChatLimits limits;
+
+    // Where all that is said is kept; Server::history() calls it. An Error once somebody has connected.
+    void set_store(std::unique_ptr<ChatStore> store) {
+        if (!rooms_.empty()) throw Error("history: it is set before the first connection, or not at all");
+        store_ = std::move(store);
+        store_->attach(*this, server_.loop().mailbox());
+    }
+    ChatStore& store() { return *store_; }
+
+    // The room of that name, which is made by being named.
+    ChatRoom& room(std::string_view name) {
+        const auto found = rooms_.find(std::string(name));
+        if (found != rooms_.end()) return *found->second;
+        tidy_later();
+        return *rooms_.emplace(name, std::make_unique<ChatRoom>(std::string(name), *this)).first->second;
+    }
+    // Null where nobody is in such a room.
+    ChatRoom* find(const std::string& name) const {
+        const auto found = rooms_.find(name);
+        return found == rooms_.end() ? nullptr : found->second.get();
+    }
+    std::size_t room_count() const { return rooms_.size(); }
+    // By name, with how many users each has.
+    std::vector<std::pair<std::string, std::size_t>> rooms() const {
+        std::vector<std::pair<std::string, std::size_t>> list;
+        for (const auto& entry : rooms_) list.emplace_back(entry.first, entry.second->presence().size());
+        return list;
+    }
+
+    // Refuses and ends the connections of an address, or of users with that name, for so long; zero: no more.
+    inline void ban(std::string_view address_or_name, Duration duration);
+    bool banned(const std::string& address, const std::string& name, const std::string& identity) {
+        return holds(bans_, "address " + share_of(address)) || holds(bans_, "name " + Presence::folded(name)) ||
+               (!identity.empty() && holds(bans_, "identity " + identity));
+    }
+
+    // ---- for handlers and rooms ------------------------------------------------------------------------------------
+
+    // Says it in the room, or has it kept by the store, which calls back.
+    void append(ChatEntry entry) {
+        entry.time = unix_ms();
+        store_->append(std::move(entry));
+    }
+    void pass(ChatEntry entry) {
+        entry.time = unix_ms();
+        store_->pass(entry);
+    }
+    Time now() const { return server_.loop().now(); }
+
+    // A connection's number and what its address has sent, from open() to on_close().
+    struct Address {
+        FloodMeter meter;
+        std::size_t connections = 0;
+    };
+    std::uint64_t opened(ChatHandler& handler) {
+        connections_.emplace(++serial_, &handler);
+        return serial_;
+    }
+    void closed(std::uint64_t serial) { connections_.erase(serial); }
+    Address& address(const std::string& remote_address) {
+        if (addresses_.size() >= forget_at_) forget_addresses();
+        Address& found = addresses_[share_of(remote_address)];
+        ++found.connections;
+        return found;
+    }
+
+    inline Presence::User& arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
+                                  ChatHandler& handler, std::uint64_t serial);
+    void depart(ChatRoom& room, Presence::User& user, ChatHandler& handler, bool at_once) {
+        const std::string name = user.who.name;
+        if (room.presence().depart(user, &handler, later(now(), limits.grace), at_once)) return left(room, name);
+        if (user.connections.empty() && !std::exchange(room.expiring, true)) expire_later(room, limits.grace);
+    }
+    // A mute goes with the user.
+    void rename(ChatRoom& room, Presence::User& user, const std::string& name) {
+        ChatEntry entry = entry_of(ChatEntry::Kind::rename, room, user.who.name);
+        entry.text = name;
+        const auto mute = mutes_.find(mute_key(room, author_of(user)));
+        const Time until = mute == mutes_.end() ? Time() : mute->second;
+        if (mute != mutes_.end()) mutes_.erase(mute);
+        room.presence().rename(user, name);
+        if (until > now()) mutes_[mute_key(room, author_of(user))] = until;
+        pass(std::move(entry));
+    }
+
+    // What of a page may be shown: if there are members, what they have not been told yet comes to all in its turn.
+    void settle(ChatRoom& room, HistoryPage& page) {
+        if (server_.rooms().find(room.name()) == nullptr) return room.set_told(page.last);
+        while (!page.entries.empty() && page.entries.back().id > room.told()) page.entries.pop_back();
+        page.last = (std::min)(page.last, room.told());
+    }
+
+    bool muted(const ChatRoom& room, const Presence::User& user) {
+        return holds(mutes_, mute_key(room, author_of(user)));
+    }
+    void mute(const ChatRoom& room, const Presence::User& user, Duration duration) {
+        set(mutes_, mute_key(room, author_of(user)), duration);
+    }
+
+    static ChatEntry entry_of(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
+        ChatEntry entry;
+        entry.kind = kind;
+        entry.room = room.name();
+        entry.name = name;
+        return entry;
+    }
+    // By what an author is known to the tags: an identity, or else the name.
+    static std::string author_of(const Presence::User& user) {
+        return user.identity.empty() ? "name " + Presence::folded(user.who.name) : user.identity;
+    }
+    static std::string said_event(const ChatEntry& entry, bool with_tag) {
+        ChatEvent event("said");
+        event.add_unless_empty("room", entry.room);
+        if (entry.id != 0) event.add("id", entry.id);
+        event.add("name", entry.name).add("text", entry.text).add("time", entry.time);
+        if (entry.kind == ChatEntry::Kind::action) event.add("me", true);
+        if (with_tag) event.add_unless_empty("tag", entry.tag);
+        return event.dump();
+    }
+
+private:
+    using Deadlines = std::map<std::string, Time>;
+
+    static std::int64_t unix_ms() {
+        using namespace std::chrono;
+        return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
+    }
+    static std::string share_of(const std::string& address) {
+        const auto parsed = IpAddress::parse(address);
+        return parsed && parsed->family() == IpAddress::Family::ipv6 ? parsed->prefix(64).to_string() : address;
+    }
+
+    static std::string mute_key(const ChatRoom& room, const std::string& author) { return room.name() + '\n' + author; }
+    bool holds(Deadlines& deadlines, const std::string& key) {
+        const auto found = deadlines.find(key);
+        if (found == deadlines.end()) return false;
+        if (found->second > now()) return true;
+        deadlines.erase(found);
+        return false;
+    }
+    void set(Deadlines& deadlines, const std::string& key, Duration duration) {
+        for (auto it = deadlines.begin(); it != deadlines.end();) it = it->second <= now() ? deadlines.erase(it) : ++it;
+        if (duration > Duration::zero()) deadlines[key] = later(now(), duration);
+        else deadlines.erase(key);
+    }
+
+    void expire_later(const ChatRoom& room, Duration delay) {
+        server_.loop().call_later(delay, [this, name = room.name()] {
+            ChatRoom* found = find(name);
+            if (found == nullptr) return;
+            Time next;
+            for (const std::string& gone : found->presence().expire(now(), next)) left(*found, gone);
+            found->expiring = next != (Time::max)();
+            // Not one by one where many go one after another.
+            if (found->expiring)
+                expire_later(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
+        });
+    }
+    void left(ChatRoom& room, const std::string& name) {
+        pass(entry_of(ChatEntry::Kind::go, room, name));
+        if (room.presence().empty()) tidy_later();
+    }
+    // Rooms without users go when no callback can refer to them any more.
+    void tidy_later() {
+        if (std::exchange(tidying_, true)) return;
+        server_.loop().post([this] {
+            tidying_ = false;
+            for (auto it = rooms_.begin(); it != rooms_.end();)
+                it = it->second->presence().empty() ? rooms_.erase(it) : ++it;
+        });
+    }
+    void forget_addresses() {
+        for (auto it = addresses_.begin(); it != addresses_.end();) {
+            const bool idle = it->second.connections == 0 && it->second.meter.full(limits.address, now());
+            it = idle ? addresses_.erase(it) : ++it;
+        }
+        forget_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
+    }
+
+    inline void on_entry(const ChatEntry& entry) override;
+    inline void on_repeat(const ChatEntry& entry) override;
+    inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
+    inline void deliver(const ChatEntry& entry, const ChatEvent& event, bool fleeting = false);
+    inline void on_said(const ChatEntry& entry);
+    inline void on_whisper(const ChatEntry& entry);
+    inline void on_user(const ChatEntry& entry);
+    ChatHandler* handler(std::uint64_t serial) const {
+        const auto found = connections_.find(serial);
+        return found == connections_.end() ? nullptr : found->second;
+    }
+
+    Server& server_;
+    std::map<std::string, std::unique_ptr<ChatRoom>> rooms_;
+    std::unordered_map<std::uint64_t, ChatHandler*> connections_;
+    std::uint64_t serial_;
+    std::map<std::string, Address> addresses_;
+    std::size_t forget_at_ = 1024;
+    Deadlines bans_, mutes_;
+    bool tidying_ = false;
+    std::unique_ptr<ChatStore> store_;  // the first to go: it may call back
+};
+
+// ---- the handler ---------------------------------------------------------------------------------------------------
+
+// A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines; a line that begins with a slash
+// is a command, anything else is said to the room. They get JSON events, one a message. The query of the address may
+// have `name`, `key` (a secret of the client's own, by which its connections are one user) and `last` (the id up to
+// which it has the history). README.md has the tables of commands and events.
+class ChatHandler : public WebSocketHandler {
+public:
+    // ---- to be overridden; whoever does calls ChatHandler's for the rest ---------------------------------------------
+
+    // Who it is, asked before the 101; nothing refuses with 401. Default: whoever it says, "?name=Anna".
+    virtual std::optional<ChatUser> authenticate(const Request& request) {
+        return ChatUser{request.query("name").value_or("")};
+    }
+    // Default: anything but to moderate.
+    virtual bool may(ChatAction action) {
+        return action != ChatAction::kick && action != ChatAction::ban && action != ChatAction::mute;
+    }
+    // May change what is about to be said, also to somebody alone; false refuses it.
+    virtual bool filter(std::string& text) {
+        static_cast<void>(text);
+        return true;
+    }
+    // This connection is in the room and has its history; leaves the room.
+    virtual void on_join(ChatRoom& room) { static_cast<void>(room); }
+    virtual void on_leave(ChatRoom& room) { static_cast<void>(room); }
+    // What this connection said is kept and was delivered.
+    virtual void on_said(const ChatEntry& entry) { static_cast<void>(entry); }
+    // A line "/command rest". False: there is no such command. Default: those of /help.
+    virtual inline bool on_command(std::string_view command, std::string_view rest);
+
+    // ---- to be called ----------------------------------------------------------------------------------------------
+
+    ChatHub& hub() { return *hub_; }
+    // The room that this connection speaks in; null where it is in none.
+    ChatRoom* here() { return places_.empty() ? nullptr : places_[current_].room; }
+    // The user in that room; as authenticate() said where it is in none.
+    const ChatUser& user() const { return places_.empty() ? who_ : places_[current_].user->who; }
+
+    // Says it to the room that this connection speaks in, as its user would.
+    void say(std::string_view text) { speak(ChatEntry::Kind::said, text); }
+    // Answers this client alone.
+    void tell(ChatEvent event) { write_message(event.add_unless_empty("tag", tag_).dump()); }
+    void error(std::string_view code, std::string_view sentence) {
+        tell(ChatEvent("error").add("code", code).add("text", sentence));
+    }
+    // Ends the connection, and its user's presence without a time of grace.
+    void dismiss(std::string_view reason) {
+        if (!is_open()) return;
+        dismissed_ = true;
+        write_message(ChatEvent("kicked").add("text", reason).dump());
+        close(CloseCode::policy_violation, cut_utf8(reason, 123));
+    }
+
+    // ---- of a WebSocketHandler -------------------------------------------------------------------------------------
+
+    std::optional<Response> prepare(const Request& request) override {
+        hub_ = &ChatHub::of(server());
+        std::optional<ChatUser> who = authenticate(request);
+        if (!who) return Response(401, "Log in first.\n");
+        who_ = std::move(*who);
+        const std::string key = request.query("key").value_or("");
+        if (who_.fixed) identity_ = "account " + who_.name;
+        else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
+        if (hub_->banned(remote_address(), who_.name, identity_))
+            return Response(403, "You are banned from this chat.\n");
+        return std::nullopt;
+    }
+
+    void open() override {
+        if (hub_ == nullptr) throw Error("ChatHandler::prepare: whoever overrides it must call it");
+        serial_ = hub_->opened(*this);
+        if (remote_address() != "unix") address_ = &hub_->address(remote_address());
+        const ChatLimits& limits = hub_->limits;
+        const bool named = who_.name.empty() || text::good_name(who_.name, limits.max_name);
+        if (!named || who_.name.empty()) who_.name = "guest";
+        const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
+        auto refusal = refuse_room(wanted);
+        const bool elsewhere = refusal && refusal->code == "room_bad" && !refuse_room("lobby");
+        if (!refusal || elsewhere) enter(refusal ? "lobby" : wanted);
+        tell(hello());
+        if (!named) error("name_bad", name_rule());
+        if (refusal) error(refusal->code, refusal->sentence);
+        if (here() != nullptr) ask(*here(), number_of(request().query("last").value_or("")));
+    }
+
+    void on_message(const Message& message) override {
+        const ChatLine line = ChatLine::parse(message.binary() ? std::string_view() : message.text());
+        tag_ = ChatLine::good_tag(line.tag) ? line.tag : std::string_view();
+        if (!flooding(message.size())) obey(message, line);
+        tag_.clear();
+    }
+
+    void on_close() override {
+        if (hub_ == nullptr) return;
+        // RFC 6455 7.4.1: 1000 is an end on purpose; a page that is reloaded or a lost connection gives another.
+        const bool at_once = dismissed_ || close_code() == CloseCode::normal;
+        while (!places_.empty()) leave(places_.size() - 1, at_once);
+        if (address_ != nullptr) --address_->connections;
+        hub_->closed(serial_);
+    }
+
+private:
+    struct Place {
+        ChatRoom* room;
+        Presence::User* user;
+    };
+    struct Question {
+        std::string room;
+        std::optional<std::uint64_t> id;
+        std::uint64_t told;  // the newest id of which the members were told when it was asked
+    };
+    struct Refusal {
+        std::string_view code;
+        std::string sentence;
+    };
+    struct Command {
+        std::string_view name, usage, what;
+        void (ChatHandler::*run)(std::string_view rest);
+        bool moderation = false;
+    };
+
+    static std::string fingerprint(const std::string& key) {
+        const auto digest = sha1(key);
+        return base64(digest.data(), digest.size());
+    }
+    static std::optional<std::uint64_t> number_of(std::string_view digits) {
+        if (digits.empty() || digits.size() > 18) return std::nullopt;
+        std::uint64_t value = 0;
+        for (const char c : digits) {
+            if (c < '0' || c > '9') return std::nullopt;
+            value = value * 10 + static_cast<std::uint64_t>(c - '0');
+        }
+        return value;
+    }
+
+    ChatEvent hello() {
+        ChatEvent event("hello");
+        event.add("version", 2).add("server", "wschat");
+        event.add("room", here() == nullptr ? Json() : Json(here()->name())).add("name", user().name);
+        event.add("features", Json::array(std::vector<std::string_view>{"rooms", "names", "users", "history", "resume",
+                                                                        "tags", "typing", "private", "commands"}));
+        event.add("limits", Json{{"text", hub_->limits.max_text},
+                                 {"name", hub_->limits.max_name},
+                                 {"room", hub_->limits.max_room_name}});
+        return event;
+    }
+    std::string name_rule() const {
+        return "A name is 1 to " + std::to_string(hub_->limits.max_name) + " bytes of visible text.";
+    }
+
+    // ---- what comes in ---------------------------------------------------------------------------------------------
+
+    bool flooding(std::size_t size) {
+        const ChatLimits& limits = hub_->limits;
+        const Time now = hub_->now();
+        bool within = meter_.take(size, limits.connection, now);
+        if (address_ != nullptr) within = address_->meter.take(size, limits.address, now) && within;
+        const FloodJudge::Verdict verdict = judge_.judge(within, limits.flood_patience, now);
+        if (verdict == FloodJudge::Verdict::tell)
+            error("flood", "That was too much at once, and was not taken. Wait a little.");
+        if (verdict == FloodJudge::Verdict::close) close(CloseCode::policy_violation, "flooding");
+        return verdict != FloodJudge::Verdict::pass;
+    }
+
+    void obey(const Message& message, const ChatLine& line) {
+        if (message.binary()) return error("bad_line", "This chat is of text.");
+        if (!line.tag.empty() && tag_.empty()) return error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
+        if (line.command.empty()) return speak(ChatEntry::Kind::said, line.rest);
+        if (!text::good_text(line.rest)) return error("bad_text", "Control characters are refused.");
+        if (!on_command(line.command, line.rest))
+            error("unknown_command",
+                  "There is no command /" + std::string(line.command.substr(0, 40)) + "; /help names all.");
+    }
+
+    // Why the text may not be passed on; the filter has been asked.
+    std::optional<Refusal> refuse_text(std::string& text) {
+        const std::size_t max = hub_->limits.max_text;
+        if (places_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
+        if (hub_->muted(*here(), *places_[current_].user)) return Refusal{"muted", "You are muted for a while."};
+        if (text.empty()) return Refusal{"empty", "There is nothing in that message."};
+        if (text.size() > max) return Refusal{"too_long", "A message has at most " + std::to_string(max) + " bytes."};
+        if (!text::good_text(text)) return Refusal{"bad_text", "Control characters are refused."};
+        if (!filter(text)) return Refusal{"refused", "That message is refused here."};
+        if (text.empty() || text.size() > max || !text::good_text(text))
+            throw Error("filter: made a text that is refused");
+        return std::nullopt;
+    }
+
+    void speak(ChatEntry::Kind kind, std::string_view said) {
+        std::string text(said);
+        if (!may(ChatAction::say)) return forbidden();
+        if (const auto refusal = refuse_text(text)) return error(refusal->code, refusal->sentence);
+        ChatEntry entry = entry_of(kind);
+        entry.text = std::move(text);
+        entry.author = ChatHub::author_of(*places_[current_].user);
+        entry.tag = tag_;
+        hub_->append(std::move(entry));
+    }
+
+    ChatEntry entry_of(ChatEntry::Kind kind) {
+        ChatEntry entry = ChatHub::entry_of(kind, *here(), user().name);
+        entry.sender = serial_;
+        return entry;
+    }
+    void forbidden() { error("forbidden", "You may not do that."); }
+
+    // ---- rooms -----------------------------------------------------------------------------------------------------
+
+    std::size_t place_of(const ChatRoom& room) const {
+        std::size_t at = 0;
+        while (at != places_.size() && places_[at].room != &room) ++at;
+        return at;
+    }
+
+    std::optional<Refusal> refuse_room(std::string_view name) {
+        const ChatLimits& limits = hub_->limits;
+        if (!text::good_name(name, limits.max_room_name))
+            return Refusal{"room_bad", "The name of a room is 1 to " + std::to_string(limits.max_room_name) +
+                                           " bytes of visible text."};
+        if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
+        if (places_.size() >= limits.max_rooms_per_connection)
+            return Refusal{"room_limit",
+                           "You are in " + std::to_string(places_.size()) + " rooms already; /leave one."};
+        if (hub_->room_count() >= limits.max_rooms && hub_->find(std::string(name)) == nullptr)
+            return Refusal{"room_limit", "There are too many rooms."};
+        return std::nullopt;
+    }
+
+    void enter(std::string_view name) {
+        places_.reserve(places_.size() + 1);  // who has arrived has a place
+        ChatRoom& entered = hub_->room(name);
+        places_.push_back({&entered, &hub_->arrive(entered, who_, identity_, *this, serial_)});
+        current_ = places_.size() - 1;
+    }
+
+    void leave(std::size_t at, bool at_once) {
+        const Place place = places_[at];
+        on_leave(*place.room);
+        places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(at));
+        if (current_ >= at && current_ != 0) --current_;
+        if (Room* members = server().rooms().find(place.room->name())) members->leave(*this);
+        hub_->depart(*place.room, *place.user, *this, at_once);
+    }
+
+    // ---- the history -----------------------------------------------------------------------------------------------
+
+    void ask(const ChatRoom& room, std::optional<std::uint64_t> id) {
+        const std::size_t limit = id ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const Question question{room.name(), id, room.told()};
+        hub_->store().since(room.name(), id, limit, [me = ref(), question](HistoryPage page) {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_page(question, std::move(page));
+        });
+    }
+
+    // A connection becomes a member when it has all that the members were told; so it misses nothing, and gets nothing
+    // twice, however long a page takes and whatever is said in the meantime.
+    void on_page(const Question& question, HistoryPage page) {
+        ChatRoom* chat_room = hub_->find(question.room);
+        if (chat_room == nullptr || place_of(*chat_room) == places_.size() || !is_open()) return;
+        Room& members = room(question.room);
+        const bool joining = !members.has(*this);
+        page.gap = page.gap || !page.error.empty();
+        if (page.error.empty()) hub_->settle(*chat_room, page);
+        else server().report(LogLevel::error, "chat_not_read", {{"room", question.room}, {"cause", page.error}});
+        if (joining) write_message(users_event(*chat_room));
+        write_message(history_event(*chat_room, page, question.id.has_value()));
+        if (!joining) return;
+        // What the members were told since the question is asked for anew; the answer has it, unless the store is broken.
+        const bool behind = page.last < chat_room->told() && question.told < chat_room->told();
+        if (page.error.empty() && behind) return ask(*chat_room, page.last);
+        members.join(*this);
+        on_join(*chat_room);
+    }
+
+    std::string history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
+        const std::string author = ChatHub::author_of(*places_[place_of(room)].user);
+        std::size_t bytes = 0;
+        std::vector<std::string> events;
+        for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
+            const ChatEntry& entry = page.entries[i];
+            events.push_back(ChatHub::said_event(entry, entry.author == author));
+            bytes += events.back().size();
+        }
+        const bool cut = events.size() != page.entries.size() && resumed;
+        std::string list = "[";
+        for (std::size_t i = events.size(); i-- > 0;) list += events[i] + (i == 0 ? "" : ",");
+        ChatEvent event("history");
+        return event.add("room", room.name())
+            .add("gap", page.gap || cut)
+            .add("last", page.last)
+            .add_json("entries", list + "]")
+            .dump();
+    }
+
+    static std::string users_event(ChatRoom& room) {
+        std::vector<std::string> names;
+        std::string about;
+        for (const ChatUser& user : room.users()) {
+            names.push_back(user.name);
+            if (!user.about.empty()) about += (about.empty() ? "{" : ",") + Json(user.name).dump() + ":" + user.about;
+        }
+        ChatEvent event("users");
+        event.add("room", room.name()).add("users", Json::array(names));
+        if (!about.empty()) event.add_json("about", about + "}");
+        return event.dump();
+    }
+
+    // ---- commands --------------------------------------------------------------------------------------------------
+
+    static inline const std::vector<Command>& commands();
+
+    void command_me(std::string_view rest) { speak(ChatEntry::Kind::action, rest); }
+
+    void command_msg(std::string_view rest) {
+        if (!may(ChatAction::whisper)) return forbidden();
+        Presence::User* to = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
+        std::string text(rest);
+        if (here() != nullptr && to == nullptr) return error("unknown_user", "Nobody in this room has that name.");
+        if (const auto refusal = refuse_text(text)) return error(refusal->code, refusal->sentence);
+        if (to->leaves != (Time::max)())
+            return error("user_away", to->who.name + " has lost the connection; try again soon.");
+        if (!tag_.empty() && repeats(places_[current_].user->tags))
+            return tell(ChatEvent("ack").add("room", here()->name()));
+        ChatEntry entry = entry_of(ChatEntry::Kind::whisper);
+        entry.text = std::move(text);
+        entry.to = to->who.name;
+        entry.tag = tag_;
+        hub_->pass(std::move(entry));
+    }
+    // The tags of a user's latest private messages are kept, since the messages themselves are not.
+    bool repeats(std::vector<std::string>& tags) const {
+        if (std::find(tags.begin(), tags.end(), tag_) != tags.end()) return true;
+        if (tags.size() == 64) tags.erase(tags.begin());
+        tags.push_back(tag_);
+        return false;
+    }
+
+    void command_typing(std::string_view rest) {
+        if (here() == nullptr || !may(ChatAction::say) || hub_->muted(*here(), *places_[current_].user)) return;
+        ChatEntry entry = entry_of(ChatEntry::Kind::typing);
+        entry.text = rest == "stop" ? "stop" : "";
+        hub_->pass(std::move(entry));
+    }
+
+    void command_who(std::string_view) {
+        if (here() == nullptr) return error("no_room", "You are in no room; /join ROOM.");
+        write_message(users_event(*here()));
+    }
+
+    void command_rooms(std::string_view) {
+        if (!may(ChatAction::list_rooms)) return forbidden();
+        std::vector<Json> list;
+        for (const auto& [name, users] : hub_->rooms())
+            if (users != 0 && list.size() < 500) list.push_back(Json{{"room", name}, {"users", users}});
+        tell(ChatEvent("rooms").add("rooms", Json::array(list)));
+    }
+
+    void command_nick(std::string_view rest) {
+        const std::string name(rest);
+        if (who_.fixed) return error("name_fixed", "Your name is that of your account.");
+        if (!may(ChatAction::rename)) return forbidden();
+        if (!text::good_name(name, hub_->limits.max_name)) return error("name_bad", name_rule());
+        if (hub_->banned("", name, "")) return error("name_banned", "That name is banned.");
+        if (here() == nullptr) return error("no_room", "You are in no room; /join ROOM.");
+        if (name == user().name) return;
+        Presence::User& user = *places_[current_].user;
+        const Presence::User* holder = here()->presence().find(name);
+        if (holder != nullptr && holder != &user)
+            return error("name_taken", "That name is taken; " + here()->presence().free_name(name) + " is free.");
+        who_.name = name;
+        hub_->rename(*here(), user, name);
+    }
+
+    void command_join(std::string_view rest) {
+        const ChatRoom* found = hub_->find(std::string(rest));
+        const std::size_t at = found == nullptr ? places_.size() : place_of(*found);
+        if (at != places_.size()) {
+            current_ = at;
+            return tell_room();
+        }
+        if (const auto refusal = refuse_room(rest)) return error(refusal->code, refusal->sentence);
+        enter(rest);
+        tell_room();
+        ask(*here(), std::nullopt);
+    }
+
+    void command_leave(std::string_view rest) {
+        const ChatRoom* found = rest.empty() ? here() : hub_->find(std::string(rest));
+        const std::size_t at = found == nullptr ? places_.size() : place_of(*found);
+        if (at == places_.size()) return error("no_room", "You are not in that room.");
+        leave(at, true);
+        tell_room();
+    }
+    void tell_room() {
+        ChatEvent event("room");
+        tell(event.add("room", here() == nullptr ? Json() : Json(here()->name())).add("name", user().name));
+    }
+
+    void command_since(std::string_view rest) {
+        const auto id = number_of(rest);
+        if (!id || here() == nullptr) return error("bad_command", "/since ID, in a room.");
+        ask(*here(), id);
+    }
+
+    void command_help(std::string_view) {
+        std::vector<Json> list;
+        for (const Command& command : commands())
+            if (!command.moderation || may(ChatAction::kick) || may(ChatAction::ban) || may(ChatAction::mute))
+                list.push_back(Json{{"command", command.usage}, {"text", command.what}});
+        tell(ChatEvent("help").add("commands", Json::array(list)));
+    }
+
+    void command_kick(std::string_view rest) {
+        if (!may(ChatAction::kick)) return forbidden();
+        const Presence::User* user = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
+        if (user == nullptr) return error("unknown_user", "Nobody in this room has that name.");
+        here()->kick(user->who.name, rest.empty() ? "You were asked to leave." : rest);
+    }
+
+    void command_ban(std::string_view rest) {
+        if (!may(ChatAction::ban)) return forbidden();
+        const std::string_view all = rest;
+        const bool known = here() != nullptr && here()->presence().cut_user(rest) != nullptr;
+        if (!known) text::cut_at(rest, ' ');
+        const std::string_view whom = all.substr(0, all.size() - rest.size());
+        const auto seconds = rest.empty() ? std::uint64_t{3600} : number_of(rest);
+        if (whom.empty() || !seconds) return error("bad_command", "/ban NAME|ADDRESS [SECONDS]");
+        hub_->ban(whom.back() == ' ' ? whom.substr(0, whom.size() - 1) : whom, seconds_of(*seconds));
+    }
+
+    void command_mute(std::string_view rest) {
+        if (!may(ChatAction::mute)) return forbidden();
+        const Presence::User* user = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
+        const auto seconds = rest.empty() ? std::uint64_t{600} : number_of(rest);
+        if (user == nullptr) return error("unknown_user", "Nobody in this room has that name.");
+        if (!seconds) return error("bad_command", "/mute NAME [SECONDS]");
+        hub_->mute(*here(), *user, seconds_of(*seconds));
+    }
+    // At most ten years.
+    static Duration seconds_of(std::uint64_t seconds) {
+        return std::chrono::seconds((std::min)(seconds, std::uint64_t{315'360'000}));
+    }
+
+    ChatHub* hub_ = nullptr;
+    ChatUser who_;
+    std::string identity_;
+    std::uint64_t serial_ = 0;
+    ChatHub::Address* address_ = nullptr;
+    FloodMeter meter_;
+    FloodJudge judge_;
+    std::vector<Place> places_;
+    std::size_t current_ = 0;
+    std::string tag_;  // of the line that is being obeyed
+    bool dismissed_ = false;
+};
+
+inline const std::vector<ChatHandler::Command>& ChatHandler::commands() {
+    static const std::vector<Command> all = {
+        {"me", "/me TEXT", "says what you do", &ChatHandler::command_me},
+        {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatHandler::command_msg},
+        {"who", "/who", "who is in this room", &ChatHandler::command_who},
+        {"nick", "/nick NAME", "changes your name in this room", &ChatHandler::command_nick},
+        {"rooms", "/rooms", "which rooms there are", &ChatHandler::command_rooms},
+        {"join", "/join ROOM", "goes to a room, or speaks in it again", &ChatHandler::command_join},
+        {"leave", "/leave [ROOM]", "leaves this room or another", &ChatHandler::command_leave},
+        {"since", "/since ID", "what was said after the message with that id", &ChatHandler::command_since},
+        {"typing", "/typing [stop]", "shows the others that you write", &ChatHandler::command_typing},
+        {"help", "/help", "this list", &ChatHandler::command_help},
+        {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatHandler::command_kick, true},
+        {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatHandler::command_ban, true},
+        {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatHandler::command_mute, true},
+    };
+    return all;
+}
+
+inline bool ChatHandler::on_command(std::string_view command, std::string_view rest) {
+    for (const Command& known : commands()) {
+        if (known.name != command) continue;
+        (this->*known.run)(rest);
+        return true;
+    }
+    return false;
+}
+
+// ---- what the rooms and the hub do with handlers ---------------------------------------------------------------------
+
+inline void ChatRoom::publish(std::string_view said, std::string_view name) {
+    if (!text::good_text(said)) throw Error("publish: the text holds control characters, or is not UTF-8");
+    ChatEntry entry = ChatHub::entry_of(ChatEntry::Kind::said, *this, name);
+    entry.text = said;
+    hub_.append(std::move(entry));
+}
+inline void ChatRoom::broadcast(std::string_view said, std::string_view name) {
+    if (!text::good_text(said)) throw Error("broadcast: the text holds control characters, or is not UTF-8");
+    ChatEntry entry = ChatHub::entry_of(ChatEntry::Kind::said, *this, name);
+    entry.text = said;
+    hub_.pass(std::move(entry));
+}
+inline void ChatRoom::since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCall then) {
+    hub_.store().since(name_, id, limit, std::move(then));
+}
+inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
+    const Presence::User* user = presence_.find(name);
+    if (user == nullptr) return false;
+    for (ChatHandler* connection : std::vector<ChatHandler*>(user->connections)) connection->dismiss(reason);
+    return true;
+}
+inline bool ChatRoom::mute(std::string_view name, Duration duration) {
+    const Presence::User* user = presence_.find(name);
+    if (user != nullptr) hub_.mute(*this, *user, duration);
+    return user != nullptr;
+}
+
+inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
+    const std::string whom(address_or_name);
+    const bool address = whom == "unix" || IpAddress::parse(whom).has_value();
+    set(bans_, address ? "address " + share_of(whom) : "name " + Presence::folded(whom), duration);
+    for (const auto& entry : rooms_) {
+        const Presence::User* user = address ? nullptr : entry.second->presence().find(whom);
+        if (user != nullptr && !user->identity.empty()) set(bans_, "identity " + user->identity, duration);
+        if (user != nullptr && duration > Duration::zero()) entry.second->kick(whom, "You are banned.");
+    }
+    if (!address || duration <= Duration::zero()) return;
+    for (const auto& entry : connections_)
+        if (share_of(entry.second->remote_address()) == share_of(whom)) entry.second->dismiss("You are banned.");
+}
+
+inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
+                                       ChatHandler& handler, std::uint64_t serial) {
+    // The name of an account is its own: a visitor who has it gets another.
+    Presence::User* holder = who.fixed ? room.presence().find(who.name) : nullptr;
+    if (holder != nullptr && !holder->who.fixed) rename(room, *holder, room.presence().free_name(who.name));
+    const Presence::Arrival arrival = room.presence().arrive(who, identity, &handler);
+    if (!arrival.first) return arrival.user;
+    ChatEntry entry = entry_of(ChatEntry::Kind::come, room, arrival.user.who.name);
+    entry.text = who.about;
+    entry.sender = serial;
+    pass(std::move(entry));
+    return arrival.user;
+}
+
+inline void ChatHub::on_entry(const ChatEntry& entry) {
+    switch (entry.kind) {
+        case ChatEntry::Kind::said:
+        case ChatEntry::Kind::action: return on_said(entry);
+        case ChatEntry::Kind::whisper: return on_whisper(entry);
+        case ChatEntry::Kind::typing: {
+            ChatEvent event("typing");
+            event.add("room", entry.room).add("name", entry.name);
+            if (!entry.text.empty()) event.add("stop", true);
+            return deliver(entry, event, true);
+        }
+        case ChatEntry::Kind::come:
+        case ChatEntry::Kind::go:
+        case ChatEntry::Kind::rename: return on_user(entry);
+    }
+}
+
+// To all members but the sender.
+inline void ChatHub::deliver(const ChatEntry& entry, const ChatEvent& event, bool fleeting) {
+    Room* members = server_.rooms().find(entry.room);
+    if (members == nullptr) return;
+    if (fleeting) members->broadcast_volatile(event.dump(), handler(entry.sender));
+    else members->broadcast(event.dump(), handler(entry.sender));
+}
+
+inline void ChatHub::on_said(const ChatEntry& entry) {
+    ChatHandler* sender = handler(entry.sender);
+    ChatRoom* room = find(entry.room);
+    Room* members = server_.rooms().find(entry.room);
+    if (room != nullptr && entry.id != 0) {
+        if (entry.id <= room->told()) return;
+        room->set_told(entry.id);
+    }
+    const bool apart = sender != nullptr && !entry.tag.empty();  // the tag is the sender's alone
+    if (members != nullptr) members->broadcast(said_event(entry, false), apart ? sender : nullptr);
+    if (apart) sender->write_message(said_event(entry, true));
+    if (sender != nullptr) sender->on_said(entry);
+}
+
+inline void ChatHub::on_whisper(const ChatEntry& entry) {
+    ChatRoom* room = find(entry.room);
+    if (room == nullptr) return;
+    ChatEvent event("private");
+    event.add("room", entry.room)
+        .add("name", entry.name)
+        .add("to", entry.to)
+        .add("text", entry.text)
+        .add("time", entry.time);
+    const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
+    const Presence::User* from = room->presence().find(entry.name);
+    const Presence::User* to = room->presence().find(entry.to);
+    for (const Presence::User* user : {from, to == from ? nullptr : to}) {
+        if (user == nullptr) continue;
+        for (ChatHandler* connection : user->connections)
+            connection->write_message(connection == handler(entry.sender) ? tagged : plain);
+    }
+}
+
+// Users of this server are in their list already; those of others are put there and taken from it.
+inline void ChatHub::on_user(const ChatEntry& entry) {
+    ChatRoom* room = find(entry.room);
+    if (room == nullptr) return;
+    Presence& presence = room->presence();
+    Presence::User* user = presence.find(entry.name);
+    if (entry.kind == ChatEntry::Kind::come) {
+        if (user == nullptr) presence.add(ChatUser{entry.name, entry.text}, {}).elsewhere = true;
+        ChatEvent event("join");
+        event.add("room", entry.room).add("name", entry.name).add("time", entry.time);
+        if (!entry.text.empty()) event.add_json("about", entry.text);
+        deliver(entry, event);
+    } else if (entry.kind == ChatEntry::Kind::go) {
+        if (user != nullptr && user->elsewhere) presence.remove(*user);
+        deliver(entry, ChatEvent("leave").add("room", entry.room).add("name", entry.name).add("time", entry.time));
+    } else {
+        if (user != nullptr && user->elsewhere) presence.rename(*user, entry.text);
+        ChatEvent event("nick");
+        event.add("room", entry.room).add("old", entry.name).add("name", entry.text).add("time", entry.time);
+        deliver(entry, event);
+        // Who has no history yet is no member yet, but has been told a name.
+        const Presence::User* renamed = presence.find(entry.text);
+        const Room& members = server_.rooms()[entry.room];
+        for (ChatHandler* connection : renamed == nullptr ? std::vector<ChatHandler*>() : renamed->connections)
+            if (!members.has(*connection)) connection->tell(event);
+    }
+}
+
+inline void ChatHub::on_repeat(const ChatEntry& entry) {
+    ChatHandler* sender = handler(entry.sender);
+    if (sender == nullptr) return;
+    ChatEvent event("ack");
+    sender->write_message(event.add("room", entry.room).add("tag", entry.tag).add("id", entry.id).dump());
+}
+
+inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
+    server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
+    ChatHandler* sender = handler(entry.sender);
+    if (sender == nullptr) return;
+    ChatEvent event("error");
+    event.add("code", "not_kept")
+        .add("text", "That message could not be stored, and nobody has got it. Try again soon.");
+    sender->write_message(event.add("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+}
+
+// What Server::history() calls.
+template <class Store>
+void set_history(Server& server, Store store) {
+    ChatHub::of(server).set_store(std::make_unique<Store>(std::move(store)));
+}
 
 }  // namespace WSCHAT_ABI
 }  // namespace wschat

@@ -305,6 +305,7 @@ TEST_CASE("the rooms greet, tell of members and names, and keep rooms apart") {
     CHECK(contains(next_with(other, "\"hello\""), "\"name\":\"Anna-2\""));
     CHECK(contains(next_with(bob, "\"hello\""), "\"room\":\"lobby\",\"name\":\"Bob\""));
     CHECK(contains(next_with(anna, "\"join\""), "\"name\":\"Anna-2\""));
+    anna.send("/who");
     CHECK(contains(next_with(anna, "\"users\""), "[\"Anna\",\"Anna-2\"]"));
 
     other.send("good <b>tea</b> \"here\"");
@@ -326,6 +327,7 @@ TEST_CASE("the rooms greet, tell of members and names, and keep rooms apart") {
     other.close();
     CHECK(other.close_code() == CloseCode::normal);
     CHECK(contains(next_with(anna, "\"leave\""), "\"name\":\"Carl\""));
+    anna.send("/who");
     CHECK(contains(next_with(anna, "\"users\""), "[\"Anna\"]"));
 }
 
