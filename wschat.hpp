@@ -43,6 +43,7 @@
 //   § 12  Loop            Loop, Timer, post(), signals                                      2, 10
 //   § 13  Server          Server, routes, pages, sessions                                   all above
 //   § 15  Chat            ChatHandler, ChatHub, ChatRoom, Presence, MemoryHistory           all above
+//   § 16  Stores          SqliteHistory                                                     2, 8, 15
 //
 // Macros. To be set by whoever compiles, the same in every translation unit (they are part of the ABI tag, so that
 // translation units which disagree do not link):
@@ -50,7 +51,8 @@
 //   WSCHAT_ZLIB                      1: compression (§ 6), with zlib: link with -lz
 //   WSCHAT_OPENSSL                   1: TLS (§ 11), with OpenSSL: link with -lssl -lcrypto
 //   WSCHAT_LIBURING                  1: on Linux a turn's output goes to many in one call of the system: link with -luring
-//   WSCHAT_SQLITE, WSCHAT_HIREDIS    reserved for the optional capabilities; both 0
+//   WSCHAT_SQLITE                    1: SqliteHistory (§ 16), with SQLite 3: link with -lsqlite3
+//   WSCHAT_HIREDIS                   reserved for an optional capability; 0
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
@@ -8221,7 +8223,7 @@ public:
         serial_ = hub_->opened(*this);
         if (remote_address() != "unix") address_ = &hub_->address(remote_address());
         const ChatLimits& limits = hub_->limits;
-        const bool named = who_.name.empty() || text::good_name(who_.name, limits.max_name);
+        const bool named = who_.fixed || who_.name.empty() || text::good_name(who_.name, limits.max_name);
         if (!named || who_.name.empty()) who_.name = "guest";
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
         auto refusal = refuse_room(wanted);
@@ -8800,6 +8802,410 @@ void set_history(Server& server, Store store) {
 
 }  // namespace WSCHAT_ABI
 }  // namespace wschat
+
+// ====================================================================================================================
+// § 16  Stores
+//
+// SqliteHistory: a history in a file, kept by a thread of its own. Knows of a chat only what ChatStore says.
+// ====================================================================================================================
+
+#if WSCHAT_SQLITE
+
+#include <sqlite3.h>
+
+#include <condition_variable>
+#include <thread>
+
+namespace wschat {
+inline namespace WSCHAT_ABI {
+
+struct SqliteOptions {
+    std::size_t max_entries = 100'000;                // of a room; older ones are deleted. 0: no limit
+    std::size_t max_file_bytes = 0;                   // a file of that size is full; 0: as large as the disk lets it be
+    std::size_t max_waiting = 10'000;                 // entries before their commit; past it senders are told to wait
+    Duration busy_timeout = std::chrono::seconds(2);  // for a lock that another program holds on the file
+    bool survive_power_loss = false;                  // wait for the disk at each commit; without, the end of the
+                                                      // process loses nothing, that of the machine the last seconds
+};
+
+// The file: rooms with their newest ids, and entries. For one thread at a time; what fails throws an Error.
+class SqliteFile {
+public:
+    SqliteFile(const std::string& path, const SqliteOptions& options) : path_(path), max_entries_(options.max_entries) {
+        const int flags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_NOMUTEX;
+        const int result = ::sqlite3_open_v2(path.c_str(), &database_, flags, nullptr);
+        try {
+            check(result);
+            prepare_file(options);
+        } catch (...) {
+            ::sqlite3_close_v2(database_);
+            throw;
+        }
+    }
+    SqliteFile(const SqliteFile&) = delete;
+    SqliteFile& operator=(const SqliteFile&) = delete;
+    ~SqliteFile() {
+        for (sqlite3_stmt* statement : statements_) ::sqlite3_finalize(statement);
+        ::sqlite3_close_v2(database_);
+    }
+
+    // Gives each entry its id, in one transaction: all are kept, or none. True at each one whose author had sent the
+    // tag before; its id is that of then.
+    std::vector<bool> append(std::vector<ChatEntry>& entries) {
+        std::vector<bool> repeated;
+        transaction("BEGIN IMMEDIATE", [&] {
+            for (ChatEntry& entry : entries) repeated.push_back(!append_one(entry));
+        });
+        return repeated;
+    }
+
+    HistoryPage since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit) {
+        HistoryPage page;
+        transaction("BEGIN", [&] {
+            const auto [number, last] = find_room(room);
+            const bool known = id && *id <= last;
+            Query query(*this, Statement::since);
+            query.bind(1, number)
+                .bind(2, static_cast<std::int64_t>(known ? *id : 0))
+                .bind(3, static_cast<std::int64_t>(limit));
+            while (query.row()) page.entries.push_back(entry_of(query));
+            std::reverse(page.entries.begin(), page.entries.end());
+            page.last = last;
+            page.gap = id && (!known || last - *id > page.entries.size());
+        });
+        return page;
+    }
+
+private:
+    enum class Statement : std::size_t { find_room, add_room, find_tag, add, set_last, prune, since, count };
+
+    // What changes a file of version N into one of version N + 1; a new file is of version 0.
+    static constexpr const char* steps[] = {
+        "CREATE TABLE room(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, last INTEGER NOT NULL);"
+        "CREATE TABLE entry(room INTEGER NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, kind INTEGER NOT NULL,"
+        " name TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY(room, id)) WITHOUT ROWID;",
+        "ALTER TABLE entry ADD COLUMN author TEXT NOT NULL DEFAULT '';"
+        "ALTER TABLE entry ADD COLUMN tag TEXT NOT NULL DEFAULT '';"
+        "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';",
+    };
+    static constexpr int version = sizeof steps / sizeof steps[0];
+    static constexpr int application = 0x77736368;  // "wsch"
+
+    static const char* text_of(Statement statement) {
+        constexpr const char* texts[] = {
+            "SELECT id, last FROM room WHERE name = ?1",
+            "INSERT INTO room(name, last) VALUES(?1, 0)",
+            "SELECT id FROM entry WHERE room = ?1 AND author = ?2 AND tag = ?3 AND tag <> ''",
+            "INSERT INTO entry(room, id, time, kind, name, text, author, tag) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            "UPDATE room SET last = ?2 WHERE id = ?1",
+            "DELETE FROM entry WHERE room = ?1 AND id <= ?2",
+            "SELECT id, time, kind, name, text, author, tag FROM entry WHERE room = ?1 AND id > ?2 ORDER BY 1 DESC "
+            "LIMIT ?3"};
+        return texts[static_cast<std::size_t>(statement)];
+    }
+
+    // One use of a prepared statement, which is reset at its end.
+    class Query {
+    public:
+        Query(SqliteFile& file, Statement which)
+            : file_(file), statement_(file.statements_[static_cast<std::size_t>(which)]) {
+            if (statement_ == nullptr) {
+                file.check(::sqlite3_prepare_v3(file.database_, text_of(which), -1, SQLITE_PREPARE_PERSISTENT,
+                                                &statement_, nullptr));
+                file.statements_[static_cast<std::size_t>(which)] = statement_;
+            }
+        }
+        Query(const Query&) = delete;
+        Query& operator=(const Query&) = delete;
+        ~Query() {
+            ::sqlite3_reset(statement_);
+            ::sqlite3_clear_bindings(statement_);
+        }
+        Query& bind(int at, std::int64_t value) {
+            file_.check(::sqlite3_bind_int64(statement_, at, value));
+            return *this;
+        }
+        // The text must outlive the query.
+        Query& bind(int at, const std::string& value) {
+            file_.check(::sqlite3_bind_text64(statement_, at, value.data(), value.size(), nullptr, SQLITE_UTF8));
+            return *this;
+        }
+        bool row() {
+            const int result = ::sqlite3_step(statement_);
+            if (result != SQLITE_ROW && result != SQLITE_DONE) file_.check(result);
+            return result == SQLITE_ROW;
+        }
+        std::int64_t number(int column) const { return ::sqlite3_column_int64(statement_, column); }
+        std::string text(int column) const {
+            const auto* bytes = static_cast<const char*>(::sqlite3_column_blob(statement_, column));
+            return bytes == nullptr
+                       ? ""
+                       : std::string(bytes, static_cast<std::size_t>(::sqlite3_column_bytes(statement_, column)));
+        }
+
+    private:
+        SqliteFile& file_;
+        sqlite3_stmt* statement_;
+    };
+
+    void check(int result) const {
+        if (result == SQLITE_OK) return;
+        const char* why = database_ == nullptr ? ::sqlite3_errstr(result) : ::sqlite3_errmsg(database_);
+        throw Error("SqliteHistory \"" + path_ + "\": " + why + " (" + std::to_string(result) + ")");
+    }
+    void execute(const std::string& sql) { check(::sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr)); }
+    std::int64_t value_of(const char* sql) {
+        sqlite3_stmt* statement = nullptr;
+        check(::sqlite3_prepare_v2(database_, sql, -1, &statement, nullptr));
+        const int result = ::sqlite3_step(statement);
+        const std::int64_t value = result == SQLITE_ROW ? ::sqlite3_column_int64(statement, 0) : 0;
+        ::sqlite3_finalize(statement);
+        if (result != SQLITE_ROW && result != SQLITE_DONE) check(result);
+        return value;
+    }
+    template <class Work>
+    void transaction(const char* begin, Work&& work) {
+        execute(begin);
+        try {
+            work();
+            execute("COMMIT");
+        } catch (...) {
+            // After some errors SQLite has rolled back itself.
+            if (::sqlite3_get_autocommit(database_) == 0)
+                ::sqlite3_exec(database_, "ROLLBACK", nullptr, nullptr, nullptr);
+            throw;
+        }
+    }
+
+    void prepare_file(const SqliteOptions& options) {
+        const auto timeout = std::chrono::duration_cast<std::chrono::milliseconds>(options.busy_timeout).count();
+        ::sqlite3_busy_timeout(database_, static_cast<int>(timeout));
+        const std::string quoted = "SqliteHistory \"" + path_ + "\": ";
+        const std::int64_t owner = value_of("PRAGMA application_id"), found = value_of("PRAGMA user_version");
+        if (owner != application && (owner != 0 || found != 0 || value_of("SELECT count(*) FROM sqlite_master") != 0))
+            throw Error(quoted + "it is a database of another program");
+        if (found > version)
+            throw Error(quoted + "it is of version " + std::to_string(found) + ", and this program knows " +
+                        std::to_string(version));
+        if (::sqlite3_db_readonly(database_, "main") == 1) throw Error(quoted + "it may only be read");
+        execute("PRAGMA journal_mode = WAL");
+        execute(options.survive_power_loss ? "PRAGMA synchronous = FULL" : "PRAGMA synchronous = NORMAL");
+        if (options.max_file_bytes != 0) {
+            const auto pages = static_cast<std::int64_t>(options.max_file_bytes) / value_of("PRAGMA page_size");
+            execute("PRAGMA max_page_count = " + std::to_string((std::max)(pages, std::int64_t{1})));
+        }
+        if (found < version) migrate();
+    }
+    void migrate() {
+        transaction("BEGIN IMMEDIATE", [this] {
+            // Another program may have done it since we looked.
+            for (auto at = value_of("PRAGMA user_version"); at < version; ++at) execute(steps[at]);
+            execute("PRAGMA application_id = " + std::to_string(application));
+            execute("PRAGMA user_version = " + std::to_string(version));
+        });
+    }
+
+    struct RoomRow {
+        std::int64_t number;
+        std::uint64_t last;
+    };
+    RoomRow find_room(const std::string& name) {
+        Query query(*this, Statement::find_room);
+        query.bind(1, name);
+        if (!query.row()) return {0, 0};
+        return {query.number(0), static_cast<std::uint64_t>(query.number(1))};
+    }
+    // False where its author had sent the tag before.
+    bool append_one(ChatEntry& entry) {
+        RoomRow room = find_room(entry.room);
+        if (room.number == 0) {
+            Query(*this, Statement::add_room).bind(1, entry.room).row();
+            room.number = ::sqlite3_last_insert_rowid(database_);
+        }
+        if (!entry.tag.empty()) {
+            Query known(*this, Statement::find_tag);
+            known.bind(1, room.number).bind(2, entry.author).bind(3, entry.tag);
+            if (known.row()) {
+                entry.id = static_cast<std::uint64_t>(known.number(0));
+                return false;
+            }
+        }
+        const auto id = static_cast<std::int64_t>(room.last + 1);
+        entry.id = room.last + 1;
+        Query add(*this, Statement::add);
+        add.bind(1, room.number).bind(2, id).bind(3, entry.time).bind(4, static_cast<std::int64_t>(entry.kind));
+        add.bind(5, entry.name).bind(6, entry.text).bind(7, entry.author).bind(8, entry.tag).row();
+        Query(*this, Statement::set_last).bind(1, room.number).bind(2, id).row();
+        const auto old = id - static_cast<std::int64_t>(max_entries_);
+        if (max_entries_ != 0 && old > 0) Query(*this, Statement::prune).bind(1, room.number).bind(2, old).row();
+        return true;
+    }
+    static ChatEntry entry_of(const Query& query) {
+        ChatEntry entry;
+        entry.id = static_cast<std::uint64_t>(query.number(0));
+        entry.time = query.number(1);
+        entry.kind = query.number(2) == 1 ? ChatEntry::Kind::action : ChatEntry::Kind::said;
+        entry.name = query.text(3);
+        entry.text = query.text(4);
+        entry.author = query.text(5);
+        entry.tag = query.text(6);
+        return entry;
+    }
+
+    std::string path_;
+    std::size_t max_entries_;
+    sqlite3* database_ = nullptr;
+    sqlite3_stmt* statements_[static_cast<std::size_t>(Statement::count)] = {};
+};
+
+// A history that outlives the server: server.history(SqliteHistory("chat.db")). What waits is written in one transaction
+// by a thread of its own, and delivered and acknowledged after the commit. A file that can not be opened is an Error;
+// one that can not be written later (full, locked, damaged) costs what was to be written, and its senders are told.
+class SqliteHistory final : public ChatStore {
+public:
+    explicit SqliteHistory(const std::string& path, const SqliteOptions& options = {})
+        : worker_(std::make_unique<Worker>(path, options)) {}
+
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        worker_->start(listener, std::move(mailbox));
+    }
+    void append(ChatEntry entry) override {
+        if (worker_->waiting() < worker_->max_waiting()) return worker_->add({std::move(entry), {}, 0, nullptr});
+        worker_->target->listener->on_failure(entry, "too many messages wait to be written");
+    }
+    void pass(const ChatEntry& entry) override { worker_->target->listener->on_entry(entry); }
+    void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) override {
+        ChatEntry entry;
+        entry.room = room;
+        worker_->add({std::move(entry), id, limit, std::move(then)});
+    }
+
+private:
+    // To append the entry or, where there is somebody to call, to read its room.
+    struct Job {
+        ChatEntry entry;
+        std::optional<std::uint64_t> id;
+        std::size_t limit;
+        PageCall then;
+    };
+    // Whom posted work talks to; null when the store is gone. For the loop's thread.
+    struct Target {
+        Listener* listener = nullptr;
+    };
+
+    class Worker {
+    public:
+        Worker(const std::string& path, const SqliteOptions& options)
+            : file_(path, options), max_waiting_(options.max_waiting) {}
+        Worker(const Worker&) = delete;
+        Worker& operator=(const Worker&) = delete;
+        // What was added is written before.
+        ~Worker() {
+            if (!thread_.joinable()) return;
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                stop_ = true;
+            }
+            changed_.notify_one();
+            thread_.join();
+            target->listener = nullptr;
+        }
+
+        void start(Listener& listener, std::shared_ptr<Mailbox> mailbox) {
+            target->listener = &listener;
+            mailbox_ = std::move(mailbox);
+            thread_ = std::thread([this] { run(); });
+        }
+        void add(Job job) {
+            ++waiting_;
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                jobs_.push_back(std::move(job));
+            }
+            changed_.notify_one();
+        }
+        std::size_t waiting() const { return waiting_.load(); }
+        std::size_t max_waiting() const { return max_waiting_; }
+
+        const std::shared_ptr<Target> target = std::make_shared<Target>();
+
+    private:
+        void run() {
+            for (;;) {
+                std::vector<Job> jobs;
+                bool stop;
+                {
+                    std::unique_lock<std::mutex> lock(mutex_);
+                    changed_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
+                    jobs.swap(jobs_);
+                    stop = stop_;
+                }
+                // In their order, so that a page has all that was delivered before it and nothing that comes after it.
+                for (std::size_t i = 0; i < jobs.size();) {
+                    const std::size_t begin = i;
+                    while (i < jobs.size() && !jobs[i].then) ++i;
+                    if (i != begin) write(jobs, begin, i);
+                    else if (!stop) read(jobs[i++]);
+                    else ++i;
+                }
+                waiting_ -= jobs.size();
+                if (stop) return;
+            }
+        }
+        void write(std::vector<Job>& jobs, std::size_t begin, std::size_t end) {
+            std::vector<ChatEntry> entries;
+            for (; begin != end; ++begin) entries.push_back(std::move(jobs[begin].entry));
+            std::vector<bool> repeated;
+            std::string cause;
+            try {
+                repeated = file_.append(entries);
+            } catch (const std::exception& error) {
+                cause = error.what();
+            }
+            post([entries = std::move(entries), repeated = std::move(repeated),
+                  cause = std::move(cause)](Listener& listener) {
+                for (std::size_t i = 0; i < entries.size(); ++i) {
+                    if (!cause.empty()) listener.on_failure(entries[i], cause);
+                    else if (repeated[i]) listener.on_repeat(entries[i]);
+                    else listener.on_entry(entries[i]);
+                }
+            });
+        }
+        void read(Job& job) {
+            HistoryPage page;
+            try {
+                page = file_.since(job.entry.room, job.id, job.limit);
+            } catch (const std::exception& error) {
+                page = HistoryPage();
+                page.error = error.what();
+            }
+            post([then = std::move(job.then), page = std::move(page)](Listener&) { then(page); });
+        }
+        template <class Work>
+        void post(Work&& work) {
+            mailbox_->post([target = target, work = std::forward<Work>(work)] {
+                if (target->listener != nullptr) work(*target->listener);
+            });
+        }
+
+        SqliteFile file_;
+        std::size_t max_waiting_;
+        std::shared_ptr<Mailbox> mailbox_;
+        std::mutex mutex_;
+        std::condition_variable changed_;
+        std::vector<Job> jobs_;
+        std::atomic<std::size_t> waiting_{0};  // jobs that are not done
+        bool stop_ = false;
+        std::thread thread_;
+    };
+
+    std::unique_ptr<Worker> worker_;
+};
+
+}  // namespace WSCHAT_ABI
+}  // namespace wschat
+
+#endif
 
 #undef WSCHAT_NOINLINE
 #undef WSCHAT_ABI

@@ -1,14 +1,26 @@
-// A chat with rooms, names, a history that outlives the connection, and moderation.   rooms [port] [--page FILE]
+// A chat with rooms, names, presence and a history.   rooms [port] [--page FILE] [--db FILE]
+//
+// With -DWSCHAT_SQLITE=1 and -lsqlite3 the history may be kept in a file, which survives the program.
 //
 // ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. A line that begins with a slash is a
 // command (/help names all), anything else is said to the room. chat.html speaks this, and so does anybody who can type.
 #include "../wschat.hpp"
 
 int main(int argc, char** argv) try {
-    std::string port = "8888", page = wschat::beside(__FILE__, "chat.html");
-    for (int i = 1; i < argc; ++i) (std::string(argv[i]) == "--page" && i + 1 < argc ? page = argv[++i] : port = argv[i]);
+    std::string port = "8888", page = wschat::beside(__FILE__, "chat.html"), db;
+    for (int i = 1; i < argc; ++i) {
+        const std::string word = argv[i];
+        if (word == "--page" && i + 1 < argc) page = argv[++i];
+        else if (word == "--db" && i + 1 < argc) db = argv[++i];
+        else port = word;
+    }
 
     wschat::Server server;
+#if WSCHAT_SQLITE
+    if (!db.empty()) server.history(wschat::SqliteHistory(db));
+#else
+    if (!db.empty()) throw wschat::Error("--db: this program was built without WSCHAT_SQLITE");
+#endif
     server.on_log(wschat::log_to_stderr);
     server.file("/", page);
     server.route<wschat::ChatHandler>("/chat");

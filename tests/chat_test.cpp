@@ -1,6 +1,7 @@
 // § 15: presence, history, floods and commands without a socket; what becomes of connections, with them.
 #include "support.hpp"
 
+#include <sys/resource.h>
 #include <algorithm>
 
 namespace {
@@ -8,6 +9,7 @@ namespace {
 using namespace wschat;
 using namespace std::chrono_literals;
 using test::Client;
+using test::RawClient;
 using test::RunningServer;
 
 bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
@@ -1119,6 +1121,152 @@ TEST_CASE("the history is chosen before the first connection, or not at all") {
     Seat<> anna(desk, "name=Anna");
     CHECK_THROWS_WITH_AS(desk.server().history(MemoryHistory()),
                          "history: it is set before the first connection, or not at all", Error);
+}
+
+// ---- over sockets ----------------------------------------------------------------------------------------------------
+
+namespace {
+
+// A server with a chat at "/chat/{room}".
+struct Chat : RunningServer {
+    explicit Chat(Duration grace = std::chrono::hours(1)) {
+        ChatHub::of(server).limits.grace = grace;
+        ChatHub::of(server).limits.connection = ChatHub::of(server).limits.address = FloodRates();
+        server.route<ChatHandler>("/chat/{room}");
+        start();
+    }
+};
+
+// The next event with that part.
+std::string next_with(Client& client, std::string_view part) {
+    for (int i = 0; i < 10'000; ++i) {
+        const auto message = client.next();
+        if (!message) return "the connection has ended";
+        if (contains(*message, part)) return *message;
+    }
+    return "no such message";
+}
+
+// The number behind "name": in an event.
+std::string number_after(const std::string& event, const std::string& name) {
+    const std::size_t at = event.find("\"" + name + "\":");
+    if (at == std::string::npos) return "";
+    const std::size_t begin = at + name.size() + 3;
+    return event.substr(begin, event.find_first_of(",}", begin) - begin);
+}
+
+}  // namespace
+
+TEST_CASE("a page that is reloaded within the grace has never left; one that is closed on purpose leaves at once") {
+    Chat chat;
+    Client bert(chat.port(), "/chat/tea?name=Bert");
+    next_with(bert, "\"type\":\"history\"");
+    for (const CloseCode code : {CloseCode::going_away, CloseCode::normal}) {
+        Client anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+        next_with(anna, "\"type\":\"history\"");
+        anna.close(code);
+        CHECK(anna.close_code() == code);
+    }
+    bert.send("now");
+    std::string types;
+    for (std::string event; !contains(event, "\"said\"");) {
+        event = next_with(bert, "\"type\"");
+        types += event.substr(9, event.find('"', 9) - 9) + " ";
+    }
+    CHECK(types == "join leave said ");
+}
+
+TEST_CASE("who does not come back within the grace has left") {
+    Chat chat(50ms);
+    Client bert(chat.port(), "/chat/tea?name=Bert");
+    for (int round = 0; round < 3; ++round) {
+        {
+            Client anna(chat.port(), "/chat/tea?name=Anna");
+            next_with(bert, "\"join\"");
+        }
+        CHECK(contains(next_with(bert, "\"leave\""), "\"name\":\"Anna\""));
+    }
+    bert.close();
+    bert.close_code();
+    CHECK(chat.eventually([&] { return ChatHub::of(chat.server).room_count() == 0; }));
+}
+
+TEST_CASE("whenever a connection is lost, a message that is sent again with its tag arrives once") {
+    enum Phase { before_the_send, before_the_answer, after_the_answer };
+    Chat chat;
+    Client bert(chat.port(), "/chat/tea?name=Bert");
+    next_with(bert, "\"type\":\"history\"");
+    for (const Phase phase : {before_the_send, before_the_answer, after_the_answer}) {
+        for (int round = 0; round < 10; ++round) {
+            CAPTURE(phase);
+            const std::string tag = "t" + std::to_string(phase) + "-" + std::to_string(round),
+                              address = "/chat/tea?name=Anna&key=anna-secret";
+            std::string last;
+            {
+                Client anna(chat.port(), address);
+                last = number_after(next_with(anna, "\"type\":\"history\""), "last");
+                if (phase != before_the_send) anna.send("/tag " + tag + " " + tag);
+                if (phase == after_the_answer) last = number_after(next_with(anna, "\"tag\""), "id");
+                anna.raw.reset();
+            }
+            Client anna(chat.port(), address + "&last=" + last);
+            const std::string history = next_with(anna, "\"type\":\"history\"");
+            CHECK(contains(history, "\"gap\":false"));
+            CHECK((!contains(history, tag) || phase == before_the_answer));
+            anna.send("/tag " + tag + " " + tag);
+            CHECK(contains(next_with(anna, "\"" + tag + "\""),
+                           phase == after_the_answer ? "\"ack\"" : "\"tag\":\"" + tag));
+            bert.send("end of " + tag);
+            int copies = 0;
+            for (std::string event; !contains(event, "end of");) {
+                event = next_with(bert, "\"said\"");
+                if (contains(event, "\"text\":\"" + tag + "\"")) ++copies;
+            }
+            CHECK(copies == 1);
+        }
+    }
+}
+
+TEST_CASE("five hundred clients that come back at once get what they missed, and the others do not notice") {
+    rlimit descriptors{};
+    ::getrlimit(RLIMIT_NOFILE, &descriptors);
+    descriptors.rlim_cur = descriptors.rlim_max;
+    ::setrlimit(RLIMIT_NOFILE, &descriptors);
+    Chat chat;
+    Client bert(chat.port(), "/chat/tea?name=Bert");
+    std::string last = number_after(next_with(bert, "\"type\":\"history\""), "last");
+    const auto all_come = [&] {
+        std::vector<std::unique_ptr<RawClient>> clients;
+        for (int i = 0; i < 500; ++i) {
+            clients.push_back(std::make_unique<RawClient>(chat.port()));
+            const std::string target = "/chat/tea?name=user&key=secret-" + std::to_string(i) + "&last=" + last;
+            clients.back()->send(opening_request("127.0.0.1:" + std::to_string(chat.port()), target, Client::key));
+        }
+        for (const auto& client : clients) REQUIRE(client->read_until("\"history\",\"room\":\"tea\""));
+        return clients;
+    };
+    auto clients = all_come();
+    for (int i = 0; i < 500; ++i) next_with(bert, "\"join\"");
+    for (const auto& client : clients) client->reset();
+    for (int i = 0; i < 20; ++i) bert.send("missed " + std::to_string(i) + ".");
+    for (int i = 0; i < 20; ++i) next_with(bert, "\"said\"");
+    REQUIRE(chat.eventually([&] { return chat.server.rooms()["tea"].size() == 1; }));
+
+    clients = all_come();
+    bert.send("welcome back");
+    CHECK(contains(next_with(bert, "\"type\""), "welcome back"));  // it has heard of nobody
+    for (const auto& client : clients) {
+        REQUIRE(client->read_until("welcome back"));
+        const std::string& got = client->received;
+        CHECK(contains(got, "\"gap\":false"));
+        std::size_t at = 0;
+        for (int i = 0; i < 20; ++i) {
+            const std::string text = "missed " + std::to_string(i) + ".";
+            at = got.find(text, at);
+            REQUIRE(at != std::string::npos);
+            CHECK(got.find(text, at + 1) == std::string::npos);
+        }
+    }
 }
 
 TEST_SUITE_END();

@@ -91,6 +91,7 @@ need zlib1g-dev header zlib.h
 need liburing-dev header liburing.h
 need libssl-dev header openssl/ssl.h
 need openssl command -v openssl
+need libsqlite3-dev header sqlite3.h
 need pkg-config command -v pkg-config
 need meson command -v meson
 need python3-websockets /usr/bin/python3 -c 'import websockets'
@@ -125,7 +126,7 @@ fi
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
-features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON"
+features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON"
 
 build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON $features -DWSCHAT_LIBURING=ON
 if [ $mode = quick ]; then
@@ -141,7 +142,7 @@ tests "asan: tests" ctest --preset asan
 tests "asan: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset asan -L poll
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads"
+build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads;stores"
 tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF

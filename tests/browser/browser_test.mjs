@@ -1,13 +1,14 @@
 // The main job on a real browser: two people chat through examples/chat and examples/rooms.
 //
-//   node tests/browser/browser_test.mjs --chat build/chat --rooms build/rooms [--shots DIR] [--modules DIR]
+//   node tests/browser/browser_test.mjs --chat build/chat --rooms build/rooms [--db FILE] [--shots DIR] [--modules DIR]
 //
+// --db is given to rooms where it was built with SQLite: then nothing is lost when it is restarted.
 // Either server may be left out, and its steps with it. Needs Chromium (CHROMIUM names another than the packaged one)
 // and playwright-core, which is looked for in --modules DIR, then in NODE_PATH, then beside this file.
 // Prints one line for each step and ends with status 1 if one of them failed. --shots makes the README's pictures.
 
 import { spawn, spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { createServer } from 'node:net';
 import { dirname, join, resolve } from 'node:path';
@@ -89,10 +90,10 @@ async function freePort() {
 }
 
 class Program {
-  constructor(path, port) {
+  constructor(path, port, more = []) {
     this.port = port;
     this.output = '';
-    this.child = spawn(resolve(path), [String(port), '--page', PAGE], { stdio: ['ignore', 'pipe', 'pipe'] });
+    this.child = spawn(resolve(path), [String(port), '--page', PAGE, ...more], { stdio: ['ignore', 'pipe', 'pipe'] });
     children.add(this.child);
     this.ended = new Promise(done => {
       this.child.once('error', error => done({ error: String(error) }));
@@ -122,8 +123,8 @@ class Program {
   }
 }
 
-async function start(path, port) {
-  return new Program(path, port ?? await freePort()).ready();
+async function start(path, port, more) {
+  return new Program(path, port ?? await freePort(), more).ready();
 }
 
 // ---- Pages -----------------------------------------------------------------------------------------------------
@@ -519,6 +520,8 @@ async function testChat(path) {
 
 async function testRooms(path) {
   const main = await launch();
+  const db = option('db') ? ['--db', resolve(option('db'))] : [];
+  for (const end of ['', '-wal', '-shm']) if (db.length) rmSync(db[1] + end, { force: true });
   let server, anna, bob;
   const arrive = (room, options) => Person.arrive(main.browser, server.address + (room && '#' + room), options);
   const arriveIn = async (room, name, options) => {
@@ -529,7 +532,7 @@ async function testRooms(path) {
   };
 
   await step('rooms greets the page, which then shows the room and a name', async () => {
-    server = await start(path);
+    server = await start(path, undefined, db);
     anna = await arriveIn('tea', 'Anna');
     expect(await anna.page.textContent('#room'), 'tea', 'room');
     expect(await anna.page.title(), 'tea · wschat', 'title');
@@ -591,6 +594,82 @@ async function testRooms(path) {
     await anna.sees('hello from fay');
     expect(await anna.page.$$eval('#log b, #roster b', found => found.length), 0, 'bold elements');
     await fay.leave();
+  });
+
+  await step('a name that is an image with a script stays text', async () => {
+    const name = '<img src=x onerror=alert(1)>';
+    const fay = await arriveIn('tea', name);
+    await fay.say('hello from the image');
+    await anna.sees('hello from the image');
+    await anna.seesPeople(['Anna', 'Bob', name]);
+    expect(await anna.page.$$eval('#log img, #roster img, #typing img', found => found.length), 0, 'images');
+    await fay.leave();
+    await anna.seesPeople(['Anna', 'Bob']);
+  });
+
+  await step('who comes later is shown what was said before, once', async () => {
+    const late = await arrive('tea');
+    await late.sees('Biscuits, says the one');
+    await late.sees('Biscuits, says the other');
+    expect(await late.count('Biscuits, says the one'), 1, 'copies of an old message');
+    await late.leave();
+    await anna.seesPeople(['Anna', 'Bob']);
+  });
+
+  await step('who is writing is shown to the others, until the message comes', async () => {
+    await bob.page.focus('#message');
+    await bob.page.keyboard.type('hm');
+    await anna.until(() => document.querySelector('#typing').textContent === 'Bob is writing');
+    await bob.page.keyboard.press('Enter');
+    await anna.sees('hm');
+    await anna.until(() => document.querySelector('#typing').textContent === '');
+  });
+
+  await step('/me is an action, /msg is for two alone, /help and /rooms are answered', async () => {
+    const carol = await arriveIn('tea', 'Carol');
+    await bob.type('/me waves');
+    await anna.until(() => [...document.querySelectorAll('#log .action')].some(line => line.textContent.startsWith('Bob waves')));
+    await bob.type('/msg Anna psst');
+    await anna.sees('psst');
+    await bob.sees('psst', { own: true });
+    await bob.type('//half');
+    await carol.sees('/half');
+    expect(await carol.count('psst'), 0, 'private messages that a third person sees');
+    await bob.type('/rooms');
+    await bob.seesNotice('Rooms: tea (3)');
+    await bob.type('/help');
+    await bob.seesNotice('/nick NAME: changes your name in this room');
+    expect(await bob.page.$$eval('#outbox .message', left => left.length), 0, 'lines still waiting');
+    await carol.leave();
+    await anna.seesPeople(['Anna', 'Bob']);
+  });
+
+  await step('two tabs of one browser are one user', async () => {
+    const tab = await bob.context.newPage();
+    await tab.goto(server.address + '#tea');
+    await tab.waitForFunction(() => document.querySelector('#name').textContent === 'Bob');
+    expect(await anna.people(), ['Anna', 'Bob'], 'roster');
+    await anna.say('Are there two of you?');
+    await tab.waitForSelector('#log .message:has-text("Are there two of you?")');
+    await tab.close();
+    await expectTalk(anna, bob, 'One tab less');
+    expect((await anna.everything()).includes('Bob left'), false, 'notice of leaving');
+  });
+
+  await step('who was offline is shown what was missed, and what was written meanwhile arrives once', async () => {
+    await bob.context.setOffline(true);
+    await bob.is('offline');
+    await bob.type('written while offline');
+    await anna.say('said while Bob was offline');
+    await bob.context.setOffline(false);
+    await bob.is('connected');
+    await bob.sees('said while Bob was offline');
+    await bob.sees('written while offline', { own: true });
+    await anna.sees('written while offline');
+    const counts = [await anna.count('written while offline'), await bob.count('written while offline'),
+                    await bob.count('said while Bob was offline')];
+    expect(counts, [1, 1, 1], 'copies of the messages');
+    await bob.seesNotice('Connected again.');
   });
 
   await step('changing the name works by keyboard alone and everybody is told', async () => {
@@ -655,13 +734,36 @@ async function testRooms(path) {
   await step('when the server is back, people return to their room under their names', async () => {
     await anna.is('waiting');
     await anna.type('written while it was away');
-    server = await start(path, server.port);
+    server = await start(path, server.port, db);
     await anna.is('connected');
     await bob.is('connected');
     await anna.seesPeople(['Anna', 'Robert']);
+    await bob.sees('written while it was away');
     await anna.sees('written while it was away', { own: true });
     expect(await anna.count('written while it was away'), 1, 'copies of the message');
     await expectTalk(anna, bob, 'After the return');
+  });
+
+  await step('a message that was sent and not acknowledged is sent again by itself, and is not doubled', async () => {
+    server.child.kill('SIGSTOP');                     // takes the bytes and does not answer
+    await anna.type('into the void');
+    await anna.page.waitForSelector('#outbox .message.sent');
+    await server.stop('SIGKILL');
+    server = await start(path, server.port, db);
+    await anna.is('connected');
+    await bob.is('connected');
+    await anna.sees('into the void', { own: true });
+    await bob.sees('into the void');
+    expect([await anna.count('into the void'), await bob.count('into the void')], [1, 1], 'copies of the message');
+  });
+
+  if (db.length) await step('with a file, what was said before the server was killed is there for a newcomer', async () => {
+    const late = await arrive('tea');
+    await late.sees('written while it was away');
+    await late.sees('Biscuits, says the one');
+    expect(await late.count('written while it was away'), 1, 'copies of the message');
+    expect((await anna.everything()).includes('Messages are missing here.'), false, 'notice of a gap');
+    await late.leave();
   });
 
   await server.stop('SIGINT');

@@ -1,0 +1,407 @@
+// § 16: a history in a file, what can be wrong with the file, and a server that is killed.
+#include "support.hpp"
+
+#if WSCHAT_SQLITE
+
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <csignal>
+#include <map>
+#include <random>
+
+namespace {
+
+using namespace wschat;
+using namespace std::chrono_literals;
+using test::Client;
+using test::RunningServer;
+
+bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+
+// A file of a test, which is gone with it.
+struct TemporaryFile {
+    TemporaryFile() {
+        static int count = 0;
+        path = "/tmp/wschat-" + std::to_string(::getpid()) + "-" + std::to_string(++count) + ".db";
+        remove();
+    }
+    ~TemporaryFile() { remove(); }
+    void remove() {
+        for (const char* more : {"", "-wal", "-shm"}) ::unlink((path + more).c_str());
+    }
+    void write(const std::string& bytes, long at = 0) {
+        const int file = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+        REQUIRE(::pwrite(file, bytes.data(), bytes.size(), at) == static_cast<ssize_t>(bytes.size()));
+        ::close(file);
+    }
+    std::string path;
+};
+
+// SQLite itself, to do to a file what another program would.
+struct Raw {
+    explicit Raw(const std::string& path) { REQUIRE(::sqlite3_open(path.c_str(), &database) == SQLITE_OK); }
+    ~Raw() { ::sqlite3_close(database); }
+    void execute(const char* sql) { REQUIRE(::sqlite3_exec(database, sql, nullptr, nullptr, nullptr) == SQLITE_OK); }
+    sqlite3* database = nullptr;
+};
+
+ChatEntry entry(const std::string& text, const std::string& tag = "", const std::string& room = "tea") {
+    ChatEntry made;
+    made.room = room;
+    made.time = 1234;
+    made.name = "Anna";
+    made.text = text;
+    made.author = "key a";
+    made.tag = tag;
+    return made;
+}
+std::uint64_t append(SqliteFile& file, const ChatEntry& one) {
+    std::vector<ChatEntry> entries{one};
+    file.append(entries);
+    return entries[0].id;
+}
+std::string told(const HistoryPage& page) {
+    std::string all;
+    for (const ChatEntry& each : page.entries) all += std::to_string(each.id) + each.text + " ";
+    return page.gap ? all + "gap" : all;
+}
+
+// What a client gets up to an event with that part, which is answered.
+std::string next_with(Client& client, std::string_view part) {
+    for (int i = 0; i < 1000; ++i) {
+        const auto message = client.next();
+        if (!message) return "the connection has ended";
+        if (contains(*message, part)) return *message;
+    }
+    return "no such message";
+}
+
+struct Chat : RunningServer {
+    explicit Chat(const std::string& path, const SqliteOptions& options = {}) {
+        server.on_log([this](const LogEntry& entry) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            log += std::string(entry.event) + ";";
+        });
+        server.history(SqliteHistory(path, options));
+        server.route<ChatHandler>("/chat/{room}");
+        start();
+    }
+    ~Chat() { stop(); }
+    std::string logged() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        return log;
+    }
+    std::mutex mutex;
+    std::string log;
+};
+
+}  // namespace
+
+TEST_SUITE_BEGIN("stores");
+
+TEST_CASE("a file keeps what was said, with ids that grow within a room and outlive the program") {
+    const TemporaryFile temporary;
+    ChatEntry action = entry("waves \xC3\xBC \xF0\x9F\x8D\xB5 '\"");
+    action.kind = ChatEntry::Kind::action;
+    {
+        SqliteFile file(temporary.path, {});
+        CHECK(append(file, entry("a")) == 1);
+        CHECK(append(file, action) == 2);
+        CHECK(append(file, entry("x", "", "coffee")) == 1);
+    }
+    SqliteFile file(temporary.path, {});
+    CHECK(append(file, entry("c", "t")) == 3);
+    const HistoryPage page = file.since("tea", std::nullopt, 50);
+    REQUIRE(page.entries.size() == 3);
+    CHECK(page.last == 3);
+    CHECK_FALSE(page.gap);
+    CHECK(page.entries[1].text == action.text);
+    CHECK(page.entries[1].kind == ChatEntry::Kind::action);
+    CHECK(page.entries[2].name == "Anna");
+    CHECK(page.entries[2].author == "key a");
+    CHECK(page.entries[2].tag == "t");
+    CHECK(page.entries[2].time == 1234);
+}
+
+TEST_CASE("a file answers what is newer than an id, in order, and says whether something is missing") {
+    const TemporaryFile temporary;
+    SqliteOptions options;
+    options.max_entries = 5;
+    SqliteFile file(temporary.path, options);
+    for (const char* text : {"a", "b", "c", "d", "e", "f", "g"}) append(file, entry(text));
+    const struct {
+        std::optional<std::uint64_t> id;
+        std::size_t limit;
+        const char* answer;
+    } table[] = {
+        {std::nullopt, 2, "6f 7g "},   {2, 50, "3c 4d 5e 6f 7g "}, {7, 50, ""},         {6, 50, "7g "},
+        {1, 50, "3c 4d 5e 6f 7g gap"}, {4, 2, "6f 7g gap"},        {8, 2, "6f 7g gap"}, {6, 0, "gap"},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.id.value_or(0));
+        const HistoryPage page = file.since("tea", row.id, row.limit);
+        CHECK(told(page) == row.answer);
+        CHECK(page.last == 7);
+    }
+    CHECK(told(file.since("coffee", std::nullopt, 50)) == "");
+    CHECK(told(file.since("coffee", 0, 50)) == "");
+    CHECK(told(file.since("coffee", 3, 50)) == "gap");
+}
+
+TEST_CASE("a tag that comes again is not kept twice, within one transaction and after a restart") {
+    const TemporaryFile temporary;
+    for (int run = 0; run < 2; ++run) {
+        SqliteFile file(temporary.path, {});
+        std::vector<ChatEntry> entries = {entry("a", "t"), entry("a", "t"), entry("b"), entry("b")};
+        ChatEntry other = entry("c", "t");
+        other.author = "key b";
+        entries.push_back(other);
+        const std::vector<bool> repeated = file.append(entries);
+        CHECK(repeated == (run == 0 ? std::vector<bool>{false, true, false, false, false}
+                                    : std::vector<bool>{true, true, false, false, true}));
+        CHECK(entries[1].id == 1);
+        CHECK(entries[4].id == 4);
+    }
+}
+
+TEST_CASE("a file of the first version is migrated, and keeps what it has") {
+    const TemporaryFile temporary;
+    {
+        Raw raw(temporary.path);
+        raw.execute(
+            "CREATE TABLE room(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, last INTEGER NOT NULL);"
+            "CREATE TABLE entry(room INTEGER NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, kind INTEGER NOT "
+            "NULL,"
+            " name TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY(room, id)) WITHOUT ROWID;"
+            "INSERT INTO room VALUES(1, 'tea', 7); INSERT INTO entry VALUES(1, 7, 99, 0, 'Old', 'from then');"
+            "PRAGMA application_id = 2004050792; PRAGMA user_version = 1");
+    }
+    SqliteFile file(temporary.path, {});
+    CHECK(append(file, entry("new", "t")) == 8);
+    CHECK(append(file, entry("new", "t")) == 8);
+    CHECK(told(file.since("tea", std::nullopt, 50)) == "7from then 8new ");
+}
+
+TEST_CASE("a file that can not be used is an Error that says why") {
+    const TemporaryFile garbage, newer, foreign, unmarked;
+    garbage.path.size();
+    const_cast<TemporaryFile&>(garbage).write(std::string(8192, 'x'));
+    { SqliteFile file(newer.path, {}); }
+    Raw(newer.path).execute("PRAGMA user_version = 9");
+    Raw(foreign.path).execute("PRAGMA application_id = 1; CREATE TABLE a(b)");
+    Raw(unmarked.path).execute("CREATE TABLE a(b)");
+    const struct {
+        std::string path, sentence;
+    } table[] = {
+        {garbage.path, "file is not a database (26)"},
+        {newer.path, "it is of version 9, and this program knows 2"},
+        {foreign.path, "it is a database of another program"},
+        {unmarked.path, "it is a database of another program"},
+        {"/nowhere/at/all.db", "unable to open database file (14)"},
+        {"/tmp", "unable to open database file (14)"},
+    };
+    for (const auto& row : table)
+        CHECK_THROWS_WITH_AS(SqliteHistory{row.path}, ("SqliteHistory \"" + row.path + "\": " + row.sentence).c_str(),
+                             Error);
+}
+
+TEST_CASE("what does not fit is not kept at all, and the rest is as it was") {
+    const TemporaryFile temporary;
+    SqliteOptions options;
+    options.max_file_bytes = 64 * 1024;
+    SqliteFile file(temporary.path, options);
+    append(file, entry("a"));
+    std::vector<ChatEntry> entries = {entry("b"), entry(std::string(200'000, 'x'))};
+    CHECK_THROWS_WITH_AS(file.append(entries),
+                         ("SqliteHistory \"" + temporary.path + "\": database or disk is full (13)").c_str(), Error);
+    CHECK(told(file.since("tea", std::nullopt, 50)) == "1a ");
+    CHECK(append(file, entry("c")) == 2);
+}
+
+TEST_CASE("a damaged page is an Error, not a crash") {
+    TemporaryFile temporary;
+    {
+        SqliteFile file(temporary.path, {});
+        for (int i = 0; i < 300; ++i) append(file, entry(std::string(500, 'x')));
+    }
+    temporary.write(std::string(100'000, 'z'), 20'000);
+    SqliteFile file(temporary.path, {});
+    CHECK_THROWS_AS(file.since("tea", std::nullopt, 300), Error);
+    CHECK_THROWS_AS(file.since("tea", std::nullopt, 300), Error);
+}
+
+TEST_CASE("a chat with a file is acknowledged after the commit, and is caught up with after a restart") {
+    const TemporaryFile temporary;
+    std::string last;
+    {
+        Chat chat(temporary.path);
+        Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+        next_with(anna, "\"type\":\"history\"");
+        next_with(bert, "\"type\":\"history\"");
+        anna.send("/tag t1 hello");
+        CHECK(contains(next_with(anna, "\"said\""), "\"id\":1,\"name\":\"Anna\",\"text\":\"hello\""));
+        CHECK(contains(next_with(bert, "\"said\""), "\"id\":1"));
+        bert.send("hello, Anna");
+        CHECK(contains(next_with(anna, "\"said\""), "\"id\":2"));
+        bert.send("are you there?");
+        next_with(bert, "are you there?");
+    }
+    Chat chat(temporary.path);
+    Client anna(chat.port(), "/chat/tea?name=Anna&last=1");
+    const std::string history = next_with(anna, "\"type\":\"history\"");
+    CHECK(contains(history, "\"gap\":false,\"last\":3"));
+    CHECK_FALSE(contains(history, "\"text\":\"hello\""));
+    CHECK(history.find("hello, Anna") < history.find("are you there?"));
+    anna.send("/tag t1 hello");
+    CHECK(next_with(anna, "\"t1\"") == "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\",\"id\":1}");
+}
+
+TEST_CASE("a full file is an error to the sender and an event in the log, and the chat goes on") {
+    const TemporaryFile temporary;
+    SqliteOptions options;
+    options.max_file_bytes = 64 * 1024;
+    Chat chat(temporary.path, options);
+    Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+    next_with(bert, "\"type\":\"history\"");
+    std::string answer;
+    for (int i = 0; i < 15 && !contains(answer, "\"error\""); ++i) {
+        anna.send("/tag t" + std::to_string(i) + " " + std::string(12'000, 'x'));
+        answer = next_with(anna, "\"tag\":\"t");
+        if (i == 4) std::this_thread::sleep_for(1ms);
+    }
+    CHECK(contains(answer, "\"code\":\"not_kept\""));
+    CHECK(contains(chat.logged(), "chat_not_kept;"));
+    bert.send("/msg Anna are you well?");
+    CHECK(contains(next_with(anna, "\"private\""), "are you well?"));
+    CHECK(chat.metrics().handler_exceptions == 0);
+}
+
+TEST_CASE("a locked file is an error to the sender, and nothing waits for it but what is to be kept") {
+    const TemporaryFile temporary;
+    SqliteOptions options;
+    options.busy_timeout = 300ms;
+    Chat chat(temporary.path, options);
+    Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+    next_with(anna, "\"Bert\"");
+    Raw other(temporary.path);
+    other.execute("BEGIN IMMEDIATE");
+    anna.send("/tag t1 hello");
+    bert.send("/msg Anna psst");
+    CHECK(contains(next_with(anna, "\"type\":\""), "\"private\""));  // while the message waits for the lock
+    CHECK(contains(next_with(anna, "\"t1\""), "\"code\":\"not_kept\""));
+    other.execute("COMMIT");
+    anna.send("/tag t1 hello");
+    CHECK(contains(next_with(anna, "\"t1\""), "\"type\":\"said\""));
+}
+
+TEST_CASE("what waits for the file has a bound, past which senders are told") {
+    const TemporaryFile temporary;
+    SqliteOptions options;
+    options.max_waiting = 5;
+    options.busy_timeout = 10s;
+    Chat chat(temporary.path, options);
+    Client anna(chat.port(), "/chat/tea?name=Anna");
+    next_with(anna, "\"type\":\"history\"");
+    Raw other(temporary.path);
+    other.execute("BEGIN IMMEDIATE");
+    for (int i = 0; i < 10; ++i) anna.send("/tag t" + std::to_string(i) + " x");
+    CHECK(contains(next_with(anna, "\"tag\""), "\"code\":\"not_kept\""));
+    other.execute("COMMIT");
+    CHECK(contains(next_with(anna, "\"said\""), "\"tag\":\"t0\""));
+}
+
+// ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// A server with a file, in a process of its own that can be killed.
+class Victim {
+public:
+    explicit Victim(const std::string& path) {
+        int ports[2];
+        REQUIRE(::pipe(ports) == 0);
+        pid_ = ::fork();
+        if (pid_ == 0) {
+            serve(path, ports[1]);
+            ::_exit(0);
+        }
+        ::close(ports[1]);
+        REQUIRE(::read(ports[0], &port, sizeof port) == sizeof port);
+        ::close(ports[0]);
+    }
+    ~Victim() {
+        ::kill(pid_, SIGKILL);
+        ::waitpid(pid_, nullptr, 0);
+    }
+    int port = 0;
+
+private:
+    static void serve(const std::string& path, int ports) {
+        ServerOptions options;
+        options.handle_signals = false;
+        Server server(options);
+        server.history(SqliteHistory(path));
+        ChatHub::of(server).limits.connection = ChatHub::of(server).limits.address = FloodRates();
+        server.route<ChatHandler>("/chat/{room}");
+        server.listen(0);
+        const int own = server.port();
+        if (::write(ports, &own, sizeof own) == sizeof own) server.run();
+    }
+    pid_t pid_ = -1;
+};
+
+std::uint64_t number_after(const std::string& event, const std::string& name) {
+    const std::size_t at = event.find("\"" + name + "\":");
+    return at == std::string::npos ? 0 : std::strtoull(event.c_str() + at + name.size() + 3, nullptr, 10);
+}
+std::string text_after(const std::string& event, const std::string& name) {
+    const std::size_t at = event.find("\"" + name + "\":\"");
+    if (at == std::string::npos) return "";
+    const std::size_t begin = at + name.size() + 4;
+    return event.substr(begin, event.find('"', begin) - begin);
+}
+
+}  // namespace
+
+TEST_CASE("of a server that is killed fifty times no acknowledged message is lost, and none is kept twice") {
+    const TemporaryFile temporary;
+    std::mt19937 random(5);
+    std::map<std::string, std::uint64_t> acknowledged;  // by tag
+    std::vector<std::string> pending;                   // sent, and not acknowledged
+    std::uint64_t last = 0;
+    int made = 0;
+    for (int round = 0; round < 50; ++round) {
+        Victim server(temporary.path);
+        Client client(server.port, "/chat/tea?name=Anna&key=anna-secret&last=" + std::to_string(last));
+        const std::string history = next_with(client, "\"type\":\"history\"");
+        REQUIRE(contains(history, "\"gap\":false"));
+        last = number_after(history, "last");
+        for (const std::string& tag : pending) client.send("/tag " + tag + " text-" + tag);
+        for (int i = 0; i < 10; ++i) {
+            pending.push_back("t" + std::to_string(++made));
+            client.send("/tag " + pending.back() + " text-" + pending.back());
+        }
+        for (int left = static_cast<int>(random() % 12); left > 0 && !pending.empty(); --left) {
+            const std::string event = next_with(client, "\"tag\"");
+            const std::string tag = text_after(event, "tag");
+            REQUIRE(number_after(event, "id") != 0);
+            CHECK(acknowledged.emplace(tag, number_after(event, "id")).second);
+            last = (std::max)(last, number_after(event, "id"));
+            pending.erase(std::find(pending.begin(), pending.end(), tag));
+        }
+    }
+    SqliteFile file(temporary.path, {});
+    const HistoryPage page = file.since("tea", 0, 100'000);
+    CHECK_FALSE(page.gap);
+    std::map<std::string, std::uint64_t> kept;
+    for (const ChatEntry& each : page.entries) {
+        CHECK(kept.emplace(each.tag, each.id).second);
+        CHECK(each.text == "text-" + each.tag);
+    }
+    CHECK(acknowledged.size() > 100);
+    for (const auto& [tag, id] : acknowledged) CHECK(kept[tag] == id);
+}
+
+TEST_SUITE_END();
+
+#endif
