@@ -48,11 +48,11 @@
 // Macros. To be set by whoever compiles, the same in every translation unit (they are part of the ABI tag, so that
 // translation units which disagree do not link):
 //
-//   WSCHAT_ZLIB                      1: compression (§ 6), with zlib: link with -lz
-//   WSCHAT_OPENSSL                   1: TLS (§ 11), with OpenSSL: link with -lssl -lcrypto
-//   WSCHAT_LIBURING                  1: on Linux a turn's output goes to many in one call of the system: link with -luring
-//   WSCHAT_SQLITE                    1: SqliteHistory (§ 16), with SQLite 3: link with -lsqlite3
-//   WSCHAT_HIREDIS                   reserved for an optional capability; 0
+//   WSCHAT_ZLIB        1: compression (§ 6), with zlib: link with -lz
+//   WSCHAT_OPENSSL     1: TLS (§ 11), with OpenSSL 1.1.1 or newer: link with -lssl -lcrypto
+//   WSCHAT_LIBURING    1: on Linux what a turn sends to many goes to the kernel in one call: link with -luring
+//   WSCHAT_SQLITE      1: SqliteHistory (§ 16), with SQLite 3: link with -lsqlite3
+//   WSCHAT_HIREDIS     reserved; 0
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
