@@ -206,7 +206,7 @@ TEST_CASE("a name is visible text without spaces at its ends") {
     CHECK_FALSE(text::good_name(std::string(41, 'x'), 40));
 }
 
-TEST_CASE("a message may hold anything but control characters; line ends and tabs are none") {
+TEST_CASE("a message may hold anything but control characters, line ends and tabs aside") {
     for (const std::string_view good :
          {"", "a\nb\tc", "\xE2\x80\xAE", "\xC3\xBC", "\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x9A\x80"})
         CHECK(text::good_text(good));
@@ -266,7 +266,7 @@ TEST_CASE("a meter counts messages and bytes") {
     CHECK(bytes.full(rates, start + 10s));
 }
 
-TEST_CASE("a flood is told, then dropped, then ended; ten quiet seconds are forgiven") {
+TEST_CASE("a flood is told, then dropped, then ended, and ten quiet seconds are forgiven") {
     using Verdict = FloodJudge::Verdict;
     FloodJudge judge;
     CHECK(judge.judge(true, 3, start) == Verdict::pass);
@@ -907,7 +907,7 @@ TEST_CASE("the name of an account is its own: a visitor who has it gets another"
     CHECK(contains(tab.events().at(1), "[\"Holly\",\"Holly-2\"]"));
 }
 
-TEST_CASE("a moderator mutes, kicks and bans; nobody else does") {
+TEST_CASE("a moderator mutes, kicks and bans, and nobody else does") {
     Desk desk;
     desk.hub().limits.connection = FloodRates();
     Seat<Host> host(desk, "account=Holly");
@@ -1157,7 +1157,7 @@ std::string number_after(const std::string& event, const std::string& name) {
 
 }  // namespace
 
-TEST_CASE("a page that is reloaded within the grace has never left; one that is closed on purpose leaves at once") {
+TEST_CASE("a page that is reloaded within the grace has never left, and one that is closed on purpose leaves at once") {
     Chat chat;
     Client bert(chat.port(), "/chat/tea?name=Bert");
     next_with(bert, "\"type\":\"history\"");
