@@ -8899,8 +8899,8 @@ private:
             "INSERT INTO entry(room, id, time, kind, name, text, author, tag) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
             "UPDATE room SET last = ?2 WHERE id = ?1",
             "DELETE FROM entry WHERE room = ?1 AND id <= ?2",
-            "SELECT id, time, kind, name, text, author, tag FROM entry WHERE room = ?1 AND id > ?2 ORDER BY 1 DESC "
-            "LIMIT ?3"};
+            ("SELECT id, time, kind, name, text, author, tag FROM entry WHERE room = ?1 AND id > ?2"
+             " ORDER BY id DESC LIMIT ?3")};
         return texts[static_cast<std::size_t>(statement)];
     }
 
