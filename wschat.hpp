@@ -7808,6 +7808,7 @@ public:
     User& add(ChatUser who, const std::string& identity) {
         who.name = free_name(who.name);
         const std::string key = folded(who.name);
+        longest_ = (std::max)(longest_, key.size());
         User& user = *users_.emplace(key, std::make_unique<User>()).first->second;
         user.who = std::move(who);
         user.identity = identity;
@@ -7847,6 +7848,7 @@ public:
         const auto found = users_.find(folded(user.who.name));
         std::unique_ptr<User> moved = std::move(found->second);
         users_.erase(found);
+        longest_ = (std::max)(longest_, name.size());
         moved->who.name = name;
         users_.emplace(folded(name), std::move(moved));
         return true;
@@ -7862,7 +7864,9 @@ public:
     }
     // The user whose name the text begins with, the longest if there are several; it is cut off with the space after it.
     User* cut_user(std::string_view& text) const {
-        for (std::size_t end = text.size(); end != std::string_view::npos && end != 0; end = text.rfind(' ', end - 1)) {
+        // A line may be of a megabyte of spaces; names are short.
+        std::size_t end = text.size() <= longest_ ? text.size() : text.rfind(' ', longest_);
+        for (; end != std::string_view::npos && end != 0; end = text.rfind(' ', end - 1)) {
             User* user = find(text.substr(0, end));
             if (user == nullptr) continue;
             text.remove_prefix((std::min)(end + 1, text.size()));
@@ -7874,6 +7878,7 @@ public:
 private:
     std::map<std::string, std::unique_ptr<User>> users_;  // by folded name
     std::map<std::string, User*> identities_;
+    std::size_t longest_ = 0;  // of all names that there have been
 };
 
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------

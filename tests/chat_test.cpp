@@ -379,6 +379,20 @@ TEST_CASE("a user is found at the beginning of a text by the longest name") {
         CHECK(presence.cut_user(nobody) == nullptr);
 }
 
+TEST_CASE("a user is looked for in no more of a text than a name can be") {
+    Presence presence;
+    ChatHandler connection;
+    Presence::User& anna = presence.arrive(named("Anna"), "", &connection).user;
+    const std::string spaces(16 * 1024 * 1024, ' ');  // for years, if each were tried
+    std::string_view text = spaces;
+    CHECK(presence.cut_user(text) == nullptr);
+    presence.rename(anna, "Anna Maria Magdalena");
+    const std::string line = "anna maria magdalena" + spaces;
+    text = line;
+    CHECK(presence.cut_user(text) == &anna);
+    CHECK(text.size() == spaces.size() - 1);
+}
+
 // ---- history ---------------------------------------------------------------------------------------------------------
 
 TEST_CASE("a history answers what is newer than an id, in order, and says whether something is missing") {
