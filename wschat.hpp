@@ -8000,6 +8000,17 @@ public:
         store_->pass(entry);
     }
     Time now() const { return server_.loop().now(); }
+    // Calls a hook; what leaves it ends its own connection, and keeps nothing from the others.
+    template <class Hook>
+    void call(ChatHandler& handler, const char* name, Hook&& hook) {
+        try {
+            hook();
+        } catch (const std::exception& error) {
+            hook_failed(handler, name, error.what());
+        } catch (...) {
+            hook_failed(handler, name, "not a std::exception");
+        }
+    }
 
     // A connection's number and what its address has sent, from open() to on_close().
     struct Address {
@@ -8131,6 +8142,7 @@ private:
         forget_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
+    inline void hook_failed(ChatHandler& handler, const char* name, const char* what);
     inline void on_entry(const ChatEntry& entry) override;
     inline void on_repeat(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
@@ -8374,6 +8386,7 @@ private:
         if (!text::good_name(name, limits.max_room_name))
             return Refusal{"room_bad", "The name of a room is 1 to " + std::to_string(limits.max_room_name) +
                                            " bytes of visible text."};
+        if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
         if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
         if (places_.size() >= limits.max_rooms_per_connection)
             return Refusal{"room_limit",
@@ -8392,7 +8405,7 @@ private:
 
     void leave(std::size_t at, bool at_once) {
         const Place place = places_[at];
-        on_leave(*place.room);
+        hub_->call(*this, "on_leave", [&] { on_leave(*place.room); });
         places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(at));
         if (current_ >= at && current_ != 0) --current_;
         if (Room* members = server().rooms().find(place.room->name())) members->leave(*this);
@@ -8426,7 +8439,7 @@ private:
         const bool behind = page.last < chat_room->told() && question.told < chat_room->told();
         if (page.error.empty() && behind) return ask(*chat_room, page.last);
         members.join(*this);
-        on_join(*chat_room);
+        hub_->call(*this, "on_join", [&] { on_join(*chat_room); });
     }
 
     std::string history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
@@ -8696,6 +8709,11 @@ inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, cons
     return arrival.user;
 }
 
+inline void ChatHub::hook_failed(ChatHandler& handler, const char* name, const char* what) {
+    server_.report(LogLevel::error, "exception", {{"in", name}, {"what", what}, {"peer", handler.remote_address()}});
+    handler.close(CloseCode::internal_error, "internal error");
+}
+
 inline void ChatHub::on_entry(const ChatEntry& entry) {
     switch (entry.kind) {
         case ChatEntry::Kind::said:
@@ -8732,7 +8750,7 @@ inline void ChatHub::on_said(const ChatEntry& entry) {
     const bool apart = sender != nullptr && !entry.tag.empty();  // the tag is the sender's alone
     if (members != nullptr) members->broadcast(said_event(entry, false), apart ? sender : nullptr);
     if (apart) sender->write_message(said_event(entry, true));
-    if (sender != nullptr) sender->on_said(entry);
+    if (sender != nullptr) call(*sender, "on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_whisper(const ChatEntry& entry) {

@@ -911,6 +911,57 @@ TEST_CASE("hooks are called, and whoever overrides one leaves the rest to the ba
     CHECK(host.handler.log == "join tea;said d*** it;said rolled 6;leave tea;");
 }
 
+namespace {
+
+// What is to leave a hook is in the name of the user: "on_said".
+class Clumsy : public ChatHandler {
+public:
+    void on_join(ChatRoom&) override { fail("on_join"); }
+    void on_leave(ChatRoom&) override { fail("on_leave"); }
+    void on_said(const ChatEntry&) override { fail("on_said"); }
+
+private:
+    void fail(std::string_view hook) {
+        if (user().name == hook) throw std::runtime_error("what a hook forgot");
+    }
+};
+
+// Would rather be in the lobby than nowhere.
+class Homebody : public ChatHandler {
+public:
+    void on_leave(ChatRoom&) override {
+        if (++left < 100) on_command("join", left % 2 == 0 ? "lobby" : "hall");
+    }
+    unsigned left = 0;
+};
+
+}  // namespace
+
+TEST_CASE("what leaves a hook ends its own connection with 1011, and nobody else notices") {
+    Desk desk;
+    Seat<> anna(desk, "name=Anna");
+    for (const std::string hook : {"on_join", "on_said", "on_leave"}) {
+        CAPTURE(hook);
+        Seat<Clumsy> clumsy(desk, "name=" + hook);
+        clumsy.say("hello");
+        CHECK(clumsy.handler.is_open() == (hook == "on_leave"));
+        clumsy.leave(CloseCode::normal);
+        CHECK(clumsy.close_code() == (hook == "on_leave" ? CloseCode::normal : CloseCode::internal_error));
+    }
+    CHECK(names_of(desk.room("tea").presence()) == "Anna");
+    CHECK(contains(anna.events().back(), "{\"type\":\"leave\""));
+    CHECK(contains(anna.only("hello"), "\"said\""));
+}
+
+TEST_CASE("a connection that has ended joins no room any more") {
+    Desk desk;
+    Seat<Homebody> homebody(desk);
+    homebody.say("/leave");
+    CHECK(homebody.handler.here()->name() == "hall");
+    homebody.leave();
+    CHECK(homebody.handler.left == 2);
+}
+
 TEST_CASE("the name of an account is its own: a visitor who has it gets another") {
     Desk desk;
     Seat<Host> visitor(desk, "name=Holly");
