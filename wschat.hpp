@@ -7984,8 +7984,12 @@ public:
     // Refuses and ends the connections of an address, or of users with that name, for so long; zero: no more.
     inline void ban(std::string_view address_or_name, Duration duration);
     bool banned(const std::string& address, const std::string& name, const std::string& identity) {
-        return holds(bans_, "address " + share_of(address)) || holds(bans_, "name " + Presence::folded(name)) ||
-               (!identity.empty() && holds(bans_, "identity " + identity));
+        if (holds(bans_, "address " + share_of(address)) || holds(bans_, name_key(name))) return true;
+        const auto found = banned_as_.find(identity);
+        if (found == banned_as_.end()) return false;
+        if (holds(bans_, found->second)) return true;
+        banned_as_.erase(found);
+        return false;
     }
 
     // ---- for handlers and rooms ------------------------------------------------------------------------------------
@@ -8095,6 +8099,7 @@ private:
         return parsed && parsed->family() == IpAddress::Family::ipv6 ? parsed->prefix(64).to_string() : address;
     }
 
+    static std::string name_key(std::string_view name) { return "name " + Presence::folded(name); }
     static std::string mute_key(const ChatRoom& room, const std::string& author) { return room.name() + '\n' + author; }
     bool holds(Deadlines& deadlines, const std::string& key) {
         const auto found = deadlines.find(key);
@@ -8162,6 +8167,7 @@ private:
     std::map<std::string, Address> addresses_;
     std::size_t forget_at_ = 1024;
     Deadlines bans_, mutes_;
+    std::map<std::string, std::string> banned_as_;  // the identities that go with a banned name
     bool tidying_ = false;
     std::unique_ptr<ChatStore> store_;  // the first to go: it may call back
 };
@@ -8211,6 +8217,12 @@ public:
     void tell(ChatEvent event) { write_message(event.add_unless_empty("tag", tag_).dump()); }
     void error(std::string_view code, std::string_view sentence) {
         tell(ChatEvent("error").add("code", code).add("text", sentence));
+    }
+    // As an address, as a user, or by a name that it has in a room.
+    bool banned() const {
+        const auto barred = [this](const std::string& name) { return hub_->banned(remote_address(), name, identity_); };
+        return barred({}) ||
+               std::any_of(places_.begin(), places_.end(), [&](const Place& at) { return barred(at.user->who.name); });
     }
     // Ends the connection, and its user's presence without a time of grace.
     void dismiss(std::string_view reason) {
@@ -8684,15 +8696,14 @@ inline bool ChatRoom::mute(std::string_view name, Duration duration) {
 inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     const std::string whom(address_or_name);
     const bool address = whom == "unix" || IpAddress::parse(whom).has_value();
-    set(bans_, address ? "address " + share_of(whom) : "name " + Presence::folded(whom), duration);
+    set(bans_, address ? "address " + share_of(whom) : name_key(whom), duration);
+    if (duration <= Duration::zero()) return;
     for (const auto& entry : rooms_) {
         const Presence::User* user = address ? nullptr : entry.second->presence().find(whom);
-        if (user != nullptr && !user->identity.empty()) set(bans_, "identity " + user->identity, duration);
-        if (user != nullptr && duration > Duration::zero()) entry.second->kick(whom, "You are banned.");
+        if (user != nullptr && !user->identity.empty()) banned_as_[user->identity] = name_key(whom);
     }
-    if (!address || duration <= Duration::zero()) return;
     for (const auto& entry : connections_)
-        if (share_of(entry.second->remote_address()) == share_of(whom)) entry.second->dismiss("You are banned.");
+        if (entry.second->banned()) entry.second->dismiss("You are banned.");
 }
 
 inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,

@@ -1021,6 +1021,23 @@ TEST_CASE("a moderator mutes, kicks and bans, and nobody else does") {
     CHECK_FALSE(forgiven.refusal.has_value());
 }
 
+TEST_CASE("a ban ends all connections of a user, whatever the names and rooms, and is lifted as it was set") {
+    Desk desk;
+    Seat<> anna(desk, "name=Anna&key=anna-secret"), coffee(desk, "name=Zoe&key=anna-secret", "coffee"),
+        nowhere(desk, "name=Zoe&key=anna-secret", "milk"), bert(desk, "name=Anna&key=bert-secret");
+    nowhere.say("/leave");
+    desk.hub().ban("anna", 1h);
+    CHECK_FALSE(anna.handler.is_open());
+    CHECK_FALSE(coffee.handler.is_open());
+    CHECK_FALSE(nowhere.handler.is_open());
+    CHECK(bert.handler.is_open());
+    Seat<> while_banned(desk, "name=Zoe&key=anna-secret");
+    CHECK(while_banned.refusal.has_value());
+    desk.hub().ban("Anna", Duration::zero());
+    Seat<> forgiven(desk, "name=Anna&key=anna-secret");
+    CHECK_FALSE(forgiven.refusal.has_value());
+}
+
 TEST_CASE("/help names the commands that one may use") {
     Desk desk;
     Seat<Host> host(desk, "account=Holly");
