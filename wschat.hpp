@@ -8902,7 +8902,9 @@ public:
             query.bind(1, number)
                 .bind(2, static_cast<std::int64_t>(known ? *id : 0))
                 .bind(3, static_cast<std::int64_t>(limit));
-            while (query.row()) page.entries.push_back(entry_of(query));
+            for (std::size_t bytes = 0; bytes <= max_page_bytes && query.row();
+                 bytes += page.entries.back().text.size())
+                page.entries.push_back(entry_of(query));
             std::reverse(page.entries.begin(), page.entries.end());
             page.last = last;
             page.gap = id && (!known || last - *id > page.entries.size());
@@ -8924,6 +8926,8 @@ private:
     };
     static constexpr int version = sizeof steps / sizeof steps[0];
     static constexpr int application = 0x77736368;  // "wsch"
+    // About so much text is read at once: what asks for it is cheap.
+    static constexpr std::size_t max_page_bytes = 1024 * 1024;
 
     static const char* text_of(Statement statement) {
         constexpr const char* texts[] = {
@@ -8999,6 +9003,10 @@ private:
     }
     template <class Work>
     void transaction(const char* begin, Work&& work) {
+        // What is written to a file without a name is lost with this program.
+        int moved = 0;
+        ::sqlite3_file_control(database_, "main", SQLITE_FCNTL_HAS_MOVED, &moved);
+        if (moved != 0) throw Error("SqliteHistory \"" + path_ + "\": the file was moved or deleted");
         execute(begin);
         try {
             work();
@@ -9213,11 +9221,11 @@ private:
                 page = HistoryPage();
                 page.error = error.what();
             }
-            post([then = std::move(job.then), page = std::move(page)](Listener&) { then(page); });
+            post([then = std::move(job.then), page = std::move(page)](Listener&) mutable { then(std::move(page)); });
         }
         template <class Work>
         void post(Work&& work) {
-            mailbox_->post([target = target, work = std::forward<Work>(work)] {
+            mailbox_->post([target = target, work = std::forward<Work>(work)]() mutable {
                 if (target->listener != nullptr) work(*target->listener);
             });
         }

@@ -218,6 +218,29 @@ TEST_CASE("what does not fit is not kept at all, and the rest is as it was") {
     CHECK(append(file, entry("c")) == 2);
 }
 
+TEST_CASE("no more than a mebibyte of text or so is read at once, and what is left out is a gap") {
+    const TemporaryFile temporary;
+    SqliteFile file(temporary.path, {});
+    for (int i = 0; i < 100; ++i) append(file, entry(std::string(16 * 1024, 'x')));
+    const HistoryPage page = file.since("tea", 1, 500);
+    CHECK(page.gap);
+    CHECK(page.entries.size() == 65);
+    CHECK(page.entries.back().id == page.last);
+    CHECK_FALSE(file.since("tea", page.entries.front().id, 500).gap);
+}
+
+TEST_CASE("a file that is deleted or moved while it is in use is an Error") {
+    for (const bool moved : {false, true}) {
+        const TemporaryFile temporary, elsewhere;
+        SqliteFile file(temporary.path, {});
+        append(file, entry("a"));
+        if (moved) ::rename(temporary.path.c_str(), elsewhere.path.c_str());
+        else ::unlink(temporary.path.c_str());
+        CHECK_THROWS_WITH_AS(append(file, entry("b")), doctest::Contains("the file was moved or deleted"), Error);
+        CHECK_THROWS_AS(file.since("tea", std::nullopt, 50), Error);
+    }
+}
+
 TEST_CASE("a damaged page is an Error, not a crash") {
     TemporaryFile temporary;
     {
