@@ -7589,11 +7589,21 @@ private:
 namespace text {
 
 // Whether a character does something other than being seen: C0, C1 and DEL, and where `formats` is set also what
-// joins, reverses or hides its neighbours (a soft hyphen, zero widths, directions, separators of lines, a BOM).
+// joins, reverses or hides its neighbours, and what looks like a space or like nothing at all (Unicode's property
+// Default_Ignorable_Code_Point, its spaces but U+0020, separators of lines, the blank of Braille, notes between lines).
 inline bool invisible(char32_t c, bool formats) {
     if (c < 0x20 || (c >= 0x7F && c < 0xA0)) return true;
-    return formats && (c == 0xAD || c == 0x61C || (c >= 0x200B && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) ||
-                       (c >= 0x2060 && c <= 0x206F) || c == 0xFEFF || (c >= 0xE0000 && c <= 0xE007F));
+    if (!formats || c < 0xA0) return false;
+    constexpr struct {
+        char32_t first, last;
+    } ranges[] = {{0xA0, 0xA0},      {0xAD, 0xAD},     {0x34F, 0x34F},   {0x61C, 0x61C},     {0x115F, 0x1160},
+                  {0x1680, 0x1680},  {0x17B4, 0x17B5}, {0x180B, 0x180F}, {0x2000, 0x200F},   {0x2028, 0x202F},
+                  {0x205F, 0x206F},  {0x2800, 0x2800}, {0x3000, 0x3000}, {0x3164, 0x3164},   {0xFE00, 0xFE0F},
+                  {0xFEFF, 0xFEFF},  {0xFFA0, 0xFFA0}, {0xFFF0, 0xFFFB}, {0x1BCA0, 0x1BCA3}, {0x1D173, 0x1D17A},
+                  {0xE0000, 0xE0FFF}};
+    for (const auto& range : ranges)
+        if (c >= range.first && c <= range.last) return true;
+    return false;
 }
 
 // Calls visit(character) for each one of a text that is valid UTF-8, until it answers false; answers the last answer.
@@ -7778,6 +7788,8 @@ public:
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
+    // Of a name that is made free.
+    std::size_t max_name = 40;
 
     // By name.
     std::vector<ChatUser> users() const {
@@ -7858,7 +7870,9 @@ public:
         std::string free = name;
         for (std::size_t n = 2; find(free) != nullptr; ++n) {
             if (n == 10 && users_.size() > n) n = users_.size();  // a hundred guests need no hundred tries
-            free = name + "-" + std::to_string(n);
+            const std::string number = "-" + std::to_string(n);
+            const std::size_t longest = (std::max)(max_name, name.size());
+            free = std::string(cut_utf8(name, longest - (std::min)(longest, number.size()))) + number;
         }
         return free;
     }
@@ -7966,7 +7980,9 @@ public:
         const auto found = rooms_.find(std::string(name));
         if (found != rooms_.end()) return *found->second;
         tidy_later();
-        return *rooms_.emplace(name, std::make_unique<ChatRoom>(std::string(name), *this)).first->second;
+        ChatRoom& made = *rooms_.emplace(name, std::make_unique<ChatRoom>(std::string(name), *this)).first->second;
+        made.presence().max_name = limits.max_name;
+        return made;
     }
     // Null where nobody is in such a room.
     ChatRoom* find(const std::string& name) const {
@@ -8304,12 +8320,14 @@ private:
         const auto digest = sha1(key);
         return base64(digest.data(), digest.size());
     }
+    // A number that is too large is a large one: an id of no history, or for ever.
     static std::optional<std::uint64_t> number_of(std::string_view digits) {
-        if (digits.empty() || digits.size() > 18) return std::nullopt;
+        if (digits.empty()) return std::nullopt;
+        constexpr std::uint64_t enough = 1'000'000'000'000'000'000;
         std::uint64_t value = 0;
         for (const char c : digits) {
             if (c < '0' || c > '9') return std::nullopt;
-            value = value * 10 + static_cast<std::uint64_t>(c - '0');
+            value = (std::min)(value * 10 + static_cast<std::uint64_t>(c - '0'), enough);
         }
         return value;
     }
@@ -8441,7 +8459,10 @@ private:
         if (chat_room == nullptr || place_of(*chat_room) == places_.size() || !is_open()) return;
         Room& members = room(question.room);
         const bool joining = !members.has(*this);
-        page.gap = page.gap || !page.error.empty();
+        if (!page.error.empty()) {  // who comes back asks for the same again
+            page.gap = true;
+            page.last = question.id.value_or(chat_room->told());
+        }
         if (page.error.empty()) hub_->settle(*chat_room, page);
         else server().report(LogLevel::error, "chat_not_read", {{"room", question.room}, {"cause", page.error}});
         if (joining) write_message(users_event(*chat_room));

@@ -202,6 +202,15 @@ TEST_CASE("a name is visible text without spaces at its ends") {
         CAPTURE(test::to_hex(bad));
         CHECK_FALSE(text::good_name(bad, 40));
     }
+    // Spaces, fillers and selectors, with which a name looks like another one: U+00A0, 034F, 1160, 180E, 2003, 202F,
+    // 2800, 3000, 3164, FE0F, FFA0, FFF9, E0100.
+    for (const std::string hidden :
+         {"\xC2\xA0", "\xCD\x8F", "\xE1\x85\xA0", "\xE1\xA0\x8E", "\xE2\x80\x83", "\xE2\x80\xAF", "\xE2\xA0\x80",
+          "\xE3\x80\x80", "\xE3\x85\xA4", "\xEF\xB8\x8F", "\xEF\xBE\xA0", "\xEF\xBF\xB9", "\xF3\xA0\x84\x80"}) {
+        CAPTURE(test::to_hex(hidden));
+        CHECK_FALSE(text::good_name("Anna" + hidden, 40));
+        CHECK(text::good_text("Anna" + hidden));
+    }
     CHECK(text::good_name(std::string(40, 'x'), 40));
     CHECK_FALSE(text::good_name(std::string(41, 'x'), 40));
 }
@@ -329,6 +338,18 @@ TEST_CASE("a name that is taken gets the first number that is free") {
     std::vector<ChatHandler> guests(300);
     for (ChatHandler& guest : guests) presence.arrive(named("guest"), "", &guest);
     CHECK(presence.size() == 304);
+}
+
+TEST_CASE("a name that is made free is no longer than a name may be, and whole characters") {
+    Presence presence;
+    ChatHandler connections[3];
+    std::string name;
+    for (int i = 0; i < 20; ++i) name += "\xC3\xBC";
+    presence.arrive(named(name), "", &connections[0]);
+    CHECK(presence.arrive(named(name), "", &connections[1]).user.who.name == name.substr(0, 38) + "-2");
+    CHECK(text::good_name(presence.free_name(name), 40));
+    presence.max_name = 60;
+    CHECK(presence.free_name(name) == name + "-2");
 }
 
 TEST_CASE("nobody takes over the name of somebody who is away with a key, or is here") {
@@ -578,7 +599,6 @@ TEST_CASE("bad input is answered with a code and a sentence to the sender alone,
         {"/leave coffee", "no_room"},
         {"/since", "bad_command"},
         {"/since -1", "bad_command"},
-        {"/since 9999999999999999999", "bad_command"},
         {"/kick Bert", "forbidden"},
         {"/ban Bert", "forbidden"},
         {"/mute Bert", "forbidden"},
@@ -785,10 +805,11 @@ TEST_CASE("who was away for too long is told of a gap") {
     const std::string event = bert.only("first"), last = event.substr(event.find("\"id\":") + 5, 16);
     for (int i = 0; i < 4; ++i) bert.say("x");
     Seat<> anna(desk, "name=Anna&last=" + last), fresh(desk, "name=Carl"), other(desk, "name=Dora&last=17"),
-        bad(desk, "last=x");
+        huge(desk, "last=99999999999999999999"), bad(desk, "last=x");
     CHECK(contains(anna.events().at(2), "\"gap\":true"));
     CHECK(contains(fresh.events().at(2), "\"gap\":false"));
     CHECK(contains(other.events().at(2), "\"gap\":true"));
+    CHECK(contains(huge.events().at(2), "\"gap\":true"));
     CHECK(contains(bad.events().at(2), "\"gap\":false"));
 }
 
@@ -1169,7 +1190,7 @@ TEST_CASE("a history that can not be read is a gap, and the chat goes on") {
     SlowStore* store = nullptr;
     desk.hub().set_store(std::make_unique<Broken>(store));
     Seat<> anna(desk, "name=Anna&last=7");
-    CHECK(contains(anna.events().at(2), "\"gap\":true"));
+    CHECK(contains(anna.events().at(2), "\"gap\":true,\"last\":7,"));  // to come back with, when it can be read again
     anna.say("hello");
     store->tell();
     CHECK(contains(anna.one(), "hello"));
