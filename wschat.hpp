@@ -8211,7 +8211,7 @@ public:
         static_cast<void>(text);
         return true;
     }
-    // This connection is in the room and has its history; leaves the room.
+    // This connection is in the room and has its history; leaves the room that it was told to be in.
     virtual void on_join(ChatRoom& room) { static_cast<void>(room); }
     virtual void on_leave(ChatRoom& room) { static_cast<void>(room); }
     // What this connection said is kept and was delivered.
@@ -8300,6 +8300,7 @@ private:
     struct Place {
         ChatRoom* room;
         Presence::User* user;
+        bool joined = false;  // on_join() was called
     };
     struct Question {
         std::string room;
@@ -8429,13 +8430,13 @@ private:
     void enter(std::string_view name) {
         places_.reserve(places_.size() + 1);  // who has arrived has a place
         ChatRoom& entered = hub_->room(name);
-        places_.push_back({&entered, &hub_->arrive(entered, who_, identity_, *this, serial_)});
+        places_.push_back({&entered, &hub_->arrive(entered, who_, identity_, *this, serial_), false});
         current_ = places_.size() - 1;
     }
 
     void leave(std::size_t at, bool at_once) {
         const Place place = places_[at];
-        hub_->call(*this, "on_leave", [&] { on_leave(*place.room); });
+        if (place.joined) hub_->call(*this, "on_leave", [&] { on_leave(*place.room); });
         places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(at));
         if (current_ >= at && current_ != 0) --current_;
         if (Room* members = server().rooms().find(place.room->name())) members->leave(*this);
@@ -8472,6 +8473,7 @@ private:
         const bool behind = page.last < chat_room->told() && question.told < chat_room->told();
         if (page.error.empty() && behind) return ask(*chat_room, page.last);
         members.join(*this);
+        places_[place_of(*chat_room)].joined = true;
         hub_->call(*this, "on_join", [&] { on_join(*chat_room); });
     }
 

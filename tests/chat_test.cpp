@@ -1177,6 +1177,18 @@ TEST_CASE("whatever order a store answers in, a newcomer gets everything once an
     }
 }
 
+TEST_CASE("on_leave comes only after on_join, which waits for the history") {
+    Desk desk;
+    SlowStore* store = nullptr;
+    desk.hub().set_store(std::make_unique<SlowStore>(store));
+    Seat<Host> early(desk, "name=Anna"), patient(desk, "name=Bert");
+    early.leave();
+    while (!store->pages.empty()) store->answer();
+    patient.leave();
+    CHECK(early.handler.log == "");
+    CHECK(patient.handler.log == "join tea;leave tea;");
+}
+
 TEST_CASE("a history that can not be read is a gap, and the chat goes on") {
     struct Broken : SlowStore {
         using SlowStore::SlowStore;
