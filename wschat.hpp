@@ -8936,7 +8936,17 @@ public:
     }
 
 private:
-    enum class Statement : std::size_t { find_room, add_room, find_tag, add, set_last, prune, since, count };
+    enum class Statement : std::size_t {
+        find_start,
+        find_room,
+        add_room,
+        find_tag,
+        add,
+        set_last,
+        prune,
+        since,
+        count
+    };
 
     // What changes a file of version N into one of version N + 1; a new file is of version 0.
     static constexpr const char* steps[] = {
@@ -8946,6 +8956,10 @@ private:
         "ALTER TABLE entry ADD COLUMN author TEXT NOT NULL DEFAULT '';"
         "ALTER TABLE entry ADD COLUMN tag TEXT NOT NULL DEFAULT '';"
         "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';",
+        // The ids of a room begin at the microseconds of the wall clock, so that one of a file that is gone is known to
+        // be none of this.
+        "CREATE TABLE start(id INTEGER NOT NULL);"
+        "INSERT INTO start VALUES(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER));",
     };
     static constexpr int version = sizeof steps / sizeof steps[0];
     static constexpr int application = 0x77736368;  // "wsch"
@@ -8954,8 +8968,9 @@ private:
 
     static const char* text_of(Statement statement) {
         constexpr const char* texts[] = {
+            "SELECT id FROM start",
             "SELECT id, last FROM room WHERE name = ?1",
-            "INSERT INTO room(name, last) VALUES(?1, 0)",
+            "INSERT INTO room(name, last) VALUES(?1, ?2)",
             "SELECT id FROM entry WHERE room = ?1 AND author = ?2 AND tag = ?3 AND tag <> ''",
             "INSERT INTO entry(room, id, time, kind, name, text, author, tag) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
             "UPDATE room SET last = ?2 WHERE id = ?1",
@@ -9077,14 +9092,15 @@ private:
     RoomRow find_room(const std::string& name) {
         Query query(*this, Statement::find_room);
         query.bind(1, name);
-        if (!query.row()) return {0, 0};
-        return {query.number(0), static_cast<std::uint64_t>(query.number(1))};
+        if (query.row()) return {query.number(0), static_cast<std::uint64_t>(query.number(1))};
+        Query start(*this, Statement::find_start);
+        return {0, start.row() ? static_cast<std::uint64_t>(start.number(0)) : 0};
     }
     // False where its author had sent the tag before.
     bool append_one(ChatEntry& entry) {
         RoomRow room = find_room(entry.room);
         if (room.number == 0) {
-            Query(*this, Statement::add_room).bind(1, entry.room).row();
+            Query(*this, Statement::add_room).bind(1, entry.room).bind(2, static_cast<std::int64_t>(room.last)).row();
             room.number = ::sqlite3_last_insert_rowid(database_);
         }
         if (!entry.tag.empty()) {
