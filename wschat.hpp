@@ -7821,21 +7821,32 @@ public:
         who.name = free_name(who.name);
         const std::string key = folded(who.name);
         longest_ = (std::max)(longest_, key.size());
-        User& user = *users_.emplace(key, std::make_unique<User>()).first->second;
-        user.who = std::move(who);
-        user.identity = identity;
-        if (!identity.empty()) identities_.emplace(identity, &user);
-        return user;
+        auto user = std::make_unique<User>();
+        user->who = std::move(who);
+        user->identity = identity;
+        user->connections.reserve(1);  // who is in the list can be connected
+        const auto added = users_.emplace(key, std::move(user)).first;
+        try {
+            if (!identity.empty()) identities_.emplace(identity, added->second.get());
+        } catch (...) {
+            users_.erase(added);
+            throw;
+        }
+        return *added->second;
     }
 
     // A connection goes. True: the user has left, and is destroyed. Else, after the last one, expire() says so later.
     bool depart(User& user, ChatHandler* connection, Time leaves, bool at_once) {
+        detach(user, connection, leaves);
+        if (!user.connections.empty()) return false;
+        if (at_once) remove(user);
+        return at_once;
+    }
+    // A connection is forgotten, which takes no memory.
+    static void detach(User& user, ChatHandler* connection, Time leaves) {
         auto& all = user.connections;
         all.erase(std::remove(all.begin(), all.end(), connection), all.end());
-        if (!all.empty()) return false;
-        if (at_once) remove(user);
-        else user.leaves = leaves;
-        return at_once;
+        if (all.empty()) user.leaves = leaves;
     }
     // Those whose time of grace is over; `next` is when it is for another one.
     std::vector<std::string> expire(Time now, Time& next) {
@@ -7849,8 +7860,9 @@ public:
         return gone;
     }
     void remove(User& user) {
+        const std::string key = folded(user.who.name);
         if (!user.identity.empty()) identities_.erase(user.identity);
-        users_.erase(folded(user.who.name));
+        users_.erase(key);
     }
 
     // False where somebody else has that name.
@@ -8052,9 +8064,11 @@ public:
     inline Presence::User& arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
                                   ChatHandler& handler, std::uint64_t serial);
     void depart(ChatRoom& room, Presence::User& user, ChatHandler& handler, bool at_once) {
+        const Time leaves = later(now(), limits.grace);
+        Presence::detach(user, &handler, leaves);  // whatever fails after it
         const std::string name = user.who.name;
-        if (room.presence().depart(user, &handler, later(now(), limits.grace), at_once)) return left(room, name);
-        if (user.connections.empty() && !std::exchange(room.expiring, true)) expire_later(room, limits.grace);
+        if (room.presence().depart(user, &handler, leaves, at_once)) return left(room, name);
+        if (user.connections.empty() && !room.expiring) expire_later(room, limits.grace);
     }
     // A mute goes with the user.
     void rename(ChatRoom& room, Presence::User& user, const std::string& name) {
@@ -8130,17 +8144,18 @@ private:
         else deadlines.erase(key);
     }
 
-    void expire_later(const ChatRoom& room, Duration delay) {
+    void expire_later(ChatRoom& room, Duration delay) {
         server_.loop().call_later(delay, [this, name = room.name()] {
             ChatRoom* found = find(name);
             if (found == nullptr) return;
             Time next;
+            found->expiring = false;
             for (const std::string& gone : found->presence().expire(now(), next)) left(*found, gone);
-            found->expiring = next != (Time::max)();
             // Not one by one where many go one after another.
-            if (found->expiring)
+            if (next != (Time::max)())
                 expire_later(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
         });
+        room.expiring = true;
     }
     void left(ChatRoom& room, const std::string& name) {
         pass(entry_of(ChatEntry::Kind::go, room, name));
@@ -8291,7 +8306,7 @@ public:
         if (hub_ == nullptr) return;
         // RFC 6455 7.4.1: 1000 is an end on purpose; a page that is reloaded or a lost connection gives another.
         const bool at_once = dismissed_ || close_code() == CloseCode::normal;
-        while (!places_.empty()) leave(places_.size() - 1, at_once);
+        while (!places_.empty()) hub_->call(*this, "on_close", [&] { leave(places_.size() - 1, at_once); });
         if (address_ != nullptr) --address_->connections;
         hub_->closed(serial_);
     }
@@ -8736,15 +8751,24 @@ inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, cons
     if (holder != nullptr && !holder->who.fixed) rename(room, *holder, room.presence().free_name(who.name));
     const Presence::Arrival arrival = room.presence().arrive(who, identity, &handler);
     if (!arrival.first) return arrival.user;
-    ChatEntry entry = entry_of(ChatEntry::Kind::come, room, arrival.user.who.name);
-    entry.text = who.about;
-    entry.sender = serial;
-    pass(std::move(entry));
+    try {
+        ChatEntry entry = entry_of(ChatEntry::Kind::come, room, arrival.user.who.name);
+        entry.text = who.about;
+        entry.sender = serial;
+        pass(std::move(entry));
+    } catch (...) {
+        Presence::detach(arrival.user, &handler, now());
+        throw;
+    }
     return arrival.user;
 }
 
 inline void ChatHub::hook_failed(ChatHandler& handler, const char* name, const char* what) {
-    server_.report(LogLevel::error, "exception", {{"in", name}, {"what", what}, {"peer", handler.remote_address()}});
+    try {
+        server_.report(LogLevel::error, "exception",
+                       {{"in", name}, {"what", what}, {"peer", handler.remote_address()}});
+    } catch (const std::bad_alloc&) {  // there is no memory to tell it
+    }
     handler.close(CloseCode::internal_error, "internal error");
 }
 
