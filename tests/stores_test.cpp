@@ -330,7 +330,9 @@ TEST_CASE("a locked file is an error to the sender, and nothing waits for it but
     SqliteOptions options;
     options.busy_timeout = 2s;
     Chat chat(temporary.path, options);
-    Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+    Client anna(chat.port(), "/chat/tea?name=Anna");
+    next_with(anna, "\"entries\"");  // and nothing more comes unasked but that Bert does
+    Client bert(chat.port(), "/chat/tea?name=Bert");
     next_with(anna, "\"Bert\"");
     Raw other(temporary.path);
     other.execute("BEGIN IMMEDIATE");
