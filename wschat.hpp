@@ -7471,10 +7471,11 @@ public:
 };
 
 struct HistoryLimits {
-    std::size_t max_entries = 1000;              // of a room
-    std::size_t max_bytes = 1024 * 1024;         // of a room
-    Duration max_age = std::chrono::hours(168);  // zero: no limit
-    std::size_t max_rooms = 1000;                // past it the room that was silent for longest is forgotten
+    std::size_t max_entries = 1000;                  // of a room
+    std::size_t max_bytes = 1024 * 1024;             // of a room
+    Duration max_age = std::chrono::hours(168);      // zero: no limit
+    std::size_t max_rooms = 1000;                    // past it the room that was silent for longest is forgotten
+    std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; past it the same
 };
 
 // The history of one room in memory, and its tags.
@@ -7512,6 +7513,7 @@ public:
     }
     std::size_t size() const { return entries_.size(); }
     std::size_t bytes() const { return bytes_; }
+    std::uint64_t last() const { return last_; }
     Time touched() const { return touched_; }
 
 private:
@@ -7550,38 +7552,62 @@ public:
         HistoryRing& ring = *ring_of(entry.room, true);
         entry.id = ring.find(entry);
         if (entry.id != 0) return listener_->on_repeat(entry);
-        entry.id = ring.append(entry, limits_, Clock::now());
+        entry.id = counted(ring, [&] { return ring.append(entry, limits_, Clock::now()); });
+        while (bytes_ > limits_.max_total_bytes && &silent()->second != &ring) forget(silent());
         listener_->on_entry(entry);
     }
     void pass(const ChatEntry& entry) override { listener_->on_entry(entry); }
     void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) override {
         HistoryRing nothing(fresh_id());
         HistoryRing* ring = ring_of(room, false);
-        then((ring == nullptr ? nothing : *ring).since(id, limit, limits_, Clock::now()));
+        if (ring == nullptr) ring = &nothing;
+        then(counted(*ring, [&] { return ring->since(id, limit, limits_, Clock::now()); }));
     }
 
 private:
-    // Ids begin at the microseconds of the wall clock, so that one of an earlier run is known to be none of this.
-    static std::uint64_t fresh_id() {
+    using Rings = std::map<std::string, HistoryRing>;
+
+    // What is done to a ring, with the bytes of all kept true.
+    template <class Work>
+    auto counted(const HistoryRing& ring, Work&& work) -> decltype(work()) {
+        const std::size_t before = ring.bytes();
+        auto result = work();
+        bytes_ += ring.bytes() - before;
+        return result;
+    }
+    // Ids begin at the microseconds of the wall clock, so that one of an earlier run is known to be none of this; and
+    // after those of what was forgotten, whatever the clock says.
+    std::uint64_t fresh_id() {
         using namespace std::chrono;
-        return static_cast<std::uint64_t>(duration_cast<microseconds>(system_clock::now().time_since_epoch()).count());
+        const auto now = duration_cast<microseconds>(system_clock::now().time_since_epoch()).count();
+        return forgotten_ = (std::max)(forgotten_ + 1, static_cast<std::uint64_t>(now));
     }
     // Null where there are too many rooms, all with something to keep, and this one has nothing yet.
     HistoryRing* ring_of(const std::string& room, bool to_write) {
         const auto found = rings_.find(room);
         if (found != rings_.end()) return &found->second;
         if (rings_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
-            const auto earlier = [](const auto& a, const auto& b) { return a.second.touched() < b.second.touched(); };
-            const auto oldest = std::min_element(rings_.begin(), rings_.end(), earlier);
-            if (!to_write && oldest->second.touched() != Time()) return nullptr;
-            rings_.erase(oldest);
+            if (!to_write && silent()->second.touched() != Time()) return nullptr;
+            forget(silent());
         }
         return &rings_.emplace(room, HistoryRing(fresh_id())).first->second;
+    }
+    // The room that was silent for longest.
+    Rings::iterator silent() {
+        const auto earlier = [](const auto& a, const auto& b) { return a.second.touched() < b.second.touched(); };
+        return std::min_element(rings_.begin(), rings_.end(), earlier);
+    }
+    void forget(Rings::iterator room) {
+        bytes_ -= room->second.bytes();
+        forgotten_ = (std::max)(forgotten_, room->second.last());
+        rings_.erase(room);
     }
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
-    std::map<std::string, HistoryRing> rings_;
+    Rings rings_;
+    std::size_t bytes_ = 0;
+    std::uint64_t forgotten_ = 0;  // the newest id that was given out elsewhere than in the rings
 };
 
 // ---- what may be written -------------------------------------------------------------------------------------------
@@ -8584,6 +8610,7 @@ private:
         if (here() == nullptr) return error("no_room", "You are in no room; /join ROOM.");
         if (name == user().name) return;
         Presence::User& user = *places_[current_].user;
+        if (hub_->muted(*here(), user)) return error("muted", "You are muted for a while.");
         const Presence::User* holder = here()->presence().find(name);
         if (holder != nullptr && holder != &user)
             return error("name_taken", "That name is taken; " + here()->presence().free_name(name) + " is free.");
@@ -9219,13 +9246,17 @@ private:
         void start(Listener& listener, std::shared_ptr<Mailbox> mailbox) {
             target->listener = &listener;
             mailbox_ = std::move(mailbox);
-            thread_ = std::thread([this] { run(); });
+            try {
+                thread_ = std::thread([this] { run(); });
+            } catch (const std::system_error& error) {
+                throw Error(std::string("SqliteHistory: no thread can be had: ") + error.what());
+            }
         }
         void add(Job job) {
-            ++waiting_;
             {
                 const std::lock_guard<std::mutex> lock(mutex_);
                 jobs_.push_back(std::move(job));
+                ++waiting_;
             }
             changed_.notify_one();
         }
@@ -9249,9 +9280,13 @@ private:
                 for (std::size_t i = 0; i < jobs.size();) {
                     const std::size_t begin = i;
                     while (i < jobs.size() && !jobs[i].then) ++i;
-                    if (i != begin) write(jobs, begin, i);
-                    else if (!stop) read(jobs[i++]);
-                    else ++i;
+                    const bool reads = i == begin;
+                    if (reads) ++i;
+                    try {
+                        if (!reads) write(jobs, begin, i);
+                        else if (!stop) read(jobs[begin]);
+                    } catch (const std::bad_alloc&) {  // there is no memory to tell it; who asked will ask again
+                    }
                 }
                 waiting_ -= jobs.size();
                 if (stop) return;

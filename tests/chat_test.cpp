@@ -492,36 +492,63 @@ TEST_CASE("a tag is known to its author for as long as its message is kept") {
     CHECK(ring.find(entry("x", "t")) == 0);
 }
 
-TEST_CASE("of too many rooms the one that was silent longest is forgotten, and looking on makes none forgotten") {
-    struct Ear : ChatStore::Listener {
-        void on_entry(const ChatEntry& entry) override { last = entry.id; }
-        void on_repeat(const ChatEntry&) override {}
-        void on_failure(const ChatEntry&, const std::string&) override {}
-        std::uint64_t last = 0;
-    } ear;
-    HistoryLimits limits;
-    limits.max_rooms = 2;
-    MemoryHistory history(limits);
-    history.attach(ear, nullptr);
-    const auto say = [&](const std::string& room) {
-        ChatEntry made = entry("x");
+namespace {
+
+// A history in memory, and what of it there is.
+struct Archive : private ChatStore::Listener {
+    explicit Archive(const HistoryLimits& limits) : history(limits) { history.attach(*this, nullptr); }
+
+    std::uint64_t say(const std::string& room, const std::string& text = "x") {
+        ChatEntry made = entry(text);
         made.room = room;
         history.append(made);
-        return ear.last;
-    };
-    const auto size = [&](const std::string& room) {
+        return last;
+    }
+    std::size_t size(const std::string& room) {
         std::size_t result = 0;
         history.since(room, std::nullopt, 50, [&](const HistoryPage& page) { result = page.entries.size(); });
         return result;
-    };
-    const std::uint64_t before = say("one");
-    say("two");
-    for (int i = 0; i < 10; ++i) CHECK(size("visited " + std::to_string(i)) == 0);
-    CHECK(size("one") == 1);
-    say("three");
-    CHECK(size("one") == 0);
-    CHECK(size("two") == 1);
-    CHECK(say("one") > before);  // ids never begin anew
+    }
+    MemoryHistory history;
+
+private:
+    void on_entry(const ChatEntry& entry) override { last = entry.id; }
+    void on_repeat(const ChatEntry&) override {}
+    void on_failure(const ChatEntry&, const std::string&) override {}
+    std::uint64_t last = 0;
+};
+
+}  // namespace
+
+TEST_CASE("of too many rooms the one that was silent longest is forgotten, and looking on makes none forgotten") {
+    HistoryLimits limits;
+    limits.max_rooms = 2;
+    Archive archive(limits);
+    const std::uint64_t before = archive.say("one");
+    archive.say("two");
+    for (int i = 0; i < 10; ++i) CHECK(archive.size("visited " + std::to_string(i)) == 0);
+    CHECK(archive.size("one") == 1);
+    archive.say("three");
+    CHECK(archive.size("one") == 0);
+    CHECK(archive.size("two") == 1);
+    CHECK(archive.say("one") > before);  // ids never begin anew
+}
+
+TEST_CASE("all rooms together keep so many bytes, and what is too much costs the room that was silent longest") {
+    HistoryLimits limits;
+    limits.max_total_bytes = 5000;
+    Archive archive(limits);
+    archive.say("one", std::string(1500, 'x'));
+    archive.say("two", std::string(1500, 'x'));
+    archive.say("one");
+    CHECK(archive.size("two") == 1);
+    archive.say("three", std::string(1500, 'x'));
+    CHECK(archive.size("two") == 0);
+    CHECK(archive.size("one") == 2);
+    CHECK(archive.size("three") == 1);
+    archive.say("four", std::string(6000, 'x'));  // what was said last is kept
+    CHECK(archive.size("one") + archive.size("three") == 0);
+    CHECK(archive.size("four") == 1);
 }
 
 // ---- the handler without sockets -------------------------------------------------------------------------------------
@@ -1003,9 +1030,13 @@ TEST_CASE("a moderator mutes, kicks and bans, and nobody else does") {
     CHECK(host.only("/mute Anna 60") == "0 events");
     CHECK(contains(anna.only("hello"), "\"code\":\"muted\""));
     CHECK(contains(anna.only("/msg Holly hello"), "\"code\":\"muted\""));
+    CHECK(contains(anna.only("/nick hello"), "\"code\":\"muted\""));
+    Seat<Host> account(desk, "account=Anna");  // takes the name, and the mute goes with the user
+    tab.events();
+    CHECK(contains(tab.only("hello"), "\"code\":\"muted\""));
+    host.say("/mute Anna-2 0");
     anna.say("/nick Annabel");
-    CHECK(contains(tab.only("hello"), "\"code\":\"muted\""));  // a mute goes with the user
-    host.say("/mute Annabel 0");
+    anna.events();
     CHECK(contains(anna.only("hello"), "\"said\""));
     CHECK(contains(host.only("/mute Annabel for ever"), "\"code\":\"bad_command\""));
     CHECK(contains(host.only("/kick Nobody"), "\"code\":\"unknown_user\""));
