@@ -4505,9 +4505,9 @@ public:
     static inline std::unique_ptr<Poller> make(Kind kind);
     virtual ~Poller() = default;
     virtual const char* name() const = 0;
-    // False where the system refuses for want of resources.
+    // Each false where the system refuses for want of resources.
     virtual bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
-    virtual void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
+    virtual bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual void remove(os::Descriptor descriptor) = 0;
     // Waits until something is ready or the timeout is over (-1: never) and fills `ready` anew.
     virtual void wait(int timeout_ms, std::vector<Ready>& ready) = 0;
@@ -4525,8 +4525,9 @@ public:
         owners_.push_back(&owner);
         return true;
     }
-    void change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
+    bool change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
         entries_[index_.at(descriptor)].events = events(read, write);
+        return true;
     }
     void remove(os::Descriptor descriptor) override {
         const auto found = index_.find(descriptor);
@@ -4573,8 +4574,8 @@ public:
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
         return control(EPOLL_CTL_ADD, descriptor, &owner, read, write);
     }
-    void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        control(EPOLL_CTL_MOD, descriptor, &owner, read, write);
+    bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        return control(EPOLL_CTL_MOD, descriptor, &owner, read, write);
     }
     void remove(os::Descriptor descriptor) override { control(EPOLL_CTL_DEL, descriptor, nullptr, false, false); }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
@@ -4616,8 +4617,8 @@ public:
         return control(descriptor, &owner, EVFILT_READ, EV_ADD | (read ? EV_ENABLE : EV_DISABLE)) &&
                control(descriptor, &owner, EVFILT_WRITE, EV_ADD | (write ? EV_ENABLE : EV_DISABLE));
     }
-    void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        add(descriptor, owner, read, write);
+    bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        return add(descriptor, owner, read, write);
     }
     void remove(os::Descriptor descriptor) override {
         control(descriptor, nullptr, EVFILT_READ, EV_DELETE);
@@ -6514,7 +6515,9 @@ private:
         void watch() {
             const bool read = reading(), write = transport_ ? transport_->wants_write() : blocked_;
             if (read == watching_read_ && write == watching_write_) return;
-            server_.loop_.poller().change(socket_.descriptor(), *this, read, write);
+            // Unwatched it would wait for ever, and watched for what it does not want it would spin.
+            if (!server_.loop_.poller().change(socket_.descriptor(), *this, read, write))
+                return lose("can not be watched: " + os::error_text(os::last_error()));
             watching_read_ = read;
             watching_write_ = write;
         }
