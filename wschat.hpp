@@ -7018,9 +7018,9 @@ private:
 
         void on_ready(bool, bool, bool) override {
             // A flood of connections must leave the others their turn.
+            int error = 0;
             for (int i = 0; i < 64 && !server_.draining_; ++i) {
                 IpAddress peer;
-                int error = 0;
                 Socket accepted = socket_.accept(peer, error);
                 if (accepted) take_in(std::move(accepted), peer);
                 else if (os::would_block(error)) return;
@@ -7028,8 +7028,12 @@ private:
                 else if (error == ENOBUFS || error == ENOMEM) return rest(error);
                 // Any other error is of that one connection, which is gone already (ECONNABORTED and kin).
             }
+            // Unless there is no end of it (EPERM, ENETDOWN).
+            if (error != 0) rest(error);
         }
-        void on_timer(Time) override { server_.loop_.poller().change(socket_.descriptor(), *this, true, false); }
+        void on_timer(Time now) override {
+            if (!server_.loop_.poller().change(socket_.descriptor(), *this, true, false)) pause(now);
+        }
 
     private:
         void take_in(Socket accepted, const IpAddress& peer) {
@@ -7061,9 +7065,10 @@ private:
         // Accepting goes on a little later, so that a shortage costs no time.
         void rest(int error) {
             server_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
+            pause(server_.now());  // first, because it may want memory
             server_.loop_.poller().change(socket_.descriptor(), *this, false, false);
-            server_.loop_.timers().schedule(*this, server_.now() + std::chrono::milliseconds(50));
         }
+        void pause(Time now) { server_.loop_.timers().schedule(*this, now + std::chrono::milliseconds(50)); }
 
         Server& server_;
         ListenSocket socket_;
