@@ -4368,7 +4368,8 @@ private:
     void learn_port() {
         sockaddr_storage bound{};
         socklen_t size = sizeof bound;
-        if (::getsockname(socket_.descriptor(), reinterpret_cast<sockaddr*>(&bound), &size) != 0) return;
+        if (::getsockname(socket_.descriptor(), reinterpret_cast<sockaddr*>(&bound), &size) != 0)
+            fail_closed("getsockname");
         sockaddr_in in;
         std::memcpy(&in, &bound, sizeof in);  // the port lies at the same place in both families
         address_.port = ntohs(in.sin_port);
