@@ -5854,9 +5854,10 @@ private:
     File(int file, int error) : file_(file), error_(file < 0 ? error : 0) {
         os::FileStatus status{};
         if (file_ < 0) return;
-        if (!os::file_status(file_, status) || !os::regular(status)) {
+        const bool known = os::file_status(file_, status);
+        if (!known || !os::regular(status)) {
+            error_ = !known ? errno : os::folder(status) ? EISDIR : ENOENT;
             close();
-            error_ = os::folder(status) ? EISDIR : ENOENT;
             return;
         }
         size_ = static_cast<std::uint64_t>(status.st_size);
@@ -6429,9 +6430,18 @@ private:
             if (file.size() != 0) http_->file = std::move(file);
         }
 
+        // Caches may keep a 404, so it is only for what will not be different a moment later.
         static Response no_file(const File& file) {
-            if (file.error() == EMFILE || file.error() == ENFILE) return Response(503, "The server is full.\n");
-            return Response(404, "There is nothing at this path.\n");
+            switch (file.error()) {
+                case EMFILE:
+                case ENFILE: return Response(503, "The server is full.\n");
+                case EINTR:
+                case EAGAIN:
+                case EIO:
+                case ENOMEM:
+                case EOVERFLOW: return Response(503, "The file can not be read now.\n");
+                default: return Response(404, "There is nothing at this path.\n");
+            }
         }
 
         void respond_below(const std::string& root, std::vector<std::string> names, const Request& request) {
