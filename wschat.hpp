@@ -6681,8 +6681,10 @@ private:
             if (request.has_body())
                 return respond_last(Response(413, "A request to this server has no body.\n"), request);
             request.set_params(std::move(match->params));
-            if (!attempt("get", [&] { page->answer(*this, request, *match); }))
-                respond_last(Response(500, "The server failed to answer.\n"), request);
+            if (attempt("get", [&] { page->answer(*this, request, *match); })) return;
+            // Half an answer can neither be taken back nor be followed by another.
+            if (busy()) return lose("the answer was not finished");
+            respond_last(Response(500, "The server failed to answer.\n"), request);
         }
 
         // Of a list of entries with patterns the one that is meant by the path, or null.
