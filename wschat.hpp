@@ -4177,17 +4177,26 @@ private:
             if (n <= 0) break;
             submitted += static_cast<std::size_t>(n);
         }
-        for (std::size_t i = 0; i < submitted; ++i) take_result();
+        std::size_t known = 0;
+        while (known != submitted && take_result()) ++known;
+        // Whether the others were sent nobody can know, and nothing may be sent a second time.
+        for (std::size_t i = 0; i < submitted && known != submitted; ++i)
+            if (!items[i].sent) items[i].sent = Socket::failure(EIO);
         // What a ring has not taken it would send later, a second time.
-        if (submitted != count) end();
+        if (known != count) end();
     }
-    void take_result() {
+    // False where the result can not be had.
+    bool take_result() {
         io_uring_cqe* result = nullptr;
-        while (::io_uring_wait_cqe(&ring_, &result) == -EINTR) continue;
+        int status = 0;
+        do status = ::io_uring_wait_cqe(&ring_, &result);
+        while (status == -EINTR);
+        if (status < 0) return false;
         auto& item = *static_cast<Item*>(::io_uring_cqe_get_data(result));
         if (result->res > 0) item.sent = {IoResult::Outcome::done, static_cast<std::size_t>(result->res), 0};
         else item.sent = Socket::failure(-result->res);
         ::io_uring_cqe_seen(&ring_, result);
+        return true;
     }
     void end() {
         if (std::exchange(usable_, false)) ::io_uring_queue_exit(&ring_);
