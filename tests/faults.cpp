@@ -1,6 +1,6 @@
-// A whole scenario over real sockets in which one call of the server fails, then another, and so on until it runs clean:
-// each call of the system that wschat.hpp makes with each error that it can return, and operator new. A program of its
-// own, because it wraps these calls. With WSCHAT_TEST_POLLER=poll the server uses the poll backend.
+// A whole scenario over real sockets in which one call of the server fails, then another, and so on until it runs
+// clean: each call of the system that wschat.hpp makes with each error that it can return, and operator new. A program
+// of its own, because it wraps these calls. With WSCHAT_TEST_POLLER=poll the server uses the poll backend.
 #include "faults.hpp"
 
 #include "support.hpp"
@@ -219,6 +219,7 @@ private:
         server.on_log([this](const LogEntry& entry) { tally.logged += to_string(entry).empty() ? 0 : 1; });
         server.route<Member>("/room", std::ref(tally));
         server.route<Clerk>("/desk", std::ref(tally));
+        server.route<ChatHandler>("/chat/{room}");
         server.file("/page", folder().page());
         server.static_dir("/files", folder().path);
         server.get("/made", [](const Request&) { return Response(200, made_page()); });
@@ -316,8 +317,8 @@ struct Actor {
     std::string wrong;
 };
 
-// Whether what arrived is no more than the beginning of the answer with that status and body, or a refusal that is whole:
-// a 404 where the error is one that stays, because caches may keep it, and otherwise a 5xx.
+// Whether what arrived is no more than the beginning of the answer with that status and body, or a refusal that is
+// whole: a 404 where the error is one that stays, because caches may keep it, and otherwise a 5xx.
 bool excusable(std::string_view got, int status, std::string_view body, int error) {
     const std::size_t end = got.find("\r\n\r\n");
     if (end == std::string_view::npos) return true;
@@ -334,18 +335,22 @@ bool excusable(std::string_view got, int status, std::string_view body, int erro
 
 // ---- the scenario ---------------------------------------------------------------------------------------------------
 
-// Five in a room, one who reads slowly, one who does not read, pages, refusals, endings of every kind, a newcomer, and
-// the end of the server.
+// Sockets: five in a room, one who reads slowly, one who does not read, pages, refusals, endings of every kind, a
+// newcomer, and the end of the server. Chat: three with a ChatHandler, one of whom goes and comes back.
+enum class Play { sockets, chat };
+
 class Scenario {
 public:
-    Scenario(const std::array<Plan, 2>& plans, Victims victims, Ending ending = Ending::shutdown)
+    Scenario(const std::array<Plan, 2>& plans, Victims victims, Ending ending = Ending::shutdown,
+             Play which = Play::sockets)
         : plan_(plans[0]), victims_(victims) {
         folder().leave_stale_socket();
         const std::size_t descriptors = open_descriptors();
         const long blocks = faults::live_blocks();
         {
             Subject subject(plans, ending);
-            if (subject.port != 0) play(subject);
+            if (subject.port != 0 && which == Play::sockets) play(subject);
+            if (subject.port != 0 && which == Play::chat) play_chat(subject);
             subject.end();
             subject.join();
             judge(subject);
@@ -387,6 +392,34 @@ private:
         endings();
         newcomer();
         end(subject);
+    }
+
+    void play_chat(Subject& subject) {
+        port_ = subject.port;
+        for (int i = 0; i < 3; ++i) add("chatter " + std::to_string(i)).enter(port_, "/chat/tea?name=" + chatter(i));
+        for (int i = 0; i < 3; ++i) speak(member(i), "hello " + std::to_string(i));
+        for (const std::string command : {"/nick Cleo", "/msg Bert psst", "/join coffee", "/who", "/me waves"})
+            if (member(2).takes_part()) member(2).client->send(command);
+        hear_of(member(2), "waves");
+        member(2).leave();
+        Actor& back = add("chatter 2 again");
+        back.enter(port_, "/chat/tea?name=" + chatter(2));
+        speak(back, "hello again");
+        newcomer();
+        speak(member(0), "the last word");
+        end(subject);
+    }
+    static std::string chatter(int i) { return i == 0 ? "Anna" : i == 1 ? "Bert" : "Carl"; }
+    // Says something and hears it.
+    static void speak(Actor& actor, const std::string& words) {
+        if (actor.takes_part()) actor.client->send(words);
+        hear_of(actor, words);
+    }
+    static void hear_of(Actor& actor, const std::string& words) {
+        while (actor.takes_part()) {
+            const auto heard = actor.hear();
+            if (heard && heard->find(words) != std::string::npos) return;
+        }
     }
 
     Actor& member(int i) { return *actors_[static_cast<std::size_t>(i)]; }
@@ -561,6 +594,7 @@ private:
 };
 
 std::string to_string(const Plan& plan) {
+    if (plan.call == Call::count) return "nothing";
     const bool short_count = plan.error == 0;
     std::string text = std::string(faults::to_string(plan.call)) + " " + std::to_string(plan.first);
     if (plan.times > 1) text += " to " + std::to_string(plan.first + plan.times - 1);
@@ -603,6 +637,8 @@ void sweep_each(const Row& row) {
 // The calls that this run makes: those of the other poller are not.
 bool made(Call call) {
     const bool poll = test::poller_kind() == Poller::Kind::poll;
+    if (call == Call::ring_init) return WSCHAT_LIBURING != 0;
+    if (call == Call::ring_submit || call == Call::ring_wait) return false;  // it is for more than are in the room
     const bool epoll = call == Call::epoll_create || call == Call::epoll_ctl || call == Call::epoll_wait;
     return call == Call::poll ? poll : !epoll || !poll;
 }
@@ -721,6 +757,52 @@ TEST_CASE("a pipe that wakes the loop is read and written again") {
     sweep_each({Call::write, Victims::none, {EINTR, EAGAIN, 0}});
 }
 
+// ---- the ring -------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a server whose kernel refuses a ring does without") {
+    if (made(Call::ring_init)) sweep_each({Call::ring_init, Victims::none, {ENOMEM, EPERM, ENOSYS, EMFILE}});
+}
+
+TEST_CASE("what a ring has not taken is left to others, and what it may have taken is sent by nobody else") {
+    const struct {
+        Plan plan;
+        bool taken, told;
+    } table[] = {{{}, true, true},
+                 {{Call::ring_submit, EINTR}, true, true},
+                 {{Call::ring_submit, EAGAIN}, false, false},
+                 {{Call::ring_submit, EBADF}, false, false},
+                 {{Call::ring_wait, EINTR}, true, true},
+                 {{Call::ring_wait, EBADF}, true, false}};  // where it has to be asked
+    for (const auto& row : table) {
+        CAPTURE(to_string(row.plan));
+        const auto batch = SendBatch::make();
+        if (!batch) return;  // it is not compiled in, or the kernel refuses a ring
+        std::vector<std::pair<Socket, Socket>> pairs;
+        pairs.reserve(SendBatch::min_items);  // the batch knows their places
+        for (std::size_t i = 0; i < SendBatch::min_items; ++i) {
+            int ends[2];
+            REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) == 0);
+            pairs.emplace_back(Socket(ends[0]), Socket(ends[1]));
+            batch->add(pairs.back().first, "hello", nullptr);
+        }
+        Seam seam;
+        seam.plans[0] = row.plan;
+        const Armed armed(&seam);
+        std::size_t at = 0, lost = 0;
+        batch->send([&](const SendBatch::Item& item) {
+            char received[16];
+            const std::size_t size = pairs[at++].second.receive(received, sizeof received).size;
+            REQUIRE(item.sent.has_value() == row.taken);
+            const bool done = row.taken && item.sent->outcome == IoResult::Outcome::done;
+            if (done) CHECK(size == 5);
+            else if (row.taken) CHECK(item.sent->outcome == IoResult::Outcome::error);
+            else CHECK(size == 0);
+            lost += row.taken && !done ? 1 : 0;
+        });
+        CHECK((lost != 0) == (row.taken && !row.told && seam.faults != 0));
+    }
+}
+
 // ---- files ----------------------------------------------------------------------------------------------------------
 
 TEST_CASE("a file that can not be opened or read costs who asked for it") {
@@ -764,6 +846,19 @@ TEST_CASE("memory that can not be had for a while costs no more connections than
 
 TEST_CASE("memory and descriptors that can not be had cost no more connections than they were asked for") {
     sweep({Call::allocate, ENOMEM}, Victims::one, Ending::shutdown, {Call::accept, EMFILE, 3}, step_of(8));
+}
+
+TEST_CASE("memory that a chat can not have costs the connection that wants it") {
+    { const Scenario makes_what_is_kept({}, Victims::none, Ending::shutdown, Play::chat); }
+    const Scenario clean({}, Victims::none, Ending::shutdown, Play::chat);
+    CHECK(clean.complaints() == "");
+    Plan plan{Call::allocate, ENOMEM};
+    for (bool fired = true; fired; ++plan.first) {
+        const Scenario scenario({plan, Plan{}}, Victims::one, Ending::shutdown, Play::chat);
+        fired = scenario.fired();
+        CAPTURE(to_string(plan));
+        CHECK(scenario.complaints() == "");
+    }
 }
 
 TEST_CASE("a signal that finds no memory ends the server as any other") {

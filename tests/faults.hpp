@@ -29,6 +29,9 @@ enum class Call : std::uint8_t {
     read,
     realpath,
     recv,
+    ring_init,  // io_uring, where it is compiled in
+    ring_submit,
+    ring_wait,
     send,
     sendmsg,
     setsockopt,

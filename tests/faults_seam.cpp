@@ -18,6 +18,11 @@
 #include <new>
 #include <utility>
 
+#if defined(WSCHAT_LIBURING) && WSCHAT_LIBURING
+#define WITH_RING
+#include <liburing.h>
+#endif
+
 extern "C" {
 int __real_accept4(int, sockaddr*, socklen_t*, int);
 int __real_bind(int, const sockaddr*, socklen_t);
@@ -99,11 +104,37 @@ ssize_t allowed(Call call, int descriptor, size_t size) {
 }  // namespace
 
 const char* to_string(Call call) {
-    constexpr const char* names[] = {"accept4",    "bind",   "close",       "connect",     "epoll_create1", "epoll_ctl",
-                                     "epoll_wait", "fstat",  "getaddrinfo", "getrlimit",   "getsockname",   "listen",
-                                     "lstat",      "open",   "openat",      "pipe2",       "poll",          "read",
-                                     "realpath",   "recv",   "send",        "sendmsg",     "setsockopt",    "shutdown",
-                                     "socket",     "unlink", "write",       "operator new"};
+    constexpr const char* names[] = {"accept4",
+                                     "bind",
+                                     "close",
+                                     "connect",
+                                     "epoll_create1",
+                                     "epoll_ctl",
+                                     "epoll_wait",
+                                     "fstat",
+                                     "getaddrinfo",
+                                     "getrlimit",
+                                     "getsockname",
+                                     "listen",
+                                     "lstat",
+                                     "open",
+                                     "openat",
+                                     "pipe2",
+                                     "poll",
+                                     "read",
+                                     "realpath",
+                                     "recv",
+                                     "io_uring_queue_init",
+                                     "io_uring_submit",
+                                     "io_uring_wait_cqe",
+                                     "send",
+                                     "sendmsg",
+                                     "setsockopt",
+                                     "shutdown",
+                                     "socket",
+                                     "unlink",
+                                     "write",
+                                     "operator new"};
     static_assert(sizeof names / sizeof *names == call_count);
     return names[static_cast<std::size_t>(call)];
 }
@@ -227,6 +258,21 @@ ssize_t __wrap_sendmsg(int descriptor, const msghdr* message, int flags) {
     if (part == 1) return __real_send(descriptor, message->msg_iov[0].iov_base, 1, flags);
     return part < 0 ? -1 : __real_sendmsg(descriptor, message, flags);
 }
+#if defined(WITH_RING)
+int __real_io_uring_queue_init(unsigned, io_uring*, unsigned);
+int __real_io_uring_submit(io_uring*);
+int __real___io_uring_get_cqe(io_uring*, io_uring_cqe**, unsigned, unsigned, sigset_t*);
+
+int __wrap_io_uring_queue_init(unsigned entries, io_uring* ring, unsigned flags) {
+    return fails(Call::ring_init) ? -faults::seam->error : __real_io_uring_queue_init(entries, ring, flags);
+}
+int __wrap_io_uring_submit(io_uring* ring) {
+    return fails(Call::ring_submit) ? -faults::seam->error : __real_io_uring_submit(ring);
+}
+int __wrap___io_uring_get_cqe(io_uring* ring, io_uring_cqe** result, unsigned submit, unsigned wait, sigset_t* mask) {
+    return fails(Call::ring_wait) ? -faults::seam->error : __real___io_uring_get_cqe(ring, result, submit, wait, mask);
+}
+#endif
 int __wrap_setsockopt(int descriptor, int level, int name, const void* value, socklen_t size) {
     return fails_with_error(Call::setsockopt) ? -1 : __real_setsockopt(descriptor, level, name, value, size);
 }
