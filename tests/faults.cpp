@@ -603,9 +603,10 @@ std::string to_string(const Plan& plan) {
 
 // Fails the first such call, then the second, and so on, until the scenario has come to its end without a fault.
 // Whatever else is to fail, fails each time.
-void sweep(Plan plan, Victims victims, Ending ending = Ending::shutdown, const Plan& each_time = {}, long step = 1) {
+void sweep(Plan plan, Victims victims, Ending ending = Ending::shutdown, const Plan& each_time = {}, long step = 1,
+           Play which = Play::sockets) {
     for (bool fired = true; fired; plan.first += step) {
-        const Scenario scenario({plan, each_time}, victims, ending);
+        const Scenario scenario({plan, each_time}, victims, ending, which);
         fired = scenario.fired();
         CAPTURE(to_string(plan));
         CHECK(scenario.complaints() == "");
@@ -852,13 +853,9 @@ TEST_CASE("memory that a chat can not have costs the connection that wants it") 
     { const Scenario makes_what_is_kept({}, Victims::none, Ending::shutdown, Play::chat); }
     const Scenario clean({}, Victims::none, Ending::shutdown, Play::chat);
     CHECK(clean.complaints() == "");
-    Plan plan{Call::allocate, ENOMEM};
-    for (bool fired = true; fired; ++plan.first) {
-        const Scenario scenario({plan, Plan{}}, Victims::one, Ending::shutdown, Play::chat);
-        fired = scenario.fired();
-        CAPTURE(to_string(plan));
-        CHECK(scenario.complaints() == "");
-    }
+    for (const long times : {1, 5})
+        sweep({Call::allocate, ENOMEM, 1, times}, Victims::one, Ending::shutdown, {}, times == 1 ? 1 : step_of(3),
+              Play::chat);
 }
 
 TEST_CASE("a signal that finds no memory ends the server as any other") {
