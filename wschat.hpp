@@ -7783,8 +7783,7 @@ struct ChatUser {
 };
 
 // Who is in a room. A user has any number of connections, comes with the first, and leaves when the last has been
-// gone for the time of grace. Names are unique in their room, whatever the case of their ASCII letters. Where memory is
-// wanting, each call has done all or nothing.
+// gone for the time of grace. Names are unique in their room, whatever the case of their ASCII letters.
 class Presence {
 public:
     struct User {
@@ -7831,35 +7830,27 @@ public:
         }
         const bool first = user == nullptr;
         if (first) user = &add(who, identity);
-        user->connections.push_back(connection);  // the first has its room already
+        user->connections.push_back(connection);
         user->leaves = (Time::max)();
         return {*user, first};
     }
     // Somebody who is connected elsewhere, or one whose connections follow.
     User& add(ChatUser who, const std::string& identity) {
         who.name = free_name(who.name);
-        auto made = std::make_unique<User>();
-        User& user = *made;
+        const std::string key = folded(who.name);
+        User& user = *users_.emplace(key, std::make_unique<User>()).first->second;
         user.who = std::move(who);
         user.identity = identity;
-        user.connections.reserve(1);
-        const auto added = users_.emplace(folded(user.who.name), std::move(made)).first;
-        try {
-            if (!identity.empty()) identities_.emplace(identity, &user);
-        } catch (...) {
-            users_.erase(added);
-            throw;
-        }
+        if (!identity.empty()) identities_.emplace(identity, &user);
         return user;
     }
 
     // A connection goes. True: the user has left, and is destroyed. Else, after the last one, expire() says so later.
     bool depart(User& user, ChatHandler* connection, Time leaves, bool at_once) {
-        const std::string key = at_once ? folded(user.who.name) : std::string();
         auto& all = user.connections;
         all.erase(std::remove(all.begin(), all.end(), connection), all.end());
         if (!all.empty()) return false;
-        if (at_once) remove(user, key);
+        if (at_once) remove(user);
         else user.leaves = leaves;
         return at_once;
     }
@@ -7871,25 +7862,23 @@ public:
             if (entry.second->leaves <= now) gone.push_back(entry.second->who.name);
             else next = (std::min)(next, entry.second->leaves);
         }
-        for (auto it = users_.begin(); it != users_.end();) {
-            const auto at = it++;
-            if (at->second->leaves > now) continue;
-            if (!at->second->identity.empty()) identities_.erase(at->second->identity);
-            users_.erase(at);
-        }
+        for (const std::string& name : gone) remove(*find(name));
         return gone;
     }
-    void remove(User& user) { remove(user, folded(user.who.name)); }
+    void remove(User& user) {
+        if (!user.identity.empty()) identities_.erase(user.identity);
+        users_.erase(folded(user.who.name));
+    }
 
     // False where somebody else has that name.
     bool rename(User& user, const std::string& name) {
         const User* holder = find(name);
         if (holder != nullptr && holder != &user) return false;
-        std::string copy = name, key = folded(name);
-        auto node = users_.extract(folded(user.who.name));
-        node.key() = std::move(key);
-        user.who.name = std::move(copy);
-        users_.insert(std::move(node));
+        const auto found = users_.find(folded(user.who.name));
+        std::unique_ptr<User> moved = std::move(found->second);
+        users_.erase(found);
+        moved->who.name = name;
+        users_.emplace(folded(name), std::move(moved));
         return true;
     }
     // The name itself or, where it is taken, the name with the first number that makes it free.
@@ -7913,11 +7902,6 @@ public:
     }
 
 private:
-    void remove(User& user, const std::string& key) {
-        if (!user.identity.empty()) identities_.erase(user.identity);
-        users_.erase(key);
-    }
-
     std::map<std::string, std::unique_ptr<User>> users_;  // by folded name
     std::map<std::string, User*> identities_;
 };
@@ -8059,22 +8043,12 @@ public:
         return found;
     }
 
-    inline Presence::Arrival arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
-                                    ChatHandler& handler);
-    // The others are told.
-    inline void come(ChatRoom& room, const Presence::User& user, std::uint64_t serial);
-    // True: the user has left with the connection.
-    bool depart(ChatRoom& room, Presence::User& user, ChatHandler& handler, bool at_once) {
-        return room.presence().depart(user, &handler, later(now(), limits.grace), at_once);
-    }
-    void left(ChatRoom& room, const std::string& name) {
-        if (room.presence().empty()) tidy_later();
-        pass(entry_of(ChatEntry::Kind::go, room, name));
-    }
-    // Whoever has no connection leaves after the time of grace.
-    void expire_later(ChatRoom& room) {
-        if (!room.expiring) expire_later(room, limits.grace);
-        room.expiring = true;
+    inline Presence::User& arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
+                                  ChatHandler& handler, std::uint64_t serial);
+    void depart(ChatRoom& room, Presence::User& user, ChatHandler& handler, bool at_once) {
+        const std::string name = user.who.name;
+        if (room.presence().depart(user, &handler, later(now(), limits.grace), at_once)) return left(room, name);
+        if (user.connections.empty() && !std::exchange(room.expiring, true)) expire_later(room, limits.grace);
     }
     // A mute goes with the user.
     void rename(ChatRoom& room, Presence::User& user, const std::string& name) {
@@ -8154,25 +8128,25 @@ private:
             ChatRoom* found = find(name);
             if (found == nullptr) return;
             Time next;
-            found->expiring = false;
-            const std::vector<std::string> gone = found->presence().expire(now(), next);
+            for (const std::string& gone : found->presence().expire(now(), next)) left(*found, gone);
+            found->expiring = next != (Time::max)();
             // Not one by one where many go one after another.
-            if (next != (Time::max)()) {
+            if (found->expiring)
                 expire_later(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
-                found->expiring = true;
-            }
-            for (const std::string& name_of_user : gone) left(*found, name_of_user);
         });
+    }
+    void left(ChatRoom& room, const std::string& name) {
+        pass(entry_of(ChatEntry::Kind::go, room, name));
+        if (room.presence().empty()) tidy_later();
     }
     // Rooms without users go when no callback can refer to them any more.
     void tidy_later() {
-        if (tidying_) return;
+        if (std::exchange(tidying_, true)) return;
         server_.loop().post([this] {
             tidying_ = false;
             for (auto it = rooms_.begin(); it != rooms_.end();)
                 it = it->second->presence().empty() ? rooms_.erase(it) : ++it;
         });
-        tidying_ = true;
     }
     void forget_addresses() {
         for (auto it = addresses_.begin(); it != addresses_.end();) {
@@ -8302,18 +8276,15 @@ public:
         if (hub_ == nullptr) return;
         // RFC 6455 7.4.1: 1000 is an end on purpose; a page that is reloaded or a lost connection gives another.
         const bool at_once = dismissed_ || close_code() == CloseCode::normal;
-        const Vanishing whatever_is_thrown{*this};
         while (!places_.empty()) leave(places_.size() - 1, at_once);
+        if (address_ != nullptr) --address_->connections;
+        hub_->closed(serial_);
     }
 
 private:
     struct Place {
         ChatRoom* room;
         Presence::User* user;
-    };
-    struct Vanishing {
-        ChatHandler& handler;
-        ~Vanishing() { handler.vanish(); }
     };
     struct Question {
         std::string room;
@@ -8440,37 +8411,17 @@ private:
     void enter(std::string_view name) {
         places_.reserve(places_.size() + 1);  // who has arrived has a place
         ChatRoom& entered = hub_->room(name);
-        const Presence::Arrival arrival = hub_->arrive(entered, who_, identity_, *this);
-        places_.push_back({&entered, &arrival.user});
+        places_.push_back({&entered, &hub_->arrive(entered, who_, identity_, *this, serial_)});
         current_ = places_.size() - 1;
-        if (arrival.first) hub_->come(entered, arrival.user, serial_);
     }
 
-    // What throws before depart() has changed nothing, and what throws after it is only to tell others.
     void leave(std::size_t at, bool at_once) {
         const Place place = places_[at];
         on_leave(*place.room);
-        const std::string name = place.user->who.name;
-        const bool left = hub_->depart(*place.room, *place.user, *this, at_once);
         places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(at));
         if (current_ >= at && current_ != 0) --current_;
         if (Room* members = server().rooms().find(place.room->name())) members->leave(*this);
-        if (left) hub_->left(*place.room, name);
-        else if (place.user->connections.empty()) hub_->expire_later(*place.room);
-    }
-
-    // Nothing refers to this any more, whatever leave() has thrown: the user leaves as one whose connection is lost.
-    void vanish() noexcept {
-        for (const Place& place : places_) {
-            hub_->depart(*place.room, *place.user, *this, false);
-            try {
-                if (place.user->connections.empty()) hub_->expire_later(*place.room);
-            } catch (const std::bad_alloc&) {  // then with the next who leaves
-            }
-        }
-        places_.clear();
-        if (address_ != nullptr) --address_->connections;
-        hub_->closed(serial_);
+        hub_->depart(*place.room, *place.user, *this, at_once);
     }
 
     // ---- the history -----------------------------------------------------------------------------------------------
@@ -8756,19 +8707,18 @@ inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
         if (share_of(entry.second->remote_address()) == share_of(whom)) entry.second->dismiss("You are banned.");
 }
 
-inline Presence::Arrival ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
-                                         ChatHandler& handler) {
+inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
+                                       ChatHandler& handler, std::uint64_t serial) {
     // The name of an account is its own: a visitor who has it gets another.
     Presence::User* holder = who.fixed ? room.presence().find(who.name) : nullptr;
     if (holder != nullptr && !holder->who.fixed) rename(room, *holder, room.presence().free_name(who.name));
-    return room.presence().arrive(who, identity, &handler);
-}
-
-inline void ChatHub::come(ChatRoom& room, const Presence::User& user, std::uint64_t serial) {
-    ChatEntry entry = entry_of(ChatEntry::Kind::come, room, user.who.name);
-    entry.text = user.who.about;
+    const Presence::Arrival arrival = room.presence().arrive(who, identity, &handler);
+    if (!arrival.first) return arrival.user;
+    ChatEntry entry = entry_of(ChatEntry::Kind::come, room, arrival.user.who.name);
+    entry.text = who.about;
     entry.sender = serial;
     pass(std::move(entry));
+    return arrival.user;
 }
 
 inline void ChatHub::on_entry(const ChatEntry& entry) {
