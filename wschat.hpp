@@ -7501,10 +7501,11 @@ public:
 };
 
 struct HistoryLimits {
-    std::size_t max_entries = 1000;              // of a room
-    std::size_t max_bytes = 1024 * 1024;         // of a room
-    Duration max_age = std::chrono::hours(168);  // zero: no limit
-    std::size_t max_rooms = 1000;                // past it the room that was silent for longest is forgotten
+    std::size_t max_entries = 1000;                  // of a room
+    std::size_t max_bytes = 1024 * 1024;             // of a room
+    Duration max_age = std::chrono::hours(168);      // zero: no limit
+    std::size_t max_rooms = 1000;                    // past it the room that was silent for longest is forgotten
+    std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; past it the same
 };
 
 // The history of one room in memory, and its tags.
@@ -7542,6 +7543,7 @@ public:
     }
     std::size_t size() const { return entries_.size(); }
     std::size_t bytes() const { return bytes_; }
+    std::uint64_t last() const { return last_; }
     Time touched() const { return touched_; }
 
 private:
@@ -7580,38 +7582,62 @@ public:
         HistoryRing& ring = *ring_of(entry.room, true);
         entry.id = ring.find(entry);
         if (entry.id != 0) return listener_->on_repeat(entry);
-        entry.id = ring.append(entry, limits_, Clock::now());
+        entry.id = counted(ring, [&] { return ring.append(entry, limits_, Clock::now()); });
+        while (bytes_ > limits_.max_total_bytes && &silent()->second != &ring) forget(silent());
         listener_->on_entry(entry);
     }
     void pass(const ChatEntry& entry) override { listener_->on_entry(entry); }
     void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) override {
         HistoryRing nothing(fresh_id());
         HistoryRing* ring = ring_of(room, false);
-        then((ring == nullptr ? nothing : *ring).since(id, limit, limits_, Clock::now()));
+        if (ring == nullptr) ring = &nothing;
+        then(counted(*ring, [&] { return ring->since(id, limit, limits_, Clock::now()); }));
     }
 
 private:
-    // Ids begin at the microseconds of the wall clock, so that one of an earlier run is known to be none of this.
-    static std::uint64_t fresh_id() {
+    using Rings = std::map<std::string, HistoryRing>;
+
+    // What is done to a ring, with the bytes of all kept true.
+    template <class Work>
+    auto counted(const HistoryRing& ring, Work&& work) -> decltype(work()) {
+        const std::size_t before = ring.bytes();
+        auto result = work();
+        bytes_ += ring.bytes() - before;
+        return result;
+    }
+    // Ids begin at the microseconds of the wall clock, so that one of an earlier run is known to be none of this; and
+    // after those of what was forgotten, whatever the clock says.
+    std::uint64_t fresh_id() {
         using namespace std::chrono;
-        return static_cast<std::uint64_t>(duration_cast<microseconds>(system_clock::now().time_since_epoch()).count());
+        const auto now = duration_cast<microseconds>(system_clock::now().time_since_epoch()).count();
+        return forgotten_ = (std::max)(forgotten_ + 1, static_cast<std::uint64_t>(now));
     }
     // Null where there are too many rooms, all with something to keep, and this one has nothing yet.
     HistoryRing* ring_of(const std::string& room, bool to_write) {
         const auto found = rings_.find(room);
         if (found != rings_.end()) return &found->second;
         if (rings_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
-            const auto earlier = [](const auto& a, const auto& b) { return a.second.touched() < b.second.touched(); };
-            const auto oldest = std::min_element(rings_.begin(), rings_.end(), earlier);
-            if (!to_write && oldest->second.touched() != Time()) return nullptr;
-            rings_.erase(oldest);
+            if (!to_write && silent()->second.touched() != Time()) return nullptr;
+            forget(silent());
         }
         return &rings_.emplace(room, HistoryRing(fresh_id())).first->second;
+    }
+    // The room that was silent for longest.
+    Rings::iterator silent() {
+        const auto earlier = [](const auto& a, const auto& b) { return a.second.touched() < b.second.touched(); };
+        return std::min_element(rings_.begin(), rings_.end(), earlier);
+    }
+    void forget(Rings::iterator room) {
+        bytes_ -= room->second.bytes();
+        forgotten_ = (std::max)(forgotten_, room->second.last());
+        rings_.erase(room);
     }
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
-    std::map<std::string, HistoryRing> rings_;
+    Rings rings_;
+    std::size_t bytes_ = 0;
+    std::uint64_t forgotten_ = 0;  // the newest id that was given out elsewhere than in the rings
 };
 
 // ---- what may be written -------------------------------------------------------------------------------------------
@@ -7619,11 +7645,21 @@ private:
 namespace text {
 
 // Whether a character does something other than being seen: C0, C1 and DEL, and where `formats` is set also what
-// joins, reverses or hides its neighbours (a soft hyphen, zero widths, directions, separators of lines, a BOM).
+// joins, reverses or hides its neighbours, and what looks like a space or like nothing at all (Unicode's property
+// Default_Ignorable_Code_Point, its spaces but U+0020, separators of lines, the blank of Braille, notes between lines).
 inline bool invisible(char32_t c, bool formats) {
     if (c < 0x20 || (c >= 0x7F && c < 0xA0)) return true;
-    return formats && (c == 0xAD || c == 0x61C || (c >= 0x200B && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) ||
-                       (c >= 0x2060 && c <= 0x206F) || c == 0xFEFF || (c >= 0xE0000 && c <= 0xE007F));
+    if (!formats || c < 0xA0) return false;
+    constexpr struct {
+        char32_t first, last;
+    } ranges[] = {{0xA0, 0xA0},      {0xAD, 0xAD},     {0x34F, 0x34F},   {0x61C, 0x61C},     {0x115F, 0x1160},
+                  {0x1680, 0x1680},  {0x17B4, 0x17B5}, {0x180B, 0x180F}, {0x2000, 0x200F},   {0x2028, 0x202F},
+                  {0x205F, 0x206F},  {0x2800, 0x2800}, {0x3000, 0x3000}, {0x3164, 0x3164},   {0xFE00, 0xFE0F},
+                  {0xFEFF, 0xFEFF},  {0xFFA0, 0xFFA0}, {0xFFF0, 0xFFFB}, {0x1BCA0, 0x1BCA3}, {0x1D173, 0x1D17A},
+                  {0xE0000, 0xE0FFF}};
+    for (const auto& range : ranges)
+        if (c >= range.first && c <= range.last) return true;
+    return false;
 }
 
 // Calls visit(character) for each one of a text that is valid UTF-8, until it answers false; answers the last answer.
@@ -7808,6 +7844,8 @@ public:
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
+    // Of a name that is made free.
+    std::size_t max_name = 40;
 
     // By name.
     std::vector<ChatUser> users() const {
@@ -7838,21 +7876,33 @@ public:
     User& add(ChatUser who, const std::string& identity) {
         who.name = free_name(who.name);
         const std::string key = folded(who.name);
-        User& user = *users_.emplace(key, std::make_unique<User>()).first->second;
-        user.who = std::move(who);
-        user.identity = identity;
-        if (!identity.empty()) identities_.emplace(identity, &user);
-        return user;
+        longest_ = (std::max)(longest_, key.size());
+        auto user = std::make_unique<User>();
+        user->who = std::move(who);
+        user->identity = identity;
+        user->connections.reserve(1);  // who is in the list can be connected
+        const auto added = users_.emplace(key, std::move(user)).first;
+        try {
+            if (!identity.empty()) identities_.emplace(identity, added->second.get());
+        } catch (...) {
+            users_.erase(added);
+            throw;
+        }
+        return *added->second;
     }
 
     // A connection goes. True: the user has left, and is destroyed. Else, after the last one, expire() says so later.
     bool depart(User& user, ChatHandler* connection, Time leaves, bool at_once) {
+        detach(user, connection, leaves);
+        if (!user.connections.empty()) return false;
+        if (at_once) remove(user);
+        return at_once;
+    }
+    // A connection is forgotten, which takes no memory.
+    static void detach(User& user, ChatHandler* connection, Time leaves) {
         auto& all = user.connections;
         all.erase(std::remove(all.begin(), all.end(), connection), all.end());
-        if (!all.empty()) return false;
-        if (at_once) remove(user);
-        else user.leaves = leaves;
-        return at_once;
+        if (all.empty()) user.leaves = leaves;
     }
     // Those whose time of grace is over; `next` is when it is for another one.
     std::vector<std::string> expire(Time now, Time& next) {
@@ -7866,8 +7916,9 @@ public:
         return gone;
     }
     void remove(User& user) {
+        const std::string key = folded(user.who.name);
         if (!user.identity.empty()) identities_.erase(user.identity);
-        users_.erase(folded(user.who.name));
+        users_.erase(key);
     }
 
     // False where somebody else has that name.
@@ -7877,6 +7928,7 @@ public:
         const auto found = users_.find(folded(user.who.name));
         std::unique_ptr<User> moved = std::move(found->second);
         users_.erase(found);
+        longest_ = (std::max)(longest_, name.size());
         moved->who.name = name;
         users_.emplace(folded(name), std::move(moved));
         return true;
@@ -7886,13 +7938,17 @@ public:
         std::string free = name;
         for (std::size_t n = 2; find(free) != nullptr; ++n) {
             if (n == 10 && users_.size() > n) n = users_.size();  // a hundred guests need no hundred tries
-            free = name + "-" + std::to_string(n);
+            const std::string number = "-" + std::to_string(n);
+            const std::size_t longest = (std::max)(max_name, name.size());
+            free = std::string(cut_utf8(name, longest - (std::min)(longest, number.size()))) + number;
         }
         return free;
     }
     // The user whose name the text begins with, the longest if there are several; it is cut off with the space after it.
     User* cut_user(std::string_view& text) const {
-        for (std::size_t end = text.size(); end != std::string_view::npos && end != 0; end = text.rfind(' ', end - 1)) {
+        // A line may be of a megabyte of spaces; names are short.
+        std::size_t end = text.size() <= longest_ ? text.size() : text.rfind(' ', longest_);
+        for (; end != std::string_view::npos && end != 0; end = text.rfind(' ', end - 1)) {
             User* user = find(text.substr(0, end));
             if (user == nullptr) continue;
             text.remove_prefix((std::min)(end + 1, text.size()));
@@ -7904,6 +7960,7 @@ public:
 private:
     std::map<std::string, std::unique_ptr<User>> users_;  // by folded name
     std::map<std::string, User*> identities_;
+    std::size_t longest_ = 0;  // of all names that there have been
 };
 
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
@@ -7991,7 +8048,9 @@ public:
         const auto found = rooms_.find(std::string(name));
         if (found != rooms_.end()) return *found->second;
         tidy_later();
-        return *rooms_.emplace(name, std::make_unique<ChatRoom>(std::string(name), *this)).first->second;
+        ChatRoom& made = *rooms_.emplace(name, std::make_unique<ChatRoom>(std::string(name), *this)).first->second;
+        made.presence().max_name = limits.max_name;
+        return made;
     }
     // Null where nobody is in such a room.
     ChatRoom* find(const std::string& name) const {
@@ -8009,8 +8068,12 @@ public:
     // Refuses and ends the connections of an address, or of users with that name, for so long; zero: no more.
     inline void ban(std::string_view address_or_name, Duration duration);
     bool banned(const std::string& address, const std::string& name, const std::string& identity) {
-        return holds(bans_, "address " + share_of(address)) || holds(bans_, "name " + Presence::folded(name)) ||
-               (!identity.empty() && holds(bans_, "identity " + identity));
+        if (holds(bans_, "address " + share_of(address)) || holds(bans_, name_key(name))) return true;
+        const auto found = banned_as_.find(identity);
+        if (found == banned_as_.end()) return false;
+        if (holds(bans_, found->second)) return true;
+        banned_as_.erase(found);
+        return false;
     }
 
     // ---- for handlers and rooms ------------------------------------------------------------------------------------
@@ -8025,6 +8088,17 @@ public:
         store_->pass(entry);
     }
     Time now() const { return server_.loop().now(); }
+    // Calls a hook; what leaves it ends its own connection, and keeps nothing from the others.
+    template <class Hook>
+    void call(ChatHandler& handler, const char* name, Hook&& hook) {
+        try {
+            hook();
+        } catch (const std::exception& error) {
+            hook_failed(handler, name, error.what());
+        } catch (...) {
+            hook_failed(handler, name, "not a std::exception");
+        }
+    }
 
     // A connection's number and what its address has sent, from open() to on_close().
     struct Address {
@@ -8046,9 +8120,11 @@ public:
     inline Presence::User& arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
                                   ChatHandler& handler, std::uint64_t serial);
     void depart(ChatRoom& room, Presence::User& user, ChatHandler& handler, bool at_once) {
+        const Time leaves = later(now(), limits.grace);
+        Presence::detach(user, &handler, leaves);  // whatever fails after it
         const std::string name = user.who.name;
-        if (room.presence().depart(user, &handler, later(now(), limits.grace), at_once)) return left(room, name);
-        if (user.connections.empty() && !std::exchange(room.expiring, true)) expire_later(room, limits.grace);
+        if (room.presence().depart(user, &handler, leaves, at_once)) return left(room, name);
+        if (user.connections.empty() && !room.expiring) expire_later(room, limits.grace);
     }
     // A mute goes with the user.
     void rename(ChatRoom& room, Presence::User& user, const std::string& name) {
@@ -8109,6 +8185,7 @@ private:
         return parsed && parsed->family() == IpAddress::Family::ipv6 ? parsed->prefix(64).to_string() : address;
     }
 
+    static std::string name_key(std::string_view name) { return "name " + Presence::folded(name); }
     static std::string mute_key(const ChatRoom& room, const std::string& author) { return room.name() + '\n' + author; }
     bool holds(Deadlines& deadlines, const std::string& key) {
         const auto found = deadlines.find(key);
@@ -8123,17 +8200,18 @@ private:
         else deadlines.erase(key);
     }
 
-    void expire_later(const ChatRoom& room, Duration delay) {
+    void expire_later(ChatRoom& room, Duration delay) {
         server_.loop().call_later(delay, [this, name = room.name()] {
             ChatRoom* found = find(name);
             if (found == nullptr) return;
             Time next;
+            found->expiring = false;
             for (const std::string& gone : found->presence().expire(now(), next)) left(*found, gone);
-            found->expiring = next != (Time::max)();
             // Not one by one where many go one after another.
-            if (found->expiring)
+            if (next != (Time::max)())
                 expire_later(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
         });
+        room.expiring = true;
     }
     void left(ChatRoom& room, const std::string& name) {
         pass(entry_of(ChatEntry::Kind::go, room, name));
@@ -8156,6 +8234,7 @@ private:
         forget_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
+    inline void hook_failed(ChatHandler& handler, const char* name, const char* what);
     inline void on_entry(const ChatEntry& entry) override;
     inline void on_repeat(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
@@ -8175,6 +8254,7 @@ private:
     std::map<std::string, Address> addresses_;
     std::size_t forget_at_ = 1024;
     Deadlines bans_, mutes_;
+    std::map<std::string, std::string> banned_as_;  // the identities that go with a banned name
     bool tidying_ = false;
     std::unique_ptr<ChatStore> store_;  // the first to go: it may call back
 };
@@ -8202,7 +8282,7 @@ public:
         static_cast<void>(text);
         return true;
     }
-    // This connection is in the room and has its history; leaves the room.
+    // This connection is in the room and has its history; leaves the room that it was told to be in.
     virtual void on_join(ChatRoom& room) { static_cast<void>(room); }
     virtual void on_leave(ChatRoom& room) { static_cast<void>(room); }
     // What this connection said is kept and was delivered.
@@ -8224,6 +8304,12 @@ public:
     void tell(ChatEvent event) { write_message(event.add_unless_empty("tag", tag_).dump()); }
     void error(std::string_view code, std::string_view sentence) {
         tell(ChatEvent("error").add("code", code).add("text", sentence));
+    }
+    // As an address, as a user, or by a name that it has in a room.
+    bool banned() const {
+        const auto barred = [this](const std::string& name) { return hub_->banned(remote_address(), name, identity_); };
+        return barred({}) ||
+               std::any_of(places_.begin(), places_.end(), [&](const Place& at) { return barred(at.user->who.name); });
     }
     // Ends the connection, and its user's presence without a time of grace.
     void dismiss(std::string_view reason) {
@@ -8276,7 +8362,7 @@ public:
         if (hub_ == nullptr) return;
         // RFC 6455 7.4.1: 1000 is an end on purpose; a page that is reloaded or a lost connection gives another.
         const bool at_once = dismissed_ || close_code() == CloseCode::normal;
-        while (!places_.empty()) leave(places_.size() - 1, at_once);
+        while (!places_.empty()) hub_->call(*this, "on_close", [&] { leave(places_.size() - 1, at_once); });
         if (address_ != nullptr) --address_->connections;
         hub_->closed(serial_);
     }
@@ -8285,6 +8371,7 @@ private:
     struct Place {
         ChatRoom* room;
         Presence::User* user;
+        bool joined = false;  // on_join() was called
     };
     struct Question {
         std::string room;
@@ -8305,12 +8392,14 @@ private:
         const auto digest = sha1(key);
         return base64(digest.data(), digest.size());
     }
+    // A number that is too large is a large one: an id of no history, or for ever.
     static std::optional<std::uint64_t> number_of(std::string_view digits) {
-        if (digits.empty() || digits.size() > 18) return std::nullopt;
+        if (digits.empty()) return std::nullopt;
+        constexpr std::uint64_t enough = 1'000'000'000'000'000'000;
         std::uint64_t value = 0;
         for (const char c : digits) {
             if (c < '0' || c > '9') return std::nullopt;
-            value = value * 10 + static_cast<std::uint64_t>(c - '0');
+            value = (std::min)(value * 10 + static_cast<std::uint64_t>(c - '0'), enough);
         }
         return value;
     }
@@ -8399,6 +8488,7 @@ private:
         if (!text::good_name(name, limits.max_room_name))
             return Refusal{"room_bad", "The name of a room is 1 to " + std::to_string(limits.max_room_name) +
                                            " bytes of visible text."};
+        if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
         if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
         if (places_.size() >= limits.max_rooms_per_connection)
             return Refusal{"room_limit",
@@ -8411,13 +8501,13 @@ private:
     void enter(std::string_view name) {
         places_.reserve(places_.size() + 1);  // who has arrived has a place
         ChatRoom& entered = hub_->room(name);
-        places_.push_back({&entered, &hub_->arrive(entered, who_, identity_, *this, serial_)});
+        places_.push_back({&entered, &hub_->arrive(entered, who_, identity_, *this, serial_), false});
         current_ = places_.size() - 1;
     }
 
     void leave(std::size_t at, bool at_once) {
         const Place place = places_[at];
-        on_leave(*place.room);
+        if (place.joined) hub_->call(*this, "on_leave", [&] { on_leave(*place.room); });
         places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(at));
         if (current_ >= at && current_ != 0) --current_;
         if (Room* members = server().rooms().find(place.room->name())) members->leave(*this);
@@ -8441,7 +8531,10 @@ private:
         if (chat_room == nullptr || place_of(*chat_room) == places_.size() || !is_open()) return;
         Room& members = room(question.room);
         const bool joining = !members.has(*this);
-        page.gap = page.gap || !page.error.empty();
+        if (!page.error.empty()) {  // who comes back asks for the same again
+            page.gap = true;
+            page.last = question.id.value_or(chat_room->told());
+        }
         if (page.error.empty()) hub_->settle(*chat_room, page);
         else server().report(LogLevel::error, "chat_not_read", {{"room", question.room}, {"cause", page.error}});
         if (joining) write_message(users_event(*chat_room));
@@ -8451,7 +8544,8 @@ private:
         const bool behind = page.last < chat_room->told() && question.told < chat_room->told();
         if (page.error.empty() && behind) return ask(*chat_room, page.last);
         members.join(*this);
-        on_join(*chat_room);
+        places_[place_of(*chat_room)].joined = true;
+        hub_->call(*this, "on_join", [&] { on_join(*chat_room); });
     }
 
     std::string history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
@@ -8546,6 +8640,7 @@ private:
         if (here() == nullptr) return error("no_room", "You are in no room; /join ROOM.");
         if (name == user().name) return;
         Presence::User& user = *places_[current_].user;
+        if (hub_->muted(*here(), user)) return error("muted", "You are muted for a while.");
         const Presence::User* holder = here()->presence().find(name);
         if (holder != nullptr && holder != &user)
             return error("name_taken", "That name is taken; " + here()->presence().free_name(name) + " is free.");
@@ -8696,15 +8791,14 @@ inline bool ChatRoom::mute(std::string_view name, Duration duration) {
 inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     const std::string whom(address_or_name);
     const bool address = whom == "unix" || IpAddress::parse(whom).has_value();
-    set(bans_, address ? "address " + share_of(whom) : "name " + Presence::folded(whom), duration);
+    set(bans_, address ? "address " + share_of(whom) : name_key(whom), duration);
+    if (duration <= Duration::zero()) return;
     for (const auto& entry : rooms_) {
         const Presence::User* user = address ? nullptr : entry.second->presence().find(whom);
-        if (user != nullptr && !user->identity.empty()) set(bans_, "identity " + user->identity, duration);
-        if (user != nullptr && duration > Duration::zero()) entry.second->kick(whom, "You are banned.");
+        if (user != nullptr && !user->identity.empty()) banned_as_[user->identity] = name_key(whom);
     }
-    if (!address || duration <= Duration::zero()) return;
     for (const auto& entry : connections_)
-        if (share_of(entry.second->remote_address()) == share_of(whom)) entry.second->dismiss("You are banned.");
+        if (entry.second->banned()) entry.second->dismiss("You are banned.");
 }
 
 inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
@@ -8714,11 +8808,25 @@ inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, cons
     if (holder != nullptr && !holder->who.fixed) rename(room, *holder, room.presence().free_name(who.name));
     const Presence::Arrival arrival = room.presence().arrive(who, identity, &handler);
     if (!arrival.first) return arrival.user;
-    ChatEntry entry = entry_of(ChatEntry::Kind::come, room, arrival.user.who.name);
-    entry.text = who.about;
-    entry.sender = serial;
-    pass(std::move(entry));
+    try {
+        ChatEntry entry = entry_of(ChatEntry::Kind::come, room, arrival.user.who.name);
+        entry.text = who.about;
+        entry.sender = serial;
+        pass(std::move(entry));
+    } catch (...) {
+        Presence::detach(arrival.user, &handler, now());
+        throw;
+    }
     return arrival.user;
+}
+
+inline void ChatHub::hook_failed(ChatHandler& handler, const char* name, const char* what) {
+    try {
+        server_.report(LogLevel::error, "exception",
+                       {{"in", name}, {"what", what}, {"peer", handler.remote_address()}});
+    } catch (const std::bad_alloc&) {  // there is no memory to tell it
+    }
+    handler.close(CloseCode::internal_error, "internal error");
 }
 
 inline void ChatHub::on_entry(const ChatEntry& entry) {
@@ -8757,7 +8865,7 @@ inline void ChatHub::on_said(const ChatEntry& entry) {
     const bool apart = sender != nullptr && !entry.tag.empty();  // the tag is the sender's alone
     if (members != nullptr) members->broadcast(said_event(entry, false), apart ? sender : nullptr);
     if (apart) sender->write_message(said_event(entry, true));
-    if (sender != nullptr) sender->on_said(entry);
+    if (sender != nullptr) call(*sender, "on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_whisper(const ChatEntry& entry) {
@@ -8898,7 +9006,9 @@ public:
             query.bind(1, number)
                 .bind(2, static_cast<std::int64_t>(known ? *id : 0))
                 .bind(3, static_cast<std::int64_t>(limit));
-            while (query.row()) page.entries.push_back(entry_of(query));
+            for (std::size_t bytes = 0; bytes <= max_page_bytes && query.row();
+                 bytes += page.entries.back().text.size())
+                page.entries.push_back(entry_of(query));
             std::reverse(page.entries.begin(), page.entries.end());
             page.last = last;
             page.gap = id && (!known || last - *id > page.entries.size());
@@ -8907,7 +9017,17 @@ public:
     }
 
 private:
-    enum class Statement : std::size_t { find_room, add_room, find_tag, add, set_last, prune, since, count };
+    enum class Statement : std::size_t {
+        find_start,
+        find_room,
+        add_room,
+        find_tag,
+        add,
+        set_last,
+        prune,
+        since,
+        count
+    };
 
     // What changes a file of version N into one of version N + 1; a new file is of version 0.
     static constexpr const char* steps[] = {
@@ -8917,20 +9037,27 @@ private:
         "ALTER TABLE entry ADD COLUMN author TEXT NOT NULL DEFAULT '';"
         "ALTER TABLE entry ADD COLUMN tag TEXT NOT NULL DEFAULT '';"
         "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';",
+        // The ids of a room begin at the microseconds of the wall clock, so that one of a file that is gone is known to
+        // be none of this.
+        "CREATE TABLE start(id INTEGER NOT NULL);"
+        "INSERT INTO start VALUES(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER));",
     };
     static constexpr int version = sizeof steps / sizeof steps[0];
     static constexpr int application = 0x77736368;  // "wsch"
+    // About so much text is read at once: what asks for it is cheap.
+    static constexpr std::size_t max_page_bytes = 1024 * 1024;
 
     static const char* text_of(Statement statement) {
         constexpr const char* texts[] = {
+            "SELECT id FROM start",
             "SELECT id, last FROM room WHERE name = ?1",
-            "INSERT INTO room(name, last) VALUES(?1, 0)",
+            "INSERT INTO room(name, last) VALUES(?1, ?2)",
             "SELECT id FROM entry WHERE room = ?1 AND author = ?2 AND tag = ?3 AND tag <> ''",
             "INSERT INTO entry(room, id, time, kind, name, text, author, tag) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
             "UPDATE room SET last = ?2 WHERE id = ?1",
             "DELETE FROM entry WHERE room = ?1 AND id <= ?2",
-            "SELECT id, time, kind, name, text, author, tag FROM entry WHERE room = ?1 AND id > ?2 ORDER BY 1 DESC "
-            "LIMIT ?3"};
+            ("SELECT id, time, kind, name, text, author, tag FROM entry WHERE room = ?1 AND id > ?2"
+             " ORDER BY id DESC LIMIT ?3")};
         return texts[static_cast<std::size_t>(statement)];
     }
 
@@ -8995,6 +9122,10 @@ private:
     }
     template <class Work>
     void transaction(const char* begin, Work&& work) {
+        // What is written to a file without a name is lost with this program.
+        int moved = 0;
+        ::sqlite3_file_control(database_, "main", SQLITE_FCNTL_HAS_MOVED, &moved);
+        if (moved != 0) throw Error("SqliteHistory \"" + path_ + "\": the file was moved or deleted");
         execute(begin);
         try {
             work();
@@ -9042,14 +9173,15 @@ private:
     RoomRow find_room(const std::string& name) {
         Query query(*this, Statement::find_room);
         query.bind(1, name);
-        if (!query.row()) return {0, 0};
-        return {query.number(0), static_cast<std::uint64_t>(query.number(1))};
+        if (query.row()) return {query.number(0), static_cast<std::uint64_t>(query.number(1))};
+        Query start(*this, Statement::find_start);
+        return {0, start.row() ? static_cast<std::uint64_t>(start.number(0)) : 0};
     }
     // False where its author had sent the tag before.
     bool append_one(ChatEntry& entry) {
         RoomRow room = find_room(entry.room);
         if (room.number == 0) {
-            Query(*this, Statement::add_room).bind(1, entry.room).row();
+            Query(*this, Statement::add_room).bind(1, entry.room).bind(2, static_cast<std::int64_t>(room.last)).row();
             room.number = ::sqlite3_last_insert_rowid(database_);
         }
         if (!entry.tag.empty()) {
@@ -9144,13 +9276,17 @@ private:
         void start(Listener& listener, std::shared_ptr<Mailbox> mailbox) {
             target->listener = &listener;
             mailbox_ = std::move(mailbox);
-            thread_ = std::thread([this] { run(); });
+            try {
+                thread_ = std::thread([this] { run(); });
+            } catch (const std::system_error& error) {
+                throw Error(std::string("SqliteHistory: no thread can be had: ") + error.what());
+            }
         }
         void add(Job job) {
-            ++waiting_;
             {
                 const std::lock_guard<std::mutex> lock(mutex_);
                 jobs_.push_back(std::move(job));
+                ++waiting_;
             }
             changed_.notify_one();
         }
@@ -9174,9 +9310,13 @@ private:
                 for (std::size_t i = 0; i < jobs.size();) {
                     const std::size_t begin = i;
                     while (i < jobs.size() && !jobs[i].then) ++i;
-                    if (i != begin) write(jobs, begin, i);
-                    else if (!stop) read(jobs[i++]);
-                    else ++i;
+                    const bool reads = i == begin;
+                    if (reads) ++i;
+                    try {
+                        if (!reads) write(jobs, begin, i);
+                        else if (!stop) read(jobs[begin]);
+                    } catch (const std::bad_alloc&) {  // there is no memory to tell it; who asked will ask again
+                    }
                 }
                 waiting_ -= jobs.size();
                 if (stop) return;
@@ -9209,11 +9349,11 @@ private:
                 page = HistoryPage();
                 page.error = error.what();
             }
-            post([then = std::move(job.then), page = std::move(page)](Listener&) { then(page); });
+            post([then = std::move(job.then), page = std::move(page)](Listener&) mutable { then(std::move(page)); });
         }
         template <class Work>
         void post(Work&& work) {
-            mailbox_->post([target = target, work = std::forward<Work>(work)] {
+            mailbox_->post([target = target, work = std::forward<Work>(work)]() mutable {
                 if (target->listener != nullptr) work(*target->listener);
             });
         }

@@ -45,6 +45,14 @@ struct Raw {
     sqlite3* database = nullptr;
 };
 
+// One whose ids begin at 1.
+struct CountedFile : TemporaryFile {
+    CountedFile() {
+        { SqliteFile file(path, {}); }
+        Raw(path).execute("UPDATE start SET id = 0");
+    }
+};
+
 ChatEntry entry(const std::string& text, const std::string& tag = "", const std::string& room = "tea") {
     ChatEntry made;
     made.room = room;
@@ -100,7 +108,7 @@ struct Chat : RunningServer {
 TEST_SUITE_BEGIN("stores");
 
 TEST_CASE("a file keeps what was said, with ids that grow within a room and outlive the program") {
-    const TemporaryFile temporary;
+    const CountedFile temporary;
     ChatEntry action = entry("waves \xC3\xBC \xF0\x9F\x8D\xB5 '\"");
     action.kind = ChatEntry::Kind::action;
     {
@@ -124,7 +132,7 @@ TEST_CASE("a file keeps what was said, with ids that grow within a room and outl
 }
 
 TEST_CASE("a file answers what is newer than an id, in order, and says whether something is missing") {
-    const TemporaryFile temporary;
+    const CountedFile temporary;
     SqliteOptions options;
     options.max_entries = 5;
     SqliteFile file(temporary.path, options);
@@ -148,8 +156,26 @@ TEST_CASE("a file answers what is newer than an id, in order, and says whether s
     CHECK(told(file.since("coffee", 3, 50)) == "gap");
 }
 
-TEST_CASE("a tag that comes again is not kept twice, within one transaction and after a restart") {
+TEST_CASE("an id of a file that is gone is of another history, one of an empty room is not") {
     const TemporaryFile temporary;
+    std::uint64_t before = 0;
+    {
+        SqliteFile file(temporary.path, {});
+        for (const char* text : {"a", "b", "c"}) before = append(file, entry(text));
+    }
+    const_cast<TemporaryFile&>(temporary).remove();
+    SqliteFile file(temporary.path, {});
+    const std::uint64_t empty = file.since("tea", std::nullopt, 50).last;
+    append(file, entry("d"));
+    append(file, entry("e"));
+    CHECK(file.since("tea", before, 50).gap);
+    CHECK(file.since("tea", before, 50).entries.size() == 2);
+    CHECK_FALSE(file.since("tea", empty, 50).gap);
+    CHECK(file.since("tea", empty, 50).entries.size() == 2);
+}
+
+TEST_CASE("a tag that comes again is not kept twice, within one transaction and after a restart") {
+    const CountedFile temporary;
     for (int run = 0; run < 2; ++run) {
         SqliteFile file(temporary.path, {});
         std::vector<ChatEntry> entries = {entry("a", "t"), entry("a", "t"), entry("b"), entry("b")};
@@ -194,7 +220,7 @@ TEST_CASE("a file that can not be used is an Error that says why") {
         std::string path, sentence;
     } table[] = {
         {garbage.path, "file is not a database (26)"},
-        {newer.path, "it is of version 9, and this program knows 2"},
+        {newer.path, "it is of version 9, and this program knows 3"},
         {foreign.path, "it is a database of another program"},
         {unmarked.path, "it is a database of another program"},
         {"/nowhere/at/all.db", "unable to open database file (14)"},
@@ -206,7 +232,7 @@ TEST_CASE("a file that can not be used is an Error that says why") {
 }
 
 TEST_CASE("what does not fit is not kept at all, and the rest is as it was") {
-    const TemporaryFile temporary;
+    const CountedFile temporary;
     SqliteOptions options;
     options.max_file_bytes = 64 * 1024;
     SqliteFile file(temporary.path, options);
@@ -218,8 +244,31 @@ TEST_CASE("what does not fit is not kept at all, and the rest is as it was") {
     CHECK(append(file, entry("c")) == 2);
 }
 
+TEST_CASE("no more than a mebibyte of text or so is read at once, and what is left out is a gap") {
+    const CountedFile temporary;
+    SqliteFile file(temporary.path, {});
+    for (int i = 0; i < 100; ++i) append(file, entry(std::string(16 * 1024, 'x')));
+    const HistoryPage page = file.since("tea", 1, 500);
+    CHECK(page.gap);
+    CHECK(page.entries.size() == 65);
+    CHECK(page.entries.back().id == page.last);
+    CHECK_FALSE(file.since("tea", page.entries.front().id, 500).gap);
+}
+
+TEST_CASE("a file that is deleted or moved while it is in use is an Error") {
+    for (const bool moved : {false, true}) {
+        const TemporaryFile temporary, elsewhere;
+        SqliteFile file(temporary.path, {});
+        append(file, entry("a"));
+        if (moved) ::rename(temporary.path.c_str(), elsewhere.path.c_str());
+        else ::unlink(temporary.path.c_str());
+        CHECK_THROWS_WITH_AS(append(file, entry("b")), doctest::Contains("the file was moved or deleted"), Error);
+        CHECK_THROWS_AS(file.since("tea", std::nullopt, 50), Error);
+    }
+}
+
 TEST_CASE("a damaged page is an Error, not a crash") {
-    TemporaryFile temporary;
+    CountedFile temporary;
     {
         SqliteFile file(temporary.path, {});
         for (int i = 0; i < 300; ++i) append(file, entry(std::string(500, 'x')));
@@ -231,7 +280,7 @@ TEST_CASE("a damaged page is an Error, not a crash") {
 }
 
 TEST_CASE("a chat with a file is acknowledged after the commit, and is caught up with after a restart") {
-    const TemporaryFile temporary;
+    const CountedFile temporary;
     std::string last;
     {
         Chat chat(temporary.path);
@@ -257,7 +306,7 @@ TEST_CASE("a chat with a file is acknowledged after the commit, and is caught up
 }
 
 TEST_CASE("a full file is an error to the sender and an event in the log, and the chat goes on") {
-    const TemporaryFile temporary;
+    const CountedFile temporary;
     SqliteOptions options;
     options.max_file_bytes = 64 * 1024;
     Chat chat(temporary.path, options);
@@ -277,17 +326,19 @@ TEST_CASE("a full file is an error to the sender and an event in the log, and th
 }
 
 TEST_CASE("a locked file is an error to the sender, and nothing waits for it but what is to be kept") {
-    const TemporaryFile temporary;
+    const CountedFile temporary;
     SqliteOptions options;
-    options.busy_timeout = 300ms;
+    options.busy_timeout = 2s;
     Chat chat(temporary.path, options);
-    Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+    Client anna(chat.port(), "/chat/tea?name=Anna");
+    next_with(anna, "\"entries\"");  // and nothing more comes unasked but that Bert does
+    Client bert(chat.port(), "/chat/tea?name=Bert");
     next_with(anna, "\"Bert\"");
     Raw other(temporary.path);
     other.execute("BEGIN IMMEDIATE");
     anna.send("/tag t1 hello");
     bert.send("/msg Anna psst");
-    CHECK(contains(next_with(anna, "\"type\":\""), "\"private\""));  // while the message waits for the lock
+    CHECK(contains(next_with(anna, "\"private\""), "psst"));  // while the message waits for the lock
     CHECK(contains(next_with(anna, "\"t1\""), "\"code\":\"not_kept\""));
     other.execute("COMMIT");
     anna.send("/tag t1 hello");
@@ -295,7 +346,7 @@ TEST_CASE("a locked file is an error to the sender, and nothing waits for it but
 }
 
 TEST_CASE("what waits for the file has a bound, past which senders are told") {
-    const TemporaryFile temporary;
+    const CountedFile temporary;
     SqliteOptions options;
     options.max_waiting = 5;
     options.busy_timeout = 10s;
@@ -364,7 +415,7 @@ std::string text_after(const std::string& event, const std::string& name) {
 }  // namespace
 
 TEST_CASE("of a server that is killed fifty times no acknowledged message is lost, and none is kept twice") {
-    const TemporaryFile temporary;
+    const CountedFile temporary;
     std::mt19937 random(5);
     std::map<std::string, std::uint64_t> acknowledged;  // by tag
     std::vector<std::string> pending;                   // sent, and not acknowledged

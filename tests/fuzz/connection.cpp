@@ -592,8 +592,7 @@ private:
 
     void send(unsigned opcode, const std::string& payload) {
         if (state_ != State::open) return status(WriteStatus::closed);
-        const std::size_t counted = server_ ? frame_size(payload.size()) : payload.size();
-        if (queued_ != 0 && queued_ + counted > limits_.max_backlog) {
+        if (queued_ != 0 && queued_ + frame_size(payload.size()) > limits_.max_backlog) {
             const bool drop = limits_.backlog_policy == wschat::BacklogPolicy::drop;
             if (drop) ++dropped_;
             else fail(CloseCause::backlog, 1008, real_.connection.close_reason());

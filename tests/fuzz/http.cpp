@@ -101,6 +101,7 @@ Verdict judge(std::string_view stream, const Limits& limits) {
         const std::size_t end = stream.find('\n', at), first = at;
         const bool whole = end != std::string_view::npos;
         std::string_view line = stream.substr(at, whole ? end - at : end);
+        if (!whole && line.empty()) return verdict;
         at += line.size() + 1;
         const bool cr = !line.empty() && line.back() == '\r';
         if (cr) line.remove_suffix(1);

@@ -41,6 +41,7 @@ public:
     Nanoseconds now = std::chrono::hours(1);
     std::size_t descriptor_limit = Peer::any;
     std::optional<std::size_t> fail_in;  // becomes the heap's when the call returns
+    bool busy = false;                   // within a call; the script makes the server make others
     std::size_t file_size = 40'000;
     std::size_t bytes_in = 0, bytes_out = 0, accepted = 0;
 
@@ -322,13 +323,15 @@ inline void trace(const char* call, int descriptor, long result) {
 template <class Result, class Simulated, class Real>
 Result called(const char* name, int descriptor, Simulated simulated, Real real) {
     if (kernel == nullptr || !kernel->ours(descriptor)) return static_cast<Result>(real());
+    const bool outermost = !std::exchange(kernel->busy, true);
     const auto answer = [&] {
         const Spared spared;
         const Result result = simulated();
         trace(name, descriptor, static_cast<long>(result));
         return result;
     }();
-    if (kernel->fail_in) heap.fail_in = *std::exchange(kernel->fail_in, std::nullopt);
+    kernel->busy = !outermost;
+    if (outermost && kernel->fail_in) heap.fail_in = *std::exchange(kernel->fail_in, std::nullopt);
     return answer;
 }
 

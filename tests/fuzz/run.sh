@@ -35,11 +35,11 @@ build_one() { # build_one NAME
     return 1
 }
 
-# Input that takes ten seconds or 1.5 GB is a find as well.
+# Input that takes a minute (others may have the processor) or 1.5 GB is a find as well.
 fuzz_one() { # fuzz_one NAME SECONDS
     begun=$(date +%s)
     rm -f "$out/finds/$1"-*
-    "$out/$1" -max_total_time="$2" -max_len="$(max_len "$1")" -timeout=10 -rss_limit_mb=1500 -print_final_stats=1 \
+    "$out/$1" -max_total_time="$2" -max_len="$(max_len "$1")" -timeout=60 -rss_limit_mb=1500 -print_final_stats=1 \
         -artifact_prefix="$out/finds/$1-" "$out/corpus/$1" >"$out/$1.log" 2>&1
     echo "$?" >"$out/$1.status"
     echo "$1 $(executions "$1") $(($(date +%s) - begun))" >>"$out/totals"
