@@ -7925,12 +7925,13 @@ public:
     bool rename(User& user, const std::string& name) {
         const User* holder = find(name);
         if (holder != nullptr && holder != &user) return false;
-        const auto found = users_.find(folded(user.who.name));
-        std::unique_ptr<User> moved = std::move(found->second);
-        users_.erase(found);
+        // Whatever wants memory comes first: a user who is half renamed would be gone.
+        std::string copy = name, key = folded(name);
+        auto node = users_.extract(folded(user.who.name));
         longest_ = (std::max)(longest_, name.size());
-        moved->who.name = name;
-        users_.emplace(folded(name), std::move(moved));
+        node.key() = std::move(key);
+        user.who.name = std::move(copy);
+        users_.insert(std::move(node));
         return true;
     }
     // The name itself or, where it is taken, the name with the first number that makes it free.
