@@ -4177,17 +4177,26 @@ private:
             if (n <= 0) break;
             submitted += static_cast<std::size_t>(n);
         }
-        for (std::size_t i = 0; i < submitted; ++i) take_result();
+        std::size_t known = 0;
+        while (known != submitted && take_result()) ++known;
+        // Whether the others were sent nobody can know, and nothing may be sent a second time.
+        for (std::size_t i = 0; i < submitted && known != submitted; ++i)
+            if (!items[i].sent) items[i].sent = Socket::failure(EIO);
         // What a ring has not taken it would send later, a second time.
-        if (submitted != count) end();
+        if (known != count) end();
     }
-    void take_result() {
+    // False where the result can not be had.
+    bool take_result() {
         io_uring_cqe* result = nullptr;
-        while (::io_uring_wait_cqe(&ring_, &result) == -EINTR) continue;
+        int status = 0;
+        do status = ::io_uring_wait_cqe(&ring_, &result);
+        while (status == -EINTR);
+        if (status < 0) return false;
         auto& item = *static_cast<Item*>(::io_uring_cqe_get_data(result));
         if (result->res > 0) item.sent = {IoResult::Outcome::done, static_cast<std::size_t>(result->res), 0};
         else item.sent = Socket::failure(-result->res);
         ::io_uring_cqe_seen(&ring_, result);
+        return true;
     }
     void end() {
         if (std::exchange(usable_, false)) ::io_uring_queue_exit(&ring_);
@@ -4368,7 +4377,8 @@ private:
     void learn_port() {
         sockaddr_storage bound{};
         socklen_t size = sizeof bound;
-        if (::getsockname(socket_.descriptor(), reinterpret_cast<sockaddr*>(&bound), &size) != 0) return;
+        if (::getsockname(socket_.descriptor(), reinterpret_cast<sockaddr*>(&bound), &size) != 0)
+            fail_closed("getsockname");
         sockaddr_in in;
         std::memcpy(&in, &bound, sizeof in);  // the port lies at the same place in both families
         address_.port = ntohs(in.sin_port);
@@ -4505,9 +4515,9 @@ public:
     static inline std::unique_ptr<Poller> make(Kind kind);
     virtual ~Poller() = default;
     virtual const char* name() const = 0;
-    // False where the system refuses for want of resources.
+    // Each false where the system refuses for want of resources.
     virtual bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
-    virtual void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
+    virtual bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual void remove(os::Descriptor descriptor) = 0;
     // Waits until something is ready or the timeout is over (-1: never) and fills `ready` anew.
     virtual void wait(int timeout_ms, std::vector<Ready>& ready) = 0;
@@ -4525,8 +4535,9 @@ public:
         owners_.push_back(&owner);
         return true;
     }
-    void change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
+    bool change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
         entries_[index_.at(descriptor)].events = events(read, write);
+        return true;
     }
     void remove(os::Descriptor descriptor) override {
         const auto found = index_.find(descriptor);
@@ -4573,8 +4584,8 @@ public:
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
         return control(EPOLL_CTL_ADD, descriptor, &owner, read, write);
     }
-    void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        control(EPOLL_CTL_MOD, descriptor, &owner, read, write);
+    bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        return control(EPOLL_CTL_MOD, descriptor, &owner, read, write);
     }
     void remove(os::Descriptor descriptor) override { control(EPOLL_CTL_DEL, descriptor, nullptr, false, false); }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
@@ -4616,8 +4627,8 @@ public:
         return control(descriptor, &owner, EVFILT_READ, EV_ADD | (read ? EV_ENABLE : EV_DISABLE)) &&
                control(descriptor, &owner, EVFILT_WRITE, EV_ADD | (write ? EV_ENABLE : EV_DISABLE));
     }
-    void change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        add(descriptor, owner, read, write);
+    bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+        return add(descriptor, owner, read, write);
     }
     void remove(os::Descriptor descriptor) override {
         control(descriptor, nullptr, EVFILT_READ, EV_DELETE);
@@ -5852,9 +5863,10 @@ private:
     File(int file, int error) : file_(file), error_(file < 0 ? error : 0) {
         os::FileStatus status{};
         if (file_ < 0) return;
-        if (!os::file_status(file_, status) || !os::regular(status)) {
+        const bool known = os::file_status(file_, status);
+        if (!known || !os::regular(status)) {
+            error_ = !known ? errno : os::folder(status) ? EISDIR : ENOENT;
             close();
-            error_ = os::folder(status) ? EISDIR : ENOENT;
             return;
         }
         size_ = static_cast<std::uint64_t>(status.st_size);
@@ -6427,9 +6439,18 @@ private:
             if (file.size() != 0) http_->file = std::move(file);
         }
 
+        // Caches may keep a 404, so it is only for what will not be different a moment later.
         static Response no_file(const File& file) {
-            if (file.error() == EMFILE || file.error() == ENFILE) return Response(503, "The server is full.\n");
-            return Response(404, "There is nothing at this path.\n");
+            switch (file.error()) {
+                case EMFILE:
+                case ENFILE: return Response(503, "The server is full.\n");
+                case EINTR:
+                case EAGAIN:
+                case EIO:
+                case ENOMEM:
+                case EOVERFLOW: return Response(503, "The file can not be read now.\n");
+                default: return Response(404, "There is nothing at this path.\n");
+            }
         }
 
         void respond_below(const std::string& root, std::vector<std::string> names, const Request& request) {
@@ -6514,7 +6535,9 @@ private:
         void watch() {
             const bool read = reading(), write = transport_ ? transport_->wants_write() : blocked_;
             if (read == watching_read_ && write == watching_write_) return;
-            server_.loop_.poller().change(socket_.descriptor(), *this, read, write);
+            // Unwatched it would wait for ever, and watched for what it does not want it would spin.
+            if (!server_.loop_.poller().change(socket_.descriptor(), *this, read, write))
+                return lose("can not be watched: " + os::error_text(os::last_error()));
             watching_read_ = read;
             watching_write_ = write;
         }
@@ -6667,8 +6690,10 @@ private:
             if (request.has_body())
                 return respond_last(Response(413, "A request to this server has no body.\n"), request);
             request.set_params(std::move(match->params));
-            if (!attempt("get", [&] { page->answer(*this, request, *match); }))
-                respond_last(Response(500, "The server failed to answer.\n"), request);
+            if (attempt("get", [&] { page->answer(*this, request, *match); })) return;
+            // Half an answer can neither be taken back nor be followed by another.
+            if (busy()) return lose("the answer was not finished");
+            respond_last(Response(500, "The server failed to answer.\n"), request);
         }
 
         // Of a list of entries with patterns the one that is meant by the path, or null.
@@ -7015,9 +7040,9 @@ private:
 
         void on_ready(bool, bool, bool) override {
             // A flood of connections must leave the others their turn.
+            int error = 0;
             for (int i = 0; i < 64 && !server_.draining_; ++i) {
                 IpAddress peer;
-                int error = 0;
                 Socket accepted = socket_.accept(peer, error);
                 if (accepted) take_in(std::move(accepted), peer);
                 else if (os::would_block(error)) return;
@@ -7025,8 +7050,12 @@ private:
                 else if (error == ENOBUFS || error == ENOMEM) return rest(error);
                 // Any other error is of that one connection, which is gone already (ECONNABORTED and kin).
             }
+            // Unless there is no end of it (EPERM, ENETDOWN).
+            if (error != 0) rest(error);
         }
-        void on_timer(Time) override { server_.loop_.poller().change(socket_.descriptor(), *this, true, false); }
+        void on_timer(Time now) override {
+            if (!server_.loop_.poller().change(socket_.descriptor(), *this, true, false)) pause(now);
+        }
 
     private:
         void take_in(Socket accepted, const IpAddress& peer) {
@@ -7058,9 +7087,10 @@ private:
         // Accepting goes on a little later, so that a shortage costs no time.
         void rest(int error) {
             server_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
+            pause(server_.now());  // first, because it may want memory
             server_.loop_.poller().change(socket_.descriptor(), *this, false, false);
-            server_.loop_.timers().schedule(*this, server_.now() + std::chrono::milliseconds(50));
         }
+        void pause(Time now) { server_.loop_.timers().schedule(*this, now + std::chrono::milliseconds(50)); }
 
         Server& server_;
         ListenSocket socket_;
@@ -7895,12 +7925,13 @@ public:
     bool rename(User& user, const std::string& name) {
         const User* holder = find(name);
         if (holder != nullptr && holder != &user) return false;
-        const auto found = users_.find(folded(user.who.name));
-        std::unique_ptr<User> moved = std::move(found->second);
-        users_.erase(found);
+        // Whatever wants memory comes first: a user who is half renamed would be gone.
+        std::string copy = name, key = folded(name);
+        auto node = users_.extract(folded(user.who.name));
         longest_ = (std::max)(longest_, name.size());
-        moved->who.name = name;
-        users_.emplace(folded(name), std::move(moved));
+        node.key() = std::move(key);
+        user.who.name = std::move(copy);
+        users_.insert(std::move(node));
         return true;
     }
     // The name itself or, where it is taken, the name with the first number that makes it free.

@@ -824,6 +824,48 @@ TEST_CASE("who comes back with the last id gets what was missed, in order, and o
     CHECK_FALSE(contains(bert.only("/since " + last), "\"tag\":\"t2\""));
 }
 
+TEST_CASE("names, rooms and tags may be as long as their limits, and one byte more is an error") {
+    const struct {
+        std::string command, code;
+        std::size_t limit;
+    } table[] = {{"/nick ", "name_bad", 40}, {"/join ", "room_bad", 64}, {"/tag ", "bad_tag", 64}};
+    for (const auto& row : table)
+        for (const std::size_t size : {row.limit - 1, row.limit, row.limit + 1}) {
+            CAPTURE(row.command);
+            CAPTURE(size);
+            Desk desk;
+            Seat<> anna(desk, "name=Anna");
+            anna.events();
+            const auto events =
+                anna.say(row.command + std::string(size, 'x') + (row.command == "/tag " ? " hello" : ""));
+            REQUIRE_FALSE(events.empty());
+            CHECK(contains(events[0], "\"code\":\"" + row.code + "\"") == (size > row.limit));
+            CHECK(contains(events[0], "\"error\"") == (size > row.limit));
+        }
+}
+
+TEST_CASE("who comes gets as much history as the limits say, and only who missed more has a gap") {
+    for (const std::size_t missed : {2u, 3u, 4u}) {
+        CAPTURE(missed);
+        Desk desk;
+        desk.hub().limits.history_on_join = desk.hub().limits.history_on_resume = 3;
+        Seat<> bert(desk, "name=Bert");
+        bert.events();
+        const std::string event = bert.only("first"), last = event.substr(event.find("\"id\":") + 5, 16);
+        for (std::size_t i = 0; i < missed; ++i) bert.say("missed");
+        Seat<> back(desk, "name=Anna&last=" + last), fresh(desk, "name=Carl");
+        const auto entries = [](const std::string& history) {
+            std::size_t count = 0;
+            for (std::size_t at = 0; (at = history.find("\"text\":", at)) != std::string::npos; ++at) ++count;
+            return count;
+        };
+        const std::string resumed = back.events().at(2);
+        CHECK(entries(resumed) == (std::min)(missed, std::size_t{3}));
+        CHECK(contains(resumed, missed > 3 ? "\"gap\":true" : "\"gap\":false"));
+        CHECK(entries(fresh.events().at(2)) == 3);
+    }
+}
+
 TEST_CASE("who was away for too long is told of a gap") {
     Desk desk;
     desk.hub().limits.history_on_resume = 3;
@@ -891,6 +933,19 @@ TEST_CASE("a flood is told, dropped, and ended with 1008, and nobody else is") {
     CHECK(anna.close_code() == CloseCode::policy_violation);
     CHECK(bert.events().size() == 20);
     CHECK(contains(bert.only("calm"), "\"said\""));
+}
+
+TEST_CASE("a flood is one of messages or of bytes, and neither where it is at the limit") {
+    Desk desk;
+    desk.hub().limits.connection = FloodRates{{1, 3}, {1, 100}};
+    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert");
+    anna.events();
+    bert.events();
+    for (int i = 0; i < 3; ++i) CHECK(contains(anna.only("x"), "\"said\""));
+    CHECK(contains(anna.only("x"), "\"code\":\"flood\""));
+    bert.events();
+    for (int i = 0; i < 2; ++i) CHECK(contains(bert.only(std::string(50, 'x')), "\"said\""));
+    CHECK(contains(bert.only("x"), "\"code\":\"flood\""));
 }
 
 TEST_CASE("all connections of an address share its limits, a /64 of IPv6 is one address") {

@@ -1484,6 +1484,45 @@ TEST_SUITE("handler") {
          [](Stage& s) { CHECK(s.witness_hears("news")); }},
         {"broadcast", [](Scripted& self) { self.room("all").broadcast("news"); },
          [](Stage& s) { CHECK(s.witness_hears("news")); }},
+        {"broadcast to the others", [](Scripted& self) { self.room("all").broadcast("news", &self); },
+         [](Stage& s) { CHECK(s.witness_hears("news")); }},
+        {"broadcast what a slow member does without",
+         [](Scripted& self) { self.room("all").broadcast_volatile("news"); },
+         [](Stage& s) { CHECK(s.witness_hears("news")); }},
+        {"write in every way",
+         [](Scripted& self) {
+             const wschat::EncodedFrame frame(self.server().arena(), Opcode::text, "encoded");
+             for (WebSocketHandler& member : self.room("all")) {
+                 member.write_message("text");
+                 member.write_message("bytes", Opcode::binary);
+                 member.write_message(Message("message"));
+                 member.write_message(frame);
+                 member.write_volatile(frame);
+                 member.write_json({{"news", "json"}});
+                 member.ping("another");
+             }
+         },
+         [](Stage& s) {
+             CHECK(s.witness_hears("text"));
+             for (const std::string wanted : {"bytes", "message", "encoded", "encoded", R"({"news":"json"})"})
+                 CHECK(s.witness.next() == wanted);
+             CHECK(s.witness.next(Event::Kind::ping) == "another");
+         }},
+        {"leave every room",
+         [](Scripted& self) {
+             for (wschat::Room* room : self.rooms()) room->leave(self);
+             self.room("all").broadcast("news");
+         },
+         [](Stage& s) { CHECK(s.witness_hears("news")); }},
+        {"make everybody move to another room",
+         [](Scripted& self) {
+             for (WebSocketHandler& member : self.room("all")) {
+                 self.room("all").leave(member);
+                 self.room("new").join(member);
+             }
+             self.room("new").broadcast("news");
+         },
+         [](Stage& s) { CHECK(s.witness_hears("news")); }},
         {"broadcast much",
          [](Scripted& self) {
              for (int i = 0; i < 20; ++i) self.room("all").broadcast(std::string(50'000, '.'));
@@ -1526,6 +1565,54 @@ TEST_SUITE("handler") {
          [](Stage& s) {
              if (!s.in({"close", "drain"})) CHECK(s.actor.next() == "later");
          }},
+        {"close another through a reference",
+         [](Scripted& self) {
+             for (WebSocketHandler& member : self.room("all"))
+                 if (static_cast<Scripted&>(member).name() == "other")
+                     member.ref().close(CloseCode{4002}, "by another");
+         },
+         [](Stage& s) { CHECK(s.other.close_code() == CloseCode{4002}); }},
+        {"close itself later, and leave work for after that",
+         [](Scripted& self) {
+             self.ref().post([ref = self.ref()](WebSocketHandler& handler) {
+                 handler.close(4001);
+                 ref.write_message("too late");
+             });
+         },
+         [](Stage& s) {
+             if (!s.in({"close"})) CHECK(s.actor.close_code() == CloseCode{4001});
+         }},
+        {"a call again and again that cancels itself",
+         [](Scripted& self) {
+             const auto id = std::make_shared<wschat::Loop::TimerId>();
+             *id = self.loop().call_every(1ms, [&server = self.server(), id] {
+                 if (server.loop().cancel(*id)) server.rooms()["all"].broadcast("called");
+             });
+         },
+         [](Stage& s) { CHECK(s.witness_hears("called")); }},
+        {"a page, a route, an option and the metrics",
+         [](Scripted& self) {
+             self.server().get("/late", [](const Request&) { return Response(200, "late"); });
+             struct Late : WebSocketHandler {
+                 void on_message(const Message&) override {}
+             };
+             self.server().route<Late>("/late");
+             self.set_nodelay(false);
+             self.room("all").broadcast(std::to_string(self.server().metrics().connections_accepted));
+         },
+         [](Stage& s) { CHECK(s.witness_hears("3")); }},
+        {"stop the loop", [](Scripted& self) { self.loop().stop(); },
+         [](Stage& s) {
+             s.world.running.stop(0ms);
+             s.world.running.server.run();  // ends what the first run has left
+             CHECK(s.witness.raw.read_to_end());
+         },
+         false},
+        {"shut the server down at once", [](Scripted& self) { self.server().shutdown(0ms); },
+         [](Stage& s) {
+             for (Client* client : {&s.witness, &s.other, &s.actor}) CHECK(client->raw.read_to_end());
+         },
+         false},
         {"shut the server down", [](Scripted& self) { self.server().shutdown(2s); },
          [](Stage& s) {
              CHECK(s.witness.close_code() == CloseCode::going_away);

@@ -1,0 +1,484 @@
+// Every limit of § 2 and § 13 on a running server: up to it a peer is served, past it the peer gets its answer, and the
+// metrics count it. What a limit means to the parsers alone is in the suites "http" and "protocol".
+#include "support.hpp"
+
+#include <sys/wait.h>
+#include <csignal>
+
+using namespace wschat;
+using namespace std::chrono_literals;
+using test::Client;
+using test::RawClient;
+using test::RunningServer;
+
+namespace {
+
+struct Echo : WebSocketHandler {
+    void on_message(const Message& m) override { write_message(m); }
+};
+
+// Does what the test says.
+struct Doing : WebSocketHandler {
+    using Work = std::function<void(WebSocketHandler&)>;
+    explicit Doing(Work& its_work) : work(its_work) {}
+    void on_message(const Message&) override { work(*this); }
+    Work& work;
+};
+
+ServerOptions with_limits(const Limits& limits) {
+    ServerOptions options;
+    options.limits = limits;
+    return options;
+}
+
+template <class Map>
+std::uint64_t count_of(const Map& map, typename Map::key_type key) {
+    const auto found = map.find(key);
+    return found == map.end() ? 0 : found->second;
+}
+
+// ---- what a peer sends ----------------------------------------------------------------------------------------------
+
+std::string status_of_page(int port, const std::string& head) {
+    RawClient client(port);
+    client.send(head);
+    return client.read_until("\r\n\r\n") ? client.received.substr(9, 3) : "nothing";
+}
+
+std::string request_line(int port, std::size_t size) {
+    return status_of_page(port, "GET /" + std::string(size - 14, 'x') + " HTTP/1.1\r\nHost: x\r\n\r\n");
+}
+std::string header_bytes(int port, std::size_t size) {
+    return status_of_page(port, "GET /x HTTP/1.1\r\nHost: x\r\nX: " + std::string(size - 14, 'x') + "\r\n\r\n");
+}
+std::string header_fields(int port, std::size_t count) {
+    std::string fields = "Host: x\r\n";
+    while (--count != 0) fields += "X: x\r\n";
+    return status_of_page(port, "GET /x HTTP/1.1\r\n" + fields + "\r\n");
+}
+
+// "served" where each of the answers comes, or the close code.
+std::string answers_of(Client& client, Event::Kind kind, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i)
+        if (!client.next(kind)) return std::to_string(number(client.connection.close_code()));
+    return "served";
+}
+
+std::string message(int port, std::size_t size) {
+    Client client(port);
+    client.send(std::string(size, 'x'));
+    return answers_of(client, Event::Kind::message, 1);
+}
+// A first half, and the rest in a second frame; the mask is zero.
+std::string two_fragments(int port, std::size_t size) {
+    Client client(port);
+    const std::size_t first = size / 2, second = size - first;
+    client.raw.send(test::hex("01") + static_cast<char>(0x80 | first) + test::hex("00 00 00 00") +
+                    std::string(first, 'x'));
+    client.raw.send(test::hex("80") + static_cast<char>(0x80 | second) + test::hex("00 00 00 00") +
+                    std::string(second, 'x'));
+    return answers_of(client, Event::Kind::message, 1);
+}
+std::string empty_fragments(int port, std::size_t count) {
+    Client client(port);
+    std::string frames;
+    for (std::size_t i = 1; i <= count; ++i)
+        frames += test::hex(i == 1 ? "01 80 00 00 00 00" : i < count ? "00 80 00 00 00 00" : "80 80 00 00 00 00");
+    client.raw.send(frames);
+    return answers_of(client, Event::Kind::message, 1);
+}
+// In one piece, so that no time passes between them.
+std::string pings(int port, std::size_t count) {
+    Client client(port);
+    for (std::size_t i = 0; i < count; ++i) client.connection.send_control(Opcode::ping, "");
+    client.flush();
+    return answers_of(client, Event::Kind::pong, count);
+}
+
+struct InputLimit {
+    std::string name;
+    std::size_t limit;
+    void (*set)(Limits&, std::size_t);
+    std::string (*reach)(int port, std::size_t size);
+    std::string served;
+    std::string refused;
+};
+
+const InputLimit input_limits[] = {
+    {"max_request_line", 60, [](Limits& l, std::size_t n) { l.max_request_line = n; }, &request_line, "200", "414"},
+    {"max_header_bytes", 300, [](Limits& l, std::size_t n) { l.max_header_bytes = n; }, &header_bytes, "200", "431"},
+    {"max_header_fields", 7, [](Limits& l, std::size_t n) { l.max_header_fields = n; }, &header_fields, "200", "431"},
+    {"max_message_size", 100, [](Limits& l, std::size_t n) { l.max_message_size = n; }, &message, "served", "1009"},
+    {"max_message_size", 100, [](Limits& l, std::size_t n) { l.max_message_size = n; }, &two_fragments, "served",
+     "1009"},
+    {"max_fragments", 5, [](Limits& l, std::size_t n) { l.max_fragments = n; }, &empty_fragments, "served", "1008"},
+    {"control_frames_burst", 9,
+     [](Limits& l, std::size_t n) {
+         l.control_frames_burst = static_cast<unsigned>(n);
+         l.control_frames_per_second = 1;
+     },
+     &pings, "served", "1008"},
+};
+
+// How often the metrics have counted such an answer.
+std::uint64_t refusals(const Metrics& metrics, const std::string& answer) {
+    const int code = std::stoi(answer);
+    if (code < 1000) return count_of(metrics.responses, code);
+    CHECK(count_of(metrics.closed, CloseCause::protocol_error) ==
+          count_of(metrics.close_codes, CloseCode::policy_violation) +
+              count_of(metrics.close_codes, CloseCode::message_too_big));
+    return count_of(metrics.close_codes, static_cast<CloseCode>(code));
+}
+
+// ---- what a peer does not read --------------------------------------------------------------------------------------
+
+// A backlog of so many bytes: what the kernel has refused, and one message more. Answers what became of that.
+WriteStatus make_backlog(WebSocketHandler& self, std::size_t size) {
+    const std::string piece(64 * 1024, 'x');
+    while (self.buffered_amount() == 0) self.write_message(piece);
+    constexpr std::size_t header = 10;  // of a frame of more than 64 KiB
+    REQUIRE(self.buffered_amount() + header + piece.size() < size);
+    return self.write_message(std::string(size - self.buffered_amount() - header, 'y'));
+}
+
+// One that reads nothing before it is told to.
+struct Deaf : Client {
+    explicit Deaf(int port) : Client(port) { raw.socket().set_option(SOL_SOCKET, SO_RCVBUF, 4096); }
+};
+
+// A process of ours, which is gone with the test.
+class Child {
+public:
+    explicit Child(pid_t pid) : pid_(pid) {}
+    Child(const Child&) = delete;
+    Child& operator=(const Child&) = delete;
+    ~Child() {
+        if (pid_ <= 0) return;
+        ::kill(pid_, SIGKILL);
+        ::waitpid(pid_, nullptr, 0);
+    }
+
+private:
+    pid_t pid_;
+};
+
+// Runs a server whose process may have so many descriptors; tells its port through the pipe.
+[[noreturn]] void serve_with_descriptors(rlim_t limit, int report) {
+    for (int descriptor = 3; descriptor < 1024; ++descriptor)
+        if (descriptor != report) ::close(descriptor);
+    const rlimit few{limit, limit};
+    ::setrlimit(RLIMIT_NOFILE, &few);
+    ServerOptions options;
+    options.poller = test::poller_kind();
+    Server server(options);
+    server.get("/x", [](const Request&) { return Response(200, "x"); });
+    server.listen(0);
+    const int port = server.port();
+    if (::write(report, &port, sizeof port) != sizeof port) ::_exit(1);
+    server.run();
+    ::_exit(0);
+}
+
+}  // namespace
+
+TEST_SUITE_BEGIN("limits");
+
+TEST_CASE("what a peer sends is served up to each limit, and past it is refused and counted") {
+    for (const InputLimit& row : input_limits) {
+        Limits limits;
+        row.set(limits, row.limit);
+        RunningServer running(with_limits(limits));
+        running.server.route<Echo>("/");
+        running.server.get("/{name}", [](const Request&) { return Response(200, "x"); });
+        running.start();
+        CAPTURE(row.name);
+        CHECK(row.reach(running.port(), row.limit - 1) == row.served);
+        CHECK(row.reach(running.port(), row.limit) == row.served);
+        CHECK(refusals(running.metrics(), row.refused) == 0);
+        CHECK(row.reach(running.port(), row.limit + 1) == row.refused);
+        CHECK(refusals(running.metrics(), row.refused) == 1);
+    }
+}
+
+TEST_CASE("the limits of a route hold for its connections, each as the server's would") {
+    RunningServer running;
+    Limits limits = running.server.limits();
+    for (const InputLimit& row : input_limits)
+        if (row.served == "served") row.set(limits, row.limit);
+    running.server.route<Echo>("/").set_limits(limits);
+    running.start();
+    for (const InputLimit& row : input_limits) {
+        if (row.served != "served") continue;
+        CAPTURE(row.name);
+        const std::uint64_t before = refusals(running.metrics(), row.refused);
+        CHECK(row.reach(running.port(), row.limit) == "served");
+        CHECK(row.reach(running.port(), row.limit + 1) == row.refused);
+        CHECK(refusals(running.metrics(), row.refused) == before + 1);
+    }
+}
+
+TEST_CASE("a backlog may reach its limit, and the message that would pass it is dropped or closes, and is counted") {
+    Limits limits;
+    limits.max_backlog = 300'000;
+    for (const BacklogPolicy policy : {BacklogPolicy::close, BacklogPolicy::drop})
+        for (const std::size_t size : {limits.max_backlog - 1, limits.max_backlog, limits.max_backlog + 1}) {
+            const bool fits = size <= limits.max_backlog, drops = policy == BacklogPolicy::drop;
+            CAPTURE(size);
+            CAPTURE(drops);
+            limits.backlog_policy = policy;
+            WriteStatus status = WriteStatus::sent;
+            Doing::Work work = [&](WebSocketHandler& self) { status = make_backlog(self, size); };
+            RunningServer running(with_limits(limits));
+            running.server.route<Doing>("/", std::ref(work));
+            running.start();
+            Deaf deaf(running.port());
+            deaf.send("go");
+            REQUIRE(running.eventually([&] { return status != WriteStatus::sent; }));
+            const Metrics metrics = running.metrics();
+            CHECK(status == (fits ? WriteStatus::queued : drops ? WriteStatus::dropped : WriteStatus::closed));
+            CHECK(metrics.messages_dropped == (!fits && drops ? 1 : 0));
+            CHECK(count_of(metrics.closed, CloseCause::backlog) == (!fits && !drops ? 1 : 0));
+            CHECK(count_of(metrics.close_codes, CloseCode::policy_violation) == (!fits && !drops ? 1 : 0));
+        }
+}
+
+TEST_CASE("all backlogs together may reach their limit, and past it the largest goes and is counted") {
+    Limits limits;
+    limits.max_backlog = 100'000'000;
+    limits.max_total_backlog = 300'000;
+    for (const std::size_t size :
+         {limits.max_total_backlog - 1, limits.max_total_backlog, limits.max_total_backlog + 1}) {
+        const bool fits = size <= limits.max_total_backlog;
+        CAPTURE(size);
+        bool done = false;
+        Metrics after;
+        Doing::Work work = [&](WebSocketHandler& self) {
+            make_backlog(self, size);
+            // What this turn has posted runs in it, and what that posts runs in the next.
+            self.loop().post([&loop = self.loop(), &server = self.server(), &after, &done] {
+                loop.post([&] {
+                    after = server.metrics();
+                    done = true;
+                });
+            });
+        };
+        RunningServer running(with_limits(limits));
+        running.server.route<Doing>("/", std::ref(work));
+        running.start();
+        Deaf deaf(running.port());
+        deaf.send("go");
+        REQUIRE(running.eventually([&] { return done; }));
+        CHECK(count_of(after.closed, CloseCause::backlog) == (fits ? 0 : 1));
+        CHECK(after.websockets_open == (fits ? 1 : 0));
+        // The kernel may have taken a little more by then.
+        CHECK(after.backlog_bytes <= size);
+        CHECK((after.backlog_bytes != 0) == fits);
+    }
+}
+
+TEST_CASE("a message that is not finished counts towards the limit of all backlogs together") {
+    Limits limits;
+    limits.max_total_backlog = 400'000;
+    RunningServer running(with_limits(limits));
+    running.server.route<Echo>("/");
+    running.start();
+    Client half(running.port()), most(running.port());
+    // 300,000 bytes are announced, and 900,000; their room grows to at most twice of what has come.
+    half.raw.send(test::hex("82 ff 00 00 00 00 00 04 93 e0 00 00 00 00") + std::string(100'000, 'x'));
+    REQUIRE(running.eventually([&] { return running.server.metrics().backlog_bytes >= 100'000; }));
+    CHECK(running.metrics().websockets_open == 2);
+    most.raw.send(test::hex("82 ff 00 00 00 00 00 0d bb a0 00 00 00 00") + std::string(450'000, 'x'));
+    REQUIRE(running.eventually([&] { return running.server.metrics().websockets_open == 1; }));
+    CHECK(count_of(running.metrics().closed, CloseCause::backlog) == 1);
+    CHECK(most.raw.read_to_end());
+    half.raw.send(std::string(200'000, 'x'));
+    CHECK(half.next().value_or("nothing").size() == 300'000);
+}
+
+// ---- connections ----------------------------------------------------------------------------------------------------
+
+TEST_CASE("connections past their limits, in all or of an address, are counted as refused") {
+    for (const bool of_address : {false, true}) {
+        CAPTURE(of_address);
+        Limits limits;
+        (of_address ? limits.max_connections_per_address : limits.max_connections) = 3;
+        RunningServer running(with_limits(limits));
+        running.server.route<Echo>("/");
+        running.start();
+        std::vector<std::unique_ptr<Client>> clients;
+        for (int i = 0; i < 3; ++i) {
+            clients.push_back(std::make_unique<Client>(running.port()));
+            CHECK(clients.back()->is_open());
+        }
+        CHECK(running.metrics().connections_refused == 0);
+        for (const std::uint64_t refused : {1u, 2u}) {
+            RawClient client(running.port());
+            CHECK(client.read_to_end());
+            CHECK(client.received.substr(0, 12) == "HTTP/1.1 503");
+            CHECK(running.metrics().connections_refused == refused);
+            CHECK(count_of(running.metrics().responses, 503) == refused);
+        }
+        CHECK(running.metrics().connections_accepted == 5);
+    }
+}
+
+TEST_CASE("of the connections past the limit 32 at once are told so, and the others only closed and counted") {
+    Limits limits;
+    limits.max_connections = 1;
+    limits.linger_timeout = 1h;
+    RunningServer running(with_limits(limits));
+    running.server.route<Echo>("/");
+    running.start();
+    Client one(running.port());
+    std::vector<RawClient> refused;
+    for (int i = 0; i < 32; ++i) {
+        refused.emplace_back(running.port());
+        CHECK(refused.back().read_until("There are too many connections.\n"));
+    }
+    for (const std::uint64_t more : {1u, 2u}) {
+        RawClient closed(running.port());
+        CHECK(closed.read_to_end());
+        CHECK(closed.received == "");
+        CHECK(running.metrics().connections_refused == 32 + more);
+        CHECK(count_of(running.metrics().responses, 503) == 32);
+    }
+    CHECK(running.metrics().connections_open == 33);
+    one.send("hello");
+    CHECK(one.next() == "hello");
+    refused.clear();
+    running.stop(0ms);
+}
+
+TEST_CASE("where no limit of connections is set it is that of descriptors less 64, or half of a small one") {
+    const struct {
+        rlim_t descriptors;
+        std::size_t connections;
+    } table[] = {{60, 30}, {128, 64}, {129, 65}, {160, 96}};
+    for (const auto& row : table) {
+        CAPTURE(row.descriptors);
+        int report[2];
+        REQUIRE(::pipe(report) == 0);
+        const pid_t forked = ::fork();
+        if (forked == 0) serve_with_descriptors(row.descriptors, report[1]);
+        const Child child(forked);
+        ::close(report[1]);
+        int port = 0;
+        REQUIRE(::read(report[0], &port, sizeof port) == sizeof port);
+        ::close(report[0]);
+
+        std::vector<RawClient> clients;
+        for (std::size_t i = 0; i < row.connections; ++i) REQUIRE(clients.emplace_back(RawClient::plain(port)));
+        clients.back().send("GET /x HTTP/1.1\r\nHost: x\r\n\r\n");
+        CHECK(clients.back().read_until("\r\n\r\n"));
+        CHECK(clients.back().received.substr(0, 12) == "HTTP/1.1 200");
+        RawClient refused = RawClient::plain(port);
+        CHECK(refused.read_to_end());
+        CHECK(refused.received.substr(0, 12) == "HTTP/1.1 503");
+    }
+}
+
+// ---- after our last byte --------------------------------------------------------------------------------------------
+
+TEST_CASE("what comes after our last byte is read up to its limit, and what comes after that is not") {
+    Limits limits;
+    limits.linger_timeout = 1h;
+    limits.linger_bytes = 1000;
+    RunningServer running(with_limits(limits));
+    running.server.listen(0);
+    running.run();
+    for (const std::size_t size : {limits.linger_bytes - 1, limits.linger_bytes, limits.linger_bytes + 1}) {
+        CAPTURE(size);
+        RawClient client = RawClient::plain(running.port());
+        client.send("nonsense\r\n\r\n");
+        CHECK(client.read_to_end());
+        const std::uint64_t read = running.metrics().bytes_received + size;
+        client.send(std::string(size, 'x'));
+        CHECK(running.eventually([&] { return running.server.metrics().bytes_received == read; }));
+        client.send("x");
+        if (size <= limits.linger_bytes)
+            CHECK(running.eventually([&] { return running.server.metrics().bytes_received == read + 1; }));
+        for (int turn = 0; turn < 100; ++turn) running.on_loop([] {});
+        CHECK(running.metrics().bytes_received == read + (size <= limits.linger_bytes ? 1 : 0));
+        client.reset();
+        CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
+    }
+}
+
+// ---- times ----------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a WebSocket that ends at a time limit is counted by its cause") {
+    struct Row {
+        void (*set)(Limits&);
+        std::string_view word;
+        CloseCause cause;
+    };
+    const Row rows[] = {{[](Limits& l) { l.ping_interval = l.ping_timeout = 20ms; }, "", CloseCause::ping_timeout},
+                        {[](Limits& l) { l.closing_timeout = 20ms; }, "close", CloseCause::closing_timeout}};
+    for (const Row& row : rows) {
+        CAPTURE(to_string(row.cause));
+        Limits limits;
+        row.set(limits);
+        Doing::Work work = [](WebSocketHandler& self) { self.close(); };
+        RunningServer running(with_limits(limits));
+        running.server.route<Doing>("/", std::ref(work));
+        running.start();
+        Client client(running.port());
+        if (!row.word.empty()) client.send(row.word);
+        CHECK(running.eventually([&] { return count_of(running.server.metrics().closed, row.cause) == 1; }));
+        CHECK(count_of(running.metrics().close_codes, CloseCode::abnormal) == 1);
+    }
+}
+
+TEST_CASE("a request that does not come in time is counted as a 408") {
+    Limits limits;
+    limits.handshake_timeout = 20ms;
+    RunningServer running(with_limits(limits));
+    running.server.route<Echo>("/");
+    running.start();
+    // Begun anew where the machine was so slow that the deadline came before the byte.
+    std::uint64_t told = 0;
+    for (int attempt = 0; attempt < 100 && told == 0; ++attempt) {
+        RawClient half(running.port());
+        half.send("G");
+        CHECK(half.read_to_end());
+        if (half.received.substr(0, 12) == "HTTP/1.1 408") ++told;
+    }
+    CHECK(told == 1);
+    CHECK(count_of(running.metrics().responses, 408) == told);
+}
+
+// ---- who may connect ------------------------------------------------------------------------------------------------
+
+TEST_CASE("who has no origin, or a foreign one, or wants another host is counted by its refusal") {
+    ServerOptions options;
+    options.require_origin = true;
+    RunningServer running(options);
+    running.server.route<Echo>("/");
+    running.server.allow_hosts({"127.0.0.1"});
+    running.start();
+    const std::string own = "Origin: " + test::scheme() + "://127.0.0.1:" + std::to_string(running.port()) + "\r\n";
+    CHECK(Client(running.port(), "/", own).is_open());
+    CHECK(count_of(running.metrics().responses, 403) == 0);
+    CHECK_FALSE(Client(running.port()).is_open());
+    CHECK(count_of(running.metrics().responses, 403) == 1);
+    CHECK_FALSE(Client(running.port(), "/", "Origin: https://elsewhere.example\r\n").is_open());
+    CHECK(count_of(running.metrics().responses, 403) == 2);
+    CHECK(status_of_page(running.port(), "GET / HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n") == "421");
+    CHECK(count_of(running.metrics().responses, 421) == 1);
+}
+
+// ---- the log --------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a hundred log entries at once are all told") {
+    RunningServer running;
+    std::size_t told = 0;
+    running.server.on_log([&](const LogEntry& entry) { told += entry.level == LogLevel::info ? 1 : 0; });
+    running.server.route<Echo>("/");
+    running.start();
+    // A refused upgrade is told of at the level info.
+    for (int i = 0; i < 100; ++i) CHECK_FALSE(Client(running.port(), "/nowhere").is_open());
+    CHECK(running.on_loop([&] { return told; }) == 100);
+    CHECK(running.metrics().log_entries_suppressed == 0);
+}
+
+TEST_SUITE_END();
