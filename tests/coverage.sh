@@ -1,9 +1,10 @@
 #!/bin/sh
 # sh tests/coverage.sh
 #
-# How much of wschat.hpp the suites run, by clang's source-based coverage: each suite on epoll, those that poll once more
-# with WSCHAT_TEST_POLLER=poll, and the examples with them. Prints the lines that nothing runs, the conditions that had
-# only one outcome, and the percentages. Everything is written below build/coverage.
+# How much of wschat.hpp the suites run, by clang's source-based coverage, with all that is optional: each suite on epoll,
+# those that poll once more with WSCHAT_TEST_POLLER=poll, those that can over TLS, and the examples with them. Prints the
+# lines that nothing runs, the conditions that had only one outcome, and the percentages. Everything is written below
+# build/coverage; what is missing is installed (as root, on Debian).
 #
 # A line counts once, however many times a template or an inline function was made of it; so do the two outcomes of a
 # condition. What the preprocessor takes out does not count, nor do conditions that the compiler has decided.
@@ -23,11 +24,30 @@ quietly() {
 }
 
 mkdir -p $out
-for tool in clang++ cmake ninja; do command -v $tool >/dev/null || die "$tool is missing; tests/run.sh installs it"; done
-if ! command -v llvm-cov >/dev/null || ! command -v llvm-profdata >/dev/null; then
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "llvm-cov is missing (Debian: llvm)"
+missing=
+# need PACKAGE COMMAND...: the package is missing if the command fails
+need() {
+    package=$1
+    shift
+    "$@" >/dev/null 2>&1 || missing="$missing $package"
+}
+profiles() { ls "$(clang++ -print-resource-dir)"/lib/*/libclang_rt.profile*; }
+header() { echo "#include <$1>" | clang++ -E -x c++ -; }
+need clang command -v clang++
+need llvm command -v llvm-cov
+need libclang-rt-dev profiles
+need cmake command -v cmake
+need ninja-build command -v ninja
+need pkg-config command -v pkg-config
+need doctest-dev header doctest/doctest.h
+need zlib1g-dev header zlib.h
+need libssl-dev header openssl/ssl.h
+need liburing-dev header liburing.h
+if [ -n "$missing" ]; then
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "missing:$missing (Debian's names)"
+    # shellcheck disable=SC2086
     quietly install.log env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        -o DPkg::Lock::Timeout=300 llvm
+        -o DPkg::Lock::Timeout=300 $missing
 fi
 
 # ---- build and run --------------------------------------------------------------------------------------------------
@@ -35,29 +55,32 @@ fi
 echo "== build"
 # Counters that lie in the file itself count also what a process did that was killed.
 quietly configure.log cmake -S . -B $out -G Ninja -DCMAKE_BUILD_TYPE= -DCMAKE_CXX_COMPILER=clang++ \
+    -DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_LIBURING=ON \
     -DCMAKE_CXX_FLAGS="-O1 -DNDEBUG -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation"
 quietly build.log cmake --build $out -j 2 --target wschat_tests
 
-# run NAME OPTION...: the suites; every process adds to the profile of its program
+tests=$out/tests/wschat_tests
+# run NAME [VARIABLE=VALUE] COMMAND...: every process adds to the profile of its program
 run() {
     echo "== $1"
     name=$1
     shift
-    LLVM_PROFILE_FILE=$PWD/$out/profiles/%c%m.profraw quietly "$name.log" $out/tests/wschat_tests "$@"
+    quietly "$name.log" env "LLVM_PROFILE_FILE=$PWD/$out/profiles/%c%m.profraw" "$@"
     grep -E 'test cases:' "$out/$name.log"
 }
+# named LIST: the suites in that list of tests/CMakeLists.txt, as doctest wants them
+named() { sed -n "s/^set($1 \([a-z ]*\)).*/\1/p" tests/CMakeLists.txt | tr ' ' ','; }
 rm -rf $out/profiles
-unset WSCHAT_TEST_POLLER
-run epoll
-polls=$(sed -n 's/^set(suites_that_poll \([a-z ]*\)).*/\1/p' tests/CMakeLists.txt | tr ' ' ',')
-export WSCHAT_TEST_POLLER=poll
-run poll "--test-suite=$polls"
+unset WSCHAT_TEST_POLLER WSCHAT_TEST_TLS
+run epoll $tests
+run poll WSCHAT_TEST_POLLER=poll $tests "--test-suite=$(named suites_that_poll)"
+run tls WSCHAT_TEST_TLS=1 $tests "--test-suite=$(named suites_over_tls)"
 
 # ---- report ---------------------------------------------------------------------------------------------------------
 
 llvm-profdata merge -o $out/all.profdata $out/profiles/*.profraw || die "no profile"
 export_as() {
-    llvm-cov export -format="$1" -instr-profile=$out/all.profdata $out/tests/wschat_tests wschat.hpp 2>$out/export.log
+    llvm-cov export -format="$1" -instr-profile=$out/all.profdata $tests wschat.hpp 2>$out/export.log
 }
 export_as lcov >$out/lines.info && export_as text >$out/branches.json || die "llvm-cov: $(cat $out/export.log)"
 
@@ -89,6 +112,8 @@ print('== conditions that had one outcome only')
 for (line, column, end_line, end_column), (yes, no) in sorted(outcomes.items()):
     if counts.get(line, 0) and (yes == 0) != (no == 0):
         text = source[line][column - 1:end_column - 1] if line == end_line else source[line][column - 1:] + ' ...'
+        if text == ':':
+            text = source[line].strip()
         print('%5d  never %s: %s' % (line, 'false' if yes else 'true', text))
 
 covered = sum((yes > 0) + (no > 0) for yes, no in outcomes.values())
