@@ -139,7 +139,6 @@ tests "dev: over TLS" env WSCHAT_TEST_TLS=1 ctest --preset dev -L over_tls
 
 build asan $features
 tests "asan: tests" ctest --preset asan
-tests "asan: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset asan -L poll
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
 build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads;stores"
@@ -147,8 +146,8 @@ tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF
 
-# A short round; README.md names the commands for hours of them, and for the other harnesses.
-stage "fuzz: ten seconds of HTTP and of text" sh tests/fuzz/run.sh 10 http text
+# Short rounds; README.md names the commands for hours of them.
+stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
 stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
 
 # The one build that leaves out what is optional, and runs the tests.

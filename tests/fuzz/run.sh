@@ -39,8 +39,8 @@ build_one() { # build_one NAME
 fuzz_one() { # fuzz_one NAME SECONDS
     begun=$(date +%s)
     rm -f "$out/finds/$1"-*
-    "$out/$1" -max_total_time="$2" -max_len="$(max_len "$1")" -timeout=60 -rss_limit_mb=1500 -print_final_stats=1 \
-        -artifact_prefix="$out/finds/$1-" "$out/corpus/$1" >"$out/$1.log" 2>&1
+    "$out/$1" -max_total_time="$2" -max_len="$(max_len "$1")" -timeout=60 -report_slow_units=60 \
+        -rss_limit_mb=1500 -print_final_stats=1 -artifact_prefix="$out/finds/$1-" "$out/corpus/$1" >"$out/$1.log" 2>&1
     echo "$?" >"$out/$1.status"
     echo "$1 $(executions "$1") $(($(date +%s) - begun))" >>"$out/totals"
 }
