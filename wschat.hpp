@@ -9040,8 +9040,8 @@ private:
         "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';",
         // The ids of a room begin at the microseconds of the wall clock, so that one of a file that is gone is known to
         // be none of this.
-        "CREATE TABLE start(id INTEGER NOT NULL);"
-        "INSERT INTO start VALUES(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER));",
+        ("CREATE TABLE start(id INTEGER NOT NULL);"
+         "INSERT INTO start VALUES(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER));"),
     };
     static constexpr int version = sizeof steps / sizeof steps[0];
     static constexpr int application = 0x77736368;  // "wsch"
