@@ -4517,29 +4517,22 @@ class PollPoller final : public Poller {
 public:
     const char* name() const override { return "poll"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        // The one thing here that may want memory and change something comes first.
+        // Both lists take it, or neither.
         if (entries_.size() == entries_.capacity()) entries_.reserve(2 * entries_.size() + 16);
         owners_.reserve(entries_.capacity());
-        index_[descriptor] = entries_.size();
-        entries_.push_back({descriptor, events(read, write), 0});
-        owners_.push_back(&owner);
+        const std::ptrdiff_t at = place(descriptor);
+        entries_.insert(entries_.begin() + at, {descriptor, events(read, write), 0});
+        owners_.insert(owners_.begin() + at, &owner);
         return true;
     }
     void change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
-        entries_[index_.at(descriptor)].events = events(read, write);
+        entries_.begin()[place(descriptor)].events = events(read, write);
     }
     void remove(os::Descriptor descriptor) override {
-        const auto found = index_.find(descriptor);
-        if (found == index_.end()) return;  // add() has failed
-        const std::size_t at = found->second;
-        index_.erase(found);
-        if (at + 1 != entries_.size()) {
-            entries_[at] = entries_.back();
-            owners_[at] = owners_.back();
-            index_[entries_[at].fd] = at;
-        }
-        entries_.pop_back();
-        owners_.pop_back();
+        const auto entry = entries_.begin() + place(descriptor);
+        if (entry == entries_.end() || entry->fd != descriptor) return;  // add() has failed
+        owners_.erase(owners_.begin() + (entry - entries_.begin()));
+        entries_.erase(entry);
     }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
@@ -4556,10 +4549,14 @@ private:
     static short events(bool read, bool write) {
         return static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0));
     }
+    // Where it stands or belongs.
+    std::ptrdiff_t place(os::Descriptor descriptor) const {
+        const auto before = [](const os::Pollfd& entry, os::Descriptor sought) { return entry.fd < sought; };
+        return std::lower_bound(entries_.begin(), entries_.end(), descriptor, before) - entries_.begin();
+    }
 
-    std::vector<os::Pollfd> entries_;
+    std::vector<os::Pollfd> entries_;  // by descriptor: every call of poll() costs more than moving them
     std::vector<Pollable*> owners_;
-    std::unordered_map<os::Descriptor, std::size_t> index_;
 };
 
 #if defined(__linux__)
@@ -5934,6 +5931,44 @@ inline std::string beside(std::string_view source_file, std::string_view name) {
 
 // ---- the server ----------------------------------------------------------------------------------------------------
 
+// How often each of some numbers has come, in their order. Keys are ints and enumerators of all kinds, and the bodies the
+// same for all.
+class Counters {
+public:
+    struct Entry {
+        int key;
+        std::uint64_t count;
+    };
+
+    bool empty() const { return entries_.empty(); }
+    std::vector<Entry>::const_iterator begin() const { return entries_.begin(); }
+    std::vector<Entry>::const_iterator end() const { return entries_.end(); }
+
+protected:
+    std::uint64_t& counter(int key) {
+        auto at = entries_.begin();
+        while (at != entries_.end() && at->key < key) ++at;
+        if (at == entries_.end() || at->key != key) at = entries_.insert(at, {key, 0});
+        return at->count;
+    }
+    std::uint64_t value(int key) const {
+        for (const Entry& entry : entries_)
+            if (entry.key == key) return entry.count;
+        return 0;
+    }
+
+private:
+    std::vector<Entry> entries_;
+};
+
+template <class Key>
+class CountersOf : public Counters {
+public:
+    std::uint64_t& operator[](Key key) { return counter(static_cast<int>(key)); }
+    // 0 where it has not come yet.
+    std::uint64_t at(Key key) const { return value(static_cast<int>(key)); }
+};
+
 // Counters since the start, and what is open now. Messages and bytes are payloads and octets on sockets.
 struct Metrics {
     std::uint64_t connections_accepted = 0;
@@ -5953,9 +5988,9 @@ struct Metrics {
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
     std::uint64_t rooms = 0;
-    std::map<int, std::uint64_t> responses;          // by HTTP status
-    std::map<CloseCause, std::uint64_t> closed;      // WebSocket connections, by cause
-    std::map<CloseCode, std::uint64_t> close_codes;  // and by code
+    CountersOf<int> responses;          // by HTTP status
+    CountersOf<CloseCause> closed;      // WebSocket connections, by cause
+    CountersOf<CloseCode> close_codes;  // and by code
 };
 
 // Metrics in the text format that Prometheus reads (version 0.0.4).
@@ -5996,10 +6031,10 @@ inline std::string prometheus_text(const Metrics& metrics) {
         line("responses_total{status=\"" + std::to_string(status) + "\"}", count);
     head("closed_total", "counter", "WebSocket connections closed, by cause.");
     for (const auto& [cause, count] : metrics.closed)
-        line("closed_total{cause=\"" + std::string(to_string(cause)) + "\"}", count);
+        line("closed_total{cause=\"" + std::string(to_string(static_cast<CloseCause>(cause))) + "\"}", count);
     head("close_codes_total", "counter", "WebSocket connections closed, by close code.");
     for (const auto& [code, count] : metrics.close_codes)
-        line("close_codes_total{code=\"" + std::to_string(number(code)) + "\"}", count);
+        line("close_codes_total{code=\"" + std::to_string(code) + "\"}", count);
     return text;
 }
 
