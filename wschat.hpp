@@ -303,7 +303,10 @@ struct LogEntry {
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
+#include <map>
+#include <memory>
 #include <new>
 #include <type_traits>
 
@@ -986,6 +989,87 @@ inline void log_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_string(entry).c_str());
 }
 
+// ---- things by name ------------------------------------------------------------------------------------------------
+
+// A number as a name: eight bytes, which no string needs memory for, the highest first.
+inline std::string name_of(std::uint64_t number) {
+    std::string name(8, '\0');
+    for (std::size_t i = 8; i-- > 0; number >>= 8) name[i] = static_cast<char>(number & 0xFF);
+    return name;
+}
+
+// Things of one kind by their names, in the order of these. All kinds share one kind of tree: a std::map of each would be
+// what compiling this file costs most.
+template <class Thing>
+class Named {
+    using Owned = std::unique_ptr<void, void (*)(void*)>;
+    using Tree = std::map<std::string, Owned, std::less<>>;
+
+public:
+    struct Entry {
+        const std::string& name;
+        Thing& thing;
+    };
+    class Iterator {
+    public:
+        explicit Iterator(Tree::const_iterator at) : at_(at) {}
+        Entry operator*() const { return {at_->first, thing_of(at_->second)}; }
+        Iterator& operator++() {
+            ++at_;
+            return *this;
+        }
+        friend bool operator!=(const Iterator& a, const Iterator& b) { return a.at_ != b.at_; }
+
+    private:
+        Tree::const_iterator at_;
+    };
+
+    Iterator begin() const { return Iterator(tree_.begin()); }
+    Iterator end() const { return Iterator(tree_.end()); }
+    std::size_t size() const { return tree_.size(); }
+    bool empty() const { return tree_.empty(); }
+
+    // Null where there is none.
+    Thing* find(std::string_view name) const {
+        const auto found = tree_.find(name);
+        return found == tree_.end() ? nullptr : &thing_of(found->second);
+    }
+    // The one of that name, made of the arguments where there is none.
+    template <class... Arguments>
+    Thing& make(std::string_view name, Arguments&&... arguments) {
+        if (Thing* known = find(name)) return *known;
+        Owned made(new Thing(std::forward<Arguments>(arguments)...), [](void* t) { delete static_cast<Thing*>(t); });
+        return thing_of(tree_.emplace(name, std::move(made)).first->second);
+    }
+    // One that somebody else owns.
+    void refer(std::string_view name, Thing& thing) {
+        tree_.emplace(name, Owned(&thing, [](void*) {}));
+    }
+    // Nothing where there is none of that name, or the new one is taken.
+    void rename(std::string_view name, std::string_view new_name) {
+        const auto old = tree_.find(name);
+        if (old == tree_.end() || find(new_name) != nullptr) return;
+        tree_.emplace(new_name, Owned(nullptr, nullptr)).first->second.swap(old->second);
+        tree_.erase(old);
+    }
+    // False where there was none.
+    bool erase(std::string_view name) {
+        const auto found = tree_.find(name);
+        if (found == tree_.end()) return false;
+        tree_.erase(found);
+        return true;
+    }
+    template <class Predicate>
+    void erase_if(Predicate&& predicate) {
+        for (auto it = tree_.begin(); it != tree_.end();) it = predicate(thing_of(it->second)) ? tree_.erase(it) : ++it;
+    }
+
+private:
+    static Thing& thing_of(const Owned& owned) { return *static_cast<Thing*>(owned.get()); }
+
+    Tree tree_;
+};
+
 }  // namespace WSCHAT_ABI
 }  // namespace wschat
 
@@ -1267,7 +1351,7 @@ inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view pay
 
 #include <algorithm>
 #include <ctime>
-#include <memory>
+#include <deque>
 #include <optional>
 
 namespace wschat {
@@ -3125,8 +3209,6 @@ private:
 // ====================================================================================================================
 
 #include <cassert>
-#include <functional>
-#include <memory>
 
 namespace wschat {
 inline namespace WSCHAT_ABI {
@@ -3423,8 +3505,6 @@ inline bool HandlerRef::close(CloseCode code, std::string reason) const {
 // nothing of what members say to one another.
 // ====================================================================================================================
 
-#include <unordered_map>
-
 namespace wschat {
 inline namespace WSCHAT_ABI {
 
@@ -3549,24 +3629,20 @@ public:
     Rooms& operator=(const Rooms&) = delete;
 
     Room& operator[](std::string_view name) {
-        const auto found = rooms_.find(name);
-        if (found != rooms_.end()) return *found->second;
-        auto room = std::make_unique<Room>(std::string(name), *this);
-        Room& made = *room;
-        rooms_.emplace(std::string_view(made.name()), std::move(room));
+        if (Room* room = rooms_.find(name)) return *room;
+        Room& made = rooms_.make(name, std::string(name), *this);
         may_be_empty(made);
         return made;
     }
     // Null where nobody is in such a room.
     Room* find(std::string_view name) const {
-        const auto found = rooms_.find(name);
-        return found == rooms_.end() || found->second->empty() ? nullptr : found->second.get();
+        Room* room = rooms_.find(name);
+        return room == nullptr || room->empty() ? nullptr : room;
     }
     std::size_t size() const { return rooms_.size(); }
-    // In no order.
     std::vector<std::string> names() const {
         std::vector<std::string> result;
-        for (const auto& entry : rooms_) result.push_back(entry.second->name());
+        for (const auto& [name, room] : rooms_) result.push_back(name);
         return result;
     }
     SendArena& arena() { return arena_; }
@@ -3584,7 +3660,7 @@ public:
             Room& room = *to_prune_;
             to_prune_ = room.next_to_prune_;
             room.to_prune_ = false;
-            if (room.empty()) rooms_.erase(rooms_.find(room.name()));
+            if (room.empty()) rooms_.erase(room.name());
         }
     }
 
@@ -3596,7 +3672,7 @@ private:
     }
 
     SendArena& arena_;
-    std::unordered_map<std::string_view, std::unique_ptr<Room>> rooms_;  // a key is its room's own name
+    Named<Room> rooms_;
     Room* to_prune_ = nullptr;  // the first of a chain, which takes no memory: a handler's end can not fail
 };
 
@@ -5543,7 +5619,7 @@ public:
         return add_call(interval, interval, std::move(call));
     }
     // False where the call was made or cancelled already.
-    bool cancel(TimerId id) { return calls_.erase(id) != 0; }
+    bool cancel(TimerId id) { return calls_.erase(name_of(id)); }
 
     // The time of this turn.
     Time now() const { return now_; }
@@ -5613,15 +5689,20 @@ private:
     // A call that a user asked for.
     class Call final : public Timer {
     public:
-        Call(Loop& loop, TimerId id, Duration interval, std::function<void()> call)
-            : loop_(loop), id_(id), interval_(interval), call_(std::move(call)) {}
+        Call(Loop& loop, TimerId id, Time due, Duration interval, std::function<void()> call)
+            : loop_(loop), id_(id), interval_(interval), call_(std::move(call)) {
+            loop_.timers_.schedule(*this, due);
+        }
         ~Call() { loop_.timers_.cancel(*this); }
         void on_timer(Time now) override {
-            // The call may cancel itself, so it is held here while it runs.
-            const auto self = loop_.calls_.at(id_);
-            if (interval_ == Duration::zero()) loop_.calls_.erase(id_);
-            else loop_.timers_.schedule(*this, (std::max)(due() + interval_, now + Duration(1)));
-            loop_.guarded("timer", call_);
+            // The call may cancel itself, and this is no more then.
+            Loop& loop = loop_;
+            const std::string id = name_of(id_);
+            std::function<void()> call = std::move(call_);
+            if (interval_ == Duration::zero()) loop.calls_.erase(id);
+            else loop.timers_.schedule(*this, (std::max)(due() + interval_, now + Duration(1)));
+            loop.guarded("timer", call);
+            if (Call* still = loop.calls_.find(id)) still->call_ = std::move(call);
         }
 
     private:
@@ -5639,9 +5720,7 @@ private:
 
     TimerId add_call(Duration delay, Duration interval, std::function<void()> call) {
         const TimerId id = ++last_call_;
-        const auto added = std::make_shared<Call>(*this, id, interval, std::move(call));
-        timers_.schedule(*added, later(Clock::now(), delay));
-        calls_.emplace(id, added);
+        calls_.make(name_of(id), *this, id, later(Clock::now(), delay), interval, std::move(call));
         return id;
     }
 
@@ -5684,7 +5763,7 @@ private:
     std::shared_ptr<LoopMailbox> mailbox_;
     Waker waker_;
     Timers timers_;
-    std::unordered_map<TimerId, std::shared_ptr<Call>> calls_;
+    Named<Call> calls_;  // by number
     TimerId last_call_ = 0;
     std::vector<Poller::Ready> ready_;
     Time now_;
@@ -5706,7 +5785,6 @@ private:
 // and flushes. The one section that knows of everything above.
 // ====================================================================================================================
 
-#include <map>
 #include <tuple>
 
 namespace wschat {
@@ -6994,10 +7072,11 @@ private:
         }
 
         bool count_address(const IpAddress& client) {
-            if (counted_) return true;
-            counted_ = server_.count_address(client);
-            if (counted_) counted_address_ = client;
-            return counted_;
+            if (!share_.empty()) return true;
+            std::string share = share_of(client);
+            if (!server_.count(share)) return false;
+            share_ = std::move(share);
+            return true;
         }
 
         // What the end of each turn needs stands first and together.
@@ -7014,13 +7093,12 @@ private:
         bool secured_ = false;  // the transport is established
         bool watching_read_ = true;
         bool watching_write_ = false;
-        bool counted_ = false;
         std::unique_ptr<WebSocketHandler> handler_;
         std::unique_ptr<Http> http_;
         std::size_t counted_backlog_ = 0;
         const Route* route_ = nullptr;
         IpAddress peer_;
-        IpAddress counted_address_;
+        std::string share_;  // what of the addresses it is counted for; empty where it is not counted yet
 
         friend class Server;
     };
@@ -7153,21 +7231,21 @@ private:
         }
         return client;
     }
-    // False where the address has its share of connections already.
-    bool count_address(const IpAddress& client) {
-        if (options_.limits.max_connections_per_address == 0 || client.family() == IpAddress::Family::unix_socket)
-            return true;
-        std::size_t& count = connections_of_[share_of(client)];
-        if (count >= options_.limits.max_connections_per_address) return false;
-        ++count;
+    // What counts as one address.
+    static std::string share_of(const IpAddress& client) {
+        return (client.family() == IpAddress::Family::ipv6 ? client.prefix(64) : client).to_string();
+    }
+    // False where it has as many connections as it may have.
+    bool count(const std::string& share) {
+        if (options_.limits.max_connections_per_address == 0 || share == "unix") return true;
+        std::size_t& connections = connections_of_.make(share, std::size_t{0});
+        if (connections >= options_.limits.max_connections_per_address) return false;
+        ++connections;
         return true;
     }
-    void uncount_address(const IpAddress& client) {
-        const auto found = connections_of_.find(share_of(client));
-        if (found != connections_of_.end() && --found->second == 0) connections_of_.erase(found);
-    }
-    static IpAddress share_of(const IpAddress& client) {
-        return client.family() == IpAddress::Family::ipv6 ? client.prefix(64) : client;
+    void uncount(const std::string& share) {
+        std::size_t* connections = connections_of_.find(share);
+        if (connections != nullptr && --*connections == 0) connections_of_.erase(share);
     }
 
     // A host that was allowed without a port is served on every port.
@@ -7290,7 +7368,7 @@ private:
 
     // Takes a session from the list; it is destroyed when nothing in this turn can refer to it any more.
     void bury(Session& session) {
-        if (session.counted_) uncount_address(session.counted_address_);
+        uncount(session.share_);
         std::swap(sessions_[session.index], sessions_.back());
         sessions_[session.index]->index = session.index;
         session.next_buried = std::exchange(buried_, std::move(sessions_.back()));
@@ -7413,7 +7491,7 @@ private:
     std::vector<std::unique_ptr<Session>> sessions_;
     AttendedList attended_;
     std::unique_ptr<Session> buried_;  // the first of those that are destroyed at the end of the turn
-    std::map<IpAddress, std::size_t> connections_of_;
+    Named<std::size_t> connections_of_;
     OwnedDescriptor reserve_;
     std::size_t backlog_ = 0;
     unsigned handshakes_left_ = handshakes_at_once;
@@ -7520,16 +7598,17 @@ public:
 
     // The id under which the author's tag is known, or 0.
     std::uint64_t find(const ChatEntry& entry) const {
-        const auto found = entry.tag.empty() ? tags_.end() : tags_.find(tag_key(entry));
-        return found == tags_.end() ? 0 : found->second;
+        const Kept* kept = entry.tag.empty() ? nullptr : tags_.find(tag_key(entry));
+        return kept == nullptr ? 0 : kept->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
         Kept kept{entry, now, entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256};
         kept.entry.room.clear();
         kept.entry.id = last_ + 1;
-        if (!entry.tag.empty()) tags_.emplace(tag_key(entry), kept.entry.id);
-        bytes_ += kept.bytes;
-        entries_.emplace(++last_, std::move(kept));
+        entries_.push_back(std::move(kept));
+        ++last_;
+        bytes_ += entries_.back().bytes;
+        if (!entry.tag.empty()) tags_.refer(tag_key(entry), entries_.back());
         touched_ = now;
         trim(limits, now);
         return last_;
@@ -7539,9 +7618,10 @@ public:
         HistoryPage page;
         page.last = last_;
         const bool known = id && *id <= last_;
-        const std::uint64_t newest = last_ > limit ? last_ - limit : 0;  // ids are without holes
-        for (auto it = entries_.upper_bound((std::max)(known ? *id : 0, newest)); it != entries_.end(); ++it)
-            page.entries.push_back(it->second.entry);
+        const std::uint64_t newest = last_ > limit ? last_ - limit : 0;
+        const std::uint64_t forgotten = last_ - entries_.size();  // ids are without holes
+        for (std::uint64_t i = (std::max)({known ? *id : 0, newest, forgotten}); i != last_; ++i)
+            page.entries.push_back(entries_[i - forgotten].entry);
         page.gap = id && (!known || last_ - *id > page.entries.size());
         return page;
     }
@@ -7559,17 +7639,17 @@ private:
 
     void trim(const HistoryLimits& limits, Time now) {
         while (!entries_.empty()) {
-            const Kept& oldest = entries_.begin()->second;
+            const Kept& oldest = entries_.front();
             const bool old = limits.max_age != Duration::zero() && later(oldest.at, limits.max_age) <= now;
             if (!old && entries_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
             bytes_ -= oldest.bytes;
             if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
-            entries_.erase(entries_.begin());
+            entries_.pop_front();
         }
     }
 
-    std::map<std::uint64_t, Kept> entries_;
-    std::map<std::string, std::uint64_t> tags_;
+    std::deque<Kept> entries_;
+    Named<Kept> tags_;
     std::uint64_t last_;
     std::size_t bytes_ = 0;
     Time touched_{};
@@ -7603,20 +7683,24 @@ private:
     }
     // Null where there are too many rooms, all with something to keep, and this one has nothing yet.
     HistoryRing* ring_of(const std::string& room, bool to_write) {
-        const auto found = rings_.find(room);
-        if (found != rings_.end()) return &found->second;
+        if (HistoryRing* known = rings_.find(room)) return known;
         if (rings_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
-            const auto earlier = [](const auto& a, const auto& b) { return a.second.touched() < b.second.touched(); };
-            const auto oldest = std::min_element(rings_.begin(), rings_.end(), earlier);
-            if (!to_write && oldest->second.touched() != Time()) return nullptr;
+            std::string oldest;
+            Time touched = (Time::max)();
+            for (const auto& [name, ring] : rings_) {
+                if (ring.touched() >= touched) continue;
+                oldest = name;
+                touched = ring.touched();
+            }
+            if (!to_write && touched != Time()) return nullptr;
             rings_.erase(oldest);
         }
-        return &rings_.emplace(room, HistoryRing(fresh_id())).first->second;
+        return &rings_.make(room, fresh_id());
     }
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
-    std::map<std::string, HistoryRing> rings_;
+    Named<HistoryRing> rings_;
 };
 
 // ---- what may be written -------------------------------------------------------------------------------------------
@@ -7803,13 +7887,9 @@ public:
     static std::string folded(std::string_view name) { return text::lowered(name); }
 
     // By name; null where nobody has it.
-    User* find(std::string_view name) const {
-        const auto found = users_.find(folded(name));
-        return found == users_.end() ? nullptr : found->second.get();
-    }
+    User* find(std::string_view name) const { return users_.find(folded(name)); }
     User* with_identity(const std::string& identity) const {
-        const auto found = identity.empty() ? identities_.end() : identities_.find(identity);
-        return found == identities_.end() ? nullptr : found->second;
+        return identity.empty() ? nullptr : identities_.find(identity);
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
@@ -7817,7 +7897,7 @@ public:
     // By name.
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
-        for (const auto& entry : users_) list.push_back(entry.second->who);
+        for (const auto& [name, user] : users_) list.push_back(user.who);
         return list;
     }
 
@@ -7842,11 +7922,10 @@ public:
     // Somebody who is connected elsewhere, or one whose connections follow.
     User& add(ChatUser who, const std::string& identity) {
         who.name = free_name(who.name);
-        const std::string key = folded(who.name);
-        User& user = *users_.emplace(key, std::make_unique<User>()).first->second;
+        User& user = users_.make(folded(who.name));
         user.who = std::move(who);
         user.identity = identity;
-        if (!identity.empty()) identities_.emplace(identity, &user);
+        if (!identity.empty()) identities_.refer(identity, user);
         return user;
     }
 
@@ -7863,9 +7942,9 @@ public:
     std::vector<std::string> expire(Time now, Time& next) {
         std::vector<std::string> gone;
         next = (Time::max)();
-        for (const auto& entry : users_) {
-            if (entry.second->leaves <= now) gone.push_back(entry.second->who.name);
-            else next = (std::min)(next, entry.second->leaves);
+        for (const auto& [key, user] : users_) {
+            if (user.leaves <= now) gone.push_back(user.who.name);
+            else next = (std::min)(next, user.leaves);
         }
         for (const std::string& name : gone) remove(*find(name));
         return gone;
@@ -7879,11 +7958,8 @@ public:
     bool rename(User& user, const std::string& name) {
         const User* holder = find(name);
         if (holder != nullptr && holder != &user) return false;
-        const auto found = users_.find(folded(user.who.name));
-        std::unique_ptr<User> moved = std::move(found->second);
-        users_.erase(found);
-        moved->who.name = name;
-        users_.emplace(folded(name), std::move(moved));
+        if (holder == nullptr) users_.rename(folded(user.who.name), folded(name));
+        user.who.name = name;
         return true;
     }
     // The name itself or, where it is taken, the name with the first number that makes it free.
@@ -7907,8 +7983,8 @@ public:
     }
 
 private:
-    std::map<std::string, std::unique_ptr<User>> users_;  // by folded name
-    std::map<std::string, User*> identities_;
+    Named<User> users_;  // by folded name
+    Named<User> identities_;
 };
 
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
@@ -7993,21 +8069,17 @@ public:
 
     // The room of that name, which is made by being named.
     ChatRoom& room(std::string_view name) {
-        const auto found = rooms_.find(std::string(name));
-        if (found != rooms_.end()) return *found->second;
+        if (ChatRoom* known = find(name)) return *known;
         tidy_later();
-        return *rooms_.emplace(name, std::make_unique<ChatRoom>(std::string(name), *this)).first->second;
+        return rooms_.make(name, std::string(name), *this);
     }
     // Null where nobody is in such a room.
-    ChatRoom* find(const std::string& name) const {
-        const auto found = rooms_.find(name);
-        return found == rooms_.end() ? nullptr : found->second.get();
-    }
+    ChatRoom* find(std::string_view name) const { return rooms_.find(name); }
     std::size_t room_count() const { return rooms_.size(); }
     // By name, with how many users each has.
     std::vector<std::pair<std::string, std::size_t>> rooms() const {
         std::vector<std::pair<std::string, std::size_t>> list;
-        for (const auto& entry : rooms_) list.emplace_back(entry.first, entry.second->presence().size());
+        for (const auto& [name, room] : rooms_) list.emplace_back(name, room.presence().size());
         return list;
     }
 
@@ -8037,13 +8109,13 @@ public:
         std::size_t connections = 0;
     };
     std::uint64_t opened(ChatHandler& handler) {
-        connections_.emplace(++serial_, &handler);
+        connections_.refer(name_of(++serial_), handler);
         return serial_;
     }
-    void closed(std::uint64_t serial) { connections_.erase(serial); }
+    void closed(std::uint64_t serial) { connections_.erase(name_of(serial)); }
     Address& address(const std::string& remote_address) {
         if (addresses_.size() >= forget_at_) forget_addresses();
-        Address& found = addresses_[share_of(remote_address)];
+        Address& found = addresses_.make(share_of(remote_address));
         ++found.connections;
         return found;
     }
@@ -8059,11 +8131,12 @@ public:
     void rename(ChatRoom& room, Presence::User& user, const std::string& name) {
         ChatEntry entry = entry_of(ChatEntry::Kind::rename, room, user.who.name);
         entry.text = name;
-        const auto mute = mutes_.find(mute_key(room, author_of(user)));
-        const Time until = mute == mutes_.end() ? Time() : mute->second;
-        if (mute != mutes_.end()) mutes_.erase(mute);
+        const std::string muted = mute_key(room, author_of(user));
+        const Time* mute = mutes_.find(muted);
+        const Time until = mute == nullptr ? Time() : *mute;
+        mutes_.erase(muted);
         room.presence().rename(user, name);
-        if (until > now()) mutes_[mute_key(room, author_of(user))] = until;
+        if (until > now()) mutes_.make(mute_key(room, author_of(user))) = until;
         pass(std::move(entry));
     }
 
@@ -8103,7 +8176,7 @@ public:
     }
 
 private:
-    using Deadlines = std::map<std::string, Time>;
+    using Deadlines = Named<Time>;
 
     static std::int64_t unix_ms() {
         using namespace std::chrono;
@@ -8116,15 +8189,12 @@ private:
 
     static std::string mute_key(const ChatRoom& room, const std::string& author) { return room.name() + '\n' + author; }
     bool holds(Deadlines& deadlines, const std::string& key) {
-        const auto found = deadlines.find(key);
-        if (found == deadlines.end()) return false;
-        if (found->second > now()) return true;
-        deadlines.erase(found);
-        return false;
+        const Time* deadline = deadlines.find(key);
+        return deadline != nullptr && *deadline > now();
     }
     void set(Deadlines& deadlines, const std::string& key, Duration duration) {
-        for (auto it = deadlines.begin(); it != deadlines.end();) it = it->second <= now() ? deadlines.erase(it) : ++it;
-        if (duration > Duration::zero()) deadlines[key] = later(now(), duration);
+        deadlines.erase_if([this](Time deadline) { return deadline <= now(); });
+        if (duration > Duration::zero()) deadlines.make(key) = later(now(), duration);
         else deadlines.erase(key);
     }
 
@@ -8149,15 +8219,12 @@ private:
         if (std::exchange(tidying_, true)) return;
         server_.loop().post([this] {
             tidying_ = false;
-            for (auto it = rooms_.begin(); it != rooms_.end();)
-                it = it->second->presence().empty() ? rooms_.erase(it) : ++it;
+            rooms_.erase_if([](ChatRoom& room) { return room.presence().empty(); });
         });
     }
     void forget_addresses() {
-        for (auto it = addresses_.begin(); it != addresses_.end();) {
-            const bool idle = it->second.connections == 0 && it->second.meter.full(limits.address, now());
-            it = idle ? addresses_.erase(it) : ++it;
-        }
+        addresses_.erase_if(
+            [this](Address& address) { return address.connections == 0 && address.meter.full(limits.address, now()); });
         forget_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -8168,16 +8235,13 @@ private:
     inline void on_said(const ChatEntry& entry);
     inline void on_whisper(const ChatEntry& entry);
     inline void on_user(const ChatEntry& entry);
-    ChatHandler* handler(std::uint64_t serial) const {
-        const auto found = connections_.find(serial);
-        return found == connections_.end() ? nullptr : found->second;
-    }
+    ChatHandler* handler(std::uint64_t serial) const { return connections_.find(name_of(serial)); }
 
     Server& server_;
-    std::map<std::string, std::unique_ptr<ChatRoom>> rooms_;
-    std::unordered_map<std::uint64_t, ChatHandler*> connections_;
+    Named<ChatRoom> rooms_;
+    Named<ChatHandler> connections_;  // by number
     std::uint64_t serial_;
-    std::map<std::string, Address> addresses_;
+    Named<Address> addresses_;
     std::size_t forget_at_ = 1024;
     Deadlines bans_, mutes_;
     bool tidying_ = false;
@@ -8702,14 +8766,14 @@ inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     const std::string whom(address_or_name);
     const bool address = whom == "unix" || IpAddress::parse(whom).has_value();
     set(bans_, address ? "address " + share_of(whom) : "name " + Presence::folded(whom), duration);
-    for (const auto& entry : rooms_) {
-        const Presence::User* user = address ? nullptr : entry.second->presence().find(whom);
+    for (const auto& [name, room] : rooms_) {
+        const Presence::User* user = address ? nullptr : room.presence().find(whom);
         if (user != nullptr && !user->identity.empty()) set(bans_, "identity " + user->identity, duration);
-        if (user != nullptr && duration > Duration::zero()) entry.second->kick(whom, "You are banned.");
+        if (user != nullptr && duration > Duration::zero()) room.kick(whom, "You are banned.");
     }
     if (!address || duration <= Duration::zero()) return;
-    for (const auto& entry : connections_)
-        if (share_of(entry.second->remote_address()) == share_of(whom)) entry.second->dismiss("You are banned.");
+    for (const auto& [number, handler] : connections_)
+        if (share_of(handler.remote_address()) == share_of(whom)) handler.dismiss("You are banned.");
 }
 
 inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
