@@ -1024,6 +1024,7 @@ public:
         Tree::const_iterator at_;
     };
 
+    Thing& front() const { return thing_of(tree_.begin()->second); }
     Iterator begin() const { return Iterator(tree_.begin()); }
     Iterator end() const { return Iterator(tree_.end()); }
     std::size_t size() const { return tree_.size(); }
@@ -1038,8 +1039,13 @@ public:
     template <class... Arguments>
     Thing& make(std::string_view name, Arguments&&... arguments) {
         if (Thing* known = find(name)) return *known;
-        Owned made(new Thing(std::forward<Arguments>(arguments)...), [](void* t) { delete static_cast<Thing*>(t); });
+        Owned made(new Thing{std::forward<Arguments>(arguments)...}, [](void* t) { delete static_cast<Thing*>(t); });
         return thing_of(tree_.emplace(name, std::move(made)).first->second);
+    }
+    // One more, by its number: where none is erased, things stand in the order in which they were added.
+    template <class... Arguments>
+    Thing& add(Arguments&&... arguments) {
+        return make(name_of(size()), std::forward<Arguments>(arguments)...);
     }
     // One that somebody else owns.
     void refer(std::string_view name, Thing& thing) {
@@ -1059,6 +1065,7 @@ public:
         tree_.erase(found);
         return true;
     }
+    void clear() { tree_.clear(); }
     template <class Predicate>
     void erase_if(Predicate&& predicate) {
         for (auto it = tree_.begin(); it != tree_.end();) it = predicate(thing_of(it->second)) ? tree_.erase(it) : ++it;
@@ -6180,10 +6187,9 @@ public:
     }
     Route& add_route(std::string_view pattern, Route::Factory factory) {
         Pattern parsed("route", pattern);
-        for (const auto& route : routes_)
-            if (route->pattern() == parsed) throw Error("route \"" + std::string(pattern) + "\": given twice");
-        routes_.push_back(std::make_unique<Route>(std::move(parsed), std::move(factory)));
-        return *routes_.back();
+        for (const auto& [number, route] : routes_)
+            if (route.pattern() == parsed) throw Error("route \"" + std::string(pattern) + "\": given twice");
+        return routes_.add(std::move(parsed), std::move(factory));
     }
 
     // A small answer, made by a function for each GET or HEAD. An exception out of it is a 500.
@@ -6258,15 +6264,15 @@ public:
     // Reads the certificates of all listeners anew; who is connected stays so. An Error where a file is not right; that
     // listener then keeps what it has.
     void reload_certificates() {
-        for (const auto& listener : listeners_) listener->reload();
+        for (const auto& [number, listener] : listeners_) listener.reload();
     }
     // Of the first listener.
-    int port() const { return listeners_.empty() ? 0 : listeners_.front()->address().port; }
+    int port() const { return listeners_.empty() ? 0 : listeners_.front().address().port; }
     // "http://127.0.0.1:8888/" or "https://...", of the first listener.
     std::string url() const {
         if (listeners_.empty()) return {};
-        const ListenAddress& address = listeners_.front()->address();
-        const std::string scheme = listeners_.front()->secure() ? "https://" : "http://";
+        const ListenAddress& address = listeners_.front().address();
+        const std::string scheme = listeners_.front().secure() ? "https://" : "http://";
         return address.unix_path.empty() ? scheme + address.to_string() + "/" : address.to_string();
     }
 
@@ -6786,13 +6792,13 @@ private:
 
         // Of a list of entries with patterns the one that is meant by the path, or null.
         template <class Entry>
-        static const Entry* best(const std::vector<std::unique_ptr<Entry>>& entries, std::string_view path,
+        static const Entry* best(const Named<Entry>& entries, std::string_view path,
                                  std::optional<Pattern::Match>& match) {
             const Entry* found = nullptr;
-            for (const auto& entry : entries) {
-                if (found != nullptr && found->pattern().rank() >= entry->pattern().rank()) continue;
-                if (auto matched = entry->pattern().match(path)) {
-                    found = entry.get();
+            for (const auto& [number, entry] : entries) {
+                if (found != nullptr && found->pattern().rank() >= entry.pattern().rank()) continue;
+                if (auto matched = entry.pattern().match(path)) {
+                    found = &entry;
                     match = std::move(matched);
                 }
             }
@@ -7181,10 +7187,10 @@ private:
     };
 
     void add_listener(std::string_view address, std::shared_ptr<TransportFactory> transports) {
-        listeners_.push_back(std::make_unique<Listener>(*this, ListenAddress::parse(address), options_.reuse_port,
-                                                        std::move(transports)));
+        const Listener& added =
+            listeners_.add(*this, ListenAddress::parse(address), options_.reuse_port, std::move(transports));
         handle_signals();
-        log(LogLevel::debug, "listening", {{"address", listeners_.back()->address().to_string()}});
+        log(LogLevel::debug, "listening", {{"address", added.address().to_string()}});
     }
 
     // Takes a connection in, or turns it away with a 503.
@@ -7387,7 +7393,7 @@ private:
     void begin_shutdown(Duration deadline) {
         const bool first = !std::exchange(draining_, true);
         const std::size_t connections = sessions_.size();
-        if (first) closed_listeners_.swap(listeners_);
+        if (first) std::swap(closed_listeners_, listeners_);
         for (std::size_t i = sessions_.size(); i-- > 0;)
             if (i < sessions_.size()) sessions_[i]->shut_down();
         try {
@@ -7442,9 +7448,9 @@ private:
         const Pattern& pattern() const { return path; }
     };
     void add_page(Pattern pattern, Page answer) {
-        for (const auto& page : pages_)
-            if (page->path == pattern) throw Error("page \"" + pattern.text() + "\": given twice");
-        pages_.push_back(std::make_unique<PageEntry>(PageEntry{std::move(pattern), std::move(answer)}));
+        for (const auto& [number, page] : pages_)
+            if (page.path == pattern) throw Error("page \"" + pattern.text() + "\": given twice");
+        pages_.add(std::move(pattern), std::move(answer));
     }
 
     static std::string find_file(const std::string& pattern, const std::string& path) {
@@ -7474,8 +7480,8 @@ private:
     Bytes receive_buffer_;
     std::array<std::string_view, Socket::max_pieces> pieces_;
     std::unique_ptr<SendBatch> batch_ = SendBatch::make();
-    std::vector<std::unique_ptr<Route>> routes_;
-    std::vector<std::unique_ptr<PageEntry>> pages_;
+    Named<Route> routes_;
+    Named<PageEntry> pages_;
     std::vector<std::string> origins_;
     std::vector<std::string> hosts_;
     std::vector<Cidr> trusted_proxies_;
@@ -7486,8 +7492,8 @@ private:
     };
     LogBucket log_buckets_[4];  // by level
 
-    std::vector<std::unique_ptr<Listener>> listeners_;
-    std::vector<std::unique_ptr<Listener>> closed_listeners_;  // destroyed at the end of the turn, which may know them
+    Named<Listener> listeners_;
+    Named<Listener> closed_listeners_;  // destroyed at the end of the turn, which may know them
     std::vector<std::unique_ptr<Session>> sessions_;
     AttendedList attended_;
     std::unique_ptr<Session> buried_;  // the first of those that are destroyed at the end of the turn
