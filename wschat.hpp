@@ -108,8 +108,10 @@
 
 #if defined(__GNUC__)
 #define WSCHAT_NOINLINE __attribute__((noinline))
+#define WSCHAT_COLD __attribute__((cold))  // set-up, pages, refusals, logs: rather small, and soon compiled, than fast
 #else
 #define WSCHAT_NOINLINE
+#define WSCHAT_COLD
 #endif
 
 // The two steps let the feature macros expand before they are pasted. All of it is undefined at the end of the file.
@@ -974,7 +976,7 @@ inline std::string escape_for_log(std::string_view value, std::size_t max = 200)
 }
 
 // `warning handler_exception peer="127.0.0.1" what="..."`: one line, escaped, without a line end.
-inline std::string to_string(const LogEntry& entry) {
+WSCHAT_COLD inline std::string to_string(const LogEntry& entry) {
     std::string line(to_string(entry.level));
     (line += ' ') += entry.event;
     for (const auto& [name, value] : entry.fields) {
@@ -1919,7 +1921,7 @@ inline Response upgrade_required(std::string sentence) {
 }
 
 // RFC 6455 4.2.1: the refusal of a request that wants an upgrade and may not have it, or nothing.
-inline std::optional<Response> refuse_upgrade(const Request& request) {
+WSCHAT_COLD inline std::optional<Response> refuse_upgrade(const Request& request) {
     const Fields fields = request.fields();
     if (request.method() != "GET") {
         Response refusal(405, "A WebSocket handshake is a GET request.\n");
@@ -4340,7 +4342,7 @@ struct ListenAddress {
     std::string unix_path;
 
     // An Error where the text is none of the forms above.
-    static ListenAddress parse(std::string_view text) {
+    WSCHAT_COLD static ListenAddress parse(std::string_view text) {
         ListenAddress address;
         const std::size_t colon = text.rfind(':');
         if (text::starts_with(text, "unix:")) {
@@ -4410,7 +4412,7 @@ private:
         throw Error(sentence);
     }
 
-    void listen_tcp(bool reuse_port) {
+    WSCHAT_COLD void listen_tcp(bool reuse_port) {
 #if defined(_WIN32)
         os::start();
 #endif
@@ -4467,7 +4469,7 @@ private:
         fail(error, call);
     }
 
-    void listen_unix() {
+    WSCHAT_COLD void listen_unix() {
 #if defined(_WIN32)
         throw Error("listen " + address_.to_string() + ": Unix sockets are not supported on Windows");
 #else
@@ -5590,14 +5592,14 @@ class Loop {
 public:
     using TimerId = std::uint64_t;
 
-    explicit Loop(Poller::Kind kind = Poller::Kind::automatic)
+    WSCHAT_COLD explicit Loop(Poller::Kind kind = Poller::Kind::automatic)
         : poller_(Poller::make(kind)), mailbox_(std::make_shared<LoopMailbox>()), waker_(*this), now_(Clock::now()) {
         if (!poller_->add(mailbox_->wake_up.descriptor(), waker_, true, false))
             throw Error("Loop: " + std::string(poller_->name()) + ": " + os::error_text(os::last_error()));
     }
     Loop(const Loop&) = delete;
     Loop& operator=(const Loop&) = delete;
-    ~Loop() { mailbox_->close(); }
+    WSCHAT_COLD ~Loop() { mailbox_->close(); }
 
     // Runs turns until stop().
     void run() {
@@ -5809,7 +5811,7 @@ public:
     };
 
     // An Error where the text is no pattern; `call` is named in it.
-    Pattern(const char* call, std::string_view pattern) : text_(pattern) {
+    WSCHAT_COLD Pattern(const char* call, std::string_view pattern) : text_(pattern) {
         const std::string quoted = std::string(call) + " \"" + std::string(pattern) + "\": ";
         if (!text::starts_with(pattern, "/")) throw Error(quoted + "a path begins with a slash");
         for (std::string& text : split(pattern)) {
@@ -5956,7 +5958,7 @@ private:
     std::int64_t modified_ns_ = 0;
 };
 
-inline std::string_view content_type(std::string_view name) {
+WSCHAT_COLD inline std::string_view content_type(std::string_view name) {
     constexpr std::pair<std::string_view, std::string_view> types[] = {
         {"html", "text/html; charset=utf-8"},
         {"htm", "text/html; charset=utf-8"},
@@ -6079,7 +6081,7 @@ struct Metrics {
 };
 
 // Metrics in the text format that Prometheus reads (version 0.0.4).
-inline std::string prometheus_text(const Metrics& metrics) {
+WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
     std::string text;
     const auto head = [&](const char* name, const char* type, const char* help) {
         ((((text += "# HELP wschat_") += name) += ' ') += help) += '\n';
@@ -6157,7 +6159,8 @@ private:
 
 class Server final : private HandlerHost {
 public:
-    explicit Server(ServerOptions options = {}) : options_(std::move(options)), loop_(options_.poller), rooms_(arena_) {
+    WSCHAT_COLD explicit Server(ServerOptions options = {})
+        : options_(std::move(options)), loop_(options_.poller), rooms_(arena_) {
         receive_buffer_.reserve(receive_size);
         loop_.at_turn_end([this] { return end_turn(); });
         loop_.on_signal([this](int) { on_signal(); });
@@ -6167,7 +6170,7 @@ public:
     Server(const Server&) = delete;
     Server& operator=(const Server&) = delete;
     // Connections that are still open end without a closing handshake; their on_close() is called.
-    ~Server() {
+    WSCHAT_COLD ~Server() {
         drop_all();
         dig();
     }
@@ -6513,7 +6516,7 @@ private:
         // ---- answers, for pages ------------------------------------------------------------------------------------
 
         // Queues an answer. Where there is no request, or one that asks for it, the connection ends after it.
-        void respond(const Response& response, const Request* request) {
+        WSCHAT_COLD void respond(const Response& response, const Request* request) {
             const bool body_allowed = response.status() != 204 && response.status() != 304;
             begin_response(response, request,
                            body_allowed ? std::optional<std::uint64_t>(response.body().size()) : std::nullopt);
@@ -6526,7 +6529,7 @@ private:
             respond(response, &request);
         }
 
-        void respond_file(File file, std::string_view type, const Request& request) {
+        WSCHAT_COLD void respond_file(File file, std::string_view type, const Request& request) {
             if (!file) {
                 server_.log(LogLevel::warning, "file_missing",
                             {{"path", request.path()}, {"cause", os::error_text(file.error())}});
@@ -6551,7 +6554,8 @@ private:
             return Response(404, "There is nothing at this path.\n");
         }
 
-        void respond_below(const std::string& root, std::vector<std::string> names, const Request& request) {
+        WSCHAT_COLD void respond_below(const std::string& root, std::vector<std::string> names,
+                                       const Request& request) {
             if (names.back().empty()) names.back() = "index.html";
             File file = File::beneath(root, names);
             // No path that begins with two slashes comes so far, so this leads nowhere else.
@@ -6722,7 +6726,7 @@ private:
             attend();
         }
 
-        void log_failure() {
+        WSCHAT_COLD void log_failure() {
             ++server_.metrics_.tls_failures;
             if (server_.log_)
                 server_.log(LogLevel::info, "tls_failed",
@@ -6731,7 +6735,7 @@ private:
 
         // The encryption has failed before there was a WebSocket. Whoever began in plain text is answered so; anybody
         // else has got an alert, which is not to be destroyed by a reset.
-        void go_on_plainly() {
+        WSCHAT_COLD void go_on_plainly() {
             const bool plain_text = transport_->plain_text();
             transport_.reset();
             blocked_ = false;
@@ -6765,7 +6769,7 @@ private:
             if (!bytes.empty() && phase_ == Phase::http && http_->keep_alive) http_->pending.append(bytes);
         }
 
-        void answer(Request request, std::string_view rest) {
+        WSCHAT_COLD void answer(Request request, std::string_view rest) {
             ++server_.metrics_.requests;
             if (transport_) request.set_secure(transport_->peer_name());
             if (server_.draining_) return respond_last(Response(503, "The server is shutting down.\n"), request);
@@ -6934,7 +6938,7 @@ private:
             return server_.compression_pool_->accept(offers, *options);
         }
 
-        void refuse(const Response& response, const Request& request) {
+        WSCHAT_COLD void refuse(const Response& response, const Request& request) {
             if (server_.log_)
                 server_.log(LogLevel::info, "refused",
                             {{"status", std::to_string(response.status())},
@@ -7066,7 +7070,7 @@ private:
             handler_.reset();
         }
 
-        void log_close() {
+        WSCHAT_COLD void log_close() {
             if (!server_.log_) return;
             const CloseCause cause = connection().close_cause();
             const bool news = cause == CloseCause::protocol_error || cause == CloseCause::backlog;
@@ -7186,7 +7190,7 @@ private:
         std::shared_ptr<TransportFactory> transports_;  // null where the connections are plain
     };
 
-    void add_listener(std::string_view address, std::shared_ptr<TransportFactory> transports) {
+    WSCHAT_COLD void add_listener(std::string_view address, std::shared_ptr<TransportFactory> transports) {
         const Listener& added =
             listeners_.add(*this, ListenAddress::parse(address), options_.reuse_port, std::move(transports));
         handle_signals();
@@ -7207,7 +7211,7 @@ private:
         sessions_.push_back(std::move(made));
         session.start(full);
     }
-    Response too_many() {
+    WSCHAT_COLD Response too_many() {
         ++metrics_.connections_refused;
         log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
         return std::move(Response(503, "There are too many connections.\n").set_header("Retry-After", "10"));
@@ -7390,7 +7394,7 @@ private:
         else begin_shutdown(std::chrono::seconds(5));
     }
 
-    void begin_shutdown(Duration deadline) {
+    WSCHAT_COLD void begin_shutdown(Duration deadline) {
         const bool first = !std::exchange(draining_, true);
         const std::size_t connections = sessions_.size();
         if (first) std::swap(closed_listeners_, listeners_);
@@ -7432,7 +7436,7 @@ private:
         return true;
     }
     // Throws nothing: it is what catch blocks call, for want of memory too.
-    void report_exception(const char* where, const char* what, const IpAddress* peer) noexcept {
+    WSCHAT_COLD void report_exception(const char* where, const char* what, const IpAddress* peer) noexcept {
         ++metrics_.handler_exceptions;
         try {
             log(LogLevel::error, "exception", {{"in", where}, {"what", what}, {"peer", peer ? peer->to_string() : ""}});
@@ -7447,13 +7451,13 @@ private:
         Page answer;
         const Pattern& pattern() const { return path; }
     };
-    void add_page(Pattern pattern, Page answer) {
+    WSCHAT_COLD void add_page(Pattern pattern, Page answer) {
         for (const auto& [number, page] : pages_)
             if (page.path == pattern) throw Error("page \"" + pattern.text() + "\": given twice");
         pages_.add(std::move(pattern), std::move(answer));
     }
 
-    static std::string find_file(const std::string& pattern, const std::string& path) {
+    WSCHAT_COLD static std::string find_file(const std::string& pattern, const std::string& path) {
         File file(path);
         std::string found = path;
         const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
@@ -9313,6 +9317,7 @@ private:
 #endif
 
 #undef WSCHAT_NOINLINE
+#undef WSCHAT_COLD
 #undef WSCHAT_ABI
 #undef WSCHAT_ABI_NAME
 #undef WSCHAT_ABI_PASTE
