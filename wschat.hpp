@@ -108,8 +108,10 @@
 
 #if defined(__GNUC__)
 #define WSCHAT_NOINLINE __attribute__((noinline))
+#define WSCHAT_COLD __attribute__((cold))  // set-up, pages, refusals, logs: rather small, and soon compiled, than fast
 #else
 #define WSCHAT_NOINLINE
+#define WSCHAT_COLD
 #endif
 
 // The two steps let the feature macros expand before they are pasted. All of it is undefined at the end of the file.
@@ -303,7 +305,10 @@ struct LogEntry {
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
+#include <map>
+#include <memory>
 #include <new>
 #include <type_traits>
 
@@ -971,7 +976,7 @@ inline std::string escape_for_log(std::string_view value, std::size_t max = 200)
 }
 
 // `warning handler_exception peer="127.0.0.1" what="..."`: one line, escaped, without a line end.
-inline std::string to_string(const LogEntry& entry) {
+WSCHAT_COLD inline std::string to_string(const LogEntry& entry) {
     std::string line(to_string(entry.level));
     (line += ' ') += entry.event;
     for (const auto& [name, value] : entry.fields) {
@@ -985,6 +990,94 @@ inline std::string to_string(const LogEntry& entry) {
 inline void log_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_string(entry).c_str());
 }
+
+// ---- things by name ------------------------------------------------------------------------------------------------
+
+// A number as a name: eight bytes, which no string needs memory for, the highest first.
+inline std::string name_of(std::uint64_t number) {
+    std::string name(8, '\0');
+    for (std::size_t i = 8; i-- > 0; number >>= 8) name[i] = static_cast<char>(number & 0xFF);
+    return name;
+}
+
+// Things of one kind by their names, in the order of these. All kinds share one kind of tree: a std::map of each would be
+// what compiling this file costs most.
+template <class Thing>
+class Named {
+    using Owned = std::unique_ptr<void, void (*)(void*)>;
+    using Tree = std::map<std::string, Owned, std::less<>>;
+
+public:
+    struct Entry {
+        const std::string& name;
+        Thing& thing;
+    };
+    class Iterator {
+    public:
+        explicit Iterator(Tree::const_iterator at) : at_(at) {}
+        Entry operator*() const { return {at_->first, thing_of(at_->second)}; }
+        Iterator& operator++() {
+            ++at_;
+            return *this;
+        }
+        friend bool operator!=(const Iterator& a, const Iterator& b) { return a.at_ != b.at_; }
+
+    private:
+        Tree::const_iterator at_;
+    };
+
+    Thing& front() const { return thing_of(tree_.begin()->second); }
+    Iterator begin() const { return Iterator(tree_.begin()); }
+    Iterator end() const { return Iterator(tree_.end()); }
+    std::size_t size() const { return tree_.size(); }
+    bool empty() const { return tree_.empty(); }
+
+    // Null where there is none.
+    Thing* find(std::string_view name) const {
+        const auto found = tree_.find(name);
+        return found == tree_.end() ? nullptr : &thing_of(found->second);
+    }
+    // The one of that name, made of the arguments where there is none.
+    template <class... Arguments>
+    Thing& make(std::string_view name, Arguments&&... arguments) {
+        if (Thing* known = find(name)) return *known;
+        Owned made(new Thing{std::forward<Arguments>(arguments)...}, [](void* t) { delete static_cast<Thing*>(t); });
+        return thing_of(tree_.emplace(name, std::move(made)).first->second);
+    }
+    // One more, by its number: where none is erased, things stand in the order in which they were added.
+    template <class... Arguments>
+    Thing& add(Arguments&&... arguments) {
+        return make(name_of(size()), std::forward<Arguments>(arguments)...);
+    }
+    // One that somebody else owns.
+    void refer(std::string_view name, Thing& thing) {
+        tree_.emplace(name, Owned(&thing, [](void*) {}));
+    }
+    // Nothing where there is none of that name, or the new one is taken.
+    void rename(std::string_view name, std::string_view new_name) {
+        const auto old = tree_.find(name);
+        if (old == tree_.end() || find(new_name) != nullptr) return;
+        tree_.emplace(new_name, Owned(nullptr, nullptr)).first->second.swap(old->second);
+        tree_.erase(old);
+    }
+    // False where there was none.
+    bool erase(std::string_view name) {
+        const auto found = tree_.find(name);
+        if (found == tree_.end()) return false;
+        tree_.erase(found);
+        return true;
+    }
+    void clear() { tree_.clear(); }
+    template <class Predicate>
+    void erase_if(Predicate&& predicate) {
+        for (auto it = tree_.begin(); it != tree_.end();) it = predicate(thing_of(it->second)) ? tree_.erase(it) : ++it;
+    }
+
+private:
+    static Thing& thing_of(const Owned& owned) { return *static_cast<Thing*>(owned.get()); }
+
+    Tree tree_;
+};
 
 }  // namespace WSCHAT_ABI
 }  // namespace wschat
@@ -1267,7 +1360,7 @@ inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view pay
 
 #include <algorithm>
 #include <ctime>
-#include <memory>
+#include <deque>
 #include <optional>
 
 namespace wschat {
@@ -1828,7 +1921,7 @@ inline Response upgrade_required(std::string sentence) {
 }
 
 // RFC 6455 4.2.1: the refusal of a request that wants an upgrade and may not have it, or nothing.
-inline std::optional<Response> refuse_upgrade(const Request& request) {
+WSCHAT_COLD inline std::optional<Response> refuse_upgrade(const Request& request) {
     const Fields fields = request.fields();
     if (request.method() != "GET") {
         Response refusal(405, "A WebSocket handshake is a GET request.\n");
@@ -3125,8 +3218,6 @@ private:
 // ====================================================================================================================
 
 #include <cassert>
-#include <functional>
-#include <memory>
 
 namespace wschat {
 inline namespace WSCHAT_ABI {
@@ -3423,8 +3514,6 @@ inline bool HandlerRef::close(CloseCode code, std::string reason) const {
 // nothing of what members say to one another.
 // ====================================================================================================================
 
-#include <unordered_map>
-
 namespace wschat {
 inline namespace WSCHAT_ABI {
 
@@ -3549,24 +3638,20 @@ public:
     Rooms& operator=(const Rooms&) = delete;
 
     Room& operator[](std::string_view name) {
-        const auto found = rooms_.find(name);
-        if (found != rooms_.end()) return *found->second;
-        auto room = std::make_unique<Room>(std::string(name), *this);
-        Room& made = *room;
-        rooms_.emplace(std::string_view(made.name()), std::move(room));
+        if (Room* room = rooms_.find(name)) return *room;
+        Room& made = rooms_.make(name, std::string(name), *this);
         may_be_empty(made);
         return made;
     }
     // Null where nobody is in such a room.
     Room* find(std::string_view name) const {
-        const auto found = rooms_.find(name);
-        return found == rooms_.end() || found->second->empty() ? nullptr : found->second.get();
+        Room* room = rooms_.find(name);
+        return room == nullptr || room->empty() ? nullptr : room;
     }
     std::size_t size() const { return rooms_.size(); }
-    // In no order.
     std::vector<std::string> names() const {
         std::vector<std::string> result;
-        for (const auto& entry : rooms_) result.push_back(entry.second->name());
+        for (const auto& [name, room] : rooms_) result.push_back(name);
         return result;
     }
     SendArena& arena() { return arena_; }
@@ -3584,7 +3669,7 @@ public:
             Room& room = *to_prune_;
             to_prune_ = room.next_to_prune_;
             room.to_prune_ = false;
-            if (room.empty()) rooms_.erase(rooms_.find(room.name()));
+            if (room.empty()) rooms_.erase(room.name());
         }
     }
 
@@ -3596,7 +3681,7 @@ private:
     }
 
     SendArena& arena_;
-    std::unordered_map<std::string_view, std::unique_ptr<Room>> rooms_;  // a key is its room's own name
+    Named<Room> rooms_;
     Room* to_prune_ = nullptr;  // the first of a chain, which takes no memory: a handler's end can not fail
 };
 
@@ -4266,7 +4351,7 @@ struct ListenAddress {
     std::string unix_path;
 
     // An Error where the text is none of the forms above.
-    static ListenAddress parse(std::string_view text) {
+    WSCHAT_COLD static ListenAddress parse(std::string_view text) {
         ListenAddress address;
         const std::size_t colon = text.rfind(':');
         if (text::starts_with(text, "unix:")) {
@@ -4336,7 +4421,7 @@ private:
         throw Error(sentence);
     }
 
-    void listen_tcp(bool reuse_port) {
+    WSCHAT_COLD void listen_tcp(bool reuse_port) {
 #if defined(_WIN32)
         os::start();
 #endif
@@ -4394,7 +4479,7 @@ private:
         fail(error, call);
     }
 
-    void listen_unix() {
+    WSCHAT_COLD void listen_unix() {
 #if defined(_WIN32)
         throw Error("listen " + address_.to_string() + ": Unix sockets are not supported on Windows");
 #else
@@ -4527,30 +4612,23 @@ class PollPoller final : public Poller {
 public:
     const char* name() const override { return "poll"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        // The one thing here that may want memory and change something comes first.
+        // Both lists take it, or neither.
         if (entries_.size() == entries_.capacity()) entries_.reserve(2 * entries_.size() + 16);
         owners_.reserve(entries_.capacity());
-        index_[descriptor] = entries_.size();
-        entries_.push_back({descriptor, events(read, write), 0});
-        owners_.push_back(&owner);
+        const std::ptrdiff_t at = place(descriptor);
+        entries_.insert(entries_.begin() + at, {descriptor, events(read, write), 0});
+        owners_.insert(owners_.begin() + at, &owner);
         return true;
     }
     bool change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
-        entries_[index_.at(descriptor)].events = events(read, write);
+        entries_.begin()[place(descriptor)].events = events(read, write);
         return true;
     }
     void remove(os::Descriptor descriptor) override {
-        const auto found = index_.find(descriptor);
-        if (found == index_.end()) return;  // add() has failed
-        const std::size_t at = found->second;
-        index_.erase(found);
-        if (at + 1 != entries_.size()) {
-            entries_[at] = entries_.back();
-            owners_[at] = owners_.back();
-            index_[entries_[at].fd] = at;
-        }
-        entries_.pop_back();
-        owners_.pop_back();
+        const auto entry = entries_.begin() + place(descriptor);
+        if (entry == entries_.end() || entry->fd != descriptor) return;  // add() has failed
+        owners_.erase(owners_.begin() + (entry - entries_.begin()));
+        entries_.erase(entry);
     }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
@@ -4567,10 +4645,14 @@ private:
     static short events(bool read, bool write) {
         return static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0));
     }
+    // Where it stands or belongs.
+    std::ptrdiff_t place(os::Descriptor descriptor) const {
+        const auto before = [](const os::Pollfd& entry, os::Descriptor sought) { return entry.fd < sought; };
+        return std::lower_bound(entries_.begin(), entries_.end(), descriptor, before) - entries_.begin();
+    }
 
-    std::vector<os::Pollfd> entries_;
+    std::vector<os::Pollfd> entries_;  // by descriptor: every call of poll() costs more than moving them
     std::vector<Pollable*> owners_;
-    std::unordered_map<os::Descriptor, std::size_t> index_;
 };
 
 #if defined(__linux__)
@@ -5521,14 +5603,14 @@ class Loop {
 public:
     using TimerId = std::uint64_t;
 
-    explicit Loop(Poller::Kind kind = Poller::Kind::automatic)
+    WSCHAT_COLD explicit Loop(Poller::Kind kind = Poller::Kind::automatic)
         : poller_(Poller::make(kind)), mailbox_(std::make_shared<LoopMailbox>()), waker_(*this), now_(Clock::now()) {
         if (!poller_->add(mailbox_->wake_up.descriptor(), waker_, true, false))
             throw Error("Loop: " + std::string(poller_->name()) + ": " + os::error_text(os::last_error()));
     }
     Loop(const Loop&) = delete;
     Loop& operator=(const Loop&) = delete;
-    ~Loop() { mailbox_->close(); }
+    WSCHAT_COLD ~Loop() { mailbox_->close(); }
 
     // Runs turns until stop().
     void run() {
@@ -5557,7 +5639,7 @@ public:
         return add_call(interval, interval, std::move(call));
     }
     // False where the call was made or cancelled already.
-    bool cancel(TimerId id) { return calls_.erase(id) != 0; }
+    bool cancel(TimerId id) { return calls_.erase(name_of(id)); }
 
     // The time of this turn.
     Time now() const { return now_; }
@@ -5627,15 +5709,20 @@ private:
     // A call that a user asked for.
     class Call final : public Timer {
     public:
-        Call(Loop& loop, TimerId id, Duration interval, std::function<void()> call)
-            : loop_(loop), id_(id), interval_(interval), call_(std::move(call)) {}
+        Call(Loop& loop, TimerId id, Time due, Duration interval, std::function<void()> call)
+            : loop_(loop), id_(id), interval_(interval), call_(std::move(call)) {
+            loop_.timers_.schedule(*this, due);
+        }
         ~Call() { loop_.timers_.cancel(*this); }
         void on_timer(Time now) override {
-            // The call may cancel itself, so it is held here while it runs.
-            const auto self = loop_.calls_.at(id_);
-            if (interval_ == Duration::zero()) loop_.calls_.erase(id_);
-            else loop_.timers_.schedule(*this, (std::max)(due() + interval_, now + Duration(1)));
-            loop_.guarded("timer", call_);
+            // The call may cancel itself, and this is no more then.
+            Loop& loop = loop_;
+            const std::string id = name_of(id_);
+            std::function<void()> call = std::move(call_);
+            if (interval_ == Duration::zero()) loop.calls_.erase(id);
+            else loop.timers_.schedule(*this, (std::max)(due() + interval_, now + Duration(1)));
+            loop.guarded("timer", call);
+            if (Call* still = loop.calls_.find(id)) still->call_ = std::move(call);
         }
 
     private:
@@ -5653,9 +5740,7 @@ private:
 
     TimerId add_call(Duration delay, Duration interval, std::function<void()> call) {
         const TimerId id = ++last_call_;
-        const auto added = std::make_shared<Call>(*this, id, interval, std::move(call));
-        timers_.schedule(*added, later(Clock::now(), delay));
-        calls_.emplace(id, added);
+        calls_.make(name_of(id), *this, id, later(Clock::now(), delay), interval, std::move(call));
         return id;
     }
 
@@ -5698,7 +5783,7 @@ private:
     std::shared_ptr<LoopMailbox> mailbox_;
     Waker waker_;
     Timers timers_;
-    std::unordered_map<TimerId, std::shared_ptr<Call>> calls_;
+    Named<Call> calls_;  // by number
     TimerId last_call_ = 0;
     std::vector<Poller::Ready> ready_;
     Time now_;
@@ -5720,7 +5805,6 @@ private:
 // and flushes. The one section that knows of everything above.
 // ====================================================================================================================
 
-#include <map>
 #include <tuple>
 
 namespace wschat {
@@ -5738,7 +5822,7 @@ public:
     };
 
     // An Error where the text is no pattern; `call` is named in it.
-    Pattern(const char* call, std::string_view pattern) : text_(pattern) {
+    WSCHAT_COLD Pattern(const char* call, std::string_view pattern) : text_(pattern) {
         const std::string quoted = std::string(call) + " \"" + std::string(pattern) + "\": ";
         if (!text::starts_with(pattern, "/")) throw Error(quoted + "a path begins with a slash");
         for (std::string& text : split(pattern)) {
@@ -5886,7 +5970,7 @@ private:
     std::int64_t modified_ns_ = 0;
 };
 
-inline std::string_view content_type(std::string_view name) {
+WSCHAT_COLD inline std::string_view content_type(std::string_view name) {
     constexpr std::pair<std::string_view, std::string_view> types[] = {
         {"html", "text/html; charset=utf-8"},
         {"htm", "text/html; charset=utf-8"},
@@ -5946,6 +6030,44 @@ inline std::string beside(std::string_view source_file, std::string_view name) {
 
 // ---- the server ----------------------------------------------------------------------------------------------------
 
+// How often each of some numbers has come, in their order. Keys are ints and enumerators of all kinds, and the bodies the
+// same for all.
+class Counters {
+public:
+    struct Entry {
+        int key;
+        std::uint64_t count;
+    };
+
+    bool empty() const { return entries_.empty(); }
+    std::vector<Entry>::const_iterator begin() const { return entries_.begin(); }
+    std::vector<Entry>::const_iterator end() const { return entries_.end(); }
+
+protected:
+    std::uint64_t& counter(int key) {
+        auto at = entries_.begin();
+        while (at != entries_.end() && at->key < key) ++at;
+        if (at == entries_.end() || at->key != key) at = entries_.insert(at, {key, 0});
+        return at->count;
+    }
+    std::uint64_t value(int key) const {
+        for (const Entry& entry : entries_)
+            if (entry.key == key) return entry.count;
+        return 0;
+    }
+
+private:
+    std::vector<Entry> entries_;
+};
+
+template <class Key>
+class CountersOf : public Counters {
+public:
+    std::uint64_t& operator[](Key key) { return counter(static_cast<int>(key)); }
+    // 0 where it has not come yet.
+    std::uint64_t at(Key key) const { return value(static_cast<int>(key)); }
+};
+
 // Counters since the start, and what is open now. Messages and bytes are payloads and octets on sockets.
 struct Metrics {
     std::uint64_t connections_accepted = 0;
@@ -5965,13 +6087,13 @@ struct Metrics {
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
     std::uint64_t rooms = 0;
-    std::map<int, std::uint64_t> responses;          // by HTTP status
-    std::map<CloseCause, std::uint64_t> closed;      // WebSocket connections, by cause
-    std::map<CloseCode, std::uint64_t> close_codes;  // and by code
+    CountersOf<int> responses;          // by HTTP status
+    CountersOf<CloseCause> closed;      // WebSocket connections, by cause
+    CountersOf<CloseCode> close_codes;  // and by code
 };
 
 // Metrics in the text format that Prometheus reads (version 0.0.4).
-inline std::string prometheus_text(const Metrics& metrics) {
+WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
     std::string text;
     const auto head = [&](const char* name, const char* type, const char* help) {
         ((((text += "# HELP wschat_") += name) += ' ') += help) += '\n';
@@ -6008,10 +6130,10 @@ inline std::string prometheus_text(const Metrics& metrics) {
         line("responses_total{status=\"" + std::to_string(status) + "\"}", count);
     head("closed_total", "counter", "WebSocket connections closed, by cause.");
     for (const auto& [cause, count] : metrics.closed)
-        line("closed_total{cause=\"" + std::string(to_string(cause)) + "\"}", count);
+        line("closed_total{cause=\"" + std::string(to_string(static_cast<CloseCause>(cause))) + "\"}", count);
     head("close_codes_total", "counter", "WebSocket connections closed, by close code.");
     for (const auto& [code, count] : metrics.close_codes)
-        line("close_codes_total{code=\"" + std::to_string(number(code)) + "\"}", count);
+        line("close_codes_total{code=\"" + std::to_string(code) + "\"}", count);
     return text;
 }
 
@@ -6049,7 +6171,8 @@ private:
 
 class Server final : private HandlerHost {
 public:
-    explicit Server(ServerOptions options = {}) : options_(std::move(options)), loop_(options_.poller), rooms_(arena_) {
+    WSCHAT_COLD explicit Server(ServerOptions options = {})
+        : options_(std::move(options)), loop_(options_.poller), rooms_(arena_) {
         receive_buffer_.reserve(receive_size);
         loop_.at_turn_end([this] { return end_turn(); });
         loop_.on_signal([this](int) { on_signal(); });
@@ -6059,7 +6182,7 @@ public:
     Server(const Server&) = delete;
     Server& operator=(const Server&) = delete;
     // Connections that are still open end without a closing handshake; their on_close() is called.
-    ~Server() {
+    WSCHAT_COLD ~Server() {
         drop_all();
         dig();
     }
@@ -6079,10 +6202,9 @@ public:
     }
     Route& add_route(std::string_view pattern, Route::Factory factory) {
         Pattern parsed("route", pattern);
-        for (const auto& route : routes_)
-            if (route->pattern() == parsed) throw Error("route \"" + std::string(pattern) + "\": given twice");
-        routes_.push_back(std::make_unique<Route>(std::move(parsed), std::move(factory)));
-        return *routes_.back();
+        for (const auto& [number, route] : routes_)
+            if (route.pattern() == parsed) throw Error("route \"" + std::string(pattern) + "\": given twice");
+        return routes_.add(std::move(parsed), std::move(factory));
     }
 
     // A small answer, made by a function for each GET or HEAD. An exception out of it is a 500.
@@ -6157,15 +6279,15 @@ public:
     // Reads the certificates of all listeners anew; who is connected stays so. An Error where a file is not right; that
     // listener then keeps what it has.
     void reload_certificates() {
-        for (const auto& listener : listeners_) listener->reload();
+        for (const auto& [number, listener] : listeners_) listener.reload();
     }
     // Of the first listener.
-    int port() const { return listeners_.empty() ? 0 : listeners_.front()->address().port; }
+    int port() const { return listeners_.empty() ? 0 : listeners_.front().address().port; }
     // "http://127.0.0.1:8888/" or "https://...", of the first listener.
     std::string url() const {
         if (listeners_.empty()) return {};
-        const ListenAddress& address = listeners_.front()->address();
-        const std::string scheme = listeners_.front()->secure() ? "https://" : "http://";
+        const ListenAddress& address = listeners_.front().address();
+        const std::string scheme = listeners_.front().secure() ? "https://" : "http://";
         return address.unix_path.empty() ? scheme + address.to_string() + "/" : address.to_string();
     }
 
@@ -6406,7 +6528,7 @@ private:
         // ---- answers, for pages ------------------------------------------------------------------------------------
 
         // Queues an answer. Where there is no request, or one that asks for it, the connection ends after it.
-        void respond(const Response& response, const Request* request) {
+        WSCHAT_COLD void respond(const Response& response, const Request* request) {
             const bool body_allowed = response.status() != 204 && response.status() != 304;
             begin_response(response, request,
                            body_allowed ? std::optional<std::uint64_t>(response.body().size()) : std::nullopt);
@@ -6419,7 +6541,7 @@ private:
             respond(response, &request);
         }
 
-        void respond_file(File file, std::string_view type, const Request& request) {
+        WSCHAT_COLD void respond_file(File file, std::string_view type, const Request& request) {
             if (!file) {
                 server_.log(LogLevel::warning, "file_missing",
                             {{"path", request.path()}, {"cause", os::error_text(file.error())}});
@@ -6453,7 +6575,8 @@ private:
             }
         }
 
-        void respond_below(const std::string& root, std::vector<std::string> names, const Request& request) {
+        WSCHAT_COLD void respond_below(const std::string& root, std::vector<std::string> names,
+                                       const Request& request) {
             if (names.back().empty()) names.back() = "index.html";
             File file = File::beneath(root, names);
             // No path that begins with two slashes comes so far, so this leads nowhere else.
@@ -6626,7 +6749,7 @@ private:
             attend();
         }
 
-        void log_failure() {
+        WSCHAT_COLD void log_failure() {
             ++server_.metrics_.tls_failures;
             if (server_.log_)
                 server_.log(LogLevel::info, "tls_failed",
@@ -6635,7 +6758,7 @@ private:
 
         // The encryption has failed before there was a WebSocket. Whoever began in plain text is answered so; anybody
         // else has got an alert, which is not to be destroyed by a reset.
-        void go_on_plainly() {
+        WSCHAT_COLD void go_on_plainly() {
             const bool plain_text = transport_->plain_text();
             transport_.reset();
             blocked_ = false;
@@ -6669,7 +6792,7 @@ private:
             if (!bytes.empty() && phase_ == Phase::http && http_->keep_alive) http_->pending.append(bytes);
         }
 
-        void answer(Request request, std::string_view rest) {
+        WSCHAT_COLD void answer(Request request, std::string_view rest) {
             ++server_.metrics_.requests;
             if (transport_) request.set_secure(transport_->peer_name());
             if (server_.draining_) return respond_last(Response(503, "The server is shutting down.\n"), request);
@@ -6698,13 +6821,13 @@ private:
 
         // Of a list of entries with patterns the one that is meant by the path, or null.
         template <class Entry>
-        static const Entry* best(const std::vector<std::unique_ptr<Entry>>& entries, std::string_view path,
+        static const Entry* best(const Named<Entry>& entries, std::string_view path,
                                  std::optional<Pattern::Match>& match) {
             const Entry* found = nullptr;
-            for (const auto& entry : entries) {
-                if (found != nullptr && found->pattern().rank() >= entry->pattern().rank()) continue;
-                if (auto matched = entry->pattern().match(path)) {
-                    found = entry.get();
+            for (const auto& [number, entry] : entries) {
+                if (found != nullptr && found->pattern().rank() >= entry.pattern().rank()) continue;
+                if (auto matched = entry.pattern().match(path)) {
+                    found = &entry;
                     match = std::move(matched);
                 }
             }
@@ -6840,7 +6963,7 @@ private:
             return server_.compression_pool_->accept(offers, *options);
         }
 
-        void refuse(const Response& response, const Request& request) {
+        WSCHAT_COLD void refuse(const Response& response, const Request& request) {
             if (server_.log_)
                 server_.log(LogLevel::info, "refused",
                             {{"status", std::to_string(response.status())},
@@ -6972,7 +7095,7 @@ private:
             handler_.reset();
         }
 
-        void log_close() {
+        WSCHAT_COLD void log_close() {
             if (!server_.log_) return;
             const CloseCause cause = connection().close_cause();
             const bool news = cause == CloseCause::protocol_error || cause == CloseCause::backlog;
@@ -6984,10 +7107,11 @@ private:
         }
 
         bool count_address(const IpAddress& client) {
-            if (counted_) return true;
-            counted_ = server_.count_address(client);
-            if (counted_) counted_address_ = client;
-            return counted_;
+            if (!share_.empty()) return true;
+            std::string share = share_of(client);
+            if (!server_.count(share)) return false;
+            share_ = std::move(share);
+            return true;
         }
 
         // What the end of each turn needs stands first and together.
@@ -7004,13 +7128,12 @@ private:
         bool secured_ = false;  // the transport is established
         bool watching_read_ = true;
         bool watching_write_ = false;
-        bool counted_ = false;
         std::unique_ptr<WebSocketHandler> handler_;
         std::unique_ptr<Http> http_;
         std::size_t counted_backlog_ = 0;
         const Route* route_ = nullptr;
         IpAddress peer_;
-        IpAddress counted_address_;
+        std::string share_;  // what of the addresses it is counted for; empty where it is not counted yet
 
         friend class Server;
     };
@@ -7097,11 +7220,11 @@ private:
         std::shared_ptr<TransportFactory> transports_;  // null where the connections are plain
     };
 
-    void add_listener(std::string_view address, std::shared_ptr<TransportFactory> transports) {
-        listeners_.push_back(std::make_unique<Listener>(*this, ListenAddress::parse(address), options_.reuse_port,
-                                                        std::move(transports)));
+    WSCHAT_COLD void add_listener(std::string_view address, std::shared_ptr<TransportFactory> transports) {
+        const Listener& added =
+            listeners_.add(*this, ListenAddress::parse(address), options_.reuse_port, std::move(transports));
         handle_signals();
-        log(LogLevel::debug, "listening", {{"address", listeners_.back()->address().to_string()}});
+        log(LogLevel::debug, "listening", {{"address", added.address().to_string()}});
     }
 
     // Takes a connection in, or turns it away with a 503.
@@ -7118,7 +7241,7 @@ private:
         sessions_.push_back(std::move(made));
         session.start(full);
     }
-    Response too_many() {
+    WSCHAT_COLD Response too_many() {
         ++metrics_.connections_refused;
         log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
         return std::move(Response(503, "There are too many connections.\n").set_header("Retry-After", "10"));
@@ -7148,21 +7271,21 @@ private:
         }
         return client;
     }
-    // False where the address has its share of connections already.
-    bool count_address(const IpAddress& client) {
-        if (options_.limits.max_connections_per_address == 0 || client.family() == IpAddress::Family::unix_socket)
-            return true;
-        std::size_t& count = connections_of_[share_of(client)];
-        if (count >= options_.limits.max_connections_per_address) return false;
-        ++count;
+    // What counts as one address.
+    static std::string share_of(const IpAddress& client) {
+        return (client.family() == IpAddress::Family::ipv6 ? client.prefix(64) : client).to_string();
+    }
+    // False where it has as many connections as it may have.
+    bool count(const std::string& share) {
+        if (options_.limits.max_connections_per_address == 0 || share == "unix") return true;
+        std::size_t& connections = connections_of_.make(share, std::size_t{0});
+        if (connections >= options_.limits.max_connections_per_address) return false;
+        ++connections;
         return true;
     }
-    void uncount_address(const IpAddress& client) {
-        const auto found = connections_of_.find(share_of(client));
-        if (found != connections_of_.end() && --found->second == 0) connections_of_.erase(found);
-    }
-    static IpAddress share_of(const IpAddress& client) {
-        return client.family() == IpAddress::Family::ipv6 ? client.prefix(64) : client;
+    void uncount(const std::string& share) {
+        std::size_t* connections = connections_of_.find(share);
+        if (connections != nullptr && --*connections == 0) connections_of_.erase(share);
     }
 
     // A host that was allowed without a port is served on every port.
@@ -7285,7 +7408,7 @@ private:
 
     // Takes a session from the list; it is destroyed when nothing in this turn can refer to it any more.
     void bury(Session& session) {
-        if (session.counted_) uncount_address(session.counted_address_);
+        uncount(session.share_);
         std::swap(sessions_[session.index], sessions_.back());
         sessions_[session.index]->index = session.index;
         session.next_buried = std::exchange(buried_, std::move(sessions_.back()));
@@ -7301,10 +7424,10 @@ private:
         else begin_shutdown(std::chrono::seconds(5));
     }
 
-    void begin_shutdown(Duration deadline) {
+    WSCHAT_COLD void begin_shutdown(Duration deadline) {
         const bool first = !std::exchange(draining_, true);
         const std::size_t connections = sessions_.size();
-        if (first) closed_listeners_.swap(listeners_);
+        if (first) std::swap(closed_listeners_, listeners_);
         for (std::size_t i = sessions_.size(); i-- > 0;)
             if (i < sessions_.size()) sessions_[i]->shut_down();
         try {
@@ -7343,7 +7466,7 @@ private:
         return true;
     }
     // Throws nothing: it is what catch blocks call, for want of memory too.
-    void report_exception(const char* where, const char* what, const IpAddress* peer) noexcept {
+    WSCHAT_COLD void report_exception(const char* where, const char* what, const IpAddress* peer) noexcept {
         ++metrics_.handler_exceptions;
         try {
             log(LogLevel::error, "exception", {{"in", where}, {"what", what}, {"peer", peer ? peer->to_string() : ""}});
@@ -7358,13 +7481,13 @@ private:
         Page answer;
         const Pattern& pattern() const { return path; }
     };
-    void add_page(Pattern pattern, Page answer) {
-        for (const auto& page : pages_)
-            if (page->path == pattern) throw Error("page \"" + pattern.text() + "\": given twice");
-        pages_.push_back(std::make_unique<PageEntry>(PageEntry{std::move(pattern), std::move(answer)}));
+    WSCHAT_COLD void add_page(Pattern pattern, Page answer) {
+        for (const auto& [number, page] : pages_)
+            if (page.path == pattern) throw Error("page \"" + pattern.text() + "\": given twice");
+        pages_.add(std::move(pattern), std::move(answer));
     }
 
-    static std::string find_file(const std::string& pattern, const std::string& path) {
+    WSCHAT_COLD static std::string find_file(const std::string& pattern, const std::string& path) {
         File file(path);
         std::string found = path;
         const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
@@ -7391,8 +7514,8 @@ private:
     Bytes receive_buffer_;
     std::array<std::string_view, Socket::max_pieces> pieces_;
     std::unique_ptr<SendBatch> batch_ = SendBatch::make();
-    std::vector<std::unique_ptr<Route>> routes_;
-    std::vector<std::unique_ptr<PageEntry>> pages_;
+    Named<Route> routes_;
+    Named<PageEntry> pages_;
     std::vector<std::string> origins_;
     std::vector<std::string> hosts_;
     std::vector<Cidr> trusted_proxies_;
@@ -7403,12 +7526,12 @@ private:
     };
     LogBucket log_buckets_[4];  // by level
 
-    std::vector<std::unique_ptr<Listener>> listeners_;
-    std::vector<std::unique_ptr<Listener>> closed_listeners_;  // destroyed at the end of the turn, which may know them
+    Named<Listener> listeners_;
+    Named<Listener> closed_listeners_;  // destroyed at the end of the turn, which may know them
     std::vector<std::unique_ptr<Session>> sessions_;
     AttendedList attended_;
     std::unique_ptr<Session> buried_;  // the first of those that are destroyed at the end of the turn
-    std::map<IpAddress, std::size_t> connections_of_;
+    Named<std::size_t> connections_of_;
     OwnedDescriptor reserve_;
     std::size_t backlog_ = 0;
     unsigned handshakes_left_ = handshakes_at_once;
@@ -7516,16 +7639,17 @@ public:
 
     // The id under which the author's tag is known, or 0.
     std::uint64_t find(const ChatEntry& entry) const {
-        const auto found = entry.tag.empty() ? tags_.end() : tags_.find(tag_key(entry));
-        return found == tags_.end() ? 0 : found->second;
+        const Kept* kept = entry.tag.empty() ? nullptr : tags_.find(tag_key(entry));
+        return kept == nullptr ? 0 : kept->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
         Kept kept{entry, now, entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256};
         kept.entry.room.clear();
         kept.entry.id = last_ + 1;
-        if (!entry.tag.empty()) tags_.emplace(tag_key(entry), kept.entry.id);
-        bytes_ += kept.bytes;
-        entries_.emplace(++last_, std::move(kept));
+        entries_.push_back(std::move(kept));
+        ++last_;
+        bytes_ += entries_.back().bytes;
+        if (!entry.tag.empty()) tags_.refer(tag_key(entry), entries_.back());
         touched_ = now;
         trim(limits, now);
         return last_;
@@ -7535,9 +7659,10 @@ public:
         HistoryPage page;
         page.last = last_;
         const bool known = id && *id <= last_;
-        const std::uint64_t newest = last_ > limit ? last_ - limit : 0;  // ids are without holes
-        for (auto it = entries_.upper_bound((std::max)(known ? *id : 0, newest)); it != entries_.end(); ++it)
-            page.entries.push_back(it->second.entry);
+        const std::uint64_t newest = last_ > limit ? last_ - limit : 0;
+        const std::uint64_t forgotten = last_ - entries_.size();  // ids are without holes
+        for (std::uint64_t i = (std::max)({known ? *id : 0, newest, forgotten}); i != last_; ++i)
+            page.entries.push_back(entries_[i - forgotten].entry);
         page.gap = id && (!known || last_ - *id > page.entries.size());
         return page;
     }
@@ -7556,17 +7681,17 @@ private:
 
     void trim(const HistoryLimits& limits, Time now) {
         while (!entries_.empty()) {
-            const Kept& oldest = entries_.begin()->second;
+            const Kept& oldest = entries_.front();
             const bool old = limits.max_age != Duration::zero() && later(oldest.at, limits.max_age) <= now;
             if (!old && entries_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
             bytes_ -= oldest.bytes;
             if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
-            entries_.erase(entries_.begin());
+            entries_.pop_front();
         }
     }
 
-    std::map<std::uint64_t, Kept> entries_;
-    std::map<std::string, std::uint64_t> tags_;
+    std::deque<Kept> entries_;
+    Named<Kept> tags_;
     std::uint64_t last_;
     std::size_t bytes_ = 0;
     Time touched_{};
@@ -7583,7 +7708,7 @@ public:
         entry.id = ring.find(entry);
         if (entry.id != 0) return listener_->on_repeat(entry);
         entry.id = counted(ring, [&] { return ring.append(entry, limits_, Clock::now()); });
-        while (bytes_ > limits_.max_total_bytes && &silent()->second != &ring) forget(silent());
+        while (bytes_ > limits_.max_total_bytes && rings_.size() > 1) forget(silent());
         listener_->on_entry(entry);
     }
     void pass(const ChatEntry& entry) override { listener_->on_entry(entry); }
@@ -7595,8 +7720,6 @@ public:
     }
 
 private:
-    using Rings = std::map<std::string, HistoryRing>;
-
     // What is done to a ring, with the bytes of all kept true.
     template <class Work>
     auto counted(const HistoryRing& ring, Work&& work) -> decltype(work()) {
@@ -7614,28 +7737,35 @@ private:
     }
     // Null where there are too many rooms, all with something to keep, and this one has nothing yet.
     HistoryRing* ring_of(const std::string& room, bool to_write) {
-        const auto found = rings_.find(room);
-        if (found != rings_.end()) return &found->second;
+        if (HistoryRing* known = rings_.find(room)) return known;
         if (rings_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
-            if (!to_write && silent()->second.touched() != Time()) return nullptr;
-            forget(silent());
+            const std::string oldest = silent();
+            if (!to_write && rings_.find(oldest)->touched() != Time()) return nullptr;
+            forget(oldest);
         }
-        return &rings_.emplace(room, HistoryRing(fresh_id())).first->second;
+        return &rings_.make(room, fresh_id());
     }
     // The room that was silent for longest.
-    Rings::iterator silent() {
-        const auto earlier = [](const auto& a, const auto& b) { return a.second.touched() < b.second.touched(); };
-        return std::min_element(rings_.begin(), rings_.end(), earlier);
+    std::string silent() const {
+        const std::string* oldest = nullptr;
+        Time touched{};
+        for (const auto& [name, ring] : rings_) {
+            if (oldest != nullptr && ring.touched() >= touched) continue;
+            oldest = &name;
+            touched = ring.touched();
+        }
+        return *oldest;
     }
-    void forget(Rings::iterator room) {
-        bytes_ -= room->second.bytes();
-        forgotten_ = (std::max)(forgotten_, room->second.last());
+    void forget(const std::string& room) {
+        const HistoryRing& ring = *rings_.find(room);
+        bytes_ -= ring.bytes();
+        forgotten_ = (std::max)(forgotten_, ring.last());
         rings_.erase(room);
     }
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
-    Rings rings_;
+    Named<HistoryRing> rings_;
     std::size_t bytes_ = 0;
     std::uint64_t forgotten_ = 0;  // the newest id that was given out elsewhere than in the rings
 };
@@ -7834,13 +7964,9 @@ public:
     static std::string folded(std::string_view name) { return text::lowered(name); }
 
     // By name; null where nobody has it.
-    User* find(std::string_view name) const {
-        const auto found = users_.find(folded(name));
-        return found == users_.end() ? nullptr : found->second.get();
-    }
+    User* find(std::string_view name) const { return users_.find(folded(name)); }
     User* with_identity(const std::string& identity) const {
-        const auto found = identity.empty() ? identities_.end() : identities_.find(identity);
-        return found == identities_.end() ? nullptr : found->second;
+        return identity.empty() ? nullptr : identities_.find(identity);
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
@@ -7850,7 +7976,7 @@ public:
     // By name.
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
-        for (const auto& entry : users_) list.push_back(entry.second->who);
+        for (const auto& [name, user] : users_) list.push_back(user.who);
         return list;
     }
 
@@ -7877,18 +8003,17 @@ public:
         who.name = free_name(who.name);
         const std::string key = folded(who.name);
         longest_ = (std::max)(longest_, key.size());
-        auto user = std::make_unique<User>();
-        user->who = std::move(who);
-        user->identity = identity;
-        user->connections.reserve(1);  // who is in the list can be connected
-        const auto added = users_.emplace(key, std::move(user)).first;
+        User& user = users_.make(key);
         try {
-            if (!identity.empty()) identities_.emplace(identity, added->second.get());
+            user.identity = identity;
+            user.connections.reserve(1);  // who is in the list can be connected
+            if (!identity.empty()) identities_.refer(identity, user);
         } catch (...) {
-            users_.erase(added);
+            users_.erase(key);
             throw;
         }
-        return *added->second;
+        user.who = std::move(who);
+        return user;
     }
 
     // A connection goes. True: the user has left, and is destroyed. Else, after the last one, expire() says so later.
@@ -7908,9 +8033,9 @@ public:
     std::vector<std::string> expire(Time now, Time& next) {
         std::vector<std::string> gone;
         next = (Time::max)();
-        for (const auto& entry : users_) {
-            if (entry.second->leaves <= now) gone.push_back(entry.second->who.name);
-            else next = (std::min)(next, entry.second->leaves);
+        for (const auto& [key, user] : users_) {
+            if (user.leaves <= now) gone.push_back(user.who.name);
+            else next = (std::min)(next, user.leaves);
         }
         for (const std::string& name : gone) remove(*find(name));
         return gone;
@@ -7925,13 +8050,10 @@ public:
     bool rename(User& user, const std::string& name) {
         const User* holder = find(name);
         if (holder != nullptr && holder != &user) return false;
-        // Whatever wants memory comes first: a user who is half renamed would be gone.
-        std::string copy = name, key = folded(name);
-        auto node = users_.extract(folded(user.who.name));
         longest_ = (std::max)(longest_, name.size());
-        node.key() = std::move(key);
+        std::string copy = name;  // whatever wants memory comes first: a user who is half renamed would be gone
+        if (holder == nullptr) users_.rename(folded(user.who.name), folded(name));
         user.who.name = std::move(copy);
-        users_.insert(std::move(node));
         return true;
     }
     // The name itself or, where it is taken, the name with the first number that makes it free.
@@ -7959,8 +8081,8 @@ public:
     }
 
 private:
-    std::map<std::string, std::unique_ptr<User>> users_;  // by folded name
-    std::map<std::string, User*> identities_;
+    Named<User> users_;  // by folded name
+    Named<User> identities_;
     std::size_t longest_ = 0;  // of all names that there have been
 };
 
@@ -8046,23 +8168,19 @@ public:
 
     // The room of that name, which is made by being named.
     ChatRoom& room(std::string_view name) {
-        const auto found = rooms_.find(std::string(name));
-        if (found != rooms_.end()) return *found->second;
+        if (ChatRoom* known = find(name)) return *known;
         tidy_later();
-        ChatRoom& made = *rooms_.emplace(name, std::make_unique<ChatRoom>(std::string(name), *this)).first->second;
+        ChatRoom& made = rooms_.make(name, std::string(name), *this);
         made.presence().max_name = limits.max_name;
         return made;
     }
     // Null where nobody is in such a room.
-    ChatRoom* find(const std::string& name) const {
-        const auto found = rooms_.find(name);
-        return found == rooms_.end() ? nullptr : found->second.get();
-    }
+    ChatRoom* find(std::string_view name) const { return rooms_.find(name); }
     std::size_t room_count() const { return rooms_.size(); }
     // By name, with how many users each has.
     std::vector<std::pair<std::string, std::size_t>> rooms() const {
         std::vector<std::pair<std::string, std::size_t>> list;
-        for (const auto& entry : rooms_) list.emplace_back(entry.first, entry.second->presence().size());
+        for (const auto& [name, room] : rooms_) list.emplace_back(name, room.presence().size());
         return list;
     }
 
@@ -8070,10 +8188,10 @@ public:
     inline void ban(std::string_view address_or_name, Duration duration);
     bool banned(const std::string& address, const std::string& name, const std::string& identity) {
         if (holds(bans_, "address " + share_of(address)) || holds(bans_, name_key(name))) return true;
-        const auto found = banned_as_.find(identity);
-        if (found == banned_as_.end()) return false;
-        if (holds(bans_, found->second)) return true;
-        banned_as_.erase(found);
+        const std::string* as = banned_as_.find(identity);
+        if (as == nullptr) return false;
+        if (holds(bans_, *as)) return true;
+        banned_as_.erase(identity);
         return false;
     }
 
@@ -8107,13 +8225,13 @@ public:
         std::size_t connections = 0;
     };
     std::uint64_t opened(ChatHandler& handler) {
-        connections_.emplace(++serial_, &handler);
+        connections_.refer(name_of(++serial_), handler);
         return serial_;
     }
-    void closed(std::uint64_t serial) { connections_.erase(serial); }
+    void closed(std::uint64_t serial) { connections_.erase(name_of(serial)); }
     Address& address(const std::string& remote_address) {
         if (addresses_.size() >= forget_at_) forget_addresses();
-        Address& found = addresses_[share_of(remote_address)];
+        Address& found = addresses_.make(share_of(remote_address));
         ++found.connections;
         return found;
     }
@@ -8131,11 +8249,12 @@ public:
     void rename(ChatRoom& room, Presence::User& user, const std::string& name) {
         ChatEntry entry = entry_of(ChatEntry::Kind::rename, room, user.who.name);
         entry.text = name;
-        const auto mute = mutes_.find(mute_key(room, author_of(user)));
-        const Time until = mute == mutes_.end() ? Time() : mute->second;
-        if (mute != mutes_.end()) mutes_.erase(mute);
+        const std::string muted = mute_key(room, author_of(user));
+        const Time* mute = mutes_.find(muted);
+        const Time until = mute == nullptr ? Time() : *mute;
+        mutes_.erase(muted);
         room.presence().rename(user, name);
-        if (until > now()) mutes_[mute_key(room, author_of(user))] = until;
+        if (until > now()) mutes_.make(mute_key(room, author_of(user))) = until;
         pass(std::move(entry));
     }
 
@@ -8175,7 +8294,7 @@ public:
     }
 
 private:
-    using Deadlines = std::map<std::string, Time>;
+    using Deadlines = Named<Time>;
 
     static std::int64_t unix_ms() {
         using namespace std::chrono;
@@ -8189,15 +8308,12 @@ private:
     static std::string name_key(std::string_view name) { return "name " + Presence::folded(name); }
     static std::string mute_key(const ChatRoom& room, const std::string& author) { return room.name() + '\n' + author; }
     bool holds(Deadlines& deadlines, const std::string& key) {
-        const auto found = deadlines.find(key);
-        if (found == deadlines.end()) return false;
-        if (found->second > now()) return true;
-        deadlines.erase(found);
-        return false;
+        const Time* deadline = deadlines.find(key);
+        return deadline != nullptr && *deadline > now();
     }
     void set(Deadlines& deadlines, const std::string& key, Duration duration) {
-        for (auto it = deadlines.begin(); it != deadlines.end();) it = it->second <= now() ? deadlines.erase(it) : ++it;
-        if (duration > Duration::zero()) deadlines[key] = later(now(), duration);
+        deadlines.erase_if([this](Time deadline) { return deadline <= now(); });
+        if (duration > Duration::zero()) deadlines.make(key) = later(now(), duration);
         else deadlines.erase(key);
     }
 
@@ -8223,15 +8339,12 @@ private:
         if (std::exchange(tidying_, true)) return;
         server_.loop().post([this] {
             tidying_ = false;
-            for (auto it = rooms_.begin(); it != rooms_.end();)
-                it = it->second->presence().empty() ? rooms_.erase(it) : ++it;
+            rooms_.erase_if([](ChatRoom& room) { return room.presence().empty(); });
         });
     }
     void forget_addresses() {
-        for (auto it = addresses_.begin(); it != addresses_.end();) {
-            const bool idle = it->second.connections == 0 && it->second.meter.full(limits.address, now());
-            it = idle ? addresses_.erase(it) : ++it;
-        }
+        addresses_.erase_if(
+            [this](Address& address) { return address.connections == 0 && address.meter.full(limits.address, now()); });
         forget_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -8243,19 +8356,16 @@ private:
     inline void on_said(const ChatEntry& entry);
     inline void on_whisper(const ChatEntry& entry);
     inline void on_user(const ChatEntry& entry);
-    ChatHandler* handler(std::uint64_t serial) const {
-        const auto found = connections_.find(serial);
-        return found == connections_.end() ? nullptr : found->second;
-    }
+    ChatHandler* handler(std::uint64_t serial) const { return connections_.find(name_of(serial)); }
 
     Server& server_;
-    std::map<std::string, std::unique_ptr<ChatRoom>> rooms_;
-    std::unordered_map<std::uint64_t, ChatHandler*> connections_;
+    Named<ChatRoom> rooms_;
+    Named<ChatHandler> connections_;  // by number
     std::uint64_t serial_;
-    std::map<std::string, Address> addresses_;
+    Named<Address> addresses_;
     std::size_t forget_at_ = 1024;
     Deadlines bans_, mutes_;
-    std::map<std::string, std::string> banned_as_;  // the identities that go with a banned name
+    Named<std::string> banned_as_;  // the identities that go with a banned name
     bool tidying_ = false;
     std::unique_ptr<ChatStore> store_;  // the first to go: it may call back
 };
@@ -8794,12 +8904,12 @@ inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     const bool address = whom == "unix" || IpAddress::parse(whom).has_value();
     set(bans_, address ? "address " + share_of(whom) : name_key(whom), duration);
     if (duration <= Duration::zero()) return;
-    for (const auto& entry : rooms_) {
-        const Presence::User* user = address ? nullptr : entry.second->presence().find(whom);
-        if (user != nullptr && !user->identity.empty()) banned_as_[user->identity] = name_key(whom);
+    for (const auto& [name, room] : rooms_) {
+        const Presence::User* user = address ? nullptr : room.presence().find(whom);
+        if (user != nullptr && !user->identity.empty()) banned_as_.make(user->identity) = name_key(whom);
     }
-    for (const auto& entry : connections_)
-        if (entry.second->banned()) entry.second->dismiss("You are banned.");
+    for (const auto& [number, handler] : connections_)
+        if (handler.banned()) handler.dismiss("You are banned.");
 }
 
 inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
@@ -9379,6 +9489,7 @@ private:
 #endif
 
 #undef WSCHAT_NOINLINE
+#undef WSCHAT_COLD
 #undef WSCHAT_ABI
 #undef WSCHAT_ABI_NAME
 #undef WSCHAT_ABI_PASTE

@@ -795,4 +795,60 @@ TEST_CASE("a slice of nothing can be copied, and a copy of no bytes is empty") {
     CHECK(copy(arena, "a").view() == "a");
 }
 
+TEST_CASE("things are found by their names and stand in their order") {
+    Named<int> ages;
+    CHECK(ages.make("Berta", 30) == 30);
+    CHECK(ages.make("Anna", 20) == 20);
+    CHECK(ages.make("Anna", 99) == 20);  // the one that there is
+    REQUIRE(ages.find("Berta") != nullptr);
+    CHECK(*ages.find("Berta") == 30);
+    CHECK(ages.find("berta") == nullptr);
+    std::string names;
+    for (const auto& [name, age] : ages) names += name + "=" + std::to_string(age) + " ";
+    CHECK(names == "Anna=20 Berta=30 ");
+    CHECK(ages.erase("Anna"));
+    CHECK_FALSE(ages.erase("Anna"));
+    CHECK(ages.size() == 1);
+    ages.erase_if([](int age) { return age == 30; });
+    CHECK(ages.empty());
+}
+
+TEST_CASE("a thing gets another name unless that is taken") {
+    Named<int> ages;
+    ages.make("Anna", 20);
+    ages.make("Berta", 30);
+    ages.rename("Anna", "Berta");
+    ages.rename("nobody", "Clara");
+    CHECK(ages.size() == 2);
+    CHECK(*ages.find("Berta") == 30);
+    int* anna = ages.find("Anna");
+    ages.rename("Anna", "Clara");
+    CHECK(ages.find("Anna") == nullptr);
+    CHECK(ages.find("Clara") == anna);
+}
+
+TEST_CASE("things are destroyed with what they are named in, and those of somebody else are not") {
+    auto owned = std::make_shared<int>(1);
+    std::weak_ptr<int> seen = owned;
+    {
+        Named<std::shared_ptr<int>> things, others;
+        others.refer("it", things.make("it", std::move(owned)));
+        others.clear();
+        CHECK_FALSE(seen.expired());
+    }
+    CHECK(seen.expired());
+}
+
+TEST_CASE("numbers as names have the order of the numbers") {
+    Named<std::string> things;
+    for (const char* text : {"a", "b", "c"}) things.add(text);
+    CHECK(things.front() == "a");
+    const std::uint64_t rising[] = {0, 1, 127, 128, 255, 256, 65'536, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF};
+    for (std::size_t i = 0; i + 1 < std::size(rising); ++i) {
+        CAPTURE(rising[i]);
+        CHECK(name_of(rising[i]) < name_of(rising[i + 1]));
+        CHECK(name_of(rising[i]).size() == 8);
+    }
+}
+
 TEST_SUITE_END();

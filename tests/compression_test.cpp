@@ -1086,8 +1086,7 @@ TEST_SUITE("compression") {
         }
         CHECK(running.eventually([&] {
             const Metrics metrics = running.server.metrics();
-            const auto closed = metrics.closed.find(CloseCause::backlog);
-            return closed != metrics.closed.end() && closed->second >= 17 && metrics.backlog_bytes <= 500'000;
+            return metrics.closed.at(CloseCause::backlog) >= 17 && metrics.backlog_bytes <= 500'000;
         }));
         CHECK(running.metrics().websockets_open >= 10);
     }

@@ -439,7 +439,7 @@ TEST_CASE("in a room of twenty where one does not read, the others get everythin
     REQUIRE(running.eventually([&] { return running.server.rooms()["lobby"].size() == 20; }));
     const std::string message(64 * 1024, 'x');
     int sent = 0;
-    const auto closed = [&] { return running.metrics().closed.count(CloseCause::backlog); };
+    const auto closed = [&] { return running.metrics().closed.at(CloseCause::backlog); };
     for (; sent < 1000 && closed() == 0; ++sent) {
         members[0]->send(message);
         for (auto& member : members) REQUIRE(member->next().value_or("nothing").size() == message.size());
@@ -466,7 +466,7 @@ TEST_CASE("past the limit of all backlogs together the largest goes, and the oth
     small.send(masked_text(std::to_string(some)));
     REQUIRE(running.eventually([&] { return running.server.metrics().messages_sent == some / (64 * 1024); }));
     large.send(masked_text(std::to_string(much)));
-    REQUIRE(running.eventually([&] { return running.server.metrics().closed.count(CloseCause::backlog) == 1; }));
+    REQUIRE(running.eventually([&] { return running.server.metrics().closed.at(CloseCause::backlog) == 1; }));
     CHECK(large.read_to_end());
     CHECK(large.received.size() < much);
     CHECK(running.metrics().websockets_open == 1);

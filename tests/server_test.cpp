@@ -846,7 +846,7 @@ TEST_CASE("peers can not flood the log, and what was left out is counted") {
     client.send(requests);
     REQUIRE(running.eventually([&] {
         const Metrics metrics = running.server.metrics();
-        return metrics.responses.count(404) != 0 && metrics.responses.at(404) == 3000;
+        return metrics.responses.at(404) == 3000;
     }));
     const std::uint64_t suppressed = running.metrics().log_entries_suppressed;
     CHECK(suppressed > 0);
@@ -922,8 +922,10 @@ TEST_CASE("the limit for one address does not hold for Unix sockets, which have 
 
 TEST_CASE("the metrics page counts closed connections by their cause and by their code") {
     Metrics metrics;
-    metrics.closed = {{CloseCause::peer, 3}, {CloseCause::ping_timeout, 2}};
-    metrics.close_codes = {{CloseCode::normal, 3}, {CloseCode::abnormal, 2}};
+    metrics.closed[CloseCause::ping_timeout] = 2;
+    metrics.closed[CloseCause::peer] = 3;
+    metrics.close_codes[CloseCode::normal] = 3;
+    metrics.close_codes[CloseCode::abnormal] = 2;
     const std::string text = prometheus_text(metrics);
     for (const std::string line :
          {"# TYPE wschat_closed_total counter", "wschat_closed_total{cause=\"peer\"} 3",
