@@ -31,12 +31,6 @@ ServerOptions with_limits(const Limits& limits) {
     return options;
 }
 
-template <class Map>
-std::uint64_t count_of(const Map& map, typename Map::key_type key) {
-    const auto found = map.find(key);
-    return found == map.end() ? 0 : found->second;
-}
-
 // ---- what a peer sends ----------------------------------------------------------------------------------------------
 
 std::string status_of_page(int port, const std::string& head) {
@@ -123,11 +117,10 @@ const InputLimit input_limits[] = {
 // How often the metrics have counted such an answer.
 std::uint64_t refusals(const Metrics& metrics, const std::string& answer) {
     const int code = std::stoi(answer);
-    if (code < 1000) return count_of(metrics.responses, code);
-    CHECK(count_of(metrics.closed, CloseCause::protocol_error) ==
-          count_of(metrics.close_codes, CloseCode::policy_violation) +
-              count_of(metrics.close_codes, CloseCode::message_too_big));
-    return count_of(metrics.close_codes, static_cast<CloseCode>(code));
+    if (code < 1000) return metrics.responses.at(code);
+    CHECK(metrics.closed.at(CloseCause::protocol_error) ==
+          metrics.close_codes.at(CloseCode::policy_violation) + metrics.close_codes.at(CloseCode::message_too_big));
+    return metrics.close_codes.at(static_cast<CloseCode>(code));
 }
 
 // ---- what a peer does not read --------------------------------------------------------------------------------------
@@ -237,8 +230,8 @@ TEST_CASE("a backlog may reach its limit, and the message that would pass it is 
             const Metrics metrics = running.metrics();
             CHECK(status == (fits ? WriteStatus::queued : drops ? WriteStatus::dropped : WriteStatus::closed));
             CHECK(metrics.messages_dropped == (!fits && drops ? 1 : 0));
-            CHECK(count_of(metrics.closed, CloseCause::backlog) == (!fits && !drops ? 1 : 0));
-            CHECK(count_of(metrics.close_codes, CloseCode::policy_violation) == (!fits && !drops ? 1 : 0));
+            CHECK(metrics.closed.at(CloseCause::backlog) == (!fits && !drops ? 1 : 0));
+            CHECK(metrics.close_codes.at(CloseCode::policy_violation) == (!fits && !drops ? 1 : 0));
         }
 }
 
@@ -268,7 +261,7 @@ TEST_CASE("all backlogs together may reach their limit, and past it the largest 
         Deaf deaf(running.port());
         deaf.send("go");
         REQUIRE(running.eventually([&] { return done; }));
-        CHECK(count_of(after.closed, CloseCause::backlog) == (fits ? 0 : 1));
+        CHECK(after.closed.at(CloseCause::backlog) == (fits ? 0 : 1));
         CHECK(after.websockets_open == (fits ? 1 : 0));
         // The kernel may have taken a little more by then.
         CHECK(after.backlog_bytes <= size);
@@ -289,7 +282,7 @@ TEST_CASE("a message that is not finished counts towards the limit of all backlo
     CHECK(running.metrics().websockets_open == 2);
     most.raw.send(test::hex("82 ff 00 00 00 00 00 0d bb a0 00 00 00 00") + std::string(450'000, 'x'));
     REQUIRE(running.eventually([&] { return running.server.metrics().websockets_open == 1; }));
-    CHECK(count_of(running.metrics().closed, CloseCause::backlog) == 1);
+    CHECK(running.metrics().closed.at(CloseCause::backlog) == 1);
     CHECK(most.raw.read_to_end());
     half.raw.send(std::string(200'000, 'x'));
     CHECK(half.next().value_or("nothing").size() == 300'000);
@@ -316,7 +309,7 @@ TEST_CASE("connections past their limits, in all or of an address, are counted a
             CHECK(client.read_to_end());
             CHECK(client.received.substr(0, 12) == "HTTP/1.1 503");
             CHECK(running.metrics().connections_refused == refused);
-            CHECK(count_of(running.metrics().responses, 503) == refused);
+            CHECK(running.metrics().responses.at(503) == refused);
         }
         CHECK(running.metrics().connections_accepted == 5);
     }
@@ -340,7 +333,7 @@ TEST_CASE("of the connections past the limit 32 at once are told so, and the oth
         CHECK(closed.read_to_end());
         CHECK(closed.received == "");
         CHECK(running.metrics().connections_refused == 32 + more);
-        CHECK(count_of(running.metrics().responses, 503) == 32);
+        CHECK(running.metrics().responses.at(503) == 32);
     }
     CHECK(running.metrics().connections_open == 33);
     one.send("hello");
@@ -424,8 +417,8 @@ TEST_CASE("a WebSocket that ends at a time limit is counted by its cause") {
         running.start();
         Client client(running.port());
         if (!row.word.empty()) client.send(row.word);
-        CHECK(running.eventually([&] { return count_of(running.server.metrics().closed, row.cause) == 1; }));
-        CHECK(count_of(running.metrics().close_codes, CloseCode::abnormal) == 1);
+        CHECK(running.eventually([&] { return running.server.metrics().closed.at(row.cause) == 1; }));
+        CHECK(running.metrics().close_codes.at(CloseCode::abnormal) == 1);
     }
 }
 
@@ -444,7 +437,7 @@ TEST_CASE("a request that does not come in time is counted as a 408") {
         if (half.received.substr(0, 12) == "HTTP/1.1 408") ++told;
     }
     CHECK(told == 1);
-    CHECK(count_of(running.metrics().responses, 408) == told);
+    CHECK(running.metrics().responses.at(408) == told);
 }
 
 // ---- who may connect ------------------------------------------------------------------------------------------------
@@ -458,20 +451,20 @@ TEST_CASE("who has no origin, or a foreign one, or wants another host is counted
     running.start();
     const std::string own = "Origin: " + test::scheme() + "://127.0.0.1:" + std::to_string(running.port()) + "\r\n";
     CHECK(Client(running.port(), "/", own).is_open());
-    CHECK(count_of(running.metrics().responses, 403) == 0);
+    CHECK(running.metrics().responses.at(403) == 0);
     CHECK_FALSE(Client(running.port()).is_open());
-    CHECK(count_of(running.metrics().responses, 403) == 1);
+    CHECK(running.metrics().responses.at(403) == 1);
     CHECK_FALSE(Client(running.port(), "/", "Origin: https://elsewhere.example\r\n").is_open());
-    CHECK(count_of(running.metrics().responses, 403) == 2);
+    CHECK(running.metrics().responses.at(403) == 2);
     CHECK(status_of_page(running.port(), "GET / HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n") == "421");
-    CHECK(count_of(running.metrics().responses, 421) == 1);
+    CHECK(running.metrics().responses.at(421) == 1);
 }
 
 // ---- the log --------------------------------------------------------------------------------------------------------
 
 TEST_CASE("a hundred log entries at once are all told") {
-    RunningServer running;
     std::size_t told = 0;
+    RunningServer running;
     running.server.on_log([&](const LogEntry& entry) { told += entry.level == LogLevel::info ? 1 : 0; });
     running.server.route<Echo>("/");
     running.start();
