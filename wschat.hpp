@@ -6382,7 +6382,6 @@ private:
 
         bool gone() const { return phase_ == Phase::gone; }
         std::size_t backlog() const { return counted_backlog_; }
-        const IpAddress& peer() const { return peer_; }
 
         // `full`: only to be told so.
         void start(bool full) {

@@ -2,9 +2,9 @@
 # sh tests/coverage.sh
 #
 # How much of wschat.hpp the suites run, by clang's source-based coverage, with all that is optional: each suite on epoll,
-# those that poll once more with WSCHAT_TEST_POLLER=poll, those that can over TLS, and the examples with them. Prints the
-# lines that nothing runs, the conditions that had only one outcome, and the percentages. Everything is written below
-# build/coverage; what is missing is installed (as root, on Debian).
+# those that poll once more with WSCHAT_TEST_POLLER=poll, those that can over TLS, the faults, and the examples with them.
+# Prints the lines that nothing runs, the conditions that had only one outcome, and the percentages. Everything is
+# written below build/coverage; what is missing is installed (as root, on Debian).
 #
 # A line counts once, however many times a template or an inline function was made of it; so do the two outcomes of a
 # condition. What the preprocessor takes out does not count, nor do conditions that the compiler has decided.
@@ -43,6 +43,7 @@ need doctest-dev header doctest/doctest.h
 need zlib1g-dev header zlib.h
 need libssl-dev header openssl/ssl.h
 need liburing-dev header liburing.h
+need libsqlite3-dev header sqlite3.h
 if [ -n "$missing" ]; then
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "missing:$missing (Debian's names)"
     # shellcheck disable=SC2086
@@ -55,11 +56,12 @@ fi
 echo "== build"
 # Counters that lie in the file itself count also what a process did that was killed.
 quietly configure.log cmake -S . -B $out -G Ninja -DCMAKE_BUILD_TYPE= -DCMAKE_CXX_COMPILER=clang++ \
-    -DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_LIBURING=ON \
-    -DCMAKE_CXX_FLAGS="-O1 -DNDEBUG -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation"
-quietly build.log cmake --build $out -j 2 --target wschat_tests
+    -DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON -DWSCHAT_LIBURING=ON \
+    -DCMAKE_CXX_FLAGS="-O0 -DNDEBUG -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation"
+quietly build.log cmake --build $out -j 2 --target wschat_tests wschat_faults
 
 tests=$out/tests/wschat_tests
+faults=$out/tests/wschat_faults
 # run NAME [VARIABLE=VALUE] COMMAND...: every process adds to the profile of its program
 run() {
     echo "== $1"
@@ -75,12 +77,14 @@ unset WSCHAT_TEST_POLLER WSCHAT_TEST_TLS
 run epoll $tests
 run poll WSCHAT_TEST_POLLER=poll $tests "--test-suite=$(named suites_that_poll)"
 run tls WSCHAT_TEST_TLS=1 $tests "--test-suite=$(named suites_over_tls)"
+run faults $faults
+run faults-poll WSCHAT_TEST_POLLER=poll $faults
 
 # ---- report ---------------------------------------------------------------------------------------------------------
 
 llvm-profdata merge -o $out/all.profdata $out/profiles/*.profraw || die "no profile"
 export_as() {
-    llvm-cov export -format="$1" -instr-profile=$out/all.profdata $tests wschat.hpp 2>$out/export.log
+    llvm-cov export -format="$1" -instr-profile=$out/all.profdata $tests -object $faults wschat.hpp 2>$out/export.log
 }
 export_as lcov >$out/lines.info && export_as text >$out/branches.json || die "llvm-cov: $(cat $out/export.log)"
 
