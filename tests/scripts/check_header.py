@@ -197,8 +197,8 @@ def abi():
 
 
 def features():
-    """Each example compiles with every combination of the features that it can do without."""
-    for zlib, openssl in ((0, 0), (0, 1), (1, 0), (1, 1)):
+    """Each example compiles with one of the features alone; with all of them and with none others compile them."""
+    for zlib, openssl in ((0, 1), (1, 0)):
         for source in sorted((ROOT / "examples").glob("*.cpp")):
             if "TlsOptions" in source.read_text(encoding="utf-8") and not openssl:
                 continue
