@@ -31,7 +31,7 @@
 //   §     Section         Main types                                                        May use
 //   § 1   Configuration   WSCHAT_* macros, version, ABI-tagged inline namespace             -
 //   § 2   Vocabulary      Opcode, CloseCode, Message, Limits, Error, LogEntry               1
-//   § 3   Bytes           Bytes, SendArena, SendQueue, Utf8Validator, sha1, base64, Json    2
+//   § 3   Bytes           Bytes, SendArena, SendQueue, Utf8Validator, sha1, Json, Named     2
 //   § 4   Frames          FrameHeader, FrameParser, EncodedFrame                            2-3
 //   § 5   HTTP            Request, Response, RequestParser, the upgrade check               2-3
 //   § 6   Compression     CompressionOptions, Deflater, Inflater, CompressionPool           2-5
