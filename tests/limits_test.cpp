@@ -2,14 +2,13 @@
 // metrics count it. What a limit means to the parsers alone is in the suites "http" and "protocol".
 #include "support.hpp"
 
-#include <sys/wait.h>
-#include <csignal>
-
 using namespace wschat;
 using namespace std::chrono_literals;
+using test::Child;
 using test::Client;
 using test::RawClient;
 using test::RunningServer;
+using test::with_limits;
 
 namespace {
 
@@ -24,12 +23,6 @@ struct Doing : WebSocketHandler {
     void on_message(const Message&) override { work(*this); }
     Work& work;
 };
-
-ServerOptions with_limits(const Limits& limits) {
-    ServerOptions options;
-    options.limits = limits;
-    return options;
-}
 
 // ---- what a peer sends ----------------------------------------------------------------------------------------------
 
@@ -137,22 +130,6 @@ WriteStatus make_backlog(WebSocketHandler& self, std::size_t size) {
 // One that reads nothing before it is told to.
 struct Deaf : Client {
     explicit Deaf(int port) : Client(port) { raw.socket().set_option(SOL_SOCKET, SO_RCVBUF, 4096); }
-};
-
-// A process of ours, which is gone with the test.
-class Child {
-public:
-    explicit Child(pid_t pid) : pid_(pid) {}
-    Child(const Child&) = delete;
-    Child& operator=(const Child&) = delete;
-    ~Child() {
-        if (pid_ <= 0) return;
-        ::kill(pid_, SIGKILL);
-        ::waitpid(pid_, nullptr, 0);
-    }
-
-private:
-    pid_t pid_;
 };
 
 // Runs a server whose process may have so many descriptors; tells its port through the pipe.

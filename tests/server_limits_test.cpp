@@ -7,10 +7,12 @@
 
 using namespace wschat;
 using namespace std::chrono_literals;
+using test::Child;
 using test::Client;
 using test::hex;
 using test::RawClient;
 using test::RunningServer;
+using test::with_limits;
 
 namespace {
 
@@ -97,35 +99,6 @@ std::string answer_to(
     }
     return "";
 }
-
-ServerOptions with_limits(Limits limits) {
-    ServerOptions options;
-    options.limits = limits;
-    return options;
-}
-
-// A process of ours, which is gone with the test.
-class Child {
-public:
-    explicit Child(pid_t pid) : pid_(pid) {}
-    Child(const Child&) = delete;
-    Child& operator=(const Child&) = delete;
-    ~Child() {
-        if (pid_ <= 0) return;
-        ::kill(pid_, SIGKILL);
-        ::waitpid(pid_, nullptr, 0);
-    }
-    // Its status after a SIGTERM, and what it has used.
-    int terminate(rusage& used) {
-        int status = -1;
-        ::kill(pid_, SIGTERM);
-        ::wait4(std::exchange(pid_, -1), &status, 0, &used);
-        return status;
-    }
-
-private:
-    pid_t pid_;
-};
 
 std::size_t open_descriptors() {
     std::size_t count = 0;

@@ -5,7 +5,11 @@
 
 #include <doctest/doctest.h>
 
+#if !defined(_WIN32)
+#include <sys/wait.h>
+#endif
 #include <condition_variable>
+#include <csignal>
 #include <cstdlib>
 #include <thread>
 
@@ -136,6 +140,37 @@ inline void listen(wschat::Server& server, std::string_view address = "0") {
     else server.listen(address);
 }
 inline std::string scheme() { return over_tls() ? "https" : "http"; }
+
+inline wschat::ServerOptions with_limits(const wschat::Limits& limits) {
+    wschat::ServerOptions options;
+    options.limits = limits;
+    return options;
+}
+
+#if !defined(_WIN32)
+// A process of ours, which is gone with the test.
+class Child {
+public:
+    explicit Child(pid_t pid) : pid_(pid) {}
+    Child(const Child&) = delete;
+    Child& operator=(const Child&) = delete;
+    ~Child() {
+        if (pid_ <= 0) return;
+        ::kill(pid_, SIGKILL);
+        ::waitpid(pid_, nullptr, 0);
+    }
+    // Its status after a SIGTERM, and what it has used.
+    int terminate(rusage& used) {
+        int status = -1;
+        ::kill(pid_, SIGTERM);
+        ::wait4(std::exchange(pid_, -1), &status, 0, &used);
+        return status;
+    }
+
+private:
+    pid_t pid_;
+};
+#endif
 
 // A server that runs on a thread of its own from start() on, and has shut down when this is gone.
 class RunningServer {
