@@ -3758,6 +3758,7 @@ inline std::vector<Room*> WebSocketHandler::rooms() const {
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -3815,6 +3816,7 @@ inline bool would_block(int error) { return error == EWOULDBLOCK; }
 inline bool interrupted(int) { return false; }
 inline bool out_of_descriptors(int error) { return error == EMFILE; }
 inline void close(Descriptor descriptor) { ::closesocket(descriptor); }
+inline void yield() { ::SwitchToThread(); }
 inline bool make_nonblocking(Descriptor descriptor) {
     u_long on = 1;
     return ::ioctlsocket(descriptor, static_cast<long>(FIONBIO), &on) == 0;
@@ -3893,6 +3895,7 @@ inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBL
 inline bool interrupted(int error) { return error == EINTR; }
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
 inline void close(Descriptor descriptor) { ::close(descriptor); }
+inline void yield() { ::sched_yield(); }
 inline bool make_nonblocking(Descriptor descriptor) {
     return ::fcntl(descriptor, F_SETFL, O_NONBLOCK) == 0 && ::fcntl(descriptor, F_SETFD, FD_CLOEXEC) == 0;
 }
@@ -5527,6 +5530,8 @@ public:
         const std::lock_guard<std::mutex> lock(mutex());
         if (--users() == 0) restore();
         slot_->store(os::no_descriptor);
+        // Another thread may be at waking this loop; afterwards its descriptor may be closed, and be something else.
+        while (slots().handlers.load() != 0) os::yield();
     }
 
 private:
@@ -5538,6 +5543,7 @@ private:
             for (Slot& slot : list) slot.store(os::no_descriptor);
         }
         Slot list[max_loops];
+        std::atomic<int> handlers{0};  // that run just now
     };
     static Slots& slots() {
         static Slots all;
@@ -5559,10 +5565,12 @@ private:
         throw Error("Loop: more than " + std::to_string(max_loops) + " loops handle signals");
     }
     static void wake_all(int signal) {
+        ++slots().handlers;
         for (Slot& slot : slots().list) {
             const os::Descriptor wake = slot.load();
             if (wake != os::no_descriptor) WakeUp::wake(wake, static_cast<char>(signal));
         }
+        --slots().handlers;
     }
 
 #if defined(_WIN32)
