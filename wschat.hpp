@@ -4080,13 +4080,12 @@ public:
         }
         return result;
     }
+    // By what limits know a client: an IPv6 address is one of a /64, which is one customer's.
+    std::string share() const { return (family_ == Family::ipv6 ? prefix(64) : *this).to_string(); }
     unsigned bits() const { return family_ == Family::ipv4 ? 32 : family_ == Family::ipv6 ? 128 : 0; }
 
     friend bool operator==(const IpAddress& a, const IpAddress& b) {
         return a.family_ == b.family_ && a.bytes_ == b.bytes_;
-    }
-    friend bool operator<(const IpAddress& a, const IpAddress& b) {
-        return a.family_ != b.family_ ? a.family_ < b.family_ : a.bytes_ < b.bytes_;
     }
 
 private:
@@ -7114,8 +7113,8 @@ private:
         }
 
         bool count_address(const IpAddress& client) {
-            if (!share_.empty()) return true;
-            std::string share = share_of(client);
+            if (server_.options_.limits.max_connections_per_address == 0 || !share_.empty()) return true;
+            std::string share = client.share();
             if (!server_.count(share)) return false;
             share_ = std::move(share);
             return true;
@@ -7278,13 +7277,9 @@ private:
         }
         return client;
     }
-    // What counts as one address.
-    static std::string share_of(const IpAddress& client) {
-        return (client.family() == IpAddress::Family::ipv6 ? client.prefix(64) : client).to_string();
-    }
     // False where it has as many connections as it may have.
     bool count(const std::string& share) {
-        if (options_.limits.max_connections_per_address == 0 || share == "unix") return true;
+        if (share == "unix") return true;
         std::size_t& connections = connections_of_.make(share, std::size_t{0});
         if (connections >= options_.limits.max_connections_per_address) return false;
         ++connections;
@@ -8309,7 +8304,7 @@ private:
     }
     static std::string share_of(const std::string& address) {
         const auto parsed = IpAddress::parse(address);
-        return parsed && parsed->family() == IpAddress::Family::ipv6 ? parsed->prefix(64).to_string() : address;
+        return parsed ? parsed->share() : address;
     }
 
     static std::string name_key(std::string_view name) { return "name " + Presence::folded(name); }
