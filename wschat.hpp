@@ -1000,11 +1000,18 @@ inline std::string name_of(std::uint64_t number) {
     return name;
 }
 
+// A thing of any type, and what destroys it.
+using Owned = std::unique_ptr<void, void (*)(void*)>;
+
+template <class Thing, class... Arguments>
+Owned make_owned(Arguments&&... arguments) {
+    return Owned(new Thing{std::forward<Arguments>(arguments)...}, [](void* it) { delete static_cast<Thing*>(it); });
+}
+
 // Things of one kind by their names, in the order of these. All kinds share one kind of tree: a std::map of each would be
 // what compiling this file costs most.
 template <class Thing>
 class Named {
-    using Owned = std::unique_ptr<void, void (*)(void*)>;
     using Tree = std::map<std::string, Owned, std::less<>>;
 
 public:
@@ -1041,7 +1048,7 @@ public:
     template <class... Arguments>
     Thing& make(std::string_view name, Arguments&&... arguments) {
         if (Thing* known = find(name)) return *known;
-        Owned made(new Thing{std::forward<Arguments>(arguments)...}, [](void* t) { delete static_cast<Thing*>(t); });
+        Owned made = make_owned<Thing>(std::forward<Arguments>(arguments)...);
         return thing_of(tree_.emplace(name, std::move(made)).first->second);
     }
     // One more, by its number: where none is erased, things stand in the order in which they were added.
@@ -6319,7 +6326,7 @@ public:
         static char key;
         for (const auto& [known, object] : extensions_)
             if (known == &key) return *static_cast<Extension*>(object.get());
-        extensions_.emplace_back(&key, std::make_shared<Extension>(*this));
+        extensions_.emplace_back(&key, make_owned<Extension>(*this));
         return *static_cast<Extension*>(extensions_.back().second.get());
     }
     // Where its chats keep what is said (§ 15, § 16), set before the first connection: MemoryHistory, SqliteHistory.
@@ -7542,7 +7549,7 @@ private:
     std::optional<SignalGuard> signals_;
     WireCount wire_;
     Metrics metrics_;
-    std::vector<std::pair<const void*, std::shared_ptr<void>>> extensions_;
+    std::vector<std::pair<const void*, Owned>> extensions_;
 };
 
 }  // namespace WSCHAT_ABI
@@ -7558,7 +7565,9 @@ private:
 namespace wschat {
 inline namespace WSCHAT_ABI {
 
-class ChatHandler;
+template <class>
+class BasicChatHandler;
+using ChatHandler = BasicChatHandler<void>;
 class ChatHub;
 
 // ---- what is said, and where it is kept ----------------------------------------------------------------------------
@@ -8378,8 +8387,14 @@ private:
 // is a command, anything else is said to the room. They get JSON events, one a message. The query of the address may
 // have `name`, `key` (a secret of the client's own, by which its connections are one user) and `last` (the id up to
 // which it has the history). README.md has the tables of commands and events.
-class ChatHandler : public WebSocketHandler {
+//
+// A template, of nothing, for the sake of programs that have no chat: compilers would take what overrides a virtual
+// function of a class through half of their work, as something that a call might reach.
+template <class>
+class BasicChatHandler : public WebSocketHandler {
 public:
+    using ChatHandler = BasicChatHandler;  // as a class has its own name, also within those that derive from it
+
     // ---- to be overridden; whoever does calls ChatHandler's for the rest ---------------------------------------------
 
     // Who it is, asked before the 101; nothing refuses with 401. Default: whoever it says, "?name=Anna".
@@ -8401,7 +8416,14 @@ public:
     // What this connection said is kept and was delivered.
     virtual void on_said(const ChatEntry& entry) { static_cast<void>(entry); }
     // A line "/command rest". False: there is no such command. Default: those of /help.
-    virtual inline bool on_command(std::string_view command, std::string_view rest);
+    virtual bool on_command(std::string_view command, std::string_view rest) {
+        for (const Command& known : commands()) {
+            if (known.name != command) continue;
+            (this->*known.run)(rest);
+            return true;
+        }
+        return false;
+    }
 
     // ---- to be called ----------------------------------------------------------------------------------------------
 
@@ -8696,7 +8718,24 @@ private:
 
     // ---- commands --------------------------------------------------------------------------------------------------
 
-    static inline const std::vector<Command>& commands();
+    static const std::vector<Command>& commands() {
+        static const std::vector<Command> all = {
+            {"me", "/me TEXT", "says what you do", &ChatHandler::command_me},
+            {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatHandler::command_msg},
+            {"who", "/who", "who is in this room", &ChatHandler::command_who},
+            {"nick", "/nick NAME", "changes your name in this room", &ChatHandler::command_nick},
+            {"rooms", "/rooms", "which rooms there are", &ChatHandler::command_rooms},
+            {"join", "/join ROOM", "goes to a room, or speaks in it again", &ChatHandler::command_join},
+            {"leave", "/leave [ROOM]", "leaves this room or another", &ChatHandler::command_leave},
+            {"since", "/since ID", "what was said after the message with that id", &ChatHandler::command_since},
+            {"typing", "/typing [stop]", "shows the others that you write", &ChatHandler::command_typing},
+            {"help", "/help", "this list", &ChatHandler::command_help},
+            {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatHandler::command_kick, true},
+            {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatHandler::command_ban, true},
+            {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatHandler::command_mute, true},
+        };
+        return all;
+    }
 
     void command_me(std::string_view rest) { speak(ChatEntry::Kind::action, rest); }
 
@@ -8843,34 +8882,6 @@ private:
     std::string tag_;  // of the line that is being obeyed
     bool dismissed_ = false;
 };
-
-inline const std::vector<ChatHandler::Command>& ChatHandler::commands() {
-    static const std::vector<Command> all = {
-        {"me", "/me TEXT", "says what you do", &ChatHandler::command_me},
-        {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatHandler::command_msg},
-        {"who", "/who", "who is in this room", &ChatHandler::command_who},
-        {"nick", "/nick NAME", "changes your name in this room", &ChatHandler::command_nick},
-        {"rooms", "/rooms", "which rooms there are", &ChatHandler::command_rooms},
-        {"join", "/join ROOM", "goes to a room, or speaks in it again", &ChatHandler::command_join},
-        {"leave", "/leave [ROOM]", "leaves this room or another", &ChatHandler::command_leave},
-        {"since", "/since ID", "what was said after the message with that id", &ChatHandler::command_since},
-        {"typing", "/typing [stop]", "shows the others that you write", &ChatHandler::command_typing},
-        {"help", "/help", "this list", &ChatHandler::command_help},
-        {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatHandler::command_kick, true},
-        {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatHandler::command_ban, true},
-        {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatHandler::command_mute, true},
-    };
-    return all;
-}
-
-inline bool ChatHandler::on_command(std::string_view command, std::string_view rest) {
-    for (const Command& known : commands()) {
-        if (known.name != command) continue;
-        (this->*known.run)(rest);
-        return true;
-    }
-    return false;
-}
 
 // ---- what the rooms and the hub do with handlers ---------------------------------------------------------------------
 
