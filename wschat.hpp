@@ -320,6 +320,7 @@ inline namespace WSCHAT_ABI {
 inline void prefetch(const void* object, std::uintptr_t lines) {
     const auto begin = reinterpret_cast<std::uintptr_t>(object);
     for (std::uintptr_t i = 0; i < lines; ++i) __builtin_prefetch(reinterpret_cast<const void*>(begin + 64 * i));
+    __asm__ volatile("");  // g++ leaves out a call of what it believes to have no effect
 }
 #else
 inline void prefetch(const void*, std::uintptr_t) {}
