@@ -3183,7 +3183,6 @@ private:
     bool abort_ = false;
     bool close_reported_ = false;
     bool pong_waits_ = false;
-    bool ping_sent_ = false;
     SendQueue output_;
     Time alive_{};
     Time waiting_since_{};  // for the answer to our ping or to our Close frame
@@ -3194,6 +3193,7 @@ private:
     // The bucket of control frames.
     Time control_time_{};
     float control_tokens_ = 0;
+    bool ping_sent_ = false;
 
     // Input: what is given, the frame that is being read, the message that it belongs to.
     FrameParser parser_;
@@ -7121,9 +7121,9 @@ private:
         }
 
         bool count_address(const IpAddress& client) {
-            if (server_.options_.limits.max_connections_per_address == 0 || !share_.empty()) return true;
-            std::string share = client.share();
-            if (!server_.count(share)) return false;
+            if (server_.options_.limits.max_connections_per_address == 0 || share_) return true;
+            auto share = std::make_unique<std::string>(client.share());
+            if (!server_.count(*share)) return false;
             share_ = std::move(share);
             return true;
         }
@@ -7147,7 +7147,7 @@ private:
         std::size_t counted_backlog_ = 0;
         const Route* route_ = nullptr;
         IpAddress peer_;
-        std::string share_;  // what of the addresses it is counted for; empty where it is not counted yet
+        std::unique_ptr<std::string> share_;  // what of the addresses it is counted for; null where it is not
 
         friend class Server;
     };
@@ -7418,7 +7418,7 @@ private:
 
     // Takes a session from the list; it is destroyed when nothing in this turn can refer to it any more.
     void bury(Session& session) {
-        uncount(session.share_);
+        if (session.share_) uncount(*session.share_);
         std::swap(sessions_[session.index], sessions_.back());
         sessions_[session.index]->index = session.index;
         session.next_buried = std::exchange(buried_, std::move(sessions_.back()));

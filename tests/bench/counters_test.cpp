@@ -24,6 +24,9 @@ thread_local bool no_memory = false;  // for the test that sets it
 // The size stands before what is handed out, which begins `alignment` bytes into its block.
 constexpr std::size_t plain = alignof(std::max_align_t);
 
+// What glibc takes for so many bytes.
+std::int64_t held(std::size_t size) { return static_cast<std::int64_t>((size < 24 ? 32 : size + 8 + 15) / 16 * 16); }
+
 void* counted_new(std::size_t size, std::size_t alignment = plain) {
     const std::size_t whole = (size + 2 * alignment - 1) / alignment * alignment;
     void* block = no_memory ? nullptr : std::aligned_alloc(alignment, whole);
@@ -31,14 +34,14 @@ void* counted_new(std::size_t size, std::size_t alignment = plain) {
     char* const place = static_cast<char*>(block) + alignment;
     std::memcpy(place - sizeof size, &size, sizeof size);
     ++counters.allocations;
-    counters.bytes_held += static_cast<std::int64_t>(size);
+    counters.bytes_held += held(size);
     return place;
 }
 void counted_delete(void* place, std::size_t alignment = plain) {
     if (place == nullptr) return;
     std::size_t size = 0;
     std::memcpy(&size, static_cast<char*>(place) - sizeof size, sizeof size);
-    counters.bytes_held -= static_cast<std::int64_t>(size);
+    counters.bytes_held -= held(size);
     std::free(static_cast<char*>(place) - alignment);
 }
 
@@ -240,7 +243,7 @@ TEST_SUITE("counters") {
         const Counters before = party.count();
         arrive(64);
         const Counters after = party.count();
-        CHECK((after.bytes_held - before.bytes_held) / 64 < 1024);
+        CHECK((after.bytes_held - before.bytes_held) / 64 <= 912);  // of the kibibyte the rest is between the blocks
     }
 }
 
