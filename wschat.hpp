@@ -593,7 +593,7 @@ public:
         for (std::size_t i = from; i < older_.size(); ++i) own.push_own(older_[i]);
         own.push_own(tail_);
         older_.reserve(from + own.older_.size());
-        older_.resize(from);
+        older_.erase(older_.begin() + static_cast<std::ptrdiff_t>(from), older_.end());
         for (Slice& slice : own.older_) older_.push_back(std::move(slice));
         if (older_.capacity() > 2 * older_.size() + 16) older_.shrink_to_fit();
         tail_ = std::move(own.tail_);
@@ -1399,6 +1399,13 @@ inline std::string_view trimmed(std::string_view s) {
 // RFC 9110 5.6.2.
 inline bool token_char(char c) {
     return alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
+}
+// Whether one of the list is of that name.
+template <class List>
+bool contains(const List& list, std::string_view name) {
+    for (const auto& each : list)
+        if (each == name) return true;
+    return false;
 }
 inline bool token(std::string_view s) { return !s.empty() && std::all_of(s.begin(), s.end(), token_char); }
 
@@ -6961,9 +6968,9 @@ private:
             const std::vector<std::string_view> offered = offered_subprotocols(request);
             if (offered.empty()) return std::nullopt;
             const std::string chosen = handler_->select_subprotocol(offered);
-            const auto found = std::find(offered.begin(), offered.end(), chosen);
-            if (found != offered.end()) core().subprotocol = *found;
-            else if (!chosen.empty())
+            for (const std::string_view each : offered)
+                if (each == chosen) core().subprotocol = each;
+            if (core().subprotocol.empty() && !chosen.empty())
                 server_.log(LogLevel::warning, "subprotocol_not_offered", {{"subprotocol", chosen}});
             return std::nullopt;
         }
@@ -7301,15 +7308,12 @@ private:
     // A host that was allowed without a port is served on every port.
     bool serves_host(std::string_view host) const {
         const std::string whole = text::lowered(host), name = whole.substr(0, whole.rfind(':'));
-        return hosts_.empty() || std::any_of(hosts_.begin(), hosts_.end(), [&](const std::string& allowed) {
-                   return allowed == whole || allowed == name;
-               });
+        return hosts_.empty() || text::contains(hosts_, whole) || text::contains(hosts_, name);
     }
     bool origin_allowed(std::string_view origin, const Request& request) const override {
-        if (std::find(origins_.begin(), origins_.end(), "*") != origins_.end()) return true;
+        if (text::contains(origins_, "*")) return true;
         const auto normal = normalized_origin(origin);
-        return same_host(origin, request.host()) ||
-               (normal && std::find(origins_.begin(), origins_.end(), *normal) != origins_.end());
+        return same_host(origin, request.host()) || (normal && text::contains(origins_, *normal));
     }
     std::string allowed_origins(const Request& request) const {
         std::string list = "pages of " + escape_for_log(request.host());
@@ -7427,7 +7431,8 @@ private:
 
     // From the first listen() on, because whoever reads the address that was printed may send one before run().
     void handle_signals() {
-        if (options_.handle_signals && !signals_) signals_.emplace(loop_.wake_descriptor());
+        if (options_.handle_signals && !signals_)
+            signals_ = std::make_unique<SignalGuard>(loop_.wake_descriptor());
     }
     void on_signal() {
         if (std::exchange(signalled_, true)) drop_all();
@@ -7547,7 +7552,7 @@ private:
     unsigned handshakes_left_ = handshakes_at_once;
     bool draining_ = false;
     bool signalled_ = false;
-    std::optional<SignalGuard> signals_;
+    std::unique_ptr<SignalGuard> signals_;
     WireCount wire_;
     Metrics metrics_;
     std::vector<std::pair<const void*, Owned>> extensions_;
@@ -8758,7 +8763,7 @@ private:
     }
     // The tags of a user's latest private messages are kept, since the messages themselves are not.
     bool repeats(std::vector<std::string>& tags) const {
-        if (std::find(tags.begin(), tags.end(), tag_) != tags.end()) return true;
+        if (text::contains(tags, tag_)) return true;
         if (tags.size() == 64) tags.erase(tags.begin());
         tags.push_back(tag_);
         return false;
