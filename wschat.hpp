@@ -20,38 +20,39 @@
 //
 // THE HOUSE
 //
-// Bytes go one way: a socket (§ 10) is read by a session of the server (§ 13) -> RequestParser (§ 5), once -> Connection
-// (§ 7: frames, UTF-8, control frames, closing; § 6 inflates) -> event -> WebSocketHandler (§ 8) -> Room (§ 9) -> one shared
-// EncodedFrame (§ 4) -> each member's SendQueue (§ 3) -> one gathered write for each connection at the end of the
-// loop's turn (§ 12, § 13) -> socket.
+// Bytes go one way: a socket (section 10) is read by a session of the server (section 14) -> RequestParser (section 5), once -> Connection
+// (section 7: frames, UTF-8, control frames, closing; section 6 inflates) -> event -> WebSocketHandler (section 8) -> Room (section 9) -> one shared
+// EncodedFrame (section 4) -> each member's SendQueue (section 3) -> one gathered write for each connection at the end of the
+// loop's turn (section 12, section 14) -> socket.
 //
 // The sections stand strictly bottom-up; a section uses only sections above it, and each prefix of this file that ends
 // at a banner compiles.
 //
-//   §     Section         Main types                                                        May use
-//   § 1   Configuration   WSCHAT_* macros, version, ABI-tagged inline namespace             -
-//   § 2   Vocabulary      Opcode, CloseCode, Message, Limits, Error, LogEntry               1
-//   § 3   Bytes           Bytes, SendArena, SendQueue, Utf8Validator, sha1, Json, Named     2
-//   § 4   Frames          FrameHeader, FrameParser, EncodedFrame                            2-3
-//   § 5   HTTP            Request, Response, RequestParser, the upgrade check               2-3
-//   § 6   Compression     CompressionOptions, Deflater, Inflater, CompressionPool           2-5
-//   § 7   Protocol        Connection                                                        2-6
-//   § 8   Handler         WebSocketHandler, HandlerRef                                      2-7
-//   § 9   Rooms           Room, Rooms                                                       2, 3, 4, 7, 8
-//   § 10  Sockets         IpAddress, Socket, SendBatch, Transport, Poller (epoll, kqueue)   2-3
-//   § 11  TLS             TlsOptions, TlsContext, TlsStream, TlsTransport                   2, 3, 10
-//   § 12  Loop            Loop, Timer, post(), signals                                      2, 10
-//   § 13  Server          Server, routes, pages, sessions                                   all above
-//   § 15  Chat            ChatHandler, ChatHub, ChatRoom, Presence, MemoryHistory           all above
-//   § 16  Stores          SqliteHistory                                                     2, 8, 15
+//   #   Section         Main types                                                        May use
+//   1    Configuration   WSCHAT_* macros, version, ABI-tagged inline namespace             -
+//   2    Vocabulary      Opcode, CloseCode, Message, Limits, Error, LogEntry               1
+//   3    Bytes           Bytes, SendArena, SendQueue, Utf8Validator, sha1, Json, Named     2
+//   4    Frames          FrameHeader, FrameParser, EncodedFrame                            2-3
+//   5    HTTP            Request, Response, RequestParser, the upgrade check               2-3
+//   6    Compression     CompressionOptions, Deflater, Inflater, CompressionPool           2-5
+//   7    Protocol        Connection                                                        2-6
+//   8    Handler         WebSocketHandler, HandlerRef                                      2-7
+//   9    Rooms           Room, Rooms                                                       2, 3, 4, 7, 8
+//   10  Sockets         IpAddress, Socket, SendBatch, Transport, Poller (epoll, kqueue)   2-3
+//   11  TLS             TlsOptions, TlsContext, TlsStream, TlsTransport                   2, 3, 10
+//   12  Loop            Loop, Timer, post(), signals                                      2, 10
+//   13  Site            Route, Pattern, File                                              2-9
+//   14  Server          Server, ServerOptions, Metrics                                    all above
+//   16  Chat            ChatHandler, ChatHub, ChatRoom, MemoryHistory                     all above
+//   17  Stores          SqliteHistory                                                     12, 16
 //
 // Macros. To be set by whoever compiles, the same in every translation unit (they are part of the ABI tag, so that
 // translation units which disagree do not link):
 //
-//   WSCHAT_ZLIB        1: compression (§ 6), with zlib: link with -lz
-//   WSCHAT_OPENSSL     1: TLS (§ 11), with OpenSSL 1.1.1 or newer: link with -lssl -lcrypto
+//   WSCHAT_ZLIB        1: compression (section 6), with zlib: link with -lz
+//   WSCHAT_OPENSSL     1: TLS (section 11), with OpenSSL 1.1.1 or newer: link with -lssl -lcrypto
 //   WSCHAT_LIBURING    1: on Linux what a turn sends to many goes to the kernel in one call: link with -luring
-//   WSCHAT_SQLITE      1: SqliteHistory (§ 16), with SQLite 3: link with -lsqlite3
+//   WSCHAT_SQLITE      1: SqliteHistory (section 17), with SQLite 3: link with -lsqlite3
 //   WSCHAT_HIREDIS     reserved; 0
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
@@ -75,7 +76,7 @@
 #pragma once
 
 // ====================================================================================================================
-// § 1  Configuration
+// section 1: Configuration
 //
 // Version, feature macros, and the inline namespace whose name carries both. Knows nothing of the rest.
 // ====================================================================================================================
@@ -94,6 +95,9 @@
 #endif
 #ifndef WSCHAT_SQLITE
 #define WSCHAT_SQLITE 0
+#endif
+#ifndef WSCHAT_CHAT
+#define WSCHAT_CHAT 0  // not in the ABI tag: it adds names and changes none
 #endif
 #ifndef WSCHAT_HIREDIS
 #define WSCHAT_HIREDIS 0
@@ -123,8 +127,16 @@
     WSCHAT_ABI_NAME(WSCHAT_VERSION_MAJOR, WSCHAT_VERSION_MINOR, WSCHAT_ZLIB, WSCHAT_OPENSSL, WSCHAT_SQLITE, \
                     WSCHAT_HIREDIS, WSCHAT_LIBURING)
 
+// Every section opens and closes the library's namespace with these two.
+#define WSCHAT_BEGIN   \
+    namespace wschat { \
+    inline namespace WSCHAT_ABI {
+#define WSCHAT_END \
+    }              \
+    }
+
 // ====================================================================================================================
-// § 2  Vocabulary
+// section 2: Vocabulary
 //
 // The words that all other sections share: opcodes, close codes, messages, limits, errors and log entries. Plain
 // values; knows nothing of bytes on a wire.
@@ -133,14 +145,14 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
 
 // The monotonic clock is the only clock that decides anything; a jump of the wall clock changes nothing.
 using Clock = std::chrono::steady_clock;
@@ -159,7 +171,11 @@ public:
 // RFC 6455 11.8.
 enum class Opcode : std::uint8_t { continuation = 0x0, text = 0x1, binary = 0x2, close = 0x8, ping = 0x9, pong = 0xA };
 
+namespace detail {
+
 constexpr bool is_control(Opcode opcode) { return (static_cast<unsigned>(opcode) & 0x8u) != 0; }
+
+}  // namespace detail
 
 // RFC 6455 7.4.1 and IANA's registry. An application's own codes are 3000-4999: CloseCode{4001}.
 enum class CloseCode : std::uint16_t {
@@ -182,11 +198,15 @@ enum class CloseCode : std::uint16_t {
 
 constexpr unsigned number(CloseCode code) { return static_cast<unsigned>(code); }
 
+namespace detail {
+
 // Whether a Close frame may carry the code, from either side: 1000-1003, 1007-1014, 3000-4999 (RFC 6455 7.4).
 constexpr bool legal_on_wire(CloseCode code) {
     const unsigned n = number(code);
     return (n >= 1000 && n <= 1003) || (n >= 1007 && n <= 1014) || (n >= 3000 && n <= 4999);
 }
+
+}  // namespace detail
 
 // Who ended a connection and why, so that a 1006 is never a riddle.
 enum class CloseCause : std::uint8_t {
@@ -197,7 +217,7 @@ enum class CloseCause : std::uint8_t {
     connection_lost,    // the transport ended or failed without a Close frame
     ping_timeout,       // the peer did not answer a keepalive ping
     closing_timeout,    // the peer did not answer our Close frame
-    backlog,            // the peer read too slowly: Limits::max_backlog or max_total_backlog
+    backlog,            // the peer read too slowly: Limits::max_backlog or ServerLimits::max_total_backlog
     handler_exception,  // an exception left a callback
     shutdown            // the server shut down
 };
@@ -246,8 +266,8 @@ enum class BacklogPolicy : std::uint8_t {
     drop    // the new message is dropped and counted
 };
 
-// Every bound that the server keeps. Sizes in bytes; a duration of zero turns that timer off. A route starts with the
-// server's limits and may have its own; the last group holds for the server as a whole.
+// The bounds of one connection. Sizes in bytes; a duration of zero turns that timer off. ServerOptions::limits is the
+// default of all connections; Route::set_limits() replaces it for the connections of a route.
 struct Limits {
     // Absolute, from the accept to the whole request of a 101 or a page; anew for each request, and while an answer moves.
     Duration handshake_timeout = std::chrono::seconds(10);
@@ -269,10 +289,14 @@ struct Limits {
                                                          // for each 64 KiB that are queued before it
     Duration linger_timeout = std::chrono::seconds(2);   // after our last byte, input is read and discarded for so long
     std::size_t linger_bytes = 256 * 1024;               // and up to so many bytes; past them it waits unread
+};
 
-    std::size_t max_total_backlog = 256 * 1024 * 1024;  // of all, with unfinished input: the largest are closed
-    std::size_t max_connections = 0;                    // 503; 0: the process's descriptor limit less 64
-    std::size_t max_connections_per_address = 0;        // 503; 0: no limit. IPv6 counts by /64
+// The bounds of a server as a whole: ServerOptions::server_limits. Sizes in bytes.
+struct ServerLimits {
+    std::size_t max_total_backlog = 256 * 1024 * 1024;  // output and unfinished input of all connections together; past
+                                                        // it the connections with the largest backlog are closed
+    std::size_t max_connections = 0;                    // 503; 0: the descriptor limit of the process minus 64
+    std::size_t max_connections_per_address = 0;        // 503; 0: no limit. An IPv6 /64 counts as one address
 };
 
 enum class LogLevel : std::uint8_t { debug, info, warning, error };
@@ -290,30 +314,38 @@ struct LogEntry {
     const std::vector<std::pair<std::string_view, std::string>>& fields;
 };
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+// Where any thread may leave work for the loop's thread. False: the loop is gone, and the work will not be done.
+class Mailbox {
+public:
+    virtual ~Mailbox() = default;
+    virtual bool post(std::function<void()> work) = 0;
+};
+
+WSCHAT_END
 
 // ====================================================================================================================
-// § 3  Bytes
+// section 3: Bytes
 //
 // What holds, checks and rewrites bytes: the buffer for an unfinished message, the output queues and the arena that
 // they share, UTF-8, SHA-1, base64, JSON text, log lines. Knows nothing of frames or of HTTP.
 // ====================================================================================================================
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <initializer_list>
 #include <map>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
+
+namespace detail {
 
 // The first lines of an object, 64 bytes each, will be needed soon. It may be null.
 #if defined(__GNUC__)
@@ -804,8 +836,10 @@ private:
     std::uint8_t high_ = 0xBF;
 };
 
+}  // namespace detail
+
 inline bool valid_utf8(std::string_view text) {
-    Utf8Validator validator;
+    detail::Utf8Validator validator;
     return validator.feed(text.data(), text.size()) && validator.complete();
 }
 
@@ -946,6 +980,17 @@ private:
     std::string text_;
 };
 
+namespace detail {
+
+// The JSON text of anything that has .dump(), as Json and nlohmann::json have.
+template <class Object>
+auto json_text(const Object& object) -> decltype(std::string(object.dump())) {
+    return object.dump();
+}
+inline const std::string& json_text(const Json& json) { return json.dump(); }
+
+}  // namespace detail
+
 struct Json::Member {
     std::string_view name;
     Json value;
@@ -960,6 +1005,88 @@ inline Json::Json(std::initializer_list<Member> members) : text_("{") {
     }
     text_ += '}';
 }
+
+// ---- text ------------------------------------------------------------------------------------------------------------
+
+namespace text {
+
+constexpr char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
+constexpr bool digit(char c) { return c >= '0' && c <= '9'; }
+constexpr bool alphanumeric(char c) { return digit(c) || (lower(c) >= 'a' && lower(c) <= 'z'); }
+
+inline std::string lowered(std::string_view s) {
+    std::string result(s);
+    for (char& c : result) c = lower(c);
+    return result;
+}
+inline bool same_ignoring_case(std::string_view a, std::string_view b) {
+    return a.size() == b.size() &&
+           std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return lower(x) == lower(y); });
+}
+inline bool starts_with(std::string_view s, std::string_view start) { return s.substr(0, start.size()) == start; }
+
+// RFC 9110 5.6.3: optional white space is space and tab, nothing else.
+inline std::string_view trimmed(std::string_view s) {
+    while (!s.empty() && (s.front() == ' ' || s.front() == '\t')) s.remove_prefix(1);
+    while (!s.empty() && (s.back() == ' ' || s.back() == '\t')) s.remove_suffix(1);
+    return s;
+}
+// RFC 9110 5.6.2.
+inline bool token_char(char c) {
+    return alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
+}
+// Whether one of the list is of that name.
+template <class List>
+bool contains(const List& list, std::string_view name) {
+    for (const auto& each : list)
+        if (each == name) return true;
+    return false;
+}
+inline bool token(std::string_view s) { return !s.empty() && std::all_of(s.begin(), s.end(), token_char); }
+
+// What precedes the first separator; the rest, without it, stays in s.
+inline std::string_view cut_at(std::string_view& s, char separator) {
+    const std::size_t at = s.find(separator);
+    const std::string_view part = s.substr(0, at);
+    s.remove_prefix(at == std::string_view::npos ? s.size() : at + 1);
+    return part;
+}
+
+// Digits only; nothing where it is not a number or is over max.
+inline std::optional<std::uint64_t> unsigned_number(std::string_view s, std::uint64_t max) {
+    if (s.empty() || s.size() > 20) return std::nullopt;
+    std::uint64_t value = 0;
+    for (const char c : s) {
+        if (!digit(c)) return std::nullopt;
+        const auto next = static_cast<std::uint64_t>(c - '0');
+        if (next > max || value > (max - next) / 10) return std::nullopt;
+        value = value * 10 + next;
+    }
+    return value;
+}
+
+inline int hex_digit(char c) {
+    if (digit(c)) return c - '0';
+    return lower(c) >= 'a' && lower(c) <= 'f' ? lower(c) - 'a' + 10 : -1;
+}
+
+// RFC 3986 2.1; nothing where an escape is malformed. `plus`: '+' is a space, as in a query.
+inline std::optional<std::string> percent_decoded(std::string_view s, bool plus = false) {
+    std::string result;
+    result.reserve(s.size());
+    for (std::size_t i = 0; i < s.size(); ++i) {
+        if (s[i] != '%') {
+            result += plus && s[i] == '+' ? ' ' : s[i];
+            continue;
+        }
+        if (s.size() - i < 3 || hex_digit(s[i + 1]) < 0 || hex_digit(s[i + 2]) < 0) return std::nullopt;
+        result += static_cast<char>(hex_digit(s[i + 1]) * 16 + hex_digit(s[i + 2]));
+        i += 2;
+    }
+    return result;
+}
+
+}  // namespace text
 
 // What a peer chose, made fit for a log line: control characters, quotes and backslashes as \xNN, the rest cut at max
 // bytes, so that nobody forges a line or moves the cursor of a terminal.
@@ -992,38 +1119,73 @@ inline void log_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_string(entry).c_str());
 }
 
+// ---- rates ------------------------------------------------------------------------------------------------------------
+
+struct Rate {
+    double per_second = 0;  // 0: no limit
+    double burst = 0;       // so many at once
+};
+
+class TokenBucket {
+public:
+    // Takes so many tokens, or none and answers false. One that is larger than the burst needs a full bucket.
+    bool take(double tokens, const Rate& rate, Time now) {
+        if (rate.per_second <= 0) return true;
+        drain(rate, now);
+        if (used_ + (std::min)(tokens, rate.burst) > rate.burst) return false;
+        used_ += tokens;
+        return true;
+    }
+    bool full(const Rate& rate, Time now) {
+        drain(rate, now);
+        return used_ <= 0;
+    }
+
+private:
+    void drain(const Rate& rate, Time now) {
+        used_ = (std::max)(0.0, used_ - std::chrono::duration<double>(now - at_).count() * rate.per_second);
+        at_ = now;
+    }
+    double used_ = 0;
+    Time at_{};
+};
+
 // ---- things by name ------------------------------------------------------------------------------------------------
 
 // A number as a name: eight bytes, which no string needs memory for, the highest first.
-inline std::string name_of(std::uint64_t number) {
+inline std::string big_endian_key(std::uint64_t number) {
     std::string name(8, '\0');
     for (std::size_t i = 8; i-- > 0; number >>= 8) name[i] = static_cast<char>(number & 0xFF);
     return name;
 }
 
-// A thing of any type, and what destroys it.
+namespace detail {
+
+// A value of any type, and what destroys it.
 using Owned = std::unique_ptr<void, void (*)(void*)>;
 
-template <class Thing, class... Arguments>
+template <class Value, class... Arguments>
 Owned make_owned(Arguments&&... arguments) {
-    return Owned(new Thing{std::forward<Arguments>(arguments)...}, [](void* it) { delete static_cast<Thing*>(it); });
+    return Owned(new Value{std::forward<Arguments>(arguments)...}, [](void* it) { delete static_cast<Value*>(it); });
 }
+
+}  // namespace detail
 
 // Things of one kind by their names, in the order of these. All kinds share one kind of tree: a std::map of each would be
 // what compiling this file costs most.
-template <class Thing>
-class Named {
-    using Tree = std::map<std::string, Owned, std::less<>>;
+template <class Value>
+class StringMap {
+    using Tree = std::map<std::string, detail::Owned, std::less<>>;
 
 public:
     struct Entry {
         const std::string& name;
-        Thing& thing;
+        Value& value;
     };
     class Iterator {
     public:
         explicit Iterator(Tree::const_iterator at) : at_(at) {}
-        Entry operator*() const { return {at_->first, thing_of(at_->second)}; }
+        Entry operator*() const { return {at_->first, to_value(at_->second)}; }
         Iterator& operator++() {
             ++at_;
             return *this;
@@ -1034,38 +1196,38 @@ public:
         Tree::const_iterator at_;
     };
 
-    Thing& front() const { return thing_of(tree_.begin()->second); }
+    Value& front() const { return to_value(tree_.begin()->second); }
     Iterator begin() const { return Iterator(tree_.begin()); }
     Iterator end() const { return Iterator(tree_.end()); }
     std::size_t size() const { return tree_.size(); }
     bool empty() const { return tree_.empty(); }
 
     // Null where there is none.
-    Thing* find(std::string_view name) const {
+    Value* find(std::string_view name) const {
         const auto found = tree_.find(name);
-        return found == tree_.end() ? nullptr : &thing_of(found->second);
+        return found == tree_.end() ? nullptr : &to_value(found->second);
     }
     // The one of that name, made of the arguments where there is none.
     template <class... Arguments>
-    Thing& make(std::string_view name, Arguments&&... arguments) {
-        if (Thing* known = find(name)) return *known;
-        Owned made = make_owned<Thing>(std::forward<Arguments>(arguments)...);
-        return thing_of(tree_.emplace(name, std::move(made)).first->second);
+    Value& find_or_emplace(std::string_view name, Arguments&&... arguments) {
+        if (Value* known = find(name)) return *known;
+        detail::Owned made = detail::make_owned<Value>(std::forward<Arguments>(arguments)...);
+        return to_value(tree_.emplace(name, std::move(made)).first->second);
     }
     // One more, by its number: where none is erased, things stand in the order in which they were added.
     template <class... Arguments>
-    Thing& add(Arguments&&... arguments) {
-        return make(name_of(size()), std::forward<Arguments>(arguments)...);
+    Value& append(Arguments&&... arguments) {
+        return find_or_emplace(big_endian_key(size()), std::forward<Arguments>(arguments)...);
     }
     // One that somebody else owns.
-    void refer(std::string_view name, Thing& thing) {
-        tree_.emplace(name, Owned(&thing, [](void*) {}));
+    void insert_reference(std::string_view name, Value& value) {
+        tree_.emplace(name, detail::Owned(&value, [](void*) {}));
     }
     // Nothing where there is none of that name, or the new one is taken.
     void rename(std::string_view name, std::string_view new_name) {
         const auto old = tree_.find(name);
         if (old == tree_.end() || find(new_name) != nullptr) return;
-        tree_.emplace(new_name, Owned(nullptr, nullptr)).first->second.swap(old->second);
+        tree_.emplace(new_name, detail::Owned(nullptr, nullptr)).first->second.swap(old->second);
         tree_.erase(old);
     }
     // False where there was none.
@@ -1078,27 +1240,27 @@ public:
     void clear() { tree_.clear(); }
     template <class Predicate>
     void erase_if(Predicate&& predicate) {
-        for (auto it = tree_.begin(); it != tree_.end();) it = predicate(thing_of(it->second)) ? tree_.erase(it) : ++it;
+        for (auto it = tree_.begin(); it != tree_.end();) it = predicate(to_value(it->second)) ? tree_.erase(it) : ++it;
     }
 
 private:
-    static Thing& thing_of(const Owned& owned) { return *static_cast<Thing*>(owned.get()); }
+    static Value& to_value(const detail::Owned& owned) { return *static_cast<Value*>(owned.get()); }
 
     Tree tree_;
 };
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+WSCHAT_END
 
 // ====================================================================================================================
-// § 4  Frames
+// section 4: Frames
 //
 // RFC 6455 5 as plain values: a header is parsed from bytes or encoded to bytes, a payload is masked in place. Knows
 // nothing of messages beyond the order of their fragments, and nothing of closing.
 // ====================================================================================================================
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
+
+namespace detail {
 
 // Which end of a connection we are: a server reads masked frames and sends plain ones, a client the reverse.
 enum class Role : std::uint8_t { server, client };
@@ -1291,20 +1453,23 @@ inline Slice encode_frame(SendArena& arena, FrameHeader header, std::string_view
     return slice;
 }
 
+}  // namespace detail
+
 // A message as a server sends it, encoded once and shared by all queues that it is in: plain, and in compressed forms
 // for those who negotiated them, each made when the first of them asks. Belongs to the loop's thread.
 class EncodedFrame {
 public:
-    EncodedFrame(SendArena& arena, Opcode opcode, std::string_view payload) : EncodedFrame(&arena, opcode, payload) {
+    EncodedFrame(detail::SendArena& arena, Opcode opcode, std::string_view payload)
+        : EncodedFrame(&arena, opcode, payload) {
         payload_ = slice().view().substr(size() - payload.size());
     }
     // The same of a payload that outlives it: not even the plain form is made before somebody asks.
-    static EncodedFrame of_lasting(SendArena& arena, Opcode opcode, std::string_view payload) {
+    static EncodedFrame of_lasting(detail::SendArena& arena, Opcode opcode, std::string_view payload) {
         return EncodedFrame(&arena, opcode, payload);
     }
 
-    const Slice& slice() const {
-        if (!plain_.chunk) plain_ = encode_frame(*arena_, header(), payload_);
+    const detail::Slice& slice() const {
+        if (!plain_.chunk) plain_ = detail::encode_frame(*arena_, header(), payload_);
         return plain_;
     }
     // Of the plain form.
@@ -1314,7 +1479,7 @@ public:
 
     // The form of that key, which make() encodes where it is new.
     template <class Make>
-    const Slice& form(const void* key, Make&& make) const {
+    const detail::Slice& form(const void* key, Make&& make) const {
         if (form_.key == nullptr) form_ = {key, make()};
         if (form_.key == key) return form_.slice;
         for (const Form& other : other_forms_)
@@ -1326,26 +1491,28 @@ public:
 private:
     struct Form {
         const void* key = nullptr;
-        Slice slice;
+        detail::Slice slice;
     };
 
-    EncodedFrame(SendArena* arena, Opcode opcode, std::string_view payload)
-        : arena_(arena), payload_(payload), opcode_(opcode), size_(encoded_size(header()) + payload.size()) {}
-    FrameHeader header() const {
-        FrameHeader header;
+    EncodedFrame(detail::SendArena* arena, Opcode opcode, std::string_view payload)
+        : arena_(arena), payload_(payload), opcode_(opcode), size_(detail::encoded_size(header()) + payload.size()) {}
+    detail::FrameHeader header() const {
+        detail::FrameHeader header;
         header.opcode = opcode_;
         header.length = payload_.size();
         return header;
     }
 
-    SendArena* arena_;
+    detail::SendArena* arena_;
     std::string_view payload_;
     Opcode opcode_;
     std::size_t size_;
-    mutable Slice plain_;
+    mutable detail::Slice plain_;
     mutable Form form_;  // nearly always there is one at most
     mutable std::vector<Form> other_forms_;
 };
+
+namespace detail {
 
 // A frame as a client sends it: masked, and so never shared.
 inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view payload, const MaskKey& mask) {
@@ -1356,102 +1523,23 @@ inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view pay
     return encode_frame(arena, header, payload);
 }
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+}  // namespace detail
+
+WSCHAT_END
 
 // ====================================================================================================================
-// § 5  HTTP
+// section 5: HTTP
 //
 // RFC 9112 as far as pages and upgrades need it, and the opening handshake of RFC 6455 4: requests are parsed strictly,
 // answers are complete. Knows nothing of sockets, of files or of what a path means.
 // ====================================================================================================================
 
-#include <algorithm>
 #include <ctime>
 #include <deque>
-#include <optional>
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
-namespace text {
+WSCHAT_BEGIN
 
-constexpr char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
-constexpr bool digit(char c) { return c >= '0' && c <= '9'; }
-constexpr bool alphanumeric(char c) { return digit(c) || (lower(c) >= 'a' && lower(c) <= 'z'); }
-
-inline std::string lowered(std::string_view s) {
-    std::string result(s);
-    for (char& c : result) c = lower(c);
-    return result;
-}
-inline bool same_ignoring_case(std::string_view a, std::string_view b) {
-    return a.size() == b.size() &&
-           std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return lower(x) == lower(y); });
-}
-inline bool starts_with(std::string_view s, std::string_view start) { return s.substr(0, start.size()) == start; }
-
-// RFC 9110 5.6.3: optional white space is space and tab, nothing else.
-inline std::string_view trimmed(std::string_view s) {
-    while (!s.empty() && (s.front() == ' ' || s.front() == '\t')) s.remove_prefix(1);
-    while (!s.empty() && (s.back() == ' ' || s.back() == '\t')) s.remove_suffix(1);
-    return s;
-}
-// RFC 9110 5.6.2.
-inline bool token_char(char c) {
-    return alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
-}
-// Whether one of the list is of that name.
-template <class List>
-bool contains(const List& list, std::string_view name) {
-    for (const auto& each : list)
-        if (each == name) return true;
-    return false;
-}
-inline bool token(std::string_view s) { return !s.empty() && std::all_of(s.begin(), s.end(), token_char); }
-
-// What precedes the first separator; the rest, without it, stays in s.
-inline std::string_view cut_at(std::string_view& s, char separator) {
-    const std::size_t at = s.find(separator);
-    const std::string_view part = s.substr(0, at);
-    s.remove_prefix(at == std::string_view::npos ? s.size() : at + 1);
-    return part;
-}
-
-// Digits only; nothing where it is not a number or is over max.
-inline std::optional<std::uint64_t> unsigned_number(std::string_view s, std::uint64_t max) {
-    if (s.empty() || s.size() > 20) return std::nullopt;
-    std::uint64_t value = 0;
-    for (const char c : s) {
-        if (!digit(c)) return std::nullopt;
-        const auto next = static_cast<std::uint64_t>(c - '0');
-        if (next > max || value > (max - next) / 10) return std::nullopt;
-        value = value * 10 + next;
-    }
-    return value;
-}
-
-inline int hex_digit(char c) {
-    if (digit(c)) return c - '0';
-    return lower(c) >= 'a' && lower(c) <= 'f' ? lower(c) - 'a' + 10 : -1;
-}
-
-// RFC 3986 2.1; nothing where an escape is malformed. `plus`: '+' is a space, as in a query.
-inline std::optional<std::string> percent_decoded(std::string_view s, bool plus = false) {
-    std::string result;
-    result.reserve(s.size());
-    for (std::size_t i = 0; i < s.size(); ++i) {
-        if (s[i] != '%') {
-            result += plus && s[i] == '+' ? ' ' : s[i];
-            continue;
-        }
-        if (s.size() - i < 3 || hex_digit(s[i + 1]) < 0 || hex_digit(s[i + 2]) < 0) return std::nullopt;
-        result += static_cast<char>(hex_digit(s[i + 1]) * 16 + hex_digit(s[i + 2]));
-        i += 2;
-    }
-    return result;
-}
-
-}  // namespace text
+namespace detail {
 
 // RFC 9110 5.6.7: "Sun, 06 Nov 1994 08:49:37 GMT". Days are counted by hand because strftime() follows the locale.
 inline std::string http_date(std::int64_t unix_seconds) {
@@ -1471,6 +1559,8 @@ inline std::string http_date(std::int64_t unix_seconds) {
                   static_cast<int>(second / 60 % 60), static_cast<int>(second % 60));
     return text;
 }
+
+}  // namespace detail
 
 // The header fields of a message: a view of their lines, each of which has passed field_line_error(). Names are found
 // without regard to case; every look-up reads the lines once.
@@ -1528,6 +1618,8 @@ private:
     std::string_view lines_;
 };
 
+namespace detail {
+
 // Why a line (without its CRLF) is no header field (RFC 9112 5); null where it is one.
 inline const char* field_line_error(std::string_view line) {
     if (line.front() == ' ' || line.front() == '\t') return "a header line is folded";
@@ -1562,6 +1654,12 @@ inline bool valid_host(std::string_view host) {
             if (!text::alphanumeric(c) && c != '-' && c != '.' && c != '_' && c != '~') return false;
     }
     return !name.empty() && (port.empty() || text::unsigned_number(port, 65535));
+}
+
+}  // namespace detail
+
+namespace detail {
+class RequestParser;
 }
 
 // A request's head. As a parser hands it out it owns its bytes; all views of it live as long as it does.
@@ -1632,7 +1730,7 @@ public:
     }
 
 private:
-    friend class RequestParser;
+    friend class detail::RequestParser;
 
     struct Part {
         std::uint32_t begin = 0;
@@ -1651,6 +1749,8 @@ private:
     std::uint16_t tls_ = 0;  // over TLS one more than the size of client_certificate(), which ends head_
     std::vector<std::pair<std::string, std::string>> params_;
 };
+
+namespace detail {
 
 // Parses one request head after another from bytes in any pieces, in time linear in their number. The outcome of a
 // feed() is one of three; after a failure the parser takes nothing more.
@@ -1867,6 +1967,8 @@ inline std::string_view reason_phrase(int status) {
     }
 }
 
+}  // namespace detail
+
 // An answer to a request. Statuses are 200-599. Content-Length, Connection and Date are the server's to add.
 class Response {
 public:
@@ -1889,7 +1991,7 @@ public:
     Response& set_header(std::string_view name, std::string_view value) {
         if (text::same_ignoring_case(name, "content-length") || text::same_ignoring_case(name, "transfer-encoding"))
             throw Error("Response::set_header: " + std::string(name) + " is the server's to set");
-        if (field_line_error(std::string(name) + ": " + std::string(value)) != nullptr || !text::token(name))
+        if (detail::field_line_error(std::string(name) + ": " + std::string(value)) != nullptr || !text::token(name))
             throw Error("Response::set_header: \"" + escape_for_log(name) + ": " + escape_for_log(value) +
                         "\" is not a header field");
         const auto same = [&](const auto& header) { return text::same_ignoring_case(header.first, name); };
@@ -1909,6 +2011,8 @@ private:
     std::string body_;
     std::vector<std::pair<std::string, std::string>> headers_;
 };
+
+namespace detail {
 
 // RFC 6455 4.2.2 / 5.4: the proof that the server has read the key.
 inline std::string accept_key(std::string_view key) {
@@ -1997,7 +2101,7 @@ inline std::string opening_request(std::string_view host, std::string_view targe
 }
 
 // Why a client must not take the server's answer for a handshake (RFC 6455 4.1, the numbered list at its end); empty
-// may. `head` ends with the empty line. Where an extension was offered, what was chosen is for § 6 to judge.
+// may. `head` ends with the empty line. Where an extension was offered, what was chosen is for section 6 to judge.
 inline std::string opening_answer_error(std::string_view head, std::string_view key, std::string_view subprotocols = {},
                                         bool extension_offered = false) {
     std::string_view rest = head;
@@ -2045,11 +2149,12 @@ inline bool same_host(std::string_view origin, std::string_view host) {
     return normal == normalized_origin(scheme + std::string(host));
 }
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+}  // namespace detail
+
+WSCHAT_END
 
 // ====================================================================================================================
-// § 6  Compression
+// section 6: Compression
 //
 // permessage-deflate (RFC 7692): what two ends agree on, and payloads in and out of DEFLATE. Knows nothing of frames or
 // of when a message ends. Without WSCHAT_ZLIB nothing is left of it but the words that the sections below use.
@@ -2059,10 +2164,13 @@ inline bool same_host(std::string_view origin, std::string_view host) {
 #include <zlib.h>
 #endif
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
+
+namespace detail {
 
 constexpr bool compression_available = WSCHAT_ZLIB != 0;
+
+}  // namespace detail
 
 // What WebSocketHandler::get_compression_options() answers, and what a client offers. As it stands here no connection
 // holds more than 100 bytes for it: each message is compressed by itself, by a compressor that all connections share,
@@ -2088,6 +2196,8 @@ struct CompressionOptions {
     bool client_context_takeover = false;
     std::size_t threshold = 1024;  // smaller messages are sent plain: they fit into a packet as they are
 };
+
+namespace detail {
 
 // What the messages of one connection pass through where compression was agreed on.
 class Compression {
@@ -2614,18 +2724,20 @@ public:
 
 #endif
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+}  // namespace detail
+
+WSCHAT_END
 
 // ====================================================================================================================
-// § 7  Protocol
+// section 7: Protocol
 //
 // Connection: the whole of RFC 6455 after the opening handshake, as a state machine. Bytes go in, events and bytes come
 // out, and the time is an argument. Knows nothing of sockets, of clocks or of who handles the events.
 // ====================================================================================================================
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
+
+namespace detail {
 
 struct Event {
     enum class Kind : std::uint8_t { none, message, ping, pong, close };
@@ -3222,11 +3334,12 @@ private:
     std::string close_reason_;
 };
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+}  // namespace detail
+
+WSCHAT_END
 
 // ====================================================================================================================
-// § 8  Handler
+// section 8: Handler
 //
 // WebSocketHandler: the verbs that a user overrides and calls, and HandlerRef, which outlives it. A handler appends to
 // its connection's queue and tells its host; it knows nothing of sockets, of loops or of when the output leaves.
@@ -3234,28 +3347,24 @@ private:
 
 #include <cassert>
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
 
 class Loop;
 class Room;
 class Rooms;
 class Server;
 class WebSocketHandler;
+
+namespace detail {
+
+class HandlerAccess;
 struct HandlerCore;
 
-// Where any thread may leave work for the loop's thread. False: the loop is gone, and the work will not be done.
-class Mailbox {
-public:
-    virtual ~Mailbox() = default;
-    virtual bool post(std::function<void()> work) = 0;
-};
-
-// What a handler needs of the server that owns it; § 13 implements it.
+// What a handler needs of the server that owns it; section 14 implements it.
 class HandlerHost {
 public:
     // The handler has output, or its connection has changed its state: to be seen to at the end of the turn.
-    virtual void attend(HandlerCore& core) = 0;
+    virtual void mark_dirty(HandlerCore& core) = 0;
     // Offers what is queued to the kernel now.
     virtual void flush_now(HandlerCore& core) = 0;
     // Offers to the kernel what is not queued, while nothing is; answers how many bytes it took.
@@ -3272,6 +3381,8 @@ public:
 protected:
     ~HandlerHost() = default;
 };
+
+}  // namespace detail
 
 // A weak reference to a handler, for any thread to keep. What is done through one whose handler is gone is a no-op;
 // each call answers whether the work was accepted, which is false once the server itself is gone.
@@ -3294,7 +3405,7 @@ public:
 
 private:
     friend class WebSocketHandler;
-    friend class HandlerAccess;
+    friend class detail::HandlerAccess;
 
     struct Cell {
         std::shared_ptr<Mailbox> mailbox;
@@ -3303,6 +3414,8 @@ private:
 
     std::shared_ptr<Cell> cell_;
 };
+
+namespace detail {
 
 // What the server and the rooms keep for a handler.
 struct HandlerCore {
@@ -3313,7 +3426,7 @@ struct HandlerCore {
 
     HandlerHost* host = nullptr;
     void* session = nullptr;  // the host's
-    bool attended = false;    // attend() was called in this turn
+    bool dirty = false;       // mark_dirty() was called in this turn
     std::uint64_t messages_sent = 0;
     Connection connection;
     Request request;
@@ -3322,6 +3435,8 @@ struct HandlerCore {
     std::vector<Membership> rooms;
     HandlerRef ref;
 };
+
+}  // namespace detail
 
 // One WebSocket connection. The server makes one for each request that its route matches, calls check_origin(),
 // prepare() and select_subprotocol() before the 101, then open(), and after on_close() destroys it.
@@ -3372,12 +3487,13 @@ public:
     WriteStatus write_message(const Message& message) { return write_payload(message.opcode(), message.data()); }
     // One that is encoded already, to be shared by many.
     WriteStatus write_message(const EncodedFrame& frame) {
-        return write_data(frame.size(), [&](Connection& connection) { return connection.send(frame); });
+        return write_data(frame.size(), [&](detail::Connection& connection) { return connection.send(frame); });
     }
     // What is stale when it comes late (who is typing, where a pointer is): dropped and counted where it would wait
     // behind what the peer has not taken yet.
     WriteStatus write_volatile(const EncodedFrame& frame) {
-        return write_data(frame.size(), [&](Connection& connection) { return connection.send_volatile(frame); });
+        return write_data(frame.size(),
+                          [&](detail::Connection& connection) { return connection.send_volatile(frame); });
     }
     WriteStatus write_json(const Json& value) { return write_message(value.dump()); }
     // Any object with .dump(), as nlohmann::json.
@@ -3388,13 +3504,13 @@ public:
 
     // At most 125 bytes (RFC 6455 5.5), else an Error.
     WriteStatus ping(std::string_view payload = {}) {
-        return write([&](Connection& connection) { return connection.send_control(Opcode::ping, payload); });
+        return write([&](detail::Connection& connection) { return connection.send_control(Opcode::ping, payload); });
     }
     // Starts the closing handshake; on_close() comes when the peer has answered, or Limits::closing_timeout later. An
     // illegal code (RFC 6455 7.4), a reason over 123 bytes or one that is not UTF-8 is an Error.
     void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) {
-        Connection::check_close(code, reason);
-        write([&](Connection& connection) {
+        detail::Connection::check_close(code, reason);
+        write([&](detail::Connection& connection) {
             if (connection.is_open()) connection.close(code, reason, core_.host->now());
             return WriteStatus::closed;
         });
@@ -3445,9 +3561,9 @@ public:
     Server& server() { return host("server").server(); }
 
 private:
-    friend class HandlerAccess;
+    friend class detail::HandlerAccess;
 
-    HandlerHost& host(const char* call) {
+    detail::HandlerHost& host(const char* call) {
         if (core_.host == nullptr) throw Error(std::string(call) + ": a handler has no server in its constructor");
         return *core_.host;
     }
@@ -3470,11 +3586,11 @@ private:
             // It costs this connection, and not the one whose callback broadcasts to it.
             core_.connection.abort(CloseCause::connection_lost, "out of memory");
         }
-        if (!core_.attended) core_.host->attend(core_);
+        if (!core_.dirty) core_.host->mark_dirty(core_);
         return status;
     }
     WriteStatus write_payload(Opcode opcode, std::string_view payload) {
-        return write_data(payload.size(), [&](Connection& connection) {
+        return write_data(payload.size(), [&](detail::Connection& connection) {
             return connection.send(opcode, payload, [this](const std::string_view* pieces, std::size_t count) {
                 return core_.host->offer(core_, pieces, count);
             });
@@ -3482,7 +3598,7 @@ private:
     }
     template <class Send>
     WriteStatus write_data(std::size_t size, Send&& send) {
-        return write([&](Connection& connection) {
+        return write([&](detail::Connection& connection) {
             // Before a limit is held against the peer, the kernel may take what this turn has queued.
             if (connection.is_open() && connection.overflows(size)) core_.host->flush_now(core_);
             const WriteStatus status = send(connection);
@@ -3491,8 +3607,10 @@ private:
         });
     }
 
-    HandlerCore core_;
+    detail::HandlerCore core_;
 };
+
+namespace detail {
 
 // The one door to what a handler keeps inside, for the sections that need it.
 class HandlerAccess {
@@ -3500,37 +3618,37 @@ public:
     static HandlerCore& core(WebSocketHandler& handler) { return handler.core_; }
     static const HandlerCore& core(const WebSocketHandler& handler) { return handler.core_; }
     // What sending needs, which stands at the beginning of both.
-    static void prefetch(const WebSocketHandler* handler) { wschat::prefetch(handler, 4); }
-    static void prefetch_session(const WebSocketHandler& handler) { wschat::prefetch(handler.core_.session, 2); }
+    static void prefetch(const WebSocketHandler* handler) { detail::prefetch(handler, 4); }
+    static void prefetch_session(const WebSocketHandler& handler) { detail::prefetch(handler.core_.session, 2); }
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
 };
 
+}  // namespace detail
+
 inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const {
-    HandlerAccess::check_payload("HandlerRef::write_message", payload, opcode);
+    detail::HandlerAccess::check_payload("HandlerRef::write_message", payload, opcode);
     return post([payload = std::move(payload), opcode](WebSocketHandler& handler) {
         handler.write_message(Message(payload, opcode));
     });
 }
 
 inline bool HandlerRef::close(CloseCode code, std::string reason) const {
-    Connection::check_close(code, reason);
+    detail::Connection::check_close(code, reason);
     return post([code, reason = std::move(reason)](WebSocketHandler& handler) { handler.close(code, reason); });
 }
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+WSCHAT_END
 
 // ====================================================================================================================
-// § 9  Rooms
+// section 9: Rooms
 //
 // Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
 // nothing of what members say to one another.
 // ====================================================================================================================
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
 
 class Room {
     struct Member {
@@ -3577,7 +3695,7 @@ public:
     // ends.
     bool join(WebSocketHandler& handler) {
         if (!handler.is_open() || has(handler)) return false;
-        auto& rooms = HandlerAccess::core(handler).rooms;
+        auto& rooms = detail::HandlerAccess::core(handler).rooms;
         if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);  // both lists take it, or neither
         members_.push_back({&handler, rooms.size()});
         rooms.push_back({this, members_.size() - 1});
@@ -3591,7 +3709,7 @@ public:
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
-        HandlerAccess::check_payload("broadcast", payload, opcode);
+        detail::HandlerAccess::check_payload("broadcast", payload, opcode);
         return broadcast(Message(payload, opcode), except);
     }
     std::size_t broadcast_json(const Json& value, const WebSocketHandler* except = nullptr) {
@@ -3602,8 +3720,8 @@ public:
         std::size_t reached = 0;
         for (std::size_t i = 0; i < members_.size(); ++i) {
             if (members_.size() - i > 2 * ahead) {
-                HandlerAccess::prefetch(members_[i + 2 * ahead].handler);
-                HandlerAccess::prefetch_session(*members_[i + ahead].handler);
+                detail::HandlerAccess::prefetch(members_[i + 2 * ahead].handler);
+                detail::HandlerAccess::prefetch_session(*members_[i + ahead].handler);
             }
             if (members_[i].handler == except) continue;
             const WriteStatus status = members_[i].handler->write_message(frame);
@@ -3622,7 +3740,7 @@ private:
 
     // Where the handler stands among the members: the shorter of the two lists is searched.
     std::size_t place(const WebSocketHandler& handler) const {
-        const auto& rooms = HandlerAccess::core(handler).rooms;
+        const auto& rooms = detail::HandlerAccess::core(handler).rooms;
         for (std::size_t i = 0; i < (std::min)(rooms.size(), members_.size()); ++i) {
             if (members_[i].handler == &handler) return i;
             const std::size_t at = rooms[i].index;
@@ -3635,7 +3753,7 @@ private:
         members_[index] = members_.back();
         members_.pop_back();
         if (index == members_.size()) return;
-        HandlerAccess::core(*members_[index].handler).rooms[members_[index].slot].index = index;
+        detail::HandlerAccess::core(*members_[index].handler).rooms[members_[index].slot].index = index;
     }
 
     std::string name_;
@@ -3648,13 +3766,13 @@ private:
 // All rooms of a server, by name.
 class Rooms {
 public:
-    explicit Rooms(SendArena& arena) : arena_(arena) {}
+    explicit Rooms(detail::SendArena& arena) : arena_(arena) {}
     Rooms(const Rooms&) = delete;
     Rooms& operator=(const Rooms&) = delete;
 
     Room& operator[](std::string_view name) {
         if (Room* room = rooms_.find(name)) return *room;
-        Room& made = rooms_.make(name, std::string(name), *this);
+        Room& made = rooms_.find_or_emplace(name, std::string(name), *this);
         may_be_empty(made);
         return made;
     }
@@ -3669,11 +3787,11 @@ public:
         for (const auto& [name, room] : rooms_) result.push_back(name);
         return result;
     }
-    SendArena& arena() { return arena_; }
+    detail::SendArena& arena() { return arena_; }
 
     // A connection has ended: no room has it as a member any more. The handler's own list stays for its on_close().
     void forget(WebSocketHandler& handler) {
-        for (const auto& membership : HandlerAccess::core(handler).rooms) {
+        for (const auto& membership : detail::HandlerAccess::core(handler).rooms) {
             membership.room->remove_at(membership.index);
             may_be_empty(*membership.room);
         }
@@ -3695,15 +3813,15 @@ private:
         if (!std::exchange(room.to_prune_, true)) room.next_to_prune_ = std::exchange(to_prune_, &room);
     }
 
-    SendArena& arena_;
-    Named<Room> rooms_;
+    detail::SendArena& arena_;
+    StringMap<Room> rooms_;
     Room* to_prune_ = nullptr;  // the first of a chain, which takes no memory: a handler's end can not fail
 };
 
 inline bool Room::leave(WebSocketHandler& handler) {
     const std::size_t index = place(handler);
     if (index == none) return false;
-    auto& rooms = HandlerAccess::core(handler).rooms;
+    auto& rooms = detail::HandlerAccess::core(handler).rooms;
     const std::size_t slot = members_[index].slot;
     remove_at(index);
     rooms[slot] = rooms.back();
@@ -3719,7 +3837,7 @@ inline std::size_t Room::broadcast(const Message& message, const WebSocketHandle
 }
 
 inline std::size_t Room::broadcast_volatile(std::string_view payload, const WebSocketHandler* except, Opcode opcode) {
-    HandlerAccess::check_payload("broadcast_volatile", payload, opcode);
+    detail::HandlerAccess::check_payload("broadcast_volatile", payload, opcode);
     if (empty()) return 0;
     const EncodedFrame frame(rooms_.arena(), opcode, payload);
     std::size_t reached = 0;
@@ -3736,11 +3854,10 @@ inline std::vector<Room*> WebSocketHandler::rooms() const {
     return result;
 }
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+WSCHAT_END
 
 // ====================================================================================================================
-// § 10  Sockets
+// section 10: Sockets
 //
 // Addresses, sockets that never block, and the poller: one small contract over epoll, kqueue and poll. The first
 // section that includes an OS header, and the one place where systems differ. Knows nothing of what the bytes mean.
@@ -3794,8 +3911,9 @@ inline std::vector<Room*> WebSocketHandler::rooms() const {
 #endif
 #endif
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
+
+namespace detail {
 
 // What a call of the system is named and does differently from one to the other.
 namespace os {
@@ -4049,6 +4167,8 @@ inline std::string error_text(int error) {
 
 }  // namespace os
 
+}  // namespace detail
+
 // An IPv4 or IPv6 address, or that of a Unix socket, which has none. IPv4 is kept as IPv4 also where it came mapped
 // into IPv6 (RFC 4291 2.5.5.2).
 class IpAddress {
@@ -4096,7 +4216,7 @@ public:
         return result;
     }
     // By what limits know a client: an IPv6 address is one of a /64, which is one customer's.
-    std::string share() const { return (family_ == Family::ipv6 ? prefix(64) : *this).to_string(); }
+    std::string rate_limit_key() const { return (family_ == Family::ipv6 ? prefix(64) : *this).to_string(); }
     unsigned bits() const { return family_ == Family::ipv4 ? 32 : family_ == Family::ipv6 ? 128 : 0; }
 
     friend bool operator==(const IpAddress& a, const IpAddress& b) {
@@ -4117,6 +4237,8 @@ private:
     Family family_ = Family::unix_socket;
     std::array<unsigned char, 16> bytes_{};
 };
+
+namespace detail {
 
 // A block of addresses, "10.0.0.0/8" or a single address. "unix" stands for every Unix socket.
 class Cidr {
@@ -4601,12 +4723,17 @@ protected:
     ~Pollable() = default;
 };
 
+}  // namespace detail
+
+// How a loop waits: automatic is epoll or kqueue where the system has it, else poll (WSAPoll on Windows).
+enum class PollerKind : std::uint8_t { automatic, poll };
+
+namespace detail {
+
 // The contract over the three: level-triggered; after remove(), wait() reports the owner no more, but a batch that was
 // handed out already may still name it, so an owner lives until the batch is done.
 class Poller {
 public:
-    enum class Kind : std::uint8_t { automatic, poll };
-
     struct Ready {
         Pollable* owner;
         bool readable;
@@ -4614,7 +4741,7 @@ public:
         bool broken;
     };
 
-    static inline std::unique_ptr<Poller> make(Kind kind);
+    static inline std::unique_ptr<Poller> make(PollerKind kind);
     virtual ~Poller() = default;
     virtual const char* name() const = 0;
     // Each false where the system refuses for want of resources.
@@ -4766,16 +4893,17 @@ using SystemPoller = KqueuePoller;
 using SystemPoller = PollPoller;
 #endif
 
-inline std::unique_ptr<Poller> Poller::make(Kind kind) {
-    if (kind == Kind::poll) return std::make_unique<PollPoller>();
+inline std::unique_ptr<Poller> Poller::make(PollerKind kind) {
+    if (kind == PollerKind::poll) return std::make_unique<PollPoller>();
     return std::make_unique<SystemPoller>();
 }
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+}  // namespace detail
+
+WSCHAT_END
 
 // ====================================================================================================================
-// § 11  TLS
+// section 11: TLS
 //
 // TlsStream: TLS 1.2 and 1.3 by OpenSSL, as bytes in and bytes out, for either side; and what puts one between a socket
 // and the server's session. Compiled with WSCHAT_OPENSSL only. Knows nothing of HTTP, of WebSocket or of loops.
@@ -4794,8 +4922,9 @@ inline std::unique_ptr<Poller> Poller::make(Kind kind) {
 #error "wschat.hpp needs OpenSSL 1.1.1 or newer"
 #endif
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
+
+namespace detail {
 
 // What OpenSSL gives and takes back.
 template <auto Free>
@@ -4819,6 +4948,8 @@ inline std::string take_tls_error(int library = 0) {
     return reason != nullptr ? reason : "unknown error";
 }
 
+}  // namespace detail
+
 // PEM files: a certificate, with those that lead to a root after it, and its private key.
 struct TlsCertificate {
     std::string certificate;
@@ -4837,6 +4968,8 @@ struct TlsOptions {
     std::string client_authorities{};
     bool require_client_certificate = true;  // false: a client may have none; a wrong one is refused all the same
 };
+
+namespace detail {
 
 // For the client's side of a TlsStream.
 struct TlsClientOptions {
@@ -5381,22 +5514,24 @@ private:
     std::shared_ptr<TlsBlocks> blocks_ = std::make_shared<TlsBlocks>();
 };
 
+}  // namespace detail
+
 // A certificate for trials, of EC P-256 and signed with its own key, of which browsers warn; the texts of its PEM files.
 // For host names and addresses: {"localhost", "127.0.0.1"}.
 inline TlsCertificate make_self_signed_certificate(const std::vector<std::string>& hosts, int days = 365) {
     const auto require = [](bool good) {
-        if (!good) throw Error("make_self_signed_certificate: " + take_tls_error());
+        if (!good) throw Error("make_self_signed_certificate: " + detail::take_tls_error());
     };
     ERR_clear_error();
     EVP_PKEY* generated = nullptr;
-    const TlsOwned<EVP_PKEY_CTX, &EVP_PKEY_CTX_free> generator(EVP_PKEY_CTX_new_id(EVP_PKEY_EC, nullptr));
+    const detail::TlsOwned<EVP_PKEY_CTX, &EVP_PKEY_CTX_free> generator(EVP_PKEY_CTX_new_id(EVP_PKEY_EC, nullptr));
     require(generator && EVP_PKEY_keygen_init(generator.get()) == 1 &&
             EVP_PKEY_CTX_set_ec_paramgen_curve_nid(generator.get(), NID_X9_62_prime256v1) == 1 &&
             EVP_PKEY_keygen(generator.get(), &generated) == 1);
-    const TlsOwned<EVP_PKEY, &EVP_PKEY_free> key(generated);
-    const TlsOwned<X509, &X509_free> made(X509_new());
+    const detail::TlsOwned<EVP_PKEY, &EVP_PKEY_free> key(generated);
+    const detail::TlsOwned<X509, &X509_free> made(X509_new());
     X509* const certificate = made.get();
-    const TlsOwned<BIGNUM, &BN_free> serial(BN_new());
+    const detail::TlsOwned<BIGNUM, &BN_free> serial(BN_new());
     require(made && serial && BN_rand(serial.get(), 127, BN_RAND_TOP_ANY, BN_RAND_BOTTOM_ANY) == 1 &&
             BN_to_ASN1_INTEGER(serial.get(), X509_get_serialNumber(certificate)) != nullptr);
     X509_set_version(certificate, 2);
@@ -5418,14 +5553,14 @@ inline TlsCertificate make_self_signed_certificate(const std::vector<std::string
     for (const auto& [name, value] : extensions) {
         X509V3_CTX context{};
         X509V3_set_ctx(&context, certificate, certificate, nullptr, nullptr, 0);
-        const TlsOwned<X509_EXTENSION, &X509_EXTENSION_free> extension(
+        const detail::TlsOwned<X509_EXTENSION, &X509_EXTENSION_free> extension(
             X509V3_EXT_nconf_nid(nullptr, &context, name, value));
         require(extension && X509_add_ext(certificate, extension.get(), -1) == 1);
     }
     require(X509_sign(certificate, key.get(), EVP_sha256()) != 0);
 
     const auto text = [&](auto&& write) {
-        const TlsOwned<BIO, &BIO_free> pem(BIO_new(BIO_s_mem()));
+        const detail::TlsOwned<BIO, &BIO_free> pem(BIO_new(BIO_s_mem()));
         require(pem && write(pem.get()) == 1);
         char* data = nullptr;
         const long size = BIO_get_mem_data(pem.get(), &data);
@@ -5436,13 +5571,12 @@ inline TlsCertificate make_self_signed_certificate(const std::vector<std::string
             })};
 }
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+WSCHAT_END
 
 #endif  // WSCHAT_OPENSSL
 
 // ====================================================================================================================
-// § 12  Loop
+// section 12: Loop
 //
 // One thread's turns: wait for sockets, call their owners, run timers and what other threads have posted, then the
 // hooks that end a turn. Knows nothing of what the owners do.
@@ -5452,8 +5586,9 @@ inline TlsCertificate make_self_signed_certificate(const std::vector<std::string
 #include <csignal>
 #include <mutex>
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
+
+namespace detail {
 
 // Something that happens at a time. It stands in the heap of its loop at most once, and is not owned by it.
 class Timer {
@@ -5461,12 +5596,10 @@ public:
     Timer() = default;
     Timer(const Timer&) = delete;
     Timer& operator=(const Timer&) = delete;
+    virtual ~Timer() = default;
     virtual void on_timer(Time now) = 0;
     bool scheduled() const { return index_ != none; }
     Time due() const { return due_; }
-
-protected:
-    ~Timer() = default;
 
 private:
     friend class Timers;
@@ -5621,14 +5754,20 @@ private:
     Slot* slot_;
 };
 
+}  // namespace detail
+
 class Loop {
 public:
     using TimerId = std::uint64_t;
 
-    WSCHAT_COLD explicit Loop(Poller::Kind kind = Poller::Kind::automatic)
-        : poller_(Poller::make(kind)), mailbox_(std::make_shared<LoopMailbox>()), waker_(*this), now_(Clock::now()) {
+    WSCHAT_COLD explicit Loop(PollerKind kind = PollerKind::automatic)
+        : poller_(detail::Poller::make(kind)),
+          mailbox_(std::make_shared<LoopMailbox>()),
+          waker_(*this),
+          now_(Clock::now()) {
         if (!poller_->add(mailbox_->wake_up.descriptor(), waker_, true, false))
-            throw Error("Loop: " + std::string(poller_->name()) + ": " + os::error_text(os::last_error()));
+            throw Error("Loop: " + std::string(poller_->name()) + ": " +
+                        detail::os::error_text(detail::os::last_error()));
     }
     Loop(const Loop&) = delete;
     Loop& operator=(const Loop&) = delete;
@@ -5661,7 +5800,7 @@ public:
         return add_call(interval, interval, std::move(call));
     }
     // False where the call was made or cancelled already.
-    bool cancel(TimerId id) { return calls_.erase(name_of(id)); }
+    bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
     // The time of this turn.
     Time now() const { return now_; }
@@ -5673,9 +5812,9 @@ public:
 
     // ---- for servers -----------------------------------------------------------------------------------------------
 
-    Poller& poller() { return *poller_; }
-    Timers& timers() { return timers_; }
-    os::Descriptor wake_descriptor() const { return mailbox_->wake_up.write_end(); }
+    detail::Poller& poller() { return *poller_; }
+    detail::Timers& timers() { return timers_; }
+    detail::os::Descriptor wake_descriptor() const { return mailbox_->wake_up.write_end(); }
     // Called at the end of each turn; true: it has left something to do, and the next turn is not to wait.
     void at_turn_end(std::function<bool()> hook) { turn_end_ = std::move(hook); }
     void on_signal(std::function<void(int)> handler) { on_signal_ = std::move(handler); }
@@ -5691,7 +5830,7 @@ private:
             const std::lock_guard<std::mutex> lock(mutex_);
             if (!open_) return false;
             work_.push_back(std::move(work));
-            if (!has_work.exchange(true)) WakeUp::wake(wake_up.write_end(), 0);
+            if (!has_work.exchange(true)) detail::WakeUp::wake(wake_up.write_end(), 0);
             return true;
         }
         std::vector<std::function<void()>> take() {
@@ -5706,7 +5845,7 @@ private:
             undone.swap(work_);
         }
 
-        WakeUp wake_up;
+        detail::WakeUp wake_up;
         std::atomic<bool> has_work{false};
 
     private:
@@ -5715,7 +5854,7 @@ private:
         bool open_ = true;
     };
 
-    class Waker final : public Pollable {
+    class Waker final : public detail::Pollable {
     public:
         explicit Waker(Loop& loop) : loop_(loop) {}
         void on_ready(bool, bool, bool) override {
@@ -5729,17 +5868,17 @@ private:
     };
 
     // A call that a user asked for.
-    class Call final : public Timer {
+    class Call final : public detail::Timer {
     public:
         Call(Loop& loop, TimerId id, Time due, Duration interval, std::function<void()> call)
             : loop_(loop), id_(id), interval_(interval), call_(std::move(call)) {
             loop_.timers_.schedule(*this, due);
         }
-        ~Call() { loop_.timers_.cancel(*this); }
+        ~Call() override { loop_.timers_.cancel(*this); }
         void on_timer(Time now) override {
             // The call may cancel itself, and this is no more then.
             Loop& loop = loop_;
-            const std::string id = name_of(id_);
+            const std::string id = big_endian_key(id_);
             std::function<void()> call = std::move(call_);
             if (interval_ == Duration::zero()) loop.calls_.erase(id);
             else loop.timers_.schedule(*this, (std::max)(due() + interval_, now + Duration(1)));
@@ -5762,7 +5901,7 @@ private:
 
     TimerId add_call(Duration delay, Duration interval, std::function<void()> call) {
         const TimerId id = ++last_call_;
-        calls_.make(name_of(id), *this, id, later(Clock::now(), delay), interval, std::move(call));
+        calls_.find_or_emplace(big_endian_key(id), *this, id, later(Clock::now(), delay), interval, std::move(call));
         return id;
     }
 
@@ -5772,7 +5911,7 @@ private:
         } catch (const std::bad_alloc&) {  // what was left out is reported again
         }
         now_ = Clock::now();
-        for (const Poller::Ready& ready : ready_)
+        for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
         if (mailbox_->has_work.load())
@@ -5801,13 +5940,13 @@ private:
         }
     }
 
-    std::unique_ptr<Poller> poller_;
+    std::unique_ptr<detail::Poller> poller_;
     std::shared_ptr<LoopMailbox> mailbox_;
     Waker waker_;
-    Timers timers_;
-    Named<Call> calls_;  // by number
+    detail::Timers timers_;
+    StringMap<Call> calls_;  // by number
     TimerId last_call_ = 0;
-    std::vector<Poller::Ready> ready_;
+    std::vector<detail::Poller::Ready> ready_;
     Time now_;
     std::atomic<const void*> thread_{nullptr};
     bool stop_ = false;
@@ -5817,20 +5956,20 @@ private:
     std::function<void(const char*, const char*)> on_exception_;
 };
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+WSCHAT_END
 
 // ====================================================================================================================
-// § 13  Server
+// section 13: Site
 //
-// What joins all of it: listeners, routes, pages, and a session for each connection, which reads, calls the handler
-// and flushes. The one section that knows of everything above.
+// What is served, the same for every loop: patterns, routes, pages, files, and policies on origins, hosts and proxies.
+// Plain values. Does not know sockets or loops.
 // ====================================================================================================================
 
 #include <tuple>
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
+
+namespace detail {
 
 // ---- what a path means ---------------------------------------------------------------------------------------------
 
@@ -6044,13 +6183,26 @@ inline bool not_modified(const Request& request, const std::string& etag, const 
     return request.header("if-modified-since") == last_modified;
 }
 
+}  // namespace detail
+
 // "page.html" of a source file's folder: beside(__FILE__, "page.html").
 inline std::string beside(std::string_view source_file, std::string_view name) {
     const std::size_t slash = source_file.find_last_of("/\\");
     return std::string(source_file.substr(0, slash == std::string_view::npos ? 0 : slash + 1)) + std::string(name);
 }
 
-// ---- the server ----------------------------------------------------------------------------------------------------
+WSCHAT_END
+
+// ====================================================================================================================
+// section 14: Server
+//
+// Sessions, listeners, metrics and the server: reads sockets, drives the protocol, calls handlers, flushes. The one
+// section that knows everything above.
+// ====================================================================================================================
+
+WSCHAT_BEGIN
+
+namespace detail {
 
 // How often each of some numbers has come, in their order. Keys are ints and enumerators of all kinds, and the bodies the
 // same for all.
@@ -6090,6 +6242,8 @@ public:
     std::uint64_t at(Key key) const { return value(static_cast<int>(key)); }
 };
 
+}  // namespace detail
+
 // Counters since the start, and what is open now. Messages and bytes are payloads and octets on sockets.
 struct Metrics {
     std::uint64_t connections_accepted = 0;
@@ -6109,9 +6263,9 @@ struct Metrics {
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
     std::uint64_t rooms = 0;
-    CountersOf<int> responses;          // by HTTP status
-    CountersOf<CloseCause> closed;      // WebSocket connections, by cause
-    CountersOf<CloseCode> close_codes;  // and by code
+    detail::CountersOf<int> responses;          // by HTTP status
+    detail::CountersOf<CloseCause> closed;      // WebSocket connections, by cause
+    detail::CountersOf<CloseCode> close_codes;  // and by code
 };
 
 // Metrics in the text format that Prometheus reads (version 0.0.4).
@@ -6160,8 +6314,9 @@ WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
 }
 
 struct ServerOptions {
-    Limits limits;
-    Poller::Kind poller = Poller::Kind::automatic;
+    Limits limits;  // of each connection whose route has no limits of its own
+    ServerLimits server_limits;
+    PollerKind poller = PollerKind::automatic;
     // From listen() to the end of run(), SIGINT and SIGTERM mean shutdown(); a second one ends at once.
     bool handle_signals = true;
     bool reuse_port = false;      // SO_REUSEPORT: several servers, one a thread or a process, share a port
@@ -6173,25 +6328,24 @@ class Route {
 public:
     using Factory = std::function<std::unique_ptr<WebSocketHandler>()>;
 
-    Route(Pattern pattern, Factory factory) : pattern_(std::move(pattern)), factory_(std::move(factory)) {}
+    Route(detail::Pattern pattern, Factory factory) : pattern_(std::move(pattern)), factory_(std::move(factory)) {}
 
-    // In place of all of the server's, for the connections of this route: begin with a copy of Server::limits(). The
-    // last group of Limits holds for the server as a whole.
+    // Replaces all of ServerOptions::limits for the connections of this route; start from a copy of Server::limits().
     Route& set_limits(const Limits& limits) {
         limits_ = limits;
         return *this;
     }
     const Limits& limits(const Limits& servers) const { return limits_ ? *limits_ : servers; }
-    const Pattern& pattern() const { return pattern_; }
+    const detail::Pattern& pattern() const { return pattern_; }
     std::unique_ptr<WebSocketHandler> make_handler() const { return factory_(); }
 
 private:
-    Pattern pattern_;
+    detail::Pattern pattern_;
     Factory factory_;
     std::optional<Limits> limits_;
 };
 
-class Server final : private HandlerHost {
+class Server final : private detail::HandlerHost {
 public:
     WSCHAT_COLD explicit Server(ServerOptions options = {})
         : options_(std::move(options)), loop_(options_.poller), rooms_(arena_) {
@@ -6223,16 +6377,16 @@ public:
         });
     }
     Route& add_route(std::string_view pattern, Route::Factory factory) {
-        Pattern parsed("route", pattern);
+        detail::Pattern parsed("route", pattern);
         for (const auto& [number, route] : routes_)
             if (route.pattern() == parsed) throw Error("route \"" + std::string(pattern) + "\": given twice");
-        return routes_.add(std::move(parsed), std::move(factory));
+        return routes_.append(std::move(parsed), std::move(factory));
     }
 
     // A small answer, made by a function for each GET or HEAD. An exception out of it is a 500.
     void get(std::string_view pattern, std::function<Response(const Request&)> answer) {
-        add_page(Pattern("get", pattern),
-                 [answer = std::move(answer)](Session& session, const Request& request, const Pattern::Match&) {
+        add_page(detail::Pattern("get", pattern),
+                 [answer = std::move(answer)](Session& session, const Request& request, const detail::Pattern::Match&) {
                      session.respond(answer(request), &request);
                  });
     }
@@ -6240,21 +6394,22 @@ public:
     // directory, then from the program's own folder. A file that is not there is an Error.
     void file(std::string_view pattern, std::string_view path) {
         const std::string found = find_file(std::string(pattern), std::string(path));
-        add_page(Pattern("file", pattern), [found](Session& session, const Request& request, const Pattern::Match&) {
-            session.respond_file(File(found), content_type(found), request);
-        });
+        add_page(detail::Pattern("file", pattern),
+                 [found](Session& session, const Request& request, const detail::Pattern::Match&) {
+                     session.respond_file(detail::File(found), detail::content_type(found), request);
+                 });
     }
     // The files below a folder; "index.html" for a folder. No listings, no hidden files, no symbolic links, no way out.
     // A folder that is not there is an Error.
     void static_dir(std::string_view pattern, std::string_view folder) {
-        const std::string root = os::absolute_path(std::string(folder));
-        const File probe = File(root);
+        const std::string root = detail::os::absolute_path(std::string(folder));
+        const detail::File probe = detail::File(root);
         if (probe || probe.error() != EISDIR)
             throw Error("static_dir \"" + std::string(pattern) + "\": " + std::string(folder) + " is not a folder");
-        const bool slash = Pattern("static_dir", pattern).text().back() == '/';
+        const bool slash = detail::Pattern("static_dir", pattern).text().back() == '/';
         const std::string below = std::string(pattern) + (slash ? "" : "/") + "{path...}";
-        add_page(Pattern("static_dir", below),
-                 [root](Session& session, const Request& request, const Pattern::Match& match) {
+        add_page(detail::Pattern("static_dir", below),
+                 [root](Session& session, const Request& request, const detail::Pattern::Match& match) {
                      session.respond_below(root, match.rest, request);
                  });
     }
@@ -6268,7 +6423,7 @@ public:
     // no origin.
     void allow_origins(const std::vector<std::string>& origins) {
         for (const std::string& origin : origins) {
-            const auto normal = normalized_origin(origin);
+            const auto normal = detail::normalized_origin(origin);
             if (origin != "*" && !normal)
                 throw Error("allow_origins: \"" + origin + "\" is not an origin, as https://chat.example is");
             origins_.push_back(normal.value_or("*"));
@@ -6295,7 +6450,7 @@ public:
     // The same with TLS: https and wss. An Error too where a file can not be read or a key does not match.
     void listen_tls(int port, TlsOptions tls) { listen_tls(std::to_string(port), std::move(tls)); }
     void listen_tls(std::string_view address, TlsOptions tls) {
-        add_listener(address, std::make_shared<TlsListener>(std::move(tls)));
+        add_listener(address, std::make_shared<detail::TlsListener>(std::move(tls)));
     }
 #endif
     // Reads the certificates of all listeners anew; who is connected stays so. An Error where a file is not right; that
@@ -6308,7 +6463,7 @@ public:
     // "http://127.0.0.1:8888/" or "https://...", of the first listener.
     std::string url() const {
         if (listeners_.empty()) return {};
-        const ListenAddress& address = listeners_.front().address();
+        const detail::ListenAddress& address = listeners_.front().address();
         const std::string scheme = listeners_.front().secure() ? "https://" : "http://";
         return address.unix_path.empty() ? scheme + address.to_string() + "/" : address.to_string();
     }
@@ -6334,13 +6489,8 @@ public:
         static char key;
         for (const auto& [known, object] : extensions_)
             if (known == &key) return *static_cast<Extension*>(object.get());
-        extensions_.emplace_back(&key, make_owned<Extension>(*this));
+        extensions_.emplace_back(&key, detail::make_owned<Extension>(*this));
         return *static_cast<Extension*>(extensions_.back().second.get());
-    }
-    // Where its chats keep what is said (§ 15, § 16), set before the first connection: MemoryHistory, SqliteHistory.
-    template <class Store>
-    void history(Store store) {
-        set_history(*this, std::move(store));
     }
     // A log entry of what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
@@ -6350,7 +6500,8 @@ public:
     Loop& loop() override { return loop_; }
     Rooms& rooms() override { return rooms_; }
     const Limits& limits() const { return options_.limits; }
-    SendArena& arena() { return arena_; }
+    const ServerLimits& server_limits() const { return options_.server_limits; }
+    detail::SendArena& arena() { return arena_; }
 
     // On the loop's thread.
     Metrics metrics() const {
@@ -6367,7 +6518,7 @@ public:
 private:
     class Listener;
     class Session;
-    using Page = std::function<void(Session&, const Request&, const Pattern::Match&)>;
+    using Page = std::function<void(Session&, const Request&, const detail::Pattern::Match&)>;
     using LogFields = std::vector<std::pair<std::string_view, std::string>>;
 
     static constexpr std::size_t receive_size = 64 * 1024;
@@ -6379,9 +6530,10 @@ private:
 
     // From the accept to the last byte: first HTTP, then perhaps WebSocket, at last lingering, when our last byte is
     // sent and input is only discarded, because closing with unread input would destroy what the peer has not read.
-    class Session final : public Pollable, public Timer {
+    class Session final : public detail::Pollable, public detail::Timer {
     public:
-        Session(Server& server, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport)
+        Session(Server& server, detail::Socket socket, const IpAddress& peer,
+                std::unique_ptr<detail::Transport> transport)
             : server_(server),
               socket_(std::move(socket)),
               transport_(std::move(transport)),
@@ -6389,17 +6541,17 @@ private:
               peer_(peer) {}
         Session(const Session&) = delete;
         Session& operator=(const Session&) = delete;
-        ~Session() { server_.loop_.timers().cancel(*this); }
+        ~Session() override { server_.loop_.timers().cancel(*this); }
 
         // The server's lists, linked through the sessions so that none is forgotten for want of memory.
         std::size_t index = 0;
-        Session* next_attended = nullptr;
+        Session* next_dirty = nullptr;
         std::unique_ptr<Session> next_buried;
 
         // Its end of a turn comes next.
         void prefetch() const {
-            HandlerAccess::prefetch(handler_.get());
-            if (next_attended != nullptr) wschat::prefetch(next_attended, 2);
+            detail::HandlerAccess::prefetch(handler_.get());
+            if (next_dirty != nullptr) detail::prefetch(next_dirty, 2);
         }
 
         bool gone() const { return phase_ == Phase::gone; }
@@ -6425,7 +6577,7 @@ private:
                 }
                 if (readable && reading()) read();
                 else if (broken && !gone()) lose("the connection was reset");
-                attend();
+                mark_dirty();
             });
         }
 
@@ -6434,7 +6586,7 @@ private:
                 if (phase_ == Phase::websocket) {
                     connection().tick(now);
                     schedule(connection().deadline());
-                    attend();
+                    mark_dirty();
                 } else if (phase_ == Phase::http && http_->parser.started() && !busy()) {
                     respond(Response(408, "The request did not arrive in time.\n"), nullptr);
                     schedule(after(limits().linger_timeout));
@@ -6446,8 +6598,8 @@ private:
 
         // The end of a turn in which something happened here.
         void settle() {
-            attended_ = false;
-            if (handler_) core().attended = false;
+            dirty_ = false;
+            if (handler_) core().dirty = false;
             if (gone()) return;
             protect([&] {
                 if (transport_) settle_transport();
@@ -6457,8 +6609,8 @@ private:
             });
         }
 
-        void attend() {
-            if (!std::exchange(attended_, true)) server_.attended_.push(*this);
+        void mark_dirty() {
+            if (!std::exchange(dirty_, true)) server_.dirty_.push(*this);
         }
 
         // The server shuts down: an upgraded connection gets a Close frame, an answer is finished, the rest ends.
@@ -6470,7 +6622,7 @@ private:
                 });
             else if (phase_ == Phase::http && !busy()) return remove();
             else if (phase_ == Phase::http) http_->keep_alive = false;
-            if (!gone()) attend();
+            if (!gone()) mark_dirty();
         }
         // Ends it at once, as far as it has not ended.
         void abort(CloseCause cause, std::string_view reason) {
@@ -6492,8 +6644,8 @@ private:
                              size);
         }
         // What came of offering so many bytes.
-        std::size_t note_sent(const IoResult& sent, std::size_t size) {
-            lost_ = sent.outcome == IoResult::Outcome::error;
+        std::size_t note_sent(const detail::IoResult& sent, std::size_t size) {
+            lost_ = sent.outcome == detail::IoResult::Outcome::error;
             blocked_ = !lost_ && (sent.size < size || (transport_ && transport_->wants_write()));
             if (phase_ == Phase::websocket) {
                 connection().set_blocked(blocked_);
@@ -6509,20 +6661,20 @@ private:
                 return {};
             return piece.size() == output().size() ? piece : std::string_view();
         }
-        Socket& socket() { return socket_; }
-        void note_batched(const SendBatch::Item& item) {
+        detail::Socket& socket() { return socket_; }
+        void note_batched(const detail::SendBatch::Item& item) {
             if (item.sent) output().consume(note_sent(count_sent(*item.sent), item.bytes.size()));
         }
 
         // Offers what is queued to the kernel.
         void flush() {
-            SendQueue& queue = output();
+            detail::SendQueue& queue = output();
             const bool was_blocked = phase_ == Phase::websocket && connection().blocked();
             if (was_blocked && !blocked_) connection().send_waiting_pong();
             const std::uint64_t sent_before = server_.wire_.sent;
             if (queue.empty() && transport_ && transport_->wants_write()) offer(nullptr, 0);
             while (!queue.empty() && !blocked_ && !lost_) {
-                const std::size_t count = queue.gather(server_.pieces_.data(), Socket::max_pieces);
+                const std::size_t count = queue.gather(server_.pieces_.data(), detail::Socket::max_pieces);
                 queue.consume(offer(server_.pieces_.data(), count));
             }
             const bool progress = server_.wire_.sent != sent_before;
@@ -6533,7 +6685,7 @@ private:
             } else if (progress && phase_ == Phase::http && (!transport_ || transport_->established())) {
                 schedule(after(limits().handshake_timeout));
             }
-            if (lost_) attend();
+            if (lost_) mark_dirty();
             const std::size_t held = queue.size() + (phase_ == Phase::websocket ? connection().input_held() : 0);
             server_.backlog_ += held - counted_backlog_;
             counted_backlog_ = held;
@@ -6541,7 +6693,7 @@ private:
         void set_nodelay(bool on) { socket_.set_nodelay(on); }
         void add_to(Metrics& metrics) const {
             if (!handler_) return;
-            const HandlerCore& core = HandlerAccess::core(*handler_);
+            const detail::HandlerCore& core = detail::HandlerAccess::core(*handler_);
             metrics.messages_sent += core.messages_sent;
             metrics.messages_dropped += core.connection.dropped_messages();
         }
@@ -6562,14 +6714,14 @@ private:
             respond(response, &request);
         }
 
-        WSCHAT_COLD void respond_file(File file, std::string_view type, const Request& request) {
+        WSCHAT_COLD void respond_file(detail::File file, std::string_view type, const Request& request) {
             if (!file) {
                 server_.log(LogLevel::warning, "file_missing",
-                            {{"path", request.path()}, {"cause", os::error_text(file.error())}});
+                            {{"path", request.path()}, {"cause", detail::os::error_text(file.error())}});
                 return respond(no_file(file), &request);
             }
-            const std::string etag = file.etag(), modified = http_date(file.modified_seconds());
-            const bool unchanged = not_modified(request, etag, modified);
+            const std::string etag = file.etag(), modified = detail::http_date(file.modified_seconds());
+            const bool unchanged = detail::not_modified(request, etag, modified);
             Response response(unchanged ? 304 : 200);
             response.set_header("ETag", etag)
                 .set_header("Last-Modified", modified)
@@ -6583,7 +6735,7 @@ private:
         }
 
         // Caches may keep a 404, so it is only for what will not be different a moment later.
-        static Response no_file(const File& file) {
+        static Response no_file(const detail::File& file) {
             switch (file.error()) {
                 case EMFILE:
                 case ENFILE: return Response(503, "The server is full.\n");
@@ -6599,12 +6751,12 @@ private:
         WSCHAT_COLD void respond_below(const std::string& root, std::vector<std::string> names,
                                        const Request& request) {
             if (names.back().empty()) names.back() = "index.html";
-            File file = File::beneath(root, names);
+            detail::File file = detail::File::beneath(root, names);
             // No path that begins with two slashes comes so far, so this leads nowhere else.
             const std::string query = request.query_string().empty() ? "" : "?" + std::string(request.query_string());
             if (!file && file.error() == EISDIR)
                 return respond(Response::redirect(std::string(request.raw_path()) + "/" + query, 301), &request);
-            const std::string_view type = content_type(names.back());
+            const std::string_view type = detail::content_type(names.back());
             if (!file) return respond(no_file(file), &request);
             respond_file(std::move(file), type, request);
         }
@@ -6616,10 +6768,10 @@ private:
         struct Http {
             explicit Http(const Limits& limits) : parser(limits) {}
 
-            RequestParser parser;
-            SendQueue output;
+            detail::RequestParser parser;
+            detail::SendQueue output;
             std::string pending;  // pipelined bytes that wait for the answer before them
-            File file;            // the body that is being sent
+            detail::File file;    // the body that is being sent
             std::uint64_t file_left = 0;
             std::size_t discarded = 0;
             bool keep_alive = true;
@@ -6627,9 +6779,9 @@ private:
             bool shut = false;  // our side of the stream is shut
         };
 
-        HandlerCore& core() { return HandlerAccess::core(*handler_); }
-        Connection& connection() { return core().connection; }
-        SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
+        detail::HandlerCore& core() { return detail::HandlerAccess::core(*handler_); }
+        detail::Connection& connection() { return core().connection; }
+        detail::SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
         const Limits& limits() const { return route_ != nullptr ? route_->limits(server_.limits()) : server_.limits(); }
         Time after(Duration timeout) const {
             return timeout == Duration::zero() ? (Time::max)() : later(server_.now(), timeout);
@@ -6661,18 +6813,18 @@ private:
             if (!attempt("session", work)) abort(CloseCause::connection_lost, "out of memory");
         }
 
-        IoResult count_sent(const IoResult& sent) {
+        detail::IoResult count_sent(const detail::IoResult& sent) {
             server_.wire_.sent += sent.size;
             return sent;
         }
-        IoResult receive(char* data, std::size_t size) {
+        detail::IoResult receive(char* data, std::size_t size) {
             if (transport_) return transport_->receive(socket_, data, size, server_.wire_);
-            const IoResult got = socket_.receive(data, size);
+            const detail::IoResult got = socket_.receive(data, size);
             server_.wire_.received += got.size;
             return got;
         }
-        std::string error_text(const IoResult& result) const {
-            return result.error != 0 || !transport_ ? os::error_text(result.error) : transport_->failure();
+        std::string error_text(const detail::IoResult& result) const {
+            return result.error != 0 || !transport_ ? detail::os::error_text(result.error) : transport_->failure();
         }
 
         // Tells the poller what is being waited for.
@@ -6681,7 +6833,7 @@ private:
             if (read == watching_read_ && write == watching_write_) return;
             // Unwatched it would wait for ever, and watched for what it does not want it would spin.
             if (!server_.loop_.poller().change(socket_.descriptor(), *this, read, write))
-                return lose("can not be watched: " + os::error_text(os::last_error()));
+                return lose("can not be watched: " + detail::os::error_text(detail::os::last_error()));
             watching_read_ = read;
             watching_write_ = write;
         }
@@ -6718,9 +6870,9 @@ private:
                         room = area_size;
                     }
                 }
-                const IoResult got = receive(place, room);
-                if (got.outcome == IoResult::Outcome::would_block) return;
-                if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
+                const detail::IoResult got = receive(place, room);
+                if (got.outcome == detail::IoResult::Outcome::would_block) return;
+                if (got.outcome != detail::IoResult::Outcome::done) return end_of_input(got);
                 take(place, got.size);
                 if (got.size < room && !(transport_ && transport_->has_input())) return;
             }
@@ -6737,17 +6889,17 @@ private:
             }
         }
 
-        void end_of_input(const IoResult& got) {
+        void end_of_input(const detail::IoResult& got) {
             const bool failed = transport_ && !transport_->failure().empty();
             if (failed) log_failure();
             if (phase_ == Phase::websocket) {
-                connection().receive_end(got.outcome == IoResult::Outcome::error
+                connection().receive_end(got.outcome == detail::IoResult::Outcome::error
                                              ? error_text(got)
                                              : "the peer hung up without a Close frame");
                 pump();
             } else if (failed) {
                 go_on_plainly();
-            } else if (got.outcome == IoResult::Outcome::end && busy()) {
+            } else if (got.outcome == detail::IoResult::Outcome::end && busy()) {
                 // The peer has shut its sending side, and may still wait for what is queued.
                 input_ended_ = true;
                 http_->keep_alive = false;
@@ -6767,7 +6919,7 @@ private:
             if (blocked_ && !transport_->wants_write()) blocked_ = false;
             if (!transport_->has_input() || !reading()) return;
             read();
-            attend();
+            mark_dirty();
         }
 
         WSCHAT_COLD void log_failure() {
@@ -6789,7 +6941,7 @@ private:
                                      "This port speaks TLS, and the client began with plain HTTP: use https:// "
                                      "or wss://.\n"),
                             nullptr);
-                return attend();
+                return mark_dirty();
             }
             http_->output.clear();
             http_->file_left = 0;
@@ -6801,10 +6953,10 @@ private:
         void feed(std::string_view bytes) {
             while (!bytes.empty() && phase_ == Phase::http && !busy()) {
                 std::size_t consumed = 0;
-                const RequestParser::Outcome outcome = http_->parser.feed(bytes, consumed);
+                const detail::RequestParser::Outcome outcome = http_->parser.feed(bytes, consumed);
                 bytes.remove_prefix(consumed);
-                if (outcome == RequestParser::Outcome::need_more) return;
-                if (outcome == RequestParser::Outcome::failure)
+                if (outcome == detail::RequestParser::Outcome::need_more) return;
+                if (outcome == detail::RequestParser::Outcome::failure)
                     return respond(Response(http_->parser.status(), http_->parser.reason() + "\n"), nullptr);
                 answer(http_->parser.take_request(), bytes);
                 if (phase_ == Phase::websocket) return;
@@ -6821,11 +6973,11 @@ private:
                 const std::string host(request.host());
                 return respond_last(Response(421, "This server does not serve the host \"" + host + "\".\n"), request);
             }
-            if (wants_upgrade(request)) return upgrade(std::move(request), rest);
-            std::optional<Pattern::Match> match;
+            if (detail::wants_upgrade(request)) return upgrade(std::move(request), rest);
+            std::optional<detail::Pattern::Match> match;
             const PageEntry* page = best(server_.pages_, request.raw_path(), match);
             if (page == nullptr && best_route(request, match) != nullptr)
-                return respond(upgrade_required("There is a WebSocket at this path, and no page.\n"), &request);
+                return respond(detail::upgrade_required("There is a WebSocket at this path, and no page.\n"), &request);
             if (page == nullptr) return respond(Response(404, "There is nothing at this path.\n"), &request);
             if (request.method() != "GET" && request.method() != "HEAD") {
                 Response refusal(405, "This path answers GET and HEAD.\n");
@@ -6842,8 +6994,8 @@ private:
 
         // Of a list of entries with patterns the one that is meant by the path, or null.
         template <class Entry>
-        static const Entry* best(const Named<Entry>& entries, std::string_view path,
-                                 std::optional<Pattern::Match>& match) {
+        static const Entry* best(const StringMap<Entry>& entries, std::string_view path,
+                                 std::optional<detail::Pattern::Match>& match) {
             const Entry* found = nullptr;
             for (const auto& [number, entry] : entries) {
                 if (found != nullptr && found->pattern().rank() >= entry.pattern().rank()) continue;
@@ -6854,7 +7006,7 @@ private:
             }
             return found;
         }
-        const Route* best_route(const Request& request, std::optional<Pattern::Match>& match) const {
+        const Route* best_route(const Request& request, std::optional<detail::Pattern::Match>& match) const {
             return best(server_.routes_, request.raw_path(), match);
         }
 
@@ -6865,8 +7017,8 @@ private:
             http.keep_alive = http.keep_alive && request != nullptr && !request->http_1_0() && !request->has_body() &&
                               !server_.draining_ && !request->fields().has_element("connection", "close");
             std::string head = "HTTP/1.1 " + std::to_string(response.status()) + " ";
-            (head += reason_phrase(response.status())) += "\r\nDate: ";
-            (head += http_date(static_cast<std::int64_t>(std::time(nullptr)))) += "\r\n";
+            (head += detail::reason_phrase(response.status())) += "\r\nDate: ";
+            (head += detail::http_date(static_cast<std::int64_t>(std::time(nullptr)))) += "\r\n";
             std::string connection = http.keep_alive ? "" : "close";
             for (const auto& [name, value] : response.headers()) {
                 if (text::same_ignoring_case(name, "connection"))
@@ -6879,11 +7031,11 @@ private:
             append(head);
             ++server_.metrics_.responses[response.status()];
             if (!http.keep_alive) http.pending.clear();
-            attend();
+            mark_dirty();
         }
 
         void append(std::string_view bytes) {
-            if (!bytes.empty()) output().append(copy(server_.arena_, bytes));
+            if (!bytes.empty()) output().append(detail::copy(server_.arena_, bytes));
         }
 
         void settle_http() {
@@ -6894,7 +7046,7 @@ private:
                 flush();
             }
             if (lost_) return remove();
-            if (busy()) return blocked_ ? void() : attend();
+            if (busy()) return blocked_ ? void() : mark_dirty();
             if (phase_ == Phase::lingering || !http_->keep_alive) return linger();
             if (http_->pending.empty()) return;
             std::string pending = std::exchange(http_->pending, std::string());
@@ -6927,16 +7079,16 @@ private:
         // ---- the opening handshake ---------------------------------------------------------------------------------
 
         void upgrade(Request request, std::string_view rest) {
-            std::optional<Pattern::Match> match;
+            std::optional<detail::Pattern::Match> match;
             const Route* route = best_route(request, match);
             if (route == nullptr) return refuse(Response(404, "There is no WebSocket at this path.\n"), request);
-            if (auto refusal = refuse_upgrade(request)) return refuse(*refusal, request);
+            if (auto refusal = detail::refuse_upgrade(request)) return refuse(*refusal, request);
             const IpAddress client = server_.client_address(peer_, request);
             if (!count_address(client)) return refuse(server_.too_many(), request);
             request.set_params(std::move(match->params));
             route_ = route;
             std::optional<Response> refusal;
-            AcceptedCompression compression;
+            detail::AcceptedCompression compression;
             const bool judged = attempt("handshake", [&] {
                 handler_ = route->make_handler();
                 if (!handler_) throw Error("route \"" + route->pattern().text() + "\": the factory made no handler");
@@ -6949,7 +7101,7 @@ private:
             });
             if (judged && !refusal) return open_websocket(std::move(compression), rest);
             const std::unique_ptr<WebSocketHandler> refused = std::move(handler_);
-            if (judged) return refuse(*refusal, HandlerAccess::core(*refused).request);
+            if (judged) return refuse(*refusal, detail::HandlerAccess::core(*refused).request);
             respond(Response(500, "The server failed to open the connection.\n"), nullptr);
         }
 
@@ -6965,7 +7117,7 @@ private:
                 return Response(403, "The origin \"" + escape_for_log(origin) +
                                          "\" is refused; allowed: " + server_.allowed_origins(request) + ".\n");
             if (auto refusal = handler_->prepare(request)) return refusal;
-            const std::vector<std::string_view> offered = offered_subprotocols(request);
+            const std::vector<std::string_view> offered = detail::offered_subprotocols(request);
             if (offered.empty()) return std::nullopt;
             const std::string chosen = handler_->select_subprotocol(offered);
             for (const std::string_view each : offered)
@@ -6975,12 +7127,12 @@ private:
             return std::nullopt;
         }
 
-        AcceptedCompression accept_compression() {
+        detail::AcceptedCompression accept_compression() {
             const Fields offers = core().request.fields();
-            if (!compression_available || offers.count("sec-websocket-extensions") == 0) return {};
+            if (!detail::compression_available || offers.count("sec-websocket-extensions") == 0) return {};
             const auto options = handler_->get_compression_options();
             if (!options) return {};
-            if (!server_.compression_pool_) server_.compression_pool_ = std::make_unique<CompressionPool>();
+            if (!server_.compression_pool_) server_.compression_pool_ = std::make_unique<detail::CompressionPool>();
             return server_.compression_pool_->accept(offers, *options);
         }
 
@@ -6994,11 +7146,11 @@ private:
             respond_last(response, request);
         }
 
-        void open_websocket(AcceptedCompression compression, std::string_view rest) {
-            append(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
-                                       compression.answer));
+        void open_websocket(detail::AcceptedCompression compression, std::string_view rest) {
+            append(detail::switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
+                                               compression.answer));
             ++server_.metrics_.responses[101];
-            connection().open(Role::server, limits(), server_.arena_, server_.now(), nullptr,
+            connection().open(detail::Role::server, limits(), server_.arena_, server_.now(), nullptr,
                               std::move(compression.compression));
             schedule(connection().deadline());
             // From here to open() nothing throws, so that on_close() never comes without it.
@@ -7007,7 +7159,7 @@ private:
             http_.reset();
             ++server_.metrics_.websockets_opened;
             ++server_.metrics_.websockets_open;
-            attend();
+            mark_dirty();
             call("open", [this] { handler_->open(); });
             if (server_.log_)
                 server_.log(LogLevel::debug, "open",
@@ -7025,24 +7177,28 @@ private:
         void call(const char* name, Callback&& callback) {
             if (attempt(name, callback)) return;
             connection().fail(CloseCode::internal_error, "internal error", CloseCause::handler_exception);
-            attend();
+            mark_dirty();
         }
 
         // Gives the handler what has happened, until there is no more, or it can take no more.
         void pump() {
             for (;;) {
-                const Event event = connection().next_event();
+                const detail::Event event = connection().next_event();
                 switch (event.kind) {
-                    case Event::Kind::none: return;
-                    case Event::Kind::message:
+                    case detail::Event::Kind::none: return;
+                    case detail::Event::Kind::message:
                         ++server_.metrics_.messages_received;
                         call("on_message", [&] { handler_->on_message(event.message); });
                         break;
-                    case Event::Kind::ping: call("on_ping", [&] { handler_->on_ping(event.message.data()); }); break;
-                    case Event::Kind::pong: call("on_pong", [&] { handler_->on_pong(event.message.data()); }); break;
-                    case Event::Kind::close: return finish();
+                    case detail::Event::Kind::ping:
+                        call("on_ping", [&] { handler_->on_ping(event.message.data()); });
+                        break;
+                    case detail::Event::Kind::pong:
+                        call("on_pong", [&] { handler_->on_pong(event.message.data()); });
+                        break;
+                    case detail::Event::Kind::close: return finish();
                 }
-                attend();
+                mark_dirty();
                 if (pause()) return;
             }
         }
@@ -7072,7 +7228,7 @@ private:
                 paused_ = false;
                 connection().resume();
                 pump();
-            } else if (connection().state() == Connection::State::closed) {
+            } else if (connection().state() == detail::Connection::State::closed) {
                 pump();
             }
             if (phase_ != Phase::websocket) return;
@@ -7097,8 +7253,8 @@ private:
             http_ = std::move(http);
             phase_ = Phase::lingering;
             paused_ = false;
-            schedule(later(after(limits().closing_timeout), Connection::drain_time(output().size())));
-            attend();
+            schedule(later(after(limits().closing_timeout), detail::Connection::drain_time(output().size())));
+            mark_dirty();
         }
 
         // on_close(), exactly once, and the end of the handler.
@@ -7128,8 +7284,8 @@ private:
         }
 
         bool count_address(const IpAddress& client) {
-            if (server_.options_.limits.max_connections_per_address == 0 || share_) return true;
-            auto share = std::make_unique<std::string>(client.share());
+            if (server_.options_.server_limits.max_connections_per_address == 0 || share_) return true;
+            auto share = std::make_unique<std::string>(client.rate_limit_key());
             if (!server_.count(*share)) return false;
             share_ = std::move(share);
             return true;
@@ -7137,10 +7293,10 @@ private:
 
         // What the end of each turn needs stands first and together.
         Server& server_;
-        Socket socket_;
-        std::unique_ptr<Transport> transport_;  // null where the connection is plain
+        detail::Socket socket_;
+        std::unique_ptr<detail::Transport> transport_;  // null where the connection is plain
         Phase phase_ = Phase::http;
-        bool attended_ = false;
+        bool dirty_ = false;
         bool blocked_ = false;  // the kernel takes no more output for now
         bool paused_ = false;   // reading waits until the peer reads
         bool input_ended_ = false;
@@ -7161,22 +7317,23 @@ private:
 
     // ---- listening -------------------------------------------------------------------------------------------------
 
-    class Listener final : public Pollable, public Timer {
+    class Listener final : public detail::Pollable, public detail::Timer {
     public:
-        Listener(Server& server, const ListenAddress& address, bool reuse_port,
-                 std::shared_ptr<TransportFactory> transports)
+        Listener(Server& server, const detail::ListenAddress& address, bool reuse_port,
+                 std::shared_ptr<detail::TransportFactory> transports)
             : server_(server), socket_(address, reuse_port), transports_(std::move(transports)) {
             if (!server_.loop_.poller().add(socket_.descriptor(), *this, true, false))
-                throw Error("listen " + socket_.address().to_string() + ": " + os::error_text(os::last_error()));
+                throw Error("listen " + socket_.address().to_string() + ": " +
+                            detail::os::error_text(detail::os::last_error()));
         }
         Listener(const Listener&) = delete;
         Listener& operator=(const Listener&) = delete;
-        ~Listener() {
+        ~Listener() override {
             server_.loop_.timers().cancel(*this);
             server_.loop_.poller().remove(socket_.descriptor());
         }
 
-        const ListenAddress& address() const { return socket_.address(); }
+        const detail::ListenAddress& address() const { return socket_.address(); }
         bool secure() const { return transports_ != nullptr; }
         void reload() {
             if (transports_) transports_->reload();
@@ -7187,10 +7344,10 @@ private:
             int error = 0;
             for (int i = 0; i < 64 && !server_.draining_; ++i) {
                 IpAddress peer;
-                Socket accepted = socket_.accept(peer, error);
+                detail::Socket accepted = socket_.accept(peer, error);
                 if (accepted) take_in(std::move(accepted), peer);
-                else if (os::would_block(error)) return;
-                else if (os::out_of_descriptors(error)) return shed(error);
+                else if (detail::os::would_block(error)) return;
+                else if (detail::os::out_of_descriptors(error)) return shed(error);
                 else if (error == ENOBUFS || error == ENOMEM) return rest(error);
                 // Any other error is of that one connection, which is gone already (ECONNABORTED and kin).
             }
@@ -7202,7 +7359,7 @@ private:
         }
 
     private:
-        void take_in(Socket accepted, const IpAddress& peer) {
+        void take_in(detail::Socket accepted, const IpAddress& peer) {
             try {
                 server_.welcome(std::move(accepted), peer, transports_ ? transports_->make() : nullptr);
             } catch (const std::exception& error) {  // for want of memory: it is closed
@@ -7215,7 +7372,7 @@ private:
             server_.reserve_.close();
             IpAddress peer;
             int ignored = 0;
-            Socket refused = socket_.accept(peer, ignored);
+            detail::Socket refused = socket_.accept(peer, ignored);
             if (refused) {
                 constexpr std::string_view answer =
                     "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 20\r\n\r\nThe server is "
@@ -7230,26 +7387,26 @@ private:
         }
         // Accepting goes on a little later, so that a shortage costs no time.
         void rest(int error) {
-            server_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
+            server_.log(LogLevel::warning, "accept_paused", {{"cause", detail::os::error_text(error)}});
             pause(server_.now());  // first, because it may want memory
             server_.loop_.poller().change(socket_.descriptor(), *this, false, false);
         }
         void pause(Time now) { server_.loop_.timers().schedule(*this, now + std::chrono::milliseconds(50)); }
 
         Server& server_;
-        ListenSocket socket_;
-        std::shared_ptr<TransportFactory> transports_;  // null where the connections are plain
+        detail::ListenSocket socket_;
+        std::shared_ptr<detail::TransportFactory> transports_;  // null where the connections are plain
     };
 
-    WSCHAT_COLD void add_listener(std::string_view address, std::shared_ptr<TransportFactory> transports) {
+    WSCHAT_COLD void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports) {
         const Listener& added =
-            listeners_.add(*this, ListenAddress::parse(address), options_.reuse_port, std::move(transports));
+            listeners_.append(*this, detail::ListenAddress::parse(address), options_.reuse_port, std::move(transports));
         handle_signals();
         log(LogLevel::debug, "listening", {{"address", added.address().to_string()}});
     }
 
     // Takes a connection in, or turns it away with a 503.
-    void welcome(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport) {
+    void welcome(detail::Socket socket, const IpAddress& peer, std::unique_ptr<detail::Transport> transport) {
         ++metrics_.connections_accepted;
         if (sessions_.size() >= max_connections() + turned_away_at_once) {
             ++metrics_.connections_refused;
@@ -7268,8 +7425,8 @@ private:
         return std::move(Response(503, "There are too many connections.\n").set_header("Retry-After", "10"));
     }
     std::size_t max_connections() const {
-        if (options_.limits.max_connections != 0) return options_.limits.max_connections;
-        const std::size_t limit = os::descriptor_limit();
+        if (options_.server_limits.max_connections != 0) return options_.server_limits.max_connections;
+        const std::size_t limit = detail::os::descriptor_limit();
         return limit > 2 * descriptors_kept ? limit - descriptors_kept : limit / 2;
     }
 
@@ -7277,7 +7434,7 @@ private:
 
     bool trusted(const IpAddress& address) const {
         return std::any_of(trusted_proxies_.begin(), trusted_proxies_.end(),
-                           [&](const Cidr& c) { return c.contains(address); });
+                           [&](const detail::Cidr& c) { return c.contains(address); });
     }
     // From the right, the first address that is not of a trusted proxy: what stands left of it anybody may have written.
     IpAddress client_address(const IpAddress& peer, const Request& request) const {
@@ -7295,8 +7452,8 @@ private:
     // False where it has as many connections as it may have.
     bool count(const std::string& share) {
         if (share == "unix") return true;
-        std::size_t& connections = connections_of_.make(share, std::size_t{0});
-        if (connections >= options_.limits.max_connections_per_address) return false;
+        std::size_t& connections = connections_of_.find_or_emplace(share, std::size_t{0});
+        if (connections >= options_.server_limits.max_connections_per_address) return false;
         ++connections;
         return true;
     }
@@ -7312,8 +7469,8 @@ private:
     }
     bool origin_allowed(std::string_view origin, const Request& request) const override {
         if (text::contains(origins_, "*")) return true;
-        const auto normal = normalized_origin(origin);
-        return same_host(origin, request.host()) || (normal && text::contains(origins_, *normal));
+        const auto normal = detail::normalized_origin(origin);
+        return detail::same_host(origin, request.host()) || (normal && text::contains(origins_, *normal));
     }
     std::string allowed_origins(const Request& request) const {
         std::string list = "pages of " + escape_for_log(request.host());
@@ -7323,16 +7480,16 @@ private:
 
     // ---- HandlerHost -----------------------------------------------------------------------------------------------
 
-    static Session& session_of(HandlerCore& core) { return *static_cast<Session*>(core.session); }
-    void attend(HandlerCore& core) override {
-        core.attended = true;
-        session_of(core).attend();
+    static Session& session_of(detail::HandlerCore& core) { return *static_cast<Session*>(core.session); }
+    void mark_dirty(detail::HandlerCore& core) override {
+        core.dirty = true;
+        session_of(core).mark_dirty();
     }
-    void flush_now(HandlerCore& core) override { session_of(core).flush(); }
-    std::size_t offer(HandlerCore& core, const std::string_view* pieces, std::size_t count) override {
+    void flush_now(detail::HandlerCore& core) override { session_of(core).flush(); }
+    std::size_t offer(detail::HandlerCore& core, const std::string_view* pieces, std::size_t count) override {
         return session_of(core).offer(pieces, count);
     }
-    void set_nodelay(HandlerCore& core, bool on) override { session_of(core).set_nodelay(on); }
+    void set_nodelay(detail::HandlerCore& core, bool on) override { session_of(core).set_nodelay(on); }
     Time now() const override { return loop_.now(); }
     bool on_loop_thread() const override { return loop_.on_loop_thread(); }
     Server& server() override { return *this; }
@@ -7341,20 +7498,20 @@ private:
     // ---- turns -----------------------------------------------------------------------------------------------------
 
     // Sessions to settle at the end of the turn, first come, first served.
-    class AttendedList {
+    class DirtyList {
     public:
         bool empty() const { return first_ == nullptr; }
         Session* first() const { return first_; }
         void push(Session& session) {
-            session.next_attended = nullptr;
-            (first_ == nullptr ? first_ : last_->next_attended) = &session;
+            session.next_dirty = nullptr;
+            (first_ == nullptr ? first_ : last_->next_dirty) = &session;
             last_ = &session;
         }
         // Empties the list and visits what was in it; the visit may push again.
         template <class Visit>
         void take_each(Visit&& visit) {
             for (Session* session = std::exchange(first_, nullptr); session != nullptr;) {
-                Session& visited = *std::exchange(session, session->next_attended);
+                Session& visited = *std::exchange(session, session->next_dirty);
                 if (session != nullptr) session->prefetch();
                 visit(visited);
             }
@@ -7368,28 +7525,30 @@ private:
     // Flushes what the callbacks have queued and reports what has closed; that calls on_close() and on_drain(), which
     // may queue more. True: there is more to do than a turn should take.
     bool end_turn() {
-        for (int round = 0; round < 16 && !attended_.empty(); ++round) {
+        for (int round = 0; round < 16 && !dirty_.empty(); ++round) {
             if (batch_) send_together();
-            attended_.take_each([](Session& session) { session.settle(); });
-            if (backlog_ > options_.limits.max_total_backlog) relieve();
+            dirty_.take_each([](Session& session) { session.settle(); });
+            if (backlog_ > options_.server_limits.max_total_backlog) relieve();
         }
         rooms_.prune();
         if (buried_) {
-            attended_.take_each([this](Session& session) {
-                if (!session.gone()) attended_.push(session);
+            dirty_.take_each([this](Session& session) {
+                if (!session.gone()) dirty_.push(session);
             });
             dig();
         }
         closed_listeners_.clear();
         handshakes_left_ = handshakes_at_once;
         if (draining_ && sessions_.empty()) loop_.stop();
-        return !attended_.empty();
+        return !dirty_.empty();
     }
 
     // Sends what is queued for many in a few calls of the system; settling then finds it sent.
     void send_together() {
-        const auto note = [](const SendBatch::Item& item) { static_cast<Session*>(item.owner)->note_batched(item); };
-        for (Session* session = attended_.first(); session != nullptr; session = session->next_attended) {
+        const auto note = [](const detail::SendBatch::Item& item) {
+            static_cast<Session*>(item.owner)->note_batched(item);
+        };
+        for (Session* session = dirty_.first(); session != nullptr; session = session->next_dirty) {
             session->prefetch();
             const std::string_view bytes = session->batchable();
             if (!bytes.empty()) batch_->add(session->socket(), bytes, session);
@@ -7412,7 +7571,7 @@ private:
 
     // All backlogs together are over their limit: the largest go.
     void relieve() {
-        while (backlog_ > options_.limits.max_total_backlog) {
+        while (backlog_ > options_.server_limits.max_total_backlog) {
             const auto larger = [](const auto& a, const auto& b) { return a->backlog() < b->backlog(); };
             const auto largest = std::max_element(sessions_.begin(), sessions_.end(), larger);
             if (largest == sessions_.end() || (*largest)->backlog() == 0) return;
@@ -7432,7 +7591,7 @@ private:
     // From the first listen() on, because whoever reads the address that was printed may send one before run().
     void handle_signals() {
         if (options_.handle_signals && !signals_)
-            signals_ = std::make_unique<SignalGuard>(loop_.wake_descriptor());
+            signals_ = std::make_unique<detail::SignalGuard>(loop_.wake_descriptor());
     }
     void on_signal() {
         if (std::exchange(signalled_, true)) drop_all();
@@ -7492,48 +7651,48 @@ private:
     // ---- set-up ----------------------------------------------------------------------------------------------------
 
     struct PageEntry {
-        Pattern path;
+        detail::Pattern path;
         Page answer;
-        const Pattern& pattern() const { return path; }
+        const detail::Pattern& pattern() const { return path; }
     };
-    WSCHAT_COLD void add_page(Pattern pattern, Page answer) {
+    WSCHAT_COLD void add_page(detail::Pattern pattern, Page answer) {
         for (const auto& [number, page] : pages_)
             if (page.path == pattern) throw Error("page \"" + pattern.text() + "\": given twice");
-        pages_.add(std::move(pattern), std::move(answer));
+        pages_.append(std::move(pattern), std::move(answer));
     }
 
     WSCHAT_COLD static std::string find_file(const std::string& pattern, const std::string& path) {
-        File file(path);
+        detail::File file(path);
         std::string found = path;
         const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
         if (!file && relative) {
-            found = beside(os::executable_path(), path);
-            if (File here{found}) return os::absolute_path(found);
+            found = beside(detail::os::executable_path(), path);
+            if (detail::File here{found}) return detail::os::absolute_path(found);
         }
-        if (!file) throw Error("file \"" + pattern + "\": " + path + ": " + os::error_text(file.error()));
-        return os::absolute_path(path);
+        if (!file) throw Error("file \"" + pattern + "\": " + path + ": " + detail::os::error_text(file.error()));
+        return detail::os::absolute_path(path);
     }
 
     void reserve_descriptor() {
 #if !defined(_WIN32)
-        reserve_ = OwnedDescriptor(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+        reserve_ = detail::OwnedDescriptor(::open("/dev/null", O_RDONLY | O_CLOEXEC));
 #endif
     }
 
     ServerOptions options_;
     Loop loop_;
-    SendArena arena_;
+    detail::SendArena arena_;
     Rooms rooms_;
-    std::unique_ptr<CompressionPool> compression_pool_;  // made when the first connection needs it
+    std::unique_ptr<detail::CompressionPool> compression_pool_;  // made when the first connection needs it
     // One of each serves all connections.
-    Bytes receive_buffer_;
-    std::array<std::string_view, Socket::max_pieces> pieces_;
-    std::unique_ptr<SendBatch> batch_ = SendBatch::make();
-    Named<Route> routes_;
-    Named<PageEntry> pages_;
+    detail::Bytes receive_buffer_;
+    std::array<std::string_view, detail::Socket::max_pieces> pieces_;
+    std::unique_ptr<detail::SendBatch> batch_ = detail::SendBatch::make();
+    StringMap<Route> routes_;
+    StringMap<PageEntry> pages_;
     std::vector<std::string> origins_;
     std::vector<std::string> hosts_;
-    std::vector<Cidr> trusted_proxies_;
+    std::vector<detail::Cidr> trusted_proxies_;
     std::function<void(const LogEntry&)> log_;
     struct LogBucket {
         double tokens = 100;
@@ -7541,44 +7700,42 @@ private:
     };
     LogBucket log_buckets_[4];  // by level
 
-    Named<Listener> listeners_;
-    Named<Listener> closed_listeners_;  // destroyed at the end of the turn, which may know them
+    StringMap<Listener> listeners_;
+    StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn, which may know them
     std::vector<std::unique_ptr<Session>> sessions_;
-    AttendedList attended_;
+    DirtyList dirty_;
     std::unique_ptr<Session> buried_;  // the first of those that are destroyed at the end of the turn
-    Named<std::size_t> connections_of_;
-    OwnedDescriptor reserve_;
+    StringMap<std::size_t> connections_of_;
+    detail::OwnedDescriptor reserve_;
     std::size_t backlog_ = 0;
     unsigned handshakes_left_ = handshakes_at_once;
     bool draining_ = false;
     bool signalled_ = false;
-    std::unique_ptr<SignalGuard> signals_;
-    WireCount wire_;
+    std::unique_ptr<detail::SignalGuard> signals_;
+    detail::WireCount wire_;
     Metrics metrics_;
-    std::vector<std::pair<const void*, Owned>> extensions_;
+    std::vector<std::pair<const void*, detail::Owned>> extensions_;
 };
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+WSCHAT_END
 
 // ====================================================================================================================
-// § 15  Chat
+// section 16: Chat
 //
 // ChatHandler: a whole chat as one handler: names and presence, a history that is caught up with, private messages,
 // commands, floods and moderation. Knows nothing of how a history is kept or shared: that is a ChatStore's.
 // ====================================================================================================================
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+#if WSCHAT_CHAT
 
-template <class>
-class BasicChatHandler;
-using ChatHandler = BasicChatHandler<void>;
+WSCHAT_BEGIN
+
+class ChatHandler;
 class ChatHub;
 
 // ---- what is said, and where it is kept ----------------------------------------------------------------------------
 
-// One thing that somebody did in a room. What is said is kept under an id; the rest is passed on and forgotten.
+// One value that somebody did in a room. What is said is kept under an id; the rest is passed on and forgotten.
 struct ChatEntry {
     // said and action ("/me waves") are kept; a file may hold their numbers. come, go and rename are of users.
     enum class Kind : std::uint8_t { said = 0, action = 1, whisper, typing, come, go, rename };
@@ -7648,6 +7805,8 @@ struct HistoryLimits {
     std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; past it the same
 };
 
+namespace detail {
+
 // The history of one room in memory, and its tags.
 class HistoryRing {
 public:
@@ -7666,7 +7825,7 @@ public:
         entries_.push_back(std::move(kept));
         ++last_;
         bytes_ += entries_.back().bytes;
-        if (!entry.tag.empty()) tags_.refer(tag_key(entry), entries_.back());
+        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), entries_.back());
         touched_ = now;
         trim(limits, now);
         return last_;
@@ -7708,11 +7867,13 @@ private:
     }
 
     std::deque<Kept> entries_;
-    Named<Kept> tags_;
+    StringMap<Kept> tags_;
     std::uint64_t last_;
     std::size_t bytes_ = 0;
     Time touched_{};
 };
+
+}  // namespace detail
 
 // The history that every chat has without being asked for one: in memory, gone with the server.
 class MemoryHistory final : public ChatStore {
@@ -7721,7 +7882,7 @@ public:
 
     void attach(Listener& listener, std::shared_ptr<Mailbox>) override { listener_ = &listener; }
     void append(ChatEntry entry) override {
-        HistoryRing& ring = *ring_of(entry.room, true);
+        detail::HistoryRing& ring = *ring_of(entry.room, true);
         entry.id = ring.find(entry);
         if (entry.id != 0) return listener_->on_repeat(entry);
         entry.id = counted(ring, [&] { return ring.append(entry, limits_, Clock::now()); });
@@ -7730,8 +7891,8 @@ public:
     }
     void pass(const ChatEntry& entry) override { listener_->on_entry(entry); }
     void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) override {
-        HistoryRing nothing(fresh_id());
-        HistoryRing* ring = ring_of(room, false);
+        detail::HistoryRing nothing(fresh_id());
+        detail::HistoryRing* ring = ring_of(room, false);
         if (ring == nullptr) ring = &nothing;
         then(counted(*ring, [&] { return ring->since(id, limit, limits_, Clock::now()); }));
     }
@@ -7739,7 +7900,7 @@ public:
 private:
     // What is done to a ring, with the bytes of all kept true.
     template <class Work>
-    auto counted(const HistoryRing& ring, Work&& work) -> decltype(work()) {
+    auto counted(const detail::HistoryRing& ring, Work&& work) -> decltype(work()) {
         const std::size_t before = ring.bytes();
         auto result = work();
         bytes_ += ring.bytes() - before;
@@ -7753,14 +7914,14 @@ private:
         return forgotten_ = (std::max)(forgotten_ + 1, static_cast<std::uint64_t>(now));
     }
     // Null where there are too many rooms, all with something to keep, and this one has nothing yet.
-    HistoryRing* ring_of(const std::string& room, bool to_write) {
-        if (HistoryRing* known = rings_.find(room)) return known;
+    detail::HistoryRing* ring_of(const std::string& room, bool to_write) {
+        if (detail::HistoryRing* known = rings_.find(room)) return known;
         if (rings_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
             const std::string oldest = silent();
             if (!to_write && rings_.find(oldest)->touched() != Time()) return nullptr;
             forget(oldest);
         }
-        return &rings_.make(room, fresh_id());
+        return &rings_.find_or_emplace(room, fresh_id());
     }
     // The room that was silent for longest.
     std::string silent() const {
@@ -7774,7 +7935,7 @@ private:
         return *oldest;
     }
     void forget(const std::string& room) {
-        const HistoryRing& ring = *rings_.find(room);
+        const detail::HistoryRing& ring = *rings_.find(room);
         bytes_ -= ring.bytes();
         forgotten_ = (std::max)(forgotten_, ring.last());
         rings_.erase(room);
@@ -7782,7 +7943,7 @@ private:
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
-    Named<HistoryRing> rings_;
+    StringMap<detail::HistoryRing> rings_;
     std::size_t bytes_ = 0;
     std::uint64_t forgotten_ = 0;  // the newest id that was given out elsewhere than in the rings
 };
@@ -7839,6 +8000,8 @@ inline bool good_text(std::string_view text) {
 
 }  // namespace text
 
+namespace detail {
+
 // A line of a client. "/me waves" is the command "me"; "hello" and "//hello" are said, the latter with one slash. A line
 // behind "/tag TAG " is the same line with a tag, which comes back with the answer.
 struct ChatLine {
@@ -7866,6 +8029,8 @@ struct ChatLine {
     }
 };
 
+}  // namespace detail
+
 // An event as the clients get it: one JSON object, built field by field. README.md has the table of all.
 class ChatEvent {
 public:
@@ -7887,39 +8052,12 @@ private:
 
 // ---- floods --------------------------------------------------------------------------------------------------------
 
-struct Rate {
-    double per_second = 0;  // 0: no limit
-    double burst = 0;       // so many at once
-};
-
-class TokenBucket {
-public:
-    // Takes so many tokens, or none and answers false. One that is larger than the burst needs a full bucket.
-    bool take(double tokens, const Rate& rate, Time now) {
-        if (rate.per_second <= 0) return true;
-        drain(rate, now);
-        if (used_ + (std::min)(tokens, rate.burst) > rate.burst) return false;
-        used_ += tokens;
-        return true;
-    }
-    bool full(const Rate& rate, Time now) {
-        drain(rate, now);
-        return used_ <= 0;
-    }
-
-private:
-    void drain(const Rate& rate, Time now) {
-        used_ = (std::max)(0.0, used_ - std::chrono::duration<double>(now - at_).count() * rate.per_second);
-        at_ = now;
-    }
-    double used_ = 0;
-    Time at_{};
-};
-
 // What one connection, or all of one address, may send.
 struct FloodRates {
     Rate messages, bytes;
 };
+
+namespace detail {
 
 class FloodMeter {
 public:
@@ -7956,6 +8094,8 @@ private:
     Time last_{};
 };
 
+}  // namespace detail
+
 // ---- presence ------------------------------------------------------------------------------------------------------
 
 // A user as the application knows it.
@@ -7964,6 +8104,8 @@ struct ChatUser {
     std::string about{};  // JSON text that everybody in the room is shown, or nothing
     bool fixed = false;   // of an account: it can not be changed, and all connections with it are one user
 };
+
+namespace detail {
 
 // Who is in a room. A user has any number of connections, comes with the first, and leaves when the last has been
 // gone for the time of grace. Names are unique in their room, whatever the case of their ASCII letters.
@@ -8020,11 +8162,11 @@ public:
         who.name = free_name(who.name);
         const std::string key = folded(who.name);
         longest_ = (std::max)(longest_, key.size());
-        User& user = users_.make(key);
+        User& user = users_.find_or_emplace(key);
         try {
             user.identity = identity;
             user.connections.reserve(1);  // who is in the list can be connected
-            if (!identity.empty()) identities_.refer(identity, user);
+            if (!identity.empty()) identities_.insert_reference(identity, user);
         } catch (...) {
             users_.erase(key);
             throw;
@@ -8098,10 +8240,12 @@ public:
     }
 
 private:
-    Named<User> users_;  // by folded name
-    Named<User> identities_;
+    StringMap<User> users_;  // by folded name
+    StringMap<User> identities_;
     std::size_t longest_ = 0;  // of all names that there have been
 };
+
+}  // namespace detail
 
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
 
@@ -8148,7 +8292,7 @@ public:
 
     // ---- for handlers and the hub ----------------------------------------------------------------------------------
 
-    Presence& presence() { return presence_; }
+    detail::Presence& presence() { return presence_; }
     // The newest id of which the members were told.
     std::uint64_t told() const { return told_; }
     void set_told(std::uint64_t id) { told_ = (std::max)(told_, id); }
@@ -8157,7 +8301,7 @@ public:
 private:
     std::string name_;
     ChatHub& hub_;
-    Presence presence_;
+    detail::Presence presence_;
     std::uint64_t told_ = 0;
 };
 
@@ -8166,7 +8310,7 @@ class ChatHub final : private ChatStore::Listener {
 public:
     explicit ChatHub(Server& server)
         : server_(server), serial_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16) {
-        set_store(std::make_unique<MemoryHistory>());
+        set_store(MemoryHistory());
     }
     ChatHub(const ChatHub&) = delete;
     ChatHub& operator=(const ChatHub&) = delete;
@@ -8175,9 +8319,14 @@ public:
 
     ChatLimits limits;
 
-    // Where all that is said is kept; Server::history() calls it. An Error once somebody has connected.
+    // Keeps the history in this store: set_store(SqliteHistory("chat.db")). An Error after the first connection.
+    template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, Store>, int> = 0>
+    void set_store(Store store) {
+        set_store(std::unique_ptr<ChatStore>(std::make_unique<Store>(std::move(store))));
+    }
     void set_store(std::unique_ptr<ChatStore> store) {
-        if (!rooms_.empty()) throw Error("history: it is set before the first connection, or not at all");
+        if (!rooms_.empty())
+            throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
     }
@@ -8187,7 +8336,7 @@ public:
     ChatRoom& room(std::string_view name) {
         if (ChatRoom* known = find(name)) return *known;
         tidy_later();
-        ChatRoom& made = rooms_.make(name, std::string(name), *this);
+        ChatRoom& made = rooms_.find_or_emplace(name, std::string(name), *this);
         made.presence().max_name = limits.max_name;
         return made;
     }
@@ -8238,32 +8387,32 @@ public:
 
     // A connection's number and what its address has sent, from open() to on_close().
     struct Address {
-        FloodMeter meter;
+        detail::FloodMeter meter;
         std::size_t connections = 0;
     };
     std::uint64_t opened(ChatHandler& handler) {
-        connections_.refer(name_of(++serial_), handler);
+        connections_.insert_reference(big_endian_key(++serial_), handler);
         return serial_;
     }
-    void closed(std::uint64_t serial) { connections_.erase(name_of(serial)); }
+    void closed(std::uint64_t serial) { connections_.erase(big_endian_key(serial)); }
     Address& address(const std::string& remote_address) {
         if (addresses_.size() >= forget_at_) forget_addresses();
-        Address& found = addresses_.make(share_of(remote_address));
+        Address& found = addresses_.find_or_emplace(share_of(remote_address));
         ++found.connections;
         return found;
     }
 
-    inline Presence::User& arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
-                                  ChatHandler& handler, std::uint64_t serial);
-    void depart(ChatRoom& room, Presence::User& user, ChatHandler& handler, bool at_once) {
+    inline detail::Presence::User& arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
+                                          ChatHandler& handler, std::uint64_t serial);
+    void depart(ChatRoom& room, detail::Presence::User& user, ChatHandler& handler, bool at_once) {
         const Time leaves = later(now(), limits.grace);
-        Presence::detach(user, &handler, leaves);  // whatever fails after it
+        detail::Presence::detach(user, &handler, leaves);  // whatever fails after it
         const std::string name = user.who.name;
         if (room.presence().depart(user, &handler, leaves, at_once)) return left(room, name);
         if (user.connections.empty() && !room.expiring) expire_later(room, limits.grace);
     }
     // A mute goes with the user.
-    void rename(ChatRoom& room, Presence::User& user, const std::string& name) {
+    void rename(ChatRoom& room, detail::Presence::User& user, const std::string& name) {
         ChatEntry entry = entry_of(ChatEntry::Kind::rename, room, user.who.name);
         entry.text = name;
         const std::string muted = mute_key(room, author_of(user));
@@ -8271,7 +8420,7 @@ public:
         const Time until = mute == nullptr ? Time() : *mute;
         mutes_.erase(muted);
         room.presence().rename(user, name);
-        if (until > now()) mutes_.make(mute_key(room, author_of(user))) = until;
+        if (until > now()) mutes_.find_or_emplace(mute_key(room, author_of(user))) = until;
         pass(std::move(entry));
     }
 
@@ -8282,10 +8431,10 @@ public:
         page.last = (std::min)(page.last, room.told());
     }
 
-    bool muted(const ChatRoom& room, const Presence::User& user) {
+    bool muted(const ChatRoom& room, const detail::Presence::User& user) {
         return holds(mutes_, mute_key(room, author_of(user)));
     }
-    void mute(const ChatRoom& room, const Presence::User& user, Duration duration) {
+    void mute(const ChatRoom& room, const detail::Presence::User& user, Duration duration) {
         set(mutes_, mute_key(room, author_of(user)), duration);
     }
 
@@ -8297,8 +8446,8 @@ public:
         return entry;
     }
     // By what an author is known to the tags: an identity, or else the name.
-    static std::string author_of(const Presence::User& user) {
-        return user.identity.empty() ? "name " + Presence::folded(user.who.name) : user.identity;
+    static std::string author_of(const detail::Presence::User& user) {
+        return user.identity.empty() ? "name " + detail::Presence::folded(user.who.name) : user.identity;
     }
     static std::string said_event(const ChatEntry& entry, bool with_tag) {
         ChatEvent event("said");
@@ -8311,7 +8460,7 @@ public:
     }
 
 private:
-    using Deadlines = Named<Time>;
+    using Deadlines = StringMap<Time>;
 
     static std::int64_t unix_ms() {
         using namespace std::chrono;
@@ -8319,10 +8468,10 @@ private:
     }
     static std::string share_of(const std::string& address) {
         const auto parsed = IpAddress::parse(address);
-        return parsed ? parsed->share() : address;
+        return parsed ? parsed->rate_limit_key() : address;
     }
 
-    static std::string name_key(std::string_view name) { return "name " + Presence::folded(name); }
+    static std::string name_key(std::string_view name) { return "name " + detail::Presence::folded(name); }
     static std::string mute_key(const ChatRoom& room, const std::string& author) { return room.name() + '\n' + author; }
     bool holds(Deadlines& deadlines, const std::string& key) {
         const Time* deadline = deadlines.find(key);
@@ -8330,7 +8479,7 @@ private:
     }
     void set(Deadlines& deadlines, const std::string& key, Duration duration) {
         deadlines.erase_if([this](Time deadline) { return deadline <= now(); });
-        if (duration > Duration::zero()) deadlines.make(key) = later(now(), duration);
+        if (duration > Duration::zero()) deadlines.find_or_emplace(key) = later(now(), duration);
         else deadlines.erase(key);
     }
 
@@ -8373,16 +8522,16 @@ private:
     inline void on_said(const ChatEntry& entry);
     inline void on_whisper(const ChatEntry& entry);
     inline void on_user(const ChatEntry& entry);
-    ChatHandler* handler(std::uint64_t serial) const { return connections_.find(name_of(serial)); }
+    ChatHandler* handler(std::uint64_t serial) const { return connections_.find(big_endian_key(serial)); }
 
     Server& server_;
-    Named<ChatRoom> rooms_;
-    Named<ChatHandler> connections_;  // by number
+    StringMap<ChatRoom> rooms_;
+    StringMap<ChatHandler> connections_;  // by number
     std::uint64_t serial_;
-    Named<Address> addresses_;
+    StringMap<Address> addresses_;
     std::size_t forget_at_ = 1024;
     Deadlines bans_, mutes_;
-    Named<std::string> banned_as_;  // the identities that go with a banned name
+    StringMap<std::string> banned_as_;  // the identities that go with a banned name
     bool tidying_ = false;
     std::unique_ptr<ChatStore> store_;  // the first to go: it may call back
 };
@@ -8393,14 +8542,8 @@ private:
 // is a command, anything else is said to the room. They get JSON events, one a message. The query of the address may
 // have `name`, `key` (a secret of the client's own, by which its connections are one user) and `last` (the id up to
 // which it has the history). README.md has the tables of commands and events.
-//
-// A template, of nothing, for the sake of programs that have no chat: compilers would take what overrides a virtual
-// function of a class through half of their work, as something that a call might reach.
-template <class>
-class BasicChatHandler : public WebSocketHandler {
+class ChatHandler : public WebSocketHandler {
 public:
-    using ChatHandler = BasicChatHandler;  // as a class has its own name, also within those that derive from it
-
     // ---- to be overridden; whoever does calls ChatHandler's for the rest ---------------------------------------------
 
     // Who it is, asked before the 101; nothing refuses with 401. Default: whoever it says, "?name=Anna".
@@ -8493,8 +8636,8 @@ public:
     }
 
     void on_message(const Message& message) override {
-        const ChatLine line = ChatLine::parse(message.binary() ? std::string_view() : message.text());
-        tag_ = ChatLine::good_tag(line.tag) ? line.tag : std::string_view();
+        const detail::ChatLine line = detail::ChatLine::parse(message.binary() ? std::string_view() : message.text());
+        tag_ = detail::ChatLine::good_tag(line.tag) ? line.tag : std::string_view();
         if (!flooding(message.size())) obey(message, line);
         tag_.clear();
     }
@@ -8511,7 +8654,7 @@ public:
 private:
     struct Place {
         ChatRoom* room;
-        Presence::User* user;
+        detail::Presence::User* user;
         bool joined = false;  // on_join() was called
     };
     struct Question {
@@ -8567,14 +8710,14 @@ private:
         const Time now = hub_->now();
         bool within = meter_.take(size, limits.connection, now);
         if (address_ != nullptr) within = address_->meter.take(size, limits.address, now) && within;
-        const FloodJudge::Verdict verdict = judge_.judge(within, limits.flood_patience, now);
-        if (verdict == FloodJudge::Verdict::tell)
+        const detail::FloodJudge::Verdict verdict = judge_.judge(within, limits.flood_patience, now);
+        if (verdict == detail::FloodJudge::Verdict::tell)
             error("flood", "That was too much at once, and was not taken. Wait a little.");
-        if (verdict == FloodJudge::Verdict::close) close(CloseCode::policy_violation, "flooding");
-        return verdict != FloodJudge::Verdict::pass;
+        if (verdict == detail::FloodJudge::Verdict::close) close(CloseCode::policy_violation, "flooding");
+        return verdict != detail::FloodJudge::Verdict::pass;
     }
 
-    void obey(const Message& message, const ChatLine& line) {
+    void obey(const Message& message, const detail::ChatLine& line) {
         if (message.binary()) return error("bad_line", "This chat is of text.");
         if (!line.tag.empty() && tag_.empty()) return error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
         if (line.command.empty()) return speak(ChatEntry::Kind::said, line.rest);
@@ -8747,7 +8890,7 @@ private:
 
     void command_msg(std::string_view rest) {
         if (!may(ChatAction::whisper)) return forbidden();
-        Presence::User* to = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
+        detail::Presence::User* to = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
         std::string text(rest);
         if (here() != nullptr && to == nullptr) return error("unknown_user", "Nobody in this room has that name.");
         if (const auto refusal = refuse_text(text)) return error(refusal->code, refusal->sentence);
@@ -8797,9 +8940,9 @@ private:
         if (hub_->banned("", name, "")) return error("name_banned", "That name is banned.");
         if (here() == nullptr) return error("no_room", "You are in no room; /join ROOM.");
         if (name == user().name) return;
-        Presence::User& user = *places_[current_].user;
+        detail::Presence::User& user = *places_[current_].user;
         if (hub_->muted(*here(), user)) return error("muted", "You are muted for a while.");
-        const Presence::User* holder = here()->presence().find(name);
+        const detail::Presence::User* holder = here()->presence().find(name);
         if (holder != nullptr && holder != &user)
             return error("name_taken", "That name is taken; " + here()->presence().free_name(name) + " is free.");
         who_.name = name;
@@ -8847,7 +8990,7 @@ private:
 
     void command_kick(std::string_view rest) {
         if (!may(ChatAction::kick)) return forbidden();
-        const Presence::User* user = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
+        const detail::Presence::User* user = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
         if (user == nullptr) return error("unknown_user", "Nobody in this room has that name.");
         here()->kick(user->who.name, rest.empty() ? "You were asked to leave." : rest);
     }
@@ -8865,7 +9008,7 @@ private:
 
     void command_mute(std::string_view rest) {
         if (!may(ChatAction::mute)) return forbidden();
-        const Presence::User* user = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
+        const detail::Presence::User* user = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
         const auto seconds = rest.empty() ? std::uint64_t{600} : number_of(rest);
         if (user == nullptr) return error("unknown_user", "Nobody in this room has that name.");
         if (!seconds) return error("bad_command", "/mute NAME [SECONDS]");
@@ -8881,8 +9024,8 @@ private:
     std::string identity_;
     std::uint64_t serial_ = 0;
     ChatHub::Address* address_ = nullptr;
-    FloodMeter meter_;
-    FloodJudge judge_;
+    detail::FloodMeter meter_;
+    detail::FloodJudge judge_;
     std::vector<Place> places_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line that is being obeyed
@@ -8907,13 +9050,13 @@ inline void ChatRoom::since(std::optional<std::uint64_t> id, std::size_t limit, 
     hub_.store().since(name_, id, limit, std::move(then));
 }
 inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
-    const Presence::User* user = presence_.find(name);
+    const detail::Presence::User* user = presence_.find(name);
     if (user == nullptr) return false;
     for (ChatHandler* connection : std::vector<ChatHandler*>(user->connections)) connection->dismiss(reason);
     return true;
 }
 inline bool ChatRoom::mute(std::string_view name, Duration duration) {
-    const Presence::User* user = presence_.find(name);
+    const detail::Presence::User* user = presence_.find(name);
     if (user != nullptr) hub_.mute(*this, *user, duration);
     return user != nullptr;
 }
@@ -8924,19 +9067,19 @@ inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     set(bans_, address ? "address " + share_of(whom) : name_key(whom), duration);
     if (duration <= Duration::zero()) return;
     for (const auto& [name, room] : rooms_) {
-        const Presence::User* user = address ? nullptr : room.presence().find(whom);
-        if (user != nullptr && !user->identity.empty()) banned_as_.make(user->identity) = name_key(whom);
+        const detail::Presence::User* user = address ? nullptr : room.presence().find(whom);
+        if (user != nullptr && !user->identity.empty()) banned_as_.find_or_emplace(user->identity) = name_key(whom);
     }
     for (const auto& [number, handler] : connections_)
         if (handler.banned()) handler.dismiss("You are banned.");
 }
 
-inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
-                                       ChatHandler& handler, std::uint64_t serial) {
+inline detail::Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
+                                               ChatHandler& handler, std::uint64_t serial) {
     // The name of an account is its own: a visitor who has it gets another.
-    Presence::User* holder = who.fixed ? room.presence().find(who.name) : nullptr;
+    detail::Presence::User* holder = who.fixed ? room.presence().find(who.name) : nullptr;
     if (holder != nullptr && !holder->who.fixed) rename(room, *holder, room.presence().free_name(who.name));
-    const Presence::Arrival arrival = room.presence().arrive(who, identity, &handler);
+    const detail::Presence::Arrival arrival = room.presence().arrive(who, identity, &handler);
     if (!arrival.first) return arrival.user;
     try {
         ChatEntry entry = entry_of(ChatEntry::Kind::come, room, arrival.user.who.name);
@@ -8944,7 +9087,7 @@ inline Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, cons
         entry.sender = serial;
         pass(std::move(entry));
     } catch (...) {
-        Presence::detach(arrival.user, &handler, now());
+        detail::Presence::detach(arrival.user, &handler, now());
         throw;
     }
     return arrival.user;
@@ -9008,9 +9151,9 @@ inline void ChatHub::on_whisper(const ChatEntry& entry) {
         .add("text", entry.text)
         .add("time", entry.time);
     const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
-    const Presence::User* from = room->presence().find(entry.name);
-    const Presence::User* to = room->presence().find(entry.to);
-    for (const Presence::User* user : {from, to == from ? nullptr : to}) {
+    const detail::Presence::User* from = room->presence().find(entry.name);
+    const detail::Presence::User* to = room->presence().find(entry.to);
+    for (const detail::Presence::User* user : {from, to == from ? nullptr : to}) {
         if (user == nullptr) continue;
         for (ChatHandler* connection : user->connections)
             connection->write_message(connection == handler(entry.sender) ? tagged : plain);
@@ -9021,8 +9164,8 @@ inline void ChatHub::on_whisper(const ChatEntry& entry) {
 inline void ChatHub::on_user(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    Presence& presence = room->presence();
-    Presence::User* user = presence.find(entry.name);
+    detail::Presence& presence = room->presence();
+    detail::Presence::User* user = presence.find(entry.name);
     if (entry.kind == ChatEntry::Kind::come) {
         if (user == nullptr) presence.add(ChatUser{entry.name, entry.text}, {}).elsewhere = true;
         ChatEvent event("join");
@@ -9038,7 +9181,7 @@ inline void ChatHub::on_user(const ChatEntry& entry) {
         event.add("room", entry.room).add("old", entry.name).add("name", entry.text).add("time", entry.time);
         deliver(entry, event);
         // Who has no history yet is no member yet, but has been told a name.
-        const Presence::User* renamed = presence.find(entry.text);
+        const detail::Presence::User* renamed = presence.find(entry.text);
         const Room& members = server_.rooms()[entry.room];
         for (ChatHandler* connection : renamed == nullptr ? std::vector<ChatHandler*>() : renamed->connections)
             if (!members.has(*connection)) connection->tell(event);
@@ -9062,30 +9205,24 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
     sender->write_message(event.add("room", entry.room).add_unless_empty("tag", entry.tag).dump());
 }
 
-// What Server::history() calls.
-template <class Store>
-void set_history(Server& server, Store store) {
-    ChatHub::of(server).set_store(std::make_unique<Store>(std::move(store)));
-}
+WSCHAT_END
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+#endif  // WSCHAT_CHAT
 
 // ====================================================================================================================
-// § 16  Stores
+// section 17: Stores
 //
 // SqliteHistory: a history in a file, kept by a thread of its own. Knows of a chat only what ChatStore says.
 // ====================================================================================================================
 
-#if WSCHAT_SQLITE
+#if WSCHAT_CHAT && WSCHAT_SQLITE
 
 #include <sqlite3.h>
 
 #include <condition_variable>
 #include <thread>
 
-namespace wschat {
-inline namespace WSCHAT_ABI {
+WSCHAT_BEGIN
 
 struct SqliteOptions {
     std::size_t max_entries = 100'000;                // of a room; older ones are deleted. 0: no limit
@@ -9095,6 +9232,8 @@ struct SqliteOptions {
     bool survive_power_loss = false;                  // wait for the disk at each commit; without, the end of the
                                                       // process loses nothing, that of the machine the last seconds
 };
+
+namespace detail {
 
 // The file: rooms with their newest ids, and entries. For one thread at a time; what fails throws an Error.
 class SqliteFile {
@@ -9350,6 +9489,8 @@ private:
     sqlite3_stmt* statements_[static_cast<std::size_t>(Statement::count)] = {};
 };
 
+}  // namespace detail
+
 // A history that outlives the server: server.history(SqliteHistory("chat.db")). What waits is written in one transaction
 // by a thread of its own, and delivered and acknowledged after the commit. A file that can not be opened is an Error;
 // one that can not be written later (full, locked, damaged) costs what was to be written, and its senders are told.
@@ -9488,7 +9629,7 @@ private:
             });
         }
 
-        SqliteFile file_;
+        detail::SqliteFile file_;
         std::size_t max_waiting_;
         std::shared_ptr<Mailbox> mailbox_;
         std::mutex mutex_;
@@ -9502,13 +9643,14 @@ private:
     std::unique_ptr<Worker> worker_;
 };
 
-}  // namespace WSCHAT_ABI
-}  // namespace wschat
+WSCHAT_END
 
-#endif
+#endif  // WSCHAT_CHAT && WSCHAT_SQLITE
 
 #undef WSCHAT_NOINLINE
 #undef WSCHAT_COLD
+#undef WSCHAT_BEGIN
+#undef WSCHAT_END
 #undef WSCHAT_ABI
 #undef WSCHAT_ABI_NAME
 #undef WSCHAT_ABI_PASTE

@@ -4,6 +4,7 @@
 //
 // ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. A line that begins with a slash is a
 // command (/help names all), anything else is said to the room. chat.html speaks this, and so does anybody who can type.
+#define WSCHAT_CHAT 1
 #include "../wschat.hpp"
 
 int main(int argc, char** argv) try {
@@ -17,7 +18,7 @@ int main(int argc, char** argv) try {
 
     wschat::Server server;
 #if WSCHAT_SQLITE
-    if (!db.empty()) server.history(wschat::SqliteHistory(db));
+    if (!db.empty()) wschat::ChatHub::of(server).set_store(wschat::SqliteHistory(db));
 #else
     if (!db.empty()) throw wschat::Error("--db: this program was built without WSCHAT_SQLITE");
 #endif

@@ -1,9 +1,10 @@
-// § 3 of the header: buffers, output queues and their arena, UTF-8, SHA-1, base64, log lines. Json is in vocabulary_test.
+// section 3 of the header: buffers, output queues and their arena, UTF-8, SHA-1, base64, log lines. Json is in vocabulary_test.
 #include "support.hpp"
 
 #include <random>
 
 using namespace wschat;
+using namespace wschat::detail;
 
 // ---- every allocation of this program is counted --------------------------------------------------------------------
 
@@ -796,10 +797,10 @@ TEST_CASE("a slice of nothing can be copied, and a copy of no bytes is empty") {
 }
 
 TEST_CASE("things are found by their names and stand in their order") {
-    Named<int> ages;
-    CHECK(ages.make("Berta", 30) == 30);
-    CHECK(ages.make("Anna", 20) == 20);
-    CHECK(ages.make("Anna", 99) == 20);  // the one that there is
+    StringMap<int> ages;
+    CHECK(ages.find_or_emplace("Berta", 30) == 30);
+    CHECK(ages.find_or_emplace("Anna", 20) == 20);
+    CHECK(ages.find_or_emplace("Anna", 99) == 20);  // the one that there is
     REQUIRE(ages.find("Berta") != nullptr);
     CHECK(*ages.find("Berta") == 30);
     CHECK(ages.find("berta") == nullptr);
@@ -814,9 +815,9 @@ TEST_CASE("things are found by their names and stand in their order") {
 }
 
 TEST_CASE("a thing gets another name unless that is taken") {
-    Named<int> ages;
-    ages.make("Anna", 20);
-    ages.make("Berta", 30);
+    StringMap<int> ages;
+    ages.find_or_emplace("Anna", 20);
+    ages.find_or_emplace("Berta", 30);
     ages.rename("Anna", "Berta");
     ages.rename("nobody", "Clara");
     CHECK(ages.size() == 2);
@@ -831,8 +832,8 @@ TEST_CASE("things are destroyed with what they are named in, and those of somebo
     auto owned = std::make_shared<int>(1);
     std::weak_ptr<int> seen = owned;
     {
-        Named<std::shared_ptr<int>> things, others;
-        others.refer("it", things.make("it", std::move(owned)));
+        StringMap<std::shared_ptr<int>> things, others;
+        others.insert_reference("it", things.find_or_emplace("it", std::move(owned)));
         others.clear();
         CHECK_FALSE(seen.expired());
     }
@@ -840,14 +841,14 @@ TEST_CASE("things are destroyed with what they are named in, and those of somebo
 }
 
 TEST_CASE("numbers as names have the order of the numbers") {
-    Named<std::string> things;
-    for (const char* text : {"a", "b", "c"}) things.add(text);
+    StringMap<std::string> things;
+    for (const char* text : {"a", "b", "c"}) things.append(text);
     CHECK(things.front() == "a");
     const std::uint64_t rising[] = {0, 1, 127, 128, 255, 256, 65'536, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF};
     for (std::size_t i = 0; i + 1 < std::size(rising); ++i) {
         CAPTURE(rising[i]);
-        CHECK(name_of(rising[i]) < name_of(rising[i + 1]));
-        CHECK(name_of(rising[i]).size() == 8);
+        CHECK(big_endian_key(rising[i]) < big_endian_key(rising[i + 1]));
+        CHECK(big_endian_key(rising[i]).size() == 8);
     }
 }
 

@@ -1,4 +1,5 @@
-// § 15: presence, history, floods and commands without a socket; what becomes of connections, with them.
+// section 15: presence, history, floods and commands without a socket; what becomes of connections, with them.
+#define WSCHAT_CHAT 1
 #include "support.hpp"
 
 #include <sys/resource.h>
@@ -7,19 +8,20 @@
 namespace {
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::contains;
+using test::next_with;
 using test::Client;
 using test::RawClient;
 using test::RunningServer;
 
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
-
 // ---- a chat without sockets ----------------------------------------------------------------------------------------
 
 // Stands in for the sessions of a server that never runs: its time stands still, and what handlers send stays here.
-class Desk : public HandlerHost {
+class Desk final : public HandlerHost {
 public:
-    void attend(HandlerCore&) override {}
+    void mark_dirty(HandlerCore&) override {}
     void flush_now(HandlerCore&) override {}
     std::size_t offer(HandlerCore&, const std::string_view*, std::size_t) override { return 0; }
     void set_nodelay(HandlerCore&, bool) override {}
@@ -495,7 +497,7 @@ TEST_CASE("a tag is known to its author for as long as its message is kept") {
 namespace {
 
 // A history in memory, and what of it there is.
-struct Archive : private ChatStore::Listener {
+struct Archive final : private ChatStore::Listener {
     explicit Archive(const HistoryLimits& limits) : history(limits) { history.attach(*this, nullptr); }
 
     std::uint64_t say(const std::string& room, const std::string& text = "x") {
@@ -1355,10 +1357,10 @@ TEST_CASE("users of other servers are in the roster, and their names are taken")
 
 TEST_CASE("the history is chosen before the first connection, or not at all") {
     Desk desk;
-    desk.server().history(MemoryHistory());
+    desk.hub().set_store(MemoryHistory());
     Seat<> anna(desk, "name=Anna");
-    CHECK_THROWS_WITH_AS(desk.server().history(MemoryHistory()),
-                         "history: it is set before the first connection, or not at all", Error);
+    CHECK_THROWS_WITH_AS(desk.hub().set_store(MemoryHistory()),
+                         "ChatHub::set_store: a connection is open; set the store before the first connection", Error);
 }
 
 // ---- over sockets ----------------------------------------------------------------------------------------------------
@@ -1374,16 +1376,6 @@ struct Chat : RunningServer {
         start();
     }
 };
-
-// The next event with that part.
-std::string next_with(Client& client, std::string_view part) {
-    for (int i = 0; i < 10'000; ++i) {
-        const auto message = client.next();
-        if (!message) return "the connection has ended";
-        if (contains(*message, part)) return *message;
-    }
-    return "no such message";
-}
 
 // The number behind "name": in an event.
 std::string number_after(const std::string& event, const std::string& name) {

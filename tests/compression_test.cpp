@@ -1,10 +1,11 @@
-// § 6 and what §§ 4, 7, 9 and 13 do with it: negotiation as tables, messages against zlib used directly, bombs, and
+// section 6 and what §section 4, 7, 9 and 13 do with it: negotiation as tables, messages against zlib used directly, bombs, and
 // what a connection pays. Where the header is built without WSCHAT_ZLIB, that nothing of it is left.
 #include "support.hpp"
 
 #include <random>
 
 using namespace wschat;
+using namespace wschat::detail;
 using test::Client;
 using test::hex;
 using test::RunningServer;
@@ -1074,7 +1075,7 @@ TEST_SUITE("compression") {
 
     TEST_CASE("unfinished compressed messages count towards the limit of all backlogs") {
         ServerOptions options;
-        options.limits.max_total_backlog = 500'000;
+        options.server_limits.max_total_backlog = 500'000;
         RunningServer running(options);
         running.server.route<Echo>("/", options_of(15, 15, false, false));
         running.start();

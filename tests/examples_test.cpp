@@ -11,13 +11,14 @@
 #endif
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::contains;
+using test::next_with;
 using test::Client;
 using test::RawClient;
 
 namespace {
-
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
 // A program that runs with its output in pipes, and is gone with the test.
 class Program {
@@ -130,16 +131,6 @@ std::vector<Example> all_programs() {
     programs.push_back({"bench_server", {WSCHAT_BENCH_SERVER}, {"room", "2"}, "/", "bench_server: ", ""});
 #endif
     return programs;
-}
-
-// The next message that holds the text.
-std::string next_with(Client& client, std::string_view part) {
-    for (int i = 0; i < 1000; ++i) {
-        const auto message = client.next();
-        if (!message) return "the connection has ended";
-        if (contains(*message, part)) return *message;
-    }
-    return "no such message";
 }
 
 }  // namespace

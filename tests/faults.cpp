@@ -3,6 +3,7 @@
 // of its own, because it wraps these calls. With WSCHAT_TEST_POLLER=poll the server uses the poll backend.
 #include "faults.hpp"
 
+#define WSCHAT_CHAT 1
 #include "support.hpp"
 
 #include <csignal>
@@ -10,6 +11,7 @@
 #include <limits>
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
 using faults::Armed;
 using faults::Call;
@@ -212,7 +214,7 @@ private:
         options.handle_signals = ending_ == Ending::signal;
         options.limits.max_backlog = 300'000;
         options.limits.linger_timeout = 100ms;
-        options.limits.max_connections_per_address = 100;
+        options.server_limits.max_connections_per_address = 100;
         return options;
     }
     void set_up(Server& server) {
@@ -637,7 +639,7 @@ void sweep_each(const Row& row) {
 
 // The calls that this run makes: those of the other poller are not.
 bool made(Call call) {
-    const bool poll = test::poller_kind() == Poller::Kind::poll;
+    const bool poll = test::poller_kind() == PollerKind::poll;
     if (call == Call::ring_init) return WSCHAT_LIBURING != 0;
     if (call == Call::ring_submit || call == Call::ring_wait) return false;  // it is for more than are in the room
     const bool epoll = call == Call::epoll_create || call == Call::epoll_ctl || call == Call::epoll_wait;

@@ -1,7 +1,8 @@
-// § 4 of the header: RFC 6455 5 as bytes.
+// section 4 of the header: RFC 6455 5 as bytes.
 #include "support.hpp"
 
 using namespace wschat;
+using namespace wschat::detail;
 
 namespace {
 

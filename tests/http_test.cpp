@@ -1,10 +1,11 @@
-// § 5 of the header: requests and answers, and the opening handshake of RFC 6455 4.
+// section 5 of the header: requests and answers, and the opening handshake of RFC 6455 4.
 #include "support.hpp"
 
 #include <ctime>
 #include <random>
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::string_literals;
 
 namespace {

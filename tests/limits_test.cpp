@@ -1,9 +1,11 @@
-// Every limit of § 2 and § 13 on a running server: up to it a peer is served, past it the peer gets its answer, and the
+// Every limit of section 2 and section 13 on a running server: up to it a peer is served, past it the peer gets its answer, and the
 // metrics count it. What a limit means to the parsers alone is in the suites "http" and "protocol".
 #include "support.hpp"
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Echo;
 using test::Child;
 using test::Client;
 using test::RawClient;
@@ -11,10 +13,6 @@ using test::RunningServer;
 using test::with_limits;
 
 namespace {
-
-struct Echo : WebSocketHandler {
-    void on_message(const Message& m) override { write_message(m); }
-};
 
 // Does what the test says.
 struct Doing : WebSocketHandler {
@@ -214,11 +212,12 @@ TEST_CASE("a backlog may reach its limit, and the message that would pass it is 
 
 TEST_CASE("all backlogs together may reach their limit, and past it the largest goes and is counted") {
     Limits limits;
+    ServerLimits server_limits;
     limits.max_backlog = 100'000'000;
-    limits.max_total_backlog = 300'000;
+    server_limits.max_total_backlog = 300'000;
     for (const std::size_t size :
-         {limits.max_total_backlog - 1, limits.max_total_backlog, limits.max_total_backlog + 1}) {
-        const bool fits = size <= limits.max_total_backlog;
+         {server_limits.max_total_backlog - 1, server_limits.max_total_backlog, server_limits.max_total_backlog + 1}) {
+        const bool fits = size <= server_limits.max_total_backlog;
         CAPTURE(size);
         bool done = false;
         Metrics after;
@@ -232,7 +231,7 @@ TEST_CASE("all backlogs together may reach their limit, and past it the largest 
                 });
             });
         };
-        RunningServer running(with_limits(limits));
+        RunningServer running(with_limits(limits, server_limits));
         running.server.route<Doing>("/", std::ref(work));
         running.start();
         Deaf deaf(running.port());
@@ -248,8 +247,9 @@ TEST_CASE("all backlogs together may reach their limit, and past it the largest 
 
 TEST_CASE("a message that is not finished counts towards the limit of all backlogs together") {
     Limits limits;
-    limits.max_total_backlog = 400'000;
-    RunningServer running(with_limits(limits));
+    ServerLimits server_limits;
+    server_limits.max_total_backlog = 400'000;
+    RunningServer running(with_limits(limits, server_limits));
     running.server.route<Echo>("/");
     running.start();
     Client half(running.port()), most(running.port());
@@ -271,8 +271,9 @@ TEST_CASE("connections past their limits, in all or of an address, are counted a
     for (const bool of_address : {false, true}) {
         CAPTURE(of_address);
         Limits limits;
-        (of_address ? limits.max_connections_per_address : limits.max_connections) = 3;
-        RunningServer running(with_limits(limits));
+        ServerLimits server_limits;
+        (of_address ? server_limits.max_connections_per_address : server_limits.max_connections) = 3;
+        RunningServer running(with_limits(limits, server_limits));
         running.server.route<Echo>("/");
         running.start();
         std::vector<std::unique_ptr<Client>> clients;
@@ -294,9 +295,10 @@ TEST_CASE("connections past their limits, in all or of an address, are counted a
 
 TEST_CASE("of the connections past the limit 32 at once are told so, and the others only closed and counted") {
     Limits limits;
-    limits.max_connections = 1;
+    ServerLimits server_limits;
+    server_limits.max_connections = 1;
     limits.linger_timeout = 1h;
-    RunningServer running(with_limits(limits));
+    RunningServer running(with_limits(limits, server_limits));
     running.server.route<Echo>("/");
     running.start();
     Client one(running.port());

@@ -1,4 +1,4 @@
-// § 12: timers, posted work, the turns of a loop, and signals.
+// section 12: timers, posted work, the turns of a loop, and signals.
 #include "support.hpp"
 
 #include <csignal>
@@ -6,22 +6,13 @@
 #include <random>
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
 using std::chrono::hours;
 using std::chrono::milliseconds;
 
+using test::error_of;
 namespace {
-
-// "" where the call throws no Error.
-template <class Call>
-std::string error_of(Call&& call) {
-    try {
-        call();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "";
-}
 
 Time at(int ms) { return Time{} + hours(1000) + milliseconds(ms); }
 

@@ -1,4 +1,4 @@
-// § 7: bytes in, events and bytes out, and the time is an argument. No socket and no sleep.
+// section 7: bytes in, events and bytes out, and the time is an argument. No socket and no sleep.
 #include "support.hpp"
 
 #include <random>
@@ -9,12 +9,12 @@ using test::hex;
 using test::to_hex;
 using wschat::CloseCause;
 using wschat::CloseCode;
-using wschat::Connection;
+using wschat::detail::Connection;
 using wschat::Error;
-using wschat::Event;
+using wschat::detail::Event;
 using wschat::Limits;
 using wschat::Opcode;
-using wschat::Role;
+using wschat::detail::Role;
 using wschat::Time;
 using wschat::WriteStatus;
 using namespace std::chrono_literals;
@@ -125,7 +125,7 @@ public:
 
     Role role;
     Limits limits;
-    wschat::SendArena arena;
+    wschat::detail::SendArena arena;
     Connection connection;
     Time now = start;
     std::size_t in_place = 0;  // bytes that went to receive_area()
@@ -1045,7 +1045,7 @@ TEST_SUITE("protocol") {
     }
 
     TEST_CASE("a volatile frame never waits for a peer that is slow, and never closes it") {
-        wschat::SendArena arena;
+        wschat::detail::SendArena arena;
         const wschat::EncodedFrame stale(arena, Opcode::text, "typing");
         End end(Role::server, backlog_of_100(wschat::BacklogPolicy::close));
         CHECK(end.connection.send_volatile(stale) == WriteStatus::sent);
@@ -1085,7 +1085,7 @@ TEST_SUITE("protocol") {
     }
 
     TEST_CASE("a frame that is encoded once is sent by many") {
-        wschat::SendArena arena;
+        wschat::detail::SendArena arena;
         const wschat::EncodedFrame encoded(arena, Opcode::text, "Hello");
         for (int i = 0; i < 3; ++i) {
             End end;
@@ -1137,7 +1137,7 @@ TEST_SUITE("protocol") {
         CHECK((test::take_output(client.connection) == masked(frame(0x82, large))));
     }
 
-    wschat::MaskKey counted_mask() {
+    wschat::detail::MaskKey counted_mask() {
         static unsigned char count = 0;
         return {++count, 0x00, 0xff, 0x10};
     }
@@ -1145,7 +1145,7 @@ TEST_SUITE("protocol") {
     TEST_CASE("a client asks for a new mask for each frame") {
         // RFC 6455 5.3: "a fresh masking key MUST be chosen" for every frame.
         Limits limits;
-        wschat::SendArena arena;
+        wschat::detail::SendArena arena;
         Connection client;
         client.open(Role::client, limits, arena, start, &counted_mask);
         client.send(Opcode::text, "ab");
@@ -1159,7 +1159,7 @@ TEST_SUITE("protocol") {
     TEST_CASE("a server does not mask, whatever it is given") {
         // RFC 6455 5.1: "A server MUST NOT mask any frames that it sends to the client."
         Limits limits;
-        wschat::SendArena arena;
+        wschat::detail::SendArena arena;
         Connection server;
         server.open(Role::server, limits, arena, start, &counted_mask);
         server.send(Opcode::text, "ab");

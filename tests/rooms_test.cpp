@@ -1,4 +1,4 @@
-// § 9: rooms, with members that have real connections.
+// section 9: rooms, with members that have real connections.
 #include "support.hpp"
 
 #include <map>
@@ -390,10 +390,10 @@ TEST_SUITE("rooms") {
         std::vector<std::unique_ptr<Visitor>> visitors;
         for (int i = 0; i < 50; ++i) visitors.push_back(std::make_unique<Visitor>(party, std::to_string(i), "lobby"));
         const std::size_t bytes = party.on_loop([&] {
-            wschat::SendArena& arena = party.running.server.arena();
-            const wschat::Slice before = arena.allocate(1);
+            wschat::detail::SendArena& arena = party.running.server.arena();
+            const wschat::detail::Slice before = arena.allocate(1);
             CHECK(party.room("lobby").broadcast(std::string(1000, 'x')) == 50);
-            const wschat::Slice after = arena.allocate(1);
+            const wschat::detail::Slice after = arena.allocate(1);
             CHECK(before.chunk == after.chunk);
             return after.begin - before.end;
         });
@@ -404,7 +404,7 @@ TEST_SUITE("rooms") {
     TEST_CASE("a broadcast to an empty room writes nothing") {
         Party party;
         CHECK(party.on_loop([&] {
-            const wschat::Slice before = party.running.server.arena().allocate(1);
+            const wschat::detail::Slice before = party.running.server.arena().allocate(1);
             party.room("lobby").broadcast(std::string(1000, 'x'));
             return party.running.server.arena().allocate(1).begin - before.end;
         }) == 0);

@@ -1,4 +1,4 @@
-// § 13 against hostile, slow and vanishing peers, over real sockets: limits, deadlines, lingering, descriptors.
+// section 13 against hostile, slow and vanishing peers, over real sockets: limits, deadlines, lingering, descriptors.
 #include "support.hpp"
 
 #include <sys/wait.h>
@@ -6,7 +6,11 @@
 #include <set>
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Echo;
+using test::LobbyMember;
+using test::contains;
 using test::Child;
 using test::Client;
 using test::hex;
@@ -16,18 +20,7 @@ using test::with_limits;
 
 namespace {
 
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
-
 using SignalAction = struct sigaction;
-
-struct Echo : WebSocketHandler {
-    void on_message(const Message& m) override { write_message(m); }
-};
-
-struct Member : WebSocketHandler {
-    void open() override { room("lobby").join(*this); }
-    void on_message(const Message& m) override { room("lobby").broadcast(m); }
-};
 
 // Sends as many bytes as it is asked for, in messages of 64 KiB.
 struct Flood : WebSocketHandler {
@@ -125,8 +118,9 @@ TEST_SUITE_BEGIN("server");
 
 TEST_CASE("past the limit of connections a peer gets a 503 that arrives, until one of the others has gone") {
     Limits limits;
-    limits.max_connections = 2;
-    RunningServer running(with_limits(limits));
+    ServerLimits server_limits;
+    server_limits.max_connections = 2;
+    RunningServer running(with_limits(limits, server_limits));
     running.server.route<Echo>("/");
     running.start();
     Client one(running.port());
@@ -152,8 +146,9 @@ TEST_CASE("past the limit of connections a peer gets a 503 that arrives, until o
 
 TEST_CASE("past its limit an address gets a 503, and other addresses do not") {
     Limits limits;
-    limits.max_connections_per_address = 2;
-    RunningServer running(with_limits(limits));
+    ServerLimits server_limits;
+    server_limits.max_connections_per_address = 2;
+    RunningServer running(with_limits(limits, server_limits));
     running.server.route<Echo>("/");
     running.start();
     auto one = std::make_unique<Client>(running.port());
@@ -178,8 +173,9 @@ TEST_CASE("past its limit an address gets a 503, and other addresses do not") {
 
 TEST_CASE("behind a trusted proxy the limit holds for the addresses that it names, IPv6 by their /64") {
     Limits limits;
-    limits.max_connections_per_address = 1;
-    RunningServer running(with_limits(limits));
+    ServerLimits server_limits;
+    server_limits.max_connections_per_address = 1;
+    RunningServer running(with_limits(limits, server_limits));
     running.server.route<Echo>("/");
     running.server.trusted_proxies({"127.0.0.1"});
     running.start();
@@ -404,7 +400,7 @@ TEST_CASE("in a room of twenty where one does not read, the others get everythin
     Limits limits;
     limits.max_backlog = 256 * 1024;
     RunningServer running(with_limits(limits));
-    running.server.route<Member>("/");
+    running.server.route<LobbyMember>("/");
     running.start();
     RawClient slow = deaf_client(running.port());
     std::vector<std::unique_ptr<Client>> members;
@@ -429,9 +425,10 @@ TEST_CASE("in a room of twenty where one does not read, the others get everythin
 
 TEST_CASE("past the limit of all backlogs together the largest goes, and the others stay") {
     Limits limits;
+    ServerLimits server_limits;
     limits.max_backlog = 64 * 1024 * 1024;
-    limits.max_total_backlog = 8 * 1024 * 1024;
-    RunningServer running(with_limits(limits));
+    server_limits.max_total_backlog = 8 * 1024 * 1024;
+    RunningServer running(with_limits(limits, server_limits));
     running.server.route<Flood>("/");
     running.start();
     RawClient small = deaf_client(running.port()), large = deaf_client(running.port());
@@ -443,7 +440,7 @@ TEST_CASE("past the limit of all backlogs together the largest goes, and the oth
     CHECK(large.read_to_end());
     CHECK(large.received.size() < much);
     CHECK(running.metrics().websockets_open == 1);
-    CHECK(running.metrics().backlog_bytes <= limits.max_total_backlog);
+    CHECK(running.metrics().backlog_bytes <= server_limits.max_total_backlog);
     CHECK(small.read_at_least(some));
 }
 
@@ -457,7 +454,7 @@ TEST_CASE("where descriptors are used up the server does not spin, serves who is
     if (forked == 0) {
         ServerOptions options;
         options.poller = test::poller_kind();
-        options.limits.max_connections = 1000;
+        options.server_limits.max_connections = 1000;
         Server server(options);
         server.route<Echo>("/");
         test::listen(server);
@@ -519,7 +516,7 @@ TEST_CASE("where descriptors are used up the server does not spin, serves who is
 TEST_CASE("hundreds of connects and closes of every kind give back every descriptor and all else") {
     // FAULTS 32
     RunningServer running;
-    running.server.route<Member>("/");
+    running.server.route<LobbyMember>("/");
     running.server.get("/", [](const Request&) { return Response(200, "hello"); });
     running.start();
     running.on_loop([] {});
@@ -556,7 +553,7 @@ TEST_CASE("every descriptor of a server is close-on-exec") {
     std::fclose(file);
     {
         RunningServer running;
-        running.server.route<Member>("/");
+        running.server.route<LobbyMember>("/");
         running.server.file("/file", path + ".bin");
         test::listen(running.server);
         test::listen(running.server, "unix:" + path + ".sock");
@@ -606,7 +603,7 @@ TEST_CASE("what was reported of connections that are ended in the same batch is 
     ServerOptions options;
     options.poller = test::poller_kind();
     Server server(options);
-    server.route<Member>("/");
+    server.route<LobbyMember>("/");
     test::listen(server);
     std::thread runner([&] { server.run(); });
     std::vector<std::unique_ptr<Client>> clients;
@@ -656,9 +653,10 @@ TEST_CASE("a server leaves SIGPIPE as it is, and a peer that is gone raises none
 
 TEST_CASE("past a crowd that is being turned away, who comes next is hung up on without an answer") {
     Limits limits;
-    limits.max_connections = 1;
+    ServerLimits server_limits;
+    server_limits.max_connections = 1;
     limits.linger_timeout = test::deadline;  // those who were turned away stay until they go
-    RunningServer running(with_limits(limits));
+    RunningServer running(with_limits(limits, server_limits));
     running.server.route<Echo>("/");
     running.start();
     Client member(running.port());

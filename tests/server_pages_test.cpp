@@ -1,30 +1,21 @@
-// § 13 as an HTTP server, over real sockets: pages, files and folders, and every refusal as a complete answer.
+// section 13 as an HTTP server, over real sockets: pages, files and folders, and every refusal as a complete answer.
 #include "support.hpp"
 
 #include <filesystem>
 #include <fstream>
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Echo;
+using test::contains;
+using test::error_of;
 using test::hex;
 using test::RawClient;
 using test::RunningServer;
 namespace fs = std::filesystem;
 
 namespace {
-
-// "" where the call throws no Error.
-template <class Call>
-std::string error_of(Call&& call) {
-    try {
-        call();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
 // An answer of a server, as it stands on the wire.
 struct Answer {
@@ -93,10 +84,6 @@ std::string large_content() {
     for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 7 + i / 1000);
     return content;
 }
-
-struct Echo : WebSocketHandler {
-    void on_message(const Message& m) override { write_message(m); }
-};
 
 Response hello(const Request&) { return Response(200, "hello"); }
 

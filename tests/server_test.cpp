@@ -1,4 +1,4 @@
-// § 13 over real sockets: routes, conversations, rooms, where a server listens, how it ends, what it tells of itself.
+// section 13 over real sockets: routes, conversations, rooms, where a server listens, how it ends, what it tells of itself.
 // Pages and refusals are in server_pages_test.cpp, limits and hostile peers in server_limits_test.cpp.
 #include "support.hpp"
 
@@ -6,35 +6,18 @@
 #include <csignal>
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Echo;
+using test::LobbyMember;
+using test::contains;
+using test::error_of;
 using test::Client;
 using test::hex;
 using test::RawClient;
 using test::RunningServer;
 
 namespace {
-
-// "" where the call throws no Error.
-template <class Call>
-std::string error_of(Call&& call) {
-    try {
-        call();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
-
-struct Echo : WebSocketHandler {
-    void on_message(const Message& m) override { write_message(m); }
-};
-
-struct Member : WebSocketHandler {
-    void open() override { room("lobby").join(*this); }
-    void on_message(const Message& m) override { room("lobby").broadcast(m); }
-};
 
 // Says at once which route it is of, and with which parameters.
 struct Tell : WebSocketHandler {
@@ -375,7 +358,7 @@ TEST_CASE("many messages in one piece are answered one by one in their order") {
 
 TEST_CASE("in a room of two hundred everybody gets every message, all in one order") {
     RunningServer running;
-    running.server.route<Member>("/");
+    running.server.route<LobbyMember>("/");
     running.start();
     constexpr std::size_t members = 200, speakers = 50;
     std::vector<std::unique_ptr<Client>> clients;
@@ -513,7 +496,7 @@ TEST_CASE("two servers share a port only where both ask for it") {
 TEST_CASE("two servers on two threads have rooms of their own") {
     RunningServer first, second;
     for (RunningServer* running : {&first, &second}) {
-        running->server.route<Member>("/");
+        running->server.route<LobbyMember>("/");
         running->start();
     }
     Client a(first.port()), b(first.port()), c(second.port());
@@ -683,7 +666,7 @@ TEST_CASE("a second signal ends a server that waits for a peer at once") {
 
 TEST_CASE("the metrics count connections, requests, messages, bytes and endings") {
     RunningServer running;
-    running.server.route<Member>("/");
+    running.server.route<LobbyMember>("/");
     running.server.get("/page", [](const Request&) { return Response(200, "x"); });
     running.start();
     CHECK(status_of(running.port(), "/page") == "HTTP/1.1 200");
@@ -742,7 +725,7 @@ TEST_CASE("the metrics count the bytes of the sockets") {
 
 TEST_CASE("the metrics page is the metrics in the text format of Prometheus") {
     RunningServer running;
-    running.server.route<Member>("/");
+    running.server.route<LobbyMember>("/");
     running.server.metrics_page("/metrics");
     running.start();
     Client member(running.port());
@@ -909,7 +892,7 @@ TEST_CASE("a route whose factory makes no handler answers 500 and says so in the
 
 TEST_CASE("the limit for one address does not hold for Unix sockets, which have none") {
     ServerOptions options;
-    options.limits.max_connections_per_address = 1;
+    options.server_limits.max_connections_per_address = 1;
     const std::string path = temporary_path("limit.sock");
     RunningServer running(options);
     running.server.route<Echo>("/");

@@ -1,4 +1,4 @@
-// § 10: addresses, listening, sockets that never block, and the pollers, all of them against one contract.
+// section 10: addresses, listening, sockets that never block, and the pollers, all of them against one contract.
 #include "support.hpp"
 
 #include <sys/wait.h>
@@ -6,21 +6,11 @@
 #include <set>
 
 using namespace wschat;
+using namespace wschat::detail;
 
+using test::contains;
+using test::error_of;
 namespace {
-
-// "" where the call throws no Error.
-template <class Call>
-std::string error_of(Call&& call) {
-    try {
-        call();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
 IpAddress address(std::string_view text) {
     const auto parsed = IpAddress::parse(text);
@@ -117,7 +107,7 @@ struct Owner final : Pollable {
     void on_ready(bool, bool, bool) override {}
 };
 
-constexpr Poller::Kind kinds[] = {Poller::Kind::automatic, Poller::Kind::poll};
+constexpr PollerKind kinds[] = {PollerKind::automatic, PollerKind::poll};
 
 // One report of a poller as "r", "w", "b" or what of it holds; "" where it does not name the owner.
 std::string reported(const std::vector<Poller::Ready>& ready, const Owner& owner) {
@@ -278,10 +268,10 @@ TEST_CASE("addresses are equal only within one family") {
 }
 
 TEST_CASE("for limits the addresses of one IPv6 customer are one") {
-    CHECK(address("192.0.2.255").share() == "192.0.2.255");
-    CHECK(address("2001:db8:1:2:3:4:5:6").share() == "2001:db8:1:2::");
-    CHECK(address("2001:db8:1:2::1").share() == address("2001:db8:1:2:ffff::").share());
-    CHECK(address("2001:db8:1:3::1").share() != address("2001:db8:1:2::1").share());
+    CHECK(address("192.0.2.255").rate_limit_key() == "192.0.2.255");
+    CHECK(address("2001:db8:1:2:3:4:5:6").rate_limit_key() == "2001:db8:1:2::");
+    CHECK(address("2001:db8:1:2::1").rate_limit_key() == address("2001:db8:1:2:ffff::").rate_limit_key());
+    CHECK(address("2001:db8:1:3::1").rate_limit_key() != address("2001:db8:1:2::1").rate_limit_key());
 }
 
 TEST_CASE("a CIDR block contains the addresses of its family with its first bits") {
@@ -735,7 +725,7 @@ TEST_CASE("every descriptor of this section is close-on-exec") {
     IpAddress peer;
     const Socket tcp_accepted = accept(tcp, peer), local_accepted = accept(local, peer);
     const WakeUp wake_up;
-    const auto system = Poller::make(Poller::Kind::automatic), poll = Poller::make(Poller::Kind::poll);
+    const auto system = Poller::make(PollerKind::automatic), poll = Poller::make(PollerKind::poll);
     CHECK(inheritable_descriptors() == before);
 }
 #endif
@@ -766,14 +756,14 @@ TEST_CASE("what woke a poller is handed out byte by byte, and a full pipe does n
 // ---- the pollers ----------------------------------------------------------------------------------------------------
 
 TEST_CASE("the system's poller is the default, and poll can be forced") {
-    CHECK(Poller::make(Poller::Kind::poll)->name() == std::string("poll"));
+    CHECK(Poller::make(PollerKind::poll)->name() == std::string("poll"));
 #if defined(__linux__)
-    CHECK(Poller::make(Poller::Kind::automatic)->name() == std::string("epoll"));
+    CHECK(Poller::make(PollerKind::automatic)->name() == std::string("epoll"));
 #endif
 }
 
 TEST_CASE("a poller reports what is readable from when bytes are there, and again until they are read") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Pair pair;
@@ -791,7 +781,7 @@ TEST_CASE("a poller reports what is readable from when bytes are there, and agai
 }
 
 TEST_CASE("a poller reports what is writable as long as the kernel takes bytes") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Pair pair;
@@ -808,7 +798,7 @@ TEST_CASE("a poller reports what is writable as long as the kernel takes bytes")
 }
 
 TEST_CASE("a poller reports what it was last asked for, and nothing where it was asked for nothing") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Pair pair;
@@ -829,7 +819,7 @@ TEST_CASE("a poller reports what it was last asked for, and nothing where it was
 }
 
 TEST_CASE("a poller reports a connection that is broken, also where nothing is being waited for") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         ListenSocket listener(ListenAddress::parse("0"), false);
@@ -846,7 +836,7 @@ TEST_CASE("a poller reports a connection that is broken, also where nothing is b
 }
 
 TEST_CASE("a peer that has shut its sending side is readable, not broken") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Pair pair;
@@ -860,7 +850,7 @@ TEST_CASE("a peer that has shut its sending side is readable, not broken") {
 }
 
 TEST_CASE("a poller reports no more what was removed, though it was ready in the batch before") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Pair first, second, third;
@@ -891,7 +881,7 @@ TEST_CASE("a poller reports no more what was removed, though it was ready in the
 }
 
 TEST_CASE("a descriptor that is used again is reported to its new owner only") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Owner old, young;
@@ -917,7 +907,7 @@ TEST_CASE("a descriptor that is used again is reported to its new owner only") {
 
 TEST_CASE("of many descriptors that stay ready a poller reports each before long") {
     const ManyDescriptors raised;
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         constexpr std::size_t count = 700;  // more than one batch of epoll
@@ -943,7 +933,7 @@ TEST_CASE("of many descriptors that stay ready a poller reports each before long
 
 TEST_CASE("descriptors above 1024 are polled as others are") {
     const ManyDescriptors raised;
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Pair pair;
@@ -964,7 +954,7 @@ TEST_CASE("descriptors above 1024 are polled as others are") {
 }
 
 TEST_CASE("a poller that has nothing to report comes back when its time is over") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Pair pair;
@@ -977,7 +967,7 @@ TEST_CASE("a poller that has nothing to report comes back when its time is over"
 }
 
 TEST_CASE("a poller that waits is woken from another thread") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         WakeUp wake_up;
@@ -1000,7 +990,7 @@ TEST_CASE("where descriptors are used up whatever needs one is an Error that say
         [&] { ListenSocket(ListenAddress::parse("unix:" + path), false); },
         [] { WakeUp(); },
 #if defined(__linux__)
-        [] { Poller::make(Poller::Kind::automatic); },
+        [] { Poller::make(PollerKind::automatic); },
 #endif
     };
     for (const auto& call : calls) {
@@ -1117,7 +1107,7 @@ TEST_CASE("sending nothing takes nothing, and is no end of the stream") {
 TEST_CASE("what is no descriptor can not be made to block never") { CHECK_FALSE(os::make_nonblocking(-1)); }
 
 TEST_CASE("a poller that is to remove what it does not know changes nothing") {
-    for (const Poller::Kind kind : kinds) {
+    for (const PollerKind kind : kinds) {
         const auto poller = Poller::make(kind);
         CAPTURE(poller->name());
         Pair known, other;

@@ -1,4 +1,5 @@
-// § 16: a history in a file, what can be wrong with the file, and a server that is killed.
+// section 16: a history in a file, what can be wrong with the file, and a server that is killed.
+#define WSCHAT_CHAT 1
 #include "support.hpp"
 
 #if WSCHAT_SQLITE
@@ -12,11 +13,12 @@
 namespace {
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::contains;
+using test::next_with;
 using test::Client;
 using test::RunningServer;
-
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
 // A file of a test, which is gone with it.
 struct TemporaryFile {
@@ -74,23 +76,13 @@ std::string told(const HistoryPage& page) {
     return page.gap ? all + "gap" : all;
 }
 
-// What a client gets up to an event with that part, which is answered.
-std::string next_with(Client& client, std::string_view part) {
-    for (int i = 0; i < 1000; ++i) {
-        const auto message = client.next();
-        if (!message) return "the connection has ended";
-        if (contains(*message, part)) return *message;
-    }
-    return "no such message";
-}
-
 struct Chat : RunningServer {
     explicit Chat(const std::string& path, const SqliteOptions& options = {}) {
         server.on_log([this](const LogEntry& entry) {
             const std::lock_guard<std::mutex> lock(mutex);
             log += std::string(entry.event) + ";";
         });
-        server.history(SqliteHistory(path, options));
+        ChatHub::of(server).set_store(SqliteHistory(path, options));
         server.route<ChatHandler>("/chat/{room}");
         start();
     }
@@ -391,7 +383,7 @@ private:
         ServerOptions options;
         options.handle_signals = false;
         Server server(options);
-        server.history(SqliteHistory(path));
+        ChatHub::of(server).set_store(SqliteHistory(path));
         ChatHub::of(server).limits.connection = ChatHub::of(server).limits.address = FloodRates();
         server.route<ChatHandler>("/chat/{room}");
         server.listen(0);

@@ -48,10 +48,33 @@ inline std::string to_hex(std::string_view bytes) {
     return digits;
 }
 
-inline wschat::MaskKey test_mask() { return {0x37, 0xfa, 0x21, 0x3d}; }
+inline bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+
+// The sentence of the Error that the call throws; "" if it throws none.
+template <class Call>
+std::string error_of(Call&& call) {
+    try {
+        call();
+    } catch (const wschat::Error& error) {
+        return error.what();
+    }
+    return "";
+}
+
+struct Echo : wschat::WebSocketHandler {
+    void on_message(const wschat::Message& m) override { write_message(m); }
+};
+
+// Joins the room "lobby" and broadcasts what it receives there.
+struct LobbyMember : wschat::WebSocketHandler {
+    void open() override { room("lobby").join(*this); }
+    void on_message(const wschat::Message& m) override { room("lobby").broadcast(m); }
+};
+
+inline wschat::detail::MaskKey test_mask() { return {0x37, 0xfa, 0x21, 0x3d}; }
 
 // What a connection has queued, taken out.
-inline std::string take_output(wschat::Connection& connection) {
+inline std::string take_output(wschat::detail::Connection& connection) {
     std::string bytes;
     while (!connection.output().empty()) {
         std::string_view pieces[8];
@@ -67,10 +90,10 @@ inline std::string take_output(wschat::Connection& connection) {
 }
 
 // The poller that WSCHAT_TEST_POLLER asks for.
-inline wschat::Poller::Kind poller_kind() {
+inline wschat::PollerKind poller_kind() {
     const char* wanted = std::getenv("WSCHAT_TEST_POLLER");
-    return wanted != nullptr && std::string(wanted) == "poll" ? wschat::Poller::Kind::poll
-                                                              : wschat::Poller::Kind::automatic;
+    return wanted != nullptr && std::string(wanted) == "poll" ? wschat::PollerKind::poll
+                                                              : wschat::PollerKind::automatic;
 }
 
 #if WSCHAT_OPENSSL
@@ -120,18 +143,18 @@ inline void listen_tls(wschat::Server& server, std::string_view address) {
 }
 
 // A client's side of TLS that takes the server for who it says it is.
-inline std::unique_ptr<wschat::Transport> client_transport(std::string_view host = "localhost") {
-    wschat::TlsClientOptions options;
+inline std::unique_ptr<wschat::detail::Transport> client_transport(std::string_view host = "localhost") {
+    wschat::detail::TlsClientOptions options;
     options.accept_any_certificate = true;
-    static const auto context = std::make_shared<const wschat::TlsContext>(options);
-    return std::make_unique<wschat::TlsTransport>(std::make_shared<wschat::TlsBlocks>(), context, host);
+    static const auto context = std::make_shared<const wschat::detail::TlsContext>(options);
+    return std::make_unique<wschat::detail::TlsTransport>(std::make_shared<wschat::detail::TlsBlocks>(), context, host);
 }
 
 #else
 
 constexpr bool over_tls() { return false; }
 inline void listen_tls(wschat::Server&, std::string_view) {}
-inline std::unique_ptr<wschat::Transport> client_transport() { return nullptr; }
+inline std::unique_ptr<wschat::detail::Transport> client_transport() { return nullptr; }
 
 #endif
 
@@ -141,9 +164,10 @@ inline void listen(wschat::Server& server, std::string_view address = "0") {
 }
 inline std::string scheme() { return over_tls() ? "https" : "http"; }
 
-inline wschat::ServerOptions with_limits(const wschat::Limits& limits) {
+inline wschat::ServerOptions with_limits(const wschat::Limits& limits, const wschat::ServerLimits& server_limits = {}) {
     wschat::ServerOptions options;
     options.limits = limits;
+    options.server_limits = server_limits;
     return options;
 }
 
@@ -248,9 +272,9 @@ private:
 class RawClient {
 public:
     explicit RawClient(int port) : RawClient(connect_to(port)) {}
-    explicit RawClient(wschat::Socket socket)
+    explicit RawClient(wschat::detail::Socket socket)
         : RawClient(std::move(socket), over_tls() ? client_transport() : nullptr) {}
-    RawClient(wschat::Socket socket, std::unique_ptr<wschat::Transport> transport)
+    RawClient(wschat::detail::Socket socket, std::unique_ptr<wschat::detail::Transport> transport)
         : socket_(std::move(socket)), transport_(std::move(transport)) {}
     // A plain one, also where all others are not.
     static RawClient plain(int port) { return RawClient(connect_to(port), nullptr); }
@@ -258,8 +282,8 @@ public:
 
     void send(std::string_view bytes) {
         while (!bytes.empty()) {
-            const wschat::IoResult sent = transport_ ? offer(&bytes, 1) : counted(bytes);
-            if (sent.outcome == wschat::IoResult::Outcome::error) return;
+            const wschat::detail::IoResult sent = transport_ ? offer(&bytes, 1) : counted(bytes);
+            if (sent.outcome == wschat::detail::IoResult::Outcome::error) return;
             bytes.remove_prefix(sent.size);
             if (bytes.empty()) return;
             if (transport_ && !established() ? !shake_hands() : !wait(POLLOUT)) return;
@@ -296,24 +320,24 @@ public:
         end_transport();
         socket_.close();
     }
-    wschat::Socket& socket() { return socket_; }
-    wschat::Transport* transport() { return transport_.get(); }
+    wschat::detail::Socket& socket() { return socket_; }
+    wschat::detail::Transport* transport() { return transport_.get(); }
 
     // Reads what is there, waiting for the first of it; false at the end and at the deadline.
     bool read_some() {
         std::vector<char> buffer(256 * 1024);
         for (;;) {
-            const wschat::IoResult got = receive(buffer.data(), buffer.size());
-            if (got.outcome == wschat::IoResult::Outcome::done) {
+            const wschat::detail::IoResult got = receive(buffer.data(), buffer.size());
+            if (got.outcome == wschat::detail::IoResult::Outcome::done) {
                 received.append(buffer.data(), got.size);
                 return true;
             }
-            if (got.outcome == wschat::IoResult::Outcome::would_block) {
+            if (got.outcome == wschat::detail::IoResult::Outcome::would_block) {
                 if (!wait_for_input()) return false;
                 continue;
             }
             ended = true;
-            reset_by_peer = got.outcome == wschat::IoResult::Outcome::error;
+            reset_by_peer = got.outcome == wschat::detail::IoResult::Outcome::error;
             return false;
         }
     }
@@ -321,24 +345,24 @@ public:
     std::string received;
     bool ended = false;          // the peer has closed, one way or the other
     bool reset_by_peer = false;  // with a reset
-    wschat::WireCount wire;      // what went through the socket
+    wschat::detail::WireCount wire;      // what went through the socket
 
 private:
-    wschat::IoResult counted(std::string_view bytes) {
-        const wschat::IoResult sent = socket_.send(&bytes, 1);
+    wschat::detail::IoResult counted(std::string_view bytes) {
+        const wschat::detail::IoResult sent = socket_.send(&bytes, 1);
         wire.sent += sent.size;
         return sent;
     }
-    wschat::IoResult receive(char* data, std::size_t size) {
+    wschat::detail::IoResult receive(char* data, std::size_t size) {
         if (transport_) {
             const std::lock_guard<std::mutex> lock(*mutex_);
             return transport_->receive(socket_, data, size, wire);
         }
-        const wschat::IoResult got = socket_.receive(data, size);
+        const wschat::detail::IoResult got = socket_.receive(data, size);
         wire.received += got.size;
         return got;
     }
-    wschat::IoResult offer(const std::string_view* pieces, std::size_t count) {
+    wschat::detail::IoResult offer(const std::string_view* pieces, std::size_t count) {
         const std::lock_guard<std::mutex> lock(*mutex_);
         return transport_->send(socket_, pieces, count, wire);
     }
@@ -353,14 +377,14 @@ private:
     // The next step of the handshake; application data that comes with it is kept.
     bool shake_hands() {
         char bytes[4096];
-        const wschat::IoResult got = receive(bytes, sizeof bytes);
-        if (got.outcome == wschat::IoResult::Outcome::done) received.append(bytes, got.size);
-        if (got.outcome == wschat::IoResult::Outcome::would_block && !established()) return wait_for_input();
-        return got.outcome == wschat::IoResult::Outcome::done || established();
+        const wschat::detail::IoResult got = receive(bytes, sizeof bytes);
+        if (got.outcome == wschat::detail::IoResult::Outcome::done) received.append(bytes, got.size);
+        if (got.outcome == wschat::detail::IoResult::Outcome::would_block && !established()) return wait_for_input();
+        return got.outcome == wschat::detail::IoResult::Outcome::done || established();
     }
     // What the server waits for goes out first.
     bool wait_for_input() {
-        if (owes() && offer(nullptr, 0).outcome == wschat::IoResult::Outcome::would_block)
+        if (owes() && offer(nullptr, 0).outcome == wschat::detail::IoResult::Outcome::would_block)
             return wait(POLLIN | POLLOUT);
         return wait(POLLIN);
     }
@@ -371,19 +395,19 @@ private:
         pollfd entry{socket_.descriptor(), events, 0};
         return ::poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(deadline).count())) > 0;
     }
-    static wschat::Socket connect_to(int port) {
-        wschat::Socket socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    static wschat::detail::Socket connect_to(int port) {
+        wschat::detail::Socket socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
         sockaddr_in address{};
         address.sin_family = AF_INET;
         address.sin_port = htons(static_cast<std::uint16_t>(port));
         address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
         if (::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) return {};
-        wschat::os::make_nonblocking(socket.descriptor());
+        wschat::detail::os::make_nonblocking(socket.descriptor());
         return socket;
     }
 
-    wschat::Socket socket_;
-    std::unique_ptr<wschat::Transport> transport_;
+    wschat::detail::Socket socket_;
+    std::unique_ptr<wschat::detail::Transport> transport_;
     std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  // some tests send from a thread of their own
 };
 
@@ -395,18 +419,18 @@ public:
                     const std::optional<wschat::CompressionOptions>& compression = std::nullopt)
         : raw(port) {
         const std::string offer = compression ? pool.offer(*compression) : std::string();
-        std::string request = wschat::opening_request("127.0.0.1:" + std::to_string(port), target, key, {}, offer);
+        std::string request = wschat::detail::opening_request("127.0.0.1:" + std::to_string(port), target, key, {}, offer);
         request.insert(request.size() - 2, extra_headers);
         raw.send(request);
         if (!raw.read_until("\r\n\r\n")) return;
         const std::size_t end = raw.received.find("\r\n\r\n") + 4;
         head = raw.received.substr(0, end);
         raw.received.erase(0, end);
-        if (!wschat::opening_answer_error(head, key, subprotocols(extra_headers), !offer.empty()).empty()) return;
+        if (!wschat::detail::opening_answer_error(head, key, subprotocols(extra_headers), !offer.empty()).empty()) return;
         auto agreed = compression ? pool.read_answer(wschat::Fields(head), *compression, error) : nullptr;
         if (!error.empty()) return;
         compressed = agreed != nullptr;
-        connection.open(wschat::Role::client, limits, arena, wschat::Clock::now(), &test_mask, std::move(agreed));
+        connection.open(wschat::detail::Role::client, limits, arena, wschat::Clock::now(), &test_mask, std::move(agreed));
         // Frames may have come together with the answer.
         if (!raw.received.empty()) connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
     }
@@ -427,13 +451,13 @@ public:
         flush();
     }
     // The next message or pong; nothing where the connection ends or the deadline comes first.
-    std::optional<std::string> next(wschat::Event::Kind kind = wschat::Event::Kind::message) {
+    std::optional<std::string> next(wschat::detail::Event::Kind kind = wschat::detail::Event::Kind::message) {
         for (;;) {
-            const wschat::Event event = connection.next_event();
+            const wschat::detail::Event event = connection.next_event();
             flush();
             if (event.kind == kind) return std::string(event.message.data());
-            if (event.kind == wschat::Event::Kind::close) return std::nullopt;
-            if (event.kind != wschat::Event::Kind::none) continue;
+            if (event.kind == wschat::detail::Event::Kind::close) return std::nullopt;
+            if (event.kind != wschat::detail::Event::Kind::none) continue;
             raw.received.clear();
             if (!raw.read_some()) {
                 connection.receive_end("the server hung up");
@@ -456,9 +480,9 @@ public:
     bool compressed = false;  // the server has agreed to it
     std::string error;        // or to what was not offered
     wschat::Limits limits = generous_limits();
-    wschat::SendArena arena;
-    wschat::CompressionPool pool;
-    wschat::Connection connection;
+    wschat::detail::SendArena arena;
+    wschat::detail::CompressionPool pool;
+    wschat::detail::Connection connection;
 
 private:
     static wschat::Limits generous_limits() {
@@ -474,5 +498,15 @@ private:
         return headers.substr(0, headers.find('\r'));
     }
 };
+
+// The next message that contains the text; a sentence if the connection ends first.
+inline std::string next_with(Client& client, std::string_view part) {
+    for (int i = 0; i < 10'000; ++i) {
+        const auto message = client.next();
+        if (!message) return "the connection has ended";
+        if (contains(*message, part)) return *message;
+    }
+    return "no such message";
+}
 
 }  // namespace test

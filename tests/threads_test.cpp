@@ -6,7 +6,9 @@
 #include <set>
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Echo;
 using test::Client;
 using test::RunningServer;
 
@@ -88,10 +90,6 @@ struct Caller : WebSocketHandler {
     void on_close() override { --open_count; }
     Directory& directory;
     std::atomic<int>& open_count;
-};
-
-struct Echo : WebSocketHandler {
-    void on_message(const Message& m) override { write_message(m); }
 };
 
 // Sets the flag when the last copy of what holds it is gone.

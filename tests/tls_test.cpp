@@ -1,8 +1,9 @@
-// § 11: streams in memory, in any pieces; then the server over sockets. With WSCHAT_TEST_TLS=1 the suites of the server
+// section 11: streams in memory, in any pieces; then the server over sockets. With WSCHAT_TEST_TLS=1 the suites of the server
 // run over TLS as well. Without WSCHAT_OPENSSL there is one test, which says so.
 #include "support.hpp"
 
 using namespace wschat;
+using namespace wschat::detail;
 using namespace std::chrono_literals;
 
 #if !WSCHAT_OPENSSL
@@ -21,25 +22,15 @@ TEST_SUITE("tls") {
 
 #include <csignal>
 
+using test::Echo;
+using test::contains;
+using test::error_of;
 using test::CertificateFiles;
 using test::Client;
 using test::RawClient;
 using test::RunningServer;
 
 namespace {
-
-// "" where the call throws no Error.
-template <class Call>
-std::string error_of(Call&& call) {
-    try {
-        call();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
 std::shared_ptr<const TlsContext> server_context(const TlsOptions& options) {
     return std::make_shared<const TlsContext>(options);
@@ -117,10 +108,6 @@ struct Pair {
     }
     CertificateFiles files{"pair"};
     TlsStream client, server;
-};
-
-struct Echo : WebSocketHandler {
-    void on_message(const Message& m) override { write_message(m); }
 };
 
 // A certificate that clients may use, by openssl's own program.

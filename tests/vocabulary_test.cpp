@@ -1,9 +1,10 @@
-// § 2 of the header, and Json, which §3 builds: the words that all other sections share.
+// section 2 of the header, and Json, which §3 builds: the words that all other sections share.
 #include "support.hpp"
 
 #include <limits>
 
 using namespace wschat;
+using namespace wschat::detail;
 
 namespace {
 
@@ -117,6 +118,7 @@ TEST_CASE("a message is a view of its payload and knows whether it is text") {
 TEST_CASE("the limits that nobody has set are the ones that are promised") {
     using namespace std::chrono;
     const Limits limits;
+    const ServerLimits server_limits;
     CHECK(limits.handshake_timeout == seconds(10));
     CHECK(limits.max_request_line == 8192);
     CHECK(limits.max_header_bytes == 16384);
@@ -132,9 +134,9 @@ TEST_CASE("the limits that nobody has set are the ones that are promised") {
     CHECK(limits.closing_timeout == seconds(5));
     CHECK(limits.linger_timeout == seconds(2));
     CHECK(limits.linger_bytes == 262144);
-    CHECK(limits.max_total_backlog == 268435456);
-    CHECK(limits.max_connections == 0);  // the descriptor limit less 64
-    CHECK(limits.max_connections_per_address == 0);
+    CHECK(server_limits.max_total_backlog == 268435456);
+    CHECK(server_limits.max_connections == 0);  // the descriptor limit less 64
+    CHECK(server_limits.max_connections_per_address == 0);
 }
 
 // ---- Json -----------------------------------------------------------------------------------------------------------

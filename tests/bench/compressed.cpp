@@ -20,7 +20,7 @@ struct Member : wschat::WebSocketHandler {
 }  // namespace
 
 int main(int argc, char** argv) try {
-    if (argc != 3 || std::string(argv[2]) != "deflate" || !wschat::compression_available) {
+    if (argc != 3 || std::string(argv[2]) != "deflate" || !wschat::detail::compression_available) {
         std::fprintf(stderr, "usage: bench_compressed PORT deflate, built with -DWSCHAT_ZLIB=1 -lz\n");
         return 1;
     }

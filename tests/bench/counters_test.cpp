@@ -133,7 +133,7 @@ struct Party {
 TEST_SUITE("counters") {
     TEST_CASE("a broadcast to N members is N calls of send or one of a batch, and so are ten of one turn") {
         Party party(40);
-        const bool batched = wschat::SendBatch::make() != nullptr;
+        const bool batched = wschat::detail::SendBatch::make() != nullptr;
         for (const int broadcasts : {1, 10}) {
             CAPTURE(broadcasts);
             const Counters before = party.count();
@@ -205,21 +205,21 @@ TEST_SUITE("counters") {
 
     TEST_CASE("a message that arrives whole is handed on where it was received") {
         wschat::Limits limits;
-        wschat::SendArena arena;
-        wschat::Connection connection;
-        connection.open(wschat::Role::server, limits, arena, wschat::Time());
+        wschat::detail::SendArena arena;
+        wschat::detail::Connection connection;
+        connection.open(wschat::detail::Role::server, limits, arena, wschat::Time());
         std::string input = hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
         connection.receive(&input[0], input.size(), wschat::Time());
-        const wschat::Event event = connection.next_event();
+        const wschat::detail::Event event = connection.next_event();
         REQUIRE(event.message.text() == "Hello");
         CHECK(event.message.text().data() == input.data() + 6);
     }
 
     TEST_CASE("a large message of a server is offered to the transport where it lies") {
         wschat::Limits limits;
-        wschat::SendArena arena;
-        wschat::Connection connection;
-        connection.open(wschat::Role::server, limits, arena, wschat::Time());
+        wschat::detail::SendArena arena;
+        wschat::detail::Connection connection;
+        connection.open(wschat::detail::Role::server, limits, arena, wschat::Time());
         const std::string large(100'000, 'x');
         const char* offered = nullptr;
         connection.send(Opcode::binary, large, [&](const std::string_view* pieces, std::size_t count) {
@@ -331,12 +331,12 @@ TEST_SUITE("counters") {
     }
 
     TEST_CASE("a message that could not be compressed for want of memory leaves nothing in the next") {
-        wschat::Deflater deflater(6, 8, 15);
+        wschat::detail::Deflater deflater(6, 8, 15);
         std::string noise;
         for (unsigned i = 0, random = 1; i < 1'000'000; ++i)
             noise += static_cast<char>((random = random * 69069 + 1) >> 24);
         const auto deflated = [&](std::string_view payload) {
-            wschat::Bytes block;
+            wschat::detail::Bytes block;
             block.reserve(64 * 1024);
             no_memory = payload.size() == noise.size();
             std::string result;

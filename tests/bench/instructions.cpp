@@ -11,12 +11,12 @@ namespace {
 using wschat::Opcode;
 
 std::string masked_frame() {
-    wschat::SendArena arena;
-    const wschat::MaskKey mask = {0x37, 0xfa, 0x21, 0x3d};
-    return std::string(wschat::encode_masked(arena, Opcode::text, std::string(64, 'x'), mask).view());
+    wschat::detail::SendArena arena;
+    const wschat::detail::MaskKey mask = {0x37, 0xfa, 0x21, 0x3d};
+    return std::string(wschat::detail::encode_masked(arena, Opcode::text, std::string(64, 'x'), mask).view());
 }
 
-void take_out(wschat::Connection& connection) {
+void take_out(wschat::detail::Connection& connection) {
     std::string_view piece;
     connection.output().gather(&piece, 1);
     connection.output().consume(piece.size());
@@ -24,15 +24,15 @@ void take_out(wschat::Connection& connection) {
 
 void receive(long count, bool echo) {
     wschat::Limits limits;
-    wschat::SendArena arena;
-    wschat::Connection connection;
-    connection.open(wschat::Role::server, limits, arena, wschat::Time());
+    wschat::detail::SendArena arena;
+    wschat::detail::Connection connection;
+    connection.open(wschat::detail::Role::server, limits, arena, wschat::Time());
     const std::string frame = masked_frame();
     std::string input;
     for (long i = 0; i < count; ++i) {
         input = frame;  // unmasking writes to it
         connection.receive(&input[0], input.size(), wschat::Time());
-        for (wschat::Event event = connection.next_event(); event.kind != wschat::Event::Kind::none;
+        for (wschat::detail::Event event = connection.next_event(); event.kind != wschat::detail::Event::Kind::none;
              event = connection.next_event())
             if (echo) connection.send(event.message.opcode(), event.message.data());
         if (echo) take_out(connection);
@@ -41,14 +41,14 @@ void receive(long count, bool echo) {
 
 void broadcast(long count) {
     wschat::Limits limits;
-    wschat::SendArena arena;
-    std::deque<wschat::Connection> members(100);
-    for (wschat::Connection& member : members) member.open(wschat::Role::server, limits, arena, wschat::Time());
+    wschat::detail::SendArena arena;
+    std::deque<wschat::detail::Connection> members(100);
+    for (wschat::detail::Connection& member : members) member.open(wschat::detail::Role::server, limits, arena, wschat::Time());
     const std::string payload(64, 'x');
     for (long i = 0; i < count; i += 100) {
         const wschat::EncodedFrame frame(arena, Opcode::text, payload);
-        for (wschat::Connection& member : members) member.send(frame);
-        for (wschat::Connection& member : members) take_out(member);
+        for (wschat::detail::Connection& member : members) member.send(frame);
+        for (wschat::detail::Connection& member : members) take_out(member);
     }
 }
 

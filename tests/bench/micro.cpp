@@ -32,7 +32,7 @@ BENCHMARK(copy)->Apply(sizes);
 void unmask(benchmark::State& state) {
     std::string bytes(static_cast<std::size_t>(state.range(0)), 'x');
     for (auto _ : state)
-        benchmark::DoNotOptimize(wschat::apply_mask(&bytes[0], bytes.size(), {0x37, 0xfa, 0x21, 0x3d}));
+        benchmark::DoNotOptimize(wschat::detail::apply_mask(&bytes[0], bytes.size(), {0x37, 0xfa, 0x21, 0x3d}));
     count_bytes(state);
 }
 BENCHMARK(unmask)->Apply(sizes);
@@ -40,7 +40,7 @@ BENCHMARK(unmask)->Apply(sizes);
 void utf8(benchmark::State& state, std::string_view piece) {
     const std::string text = repeated(piece, static_cast<std::size_t>(state.range(0)));
     for (auto _ : state) {
-        wschat::Utf8Validator validator;
+        wschat::detail::Utf8Validator validator;
         if (!validator.feed(text.data(), text.size()) || !validator.complete()) state.SkipWithError("not valid");
     }
     count_bytes(state);
@@ -50,7 +50,7 @@ BENCHMARK_CAPTURE(utf8, mixed, mixed)->Apply(sizes);
 
 // Masked frames, received 64 KiB at a time. They are unmasked in place, so each round is given a copy.
 void frames(benchmark::State& state, std::string_view piece) {
-    wschat::SendArena arena;
+    wschat::detail::SendArena arena;
     const wschat::Limits limits;
     const std::string payload = repeated(piece, static_cast<std::size_t>(state.range(0)));
     std::string stream;
@@ -58,8 +58,8 @@ void frames(benchmark::State& state, std::string_view piece) {
     for (; stream.size() < 1024 * 1024; ++count)
         stream += encode_masked(arena, wschat::Opcode::text, payload, {0x37, 0xfa, 0x21, 0x3d}).view();
 
-    wschat::Connection connection;
-    connection.open(wschat::Role::server, limits, arena, wschat::Time());
+    wschat::detail::Connection connection;
+    connection.open(wschat::detail::Role::server, limits, arena, wschat::Time());
     std::string input(64 * 1024, '\0');
     std::size_t messages = 0;
     for (auto _ : state) {
@@ -67,7 +67,7 @@ void frames(benchmark::State& state, std::string_view piece) {
             const std::size_t size = (std::min)(input.size(), stream.size() - at);
             std::memcpy(&input[0], stream.data() + at, size);
             connection.receive(&input[0], size, wschat::Time());
-            while (connection.next_event().kind == wschat::Event::Kind::message) ++messages;
+            while (connection.next_event().kind == wschat::detail::Event::Kind::message) ++messages;
         }
     }
     if (messages != count * static_cast<std::size_t>(state.iterations()))

@@ -16,12 +16,12 @@ using namespace fuzz;
 using namespace std::chrono_literals;
 using wschat::CloseCause;
 using wschat::CloseCode;
-using wschat::Connection;
+using wschat::detail::Connection;
 using wschat::Duration;
-using wschat::Event;
+using wschat::detail::Event;
 using wschat::Limits;
 using wschat::Opcode;
-using wschat::Role;
+using wschat::detail::Role;
 using wschat::Time;
 using wschat::WriteStatus;
 
@@ -228,7 +228,7 @@ public:
     int closes = 0;
 
 private:
-    static wschat::MaskKey next_mask() {
+    static wschat::detail::MaskKey next_mask() {
         ++masks_made;
         return {static_cast<unsigned char>(masks_made), 0x12, static_cast<unsigned char>(masks_made * 5), 0xF1};
     }
@@ -392,7 +392,7 @@ private:
     static inline unsigned masks_made = 0;
     Role role_;
     Limits limits_;
-    wschat::SendArena arena_;
+    wschat::detail::SendArena arena_;
     Cutter cutter_;
     Time now_ = Time() + 1h;
     std::deque<Call> later_;
@@ -735,9 +735,9 @@ void check_sent(std::string_view sent, const Model& model, bool server) {
 void check_understood(std::string_view sent, Role other) {
     Limits limits;
     limits.control_frames_per_second = 0;
-    wschat::SendArena arena;
+    wschat::detail::SendArena arena;
     Connection peer;
-    peer.open(other, limits, arena, {}, other == Role::client ? +[] { return wschat::MaskKey{}; } : nullptr);
+    peer.open(other, limits, arena, {}, other == Role::client ? +[] { return wschat::detail::MaskKey{}; } : nullptr);
     Exact bytes(sent);
     peer.receive(bytes.data(), bytes.size(), {});
     while (peer.next_event().kind != Event::Kind::none) {

@@ -9,12 +9,12 @@
 namespace {
 
 using namespace fuzz;
-using wschat::Cidr;
+using wschat::detail::Cidr;
 using wschat::IpAddress;
-using wschat::ListenAddress;
-using wschat::Pattern;
+using wschat::detail::ListenAddress;
+using wschat::detail::Pattern;
 using wschat::Request;
-using wschat::RequestParser;
+using wschat::detail::RequestParser;
 using wschat::Response;
 
 // What a call makes, or nothing where it is a caller's error. Any other exception leaves, and is a find.
@@ -109,8 +109,8 @@ void check_lists(const std::string& list) {
     const std::vector<std::string> names = elements_of({{"list", list}}, "list");
     const bool tokens =
         std::all_of(names.begin(), names.end(), [](const auto& n) { return only(n, token_characters); });
-    check(wschat::refuse_upgrade(*request).has_value() == !tokens, "a list is judged wrongly", list);
-    const auto offered = wschat::offered_subprotocols(*request);
+    check(wschat::detail::refuse_upgrade(*request).has_value() == !tokens, "a list is judged wrongly", list);
+    const auto offered = wschat::detail::offered_subprotocols(*request);
     check(std::equal(offered.begin(), offered.end(), names.begin(), names.end()), "the subprotocols are others", list);
 }
 
@@ -230,22 +230,22 @@ Place place_of(const std::string& authority, unsigned long default_port) {
 }
 
 void check_origin(const std::string& origin, const std::string& host) {
-    check(wschat::valid_host(host) == good_host(host), "a host is judged wrongly", host);
+    check(wschat::detail::valid_host(host) == good_host(host), "a host is judged wrongly", host);
     const std::string small = lower(origin);
     const std::size_t scheme = small.substr(0, 7) == "http://" ? 7 : small.substr(0, 8) == "https://" ? 8 : 0;
     const bool good = scheme != 0 && good_host(origin.substr(scheme));
-    const auto normal = wschat::normalized_origin(origin);
+    const auto normal = wschat::detail::normalized_origin(origin);
     check(normal.has_value() == good, "an origin is judged wrongly", origin);
-    if (!good) return check(!wschat::same_host(origin, host), "what is no origin is the same host", origin);
+    if (!good) return check(!wschat::detail::same_host(origin, host), "what is no origin is the same host", origin);
     const std::string standard = scheme == 7 ? ":80" : ":443";
     const bool drops = small.size() > standard.size() && small.substr(small.size() - standard.size()) == standard;
     check_same(*normal, drops ? small.substr(0, small.size() - standard.size()) : small, "an origin becomes another");
-    check(wschat::normalized_origin(*normal) == normal, "an origin that was normalized changes again", origin);
-    if (!good_host(host)) return check(!wschat::same_host(origin, host), "what is no host is the same host", host);
+    check(wschat::detail::normalized_origin(*normal) == normal, "an origin that was normalized changes again", origin);
+    if (!good_host(host)) return check(!wschat::detail::same_host(origin, host), "what is no host is the same host", host);
     const unsigned long port = scheme == 7 ? 80 : 443;
     const Place from = place_of(origin.substr(scheme), port), to = place_of(host, port);
     const bool same = from.host == to.host && from.port == to.port;
-    if (wschat::same_host(origin, host)) check(same, "an origin is let in that is elsewhere", origin + " " + host);
+    if (wschat::detail::same_host(origin, host)) check(same, "an origin is let in that is elsewhere", origin + " " + host);
     else check(!same || !from.canonical || !to.canonical, "an origin is refused at home", origin + " " + host);
 }
 
@@ -321,7 +321,7 @@ void check_response(const std::string& name, const std::string& value) {
 
 void check_opening(const std::string& host, const std::string& target, const std::string& protocols) {
     const auto head =
-        unless_error([&] { return wschat::opening_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
+        unless_error([&] { return wschat::detail::opening_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
     if (!head) return;
     check(head->find("\r\n\r\n") == head->size() - 4, "an opening request is more than one head", *head);
     const std::vector<std::string> lines = split(*head, '\n');
@@ -335,7 +335,7 @@ void check_answer(const std::string& lines, const std::string& offered) {
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" +
         lines + "\r\n\r\n";
-    const std::string error = wschat::opening_answer_error(head, key, offered);
+    const std::string error = wschat::detail::opening_answer_error(head, key, offered);
     const FieldList fields = lines_of(std::string_view(head).substr(head.find('\n') + 1));
     const auto chosen = values_of(fields, "sec-websocket-protocol");
     const std::vector<std::string> names = split(offered, ',');
@@ -345,7 +345,7 @@ void check_answer(const std::string& lines, const std::string& offered) {
     const bool good = values_of(fields, "sec-websocket-accept").size() == 1 &&
                       values_of(fields, "sec-websocket-extensions").empty() && (chosen.empty() || was_offered);
     check(error.empty() == good, "an answer is judged wrongly", lines);
-    check(!wschat::opening_answer_error(lines, key, offered).empty() || lines.size() > 100, "an answer is no answer",
+    check(!wschat::detail::opening_answer_error(lines, key, offered).empty() || lines.size() > 100, "an answer is no answer",
           lines);
 }
 
@@ -355,7 +355,7 @@ void check_not_modified(const std::string& tags) {
     bool good = false;
     for (const std::string& tag : elements_of({{"tags", tags}}, "tags"))
         good = good || tag == "*" || tag == "W/*" || tag == "\"1-2\"" || tag == "W/\"1-2\"";
-    check(wschat::not_modified(*request, "\"1-2\"", "now") == good, "whether a copy is still good is answered wrongly",
+    check(wschat::detail::not_modified(*request, "\"1-2\"", "now") == good, "whether a copy is still good is answered wrongly",
           tags);
 }
 
@@ -385,6 +385,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     check_answer(text, first);
     check_not_modified(first);
     check(wschat::text::unsigned_number(first, 65535).has_value() == number_up_to(first, 65535), "a number", first);
-    check(!wschat::content_type(first).empty(), "a file has no type", first);
+    check(!wschat::detail::content_type(first).empty(), "a file has no type", first);
     return 0;
 }

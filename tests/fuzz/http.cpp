@@ -10,7 +10,8 @@ namespace {
 using namespace fuzz;
 using wschat::Limits;
 using wschat::Request;
-using wschat::RequestParser;
+using wschat::detail::RequestParser;
+using wschat::detail::wants_upgrade;
 using wschat::Response;
 
 Limits limits_of(unsigned choice) {
@@ -230,7 +231,7 @@ void check_upgrade(const Request& request, const Verdict& same) {
               (has_element(same.fields, "upgrade", "websocket") && has_element(same.fields, "connection", "upgrade")),
           "whether an upgrade is wanted is answered wrongly");
     const int status = judge_upgrade(same);
-    const std::optional<Response> refusal = wschat::refuse_upgrade(request);
+    const std::optional<Response> refusal = wschat::detail::refuse_upgrade(request);
     check((refusal ? refusal->status() : 101) == status, "an upgrade is refused with another status",
           std::to_string(refusal ? refusal->status() : 101) + " and not " + std::to_string(status));
     if (refusal) {
@@ -243,12 +244,12 @@ void check_upgrade(const Request& request, const Verdict& same) {
               "a refusal lacks a header");
         return;
     }
-    const auto offered = wschat::offered_subprotocols(request);
+    const auto offered = wschat::detail::offered_subprotocols(request);
     const std::string_view chosen = offered.empty() ? "" : offered.back();
     std::string list;
     for (const std::string_view name : offered) (list += list.empty() ? "" : ",") += name;
     const std::string_view key = request.header("sec-websocket-key");
-    check(wschat::opening_answer_error(wschat::switching_protocols(key, chosen), key, list).empty(),
+    check(wschat::detail::opening_answer_error(wschat::detail::switching_protocols(key, chosen), key, list).empty(),
           "a client would not take the 101");
 }
 

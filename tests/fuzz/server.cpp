@@ -399,7 +399,7 @@ private:
     void stop() {
         const unsigned how = choices_.byte();
         if (how % 2 == 0) world->server->shutdown(how * 10ms);
-        else wschat::WakeUp::wake(world->server->loop().wake_descriptor(), SIGTERM);
+        else wschat::detail::WakeUp::wake(world->server->loop().wake_descriptor(), SIGTERM);
     }
     void post() {
         const unsigned which = choices_.byte();
@@ -427,13 +427,14 @@ private:
 
     // What holds whenever the server has done all that it can.
     void check_server() {
-        const Limits& limits = world->server->limits();
+        const wschat::ServerLimits& server_limits = world->server->server_limits();
         const wschat::Metrics metrics = world->server->metrics();
         check(metrics.connections_open == world->kernel.open_streams(), "the server forgets a connection");
-        check(metrics.connections_open <= limits.max_connections + 32, "there are more connections than there may be");
+        check(metrics.connections_open <= server_limits.max_connections + 32, "there are more connections than there may be");
         check(metrics.websockets_open == world->opened - world->closed, "open() and on_close() are not what is open");
-        check(metrics.backlog_bytes <= limits.max_total_backlog, "all backlogs together are over their limit",
+        check(metrics.backlog_bytes <= server_limits.max_total_backlog, "all backlogs together are over their limit",
               std::to_string(metrics.backlog_bytes));
+        const Limits& limits = world->server->limits();
         for (Member* member : world->members)
             check(member->buffered_amount() <= limits.max_backlog + 30'000, "a backlog is over its limit",
                   std::to_string(member->buffered_amount()));
@@ -459,10 +460,11 @@ private:
 wschat::ServerOptions options_of(unsigned choice) {
     wschat::ServerOptions options;
     options.handle_signals = false;
-    options.poller = choice % 2 == 0 ? wschat::Poller::Kind::automatic : wschat::Poller::Kind::poll;
+    options.poller = choice % 2 == 0 ? wschat::PollerKind::automatic : wschat::PollerKind::poll;
     options.require_origin = (choice & 16) != 0;
     Limits& limits = options.limits;
-    limits.max_connections = 20;
+    wschat::ServerLimits& server_limits = options.server_limits;
+    server_limits.max_connections = 20;
     limits.backlog_policy = (choice & 2) == 0 ? wschat::BacklogPolicy::close : wschat::BacklogPolicy::drop;
     switch (choice / 4 % 4) {
         case 0: break;
@@ -479,13 +481,13 @@ wschat::ServerOptions options_of(unsigned choice) {
             limits.control_frames_per_second = 1;
             limits.control_frames_burst = 3;
             limits.max_backlog = 3'000;
-            limits.max_total_backlog = 10'000;
-            limits.max_connections = 3;
-            limits.max_connections_per_address = 2;
+            server_limits.max_total_backlog = 10'000;
+            server_limits.max_connections = 3;
+            server_limits.max_connections_per_address = 2;
             break;
         case 2:
             limits.max_backlog = 45'000;
-            limits.max_total_backlog = 100'000;
+            server_limits.max_total_backlog = 100'000;
             break;
         case 3:
             limits.handshake_timeout = limits.closing_timeout = limits.ping_interval = limits.ping_timeout =
@@ -567,7 +569,7 @@ void check_received(const Peer& peer) {
     for (std::string_view rest = lines; !rest.empty();) {
         const std::string_view line = wschat::text::cut_at(rest, '\n');
         check(line.size() > 1 && line.back() == '\r' &&
-                  wschat::field_line_error(line.substr(0, line.size() - 1)) == nullptr,
+                  wschat::detail::field_line_error(line.substr(0, line.size() - 1)) == nullptr,
               "an answer has a line that is no field", line);
     }
     const wschat::Fields fields(lines);

@@ -9,12 +9,12 @@ namespace {
 
 using namespace fuzz;
 using wschat::CloseCode;
-using wschat::Connection;
-using wschat::Event;
+using wschat::detail::Connection;
+using wschat::detail::Event;
 using wschat::Json;
 using wschat::Opcode;
-using wschat::Role;
-using wschat::Utf8Validator;
+using wschat::detail::Role;
+using wschat::detail::Utf8Validator;
 
 // ---- UTF-8 ----------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ void check_cut(std::string_view text, std::size_t max) {
 
 void check_mask(std::string_view text, unsigned seed, std::size_t alignment) {
     Random random(seed);
-    wschat::MaskKey key{};
+    wschat::detail::MaskKey key{};
     // Also keys of zeros, which leave text as it is.
     for (unsigned char& byte : key)
         byte = static_cast<unsigned char>(seed % 3 == 0 ? 0 : random.below(seed % 3 == 1 ? 256 : 128));
@@ -69,16 +69,16 @@ void check_mask(std::string_view text, unsigned seed, std::size_t alignment) {
         expected += static_cast<char>(static_cast<unsigned char>(text[i]) ^ key[(offset + i) % 4]);
         ascii = ascii && static_cast<unsigned char>(expected.back()) < 0x80;
     }
-    const bool answer = wschat::apply_mask(data.data(), data.size(), key, offset);
+    const bool answer = wschat::detail::apply_mask(data.data(), data.size(), key, offset);
     check_same(data.view(), expected, "a byte is not xored with the byte of the mask that it should be");
     check(answer == ascii, "whether all is ASCII now is answered wrongly", expected);
-    wschat::apply_mask(data.data(), data.size(), key, offset);
+    wschat::detail::apply_mask(data.data(), data.size(), key, offset);
     check_same(data.view(), text, "masking twice does not undo it");
 }
 
 // ---- close payloads -------------------------------------------------------------------------------------------------
 
-wschat::MaskKey no_mask() { return {}; }
+wschat::detail::MaskKey no_mask() { return {}; }
 
 struct End {
     explicit End(Role role) { connection.open(role, limits, arena, {}, role == Role::client ? &no_mask : nullptr); }
@@ -92,7 +92,7 @@ struct End {
         return bytes;
     }
     wschat::Limits limits;
-    wschat::SendArena arena;
+    wschat::detail::SendArena arena;
     Connection connection;
 };
 
@@ -131,7 +131,7 @@ void check_close_call(std::string_view text) {
         text.size() < 2 ? 1000 : static_cast<unsigned char>(text[0]) * 256u + static_cast<unsigned char>(text[1]);
     const std::string_view reason = text.size() < 2 ? text : text.substr(2);
     const bool legal = may_be_sent(code) && reason.size() <= 123 && slow_utf8(reason);
-    check(wschat::legal_on_wire(static_cast<CloseCode>(code)) == may_be_sent(code), "legal_on_wire() is wrong");
+    check(wschat::detail::legal_on_wire(static_cast<CloseCode>(code)) == may_be_sent(code), "legal_on_wire() is wrong");
     End end(Role::server);
     try {
         end.connection.close(static_cast<CloseCode>(code), reason, {});

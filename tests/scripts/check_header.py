@@ -43,7 +43,7 @@ def write(name, text):
 def sections():
     """(line of the banner's frame, number, name) for each section."""
     found = [(at - 1, match[1], match[2]) for at, line in enumerate(LINES)
-             if (match := re.fullmatch(r"// § (\d+)  (\S.*)", line)) and LINES[at - 1].startswith("// ====")]
+             if (match := re.fullmatch(r"// section (\d+): (\S.*)", line)) and LINES[at - 1].startswith("// ====")]
     require(found, "wschat.hpp has no section banner")
     return found
 
@@ -124,7 +124,7 @@ def contents():
     """The table of contents and the banners agree."""
     banners = [(number, name) for _, number, name in sections()]
     table = [match.groups() for line in LINES[:sections()[0][0]]
-             if (match := re.match(r"//\s{2,}§ (\d+)\s+(\S.*?)\s{2,}\S", line))]
+             if (match := re.match(r"//\s{2,}(\d+)\s+(\S.*?)\s{2,}\S", line))]
     require(table == banners, "the table of contents and the banners differ in "
             f"{[' '.join(entry) for entry in sorted({*table} ^ {*banners})] or 'their order'}")
     numbers = [int(number) for number, _ in banners]
@@ -138,7 +138,7 @@ def prefixes():
         compiles = [*COMPILER, *FLAGS, *features, "-Werror", "-fsyntax-only", unit]
         for line, number, name in sections():
             write("wschat.hpp", prefix(line))
-            run(compiles, f"what stands above § {number} {name} does not compile")
+            run(compiles, f"what stands above section {number} {name} does not compile")
         write("wschat.hpp", HEADER)
         run(compiles, "wschat.hpp does not compile")
 
@@ -179,7 +179,7 @@ def two_units():
 
 
 def abi():
-    """Two translation units with different features do not link. Up to § 2, so that no feature's library is needed."""
+    """Two translation units with different features do not link. Up to section 2, so that no feature's library is needed."""
     features = re.findall(r"^#ifndef (WSCHAT_[A-Z]+)\n#define \1 0$", HEADER, re.MULTILINE)
     require("WSCHAT_ZLIB" in features, "wschat.hpp has no feature macros that default to 0")
     write("wschat.hpp", prefix(next(line for line, number, _ in sections() if number == "3")))

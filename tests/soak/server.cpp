@@ -116,7 +116,7 @@ int main(int argc, char** argv) try {
     wschat::ServerOptions options;
     options.limits = limits();
     const char* poller = std::getenv("WSCHAT_TEST_POLLER");
-    if (poller != nullptr && std::string(poller) == "poll") options.poller = wschat::Poller::Kind::poll;
+    if (poller != nullptr && std::string(poller) == "poll") options.poller = wschat::PollerKind::poll;
     wschat::Server server(options);
     server.on_log([](const wschat::LogEntry& entry) {
         if (entry.level >= wschat::LogLevel::warning) wschat::log_to_stderr(entry);
