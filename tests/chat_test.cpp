@@ -21,11 +21,12 @@ using test::RunningServer;
 // Stands in for the sessions of a server that never runs: its time stands still, and what handlers send stays here.
 class Desk final : public HandlerHost {
 public:
-    void mark_dirty(HandlerCore&) override {}
-    void flush_now(HandlerCore&) override {}
-    std::size_t offer(HandlerCore&, const std::string_view*, std::size_t) override { return 0; }
-    void set_nodelay(HandlerCore&, bool) override {}
-    bool origin_allowed(std::string_view, const Request&) const override { return true; }
+    void mark_dirty() override {}
+    void flush() override {}
+    std::size_t offer(const std::string_view*, std::size_t) override { return 0; }
+    void set_nodelay(bool) override {}
+    void callback_failed(const char*, const char*) override {}
+    bool origin_allowed(std::string_view) const override { return true; }
     Time now() const override { return const_cast<Server&>(server_).loop().now(); }
     bool on_loop_thread() const override { return true; }
     Rooms& rooms() override { return server_.rooms(); }

@@ -1242,7 +1242,7 @@ TEST_CASE("a version has one digit on each side of its point") {
 TEST_CASE("the authority form of CONNECT is taken, and is the path of nothing") {
     const Request request = parsed("CONNECT chat.example:443 HTTP/1.1\r\nHost: chat.example:443\r\n\r\n");
     CHECK(request.target() == "chat.example:443");
-    CHECK_FALSE(Pattern("get", "/{everything...}").match(request.raw_path()));
+    CHECK_FALSE(Pattern("get", "/{everything...}").matches(request.raw_path()));
     CHECK(status_of("GET chat.example:443 HTTP/1.1\r\nHost: chat.example:443\r\n\r\n") == 400);
 }
 
