@@ -7321,7 +7321,7 @@ public:
             if (phase_ == Phase::websocket) update_websocket();
             else update_http();
             if (!ended_) update_interest();
-            if (reading() && stream_.has_input()) wait_for_next_turn();
+            if (pause_ == Pause::budget || (reading() && stream_.has_input())) wait_for_next_turn();
         });
         if (ended_) remove();
     }
@@ -7610,7 +7610,7 @@ private:
     }
     void continue_http() {
         if (!blocked() && http_->has_file()) send_file();
-        if (http_->busy() || !http_->has_pending()) return;
+        if (http_->busy() || !http_->keep_alive || !http_->has_pending()) return;
         const std::string pending = http_->take_pending();
         parse_requests(pending);
     }
