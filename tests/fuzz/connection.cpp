@@ -14,16 +14,6 @@ namespace {
 
 using namespace fuzz;
 using namespace std::chrono_literals;
-using wschat::detail::Connection;
-using wschat::detail::Event;
-using wschat::detail::Role;
-using wschat::CloseCause;
-using wschat::CloseCode;
-using wschat::Duration;
-using wschat::Limits;
-using wschat::Opcode;
-using wschat::Time;
-using wschat::WriteStatus;
 
 // ---- the conversation -----------------------------------------------------------------------------------------------
 

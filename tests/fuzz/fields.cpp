@@ -9,13 +9,6 @@
 namespace {
 
 using namespace fuzz;
-using wschat::IpAddress;
-using wschat::Request;
-using wschat::Response;
-using wschat::detail::Cidr;
-using wschat::detail::ListenAddress;
-using wschat::detail::Pattern;
-using wschat::detail::RequestParser;
 
 // The result of a call, or nothing if it throws an Error. Any other exception is a find.
 template <class Make>

@@ -10,6 +10,29 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 namespace fuzz {
 
+using wschat::CloseCause;
+using wschat::CloseCode;
+using wschat::Duration;
+using wschat::IpAddress;
+using wschat::Json;
+using wschat::Limits;
+using wschat::Message;
+using wschat::Opcode;
+using wschat::Request;
+using wschat::Response;
+using wschat::Server;
+using wschat::Time;
+using wschat::WriteStatus;
+using wschat::detail::Cidr;
+using wschat::detail::Connection;
+using wschat::detail::Event;
+using wschat::detail::ListenAddress;
+using wschat::detail::Pattern;
+using wschat::detail::RequestParser;
+using wschat::detail::Role;
+using wschat::detail::Utf8Validator;
+using wschat::detail::wants_upgrade;
+
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 // Aborts the program. libFuzzer saves the input.

@@ -8,11 +8,6 @@
 namespace {
 
 using namespace fuzz;
-using wschat::Limits;
-using wschat::Request;
-using wschat::Response;
-using wschat::detail::RequestParser;
-using wschat::detail::wants_upgrade;
 
 Limits limits_of(unsigned choice) {
     Limits limits;

@@ -448,15 +448,15 @@ int fstat(int descriptor, struct stat* status) noexcept {
         "fstat", descriptor, [&] { return fuzz::kernel->status(descriptor, status); },
         [&] { return ::syscall(SYS_newfstatat, descriptor, "", status, AT_EMPTY_PATH); });
 }
-int epoll_create1(int flags) noexcept {
-    if (fuzz::kernel == nullptr) return static_cast<int>(::syscall(SYS_epoll_create1, flags));
-    const fuzz::HarnessAllocations guard;
-    return fuzz::kernel->epoll();
-}
 int epoll_ctl(int poller, int operation, int descriptor, epoll_event* event) noexcept {
     return fuzz::dispatch<int>(
         "epoll_ctl", poller, [&] { return fuzz::kernel->control(operation, descriptor, event); },
         [&] { return ::syscall(SYS_epoll_ctl, poller, operation, descriptor, event); });
+}
+int epoll_create1(int flags) noexcept {
+    if (fuzz::kernel == nullptr) return static_cast<int>(::syscall(SYS_epoll_create1, flags));
+    const fuzz::HarnessAllocations guard;
+    return fuzz::kernel->epoll();
 }
 int epoll_wait(int poller, epoll_event* events, int size, int timeout_ms) {
     return fuzz::dispatch<int>(

@@ -155,10 +155,10 @@ def server_seeds():
             seeds.append(head + request(target) + b"\0" + bytes([3, 0, target, 0, 0, 0]))
             seeds.append(head + request(0, 0, target) + b"\0")
             seeds.append(head + bytes([1, 0, 3, 0, target, 200 + target, 0, 0]) + b"\0" + bytes([4, 0, 0, 0, 0, 0]))
-        for name in range(26):
-            letter = bytes([97 + name])
+        for action in range(26):
+            letter = bytes([97 + action])
             room = request() + b"\0" + request(9) + b"\0" + request(wishes=b"aaa" + letter) + b"\0"
-            message = bytes([17, 0, name, 0])
+            message = bytes([17, 0, action, 0])
             seeds += [head + room + message + b"\0", head + room + bytes([9, 1, 1]) + message + b"\0" + message + bytes([9, 1, 255]),
                       head + request(wishes=letter * 7) + b"\0" + bytes([6, 0, 0x89, 1, 65]) + bytes([6, 0, 0x8A, 1, 65]) + b"\0",
                       head + room + message + bytes([8, 1]) + b"\0" + bytes([7, 0]) + b"\0"]

@@ -11,14 +11,6 @@ namespace {
 
 using namespace fuzz;
 using namespace std::chrono_literals;
-using wschat::CloseCode;
-using wschat::Limits;
-using wschat::Message;
-using wschat::Opcode;
-using wschat::Request;
-using wschat::Response;
-using wschat::Server;
-using wschat::WriteStatus;
 
 constexpr std::size_t large = 20'000;  // bytes of a large message of the harness
 

@@ -8,13 +8,6 @@
 namespace {
 
 using namespace fuzz;
-using wschat::CloseCode;
-using wschat::Json;
-using wschat::Opcode;
-using wschat::detail::Connection;
-using wschat::detail::Event;
-using wschat::detail::Role;
-using wschat::detail::Utf8Validator;
 
 // ---- UTF-8 ----------------------------------------------------------------------------------------------------------
 
