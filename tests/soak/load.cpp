@@ -7,44 +7,21 @@
 //
 // Every deadline counts running time, which a pause of this process does not move on.
 
-#include <arpa/inet.h>
-#include <dirent.h>
-#include <netinet/tcp.h>
-#include <sys/epoll.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <unistd.h>
+#include "../bench/load_support.hpp"
 
-#include <algorithm>
-#include <array>
-#include <cerrno>
-#include <cmath>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <ctime>
+#include <dirent.h>
+
 #include <map>
 #include <queue>
-#include <string>
-#include <string_view>
-#include <utility>
-#include <vector>
+
+const load_support::Program load_support::program = {"soak_load", 2};
 
 namespace {
 
-// ---- options -------------------------------------------------------------------------------------------------------
+using load_support::fail;
+using load_support::loopback_address;
 
-[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    std::fputs("soak_load: ", stderr);
-    std::vfprintf(stderr, format, args);
-    std::fputc('\n', stderr);
-    va_end(args);
-    std::exit(2);
-}
+// ---- options -------------------------------------------------------------------------------------------------------
 
 struct Options {
     std::uint16_t port = 0;
@@ -141,12 +118,9 @@ public:
     // One of the server's pages, fetched without the load's loop.
     std::string page(const std::string& path) const {
         const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        sockaddr_in address{};
-        address.sin_family = AF_INET;
-        address.sin_port = htons(port_);
-        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        const sockaddr_in address = loopback_address(0, port_);
         const std::string request = "GET " + path + " HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n";
-        if (::connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0 ||
+        if (::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
             ::send(fd, request.data(), request.size(), MSG_NOSIGNAL) < 0)
             fail("%s: %s", path.c_str(), std::strerror(errno));
         std::string answer;
@@ -487,14 +461,10 @@ bool Load::open_socket(Connection& c) {
         setsockopt(c.fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
         setsockopt(c.fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof segment);  // keeps the server's buffer small as well
     }
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK + 1 + c.id % 32);
-    if (::bind(c.fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0)
+    const sockaddr_in local = loopback_address(1 + c.id % 32, 0), server = loopback_address(0, options_.port);
+    if (::bind(c.fd, reinterpret_cast<const sockaddr*>(&local), sizeof local) != 0)
         fail("bind: %s", std::strerror(errno));
-    address.sin_port = htons(options_.port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    return ::connect(c.fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0 || errno == EINPROGRESS;
+    return ::connect(c.fd, reinterpret_cast<const sockaddr*>(&server), sizeof server) == 0 || errno == EINPROGRESS;
 }
 
 void Load::watch(Connection& c) {
@@ -1087,19 +1057,10 @@ void Load::judge_memory(const std::string& heap_before) {
         violations_.add("memory is flat after the first third", "%.1f MiB, then %.1f MiB", middle, last);
 }
 
-void raise_descriptors(const Options& o) {
-    rlimit limit{};
-    getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
-    if (o.connections + 64 > limit.rlim_max)
-        fail("connections: only %llu descriptors are allowed", count(limit.rlim_max));
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
     const Options options = parse_options(argc, argv);
-    raise_descriptors(options);
+    load_support::raise_descriptor_limit(options.connections + 64);
     return Load(options).run() ? 0 : 1;
 }
