@@ -1,7 +1,6 @@
 // Tests examples/chat and examples/rooms in a real browser: users chat with each other.
 //
-//   node tests/browser/browser_test.mjs --chat build/chat --rooms build/rooms [--db FILE] [--shots DIR] [--modules
-// DIR]
+//   node tests/browser/browser_test.mjs --chat build/chat --rooms build/rooms [--db FILE] [--shots DIR] [--modules DIR]
 //
 // --db is for a rooms program with SQLite: its history then survives a restart. Either server may be left out, with
 // its steps. Needs Chromium (CHROMIUM names another binary than the packaged one) and playwright-core, which is
@@ -37,7 +36,7 @@ function usage(message) {
 function loadPlaywright() {
   const candidates = [option('modules'), option('modules') && join(option('modules'), '..'), HERE].filter(Boolean);
   for (const candidate of candidates) {
-    try { return createRequire(join(resolve(candidate), 'here.js'))('playwright-core'); } catch { /* the next candidate */ }
+    try { return createRequire(join(resolve(candidate), 'here.js'))('playwright-core'); } catch { /* try the next folder */ }
   }
   return usage('playwright-core was not found. Run "npm install --no-package-lock" in tests/browser, or use --modules DIR or NODE_PATH.');
 }
@@ -142,7 +141,7 @@ async function launch() {
 
 // A user with their own browser context. Contexts share nothing.
 class User {
-  static async openUser(browser, address, { name = '', ...options } = {}) {
+  static async open(browser, address, { name = '', ...options } = {}) {
     const user = new User();
     user.problems = [];
     user.context = await browser.newContext({ locale: 'en-GB', ...options });
@@ -173,7 +172,7 @@ class User {
 
   recordProblems() {
     const { page, problems } = this;
-    page.on('console', message => { if (['error', 'warning'].includes(message.submit())) problems.push('console: ' + message.text()); });
+    page.on('console', message => { if (['error', 'warning'].includes(message.type())) problems.push('console: ' + message.text()); });
     page.on('pageerror', error => problems.push('exception: ' + error.message));
     page.on('requestfailed', request => problems.push('failed: ' + request.url()));
     page.on('response', response => { if (response.status() >= 400) problems.push(`${response.status()}: ${response.url()}`); });
@@ -257,10 +256,10 @@ async function expectNoProblems(...users) {
 }
 
 async function expectChat(a, b, topic) {
-  await a.sendMessage(`${topic}, says the one`);
-  await b.waitForMessage(`${topic}, says the one`);
-  await b.sendMessage(`${topic}, says the other`);
-  await a.waitForMessage(`${topic}, says the other`);
+  await a.sendMessage(`${topic}, says the first`);
+  await b.waitForMessage(`${topic}, says the first`);
+  await b.sendMessage(`${topic}, says the second`);
+  await a.waitForMessage(`${topic}, says the second`);
 }
 
 // Presses the key until the element has the focus. Every focused element must show its focus.
@@ -283,7 +282,7 @@ async function tabTo(user, id, key) {
 async function testChat(path) {
   const main = await launch();
   let server, a, b;
-  const openUser = (options, browser = main.browser) => User.openUser(browser, server.address, options);
+  const openUser = (options, browser = main.browser) => User.open(browser, server.address, options);
 
   await step('chat prints its address when it is ready and serves the page', async () => {
     server = await start(path);
@@ -312,11 +311,11 @@ async function testChat(path) {
     await a.sendMessage(imitation);
     await b.waitForMessage(imitation);
     await expectChat(a, b, 'After the imitation');
-    const expired = await openUser();
+    const late = await openUser();
     await a.sendMessage(imitation);                       // the new user gets this as the first message
     await a.sendMessage('So, plain again');
-    await expired.waitForMessage('So, plain again');
-    await expired.close();
+    await late.waitForMessage('So, plain again');
+    await late.close();
   });
 
   await step('Shift+Enter starts a second line, and both lines arrive as one message', async () => {
@@ -379,15 +378,15 @@ async function testChat(path) {
   });
 
   await step('the title counts messages that arrive while the page is hidden', async () => {
-    const findAddress = hidden => b.page.evaluate(hidden => {
+    const setHidden = hidden => b.page.evaluate(hidden => {
       Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });
       document.dispatchEvent(new Event('visibilitychange'));
     }, hidden);
-    await findAddress(true);
+    await setHidden(true);
     await a.sendMessage('one');
     await a.sendMessage('two');
     await b.waitFor(() => document.title === '(2) wschat');
-    await findAddress(false);
+    await setHidden(false);
     await b.waitFor(() => document.title === 'wschat');
   });
 
@@ -416,7 +415,7 @@ async function testChat(path) {
     expect([await a.states(), await b.states()], [[], []], 'changes of the connection');
   });
 
-  await step('a crash of a page's renderer does not disturb the others', async () => {
+  await step('a crashed renderer does not disturb the others', async () => {
     const c = await openUser();
     const crashed = new Promise(done => c.page.once('crash', done));
     c.page.goto('chrome://crash').catch(() => {});
@@ -531,7 +530,7 @@ async function testRooms(path) {
   const db = option('db') ? ['--db', resolve(option('db'))] : [];
   for (const end of ['', '-wal', '-shm']) if (db.length) rmSync(db[1] + end, { force: true });
   let server, anna, bob;
-  const openUser = (room, options) => User.openUser(main.browser, server.address + (room && '#' + room), options);
+  const openUser = (room, options) => User.open(main.browser, server.address + (room && '#' + room), options);
   const openUserIn = async (room, name, options) => {
     const user = await openUser(room, options);
     await user.page.waitForSelector('body[data-mode="rooms"]');
@@ -616,11 +615,11 @@ async function testRooms(path) {
   });
 
   await step('a new user sees earlier messages once', async () => {
-    const expired = await openUser('tea');
-    await expired.waitForMessage('Biscuits, says the one');
-    await expired.waitForMessage('Biscuits, says the other');
-    expect(await expired.countMessages('Biscuits, says the one'), 1, 'copies of an old message');
-    await expired.close();
+    const late = await openUser('tea');
+    await late.waitForMessage('Biscuits, says the first');
+    await late.waitForMessage('Biscuits, says the second');
+    expect(await late.countMessages('Biscuits, says the first'), 1, 'copies of an old message');
+    await late.close();
     await anna.waitForUsers(['Anna', 'Bob']);
   });
 
@@ -693,7 +692,7 @@ async function testRooms(path) {
     await expectChat(anna, bob, 'After the renaming');
   });
 
-  await step('a used name is rejected with an error text, and nothing else changes', async () => {
+  await step('a taken name is rejected with an error text, and nothing else changes', async () => {
     await bob.submit('/nick Anna');
     await bob.page.waitForSelector('#log .notice.bad');
     expect(await bob.page.textContent('#name'), 'Robert', 'name');
@@ -769,12 +768,12 @@ async function testRooms(path) {
   });
 
   if (db.length) await step('with a database, a new user sees messages from before the server was killed', async () => {
-    const expired = await openUser('tea');
-    await expired.waitForMessage('written while it was away');
-    await expired.waitForMessage('Biscuits, says the one');
-    expect(await expired.countMessages('written while it was away'), 1, 'copies of the message');
+    const late = await openUser('tea');
+    await late.waitForMessage('written while it was away');
+    await late.waitForMessage('Biscuits, says the first');
+    expect(await late.countMessages('written while it was away'), 1, 'copies of the message');
     expect((await anna.logText()).includes('Messages are missing here.'), false, 'whether a notice reports a gap');
-    await expired.close();
+    await late.close();
   });
 
   await server.stop('SIGINT');
@@ -824,7 +823,7 @@ async function makePictures(paths, folder) {
   async function withServer(path, hash, looks, action) {
     const server = await start(path);
     const users = [];
-    for (const findAddress of looks) users.push(await User.openUser(main.browser, server.address + hash, findAddress));
+    for (const findAddress of looks) users.push(await User.open(main.browser, server.address + hash, findAddress));
     await action(users);
     for (const user of users) await user.close();
     await server.stop('SIGINT');
