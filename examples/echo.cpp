@@ -2,6 +2,8 @@
 // compresses if the client offers it.   echo [port]
 #include "../wschat.hpp"
 
+#include <iostream>
+
 struct Echo : wschat::WebSocketHandler {
     bool check_origin(std::string_view) override { return true; }
     // The client decides about context takeover, and messages of every size are compressed.
@@ -24,10 +26,9 @@ int main(int argc, char** argv) try {
     server.on_log(wschat::log_to_stderr);
     server.route<Echo>("/{path...}");
     server.listen(argc > 1 ? argv[1] : "9001");
-    std::printf("echo: %s\n", server.url().c_str());
-    std::fflush(stdout);
+    std::cout << "echo: " << server.url() << std::endl;
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "echo: %s\n", error.what());
+    std::cerr << "echo: " << error.what() << "\n";
     return 1;
 }

@@ -700,6 +700,12 @@ protected:
         totals_last_ = totals_;
         measuring_ = false;
     }
+    void measure() {
+        run_for(options_.warmup);
+        begin();
+        run_for(options_.seconds);
+        end();
+    }
     double wall() const { return static_cast<double>(last_.wall - first_.wall) / 1e9; }
     double server_share() const { return static_cast<double>(last_.server - first_.server) / 1e9 / wall(); }
     double load_share() const { return static_cast<double>(last_.load - first_.load) / 1e9 / wall(); }
@@ -767,10 +773,7 @@ public:
         connect_all(options_.members);
         run_for(0.05);
         for (std::size_t i = 0; i < options_.senders; ++i) send_message(connections_[i], now());
-        run_for(options_.warmup);
-        begin();
-        run_for(options_.seconds);
-        end();
+        measure();
         const auto messages = static_cast<double>(totals_last_.parsed - totals_first_.parsed);
         if (messages == 0) fail("no message came back in %g s", wall());
         Report r = report("message", messages, options_.senders == 1 ? "neither" : busier());
@@ -936,10 +939,7 @@ public:
         connect_all(options_.members);
         run_for(0.1);
         send_message(connections_[0], now());
-        run_for(options_.warmup);
-        begin();
-        run_for(options_.seconds);
-        end();
+        measure();
         const auto deliveries = static_cast<double>(totals_last_.parsed - totals_first_.parsed);
         if (deliveries == 0) fail("no delivery in %g s", wall());
         Report r = report("delivery", deliveries, busier());
@@ -990,10 +990,7 @@ public:
         make_members(options_.window);
         active_ = true;
         for (Connection& c : connections_) start_connecting(c);
-        run_for(options_.warmup);
-        begin();
-        run_for(options_.seconds);
-        end();
+        measure();
         active_ = false;
         const double handshakes = static_cast<double>(totals_last_.handshakes - totals_first_.handshakes);
         if (handshakes == 0)
