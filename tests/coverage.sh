@@ -51,7 +51,7 @@ if [ -n "$missing" ]; then
         -o DPkg::Lock::Timeout=300 $missing
 fi
 
-# ---- build and run --------------------------------------------------------------------------------------------------
+# ---- build and run ------------------------------------------------------------------------------------------------
 
 echo "== build"
 # Relocated counters live in a mapped file, so processes that are killed count as well.
@@ -80,7 +80,7 @@ run tls WSCHAT_TEST_TLS=1 $tests "--test-suite=$(suites_of suites_over_tls)"
 run faults $faults
 run faults-poll WSCHAT_TEST_POLLER=poll $faults
 
-# ---- report ---------------------------------------------------------------------------------------------------------
+# ---- report -------------------------------------------------------------------------------------------------------
 
 llvm-profdata merge -o $out/all.profdata $out/profiles/*.profraw || die "no profile"
 export_as() {

@@ -37,7 +37,7 @@ for argument in "$@"; do
     esac
 done
 
-# ---- build ----------------------------------------------------------------------------------------------------------
+# ---- build --------------------------------------------------------------------------------------------------------
 
 # build NAME FLAGS SOURCE...: compiles the first source if the program is older than any source
 build() {
@@ -51,7 +51,7 @@ mkdir -p $out
 build load '-O2' tests/soak/load.cpp tests/bench/load_support.hpp
 build server "$flags" tests/soak/server.cpp wschat.hpp
 
-# ---- run ------------------------------------------------------------------------------------------------------------
+# ---- run ----------------------------------------------------------------------------------------------------------
 
 needed=$((connections + connections / 4 + 500))
 if [ "$(ulimit -n)" != unlimited ] && [ "$(ulimit -n)" -lt $needed ]; then

@@ -50,7 +50,7 @@ if (!option('chat') && !option('rooms')) usage('Usage: browser_test.mjs --chat P
 const { chromium } = loadPlaywright();
 const executablePath = findChromium();
 
-// ---- Steps -----------------------------------------------------------------------------------------------------
+// ---- Steps -------------------------------------------------------------------------------------------------------
 
 const results = { passed: 0, failed: 0 };
 
@@ -77,7 +77,7 @@ function withTimeout(promise, name, ms = TIMEOUT) {
   return Promise.race([promise, expired]).finally(() => clearTimeout(timer));
 }
 
-// ---- Servers: child processes, stopped by their process ids -----------------------------------------------------
+// ---- Servers: child processes, stopped by their process ids ------------------------------------------------------
 
 const children = new Set();
 
@@ -127,7 +127,7 @@ async function start(path, port, more) {
   return new Program(path, port ?? await freePort(), more).ready();
 }
 
-// ---- Pages -----------------------------------------------------------------------------------------------------
+// ---- Pages -------------------------------------------------------------------------------------------------------
 
 const browsers = new Set();
 
@@ -487,7 +487,7 @@ async function testChat(path) {
   });
 
   await step('a sent message without an echo is marked, and only the user sends it again', async () => {
-    server.child.kill('SIGSTOP');                     // takes the bytes and does not answer
+    server.child.kill('SIGSTOP');                     // accepts bytes but does not reply
     await a.submit('into the void');
     await a.page.waitForSelector('#outbox .message.sent');
     await server.stop('SIGKILL');
@@ -755,7 +755,7 @@ async function testRooms(path) {
   });
 
   await step('an unacknowledged message is sent again by itself and is not duplicated', async () => {
-    server.child.kill('SIGSTOP');                     // takes the bytes and does not answer
+    server.child.kill('SIGSTOP');                     // accepts bytes but does not reply
     await anna.submit('into the void');
     await anna.page.waitForSelector('#outbox .message.sent');
     await server.stop('SIGKILL');
@@ -780,7 +780,7 @@ async function testRooms(path) {
   await main.browser.close();
 }
 
-// ---- Pictures for the README ---------------------------------------------------------------------------------------
+// ---- Pictures for the README -------------------------------------------------------------------------------------
 
 const SCRIPT = [
   [0, 'Tea in the garden today?'],
@@ -845,7 +845,7 @@ async function makePictures(paths, folder) {
   await main.browser.close();
 }
 
-// ---- The run -------------------------------------------------------------------------------------------------------
+// ---- The run -----------------------------------------------------------------------------------------------------
 
 async function cleanUp() {
   for (const child of children) child.kill('SIGKILL');

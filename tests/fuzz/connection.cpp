@@ -15,7 +15,7 @@ namespace {
 using namespace fuzz;
 using namespace std::chrono_literals;
 
-// ---- the conversation -----------------------------------------------------------------------------------------------
+// ---- the conversation ----------------------------------------------------------------------------------------------
 
 enum class Function {
     send_text,
@@ -186,7 +186,7 @@ bool valid_close(const Call& call) {
     return sendable_close_code(code_of(call)) && call.text.size() <= 123 && reference_utf8(call.text);
 }
 
-// ---- the connection -------------------------------------------------------------------------------------------------
+// ---- the connection ------------------------------------------------------------------------------------------------
 
 class RealConnection {
 public:
@@ -396,7 +396,7 @@ private:
     bool paused_ = false;
 };
 
-// ---- the model ------------------------------------------------------------------------------------------------------
+// ---- the model -----------------------------------------------------------------------------------------------------
 
 std::string cut(std::string reason) {
     while (reason.size() > 123 || !reference_utf8(reason)) reason.pop_back();
@@ -705,7 +705,7 @@ private:
     std::optional<std::string> pong_;
 };
 
-// ---- the checks ----------------------------------------------------------------------------------------
+// ---- the checks ----------------------------------------------------------------------------------------------------
 
 // The sent bytes are a prefix of the expected frames: unfragmented, masked only by a client, with the shortest length.
 // After a Close frame only a pong may follow.

@@ -30,7 +30,7 @@ std::optional<Request> request_with(std::string_view target, const std::string& 
     return parser.take_request();
 }
 
-// ---- header fields --------------------------------------------------------------------------------------------------
+// ---- header fields -------------------------------------------------------------------------------------------------
 
 FieldList lines_of(std::string_view text) {
     FieldList fields;
@@ -111,7 +111,7 @@ void check_lists(const std::string& list) {
           "the offered subprotocols differ from the reference", list);
 }
 
-// ---- targets --------------------------------------------------------------------------------------------------------
+// ---- targets -------------------------------------------------------------------------------------------------------
 
 void check_escapes(const std::string& text) {
     for (const bool plus : {false, true}) {
@@ -208,7 +208,7 @@ void check_pattern(const std::string& text, const std::string& path) {
     if (match) check(match->params == *expected, "the path parameters differ from the reference", text + " " + path);
 }
 
-// ---- origins and hosts ----------------------------------------------------------------------------------------------
+// ---- origins and hosts ---------------------------------------------------------------------------------------------
 
 struct HostAndPort {
     std::string host;
@@ -251,7 +251,7 @@ void check_origin(const std::string& origin, const std::string& host) {
         check(!same || !from.canonical || !to.canonical, "an origin of the same host is rejected", origin + " " + host);
 }
 
-// ---- addresses ------------------------------------------------------------------------------------------------------
+// ---- addresses -----------------------------------------------------------------------------------------------------
 
 // The bits of an address as text, or empty for an invalid address. IPv4 mapped into IPv6 counts as IPv4.
 std::string bits_of(const std::string& text) {
@@ -309,7 +309,7 @@ void check_listen_address(const std::string& text) {
           "to_string() and parse() change a listen address", text);
 }
 
-// ---- responses ---------------------------------------------------------------------------------------------------
+// ---- responses -----------------------------------------------------------------------------------------------------
 
 // A header value cannot begin another line or end the head.
 void check_response(const std::string& name, const std::string& value) {

@@ -33,7 +33,7 @@ using wschat::detail::Role;
 using wschat::detail::Utf8Validator;
 using wschat::detail::wants_upgrade;
 
-// ---- checks ---------------------------------------------------------------------------------------------------------
+// ---- checks --------------------------------------------------------------------------------------------------------
 
 // Aborts the program. libFuzzer saves the input.
 [[noreturn]] inline void fail(std::string_view failure, std::string_view detail = {}) {
@@ -56,7 +56,7 @@ inline void check_equal(std::string_view actual, std::string_view expected, std:
     fail(failure, "they differ at byte " + std::to_string(at));
 }
 
-// ---- the input ------------------------------------------------------------------------------------------------------
+// ---- the input -----------------------------------------------------------------------------------------------------
 
 // Reads the fuzzer's bytes from the front. Returns 0 past the end, so every input is valid.
 class InputReader {
@@ -138,7 +138,7 @@ inline bool within(std::string_view part, std::string_view whole) {
     return part.empty() || (part.data() >= whole.data() && part.data() + part.size() <= whole.data() + whole.size());
 }
 
-// ---- the heap -------------------------------------------------------------------------------------------------------
+// ---- the heap ------------------------------------------------------------------------------------------------------
 
 struct Heap {
     std::size_t live = 0;

@@ -21,7 +21,7 @@ Limits limits_of(unsigned choice) {
     return limits;
 }
 
-// ---- the reference --------------------------------------------------------------------------------------------------
+// ---- the reference -------------------------------------------------------------------------------------------------
 
 // The first request of a stream: incomplete (0), valid (200), or the status of the rejection.
 struct ExpectedRequest {
@@ -136,7 +136,7 @@ int upgrade_status(const ExpectedRequest& request) {
     return 101;
 }
 
-// ---- the comparison ----------------------------------------------------------------------------------------
+// ---- the comparison ------------------------------------------------------------------------------------------------
 
 std::string described(const ExpectedRequest& request) {
     std::string text = request.method + " [" + request.target + "] [" + request.path + "] [" + request.query + "] [" +

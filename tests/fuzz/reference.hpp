@@ -12,7 +12,7 @@
 
 namespace fuzz {
 
-// ---- text -----------------------------------------------------------------------------------------------------------
+// ---- text ----------------------------------------------------------------------------------------------------------
 
 inline const std::string digits = "0123456789", letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 inline const std::string token_characters = digits + letters + "!#$%&'*+-.^_`|~";
@@ -97,7 +97,7 @@ inline bool has_element(const FieldList& fields, std::string_view name, std::str
     return false;
 }
 
-// ---- UTF-8 ----------------------------------------------------------------------------------------------------------
+// ---- UTF-8 ---------------------------------------------------------------------------------------------------------
 
 // RFC 3629 3, byte by byte. After each byte, compares the code points that are still possible with the valid ranges.
 class Utf8Reference {
@@ -154,7 +154,7 @@ inline bool reference_utf8(std::string_view text) {
     return complete;
 }
 
-// ---- close codes -----------------------------------------------------------------------------------------------------
+// ---- close codes ---------------------------------------------------------------------------------------------------
 
 // RFC 6455 7.4 and the IANA registry of close codes.
 inline bool sendable_close_code(unsigned code) {

@@ -30,7 +30,7 @@ struct World {
 };
 World* world = nullptr;
 
-// ---- handlers -------------------------------------------------------------------------------------------------------
+// ---- handlers ------------------------------------------------------------------------------------------------------
 
 // Checks that no callback runs within another.
 class CallbackScope {
@@ -212,7 +212,7 @@ private:
     bool closed_ = false;
 };
 
-// ---- the script ---------------------------------------------------------------------------------------------------
+// ---- the script ----------------------------------------------------------------------------------------------------
 
 class Script {
 public:
@@ -447,7 +447,7 @@ private:
     int turns_at_end_ = 0;
 };
 
-// ---- the server -----------------------------------------------------------------------------------------------------
+// ---- the server ----------------------------------------------------------------------------------------------------
 
 wschat::ServerOptions options_of(unsigned choice) {
     wschat::ServerOptions options;
@@ -515,7 +515,7 @@ void set_up(Server& server, unsigned choice) {
     server.listen(0);
 }
 
-// ---- the received bytes ----------------------------------------------------------------------------------------
+// ---- the received bytes --------------------------------------------------------------------------------------------
 
 // RFC 6455 5: frames of a server are unfragmented, unmasked and have the shortest length. After a Close frame only
 // pongs follow.

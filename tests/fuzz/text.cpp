@@ -9,7 +9,7 @@ namespace {
 
 using namespace fuzz;
 
-// ---- UTF-8 ----------------------------------------------------------------------------------------------------------
+// ---- UTF-8 ---------------------------------------------------------------------------------------------------------
 
 // feed() returns false exactly for the first chunk with an invalid byte.
 void check_validator(std::string_view text, Chunker chunker, std::size_t alignment) {
@@ -46,7 +46,7 @@ void check_cut(std::string_view text, std::size_t max) {
     check(cut.size() == longest, "cut_utf8() does not end at the last whole character", text);
 }
 
-// ---- masks ----------------------------------------------------------------------------------------------------------
+// ---- masks ---------------------------------------------------------------------------------------------------------
 
 void check_mask(std::string_view text, unsigned seed, std::size_t alignment) {
     Random random(seed);
@@ -62,14 +62,14 @@ void check_mask(std::string_view text, unsigned seed, std::size_t alignment) {
         expected += static_cast<char>(static_cast<unsigned char>(text[i]) ^ key[(offset + i) % 4]);
         ascii = ascii && static_cast<unsigned char>(expected.back()) < 0x80;
     }
-    const bool answer = wschat::detail::apply_mask(data.data(), data.size(), key, offset);
+    const bool is_ascii = wschat::detail::apply_mask(data.data(), data.size(), key, offset);
     check_equal(data.view(), expected, "a byte is masked wrongly");
-    check(answer == ascii, "the ASCII result of apply_mask() is wrong", expected);
+    check(is_ascii == ascii, "the ASCII result of apply_mask() is wrong", expected);
     wschat::detail::apply_mask(data.data(), data.size(), key, offset);
     check_equal(data.view(), text, "masking twice does not restore the text");
 }
 
-// ---- close payloads -------------------------------------------------------------------------------------------------
+// ---- close payloads ------------------------------------------------------------------------------------------------
 
 wschat::detail::MaskKey no_mask() { return {}; }
 
@@ -91,7 +91,7 @@ struct TestConnection {
     Connection connection;
 };
 
-// A client that receives a Close frame with this payload answers with the expected code.
+// Checks the code of a client's reply to a Close frame with this payload.
 void check_close_payload(std::string_view text) {
     const std::string_view payload = text.substr(0, 125);
     const unsigned code = payload.size() < 2 ? 0
@@ -108,7 +108,7 @@ void check_close_payload(std::string_view text) {
     end.connection.receive(frame.data(), frame.size(), {});
     check(end.connection.next_event().kind == Event::Kind::close, "a Close frame does not end the connection", payload);
     check(end.connection.next_event().kind == Event::Kind::none, "an event follows the close event", payload);
-    check(number(end.connection.close_code()) == expected, "a Close frame is answered with another code", payload);
+    check(number(end.connection.close_code()) == expected, "the code of the reply to a Close frame is wrong", payload);
     check((end.connection.close_cause() == wschat::CloseCause::peer) == (failure == 0), "the close cause is wrong",
           payload);
     if (failure == 0)
@@ -117,7 +117,7 @@ void check_close_payload(std::string_view text) {
     const std::string reply = end.sent();
     const std::string echo = {static_cast<char>(expected >> 8), static_cast<char>(expected & 0xFF)};
     check(reply.size() >= 6 && reply[0] == '\x88', "the reply is not a Close frame", reply);
-    if (expected == 1005) check(reply.size() == 6, "a Close frame without a code is answered with one", reply);
+    if (expected == 1005) check(reply.size() == 6, "the reply to a Close frame without a code has a code", reply);
     else check_equal(std::string_view(reply).substr(6, 2), echo, "the code of the reply is wrong");
 }
 
@@ -143,7 +143,7 @@ void check_close_call(std::string_view text) {
     check_equal(end.sent(), expected.append(reason), "the Close frame of close() is wrong");
 }
 
-// ---- JSON -----------------------------------------------------------------------------------------------------------
+// ---- JSON ----------------------------------------------------------------------------------------------------------
 
 // RFC 8259 7: decodes a quoted string as Json writes it.
 std::string json_value(std::string_view quoted) {
@@ -226,7 +226,7 @@ void check_number(std::string_view text) {
     check(std::memcmp(&back, &value, sizeof value) == 0, "a JSON number has a wrong value", json);
 }
 
-// ---- lines of text --------------------------------------------------------------------------------------------------
+// ---- lines of text -------------------------------------------------------------------------------------------------
 
 void check_log_line(std::string_view text, std::size_t max) {
     const std::string line = wschat::escape_for_log(text, max);

@@ -49,7 +49,7 @@ function load(name) {
 }
 const { WebSocket: WsSocket } = load('ws');
 
-// ---- Checks --------------------------------------------------------------------------------------------------------
+// ---- Checks ------------------------------------------------------------------------------------------------------
 
 const CHECKS = [];
 
@@ -201,7 +201,7 @@ class BuiltInClient extends Client {
 const LIBRARIES = globalThis.WebSocket ? [WsClient, BuiltInClient] : [WsClient];
 if (!globalThis.WebSocket) console.log(`# Node ${process.version} has no built-in WebSocket; only ws is tested`);
 
-// ---- Echo: messages ------------------------------------------------------------------------------------------------
+// ---- Echo: messages ----------------------------------------------------------------------------------------------
 
 const SIZES = [0, 1, 125, 126, 127, 65535, 65536, 1024 * 1024, 16 * 1024 * 1024];
 
@@ -273,7 +273,7 @@ check('ws: pings between the fragments of a message are answered before the mess
   expect(await client.receive(), 'part 0 part 1 part 2 part 3 part 4 end', 'the echo');
 });
 
-// ---- Echo: control frames ------------------------------------------------------------------------------------------
+// ---- Echo: control frames ----------------------------------------------------------------------------------------
 
 check('ws: the pong has the payload of the ping, of 0 to 125 bytes', async () => {
   const client = await new WsClient().connect(echo.ws());
@@ -329,7 +329,7 @@ checkEachLibrary('a stopping server closes with 1001 and ends with status 0', as
   expect(await status, 0, 'the status of the server');
 });
 
-// ---- Compression ---------------------------------------------------------------------------------------------------
+// ---- Compression -------------------------------------------------------------------------------------------------
 
 const both = [false, true];
 const parameterSets = both.flatMap(serverNo => both.flatMap(clientNo => [undefined, 9, 12, 15].flatMap(serverBits =>
@@ -372,7 +372,7 @@ if (options.zlib) {
   });
 }
 
-// ---- The handshake -------------------------------------------------------------------------------------------------
+// ---- The handshake -----------------------------------------------------------------------------------------------
 
 checkEachLibrary('an offer of permessage-deflate is accepted if the program is built with zlib', async library => {
   // The built-in WebSocket always offers it.
@@ -433,7 +433,7 @@ for (const [name, path, wsOptions, status, word] of REJECTIONS) {
   });
 }
 
-// ---- Pages ---------------------------------------------------------------------------------------------------------
+// ---- Pages -------------------------------------------------------------------------------------------------------
 
 check('pages: GET, HEAD and a conditional GET on one connection of node:http', async () => {
   const agent = new http.Agent({ keepAlive: true, maxSockets: 1 });
@@ -466,7 +466,7 @@ check('pages: fetch() gets the page', async () => {
   expect([response.status, (await response.text()).includes('</html>')], [200, true], 'the page');
 });
 
-// ---- Chat ----------------------------------------------------------------------------------------------------------
+// ---- Chat --------------------------------------------------------------------------------------------------------
 
 const [FIRST, SECOND] = [LIBRARIES[0], LIBRARIES.at(-1)];
 
@@ -501,7 +501,7 @@ checkEachLibrary('chat: a message over the limit gets 1009, and the other member
   expect(await other.receive(), 'still here', 'the message');
 });
 
-// ---- Rooms ---------------------------------------------------------------------------------------------------------
+// ---- Rooms -------------------------------------------------------------------------------------------------------
 
 // Expects the next event to have exactly these fields. Some events also have a time and an id.
 async function event(client, expected) {

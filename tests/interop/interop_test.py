@@ -37,7 +37,7 @@ except ImportError as missing:
 
 TOTAL_TIMEOUT = 540  # seconds for all checks
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- checks -------------------------------------------------------------------------------------------------------
 
 CHECKS = []
 
@@ -59,7 +59,7 @@ def check_each_library(title):
     return register
 
 
-# ---- programs: child processes, stopped by their process ids --------------------------------------------------------
+# ---- programs: child processes, stopped by their process ids ------------------------------------------------------
 
 PROGRAMS = []  # all started programs
 
@@ -113,7 +113,7 @@ async def timeout(name):
         raise TimeoutError(f"waited {TIMEOUT} s for {name}") from None
 
 
-# ---- clients: the same methods for each library ---------------------------------------------------------------------
+# ---- clients: the same methods for each library -------------------------------------------------------------------
 
 OPEN_CLIENTS = []  # the clients of a check; they are dropped after it
 
@@ -233,7 +233,7 @@ class TornadoClient:
 
 LIBRARIES = (WebsocketsClient, TornadoClient)
 
-# ---- the raw client: frames that no library sends -------------------------------------------------------------------
+# ---- the raw client: frames that no library sends -----------------------------------------------------------------
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # the example of RFC 6455 1.3
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -319,7 +319,7 @@ async def send_in_pieces(data, size, client):
         await asyncio.sleep(0)
 
 
-# ---- echo: messages -------------------------------------------------------------------------------------------------
+# ---- echo: messages -----------------------------------------------------------------------------------------------
 
 SIZES = (0, 1, 125, 126, 127, 65535, 65536, 1024 * 1024, 16 * 1024 * 1024)
 
@@ -401,7 +401,7 @@ async def _(servers):
     expect(await client.receive(), "part 0 part 1 part 2 part 3 part 4 ", "the echo")
 
 
-# ---- echo: control frames -------------------------------------------------------------------------------------------
+# ---- echo: control frames -----------------------------------------------------------------------------------------
 
 
 @check_each_library("the pong has the payload of the ping, of 0 to 125 bytes")
@@ -445,7 +445,7 @@ async def _(servers, library):
     expect(await stopping, 0, "the status of the server")
 
 
-# ---- the handshake --------------------------------------------------------------------------------------------------
+# ---- the handshake ------------------------------------------------------------------------------------------------
 
 
 @check_each_library("an offer of permessage-deflate is accepted with zlib and declined without it")
@@ -456,7 +456,7 @@ async def _(servers, library):
     expect(await client.receive(), "a" * 1000, "the echo")
 
 
-# ---- compression ----------------------------------------------------------------------------------------------------
+# ---- compression --------------------------------------------------------------------------------------------------
 
 
 async def check_compressed_echoes(client):
@@ -592,7 +592,7 @@ async def _(servers):
     expect(await client.read_to_end(), [(0x81, b"early"), (0x88, b"")], "the frames")
 
 
-# ---- pages ----------------------------------------------------------------------------------------------------------
+# ---- pages --------------------------------------------------------------------------------------------------------
 
 
 @check("pages: the page of the chat is complete and has its type, an ETag and a length")
@@ -648,7 +648,7 @@ async def _(servers):
     expect((await client.reader.read()).count(b"HTTP/1.1 404 "), 3, "the responses")
 
 
-# ---- chat -----------------------------------------------------------------------------------------------------------
+# ---- chat ---------------------------------------------------------------------------------------------------------
 
 STAYING_CLIENT = """
 import asyncio, sys, websockets
@@ -708,7 +708,7 @@ async def _(servers, library):
     expect(await other.receive(), "still here", "the message")
 
 
-# ---- rooms ----------------------------------------------------------------------------------------------------------
+# ---- rooms --------------------------------------------------------------------------------------------------------
 
 
 async def event(client, **wanted):
@@ -788,7 +788,7 @@ async def _(servers):
         await asyncio.sleep(0.05)
 
 
-# ---- protocol errors: the Close frame must arrive before the end of the stream ---------------------------------------
+# ---- protocol errors: the Close frame must arrive before the end of the stream ------------------------------------
 
 # Bytes on the wire, in hexadecimal. A mask of 00 00 00 00 leaves the payload readable.
 ERRORS = (
@@ -922,7 +922,7 @@ async def check_close_after_large_echoes(client, and_then=lambda: None):
     expect(frames, [(0x82, size), (0x82, size), (0x88, 2)], "the frames and their lengths")
 
 
-# ---- keepalive and shutdown -----------------------------------------------------------------------------------------
+# ---- keepalive and shutdown ---------------------------------------------------------------------------------------
 
 
 @check("keepalive: the server pings a silent client, and the connection stays open")
@@ -941,7 +941,7 @@ async def _(servers):
         expect(await program.stop(signal.SIGINT), 0, "the status")
 
 
-# ---- the run --------------------------------------------------------------------------------------------------------
+# ---- the run ------------------------------------------------------------------------------------------------------
 
 
 async def run(title, function, servers):

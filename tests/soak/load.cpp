@@ -61,7 +61,7 @@ Options parse_options(int argc, char** argv) {
 
 unsigned long long to_ull(std::uint64_t n) { return n; }
 
-// ---- violations ---------------------------------------------------------------------------------------------
+// ---- violations ----------------------------------------------------------------------------------------------------
 
 // Violated rules, each with its count and its first occurrence.
 class Violations {
@@ -669,7 +669,7 @@ void Load::read_bytes(Connection& c, std::string_view bytes) {
 }
 
 void Load::on_frame(Connection& c, const Frame& frame) {
-    if (c.close_received) return violations_.add("nothing comes after a Close frame", "opcode %u", frame.opcode);
+    if (c.close_received) return violations_.add("no frame arrives after a Close frame", "opcode %u", frame.opcode);
     switch (frame.opcode) {
         case Opcode::text:
         case Opcode::binary: return on_message(c, frame);

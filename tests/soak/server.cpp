@@ -1,5 +1,5 @@
-// The server of the soak test: rooms that number their messages, and pages with metrics and heap use.   soak_server
-// PORT
+// soak_server PORT: the server of the soak test, with rooms that number their messages, and pages with metrics and heap
+// use.
 //
 // A member connects to /close/{rooms} or /drop/{rooms}; the first word is the backlog policy. {rooms} are room numbers
 // with a + between them. All numbers in messages are hexadecimal.
