@@ -368,7 +368,7 @@ private:
         feed();
     }
 
-    // The connection may hold four times the received bytes, but at most two messages, beside the unread input.
+    // The connection may hold four times the received bytes, but at most two messages, plus the unread input.
     void check_memory() {
         const std::size_t held = connection.input_held(), message = 2 * limits_.max_message_size;
         check(held <= (std::min)(4 * received_, message) + received_, "the connection holds too much memory",
