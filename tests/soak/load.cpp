@@ -300,7 +300,7 @@ struct Connection {
     std::uint32_t sent = 0;  // sent messages; they come back in order
     std::uint32_t returned = 0;
     std::uint32_t pings = 0, pongs = 0;
-    int expected_status = 0;  // the expected status
+    int expected_status = 0;  // of a rejected handshake
     std::size_t index = 0;    // index among the healthy members
     double deadline = 0;      // of a handshake or of leaving
     std::array<Membership, 2> rooms{};
@@ -439,7 +439,7 @@ private:
 
     double now_ = 0;         // running seconds
     double last_clock_ = 0;  // clock time
-    double arrivals_due_ = 0, departures_due_ = 0, next_second_ = 0;
+    double connects_due_ = 0, leaves_due_ = 0, next_second_ = 0;
     bool in_run_ = false;
     std::size_t least_ = 0;    // lowest number of connections
     std::vector<double> rss_;  // MiB, one value per second of the run
@@ -792,7 +792,7 @@ void Load::start_leaving(Connection& c, Leave how) {
         case Leave::by_close: send_close(c, close_payload(3001) + "bye"); break;
         case Leave::server_closes: append_frame(c.out, random_, Opcode::text, "b"); break;
         case Leave::unmasked_frame:
-            // The trailing bytes stay unread in the server. Without its linger, a reset would replace the Close frame.
+            // If the server closed with unread bytes, a reset would replace its Close frame.
             c.out += "\x81\x05naked" + std::string(150'000, 'x');
             break;
         case Leave::invalid_utf8: append_frame(c.out, random_, Opcode::text, "half a \xE2\x82"); break;
@@ -887,8 +887,8 @@ void Load::advance() {
     last_clock_ = clock_now;
     now_ += step;
     // Work that a busy machine cannot do in time is skipped. Slow readers and short visits come on top.
-    arrivals_due_ = (std::min)(arrivals_due_ + step * 1.5 * options_.churn, options_.churn);
-    departures_due_ = (std::min)(departures_due_ + step * options_.churn, options_.churn);
+    connects_due_ = (std::min)(connects_due_ + step * 1.5 * options_.churn, options_.churn);
+    leaves_due_ = (std::min)(leaves_due_ + step * options_.churn, options_.churn);
     for (Size& size : sizes_) {
         const double per_second = size.messages_per_second * static_cast<double>(size.rooms);
         size.messages_due = (std::min)(size.messages_due + step * per_second, per_second + 1);
@@ -937,12 +937,12 @@ void Load::churn(double seconds) {
     const double begin = now_;
     const auto wanted = totals_.connects + static_cast<std::uint64_t>(0.95 * seconds * options_.churn);
     while (now_ < begin + seconds || (totals_.connects < wanted && now_ < begin + 2 * seconds)) {
-        for (; arrivals_due_ >= 1 && !free_.empty() && handshakes_ < 256; arrivals_due_ -= 1) start_connection();
+        for (; connects_due_ >= 1 && !free_.empty() && handshakes_ < 256; connects_due_ -= 1) start_connection();
         // If a busy machine cannot connect as many as leave, fewer leave.
         const auto enough = [&] {
             return !healthy_.empty() && free_.size() < connections_.size() / 20 && leaving_ < connections_.size() / 8;
         };
-        for (; departures_due_ >= 1 && enough(); departures_due_ -= 1)
+        for (; leaves_due_ >= 1 && enough(); leaves_due_ -= 1)
             start_leaving(connections_[healthy_[random_.below(healthy_.size())]], random_leave());
         turn();
         send_due_messages();
