@@ -172,7 +172,11 @@ class User {
 
   recordProblems() {
     const { page, problems } = this;
-    page.on('console', message => { if (['error', 'warning'].includes(message.type())) problems.push('console: ' + message.text()); });
+    page.on('console', message => {
+      // Chromium logs each attempt to connect while the test has taken the page offline.
+      const offline = message.text().includes('net::ERR_INTERNET_DISCONNECTED');
+      if (!offline && ['error', 'warning'].includes(message.type())) problems.push('console: ' + message.text());
+    });
     page.on('pageerror', error => problems.push('exception: ' + error.message));
     page.on('requestfailed', request => problems.push('failed: ' + request.url()));
     page.on('response', response => { if (response.status() >= 400) problems.push(`${response.status()}: ${response.url()}`); });
