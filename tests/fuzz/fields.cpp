@@ -103,7 +103,7 @@ void check_lists(const std::string& list) {
     if (!request) return;
     const std::vector<std::string> names = elements_of({{"list", list}}, "list");
     const bool tokens =
-        std::all_of(names.begin(), names.end(), [](const auto& n) { return only(n, token_characters); });
+        std::all_of(names.begin(), names.end(), [](const auto& n) { return contains_only(n, token_characters); });
     check(wschat::detail::refuse_upgrade(*request).has_value() == !tokens, "a list is accepted or rejected wrongly",
           list);
     const auto offered = wschat::detail::offered_subprotocols(*request);
@@ -116,7 +116,7 @@ void check_lists(const std::string& list) {
 void check_escapes(const std::string& text) {
     for (const bool plus : {false, true}) {
         const auto decoded = wschat::text::percent_decoded(text, plus);
-        check(decoded.has_value() == good_escapes(text), "escapes are accepted or rejected wrongly", text);
+        check(decoded.has_value() == valid_escapes(text), "escapes are accepted or rejected wrongly", text);
         if (decoded) check_equal(*decoded, unescaped(text, plus), "escapes are decoded wrongly");
     }
     std::string escaped;
@@ -135,14 +135,14 @@ void check_query(const std::string& query) {
     for (const std::string& pair : split(query, '&')) {
         const std::size_t equals = (std::min)(pair.find('='), pair.size());
         const std::string key = pair.substr(0, equals), value = pair.substr((std::min)(equals + 1, pair.size()));
-        if (good_escapes(key)) pairs.emplace_back(unescaped(key, true), value);
+        if (valid_escapes(key)) pairs.emplace_back(unescaped(key, true), value);
     }
     for (const auto& [key, value] : pairs) {
         if (key.empty()) continue;
         const auto same_key = [&, &name = key](const auto& pair) { return pair.first == name; };
         const std::string& first = std::find_if(pairs.begin(), pairs.end(), same_key)->second;
         const auto found = request->query(key);
-        check(found.has_value() == good_escapes(first) && (!found || *found == unescaped(first, true)),
+        check(found.has_value() == valid_escapes(first) && (!found || *found == unescaped(first, true)),
               "a query parameter has a wrong value", key);
     }
 }
@@ -202,7 +202,7 @@ void check_pattern(const std::string& text, const std::string& path) {
     const auto match = pattern->match(path);
     check(*pattern == Pattern("route", text), "equal patterns do not compare equal", text);
     if (path.substr(0, 1) != "/") return check(!match, "a path without a slash matches", path);
-    if (!good_escapes(path)) return;  // RequestParser refuses it
+    if (!valid_escapes(path)) return;  // RequestParser refuses it
     const auto expected = matched(segments, segments_of(path));
     check(match.has_value() == expected.has_value(), "match() is wrong", text + " " + path);
     if (match) check(match->params == *expected, "the path parameters differ from the reference", text + " " + path);
@@ -227,10 +227,10 @@ HostAndPort parse_authority(const std::string& authority, unsigned long default_
 }
 
 void check_origin(const std::string& origin, const std::string& host) {
-    check(wschat::detail::valid_host(host) == good_host(host), "a host is accepted or rejected wrongly", host);
+    check(wschat::detail::valid_host(host) == valid_host(host), "a host is accepted or rejected wrongly", host);
     const std::string lower_case = lower(origin);
     const std::size_t scheme = lower_case.substr(0, 7) == "http://" ? 7 : lower_case.substr(0, 8) == "https://" ? 8 : 0;
-    const bool good = scheme != 0 && good_host(origin.substr(scheme));
+    const bool good = scheme != 0 && valid_host(origin.substr(scheme));
     const auto normal = wschat::detail::normalized_origin(origin);
     check(normal.has_value() == good, "an origin is accepted or rejected wrongly", origin);
     if (!good) return check(!wschat::detail::same_host(origin, host), "an invalid origin matches a host", origin);
@@ -240,7 +240,7 @@ void check_origin(const std::string& origin, const std::string& host) {
     check_equal(*normal, has_default_port ? lower_case.substr(0, lower_case.size() - standard.size()) : lower_case,
                 "normalized_origin() is wrong");
     check(wschat::detail::normalized_origin(*normal) == normal, "normalizing twice changes an origin", origin);
-    if (!good_host(host))
+    if (!valid_host(host))
         return check(!wschat::detail::same_host(origin, host), "an invalid host matches an origin", host);
     const unsigned long port = scheme == 7 ? 80 : 443;
     const HostAndPort from = parse_authority(origin.substr(scheme), port), to = parse_authority(host, port);
@@ -317,7 +317,7 @@ void check_response(const std::string& name, const std::string& value) {
     bool control = false;
     for (const char c : value) control = control || (c >= 0 && c < 0x20 && c != '\t') || c == 0x7F;
     const bool ours = lower(name) == "content-length" || lower(name) == "transfer-encoding";
-    check(response.has_value() == (!name.empty() && only(name, token_characters) && !control && !ours),
+    check(response.has_value() == (!name.empty() && contains_only(name, token_characters) && !control && !ours),
           "a response header is accepted or rejected wrongly", name + ": " + value);
 }
 

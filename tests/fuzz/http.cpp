@@ -34,13 +34,13 @@ struct ExpectedRequest {
 
 int read_request_line(std::string_view line, ExpectedRequest& result) {
     const std::vector<std::string> words = split(line, ' ');
-    if (words[0].empty() || !only(words[0], token_characters)) return 400;
+    if (words[0].empty() || !contains_only(words[0], token_characters)) return 400;
     if (words.size() != 3 || words[1].empty()) return 400;
     for (const char c : words[1])
         if (c <= 0x20 || c >= 0x7F || c == '#') return 400;
     const std::string& version = words[2];
-    if (version.size() != 8 || version.substr(0, 5) != "HTTP/" || !only(version.substr(5, 1), digits) ||
-        version[6] != '.' || !only(version.substr(7, 1), digits))
+    if (version.size() != 8 || version.substr(0, 5) != "HTTP/" || !contains_only(version.substr(5, 1), digits) ||
+        version[6] != '.' || !contains_only(version.substr(7, 1), digits))
         return 400;
     if (version[5] != '1') return 505;
     result.http_1_0 = version[7] == '0';
@@ -50,21 +50,22 @@ int read_request_line(std::string_view line, ExpectedRequest& result) {
         if (lower(path.substr(0, scheme.size())) != scheme) continue;
         const std::size_t end = (std::min)(path.find_first_of("/?", scheme.size()), path.size());
         result.host = path.substr(scheme.size(), end - scheme.size());
-        if (!good_host(result.host)) return 400;
+        if (!valid_host(result.host)) return 400;
         path = path.substr(end);
         break;
     }
     if (result.host.empty() && path[0] != '/' && path != "*" && result.method != "CONNECT") return 400;
     result.path = path.substr(0, path.find('?'));
     result.query = path.find('?') == std::string::npos ? "" : path.substr(path.find('?') + 1);
-    if (!good_escapes(result.path)) return 400;
+    if (!valid_escapes(result.path)) return 400;
     if (result.path.empty()) result.path = "/";
     return 0;
 }
 
 int read_field(std::string_view line, ExpectedRequest& result) {
     const std::size_t colon = line.find(':');
-    if (colon == std::string_view::npos || colon == 0 || !only(line.substr(0, colon), token_characters)) return 400;
+    if (colon == std::string_view::npos || colon == 0 || !contains_only(line.substr(0, colon), token_characters))
+        return 400;
     for (const char c : line.substr(colon + 1))
         if ((c >= 0 && c < 0x20 && c != '\t') || c == 0x7F) return 400;
     result.fields.emplace_back(line.substr(0, colon), trimmed(line.substr(colon + 1)));
@@ -75,13 +76,13 @@ int check_head(ExpectedRequest& result) {
     const auto hosts = values_of(result.fields, "host"), lengths = values_of(result.fields, "content-length"),
                codings = values_of(result.fields, "transfer-encoding");
     if (hosts.size() > 1 || (hosts.empty() && !result.http_1_0)) return 400;
-    if (!hosts.empty() && !good_host(hosts[0])) return 400;
+    if (!hosts.empty() && !valid_host(hosts[0])) return 400;
     if (result.host.empty() && !hosts.empty()) result.host = hosts[0];
     if (lengths.size() + codings.size() > 1) return 400;
     if (!lengths.empty() && !number_up_to(lengths[0], INT64_MAX)) return 400;
     if (!codings.empty() && result.http_1_0) return 400;
     if (!codings.empty() && lower(codings[0]) != "chunked") return 501;
-    result.body = !codings.empty() || (!lengths.empty() && !only(lengths[0], "0"));
+    result.body = !codings.empty() || (!lengths.empty() && !contains_only(lengths[0], "0"));
     return 200;
 }
 
@@ -129,10 +130,10 @@ int upgrade_status(const ExpectedRequest& request) {
     if (request.body) return 400;
     if (versions != std::vector<std::string>{"13"}) return 426;
     if (keys.size() != 1 || keys[0].size() != 24 || keys[0].substr(22) != "==" ||
-        !only(keys[0].substr(0, 22), digits + letters + "+/"))
+        !contains_only(keys[0].substr(0, 22), digits + letters + "+/"))
         return 400;
     for (const std::string& protocol : elements_of(request.fields, "sec-websocket-protocol"))
-        if (!only(protocol, token_characters)) return 400;
+        if (!contains_only(protocol, token_characters)) return 400;
     return 101;
 }
 

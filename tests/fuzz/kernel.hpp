@@ -218,7 +218,7 @@ private:
     struct Descriptor {
         Kind kind = Kind::none;
         std::shared_ptr<Peer> peer{};
-        std::size_t other = 0;  // a pipe's reading end; how much of a file was read
+        std::size_t other = 0;  // pipe: its read end; file: the read position
         std::string bytes{};
     };
     static constexpr int first = 1000;

@@ -17,7 +17,7 @@ namespace fuzz {
 inline const std::string digits = "0123456789", letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 inline const std::string token_characters = digits + letters + "!#$%&'*+-.^_`|~";
 
-inline bool only(std::string_view s, std::string_view allowed) {
+inline bool contains_only(std::string_view s, std::string_view allowed) {
     return s.find_first_not_of(allowed) == std::string_view::npos;
 }
 inline std::string lower(std::string_view s) {
@@ -39,26 +39,26 @@ inline std::vector<std::string> split(std::string_view s, char separator) {
 }
 // True for 1 to 20 digits whose value is at most max.
 inline bool number_up_to(std::string_view s, unsigned long long max) {
-    if (s.empty() || s.size() > 20 || !only(s, digits)) return false;
+    if (s.empty() || s.size() > 20 || !contains_only(s, digits)) return false;
     const std::string text(s.substr((std::min)(s.find_first_not_of('0'), s.size())));
     const std::string greatest = std::to_string(max);
     return text.size() != greatest.size() ? text.size() < greatest.size() : text <= greatest;
 }
 
 // A name, an IPv4 address or an IPv6 address in brackets, with an optional port.
-inline bool good_host(std::string_view host) {
+inline bool valid_host(std::string_view host) {
     const bool brackets = host.substr(0, 1) == "[";
     const std::size_t end = brackets ? host.find(']') : host.find(':');
     if (brackets && end == std::string_view::npos) return false;
     const std::string_view name = brackets ? host.substr(1, end - 1) : host.substr(0, end);
     const std::string_view rest = end == std::string_view::npos ? "" : host.substr(brackets ? end + 1 : end);
-    if (brackets && (name.size() < 2 || !only(name, digits + "abcdefABCDEF:."))) return false;
-    if (!brackets && (name.empty() || !only(name, digits + letters + "-._~"))) return false;
+    if (brackets && (name.size() < 2 || !contains_only(name, digits + "abcdefABCDEF:."))) return false;
+    if (!brackets && (name.empty() || !contains_only(name, digits + letters + "-._~"))) return false;
     return rest.empty() || (rest[0] == ':' && (rest.size() == 1 || number_up_to(rest.substr(1), 65535)));
 }
-inline bool good_escapes(std::string_view path) {
+inline bool valid_escapes(std::string_view path) {
     for (std::size_t at = path.find('%'); at != std::string_view::npos; at = path.find('%', at + 1))
-        if (path.size() < at + 3 || !only(path.substr(at + 1, 2), digits + "abcdefABCDEF")) return false;
+        if (path.size() < at + 3 || !contains_only(path.substr(at + 1, 2), digits + "abcdefABCDEF")) return false;
     return true;
 }
 // Requires valid escapes.
