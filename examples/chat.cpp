@@ -1,5 +1,5 @@
-// The smallest chat: everybody who is connected gets every message, long ones compressed where it is built with
-// -DWSCHAT_ZLIB=1 -lz.   chat [port] [--page FILE]
+// The smallest chat: every message goes to all connected clients. Built with -DWSCHAT_ZLIB=1 -lz, it compresses long
+// messages.   chat [port] [--page FILE]
 #include "../wschat.hpp"
 
 struct Chat : wschat::WebSocketHandler {

@@ -1,9 +1,12 @@
-// Sends every message back, on any path, compressed where it is built with -DWSCHAT_ZLIB=1 -lz and the client asks for
-// it; made to be tested against.   echo [port]
+// Sends every message back, on any path and for any origin, for tests of clients. Built with -DWSCHAT_ZLIB=1 -lz, it
+// compresses if the client offers it.   echo [port]
 #include "../wschat.hpp"
 
+#include <iostream>
+
 struct Echo : wschat::WebSocketHandler {
-    // The client says how: each side keeps its context unless that is refused, and nothing is too small.
+    bool check_origin(std::string_view) override { return true; }
+    // The client decides about context takeover, and messages of every size are compressed.
     std::optional<wschat::CompressionOptions> get_compression_options() override {
         wschat::CompressionOptions options;
         options.server_context_takeover = options.client_context_takeover = true;
@@ -23,10 +26,9 @@ int main(int argc, char** argv) try {
     server.on_log(wschat::log_to_stderr);
     server.route<Echo>("/{path...}");
     server.listen(argc > 1 ? argv[1] : "9001");
-    std::printf("echo: %s\n", server.url().c_str());
-    std::fflush(stdout);
+    std::cout << "echo: " << server.url() << std::endl;
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "echo: %s\n", error.what());
+    std::cerr << "echo: " << error.what() << "\n";
     return 1;
 }

@@ -1,13 +1,13 @@
 #!/bin/sh
 # sh tests/coverage.sh
 #
-# How much of wschat.hpp the suites run, by clang's source-based coverage, with all that is optional: each suite on epoll,
-# those that poll once more with WSCHAT_TEST_POLLER=poll, those that can over TLS, the faults, and the examples with them.
-# Prints the lines that nothing runs, the conditions that had only one outcome, and the percentages. Everything is
-# written below build/coverage; what is missing is installed (as root, on Debian).
+# Measures the coverage of wschat.hpp with clang's source-based coverage and all optional features. Runs each suite with
+# epoll, the polling suites again with WSCHAT_TEST_POLLER=poll, the TLS suites with WSCHAT_TEST_TLS=1, the fault tests,
+# and the examples that these tests start. Prints lines that never ran, conditions with only one outcome, and the
+# percentages. Writes everything below build/coverage, and installs missing packages (as root, on Debian).
 #
-# A line counts once, however many times a template or an inline function was made of it; so do the two outcomes of a
-# condition. What the preprocessor takes out does not count, nor do conditions that the compiler has decided.
+# A line, or an outcome of a condition, counts once for all instances of a template or an inline function. Lines that
+# the preprocessor removes and conditions that are compile-time constants do not count.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -16,7 +16,7 @@ die() {
     echo "coverage.sh: $*"
     exit 1
 }
-# quietly LOG COMMAND...
+# quietly LOG COMMAND...: prints the output only if the command fails
 quietly() {
     log=$out/$1
     shift
@@ -25,7 +25,7 @@ quietly() {
 
 mkdir -p $out
 missing=
-# need PACKAGE COMMAND...: the package is missing if the command fails
+# need PACKAGE COMMAND...: adds PACKAGE to the missing ones if COMMAND fails
 need() {
     package=$1
     shift
@@ -45,16 +45,16 @@ need libssl-dev header openssl/ssl.h
 need liburing-dev header liburing.h
 need libsqlite3-dev header sqlite3.h
 if [ -n "$missing" ]; then
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "missing:$missing (Debian's names)"
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "missing Debian packages:$missing"
     # shellcheck disable=SC2086
     quietly install.log env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         -o DPkg::Lock::Timeout=300 $missing
 fi
 
-# ---- build and run --------------------------------------------------------------------------------------------------
+# ---- build and run ------------------------------------------------------------------------------------------------
 
 echo "== build"
-# Counters that lie in the file itself count also what a process did that was killed.
+# Relocated counters live in a mapped file, so processes that are killed count as well.
 quietly configure.log cmake -S . -B $out -G Ninja -DCMAKE_BUILD_TYPE= -DCMAKE_CXX_COMPILER=clang++ \
     -DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON -DWSCHAT_LIBURING=ON \
     -DCMAKE_CXX_FLAGS="-O0 -DNDEBUG -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation"
@@ -62,7 +62,7 @@ quietly build.log cmake --build $out -j 2 --target wschat_tests wschat_faults
 
 tests=$out/tests/wschat_tests
 faults=$out/tests/wschat_faults
-# run NAME [VARIABLE=VALUE] COMMAND...: every process adds to the profile of its program
+# run NAME [VARIABLE=VALUE] COMMAND...: all processes add to one profile per program
 run() {
     echo "== $1"
     name=$1
@@ -70,17 +70,17 @@ run() {
     quietly "$name.log" env "LLVM_PROFILE_FILE=$PWD/$out/profiles/%c%m.profraw" "$@"
     grep -E 'test cases:' "$out/$name.log"
 }
-# named LIST: the suites in that list of tests/CMakeLists.txt, as doctest wants them
-named() { sed -n "s/^set($1 \([a-z ]*\)).*/\1/p" tests/CMakeLists.txt | tr ' ' ','; }
+# suites_of LIST: the suites of a list in tests/CMakeLists.txt, separated by commas for doctest
+suites_of() { sed -n "s/^set($1 \([a-z ]*\)).*/\1/p" tests/CMakeLists.txt | tr ' ' ','; }
 rm -rf $out/profiles
 unset WSCHAT_TEST_POLLER WSCHAT_TEST_TLS
 run epoll $tests
-run poll WSCHAT_TEST_POLLER=poll $tests "--test-suite=$(named suites_that_poll)"
-run tls WSCHAT_TEST_TLS=1 $tests "--test-suite=$(named suites_over_tls)"
+run poll WSCHAT_TEST_POLLER=poll $tests "--test-suite=$(suites_of suites_that_poll)"
+run tls WSCHAT_TEST_TLS=1 $tests "--test-suite=$(suites_of suites_over_tls)"
 run faults $faults
 run faults-poll WSCHAT_TEST_POLLER=poll $faults
 
-# ---- report ---------------------------------------------------------------------------------------------------------
+# ---- report -------------------------------------------------------------------------------------------------------
 
 llvm-profdata merge -o $out/all.profdata $out/profiles/*.profraw || die "no profile"
 export_as() {
@@ -94,25 +94,25 @@ import sys
 
 source = [''] + open('wschat.hpp').read().split('\n')
 
-counts = {}  # of each line
+counts = {}  # executions per line
 for record in open(sys.argv[1]):
     if record.startswith('DA:'):
         line, count = record[3:].split(',')[:2]
         counts[int(line)] = counts.get(int(line), 0) + int(count)
 
-outcomes = {}  # place -> [times true, times false], over all instantiations
+outcomes = {}  # place -> [times true, times false], for all instances
 for file in json.load(open(sys.argv[2]))['data'][0]['files']:
     for line, column, end_line, end_column, yes, no, *_ in file['branches']:
         seen = outcomes.setdefault((line, column, end_line, end_column), [0, 0])
         seen[0] += yes
         seen[1] += no
 
-print('== lines that nothing runs')
+print('== lines that never ran')
 missed = sorted(line for line in counts if counts[line] == 0)
 for line in missed:
     print('%5d  %s' % (line, source[line]))
 
-print('== conditions that had one outcome only')
+print('== conditions with only one outcome')
 for (line, column, end_line, end_column), (yes, no) in sorted(outcomes.items()):
     if counts.get(line, 0) and (yes == 0) != (no == 0):
         text = source[line][column - 1:end_column - 1] if line == end_line else source[line][column - 1:] + ' ...'

@@ -1,17 +1,16 @@
 #!/bin/sh
 # sh tests/soak.sh MINUTES [connections=N] [churn=N] [asan]
 #
-# Thousands of members come and go for that long, in every way, and some do not read; see tests/soak/load.cpp. Builds what
-# it needs into build/soak, prints a line every ten seconds and at the end PASS, or FAIL with what did not hold; ends with
-# status 0 or 1.
+# Thousands of members join and leave in many ways for MINUTES, and some do not read (see tests/soak/load.cpp). Builds
+# into build/soak, prints a line every ten seconds, and at the end PASS, or FAIL and what failed. The status is 0 or 1.
 #
-#   connections=8000   at once
-#   churn=200          arrivals a second, and as many departures (a fortieth of the connections)
-#   asan               the server with AddressSanitizer and UndefinedBehaviorSanitizer; resident memory is not judged
+#   connections=8000   concurrent connections
+#   churn=200          new connections per second, and as many that leave (default: a fortieth of the connections)
+#   asan               builds the server with AddressSanitizer and UndefinedBehaviorSanitizer; memory is not checked
 #
-# With WSCHAT_TEST_POLLER=poll the server uses the poll backend.
+# With WSCHAT_TEST_POLLER=poll the server uses poll().
 
-# ulimit -n is everywhere on Linux.
+# ulimit -n exists on all Linux shells.
 # shellcheck disable=SC3045
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -34,29 +33,29 @@ for argument in "$@"; do
     asan)
         out=build/soak/asan options="$options rss=0"
         flags='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all' ;;
-    *) die "$argument: not understood" ;;
+    *) die "invalid argument: $argument" ;;
     esac
 done
 
-# ---- build ----------------------------------------------------------------------------------------------------------
+# ---- build --------------------------------------------------------------------------------------------------------
 
-# build NAME FLAGS SOURCE...: where the program is older than a source
+# build NAME FLAGS SOURCE...: compiles the first source if the program is older than any source
 build() {
-    program=$out/$1 flags_of=$2 main=$3
+    program=$out/$1 program_flags=$2 main=$3
     shift 2
     [ -e "$program" ] && [ -z "$(find "$@" -newer "$program")" ] && return 0
     # shellcheck disable=SC2086
-    ${CXX:-g++} -std=c++17 $flags_of "$main" -o "$program" -pthread || die "$main does not compile"
+    ${CXX:-g++} -std=c++17 $program_flags "$main" -o "$program" -pthread || die "$main does not compile"
 }
 mkdir -p $out
-build load '-O2' tests/soak/load.cpp
+build load '-O2' tests/soak/load.cpp tests/bench/load_support.hpp
 build server "$flags" tests/soak/server.cpp wschat.hpp
 
-# ---- run ------------------------------------------------------------------------------------------------------------
+# ---- run ----------------------------------------------------------------------------------------------------------
 
 needed=$((connections + connections / 4 + 500))
 if [ "$(ulimit -n)" != unlimited ] && [ "$(ulimit -n)" -lt $needed ]; then
-    ulimit -n $needed || die "$needed descriptors are needed, and $(ulimit -Hn) allowed: connections=N for fewer"
+    ulimit -n $needed || die "$needed descriptors are required, but only $(ulimit -Hn) are allowed; use a smaller connections=N"
 fi
 
 $out/server 0 >$out/server.out 2>$out/server.err &
@@ -66,7 +65,7 @@ trap 'exit 1' INT TERM
 tries=0
 until port=$(sed -n 's/^soak_server: //p' $out/server.out) && [ -n "$port" ]; do
     tries=$((tries + 1))
-    [ $tries -le 600 ] && kill -0 $server 2>/dev/null || die "the server does not start: $(cat $out/server.err)"
+    [ $tries -le 600 ] && kill -0 $server 2>/dev/null || die "the server did not start: $(cat $out/server.err)"
     sleep 0.1
 done
 
@@ -77,7 +76,7 @@ kill -TERM $server 2>/dev/null
 wait $server
 status=$?
 trap - EXIT
-[ $status = 0 ] || { failed=1 && echo "FAIL: the server ends with status 0, and it was $status"; }
-[ ! -s $out/server.err ] || { failed=1 && echo "FAIL: the server has nothing to warn of:" && head -n 60 $out/server.err; }
+[ $status = 0 ] || { failed=1 && echo "FAIL: the server ended with status $status instead of 0"; }
+[ ! -s $out/server.err ] || { failed=1 && echo "FAIL: the server logged warnings:" && head -n 60 $out/server.err; }
 [ $failed = 0 ] || exit 1
 echo PASS

@@ -1,6 +1,6 @@
-// What a message costs, counted and not timed: calls of the system, allocations, bytes held. The executable is linked
-// with --wrap for each call that is counted; counters belong to a thread, so that those of the server's thread are read
-// through its loop.
+// The cost of a message: system calls, allocations and bytes held. Nothing is timed. The linker option --wrap
+// redirects the counted calls. Counters are thread-local, so the test reads those of the server's thread through its
+// loop.
 #include "../support.hpp"
 
 using namespace test;
@@ -19,30 +19,32 @@ struct Counters {
     std::int64_t bytes_held = 0;
 };
 thread_local Counters counters;
-thread_local bool no_memory = false;  // for the test that sets it
+thread_local bool no_memory = false;  // makes allocations fail
 
-// The size stands before what is handed out, which begins `alignment` bytes into its block.
+// Each block stores its size before the returned memory, which begins `alignment` bytes into the block.
 constexpr std::size_t plain = alignof(std::max_align_t);
 
-// What glibc takes for so many bytes.
-std::int64_t held(std::size_t size) { return static_cast<std::int64_t>((size < 24 ? 32 : size + 8 + 15) / 16 * 16); }
+// The memory that glibc uses for an allocation of this size.
+std::int64_t heap_size(std::size_t size) {
+    return static_cast<std::int64_t>((size < 24 ? 32 : size + 8 + 15) / 16 * 16);
+}
 
 void* counted_new(std::size_t size, std::size_t alignment = plain) {
     const std::size_t whole = (size + 2 * alignment - 1) / alignment * alignment;
     void* block = no_memory ? nullptr : std::aligned_alloc(alignment, whole);
     if (block == nullptr) throw std::bad_alloc();
-    char* const place = static_cast<char*>(block) + alignment;
-    std::memcpy(place - sizeof size, &size, sizeof size);
+    char* const memory = static_cast<char*>(block) + alignment;
+    std::memcpy(memory - sizeof size, &size, sizeof size);
     ++counters.allocations;
-    counters.bytes_held += held(size);
-    return place;
+    counters.bytes_held += heap_size(size);
+    return memory;
 }
-void counted_delete(void* place, std::size_t alignment = plain) {
-    if (place == nullptr) return;
+void counted_delete(void* memory, std::size_t alignment = plain) {
+    if (memory == nullptr) return;
     std::size_t size = 0;
-    std::memcpy(&size, static_cast<char*>(place) - sizeof size, sizeof size);
-    counters.bytes_held -= held(size);
-    std::free(static_cast<char*>(place) - alignment);
+    std::memcpy(&size, static_cast<char*>(memory) - sizeof size, sizeof size);
+    counters.bytes_held -= heap_size(size);
+    std::free(static_cast<char*>(memory) - alignment);
 }
 
 }  // namespace
@@ -50,13 +52,13 @@ void counted_delete(void* place, std::size_t alignment = plain) {
 void* operator new(std::size_t size) { return counted_new(size); }
 void* operator new[](std::size_t size) { return counted_new(size); }
 void* operator new(std::size_t size, std::align_val_t a) { return counted_new(size, static_cast<std::size_t>(a)); }
-void operator delete(void* place) noexcept { counted_delete(place); }
-void operator delete[](void* place) noexcept { counted_delete(place); }
-void operator delete(void* place, std::size_t) noexcept { counted_delete(place); }
-void operator delete[](void* place, std::size_t) noexcept { counted_delete(place); }
-void operator delete(void* place, std::align_val_t a) noexcept { counted_delete(place, static_cast<std::size_t>(a)); }
-void operator delete(void* place, std::size_t, std::align_val_t a) noexcept {
-    counted_delete(place, static_cast<std::size_t>(a));
+void operator delete(void* memory) noexcept { counted_delete(memory); }
+void operator delete[](void* memory) noexcept { counted_delete(memory); }
+void operator delete(void* memory, std::size_t) noexcept { counted_delete(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { counted_delete(memory); }
+void operator delete(void* memory, std::align_val_t a) noexcept { counted_delete(memory, static_cast<std::size_t>(a)); }
+void operator delete(void* memory, std::size_t, std::align_val_t a) noexcept {
+    counted_delete(memory, static_cast<std::size_t>(a));
 }
 
 extern "C" {
@@ -75,7 +77,7 @@ ssize_t __wrap_sendmsg(int descriptor, const msghdr* message, int flags) {
     ++counters.sends;
     return __real_sendmsg(descriptor, message, flags);
 }
-// Called only where the header is compiled for it.
+// Called only if WSCHAT_LIBURING is 1.
 int __wrap_io_uring_submit(void* ring) {
     ++counters.batches;
     return WSCHAT_LIBURING ? __real_io_uring_submit(ring) : -1;
@@ -104,9 +106,15 @@ struct Echo : wschat::WebSocketHandler {
     void on_message(const Message& m) override { write_message(m); }
 };
 
-// A server with a room of `size` members, all of which are open.
-struct Party {
-    explicit Party(std::size_t size) {
+// The counters of the server's thread, after all earlier work is done.
+Counters counters_of(RunningServer& running) {
+    running.on_loop([] {});
+    return running.on_loop([] { return counters; });
+}
+
+// A server with a room of `size` open members.
+struct RunningRoom {
+    explicit RunningRoom(std::size_t size) {
         running.server.route<Member>("/room");
         running.server.route<Echo>("/echo");
         running.start();
@@ -114,13 +122,9 @@ struct Party {
         for (const auto& member : members) REQUIRE(member->is_open());
         REQUIRE(running.eventually([&] { return running.server.rooms()["all"].size() == size; }));
     }
-    // The counters of the server's thread, when all that came before is done.
-    Counters count() {
-        running.on_loop([] {});
-        return running.on_loop([] { return counters; });
-    }
-    // Each member sees the message.
-    void all_receive(const std::string& text) {
+    Counters count() { return counters_of(running); }
+    // Checks that each member receives the message.
+    void expect_all_receive(const std::string& text) {
         for (const auto& member : members) REQUIRE(member->next() == text);
     }
 
@@ -131,79 +135,79 @@ struct Party {
 }  // namespace
 
 TEST_SUITE("counters") {
-    TEST_CASE("a broadcast to N members is N calls of send or one of a batch, and so are ten of one turn") {
-        Party party(40);
+    TEST_CASE("a turn sends one or ten broadcasts to N members with N calls of send or one batch") {
+        RunningRoom room(40);
         const bool batched = wschat::detail::SendBatch::make() != nullptr;
         for (const int broadcasts : {1, 10}) {
             CAPTURE(broadcasts);
-            const Counters before = party.count();
-            party.running.on_loop([&] {
-                for (int i = 0; i < broadcasts; ++i) party.running.server.rooms()["all"].broadcast("to everybody");
+            const Counters before = room.count();
+            room.running.on_loop([&] {
+                for (int i = 0; i < broadcasts; ++i) room.running.server.rooms()["all"].broadcast("to everybody");
             });
-            const Counters after = party.count();
+            const Counters after = room.count();
             CHECK(after.sends - before.sends == (batched ? 0 : 40));
             CHECK(after.batches - before.batches == (batched ? 1 : 0));
             CHECK(after.receives == before.receives);
             CHECK(after.poll_changes == before.poll_changes);
-            for (int i = 0; i < broadcasts; ++i) party.all_receive("to everybody");
+            for (int i = 0; i < broadcasts; ++i) room.expect_all_receive("to everybody");
         }
     }
 
-    TEST_CASE("an echo is one receive and one send, and the poller is told nothing") {
-        Party party(0);
-        Client client(party.running.port(), "/echo");
+    TEST_CASE("an echo is one receive and one send and does not change the poller") {
+        RunningRoom room(0);
+        Client client(room.running.port(), "/echo");
         client.send("warm");
         REQUIRE(client.next() == "warm");
-        const Counters before = party.count();
+        const Counters before = room.count();
         for (int i = 0; i < 50; ++i) {
             client.send("once around");
             REQUIRE(client.next() == "once around");
         }
-        const Counters after = party.count();
+        const Counters after = room.count();
         CHECK(after.receives - before.receives == 50);
         CHECK(after.sends - before.sends == 50);
         CHECK(after.poll_changes == before.poll_changes);
-        // One for each message, and those that wake it to be asked for its counters.
+        // One wait per message, and those for reading the counters.
         CHECK(after.waits - before.waits >= 50);
         CHECK(after.waits - before.waits <= 56);
     }
 
     TEST_CASE("in the steady state a delivery allocates nothing") {
-        Party party(20);
-        const auto talk = [&](int messages) {
+        RunningRoom room(20);
+        const auto send_messages = [&](int messages) {
             for (int i = 0; i < messages; ++i) {
-                party.members[0]->send("some words for everybody in the room");
-                party.all_receive("some words for everybody in the room");
+                room.members[0]->send("some words for everybody in the room");
+                room.expect_all_receive("some words for everybody in the room");
             }
         };
-        talk(10);
-        const Counters before = party.count();
-        talk(50);
-        const Counters after = party.count();
+        send_messages(10);
+        const Counters before = room.count();
+        send_messages(50);
+        const Counters after = room.count();
         CHECK(after.allocations == before.allocations);
-        CHECK(after.bytes_held <= before.bytes_held);  // what the counting posted is freed here
+        CHECK(after.bytes_held <= before.bytes_held);  // the counting frees what it posted
     }
 
-    TEST_CASE("a large echo is received in place and sent from there: nothing of it stays") {
-        Party party(0);
-        Client client(party.running.port(), "/echo");
+    TEST_CASE("a large echo is received and sent in place and leaves no memory behind") {
+        RunningRoom room(0);
+        Client client(room.running.port(), "/echo");
         const std::string large(1024 * 1024, 'x');
-        const auto talk = [&](int messages) {
+        const auto send_messages = [&](int messages) {
             for (int i = 0; i < messages; ++i) {
                 client.send(large, Opcode::binary);
                 REQUIRE(client.next() == large);
             }
         };
-        talk(20);
-        const Counters before = party.count();
-        talk(20);
-        const Counters after = party.count();
-        // What the kernel did not take at once was queued, a few times.
+        send_messages(20);
+        const Counters before = room.count();
+        send_messages(20);
+        const Counters after = room.count();
+        // A few times, the kernel did not take all bytes at once, and the rest was queued.
         CHECK(after.allocations - before.allocations <= 20 * 8);
         CHECK(after.bytes_held <= before.bytes_held);
     }
 
-    TEST_CASE("a message that arrives whole is handed on where it was received") {
+    TEST_CASE("a message that arrives whole is passed to the handler in place") {
         wschat::Limits limits;
         wschat::detail::SendArena arena;
         wschat::detail::Connection connection;
@@ -215,7 +219,7 @@ TEST_SUITE("counters") {
         CHECK(event.message.text().data() == input.data() + 6);
     }
 
-    TEST_CASE("a large message of a server is offered to the transport where it lies") {
+    TEST_CASE("a large message of a server is offered to the transport without a copy") {
         wschat::Limits limits;
         wschat::detail::SendArena arena;
         wschat::detail::Connection connection;
@@ -231,19 +235,20 @@ TEST_SUITE("counters") {
     }
 
     TEST_CASE("an idle connection holds less than a kibibyte") {
-        Party party(0);
+        RunningRoom room(0);
         std::vector<std::unique_ptr<Client>> clients;
-        const auto arrive = [&](std::size_t count) {
+        const auto connect = [&](std::size_t count) {
             for (std::size_t i = 0; i < count; ++i) {
-                clients.push_back(std::make_unique<Client>(party.running.port(), "/echo"));
+                clients.push_back(std::make_unique<Client>(room.running.port(), "/echo"));
                 REQUIRE(clients.back()->is_open());
             }
         };
-        arrive(64);  // the tables grow by doubling: from one full size to the next
-        const Counters before = party.count();
-        arrive(64);
-        const Counters after = party.count();
-        CHECK((after.bytes_held - before.bytes_held) / 64 <= 912);  // of the kibibyte the rest is between the blocks
+        connect(64);  // tables grow by doubling, so both counts are taken at a full table
+        const Counters before = room.count();
+        connect(64);
+        const Counters after = room.count();
+        CHECK((after.bytes_held - before.bytes_held) / 64 <=
+              912);  // the rest of the kibibyte is heap overhead between the blocks
     }
 }
 
@@ -258,7 +263,7 @@ wschat::CompressionOptions all_compressed(bool takeover) {
     return options;
 }
 
-// A room and an echo that compress; "takeover" is in the path where they keep contexts.
+// A room that compresses. Members keep their contexts on the path "/takeover".
 struct DeflateMember : wschat::WebSocketHandler {
     std::optional<wschat::CompressionOptions> get_compression_options() override {
         return all_compressed(request().raw_path() == "/takeover");
@@ -267,33 +272,30 @@ struct DeflateMember : wschat::WebSocketHandler {
     void on_message(const Message& m) override { room("all").broadcast(m); }
 };
 
-struct DeflateParty {
-    DeflateParty() {
+struct DeflateRoom {
+    DeflateRoom() {
         running.server.route<DeflateMember>("/shared");
         running.server.route<DeflateMember>("/takeover");
         running.server.route<Echo>("/plain");
         running.start();
     }
-    void arrive(std::size_t count, const char* target, bool takeover = false) {
+    void connect(std::size_t count, const char* target, bool takeover = false) {
         auto& clients = std::string(target) == "/plain" ? others : members;
         for (std::size_t i = 0; i < count; ++i) {
             clients.push_back(std::make_unique<Client>(running.port(), target, "", all_compressed(takeover)));
             REQUIRE(clients.back()->is_open());
         }
     }
-    void talk(Client& speaker, int messages = 1) {
+    void send_messages(Client& sender, int messages = 1) {
         const std::string text = "some words for everybody in the room, some words for everybody, and some more";
         for (int i = 0; i < messages; ++i) {
-            speaker.send(text);
+            sender.send(text);
             for (const auto& member : members) REQUIRE(member->next() == text);
         }
     }
-    Counters count() {
-        running.on_loop([] {});
-        return running.on_loop([] { return counters; });
-    }
+    Counters count() { return counters_of(running); }
     template <class Work>
-    std::int64_t bytes_for(Work&& work) {
+    std::int64_t bytes_held_by(Work&& work) {
         const std::int64_t before = count().bytes_held;
         work();
         return count().bytes_held - before;
@@ -306,31 +308,31 @@ struct DeflateParty {
 }  // namespace
 
 TEST_SUITE("counters") {
-    TEST_CASE("with the shared compressor a delivery allocates nothing either") {
-        DeflateParty party;
-        party.arrive(20, "/shared");
-        party.talk(*party.members[0], 10);
-        const Counters before = party.count();
-        party.talk(*party.members[0], 50);
-        const Counters after = party.count();
+    TEST_CASE("with the shared compressor a delivery allocates nothing") {
+        DeflateRoom room;
+        room.connect(20, "/shared");
+        room.send_messages(*room.members[0], 10);
+        const Counters before = room.count();
+        room.send_messages(*room.members[0], 50);
+        const Counters after = room.count();
         CHECK(after.allocations == before.allocations);
         CHECK(after.bytes_held <= before.bytes_held);
     }
 
-    TEST_CASE("a connection that keeps no context holds next to nothing for compression, also when it has talked") {
-        DeflateParty party;
-        party.arrive(2, "/shared");
-        party.talk(*party.members[0], 10);
-        const std::int64_t plain = party.bytes_for([&] { party.arrive(64, "/plain"); }) / 64;
-        const std::int64_t compressed = party.bytes_for([&] { party.arrive(64, "/shared"); }) / 64;
-        CHECK(compressed - plain < 256);  // the words of the offer among them
-        const std::int64_t talking = party.bytes_for([&] {
-            for (const auto& member : party.members) party.talk(*member);
+    TEST_CASE("a connection without context takeover holds less than 256 bytes for compression, also after messages") {
+        DeflateRoom room;
+        room.connect(2, "/shared");
+        room.send_messages(*room.members[0], 10);
+        const std::int64_t plain = room.bytes_held_by([&] { room.connect(64, "/plain"); }) / 64;
+        const std::int64_t compressed = room.bytes_held_by([&] { room.connect(64, "/shared"); }) / 64;
+        CHECK(compressed - plain < 256);  // this includes the text of the offer
+        const std::int64_t talking = room.bytes_held_by([&] {
+            for (const auto& member : room.members) room.send_messages(*member);
         });
         CHECK(talking < 64 * 16);
     }
 
-    TEST_CASE("a message that could not be compressed for want of memory leaves nothing in the next") {
+    TEST_CASE("a message that failed to compress because memory ran out leaves nothing in the next") {
         wschat::detail::Deflater deflater(6, 8, 15);
         std::string noise;
         for (unsigned i = 0, random = 1; i < 1'000'000; ++i)
@@ -355,18 +357,18 @@ TEST_SUITE("counters") {
         CHECK(deflated("again and again and again and again") == words);
     }
 
-    TEST_CASE("a context costs what CompressionOptions says, from the first message on") {
-        DeflateParty party;
-        party.arrive(1, "/takeover", true);
-        party.talk(*party.members[0], 10);
-        party.arrive(1, "/takeover", true);
-        const std::int64_t compressor = party.bytes_for([&] { party.talk(*party.members[0]); });
+    TEST_CASE("a context costs the documented memory from the first message") {
+        DeflateRoom room;
+        room.connect(1, "/takeover", true);
+        room.send_messages(*room.members[0], 10);
+        room.connect(1, "/takeover", true);
+        const std::int64_t compressor = room.bytes_held_by([&] { room.send_messages(*room.members[0]); });
         CHECK(compressor > 258 * 1024);
         CHECK(compressor < 266 * 1024);
-        const std::int64_t decompressor = party.bytes_for([&] { party.talk(*party.members[1]); });
+        const std::int64_t decompressor = room.bytes_held_by([&] { room.send_messages(*room.members[1]); });
         CHECK(decompressor > 36 * 1024);
         CHECK(decompressor < 42 * 1024);
-        CHECK(party.bytes_for([&] { party.talk(*party.members[1], 10); }) <= 0);
+        CHECK(room.bytes_held_by([&] { room.send_messages(*room.members[1], 10); }) <= 0);
     }
 }
 

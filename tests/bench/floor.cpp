@@ -1,10 +1,11 @@
-// floor PORT room|echo: what the kernel alone costs. One epoll loop that trusts its input: no limits, no UTF-8, no
-// timeouts, no origin, no keepalive. It is the yardstick of tests/bench, not an example of a server.
+// floor PORT room|echo: measures the cost of the kernel alone. It is one epoll loop that trusts its input: no limits,
+// no UTF-8 validation, no timeouts, no origin check, no keepalive. It is the reference of tests/bench, not an example
+// of a server.
 //
-// What makes it cheap: edge-triggered events, so that a drained socket is not asked again; a turn's frames gathered
-// into one buffer that goes to every member in one send; a large frame received in place, unmasked while it is warm
-// in the cache, and echoed from where it lies; large buffers that begin in the middle of a page, because the kernel's
-// copies are slow between places that are about equally far into their pages.
+// It is cheap because of: edge-triggered events, so a drained socket is not read again; one buffer for the frames of a
+// turn, sent to each member with one call; large frames that are received in place, unmasked while they are in the
+// cache, and echoed from the same memory; large buffers that begin in the middle of a page, because the kernel copies
+// slowly between addresses with similar page offsets.
 
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -51,19 +52,19 @@ struct Buffer {
 
 struct Connection {
     int fd = -1;
-    bool open = false;         // the handshake is done
-    std::uint32_t place = 0;   // in the room
-    std::size_t unmasked = 0;  // so much of the payload of the unfinished frame in `in`
-    std::size_t sent = 0;      // so much of `out` has gone
-    Buffer in, out;            // an unfinished frame; a backlog
+    bool open = false;         // the handshake is complete
+    std::uint32_t index = 0;   // index in the room
+    std::size_t unmasked = 0;  // unmasked payload bytes of the incomplete frame in `in`
+    std::size_t sent = 0;      // sent bytes of `out`
+    Buffer in, out;            // in: an incomplete frame; out: the backlog
 };
 
 struct Frame {
     std::size_t header, size;
-};  // size: of the whole; 0 while more is needed
+};  // size: of the whole frame, or 0 if more bytes are needed
 
 bool echo;
-Buffer turn;  // the frames that go out: to the room at the end of the turn, or back to the one that is read
+Buffer output;  // outgoing frames: to the room at the end of a turn, or back to the sender
 std::vector<Connection*> room;
 char scratch[4 * large];
 
@@ -93,7 +94,7 @@ void sha1_block(std::uint32_t (&h)[5], const unsigned char* block) {
     h[4] += e;
 }
 
-// RFC 6455 4.2.2: base64 of SHA-1 of key and GUID; these are 60 bytes, which fill two blocks with their padding.
+// RFC 6455 4.2.2: base64 of the SHA-1 of key and GUID. These are 60 bytes, which fill two blocks with their padding.
 void put_accept_value(char* to, const char* key) {
     unsigned char text[128] = {};
     std::memcpy(text, key, 24);
@@ -104,14 +105,14 @@ void put_accept_value(char* to, const char* key) {
     auto& digest = reinterpret_cast<std::uint32_t(&)[5]>(h);
     sha1_block(digest, text);
     sha1_block(digest, text + 64);
-    for (unsigned i = 0; i < 27; ++i) {  // six bits from bit 6 * i, which may reach into the next word
+    for (unsigned i = 0; i < 27; ++i) {  // six bits from bit 6 * i; they may span two words
         const std::uint64_t two = static_cast<std::uint64_t>(h[i * 6 / 32]) << 32 | h[(std::min)(i * 6 / 32 + 1, 5u)];
         *to++ = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"[two >> (58 - i * 6 % 32) & 63];
     }
     *to = '=';
 }
 
-// A client's frame: two bytes, then none, two or eight of the length, then the mask.
+// A client's frame: two bytes, then 0, 2 or 8 bytes of length, then the mask.
 Frame frame_at(const char* data, std::size_t n) {
     const auto* p = reinterpret_cast<const unsigned char*>(data);
     if (n < 6) return {0, 0};
@@ -122,13 +123,13 @@ Frame frame_at(const char* data, std::size_t n) {
     return {header, header + size};
 }
 
-// `at`: how far into the payload; `to` may be `from`.
+// `at` is the position in the payload. `to` may equal `from`.
 void unmask(char* to, const char* from, std::size_t n, const char* mask, std::size_t at) {
     using Block = std::uint32_t __attribute__((vector_size(64)));
-    char turned[4];
-    for (std::size_t i = 0; i < 4; ++i) turned[i] = mask[(at + i) & 3];
+    char rotated[4];
+    for (std::size_t i = 0; i < 4; ++i) rotated[i] = mask[(at + i) & 3];
     std::uint32_t key;
-    std::memcpy(&key, turned, 4);
+    std::memcpy(&key, rotated, 4);
     std::size_t i = 0;
     for (Block block; i + 64 <= n; i += 64) {
         std::memcpy(&block, from + i, 64);
@@ -140,10 +141,10 @@ void unmask(char* to, const char* from, std::size_t n, const char* mask, std::si
         word ^= key;
         std::memcpy(to + i, &word, 4);
     }
-    for (; i < n; ++i) to[i] = static_cast<char>(from[i] ^ turned[i & 3]);
+    for (; i < n; ++i) to[i] = static_cast<char>(from[i] ^ rotated[i & 3]);
 }
 
-// The server's header is the client's without the mask. It is put right before `payload`.
+// A server's header is the client's header without the mask bit. It is written directly before `payload`.
 char* put_header(char* payload, const char* frame, const Frame& f) {
     char* begin = payload - (f.header - 4);
     std::memmove(begin, frame, f.header - 4);
@@ -155,7 +156,7 @@ void send_to(Connection& c, const char* p, std::size_t n) {
     if (c.out.size == 0) {
         const ssize_t k = ::send(c.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (k == static_cast<ssize_t>(n)) return;
-        if (k < 0 && errno != EAGAIN) return;  // the next read sees the end
+        if (k < 0 && errno != EAGAIN) return;  // the next read reports the error
         if (k > 0) {
             p += k;
             n -= static_cast<std::size_t>(k);
@@ -171,7 +172,7 @@ void flush(Connection& c) {
 
 void close(Connection* c) {
     if (c->open) {
-        (room[c->place] = room.back())->place = c->place;
+        (room[c->index] = room.back())->index = c->index;
         room.pop_back();
     }
     ::close(c->fd);
@@ -180,35 +181,35 @@ void close(Connection* c) {
     delete c;
 }
 
-// The request ends where the bytes end: a client waits for the answer.
+// The request ends with the bytes, because a client waits for the response.
 bool handshake(Connection& c, const char* p, std::size_t n) {
-    static char answer[] =
+    static char response[] =
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Accept: ----------------------------\r\n\r\n";
     const auto* key = static_cast<const char*>(memmem(p, n, "Sec-WebSocket-Key: ", 19));
     if (key == nullptr || std::memcmp(p + n - 4, "\r\n\r\n", 4) != 0) return false;
-    put_accept_value(answer + sizeof answer - 1 - 32, key + 19);
-    send_to(c, answer, sizeof answer - 1);
-    c.place = static_cast<std::uint32_t>(room.size());
+    put_accept_value(response + sizeof response - 1 - 32, key + 19);
+    send_to(c, response, sizeof response - 1);
+    c.index = static_cast<std::uint32_t>(room.size());
     room.push_back(&c);
     return c.open = true;
 }
 
-// Small frames: unmasked into `turn`. Returns how many bytes are used.
-std::size_t take_frames(const char* p, std::size_t n) {
+// Unmasks small frames into `output`. Returns the number of used bytes.
+std::size_t read_frames(const char* p, std::size_t n) {
     std::size_t used = 0;
     for (;;) {
         const Frame f = frame_at(p + used, n - used);
         if (f.size == 0 || f.size > n - used) return used;
-        char* payload = turn.grow(f.size - 4) + f.header - 4;
+        char* payload = output.grow(f.size - 4) + f.header - 4;
         put_header(payload, p + used, f);
         unmask(payload, p + used + f.header, f.size - f.header, p + used + f.header - 4, 0);
         used += f.size;
     }
 }
 
-// A large frame in the connection's own buffer: unmasked as it comes, echoed from where it lies.
-void take_large(Connection& c, const Frame& f) {
+// A large frame in the connection's own buffer is unmasked as it arrives and echoed from there.
+void read_large_frame(Connection& c, const Frame& f) {
     char* payload = c.in.data + f.header;
     const std::size_t ready = c.in.size - f.header;
     unmask(payload + c.unmasked, payload + c.unmasked, ready - c.unmasked, payload - 4, c.unmasked);
@@ -217,7 +218,7 @@ void take_large(Connection& c, const Frame& f) {
     const char* begin = put_header(payload, c.in.data, f);
     const std::size_t n = f.size - 4;
     c.in.size = c.unmasked = 0;
-    if (!echo) return turn.append(begin, n);
+    if (!echo) return output.append(begin, n);
     if (c.out.size != 0) return c.out.append(begin, n);
     const ssize_t k = ::send(c.fd, begin, n, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (k == static_cast<ssize_t>(n)) return;
@@ -226,8 +227,8 @@ void take_large(Connection& c, const Frame& f) {
     c.sent = 4 + static_cast<std::size_t>((std::max)(k, ssize_t{0}));
 }
 
-// Reads until a short read tells that the socket is drained. The rest of an unfinished frame, and all of a connection
-// that has sent a large one, come to its own buffer; everything else to the one that the loop shares. True: close.
+// Reads until a short read shows that the socket is drained. Incomplete frames use the connection's own buffer, and so
+// does a connection that has sent a large frame. Everything else uses the shared buffer. Returns true to close.
 bool read(Connection& c) {
     for (;;) {
         const bool own = c.in.size != 0 || c.in.capacity >= large;
@@ -242,14 +243,14 @@ bool read(Connection& c) {
         if (c.open && (*p & 15) == 8) return ::send(c.fd, "\x88\0", 2, MSG_NOSIGNAL | MSG_DONTWAIT), true;
         f = frame_at(p, own && c.open ? n : 0);
         if (f.size > large && n <= f.size) {
-            take_large(c, f);
+            read_large_frame(c, f);
         } else {
-            const std::size_t used = c.open ? take_frames(p, n) : handshake(c, p, n) ? n : 0;
+            const std::size_t used = c.open ? read_frames(p, n) : handshake(c, p, n) ? n : 0;
             if (own) std::memmove(c.in.data, p + used, c.in.size = n - used);
             else if (n > used) c.in.append(p + used, n - used);
-            if (echo && turn.size != 0) {
-                send_to(c, turn.data, turn.size);
-                turn.size = 0;
+            if (echo && output.size != 0) {
+                send_to(c, output.data, output.size);
+                output.size = 0;
             }
         }
         if (static_cast<std::size_t>(k) < wanted) return false;
@@ -261,7 +262,7 @@ void accept_all(int listener, int poller) {
         auto* c = new Connection;
         c->fd = fd;
         epoll_event e{};
-        // EPOLLOUT comes once, and then only after a send that fell short.
+        // EPOLLOUT arrives once, and then only after a partial send.
         e.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
         e.data.ptr = c;
         epoll_ctl(poller, EPOLL_CTL_ADD, fd, &e);
@@ -275,7 +276,7 @@ int listen_on(int port) {
     a.sin_port = htons(static_cast<std::uint16_t>(port));
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);  // Linux: the accepted ones inherit it
+    setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);  // on Linux, accepted sockets inherit it
     if (bind(listener, reinterpret_cast<sockaddr*>(&a), sizeof a) == 0 && ::listen(listener, 4096) == 0)
         return listener;
     std::perror("floor: listen");
@@ -301,12 +302,12 @@ int main(int argc, char** argv) {
                 accept_all(listener, poller);
                 continue;
             }
-            const unsigned what = events[i].events;
-            if (c->out.size != 0 && (what & EPOLLOUT) != 0) flush(*c);
-            if ((what & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0 || ((what & EPOLLIN) != 0 && read(*c))) close(c);
+            const unsigned ready = events[i].events;
+            if (c->out.size != 0 && (ready & EPOLLOUT) != 0) flush(*c);
+            if ((ready & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0 || ((ready & EPOLLIN) != 0 && read(*c))) close(c);
         }
-        if (turn.size == 0) continue;
-        for (Connection* c : room) send_to(*c, turn.data, turn.size);
-        turn.size = 0;
+        if (output.size == 0) continue;
+        for (Connection* c : room) send_to(*c, output.data, output.size);
+        output.size = 0;
     }
 }

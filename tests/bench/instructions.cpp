@@ -1,7 +1,8 @@
-// Work for callgrind, N times over:   instructions receive|echo|broadcast N
+// Work for callgrind, repeated N times:   instructions receive|echo|broadcast N
 //
-// receive: a masked text frame of 64 bytes, from bytes to a message. echo: the same, and the answer queued and taken
-// out. broadcast: one frame of 64 bytes encoded, queued for 100 connections and taken out, counted for each connection.
+// receive: parses a masked text frame of 64 bytes into a message. echo: the same, then queues the reply and removes it
+// from the queue. broadcast: encodes a frame of 64 bytes, queues it for 100 connections and removes it; N counts
+// deliveries.
 #include "../../wschat.hpp"
 
 #include <deque>
@@ -16,7 +17,7 @@ std::string masked_frame() {
     return std::string(wschat::detail::encode_masked(arena, Opcode::text, std::string(64, 'x'), mask).view());
 }
 
-void take_out(wschat::detail::Connection& connection) {
+void drain_output(wschat::detail::Connection& connection) {
     std::string_view piece;
     connection.output().gather(&piece, 1);
     connection.output().consume(piece.size());
@@ -30,12 +31,12 @@ void receive(long count, bool echo) {
     const std::string frame = masked_frame();
     std::string input;
     for (long i = 0; i < count; ++i) {
-        input = frame;  // unmasking writes to it
+        input = frame;  // unmasking changes it
         connection.receive(&input[0], input.size(), wschat::Time());
         for (wschat::detail::Event event = connection.next_event(); event.kind != wschat::detail::Event::Kind::none;
              event = connection.next_event())
             if (echo) connection.send(event.message.opcode(), event.message.data());
-        if (echo) take_out(connection);
+        if (echo) drain_output(connection);
     }
 }
 
@@ -43,12 +44,13 @@ void broadcast(long count) {
     wschat::Limits limits;
     wschat::detail::SendArena arena;
     std::deque<wschat::detail::Connection> members(100);
-    for (wschat::detail::Connection& member : members) member.open(wschat::detail::Role::server, limits, arena, wschat::Time());
+    for (wschat::detail::Connection& member : members)
+        member.open(wschat::detail::Role::server, limits, arena, wschat::Time());
     const std::string payload(64, 'x');
     for (long i = 0; i < count; i += 100) {
         const wschat::EncodedFrame frame(arena, Opcode::text, payload);
         for (wschat::detail::Connection& member : members) member.send(frame);
-        for (wschat::detail::Connection& member : members) take_out(member);
+        for (wschat::detail::Connection& member : members) drain_output(member);
     }
 }
 

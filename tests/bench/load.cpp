@@ -1,48 +1,24 @@
-// bench_load: the load generator of tests/bench. One epoll thread, Linux only, cheaper than any server: members that
-// do not send only count the bytes that come (MSG_TRUNC: the kernel drops them without a copy), frames are built once,
-// and every socket is edge-triggered. Prints one line of JSON; a clear error and status 1 where anything is wrong.
+// bench_load: the load generator of tests/bench. It has one epoll thread, runs on Linux only, and costs less than any
+// server: members that do not send only count received bytes (MSG_TRUNC: the kernel drops them without a copy), frames
+// are built once, and every socket is edge-triggered. Prints one line of JSON, or an error and ends with status 1.
 //
 // Contents: options, clocks and the server's /proc, histogram, messages and frames, connections, the loop, the modes.
 
-#include <arpa/inet.h>
-#include <netinet/tcp.h>
-#include <sys/epoll.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <unistd.h>
+#include "load_support.hpp"
 
-#include <algorithm>
-#include <array>
-#include <cerrno>
-#include <cmath>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <ctime>
+#include <sys/prctl.h>
+
 #include <memory>
-#include <string>
-#include <string_view>
-#include <utility>
-#include <vector>
+
+const load_support::Program load_support::program = {"bench_load", 1};
 
 namespace {
 
+using load_support::fail;
+using load_support::loopback_address;
 using Nanoseconds = std::int64_t;
 constexpr Nanoseconds second = 1'000'000'000;
-constexpr std::size_t smallest_payload = 24;  // a stamp
-
-[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    std::fputs("bench_load: ", stderr);
-    std::vfprintf(stderr, format, args);
-    std::fputc('\n', stderr);
-    va_end(args);
-    std::exit(1);
-}
+constexpr std::size_t smallest_payload = 24;  // the size of a stamp
 
 // ---- options -------------------------------------------------------------------------------------------------------
 
@@ -50,40 +26,40 @@ struct Options {
     std::string mode;
     int port = 0;
     int pid = 0;
-    std::size_t members = 200;  // connections in all, the senders among them
+    std::size_t members = 200;  // number of connections, including the senders
     std::size_t senders = 4;
-    std::size_t samples = 32;  // fanout-rate: members that read time stamps
-    std::size_t size = 64;     // bytes of a payload
+    std::size_t samples = 32;  // fanout-rate: members that read timestamps
+    std::size_t size = 64;     // payload size in bytes
     double seconds = 2;
     double warmup = 0.3;
-    double rate = 0;          // fanout-rate: messages a second, all senders together
-    double stalled = 0;       // the fraction of the members that never reads
-    double timeout = 60;      // the whole run, warm-up and connecting included
-    std::size_t window = 64;  // handshakes under way
+    double rate = 0;          // fanout-rate: messages per second of all senders
+    double stalled = 0;       // fraction of the members that never read
+    double timeout = 60;      // for the whole run, including warm-up and connecting
+    std::size_t window = 64;  // concurrent handshakes
     bool binary = false;
-    bool mixed = false;     // text of one- to four-byte sequences instead of ASCII
-    bool takeover = false;  // deflate: the server may keep a context for each member
+    bool mixed = false;     // text with UTF-8 sequences of one to four bytes instead of ASCII
+    bool takeover = false;  // deflate: the server may keep a context per member
     std::string path = "/";
 };
 
 constexpr const char* usage =
     "usage: bench_load --port P --pid SERVERPID --mode MODE [option value]...\n"
     "modes\n"
-    "  fanout       every sender has one message under way; counts deliveries\n"
-    "  fanout-rate  messages at --rate a second; latency from the intended time of sending\n"
-    "  echo         every member has one message under way\n"
-    "  ping-idle    as echo, but only the first member sends\n"
-    "  deflate      one sender, and compression; counts frames without reading what is in them\n"
-    "  idle         connects the members; the server's memory before and after\n"
-    "  connect      connect, opening and closing handshake, --window under way\n"
+    "  fanout       every sender has one message in flight; counts deliveries\n"
+    "  fanout-rate  --rate messages per second; latency from the intended send time\n"
+    "  echo         every member has one message in flight\n"
+    "  ping-idle    like echo, but only the first member sends\n"
+    "  deflate      one sender, with compression; counts frames without decoding them\n"
+    "  idle         connects the members; measures the server's memory before and after\n"
+    "  connect      connects, opens and closes, with --window concurrent handshakes\n"
     "options\n"
-    "  --members N (200)     connections in all        --senders N (4)      of them, in the fan-out modes\n"
-    "  --size BYTES (64)     of a payload, 24 or more   --type text|binary   (text)\n"
-    "  --filler ascii|mixed  of a text (ascii)          --rate R             messages a second\n"
-    "  --stalled F (0)       fraction that never reads  --samples N (32)     members that take the latency\n"
-    "  --seconds S (2)       measured                   --warmup S (0.3)     before that\n"
-    "  --window N (64)       handshakes under way       --timeout S (60)     for the whole run\n"
-    "  --path P (/)                                     --takeover yes|no    (no) deflate: a context for each member\n";
+    "  --members N (200)     number of connections     --senders N (4)      members that send (fan-out modes)\n"
+    "  --size BYTES (64)     payload size, at least 24 --type text|binary   (text)\n"
+    "  --filler ascii|mixed  kind of text (ascii)      --rate R             messages per second\n"
+    "  --stalled F (0)       fraction that never reads --samples N (32)     members that measure latency\n"
+    "  --seconds S (2)       measured time             --warmup S (0.3)     time before the measurement\n"
+    "  --window N (64)       concurrent handshakes     --timeout S (60)     for the whole run\n"
+    "  --path P (/)                                    --takeover yes|no    deflate: a context per member (no)\n";
 
 double number(const char* name, const char* text, double least, double most) {
     char* end = nullptr;
@@ -120,7 +96,7 @@ void set_option(Options& o, const char* name, const char* text) {
     else if (n == "--filler") o.mixed = one_of(name, text, "mixed", "ascii");
     else if (n == "--takeover") o.takeover = one_of(name, text, "yes", "no");
     else if (n == "--path") o.path = text;
-    else fail("%s: no such option\n%s", name, usage);
+    else fail("unknown option: %s\n%s", name, usage);
 }
 
 Options parse_options(int argc, char** argv) {
@@ -129,7 +105,7 @@ Options parse_options(int argc, char** argv) {
         if (i + 1 == argc) fail("%s: needs a value\n%s", argv[i], usage);
         set_option(o, argv[i], argv[i + 1]);
     }
-    if (o.mode.empty() || o.port == 0 || o.pid == 0) fail("--mode, --port and --pid are needed\n%s", usage);
+    if (o.mode.empty() || o.port == 0 || o.pid == 0) fail("--mode, --port and --pid are required\n%s", usage);
     if (o.mode == "fanout-rate" && o.rate <= 0) fail("--mode fanout-rate needs --rate");
     if (o.mode == "echo") o.senders = o.members;
     if (o.mode == "ping-idle" || o.mode == "deflate") o.senders = 1;
@@ -142,7 +118,7 @@ Options parse_options(int argc, char** argv) {
 
 Nanoseconds read_clock(clockid_t id) {
     timespec t{};
-    if (clock_gettime(id, &t) != 0) fail("the server has ended during the run");
+    if (clock_gettime(id, &t) != 0) fail("the server ended during the run");
     return t.tv_sec * second + t.tv_nsec;
 }
 
@@ -156,7 +132,7 @@ struct Memory {
     long rss_kib, pss_kib;
 };
 
-// The CPU clock of another process counts all its threads, ended ones too, in nanoseconds.
+// The CPU clock of another process counts all its threads in nanoseconds, including ended threads.
 class ServerProcess {
 public:
     explicit ServerProcess(int pid) : pid_(pid) {
@@ -184,7 +160,7 @@ private:
 
 // ---- histogram -----------------------------------------------------------------------------------------------------
 
-// Log-linear: 64 steps to each power of two, so that a percentile is right within 1.6%.
+// A log-linear histogram with 64 steps per power of two. Percentiles have an error of at most 1.6%.
 class Histogram {
 public:
     void add(Nanoseconds value) {
@@ -223,7 +199,7 @@ private:
 
 // ---- messages and frames -------------------------------------------------------------------------------------------
 
-// A payload begins with 24 bytes of ASCII, six bits in each: sender, sequence, intended time of sending, zero.
+// The first 24 bytes of a payload. Each is ASCII and holds six bits: sender, sequence, intended send time, zero.
 struct Stamp {
     static constexpr std::size_t size = smallest_payload;
     std::uint64_t sender = 0, sequence = 0;
@@ -253,7 +229,8 @@ Stamp get_stamp(const char* from) {
     return {get_digits<4>(from), get_digits<6>(from + 4), static_cast<Nanoseconds>(get_digits<11>(from + 10))};
 }
 
-// What follows the stamp. Mixed text has about as much of each length of UTF-8 sequences as a chat of many languages.
+// The payload after the stamp. Mixed text has about as many UTF-8 sequences of each length as a chat in many
+// languages.
 std::string filler(std::size_t n, bool binary, bool mixed) {
     constexpr std::string_view ascii = "The quick brown fox jumps over the lazy dog, and the dog does not mind. ";
     constexpr std::string_view many =
@@ -272,7 +249,7 @@ std::size_t put_length(char* to, std::size_t n) {
     return 1 + bytes;
 }
 
-// The one frame that all senders send: only the stamp in it changes, so the rest is masked once.
+// The frame that all senders use. Only its stamp changes, so the body is masked once.
 class ClientFrame {
 public:
     ClientFrame(std::size_t size, bool binary, bool mixed) : body_(filler(size - Stamp::size, binary, mixed)) {
@@ -294,7 +271,7 @@ public:
         return frame_;
     }
     const std::string& body() const { return body_; }
-    std::size_t server_size() const { return server_size_; }  // of the unmasked frame that comes back
+    std::size_t server_size() const { return server_size_; }  // size of the unmasked frame that the server sends
 
 private:
     static constexpr char mask[5] = "\x5A\xC3\x1E\x97";
@@ -311,34 +288,34 @@ struct Connection {
     int fd = -1;
     Role role = Role::counts;
     Stage stage = Stage::closed;
-    bool requested = false;  // the request has gone
-    bool writing = false;    // a frame has gone only in part
+    bool requested = false;  // the request was sent
+    bool writing = false;    // a frame was sent only in part
     std::uint32_t index = 0;
-    std::uint32_t sender = 0;    // its place among the senders
-    Nanoseconds started = 0;     // the handshake
-    std::uint64_t messages = 0;  // parses: whole ones
-    Stamp under_way;             // of the message that was sent last
-    std::size_t sent = 0;        // bytes of its frame
-    std::uint64_t left = 0;      // payload bytes of the frame that is being read
-    std::size_t body_at = 0;     // how far into the body they begin
+    std::uint32_t sender = 0;       // its index among the senders
+    Nanoseconds started = 0;        // when the handshake started
+    std::uint64_t messages = 0;     // complete messages, if the role is `parses`
+    Stamp last_sent;                // stamp of the last sent message
+    std::size_t sent = 0;           // sent bytes of its frame
+    std::uint64_t left = 0;         // remaining payload bytes of the current frame
+    std::size_t body_position = 0;  // position in the body
     std::size_t head_size = 0;
-    std::array<char, 127> head{};  // the header and the stamp, or a whole control frame
-    std::string answer;            // the head of the answer to the handshake, while it is not whole
+    std::array<char, 127> head{};  // header and stamp, or a whole control frame
+    std::string response;          // an incomplete response to the handshake
 };
 
 struct Totals {
-    std::uint64_t bytes = 0;    // of frames, at all members that read
-    std::uint64_t reads = 0;    // system calls of those that parse
-    std::uint64_t parsed = 0;   // messages at those
-    std::uint64_t payload = 0;  // deflate: compressed bytes at those
-    std::uint64_t sent = 0;     // messages
+    std::uint64_t bytes = 0;    // frame bytes at all members that read
+    std::uint64_t reads = 0;    // read calls of members that parse
+    std::uint64_t parsed = 0;   // messages at members that parse
+    std::uint64_t payload = 0;  // deflate: compressed bytes at members that parse
+    std::uint64_t sent = 0;     // messages sent
     std::uint64_t handshakes = 0;
     std::uint64_t stalled_closed = 0;
 };
 
 // ---- the loop ------------------------------------------------------------------------------------------------------
 
-// Connections, their handshakes and their frames. A mode derives from it and says what a message leads to.
+// Connections, their handshakes and their frames. A mode derives from it and decides what a message causes.
 class Load {
 public:
     explicit Load(const Options& o)
@@ -346,7 +323,7 @@ public:
           server_(o.pid),
           frame_(o.size, o.binary, o.mixed),
           poller_(epoll_create1(EPOLL_CLOEXEC)),
-          end_of_all_(now() + static_cast<Nanoseconds>(o.timeout * 1e9)) {
+          deadline_(now() + static_cast<Nanoseconds>(o.timeout * 1e9)) {
         request_ = "GET " + o.path + " HTTP/1.1\r\nHost: 127.0.0.1:" + std::to_string(o.port) +
                    "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
                    "Sec-WebSocket-Version: 13\r\n";
@@ -373,24 +350,24 @@ protected:
     void start_closing(Connection& c);
     void send_message(Connection& c, Nanoseconds intended);
     void push(Connection& c);
-    void turn(Nanoseconds until);
+    void poll_once(Nanoseconds until);
     void run_until(Nanoseconds end) {
-        while (now() < end) turn(end);
+        while (now() < end) poll_once(end);
     }
-    void settle(double seconds) { run_until(now() + static_cast<Nanoseconds>(seconds * 1e9)); }
+    void run_for(double seconds) { run_until(now() + static_cast<Nanoseconds>(seconds * 1e9)); }
 
     const Options& options_;
     ServerProcess server_;
     ClientFrame frame_;
     std::vector<Connection> connections_;
     Totals totals_;
-    Nanoseconds turn_time_ = 0;  // when the events of this turn were fetched
+    Nanoseconds poll_time_ = 0;  // when epoll_wait returned
 
 private:
     void send_request(Connection& c);
     void on_event(Connection& c, std::uint32_t events);
     void on_end(Connection& c, const char* how);
-    void read_answer(Connection& c);
+    void read_response(Connection& c);
     void read_count(Connection& c);
     void read_parse(Connection& c);
     void feed(Connection& c, const char* p, std::size_t n);
@@ -400,7 +377,7 @@ private:
     void end_frame(Connection& c);
 
     int poller_;
-    Nanoseconds end_of_all_;
+    Nanoseconds deadline_;
     std::string request_;
     std::size_t opening_ = 0;
     std::array<epoll_event, 512> events_{};
@@ -413,17 +390,14 @@ void Load::start_connecting(Connection& c) {
     const int one = 1, small = 4096;
     setsockopt(c.fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     if (c.role == Role::stalls) setsockopt(c.fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
-    sockaddr_in a{};
-    a.sin_family = AF_INET;
-    a.sin_port = htons(static_cast<std::uint16_t>(options_.port));
-    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    const sockaddr_in address = loopback_address(0, static_cast<std::uint16_t>(options_.port));
     c.stage = Stage::handshake;
     c.writing = false;
     c.started = now();
     ++opening_;
-    if (::connect(c.fd, reinterpret_cast<sockaddr*>(&a), sizeof a) != 0 && errno != EINPROGRESS)
+    if (::connect(c.fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 && errno != EINPROGRESS)
         fail("connect to 127.0.0.1:%d, connection %u: %s", options_.port, c.index, std::strerror(errno));
-    // On the loopback the connection stands already; where the backlog is full, EPOLLOUT comes later.
+    // On the loopback the connection is usually established at once. If the backlog is full, EPOLLOUT comes later.
     send_request(c);
     epoll_event e{};
     e.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
@@ -439,10 +413,10 @@ void Load::send_request(Connection& c) {
 
 void Load::connect_all(std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) {
-        while (opening_ >= options_.window) turn(end_of_all_);
+        while (opening_ >= options_.window) poll_once(deadline_);
         start_connecting(connections_[i]);
     }
-    while (opening_ != 0) turn(end_of_all_);
+    while (opening_ != 0) poll_once(deadline_);
 }
 
 void Load::disconnect(Connection& c) {
@@ -451,12 +425,12 @@ void Load::disconnect(Connection& c) {
     c.fd = -1;
 }
 
-// The closing handshake; the server closes the TCP connection, as RFC 6455 7.1.1 wants it. Its close frame stays
-// unread, so that our end is a reset, and thousands of ports do not wait in TIME_WAIT and slow down what comes next.
+// The closing handshake. The server closes the TCP connection first, as RFC 6455 7.1.1 requires. Its Close frame stays
+// unread, so close() sends a reset, and no ports wait in TIME_WAIT.
 void Load::start_closing(Connection& c) {
     constexpr char frame[] = "\x88\x82\0\0\0\0\x03\xE8";
     if (::send(c.fd, frame, sizeof frame - 1, MSG_NOSIGNAL) < 0)
-        fail("connection %u: close frame: %s", c.index, std::strerror(errno));
+        fail("connection %u: cannot send the Close frame: %s", c.index, std::strerror(errno));
     c.stage = Stage::closing;
 }
 
@@ -466,14 +440,14 @@ Load::~Load() {
         if (c.fd >= 0) setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
 }
 
-void Load::turn(Nanoseconds until) {
+void Load::poll_once(Nanoseconds until) {
     const Nanoseconds before = now();
-    if (before > end_of_all_) fail("not done after %g s (%zu handshakes open)", options_.timeout, opening_);
+    if (before > deadline_) fail("not finished after %g s (%zu handshakes pending)", options_.timeout, opening_);
     const Nanoseconds wait = (std::max)((std::min)(until, before + second / 10) - before, Nanoseconds{0});
     const timespec timeout{wait / second, wait % second};
     const int n = epoll_pwait2(poller_, events_.data(), static_cast<int>(events_.size()), &timeout, nullptr);
     if (n < 0 && errno != EINTR) fail("epoll_pwait2: %s", std::strerror(errno));
-    turn_time_ = now();
+    poll_time_ = now();
     for (int i = 0; i < n; ++i) {
         const auto& e = events_[static_cast<std::size_t>(i)];
         on_event(*static_cast<Connection*>(e.data.ptr), e.events);
@@ -483,7 +457,7 @@ void Load::turn(Nanoseconds until) {
 void Load::on_event(Connection& c, std::uint32_t events) {
     if (c.stage == Stage::handshake) {
         if (!c.requested && (events & EPOLLOUT) != 0) send_request(c);
-        if ((events & ~static_cast<unsigned>(EPOLLOUT)) != 0) read_answer(c);
+        if ((events & ~static_cast<unsigned>(EPOLLOUT)) != 0) read_response(c);
         return;
     }
     if (c.stage == Stage::closing) {
@@ -504,31 +478,31 @@ void Load::on_end(Connection& c, const char* how) {
     disconnect(c);
 }
 
-void Load::read_answer(Connection& c) {
+void Load::read_response(Connection& c) {
     char bytes[2048];
     const ssize_t k = ::recv(c.fd, bytes, sizeof bytes, 0);
     if (k < 0 && errno == EAGAIN) return;
-    if (k <= 0) fail("connection %u: refused in the handshake: %s", c.index, k == 0 ? "closed" : std::strerror(errno));
-    c.answer.append(bytes, static_cast<std::size_t>(k));
-    const std::string answer = std::move(c.answer);
-    c.answer.clear();
-    const std::size_t end = answer.find("\r\n\r\n");
+    if (k <= 0) fail("connection %u: the handshake failed: %s", c.index, k == 0 ? "closed" : std::strerror(errno));
+    c.response.append(bytes, static_cast<std::size_t>(k));
+    const std::string response = std::move(c.response);
+    c.response.clear();
+    const std::size_t end = response.find("\r\n\r\n");
     if (end == std::string::npos) {
-        if (answer.size() > 16384) fail("connection %u: an endless answer to the handshake", c.index);
-        c.answer = answer;  // the next segment brings the next event
+        if (response.size() > 16384) fail("connection %u: the response to the handshake is too long", c.index);
+        c.response = response;  // the next segment causes the next event
         return;
     }
-    const std::string line = answer.substr(0, answer.find('\r'));
-    if (line.compare(0, 12, "HTTP/1.1 101") != 0) fail("connection %u: the server answers: %s", c.index, line.c_str());
-    if (answer.find("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=") > end) fail("connection %u: wrong Sec-WebSocket-Accept", c.index);
-    if (deflate() && answer.find("permessage-deflate") > end)
+    const std::string line = response.substr(0, response.find('\r'));
+    if (line.compare(0, 12, "HTTP/1.1 101") != 0) fail("connection %u: unexpected response: %s", c.index, line.c_str());
+    if (response.find("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=") > end) fail("connection %u: wrong Sec-WebSocket-Accept", c.index);
+    if (deflate() && response.find("permessage-deflate") > end)
         fail("connection %u: the server does not compress", c.index);
     c.stage = Stage::open;
     --opening_;
     ++totals_.handshakes;
     on_open(c);
     if (c.stage != Stage::open || c.role == Role::stalls) return;
-    const std::string_view frames = std::string_view(answer).substr(end + 4);
+    const std::string_view frames = std::string_view(response).substr(end + 4);
     if (c.role == Role::parses) {
         feed(c, frames.data(), frames.size());
         read_parse(c);
@@ -538,7 +512,7 @@ void Load::read_answer(Connection& c) {
     }
 }
 
-// All frames of a run have one size, so their bytes tell their number.
+// All frames of a run have the same size, so the number of bytes gives the number of frames.
 void Load::read_count(Connection& c) {
     for (;;) {
         const ssize_t k = ::recv(c.fd, buffer_.data(), buffer_.size(), MSG_TRUNC);
@@ -549,7 +523,7 @@ void Load::read_count(Connection& c) {
     }
 }
 
-// The rest of a large payload is dropped in the kernel, but for the first message, whose body is compared.
+// The kernel drops the rest of a large payload. Only the first message of a connection is compared.
 void Load::read_parse(Connection& c) {
     while (c.stage == Stage::open) {
         const bool drop = c.left > buffer_.size() / 8 && c.messages != 0;
@@ -560,7 +534,7 @@ void Load::read_parse(Connection& c) {
         ++totals_.reads;
         const auto n = static_cast<std::size_t>(k);
         if (drop) {
-            c.body_at += n;
+            c.body_position += n;
             c.left -= n;
             if (c.left == 0) end_frame(c);
         } else {
@@ -578,16 +552,16 @@ void Load::feed(Connection& c, const char* p, std::size_t n) {
             continue;
         }
         const std::size_t take = static_cast<std::size_t>((std::min)(c.left, static_cast<std::uint64_t>(end - p)));
-        if (!deflate() && std::memcmp(p, frame_.body().data() + c.body_at, take) != 0)
-            fail("connection %u: a message came back with another body", c.index);
-        c.body_at += take;
+        if (!deflate() && std::memcmp(p, frame_.body().data() + c.body_position, take) != 0)
+            fail("connection %u: a received message has another body", c.index);
+        c.body_position += take;
         c.left -= take;
         p += take;
         if (c.left == 0) end_frame(c);
     }
 }
 
-// Takes the header, and as much of the payload as belongs to it: the stamp, or all of a control frame.
+// Reads the header, and the stamp or the whole control frame.
 const char* Load::feed_head(Connection& c, const char* p, const char* end) {
     const auto fill = [&](std::size_t wanted) {
         const std::size_t take =
@@ -616,19 +590,19 @@ void Load::begin_frame(Connection& c, std::size_t header, std::uint64_t payload)
     const int first = static_cast<unsigned char>(c.head[0]);
     if (deflate()) {
         if (first != (0xC0 | (options_.binary ? 2 : 1)))
-            fail("connection %u: first byte of a frame is %02X: not a compressed message", c.index,
+            fail("connection %u: the first byte of a frame is %02X: not a compressed message", c.index,
                  static_cast<unsigned>(first));
         c.left = payload;
         totals_.payload += payload;
         return;
     }
     if (first != (128 | (options_.binary ? 2 : 1)))
-        fail("connection %u: first byte of a frame is %02X: the counting needs unfragmented, uncompressed %s", c.index,
-             static_cast<unsigned>(first), options_.binary ? "binary" : "text");
+        fail("connection %u: the first byte of a frame is %02X, but counting needs unfragmented, uncompressed %s",
+             c.index, static_cast<unsigned>(first), options_.binary ? "binary" : "text");
     if (payload != options_.size)
-        fail("connection %u: a message of %llu bytes", c.index, static_cast<unsigned long long>(payload));
+        fail("connection %u: a message has %llu bytes", c.index, static_cast<unsigned long long>(payload));
     std::memmove(c.head.data(), c.head.data() + header, Stamp::size);
-    c.body_at = 0;
+    c.body_position = 0;
     c.left = payload - Stamp::size;
     if (c.left == 0) end_frame(c);
 }
@@ -647,27 +621,27 @@ void Load::on_control(Connection& c, std::size_t header, std::size_t payload) {
     c.head_size = 0;
     if (opcode == 8) {
         const auto* code = reinterpret_cast<const unsigned char*>(c.head.data() + header);
-        fail("connection %u: the server closes with %d %.*s", c.index, payload < 2 ? 1005 : code[0] * 256 + code[1],
+        fail("connection %u: the server closed with %d %.*s", c.index, payload < 2 ? 1005 : code[0] * 256 + code[1],
              static_cast<int>(payload < 2 ? 0 : payload - 2), reinterpret_cast<const char*>(code + 2));
     }
     if (opcode != 9 || c.writing) return;
-    char pong[6 + 125] = {static_cast<char>(128 | 10), static_cast<char>(128 | payload)};  // masked with zeros
+    char pong[6 + 125] = {static_cast<char>(128 | 10), static_cast<char>(128 | payload)};  // the mask is zero
     std::memcpy(pong + 6, c.head.data() + header, payload);
     if (::send(c.fd, pong, 6 + payload, MSG_NOSIGNAL) < 0)
-        fail("connection %u: pong: %s", c.index, std::strerror(errno));
+        fail("connection %u: cannot send a pong: %s", c.index, std::strerror(errno));
 }
 
 void Load::send_message(Connection& c, Nanoseconds intended) {
-    ++c.under_way.sequence;
-    c.under_way.sender = c.sender;
-    c.under_way.time = intended;
+    ++c.last_sent.sequence;
+    c.last_sent.sender = c.sender;
+    c.last_sent.time = intended;
     c.sent = 0;
     ++totals_.sent;
     push(c);
 }
 
 void Load::push(Connection& c) {
-    const std::string_view rest = frame_.stamped(c.under_way).substr(c.sent);
+    const std::string_view rest = frame_.stamped(c.last_sent).substr(c.sent);
     const ssize_t k = ::send(c.fd, rest.data(), rest.size(), MSG_NOSIGNAL);
     if (k < 0 && errno != EAGAIN) fail("connection %u: send: %s", c.index, std::strerror(errno));
     if (k > 0) c.sent += static_cast<std::size_t>(k);
@@ -676,7 +650,7 @@ void Load::push(Connection& c) {
 
 // ---- the report ----------------------------------------------------------------------------------------------------
 
-// One line of JSON, printed at the end.
+// One line of JSON that is printed at the end.
 class Report {
 public:
     void text(const char* name, const char* value) { add("\"%s\":\"%s\"", name, value); }
@@ -711,8 +685,8 @@ private:
 
 // ---- the modes -----------------------------------------------------------------------------------------------------
 
-// What all modes measure: a stretch of time, and a count of units in it.
-class Measured : public Load {
+// The measurement of all modes: a period, and a count of units in it.
+class MeasuredLoad : public Load {
 protected:
     using Load::Load;
 
@@ -726,13 +700,19 @@ protected:
         totals_last_ = totals_;
         measuring_ = false;
     }
+    void measure() {
+        run_for(options_.warmup);
+        begin();
+        run_for(options_.seconds);
+        end();
+    }
     double wall() const { return static_cast<double>(last_.wall - first_.wall) / 1e9; }
     double server_share() const { return static_cast<double>(last_.server - first_.server) / 1e9 / wall(); }
     double load_share() const { return static_cast<double>(last_.load - first_.load) / 1e9 / wall(); }
-    // Whoever is nearer to a whole CPU was the limit.
+    // The side that used more of its CPU was the limit.
     const char* busier() const { return server_share() >= load_share() ? "server" : "load"; }
 
-    // `unit`: what `count` counts; `server_cpu_us` is for each of it.
+    // `unit` names what `count` counts. `server_cpu_us` is the CPU time per unit.
     Report report(const char* unit, double count, const char* limited_by) const {
         Report r;
         r.text("mode", options_.mode.c_str());
@@ -754,20 +734,20 @@ protected:
         return r;
     }
 
-    // Spreads `n` members that do not have a role yet evenly.
-    template <class Give>
-    void spread(std::size_t n, Give give) {
+    // Gives a role to `n` members that do not have one, evenly spread.
+    template <class Assign>
+    void spread(std::size_t n, Assign assign) {
         const std::size_t all = connections_.size();
-        std::size_t given = 0;
+        std::size_t assigned = 0;
         for (std::size_t i = 0; i < n; ++i)
             for (std::size_t j = i * all / n, tries = 0; tries < all; ++j, ++tries) {
                 Connection& c = connections_[j % all];
                 if (c.role != Role::counts) continue;
-                give(c);
-                ++given;
+                assign(c);
+                ++assigned;
                 break;
             }
-        if (given < n) fail("%zu members are too few for the senders, the samples and the stalled ones", all);
+        if (assigned < n) fail("%zu members are too few for the senders, samples and stalled members", all);
     }
 
     void make_members(std::size_t n) {
@@ -780,10 +760,10 @@ protected:
     Totals totals_first_, totals_last_;
 };
 
-// Echo and one active among many: each sender sends its next message when it has its last one back.
-class EchoLoad : public Measured {
+// echo and ping-idle: a sender sends its next message when it gets its last one back.
+class EchoLoad : public MeasuredLoad {
 public:
-    using Measured::Measured;
+    using MeasuredLoad::MeasuredLoad;
     void run() override {
         make_members(options_.members);
         for (Connection& c : connections_) {
@@ -791,14 +771,11 @@ public:
             c.sender = c.index;
         }
         connect_all(options_.members);
-        settle(0.05);
+        run_for(0.05);
         for (std::size_t i = 0; i < options_.senders; ++i) send_message(connections_[i], now());
-        settle(options_.warmup);
-        begin();
-        settle(options_.seconds);
-        end();
+        measure();
         const auto messages = static_cast<double>(totals_last_.parsed - totals_first_.parsed);
-        if (messages == 0) fail("not one message came back in %g s", wall());
+        if (messages == 0) fail("no message came back in %g s", wall());
         Report r = report("message", messages, options_.senders == 1 ? "neither" : busier());
         r.count("senders", options_.senders);
         r.number("mb_per_second", messages * static_cast<double>(options_.size) / wall() / 1e6);
@@ -808,26 +785,26 @@ public:
 
 private:
     void on_message(Connection& c, const Stamp& s) override {
-        if (s.sender != c.sender || s.sequence != c.under_way.sequence)
-            fail("connection %u: echo of another message", c.index);
-        const Nanoseconds t = options_.senders == 1 ? now() : turn_time_;
+        if (s.sender != c.sender || s.sequence != c.last_sent.sequence)
+            fail("connection %u: the echo is another message", c.index);
+        const Nanoseconds t = options_.senders == 1 ? now() : poll_time_;
         if (measuring_) latency_.add(t - s.time);
         send_message(c, t);
     }
     Histogram latency_;
 };
 
-// Fan-out: the senders are members, every message comes to every member. Closed loop (a sender sends its next when it
-// has its own message back) or at a fixed rate.
-class FanoutLoad : public Measured {
+// Fan-out: the senders are members, and every message goes to every member. In a closed loop, a sender sends its next
+// message when it gets its own message back. Otherwise messages leave at a fixed rate.
+class FanoutLoad : public MeasuredLoad {
 public:
     explicit FanoutLoad(const Options& o)
-        : Measured(o), fixed_rate_(o.mode == "fanout-rate"), period_(o.rate > 0 ? 1e9 / o.rate : 0) {}
+        : MeasuredLoad(o), fixed_rate_(o.mode == "fanout-rate"), period_(o.rate > 0 ? 1e9 / o.rate : 0) {}
 
     void run() override {
         assign_roles();
         connect_all(options_.members);
-        settle(0.1);
+        run_for(0.1);
         start_ = now();
         active_ = true;
         if (!fixed_rate_)
@@ -844,8 +821,8 @@ public:
 private:
     void assign_roles() {
         make_members(options_.members);
-        // In the first half, so that they have their messages back before the server has served all: then every
-        // server finds all messages that are under way when it turns to reading again.
+        // Senders are in the first half of the members, so they get their messages back before the server has served
+        // all. All messages in flight then wait when the server reads again.
         for (std::size_t i = 0; i < options_.senders; ++i) {
             const std::size_t half = options_.members / 2;
             Connection& c = connections_[half < options_.senders ? i : i * half / options_.senders];
@@ -862,7 +839,7 @@ private:
 
     void run_traffic(double seconds) {
         const Nanoseconds end = now() + static_cast<Nanoseconds>(seconds * 1e9);
-        while (now() < end) turn(fixed_rate_ ? (std::min)(end, send_due()) : end);
+        while (now() < end) poll_once(fixed_rate_ ? (std::min)(end, send_due()) : end);
     }
 
     Nanoseconds intended(std::size_t sender) const {
@@ -870,8 +847,8 @@ private:
                static_cast<Nanoseconds>(static_cast<double>(next_[sender] * senders_.size() + sender) * period_);
     }
 
-    // Sends what is due, each stamped with the time it should have gone; returns when the next is due. A sender whose
-    // socket is full sends later, and the wait counts (this is the correction for coordinated omission).
+    // Sends the messages that are due, each with its intended send time. Returns when the next one is due. If a socket
+    // is full, the message leaves later, and the delay counts (this corrects coordinated omission).
     Nanoseconds send_due() {
         Nanoseconds earliest = INT64_MAX;
         for (std::size_t i = 0; i < senders_.size(); ++i) {
@@ -885,32 +862,33 @@ private:
     }
 
     void on_message(Connection& c, const Stamp& s) override {
-        if (measured(s.time)) latency_.add((fixed_rate_ ? now() : turn_time_) - s.time);
+        if (in_measurement(s.time)) latency_.add((fixed_rate_ ? now() : poll_time_) - s.time);
         if (fixed_rate_ || !active_ || s.sender != c.sender || senders_[c.sender] != &c) return;
-        if (s.sequence != c.under_way.sequence)
-            fail("connection %u: its message %llu came twice or too late", c.index,
+        if (s.sequence != c.last_sent.sequence)
+            fail("connection %u: its message %llu arrived twice or too late", c.index,
                  static_cast<unsigned long long>(s.sequence));
-        send_message(c, turn_time_);
+        send_message(c, poll_time_);
     }
-    bool measured(Nanoseconds t) const {
+    bool in_measurement(Nanoseconds t) const {
         return t >= first_.wall && first_.wall != 0 && (measuring_ || t < last_.wall);
     }
 
     std::uint64_t expected_bytes() const { return totals_.sent * (options_.members - stalled_) * frame_.server_size(); }
 
-    // Until all is delivered, or nothing has come for half a second.
+    // Waits until all messages are delivered, or until half a second passes without any.
     void drain() {
         const Nanoseconds latest = now() + static_cast<Nanoseconds>((2 + options_.seconds) * 1e9);
         std::uint64_t before = 0;
-        for (Nanoseconds quiet = now(); totals_.bytes < expected_bytes() && now() < latest;) {
-            turn(now() + second / 20);
-            if (totals_.bytes != before) quiet = now();
+        for (Nanoseconds last_delivery = now(); totals_.bytes < expected_bytes() && now() < latest;) {
+            poll_once(now() + second / 20);
+            if (totals_.bytes != before) last_delivery = now();
             before = totals_.bytes;
-            if (now() > quiet + second / 2) break;
+            if (now() > last_delivery + second / 2) break;
         }
     }
 
-    // At a fixed rate nobody is the limit, unless messages leave or arrive late by 2% and more than one of each sender.
+    // At a fixed rate the rate is the limit, unless messages leave or arrive late: by 2%, and by more than one per
+    // sender.
     const char* limit() const {
         if (!fixed_rate_) return busier();
         const double due = options_.rate * wall(), sent = static_cast<double>(totals_last_.sent - totals_first_.sent);
@@ -925,7 +903,7 @@ private:
     }
 
     void print() {
-        if (deliveries() == 0) fail("not one delivery in %g s", wall());
+        if (deliveries() == 0) fail("no delivery in %g s", wall());
         Report r = report("delivery", deliveries(), limit());
         r.count("senders", senders_.size());
         r.count("messages", totals_last_.sent - totals_first_.sent);
@@ -947,26 +925,23 @@ private:
     Nanoseconds start_ = 0;
     std::size_t stalled_ = 0;
     std::vector<Connection*> senders_;
-    std::vector<std::uint64_t> next_;  // how many messages each sender has sent
+    std::vector<std::uint64_t> next_;  // number of messages of each sender
     Histogram latency_, lag_;
 };
 
-// A closed loop as in fan-out, with a single sender, so that any frame that comes to it is its own message.
-class DeflateLoad : public Measured {
+// A closed loop with a single sender, so any frame that the sender receives is its own message.
+class DeflateLoad : public MeasuredLoad {
 public:
-    using Measured::Measured;
+    using MeasuredLoad::MeasuredLoad;
     void run() override {
         make_members(options_.members);
         for (Connection& c : connections_) c.role = Role::parses;
         connect_all(options_.members);
-        settle(0.1);
+        run_for(0.1);
         send_message(connections_[0], now());
-        settle(options_.warmup);
-        begin();
-        settle(options_.seconds);
-        end();
+        measure();
         const auto deliveries = static_cast<double>(totals_last_.parsed - totals_first_.parsed);
-        if (deliveries == 0) fail("not one delivery in %g s", wall());
+        if (deliveries == 0) fail("no delivery in %g s", wall());
         Report r = report("delivery", deliveries, busier());
         r.text("takeover", options_.takeover ? "yes" : "no");
         r.number("compressed_size", static_cast<double>(totals_last_.payload - totals_first_.payload) / deliveries);
@@ -974,26 +949,26 @@ public:
     }
 
 private:
-    // The server may still be writing to the others; the next message waits behind that.
+    // The server may still be writing to the others. The next message waits for that.
     void on_message(Connection& c, const Stamp&) override {
-        if (c.index == 0) send_message(c, turn_time_);
+        if (c.index == 0) send_message(c, poll_time_);
     }
 };
 
-// Connections that do nothing: what each costs in memory.
-class IdleLoad : public Measured {
+// Idle connections: the memory of each.
+class IdleLoad : public MeasuredLoad {
 public:
-    using Measured::Measured;
+    using MeasuredLoad::MeasuredLoad;
     void run() override {
         make_members(options_.members + 1);
         for (Connection& c : connections_) c.role = Role::parses;
-        start_connecting(connections_.back());  // touches the code and what is made once
-        settle(0.2);
+        start_connecting(connections_.back());  // creates everything that the server creates only once
+        run_for(0.2);
         const Memory before = server_.memory();
         begin();
         connect_all(options_.members);
         end();
-        settle((std::max)(0.3, options_.warmup));
+        run_for((std::max)(0.3, options_.warmup));
         const Memory after = server_.memory();
         Report r = report("handshake", static_cast<double>(options_.members), busier());
         r.number("rss_before_kib", static_cast<double>(before.rss_kib));
@@ -1007,22 +982,19 @@ private:
     double each(long kib) const { return static_cast<double>(kib) * 1024 / static_cast<double>(options_.members); }
 };
 
-// Opening and closing handshakes, with --window connections under way.
-class ConnectLoad : public Measured {
+// Opening and closing handshakes on --window concurrent connections.
+class ConnectLoad : public MeasuredLoad {
 public:
-    using Measured::Measured;
+    using MeasuredLoad::MeasuredLoad;
     void run() override {
         make_members(options_.window);
         active_ = true;
         for (Connection& c : connections_) start_connecting(c);
-        settle(options_.warmup);
-        begin();
-        settle(options_.seconds);
-        end();
+        measure();
         active_ = false;
         const double handshakes = static_cast<double>(totals_last_.handshakes - totals_first_.handshakes);
         if (handshakes == 0)
-            fail("not one handshake in %g s (does the server end the TCP connection after the closing handshake?)",
+            fail("no handshake in %g s (does the server close the TCP connection after the closing handshake?)",
                  wall());
         Report r = report("handshake", handshakes, busier());
         r.count("window", options_.window);
@@ -1032,7 +1004,7 @@ public:
 
 private:
     void on_open(Connection& c) override {
-        if (measuring_) latency_.add(turn_time_ - c.started);
+        if (measuring_) latency_.add(poll_time_ - c.started);
         start_closing(c);
     }
     void on_closed(Connection& c) override {
@@ -1048,24 +1020,14 @@ std::unique_ptr<Load> make_load(const Options& o) {
     if (o.mode == "deflate") return std::make_unique<DeflateLoad>(o);
     if (o.mode == "idle") return std::make_unique<IdleLoad>(o);
     if (o.mode == "connect") return std::make_unique<ConnectLoad>(o);
-    fail("--mode %s: no such mode\n%s", o.mode.c_str(), usage);
-}
-
-void raise_descriptors(const Options& o) {
-    rlimit limit{};
-    getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
-    if (o.members + 16 > limit.rlim_max)
-        fail("--members %zu: only %llu descriptors are allowed", o.members,
-             static_cast<unsigned long long>(limit.rlim_max));
+    fail("unknown mode: %s\n%s", o.mode.c_str(), usage);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
     const Options options = parse_options(argc, argv);
-    raise_descriptors(options);
-    prctl(PR_SET_TIMERSLACK, 1000UL);  // nanoseconds: messages at a fixed rate leave on time
+    load_support::raise_descriptor_limit(options.members + 16);
+    prctl(PR_SET_TIMERSLACK, 1000UL);  // nanoseconds; without it, messages at a fixed rate leave late
     make_load(options)->run();
 }

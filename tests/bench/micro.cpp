@@ -1,5 +1,5 @@
-// micro: what is done to each byte, against memcpy. GB/s of unmasking, of UTF-8 validation and of whole frames on their
-// way from bytes to messages. Google Benchmark; its options work: micro --benchmark_filter=utf8
+// micro: the work per byte, compared with memcpy: GB/s of unmasking, of UTF-8 validation, and of parsing whole frames
+// into messages. It uses Google Benchmark and takes its options: micro --benchmark_filter=utf8
 #include "../../wschat.hpp"
 
 #include <benchmark/benchmark.h>
@@ -48,7 +48,7 @@ void utf8(benchmark::State& state, std::string_view piece) {
 BENCHMARK_CAPTURE(utf8, ascii, "x")->Apply(sizes);
 BENCHMARK_CAPTURE(utf8, mixed, mixed)->Apply(sizes);
 
-// Masked frames, received 64 KiB at a time. They are unmasked in place, so each round is given a copy.
+// Masked frames, received 64 KiB at a time. Each round needs a copy, because unmasking works in place.
 void frames(benchmark::State& state, std::string_view piece) {
     wschat::detail::SendArena arena;
     const wschat::Limits limits;
@@ -71,7 +71,7 @@ void frames(benchmark::State& state, std::string_view piece) {
         }
     }
     if (messages != count * static_cast<std::size_t>(state.iterations()))
-        state.SkipWithError("not the messages that were sent");
+        state.SkipWithError("wrong number of messages");
     state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(stream.size()));
     state.SetItemsProcessed(static_cast<std::int64_t>(messages));
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""The figures of tests/bench/run.sh.
+"""Computes the figures of tests/bench/run.sh.
 
-report.py table DIR       DIR/raw.jsonl to DIR/bench.txt (also printed), DIR/bench.svg and DIR/bench.json
-report.py cpu COMMAND...  runs the command, prints its CPU seconds
-report.py rate FILE       half of the rate at which the floor of this row would be busy, in messages a second
+report.py table DIR       reads DIR/raw.jsonl; writes DIR/bench.txt (also printed), DIR/bench.svg and DIR/bench.json
+report.py cpu COMMAND...  runs the command and prints its CPU seconds
+report.py rate FILE       prints half of the floor's maximum rate for this row, in messages per second
 """
 
 import json
@@ -14,17 +14,17 @@ import subprocess
 import sys
 from html import escape
 
-# Beginning of a work's name: the figure, its unit in the tables. The smaller is the better in all of them.
+# Prefix of a workload's name, its figure, and the figure's title. Smaller is better for all of them.
 FIGURES = [
-    ("fanout", "server_cpu_us", "server CPU, µs for each delivery"),
-    ("rate", "p99_us", "p99 latency, µs, from the intended time of sending"),
+    ("fanout", "server_cpu_us", "server CPU, µs per delivery"),
+    ("rate", "p99_us", "p99 latency, µs, from the intended send time"),
     ("stalled", "p99_us", "p99 latency of the others, µs; 5% of the members never read"),
-    ("echo", "server_cpu_us", "server CPU, µs for each message"),
-    ("idle", "rss_bytes_each", "server memory, bytes for each idle connection (without the kernel's own)"),
-    ("deflate", "server_cpu_us", "server CPU, µs for each delivery of a compressed broadcast"),
-    ("active", "p50_us", "median round trip, µs, of the one that is active"),
-    ("connect", "server_cpu_us", "server CPU, µs for each opening and closing handshake"),
-    ("compile", "cpu_seconds", "CPU seconds; the floor: a file that includes nothing"),
+    ("echo", "server_cpu_us", "server CPU, µs per message"),
+    ("idle", "rss_bytes_each", "server memory, bytes per idle connection (without the kernel's)"),
+    ("deflate", "server_cpu_us", "server CPU, µs per delivery of a compressed broadcast"),
+    ("active", "p50_us", "median round trip, µs, of the active connection"),
+    ("connect", "server_cpu_us", "server CPU, µs per opening and closing handshake"),
+    ("compile", "cpu_seconds", "CPU seconds; the floor is an empty file"),
 ]
 TITLES = {
     "fanout-200-64": "Fan-out of 64 B to 200",
@@ -42,7 +42,7 @@ def figure(work):
     return next((key, unit) for start, key, unit in FIGURES if work.startswith(start))
 
 
-# There the floor is next to nothing, and a ratio to it says nothing.
+# A ratio is meaningless for these, because the floor is close to zero.
 ABSOLUTE = ("idle", "compile")
 
 
@@ -53,7 +53,7 @@ def number(value):
 
 
 class Cell:
-    """All rounds of one server on one piece of work."""
+    """All rounds of one server on one workload."""
 
     def __init__(self, work, rows):
         self.rows = [r for r in rows if "error" not in r]
@@ -62,7 +62,7 @@ class Cell:
         self.median = statistics.median(values) if values else None
         self.best = min(values) if values else None
 
-    def middle(self, key):
+    def median_of(self, key):
         values = [r[key] for r in self.rows if key in r]
         return statistics.median(values) if values else None
 
@@ -82,17 +82,17 @@ class Cell:
                 notes.append(f"{disturbed} of {len(self.rows)} rounds disturbed by other processes")
         if mode == "fanout-rate" and limits.count("rate") * 2 <= len(limits):
             notes.append("cannot keep up with the rate")
-        if mode == "fanout" and self.middle("messages_per_read"):
-            notes.append(f"{number(self.middle('messages_per_read'))} messages a read")
+        if mode == "fanout" and self.median_of("messages_per_read"):
+            notes.append(f"{number(self.median_of('messages_per_read'))} messages per read")
         if mode == "deflate":
-            notes.append(f"{number(self.middle('compressed_size'))} bytes a message")
+            notes.append(f"{number(self.median_of('compressed_size'))} bytes per message")
         if mode == "echo" and self.rows[0]["size"] >= 16384:
-            notes.append(f"{number(self.middle('mb_per_second'))} MB/s")
-        if self.middle("undelivered"):
-            notes.append(f"{self.middle('undelivered'):,.0f} deliveries missing")
-        if self.middle("stalled"):
-            notes.append(f"server {number(self.middle('server_rss_kib') / 1024)} MiB, "
-                         f"closed {self.middle('stalled_closed'):.0f} of {self.middle('stalled'):.0f} stalled")
+            notes.append(f"{number(self.median_of('mb_per_second'))} MB/s")
+        if self.median_of("undelivered"):
+            notes.append(f"{self.median_of('undelivered'):,.0f} deliveries missing")
+        if self.median_of("stalled"):
+            notes.append(f"server {number(self.median_of('server_rss_kib') / 1024)} MiB, "
+                         f"closed {self.median_of('stalled_closed'):.0f} of {self.median_of('stalled'):.0f} stalled")
         return "; ".join(notes)
 
 
@@ -112,9 +112,9 @@ def ratio(cell, floor, which, work):
 
 
 def table(cells):
-    """Every work: the floor as it is, the others as ratios of the medians and of the best to the floor."""
+    """A line per workload: the floor's median, then for each server the ratios of the medians and of the best."""
     servers = list(dict.fromkeys(s for by in cells.values() for s in by if s != "floor"))
-    lines = ["The floor: median of the rounds. The others: ratio of the medians to the floor / ratio of the best.", ""]
+    lines = ["The floor: median of the rounds. Servers: ratio of the medians to the floor / ratio of the best.", ""]
     lines.append(f"{'work':18}{'floor':>10}" + "".join(f"{s:>18}" for s in servers))
     for work, by in cells.items():
         floor = by.get("floor")
@@ -173,7 +173,7 @@ BAR, LEFT, WIDTH, PANEL, LONGEST = 19, 116, 190, 444, 6.0
 
 
 def panel(work, by, x, y):
-    """Horizontal bars from zero; one longer than LONGEST times the floor is cut, and says so."""
+    """Horizontal bars from zero. A bar longer than LONGEST times the floor is drawn with a gap."""
     floor = by["floor"].median
     absolute = work.startswith(ABSOLUTE)
     order = sorted((s for s in by if by[s].median is not None), key=lambda s: (s != "floor", not s.startswith("wschat"), by[s].median))
@@ -214,8 +214,8 @@ def picture(cells):
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * PANEL + 16} {y}" role="img" aria-label="wschat and its peers">',
         f"<style>{STYLE}</style>",
-        '<text class="title" x="16" y="22">What the server spends; shorter is better</text>',
-        f'<text class="unit" x="16" y="38">One core. The floor is what the kernel alone costs. Bars over '
+        '<text class="title" x="16" y="22">Cost for the server; shorter is better</text>',
+        f'<text class="unit" x="16" y="38">One core. The floor is the cost of the kernel alone. Bars over '
         f'{LONGEST:.0f} times the floor are cut.</text>',
         *parts, "</svg>", ""])
 
@@ -230,15 +230,15 @@ def write_all(directory):
 
 
 def main():
-    what, *rest = sys.argv[1:] or [""]
-    if what == "table" and len(rest) == 1:
+    command, *rest = sys.argv[1:] or [""]
+    if command == "table" and len(rest) == 1:
         write_all(rest[0])
-    elif what == "cpu" and rest:
+    elif command == "cpu" and rest:
         status = subprocess.call(rest, stdout=subprocess.DEVNULL)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         print(f"{used.ru_utime + used.ru_stime:.3f}")
         return status
-    elif what == "rate" and len(rest) == 1:
+    elif command == "rate" and len(rest) == 1:
         row = json.load(open(rest[0], encoding="utf-8"))
         print(f"{0.5e6 / (row['server_cpu_us'] * row['members']):.1f}")
     else:

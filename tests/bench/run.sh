@@ -1,19 +1,18 @@
 #!/bin/sh
 # sh tests/bench/run.sh [quick|full|micro] [only=NAME,...] [work=PREFIX,...] [rounds=N] [peers=N] [seconds=S]
 #
-# Builds the load generator, the floor, wschat's bench_server and the peers into build/bench, runs every server on
-# every piece of work in interleaved rounds (server on CPU 0, load on CPU 1), and leaves there bench.txt (also
-# printed), bench.svg and bench.json. What the figures mean: tests/bench/README.md.
+# Builds the load generator, the floor, wschat's bench_server and the peers into build/bench. Runs every server on every
+# workload in interleaved rounds (server on CPU 0, load on CPU 1). Writes bench.txt (also printed), bench.svg and
+# bench.json there. tests/bench/README.md explains the figures.
 #
-#   quick     one second a run, two rounds, the main work, and only wschat, the floor and two peers
-#   full      two seconds a run, seven rounds (without a word: 1.5 seconds, three rounds)
-#   micro     nothing of that: GB/s of unmasking, UTF-8 validation and frames against memcpy, by Google Benchmark
-#   only=     of: floor wschat wschat-uring beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado
-#   peers=    the rounds in which the peers take part; they are so far away that fewer do
-#   work=     names or beginnings of names of the list below: work=fanout,echo-4
+#   quick     one second per run, two rounds, the main workloads, and only wschat, the floor and two peers
+#   full      two seconds per run, seven rounds (the default is 1.5 seconds, three rounds)
+#   micro     only GB/s of unmasking, UTF-8 validation and frames, compared with memcpy, by Google Benchmark
+#   only=     some of: floor wschat wschat-uring beast websocketpp libwebsockets libwebsockets-ev gorilla ws tornado
+#   peers=    number of rounds with the peers; a few are enough, because the peers differ much
+#   work=     workloads of the list below, or prefixes of their names: work=fanout,echo-4
 
-# Words are split on purpose; ulimit -n is everywhere on Linux.
-# shellcheck disable=SC2086,SC3045,SC1003
+# Word splitting is intended. ulimit -n exists on all Linux shells.
 
 set -u
 cd "$(dirname "$0")/../.." || exit 1
@@ -25,11 +24,11 @@ only="floor wschat wschat-uring $peers"
 rounds=3
 peer_rounds=""
 seconds=1.5
-wanted=""
+selected=""
 quick=0
 micro=0
 
-# Name, what the server does, and the arguments of bench_load, in the order of the tables.
+# Name, server mode and arguments of bench_load, in the order of the tables.
 work_list() {
     cat <<'LIST'
 fanout-10-64     room --mode fanout --members 10 --size 64
@@ -66,21 +65,21 @@ die() { say "run.sh: $*"; exit 1; }
 for argument in "$@"; do
     value=$(printf '%s' "${argument#*=}" | tr ',' ' ')
     case $argument in
-        quick) quick=1 rounds=2 seconds=1 only="floor wschat wschat-uring websocketpp libwebsockets" wanted=$quick_work ;;
+        quick) quick=1 rounds=2 seconds=1 only="floor wschat wschat-uring websocketpp libwebsockets" selected=$quick_work ;;
         full) rounds=7 seconds=2 ;;
         micro) micro=1 ;;
         only=?*) only=$value ;;
-        work=?*) wanted=$value quick=0 ;;
+        work=?*) selected=$value quick=0 ;;
         rounds=[1-9]*) rounds=$value ;;
         peers=[0-9]*) peer_rounds=$value ;;
         seconds=?*) seconds=$value ;;
-        *) sed -n '2,/^$/s/^# \{0,1\}//p' "$bench/run.sh" >&2; die "$argument: not understood" ;;
+        *) sed -n '2,/^$/s/^# \{0,1\}//p' "$bench/run.sh" >&2; die "invalid argument: $argument" ;;
     esac
 done
 
-is_wanted() { # is_wanted WORK
-    [ -z "$wanted" ] && return 0
-    for each in $wanted; do
+is_selected() { # is_selected WORK
+    [ -z "$selected" ] && return 0
+    for each in $selected; do
         [ "$1" = "$each" ] && return 0
         [ "$quick" = 1 ] && continue
         case $1 in "$each"*) return 0 ;; esac
@@ -88,7 +87,7 @@ is_wanted() { # is_wanted WORK
     return 1
 }
 
-# ---- install and build -----------------------------------------------------------------------------------------------
+# ---- install and build --------------------------------------------------------------------------------------------
 
 install_packages() { # install_packages PACKAGE...
     command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || return 1
@@ -97,7 +96,7 @@ install_packages() { # install_packages PACKAGE...
         >"$out/install.log" 2>&1
 }
 
-# need TEST PACKAGE...: installs the packages where the test (a path, or a command) finds nothing
+# need TEST PACKAGE...: installs the packages if TEST (a path or a command) does not exist
 need() {
     test=$1
     shift
@@ -105,7 +104,7 @@ need() {
 }
 present() { case $1 in /*) [ -e "$1" ] ;; *) command -v "$1" >/dev/null ;; esac; }
 
-# build NAME SOURCE... -- COMMAND...: runs the command where the result is missing or older than a source
+# build NAME SOURCE... -- COMMAND...: runs the command if the result is missing or older than a source
 build() {
     name=$1 fresh=1
     shift
@@ -137,8 +136,8 @@ build_server() { # build_server NAME
     case $1 in
         floor) build floor $bench/floor.cpp -- $cxx $bench/floor.cpp -o $out/floor ;;
         wschat) build wschat $bench/server.cpp wschat.hpp -- $cxx -I. $bench/server.cpp -o $out/wschat -pthread &&
-            need /usr/include/zlib.h zlib1g-dev && build wschat-deflate $bench/compressed.cpp wschat.hpp -- \
-            $cxx -DWSCHAT_ZLIB=1 -I. $bench/compressed.cpp -o $out/wschat-deflate -pthread -lz ;;
+            need /usr/include/zlib.h zlib1g-dev && build wschat-deflate $bench/server.cpp wschat.hpp -- \
+            $cxx -DWSCHAT_ZLIB=1 -I. $bench/server.cpp -o $out/wschat-deflate -pthread -lz ;;
         wschat-uring) need /usr/include/liburing.h liburing-dev &&
             build wschat-uring $bench/server.cpp wschat.hpp -- \
                 $cxx -DWSCHAT_LIBURING=1 -I. $bench/server.cpp -o $out/wschat-uring -pthread -luring ;;
@@ -152,7 +151,7 @@ build_server() { # build_server NAME
             build gorilla $p/gorilla.go -- env GO111MODULE=off GOPATH=/usr/share/gocode go build -o $out/gorilla $p/gorilla.go ;;
         ws) build_ws ;;
         tornado) need /usr/lib/python3/dist-packages/tornado python3-tornado ;;
-        *) die "only=$1: no such server" ;;
+        *) die "only=$1: unknown server" ;;
     esac
 }
 
@@ -167,12 +166,12 @@ command_of() { # command_of NAME PORT MODE
     esac
 }
 
-# Only these have a room that compresses.
-can() { # can NAME MODE
+# Only these servers have the mode `deflate`.
+supports() { # supports NAME MODE
     case $2 in deflate) case $1 in wschat | ws | tornado) ;; *) return 1 ;; esac ;; esac
 }
 
-# ---- run -------------------------------------------------------------------------------------------------------------
+# ---- run ----------------------------------------------------------------------------------------------------------
 
 server_pid=""
 
@@ -180,7 +179,7 @@ stop_server() {
     [ -n "$server_pid" ] || return 0
     kill -TERM "$server_pid" 2>/dev/null
     tries=0
-    while kill -0 "$server_pid" 2>/dev/null && [ $tries -lt 30 ]; do
+    while kill -0 "$server_pid" 2>/dev/null && [ $tries -lt 100 ]; do
         sleep 0.1
         tries=$((tries + 1))
     done
@@ -194,7 +193,7 @@ trap 'exit 143' TERM
 
 port=$((20000 + $$ % 6000))
 
-start_server() { # start_server NAME MODE: a line on its standard output says that it is ready
+start_server() { # start_server NAME MODE: waits for the line that says that it is ready
     port=$((port + 1))
     : >"$out/server.out"
     # shellcheck disable=SC2046
@@ -203,20 +202,20 @@ start_server() { # start_server NAME MODE: a line on its standard output says th
     tries=0
     while [ ! -s "$out/server.out" ]; do
         kill -0 "$server_pid" 2>/dev/null || { server_pid=""; return 1; }
-        [ $tries -lt 200 ] || return 1
+        [ $tries -lt 600 ] || return 1
         sleep 0.05
         tries=$((tries + 1))
     done
 }
 
-# One line, safe inside a JSON string.
+# The first line of a file, made safe for a JSON string.
 first_line() { head -n 1 "$1" | tr -d '"\\' | tr -d '\000-\037' | cut -c1-200; }
 
-row() { # row ROUND SERVER WORK REST: REST without its opening brace
+row() { # row ROUND SERVER WORK JSON: JSON without its opening brace
     printf '{"round":%s,"server":"%s","work":"%s",%s\n' "$1" "$2" "$3" "$4" >>"$out/raw.jsonl"
 }
 
-run_load() { # run_load ARGUMENT...: its JSON without the opening brace, or an error
+run_load() { # run_load ARGUMENT...: prints its JSON without the opening brace, or an error
     if taskset -c 1 "$out/load" --port $port --pid "$server_pid" --seconds "$seconds" "$@" >"$out/load.out" 2>"$out/load.err"
     then line=$(cat "$out/load.out") && echo "${line#?}"
     else echo "\"error\":\"$(first_line "$out/load.err")\"}"
@@ -235,15 +234,15 @@ run_once() { # run_once ROUND SERVER WORK MODE ARGUMENT...
     say "$start $(summary "$result")"
 }
 
-summary() { # of a row, for those who wait
+summary() { # summary JSON: the main figures of a row, for the terminal
     case $1 in
         \"error*) printf '%s' "$1" ;;
         *) printf '%s' "$1" | tr ',' '\n' | sed -n 's/"//g; s/^\(server_cpu_us\|p99_us\|rss_bytes_each\|limited_by\):/\1 /p' | tr '\n' ' ' ;;
     esac
 }
 
-# set_rate MEMBERS SIZE: sets `rate` to half of what the floor can deliver where every message is a turn of its own,
-# from its CPU time for each delivery with one sender.
+# set_rate MEMBERS SIZE: sets `rate` to half of the floor's maximum with one message per turn. It computes the rate
+# from the CPU time per delivery with one sender.
 set_rate() {
     file=$out/rate-$1-$2
     if [ ! -s "$file" ]; then
@@ -252,12 +251,12 @@ set_rate() {
             --size "$2" >"$out/load.out" 2>"$out/load.err" || die "$(first_line "$out/load.err")"
         stop_server
         /usr/bin/python3 $bench/report.py rate "$out/load.out" >"$file" || die "no rate for $1 members"
-        say "rate for $1 members, $2 bytes: $(cat "$file") messages a second"
+        say "rate for $1 members, $2 bytes: $(cat "$file") messages per second"
     fi
     rate=$(cat "$file")
 }
 
-option() { # option NAME ARGUMENT...: the value of an option
+option() { # option NAME ARGUMENT...: prints the value of an option
     name=$1
     shift
     while [ $# -gt 1 ]; do
@@ -289,7 +288,7 @@ compile_round() { # compile_round ROUND
     done
 }
 
-in_round() { # in_round ROUND: the servers that take part
+in_round() { # in_round ROUND: prints the servers of a round
     for each in $only; do
         case $each in floor | wschat*) ;; *) [ "$1" -le "${peer_rounds:-$rounds}" ] || continue ;; esac
         echo "$each"
@@ -298,21 +297,21 @@ in_round() { # in_round ROUND: the servers that take part
 
 run_round() { # run_round ROUND
     while read -r work mode arguments; do
-        is_wanted "$work" || continue
+        is_selected "$work" || continue
         case $work in rate-* | stalled-*)
             set_rate "$(option --members $arguments)" "$(option --size $arguments)"
             arguments="$arguments --rate $rate" ;;
         esac
         for server in $(in_round "$1"); do
-            can "$server" "$mode" || continue
+            supports "$server" "$mode" || continue
             run_once "$1" "$server" "$work" "$mode" $arguments </dev/null
         done
     done <"$out/work"
-    is_wanted compile && compile_round "$1"
+    is_selected compile && compile_round "$1"
 }
 
 mkdir -p "$out" || exit 1
-[ "$(nproc)" -ge 2 ] || die "two CPUs are needed: one for the server, one for the load"
+[ "$(nproc)" -ge 2 ] || die "two CPUs are required: one for the server, one for the load"
 need taskset util-linux || exit 1
 if [ "$micro" = 1 ]; then
     need /usr/include/benchmark/benchmark.h libbenchmark-dev &&
@@ -330,8 +329,8 @@ build_server floor || { cat $out/floor.log >&2; die "the floor does not compile"
 ready=""
 for server in $only; do
     if build_server "$server"; then ready="$ready $server"
-    elif [ "$server" = wschat ]; then say "wschat: skipped: $bench/server.cpp does not compile yet ($out/wschat.log)"
-    else say "$server: skipped: not to be had or does not compile ($out/$server.log)"
+    elif [ "$server" = wschat ]; then say "wschat: skipped, because $bench/server.cpp does not compile ($out/wschat.log)"
+    else say "$server: skipped, because it is not available or does not compile ($out/$server.log)"
     fi
 done
 only=$ready

@@ -1,7 +1,8 @@
-// What the benchmark measures: a server that does nothing but pass messages on.   bench_server PORT room|echo [threads]
+// The server that the benchmarks measure: it only passes messages on.   bench_server PORT room|echo|deflate [threads]
 //
-// room: every message to every connection, the sender included. echo: back to the sender. Several threads share the
-// port (SO_REUSEPORT), each with a server and rooms of its own. No compression.
+// room: every message goes to every connection, the sender included. echo: back to the sender. deflate: as room, with
+// every message compressed (needs -DWSCHAT_ZLIB=1 -lz). With several threads, each has its own server and rooms, and all
+// share the port (SO_REUSEPORT).
 #include "../../wschat.hpp"
 
 #include <thread>
@@ -17,12 +18,23 @@ struct Echo : wschat::WebSocketHandler {
     void on_message(const wschat::Message& m) override { write_message(m); }
 };
 
+// A member has its own compression context unless its client offers server_no_context_takeover.
+struct DeflateMember : Member {
+    std::optional<wschat::CompressionOptions> get_compression_options() override {
+        wschat::CompressionOptions options;
+        options.server_context_takeover = true;
+        options.threshold = 0;
+        return options;
+    }
+};
+
 std::unique_ptr<wschat::Server> make_server(const std::string& address, const std::string& mode, bool reuse_port) {
     wschat::ServerOptions options;
     options.reuse_port = reuse_port;
     options.limits.max_message_size = 64 * 1024 * 1024;
     auto server = std::make_unique<wschat::Server>(options);
     if (mode == "echo") server->route<Echo>("/");
+    else if (mode == "deflate") server->route<DeflateMember>("/");
     else server->route<Member>("/");
     server->listen(address);
     return server;
@@ -33,8 +45,9 @@ std::unique_ptr<wschat::Server> make_server(const std::string& address, const st
 int main(int argc, char** argv) try {
     const std::string mode = argc > 2 ? argv[2] : "";
     const int threads = argc > 3 ? std::atoi(argv[3]) : 1;
-    if ((mode != "room" && mode != "echo") || threads < 1 || threads > 64) {
-        std::fprintf(stderr, "usage: bench_server PORT room|echo [threads, 1-64]\n");
+    const bool known = mode == "room" || mode == "echo" || (mode == "deflate" && WSCHAT_ZLIB);
+    if (!known || threads < 1 || threads > 64) {
+        std::fprintf(stderr, "usage: bench_server PORT room|echo%s [threads, 1-64]\n", WSCHAT_ZLIB ? "|deflate" : "");
         return 1;
     }
     std::vector<std::unique_ptr<wschat::Server>> servers;

@@ -1,13 +1,13 @@
-// Checks that the Content-Security-Policy of a page names the hashes of its one script and its one style.
+// Checks that the Content-Security-Policy of a page has the hashes of its script and its style.
 //
-//   node tests/browser/csp.mjs examples/chat.html            says so and exits 1 if they are stale
-//   node tests/browser/csp.mjs examples/chat.html --write    puts the right ones in
+//   node tests/browser/csp.mjs examples/chat.html            prints the result; status 1 if the hashes are stale
+//   node tests/browser/csp.mjs examples/chat.html --write    writes the right hashes
 
 import { createHash } from 'node:crypto';
 import { readFileSync, writeFileSync } from 'node:fs';
 
-function fail(sentence) {
-  console.error(sentence);
+function fail(message) {
+  console.error(message);
   process.exit(1);
 }
 
@@ -18,7 +18,7 @@ function onlyBlock(page, tag) {
 }
 
 function hash(text) {
-  // A browser hashes what its parser hands on, and that has no carriage returns: a checkout on Windows may have.
+  // A browser hashes the text after its parser removed carriage returns, which a checkout on Windows may have.
   return `'sha256-${createHash('sha256').update(text.replace(/\r\n?/g, '\n')).digest('base64')}'`;
 }
 
@@ -27,16 +27,16 @@ const write = process.argv.includes('--write');
 if (!file) fail('Usage: node csp.mjs PAGE [--write]');
 
 const page = readFileSync(file, 'utf8');
-let right = page;
+let updated = page;
 for (const tag of ['script', 'style']) {
   const source = new RegExp(`(http-equiv="Content-Security-Policy" content="[^"]*${tag}-src )[^;"]*`);
-  if (!source.test(right)) fail(`${file} has no Content-Security-Policy with ${tag}-src.`);
-  const wanted = hash(onlyBlock(page, tag));
-  right = right.replace(source, (_, before) => before + wanted);
+  if (!source.test(updated)) fail(`${file} has no Content-Security-Policy with ${tag}-src.`);
+  const expected = hash(onlyBlock(page, tag));
+  updated = updated.replace(source, (_, before) => before + expected);
 }
 
-if (right === page) console.log(`The hashes in ${file} are right.`);
+if (updated === page) console.log(`The hashes in ${file} are up to date.`);
 else if (write) {
-  writeFileSync(file, right);
-  console.log(`The hashes in ${file} were stale and are written.`);
+  writeFileSync(file, updated);
+  console.log(`Updated the stale hashes in ${file}.`);
 } else fail(`The hashes in ${file} are stale: run "node tests/browser/csp.mjs ${file} --write".`);

@@ -1,29 +1,22 @@
-// What stands in headers and in settings: lists, cookies, queries, origins, hosts, addresses, paths, answers. Nothing
-// throws but an Error where one is documented, what is found lies within the input, and each rule has a reference.
+// Values of headers and of settings: lists, cookies, queries, origins, hosts, addresses, paths, responses. Nothing
+// throws except a documented Error, results lie within the input, and each rule has a reference.
 //
-// Input: up to three lines, each ended by LF, and what is left: the first two are names, patterns, blocks of addresses and
-// the like, as the check needs them.
+// Input: two lines, each ended by LF, and the remaining bytes. Each check uses them as names, patterns, blocks of
+// addresses and so on.
 #include "fuzz.hpp"
 #include "reference.hpp"
 
 namespace {
 
 using namespace fuzz;
-using wschat::detail::Cidr;
-using wschat::IpAddress;
-using wschat::detail::ListenAddress;
-using wschat::detail::Pattern;
-using wschat::Request;
-using wschat::detail::RequestParser;
-using wschat::Response;
 
-// What a call makes, or nothing where it is a caller's error. Any other exception leaves, and is a find.
+// The result of a call, or nothing if it throws an Error. Any other exception is a find.
 template <class Make>
-auto unless_error(Make make) -> std::optional<decltype(make())> {
+auto try_make(Make make) -> std::optional<decltype(make())> {
     try {
         return make();
     } catch (const wschat::Error& error) {
-        check(error.what()[0] != '\0', "an Error says nothing");
+        check(error.what()[0] != '\0', "an Error has no text");
         return std::nullopt;
     }
 }
@@ -37,7 +30,7 @@ std::optional<Request> request_with(std::string_view target, const std::string& 
     return parser.take_request();
 }
 
-// ---- header fields --------------------------------------------------------------------------------------------------
+// ---- header fields -------------------------------------------------------------------------------------------------
 
 FieldList lines_of(std::string_view text) {
     FieldList fields;
@@ -50,31 +43,32 @@ FieldList lines_of(std::string_view text) {
     return fields;
 }
 
-// Any bytes at all, as lines of a header.
+// Reads any bytes as header lines.
 void check_fields(std::string_view text) {
     const wschat::Fields fields(text);
     const FieldList expected = lines_of(text);
     FieldList found;
     fields.each([&](std::string_view name, std::string_view value) {
-        check(within(name, text) && within(value, text), "a field lies outside of its text");
+        check(within(name, text) && within(value, text), "a field lies outside the input");
         found.emplace_back(name, value);
         return true;
     });
-    check(found == expected, "the fields are others", text);
+    check(found == expected, "the fields differ from the reference", text);
     for (const auto& [name, value] : expected) {
         const std::vector<std::string> values = values_of(expected, lower(name));
-        check(fields.count(name) == values.size() && fields.find(name) == values[0], "a field is not found", name);
+        check(fields.count(name) == values.size() && fields.find(name) == values[0], "find() or count() is wrong",
+              name);
         const std::vector<std::string> elements = elements_of(expected, lower(name));
         std::vector<std::string> seen;
         fields.each_element(name, [&](std::string_view element) {
-            check(within(element, text), "an element lies outside of its text");
+            check(within(element, text), "an element lies outside the input");
             seen.emplace_back(element);
         });
-        check(seen == elements, "the elements of a list are others", value);
+        check(seen == elements, "the elements of a list differ from the reference", value);
         for (const std::string& element : elements)
             check(fields.has_element(lower(name), lower(element)), "an element of a list is not found", element);
     }
-    check(!fields.has_element("no-such-name", text), "an element is found in a list that is not there");
+    check(!fields.has_element("no-such-name", text), "an element of a missing list is found");
 }
 
 // RFC 6265 4.2.1.
@@ -94,12 +88,13 @@ void check_cookies(const std::string& first, const std::string& second) {
         if (name.empty()) continue;
         const auto found = request->cookie(name);
         const auto same_name = [&, &key = name](const auto& cookie) { return cookie.first == key; };
-        check(found == std::find_if(cookies.begin(), cookies.end(), same_name)->second, "a cookie is another", name);
+        check(found == std::find_if(cookies.begin(), cookies.end(), same_name)->second, "a cookie has a wrong value",
+              name);
     }
-    check(!request->cookie("no;such=name"), "a cookie is found that is not there");
+    check(!request->cookie("no;such=name"), "a missing cookie is found");
 }
 
-// A list of extensions or of subprotocols never changes whether the upgrade is taken but by what is no token.
+// Lists of extensions and of subprotocols cause a rejection only if an element is not a token.
 void check_lists(const std::string& list) {
     const auto request = request_with("/",
                                       "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -108,19 +103,21 @@ void check_lists(const std::string& list) {
     if (!request) return;
     const std::vector<std::string> names = elements_of({{"list", list}}, "list");
     const bool tokens =
-        std::all_of(names.begin(), names.end(), [](const auto& n) { return only(n, token_characters); });
-    check(wschat::detail::refuse_upgrade(*request).has_value() == !tokens, "a list is judged wrongly", list);
+        std::all_of(names.begin(), names.end(), [](const auto& n) { return contains_only(n, token_characters); });
+    check(wschat::detail::refuse_upgrade(*request).has_value() == !tokens, "a list is accepted or rejected wrongly",
+          list);
     const auto offered = wschat::detail::offered_subprotocols(*request);
-    check(std::equal(offered.begin(), offered.end(), names.begin(), names.end()), "the subprotocols are others", list);
+    check(std::equal(offered.begin(), offered.end(), names.begin(), names.end()),
+          "the offered subprotocols differ from the reference", list);
 }
 
-// ---- targets --------------------------------------------------------------------------------------------------------
+// ---- targets -------------------------------------------------------------------------------------------------------
 
 void check_escapes(const std::string& text) {
     for (const bool plus : {false, true}) {
         const auto decoded = wschat::text::percent_decoded(text, plus);
-        check(decoded.has_value() == good_escapes(text), "escapes are judged wrongly", text);
-        if (decoded) check_same(*decoded, unescaped(text, plus), "escapes are decoded wrongly");
+        check(decoded.has_value() == valid_escapes(text), "escapes are accepted or rejected wrongly", text);
+        if (decoded) check_equal(*decoded, unescaped(text, plus), "escapes are decoded wrongly");
     }
     std::string escaped;
     for (const char c : text) {
@@ -128,7 +125,7 @@ void check_escapes(const std::string& text) {
         std::snprintf(code, sizeof code, "%%%02x", static_cast<unsigned>(static_cast<unsigned char>(c)));
         escaped += code;
     }
-    check(wschat::text::percent_decoded(escaped) == text, "what is escaped and decoded is another", text);
+    check(wschat::text::percent_decoded(escaped) == text, "escaping and decoding changes the text", text);
 }
 
 void check_query(const std::string& query) {
@@ -138,26 +135,26 @@ void check_query(const std::string& query) {
     for (const std::string& pair : split(query, '&')) {
         const std::size_t equals = (std::min)(pair.find('='), pair.size());
         const std::string key = pair.substr(0, equals), value = pair.substr((std::min)(equals + 1, pair.size()));
-        if (good_escapes(key)) pairs.emplace_back(unescaped(key, true), value);
+        if (valid_escapes(key)) pairs.emplace_back(unescaped(key, true), value);
     }
     for (const auto& [key, value] : pairs) {
         if (key.empty()) continue;
         const auto same_key = [&, &name = key](const auto& pair) { return pair.first == name; };
         const std::string& first = std::find_if(pairs.begin(), pairs.end(), same_key)->second;
         const auto found = request->query(key);
-        check(found.has_value() == good_escapes(first) && (!found || *found == unescaped(first, true)),
-              "a parameter of the query is another", key);
+        check(found.has_value() == valid_escapes(first) && (!found || *found == unescaped(first, true)),
+              "a query parameter has a wrong value", key);
     }
 }
 
-// The segments of a path, decoded one by one.
+// The decoded segments of a path.
 std::vector<std::string> segments_of(std::string_view path) {
     std::vector<std::string> segments = split(path.substr(1), '/');
     for (std::string& segment : segments) segment = unescaped(segment);
     return segments;
 }
 
-// "{name}", "{name...}" or text; false where it is none of them.
+// "{name}", "{name...}" or plain text. `good` is false for an invalid segment.
 struct Segment {
     std::string name, text;
     bool rest = false, good = true;
@@ -174,7 +171,7 @@ struct Segment {
     }
 };
 
-// What a pattern takes out of a path; nothing where it does not match.
+// The parameters of a path, or nothing if it does not match.
 std::optional<FieldList> matched(const std::vector<Segment>& pattern, const std::vector<std::string>& path) {
     FieldList params;
     for (std::size_t i = 0; i < pattern.size(); ++i) {
@@ -199,59 +196,64 @@ void check_pattern(const std::string& text, const std::string& path) {
         segments.emplace_back(each);
         good = good && segments.back().good;
     }
-    const auto pattern = unless_error([&] { return Pattern("route", text); });
-    check(pattern.has_value() == good, "a pattern is judged wrongly", text);
+    const auto pattern = try_make([&] { return Pattern("route", text); });
+    check(pattern.has_value() == good, "a pattern is accepted or rejected wrongly", text);
     if (!pattern) return;
     const auto match = pattern->match(path);
-    check(*pattern == Pattern("route", text), "a pattern differs from itself", text);
+    check(*pattern == Pattern("route", text), "equal patterns do not compare equal", text);
     if (path.substr(0, 1) != "/") return check(!match, "a path without a slash matches", path);
-    if (!good_escapes(path)) return;  // RequestParser refuses it
+    if (!valid_escapes(path)) return;  // RequestParser refuses it
     const auto expected = matched(segments, segments_of(path));
-    check(match.has_value() == expected.has_value(), "whether a path matches is answered wrongly", text + " " + path);
-    if (match) check(match->params == *expected, "the parameters are others", text + " " + path);
+    check(match.has_value() == expected.has_value(), "match() is wrong", text + " " + path);
+    if (match) check(match->params == *expected, "the path parameters differ from the reference", text + " " + path);
 }
 
-// ---- origins and hosts ----------------------------------------------------------------------------------------------
+// ---- origins and hosts ---------------------------------------------------------------------------------------------
 
-struct Place {
+struct HostAndPort {
     std::string host;
     unsigned long port = 0;
-    bool canonical = true;  // as a browser writes it
+    bool canonical = true;  // written as a browser writes it
 };
-Place place_of(const std::string& authority, unsigned long default_port) {
-    Place place{lower(authority), default_port, true};
+HostAndPort parse_authority(const std::string& authority, unsigned long default_port) {
+    HostAndPort result{lower(authority), default_port, true};
     const std::size_t colon = authority.rfind(':');
-    if (colon == std::string::npos || authority.back() == ']') return place;
+    if (colon == std::string::npos || authority.back() == ']') return result;
     const std::string port = authority.substr(colon + 1);
-    place.host.resize(colon);
-    place.canonical = !port.empty() && port[0] != '0';
-    if (!port.empty()) place.port = std::strtoul(port.c_str(), nullptr, 10);
-    return place;
+    result.host.resize(colon);
+    result.canonical = !port.empty() && port[0] != '0';
+    if (!port.empty()) result.port = std::strtoul(port.c_str(), nullptr, 10);
+    return result;
 }
 
 void check_origin(const std::string& origin, const std::string& host) {
-    check(wschat::detail::valid_host(host) == good_host(host), "a host is judged wrongly", host);
-    const std::string small = lower(origin);
-    const std::size_t scheme = small.substr(0, 7) == "http://" ? 7 : small.substr(0, 8) == "https://" ? 8 : 0;
-    const bool good = scheme != 0 && good_host(origin.substr(scheme));
+    check(wschat::detail::valid_host(host) == valid_host(host), "a host is accepted or rejected wrongly", host);
+    const std::string lower_case = lower(origin);
+    const std::size_t scheme = lower_case.substr(0, 7) == "http://" ? 7 : lower_case.substr(0, 8) == "https://" ? 8 : 0;
+    const bool good = scheme != 0 && valid_host(origin.substr(scheme));
     const auto normal = wschat::detail::normalized_origin(origin);
-    check(normal.has_value() == good, "an origin is judged wrongly", origin);
-    if (!good) return check(!wschat::detail::same_host(origin, host), "what is no origin is the same host", origin);
+    check(normal.has_value() == good, "an origin is accepted or rejected wrongly", origin);
+    if (!good) return check(!wschat::detail::same_host(origin, host), "an invalid origin matches a host", origin);
     const std::string standard = scheme == 7 ? ":80" : ":443";
-    const bool drops = small.size() > standard.size() && small.substr(small.size() - standard.size()) == standard;
-    check_same(*normal, drops ? small.substr(0, small.size() - standard.size()) : small, "an origin becomes another");
-    check(wschat::detail::normalized_origin(*normal) == normal, "an origin that was normalized changes again", origin);
-    if (!good_host(host)) return check(!wschat::detail::same_host(origin, host), "what is no host is the same host", host);
+    const bool has_default_port =
+        lower_case.size() > standard.size() && lower_case.substr(lower_case.size() - standard.size()) == standard;
+    check_equal(*normal, has_default_port ? lower_case.substr(0, lower_case.size() - standard.size()) : lower_case,
+                "normalized_origin() is wrong");
+    check(wschat::detail::normalized_origin(*normal) == normal, "normalizing twice changes an origin", origin);
+    if (!valid_host(host))
+        return check(!wschat::detail::same_host(origin, host), "an invalid host matches an origin", host);
     const unsigned long port = scheme == 7 ? 80 : 443;
-    const Place from = place_of(origin.substr(scheme), port), to = place_of(host, port);
+    const HostAndPort from = parse_authority(origin.substr(scheme), port), to = parse_authority(host, port);
     const bool same = from.host == to.host && from.port == to.port;
-    if (wschat::detail::same_host(origin, host)) check(same, "an origin is let in that is elsewhere", origin + " " + host);
-    else check(!same || !from.canonical || !to.canonical, "an origin is refused at home", origin + " " + host);
+    if (wschat::detail::same_host(origin, host))
+        check(same, "an origin of another host is accepted", origin + " " + host);
+    else
+        check(!same || !from.canonical || !to.canonical, "an origin of the same host is rejected", origin + " " + host);
 }
 
-// ---- addresses ------------------------------------------------------------------------------------------------------
+// ---- addresses -----------------------------------------------------------------------------------------------------
 
-// The bits of an address in text; empty where it is none. IPv4 that is mapped into IPv6 is IPv4.
+// The bits of an address as text, or empty for an invalid address. IPv4 mapped into IPv6 counts as IPv4.
 std::string bits_of(const std::string& text) {
     unsigned char bytes[16];
     if (text.find('\0') != std::string::npos) return {};
@@ -270,12 +272,12 @@ std::string bits_of(const std::string& text) {
 void check_address(const std::string& text) {
     const std::string bits = bits_of(text);
     const auto address = IpAddress::parse(text);
-    check(address.has_value() == !bits.empty(), "an address is judged wrongly", text);
+    check(address.has_value() == !bits.empty(), "an address is accepted or rejected wrongly", text);
     if (!address) return;
-    check(address->bits() == bits.size(), "an address is of the wrong family", text);
-    check(bits_of(address->to_string()) == bits, "an address is written as another", text);
-    check(IpAddress::parse(address->to_string()) == *address, "an address that is written and read is another", text);
-    check(address->prefix(address->bits()) == *address, "an address differs from itself", text);
+    check(address->bits() == bits.size(), "an address has a wrong number of bits", text);
+    check(bits_of(address->to_string()) == bits, "to_string() changes an address", text);
+    check(IpAddress::parse(address->to_string()) == *address, "to_string() and parse() change an address", text);
+    check(address->prefix(address->bits()) == *address, "the full prefix of an address differs from the address", text);
 }
 
 void check_block(const std::string& text, const std::string& address) {
@@ -284,52 +286,52 @@ void check_block(const std::string& text, const std::string& address) {
                       length = slash == std::string::npos ? "" : text.substr(slash + 1);
     const bool good =
         text == "unix" || (!base.empty() && (slash == std::string::npos || number_up_to(length, base.size())));
-    const auto block = unless_error([&] { return Cidr(text); });
-    check(block.has_value() == good, "a block of addresses is judged wrongly", text);
+    const auto block = try_make([&] { return Cidr(text); });
+    check(block.has_value() == good, "a block of addresses is accepted or rejected wrongly", text);
     const auto parsed = IpAddress::parse(address);
     if (!block) return;
-    check(block->contains(IpAddress()) == (text == "unix"), "a Unix socket is in the wrong block", text);
+    check(block->contains(IpAddress()) == (text == "unix"), "contains() is wrong for a Unix socket", text);
     if (!parsed) return;
     const std::size_t bits = slash == std::string::npos ? base.size() : std::strtoul(length.c_str(), nullptr, 10);
     const std::string of_address = bits_of(address);
     const bool inside =
         text != "unix" && of_address.size() == base.size() && of_address.substr(0, bits) == base.substr(0, bits);
-    check(block->contains(*parsed) == inside, "an address is in the wrong block", text + " " + address);
+    check(block->contains(*parsed) == inside, "contains() is wrong", text + " " + address);
 }
 
 void check_listen_address(const std::string& text) {
-    const auto address = unless_error([&] { return ListenAddress::parse(text); });
+    const auto address = try_make([&] { return ListenAddress::parse(text); });
     if (!address) return;
     check(address->port >= 0 && address->port <= 65535, "a port is out of range", text);
-    check(!address->host.empty() || !address->unix_path.empty(), "an address to listen on has no host", text);
+    check(!address->host.empty() || !address->unix_path.empty(), "a listen address has no host", text);
     const ListenAddress again = ListenAddress::parse(address->to_string());
     check(again.host == address->host && again.port == address->port && again.unix_path == address->unix_path,
-          "an address to listen on that is written and read is another", text);
+          "to_string() and parse() change a listen address", text);
 }
 
-// ---- what we send ---------------------------------------------------------------------------------------------------
+// ---- responses -----------------------------------------------------------------------------------------------------
 
-// No value that is put into a header begins another line, or ends the head.
+// A header value cannot begin another line or end the head.
 void check_response(const std::string& name, const std::string& value) {
-    const auto response = unless_error([&] { return Response(200).set_header(name, value); });
+    const auto response = try_make([&] { return Response(200).set_header(name, value); });
     bool control = false;
     for (const char c : value) control = control || (c >= 0 && c < 0x20 && c != '\t') || c == 0x7F;
     const bool ours = lower(name) == "content-length" || lower(name) == "transfer-encoding";
-    check(response.has_value() == (!name.empty() && only(name, token_characters) && !control && !ours),
-          "a header of an answer is judged wrongly", name + ": " + value);
+    check(response.has_value() == (!name.empty() && contains_only(name, token_characters) && !control && !ours),
+          "a response header is accepted or rejected wrongly", name + ": " + value);
 }
 
-void check_opening(const std::string& host, const std::string& target, const std::string& protocols) {
+void check_handshake_request(const std::string& host, const std::string& target, const std::string& protocols) {
     const auto head =
-        unless_error([&] { return wschat::detail::opening_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
+        try_make([&] { return wschat::detail::opening_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
     if (!head) return;
-    check(head->find("\r\n\r\n") == head->size() - 4, "an opening request is more than one head", *head);
+    check(head->find("\r\n\r\n") == head->size() - 4, "a handshake request has more than one head", *head);
     const std::vector<std::string> lines = split(*head, '\n');
-    check(lines.size() == 8u + (protocols.empty() ? 0 : 1), "an opening request has lines of its own", *head);
+    check(lines.size() == 8u + (protocols.empty() ? 0 : 1), "a value adds a line to a handshake request", *head);
 }
 
-// An answer with the right proof, and whatever else: taken where it chooses nothing that was not offered.
-void check_answer(const std::string& lines, const std::string& offered) {
+// A response with the right Sec-WebSocket-Accept and any other lines is accepted only if it selects what was offered.
+void check_handshake_response(const std::string& lines, const std::string& offered) {
     const std::string key = "dGhlIHNhbXBsZSBub25jZQ==";
     const std::string head =
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -344,9 +346,9 @@ void check_answer(const std::string& lines, const std::string& offered) {
         std::any_of(names.begin(), names.end(), [&](const auto& n) { return trimmed(n) == chosen[0]; });
     const bool good = values_of(fields, "sec-websocket-accept").size() == 1 &&
                       values_of(fields, "sec-websocket-extensions").empty() && (chosen.empty() || was_offered);
-    check(error.empty() == good, "an answer is judged wrongly", lines);
-    check(!wschat::detail::opening_answer_error(lines, key, offered).empty() || lines.size() > 100, "an answer is no answer",
-          lines);
+    check(error.empty() == good, "a handshake response is accepted or rejected wrongly", lines);
+    check(!wschat::detail::opening_answer_error(lines, key, offered).empty() || lines.size() > 100,
+          "arbitrary lines are accepted as a handshake response", lines);
 }
 
 void check_not_modified(const std::string& tags) {
@@ -355,14 +357,13 @@ void check_not_modified(const std::string& tags) {
     bool good = false;
     for (const std::string& tag : elements_of({{"tags", tags}}, "tags"))
         good = good || tag == "*" || tag == "W/*" || tag == "\"1-2\"" || tag == "W/\"1-2\"";
-    check(wschat::detail::not_modified(*request, "\"1-2\"", "now") == good, "whether a copy is still good is answered wrongly",
-          tags);
+    check(wschat::detail::not_modified(*request, "\"1-2\"", "now") == good, "not_modified() is wrong", tags);
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-    const Exact whole(Choices(data, size).rest());
+    const ExactCopy whole(InputReader(data, size).remaining_bytes());
     const std::string text(whole.view());
     const std::size_t first_end = (std::min)(text.find('\n'), text.size());
     const std::string first = text.substr(0, first_end), after = text.substr((std::min)(first_end + 1, text.size()));
@@ -381,10 +382,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     check_block(first, second);
     check_listen_address(first);
     check_response(first, rest);
-    check_opening(first, second, rest);
-    check_answer(text, first);
+    check_handshake_request(first, second, rest);
+    check_handshake_response(text, first);
     check_not_modified(first);
-    check(wschat::text::unsigned_number(first, 65535).has_value() == number_up_to(first, 65535), "a number", first);
-    check(!wschat::detail::content_type(first).empty(), "a file has no type", first);
+    check(wschat::text::unsigned_number(first, 65535).has_value() == number_up_to(first, 65535),
+          "unsigned_number() is wrong", first);
+    check(!wschat::detail::content_type(first).empty(), "a file has no content type", first);
     return 0;
 }

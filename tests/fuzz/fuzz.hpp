@@ -1,5 +1,5 @@
-// What the harnesses share: an input that is read as choices, checks that end the program, a heap that is counted. A
-// harness is one translation unit, and defines LLVMFuzzerTestOneInput().
+// Shared by all harnesses: reading choices from the input, checks, and a heap that counts and can fail. Each harness
+// is one translation unit that defines LLVMFuzzerTestOneInput().
 #pragma once
 
 #include "../../wschat.hpp"
@@ -10,54 +10,79 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 namespace fuzz {
 
-// ---- checks ---------------------------------------------------------------------------------------------------------
+using wschat::CloseCause;
+using wschat::CloseCode;
+using wschat::Duration;
+using wschat::IpAddress;
+using wschat::Json;
+using wschat::Limits;
+using wschat::Message;
+using wschat::Opcode;
+using wschat::Request;
+using wschat::Response;
+using wschat::Server;
+using wschat::Time;
+using wschat::WriteStatus;
+using wschat::detail::Cidr;
+using wschat::detail::Connection;
+using wschat::detail::Event;
+using wschat::detail::ListenAddress;
+using wschat::detail::Pattern;
+using wschat::detail::RequestParser;
+using wschat::detail::Role;
+using wschat::detail::Utf8Validator;
+using wschat::detail::wants_upgrade;
 
-// Ends the program; libFuzzer keeps the input.
-[[noreturn]] inline void fail(std::string_view what, std::string_view detail = {}) {
-    std::fprintf(stderr, "\nNOT SO: %s\n", std::string(what).c_str());
+// ---- checks --------------------------------------------------------------------------------------------------------
+
+// Aborts the program. libFuzzer saves the input.
+[[noreturn]] inline void fail(std::string_view failure, std::string_view detail = {}) {
+    std::fprintf(stderr, "\nCHECK FAILED: %s\n", std::string(failure).c_str());
     if (!detail.empty()) std::fprintf(stderr, "  %s\n", wschat::escape_for_log(detail, 4000).c_str());
     std::abort();
 }
-inline void check(bool holds, std::string_view what, std::string_view detail = {}) {
-    if (!holds) fail(what, detail);
+inline void check(bool condition, std::string_view failure, std::string_view detail = {}) {
+    if (!condition) fail(failure, detail);
 }
-inline void check_same(std::string_view a, std::string_view b, std::string_view what) {
-    if (a == b) return;
-    const std::size_t shorter = (std::min)(a.size(), b.size());
-    const auto differ = std::mismatch(a.begin(), a.begin() + static_cast<std::ptrdiff_t>(shorter), b.begin());
-    const auto at = static_cast<std::size_t>(differ.first - a.begin()), from = at - (std::min)(at, std::size_t{300});
-    std::fprintf(stderr, "\n  one:   ...%s\n  other: ...%s\n", wschat::escape_for_log(a.substr(from), 600).c_str(),
-                 wschat::escape_for_log(b.substr(from), 600).c_str());
-    fail(what, "they differ at byte " + std::to_string(at));
+inline void check_equal(std::string_view actual, std::string_view expected, std::string_view failure) {
+    if (actual == expected) return;
+    const std::size_t shorter = (std::min)(actual.size(), expected.size());
+    std::size_t at = 0;
+    while (at < shorter && actual[at] == expected[at]) ++at;
+    const std::size_t from = at - (std::min)(at, std::size_t{300});
+    std::fprintf(stderr, "\n  actual:   ...%s\n  expected: ...%s\n",
+                 wschat::escape_for_log(actual.substr(from), 600).c_str(),
+                 wschat::escape_for_log(expected.substr(from), 600).c_str());
+    fail(failure, "they differ at byte " + std::to_string(at));
 }
 
-// ---- the input ------------------------------------------------------------------------------------------------------
+// ---- the input -----------------------------------------------------------------------------------------------------
 
-// The fuzzer's bytes from the front. Past their end all choices are 0, so that every input means something.
-class Choices {
+// Reads the fuzzer's bytes from the front. Returns 0 past the end, so every input is valid.
+class InputReader {
 public:
-    Choices(const std::uint8_t* data, std::size_t size) : left_(reinterpret_cast<const char*>(data), size) {}
+    InputReader(const std::uint8_t* data, std::size_t size) : remaining_(reinterpret_cast<const char*>(data), size) {}
 
-    bool over() const { return left_.empty(); }
+    bool empty() const { return remaining_.empty(); }
     unsigned byte() {
-        const std::string_view one = bytes(1);
-        return one.empty() ? 0 : static_cast<unsigned char>(one.front());
+        const std::string_view next = bytes(1);
+        return next.empty() ? 0 : static_cast<unsigned char>(next.front());
     }
-    // At most n of the bytes that are left.
+    // Returns at most n of the remaining bytes.
     std::string_view bytes(std::size_t n) {
-        const std::string_view taken = left_.substr(0, n);
-        left_.remove_prefix(taken.size());
+        const std::string_view taken = remaining_.substr(0, n);
+        remaining_.remove_prefix(taken.size());
         return taken;
     }
-    // As many bytes as the next byte says.
+    // Returns as many bytes as the next byte says.
     std::string_view counted_bytes() { return bytes(byte()); }
-    std::string_view rest() { return bytes(left_.size()); }
+    std::string_view remaining_bytes() { return bytes(remaining_.size()); }
 
 private:
-    std::string_view left_;
+    std::string_view remaining_;
 };
 
-// xorshift32: how a stream is cut, from a seed.
+// A xorshift32 generator.
 class Random {
 public:
     explicit Random(unsigned seed) : state_(seed * 2654435761u + 88172645u) {}
@@ -72,16 +97,17 @@ private:
     std::uint32_t state_;
 };
 
-// How a stream is cut into pieces: not at all, into single bytes, or at random, with short pieces as likely as long ones.
-class Cutter {
+// Splits a stream into chunks: one chunk, single bytes, or random sizes. Short and long random chunks are equally
+// likely.
+class Chunker {
 public:
     enum class Kind { whole, bytes, random };
 
-    explicit Cutter(Kind kind, unsigned seed = 0) : kind_(kind), random_(seed) {}
-    std::size_t next(std::size_t left) {
-        if (kind_ == Kind::whole || left < 2) return left;
+    explicit Chunker(Kind kind, unsigned seed = 0) : kind_(kind), random_(seed) {}
+    std::size_t next_size(std::size_t remaining) {
+        if (kind_ == Kind::whole || remaining < 2) return remaining;
         if (kind_ == Kind::bytes) return 1;
-        return 1 + random_.below((std::min)(left, std::size_t{1} << random_.below(17)));
+        return 1 + random_.below((std::min)(remaining, std::size_t{1} << random_.below(17)));
     }
     bool flip() { return kind_ == Kind::random && random_.below(2) == 0; }
 
@@ -90,11 +116,11 @@ private:
     Random random_;
 };
 
-// A copy in memory of its own, which ends where the bytes end, so that AddressSanitizer sees each byte that is read or
-// written beyond. They begin `offset` bytes into the block.
-class Exact {
+// A heap copy of some bytes, at an offset in its block. The block ends with the bytes, so AddressSanitizer reports any
+// access past them.
+class ExactCopy {
 public:
-    explicit Exact(std::string_view bytes, std::size_t offset = 0)
+    explicit ExactCopy(std::string_view bytes, std::size_t offset = 0)
         : block_(new char[offset + bytes.size()]), data_(block_.get() + offset), size_(bytes.size()) {
         if (!bytes.empty()) std::memcpy(data_, bytes.data(), bytes.size());
     }
@@ -112,29 +138,29 @@ inline bool within(std::string_view part, std::string_view whole) {
     return part.empty() || (part.data() >= whole.data() && part.data() + part.size() <= whole.data() + whole.size());
 }
 
-// ---- the heap -------------------------------------------------------------------------------------------------------
+// ---- the heap ------------------------------------------------------------------------------------------------------
 
 struct Heap {
     std::size_t live = 0;
     std::size_t peak = 0;
-    std::size_t fail_in = 0;  // that many allocations from now one throws bad_alloc; 0: none
+    std::size_t fail_after = 0;  // the n-th allocation from now throws bad_alloc; 0: none
 };
 inline Heap heap;
 
-// Memory that is of the harness, which never runs out.
-class Spared {
+// Allocations in this scope belong to the harness and never fail.
+class HarnessAllocations {
 public:
-    Spared() : fail_in_(std::exchange(heap.fail_in, 0u)) {}
-    Spared(const Spared&) = delete;
-    Spared& operator=(const Spared&) = delete;
-    ~Spared() { heap.fail_in = fail_in_; }
+    HarnessAllocations() : fail_after_(std::exchange(heap.fail_after, 0u)) {}
+    HarnessAllocations(const HarnessAllocations&) = delete;
+    HarnessAllocations& operator=(const HarnessAllocations&) = delete;
+    ~HarnessAllocations() { heap.fail_after = fail_after_; }
 
 private:
-    std::size_t fail_in_;
+    std::size_t fail_after_;
 };
 
 inline void* allocate(std::size_t size) {
-    if (heap.fail_in != 0 && --heap.fail_in == 0) throw std::bad_alloc();
+    if (heap.fail_after != 0 && --heap.fail_after == 0) throw std::bad_alloc();
     void* block = std::malloc(size);
     if (block == nullptr) throw std::bad_alloc();
     heap.live += ::malloc_usable_size(block);
@@ -150,9 +176,9 @@ inline void release(void* block) {
 
 void* operator new(std::size_t size) { return fuzz::allocate(size); }
 void* operator new[](std::size_t size) { return fuzz::allocate(size); }
-// What the standard library uses to sort.
+// std::stable_sort uses this one.
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
-    const fuzz::Spared spared;
+    const fuzz::HarnessAllocations guard;
     return fuzz::allocate(size);
 }
 void operator delete(void* block) noexcept { fuzz::release(block); }

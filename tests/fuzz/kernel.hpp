@@ -1,6 +1,6 @@
-// A kernel of the fuzzer's making: descriptors, peers, files, faults and a clock behind the calls of the system that a
-// server makes. The calls are defined here by their own names, which a program prefers to those of the C library; what
-// is not of a descriptor that this kernel has made goes on to the real one.
+// A simulated kernel for the server: descriptors, peers, files, faults and a clock. This file defines the system calls
+// by their C names, so the linker prefers them to those of the C library. Calls on descriptors of the real kernel are
+// passed on to it.
 #pragma once
 
 #include "fuzz.hpp"
@@ -13,49 +13,49 @@
 
 namespace fuzz {
 
-// The other end of a connection, and what the real kernel would hold for it.
+// The remote end of a connection, with the state that a real kernel keeps for it.
 struct Peer {
-    static constexpr std::size_t any = static_cast<std::size_t>(-1);
+    static constexpr std::size_t unlimited = static_cast<std::size_t>(-1);
 
     std::string address;
-    std::string sent;          // what the server has not received yet
-    std::string received;      // all that the server has sent
-    std::size_t window = any;  // so much is still taken from the server
-    std::size_t piece = any;   // and at most so much a call, in either direction
-    bool fin = false;          // the peer has shut its side
+    std::string sent;                    // bytes that the server has not received yet
+    std::string received;                // all bytes that the server has sent
+    std::size_t window = unlimited;      // bytes that the peer still accepts
+    std::size_t call_limit = unlimited;  // most bytes of one call, in either direction
+    bool fin = false;                    // the peer has shut down its sending side
     bool reset = false;
-    bool shut = false;       // the server has shut its side
+    bool shut_down = false;  // the server has shut down its sending side
     bool closed = false;     // the server has closed the descriptor
-    bool disturbed = false;  // it takes less than all, or has gone
+    bool impaired = false;   // it limits what it accepts, or has reset
 };
 
 class Kernel {
 public:
-    enum class Call { accept, receive, send, watch, wait, open, read, end };
+    enum class Operation { accept, receive, send, watch, wait, open, read };
     using Nanoseconds = std::chrono::nanoseconds;
 
-    // What is done while nothing is ready; false when nothing will ever come any more.
+    // Runs while nothing is ready. Returns false if no more events follow.
     std::function<bool()> script;
-    std::map<Call, std::deque<int>> faults;  // errors for the next calls
+    std::map<Operation, std::deque<int>> faults;  // errors that the next calls return
     std::deque<std::shared_ptr<Peer>> backlog;
     Nanoseconds now = std::chrono::hours(1);
-    std::size_t descriptor_limit = Peer::any;
-    std::optional<std::size_t> fail_in;  // becomes the heap's when the call returns
-    bool busy = false;                   // within a call; the script makes the server make others
+    std::size_t descriptor_limit = Peer::unlimited;
+    std::optional<std::size_t> fail_after;  // copied to heap.fail_after when the call returns
+    bool in_call = false;                   // a call is in progress; the script may make the server call again
     std::size_t file_size = 40'000;
     std::size_t bytes_in = 0, bytes_out = 0, accepted = 0;
 
     std::size_t open_descriptors() const {
-        return used([](const Descriptor&) { return true; });
+        return count_if([](const Descriptor&) { return true; });
     }
     std::size_t open_streams() const {
-        return used([](const Descriptor& d) { return d.kind == Kind::stream; });
+        return count_if([](const Descriptor& d) { return d.kind == Kind::stream; });
     }
-    bool ours(int descriptor) const {
+    bool owns(int descriptor) const {
         return descriptor >= first && descriptor < first + static_cast<int>(table_.size());
     }
-    // Something has happened that may not go on for ever.
-    void progress() { idle_ = 0; }
+    // Records progress. Without it, many waits in a row count as spinning.
+    void progress() { waits_without_progress_ = 0; }
 
     // ---- the calls -------------------------------------------------------------------------------------------------
 
@@ -66,17 +66,17 @@ public:
         return 0;
     }
     int epoll() { return make({Kind::epoll, {}, 0}); }
-    // All that listen have one address.
-    int name(sockaddr* address, socklen_t* size) {
+    // All listeners have the same address.
+    int local_address(sockaddr* address, socklen_t* size) {
         write_address("127.0.0.1", address, size);
         return 0;
     }
 
     int accept(int listener, sockaddr* address, socklen_t* size) {
-        check(at(listener).kind == Kind::listener, "accept() of what does not listen");
+        check(at(listener).kind == Kind::listener, "accept() on a descriptor that does not listen");
         int error = 0;
-        if (faulty(Call::accept, error)) {
-            // "Gone already" concerns one connection that was waiting.
+        if (take_fault(Operation::accept, error)) {
+            // ECONNABORTED consumes one waiting connection.
             if (error == ECONNABORTED && !backlog.empty()) backlog.pop_front();
             return failed(error);
         }
@@ -93,9 +93,9 @@ public:
     ssize_t receive(int descriptor, void* data, std::size_t size) {
         Peer& peer = stream(descriptor);
         int error = 0;
-        if (faulty(Call::receive, error)) return failed(error);
+        if (take_fault(Operation::receive, error)) return failed(error);
         if (peer.reset) return failed(ECONNRESET);
-        const std::size_t n = (std::min)({peer.sent.size(), peer.piece, size});
+        const std::size_t n = (std::min)({peer.sent.size(), peer.call_limit, size});
         if (n == 0) return peer.fin ? (progress(), 0) : failed(EAGAIN);
         std::memcpy(data, peer.sent.data(), n);
         peer.sent.erase(0, n);
@@ -106,26 +106,26 @@ public:
 
     ssize_t send(int descriptor, const std::vector<std::string_view>& pieces, int flags) {
         Peer& peer = stream(descriptor);
-        check((flags & MSG_NOSIGNAL) != 0, "send() may raise SIGPIPE");
-        check(!peer.shut, "send() after the sending side was shut");
+        check((flags & MSG_NOSIGNAL) != 0, "send() without MSG_NOSIGNAL");
+        check(!peer.shut_down, "send() after shutdown()");
         int error = 0;
-        if (faulty(Call::send, error)) return failed(error);
+        if (take_fault(Operation::send, error)) return failed(error);
         if (peer.reset) return failed(EPIPE);
-        std::size_t room = (std::min)(peer.window, peer.piece), sent = 0;
+        std::size_t available = (std::min)(peer.window, peer.call_limit), sent = 0;
         for (const std::string_view piece : pieces) {
-            const std::size_t n = (std::min)(piece.size(), room);
+            const std::size_t n = (std::min)(piece.size(), available);
             peer.received += piece.substr(0, n);
-            room -= n;
+            available -= n;
             sent += n;
         }
         if (sent == 0) return failed(EAGAIN);
-        if (peer.window != Peer::any) peer.window -= sent;
+        if (peer.window != Peer::unlimited) peer.window -= sent;
         bytes_out += sent;
         progress();
         return static_cast<ssize_t>(sent);
     }
-    void shut(int descriptor) {
-        stream(descriptor).shut = true;
+    void shut_down(int descriptor) {
+        stream(descriptor).shut_down = true;
         progress();
     }
 
@@ -140,11 +140,11 @@ public:
 
     int open(std::string_view path) {
         int error = 0;
-        if (faulty(Call::open, error)) return failed(error);
+        if (take_fault(Operation::open, error)) return failed(error);
         if (open_descriptors() >= descriptor_limit) return failed(EMFILE);
         if (path == "/sim" || path == "sub") return make({Kind::folder, {}, 0});
-        const bool there = path == "/dev/null" || path == "/sim/page.html" || path == "page.html";
-        return there ? make({Kind::file, {}, 0}) : failed(ENOENT);
+        const bool exists = path == "/dev/null" || path == "/sim/page.html" || path == "page.html";
+        return exists ? make({Kind::file, {}, 0}) : failed(ENOENT);
     }
     int status(int descriptor, struct stat* status) {
         *status = {};
@@ -155,7 +155,7 @@ public:
     ssize_t read(int descriptor, void* data, std::size_t size) {
         Descriptor& from = at(descriptor);
         int error = 0;
-        if (from.kind == Kind::file && faulty(Call::read, error)) return error == 0 ? 0 : failed(error);
+        if (from.kind == Kind::file && take_fault(Operation::read, error)) return error == 0 ? 0 : failed(error);
         if (from.kind == Kind::pipe && from.bytes.empty()) return failed(EAGAIN);
         std::size_t n = 0;
         if (from.kind == Kind::pipe) {
@@ -170,7 +170,7 @@ public:
         return static_cast<ssize_t>(n);
     }
     ssize_t write(int descriptor, std::string_view bytes) {
-        check(at(descriptor).kind == Kind::pipe_end, "write() to what is no pipe");
+        check(at(descriptor).kind == Kind::pipe_end, "write() to a descriptor that is not a pipe");
         at(static_cast<int>(at(descriptor).other)).bytes += bytes;
         return static_cast<ssize_t>(bytes.size());
     }
@@ -181,7 +181,7 @@ public:
         const bool known = watched_.count(descriptor) != 0;
         if (operation == EPOLL_CTL_ADD) {
             check(!known, "a descriptor is added to the poller twice");
-            if (faulty(Call::watch, error)) return failed(error);
+            if (take_fault(Operation::watch, error)) return failed(error);
         } else if (!known) {
             return failed(ENOENT);
         }
@@ -218,39 +218,39 @@ private:
     struct Descriptor {
         Kind kind = Kind::none;
         std::shared_ptr<Peer> peer{};
-        std::size_t other = 0;  // a pipe's reading end; how much of a file was read
+        std::size_t other = 0;  // pipe: its read end; file: the read position
         std::string bytes{};
     };
     static constexpr int first = 1000;
 
-    template <class Condition>
-    std::size_t used(Condition condition) const {
+    template <class Predicate>
+    std::size_t count_if(Predicate predicate) const {
         return static_cast<std::size_t>(std::count_if(
-            table_.begin(), table_.end(), [&](const Descriptor& d) { return d.kind != Kind::none && condition(d); }));
+            table_.begin(), table_.end(), [&](const Descriptor& d) { return d.kind != Kind::none && predicate(d); }));
     }
     static int failed(int error) {
         errno = error;
         return -1;
     }
-    // The lowest number that is free, as the real one does, so that numbers are used again at once.
-    int make(Descriptor made) {
+    // Uses the lowest free number, as Linux does, so numbers are reused at once.
+    int make(Descriptor descriptor) {
         std::size_t i = 0;
         while (i < table_.size() && table_[i].kind != Kind::none) ++i;
         if (i == table_.size()) table_.emplace_back();
-        table_[i] = std::move(made);
+        table_[i] = std::move(descriptor);
         return first + static_cast<int>(i);
     }
     Descriptor& at(int descriptor) {
-        check(ours(descriptor), "a descriptor that was never open is used", std::to_string(descriptor));
+        check(owns(descriptor), "the server uses a descriptor that was never open", std::to_string(descriptor));
         Descriptor& found = table_[static_cast<std::size_t>(descriptor - first)];
-        check(found.kind != Kind::none, "a descriptor that is closed is used", std::to_string(descriptor));
+        check(found.kind != Kind::none, "the server uses a closed descriptor", std::to_string(descriptor));
         return found;
     }
     Peer& stream(int descriptor) {
-        check(at(descriptor).kind == Kind::stream, "what is no stream is used as one");
+        check(at(descriptor).kind == Kind::stream, "the server uses another descriptor as a stream");
         return *at(descriptor).peer;
     }
-    bool faulty(Call call, int& error) {
+    bool take_fault(Operation call, int& error) {
         std::deque<int>& errors = faults[call];
         if (errors.empty()) return false;
         error = errors.front();
@@ -275,7 +275,7 @@ private:
         std::memcpy(address, &storage, (std::min)(std::size_t{*size}, sizeof storage));
     }
 
-    // EPOLLIN, EPOLLOUT, EPOLLERR and EPOLLHUP have the values of POLLIN and so on.
+    // EPOLLIN, EPOLLOUT, EPOLLERR and EPOLLHUP equal POLLIN, POLLOUT, POLLERR and POLLHUP.
     std::uint32_t ready_for(int descriptor, std::uint32_t wanted) {
         const Descriptor& d = at(descriptor);
         std::uint32_t ready = 0;
@@ -286,24 +286,24 @@ private:
             if (!peer.sent.empty() || peer.fin || peer.reset) ready |= EPOLLIN;
             if (peer.window != 0 || peer.reset) ready |= EPOLLOUT;
             if (peer.reset) ready |= EPOLLERR;
-            if (peer.reset || (peer.fin && peer.shut)) ready |= EPOLLHUP;
+            if (peer.reset || (peer.fin && peer.shut_down)) ready |= EPOLLHUP;
         }
         return ready & (wanted | EPOLLERR | EPOLLHUP);
     }
 
-    // Lets the script go on until something is ready or the time is over. Nothing takes time but the script and waiting.
+    // Runs the script until a descriptor is ready or the timeout ends. Only the script and waiting advance the clock.
     template <class Collect>
     int wait(int timeout_ms, Collect collect) {
-        check(++idle_ < 60, "the server spins");
+        check(++waits_without_progress_ < 60, "the server spins");
         int error = 0;
-        if (faulty(Call::wait, error)) return failed(error);
+        if (take_fault(Operation::wait, error)) return failed(error);
         const Nanoseconds until = now + std::chrono::milliseconds(timeout_ms);
         for (;;) {
             const bool more = script();
             const int count = collect();
             if (count != 0 || timeout_ms == 0 || (timeout_ms > 0 && now >= until)) return count;
             if (more) continue;
-            check(timeout_ms > 0, "the server waits for ever");
+            check(timeout_ms > 0, "the server waits forever");
             now = until;
             progress();
         }
@@ -311,32 +311,33 @@ private:
 
     std::vector<Descriptor> table_;
     std::map<int, epoll_event> watched_;
-    int idle_ = 0;
+    int waits_without_progress_ = 0;
 };
 
 inline Kernel* kernel = nullptr;
 
-// With FUZZ_TRACE in the environment each call is a line on standard error.
+// If FUZZ_TRACE is set in the environment, prints each call on standard error.
 inline void trace(const char* call, int descriptor, long result) {
-    static const bool on = std::getenv("FUZZ_TRACE") != nullptr;
-    if (!on) return;
+    static const bool enabled = std::getenv("FUZZ_TRACE") != nullptr;
+    if (!enabled) return;
     std::fprintf(stderr, "%10.6f %s(%d) = %ld%s%s\n", std::chrono::duration<double>(kernel->now).count(), call,
                  descriptor, result, result < 0 ? " " : "", result < 0 ? std::strerror(errno) : "");
 }
 
-// What stands between the server and its kernel costs no memory of the server's.
+// Runs the simulated call, or the real one for descriptors of the real kernel. Allocations of the simulation never
+// fail.
 template <class Result, class Simulated, class Real>
-Result called(const char* name, int descriptor, Simulated simulated, Real real) {
-    if (kernel == nullptr || !kernel->ours(descriptor)) return static_cast<Result>(real());
-    const bool outermost = !std::exchange(kernel->busy, true);
+Result dispatch(const char* name, int descriptor, Simulated simulated, Real real) {
+    if (kernel == nullptr || !kernel->owns(descriptor)) return static_cast<Result>(real());
+    const bool outermost = !std::exchange(kernel->in_call, true);
     const auto answer = [&] {
-        const Spared spared;
+        const HarnessAllocations guard;
         const Result result = simulated();
         trace(name, descriptor, static_cast<long>(result));
         return result;
     }();
-    kernel->busy = !outermost;
-    if (outermost && kernel->fail_in) heap.fail_in = *std::exchange(kernel->fail_in, std::nullopt);
+    kernel->in_call = !outermost;
+    if (outermost && kernel->fail_after) heap.fail_after = *std::exchange(kernel->fail_after, std::nullopt);
     return answer;
 }
 
@@ -347,39 +348,39 @@ extern "C" {
 int socket(int family, int type, int protocol) noexcept {
     if (fuzz::kernel == nullptr || (family != AF_INET && family != AF_INET6))
         return static_cast<int>(::syscall(SYS_socket, family, type, protocol));
-    const fuzz::Spared spared;
+    const fuzz::HarnessAllocations guard;
     return fuzz::kernel->socket();
 }
 int setsockopt(int descriptor, int level, int name, const void* value, socklen_t size) noexcept {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "setsockopt", descriptor, [] { return 0; },
         [&] { return ::syscall(SYS_setsockopt, descriptor, level, name, value, size); });
 }
 int bind(int descriptor, const sockaddr* address, socklen_t size) noexcept {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "bind", descriptor, [] { return 0; }, [&] { return ::syscall(SYS_bind, descriptor, address, size); });
 }
 int listen(int descriptor, int backlog) noexcept {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "listen", descriptor, [] { return 0; }, [&] { return ::syscall(SYS_listen, descriptor, backlog); });
 }
 int getsockname(int descriptor, sockaddr* address, socklen_t* size) noexcept {
-    return fuzz::called<int>(
-        "getsockname", descriptor, [&] { return fuzz::kernel->name(address, size); },
+    return fuzz::dispatch<int>(
+        "getsockname", descriptor, [&] { return fuzz::kernel->local_address(address, size); },
         [&] { return ::syscall(SYS_getsockname, descriptor, address, size); });
 }
 int accept4(int descriptor, sockaddr* address, socklen_t* size, int flags) {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "accept4", descriptor, [&] { return fuzz::kernel->accept(descriptor, address, size); },
         [&] { return ::syscall(SYS_accept4, descriptor, address, size, flags); });
 }
 ssize_t recv(int descriptor, void* data, size_t size, int flags) {
-    return fuzz::called<ssize_t>(
+    return fuzz::dispatch<ssize_t>(
         "recv", descriptor, [&] { return fuzz::kernel->receive(descriptor, data, size); },
         [&] { return ::syscall(SYS_recvfrom, descriptor, data, size, flags, nullptr, nullptr); });
 }
 ssize_t send(int descriptor, const void* data, size_t size, int flags) {
-    return fuzz::called<ssize_t>(
+    return fuzz::dispatch<ssize_t>(
         "send", descriptor,
         [&] {
             return fuzz::kernel->send(descriptor, {{static_cast<const char*>(data), size}}, flags);
@@ -387,7 +388,7 @@ ssize_t send(int descriptor, const void* data, size_t size, int flags) {
         [&] { return ::syscall(SYS_sendto, descriptor, data, size, flags, nullptr, 0); });
 }
 ssize_t sendmsg(int descriptor, const msghdr* message, int flags) {
-    return fuzz::called<ssize_t>(
+    return fuzz::dispatch<ssize_t>(
         "sendmsg", descriptor,
         [&] {
             std::vector<std::string_view> pieces;
@@ -399,31 +400,31 @@ ssize_t sendmsg(int descriptor, const msghdr* message, int flags) {
         [&] { return ::syscall(SYS_sendmsg, descriptor, message, flags); });
 }
 int shutdown(int descriptor, int how) noexcept {
-    return fuzz::called<int>(
-        "shutdown", descriptor, [&] { return fuzz::kernel->shut(descriptor), 0; },
+    return fuzz::dispatch<int>(
+        "shutdown", descriptor, [&] { return fuzz::kernel->shut_down(descriptor), 0; },
         [&] { return ::syscall(SYS_shutdown, descriptor, how); });
 }
 int close(int descriptor) {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "close", descriptor, [&] { return fuzz::kernel->close(descriptor); },
         [&] { return ::syscall(SYS_close, descriptor); });
 }
 int pipe2(int ends[2], int flags) noexcept {
     if (fuzz::kernel == nullptr) return static_cast<int>(::syscall(SYS_pipe2, ends, flags));
-    const fuzz::Spared spared;
-    int made[2];
-    fuzz::kernel->pipe(made);
-    ends[0] = made[0];
-    ends[1] = made[1];
+    const fuzz::HarnessAllocations guard;
+    int descriptor[2];
+    fuzz::kernel->pipe(descriptor);
+    ends[0] = descriptor[0];
+    ends[1] = descriptor[1];
     return 0;
 }
 ssize_t read(int descriptor, void* data, size_t size) {
-    return fuzz::called<ssize_t>(
+    return fuzz::dispatch<ssize_t>(
         "read", descriptor, [&] { return fuzz::kernel->read(descriptor, data, size); },
         [&] { return ::syscall(SYS_read, descriptor, data, size); });
 }
 ssize_t write(int descriptor, const void* data, size_t size) {
-    return fuzz::called<ssize_t>(
+    return fuzz::dispatch<ssize_t>(
         "write", descriptor,
         [&] {
             return fuzz::kernel->write(descriptor, {static_cast<const char*>(data), size});
@@ -434,36 +435,36 @@ int open(const char* path, int flags, ...) {
     const bool simulated = fuzz::kernel != nullptr &&
                            (std::string_view(path) == "/dev/null" || std::string_view(path).substr(0, 4) == "/sim");
     if (!simulated) return static_cast<int>(::syscall(SYS_openat, AT_FDCWD, path, flags, 0600));
-    const fuzz::Spared spared;
+    const fuzz::HarnessAllocations guard;
     return fuzz::kernel->open(path);
 }
 int openat(int folder, const char* path, int flags, ...) {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "openat", folder, [&] { return fuzz::kernel->open(path); },
         [&] { return ::syscall(SYS_openat, folder, path, flags, 0600); });
 }
 int fstat(int descriptor, struct stat* status) noexcept {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "fstat", descriptor, [&] { return fuzz::kernel->status(descriptor, status); },
         [&] { return ::syscall(SYS_newfstatat, descriptor, "", status, AT_EMPTY_PATH); });
 }
-int epoll_create1(int flags) noexcept {
-    if (fuzz::kernel == nullptr) return static_cast<int>(::syscall(SYS_epoll_create1, flags));
-    const fuzz::Spared spared;
-    return fuzz::kernel->epoll();
-}
 int epoll_ctl(int poller, int operation, int descriptor, epoll_event* event) noexcept {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "epoll_ctl", poller, [&] { return fuzz::kernel->control(operation, descriptor, event); },
         [&] { return ::syscall(SYS_epoll_ctl, poller, operation, descriptor, event); });
 }
+int epoll_create1(int flags) noexcept {
+    if (fuzz::kernel == nullptr) return static_cast<int>(::syscall(SYS_epoll_create1, flags));
+    const fuzz::HarnessAllocations guard;
+    return fuzz::kernel->epoll();
+}
 int epoll_wait(int poller, epoll_event* events, int size, int timeout_ms) {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "epoll_wait", poller, [&] { return fuzz::kernel->wait(events, size, timeout_ms); },
         [&] { return ::syscall(SYS_epoll_pwait, poller, events, size, timeout_ms, nullptr, 8); });
 }
 int poll(pollfd* entries, nfds_t size, int timeout_ms) {
-    return fuzz::called<int>(
+    return fuzz::dispatch<int>(
         "poll", size == 0 ? -1 : entries[0].fd, [&] { return fuzz::kernel->poll(entries, size, timeout_ms); },
         [&] { return ::syscall(SYS_poll, entries, size, timeout_ms); });
 }

@@ -1,5 +1,5 @@
-// What several harnesses compare the header with: text, header fields, UTF-8 and close codes, as slow and obvious as can
-// be.
+// References that several harnesses compare the header with: text, header fields, UTF-8 and close codes. They are
+// simple and slow on purpose.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +12,12 @@
 
 namespace fuzz {
 
-// ---- text -----------------------------------------------------------------------------------------------------------
+// ---- text ----------------------------------------------------------------------------------------------------------
 
 inline const std::string digits = "0123456789", letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 inline const std::string token_characters = digits + letters + "!#$%&'*+-.^_`|~";
 
-inline bool only(std::string_view s, std::string_view allowed) {
+inline bool contains_only(std::string_view s, std::string_view allowed) {
     return s.find_first_not_of(allowed) == std::string_view::npos;
 }
 inline std::string lower(std::string_view s) {
@@ -37,31 +37,31 @@ inline std::vector<std::string> split(std::string_view s, char separator) {
         else parts.back() += c;
     return parts;
 }
-// Digits, at most 20 of them, whose number is at most max.
+// True for 1 to 20 digits whose value is at most max.
 inline bool number_up_to(std::string_view s, unsigned long long max) {
-    if (s.empty() || s.size() > 20 || !only(s, digits)) return false;
+    if (s.empty() || s.size() > 20 || !contains_only(s, digits)) return false;
     const std::string text(s.substr((std::min)(s.find_first_not_of('0'), s.size())));
     const std::string greatest = std::to_string(max);
     return text.size() != greatest.size() ? text.size() < greatest.size() : text <= greatest;
 }
 
-// A name, an IPv4 address or an IPv6 address in brackets, and perhaps a port.
-inline bool good_host(std::string_view host) {
+// A name, an IPv4 address or an IPv6 address in brackets, with an optional port.
+inline bool valid_host(std::string_view host) {
     const bool brackets = host.substr(0, 1) == "[";
     const std::size_t end = brackets ? host.find(']') : host.find(':');
     if (brackets && end == std::string_view::npos) return false;
     const std::string_view name = brackets ? host.substr(1, end - 1) : host.substr(0, end);
     const std::string_view rest = end == std::string_view::npos ? "" : host.substr(brackets ? end + 1 : end);
-    if (brackets && (name.size() < 2 || !only(name, digits + "abcdefABCDEF:."))) return false;
-    if (!brackets && (name.empty() || !only(name, digits + letters + "-._~"))) return false;
+    if (brackets && (name.size() < 2 || !contains_only(name, digits + "abcdefABCDEF:."))) return false;
+    if (!brackets && (name.empty() || !contains_only(name, digits + letters + "-._~"))) return false;
     return rest.empty() || (rest[0] == ':' && (rest.size() == 1 || number_up_to(rest.substr(1), 65535)));
 }
-inline bool good_escapes(std::string_view path) {
+inline bool valid_escapes(std::string_view path) {
     for (std::size_t at = path.find('%'); at != std::string_view::npos; at = path.find('%', at + 1))
-        if (path.size() < at + 3 || !only(path.substr(at + 1, 2), digits + "abcdefABCDEF")) return false;
+        if (path.size() < at + 3 || !contains_only(path.substr(at + 1, 2), digits + "abcdefABCDEF")) return false;
     return true;
 }
-// Of what has good escapes.
+// Requires valid escapes.
 inline std::string unescaped(std::string_view s, bool plus = false) {
     std::string result;
     for (; !s.empty(); s.remove_prefix(1)) {
@@ -83,7 +83,7 @@ inline std::vector<std::string> values_of(const FieldList& fields, std::string_v
         if (lower(field) == name) values.push_back(value);
     return values;
 }
-// RFC 9110 5.6.1: elements of a list; empty ones do not count.
+// RFC 9110 5.6.1: the elements of a list. Empty elements are ignored.
 inline std::vector<std::string> elements_of(const FieldList& fields, std::string_view name) {
     std::vector<std::string> elements;
     for (const std::string& value : values_of(fields, name))
@@ -97,17 +97,16 @@ inline bool has_element(const FieldList& fields, std::string_view name, std::str
     return false;
 }
 
-// ---- UTF-8 ----------------------------------------------------------------------------------------------------------
+// ---- UTF-8 ---------------------------------------------------------------------------------------------------------
 
-// RFC 3629 3, byte by byte: after each the code points that may still come of the bytes are compared with those that
-// there are.
-class SlowUtf8 {
+// RFC 3629 3, byte by byte. After each byte, compares the code points that are still possible with the valid ranges.
+class Utf8Reference {
 public:
-    // False: nothing that follows could make the text valid.
-    bool take(char c) {
-        if (begun_.empty() && c >= 0) return true;
-        begun_ += c;
-        const auto lead = static_cast<unsigned char>(begun_[0]);
+    // Returns false if no continuation makes the text valid.
+    bool feed(char c) {
+        if (partial_.empty() && c >= 0) return true;
+        partial_ += c;
+        const auto lead = static_cast<unsigned char>(partial_[0]);
         const unsigned length = lead < 0x80             ? 1
                                 : (lead & 0xE0) == 0xC0 ? 2
                                 : (lead & 0xF0) == 0xE0 ? 3
@@ -117,11 +116,11 @@ public:
         constexpr unsigned lead_bits[] = {0, 0x7F, 0x1F, 0x0F, 0x07};
         std::uint32_t least = lead & lead_bits[length], greatest = least;
         for (unsigned i = 1; i < length; ++i) {
-            const bool here = i < begun_.size();
-            const auto byte = here ? static_cast<unsigned char>(begun_[i]) : 0u;
-            if (here && (byte & 0xC0) != 0x80) return false;
-            least = least << 6 | (here ? byte & 0x3F : 0);
-            greatest = greatest << 6 | (here ? byte & 0x3F : 0x3F);
+            const bool present = i < partial_.size();
+            const auto byte = present ? static_cast<unsigned char>(partial_[i]) : 0u;
+            if (present && (byte & 0xC0) != 0x80) return false;
+            least = least << 6 | (present ? byte & 0x3F : 0);
+            greatest = greatest << 6 | (present ? byte & 0x3F : 0x3F);
         }
         struct Range {
             unsigned length;
@@ -132,33 +131,33 @@ public:
         bool possible = false;
         for (const Range& range : ranges)
             possible = possible || (range.length == length && least <= range.last && greatest >= range.first);
-        if (begun_.size() == length) begun_.clear();
+        if (partial_.size() == length) partial_.clear();
         return possible;
     }
-    bool complete() const { return begun_.empty(); }
+    bool complete() const { return partial_.empty(); }
 
 private:
-    std::string begun_;  // the bytes of the character that is not finished
+    std::string partial_;  // the bytes of the incomplete character
 };
 
-// How many bytes there are before the one that makes the text invalid; its size where there is none.
-inline std::size_t slow_utf8_prefix(std::string_view text, bool* complete = nullptr) {
-    SlowUtf8 utf8;
+// The number of bytes before the first one that makes the text invalid, or the size of the text.
+inline std::size_t reference_utf8_prefix(std::string_view text, bool* complete = nullptr) {
+    Utf8Reference utf8;
     std::size_t n = 0;
-    while (n < text.size() && utf8.take(text[n])) ++n;
+    while (n < text.size() && utf8.feed(text[n])) ++n;
     if (complete != nullptr) *complete = n == text.size() && utf8.complete();
     return n;
 }
-inline bool slow_utf8(std::string_view text) {
+inline bool reference_utf8(std::string_view text) {
     bool complete = false;
-    slow_utf8_prefix(text, &complete);
+    reference_utf8_prefix(text, &complete);
     return complete;
 }
 
-// ---- close codes -----------------------------------------------------------------------------------------------------
+// ---- close codes ---------------------------------------------------------------------------------------------------
 
-// RFC 6455 7.4 and the registry of IANA, as a list.
-inline bool may_be_sent(unsigned code) {
+// RFC 6455 7.4 and the IANA registry of close codes.
+inline bool sendable_close_code(unsigned code) {
     for (const unsigned registered :
          {1000u, 1001u, 1002u, 1003u, 1007u, 1008u, 1009u, 1010u, 1011u, 1012u, 1013u, 1014u})
         if (code == registered) return true;

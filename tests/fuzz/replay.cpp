@@ -1,5 +1,5 @@
-// Runs a harness over saved inputs where there is no libFuzzer: replay FILE... Each file is one input, or with the
-// ending .hex one input a line. Ends with status 1, and names the input, where one fails.
+// Runs a harness over saved inputs without libFuzzer: replay FILE... A file is one input, or one input per line if its
+// name ends in .hex. Prints the input and ends with status 1 if a check fails.
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
@@ -14,7 +14,7 @@ namespace {
 
 std::string current;
 
-void on_crash(int) {
+void on_fatal_signal(int) {
     std::fprintf(stderr, "replay: %s fails\n", current.c_str());
     std::_Exit(1);
 }
@@ -34,13 +34,13 @@ std::string unhex(const std::string& line) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    for (const int signal : {SIGABRT, SIGSEGV, SIGFPE, SIGILL, SIGBUS, SIGALRM}) std::signal(signal, &on_crash);
+    for (const int signal : {SIGABRT, SIGSEGV, SIGFPE, SIGILL, SIGBUS, SIGALRM}) std::signal(signal, &on_fatal_signal);
     int inputs = 0;
     for (int i = 1; i < argc; ++i) {
         const std::string path = argv[i];
         std::ifstream file(path, std::ios::binary);
         if (!file) {
-            std::fprintf(stderr, "replay: %s is not there\n", argv[i]);
+            std::fprintf(stderr, "replay: cannot open %s", argv[i]);
             return 1;
         }
         if (path.size() < 4 || path.substr(path.size() - 4) != ".hex") {
@@ -56,6 +56,6 @@ int main(int argc, char** argv) {
             ++inputs;
         }
     }
-    std::printf("%d inputs, as they should be\n", inputs);
+    std::printf("%d inputs passed", inputs);
     return inputs != 0 ? 0 : 1;
 }

@@ -1,12 +1,12 @@
 #!/bin/sh
 # sh tests/fuzz/run.sh SECONDS [NAME...]
 #
-# Builds the harnesses (http fields text connection server, or those that are named) with libFuzzer, AddressSanitizer
-# and UndefinedBehaviorSanitizer into build/fuzz, and runs each for so many seconds, two at once. Begins with what
-# seeds.py makes of the tests' vectors, with tests/fuzz/corpus, and with what earlier runs have left in
-# build/fuzz/corpus. Prints a table; status 1, and the input as hex, where something was found.
+# Builds the harnesses (http fields text connection server, or the named ones) with libFuzzer, AddressSanitizer and
+# UndefinedBehaviorSanitizer into build/fuzz. Runs each for SECONDS, two at a time. The first inputs come from seeds.py,
+# from tests/fuzz/corpus, and from earlier runs in build/fuzz/corpus. Prints a table. If a harness fails, prints the
+# input as hex and ends with status 1.
 #
-#   sh tests/fuzz/run.sh pack [NAME...]    minimises build/fuzz/corpus and saves it in tests/fuzz/corpus
+#   sh tests/fuzz/run.sh pack [NAME...]    minimizes build/fuzz/corpus and saves it in tests/fuzz/corpus
 
 set -u
 cd "$(dirname "$0")/../.." || exit 1
@@ -18,12 +18,13 @@ say() { printf '%s\n' "$*" >&2; }
 die() { say "run.sh: $*"; exit 1; }
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' $fuzz/run.sh >&2; exit 2; }
 
-# A few kilobytes are enough for every rule; what is longer is slower.
+# Long inputs are slow, and a few kilobytes reach every rule.
 max_len() {
     case $1 in text) echo 400 ;; fields) echo 600 ;; *) echo 2000 ;; esac
 }
 
-# ---- one harness, in a process of its own ----------------------------------------------------------------------------
+# ---- one harness, in its own process
+# ---------------------------------------------------------------------------------
 
 build_one() { # build_one NAME
     [ -e "$out/$1" ] && [ -z "$(find wschat.hpp $fuzz/*.?pp -newer "$out/$1")" ] && return 0
@@ -35,22 +36,22 @@ build_one() { # build_one NAME
     return 1
 }
 
-# Input that takes a minute (others may have the processor) or 1.5 GB is a find as well.
+# An input that takes a minute (the machine may be busy) or 1.5 GB is also a find.
 fuzz_one() { # fuzz_one NAME SECONDS
-    begun=$(date +%s)
+    start=$(date +%s)
     rm -f "$out/finds/$1"-*
     "$out/$1" -max_total_time="$2" -max_len="$(max_len "$1")" -timeout=60 -report_slow_units=60 \
         -rss_limit_mb=1500 -print_final_stats=1 -artifact_prefix="$out/finds/$1-" "$out/corpus/$1" >"$out/$1.log" 2>&1
     echo "$?" >"$out/$1.status"
-    echo "$1 $(executions "$1") $(($(date +%s) - begun))" >>"$out/totals"
+    echo "$1 $(executions "$1") $(($(date +%s) - start))" >>"$out/totals"
 }
 
-# libFuzzer's numbers, also of a run that was broken off.
+# Reads the number of executions from the log, also of an aborted run.
 executions() {
     awk '/^stat::number_of_executed_units:/ { n = $2 } /^#[0-9]+/ { last = substr($1, 2) } END { print (n ? n : last) + 0 }' \
         "$out/$1.log"
 }
-last_of() { # last_of NAME WORD: the last number after the word in libFuzzer's lines
+last_of() { # last_of NAME WORD: the last number after WORD in the log of libFuzzer
     sed -n "s/.* $2: \([0-9]*\).*/\1/p" "$out/$1.log" | tail -n 1
 }
 
@@ -66,7 +67,8 @@ case ${1-} in
 --fuzz) fuzz_one "$2" "$3"; exit ;;
 esac
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
+# ---- all harnesses
+# ---------------------------------------------------------------------------------------------------
 
 seconds=${1-}
 case $seconds in
@@ -76,10 +78,10 @@ esac
 shift
 names=${*:-http fields text connection server}
 for name in $names; do
-    [ -e "$fuzz/$name.cpp" ] || die "there is no harness $name"
+    [ -e "$fuzz/$name.cpp" ] || die "unknown harness: $name"
 done
 
-# need PACKAGE COMMAND...: the package is missing if the command fails
+# need PACKAGE COMMAND...: adds PACKAGE to the missing ones if COMMAND fails
 missing=""
 need() {
     package=$1
@@ -91,15 +93,15 @@ need clang command -v clang++
 need libclang-rt-dev libfuzzer
 need python3 test -x $python
 if [ -n "$missing" ]; then
-    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then die "missing:$missing (Debian's names)"; fi
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then die "missing Debian packages:$missing"; fi
     say "installing$missing"
     # shellcheck disable=SC2086
     DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $missing >&2 ||
-        die "apt-get can not install$missing"
+        die "apt-get cannot install$missing"
 fi
 
 mkdir -p "$out/finds"
-$python $fuzz/seeds.py make "$out/corpus" || die "seeds.py fails"
+$python $fuzz/seeds.py make "$out/corpus" || die "seeds.py failed"
 # shellcheck disable=SC2086
 printf '%s\n' $names | xargs -P 2 -I NAME sh $fuzz/run.sh --build NAME || die "a harness does not compile"
 
@@ -112,7 +114,7 @@ fi
 printf '%s\n' $names | xargs -P 2 -I NAME sh $fuzz/run.sh --fuzz NAME "$seconds"
 
 found=0
-printf '%-12s %12s %10s %8s %8s %6s  %s\n' harness executions a-second corpus edges finds "in all"
+printf '%-12s %12s %10s %8s %8s %6s  %s\n' harness executions per-second corpus edges finds total
 for name in $names; do
     finds=$(find "$out/finds" -name "$name-*" | wc -l)
     [ "$(cat "$out/$name.status")" = 0 ] || [ "$finds" != 0 ] || finds=1
@@ -126,8 +128,8 @@ done
 
 for name in $names; do
     [ "$(cat "$out/$name.status")" = 0 ] && continue
-    printf '\n%s: all of it is in %s\n' "$name" "$out/$name.log"
-    grep -aE -A 3 'NOT SO:|runtime error:|ERROR: ' "$out/$name.log" | head -n 12
+    printf '\n%s: the whole log is in %s\n' "$name" "$out/$name.log"
+    grep -aE -A 3 'CHECK FAILED:|runtime error:|ERROR: ' "$out/$name.log" | head -n 12
     for find in "$out/finds/$name"-*; do
         [ -e "$find" ] && printf '%s\n%s\n' "$find" "$(od -An -v -tx1 "$find" | tr -d ' \n')"
     done

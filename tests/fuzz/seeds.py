@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The inputs that the harnesses begin with.
+"""Makes and packs the inputs of the harnesses.
 
-seeds.py make FOLDER        FOLDER/NAME/ for each harness: seeds made of the strings in tests/*.cpp, and the saved inputs
-seeds.py pack NAME FOLDER   tests/fuzz/corpus/NAME.hex: the inputs of a folder, the short ones first, as lines of hex
+seeds.py make FOLDER        writes FOLDER/NAME/ for each harness: seeds from the strings in tests/*.cpp, and saved inputs
+seeds.py pack NAME FOLDER   writes tests/fuzz/corpus/NAME.hex: the inputs of FOLDER as lines of hex, shortest first
 """
 import hashlib
 import pathlib
@@ -12,9 +12,9 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 SAVED = HERE / "corpus"
 NAMES = ("http", "fields", "text", "connection", "server")
-PACKED = 80_000  # bytes of a packed file at the most
+PACKED = 80_000  # largest size of a packed file in bytes
 
-# ---- the strings of the tests ---------------------------------------------------------------------------------------
+# ---- the strings of the tests -------------------------------------------------------------------------------------
 
 TOKEN = re.compile(r'//[^\n]*|/\*.*?\*/|R"(\w*)\((.*?)\)\1"|"((?:[^"\\\n]|\\.)*)"|\'(?:[^\'\\\n]|\\.)+\'', re.S)
 ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{1,2}|[0-7]{1,3}|.)", re.S)
@@ -34,9 +34,9 @@ def unescaped(literal):
 
 
 def strings_of(suite):
-    """The string literals of tests/SUITE_test.cpp in rows: those of a row have only commas between them."""
+    """The string literals of tests/SUITE_test.cpp. Literals with only commas between them form a row."""
     source = (HERE.parent / f"{suite}_test.cpp").read_text()
-    rows, end, glued = [[]], 0, False
+    rows, end = [[]], 0
     for token in TOKEN.finditer(source):
         between = source[end:token.start()].strip()
         if token[0].startswith(("//", "/*")):
@@ -47,7 +47,7 @@ def strings_of(suite):
             continue
         text = token[2].encode() if token[2] is not None else unescaped(token[3])
         if between == "" and rows[-1]:
-            rows[-1][-1] += text  # one literal after another is one string
+            rows[-1][-1] += text  # adjacent literals are one string
         elif re.fullmatch(r"s?v?\s*,", between):
             rows[-1].append(text)
         else:
@@ -60,13 +60,13 @@ def all_of(*suites):
 
 
 def from_hex(text):
-    """The bytes of "81 05 48 65", or nothing."""
+    """The bytes of a text such as "81 05 48 65", or None."""
     if not re.fullmatch(rb"([0-9a-fA-F]{2} )*[0-9a-fA-F]{2}", text) or len(text) < 2:
         return None
     return bytes.fromhex(text.decode())
 
 
-# ---- seeds ----------------------------------------------------------------------------------------------------------
+# ---- seeds --------------------------------------------------------------------------------------------------------
 
 
 def http_seeds():
@@ -109,13 +109,13 @@ CALLS = ("send_text send_binary send_encoded send_offered ping pong close fail a
 WITH_TEXT = ("ping", "pong", "close", "fail")
 
 
-def call(what, amount=0, text=b"", later=False):
-    step = bytes([6 if later else 3, CALLS.index(what), amount])
-    return step + (bytes([len(text)]) + text if what in WITH_TEXT else b"")
+def call(name, amount=0, text=b"", later=False):
+    step = bytes([6 if later else 3, CALLS.index(name), amount])
+    return step + (bytes([len(text)]) + text if name in WITH_TEXT else b"")
 
 
 def frames_of(data):
-    """Unmasked frames as steps of the harness, which masks them; what is no frame goes on as it is."""
+    """Unmasked frames as steps of the harness, which masks them. Other bytes become a raw step."""
     steps = b""
     while len(data) >= 2 and data[1] < 126 and len(data) >= 2 + data[1]:
         steps += bytes([1, data[0], len(steps) & 255, data[1]]) + data[2:2 + data[1]]
@@ -133,11 +133,11 @@ def connection_seeds():
             seeds += [head + bytes([0, len(vector)]) + vector, head + frames_of(vector) + call("tick", 100)]
         large = b"".join(bytes([2, first, size, 1]) for first, size in ((0x82, 249), (0x01, 252), (0x89, 9), (0x80, 254)))
         seeds += [head + large, head + large + call("drain", 255)]
-        for what in CALLS:
+        for name in CALLS:
             for amount in (0, 4, 100, 251, 255):
-                now = call(what, amount, b"why")
+                now = call(name, amount, b"why")
                 seeds += [head + frames_of(text) + now + frames_of(ping + text) + call("drain", 255) + frames_of(close),
-                          head + call(what, amount, b"why", later=True) + frames_of(text + ping + text) + call("resume"),
+                          head + call(name, amount, b"why", later=True) + frames_of(text + ping + text) + call("resume"),
                           head + call("send_text", 200) + call("block") + now + frames_of(ping + ping) + call("unblock") +
                           call("drain", 255) + call("tick", 200) + call("tick", 200)]
     return seeds
@@ -155,10 +155,10 @@ def server_seeds():
             seeds.append(head + request(target) + b"\0" + bytes([3, 0, target, 0, 0, 0]))
             seeds.append(head + request(0, 0, target) + b"\0")
             seeds.append(head + bytes([1, 0, 3, 0, target, 200 + target, 0, 0]) + b"\0" + bytes([4, 0, 0, 0, 0, 0]))
-        for what in range(26):
-            letter = bytes([97 + what])
+        for action in range(26):
+            letter = bytes([97 + action])
             room = request() + b"\0" + request(9) + b"\0" + request(wishes=b"aaa" + letter) + b"\0"
-            message = bytes([17, 0, what, 0])
+            message = bytes([17, 0, action, 0])
             seeds += [head + room + message + b"\0", head + room + bytes([9, 1, 1]) + message + b"\0" + message + bytes([9, 1, 255]),
                       head + request(wishes=letter * 7) + b"\0" + bytes([6, 0, 0x89, 1, 65]) + bytes([6, 0, 0x8A, 1, 65]) + b"\0",
                       head + room + message + bytes([8, 1]) + b"\0" + bytes([7, 0]) + b"\0"]
@@ -175,7 +175,7 @@ def server_seeds():
     return seeds
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------------------------
 
 
 def lines_of(path):

@@ -1,9 +1,9 @@
-// A whole server on a kernel of the fuzzer's making: peers that connect, send, read slowly, hang up and reset; calls that
-// fail; memory that runs out; handlers that do anything in any callback. The server must not crash, spin, sleep for
-// ever, lose a descriptor, or let open() and on_close() come but in pairs, and what it sends must be legal.
+// A whole server on a simulated kernel: peers connect, send, read slowly, hang up and reset. Calls fail, memory runs
+// out, and handlers call anything in any callback. The server must not crash, spin, wait forever or lose a descriptor.
+// Calls of open() and on_close() must pair, and the sent bytes must be valid.
 //
-// Input: two bytes for the options, then steps. Each begins with a byte that says what happens (see Script::step()); a
-// byte or two choose the peer and how much, and texts come with a count. The steps go on while the server waits.
+// Input: a byte for the options, then steps. A step begins with a byte for its kind (see Script::step()). A byte or
+// two select the peer and an amount; a text has a count. The script continues while the server waits.
 #include "kernel.hpp"
 #include "reference.hpp"
 
@@ -11,137 +11,129 @@ namespace {
 
 using namespace fuzz;
 using namespace std::chrono_literals;
-using wschat::CloseCode;
-using wschat::Limits;
-using wschat::Message;
-using wschat::Opcode;
-using wschat::Request;
-using wschat::Response;
-using wschat::Server;
-using wschat::WriteStatus;
 
-constexpr std::size_t large = 20'000;  // bytes of a large message of ours
+constexpr std::size_t large = 20'000;  // bytes of a large message of the harness
 
 class Member;
 
-// What the harness knows of the run.
+// The state of one run.
 struct World {
     Kernel kernel;
     Server* server = nullptr;
     std::vector<std::shared_ptr<Peer>> peers;
-    std::vector<Member*> members;  // all handlers that live
+    std::vector<Member*> members;  // all live handlers
     std::size_t opened = 0, closed = 0;
-    bool raw = false;        // bytes were sent that are no request of ours
-    bool disturbed = false;  // a call has failed, or memory, or there were no descriptors
-    bool stopped = false;    // a handler has stopped the loop
+    bool raw = false;              // raw bytes were sent, which may not be a request of the harness
+    bool faults_injected = false;  // a call, an allocation or a descriptor was made to fail
+    bool stopped = false;          // a handler has stopped the loop
     bool in_callback = false;
 };
 World* world = nullptr;
 
-// ---- handlers -------------------------------------------------------------------------------------------------------
+// ---- handlers ------------------------------------------------------------------------------------------------------
 
-// Marks a callback: none runs within another.
-class Callback {
+// Checks that no callback runs within another.
+class CallbackScope {
 public:
-    Callback() {
+    CallbackScope() {
         check(!world->in_callback, "a callback runs within another");
         world->in_callback = true;
     }
-    Callback(const Callback&) = delete;
-    Callback& operator=(const Callback&) = delete;
-    ~Callback() { world->in_callback = false; }
+    CallbackScope(const CallbackScope&) = delete;
+    CallbackScope& operator=(const CallbackScope&) = delete;
+    ~CallbackScope() { world->in_callback = false; }
 };
 
-// Does in each callback what its request says: a letter for each of seven; and in on_message what the message says.
+// The X-Do header of the request has one letter for each of seven callbacks. A message can also name an action.
 class Member final : public wschat::WebSocketHandler {
 public:
     Member() {
-        const Spared spared;
+        const HarnessAllocations guard;
         world->members.push_back(this);
     }
     ~Member() override {
-        check(!opened_ || closed_, "a handler is destroyed that was opened and not closed");
-        const Spared spared;
+        check(!opened_ || closed_, "a handler is destroyed between open() and on_close()");
+        const HarnessAllocations guard;
         world->members.erase(std::find(world->members.begin(), world->members.end(), this));
     }
 
     std::optional<Response> prepare(const Request& request) override {
-        const Callback callback;
-        check(!opened_ && !is_open(), "prepare() comes after open()");
-        const char what = wish(0);
-        if (what == 'R') return Response(401, "Who are you?\n");
-        if (what == 'L') return Response::redirect(request.target());
-        act(what);
+        const CallbackScope scope;
+        check(!opened_ && !is_open(), "prepare() is called after open()");
+        const char action_letter = action(0);
+        if (action_letter == 'R') return Response(401, "Who are you?\n");
+        if (action_letter == 'L') return Response::redirect(request.target());
+        run_action(action_letter);
         return std::nullopt;
     }
     std::string select_subprotocol(const std::vector<std::string_view>& offered) override {
-        const Callback callback;
-        check(!opened_, "select_subprotocol() comes after open()");
-        const char what = wish(1);
-        act(what);
-        return what == 'X' ? "not offered" : std::string(offered.back());
+        const CallbackScope scope;
+        check(!opened_, "select_subprotocol() is called after open()");
+        const char action_letter = action(1);
+        run_action(action_letter);
+        return action_letter == 'X' ? "not offered" : std::string(offered.back());
     }
     void open() override {
-        const Callback callback;
-        check(!opened_ && is_open(), "open() comes twice, or where it is not open");
+        const CallbackScope scope;
+        check(!opened_ && is_open(), "open() is called twice, or while is_open() is false");
         opened_ = true;
         ++world->opened;
         check_address();
         room("lobby").join(*this);
-        act(wish(2));
+        run_action(action(2));
     }
     void on_message(const Message& message) override {
-        const Callback callback;
+        const CallbackScope scope;
         check_live();
-        check(message.binary() || slow_utf8(message.text()), "a text is not UTF-8", message.text());
+        check(message.binary() || reference_utf8(message.text()), "a text message is not UTF-8", message.text());
         const std::string copy(message.data());
-        const char what = copy.empty() ? '\0' : copy[0];
-        if (what >= 'a' && what <= 'z') act(what);
+        const char action_letter = copy.empty() ? '\0' : copy[0];
+        if (action_letter >= 'a' && action_letter <= 'z') run_action(action_letter);
         else room("lobby").broadcast(message);
-        check(copy == message.data(), "a message changes while it is handled");
+        check(copy == message.data(), "a message changes during on_message()");
     }
     void on_close() override {
-        const Callback callback;
-        check(opened_ && !closed_, "on_close() comes twice, or without open()");
+        const CallbackScope scope;
+        check(opened_ && !closed_, "on_close() is called twice, or without open()");
         closed_ = true;
         ++world->closed;
-        check(close_cause() != wschat::CloseCause::none, "what is closed has no cause");
-        check(!is_open() && write_message("x") == WriteStatus::closed, "what is closed takes a message");
-        for (wschat::Room* each : rooms()) check(!each->has(*this), "a room has a member that is closed");
-        act(wish(3));
-        check(!room("lobby").join(*this), "what is closed joins a room");
+        check(close_cause() != wschat::CloseCause::none, "a closed connection has no cause");
+        check(!is_open() && write_message("x") == WriteStatus::closed, "a closed connection accepts a message");
+        for (wschat::Room* each : rooms()) check(!each->has(*this), "a room has a closed member");
+        run_action(action(3));
+        check(!room("lobby").join(*this), "a closed connection joins a room");
     }
     void on_ping(std::string_view payload) override {
-        const Callback callback;
+        const CallbackScope scope;
         check_live();
         check(payload.size() <= 125, "a ping is too long");
-        act(wish(4));
+        run_action(action(4));
     }
     void on_pong(std::string_view payload) override {
-        const Callback callback;
+        const CallbackScope scope;
         check_live();
         check(payload.size() <= 125, "a pong is too long");
-        act(wish(5));
+        run_action(action(5));
     }
     void on_drain() override {
-        const Callback callback;
+        const CallbackScope scope;
         check_live();
-        act(wish(6));
+        run_action(action(6));
     }
 
     bool opened() const { return opened_; }
     bool closed() const { return closed_; }
 
 private:
-    void check_live() const { check(opened_ && !closed_, "a callback comes before open() or after on_close()"); }
-    char wish(std::size_t callback) const {
-        const std::string_view wishes = request().header("x-do");
-        return callback < wishes.size() ? wishes[callback] : '\0';
+    void check_live() const { check(opened_ && !closed_, "a callback runs before open() or after on_close()"); }
+    char action(std::size_t index) const {
+        const std::string_view actions = request().header("x-do");
+        return index < actions.size() ? actions[index] : '\0';
     }
 
-    // The address of the peer, or where that is a proxy of ours the last one that the proxies name.
+    // The address of the peer, or for a trusted proxy the last address in X-Forwarded-For that is not trusted.
     void check_address() const {
-        const Spared spared;
+        const HarnessAllocations guard;
         if (world->raw) return;
         const std::string_view number = request().header("x-peer");
         std::string client = world->peers[std::strtoul(std::string(number).c_str(), nullptr, 10)]->address;
@@ -158,11 +150,11 @@ private:
             client = address->to_string();
         }
         const auto plain = wschat::IpAddress::parse(client);
-        check_same(remote_address(), plain ? plain->to_string() : client, "the address of a client is another");
+        check_equal(remote_address(), plain ? plain->to_string() : client, "remote_address() is wrong");
     }
 
     void expect(WriteStatus status, bool was_open) const {
-        if (!was_open) check(status == WriteStatus::closed, "a message is taken where nothing is open");
+        if (!was_open) check(status == WriteStatus::closed, "a closed connection accepts a message");
     }
     static void expect_error(void (*call)(Member&), Member& member) {
         try {
@@ -170,13 +162,13 @@ private:
         } catch (const wschat::Error&) {
             return;
         }
-        check(world->disturbed, "what a caller must not do is no Error");  // for which there may be no memory
+        check(world->faults_injected, "a wrong call does not throw an Error");  // an Error needs memory
     }
 
-    void act(char what) {
+    void run_action(char action_letter) {
         const bool was_open = is_open();
         wschat::Room& lobby = room("lobby");
-        switch (what) {
+        switch (action_letter) {
             case 'a': lobby.broadcast("all", this); break;
             case 'b': lobby.broadcast(std::string(large, 'B'), nullptr, Opcode::binary); break;
             case 'c': close(1000, "bye"); break;
@@ -220,18 +212,18 @@ private:
     bool closed_ = false;
 };
 
-// ---- what happens ---------------------------------------------------------------------------------------------------
+// ---- the script ----------------------------------------------------------------------------------------------------
 
 class Script {
 public:
-    explicit Script(Choices& choices) : choices_(choices) {}
+    explicit Script(InputReader& input) : input_(input) {}
 
-    // Until something takes time, or it is the server's turn. False: all is over.
+    // Runs steps until time passes or the server must run. Returns false when the script is finished.
     bool run() {
         check_server();
-        while (!choices_.over())
+        while (!input_.empty())
             if (!step()) return true;
-        if (!std::exchange(over_, true)) {
+        if (!std::exchange(finished_, true)) {
             end();
             return true;
         }
@@ -240,11 +232,11 @@ public:
     }
 
 private:
-    // False: what comes next comes after the server's turn.
+    // Returns false if the server must run before the next step.
     bool step() {
         Kernel& kernel = world->kernel;
         kernel.progress();
-        switch (choices_.byte() % 19) {
+        switch (input_.byte() % 19) {
             case 0: return false;
             case 1: connect(); break;
             case 2: request(connect(), true); break;
@@ -254,22 +246,22 @@ private:
             case 6: frame(peer()); break;
             case 7: peer().fin = true; break;
             case 8: reset(peer()); break;
-            case 9: window(peer()); break;
-            case 10: piece(peer()); break;
-            case 11: pass(); return false;
+            case 9: set_window(peer()); break;
+            case 10: set_call_limit(peer()); break;
+            case 11: advance_clock(); return false;
             case 12: fault(); break;
             case 13:
-                world->disturbed = true;
-                kernel.descriptor_limit = choices_.byte() % 2 == 0 ? kernel.open_descriptors() : Peer::any;
+                world->faults_injected = true;
+                kernel.descriptor_limit = input_.byte() % 2 == 0 ? kernel.open_descriptors() : Peer::unlimited;
                 break;
             case 14:
-                kernel.fail_in = 1 + choices_.byte();
-                world->disturbed = true;
+                kernel.fail_after = 1 + input_.byte();
+                world->faults_injected = true;
                 break;
             case 15: stop(); break;
             case 16: post(); break;
             case 17: message(peer()); break;
-            case 18: kernel.file_size = choices_.byte() * std::size_t{300}; break;
+            case 18: kernel.file_size = input_.byte() * std::size_t{300}; break;
         }
         return true;
     }
@@ -277,20 +269,20 @@ private:
     Peer& connect() {
         constexpr const char* addresses[] = {"127.0.0.1",   "10.0.0.1",    "192.0.2.7",
                                              "2001:db8::1", "2001:db8::2", "unix"};
-        const auto made = std::make_shared<Peer>();
-        made->address = addresses[choices_.byte() % 6];
-        if (world->peers.size() < 40) world->kernel.backlog.push_back(made);
-        world->peers.push_back(made);
+        const auto peer = std::make_shared<Peer>();
+        peer->address = addresses[input_.byte() % 6];
+        if (world->peers.size() < 40) world->kernel.backlog.push_back(peer);
+        world->peers.push_back(peer);
         last_ = world->peers.size() - 1;
-        return *made;
+        return *peer;
     }
     Peer& peer() {
         if (world->peers.empty()) return connect();
-        last_ = choices_.byte() % world->peers.size();
+        last_ = input_.byte() % world->peers.size();
         return *world->peers[last_];
     }
 
-    // For a page, or for an upgrade; most are as they should be.
+    // Sends a request for a page or an upgrade. Most are valid.
     void request(Peer& peer, bool upgrade) {
         constexpr const char* targets[] = {"/chat",
                                            "/",
@@ -325,25 +317,25 @@ private:
                                         "If-None-Match: *\r\n",
                                         "Origin: http://friend.example\r\n",
                                         "Bad Name: x\r\n"};
-        const char* const target = targets[choices_.byte() % 16];
-        const unsigned flags = choices_.byte();
+        const char* const target = targets[input_.byte() % 16];
+        const unsigned flags = input_.byte();
         const char* const method = methods[flags < 192 ? 0 : flags % 4];
         std::string head = std::string(method) + " " + target + " HTTP/1." + (flags == 255 ? "0" : "1") +
-                           "\r\nHost: home.example\r\n" + more[choices_.byte() % 16];
+                           "\r\nHost: home.example\r\n" + more[input_.byte() % 16];
         if (upgrade)
             head +=
                 "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
-        std::string wishes(choices_.bytes(choices_.byte() % 8));
-        for (char& c : wishes) c = c >= '!' && c <= '~' ? c : 'a';
-        head += "X-Peer: " + std::to_string(last_) + "\r\nX-Do: " + wishes + "\r\n\r\n";
+        std::string actions(input_.bytes(input_.byte() % 8));
+        for (char& c : actions) c = c >= '!' && c <= '~' ? c : 'a';
+        head += "X-Peer: " + std::to_string(last_) + "\r\nX-Do: " + actions + "\r\n\r\n";
         peer.sent += head;
     }
     void raw(Peer& peer) {
-        peer.sent += choices_.counted_bytes();
+        peer.sent += input_.counted_bytes();
         world->raw = true;
     }
-    // As a client sends it, with a mask of zeros so that the fuzzer sees the payload.
+    // Sends a client's frame. Its mask is zero, so the fuzzer sees the payload.
     static void send(Peer& peer, unsigned first, std::string_view payload) {
         peer.sent += static_cast<char>(first);
         if (payload.size() < 126) {
@@ -356,53 +348,53 @@ private:
         peer.sent.append(4, '\0').append(payload);
     }
     void frame(Peer& peer) {
-        const unsigned first = choices_.byte();
-        send(peer, first, choices_.counted_bytes());
+        const unsigned first = input_.byte();
+        send(peer, first, input_.counted_bytes());
     }
-    // A whole message, small or large, that makes the handler act.
+    // Sends a message, small or large, that names an action.
     void message(Peer& peer) {
-        const char what = static_cast<char>('a' + choices_.byte() % 26);
-        send(peer, 0x82, std::string(1, what) + std::string(choices_.byte() * std::size_t{100}, 'm'));
+        const char action_letter = static_cast<char>('a' + input_.byte() % 26);
+        send(peer, 0x82, std::string(1, action_letter) + std::string(input_.byte() * std::size_t{100}, 'm'));
     }
-    static void reset(Peer& peer) { peer.reset = peer.disturbed = true; }
-    void window(Peer& peer) {
-        peer.disturbed = true;
-        const unsigned amount = choices_.byte();
-        peer.window = amount == 255 ? Peer::any : amount * std::size_t{100};
+    static void reset(Peer& peer) { peer.reset = peer.impaired = true; }
+    void set_window(Peer& peer) {
+        peer.impaired = true;
+        const unsigned amount = input_.byte();
+        peer.window = amount == 255 ? Peer::unlimited : amount * std::size_t{100};
     }
-    void piece(Peer& peer) {
-        peer.disturbed = true;
-        const unsigned amount = choices_.byte();
-        peer.piece = amount == 0 ? Peer::any : amount;
+    void set_call_limit(Peer& peer) {
+        peer.impaired = true;
+        const unsigned amount = input_.byte();
+        peer.call_limit = amount == 0 ? Peer::unlimited : amount;
     }
-    void pass() {
+    void advance_clock() {
         constexpr std::chrono::milliseconds times[] = {1ms, 10ms, 50ms, 200ms, 1000ms, 2500ms, 10'000ms, 60'000ms};
-        world->kernel.now += times[choices_.byte() % 8];
+        world->kernel.now += times[input_.byte() % 8];
     }
     void fault() {
         struct Errors {
-            Kernel::Call call;
+            Kernel::Operation call;
             std::vector<int> errors;
         };
         static const Errors kinds[] = {
-            {Kernel::Call::accept, {EINTR, ECONNABORTED, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPROTO, EPERM, EAGAIN}},
-            {Kernel::Call::receive, {EINTR, EAGAIN, ECONNRESET, ENOBUFS, ENOMEM, ETIMEDOUT}},
-            {Kernel::Call::send, {EINTR, EAGAIN, ECONNRESET, EPIPE, ENOBUFS, ENOMEM}},
-            {Kernel::Call::watch, {ENOMEM, ENOSPC}},
-            {Kernel::Call::wait, {EINTR}},
-            {Kernel::Call::open, {EMFILE, ENFILE, ENOENT, EACCES}},
-            {Kernel::Call::read, {0, EIO, EINTR}}};
-        world->disturbed = true;
-        const Errors& kind = kinds[choices_.byte() % 7];
-        world->kernel.faults[kind.call].push_back(kind.errors[choices_.byte() % kind.errors.size()]);
+            {Kernel::Operation::accept, {EINTR, ECONNABORTED, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPROTO, EPERM, EAGAIN}},
+            {Kernel::Operation::receive, {EINTR, EAGAIN, ECONNRESET, ENOBUFS, ENOMEM, ETIMEDOUT}},
+            {Kernel::Operation::send, {EINTR, EAGAIN, ECONNRESET, EPIPE, ENOBUFS, ENOMEM}},
+            {Kernel::Operation::watch, {ENOMEM, ENOSPC}},
+            {Kernel::Operation::wait, {EINTR}},
+            {Kernel::Operation::open, {EMFILE, ENFILE, ENOENT, EACCES}},
+            {Kernel::Operation::read, {0, EIO, EINTR}}};
+        world->faults_injected = true;
+        const Errors& kind = kinds[input_.byte() % 7];
+        world->kernel.faults[kind.call].push_back(kind.errors[input_.byte() % kind.errors.size()]);
     }
     void stop() {
-        const unsigned how = choices_.byte();
-        if (how % 2 == 0) world->server->shutdown(how * 10ms);
+        const unsigned amount = input_.byte();
+        if (amount % 2 == 0) world->server->shutdown(amount * 10ms);
         else wschat::detail::WakeUp::wake(world->server->loop().wake_descriptor(), SIGTERM);
     }
     void post() {
-        const unsigned which = choices_.byte();
+        const unsigned which = input_.byte();
         if (world->members.empty()) return;
         Member& member = *world->members[which % world->members.size()];
         if (!member.opened()) return;
@@ -411,32 +403,32 @@ private:
         else ref.write_message("by reference");
     }
 
-    // Nothing fails any more, half of the peers take all, and the server is to end.
+    // Stops all faults, lets half of the peers read everything, and shuts the server down.
     void end() {
         Kernel& kernel = world->kernel;
         kernel.faults.clear();
-        kernel.descriptor_limit = Peer::any;
-        kernel.fail_in = 0;
+        kernel.descriptor_limit = Peer::unlimited;
+        kernel.fail_after = 0;
         for (std::size_t i = 0; i < world->peers.size(); ++i) {
-            world->peers[i]->piece = Peer::any;
-            if (i % 2 == 0) world->peers[i]->window = Peer::any;
+            world->peers[i]->call_limit = Peer::unlimited;
+            if (i % 2 == 0) world->peers[i]->window = Peer::unlimited;
         }
         world->server->shutdown(3s);
         kernel.progress();
     }
 
-    // What holds whenever the server has done all that it can.
+    // Checks the server while it waits.
     void check_server() {
         const wschat::ServerLimits& server_limits = world->server->server_limits();
         const wschat::Metrics metrics = world->server->metrics();
-        check(metrics.connections_open == world->kernel.open_streams(), "the server forgets a connection");
-        check(metrics.connections_open <= server_limits.max_connections + 32, "there are more connections than there may be");
-        check(metrics.websockets_open == world->opened - world->closed, "open() and on_close() are not what is open");
-        check(metrics.backlog_bytes <= server_limits.max_total_backlog, "all backlogs together are over their limit",
+        check(metrics.connections_open == world->kernel.open_streams(), "the server lost a connection");
+        check(metrics.connections_open <= server_limits.max_connections + 32, "there are too many connections");
+        check(metrics.websockets_open == world->opened - world->closed, "websockets_open differs from the handlers");
+        check(metrics.backlog_bytes <= server_limits.max_total_backlog, "the total backlog exceeds its limit",
               std::to_string(metrics.backlog_bytes));
         const Limits& limits = world->server->limits();
         for (Member* member : world->members)
-            check(member->buffered_amount() <= limits.max_backlog + 30'000, "a backlog is over its limit",
+            check(member->buffered_amount() <= limits.max_backlog + 30'000, "a backlog exceeds its limit",
                   std::to_string(member->buffered_amount()));
         for (const std::string& name : world->server->rooms().names()) {
             wschat::Room* const room = world->server->rooms().find(name);
@@ -444,18 +436,18 @@ private:
             for (wschat::WebSocketHandler& handler : *room) {
                 auto* const member = static_cast<Member*>(&handler);
                 check(std::count(world->members.begin(), world->members.end(), member) == 1 && !member->closed(),
-                      "a room has a member that is gone");
+                      "a room has a destroyed or closed member");
             }
         }
     }
 
-    Choices& choices_;
+    InputReader& input_;
     std::size_t last_ = 0;
-    bool over_ = false;
+    bool finished_ = false;
     int turns_at_end_ = 0;
 };
 
-// ---- the server -----------------------------------------------------------------------------------------------------
+// ---- the server ----------------------------------------------------------------------------------------------------
 
 wschat::ServerOptions options_of(unsigned choice) {
     wschat::ServerOptions options;
@@ -498,10 +490,10 @@ wschat::ServerOptions options_of(unsigned choice) {
 }
 
 void check_log(const wschat::LogEntry& entry) {
-    const Spared spared;
+    const HarnessAllocations guard;
     const std::string line = to_string(entry);
     check(std::all_of(line.begin(), line.end(), [](char c) { return c >= ' ' && c <= '~'; }),
-          "a line of the log has what may forge another", line);
+          "a log line has an unsafe character", line);
 }
 
 void set_up(Server& server, unsigned choice) {
@@ -523,37 +515,38 @@ void set_up(Server& server, unsigned choice) {
     server.listen(0);
 }
 
-// ---- what the peers have got ----------------------------------------------------------------------------------------
+// ---- the received bytes --------------------------------------------------------------------------------------------
 
-// RFC 6455 5: what a server sends is whole, unmasked and in the shortest form, and after a Close come only pongs.
+// RFC 6455 5: frames of a server are unfragmented, unmasked and have the shortest length. After a Close frame only
+// pongs follow.
 void check_frames(std::string_view bytes) {
     for (bool closed = false; bytes.size() >= 2;) {
         const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
         const unsigned opcode = byte(0) & 0x0F, form = byte(1);
         check(byte(0) == (0x80 | opcode) && (opcode == 1 || opcode == 2 || (opcode >= 8 && opcode <= 10)),
-              "a frame that was sent is illegal", bytes.substr(0, 20));
-        check(form <= 127 && (opcode < 8 || form <= 125), "a frame that was sent is masked, or too long for its kind");
+              "a sent frame is invalid", bytes.substr(0, 20));
+        check(form <= 127 && (opcode < 8 || form <= 125), "a sent frame is masked, or too long for its opcode");
         const std::size_t more = form == 126 ? 2 : form == 127 ? 8 : 0;
         if (bytes.size() < 2 + more) return;
         std::size_t size = more == 0 ? form : 0;
         for (std::size_t i = 0; i < more; ++i) size = size << 8 | byte(2 + i);
-        check(more == 0 || size >= (more == 2 ? 126 : 65536), "a length that was sent is not in its shortest form");
-        check(!closed || opcode == 10, "something follows our Close frame");
+        check(more == 0 || size >= (more == 2 ? 126 : 65536), "a sent length does not have its shortest form");
+        check(!closed || opcode == 10, "a frame follows the Close frame");
         if (bytes.size() < 2 + more + size) return;
         const std::string_view payload = bytes.substr(2 + more, size);
-        check(opcode != 1 || slow_utf8(payload), "a text that was sent is not UTF-8", payload);
+        check(opcode != 1 || reference_utf8(payload), "a sent text is not UTF-8", payload);
         if (opcode == 8 && size != 0)
             check(size >= 2 &&
-                      may_be_sent(static_cast<unsigned char>(payload[0]) * 256u +
-                                  static_cast<unsigned char>(payload[1])) &&
-                      slow_utf8(payload.substr(2)),
-                  "a Close frame that was sent is illegal", payload);
+                      sendable_close_code(static_cast<unsigned char>(payload[0]) * 256u +
+                                          static_cast<unsigned char>(payload[1])) &&
+                      reference_utf8(payload.substr(2)),
+                  "a sent Close frame is invalid", payload);
         closed = closed || opcode == 8;
         bytes.remove_prefix(2 + more + size);
     }
 }
 
-// The heads of answers, each a line of status and fields, up to the first body whose length one can not tell.
+// Checks the first response. An upgrade is followed by frames.
 void check_received(const Peer& peer) {
     constexpr int documented[] = {101, 200, 301, 302, 304, 400, 401, 403, 404, 405,
                                   408, 413, 414, 421, 426, 431, 500, 501, 503, 505};
@@ -561,65 +554,66 @@ void check_received(const Peer& peer) {
     const std::size_t end = bytes.find("\r\n\r\n");
     if (end == std::string_view::npos) return;
     const std::string_view head = bytes.substr(0, end + 2), after = bytes.substr(end + 4);
-    check(head.substr(0, 9) == "HTTP/1.1 ", "an answer does not begin as one", head);
+    check(head.substr(0, 9) == "HTTP/1.1 ", "a response does not begin with HTTP/1.1", head);
     const int status = std::atoi(std::string(head.substr(9, 3)).c_str());
     check(std::count(std::begin(documented), std::end(documented), status) == 1,
-          "an answer has a status that is not documented", head);
+          "a response has an undocumented status", head);
     const std::string_view lines = head.substr(head.find('\n') + 1);
     for (std::string_view rest = lines; !rest.empty();) {
         const std::string_view line = wschat::text::cut_at(rest, '\n');
         check(line.size() > 1 && line.back() == '\r' &&
                   wschat::detail::field_line_error(line.substr(0, line.size() - 1)) == nullptr,
-              "an answer has a line that is no field", line);
+              "a response has an invalid header line", line);
     }
     const wschat::Fields fields(lines);
     if (status == 101) return check_frames(after);
     const auto length = fields.find("content-length");
-    check(length.has_value() == (status != 304), "an answer has no length", head);
+    check(length.has_value() == (status != 304), "a response has no Content-Length", head);
     check(status != 405 || fields.find("allow"), "a 405 has no Allow", head);
-    check(status != 426 || fields.find("sec-websocket-version") == "13", "a 426 does not say which version", head);
-    check(status < 400 || (length != "0" && (after.empty() || after[0] != '\n')), "a refusal has no sentence", head);
-    // A body is whole, or left out for HEAD, wherever nothing has kept the server from sending it.
-    if (status >= 400 && length && !world->disturbed && !peer.disturbed)
+    check(status != 426 || fields.find("sec-websocket-version") == "13", "a 426 has no Sec-WebSocket-Version", head);
+    check(status < 400 || (length != "0" && (after.empty() || after[0] != '\n')), "an error response has no text",
+          head);
+    // Without faults, a body is complete, or absent for HEAD.
+    if (status >= 400 && length && !world->faults_injected && !peer.impaired)
         check(after.empty() || after.size() >= std::strtoul(std::string(*length).c_str(), nullptr, 10),
-              "a refusal is cut", head);
+              "an error response is incomplete", head);
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-    Choices choices(data, size);
-    const unsigned choice = choices.byte();
-    World here;
-    world = &here;
-    kernel = &here.kernel;
-    Script script(choices);
-    here.kernel.script = [&] { return script.run(); };
+    InputReader input(data, size);
+    const unsigned choice = input.byte();
+    World run;
+    world = &run;
+    kernel = &run.kernel;
+    Script script(input);
+    run.kernel.script = [&] { return script.run(); };
     {
         Server server(options_of(choice));
-        here.server = &server;
+        run.server = &server;
         set_up(server, choice);
         try {
             server.run();
         } catch (const std::exception& error) {
             fail("an exception leaves run()", error.what());
         }
-        heap.fail_in = 0;
+        heap.fail_after = 0;
         const wschat::Metrics metrics = server.metrics();
-        if (!here.stopped) {
-            check(metrics.connections_open == 0 && here.members.empty(), "run() ends before the connections");
+        if (!run.stopped) {
+            check(metrics.connections_open == 0 && run.members.empty(), "run() returns before all connections end");
             check(metrics.websockets_open == 0 && metrics.backlog_bytes == 0 && metrics.rooms == 0,
-                  "something is left");
+                  "metrics are not zero after run()");
         }
-        check(metrics.connections_accepted + metrics.connections_refused >= here.kernel.accepted,
-              "a connection is not counted");
-        check(metrics.bytes_received == here.kernel.bytes_in, "not all bytes are counted that came");
-        check(metrics.websockets_opened == here.opened, "not all connections are counted that opened");
+        check(metrics.connections_accepted + metrics.connections_refused >= run.kernel.accepted,
+              "a connection is missing in the metrics");
+        check(metrics.bytes_received == run.kernel.bytes_in, "received bytes are missing in the metrics");
+        check(metrics.websockets_opened == run.opened, "opened connections are missing in the metrics");
     }
-    check(here.opened == here.closed && here.members.empty(), "open() and on_close() do not pair");
-    check(here.kernel.open_descriptors() == 0, "a descriptor is not closed",
-          std::to_string(here.kernel.open_descriptors()));
-    for (const auto& peer : here.peers) check_received(*peer);
+    check(run.opened == run.closed && run.members.empty(), "open() and on_close() do not pair");
+    check(run.kernel.open_descriptors() == 0, "a descriptor is still open",
+          std::to_string(run.kernel.open_descriptors()));
+    for (const auto& peer : run.peers) check_received(*peer);
     kernel = nullptr;
     world = nullptr;
     return 0;

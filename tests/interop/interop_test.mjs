@@ -1,10 +1,10 @@
-// Two client libraries that we did not write, npm's ws and the WebSocket that is built into Node, against the examples.
+// Tests the examples with two other client libraries: npm's ws and Node's built-in WebSocket.
 //
 //   node tests/interop/interop_test.mjs --echo BIN --chat BIN --rooms BIN --modules DIR [--zlib]
 //
-// Starts the programs itself, each on a port that the system picks; --zlib: they are built with compression. DIR is where ws is installed: a node_modules, or
-// the folder that it lies in; without it, this file's own. Prints one line for each check, then "N passed, N failed",
-// and ends with status 1 if one of them failed.
+// Starts the programs itself, each on a port that the system selects. --zlib: they are built with compression. DIR is
+// the folder of ws: a node_modules or its parent; the default is the folder of this file. Prints one line per check,
+// then "N passed, N failed", and ends with status 1 if a check failed.
 
 import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
@@ -14,21 +14,22 @@ import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { isDeepStrictEqual, parseArgs } from 'node:util';
 
-const PATIENCE = 20_000;   // ms for one check; a machine under load is slow, not broken
-const LAST_CALL = 240_000; // ms for everything; then the test ends itself
+const TIMEOUT = 60_000;  // ms for one check; generous, because a machine under load is slow
+const TOTAL_TIMEOUT = 540_000;  // ms for all checks
 
-// Node 20 has the built-in WebSocket behind a switch, later ones have it at hand.
-const SWITCH = '--experimental-websocket';
-if (!globalThis.WebSocket && !process.execArgv.includes(SWITCH) && process.allowedNodeEnvironmentFlags.has(SWITCH)) {
-  const argv = [SWITCH, ...process.execArgv, ...process.argv.slice(1)];
-  const again = spawnSync(process.execPath, argv, { stdio: 'inherit' });
-  process.exit(again.status ?? 1);
+// Node 20 needs a flag for its built-in WebSocket. Later versions do not.
+const FLAG = '--experimental-websocket';
+if (!globalThis.WebSocket && !process.execArgv.includes(FLAG) && process.allowedNodeEnvironmentFlags.has(FLAG)) {
+  const argv = [FLAG, ...process.execArgv, ...process.argv.slice(1)];
+  const restarted = spawnSync(process.execPath, argv, { stdio: 'inherit' });
+  process.exit(restarted.status ?? 1);
 }
 
-// ---- What this run is given ----------------------------------------------------------------------------------------
+// ---- Options
+// ---------------------------------------------------------------------------------------------------------
 
-function usage(sentence) {
-  console.error(sentence);
+function usage(message) {
+  console.error(message);
   process.exit(2);
 }
 
@@ -41,51 +42,52 @@ if (!options.echo || !options.chat || !options.rooms)
   usage('Usage: interop_test.mjs --echo BIN --chat BIN --rooms BIN [--modules DIR] [--only TEXT] [--zlib]');
 
 function load(name) {
-  for (const place of [options.modules, HERE].filter(Boolean)) {
-    try { return createRequire(join(resolve(place), 'here.js'))(name); } catch { /* the next place */ }
+  for (const folder of [options.modules, HERE].filter(Boolean)) {
+    try { return createRequire(join(resolve(folder), 'here.js'))(name); } catch { /* try the next folder */ }
   }
-  return usage(`${name} was not found: "npm install --no-package-lock" in tests/interop, or --modules DIR.`);
+  return usage(`${name} was not found. Run "npm install --no-package-lock" in tests/interop, or pass --modules DIR.`);
 }
 const { WebSocket: WsSocket } = load('ws');
 
-// ---- Checks --------------------------------------------------------------------------------------------------------
+// ---- Checks ------------------------------------------------------------------------------------------------------
 
 const CHECKS = [];
 
-/// Registers a function; the checks run in the order in which they stand here.
-function check(sentence, action) {
-  CHECKS.push({ sentence, action });
+// Registers a check. The checks run in the order of this file.
+function check(title, action) {
+  CHECKS.push({ title, action });
 }
 
-/// The same for a function of a library's client class, once for each.
-function checkEachLibrary(sentence, action) {
-  for (const library of LIBRARIES) check(`${library.title}: ${sentence}`, () => action(library));
+// The same for a function that takes a client class. It runs once per library.
+function checkEachLibrary(title, action) {
+  for (const library of LIBRARIES) check(`${library.title}: ${title}`, () => action(library));
 }
 
 function short(value) {
   const text = JSON.stringify(value) ?? String(value);
-  return text.length <= 300 ? text : `${text.slice(0, 200)}... (${text.length} in all)`;
+  return text.length <= 300 ? text : `${text.slice(0, 200)}... (${text.length} in total)`;
 }
 
-function expect(actual, wanted, what = 'the result') {
-  const same = Buffer.isBuffer(actual) && Buffer.isBuffer(wanted) ? actual.equals(wanted)
-                                                                  : isDeepStrictEqual(actual, wanted);
-  if (!same) throw new Error(`${what}: expected ${short(wanted)}, got ${short(actual)}`);
+function expect(actual, expected, name = 'the result') {
+  const same = Buffer.isBuffer(actual) && Buffer.isBuffer(expected) ? actual.equals(expected)
+                                                                  : isDeepStrictEqual(actual, expected);
+  if (!same) throw new Error(`${name}: expected ${short(expected)}, got ${short(actual)}`);
 }
 
-function within(promise, what) {
+function withTimeout(promise, name) {
   let timer;
-  const late = new Promise((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`waited ${PATIENCE / 1000} s for ${what}`)), PATIENCE);
+  const expired = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`waited ${TIMEOUT / 1000} s for ${name}`)), TIMEOUT);
   });
-  return Promise.race([promise, late]).finally(() => clearTimeout(timer));
+  return Promise.race([promise, expired]).finally(() => clearTimeout(timer));
 }
 
-// ---- Programs: each is a child of this process, and is stopped by its own process id -------------------------------
+// ---- Programs: child processes, stopped by their process ids
+// --------------------------------------------------------
 
-const programs = [];  // all that were started
+const programs = [];  // all started programs
 
-/// One of the examples, on a port of its own.
+// A running example, on its own port.
 class Program {
   constructor(path) {
     this.log = '';
@@ -112,43 +114,44 @@ class Program {
       throw new Error(`${path} ended with ${how} before it was ready: ${program.log}`);
     });
     died.catch(() => {});
-    program.host = await within(Promise.race([ready, died]), `${path} to print its address`);
+    program.host = await withTimeout(Promise.race([ready, died]), `${path} to print its address`);
     return program;
   }
 
   ws(path = '/') { return `ws://${this.host}${path}`; }
   http(path = '/') { return `http://${this.host}${path}`; }
 
-  /// The status or the signal with which it ends.
+  // Sends a signal and returns the exit status, or the signal that ended the program.
   stop(signal = 'SIGTERM') {
     this.child.kill(signal);
-    return within(this.ended, `the program to end after ${signal}`);
+    return withTimeout(this.ended, `the program to end after ${signal}`);
   }
 }
 
 let echo, chat, rooms;
 
-// ---- Clients: the same few verbs for each library ------------------------------------------------------------------
+// ---- Clients: the same methods for each library
+// ---------------------------------------------------------------------
 
-const openClients = new Set();  // whatever a check has opened is dropped after it
+const openClients = new Set();  // the clients of a check; they are dropped after it
 
-/// What has come and who waits for it.
-class Mailbox {
+// A queue of received items and of waiting readers.
+class AsyncQueue {
   #items = [];
   #waiting = [];
   put(item) {
     if (this.#waiting.length) this.#waiting.shift()(item);
     else this.#items.push(item);
   }
-  take() {
+  get() {
     return this.#items.length ? Promise.resolve(this.#items.shift()) : new Promise(done => this.#waiting.push(done));
   }
 }
 
 class Client {
-  messages = new Mailbox();
+  messages = new AsyncQueue();
 
-  /// Resolves when the connection is open; `Library` is the WebSocket class.
+  // Resolves when the connection is open. `Library` is the WebSocket class.
   async connect(Library, ...args) {
     this.socket = new Library(...args);
     this.socket.binaryType = this.binaryType;
@@ -164,13 +167,13 @@ class Client {
     return this;
   }
   send(message) { this.socket.send(message); }
-  /// The next message: a string or a Buffer.
+  // Returns the next message: a string or a Buffer.
   async receive() {
     const ended = this.closing.then(how => { throw new Error(`closed with ${short(how)} instead of a message`); });
     ended.catch(() => {});
-    return Promise.race([this.messages.take(), ended]);
+    return Promise.race([this.messages.get(), ended]);
   }
-  /// Closes; answers how the connection ended.
+  // Closes the connection. Returns how it ended.
   close(...codeAndReason) {
     this.socket.close(...codeAndReason);
     return this.closing;
@@ -196,23 +199,23 @@ class BuiltInClient extends Client {
 }
 
 const LIBRARIES = globalThis.WebSocket ? [WsClient, BuiltInClient] : [WsClient];
-if (!globalThis.WebSocket) console.log(`# Node ${process.version} has no WebSocket of its own: ws alone is tested`);
+if (!globalThis.WebSocket) console.log(`# Node ${process.version} has no built-in WebSocket; only ws is tested`);
 
-// ---- Echo: messages ------------------------------------------------------------------------------------------------
+// ---- Echo: messages ----------------------------------------------------------------------------------------------
 
 const SIZES = [0, 1, 125, 126, 127, 65535, 65536, 1024 * 1024, 16 * 1024 * 1024];
 
-/// A text of so many bytes as UTF-8, with characters of one to four bytes.
+// A text of the given size in UTF-8, with characters of one to four bytes.
 const textOf = size => 'aé€😀'.repeat(size / 10) + 'x'.repeat(size % 10);
 const bytesOf = size => Buffer.alloc(size, Buffer.from(Array.from({ length: 256 }, (_, i) => i)));
 
-const counted = size => `${size.toLocaleString('en')} bytes`;
+const formatSize = size => `${size.toLocaleString('en')} bytes`;
 
-// Node's own inflates no more than 4 MiB, and can not be kept from compressing.
+// The built-in WebSocket inflates at most 4 MiB, and its compression cannot be switched off.
 const tooLarge = (library, size) => options.zlib && library === BuiltInClient && size > 4 * 1024 * 1024;
 
 for (const size of SIZES) {
-  checkEachLibrary(`a text and a binary message of ${counted(size)} come back as they were`, async library => {
+  checkEachLibrary(`a text and a binary message of ${formatSize(size)} come back unchanged`, async library => {
     if (tooLarge(library, size)) return;
     const client = await new library().connect(echo.ws());
     for (const message of [textOf(size), bytesOf(size)]) {
@@ -222,7 +225,7 @@ for (const size of SIZES) {
   });
 }
 
-checkEachLibrary('characters of every length, to the last of Unicode, come back as they were', async library => {
+checkEachLibrary('characters of all lengths, up to the last of Unicode, come back unchanged', async library => {
   const client = await new library().connect(echo.ws('/any/path?and=query'));
   for (const text of ['\x00\x7f', '\x80\u07ff', '\u0800\ud7ff\ue000\ufffe\uffff', '\u{10000}\u{10fffd}\u{10ffff}',
                       'κόσμε', '👩‍👩‍👧‍👦 e\u0301 \u202e\ufeff']) {
@@ -237,15 +240,15 @@ checkEachLibrary('10,000 small messages, sent without a pause, come back in orde
   for (let number = 0; number < 10_000; ++number) expect(await client.receive(), `message ${number}`, 'the echo');
 });
 
-checkEachLibrary('200 connections at once each get their own echo', async library => {
+checkEachLibrary('200 concurrent connections each get their own echo', async library => {
   const clients = await Promise.all(Array.from({ length: 200 }, () => new library().connect(echo.ws())));
   clients.forEach((client, number) => client.send(`I am ${number}`));
   for (const [number, client] of clients.entries()) expect(await client.receive(), `I am ${number}`, 'the echo');
   const ends = await Promise.all(clients.map(client => client.close(1000)));
-  expect(ends.filter(({ code }) => code !== 1000), [], 'the ends that are not with 1000');
+  expect(ends.filter(({ code }) => code !== 1000), [], 'the connections that did not close with 1000');
 });
 
-check('ws: fragments, also empty ones and ones that part a character, come back as one message', async () => {
+check('ws: fragments, including empty ones and ones that split a character, come back as one message', async () => {
   const client = await new WsClient().connect(echo.ws());
   const sendParts = (binary, parts) => parts.forEach((part, i) =>
     client.socket.send(part, { binary, fin: i === parts.length - 1 }));
@@ -257,52 +260,52 @@ check('ws: fragments, also empty ones and ones that part a character, come back 
   expect(await client.receive(), Buffer.concat(parts), 'the echo');
 });
 
-check('ws: pings between the fragments of a message are answered before it is complete', async () => {
+check('ws: pings between the fragments of a message are answered before the message is complete', async () => {
   const client = await new WsClient().connect(echo.ws());
-  const pongs = new Mailbox();
+  const pongs = new AsyncQueue();
   client.socket.on('pong', payload => pongs.put(payload.toString()));
   for (let number = 0; number < 5; ++number) {
     client.socket.send(`part ${number} `, { fin: false });
     client.socket.ping(`ping ${number}`);
-    expect(await pongs.take(), `ping ${number}`, 'the payload of the pong');
+    expect(await pongs.get(), `ping ${number}`, 'the payload of the pong');
   }
   client.socket.send('end', { fin: true });
   expect(await client.receive(), 'part 0 part 1 part 2 part 3 part 4 end', 'the echo');
 });
 
-// ---- Echo: control frames ------------------------------------------------------------------------------------------
+// ---- Echo: control frames ----------------------------------------------------------------------------------------
 
-check('ws: a ping is answered with its payload, of 0 to 125 bytes', async () => {
+check('ws: the pong has the payload of the ping, of 0 to 125 bytes', async () => {
   const client = await new WsClient().connect(echo.ws());
-  const pongs = new Mailbox();
+  const pongs = new AsyncQueue();
   client.socket.on('pong', payload => pongs.put(payload));
   for (const payload of [Buffer.alloc(0), Buffer.from([0, 255]), Buffer.from('ping 😀'), bytesOf(125)]) {
     client.socket.ping(payload);
-    expect(await pongs.take(), payload, 'the payload of the pong');
+    expect(await pongs.get(), payload, 'the payload of the pong');
   }
 });
 
-check('ws: a pong that nobody asked for changes nothing', async () => {
+check('ws: an unsolicited pong has no effect', async () => {
   const client = await new WsClient().connect(echo.ws());
   client.socket.pong('unasked');
   client.send('still here');
   expect(await client.receive(), 'still here', 'the echo');
 });
 
-checkEachLibrary('a close with a code and a reason is answered with the code', async library => {
+checkEachLibrary('the reply to a close with a code and a reason has the same code', async library => {
   for (const [code, reason] of [[1000, ''], [1000, 'done'], [3000, 'x'.repeat(123)], [4999, 'до свидания 😀']]) {
     const client = await new library().connect(echo.ws());
     const how = await client.close(code, reason);
-    expect([how.code, how.clean], [code, true], 'the code of the answer, and whether the end was clean');
+    expect([how.code, how.clean], [code, true], 'the code of the reply, and whether the close was clean');
   }
 });
 
-checkEachLibrary('a close without a code is answered with a Close frame without a code', async library => {
+checkEachLibrary('the reply to a close without a code is a Close frame without a code', async library => {
   const client = await new library().connect(echo.ws());
-  expect(await client.close(), { code: 1005, reason: '', clean: true }, 'the end');  // RFC 6455 7.1.5: 1005 is none
+  expect(await client.close(), { code: 1005, reason: '', clean: true }, 'the end');  // RFC 6455 7.1.5: 1005 means no code
 });
 
-check('ws: what was sent before a close still comes back before it is answered', async () => {
+check('ws: messages before a close come back before the reply to the close', async () => {
   const client = await new WsClient().connect(echo.ws());
   const message = bytesOf(8 * 1024 * 1024);
   client.send(message);
@@ -310,10 +313,10 @@ check('ws: what was sent before a close still comes back before it is answered',
   const closing = client.close(1000);
   expect(await client.receive(), message, 'the echo');
   expect(await client.receive(), 'last', 'the echo');
-  expect((await closing).code, 1000, 'the code of the answer');
+  expect((await closing).code, 1000, 'the code of the reply');
 });
 
-checkEachLibrary('a server that is stopped closes with 1001 and ends with status 0', async library => {
+checkEachLibrary('a stopping server closes with 1001 and ends with status 0', async library => {
   const program = await Program.start(options.echo);
   const clients = await Promise.all([1, 2, 3].map(() => new library().connect(program.ws())));
   clients[0].send('hello');
@@ -321,34 +324,34 @@ checkEachLibrary('a server that is stopped closes with 1001 and ends with status
   const status = program.stop('SIGINT');
   for (const client of clients) {
     const { code, reason, clean } = await client.closing;
-    expect([code, reason !== '', clean], [1001, true, true], 'the close code, whether there is a reason, a clean end');
+    expect([code, reason !== '', clean], [1001, true, true], 'the close code, whether there is a reason, whether the close was clean');
   }
   expect(await status, 0, 'the status of the server');
 });
 
-// ---- Compression ---------------------------------------------------------------------------------------------------
+// ---- Compression -------------------------------------------------------------------------------------------------
 
 const both = [false, true];
-const agreements = both.flatMap(serverNo => both.flatMap(clientNo => [undefined, 9, 12, 15].flatMap(serverBits =>
+const parameterSets = both.flatMap(serverNo => both.flatMap(clientNo => [undefined, 9, 12, 15].flatMap(serverBits =>
   [undefined, true, 9, 13].map(clientBits => ({ serverNo, clientNo, serverBits, clientBits })))));
 
 if (options.zlib) {
-  check('ws: all parameters of permessage-deflate, and messages in every agreement', async () => {
-    for (const { serverNo, clientNo, serverBits, clientBits } of agreements) {
+  check('ws: messages work with all parameters of permessage-deflate', async () => {
+    for (const { serverNo, clientNo, serverBits, clientBits } of parameterSets) {
       const client = await new WsClient().connect(echo.ws(), { perMessageDeflate: {
         threshold: 0, serverNoContextTakeover: serverNo, clientNoContextTakeover: clientNo,
         serverMaxWindowBits: serverBits, clientMaxWindowBits: clientBits } });
-      expect(client.socket._extensions?.['permessage-deflate'] !== undefined, true, 'whether compression was agreed on');
+      expect(client.socket._extensions?.['permessage-deflate'] !== undefined, true, 'whether compression was accepted');
       for (const message of ['', 'x', 'hello hello hello', textOf(10_000), bytesOf(70_000), 'hello hello hello',
                              textOf(10_000)]) {
         client.send(message);
         expect(await client.receive(), message, 'the echo');
       }
-      expect((await client.close(1000)).code, 1000, 'the code of the answer');
+      expect((await client.close(1000)).code, 1000, 'the code of the reply');
     }
   });
 
-  checkEachLibrary('compressed messages of every size come back as they were', async library => {
+  checkEachLibrary('compressed messages of all sizes come back unchanged', async library => {
     const client = await new library().connect(echo.ws(), { perMessageDeflate: { threshold: 0 } });
     for (const size of SIZES.filter(size => !tooLarge(library, size)))
       for (const message of [textOf(size), bytesOf(size)]) {
@@ -357,7 +360,7 @@ if (options.zlib) {
       }
   });
 
-  check('ws: a compressed message in fragments, with pings between them, comes back as one', async () => {
+  check('ws: a compressed message in fragments, with pings between them, comes back as one message', async () => {
     const client = await new WsClient().connect(echo.ws(), { perMessageDeflate: { threshold: 0 } });
     for (let number = 0; number < 100; ++number) {
       client.socket.send(`part ${number} `, { fin: false, compress: true });
@@ -369,43 +372,43 @@ if (options.zlib) {
   });
 }
 
-// ---- The handshake -------------------------------------------------------------------------------------------------
+// ---- The handshake -----------------------------------------------------------------------------------------------
 
-checkEachLibrary('an offer of permessage-deflate is agreed to where the program is built with zlib', async library => {
-  // The built-in one always makes one.
+checkEachLibrary('an offer of permessage-deflate is accepted if the program is built with zlib', async library => {
+  // The built-in WebSocket always offers it.
   const client = await new library().connect(echo.ws(), { perMessageDeflate: { threshold: 0 } });
-  const agreed = client.socket.extensions.split(';')[0];
-  expect([agreed, client.socket.protocol], [options.zlib ? 'permessage-deflate' : '', ''], 'the extension, the subprotocol');
+  const accepted = client.socket.extensions.split(';')[0];
+  expect([accepted, client.socket.protocol], [options.zlib ? 'permessage-deflate' : '', ''], 'the extension, the subprotocol');
   client.send('a'.repeat(1000));
   expect(await client.receive(), 'a'.repeat(1000), 'the echo');
 });
 
-check('ws: of the subprotocols that are offered none is chosen', async () => {
-  // ws then fails the connection, as a browser does; the server's answer is seen before that.
+check('ws: the server selects no subprotocol', async () => {
+  // ws then fails the connection, as a browser does. The test reads the server's response before that.
   const client = new WsClient();
   const connecting = client.connect(echo.ws(), { protocols: ['chat.v2', 'chat'] });
   const upgraded = once(client.socket, 'upgrade');
   const message = await connecting.then(() => 'it is open', error => error.message);
-  expect(message, 'Server sent no subprotocol', 'what ws says of it');
-  const [answer] = await upgraded;
-  expect(answer.statusCode, 101, 'the status');
-  expect(answer.headers['sec-websocket-protocol'], undefined, 'the subprotocol');
+  expect(message, 'Server sent no subprotocol', 'the error of ws');
+  const [response] = await upgraded;
+  expect(response.statusCode, 101, 'the status');
+  expect(response.headers['sec-websocket-protocol'], undefined, 'the subprotocol');
 });
 
-/// The server's answer to a handshake of ws that it refuses.
-async function refusal(url, wsOptions) {
+// Returns the server's response to a rejected handshake of ws.
+async function rejectedHandshake(url, wsOptions) {
   const socket = new WsSocket(url, { perMessageDeflate: false, ...wsOptions });
   const accepted = once(socket, 'open').then(() => { throw new Error('the connection was accepted'); });
   accepted.catch(() => {});
-  const [, answer] = await Promise.race([once(socket, 'unexpected-response'), accepted]);
-  return wholeAnswer(answer);
+  const [, response] = await Promise.race([once(socket, 'unexpected-response'), accepted]);
+  return readResponse(response);
 }
 
-async function wholeAnswer(answer) {
+async function readResponse(response) {
   let body = '';
-  for await (const part of answer.setEncoding('utf8')) body += part;
-  const { date, ...headers } = answer.headers;
-  return { status: answer.statusCode, headers, body };
+  for await (const part of response.setEncoding('utf8')) body += part;
+  const { date, ...headers } = response.headers;
+  return { status: response.statusCode, headers, body };
 }
 
 check('ws: a page of the same host may connect', async () => {
@@ -414,44 +417,44 @@ check('ws: a page of the same host may connect', async () => {
   expect(await client.receive(), 'hello', 'the message');
 });
 
-const REFUSALS = [
+const REJECTIONS = [
   ['an origin of another host', '/chat', { origin: 'http://evil.example' }, 403, 'http://evil.example'],
   ['the origin null', '/chat', { origin: 'null' }, 403, 'null'],
   ['version 8', '/chat', { protocolVersion: 8 }, 426, '13'],
   ['an unknown path', '/nowhere', {}, 404, 'path'],
 ];
-for (const [what, path, wsOptions, status, word] of REFUSALS) {
-  check(`ws: ${what} is refused with ${status} and a sentence`, async () => {
-    const answer = await refusal(chat.ws(path), wsOptions);
-    expect(answer.status, status, 'the status');
-    expect([answer.body.includes(word), answer.body.endsWith('.\n')], [true, true],
-           `whether "${answer.body}" is a sentence with "${word}"`);
-    if (status === 426) expect(answer.headers['sec-websocket-version'], '13', 'Sec-WebSocket-Version');
+for (const [name, path, wsOptions, status, word] of REJECTIONS) {
+  check(`ws: ${name} is rejected with ${status} and an error text`, async () => {
+    const response = await rejectedHandshake(chat.ws(path), wsOptions);
+    expect(response.status, status, 'the status');
+    expect([response.body.includes(word), response.body.endsWith('.\n')], [true, true],
+           `whether "${response.body}" is an error text with "${word}"`);
+    if (status === 426) expect(response.headers['sec-websocket-version'], '13', 'Sec-WebSocket-Version');
   });
 }
 
-// ---- Pages ---------------------------------------------------------------------------------------------------------
+// ---- Pages -------------------------------------------------------------------------------------------------------
 
 check('pages: GET, HEAD and a conditional GET on one connection of node:http', async () => {
   const agent = new http.Agent({ keepAlive: true, maxSockets: 1 });
   const ports = new Set();
   const ask = async (method, path, headers = {}) => {
     const request = http.request(chat.http(path), { method, headers, agent }).end();
-    const [answer] = await once(request, 'response');
-    ports.add(answer.socket.localPort);
-    return wholeAnswer(answer);
+    const [response] = await once(request, 'response');
+    ports.add(response.socket.localPort);
+    return readResponse(response);
   };
   try {
     const page = await ask('GET', '/');
     expect([page.status, page.headers['content-type']], [200, 'text/html; charset=utf-8'], 'the page');
-    expect(page.body.includes('</html>'), true, 'whether the page is whole');
+    expect(page.body.includes('</html>'), true, 'whether the page is complete');
     const head = await ask('HEAD', '/');
-    expect([head.status, head.body, head.headers], [200, '', page.headers], 'the answer to HEAD');
+    expect([head.status, head.body, head.headers], [200, '', page.headers], 'the response to HEAD');
     const known = await ask('GET', '/', { 'If-None-Match': page.headers.etag });
-    expect([known.status, known.body], [304, ''], 'the answer to a conditional GET');
+    expect([known.status, known.body], [304, ''], 'the response to a conditional GET');
     expect((await ask('GET', '/nothing')).status, 404, 'the status of an unknown path');
     expect((await ask('GET', '/chat')).status, 426, 'the status of a WebSocket without an upgrade');
-    expect((await ask('GET', '/')).body, page.body, 'the page, asked for again');
+    expect((await ask('GET', '/')).body, page.body, 'the page on a second request');
     expect(ports.size, 1, 'the number of connections');
   } finally {
     agent.destroy();
@@ -459,56 +462,56 @@ check('pages: GET, HEAD and a conditional GET on one connection of node:http', a
 });
 
 check('pages: fetch() gets the page', async () => {
-  const answer = await fetch(chat.http());
-  expect([answer.status, (await answer.text()).includes('</html>')], [200, true], 'the page');
+  const response = await fetch(chat.http());
+  expect([response.status, (await response.text()).includes('</html>')], [200, true], 'the page');
 });
 
-// ---- Chat ----------------------------------------------------------------------------------------------------------
+// ---- Chat --------------------------------------------------------------------------------------------------------
 
 const [FIRST, SECOND] = [LIBRARIES[0], LIBRARIES.at(-1)];
 
-check('chat: clients of two libraries talk in the room, each hears all of it in the same order', async () => {
+check('chat: clients of two libraries receive all messages of the room in the same order', async () => {
   const anna = await new FIRST().connect(chat.ws('/chat')), bert = await new SECOND().connect(chat.ws('/chat'));
   for (const [speaker, line] of [[anna, 'hello, Bert 😀'], [bert, 'hello, Anna'], [anna, bytesOf(3)], [bert, '']]) {
     speaker.send(line);
-    expect([await anna.receive(), await bert.receive()], [line, line], 'what both hear');
+    expect([await anna.receive(), await bert.receive()], [line, line], 'what both receive');
   }
 });
 
-check('chat: clients that are cut off, by a FIN or by a reset, do not trouble the others', async () => {
+check('chat: connections that end with a FIN or a reset do not disturb the others', async () => {
   const anna = await new FIRST().connect(chat.ws('/chat')), bert = await new SECOND().connect(chat.ws('/chat'));
   for (let number = 0; number < 10; ++number) {
     const gone = await new WsClient().connect(chat.ws('/chat'));
     anna.send(`line ${number}`);
     if (number % 2) gone.socket._socket.resetAndDestroy();
     else gone.socket.terminate();
-    expect([await anna.receive(), await bert.receive()], [`line ${number}`, `line ${number}`], 'what the others hear');
+    expect([await anna.receive(), await bert.receive()], [`line ${number}`, `line ${number}`], 'what the others receive');
   }
 });
 
-checkEachLibrary('chat: a message over the limit is answered with 1009, and the others stay', async library => {
+checkEachLibrary('chat: a message over the limit gets 1009, and the other members stay', async library => {
   const other = await new library().connect(chat.ws('/chat'));
-  // Most of what is over it is still to be sent when the server has seen enough: no reset may overtake its answer.
+  // The server closes while most of the message is unsent. A reset must not overtake its Close frame.
   for (const size of [1024 * 1024 + 1, 2 * 1024 * 1024, ...Array(3).fill(16 * 1024 * 1024)]) {
     const client = await new library().connect(chat.ws('/chat'));
     client.send(bytesOf(size));
-    expect((await client.closing).code, 1009, `the close code for ${counted(size)}`);
+    expect((await client.closing).code, 1009, `the close code for ${formatSize(size)}`);
   }
   other.send('still here');
   expect(await other.receive(), 'still here', 'the message');
 });
 
-// ---- Rooms ---------------------------------------------------------------------------------------------------------
+// ---- Rooms -------------------------------------------------------------------------------------------------------
 
-/// The next event, which must have just these fields and, where the event has one, a time.
-async function event(client, wanted) {
+// Expects the next event to have exactly these fields. Some events also have a time and an id.
+async function event(client, expected) {
   const { time, id, ...got } = JSON.parse(await client.receive());
-  expect(got, wanted, 'the event');
-  expect(Number.isInteger(time), ['said', 'join', 'leave', 'nick'].includes(wanted.type), 'whether there is a time');
-  expect(Number.isInteger(id), wanted.type === 'said', 'whether there is an id');
+  expect(got, expected, 'the event');
+  expect(Number.isInteger(time), ['said', 'join', 'leave', 'nick'].includes(expected.type), 'whether there is a time');
+  expect(Number.isInteger(id), expected.type === 'said', 'whether there is an id');
 }
 
-async function enter(library, room, query, name, users) {
+async function joinRoom(library, room, query, name, users) {
   const client = await new library().connect(rooms.ws(`/chat/${encodeURIComponent(room)}${query}`));
   const hello = JSON.parse(await client.receive());
   expect([hello.type, hello.version, hello.server, hello.room, hello.name], ['hello', 2, 'wschat', room, name], 'the first event');
@@ -517,9 +520,9 @@ async function enter(library, room, query, name, users) {
   return client;
 }
 
-check('rooms: names, lines, a change of name, errors and leaving are JSON events', async () => {
-  const anna = await enter(FIRST, 'Grüner Tee 🍵', '?name=Anna', 'Anna', ['Anna']);
-  const bert = await enter(SECOND, 'Grüner Tee 🍵', '?name=Anna', 'Anna-2', ['Anna', 'Anna-2']);
+check('rooms: joining, messages, renaming, errors and leaving are JSON events', async () => {
+  const anna = await joinRoom(FIRST, 'Grüner Tee 🍵', '?name=Anna', 'Anna', ['Anna']);
+  const bert = await joinRoom(SECOND, 'Grüner Tee 🍵', '?name=Anna', 'Anna-2', ['Anna', 'Anna-2']);
   const room = 'Grüner Tee 🍵';
   await event(anna, { type: 'join', room, name: 'Anna-2' });
 
@@ -543,20 +546,21 @@ check('rooms: names, lines, a change of name, errors and leaving are JSON events
   await event(anna, { type: 'leave', room, name: 'Bert' });
 });
 
-check('rooms: a member that is cut off leaves the roster after the time of grace', async () => {
+check('rooms: a disconnected member leaves the list of users after the grace period', async () => {
   const room = 'tea';
-  const anna = await enter(FIRST, room, '?name=Anna', 'Anna', ['Anna']);
-  const bert = await enter(WsClient, room, '?name=Bert', 'Bert', ['Anna', 'Bert']);
+  const anna = await joinRoom(FIRST, room, '?name=Anna', 'Anna', ['Anna']);
+  const bert = await joinRoom(WsClient, room, '?name=Bert', 'Bert', ['Anna', 'Bert']);
   await event(anna, { type: 'join', room, name: 'Bert' });
   bert.socket.terminate();
   await event(anna, { type: 'leave', room, name: 'Bert' });
 });
 
-// ---- Keepalive, and the end ----------------------------------------------------------------------------------------
+// ---- Keepalive and shutdown
+// -----------------------------------------------------------------------------------------
 
-const silent = {};  // connected at the start of the run, and silent since
+const silent = {};  // connected at the start of the run and silent until its check
 
-check('keepalive: a client that has been silent is pinged, and its connection goes on', async () => {
+check('keepalive: the server pings a silent client, and the connection stays open', async () => {
   expect((await silent.pinged).length, 0, 'the length of the payload of the ping');
   for (const client of silent.clients) {
     client.send('still here');
@@ -565,25 +569,26 @@ check('keepalive: a client that has been silent is pinged, and its connection go
   }
 });
 
-check('the three programs have survived all this and end with status 0 on SIGTERM', async () => {
+check('the three programs still run and end with status 0 on SIGTERM', async () => {
   for (const program of [echo, chat, rooms]) {
     expect(program.child.exitCode ?? program.child.signalCode, null, 'the status before the signal');
     expect(await program.stop('SIGTERM'), 0, 'the status');
   }
 });
 
-// ---- All of it -----------------------------------------------------------------------------------------------------
+// ---- The run
+// --------------------------------------------------------------------------------------------------------
 
-const tally = { passed: 0, failed: 0 };
+const results = { passed: 0, failed: 0 };
 
-async function run({ sentence, action }) {
+async function run({ title, action }) {
   try {
-    await within(action(), 'this check to end');
-    tally.passed += 1;
-    console.log(`ok - ${sentence}`);
+    await withTimeout(action(), 'this check to end');
+    results.passed += 1;
+    console.log(`ok - ${title}`);
   } catch (error) {
-    tally.failed += 1;
-    console.log(`not ok - ${sentence}: ${error.message}`);
+    results.failed += 1;
+    console.log(`not ok - ${title}: ${error.message}`);
   }
   for (const client of openClients) client.drop();
   openClients.clear();
@@ -591,22 +596,22 @@ async function run({ sentence, action }) {
 
 function finish() {
   for (const program of programs) program.child.kill('SIGKILL');
-  if (tally.failed) for (const { log } of [echo, chat, rooms]) console.log(`# the end of a log: ${log}`);
-  console.log(`${tally.passed} passed, ${tally.failed} failed`);
-  process.exit(tally.failed || !tally.passed ? 1 : 0);
+  if (results.failed) for (const { log } of [echo, chat, rooms]) console.log(`# end of the log: ${log}`);
+  console.log(`${results.passed} passed, ${results.failed} failed`);
+  process.exit(results.failed || !results.passed ? 1 : 0);
 }
 
 process.once('SIGTERM', () => process.exit(1));
 process.on('exit', () => { for (const program of programs) program.child.kill('SIGKILL'); });
 setTimeout(() => {
-  tally.failed += 1;
-  console.log(`not ok - everything ends within ${LAST_CALL / 1000} s`);
+  results.failed += 1;
+  console.log(`not ok - all checks end within ${TOTAL_TIMEOUT / 1000} s`);
   finish();
-}, LAST_CALL);
+}, TOTAL_TIMEOUT);
 
 [echo, chat, rooms] = await Promise.all([options.echo, options.chat, options.rooms].map(path => Program.start(path)));
 silent.clients = await Promise.all(LIBRARIES.map(library => new library().connect(echo.ws())));
 silent.pinged = new Promise(done => silent.clients[0].socket.on('ping', done));
-openClients.clear();  // these stay
-for (const one of CHECKS) if (one.sentence.includes(options.only)) await run(one);
+openClients.clear();  // silent clients stay open
+for (const item of CHECKS) if (item.title.includes(options.only)) await run(item);
 finish();

@@ -1,10 +1,11 @@
 #!/usr/bin/python3
-"""Two client libraries that we did not write, Python's websockets and Tornado, and raw sockets, against the examples.
+"""Tests the examples with two other client libraries, Python's websockets and Tornado, and with raw sockets.
 
     /usr/bin/python3 tests/interop/interop_test.py --echo BIN --chat BIN --rooms BIN [--zlib]
 
-Starts the programs itself, each on a port that the system picks; --zlib: they are built with compression. Prints one line for each check, then "N passed,
-N failed", and ends with status 1 if one of them failed. Written for Debian's python3-websockets and python3-tornado.
+Starts the programs itself, each on a port that the system selects. --zlib: they are built with compression. Prints one
+line per check, then "N passed, N failed", and ends with status 1 if a check failed. Written for Debian's
+python3-websockets and python3-tornado.
 """
 
 import argparse
@@ -22,6 +23,9 @@ import signal
 import sys
 import tempfile
 
+sys.dont_write_bytecode = True
+from expectations import TIMEOUT, expect, expect_in  # noqa: E402
+
 try:
     import tornado.httpclient
     import tornado.websocket
@@ -29,58 +33,42 @@ try:
     import websockets.client
     from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 except ImportError as missing:
-    sys.exit(f"{missing}: needs Debian's python3-websockets and python3-tornado, which /usr/bin/python3 sees")
+    sys.exit(f"{missing}: needs Debian's python3-websockets and python3-tornado for /usr/bin/python3")
 
-PATIENCE = 20  # seconds for one check; a machine under load is slow, not broken
-LAST_CALL = 240  # seconds for everything; then the test ends itself
+TOTAL_TIMEOUT = 540  # seconds for all checks
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- checks -------------------------------------------------------------------------------------------------------
 
 CHECKS = []
 
 
-def check(sentence):
-    """Registers a coroutine function of the servers; the checks run in the order in which they stand here."""
+def check(title):
+    """Registers a coroutine function that takes the servers. The checks run in the order of this file."""
     def register(function):
-        CHECKS.append((sentence, function))
+        CHECKS.append((title, function))
 
     return register
 
 
-def check_each_library(sentence):
-    """The same for a function of the servers and a library's client class, once for each."""
+def check_each_library(title):
+    """The same for a function that takes the servers and a client class. It runs once per library."""
     def register(function):
         for library in LIBRARIES:
-            CHECKS.append((f"{library.name}: {sentence}", functools.partial(function, library=library)))
+            CHECKS.append((f"{library.name}: {title}", functools.partial(function, library=library)))
 
     return register
 
 
-def short(value):
-    text = repr(value)
-    return text if len(text) <= 300 else f"{text[:200]}... ({len(value)} in all)"
+# ---- programs: child processes, stopped by their process ids ------------------------------------------------------
 
-
-def expect(actual, wanted, what="the result"):
-    if actual != wanted:
-        raise AssertionError(f"{what}: expected {short(wanted)}, got {short(actual)}")
-
-
-def expect_in(part, whole, what="the result"):
-    if part not in whole:
-        raise AssertionError(f"{what}: expected {short(part)} in {short(whole)}")
-
-
-# ---- programs: each is a child of this process, and is stopped by its own process id --------------------------------
-
-PROGRAMS = []  # all that were started
+PROGRAMS = []  # all started programs
 
 
 class Program:
-    """One of the examples, on a port of its own."""
+    """A running example, on its own port."""
 
     async def start(self, path):
-        self.log = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
+        self.log = tempfile.TemporaryFile()  # a full pipe would block the program
         self.process = await asyncio.create_subprocess_exec(
             os.path.abspath(path), "0", stdout=asyncio.subprocess.PIPE, stderr=self.log)
         PROGRAMS.append(self)
@@ -96,61 +84,61 @@ class Program:
         return f"ws://{self.host}:{self.port}{path}"
 
     async def stop(self, signal_number=signal.SIGTERM):
-        """The status with which it ends."""
+        """Sends a signal and returns the exit status."""
         if self.process.returncode is None:
             self.process.send_signal(signal_number)
         async with timeout("the program to end after a signal"):
             return await self.process.wait()
 
     def log_text(self):
-        # Not by seek(), which would move the place where the program writes.
+        # seek() would move the program's write position.
         return os.pread(self.log.fileno(), 1024 * 1024, 0).decode(errors="replace")
 
 
 class Servers:
-    """The three programs that all checks share, and clients that say nothing while the other checks run."""
+    """The three programs that all checks share, and clients that stay silent during the other checks."""
 
     echo = chat = rooms = None
     echo_path = ""
-    zlib = False  # they are built with compression
+    zlib = False  # the programs are built with compression
     silent_clients = ()
 
 
 @contextlib.asynccontextmanager
-async def timeout(what):
+async def timeout(name):
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             yield
     except TimeoutError:
-        raise TimeoutError(f"waited {PATIENCE} s for {what}") from None
+        raise TimeoutError(f"waited {TIMEOUT} s for {name}") from None
 
 
-# ---- clients: the same few verbs for each library -------------------------------------------------------------------
+# ---- clients: the same methods for each library -------------------------------------------------------------------
 
-OPEN_CLIENTS = []  # whatever a check has opened is dropped after it
+OPEN_CLIENTS = []  # the clients of a check; they are dropped after it
 
 
-class Refused(Exception):
-    """The server has answered the handshake with another status than 101."""
+class Rejected(Exception):
+    """The response to the handshake has a status other than 101."""
 
 
 class WebsocketsClient:
     name = "websockets"
 
     class Protocol(websockets.client.WebSocketClientProtocol):
-        async def pong(self, data=b""):  # the library calls it for each ping that comes
+        async def pong(self, data=b""):  # the library calls it for each received ping
             await super().pong(data)
-            if not self.was_pinged.done():
-                self.was_pinged.set_result(data)
+            if not self.first_ping.done():
+                self.first_ping.set_result(data)
 
     async def connect(self, url, **options):
-        options = {"compression": None, "max_size": None, "ping_interval": None, "open_timeout": PATIENCE,
-                   "close_timeout": PATIENCE, "create_protocol": self.Protocol, **options}
+        options = {"compression": None, "max_size": None, "ping_interval": None, "open_timeout": TIMEOUT,
+                   "close_timeout": TIMEOUT, "create_protocol": self.Protocol, **options}
         try:
             self.connection = await websockets.connect(url, **options)
-        except websockets.InvalidStatusCode as refusal:
-            raise Refused(refusal.status_code) from None
-        self.connection.was_pinged = asyncio.get_running_loop().create_future()
+        except websockets.InvalidStatusCode as rejection:
+            raise Rejected(rejection.status_code) from None
+        self.connection.first_ping = asyncio.get_running_loop().create_future()
         OPEN_CLIENTS.append(self)
         return self
 
@@ -161,17 +149,17 @@ class WebsocketsClient:
         return await self.connection.recv()
 
     async def ping(self, payload):
-        await (await self.connection.ping(payload))  # for the pong with just this payload
+        await (await self.connection.ping(payload))  # waits for the pong with this payload
 
-    async def pinged(self):
-        return await self.connection.was_pinged
+    async def wait_for_ping(self):
+        return await self.connection.first_ping
 
     async def close(self, code, reason):
         await self.connection.close(code, reason)
         return self.connection.close_code
 
     async def closed(self):
-        """The code and the reason with which the server has closed."""
+        """The code and the reason of the server's Close frame."""
         await self.connection.wait_closed()
         return self.connection.close_code, self.connection.close_reason
 
@@ -192,12 +180,12 @@ class TornadoClient:
 
     async def connect(self, url, origin=None, **options):
         headers = {"Origin": origin} if origin else {}
-        request = tornado.httpclient.HTTPRequest(url, headers=headers, connect_timeout=PATIENCE)
+        request = tornado.httpclient.HTTPRequest(url, headers=headers, connect_timeout=TIMEOUT)
         options = {"max_message_size": 64 * 1024 * 1024, **options}
         try:
             self.connection = await tornado.websocket.websocket_connect(request, **options)
-        except tornado.httpclient.HTTPClientError as refusal:
-            raise Refused(refusal.code) from None
+        except tornado.httpclient.HTTPClientError as rejection:
+            raise Rejected(rejection.code) from None
         self.pongs = asyncio.Queue()
         self.pings = asyncio.Queue()
         self.connection.on_pong = self.pongs.put_nowait
@@ -218,7 +206,7 @@ class TornadoClient:
         self.connection.ping(payload)
         expect(await self.pongs.get(), payload, "the payload of the pong")
 
-    async def pinged(self):
+    async def wait_for_ping(self):
         return await self.pings.get()
 
     async def close(self, code, reason):
@@ -239,13 +227,13 @@ class TornadoClient:
     offering_compression = {"compression_options": {}}
 
     def drop(self):
-        if self.connection.protocol:  # it forgets the protocol when it has closed
+        if self.connection.protocol:  # the library drops the protocol when it has closed
             self.connection.protocol.stream.close()
 
 
 LIBRARIES = (WebsocketsClient, TornadoClient)
 
-# ---- the raw client: frames that no library would send --------------------------------------------------------------
+# ---- the raw client: frames that no library sends -----------------------------------------------------------------
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # the example of RFC 6455 1.3
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -256,7 +244,7 @@ def wire(hexadecimal):
 
 
 def frame(first_byte, payload=b"", mask=b"\x37\xfa\x21\x3d"):
-    """A frame of a client (RFC 6455 5.2), its first byte as it is: 0x81 a text, 0x89 a ping, 0x88 a close."""
+    """A frame of a client (RFC 6455 5.2). First byte: 0x81 for text, 0x89 for ping, 0x88 for close."""
     size = len(payload)
     length = bytes([0x80 | size]) if size < 126 else (
         b"\xfe" + size.to_bytes(2, "big") if size < 65536 else b"\xff" + size.to_bytes(8, "big"))
@@ -268,15 +256,15 @@ def close_frame(code, reason=b""):
 
 
 class RawClient:
-    async def dial(self, program):
+    async def open(self, program):
         self.reader, self.writer = await asyncio.open_connection(program.host, program.port)
         OPEN_CLIENTS.append(self)
         return self
 
     async def connect(self, program, path="/"):
-        await self.dial(program)
+        await self.open(program)
         await self.send(self.request(program, path))
-        await self.read_answer()
+        await self.read_response()
         return self
 
     @staticmethod
@@ -284,18 +272,18 @@ class RawClient:
         return (f"GET {path} HTTP/1.1\r\nHost: {program.host}:{program.port}\r\nUpgrade: websocket\r\n"
                 f"Connection: Upgrade\r\nSec-WebSocket-Key: {KEY}\r\nSec-WebSocket-Version: 13\r\n\r\n").encode()
 
-    async def read_answer(self):
+    async def read_response(self):
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
         accept = base64.b64encode(hashlib.sha1((KEY + GUID).encode()).digest()).decode()
-        expect_in("HTTP/1.1 101 ", head, "the answer to the handshake")
-        expect_in(f"Sec-WebSocket-Accept: {accept}\r\n", head, "the answer to the handshake")
+        expect_in("HTTP/1.1 101 ", head, "the response to the handshake")
+        expect_in(f"Sec-WebSocket-Accept: {accept}\r\n", head, "the response to the handshake")
 
     async def send(self, data):
         self.writer.write(data)
         await self.writer.drain()
 
     async def read_frame(self):
-        """(first byte, payload), or nothing at the end of the stream."""
+        """Returns (first byte, payload), or None at the end of the stream."""
         start = await self.reader.read(1)
         if not start:
             return None
@@ -307,37 +295,37 @@ class RawClient:
         return start[0], await self.reader.readexactly(size)
 
     async def read_to_end(self):
-        """All frames to the end of the stream, which must be a FIN: a reset raises ConnectionResetError."""
+        """Returns all frames up to the end of the stream. A reset raises ConnectionResetError."""
         frames = []
-        while (one := await self.read_frame()) is not None:
-            frames.append(one)
+        while (received := await self.read_frame()) is not None:
+            frames.append(received)
         return frames
 
     async def expect_close(self, code):
-        """Exactly a Close frame with the code, then the end of the stream."""
+        """Expects exactly one Close frame with the code, then the end of the stream."""
         frames = await self.read_to_end()
         expect([first for first, _ in frames], [0x88], "the frames before the end of the stream")
         payload = frames[0][1]
-        expect(int.from_bytes(payload[:2], "big"), code, f"the code of the Close frame, whose reason is {payload[2:]}")
+        expect(int.from_bytes(payload[:2], "big"), code, f"the code of the Close frame with the reason {payload[2:]}")
 
     def drop(self):
         self.writer.transport.abort()
 
 
-async def dripped(data, size, client):
-    """Sends the data in pieces of that size, each in a packet of its own as far as the kernel goes along."""
+async def send_in_pieces(data, size, client):
+    """Sends the data in pieces of the given size, usually one packet each."""
     for at in range(0, len(data), size):
         await client.send(data[at:at + size])
         await asyncio.sleep(0)
 
 
-# ---- echo: messages -------------------------------------------------------------------------------------------------
+# ---- echo: messages -----------------------------------------------------------------------------------------------
 
 SIZES = (0, 1, 125, 126, 127, 65535, 65536, 1024 * 1024, 16 * 1024 * 1024)
 
 
 def text_of(size):
-    """A text of so many bytes as UTF-8, with characters of one to four bytes."""
+    """A text of the given size in UTF-8, with characters of one to four bytes."""
     return "aé€😀" * (size // 10) + "x" * (size % 10)
 
 
@@ -346,7 +334,7 @@ def bytes_of(size):
 
 
 for LENGTH in SIZES:
-    @check_each_library(f"a text and a binary message of {LENGTH:,} bytes come back as they were")
+    @check_each_library(f"a text and a binary message of {LENGTH:,} bytes come back unchanged")
     async def _(servers, library, length=LENGTH):
         client = await library().connect(servers.echo.ws())
         for message in (text_of(length), bytes_of(length)):
@@ -355,7 +343,7 @@ for LENGTH in SIZES:
             await sending
 
 
-@check_each_library("characters of every length, to the last of Unicode, come back as they were")
+@check_each_library("characters of all lengths, up to the last of Unicode, come back unchanged")
 async def _(servers, library):
     client = await library().connect(servers.echo.ws("/any/path?and=query"))
     for text in ("\x00\x7f", "\x80\u07ff", "\u0800\ud7ff\ue000\ufffe\uffff", "\U00010000\U0010fffd\U0010ffff",
@@ -378,7 +366,7 @@ async def _(servers, library):
     await sending
 
 
-@check_each_library("200 connections at once each get their own echo")
+@check_each_library("200 concurrent connections each get their own echo")
 async def _(servers, library):
     async def converse(number):
         client = await library().connect(servers.echo.ws())
@@ -391,7 +379,7 @@ async def _(servers, library):
     await asyncio.gather(*(converse(number) for number in range(200)))
 
 
-@check("websockets: fragments, also empty ones, come back as one message")
+@check("websockets: fragments, including empty ones, come back as one message")
 async def _(servers):
     client = await WebsocketsClient().connect(servers.echo.ws())
     await client.send(["one ", "", "two ", "😀", ""])
@@ -400,30 +388,30 @@ async def _(servers):
     expect(await client.receive(), b"\x00" + b"\xff" * 70_000 + b"\x01", "the echo")
 
 
-@check("websockets: pings between the fragments of a message are answered before it is complete")
+@check("websockets: pings between the fragments of a message are answered before the message is complete")
 async def _(servers):
     client = await WebsocketsClient().connect(servers.echo.ws())
 
     async def fragments():
         for number in range(5):
             yield f"part {number} "
-            await client.ping(f"ping {number}".encode())  # returns with the pong, while the message is unfinished
+            await client.ping(f"ping {number}".encode())  # waits for the pong while the message is incomplete
 
     await client.send(fragments())
     expect(await client.receive(), "part 0 part 1 part 2 part 3 part 4 ", "the echo")
 
 
-# ---- echo: control frames -------------------------------------------------------------------------------------------
+# ---- echo: control frames -----------------------------------------------------------------------------------------
 
 
-@check_each_library("a ping is answered with its payload, of 0 to 125 bytes")
+@check_each_library("the pong has the payload of the ping, of 0 to 125 bytes")
 async def _(servers, library):
     client = await library().connect(servers.echo.ws())
     for payload in (b"", b"\x00\xff", "ping 😀".encode(), bytes_of(125)):
         await client.ping(payload)
 
 
-@check("websockets: a pong that nobody asked for changes nothing")
+@check("websockets: an unsolicited pong has no effect")
 async def _(servers):
     client = await WebsocketsClient().connect(servers.echo.ws())
     await client.connection.pong(b"unasked")
@@ -431,20 +419,20 @@ async def _(servers):
     expect(await client.receive(), "still here", "the echo")
 
 
-@check_each_library("a close with a code and a reason is answered with the code")
+@check_each_library("the reply to a close with a code and a reason has the same code")
 async def _(servers, library):
     for code, reason in ((1000, ""), (1000, "done"), (1001, "leaving"), (3000, "x" * 123), (4999, "до свидания 😀")):
         client = await library().connect(servers.echo.ws())
-        expect(await client.close(code, reason), code, "the code of the answer")
+        expect(await client.close(code, reason), code, "the code of the reply")
 
 
-@check("tornado: a close without a code is answered without a code")
+@check("tornado: the reply to a close without a code has no code")
 async def _(servers):
     client = await TornadoClient().connect(servers.echo.ws())
-    expect(await client.close(None, None), None, "the code of the answer")
+    expect(await client.close(None, None), None, "the code of the reply")
 
 
-@check_each_library("a server that is stopped closes with 1001 and ends with status 0")
+@check_each_library("a stopping server closes with 1001 and ends with status 0")
 async def _(servers, library):
     program = await Program().start(servers.echo_path)
     clients = [await library().connect(program.ws()) for _ in range(3)]
@@ -457,10 +445,10 @@ async def _(servers, library):
     expect(await stopping, 0, "the status of the server")
 
 
-# ---- the handshake --------------------------------------------------------------------------------------------------
+# ---- the handshake ------------------------------------------------------------------------------------------------
 
 
-@check_each_library("an offer of permessage-deflate is agreed to where the program is built with zlib, and else declined")
+@check_each_library("an offer of permessage-deflate is accepted with zlib and declined without it")
 async def _(servers, library):
     client = await library().connect(servers.echo.ws(), **library.offering_compression)
     expect(client.extensions(), "permessage-deflate" if servers.zlib else None, "Sec-WebSocket-Extensions")
@@ -468,11 +456,11 @@ async def _(servers, library):
     expect(await client.receive(), "a" * 1000, "the echo")
 
 
-# ---- compression ----------------------------------------------------------------------------------------------------
+# ---- compression --------------------------------------------------------------------------------------------------
 
 
-async def echoes_compressed(client):
-    """Messages that compress well, badly and not at all, small and large, the same again, and pings in between."""
+async def check_compressed_echoes(client):
+    """Messages that compress well, badly and not at all, small and large, each twice, with pings between them."""
     for message in 2 * ["", "x", "hello hello hello", "κόσμε 😀 " * 5000, b"", bytes_of(1000), os.urandom(70_000),
                         bytes(3_000_000), "y" * 1_000_000]:
         await client.send(message)
@@ -480,7 +468,7 @@ async def echoes_compressed(client):
         await client.ping(b"still there")
 
 
-@check("websockets: all parameters of permessage-deflate, and messages in every agreement")
+@check("websockets: messages work with all parameters of permessage-deflate")
 async def _(servers):
     if not servers.zlib:
         return
@@ -491,20 +479,20 @@ async def _(servers):
         expect(client.extensions(), "permessage-deflate"
                + "; server_no_context_takeover" * no_server + "; client_no_context_takeover" * no_client
                + (f"; server_max_window_bits={server_bits}" if server_bits else "")
-               + (f"; client_max_window_bits={client_bits}" if client_bits in (9, 13) else ""), "the agreement")
+               + (f"; client_max_window_bits={client_bits}" if client_bits in (9, 13) else ""), "the accepted parameters")
         for message in 2 * ["", "x", "hello hello hello", "κόσμε 😀 " * 500, os.urandom(5000), bytes(100_000)]:
             await client.send(message)
             expect(await client.receive(), message, "the echo")
         expect(await client.close(1000, ""), 1000, "the close code")
 
 
-@check_each_library("compressed messages of every kind come back as they were")
+@check_each_library("compressed messages of all kinds come back unchanged")
 async def _(servers, library):
     if servers.zlib:
-        await echoes_compressed(await library().connect(servers.echo.ws(), **library.offering_compression))
+        await check_compressed_echoes(await library().connect(servers.echo.ws(), **library.offering_compression))
 
 
-@check("websockets: a compressed message in 1,000 fragments comes back as one")
+@check("websockets: a compressed message in 1,000 fragments comes back as one message")
 async def _(servers):
     if not servers.zlib:
         return
@@ -513,19 +501,19 @@ async def _(servers):
     expect(await client.receive(), "".join(f"part {number} " for number in range(1000)), "the echo")
 
 
-@check("tornado: a member that did not agree to compression, and one that did, hear the same in the chat")
+@check("tornado: members with and without compression receive the same messages in the chat")
 async def _(servers):
     chat = servers.chat.ws("/chat")
     plain = await TornadoClient().connect(chat)
     offering = await TornadoClient().connect(chat, **TornadoClient.offering_compression)
-    expect(offering.extensions() is not None, servers.zlib, "whether compression was agreed on")
+    expect(offering.extensions() is not None, servers.zlib, "whether compression was accepted")
     for text in ("short", "long " * 10_000):
         await offering.send(text)
         for client in (plain, offering):
             expect(await client.receive(), text, "the message")
 
 
-@check_each_library("of the subprotocols that are offered none is chosen")
+@check_each_library("the server selects no subprotocol")
 async def _(servers, library):
     client = await library().connect(servers.echo.ws(), subprotocols=["chat.v2", "chat"])
     expect(client.subprotocol(), None, "Sec-WebSocket-Protocol")
@@ -544,8 +532,8 @@ async def _(servers, library):
 async def _(servers, library):
     try:
         await library().connect(servers.chat.ws("/chat"), origin="http://evil.example")
-    except Refused as refusal:
-        expect(refusal.args, (403,), "the status")
+    except Rejected as rejection:
+        expect(rejection.args, (403,), "the status")
     else:
         raise AssertionError("the connection was accepted")
 
@@ -553,23 +541,23 @@ async def _(servers, library):
 UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": KEY, "Sec-WebSocket-Version": "13"}
 
 
-async def ask(program, *requests):
-    """The answers to (method, path, headers), asked one after another on one connection of http.client, with .text."""
+async def request_all(program, *requests):
+    """Sends (method, path, headers) in order on one connection of http.client. Returns the responses with .text."""
     def work():
-        connection = http.client.HTTPConnection(program.host, program.port, timeout=PATIENCE)
-        answers = []
+        connection = http.client.HTTPConnection(program.host, program.port, timeout=TIMEOUT)
+        responses = []
         for method, path, headers in requests:
             connection.request(method, path, headers=headers)
-            answers.append(connection.getresponse())
-            answers[-1].text = answers[-1].read().decode()
+            responses.append(connection.getresponse())
+            responses[-1].text = responses[-1].read().decode()
         connection.close()
-        return answers
+        return responses
 
     return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
-REFUSALS = (
-    # what, method, path, what differs from a good upgrade, status, part of the sentence, a header of the answer
+REJECTIONS = (
+    # name, method, path, changed headers of a valid upgrade, status, a part of the text, a response header
     ("an origin of another host", "GET", "/chat", {"Origin": "http://evil.example"}, 403, "http://evil.example", None),
     ("the origin null", "GET", "/chat", {"Origin": "null"}, 403, "null", None),
     ("an origin of another port", "GET", "/chat", {"Origin": "http://127.0.0.1:1"}, 403, "http://127.0.0.1:1", None),
@@ -579,37 +567,37 @@ REFUSALS = (
     ("an unknown path", "GET", "/nowhere", {}, 404, "path", None),
     ("POST", "POST", "/chat", {}, 405, "GET", ("Allow", "GET")),
 )
-for WHAT, *REFUSAL in REFUSALS:
-    @check(f"handshake: {WHAT} is refused with {REFUSAL[3]} and a sentence")
-    async def _(servers, refusal=tuple(REFUSAL)):
-        method, path, headers, status, sentence, header = refusal
+for NAME, *REJECTION in REJECTIONS:
+    @check(f"handshake: {NAME} is rejected with {REJECTION[3]} and an error text")
+    async def _(servers, rejection=tuple(REJECTION)):
+        method, path, headers, status, text, header = rejection
         headers = {name: value for name, value in {**UPGRADE, **headers}.items() if value is not None}
-        (answer,) = await ask(servers.chat, (method, path, headers))
-        expect(answer.status, status, "the status")
-        expect_in(sentence, answer.text, "the body")
-        expect(answer.text[-2:], ".\n", "the end of the body")
+        (response,) = await request_all(servers.chat, (method, path, headers))
+        expect(response.status, status, "the status")
+        expect_in(text, response.text, "the body")
+        expect(response.text[-2:], ".\n", "the end of the body")
         if header:
-            expect(answer.getheader(header[0]), header[1], header[0])
+            expect(response.getheader(header[0]), header[1], header[0])
 
 
-@check("handshake: a request in single bytes, with frames right behind it, is served like any other")
+@check("handshake: a request in single bytes, followed at once by frames, is accepted")
 async def _(servers):
-    client = await RawClient().dial(servers.echo)
-    await dripped(RawClient.request(servers.echo) + frame(0x81, b"early"), 1, client)
-    await client.read_answer()
+    client = await RawClient().open(servers.echo)
+    await send_in_pieces(RawClient.request(servers.echo) + frame(0x81, b"early"), 1, client)
+    await client.read_response()
     expect(await client.read_frame(), (0x81, b"early"), "the echo")
-    client = await RawClient().dial(servers.echo)
+    client = await RawClient().open(servers.echo)
     await client.send(RawClient.request(servers.echo) + frame(0x81, b"early") + frame(0x88))
-    await client.read_answer()
+    await client.read_response()
     expect(await client.read_to_end(), [(0x81, b"early"), (0x88, b"")], "the frames")
 
 
-# ---- pages ----------------------------------------------------------------------------------------------------------
+# ---- pages --------------------------------------------------------------------------------------------------------
 
 
-@check("pages: the page of the chat comes whole, with its type, an ETag and a length")
+@check("pages: the page of the chat is complete and has its type, an ETag and a length")
 async def _(servers):
-    (page,) = await ask(servers.chat, ("GET", "/", {}))
+    (page,) = await request_all(servers.chat, ("GET", "/", {}))
     expect(page.status, 200, "the status")
     expect(page.getheader("Content-Type"), "text/html; charset=utf-8", "Content-Type")
     expect(page.getheader("Content-Length"), str(len(page.text.encode())), "Content-Length")
@@ -617,52 +605,52 @@ async def _(servers):
     expect_in("</html>", page.text, "the page")
 
 
-@check("pages: HEAD answers as GET does but without the body, and the connection goes on")
+@check("pages: HEAD is like GET without the body, and the connection stays open")
 async def _(servers):
-    head, page, again = await ask(servers.chat, ("HEAD", "/", {}), ("GET", "/", {}), ("HEAD", "/", {}))
-    without_date = [[h for h in answer.getheaders() if h[0] != "Date"] for answer in (head, page, again)]
+    head, page, again = await request_all(servers.chat, ("HEAD", "/", {}), ("GET", "/", {}), ("HEAD", "/", {}))
+    without_date = [[h for h in response.getheaders() if h[0] != "Date"] for response in (head, page, again)]
     expect(head.status, 200, "the status")
     expect(head.text, "", "the body")
     expect(without_date[0], without_date[1], "the headers")
     expect(without_date[2], without_date[1], "the headers")
 
 
-@check("pages: a page that the client has already is a 304, by its ETag and by its date")
+@check("pages: a conditional request for a current page gets 304, by ETag and by date")
 async def _(servers):
-    (page,) = await ask(servers.chat, ("GET", "/", {}))
+    (page,) = await request_all(servers.chat, ("GET", "/", {}))
     etag, modified = page.getheader("ETag"), page.getheader("Last-Modified")
     for headers, status in (({"If-None-Match": etag}, 304), ({"If-None-Match": f'"other", W/{etag}'}, 304),
                             ({"If-None-Match": '"other"'}, 200), ({"If-Modified-Since": modified}, 304),
                             ({"If-None-Match": '"other"', "If-Modified-Since": modified}, 200)):
-        first, after = await ask(servers.chat, ("GET", "/", headers), ("GET", "/", {}))
+        first, after = await request_all(servers.chat, ("GET", "/", headers), ("GET", "/", {}))
         expect((first.status, len(first.text)), (status, len(page.text) if status == 200 else 0), f"with {headers}")
         expect(first.getheader("ETag"), etag, "ETag")
-        expect(after.text, page.text, "the page that is asked for next")
+        expect(after.text, page.text, "the next page")
 
 
-@check("pages: an unknown path is 404, another method 405, a WebSocket's path without an upgrade 426")
+@check("pages: an unknown path gets 404, another method 405, a WebSocket path without an upgrade 426")
 async def _(servers):
-    unknown, post, plain, traversal = await ask(
+    unknown, post, plain, traversal = await request_all(
         servers.chat, ("GET", "/nothing", {}), ("POST", "/", {}), ("GET", "/chat", {}), ("GET", "/../chat.cpp", {}))
     expect([a.status for a in (unknown, post, plain, traversal)], [404, 405, 426, 404], "the statuses")
     expect(post.getheader("Allow"), "GET, HEAD", "Allow")
     expect(plain.getheader("Upgrade"), "websocket", "Upgrade")
-    for answer in (unknown, post, plain):
-        expect(answer.text[-2:], ".\n", "the end of the body")
+    for response in (unknown, post, plain):
+        expect(response.text[-2:], ".\n", "the end of the body")
 
 
-@check("pages: pipelined requests, and a client that shuts its sending side, get their answers")
+@check("pages: pipelined requests get their responses, also after the client shuts down its sending side")
 async def _(servers):
-    client = await RawClient().dial(servers.chat)
+    client = await RawClient().open(servers.chat)
     get = f"GET /nothing HTTP/1.1\r\nHost: {servers.chat.host}\r\n\r\n".encode()
     await client.send(3 * get)
     client.writer.write_eof()
-    expect((await client.reader.read()).count(b"HTTP/1.1 404 "), 3, "the answers")
+    expect((await client.reader.read()).count(b"HTTP/1.1 404 "), 3, "the responses")
 
 
-# ---- chat -----------------------------------------------------------------------------------------------------------
+# ---- chat ---------------------------------------------------------------------------------------------------------
 
-LIVING_CLIENT = """
+STAYING_CLIENT = """
 import asyncio, sys, websockets
 async def main():
     async with websockets.connect(sys.argv[1]):
@@ -673,8 +661,8 @@ asyncio.run(main())
 
 
 async def connect_and_be_killed(url):
-    """A process of its own connects, and is killed."""
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", LIVING_CLIENT, url,
+    """Connects in a separate process and kills it."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", STAYING_CLIENT, url,
                                                    stdout=asyncio.subprocess.PIPE)
     try:
         expect(await process.stdout.readline(), b"connected\n", "the line of the client")
@@ -683,48 +671,48 @@ async def connect_and_be_killed(url):
         await process.wait()
 
 
-@check("chat: clients of two libraries talk in the room, each hears all of it in the same order")
+@check("chat: clients of two libraries receive all messages of the room in the same order")
 async def _(servers):
     anna = await WebsocketsClient().connect(servers.chat.ws("/chat"))
     bert = await TornadoClient().connect(servers.chat.ws("/chat"))
-    said = []
+    received = []
     for speaker, line in ((anna, "hello, Bert 😀"), (bert, "hello, Anna"), (anna, b"\x00\x01\x02"), (bert, "")):
         await speaker.send(line)
-        said.append((await anna.receive(), await bert.receive()))
-        expect(said[-1], (line, line), "what both hear")
+        received.append((await anna.receive(), await bert.receive()))
+        expect(received[-1], (line, line), "what both receive")
 
 
-@check("chat: a client that is killed, and one that is cut off by a reset, do not trouble the others")
+@check("chat: a killed client and a reset connection do not disturb the others")
 async def _(servers):
     anna = await WebsocketsClient().connect(servers.chat.ws("/chat"))
     bert = await TornadoClient().connect(servers.chat.ws("/chat"))
     await connect_and_be_killed(servers.chat.ws("/chat"))
     for number in range(10):
         gone = await RawClient().connect(servers.chat, "/chat")
-        await anna.send(f"line {number}")  # lies unread in the socket that is dropped now, which makes it a reset
-        expect(await bert.receive(), f"line {number}", "what Bert hears")
+        await anna.send(f"line {number}")  # stays unread in the dropped socket, which causes a reset
+        expect(await bert.receive(), f"line {number}", "what Bert receives")
         gone.drop()
-        expect(await anna.receive(), f"line {number}", "what Anna hears")
+        expect(await anna.receive(), f"line {number}", "what Anna receives")
 
 
-@check_each_library("chat: a message over the limit is answered with 1009, and the others stay")
+@check_each_library("chat: a message over the limit gets 1009, and the other members stay")
 async def _(servers, library):
     other = await library().connect(servers.chat.ws("/chat"))
-    # Most of what is over it is still to be sent when the server has seen enough: no reset may overtake its answer.
+    # The server closes while most of the message is unsent. A reset must not overtake its Close frame.
     for size in (1024 * 1024 + 1, 2 * 1024 * 1024, *5 * (16 * 1024 * 1024,)):
         client = await library().connect(servers.chat.ws("/chat"))
         sending = asyncio.ensure_future(client.send(bytes_of(size)))
-        sending.add_done_callback(asyncio.Task.exception)  # it may get rid of all of it, or not
+        sending.add_done_callback(asyncio.Task.exception)  # sending may fail
         expect((await client.closed())[0], 1009, f"the close code for {size:,} bytes")
     await other.send("still here")
     expect(await other.receive(), "still here", "the message")
 
 
-# ---- rooms ----------------------------------------------------------------------------------------------------------
+# ---- rooms --------------------------------------------------------------------------------------------------------
 
 
 async def event(client, **wanted):
-    """The next event, which must have just these fields and, where the event has them, a time and an id."""
+    """Expects the next event to have exactly these fields. Some events also have a time and an id."""
     got = json.loads(await client.receive())
     if wanted["type"] in ("said", "join", "leave", "nick"):
         expect(type(got.pop("time", None)), int, "the time")
@@ -733,20 +721,20 @@ async def event(client, **wanted):
     expect(got, wanted, "the event")
 
 
-async def enter(library, servers, room, name, as_name, users):
+async def join(library, servers, room, name, as_name, users):
     client = await library().connect(servers.rooms.ws(f"/chat{room}{name}"))
-    hello, here = json.loads(await client.receive()), room[1:] or "lobby"
+    hello, room_name = json.loads(await client.receive()), room[1:] or "lobby"
     expect([hello[key] for key in ("type", "version", "server", "room", "name")],
-           ["hello", 2, "wschat", here, as_name], "the first event")
-    await event(client, type="users", room=here, users=users)
+           ["hello", 2, "wschat", room_name, as_name], "the first event")
+    await event(client, type="users", room=room_name, users=users)
     expect(json.loads(await client.receive())["type"], "history", "the third event")
     return client
 
 
-@check("rooms: names, lines, a change of name, errors and leaving are JSON events")
+@check("rooms: joining, messages, renaming, errors and leaving are JSON events")
 async def _(servers):
-    anna = await enter(WebsocketsClient, servers, "/tea", "?name=Anna", "Anna", ["Anna"])
-    bert = await enter(TornadoClient, servers, "/tea", "?name=Anna", "Anna-2", ["Anna", "Anna-2"])
+    anna = await join(WebsocketsClient, servers, "/tea", "?name=Anna", "Anna", ["Anna"])
+    bert = await join(TornadoClient, servers, "/tea", "?name=Anna", "Anna-2", ["Anna", "Anna-2"])
     await event(anna, type="join", room="tea", name="Anna-2")
 
     line = 'said "so" \\ </script> \u2028 😀'
@@ -768,11 +756,11 @@ async def _(servers):
     await event(anna, type="leave", room="tea", name="Bert")
 
 
-@check("rooms: a room hears nothing of another room")
+@check("rooms: a room gets no messages of another room")
 async def _(servers):
-    anna = await enter(WebsocketsClient, servers, "/one", "?name=Anna", "Anna", ["Anna"])
-    bert = await enter(TornadoClient, servers, "", "?name=Bert", "Bert", ["Bert"])
-    carl = await enter(TornadoClient, servers, "", "", "guest", ["Bert", "guest"])
+    anna = await join(WebsocketsClient, servers, "/one", "?name=Anna", "Anna", ["Anna"])
+    bert = await join(TornadoClient, servers, "", "?name=Bert", "Bert", ["Bert"])
+    carl = await join(TornadoClient, servers, "", "", "guest", ["Bert", "guest"])
     await event(bert, type="join", room="lobby", name="guest")
     for speaker, name in ((anna, "Anna"), (carl, "guest")):
         await speaker.send(f"I am {name}")
@@ -781,28 +769,29 @@ async def _(servers):
     await event(carl, type="said", room="lobby", name="guest", text="I am guest")
 
 
-@check("rooms: a member that is killed leaves the roster after the time of grace")
+@check("rooms: a killed member leaves the list of users after the grace period")
 async def _(servers):
-    anna = await enter(WebsocketsClient, servers, "/killed", "?name=Anna", "Anna", ["Anna"])
+    anna = await join(WebsocketsClient, servers, "/killed", "?name=Anna", "Anna", ["Anna"])
     await connect_and_be_killed(servers.rooms.ws("/chat/killed?name=Bert"))
     await event(anna, type="join", room="killed", name="Bert")
     await event(anna, type="leave", room="killed", name="Bert")
 
 
-@check("rooms: the page of metrics counts nobody when all have gone")
+@check("rooms: the metrics count no connection after all have closed")
 async def _(servers):
     while True:
-        (page,) = await ask(servers.rooms, ("GET", "/metrics", {}))
-        expect((page.status, page.getheader("Content-Type")), (200, "text/plain; version=0.0.4"), "the answer")
+        (page,) = await request_all(servers.rooms, ("GET", "/metrics", {}))
+        expect((page.status, page.getheader("Content-Type")), (200, "text/plain; version=0.0.4"), "the response")
         expect_in("\nwschat_handler_exceptions_total 0\n", page.text, "the metrics")
         if "\nwschat_websockets_open 0\n" in page.text and "\nwschat_rooms 0\n" in page.text:
             return
+        await asyncio.sleep(0.05)
 
 
-# ---- what no library would send: the Close frame must come before the end of the stream -----------------------------
+# ---- protocol errors: the Close frame must arrive before the end of the stream ------------------------------------
 
-# In hexadecimal as on the wire; a mask of 00 00 00 00 leaves the payload readable.
-BROKEN = (
+# Bytes on the wire, in hexadecimal. A mask of 00 00 00 00 leaves the payload readable.
+ERRORS = (
     # RFC 6455 5.1: "The server MUST close the connection upon receiving a frame that is not masked."
     (1002, "an unmasked frame", "81 05 48 65 6c 6c 6f"),
     (1002, "an unmasked empty frame", "81 00"),
@@ -817,9 +806,9 @@ BROKEN = (
     *((1002, f"the reserved control opcode {opcode:X}", f"8{opcode:x} 80 00 00 00 00") for opcode in range(11, 16)),
     (1002, "a length of 125 in two bytes", "81 fe 00 7d 00 00 00 00"),
     (1002, "a length of 65,535 in eight bytes", "81 ff 00 00 00 00 00 00 ff ff 00 00 00 00"),
-    (1002, "a length whose top bit is set", "82 ff 80 00 00 00 00 00 00 00 00 00 00 00"),
+    (1002, "a length with its top bit set", "82 ff 80 00 00 00 00 00 00 00 00 00 00 00"),
     # 5.4
-    (1002, "a continuation of nothing", "80 80 00 00 00 00"),
+    (1002, "a continuation without a message", "80 80 00 00 00 00"),
     (1002, "a new message within a message", "01 81 00 00 00 00 61  81 81 00 00 00 00 62"),
     # 5.5: "All control frames MUST have a payload length of 125 bytes or less and MUST NOT be fragmented."
     (1002, "a ping of 126 bytes", "89 fe 00 7e 00 00 00 00" + " 61" * 126),
@@ -828,28 +817,28 @@ BROKEN = (
     (1002, "a close of 126 bytes", "88 fe 00 7e 00 00 00 00 03 e8" + " 61" * 124),
     # 5.5.1: "If there is a body, the first two bytes of the body MUST be a 2-byte unsigned integer"
     (1002, "a close with a body of one byte", "88 81 00 00 00 00 03"),
-    (1007, "a close whose reason is not UTF-8", "88 84 00 00 00 00 03 e8 c3 28"),
+    (1007, "a close with a reason that is not UTF-8", "88 84 00 00 00 00 03 e8 c3 28"),
     # 8.1
     (1007, "a text that is not UTF-8", "81 82 00 00 00 00 c3 28"),
     (1007, "a text that ends within a character", "81 83 00 00 00 00 f0 9f 98"),
     (1007, "a surrogate in a text", "81 83 00 00 00 00 ed a0 80"),
     (1007, "an overlong slash in a text", "81 82 00 00 00 00 c0 af"),
     (1007, "a character over U+10FFFF", "81 84 00 00 00 00 f4 90 80 80"),
-    (1007, "bad UTF-8 in the first fragment, before the last has come", "01 82 00 00 00 00 c3 28"),
-    (1007, "bad UTF-8 in a frame of which most has not come", "81 fe 10 00 00 00 00 00 61 ff"),
+    (1007, "invalid UTF-8 in the first fragment, before the last one arrives", "01 82 00 00 00 00 c3 28"),
+    (1007, "invalid UTF-8 in a frame of which most is missing", "81 fe 10 00 00 00 00 00 61 ff"),
     (1007, "a character that the fragments do not complete", "01 82 00 00 00 00 e2 82  80 81 00 00 00 00 61"),
     # 10.4
-    (1009, "a length over the limit, of which nothing has come", "82 ff 00 00 00 00 04 00 00 01 00 00 00 00"),
+    (1009, "a length over the limit, before any payload", "82 ff 00 00 00 00 04 00 00 01 00 00 00 00"),
 )
-for CODE, WHAT, BYTES in BROKEN:
-    @check(f"protocol: {WHAT} is answered with {CODE}")
+for CODE, NAME, BYTES in ERRORS:
+    @check(f"protocol: {NAME} gets {CODE}")
     async def _(servers, code=CODE, data=wire(BYTES)):
         client = await RawClient().connect(servers.echo)
         await client.send(data)
         await client.expect_close(code)
 
 
-@check("protocol: what was answered before an error still comes, and what stands behind it does not count")
+@check("protocol: replies before an error arrive, and frames after it are ignored")
 async def _(servers):
     client = await RawClient().connect(servers.echo)
     await client.send(frame(0x81, b"good") + wire("83 80 00 00 00 00") + frame(0x81, b"late") + frame(0x89, b"late"))
@@ -858,14 +847,14 @@ async def _(servers):
     expect([(first, payload[:2]) for first, payload in rest], [(0x88, wire("03 ea"))], "the frames after it")
 
 
-@check("protocol: the Close frame after an error arrives although 8 MiB more are on their way")
+@check("protocol: the Close frame after an error arrives while the client sends 8 MiB more")
 async def _(servers):
     client = await RawClient().connect(servers.echo)
     client.writer.write(wire("81 05 48 65 6c 6c 6f") + bytes(8 * 1024 * 1024))
     await client.expect_close(1002)
 
 
-@check("protocol: the codes of RFC 6455 7.4 that may stand in a Close frame are echoed, with one frame")
+@check("protocol: valid close codes of RFC 6455 7.4 are echoed in one frame")
 async def _(servers):
     for code in (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 3999, 4000, 4999):
         client = await RawClient().connect(servers.echo)
@@ -873,7 +862,7 @@ async def _(servers):
         await client.expect_close(code)
 
 
-@check("protocol: the codes of RFC 6455 7.4 that may not stand in a Close frame are answered with 1002")
+@check("protocol: invalid close codes of RFC 6455 7.4 get 1002")
 async def _(servers):
     for code in (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 1999, 2000, 2999, 5000, 65535):
         client = await RawClient().connect(servers.echo)
@@ -881,29 +870,29 @@ async def _(servers):
         await client.expect_close(1002)
 
 
-@check("protocol: a Close frame without a body is answered with one without a body")
+@check("protocol: the reply to a Close frame without a body has no body")
 async def _(servers):
     client = await RawClient().connect(servers.echo)
     await client.send(wire("88 80 00 00 00 00"))
     expect(await client.read_to_end(), [(0x88, b"")], "the frames")
 
 
-@check("protocol: a conversation in pieces of 1, 2, 3, 5, 7 and 13 bytes is the same conversation")
+@check("protocol: a stream in pieces of 1, 2, 3, 5, 7 and 13 bytes gives the same replies")
 async def _(servers):
     talk = b"".join((
         frame(0x81, "κόσμε".encode()), frame(0x89, b"are you there"), frame(0x8A, b"unasked"), frame(0x82),
         frame(0x01, "😀".encode()[:2]), frame(0x89), frame(0x00), frame(0x89, b"p" * 125),
         frame(0x80, "😀".encode()[2:]), frame(0x82, bytes_of(126)), frame(0x02, b"\xff"), frame(0x80, b"\xfe"),
         close_frame(4321, b"bye")))
-    answers = [
+    responses = [
         (0x81, "κόσμε".encode()), (0x8A, b"are you there"), (0x82, b""), (0x8A, b""), (0x8A, b"p" * 125),
         (0x81, "😀".encode()), (0x82, bytes_of(126)), (0x82, b"\xff\xfe"), (0x88, wire("10 e1"))]
     for size in (1, 2, 3, 5, 7, 13, len(talk)):
         client = await RawClient().connect(servers.echo)
-        await dripped(talk, size, client)
+        await send_in_pieces(talk, size, client)
         got = await client.read_to_end()
-        got[-1] = (got[-1][0], got[-1][1][:2])  # whether the reason is echoed is open
-        expect(got, answers, f"the answers to pieces of {size}")
+        got[-1] = (got[-1][0], got[-1][1][:2])  # the server may echo the reason or not
+        expect(got, responses, f"the replies to pieces of {size} bytes")
 
 
 @check("protocol: 100,000 fragments of one byte are one message")
@@ -913,57 +902,57 @@ async def _(servers):
     expect(await client.read_frame(), (0x82, 100_000 * b"a"), "the echo")
 
 
-@check("protocol: what was asked for before a Close frame comes before its answer, 16 MiB of it too")
+@check("protocol: 16 MiB of echoes before a Close frame arrive before the reply to it")
 async def _(servers):
-    await close_behind_much(await RawClient().connect(servers.echo))
+    await check_close_after_large_echoes(await RawClient().connect(servers.echo))
 
 
-@check("protocol: the same where the client shuts its sending side after its Close frame")
+@check("protocol: the same if the client shuts down its sending side after its Close frame")
 async def _(servers):
     client = await RawClient().connect(servers.echo)
-    await close_behind_much(client, client.writer.write_eof)
+    await check_close_after_large_echoes(client, client.writer.write_eof)
 
 
-async def close_behind_much(client, and_then=lambda: None):
+async def check_close_after_large_echoes(client, and_then=lambda: None):
     size = 8 * 1024 * 1024
-    message = b"\x82\xff" + size.to_bytes(8, "big") + bytes(4 + size)  # its mask is 00 00 00 00
+    message = b"\x82\xff" + size.to_bytes(8, "big") + bytes(4 + size)  # the mask is 00 00 00 00
     client.writer.write(2 * message + close_frame(1000))
     and_then()
     frames = [(first, len(payload)) for first, payload in await client.read_to_end()]
     expect(frames, [(0x82, size), (0x82, size), (0x88, 2)], "the frames and their lengths")
 
 
-# ---- keepalive, and the end -----------------------------------------------------------------------------------------
+# ---- keepalive and shutdown ---------------------------------------------------------------------------------------
 
 
-@check("keepalive: a client that has been silent is pinged, and its connection goes on")
+@check("keepalive: the server pings a silent client, and the connection stays open")
 async def _(servers):
     for client in servers.silent_clients:
-        expect(await client.pinged(), b"", "the payload of the ping")
+        expect(await client.wait_for_ping(), b"", "the payload of the ping")
         await client.send("still here")
         expect(await client.receive(), "still here", "the echo")
         expect(await client.close(1000, ""), 1000, "the close code")
 
 
-@check("the three programs have survived all this and end with status 0 on SIGINT")
+@check("the three programs still run and end with status 0 on SIGINT")
 async def _(servers):
     for program in (servers.echo, servers.chat, servers.rooms):
         expect(program.process.returncode, None, "the status before the signal")
         expect(await program.stop(signal.SIGINT), 0, "the status")
 
 
-# ---- all of it ------------------------------------------------------------------------------------------------------
+# ---- the run ------------------------------------------------------------------------------------------------------
 
 
-async def run(sentence, function, servers):
-    """Whether it passed."""
+async def run(title, function, servers):
+    """Runs one check. Returns true if it passed."""
     try:
         async with timeout("this check to end"):
             await function(servers)
-        print(f"ok - {sentence}", flush=True)
+        print(f"ok - {title}", flush=True)
         return True
     except Exception as error:
-        print(f"not ok - {sentence}: {type(error).__name__}: {error}", flush=True)
+        print(f"not ok - {title}: {type(error).__name__}: {error}", flush=True)
         return False
     finally:
         for client in OPEN_CLIENTS:
@@ -976,24 +965,24 @@ async def main():
     for name in ("echo", "chat", "rooms"):
         parser.add_argument(f"--{name}", required=True, metavar="BIN", help=f"the program examples/{name}.cpp")
     parser.add_argument("--zlib", action="store_true", help="the programs are built with compression")
-    parser.add_argument("--only", default="", metavar="TEXT", help="run only the checks with this in their sentence")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only the checks with this text in their titles")
     options = parser.parse_args()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
-    asyncio.get_running_loop().call_later(LAST_CALL, asyncio.current_task().cancel)
+    asyncio.get_running_loop().call_later(TOTAL_TIMEOUT, asyncio.current_task().cancel)
     try:
         for name in ("echo", "chat", "rooms"):
             setattr(Servers, name, await Program().start(getattr(options, name)))
         Servers.echo_path = options.echo
         Servers.zlib = options.zlib
         Servers.silent_clients = [await library().connect(Servers.echo.ws()) for library in LIBRARIES]
-        OPEN_CLIENTS.clear()  # these stay
-        results = [await run(sentence, function, Servers) for sentence, function in CHECKS if options.only in sentence]
+        OPEN_CLIENTS.clear()  # silent clients stay open
+        results = [await run(title, function, Servers) for title, function in CHECKS if options.only in title]
     finally:
         for program in PROGRAMS:
             await program.stop(signal.SIGKILL)
     if not all(results):
         for program in (Servers.echo, Servers.chat, Servers.rooms):
-            print(f"# the end of a log: {program.log_text()[-2000:]}")
+            print(f"# end of the log: {program.log_text()[-2000:]}")
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     return 0 if all(results) and results else 1
 

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""Clients of TLS that we did not write, Python's ssl, websockets, Tornado and openssl s_client, against examples/wss.
+"""Tests examples/wss with other TLS clients: Python's ssl, websockets, Tornado and openssl s_client.
 
     /usr/bin/python3 tests/interop/tls_test.py --wss BIN
 
-Prints one line for each check, then "N passed, N failed", and ends with status 1 if one of them failed.
+Prints one line per check, then "N passed, N failed", and ends with status 1 if a check failed.
 """
 
 import argparse
@@ -23,29 +23,21 @@ import tornado.httpclient
 import tornado.websocket
 import websockets
 
-PATIENCE = 20  # seconds for one check; a machine under load is slow, not broken
+sys.dont_write_bytecode = True
+from expectations import TIMEOUT, expect, expect_in  # noqa: E402
+
 CHECKS = []
 
 
-def check(sentence):
+def check(title):
     def register(function):
-        CHECKS.append((sentence, function))
+        CHECKS.append((title, function))
 
     return register
 
 
-def expect(actual, wanted, what="the result"):
-    if actual != wanted:
-        raise AssertionError(f"{what}: expected {wanted!r}, got {actual!r}")
-
-
-def expect_in(part, whole, what="the result"):
-    if part not in whole:
-        raise AssertionError(f"{what}: expected {part!r} in {whole[-2000:]!r}")
-
-
 class Program:
-    """The example in a folder of its own, on a port that the system picks."""
+    """The example in its own folder, on a port that the system selects."""
 
     def __init__(self, path, *arguments):
         self.log = tempfile.TemporaryFile()
@@ -63,8 +55,8 @@ class Program:
     def log_text(self):
         return os.pread(self.log.fileno(), 1024 * 1024, 0).decode(errors="replace")
 
-    def log_has(self, text):
-        end = time.monotonic() + PATIENCE
+    def wait_for_log(self, text):
+        end = time.monotonic() + TIMEOUT
         while text not in self.log_text():
             if time.monotonic() > end:
                 raise TimeoutError(f"{text!r} in the log {self.log_text()!r}")
@@ -73,15 +65,15 @@ class Program:
     def stop(self, number=signal.SIGTERM):
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
 
 def in_folder(name):
     return os.path.join(FOLDER, name)
 
 
-def trusting(authorities=None, **versions):
-    """A context that verifies, as they all do by default."""
+def verifying_context(authorities=None, **versions):
+    """A context that verifies certificates, as contexts do by default."""
     context = ssl.create_default_context(cafile=authorities or in_folder("wss-cert.pem"))
     for name, version in versions.items():
         setattr(context, name, version)
@@ -89,18 +81,18 @@ def trusting(authorities=None, **versions):
 
 
 def connect(context, host="localhost", **more):
-    raw = socket.create_connection(("127.0.0.1", WSS.port), timeout=PATIENCE)
+    raw = socket.create_connection(("127.0.0.1", WSS.port), timeout=TIMEOUT)
     return context.wrap_socket(raw, server_hostname=host, **more)
 
 
 def s_client(*arguments, send=""):
-    """What openssl says of a connection."""
+    """Returns the output of openssl s_client."""
     done = subprocess.run(["openssl", "s_client", "-connect", f"127.0.0.1:{WSS.port}", *arguments], input=send,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT)
     return done.stdout
 
 
-@check("it makes a certificate and a key once, says so, and keeps the key to its owner")
+@check("the first start makes a certificate and a private key that only the owner can read, and logs it")
 def _():
     expect_in("wss: made wss-cert.pem and wss-key.pem for localhost", WSS.log_text())
     expect(os.stat(in_folder("wss-key.pem")).st_mode & 0o777, 0o600, "the mode of the key")
@@ -113,20 +105,20 @@ def _():
     expect(again.stop(), 0, "the status")
 
 
-@check("Python's http.client gets the page over TLS 1.2 and 1.3 from a certificate that it verifies")
+@check("Python's http.client gets the page over TLS 1.2 and 1.3 and verifies the certificate")
 def _():
     for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-        context = trusting(minimum_version=version, maximum_version=version)
-        connection = http.client.HTTPSConnection("localhost", WSS.port, timeout=PATIENCE, context=context)
+        context = verifying_context(minimum_version=version, maximum_version=version)
+        connection = http.client.HTTPSConnection("localhost", WSS.port, timeout=TIMEOUT, context=context)
         connection.request("GET", "/")
-        answer = connection.getresponse()
-        expect((answer.status, b"<title>" in answer.read()), (200, True))
+        response = connection.getresponse()
+        expect((response.status, b"<title>" in response.read()), (200, True))
         expect(connection.sock.version(), version.name.replace("TLSv1_", "TLSv1."))
 
 
-@check("a client that does not know the certificate, or wants another name, refuses it")
+@check("a client without the certificate, or for another name, rejects the connection")
 def _():
-    for context, host in ((ssl.create_default_context(), "localhost"), (trusting(), "evil.example")):
+    for context, host in ((ssl.create_default_context(), "localhost"), (verifying_context(), "evil.example")):
         try:
             connect(context, host)
         except ssl.SSLCertVerificationError:
@@ -134,7 +126,7 @@ def _():
         raise AssertionError(f"{host} was accepted")
 
 
-@check("openssl s_client: ALPN, the verified name, what is refused")
+@check("openssl s_client: ALPN and the host name are right, old versions and ciphers are rejected")
 def _():
     good = s_client("-alpn", "h2,http/1.1", "-CAfile", in_folder("wss-cert.pem"), "-verify_hostname", "localhost")
     expect_in("ALPN protocol: http/1.1", good)
@@ -145,17 +137,17 @@ def _():
     expect_in("alert handshake failure", s_client("-tls1_2", "-cipher", "AES128-SHA:@SECLEVEL=0"))
 
 
-@check("openssl s_client: a renegotiation is refused, a change of keys is not")
+@check("openssl s_client: renegotiation is rejected, a key update is accepted")
 def _():
     expect_in("no renegotiation", s_client("-tls1_2", send="R\n"))
     page = s_client("-tls1_3", "-ign_eof", "-quiet", send="GET / HTTP/1.0\r\n\r\n")
     expect_in("<title>", page)
 
 
-@check("a session is resumed by its ticket")
+@check("a ticket resumes a session")
 def _():
     for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-        context = trusting(minimum_version=version, maximum_version=version)
+        context = verifying_context(minimum_version=version, maximum_version=version)
         first = connect(context)
         first.sendall(b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
         expect_in(b"404", first.recv(4096))
@@ -163,9 +155,9 @@ def _():
         expect(second.session_reused, True)
 
 
-@check("close_notify comes after the last answer, so that nobody can cut it off unseen")
+@check("close_notify follows the last response, so a truncation is detected")
 def _():
-    client = connect(trusting(), suppress_ragged_eofs=False)
+    client = connect(verifying_context(), suppress_ragged_eofs=False)
     client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     while client.recv(65536):  # a missing close_notify is an SSLEOFError
         pass
@@ -173,21 +165,21 @@ def _():
 
 @check("websockets: chat, large messages and closing")
 def _():
-    async def talk():
+    async def run_chat():
         url = f"wss://localhost:{WSS.port}/chat"
-        async with websockets.connect(url, ssl=trusting(), max_size=None) as one, \
-                websockets.connect(url, ssl=trusting(), max_size=None) as two:
+        async with websockets.connect(url, ssl=verifying_context(), max_size=None) as one, \
+                websockets.connect(url, ssl=verifying_context(), max_size=None) as two:
             for message in ("hello", "x" * 1_000_000, b"\x00" * 300_000):
                 await one.send(message)
                 expect(await one.recv() == message and await two.recv() == message, True)
         expect((one.close_code, two.close_code), (1000, 1000))
 
-    asyncio.run(asyncio.wait_for(talk(), PATIENCE))
+    asyncio.run(asyncio.wait_for(run_chat(), TIMEOUT))
 
 
 @check("Tornado: chat")
 def _():
-    async def talk():
+    async def run_chat():
         request = tornado.httpclient.HTTPRequest(f"wss://localhost:{WSS.port}/chat",
                                                  ca_certs=in_folder("wss-cert.pem"))
         client = await tornado.websocket.websocket_connect(request)
@@ -196,40 +188,40 @@ def _():
         client.close(4001, "bye")
         expect(await client.read_message(), None)
 
-    asyncio.run(asyncio.wait_for(talk(), PATIENCE))
+    asyncio.run(asyncio.wait_for(run_chat(), TIMEOUT))
 
 
-@check("plain HTTP gets a sentence, and so does no one else")
+@check("plain HTTP gets an error text, and the log names the cause")
 def _():
-    connection = http.client.HTTPConnection("127.0.0.1", WSS.port, timeout=PATIENCE)
+    connection = http.client.HTTPConnection("127.0.0.1", WSS.port, timeout=TIMEOUT)
     connection.request("GET", "/")
-    answer = connection.getresponse()
-    expect(answer.status, 400)
-    expect_in("use https:// or wss://", answer.read().decode())
-    WSS.log_has('info tls_failed peer="127.0.0.1" cause="the peer speaks plain text"')
+    response = connection.getresponse()
+    expect(response.status, 400)
+    expect_in("use https:// or wss://", response.read().decode())
+    WSS.wait_for_log('info tls_failed peer="127.0.0.1" cause="the peer speaks plain text"')
 
 
-@check("SIGHUP reads the certificate anew; one that is not right changes nothing")
+@check("SIGHUP reloads the certificate, and an invalid one changes nothing")
 def _():
-    staying = connect(trusting())
-    before = connect(trusting()).getpeercert(True)
+    kept_open = connect(verifying_context())
+    before = connect(verifying_context()).getpeercert(True)
     renewed = in_folder("renewed.pem")
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
             "-addext", "subjectAltName=DNS:localhost", "-keyout", in_folder("wss-key.pem"), "-out", renewed]
     subprocess.run(make, check=True, capture_output=True)
     WSS.process.send_signal(signal.SIGHUP)
-    WSS.log_has("TLS key")
-    expect(connect(trusting()).getpeercert(True), before, "the certificate, while key and certificate differ")
+    WSS.wait_for_log("TLS key")
+    expect(connect(verifying_context()).getpeercert(True), before, "the certificate, while key and certificate differ")
     os.replace(renewed, in_folder("wss-cert.pem"))
     WSS.process.send_signal(signal.SIGHUP)
-    WSS.log_has("the certificate was read anew")
-    after = connect(trusting()).getpeercert(True)
-    expect(after == before, False, "the certificate is the old one")
-    staying.sendall(b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    expect_in(b"404", staying.recv(4096))
+    WSS.wait_for_log("wss: reloaded the certificate")
+    after = connect(verifying_context()).getpeercert(True)
+    expect(after == before, False, "whether the certificate is still the old one")
+    kept_open.sendall(b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    expect_in(b"404", kept_open.recv(4096))
 
 
-@check("a port that is taken and a file that is not there are errors with status 1")
+@check("a used port and a missing file are errors with status 1")
 def _():
     taken = Program(OPTIONS.wss, str(WSS.port))
     expect(taken.stop(0), 1, "the status")
@@ -239,16 +231,16 @@ def _():
     expect(missing.log_text(), 'wss: TLS certificate "/nowhere/cert.pem": No such file or directory\n')
 
 
-@check("SIGTERM closes with 1001, and the status is 0")
+@check("SIGTERM closes with 1001 and ends with status 0")
 def _():
     async def end():
         url = f"wss://localhost:{WSS.port}/chat"
-        async with websockets.connect(url, ssl=trusting()) as client:
+        async with websockets.connect(url, ssl=verifying_context()) as client:
             WSS.process.send_signal(signal.SIGTERM)
             await client.wait_closed()
             expect(client.close_code, 1001)
 
-    asyncio.run(asyncio.wait_for(end(), PATIENCE))
+    asyncio.run(asyncio.wait_for(end(), TIMEOUT))
     expect(WSS.stop(0), 0, "the status")
 
 
@@ -259,14 +251,14 @@ if __name__ == "__main__":
     passed = failed = 0
     with tempfile.TemporaryDirectory(prefix="wschat-tls-") as FOLDER:
         WSS = Program(OPTIONS.wss, "0").ready()
-        for sentence, function in CHECKS:
+        for title, function in CHECKS:
             try:
                 function()
                 passed += 1
-                print(f"ok - {sentence}", flush=True)
-            except Exception as error:  # each failure is told, and the checks go on
+                print(f"ok - {title}", flush=True)
+            except Exception as error:  # report the failure and run the other checks
                 failed += 1
-                print(f"not ok - {sentence}\n  # {type(error).__name__}: {error}", flush=True)
+                print(f"not ok - {title}\n  # {type(error).__name__}: {error}", flush=True)
         if WSS.process.poll() is None:
             WSS.process.kill()
     print(f"{passed} passed, {failed} failed")

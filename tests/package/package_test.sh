@@ -1,6 +1,6 @@
 #!/bin/sh
-# package_test.sh KIND COMPILER WORK: a small program that finds wschat in one of the ways that people use, built in the
-# directory WORK, prints the version. KIND: add_subdirectory, find_package, pkg_config or meson.
+# package_test.sh KIND COMPILER WORK: builds a small program in the directory WORK that finds wschat in one of the ways
+# that people use, and checks that it prints the version. KIND: add_subdirectory, find_package, pkg_config or meson.
 set -eu
 kind=$1 CXX=$2 work=$3
 export CXX
@@ -15,8 +15,8 @@ fail() {
 prints_version() {
     test "$("$@")" = "wschat $version" || fail "$1 does not print 'wschat $version'"
 }
-# Installs to a prefix and moves it, so that no file can rely on where it once was.
-installed() {
+# Installs to a prefix and moves it, so installed files cannot depend on their first location.
+install_and_move() {
     cmake -S "$root" -B wschat -DWSCHAT_TESTS=OFF -DWSCHAT_EXAMPLES=OFF -DCMAKE_INSTALL_PREFIX="$work/first" "$@"
     cmake --build wschat --target install
     mv first moved
@@ -38,19 +38,19 @@ add_subdirectory)
     ! cmake --install build --prefix unwanted | grep wschat || fail "a subproject installs"
     ;;
 find_package)
-    installed
+    install_and_move
     cmake -S consumer -B build -DCMAKE_PREFIX_PATH="$work/moved"
     cmake --build build
     prints_version build/consumer
     ! cmake -S consumer -B refused -DCMAKE_PREFIX_PATH="$work/moved" -DCOMPONENTS=zlib >refused.log 2>&1 ||
         fail "a component that was not installed is found"
-    grep -q "without its component 'zlib'" refused.log || fail "the message for a missing component is not ours"
+    grep -q "without its component 'zlib'" refused.log || fail "the message for a missing component is wrong"
     rm -rf wschat moved
-    installed -DWSCHAT_ZLIB=ON
+    install_and_move -DWSCHAT_ZLIB=ON
     cmake -S consumer -B zlib -DCMAKE_PREFIX_PATH="$work/moved" -DCOMPONENTS=zlib
     ;;
 pkg_config)
-    installed
+    install_and_move
     PKG_CONFIG_PATH=$work/moved/share/pkgconfig
     export PKG_CONFIG_PATH
     test "$(pkg-config --modversion wschat)" = "$version" || fail "wschat.pc does not say version $version"
@@ -76,6 +76,6 @@ meson)
     prints_version "$work/consumer/consumer"
     ;;
 *)
-    fail "there is no such kind of package"
+    fail "unknown kind of package"
     ;;
 esac

@@ -1,12 +1,17 @@
-// What the soak keeps busy: rooms that number their messages, and pages that tell what the server holds.   soak_server PORT
+// soak_server PORT: the server of the soak test, with rooms that number their messages, and pages with metrics and heap
+// use.
 //
-// A member comes by /close/{rooms} or /drop/{rooms}, which differ in what happens to it when it does not read; {rooms}
-// are numbers of rooms with a + between them. All numbers in messages are hexadecimal.
+// A member connects to /close/{rooms} or /drop/{rooms}; the first word is the backlog policy. {rooms} are room numbers
+// with a + between them. All numbers in messages are hexadecimal.
 //
-//   to the server    m ROOM:4 ANYTHING     for all in the room         from it    m ROOM:4 NUMBER:8 ANYTHING
-//                    l                     leaves its rooms                       j ROOM:4 NUMBER:8    it has joined,
-//                    b                     wants to be closed                     l ROOM:4 NUMBER:8    it has left; the
-//                                                                                 next message has that number
+// To the server:
+//     m ROOM:4 ANYTHING             for all members of the room
+//     l                             leave all rooms
+//     b                             ask the server to close
+// From the server:
+//     m ROOM:4 NUMBER:8 ANYTHING    a message of the room
+//     j ROOM:4 NUMBER:8             joined; the next message has that number
+//     l ROOM:4 NUMBER:8             left; the next message has that number
 #include "../../wschat.hpp"
 
 #include <malloc.h>
@@ -15,8 +20,8 @@
 
 namespace {
 
-// What operator new has given out and not got back. The server has one thread. Blocks that are not small are what lists
-// and buffers have grown to, and do not tell a leak from a busy minute.
+// Live allocations of the server, which has one thread. Larger blocks are grown lists and buffers and do not show a
+// leak.
 struct Heap {
     std::size_t blocks = 0;
     std::size_t small_bytes = 0;
@@ -34,7 +39,7 @@ void* counted(void* block) {
     return block;
 }
 
-void give_back(void* block) {
+void release(void* block) {
     if (block == nullptr) return;
     --heap.blocks;
     heap.small_bytes -= small_size(block);
@@ -48,17 +53,17 @@ void* operator new(std::size_t size, std::align_val_t alignment) {
     const auto unit = static_cast<std::size_t>(alignment);
     return counted(std::aligned_alloc(unit, (size + unit - 1) / unit * unit));
 }
-void operator delete(void* block) noexcept { give_back(block); }
-void operator delete(void* block, std::size_t) noexcept { give_back(block); }
-void operator delete(void* block, std::align_val_t) noexcept { give_back(block); }
-void operator delete(void* block, std::size_t, std::align_val_t) noexcept { give_back(block); }
+void operator delete(void* block) noexcept { release(block); }
+void operator delete(void* block, std::size_t) noexcept { release(block); }
+void operator delete(void* block, std::align_val_t) noexcept { release(block); }
+void operator delete(void* block, std::size_t, std::align_val_t) noexcept { release(block); }
 
 // ---- members -------------------------------------------------------------------------------------------------------
 
 namespace {
 
 constexpr std::size_t max_rooms = 4096;
-std::array<std::uint32_t, max_rooms> next_number;  // of each room
+std::array<std::uint32_t, max_rooms> next_number;  // the next message number of each room
 
 std::string hex(std::size_t number, int digits) {
     char text[20];
@@ -74,34 +79,36 @@ public:
             const auto number = wschat::text::unsigned_number(name, max_rooms - 1);
             if (!number) return close(wschat::CloseCode::policy_violation, "no such room");
             room(name).join(*this);
-            tell('j', *number);
+            send_event('j', *number);
         }
     }
 
     void on_message(const wschat::Message& message) override {
         const std::string_view data = message.data();
         if (data == "l") return leave();
-        if (data == "b") return close(4000, "as you wish");
+        if (data == "b") return close(4000, "closed on request");
         const std::string digits(data.substr(0, 5));
         const std::size_t number = std::strtoul(digits.c_str() + 1, nullptr, 16);
         if (data.size() < 5 || data.front() != 'm' || number >= max_rooms)
-            return close(wschat::CloseCode::unsupported_data, "what is that?");
+            return close(wschat::CloseCode::unsupported_data, "unknown message");
         const std::string numbered = digits + hex(next_number[number]++, 8) + std::string(data.substr(5));
         room(std::to_string(number)).broadcast(wschat::Message(numbered, message.opcode()));
     }
 
 private:
-    void tell(char what, std::size_t number) { write_message(what + hex(number, 4) + hex(next_number[number], 8)); }
+    void send_event(char kind, std::size_t number) {
+        write_message(kind + hex(number, 4) + hex(next_number[number], 8));
+    }
 
     void leave() {
         for (wschat::Room* room : rooms()) {
             room->leave(*this);
-            tell('l', std::stoul(room->name()));
+            send_event('l', std::stoul(room->name()));
         }
     }
 };
 
-// Timeouts that stopping and continuing the processes does not touch; a peer that does not read is given up soon.
+// Long timeouts, so stopping and continuing the processes is harmless. The small backlog closes slow readers soon.
 wschat::Limits limits() {
     wschat::Limits limits;
     limits.handshake_timeout = limits.ping_timeout = std::chrono::minutes(10);

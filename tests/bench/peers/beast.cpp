@@ -1,5 +1,5 @@
-// beast PORT room|echo: the peer program for Boost.Beast, after its own chat example (asynchronous, one thread, a
-// queue of shared strings for each session).
+// beast PORT room|echo: the peer for Boost.Beast, based on its chat example (asynchronous, one thread, a queue of
+// shared strings per session).
 
 #include <boost/asio.hpp>
 #include <boost/beast/core.hpp>
@@ -61,7 +61,7 @@ private:
             else self->broadcast();
         });
     }
-    void write_back() {  // one buffer goes in and out
+    void write_back() {  // reads and writes use the same buffer
         ws_.text(ws_.got_text());
         ws_.async_write(buffer_.data(), [self = shared_from_this()](beast::error_code error, std::size_t) {
             if (error) return;

@@ -1,5 +1,5 @@
-// gorilla PORT room|echo: the peer program for gorilla/websocket, after its own chat example: a goroutine that reads
-// and one that writes for each connection, a prepared message for a broadcast.
+// gorilla PORT room|echo: the peer for gorilla/websocket, based on its chat example: per connection a goroutine that
+// reads and one that writes, and a prepared message per broadcast.
 package main
 
 import (

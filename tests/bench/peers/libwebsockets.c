@@ -1,6 +1,6 @@
-/* libwebsockets PORT room|echo [ev]: the peer program for libwebsockets, after its own minimal servers: a message is shared
- * by reference count, each session has a short queue of them, and the writeable callback writes while the pipe takes.
- * The loop is the library's default, poll(); with `ev` it is libev, that is epoll. */
+/* libwebsockets PORT room|echo [ev]: the peer for libwebsockets, based on its minimal servers. Messages are shared by
+ * reference count, each session has a short queue, and the writeable callback writes until the socket is full.
+ * The loop is the library's default, poll(), or with `ev` libev, which uses epoll. */
 
 #include <libwebsockets.h>
 #include <signal.h>

@@ -1,6 +1,6 @@
-"""tornado_server.py PORT room|echo|deflate: the peer program for Tornado, as its documentation writes a chat.
+"""tornado_server.py PORT room|echo|deflate: the peer for Tornado, based on the chat of its documentation.
 
-deflate: a room that compresses; the contexts are as the client asks.
+deflate: a room that compresses; the client chooses context takeover.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class Member(tornado.websocket.WebSocketHandler):
 class Chat(Member):
     def on_message(self, message):
         binary = isinstance(message, bytes)
-        data = message if binary else message.encode()  # once, not for each member
+        data = message if binary else message.encode()  # once, not per member
         for member in room:
             member.write_message(data, binary=binary)
 

@@ -1,5 +1,5 @@
-// websocketpp PORT room|echo: the peer program for websocketpp: Asio transport, no logs, no locks (one thread). A
-// broadcast is prepared once with the library's own processor and shared, where its example would encode for each.
+// websocketpp PORT room|echo: the peer for websocketpp, with the Asio transport, no logs and no locks (one thread).
+// The library's own processor prepares a broadcast once; its example would encode it per member.
 
 #include <websocketpp/concurrency/none.hpp>
 #include <websocketpp/config/asio_no_tls.hpp>

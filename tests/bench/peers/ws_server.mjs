@@ -1,5 +1,5 @@
-// ws_server.mjs PORT room|echo|deflate: the peer program for Node's ws, as its README writes a broadcast. deflate: a
-// room that compresses; the contexts are as the client asks.
+// ws_server.mjs PORT room|echo|deflate: the peer for Node's ws, based on the broadcast of its README. deflate: a room
+// that compresses; the client chooses context takeover.
 
 import { WebSocketServer } from 'ws';
 
