@@ -3859,8 +3859,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 10: Sockets
 //
-// Addresses, sockets that never block, and the poller: one small contract over epoll, kqueue and poll. The first
-// section that includes an OS header, and the one place where systems differ. Knows nothing of what the bytes mean.
+// Addresses, non-blocking sockets, and the poller: one contract over epoll, kqueue and poll. This is the first section
+// that includes headers of the OS, and the only one with code per OS. It does not interpret the bytes.
 // ====================================================================================================================
 
 #include <cerrno>
@@ -3873,7 +3873,7 @@ WSCHAT_END
 #define WSCHAT_UNDEF_NOMINMAX
 #endif
 #include <winsock2.h>
-// winsock2.h stands before what includes windows.h.
+// winsock2.h must come before any header that includes windows.h.
 #include <fcntl.h>
 #include <io.h>
 #include <sys/stat.h>
@@ -3915,7 +3915,7 @@ WSCHAT_BEGIN
 
 namespace detail {
 
-// What a call of the system is named and does differently from one to the other.
+// System calls that differ between the operating systems.
 namespace os {
 
 #if defined(_WIN32)
@@ -3924,27 +3924,25 @@ using Descriptor = SOCKET;
 using Pollfd = WSAPOLLFD;
 constexpr Descriptor no_descriptor = INVALID_SOCKET;
 
-struct Startup {
-    Startup() {
+struct Winsock {
+    Winsock() {
         WSADATA data;
         WSAStartup(MAKEWORD(2, 2), &data);
     }
 };
-inline void start() { static const Startup startup; }
-// As an errno, where there is one that this file knows.
+inline void start_winsock() { static const Winsock winsock; }
+// The errno for a Winsock error; the Winsock error itself if it is not in this table.
 inline int last_error() {
-    switch (const int error = WSAGetLastError()) {
-        case WSAEADDRINUSE: return EADDRINUSE;
-        case WSAEADDRNOTAVAIL: return EADDRNOTAVAIL;
-        case WSAEACCES: return EACCES;
-        case WSAECONNABORTED: return ECONNABORTED;
-        case WSAECONNRESET: return ECONNRESET;
-        case WSAEMFILE: return EMFILE;
-        case WSAENOBUFS: return ENOBUFS;
-        case WSAEWOULDBLOCK: return EWOULDBLOCK;
-        default: return error;
-    }
+    static constexpr int table[][2] = {{WSAEADDRINUSE, EADDRINUSE}, {WSAEADDRNOTAVAIL, EADDRNOTAVAIL},
+                                       {WSAEACCES, EACCES},         {WSAECONNABORTED, ECONNABORTED},
+                                       {WSAECONNRESET, ECONNRESET}, {WSAEMFILE, EMFILE},
+                                       {WSAENOBUFS, ENOBUFS},       {WSAEWOULDBLOCK, EWOULDBLOCK}};
+    const int error = WSAGetLastError();
+    for (const auto& row : table)
+        if (row[0] == error) return row[1];
+    return error;
 }
+inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
 inline bool would_block(int error) { return error == EWOULDBLOCK; }
 inline bool interrupted(int) { return false; }
 inline bool out_of_descriptors(int error) { return error == EMFILE; }
@@ -3955,7 +3953,7 @@ inline bool make_nonblocking(Descriptor descriptor) {
     return ::ioctlsocket(descriptor, static_cast<long>(FIONBIO), &on) == 0;
 }
 inline Descriptor open_socket(int family) {
-    start();
+    start_winsock();
     const Descriptor descriptor = ::socket(family, SOCK_STREAM, 0);
     if (descriptor != no_descriptor) make_nonblocking(descriptor);
     return descriptor;
@@ -3985,7 +3983,7 @@ inline void shutdown_send(Descriptor descriptor) { ::shutdown(descriptor, SD_SEN
 inline std::size_t descriptor_limit() { return 16384; }
 
 using FileStatus = struct _stat64;
-// Windows opens no folder and calls that EACCES.
+// Windows cannot open a directory and reports EACCES for it. This function reports EISDIR.
 inline int open_file(const char* path) {
     const int file = ::_open(path, _O_RDONLY | _O_BINARY | _O_NOINHERIT);
     FileStatus status{};
@@ -3998,10 +3996,10 @@ inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) {
 }
 inline void close_file(int file) { ::_close(file); }
 inline bool file_status(int file, FileStatus& status) { return ::_fstat64(file, &status) == 0; }
-inline bool regular(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFREG; }
-inline bool folder(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFDIR; }
+inline bool is_file(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFREG; }
+inline bool is_directory(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFDIR; }
 inline std::int64_t modified_ns(const FileStatus& status) { return std::int64_t{status.st_mtime} * 1'000'000'000; }
-// Names are checked before: no way up, no device, no stream.
+// The caller has checked the names: no "..", no device, no stream.
 inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names) {
     std::string path = root;
     for (const std::string& name : names) path += "\\" + name;
@@ -4024,6 +4022,7 @@ using Pollfd = pollfd;
 constexpr Descriptor no_descriptor = -1;
 
 inline int last_error() { return errno; }
+inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
 inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 inline bool interrupted(int error) { return error == EINTR; }
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
@@ -4032,7 +4031,7 @@ inline void yield() { ::sched_yield(); }
 inline bool make_nonblocking(Descriptor descriptor) {
     return ::fcntl(descriptor, F_SETFL, O_NONBLOCK) == 0 && ::fcntl(descriptor, F_SETFD, FD_CLOEXEC) == 0;
 }
-// Everything is close-on-exec, so that a child process keeps no connection open.
+// All descriptors are close-on-exec: a child process must not hold connections open.
 #if defined(SOCK_CLOEXEC) && defined(SOCK_NONBLOCK)
 inline Descriptor open_socket(int family) { return ::socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0); }
 inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size) {
@@ -4065,7 +4064,7 @@ inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
 inline std::ptrdiff_t receive(Descriptor descriptor, char* data, std::size_t size) {
     return ::recv(descriptor, data, size, 0);
 }
-// SIGPIPE is never raised: by a flag here, or by SO_NOSIGPIPE where there is no such flag.
+// MSG_NOSIGNAL suppresses SIGPIPE. Systems without that flag have SO_NOSIGPIPE, which accept() sets.
 inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
 #if defined(MSG_NOSIGNAL)
     constexpr int flags = MSG_NOSIGNAL;
@@ -4088,14 +4087,14 @@ inline std::size_t descriptor_limit() {
 }
 
 using FileStatus = struct stat;
-// A pipe or a device does not make it wait.
+// O_NONBLOCK: opening a pipe or a device must not block.
 constexpr int open_file_flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
 inline int open_file(const char* path) { return ::open(path, open_file_flags); }
 inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) { return ::read(file, data, size); }
 inline void close_file(int file) { ::close(file); }
 inline bool file_status(int file, FileStatus& status) { return ::fstat(file, &status) == 0; }
-inline bool regular(const FileStatus& status) { return S_ISREG(status.st_mode); }
-inline bool folder(const FileStatus& status) { return S_ISDIR(status.st_mode); }
+inline bool is_file(const FileStatus& status) { return S_ISREG(status.st_mode); }
+inline bool is_directory(const FileStatus& status) { return S_ISDIR(status.st_mode); }
 inline std::int64_t modified_ns(const FileStatus& status) {
 #if defined(__APPLE__)
     const timespec modified = status.st_mtimespec;
@@ -4104,19 +4103,19 @@ inline std::int64_t modified_ns(const FileStatus& status) {
 #endif
     return std::int64_t{modified.tv_sec} * 1'000'000'000 + modified.tv_nsec;
 }
-// Step by step and following no symbolic link, so that nothing outside of the root can be reached.
+// Opens one path component at a time and follows no symbolic link. A path therefore cannot leave the root.
 inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names) {
-    int folder = ::open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    for (std::size_t i = 0; folder >= 0 && i < names.size(); ++i) {
+    constexpr int directory_flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC;
+    int parent = ::open(root.c_str(), directory_flags);
+    for (std::size_t i = 0; parent >= 0 && i < names.size(); ++i) {
         const bool last = i + 1 == names.size();
-        const int next = ::openat(folder, names[i].c_str(),
-                                  O_NOFOLLOW | (last ? open_file_flags : O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+        const int next = ::openat(parent, names[i].c_str(), O_NOFOLLOW | (last ? open_file_flags : directory_flags));
         const int error = errno;
-        ::close(folder);
+        ::close(parent);
         errno = error;
-        folder = next;
+        parent = next;
     }
-    return folder;
+    return parent;
 }
 inline std::string absolute_path(const std::string& path) {
     const std::unique_ptr<char, void (*)(void*)> resolved(::realpath(path.c_str(), nullptr), &std::free);
@@ -4136,27 +4135,23 @@ inline std::string executable_path() {
 
 #endif
 
+// Returns null for an error that is not in the table.
 inline const char* error_name(int error) {
-    switch (error) {
-        case EACCES: return "EACCES";
-        case EADDRINUSE: return "EADDRINUSE";
-        case EADDRNOTAVAIL: return "EADDRNOTAVAIL";
-        case EAFNOSUPPORT: return "EAFNOSUPPORT";
-        case ECONNABORTED: return "ECONNABORTED";
-        case ECONNRESET: return "ECONNRESET";
-        case EINVAL: return "EINVAL";
-        case EISDIR: return "EISDIR";
-        case EMFILE: return "EMFILE";
-        case ENFILE: return "ENFILE";
-        case ENOBUFS: return "ENOBUFS";
-        case ENOENT: return "ENOENT";
-        case ENOMEM: return "ENOMEM";
-        case ENOTDIR: return "ENOTDIR";
-        case EPERM: return "EPERM";
-        case EPIPE: return "EPIPE";
-        case ETIMEDOUT: return "ETIMEDOUT";
-        default: return nullptr;
-    }
+    static constexpr struct {
+        int error;
+        const char* name;
+    } table[] = {
+        // clang-format off
+        {EACCES, "EACCES"}, {EADDRINUSE, "EADDRINUSE"}, {EADDRNOTAVAIL, "EADDRNOTAVAIL"},
+        {EAFNOSUPPORT, "EAFNOSUPPORT"}, {ECONNABORTED, "ECONNABORTED"}, {ECONNRESET, "ECONNRESET"},
+        {EINVAL, "EINVAL"}, {EISDIR, "EISDIR"}, {EMFILE, "EMFILE"}, {ENFILE, "ENFILE"}, {ENOBUFS, "ENOBUFS"},
+        {ENOENT, "ENOENT"}, {ENOMEM, "ENOMEM"}, {ENOTDIR, "ENOTDIR"}, {EPERM, "EPERM"}, {EPIPE, "EPIPE"},
+        {ETIMEDOUT, "ETIMEDOUT"},
+        // clang-format on
+    };
+    for (const auto& row : table)
+        if (row.error == error) return row.name;
+    return nullptr;
 }
 
 // "Address already in use (EADDRINUSE)"
@@ -4169,8 +4164,8 @@ inline std::string error_text(int error) {
 
 }  // namespace detail
 
-// An IPv4 or IPv6 address, or that of a Unix socket, which has none. IPv4 is kept as IPv4 also where it came mapped
-// into IPv6 (RFC 4291 2.5.5.2).
+// The address of a peer: IPv4, IPv6, or a Unix socket (which has no address). An IPv4-mapped IPv6 address
+// (RFC 4291 2.5.5.2) becomes the IPv4 address.
 class IpAddress {
 public:
     enum class Family : std::uint8_t { unix_socket, ipv4, ipv6 };
@@ -4187,9 +4182,9 @@ public:
             set(Family::ipv6, &in6.sin6_addr);
         }
     }
-    // Numeric forms only; nothing where it is not an address.
+    // Parses the numeric forms only.
     static std::optional<IpAddress> parse(std::string_view text) {
-        if (text.find('\0') != std::string_view::npos) return std::nullopt;  // inet_pton() would stop there
+        if (text.find('\0') != std::string_view::npos) return std::nullopt;  // inet_pton() would ignore the rest
         const std::string copy(text);
         unsigned char bytes[16];
         IpAddress address;
@@ -4206,17 +4201,18 @@ public:
         ::inet_ntop(family_ == Family::ipv4 ? AF_INET : AF_INET6, bytes_.data(), text, sizeof text);
         return text;
     }
-    // The first bits, the rest zero: what a CIDR block or a limit for each /64 goes by.
+    // The first `bits` bits; the others are zero.
     IpAddress prefix(unsigned bits) const {
         IpAddress result = *this;
         for (unsigned i = 0; i < 16; ++i) {
-            const unsigned keep = bits > i * 8 ? (std::min)(bits - i * 8, 8u) : 0;
-            result.bytes_[i] = static_cast<unsigned char>(result.bytes_[i] & (0xFF00u >> keep));
+            const unsigned bits_in_byte = bits > i * 8 ? (std::min)(bits - i * 8, 8u) : 0;
+            result.bytes_[i] = static_cast<unsigned char>(result.bytes_[i] & (0xFF00u >> bits_in_byte));
         }
         return result;
     }
-    // By what limits know a client: an IPv6 address is one of a /64, which is one customer's.
+    // The key for limits per client. All addresses of an IPv6 /64 share one key, because one customer has them all.
     std::string rate_limit_key() const { return (family_ == Family::ipv6 ? prefix(64) : *this).to_string(); }
+    // The size of the address: 32, 128, or 0 for a Unix socket.
     unsigned bits() const { return family_ == Family::ipv4 ? 32 : family_ == Family::ipv6 ? 128 : 0; }
 
     friend bool operator==(const IpAddress& a, const IpAddress& b) {
@@ -4240,10 +4236,10 @@ private:
 
 namespace detail {
 
-// A block of addresses, "10.0.0.0/8" or a single address. "unix" stands for every Unix socket.
+// A CIDR block ("10.0.0.0/8"), a single address, or "unix" for all Unix sockets.
 class Cidr {
 public:
-    // An Error where the text is none.
+    // Throws Error if the text is not a CIDR block.
     explicit Cidr(std::string_view text) {
         if (text == "unix") return;
         std::string_view rest = text;
@@ -4264,7 +4260,7 @@ private:
     unsigned bits_ = 0;
 };
 
-// What a call on a socket came to.
+// The result of a call on a socket.
 struct IoResult {
     enum class Outcome : std::uint8_t { done, would_block, end, error };
 
@@ -4273,7 +4269,7 @@ struct IoResult {
     int error = 0;
 };
 
-// A descriptor that is closed with its owner.
+// Closes its descriptor in the destructor.
 class OwnedDescriptor {
 public:
     OwnedDescriptor() = default;
@@ -4296,7 +4292,7 @@ private:
     os::Descriptor descriptor_ = os::no_descriptor;
 };
 
-// A stream socket that never blocks.
+// A non-blocking stream socket.
 class Socket : public OwnedDescriptor {
 public:
     using OwnedDescriptor::OwnedDescriptor;
@@ -4305,24 +4301,24 @@ public:
         return result([&] { return os::receive(descriptor(), data, size); });
     }
 
-    // Sends the pieces in order with one call of the system; at most max_pieces of them.
+    // Sends up to max_pieces pieces, in order, with one system call.
     static constexpr std::size_t max_pieces = 64;
     IoResult send(const std::string_view* pieces, std::size_t count) {
         IoResult sent = result([&] { return os::send(descriptor(), pieces, count); });
         if (sent.outcome == IoResult::Outcome::end) sent.outcome = IoResult::Outcome::would_block;
         return sent;
     }
-    // The peer reads the end of the stream; we may still read.
+    // The peer reads the end of the stream. Receiving stays possible.
     void shutdown_send() { os::shutdown_send(descriptor()); }
     void set_nodelay(bool on) { set_option(IPPROTO_TCP, TCP_NODELAY, on ? 1 : 0); }
     bool set_option(int level, int name, int value) {
         return ::setsockopt(descriptor(), level, name, reinterpret_cast<const char*>(&value), sizeof value) == 0;
     }
 
-    // What an error of the system means. Where the kernel is short of memory for a moment, the socket is not at fault.
+    // ENOBUFS and ENOMEM count as would_block: the kernel has no memory now, and the socket itself works.
     static IoResult failure(int error) {
-        const bool later = os::would_block(error) || error == ENOBUFS || error == ENOMEM;
-        return {later ? IoResult::Outcome::would_block : IoResult::Outcome::error, 0, error};
+        const bool temporary = os::would_block(error) || error == ENOBUFS || error == ENOMEM;
+        return {temporary ? IoResult::Outcome::would_block : IoResult::Outcome::error, 0, error};
     }
 
 private:
@@ -4338,27 +4334,27 @@ private:
     }
 };
 
-// Sends, each to a socket of its own, that go to the kernel in one call of the system. Optional: where there is none, and
-// for whatever it leaves undone, there is Socket::send().
+// Sends to many sockets with one system call (io_uring). Optional: the caller uses Socket::send() if there is no batch,
+// and for each item that the batch did not try.
 class SendBatch {
 public:
     struct Item {
         Socket* socket;
         std::string_view bytes;
         void* owner;
-        std::optional<IoResult> sent;  // as Socket::send() would have answered; nothing where it was not tried
+        std::optional<IoResult> sent;  // the result that Socket::send() would return; empty: not tried
     };
     static constexpr std::size_t max_items = 256;
-    // Fewer are cheaper one by one.
-    static constexpr std::size_t min_items = 16;
+    static constexpr std::size_t min_items = 16;  // for fewer items, single calls are faster
 
-    // Null without WSCHAT_LIBURING, and where the kernel refuses a ring.
+    // Returns null without WSCHAT_LIBURING, and if the kernel does not provide a ring.
     static inline std::unique_ptr<SendBatch> make();
     virtual ~SendBatch() = default;
 
     void add(Socket& socket, std::string_view bytes, void* owner) { items_[size_++] = {&socket, bytes, owner, {}}; }
     bool full() const { return size_ == max_items; }
-    // Sends what was added, where it is worth it, and forgets it after `visit(item)` for each.
+    // Sends the items and calls visit(item) for each; does neither if there are fewer than min_items. Then the batch is
+    // empty.
     template <class Visit>
     void send(Visit&& visit) {
         const std::size_t count = std::exchange(size_, 0u);
@@ -4376,13 +4372,13 @@ private:
 
 #if WSCHAT_LIBURING
 
-// MSG_DONTWAIT makes every send end within the call that submits it.
+// MSG_DONTWAIT: each send completes within the call that submits it.
 class UringSendBatch final : public SendBatch {
 public:
     UringSendBatch() : usable_(::io_uring_queue_init(max_items, &ring_, 0) == 0) {}
     UringSendBatch(const UringSendBatch&) = delete;
     UringSendBatch& operator=(const UringSendBatch&) = delete;
-    ~UringSendBatch() override { end(); }
+    ~UringSendBatch() override { close_ring(); }
     explicit operator bool() const { return usable_; }
 
 private:
@@ -4401,16 +4397,16 @@ private:
             if (n <= 0) break;
             submitted += static_cast<std::size_t>(n);
         }
-        std::size_t known = 0;
-        while (known != submitted && take_result()) ++known;
-        // Whether the others were sent nobody can know, and nothing may be sent a second time.
-        for (std::size_t i = 0; i < submitted && known != submitted; ++i)
+        std::size_t completed = 0;
+        while (completed != submitted && complete_one()) ++completed;
+        // Items without a result fail: it is unknown whether they were sent, and a second send would repeat the bytes.
+        for (std::size_t i = 0; i < submitted && completed != submitted; ++i)
             if (!items[i].sent) items[i].sent = Socket::failure(EIO);
-        // What a ring has not taken it would send later, a second time.
-        if (known != count) end();
+        // Close a ring that still has entries: it would send them later, after Socket::send() has sent them.
+        if (completed != count) close_ring();
     }
-    // False where the result can not be had.
-    bool take_result() {
+    // Stores the result of one send in its item. Returns false if the ring fails.
+    bool complete_one() {
         io_uring_cqe* result = nullptr;
         int status = 0;
         do status = ::io_uring_wait_cqe(&ring_, &result);
@@ -4422,7 +4418,7 @@ private:
         ::io_uring_cqe_seen(&ring_, result);
         return true;
     }
-    void end() {
+    void close_ring() {
         if (std::exchange(usable_, false)) ::io_uring_queue_exit(&ring_);
     }
 
@@ -4441,55 +4437,56 @@ inline std::unique_ptr<SendBatch> SendBatch::make() { return nullptr; }
 
 #endif
 
-// Octets that went through sockets.
+// Bytes that went through sockets.
 struct WireCount {
     std::uint64_t received = 0;
     std::uint64_t sent = 0;
 };
 
-// What may stand between a connection and its socket: encryption. A plain connection has none. The octets of each call
-// are added to `wire`.
+// The encryption between a connection and its socket. A plain connection has no transport. Each call adds the bytes that
+// went through the socket to `wire`.
 class Transport {
 public:
     virtual ~Transport() = default;
-    // As Socket::receive(). An error that is not the socket's has no number, and failure() tells it.
+    // As Socket::receive(). If the encryption fails, the error number is 0 and failure() has the cause.
     virtual IoResult receive(Socket& socket, char* data, std::size_t size, WireCount& wire) = 0;
-    // As Socket::send(): a byte counts as sent when the kernel has all that was made of it. What was not counted is
-    // offered again, first and unchanged. With no pieces: sends what is still owed.
+    // As Socket::send(). A byte counts as sent when the kernel has accepted all of its ciphertext. The caller repeats
+    // the bytes that were not counted, unchanged, at the start of its next call. With count 0, sends only the pending
+    // ciphertext.
     virtual IoResult send(Socket& socket, const std::string_view* pieces, std::size_t count, WireCount& wire) = 0;
-    // Whether bytes wait here that the poller does not know of.
+    // True if receive() may return bytes although the poller reports nothing.
     virtual bool has_input() const = 0;
-    // Whether the kernel has refused something that is still owed.
+    // True if ciphertext waits until the socket is writable.
     virtual bool wants_write() const = 0;
-    // Whether the peer is known and bytes may be exchanged.
+    // True if the handshake is done.
     virtual bool established() const = 0;
-    // Tells the peer that nothing more comes. False: the kernel does not take it yet; to be called again then.
+    // Sends the end of the stream to the peer (close_notify). False: call it again when the socket is writable.
     virtual bool end(Socket& socket, WireCount& wire) = 0;
-    // Why it has failed; empty where it has not.
+    // The cause of a failure, or empty.
     virtual const std::string& failure() const = 0;
-    // Whether it has failed because the peer began with plain text.
+    // True if it failed because the peer sent plain text.
     virtual bool plain_text() const = 0;
-    // Who the peer has proved to be; empty where it was not asked.
+    // The subject of the peer's certificate, or empty.
     virtual std::string peer_name() const = 0;
 };
 
-// What makes a transport for each connection of a listener.
+// Makes the transport of each connection of a listener.
 class TransportFactory {
 public:
     virtual ~TransportFactory() = default;
     virtual std::unique_ptr<Transport> make() = 0;
-    // Reads its files anew, for the connections to come; where that is an Error, all stays as it was.
+    // Reads the files again, for new connections. Throws Error and changes nothing if a file cannot be used.
     virtual void reload() = 0;
 };
 
-// Where to listen: "8888" and "127.0.0.1:8888" (this machine only), "0.0.0.0:80", "[::1]:80", "*:80" (every address of
-// both families), "unix:/run/chat.sock".
+// An address to listen on: "8888" and "127.0.0.1:8888" (this machine only), "0.0.0.0:80", "[::1]:80", "*:80" (all
+// addresses, IPv4 and IPv6), "unix:/run/chat.sock".
 struct ListenAddress {
     std::string host = "127.0.0.1";
     int port = 0;  // 0: the system picks one
     std::string unix_path;
 
-    // An Error where the text is none of the forms above.
+    // Throws Error if the text has none of these forms.
     WSCHAT_COLD static ListenAddress parse(std::string_view text) {
         ListenAddress address;
         const std::size_t colon = text.rfind(':');
@@ -4517,7 +4514,7 @@ struct ListenAddress {
     }
 };
 
-// A socket that listens. Making one is an Error where the system refuses, with the address and the cause.
+// A listening socket. The constructor throws Error with the address and the cause if the system refuses.
 class ListenSocket {
 public:
     ListenSocket(const ListenAddress& address, bool reuse_port) : address_(address) {
@@ -4536,7 +4533,7 @@ public:
     const ListenAddress& address() const { return address_; }
     os::Descriptor descriptor() const { return socket_.descriptor(); }
 
-    // The next connection; where there is none, `error` says why.
+    // Accepts one connection. Returns an empty socket and sets `error` if there is none.
     Socket accept(IpAddress& peer, int& error) {
         sockaddr_storage from{};
         socklen_t size = sizeof from;
@@ -4562,7 +4559,7 @@ private:
 
     WSCHAT_COLD void listen_tcp(bool reuse_port) {
 #if defined(_WIN32)
-        os::start();
+        os::start_winsock();
 #endif
         const bool any = address_.host == "*";
         addrinfo hints{};
@@ -4573,18 +4570,18 @@ private:
         const std::string service = std::to_string(address_.port);
         const int status = ::getaddrinfo(any ? "::" : address_.host.c_str(), service.c_str(), &hints, &found);
         if (status != 0)
-            throw Error("listen " + address_.to_string() + ": the host is unknown: " + ::gai_strerror(status));
+            throw Error("listen " + address_.to_string() + ": the host is unknown: " + os::resolver_error_text(status));
         const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owned(found, [](addrinfo* list) { ::freeaddrinfo(list); });
         socket_ = Socket(os::open_socket(found->ai_family));
         if (!socket_ && any) {
-            // A machine without IPv6 has one family less.
+            // This machine has no IPv6.
             address_.host = "0.0.0.0";
             return listen_tcp(reuse_port);
         }
         if (!socket_) fail(os::last_error(), "socket");
         if (found->ai_family == AF_INET6) socket_.set_option(IPPROTO_IPV6, IPV6_V6ONLY, any ? 0 : 1);
 #if !defined(_WIN32)
-        // On Windows it would let two processes share a port.
+        // On Windows, SO_REUSEADDR would let two processes share a port.
         socket_.set_option(SOL_SOCKET, SO_REUSEADDR, 1);
 #endif
 #if defined(SO_REUSEPORT)
@@ -4595,24 +4592,24 @@ private:
 #endif
         socket_.set_nodelay(true);  // Linux lets accepted sockets inherit it
         bind_and_listen(found->ai_addr, static_cast<socklen_t>(found->ai_addrlen));
-        learn_port();
+        read_port();
     }
 
-    void learn_port() {
+    void read_port() {
         sockaddr_storage bound{};
         socklen_t size = sizeof bound;
         if (::getsockname(socket_.descriptor(), reinterpret_cast<sockaddr*>(&bound), &size) != 0)
-            fail_closed("getsockname");
+            close_and_fail("getsockname");
         sockaddr_in in;
-        std::memcpy(&in, &bound, sizeof in);  // the port lies at the same place in both families
+        std::memcpy(&in, &bound, sizeof in);  // the port has the same offset in both families
         address_.port = ntohs(in.sin_port);
     }
 
     void bind_and_listen(const sockaddr* address, socklen_t size) {
-        if (::bind(socket_.descriptor(), address, size) != 0) fail_closed("bind");
-        if (::listen(socket_.descriptor(), SOMAXCONN) != 0) fail_closed("listen");
+        if (::bind(socket_.descriptor(), address, size) != 0) close_and_fail("bind");
+        if (::listen(socket_.descriptor(), SOMAXCONN) != 0) close_and_fail("listen");
     }
-    [[noreturn]] void fail_closed(const char* call) {
+    [[noreturn]] void close_and_fail(const char* call) {
         const int error = os::last_error();
         socket_.close();
         fail(error, call);
@@ -4628,15 +4625,15 @@ private:
             throw Error("listen " + address_.to_string() + ": the path is longer than " +
                         std::to_string(sizeof name.sun_path - 1) + " bytes");
         std::memcpy(name.sun_path, address_.unix_path.data(), address_.unix_path.size());
-        remove_stale(name);
+        unlink_stale_socket(name);
         socket_ = Socket(os::open_socket(AF_UNIX));
         if (!socket_) fail(os::last_error(), "socket");
         bind_and_listen(reinterpret_cast<const sockaddr*>(&name), sizeof name);
 #endif
     }
 #if !defined(_WIN32)
-    // A socket that a dead process left behind would keep its path taken for ever.
-    static void remove_stale(const sockaddr_un& name) {
+    // Unlinks the socket of a dead process: bind() would fail while the path exists.
+    static void unlink_stale_socket(const sockaddr_un& name) {
         struct stat status {};
         if (::lstat(name.sun_path, &status) != 0 || !S_ISSOCK(status.st_mode)) return;
         const Socket probe(os::open_socket(AF_UNIX));
@@ -4650,13 +4647,13 @@ private:
     Socket socket_;
 };
 
-// Wakes a poller from another thread or from a signal handler.
+// A pipe that wakes a poller from another thread or from a signal handler.
 class WakeUp {
 public:
     WakeUp() {
 #if defined(_WIN32)
-        // A datagram socket that is connected to itself: Windows polls sockets only.
-        os::start();
+        // A datagram socket that is connected to itself: WSAPoll() accepts only sockets.
+        os::start_winsock();
         read_ = write_ = ::socket(AF_INET, SOCK_DGRAM, 0);
         sockaddr_in self{};
         self.sin_family = AF_INET;
@@ -4666,10 +4663,10 @@ public:
         if (read_ == os::no_descriptor || ::bind(read_, address, size) != 0 ||
             ::getsockname(read_, address, &size) != 0 || ::connect(read_, address, size) != 0 ||
             !os::make_nonblocking(read_))
-            throw Error("Loop: no socket to wake it: " + os::error_text(os::last_error()));
+            throw Error("Loop: cannot open the wake-up socket: " + os::error_text(os::last_error()));
 #else
         int ends[2];
-        if (os::open_pipe(ends) != 0) throw Error("Loop: no pipe to wake it: " + os::error_text(errno));
+        if (os::open_pipe(ends) != 0) throw Error("Loop: cannot open the wake-up pipe: " + os::error_text(errno));
         read_ = ends[0];
         write_ = ends[1];
 #endif
@@ -4683,7 +4680,7 @@ public:
 
     os::Descriptor descriptor() const { return read_; }
     os::Descriptor write_end() const { return write_; }
-    // A full pipe wakes as well as one byte more would. Safe in a signal handler.
+    // Safe in a signal handler. Ignores a full pipe, because its bytes already wake the poller.
     static void wake(os::Descriptor write_end, char byte) {
 #if defined(_WIN32)
         ::send(write_end, &byte, 1, 0);
@@ -4692,9 +4689,9 @@ public:
         static_cast<void>(written);
 #endif
     }
-    // Calls take(byte) for each byte that came.
-    template <class Take>
-    void drain(Take&& take) {
+    // Reads all bytes and calls on_byte(byte) for each.
+    template <class OnByte>
+    void drain(OnByte&& on_byte) {
         char bytes[256];
         for (;;) {
 #if defined(_WIN32)
@@ -4704,7 +4701,7 @@ public:
 #endif
             if (n < 0 && os::interrupted(os::last_error())) continue;
             if (n <= 0) return;
-            for (std::ptrdiff_t i = 0; i < n; ++i) take(bytes[i]);
+            for (std::ptrdiff_t i = 0; i < n; ++i) on_byte(bytes[i]);
         }
     }
 
@@ -4713,10 +4710,10 @@ private:
     os::Descriptor write_;
 };
 
-// What a poller watches a descriptor for.
+// The owner of a descriptor in a poller.
 class Pollable {
 public:
-    // `broken`: both directions are gone; reported also where nothing is being waited for.
+    // The arguments are those of Poller::Ready.
     virtual void on_ready(bool readable, bool writable, bool broken) = 0;
 
 protected:
@@ -4725,13 +4722,25 @@ protected:
 
 }  // namespace detail
 
-// How a loop waits: automatic is epoll or kqueue where the system has it, else poll (WSAPoll on Windows).
+// How a loop waits for sockets. automatic: epoll on Linux, kqueue on BSD and macOS, otherwise poll (WSAPoll on Windows).
 enum class PollerKind : std::uint8_t { automatic, poll };
 
 namespace detail {
 
-// The contract over the three: level-triggered; after remove(), wait() reports the owner no more, but a batch that was
-// handed out already may still name it, so an owner lives until the batch is done.
+// The contract of all pollers:
+//
+//   add()     Starts to watch a descriptor for reading, writing, both or neither. Add a descriptor only once.
+//   change()  Replaces what the descriptor is watched for.
+//   remove()  Stops to watch it. Call it before close(). A descriptor that was not added is ignored.
+//   wait()    Blocks until a descriptor is ready or the timeout is over (-1: no timeout). Then it replaces `ready`.
+//
+// Level-triggered: each wait() reports a descriptor for as long as it is readable or writable. One wait() may report a
+// part of the ready descriptors (512), and later ones report the others. An owner may be in one batch twice.
+// `broken` means that both directions are closed or failed. It is reported even if nothing is watched for. If the peer
+// only ends its sending side, the descriptor is readable and not broken.
+// Lifetime: wait() does not report an owner after remove(), but a batch from an earlier wait() may still contain it. The
+// owner must live until the caller has handled that batch.
+// add() and change() return false if the system has no resources for the call.
 class Poller {
 public:
     struct Ready {
@@ -4744,11 +4753,9 @@ public:
     static inline std::unique_ptr<Poller> make(PollerKind kind);
     virtual ~Poller() = default;
     virtual const char* name() const = 0;
-    // Each false where the system refuses for want of resources.
     virtual bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual void remove(os::Descriptor descriptor) = 0;
-    // Waits until something is ready or the timeout is over (-1: never) and fills `ready` anew.
     virtual void wait(int timeout_ms, std::vector<Ready>& ready) = 0;
 };
 
@@ -4756,21 +4763,21 @@ class PollPoller final : public Poller {
 public:
     const char* name() const override { return "poll"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        // Both lists take it, or neither.
+        // Reserve first: after that neither insert() can throw, and the two lists stay equal in size.
         if (entries_.size() == entries_.capacity()) entries_.reserve(2 * entries_.size() + 16);
         owners_.reserve(entries_.capacity());
-        const std::ptrdiff_t at = place(descriptor);
+        const std::ptrdiff_t at = position(descriptor);
         entries_.insert(entries_.begin() + at, {descriptor, events(read, write), 0});
         owners_.insert(owners_.begin() + at, &owner);
         return true;
     }
     bool change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
-        entries_.begin()[place(descriptor)].events = events(read, write);
+        entries_.begin()[position(descriptor)].events = events(read, write);
         return true;
     }
     void remove(os::Descriptor descriptor) override {
-        const auto entry = entries_.begin() + place(descriptor);
-        if (entry == entries_.end() || entry->fd != descriptor) return;  // add() has failed
+        const auto entry = entries_.begin() + position(descriptor);
+        if (entry == entries_.end() || entry->fd != descriptor) return;
         owners_.erase(owners_.begin() + (entry - entries_.begin()));
         entries_.erase(entry);
     }
@@ -4789,13 +4796,13 @@ private:
     static short events(bool read, bool write) {
         return static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0));
     }
-    // Where it stands or belongs.
-    std::ptrdiff_t place(os::Descriptor descriptor) const {
-        const auto before = [](const os::Pollfd& entry, os::Descriptor sought) { return entry.fd < sought; };
-        return std::lower_bound(entries_.begin(), entries_.end(), descriptor, before) - entries_.begin();
+    // The index of the descriptor, or the index to insert it at.
+    std::ptrdiff_t position(os::Descriptor descriptor) const {
+        const auto less = [](const os::Pollfd& entry, os::Descriptor wanted) { return entry.fd < wanted; };
+        return std::lower_bound(entries_.begin(), entries_.end(), descriptor, less) - entries_.begin();
     }
 
-    std::vector<os::Pollfd> entries_;  // by descriptor: every call of poll() costs more than moving them
+    std::vector<os::Pollfd> entries_;  // sorted by descriptor; poll() itself is O(n), so moving entries costs little
     std::vector<Pollable*> owners_;
 };
 
@@ -4867,7 +4874,7 @@ public:
             ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
         for (int i = 0; i < count; ++i) {
             const struct kevent& event = events_[i];
-            // The end of the stream is read as such; only where nobody reads is it news.
+            // EV_EOF on the read filter is reported as readable. On the write filter both directions are closed.
             const bool broken = event.filter == EVFILT_WRITE && (event.flags & EV_EOF) != 0;
             ready.push_back({static_cast<Pollable*>(event.udata), event.filter == EVFILT_READ,
                              event.filter == EVFILT_WRITE, broken});
@@ -6109,8 +6116,8 @@ private:
         os::FileStatus status{};
         if (file_ < 0) return;
         const bool known = os::file_status(file_, status);
-        if (!known || !os::regular(status)) {
-            error_ = !known ? errno : os::folder(status) ? EISDIR : ENOENT;
+        if (!known || !os::is_file(status)) {
+            error_ = !known ? errno : os::is_directory(status) ? EISDIR : ENOENT;
             close();
             return;
         }
