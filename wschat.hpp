@@ -146,9 +146,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -314,11 +316,42 @@ struct LogEntry {
     const std::vector<std::pair<std::string_view, std::string>>& fields;
 };
 
-// Where any thread may leave work for the loop's thread. False: the loop is gone, and the work will not be done.
+namespace detail {
+
+// A callable void() of any type. Unlike std::function it also takes callables that can only be moved.
+class Task {
+public:
+    template <class Function, class = std::enable_if_t<!std::is_same_v<std::decay_t<Function>, Task> &&
+                                                       std::is_invocable_v<std::decay_t<Function>&>>>
+    Task(Function&& function)
+        : callable_(std::make_unique<Holder<std::decay_t<Function>>>(std::forward<Function>(function))) {}
+
+    void operator()() { callable_->call(); }
+
+private:
+    struct Callable {
+        virtual ~Callable() = default;
+        virtual void call() = 0;
+    };
+    template <class Function>
+    struct Holder final : Callable {
+        template <class Argument>
+        explicit Holder(Argument&& argument) : function(std::forward<Argument>(argument)) {}
+        void call() override { function(); }
+        Function function;
+    };
+
+    std::unique_ptr<Callable> callable_;
+};
+
+}  // namespace detail
+
+// Runs work on the thread of a loop. Any thread may call post(), also after the end of the loop. `work` is any callable
+// without arguments. Returns false if the loop is gone; then the work does not run.
 class Mailbox {
 public:
     virtual ~Mailbox() = default;
-    virtual bool post(std::function<void()> work) = 0;
+    virtual bool post(detail::Task work) = 0;
 };
 
 WSCHAT_END
@@ -4912,8 +4945,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 11: TLS
 //
-// TlsStream: TLS 1.2 and 1.3 by OpenSSL, as bytes in and bytes out, for either side; and what puts one between a socket
-// and the server's session. Compiled with WSCHAT_OPENSSL only. Knows nothing of HTTP, of WebSocket or of loops.
+// TlsStream: TLS 1.2 and 1.3 with OpenSSL, for servers and clients, as bytes in and bytes out. TlsTransport: a TlsStream on
+// a socket. Compiled only with WSCHAT_OPENSSL. It does not know HTTP, WebSocket or loops.
 // ====================================================================================================================
 
 #if WSCHAT_OPENSSL
@@ -4933,20 +4966,19 @@ WSCHAT_BEGIN
 
 namespace detail {
 
-// What OpenSSL gives and takes back.
 template <auto Free>
-struct TlsFree {
+struct OpensslDeleter {
     template <class Object>
     void operator()(Object* object) const {
         Free(object);
     }
 };
 template <class Object, auto Free>
-using TlsOwned = std::unique_ptr<Object, TlsFree<Free>>;
+using OpensslPtr = std::unique_ptr<Object, OpensslDeleter<Free>>;
 
-// Of this thread's error queue the oldest entry, which is the cause of the others, or the oldest of that library; the
-// queue is empty afterwards.
-inline std::string take_tls_error(int library = 0) {
+// Empties this thread's error queue. Returns the text of the oldest entry, because the first error causes the others. If
+// there are entries of `library`, returns the oldest of those.
+inline std::string pop_tls_error(int library = 0) {
     unsigned long code = ERR_get_error();
     while (const unsigned long next = ERR_get_error())
         if (ERR_GET_LIB(code) != library && ERR_GET_LIB(next) == library) code = next;
@@ -4957,47 +4989,46 @@ inline std::string take_tls_error(int library = 0) {
 
 }  // namespace detail
 
-// PEM files: a certificate, with those that lead to a root after it, and its private key.
+// The paths of two PEM files.
 struct TlsCertificate {
-    std::string certificate;
-    std::string key;
+    std::string certificate;  // the certificate, then its intermediate certificates
+    std::string key;          // its private key
 };
 
 // For Server::listen_tls(). All files are PEM.
 struct TlsOptions {
-    std::string certificate;     // with those that lead to a root after it
+    std::string certificate;     // the certificate, then its intermediate certificates
     std::string key;             // its private key
-    std::string key_password{};  // of every key that is encrypted
-    // For further hosts: a client gets the one that is for the name it asks for (SNI), the first where none is.
+    std::string key_password{};  // for all encrypted keys
+    // Certificates for more host names. The server picks the one for the name that the client sends (SNI), or the first.
     std::vector<TlsCertificate> more{};
-    // Where it is set, clients are asked for a certificate that one of the authorities in this file has signed; see
+    // If set, the server requests a client certificate that an authority in this file has signed. See
     // Request::client_certificate().
     std::string client_authorities{};
-    bool require_client_certificate = true;  // false: a client may have none; a wrong one is refused all the same
+    bool require_client_certificate = true;  // false: a client may have no certificate; an invalid one is refused
 };
 
 namespace detail {
 
-// For the client's side of a TlsStream.
+// For the client side of a TlsStream.
 struct TlsClientOptions {
-    std::string authorities{};  // a PEM file; empty: those that the system trusts
-    std::string certificate{};  // where the server asks for one
+    std::string authorities{};  // a PEM file; empty: the authorities that the system trusts
+    std::string certificate{};  // sent if the server requests one
     std::string key{};
     std::string key_password{};
-    // Neither who signed the server's certificate nor its name is looked at: whoever stands between can read and change
-    // everything.
+    // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
     bool accept_any_certificate = false;
 };
 
-// Certificates, keys and rules: what the streams of a listener have in common. Making one is an Error where a file can
-// not be used, with its name and OpenSSL's reason.
+// The certificates, keys and rules of all streams of a listener. The constructor throws Error with the file's name and
+// OpenSSL's reason if a file cannot be used.
 class TlsContext {
 public:
     explicit TlsContext(const TlsOptions& options) {
         add(TLS_server_method(), {options.certificate, options.key}, options.key_password);
         for (const TlsCertificate& more : options.more) add(TLS_server_method(), more, options.key_password);
-        for (const Context& context : contexts_) ask_for_certificates(context.get(), options);
-        SSL_CTX_set_cert_cb(contexts_.front().get(), &choose, this);
+        for (const Context& context : contexts_) request_client_certificates(context.get(), options);
+        SSL_CTX_set_cert_cb(contexts_.front().get(), &select_certificate, this);
     }
     explicit TlsContext(const TlsClientOptions& options) : verify_(!options.accept_any_certificate) {
         add(TLS_client_method(), {options.certificate, options.key}, options.key_password);
@@ -5017,52 +5048,52 @@ public:
     bool verifies() const { return verify_; }
 
 private:
-    using Context = TlsOwned<SSL_CTX, &SSL_CTX_free>;
+    using Context = OpensslPtr<SSL_CTX, &SSL_CTX_free>;
 
-    [[noreturn]] static void fail(const char* what, const std::string& file) {
-        throw Error(std::string("TLS ") + what + " \"" + file + "\": " + take_tls_error());
+    [[noreturn]] static void fail(const char* option, const std::string& file) {
+        throw Error(std::string("TLS ") + option + " \"" + file + "\": " + pop_tls_error());
     }
 
     void add(const SSL_METHOD* method, const TlsCertificate& files, const std::string& password) {
         ERR_clear_error();
-        Context made(SSL_CTX_new(method));
-        if (!made) throw Error("TLS: " + take_tls_error());
-        SSL_CTX* context = made.get();
+        Context owned(SSL_CTX_new(method));
+        if (!owned) throw Error("TLS: " + pop_tls_error());
+        SSL_CTX* context = owned.get();
         SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
         SSL_CTX_set_options(context, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
         SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-        // Of TLS 1.2 only what has forward secrecy and authenticated encryption; TLS 1.3 has nothing else.
+        // TLS 1.2 only with forward secrecy and authenticated encryption. TLS 1.3 always has both.
         SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20");
-        // Tickets let a client resume without a table here that grows with those who have been.
+        // Tickets let a client resume a session. A cache in the server would grow with the number of clients.
         SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
-        SSL_CTX_set_alpn_select_cb(context, &choose_protocol, nullptr);
+        SSL_CTX_set_alpn_select_cb(context, &select_protocol, nullptr);
         if (!files.certificate.empty() || !files.key.empty() || method == TLS_server_method())
             load(context, files, password);
-        contexts_.push_back(std::move(made));
+        contexts_.push_back(std::move(owned));
     }
 
     static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
         if (SSL_CTX_use_certificate_chain_file(context, files.certificate.c_str()) != 1)
             fail("certificate", files.certificate);
-        // Without a callback OpenSSL would ask at the terminal.
-        SSL_CTX_set_default_passwd_cb(context, &give_password);
+        // Without a callback OpenSSL would ask for the password on the terminal.
+        SSL_CTX_set_default_passwd_cb(context, &copy_password);
         SSL_CTX_set_default_passwd_cb_userdata(context, const_cast<std::string*>(&password));
         const bool loaded = SSL_CTX_use_PrivateKey_file(context, files.key.c_str(), SSL_FILETYPE_PEM) == 1;
         SSL_CTX_set_default_passwd_cb_userdata(context, nullptr);
         if (!loaded) fail("key", files.key);
         if (SSL_CTX_check_private_key(context) != 1)
             throw Error("TLS key \"" + files.key + "\" does not belong to the certificate \"" + files.certificate +
-                        "\": " + take_tls_error());
+                        "\": " + pop_tls_error());
     }
-    static int give_password(char* place, int room, int, void* password) {
+    static int copy_password(char* buffer, int size, int, void* password) {
         if (password == nullptr) return 0;
         const std::string& text = *static_cast<const std::string*>(password);
-        if (text.size() > static_cast<std::size_t>(room)) return 0;
-        std::memcpy(place, text.data(), text.size());
+        if (text.size() > static_cast<std::size_t>(size)) return 0;
+        std::memcpy(buffer, text.data(), text.size());
         return static_cast<int>(text.size());
     }
 
-    static void ask_for_certificates(SSL_CTX* context, const TlsOptions& options) {
+    static void request_client_certificates(SSL_CTX* context, const TlsOptions& options) {
         const std::string& file = options.client_authorities;
         if (file.empty()) return;
         STACK_OF(X509_NAME)* names = SSL_load_client_CA_file(file.c_str());
@@ -5071,13 +5102,13 @@ private:
         if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("client_authorities", file);
         const int required = options.require_client_certificate ? SSL_VERIFY_FAIL_IF_NO_PEER_CERT : 0;
         SSL_CTX_set_verify(context, SSL_VERIFY_PEER | required, nullptr);
-        // What a ticket proves holds for this server alone.
+        // A ticket proves the client's certificate to this server only.
         const unsigned char id[] = "wschat";
         SSL_CTX_set_session_id_context(context, id, sizeof id - 1);
     }
 
-    // RFC 6066 3: the certificate for the name that the client asks for.
-    static int choose(SSL* ssl, void* self) {
+    // Selects the certificate for the name that the client sends (RFC 6066 3).
+    static int select_certificate(SSL* ssl, void* self) {
         const char* name = SSL_get_servername(ssl, TLSEXT_NAMETYPE_host_name);
         if (name == nullptr) return 1;
         for (const Context& context : static_cast<TlsContext*>(self)->contexts_) {
@@ -5091,107 +5122,108 @@ private:
 
     // RFC 7301 3.2: "In the event that the server supports no protocols that the client advertises, then the server SHALL
     // respond with a fatal 'no_application_protocol' alert."
-    static int choose_protocol(SSL*, const unsigned char** chosen, unsigned char* size, const unsigned char* offered,
+    static int select_protocol(SSL*, const unsigned char** selected, unsigned char* size, const unsigned char* offered,
                                unsigned offered_size, void*) {
         constexpr std::string_view http = "http/1.1";
         for (unsigned at = 0; at < offered_size; at += 1u + offered[at]) {
             const std::string_view name(reinterpret_cast<const char*>(offered) + at + 1, offered[at]);
             if (name != http) continue;
-            *chosen = offered + at + 1;
+            *selected = offered + at + 1;
             *size = offered[at];
             return SSL_TLSEXT_ERR_OK;
         }
         return SSL_TLSEXT_ERR_ALERT_FATAL;
     }
 
-    std::vector<Context> contexts_;  // one for each certificate
+    std::vector<Context> contexts_;  // one per certificate
     bool verify_ = false;
 };
 
-// One connection's encryption: ciphertext goes in and out as bytes, in any pieces. Calls no socket and keeps no time.
+// The TLS state of one connection, without a socket and without a clock. Ciphertext may come in pieces of any size.
 class TlsStream {
 public:
     enum class Outcome : std::uint8_t {
         done,
-        need_more,  // ciphertext from the peer
-        end,        // the peer has said that nothing more comes (close_notify)
-        failure     // failure() says why; an alert that tells the peer may lie in output()
+        need_more,  // needs ciphertext from the peer
+        end,        // the peer has sent close_notify
+        failure     // failure() has the cause; output() may contain an alert for the peer
     };
     struct Result {
         Outcome outcome;
         std::size_t size = 0;
     };
-    // What one record holds at most (RFC 8446 5.1).
+    // The largest plaintext of one record (RFC 8446 5.1).
     static constexpr std::size_t max_record = 16 * 1024;
 
-    // A server's side.
+    // The server side.
     explicit TlsStream(std::shared_ptr<const TlsContext> context) : context_(std::move(context)) {
-        make();
+        initialize();
         SSL_set_accept_state(ssl_.get());
     }
-    // A client's side; `host` is the name or the address that the server's certificate must be for.
+    // The client side. The server's certificate must be for `host`, a name or an address.
     TlsStream(std::shared_ptr<const TlsContext> context, std::string_view host) : context_(std::move(context)) {
-        make();
+        initialize();
         SSL_set_connect_state(ssl_.get());
-        expect(std::string(host));
+        set_host(std::string(host));
     }
     TlsStream(const TlsStream&) = delete;
     TlsStream& operator=(const TlsStream&) = delete;
 
     // ---- input -----------------------------------------------------------------------------------------------------
 
-    // Ciphertext from the peer; it must stay until read() has answered need_more, or keep_input() was called.
+    // Adds ciphertext from the peer. It must stay valid until read() returns need_more or store_input() returns.
     void receive(std::string_view ciphertext) {
-        // No record begins with a letter, and every HTTP method and answer does.
-        if (!begun_ && !ciphertext.empty()) {
-            begun_ = true;
+        // A TLS record never begins with a letter; an HTTP request or response always does.
+        if (!first_byte_seen_ && !ciphertext.empty()) {
+            first_byte_seen_ = true;
             plain_text_ = ciphertext.front() >= 'A' && ciphertext.front() <= 'Z';
             if (plain_text_) failure_ = "the peer speaks plain text";
         }
         if (input_.empty()) {
-            kept_.release();
+            stored_.release();
             input_ = ciphertext;
         } else {
-            hold(ciphertext);
+            store_with(ciphertext);
         }
     }
-    // Decrypts, as much as there is room for and input. Makes the handshake on the way.
+    // Decrypts up to `size` bytes. Continues the handshake first.
     Result read(char* data, std::size_t size) {
         std::size_t done = 0;
         while (done < size) {
             std::size_t part = 0;
-            const Result step = run([&] { return SSL_read_ex(ssl_.get(), data + done, size - done, &part); });
+            const Result step = call_openssl([&] { return SSL_read_ex(ssl_.get(), data + done, size - done, &part); });
             if (step.outcome != Outcome::done) return done != 0 ? Result{Outcome::done, done} : step;
             done += part;
         }
         return {Outcome::done, done};
     }
-    // Puts aside what read() has not come to.
-    void keep_input() {
-        if (input_.empty()) kept_.release();
-        else if (kept_.empty()) hold({});
+    // Copies the input that read() has not used yet.
+    void store_input() {
+        if (input_.empty()) stored_.release();
+        else if (stored_.empty()) store_with({});
     }
-    // Whether read() may have more without further input.
+    // True if read() may return bytes without more input.
     bool has_input() const { return failure_.empty() && (!input_.empty() || SSL_pending(ssl_.get()) != 0); }
 
     // ---- output ----------------------------------------------------------------------------------------------------
 
-    // Begins or goes on with the handshake, for a client that has nothing to read yet.
+    // Starts or continues the handshake. For a client, which sends first.
     Result handshake() {
-        return run([&] { return SSL_do_handshake(ssl_.get()); });
+        return call_openssl([&] { return SSL_do_handshake(ssl_.get()); });
     }
-    // Encrypts all of it, at most max_record bytes.
+    // Encrypts at most max_record bytes, all or none.
     Result write(std::string_view plaintext) {
         if (plaintext.empty()) return {Outcome::done, 0};
         std::size_t written = 0;
-        const Result step = run([&] { return SSL_write_ex(ssl_.get(), plaintext.data(), plaintext.size(), &written); });
+        const Result step =
+            call_openssl([&] { return SSL_write_ex(ssl_.get(), plaintext.data(), plaintext.size(), &written); });
         return {step.outcome, written};
     }
-    // Tells the peer that nothing more comes (close_notify).
+    // Sends close_notify.
     void shutdown() {
-        if (!established_ || shut_ || !failure_.empty()) return;
-        shut_ = true;
-        run([&] { return SSL_shutdown(ssl_.get()) < 0 ? 0 : 1; });
+        if (!established_ || shutdown_sent_ || !failure_.empty()) return;
+        shutdown_sent_ = true;
+        call_openssl([&] { return SSL_shutdown(ssl_.get()) < 0 ? 0 : 1; });
     }
 
     // Ciphertext for the peer.
@@ -5202,26 +5234,26 @@ public:
         output_.clear();
         sent_ = 0;
     }
-    // While there is no output, a block of somebody else may serve for it.
-    void borrow(Bytes& block) { output_.swap(block); }
-    // Gives the block back; what is still to be sent is kept in one of its size.
-    void give_back(Bytes& block) {
-        Bytes own;
-        own.append(output());
-        output_.swap(block);
-        block.clear();
-        output_.swap(own);
+    // Uses a buffer of the caller for the output. Call it only if there is no output.
+    void borrow_output(Bytes& buffer) { output_.swap(buffer); }
+    // Returns that buffer, and copies the rest of the output to a buffer of the right size.
+    void return_output(Bytes& buffer) {
+        Bytes rest;
+        rest.append(output());
+        output_.swap(buffer);
+        buffer.clear();
+        output_.swap(rest);
         sent_ = 0;
     }
     void release_output() { output_.release(); }
 
     // ---- state -----------------------------------------------------------------------------------------------------
 
-    // The handshake is done, and the peer is who it must be.
+    // The handshake is done and the peer's certificate is accepted.
     bool established() const { return established_; }
     const std::string& failure() const { return failure_; }
     bool plain_text() const { return plain_text_; }
-    // "TLSv1.3", "TLS_AES_256_GCM_SHA384", "http/1.1" or nothing.
+    // "TLSv1.3", "TLS_AES_256_GCM_SHA384", and "http/1.1" or empty.
     std::string_view version() const { return SSL_get_version(ssl_.get()); }
     std::string_view cipher() const { return SSL_get_cipher_name(ssl_.get()); }
     std::string_view protocol() const {
@@ -5230,41 +5262,41 @@ public:
         SSL_get0_alpn_selected(ssl_.get(), &name, &size);
         return {reinterpret_cast<const char*>(name), size};
     }
-    // Whether keys of an earlier connection were used again.
+    // True if the handshake resumed an earlier session.
     bool resumed() const { return SSL_session_reused(ssl_.get()) == 1; }
-    // The subject of the peer's certificate as RFC 2253 writes it; empty where it showed none.
+    // The subject of the peer's certificate in the form of RFC 2253; empty if the peer has no certificate.
     std::string peer_name() const {
-        const TlsOwned<X509, &X509_free> certificate(SSL_get_peer_certificate(ssl_.get()));
+        const OpensslPtr<X509, &X509_free> certificate(SSL_get_peer_certificate(ssl_.get()));
         if (!certificate) return {};
-        const TlsOwned<BIO, &BIO_free> text(BIO_new(BIO_s_mem()));
+        const OpensslPtr<BIO, &BIO_free> text(BIO_new(BIO_s_mem()));
         if (!text) throw std::bad_alloc();
         X509_NAME_print_ex(text.get(), X509_get_subject_name(certificate.get()), 0, XN_FLAG_RFC2253);
         char* data = nullptr;
         const long size = BIO_get_mem_data(text.get(), &data);
         return {data, static_cast<std::size_t>(size)};
     }
-    // For what is not offered here.
+    // For OpenSSL functions that this class does not wrap.
     SSL* native() { return ssl_.get(); }
 
 private:
-    // A peer may cause output and not read it (changes of keys); no honest one comes near that.
+    // A peer can request key updates and not read the answers. Honest peers stay far below this limit.
     static constexpr std::size_t max_output = 128 * 1024;
 
-    void make() {
+    void initialize() {
         ERR_clear_error();
         method_.reset(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "wschat"));
         ssl_.reset(SSL_new(context_->get()));
         BIO* bio = method_ && ssl_ ? BIO_new(method_.get()) : nullptr;
         if (bio == nullptr) throw std::bad_alloc();
-        BIO_meth_set_read(method_.get(), &give);
-        BIO_meth_set_write(method_.get(), &take);
+        BIO_meth_set_read(method_.get(), &read_input);
+        BIO_meth_set_write(method_.get(), &write_output);
         BIO_meth_set_ctrl(method_.get(), &control);
         BIO_set_data(bio, this);
         BIO_set_init(bio, 1);
         SSL_set_bio(ssl_.get(), bio, bio);
     }
 
-    void expect(const std::string& host) {
+    void set_host(const std::string& host) {
         SSL* ssl = ssl_.get();
         const bool address = IpAddress::parse(host).has_value();
         // RFC 6066 3: "Literal IPv4 and IPv6 addresses are not permitted in "HostName"."
@@ -5272,28 +5304,29 @@ private:
             SSL_ctrl(ssl, SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, const_cast<char*>(host.c_str()));
         if (!context_->verifies()) return;
         SSL_set_hostflags(ssl, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
-        const int set = address ? X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl), host.c_str())
-                                : SSL_set1_host(ssl, host.c_str());
-        if (set != 1 || host.empty()) throw Error("TLS: \"" + escape_for_log(host) + "\" is no name of a server");
+        const int result = address ? X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl), host.c_str())
+                                   : SSL_set1_host(ssl, host.c_str());
+        if (result != 1 || host.empty())
+            throw Error("TLS: \"" + escape_for_log(host) + "\" is not the name of a server");
     }
 
-    void hold(std::string_view more) {
+    void store_with(std::string_view more) {
         Bytes joined;
         joined.reserve(input_.size() + more.size());
         joined.append(input_);
         joined.append(more);
-        kept_ = std::move(joined);
-        input_ = kept_.view();
+        stored_ = std::move(joined);
+        input_ = stored_.view();
     }
 
-    // Makes one call of OpenSSL, which answers 1 for success. What other calls have left in the thread's error queue
-    // does not decide, and what this one leaves is taken out.
+    // Calls a function of OpenSSL that returns 1 for success. Clears the thread's error queue before, because SSL_get_error()
+    // also reads errors of earlier calls.
     template <class Call>
-    Result run(Call&& call) {
+    Result call_openssl(Call&& call) {
         if (!failure_.empty()) return {Outcome::failure};
         ERR_clear_error();
-        const int answer = call();
-        const int error = answer == 1 ? SSL_ERROR_NONE : SSL_get_error(ssl_.get(), answer);
+        const int result = call();
+        const int error = result == 1 ? SSL_ERROR_NONE : SSL_get_error(ssl_.get(), result);
         if (!established_ && SSL_is_init_finished(ssl_.get()) == 1) established_ = true;
         switch (error) {
             case SSL_ERROR_NONE: return {Outcome::done};
@@ -5301,85 +5334,84 @@ private:
             case SSL_ERROR_ZERO_RETURN: input_ = {}; return {Outcome::end};
             default: break;
         }
-        failure_ = take_tls_error(ERR_LIB_SSL);
-        if (refusal_ != nullptr) failure_ = refusal_;
-        const long verdict = SSL_get_verify_result(ssl_.get());
-        if (verdict != X509_V_OK && !established_) (failure_ += ": ") += X509_verify_cert_error_string(verdict);
+        failure_ = pop_tls_error(ERR_LIB_SSL);
+        if (output_error_ != nullptr) failure_ = output_error_;
+        const long verified = SSL_get_verify_result(ssl_.get());
+        if (verified != X509_V_OK && !established_) (failure_ += ": ") += X509_verify_cert_error_string(verified);
         input_ = {};
         return {Outcome::failure};
     }
 
-    static TlsStream& of(BIO* bio) {
+    static TlsStream& stream_of(BIO* bio) {
         BIO_clear_retry_flags(bio);
         return *static_cast<TlsStream*>(BIO_get_data(bio));
     }
-    static int give(BIO* bio, char* place, int room) {
-        std::string_view& input = of(bio).input_;
-        const std::size_t size = (std::min)(input.size(), static_cast<std::size_t>(room));
-        if (size == 0) {
+    static int read_input(BIO* bio, char* buffer, int size) {
+        std::string_view& input = stream_of(bio).input_;
+        const std::size_t copied = (std::min)(input.size(), static_cast<std::size_t>(size));
+        if (copied == 0) {
             BIO_set_retry_read(bio);
             return -1;
         }
-        std::memcpy(place, input.data(), size);
-        input.remove_prefix(size);
-        return static_cast<int>(size);
+        std::memcpy(buffer, input.data(), copied);
+        input.remove_prefix(copied);
+        return static_cast<int>(copied);
     }
-    // Everything is taken, so that nothing has to be written again.
-    static int take(BIO* bio, const char* data, int size) noexcept {
-        TlsStream& stream = of(bio);
+    // Accepts all bytes or fails: OpenSSL never has to repeat a write.
+    static int write_output(BIO* bio, const char* data, int size) noexcept {
+        TlsStream& stream = stream_of(bio);
         try {
-            if (stream.output().size() > max_output) stream.refusal_ = "the peer does not read";
+            if (stream.output().size() > max_output) stream.output_error_ = "the peer does not read";
             else stream.output_.append(data, static_cast<std::size_t>(size));
-        } catch (const std::bad_alloc&) {  // nothing is thrown through OpenSSL
-            stream.refusal_ = "out of memory";
+        } catch (const std::bad_alloc&) {  // an exception must not pass through OpenSSL
+            stream.output_error_ = "out of memory";
         }
-        return stream.refusal_ == nullptr ? size : -1;
+        return stream.output_error_ == nullptr ? size : -1;
     }
     static long control(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
 
     std::shared_ptr<const TlsContext> context_;
-    TlsOwned<BIO_METHOD, &BIO_meth_free> method_;
-    TlsOwned<SSL, &SSL_free> ssl_;
-    std::string_view input_;
-    Bytes kept_;  // what input_ is a part of, where it was put aside
+    OpensslPtr<BIO_METHOD, &BIO_meth_free> method_;
+    OpensslPtr<SSL, &SSL_free> ssl_;
+    std::string_view input_;  // not decrypted yet; a view of stored_ or of the caller's bytes
+    Bytes stored_;
     Bytes output_;
-    std::size_t sent_ = 0;  // of the output
+    std::size_t sent_ = 0;  // of output_
     std::string failure_;
-    const char* refusal_ = nullptr;  // why output was not taken
-    bool begun_ = false;
+    const char* output_error_ = nullptr;  // why write_output() failed
+    bool first_byte_seen_ = false;
     bool plain_text_ = false;
     bool established_ = false;
-    bool shut_ = false;
+    bool shutdown_sent_ = false;
 };
 
-// The blocks that all TLS connections of a listener share, so that an idle one holds none.
-struct TlsBlocks {
+// Buffers that all connections of a listener share. An idle connection has no buffers of its own.
+struct TlsBuffers {
     std::vector<char> received = std::vector<char>(64 * 1024);
     std::vector<char> record = std::vector<char>(TlsStream::max_record);
     Bytes output;
 };
 
-// A TlsStream between a connection and its socket.
+// A TlsStream on a socket.
 class TlsTransport final : public Transport {
 public:
     template <class... StreamArguments>
-    explicit TlsTransport(std::shared_ptr<TlsBlocks> blocks, StreamArguments&&... arguments)
-        : blocks_(std::move(blocks)), stream_(std::forward<StreamArguments>(arguments)...) {}
+    explicit TlsTransport(std::shared_ptr<TlsBuffers> buffers, StreamArguments&&... arguments)
+        : buffers_(std::move(buffers)), stream_(std::forward<StreamArguments>(arguments)...) {}
 
     IoResult receive(Socket& socket, char* data, std::size_t size, WireCount& wire) override {
-        borrow();
-        const IoResult got = decrypt(socket, data, size, wire);
-        stream_.keep_input();
-        // A handshake's answer or an alert. Where it can not be sent now, the poller is asked.
-        push(socket, wire);
-        give_back();
-        return got;
+        borrow_output();
+        const IoResult received = decrypt(socket, data, size, wire);
+        stream_.store_input();
+        flush(socket, wire);  // the handshake's answer or an alert
+        return_output();
+        return received;
     }
 
     IoResult send(Socket& socket, const std::string_view* pieces, std::size_t count, WireCount& wire) override {
-        borrow();
+        borrow_output();
         const IoResult sent = encrypt(socket, pieces, count, wire);
-        give_back();
+        return_output();
         return sent;
     }
 
@@ -5388,195 +5420,140 @@ public:
     bool established() const override { return stream_.established(); }
     bool end(Socket& socket, WireCount& wire) override {
         stream_.shutdown();
-        return push(socket, wire).outcome != IoResult::Outcome::would_block;
+        return flush(socket, wire).outcome != IoResult::Outcome::would_block;
     }
     const std::string& failure() const override { return stream_.failure(); }
     bool plain_text() const override { return stream_.plain_text(); }
     std::string peer_name() const override { return stream_.peer_name(); }
 
 private:
-    // What is encrypted before the kernel is asked to take it.
+    // The plaintext that is encrypted between two sends.
     static constexpr std::size_t batch = 64 * 1024;
 
-    // While nothing is owed, the block of all serves for the output.
-    void borrow() {
+    // Uses the shared buffer for the output of one call, unless older output is pending.
+    void borrow_output() {
         borrowed_ = !wants_write();
-        if (borrowed_) stream_.borrow(blocks_->output);
+        if (borrowed_) stream_.borrow_output(buffers_->output);
     }
-    void give_back() {
-        if (borrowed_) stream_.give_back(blocks_->output);
+    void return_output() {
+        if (borrowed_) stream_.return_output(buffers_->output);
         else if (!wants_write()) stream_.release_output();
     }
 
     IoResult decrypt(Socket& socket, char* data, std::size_t size, WireCount& wire) {
-        TlsStream::Result got = stream_.read(data, size);
-        if (got.outcome == TlsStream::Outcome::need_more) {
-            // Little more than there is room for, so that little has to be put aside.
-            const std::size_t wanted = (std::min)(blocks_->received.size(), size + TlsStream::max_record);
-            const IoResult raw = socket.receive(blocks_->received.data(), wanted);
+        TlsStream::Result result = stream_.read(data, size);
+        if (result.outcome == TlsStream::Outcome::need_more) {
+            // Receives little more than `size`, so that store_input() copies little.
+            const std::size_t wanted = (std::min)(buffers_->received.size(), size + TlsStream::max_record);
+            const IoResult raw = socket.receive(buffers_->received.data(), wanted);
             if (raw.outcome != IoResult::Outcome::done) return raw;
             wire.received += raw.size;
-            stream_.receive({blocks_->received.data(), raw.size});
-            got = stream_.read(data, size);
+            stream_.receive({buffers_->received.data(), raw.size});
+            result = stream_.read(data, size);
         }
-        switch (got.outcome) {
-            case TlsStream::Outcome::done: return {IoResult::Outcome::done, got.size, 0};
+        switch (result.outcome) {
+            case TlsStream::Outcome::done: return {IoResult::Outcome::done, result.size, 0};
             case TlsStream::Outcome::need_more: return {IoResult::Outcome::would_block, 0, 0};
             case TlsStream::Outcome::end: return {IoResult::Outcome::end, 0, 0};
             default: return {IoResult::Outcome::error, 0, 0};
         }
     }
 
-    // Sends what is owed. would_block: the kernel does not take all of it now.
-    IoResult push(Socket& socket, WireCount& wire) {
+    // Sends the ciphertext. would_block: a part of it waits until the socket is writable.
+    IoResult flush(Socket& socket, WireCount& wire) {
         while (wants_write()) {
-            const std::string_view owed = stream_.output();
-            const IoResult sent = socket.send(&owed, 1);
+            const std::string_view output = stream_.output();
+            const IoResult sent = socket.send(&output, 1);
             wire.sent += sent.size;
             stream_.consume(sent.size);
             if (sent.outcome == IoResult::Outcome::error) return {sent.outcome, 0, sent.error};
-            if (sent.size < owed.size()) return {IoResult::Outcome::would_block, 0, 0};
+            if (sent.size < output.size()) return {IoResult::Outcome::would_block, 0, 0};
         }
         return {IoResult::Outcome::done, 0, 0};
     }
 
-    // Encrypts only what the kernel takes, but for the last batch: that is owed, and its bytes are not counted as sent
-    // before it has gone.
+    // Encrypts and sends batch by batch. When the kernel accepts no more, the ciphertext of at most one batch is pending; its
+    // plaintext does not count as sent until the ciphertext is sent.
     IoResult encrypt(Socket& socket, const std::string_view* pieces, std::size_t count, WireCount& wire) {
-        Rest rest{pieces, count};
+        PieceCursor rest{pieces, count};
         std::size_t done = 0;
         if (!stream_.established()) stream_.handshake();
         for (;;) {
-            IoResult pushed = push(socket, wire);
-            if (pushed.outcome == IoResult::Outcome::done && !rest.empty()) {
-                rest.skip(sealed_);
-                done += std::exchange(sealed_, 0u);
+            IoResult flushed = flush(socket, wire);
+            if (flushed.outcome == IoResult::Outcome::done && !rest.empty()) {
+                rest.skip(encrypted_);
+                done += std::exchange(encrypted_, 0u);
             }
-            pushed.size = done;
-            if (pushed.outcome != IoResult::Outcome::done || rest.empty() || !stream_.established()) return pushed;
-            if (!seal(rest)) {
+            flushed.size = done;
+            if (flushed.outcome != IoResult::Outcome::done || rest.empty() || !stream_.established()) return flushed;
+            if (!encrypt_batch(rest)) {
                 const bool failed = !stream_.failure().empty();
                 return {failed ? IoResult::Outcome::error : IoResult::Outcome::would_block, done, 0};
             }
         }
     }
 
-    // What is left of the pieces.
-    struct Rest {
+    // A position in a list of pieces.
+    struct PieceCursor {
         const std::string_view* pieces;
         std::size_t count;
-        std::size_t begin = 0;  // in the first of them
+        std::size_t offset = 0;  // in the first piece
 
         bool empty() const { return count == 0; }
-        std::string_view first() const { return pieces->substr(begin); }
+        std::string_view first() const { return pieces->substr(offset); }
         void skip(std::size_t n) {
-            for (; count != 0 && n >= first().size(); ++pieces, --count, begin = 0) n -= first().size();
-            begin += n;
+            for (; count != 0 && n >= first().size(); ++pieces, --count, offset = 0) n -= first().size();
+            offset += n;
         }
     };
 
-    // Encrypts the next batch; nothing is owed before. False: the stream takes none of it.
-    bool seal(Rest rest) {
-        while (!rest.empty() && sealed_ < batch) {
+    // Returns false if the stream accepts nothing.
+    bool encrypt_batch(PieceCursor rest) {
+        while (!rest.empty() && encrypted_ < batch) {
             const std::string_view record = next_record(rest);
             if (stream_.write(record).outcome != TlsStream::Outcome::done) break;
             rest.skip(record.size());
-            sealed_ += record.size();
+            encrypted_ += record.size();
         }
-        return sealed_ != 0;
+        return encrypted_ != 0;
     }
-    // As much as a record holds, so that small messages share one: in place where that is one piece.
-    std::string_view next_record(Rest rest) {
+    // Joins small pieces to one record. Copies nothing if the record is a part of one piece.
+    std::string_view next_record(PieceCursor rest) {
         const std::string_view first = rest.first().substr(0, TlsStream::max_record);
         if (first.size() == TlsStream::max_record || rest.count == 1) return first;
-        char* const joined = blocks_->record.data();
+        char* const record = buffers_->record.data();
         std::size_t size = 0;
         while (!rest.empty() && size < TlsStream::max_record) {
             const std::string_view part = rest.first().substr(0, TlsStream::max_record - size);
-            std::memcpy(joined + size, part.data(), part.size());
+            std::memcpy(record + size, part.data(), part.size());
             size += part.size();
             rest.skip(part.size());
         }
-        return {joined, size};
+        return {record, size};
     }
 
-    std::shared_ptr<TlsBlocks> blocks_;
+    std::shared_ptr<TlsBuffers> buffers_;
     TlsStream stream_;
-    std::size_t sealed_ = 0;  // bytes that are encrypted, and not counted as sent while output is owed
+    std::size_t encrypted_ = 0;  // plaintext bytes whose ciphertext is pending
     bool borrowed_ = false;
 };
 
-// The TLS of one listener.
+// Makes the TLS transports of one listener.
 class TlsListener final : public TransportFactory {
 public:
     explicit TlsListener(TlsOptions options)
         : options_(std::move(options)), context_(std::make_shared<const TlsContext>(options_)) {}
 
-    std::unique_ptr<Transport> make() override { return std::make_unique<TlsTransport>(blocks_, context_); }
+    std::unique_ptr<Transport> make() override { return std::make_unique<TlsTransport>(buffers_, context_); }
     void reload() override { context_ = std::make_shared<const TlsContext>(options_); }
 
 private:
     TlsOptions options_;
     std::shared_ptr<const TlsContext> context_;
-    std::shared_ptr<TlsBlocks> blocks_ = std::make_shared<TlsBlocks>();
+    std::shared_ptr<TlsBuffers> buffers_ = std::make_shared<TlsBuffers>();
 };
 
 }  // namespace detail
-
-// A certificate for trials, of EC P-256 and signed with its own key, of which browsers warn; the texts of its PEM files.
-// For host names and addresses: {"localhost", "127.0.0.1"}.
-inline TlsCertificate make_self_signed_certificate(const std::vector<std::string>& hosts, int days = 365) {
-    const auto require = [](bool good) {
-        if (!good) throw Error("make_self_signed_certificate: " + detail::take_tls_error());
-    };
-    ERR_clear_error();
-    EVP_PKEY* generated = nullptr;
-    const detail::TlsOwned<EVP_PKEY_CTX, &EVP_PKEY_CTX_free> generator(EVP_PKEY_CTX_new_id(EVP_PKEY_EC, nullptr));
-    require(generator && EVP_PKEY_keygen_init(generator.get()) == 1 &&
-            EVP_PKEY_CTX_set_ec_paramgen_curve_nid(generator.get(), NID_X9_62_prime256v1) == 1 &&
-            EVP_PKEY_keygen(generator.get(), &generated) == 1);
-    const detail::TlsOwned<EVP_PKEY, &EVP_PKEY_free> key(generated);
-    const detail::TlsOwned<X509, &X509_free> made(X509_new());
-    X509* const certificate = made.get();
-    const detail::TlsOwned<BIGNUM, &BN_free> serial(BN_new());
-    require(made && serial && BN_rand(serial.get(), 127, BN_RAND_TOP_ANY, BN_RAND_BOTTOM_ANY) == 1 &&
-            BN_to_ASN1_INTEGER(serial.get(), X509_get_serialNumber(certificate)) != nullptr);
-    X509_set_version(certificate, 2);
-    X509_time_adj_ex(X509_getm_notBefore(certificate), -1, 0, nullptr);
-    X509_time_adj_ex(X509_getm_notAfter(certificate), days, 0, nullptr);
-
-    std::string names;
-    for (const std::string& host : hosts)
-        names += (names.empty() ? "" : ",") + std::string(IpAddress::parse(host) ? "IP:" : "DNS:") + host;
-    X509_NAME* subject = X509_get_subject_name(certificate);
-    const std::string common = hosts.empty() ? "" : hosts.front();
-    require(X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_UTF8,
-                                       reinterpret_cast<const unsigned char*>(common.c_str()), -1, -1, 0) == 1 &&
-            X509_set_issuer_name(certificate, subject) == 1 && X509_set_pubkey(certificate, key.get()) == 1);
-    const std::pair<int, const char*> extensions[] = {{NID_subject_alt_name, names.c_str()},
-                                                      {NID_basic_constraints, "critical,CA:FALSE"},
-                                                      {NID_key_usage, "critical,digitalSignature"},
-                                                      {NID_ext_key_usage, "serverAuth"}};
-    for (const auto& [name, value] : extensions) {
-        X509V3_CTX context{};
-        X509V3_set_ctx(&context, certificate, certificate, nullptr, nullptr, 0);
-        const detail::TlsOwned<X509_EXTENSION, &X509_EXTENSION_free> extension(
-            X509V3_EXT_nconf_nid(nullptr, &context, name, value));
-        require(extension && X509_add_ext(certificate, extension.get(), -1) == 1);
-    }
-    require(X509_sign(certificate, key.get(), EVP_sha256()) != 0);
-
-    const auto text = [&](auto&& write) {
-        const detail::TlsOwned<BIO, &BIO_free> pem(BIO_new(BIO_s_mem()));
-        require(pem && write(pem.get()) == 1);
-        char* data = nullptr;
-        const long size = BIO_get_mem_data(pem.get(), &data);
-        return std::string(data, static_cast<std::size_t>(size));
-    };
-    return {text([&](BIO* pem) { return PEM_write_bio_X509(pem, certificate); }), text([&](BIO* pem) {
-                return PEM_write_bio_PrivateKey(pem, key.get(), nullptr, nullptr, 0, nullptr, nullptr);
-            })};
-}
 
 WSCHAT_END
 
@@ -5585,8 +5562,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 12: Loop
 //
-// One thread's turns: wait for sockets, call their owners, run timers and what other threads have posted, then the
-// hooks that end a turn. Knows nothing of what the owners do.
+// The event loop of one thread. Each turn waits for sockets, calls their owners, runs timers and posted work, and ends with
+// the server's hook. It does not know what the owners do.
 // ====================================================================================================================
 
 #include <atomic>
@@ -5597,7 +5574,7 @@ WSCHAT_BEGIN
 
 namespace detail {
 
-// Something that happens at a time. It stands in the heap of its loop at most once, and is not owned by it.
+// A callback at a time. Its owner keeps it alive; a Timers heap contains it at most once.
 class Timer {
 public:
     Timer() = default;
@@ -5613,13 +5590,13 @@ private:
     static constexpr std::size_t none = static_cast<std::size_t>(-1);
 
     Time due_{};
-    std::size_t index_ = none;
+    std::size_t index_ = none;  // in the heap
 };
 
-// A binary heap whose entries know their places: every operation costs O(log n), and none allocates in the long run.
+// A binary heap of timers. Each timer stores its index, so that schedule() and cancel() cost O(log n).
 class Timers {
 public:
-    // Sets or moves the timer; Time::max() cancels it.
+    // Sets or moves the timer. Time::max() cancels it.
     void schedule(Timer& timer, Time due) {
         if (due == (Time::max)()) return cancel(timer);
         if (!timer.scheduled()) {
@@ -5627,16 +5604,16 @@ public:
             timer.index_ = heap_.size() - 1;
         }
         timer.due_ = due;
-        settle(timer.index_);
+        sift(timer.index_);
     }
     void cancel(Timer& timer) {
         if (!timer.scheduled()) return;
-        const std::size_t hole = std::exchange(timer.index_, Timer::none);
+        const std::size_t index = std::exchange(timer.index_, Timer::none);
         Timer* last = heap_.back();
         heap_.pop_back();
         if (last == &timer) return;
-        put(hole, last);
-        settle(hole);
+        place(index, last);
+        sift(index);
     }
     Time next() const { return heap_.empty() ? (Time::max)() : heap_.front()->due_; }
     void run_due(Time now) {
@@ -5648,83 +5625,60 @@ public:
     }
 
 private:
-    void put(std::size_t at, Timer* timer) {
-        heap_[at] = timer;
-        timer->index_ = at;
+    void place(std::size_t index, Timer* timer) {
+        heap_[index] = timer;
+        timer->index_ = index;
     }
-    // Moves the entry up or down to where it belongs.
-    void settle(std::size_t at) {
-        Timer* timer = heap_[at];
-        for (; at != 0 && timer->due_ < heap_[(at - 1) / 2]->due_; at = (at - 1) / 2) put(at, heap_[(at - 1) / 2]);
+    // Moves the timer up or down until the heap is in order.
+    void sift(std::size_t index) {
+        Timer* timer = heap_[index];
+        for (; index != 0 && timer->due_ < heap_[(index - 1) / 2]->due_; index = (index - 1) / 2)
+            place(index, heap_[(index - 1) / 2]);
         for (;;) {
-            std::size_t child = 2 * at + 1;
+            std::size_t child = 2 * index + 1;
             if (child >= heap_.size()) break;
             if (child + 1 < heap_.size() && heap_[child + 1]->due_ < heap_[child]->due_) ++child;
             if (!(heap_[child]->due_ < timer->due_)) break;
-            put(at, heap_[child]);
-            at = child;
+            place(index, heap_[child]);
+            index = child;
         }
-        put(at, timer);
+        place(index, timer);
     }
 
     std::vector<Timer*> heap_;
 };
 
-// While one lives, SIGINT and SIGTERM wake the loops that asked for them, and do nothing else; afterwards they do what
-// they did before. On Windows the same for Ctrl-C and the closing of the console.
+// While at least one guard exists, SIGINT and SIGTERM (on Windows: Ctrl-C and closing the console) only write their number
+// to the wake-up pipe of each guard. The last guard restores what the signals did before.
 class SignalGuard {
 public:
-    explicit SignalGuard(os::Descriptor wake) : slot_(take_slot(wake)) {
-        const std::lock_guard<std::mutex> lock(mutex());
-        if (users()++ == 0) install();
+    explicit SignalGuard(os::Descriptor wake) : wake_(wake) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        next_.store(first_.load());
+        first_.store(this);
+        if (next_.load() == nullptr) install();
     }
     SignalGuard(const SignalGuard&) = delete;
     SignalGuard& operator=(const SignalGuard&) = delete;
     ~SignalGuard() {
-        const std::lock_guard<std::mutex> lock(mutex());
-        if (--users() == 0) restore();
-        slot_->store(os::no_descriptor);
-        // Another thread may be at waking this loop; afterwards its descriptor may be closed, and be something else.
-        while (slots().handlers.load() != 0) os::yield();
+        const std::lock_guard<std::mutex> lock(mutex_);
+        Link* link = &first_;
+        while (link->load() != this) link = &link->load()->next_;
+        if (link == &first_ && next_.load() == nullptr) restore();
+        link->store(next_.load());
+        // A handler on another thread may still use this guard and its descriptor.
+        while (running_handlers_.load() != 0) os::yield();
     }
 
 private:
-    using Slot = std::atomic<os::Descriptor>;
-    static constexpr std::size_t max_loops = 64;
+    using Link = std::atomic<SignalGuard*>;
 
-    struct Slots {
-        Slots() {
-            for (Slot& slot : list) slot.store(os::no_descriptor);
-        }
-        Slot list[max_loops];
-        std::atomic<int> handlers{0};  // that run just now
-    };
-    static Slots& slots() {
-        static Slots all;
-        return all;
-    }
-    static std::mutex& mutex() {
-        static std::mutex one;
-        return one;
-    }
-    static int& users() {
-        static int count = 0;
-        return count;
-    }
-    static Slot* take_slot(os::Descriptor wake) {
-        for (Slot& slot : slots().list) {
-            os::Descriptor empty = os::no_descriptor;
-            if (slot.compare_exchange_strong(empty, wake)) return &slot;
-        }
-        throw Error("Loop: more than " + std::to_string(max_loops) + " loops handle signals");
-    }
+    // Takes no lock: a signal may interrupt a thread that holds it.
     static void wake_all(int signal) {
-        ++slots().handlers;
-        for (Slot& slot : slots().list) {
-            const os::Descriptor wake = slot.load();
-            if (wake != os::no_descriptor) WakeUp::wake(wake, static_cast<char>(signal));
-        }
-        --slots().handlers;
+        ++running_handlers_;
+        for (const SignalGuard* guard = first_.load(); guard != nullptr; guard = guard->next_.load())
+            WakeUp::wake(guard->wake_, static_cast<char>(signal));
+        --running_handlers_;
     }
 
 #if defined(_WIN32)
@@ -5736,30 +5690,49 @@ private:
     static void restore() { ::SetConsoleCtrlHandler(&handle, FALSE); }
 #else
     static void handle(int signal) {
-        const int saved = errno;
+        const int saved_errno = errno;
         wake_all(signal);
-        errno = saved;
-    }
-    static struct sigaction* before() {
-        static struct sigaction actions[2];
-        return actions;
+        errno = saved_errno;
     }
     static void install() {
         struct sigaction action {};
         action.sa_handler = &handle;
         action.sa_flags = SA_RESTART;
-        ::sigemptyset(&action.sa_mask);
-        ::sigaction(SIGINT, &action, &before()[0]);
-        ::sigaction(SIGTERM, &action, &before()[1]);
+        sigemptyset(&action.sa_mask);  // a macro on some systems
+        ::sigaction(SIGTERM, &action, &saved_sigterm_);
+        // An ignored SIGINT stays ignored: a shell ignores it for a program that it starts in the background.
+        ::sigaction(SIGINT, nullptr, &saved_sigint_);
+        if (saved_sigint_.sa_handler != SIG_IGN) ::sigaction(SIGINT, &action, nullptr);
     }
     static void restore() {
-        ::sigaction(SIGINT, &before()[0], nullptr);
-        ::sigaction(SIGTERM, &before()[1], nullptr);
+        ::sigaction(SIGINT, &saved_sigint_, nullptr);
+        ::sigaction(SIGTERM, &saved_sigterm_, nullptr);
     }
+
+    static inline struct sigaction saved_sigint_ {};
+    static inline struct sigaction saved_sigterm_ {};
 #endif
 
-    Slot* slot_;
+    static inline std::mutex mutex_;  // for changes of the list and of the signals
+    static inline Link first_{nullptr};
+    static inline std::atomic<int> running_handlers_{0};
+
+    os::Descriptor wake_;
+    Link next_{nullptr};
 };
+
+// Rounds up to the clock's tick, and limits the value to the range of Duration. NaN is an Error that begins with `name`.
+template <class Rep, class Period>
+Duration to_clock_duration(std::chrono::duration<Rep, Period> duration, const char* name) {
+    const long double ticks = std::chrono::duration<long double, Duration::period>(duration).count();
+    if (!(ticks >= 0 || ticks < 0)) throw Error(std::string(name) + " is not a number");
+    if (ticks >= static_cast<long double>((Duration::max)().count())) return (Duration::max)();
+    if (ticks <= static_cast<long double>((Duration::min)().count())) return (Duration::min)();
+    const Duration truncated(static_cast<Duration::rep>(ticks));
+    return static_cast<long double>(truncated.count()) < ticks ? truncated + Duration(1) : truncated;
+}
+
+class LoopAccess;
 
 }  // namespace detail
 
@@ -5780,76 +5753,70 @@ public:
     Loop& operator=(const Loop&) = delete;
     WSCHAT_COLD ~Loop() { mailbox_->close(); }
 
-    // Runs turns until stop().
+    // Runs turns until stop() is called.
     void run() {
         stop_ = false;
         thread_.store(this_thread());
         while (!stop_) turn();
         thread_.store(nullptr);
     }
-    // Ends run() after this turn.
+    // Ends run() after this turn. For the loop's thread; other threads post a call of it.
     void stop() { stop_ = true; }
 
-    // Runs the work on the loop's thread, in the order of the calls. The one call that any thread may make. False: the
-    // loop is gone. An exception that leaves the work is logged.
-    bool post(std::function<void()> work) { return mailbox_->post(std::move(work)); }
+    // Runs the work on the loop's thread, in the order of the calls. Any thread may call post(). `work` is any callable
+    // without arguments; it may be move-only. The server logs an exception that leaves it.
+    bool post(detail::Task work) { return mailbox_->post(std::move(work)); }
     // For threads that may outlive the loop.
     std::shared_ptr<Mailbox> mailbox() const { return mailbox_; }
 
-    // Calls once, after the delay.
-    TimerId call_later(Duration delay, std::function<void()> call) {
-        return add_call(delay, Duration::zero(), std::move(call));
+    // Calls the callback once, after the delay, in a later turn. Delays are rounded up to the clock's tick; a negative
+    // delay counts as zero; NaN is an Error. The callback may be move-only.
+    template <class Rep, class Period>
+    TimerId call_later(std::chrono::duration<Rep, Period> delay, detail::Task callback) {
+        return add_call(detail::to_clock_duration(delay, "call_later: the delay"), Duration::zero(),
+                        std::move(callback));
     }
-    // Calls again and again, the first time after one interval. Calls that were missed are not made up for. An
-    // interval of zero or less is an Error.
-    TimerId call_every(Duration interval, std::function<void()> call) {
-        if (interval <= Duration::zero()) throw Error("call_every: the interval is not positive");
-        return add_call(interval, interval, std::move(call));
+    // Calls the callback after each interval. If the loop is late, missed calls are skipped. NaN and an interval that is
+    // not positive are Errors.
+    template <class Rep, class Period>
+    TimerId call_every(std::chrono::duration<Rep, Period> interval, detail::Task callback) {
+        const Duration rounded = detail::to_clock_duration(interval, "call_every: the interval");
+        if (rounded <= Duration::zero()) throw Error("call_every: the interval is not positive");
+        return add_call(rounded, rounded, std::move(callback));
     }
-    // False where the call was made or cancelled already.
+    // Returns false if the call is over or cancelled.
     bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
-    // The time of this turn.
+    // The time at which this turn began.
     Time now() const { return now_; }
-    // True on the loop's thread, and as long as the loop does not run.
+    // Returns true on the loop's thread. While the loop does not run, returns true on every thread.
     bool on_loop_thread() const {
         const void* thread = thread_.load(std::memory_order_relaxed);
         return thread == nullptr || thread == this_thread();
     }
 
-    // ---- for servers -----------------------------------------------------------------------------------------------
-
-    detail::Poller& poller() { return *poller_; }
-    detail::Timers& timers() { return timers_; }
-    detail::os::Descriptor wake_descriptor() const { return mailbox_->wake_up.write_end(); }
-    // Called at the end of each turn; true: it has left something to do, and the next turn is not to wait.
-    void at_turn_end(std::function<bool()> hook) { turn_end_ = std::move(hook); }
-    void on_signal(std::function<void(int)> handler) { on_signal_ = std::move(handler); }
-    // Told of what leaves posted work and timers.
-    void on_exception(std::function<void(const char* where, const char* what)> handler) {
-        on_exception_ = std::move(handler);
-    }
-
 private:
+    friend class detail::LoopAccess;
+
     class LoopMailbox final : public Mailbox {
     public:
-        bool post(std::function<void()> work) override {
+        bool post(detail::Task work) override {
             const std::lock_guard<std::mutex> lock(mutex_);
             if (!open_) return false;
             work_.push_back(std::move(work));
             if (!has_work.exchange(true)) detail::WakeUp::wake(wake_up.write_end(), 0);
             return true;
         }
-        std::vector<std::function<void()>> take() {
+        std::vector<detail::Task> take_all() {
             const std::lock_guard<std::mutex> lock(mutex_);
             has_work.store(false);
             return std::exchange(work_, {});
         }
         void close() {
-            std::vector<std::function<void()>> undone;  // destroyed without the lock
+            std::vector<detail::Task> discarded;  // destroyed after the lock is released
             const std::lock_guard<std::mutex> lock(mutex_);
             open_ = false;
-            undone.swap(work_);
+            discarded.swap(work_);
         }
 
         detail::WakeUp wake_up;
@@ -5857,7 +5824,7 @@ private:
 
     private:
         std::mutex mutex_;
-        std::vector<std::function<void()>> work_;
+        std::vector<detail::Task> work_;
         bool open_ = true;
     };
 
@@ -5874,61 +5841,63 @@ private:
         Loop& loop_;
     };
 
-    // A call that a user asked for.
+    // The timer of a call_later() or call_every().
     class Call final : public detail::Timer {
     public:
-        Call(Loop& loop, TimerId id, Time due, Duration interval, std::function<void()> call)
-            : loop_(loop), id_(id), interval_(interval), call_(std::move(call)) {
+        Call(Loop& loop, TimerId id, Time due, Duration interval, detail::Task callback)
+            : loop_(loop), id_(id), interval_(interval), callback_(std::move(callback)) {
             loop_.timers_.schedule(*this, due);
         }
         ~Call() override { loop_.timers_.cancel(*this); }
         void on_timer(Time now) override {
-            // The call may cancel itself, and this is no more then.
+            // The callback may cancel this call, which destroys *this.
             Loop& loop = loop_;
             const std::string id = big_endian_key(id_);
-            std::function<void()> call = std::move(call_);
+            detail::Task callback = std::move(callback_);
             if (interval_ == Duration::zero()) loop.calls_.erase(id);
             else loop.timers_.schedule(*this, (std::max)(due() + interval_, now + Duration(1)));
-            loop.guarded("timer", call);
-            if (Call* still = loop.calls_.find(id)) still->call_ = std::move(call);
+            loop.guarded("timer", callback);
+            if (Call* call = loop.calls_.find(id)) call->callback_ = std::move(callback);
         }
 
     private:
         Loop& loop_;
         TimerId id_;
-        Duration interval_;
-        std::function<void()> call_;
+        Duration interval_;  // zero: call once
+        detail::Task callback_;
     };
 
-    // An address that only this thread has.
+    // The address of a thread_local identifies the thread.
     static const void* this_thread() {
         static thread_local char marker;
         return &marker;
     }
 
-    TimerId add_call(Duration delay, Duration interval, std::function<void()> call) {
+    // `due` is after now_: a callback that schedules itself again without a delay must not run twice in one turn.
+    TimerId add_call(Duration delay, Duration interval, detail::Task callback) {
         const TimerId id = ++last_call_;
-        calls_.find_or_emplace(big_endian_key(id), *this, id, later(Clock::now(), delay), interval, std::move(call));
+        const Time due = (std::max)(later(Clock::now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
+        calls_.find_or_emplace(big_endian_key(id), *this, id, due, interval, std::move(callback));
         return id;
     }
 
     void turn() {
         try {
             poller_->wait(timeout_ms(), ready_);
-        } catch (const std::bad_alloc&) {  // what was left out is reported again
+        } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
         now_ = Clock::now();
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
         if (mailbox_->has_work.load())
-            for (const auto& work : mailbox_->take()) guarded("post", work);
-        again_ = turn_end_ && turn_end_();
+            for (detail::Task& work : mailbox_->take_all()) guarded("post", work);
+        poll_again_ = at_turn_end_ && at_turn_end_();
     }
 
-    // Rounded up, so that a timer that is nearly due does not spin.
+    // Rounds up: rounding down would spin until the timer is due.
     int timeout_ms() const {
-        if (again_ || stop_ || mailbox_->has_work.load()) return 0;
+        if (poll_again_ || stop_ || mailbox_->has_work.load()) return 0;
         if (timers_.next() == (Time::max)()) return -1;
         const auto left = timers_.next() - Clock::now();
         if (left <= Duration::zero()) return 0;
@@ -5936,10 +5905,10 @@ private:
         return ms > 60'000 ? 60'000 : static_cast<int>(ms);
     }
 
-    template <class Call>
-    void guarded(const char* where, Call&& call) {
+    template <class Function>
+    void guarded(const char* where, Function&& function) {
         try {
-            call();
+            function();
         } catch (const std::exception& error) {
             if (on_exception_) on_exception_(where, error.what());
         } catch (...) {
@@ -5951,17 +5920,36 @@ private:
     std::shared_ptr<LoopMailbox> mailbox_;
     Waker waker_;
     detail::Timers timers_;
-    StringMap<Call> calls_;  // by number
+    StringMap<Call> calls_;  // by TimerId
     TimerId last_call_ = 0;
     std::vector<detail::Poller::Ready> ready_;
     Time now_;
     std::atomic<const void*> thread_{nullptr};
     bool stop_ = false;
-    bool again_ = false;
-    std::function<bool()> turn_end_;
+    bool poll_again_ = false;
+    std::function<bool()> at_turn_end_;
     std::function<void(int)> on_signal_;
     std::function<void(const char*, const char*)> on_exception_;
 };
+
+namespace detail {
+
+// The members of Loop that only the server (and tests) may use.
+class LoopAccess {
+public:
+    static Poller& poller(Loop& loop) { return *loop.poller_; }
+    static Timers& timers(Loop& loop) { return loop.timers_; }
+    static os::Descriptor wake_descriptor(const Loop& loop) { return loop.mailbox_->wake_up.write_end(); }
+    // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
+    static void at_turn_end(Loop& loop, std::function<bool()> hook) { loop.at_turn_end_ = std::move(hook); }
+    static void on_signal(Loop& loop, std::function<void(int)> handler) { loop.on_signal_ = std::move(handler); }
+    // Calls the handler with each exception that leaves posted work or a timer.
+    static void on_exception(Loop& loop, std::function<void(const char* where, const char* what)> handler) {
+        loop.on_exception_ = std::move(handler);
+    }
+};
+
+}  // namespace detail
 
 WSCHAT_END
 
@@ -6357,9 +6345,10 @@ public:
     WSCHAT_COLD explicit Server(ServerOptions options = {})
         : options_(std::move(options)), loop_(options_.poller), rooms_(arena_) {
         receive_buffer_.reserve(receive_size);
-        loop_.at_turn_end([this] { return end_turn(); });
-        loop_.on_signal([this](int) { on_signal(); });
-        loop_.on_exception([this](const char* where, const char* what) { report_exception(where, what, nullptr); });
+        detail::LoopAccess::at_turn_end(loop_, [this] { return end_turn(); });
+        detail::LoopAccess::on_signal(loop_, [this](int) { on_signal(); });
+        detail::LoopAccess::on_exception(
+            loop_, [this](const char* where, const char* what) { report_exception(where, what, nullptr); });
         reserve_descriptor();
     }
     Server(const Server&) = delete;
@@ -6548,7 +6537,7 @@ private:
               peer_(peer) {}
         Session(const Session&) = delete;
         Session& operator=(const Session&) = delete;
-        ~Session() override { server_.loop_.timers().cancel(*this); }
+        ~Session() override { detail::LoopAccess::timers(server_.loop_).cancel(*this); }
 
         // The server's lists, linked through the sessions so that none is forgotten for want of memory.
         std::size_t index = 0;
@@ -6568,7 +6557,8 @@ private:
         void start(bool full) {
             protect([&] {
                 schedule(after(limits().handshake_timeout));
-                if (!server_.loop_.poller().add(socket_.descriptor(), *this, true, false)) return remove();
+                if (!detail::LoopAccess::poller(server_.loop_).add(socket_.descriptor(), *this, true, false))
+                    return remove();
                 if (full || (!server_.trusted(peer_) && !count_address(peer_))) respond(server_.too_many(), nullptr);
             });
         }
@@ -6793,7 +6783,7 @@ private:
         Time after(Duration timeout) const {
             return timeout == Duration::zero() ? (Time::max)() : later(server_.now(), timeout);
         }
-        void schedule(Time due) { server_.loop_.timers().schedule(*this, due); }
+        void schedule(Time due) { detail::LoopAccess::timers(server_.loop_).schedule(*this, due); }
         bool busy() const { return !http_->output.empty() || http_->file_left != 0; }
         bool reading() const {
             if (paused_ || input_ended_) return false;
@@ -6839,7 +6829,7 @@ private:
             const bool read = reading(), write = transport_ ? transport_->wants_write() : blocked_;
             if (read == watching_read_ && write == watching_write_) return;
             // Unwatched it would wait for ever, and watched for what it does not want it would spin.
-            if (!server_.loop_.poller().change(socket_.descriptor(), *this, read, write))
+            if (!detail::LoopAccess::poller(server_.loop_).change(socket_.descriptor(), *this, read, write))
                 return lose("can not be watched: " + detail::os::error_text(detail::os::last_error()));
             watching_read_ = read;
             watching_write_ = write;
@@ -6851,8 +6841,8 @@ private:
             if (gone()) return;
             handler_.reset();
             phase_ = Phase::gone;
-            server_.loop_.timers().cancel(*this);
-            server_.loop_.poller().remove(socket_.descriptor());
+            detail::LoopAccess::timers(server_.loop_).cancel(*this);
+            detail::LoopAccess::poller(server_.loop_).remove(socket_.descriptor());
             server_.backlog_ -= counted_backlog_;
             counted_backlog_ = 0;
             if (transport_ && !lost_) transport_->end(socket_, server_.wire_);
@@ -7329,15 +7319,15 @@ private:
         Listener(Server& server, const detail::ListenAddress& address, bool reuse_port,
                  std::shared_ptr<detail::TransportFactory> transports)
             : server_(server), socket_(address, reuse_port), transports_(std::move(transports)) {
-            if (!server_.loop_.poller().add(socket_.descriptor(), *this, true, false))
+            if (!detail::LoopAccess::poller(server_.loop_).add(socket_.descriptor(), *this, true, false))
                 throw Error("listen " + socket_.address().to_string() + ": " +
                             detail::os::error_text(detail::os::last_error()));
         }
         Listener(const Listener&) = delete;
         Listener& operator=(const Listener&) = delete;
         ~Listener() override {
-            server_.loop_.timers().cancel(*this);
-            server_.loop_.poller().remove(socket_.descriptor());
+            detail::LoopAccess::timers(server_.loop_).cancel(*this);
+            detail::LoopAccess::poller(server_.loop_).remove(socket_.descriptor());
         }
 
         const detail::ListenAddress& address() const { return socket_.address(); }
@@ -7362,7 +7352,7 @@ private:
             if (error != 0) rest(error);
         }
         void on_timer(Time now) override {
-            if (!server_.loop_.poller().change(socket_.descriptor(), *this, true, false)) pause(now);
+            if (!detail::LoopAccess::poller(server_.loop_).change(socket_.descriptor(), *this, true, false)) pause(now);
         }
 
     private:
@@ -7396,9 +7386,11 @@ private:
         void rest(int error) {
             server_.log(LogLevel::warning, "accept_paused", {{"cause", detail::os::error_text(error)}});
             pause(server_.now());  // first, because it may want memory
-            server_.loop_.poller().change(socket_.descriptor(), *this, false, false);
+            detail::LoopAccess::poller(server_.loop_).change(socket_.descriptor(), *this, false, false);
         }
-        void pause(Time now) { server_.loop_.timers().schedule(*this, now + std::chrono::milliseconds(50)); }
+        void pause(Time now) {
+            detail::LoopAccess::timers(server_.loop_).schedule(*this, now + std::chrono::milliseconds(50));
+        }
 
         Server& server_;
         detail::ListenSocket socket_;
@@ -7598,7 +7590,7 @@ private:
     // From the first listen() on, because whoever reads the address that was printed may send one before run().
     void handle_signals() {
         if (options_.handle_signals && !signals_)
-            signals_ = std::make_unique<detail::SignalGuard>(loop_.wake_descriptor());
+            signals_ = std::make_unique<detail::SignalGuard>(detail::LoopAccess::wake_descriptor(loop_));
     }
     void on_signal() {
         if (std::exchange(signalled_, true)) drop_all();
