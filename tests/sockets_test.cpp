@@ -435,7 +435,7 @@ TEST_CASE("for port 0 the system picks a different port for each listener") {
     CHECK(connect_to(first.address()));
 }
 
-TEST_CASE("a listener accepts connections with their addresses, and reports when peer are no more") {
+TEST_CASE("a listener accepts connections with their addresses, and reports when none is left") {
     Listener listener;
     IpAddress peer;
     int error = 0;

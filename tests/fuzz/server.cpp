@@ -399,7 +399,7 @@ private:
     void stop() {
         const unsigned how = choices_.byte();
         if (how % 2 == 0) world->server->shutdown(how * 10ms);
-        else wschat::detail::WakeUp::wake(world->server->loop().wake_descriptor(), SIGTERM);
+        else wschat::detail::WakeUp::wake(wschat::detail::LoopAccess::wake_descriptor(world->server->loop()), SIGTERM);
     }
     void post() {
         const unsigned which = choices_.byte();
