@@ -133,8 +133,6 @@ struct Pair {
     Socket local, peer;
 };
 
-using SignalAction = struct sigaction;
-
 IoResult send(Socket& socket, std::string_view bytes) { return socket.send(&bytes, 1); }
 
 void fill(Socket& socket) {
@@ -675,9 +673,7 @@ TEST_CASE("send reports would_block when the peer does not read") {
 TEST_CASE("sending to a closed peer is an error and raises no SIGPIPE") {
     static volatile std::sig_atomic_t raised;
     raised = 0;
-    SignalAction count{}, before{};
-    count.sa_handler = [](int) { raised = raised + 1; };
-    REQUIRE(::sigaction(SIGPIPE, &count, &before) == 0);
+    const auto previous = std::signal(SIGPIPE, [](int) { raised = raised + 1; });
     Pair pair;
     pair.peer.close();
     const std::string_view pieces[] = {"one", "two"};
@@ -688,7 +684,7 @@ TEST_CASE("sending to a closed peer is an error and raises no SIGPIPE") {
         CHECK(sent.error == EPIPE);
     }
     CHECK(raised == 0);
-    ::sigaction(SIGPIPE, &before, nullptr);
+    std::signal(SIGPIPE, previous);
 }
 
 TEST_CASE("a batch sends to each socket once, with the results of single calls") {

@@ -187,7 +187,7 @@ std::string serial_of(TlsStream& stream) {
     return test::to_hex(bytes);
 }
 
-// Rebuffers the certificate by one that has expired.
+// Replaces the certificate by an expired one.
 void expire(const CertificateFiles& files) {
     const auto open = [](const std::string& path, const char* mode) {
         return OpensslPtr<BIO, &BIO_free>(BIO_new_file(path.c_str(), mode));
@@ -210,7 +210,7 @@ TEST_SUITE_BEGIN("tls");
 
 // ---- streams --------------------------------------------------------------------------------------------------------
 
-TEST_CASE("texts of every size pass between two streams in both directions, however the ciphertext is cut") {
+TEST_CASE("two streams exchange texts of all sizes with ciphertext in pieces of any size") {
     for (const int version : versions) {
         for (const std::size_t piece :
              {std::size_t{1}, std::size_t{7}, std::size_t{1000}, std::size_t{16'500}, std::string::npos}) {
@@ -228,7 +228,7 @@ TEST_CASE("texts of every size pass between two streams in both directions, howe
     }
 }
 
-TEST_CASE("TLS 1.2 and 1.3 are spoken with forward secrecy, and the protocol is http/1.1") {
+TEST_CASE("TLS 1.2 and 1.3 use forward secrecy, and ALPN selects http/1.1") {
     for (const int version : versions) {
         Pair pair(version);
         pair.connect();
@@ -241,7 +241,7 @@ TEST_CASE("TLS 1.2 and 1.3 are spoken with forward secrecy, and the protocol is 
     }
 }
 
-TEST_CASE("what is weaker than TLS 1.2 with forward secrecy is refused by an alert") {
+TEST_CASE("TLS 1.1 and ciphers without forward secrecy are refused with an alert") {
     const struct {
         int version;
         std::string ciphers, server, client;
@@ -263,7 +263,7 @@ TEST_CASE("what is weaker than TLS 1.2 with forward secrecy is refused by an ale
     }
 }
 
-TEST_CASE("a client that speaks no protocol of ours is refused, as RFC 7301 asks") {
+TEST_CASE("a client without a common ALPN protocol is refused as RFC 7301 requires") {
     Pair pair;
     const unsigned char h2[] = "\x02h2";
     SSL_set_alpn_protos(pair.client.native(), h2, 3);
@@ -272,7 +272,7 @@ TEST_CASE("a client that speaks no protocol of ours is refused, as RFC 7301 asks
     CHECK(pair.client.failure() == "tlsv1 alert no application protocol");
 }
 
-TEST_CASE("a client takes a server only for what its certificate proves, unless it is told to take anybody") {
+TEST_CASE("a client verifies the name and the authority of a certificate unless it accepts any certificate") {
     const CertificateFiles good("good", {"chat.example", "*.wild.example", "127.0.0.1", "::1"}), other("other");
     const struct {
         std::string host, authorities, failure;
@@ -304,7 +304,7 @@ TEST_CASE("a client takes a server only for what its certificate proves, unless 
     CHECK(server.established());
 }
 
-TEST_CASE("a certificate that has expired is refused") {
+TEST_CASE("an expired certificate is refused") {
     const CertificateFiles old("expired");
     expire(old);
     TlsStream client(client_context(old.certificate), "localhost"), server(server_context(old.options()));
@@ -312,12 +312,12 @@ TEST_CASE("a certificate that has expired is refused") {
     CHECK(client.failure() == "certificate verify failed: certificate has expired");
 }
 
-TEST_CASE("a name that no server can have is an Error") {
+TEST_CASE("an empty host name is an Error") {
     const auto context = client_context("");
     CHECK(contains(error_of([&] { TlsStream client(context, ""); }), "TLS: \"\" is not the name of a server"));
 }
 
-TEST_CASE("of several certificates a client gets the one for the name it asks for, and else the first") {
+TEST_CASE("the server selects the certificate by SNI, and the first one if no name matches") {
     const CertificateFiles first("first", {"one.example"}), second("second", {"two.example", "*.two.example"});
     TlsOptions options = first.options();
     options.more.push_back({second.certificate, second.key});
@@ -340,7 +340,7 @@ TEST_CASE("of several certificates a client gets the one for the name it asks fo
     }
 }
 
-TEST_CASE("close_notify ends one direction, and the other goes on") {
+TEST_CASE("close_notify ends only one direction") {
     for (const int version : versions) {
         Pair pair(version);
         pair.connect();
@@ -363,7 +363,7 @@ TEST_CASE("close_notify ends one direction, and the other goes on") {
     }
 }
 
-TEST_CASE("what comes after close_notify is not looked at") {
+TEST_CASE("bytes after close_notify are ignored") {
     Pair pair;
     pair.connect();
     pair.client.shutdown();
@@ -371,7 +371,7 @@ TEST_CASE("what comes after close_notify is not looked at") {
     CHECK(pair.server.failure() == "");
 }
 
-TEST_CASE("without close_notify a stream waits for more: its end is not a proper one") {
+TEST_CASE("without close_notify a stream does not report the end") {
     Pair pair;
     pair.connect();
     const std::string bytes = encrypt(pair.client, pattern(5000));
@@ -379,7 +379,7 @@ TEST_CASE("without close_notify a stream waits for more: its end is not a proper
     CHECK(read_outcome(pair.server) == TlsStream::Outcome::need_more);
 }
 
-TEST_CASE("a byte that was changed on the way fails the stream, with an alert for the peer") {
+TEST_CASE("a changed byte fails the stream with an alert for the peer") {
     for (const int version : versions) {
         Pair pair(version);
         pair.connect();
@@ -390,7 +390,7 @@ TEST_CASE("a byte that was changed on the way fails the stream, with an alert fo
         const std::string alert = take_output(pair.server);
         feed(pair.client, alert);
         CHECK(pair.client.failure() == "sslv3 alert bad record mac");
-        // Nothing more comes of it.
+        // A failed stream stays failed.
         CHECK(read_outcome(pair.server) == TlsStream::Outcome::failure);
         CHECK(pair.server.write("words").outcome == TlsStream::Outcome::failure);
         pair.server.shutdown();
@@ -398,7 +398,7 @@ TEST_CASE("a byte that was changed on the way fails the stream, with an alert fo
     }
 }
 
-TEST_CASE("a peer that begins with plain text is known by its first byte") {
+TEST_CASE("the first byte reveals a peer that sends plain text") {
     for (const std::string text : {"GET / HTTP/1.1\r\n", "P", "HTTP/1.1 400 Bad Request\r\n"}) {
         Pair pair;
         pair.server.receive(text);
@@ -412,18 +412,18 @@ TEST_CASE("a peer that begins with plain text is known by its first byte") {
     CHECK_FALSE(pair.server.failure().empty());
 }
 
-TEST_CASE("a client can not negotiate anew") {
+TEST_CASE("a client cannot renegotiate") {
     Pair pair(TLS1_2_VERSION);
     pair.connect();
     SSL_clear_options(pair.client.native(), SSL_OP_NO_RENEGOTIATION);
     REQUIRE(SSL_renegotiate(pair.client.native()) == 1);
     exchange(pair.client, pair.server);
-    // RFC 5246 7.2.2: the server has answered with a warning, after which this client gives up.
+    // RFC 5246 7.2.2: the server answers with a warning, and this client ends the connection.
     CHECK(pair.client.failure() == "no renegotiation");
     CHECK(pair.server.failure() == "sslv3 alert handshake failure");
 }
 
-TEST_CASE("a peer may change its keys, but what it makes a server say without reading it is bounded") {
+TEST_CASE("a peer may update its keys, but the unread answers are bounded") {
     Pair pair;
     pair.connect();
     const auto change_keys = [&] {
@@ -441,7 +441,7 @@ TEST_CASE("a peer may change its keys, but what it makes a server say without re
     CHECK(largest < 140'000);
 }
 
-TEST_CASE("stale entries of the thread's error queue decide nothing, and none are left behind") {
+TEST_CASE("a stream ignores old entries of the thread's error queue and leaves none") {
     Pair pair;
     const auto disturb = [] { ERR_put_error(ERR_LIB_SSL, 0, SSL_R_BAD_PACKET, __FILE__, __LINE__); };
     disturb();
@@ -458,7 +458,7 @@ TEST_CASE("stale entries of the thread's error queue decide nothing, and none ar
     CHECK(ERR_peek_error() == 0);
 }
 
-TEST_CASE("input that was put aside is read later, and output may be taken in any parts") {
+TEST_CASE("stored input is read later, and output is consumed in parts of any size") {
     Pair pair;
     pair.connect();
     const std::string text = pattern(60'000);
@@ -487,7 +487,7 @@ TEST_CASE("input that was put aside is read later, and output may be taken in an
     CHECK((feed(pair.server, parts) == text.substr(0, 16'000)));
 }
 
-TEST_CASE("a ticket lets a client resume") {
+TEST_CASE("a client resumes a session with a ticket") {
     for (const int version : versions) {
         const CertificateFiles files("ticket");
         const auto context = server_context(files.options());
@@ -507,7 +507,7 @@ TEST_CASE("a ticket lets a client resume") {
 
 // ---- files ----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a file that can not be used is an Error with its name and OpenSSL's reason") {
+TEST_CASE("a file that cannot be used is an Error with its name and OpenSSL's reason") {
     const CertificateFiles good("right"), other("wrong");
     const std::string nonsense = good.certificate + ".txt", locked = good.key + ".locked", rsa = good.key + ".rsa";
     CertificateFiles::write(nonsense, "nonsense\n");
@@ -523,7 +523,7 @@ TEST_CASE("a file that can not be used is an Error with its name and OpenSSL's r
         {nonsense, good.key, "", "TLS certificate \"" + nonsense + "\": no start line"},
         {"", "", "", "TLS certificate \"\": No such file or directory"},
         {good.certificate, "/nowhere/key.pem", "", "TLS key \"/nowhere/key.pem\": No such file or directory"},
-        // The reason is another one in OpenSSL 1.1.1.
+        // OpenSSL 1.1.1 has a different reason.
         {good.certificate, good.certificate, "", "TLS key \"" + good.certificate + "\": "},
         {good.certificate, nonsense, "", "TLS key \"" + nonsense + "\": "},
         {good.certificate, other.key, "", "TLS key \"" + other.key + "\": key values mismatch"},
@@ -553,7 +553,7 @@ TEST_CASE("a file that can not be used is an Error with its name and OpenSSL's r
 
 // ---- the server -----------------------------------------------------------------------------------------------------
 
-TEST_CASE("TLS and plain at once on one server: each request knows its scheme") {
+TEST_CASE("one server listens with TLS and without, and each request knows its scheme") {
     struct Scheme : WebSocketHandler {
         void open() override { write_message(request().scheme()); }
         void on_message(const Message&) override {}
@@ -585,9 +585,7 @@ TEST_CASE("TLS and plain at once on one server: each request knows its scheme") 
     CHECK(plain.read_until(test::hex("81 04") + "http"));
 }
 
-TEST_CASE(
-    "a client that speaks plain HTTP to the port of TLS is told so in plain HTTP, and a TLS client on the plain one "
-    "too") {
+TEST_CASE("a plain HTTP client on a TLS port gets an answer in plain HTTP, and a TLS client detects a plain port") {
     TlsServer running("plain");
     RunningServer other;
     for (const std::string& request : {std::string("GET / HTTP/1.1\r\nHost: x\r\n\r\n"), std::string("P"),
@@ -607,7 +605,7 @@ TEST_CASE(
     CHECK(tls.stream.plain_text());
 }
 
-TEST_CASE("a refused handshake ends with an alert that arrives, and is logged with its reason") {
+TEST_CASE("a refused handshake ends with an alert and is logged with its reason") {
     const CertificateFiles files("refused");
     std::vector<std::string> log;
     RunningServer running;
@@ -635,7 +633,7 @@ TEST_CASE("a refused handshake ends with an alert that arrives, and is logged wi
     }));
 }
 
-TEST_CASE("a handshake that stops in the middle is ended at the deadline, and counts as a connection until then") {
+TEST_CASE("an unfinished handshake is a connection until its deadline") {
     ServerOptions options;
     options.limits.handshake_timeout = 50ms;
     TlsServer running("middle", options);
@@ -653,7 +651,7 @@ TEST_CASE("a handshake that stops in the middle is ended at the deadline, and co
     CHECK(running.metrics().tls_handshakes == 0);
 }
 
-TEST_CASE("a client that sends one byte at a time is served as any other") {
+TEST_CASE("a client may send one byte at a time over TLS") {
     TlsServer running("drip");
     ManualClient client(running.port());
     client.raw.socket().set_nodelay(true);
@@ -669,11 +667,11 @@ TEST_CASE("a client that sends one byte at a time is served as any other") {
     CHECK(client.read_until("\r\n\r\n" + hello_plain));
 }
 
-TEST_CASE("more decrypted bytes than a turn reads do not wait for the socket") {
+TEST_CASE("decrypted bytes that one turn does not handle do not wait for the socket") {
     TlsServer running("stall");
     ManualClient client(running.port());
     REQUIRE(client.open());
-    // Small messages of one record each, and large ones that end within a record.
+    // Small messages, each in its own record, then large messages that end in the middle of a record.
     std::string bytes;
     for (int i = 0; i < 3000; ++i) bytes += encrypt(client.stream, hello_masked);
     const std::string large = test::hex("82 ff 00 00 00 00 00 04 00 05 00 00 00 00") + std::string(0x40005, 'x');
@@ -687,20 +685,20 @@ TEST_CASE("more decrypted bytes than a turn reads do not wait for the socket") {
     CHECK((client.text == wanted));
 }
 
-TEST_CASE("a stream that is cut off, one that ends with close_notify and one that breaks are all 1006") {
-    struct Noted : WebSocketHandler {
-        explicit Noted(std::vector<std::string>& endings) : endings_(endings) {}
+TEST_CASE("a stream that ends without a Close frame is 1006, with or without close_notify") {
+    struct CloseRecorder : WebSocketHandler {
+        explicit CloseRecorder(std::vector<std::string>& closes) : closes_(closes) {}
         void on_message(const Message&) override {}
         void on_close() override {
-            endings_.push_back(std::to_string(number(close_code())) + " " + std::string(to_string(close_cause())) +
-                               ": " + close_reason());
+            closes_.push_back(std::to_string(number(close_code())) + " " + std::string(to_string(close_cause())) +
+                              ": " + close_reason());
         }
-        std::vector<std::string>& endings_;
+        std::vector<std::string>& closes_;
     };
     const CertificateFiles files("cut");
-    std::vector<std::string> endings;
+    std::vector<std::string> closes;
     RunningServer running;
-    running.server.route<Noted>("/", std::ref(endings));
+    running.server.route<CloseRecorder>("/", std::ref(closes));
     running.server.listen_tls(0, files.options());
     running.run();
     for (int kind = 0; kind < 3; ++kind) {
@@ -719,12 +717,12 @@ TEST_CASE("a stream that is cut off, one that ends with close_notify and one tha
         REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
     }
     running.stop();
-    CHECK(endings == std::vector<std::string>{"1006 connection lost: the peer hung up without a Close frame",
-                                              "1006 connection lost: the peer hung up without a Close frame",
-                                              "1006 connection lost: decryption failed or bad record mac"});
+    CHECK(closes == std::vector<std::string>{"1006 connection lost: the peer hung up without a Close frame",
+                                             "1006 connection lost: the peer hung up without a Close frame",
+                                             "1006 connection lost: decryption failed or bad record mac"});
 }
 
-TEST_CASE("after the closing handshake the server says close_notify") {
+TEST_CASE("after the closing handshake the server sends close_notify") {
     TlsServer running("bye");
     ManualClient client(running.port());
     REQUIRE(client.handshake());
@@ -735,14 +733,14 @@ TEST_CASE("after the closing handshake the server says close_notify") {
     CHECK_FALSE(client.raw.reset_by_peer);
 }
 
-TEST_CASE("certificates are read anew while clients come and go, and who is connected stays") {
+TEST_CASE("reload_certificates works under load and keeps open connections") {
     TlsServer running("reload");
-    ManualClient staying(running.port());
-    REQUIRE(staying.open());
-    std::atomic<bool> going{true};
+    ManualClient open_client(running.port());
+    REQUIRE(open_client.open());
+    std::atomic<bool> done{false};
     std::atomic<int> served{0};
     std::thread load([&] {
-        while (going) {
+        while (!done) {
             ManualClient client(running.port());
             if (!client.handshake()) return;
             client.send(upgrade() + hello_masked);
@@ -750,7 +748,7 @@ TEST_CASE("certificates are read anew while clients come and go, and who is conn
             ++served;
         }
     });
-    std::string last = serial_of(staying.stream);
+    std::string last = serial_of(open_client.stream);
     for (int i = 0; i < 20; ++i) {
         running.files.renew({"localhost"}, "/CN=localhost");
         running.on_loop([&] { running.server.reload_certificates(); });
@@ -761,11 +759,11 @@ TEST_CASE("certificates are read anew while clients come and go, and who is conn
     }
     const int before = served;
     CHECK(running.eventually([&] { return served > before; }));
-    going = false;
+    done = true;
     load.join();
-    staying.send(hello_masked);
-    CHECK(staying.read_until(hello_plain));
-    // What can not be used changes nothing.
+    open_client.send(hello_masked);
+    CHECK(open_client.read_until(hello_plain));
+    // A file that cannot be used changes nothing.
     CertificateFiles::write(running.files.key, "nonsense");
     const std::string error = running.on_loop([&] { return error_of([&] { running.server.reload_certificates(); }); });
     CHECK(contains(error, "TLS key \"" + running.files.key + "\": "));
@@ -774,7 +772,7 @@ TEST_CASE("certificates are read anew while clients come and go, and who is conn
     CHECK(serial_of(after.stream) == last);
 }
 
-TEST_CASE("a server may ask clients for a certificate, and knows them by it") {
+TEST_CASE("a server may request client certificates, and a handler sees the subject") {
     struct Who : WebSocketHandler {
         void open() override { write_message("you are " + std::string(request().client_certificate()) + "."); }
         void on_message(const Message&) override {}
@@ -811,7 +809,7 @@ TEST_CASE("a server may ask clients for a certificate, and knows them by it") {
     }
 }
 
-TEST_CASE("a flood of handshakes is worked off over many turns of the loop") {
+TEST_CASE("a flood of handshakes is spread over many turns of the loop") {
     TlsServer running("flood");
     std::vector<std::unique_ptr<ManualClient>> clients;
     for (int i = 0; i < 200; ++i) {
@@ -819,20 +817,20 @@ TEST_CASE("a flood of handshakes is worked off over many turns of the loop") {
         clients.back()->stream.handshake();
     }
     REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 200; }));
-    // While the loop is held up, all say hello; then each turn tells how many octets have been answered.
-    std::atomic<bool> held{false}, released{false};
+    // All clients start the handshake while the loop is blocked. Then each turn records the bytes sent.
+    std::atomic<bool> blocked{false}, released{false};
     running.server.loop().post([&] {
-        held = true;
+        blocked = true;
         while (!released) std::this_thread::yield();
     });
-    while (!held) std::this_thread::yield();
+    while (!blocked) std::this_thread::yield();
     for (const auto& client : clients) client->raw.send(take_output(client->stream));
     std::vector<std::uint64_t> sent;
-    std::function<void()> look = [&] {
+    std::function<void()> record = [&] {
         sent.push_back(running.server.metrics().bytes_sent);
-        if (sent.size() < 50) running.server.loop().post(look);
+        if (sent.size() < 50) running.server.loop().post(record);
     };
-    running.server.loop().post(look);
+    running.server.loop().post(record);
     released = true;
     REQUIRE(running.eventually([&] { return sent.size() == 50; }));
     std::uint64_t largest = 0;
