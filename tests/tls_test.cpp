@@ -63,8 +63,8 @@ std::string feed(TlsStream& stream, const std::string& bytes, std::size_t piece 
         const std::string part = bytes.substr(at, piece);
         stream.receive(part);
         for (;;) {
-            const TlsStream::Result result = stream.read(buffer.data(), buffer.size());
-            if (result.outcome != TlsStream::Outcome::done) break;
+            const IoResult result = stream.read(buffer.data(), buffer.size());
+            if (result.outcome != IoResult::Outcome::done) break;
             text.append(buffer.data(), result.size);
         }
     }
@@ -86,13 +86,13 @@ void exchange(TlsStream& client, TlsStream& server, std::size_t piece = std::str
 std::string encrypt(TlsStream& stream, std::string_view text) {
     std::string bytes;
     for (; !text.empty(); text.remove_prefix((std::min)(text.size(), TlsStream::max_record))) {
-        REQUIRE(stream.write(text.substr(0, TlsStream::max_record)).outcome == TlsStream::Outcome::done);
+        REQUIRE(stream.write(text.substr(0, TlsStream::max_record)).outcome == IoResult::Outcome::done);
         bytes += take_output(stream);
     }
     return bytes;
 }
 
-TlsStream::Outcome read_outcome(TlsStream& stream) {
+IoResult::Outcome read_outcome(TlsStream& stream) {
     char buffer[100];
     return stream.read(buffer, sizeof buffer).outcome;
 }
@@ -350,15 +350,15 @@ TEST_CASE("close_notify ends only one direction") {
         char buffer[100];
         pair.server.receive(bytes);
         REQUIRE(pair.server.read(buffer, sizeof buffer).size == 10);
-        CHECK(read_outcome(pair.server) == TlsStream::Outcome::end);
-        CHECK(read_outcome(pair.server) == TlsStream::Outcome::end);
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::end);
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::end);
         CHECK(feed(pair.client, encrypt(pair.server, "the answer")) == "the answer");
         pair.server.shutdown();
         pair.server.shutdown();
         const std::string notify = take_output(pair.server);
         CHECK_FALSE(notify.empty());
         pair.client.receive(notify);
-        CHECK(read_outcome(pair.client) == TlsStream::Outcome::end);
+        CHECK(read_outcome(pair.client) == IoResult::Outcome::end);
         CHECK(pair.server.failure() == "");
     }
 }
@@ -376,7 +376,7 @@ TEST_CASE("without close_notify a stream does not report the end") {
     pair.connect();
     const std::string bytes = encrypt(pair.client, pattern(5000));
     pair.server.receive(std::string_view(bytes).substr(0, bytes.size() - 1));
-    CHECK(read_outcome(pair.server) == TlsStream::Outcome::need_more);
+    CHECK(read_outcome(pair.server) == IoResult::Outcome::would_block);
 }
 
 TEST_CASE("a changed byte fails the stream with an alert for the peer") {
@@ -391,8 +391,8 @@ TEST_CASE("a changed byte fails the stream with an alert for the peer") {
         feed(pair.client, alert);
         CHECK(pair.client.failure() == "sslv3 alert bad record mac");
         // A failed stream stays failed.
-        CHECK(read_outcome(pair.server) == TlsStream::Outcome::failure);
-        CHECK(pair.server.write("words").outcome == TlsStream::Outcome::failure);
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::error);
+        CHECK(pair.server.write("words").outcome == IoResult::Outcome::error);
         pair.server.shutdown();
         CHECK(take_output(pair.server) == "");
     }
@@ -402,7 +402,7 @@ TEST_CASE("the first byte reveals a peer that sends plain text") {
     for (const std::string text : {"GET / HTTP/1.1\r\n", "P", "HTTP/1.1 400 Bad Request\r\n"}) {
         Pair pair;
         pair.server.receive(text);
-        CHECK(read_outcome(pair.server) == TlsStream::Outcome::failure);
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::error);
         CHECK(pair.server.plain_text());
         CHECK(take_output(pair.server) == "");
     }
@@ -450,7 +450,7 @@ TEST_CASE("a stream ignores old entries of the thread's error queue and leaves n
     disturb();
     CHECK(feed(pair.server, encrypt(pair.client, "words")) == "words");
     disturb();
-    CHECK(pair.server.write("words").outcome == TlsStream::Outcome::done);
+    CHECK(pair.server.write("words").outcome == IoResult::Outcome::done);
     std::string bad = encrypt(pair.client, "words");
     bad.back() = static_cast<char>(bad.back() ^ 1);
     feed(pair.server, bad);
@@ -713,7 +713,7 @@ TEST_CASE("a stream that ends without a Close frame is 1006, with or without clo
         client.raw.read_to_end();
         feed(client.stream, client.raw.received);
         // RFC 8446 6.1: "Each party MUST send a "close_notify" alert before closing its write side".
-        CHECK(read_outcome(client.stream) == (kind == 2 ? TlsStream::Outcome::failure : TlsStream::Outcome::end));
+        CHECK(read_outcome(client.stream) == (kind == 2 ? IoResult::Outcome::error : IoResult::Outcome::end));
         REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
     }
     running.stop();
@@ -729,7 +729,7 @@ TEST_CASE("after the closing handshake the server sends close_notify") {
     client.send(upgrade() + test::hex("88 80 00 00 00 00"));
     CHECK(client.read_until(test::hex("88 00")));
     while (client.read_some()) continue;
-    CHECK(read_outcome(client.stream) == TlsStream::Outcome::end);
+    CHECK(read_outcome(client.stream) == IoResult::Outcome::end);
     CHECK_FALSE(client.raw.reset_by_peer);
 }
 
