@@ -4367,8 +4367,8 @@ private:
     }
 };
 
-// Sends to many sockets with one system call (io_uring), which saves 10 to 20% of the CPU time of a broadcast. Optional: the
-// caller uses Socket::send() if there is no batch, and for each item that the batch did not try.
+// Sends to many sockets with one system call (io_uring), which saves 10 to 20% of the CPU time of a broadcast.
+// Optional: the caller uses Socket::send() if there is no batch, and for each item that the batch did not try.
 class SendBatch {
 public:
     struct Item {
@@ -4476,8 +4476,8 @@ struct WireCount {
     std::uint64_t sent = 0;
 };
 
-// The encryption between a connection and its socket. A plain connection has no transport. Each call adds the bytes that
-// went through the socket to `wire`.
+// The encryption between a connection and its socket. A plain connection has no transport. Each call adds the bytes
+// that went through the socket to `wire`.
 class Transport {
 public:
     virtual ~Transport() = default;
@@ -4562,7 +4562,7 @@ public:
 #endif
     }
 
-    // With the port that the system picked.
+    // For port 0, it has the port that the system picked.
     const ListenAddress& address() const { return address_; }
     os::Descriptor descriptor() const { return socket_.descriptor(); }
 
@@ -4755,25 +4755,27 @@ protected:
 
 }  // namespace detail
 
-// How a loop waits for sockets. automatic: epoll on Linux, kqueue on BSD and macOS, otherwise poll (WSAPoll on Windows).
+// How a loop waits for sockets. automatic: epoll on Linux, kqueue on BSD and macOS, otherwise poll (WSAPoll on
+// Windows).
 enum class PollerKind : std::uint8_t { automatic, poll };
 
 namespace detail {
 
 // The contract of all pollers:
 //
-//   add()     Starts to watch a descriptor for reading, writing, both or neither. Add a descriptor only once.
-//   change()  Replaces what the descriptor is watched for.
-//   remove()  Stops to watch it. Call it before close(). A descriptor that was not added is ignored.
-//   wait()    Blocks until a descriptor is ready or the timeout is over (-1: no timeout). Then it replaces `ready`.
+//   add()      Starts watching a descriptor for reading, writing, both or neither. Add a descriptor only once.
+//   change()   Replaces what the descriptor is watched for.
+//   remove()   Stops watching it. Call remove() before close(). A descriptor that was not added is ignored.
+//   wait()     Blocks until a descriptor is ready or the timeout is over (-1: no timeout). Then it replaces `ready`.
 //
-// Level-triggered: each wait() reports a descriptor for as long as it is readable or writable. One wait() may report a
-// part of the ready descriptors (512), and later ones report the others. An owner may be in one batch twice.
-// `broken` means that both directions are closed or failed. It is reported even if nothing is watched for. If the peer
-// only ends its sending side, the descriptor is readable and not broken.
-// Lifetime: wait() does not report an owner after remove(), but a batch from an earlier wait() may still contain it. The
-// owner must live until the caller has handled that batch.
-// add() and change() return false if the system has no resources for the call.
+//   failure    add() and change() return false if the system has no resources for the call.
+//   level      Each wait() reports a descriptor for as long as it is readable or writable (level-triggered).
+//   batch      One wait() may report a part of the ready descriptors (512); the next calls report the others. A batch may
+//              contain an owner twice.
+//   broken     Both directions are closed or failed. It is reported even if nothing is watched for. If the peer only ends
+//              its sending side, the descriptor is readable and not broken.
+//   lifetime   wait() does not report an owner after remove(), but an earlier batch may still contain it. The owner must
+//              live until the caller has handled that batch.
 class Poller {
 public:
     struct Ready {
@@ -4818,10 +4820,10 @@ public:
         ready.clear();
         if (os::poll(entries_.data(), entries_.size(), timeout_ms) <= 0) return;
         for (std::size_t i = 0; i < entries_.size(); ++i) {
-            const auto got = static_cast<unsigned>(entries_[i].revents);
-            if (got == 0) continue;
-            const bool broken = (got & (POLLHUP | POLLERR | POLLNVAL)) != 0;
-            ready.push_back({owners_[i], (got & POLLIN) != 0, (got & POLLOUT) != 0, broken});
+            const auto revents = static_cast<unsigned>(entries_[i].revents);
+            if (revents == 0) continue;
+            const bool broken = (revents & (POLLHUP | POLLERR | POLLNVAL)) != 0;
+            ready.push_back({owners_[i], (revents & POLLIN) != 0, (revents & POLLOUT) != 0, broken});
         }
     }
 
@@ -4858,9 +4860,9 @@ public:
         ready.clear();
         const int count = ::epoll_wait(epoll_.descriptor(), events_, batch, timeout_ms);
         for (int i = 0; i < count; ++i) {
-            const std::uint32_t got = events_[i].events;
-            ready.push_back({static_cast<Pollable*>(events_[i].data.ptr), (got & EPOLLIN) != 0, (got & EPOLLOUT) != 0,
-                             (got & (EPOLLHUP | EPOLLERR)) != 0});
+            const std::uint32_t events = events_[i].events;
+            ready.push_back({static_cast<Pollable*>(events_[i].data.ptr), (events & EPOLLIN) != 0,
+                             (events & EPOLLOUT) != 0, (events & (EPOLLHUP | EPOLLERR)) != 0});
         }
     }
 
@@ -4945,8 +4947,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 11: TLS
 //
-// TlsStream: TLS 1.2 and 1.3 with OpenSSL, for servers and clients, as bytes in and bytes out. TlsTransport: a TlsStream on
-// a socket. Compiled only with WSCHAT_OPENSSL. It does not know HTTP, WebSocket or loops.
+// TlsStream: TLS 1.2 and 1.3 with OpenSSL, for servers and clients, as bytes in and bytes out. TlsTransport: a
+// TlsStream on a socket. Compiled only with WSCHAT_OPENSSL. It does not know HTTP, WebSocket or loops.
 // ====================================================================================================================
 
 #if WSCHAT_OPENSSL
@@ -4974,8 +4976,8 @@ struct OpensslDeleter {
 template <class Object, auto Free>
 using OpensslPtr = std::unique_ptr<Object, OpensslDeleter<Free>>;
 
-// Empties this thread's error queue. Returns the text of the oldest entry, because the first error causes the others. If
-// there are entries of `library`, returns the oldest of those.
+// Empties this thread's error queue. Returns the text of the oldest entry, because the first error causes the others.
+// If there are entries of `library`, returns the oldest of those.
 inline std::string pop_tls_error(int library = 0) {
     unsigned long code = ERR_get_error();
     while (const unsigned long next = ERR_get_error())
@@ -4998,7 +5000,8 @@ struct TlsOptions {
     std::string certificate;     // the certificate, then its intermediate certificates
     std::string key;             // its private key
     std::string key_password{};  // for all encrypted keys
-    // Certificates for more host names. The server picks the one for the name that the client sends (SNI), or the first.
+    // Certificates for more host names. The server picks the one for the name that the client sends (SNI), or the
+    // first.
     std::vector<TlsCertificate> more{};
     // If set, the server requests a client certificate that an authority in this file has signed. See
     // Request::client_certificate().
@@ -5118,8 +5121,8 @@ private:
         return 1;
     }
 
-    // RFC 7301 3.2: "In the event that the server supports no protocols that the client advertises, then the server SHALL
-    // respond with a fatal 'no_application_protocol' alert."
+    // RFC 7301 3.2: "In the event that the server supports no protocols that the client advertises, then the server
+    // SHALL respond with a fatal 'no_application_protocol' alert."
     static int select_protocol(SSL*, const unsigned char** selected, unsigned char* size, const unsigned char* offered,
                                unsigned offered_size, void*) {
         constexpr std::string_view http = "http/1.1";
@@ -5138,8 +5141,8 @@ private:
 };
 
 // The TLS state of one connection, without a socket and without a clock. Ciphertext may come in pieces of any size.
-// Outcomes: would_block means that it needs ciphertext from the peer; end means that the peer has sent close_notify. After
-// an error, failure() has the cause and output() may contain an alert for the peer.
+// Outcomes: would_block means that it needs ciphertext from the peer; end means that the peer has sent close_notify.
+// After an error, failure() has the cause and output() may contain an alert for the peer.
 class TlsStream {
 public:
     // The largest plaintext of one record (RFC 8446 5.1).
@@ -5312,8 +5315,8 @@ private:
         input_ = stored_.view();
     }
 
-    // Calls a function of OpenSSL that returns 1 for success. Clears the thread's error queue before, because SSL_get_error()
-    // also reads errors of earlier calls.
+    // Calls a function of OpenSSL that returns 1 for success. Clears the thread's error queue before, because
+    // SSL_get_error() also reads errors of earlier calls.
     template <class Call>
     IoResult call_openssl(Call&& call) {
         if (!failure_.empty()) return {Outcome::error};
@@ -5458,8 +5461,8 @@ private:
         return {IoResult::Outcome::done};
     }
 
-    // Encrypts and sends batch by batch. When the kernel accepts no more, the ciphertext of at most one batch is pending; its
-    // plaintext does not count as sent until the ciphertext is sent.
+    // Encrypts and sends batch by batch. When the kernel accepts no more, the ciphertext of at most one batch is
+    // pending; its plaintext does not count as sent until the ciphertext is sent.
     IoResult encrypt(Socket& socket, const std::string_view* pieces, std::size_t count, WireCount& wire) {
         PieceCursor rest{pieces, count};
         std::size_t done = 0;
@@ -5548,8 +5551,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 12: Loop
 //
-// The event loop of one thread. Each turn waits for sockets, calls their owners, runs timers and posted work, and ends with
-// the server's hook. It does not know what the owners do.
+// The event loop of one thread. Each turn waits for sockets, calls their owners, runs timers and posted work, and ends
+// with the server's hook. It does not know what the owners do.
 // ====================================================================================================================
 
 #include <atomic>
@@ -5560,7 +5563,7 @@ WSCHAT_BEGIN
 
 namespace detail {
 
-// A callback at a time. Its owner keeps it alive; a Timers heap contains it at most once.
+// A callback that is due at a time. Its owner keeps it alive; a Timers heap contains it at most once.
 class Timer {
 public:
     Timer() = default;
@@ -5634,8 +5637,8 @@ private:
     std::vector<Timer*> heap_;
 };
 
-// While at least one guard exists, SIGINT and SIGTERM (on Windows: Ctrl-C and closing the console) only write their number
-// to the wake-up pipe of each guard. The last guard restores what the signals did before.
+// While at least one guard exists, SIGINT and SIGTERM (on Windows: Ctrl-C and closing the console) only write their
+// number to the wake-up pipe of each guard. The last guard restores what the signals did before.
 class SignalGuard {
 public:
     explicit SignalGuard(os::Descriptor wake) : wake_(wake) {
@@ -5707,7 +5710,7 @@ private:
     Link next_{nullptr};
 };
 
-// Rounds up to the clock's tick, and limits the value to the range of Duration. NaN is an Error that begins with `name`.
+// Rounds up to the clock's tick. A value outside the range of Duration becomes its minimum or maximum. NaN is an Error.
 template <class Rep, class Period>
 Duration to_clock_duration(std::chrono::duration<Rep, Period> duration, const char* name) {
     const long double ticks = std::chrono::duration<long double, Duration::period>(duration).count();
@@ -5746,13 +5749,13 @@ public:
         while (!stop_) turn();
         thread_.store(nullptr);
     }
-    // Ends run() after this turn. For the loop's thread; other threads post a call of it.
+    // Ends run() after this turn. Call it on the loop's thread; other threads post() the call.
     void stop() { stop_ = true; }
 
     // Runs the work on the loop's thread, in the order of the calls. Any thread may call post(). `work` is any callable
-    // without arguments; it may be move-only. The server logs an exception that leaves it.
+    // without arguments; it may be move-only. The server logs the exceptions that it throws.
     bool post(detail::Task work) { return mailbox_->post(std::move(work)); }
-    // For threads that may outlive the loop.
+    // A mailbox for threads that may outlive the loop.
     std::shared_ptr<Mailbox> mailbox() const { return mailbox_; }
 
     // Calls the callback once, after the delay, in a later turn. Delays are rounded up to the clock's tick; a negative
@@ -5762,8 +5765,8 @@ public:
         return add_call(detail::to_clock_duration(delay, "call_later: the delay"), Duration::zero(),
                         std::move(callback));
     }
-    // Calls the callback after each interval. If the loop is late, missed calls are skipped. NaN and an interval that is
-    // not positive are Errors.
+    // Calls the callback after each interval. If the loop is late, missed calls are skipped. NaN and an interval that
+    // is not positive are Errors.
     template <class Rep, class Period>
     TimerId call_every(std::chrono::duration<Rep, Period> interval, detail::Task callback) {
         const Duration rounded = detail::to_clock_duration(interval, "call_every: the interval");
@@ -5885,9 +5888,9 @@ private:
     int timeout_ms() const {
         if (poll_again_ || stop_ || mailbox_->has_work.load()) return 0;
         if (timers_.next() == (Time::max)()) return -1;
-        const auto left = timers_.next() - Clock::now();
-        if (left <= Duration::zero()) return 0;
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(left).count() + 1;
+        const auto remaining = timers_.next() - Clock::now();
+        if (remaining <= Duration::zero()) return 0;
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(remaining).count() + 1;
         return ms > 60'000 ? 60'000 : static_cast<int>(ms);
     }
 

@@ -1,6 +1,6 @@
 // A thread of its own counts ticks, and each client gets them.   ticker [port]
 //
-// The thread never touches a handler or a room. It posts work to the loop, and the loop's thread broadcasts. Try it with:
+// The thread never touches a handler or a room. It posts work to the loop, and the loop's thread broadcasts.
 //   python3 -m websockets ws://127.0.0.1:8890/ticks
 #include "../wschat.hpp"
 

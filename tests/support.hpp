@@ -152,7 +152,8 @@ inline std::unique_ptr<wschat::detail::Transport> client_transport(std::string_v
     wschat::detail::TlsClientOptions options;
     options.accept_any_certificate = true;
     static const auto context = std::make_shared<const wschat::detail::TlsContext>(options);
-    return std::make_unique<wschat::detail::TlsTransport>(std::make_shared<wschat::detail::TlsBuffers>(), context, host);
+    return std::make_unique<wschat::detail::TlsTransport>(std::make_shared<wschat::detail::TlsBuffers>(), context,
+                                                          host);
 }
 
 #else

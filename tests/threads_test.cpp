@@ -1,5 +1,5 @@
-// Several servers in one process, each on its own thread. They use Loop::post, Mailbox and HandlerRef across threads while
-// clients connect and disconnect. Mainly for ThreadSanitizer.
+// Several servers in one process, each on its own thread. They use Loop::post, Mailbox and HandlerRef across threads
+// while clients connect and disconnect. Mainly for ThreadSanitizer.
 #include "support.hpp"
 
 #include <csignal>
