@@ -4770,12 +4770,12 @@ namespace detail {
 //
 //   failure    add() and change() return false if the system has no resources for the call.
 //   level      Each wait() reports a descriptor for as long as it is readable or writable (level-triggered).
-//   batch      One wait() may report a part of the ready descriptors (512); the next calls report the others. A batch may
-//              contain an owner twice.
-//   broken     Both directions are closed or failed. It is reported even if nothing is watched for. If the peer only ends
-//              its sending side, the descriptor is readable and not broken.
-//   lifetime   wait() does not report an owner after remove(), but an earlier batch may still contain it. The owner must
-//              live until the caller has handled that batch.
+//   batch      One wait() may report a part of the ready descriptors (512); the next calls report the others. A batch
+//              may contain an owner twice.
+//   broken     Both directions are closed or failed. It is reported even if nothing is watched for. If the peer only
+//              ends its sending side, the descriptor is readable and not broken.
+//   lifetime   wait() does not report an owner after remove(), but an earlier batch may still contain it. The owner
+//              must live until the caller has handled that batch.
 class Poller {
 public:
     struct Ready {
@@ -5725,6 +5725,8 @@ class LoopAccess;
 
 }  // namespace detail
 
+// The event loop of one thread: sockets, timers and posted work. Other threads may call only post(), mailbox() and
+// on_loop_thread().
 class Loop {
 public:
     using TimerId = std::uint64_t;
