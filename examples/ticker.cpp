@@ -1,6 +1,6 @@
-// A thread of its own makes the news, and everybody who is connected gets it.   ticker [port]
+// A thread of its own counts ticks, and each client gets them.   ticker [port]
 //
-// The thread never touches a handler or a room: it posts to the loop, which does. Watch it with any client:
+// The thread never touches a handler or a room. It posts work to the loop, and the loop's thread broadcasts.
 //   python3 -m websockets ws://127.0.0.1:8890/ticks
 #include "../wschat.hpp"
 
@@ -20,7 +20,7 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
 
     std::atomic<bool> running{true};
-    std::thread maker([&] {
+    std::thread clock([&] {
         for (int tick = 1; running; ++tick) {
             server.loop().post([&server, tick] { server.rooms()["watchers"].broadcast_json({{"tick", tick}}); });
             std::this_thread::sleep_for(std::chrono::milliseconds(500));
@@ -28,7 +28,7 @@ int main(int argc, char** argv) try {
     });
     server.run();
     running = false;
-    maker.join();
+    clock.join();
 } catch (const wschat::Error& error) {
     std::fprintf(stderr, "ticker: %s\n", error.what());
     return 1;

@@ -1,4 +1,4 @@
-// section 10: addresses, listening, sockets that never block, and the pollers, all of them against one contract.
+// section 10: addresses, listening, non-blocking sockets, and one contract for all pollers.
 #include "support.hpp"
 
 #include <sys/wait.h>
@@ -26,13 +26,13 @@ bool has_ipv6() {
     return probe && ::bind(probe.descriptor(), reinterpret_cast<const sockaddr*>(&loopback), sizeof loopback) == 0;
 }
 
-// A folder of its own, which is gone afterwards with the sockets and files that lie in it.
-class Folder {
+// A temporary directory. The destructor removes it and the files whose names it made.
+class TemporaryDirectory {
 public:
-    Folder() { REQUIRE(::mkdtemp(path_) != nullptr); }
-    Folder(const Folder&) = delete;
-    Folder& operator=(const Folder&) = delete;
-    ~Folder() {
+    TemporaryDirectory() { REQUIRE(::mkdtemp(path_) != nullptr); }
+    TemporaryDirectory(const TemporaryDirectory&) = delete;
+    TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+    ~TemporaryDirectory() {
         for (const std::string& name : names_) ::unlink(name.c_str());
         ::rmdir(path_);
     }
@@ -46,54 +46,92 @@ private:
     std::set<std::string> names_;
 };
 
-// Connects to a listener of this machine, by TCP or by its path; what does not connect is an empty socket.
-Socket connect_to(const ListenAddress& where, int family = AF_INET) {
-    sockaddr_storage to{};
+sockaddr_un unix_name(const std::string& path) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::memcpy(name.sun_path, path.data(), path.size());
+    return name;
+}
+
+// A Unix socket that is bound without ListenSocket. Closing it leaves its path in the file system.
+Socket bound_unix_socket(const std::string& path) {
+    const sockaddr_un name = unix_name(path);
+    Socket socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    REQUIRE(::bind(socket.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0);
+    return socket;
+}
+
+// Connects to a listener on this machine by TCP or by its path. Returns an empty socket if it cannot.
+Socket connect_to(const ListenAddress& listener, int family = AF_INET) {
+    sockaddr_storage address{};
     socklen_t size = 0;
-    if (!where.unix_path.empty()) {
-        sockaddr_un name{};
-        name.sun_family = AF_UNIX;
-        std::memcpy(name.sun_path, where.unix_path.data(), where.unix_path.size());
-        std::memcpy(&to, &name, size = sizeof name);
+    const auto port = htons(static_cast<std::uint16_t>(listener.port));
+    if (!listener.unix_path.empty()) {
+        const sockaddr_un name = unix_name(listener.unix_path);
+        std::memcpy(&address, &name, size = sizeof name);
     } else if (family == AF_INET6) {
         sockaddr_in6 in6{};
         in6.sin6_family = AF_INET6;
-        in6.sin6_port = htons(static_cast<std::uint16_t>(where.port));
+        in6.sin6_port = port;
         in6.sin6_addr = in6addr_loopback;
-        std::memcpy(&to, &in6, size = sizeof in6);
+        std::memcpy(&address, &in6, size = sizeof in6);
     } else {
         sockaddr_in in{};
         in.sin_family = AF_INET;
-        in.sin_port = htons(static_cast<std::uint16_t>(where.port));
+        in.sin_port = port;
         in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        std::memcpy(&to, &in, size = sizeof in);
+        std::memcpy(&address, &in, size = sizeof in);
     }
-    Socket socket(::socket(to.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&to), size) != 0) return {};
+    Socket socket(::socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    if (::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&address), size) != 0) return {};
     os::make_nonblocking(socket.descriptor());
     return socket;
 }
 
+bool wait_readable(os::Descriptor descriptor) {
+    pollfd entry{descriptor, POLLIN, 0};
+    return ::poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(test::deadline).count())) == 1;
+}
+
 Socket accept(ListenSocket& listener, IpAddress& peer) {
-    pollfd entry{listener.descriptor(), POLLIN, 0};
-    REQUIRE(::poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(test::deadline).count())) == 1);
+    REQUIRE(wait_readable(listener.descriptor()));
     int error = 0;
     Socket accepted = listener.accept(peer, error);
     REQUIRE_MESSAGE(accepted, os::error_text(error));
     return accepted;
 }
 
+// A listener on a port that the system picks, or on the given address.
+struct Listener : ListenSocket {
+    explicit Listener(std::string_view address = "0", bool reuse_port = false)
+        : ListenSocket(ListenAddress::parse(address), reuse_port) {}
+};
+
+// The sentence of the Error of listening; "" if it succeeds.
+std::string listen_error(std::string_view address, bool reuse_port = false) {
+    return error_of([&] { Listener(address, reuse_port); });
+}
+
+// Runs the function in a child process with the rights of nobody. Returns its result, or -1.
+template <class Function>
+int run_unprivileged(Function function) {
+    const pid_t child = ::fork();
+    // 65534 is nobody. If setuid() fails, the process must already be without rights.
+    if (child == 0) ::_exit(::setuid(65534) != 0 && ::geteuid() == 0 ? 2 : function() ? 0 : 1);
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
 struct Pair {
     Pair() {
         int ends[2];
         REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0);
-        here = Socket(ends[0]);
-        there = Socket(ends[1]);
+        local = Socket(ends[0]);
+        peer = Socket(ends[1]);
     }
-    Socket here, there;
+    Socket local, peer;
 };
-
-using SignalAction = struct sigaction;
 
 IoResult send(Socket& socket, std::string_view bytes) { return socket.send(&bytes, 1); }
 
@@ -102,15 +140,22 @@ void fill(Socket& socket) {
     while (send(socket, bytes).outcome == IoResult::Outcome::done) continue;
 }
 
-// What a poller reports for one owner.
 struct Owner final : Pollable {
     void on_ready(bool, bool, bool) override {}
 };
 
-constexpr PollerKind kinds[] = {PollerKind::automatic, PollerKind::poll};
+// Calls the function with each kind of poller.
+template <class Function>
+void for_each_poller(Function function) {
+    for (const PollerKind kind : {PollerKind::automatic, PollerKind::poll}) {
+        const auto poller = Poller::make(kind);
+        CAPTURE(poller->name());
+        function(*poller);
+    }
+}
 
-// One report of a poller as "r", "w", "b" or what of it holds; "" where it does not name the owner.
-std::string reported(const std::vector<Poller::Ready>& ready, const Owner& owner) {
+// The events of the owner in a batch: letters of "rwb" for readable, writable and broken.
+std::string events_of(const std::vector<Poller::Ready>& ready, const Owner& owner) {
     std::string text;
     for (const Poller::Ready& entry : ready) {
         if (entry.owner != &owner) continue;
@@ -120,31 +165,55 @@ std::string reported(const std::vector<Poller::Ready>& ready, const Owner& owner
     }
     return text;
 }
-// Of what is ready by now.
-std::string now_ready(Poller& poller, const Owner& owner) {
+std::string wait_for(Poller& poller, const Owner& owner, int timeout_ms = 0) {
     std::vector<Poller::Ready> ready;
-    poller.wait(0, ready);
-    return reported(ready, owner);
+    poller.wait(timeout_ms, ready);
+    return events_of(ready, owner);
 }
 
-// As many descriptors as the machine allows, until the end of the test.
-class ManyDescriptors {
-public:
-    ManyDescriptors() {
-        ::getrlimit(RLIMIT_NOFILE, &before_);
-        const rlimit all{before_.rlim_max, before_.rlim_max};
-        ::setrlimit(RLIMIT_NOFILE, &all);
+// A pair of sockets whose first one a poller watches.
+struct WatchedPair : Pair {
+    WatchedPair(Poller& a_poller, bool read, bool write) : poller(a_poller) {
+        REQUIRE(poller.add(local.descriptor(), owner, read, write));
     }
-    ManyDescriptors(const ManyDescriptors&) = delete;
-    ManyDescriptors& operator=(const ManyDescriptors&) = delete;
-    ~ManyDescriptors() { ::setrlimit(RLIMIT_NOFILE, &before_); }
+    void watch(bool read, bool write) { REQUIRE(poller.change(local.descriptor(), owner, read, write)); }
+    std::string events() { return wait_for(poller, owner); }
+
+    Poller& poller;
+    Owner owner;
+};
+
+// Sets the soft limit of descriptors until the destructor.
+class DescriptorLimit {
+public:
+    explicit DescriptorLimit(rlim_t limit) {
+        ::getrlimit(RLIMIT_NOFILE, &before_);
+        const rlimit changed{(std::min)(limit, before_.rlim_max), before_.rlim_max};
+        ::setrlimit(RLIMIT_NOFILE, &changed);
+    }
+    DescriptorLimit(const DescriptorLimit&) = delete;
+    DescriptorLimit& operator=(const DescriptorLimit&) = delete;
+    ~DescriptorLimit() { ::setrlimit(RLIMIT_NOFILE, &before_); }
 
 private:
     rlimit before_{};
 };
 
+// While one exists, the process can open no more descriptors.
+struct NoDescriptors : DescriptorLimit {
+    NoDescriptors() : DescriptorLimit(next_descriptor()) {}
+
+private:
+    static rlim_t next_descriptor() {
+        static_cast<void>(os::error_text(EMFILE));  // the first call opens a file with messages
+        const int next = ::dup(0);
+        ::close(next);
+        return static_cast<rlim_t>(next);
+    }
+};
+
 #if defined(__linux__)
-// The descriptors that a program started from here would inherit.
+// The descriptors that a child program would inherit.
 std::set<int> inheritable_descriptors() {
     std::set<int> found;
     for (int descriptor = 0; descriptor < 4096; ++descriptor) {
@@ -155,32 +224,13 @@ std::set<int> inheritable_descriptors() {
 }
 #endif
 
-// No more descriptors can be had while one lives.
-class NoDescriptors {
-public:
-    NoDescriptors() {
-        static_cast<void>(os::error_text(EMFILE));  // what is loaded at the first error is loaded now
-        const int next = ::dup(0);
-        ::close(next);
-        ::getrlimit(RLIMIT_NOFILE, &before_);
-        const rlimit none{static_cast<rlim_t>(next), before_.rlim_max};
-        ::setrlimit(RLIMIT_NOFILE, &none);
-    }
-    NoDescriptors(const NoDescriptors&) = delete;
-    NoDescriptors& operator=(const NoDescriptors&) = delete;
-    ~NoDescriptors() { ::setrlimit(RLIMIT_NOFILE, &before_); }
-
-private:
-    rlimit before_{};
-};
-
 }  // namespace
 
 TEST_SUITE_BEGIN("sockets");
 
 // ---- addresses ------------------------------------------------------------------------------------------------------
 
-TEST_CASE("an address is parsed from its numeric forms and written in its canonical one") {
+TEST_CASE("IpAddress parses the numeric forms and writes the canonical form") {
     const struct {
         std::string text, written;
         IpAddress::Family family;
@@ -199,7 +249,7 @@ TEST_CASE("an address is parsed from its numeric forms and written in its canoni
     }
 }
 
-TEST_CASE("what is no numeric address is not parsed") {
+TEST_CASE("IpAddress does not parse other texts") {
     for (const std::string& text :
          std::vector<std::string>{"", "localhost", "1.2.3", "1.2.3.4.5", "256.0.0.1", "1.2.3.4 ", " 1.2.3.4",
                                   "1.2.3.4:80", "[::1]", ":::", "1::2::3", "12345::", "::1%lo", "0x7f.0.0.1",
@@ -209,7 +259,7 @@ TEST_CASE("what is no numeric address is not parsed") {
     }
 }
 
-TEST_CASE("an IPv4 address that came mapped into IPv6 is the IPv4 address") {
+TEST_CASE("an IPv4-mapped IPv6 address becomes the IPv4 address") {
     // RFC 4291 2.5.5.2
     CHECK(address("::ffff:192.0.2.1") == address("192.0.2.1"));
     CHECK(address("::ffff:c000:201").to_string() == "192.0.2.1");
@@ -223,7 +273,7 @@ TEST_CASE("an IPv4 address that came mapped into IPv6 is the IPv4 address") {
     CHECK(IpAddress(storage) == address("192.0.2.1"));
 }
 
-TEST_CASE("addresses of the system are taken as they are, and a Unix socket has none") {
+TEST_CASE("IpAddress converts the addresses of the system, and a Unix socket has no address") {
     sockaddr_in in{};
     in.sin_family = AF_INET;
     in.sin_addr.s_addr = htonl(0xC0000201);
@@ -267,7 +317,7 @@ TEST_CASE("addresses are equal only within one family") {
     CHECK_FALSE(address("0.0.0.0") == address("::"));
 }
 
-TEST_CASE("for limits the addresses of one IPv6 customer are one") {
+TEST_CASE("all addresses of an IPv6 /64 have one key for rate limits") {
     CHECK(address("192.0.2.255").rate_limit_key() == "192.0.2.255");
     CHECK(address("2001:db8:1:2:3:4:5:6").rate_limit_key() == "2001:db8:1:2::");
     CHECK(address("2001:db8:1:2::1").rate_limit_key() == address("2001:db8:1:2:ffff::").rate_limit_key());
@@ -303,14 +353,14 @@ TEST_CASE("a CIDR block contains the addresses of its family with its first bits
     }
 }
 
-TEST_CASE("the block unix is every Unix socket and nothing else") {
+TEST_CASE("the block unix contains all Unix sockets and nothing else") {
     CHECK(Cidr("unix").contains(IpAddress()));
     CHECK_FALSE(Cidr("unix").contains(address("127.0.0.1")));
     CHECK_FALSE(Cidr("0.0.0.0/0").contains(IpAddress()));
     CHECK_FALSE(Cidr("::/0").contains(IpAddress()));
 }
 
-TEST_CASE("what is no CIDR block is an Error that quotes it") {
+TEST_CASE("a text that is not a CIDR block is an Error that quotes it") {
     for (const std::string text :
          {"", "/", "/8", "10.0.0.0/", "10.0.0.0/33", "::/129", "10.0.0.0/8/8", "10.0.0.0/-1", "10.0.0.0/ 8",
           "10.0.0.0/8x", "10.0.0/8", "proxy.example", "unix/8", "10.0.0.0/99999999999999999999999"}) {
@@ -321,7 +371,7 @@ TEST_CASE("what is no CIDR block is an Error that quotes it") {
     }
 }
 
-TEST_CASE("a listening address is parsed from each of its forms and written so that it can be parsed again") {
+TEST_CASE("ListenAddress parses each of its forms, and can parse what it writes") {
     const struct {
         std::string text, host;
         int port;
@@ -349,7 +399,7 @@ TEST_CASE("a listening address is parsed from each of its forms and written so t
     }
 }
 
-TEST_CASE("what is no listening address is an Error that names it") {
+TEST_CASE("a text that is not a listening address is an Error that quotes it") {
     for (const std::string text :
          {"", ":", "localhost", "8888x", "65536", "-1", "+80", " 80", "99999999999999999999", "127.0.0.1:", ":8888",
           "127.0.0.1:http", "[]:80", "[::1]", "[::1", "[::1:80", "::1]:80", "[::1]x:80", "unix:"}) {
@@ -359,14 +409,14 @@ TEST_CASE("what is no listening address is an Error that names it") {
     }
 }
 
-TEST_CASE("an IPv6 address to listen on stands in brackets, because its own colons are no port") {
+TEST_CASE("an IPv6 address to listen on needs brackets, because it contains colons") {
     for (const std::string text : {"::1", "::", "2001:db8::80", "::1:80"}) {
         CAPTURE(text);
         CHECK(contains(error_of([&] { ListenAddress::parse(text); }), text));
     }
 }
 
-TEST_CASE("a listening address can not forge a line of a log or of a terminal through its Error") {
+TEST_CASE("the Error about a listening address escapes control characters") {
     const std::string error = error_of([] { ListenAddress::parse("80\n\x1b[31m"); });
     CHECK_FALSE(error.empty());
     CHECK_FALSE(contains(error, "\n"));
@@ -375,16 +425,16 @@ TEST_CASE("a listening address can not forge a line of a log or of a terminal th
 
 // ---- listening ------------------------------------------------------------------------------------------------------
 
-TEST_CASE("port 0 is a port that the system picks, another one for each listener") {
-    ListenSocket first(ListenAddress::parse("0"), false), second(ListenAddress::parse("0"), false);
+TEST_CASE("for port 0 the system picks a different port for each listener") {
+    Listener first, second;
     CHECK(first.address().port > 0);
     CHECK(second.address().port > 0);
     CHECK(first.address().port != second.address().port);
     CHECK(connect_to(first.address()));
 }
 
-TEST_CASE("a listener accepts connections with their addresses, and says so when there are no more") {
-    ListenSocket listener(ListenAddress::parse("0"), false);
+TEST_CASE("a listener accepts connections with their addresses, and reports when none is left") {
+    Listener listener;
     IpAddress peer;
     int error = 0;
     CHECK_FALSE(listener.accept(peer, error));
@@ -395,14 +445,13 @@ TEST_CASE("a listener accepts connections with their addresses, and says so when
     CHECK(peer.to_string() == "127.0.0.1");
     CHECK(send(client, "hello").size == 5);
     char bytes[16];
-    pollfd entry{accepted.descriptor(), POLLIN, 0};
-    REQUIRE(::poll(&entry, 1, 20'000) == 1);
+    REQUIRE(wait_readable(accepted.descriptor()));
     CHECK(accepted.receive(bytes, sizeof bytes).size == 5);
     CHECK(std::string_view(bytes, 5) == "hello");
 }
 
-TEST_CASE("an accepted connection sends without delay") {
-    ListenSocket listener(ListenAddress::parse("0"), false);
+TEST_CASE("an accepted connection has TCP_NODELAY") {
+    Listener listener;
     const Socket client = connect_to(listener.address());
     IpAddress peer;
     const Socket accepted = accept(listener, peer);
@@ -412,110 +461,101 @@ TEST_CASE("an accepted connection sends without delay") {
     CHECK(on != 0);
 }
 
-TEST_CASE("a port that is taken is an Error that says who has it") {
-    ListenSocket listener(ListenAddress::parse("0"), false);
+TEST_CASE("a port in use is an Error that names the cause") {
+    Listener listener;
     const std::string where = listener.address().to_string();
-    CHECK(error_of([&] { ListenSocket(ListenAddress::parse(where), false); }) ==
-          "listen " + where + ": Address already in use (EADDRINUSE): another process has it");
+    CHECK(listen_error(where) == "listen " + where + ": Address already in use (EADDRINUSE): another process has it");
 }
 
-TEST_CASE("a port whose last connections are still fading away can be listened on again at once") {
+TEST_CASE("a port with connections in TIME_WAIT can be used again at once") {
     ListenAddress where;
     {
-        ListenSocket listener(ListenAddress::parse("0"), false);
+        Listener listener;
         where = listener.address();
         Socket client = connect_to(where);
         IpAddress peer;
         Socket accepted = accept(listener, peer);
-        // The side that closes first is the one that stays in TIME_WAIT.
+        // The side that closes first gets the state TIME_WAIT.
         accepted.close();
     }
-    CHECK(error_of([&] { ListenSocket(where, false); }) == "");
+    CHECK(listen_error(where.to_string()) == "");
 }
 
-TEST_CASE("two listeners share a port only where both ask for it") {
-    ListenSocket first(ListenAddress::parse("0"), true);
-    CHECK(error_of([&] { ListenSocket(first.address(), true); }) == "");
-    CHECK(contains(error_of([&] { ListenSocket(first.address(), false); }), "EADDRINUSE"));
-    ListenSocket alone(ListenAddress::parse("0"), false);
-    CHECK(contains(error_of([&] { ListenSocket(alone.address(), true); }), "EADDRINUSE"));
+TEST_CASE("two listeners share a port only if both set reuse_port") {
+    Listener first("0", true);
+    CHECK(listen_error(first.address().to_string(), true) == "");
+    CHECK(contains(listen_error(first.address().to_string()), "EADDRINUSE"));
+    Listener alone;
+    CHECK(contains(listen_error(alone.address().to_string(), true), "EADDRINUSE"));
 }
 
-TEST_CASE("an address that the machine does not have is an Error that says so") {
+TEST_CASE("an address that the machine does not have is an Error") {
     // RFC 5737: 192.0.2.0/24 is for documentation.
-    CHECK(error_of([] { ListenSocket(ListenAddress::parse("192.0.2.1:0"), false); }) ==
+    CHECK(listen_error("192.0.2.1:0") ==
           "listen 192.0.2.1:0: Cannot assign requested address (EADDRNOTAVAIL): this machine has no such address");
 }
 
-TEST_CASE("a host that is unknown is an Error that names it") {
-    // RFC 1035 2.3.4: a label has at most 63 octets, so nobody needs to be asked about this one.
+TEST_CASE("an unknown host is an Error that names it") {
+    // RFC 1035 2.3.4: a label has at most 63 octets. The resolver refuses this one without a query.
     const std::string where = std::string(64, 'x') + ".example:80";
-    const std::string error = error_of([&] { ListenSocket(ListenAddress::parse(where), false); });
+    const std::string error = listen_error(where);
     CHECK(contains(error, "listen " + where + ": the host is unknown: "));
 }
 
 TEST_CASE("a port below 1024 without permission is an Error that names the reason") {
-    const auto listen_unprivileged = [] {
-        // 65534 is nobody; a process that is not root fails to change and has no permission either way.
-        if (::setuid(65534) != 0 && ::geteuid() == 0) return 2;
-        const std::string error = error_of([] { ListenSocket(ListenAddress::parse("127.0.0.1:1"), false); });
-        return error == "listen 127.0.0.1:1: Permission denied (EACCES): ports below 1024 need permission" ? 0 : 1;
-    };
     int lowest_free = 1024;
     if (std::FILE* setting = std::fopen("/proc/sys/net/ipv4/ip_unprivileged_port_start", "r")) {
         CHECK(std::fscanf(setting, "%d", &lowest_free) == 1);
         std::fclose(setting);
     }
     if (lowest_free <= 1) {
-        MESSAGE("this machine lets everybody have every port");
+        MESSAGE("this machine allows every port to every user");
         return;
     }
-    const pid_t child = ::fork();
-    if (child == 0) ::_exit(listen_unprivileged());
-    int status = 0;
-    REQUIRE(::waitpid(child, &status, 0) == child);
-    CHECK(WIFEXITED(status));
-    CHECK(WEXITSTATUS(status) == 0);
+    CHECK(run_unprivileged([] {
+              return listen_error("127.0.0.1:1") ==
+                     "listen 127.0.0.1:1: Permission denied (EACCES): ports below 1024 need permission";
+          }) == 0);
 }
 
-TEST_CASE("a listener on an IPv6 address has IPv6 connections only") {
+TEST_CASE("a listener on an IPv6 address accepts only IPv6") {
     if (!has_ipv6()) {
         MESSAGE("this machine has no IPv6");
         return;
     }
-    ListenSocket listener(ListenAddress::parse("[::]:0"), false);
+    Listener listener("[::]:0");
     CHECK(contains(listener.address().to_string(), "[::]:"));
     const Socket client = connect_to(listener.address(), AF_INET6);
     IpAddress peer;
     CHECK(accept(listener, peer));
     CHECK(peer.to_string() == "::1");
-    // RFC 3493 5.3; otherwise it would have the same port of IPv4 too.
+    // RFC 3493 5.3: without this option it would accept IPv4 too.
     int ipv6_only = 0;
     socklen_t size = sizeof ipv6_only;
     REQUIRE(::getsockopt(listener.descriptor(), IPPROTO_IPV6, IPV6_V6ONLY, &ipv6_only, &size) == 0);
     CHECK(ipv6_only == 1);
 }
 
-TEST_CASE("a listener on every address has connections of both families, IPv4 as IPv4") {
-    ListenSocket listener(ListenAddress::parse("*:0"), false);
+TEST_CASE("a listener on all addresses accepts IPv4 and IPv6") {
+    Listener listener("*:0");
     IpAddress peer;
-    const Socket old = connect_to(listener.address(), AF_INET);
+    const Socket ipv4_client = connect_to(listener.address(), AF_INET);
     CHECK(accept(listener, peer));
     CHECK(peer.to_string() == "127.0.0.1");
     if (!has_ipv6()) {
         MESSAGE("this machine has no IPv6");
         return;
     }
-    const Socket young = connect_to(listener.address(), AF_INET6);
+    const Socket ipv6_client = connect_to(listener.address(), AF_INET6);
     CHECK(accept(listener, peer));
     CHECK(peer.to_string() == "::1");
 }
 
-TEST_CASE("a Unix socket is listened on by its path, which is gone with the listener") {
-    Folder folder;
-    const std::string path = folder / "chat.sock";
+TEST_CASE("a listener on a Unix socket removes the path when it closes") {
+    TemporaryDirectory directory;
+    const std::string path = directory / "chat.sock";
     {
-        ListenSocket listener(ListenAddress::parse("unix:" + path), false);
+        Listener listener("unix:" + path);
         CHECK(listener.address().to_string() == "unix:" + path);
         const Socket client = connect_to(listener.address());
         REQUIRE(client);
@@ -527,61 +567,56 @@ TEST_CASE("a Unix socket is listened on by its path, which is gone with the list
     CHECK(::lstat(path.c_str(), &status) != 0);
 }
 
-TEST_CASE("a Unix socket that a dead process left behind is taken over") {
-    Folder folder;
-    const std::string path = folder / "chat.sock";
+TEST_CASE("a listener replaces the Unix socket of a dead process") {
+    TemporaryDirectory directory;
+    const std::string path = directory / "chat.sock";
     {
-        sockaddr_un name{};
-        name.sun_family = AF_UNIX;
-        std::memcpy(name.sun_path, path.data(), path.size());
-        const Socket dead(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-        REQUIRE(::bind(dead.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0);
+        const Socket dead = bound_unix_socket(path);
         REQUIRE(::listen(dead.descriptor(), 1) == 0);
     }
-    ListenSocket listener(ListenAddress::parse("unix:" + path), false);
+    Listener listener("unix:" + path);
     CHECK(connect_to(listener.address()));
 }
 
-TEST_CASE("a Unix socket that somebody listens on is refused and stays theirs") {
-    Folder folder;
-    ListenSocket listener(ListenAddress::parse("unix:" + folder / "chat.sock"), false);
+TEST_CASE("a Unix socket in use is an Error, and its owner keeps it") {
+    TemporaryDirectory directory;
+    Listener listener("unix:" + directory / "chat.sock");
     const std::string where = listener.address().to_string();
-    CHECK(error_of([&] { ListenSocket(ListenAddress::parse(where), false); }) ==
-          "listen " + where + ": Address already in use (EADDRINUSE): another process has it");
+    CHECK(listen_error(where) == "listen " + where + ": Address already in use (EADDRINUSE): another process has it");
     CHECK(connect_to(listener.address()));
 }
 
-TEST_CASE("a file that lies where a Unix socket is to be is refused and kept") {
-    Folder folder;
-    const std::string path = folder / "notes.txt";
+TEST_CASE("a file at the path of a Unix socket is an Error, and the file stays") {
+    TemporaryDirectory directory;
+    const std::string path = directory / "notes.txt";
     std::FILE* file = std::fopen(path.c_str(), "w");
     REQUIRE(file != nullptr);
     std::fclose(file);
-    CHECK(contains(error_of([&] { ListenSocket(ListenAddress::parse("unix:" + path), false); }), "EADDRINUSE"));
+    CHECK(contains(listen_error("unix:" + path), "EADDRINUSE"));
     struct stat status {};
     REQUIRE(::lstat(path.c_str(), &status) == 0);
     CHECK(S_ISREG(status.st_mode));
 }
 
-TEST_CASE("a path that is too long for a Unix socket, or in a folder that is not there, is an Error") {
+TEST_CASE("a path for a Unix socket that is too long or in a missing directory is an Error") {
     const std::string longest(sizeof(sockaddr_un::sun_path) - 1, 'x');
-    CHECK(error_of([&] { ListenSocket(ListenAddress::parse("unix:" + longest + "x"), false); }) ==
+    CHECK(listen_error("unix:" + longest + "x") ==
           "listen unix:" + longest + "x: the path is longer than " + std::to_string(longest.size()) + " bytes");
-    Folder folder;
-    const std::string where = "unix:" + folder / "missing" + "/chat.sock";
-    const std::string error = error_of([&] { ListenSocket(ListenAddress::parse(where), false); });
+    TemporaryDirectory directory;
+    const std::string where = "unix:" + directory / "missing" + "/chat.sock";
+    const std::string error = listen_error(where);
     CHECK(contains(error, "listen " + where + ": No such file or directory (ENOENT)"));
 }
 
 // ---- sockets --------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a descriptor is closed with its owner, and belongs to one owner only") {
+TEST_CASE("OwnedDescriptor closes its descriptor once, also after moves") {
     int number = -1;
     {
         Pair pair;
-        number = pair.here.descriptor();
-        OwnedDescriptor moved(std::move(pair.here));
-        CHECK_FALSE(pair.here);
+        number = pair.local.descriptor();
+        OwnedDescriptor moved(std::move(pair.local));
+        CHECK_FALSE(pair.local);
         CHECK(moved.descriptor() == number);
         OwnedDescriptor assigned;
         assigned = std::move(moved);
@@ -591,87 +626,82 @@ TEST_CASE("a descriptor is closed with its owner, and belongs to one owner only"
     CHECK(::fcntl(number, F_GETFD) == -1);
 }
 
-TEST_CASE("receiving says whether there were bytes, none yet, the end, or an error") {
+TEST_CASE("receive reports bytes, would_block, the end and errors") {
     Pair pair;
     char bytes[8];
-    CHECK(pair.here.receive(bytes, sizeof bytes).outcome == IoResult::Outcome::would_block);
-    send(pair.there, "abc");
-    const IoResult got = pair.here.receive(bytes, sizeof bytes);
+    CHECK(pair.local.receive(bytes, sizeof bytes).outcome == IoResult::Outcome::would_block);
+    send(pair.peer, "abc");
+    const IoResult got = pair.local.receive(bytes, sizeof bytes);
     CHECK(got.outcome == IoResult::Outcome::done);
     CHECK(got.size == 3);
-    pair.there.shutdown_send();
-    CHECK(pair.here.receive(bytes, sizeof bytes).outcome == IoResult::Outcome::end);
+    pair.peer.shutdown_send();
+    CHECK(pair.local.receive(bytes, sizeof bytes).outcome == IoResult::Outcome::end);
 
-    ListenSocket listener(ListenAddress::parse("0"), false);
+    Listener listener;
     test::RawClient client(connect_to(listener.address()));
     IpAddress peer;
     Socket accepted = accept(listener, peer);
     client.reset();
-    pollfd entry{accepted.descriptor(), POLLIN, 0};
-    REQUIRE(::poll(&entry, 1, 20'000) == 1);
+    REQUIRE(wait_readable(accepted.descriptor()));
     const IoResult lost = accepted.receive(bytes, sizeof bytes);
     CHECK(lost.outcome == IoResult::Outcome::error);
     CHECK(lost.error == ECONNRESET);
 }
 
-TEST_CASE("pieces are sent in their order with one call, as many as there may be") {
+TEST_CASE("send sends up to max_pieces pieces in order") {
     Pair pair;
     std::vector<std::string> texts;
     std::string all;
     for (std::size_t i = 0; i < Socket::max_pieces; ++i) all += texts.emplace_back("piece " + std::to_string(i) + "\n");
     const std::vector<std::string_view> pieces(texts.begin(), texts.end());
-    const IoResult sent = pair.here.send(pieces.data(), pieces.size());
+    const IoResult sent = pair.local.send(pieces.data(), pieces.size());
     CHECK(sent.outcome == IoResult::Outcome::done);
     CHECK(sent.size == all.size());
     std::string received(all.size() + 1, '\0');
-    received.resize(pair.there.receive(&received[0], received.size()).size);
+    received.resize(pair.peer.receive(&received[0], received.size()).size);
     CHECK(received == all);
 }
 
-TEST_CASE("sending to a peer that does not read takes what fits and then would block") {
+TEST_CASE("send reports would_block when the peer does not read") {
     Pair pair;
-    fill(pair.here);
-    const IoResult refused = send(pair.here, "more");
+    fill(pair.local);
+    const IoResult refused = send(pair.local, "more");
     CHECK(refused.outcome == IoResult::Outcome::would_block);
     CHECK(refused.size == 0);
 }
 
-TEST_CASE("sending to a peer that is gone is an error and raises no SIGPIPE") {
+TEST_CASE("sending to a closed peer is an error and raises no SIGPIPE") {
     static volatile std::sig_atomic_t raised;
     raised = 0;
-    SignalAction count{}, before{};
-    count.sa_handler = [](int) { raised = raised + 1; };
-    REQUIRE(::sigaction(SIGPIPE, &count, &before) == 0);
+    const auto previous = std::signal(SIGPIPE, [](int) { raised = raised + 1; });
     Pair pair;
-    pair.there.close();
+    pair.peer.close();
     const std::string_view pieces[] = {"one", "two"};
     for (const std::size_t count_of_pieces : {1u, 2u}) {
         CAPTURE(count_of_pieces);
-        const IoResult sent = pair.here.send(pieces, count_of_pieces);
+        const IoResult sent = pair.local.send(pieces, count_of_pieces);
         CHECK(sent.outcome == IoResult::Outcome::error);
         CHECK(sent.error == EPIPE);
     }
     CHECK(raised == 0);
-    ::sigaction(SIGPIPE, &before, nullptr);
+    std::signal(SIGPIPE, previous);
 }
 
-TEST_CASE("a batch sends to each of its sockets, once, and says of each what its own call would have said") {
+TEST_CASE("a batch sends to each socket once, with the results of single calls") {
     const auto batch = SendBatch::make();
     if (!WSCHAT_LIBURING) CHECK(batch == nullptr);
-    if (!batch) return;  // or the kernel refuses a ring
-    enum class Peer { reads, is_full, is_gone };
-    const auto kind = [](std::size_t i) {
-        return i % 10 == 3 ? Peer::is_full : i % 10 == 7 ? Peer::is_gone : Peer::reads;
-    };
+    if (!batch) return;  // not compiled in, or the kernel provides no ring
+    enum class Peer { reads, full, closed };
+    const auto kind = [](std::size_t i) { return i % 10 == 3 ? Peer::full : i % 10 == 7 ? Peer::closed : Peer::reads; };
     std::vector<Pair> pairs(100);
     std::vector<std::string> texts;
     for (std::size_t i = 0; i < pairs.size(); ++i) {
-        if (kind(i) == Peer::is_full) fill(pairs[i].here);
-        if (kind(i) == Peer::is_gone) pairs[i].there.close();
-        texts.push_back("to number " + std::to_string(i));
+        if (kind(i) == Peer::full) fill(pairs[i].local);
+        if (kind(i) == Peer::closed) pairs[i].peer.close();
+        texts.push_back("for peer " + std::to_string(i));
     }
     for (int round = 0; round < 2; ++round) {
-        for (std::size_t i = 0; i < pairs.size(); ++i) batch->add(pairs[i].here, texts[i], &pairs[i]);
+        for (std::size_t i = 0; i < pairs.size(); ++i) batch->add(pairs[i].local, texts[i], &pairs[i]);
         std::size_t visited = 0;
         batch->send([&](const SendBatch::Item& item) {
             const std::size_t i = visited++;
@@ -682,45 +712,44 @@ TEST_CASE("a batch sends to each of its sockets, once, and says of each what its
                                                   IoResult::Outcome::error};
             CHECK(item.sent->outcome == expected[static_cast<std::size_t>(kind(i))]);
             CHECK(item.sent->size == (kind(i) == Peer::reads ? texts[i].size() : 0));
-            if (kind(i) == Peer::is_gone) CHECK(item.sent->error == EPIPE);
+            if (kind(i) == Peer::closed) CHECK(item.sent->error == EPIPE);
         });
         CHECK(visited == pairs.size());
         for (std::size_t i = 0; i < pairs.size(); ++i) {
             if (kind(i) != Peer::reads) continue;
             char received[64];
-            const IoResult got = pairs[i].there.receive(received, sizeof received);
+            const IoResult got = pairs[i].peer.receive(received, sizeof received);
             CHECK(std::string_view(received, got.size) == texts[i]);
         }
     }
 }
 
-TEST_CASE("what is too little for a batch is not tried, and left to the ordinary call") {
+TEST_CASE("a batch with fewer than min_items items sends nothing") {
     const auto batch = SendBatch::make();
     if (!batch) return;
     std::vector<Pair> pairs(SendBatch::min_items - 1);
-    for (Pair& pair : pairs) batch->add(pair.here, "hello", &pair);
-    batch->send([](const SendBatch::Item&) { FAIL("tried"); });
-    batch->send([](const SendBatch::Item&) { FAIL("kept"); });
+    for (Pair& pair : pairs) batch->add(pair.local, "hello", &pair);
+    batch->send([](const SendBatch::Item&) { FAIL("it sent too few items"); });
+    batch->send([](const SendBatch::Item&) { FAIL("the items were not dropped"); });
     char received[8];
-    for (Pair& pair : pairs) CHECK(pair.there.receive(received, 8).outcome == IoResult::Outcome::would_block);
+    for (Pair& pair : pairs) CHECK(pair.peer.receive(received, 8).outcome == IoResult::Outcome::would_block);
 }
 
-TEST_CASE("after the sending side is shut the peer reads the end, and can still answer") {
+TEST_CASE("after shutdown_send the peer reads the end and can still send") {
     Pair pair;
-    pair.here.shutdown_send();
+    pair.local.shutdown_send();
     char byte;
-    CHECK(pair.there.receive(&byte, 1).outcome == IoResult::Outcome::end);
-    send(pair.there, "!");
-    CHECK(pair.here.receive(&byte, 1).outcome == IoResult::Outcome::done);
+    CHECK(pair.peer.receive(&byte, 1).outcome == IoResult::Outcome::end);
+    send(pair.peer, "!");
+    CHECK(pair.local.receive(&byte, 1).outcome == IoResult::Outcome::done);
 }
 
 #if defined(__linux__)
 TEST_CASE("every descriptor of this section is close-on-exec") {
-    // FAULTS 40. What was open before is not ours.
+    // FAULTS 40. Descriptors that were open before do not count.
     const std::set<int> before = inheritable_descriptors();
-    Folder folder;
-    ListenSocket tcp(ListenAddress::parse("0"), false),
-        local(ListenAddress::parse("unix:" + folder / "chat.sock"), false);
+    TemporaryDirectory directory;
+    Listener tcp, local("unix:" + directory / "chat.sock");
     const Socket tcp_client = connect_to(tcp.address()), local_client = connect_to(local.address());
     IpAddress peer;
     const Socket tcp_accepted = accept(tcp, peer), local_accepted = accept(local, peer);
@@ -730,13 +759,13 @@ TEST_CASE("every descriptor of this section is close-on-exec") {
 }
 #endif
 
-TEST_CASE("an error of the system is told in words and by its name") {
+TEST_CASE("the text of a system error has its message and its name") {
     CHECK(os::error_text(EADDRINUSE) == "Address already in use (EADDRINUSE)");
     CHECK(os::error_text(ENOENT) == "No such file or directory (ENOENT)");
     CHECK(contains(os::error_text(ENOTTY), "(" + std::to_string(ENOTTY) + ")"));
 }
 
-TEST_CASE("what woke a poller is handed out byte by byte, and a full pipe does not block the one who wakes") {
+TEST_CASE("drain delivers each byte of a wake-up, and a full pipe does not block the writer") {
     WakeUp wake_up;
     WakeUp::wake(wake_up.write_end(), 'a');
     WakeUp::wake(wake_up.write_end(), 'b');
@@ -762,232 +791,190 @@ TEST_CASE("the system's poller is the default, and poll can be forced") {
 #endif
 }
 
-TEST_CASE("a poller reports what is readable from when bytes are there, and again until they are read") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        Pair pair;
-        Owner owner;
-        REQUIRE(poller->add(pair.here.descriptor(), owner, true, false));
-        CHECK(now_ready(*poller, owner) == "");
-        send(pair.there, "ab");
-        CHECK(now_ready(*poller, owner) == "r");
+TEST_CASE("a poller reports a readable socket until all bytes are read") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair pair(poller, true, false);
+        CHECK(pair.events() == "");
+        send(pair.peer, "ab");
+        CHECK(pair.events() == "r");
         char byte;
-        pair.here.receive(&byte, 1);
-        CHECK(now_ready(*poller, owner) == "r");
-        pair.here.receive(&byte, 1);
-        CHECK(now_ready(*poller, owner) == "");
-    }
+        pair.local.receive(&byte, 1);
+        CHECK(pair.events() == "r");
+        pair.local.receive(&byte, 1);
+        CHECK(pair.events() == "");
+    });
 }
 
-TEST_CASE("a poller reports what is writable as long as the kernel takes bytes") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        Pair pair;
-        Owner owner;
-        REQUIRE(poller->add(pair.here.descriptor(), owner, false, true));
-        CHECK(now_ready(*poller, owner) == "w");
-        CHECK(now_ready(*poller, owner) == "w");
-        fill(pair.here);
-        CHECK(now_ready(*poller, owner) == "");
+TEST_CASE("a poller reports a writable socket until the kernel accepts no more") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair pair(poller, false, true);
+        CHECK(pair.events() == "w");
+        CHECK(pair.events() == "w");
+        fill(pair.local);
+        CHECK(pair.events() == "");
         std::vector<char> buffer(1 << 20);
-        while (pair.there.receive(buffer.data(), buffer.size()).outcome == IoResult::Outcome::done) continue;
-        CHECK(now_ready(*poller, owner) == "w");
-    }
+        while (pair.peer.receive(buffer.data(), buffer.size()).outcome == IoResult::Outcome::done) continue;
+        CHECK(pair.events() == "w");
+    });
 }
 
-TEST_CASE("a poller reports what it was last asked for, and nothing where it was asked for nothing") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        Pair pair;
-        Owner owner;
-        send(pair.there, "a");
-        REQUIRE(poller->add(pair.here.descriptor(), owner, false, false));
-        CHECK(now_ready(*poller, owner) == "");
-        poller->change(pair.here.descriptor(), owner, true, false);
-        CHECK(now_ready(*poller, owner) == "r");
-        poller->change(pair.here.descriptor(), owner, false, true);
-        CHECK(now_ready(*poller, owner) == "w");
-        poller->change(pair.here.descriptor(), owner, false, false);
-        CHECK(now_ready(*poller, owner) == "");
-        poller->change(pair.here.descriptor(), owner, true, true);
-        CHECK(contains(now_ready(*poller, owner), "r"));
-        CHECK(contains(now_ready(*poller, owner), "w"));
-    }
+TEST_CASE("a poller reports only the events that change asked for last") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair pair(poller, false, false);
+        send(pair.peer, "a");
+        CHECK(pair.events() == "");
+        pair.watch(true, false);
+        CHECK(pair.events() == "r");
+        pair.watch(false, true);
+        CHECK(pair.events() == "w");
+        pair.watch(false, false);
+        CHECK(pair.events() == "");
+        pair.watch(true, true);
+        CHECK(contains(pair.events(), "r"));
+        CHECK(contains(pair.events(), "w"));
+    });
 }
 
-TEST_CASE("a poller reports a connection that is broken, also where nothing is being waited for") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        ListenSocket listener(ListenAddress::parse("0"), false);
+TEST_CASE("a poller reports a broken connection even if it watches for nothing") {
+    for_each_poller([&](Poller& poller) {
+        Listener listener;
         test::RawClient client(connect_to(listener.address()));
         IpAddress peer;
         const Socket accepted = accept(listener, peer);
         Owner owner;
-        REQUIRE(poller->add(accepted.descriptor(), owner, false, false));
+        REQUIRE(poller.add(accepted.descriptor(), owner, false, false));
         client.reset();
-        std::vector<Poller::Ready> ready;
-        poller->wait(20'000, ready);
-        CHECK(reported(ready, owner) == "b");
-    }
+        CHECK(wait_for(poller, owner, 20'000) == "b");
+    });
 }
 
-TEST_CASE("a peer that has shut its sending side is readable, not broken") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        Pair pair;
-        Owner owner;
-        REQUIRE(poller->add(pair.here.descriptor(), owner, true, false));
-        pair.there.shutdown_send();
-        CHECK(now_ready(*poller, owner) == "r");
-        poller->change(pair.here.descriptor(), owner, false, false);
-        CHECK(now_ready(*poller, owner) == "");
-    }
+TEST_CASE("after the peer ends its sending side the socket is readable and not broken") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair pair(poller, true, false);
+        pair.peer.shutdown_send();
+        CHECK(pair.events() == "r");
+        pair.watch(false, false);
+        CHECK(pair.events() == "");
+    });
 }
 
-TEST_CASE("a poller reports no more what was removed, though it was ready in the batch before") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        Pair first, second, third;
-        Owner owners[3];
-        Pair* pairs[] = {&first, &second, &third};
-        for (int i = 0; i < 3; ++i) {
-            send(pairs[i]->there, "a");
-            REQUIRE(poller->add(pairs[i]->here.descriptor(), owners[i], true, false));
-        }
+TEST_CASE("a poller does not report a removed descriptor, even if it was in the last batch") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair first(poller, true, false), second(poller, true, false), third(poller, true, false);
+        for (WatchedPair* pair : {&first, &second, &third}) send(pair->peer, "a");
         std::vector<Poller::Ready> ready;
-        poller->wait(20'000, ready);
+        poller.wait(20'000, ready);
         CHECK(ready.size() == 3);
-        // As a callback does that runs for the first of them and closes another of the batch.
-        poller->remove(first.here.descriptor());
-        first.here.close();
-        poller->wait(20'000, ready);
-        CHECK(reported(ready, owners[0]) == "");
-        CHECK(reported(ready, owners[1]) == "r");
-        CHECK(reported(ready, owners[2]) == "r");
-        poller->remove(third.here.descriptor());
-        poller->wait(20'000, ready);
+        // A callback for the first owner may close another owner of the same batch.
+        poller.remove(first.local.descriptor());
+        first.local.close();
+        poller.wait(20'000, ready);
+        CHECK(events_of(ready, first.owner) == "");
+        CHECK(events_of(ready, second.owner) == "r");
+        CHECK(events_of(ready, third.owner) == "r");
+        poller.remove(third.local.descriptor());
+        poller.wait(20'000, ready);
         CHECK(ready.size() == 1);
-        CHECK(reported(ready, owners[1]) == "r");
-        poller->remove(second.here.descriptor());
-        poller->wait(0, ready);
+        CHECK(events_of(ready, second.owner) == "r");
+        poller.remove(second.local.descriptor());
+        poller.wait(0, ready);
         CHECK(ready.empty());
-    }
+    });
 }
 
-TEST_CASE("a descriptor that is used again is reported to its new owner only") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        Owner old, young;
-        Pair pair;
-        const int number = pair.here.descriptor();
-        REQUIRE(poller->add(number, old, true, false));
-        send(pair.there, "a");
-        CHECK(now_ready(*poller, old) == "r");
-        poller->remove(number);
-        pair.here.close();
+TEST_CASE("a reused descriptor number is reported only to its new owner") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair old(poller, true, false);
+        const int number = old.local.descriptor();
+        send(old.peer, "a");
+        CHECK(old.events() == "r");
+        poller.remove(number);
+        old.local.close();
 
         Pair next;
-        REQUIRE(::dup2(next.here.descriptor(), number) == number);
-        const Socket again(number);
-        REQUIRE(poller->add(number, young, true, false));
-        CHECK(now_ready(*poller, young) == "");
-        send(next.there, "b");
-        CHECK(now_ready(*poller, young) == "r");
-        CHECK(now_ready(*poller, old) == "");
-        poller->remove(number);
-    }
+        Owner next_owner;
+        REQUIRE(::dup2(next.local.descriptor(), number) == number);
+        const Socket reused(number);
+        REQUIRE(poller.add(number, next_owner, true, false));
+        CHECK(wait_for(poller, next_owner) == "");
+        send(next.peer, "b");
+        CHECK(wait_for(poller, next_owner) == "r");
+        CHECK(old.events() == "");
+        poller.remove(number);
+    });
 }
 
-TEST_CASE("of many descriptors that stay ready a poller reports each before long") {
-    const ManyDescriptors raised;
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
+TEST_CASE("a poller reports each of many ready descriptors within a few calls of wait") {
+    const DescriptorLimit raised(RLIM_INFINITY);
+    for_each_poller([&](Poller& poller) {
         constexpr std::size_t count = 700;  // more than one batch of epoll
         Pair pair;
-        send(pair.there, "a");
+        send(pair.peer, "a");
         std::vector<Owner> owners(count);
         std::vector<OwnedDescriptor> copies;
         for (Owner& owner : owners) {
-            copies.emplace_back(::fcntl(pair.here.descriptor(), F_DUPFD_CLOEXEC, 0));
+            copies.emplace_back(::fcntl(pair.local.descriptor(), F_DUPFD_CLOEXEC, 0));
             REQUIRE(copies.back());
-            REQUIRE(poller->add(copies.back().descriptor(), owner, true, false));
+            REQUIRE(poller.add(copies.back().descriptor(), owner, true, false));
         }
         std::set<Pollable*> seen;
         std::vector<Poller::Ready> ready;
         for (int round = 0; round < 4; ++round) {
-            poller->wait(20'000, ready);
+            poller.wait(20'000, ready);
             for (const Poller::Ready& entry : ready) seen.insert(entry.owner);
         }
         CHECK(seen.size() == count);
-        for (const OwnedDescriptor& copy : copies) poller->remove(copy.descriptor());
-    }
+        for (const OwnedDescriptor& copy : copies) poller.remove(copy.descriptor());
+    });
 }
 
-TEST_CASE("descriptors above 1024 are polled as others are") {
-    const ManyDescriptors raised;
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
+TEST_CASE("a poller handles descriptors above 1024") {
+    const DescriptorLimit raised(RLIM_INFINITY);
+    for_each_poller([&](Poller& poller) {
         Pair pair;
-        const OwnedDescriptor high(::fcntl(pair.here.descriptor(), F_DUPFD_CLOEXEC, 1500));
+        const OwnedDescriptor high(::fcntl(pair.local.descriptor(), F_DUPFD_CLOEXEC, 1500));
         if (!high) {
             MESSAGE("this machine has no descriptors above 1500");
             return;
         }
         Owner owner;
-        REQUIRE(poller->add(high.descriptor(), owner, true, true));
-        CHECK(now_ready(*poller, owner) == "w");
-        send(pair.there, "a");
-        poller->change(high.descriptor(), owner, true, false);
-        CHECK(now_ready(*poller, owner) == "r");
-        poller->remove(high.descriptor());
-        CHECK(now_ready(*poller, owner) == "");
-    }
+        REQUIRE(poller.add(high.descriptor(), owner, true, true));
+        CHECK(wait_for(poller, owner) == "w");
+        send(pair.peer, "a");
+        poller.change(high.descriptor(), owner, true, false);
+        CHECK(wait_for(poller, owner) == "r");
+        poller.remove(high.descriptor());
+        CHECK(wait_for(poller, owner) == "");
+    });
 }
 
-TEST_CASE("a poller that has nothing to report comes back when its time is over") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        Pair pair;
-        Owner owner;
-        REQUIRE(poller->add(pair.here.descriptor(), owner, true, false));
-        std::vector<Poller::Ready> ready{{&owner, true, true, true}};
-        poller->wait(1, ready);
+TEST_CASE("wait returns an empty batch when the timeout is over") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair pair(poller, true, false);
+        std::vector<Poller::Ready> ready{{&pair.owner, true, true, true}};
+        poller.wait(1, ready);
         CHECK(ready.empty());
-    }
+    });
 }
 
-TEST_CASE("a poller that waits is woken from another thread") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
+TEST_CASE("another thread can wake a poller") {
+    for_each_poller([&](Poller& poller) {
         WakeUp wake_up;
         Owner owner;
-        REQUIRE(poller->add(wake_up.descriptor(), owner, true, false));
+        REQUIRE(poller.add(wake_up.descriptor(), owner, true, false));
         std::thread waker([&] { WakeUp::wake(wake_up.write_end(), 1); });
-        std::vector<Poller::Ready> ready;
-        poller->wait(20'000, ready);
+        CHECK(wait_for(poller, owner, 20'000) == "r");
         waker.join();
-        CHECK(reported(ready, owner) == "r");
-    }
+    });
 }
 
-TEST_CASE("where descriptors are used up whatever needs one is an Error that says so, and works later") {
-    Folder folder;
-    const std::string path = folder / "chat.sock";
+TEST_CASE("without free descriptors each constructor throws an Error, and it works again later") {
+    TemporaryDirectory directory;
+    const std::string path = directory / "chat.sock";
     const std::function<void()> calls[] = {
-        [] { ListenSocket(ListenAddress::parse("127.0.0.1:0"), false); },
-        [] { ListenSocket(ListenAddress::parse("*:0"), false); },
-        [&] { ListenSocket(ListenAddress::parse("unix:" + path), false); },
+        [] { Listener("127.0.0.1:0"); },
+        [] { Listener("*:0"); },
+        [&] { Listener("unix:" + path); },
         [] { WakeUp(); },
 #if defined(__linux__)
         [] { Poller::make(PollerKind::automatic); },
@@ -1005,82 +992,54 @@ TEST_CASE("where descriptors are used up whatever needs one is an Error that say
     }
 }
 
-TEST_CASE("a Unix socket that was left behind stays where it can not be found out whether it was") {
-    Folder folder;
-    const std::string path = folder / "chat.sock";
-    sockaddr_un name{};
-    name.sun_family = AF_UNIX;
-    std::memcpy(name.sun_path, path.data(), path.size());
-    {
-        const Socket dead(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-        REQUIRE(::bind(dead.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0);
-    }
+TEST_CASE("an abandoned Unix socket stays if no descriptor is free to probe it") {
+    TemporaryDirectory directory;
+    const std::string path = directory / "chat.sock";
+    bound_unix_socket(path).close();
     {
         const NoDescriptors none;
-        CHECK(contains(error_of([&] { ListenSocket(ListenAddress::parse("unix:" + path), false); }), "(EMFILE)"));
+        CHECK(contains(listen_error("unix:" + path), "(EMFILE)"));
     }
     struct stat status {};
     CHECK(::lstat(path.c_str(), &status) == 0);
 }
 
 #if defined(__linux__)
-TEST_CASE("a Unix socket whose owner is too busy to accept stays theirs") {
-    Folder folder;
-    const std::string path = folder / "chat.sock";
-    sockaddr_un name{};
-    name.sun_family = AF_UNIX;
-    std::memcpy(name.sun_path, path.data(), path.size());
-    const Socket busy(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    REQUIRE(::bind(busy.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0);
+TEST_CASE("a Unix socket with a full backlog is an Error, and its owner keeps it") {
+    TemporaryDirectory directory;
+    const std::string path = directory / "chat.sock";
+    const Socket busy = bound_unix_socket(path);
     REQUIRE(::listen(busy.descriptor(), 0) == 0);
-    // One connection waits, and there is no room for another.
+    // One connection waits and fills the backlog.
     const ListenAddress where = ListenAddress::parse("unix:" + path);
     const Socket first = connect_to(where);
     REQUIRE(first);
-    CHECK(contains(error_of([&] { ListenSocket(where, false); }), "(EADDRINUSE)"));
+    CHECK(contains(listen_error(where.to_string()), "(EADDRINUSE)"));
     const Socket accepted(::accept(busy.descriptor(), nullptr, nullptr));
     CHECK(accepted);
     CHECK(connect_to(where));
 }
 #endif
 
-TEST_CASE("a Unix socket in a folder without permission is an Error, and no advice about ports") {
-    Folder folder;
-    const std::string where = "unix:" + folder / "chat.sock";
-    REQUIRE(::chmod((folder / "").c_str(), 0500) == 0);
-    const auto listen_unprivileged = [&] {
-        if (::setuid(65534) != 0 && ::geteuid() == 0) return 2;
-        const std::string error = error_of([&] { ListenSocket(ListenAddress::parse(where), false); });
-        return error == "listen " + where + ": Permission denied (EACCES) from bind" ? 0 : 1;
-    };
-    const pid_t child = ::fork();
-    if (child == 0) ::_exit(listen_unprivileged());
-    int status = 0;
-    REQUIRE(::waitpid(child, &status, 0) == child);
-    CHECK(WIFEXITED(status));
-    CHECK(WEXITSTATUS(status) == 0);
+TEST_CASE("a Unix socket in a directory without permission is an Error without advice about ports") {
+    TemporaryDirectory directory;
+    const std::string where = "unix:" + directory / "chat.sock";
+    REQUIRE(::chmod((directory / "").c_str(), 0500) == 0);
+    CHECK(run_unprivileged([&] {
+              return listen_error(where) == "listen " + where + ": Permission denied (EACCES) from bind";
+          }) == 0);
 }
 
-TEST_CASE("each error that a socket or a file meets is told by its name") {
+TEST_CASE("each error of sockets and files has its name in the text") {
+    // clang-format off
     const std::pair<int, std::string> names[] = {
-        {EACCES, "EACCES"},
-        {EADDRINUSE, "EADDRINUSE"},
-        {EADDRNOTAVAIL, "EADDRNOTAVAIL"},
-        {EAFNOSUPPORT, "EAFNOSUPPORT"},
-        {ECONNABORTED, "ECONNABORTED"},
-        {ECONNRESET, "ECONNRESET"},
-        {EINVAL, "EINVAL"},
-        {EISDIR, "EISDIR"},
-        {EMFILE, "EMFILE"},
-        {ENFILE, "ENFILE"},
-        {ENOBUFS, "ENOBUFS"},
-        {ENOENT, "ENOENT"},
-        {ENOMEM, "ENOMEM"},
-        {ENOTDIR, "ENOTDIR"},
-        {EPERM, "EPERM"},
-        {EPIPE, "EPIPE"},
+        {EACCES, "EACCES"}, {EADDRINUSE, "EADDRINUSE"}, {EADDRNOTAVAIL, "EADDRNOTAVAIL"},
+        {EAFNOSUPPORT, "EAFNOSUPPORT"}, {ECONNABORTED, "ECONNABORTED"}, {ECONNRESET, "ECONNRESET"},
+        {EINVAL, "EINVAL"}, {EISDIR, "EISDIR"}, {EMFILE, "EMFILE"}, {ENFILE, "ENFILE"}, {ENOBUFS, "ENOBUFS"},
+        {ENOENT, "ENOENT"}, {ENOMEM, "ENOMEM"}, {ENOTDIR, "ENOTDIR"}, {EPERM, "EPERM"}, {EPIPE, "EPIPE"},
         {ETIMEDOUT, "ETIMEDOUT"},
     };
+    // clang-format on
     for (const auto& entry : names) {
         const std::string name = entry.second, text = os::error_text(entry.first);
         CAPTURE(name);
@@ -1089,34 +1048,31 @@ TEST_CASE("each error that a socket or a file meets is told by its name") {
     }
 }
 
-TEST_CASE("an address has as many bits as its family, that of a Unix socket none") {
+TEST_CASE("an address has 32 or 128 bits, and that of a Unix socket has none") {
     CHECK(address("127.0.0.1").bits() == 32);
     CHECK(address("::1").bits() == 128);
     CHECK(IpAddress().bits() == 0);
     CHECK(IpAddress().to_string() == "unix");
 }
 
-TEST_CASE("sending nothing takes nothing, and is no end of the stream") {
+TEST_CASE("sending zero bytes sends nothing and does not end the stream") {
     Pair pair;
-    const IoResult sent = send(pair.here, "");
+    const IoResult sent = send(pair.local, "");
     CHECK(sent.outcome == IoResult::Outcome::would_block);
     CHECK(sent.size == 0);
-    CHECK(send(pair.here, "a").outcome == IoResult::Outcome::done);
+    CHECK(send(pair.local, "a").outcome == IoResult::Outcome::done);
 }
 
-TEST_CASE("what is no descriptor can not be made to block never") { CHECK_FALSE(os::make_nonblocking(-1)); }
+TEST_CASE("make_nonblocking fails for an invalid descriptor") { CHECK_FALSE(os::make_nonblocking(-1)); }
 
-TEST_CASE("a poller that is to remove what it does not know changes nothing") {
-    for (const PollerKind kind : kinds) {
-        const auto poller = Poller::make(kind);
-        CAPTURE(poller->name());
-        Pair known, other;
-        Owner owner;
-        REQUIRE(poller->add(known.here.descriptor(), owner, true, false));
-        poller->remove(other.here.descriptor());
-        REQUIRE(send(known.there, "a").outcome == IoResult::Outcome::done);
-        CHECK(now_ready(*poller, owner) == "r");
-    }
+TEST_CASE("removing an unknown descriptor changes nothing") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair known(poller, true, false);
+        Pair unknown;
+        poller.remove(unknown.local.descriptor());
+        REQUIRE(send(known.peer, "a").outcome == IoResult::Outcome::done);
+        CHECK(known.events() == "r");
+    });
 }
 
 TEST_SUITE_END();

@@ -1,5 +1,5 @@
-// What several threads may do with servers: several servers in one process, each on a thread of its own, which reach one
-// another through Loop::post, Mailbox and HandlerRef while clients come and go. For ThreadSanitizer above all.
+// Several servers in one process, each on its own thread. They use Loop::post, Mailbox and HandlerRef across threads
+// while clients connect and disconnect. Mainly for ThreadSanitizer.
 #include "support.hpp"
 
 #include <csignal>
@@ -8,13 +8,13 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Echo;
 using test::Client;
+using test::Echo;
 using test::RunningServer;
 
 namespace {
 
-// Threads that are joined when this is gone.
+// Joins its threads in the destructor.
 class Threads {
 public:
     Threads() = default;
@@ -34,29 +34,29 @@ private:
     std::vector<std::thread> list_;
 };
 
-// The mailboxes of several servers: what one of them is told, it tells all the others.
-struct Bus {
-    struct Stop {
+// Publishes a message to the room "all" of several servers.
+struct Publisher {
+    struct Target {
         std::shared_ptr<Mailbox> mailbox;
-        Server* server;  // for work in the mailbox alone
+        Server* server;  // only for work in the mailbox
     };
-    std::vector<Stop> stops;  // complete before the servers run
+    std::vector<Target> targets;  // does not change while the servers run
 
-    void add(Server& server) { stops.push_back({server.loop().mailbox(), &server}); }
-    void tell(const std::string& text) {
-        for (const Stop& stop : stops)
-            stop.mailbox->post([server = stop.server, text] { server->rooms()["all"].broadcast(text); });
+    void add(Server& server) { targets.push_back({server.loop().mailbox(), &server}); }
+    void publish(const std::string& text) {
+        for (const Target& target : targets)
+            target.mailbox->post([server = target.server, text] { server->rooms()["all"].broadcast(text); });
     }
 };
 
-struct Passenger : WebSocketHandler {
-    explicit Passenger(Bus& of_all) : bus(of_all) {}
+struct PublishingMember : WebSocketHandler {
+    explicit PublishingMember(Publisher& a_publisher) : publisher(a_publisher) {}
     void open() override { room("all").join(*this); }
-    void on_message(const Message& m) override { bus.tell(std::string(m.text())); }
-    Bus& bus;
+    void on_message(const Message& m) override { publisher.publish(std::string(m.text())); }
+    Publisher& publisher;
 };
 
-// References to handlers of all servers, for whoever wants to write to them.
+// A list of references to the handlers of all servers.
 class Directory {
 public:
     void add(HandlerRef ref) {
@@ -67,7 +67,7 @@ public:
         const std::lock_guard<std::mutex> lock(mutex_);
         return refs_;
     }
-    void forget() {
+    void clear() {
         const std::lock_guard<std::mutex> lock(mutex_);
         refs_.clear();
     }
@@ -77,9 +77,10 @@ private:
     std::vector<HandlerRef> refs_;
 };
 
-// Says what it hears to everybody in the directory, on whatever server they are.
-struct Caller : WebSocketHandler {
-    Caller(Directory& of_all, std::atomic<int>& of_open) : directory(of_all), open_count(of_open) {}
+// Sends each message to all handlers in the directory, on all servers.
+struct DirectorySender : WebSocketHandler {
+    DirectorySender(Directory& a_directory, std::atomic<int>& an_open_count)
+        : directory(a_directory), open_count(an_open_count) {}
     void open() override {
         ++open_count;
         directory.add(ref());
@@ -92,21 +93,21 @@ struct Caller : WebSocketHandler {
     std::atomic<int>& open_count;
 };
 
-// Sets the flag when the last copy of what holds it is gone.
-struct Witness {
-    explicit Witness(std::atomic<int>& counter) : alive(counter) { ++alive; }
-    Witness(const Witness&) = delete;
-    Witness& operator=(const Witness&) = delete;
-    ~Witness() { --alive; }
+// Counts its instances.
+struct Counted {
+    explicit Counted(std::atomic<int>& counter) : alive(counter) { ++alive; }
+    Counted(const Counted&) = delete;
+    Counted& operator=(const Counted&) = delete;
+    ~Counted() { --alive; }
     std::atomic<int>& alive;
 };
 
 std::string text_of(int sender, int n) { return std::to_string(sender) + ":" + std::to_string(n); }
 
-// Hears `senders` people say `count` things each; answers whether each of them said them in order, once.
-bool hears_everybody(Client& client, int senders, int count) {
+// Receives `count` messages of each sender. Returns true if those of each sender arrive in order and once.
+bool receives_all(Client& client, int senders, int count) {
     std::vector<int> next(static_cast<std::size_t>(senders), 0);
-    for (int heard = 0; heard < senders * count; ++heard) {
+    for (int received = 0; received < senders * count; ++received) {
         const auto message = client.next();
         if (!message) return false;
         const auto sender = static_cast<std::size_t>(std::atoi(message->c_str()));
@@ -119,15 +120,15 @@ bool hears_everybody(Client& client, int senders, int count) {
 
 TEST_SUITE_BEGIN("threads");
 
-TEST_CASE("servers on threads of their own pass on to all what one of them is told, while clients come and go") {
+TEST_CASE("servers on several threads publish to each other while clients connect and disconnect") {
     constexpr int servers = 4, count = 30;
-    Bus bus;
+    Publisher publisher;
     std::vector<std::unique_ptr<RunningServer>> running;
     for (int i = 0; i < servers; ++i) {
         running.push_back(std::make_unique<RunningServer>());
-        running.back()->server.route<Passenger>("/", std::ref(bus));
+        running.back()->server.route<PublishingMember>("/", std::ref(publisher));
         running.back()->server.route<Echo>("/echo");
-        bus.add(running.back()->server);
+        publisher.add(running.back()->server);
     }
     for (const auto& one : running) one->start();
     std::vector<std::unique_ptr<Client>> listeners;
@@ -137,43 +138,43 @@ TEST_CASE("servers on threads of their own pass on to all what one of them is to
         REQUIRE(one->eventually([&] { return one->server.rooms()["all"].size() == 1; }));
     }
     std::atomic<bool> done{false};
-    std::atomic<int> visits{0};
+    std::atomic<int> guests{0};
     Threads threads;
     for (int i = 0; i < servers; ++i) {
         const int port = running[static_cast<std::size_t>(i)]->port();
         threads.start([=] {
-            Client speaker(port, "/");
-            for (int n = 0; n < count; ++n) speaker.send(text_of(i, n));
-            speaker.close();
-            speaker.close_code();
+            Client sender(port, "/");
+            for (int n = 0; n < count; ++n) sender.send(text_of(i, n));
+            sender.close();
+            sender.close_code();
         });
-        threads.start([=, &done, &visits] {
+        threads.start([=, &done, &guests] {
             while (!done) {
-                Client visitor(port, visits % 2 == 0 ? "/" : "/echo");
-                if (++visits % 3 == 0) visitor.raw.reset();
+                Client guest(port, guests % 2 == 0 ? "/" : "/echo");
+                if (++guests % 3 == 0) guest.raw.reset();
             }
         });
     }
-    for (const auto& listener : listeners) CHECK(hears_everybody(*listener, servers, count));
+    for (const auto& listener : listeners) CHECK(receives_all(*listener, servers, count));
     done = true;
     threads.join();
-    CHECK(visits > 0);
+    CHECK(guests > 0);
 }
 
-TEST_CASE("handlers write through references to handlers of other servers, while those come and go") {
+TEST_CASE("handlers write to handlers of other servers while clients connect and disconnect") {
     constexpr int servers = 3, count = 30;
     Directory directory;
     std::atomic<int> open_count{0};
     std::vector<std::unique_ptr<RunningServer>> running;
     for (int i = 0; i < servers; ++i) {
         running.push_back(std::make_unique<RunningServer>());
-        running.back()->server.route<Caller>("/", std::ref(directory), std::ref(open_count));
+        running.back()->server.route<DirectorySender>("/", std::ref(directory), std::ref(open_count));
         running.back()->start();
     }
-    std::vector<std::unique_ptr<Client>> callers;
+    std::vector<std::unique_ptr<Client>> clients;
     for (const auto& one : running) {
-        callers.push_back(std::make_unique<Client>(one->port()));
-        REQUIRE(callers.back()->is_open());
+        clients.push_back(std::make_unique<Client>(one->port()));
+        REQUIRE(clients.back()->is_open());
     }
     while (open_count != servers) std::this_thread::yield();
     std::atomic<bool> done{false};
@@ -181,23 +182,23 @@ TEST_CASE("handlers write through references to handlers of other servers, while
     for (const auto& one : running)
         threads.start([port = one->port(), &done] {
             for (int i = 0; !done; ++i) {
-                Client visitor(port);
-                if (i % 2 == 0) visitor.raw.reset();
+                Client guest(port);
+                if (i % 2 == 0) guest.raw.reset();
             }
         });
     for (int n = 0; n < count; ++n)
-        for (int i = 0; i < servers; ++i) callers[static_cast<std::size_t>(i)]->send(text_of(i, n));
-    for (const auto& caller : callers) CHECK(hears_everybody(*caller, servers, count));
+        for (int i = 0; i < servers; ++i) clients[static_cast<std::size_t>(i)]->send(text_of(i, n));
+    for (const auto& client : clients) CHECK(receives_all(*client, servers, count));
     done = true;
     threads.join();
-    // Nobody's reference is the last to know a server that is gone.
+    // References outlive their servers.
     running.clear();
     CHECK(open_count == 0);
     for (const HandlerRef& ref : directory.all()) CHECK_FALSE(ref.write_message("too late"));
-    directory.forget();
+    directory.clear();
 }
 
-TEST_CASE("threads post to a server until after it is destroyed, and all that they posted is destroyed too") {
+TEST_CASE("threads post to a server during and after its destruction, and all posted work is destroyed") {
     for (int round = 0; round < 10; ++round) {
         std::atomic<int> alive{0}, accepted{0}, ran{0}, refused{0};
         std::optional<RunningServer> running(std::in_place);
@@ -208,8 +209,8 @@ TEST_CASE("threads post to a server until after it is destroyed, and all that th
         for (int i = 0; i < 3; ++i)
             threads.start([&, mailbox = running->server.loop().mailbox()] {
                 while (refused < 100) {
-                    const auto witness = std::make_shared<Witness>(alive);
-                    if (mailbox->post([&ran, witness] { ++ran; })) ++accepted;
+                    const auto counted = std::make_shared<Counted>(alive);
+                    if (mailbox->post([&ran, counted] { ++ran; })) ++accepted;
                     else ++refused;
                 }
             });
@@ -222,12 +223,12 @@ TEST_CASE("threads post to a server until after it is destroyed, and all that th
     }
 }
 
-TEST_CASE("references outlive their servers on other threads, whoever lets go of them last") {
+TEST_CASE("references on other threads may outlive their servers") {
     for (int round = 0; round < 10; ++round) {
         Directory directory;
         std::atomic<int> open_count{0};
         std::optional<RunningServer> running(std::in_place);
-        running->server.route<Caller>("/", std::ref(directory), std::ref(open_count));
+        running->server.route<DirectorySender>("/", std::ref(directory), std::ref(open_count));
         running->start();
         Client one(running->port()), two(running->port());
         REQUIRE(one.is_open());
@@ -237,16 +238,16 @@ TEST_CASE("references outlive their servers on other threads, whoever lets go of
         Threads threads;
         for (int i = 0; i < 3; ++i)
             threads.start([&written, refs = directory.all()] {
-                bool taken = true;
-                for (int n = 0; taken; ++n, ++written) {
-                    taken = false;
+                bool accepted = true;
+                for (int n = 0; accepted; ++n, ++written) {
+                    accepted = false;
                     for (const HandlerRef& ref : refs) {
-                        taken = ref.write_message("news") || taken;
+                        accepted = ref.write_message("news") || accepted;
                         if (n == 50) ref.close();
                     }
                 }
             });
-        directory.forget();
+        directory.clear();
         while (written < 100) std::this_thread::yield();
         running.reset();
         threads.join();
@@ -254,7 +255,7 @@ TEST_CASE("references outlive their servers on other threads, whoever lets go of
     }
 }
 
-TEST_CASE("threads shut a server down at once, again and again, while others connect to it") {
+TEST_CASE("several threads call shutdown repeatedly while clients connect") {
     for (int round = 0; round < 10; ++round) {
         RunningServer running;
         running.server.route<Echo>("/");
@@ -262,13 +263,13 @@ TEST_CASE("threads shut a server down at once, again and again, while others con
         std::vector<std::unique_ptr<Client>> clients;
         for (int i = 0; i < 5; ++i) clients.push_back(std::make_unique<Client>(running.port()));
         Threads threads;
-        std::atomic<int> begun{0};
+        std::atomic<int> started{0};
         for (int i = 0; i < 3; ++i)
             threads.start([&, port = running.port()] {
-                ++begun;
+                ++started;
                 for (int n = 0; n < 5; ++n) Client(port).close();  // open, refused or never accepted
             });
-        while (begun != 3) std::this_thread::yield();
+        while (started != 3) std::this_thread::yield();
         for (int i = 0; i < 3; ++i)
             threads.start([&] {
                 for (int n = 0; n < 3; ++n) running.server.shutdown(5s);
@@ -280,30 +281,31 @@ TEST_CASE("threads shut a server down at once, again and again, while others con
     }
 }
 
-TEST_CASE("a callback of one server shuts another down, and is told when that has ended") {
-    struct Killer : WebSocketHandler {
-        explicit Killer(Server& its_victim) : victim(its_victim) {}
-        void on_message(const Message&) override { victim.shutdown(5s); }
-        Server& victim;
+TEST_CASE("a callback of one server shuts another one down") {
+    struct Stopper : WebSocketHandler {
+        explicit Stopper(Server& a_target) : target(a_target) {}
+        void on_message(const Message&) override { target.shutdown(5s); }
+        Server& target;
     };
-    RunningServer victim, killer;
-    victim.server.route<Echo>("/");
-    killer.server.route<Killer>("/", std::ref(victim.server));
-    victim.start();
-    killer.start();
-    Client at_victim(victim.port()), at_killer(killer.port());
-    at_killer.send("now");
-    CHECK(at_victim.close_code() == CloseCode::going_away);
-    at_victim.raw.close();
-    victim.stop();
-    at_killer.ping("alive");
-    CHECK(at_killer.next(Event::Kind::pong) == "alive");
+    RunningServer target, stopper;
+    target.server.route<Echo>("/");
+    stopper.server.route<Stopper>("/", std::ref(target.server));
+    target.start();
+    stopper.start();
+    Client target_client(target.port()), stopper_client(stopper.port());
+    stopper_client.send("now");
+    CHECK(target_client.close_code() == CloseCode::going_away);
+    target_client.raw.close();
+    target.stop();
+    stopper_client.ping("alive");
+    CHECK(stopper_client.next(Event::Kind::pong) == "alive");
 }
 
-TEST_CASE("servers come and go on many threads while signals arrive, and each that runs is ended by one") {
-    // A loop that lives longer keeps the signals from ending the process.
-    Loop keeper(test::poller_kind());
-    const SignalGuard guard(keeper.wake_descriptor());
+TEST_CASE("a signal ends all running servers while other threads create and destroy servers") {
+    // This guard exists during the whole test, so that no signal ends the process. SIGINT may be ignored before.
+    const auto previous = std::signal(SIGINT, SIG_DFL);
+    Loop loop(test::poller_kind());
+    auto guard = std::make_unique<SignalGuard>(LoopAccess::wake_descriptor(loop));
     constexpr int threads_of_servers = 3, rounds = 15;
     std::atomic<int> ended{0};
     Threads threads;
@@ -325,6 +327,9 @@ TEST_CASE("servers come and go on many threads while signals arrive, and each th
         std::this_thread::yield();
     }
     CHECK(ended == threads_of_servers * rounds);
+    threads.join();
+    guard.reset();
+    std::signal(SIGINT, previous);
 }
 
 TEST_SUITE_END();

@@ -1,5 +1,5 @@
-// section 11: streams in memory, in any pieces; then the server over sockets. With WSCHAT_TEST_TLS=1 the suites of the server
-// run over TLS as well. Without WSCHAT_OPENSSL there is one test, which says so.
+// section 11: streams in memory with the ciphertext in pieces of any size, then the server over sockets. With
+// WSCHAT_TEST_TLS=1 the server's suites also run over TLS.
 #include "support.hpp"
 
 using namespace wschat;
@@ -9,7 +9,7 @@ using namespace std::chrono_literals;
 #if !WSCHAT_OPENSSL
 
 TEST_SUITE("tls") {
-    TEST_CASE("without WSCHAT_OPENSSL nothing of OpenSSL is included") {
+    TEST_CASE("without WSCHAT_OPENSSL the header does not include OpenSSL") {
 #if defined(OPENSSL_VERSION_NUMBER)
         CHECK(false);
 #else
@@ -22,11 +22,11 @@ TEST_SUITE("tls") {
 
 #include <csignal>
 
-using test::Echo;
-using test::contains;
-using test::error_of;
 using test::CertificateFiles;
 using test::Client;
+using test::contains;
+using test::Echo;
+using test::error_of;
 using test::RawClient;
 using test::RunningServer;
 
@@ -42,98 +42,123 @@ std::shared_ptr<const TlsContext> client_context(const std::string& authorities,
     options.key = own.key;
     return std::make_shared<const TlsContext>(options);
 }
-std::shared_ptr<const TlsContext> careless_client() {
+std::shared_ptr<const TlsContext> insecure_client_context() {
     TlsClientOptions options;
     options.accept_any_certificate = true;
     return std::make_shared<const TlsContext>(options);
 }
 
-// What a stream has to say to the other, taken out.
-std::string take(TlsStream& stream) {
+// Takes all ciphertext out of the stream.
+std::string take_output(TlsStream& stream) {
     std::string bytes(stream.output());
     stream.consume(bytes.size());
     return bytes;
 }
 
-// All that a stream can read, while its input lies in pieces of that size.
+// Feeds ciphertext in pieces of the given size, and returns the plaintext.
 std::string feed(TlsStream& stream, const std::string& bytes, std::size_t piece = std::string::npos) {
     std::string text;
-    std::vector<char> place(50'000);
+    std::vector<char> buffer(50'000);
     for (std::size_t at = 0; at < bytes.size(); at += piece) {
         const std::string part = bytes.substr(at, piece);
         stream.receive(part);
         for (;;) {
-            const TlsStream::Result got = stream.read(place.data(), place.size());
-            if (got.outcome != TlsStream::Outcome::done) break;
-            text.append(place.data(), got.size);
+            const IoResult result = stream.read(buffer.data(), buffer.size());
+            if (result.outcome != IoResult::Outcome::done) break;
+            text.append(buffer.data(), result.size);
         }
     }
     return text;
 }
 
-// Exchanges bytes until neither has anything to say.
-void talk(TlsStream& client, TlsStream& server, std::size_t piece = std::string::npos) {
+// Exchanges ciphertext until neither side has more.
+void exchange(TlsStream& client, TlsStream& server, std::size_t piece = std::string::npos) {
     client.handshake();
     for (;;) {
-        const std::string up = take(client), down = take(server);
+        const std::string up = take_output(client), down = take_output(server);
         if (up.empty() && down.empty()) return;
         feed(server, up, piece);
         feed(client, down, piece);
     }
 }
 
-// Writes a text of any size, and answers the ciphertext.
-std::string written(TlsStream& stream, std::string_view text) {
+// The ciphertext of a text of any size.
+std::string encrypt(TlsStream& stream, std::string_view text) {
     std::string bytes;
     for (; !text.empty(); text.remove_prefix((std::min)(text.size(), TlsStream::max_record))) {
-        REQUIRE(stream.write(text.substr(0, TlsStream::max_record)).outcome == TlsStream::Outcome::done);
-        bytes += take(stream);
+        REQUIRE(stream.write(text.substr(0, TlsStream::max_record)).outcome == IoResult::Outcome::done);
+        bytes += take_output(stream);
     }
     return bytes;
 }
 
-std::string some_text(std::size_t size) {
+IoResult::Outcome read_outcome(TlsStream& stream) {
+    char buffer[100];
+    return stream.read(buffer, sizeof buffer).outcome;
+}
+
+std::string pattern(std::size_t size) {
     std::string text(size, '\0');
     for (std::size_t i = 0; i < size; ++i) text[i] = static_cast<char>(i * 31 + i / 255);
     return text;
 }
 
-// Where TLS 1.2 is to be spoken, the client says so.
+// The version that the client limits itself to.
 constexpr int versions[] = {TLS1_2_VERSION, TLS1_3_VERSION};
 
+// A client and a server in memory.
 struct Pair {
     explicit Pair(int version = TLS1_3_VERSION)
-        : client(careless_client(), "localhost"), server(server_context(files.options())) {
+        : client(insecure_client_context(), "localhost"), server(server_context(files.options())) {
         SSL_set_max_proto_version(client.native(), version);
+    }
+    Pair& connect(std::size_t piece = std::string::npos) {
+        exchange(client, server, piece);
+        REQUIRE(client.established());
+        REQUIRE(server.established());
+        return *this;
     }
     CertificateFiles files{"pair"};
     TlsStream client, server;
 };
 
-// A certificate that clients may use, by openssl's own program.
-struct ClientCertificate : CertificateFiles {
-    explicit ClientCertificate(const std::string& name) : CertificateFiles(name) {
-        const std::string command =
-            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /O=Tea/CN=" + name +
-            " -keyout " + key + " -out " + certificate + " 2>/dev/null";
-        REQUIRE(std::system(command.c_str()) == 0);
+// An echo server that listens with TLS and runs.
+struct TlsServer : RunningServer {
+    explicit TlsServer(const std::string& name, ServerOptions options = {})
+        : RunningServer(std::move(options)), files(name) {
+        server.route<Echo>("/");
+        server.listen_tls(0, files.options());
+        run();
     }
+    const CertificateFiles files;
 };
 
-// A client that keeps the TLS and the socket apart, for what a proper one does not do.
-struct Apart {
-    Apart(int port, std::shared_ptr<const TlsContext> context = careless_client(),
-          const std::string& host = "localhost")
+const std::string hello_masked = test::hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
+const std::string hello_plain = test::hex("81 05 48 65 6c 6c 6f");
+std::string upgrade() { return opening_request("localhost", "/", Client::key); }
+
+// A client with a stream and a socket that the test controls separately.
+struct ManualClient {
+    ManualClient(int port, std::shared_ptr<const TlsContext> context = insecure_client_context(),
+                 const std::string& host = "localhost")
         : raw(RawClient::plain(port)), stream(std::move(context), host) {}
-    // The handshake to its end; false where it fails.
-    bool shake_hands() {
+    // Completes the handshake. False: it failed.
+    bool handshake() {
         stream.handshake();
         while (!stream.established() && stream.failure().empty()) {
-            raw.send(take(stream));
+            raw.send(take_output(stream));
             if (!read_some()) return false;
         }
-        raw.send(take(stream));
+        raw.send(take_output(stream));
         return stream.established();
+    }
+    // Completes the handshake and opens a WebSocket.
+    bool open() {
+        if (!handshake()) return false;
+        send(upgrade());
+        const bool opened = read_until("\r\n\r\n");
+        text.clear();
+        return opened;
     }
     bool read_some() {
         if (!raw.read_some()) return false;
@@ -141,12 +166,12 @@ struct Apart {
         raw.received.clear();
         return true;
     }
-    bool read_until(std::string_view wanted) {
-        while (!contains(text, wanted))
+    bool read_until(std::string_view part) {
+        while (!contains(text, part))
             if (!read_some()) return false;
         return true;
     }
-    void send(std::string_view plain) { raw.send(written(stream, plain)); }
+    void send(std::string_view plain) { raw.send(encrypt(stream, plain)); }
 
     RawClient raw;
     TlsStream stream;
@@ -154,17 +179,30 @@ struct Apart {
 };
 
 std::string serial_of(TlsStream& stream) {
-    const TlsOwned<X509, &X509_free> certificate(SSL_get_peer_certificate(stream.native()));
+    const OpensslPtr<X509, &X509_free> certificate(SSL_get_peer_certificate(stream.native()));
     REQUIRE(certificate);
-    const TlsOwned<BIGNUM, &BN_free> number(ASN1_INTEGER_to_BN(X509_get_serialNumber(certificate.get()), nullptr));
+    const OpensslPtr<BIGNUM, &BN_free> number(ASN1_INTEGER_to_BN(X509_get_serialNumber(certificate.get()), nullptr));
     std::string bytes(64, '\0');
     bytes.resize(static_cast<std::size_t>(BN_bn2bin(number.get(), reinterpret_cast<unsigned char*>(&bytes[0]))));
     return test::to_hex(bytes);
 }
 
-const std::string hello_masked = test::hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
-const std::string hello_plain = test::hex("81 05 48 65 6c 6c 6f");
-std::string upgrade() { return opening_request("localhost", "/", Client::key); }
+// Replaces the certificate by an expired one.
+void expire(const CertificateFiles& files) {
+    const auto open = [](const std::string& path, const char* mode) {
+        return OpensslPtr<BIO, &BIO_free>(BIO_new_file(path.c_str(), mode));
+    };
+    const OpensslPtr<X509, &X509_free> certificate(
+        PEM_read_bio_X509(open(files.certificate, "r").get(), nullptr, nullptr, nullptr));
+    const OpensslPtr<EVP_PKEY, &EVP_PKEY_free> key(
+        PEM_read_bio_PrivateKey(open(files.key, "r").get(), nullptr, nullptr, nullptr));
+    REQUIRE(certificate);
+    REQUIRE(key);
+    X509_time_adj_ex(X509_getm_notBefore(certificate.get()), -2, 0, nullptr);
+    X509_time_adj_ex(X509_getm_notAfter(certificate.get()), -1, 0, nullptr);
+    REQUIRE(X509_sign(certificate.get(), key.get(), EVP_sha256()) != 0);
+    REQUIRE(PEM_write_bio_X509(open(files.certificate, "w").get(), certificate.get()) == 1);
+}
 
 }  // namespace
 
@@ -172,30 +210,28 @@ TEST_SUITE_BEGIN("tls");
 
 // ---- streams --------------------------------------------------------------------------------------------------------
 
-TEST_CASE("texts of every size pass between two streams in both directions, however the ciphertext is cut") {
+TEST_CASE("two streams exchange texts of all sizes with ciphertext in pieces of any size") {
     for (const int version : versions) {
         for (const std::size_t piece :
              {std::size_t{1}, std::size_t{7}, std::size_t{1000}, std::size_t{16'500}, std::string::npos}) {
             CAPTURE(version);
             CAPTURE(piece);
             Pair pair(version);
-            talk(pair.client, pair.server, piece);
-            REQUIRE(pair.client.established());
-            REQUIRE(pair.server.established());
+            pair.connect(piece);
             for (const std::size_t size : {1u, 100u, 16'384u, 16'385u, 200'000u}) {
-                const std::string text = some_text(size);
-                CHECK((feed(pair.server, written(pair.client, text), piece) == text));
-                CHECK((feed(pair.client, written(pair.server, text), piece) == text));
+                const std::string text = pattern(size);
+                CHECK((feed(pair.server, encrypt(pair.client, text), piece) == text));
+                CHECK((feed(pair.client, encrypt(pair.server, text), piece) == text));
             }
             CHECK_FALSE(pair.server.has_input());
         }
     }
 }
 
-TEST_CASE("TLS 1.2 and 1.3 are spoken with forward secrecy, and the protocol is http/1.1") {
+TEST_CASE("TLS 1.2 and 1.3 use forward secrecy, and ALPN selects http/1.1") {
     for (const int version : versions) {
         Pair pair(version);
-        talk(pair.client, pair.server);
+        pair.connect();
         CHECK(pair.server.version() == (version == TLS1_2_VERSION ? "TLSv1.2" : "TLSv1.3"));
         CHECK(contains(pair.server.cipher(), version == TLS1_2_VERSION ? "ECDHE-ECDSA-" : "TLS_"));
         CHECK(pair.server.protocol() == "http/1.1");
@@ -205,7 +241,7 @@ TEST_CASE("TLS 1.2 and 1.3 are spoken with forward secrecy, and the protocol is 
     }
 }
 
-TEST_CASE("what is weaker than TLS 1.2 with forward secrecy is refused by an alert") {
+TEST_CASE("TLS 1.1 and ciphers without forward secrecy are refused with an alert") {
     const struct {
         int version;
         std::string ciphers, server, client;
@@ -220,26 +256,24 @@ TEST_CASE("what is weaker than TLS 1.2 with forward secrecy is refused by an ale
         SSL_set_min_proto_version(pair.client.native(), TLS1_VERSION);
         SSL_set_max_proto_version(pair.client.native(), row.version);
         REQUIRE(SSL_set_cipher_list(pair.client.native(), row.ciphers.c_str()) == 1);
-        talk(pair.client, pair.server);
+        exchange(pair.client, pair.server);
         CHECK(pair.server.failure() == row.server);
         CHECK(pair.client.failure() == row.client);
         CHECK_FALSE(pair.server.established());
     }
 }
 
-TEST_CASE("a client that speaks no protocol of ours is refused, as RFC 7301 asks") {
+TEST_CASE("a client without a common ALPN protocol is refused as RFC 7301 requires") {
     Pair pair;
     const unsigned char h2[] = "\x02h2";
     SSL_set_alpn_protos(pair.client.native(), h2, 3);
-    talk(pair.client, pair.server);
+    exchange(pair.client, pair.server);
     CHECK(pair.server.failure() == "no application protocol");
     CHECK(pair.client.failure() == "tlsv1 alert no application protocol");
 }
 
-TEST_CASE("a client takes a server only for what its certificate proves, unless it is told to take anybody") {
-    const CertificateFiles good("good", {"chat.example", "*.wild.example", "127.0.0.1", "::1"}), other("other"),
-        old("old");
-    CertificateFiles::write(old.certificate, make_self_signed_certificate({"localhost"}, -1).certificate);
+TEST_CASE("a client verifies the name and the authority of a certificate unless it accepts any certificate") {
+    const CertificateFiles good("good", {"chat.example", "*.wild.example", "127.0.0.1", "::1"}), other("other");
     const struct {
         std::string host, authorities, failure;
     } table[] = {
@@ -259,33 +293,31 @@ TEST_CASE("a client takes a server only for what its certificate proves, unless 
         CAPTURE(row.host);
         CAPTURE(row.authorities);
         TlsStream client(client_context(row.authorities), row.host), server(server_context(good.options()));
-        talk(client, server);
+        exchange(client, server);
         CHECK(client.failure() == row.failure);
         CHECK(client.established() == row.failure.empty());
         if (!row.failure.empty()) CHECK(contains(server.failure(), "alert"));
     }
-    TlsStream careless(careless_client(), "evil.example"), server(server_context(good.options()));
-    talk(careless, server);
-    CHECK(careless.established());
+    TlsStream insecure(insecure_client_context(), "evil.example"), server(server_context(good.options()));
+    exchange(insecure, server);
+    CHECK(insecure.established());
     CHECK(server.established());
 }
 
-TEST_CASE("a certificate that has expired is refused") {
+TEST_CASE("an expired certificate is refused") {
     const CertificateFiles old("expired");
-    const auto made = make_self_signed_certificate({"localhost"}, -1);
-    CertificateFiles::write(old.certificate, made.certificate);
-    CertificateFiles::write(old.key, made.key);
+    expire(old);
     TlsStream client(client_context(old.certificate), "localhost"), server(server_context(old.options()));
-    talk(client, server);
+    exchange(client, server);
     CHECK(client.failure() == "certificate verify failed: certificate has expired");
 }
 
-TEST_CASE("a name that no server can have is an Error") {
+TEST_CASE("an empty host name is an Error") {
     const auto context = client_context("");
-    CHECK(contains(error_of([&] { TlsStream client(context, ""); }), "TLS: \"\" is no name of a server"));
+    CHECK(contains(error_of([&] { TlsStream client(context, ""); }), "TLS: \"\" is not the name of a server"));
 }
 
-TEST_CASE("of several certificates a client gets the one for the name it asks for, and else the first") {
+TEST_CASE("the server selects the certificate by SNI, and the first one if no name matches") {
     const CertificateFiles first("first", {"one.example"}), second("second", {"two.example", "*.two.example"});
     TlsOptions options = first.options();
     options.more.push_back({second.certificate, second.key});
@@ -299,83 +331,80 @@ TEST_CASE("of several certificates a client gets the one for the name it asks fo
         };
         for (const auto& row : table) {
             CAPTURE(row.host);
-            TlsStream client(careless_client(), row.host), server(context);
+            TlsStream client(insecure_client_context(), row.host), server(context);
             SSL_set_max_proto_version(client.native(), version);
-            talk(client, server);
+            exchange(client, server);
             CHECK(client.established());
             CHECK(client.peer_name() == row.name);
         }
     }
 }
 
-TEST_CASE("close_notify ends one direction, and the other goes on") {
+TEST_CASE("close_notify ends only one direction") {
     for (const int version : versions) {
         Pair pair(version);
-        talk(pair.client, pair.server);
-        std::string bytes = written(pair.client, "last words");
+        pair.connect();
+        std::string bytes = encrypt(pair.client, "last words");
         pair.client.shutdown();
-        bytes += take(pair.client);
-        char place[100];
+        bytes += take_output(pair.client);
+        char buffer[100];
         pair.server.receive(bytes);
-        REQUIRE(pair.server.read(place, sizeof place).size == 10);
-        CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::end);
-        CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::end);
-        CHECK(feed(pair.client, written(pair.server, "the answer")) == "the answer");
+        REQUIRE(pair.server.read(buffer, sizeof buffer).size == 10);
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::end);
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::end);
+        CHECK(feed(pair.client, encrypt(pair.server, "the answer")) == "the answer");
         pair.server.shutdown();
         pair.server.shutdown();
-        const std::string notify = take(pair.server);
+        const std::string notify = take_output(pair.server);
         CHECK_FALSE(notify.empty());
         pair.client.receive(notify);
-        CHECK(pair.client.read(place, sizeof place).outcome == TlsStream::Outcome::end);
+        CHECK(read_outcome(pair.client) == IoResult::Outcome::end);
         CHECK(pair.server.failure() == "");
     }
 }
 
-TEST_CASE("what comes after close_notify is not looked at") {
+TEST_CASE("bytes after close_notify are ignored") {
     Pair pair;
-    talk(pair.client, pair.server);
+    pair.connect();
     pair.client.shutdown();
-    CHECK(feed(pair.server, take(pair.client) + "GET / HTTP/1.1\r\n\r\n") == "");
+    CHECK(feed(pair.server, take_output(pair.client) + "GET / HTTP/1.1\r\n\r\n") == "");
     CHECK(pair.server.failure() == "");
 }
 
-TEST_CASE("without close_notify a stream waits for more: its end is not a proper one") {
+TEST_CASE("without close_notify a stream does not report the end") {
     Pair pair;
-    talk(pair.client, pair.server);
-    const std::string bytes = written(pair.client, some_text(5000));
-    char place[100];
+    pair.connect();
+    const std::string bytes = encrypt(pair.client, pattern(5000));
     pair.server.receive(std::string_view(bytes).substr(0, bytes.size() - 1));
-    CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::need_more);
+    CHECK(read_outcome(pair.server) == IoResult::Outcome::would_block);
 }
 
-TEST_CASE("a byte that was changed on the way fails the stream, with an alert for the peer") {
+TEST_CASE("a changed byte fails the stream with an alert for the peer") {
     for (const int version : versions) {
         Pair pair(version);
-        talk(pair.client, pair.server);
-        std::string bytes = written(pair.client, "some words");
+        pair.connect();
+        std::string bytes = encrypt(pair.client, "some words");
         bytes[bytes.size() - 3] = static_cast<char>(bytes[bytes.size() - 3] ^ 1);
         CHECK(feed(pair.server, bytes) == "");
         CHECK(pair.server.failure() == "decryption failed or bad record mac");
-        const std::string alert = take(pair.server);
+        const std::string alert = take_output(pair.server);
         feed(pair.client, alert);
         CHECK(pair.client.failure() == "sslv3 alert bad record mac");
-        // Nothing more comes of it.
-        char place[100];
-        CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::failure);
-        CHECK(pair.server.write("words").outcome == TlsStream::Outcome::failure);
+        // A failed stream stays failed.
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::error);
+        CHECK(pair.server.write("words").outcome == IoResult::Outcome::error);
         pair.server.shutdown();
-        CHECK(take(pair.server) == "");
+        CHECK(take_output(pair.server) == "");
     }
 }
 
-TEST_CASE("a peer that begins with plain text is known by its first byte") {
+TEST_CASE("the first byte reveals a peer that sends plain text") {
     for (const std::string text : {"GET / HTTP/1.1\r\n", "P", "HTTP/1.1 400 Bad Request\r\n"}) {
         Pair pair;
         pair.server.receive(text);
-        char place[100];
-        CHECK(pair.server.read(place, sizeof place).outcome == TlsStream::Outcome::failure);
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::error);
         CHECK(pair.server.plain_text());
-        CHECK(take(pair.server) == "");
+        CHECK(take_output(pair.server) == "");
     }
     Pair pair;
     feed(pair.server, test::hex("00 01 02 03 04 05 06 07 08 09 0a"));
@@ -383,26 +412,26 @@ TEST_CASE("a peer that begins with plain text is known by its first byte") {
     CHECK_FALSE(pair.server.failure().empty());
 }
 
-TEST_CASE("a client can not negotiate anew") {
+TEST_CASE("a client cannot renegotiate") {
     Pair pair(TLS1_2_VERSION);
-    talk(pair.client, pair.server);
+    pair.connect();
     SSL_clear_options(pair.client.native(), SSL_OP_NO_RENEGOTIATION);
     REQUIRE(SSL_renegotiate(pair.client.native()) == 1);
-    talk(pair.client, pair.server);
-    // RFC 5246 7.2.2: the server has answered with a warning, after which this client gives up.
+    exchange(pair.client, pair.server);
+    // RFC 5246 7.2.2: the server answers with a warning, and this client ends the connection.
     CHECK(pair.client.failure() == "no renegotiation");
     CHECK(pair.server.failure() == "sslv3 alert handshake failure");
 }
 
-TEST_CASE("a peer may change its keys, but what it makes a server say without reading it is bounded") {
+TEST_CASE("a peer may update its keys, but the unread answers are bounded") {
     Pair pair;
-    talk(pair.client, pair.server);
+    pair.connect();
     const auto change_keys = [&] {
         REQUIRE(SSL_key_update(pair.client.native(), SSL_KEY_UPDATE_REQUESTED) == 1);
-        feed(pair.server, written(pair.client, "x"));
+        feed(pair.server, encrypt(pair.client, "x"));
     };
     for (int i = 0; i < 10; ++i) change_keys();
-    CHECK(feed(pair.client, written(pair.server, "words")) == "words");
+    CHECK(feed(pair.client, encrypt(pair.server, "words")) == "words");
     std::size_t largest = 0;
     for (int i = 0; i < 20'000 && pair.server.failure().empty(); ++i) {
         change_keys();
@@ -412,39 +441,39 @@ TEST_CASE("a peer may change its keys, but what it makes a server say without re
     CHECK(largest < 140'000);
 }
 
-TEST_CASE("stale entries of the thread's error queue decide nothing, and none are left behind") {
+TEST_CASE("a stream ignores old entries of the thread's error queue and leaves none") {
     Pair pair;
     const auto disturb = [] { ERR_put_error(ERR_LIB_SSL, 0, SSL_R_BAD_PACKET, __FILE__, __LINE__); };
     disturb();
-    talk(pair.client, pair.server);
+    exchange(pair.client, pair.server);
     REQUIRE(pair.server.established());
     disturb();
-    CHECK(feed(pair.server, written(pair.client, "words")) == "words");
+    CHECK(feed(pair.server, encrypt(pair.client, "words")) == "words");
     disturb();
-    CHECK(pair.server.write("words").outcome == TlsStream::Outcome::done);
-    std::string bad = written(pair.client, "words");
+    CHECK(pair.server.write("words").outcome == IoResult::Outcome::done);
+    std::string bad = encrypt(pair.client, "words");
     bad.back() = static_cast<char>(bad.back() ^ 1);
     feed(pair.server, bad);
     CHECK_FALSE(pair.server.failure().empty());
     CHECK(ERR_peek_error() == 0);
 }
 
-TEST_CASE("input that was put aside is read later, and output may be taken in any parts") {
+TEST_CASE("stored input is read later, and output is consumed in parts of any size") {
     Pair pair;
-    talk(pair.client, pair.server);
-    const std::string text = some_text(60'000);
+    pair.connect();
+    const std::string text = pattern(60'000);
     std::string got;
     {
-        const std::string bytes = written(pair.client, text);
+        const std::string bytes = encrypt(pair.client, text);
         pair.server.receive(bytes);
-        char place[10'000];
-        got.append(place, pair.server.read(place, sizeof place).size);
-        pair.server.keep_input();
+        char buffer[10'000];
+        got.append(buffer, pair.server.read(buffer, sizeof buffer).size);
+        pair.server.store_input();
     }
     CHECK(pair.server.has_input());
-    pair.server.receive(written(pair.client, "more"));
-    std::vector<char> place(100'000);
-    got.append(place.data(), pair.server.read(place.data(), place.size()).size);
+    pair.server.receive(encrypt(pair.client, "more"));
+    std::vector<char> buffer(100'000);
+    got.append(buffer.data(), pair.server.read(buffer.data(), buffer.size()).size);
     CHECK((got == text + "more"));
     CHECK_FALSE(pair.server.has_input());
 
@@ -458,27 +487,27 @@ TEST_CASE("input that was put aside is read later, and output may be taken in an
     CHECK((feed(pair.server, parts) == text.substr(0, 16'000)));
 }
 
-TEST_CASE("a ticket lets a client resume") {
+TEST_CASE("a client resumes a session with a ticket") {
     for (const int version : versions) {
         const CertificateFiles files("ticket");
         const auto context = server_context(files.options());
-        TlsStream first(careless_client(), "localhost"), server(context);
+        TlsStream first(insecure_client_context(), "localhost"), server(context);
         SSL_set_max_proto_version(first.native(), version);
-        talk(first, server);
-        const TlsOwned<SSL_SESSION, &SSL_SESSION_free> session(SSL_get1_session(first.native()));
-        TlsStream second(careless_client(), "localhost"), again(context);
+        exchange(first, server);
+        const OpensslPtr<SSL_SESSION, &SSL_SESSION_free> session(SSL_get1_session(first.native()));
+        TlsStream second(insecure_client_context(), "localhost"), again(context);
         SSL_set_max_proto_version(second.native(), version);
         REQUIRE(SSL_set_session(second.native(), session.get()) == 1);
-        talk(second, again);
+        exchange(second, again);
         CHECK(second.resumed());
         CHECK(again.resumed());
-        CHECK(feed(again, written(second, "words")) == "words");
+        CHECK(feed(again, encrypt(second, "words")) == "words");
     }
 }
 
 // ---- files ----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a file that can not be used is an Error with its name and OpenSSL's reason") {
+TEST_CASE("a file that cannot be used is an Error with its name and OpenSSL's reason") {
     const CertificateFiles good("right"), other("wrong");
     const std::string nonsense = good.certificate + ".txt", locked = good.key + ".locked", rsa = good.key + ".rsa";
     CertificateFiles::write(nonsense, "nonsense\n");
@@ -494,7 +523,7 @@ TEST_CASE("a file that can not be used is an Error with its name and OpenSSL's r
         {nonsense, good.key, "", "TLS certificate \"" + nonsense + "\": no start line"},
         {"", "", "", "TLS certificate \"\": No such file or directory"},
         {good.certificate, "/nowhere/key.pem", "", "TLS key \"/nowhere/key.pem\": No such file or directory"},
-        // The reason is another one in OpenSSL 1.1.1.
+        // OpenSSL 1.1.1 has a different reason.
         {good.certificate, good.certificate, "", "TLS key \"" + good.certificate + "\": "},
         {good.certificate, nonsense, "", "TLS key \"" + nonsense + "\": "},
         {good.certificate, other.key, "", "TLS key \"" + other.key + "\": key values mismatch"},
@@ -524,7 +553,7 @@ TEST_CASE("a file that can not be used is an Error with its name and OpenSSL's r
 
 // ---- the server -----------------------------------------------------------------------------------------------------
 
-TEST_CASE("TLS and plain at once on one server: each request knows its scheme") {
+TEST_CASE("one server listens with TLS and without, and each request knows its scheme") {
     struct Scheme : WebSocketHandler {
         void open() override { write_message(request().scheme()); }
         void on_message(const Message&) override {}
@@ -545,8 +574,8 @@ TEST_CASE("TLS and plain at once on one server: each request knows its scheme") 
     });
     running.on_loop([&] { running.server.listen(plain_port); });
     const std::string page = "GET /scheme HTTP/1.1\r\nHost: x\r\nX-Forwarded-Proto: gopher\r\n\r\n";
-    Apart tls(tls_port);
-    REQUIRE(tls.shake_hands());
+    ManualClient tls(tls_port);
+    REQUIRE(tls.handshake());
     tls.send(page + upgrade());
     CHECK(tls.read_until("https/scheme"));
     CHECK(tls.read_until(test::hex("81 05") + "https"));
@@ -556,14 +585,9 @@ TEST_CASE("TLS and plain at once on one server: each request knows its scheme") 
     CHECK(plain.read_until(test::hex("81 04") + "http"));
 }
 
-TEST_CASE(
-    "a client that speaks plain HTTP to the port of TLS is told so in plain HTTP, and a TLS client on the plain one "
-    "too") {
-    const CertificateFiles files("plain");
-    RunningServer running, other;
-    running.server.route<Echo>("/");
-    running.server.listen_tls(0, files.options());
-    running.run();
+TEST_CASE("a plain HTTP client on a TLS port gets an answer in plain HTTP, and a TLS client detects a plain port") {
+    TlsServer running("plain");
+    RunningServer other;
     for (const std::string& request : {std::string("GET / HTTP/1.1\r\nHost: x\r\n\r\n"), std::string("P"),
                                        "POST / HTTP/1.1\r\n\r\n" + std::string(100'000, 'x')}) {
         RawClient plain = RawClient::plain(running.port());
@@ -576,23 +600,23 @@ TEST_CASE(
     CHECK(running.metrics().tls_failures == 3);
     other.server.listen(0);
     other.run();
-    Apart tls(other.port());
-    CHECK_FALSE(tls.shake_hands());
+    ManualClient tls(other.port());
+    CHECK_FALSE(tls.handshake());
     CHECK(tls.stream.plain_text());
 }
 
-TEST_CASE("a refused handshake ends with an alert that arrives, and is logged with its reason") {
+TEST_CASE("a refused handshake ends with an alert and is logged with its reason") {
     const CertificateFiles files("refused");
     std::vector<std::string> log;
     RunningServer running;
     running.server.on_log([&](const LogEntry& entry) { log.push_back(to_string(entry)); });
     running.server.listen_tls(0, files.options());
     running.run();
-    Apart old(running.port());
+    ManualClient old(running.port());
     SSL_set_min_proto_version(old.stream.native(), TLS1_VERSION);
     SSL_set_max_proto_version(old.stream.native(), TLS1_1_VERSION);
     SSL_set_cipher_list(old.stream.native(), "DEFAULT:@SECLEVEL=0");
-    CHECK_FALSE(old.shake_hands());
+    CHECK_FALSE(old.handshake());
     CHECK(old.stream.failure() == "tlsv1 alert protocol version");
     RawClient noise = RawClient::plain(running.port());
     noise.send(test::hex("16 03 01 40 00 01") + std::string(40'000, 'x'));
@@ -609,20 +633,16 @@ TEST_CASE("a refused handshake ends with an alert that arrives, and is logged wi
     }));
 }
 
-TEST_CASE("a handshake that stops in the middle is ended at the deadline, and counts as a connection until then") {
-    const CertificateFiles files("middle");
+TEST_CASE("an unfinished handshake is a connection until its deadline") {
     ServerOptions options;
     options.limits.handshake_timeout = 50ms;
-    RunningServer running(options);
-    running.server.route<Echo>("/");
-    running.server.listen_tls(0, files.options());
-    running.run();
-    Apart half(running.port()), stopped(running.port());
+    TlsServer running("middle", options);
+    ManualClient half(running.port()), stopped(running.port());
     half.stream.handshake();
-    const std::string hello = take(half.stream);
+    const std::string hello = take_output(half.stream);
     half.raw.send(hello.substr(0, hello.size() / 2));
     stopped.stream.handshake();
-    stopped.raw.send(take(stopped.stream));
+    stopped.raw.send(take_output(stopped.stream));
     CHECK(half.raw.read_to_end());
     CHECK(stopped.raw.read_to_end());
     CHECK(half.raw.received == "");
@@ -631,42 +651,31 @@ TEST_CASE("a handshake that stops in the middle is ended at the deadline, and co
     CHECK(running.metrics().tls_handshakes == 0);
 }
 
-TEST_CASE("a client that sends one byte at a time is served as any other") {
-    const CertificateFiles files("drip");
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.server.listen_tls(0, files.options());
-    running.run();
-    Apart client(running.port());
+TEST_CASE("a client may send one byte at a time over TLS") {
+    TlsServer running("drip");
+    ManualClient client(running.port());
     client.raw.socket().set_nodelay(true);
     const auto drip = [&](const std::string& bytes) {
         for (const char byte : bytes) client.raw.send({&byte, 1});
     };
     client.stream.handshake();
     while (!client.stream.established()) {
-        drip(take(client.stream));
+        drip(take_output(client.stream));
         REQUIRE(client.read_some());
     }
-    drip(take(client.stream) + written(client.stream, upgrade() + hello_masked));
+    drip(take_output(client.stream) + encrypt(client.stream, upgrade() + hello_masked));
     CHECK(client.read_until("\r\n\r\n" + hello_plain));
 }
 
-TEST_CASE("more decrypted bytes than a turn reads do not wait for the socket") {
-    const CertificateFiles files("stall");
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.server.listen_tls(0, files.options());
-    running.run();
-    Apart client(running.port());
-    REQUIRE(client.shake_hands());
-    client.send(upgrade());
-    REQUIRE(client.read_until("\r\n\r\n"));
-    client.text.clear();
-    // Small messages of one record each, and large ones that end within a record.
+TEST_CASE("decrypted bytes that one turn does not handle do not wait for the socket") {
+    TlsServer running("stall");
+    ManualClient client(running.port());
+    REQUIRE(client.open());
+    // Small messages, each in its own record, then large messages that end in the middle of a record.
     std::string bytes;
-    for (int i = 0; i < 3000; ++i) bytes += written(client.stream, hello_masked);
+    for (int i = 0; i < 3000; ++i) bytes += encrypt(client.stream, hello_masked);
     const std::string large = test::hex("82 ff 00 00 00 00 00 04 00 05 00 00 00 00") + std::string(0x40005, 'x');
-    for (int i = 0; i < 5; ++i) bytes += written(client.stream, large + hello_masked);
+    for (int i = 0; i < 5; ++i) bytes += encrypt(client.stream, large + hello_masked);
     client.raw.send(bytes);
     std::string wanted;
     for (int i = 0; i < 3000; ++i) wanted += hello_plain;
@@ -676,115 +685,101 @@ TEST_CASE("more decrypted bytes than a turn reads do not wait for the socket") {
     CHECK((client.text == wanted));
 }
 
-TEST_CASE("a stream that is cut off, one that ends with close_notify and one that breaks are all 1006") {
-    struct Noted : WebSocketHandler {
-        explicit Noted(std::vector<std::string>& endings) : endings_(endings) {}
+TEST_CASE("a stream that ends without a Close frame is 1006, with or without close_notify") {
+    struct CloseRecorder : WebSocketHandler {
+        explicit CloseRecorder(std::vector<std::string>& closes) : closes_(closes) {}
         void on_message(const Message&) override {}
         void on_close() override {
-            endings_.push_back(std::to_string(number(close_code())) + " " + std::string(to_string(close_cause())) +
-                               ": " + close_reason());
+            closes_.push_back(std::to_string(number(close_code())) + " " + std::string(to_string(close_cause())) +
+                              ": " + close_reason());
         }
-        std::vector<std::string>& endings_;
+        std::vector<std::string>& closes_;
     };
     const CertificateFiles files("cut");
-    std::vector<std::string> endings;
+    std::vector<std::string> closes;
     RunningServer running;
-    running.server.route<Noted>("/", std::ref(endings));
+    running.server.route<CloseRecorder>("/", std::ref(closes));
     running.server.listen_tls(0, files.options());
     running.run();
     for (int kind = 0; kind < 3; ++kind) {
-        Apart client(running.port());
-        REQUIRE(client.shake_hands());
-        client.send(upgrade());
-        REQUIRE(client.read_until("\r\n\r\n"));
+        ManualClient client(running.port());
+        REQUIRE(client.open());
         if (kind == 1) client.stream.shutdown();
         if (kind == 2) client.stream.write("words");
-        std::string bytes = take(client.stream);
+        std::string bytes = take_output(client.stream);
         if (kind == 2) bytes.back() = static_cast<char>(bytes.back() ^ 1);
         client.raw.send(bytes);
         if (kind != 2) client.raw.shutdown_send();
         client.raw.read_to_end();
         feed(client.stream, client.raw.received);
         // RFC 8446 6.1: "Each party MUST send a "close_notify" alert before closing its write side".
-        char place[1];
-        const auto last = client.stream.read(place, 1).outcome;
-        CHECK(last == (kind == 2 ? TlsStream::Outcome::failure : TlsStream::Outcome::end));
+        CHECK(read_outcome(client.stream) == (kind == 2 ? IoResult::Outcome::error : IoResult::Outcome::end));
         REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
     }
     running.stop();
-    CHECK(endings == std::vector<std::string>{"1006 connection lost: the peer hung up without a Close frame",
-                                              "1006 connection lost: the peer hung up without a Close frame",
-                                              "1006 connection lost: decryption failed or bad record mac"});
+    CHECK(closes == std::vector<std::string>{"1006 connection lost: the peer hung up without a Close frame",
+                                             "1006 connection lost: the peer hung up without a Close frame",
+                                             "1006 connection lost: decryption failed or bad record mac"});
 }
 
-TEST_CASE("after the closing handshake the server says close_notify") {
-    const CertificateFiles files("bye");
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.server.listen_tls(0, files.options());
-    running.run();
-    Apart client(running.port());
-    REQUIRE(client.shake_hands());
+TEST_CASE("after the closing handshake the server sends close_notify") {
+    TlsServer running("bye");
+    ManualClient client(running.port());
+    REQUIRE(client.handshake());
     client.send(upgrade() + test::hex("88 80 00 00 00 00"));
     CHECK(client.read_until(test::hex("88 00")));
     while (client.read_some()) continue;
-    char place[1];
-    CHECK(client.stream.read(place, 1).outcome == TlsStream::Outcome::end);
+    CHECK(read_outcome(client.stream) == IoResult::Outcome::end);
     CHECK_FALSE(client.raw.reset_by_peer);
 }
 
-TEST_CASE("certificates are read anew while clients come and go, and who is connected stays") {
-    const CertificateFiles files("reload");
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.server.listen_tls(0, files.options());
-    running.run();
-    Apart staying(running.port());
-    REQUIRE(staying.shake_hands());
-    staying.send(upgrade());
-    REQUIRE(staying.read_until("\r\n\r\n"));
-    std::atomic<bool> going{true};
+TEST_CASE("reload_certificates works under load and keeps open connections") {
+    TlsServer running("reload");
+    ManualClient open_client(running.port());
+    REQUIRE(open_client.open());
+    std::atomic<bool> done{false};
     std::atomic<int> served{0};
     std::thread load([&] {
-        while (going) {
-            Apart client(running.port());
-            if (!client.shake_hands()) return;
+        while (!done) {
+            ManualClient client(running.port());
+            if (!client.handshake()) return;
             client.send(upgrade() + hello_masked);
             if (!client.read_until(hello_plain)) return;
             ++served;
         }
     });
-    std::string last = serial_of(staying.stream);
+    std::string last = serial_of(open_client.stream);
     for (int i = 0; i < 20; ++i) {
-        files.renew({"localhost"});
+        running.files.renew({"localhost"}, "/CN=localhost");
         running.on_loop([&] { running.server.reload_certificates(); });
-        Apart client(running.port());
-        REQUIRE(client.shake_hands());
+        ManualClient client(running.port());
+        REQUIRE(client.handshake());
         CHECK(serial_of(client.stream) != last);
         last = serial_of(client.stream);
     }
     const int before = served;
     CHECK(running.eventually([&] { return served > before; }));
-    going = false;
+    done = true;
     load.join();
-    staying.send(hello_masked);
-    CHECK(staying.read_until(hello_plain));
-    // What can not be used changes nothing.
-    CertificateFiles::write(files.key, "nonsense");
+    open_client.send(hello_masked);
+    CHECK(open_client.read_until(hello_plain));
+    // A file that cannot be used changes nothing.
+    CertificateFiles::write(running.files.key, "nonsense");
     const std::string error = running.on_loop([&] { return error_of([&] { running.server.reload_certificates(); }); });
-    CHECK(contains(error, "TLS key \"" + files.key + "\": "));
-    Apart after(running.port());
-    REQUIRE(after.shake_hands());
+    CHECK(contains(error, "TLS key \"" + running.files.key + "\": "));
+    ManualClient after(running.port());
+    REQUIRE(after.handshake());
     CHECK(serial_of(after.stream) == last);
 }
 
-TEST_CASE("a server may ask clients for a certificate, and knows them by it") {
+TEST_CASE("a server may request client certificates, and a handler sees the subject") {
     struct Who : WebSocketHandler {
         void open() override { write_message("you are " + std::string(request().client_certificate()) + "."); }
         void on_message(const Message&) override {}
     };
     const CertificateFiles files("asking");
-    const ClientCertificate anna("Anna"), stranger("Stranger");
+    const CertificateFiles anna("anna", {"localhost"}, "/O=Tea/CN=Anna"),
+        stranger("stranger", {"localhost"}, "/O=Tea/CN=Stranger");
     for (const bool required : {true, false}) {
         for (const int version : versions) {
             TlsOptions options = files.options();
@@ -795,9 +790,9 @@ TEST_CASE("a server may ask clients for a certificate, and knows them by it") {
             running.server.listen_tls(0, options);
             running.run();
             const auto answer_to = [&](const std::shared_ptr<const TlsContext>& context) {
-                Apart client(running.port(), context);
+                ManualClient client(running.port(), context);
                 SSL_set_max_proto_version(client.stream.native(), version);
-                client.shake_hands();
+                client.handshake();
                 if (client.stream.failure().empty()) client.send(upgrade());
                 while (!contains(client.text, ".") && client.read_some()) continue;
                 if (!client.stream.failure().empty()) return client.stream.failure();
@@ -814,37 +809,33 @@ TEST_CASE("a server may ask clients for a certificate, and knows them by it") {
     }
 }
 
-TEST_CASE("a flood of handshakes is worked off over many turns of the loop") {
-    const CertificateFiles files("flood");
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.server.listen_tls(0, files.options());
-    running.run();
-    std::vector<std::unique_ptr<Apart>> clients;
+TEST_CASE("a flood of handshakes is spread over many turns of the loop") {
+    TlsServer running("flood");
+    std::vector<std::unique_ptr<ManualClient>> clients;
     for (int i = 0; i < 200; ++i) {
-        clients.push_back(std::make_unique<Apart>(running.port()));
+        clients.push_back(std::make_unique<ManualClient>(running.port()));
         clients.back()->stream.handshake();
     }
     REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 200; }));
-    // While the loop is held up, all say hello; then each turn tells how many octets have been answered.
-    std::atomic<bool> held{false}, released{false};
+    // All clients start the handshake while the loop is blocked. Then each turn records the bytes sent.
+    std::atomic<bool> blocked{false}, released{false};
     running.server.loop().post([&] {
-        held = true;
+        blocked = true;
         while (!released) std::this_thread::yield();
     });
-    while (!held) std::this_thread::yield();
-    for (const auto& client : clients) client->raw.send(take(client->stream));
+    while (!blocked) std::this_thread::yield();
+    for (const auto& client : clients) client->raw.send(take_output(client->stream));
     std::vector<std::uint64_t> sent;
-    std::function<void()> look = [&] {
+    std::function<void()> record = [&] {
         sent.push_back(running.server.metrics().bytes_sent);
-        if (sent.size() < 50) running.server.loop().post(look);
+        if (sent.size() < 50) running.server.loop().post(record);
     };
-    running.server.loop().post(look);
+    running.server.loop().post(record);
     released = true;
     REQUIRE(running.eventually([&] { return sent.size() == 50; }));
     std::uint64_t largest = 0;
     for (std::size_t i = 1; i < sent.size(); ++i) largest = (std::max)(largest, sent[i] - sent[i - 1]);
-    for (const auto& client : clients) CHECK(client->shake_hands());
+    for (const auto& client : clients) CHECK(client->handshake());
     CHECK(largest > 0);
     CHECK(largest < sent.back() / 2);
 }

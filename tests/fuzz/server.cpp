@@ -391,7 +391,7 @@ private:
     void stop() {
         const unsigned amount = input_.byte();
         if (amount % 2 == 0) world->server->shutdown(amount * 10ms);
-        else wschat::detail::WakeUp::wake(world->server->loop().wake_descriptor(), SIGTERM);
+        else wschat::detail::WakeUp::wake(wschat::detail::LoopAccess::wake_descriptor(world->server->loop()), SIGTERM);
     }
     void post() {
         const unsigned which = input_.byte();
