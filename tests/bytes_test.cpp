@@ -103,7 +103,7 @@ TEST_CASE("a buffer holds what was appended to it, in pieces of any size") {
         const std::string piece = random.bytes(random.below(300));
         if (i % 3 == 0) {
             bytes.reserve(piece.size());
-            REQUIRE(bytes.room() >= piece.size());
+            REQUIRE(bytes.available() >= piece.size());
             if (!piece.empty()) std::memcpy(bytes.end(), piece.data(), piece.size());
             bytes.advance(piece.size());
         } else {
@@ -121,7 +121,7 @@ TEST_CASE("a buffer grows to at most twice of what was appended, in few steps") 
     const std::size_t before = heap.allocations;
     for (int i = 0; i < 100'000; ++i) {
         bytes.append("x", 1);
-        if (bytes.size() + bytes.room() > 2 * bytes.size()) FAIL_CHECK("room for ", bytes.room(), " at ", bytes.size());
+        if (bytes.size() + bytes.available() > 2 * bytes.size()) FAIL_CHECK("room for ", bytes.available(), " at ", bytes.size());
     }
     CHECK(heap.allocations - before < 20);
 }
@@ -137,7 +137,7 @@ TEST_CASE("a buffer that is cleared keeps its memory and one that is released gi
     CHECK(bytes.empty());
     CHECK(heap.live == grown);
     bytes.release();
-    CHECK(bytes.room() == 0);
+    CHECK(bytes.available() == 0);
     CHECK(heap.live == before);
     bytes.append("again");
     CHECK(bytes.view() == "again");
@@ -238,7 +238,7 @@ TEST_CASE("a queue that was partly sent can be kept") {
         written(arena, "between");
     }
     queue.consume(9);
-    queue.keep();
+    queue.detach_from_pool();
     CHECK(queue.size() == 9);
     CHECK(content_of(queue) == "ond third");
 }
@@ -254,7 +254,7 @@ TEST_CASE("an empty slice changes nothing in a queue") {
     queue.append(written(arena, "two"));
     queue.append(written(arena, ""));
     queue.consume(1);
-    queue.keep();
+    queue.detach_from_pool();
     CHECK(content_of(queue) == "ne two");
     queue.consume(6);
     CHECK(queue.empty());
@@ -294,7 +294,7 @@ TEST_CASE("a queue behaves like a string under any sequence of appending, taking
                 member.queue.consume(size);
                 member.expected.erase(0, size);
             } else if (dice < 754) {
-                member.queue.keep();
+                member.queue.detach_from_pool();
             } else if (dice == 754) {
                 member.queue.consume(member.expected.size());
                 member.expected.clear();
@@ -358,7 +358,7 @@ TEST_CASE("a stalled queue that is kept does not pin what the arena uses again")
             }
         }
         healthy.consume(healthy.size());
-        stalled.keep();
+        stalled.detach_from_pool();
     };
     turn(4'000'000);
     REQUIRE(stalled.size() > 16'000);
@@ -386,7 +386,7 @@ TEST_CASE("a stalled queue of small pieces keeps little more memory than its byt
             stalled.append(written(arena, "small piece"));
             written(arena, "-");
         }
-        stalled.keep();
+        stalled.detach_from_pool();
     }
     CHECK(stalled.size() == 110'000);
     CHECK(heap.live - before < 2 * stalled.size());
@@ -402,7 +402,7 @@ TEST_CASE("a large slice is kept as it is, not copied for each queue that holds 
     for (SendQueue& queue : members)
         for (const Slice& slice : {before, large, after}) queue.append(slice);
     const std::size_t live = heap.live;
-    for (SendQueue& queue : members) queue.keep();
+    for (SendQueue& queue : members) queue.detach_from_pool();
     CHECK(heap.live - live < payload.size());
     for (const SendQueue& queue : members) CHECK(content_of(queue) == "before" + payload + "after");
 }
@@ -437,18 +437,18 @@ TEST_CASE("a queue that is cleared holds nothing") {
 
 TEST_CASE("a block that was given back to the arena is handed out again, empty") {
     SendArena arena;
-    CHECK(arena.take_block().room() == 0);
+    CHECK(arena.acquire_buffer().available() == 0);
     Bytes block;
     block.append(std::string(100'000, 'x'));
     const char* memory = block.data();
-    arena.give_back(std::move(block));
+    arena.recycle(std::move(block));
     const std::size_t before = heap.allocations;
-    Bytes again = arena.take_block();
+    Bytes again = arena.acquire_buffer();
     CHECK(again.empty());
     CHECK(again.data() == memory);
-    CHECK(again.room() >= 100'000);
+    CHECK(again.available() >= 100'000);
     CHECK(heap.allocations == before);
-    CHECK(arena.take_block().room() == 0);
+    CHECK(arena.acquire_buffer().available() == 0);
 }
 
 TEST_CASE("the blocks that rest in an arena are bounded in number and size") {
@@ -456,9 +456,9 @@ TEST_CASE("the blocks that rest in an arena are bounded in number and size") {
     const std::size_t before = heap.live;
     std::vector<Bytes> blocks(100);
     for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i].reserve(std::size_t{10} << i % 22);  // to 20 MiB
-    for (Bytes& block : blocks) arena.give_back(std::move(block));
+    for (Bytes& block : blocks) arena.recycle(std::move(block));
     for (Bytes& block : blocks) block.reserve(1'000'000);
-    for (Bytes& block : blocks) arena.give_back(std::move(block));
+    for (Bytes& block : blocks) arena.recycle(std::move(block));
     blocks.clear();
     CHECK(heap.live - before < 16'000'000);
 }
@@ -681,10 +681,10 @@ TEST_CASE("a text is cut at the last character that fits") {
     for (std::size_t max = 0; max <= text.size() + 2; ++max) {
         std::size_t longest = std::min(max, text.size());
         while (!reference_valid(std::string_view(text).substr(0, longest))) --longest;
-        CHECK(cut_utf8(text, max) == text.substr(0, longest));
+        CHECK(truncate_utf8(text, max) == text.substr(0, longest));
     }
-    CHECK(cut_utf8("", 5) == "");
-    CHECK(cut_utf8("abc", 2) == "ab");
+    CHECK(truncate_utf8("", 5) == "");
+    CHECK(truncate_utf8("abc", 2) == "ab");
 }
 
 // ---- SHA-1 and base64 -----------------------------------------------------------------------------------------------

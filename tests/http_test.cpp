@@ -184,7 +184,7 @@ TEST_CASE("one empty line before a request is forgiven and a second one is not")
 TEST_CASE("what can not become a request is refused at its first byte") {
     for (int c = 0; c < 256; ++c) {
         const std::string byte(1, static_cast<char>(c));
-        const bool possible = text::token(byte) || c == '\r';
+        const bool possible = text::is_token(byte) || c == '\r';
         if (status_of(byte) != (possible ? 0 : 400)) FAIL_CHECK("byte ", c);
     }
 }
@@ -659,7 +659,7 @@ TEST_CASE("megabytes of pathological cookies, lists and queries are searched") {
         CHECK_FALSE(request.cookie("absent"));
         CHECK(wants_upgrade(request));
         CHECK(offered_subprotocols(request).back() == "wanted");
-        CHECK(refuse_upgrade(request));
+        CHECK(reject_upgrade(request));
     }
     for (const std::string unit : {"&", "=", "a=b&", "%41", "+", "?"}) {
         CAPTURE(unit);
@@ -709,18 +709,18 @@ TEST_CASE("a list is the elements of all its fields, without the empty ones") {
 }
 
 TEST_CASE("percent escapes are decoded, and malformed ones are no text at all") {
-    using text::percent_decoded;
-    CHECK(percent_decoded("") == "");
-    CHECK(percent_decoded("plain") == "plain");
-    CHECK(percent_decoded("%41%62%2f") == "Ab/");
-    CHECK(percent_decoded("%e2%82%AC") == "\xE2\x82\xAC");
-    CHECK(percent_decoded("%2541") == "%41");  // once, not twice
-    CHECK(percent_decoded("a%00b") == "a\0b"s);
-    CHECK(percent_decoded("a+b") == "a+b");
-    CHECK(percent_decoded("a+b%2B", true) == "a b+");
+    using text::percent_decode;
+    CHECK(percent_decode("") == "");
+    CHECK(percent_decode("plain") == "plain");
+    CHECK(percent_decode("%41%62%2f") == "Ab/");
+    CHECK(percent_decode("%e2%82%AC") == "\xE2\x82\xAC");
+    CHECK(percent_decode("%2541") == "%41");  // once, not twice
+    CHECK(percent_decode("a%00b") == "a\0b"s);
+    CHECK(percent_decode("a+b") == "a+b");
+    CHECK(percent_decode("a+b%2B", true) == "a b+");
     for (const std::string malformed : {"%", "a%", "%4", "%4g", "%g4", "%%41", "% 41", "%+4", "%u0041"}) {
         CAPTURE(malformed);
-        CHECK_FALSE(percent_decoded(malformed));
+        CHECK_FALSE(percent_decode(malformed));
     }
 }
 
@@ -765,25 +765,25 @@ TEST_CASE("a cookie is found by its whole name in any Cookie field") {
 TEST_CASE("parameters of the route are found by name") {
     Request request = parsed(with_lines(""));
     CHECK(request.param("room") == "");
-    request.set_params({{"room", "tea room"}, {"id", "7"}});
+    RequestAccess::set_params(request, {{"room", "tea room"}, {"id", "7"}});
     CHECK(request.param("room") == "tea room");
     CHECK(request.param("id") == "7");
     CHECK(request.param("Room") == "");
 }
 
 TEST_CASE("a number is digits within its bounds") {
-    using text::unsigned_number;
-    CHECK(unsigned_number("0", 10) == 0u);
-    CHECK(unsigned_number("10", 10) == 10u);
-    CHECK(unsigned_number("007", 10) == 7u);
-    CHECK(unsigned_number("18446744073709551615", UINT64_MAX) == UINT64_MAX);
-    CHECK_FALSE(unsigned_number("11", 10));
-    CHECK_FALSE(unsigned_number("9", 5));
-    CHECK_FALSE(unsigned_number("1", 0));
-    CHECK_FALSE(unsigned_number("18446744073709551616", UINT64_MAX));
-    CHECK_FALSE(unsigned_number("99999999999999999999", UINT64_MAX));
+    using text::parse_unsigned;
+    CHECK(parse_unsigned("0", 10) == 0u);
+    CHECK(parse_unsigned("10", 10) == 10u);
+    CHECK(parse_unsigned("007", 10) == 7u);
+    CHECK(parse_unsigned("18446744073709551615", UINT64_MAX) == UINT64_MAX);
+    CHECK_FALSE(parse_unsigned("11", 10));
+    CHECK_FALSE(parse_unsigned("9", 5));
+    CHECK_FALSE(parse_unsigned("1", 0));
+    CHECK_FALSE(parse_unsigned("18446744073709551616", UINT64_MAX));
+    CHECK_FALSE(parse_unsigned("99999999999999999999", UINT64_MAX));
     for (const std::string text : {"", " 1", "1 ", "-1", "+1", "1a", "0x1", "1.0"})
-        CHECK_FALSE(unsigned_number(text, 100));
+        CHECK_FALSE(parse_unsigned(text, 100));
 }
 
 // ---- answers --------------------------------------------------------------------------------------------------------
@@ -791,7 +791,7 @@ TEST_CASE("a number is digits within its bounds") {
 static std::string header_of(const Response& response, std::string_view name) {
     std::string values;
     for (const auto& [key, value] : response.headers())
-        if (text::same_ignoring_case(key, name)) values += "[" + value + "]";
+        if (text::equals_ignore_case(key, name)) values += "[" + value + "]";
     return values;
 }
 
@@ -1007,7 +1007,7 @@ TEST_CASE("an upgrade is refused with the status that says why") {
     for (const Row& row : rows) {
         CAPTURE(row.start);
         CAPTURE(row.lines);
-        const auto refusal = refuse_upgrade(parsed(row.start + "\r\nHost: a\r\n" + upgrade + row.lines + "\r\n"));
+        const auto refusal = reject_upgrade(parsed(row.start + "\r\nHost: a\r\n" + upgrade + row.lines + "\r\n"));
         CHECK((refusal ? refusal->status() : 101) == row.status);
         if (!refusal) continue;
         // "Refused" is always a complete answer with a sentence in its body.
@@ -1042,28 +1042,28 @@ TEST_CASE("the answer to a handshake is the one of RFC 6455 1.3") {
 
 TEST_CASE("a client's handshake is one that a server takes") {
     const std::string head =
-        opening_request("chat.example:8888", "/chat?name=Anna", "dGhlIHNhbXBsZSBub25jZQ==", "chat, superchat");
+        handshake_request("chat.example:8888", "/chat?name=Anna", "dGhlIHNhbXBsZSBub25jZQ==", "chat, superchat");
     const Request request = parsed(head);
     CHECK(request.method() == "GET");
     CHECK(request.target() == "/chat?name=Anna");
     CHECK(request.host() == "chat.example:8888");
     CHECK(request.header("sec-websocket-key") == "dGhlIHNhbXBsZSBub25jZQ==");
     CHECK(wants_upgrade(request));
-    CHECK_FALSE(refuse_upgrade(request));
+    CHECK_FALSE(reject_upgrade(request));
     CHECK(offered_subprotocols(request) == std::vector<std::string_view>{"chat", "superchat"});
-    CHECK(offered_subprotocols(parsed(opening_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ=="))).empty());
+    CHECK(offered_subprotocols(parsed(handshake_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ=="))).empty());
 }
 
 TEST_CASE("nothing that is put into a handshake can begin another line") {
     const std::string key = "dGhlIHNhbXBsZSBub25jZQ==";
     for (const std::string& bad : {"a\r\nX: y"s, "a\nb"s, "a\rb"s, "a\0b"s}) {
         CAPTURE(escape_for_log(bad));
-        CHECK_THROWS_AS(opening_request(bad, "/", key), Error);
-        CHECK_THROWS_AS(opening_request("a", "/" + bad, key), Error);
-        CHECK_THROWS_AS(opening_request("a", "/", key, bad), Error);
+        CHECK_THROWS_AS(handshake_request(bad, "/", key), Error);
+        CHECK_THROWS_AS(handshake_request("a", "/" + bad, key), Error);
+        CHECK_THROWS_AS(handshake_request("a", "/", key, bad), Error);
         CHECK_THROWS_AS(switching_protocols(key, bad), Error);
     }
-    CHECK_THROWS_AS(opening_request("a", "/ HTTP/1.1", key), Error);
+    CHECK_THROWS_AS(handshake_request("a", "/ HTTP/1.1", key), Error);
 }
 
 TEST_CASE("a client takes only the answer that RFC 6455 4.1 lets it take") {
@@ -1114,12 +1114,12 @@ TEST_CASE("a client takes only the answer that RFC 6455 4.1 lets it take") {
     };
     for (const Row& row : rows) {
         CAPTURE(row.head);
-        const std::string error = opening_answer_error(row.head + "\r\n", "dGhlIHNhbXBsZSBub25jZQ==", row.offered);
+        const std::string error = handshake_response_error(row.head + "\r\n", "dGhlIHNhbXBsZSBub25jZQ==", row.offered);
         CAPTURE(error);
         CHECK(error.empty() == row.taken);
     }
-    CHECK(opening_answer_error("HTTP/1.1 403 Forbidden\r\n\r\n", "x").find("403 Forbidden") != std::string::npos);
-    CHECK(opening_answer_error("\x1b[2J\r\n\r\n", "x").find('\x1b') == std::string::npos);
+    CHECK(handshake_response_error("HTTP/1.1 403 Forbidden\r\n\r\n", "x").find("403 Forbidden") != std::string::npos);
+    CHECK(handshake_response_error("\x1b[2J\r\n\r\n", "x").find('\x1b') == std::string::npos);
 }
 
 // ---- origins --------------------------------------------------------------------------------------------------------
@@ -1258,7 +1258,7 @@ TEST_CASE("a host may have all unreserved characters of RFC 3986 2.3") {
 TEST_CASE("an offer of subprotocols is refused wherever in it the one stands that is no token") {
     for (const std::string offer : {"super chat, chat", "chat, super chat, superchat", "super chat, super chat"}) {
         CAPTURE(offer);
-        const auto refusal = refuse_upgrade(parsed(opening_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ==", offer)));
+        const auto refusal = reject_upgrade(parsed(handshake_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ==", offer)));
         REQUIRE(refusal);
         CHECK(refusal->status() == 400);
     }
@@ -1266,9 +1266,9 @@ TEST_CASE("an offer of subprotocols is refused wherever in it the one stands tha
 
 TEST_CASE("of control characters a handshake takes the tab alone") {
     const std::string key = "dGhlIHNhbXBsZSBub25jZQ==";
-    CHECK(parsed(opening_request("a", "/", key, "chat,\tsuperchat")).header("sec-websocket-protocol") ==
+    CHECK(parsed(handshake_request("a", "/", key, "chat,\tsuperchat")).header("sec-websocket-protocol") ==
           "chat,\tsuperchat");
-    CHECK_THROWS_AS(opening_request("a", "/", key, "chat\x7F"), Error);
+    CHECK_THROWS_AS(handshake_request("a", "/", key, "chat\x7F"), Error);
     CHECK_THROWS_AS(switching_protocols(key, "chat\x7F"), Error);
 }
 
@@ -1276,9 +1276,9 @@ TEST_CASE("the subprotocol that a server chose may be any of those that were off
     const std::string key = "dGhlIHNhbXBsZSBub25jZQ==";
     for (const std::string chosen : {"one", "two", "three"}) {
         CAPTURE(chosen);
-        CHECK(opening_answer_error(switching_protocols(key, chosen), key, "one, two, three") == "");
+        CHECK(handshake_response_error(switching_protocols(key, chosen), key, "one, two, three") == "");
     }
-    CHECK(opening_answer_error(switching_protocols(key, "four"), key, "one, two, three") ==
+    CHECK(handshake_response_error(switching_protocols(key, "four"), key, "one, two, three") ==
           "the server chose a subprotocol that was not offered");
 }
 

@@ -148,7 +148,7 @@ const Role both_roles[] = {Role::server, Role::client};
 std::string text_of(std::size_t size) {
     std::string text;
     while (text.size() < size) text += "a\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80z";
-    text = wschat::cut_utf8(text, size);
+    text = wschat::truncate_utf8(text, size);
     return text.append(size - text.size(), '.');
 }
 std::string bytes_of(std::size_t size) {

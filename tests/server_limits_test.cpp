@@ -59,7 +59,7 @@ RawClient connect_from(const char* local, int port, int receive_window = 0) {
 }
 
 std::string upgrade(std::string_view headers = {}) {
-    std::string request = opening_request("x", "/", Client::key);
+    std::string request = handshake_request("x", "/", Client::key);
     request.insert(request.size() - 2, headers);
     return request;
 }

@@ -164,7 +164,7 @@ std::string serial_of(TlsStream& stream) {
 
 const std::string hello_masked = test::hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
 const std::string hello_plain = test::hex("81 05 48 65 6c 6c 6f");
-std::string upgrade() { return opening_request("localhost", "/", Client::key); }
+std::string upgrade() { return handshake_request("localhost", "/", Client::key); }
 
 }  // namespace
 

@@ -302,7 +302,7 @@ private:
             case What::drain: drain(call.amount); break;
             case What::block:
                 connection.set_blocked(true);
-                connection.output().keep();
+                connection.output().detach_from_pool();
                 break;
             case What::unblock: connection.set_blocked(false); break;
             case What::pause:

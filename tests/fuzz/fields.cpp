@@ -45,7 +45,7 @@ FieldList lines_of(std::string_view text) {
         if (!line.empty() && line.back() == '\r') line.pop_back();
         if (line.empty()) break;
         const std::size_t colon = (std::min)(line.find(':'), line.size());
-        fields.emplace_back(line.substr(0, colon), colon == line.size() ? "" : trimmed(line.substr(colon + 1)));
+        fields.emplace_back(line.substr(0, colon), colon == line.size() ? "" : trim(line.substr(colon + 1)));
     }
     return fields;
 }
@@ -83,12 +83,12 @@ void check_cookies(const std::string& first, const std::string& second) {
     if (!request) return;
     FieldList cookies;
     for (const std::string& value : {first, second})
-        for (const std::string& pair : split(trimmed(value), ';')) {
+        for (const std::string& pair : split(trim(value), ';')) {
             const std::size_t equals = (std::min)(pair.find('='), pair.size());
-            std::string content = trimmed(std::string_view(pair).substr((std::min)(equals + 1, pair.size())));
+            std::string content = trim(std::string_view(pair).substr((std::min)(equals + 1, pair.size())));
             if (content.size() > 1 && content.front() == '"' && content.back() == '"')
                 content = content.substr(1, content.size() - 2);
-            cookies.emplace_back(trimmed(std::string_view(pair).substr(0, equals)), content);
+            cookies.emplace_back(trim(std::string_view(pair).substr(0, equals)), content);
         }
     for (const auto& [name, value] : cookies) {
         if (name.empty()) continue;
@@ -109,7 +109,7 @@ void check_lists(const std::string& list) {
     const std::vector<std::string> names = elements_of({{"list", list}}, "list");
     const bool tokens =
         std::all_of(names.begin(), names.end(), [](const auto& n) { return only(n, token_characters); });
-    check(wschat::detail::refuse_upgrade(*request).has_value() == !tokens, "a list is judged wrongly", list);
+    check(wschat::detail::reject_upgrade(*request).has_value() == !tokens, "a list is judged wrongly", list);
     const auto offered = wschat::detail::offered_subprotocols(*request);
     check(std::equal(offered.begin(), offered.end(), names.begin(), names.end()), "the subprotocols are others", list);
 }
@@ -118,7 +118,7 @@ void check_lists(const std::string& list) {
 
 void check_escapes(const std::string& text) {
     for (const bool plus : {false, true}) {
-        const auto decoded = wschat::text::percent_decoded(text, plus);
+        const auto decoded = wschat::text::percent_decode(text, plus);
         check(decoded.has_value() == good_escapes(text), "escapes are judged wrongly", text);
         if (decoded) check_same(*decoded, unescaped(text, plus), "escapes are decoded wrongly");
     }
@@ -128,7 +128,7 @@ void check_escapes(const std::string& text) {
         std::snprintf(code, sizeof code, "%%%02x", static_cast<unsigned>(static_cast<unsigned char>(c)));
         escaped += code;
     }
-    check(wschat::text::percent_decoded(escaped) == text, "what is escaped and decoded is another", text);
+    check(wschat::text::percent_decode(escaped) == text, "what is escaped and decoded is another", text);
 }
 
 void check_query(const std::string& query) {
@@ -321,7 +321,7 @@ void check_response(const std::string& name, const std::string& value) {
 
 void check_opening(const std::string& host, const std::string& target, const std::string& protocols) {
     const auto head =
-        unless_error([&] { return wschat::detail::opening_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
+        unless_error([&] { return wschat::detail::handshake_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
     if (!head) return;
     check(head->find("\r\n\r\n") == head->size() - 4, "an opening request is more than one head", *head);
     const std::vector<std::string> lines = split(*head, '\n');
@@ -335,17 +335,17 @@ void check_answer(const std::string& lines, const std::string& offered) {
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" +
         lines + "\r\n\r\n";
-    const std::string error = wschat::detail::opening_answer_error(head, key, offered);
+    const std::string error = wschat::detail::handshake_response_error(head, key, offered);
     const FieldList fields = lines_of(std::string_view(head).substr(head.find('\n') + 1));
     const auto chosen = values_of(fields, "sec-websocket-protocol");
     const std::vector<std::string> names = split(offered, ',');
     const bool was_offered =
         chosen.size() == 1 && !offered.empty() &&
-        std::any_of(names.begin(), names.end(), [&](const auto& n) { return trimmed(n) == chosen[0]; });
+        std::any_of(names.begin(), names.end(), [&](const auto& n) { return trim(n) == chosen[0]; });
     const bool good = values_of(fields, "sec-websocket-accept").size() == 1 &&
                       values_of(fields, "sec-websocket-extensions").empty() && (chosen.empty() || was_offered);
     check(error.empty() == good, "an answer is judged wrongly", lines);
-    check(!wschat::detail::opening_answer_error(lines, key, offered).empty() || lines.size() > 100, "an answer is no answer",
+    check(!wschat::detail::handshake_response_error(lines, key, offered).empty() || lines.size() > 100, "an answer is no answer",
           lines);
 }
 
@@ -384,7 +384,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     check_opening(first, second, rest);
     check_answer(text, first);
     check_not_modified(first);
-    check(wschat::text::unsigned_number(first, 65535).has_value() == number_up_to(first, 65535), "a number", first);
+    check(wschat::text::parse_unsigned(first, 65535).has_value() == number_up_to(first, 65535), "a number", first);
     check(!wschat::detail::content_type(first).empty(), "a file has no type", first);
     return 0;
 }

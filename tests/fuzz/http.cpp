@@ -72,7 +72,7 @@ int judge_field(std::string_view line, Verdict& verdict) {
     if (colon == std::string_view::npos || colon == 0 || !only(line.substr(0, colon), token_characters)) return 400;
     for (const char c : line.substr(colon + 1))
         if ((c >= 0 && c < 0x20 && c != '\t') || c == 0x7F) return 400;
-    verdict.fields.emplace_back(line.substr(0, colon), trimmed(line.substr(colon + 1)));
+    verdict.fields.emplace_back(line.substr(0, colon), trim(line.substr(colon + 1)));
     return 0;
 }
 
@@ -231,7 +231,7 @@ void check_upgrade(const Request& request, const Verdict& same) {
               (has_element(same.fields, "upgrade", "websocket") && has_element(same.fields, "connection", "upgrade")),
           "whether an upgrade is wanted is answered wrongly");
     const int status = judge_upgrade(same);
-    const std::optional<Response> refusal = wschat::detail::refuse_upgrade(request);
+    const std::optional<Response> refusal = wschat::detail::reject_upgrade(request);
     check((refusal ? refusal->status() : 101) == status, "an upgrade is refused with another status",
           std::to_string(refusal ? refusal->status() : 101) + " and not " + std::to_string(status));
     if (refusal) {
@@ -249,7 +249,7 @@ void check_upgrade(const Request& request, const Verdict& same) {
     std::string list;
     for (const std::string_view name : offered) (list += list.empty() ? "" : ",") += name;
     const std::string_view key = request.header("sec-websocket-key");
-    check(wschat::detail::opening_answer_error(wschat::detail::switching_protocols(key, chosen), key, list).empty(),
+    check(wschat::detail::handshake_response_error(wschat::detail::switching_protocols(key, chosen), key, list).empty(),
           "a client would not take the 101");
 }
 

@@ -150,7 +150,7 @@ private:
             return address == "unix" || address.substr(0, 3) == "10.";
         };
         while (trusted(client) && !hops.empty()) {
-            const std::string hop = trimmed(hops.back());
+            const std::string hop = trim(hops.back());
             hops.pop_back();
             if (hop.empty()) continue;
             const auto address = wschat::IpAddress::parse(hop);
@@ -567,7 +567,7 @@ void check_received(const Peer& peer) {
           "an answer has a status that is not documented", head);
     const std::string_view lines = head.substr(head.find('\n') + 1);
     for (std::string_view rest = lines; !rest.empty();) {
-        const std::string_view line = wschat::text::cut_at(rest, '\n');
+        const std::string_view line = wschat::text::consume_until(rest, '\n');
         check(line.size() > 1 && line.back() == '\r' &&
                   wschat::detail::field_line_error(line.substr(0, line.size() - 1)) == nullptr,
               "an answer has a line that is no field", line);

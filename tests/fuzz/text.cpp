@@ -45,12 +45,12 @@ void check_utf8(std::string_view text, unsigned seed, std::size_t alignment) {
 
 // Of a valid text the longest beginning of whole characters; of any text a beginning.
 void check_cut(std::string_view text, std::size_t max) {
-    const std::string_view cut = wschat::cut_utf8(text, max);
-    check(cut.size() <= max && cut == text.substr(0, cut.size()), "cut_utf8() answers no beginning of the text", text);
+    const std::string_view cut = wschat::truncate_utf8(text, max);
+    check(cut.size() <= max && cut == text.substr(0, cut.size()), "truncate_utf8() answers no beginning of the text", text);
     if (!slow_utf8(text)) return;
     std::size_t longest = (std::min)(max, text.size());
     while (!slow_utf8(text.substr(0, longest))) --longest;
-    check(cut.size() == longest, "cut_utf8() does not cut where the last whole character ends", text);
+    check(cut.size() == longest, "truncate_utf8() does not cut where the last whole character ends", text);
 }
 
 // ---- masks ----------------------------------------------------------------------------------------------------------
