@@ -10,9 +10,9 @@ namespace {
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Client;
 using test::contains;
 using test::next_with;
-using test::Client;
 using test::RawClient;
 using test::RunningServer;
 
@@ -236,34 +236,6 @@ TEST_CASE("an event is one JSON object in the order of its fields") {
 }
 
 // ---- floods ----------------------------------------------------------------------------------------------------------
-
-TEST_CASE("a bucket lets its burst through at once, and then its rate") {
-    TokenBucket bucket;
-    const Rate rate{2, 3};
-    for (int i = 0; i < 3; ++i) CHECK(bucket.take(1, rate, start));
-    CHECK_FALSE(bucket.take(1, rate, start));
-    CHECK_FALSE(bucket.take(1, rate, start + 499ms));
-    CHECK(bucket.take(1, rate, start + 500ms));
-    CHECK_FALSE(bucket.take(1, rate, start + 500ms));
-    CHECK_FALSE(bucket.full(start + 1999ms));
-    CHECK(bucket.full(start + 2000ms));
-    for (int i = 0; i < 3; ++i) CHECK(bucket.take(1, rate, start + 1h));
-    CHECK_FALSE(bucket.take(1, rate, start + 1h));
-}
-
-TEST_CASE("what is larger than the burst passes a full bucket, and is paid for afterwards") {
-    TokenBucket bucket;
-    const Rate rate{10, 100};
-    CHECK(bucket.take(1000, rate, start));
-    CHECK_FALSE(bucket.take(1, rate, start + 89s));
-    CHECK(bucket.take(1, rate, start + 91s));
-    CHECK_FALSE(bucket.take(1000, rate, start + 91s));
-}
-
-TEST_CASE("a rate of zero is no limit") {
-    TokenBucket bucket;
-    for (int i = 0; i < 1000; ++i) CHECK(bucket.take(1e9, Rate{}, start));
-}
 
 TEST_CASE("a meter counts messages and bytes") {
     FloodMeter meter;

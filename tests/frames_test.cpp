@@ -99,7 +99,7 @@ TEST_CASE("the examples of RFC 6455 5.7 are encoded byte for byte") {
 
 // ---- lengths --------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a length is read in each of its three forms, up to their boundaries") {
+TEST_CASE("a length is parsed in each of its three forms, at all boundaries") {
     struct Row {
         std::string header;
         std::uint64_t length;
@@ -130,7 +130,7 @@ TEST_CASE("a length is read in each of its three forms, up to their boundaries")
     }
 }
 
-TEST_CASE("a length that is not in its shortest form is refused with 1002") {
+TEST_CASE("a length that is not in its shortest form fails with 1002") {
     // RFC 6455 5.2: "in all cases, the minimal number of bytes MUST be used to encode the length, for example, the length
     // of a 124-byte-long string can't be encoded as the sequence 126, 0, 124".
     for (const std::string header :
@@ -143,7 +143,7 @@ TEST_CASE("a length that is not in its shortest form is refused with 1002") {
     }
 }
 
-TEST_CASE("a length whose top bit is set is refused with 1002") {
+TEST_CASE("a length whose top bit is set fails with 1002") {
     // RFC 6455 5.2: "the most significant bit MUST be 0".
     for (const std::string header :
          {"82 ff 80 00 00 00 00 00 00 00", "82 ff 80 00 00 00 00 01 00 00", "82 ff ff ff ff ff ff ff ff ff"}) {
@@ -156,7 +156,7 @@ TEST_CASE("a length whose top bit is set is refused with 1002") {
 
 // ---- the first two bytes --------------------------------------------------------------------------------------------
 
-TEST_CASE("reserved bits, reserved opcodes and broken control frames are refused with 1002") {
+TEST_CASE("reserved bits, reserved opcodes and invalid control frames fail with 1002") {
     struct Row {
         std::string header;
         std::string why;
@@ -206,7 +206,7 @@ TEST_CASE("a control frame may have 125 bytes") {
     }
 }
 
-TEST_CASE("a server demands a mask and a client refuses one") {
+TEST_CASE("a server requires a mask and a client rejects a mask") {
     // RFC 6455 5.1: "The server MUST close the connection upon receiving a frame that is not masked." "A client MUST close
     // a connection if it detects a masked frame."
     for (const std::string first : {"81", "82", "88", "89", "8a"}) {
@@ -218,7 +218,7 @@ TEST_CASE("a server demands a mask and a client refuses one") {
     }
 }
 
-TEST_CASE("each of the 65,536 ways to begin a frame is judged as RFC 6455 5.2-5.5 say") {
+TEST_CASE("each of the 65,536 ways to begin a frame is parsed as RFC 6455 5.2-5.5 requires") {
     for (const Role role : {Role::server, Role::client}) {
         for (const bool within_message : {false, true}) {
             const FrameParser fresh = within_message ? parser_within_message(role) : FrameParser(role);
@@ -281,7 +281,7 @@ TEST_CASE("a control frame in the middle of a message leaves the message open") 
 
 // ---- pieces ---------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a header that has not come whole needs more, at every split, and then it is the same") {
+TEST_CASE("an incomplete header needs more bytes at every split") {
     for (const std::string header : {"81 80", "82 fd", "01 fe 00 7e", "89 fd", "82 fe ff ff",
                                      "82 ff 00 00 00 00 00 01 00 00", "82 ff 7f ff ff ff ff ff ff ff"}) {
         CAPTURE(header);
@@ -300,7 +300,7 @@ TEST_CASE("a header that has not come whole needs more, at every split, and then
     }
 }
 
-TEST_CASE("a header fails at the byte that decides it, and not before") {
+TEST_CASE("a header fails at the first byte that breaks a rule") {
     struct Row {
         std::string bytes;
         std::size_t decided_by;  // so many bytes
@@ -334,7 +334,7 @@ TEST_CASE("a header fails at the byte that decides it, and not before") {
 
 // ---- encoding -------------------------------------------------------------------------------------------------------
 
-TEST_CASE("what is encoded is parsed to the same, in the shortest form") {
+TEST_CASE("an encoded header has the shortest form and parses to the same header") {
     const std::uint64_t lengths[] = {0,   1,     124,   125,   126,   127,        255,
                                      256, 65534, 65535, 65536, 65537, 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF};
     for (const std::uint64_t length : lengths) {
@@ -376,7 +376,7 @@ TEST_CASE("RSV1 is the second bit of the first byte") {
     CHECK(encoded(header) == test::hex("c1 00"));
 }
 
-TEST_CASE("a frame of every length form is its header and its payload") {
+TEST_CASE("a frame is its header and its payload in each form of the length") {
     struct Row {
         std::size_t size;
         std::string plain;
@@ -408,7 +408,7 @@ TEST_CASE("a frame of every length form is its header and its payload") {
     }
 }
 
-TEST_CASE("a frame is encoded once for all queues that it is in") {
+TEST_CASE("all queues share one encoded frame") {
     SendArena arena;
     const EncodedFrame frame(arena, Opcode::text, "Hello");
     SendQueue a, b;
@@ -441,7 +441,7 @@ TEST_CASE("masking is the xor of RFC 6455 5.3 at every offset, size and alignmen
     }
 }
 
-TEST_CASE("masking answers whether what comes out is ASCII, wherever the one byte stands that is not") {
+TEST_CASE("masking reports a byte that is not ASCII at every position") {
     const MaskKey mask = {0x37, 0xfa, 0x21, 0x3d};
     for (std::size_t size = 0; size <= 70; ++size) {
         for (std::size_t at = 0; at <= size; ++at) {
@@ -453,7 +453,7 @@ TEST_CASE("masking answers whether what comes out is ASCII, wherever the one byt
     }
 }
 
-TEST_CASE("masking in pieces is masking at once, and twice is not at all") {
+TEST_CASE("masking in pieces equals masking at once, and masking twice restores the payload") {
     const MaskKey mask = {0x01, 0x80, 0xFF, 0x5A};
     const std::string original = "a payload that comes in two pieces, of which none is aligned to anything";
     std::string whole = original;
