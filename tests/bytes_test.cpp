@@ -8,13 +8,13 @@ using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono;
 
-// ---- every allocation of this program is counted --------------------------------------------------------------------
+// ---- this program counts all allocations ----------------------------------------------------------------------------
 
 namespace {
 
 struct Heap {
-    std::size_t allocations = 0;  // calls of operator new so far
-    std::size_t live = 0;         // bytes that are allocated now
+    std::size_t allocations = 0;  // calls of operator new
+    std::size_t live = 0;         // allocated bytes
 };
 thread_local Heap heap;
 
@@ -36,7 +36,7 @@ WSCHAT_TEST_NOINLINE void* operator new(std::size_t size) {
     heap.live += size;
     return static_cast<char*>(block) + size_field;
 }
-// Without this AddressSanitizer would serve it by its own.
+// Replaces the version of AddressSanitizer.
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
     try {
         return ::operator new(size);
@@ -56,7 +56,7 @@ void operator delete(void* memory, std::size_t) noexcept { ::operator delete(mem
 
 namespace {
 
-// The same on every platform, unlike the distributions of the standard library.
+// The distributions of the standard library are not the same on every platform.
 class Random {
 public:
     std::size_t below(std::size_t end) { return static_cast<std::size_t>(engine_()) % end; }
@@ -117,8 +117,7 @@ TEST_CASE("a buffer grows to at most twice its size, with few allocations") {
     const std::size_t before = heap.allocations;
     for (int i = 0; i < 100'000; ++i) {
         bytes.append("x", 1);
-        if (bytes.size() + bytes.available() > 2 * bytes.size())
-            FAIL_CHECK("room for ", bytes.available(), " at ", bytes.size());
+        if (bytes.capacity() > 2 * bytes.size()) FAIL_CHECK("capacity ", bytes.capacity(), ", size ", bytes.size());
     }
     CHECK(heap.allocations - before < 20);
 }
@@ -156,17 +155,17 @@ TEST_CASE("a buffer can be moved and swapped") {
 TEST_CASE("live slices of an arena never overlap") {
     Random random;
     SendArena arena;
-    std::vector<std::pair<Slice, std::string>> held;
+    std::vector<std::pair<Slice, std::string>> live;
     for (int i = 0; i < 600; ++i) {
-        // Around the sizes at which an implementation changes its ways: a frame, a page, a chunk, more than a chunk.
+        // Sizes below and above a frame, a page and a chunk.
         const std::size_t size = i % 100 == 99 ? random.from_to(60'000, 300'000) : random.from_to(1, 4'000);
         const std::string bytes = random.bytes(size);
         const Slice slice = copy(arena, bytes);
         REQUIRE(slice.size() == bytes.size());
-        held.emplace_back(slice, bytes);
-        if (i % 7 == 0) held.erase(held.begin() + static_cast<std::ptrdiff_t>(random.below(held.size())));
+        live.emplace_back(slice, bytes);
+        if (i % 7 == 0) live.erase(live.begin() + static_cast<std::ptrdiff_t>(random.below(live.size())));
     }
-    for (const auto& [slice, bytes] : held) REQUIRE(slice.view() == bytes);
+    for (const auto& [slice, bytes] : live) REQUIRE(slice.view() == bytes);
 }
 
 TEST_CASE("adjacent slices are one piece in a queue") {
@@ -183,12 +182,12 @@ TEST_CASE("slices that are not adjacent stay separate and in order") {
     SendArena arena;
     SendQueue queue, other;
     queue.append(copy(arena, "one "));
-    other.append(copy(arena, "not for it"));
+    other.append(copy(arena, "other"));
     queue.append(copy(arena, "two "));
     queue.append(copy(arena, "three"));
     CHECK(pieces_of(queue, 8) == Pieces{"one ", "two three"});
     CHECK(pieces_of(queue, 1) == Pieces{"one "});
-    CHECK(pieces_of(other, 8) == Pieces{"not for it"});
+    CHECK(pieces_of(other, 8) == Pieces{"other"});
 }
 
 TEST_CASE("a slice may be in many queues, and several times in one queue") {
@@ -227,7 +226,7 @@ TEST_CASE("a queue returns its bytes in order for every step size") {
 }
 
 TEST_CASE("a partly sent queue can be detached from the pool") {
-    // Three pieces, since something lies between them; the kernel has taken one and a half, and then no more.
+    // Three pieces that are not adjacent. The kernel takes one and a half of them.
     SendArena arena;
     SendQueue queue;
     for (const std::string_view word : {"first ", "second ", "third"}) {
@@ -312,7 +311,7 @@ TEST_CASE("the arena allocates nothing while the peers read") {
     const std::string payload(20'000, 'x');
     std::size_t sent = 0;
     const auto turn = [&] {
-        // Four rooms with ten members each and twenty messages of many sizes, and a few words for one member alone.
+        // Four rooms with ten members each, twenty messages of many sizes, and a short message to one member.
         for (std::size_t room = 0; room < 4; ++room) {
             for (std::size_t i = 0; i < 20; ++i) {
                 const Slice slice = copy(arena, std::string_view(payload).substr(0, 1 + 1000 * i));
@@ -345,10 +344,10 @@ TEST_CASE("a stalled queue that is detached holds no chunks of the arena") {
     const std::string payload = random.bytes(1000);
     std::string expected;
     const auto turn = [&](std::size_t bytes) {
-        for (std::size_t written_bytes = 0; written_bytes < bytes; written_bytes += payload.size()) {
+        for (std::size_t written = 0; written < bytes; written += payload.size()) {
             const Slice slice = copy(arena, payload);
             healthy.append(slice);
-            // The stalled peer gets one message of a hundred, so that it could pin every chunk with little.
+            // The stalled peer gets one message of a hundred: without detaching it would hold every chunk.
             if (random.below(100) == 0) {
                 stalled.append(slice);
                 expected += payload;
@@ -361,7 +360,7 @@ TEST_CASE("a stalled queue that is detached holds no chunks of the arena") {
     REQUIRE(stalled.size() > 16'000);
     const std::size_t live = heap.live, backlog = stalled.size();
     for (int i = 0; i < 200; ++i) turn(100'000);
-    // What the heap has grown by is the stalled queue's own bytes, in blocks of some KiB.
+    // The heap grows by the bytes of the stalled queue, in blocks of some KiB.
     CHECK(heap.live - live < 2 * (stalled.size() - backlog) + expected.capacity() + 65'536);
     CHECK(content_of(stalled) == expected);
     const std::size_t before = heap.allocations;
@@ -435,10 +434,10 @@ TEST_CASE("a cleared queue holds no memory") {
 TEST_CASE("the arena returns a recycled buffer empty") {
     SendArena arena;
     CHECK(arena.acquire_buffer().available() == 0);
-    Bytes block;
-    block.append(std::string(100'000, 'x'));
-    const char* memory = block.data();
-    arena.recycle(std::move(block));
+    Bytes buffer;
+    buffer.append(std::string(100'000, 'x'));
+    const char* memory = buffer.data();
+    arena.recycle(std::move(buffer));
     const std::size_t before = heap.allocations;
     Bytes again = arena.acquire_buffer();
     CHECK(again.empty());
@@ -451,12 +450,12 @@ TEST_CASE("the arena returns a recycled buffer empty") {
 TEST_CASE("the arena limits the number and size of recycled buffers") {
     SendArena arena;
     const std::size_t before = heap.live;
-    std::vector<Bytes> blocks(100);
-    for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i].reserve(std::size_t{10} << i % 22);  // to 20 MiB
-    for (Bytes& block : blocks) arena.recycle(std::move(block));
-    for (Bytes& block : blocks) block.reserve(1'000'000);
-    for (Bytes& block : blocks) arena.recycle(std::move(block));
-    blocks.clear();
+    std::vector<Bytes> buffers(100);
+    for (std::size_t i = 0; i < buffers.size(); ++i) buffers[i].reserve(std::size_t{10} << i % 22);  // up to 20 MiB
+    for (Bytes& buffer : buffers) arena.recycle(std::move(buffer));
+    for (Bytes& buffer : buffers) buffer.reserve(1'000'000);
+    for (Bytes& buffer : buffers) arena.recycle(std::move(buffer));
+    buffers.clear();
     CHECK(heap.live - before < 16'000'000);
 }
 
@@ -464,7 +463,7 @@ TEST_CASE("the arena limits the number and size of recycled buffers") {
 
 namespace {
 
-// RFC 3629 3, as its table is written.
+// The table of RFC 3629 3.
 std::string encoded(std::uint32_t c) {
     const auto byte = [](std::uint32_t value) { return static_cast<char>(static_cast<unsigned char>(value)); };
     if (c < 0x80) return {byte(c)};
@@ -475,8 +474,8 @@ std::string encoded(std::uint32_t c) {
 
 bool is_character(std::uint32_t c) { return c <= 0x10FFFF && !(c >= 0xD800 && c <= 0xDFFF); }
 
-// The slow and obvious reference. How many bytes the first character has: those of which the text begins with what the
-// character that they stand for is encoded as. 0 where there is none.
+// A simple reference: returns the size of the first character, or 0 if it is invalid. Decodes one to four bytes and
+// compares them with the encoded result.
 std::size_t first_character(std::string_view text) {
     for (std::size_t size = 1; size <= 4 && size <= text.size(); ++size) {
         constexpr unsigned char payload_of_lead[] = {0, 0x7F, 0x1F, 0x0F, 0x07};
@@ -496,7 +495,7 @@ bool reference_valid(std::string_view text) {
     return true;
 }
 
-// Whether some continuation makes the text valid: one to three more bytes are tried.
+// Whether up to three more bytes can make the text valid.
 bool can_become_valid(std::string_view text, int more = 3) {
     if (reference_valid(text)) return true;
     if (more == 0) return false;
@@ -505,9 +504,9 @@ bool can_become_valid(std::string_view text, int more = 3) {
     return false;
 }
 
-// How many bytes it takes until the text is certainly invalid; npos where it never is.
+// The size of the shortest prefix that no text can make valid, or npos.
 std::size_t certainly_invalid_at(std::string_view text) {
-    std::size_t valid = 0;  // whole characters are left out, to be less slow
+    std::size_t valid = 0;  // complete characters are skipped to save time
     for (std::size_t size = 1; size <= text.size(); ++size) {
         if (!can_become_valid(text.substr(valid, size - valid))) return size;
         if (first_character(text.substr(valid, size - valid)) == size - valid) valid = size;
@@ -515,12 +514,12 @@ std::size_t certainly_invalid_at(std::string_view text) {
     return std::string_view::npos;
 }
 
-// Feeds the text in two pieces, at every split, and byte by byte. What the validator says wrongly, or nothing.
+// Feeds the text in two pieces at every split, and byte by byte. Returns the first wrong result, or an empty text.
 std::string wrong_about(std::string_view text) {
     const std::size_t invalid_at = certainly_invalid_at(text);
     const bool valid = reference_valid(text);
-    const auto fault = [&](const char* what, std::size_t at) {
-        return test::to_hex(text) + ": " + what + " at " + std::to_string(at) + "\n";
+    const auto fault = [&](const char* check, std::size_t at) {
+        return test::to_hex(text) + ": " + check + " at " + std::to_string(at) + "\n";
     };
     for (std::size_t split = 0; split <= text.size(); ++split) {
         Utf8Validator validator;
@@ -533,7 +532,7 @@ std::string wrong_about(std::string_view text) {
     Utf8Validator bytewise;
     for (std::size_t i = 0; i < text.size() && i < invalid_at; ++i)
         if (bytewise.feed(&text[i], 1) != (i + 1 < invalid_at)) return fault("byte", i);
-    if (valid_utf8(text) != valid) return fault("the whole", 0);
+    if (valid_utf8(text) != valid) return fault("the whole text", 0);
     return {};
 }
 
@@ -583,11 +582,11 @@ TEST_CASE("an invalid byte is found at every position of a long text") {
     for (std::size_t size = 1; size <= 140; ++size) {
         std::string text(size, 'x');
         for (std::size_t at = 0; at < size; ++at) {
-            for (const char bad : {'\x80', '\xC3', '\xFF'}) {
-                text[at] = bad;
+            for (const char invalid : {'\x80', '\xC3', '\xFF'}) {
+                text[at] = invalid;
                 Utf8Validator validator;
-                // A lead byte is bad once something else than a continuation follows.
-                const bool certain = bad != '\xC3' || at + 1 < size;
+                // A lead byte becomes invalid when the next byte is not a continuation.
+                const bool certain = invalid != '\xC3' || at + 1 < size;
                 if (validator.feed(text.data(), size) == certain || valid_utf8(text))
                     FAIL_CHECK("size ", size, ", byte ", at);
             }
@@ -598,7 +597,7 @@ TEST_CASE("an invalid byte is found at every position of a long text") {
 }
 
 TEST_CASE("all boundaries of up to four bytes agree with the reference at every position of a long text") {
-    // Long texts are checked many bytes at a time, and so are the two neighbours of the sequence.
+    // The validator checks long texts in blocks: the sequence has valid text on both sides.
     const std::string leads = test::hex("80 bf c0 c1 c2 df e0 e1 ec ed ee ef f0 f1 f3 f4 f5 f8 ff");
     const std::string others = test::hex("79 80 8f 90 9f a0 bf c2 e1");
     std::vector<std::string> sequences;
@@ -620,8 +619,8 @@ TEST_CASE("all boundaries of up to four bytes agree with the reference at every 
             std::string text = "xxx" + umlauts.substr(0, at % 2 == 0 ? 2 : 20) + std::string(at, 'x') + sequence;
             for (int i = 0; i < 4; ++i) text += umlauts;
             Utf8Validator validator;
-            const bool judged = validator.feed(text.data(), text.size());
-            if (judged != valid || (judged && !validator.complete())) wrong += test::to_hex(sequence) + "\n";
+            const bool accepted = validator.feed(text.data(), text.size());
+            if (accepted != valid || (accepted && !validator.complete())) wrong += test::to_hex(sequence) + "\n";
         }
         if (wrong.size() > 500) break;
     }
@@ -633,7 +632,8 @@ TEST_CASE("a character is valid at every position of a long text") {
         for (std::size_t before = 0; before <= 70; ++before) {
             const std::string text = std::string(before, 'x') + character + std::string(70, 'y') + character;
             if (!valid_utf8(text)) FAIL_CHECK(before, " bytes before");
-            if (valid_utf8(std::string_view(text).substr(0, text.size() - 1))) FAIL_CHECK(before, " bytes before, cut");
+            if (valid_utf8(std::string_view(text).substr(0, text.size() - 1)))
+                FAIL_CHECK(before, " bytes before, truncated");
         }
     }
 }
@@ -646,7 +646,7 @@ TEST_CASE("a text in random pieces gives the same result as the whole text") {
         for (const std::size_t size = random.from_to(1, 400); text.size() < size;) {
             constexpr std::uint32_t ends[] = {0x80, 0x800, 0xD800, 0x110000};
             const std::uint32_t end = ends[random.below(std::size(ends))];
-            text += encoded(static_cast<std::uint32_t>(random.below(end)));  // some few are surrogates
+            text += encoded(static_cast<std::uint32_t>(random.below(end)));  // a few are surrogates
         }
         if (round % 2 == 0) text[random.below(text.size())] = static_cast<char>(random.below(256));
         const std::size_t invalid_at = certainly_invalid_at(text);
@@ -707,7 +707,7 @@ TEST_CASE("SHA-1 agrees with the examples of FIPS 180 and RFC 3174") {
 }
 
 TEST_CASE("SHA-1 pads inputs correctly at the lengths around a block") {
-    // Made with Python's hashlib: 'a' * n.
+    // Computed by Python's hashlib from 'a' * n.
     CHECK(sha1_hex(std::string(55, 'a')) == "c1c8bbdc22796e28c0e15163d20899b65621d65a");
     CHECK(sha1_hex(std::string(56, 'a')) == "c2db330f6083854c99d4b5bfb6e8f29f201be699");
     CHECK(sha1_hex(std::string(57, 'a')) == "f08f24908d682555111be7ff6f004e78283d989a");
@@ -784,8 +784,8 @@ TEST_CASE("a log entry is one line with its fields in quotes") {
 }
 
 TEST_CASE("a default slice can be copied, and a copy of no bytes is empty") {
-    const Slice nothing;
-    const Slice same = nothing;
+    const Slice slice;
+    const Slice same = slice;
     CHECK_FALSE(same.chunk);
     CHECK(same.size() == 0);
     SendArena arena;
@@ -797,7 +797,7 @@ TEST_CASE("a map finds values by name and iterates in the order of names") {
     StringMap<int> ages;
     CHECK(ages.find_or_emplace("Berta", 30) == 30);
     CHECK(ages.find_or_emplace("Anna", 20) == 20);
-    CHECK(ages.find_or_emplace("Anna", 99) == 20);  // the one that there is
+    CHECK(ages.find_or_emplace("Anna", 99) == 20);  // the existing value
     REQUIRE(ages.find("Berta") != nullptr);
     CHECK(*ages.find("Berta") == 30);
     CHECK(ages.find("berta") == nullptr);
@@ -827,20 +827,20 @@ TEST_CASE("rename() changes a name unless the new name exists") {
 
 TEST_CASE("a map destroys its values but not its references") {
     auto owned = std::make_shared<int>(1);
-    std::weak_ptr<int> seen = owned;
+    const std::weak_ptr<int> observer = owned;
     {
-        StringMap<std::shared_ptr<int>> things, others;
-        others.insert_reference("it", things.find_or_emplace("it", std::move(owned)));
-        others.clear();
-        CHECK_FALSE(seen.expired());
+        StringMap<std::shared_ptr<int>> values, references;
+        references.insert_reference("name", values.find_or_emplace("name", std::move(owned)));
+        references.clear();
+        CHECK_FALSE(observer.expired());
     }
-    CHECK(seen.expired());
+    CHECK(observer.expired());
 }
 
 TEST_CASE("big-endian keys have the order of their numbers") {
-    StringMap<std::string> things;
-    for (const char* text : {"a", "b", "c"}) things.append(text);
-    CHECK(things.front() == "a");
+    StringMap<std::string> values;
+    for (const char* text : {"a", "b", "c"}) values.append(text);
+    CHECK(values.front() == "a");
     const std::uint64_t rising[] = {0, 1, 127, 128, 255, 256, 65'536, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF};
     for (std::size_t i = 0; i + 1 < std::size(rising); ++i) {
         CAPTURE(rising[i]);
@@ -853,7 +853,7 @@ TEST_CASE("big-endian keys have the order of their numbers") {
 
 namespace {
 
-// The characters of a JSON string (RFC 8259 7), read back the slow and obvious way; nothing where it is malformed.
+// Decodes a JSON string (RFC 8259 7) in a simple way. Returns nothing if it is malformed.
 std::optional<std::string> unquoted(std::string_view json) {
     if (json.size() < 2 || json.front() != '"' || json.back() != '"') return std::nullopt;
     json = json.substr(1, json.size() - 2);
@@ -946,7 +946,7 @@ TEST_CASE("quotes, backslashes and control characters are escaped") {
     CHECK(Json("one\ntwo").dump() == R"("one\ntwo")");
     CHECK(Json("\x1b[2J").dump() == R"("\u001b[2J")");
     CHECK(Json(std::string_view("a\0b", 3)).dump() == R"("a\u0000b")");
-    // RFC 8259 7: all that must be escaped are the quotation mark, the reverse solidus and U+0000 to U+001F.
+    // RFC 8259 7: only the quotation mark, the reverse solidus and U+0000 to U+001F must be escaped.
     for (int c = 0; c < 0x80; ++c) {
         const std::string text = "<" + std::string(1, static_cast<char>(c)) + ">";
         if (unquoted(Json(text).dump()) != text) FAIL_CHECK("character ", c, " becomes ", Json(text).dump());
@@ -968,7 +968,7 @@ TEST_CASE("invalid UTF-8 becomes U+FFFD and the text around it stays") {
     const std::string replacement = "\xEF\xBF\xBD";
     CHECK(Json("\xFF").dump() == '"' + replacement + '"');
     CHECK(Json("\x80z").dump() == '"' + replacement + "z\"");
-    // A sequence that stops short, an overlong form, a surrogate, a character above U+10FFFF, a lone lead at the end.
+    // An incomplete sequence, an overlong form, a surrogate, a code point above U+10FFFF, a lead byte at the end.
     for (const std::string broken : {"\xE2\x82", "\xF0\x9F\x98", "\xC0\xAF", "\xE0\x80\xAF", "\xED\xA0\x80",
                                      "\xF4\x90\x80\x80", "\xF8\x88\x80\x80\x80", "\xC3"}) {
         for (const std::string before : {"", "x", "\xC3\xA4"}) {
@@ -981,7 +981,7 @@ TEST_CASE("invalid UTF-8 becomes U+FFFD and the text around it stays") {
                 const std::string_view middle =
                     std::string_view(*text).substr(before.size(), text->size() - before.size() - after.size());
                 CHECK(*text == before + std::string(middle) + after);
-                // Nothing but replacements stands for what was broken.
+                // Only replacement characters stand for the invalid bytes.
                 for (std::size_t i = 0; i < middle.size(); i += 3) CHECK(middle.substr(i, 3) == replacement);
             }
         }

@@ -1,4 +1,4 @@
-// section 4 of the header: RFC 6455 5 as bytes.
+// Section 4 of the header: frames (RFC 6455 5).
 #include "support.hpp"
 
 using namespace wschat;
@@ -8,7 +8,7 @@ namespace {
 
 using Outcome = ParsedFrame::Outcome;
 
-// A parser that is in the midst of a fragmented message.
+// A parser in the middle of a fragmented message.
 FrameParser parser_within_message(Role role = Role::server) {
     FrameParser parser(role);
     const ParsedFrame parsed = parser.parse(test::hex(role == Role::server ? "01 80 00 00 00 00" : "01 00"));
@@ -16,7 +16,7 @@ FrameParser parser_within_message(Role role = Role::server) {
     return parser;
 }
 
-// The beginning of a frame that a client sends: where the mask bit is set, the four bytes of the mask are added.
+// Adds the four bytes of the mask if the mask bit is set.
 std::string with_mask(std::string header) {
     if (header.size() > 1 && (static_cast<unsigned char>(header[1]) & 0x80) != 0) header += test::hex("37 fa 21 3d");
     return header;
@@ -184,8 +184,8 @@ TEST_CASE("reserved bits, reserved opcodes and invalid control frames fail with 
         {"89 fe 00 7e", "a ping of 126 bytes"},
         {"8a fe 00 7e", "a pong of 126 bytes"},
         {"89 ff 00 00 00 00 00 01 00 00", "a ping of 65,536 bytes"},
-        {"80 80", "the end of nothing"},
-        {"00 80", "a continuation of nothing"},
+        {"80 80", "the end of a message that has no beginning"},
+        {"00 80", "a continuation without a message"},
         {"81 05", "a frame from a client without a mask"},
     };
     for (const Row& row : rows) {
@@ -194,7 +194,7 @@ TEST_CASE("reserved bits, reserved opcodes and invalid control frames fail with 
         CHECK(parsed.outcome == Outcome::failure);
         CHECK(parsed.failure.code == CloseCode::protocol_error);
         CHECK_FALSE(parsed.failure.reason.empty());
-        CHECK(parsed.failure.reason.size() <= 123);  // it goes into the Close frame (RFC 6455 5.5.1)
+        CHECK(parsed.failure.reason.size() <= 123);  // it must fit a Close frame (RFC 6455 5.5.1)
     }
 }
 
@@ -221,7 +221,7 @@ TEST_CASE("a server requires a mask and a client rejects a mask") {
 TEST_CASE("each of the 65,536 ways to begin a frame is parsed as RFC 6455 5.2-5.5 requires") {
     for (const Role role : {Role::server, Role::client}) {
         for (const bool within_message : {false, true}) {
-            const FrameParser fresh = within_message ? parser_within_message(role) : FrameParser(role);
+            const FrameParser initial = within_message ? parser_within_message(role) : FrameParser(role);
             for (unsigned first = 0; first < 256; ++first) {
                 for (unsigned second = 0; second < 256; ++second) {
                     const bool fin = (first & 0x80) != 0, masked = (second & 0x80) != 0;
@@ -230,18 +230,18 @@ TEST_CASE("each of the 65,536 ways to begin a frame is parsed as RFC 6455 5.2-5.
                     const bool control = opcode >= 0x8;
                     const bool legal = (first & 0x70) == 0 && known && masked == (role == Role::server) &&
                                        (control ? fin && length <= 125 : (opcode == 0) == within_message);
-                    // A length in the longer forms that is legal in them, and a mask.
+                    // A valid length in the longer forms, and a mask.
                     std::string bytes{static_cast<char>(first), static_cast<char>(second)};
                     if (length == 126) bytes += test::hex("01 00");
                     if (length == 127) bytes += test::hex("00 00 00 00 00 01 00 00");
                     if (masked) bytes += test::hex("01 02 03 04");
-                    FrameParser parser = fresh;
+                    FrameParser parser = initial;
                     const ParsedFrame parsed = parser.parse(bytes);
-                    const bool right =
+                    const bool correct =
                         legal ? parsed.outcome == Outcome::header && parsed.size == bytes.size() &&
                                     parsed.header.fin == fin && parsed.header.opcode == Opcode(opcode)
                               : parsed.outcome == Outcome::failure && parsed.failure.code == CloseCode::protocol_error;
-                    if (!right) FAIL_CHECK(test::to_hex(bytes));
+                    if (!correct) FAIL_CHECK(test::to_hex(bytes));
                 }
             }
         }
@@ -251,7 +251,7 @@ TEST_CASE("each of the 65,536 ways to begin a frame is parsed as RFC 6455 5.2-5.
 // ---- the order of frames --------------------------------------------------------------------------------------------
 
 TEST_CASE("continuations follow the rules of RFC 6455 5.4 in every sequence of five frames") {
-    const std::string kinds = test::hex("81 02 00 80 89");  // whole, begins, goes on, ends, control
+    const std::string kinds = test::hex("81 02 00 80 89");  // complete, first, continuation, last, control
     for (unsigned sequence = 0; sequence < 5 * 5 * 5 * 5 * 5; ++sequence) {
         FrameParser parser(Role::client);
         bool open = false;
@@ -303,7 +303,7 @@ TEST_CASE("an incomplete header needs more bytes at every split") {
 TEST_CASE("a header fails at the first byte that breaks a rule") {
     struct Row {
         std::string bytes;
-        std::size_t decided_by;  // so many bytes
+        std::size_t fails_at;  // size of the shortest input that fails
         bool within_message;
     };
     const Row rows[] = {
@@ -317,7 +317,7 @@ TEST_CASE("a header fails at the first byte that breaks a rule") {
         {"88 ff 00 00 00 00 00 01 00 00 01 02 03 04", 2, false},
         {"82 ff 80 00 00 00 00 01 00 00 01 02 03 04", 3, false},
         {"82 fe 00 7d 01 02 03 04", 4, false},
-        // Six bytes of zero leave no length that needs eight bytes.
+        // After six zero bytes no length needs eight bytes.
         {"82 ff 00 00 00 00 00 00 ff ff 01 02 03 04", 8, false},
     };
     for (const Row& row : rows) {
@@ -327,7 +327,7 @@ TEST_CASE("a header fails at the first byte that breaks a rule") {
             CAPTURE(size);
             FrameParser parser = row.within_message ? parser_within_message() : FrameParser(Role::server);
             const ParsedFrame parsed = parser.parse(std::string_view(bytes).substr(0, size));
-            CHECK(parsed.outcome == (size < row.decided_by ? Outcome::need_more : Outcome::failure));
+            CHECK(parsed.outcome == (size < row.fails_at ? Outcome::need_more : Outcome::failure));
         }
     }
 }
@@ -414,11 +414,11 @@ TEST_CASE("all queues share one encoded frame") {
     SendQueue a, b;
     a.append(frame.slice());
     b.append(frame.slice());
-    std::string_view of_a, of_b;
-    REQUIRE(a.gather(&of_a, 1) == 1);
-    REQUIRE(b.gather(&of_b, 1) == 1);
-    CHECK(of_a == test::hex("81 05 48 65 6c 6c 6f"));
-    CHECK(of_a.data() == of_b.data());
+    std::string_view piece_of_a, piece_of_b;
+    REQUIRE(a.gather(&piece_of_a, 1) == 1);
+    REQUIRE(b.gather(&piece_of_b, 1) == 1);
+    CHECK(piece_of_a == test::hex("81 05 48 65 6c 6c 6f"));
+    CHECK(piece_of_a.data() == piece_of_b.data());
 }
 
 // ---- masking --------------------------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ TEST_CASE("masking is the xor of RFC 6455 5.3 at every offset, size and alignmen
                 for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<char>(i * 31 + size);
                 std::string expected = memory.substr(alignment, size);
                 naive_mask(expected, mask, offset);
-                // What stands before and behind the payload stays as it is.
+                // The bytes before and after the payload stay the same.
                 expected = memory.substr(0, alignment) + expected + memory.substr(alignment + size);
                 apply_mask(&memory[alignment], size, mask, offset);
                 if (memory != expected) FAIL_CHECK("offset ", offset, ", size ", size, ", alignment ", alignment);
@@ -455,15 +455,15 @@ TEST_CASE("masking reports a byte that is not ASCII at every position") {
 
 TEST_CASE("masking in pieces equals masking at once, and masking twice restores the payload") {
     const MaskKey mask = {0x01, 0x80, 0xFF, 0x5A};
-    const std::string original = "a payload that comes in two pieces, of which none is aligned to anything";
-    std::string whole = original;
-    apply_mask(&whole[0], whole.size(), mask);
-    CHECK(whole != original);
+    const std::string original = "a payload in two pieces with all possible sizes and alignments of each piece";
+    std::string masked = original;
+    apply_mask(&masked[0], masked.size(), mask);
+    CHECK(masked != original);
     for (std::size_t split = 0; split <= original.size(); ++split) {
         std::string pieces = original;
         apply_mask(&pieces[0], split, mask);
         apply_mask(&pieces[split], pieces.size() - split, mask, split);
-        CHECK(pieces == whole);
+        CHECK(pieces == masked);
         apply_mask(&pieces[0], pieces.size(), mask);
         CHECK(pieces == original);
     }

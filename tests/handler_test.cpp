@@ -13,7 +13,6 @@ using wschat::BacklogPolicy;
 using wschat::CloseCause;
 using wschat::CloseCode;
 using wschat::Error;
-using wschat::detail::Event;
 using wschat::HandlerRef;
 using wschat::Json;
 using wschat::Message;
@@ -23,6 +22,7 @@ using wschat::Response;
 using wschat::ServerOptions;
 using wschat::WebSocketHandler;
 using wschat::WriteStatus;
+using wschat::detail::Event;
 using namespace std::chrono_literals;
 
 // What happened, in order: written by callbacks on the loop's thread, read by the test's.
@@ -486,7 +486,8 @@ TEST_SUITE("handler") {
         world.start();
         RawClient client(world.port());
         // "Hello" of RFC 6455 5.7, masked.
-        client.send(wschat::detail::handshake_request("127.0.0.1", "/", Client::key) + hex("81 85 37 fa 21 3d 7f 9f 4d 51 58"));
+        client.send(wschat::detail::handshake_request("127.0.0.1", "/", Client::key) +
+                    hex("81 85 37 fa 21 3d 7f 9f 4d 51 58"));
         CHECK(client.read_until(hex("81 05 48 65 6c 6c 6f")));
         CHECK(world.script.journal.text() == "prepare, open, message Hello");
     }

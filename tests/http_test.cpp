@@ -1,4 +1,4 @@
-// section 5 of the header: requests and answers, and the opening handshake of RFC 6455 4.
+// Section 5 of the header: requests, responses, and the opening handshake of RFC 6455 4.
 #include "support.hpp"
 
 #include <ctime>
@@ -13,14 +13,14 @@ namespace {
 // The limits of a parser must outlive it.
 const Limits default_limits;
 
-// What becomes of bytes that are fed in these pieces: "need more", "400 reason" or all that a request says.
+// Feeds the pieces to a parser. Returns "need more", "400 reason", or the contents of the request.
 std::string outcome_of(const std::vector<std::string_view>& pieces, const Limits& limits = default_limits) {
     RequestParser parser(limits);
     for (const std::string_view piece : pieces) {
         std::size_t consumed = 0;
         switch (parser.feed(piece, consumed)) {
             case RequestParser::Outcome::need_more:
-                if (consumed != piece.size()) return "it needs more, but does not take what there is";
+                if (consumed != piece.size()) return "the parser needs more but did not consume all bytes";
                 break;
             case RequestParser::Outcome::failure: return std::to_string(parser.status()) + " " + parser.reason();
             case RequestParser::Outcome::request: {
@@ -40,7 +40,7 @@ std::string outcome_of(const std::vector<std::string_view>& pieces, const Limits
     return "need more";
 }
 
-// The status with which a head is refused, 200 where it is taken, 0 where it is not whole.
+// Returns the status that rejects a head, 200 if the head is accepted, 0 if it is incomplete.
 int status_of(std::string_view head, const Limits& limits = default_limits) {
     RequestParser parser(limits);
     std::size_t consumed = 0;
@@ -61,7 +61,7 @@ Request parsed(std::string_view head, const Limits& limits = default_limits) {
     return parser.take_request();
 }
 
-// A GET with more header lines, each of which ends with CR LF.
+// A GET request with more header lines, which end with CR LF.
 std::string with_lines(std::string_view lines) { return "GET / HTTP/1.1\r\nHost: a\r\n" + std::string(lines) + "\r\n"; }
 
 std::string with_target(std::string_view target) {
@@ -117,7 +117,7 @@ TEST_CASE("a request line is a method, a target and a version with single spaces
     const Row rows[] = {
         {"GET / HTTP/1.1", 200},
         {"HEAD / HTTP/1.1", 200},
-        {"get / HTTP/1.1", 200},  // methods are case-sensitive tokens; it is not GET, but it is one
+        {"get / HTTP/1.1", 200},  // methods are case-sensitive tokens: a valid method, but not GET
         {"M-SEARCH / HTTP/1.1", 200},
         {"GET /?a?b HTTP/1.1", 200},
         {"GET /a%20b HTTP/1.1", 200},
@@ -194,7 +194,7 @@ TEST_CASE("a client that begins with TLS gets an error that names TLS") {
     std::size_t consumed = 0;
     CHECK(parser.feed(test::hex("16 03 01 02 00 01 00 01 fc 03 03"), consumed) == RequestParser::Outcome::failure);
     CHECK(parser.status() == 400);
-    CHECK(parser.reason().find("TLS") != std::string::npos);
+    CHECK(test::contains(parser.reason(), "TLS"));
 }
 
 TEST_CASE("a target in absolute form sets the host") {
@@ -252,14 +252,14 @@ TEST_CASE("a request line may be as long as its limit, and one byte more is 414"
         REQUIRE(line.size() == size);
         CAPTURE(size);
         CHECK(status_of(line + "\r\nHost: a\r\n\r\n", limits) == (size <= 40 ? 200 : 414));
-        // It is refused while it grows, not at its end.
+        // The parser rejects the line before its end.
         CHECK(status_of(line, limits) == (size <= 40 ? 0 : 414));
     }
 }
 
 TEST_CASE("all header lines together may be as long as their limit, and one byte more is 431") {
     Limits limits;
-    limits.max_header_bytes = 64;  // with their line ends, without the empty line
+    limits.max_header_bytes = 64;  // line ends count, the empty line does not
     for (const std::size_t size : {63u, 64u, 65u, 66u, 67u, 200u}) {
         const std::string lines = "Host: a\r\nX: " + std::string(size - 14, 'x') + "\r\n";
         REQUIRE(lines.size() == size);
@@ -316,13 +316,13 @@ TEST_CASE("a header line that could be read in two ways is rejected") {
         std::string lines, why;
     };
     const Row rows[] = {
-        {"X: y\n", "RFC 9112 2.2: a bare LF ends a line for some"},
-        {"X: y\n\r\n", "a bare LF, and the head seems to end"},
+        {"X: y\n", "RFC 9112 2.2: some parsers end a line at a bare LF"},
+        {"X: y\n\r\n", "a bare LF before an empty line"},
         {"X: y\r\r\n", "a bare CR"},
-        {"X: y\rZ: z\r\n", "a bare CR ends a line for some"},
+        {"X: y\rZ: z\r\n", "some parsers end a line at a bare CR"},
         {"X: y\r\n folded\r\n", "RFC 9112 5.2: obs-fold"},
         {"X: y\r\n\tfolded\r\n", "obs-fold with a tab"},
-        {"X: y\r\n \r\n", "obs-fold of nothing"},
+        {"X: y\r\n \r\n", "an empty obs-fold"},
         {" X: y\r\n", "white space before a name"},
         {"X : y\r\n", "RFC 9112 5.1: no whitespace is allowed between the field name and colon"},
         {"X\t: y\r\n", "a tab before the colon"},
@@ -350,7 +350,7 @@ TEST_CASE("names have token characters, and values have visible characters, spac
     const std::string tokens = "!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
     for (int c = 0; c < 256; ++c) {
         const char byte = static_cast<char>(c);
-        const bool in_name = tokens.find(byte) != std::string::npos || byte == ':';  // which then ends the name
+        const bool in_name = tokens.find(byte) != std::string::npos || byte == ':';  // the colon ends the name
         const bool in_value = (c >= 0x20 && c != 0x7F) || c == '\t';
         if (status_of(with_lines("X"s + byte + "Y: z\r\n")) != (in_name ? 200 : 400)) FAIL_CHECK("name ", c);
         if (status_of(with_lines("X: y"s + byte + "z\r\n")) != (in_value ? 200 : 400)) FAIL_CHECK("value ", c);
@@ -546,20 +546,20 @@ TEST_CASE("bytes after a head are not consumed") {
 
 namespace {
 
-// What is different when the bytes come in two pieces, or one by one; nothing where it is the same.
+// Parses the bytes at once, in any two pieces, and byte by byte. Returns the first different outcome, or an empty text.
 std::string split_difference(std::string_view bytes, const Limits& limits = default_limits) {
-    const std::string whole = outcome_of({bytes}, limits);
-    const auto difference = [&](const std::string& how, const std::string& outcome) {
-        return "{" + escape_for_log(bytes) + "} whole: " + whole + " | " + how + ": " + outcome + "\n";
+    const std::string expected = outcome_of({bytes}, limits);
+    const auto difference = [&](const std::string& pieces, const std::string& outcome) {
+        return "{" + escape_for_log(bytes) + "} at once: " + expected + " | " + pieces + ": " + outcome + "\n";
     };
     for (std::size_t split = 1; split < bytes.size(); ++split) {
         const std::string outcome = outcome_of({bytes.substr(0, split), bytes.substr(split)}, limits);
-        if (outcome != whole) return difference("split at " + std::to_string(split), outcome);
+        if (outcome != expected) return difference("split at " + std::to_string(split), outcome);
     }
     std::vector<std::string_view> single;
     for (std::size_t i = 0; i < bytes.size(); ++i) single.push_back(bytes.substr(i, 1));
     const std::string outcome = outcome_of(single, limits);
-    return outcome == whole ? "" : difference("byte by byte", outcome);
+    return outcome == expected ? "" : difference("byte by byte", outcome);
 }
 
 }  // namespace
@@ -582,7 +582,7 @@ TEST_CASE("a head in any two pieces and byte by byte gives the same result") {
         with_lines(" folded\r\n"),
         with_lines("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"),
         test::hex("16 03 01 02 00 01 00 01 fc 03 03"),
-        "GET / HTTP/1.1\r\nHost: a\r\nnot yet who",
+        "GET / HTTP/1.1\r\nHost: a\r\nincomplete",
     };
     for (const std::string& head : heads) CHECK(split_difference(head) == "");
 }
@@ -611,7 +611,7 @@ TEST_CASE("random input gives the same result in any two pieces") {
     const std::string words[] = {"GET", " ",    "/",           " HTTP/1.1\r\n",      "\r\n",
                                  "\r",  "\n",   "Host: a\r\n", "X: y\r\n",           ":",
                                  "\0"s, "\x16", "xxxxxxx",     "GET / HTTP/1.1\r\n", "Content-Length: 0\r\n"};
-    std::mt19937 random(20240229);  // the same on every platform, unlike the standard distributions
+    std::mt19937 random(20240229);
     std::string different;
     for (int round = 0; round < 4'000 && different.empty(); ++round) {
         std::string bytes = round % 2 == 0 ? "GET / HTTP/1.1\r\n" : "";
@@ -621,9 +621,9 @@ TEST_CASE("random input gives the same result in any two pieces") {
     CHECK(different == "");
 }
 
-// ---- time that is linear in the input -------------------------------------------------------------------------------
+// ---- linear time ----------------------------------------------------------------------------------------------------
 
-// No time is measured: these inputs are so large that whatever is quadratic in them would outlast every timeout.
+// These tests measure no time: on such large inputs a quadratic algorithm would exceed every timeout.
 
 TEST_CASE("megabytes of headers are parsed byte by byte") {
     Limits limits;
@@ -679,7 +679,7 @@ TEST_CASE("each element of a list is visited once") {
     CHECK(visited == 4'000);
 }
 
-// ---- what stands in a request ---------------------------------------------------------------------------------------
+// ---- the contents of a request --------------------------------------------------------------------------------------
 
 TEST_CASE("fields are found by name without case, in order") {
     const Request request = parsed(with_lines("X-Forwarded-For: 1\r\nx-forwarded-for: 2\r\nX-Forwarded: 3\r\n"));
@@ -708,17 +708,22 @@ TEST_CASE("a list has the elements of all its fields, without empty ones") {
     CHECK_FALSE(request.fields().has_element("list", ""));
 }
 
+namespace {
+
+struct Pair {
+    std::string_view name, value;
+};
+
+}  // namespace
+
 TEST_CASE("a query parameter is found by its decoded name") {
     const Request request =
         parsed(with_target("/p?a=1&b=two+words&&c&d=&a=2&%65=%C3%A4&f=x=y&bad=%zz&g?=h&i%26=%26%3d"));
-    CHECK(request.query("a") == "1");
-    CHECK(request.query("b") == "two words");
-    CHECK(request.query("c") == "");
-    CHECK(request.query("d") == "");
-    CHECK(request.query("e") == "\xC3\xA4");
-    CHECK(request.query("f") == "x=y");
-    CHECK(request.query("g?") == "h");
-    CHECK(request.query("i&") == "&=");
+    for (const Pair& pair : {Pair{"a", "1"}, Pair{"b", "two words"}, Pair{"c", ""}, Pair{"d", ""},
+                             Pair{"e", "\xC3\xA4"}, Pair{"f", "x=y"}, Pair{"g?", "h"}, Pair{"i&", "&="}}) {
+        CAPTURE(pair.name);
+        CHECK(request.query(pair.name) == pair.value);
+    }
     CHECK_FALSE(request.query("bad"));
     CHECK_FALSE(request.query("absent"));
     CHECK_FALSE(request.query("A"));
@@ -730,16 +735,12 @@ TEST_CASE("a cookie is found by its complete name in any Cookie field") {
     const Request request = parsed(
         with_lines("Cookie: session=abc123; theme=dark;no-space=1; sess=no; quoted=\"a b\"; eq=a=b; empty=\r\n"
                    "X: session=other\r\nCookie: second=2; theme=light\r\ncookie: \r\nCookie: half=\"a; one=\"\r\n"));
-    CHECK(request.cookie("session") == "abc123");
-    CHECK(request.cookie("sess") == "no");
-    CHECK(request.cookie("theme") == "dark");
-    CHECK(request.cookie("no-space") == "1");
-    CHECK(request.cookie("quoted") == "a b");
-    CHECK(request.cookie("half") == "\"a");
-    CHECK(request.cookie("one") == "\"");
-    CHECK(request.cookie("eq") == "a=b");
-    CHECK(request.cookie("empty") == "");
-    CHECK(request.cookie("second") == "2");
+    for (const Pair& pair : {Pair{"session", "abc123"}, Pair{"sess", "no"}, Pair{"theme", "dark"},
+                             Pair{"no-space", "1"}, Pair{"quoted", "a b"}, Pair{"half", "\"a"}, Pair{"one", "\""},
+                             Pair{"eq", "a=b"}, Pair{"empty", ""}, Pair{"second", "2"}}) {
+        CAPTURE(pair.name);
+        CHECK(request.cookie(pair.name) == pair.value);
+    }
     CHECK_FALSE(request.cookie("Session"));
     CHECK_FALSE(request.cookie("session2"));
     CHECK_FALSE(request.cookie("abc123"));
@@ -755,7 +756,7 @@ TEST_CASE("route parameters are found by name") {
     CHECK(request.param("Room") == "");
 }
 
-// ---- answers --------------------------------------------------------------------------------------------------------
+// ---- responses ------------------------------------------------------------------------------------------------------
 
 static std::string header_of(const Response& response, std::string_view name) {
     std::string values;
@@ -815,31 +816,37 @@ TEST_CASE("a header value cannot begin another line") {
 }
 
 TEST_CASE("the Error about a header names the call and escapes the value") {
-    std::string sentence;
-    try {
-        Response(200).set_header("X", "a\r\nb");
-    } catch (const Error& error) {
-        sentence = error.what();
-    }
-    CHECK(sentence.find("set_header") != std::string::npos);
-    CHECK(sentence.find(R"(a\x0d\x0ab)") != std::string::npos);
+    const std::string sentence = test::error_of([] { Response(200).set_header("X", "a\r\nb"); });
+    CHECK(test::contains(sentence, "set_header"));
+    CHECK(test::contains(sentence, R"(a\x0d\x0ab)"));
 }
 
 TEST_CASE("each status that the server uses has its reason phrase") {
-    CHECK(reason_phrase(200) == "OK");
-    CHECK(reason_phrase(304) == "Not Modified");
-    CHECK(reason_phrase(400) == "Bad Request");
-    CHECK(reason_phrase(403) == "Forbidden");
-    CHECK(reason_phrase(404) == "Not Found");
-    CHECK(reason_phrase(405) == "Method Not Allowed");
-    CHECK(reason_phrase(408) == "Request Timeout");
-    CHECK(reason_phrase(413) == "Content Too Large");
-    CHECK(reason_phrase(414) == "URI Too Long");
-    CHECK(reason_phrase(421) == "Misdirected Request");
-    CHECK(reason_phrase(426) == "Upgrade Required");
-    CHECK(reason_phrase(431) == "Request Header Fields Too Large");
-    CHECK(reason_phrase(503) == "Service Unavailable");
-    CHECK(reason_phrase(505) == "HTTP Version Not Supported");
+    struct Row {
+        int status;
+        std::string phrase;
+    };
+    const Row rows[] = {
+        {200, "OK"},
+        {304, "Not Modified"},
+        {400, "Bad Request"},
+        {403, "Forbidden"},
+        {404, "Not Found"},
+        {405, "Method Not Allowed"},
+        {408, "Request Timeout"},
+        {413, "Content Too Large"},
+        {414, "URI Too Long"},
+        {421, "Misdirected Request"},
+        {426, "Upgrade Required"},
+        {431, "Request Header Fields Too Large"},
+        {503, "Service Unavailable"},
+        {505, "HTTP Version Not Supported"},
+        {299, "Success"},
+        {399, "Redirection"},
+        {499, "Client Error"},
+        {599, "Server Error"},
+    };
+    for (const Row& row : rows) CHECK(reason_phrase(row.status) == row.phrase);
     for (int status = 200; status < 600; ++status)
         if (reason_phrase(status).empty()) FAIL_CHECK("status ", status);
 }
@@ -865,7 +872,7 @@ TEST_CASE("every day of three centuries has the same date as in the C library") 
 }
 
 TEST_CASE("a date before 1970 is correct") {
-    // A file can be as old as that; its Last-Modified is written from its time.
+    // Last-Modified has the time of a file, which may be before 1970.
     CHECK(http_date(-1) == "Wed, 31 Dec 1969 23:59:59 GMT");
     CHECK(http_date(-86'400) == "Wed, 31 Dec 1969 00:00:00 GMT");
     CHECK(http_date(-86'401) == "Tue, 30 Dec 1969 23:59:59 GMT");
@@ -928,13 +935,13 @@ TEST_CASE("an invalid upgrade is rejected with the right status") {
                       key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
     struct Row {
         std::string start, lines;
-        int status;  // 101 where it is not refused
+        int status;  // 101 if the upgrade is accepted
     };
     const Row rows[] = {
         {"GET / HTTP/1.1", version + key, 101},
         {"GET / HTTP/1.1", "sec-websocket-KEY:dGhlIHNhbXBsZSBub25jZQ==\r\nSEC-WEBSOCKET-VERSION:  13 \r\n", 101},
         {"GET / HTTP/1.1", version + key + "Content-Length: 0\r\n", 101},
-        {"GET / HTTP/1.1", version + key + "Origin: null\r\n", 101},  // not this function's to judge
+        {"GET / HTTP/1.1", version + key + "Origin: null\r\n", 101},  // another function checks the origin
         {"POST / HTTP/1.1", version + key, 405},
         {"HEAD / HTTP/1.1", version + key, 405},
         {"OPTIONS / HTTP/1.1", version + key, 405},
@@ -966,7 +973,7 @@ TEST_CASE("an invalid upgrade is rejected with the right status") {
         {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: chat, sup(er\r\n", 400},
         {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: chat/2\r\n", 400},
         {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: ch\xC3\xA4t\r\n", 400},
-        // Offers of extensions are declined, whatever they are.
+        // An invalid offer of extensions does not reject the upgrade.
         {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n",
          101},
         {"GET / HTTP/1.1",
@@ -976,18 +983,18 @@ TEST_CASE("an invalid upgrade is rejected with the right status") {
     for (const Row& row : rows) {
         CAPTURE(row.start);
         CAPTURE(row.lines);
-        const auto refusal = reject_upgrade(parsed(row.start + "\r\nHost: a\r\n" + upgrade + row.lines + "\r\n"));
-        CHECK((refusal ? refusal->status() : 101) == row.status);
-        if (!refusal) continue;
-        // "Refused" is always a complete answer with a sentence in its body.
-        CHECK(refusal->body().size() > 10);
-        CHECK(refusal->body().substr(refusal->body().size() - 2) == ".\n");
-        if (row.status == 405) CHECK(header_of(*refusal, "Allow") == "[GET]");
+        const auto rejection = reject_upgrade(parsed(row.start + "\r\nHost: a\r\n" + upgrade + row.lines + "\r\n"));
+        CHECK((rejection ? rejection->status() : 101) == row.status);
+        if (!rejection) continue;
+        // The body is a sentence.
+        CHECK(rejection->body().size() > 10);
+        CHECK(rejection->body().substr(rejection->body().size() - 2) == ".\n");
+        if (row.status == 405) CHECK(header_of(*rejection, "Allow") == "[GET]");
         // RFC 6455 4.2.2 / 4: "an appropriate HTTP error code (such as 426 Upgrade Required) and a |Sec-WebSocket-Version|
         // header field indicating the version(s) the server is capable of understanding". RFC 9110 15.5.22: "The server
         // MUST send an Upgrade header field in a 426 response".
-        if (row.status == 426) CHECK(header_of(*refusal, "Sec-WebSocket-Version") == "[13]");
-        if (row.status == 426) CHECK(header_of(*refusal, "Upgrade") == "[websocket]");
+        if (row.status == 426) CHECK(header_of(*rejection, "Sec-WebSocket-Version") == "[13]");
+        if (row.status == 426) CHECK(header_of(*rejection, "Upgrade") == "[websocket]");
     }
 }
 
@@ -1041,14 +1048,14 @@ TEST_CASE("a client accepts only the responses that RFC 6455 4.1 allows") {
                       accept = "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n";
     struct Row {
         std::string head, offered;
-        bool taken;
+        bool accepted;
     };
     const Row rows[] = {
         {status + upgrade + connection + accept, "", true},
         {status + "upgrade: WEBSOCKET\r\nconnection: keep-alive, upgrade\r\n" + accept, "", true},
         {"HTTP/1.1 101 \r\n" + upgrade + connection + accept, "", true},
         {"HTTP/1.1 101\r\n" + upgrade + connection + accept, "", true},
-        {status + upgrade + connection + accept, "chat", true},  // it may choose none
+        {status + upgrade + connection + accept, "chat", true},  // the server may choose none
         {status + upgrade + connection + accept + "Sec-WebSocket-Protocol: chat\r\n", "chat", true},
         {status + upgrade + connection + accept + "Sec-WebSocket-Protocol: chat\r\n", "superchat, chat", true},
         // 1. The status.
@@ -1069,7 +1076,7 @@ TEST_CASE("a client accepts only the responses that RFC 6455 4.1 allows") {
         {status + upgrade + connection + "Sec-WebSocket-Accept: S3PPLMBITXAQ9KYGZZHZRBK+XOO=\r\n", "", false},
         {status + upgrade + connection + "Sec-WebSocket-Accept: dGhlIHNhbXBsZSBub25jZQ==\r\n", "", false},
         {status + upgrade + connection + accept + accept, "", false},
-        // 5. Extensions: none is offered.
+        // 5. Extensions. The client offered none.
         {status + upgrade + connection + accept + "Sec-WebSocket-Extensions: permessage-deflate\r\n", "", false},
         // 6. Subprotocols.
         {status + upgrade + connection + accept + "Sec-WebSocket-Protocol: chat\r\n", "", false},
@@ -1085,10 +1092,10 @@ TEST_CASE("a client accepts only the responses that RFC 6455 4.1 allows") {
         CAPTURE(row.head);
         const std::string error = handshake_response_error(row.head + "\r\n", "dGhlIHNhbXBsZSBub25jZQ==", row.offered);
         CAPTURE(error);
-        CHECK(error.empty() == row.taken);
+        CHECK(error.empty() == row.accepted);
     }
-    CHECK(handshake_response_error("HTTP/1.1 403 Forbidden\r\n\r\n", "x").find("403 Forbidden") != std::string::npos);
-    CHECK(handshake_response_error("\x1b[2J\r\n\r\n", "x").find('\x1b') == std::string::npos);
+    CHECK(test::contains(handshake_response_error("HTTP/1.1 403 Forbidden\r\n\r\n", "x"), "403 Forbidden"));
+    CHECK_FALSE(test::contains(handshake_response_error("\x1b[2J\r\n\r\n", "x"), "\x1b"));
 }
 
 // ---- origins --------------------------------------------------------------------------------------------------------
@@ -1140,7 +1147,7 @@ TEST_CASE("a page may connect to its own host and to no similar host") {
     };
     const Row rows[] = {
         {"http://chat.example", "chat.example", true},
-        {"https://chat.example", "chat.example", true},  // behind a proxy that speaks TLS
+        {"https://chat.example", "chat.example", true},  // behind a proxy with TLS
         {"http://CHAT.example", "chat.EXAMPLE", true},
         {"http://chat.example:8888", "chat.example:8888", true},
         {"http://chat.example", "chat.example:80", true},
@@ -1162,7 +1169,7 @@ TEST_CASE("a page may connect to its own host and to no similar host") {
         {"http://chat.example:8889", "chat.example:8888", false},
         {"https://chat.example", "chat.example:80", false},
         {"http://chat.example", "chat.example:443", false},
-        // Other schemes, and what is no origin.
+        // Other schemes, and texts that are not origins.
         {"ftp://chat.example", "chat.example", false},
         {"file://chat.example", "chat.example", false},
         {"ws://chat.example", "chat.example", false},
@@ -1173,7 +1180,7 @@ TEST_CASE("a page may connect to its own host and to no similar host") {
         {"chat.example", "chat.example", false},
         {"http://", "", false},
         {"http://chat.example", "", false},
-        // An address where a name is expected, a trailing dot, a user, a path.
+        // An address instead of a name, a trailing dot, a user, a path.
         {"http://127.0.0.1:8888", "localhost:8888", false},
         {"http://localhost:8888", "127.0.0.1:8888", false},
         {"http://93.184.216.34", "chat.example", false},
@@ -1196,7 +1203,7 @@ TEST_CASE("a page may connect to its own host and to no similar host") {
 TEST_CASE("only the server sets the length of a response") {
     for (const std::string name : {"Content-Length", "content-length", "Transfer-Encoding", "TRANSFER-ENCODING"}) {
         CAPTURE(name);
-        const std::string sentence = "Response::set_header: " + name + " is the server's to set";
+        const std::string sentence = "Response::set_header: only the server sets " + name;
         CHECK_THROWS_WITH_AS(Response(200).set_header(name, "5"), sentence.c_str(), Error);
     }
 }
@@ -1227,9 +1234,9 @@ TEST_CASE("a host may have all unreserved characters of RFC 3986 2.3") {
 TEST_CASE("an offer of subprotocols is rejected if one of them is not a token") {
     for (const std::string offer : {"super chat, chat", "chat, super chat, superchat", "super chat, super chat"}) {
         CAPTURE(offer);
-        const auto refusal = reject_upgrade(parsed(handshake_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ==", offer)));
-        REQUIRE(refusal);
-        CHECK(refusal->status() == 400);
+        const auto rejection = reject_upgrade(parsed(handshake_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ==", offer)));
+        REQUIRE(rejection);
+        CHECK(rejection->status() == 400);
     }
 }
 

@@ -9,14 +9,14 @@ using test::hex;
 using test::to_hex;
 using wschat::CloseCause;
 using wschat::CloseCode;
-using wschat::detail::Connection;
 using wschat::Error;
-using wschat::detail::Event;
 using wschat::Limits;
 using wschat::Opcode;
-using wschat::detail::Role;
 using wschat::Time;
 using wschat::WriteStatus;
+using wschat::detail::Connection;
+using wschat::detail::Event;
+using wschat::detail::Role;
 using namespace std::chrono_literals;
 
 const Time start = Time() + 1h;

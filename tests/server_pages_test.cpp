@@ -7,8 +7,8 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Echo;
 using test::contains;
+using test::Echo;
 using test::error_of;
 using test::hex;
 using test::RawClient;

@@ -8,12 +8,12 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Echo;
-using test::LobbyMember;
-using test::contains;
-using test::error_of;
 using test::Client;
+using test::contains;
+using test::Echo;
+using test::error_of;
 using test::hex;
+using test::LobbyMember;
 using test::RawClient;
 using test::RunningServer;
 

@@ -8,8 +8,8 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Echo;
 using test::Client;
+using test::Echo;
 using test::RunningServer;
 
 namespace {

@@ -22,11 +22,11 @@ TEST_SUITE("tls") {
 
 #include <csignal>
 
-using test::Echo;
-using test::contains;
-using test::error_of;
 using test::CertificateFiles;
 using test::Client;
+using test::contains;
+using test::Echo;
+using test::error_of;
 using test::RawClient;
 using test::RunningServer;
 

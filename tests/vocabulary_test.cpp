@@ -25,21 +25,14 @@ TEST_CASE("the close codes that may be on the wire are 1000-1003, 1007-1014 and 
 }
 
 TEST_CASE("the named close codes have the numbers of RFC 6455 7.4.1 and of the registry") {
-    CHECK(number(CloseCode::normal) == 1000);
-    CHECK(number(CloseCode::going_away) == 1001);
-    CHECK(number(CloseCode::protocol_error) == 1002);
-    CHECK(number(CloseCode::unsupported_data) == 1003);
-    CHECK(number(CloseCode::no_status) == 1005);
-    CHECK(number(CloseCode::abnormal) == 1006);
-    CHECK(number(CloseCode::invalid_payload) == 1007);
-    CHECK(number(CloseCode::policy_violation) == 1008);
-    CHECK(number(CloseCode::message_too_big) == 1009);
-    CHECK(number(CloseCode::mandatory_extension) == 1010);
-    CHECK(number(CloseCode::internal_error) == 1011);
-    CHECK(number(CloseCode::service_restart) == 1012);
-    CHECK(number(CloseCode::try_again_later) == 1013);
-    CHECK(number(CloseCode::bad_gateway) == 1014);
-    CHECK(number(CloseCode::tls_handshake) == 1015);
+    unsigned expected = 1000;
+    for (const CloseCode code :
+         {CloseCode::normal, CloseCode::going_away, CloseCode::protocol_error, CloseCode::unsupported_data,
+          CloseCode{1004}, CloseCode::no_status, CloseCode::abnormal, CloseCode::invalid_payload,
+          CloseCode::policy_violation, CloseCode::message_too_big, CloseCode::mandatory_extension,
+          CloseCode::internal_error, CloseCode::service_restart, CloseCode::try_again_later, CloseCode::bad_gateway,
+          CloseCode::tls_handshake})
+        CHECK(number(code) == expected++);
     CHECK(number(CloseCode{4001}) == 4001);
 }
 
@@ -53,16 +46,21 @@ TEST_CASE("the opcodes from 8 on are control frames") {
 }
 
 TEST_CASE("each close cause and each log level has its own name") {
-    CHECK(to_string(CloseCause::none) == "none");
-    CHECK(to_string(CloseCause::peer) == "peer");
-    CHECK(to_string(CloseCause::local) == "local");
-    CHECK(to_string(CloseCause::protocol_error) == "protocol error");
-    CHECK(to_string(CloseCause::connection_lost) == "connection lost");
-    CHECK(to_string(CloseCause::ping_timeout) == "ping timeout");
-    CHECK(to_string(CloseCause::closing_timeout) == "closing timeout");
-    CHECK(to_string(CloseCause::backlog) == "backlog");
-    CHECK(to_string(CloseCause::handler_exception) == "handler exception");
-    CHECK(to_string(CloseCause::shutdown) == "shutdown");
+    struct Row {
+        CloseCause cause;
+        std::string name;
+    };
+    const Row rows[] = {{CloseCause::none, "none"},
+                        {CloseCause::peer, "peer"},
+                        {CloseCause::local, "local"},
+                        {CloseCause::protocol_error, "protocol error"},
+                        {CloseCause::connection_lost, "connection lost"},
+                        {CloseCause::ping_timeout, "ping timeout"},
+                        {CloseCause::closing_timeout, "closing timeout"},
+                        {CloseCause::backlog, "backlog"},
+                        {CloseCause::handler_exception, "handler exception"},
+                        {CloseCause::shutdown, "shutdown"}};
+    for (const Row& row : rows) CHECK(to_string(row.cause) == row.name);
 
     CHECK(to_string(LogLevel::debug) == "debug");
     CHECK(to_string(LogLevel::info) == "info");
@@ -82,6 +80,13 @@ TEST_CASE("a message is a view of its payload with an opcode") {
     const Message binary(payload, Opcode::binary);
     CHECK(binary.binary());
     CHECK(binary.opcode() == Opcode::binary);
+}
+
+TEST_CASE("a time never passes the end of time") {
+    const Time now = Clock::now();
+    CHECK(saturating_add(now, std::chrono::seconds(1)) == now + std::chrono::seconds(1));
+    CHECK(saturating_add(now, (Duration::max)()) == (Time::max)());
+    CHECK(saturating_add((Time::max)(), Duration(1)) == (Time::max)());
 }
 
 TEST_CASE("the default limits have the documented values") {
@@ -104,7 +109,7 @@ TEST_CASE("the default limits have the documented values") {
     CHECK(limits.linger_timeout == seconds(2));
     CHECK(limits.linger_bytes == 262144);
     CHECK(server_limits.max_total_backlog == 268435456);
-    CHECK(server_limits.max_connections == 0);  // the descriptor limit less 64
+    CHECK(server_limits.max_connections == 0);  // the descriptor limit minus 64
     CHECK(server_limits.max_connections_per_address == 0);
 }
 
