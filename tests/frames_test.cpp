@@ -104,22 +104,15 @@ TEST_CASE("a length is parsed in each of its three forms, at all boundaries") {
         std::string header;
         std::uint64_t length;
     };
+    // clang-format off
     const Row rows[] = {
-        {"82 80", 0},
-        {"82 81", 1},
-        {"82 fd", 125},
-        {"82 fe 00 7e", 126},
-        {"82 fe 00 7f", 127},
-        {"82 fe 00 ff", 255},
-        {"82 fe 01 00", 256},
-        {"82 fe ff ff", 65535},
-        {"82 ff 00 00 00 00 00 01 00 00", 65536},
-        {"82 ff 00 00 00 00 00 01 00 01", 65537},
-        {"82 ff 00 00 00 00 ff ff ff ff", 0xFFFFFFFF},
-        {"82 ff 00 00 00 01 00 00 00 00", 0x100000000},
-        {"82 ff 12 34 56 78 9a bc de f0", 0x123456789ABCDEF0},
+        {"82 80", 0}, {"82 81", 1}, {"82 fd", 125}, {"82 fe 00 7e", 126}, {"82 fe 00 7f", 127}, {"82 fe 00 ff", 255},
+        {"82 fe 01 00", 256}, {"82 fe ff ff", 65535}, {"82 ff 00 00 00 00 00 01 00 00", 65536},
+        {"82 ff 00 00 00 00 00 01 00 01", 65537}, {"82 ff 00 00 00 00 ff ff ff ff", 0xFFFFFFFF},
+        {"82 ff 00 00 00 01 00 00 00 00", 0x100000000}, {"82 ff 12 34 56 78 9a bc de f0", 0x123456789ABCDEF0},
         {"82 ff 7f ff ff ff ff ff ff ff", 0x7FFFFFFFFFFFFFFF},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.header);
         const std::string bytes = with_mask(test::hex(row.header));
@@ -161,33 +154,19 @@ TEST_CASE("reserved bits, reserved opcodes and invalid control frames fail with 
         std::string header;
         std::string why;
     };
+    // clang-format off
     const Row rows[] = {
-        {"91 80", "RSV3"},
-        {"a1 80", "RSV2"},
-        {"c1 80", "RSV1 without the extension"},
-        {"f2 80", "RSV1-3"},
-        {"c9 80", "RSV1 on a ping"},
-        {"83 80", "opcode 3"},
-        {"84 80", "opcode 4"},
-        {"85 80", "opcode 5"},
-        {"86 80", "opcode 6"},
-        {"87 80", "opcode 7"},
-        {"8b 80", "opcode B"},
-        {"8c 80", "opcode C"},
-        {"8d 80", "opcode D"},
-        {"8e 80", "opcode E"},
-        {"8f 80", "opcode F"},
-        {"08 80", "a fragmented close"},
-        {"09 80", "a fragmented ping"},
-        {"0a 80", "a fragmented pong"},
-        {"88 fe 00 7e", "a close of 126 bytes"},
-        {"89 fe 00 7e", "a ping of 126 bytes"},
-        {"8a fe 00 7e", "a pong of 126 bytes"},
+        {"91 80", "RSV3"}, {"a1 80", "RSV2"}, {"c1 80", "RSV1 without the extension"}, {"f2 80", "RSV1-3"},
+        {"c9 80", "RSV1 on a ping"}, {"83 80", "opcode 3"}, {"84 80", "opcode 4"}, {"85 80", "opcode 5"},
+        {"86 80", "opcode 6"}, {"87 80", "opcode 7"}, {"8b 80", "opcode B"}, {"8c 80", "opcode C"},
+        {"8d 80", "opcode D"}, {"8e 80", "opcode E"}, {"8f 80", "opcode F"}, {"08 80", "a fragmented close"},
+        {"09 80", "a fragmented ping"}, {"0a 80", "a fragmented pong"}, {"88 fe 00 7e", "a close of 126 bytes"},
+        {"89 fe 00 7e", "a ping of 126 bytes"}, {"8a fe 00 7e", "a pong of 126 bytes"},
         {"89 ff 00 00 00 00 00 01 00 00", "a ping of 65,536 bytes"},
-        {"80 80", "the end of a message that has no beginning"},
-        {"00 80", "a continuation without a message"},
+        {"80 80", "the end of a message that has no beginning"}, {"00 80", "a continuation without a message"},
         {"81 05", "a frame from a client without a mask"},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.why);
         const ParsedFrame parsed = FrameParser(Role::server).parse(with_mask(test::hex(row.header)));
@@ -306,20 +285,16 @@ TEST_CASE("a header fails at the first byte that breaks a rule") {
         std::size_t fails_at;  // size of the shortest input that fails
         bool within_message;
     };
+    // clang-format off
     const Row rows[] = {
-        {"91 80 01 02 03 04", 1, false},
-        {"83 80 01 02 03 04", 1, false},
-        {"09 80 01 02 03 04", 1, false},
-        {"80 80 01 02 03 04", 1, false},
-        {"81 80 01 02 03 04", 1, true},
-        {"81 05 48 65 6c 6c 6f", 2, false},
-        {"89 fe 00 7e 01 02 03 04", 2, false},
-        {"88 ff 00 00 00 00 00 01 00 00 01 02 03 04", 2, false},
-        {"82 ff 80 00 00 00 00 01 00 00 01 02 03 04", 3, false},
-        {"82 fe 00 7d 01 02 03 04", 4, false},
+        {"91 80 01 02 03 04", 1, false}, {"83 80 01 02 03 04", 1, false}, {"09 80 01 02 03 04", 1, false},
+        {"80 80 01 02 03 04", 1, false}, {"81 80 01 02 03 04", 1, true}, {"81 05 48 65 6c 6c 6f", 2, false},
+        {"89 fe 00 7e 01 02 03 04", 2, false}, {"88 ff 00 00 00 00 00 01 00 00 01 02 03 04", 2, false},
+        {"82 ff 80 00 00 00 00 01 00 00 01 02 03 04", 3, false}, {"82 fe 00 7d 01 02 03 04", 4, false},
         // After six zero bytes no length needs eight bytes.
         {"82 ff 00 00 00 00 00 00 ff ff 01 02 03 04", 8, false},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.bytes);
         const std::string bytes = test::hex(row.bytes);
@@ -382,15 +357,14 @@ TEST_CASE("a frame is its header and its payload in each form of the length") {
         std::string plain;
         std::string masked;
     };
+    // clang-format off
     const Row rows[] = {
-        {0, "81 00", "81 80"},
-        {1, "81 01", "81 81"},
-        {125, "81 7d", "81 fd"},
-        {126, "81 7e 00 7e", "81 fe 00 7e"},
+        {0, "81 00", "81 80"}, {1, "81 01", "81 81"}, {125, "81 7d", "81 fd"}, {126, "81 7e 00 7e", "81 fe 00 7e"},
         {65535, "81 7e ff ff", "81 fe ff ff"},
         {65536, "81 7f 00 00 00 00 00 01 00 00", "81 ff 00 00 00 00 00 01 00 00"},
         {1000000, "81 7f 00 00 00 00 00 0f 42 40", "81 ff 00 00 00 00 00 0f 42 40"},
     };
+    // clang-format on
     SendArena arena;
     for (const Row& row : rows) {
         CAPTURE(row.size);

@@ -114,53 +114,24 @@ TEST_CASE("a request line is a method, a target and a version with single spaces
         int status;
     };
     // RFC 9112 3.
+    // clang-format off
     const Row rows[] = {
-        {"GET / HTTP/1.1", 200},
-        {"HEAD / HTTP/1.1", 200},
+        {"GET / HTTP/1.1", 200}, {"HEAD / HTTP/1.1", 200},
         {"get / HTTP/1.1", 200},  // methods are case-sensitive tokens: a valid method, but not GET
-        {"M-SEARCH / HTTP/1.1", 200},
-        {"GET /?a?b HTTP/1.1", 200},
-        {"GET /a%20b HTTP/1.1", 200},
-        {"GET  / HTTP/1.1", 400},
-        {"GET /  HTTP/1.1", 400},
-        {"GET / HTTP/1.1 ", 400},
-        {" GET / HTTP/1.1", 400},
-        {"GET\t/\tHTTP/1.1", 400},
-        {"GET / / HTTP/1.1", 400},
-        {"GET /", 400},
-        {"GET", 400},
-        {"GET HTTP/1.1", 400},
-        {"GET  HTTP/1.1", 400},
-        {"G(T / HTTP/1.1", 400},
-        {"GET: / HTTP/1.1", 400},
-        {"G\0T / HTTP/1.1"s, 400},
-        {"GET index.html HTTP/1.1", 400},
-        {"GET ?x HTTP/1.1", 400},
-        {"GET /#top HTTP/1.1", 400},
-        {"GET /\0 HTTP/1.1"s, 400},
-        {"GET /\x01 HTTP/1.1", 400},
-        {"GET /\x7f HTTP/1.1", 400},
-        {"GET /\xC3\xA4 HTTP/1.1", 400},
-        {"GET /a\rb HTTP/1.1", 400},
-        {"GET /% HTTP/1.1", 400},
-        {"GET /%4 HTTP/1.1", 400},
-        {"GET /%zz HTTP/1.1", 400},
-        {"GET / http/1.1", 400},
-        {"GET / HTTP/1", 400},
-        {"GET / HTTP/1.", 400},
-        {"GET / HTTP/1.1x", 400},
-        {"GET / HTTP/1.10", 400},
-        {"GET / HTTP/01.1", 400},
-        {"GET / HTTP/ 1.1", 400},
-        {"GET / HTTP/a.b", 400},
-        {"GET / HTTPS/1.1", 400},
-        {"GET / ICY/1.1", 400},
-        {"GET / HTTP/1.1\r", 400},
-        {"GET / HTTP/0.9", 505},
-        {"GET / HTTP/2.0", 505},
-        {"PRI * HTTP/2.0", 505},
+        {"M-SEARCH / HTTP/1.1", 200}, {"GET /?a?b HTTP/1.1", 200}, {"GET /a%20b HTTP/1.1", 200},
+        {"GET  / HTTP/1.1", 400}, {"GET /  HTTP/1.1", 400}, {"GET / HTTP/1.1 ", 400}, {" GET / HTTP/1.1", 400},
+        {"GET\t/\tHTTP/1.1", 400}, {"GET / / HTTP/1.1", 400}, {"GET /", 400}, {"GET", 400}, {"GET HTTP/1.1", 400},
+        {"GET  HTTP/1.1", 400}, {"G(T / HTTP/1.1", 400}, {"GET: / HTTP/1.1", 400}, {"G\0T / HTTP/1.1"s, 400},
+        {"GET index.html HTTP/1.1", 400}, {"GET ?x HTTP/1.1", 400}, {"GET /#top HTTP/1.1", 400},
+        {"GET /\0 HTTP/1.1"s, 400}, {"GET /\x01 HTTP/1.1", 400}, {"GET /\x7f HTTP/1.1", 400},
+        {"GET /\xC3\xA4 HTTP/1.1", 400}, {"GET /a\rb HTTP/1.1", 400}, {"GET /% HTTP/1.1", 400},
+        {"GET /%4 HTTP/1.1", 400}, {"GET /%zz HTTP/1.1", 400}, {"GET / http/1.1", 400}, {"GET / HTTP/1", 400},
+        {"GET / HTTP/1.", 400}, {"GET / HTTP/1.1x", 400}, {"GET / HTTP/1.10", 400}, {"GET / HTTP/01.1", 400},
+        {"GET / HTTP/ 1.1", 400}, {"GET / HTTP/a.b", 400}, {"GET / HTTPS/1.1", 400}, {"GET / ICY/1.1", 400},
+        {"GET / HTTP/1.1\r", 400}, {"GET / HTTP/0.9", 505}, {"GET / HTTP/2.0", 505}, {"PRI * HTTP/2.0", 505},
         {"GET / HTTP/9.9", 505},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.line);
         CHECK(status_of(row.line + "\r\nHost: a\r\n\r\n") == row.status);
@@ -203,14 +174,14 @@ TEST_CASE("a target in absolute form sets the host") {
     struct Row {
         std::string target, host, raw_path, query;
     };
+    // clang-format off
     const Row rows[] = {
-        {"http://b.example/x?y=1", "b.example", "/x", "y=1"},
-        {"http://b.example:8080/", "b.example:8080", "/", ""},
-        {"https://b.example/x", "b.example", "/x", ""},
-        {"HTTP://B.example/x", "B.example", "/x", ""},
+        {"http://b.example/x?y=1", "b.example", "/x", "y=1"}, {"http://b.example:8080/", "b.example:8080", "/", ""},
+        {"https://b.example/x", "b.example", "/x", ""}, {"HTTP://B.example/x", "B.example", "/x", ""},
         {"http://[::1]:8080/x", "[::1]:8080", "/x", ""},
         {"http://b.example/http://c.example/", "b.example", "/http://c.example/", ""},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.target);
         const Request request = parsed(with_target(row.target));
@@ -315,26 +286,20 @@ TEST_CASE("a header line that could be read in two ways is rejected") {
     struct Row {
         std::string lines, why;
     };
+    // clang-format off
     const Row rows[] = {
         {"X: y\n", "RFC 9112 2.2: some parsers end a line at a bare LF"},
-        {"X: y\n\r\n", "a bare LF before an empty line"},
-        {"X: y\r\r\n", "a bare CR"},
-        {"X: y\rZ: z\r\n", "some parsers end a line at a bare CR"},
-        {"X: y\r\n folded\r\n", "RFC 9112 5.2: obs-fold"},
-        {"X: y\r\n\tfolded\r\n", "obs-fold with a tab"},
-        {"X: y\r\n \r\n", "an empty obs-fold"},
+        {"X: y\n\r\n", "a bare LF before an empty line"}, {"X: y\r\r\n", "a bare CR"},
+        {"X: y\rZ: z\r\n", "some parsers end a line at a bare CR"}, {"X: y\r\n folded\r\n", "RFC 9112 5.2: obs-fold"},
+        {"X: y\r\n\tfolded\r\n", "obs-fold with a tab"}, {"X: y\r\n \r\n", "an empty obs-fold"},
         {" X: y\r\n", "white space before a name"},
         {"X : y\r\n", "RFC 9112 5.1: no whitespace is allowed between the field name and colon"},
-        {"X\t: y\r\n", "a tab before the colon"},
-        {": y\r\n", "no name"},
-        {"X\r\n", "no colon"},
-        {"X y: z\r\n", "a space in the name"},
-        {"X: \0y\r\n"s, "NUL in the value"},
-        {"X\0: y\r\n"s, "NUL in the name"},
-        {"X: \x0by\r\n", "a vertical tab in the value"},
-        {"X: y\x7f\r\n", "DEL in the value"},
-        {"\xC3\xA4: y\r\n", "a name that is not ASCII"},
+        {"X\t: y\r\n", "a tab before the colon"}, {": y\r\n", "no name"}, {"X\r\n", "no colon"},
+        {"X y: z\r\n", "a space in the name"}, {"X: \0y\r\n"s, "NUL in the value"},
+        {"X\0: y\r\n"s, "NUL in the name"}, {"X: \x0by\r\n", "a vertical tab in the value"},
+        {"X: y\x7f\r\n", "DEL in the value"}, {"\xC3\xA4: y\r\n", "a name that is not ASCII"},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.why);
         CHECK(status_of(with_lines(row.lines)) == 400);
@@ -389,38 +354,13 @@ TEST_CASE("a Host that is missing, doubled or invalid is rejected with 400") {
     CHECK(status_of("GET http://b/ HTTP/1.1\r\n\r\n") == 400);
     CHECK(status_of("GET http://b/ HTTP/1.1\r\nHost: a b\r\n\r\n") == 400);
 
-    for (const std::string host : {"",
-                                   "a b",
-                                   "a/b",
-                                   "a@b",
-                                   "a,b",
-                                   "a?b",
-                                   "a#b",
-                                   "a\\b",
-                                   "a\"b",
-                                   "a<b",
-                                   "a%20b",
-                                   "http://a",
-                                   ":80",
-                                   "a:b",
-                                   "a:80:80",
-                                   "a:65536",
-                                   "a:99999999999999999999",
-                                   "a:-1",
-                                   "a:+1",
-                                   "a:8 0",
-                                   "a:0x50",
-                                   "::1",
-                                   "[::1",
-                                   "[]",
-                                   "[:]",
-                                   "[::1]x",
-                                   "[::1]:x",
-                                   "[::1]:65536",
-                                   "[g::1]",
-                                   "[::1%eth0]",
-                                   "[fe80::1]]",
-                                   "\xC3\xA4.example"}) {
+    // clang-format off
+    const std::string invalid_hosts[] = {
+        "", "a b", "a/b", "a@b", "a,b", "a?b", "a#b", "a\\b", "a\"b", "a<b", "a%20b", "http://a", ":80", "a:b",
+        "a:80:80", "a:65536", "a:99999999999999999999", "a:-1", "a:+1", "a:8 0", "a:0x50", "::1", "[::1", "[]",
+        "[:]", "[::1]x", "[::1]:x", "[::1]:65536", "[g::1]", "[::1%eth0]", "[fe80::1]]", "\xC3\xA4.example"};
+    // clang-format on
+    for (const std::string& host : invalid_hosts) {
         CAPTURE(host);
         CHECK(status_of(head("1.1", "Host: " + host + "\r\n")) == 400);
     }
@@ -444,57 +384,37 @@ TEST_CASE("the length of a body is never ambiguous") {
         int status;
         bool body;
     };
+    // clang-format off
     const Row rows[] = {
-        {"", 200, false},
-        {"Content-Length: 0\r\n", 200, false},
-        {"Content-Length: 00\r\n", 200, false},
-        {"Content-Length: 5\r\n", 200, true},
-        {"content-LENGTH:5 \r\n", 200, true},
+        {"", 200, false}, {"Content-Length: 0\r\n", 200, false}, {"Content-Length: 00\r\n", 200, false},
+        {"Content-Length: 5\r\n", 200, true}, {"content-LENGTH:5 \r\n", 200, true},
         {"Content-Length: 9223372036854775807\r\n", 200, true},
         {"Content-Length: 9223372036854775808\r\n", 400, false},
         {"Content-Length: 18446744073709551621\r\n", 400, false},  // 2^64 + 5
-        {"Content-Length: 100000000000000000000000000000005\r\n", 400, false},
-        {"Content-Length: -1\r\n", 400, false},
-        {"Content-Length: +5\r\n", 400, false},
-        {"Content-Length: 5 5\r\n", 400, false},
-        {"Content-Length: 5,5\r\n", 400, false},
-        {"Content-Length: 5, 6\r\n", 400, false},
-        {"Content-Length: 5;\r\n", 400, false},
-        {"Content-Length: 0x5\r\n", 400, false},
-        {"Content-Length: 5e0\r\n", 400, false},
-        {"Content-Length: 5.0\r\n", 400, false},
-        {"Content-Length: \"5\"\r\n", 400, false},
-        {"Content-Length:\r\n", 400, false},
-        {"Content-Length: five\r\n", 400, false},
-        {"Content-Length: 5\r\nContent-Length: 5\r\n", 400, false},
+        {"Content-Length: 100000000000000000000000000000005\r\n", 400, false}, {"Content-Length: -1\r\n", 400, false},
+        {"Content-Length: +5\r\n", 400, false}, {"Content-Length: 5 5\r\n", 400, false},
+        {"Content-Length: 5,5\r\n", 400, false}, {"Content-Length: 5, 6\r\n", 400, false},
+        {"Content-Length: 5;\r\n", 400, false}, {"Content-Length: 0x5\r\n", 400, false},
+        {"Content-Length: 5e0\r\n", 400, false}, {"Content-Length: 5.0\r\n", 400, false},
+        {"Content-Length: \"5\"\r\n", 400, false}, {"Content-Length:\r\n", 400, false},
+        {"Content-Length: five\r\n", 400, false}, {"Content-Length: 5\r\nContent-Length: 5\r\n", 400, false},
         {"Content-Length: 5\r\nContent-Length: 6\r\n", 400, false},
-        {"Content-Length: 0\r\ncontent-length: 5\r\n", 400, false},
-        {"Content-Length : 5\r\n", 400, false},
-        {"Transfer-Encoding: chunked\r\n", 200, true},
-        {"transfer-encoding: CHUNKED\r\n", 200, true},
+        {"Content-Length: 0\r\ncontent-length: 5\r\n", 400, false}, {"Content-Length : 5\r\n", 400, false},
+        {"Transfer-Encoding: chunked\r\n", 200, true}, {"transfer-encoding: CHUNKED\r\n", 200, true},
         {"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", 400, false},
         {"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n", 400, false},
         {"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400, false},
         {"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n", 400, false},
-        {"Transfer-Encoding : chunked\r\n", 400, false},
-        {"Transfer-Encoding\t: chunked\r\n", 400, false},
-        {"Transfer-Encoding: \x0b"
-         "chunked\r\n",
-         400, false},
-        {"Transfer-Encoding: chunked\0\r\n"s, 400, false},
-        {"X: y\r\n Transfer-Encoding: chunked\r\n", 400, false},
-        {"X: y\nTransfer-Encoding: chunked\r\n", 400, false},
-        {"X: y\rTransfer-Encoding: chunked\r\n", 400, false},
-        {"Transfer-Encoding: gzip\r\n", 501, false},
-        {"Transfer-Encoding: gzip, chunked\r\n", 501, false},
-        {"Transfer-Encoding: chunked, gzip\r\n", 501, false},
-        {"Transfer-Encoding: chunked, chunked\r\n", 501, false},
-        {"Transfer-Encoding: identity\r\n", 501, false},
-        {"Transfer-Encoding: xchunked\r\n", 501, false},
-        {"Transfer-Encoding: chunked;q=1\r\n", 501, false},
-        {"Transfer-Encoding: \"chunked\"\r\n", 501, false},
-        {"Transfer-Encoding:\r\n", 501, false},
+        {"Transfer-Encoding : chunked\r\n", 400, false}, {"Transfer-Encoding\t: chunked\r\n", 400, false},
+        {"Transfer-Encoding: \x0b" "chunked\r\n", 400, false}, {"Transfer-Encoding: chunked\0\r\n"s, 400, false},
+        {"X: y\r\n Transfer-Encoding: chunked\r\n", 400, false}, {"X: y\nTransfer-Encoding: chunked\r\n", 400, false},
+        {"X: y\rTransfer-Encoding: chunked\r\n", 400, false}, {"Transfer-Encoding: gzip\r\n", 501, false},
+        {"Transfer-Encoding: gzip, chunked\r\n", 501, false}, {"Transfer-Encoding: chunked, gzip\r\n", 501, false},
+        {"Transfer-Encoding: chunked, chunked\r\n", 501, false}, {"Transfer-Encoding: identity\r\n", 501, false},
+        {"Transfer-Encoding: xchunked\r\n", 501, false}, {"Transfer-Encoding: chunked;q=1\r\n", 501, false},
+        {"Transfer-Encoding: \"chunked\"\r\n", 501, false}, {"Transfer-Encoding:\r\n", 501, false},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.lines);
         CHECK(status_of(with_lines(row.lines)) == row.status);
@@ -710,20 +630,22 @@ TEST_CASE("a list has the elements of all its fields, without empty ones") {
 
 namespace {
 
-struct Pair {
-    std::string_view name, value;
-};
+// `expected`: a name, its value, the next name, its value ...
+template <class Find>
+void check_values(Find&& find, std::initializer_list<std::string_view> expected) {
+    for (auto it = expected.begin(); it != expected.end(); it += 2) {
+        CAPTURE(*it);
+        CHECK(find(*it) == *(it + 1));
+    }
+}
 
 }  // namespace
 
 TEST_CASE("a query parameter is found by its decoded name") {
     const Request request =
         parsed(with_target("/p?a=1&b=two+words&&c&d=&a=2&%65=%C3%A4&f=x=y&bad=%zz&g?=h&i%26=%26%3d"));
-    for (const Pair& pair : {Pair{"a", "1"}, Pair{"b", "two words"}, Pair{"c", ""}, Pair{"d", ""},
-                             Pair{"e", "\xC3\xA4"}, Pair{"f", "x=y"}, Pair{"g?", "h"}, Pair{"i&", "&="}}) {
-        CAPTURE(pair.name);
-        CHECK(request.query(pair.name) == pair.value);
-    }
+    check_values([&](std::string_view name) { return request.query(name); },
+                 {"a", "1", "b", "two words", "c", "", "d", "", "e", "\xC3\xA4", "f", "x=y", "g?", "h", "i&", "&="});
     CHECK_FALSE(request.query("bad"));
     CHECK_FALSE(request.query("absent"));
     CHECK_FALSE(request.query("A"));
@@ -735,12 +657,9 @@ TEST_CASE("a cookie is found by its complete name in any Cookie field") {
     const Request request = parsed(
         with_lines("Cookie: session=abc123; theme=dark;no-space=1; sess=no; quoted=\"a b\"; eq=a=b; empty=\r\n"
                    "X: session=other\r\nCookie: second=2; theme=light\r\ncookie: \r\nCookie: half=\"a; one=\"\r\n"));
-    for (const Pair& pair : {Pair{"session", "abc123"}, Pair{"sess", "no"}, Pair{"theme", "dark"},
-                             Pair{"no-space", "1"}, Pair{"quoted", "a b"}, Pair{"half", "\"a"}, Pair{"one", "\""},
-                             Pair{"eq", "a=b"}, Pair{"empty", ""}, Pair{"second", "2"}}) {
-        CAPTURE(pair.name);
-        CHECK(request.cookie(pair.name) == pair.value);
-    }
+    check_values([&](std::string_view name) { return request.cookie(name); },
+                 {"session", "abc123", "sess", "no", "theme", "dark", "no-space", "1", "quoted", "a b",
+                  "half",    "\"a",    "one",  "\"", "eq",    "a=b",  "empty",    "",  "second", "2"});
     CHECK_FALSE(request.cookie("Session"));
     CHECK_FALSE(request.cookie("session2"));
     CHECK_FALSE(request.cookie("abc123"));
@@ -822,31 +741,14 @@ TEST_CASE("the Error about a header names the call and escapes the value") {
 }
 
 TEST_CASE("each status that the server uses has its reason phrase") {
-    struct Row {
-        int status;
-        std::string phrase;
-    };
-    const Row rows[] = {
-        {200, "OK"},
-        {304, "Not Modified"},
-        {400, "Bad Request"},
-        {403, "Forbidden"},
-        {404, "Not Found"},
-        {405, "Method Not Allowed"},
-        {408, "Request Timeout"},
-        {413, "Content Too Large"},
-        {414, "URI Too Long"},
-        {421, "Misdirected Request"},
-        {426, "Upgrade Required"},
-        {431, "Request Header Fields Too Large"},
-        {503, "Service Unavailable"},
-        {505, "HTTP Version Not Supported"},
-        {299, "Success"},
-        {399, "Redirection"},
-        {499, "Client Error"},
-        {599, "Server Error"},
-    };
-    for (const Row& row : rows) CHECK(reason_phrase(row.status) == row.phrase);
+    std::string phrases;
+    for (const int status : {200, 304, 400, 403, 404, 405, 408, 413, 414, 421, 426, 431, 503, 505, 299, 399, 499, 599})
+        (phrases += reason_phrase(status)) += ", ";
+    CHECK(phrases ==
+          "OK, Not Modified, Bad Request, Forbidden, Not Found, Method Not Allowed, Request Timeout, "
+          "Content Too Large, URI Too Long, Misdirected Request, Upgrade Required, "
+          "Request Header Fields Too Large, Service Unavailable, HTTP Version Not Supported, "
+          "Success, Redirection, Client Error, Server Error, ");
     for (int status = 200; status < 600; ++status)
         if (reason_phrase(status).empty()) FAIL_CHECK("status ", status);
 }
@@ -934,52 +836,41 @@ TEST_CASE("an invalid upgrade is rejected with the right status") {
                       version = "Sec-WebSocket-Version: 13\r\n",
                       key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
     struct Row {
-        std::string start, lines;
+        std::string lines;
         int status;  // 101 if the upgrade is accepted
+        std::string start = "GET / HTTP/1.1";
     };
+    // clang-format off
     const Row rows[] = {
-        {"GET / HTTP/1.1", version + key, 101},
-        {"GET / HTTP/1.1", "sec-websocket-KEY:dGhlIHNhbXBsZSBub25jZQ==\r\nSEC-WEBSOCKET-VERSION:  13 \r\n", 101},
-        {"GET / HTTP/1.1", version + key + "Content-Length: 0\r\n", 101},
-        {"GET / HTTP/1.1", version + key + "Origin: null\r\n", 101},  // another function checks the origin
-        {"POST / HTTP/1.1", version + key, 405},
-        {"HEAD / HTTP/1.1", version + key, 405},
-        {"OPTIONS / HTTP/1.1", version + key, 405},
-        {"get / HTTP/1.1", version + key, 405},
-        {"GET / HTTP/1.0", version + key, 505},
-        {"GET / HTTP/1.1", version + key + "Content-Length: 5\r\n", 400},
-        {"GET / HTTP/1.1", version + key + "Transfer-Encoding: chunked\r\n", 400},
-        {"GET / HTTP/1.1", key, 426},
-        {"GET / HTTP/1.1", key + "Sec-WebSocket-Version:\r\n", 426},
-        {"GET / HTTP/1.1", key + "Sec-WebSocket-Version: 8\r\n", 426},
-        {"GET / HTTP/1.1", key + "Sec-WebSocket-Version: 14\r\n", 426},
-        {"GET / HTTP/1.1", key + "Sec-WebSocket-Version: 013\r\n", 426},
-        {"GET / HTTP/1.1", key + "Sec-WebSocket-Version: 130\r\n", 426},
-        {"GET / HTTP/1.1", key + "Sec-WebSocket-Version: 13, 8\r\n", 426},
-        {"GET / HTTP/1.1", key + version + "Sec-WebSocket-Version: 8\r\n", 426},
-        {"GET / HTTP/1.1", version, 400},
-        {"GET / HTTP/1.1", version + key + key, 400},
-        {"GET / HTTP/1.1", version + "Sec-WebSocket-Key:\r\n", 400},
-        {"GET / HTTP/1.1", version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j\r\n", 400},
-        {"GET / HTTP/1.1", version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZXM=\r\n", 400},
-        {"GET / HTTP/1.1", version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ\r\n", 400},
-        {"GET / HTTP/1.1", version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub2!jZQ==\r\n", 400},
-        {"GET / HTTP/1.1", version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==, x\r\n", 400},
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: chat, superchat\r\n", 101},
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: chat\r\nSec-WebSocket-Protocol: superchat\r\n",
-         101},
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: v1.chat+json!\r\n", 101},
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: super chat\r\n", 400},
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: chat, sup(er\r\n", 400},
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: chat/2\r\n", 400},
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Protocol: ch\xC3\xA4t\r\n", 400},
+        {version + key, 101}, {"sec-websocket-KEY:dGhlIHNhbXBsZSBub25jZQ==\r\nSEC-WEBSOCKET-VERSION:  13 \r\n", 101},
+        {version + key + "Content-Length: 0\r\n", 101},
+        {version + key + "Origin: null\r\n", 101},  // another function checks the origin
+        {version + key, 405, "POST / HTTP/1.1"}, {version + key, 405, "HEAD / HTTP/1.1"},
+        {version + key, 405, "OPTIONS / HTTP/1.1"}, {version + key, 405, "get / HTTP/1.1"},
+        {version + key, 505, "GET / HTTP/1.0"}, {version + key + "Content-Length: 5\r\n", 400},
+        {version + key + "Transfer-Encoding: chunked\r\n", 400}, {key, 426},
+        {key + "Sec-WebSocket-Version:\r\n", 426}, {key + "Sec-WebSocket-Version: 8\r\n", 426},
+        {key + "Sec-WebSocket-Version: 14\r\n", 426}, {key + "Sec-WebSocket-Version: 013\r\n", 426},
+        {key + "Sec-WebSocket-Version: 130\r\n", 426}, {key + "Sec-WebSocket-Version: 13, 8\r\n", 426},
+        {key + version + "Sec-WebSocket-Version: 8\r\n", 426}, {version, 400}, {version + key + key, 400},
+        {version + "Sec-WebSocket-Key:\r\n", 400}, {version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j\r\n", 400},
+        {version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZXM=\r\n", 400},
+        {version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ\r\n", 400},
+        {version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub2!jZQ==\r\n", 400},
+        {version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==, x\r\n", 400},
+        {version + key + "Sec-WebSocket-Protocol: chat, superchat\r\n", 101},
+        {version + key + "Sec-WebSocket-Protocol: chat\r\nSec-WebSocket-Protocol: superchat\r\n", 101},
+        {version + key + "Sec-WebSocket-Protocol: v1.chat+json!\r\n", 101},
+        {version + key + "Sec-WebSocket-Protocol: super chat\r\n", 400},
+        {version + key + "Sec-WebSocket-Protocol: chat, sup(er\r\n", 400},
+        {version + key + "Sec-WebSocket-Protocol: chat/2\r\n", 400},
+        {version + key + "Sec-WebSocket-Protocol: ch\xC3\xA4t\r\n", 400},
         // An invalid offer of extensions does not reject the upgrade.
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n",
-         101},
-        {"GET / HTTP/1.1",
-         version + key + "Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits=99; x; x\r\n", 101},
-        {"GET / HTTP/1.1", version + key + "Sec-WebSocket-Extensions: ;;,=,\"\r\n", 101},
+        {version + key + "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n", 101},
+        {version + key + "Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits=99; x; x\r\n", 101},
+        {version + key + "Sec-WebSocket-Extensions: ;;,=,\"\r\n", 101},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.start);
         CAPTURE(row.lines);
@@ -1101,40 +992,25 @@ TEST_CASE("a client accepts only the responses that RFC 6455 4.1 allows") {
 // ---- origins --------------------------------------------------------------------------------------------------------
 
 TEST_CASE("an origin is normalized to lower case without the default port") {
-    CHECK(normalized_origin("http://chat.example") == "http://chat.example");
-    CHECK(normalized_origin("HTTP://Chat.EXAMPLE") == "http://chat.example");
-    CHECK(normalized_origin("http://chat.example:80") == "http://chat.example");
-    CHECK(normalized_origin("https://chat.example:443") == "https://chat.example");
-    CHECK(normalized_origin("http://chat.example:443") == "http://chat.example:443");
-    CHECK(normalized_origin("https://chat.example:80") == "https://chat.example:80");
-    CHECK(normalized_origin("https://chat.example:8443") == "https://chat.example:8443");
-    CHECK(normalized_origin("http://[::1]:80") == "http://[::1]");
-    CHECK(normalized_origin("http://[fe80::80]") == "http://[fe80::80]");
-    CHECK(normalized_origin("http://127.0.0.1:8888") == "http://127.0.0.1:8888");
-    for (const std::string origin : {"",
-                                     "null",
-                                     "NULL",
-                                     "chat.example",
-                                     "//chat.example",
-                                     "http:",
-                                     "http:/",
-                                     "http://",
-                                     "https://:443",
-                                     "http://chat.example/",
-                                     "http://chat.example/path",
-                                     "http://chat.example?x",
-                                     "http://u@chat.example",
-                                     "http://chat.example http://other.example",
-                                     "http://chat.example, http://other.example",
-                                     "http://chat.example:99999",
-                                     "http://chat.example:x",
-                                     "file://",
-                                     "file:///x",
-                                     "ws://chat.example",
-                                     "ftp://chat.example",
-                                     "chrome-extension://abcdef",
-                                     "javascript:alert(1)",
-                                     "http://\xC3\xA4.example"}) {
+    check_values(normalized_origin, {"http://chat.example",       "http://chat.example",
+                                     "HTTP://Chat.EXAMPLE",       "http://chat.example",
+                                     "http://chat.example:80",    "http://chat.example",
+                                     "https://chat.example:443",  "https://chat.example",
+                                     "http://chat.example:443",   "http://chat.example:443",
+                                     "https://chat.example:80",   "https://chat.example:80",
+                                     "https://chat.example:8443", "https://chat.example:8443",
+                                     "http://[::1]:80",           "http://[::1]",
+                                     "http://[fe80::80]",         "http://[fe80::80]",
+                                     "http://127.0.0.1:8888",     "http://127.0.0.1:8888"});
+    // clang-format off
+    const std::string invalid_origins[] = {
+        "", "null", "NULL", "chat.example", "//chat.example", "http:", "http:/", "http://", "https://:443",
+        "http://chat.example/", "http://chat.example/path", "http://chat.example?x", "http://u@chat.example",
+        "http://chat.example http://other.example", "http://chat.example, http://other.example",
+        "http://chat.example:99999", "http://chat.example:x", "file://", "file:///x", "ws://chat.example",
+        "ftp://chat.example", "chrome-extension://abcdef", "javascript:alert(1)", "http://\xC3\xA4.example"};
+    // clang-format on
+    for (const std::string& origin : invalid_origins) {
         CAPTURE(origin);
         CHECK_FALSE(normalized_origin(origin));
     }
@@ -1145,54 +1021,39 @@ TEST_CASE("a page may connect to its own host and to no similar host") {
         std::string origin, host;
         bool same;
     };
+    // clang-format off
     const Row rows[] = {
         {"http://chat.example", "chat.example", true},
         {"https://chat.example", "chat.example", true},  // behind a proxy with TLS
-        {"http://CHAT.example", "chat.EXAMPLE", true},
-        {"http://chat.example:8888", "chat.example:8888", true},
-        {"http://chat.example", "chat.example:80", true},
-        {"http://chat.example:80", "chat.example", true},
-        {"https://chat.example", "chat.example:443", true},
-        {"http://127.0.0.1:8888", "127.0.0.1:8888", true},
+        {"http://CHAT.example", "chat.EXAMPLE", true}, {"http://chat.example:8888", "chat.example:8888", true},
+        {"http://chat.example", "chat.example:80", true}, {"http://chat.example:80", "chat.example", true},
+        {"https://chat.example", "chat.example:443", true}, {"http://127.0.0.1:8888", "127.0.0.1:8888", true},
         {"http://[::1]:8888", "[::1]:8888", true},
         // A prefix and a suffix, on either side.
         {"http://chat.example.evil.example", "chat.example", false},
-        {"http://evilchat.example", "chat.example", false},
-        {"http://chat.exampl", "chat.example", false},
-        {"http://example", "chat.example", false},
-        {"http://sub.chat.example", "chat.example", false},
+        {"http://evilchat.example", "chat.example", false}, {"http://chat.exampl", "chat.example", false},
+        {"http://example", "chat.example", false}, {"http://sub.chat.example", "chat.example", false},
         {"http://chat.example", "sub.chat.example", false},
         // Other ports.
-        {"http://chat.example:8888", "chat.example", false},
-        {"http://chat.example", "chat.example:8888", false},
+        {"http://chat.example:8888", "chat.example", false}, {"http://chat.example", "chat.example:8888", false},
         {"http://chat.example:88", "chat.example:8888", false},
-        {"http://chat.example:8889", "chat.example:8888", false},
-        {"https://chat.example", "chat.example:80", false},
+        {"http://chat.example:8889", "chat.example:8888", false}, {"https://chat.example", "chat.example:80", false},
         {"http://chat.example", "chat.example:443", false},
         // Other schemes, and texts that are not origins.
-        {"ftp://chat.example", "chat.example", false},
-        {"file://chat.example", "chat.example", false},
-        {"ws://chat.example", "chat.example", false},
-        {"null", "chat.example", false},
-        {"null", "null", false},
-        {"", "chat.example", false},
-        {"", "", false},
-        {"chat.example", "chat.example", false},
-        {"http://", "", false},
+        {"ftp://chat.example", "chat.example", false}, {"file://chat.example", "chat.example", false},
+        {"ws://chat.example", "chat.example", false}, {"null", "chat.example", false}, {"null", "null", false},
+        {"", "chat.example", false}, {"", "", false}, {"chat.example", "chat.example", false}, {"http://", "", false},
         {"http://chat.example", "", false},
         // An address instead of a name, a trailing dot, a user, a path.
-        {"http://127.0.0.1:8888", "localhost:8888", false},
-        {"http://localhost:8888", "127.0.0.1:8888", false},
-        {"http://93.184.216.34", "chat.example", false},
-        {"http://chat.example.", "chat.example", false},
-        {"http://chat.example", "chat.example.", false},
-        {"http://chat.example@evil.example", "chat.example", false},
+        {"http://127.0.0.1:8888", "localhost:8888", false}, {"http://localhost:8888", "127.0.0.1:8888", false},
+        {"http://93.184.216.34", "chat.example", false}, {"http://chat.example.", "chat.example", false},
+        {"http://chat.example", "chat.example.", false}, {"http://chat.example@evil.example", "chat.example", false},
         {"http://evil.example/chat.example", "chat.example", false},
         {"http://evil.example#chat.example", "chat.example", false},
         {"http://chat.example http://evil.example", "chat.example", false},
-        {"http://chat.example", "chat.example/", false},
-        {"http://chat.example", "u@chat.example", false},
+        {"http://chat.example", "chat.example/", false}, {"http://chat.example", "u@chat.example", false},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.origin);
         CAPTURE(row.host);
