@@ -265,8 +265,8 @@ enum class BacklogPolicy : std::uint8_t {
 // The limits of one connection. Sizes are in bytes. A duration of zero turns that timer off. ServerOptions::limits is
 // the default of all connections; Route::set_limits() replaces it for the connections of a route.
 struct Limits {
-    // From the accept to a complete request, however fast its bytes arrive. The time starts again with each request, and
-    // whenever the client takes a part of a response.
+    // The time from the accept to a complete request. An incomplete request does not extend it. It starts again for each
+    // request, and when the client receives a part of a response.
     Duration handshake_timeout = std::chrono::seconds(10);
     std::size_t max_request_line = 8 * 1024;   // 414
     std::size_t max_header_bytes = 16 * 1024;  // 431
@@ -358,9 +358,9 @@ inline void prefetch(const void* object, std::uintptr_t lines) {
 inline void prefetch(const void*, std::uintptr_t) {}
 #endif
 
-// A large block begins in the middle of a page, because the kernel fills its pages from their beginning, and a copy is
-// slow on many processors if source and target have about the same page offset (4 KiB aliasing). Gain: the kernel takes
-// half the time for a message of 1 MiB.
+// A large block begins in the middle of a page. The kernel fills its own pages from their beginning, and many processors
+// copy slowly between addresses with the same offset in a page (4 KiB aliasing). Gain: the kernel needs half the time for
+// a message of 1 MiB.
 constexpr std::size_t large_block = 64 * 1024;
 constexpr std::size_t page_size = 4096;
 
@@ -505,8 +505,8 @@ struct Slice {
 };
 
 // Memory for all output of a loop. Frames are written one after another into pooled chunks, and queues hold slices of
-// them. A chunk without slices is used again, so sending allocates nothing while the peers read. The arena also keeps a
-// few buffers of large received messages for the next ones.
+// them. A chunk without slices is used again: sending allocates nothing while the peers read. The arena also stores a few
+// buffers of large received messages for later messages.
 class SendArena {
 public:
     SendArena() = default;
@@ -541,7 +541,7 @@ private:
     static constexpr std::size_t max_buffer = 2 * 1024 * 1024;
     static constexpr std::size_t max_buffers = 4;
 
-    // A larger slice gets its own chunk, so that a queue that keeps it keeps no other bytes.
+    // A larger slice gets its own chunk: a queue that holds it holds no other bytes.
     static constexpr std::size_t max_pooled_slice = 64 * 1024;
     static constexpr std::size_t pooled_size = 256 * 1024;
     static constexpr std::size_t max_pooled = 8;
@@ -574,8 +574,8 @@ inline Slice copy(SendArena& arena, std::string_view bytes) {
     return slice;
 }
 
-// The output of one connection as slices in order. Adjacent slices of a chunk are merged, so that all that a turn of the
-// loop wrote to a room is one piece in each member's queue.
+// The output of one connection as slices in order. Adjacent slices of a chunk are merged: what a turn of the loop writes
+// to a room is one piece in the queue of each member.
 class SendQueue {
 public:
     std::size_t size() const { return size_; }
@@ -617,12 +617,12 @@ public:
         if (front_ != 0) erase_sent();
     }
 
-    // Copies slices of pooled chunks into private chunks, so that a peer that does not read holds no more memory than
-    // its own backlog. The session calls it when the kernel takes no more.
+    // Copies slices of pooled chunks into private chunks, because a small slice would keep a complete pooled chunk in
+    // use. The session calls it when the kernel accepts no more bytes.
     void detach_from_pool() {
         const std::size_t from = (std::max)(front_, detached_);
         if (from == older_.size() && (!tail_.chunk || !tail_.chunk->pooled())) return;
-        SendQueue copies;  // separate, so that this queue stays the same if memory runs out
+        SendQueue copies;  // this queue does not change if memory runs out
         for (std::size_t i = from; i < older_.size(); ++i) copies.push_detached(older_[i]);
         copies.push_detached(tail_);
         older_.reserve(from + copies.older_.size());
@@ -1095,7 +1095,7 @@ struct Rate {
 // Stores only the time at which the bucket is full again: 8 bytes, because each connection has a bucket.
 class TokenBucket {
 public:
-    // Returns false and takes nothing if the bucket holds fewer tokens. More than `burst` tokens need a full bucket.
+    // Returns false and takes none if the bucket holds fewer tokens. To take more than `burst`, it must be full.
     bool take(double tokens, const Rate& rate, Time now) {
         if (rate.per_second <= 0) return true;
         const Time start = (std::max)(full_at_, now);
@@ -1177,7 +1177,7 @@ public:
         detail::ErasedPtr value = detail::make_erased<Value>(std::forward<Arguments>(arguments)...);
         return to_value(tree_.emplace(name, std::move(value)).first->second);
     }
-    // For maps without erase(): uses the size as the key, which keeps the order of the calls.
+    // Uses size() as the key: the map has the order of the calls. Not for maps that erase.
     template <class... Arguments>
     Value& append(Arguments&&... arguments) {
         return find_or_emplace(big_endian_key(size()), std::forward<Arguments>(arguments)...);
@@ -1496,9 +1496,6 @@ WSCHAT_END
 // The parts of RFC 9112 that pages and upgrades need, and the opening handshake of RFC 6455 4. The parser is strict.
 // Knows nothing of sockets, files or routes.
 // ====================================================================================================================
-
-#include <ctime>
-#include <deque>
 
 WSCHAT_BEGIN
 
@@ -6157,6 +6154,8 @@ WSCHAT_END
 // section that knows everything above.
 // ====================================================================================================================
 
+#include <ctime>
+
 WSCHAT_BEGIN
 
 namespace detail {
@@ -7684,6 +7683,8 @@ WSCHAT_END
 // ====================================================================================================================
 
 #if WSCHAT_CHAT
+
+#include <deque>
 
 WSCHAT_BEGIN
 

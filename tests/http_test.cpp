@@ -382,37 +382,34 @@ TEST_CASE("the length of a body is never ambiguous") {
     struct Row {
         std::string lines;
         int status;
-        bool body;
+        bool body = false;
     };
     // clang-format off
     const Row rows[] = {
-        {"", 200, false}, {"Content-Length: 0\r\n", 200, false}, {"Content-Length: 00\r\n", 200, false},
+        {"", 200}, {"Content-Length: 0\r\n", 200}, {"Content-Length: 00\r\n", 200},
         {"Content-Length: 5\r\n", 200, true}, {"content-LENGTH:5 \r\n", 200, true},
-        {"Content-Length: 9223372036854775807\r\n", 200, true},
-        {"Content-Length: 9223372036854775808\r\n", 400, false},
-        {"Content-Length: 18446744073709551621\r\n", 400, false},  // 2^64 + 5
-        {"Content-Length: 100000000000000000000000000000005\r\n", 400, false}, {"Content-Length: -1\r\n", 400, false},
-        {"Content-Length: +5\r\n", 400, false}, {"Content-Length: 5 5\r\n", 400, false},
-        {"Content-Length: 5,5\r\n", 400, false}, {"Content-Length: 5, 6\r\n", 400, false},
-        {"Content-Length: 5;\r\n", 400, false}, {"Content-Length: 0x5\r\n", 400, false},
-        {"Content-Length: 5e0\r\n", 400, false}, {"Content-Length: 5.0\r\n", 400, false},
-        {"Content-Length: \"5\"\r\n", 400, false}, {"Content-Length:\r\n", 400, false},
-        {"Content-Length: five\r\n", 400, false}, {"Content-Length: 5\r\nContent-Length: 5\r\n", 400, false},
-        {"Content-Length: 5\r\nContent-Length: 6\r\n", 400, false},
-        {"Content-Length: 0\r\ncontent-length: 5\r\n", 400, false}, {"Content-Length : 5\r\n", 400, false},
+        {"Content-Length: 9223372036854775807\r\n", 200, true}, {"Content-Length: 9223372036854775808\r\n", 400},
+        {"Content-Length: 18446744073709551621\r\n", 400},  // 2^64 + 5
+        {"Content-Length: 100000000000000000000000000000005\r\n", 400}, {"Content-Length: -1\r\n", 400},
+        {"Content-Length: +5\r\n", 400}, {"Content-Length: 5 5\r\n", 400}, {"Content-Length: 5,5\r\n", 400},
+        {"Content-Length: 5, 6\r\n", 400}, {"Content-Length: 5;\r\n", 400}, {"Content-Length: 0x5\r\n", 400},
+        {"Content-Length: 5e0\r\n", 400}, {"Content-Length: 5.0\r\n", 400}, {"Content-Length: \"5\"\r\n", 400},
+        {"Content-Length:\r\n", 400}, {"Content-Length: five\r\n", 400},
+        {"Content-Length: 5\r\nContent-Length: 5\r\n", 400}, {"Content-Length: 5\r\nContent-Length: 6\r\n", 400},
+        {"Content-Length: 0\r\ncontent-length: 5\r\n", 400}, {"Content-Length : 5\r\n", 400},
         {"Transfer-Encoding: chunked\r\n", 200, true}, {"transfer-encoding: CHUNKED\r\n", 200, true},
-        {"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", 400, false},
-        {"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n", 400, false},
-        {"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400, false},
-        {"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n", 400, false},
-        {"Transfer-Encoding : chunked\r\n", 400, false}, {"Transfer-Encoding\t: chunked\r\n", 400, false},
-        {"Transfer-Encoding: \x0b" "chunked\r\n", 400, false}, {"Transfer-Encoding: chunked\0\r\n"s, 400, false},
-        {"X: y\r\n Transfer-Encoding: chunked\r\n", 400, false}, {"X: y\nTransfer-Encoding: chunked\r\n", 400, false},
-        {"X: y\rTransfer-Encoding: chunked\r\n", 400, false}, {"Transfer-Encoding: gzip\r\n", 501, false},
-        {"Transfer-Encoding: gzip, chunked\r\n", 501, false}, {"Transfer-Encoding: chunked, gzip\r\n", 501, false},
-        {"Transfer-Encoding: chunked, chunked\r\n", 501, false}, {"Transfer-Encoding: identity\r\n", 501, false},
-        {"Transfer-Encoding: xchunked\r\n", 501, false}, {"Transfer-Encoding: chunked;q=1\r\n", 501, false},
-        {"Transfer-Encoding: \"chunked\"\r\n", 501, false}, {"Transfer-Encoding:\r\n", 501, false},
+        {"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", 400},
+        {"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n", 400},
+        {"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400},
+        {"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n", 400},
+        {"Transfer-Encoding : chunked\r\n", 400}, {"Transfer-Encoding\t: chunked\r\n", 400},
+        {"Transfer-Encoding: \x0b" "chunked\r\n", 400}, {"Transfer-Encoding: chunked\0\r\n"s, 400},
+        {"X: y\r\n Transfer-Encoding: chunked\r\n", 400}, {"X: y\nTransfer-Encoding: chunked\r\n", 400},
+        {"X: y\rTransfer-Encoding: chunked\r\n", 400}, {"Transfer-Encoding: gzip\r\n", 501},
+        {"Transfer-Encoding: gzip, chunked\r\n", 501}, {"Transfer-Encoding: chunked, gzip\r\n", 501},
+        {"Transfer-Encoding: chunked, chunked\r\n", 501}, {"Transfer-Encoding: identity\r\n", 501},
+        {"Transfer-Encoding: xchunked\r\n", 501}, {"Transfer-Encoding: chunked;q=1\r\n", 501},
+        {"Transfer-Encoding: \"chunked\"\r\n", 501}, {"Transfer-Encoding:\r\n", 501},
     };
     // clang-format on
     for (const Row& row : rows) {
