@@ -185,7 +185,7 @@ std::string words(std::size_t size, unsigned seed = 1) {
     std::mt19937 random(seed);
     std::string text;
     while (text.size() < size) text += some[random() % 10];
-    text = cut_utf8(text, size);
+    text = truncate_utf8(text, size);
     return text.append(size - text.size(), '.');
 }
 std::string noise(std::size_t size, unsigned seed = 1) {
@@ -890,7 +890,7 @@ TEST_SUITE("compression") {
         Connection member;
         member.open(Role::server, limits, arena, start, nullptr, std::make_unique<Counting>(&count, count));
         for (int i = 0; i < 10; ++i)
-            member.send(EncodedFrame::of_lasting(arena, Opcode::text, "much longer than it will be"));
+            member.send(EncodedFrame::borrowed(arena, Opcode::text, "much longer than it will be"));
         std::string_view pieces[20];
         CHECK(member.output().gather(pieces, 20) == 1);
         CHECK(count == 10);

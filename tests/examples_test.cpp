@@ -13,9 +13,9 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Client;
 using test::contains;
 using test::next_with;
-using test::Client;
 using test::RawClient;
 
 namespace {

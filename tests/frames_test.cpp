@@ -1,4 +1,4 @@
-// section 4 of the header: RFC 6455 5 as bytes.
+// Section 4 of the header: frames (RFC 6455 5).
 #include "support.hpp"
 
 using namespace wschat;
@@ -8,7 +8,7 @@ namespace {
 
 using Outcome = ParsedFrame::Outcome;
 
-// A parser that is in the midst of a fragmented message.
+// A parser in the middle of a fragmented message.
 FrameParser parser_within_message(Role role = Role::server) {
     FrameParser parser(role);
     const ParsedFrame parsed = parser.parse(test::hex(role == Role::server ? "01 80 00 00 00 00" : "01 00"));
@@ -16,7 +16,7 @@ FrameParser parser_within_message(Role role = Role::server) {
     return parser;
 }
 
-// The beginning of a frame that a client sends: where the mask bit is set, the four bytes of the mask are added.
+// Adds the four bytes of the mask if the mask bit is set.
 std::string with_mask(std::string header) {
     if (header.size() > 1 && (static_cast<unsigned char>(header[1]) & 0x80) != 0) header += test::hex("37 fa 21 3d");
     return header;
@@ -99,27 +99,20 @@ TEST_CASE("the examples of RFC 6455 5.7 are encoded byte for byte") {
 
 // ---- lengths --------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a length is read in each of its three forms, up to their boundaries") {
+TEST_CASE("a length is parsed in each of its three forms, at all boundaries") {
     struct Row {
         std::string header;
         std::uint64_t length;
     };
+    // clang-format off
     const Row rows[] = {
-        {"82 80", 0},
-        {"82 81", 1},
-        {"82 fd", 125},
-        {"82 fe 00 7e", 126},
-        {"82 fe 00 7f", 127},
-        {"82 fe 00 ff", 255},
-        {"82 fe 01 00", 256},
-        {"82 fe ff ff", 65535},
-        {"82 ff 00 00 00 00 00 01 00 00", 65536},
-        {"82 ff 00 00 00 00 00 01 00 01", 65537},
-        {"82 ff 00 00 00 00 ff ff ff ff", 0xFFFFFFFF},
-        {"82 ff 00 00 00 01 00 00 00 00", 0x100000000},
-        {"82 ff 12 34 56 78 9a bc de f0", 0x123456789ABCDEF0},
+        {"82 80", 0}, {"82 81", 1}, {"82 fd", 125}, {"82 fe 00 7e", 126}, {"82 fe 00 7f", 127}, {"82 fe 00 ff", 255},
+        {"82 fe 01 00", 256}, {"82 fe ff ff", 65535}, {"82 ff 00 00 00 00 00 01 00 00", 65536},
+        {"82 ff 00 00 00 00 00 01 00 01", 65537}, {"82 ff 00 00 00 00 ff ff ff ff", 0xFFFFFFFF},
+        {"82 ff 00 00 00 01 00 00 00 00", 0x100000000}, {"82 ff 12 34 56 78 9a bc de f0", 0x123456789ABCDEF0},
         {"82 ff 7f ff ff ff ff ff ff ff", 0x7FFFFFFFFFFFFFFF},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.header);
         const std::string bytes = with_mask(test::hex(row.header));
@@ -130,7 +123,7 @@ TEST_CASE("a length is read in each of its three forms, up to their boundaries")
     }
 }
 
-TEST_CASE("a length that is not in its shortest form is refused with 1002") {
+TEST_CASE("a length that is not in its shortest form fails with 1002") {
     // RFC 6455 5.2: "in all cases, the minimal number of bytes MUST be used to encode the length, for example, the length
     // of a 124-byte-long string can't be encoded as the sequence 126, 0, 124".
     for (const std::string header :
@@ -143,7 +136,7 @@ TEST_CASE("a length that is not in its shortest form is refused with 1002") {
     }
 }
 
-TEST_CASE("a length whose top bit is set is refused with 1002") {
+TEST_CASE("a length whose top bit is set fails with 1002") {
     // RFC 6455 5.2: "the most significant bit MUST be 0".
     for (const std::string header :
          {"82 ff 80 00 00 00 00 00 00 00", "82 ff 80 00 00 00 00 01 00 00", "82 ff ff ff ff ff ff ff ff ff"}) {
@@ -156,45 +149,31 @@ TEST_CASE("a length whose top bit is set is refused with 1002") {
 
 // ---- the first two bytes --------------------------------------------------------------------------------------------
 
-TEST_CASE("reserved bits, reserved opcodes and broken control frames are refused with 1002") {
+TEST_CASE("reserved bits, reserved opcodes and invalid control frames fail with 1002") {
     struct Row {
         std::string header;
         std::string why;
     };
+    // clang-format off
     const Row rows[] = {
-        {"91 80", "RSV3"},
-        {"a1 80", "RSV2"},
-        {"c1 80", "RSV1 without the extension"},
-        {"f2 80", "RSV1-3"},
-        {"c9 80", "RSV1 on a ping"},
-        {"83 80", "opcode 3"},
-        {"84 80", "opcode 4"},
-        {"85 80", "opcode 5"},
-        {"86 80", "opcode 6"},
-        {"87 80", "opcode 7"},
-        {"8b 80", "opcode B"},
-        {"8c 80", "opcode C"},
-        {"8d 80", "opcode D"},
-        {"8e 80", "opcode E"},
-        {"8f 80", "opcode F"},
-        {"08 80", "a fragmented close"},
-        {"09 80", "a fragmented ping"},
-        {"0a 80", "a fragmented pong"},
-        {"88 fe 00 7e", "a close of 126 bytes"},
-        {"89 fe 00 7e", "a ping of 126 bytes"},
-        {"8a fe 00 7e", "a pong of 126 bytes"},
+        {"91 80", "RSV3"}, {"a1 80", "RSV2"}, {"c1 80", "RSV1 without the extension"}, {"f2 80", "RSV1-3"},
+        {"c9 80", "RSV1 on a ping"}, {"83 80", "opcode 3"}, {"84 80", "opcode 4"}, {"85 80", "opcode 5"},
+        {"86 80", "opcode 6"}, {"87 80", "opcode 7"}, {"8b 80", "opcode B"}, {"8c 80", "opcode C"},
+        {"8d 80", "opcode D"}, {"8e 80", "opcode E"}, {"8f 80", "opcode F"}, {"08 80", "a fragmented close"},
+        {"09 80", "a fragmented ping"}, {"0a 80", "a fragmented pong"}, {"88 fe 00 7e", "a close of 126 bytes"},
+        {"89 fe 00 7e", "a ping of 126 bytes"}, {"8a fe 00 7e", "a pong of 126 bytes"},
         {"89 ff 00 00 00 00 00 01 00 00", "a ping of 65,536 bytes"},
-        {"80 80", "the end of nothing"},
-        {"00 80", "a continuation of nothing"},
+        {"80 80", "the end of a message that has no beginning"}, {"00 80", "a continuation without a message"},
         {"81 05", "a frame from a client without a mask"},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.why);
         const ParsedFrame parsed = FrameParser(Role::server).parse(with_mask(test::hex(row.header)));
         CHECK(parsed.outcome == Outcome::failure);
         CHECK(parsed.failure.code == CloseCode::protocol_error);
         CHECK_FALSE(parsed.failure.reason.empty());
-        CHECK(parsed.failure.reason.size() <= 123);  // it goes into the Close frame (RFC 6455 5.5.1)
+        CHECK(parsed.failure.reason.size() <= 123);  // it must fit a Close frame (RFC 6455 5.5.1)
     }
 }
 
@@ -206,7 +185,7 @@ TEST_CASE("a control frame may have 125 bytes") {
     }
 }
 
-TEST_CASE("a server demands a mask and a client refuses one") {
+TEST_CASE("a server requires a mask and a client rejects a mask") {
     // RFC 6455 5.1: "The server MUST close the connection upon receiving a frame that is not masked." "A client MUST close
     // a connection if it detects a masked frame."
     for (const std::string first : {"81", "82", "88", "89", "8a"}) {
@@ -218,10 +197,10 @@ TEST_CASE("a server demands a mask and a client refuses one") {
     }
 }
 
-TEST_CASE("each of the 65,536 ways to begin a frame is judged as RFC 6455 5.2-5.5 say") {
+TEST_CASE("each of the 65,536 ways to begin a frame is parsed as RFC 6455 5.2-5.5 requires") {
     for (const Role role : {Role::server, Role::client}) {
         for (const bool within_message : {false, true}) {
-            const FrameParser fresh = within_message ? parser_within_message(role) : FrameParser(role);
+            const FrameParser initial = within_message ? parser_within_message(role) : FrameParser(role);
             for (unsigned first = 0; first < 256; ++first) {
                 for (unsigned second = 0; second < 256; ++second) {
                     const bool fin = (first & 0x80) != 0, masked = (second & 0x80) != 0;
@@ -230,18 +209,18 @@ TEST_CASE("each of the 65,536 ways to begin a frame is judged as RFC 6455 5.2-5.
                     const bool control = opcode >= 0x8;
                     const bool legal = (first & 0x70) == 0 && known && masked == (role == Role::server) &&
                                        (control ? fin && length <= 125 : (opcode == 0) == within_message);
-                    // A length in the longer forms that is legal in them, and a mask.
+                    // A valid length in the longer forms, and a mask.
                     std::string bytes{static_cast<char>(first), static_cast<char>(second)};
                     if (length == 126) bytes += test::hex("01 00");
                     if (length == 127) bytes += test::hex("00 00 00 00 00 01 00 00");
                     if (masked) bytes += test::hex("01 02 03 04");
-                    FrameParser parser = fresh;
+                    FrameParser parser = initial;
                     const ParsedFrame parsed = parser.parse(bytes);
-                    const bool right =
+                    const bool correct =
                         legal ? parsed.outcome == Outcome::header && parsed.size == bytes.size() &&
                                     parsed.header.fin == fin && parsed.header.opcode == Opcode(opcode)
                               : parsed.outcome == Outcome::failure && parsed.failure.code == CloseCode::protocol_error;
-                    if (!right) FAIL_CHECK(test::to_hex(bytes));
+                    if (!correct) FAIL_CHECK(test::to_hex(bytes));
                 }
             }
         }
@@ -251,7 +230,7 @@ TEST_CASE("each of the 65,536 ways to begin a frame is judged as RFC 6455 5.2-5.
 // ---- the order of frames --------------------------------------------------------------------------------------------
 
 TEST_CASE("continuations follow the rules of RFC 6455 5.4 in every sequence of five frames") {
-    const std::string kinds = test::hex("81 02 00 80 89");  // whole, begins, goes on, ends, control
+    const std::string kinds = test::hex("81 02 00 80 89");  // complete, first, continuation, last, control
     for (unsigned sequence = 0; sequence < 5 * 5 * 5 * 5 * 5; ++sequence) {
         FrameParser parser(Role::client);
         bool open = false;
@@ -281,7 +260,7 @@ TEST_CASE("a control frame in the middle of a message leaves the message open") 
 
 // ---- pieces ---------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a header that has not come whole needs more, at every split, and then it is the same") {
+TEST_CASE("an incomplete header needs more bytes at every split") {
     for (const std::string header : {"81 80", "82 fd", "01 fe 00 7e", "89 fd", "82 fe ff ff",
                                      "82 ff 00 00 00 00 00 01 00 00", "82 ff 7f ff ff ff ff ff ff ff"}) {
         CAPTURE(header);
@@ -300,26 +279,22 @@ TEST_CASE("a header that has not come whole needs more, at every split, and then
     }
 }
 
-TEST_CASE("a header fails at the byte that decides it, and not before") {
+TEST_CASE("a header fails at the first byte that breaks a rule") {
     struct Row {
         std::string bytes;
-        std::size_t decided_by;  // so many bytes
+        std::size_t fails_at;  // size of the shortest input that fails
         bool within_message;
     };
+    // clang-format off
     const Row rows[] = {
-        {"91 80 01 02 03 04", 1, false},
-        {"83 80 01 02 03 04", 1, false},
-        {"09 80 01 02 03 04", 1, false},
-        {"80 80 01 02 03 04", 1, false},
-        {"81 80 01 02 03 04", 1, true},
-        {"81 05 48 65 6c 6c 6f", 2, false},
-        {"89 fe 00 7e 01 02 03 04", 2, false},
-        {"88 ff 00 00 00 00 00 01 00 00 01 02 03 04", 2, false},
-        {"82 ff 80 00 00 00 00 01 00 00 01 02 03 04", 3, false},
-        {"82 fe 00 7d 01 02 03 04", 4, false},
-        // Six bytes of zero leave no length that needs eight bytes.
+        {"91 80 01 02 03 04", 1, false}, {"83 80 01 02 03 04", 1, false}, {"09 80 01 02 03 04", 1, false},
+        {"80 80 01 02 03 04", 1, false}, {"81 80 01 02 03 04", 1, true}, {"81 05 48 65 6c 6c 6f", 2, false},
+        {"89 fe 00 7e 01 02 03 04", 2, false}, {"88 ff 00 00 00 00 00 01 00 00 01 02 03 04", 2, false},
+        {"82 ff 80 00 00 00 00 01 00 00 01 02 03 04", 3, false}, {"82 fe 00 7d 01 02 03 04", 4, false},
+        // After six zero bytes no length needs eight bytes.
         {"82 ff 00 00 00 00 00 00 ff ff 01 02 03 04", 8, false},
     };
+    // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.bytes);
         const std::string bytes = test::hex(row.bytes);
@@ -327,14 +302,14 @@ TEST_CASE("a header fails at the byte that decides it, and not before") {
             CAPTURE(size);
             FrameParser parser = row.within_message ? parser_within_message() : FrameParser(Role::server);
             const ParsedFrame parsed = parser.parse(std::string_view(bytes).substr(0, size));
-            CHECK(parsed.outcome == (size < row.decided_by ? Outcome::need_more : Outcome::failure));
+            CHECK(parsed.outcome == (size < row.fails_at ? Outcome::need_more : Outcome::failure));
         }
     }
 }
 
 // ---- encoding -------------------------------------------------------------------------------------------------------
 
-TEST_CASE("what is encoded is parsed to the same, in the shortest form") {
+TEST_CASE("an encoded header has the shortest form and parses to the same header") {
     const std::uint64_t lengths[] = {0,   1,     124,   125,   126,   127,        255,
                                      256, 65534, 65535, 65536, 65537, 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF};
     for (const std::uint64_t length : lengths) {
@@ -376,21 +351,20 @@ TEST_CASE("RSV1 is the second bit of the first byte") {
     CHECK(encoded(header) == test::hex("c1 00"));
 }
 
-TEST_CASE("a frame of every length form is its header and its payload") {
+TEST_CASE("a frame is its header and its payload in each form of the length") {
     struct Row {
         std::size_t size;
         std::string plain;
         std::string masked;
     };
+    // clang-format off
     const Row rows[] = {
-        {0, "81 00", "81 80"},
-        {1, "81 01", "81 81"},
-        {125, "81 7d", "81 fd"},
-        {126, "81 7e 00 7e", "81 fe 00 7e"},
+        {0, "81 00", "81 80"}, {1, "81 01", "81 81"}, {125, "81 7d", "81 fd"}, {126, "81 7e 00 7e", "81 fe 00 7e"},
         {65535, "81 7e ff ff", "81 fe ff ff"},
         {65536, "81 7f 00 00 00 00 00 01 00 00", "81 ff 00 00 00 00 00 01 00 00"},
         {1000000, "81 7f 00 00 00 00 00 0f 42 40", "81 ff 00 00 00 00 00 0f 42 40"},
     };
+    // clang-format on
     SendArena arena;
     for (const Row& row : rows) {
         CAPTURE(row.size);
@@ -408,17 +382,17 @@ TEST_CASE("a frame of every length form is its header and its payload") {
     }
 }
 
-TEST_CASE("a frame is encoded once for all queues that it is in") {
+TEST_CASE("all queues share one encoded frame") {
     SendArena arena;
     const EncodedFrame frame(arena, Opcode::text, "Hello");
     SendQueue a, b;
     a.append(frame.slice());
     b.append(frame.slice());
-    std::string_view of_a, of_b;
-    REQUIRE(a.gather(&of_a, 1) == 1);
-    REQUIRE(b.gather(&of_b, 1) == 1);
-    CHECK(of_a == test::hex("81 05 48 65 6c 6c 6f"));
-    CHECK(of_a.data() == of_b.data());
+    std::string_view piece_of_a, piece_of_b;
+    REQUIRE(a.gather(&piece_of_a, 1) == 1);
+    REQUIRE(b.gather(&piece_of_b, 1) == 1);
+    CHECK(piece_of_a == test::hex("81 05 48 65 6c 6c 6f"));
+    CHECK(piece_of_a.data() == piece_of_b.data());
 }
 
 // ---- masking --------------------------------------------------------------------------------------------------------
@@ -432,7 +406,7 @@ TEST_CASE("masking is the xor of RFC 6455 5.3 at every offset, size and alignmen
                 for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<char>(i * 31 + size);
                 std::string expected = memory.substr(alignment, size);
                 naive_mask(expected, mask, offset);
-                // What stands before and behind the payload stays as it is.
+                // The bytes before and after the payload stay the same.
                 expected = memory.substr(0, alignment) + expected + memory.substr(alignment + size);
                 apply_mask(&memory[alignment], size, mask, offset);
                 if (memory != expected) FAIL_CHECK("offset ", offset, ", size ", size, ", alignment ", alignment);
@@ -441,7 +415,7 @@ TEST_CASE("masking is the xor of RFC 6455 5.3 at every offset, size and alignmen
     }
 }
 
-TEST_CASE("masking answers whether what comes out is ASCII, wherever the one byte stands that is not") {
+TEST_CASE("masking reports a byte that is not ASCII at every position") {
     const MaskKey mask = {0x37, 0xfa, 0x21, 0x3d};
     for (std::size_t size = 0; size <= 70; ++size) {
         for (std::size_t at = 0; at <= size; ++at) {
@@ -453,17 +427,17 @@ TEST_CASE("masking answers whether what comes out is ASCII, wherever the one byt
     }
 }
 
-TEST_CASE("masking in pieces is masking at once, and twice is not at all") {
+TEST_CASE("masking in pieces equals masking at once, and masking twice restores the payload") {
     const MaskKey mask = {0x01, 0x80, 0xFF, 0x5A};
-    const std::string original = "a payload that comes in two pieces, of which none is aligned to anything";
-    std::string whole = original;
-    apply_mask(&whole[0], whole.size(), mask);
-    CHECK(whole != original);
+    const std::string original = "a payload in two pieces with all possible sizes and alignments of each piece";
+    std::string masked = original;
+    apply_mask(&masked[0], masked.size(), mask);
+    CHECK(masked != original);
     for (std::size_t split = 0; split <= original.size(); ++split) {
         std::string pieces = original;
         apply_mask(&pieces[0], split, mask);
         apply_mask(&pieces[split], pieces.size() - split, mask, split);
-        CHECK(pieces == whole);
+        CHECK(pieces == masked);
         apply_mask(&pieces[0], pieces.size(), mask);
         CHECK(pieces == original);
     }

@@ -13,7 +13,6 @@ using wschat::BacklogPolicy;
 using wschat::CloseCause;
 using wschat::CloseCode;
 using wschat::Error;
-using wschat::detail::Event;
 using wschat::HandlerRef;
 using wschat::Json;
 using wschat::Message;
@@ -23,6 +22,7 @@ using wschat::Response;
 using wschat::ServerOptions;
 using wschat::WebSocketHandler;
 using wschat::WriteStatus;
+using wschat::detail::Event;
 using namespace std::chrono_literals;
 
 // What happened, in order: written by callbacks on the loop's thread, read by the test's.
@@ -327,7 +327,7 @@ TEST_SUITE("handler") {
             };
             world.start();
             RawClient client(world.port());
-            std::string request = wschat::detail::opening_request("127.0.0.1", "/", Client::key);
+            std::string request = wschat::detail::handshake_request("127.0.0.1", "/", Client::key);
             request.insert(request.size() - 2, std::string("Sec-WebSocket-Protocol: ") + row.offered + "\r\n");
             client.send(request);
             REQUIRE(client.read_until("\r\n\r\n"));
@@ -486,7 +486,8 @@ TEST_SUITE("handler") {
         world.start();
         RawClient client(world.port());
         // "Hello" of RFC 6455 5.7, masked.
-        client.send(wschat::detail::opening_request("127.0.0.1", "/", Client::key) + hex("81 85 37 fa 21 3d 7f 9f 4d 51 58"));
+        client.send(wschat::detail::handshake_request("127.0.0.1", "/", Client::key) +
+                    hex("81 85 37 fa 21 3d 7f 9f 4d 51 58"));
         CHECK(client.read_until(hex("81 05 48 65 6c 6c 6f")));
         CHECK(world.script.journal.text() == "prepare, open, message Hello");
     }
@@ -564,7 +565,7 @@ TEST_SUITE("handler") {
                 };
                 world.start();
                 RawClient client(world.port());
-                client.send(wschat::detail::opening_request("127.0.0.1", "/", Client::key) +
+                client.send(wschat::detail::handshake_request("127.0.0.1", "/", Client::key) +
                             (with_frames ? hex("81 85 37 fa 21 3d 7f 9f 4d 51 58 88 80 00 00 00 00") : ""));
                 CHECK(client.read_until("\r\n\r\n"));
                 CHECK(client.received.substr(0, 12) == "HTTP/1.1 101");

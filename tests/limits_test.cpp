@@ -5,9 +5,9 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Echo;
 using test::Child;
 using test::Client;
+using test::Echo;
 using test::RawClient;
 using test::RunningServer;
 using test::with_limits;

@@ -9,14 +9,14 @@ using test::hex;
 using test::to_hex;
 using wschat::CloseCause;
 using wschat::CloseCode;
-using wschat::detail::Connection;
 using wschat::Error;
-using wschat::detail::Event;
 using wschat::Limits;
 using wschat::Opcode;
-using wschat::detail::Role;
 using wschat::Time;
 using wschat::WriteStatus;
+using wschat::detail::Connection;
+using wschat::detail::Event;
+using wschat::detail::Role;
 using namespace std::chrono_literals;
 
 const Time start = Time() + 1h;
@@ -148,7 +148,7 @@ const Role both_roles[] = {Role::server, Role::client};
 std::string text_of(std::size_t size) {
     std::string text;
     while (text.size() < size) text += "a\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80z";
-    text = wschat::cut_utf8(text, size);
+    text = wschat::truncate_utf8(text, size);
     return text.append(size - text.size(), '.');
 }
 std::string bytes_of(std::size_t size) {

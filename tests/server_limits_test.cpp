@@ -8,12 +8,12 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Echo;
-using test::LobbyMember;
-using test::contains;
 using test::Child;
 using test::Client;
+using test::contains;
+using test::Echo;
 using test::hex;
+using test::LobbyMember;
 using test::RawClient;
 using test::RunningServer;
 using test::with_limits;
@@ -59,7 +59,7 @@ RawClient connect_from(const char* local, int port, int receive_window = 0) {
 }
 
 std::string upgrade(std::string_view headers = {}) {
-    std::string request = opening_request("x", "/", Client::key);
+    std::string request = handshake_request("x", "/", Client::key);
     request.insert(request.size() - 2, headers);
     return request;
 }

@@ -7,8 +7,8 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Echo;
 using test::contains;
+using test::Echo;
 using test::error_of;
 using test::hex;
 using test::RawClient;
@@ -34,7 +34,7 @@ Answer next_answer(RawClient& client, bool to_head = false) {
     const std::size_t head_size = client.received.find("\r\n\r\n") + 4;
     answer.head = client.received.substr(0, head_size);
     const int status = std::atoi(answer.head.substr(9, 3).c_str());
-    const auto length = text::unsigned_number(answer.header("content-length"), UINT64_MAX);
+    const auto length = text::parse_unsigned(answer.header("content-length"), UINT64_MAX);
     const std::size_t body_size = to_head || !length ? 0 : static_cast<std::size_t>(*length);
     if (!client.read_at_least(head_size + body_size)) return answer;
     answer.body = client.received.substr(head_size, body_size);

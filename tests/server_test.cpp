@@ -8,12 +8,12 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Echo;
-using test::LobbyMember;
-using test::contains;
-using test::error_of;
 using test::Client;
+using test::contains;
+using test::Echo;
+using test::error_of;
 using test::hex;
+using test::LobbyMember;
 using test::RawClient;
 using test::RunningServer;
 
@@ -72,7 +72,7 @@ const std::string hello_plain = hex("81 05 48 65 6c 6c 6f");
 
 // Whether an echo answers on this connection, which may be of any kind.
 bool echoes(RawClient& client) {
-    client.send(opening_request("localhost", "/", Client::key) + hello_masked);
+    client.send(handshake_request("localhost", "/", Client::key) + hello_masked);
     return client.read_until("\r\n\r\n" + hello_plain);
 }
 
@@ -304,7 +304,7 @@ TEST_CASE("a request with the first frames attached gets its 101 and their answe
     RunningServer running;
     running.server.route<Echo>("/");
     running.start();
-    const std::string bytes = opening_request("x", "/", Client::key) + hello_masked + hello_masked;
+    const std::string bytes = handshake_request("x", "/", Client::key) + hello_masked + hello_masked;
     std::uint64_t read_before = 0;
     for (std::size_t cut = 0; cut <= bytes.size(); ++cut) {
         CAPTURE(cut);
@@ -325,7 +325,7 @@ TEST_CASE("a request that arrives byte by byte is a request") {
     running.start();
     RawClient client(running.port());
     client.socket().set_nodelay(true);
-    for (const char byte : opening_request("x", "/", Client::key) + hello_masked) {
+    for (const char byte : handshake_request("x", "/", Client::key) + hello_masked) {
         client.send({&byte, 1});
         REQUIRE(running.eventually([&] { return running.server.metrics().bytes_received == client.wire.sent; }));
     }
@@ -338,7 +338,7 @@ TEST_CASE("a page, then an upgrade, then the first frame, all in one piece, are 
     running.server.route<Echo>("/");
     running.start();
     RawClient client(running.port());
-    client.send("GET /page HTTP/1.1\r\nHost: x\r\n\r\n" + opening_request("x", "/", Client::key) + hello_masked);
+    client.send("GET /page HTTP/1.1\r\nHost: x\r\n\r\n" + handshake_request("x", "/", Client::key) + hello_masked);
     REQUIRE(client.read_until("\r\n\r\n" + hello_plain));
     CHECK(contains(client.received, "the page"));
     CHECK(client.received.find("the page") < client.received.find("HTTP/1.1 101"));
@@ -440,7 +440,7 @@ TEST_CASE("a server on a Unix socket serves as any other, and its path is gone w
         running.run();
         RawClient client(connect_unix(path));
         REQUIRE(client);
-        client.send(opening_request("localhost", "/", Client::key) + hello_masked);
+        client.send(handshake_request("localhost", "/", Client::key) + hello_masked);
         CHECK(client.read_until("\r\n\r\n" + hex("81 04") + "unix"));
         RawClient refused(connect_unix(path));
         refused.send("nonsense\r\n\r\n");
@@ -467,7 +467,7 @@ TEST_CASE("a server on an IPv6 address serves as any other, and knows its peers 
     running.run();
     RawClient client(connect_ipv6(running.port()));
     REQUIRE(client);
-    client.send(opening_request("[::1]", "/", Client::key) + hello_masked);
+    client.send(handshake_request("[::1]", "/", Client::key) + hello_masked);
     CHECK(client.read_until("\r\n\r\n" + hex("81 03") + "::1"));
 }
 
@@ -746,12 +746,12 @@ TEST_CASE("the metrics page is the metrics in the text format of Prometheus") {
     std::string_view body = std::string_view(client.received).substr(client.received.find("\r\n\r\n") + 4);
     std::vector<std::string> helped;
     while (!body.empty()) {
-        const std::string_view line = text::cut_at(body, '\n');
+        const std::string_view line = text::consume_until(body, '\n');
         CAPTURE(std::string(line));
         if (text::starts_with(line, "# HELP ")) {
             helped.emplace_back(line.substr(7, line.find(' ', 7) - 7));
         } else if (!text::starts_with(line, "# TYPE ")) {
-            CHECK(text::unsigned_number(line.substr(line.rfind(' ') + 1), UINT64_MAX));
+            CHECK(text::parse_unsigned(line.substr(line.rfind(' ') + 1), UINT64_MAX));
             CHECK(line.substr(0, line.find_first_of("{ ")) == helped.back());
         }
     }

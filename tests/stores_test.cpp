@@ -15,9 +15,9 @@ namespace {
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Client;
 using test::contains;
 using test::next_with;
-using test::Client;
 using test::RunningServer;
 
 // A file of a test, which is gone with it.

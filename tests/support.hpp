@@ -25,7 +25,7 @@ inline std::string hex(std::string_view digits) {
     std::string bytes;
     int high = -1;
     for (const char c : digits) {
-        const int value = wschat::text::hex_digit(c);
+        const int value = wschat::text::hex_value(c);
         if (value < 0) continue;
         if (high < 0) {
             high = value;
@@ -425,14 +425,14 @@ public:
                     const std::optional<wschat::CompressionOptions>& compression = std::nullopt)
         : raw(port) {
         const std::string offer = compression ? pool.offer(*compression) : std::string();
-        std::string request = wschat::detail::opening_request("127.0.0.1:" + std::to_string(port), target, key, {}, offer);
+        std::string request = wschat::detail::handshake_request("127.0.0.1:" + std::to_string(port), target, key, {}, offer);
         request.insert(request.size() - 2, extra_headers);
         raw.send(request);
         if (!raw.read_until("\r\n\r\n")) return;
         const std::size_t end = raw.received.find("\r\n\r\n") + 4;
         head = raw.received.substr(0, end);
         raw.received.erase(0, end);
-        if (!wschat::detail::opening_answer_error(head, key, subprotocols(extra_headers), !offer.empty()).empty()) return;
+        if (!wschat::detail::handshake_response_error(head, key, subprotocols(extra_headers), !offer.empty()).empty()) return;
         auto agreed = compression ? pool.read_answer(wschat::Fields(head), *compression, error) : nullptr;
         if (!error.empty()) return;
         compressed = agreed != nullptr;

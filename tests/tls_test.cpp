@@ -135,7 +135,7 @@ struct TlsServer : RunningServer {
 
 const std::string hello_masked = test::hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
 const std::string hello_plain = test::hex("81 05 48 65 6c 6c 6f");
-std::string upgrade() { return opening_request("localhost", "/", Client::key); }
+std::string upgrade() { return handshake_request("localhost", "/", Client::key); }
 
 // A client with a stream and a socket that the test controls separately.
 struct ManualClient {

@@ -295,7 +295,7 @@ private:
             case Function::drain: drain(call.amount); break;
             case Function::block:
                 connection.set_blocked(true);
-                connection.output().keep();
+                connection.output().detach_from_pool();
                 break;
             case Function::unblock: connection.set_blocked(false); break;
             case Function::pause:

@@ -104,7 +104,7 @@ void check_lists(const std::string& list) {
     const std::vector<std::string> names = elements_of({{"list", list}}, "list");
     const bool tokens =
         std::all_of(names.begin(), names.end(), [](const auto& n) { return contains_only(n, token_characters); });
-    check(wschat::detail::refuse_upgrade(*request).has_value() == !tokens, "a list is accepted or rejected wrongly",
+    check(wschat::detail::reject_upgrade(*request).has_value() == !tokens, "a list is accepted or rejected wrongly",
           list);
     const auto offered = wschat::detail::offered_subprotocols(*request);
     check(std::equal(offered.begin(), offered.end(), names.begin(), names.end()),
@@ -115,7 +115,7 @@ void check_lists(const std::string& list) {
 
 void check_escapes(const std::string& text) {
     for (const bool plus : {false, true}) {
-        const auto decoded = wschat::text::percent_decoded(text, plus);
+        const auto decoded = wschat::text::percent_decode(text, plus);
         check(decoded.has_value() == valid_escapes(text), "escapes are accepted or rejected wrongly", text);
         if (decoded) check_equal(*decoded, unescaped(text, plus), "escapes are decoded wrongly");
     }
@@ -125,7 +125,7 @@ void check_escapes(const std::string& text) {
         std::snprintf(code, sizeof code, "%%%02x", static_cast<unsigned>(static_cast<unsigned char>(c)));
         escaped += code;
     }
-    check(wschat::text::percent_decoded(escaped) == text, "escaping and decoding changes the text", text);
+    check(wschat::text::percent_decode(escaped) == text, "escaping and decoding changes the text", text);
 }
 
 void check_query(const std::string& query) {
@@ -323,7 +323,7 @@ void check_response(const std::string& name, const std::string& value) {
 
 void check_handshake_request(const std::string& host, const std::string& target, const std::string& protocols) {
     const auto head =
-        try_make([&] { return wschat::detail::opening_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
+        try_make([&] { return wschat::detail::handshake_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
     if (!head) return;
     check(head->find("\r\n\r\n") == head->size() - 4, "a handshake request has more than one head", *head);
     const std::vector<std::string> lines = split(*head, '\n');
@@ -337,7 +337,7 @@ void check_handshake_response(const std::string& lines, const std::string& offer
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" +
         lines + "\r\n\r\n";
-    const std::string error = wschat::detail::opening_answer_error(head, key, offered);
+    const std::string error = wschat::detail::handshake_response_error(head, key, offered);
     const FieldList fields = lines_of(std::string_view(head).substr(head.find('\n') + 1));
     const auto chosen = values_of(fields, "sec-websocket-protocol");
     const std::vector<std::string> names = split(offered, ',');
@@ -347,7 +347,7 @@ void check_handshake_response(const std::string& lines, const std::string& offer
     const bool good = values_of(fields, "sec-websocket-accept").size() == 1 &&
                       values_of(fields, "sec-websocket-extensions").empty() && (chosen.empty() || was_offered);
     check(error.empty() == good, "a handshake response is accepted or rejected wrongly", lines);
-    check(!wschat::detail::opening_answer_error(lines, key, offered).empty() || lines.size() > 100,
+    check(!wschat::detail::handshake_response_error(lines, key, offered).empty() || lines.size() > 100,
           "arbitrary lines are accepted as a handshake response", lines);
 }
 
@@ -385,7 +385,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     check_handshake_request(first, second, rest);
     check_handshake_response(text, first);
     check_not_modified(first);
-    check(wschat::text::unsigned_number(first, 65535).has_value() == number_up_to(first, 65535),
+    check(wschat::text::parse_unsigned(first, 65535).has_value() == number_up_to(first, 65535),
           "unsigned_number() is wrong", first);
     check(!wschat::detail::content_type(first).empty(), "a file has no content type", first);
     return 0;

@@ -227,7 +227,7 @@ void check_upgrade(const Request& request, const ExpectedRequest& same) {
               (has_element(same.fields, "upgrade", "websocket") && has_element(same.fields, "connection", "upgrade")),
           "wants_upgrade() is wrong");
     const int status = upgrade_status(same);
-    const std::optional<Response> rejection = wschat::detail::refuse_upgrade(request);
+    const std::optional<Response> rejection = wschat::detail::reject_upgrade(request);
     check((rejection ? rejection->status() : 101) == status, "an upgrade has a wrong status",
           std::to_string(rejection ? rejection->status() : 101) + " instead of " + std::to_string(status));
     if (rejection) {
@@ -245,7 +245,7 @@ void check_upgrade(const Request& request, const ExpectedRequest& same) {
     std::string list;
     for (const std::string_view name : offered) (list += list.empty() ? "" : ",") += name;
     const std::string_view key = request.header("sec-websocket-key");
-    check(wschat::detail::opening_answer_error(wschat::detail::switching_protocols(key, chosen), key, list).empty(),
+    check(wschat::detail::handshake_response_error(wschat::detail::switching_protocols(key, chosen), key, list).empty(),
           "a client rejects the 101 response");
 }
 

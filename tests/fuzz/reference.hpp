@@ -26,7 +26,7 @@ inline std::string lower(std::string_view s) {
         if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 32);
     return result;
 }
-inline std::string trimmed(std::string_view s) {
+inline std::string trim(std::string_view s) {
     const std::size_t begin = s.find_first_not_of(" \t"), end = s.find_last_not_of(" \t");
     return begin == std::string_view::npos ? std::string() : std::string(s.substr(begin, end - begin + 1));
 }
@@ -88,7 +88,7 @@ inline std::vector<std::string> elements_of(const FieldList& fields, std::string
     std::vector<std::string> elements;
     for (const std::string& value : values_of(fields, name))
         for (const std::string& part : split(value, ','))
-            if (!trimmed(part).empty()) elements.push_back(trimmed(part));
+            if (!trim(part).empty()) elements.push_back(trim(part));
     return elements;
 }
 inline bool has_element(const FieldList& fields, std::string_view name, std::string_view element) {

@@ -142,7 +142,7 @@ private:
             return address == "unix" || address.substr(0, 3) == "10.";
         };
         while (trusted(client) && !hops.empty()) {
-            const std::string hop = trimmed(hops.back());
+            const std::string hop = trim(hops.back());
             hops.pop_back();
             if (hop.empty()) continue;
             const auto address = wschat::IpAddress::parse(hop);
@@ -560,7 +560,7 @@ void check_received(const Peer& peer) {
           "a response has an undocumented status", head);
     const std::string_view lines = head.substr(head.find('\n') + 1);
     for (std::string_view rest = lines; !rest.empty();) {
-        const std::string_view line = wschat::text::cut_at(rest, '\n');
+        const std::string_view line = wschat::text::consume_until(rest, '\n');
         check(line.size() > 1 && line.back() == '\r' &&
                   wschat::detail::field_line_error(line.substr(0, line.size() - 1)) == nullptr,
               "a response has an invalid header line", line);

@@ -38,12 +38,12 @@ void check_utf8(std::string_view text, unsigned seed, std::size_t alignment) {
 
 // For a valid text, the longest prefix of whole characters. For any text, a prefix.
 void check_cut(std::string_view text, std::size_t max) {
-    const std::string_view cut = wschat::cut_utf8(text, max);
-    check(cut.size() <= max && cut == text.substr(0, cut.size()), "cut_utf8() does not return a prefix", text);
+    const std::string_view cut = wschat::truncate_utf8(text, max);
+    check(cut.size() <= max && cut == text.substr(0, cut.size()), "truncate_utf8() does not return a prefix", text);
     if (!reference_utf8(text)) return;
     std::size_t longest = (std::min)(max, text.size());
     while (!reference_utf8(text.substr(0, longest))) --longest;
-    check(cut.size() == longest, "cut_utf8() does not end at the last whole character", text);
+    check(cut.size() == longest, "truncate_utf8() does not end at the last whole character", text);
 }
 
 // ---- masks ---------------------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ public:
     void open() override {
         std::string_view names = request().param("rooms");
         while (!names.empty()) {
-            const std::string_view name = wschat::text::cut_at(names, '+');
-            const auto number = wschat::text::unsigned_number(name, max_rooms - 1);
+            const std::string_view name = wschat::text::consume_until(names, '+');
+            const auto number = wschat::text::parse_unsigned(name, max_rooms - 1);
             if (!number) return close(wschat::CloseCode::policy_violation, "no such room");
             room(name).join(*this);
             send_event('j', *number);
