@@ -427,7 +427,7 @@ public:
         head = raw.received.substr(0, end);
         raw.received.erase(0, end);
         if (!wschat::detail::opening_answer_error(head, key, subprotocols(extra_headers), !offer.empty()).empty()) return;
-        auto agreed = compression ? pool.read_answer(wschat::Fields(head), *compression, error) : nullptr;
+        auto agreed = compression ? pool.read_response(wschat::Fields(head), *compression, error) : nullptr;
         if (!error.empty()) return;
         compressed = agreed != nullptr;
         connection.open(wschat::detail::Role::client, limits, arena, wschat::Clock::now(), &test_mask, std::move(agreed));
@@ -460,7 +460,7 @@ public:
             if (event.kind != wschat::detail::Event::Kind::none) continue;
             raw.received.clear();
             if (!raw.read_some()) {
-                connection.receive_end("the server hung up");
+                connection.receive_eof("the server hung up");
                 continue;
             }
             connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());

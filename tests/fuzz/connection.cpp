@@ -236,7 +236,7 @@ private:
     // In memory that is gone afterwards, or where the connection wants it.
     void feed() {
         while (!paused_ && fed_ != waiting_.size()) {
-            const auto [area, room] = connection.receive_area();
+            const auto [area, room] = connection.receive_buffer();
             std::size_t size = cutter_.next(waiting_.size() - fed_);
             const std::string_view piece(waiting_.data() + fed_, size);
             if (area != nullptr && cutter_.flip()) {
@@ -290,7 +290,7 @@ private:
                     connection.fail(CloseCode::internal_error, call.text, CloseCause::handler_exception);
                 break;
             case What::abort: connection.abort(CloseCause::backlog, "too much"); break;
-            case What::hang_up: connection.receive_end("gone"); break;
+            case What::hang_up: connection.receive_eof("gone"); break;
             case What::wait: now_ += call.amount * 250ms; break;
             case What::tick:
                 now_ += call.amount * 250ms;
@@ -298,16 +298,16 @@ private:
                 check(connection.deadline() > now_ || connection.state() == Connection::State::closed,
                       "tick() leaves something to do at once");
                 break;
-            case What::alive: connection.alive(now_); break;
+            case What::alive: connection.record_activity(now_); break;
             case What::drain: drain(call.amount); break;
             case What::block:
-                connection.set_blocked(true);
+                connection.set_write_blocked(true);
                 connection.output().keep();
                 break;
-            case What::unblock: connection.set_blocked(false); break;
+            case What::unblock: connection.set_write_blocked(false); break;
             case What::pause:
                 if (paused_ || !connection.is_open()) break;
-                connection.keep_input();
+                connection.pause_input();
                 paused_ = true;
                 break;
             case What::resume: resume(); break;
@@ -336,13 +336,13 @@ private:
         offered = 0;
         const std::string payload = filled(20'000, amount);
         const auto offer = [&](const std::string_view* pieces, std::size_t count) -> std::size_t {
-            check(connection.is_open() && connection.output().empty() && !connection.blocked(),
+            check(connection.is_open() && connection.output().empty() && !connection.write_blocked(),
                   "a message is offered out of its turn");
             if (amount == 255) return connection.abort(CloseCause::connection_lost, "reset"), 0;
             std::string all;
             for (std::size_t i = 0; i < count; ++i) all += pieces[i];
             offered = (std::min)(all.size(), amount * std::size_t{100});
-            if (offered != all.size()) connection.set_blocked(true);
+            if (offered != all.size()) connection.set_write_blocked(true);
             sent += all.substr(0, offered);
             return offered;
         };
@@ -364,20 +364,20 @@ private:
             connection.output().consume(size);
             left -= size;
         }
-        if (connection.output().empty() && !connection.blocked()) connection.send_waiting_pong();
+        if (connection.output().empty() && !connection.write_blocked()) connection.send_pending_pong();
     }
 
     void resume() {
         if (!std::exchange(paused_, false)) return;
-        connection.alive(now_);
-        connection.resume();
+        connection.record_activity(now_);
+        connection.resume_input();
         take_events();
         feed();
     }
 
     // Four times what has come, and twice of a message; what waits is what came.
     void check_memory() {
-        const std::size_t held = connection.input_held(), message = 2 * limits_.max_message_size;
+        const std::size_t held = connection.buffered_input(), message = 2 * limits_.max_message_size;
         check(held <= (std::min)(4 * arrived_, message) + arrived_, "more is held than has come", std::to_string(held));
     }
     void note() {
