@@ -488,6 +488,14 @@ TEST_SUITE("handler") {
         CHECK(fixture.script.events.text() == "prepare, open, message Hello");
     }
 
+    // Sends the message and waits for the end of the connection.
+    std::function<void(Client&)> send_and_wait(const char* message) {
+        return [message](Client& client) {
+            client.send(message);
+            client.close_code();
+        };
+    }
+
     TEST_CASE("open and on_close run exactly once for each kind of end") {
         struct Row {
             std::string how;
@@ -505,21 +513,9 @@ TEST_SUITE("handler") {
             {"the peer shuts down its sending side", [](Client& c) { c.raw.shutdown_send(); }},
             {"the peer resets", [](Client& c) { c.raw.reset(); }},
             {"the peer breaks the protocol", [](Client& c) { c.raw.send(hex("83 80 00 00 00 00 88 80 00 00 00 00")); }},
-            {"the handler closes",
-             [](Client& c) {
-                 c.send("close");
-                 c.close_code();
-             }},
-            {"the handler closes twice",
-             [](Client& c) {
-                 c.send("close twice");
-                 c.close_code();
-             }},
-            {"the handler throws",
-             [](Client& c) {
-                 c.send("throw");
-                 c.close_code();
-             }},
+            {"the handler closes", send_and_wait("close")},
+            {"the handler closes twice", send_and_wait("close twice")},
+            {"the handler throws", send_and_wait("throw")},
             {"both close",
              [](Client& c) {
                  c.send("close");
@@ -586,12 +582,7 @@ TEST_SUITE("handler") {
             {"peer", [](Fixture&, Client& c) { c.close(CloseCode{4000}, "bye"); }, 4000, CloseCause::peer, "bye"},
             {"peer without a code", [](Fixture&, Client& c) { c.raw.send(hex("88 80 00 00 00 00")); }, 1005,
              CloseCause::peer, ""},
-            {"local",
-             [](Fixture&, Client& c) {
-                 c.send("close");
-                 c.close_code();
-             },
-             4001, CloseCause::local, ""},
+            {"local", [](Fixture&, Client& c) { send_and_wait("close")(c); }, 4001, CloseCause::local, ""},
             {"protocol error", [](Fixture&, Client& c) { c.raw.send(hex("81 00")); }, 1002, CloseCause::protocol_error,
              "frame from a client is not masked"},
             {"text that is not UTF-8", [](Fixture&, Client& c) { c.send("\xff"); }, 1007, CloseCause::protocol_error,
@@ -600,12 +591,8 @@ TEST_SUITE("handler") {
              CloseCause::protocol_error, "message is larger than 100000 bytes"},
             {"hung up", [](Fixture&, Client& c) { c.raw.close(); }, 1006, CloseCause::connection_lost,
              "the peer hung up without a Close frame"},
-            {"exception",
-             [](Fixture&, Client& c) {
-                 c.send("throw");
-                 c.close_code();
-             },
-             1011, CloseCause::handler_exception, "internal error"},
+            {"exception", [](Fixture&, Client& c) { send_and_wait("throw")(c); }, 1011, CloseCause::handler_exception,
+             "internal error"},
             {"shutdown",
              [](Fixture& w, Client& c) {
                  w.running.server.shutdown();
@@ -893,7 +880,7 @@ TEST_SUITE("handler") {
     constexpr bool compiles(Call) {
         return std::is_invocable_v<Call, Target>;
     }
-// clang-format off
+    // clang-format off
     #define COMPILES(...) [](auto&& target) -> decltype(target.__VA_ARGS__) { return target.__VA_ARGS__; }
     // clang-format on
 

@@ -95,6 +95,12 @@ public:
         }
         return *this;
     }
+    // Reads one event and pauses the rest of the input.
+    void receive_first_event(std::string bytes) {
+        connection.receive(&bytes[0], bytes.size(), now);
+        record(connection.next_event());
+        connection.pause_input();
+    }
     // Receives frames of the peer, which are masked if this is a server.
     End& peer(std::string_view hex_frames) { return receive(wire(role, hex(hex_frames))); }
     End& peer_sends(std::string_view frames, std::size_t piece = whole) { return receive(wire(role, frames), piece); }
@@ -1150,10 +1156,9 @@ TEST_SUITE("protocol") {
 
     TEST_CASE("a client uses a new mask for each frame") {
         // RFC 6455 5.3: "a fresh masking key MUST be chosen" for every frame.
-        Limits limits;
-        wschat::detail::SendArena arena;
-        Connection client;
-        client.open(Role::client, limits, arena, start, &counted_mask);
+        End end(Role::client);
+        Connection& client = end.connection;
+        client.open(Role::client, end.limits, end.arena, start, &counted_mask);
         client.send(Opcode::text, "ab");
         client.send(Opcode::binary, "ab");
         client.send_control(Opcode::ping, "");
@@ -1164,10 +1169,9 @@ TEST_SUITE("protocol") {
 
     TEST_CASE("a server never masks") {
         // RFC 6455 5.1: "A server MUST NOT mask any frames that it sends to the client."
-        Limits limits;
-        wschat::detail::SendArena arena;
-        Connection server;
-        server.open(Role::server, limits, arena, start, &counted_mask);
+        End end(Role::server);
+        Connection& server = end.connection;
+        server.open(Role::server, end.limits, end.arena, start, &counted_mask);
         server.send(Opcode::text, "ab");
         server.close(CloseCode::normal, {}, start);
         CHECK(to_hex(test::take_output(server)) == "81 02 61 62 88 02 03 e8");
@@ -1231,14 +1235,7 @@ TEST_SUITE("protocol") {
                                frame(0x80, "ree") + frame(0x82, "half a frame"));
             const std::size_t cut = bytes.size() - 5;
             End end(role);
-            {
-                std::string piece = bytes.substr(0, cut);
-                end.connection.receive(&piece[0], piece.size(), end.now);
-                // Reads one event at a time and pauses the rest.
-                end.record(end.connection.next_event());
-                end.connection.pause_input();
-                piece.assign(piece.size(), '\xff');
-            }
+            end.receive_first_event(bytes.substr(0, cut));
             for (int i = 0; i < 3; ++i) {
                 end.connection.resume_input();
                 end.record(end.connection.next_event());
@@ -1265,10 +1262,7 @@ TEST_SUITE("protocol") {
 
     TEST_CASE("paused input is dropped when the connection ends") {
         End end;
-        std::string piece = masked(hex("81 01 61 81 01 62"));
-        end.connection.receive(&piece[0], piece.size(), end.now);
-        end.record(end.connection.next_event());
-        end.connection.pause_input();
+        end.receive_first_event(masked(hex("81 01 61 81 01 62")));
         end.connection.fail(CloseCode::internal_error, "");
         end.connection.resume_input();
         CHECK(end.events() == "text a | close 1011 protocol error");
@@ -1301,10 +1295,7 @@ TEST_SUITE("protocol") {
 
     TEST_CASE("resumed input is processed once") {
         End end;
-        std::string piece = masked(hex("81 01 61 81 01 62"));
-        end.connection.receive(&piece[0], piece.size(), end.now);
-        end.record(end.connection.next_event());
-        end.connection.pause_input();
+        end.receive_first_event(masked(hex("81 01 61 81 01 62")));
         end.connection.resume_input();
         CHECK(end.events() == "text a | text b");
         end.connection.resume_input();
