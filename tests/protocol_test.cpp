@@ -231,6 +231,18 @@ TEST_SUITE("protocol") {
             }
     }
 
+    // Receives the bytes in pieces of several sizes and checks the events and the output.
+    void check_in_pieces(Role role, const std::string& bytes, const std::string& events, const std::string& output) {
+        for (const std::size_t piece : {std::size_t{1}, bytes.size() / 2 + 1, bytes.size()}) {
+            CAPTURE(bytes.size());
+            CAPTURE(piece);
+            End end(role);
+            CHECK((end.receive(bytes, piece).events() == events));
+            CHECK(test::take_output(end.connection) == output);
+            CHECK(end.connection.is_open());
+        }
+    }
+
     TEST_CASE("a message of any size in one frame arrives in pieces of any size") {
         for (const Role role : both_roles)
             for (const std::size_t size : sizes)
@@ -238,15 +250,7 @@ TEST_SUITE("protocol") {
                     const std::string payload = binary ? bytes_of(size) : text_of(size);
                     const std::string bytes = wire(role, frame(binary ? 0x82 : 0x81, payload));
                     const std::string expected = (binary ? "binary " : "text ") + payload;
-                    for (const std::size_t piece : {std::size_t{1}, bytes.size() / 2 + 1, bytes.size()}) {
-                        CAPTURE(size);
-                        CAPTURE(binary);
-                        CAPTURE(piece);
-                        End end(role);
-                        CHECK((end.receive(bytes, piece).events() == expected));
-                        CHECK(end.sent() == "");
-                        CHECK(end.connection.is_open());
-                    }
+                    check_in_pieces(role, bytes, expected, "");
                 }
     }
 
@@ -264,15 +268,7 @@ TEST_SUITE("protocol") {
                                        frame(0x00, "") + frame(0x80, view.substr(second)));
                     const std::string expected =
                         "ping are you there | pong yes | " + ((binary ? "binary " : "text ") + payload);
-                    for (const std::size_t piece : {std::size_t{1}, bytes.size() / 2 + 1, bytes.size()}) {
-                        CAPTURE(size);
-                        CAPTURE(binary);
-                        CAPTURE(piece);
-                        End end(role);
-                        CHECK((end.receive(bytes, piece).events() == expected));
-                        CHECK(test::take_output(end.connection) == sent_by(role, frame(0x8A, "are you there")));
-                        CHECK(end.connection.is_open());
-                    }
+                    check_in_pieces(role, bytes, expected, sent_by(role, frame(0x8A, "are you there")));
                 }
     }
 
