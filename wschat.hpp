@@ -915,7 +915,8 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
 
 // Builds JSON text (RFC 8259). Objects are braces of pairs:
 // Json{{"type", "join"}, {"name", name}, {"users", Json::array(names)}}.
-// An object of a JSON library converts to Json if it has .dump(), which returns JSON text.
+// An object of a JSON library converts to Json if it has .dump(), which returns JSON text. Text that is not UTF-8 is an
+// Error: a text message could not carry it.
 class Json {
 public:
     struct Member;
@@ -926,7 +927,9 @@ public:
     Json(const std::string& value) { quote(value); }
     Json(std::string_view value) { quote(value); }
     template <class Object, class = decltype(std::string(std::declval<const Object&>().dump()))>
-    Json(const Object& object) : text_(object.dump()) {}
+    Json(const Object& object) : text_(object.dump()) {
+        if (!valid_utf8(text_)) throw Error("Json: the text of dump() is not UTF-8");
+    }
     Json(double value) {
         // The shortest text that converts back to the same number.
         char digits[32];
@@ -2159,8 +2162,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 6: Compression
 //
-// permessage-deflate (RFC 7692): what two ends agree on, and payloads in and out of DEFLATE. Knows nothing of frames or
-// of when a message ends. Without WSCHAT_ZLIB nothing is left of it but the words that the sections below use.
+// permessage-deflate (RFC 7692): the negotiation, and DEFLATE for the payloads of messages. Knows nothing of frames.
+// Without WSCHAT_ZLIB only the declarations that later sections need remain.
 // ====================================================================================================================
 
 #if WSCHAT_ZLIB
@@ -2175,40 +2178,40 @@ constexpr bool compression_available = WSCHAT_ZLIB != 0;
 
 }  // namespace detail
 
-// What WebSocketHandler::get_compression_options() answers, and what a client offers. As it stands here no connection
-// holds more than 100 bytes for it: each message is compressed by itself, by a compressor that all connections share,
-// and a broadcast once for all of them.
+// The result of WebSocketHandler::get_compression_options(), and what a client offers. By default a connection needs
+// less than 100 bytes for compression: each message is compressed by itself, all connections of a loop share one
+// compressor, and a broadcast is compressed once.
 //
-// Where a side keeps its context, a message may refer back to those before it. Small messages that resemble one another
-// become much smaller, but each connection then pays for it, from the first compressed message on until its end:
+// With context takeover a message can refer back to earlier messages. Small messages that resemble one another become
+// much smaller. The cost is memory for each connection, from its first compressed message until its end:
 //
-//   server_context_takeover    a compressor, 2^(window bits + 2) + 2^(memory level + 9) bytes and 6 KiB: 262 KiB with
-//                              15 and 8, 22 KiB with 11 and 4, and each broadcast is compressed for each such member
-//   client_context_takeover    a decompressor, 2^(window bits) bytes and 7 KiB: 39 KiB with 15, 9 KiB with 11
+//   server_context_takeover    a compressor of 2^(window bits + 2) + 2^(memory level + 9) bytes and 6 KiB: 262 KiB for
+//                              15 and 8, 22 KiB for 11 and 4. Each such member compresses each broadcast again.
+//   client_context_takeover    a decompressor of 2^(window bits) bytes and 7 KiB: 39 KiB for 15, 9 KiB for 11
 //
-// A secret and what an attacker chose do not belong into one message, nor into one context, that is compressed: its size
-// tells the one who knows the other whether they agree (CRIME, BREACH).
+// Do not compress a secret together with data that an attacker controls, in one message or in one context: the
+// compressed size then reveals the secret (CRIME, BREACH).
 struct CompressionOptions {
-    int level = 6;         // 1, the fastest, to 9, the smallest
-    int memory_level = 8;  // 1 to 9: more is faster and a little smaller
-    // How far each side may refer back in what it sends: 2^8 to 2^15 bytes. The peer may ask for less; of a client the
-    // limit is asked where it offers to keep one (RFC 7692 7.1.2.2).
+    int level = 6;         // 1 (fastest) to 9 (smallest)
+    int memory_level = 8;  // 1 to 9: a higher level is faster and compresses slightly better
+    // log2 of the largest distance that each side refers back in what it sends: 8 to 15. The peer can ask for less. A
+    // server limits only those clients that offer client_max_window_bits (RFC 7692 7.1.2.2).
     int server_max_window_bits = 15;
     int client_max_window_bits = 15;
     bool server_context_takeover = false;
     bool client_context_takeover = false;
-    std::size_t threshold = 1024;  // smaller messages are sent plain: they fit into a packet as they are
+    std::size_t threshold = 1024;  // bytes; smaller messages are not compressed: they fit into one packet already
 };
 
 namespace detail {
 
-// What the messages of one connection pass through where compression was agreed on.
+// The compression of one connection.
 class Compression {
 public:
     enum class Outcome : std::uint8_t {
-        more,    // the room is used up; there may be more
-        done,    // nothing is left of what was given
-        corrupt  // it is no DEFLATE stream, or the message ends within a block
+        output_full,  // the output buffer is full; there may be more output
+        done,         // all input is inflated
+        corrupt       // the input is not a DEFLATE stream, or the message ends within a block
     };
 
     Compression(const Compression&) = delete;
@@ -2219,65 +2222,63 @@ public:
 
     void begin_message() {
         compressed_size_ = 0;
-        begun_ = false;
+        message_started_ = false;
     }
-    // Whether a message within the limit can need so many more bytes, however badly it was compressed: a fixed code has
-    // nine bits for a byte at most, and the end of each block some more. Ends what inflates to nothing, for ever.
-    bool plausible(std::uint64_t more, std::uint64_t max_message) {
-        compressed_size_ += more;
+    // Adds a frame to the size of the message. Returns false if no message within the limit can need so many bytes:
+    // fixed codes take at most nine bits a byte, plus some for the end of each block. This stops endless input that
+    // inflates to nothing.
+    bool compressed_size_allowed(std::uint64_t frame_size, std::uint64_t max_message) {
+        compressed_size_ += frame_size;
         return compressed_size_ <= max_message || compressed_size_ - max_message <= max_message / 8 + 64 * 1024;
     }
-    // The next part of a message; it must stay until inflate() has answered `done`. `last`: it ends the message.
-    virtual void give(std::string_view compressed, bool last) = 0;
-    virtual Outcome inflate(char* out, std::size_t room, std::size_t& size) = 0;
-    // Bytes that an unfinished message holds here, and a finished one does not.
-    virtual std::size_t input_held() const = 0;
-    // What the input has become since the count was last set to zero, for whoever divides his time.
-    std::size_t inflated = 0;
+    // Sets the next part of a message, which must stay valid until inflate() returns `done`. `last`: it ends the message.
+    virtual void set_input(std::string_view compressed, bool last) = 0;
+    virtual Outcome inflate(char* out, std::size_t capacity, std::size_t& size) = 0;
+    // Bytes that an unfinished message holds here. A finished message holds none.
+    virtual std::size_t buffered_input() const = 0;
+    // Bytes of output since the connection last set this to 0.
+    std::size_t inflated_bytes = 0;
 
     // ---- output ----------------------------------------------------------------------------------------------------
 
-    bool wants(std::size_t size) const { return size >= threshold_ && size != 0; }
-    // The compressed payload, in `block`; nothing where it is to be sent plain, because that is smaller.
+    bool should_compress(std::size_t size) const { return size >= threshold_ && size != 0; }
+    // The compressed payload, in `block`. Empty if it is not smaller than the payload.
     virtual std::string_view deflate(std::string_view payload, Bytes& block) = 0;
-    // Connections for which this is the same make the same of a message; null where it depends on earlier ones.
-    const void* shared() const { return shared_; }
+    // Connections with the same key compress a message to the same bytes. Null with context takeover.
+    const void* sharing_key() const { return sharing_key_; }
 
 protected:
-    Compression(std::size_t threshold, const void* shared) : threshold_(threshold), shared_(shared) {}
+    Compression(std::size_t threshold, const void* sharing_key) : threshold_(threshold), sharing_key_(sharing_key) {}
 
-    bool begun_ = false;  // something of the message was given
+    bool message_started_ = false;
 
 private:
     std::size_t threshold_;
-    const void* shared_;
-    std::uint64_t compressed_size_ = 0;  // of the message, as far as it was announced
+    const void* sharing_key_;
+    std::uint64_t compressed_size_ = 0;  // of the message, by the headers of its frames
 };
 
-// A server's end of what was agreed on, and its answer to the offer; both empty where all offers are declined.
+// The result of a server's negotiation: its end and its response. Both are empty if it declines all offers.
 struct AcceptedCompression {
     std::unique_ptr<Compression> compression;
-    std::string answer;
+    std::string response;
 };
 
 #if WSCHAT_ZLIB
 
 // ---- DEFLATE -------------------------------------------------------------------------------------------------------
 
-// zlib takes its memory from where the program takes its own.
 inline void* zlib_allocate(void*, unsigned count, unsigned size) {
     return ::operator new(static_cast<std::size_t>(count) * size, std::nothrow);
 }
 inline void zlib_free(void*, void* block) { ::operator delete(block); }
 
-// zlib counts in unsigned int.
-constexpr std::size_t zlib_piece = std::size_t{1} << 30;
+constexpr std::size_t max_zlib_size = std::size_t{1} << 30;  // zlib counts in unsigned int
 
-// Messages to DEFLATE. Level and memory level are 1 to 9, window bits 8 to 15.
 class Deflater {
 public:
-    // zlib makes no raw stream for a window of 2^8. With one of 2^9 it refers back 250 bytes at most (the window less
-    // the 262 that it looks ahead), which suits both.
+    // Levels 1 to 9, window bits 8 to 15. zlib cannot make a raw stream with 8 window bits. With 9 it refers back 250
+    // bytes at most (the window less its lookahead of 262), which is valid for 8 too.
     Deflater(int level, int memory_level, int window_bits) {
         stream_.zalloc = &zlib_allocate;
         stream_.zfree = &zlib_free;
@@ -2289,41 +2290,42 @@ public:
     Deflater& operator=(const Deflater&) = delete;
     ~Deflater() { deflateEnd(&stream_); }
 
-    // RFC 7692 7.2.1: compressed up to an empty stored block, whose last four bytes are left out. Appends to the block.
-    // `keep`: the next message may refer back to this one; otherwise the answer is nothing where it would not be smaller
-    // than the payload.
-    std::string_view deflate(std::string_view payload, Bytes& block, bool keep) {
+    // RFC 7692 7.2.1: compresses up to an empty stored block without its last four bytes. Appends to the block. Without
+    // context takeover the result is empty if it is not smaller than the payload.
+    std::string_view deflate(std::string_view payload, Bytes& block, bool context_takeover) {
         if (payload.empty()) return {};
-        if (!keep) deflateReset(&stream_);  // before, since what may be thrown below leaves a message half done
-        const std::size_t begin = block.size(), most = keep ? static_cast<std::size_t>(-1) : payload.size();
+        // Resets before the message and not after it, because an exception can leave the last message unfinished.
+        if (!context_takeover) deflateReset(&stream_);
+        const std::size_t begin = block.size();
+        const std::size_t limit = context_takeover ? static_cast<std::size_t>(-1) : payload.size();
         for (std::string_view rest = payload; !rest.empty();) {
-            const std::string_view piece = rest.substr(0, zlib_piece);
-            rest.remove_prefix(piece.size());
-            stream_.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(piece.data()));
-            stream_.avail_in = static_cast<uInt>(piece.size());
-            do write_some(block, rest.empty() ? Z_SYNC_FLUSH : Z_NO_FLUSH);
-            while (stream_.avail_out == 0 && block.size() - begin - tail_size < most);
+            const std::string_view part = rest.substr(0, max_zlib_size);
+            rest.remove_prefix(part.size());
+            stream_.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(part.data()));
+            stream_.avail_in = static_cast<uInt>(part.size());
+            do deflate_some(block, rest.empty() ? Z_SYNC_FLUSH : Z_NO_FLUSH);
+            while (stream_.avail_out == 0 && block.size() - begin - tail_size < limit);
         }
         const std::size_t size = block.size() - begin - tail_size;
-        return size < most ? std::string_view(block.data() + begin, size) : std::string_view();
+        return size < limit ? std::string_view(block.data() + begin, size) : std::string_view();
     }
 
 private:
     static constexpr std::size_t tail_size = 4;
 
-    void write_some(Bytes& block, int flush) {
-        block.reserve(64);  // more than a flush needs at once
-        const auto room = static_cast<uInt>((std::min)(block.available(), zlib_piece));
+    void deflate_some(Bytes& block, int flush) {
+        block.reserve(64);  // more than a flush writes at once
+        const auto available = static_cast<uInt>((std::min)(block.available(), max_zlib_size));
         stream_.next_out = reinterpret_cast<Bytef*>(block.end());
-        stream_.avail_out = room;
+        stream_.avail_out = available;
         ::deflate(&stream_, flush);
-        block.advance(room - stream_.avail_out);
+        block.advance(available - stream_.avail_out);
     }
 
     z_stream stream_{};
 };
 
-// DEFLATE to messages, in any pieces.
+// Inflates messages that arrive in parts of any size.
 class Inflater {
 public:
     explicit Inflater(int window_bits) : window_bits_(window_bits) {
@@ -2335,87 +2337,87 @@ public:
     Inflater& operator=(const Inflater&) = delete;
     ~Inflater() { inflateEnd(&stream_); }
 
-    void begin_message() { something_came_ = tail_given_ = ended_ = false; }
-    void give(std::string_view compressed, bool last) {
-        rest_ = compressed;
+    void begin_message() { has_input_ = tail_appended_ = stream_ended_ = false; }
+    void set_input(std::string_view compressed, bool last) {
+        input_ = compressed;
         last_ = last;
-        something_came_ = something_came_ || !compressed.empty();
+        has_input_ = has_input_ || !compressed.empty();
     }
-    Compression::Outcome inflate(char* out, std::size_t room, std::size_t& size) {
+    Compression::Outcome inflate(char* out, std::size_t capacity, std::size_t& size) {
         for (size = 0;;) {
-            if (stream_.avail_in == 0 && !output_waits_ && !refill()) return finished();
-            if (size == room) return Compression::Outcome::more;
-            const auto space = static_cast<uInt>((std::min)(room - size, zlib_piece));
+            if (stream_.avail_in == 0 && !output_pending_ && !refill()) return outcome_at_end();
+            if (size == capacity) return Compression::Outcome::output_full;
+            const auto available = static_cast<uInt>((std::min)(capacity - size, max_zlib_size));
             stream_.next_out = reinterpret_cast<Bytef*>(out + size);
-            stream_.avail_out = space;
-            const int outcome = ::inflate(&stream_, Z_SYNC_FLUSH);
-            size += space - stream_.avail_out;
-            if (outcome == Z_MEM_ERROR) throw std::bad_alloc();
-            ended_ = outcome == Z_STREAM_END;
-            // RFC 7692 7.2.3.4: a block may be marked as the final one, and others follow. The window is not lost.
-            if (ended_) inflateResetKeep(&stream_);
-            else if (outcome != Z_OK && outcome != Z_BUF_ERROR) return Compression::Outcome::corrupt;
-            output_waits_ = stream_.avail_out == 0 && !ended_ && !between_blocks();
+            stream_.avail_out = available;
+            const int result = ::inflate(&stream_, Z_SYNC_FLUSH);
+            size += available - stream_.avail_out;
+            if (result == Z_MEM_ERROR) throw std::bad_alloc();
+            stream_ended_ = result == Z_STREAM_END;
+            // RFC 7692 7.2.3.4: other blocks may follow a block with BFINAL set. The window stays.
+            if (stream_ended_) inflateResetKeep(&stream_);
+            else if (result != Z_OK && result != Z_BUF_ERROR) return Compression::Outcome::corrupt;
+            output_pending_ = stream_.avail_out == 0 && !stream_ended_ && !between_blocks();
         }
     }
-    // Forgets the window.
+    // Clears the window.
     void reset() {
         inflateReset(&stream_);
         stream_.avail_in = 0;
-        output_waits_ = false;
+        output_pending_ = false;
     }
-    // About what zlib holds, once something was inflated.
-    std::size_t memory() const { return (std::size_t{1} << window_bits_) + 8 * 1024; }
+    // The approximate memory of zlib after the first output.
+    std::size_t memory_usage() const { return (std::size_t{1} << window_bits_) + 8 * 1024; }
 
 private:
-    // RFC 7692 7.2.2: "Append 4 octets of 0x00 0x00 0xff 0xff to the tail end of the payload of the message." Senders
-    // that leave out the octet before it, after a final block or for an empty message, are understood as well.
+    // RFC 7692 7.2.2: "Append 4 octets of 0x00 0x00 0xff 0xff to the tail end of the payload of the message." Some
+    // senders omit the octet before these, after a final block or for an empty message. That is accepted too.
     bool refill() {
         static constexpr char tail[] = {0x00, 0x00, '\xff', '\xff'};
-        if (rest_.empty() && last_ && something_came_ && !ended_ && !tail_given_) {
-            tail_given_ = true;
-            rest_ = {tail, sizeof tail};
+        if (input_.empty() && last_ && has_input_ && !stream_ended_ && !tail_appended_) {
+            tail_appended_ = true;
+            input_ = {tail, sizeof tail};
         }
-        const std::string_view piece = rest_.substr(0, zlib_piece);
-        rest_.remove_prefix(piece.size());
-        stream_.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(piece.data()));
-        stream_.avail_in = static_cast<uInt>(piece.size());
-        return !piece.empty();
+        const std::string_view part = input_.substr(0, max_zlib_size);
+        input_.remove_prefix(part.size());
+        stream_.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(part.data()));
+        stream_.avail_in = static_cast<uInt>(part.size());
+        return !part.empty();
     }
-    Compression::Outcome finished() const {
-        const bool whole = !last_ || !something_came_ || ended_ || between_blocks();
-        return whole ? Compression::Outcome::done : Compression::Outcome::corrupt;
+    Compression::Outcome outcome_at_end() const {
+        const bool complete = !last_ || !has_input_ || stream_ended_ || between_blocks();
+        return complete ? Compression::Outcome::done : Compression::Outcome::corrupt;
     }
     // zlib.h, inflate(): data_type is the number of unused bits in the last byte, "plus 128 if inflate() returned
     // immediately after decoding an end-of-block code".
     bool between_blocks() const { return (stream_.data_type & 128) != 0 && (stream_.data_type & 63) == 0; }
 
     z_stream stream_{};
-    std::string_view rest_;  // what zlib was not given yet
+    std::string_view input_;  // that zlib does not have yet
     int window_bits_;
     bool last_ = false;
-    bool something_came_ = false;
-    bool tail_given_ = false;
-    bool ended_ = false;         // a final block was the last that was read
-    bool output_waits_ = false;  // zlib holds output for which there was no room
+    bool has_input_ = false;
+    bool tail_appended_ = false;
+    bool stream_ended_ = false;    // the last block was a final one
+    bool output_pending_ = false;  // zlib has output that did not fit
 };
 
 // ---- negotiation ---------------------------------------------------------------------------------------------------
 
-// Reads one Sec-WebSocket-Extensions field (RFC 6455 9.1): next() for an extension, then parameter() as often as it
-// answers true, then next() again. Where the field is malformed both answer false.
+// Reads one Sec-WebSocket-Extensions field (RFC 6455 9.1): next() for an extension, parameter() until it returns false,
+// then next() again. Both return false if the field is malformed.
 class ExtensionReader {
 public:
     explicit ExtensionReader(std::string_view field) : rest_(text::trim(field)) {}
 
     bool next(std::string_view& name) {
-        while (skip(',')) continue;  // RFC 9110 5.6.1: empty elements of a list do not count
-        return !rest_.empty() && take_token(name);
+        while (skip(',')) continue;  // RFC 9110 5.6.1: a recipient ignores empty list elements
+        return !rest_.empty() && read_token(name);
     }
     bool parameter(std::string_view& name, std::optional<std::string>& value) {
         value.reset();
         if (!skip(';')) return rest_.empty() || rest_.front() == ',' ? false : fail();
-        return take_token(name) && (!skip('=') || take_value(value));
+        return read_token(name) && (!skip('=') || read_value(value));
     }
     bool well_formed() const { return well_formed_; }
 
@@ -2431,18 +2433,18 @@ private:
         skip_space();
         return true;
     }
-    bool take_token(std::string_view& token) {
+    bool read_token(std::string_view& token) {
         const auto end = std::find_if_not(rest_.begin(), rest_.end(), text::is_token_char);
         token = rest_.substr(0, static_cast<std::size_t>(end - rest_.begin()));
         rest_.remove_prefix(token.size());
         skip_space();
         return !token.empty() || fail();
     }
-    // A token, or in quotes what would be one (RFC 9110 5.6.4).
-    bool take_value(std::optional<std::string>& value) {
+    // RFC 6455 9.1: a token, or a quoted string whose value is a token.
+    bool read_value(std::optional<std::string>& value) {
         if (rest_.empty() || rest_.front() != '"') {
             std::string_view plain;
-            if (!take_token(plain)) return false;
+            if (!read_token(plain)) return false;
             value = plain;
             return true;
         }
@@ -2461,24 +2463,24 @@ private:
     bool well_formed_ = true;
 };
 
-// The parameters of a permessage-deflate (RFC 7692 7.1), of an offer or of an answer.
-struct DeflateTerms {
-    enum class Kind : std::uint8_t { offer, answer };
+// The parameters of permessage-deflate (RFC 7692 7.1) in an offer or in a response.
+struct DeflateParameters {
+    enum class Kind : std::uint8_t { offer, response };
 
     bool server_no_context_takeover = false;
     bool client_no_context_takeover = false;
     std::optional<int> server_max_window_bits;
     std::optional<int> client_max_window_bits;
 
-    // Nothing where a parameter is unknown, there twice, or has a value that it must not have.
-    static std::optional<DeflateTerms> read(ExtensionReader& reader, Kind kind) {
-        DeflateTerms terms;
+    // Returns nothing if a parameter is unknown, repeated or has an illegal value.
+    static std::optional<DeflateParameters> read(ExtensionReader& reader, Kind kind) {
+        DeflateParameters parameters;
         bool valid = true;
         std::string_view name;
         for (std::optional<std::string> value; reader.parameter(name, value);)
-            valid = terms.take(name, value, kind) && valid;
+            valid = parameters.set(name, value, kind) && valid;
         if (!valid || !reader.well_formed()) return std::nullopt;
-        return terms;
+        return parameters;
     }
 
     std::string to_string(Kind kind) const {
@@ -2487,25 +2489,25 @@ struct DeflateTerms {
         if (client_no_context_takeover) text += "; client_no_context_takeover";
         if (server_max_window_bits) text += "; server_max_window_bits=" + std::to_string(*server_max_window_bits);
         if (client_max_window_bits) text += "; client_max_window_bits";
-        if (client_max_window_bits && (kind == Kind::answer || *client_max_window_bits < 15))
+        if (client_max_window_bits && (kind == Kind::response || *client_max_window_bits < 15))
             text += "=" + std::to_string(*client_max_window_bits);
         return text;
     }
 
 private:
-    bool take(std::string_view name, const std::optional<std::string>& value, Kind kind) {
-        if (name == "server_no_context_takeover") return take_flag(server_no_context_takeover, value);
-        if (name == "client_no_context_takeover") return take_flag(client_no_context_takeover, value);
-        if (name == "server_max_window_bits") return take_bits(server_max_window_bits, value);
+    bool set(std::string_view name, const std::optional<std::string>& value, Kind kind) {
+        if (name == "server_no_context_takeover") return set_flag(server_no_context_takeover, value);
+        if (name == "client_no_context_takeover") return set_flag(client_no_context_takeover, value);
+        if (name == "server_max_window_bits") return set_bits(server_max_window_bits, value);
         if (name != "client_max_window_bits") return false;
-        // 7.1.2.2: in an offer it may stand without a value, which says that the client can keep any limit.
-        return take_bits(client_max_window_bits, value || kind == Kind::answer ? value : "15");
+        // 7.1.2.2: without a value in an offer, the client accepts any limit.
+        return set_bits(client_max_window_bits, value || kind == Kind::response ? value : "15");
     }
-    static bool take_flag(bool& flag, const std::optional<std::string>& value) {
+    static bool set_flag(bool& flag, const std::optional<std::string>& value) {
         return !std::exchange(flag, true) && !value;
     }
     // 7.1.2.1: "a decimal integer value without leading zeroes between 8 to 15".
-    static bool take_bits(std::optional<int>& bits, const std::optional<std::string>& value) {
+    static bool set_bits(std::optional<int>& bits, const std::optional<std::string>& value) {
         const auto number = value && value->front() != '0' ? text::parse_unsigned(*value, 15) : std::nullopt;
         if (bits || !number || *number < 8) return false;
         bits = static_cast<int>(*number);
@@ -2513,30 +2515,30 @@ private:
     }
 };
 
-// What the connections of a loop share: a compressor for each combination of level, memory and window bits that is in
-// use, and a few decompressors that wait for a message. Must outlive the connections.
+// What the connections of a loop share: one compressor for each set of parameters, and a few decompressors. Must
+// outlive the connections.
 class CompressionPool {
 public:
-    CompressionPool() { idle_.reserve(max_idle); }
+    CompressionPool() { idle_inflaters_.reserve(max_idle); }
     CompressionPool(const CompressionPool&) = delete;
     CompressionPool& operator=(const CompressionPool&) = delete;
 
-    // A server's part: agrees to the first offer that it can keep. Illegal options are an Error.
+    // For a server: accepts the first offer that the options allow. Throws Error on illegal options.
     AcceptedCompression accept(const Fields& fields, const CompressionOptions& options);
 
-    // A client's part: the offer, and what the server has made of it. Null where it has declined; where it answers what
-    // was not offered, `error` says so, and the connection must fail (RFC 7692 7.1).
+    // For a client: its offer, and then the server's response. Returns null if the server declined. Sets `error` if the
+    // response does not match the offer; the connection must fail then (RFC 7692 7.1).
     static std::string offer(const CompressionOptions& options) {
-        return terms_of(options).to_string(DeflateTerms::Kind::offer);
+        return parameters_of(options).to_string(DeflateParameters::Kind::offer);
     }
-    std::unique_ptr<Compression> read_answer(const Fields& fields, const CompressionOptions& options,
-                                             std::string& error);
+    std::unique_ptr<Compression> read_response(const Fields& fields, const CompressionOptions& options,
+                                               std::string& error);
 
     // ---- for the connections ---------------------------------------------------------------------------------------
 
     struct SharedDeflater {
         int level, memory_level, window_bits;
-        std::unique_ptr<Deflater> deflater;  // made for the first message
+        std::unique_ptr<Deflater> deflater;  // created for the first message
 
         std::string_view deflate(std::string_view payload, Bytes& block) {
             if (!deflater) deflater = std::make_unique<Deflater>(level, memory_level, window_bits);
@@ -2544,67 +2546,67 @@ public:
         }
     };
     SharedDeflater& shared_deflater(const CompressionOptions& options, int window_bits) {
-        for (const auto& shared : shared_)
+        for (const auto& shared : shared_deflaters_)
             if (shared->level == options.level && shared->memory_level == options.memory_level &&
                 shared->window_bits == window_bits)
                 return *shared;
-        shared_.push_back(std::make_unique<SharedDeflater>(
+        shared_deflaters_.push_back(std::make_unique<SharedDeflater>(
             SharedDeflater{options.level, options.memory_level, window_bits, nullptr}));
-        return *shared_.back();
+        return *shared_deflaters_.back();
     }
 
-    // With the largest window, which suits every peer.
-    std::unique_ptr<Inflater> take_inflater() {
-        if (idle_.empty()) return std::make_unique<Inflater>(15);
-        std::unique_ptr<Inflater> inflater = std::move(idle_.back());
-        idle_.pop_back();
+    // An inflater with the largest window, which is valid for every peer.
+    std::unique_ptr<Inflater> acquire_inflater() {
+        if (idle_inflaters_.empty()) return std::make_unique<Inflater>(15);
+        std::unique_ptr<Inflater> inflater = std::move(idle_inflaters_.back());
+        idle_inflaters_.pop_back();
         return inflater;
     }
-    void give_back(std::unique_ptr<Inflater> inflater) {
+    void release_inflater(std::unique_ptr<Inflater> inflater) {
         inflater->reset();
-        if (idle_.size() < max_idle) idle_.push_back(std::move(inflater));
+        if (idle_inflaters_.size() < max_idle) idle_inflaters_.push_back(std::move(inflater));
     }
 
 private:
     static constexpr std::size_t max_idle = 4;
 
     static void check(const CompressionOptions& options) {
-        const auto within = [](const char* name, int value, int least, int most) {
-            if (value < least || value > most)
+        const auto check_range = [](const char* name, int value, int min, int max) {
+            if (value < min || value > max)
                 throw Error(std::string("CompressionOptions: ") + name + " " + std::to_string(value) + " is not in " +
-                            std::to_string(least) + "-" + std::to_string(most));
+                            std::to_string(min) + "-" + std::to_string(max));
         };
-        within("level", options.level, 1, 9);
-        within("memory_level", options.memory_level, 1, 9);
-        within("server_max_window_bits", options.server_max_window_bits, 8, 15);
-        within("client_max_window_bits", options.client_max_window_bits, 8, 15);
+        check_range("level", options.level, 1, 9);
+        check_range("memory_level", options.memory_level, 1, 9);
+        check_range("server_max_window_bits", options.server_max_window_bits, 8, 15);
+        check_range("client_max_window_bits", options.client_max_window_bits, 8, 15);
     }
-    // What the options ask for: a client's offer, and a server's answer to one that asks for nothing.
-    static DeflateTerms terms_of(const CompressionOptions& options) {
+    // A client's offer, and a server's response to an offer without parameters.
+    static DeflateParameters parameters_of(const CompressionOptions& options) {
         check(options);
-        DeflateTerms terms;
-        terms.server_no_context_takeover = !options.server_context_takeover;
-        terms.client_no_context_takeover = !options.client_context_takeover;
-        if (options.server_max_window_bits < 15) terms.server_max_window_bits = options.server_max_window_bits;
-        terms.client_max_window_bits = options.client_max_window_bits;
-        return terms;
+        DeflateParameters parameters;
+        parameters.server_no_context_takeover = !options.server_context_takeover;
+        parameters.client_no_context_takeover = !options.client_context_takeover;
+        if (options.server_max_window_bits < 15) parameters.server_max_window_bits = options.server_max_window_bits;
+        parameters.client_max_window_bits = options.client_max_window_bits;
+        return parameters;
     }
-    // RFC 7692 7.1: what of it is answered to an offer.
-    static DeflateTerms answer_to(const DeflateTerms& offer, const CompressionOptions& options) {
-        DeflateTerms answer = terms_of(options);
-        if (offer.server_no_context_takeover) answer.server_no_context_takeover = true;
-        if (offer.client_no_context_takeover) answer.client_no_context_takeover = true;
+    // RFC 7692 7.1.
+    static DeflateParameters response_to(const DeflateParameters& offer, const CompressionOptions& options) {
+        DeflateParameters response = parameters_of(options);
+        if (offer.server_no_context_takeover) response.server_no_context_takeover = true;
+        if (offer.client_no_context_takeover) response.client_no_context_takeover = true;
         if (offer.server_max_window_bits)
-            answer.server_max_window_bits = (std::min)(options.server_max_window_bits, *offer.server_max_window_bits);
-        // 7.1.2.2: a server that was not offered it "MUST NOT" answer with it.
+            response.server_max_window_bits = (std::min)(options.server_max_window_bits, *offer.server_max_window_bits);
+        // 7.1.2.2: without client_max_window_bits in the offer, the response "MUST NOT" have it.
         const int client_bits = (std::min)(options.client_max_window_bits, offer.client_max_window_bits.value_or(15));
-        answer.client_max_window_bits.reset();
-        if (offer.client_max_window_bits && client_bits < 15) answer.client_max_window_bits = client_bits;
-        return answer;
+        response.client_max_window_bits.reset();
+        if (offer.client_max_window_bits && client_bits < 15) response.client_max_window_bits = client_bits;
+        return response;
     }
 
-    std::vector<std::unique_ptr<SharedDeflater>> shared_;
-    std::vector<std::unique_ptr<Inflater>> idle_;
+    std::vector<std::unique_ptr<SharedDeflater>> shared_deflaters_;
+    std::vector<std::unique_ptr<Inflater>> idle_inflaters_;
 };
 
 // How one side of a connection compresses.
@@ -2613,7 +2615,7 @@ struct DeflateDirection {
     int window_bits;
 };
 
-// One end of a connection. Holds a compressor or a decompressor only where a context is kept, or a message unfinished.
+// Owns a compressor or a decompressor only with context takeover, or while a message is unfinished.
 class PerMessageDeflate final : public Compression {
 public:
     PerMessageDeflate(CompressionPool& pool, const CompressionOptions& options, DeflateDirection sent,
@@ -2625,21 +2627,22 @@ public:
           sent_(sent),
           received_(received) {}
 
-    void give(std::string_view compressed, bool last) override {
+    void set_input(std::string_view compressed, bool last) override {
         if (!inflater_)
-            inflater_ =
-                received_.context_takeover ? std::make_unique<Inflater>(received_.window_bits) : pool_.take_inflater();
-        if (!std::exchange(begun_, true)) inflater_->begin_message();
-        inflater_->give(compressed, last);
+            inflater_ = received_.context_takeover ? std::make_unique<Inflater>(received_.window_bits)
+                                                   : pool_.acquire_inflater();
+        if (!std::exchange(message_started_, true)) inflater_->begin_message();
+        inflater_->set_input(compressed, last);
         last_ = last;
     }
-    Outcome inflate(char* out, std::size_t room, std::size_t& size) override {
-        const Outcome outcome = inflater_->inflate(out, room, size);
-        if (outcome == Outcome::done && last_ && !received_.context_takeover) pool_.give_back(std::move(inflater_));
+    Outcome inflate(char* out, std::size_t capacity, std::size_t& size) override {
+        const Outcome outcome = inflater_->inflate(out, capacity, size);
+        if (outcome == Outcome::done && last_ && !received_.context_takeover)
+            pool_.release_inflater(std::move(inflater_));
         return outcome;
     }
-    std::size_t input_held() const override {
-        return inflater_ && !received_.context_takeover ? inflater_->memory() : 0;
+    std::size_t buffered_input() const override {
+        return inflater_ && !received_.context_takeover ? inflater_->memory_usage() : 0;
     }
 
     std::string_view deflate(std::string_view payload, Bytes& block) override {
@@ -2651,7 +2654,7 @@ public:
 
 private:
     CompressionPool& pool_;
-    CompressionPool::SharedDeflater& shared_;  // also says how a compressor of its own is to be made
+    CompressionPool::SharedDeflater& shared_;  // also holds the parameters of an own compressor
     std::unique_ptr<Deflater> deflater_;
     std::unique_ptr<Inflater> inflater_;
     DeflateDirection sent_, received_;
@@ -2665,14 +2668,15 @@ inline AcceptedCompression CompressionPool::accept(const Fields& fields, const C
         if (!text::equals_ignore_case(field, "sec-websocket-extensions")) return true;
         ExtensionReader reader(value);
         for (std::string_view name; reader.next(name);) {
-            const auto offer = DeflateTerms::read(reader, DeflateTerms::Kind::offer);
+            const auto offer = DeflateParameters::read(reader, DeflateParameters::Kind::offer);
             if (name != "permessage-deflate" || !offer) continue;
-            const DeflateTerms answer = answer_to(*offer, options);
-            const DeflateDirection sent{!answer.server_no_context_takeover, answer.server_max_window_bits.value_or(15)};
-            const DeflateDirection received{!answer.client_no_context_takeover,
-                                            answer.client_max_window_bits.value_or(15)};
+            const DeflateParameters response = response_to(*offer, options);
+            const DeflateDirection sent{!response.server_no_context_takeover,
+                                        response.server_max_window_bits.value_or(15)};
+            const DeflateDirection received{!response.client_no_context_takeover,
+                                            response.client_max_window_bits.value_or(15)};
             accepted.compression = std::make_unique<PerMessageDeflate>(*this, options, sent, received);
-            accepted.answer = answer.to_string(DeflateTerms::Kind::answer);
+            accepted.response = response.to_string(DeflateParameters::Kind::response);
             return false;
         }
         return true;
@@ -2680,39 +2684,41 @@ inline AcceptedCompression CompressionPool::accept(const Fields& fields, const C
     return accepted;
 }
 
-inline std::unique_ptr<Compression> CompressionPool::read_answer(const Fields& fields,
-                                                                 const CompressionOptions& options,
-                                                                 std::string& error) {
-    const DeflateTerms offer = terms_of(options);
-    std::optional<DeflateTerms> answer;
+inline std::unique_ptr<Compression> CompressionPool::read_response(const Fields& fields,
+                                                                   const CompressionOptions& options,
+                                                                   std::string& error) {
+    const DeflateParameters offer = parameters_of(options);
+    std::optional<DeflateParameters> response;
     std::size_t extensions = 0;
     bool well_formed = true;
     fields.each([&](std::string_view field, std::string_view value) {
         if (!text::equals_ignore_case(field, "sec-websocket-extensions")) return true;
         ExtensionReader reader(value);
         for (std::string_view name; reader.next(name); ++extensions) {
-            answer = DeflateTerms::read(reader, DeflateTerms::Kind::answer);
-            if (name != "permessage-deflate") answer.reset();
+            response = DeflateParameters::read(reader, DeflateParameters::Kind::response);
+            if (name != "permessage-deflate") response.reset();
         }
         well_formed = well_formed && reader.well_formed();
         return true;
     });
     if (extensions == 0 && well_formed) return nullptr;
-    const auto over = [](const std::optional<int>& answered, const std::optional<int>& offered) {
-        return offered && answered.value_or(15) > *offered;
+    const auto exceeds = [](const std::optional<int>& bits, const std::optional<int>& offered) {
+        return offered && bits.value_or(15) > *offered;
     };
-    if (extensions != 1 || !well_formed || !answer)
-        error = "the server's Sec-WebSocket-Extensions is not one answer to permessage-deflate";
-    else if (offer.server_no_context_takeover && !answer->server_no_context_takeover)
-        error = "the server does not do without context takeover";
-    else if (over(answer->server_max_window_bits, offer.server_max_window_bits))
-        error = "the server does not keep to server_max_window_bits";
-    else if (answer->client_max_window_bits && over(answer->client_max_window_bits, offer.client_max_window_bits))
-        error = "the server asks for more client_max_window_bits than were offered";
+    if (extensions != 1 || !well_formed || !response)
+        error = "the server's Sec-WebSocket-Extensions is not one valid response to permessage-deflate";
+    else if (offer.server_no_context_takeover && !response->server_no_context_takeover)
+        error = "the server did not accept server_no_context_takeover";
+    else if (exceeds(response->server_max_window_bits, offer.server_max_window_bits))
+        error = "the server's server_max_window_bits is larger than the offer";
+    else if (response->client_max_window_bits &&
+             exceeds(response->client_max_window_bits, offer.client_max_window_bits))
+        error = "the server's client_max_window_bits is larger than the offer";
     if (!error.empty()) return nullptr;
-    const DeflateDirection sent{options.client_context_takeover && !answer->client_no_context_takeover,
-                                answer->client_max_window_bits.value_or(options.client_max_window_bits)};
-    const DeflateDirection received{!answer->server_no_context_takeover, answer->server_max_window_bits.value_or(15)};
+    const DeflateDirection sent{options.client_context_takeover && !response->client_no_context_takeover,
+                                response->client_max_window_bits.value_or(options.client_max_window_bits)};
+    const DeflateDirection received{!response->server_no_context_takeover,
+                                    response->server_max_window_bits.value_or(15)};
     return std::make_unique<PerMessageDeflate>(*this, options, sent, received);
 }
 
@@ -2722,7 +2728,9 @@ class CompressionPool {
 public:
     AcceptedCompression accept(const Fields&, const CompressionOptions&) { return {}; }
     static std::string offer(const CompressionOptions&) { return {}; }
-    std::unique_ptr<Compression> read_answer(const Fields&, const CompressionOptions&, std::string&) { return nullptr; }
+    std::unique_ptr<Compression> read_response(const Fields&, const CompressionOptions&, std::string&) {
+        return nullptr;
+    }
 };
 
 #endif
@@ -2734,8 +2742,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 7: Protocol
 //
-// Connection: the whole of RFC 6455 after the opening handshake, as a state machine. Bytes go in, events and bytes come
-// out, and the time is an argument. Knows nothing of sockets, of clocks or of who handles the events.
+// Connection: RFC 6455 after the opening handshake, as a state machine. Bytes go in, events and bytes come out, and the
+// time is an argument. Knows nothing of sockets, clocks or handlers.
 // ====================================================================================================================
 
 WSCHAT_BEGIN
@@ -2749,32 +2757,34 @@ struct Event {
     Message message{std::string_view()};  // of a message, a ping or a pong; valid until the next call of next_event()
 };
 
+// A connection ends in one function, set_closed(). It is called by fail() with a Close frame, by abort() without one,
+// and when the peer's Close frame arrives. The next next_event() then returns the close event.
 class Connection {
 public:
-    // closing: our Close frame is sent and the peer's is awaited. closed: nothing is read any more; what is queued may
-    // still be sent. In either, nothing more is accepted for sending.
+    // closing: our Close frame is queued, the peer's is not here yet. closed: input is ignored; queued output may still
+    // be sent. Only an open connection accepts messages to send.
     enum class State : std::uint8_t { connecting, open, closing, closed };
 
-    // Where a client gets the four bytes of a mask from; they must not be predictable (RFC 6455 10.3).
+    // Makes a client's mask keys, which must be unpredictable (RFC 6455 10.3).
     using MaskSource = MaskKey (*)();
 
     Connection() = default;
     Connection(const Connection&) = delete;
     Connection& operator=(const Connection&) = delete;
 
-    // The opening handshake is done. `limits` and `arena` must outlive the connection; a client needs a mask source.
-    // `compression`: what the handshake has agreed on, or null.
-    void open(Role role, const Limits& limits, SendArena& arena, Time now, MaskSource masks = nullptr,
+    // Called after the opening handshake. `limits` and `arena` must outlive the connection. A client needs a mask
+    // source. `compression` is null if none was negotiated.
+    void open(Role role, const Limits& limits, SendArena& arena, Time now, MaskSource mask_source = nullptr,
               std::unique_ptr<Compression> compression = nullptr) {
+        if (role == Role::client && mask_source == nullptr)
+            throw Error("Connection::open: a client needs a mask source");
         parser_ = FrameParser(role, compression != nullptr);
         limits_ = &limits;
         arena_ = &arena;
-        masks_ = role == Role::client ? masks : nullptr;
-        if (role == Role::client && masks == nullptr) throw Error("Connection::open: a client needs a source of masks");
+        mask_source_ = role == Role::client ? mask_source : nullptr;
         compression_ = std::move(compression);
         state_ = State::open;
-        alive_ = control_time_ = now;
-        control_tokens_ = static_cast<float>(limits.control_frames_burst);
+        last_activity_ = now;
     }
 
     const Limits& limits() const { return *limits_; }
@@ -2783,47 +2793,47 @@ public:
     CloseCode close_code() const { return close_code_; }
     const std::string& close_reason() const { return close_reason_; }
     CloseCause close_cause() const { return cause_; }
-    // Closed without a Close frame that could still be delivered: the transport is to be dropped at once.
-    bool aborted() const { return state_ == State::closed && abort_; }
+    // Closed by abort(): the caller drops the transport at once.
+    bool aborted() const { return state_ == State::closed && close_code_ == CloseCode::abnormal; }
 
     // ---- input -----------------------------------------------------------------------------------------------------
 
-    // Bytes from the peer, which are unmasked in place. They must stay until next_event() has answered `none` or
-    // keep_input() was called. What lies at receive_area() is taken without a copy.
+    // Bytes from the peer. They are unmasked in place, and must stay valid until next_event() returns `none` or
+    // pause_input() is called. Bytes in receive_buffer() are not copied.
     void receive(char* data, std::size_t size, Time now) {
-        if (aside_) aside_->resumed.release();
-        if (compression_available && compression_) compression_->inflated = 0;
+        if (cold_) cold_->resumed_input.release();
+        if (compression_available && compression_) compression_->inflated_bytes = 0;
         input_ = data;
         input_end_ = data + size;
-        alive(now);
+        record_activity(now);
     }
 
-    // Where the next bytes from the peer would lie best: behind what has come of a large frame. {null, 0} where the
-    // caller's own buffer serves. Grows with what has arrived, never with what was announced.
-    std::pair<char*, std::size_t> receive_area() {
-        if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read || message_.size() < direct_read ||
-            inflating_)
+    // Where the transport should write the next bytes of a large frame: at the end of its message. {null, 0} if it
+    // should use its own buffer. Grows with what has arrived, not with the announced length.
+    std::pair<char*, std::size_t> receive_buffer() {
+        if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read_size ||
+            message_.size() < direct_read_size || inflating_)
             return {nullptr, 0};
         const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
-        if (message_.available() < direct_read) message_.reserve(static_cast<std::size_t>(wanted));
+        if (message_.available() < direct_read_size) message_.reserve(static_cast<std::size_t>(wanted));
         return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.available()))};
     }
 
-    // The transport has ended: by the peer's FIN or by an error, which the reason names.
-    void receive_end(std::string_view reason) { abort(CloseCause::connection_lost, reason); }
+    // The transport has ended, by a FIN or by an error. The reason says which.
+    void receive_eof(std::string_view reason) { abort(CloseCause::connection_lost, reason); }
 
-    // What has happened, one event a call, `none` when more bytes are needed. A close event comes exactly once, last.
+    // Returns the next event, or `none` if more bytes are needed. The close event is the last one and occurs once.
     Event next_event() {
-        if (delivered_) {
+        if (message_delivered_) {
             arena_->recycle(std::move(message_));
-            delivered_ = false;
+            message_delivered_ = false;
         }
         while (state_ == State::open || state_ == State::closing) {
-            if (!in_payload_ && !take_header()) break;
+            if (!in_payload_ && !read_header()) break;
             if (!in_payload_) continue;
             const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
             if (!whole && input_ == input_end_) break;
-            const Event event = is_control(frame_.opcode) ? take_control() : take_data(whole);
+            const Event event = is_control(frame_.opcode) ? read_control() : read_data(whole);
             if (event.kind != Event::Kind::none) return event;
         }
         if (state_ != State::closed || close_reported_) return {};
@@ -2832,33 +2842,33 @@ public:
         return {Event::Kind::close, Message(std::string_view())};
     }
 
-    // Puts what is left of the input aside, because its consumer can take no more now; resume() goes on with it.
-    void keep_input() {
+    // Stores the rest of the input until resume_input(). The caller must not call receive() in between.
+    void pause_input() {
         if (input_ == input_end_) return;
-        Bytes kept;
-        kept.append(input_, static_cast<std::size_t>(input_end_ - input_));
-        aside().kept = std::move(kept);
+        Bytes rest;
+        rest.append(input_, static_cast<std::size_t>(input_end_ - input_));
+        cold().paused_input = std::move(rest);
         input_ = input_end_ = nullptr;
     }
-    void resume() {
-        if (compression_available && compression_) compression_->inflated = 0;
-        if (!aside_ || aside_->kept.empty()) return;
-        std::swap(aside_->resumed, aside_->kept);
-        aside_->kept.release();
-        input_ = aside_->resumed.data();
-        input_end_ = aside_->resumed.end();
+    void resume_input() {
+        if (compression_available && compression_) compression_->inflated_bytes = 0;
+        if (!cold_ || cold_->paused_input.empty()) return;
+        std::swap(cold_->resumed_input, cold_->paused_input);
+        cold_->paused_input.release();
+        input_ = cold_->resumed_input.data();
+        input_end_ = cold_->resumed_input.end();
     }
 
-    // Whether the input has become so much more than it was that others should have their turn: keep_input(), and later
-    // resume(). A byte may become a thousand.
-    bool exhausting() const {
-        return compression_available && compression_ && compression_->inflated > inflated_at_once;
+    // Whether so much was inflated since receive() or resume_input() that other connections should run first. The
+    // caller pauses the input then. One byte can inflate to a thousand.
+    bool inflate_budget_spent() const {
+        return compression_available && compression_ && compression_->inflated_bytes > inflate_budget;
     }
 
-    // Bytes of unfinished messages, and of input that was put aside.
-    std::size_t input_held() const {
-        const std::size_t held = message_.capacity() + (aside_ ? aside_->kept.capacity() : 0);
-        return compression_available && compression_ ? held + compression_->input_held() : held;
+    // Bytes of an unfinished message and of paused input.
+    std::size_t buffered_input() const {
+        const std::size_t size = message_.capacity() + (cold_ ? cold_->paused_input.capacity() : 0);
+        return compression_available && compression_ ? size + compression_->buffered_input() : size;
     }
 
     // ---- output ----------------------------------------------------------------------------------------------------
@@ -2866,71 +2876,70 @@ public:
     SendQueue& output() { return output_; }
     const SendQueue& output() const { return output_; }
 
-    // Whether a message of that many bytes would pass Limits::max_backlog. One message may always wait.
-    bool overflows(std::size_t size) const { return !output_.empty() && output_.size() + size > limits_->max_backlog; }
+    // Whether a message of this size exceeds Limits::max_backlog. An empty queue accepts one message of any size.
+    bool exceeds_backlog(std::size_t size) const {
+        return !output_.empty() && output_.size() + size > limits_->max_backlog;
+    }
 
     WriteStatus send(Opcode opcode, std::string_view payload) {
-        FrameHeader header;
-        header.masked = masks_ != nullptr;
-        header.length = payload.size();
-        if (!accept(encoded_size(header) + payload.size())) return refused();
-        return append(compresses(payload.size()) ? compressed(opcode, payload) : frame(opcode, payload));
+        if (!can_send(frame_size(payload.size()))) return reject_write();
+        return enqueue(should_compress(payload.size()) ? compressed_frame(opcode, payload) : frame(opcode, payload));
     }
-    // The same for a large message of a server, without a copy where nothing waits before it: `offer(pieces, count)` says
-    // how many bytes the transport takes at once, and only the rest is queued.
+    // The same, but a server passes a large message to the transport without a copy while the queue is empty:
+    // `offer(pieces, count)` returns how many bytes the transport takes. Only the rest is copied.
     template <class Offer>
     WriteStatus send(Opcode opcode, std::string_view payload, Offer&& offer) {
-        if (payload.size() < direct_send || masks_ != nullptr || !output_.empty() || blocked_ ||
-            state_ != State::open || compresses(payload.size()))
+        if (payload.size() < direct_send_size || mask_source_ != nullptr || !output_.empty() || write_blocked_ ||
+            state_ != State::open || should_compress(payload.size()))
             return send(opcode, payload);
         FrameHeader header;
         header.opcode = opcode;
         header.length = payload.size();
         char head[FrameHeader::max_size];
         const std::string_view pieces[2] = {{head, static_cast<std::size_t>(encode(header, head) - head)}, payload};
-        std::size_t taken = offer(pieces, 2);
+        std::size_t sent = offer(pieces, 2);
         if (state_ != State::open) return WriteStatus::closed;  // the transport has failed
         for (std::string_view piece : pieces) {
-            const std::size_t skip = (std::min)(taken, piece.size());
-            taken -= skip;
+            const std::size_t skip = (std::min)(sent, piece.size());
+            sent -= skip;
             if (skip != piece.size()) output_.append(copy(*arena_, piece.substr(skip)));
         }
-        return blocked_ ? WriteStatus::queued : WriteStatus::sent;
+        return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
     }
-    // For a server; a client masks each frame anew.
+    // Only for a server: a client must mask each frame with a new key.
     WriteStatus send(const EncodedFrame& frame) {
-        if (!accept(frame.size())) return refused();
-        if (!compresses(frame.payload().size())) return append(frame.slice());
-        // Who may not refer back to earlier messages gets what all others get who may not.
-        const auto make = [&] { return compressed(frame.opcode(), frame.payload()); };
-        return append(compression_->shared() != nullptr ? frame.variant(compression_->shared(), make) : make());
+        if (!can_send(frame.size())) return reject_write();
+        if (!should_compress(frame.payload().size())) return enqueue(frame.slice());
+        // Without context takeover, all members share one compressed frame.
+        const auto make = [&] { return compressed_frame(frame.opcode(), frame.payload()); };
+        const void* key = compression_->sharing_key();
+        return enqueue(key != nullptr ? frame.variant(key, make) : make());
     }
-    // The same, but a peer that is slow does without it: it is dropped and counted, whatever the policy.
-    WriteStatus send_volatile(const EncodedFrame& frame) {
-        if (state_ != State::open || (!blocked_ && !overflows(frame.size()))) return send(frame);
-        ++dropped_;
-        return WriteStatus::dropped;
+    // The same for a message that is useless when it is late: a slow peer does not get it, whatever the backlog policy.
+    WriteStatus send_volatile(const EncodedFrame& frame) { return drops_volatile(frame.size()) ? drop() : send(frame); }
+    WriteStatus send_volatile(Opcode opcode, std::string_view payload) {
+        return drops_volatile(frame_size(payload.size())) ? drop() : send(opcode, payload);
     }
 
-    // An unsolicited ping or pong (RFC 6455 5.5.2, 5.5.3); at most 125 bytes. Passes the backlog limit.
+    // An unsolicited ping or pong (RFC 6455 5.5.2, 5.5.3). Throws Error for over 125 bytes. Ignores the backlog limit.
     WriteStatus send_control(Opcode opcode, std::string_view payload) {
         if (payload.size() > 125)
             throw Error("ping: a payload of " + std::to_string(payload.size()) + " bytes is over 125");
         if (state_ != State::open) return WriteStatus::closed;
-        return append_control(opcode, payload);
+        return enqueue(frame(opcode, payload));
     }
 
-    // Starts the closing handshake; later calls change nothing. An illegal code, a reason over 123 bytes or one that
-    // is not UTF-8 is an Error.
+    // Starts the closing handshake; later calls have no effect. Throws Error for an illegal code, and for a reason that
+    // is over 123 bytes or not UTF-8.
     void close(CloseCode code, std::string_view reason, Time now, CloseCause cause = CloseCause::local) {
         check_close(code, reason);
         if (state_ != State::open) return;
-        append_close(code, reason);
+        enqueue_close(code, reason);
         state_ = State::closing;
         cause_ = cause;
         close_code_ = code;
         close_reason_ = reason;
-        waiting_since_ = saturating_add(now, drain_time(output_.size()));
+        wait_started_ = saturating_add(now, drain_time(output_.size()));
     }
     static void check_close(CloseCode code, std::string_view reason) {
         if (!legal_on_wire(code))
@@ -2940,100 +2949,106 @@ public:
         if (!valid_utf8(reason)) throw Error("close: the reason is not UTF-8");
     }
 
-    // The one way out on failure (RFC 6455 7.1.7): a Close frame with the code, and nothing is read any more.
+    // RFC 6455 7.1.7, "Fail the WebSocket Connection": queues a Close frame with the code and ignores further input.
     void fail(CloseCode code, std::string_view reason, CloseCause cause = CloseCause::protocol_error) {
         if (state_ == State::closed) return;
-        if (state_ == State::open) append_close(code, truncate_utf8(reason, 123));
-        end(cause, code, reason);
+        if (state_ == State::open) enqueue_close(code, truncate_utf8(reason, 123));
+        set_closed(cause, code, reason);
     }
 
-    // The end without a Close frame: the peer is out of reach.
+    // Ends the connection without a Close frame, because the peer is unreachable. Drops the output.
     void abort(CloseCause cause, std::string_view reason) {
         if (state_ == State::closed) return;
-        abort_ = true;
-        // A peer that hangs up instead of answering our Close frame has been told; the cause stays ours.
-        const bool ours = state_ == State::closing && cause == CloseCause::connection_lost;
-        end(ours ? cause_ : cause, CloseCode::abnormal, reason);
+        // If the peer hangs up after our Close frame, the cause of that frame stays.
+        const bool keep_cause = state_ == State::closing && cause == CloseCause::connection_lost;
+        set_closed(keep_cause ? cause_ : cause, CloseCode::abnormal, reason);
         output_.clear();
     }
 
-    // Queues the pong that waited for a peer that did not read, if there is one. Called when the kernel takes output
-    // again.
-    void send_waiting_pong() {
-        if (!std::exchange(pong_waits_, false)) return;
-        append_control(Opcode::pong, std::exchange(aside().pong, std::string()));
+    // Whether the kernel refuses output. Pongs wait meanwhile, and only the latest is kept. The caller calls
+    // send_pending_pong() when the kernel accepts output again.
+    void set_write_blocked(bool blocked) { write_blocked_ = blocked; }
+    bool write_blocked() const { return write_blocked_; }
+    void send_pending_pong() {
+        if (!cold_ || !cold_->pending_pong) return;
+        const auto payload = std::exchange(cold_->pending_pong, std::nullopt);
+        enqueue(frame(Opcode::pong, *payload));
     }
-    // Whether the kernel has refused output that is still queued. While it does, pongs wait, the latest only.
-    void set_blocked(bool blocked) { blocked_ = blocked; }
-    bool blocked() const { return blocked_; }
 
     std::uint64_t dropped_messages() const { return dropped_; }
 
     // ---- time ------------------------------------------------------------------------------------------------------
 
-    // The peer has shown that it lives.
-    void alive(Time now) {
-        alive_ = now;
-        ping_sent_ = false;
-    }
-    // How long a peer may take for a backlog that lies before our last bytes: a second for each 64 KiB.
+    // The peer is alive.
+    void record_activity(Time now) { last_activity_ = now; }
+    // The time that a peer gets for output queued before our last bytes: a second for each 64 KiB.
     static Duration drain_time(std::size_t backlog) { return std::chrono::seconds(backlog / (64 * 1024)); }
 
-    // When tick() has something to do; Time::max() for never. A message moves it later without a call.
+    // When to call tick(); Time::max() for never. Input moves it to a later time.
     Time deadline() const {
-        if (state_ == State::closing) return after(waiting_since_, limits_->closing_timeout);
+        if (state_ == State::closing) return deadline_after(wait_started_, limits_->closing_timeout);
         if (state_ != State::open || limits_->ping_interval == Duration::zero()) return (Time::max)();
-        return ping_sent_ ? after(waiting_since_, limits_->ping_timeout) : after(alive_, limits_->ping_interval);
+        return ping_unanswered() ? deadline_after(wait_started_, limits_->ping_timeout)
+                                 : deadline_after(last_activity_, limits_->ping_interval);
     }
 
     void tick(Time now) {
         if (now < deadline()) return;
         if (state_ == State::closing)
             return abort(CloseCause::closing_timeout, "the peer did not answer our Close frame");
-        if (ping_sent_) return abort(CloseCause::ping_timeout, "the peer did not answer a ping");
-        append_control(Opcode::ping, {});
-        ping_sent_ = true;
-        waiting_since_ = now;
+        if (ping_unanswered()) return abort(CloseCause::ping_timeout, "the peer did not answer a ping");
+        enqueue(frame(Opcode::ping, {}));
+        wait_started_ = now;
     }
 
 private:
-    // From that size on a frame that is still coming is read into its message directly.
-    static constexpr std::size_t direct_read = 16 * 1024;
-    // From that size on a message is offered to the transport where it lies.
-    static constexpr std::size_t direct_send = 16 * 1024;
-    // What is unmasked before it is checked.
+    // Larger frames are read directly into their message.
+    static constexpr std::size_t direct_read_size = 16 * 1024;
+    // Larger messages are passed to the transport without a copy.
+    static constexpr std::size_t direct_send_size = 16 * 1024;
+    // Bytes that are unmasked and then checked while they are in the cache.
     static constexpr std::size_t cached_block = 16 * 1024;
-    // The least room to inflate to, and to deflate to.
+    // The smallest buffer for inflating and deflating.
     static constexpr std::size_t compression_block = 64 * 1024;
-    static constexpr std::size_t inflated_at_once = 256 * 1024;
+    static constexpr std::size_t inflate_budget = 256 * 1024;
 
-    static Time after(Time time, Duration timeout) {
+    static Time deadline_after(Time time, Duration timeout) {
         return timeout == Duration::zero() ? (Time::max)() : saturating_add(time, timeout);
     }
+    // Any input answers a ping.
+    bool ping_unanswered() const { return wait_started_ > last_activity_; }
 
-    // Parses the next header. False: more bytes are needed. True with in_payload_ unset: the connection has failed.
-    bool take_header() {
-        const auto left = static_cast<std::size_t>(input_end_ - input_);
-        if (left == 0) return false;
-        // A header whose first bytes came in an earlier piece is completed in header_bytes_.
+    // ---- frames ----------------------------------------------------------------------------------------------------
+
+    // Parses the next header. Returns false if more bytes are needed. If the header is invalid or breaks a limit, the
+    // connection fails, and in_payload_ stays false.
+    bool read_header() {
+        const auto available = static_cast<std::size_t>(input_end_ - input_);
+        if (available == 0) return false;
+
+        // 1. If the header began in earlier input, continue it in header_bytes_.
         const std::size_t before = header_size_;
-        std::string_view bytes(input_, left);
+        std::string_view bytes(input_, available);
         if (before != 0) {
-            const std::size_t more = (std::min)(left, FrameHeader::max_size - before);
+            const std::size_t more = (std::min)(available, FrameHeader::max_size - before);
             std::memcpy(header_bytes_ + before, input_, more);
             bytes = {header_bytes_, before + more};
         }
+
+        // 2. Parse. Keep the bytes of an incomplete header.
         const ParsedFrame parsed = parser_.parse(bytes);
         if (parsed.outcome == ParsedFrame::Outcome::failure) {
             fail(parsed.failure.code, parsed.failure.reason);
             return true;
         }
         if (parsed.outcome == ParsedFrame::Outcome::need_more) {
-            if (before == 0) std::memcpy(header_bytes_, input_, left);
+            if (before == 0) std::memcpy(header_bytes_, input_, available);
             header_size_ = static_cast<std::uint8_t>(bytes.size());
             input_ = input_end_;
             return false;
         }
+
+        // 3. Consume the header and check its limits.
         input_ += parsed.size - before;
         header_size_ = 0;
         frame_ = parsed.header;
@@ -3042,7 +3057,7 @@ private:
         return true;
     }
 
-    // The limits that a header alone can break.
+    // Checks the limits on sizes and fragments before the payload arrives.
     bool begin_data_frame() {
         if (frame_.opcode != Opcode::continuation) {
             message_opcode_ = frame_.opcode;
@@ -3057,19 +3072,23 @@ private:
             return false;
         }
         const std::size_t max = limits_->max_message_size;
-        const bool fits = inflating_ ? compression_->plausible(frame_.length, max)
+        const bool fits = inflating_ ? compression_->compressed_size_allowed(frame_.length, max)
                                      : frame_.length <= max && message_.size() + frame_.length <= max;
-        if (!fits) too_big();
+        if (!fits) fail_too_big();
         return fits;
     }
-    void too_big() {
+    void fail_too_big() {
         fail(CloseCode::message_too_big,
              "message is larger than " + std::to_string(limits_->max_message_size) + " bytes");
     }
+    Event fail_invalid_text() {
+        fail(CloseCode::invalid_payload, "text is not UTF-8");
+        return {};
+    }
 
-    // Unmasks the next part of the payload where it lies, and takes it from the input. Text is checked on the way, block
-    // by block while the block is in the cache; nothing where it is invalid.
-    std::optional<std::string_view> take_payload(bool text) {
+    // Consumes the available part of the payload: unmasks it in place and checks text, block by block while a block is
+    // in the cache. Returns nothing if the text is invalid.
+    std::optional<std::string_view> read_payload(bool text) {
         const auto size = static_cast<std::size_t>(
             std::min<std::uint64_t>(frame_left_, static_cast<std::uint64_t>(input_end_ - input_)));
         const std::string_view part(input_, size);
@@ -3086,87 +3105,90 @@ private:
         return part;
     }
 
-    Event take_data(bool whole) {
-        if (inflating_) return take_compressed();
+    // ---- messages --------------------------------------------------------------------------------------------------
+
+    Event read_data(bool whole) {
+        if (inflating_) return read_compressed();
+
+        // 1. Consume the input, and store it unless this frame is a whole message: that is delivered in place.
         const bool text = message_opcode_ == Opcode::text;
-        const bool alone = whole && frame_.fin && fragments_ == 1 && frame_left_ == frame_.length;
-        const auto part = take_payload(text);
-        if (!part) return invalid_text();
-        // A frame that is a whole message is handed on where it lies; any other part is collected.
-        if (!alone) collect(*part);
+        const bool in_place = whole && frame_.fin && fragments_ == 1 && frame_left_ == frame_.length;
+        const auto part = read_payload(text);
+        if (!part) return fail_invalid_text();
+        if (!in_place) store(*part);
+
+        // 2. Deliver the message if it is complete.
         if (in_payload_ || !frame_.fin) return {};
-        if (text && !utf8_.complete()) return invalid_text();
-        // RFC 6455 1.4: after a Close frame of ours, what still comes is of no interest to the application.
+        if (text && !utf8_.complete()) return fail_invalid_text();
+        // RFC 6455 1.4: after our Close frame, the application gets no more messages.
         if (state_ != State::open) {
             message_.release();
             return {};
         }
-        delivered_ = !alone;
-        return {Event::Kind::message, Message(alone ? *part : message_.view(), message_opcode_)};
+        message_delivered_ = !in_place;
+        return {Event::Kind::message, Message(in_place ? *part : message_.view(), message_opcode_)};
     }
-    void collect(std::string_view part) {
-        if (message_.capacity() == 0 && frame_.length >= direct_read) message_ = arena_->acquire_buffer();
-        const bool in_place = part.data() == message_.end() && part.size() <= message_.available();
-        if (in_place) message_.advance(part.size());
+    void store(std::string_view part) {
+        if (message_.capacity() == 0 && frame_.length >= direct_read_size) message_ = arena_->acquire_buffer();
+        const bool received_in_place = part.data() == message_.end() && part.size() <= message_.available();
+        if (received_in_place) message_.advance(part.size());
         else message_.append(part);
     }
-    Event invalid_text() {
-        fail(CloseCode::invalid_payload, "text is not UTF-8");
-        return {};
-    }
 
-    // A part of a compressed message is inflated as it comes. What lies here whole is handed on in the block that it was
-    // inflated to; of what does not, only as much is kept as it has become.
-    Event take_compressed() {
-        const std::string_view part = *take_payload(false);
+    // Inflates each part when it arrives, into a block of the arena. A message in one block is delivered from it. An
+    // unfinished message is copied, and takes only as much memory as it needs.
+    Event read_compressed() {
+        const std::string_view part = *read_payload(false);
         const bool last = !in_payload_ && frame_.fin;
-        if (state_ != State::open) return {};  // as above, after a Close frame of ours
-        compression_->give(part, last);
+        if (state_ != State::open) return {};  // RFC 6455 1.4, as in read_data()
+        compression_->set_input(part, last);
         Compression::Outcome outcome;
         do {
             Bytes block = arena_->acquire_buffer();
             block.reserve(compression_block);
             outcome = inflate_to(block);
             if (state_ != State::open) return {};
-            if (message_.empty() && (last || outcome == Compression::Outcome::more)) std::swap(message_, block);
+            if (message_.empty() && (last || outcome == Compression::Outcome::output_full)) std::swap(message_, block);
             else message_.append(block.view());
             arena_->recycle(std::move(block));
-        } while (outcome == Compression::Outcome::more);
+        } while (outcome == Compression::Outcome::output_full);
         if (!last) return {};
-        if (message_opcode_ == Opcode::text && !utf8_.complete()) return invalid_text();
+        if (message_opcode_ == Opcode::text && !utf8_.complete()) return fail_invalid_text();
         inflating_ = false;
-        delivered_ = true;
+        message_delivered_ = true;
         return {Event::Kind::message, Message(message_.view(), message_opcode_)};
     }
-    // Fills the block, or fails: the limit and UTF-8 are held against what a message inflates to, at once.
+    // Fills the block. The connection fails as soon as the output breaks the size limit or is not UTF-8.
     Compression::Outcome inflate_to(Bytes& block) {
         const std::size_t left = limits_->max_message_size - message_.size();
         std::size_t size = 0;
         const Compression::Outcome outcome =
             compression_->inflate(block.data(), left < block.available() ? left + 1 : block.available(), size);
         block.advance(size);
-        compression_->inflated += size;
+        compression_->inflated_bytes += size;
+        // RFC 7692 names no code. RFC 6455 7.4.1: 1007 is for "data within a message that was not consistent with the
+        // type of the message".
         if (outcome == Compression::Outcome::corrupt)
-            // RFC 7692 names no code. RFC 6455 7.4.1: 1007 is for "data within a message that was not consistent with
-            // the type of the message".
-            fail(CloseCode::invalid_payload, "message is not compressed as RFC 7692 wants it");
-        else if (size > left) too_big();
-        else if (message_opcode_ == Opcode::text && !utf8_.feed(block.data(), size)) invalid_text();
+            fail(CloseCode::invalid_payload, "message is not valid DEFLATE data (RFC 7692)");
+        else if (size > left) fail_too_big();
+        else if (message_opcode_ == Opcode::text && !utf8_.feed(block.data(), size)) fail_invalid_text();
         return outcome;
     }
 
-    Event take_control() {
-        std::string_view payload = *take_payload(false);
-        if (in_payload_ || (aside_ && !aside_->control.empty())) {
-            aside().control.append(payload);
+    // ---- control frames --------------------------------------------------------------------------------------------
+
+    Event read_control() {
+        std::string_view payload = *read_payload(false);
+        if (in_payload_ || (cold_ && !cold_->partial_control.empty())) {
+            cold().partial_control.append(payload);
             if (in_payload_) return {};
-            payload = aside_->whole_control = std::exchange(aside_->control, std::string());
+            payload = cold_->complete_control = std::exchange(cold_->partial_control, std::string());
         }
         if (frame_.opcode == Opcode::close) {
-            take_close(payload);
+            read_close(payload);
             return {};
         }
-        if (!control_allowed()) {
+        if (!control_frame_allowed()) {
             fail(CloseCode::policy_violation, "too many control frames");
             return {};
         }
@@ -3179,28 +3201,18 @@ private:
     // RFC 6455 5.5.3: "If an endpoint receives a Ping frame and has not yet sent Pong frame(s) in response to previous
     // Ping frame(s), the endpoint MAY elect to send a Pong frame for only the most recently processed Ping frame."
     void answer_ping(std::string_view payload) {
-        if (!blocked_) {
-            append_control(Opcode::pong, payload);
-            return;
-        }
-        aside().pong = payload;
-        pong_waits_ = true;
+        if (write_blocked_) cold().pending_pong = payload;
+        else enqueue(frame(Opcode::pong, payload));
     }
 
-    // A bucket of control_frames_burst tokens that fills with control_frames_per_second.
-    bool control_allowed() {
-        if (limits_->control_frames_per_second == 0) return true;
-        const auto elapsed = std::chrono::duration<float>(alive_ - control_time_).count();
-        control_time_ = alive_;
-        control_tokens_ =
-            (std::min)(static_cast<float>(limits_->control_frames_burst),
-                       control_tokens_ + elapsed * static_cast<float>(limits_->control_frames_per_second));
-        control_tokens_ -= 1;
-        return control_tokens_ >= 0;
+    bool control_frame_allowed() {
+        const double rate = limits_->control_frames_per_second, burst = limits_->control_frames_burst;
+        // TokenBucket has no limit on single tokens with a burst of 0.
+        return rate <= 0 || (burst >= 1 && control_frames_.take(1, {rate, burst}, last_activity_));
     }
 
     // RFC 6455 5.5.1, 7.1.5, 7.1.6.
-    void take_close(std::string_view payload) {
+    void read_close(std::string_view payload) {
         if (payload.size() == 1) return fail(CloseCode::protocol_error, "Close frame with a body of one byte");
         CloseCode code = CloseCode::no_status;
         std::string_view reason;
@@ -3213,57 +3225,77 @@ private:
                 return fail(CloseCode::invalid_payload, "Close frame with a reason that is not UTF-8");
         }
         // "When sending a Close frame in response, the endpoint typically echos the status code it received."
-        if (state_ == State::open) append_close(code, {});
-        end(state_ == State::closing ? cause_ : CloseCause::peer, code, reason);
+        if (state_ == State::open) enqueue_close(code, {});
+        set_closed(state_ == State::closing ? cause_ : CloseCause::peer, code, reason);
     }
 
-    void end(CloseCause cause, CloseCode code, std::string_view reason) {
+    void set_closed(CloseCause cause, CloseCode code, std::string_view reason) {
         state_ = State::closed;
         cause_ = cause;
         close_code_ = code;
-        pong_waits_ = false;
         in_payload_ = false;
         input_ = input_end_ = nullptr;
+        if (cold_) cold_->pending_pong.reset();
         try {
             close_reason_ = reason;
-        } catch (const std::bad_alloc&) {  // the code and the cause say enough; an end can not fail
+        } catch (const std::bad_alloc&) {  // closing must not fail
             close_reason_.clear();
         }
     }
 
-    bool accept(std::size_t size) const { return state_ == State::open && !overflows(size); }
+    // ---- frames to send --------------------------------------------------------------------------------------------
 
-    WriteStatus refused() {
+    bool can_send(std::size_t size) const { return state_ == State::open && !exceeds_backlog(size); }
+    bool drops_volatile(std::size_t size) const {
+        return state_ == State::open && (write_blocked_ || exceeds_backlog(size));
+    }
+
+    WriteStatus drop() {
+        ++dropped_;
+        return WriteStatus::dropped;
+    }
+    WriteStatus reject_write() {
         if (state_ != State::open) return WriteStatus::closed;
-        if (limits_->backlog_policy == BacklogPolicy::drop) {
-            ++dropped_;
-            return WriteStatus::dropped;
-        }
+        if (limits_->backlog_policy == BacklogPolicy::drop) return drop();
         fail(CloseCode::policy_violation, "the peer reads too slowly", CloseCause::backlog);
         return WriteStatus::closed;
     }
 
-    WriteStatus append(const Slice& slice) {
+    WriteStatus enqueue(const Slice& slice) {
         output_.append(slice);
-        return blocked_ ? WriteStatus::queued : WriteStatus::sent;
+        return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
+    }
+    void enqueue_close(CloseCode code, std::string_view reason) {
+        std::string body;
+        if (code != CloseCode::no_status) {
+            body += static_cast<char>(number(code) >> 8);
+            body += static_cast<char>(number(code) & 0xFF);
+            body += reason;
+        }
+        enqueue(frame(Opcode::close, body));
     }
 
-    WriteStatus append_control(Opcode opcode, std::string_view payload) { return append(frame(opcode, payload)); }
-
+    // Of an uncompressed frame.
+    std::size_t frame_size(std::size_t payload_size) const {
+        FrameHeader header;
+        header.masked = mask_source_ != nullptr;
+        header.length = payload_size;
+        return encoded_size(header) + payload_size;
+    }
     Slice frame(Opcode opcode, std::string_view payload, bool rsv1 = false) {
         FrameHeader header;
         header.opcode = opcode;
         header.rsv1 = rsv1;
-        header.masked = masks_ != nullptr;
-        if (header.masked) header.mask = masks_();
+        header.masked = mask_source_ != nullptr;
+        if (header.masked) header.mask = mask_source_();
         return encode_frame(*arena_, header, payload);
     }
 
-    bool compresses(std::size_t size) const {
-        return compression_available && compression_ != nullptr && compression_->wants(size);
+    bool should_compress(std::size_t size) const {
+        return compression_available && compression_ != nullptr && compression_->should_compress(size);
     }
-    // The message as a compressed frame, or as a plain one where that is smaller.
-    Slice compressed(Opcode opcode, std::string_view payload) {
+    // A plain frame if that is smaller.
+    Slice compressed_frame(Opcode opcode, std::string_view payload) {
         Bytes block = arena_->acquire_buffer();
         block.reserve(compression_block);
         const std::string_view deflated = compression_->deflate(payload, block);
@@ -3272,57 +3304,41 @@ private:
         return slice;
     }
 
-    void append_close(CloseCode code, std::string_view reason) {
-        std::string body;
-        if (code != CloseCode::no_status) {
-            body += static_cast<char>(number(code) >> 8);
-            body += static_cast<char>(number(code) & 0xFF);
-            body += reason;
-        }
-        append_control(Opcode::close, body);
-    }
-
-    // What few connections need, and none that is idle.
-    struct Aside {
-        Bytes kept;                 // input that keep_input() put aside
-        Bytes resumed;              // and that is being read again
-        std::string control;        // the beginning of a control frame's payload
-        std::string whole_control;  // one that has become whole, for as long as its event lives
-        std::string pong;           // the payload of the pong that waits
+    // State that an idle connection does not need: it keeps an idle connection small.
+    struct ColdState {
+        Bytes paused_input;
+        Bytes resumed_input;           // that next_event() reads
+        std::string partial_control;   // the beginning of a control frame's payload
+        std::string complete_control;  // the payload of the last event, if it arrived in parts
+        std::optional<std::string> pending_pong;
     };
-    Aside& aside() {
-        if (!aside_) aside_ = std::make_unique<Aside>();
-        return *aside_;
+    ColdState& cold() {
+        if (!cold_) cold_ = std::make_unique<ColdState>();
+        return *cold_;
     }
 
-    // What every message that is sent and every end of a turn needs stands first and together.
+    // The members that each send and each flush use come first, to share cache lines.
     const Limits* limits_ = nullptr;
-    MaskSource masks_ = nullptr;  // set for a client
+    MaskSource mask_source_ = nullptr;  // null for a server
     State state_ = State::connecting;
     CloseCause cause_ = CloseCause::none;
     CloseCode close_code_ = CloseCode::no_status;
-    bool blocked_ = false;
-    bool abort_ = false;
+    bool write_blocked_ = false;
     bool close_reported_ = false;
-    bool pong_waits_ = false;
     SendQueue output_;
-    Time alive_{};
-    Time waiting_since_{};  // for the answer to our ping or to our Close frame
-    Bytes message_;         // what has come of the message that is being read
-    std::unique_ptr<Aside> aside_;
-    std::unique_ptr<Compression> compression_;  // null where it was not negotiated
+    Time last_activity_{};
+    Time wait_started_{};  // for the answer to our ping or to our Close frame
+    Bytes message_;        // an unfinished message, or the one that was delivered
+    std::unique_ptr<ColdState> cold_;
+    std::unique_ptr<Compression> compression_;  // null if it was not negotiated
+    TokenBucket control_frames_;
 
-    // The bucket of control frames.
-    Time control_time_{};
-    float control_tokens_ = 0;
-    bool ping_sent_ = false;
-
-    // Input: what is given, the frame that is being read, the message that it belongs to.
+    // The input, its current frame and its current message.
     FrameParser parser_;
     std::uint8_t header_size_ = 0;
     bool in_payload_ = false;
-    bool delivered_ = false;  // message_ was handed out and is to be released
-    bool inflating_ = false;  // the message is compressed
+    bool message_delivered_ = false;  // the next next_event() releases message_
+    bool inflating_ = false;          // the current message is compressed
     Opcode message_opcode_ = Opcode::text;
     Utf8Validator utf8_;
     char* input_ = nullptr;
@@ -3344,8 +3360,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 8: Handler
 //
-// WebSocketHandler: the verbs that a user overrides and calls, and HandlerRef, which outlives it. A handler appends to
-// its connection's queue and tells its host; it knows nothing of sockets, of loops or of when the output leaves.
+// WebSocketHandler: the functions that a user overrides and calls, and HandlerRef, a weak reference to a handler. A
+// handler appends to its connection's queue and marks it dirty. Knows nothing of sockets, loops or flushing.
 // ====================================================================================================================
 
 #include <cassert>
@@ -3391,23 +3407,32 @@ protected:
 
 }  // namespace detail
 
-// A weak reference to a handler, for any thread to keep. What is done through one whose handler is gone is a no-op;
-// each call answers whether the work was accepted, which is false once the server itself is gone.
+// A weak reference to a handler that any thread may use. If the handler is gone, the work is dropped. Each call returns
+// false if the server is gone too. Payloads are checked as in WebSocketHandler, before the call returns.
 class HandlerRef {
 public:
     HandlerRef() = default;
 
-    // Runs work(handler) on the loop's thread, if the handler still lives then.
-    bool post(std::function<void(WebSocketHandler&)> work) const {
+    // Runs work(handler) on the loop's thread if the handler still exists. `work` is any callable.
+    template <class Work>
+    bool post(Work work) const {
         if (!cell_) return false;
-        return cell_->mailbox->post([cell = cell_, work = std::move(work)] {
+        return cell_->mailbox->post([cell = cell_, work = std::move(work)]() mutable {
             if (cell->handler != nullptr) work(*cell->handler);
         });
     }
     inline bool write_message(std::string payload, Opcode opcode = Opcode::text) const;
+    bool write_binary(std::string bytes) const { return write_message(std::move(bytes), Opcode::binary); }
+    bool write_json(const Json& value) const { return write_message(value.dump()); }
     inline bool close(CloseCode code = CloseCode::normal, std::string reason = {}) const;
 
-    // The handler, or null where it is gone. Only on the loop's thread.
+    // {"a", "b"} is not a message: as an iterator pair it would be undefined behavior.
+    template <class T>
+    bool write_message(std::initializer_list<T>, Opcode = Opcode::text) const = delete;
+    template <class T>
+    bool write_binary(std::initializer_list<T>) const = delete;
+
+    // Returns null if the handler is gone. Only for the loop's thread.
     WebSocketHandler* get() const { return cell_ ? cell_->handler : nullptr; }
 
 private:
@@ -3416,7 +3441,7 @@ private:
 
     struct Cell {
         std::shared_ptr<Mailbox> mailbox;
-        WebSocketHandler* handler;  // read and written on the loop's thread alone
+        WebSocketHandler* handler;  // only for the loop's thread
     };
 
     std::shared_ptr<Cell> cell_;
@@ -3443,79 +3468,87 @@ struct HandlerCore {
 
 }  // namespace detail
 
-// One WebSocket connection. The server makes one for each request that its route matches, calls check_origin(),
-// prepare() and select_subprotocol() before the 101, then open(), and after on_close() destroys it.
+// One WebSocket connection. The server creates a handler for each request that matches its route, calls check_origin(),
+// prepare() and select_subprotocol() before the 101 response, then open(). It destroys the handler after on_close().
 class WebSocketHandler {
 public:
     WebSocketHandler() = default;
     WebSocketHandler(const WebSocketHandler&) = delete;
     WebSocketHandler& operator=(const WebSocketHandler&) = delete;
-    // What refers to it finds nothing from now on.
     virtual ~WebSocketHandler() {
         if (core_.ref.cell_) core_.ref.cell_->handler = nullptr;
     }
 
-    // ---- to be overridden ------------------------------------------------------------------------------------------
+    // ---- to override -----------------------------------------------------------------------------------------------
 
-    // Before the 101: an answer here refuses the handshake (401, 403, a redirect).
+    // Called before the 101. A response from here rejects the handshake (401, 403, a redirect).
     virtual std::optional<Response> prepare(const Request&) { return std::nullopt; }
-    // Whether a page of this origin may connect; asked only where the request has an Origin header. Default: a page
-    // from the host that it connects to, or one of Server::allow_origins(). False is a 403.
+    // Whether a page of this origin may connect. Only called for a request with an Origin header. By default the origin
+    // must have the request's host or be one of Server::allow_origins(). False sends a 403.
     virtual bool check_origin(std::string_view origin) { return core_.host->origin_allowed(origin); }
-    // One of the subprotocols that the client offers, or nothing. What was not offered is not sent (RFC 6455 4.2.2).
+    // Returns one of the subprotocols that the client offers, or nothing. The server sends no other (RFC 6455 4.2.2).
     virtual std::string select_subprotocol(const std::vector<std::string_view>& offered) {
         static_cast<void>(offered);
         return {};
     }
-    // How messages are compressed where the client offers it (permessage-deflate, RFC 7692): not at all. Asked only
-    // where the program is built with WSCHAT_ZLIB.
+    // The options of permessage-deflate (RFC 7692) for a client that offers it. By default there is no compression.
+    // Only called if the program is built with WSCHAT_ZLIB.
     virtual std::optional<CompressionOptions> get_compression_options() { return std::nullopt; }
-    // open() and on_close() come exactly once each for a connection that got its 101, also where open() throws.
+    // Each connection that gets a 101 gets exactly one open() and one on_close(), even if open() throws.
     virtual void open() {}
     virtual void on_message(const Message& message) = 0;
-    // The room has already forgotten this handler; rooms() still names what it was in.
+    // The rooms no longer contain this handler, but rooms() still returns them.
     virtual void on_close() {}
-    virtual void on_ping(std::string_view payload) { static_cast<void>(payload); }  // the pong is already on its way
+    virtual void on_ping(std::string_view payload) { static_cast<void>(payload); }  // the pong is queued already
     virtual void on_pong(std::string_view payload) { static_cast<void>(payload); }
-    // The backlog had passed half of Limits::max_backlog and has fallen under it again.
+    // The backlog was above half of Limits::max_backlog and is below it again.
     virtual void on_drain() {}
 
-    // ---- to be called, on the loop's thread ------------------------------------------------------------------------
+    // ---- to call, on the loop's thread -----------------------------------------------------------------------------
 
-    // Queues a message; it leaves at the end of the loop's turn. Never throws for the peer's sake: see WriteStatus. A
-    // text that is not UTF-8 is an Error (RFC 6455 8.1: the peer would have to fail the connection).
+    // Queues a message, which leaves at the end of the loop's turn. A slow or closed peer is a status, not an exception.
+    // Throws Error for text that is not UTF-8 (RFC 6455 8.1: the peer would have to fail the connection).
     WriteStatus write_message(std::string_view payload, Opcode opcode = Opcode::text) {
         check_payload("write_message", payload, opcode);
-        return write_payload(opcode, payload);
+        return send_payload(opcode, payload);
     }
-    // A message as it came in; not checked again.
-    WriteStatus write_message(const Message& message) { return write_payload(message.opcode(), message.data()); }
-    // One that is encoded already, to be shared by many.
+    // A received message; not checked again.
+    WriteStatus write_message(const Message& message) { return send_payload(message.opcode(), message.data()); }
+    // A frame for many handlers: Rooms::encode().
     WriteStatus write_message(const EncodedFrame& frame) {
-        return write_data(frame.size(), [&](detail::Connection& connection) { return connection.send(frame); });
+        return send_data(frame.size(), [&](detail::Connection& connection) { return connection.send(frame); });
     }
-    // What is stale when it comes late (who is typing, where a pointer is): dropped and counted where it would wait
-    // behind what the peer has not taken yet.
+    WriteStatus write_binary(std::string_view bytes) { return send_payload(Opcode::binary, bytes); }
+    // Json, or any object with .dump(), such as nlohmann::json.
+    WriteStatus write_json(const Json& value) { return send_payload(Opcode::text, value.dump()); }
+    // For a message that is useless when it is late (who is typing, a pointer's position): it is dropped and counted if
+    // it would wait behind output that the kernel refuses.
+    WriteStatus write_volatile(std::string_view payload, Opcode opcode = Opcode::text) {
+        check_payload("write_volatile", payload, opcode);
+        return send_data(payload.size(),
+                         [&](detail::Connection& connection) { return connection.send_volatile(opcode, payload); });
+    }
     WriteStatus write_volatile(const EncodedFrame& frame) {
-        return write_data(frame.size(),
-                          [&](detail::Connection& connection) { return connection.send_volatile(frame); });
-    }
-    WriteStatus write_json(const Json& value) { return write_message(value.dump()); }
-    // Any object with .dump(), as nlohmann::json.
-    template <class Object>
-    auto write_json(const Object& object) -> decltype(std::string_view(object.dump()), WriteStatus()) {
-        return write_message(std::string_view(object.dump()));
+        return send_data(frame.size(), [&](detail::Connection& connection) { return connection.send_volatile(frame); });
     }
 
-    // At most 125 bytes (RFC 6455 5.5), else an Error.
+    // {"a", "b"} is not a message: as a string_view it would be undefined behavior in C++20. See write_json().
+    template <class T>
+    WriteStatus write_message(std::initializer_list<T>, Opcode = Opcode::text) = delete;
+    template <class T>
+    WriteStatus write_binary(std::initializer_list<T>) = delete;
+    template <class T>
+    WriteStatus write_volatile(std::initializer_list<T>, Opcode = Opcode::text) = delete;
+
+    // Throws Error for over 125 bytes (RFC 6455 5.5).
     WriteStatus ping(std::string_view payload = {}) {
-        return write([&](detail::Connection& connection) { return connection.send_control(Opcode::ping, payload); });
+        return send([&](detail::Connection& connection) { return connection.send_control(Opcode::ping, payload); });
     }
-    // Starts the closing handshake; on_close() comes when the peer has answered, or Limits::closing_timeout later. An
-    // illegal code (RFC 6455 7.4), a reason over 123 bytes or one that is not UTF-8 is an Error.
+    // Starts the closing handshake. on_close() is called when the peer has answered, or after Limits::closing_timeout.
+    // Throws Error for an illegal code (RFC 6455 7.4), and for a reason that is over 123 bytes or not UTF-8.
     void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) {
         detail::Connection::check_close(code, reason);
-        write([&](detail::Connection& connection) {
+        send([&](detail::Connection& connection) {
             if (connection.is_open()) connection.close(code, reason, core_.host->now());
             return WriteStatus::closed;
         });
@@ -3526,42 +3559,41 @@ public:
         close(static_cast<CloseCode>(code), reason);
     }
 
-    // What the peer's Close frame said, or what ours says as long as there is none; CloseCode::no_status before.
+    // From the peer's Close frame, or from ours until it arrives. CloseCode::no_status before both.
     CloseCode close_code() const { return core_.connection.close_code(); }
     const std::string& close_reason() const { return core_.connection.close_reason(); }
     CloseCause close_cause() const { return core_.connection.close_cause(); }
     bool is_open() const { return core_.connection.is_open(); }
 
-    // The request of the opening handshake; lives as long as the handler.
+    // The request of the opening handshake; valid as long as the handler.
     const Request& request() const { return core_.request; }
-    // The client's address as text, "127.0.0.1" or "::1" or "unix"; behind a trusted proxy the one that it names.
+    // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
     const std::string& remote_address() const { return core_.remote_address; }
-    // What select_subprotocol() chose; empty where it chose nothing.
+    // The result of select_subprotocol(); empty if it chose none.
     std::string_view selected_subprotocol() const { return core_.subprotocol; }
 
-    // The room of that name; it is made by being named, and gone at the end of a turn in which it is empty.
-    // An Error in the constructor, when the handler has no server yet.
+    // The room of that name, created on demand. An empty room is removed at the end of the turn. Throws Error in the
+    // constructor, before the handler has a server.
     inline Room& room(std::string_view name);
-    // The rooms that this handler is in.
+    // The rooms that contain this handler.
     inline std::vector<Room*> rooms() const;
 
-    // Bytes that are queued and that the kernel has not taken yet.
+    // Bytes that are queued and not taken by the kernel yet.
     std::size_t buffered_amount() const { return core_.connection.output().size(); }
-    // Messages that BacklogPolicy::drop has dropped.
+    // How many messages were dropped, by BacklogPolicy::drop or write_volatile().
     std::uint64_t dropped_messages() const { return core_.connection.dropped_messages(); }
     // TCP_NODELAY; on by default.
     void set_nodelay(bool on) {
         if (core_.host != nullptr) core_.host->set_nodelay(on);
     }
 
-    // A reference for other threads and for later. Not before prepare().
+    // A reference for other threads and for later use. Empty in the constructor.
     HandlerRef ref() {
-        if (core_.ref.cell_ == nullptr && core_.host != nullptr) {
+        if (core_.ref.cell_ == nullptr && core_.host != nullptr)
             core_.ref.cell_ = std::make_shared<HandlerRef::Cell>(HandlerRef::Cell{core_.host->mailbox(), this});
-        }
         return core_.ref;
     }
-    // For timers and post(). An Error in the constructor.
+    // Both throw Error in the constructor.
     Loop& loop() { return host("loop").loop(); }
     Server& server() { return host("server").server(); }
 
@@ -3581,34 +3613,34 @@ private:
     }
 
     template <class Send>
-    WriteStatus write(Send&& send) {
+    WriteStatus send(Send&& function) {
         if (core_.host == nullptr) return WriteStatus::closed;
         assert(core_.host->on_loop_thread() && "a handler belongs to the loop's thread: use ref()");
         WriteStatus status = WriteStatus::closed;
         try {
-            status = send(core_.connection);
+            status = function(core_.connection);
         } catch (const std::bad_alloc&) {
-            // It costs this connection, and not the one whose callback broadcasts to it.
+            // Ends this connection, and not the one that broadcasts to it.
             core_.connection.abort(CloseCause::connection_lost, "out of memory");
         }
         if (!core_.host->dirty) core_.host->mark_dirty();
         return status;
     }
-    WriteStatus write_payload(Opcode opcode, std::string_view payload) {
-        return write_data(payload.size(), [&](detail::Connection& connection) {
+    template <class Send>
+    WriteStatus send_data(std::size_t size, Send&& function) {
+        return send([&](detail::Connection& connection) {
+            // Flushes what this turn has queued before the message counts as over the limit.
+            if (connection.is_open() && connection.exceeds_backlog(size)) core_.host->flush();
+            const WriteStatus status = function(connection);
+            if (status == WriteStatus::sent || status == WriteStatus::queued) ++core_.messages_sent;
+            return status;
+        });
+    }
+    WriteStatus send_payload(Opcode opcode, std::string_view payload) {
+        return send_data(payload.size(), [&](detail::Connection& connection) {
             return connection.send(opcode, payload, [this](const std::string_view* pieces, std::size_t count) {
                 return core_.host->offer(pieces, count);
             });
-        });
-    }
-    template <class Send>
-    WriteStatus write_data(std::size_t size, Send&& send) {
-        return write([&](detail::Connection& connection) {
-            // Before a limit is held against the peer, the kernel may take what this turn has queued.
-            if (connection.is_open() && connection.overflows(size)) core_.host->flush();
-            const WriteStatus status = send(connection);
-            if (status == WriteStatus::sent || status == WriteStatus::queued) ++core_.messages_sent;
-            return status;
         });
     }
 
@@ -3650,39 +3682,45 @@ WSCHAT_END
 // section 9: Rooms
 //
 // Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
-// nothing of what members say to one another.
+// nothing of what members send.
 // ====================================================================================================================
 
 WSCHAT_BEGIN
 
+namespace detail {
+
+class RoomsAccess;
+
+}  // namespace detail
+
 class Room {
     struct Member {
         WebSocketHandler* handler;
-        std::size_t slot;  // of the membership among the handler's rooms
+        std::size_t slot;  // of this room in the handler's list of rooms
     };
 
 public:
-    // Iterates over the members at the time of begin(), leaving out who leaves in the meantime; so the body of a loop
-    // may close, join and leave as it likes.
+    // Iterates over a copy of the members and skips those that have left since. The body of a loop may therefore close,
+    // join and leave.
     class Iterator {
     public:
         explicit Iterator(const Room& room) : room_(&room), members_(room.members_) { skip(); }
-        WebSocketHandler& operator*() const { return *members_[at_].handler; }
-        WebSocketHandler* operator->() const { return members_[at_].handler; }
+        WebSocketHandler& operator*() const { return *members_[index_].handler; }
+        WebSocketHandler* operator->() const { return members_[index_].handler; }
         Iterator& operator++() {
-            ++at_;
+            ++index_;
             skip();
             return *this;
         }
-        friend bool operator!=(const Iterator& it, std::nullptr_t) { return it.at_ != it.members_.size(); }
+        friend bool operator!=(const Iterator& it, std::nullptr_t) { return it.index_ != it.members_.size(); }
 
     private:
         void skip() {
-            while (at_ != members_.size() && !room_->has(*members_[at_].handler)) ++at_;
+            while (index_ != members_.size() && !room_->has(*members_[index_].handler)) ++index_;
         }
         const Room* room_;
         std::vector<Member> members_;
-        std::size_t at_ = 0;
+        std::size_t index_ = 0;
     };
 
     explicit Room(std::string name, Rooms& rooms) : name_(std::move(name)), rooms_(rooms) {}
@@ -3692,37 +3730,34 @@ public:
     const std::string& name() const { return name_; }
     std::size_t size() const { return members_.size(); }
     bool empty() const { return members_.empty(); }
-    bool has(const WebSocketHandler& handler) const { return place(handler) != none; }
+    bool has(const WebSocketHandler& handler) const { return index_of(handler) != npos; }
     Iterator begin() const { return Iterator(*this); }
     std::nullptr_t end() const { return nullptr; }
 
-    // False where it is a member already or its connection is not open. A member leaves by itself when its connection
-    // ends.
+    // Returns false if the handler is a member already or its connection is not open. A handler leaves automatically
+    // when its connection ends.
     bool join(WebSocketHandler& handler) {
         if (!handler.is_open() || has(handler)) return false;
         auto& rooms = detail::HandlerAccess::core(handler).rooms;
-        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);  // both lists take it, or neither
+        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);  // the second push_back cannot throw
         members_.push_back({&handler, rooms.size()});
         rooms.push_back({this, members_.size() - 1});
         return true;
     }
-    // False where it is not a member.
+    // Returns false if the handler is not a member.
     inline bool leave(WebSocketHandler& handler);
 
-    // Sends to every member whose connection is open, but not to `except`; returns to how many it was sent or queued.
-    // What each backlog policy dropped is counted at the member.
+    // Sends to all members except `except`. Returns the number of members whose WriteStatus is sent or queued. Throws
+    // Error for text that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
         detail::HandlerAccess::check_payload("broadcast", payload, opcode);
         return broadcast(Message(payload, opcode), except);
     }
-    std::size_t broadcast_json(const Json& value, const WebSocketHandler* except = nullptr) {
-        return broadcast(Message(value.dump()), except);
-    }
     std::size_t broadcast(const EncodedFrame& frame, const WebSocketHandler* except = nullptr) {
-        constexpr std::size_t ahead = 4;
-        std::size_t reached = 0;
+        constexpr std::size_t ahead = 4;  // the prefetch hides cache misses, which dominate a large fan-out
+        std::size_t count = 0;
         for (std::size_t i = 0; i < members_.size(); ++i) {
             if (members_.size() - i > 2 * ahead) {
                 detail::HandlerAccess::prefetch(members_[i + 2 * ahead].handler);
@@ -3730,30 +3765,55 @@ public:
             }
             if (members_[i].handler == except) continue;
             const WriteStatus status = members_[i].handler->write_message(frame);
-            if (status == WriteStatus::sent || status == WriteStatus::queued) ++reached;
+            if (status == WriteStatus::sent || status == WriteStatus::queued) ++count;
         }
-        return reached;
+        return count;
     }
-    // Members that are slow do without it: WebSocketHandler::write_volatile().
+    std::size_t broadcast_binary(std::string_view bytes, const WebSocketHandler* except = nullptr) {
+        return broadcast(Message(bytes, Opcode::binary), except);
+    }
+    // Json, or any object with .dump(), such as nlohmann::json.
+    std::size_t broadcast_json(const Json& value, const WebSocketHandler* except = nullptr) {
+        return broadcast(Message(value.dump()), except);
+    }
+    // Skips slow members, as WebSocketHandler::write_volatile() does.
+    std::size_t broadcast_volatile(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast_volatile(std::string_view payload, const WebSocketHandler* except = nullptr,
-                                   Opcode opcode = Opcode::text);
+                                   Opcode opcode = Opcode::text) {
+        detail::HandlerAccess::check_payload("broadcast_volatile", payload, opcode);
+        return broadcast_volatile(Message(payload, opcode), except);
+    }
+    std::size_t broadcast_volatile(const EncodedFrame& frame, const WebSocketHandler* except = nullptr) {
+        std::size_t count = 0;
+        for (const Member& member : members_)
+            if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++count;
+        return count;
+    }
+
+    // {"a", "b"} is not a message: as a string_view it would be undefined behavior in C++20. See broadcast_json().
+    template <class T, class... Rest>
+    std::size_t broadcast(std::initializer_list<T>, Rest...) = delete;
+    template <class T, class... Rest>
+    std::size_t broadcast_binary(std::initializer_list<T>, Rest...) = delete;
+    template <class T, class... Rest>
+    std::size_t broadcast_volatile(std::initializer_list<T>, Rest...) = delete;
 
 private:
     friend class Rooms;
 
-    static constexpr std::size_t none = static_cast<std::size_t>(-1);
+    static constexpr std::size_t npos = static_cast<std::size_t>(-1);
 
-    // Where the handler stands among the members: the shorter of the two lists is searched.
-    std::size_t place(const WebSocketHandler& handler) const {
+    // Searches the shorter list: the members of the room or the rooms of the handler.
+    std::size_t index_of(const WebSocketHandler& handler) const {
         const auto& rooms = detail::HandlerAccess::core(handler).rooms;
         for (std::size_t i = 0; i < (std::min)(rooms.size(), members_.size()); ++i) {
             if (members_[i].handler == &handler) return i;
-            const std::size_t at = rooms[i].index;
-            if (rooms[i].room == this && at < members_.size() && members_[at].handler == &handler) return at;
+            const std::size_t index = rooms[i].index;
+            if (rooms[i].room == this && index < members_.size() && members_[index].handler == &handler) return index;
         }
-        return none;
+        return npos;
     }
-    // The last member takes the place of the one that goes.
+    // Moves the last member to this index.
     void remove_at(std::size_t index) {
         members_[index] = members_.back();
         members_.pop_back();
@@ -3765,23 +3825,24 @@ private:
     Rooms& rooms_;
     std::vector<Member> members_;
     Room* next_to_prune_ = nullptr;
-    bool to_prune_ = false;
+    bool prune_pending_ = false;
 };
 
-// All rooms of a server, by name.
+// The rooms of a server, by name.
 class Rooms {
 public:
     explicit Rooms(detail::SendArena& arena) : arena_(arena) {}
     Rooms(const Rooms&) = delete;
     Rooms& operator=(const Rooms&) = delete;
 
+    // Creates the room on demand. An empty room is removed at the end of the turn.
     Room& operator[](std::string_view name) {
         if (Room* room = rooms_.find(name)) return *room;
-        Room& made = rooms_.find_or_emplace(name, std::string(name), *this);
-        may_be_empty(made);
-        return made;
+        Room& room = rooms_.find_or_emplace(name, std::string(name), *this);
+        prune_later(room);
+        return room;
     }
-    // Null where nobody is in such a room.
+    // Returns null if no room of that name has members.
     Room* find(std::string_view name) const {
         Room* room = rooms_.find(name);
         return room == nullptr || room->empty() ? nullptr : room;
@@ -3792,63 +3853,78 @@ public:
         for (const auto& [name, room] : rooms_) result.push_back(name);
         return result;
     }
-    detail::SendArena& arena() { return arena_; }
 
-    // A connection has ended: no room has it as a member any more. The handler's own list stays for its on_close().
-    void forget(WebSocketHandler& handler) {
+    // Encodes a message once for any number of broadcast(), write_message() and write_volatile() calls. The frame holds a
+    // copy of the payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error
+    // for text that is not UTF-8.
+    EncodedFrame encode(std::string_view payload, Opcode opcode = Opcode::text) {
+        detail::HandlerAccess::check_payload("encode", payload, opcode);
+        return EncodedFrame(arena_, opcode, payload);
+    }
+    template <class T>
+    EncodedFrame encode(std::initializer_list<T>, Opcode = Opcode::text) = delete;
+
+private:
+    friend class Room;
+    friend class detail::RoomsAccess;
+
+    void remove_from_all(WebSocketHandler& handler) {
         for (const auto& membership : detail::HandlerAccess::core(handler).rooms) {
             membership.room->remove_at(membership.index);
-            may_be_empty(*membership.room);
+            prune_later(*membership.room);
         }
     }
-    // Drops empty rooms; called at the end of each turn.
+    void prune_later(Room& room) {
+        if (!std::exchange(room.prune_pending_, true)) room.next_to_prune_ = std::exchange(prune_list_, &room);
+    }
     void prune() {
-        while (to_prune_ != nullptr) {
-            Room& room = *to_prune_;
-            to_prune_ = room.next_to_prune_;
-            room.to_prune_ = false;
+        while (prune_list_ != nullptr) {
+            Room& room = *prune_list_;
+            prune_list_ = room.next_to_prune_;
+            room.prune_pending_ = false;
             if (room.empty()) rooms_.erase(room.name());
         }
     }
 
-private:
-    friend class Room;
-
-    void may_be_empty(Room& room) {
-        if (!std::exchange(room.to_prune_, true)) room.next_to_prune_ = std::exchange(to_prune_, &room);
-    }
-
     detail::SendArena& arena_;
     StringMap<Room> rooms_;
-    Room* to_prune_ = nullptr;  // the first of a chain, which takes no memory: a handler's end can not fail
+    Room* prune_list_ = nullptr;  // linked through the rooms, because the end of a handler must not allocate
 };
 
+namespace detail {
+
+// What only the server calls.
+class RoomsAccess {
+public:
+    // Removes the handler from all rooms when its connection ends. Its own list stays for on_close().
+    static void remove_from_all(Rooms& rooms, WebSocketHandler& handler) { rooms.remove_from_all(handler); }
+    // Removes empty rooms at the end of a turn.
+    static void prune(Rooms& rooms) { rooms.prune(); }
+};
+
+}  // namespace detail
+
 inline bool Room::leave(WebSocketHandler& handler) {
-    const std::size_t index = place(handler);
-    if (index == none) return false;
+    const std::size_t index = index_of(handler);
+    if (index == npos) return false;
     auto& rooms = detail::HandlerAccess::core(handler).rooms;
     const std::size_t slot = members_[index].slot;
     remove_at(index);
     rooms[slot] = rooms.back();
     rooms.pop_back();
     if (slot != rooms.size()) rooms[slot].room->members_[rooms[slot].index].slot = slot;
-    if (empty()) rooms_.may_be_empty(*this);
+    if (empty()) rooms_.prune_later(*this);
     return true;
 }
 
 inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
     if (empty()) return 0;
-    return broadcast(EncodedFrame::borrowed(rooms_.arena(), message.opcode(), message.data()), except);
+    return broadcast(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
-inline std::size_t Room::broadcast_volatile(std::string_view payload, const WebSocketHandler* except, Opcode opcode) {
-    detail::HandlerAccess::check_payload("broadcast_volatile", payload, opcode);
+inline std::size_t Room::broadcast_volatile(const Message& message, const WebSocketHandler* except) {
     if (empty()) return 0;
-    const EncodedFrame frame(rooms_.arena(), opcode, payload);
-    std::size_t reached = 0;
-    for (const Member& member : members_)
-        if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++reached;
-    return reached;
+    return broadcast_volatile(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
 inline Room& WebSocketHandler::room(std::string_view name) { return host("room").rooms()[name]; }
@@ -3858,16 +3934,6 @@ inline std::vector<Room*> WebSocketHandler::rooms() const {
     for (const auto& membership : core_.rooms) result.push_back(membership.room);
     return result;
 }
-
-namespace detail {
-
-class RoomsAccess {
-public:
-    static void forget(Rooms& rooms, WebSocketHandler& handler) { rooms.forget(handler); }
-    static void prune(Rooms& rooms) { rooms.prune(); }
-};
-
-}  // namespace detail
 
 WSCHAT_END
 
@@ -7050,7 +7116,7 @@ protected:
             }
             mark_dirty();
             if (connection().is_open() && must_pause(events)) {
-                connection().keep_input();
+                connection().pause_input();
                 return false;
             }
         }
@@ -7058,13 +7124,13 @@ protected:
     // Goes on with the input that was kept. True: the connection has closed.
     bool resume_input() {
         pause_ = Pause::none;
-        connection().resume();
+        connection().resume_input();
         return dispatch_events();
     }
 
     // on_close(), exactly once, and the end of the handler. Allocates nothing that it cannot do without.
     void close_handler() {
-        RoomsAccess::forget(host_.rooms, *handler_);
+        RoomsAccess::remove_from_all(host_.rooms, *handler_);
         --host_.metrics.websockets_open;
         guarded("session", [this] {
             ++host_.metrics.closed[connection().close_cause()];
@@ -7121,7 +7187,7 @@ private:
     }
 
     bool must_pause(unsigned events) {
-        if (connection().exhausting() || events >= max_events) {
+        if (connection().inflate_budget_spent() || events >= max_events) {
             pause_ = Pause::budget;
             return true;
         }
@@ -7348,9 +7414,9 @@ private:
     // ---- output ----------------------------------------------------------------------------------------------------
 
     SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
-    bool blocked() { return phase_ == Phase::websocket ? connection().blocked() : http_->blocked; }
+    bool blocked() { return phase_ == Phase::websocket ? connection().write_blocked() : http_->blocked; }
     void set_blocked(bool blocked) {
-        if (phase_ == Phase::websocket) connection().set_blocked(blocked);
+        if (phase_ == Phase::websocket) connection().set_write_blocked(blocked);
         else http_->blocked = blocked;
     }
 
@@ -7368,13 +7434,13 @@ private:
         set_blocked(false);
         if (phase_ != Phase::websocket) return flush();
         const std::uint64_t sent_before = host_.wire.sent;
-        connection().send_waiting_pong();
+        connection().send_pending_pong();
         flush();
-        if (host_.wire.sent != sent_before) connection().alive(now());
+        if (host_.wire.sent != sent_before) connection().record_activity(now());
     }
     void update_backlog() {
         std::size_t held = 0;
-        if (phase_ == Phase::websocket && !ended_) held = output().size() + connection().input_held();
+        if (phase_ == Phase::websocket && !ended_) held = output().size() + connection().buffered_input();
         else if (http_ && !gone() && !ended_) held = output().size() + http_->pending_size();
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
@@ -7407,7 +7473,7 @@ private:
         for (int i = 0; i < max_reads && reading(); ++i) {
             if (stream_.encrypted() && !handshake_done_ && !host_.turn.take_handshake()) return;
             std::pair<char*, std::size_t> area{nullptr, 0};
-            if (phase_ == Phase::websocket) area = connection().receive_area();
+            if (phase_ == Phase::websocket) area = connection().receive_buffer();
             if (area.first == nullptr) area = {host_.receive_buffer.data(), host_.receive_buffer.capacity()};
             const IoResult got = stream_.receive(area.first, area.second, host_.wire);
             if (got.outcome == IoResult::Outcome::would_block) return;
@@ -7432,7 +7498,7 @@ private:
         const bool tls_failed = stream_.tls_failed();
         if (tls_failed) log_tls_failure();
         if (phase_ == Phase::websocket) {
-            connection().receive_end(got.outcome == IoResult::Outcome::error
+            connection().receive_eof(got.outcome == IoResult::Outcome::error
                                          ? stream_.error_text(got)
                                          : "the peer hung up without a Close frame");
         } else if (tls_failed) {
@@ -7589,13 +7655,13 @@ private:
 
     void open_websocket(AcceptedCompression compression, std::string_view& rest) {
         http_->queue(
-            switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol, compression.answer));
+            switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol, compression.response));
         ++host_.metrics.responses[101];
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
         // From here to open() nothing throws, so that on_close() comes only after open().
         std::swap(connection().output(), http_->output);
-        connection().set_blocked(http_->blocked);
+        connection().set_write_blocked(http_->blocked);
         phase_ = Phase::websocket;
         http_.reset();
         open_handler();
@@ -7632,7 +7698,7 @@ private:
         }
         auto http = std::make_unique<HttpExchange>(host_, limits());
         http->keep_alive = false;
-        http->blocked = connection().blocked();
+        http->blocked = connection().write_blocked();
         std::swap(http->output, connection().output());
         close_handler();
         http_ = std::move(http);

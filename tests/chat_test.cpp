@@ -101,9 +101,9 @@ public:
     void leave(CloseCode code = CloseCode::abnormal) {
         if (!std::exchange(opened_, false)) return;
         Connection& connection = HandlerAccess::core(handler).connection;
-        if (code == CloseCode::abnormal) connection.receive_end("lost");
+        if (code == CloseCode::abnormal) connection.receive_eof("lost");
         else connection.fail(code, "", CloseCause::peer);
-        desk_.rooms().forget(handler);
+        wschat::detail::RoomsAccess::remove_from_all(desk_.rooms(), handler);
         handler.on_close();
     }
     CloseCode close_code() {

@@ -1,4 +1,4 @@
-// section 8 and what section 13 does for it: every verb of a handler, over real sockets.
+// Section 8 and its part in section 14: each function of a handler, over real sockets.
 #include "support.hpp"
 
 #include <set>
@@ -6,9 +6,11 @@
 namespace {
 
 using test::Client;
+using test::contains;
 using test::hex;
 using test::RawClient;
 using test::RunningServer;
+using test::with_limits;
 using wschat::BacklogPolicy;
 using wschat::CloseCause;
 using wschat::CloseCode;
@@ -25,15 +27,15 @@ using wschat::WriteStatus;
 using wschat::detail::Event;
 using namespace std::chrono_literals;
 
-// What happened, in order: written by callbacks on the loop's thread, read by the test's.
-class Journal {
+// Events in order. Callbacks on the loop's thread add them, and the test's thread reads them.
+class EventLog {
 public:
     void add(std::string line) {
         const std::lock_guard<std::mutex> lock(mutex_);
         lines_.push_back(std::move(line));
         changed_.notify_all();
     }
-    // Waits until a line is there that begins so.
+    // Waits for a line with this beginning.
     bool wait_for(std::string_view begin) {
         std::unique_lock<std::mutex> lock(mutex_);
         return changed_.wait_for(lock, test::deadline, [&] { return count_locked(begin) != 0; });
@@ -63,17 +65,17 @@ private:
 
 class Scripted;
 
-// What scripted handlers do, where they shall not do the default: echo messages, and note what happens.
+// The behavior of scripted handlers. By default they echo messages and record their callbacks.
 struct Script {
     std::function<std::optional<Response>(Scripted&)> prepare;
     std::function<bool(Scripted&, std::string_view)> check_origin;
     std::function<std::string(const std::vector<std::string_view>&)> select_subprotocol;
     std::function<void(Scripted&, const Message&)> on_message;
-    // Called in every callback, with its name: "prepare", "open", "message", "close", "ping", "pong", "drain".
-    std::function<void(Scripted&, std::string_view)> at;
+    // Runs in each callback, with its name: "prepare", "open", "message", "close", "ping", "pong", "drain".
+    std::function<void(Scripted&, std::string_view)> on_callback;
 
-    Journal journal;
-    std::set<Scripted*> handlers;  // those that live; for the loop's thread
+    EventLog events;
+    std::set<Scripted*> handlers;  // that exist; for the loop's thread
 };
 
 class Scripted : public WebSocketHandler {
@@ -81,14 +83,14 @@ public:
     explicit Scripted(Script& script) : script_(script) { script_.handlers.insert(this); }
     ~Scripted() override {
         script_.handlers.erase(this);
-        script_.journal.add("destroyed");
+        script_.events.add("destroyed");
     }
 
-    // "?name=anna" of its request.
+    // From "?name=anna" in the request.
     std::string name() const { return request().query("name").value_or(std::string()); }
 
     std::optional<Response> prepare(const Request&) override {
-        note("prepare", "");
+        record("prepare", "");
         return script_.prepare ? script_.prepare(*this) : std::nullopt;
     }
     bool check_origin(std::string_view origin) override {
@@ -97,25 +99,25 @@ public:
     std::string select_subprotocol(const std::vector<std::string_view>& offered) override {
         return script_.select_subprotocol ? script_.select_subprotocol(offered) : std::string();
     }
-    void open() override { note("open", ""); }
+    void open() override { record("open", ""); }
     void on_message(const Message& message) override {
-        note("message", message.size() < 100 ? message.data() : "large");
+        record("message", message.size() < 100 ? message.data() : "large");
         if (script_.on_message) script_.on_message(*this, message);
         else write_message(message);
     }
     void on_close() override {
-        note("close", std::to_string(number(close_code())) + " " + std::string(to_string(close_cause())));
+        record("close", std::to_string(number(close_code())) + " " + std::string(to_string(close_cause())));
     }
-    void on_ping(std::string_view payload) override { note("ping", payload.size() < 100 ? payload : "large"); }
-    void on_pong(std::string_view payload) override { note("pong", payload); }
-    void on_drain() override { note("drain", ""); }
+    void on_ping(std::string_view payload) override { record("ping", payload.size() < 100 ? payload : "large"); }
+    void on_pong(std::string_view payload) override { record("pong", payload); }
+    void on_drain() override { record("drain", ""); }
 
-    void note(std::string_view moment, std::string_view detail) {
+    void record(std::string_view callback, std::string_view detail) {
         std::string line = name().empty() ? "" : name() + ": ";
-        line += moment;
+        line += callback;
         if (!detail.empty()) (line += ' ') += detail;
-        script_.journal.add(line);
-        if (script_.at) script_.at(*this, moment);
+        script_.events.add(line);
+        if (script_.on_callback) script_.on_callback(*this, callback);
     }
 
 private:
@@ -123,30 +125,29 @@ private:
 };
 
 // A server with scripted handlers at "/", and its log.
-struct World {
-    explicit World(ServerOptions options = {}) : running(std::move(options)) {
+struct Fixture {
+    explicit Fixture(ServerOptions options = {}) : running(std::move(options)) {
         running.server.route<Scripted>("/", std::ref(script));
         running.server.on_log([this](const wschat::LogEntry& entry) { log.add(to_string(entry)); });
     }
-    World& start() {
+    Fixture& start() {
         running.start();
         return *this;
     }
     int port() const { return running.port(); }
-    // Something that the one handler that lives knows.
-    template <class Ask>
-    auto ask(Ask ask) {
-        return running.on_loop([&] { return ask(**script.handlers.begin()); });
+    // Calls the function on the loop's thread with the only handler.
+    template <class Function>
+    auto with_handler(Function function) {
+        return running.on_loop([&] { return function(**script.handlers.begin()); });
     }
-    // The server still serves.
-    bool lives() {
+    bool still_serves() {
         Client client(port(), "/?name=probe");
         client.send("are you there");
         return client.next() == "are you there";
     }
 
     Script script;
-    Journal log;
+    EventLog log;
     RunningServer running;
 };
 
@@ -155,13 +156,8 @@ wschat::Limits quick_timeouts() {
     limits.ping_interval = limits.ping_timeout = limits.closing_timeout = 30ms;
     return limits;
 }
-ServerOptions with_limits(const wschat::Limits& limits) {
-    ServerOptions options;
-    options.limits = limits;
-    return options;
-}
-// What a slow peer's socket takes without being read is little then.
-void narrow(Client& client) {
+// Makes the kernel refuse output early.
+void shrink_buffers(Client& client) {
     const int size = 16 * 1024;
     ::setsockopt(client.raw.socket().descriptor(), SOL_SOCKET, SO_RCVBUF, &size, sizeof size);
     ::setsockopt(client.raw.socket().descriptor(), SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
@@ -173,34 +169,34 @@ std::string status_of(const Client& client) { return client.head.substr(0, clien
 TEST_SUITE("handler") {
     // ---- the handshake ---------------------------------------------------------------------------------------------
 
-    TEST_CASE("prepare refuses a handshake with its Response") {
-        World world;
-        world.script.prepare = [](Scripted& self) -> std::optional<Response> {
+    TEST_CASE("prepare rejects a handshake with its Response") {
+        Fixture fixture;
+        fixture.script.prepare = [](Scripted& self) -> std::optional<Response> {
             if (self.request().query("token") == "secret") return std::nullopt;
             return std::move(Response(401, "Who are you?\n").set_header("WWW-Authenticate", "Bearer"));
         };
-        world.start();
-        Client refused(world.port(), "/?token=wrong");
+        fixture.start();
+        Client refused(fixture.port(), "/?token=wrong");
         CHECK(status_of(refused) == "HTTP/1.1 401");
-        CHECK(refused.head.find("WWW-Authenticate: Bearer\r\n") != std::string::npos);
+        CHECK(contains(refused.head, "WWW-Authenticate: Bearer\r\n"));
         CHECK(refused.raw.read_to_end());
         CHECK(refused.raw.received == "Who are you?\n");
-        // It was never open, so it does not close.
-        CHECK(world.script.journal.text() == "prepare, destroyed");
-        Client allowed(world.port(), "/?token=secret");
+        // Without open() there is no on_close().
+        CHECK(fixture.script.events.text() == "prepare, destroyed");
+        Client allowed(fixture.port(), "/?token=secret");
         CHECK(allowed.is_open());
     }
 
-    TEST_CASE("prepare may redirect") {
-        World world;
-        world.script.prepare = [](Scripted&) { return Response::redirect("/login", 303); };
-        world.start();
-        Client client(world.port());
+    TEST_CASE("prepare can redirect") {
+        Fixture fixture;
+        fixture.script.prepare = [](Scripted&) { return Response::redirect("/login", 303); };
+        fixture.start();
+        Client client(fixture.port());
         CHECK(status_of(client) == "HTTP/1.1 303");
-        CHECK(client.head.find("Location: /login\r\n") != std::string::npos);
+        CHECK(contains(client.head, "Location: /login\r\n"));
     }
 
-    TEST_CASE("the default check of the origin") {
+    TEST_CASE("the default check_origin accepts the own host and allow_origins") {
         struct Row {
             std::string origin;  // PORT is the server's
             std::vector<std::string> allowed;
@@ -208,7 +204,7 @@ TEST_SUITE("handler") {
         };
         const Row rows[] = {
             {"http://127.0.0.1:PORT", {}, true},
-            {"https://127.0.0.1:PORT", {}, true},  // a proxy may speak TLS for us
+            {"https://127.0.0.1:PORT", {}, true},  // a proxy can terminate TLS
             {"HTTP://127.0.0.1:PORT", {}, true},
             {"http://127.0.0.1", {}, false},
             {"http://127.0.0.1:1", {}, false},
@@ -235,71 +231,71 @@ TEST_SUITE("handler") {
         };
         for (const Row& row : rows) {
             CAPTURE(row.origin);
-            World world;
-            world.running.server.allow_origins(row.allowed);
-            world.start();
+            Fixture fixture;
+            fixture.running.server.allow_origins(row.allowed);
+            fixture.start();
             std::string origin = row.origin;
             if (const std::size_t at = origin.find("PORT"); at != std::string::npos)
-                origin.replace(at, 4, std::to_string(world.port()));
-            Client client(world.port(), "/", "Origin: " + origin + "\r\n");
+                origin.replace(at, 4, std::to_string(fixture.port()));
+            Client client(fixture.port(), "/", "Origin: " + origin + "\r\n");
             CHECK(status_of(client) == (row.accepted ? "HTTP/1.1 101" : "HTTP/1.1 403"));
             CHECK(client.is_open() == row.accepted);
         }
     }
 
-    TEST_CASE("the 403 says which origin is refused and what is allowed") {
-        World world;
-        world.running.server.allow_origins({"https://chat.example", "https://www.chat.example"});
-        world.start();
-        Client client(world.port(), "/", "Origin: https://evil.example\r\n");
+    TEST_CASE("the 403 names the rejected origin and the allowed ones") {
+        Fixture fixture;
+        fixture.running.server.allow_origins({"https://chat.example", "https://www.chat.example"});
+        fixture.start();
+        Client client(fixture.port(), "/", "Origin: https://evil.example\r\n");
         CHECK(client.raw.read_to_end());
         CHECK(client.raw.received == "The origin \"https://evil.example\" is refused; allowed: pages of 127.0.0.1:" +
-                                         std::to_string(world.port()) +
+                                         std::to_string(fixture.port()) +
                                          ", https://chat.example, https://www.chat.example.\n");
-        CHECK(world.log.wait_for("info refused status=\"403\""));
-        CHECK(world.script.journal.count("open") == 0);
+        CHECK(fixture.log.wait_for("info refused status=\"403\""));
+        CHECK(fixture.script.events.count("open") == 0);
     }
 
-    TEST_CASE("a handler may judge origins itself") {
-        World world;
-        world.script.check_origin = [](Scripted&, std::string_view origin) { return origin == "null"; };
-        world.start();
-        CHECK(Client(world.port(), "/", "Origin: null\r\n").is_open());
-        CHECK(
-            !Client(world.port(), "/", "Origin: http://127.0.0.1:" + std::to_string(world.port()) + "\r\n").is_open());
+    TEST_CASE("a handler can override check_origin") {
+        Fixture fixture;
+        fixture.script.check_origin = [](Scripted&, std::string_view origin) { return origin == "null"; };
+        fixture.start();
+        CHECK(Client(fixture.port(), "/", "Origin: null\r\n").is_open());
+        CHECK(!Client(fixture.port(), "/", "Origin: http://127.0.0.1:" + std::to_string(fixture.port()) + "\r\n")
+                   .is_open());
     }
 
-    TEST_CASE("what is no browser has no origin, and is asked for one only where that is switched on") {
+    TEST_CASE("a non-browser client may omit Origin unless require_origin is set") {
         for (const bool required : {false, true}) {
             ServerOptions options;
             options.require_origin = required;
-            World world(options);
-            world.script.check_origin = [&](Scripted&, std::string_view) {
-                world.script.journal.add("check_origin");
+            Fixture fixture(options);
+            fixture.script.check_origin = [&](Scripted&, std::string_view) {
+                fixture.script.events.add("check_origin");
                 return true;
             };
-            world.start();
-            Client client(world.port());
+            fixture.start();
+            Client client(fixture.port());
             CHECK(status_of(client) == (required ? "HTTP/1.1 403" : "HTTP/1.1 101"));
-            CHECK(world.script.journal.count("check_origin") == 0);
-            CHECK(Client(world.port(), "/", "Origin: http://any.example\r\n").is_open());
-            CHECK(world.script.journal.count("check_origin") == 1);
+            CHECK(fixture.script.events.count("check_origin") == 0);
+            CHECK(Client(fixture.port(), "/", "Origin: http://any.example\r\n").is_open());
+            CHECK(fixture.script.events.count("check_origin") == 1);
         }
     }
 
-    TEST_CASE("two origins are one too many") {
-        World world;
-        world.script.check_origin = [](Scripted&, std::string_view) { return true; };
-        world.start();
-        Client client(world.port(), "/", "Origin: http://a.example\r\nOrigin: http://b.example\r\n");
+    TEST_CASE("two Origin headers are a 400") {
+        Fixture fixture;
+        fixture.script.check_origin = [](Scripted&, std::string_view) { return true; };
+        fixture.start();
+        Client client(fixture.port(), "/", "Origin: http://a.example\r\nOrigin: http://b.example\r\n");
         CHECK(status_of(client) == "HTTP/1.1 400");
     }
 
-    TEST_CASE("of the subprotocols that are offered the handler selects one, and no other is sent") {
+    TEST_CASE("the server sends the selected subprotocol only if the client offered it") {
         struct Row {
             std::string offered;
             std::string selected;
-            std::string seen;  // by select_subprotocol()
+            std::string received;  // by select_subprotocol()
             std::string sent;
         };
         const Row rows[] = {
@@ -315,90 +311,90 @@ TEST_SUITE("handler") {
         for (const Row& row : rows) {
             CAPTURE(row.offered);
             CAPTURE(row.selected);
-            std::string seen;
-            World world;
-            world.script.select_subprotocol = [&](const std::vector<std::string_view>& offered) -> std::string {
-                for (const std::string_view name : offered) (seen += seen.empty() ? "" : " ") += name;
+            std::string received;
+            Fixture fixture;
+            fixture.script.select_subprotocol = [&](const std::vector<std::string_view>& offered) -> std::string {
+                for (const std::string_view name : offered) (received += received.empty() ? "" : " ") += name;
                 return row.selected;
             };
-            world.script.at = [&](Scripted& self, std::string_view moment) {
-                if (moment == "open")
-                    world.script.journal.add("selected " + std::string(self.selected_subprotocol()) + ".");
+            fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
+                if (callback == "open")
+                    fixture.script.events.add("selected " + std::string(self.selected_subprotocol()) + ".");
             };
-            world.start();
-            RawClient client(world.port());
+            fixture.start();
+            RawClient client(fixture.port());
             std::string request = wschat::detail::handshake_request("127.0.0.1", "/", Client::key);
             request.insert(request.size() - 2, std::string("Sec-WebSocket-Protocol: ") + row.offered + "\r\n");
             client.send(request);
             REQUIRE(client.read_until("\r\n\r\n"));
             CHECK(client.received.substr(0, 12) == "HTTP/1.1 101");
-            CHECK(seen == row.seen);
-            CHECK(client.received.find("X-Forged") == std::string::npos);
+            CHECK(received == row.received);
+            CHECK(!contains(client.received, "X-Forged"));
             const wschat::Fields answer(std::string_view(client.received).substr(client.received.find('\n') + 1));
             CHECK(answer.find("sec-websocket-protocol").value_or("") == row.sent);
             CHECK(answer.count("sec-websocket-protocol") == (row.sent.empty() ? 0 : 1));
-            CHECK(world.script.journal.wait_for("selected " + row.sent + "."));
+            CHECK(fixture.script.events.wait_for("selected " + row.sent + "."));
             const bool fault = row.selected != row.sent;
-            CHECK(world.log.count("warning subprotocol_not_offered") == (fault ? 1 : 0));
+            CHECK(fixture.log.count("warning subprotocol_not_offered") == (fault ? 1 : 0));
         }
     }
 
-    TEST_CASE("select_subprotocol is not asked where nothing is offered") {
-        bool asked = false;
-        World world;
-        world.script.select_subprotocol = [&](const std::vector<std::string_view>&) {
-            asked = true;
+    TEST_CASE("select_subprotocol is not called without an offer") {
+        bool called = false;
+        Fixture fixture;
+        fixture.script.select_subprotocol = [&](const std::vector<std::string_view>&) {
+            called = true;
             return std::string("chat");
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         CHECK(client.is_open());
-        CHECK(!asked);
-        CHECK(client.head.find("Sec-WebSocket-Protocol") == std::string::npos);
+        CHECK(!called);
+        CHECK(!contains(client.head, "Sec-WebSocket-Protocol"));
     }
 
-    TEST_CASE("an exception before the 101 is a 500, is logged, and the server lives on") {
-        struct Refusing : Scripted {
-            explicit Refusing(Script& script) : Scripted(script) { throw std::runtime_error("from the constructor"); }
+    TEST_CASE("an exception before the 101 sends a 500 and is logged") {
+        struct Throwing : Scripted {
+            explicit Throwing(Script& script) : Scripted(script) { throw std::runtime_error("from the constructor"); }
         };
-        World world;
-        world.running.server.route<Refusing>("/refusing", std::ref(world.script));
-        world.script.prepare = [](Scripted& self) -> std::optional<Response> {
+        Fixture fixture;
+        fixture.running.server.route<Throwing>("/throwing", std::ref(fixture.script));
+        fixture.script.prepare = [](Scripted& self) -> std::optional<Response> {
             if (self.name() == "prepare") throw std::runtime_error("from prepare");
             return std::nullopt;
         };
-        world.script.check_origin = [](Scripted& self, std::string_view) -> bool {
+        fixture.script.check_origin = [](Scripted& self, std::string_view) -> bool {
             if (self.name() == "origin") throw std::runtime_error("from check_origin");
             return true;
         };
-        world.script.select_subprotocol = [](const std::vector<std::string_view>&) -> std::string {
+        fixture.script.select_subprotocol = [](const std::vector<std::string_view>&) -> std::string {
             throw std::runtime_error("from select_subprotocol");
         };
-        world.start();
-        CHECK(status_of(Client(world.port(), "/refusing")) == "HTTP/1.1 500");
-        CHECK(status_of(Client(world.port(), "/?name=prepare")) == "HTTP/1.1 500");
-        CHECK(status_of(Client(world.port(), "/?name=origin", "Origin: http://a.example\r\n")) == "HTTP/1.1 500");
-        CHECK(status_of(Client(world.port(), "/", "Sec-WebSocket-Protocol: chat\r\n")) == "HTTP/1.1 500");
+        fixture.start();
+        CHECK(status_of(Client(fixture.port(), "/throwing")) == "HTTP/1.1 500");
+        CHECK(status_of(Client(fixture.port(), "/?name=prepare")) == "HTTP/1.1 500");
+        CHECK(status_of(Client(fixture.port(), "/?name=origin", "Origin: http://a.example\r\n")) == "HTTP/1.1 500");
+        CHECK(status_of(Client(fixture.port(), "/", "Sec-WebSocket-Protocol: chat\r\n")) == "HTTP/1.1 500");
         for (const std::string where : {"the constructor", "prepare", "check_origin", "select_subprotocol"})
-            CHECK(world.log.text().find("what=\"from " + where + "\"") != std::string::npos);
-        CHECK(world.script.journal.count("open") == 0);
-        CHECK(world.script.journal.count("close") == 0);
-        CHECK(world.lives());
+            CHECK(contains(fixture.log.text(), "what=\"from " + where + "\""));
+        CHECK(fixture.script.events.count("open") == 0);
+        CHECK(fixture.script.events.count("close") == 0);
+        CHECK(fixture.still_serves());
     }
 
-    TEST_CASE("what is thrown before the 101 and is no std::exception is a 500 as well") {
-        World world;
-        world.script.prepare = [](Scripted& self) -> std::optional<Response> {
+    TEST_CASE("an exception before the 101 that is not a std::exception sends a 500 too") {
+        Fixture fixture;
+        fixture.script.prepare = [](Scripted& self) -> std::optional<Response> {
             if (self.name() == "prepare") throw 42;
             return std::nullopt;
         };
-        world.start();
-        CHECK(status_of(Client(world.port(), "/?name=prepare")) == "HTTP/1.1 500");
-        CHECK(world.log.wait_for("error exception in=\"handshake\""));
-        CHECK(world.lives());
+        fixture.start();
+        CHECK(status_of(Client(fixture.port(), "/?name=prepare")) == "HTTP/1.1 500");
+        CHECK(fixture.log.wait_for("error exception in=\"handshake\""));
+        CHECK(fixture.still_serves());
     }
 
-    TEST_CASE("an address is known only where a trusted proxy vouches for it") {
+    TEST_CASE("only a trusted proxy can forward a client address") {
         struct Row {
             std::vector<std::string> trusted;
             std::string headers;
@@ -411,7 +407,7 @@ TEST_SUITE("handler") {
             {{"127.0.0.1"}, "", "127.0.0.1"},
             {{"127.0.0.1"}, "X-Forwarded-For: 203.0.113.7\r\n", "203.0.113.7"},
             {{"127.0.0.0/8"}, "x-forwarded-for:203.0.113.7\r\n", "203.0.113.7"},
-            // What stands left of the address that the proxy saw anybody may have written.
+            // The client itself can write the part before the address that the proxy adds.
             {{"127.0.0.1"}, "X-Forwarded-For: 10.1.1.1, 203.0.113.7\r\n", "203.0.113.7"},
             {{"127.0.0.1"}, "X-Forwarded-For: 10.1.1.1\r\nX-Forwarded-For: 203.0.113.7\r\n", "203.0.113.7"},
             {{"127.0.0.1", "10.0.0.0/8"}, "X-Forwarded-For: 192.0.2.1, 203.0.113.7, 10.1.1.1\r\n", "203.0.113.7"},
@@ -423,16 +419,16 @@ TEST_SUITE("handler") {
         };
         for (const Row& row : rows) {
             CAPTURE(row.headers);
-            World world;
-            world.running.server.trusted_proxies(row.trusted);
-            world.script.at = [&](Scripted& self, std::string_view moment) {
-                if (moment == "open") world.script.journal.add("from " + self.remote_address() + ".");
+            Fixture fixture;
+            fixture.running.server.trusted_proxies(row.trusted);
+            fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
+                if (callback == "open") fixture.script.events.add("from " + self.remote_address() + ".");
             };
-            world.start();
-            Client client(world.port(), "/", row.headers);
+            fixture.start();
+            Client client(fixture.port(), "/", row.headers);
             CHECK(client.is_open());
-            CHECK(world.script.journal.wait_for("from "));
-            CHECK(world.script.journal.count("from " + row.address + ".") == 1);
+            CHECK(fixture.script.events.wait_for("from "));
+            CHECK(fixture.script.events.count("from " + row.address + ".") == 1);
         }
     }
 
@@ -452,7 +448,7 @@ TEST_SUITE("handler") {
         std::shared_ptr<const std::string> signature_;
     };
 
-    TEST_CASE("the arguments of a route reach each handler, as copies or by std::ref") {
+    TEST_CASE("each handler gets the arguments of its route, as copies or by std::ref") {
         int opened = 0;
         RunningServer running;
         running.server.route<Greeter>("/{who}", "hello ", std::ref(opened), std::make_shared<const std::string>("!"));
@@ -465,11 +461,11 @@ TEST_SUITE("handler") {
 
     // ---- open and close --------------------------------------------------------------------------------------------
 
-    TEST_CASE("open, messages and on_close come in order, and then the handler is destroyed") {
-        World world;
-        world.start();
+    TEST_CASE("open, on_message and on_close run in order before the handler is destroyed") {
+        Fixture fixture;
+        fixture.start();
         {
-            Client client(world.port());
+            Client client(fixture.port());
             client.send("one");
             client.send("two");
             CHECK(client.next() == "one");
@@ -477,22 +473,30 @@ TEST_SUITE("handler") {
             client.close();
             CHECK(client.close_code() == CloseCode::normal);
         }
-        CHECK(world.script.journal.wait_for("destroyed"));
-        CHECK(world.script.journal.text() == "prepare, open, message one, message two, close 1000 peer, destroyed");
+        CHECK(fixture.script.events.wait_for("destroyed"));
+        CHECK(fixture.script.events.text() == "prepare, open, message one, message two, close 1000 peer, destroyed");
     }
 
-    TEST_CASE("frames that come together with the handshake are read after open") {
-        World world;
-        world.start();
-        RawClient client(world.port());
+    TEST_CASE("frames that arrive with the handshake are processed after open") {
+        Fixture fixture;
+        fixture.start();
+        RawClient client(fixture.port());
         // "Hello" of RFC 6455 5.7, masked.
         client.send(wschat::detail::handshake_request("127.0.0.1", "/", Client::key) +
                     hex("81 85 37 fa 21 3d 7f 9f 4d 51 58"));
         CHECK(client.read_until(hex("81 05 48 65 6c 6c 6f")));
-        CHECK(world.script.journal.text() == "prepare, open, message Hello");
+        CHECK(fixture.script.events.text() == "prepare, open, message Hello");
     }
 
-    TEST_CASE("open and on_close pair exactly once, however the connection ends") {
+    // Sends the message and waits for the end of the connection.
+    std::function<void(Client&)> send_and_wait(const char* message) {
+        return [message](Client& client) {
+            client.send(message);
+            client.close_code();
+        };
+    }
+
+    TEST_CASE("open and on_close run exactly once for each kind of end") {
         struct Row {
             std::string how;
             std::function<void(Client&)> end;
@@ -506,24 +510,12 @@ TEST_SUITE("handler") {
              }},
             {"the peer closes twice", [](Client& c) { c.raw.send(hex("88 80 00 00 00 00 88 80 00 00 00 00")); }},
             {"the peer hangs up", [](Client& c) { c.raw.close(); }},
-            {"the peer shuts its side", [](Client& c) { c.raw.shutdown_send(); }},
+            {"the peer shuts down its sending side", [](Client& c) { c.raw.shutdown_send(); }},
             {"the peer resets", [](Client& c) { c.raw.reset(); }},
             {"the peer breaks the protocol", [](Client& c) { c.raw.send(hex("83 80 00 00 00 00 88 80 00 00 00 00")); }},
-            {"the handler closes",
-             [](Client& c) {
-                 c.send("close");
-                 c.close_code();
-             }},
-            {"the handler closes twice",
-             [](Client& c) {
-                 c.send("close twice");
-                 c.close_code();
-             }},
-            {"the handler throws",
-             [](Client& c) {
-                 c.send("throw");
-                 c.close_code();
-             }},
+            {"the handler closes", send_and_wait("close")},
+            {"the handler closes twice", send_and_wait("close twice")},
+            {"the handler throws", send_and_wait("throw")},
             {"both close",
              [](Client& c) {
                  c.send("close");
@@ -533,85 +525,76 @@ TEST_SUITE("handler") {
         };
         for (const Row& row : rows) {
             CAPTURE(row.how);
-            World world;
-            world.script.on_message = [](Scripted& self, const Message& message) {
+            Fixture fixture;
+            fixture.script.on_message = [](Scripted& self, const Message& message) {
                 if (message.text() == "throw") throw std::runtime_error("thrown");
                 self.close(4001);
                 if (message.text() == "close twice") self.close(4002);
             };
-            world.start();
-            Client client(world.port());
+            fixture.start();
+            Client client(fixture.port());
             REQUIRE(client.is_open());
             row.end(client);
-            CHECK(world.script.journal.wait_for("destroyed"));
+            CHECK(fixture.script.events.wait_for("destroyed"));
             client.raw.close();
-            world.running.stop();
-            CHECK(world.script.journal.count("open") == 1);
-            CHECK(world.script.journal.count("close") == 1);
-            CHECK(world.script.journal.count("destroyed") == 1);
+            fixture.running.stop();
+            CHECK(fixture.script.events.count("open") == 1);
+            CHECK(fixture.script.events.count("close") == 1);
+            CHECK(fixture.script.events.count("destroyed") == 1);
         }
     }
 
-    TEST_CASE("open and on_close pair where open throws or closes") {
+    TEST_CASE("open and on_close run exactly once if open throws or closes") {
         for (const std::string what : {"throw", "close", "close and throw"})
             for (const bool with_frames : {false, true}) {
                 CAPTURE(what);
                 CAPTURE(with_frames);
-                World world;
-                world.script.at = [&](Scripted& self, std::string_view moment) {
-                    if (moment != "open") return;
+                Fixture fixture;
+                fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
+                    if (callback != "open") return;
                     if (what != "throw") self.close(4001);
                     if (what != "close") throw std::runtime_error("thrown");
                 };
-                world.start();
-                RawClient client(world.port());
+                fixture.start();
+                RawClient client(fixture.port());
                 client.send(wschat::detail::handshake_request("127.0.0.1", "/", Client::key) +
                             (with_frames ? hex("81 85 37 fa 21 3d 7f 9f 4d 51 58 88 80 00 00 00 00") : ""));
                 CHECK(client.read_until("\r\n\r\n"));
                 CHECK(client.received.substr(0, 12) == "HTTP/1.1 101");
                 CHECK(client.read_until(hex(what == "throw" ? "88 10 03 f3" : "88 02 0f a1")));
                 client.close();
-                CHECK(world.script.journal.wait_for("destroyed"));
-                CHECK(world.script.journal.count("open") == 1);
-                CHECK(world.script.journal.count("message") == 0);
-                CHECK(world.script.journal.count("close") == 1);
+                CHECK(fixture.script.events.wait_for("destroyed"));
+                CHECK(fixture.script.events.count("open") == 1);
+                CHECK(fixture.script.events.count("message") == 0);
+                CHECK(fixture.script.events.count("close") == 1);
             }
     }
 
-    TEST_CASE("close code, reason and cause say who ended the connection and why") {
+    TEST_CASE("close code, reason and cause for each kind of end") {
         struct Row {
             std::string how;
-            std::function<void(World&, Client&)> end;
+            std::function<void(Fixture&, Client&)> end;
             unsigned code;
             CloseCause cause;
             std::string reason;
         };
         const Row rows[] = {
-            {"peer", [](World&, Client& c) { c.close(CloseCode{4000}, "bye"); }, 4000, CloseCause::peer, "bye"},
-            {"peer without a code", [](World&, Client& c) { c.raw.send(hex("88 80 00 00 00 00")); }, 1005,
+            {"peer", [](Fixture&, Client& c) { c.close(CloseCode{4000}, "bye"); }, 4000, CloseCause::peer, "bye"},
+            {"peer without a code", [](Fixture&, Client& c) { c.raw.send(hex("88 80 00 00 00 00")); }, 1005,
              CloseCause::peer, ""},
-            {"local",
-             [](World&, Client& c) {
-                 c.send("close");
-                 c.close_code();
-             },
-             4001, CloseCause::local, ""},
-            {"protocol error", [](World&, Client& c) { c.raw.send(hex("81 00")); }, 1002, CloseCause::protocol_error,
+            {"local", [](Fixture&, Client& c) { send_and_wait("close")(c); }, 4001, CloseCause::local, ""},
+            {"protocol error", [](Fixture&, Client& c) { c.raw.send(hex("81 00")); }, 1002, CloseCause::protocol_error,
              "frame from a client is not masked"},
-            {"text that is not UTF-8", [](World&, Client& c) { c.send("\xff"); }, 1007, CloseCause::protocol_error,
+            {"text that is not UTF-8", [](Fixture&, Client& c) { c.send("\xff"); }, 1007, CloseCause::protocol_error,
              "text is not UTF-8"},
-            {"a message too big", [](World&, Client& c) { c.send(std::string(100'001, 'x')); }, 1009,
+            {"a message too big", [](Fixture&, Client& c) { c.send(std::string(100'001, 'x')); }, 1009,
              CloseCause::protocol_error, "message is larger than 100000 bytes"},
-            {"hung up", [](World&, Client& c) { c.raw.close(); }, 1006, CloseCause::connection_lost,
+            {"hung up", [](Fixture&, Client& c) { c.raw.close(); }, 1006, CloseCause::connection_lost,
              "the peer hung up without a Close frame"},
-            {"exception",
-             [](World&, Client& c) {
-                 c.send("throw");
-                 c.close_code();
-             },
-             1011, CloseCause::handler_exception, "internal error"},
+            {"exception", [](Fixture&, Client& c) { send_and_wait("throw")(c); }, 1011, CloseCause::handler_exception,
+             "internal error"},
             {"shutdown",
-             [](World& w, Client& c) {
+             [](Fixture& w, Client& c) {
                  w.running.server.shutdown();
                  c.close_code();
              },
@@ -622,240 +605,241 @@ TEST_SUITE("handler") {
             wschat::Limits limits;
             limits.max_message_size = 100'000;
             std::string reason;
-            World world(with_limits(limits));
-            world.script.on_message = [](Scripted& self, const Message& message) {
+            Fixture fixture(with_limits(limits));
+            fixture.script.on_message = [](Scripted& self, const Message& message) {
                 if (message.text() == "throw") throw std::runtime_error("thrown");
                 self.close(4001, "enough");
             };
-            world.script.at = [&](Scripted& self, std::string_view moment) {
-                if (moment == "open") CHECK(self.close_cause() == CloseCause::none);
-                if (moment == "close") reason = self.close_reason();
-                if (moment == "close") CHECK(!self.is_open());
+            fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
+                if (callback == "open") CHECK(self.close_cause() == CloseCause::none);
+                if (callback == "close") reason = self.close_reason();
+                if (callback == "close") CHECK(!self.is_open());
             };
-            world.start();
-            Client client(world.port());
-            row.end(world, client);
-            CHECK(world.script.journal.wait_for("destroyed"));
-            CHECK(world.script.journal.count("close " + std::to_string(row.code) + " " +
-                                             std::string(to_string(row.cause))) == 1);
+            fixture.start();
+            Client client(fixture.port());
+            row.end(fixture, client);
+            CHECK(fixture.script.events.wait_for("destroyed"));
+            CHECK(fixture.script.events.count("close " + std::to_string(row.code) + " " +
+                                              std::string(to_string(row.cause))) == 1);
             CHECK(reason == row.reason);
         }
     }
 
-    TEST_CASE("a peer that does not answer a ping is gone with the cause ping timeout") {
-        World world(with_limits(quick_timeouts()));
-        world.start();
-        Client client(world.port());
-        CHECK(world.script.journal.wait_for("close 1006 ping timeout"));
-        // It was pinged.
+    TEST_CASE("a peer that does not answer a ping is closed with the cause ping timeout") {
+        Fixture fixture(with_limits(quick_timeouts()));
+        fixture.start();
+        Client client(fixture.port());
+        CHECK(fixture.script.events.wait_for("close 1006 ping timeout"));
         CHECK(client.raw.read_until(hex("89 00")));
     }
 
-    TEST_CASE("a peer that does not answer our Close frame is gone with the cause closing timeout") {
-        wschat::Limits limits = quick_timeouts();
-        limits.ping_interval = 0s;
-        World world(with_limits(limits));
-        world.script.on_message = [](Scripted& self, const Message&) { self.close(4001, "bye"); };
-        world.start();
-        Client client(world.port());
+    // The handler closes and the client does not answer. Returns what the client received.
+    std::string received_until_closing_timeout(const wschat::Limits& limits) {
+        Fixture fixture(with_limits(limits));
+        fixture.script.on_message = [](Scripted& self, const Message&) { self.close(4001, "bye"); };
+        fixture.start();
+        Client client(fixture.port());
         client.send("close");
-        CHECK(world.script.journal.wait_for("close 1006 closing timeout"));
-        CHECK(client.raw.read_until(hex("88 05 0f a1 62 79 65")));
+        CHECK(fixture.script.events.wait_for("close 1006 closing timeout"));
         CHECK(client.raw.read_to_end());
+        return client.raw.received;
     }
 
-    TEST_CASE("the closing timeout holds where all other timers are off") {
+    TEST_CASE("a peer that does not answer our Close frame is closed with the cause closing timeout") {
+        wschat::Limits limits = quick_timeouts();
+        limits.ping_interval = 0s;
+        CHECK(contains(received_until_closing_timeout(limits), hex("88 05 0f a1 62 79 65")));
+    }
+
+    TEST_CASE("the closing timeout works with all other timers off") {
         wschat::Limits limits;
         limits.handshake_timeout = limits.ping_interval = 0s;
         limits.closing_timeout = 30ms;
-        World world(with_limits(limits));
-        world.script.on_message = [](Scripted& self, const Message&) { self.close(4001, "bye"); };
-        world.start();
-        Client client(world.port());
-        client.send("close");
-        CHECK(world.script.journal.wait_for("close 1006 closing timeout"));
+        CHECK(contains(received_until_closing_timeout(limits), hex("88 05 0f a1 62 79 65")));
     }
 
-    TEST_CASE("a peer that resets is gone with the cause connection lost") {
-        World world;
-        world.start();
-        Client client(world.port());
+    TEST_CASE("a peer that resets is closed with the cause connection lost") {
+        Fixture fixture;
+        fixture.start();
+        Client client(fixture.port());
         client.raw.reset();
-        CHECK(world.script.journal.wait_for("close 1006 connection lost"));
+        CHECK(fixture.script.events.wait_for("close 1006 connection lost"));
     }
 
-    TEST_CASE("a Close frame with our reason reaches the peer") {
-        World world;
-        world.script.on_message = [](Scripted& self, const Message&) {
+    TEST_CASE("the peer receives our close code and reason") {
+        Fixture fixture;
+        fixture.script.on_message = [](Scripted& self, const Message&) {
             self.write_message("last words");
             self.close(CloseCode{4242}, "caf\xc3\xa9 closes");
             CHECK(self.write_message("too late") == WriteStatus::closed);
             CHECK(self.ping("too late") == WriteStatus::closed);
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.send("go");
         CHECK(client.next() == "last words");
         CHECK(client.close_code() == CloseCode{4242});
         CHECK(client.connection.close_reason() == "caf\xc3\xa9 closes");
-        CHECK(world.script.journal.wait_for("close 4242 local"));
+        CHECK(fixture.script.events.wait_for("close 4242 local"));
     }
 
-    TEST_CASE("closing without arguments is 1000 without a reason") {
-        World world;
-        world.script.on_message = [](Scripted& self, const Message&) { self.close(); };
-        world.start();
-        Client client(world.port());
+    TEST_CASE("close without arguments sends 1000 without a reason") {
+        Fixture fixture;
+        fixture.script.on_message = [](Scripted& self, const Message&) { self.close(); };
+        fixture.start();
+        Client client(fixture.port());
         client.send("go");
         CHECK(client.raw.read_until(hex("88 02 03 e8")));
     }
 
-    TEST_CASE("a shutdown closes with 1001 and tells why") {
-        World world;
-        world.start();
-        Client client(world.port());
-        world.running.server.shutdown();
+    TEST_CASE("a shutdown closes with 1001 and a reason") {
+        Fixture fixture;
+        fixture.start();
+        Client client(fixture.port());
+        fixture.running.server.shutdown();
         CHECK(client.close_code() == CloseCode::going_away);
         CHECK(client.connection.close_reason() == "server is shutting down");
-        CHECK(world.script.journal.wait_for("close 1001 shutdown"));
+        CHECK(fixture.script.events.wait_for("close 1001 shutdown"));
     }
 
-    TEST_CASE("on_close is called where the server is destroyed with connections open") {
-        Journal closed;
-        std::optional<World> world(std::in_place);
-        world->script.at = [&](Scripted&, std::string_view moment) {
-            if (moment == "close") closed.add("close");
+    TEST_CASE("on_close runs if the server is destroyed with open connections") {
+        EventLog closed;
+        std::optional<Fixture> fixture(std::in_place);
+        fixture->script.on_callback = [&](Scripted&, std::string_view callback) {
+            if (callback == "close") closed.add("close");
         };
-        world->start();
-        Client client(world->port());
+        fixture->start();
+        Client client(fixture->port());
         REQUIRE(client.is_open());
-        world->running.stop(0ms);
-        world.reset();
+        fixture->running.stop(0ms);
+        fixture.reset();
         CHECK(closed.count("close") == 1);
     }
 
-    TEST_CASE("the request lives as long as the handler") {
-        World world;
-        world.running.server.route<Scripted>("/rooms/{room}", std::ref(world.script));
-        world.script.at = [&](Scripted& self, std::string_view moment) {
+    TEST_CASE("the request is valid as long as the handler") {
+        Fixture fixture;
+        fixture.running.server.route<Scripted>("/rooms/{room}", std::ref(fixture.script));
+        fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
             const Request& request = self.request();
-            world.script.journal.add(std::string(moment) + " in " + std::string(request.param("room")) + " by " +
-                                     std::string(request.header("user-agent")) + " with " +
-                                     request.query("token").value_or("nothing"));
+            fixture.script.events.add(std::string(callback) + " in " + std::string(request.param("room")) + " by " +
+                                      std::string(request.header("user-agent")) + " with " +
+                                      request.query("token").value_or("nothing"));
         };
-        world.start();
+        fixture.start();
         {
-            Client client(world.port(), "/rooms/tea%20room?token=a+b", "User-Agent: test\r\n");
+            Client client(fixture.port(), "/rooms/tea%20room?token=a+b", "User-Agent: test\r\n");
             client.send(std::string(200'000, 'x'));
             CHECK(client.next());
             client.close();
             client.close_code();
         }
-        CHECK(world.script.journal.wait_for("destroyed"));
-        for (const std::string moment : {"prepare", "open", "message", "close"})
-            CHECK(world.script.journal.count(moment + " in tea room by test with a b") == 1);
+        CHECK(fixture.script.events.wait_for("destroyed"));
+        for (const std::string callback : {"prepare", "open", "message", "close"})
+            CHECK(fixture.script.events.count(callback + " in tea room by test with a b") == 1);
     }
 
     // ---- exceptions ------------------------------------------------------------------------------------------------
 
-    // Makes the callbacks of the client's handler happen, all but open and on_close.
-    void provoke(Client & client, std::string_view moment) {
-        if (moment == "ping") client.ping("x");
-        else if (moment == "pong") client.connection.send_control(Opcode::pong, "x");
-        else if (moment == "message" || moment == "drain" || moment == "timer" || moment == "post") client.send(moment);
-        else if (moment == "close") client.close();
+    // Triggers one of the callbacks of the client's handler.
+    void trigger(Client & client, std::string_view callback) {
+        if (callback == "ping") client.ping("x");
+        else if (callback == "pong") client.connection.send_control(Opcode::pong, "x");
+        else if (callback == "message" || callback == "drain" || callback == "timer" || callback == "post")
+            client.send(callback);
+        else if (callback == "close") client.close();
         client.flush();
     }
-    // And the ones that begin with a message.
-    void on_provoked(Scripted & self, const Message& message) {
+    // Triggers the callbacks that need a message first.
+    void on_trigger(Scripted & self, const Message& message) {
         const HandlerRef ref = self.ref();
         if (message.text() == "drain")
             for (int i = 0; i < 60; ++i) self.write_message(std::string(10 * 1024, 'd'));
         else if (message.text() == "timer")
-            self.loop().call_later(0ms, [ref] { static_cast<Scripted*>(ref.get())->note("timer", ""); });
+            self.loop().call_later(0ms, [ref] { static_cast<Scripted*>(ref.get())->record("timer", ""); });
         else if (message.text() == "post")
-            ref.post([](WebSocketHandler& handler) { static_cast<Scripted&>(handler).note("post", ""); });
+            ref.post([](WebSocketHandler& handler) { static_cast<Scripted&>(handler).record("post", ""); });
         else if (message.text() != "message") self.write_message(message);
     }
 
-    TEST_CASE("an exception out of a callback costs that one connection, with 1011, and is logged") {
-        for (const std::string moment : {"open", "message", "ping", "pong", "drain"})
+    TEST_CASE("an exception in a callback closes its connection with 1011 and is logged") {
+        for (const std::string callback : {"open", "message", "ping", "pong", "drain"})
             for (const bool standard : {true, false}) {
-                CAPTURE(moment);
+                CAPTURE(callback);
                 CAPTURE(standard);
-                World world;
-                world.script.on_message = &on_provoked;
-                world.script.at = [&](Scripted& self, std::string_view now) {
-                    if (now != moment || self.name() != "victim") return;
-                    if (standard) throw std::runtime_error("thrown out of " + moment);
+                Fixture fixture;
+                fixture.script.on_message = &on_trigger;
+                fixture.script.on_callback = [&](Scripted& self, std::string_view now) {
+                    if (now != callback || self.name() != "victim") return;
+                    if (standard) throw std::runtime_error("thrown in " + callback);
                     throw 42;
                 };
-                world.start();
-                Client witness(world.port(), "/?name=witness");
-                Client victim(world.port(), "/?name=victim");
-                provoke(victim, moment);
+                fixture.start();
+                Client witness(fixture.port(), "/?name=witness");
+                Client victim(fixture.port(), "/?name=victim");
+                trigger(victim, callback);
                 CHECK(victim.close_code() == CloseCode::internal_error);
                 CHECK(victim.connection.close_reason() == "internal error");
-                CHECK(world.script.journal.wait_for("victim: close 1011 handler exception"));
-                CHECK(world.log.wait_for("error exception in="));
-                CHECK(world.log.text().find(standard ? "what=\"thrown out of " + moment + "\""
-                                                     : "what=\"not a std::exception\"") != std::string::npos);
-                CHECK(world.running.metrics().handler_exceptions == 1);
+                CHECK(fixture.script.events.wait_for("victim: close 1011 handler exception"));
+                CHECK(fixture.log.wait_for("error exception in="));
+                CHECK(contains(fixture.log.text(),
+                               standard ? "what=\"thrown in " + callback + "\"" : "what=\"not a std::exception\""));
+                CHECK(fixture.running.metrics().handler_exceptions == 1);
                 witness.send("still here");
                 CHECK(witness.next() == "still here");
             }
     }
 
-    TEST_CASE("an exception out of on_close is logged and changes nothing else") {
+    TEST_CASE("an exception in on_close is only logged") {
         for (const bool standard : {true, false}) {
-            World world;
-            world.script.at = [&](Scripted&, std::string_view moment) {
-                if (moment != "close") return;
+            Fixture fixture;
+            fixture.script.on_callback = [&](Scripted&, std::string_view callback) {
+                if (callback != "close") return;
                 if (standard) throw std::runtime_error("thrown");
                 throw 42;
             };
-            world.start();
+            fixture.start();
             {
-                Client client(world.port());
+                Client client(fixture.port());
                 client.close(CloseCode{4000});
                 CHECK(client.close_code() == CloseCode{4000});
             }
-            CHECK(world.script.journal.wait_for("destroyed"));
-            CHECK(world.script.journal.text() == "prepare, open, close 4000 peer, destroyed");
-            CHECK(world.log.wait_for("error exception in=\"on_close\""));
-            CHECK(world.lives());
+            CHECK(fixture.script.events.wait_for("destroyed"));
+            CHECK(fixture.script.events.text() == "prepare, open, close 4000 peer, destroyed");
+            CHECK(fixture.log.wait_for("error exception in=\"on_close\""));
+            CHECK(fixture.still_serves());
         }
     }
 
-    TEST_CASE("an exception out of a timer or of posted work costs no connection") {
-        for (const std::string moment : {"timer", "post"}) {
-            CAPTURE(moment);
-            World world;
-            world.script.on_message = &on_provoked;
-            world.script.at = [&](Scripted&, std::string_view now) {
-                if (now == moment) throw std::runtime_error("thrown");
+    TEST_CASE("an exception in a timer or in posted work closes no connection") {
+        for (const std::string callback : {"timer", "post"}) {
+            CAPTURE(callback);
+            Fixture fixture;
+            fixture.script.on_message = &on_trigger;
+            fixture.script.on_callback = [&](Scripted&, std::string_view now) {
+                if (now == callback) throw std::runtime_error("thrown");
             };
-            world.start();
-            Client client(world.port());
-            provoke(client, moment);
-            CHECK(world.log.wait_for("error exception in=\"" + moment + "\" what=\"thrown\""));
+            fixture.start();
+            Client client(fixture.port());
+            trigger(client, callback);
+            CHECK(fixture.log.wait_for("error exception in=\"" + callback + "\" what=\"thrown\""));
             client.send("still here");
             CHECK(client.next() == "still here");
         }
     }
 
-    TEST_CASE("a log function that throws costs nothing") {
-        World world;
-        world.running.server.on_log([](const wschat::LogEntry& entry) {
+    TEST_CASE("an exception in the log function has no effect") {
+        Fixture fixture;
+        fixture.running.server.on_log([](const wschat::LogEntry& entry) {
             if (entry.event != "listening") throw std::runtime_error("no space for the log");
         });
-        world.script.on_message = [](Scripted& self, const Message& message) {
+        fixture.script.on_message = [](Scripted& self, const Message& message) {
             if (message.text() == "throw") throw std::runtime_error("thrown");
             self.room("all").join(self);
             self.write_message(message);
         };
-        world.start();
-        Client witness(world.port(), "/?name=witness"), victim(world.port(), "/?name=victim"), leaver(world.port());
+        fixture.start();
+        Client witness(fixture.port(), "/?name=witness"), victim(fixture.port(), "/?name=victim"),
+            leaver(fixture.port());
         for (Client* client : {&witness, &victim, &leaver}) {
             client->send("join");
             CHECK(client->next() == "join");
@@ -864,43 +848,81 @@ TEST_SUITE("handler") {
         CHECK(victim.close_code() == CloseCode::internal_error);
         leaver.close();
         CHECK(leaver.close_code() == CloseCode::normal);
-        CHECK(world.script.journal.wait_for("close 1000 peer"));
-        CHECK(world.running.on_loop([&] { return world.running.server.rooms()["all"].size(); }) == 1);
+        CHECK(fixture.script.events.wait_for("close 1000 peer"));
+        CHECK(fixture.running.on_loop([&] { return fixture.running.server.rooms()["all"].size(); }) == 1);
         witness.send("still here");
         CHECK(witness.next() == "still here");
     }
 
     // ---- writing ---------------------------------------------------------------------------------------------------
 
-    TEST_CASE("text, binary and whole messages are written") {
-        World world;
-        world.script.on_message = [](Scripted& self, const Message& message) {
+    TEST_CASE("write_message and write_binary send text, bytes and received messages") {
+        Fixture fixture;
+        fixture.script.on_message = [](Scripted& self, const Message& message) {
             CHECK(self.write_message("caf\xc3\xa9") == WriteStatus::sent);
             CHECK(self.write_message(std::string("\xff\x00\x01", 3), Opcode::binary) == WriteStatus::sent);
             CHECK(self.write_message(message) == WriteStatus::sent);
             CHECK(self.write_message("") == WriteStatus::sent);
+            CHECK(self.write_binary("\xfe") == WriteStatus::sent);
+            CHECK(self.write_volatile("v") == WriteStatus::sent);
+            CHECK(self.write_volatile("\xfd", Opcode::binary) == WriteStatus::sent);
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.send("\xff", Opcode::binary);
-        CHECK(client.raw.read_until(hex("81 05 63 61 66 c3 a9 82 03 ff 00 01 82 01 ff 81 00")));
-        CHECK(world.running.metrics().messages_sent == 4);
+        CHECK(client.raw.read_until(
+            hex("81 05 63 61 66 c3 a9 82 03 ff 00 01 82 01 ff 81 00 82 01 fe 81 01 76 82 01 fd")));
+        CHECK(fixture.running.metrics().messages_sent == 7);
     }
+
+    // Whether call(target) compiles.
+    template <class Target, class Call>
+    constexpr bool compiles(Call) {
+        return std::is_invocable_v<Call, Target>;
+    }
+    // clang-format off
+    #define COMPILES(...) [](auto&& target) -> decltype(target.__VA_ARGS__) { return target.__VA_ARGS__; }
+    // clang-format on
+
+    TEST_CASE("a braced list of strings is not a message") {
+        static_assert(compiles<Scripted&>(COMPILES(write_message("a"))));
+        static_assert(compiles<Scripted&>(COMPILES(write_message(std::string("a")))));
+        static_assert(compiles<Scripted&>(COMPILES(write_message(std::string_view("a"), Opcode::binary))));
+        static_assert(compiles<Scripted&>(COMPILES(write_message(Message("a")))));
+        static_assert(compiles<Scripted&>(COMPILES(write_json({{"type", "hello"}}))));
+        static_assert(!compiles<Scripted&>(COMPILES(write_message({"type", "hello"}))));
+        static_assert(!compiles<Scripted&>(COMPILES(write_message({{"type", "hello"}}))));
+        static_assert(!compiles<Scripted&>(COMPILES(write_binary({"type", "hello"}))));
+        static_assert(!compiles<Scripted&>(COMPILES(write_volatile({"type", "hello"}))));
+        static_assert(!compiles<const HandlerRef&>(COMPILES(write_message({"type", "hello"}))));
+        static_assert(!compiles<const HandlerRef&>(COMPILES(write_binary({"type", "hello"}))));
+        static_assert(compiles<const HandlerRef&>(COMPILES(write_json({{"type", "hello"}}))));
+        static_assert(!compiles<wschat::Room&>(COMPILES(broadcast({"type", "hello"}))));
+        static_assert(!compiles<wschat::Room&>(COMPILES(broadcast({"type", "hello"}, nullptr))));
+        static_assert(!compiles<wschat::Room&>(COMPILES(broadcast_binary({"type", "hello"}))));
+        static_assert(!compiles<wschat::Room&>(COMPILES(broadcast_volatile({"type", "hello"}, nullptr))));
+        static_assert(compiles<wschat::Room&>(COMPILES(broadcast_json({{"type", "hello"}}, nullptr))));
+        static_assert(!compiles<wschat::Rooms&>(COMPILES(encode({"type", "hello"}))));
+    }
+#undef COMPILES
 
     struct LikeNlohmann {
         std::string dump(int indent = -1) const { return indent < 0 ? R"({"by":"dump"})" : "indented"; }
     };
+    struct InvalidDump {
+        std::string dump() const { return "\xff"; }
+    };
 
     TEST_CASE("write_json takes braces, a Json and any object with dump()") {
-        World world;
-        world.script.on_message = [](Scripted& self, const Message& message) {
+        Fixture fixture;
+        fixture.script.on_message = [](Scripted& self, const Message& message) {
             CHECK(self.write_json({{"type", "say"}, {"text", message.text()}, {"n", 3}}) == WriteStatus::sent);
             self.write_json(Json::array(std::vector<int>{1, 2}));
             self.write_json(LikeNlohmann());
             self.write_json(Json("\xff\"\n"));
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.send("a \"b\"\n");
         CHECK(client.next() == R"({"type":"say","text":"a \"b\"\n","n":3})");
         CHECK(client.next() == "[1,2]");
@@ -908,42 +930,35 @@ TEST_SUITE("handler") {
         CHECK(client.next() == "\"\xEF\xBF\xBD\\\"\\n\"");
     }
 
-    TEST_CASE("a ping reaches the peer, and its pong comes back") {
-        World world;
-        world.script.on_message = [](Scripted& self, const Message&) {
+    TEST_CASE("a ping reaches the peer and on_pong gets the answer") {
+        Fixture fixture;
+        fixture.script.on_message = [](Scripted& self, const Message&) {
             CHECK(self.ping("are you there") == WriteStatus::sent);
             CHECK(self.ping() == WriteStatus::sent);
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.send("go");
         CHECK(client.next(Event::Kind::ping) == "are you there");
         CHECK(client.next(Event::Kind::ping) == "");
-        CHECK(world.script.journal.wait_for("pong are you there"));
-        CHECK(world.script.journal.wait_for("pong"));
+        CHECK(fixture.script.events.wait_for("pong are you there"));
+        CHECK(fixture.script.events.wait_for("pong"));
     }
 
-    TEST_CASE("a ping of the peer is answered, and the handler hears of it") {
-        World world;
-        world.start();
-        Client client(world.port());
+    TEST_CASE("a ping of the peer is answered and calls on_ping") {
+        Fixture fixture;
+        fixture.start();
+        Client client(fixture.port());
         client.ping("hey");
         CHECK(client.next(Event::Kind::pong) == "hey");
-        CHECK(world.script.journal.wait_for("ping hey"));
+        CHECK(fixture.script.events.wait_for("ping hey"));
     }
 
-    TEST_CASE("illegal calls are an Error with a sentence, and change nothing") {
-        Journal sentences;
-        World world;
-        const auto try_to = [&](const std::function<void()>& call) {
-            try {
-                call();
-                sentences.add("nothing");
-            } catch (const Error& error) {
-                sentences.add(error.what());
-            }
-        };
-        world.script.on_message = [&](Scripted& self, const Message&) {
+    TEST_CASE("illegal calls throw an Error that explains them and have no effect") {
+        EventLog sentences;
+        Fixture fixture;
+        const auto try_to = [&](const std::function<void()>& call) { sentences.add(test::error_of(call)); };
+        fixture.script.on_message = [&](Scripted& self, const Message&) {
             try_to([&] { self.write_message("\xff"); });
             try_to([&] { self.write_message("\xc3"); });
             try_to([&] { self.write_message("x", Opcode::ping); });
@@ -957,13 +972,16 @@ TEST_SUITE("handler") {
             try_to([&] { self.close(66'536); });
             try_to([&] { self.close(1000, std::string(124, 'x')); });
             try_to([&] { self.close(CloseCode::normal, "\xff"); });
+            try_to([&] { self.write_volatile("\xff"); });
+            try_to([&] { self.server().rooms().encode("\xff"); });
+            try_to([&] { self.write_json(InvalidDump()); });
             try_to([&] { self.ref().write_message("\xff"); });
             try_to([&] { self.ref().close(CloseCode::abnormal); });
             CHECK(self.is_open());
             self.write_message("still open");
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.send("go");
         CHECK(client.next() == "still open");
         CHECK(sentences.text() ==
@@ -980,13 +998,16 @@ TEST_SUITE("handler") {
               "close: 66536 is not a code that may be sent, "
               "close: a reason of 124 bytes is over 123, "
               "close: the reason is not UTF-8, "
+              "write_volatile: the text is not UTF-8; send it as Opcode::binary, "
+              "encode: the text is not UTF-8; send it as Opcode::binary, "
+              "write_json: the text is not UTF-8; send it as Opcode::binary, "
               "HandlerRef::write_message: the text is not UTF-8; send it as Opcode::binary, "
               "close: 1006 is not a code that may be sent");
     }
 
-    TEST_CASE("before the 101 nothing is written") {
-        World world;
-        world.script.prepare = [](Scripted& self) {
+    TEST_CASE("before the 101 a handler cannot write") {
+        Fixture fixture;
+        fixture.script.prepare = [](Scripted& self) {
             CHECK(self.write_message("early") == WriteStatus::closed);
             CHECK(self.ping() == WriteStatus::closed);
             CHECK(!self.is_open());
@@ -994,31 +1015,31 @@ TEST_SUITE("handler") {
             CHECK(!self.room("early").join(self));
             return std::nullopt;
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.send("first");
         CHECK(client.next() == "first");
-        CHECK(world.running.metrics().rooms == 0);
+        CHECK(fixture.running.metrics().rooms == 0);
     }
 
-    TEST_CASE("in on_close nothing is written") {
-        World world;
-        world.script.at = [](Scripted& self, std::string_view moment) {
-            if (moment != "close") return;
+    TEST_CASE("in on_close a handler cannot write") {
+        Fixture fixture;
+        fixture.script.on_callback = [](Scripted& self, std::string_view callback) {
+            if (callback != "close") return;
             CHECK(self.write_message("late") == WriteStatus::closed);
             CHECK(self.ping() == WriteStatus::closed);
             self.close(4000);
             self.ref().write_message("later");
             CHECK(self.close_code() == CloseCode::normal);
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.close();
         CHECK(client.close_code() == CloseCode::normal);
-        CHECK(world.script.journal.wait_for("destroyed"));
+        CHECK(fixture.script.events.wait_for("destroyed"));
     }
 
-    TEST_CASE("a handler that belongs to no server writes nothing") {
+    TEST_CASE("a handler without a server cannot write") {
         Script script;
         {
             Scripted alone(script);
@@ -1030,13 +1051,13 @@ TEST_SUITE("handler") {
             CHECK(alone.ref().get() == nullptr);
             CHECK(!alone.is_open());
         }
-        CHECK(script.journal.text() == "destroyed");
+        CHECK(script.events.text() == "destroyed");
     }
 
     // ---- slow peers ------------------------------------------------------------------------------------------------
 
-    // Writes numbered messages of 32 KiB until one is refused, and notes how many had which status.
-    struct Filling {
+    // Writes numbered messages of 32 KiB until one is dropped or closed, and counts each status.
+    struct Fill {
         int sent = 0, queued = 0, dropped = 0, closed = 0;
 
         void operator()(Scripted& self) {
@@ -1050,7 +1071,7 @@ TEST_SUITE("handler") {
             }
         }
     };
-    // Reads them.
+    // Reads them and returns how many arrived in order.
     int count_numbered(Client & client, int expected) {
         int n = 0;
         while (n < expected) {
@@ -1061,193 +1082,195 @@ TEST_SUITE("handler") {
         return n;
     }
 
-    TEST_CASE("a slow peer's messages are sent, queued and then dropped, where that is the policy") {
+    TEST_CASE("with the drop policy a slow peer's messages are sent, then queued, then dropped") {
         wschat::Limits limits;
         limits.backlog_policy = BacklogPolicy::drop;
-        Filling filling;
+        Fill fill;
         std::size_t buffered = 0;
-        World world(with_limits(limits));
-        world.script.on_message = [&](Scripted& self, const Message& message) {
+        Fixture fixture(with_limits(limits));
+        fixture.script.on_message = [&](Scripted& self, const Message& message) {
             if (message.text() != "fill") return void(self.write_message(message));
-            filling(self);
+            fill(self);
             buffered = self.buffered_amount();
             CHECK(self.dropped_messages() == 1);
         };
-        world.start();
-        Client client(world.port());
-        narrow(client);
+        fixture.start();
+        Client client(fixture.port());
+        shrink_buffers(client);
         client.send("fill");
-        CHECK(world.running.eventually([&] { return filling.dropped == 1; }));
-        CHECK(filling.queued > 0);
+        CHECK(fixture.running.eventually([&] { return fill.dropped == 1; }));
+        CHECK(fill.queued > 0);
         CHECK(buffered > limits.max_backlog - 33 * 1024);
         CHECK(buffered <= limits.max_backlog);
-        CHECK(world.running.metrics().backlog_bytes >= limits.max_backlog / 2);
-        CHECK(world.running.metrics().messages_dropped == 1);
-        CHECK(world.lives());
-        // Nothing that was not dropped is lost.
-        CHECK(count_numbered(client, filling.sent + filling.queued) == filling.sent + filling.queued);
-        client.send("and on it goes");
-        CHECK(client.next() == "and on it goes");
-        CHECK(world.ask([](Scripted& self) { return self.buffered_amount(); }) == 0);
+        CHECK(fixture.running.metrics().backlog_bytes >= limits.max_backlog / 2);
+        CHECK(fixture.running.metrics().messages_dropped == 1);
+        CHECK(fixture.still_serves());
+        // All messages that were not dropped arrive.
+        CHECK(count_numbered(client, fill.sent + fill.queued) == fill.sent + fill.queued);
+        client.send("next");
+        CHECK(client.next() == "next");
+        CHECK(fixture.with_handler([](Scripted& self) { return self.buffered_amount(); }) == 0);
     }
 
-    TEST_CASE("on_drain comes when a slow peer has read half of its backlog") {
+    TEST_CASE("on_drain runs when a slow peer has read half of its backlog") {
         wschat::Limits limits;
         limits.backlog_policy = BacklogPolicy::drop;
-        Filling filling;
-        std::size_t at_drain = 0;
-        World world(with_limits(limits));
-        world.script.on_message = [&](Scripted& self, const Message&) { filling(self); };
-        world.script.at = [&](Scripted& self, std::string_view moment) {
-            if (moment == "drain") at_drain = self.buffered_amount();
+        Fill fill;
+        std::size_t size_at_drain = 0;
+        Fixture fixture(with_limits(limits));
+        fixture.script.on_message = [&](Scripted& self, const Message&) { fill(self); };
+        fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
+            if (callback == "drain") size_at_drain = self.buffered_amount();
         };
-        world.start();
-        Client client(world.port());
-        narrow(client);
+        fixture.start();
+        Client client(fixture.port());
+        shrink_buffers(client);
         client.send("fill");
-        CHECK(world.running.eventually([&] { return filling.dropped == 1; }));
-        CHECK(world.script.journal.count("drain") == 0);
-        CHECK(count_numbered(client, filling.sent + filling.queued) == filling.sent + filling.queued);
-        CHECK(world.script.journal.wait_for("drain"));
-        CHECK(world.running.on_loop([&] { return at_drain; }) <= limits.max_backlog / 2);
-        CHECK(world.script.journal.count("drain") == 1);
+        CHECK(fixture.running.eventually([&] { return fill.dropped == 1; }));
+        CHECK(fixture.script.events.count("drain") == 0);
+        CHECK(count_numbered(client, fill.sent + fill.queued) == fill.sent + fill.queued);
+        CHECK(fixture.script.events.wait_for("drain"));
+        CHECK(fixture.running.on_loop([&] { return size_at_drain; }) <= limits.max_backlog / 2);
+        CHECK(fixture.script.events.count("drain") == 1);
     }
 
-    TEST_CASE("a slow peer is closed with 1008, where that is the policy, and may still read what was queued") {
+    TEST_CASE("with the close policy a slow peer is closed with 1008 and can read what was queued") {
         wschat::Limits limits;
         limits.closing_timeout = test::deadline;
-        Filling filling;
-        World world(with_limits(limits));
-        world.script.on_message = [&](Scripted& self, const Message&) {
-            filling(self);
+        Fill fill;
+        Fixture fixture(with_limits(limits));
+        fixture.script.on_message = [&](Scripted& self, const Message&) {
+            fill(self);
             CHECK(self.write_message("x") == WriteStatus::closed);
         };
-        world.start();
-        Client client(world.port());
-        narrow(client);
+        fixture.start();
+        Client client(fixture.port());
+        shrink_buffers(client);
         client.send("fill");
-        // Before it has read anything.
-        CHECK(world.script.journal.wait_for("close 1008 backlog"));
-        CHECK(filling.closed == 1);
-        CHECK(count_numbered(client, filling.sent + filling.queued) == filling.sent + filling.queued);
+        // The peer has read nothing yet.
+        CHECK(fixture.script.events.wait_for("close 1008 backlog"));
+        CHECK(fill.closed == 1);
+        CHECK(count_numbered(client, fill.sent + fill.queued) == fill.sent + fill.queued);
         CHECK(client.close_code() == CloseCode::policy_violation);
         CHECK(client.connection.close_reason() == "the peer reads too slowly");
     }
 
-    TEST_CASE("one message may be larger than the backlog limit") {
+    TEST_CASE("one message can be larger than the backlog limit") {
         wschat::Limits limits;
         limits.max_backlog = 1000;
-        World world(with_limits(limits));
-        world.script.on_message = [](Scripted& self, const Message&) {
+        Fixture fixture(with_limits(limits));
+        fixture.script.on_message = [](Scripted& self, const Message&) {
             CHECK(self.write_message(std::string(3'000'000, 'x')) == WriteStatus::sent);
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.send("go");
         CHECK(client.next() == std::string(3'000'000, 'x'));
         CHECK(client.is_open());
     }
 
-    TEST_CASE("a peer that does not read is not read either, and loses nothing when it reads again") {
+    TEST_CASE("the server stops reading from a peer that does not read and loses no message") {
         wschat::Limits limits;
         limits.max_backlog = 256 * 1024;
-        World world(with_limits(limits));
-        world.start();
-        Client client(world.port());
-        narrow(client);
-        // Far more than all buffers of the kernel, so that a server that went on reading would pass its backlog limit.
+        Fixture fixture(with_limits(limits));
+        fixture.start();
+        Client client(fixture.port());
+        shrink_buffers(client);
+        // More than all buffers of the kernel hold: a server that continued to read would exceed its backlog limit.
         const int count = 3000;
         for (int i = 0; i < count; ++i)
             client.connection.send(Opcode::binary, std::to_string(i) + std::string(16'000, '.'));
         client.connection.send_control(Opcode::ping, "the end");
         const std::string bytes = test::take_output(client.connection);
         std::thread sender([&] { client.raw.send(bytes); });
-        CHECK(world.running.eventually([&] {
-            return !world.script.handlers.empty() && (*world.script.handlers.begin())->buffered_amount() > 128 * 1024;
+        CHECK(fixture.running.eventually([&] {
+            return !fixture.script.handlers.empty() &&
+                   (*fixture.script.handlers.begin())->buffered_amount() > 128 * 1024;
         }));
-        CHECK(world.lives());
+        CHECK(fixture.still_serves());
         CHECK(count_numbered(client, count) == count);
         CHECK(client.next(Event::Kind::pong) == "the end");
         sender.join();
         CHECK(client.is_open());
-        CHECK(world.script.journal.count("close") == 0);
+        CHECK(fixture.script.events.count("close") == 0);
     }
 
-    TEST_CASE("a peer that neither reads nor is read may be closed") {
+    TEST_CASE("close ends a connection whose input is paused") {
         wschat::Limits limits;
         limits.max_backlog = 64 * 1024;
         limits.closing_timeout = 50ms;
-        World world(with_limits(limits));
-        world.start();
-        Client client(world.port());
-        narrow(client);
+        Fixture fixture(with_limits(limits));
+        fixture.start();
+        Client client(fixture.port());
+        shrink_buffers(client);
         for (int i = 0; i < 2000; ++i) client.connection.send(Opcode::binary, std::string(16'000, '.'));
         const std::string bytes = test::take_output(client.connection);
         std::thread sender([&] { client.raw.send(bytes); });
-        CHECK(world.running.eventually([&] {
-            return !world.script.handlers.empty() && (*world.script.handlers.begin())->buffered_amount() > 32 * 1024;
+        CHECK(fixture.running.eventually([&] {
+            return !fixture.script.handlers.empty() &&
+                   (*fixture.script.handlers.begin())->buffered_amount() > 32 * 1024;
         }));
-        world.running.on_loop([&] { (*world.script.handlers.begin())->close(4000); });
-        CHECK(world.script.journal.wait_for("close 1006 closing timeout"));
+        fixture.running.on_loop([&] { (*fixture.script.handlers.begin())->close(4000); });
+        CHECK(fixture.script.events.wait_for("close 1006 closing timeout"));
         client.raw.socket().shutdown_send();
         sender.join();
     }
 
-    TEST_CASE("small and large messages to a slow peer keep their order") {
+    TEST_CASE("small and large messages to a slow peer stay in order") {
         wschat::Limits limits;
         limits.max_backlog = 64 * 1024 * 1024;
-        World world(with_limits(limits));
-        world.script.on_message = [](Scripted& self, const Message&) {
+        Fixture fixture(with_limits(limits));
+        fixture.script.on_message = [](Scripted& self, const Message&) {
             for (std::size_t i = 0; i < 300; ++i) {
                 const WriteStatus status = self.write_message(std::to_string(i) + std::string(i % 3 * 20'000, '.'));
                 CHECK((status == WriteStatus::sent || status == WriteStatus::queued));
             }
         };
-        world.start();
-        Client client(world.port());
-        narrow(client);
+        fixture.start();
+        Client client(fixture.port());
+        shrink_buffers(client);
         client.send("go");
         client.send("go");
         CHECK(count_numbered(client, 300) == 300);
         CHECK(count_numbered(client, 300) == 300);
     }
 
-    TEST_CASE("writing to a peer that has reset is no exception, and ends that connection") {
+    TEST_CASE("writing to a peer that has reset throws nothing and ends the connection") {
         for (const std::size_t size : std::initializer_list<std::size_t>{10, 100'000}) {
             CAPTURE(size);
-            World world;
-            world.start();
-            Client client(world.port());
-            world.running.on_loop([&] {
+            Fixture fixture;
+            fixture.start();
+            Client client(fixture.port());
+            fixture.running.on_loop([&] {
                 client.raw.reset();
-                for (int i = 0; i < 100; ++i) (*world.script.handlers.begin())->write_message(std::string(size, '.'));
+                for (int i = 0; i < 100; ++i) (*fixture.script.handlers.begin())->write_message(std::string(size, '.'));
             });
-            CHECK(world.script.journal.wait_for("close 1006 connection lost"));
-            CHECK(world.lives());
+            CHECK(fixture.script.events.wait_for("close 1006 connection lost"));
+            CHECK(fixture.still_serves());
         }
     }
 
-    TEST_CASE("the pings of a peer that does not read cost no memory, and the latest is answered") {
+    TEST_CASE("pings of a peer that does not read take no memory and the latest is answered") {
         wschat::Limits limits;
         limits.control_frames_per_second = 0;
-        std::size_t most = 0;
-        World world(with_limits(limits));
-        world.script.at = [&](Scripted& self, std::string_view moment) {
-            if (moment == "ping") most = std::max(most, self.buffered_amount());
+        std::size_t max_buffered = 0;
+        Fixture fixture(with_limits(limits));
+        fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
+            if (callback == "ping") max_buffered = std::max(max_buffered, self.buffered_amount());
         };
-        world.start();
-        Client client(world.port());
-        narrow(client);
+        fixture.start();
+        Client client(fixture.port());
+        shrink_buffers(client);
         for (int i = 0; i < 100'000; ++i)
             client.connection.send_control(Opcode::ping, std::to_string(i) + std::string(115, '.'));
         client.connection.send(Opcode::text, "the end");
         const std::string bytes = test::take_output(client.connection);
         std::thread sender([&] { client.raw.send(bytes); });
-        CHECK(world.script.journal.wait_for("message the end"));
+        CHECK(fixture.script.events.wait_for("message the end"));
         sender.join();
-        CHECK(world.running.on_loop([&] { return most; }) < limits.max_backlog);
+        CHECK(fixture.running.on_loop([&] { return max_buffered; }) < limits.max_backlog);
         int last = -1, pongs = 0;
-        // The last pong may come behind the message.
+        // The last pong can arrive after the message.
         while (last != 99'999) {
             const auto pong = client.next(Event::Kind::pong);
             REQUIRE(pong);
@@ -1258,7 +1281,7 @@ TEST_SUITE("handler") {
         CHECK(pongs < 100'000);
     }
 
-    // The TCP_NODELAY of the server's end of a connection, which is among our own descriptors.
+    // TCP_NODELAY of the server's end, whose descriptor is in this process.
     int nodelay_of_peer(Client & client) {
         sockaddr_in own{};
         socklen_t size = sizeof own;
@@ -1276,14 +1299,14 @@ TEST_SUITE("handler") {
         return -1;
     }
 
-    TEST_CASE("TCP_NODELAY is on, and set_nodelay changes it") {
-        World world;
-        world.script.on_message = [](Scripted& self, const Message& message) {
+    TEST_CASE("TCP_NODELAY is on by default and set_nodelay changes it") {
+        Fixture fixture;
+        fixture.script.on_message = [](Scripted& self, const Message& message) {
             self.set_nodelay(message.text() == "on");
             self.write_message("done");
         };
-        world.start();
-        Client client(world.port());
+        fixture.start();
+        Client client(fixture.port());
         client.send("on");
         CHECK(client.next() == "done");
         CHECK(nodelay_of_peer(client) == 1);
@@ -1297,62 +1320,65 @@ TEST_SUITE("handler") {
 
     // ---- references ------------------------------------------------------------------------------------------------
 
-    TEST_CASE("another thread writes and closes through a reference") {
-        World world;
-        world.start();
-        Client client(world.port());
-        const HandlerRef ref = world.ask([](Scripted& self) { return self.ref(); });
+    TEST_CASE("another thread can write and close through a reference") {
+        Fixture fixture;
+        fixture.start();
+        Client client(fixture.port());
+        const HandlerRef ref = fixture.with_handler([](Scripted& self) { return self.ref(); });
         CHECK(ref.write_message("from outside"));
         CHECK(ref.write_message("\xff", Opcode::binary));
-        CHECK(client.next() == "from outside");
-        CHECK(client.next() == "\xff");
+        CHECK(ref.write_binary("\xfe"));
+        CHECK(ref.write_json({{"n", 1}}));
+        CHECK(ref.write_json(LikeNlohmann()));
+        for (const std::string text : {"from outside", "\xff", "\xfe", R"({"n":1})", R"({"by":"dump"})"})
+            CHECK(client.next() == text);
         CHECK(ref.post([](WebSocketHandler& handler) { handler.write_message("from within"); }));
         CHECK(client.next() == "from within");
-        CHECK(world.running.on_loop([&] { return ref.get() == *world.script.handlers.begin(); }));
+        CHECK(fixture.running.on_loop([&] { return ref.get() == *fixture.script.handlers.begin(); }));
         CHECK(ref.close(CloseCode{4004}, "from outside"));
         CHECK(client.close_code() == CloseCode{4004});
         CHECK(client.connection.close_reason() == "from outside");
     }
 
-    TEST_CASE("a reference to a handler that is gone does nothing") {
-        World world;
-        world.start();
-        Client client(world.port());
-        const HandlerRef ref = world.ask([](Scripted& self) { return self.ref(); });
+    TEST_CASE("work for a handler that is gone is dropped") {
+        Fixture fixture;
+        fixture.start();
+        Client client(fixture.port());
+        const HandlerRef ref = fixture.with_handler([](Scripted& self) { return self.ref(); });
         client.raw.close();
-        CHECK(world.script.journal.wait_for("destroyed"));
+        CHECK(fixture.script.events.wait_for("destroyed"));
         std::atomic<bool> ran{false};
         CHECK(ref.post([&](WebSocketHandler&) { ran = true; }));
         CHECK(ref.write_message("hello"));
         CHECK(ref.close());
-        CHECK(world.running.on_loop([&] { return ref.get() == nullptr; }));
+        CHECK(fixture.running.on_loop([&] { return ref.get() == nullptr; }));
         CHECK(!ran);
-        CHECK(world.lives());
+        CHECK(fixture.still_serves());
     }
 
-    TEST_CASE("a reference from prepare refers to the same handler, and to nothing where it was refused") {
-        HandlerRef kept;
-        World world;
-        world.script.prepare = [&](Scripted& self) -> std::optional<Response> {
-            kept = self.ref();
+    TEST_CASE("a reference from prepare is valid later and empty after a rejected handshake") {
+        HandlerRef ref;
+        Fixture fixture;
+        fixture.script.prepare = [&](Scripted& self) -> std::optional<Response> {
+            ref = self.ref();
             if (self.name() == "refused") return Response(403, "No.\n");
             return std::nullopt;
         };
-        world.start();
-        Client client(world.port());
-        CHECK(world.running.on_loop([&] { return kept.get() == *world.script.handlers.begin(); }));
-        Client refused(world.port(), "/?name=refused");
+        fixture.start();
+        Client client(fixture.port());
+        CHECK(fixture.running.on_loop([&] { return ref.get() == *fixture.script.handlers.begin(); }));
+        Client refused(fixture.port(), "/?name=refused");
         CHECK(status_of(refused) == "HTTP/1.1 403");
-        CHECK(world.running.on_loop([&] { return kept.get() == nullptr; }));
+        CHECK(fixture.running.on_loop([&] { return ref.get() == nullptr; }));
     }
 
-    TEST_CASE("a reference outlives the server") {
-        std::optional<World> world(std::in_place);
-        world->start();
-        Client client(world->port());
-        const HandlerRef ref = world->ask([](Scripted& self) { return self.ref(); });
+    TEST_CASE("a reference can outlive the server") {
+        std::optional<Fixture> fixture(std::in_place);
+        fixture->start();
+        Client client(fixture->port());
+        const HandlerRef ref = fixture->with_handler([](Scripted& self) { return self.ref(); });
         client.raw.close();
-        world.reset();
+        fixture.reset();
         CHECK(!ref.write_message("hello"));
         CHECK(!ref.close());
         CHECK(!ref.post([](WebSocketHandler&) {}));
@@ -1364,12 +1390,12 @@ TEST_SUITE("handler") {
         std::atomic<bool> stop{false};
         std::mutex mutex;
         std::vector<HandlerRef> refs;
-        World world;
-        world.script.at = [&](Scripted& self, std::string_view moment) {
+        Fixture fixture;
+        fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
             const std::lock_guard<std::mutex> lock(mutex);
-            if (moment == "open") refs.push_back(self.ref());
+            if (callback == "open") refs.push_back(self.ref());
         };
-        world.start();
+        fixture.start();
         std::vector<std::thread> threads;
         for (int i = 0; i < 3; ++i)
             threads.emplace_back([&] {
@@ -1385,71 +1411,71 @@ TEST_SUITE("handler") {
                 }
             });
         for (int i = 0; i < 30; ++i) {
-            Client client(world.port());
+            Client client(fixture.port());
             CHECK(client.is_open());
             CHECK(client.next() == "news");
         }
-        Client last(world.port());
-        world.running.stop(100ms);
+        Client last(fixture.port());
+        fixture.running.stop(100ms);
         stop = true;
         for (std::thread& thread : threads) thread.join();
-        CHECK(world.script.journal.count("open") == world.script.journal.count("close"));
-        CHECK(world.script.journal.count("open") == 31);
+        CHECK(fixture.script.events.count("open") == fixture.script.events.count("close"));
+        CHECK(fixture.script.events.count("open") == 31);
     }
 
     // ---- re-entrancy -----------------------------------------------------------------------------------------------
 
-    // Three connections: the actor, whose handler does something in one of its callbacks, another to whom it may be
-    // done, and a witness who must come to no harm. All are in the room "all".
-    struct Stage {
-        explicit Stage(std::string_view its_moment, std::function<void(Scripted&)> action)
-            : moment(its_moment),
+    // Three connections in the room "all": the actor, whose handler acts in one of its callbacks, another connection
+    // as a target, and a witness that must stay unaffected.
+    struct Scenario {
+        explicit Scenario(std::string_view actor_callback, std::function<void(Scripted&)> action)
+            : callback(actor_callback),
               witness(prepared(std::move(action)).port(), "/?name=witness"),
-              other(world.port(), "/?name=other"),
-              actor(world.port(), "/?name=actor") {
-            provoke(actor, moment);
-            acted = world.script.journal.wait_for("acted");
+              other(fixture.port(), "/?name=other"),
+              actor(fixture.port(), "/?name=actor") {
+            trigger(actor, callback);
+            acted = fixture.script.events.wait_for("acted");
         }
-        World& prepared(std::function<void(Scripted&)> action) {
-            world.script.on_message = &on_provoked;
-            world.script.at = [this, action = std::move(action)](Scripted& self, std::string_view now) {
+        Fixture& prepared(std::function<void(Scripted&)> action) {
+            fixture.script.on_message = &on_trigger;
+            fixture.script.on_callback = [this, action = std::move(action)](Scripted& self, std::string_view now) {
                 if (now == "open") self.room("all").join(self);
-                if (now != moment || self.name() != "actor" || done) return;
+                if (now != callback || self.name() != "actor" || done) return;
                 done = true;
-                world.script.journal.add("acted");
+                fixture.script.events.add("acted");
                 action(self);
             };
-            return world.start();
+            return fixture.start();
         }
-        // The next message to the witness that is none of its own.
-        bool witness_hears(std::string_view wanted) {
+        // Reads until this message arrives.
+        bool witness_receives(std::string_view wanted) {
             while (const auto message = witness.next())
                 if (*message == wanted) return true;
             return false;
         }
-        bool in(std::initializer_list<std::string_view> moments) const {
-            return std::find(moments.begin(), moments.end(), moment) != moments.end();
+        bool in(std::initializer_list<std::string_view> callbacks) const {
+            return std::find(callbacks.begin(), callbacks.end(), callback) != callbacks.end();
         }
 
-        std::string_view moment;
+        std::string_view callback;
         bool done = false;  // for the loop's thread
         bool acted = false;
-        World world;
+        Fixture fixture;
         Client witness, other, actor;
     };
 
     struct Action {
         std::string name;
         std::function<void(Scripted&)> act;
-        std::function<void(Stage&)> expect;
-        bool witness_lives = true;
+        std::function<void(Scenario&)> expect;
+        bool witness_survives = true;
     };
 
-    // Each action is tried in each callback; a new one needs no more than a row here.
+    // Each action runs in each callback.
     const Action actions[] = {
-        {"nothing", [](Scripted&) {}, [](Stage&) {}},
+        {"nothing", [](Scripted&) {}, [](Scenario&) {}},
         {"close itself", [](Scripted& self) { self.close(4001); },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (!s.in({"prepare"}))
                  CHECK(s.actor.close_code() == (s.in({"close"}) ? CloseCode::normal : CloseCode{4001}));
          }},
@@ -1458,22 +1484,22 @@ TEST_SUITE("handler") {
              for (WebSocketHandler& member : self.room("all"))
                  if (static_cast<Scripted&>(member).name() == "other") member.close(4002, "by another");
          },
-         [](Stage& s) { CHECK(s.other.close_code() == CloseCode{4002}); }},
-        {"close everybody",
+         [](Scenario& s) { CHECK(s.other.close_code() == CloseCode{4002}); }},
+        {"close all",
          [](Scripted& self) {
              for (WebSocketHandler& member : self.room("all")) member.close(4003);
          },
-         [](Stage& s) {
+         [](Scenario& s) {
              CHECK(s.witness.close_code() == CloseCode{4003});
              CHECK(s.other.close_code() == CloseCode{4003});
          },
          false},
         {"join", [](Scripted& self) { self.write_message(self.room("new").join(self) ? "joined" : "not joined"); },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (!s.in({"prepare", "close", "drain"})) CHECK(s.actor.next() == "joined");
          }},
         {"leave", [](Scripted& self) { self.write_message(self.room("all").leave(self) ? "left" : "not left"); },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (!s.in({"prepare", "close", "drain"})) CHECK(s.actor.next() == "left");
          }},
         {"leave and join again",
@@ -1482,17 +1508,16 @@ TEST_SUITE("handler") {
              self.room("all").join(self);
              self.room("all").broadcast("news");
          },
-         [](Stage& s) { CHECK(s.witness_hears("news")); }},
+         [](Scenario& s) { CHECK(s.witness_receives("news")); }},
         {"broadcast", [](Scripted& self) { self.room("all").broadcast("news"); },
-         [](Stage& s) { CHECK(s.witness_hears("news")); }},
+         [](Scenario& s) { CHECK(s.witness_receives("news")); }},
         {"broadcast to the others", [](Scripted& self) { self.room("all").broadcast("news", &self); },
-         [](Stage& s) { CHECK(s.witness_hears("news")); }},
-        {"broadcast what a slow member does without",
-         [](Scripted& self) { self.room("all").broadcast_volatile("news"); },
-         [](Stage& s) { CHECK(s.witness_hears("news")); }},
+         [](Scenario& s) { CHECK(s.witness_receives("news")); }},
+        {"broadcast a volatile message", [](Scripted& self) { self.room("all").broadcast_volatile("news"); },
+         [](Scenario& s) { CHECK(s.witness_receives("news")); }},
         {"write in every way",
          [](Scripted& self) {
-             const wschat::EncodedFrame frame(self.server().arena(), Opcode::text, "encoded");
+             const wschat::EncodedFrame frame = self.server().rooms().encode("encoded");
              for (WebSocketHandler& member : self.room("all")) {
                  member.write_message("text");
                  member.write_message("bytes", Opcode::binary);
@@ -1503,8 +1528,8 @@ TEST_SUITE("handler") {
                  member.ping("another");
              }
          },
-         [](Stage& s) {
-             CHECK(s.witness_hears("text"));
+         [](Scenario& s) {
+             CHECK(s.witness_receives("text"));
              for (const std::string wanted : {"bytes", "message", "encoded", "encoded", R"({"news":"json"})"})
                  CHECK(s.witness.next() == wanted);
              CHECK(s.witness.next(Event::Kind::ping) == "another");
@@ -1514,8 +1539,8 @@ TEST_SUITE("handler") {
              for (wschat::Room* room : self.rooms()) room->leave(self);
              self.room("all").broadcast("news");
          },
-         [](Stage& s) { CHECK(s.witness_hears("news")); }},
-        {"make everybody move to another room",
+         [](Scenario& s) { CHECK(s.witness_receives("news")); }},
+        {"move all to another room",
          [](Scripted& self) {
              for (WebSocketHandler& member : self.room("all")) {
                  self.room("all").leave(member);
@@ -1523,28 +1548,28 @@ TEST_SUITE("handler") {
              }
              self.room("new").broadcast("news");
          },
-         [](Stage& s) { CHECK(s.witness_hears("news")); }},
-        {"broadcast much",
+         [](Scenario& s) { CHECK(s.witness_receives("news")); }},
+        {"broadcast a large backlog",
          [](Scripted& self) {
              for (int i = 0; i < 20; ++i) self.room("all").broadcast(std::string(50'000, '.'));
          },
-         [](Stage& s) { CHECK(s.witness_hears(std::string(50'000, '.'))); }},
+         [](Scenario& s) { CHECK(s.witness_receives(std::string(50'000, '.'))); }},
         {"ping itself", [](Scripted& self) { self.ping("self"); },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (!s.in({"prepare", "close"})) CHECK(s.actor.next(Event::Kind::ping) == "self");
          }},
         {"throw", [](Scripted&) { throw std::runtime_error("thrown"); },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (s.in({"open", "message", "ping", "pong", "drain"}))
                  CHECK(s.actor.close_code() == CloseCode::internal_error);
-             CHECK(s.world.log.wait_for("error exception in="));
+             CHECK(s.fixture.log.wait_for("error exception in="));
          }},
         {"close itself and throw",
          [](Scripted& self) {
              self.close(4001);
              throw std::runtime_error("thrown");
          },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (!s.in({"prepare", "close"})) CHECK(s.actor.close_code() == CloseCode{4001});
          }},
         {"broadcast and throw",
@@ -1552,9 +1577,9 @@ TEST_SUITE("handler") {
              self.room("all").broadcast("news");
              throw std::runtime_error("thrown");
          },
-         [](Stage& s) { CHECK(s.witness_hears("news")); }},
+         [](Scenario& s) { CHECK(s.witness_receives("news")); }},
         {"write to itself through a reference", [](Scripted& self) { self.ref().write_message("later"); },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (!s.in({"close", "drain"})) CHECK(s.actor.next() == "later");
          }},
         {"a timer for itself",
@@ -1563,7 +1588,7 @@ TEST_SUITE("handler") {
                  if (WebSocketHandler* handler = ref.get()) handler->write_message("later");
              });
          },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (!s.in({"close", "drain"})) CHECK(s.actor.next() == "later");
          }},
         {"close another through a reference",
@@ -1572,25 +1597,25 @@ TEST_SUITE("handler") {
                  if (static_cast<Scripted&>(member).name() == "other")
                      member.ref().close(CloseCode{4002}, "by another");
          },
-         [](Stage& s) { CHECK(s.other.close_code() == CloseCode{4002}); }},
-        {"close itself later, and leave work for after that",
+         [](Scenario& s) { CHECK(s.other.close_code() == CloseCode{4002}); }},
+        {"post a close and work after it",
          [](Scripted& self) {
              self.ref().post([ref = self.ref()](WebSocketHandler& handler) {
                  handler.close(4001);
                  ref.write_message("too late");
              });
          },
-         [](Stage& s) {
+         [](Scenario& s) {
              if (!s.in({"close"})) CHECK(s.actor.close_code() == CloseCode{4001});
          }},
-        {"a call again and again that cancels itself",
+        {"a repeated call that cancels itself",
          [](Scripted& self) {
              const auto id = std::make_shared<wschat::Loop::TimerId>();
              *id = self.loop().call_every(1ms, [&server = self.server(), id] {
                  if (server.loop().cancel(*id)) server.rooms()["all"].broadcast("called");
              });
          },
-         [](Stage& s) { CHECK(s.witness_hears("called")); }},
+         [](Scenario& s) { CHECK(s.witness_receives("called")); }},
         {"a page, a route, an option and the metrics",
          [](Scripted& self) {
              self.server().get("/late", [](const Request&) { return Response(200, "late"); });
@@ -1601,66 +1626,66 @@ TEST_SUITE("handler") {
              self.set_nodelay(false);
              self.room("all").broadcast(std::to_string(self.server().metrics().connections_accepted));
          },
-         [](Stage& s) { CHECK(s.witness_hears("3")); }},
+         [](Scenario& s) { CHECK(s.witness_receives("3")); }},
         {"stop the loop", [](Scripted& self) { self.loop().stop(); },
-         [](Stage& s) {
-             s.world.running.stop(0ms);
-             s.world.running.server.run();  // ends what the first run has left
+         [](Scenario& s) {
+             s.fixture.running.stop(0ms);
+             s.fixture.running.server.run();  // ends the connections that the first run left
              CHECK(s.witness.raw.read_to_end());
          },
          false},
         {"shut the server down at once", [](Scripted& self) { self.server().shutdown(0ms); },
-         [](Stage& s) {
+         [](Scenario& s) {
              for (Client* client : {&s.witness, &s.other, &s.actor}) CHECK(client->raw.read_to_end());
          },
          false},
         {"shut the server down", [](Scripted& self) { self.server().shutdown(2s); },
-         [](Stage& s) {
+         [](Scenario& s) {
              CHECK(s.witness.close_code() == CloseCode::going_away);
              CHECK(s.other.close_code() == CloseCode::going_away);
          },
          false},
     };
 
-    // A test for each callback, so that ctest names the one that fails.
-    void try_all_actions(const std::string& moment) {
+    // One test for each callback, because ctest then names the one that fails.
+    void try_all_actions(const std::string& callback) {
         for (const Action& action : actions) {
-            CAPTURE(moment);
+            CAPTURE(callback);
             CAPTURE(action.name);
-            Stage stage(moment, action.act);
-            CHECK(stage.acted);
-            action.expect(stage);
-            if (action.witness_lives) {
-                stage.witness.send("still here");
-                CHECK(stage.witness_hears("still here"));
+            Scenario scenario(callback, action.act);
+            CHECK(scenario.acted);
+            action.expect(scenario);
+            if (action.witness_survives) {
+                scenario.witness.send("still here");
+                CHECK(scenario.witness_receives("still here"));
             }
-            for (Client* client : {&stage.witness, &stage.other, &stage.actor}) client->raw.close();
-            stage.world.running.stop();
-            const Journal& journal = stage.world.script.journal;
+            for (Client* client : {&scenario.witness, &scenario.other, &scenario.actor}) client->raw.close();
+            scenario.fixture.running.stop();
+            const EventLog& events = scenario.fixture.script.events;
             for (const std::string name : {"witness", "other", "actor"}) {
                 CAPTURE(name);
-                const bool refused = name == "actor" && journal.count("actor: open") == 0;
-                CHECK((!refused || moment == "prepare"));
-                CHECK(journal.count(name + ": open") == (refused ? 0 : 1));
-                CHECK(journal.count(name + ": close") == (refused ? 0 : 1));
+                const bool refused = name == "actor" && events.count("actor: open") == 0;
+                CHECK((!refused || callback == "prepare"));
+                CHECK(events.count(name + ": open") == (refused ? 0 : 1));
+                CHECK(events.count(name + ": close") == (refused ? 0 : 1));
             }
-            CHECK(stage.world.script.handlers.empty());
+            CHECK(scenario.fixture.script.handlers.empty());
         }
     }
 
-    TEST_CASE("a handler may do anything in prepare") { try_all_actions("prepare"); }
-    TEST_CASE("a handler may do anything in open") { try_all_actions("open"); }
-    TEST_CASE("a handler may do anything in on_message") { try_all_actions("message"); }
-    TEST_CASE("a handler may do anything in on_close") { try_all_actions("close"); }
-    TEST_CASE("a handler may do anything in on_ping") { try_all_actions("ping"); }
-    TEST_CASE("a handler may do anything in on_pong") { try_all_actions("pong"); }
-    TEST_CASE("a handler may do anything in on_drain") { try_all_actions("drain"); }
-    TEST_CASE("a handler may do anything in a timer") { try_all_actions("timer"); }
-    TEST_CASE("a handler may do anything in posted work") { try_all_actions("post"); }
+    TEST_CASE("any action is safe in prepare") { try_all_actions("prepare"); }
+    TEST_CASE("any action is safe in open") { try_all_actions("open"); }
+    TEST_CASE("any action is safe in on_message") { try_all_actions("message"); }
+    TEST_CASE("any action is safe in on_close") { try_all_actions("close"); }
+    TEST_CASE("any action is safe in on_ping") { try_all_actions("ping"); }
+    TEST_CASE("any action is safe in on_pong") { try_all_actions("pong"); }
+    TEST_CASE("any action is safe in on_drain") { try_all_actions("drain"); }
+    TEST_CASE("any action is safe in a timer") { try_all_actions("timer"); }
+    TEST_CASE("any action is safe in posted work") { try_all_actions("post"); }
 
-    // ---- what nobody has overridden --------------------------------------------------------------------------------
+    // ---- defaults ---------------------------------------------------------------------------------------------------
 
-    TEST_CASE("a handler that overrides on_message alone chooses no subprotocol, and pings and pongs pass it by") {
+    TEST_CASE("a handler that overrides only on_message selects no subprotocol and ignores pings and pongs") {
         struct Plain : WebSocketHandler {
             void on_message(const Message& message) override { write_message(message); }
         };
@@ -1669,15 +1694,15 @@ TEST_SUITE("handler") {
         running.start();
         Client client(running.port(), "/", "Sec-WebSocket-Protocol: chat, superchat\r\n");
         REQUIRE(client.is_open());
-        CHECK(client.head.find("Sec-WebSocket-Protocol") == std::string::npos);
-        client.connection.send_control(Opcode::pong, "nobody asked");
+        CHECK(!contains(client.head, "Sec-WebSocket-Protocol"));
+        client.connection.send_control(Opcode::pong, "unsolicited");
         client.ping("are you there");
         CHECK(client.next(Event::Kind::pong) == "are you there");
         client.send("hello");
         CHECK(client.next() == "hello");
     }
 
-    TEST_CASE("what needs a server is an Error in a handler that has none") {
+    TEST_CASE("room, loop and server throw an Error in a handler without a server") {
         Script script;
         Scripted alone(script);
         CHECK_THROWS_WITH_AS(alone.room("lobby"), "room: a handler has no server in its constructor", Error);
@@ -1685,24 +1710,24 @@ TEST_SUITE("handler") {
         CHECK_THROWS_WITH_AS(alone.server(), "server: a handler has no server in its constructor", Error);
     }
 
-    TEST_CASE("on_drain does not come to a handler that has closed") {
+    TEST_CASE("on_drain does not run after close") {
         wschat::Limits limits;
         limits.backlog_policy = BacklogPolicy::drop;
         limits.closing_timeout = test::deadline;
-        Filling filling;
-        World world(with_limits(limits));
-        world.script.on_message = [&](Scripted& self, const Message&) {
-            filling(self);
+        Fill fill;
+        Fixture fixture(with_limits(limits));
+        fixture.script.on_message = [&](Scripted& self, const Message&) {
+            fill(self);
             self.close(4000, "that was all");
         };
-        world.start();
-        Client client(world.port());
-        narrow(client);
+        fixture.start();
+        Client client(fixture.port());
+        shrink_buffers(client);
         client.send("fill");
-        CHECK(world.running.eventually([&] { return filling.dropped == 1; }));
-        CHECK(count_numbered(client, filling.sent + filling.queued) == filling.sent + filling.queued);
+        CHECK(fixture.running.eventually([&] { return fill.dropped == 1; }));
+        CHECK(count_numbered(client, fill.sent + fill.queued) == fill.sent + fill.queued);
         CHECK(client.close_code() == CloseCode{4000});
-        CHECK(world.script.journal.wait_for("close 4000 local"));
-        CHECK(world.script.journal.count("drain") == 0);
+        CHECK(fixture.script.events.wait_for("close 4000 local"));
+        CHECK(fixture.script.events.count("drain") == 0);
     }
 }

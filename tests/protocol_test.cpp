@@ -1,4 +1,4 @@
-// section 7: bytes in, events and bytes out, and the time is an argument. No socket and no sleep.
+// Section 7: bytes and times go in, events and bytes come out. No sockets and no sleeps.
 #include "support.hpp"
 
 #include <random>
@@ -22,7 +22,7 @@ using namespace std::chrono_literals;
 const Time start = Time() + 1h;
 constexpr std::size_t whole = std::string_view::npos;
 
-// A frame as a server sends it: RFC 6455 5.2, the length in its shortest form.
+// A frame of a server (RFC 6455 5.2), with the length in its shortest form.
 std::string frame(unsigned first_byte, std::string_view payload) {
     std::string bytes(1, static_cast<char>(first_byte));
     const std::size_t size = payload.size();
@@ -32,7 +32,7 @@ std::string frame(unsigned first_byte, std::string_view payload) {
     return bytes.append(payload);
 }
 
-// The same frames as a client sends them, masked with 37 fa 21 3d (RFC 6455 5.3). The last may be unfinished.
+// The same frames of a client, masked with 37 fa 21 3d (RFC 6455 5.3). The last one may be unfinished.
 std::string masked(std::string_view frames) {
     const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(frames[i]); };
     std::string bytes;
@@ -53,73 +53,85 @@ std::string masked(std::string_view frames) {
     return bytes;
 }
 
-// What a peer sends to an end of that role.
+// Frames that an end of this role receives.
 std::string wire(Role role, std::string_view frames) {
     return role == Role::server ? masked(frames) : std::string(frames);
 }
 
-// One end of a connection: what it is given, and in words what it has made of it.
+// Frames that an end of this role sends.
+std::string sent_by(Role role, std::string_view frames) {
+    return wire(role == Role::server ? Role::client : Role::server, frames);
+}
+
+// One end of a connection. Records its events as text.
 class End {
 public:
-    explicit End(Role its_role = Role::server, const Limits& its_limits = {}) : role(its_role), limits(its_limits) {
+    explicit End(Role end_role = Role::server, const Limits& end_limits = {}) : role(end_role), limits(end_limits) {
         connection.open(role, limits, arena, now, role == Role::client ? &test::test_mask : nullptr);
     }
     End(const End&) = delete;
     End& operator=(const End&) = delete;
 
-    // Gives it bytes in pieces, each in memory of its own that is gone afterwards.
-    End& give(std::string_view bytes, std::size_t piece = whole) {
-        while (!bytes.empty()) give_some(bytes, bytes.substr(0, piece).size());
+    // Receives bytes in pieces. Each piece has its own memory, which is freed afterwards.
+    End& receive(std::string_view bytes, std::size_t piece = whole) {
+        while (!bytes.empty()) receive_piece(bytes, bytes.substr(0, piece).size());
         return *this;
     }
-    // The same, but where the connection offers a better place, there.
-    End& give_in_place(std::string_view bytes, std::size_t piece = whole) {
+    // The same, but uses receive_buffer() if the connection has one.
+    End& receive_in_place(std::string_view bytes, std::size_t piece = whole) {
         while (!bytes.empty()) {
-            const auto [area, room] = connection.receive_area();
-            const std::size_t size = std::min(bytes.substr(0, piece).size(), area == nullptr ? bytes.size() : room);
-            if (area == nullptr) {
-                give_some(bytes, size);
+            const auto [buffer, capacity] = connection.receive_buffer();
+            const std::size_t size =
+                std::min(bytes.substr(0, piece).size(), buffer == nullptr ? bytes.size() : capacity);
+            if (buffer == nullptr) {
+                receive_piece(bytes, size);
                 continue;
             }
             in_place += size;
-            std::memcpy(area, bytes.data(), size);
-            connection.receive(area, size, now);
+            std::memcpy(buffer, bytes.data(), size);
+            connection.receive(buffer, size, now);
             bytes.remove_prefix(size);
-            take_events();
+            read_events();
         }
         return *this;
     }
-    // Gives it the frames as its peer sends them: masked where it is a server.
-    End& peer(std::string_view hex_frames) { return give(wire(role, hex(hex_frames))); }
-    End& peer_sends(std::string_view frames, std::size_t piece = whole) { return give(wire(role, frames), piece); }
+    // Reads one event and pauses the rest of the input.
+    void receive_first_event(std::string bytes) {
+        connection.receive(&bytes[0], bytes.size(), now);
+        record(connection.next_event());
+        connection.pause_input();
+    }
+    // Receives frames of the peer, which are masked if this is a server.
+    End& peer(std::string_view hex_frames) { return receive(wire(role, hex(hex_frames))); }
+    End& peer_sends(std::string_view frames, std::size_t piece = whole) { return receive(wire(role, frames), piece); }
 
-    void take_events() {
+    void read_events() {
         for (;;) {
             const Event event = connection.next_event();
             if (event.kind == Event::Kind::none) return;
-            note(event);
+            record(event);
         }
     }
-    void note(const Event& event) {
-        if (!noted_.empty()) noted_ += " | ";
+    void record(const Event& event) {
+        if (!recorded_.empty()) recorded_ += " | ";
         switch (event.kind) {
-            case Event::Kind::message: noted_ += event.message.binary() ? "binary " : "text "; break;
-            case Event::Kind::ping: noted_ += "ping "; break;
-            case Event::Kind::pong: noted_ += "pong "; break;
+            case Event::Kind::message: recorded_ += event.message.binary() ? "binary " : "text "; break;
+            case Event::Kind::ping: recorded_ += "ping "; break;
+            case Event::Kind::pong: recorded_ += "pong "; break;
             case Event::Kind::close:
-                noted_ += "close " + std::to_string(number(connection.close_code())) + " ";
-                noted_ += to_string(connection.close_cause());
+                recorded_ += "close " + std::to_string(number(connection.close_code())) + " ";
+                recorded_ += to_string(connection.close_cause());
                 break;
-            case Event::Kind::none: noted_ += "none"; break;
+            case Event::Kind::none: recorded_ += "none"; break;
         }
-        noted_ += event.message.data();
+        recorded_ += event.message.data();
     }
     // The events since the last call: "ping hey | text Hello | close 1000 peer".
     std::string events() {
-        take_events();
-        return std::exchange(noted_, std::string());
+        read_events();
+        return std::exchange(recorded_, std::string());
     }
-    // What it has queued since the last call, in hex.
+    // The output since the last call, in hex.
     std::string sent() { return to_hex(test::take_output(connection)); }
     void tick_after(wschat::Duration duration) { connection.tick(now += duration); }
 
@@ -128,23 +140,23 @@ public:
     wschat::detail::SendArena arena;
     Connection connection;
     Time now = start;
-    std::size_t in_place = 0;  // bytes that went to receive_area()
+    std::size_t in_place = 0;  // bytes that went to receive_buffer()
 
 private:
-    void give_some(std::string_view& bytes, std::size_t size) {
+    void receive_piece(std::string_view& bytes, std::size_t size) {
         const std::unique_ptr<char[]> piece(new char[size]);
         std::memcpy(piece.get(), bytes.data(), size);
         bytes.remove_prefix(size);
         connection.receive(piece.get(), size, now);
-        take_events();
+        read_events();
     }
 
-    std::string noted_;
+    std::string recorded_;
 };
 
 const Role both_roles[] = {Role::server, Role::client};
 
-// Text of exactly that many bytes, with characters of one to four bytes.
+// Text of exactly this size, with characters of one to four bytes.
 std::string text_of(std::size_t size) {
     std::string text;
     while (text.size() < size) text += "a\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80z";
@@ -170,7 +182,7 @@ std::string close_body(unsigned code, std::string_view reason = {}) {
 TEST_SUITE("protocol") {
     // ---- messages --------------------------------------------------------------------------------------------------
 
-    TEST_CASE("the examples of RFC 6455 5.7 are read") {
+    TEST_CASE("the examples of RFC 6455 5.7 are received") {
         struct Row {
             Role reader;
             std::string bytes;
@@ -185,14 +197,14 @@ TEST_SUITE("protocol") {
         };
         for (const Row& row : rows) {
             CAPTURE(row.bytes);
-            CHECK(End(row.reader).give(hex(row.bytes)).events() == row.events);
+            CHECK(End(row.reader).receive(hex(row.bytes)).events() == row.events);
         }
-        CHECK((End(Role::client).give(hex("82 7e 01 00") + bytes_of(256)).events() == "binary " + bytes_of(256)));
-        CHECK((End(Role::client).give(hex("82 7f 00 00 00 00 00 01 00 00") + bytes_of(65536)).events() ==
+        CHECK((End(Role::client).receive(hex("82 7e 01 00") + bytes_of(256)).events() == "binary " + bytes_of(256)));
+        CHECK((End(Role::client).receive(hex("82 7f 00 00 00 00 00 01 00 00") + bytes_of(65536)).events() ==
                "binary " + bytes_of(65536)));
     }
 
-    TEST_CASE("the examples of RFC 6455 5.7 are written") {
+    TEST_CASE("the examples of RFC 6455 5.7 are sent") {
         End server(Role::server), client(Role::client);
         CHECK(server.connection.send(Opcode::text, "Hello") == WriteStatus::sent);
         CHECK(server.sent() == "81 05 48 65 6c 6c 6f");
@@ -200,53 +212,55 @@ TEST_SUITE("protocol") {
         CHECK(client.sent() == "81 85 37 fa 21 3d 7f 9f 4d 51 58");
         server.connection.send_control(Opcode::ping, "Hello");
         CHECK(server.sent() == "89 05 48 65 6c 6c 6f");
-        // "Pong response": the client's, to that ping.
-        client.give(hex("89 05 48 65 6c 6c 6f"));
+        // The pong response of the client.
+        client.receive(hex("89 05 48 65 6c 6c 6f"));
         CHECK(client.sent() == "8a 85 37 fa 21 3d 7f 9f 4d 51 58");
     }
 
     const std::size_t sizes[] = {0, 1, 125, 126, 127, 65535, 65536, 1024 * 1024};
 
-    TEST_CASE("a message is written as one frame with its length in the shortest form") {
+    TEST_CASE("a message is sent as one frame with its length in the shortest form") {
         for (const Role role : both_roles)
             for (const std::size_t size : sizes) {
                 CAPTURE(size);
                 End end(role);
-                const Role reader = role == Role::server ? Role::client : Role::server;
                 end.connection.send(Opcode::text, text_of(size));
-                CHECK((test::take_output(end.connection) == wire(reader, frame(0x81, text_of(size)))));
+                CHECK((test::take_output(end.connection) == sent_by(role, frame(0x81, text_of(size)))));
                 end.connection.send(Opcode::binary, bytes_of(size));
-                CHECK((test::take_output(end.connection) == wire(reader, frame(0x82, bytes_of(size)))));
+                CHECK((test::take_output(end.connection) == sent_by(role, frame(0x82, bytes_of(size)))));
             }
     }
 
-    TEST_CASE("a message of any size, in one frame and in any pieces, arrives as it was sent") {
+    // Receives the bytes in pieces of several sizes and checks the events and the output.
+    void check_in_pieces(Role role, const std::string& bytes, const std::string& events, const std::string& output) {
+        for (const std::size_t piece : {std::size_t{1}, bytes.size() / 2 + 1, bytes.size()}) {
+            CAPTURE(bytes.size());
+            CAPTURE(piece);
+            End end(role);
+            CHECK((end.receive(bytes, piece).events() == events));
+            CHECK(test::take_output(end.connection) == output);
+            CHECK(end.connection.is_open());
+        }
+    }
+
+    TEST_CASE("a message of any size in one frame arrives in pieces of any size") {
         for (const Role role : both_roles)
             for (const std::size_t size : sizes)
                 for (const bool binary : {false, true}) {
                     const std::string payload = binary ? bytes_of(size) : text_of(size);
                     const std::string bytes = wire(role, frame(binary ? 0x82 : 0x81, payload));
                     const std::string expected = (binary ? "binary " : "text ") + payload;
-                    for (const std::size_t piece : {std::size_t{1}, bytes.size() / 2 + 1, bytes.size()}) {
-                        CAPTURE(size);
-                        CAPTURE(binary);
-                        CAPTURE(piece);
-                        End end(role);
-                        CHECK((end.give(bytes, piece).events() == expected));
-                        CHECK(end.sent() == "");
-                        CHECK(end.connection.is_open());
-                    }
+                    check_in_pieces(role, bytes, expected, "");
                 }
     }
 
-    TEST_CASE(
-        "a message of any size, in fragments with control frames between and in any pieces, arrives as it was sent") {
+    TEST_CASE("a fragmented message with control frames in between arrives in pieces of any size") {
         for (const Role role : both_roles)
             for (const std::size_t size : sizes)
                 for (const bool binary : {false, true}) {
                     const std::string payload = binary ? bytes_of(size) : text_of(size);
                     const std::string_view view = payload;
-                    // The cuts fall within characters.
+                    // Both boundaries are within a character.
                     const std::size_t first = size / 3, second = size / 2;
                     const std::string bytes =
                         wire(role, frame(binary ? 0x02 : 0x01, view.substr(0, first)) + frame(0x89, "are you there") +
@@ -254,20 +268,11 @@ TEST_SUITE("protocol") {
                                        frame(0x00, "") + frame(0x80, view.substr(second)));
                     const std::string expected =
                         "ping are you there | pong yes | " + ((binary ? "binary " : "text ") + payload);
-                    for (const std::size_t piece : {std::size_t{1}, bytes.size() / 2 + 1, bytes.size()}) {
-                        CAPTURE(size);
-                        CAPTURE(binary);
-                        CAPTURE(piece);
-                        End end(role);
-                        CHECK((end.give(bytes, piece).events() == expected));
-                        CHECK(test::take_output(end.connection) ==
-                              wire(role == Role::server ? Role::client : Role::server, frame(0x8A, "are you there")));
-                        CHECK(end.connection.is_open());
-                    }
+                    check_in_pieces(role, bytes, expected, sent_by(role, frame(0x8A, "are you there")));
                 }
     }
 
-    TEST_CASE("empty messages and empty fragments are messages and fragments") {
+    TEST_CASE("empty messages and empty fragments are legal") {
         End end;
         CHECK(end.peer("81 00").events() == "text ");
         CHECK(end.peer("82 00").events() == "binary ");
@@ -275,8 +280,8 @@ TEST_SUITE("protocol") {
         CHECK(end.peer("02 00 00 01 41 80 00").events() == "binary A");
     }
 
-    // What a peer may send, long enough for every path through the connection.
-    std::string recorded_conversation() {
+    // Frames of a peer that reach every path through the connection.
+    std::string sample_conversation() {
         const std::string large = text_of(90'000);
         return frame(0x81, "one") + frame(0x82, bytes_of(300)) + frame(0x89, "p1") + frame(0x81, "") +
                frame(0x01, "\xf0\x9f") + frame(0x89, "") + frame(0x80, "\x98\x80") + frame(0x8A, "unasked") +
@@ -286,12 +291,12 @@ TEST_SUITE("protocol") {
                frame(0x88, close_body(4321, "that was all")) + frame(0x81, "too late") + hex("ff ff ff");
     }
 
-    TEST_CASE("how the bytes are cut never changes what happens") {
+    TEST_CASE("the events do not depend on the boundaries between pieces") {
         std::mt19937 random(6455);
         for (const Role role : both_roles) {
-            const std::string conversation = wire(role, recorded_conversation());
+            const std::string conversation = wire(role, sample_conversation());
             End reference(role);
-            const std::string events = reference.give(conversation).events(), sent = reference.sent();
+            const std::string events = reference.receive(conversation).events(), sent = reference.sent();
             CHECK(events.substr(events.rfind(" | text last")) == " | text last | close 4321 peer");
             for (int i = 0; i < 200; ++i) {
                 CAPTURE(i);
@@ -299,8 +304,8 @@ TEST_SUITE("protocol") {
                 const std::size_t longest = std::size_t{1} << (random() % 17);
                 for (std::string_view rest = conversation; !rest.empty();) {
                     const std::string_view piece = rest.substr(0, 1 + random() % longest);
-                    if (i % 2 == 0) end.give(piece);
-                    else end.give_in_place(piece);
+                    if (i % 2 == 0) end.receive(piece);
+                    else end.receive_in_place(piece);
                     rest.remove_prefix(piece.size());
                 }
                 CHECK((end.events() == events));
@@ -310,7 +315,7 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("what breaks RFC 6455 5 is answered with a Close frame of 1002") {
+    TEST_CASE("a frame that violates RFC 6455 5 closes with 1002") {
         struct Row {
             std::string rule;
             Role reader;
@@ -329,8 +334,8 @@ TEST_SUITE("protocol") {
             {"5.2: 125 in 16 bits", Role::client, "82 7e 00 7d"},
             {"5.2: 65535 in 64 bits", Role::client, "82 7f 00 00 00 00 00 00 ff ff"},
             {"5.2: the top bit of 64", Role::client, "82 7f 80 00 00 00 00 00 00 00"},
-            {"5.4: continuation of nothing", Role::client, "80 00"},
-            {"5.4: continuation of a message that ended", Role::client, "01 00 80 00 80 00"},
+            {"5.4: a continuation without a message", Role::client, "80 00"},
+            {"5.4: a continuation of a finished message", Role::client, "01 00 80 00 80 00"},
             {"5.4: a new message within one", Role::client, "01 00 81 00"},
             {"5.5: a fragmented ping", Role::client, "09 00"},
             {"5.5: a fragmented Close", Role::client, "08 00"},
@@ -339,10 +344,9 @@ TEST_SUITE("protocol") {
         for (const Row& row : rows) {
             CAPTURE(row.rule);
             End end(row.reader);
-            end.give(hex(row.bytes));
+            end.receive(hex(row.bytes));
             const std::string reason = end.connection.close_reason();
-            const std::string close =
-                wire(row.reader == Role::server ? Role::client : Role::server, frame(0x88, close_body(1002, reason)));
+            const std::string close = sent_by(row.reader, frame(0x88, close_body(1002, reason)));
             const std::string events = end.events();
             CHECK(events.substr(events.find("close")) == "close 1002 protocol error");
             CHECK(reason != "");
@@ -351,7 +355,7 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("after a failure nothing is read any more") {
+    TEST_CASE("after a failure input is ignored") {
         End end;
         CHECK(end.peer("83 00 81 02 68 69 89 00 88 00").events() == "close 1002 protocol error");
         end.sent();
@@ -362,8 +366,8 @@ TEST_SUITE("protocol") {
 
     // ---- UTF-8 -----------------------------------------------------------------------------------------------------
 
-    TEST_CASE("text that can not become UTF-8 is refused with 1007 as soon as that is certain") {
-        // Each announces more than has come.
+    TEST_CASE("text that cannot be UTF-8 closes with 1007 before the message ends") {
+        // Each frame announces more bytes than follow.
         const std::string frames[] = {
             "81 05 48 ff",                // no lead byte
             "81 05 48 80",                // a continuation byte
@@ -375,10 +379,10 @@ TEST_SUITE("protocol") {
             "81 05 f4 90",                // above U+10FFFF
             "81 05 f5",                   // above U+10FFFF
             "81 7e 04 00 61 61 61 ff",    // the third byte of 1024
-            "01 05 61 62 ff",             // in the first fragment, which has not ended
-            "01 01 c3 00 05 28",          // a character that the next fragment does not finish
-            "01 01 c3 89 00 00 05 28",    // nor with a ping between
-            "01 02 e2 82 00 00 80 05 41"  // nor two fragments later
+            "01 05 61 62 ff",             // in an unfinished first fragment
+            "01 01 c3 00 05 28",          // the next fragment does not continue the character
+            "01 01 c3 89 00 00 05 28",    // the same with a ping in between
+            "01 02 e2 82 00 00 80 05 41"  // nor does a fragment after an empty one
         };
         for (const Role role : both_roles)
             for (const std::string& bytes : frames) {
@@ -391,7 +395,7 @@ TEST_SUITE("protocol") {
             }
     }
 
-    TEST_CASE("text that could still become UTF-8 is waited for") {
+    TEST_CASE("an unfinished character keeps the connection open") {
         for (const std::string bytes : {"81 05 c3", "81 05 e2 82", "81 05 f0 9f 98", "01 01 f0", "01 01 f0 00 01 9f"}) {
             CAPTURE(bytes);
             End end;
@@ -400,7 +404,7 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("text that ends within a character is refused with 1007") {
+    TEST_CASE("text that ends within a character closes with 1007") {
         for (const std::string bytes : {"81 01 c3", "81 03 f0 9f 98", "01 01 c3 80 00", "01 01 e2 00 01 82 80 00"}) {
             CAPTURE(bytes);
             End end;
@@ -409,17 +413,17 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("a character may be spread over fragments") {
+    TEST_CASE("a character can span fragments") {
         CHECK(End().peer("01 01 f0 00 01 9f 00 01 98 80 01 80").events() == "text \xf0\x9f\x98\x80");
         CHECK(End().peer("01 02 61 c3 89 01 ff 80 02 a9 62").events() == "ping \xff | text a\xc3\xa9\x62");
     }
 
-    TEST_CASE("what one message lacks does not pass to the next") {
+    TEST_CASE("an unfinished character of one message does not affect the next message") {
         End end;
         CHECK(end.peer("02 01 c3 80 00 81 01 41").events() == "binary \xc3 | text A");
     }
 
-    TEST_CASE("only text is checked") {
+    TEST_CASE("only text is checked for UTF-8") {
         End end;
         CHECK(end.peer("82 02 c0 ff 89 02 c0 ff 8a 02 c0 ff").events() ==
               "binary \xc0\xff | ping \xc0\xff | pong \xc0\xff");
@@ -428,7 +432,7 @@ TEST_SUITE("protocol") {
 
     // ---- limits ----------------------------------------------------------------------------------------------------
 
-    TEST_CASE("a message over the limit is refused with 1009, alone and as a sum of fragments") {
+    TEST_CASE("a message over the size limit closes with 1009 in one frame and in fragments") {
         Limits limits;
         limits.max_message_size = 1000;
         struct Row {
@@ -455,36 +459,36 @@ TEST_SUITE("protocol") {
             }
     }
 
-    TEST_CASE("a message over the limit is refused when its header has come") {
+    TEST_CASE("the header of a message over the size limit closes with 1009") {
         Limits limits;
         limits.max_message_size = 1000;
         End alone(Role::client, limits), sum(Role::client, limits);
-        CHECK(alone.give(hex("82 7e 03 e9")).events() == "close 1009 protocol error");
-        CHECK(sum.give(hex("02 02 41 42 00 7e 03 e7")).events() == "close 1009 protocol error");
+        CHECK(alone.receive(hex("82 7e 03 e9")).events() == "close 1009 protocol error");
+        CHECK(sum.receive(hex("02 02 41 42 00 7e 03 e7")).events() == "close 1009 protocol error");
         CHECK(alone.connection.close_reason() == "message is larger than 1000 bytes");
-        // 2^63 - 1 and some bytes before it do not add up to a small number.
+        // The sum of 2^63 - 1 and the first fragment does not overflow.
         End huge(Role::client, limits);
-        CHECK(huge.give(hex("02 02 41 42 00 7f 7f ff ff ff ff ff ff ff")).events() == "close 1009 protocol error");
+        CHECK(huge.receive(hex("02 02 41 42 00 7f 7f ff ff ff ff ff ff ff")).events() == "close 1009 protocol error");
     }
 
-    TEST_CASE("each message has the whole limit") {
+    TEST_CASE("the size limit applies to each message") {
         Limits limits;
         limits.max_message_size = 3;
         CHECK(End(Role::server, limits).peer("82 03 61 62 63 02 02 61 62 80 01 63 82 03 61 62 63").events() ==
               "binary abc | binary abc | binary abc");
     }
 
-    TEST_CASE("more fragments than the limit are refused with 1008, the empty ones counted") {
+    TEST_CASE("too many fragments close with 1008 and empty fragments count") {
         Limits limits;
         limits.max_fragments = 4;
         CHECK(End(Role::server, limits).peer("02 00 00 00 00 00 80 01 41").events() == "binary A");
         CHECK(End(Role::server, limits).peer("02 00 00 00 00 00 00 00 00 00").events() == "close 1008 protocol error");
-        // Control frames are not fragments, and the next message counts anew.
+        // Control frames are not fragments, and each message has its own count.
         CHECK(End(Role::server, limits).peer("02 00 00 00 8a 00 00 00 8a 00 80 00 02 00 00 00 00 00 80 00").events() ==
               "pong  | pong  | binary  | binary ");
     }
 
-    TEST_CASE("a million empty fragments end at the limit of 1024") {
+    TEST_CASE("endless empty fragments close at the default limit of 1024") {
         End end;
         end.peer_sends(frame(0x02, ""));
         for (int i = 1; i < 1024; ++i) end.peer_sends(frame(0x00, ""));
@@ -493,24 +497,24 @@ TEST_SUITE("protocol") {
         CHECK(end.connection.close_reason() == "message has more than 1024 fragments");
     }
 
-    TEST_CASE("memory grows with what arrives, not with what is announced") {
+    TEST_CASE("memory grows with the received bytes and not with the announced length") {
         Limits limits;
         limits.max_message_size = std::size_t{1} << 62;
         End end(Role::client, limits);
-        // A frame of 2^62 bytes: whoever believed it would have no memory left.
-        end.give(hex("82 7f 40 00 00 00 00 00 00 00") + "x");
+        // No machine has the announced 2^62 bytes.
+        end.receive(hex("82 7f 40 00 00 00 00 00 00 00") + "x");
         CHECK(end.events() == "");
         std::size_t arrived = 1;
         for (int i = 0; i < 40; ++i) {
-            end.give_in_place(std::string(10'000, 'x'));
+            end.receive_in_place(std::string(10'000, 'x'));
             arrived += 10'000;
-            CHECK(end.connection.receive_area().second <= arrived + 64 * 1024);
+            CHECK(end.connection.receive_buffer().second <= arrived + 64 * 1024);
         }
         CHECK(end.in_place != 0);
         CHECK(end.connection.is_open());
     }
 
-    TEST_CASE("a flood of control frames is refused with 1008") {
+    TEST_CASE("a flood of control frames closes with 1008") {
         for (const std::string control : {"89 00", "8a 00"}) {
             CAPTURE(control);
             End end;
@@ -521,14 +525,14 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("control frames at a rate under the limit may go on for ever") {
+    TEST_CASE("control frames below the rate limit are accepted without end") {
         End end;
         for (int i = 0; i < 5000; ++i) {
             end.now += 10ms;
             end.peer("8a 00");
         }
         CHECK(end.connection.is_open());
-        // At twice the rate the burst is used up after 500 more than the rate allows.
+        // At twice the rate, half of the frames use up the burst of 500.
         int more = 0;
         for (; end.connection.is_open() && more < 2000; ++more) {
             end.now += 5ms;
@@ -538,15 +542,15 @@ TEST_SUITE("protocol") {
         CHECK(more < 1100);
     }
 
-    TEST_CASE("a Close frame is never one too many, and no rate means no limit") {
+    TEST_CASE("the rate limit does not apply to Close frames and a rate of 0 means no limit") {
         Limits limits;
         limits.control_frames_burst = 1;
-        End strict(Role::server, limits);
-        CHECK(strict.peer("8a 00 88 02 03 e8").events() == "pong  | close 1000 peer");
+        End limited(Role::server, limits);
+        CHECK(limited.peer("8a 00 88 02 03 e8").events() == "pong  | close 1000 peer");
         limits.control_frames_per_second = 0;
-        End loose(Role::server, limits);
-        for (int i = 0; i < 10'000; ++i) loose.peer("8a 00");
-        CHECK(loose.connection.is_open());
+        End unlimited(Role::server, limits);
+        for (int i = 0; i < 10'000; ++i) unlimited.peer("8a 00");
+        CHECK(unlimited.connection.is_open());
     }
 
     // ---- pings -----------------------------------------------------------------------------------------------------
@@ -558,35 +562,34 @@ TEST_SUITE("protocol") {
                 End end(role);
                 end.peer_sends(frame(0x89, bytes_of(size)), 1);
                 CHECK((end.events() == "ping " + bytes_of(size)));
-                CHECK(end.sent() ==
-                      to_hex(wire(role == Role::server ? Role::client : Role::server, frame(0x8A, bytes_of(size)))));
+                CHECK(end.sent() == to_hex(sent_by(role, frame(0x8A, bytes_of(size)))));
             }
     }
 
-    TEST_CASE("every ping of a peer that reads is answered, in order") {
+    TEST_CASE("each ping of a peer that reads is answered in order") {
         End end;
         CHECK(end.peer("89 01 61 89 01 62 89 01 63").events() == "ping a | ping b | ping c");
         CHECK(end.sent() == "8a 01 61 8a 01 62 8a 01 63");
     }
 
-    TEST_CASE("of the pings of a peer that does not read only the latest is answered, when it reads again") {
+    TEST_CASE("only the latest ping of a peer that does not read is answered") {
         End end;
         end.connection.send(Opcode::text, "x");
-        end.connection.set_blocked(true);
+        end.connection.set_write_blocked(true);
         CHECK(end.peer("89 01 61 89 01 62 89 01 63").events() == "ping a | ping b | ping c");
         CHECK(end.sent() == "81 01 78");
-        end.connection.set_blocked(false);
-        end.connection.send_waiting_pong();
+        end.connection.set_write_blocked(false);
+        end.connection.send_pending_pong();
         CHECK(end.sent() == "8a 01 63");
-        end.connection.send_waiting_pong();
+        end.connection.send_pending_pong();
         CHECK(end.sent() == "");
     }
 
-    TEST_CASE("a million pings of a peer that does not read queue nothing") {
+    TEST_CASE("pings of a peer that does not read do not grow the queue") {
         Limits limits;
         limits.control_frames_per_second = 0;
         End end(Role::server, limits);
-        end.connection.set_blocked(true);
+        end.connection.set_write_blocked(true);
         const std::string pings = [] {
             std::string many;
             for (int i = 0; i < 1000; ++i) many += frame(0x89, std::string(125, 'p'));
@@ -602,16 +605,16 @@ TEST_SUITE("protocol") {
         CHECK(end.connection.is_open());
     }
 
-    TEST_CASE("a pong that waits is not sent to a connection that has closed") {
+    TEST_CASE("a pending pong is not sent after the connection has closed") {
         End end;
-        end.connection.set_blocked(true);
+        end.connection.set_write_blocked(true);
         end.peer("89 01 61 88 00");
         CHECK(end.sent() == "88 00");
-        end.connection.send_waiting_pong();
+        end.connection.send_pending_pong();
         CHECK(end.sent() == "");
     }
 
-    TEST_CASE("a pong that nobody asked for is not answered") {
+    TEST_CASE("an unsolicited pong is not answered") {
         End end;
         // RFC 6455 5.5.3: "A response to an unsolicited Pong frame is not expected."
         CHECK(end.peer("8a 02 68 69").events() == "pong hi");
@@ -621,7 +624,7 @@ TEST_SUITE("protocol") {
 
     // ---- keepalive -------------------------------------------------------------------------------------------------
 
-    TEST_CASE("a silent peer is pinged, and is gone when it stays silent") {
+    TEST_CASE("a silent peer gets a ping and is closed if it stays silent") {
         End end;  // 20 s and 20 s
         CHECK(end.connection.deadline() == start + 20s);
         end.tick_after(20s - 1ns);
@@ -638,14 +641,14 @@ TEST_SUITE("protocol") {
         CHECK(end.connection.deadline() == Time::max());
     }
 
-    TEST_CASE("every byte of a peer counts as life") {
+    TEST_CASE("any input resets the ping timer") {
         for (const std::string bytes : {"8a 00", "81 00", "81", "89 00", "01 01 41"}) {
             CAPTURE(bytes);
             End end(Role::client);
             end.tick_after(20s);
             end.sent();
             end.now += 19s;
-            end.give(hex(bytes));
+            end.receive(hex(bytes));
             CHECK(end.connection.deadline() == end.now + 20s);
             end.tick_after(1s);
             CHECK(end.connection.is_open());
@@ -654,24 +657,23 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("a peer that takes some of a backlog lives") {
+    TEST_CASE("a peer that reads its backlog gets no ping") {
         End end;
         end.tick_after(20s);
         end.now += 15s;
-        end.connection.alive(end.now);
+        end.connection.record_activity(end.now);
         CHECK(end.connection.deadline() == end.now + 20s);
         end.tick_after(19s);
         CHECK(end.connection.is_open());
     }
 
-    TEST_CASE(
-        "a peer has a second more for its Close frame for each 64 KiB that lie before ours, and nothing extends that") {
+    TEST_CASE("the closing timeout grows by a second for each 64 KiB of backlog and is never extended") {
         End end;  // 5 s
         end.connection.send(Opcode::binary, std::string(640 * 1024, 'x'));
         end.connection.close(CloseCode::normal, {}, end.now);
         CHECK(end.connection.deadline() == end.now + 15s);
         end.now += 14s;
-        end.connection.alive(end.now);
+        end.connection.record_activity(end.now);
         CHECK(end.connection.deadline() == end.now + 1s);
         end.tick_after(1s);
         CHECK(end.events() == "close 1006 closing timeout");
@@ -688,15 +690,15 @@ TEST_SUITE("protocol") {
 
         limits = {};
         limits.ping_timeout = 0s;
-        End patient(Role::server, limits);
-        patient.tick_after(20s);
-        CHECK(patient.sent() == "89 00");
-        CHECK(patient.connection.deadline() == Time::max());
-        patient.tick_after(10'000h);
-        CHECK(patient.connection.is_open());
-        patient.peer("8a 00");
-        patient.tick_after(20s);
-        CHECK(patient.sent() == "89 00");
+        End waiting(Role::server, limits);
+        waiting.tick_after(20s);
+        CHECK(waiting.sent() == "89 00");
+        CHECK(waiting.connection.deadline() == Time::max());
+        waiting.tick_after(10'000h);
+        CHECK(waiting.connection.is_open());
+        waiting.peer("8a 00");
+        waiting.tick_after(20s);
+        CHECK(waiting.sent() == "89 00");
 
         limits = {};
         limits.closing_timeout = 0s;
@@ -707,7 +709,7 @@ TEST_SUITE("protocol") {
         CHECK(closing.events() == "");
     }
 
-    TEST_CASE("tick does something at the deadline and nothing before it") {
+    TEST_CASE("tick acts at the deadline and not before") {
         std::mt19937 random(7);
         Limits limits;
         limits.ping_interval = 7s;
@@ -743,7 +745,7 @@ TEST_SUITE("protocol") {
 
     // ---- the closing handshake -------------------------------------------------------------------------------------
 
-    TEST_CASE("a Close frame of the peer is echoed") {
+    TEST_CASE("the answer to a Close frame echoes its code") {
         End end;
         CHECK(end.peer("88 05 03 e8 62 79 65").events() == "close 1000 peer");
         CHECK(end.sent() == "88 02 03 e8");
@@ -752,14 +754,14 @@ TEST_SUITE("protocol") {
         CHECK(!end.connection.aborted());
     }
 
-    TEST_CASE("a Close frame without a code is echoed without one and reads as 1005") {
+    TEST_CASE("a Close frame without a code is echoed without one and reported as 1005") {
         End end;
         CHECK(end.peer("88 00").events() == "close 1005 peer");
         CHECK(end.sent() == "88 00");
         CHECK(end.connection.close_reason() == "");
     }
 
-    TEST_CASE("a Close frame of ours waits for the peer's") {
+    TEST_CASE("after our Close frame the connection waits for the peer's") {
         End end;
         CHECK(end.connection.close_cause() == CloseCause::none);
         end.connection.close(CloseCode{4000}, "bye", end.now);
@@ -772,32 +774,32 @@ TEST_SUITE("protocol") {
         CHECK(end.connection.state() == Connection::State::closed);
     }
 
-    TEST_CASE("what the peer answers to our Close frame is the close code") {
+    TEST_CASE("the close code is the one of the peer's answer to our Close frame") {
         End end;
         end.connection.close(CloseCode::normal, "bye", end.now);
         CHECK(end.peer("88 04 03 e9 6f 6b").events() == "close 1001 local");
         CHECK(end.connection.close_reason() == "ok");
     }
 
-    TEST_CASE("both sides may close at once") {
+    TEST_CASE("both sides can close at the same time") {
         End server(Role::server), client(Role::client);
         server.connection.close(CloseCode{4001}, "server", start);
         client.connection.close(CloseCode{4002}, "client", start);
         const std::string from_server = test::take_output(server.connection);
-        server.give(test::take_output(client.connection));
-        client.give(from_server);
+        server.receive(test::take_output(client.connection));
+        client.receive(from_server);
         CHECK(server.events() == "close 4002 local");
         CHECK(client.events() == "close 4001 local");
         CHECK(server.sent() == "");
         CHECK(client.sent() == "");
     }
 
-    TEST_CASE("a peer that does not answer our Close frame is gone after the closing timeout") {
+    TEST_CASE("a peer that does not answer our Close frame is dropped after the closing timeout") {
         End end;  // 5 s
         end.now += 1s;
         end.connection.close(CloseCode::going_away, {}, end.now);
         CHECK(end.connection.deadline() == end.now + 5s);
-        // What still comes does not extend it.
+        // Input does not extend the timeout.
         end.now += 4s;
         CHECK(end.peer("81 02 68 69 8a 00").events() == "pong ");
         end.tick_after(1s - 1ns);
@@ -807,7 +809,7 @@ TEST_SUITE("protocol") {
         CHECK(end.connection.aborted());
     }
 
-    TEST_CASE("of all codes those of RFC 6455 7.4 are echoed, the others are 1002") {
+    TEST_CASE("the codes of RFC 6455 7.4 are echoed and all others close with 1002") {
         const auto legal = [](unsigned code) {
             return (code >= 1000 && code <= 1003) || (code >= 1007 && code <= 1014) || (code >= 3000 && code <= 4999);
         };
@@ -817,29 +819,28 @@ TEST_SUITE("protocol") {
                 End end(role);
                 end.peer_sends(frame(0x88, close_body(code, "why")));
                 const std::string answer = test::take_output(end.connection);
-                const Role reader = role == Role::server ? Role::client : Role::server;
                 if (legal(code)) {
                     CHECK(end.events() == "close " + std::to_string(code) + " peer");
                     CHECK(end.connection.close_reason() == "why");
-                    CHECK(answer == wire(reader, frame(0x88, close_body(code))));
+                    CHECK(answer == sent_by(role, frame(0x88, close_body(code))));
                 } else {
                     CHECK(end.events() == "close 1002 protocol error");
-                    CHECK(answer == wire(reader, frame(0x88, close_body(1002, end.connection.close_reason()))));
+                    CHECK(answer == sent_by(role, frame(0x88, close_body(1002, end.connection.close_reason()))));
                 }
             }
         CHECK(End().peer("88 02 ff ff").events() == "close 1002 protocol error");
     }
 
-    TEST_CASE("a Close frame with half a code is 1002, one with a reason that is not UTF-8 is 1007") {
+    TEST_CASE("half a close code closes with 1002 and a reason that is not UTF-8 with 1007") {
         CHECK(End().peer("88 01 03").events() == "close 1002 protocol error");
         CHECK(End().peer("88 03 03 e8 ff").events() == "close 1007 protocol error");
         CHECK(End().peer("88 03 03 e8 c3").events() == "close 1007 protocol error");
         CHECK(End().peer("88 04 03 e8 c3 a9").events() == "close 1000 peer");
-        // The code is looked at first.
+        // The code is checked first.
         CHECK(End().peer("88 03 03 ed ff").events() == "close 1002 protocol error");
     }
 
-    TEST_CASE("a reason of 123 bytes fits in either direction") {
+    TEST_CASE("a reason of 123 bytes is legal in both directions") {
         const std::string reason = text_of(123);
         End end;
         end.peer_sends(frame(0x88, close_body(1000, reason)));
@@ -849,7 +850,7 @@ TEST_SUITE("protocol") {
         CHECK(ours.sent() == to_hex(frame(0x88, close_body(1000, reason))));
     }
 
-    TEST_CASE("a reason of ours that is too long is cut at a character") {
+    TEST_CASE("a reason for a failure that is too long is cut between characters") {
         End end;
         const std::string reason = std::string(122, 'x') + "\xc3\xa9";
         end.connection.fail(CloseCode::internal_error, reason);
@@ -865,7 +866,7 @@ TEST_SUITE("protocol") {
         CHECK(end.connection.close_code() == CloseCode::normal);
     }
 
-    TEST_CASE("a second close changes nothing") {
+    TEST_CASE("a second close has no effect") {
         End end;
         end.connection.close(CloseCode{4000}, "first", end.now);
         end.sent();
@@ -892,7 +893,7 @@ TEST_SUITE("protocol") {
         CHECK(end.sent() == "");
     }
 
-    TEST_CASE("a connection that is not open yet sends and reads nothing") {
+    TEST_CASE("a connection that is not open yet sends and receives nothing") {
         Connection connection;
         CHECK(connection.state() == Connection::State::connecting);
         CHECK(connection.send(Opcode::text, "early") == WriteStatus::closed);
@@ -902,7 +903,7 @@ TEST_SUITE("protocol") {
         CHECK(connection.output().empty());
     }
 
-    TEST_CASE("messages after our Close frame are not delivered, but still checked") {
+    TEST_CASE("messages after our Close frame are checked but not delivered") {
         End end;
         end.connection.close(CloseCode::normal, {}, end.now);
         end.sent();
@@ -911,11 +912,11 @@ TEST_SUITE("protocol") {
         // RFC 6455 5.5.2: a ping is answered "unless it already received a Close frame".
         CHECK(end.sent() == "8a 01 70");
         CHECK(end.peer("81 01 ff").events() == "close 1007 protocol error");
-        // There is only one Close frame.
+        // Each side sends one Close frame.
         CHECK(end.sent() == "");
     }
 
-    TEST_CASE("what ends a connection in each state") {
+    TEST_CASE("close, fail, abort and the end of the stream in each state") {
         struct State {
             std::string name;
             void (*reach)(End&);
@@ -925,7 +926,7 @@ TEST_SUITE("protocol") {
             {"closing", [](End& e) { e.connection.close(CloseCode{4000}, {}, e.now); }},
             {"closed by the peer", [](End& e) { e.peer("88 02 03 e8"); }},
             {"failed", [](End& e) { e.peer("83 00"); }},
-            {"lost", [](End& e) { e.connection.receive_end("lost"); }},
+            {"lost", [](End& e) { e.connection.receive_eof("lost"); }},
         };
         struct Action {
             std::string name;
@@ -935,9 +936,9 @@ TEST_SUITE("protocol") {
             {"close", [](End& e) { e.connection.close(CloseCode{4444}, {}, e.now); }},
             {"fail", [](End& e) { e.connection.fail(CloseCode::internal_error, "", CloseCause::handler_exception); }},
             {"abort", [](End& e) { e.connection.abort(CloseCause::shutdown, "enough"); }},
-            {"end of the stream", [](End& e) { e.connection.receive_end("hung up"); }},
+            {"end of the stream", [](End& e) { e.connection.receive_eof("hung up"); }},
         };
-        // For each state and action: the events, and the bytes that are left to be sent.
+        // For each state and action: the events, and the bytes that remain to be sent.
         const char* const expected[5][4][2] = {
             {{"", "88 02 11 5c"},
              {"close 1011 handler exception", "88 02 03 f3"},
@@ -974,10 +975,10 @@ TEST_SUITE("protocol") {
                 else CHECK(sent == expected[s][a][1]);
                 const bool lost = end.connection.close_code() == CloseCode::abnormal;
                 CHECK(end.connection.aborted() == lost);
-                // Whatever comes then, there is no second event.
-                const bool over = s >= 2 || a >= 1;
-                CHECK((end.connection.state() == Connection::State::closed) == over);
-                if (!over) continue;
+                // There is no second close event.
+                const bool closed = s >= 2 || a >= 1;
+                CHECK((end.connection.state() == Connection::State::closed) == closed);
+                if (!closed) continue;
                 for (const Action& again : actions) again.act(end);
                 end.peer("81 02 68 69 88 02 03 e8").tick_after(1h);
                 CHECK(end.events() == "");
@@ -989,8 +990,8 @@ TEST_SUITE("protocol") {
         for (const std::string bytes : {"81", "81 05 48 65", "01 02 48 65", "89 05 48", "01 00 89 01"}) {
             CAPTURE(bytes);
             End end(Role::client);
-            end.give(hex(bytes));
-            end.connection.receive_end("the peer hung up");
+            end.receive(hex(bytes));
+            end.connection.receive_eof("the peer hung up");
             CHECK(end.events() == "close 1006 connection lost");
             CHECK(end.connection.close_reason() == "the peer hung up");
         }
@@ -998,14 +999,14 @@ TEST_SUITE("protocol") {
 
     // ---- output ----------------------------------------------------------------------------------------------------
 
-    TEST_CASE("a message that waits is queued, one that does not is sent") {
+    TEST_CASE("the status of a message is queued while the kernel refuses output") {
         End end;
         CHECK(end.connection.send(Opcode::text, "a") == WriteStatus::sent);
-        end.connection.set_blocked(true);
-        CHECK(end.connection.blocked());
+        end.connection.set_write_blocked(true);
+        CHECK(end.connection.write_blocked());
         CHECK(end.connection.send(Opcode::text, "b") == WriteStatus::queued);
         CHECK(end.connection.send_control(Opcode::ping, "c") == WriteStatus::queued);
-        end.connection.set_blocked(false);
+        end.connection.set_write_blocked(false);
         CHECK(end.connection.send(Opcode::text, "d") == WriteStatus::sent);
         CHECK(end.sent() == "81 01 61 81 01 62 89 01 63 81 01 64");
     }
@@ -1017,7 +1018,7 @@ TEST_SUITE("protocol") {
         return limits;
     }
 
-    TEST_CASE("a message over the backlog limit is dropped and counted where that is the policy") {
+    TEST_CASE("with the drop policy a message over the backlog limit is dropped and counted") {
         End end(Role::server, backlog_of_100(wschat::BacklogPolicy::drop));
         const std::string sixty(60, 'x');
         CHECK(end.connection.send(Opcode::text, sixty) == WriteStatus::sent);  // 62 bytes
@@ -1032,7 +1033,7 @@ TEST_SUITE("protocol") {
         CHECK(end.connection.dropped_messages() == 2);
     }
 
-    TEST_CASE("a message over the backlog limit closes with 1008 where that is the policy") {
+    TEST_CASE("with the close policy a message over the backlog limit closes with 1008") {
         End end(Role::server, backlog_of_100(wschat::BacklogPolicy::close));
         const std::string sixty(60, 'x');
         CHECK(end.connection.send(Opcode::text, sixty) == WriteStatus::sent);
@@ -1044,25 +1045,32 @@ TEST_SUITE("protocol") {
         CHECK(end.sent() == to_hex(frame(0x81, sixty) + frame(0x88, close_body(1008, "the peer reads too slowly"))));
     }
 
-    TEST_CASE("a volatile frame never waits for a peer that is slow, and never closes it") {
+    TEST_CASE("a volatile message never waits and never closes the connection") {
         wschat::detail::SendArena arena;
-        const wschat::EncodedFrame stale(arena, Opcode::text, "typing");
-        End end(Role::server, backlog_of_100(wschat::BacklogPolicy::close));
-        CHECK(end.connection.send_volatile(stale) == WriteStatus::sent);
-        end.connection.set_blocked(true);
-        CHECK(end.connection.send_volatile(stale) == WriteStatus::dropped);
-        end.connection.set_blocked(false);
-        end.connection.send(Opcode::text, std::string(86, 'x'));
-        CHECK(end.connection.send_volatile(stale) == WriteStatus::dropped);  // 96 bytes wait
-        CHECK(end.connection.dropped_messages() == 2);
-        CHECK(end.connection.is_open());
-        CHECK(end.sent() == to_hex(frame(0x81, "typing") + frame(0x81, std::string(86, 'x'))));
-        end.connection.close(CloseCode::normal, {}, end.now);
-        CHECK(end.connection.send_volatile(stale) == WriteStatus::closed);
-        CHECK(end.connection.dropped_messages() == 2);
+        const wschat::EncodedFrame encoded(arena, Opcode::text, "typing");
+        for (const bool as_frame : {true, false}) {
+            CAPTURE(as_frame);
+            End end(Role::server, backlog_of_100(wschat::BacklogPolicy::close));
+            const auto send = [&] {
+                return as_frame ? end.connection.send_volatile(encoded)
+                                : end.connection.send_volatile(Opcode::text, "typing");
+            };
+            CHECK(send() == WriteStatus::sent);
+            end.connection.set_write_blocked(true);
+            CHECK(send() == WriteStatus::dropped);
+            end.connection.set_write_blocked(false);
+            end.connection.send(Opcode::text, std::string(86, 'x'));
+            CHECK(send() == WriteStatus::dropped);  // 96 bytes are queued
+            CHECK(end.connection.dropped_messages() == 2);
+            CHECK(end.connection.is_open());
+            CHECK(end.sent() == to_hex(frame(0x81, "typing") + frame(0x81, std::string(86, 'x'))));
+            end.connection.close(CloseCode::normal, {}, end.now);
+            CHECK(send() == WriteStatus::closed);
+            CHECK(end.connection.dropped_messages() == 2);
+        }
     }
 
-    TEST_CASE("one message may always wait, whatever its size") {
+    TEST_CASE("an empty queue accepts one message of any size") {
         for (const Role role : both_roles) {
             End end(role, backlog_of_100(wschat::BacklogPolicy::drop));
             CHECK(end.connection.send(Opcode::binary, std::string(5000, 'x')) == WriteStatus::sent);
@@ -1072,7 +1080,7 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("control frames pass the backlog limit") {
+    TEST_CASE("the backlog limit does not apply to control frames") {
         End end(Role::server, backlog_of_100(wschat::BacklogPolicy::close));
         end.connection.send(Opcode::binary, std::string(5000, 'x'));
         CHECK(end.connection.send_control(Opcode::ping, "a") == WriteStatus::sent);
@@ -1084,7 +1092,7 @@ TEST_SUITE("protocol") {
         CHECK(end.connection.state() == Connection::State::closing);
     }
 
-    TEST_CASE("a frame that is encoded once is sent by many") {
+    TEST_CASE("several connections send one encoded frame") {
         wschat::detail::SendArena arena;
         const wschat::EncodedFrame encoded(arena, Opcode::text, "Hello");
         for (int i = 0; i < 3; ++i) {
@@ -1094,7 +1102,7 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("a large message is offered to the transport, and what it does not take is queued") {
+    TEST_CASE("a large message is offered to the transport and only the rest is queued") {
         const std::string payload = bytes_of(100'000), bytes = frame(0x82, payload);
         for (const std::size_t taken :
              std::initializer_list<std::size_t>{0, 1, 9, 10, 11, 50'000, bytes.size() - 1, bytes.size()}) {
@@ -1103,7 +1111,7 @@ TEST_SUITE("protocol") {
             std::string offered;
             const auto offer = [&](const std::string_view* pieces, std::size_t count) {
                 for (std::size_t i = 0; i < count; ++i) offered += pieces[i];
-                end.connection.set_blocked(taken != bytes.size());
+                end.connection.set_write_blocked(taken != bytes.size());
                 return taken;
             };
             CHECK(end.connection.send(Opcode::binary, payload, offer) ==
@@ -1113,10 +1121,10 @@ TEST_SUITE("protocol") {
         }
     }
 
-    TEST_CASE("a message is not offered where it would overtake another, or could not leave at all") {
+    TEST_CASE("a message is not offered behind other output, to a blocked transport, after a close, or by a client") {
         const std::string large = bytes_of(100'000);
         const auto never = [](const std::string_view*, std::size_t) -> std::size_t {
-            FAIL("it was offered");
+            FAIL("the message was offered");
             return 0;
         };
         End behind_another;
@@ -1124,7 +1132,7 @@ TEST_SUITE("protocol") {
         CHECK(behind_another.connection.send(Opcode::binary, large, never) == WriteStatus::sent);
         CHECK((test::take_output(behind_another.connection) == frame(0x81, "first") + frame(0x82, large)));
         End blocked;
-        blocked.connection.set_blocked(true);
+        blocked.connection.set_write_blocked(true);
         CHECK(blocked.connection.send(Opcode::binary, large, never) == WriteStatus::queued);
         CHECK((test::take_output(blocked.connection) == frame(0x82, large)));
         End closed;
@@ -1142,12 +1150,11 @@ TEST_SUITE("protocol") {
         return {++count, 0x00, 0xff, 0x10};
     }
 
-    TEST_CASE("a client asks for a new mask for each frame") {
+    TEST_CASE("a client uses a new mask for each frame") {
         // RFC 6455 5.3: "a fresh masking key MUST be chosen" for every frame.
-        Limits limits;
-        wschat::detail::SendArena arena;
-        Connection client;
-        client.open(Role::client, limits, arena, start, &counted_mask);
+        End end(Role::client);
+        Connection& client = end.connection;
+        client.open(Role::client, end.limits, end.arena, start, &counted_mask);
         client.send(Opcode::text, "ab");
         client.send(Opcode::binary, "ab");
         client.send_control(Opcode::ping, "");
@@ -1156,20 +1163,19 @@ TEST_SUITE("protocol") {
               "81 82 01 00 ff 10 60 62 82 82 02 00 ff 10 63 62 89 80 03 00 ff 10 88 82 04 00 ff 10 07 e8");
     }
 
-    TEST_CASE("a server does not mask, whatever it is given") {
+    TEST_CASE("a server never masks") {
         // RFC 6455 5.1: "A server MUST NOT mask any frames that it sends to the client."
-        Limits limits;
-        wschat::detail::SendArena arena;
-        Connection server;
-        server.open(Role::server, limits, arena, start, &counted_mask);
+        End end(Role::server);
+        Connection& server = end.connection;
+        server.open(Role::server, end.limits, end.arena, start, &counted_mask);
         server.send(Opcode::text, "ab");
         server.close(CloseCode::normal, {}, start);
         CHECK(to_hex(test::take_output(server)) == "81 02 61 62 88 02 03 e8");
     }
 
-    // ---- reading in place, and putting off --------------------------------------------------------------------------
+    // ---- receiving in place, pausing --------------------------------------------------------------------------------
 
-    TEST_CASE("a large frame that is read in place is the same message") {
+    TEST_CASE("a large frame that is received in place is delivered unchanged") {
         for (const Role role : both_roles)
             for (const std::size_t piece : {std::size_t{997}, std::size_t{16'384}, std::size_t{300'000}})
                 for (const bool binary : {false, true}) {
@@ -1178,103 +1184,93 @@ TEST_SUITE("protocol") {
                     const std::string payload = binary ? bytes_of(1'000'003) : text_of(1'000'003);
                     const std::string frames = frame(binary ? 0x82 : 0x81, payload) + frame(0x81, "next");
                     End end(role);
-                    CHECK((end.give_in_place(wire(role, frames), piece).events() ==
+                    CHECK((end.receive_in_place(wire(role, frames), piece).events() ==
                            (binary ? "binary " : "text ") + payload + " | text next"));
                     CHECK(end.in_place > 500'000);
                 }
     }
 
-    TEST_CASE("a large fragment that is read in place joins the others") {
+    TEST_CASE("a large fragment that is received in place is joined with the others") {
         const std::string payload = text_of(500'000);
         const std::string frames = frame(0x01, payload.substr(0, 100'001)) + frame(0x89, "p") +
                                    frame(0x00, payload.substr(100'001, 199'999)) + frame(0x80, payload.substr(300'000));
         End end;
-        CHECK((end.give_in_place(masked(frames), 30'000).events() == "ping p | text " + payload));
+        CHECK((end.receive_in_place(masked(frames), 30'000).events() == "ping p | text " + payload));
         CHECK(end.in_place > 200'000);
     }
 
-    TEST_CASE("text that is read in place is checked as it comes") {
+    TEST_CASE("text that is received in place is checked before the message ends") {
         std::string payload = text_of(1'000'000);
         payload[600'000] = '\xff';
         End end;
         const std::string bytes = masked(frame(0x81, payload));
-        end.give_in_place(bytes.substr(0, 590'000), 10'000);
+        end.receive_in_place(bytes.substr(0, 590'000), 10'000);
         CHECK(end.connection.is_open());
-        end.give_in_place(bytes.substr(590'000, 20'000), 10'000);
+        end.receive_in_place(bytes.substr(590'000, 20'000), 10'000);
         CHECK(end.events() == "close 1007 protocol error");
-        CHECK(end.connection.receive_area().first == nullptr);
+        CHECK(end.connection.receive_buffer().first == nullptr);
     }
 
-    TEST_CASE("small frames and control frames have no place of their own") {
+    TEST_CASE("small frames and control frames have no receive_buffer") {
         End end(Role::client);
-        CHECK(end.connection.receive_area().first == nullptr);
-        end.give(hex("81 7e 10 00") + std::string(100, 'x'));
-        CHECK(end.connection.receive_area().first == nullptr);
-        end.give(std::string(3996, 'x'));
+        CHECK(end.connection.receive_buffer().first == nullptr);
+        end.receive(hex("81 7e 10 00") + std::string(100, 'x'));
+        CHECK(end.connection.receive_buffer().first == nullptr);
+        end.receive(std::string(3996, 'x'));
         end.events();
-        end.give(hex("02 7f 00 00 00 00 00 01 00 00") + std::string(40'000, 'x'));
-        CHECK(end.connection.receive_area().first != nullptr);
-        end.give(std::string(25'536, 'x') + hex("89 05 61"));
-        CHECK(end.connection.receive_area().first == nullptr);
+        end.receive(hex("02 7f 00 00 00 00 00 01 00 00") + std::string(40'000, 'x'));
+        CHECK(end.connection.receive_buffer().first != nullptr);
+        end.receive(std::string(25'536, 'x') + hex("89 05 61"));
+        CHECK(end.connection.receive_buffer().first == nullptr);
     }
 
-    TEST_CASE("input that is put aside is gone on with") {
+    TEST_CASE("paused input is processed after resume_input") {
         for (const Role role : both_roles) {
             const std::string bytes =
                 wire(role, frame(0x81, "one") + frame(0x89, "p") + frame(0x81, text_of(500)) + frame(0x01, "th") +
                                frame(0x80, "ree") + frame(0x82, "half a frame"));
             const std::size_t cut = bytes.size() - 5;
             End end(role);
-            {
-                std::string piece = bytes.substr(0, cut);
-                end.connection.receive(&piece[0], piece.size(), end.now);
-                // Each time one event is taken and the rest is put aside.
-                end.note(end.connection.next_event());
-                end.connection.keep_input();
-                piece.assign(piece.size(), '\xff');
-            }
+            end.receive_first_event(bytes.substr(0, cut));
             for (int i = 0; i < 3; ++i) {
-                end.connection.resume();
-                end.note(end.connection.next_event());
-                end.connection.keep_input();
+                end.connection.resume_input();
+                end.record(end.connection.next_event());
+                end.connection.pause_input();
             }
-            end.connection.resume();
+            end.connection.resume_input();
             CHECK((end.events() == "text one | ping p | text " + text_of(500) + " | text three"));
-            CHECK(end.give(bytes.substr(cut)).events() == "binary half a frame");
+            CHECK(end.receive(bytes.substr(cut)).events() == "binary half a frame");
         }
     }
 
-    TEST_CASE("putting nothing aside and going on with nothing change nothing") {
+    TEST_CASE("pausing and resuming without input has no effect") {
         End end;
-        end.connection.keep_input();
-        end.connection.resume();
+        end.connection.pause_input();
+        end.connection.resume_input();
         CHECK(end.peer("81 02 68 69").events() == "text hi");
-        end.connection.keep_input();
-        end.connection.keep_input();
-        end.connection.resume();
-        end.connection.resume();
+        end.connection.pause_input();
+        end.connection.pause_input();
+        end.connection.resume_input();
+        end.connection.resume_input();
         CHECK(end.events() == "");
         CHECK(end.peer("81 02 68 69").events() == "text hi");
     }
 
-    TEST_CASE("input that is put aside is forgotten when the connection ends") {
+    TEST_CASE("paused input is dropped when the connection ends") {
         End end;
-        std::string piece = masked(hex("81 01 61 81 01 62"));
-        end.connection.receive(&piece[0], piece.size(), end.now);
-        end.note(end.connection.next_event());
-        end.connection.keep_input();
+        end.receive_first_event(masked(hex("81 01 61 81 01 62")));
         end.connection.fail(CloseCode::internal_error, "");
-        end.connection.resume();
+        end.connection.resume_input();
         CHECK(end.events() == "text a | close 1011 protocol error");
     }
 
     // ---- illegal calls ---------------------------------------------------------------------------------------------
 
-    TEST_CASE("illegal calls are an Error with a sentence") {
+    TEST_CASE("illegal calls throw an Error that explains them") {
         End end;
         Connection fresh;
         CHECK_THROWS_WITH_AS(fresh.open(Role::client, end.limits, end.arena, start),
-                             "Connection::open: a client needs a source of masks", Error);
+                             "Connection::open: a client needs a mask source", Error);
         CHECK_THROWS_WITH_AS(end.connection.send_control(Opcode::ping, std::string(126, 'x')),
                              "ping: a payload of 126 bytes is over 125", Error);
         CHECK_THROWS_WITH_AS(end.connection.close(CloseCode::normal, std::string(124, 'x'), start),
@@ -1288,20 +1284,17 @@ TEST_SUITE("protocol") {
         }
         CHECK(end.sent() == "");
         CHECK(end.connection.is_open());
-        // Also where the connection has closed: the mistake does not hide behind the state.
+        // A closed connection reports the mistake too.
         end.peer("88 00");
         CHECK_THROWS_AS(end.connection.close(CloseCode::abnormal, {}, start), Error);
     }
 
-    TEST_CASE("input that is gone on with once is not gone on with again") {
+    TEST_CASE("resumed input is processed once") {
         End end;
-        std::string piece = masked(hex("81 01 61 81 01 62"));
-        end.connection.receive(&piece[0], piece.size(), end.now);
-        end.note(end.connection.next_event());
-        end.connection.keep_input();
-        end.connection.resume();
+        end.receive_first_event(masked(hex("81 01 61 81 01 62")));
+        end.connection.resume_input();
         CHECK(end.events() == "text a | text b");
-        end.connection.resume();
+        end.connection.resume_input();
         CHECK(end.events() == "");
         CHECK(end.peer("81 01 63").events() == "text c");
     }

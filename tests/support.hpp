@@ -349,9 +349,9 @@ public:
     }
 
     std::string received;
-    bool ended = false;          // the peer has closed, one way or the other
-    bool reset_by_peer = false;  // with a reset
-    wschat::detail::WireCount wire;      // what went through the socket
+    bool ended = false;              // the peer has closed, one way or the other
+    bool reset_by_peer = false;      // with a reset
+    wschat::detail::WireCount wire;  // what went through the socket
 
 private:
     wschat::detail::IoResult counted(std::string_view bytes) {
@@ -425,18 +425,21 @@ public:
                     const std::optional<wschat::CompressionOptions>& compression = std::nullopt)
         : raw(port) {
         const std::string offer = compression ? pool.offer(*compression) : std::string();
-        std::string request = wschat::detail::handshake_request("127.0.0.1:" + std::to_string(port), target, key, {}, offer);
+        std::string request =
+            wschat::detail::handshake_request("127.0.0.1:" + std::to_string(port), target, key, {}, offer);
         request.insert(request.size() - 2, extra_headers);
         raw.send(request);
         if (!raw.read_until("\r\n\r\n")) return;
         const std::size_t end = raw.received.find("\r\n\r\n") + 4;
         head = raw.received.substr(0, end);
         raw.received.erase(0, end);
-        if (!wschat::detail::handshake_response_error(head, key, subprotocols(extra_headers), !offer.empty()).empty()) return;
-        auto agreed = compression ? pool.read_answer(wschat::Fields(head), *compression, error) : nullptr;
+        if (!wschat::detail::handshake_response_error(head, key, subprotocols(extra_headers), !offer.empty()).empty())
+            return;
+        auto agreed = compression ? pool.read_response(wschat::Fields(head), *compression, error) : nullptr;
         if (!error.empty()) return;
         compressed = agreed != nullptr;
-        connection.open(wschat::detail::Role::client, limits, arena, wschat::Clock::now(), &test_mask, std::move(agreed));
+        connection.open(wschat::detail::Role::client, limits, arena, wschat::Clock::now(), &test_mask,
+                        std::move(agreed));
         // Frames may have come together with the answer.
         if (!raw.received.empty()) connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
     }
@@ -466,7 +469,7 @@ public:
             if (event.kind != wschat::detail::Event::Kind::none) continue;
             raw.received.clear();
             if (!raw.read_some()) {
-                connection.receive_end("the server hung up");
+                connection.receive_eof("the server hung up");
                 continue;
             }
             connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());

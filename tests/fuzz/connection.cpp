@@ -229,11 +229,11 @@ private:
     // Passes the bytes in a copy that is freed afterwards, or in the connection's own receive area.
     void feed() {
         while (!paused_ && input_read_ != input_.size()) {
-            const auto [area, area_size] = connection.receive_area();
+            const auto [area, area_size] = connection.receive_buffer();
             std::size_t size = chunker_.next_size(input_.size() - input_read_);
             const std::string_view piece(input_.data() + input_read_, size);
             if (area != nullptr && chunker_.flip()) {
-                check(area_size != 0, "receive_area() is empty");
+                check(area_size != 0, "receive_buffer() is empty");
                 size = (std::min)(size, area_size);
                 std::memcpy(area, piece.data(), size);
                 input_read_ += size;
@@ -283,7 +283,7 @@ private:
                     connection.fail(CloseCode::internal_error, call.text, CloseCause::handler_exception);
                 break;
             case Function::abort: connection.abort(CloseCause::backlog, "too much"); break;
-            case Function::hang_up: connection.receive_end("gone"); break;
+            case Function::hang_up: connection.receive_eof("gone"); break;
             case Function::wait: now_ += call.amount * 250ms; break;
             case Function::tick:
                 now_ += call.amount * 250ms;
@@ -291,16 +291,16 @@ private:
                 check(connection.deadline() > now_ || connection.state() == Connection::State::closed,
                       "the deadline is not later than the tick");
                 break;
-            case Function::alive: connection.alive(now_); break;
+            case Function::alive: connection.record_activity(now_); break;
             case Function::drain: drain(call.amount); break;
             case Function::block:
-                connection.set_blocked(true);
+                connection.set_write_blocked(true);
                 connection.output().detach_from_pool();
                 break;
-            case Function::unblock: connection.set_blocked(false); break;
+            case Function::unblock: connection.set_write_blocked(false); break;
             case Function::pause:
                 if (paused_ || !connection.is_open()) break;
-                connection.keep_input();
+                connection.pause_input();
                 paused_ = true;
                 break;
             case Function::resume: resume(); break;
@@ -329,13 +329,13 @@ private:
         offered = 0;
         const std::string payload = filler(20'000, amount);
         const auto offer = [&](const std::string_view* pieces, std::size_t count) -> std::size_t {
-            check(connection.is_open() && connection.output().empty() && !connection.blocked(),
+            check(connection.is_open() && connection.output().empty() && !connection.write_blocked(),
                   "a message is offered while others are queued or the transport is blocked");
             if (amount == 255) return connection.abort(CloseCause::connection_lost, "reset"), 0;
             std::string all;
             for (std::size_t i = 0; i < count; ++i) all += pieces[i];
             offered = (std::min)(all.size(), amount * std::size_t{100});
-            if (offered != all.size()) connection.set_blocked(true);
+            if (offered != all.size()) connection.set_write_blocked(true);
             sent += all.substr(0, offered);
             return offered;
         };
@@ -357,20 +357,20 @@ private:
             connection.output().consume(size);
             left -= size;
         }
-        if (connection.output().empty() && !connection.blocked()) connection.send_waiting_pong();
+        if (connection.output().empty() && !connection.write_blocked()) connection.send_pending_pong();
     }
 
     void resume() {
         if (!std::exchange(paused_, false)) return;
-        connection.alive(now_);
-        connection.resume();
+        connection.record_activity(now_);
+        connection.resume_input();
         read_events();
         feed();
     }
 
     // The connection may hold four times the received bytes, but at most two messages, plus the unread input.
     void check_memory() {
-        const std::size_t held = connection.input_held(), message = 2 * limits_.max_message_size;
+        const std::size_t held = connection.buffered_input(), message = 2 * limits_.max_message_size;
         check(held <= (std::min)(4 * received_, message) + received_, "the connection holds too much memory",
               std::to_string(held));
     }
