@@ -8075,87 +8075,65 @@ struct ChatLine {
     }
 };
 
-// Checks that a text is one JSON value in UTF-8 (RFC 8259), with arrays and objects at most 32 levels deep.
-class JsonValidator {
-public:
-    // What is wrong with the text; null if it is valid.
-    static const char* error_of(std::string_view text) {
-        if (!valid_utf8(text)) return "it is not UTF-8";
-        JsonValidator validator(text);
-        if (validator.value(0) && validator.rest_.empty()) return nullptr;
-        return validator.too_deep_ ? "it has more than 32 levels" : "it is not a JSON value";
-    }
+// Removes a token from the front of the text. False if the text does not begin with it.
+inline bool take(std::string_view& text, std::string_view token) {
+    const bool found = text::starts_with(text, token);
+    if (found) text.remove_prefix(token.size());
+    return found;
+}
+// Removes all characters of a set from the front of the text. False if there is none.
+inline bool take_all(std::string_view& text, std::string_view set) {
+    const std::size_t size = (std::min)(text.find_first_not_of(set), text.size());
+    text.remove_prefix(size);
+    return size != 0;
+}
 
-private:
-    explicit JsonValidator(std::string_view text) : rest_(text) {}
+inline bool take_json_string(std::string_view& text) {
+    if (!take(text, "\"")) return false;
+    while (!text.empty() && static_cast<unsigned char>(text.front()) >= 0x20) {
+        if (take(text, "\"")) return true;
+        const std::size_t size = text.front() != '\\' ? 1 : text.substr(1, 1) == "u" ? 6 : 2;
+        const std::string_view escape = text.substr(0, size).substr(size == 6 ? 2 : 1);
+        const char* const allowed = size == 6 ? "0123456789abcdefABCDEF" : "\"\\/bfnrt";
+        if (text.size() < size || escape.find_first_not_of(allowed) != std::string_view::npos) return false;
+        text.remove_prefix(size);
+    }
+    return false;
+}
 
-    bool value(unsigned depth) {
-        skip_space();
-        const bool valid = take('{')   ? members('}', depth)
-                           : take('[') ? members(']', depth)
-                           : take('"') ? string()
-                                       : word("true") || word("false") || word("null") || number();
-        skip_space();
-        return valid;
-    }
-    // The members of an object or the elements of an array, up to the end.
-    bool members(char end, unsigned depth) {
-        if (depth == 32) return too_deep_ = true, false;
-        skip_space();
-        if (take(end)) return true;
-        do {
-            skip_space();
-            if (end == '}' && !(take('"') && string() && (skip_space(), take(':')))) return false;
-            if (!value(depth + 1)) return false;
-        } while (take(','));
-        return take(end);
-    }
-    bool string() {
-        while (!rest_.empty()) {
-            if (take('"')) return true;
-            if (static_cast<unsigned char>(rest_.front()) < 0x20 || (take('\\') && !valid_escape())) return false;
-            rest_.remove_prefix(1);
+// Removes a JSON value (RFC 8259) and the white space around it from the front of the text. False if it is invalid, or
+// has more than 32 levels of arrays and objects.
+inline bool take_json(std::string_view& text, unsigned depth = 0) {
+    constexpr std::string_view space = " \t\r\n", digits = "0123456789";
+    take_all(text, space);
+    if (const bool object = take(text, "{"); object || take(text, "[")) {
+        const std::string_view end = object ? "}" : "]";
+        take_all(text, space);
+        if (depth == 32) return false;
+        if (!take(text, end)) {
+            do {
+                take_all(text, space);
+                if (object && !(take_json_string(text) && (take_all(text, space), take(text, ":")))) return false;
+                if (!take_json(text, depth + 1)) return false;
+            } while (take(text, ","));
+            if (!take(text, end)) return false;
         }
-        return false;
+    } else if (text::starts_with(text, "\"")) {
+        if (!take_json_string(text)) return false;
+    } else if (!take(text, "true") && !take(text, "false") && !take(text, "null")) {
+        take(text, "-");
+        if (!take(text, "0") && !take_all(text, digits)) return false;
+        if (take(text, ".") && !take_all(text, digits)) return false;
+        if (take(text, "e") || take(text, "E")) {
+            if (!take(text, "+")) take(text, "-");
+            if (!take_all(text, digits)) return false;
+        }
     }
-    // Leaves the last character of the escape to the caller.
-    bool valid_escape() {
-        if (!take('u'))
-            return !rest_.empty() && std::string_view("\"\\/bfnrt").find(rest_.front()) != std::string_view::npos;
-        if (rest_.size() < 4) return false;
-        for (std::size_t i = 0; i < 4; ++i)
-            if (text::hex_digit(rest_[i]) < 0) return false;
-        rest_.remove_prefix(3);
-        return true;
-    }
-    bool number() {
-        take('-');
-        if (!take('0') && !digits()) return false;
-        if (take('.') && !digits()) return false;
-        if (!take('e') && !take('E')) return true;
-        if (!take('+')) take('-');
-        return digits();
-    }
-    bool digits() {
-        const std::size_t size = rest_.size();
-        while (!rest_.empty() && text::digit(rest_.front())) rest_.remove_prefix(1);
-        return rest_.size() != size;
-    }
-    bool take(char c) {
-        if (rest_.empty() || rest_.front() != c) return false;
-        rest_.remove_prefix(1);
-        return true;
-    }
-    bool word(std::string_view word) {
-        if (!text::starts_with(rest_, word)) return false;
-        rest_.remove_prefix(word.size());
-        return true;
-    }
-    void skip_space() { rest_.remove_prefix((std::min)(rest_.find_first_not_of(" \t\r\n"), rest_.size())); }
+    take_all(text, space);
+    return true;
+}
 
-    std::string_view rest_;
-    bool too_deep_ = false;
-};
+inline bool valid_json(std::string_view text) { return valid_utf8(text) && take_json(text) && text.empty(); }
 
 }  // namespace detail
 
@@ -8418,7 +8396,7 @@ struct ChatLimits {
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
 };
 
-// Something that a user may do or not: ChatHandler::may().
+// What a user may do: ChatHandler::may(). The last three are moderation.
 enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute };
 
 // A room of the chat. It has nothing to do with the Room of the same name. A reference is valid until the callback
@@ -8448,6 +8426,8 @@ private:
     friend class ChatHandler;
     friend class ChatHub;
     friend class detail::ChatCommands;
+
+    inline ChatEntry new_text(const char* call, std::string_view text, std::string_view name) const;
 
     std::string name_;
     ChatHub& hub_;
@@ -8681,10 +8661,7 @@ public:
     // ---- hooks for derived classes; an exception closes the connection with 1011 -----------------------------------
 
     // Before the 101. A response refuses the handshake, such as a 403 or a redirect.
-    virtual std::optional<Response> on_handshake(const Request& request) {
-        static_cast<void>(request);
-        return std::nullopt;
-    }
+    virtual std::optional<Response> on_handshake(const Request&) { return std::nullopt; }
     // The user who connects. Without a result the handshake is refused with 401. Default: the name in "?name=Anna".
     virtual std::optional<ChatUser> authenticate(const Request& request) {
         return ChatUser{request.query("name").value_or("")};
@@ -8694,18 +8671,15 @@ public:
         return action != ChatAction::kick && action != ChatAction::ban && action != ChatAction::mute;
     }
     // May change a text that the user says, also in private. False refuses it.
-    virtual bool filter(std::string& text) {
-        static_cast<void>(text);
-        return true;
-    }
+    virtual bool filter(std::string&) { return true; }
     // A pair: after the 101, and after the connection has ended and has left its rooms; close_code() says why.
     virtual void on_connect() {}
     virtual void on_disconnect() {}
     // A pair: the connection is in the room and has its history; it leaves the room.
-    virtual void on_join(ChatRoom& room) { static_cast<void>(room); }
-    virtual void on_leave(ChatRoom& room) { static_cast<void>(room); }
+    virtual void on_join(ChatRoom&) {}
+    virtual void on_leave(ChatRoom&) {}
     // What this connection said is in the history, and was delivered.
-    virtual void on_said(const ChatEntry& entry) { static_cast<void>(entry); }
+    virtual void on_said(const ChatEntry&) {}
     // The line "/command rest". False: there is no such command. Default: the commands of /help.
     virtual inline bool on_command(std::string_view command, std::string_view rest);
 
@@ -8761,7 +8735,7 @@ public:
         if (!refusal || to_lobby) join_room(refusal ? "lobby" : wanted);
         reply(hello_event());
         if (!name_accepted) reply_error("name_bad", name_rule());
-        if (refusal) reply_error(refusal->code, refusal->sentence);
+        if (refusal) reply_error(*refusal);
         connected_ = true;
         run_hook("on_connect", [this] { on_connect(); });
         if (current_room() != nullptr)
@@ -8816,16 +8790,13 @@ private:
         return value;
     }
 
-    // The events of all members contain it, so one invalid text would break the events of everybody.
+    // The events of a room contain it, so an invalid text would break them for all members.
     void check_about(const std::string& about) const {
-        const std::size_t max = hub_->limits.max_about;
-        std::string cause;
-        if (about.size() > max)
-            cause =
-                "it has " + std::to_string(about.size()) + " bytes; ChatLimits::max_about is " + std::to_string(max);
-        else if (const char* error = about.empty() ? nullptr : detail::JsonValidator::error_of(about)) cause = error;
-        if (!cause.empty())
-            throw Error("ChatHandler::authenticate: ChatUser::about \"" + escape_for_log(about) + "\": " + cause);
+        const bool too_long = about.size() > hub_->limits.max_about;
+        if (!too_long && (about.empty() || detail::valid_json(about))) return;
+        throw Error(
+            "ChatHandler::authenticate: ChatUser::about \"" + escape_for_log(about) + "\": it is " +
+            (too_long ? "longer than ChatLimits::max_about" : "not a JSON value in UTF-8 of at most 32 levels"));
     }
 
     ChatEvent hello_event() {
@@ -8891,7 +8862,7 @@ private:
     void say(ChatEntry::Kind kind, std::string_view said) {
         std::string text(said);
         if (!may(ChatAction::say)) return reply_forbidden();
-        if (const auto refusal = refuse_text(text)) return reply_error(refusal->code, refusal->sentence);
+        if (const auto refusal = refuse_text(text)) return reply_error(*refusal);
         ChatEntry entry = new_entry(kind);
         entry.text = std::move(text);
         entry.author = ChatHub::author_of(*memberships_[current_].user);
@@ -8904,6 +8875,7 @@ private:
         entry.sender = number_;
         return entry;
     }
+    void reply_error(const Refusal& refusal) { reply_error(refusal.code, refusal.sentence); }
     void reply_forbidden() { reply_error("forbidden", "You may not do that."); }
 
     // ---- rooms -----------------------------------------------------------------------------------------------------
@@ -9017,7 +8989,8 @@ public:
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
             if (command.name != name) continue;
-            (this->*command.run)(rest);
+            if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            else (this->*command.run)(rest);
             return true;
         }
         return false;
@@ -9027,24 +9000,25 @@ private:
     struct Command {
         std::string_view name, usage, description;
         void (ChatCommands::*run)(std::string_view rest);
-        bool moderation = false;
+        std::optional<ChatAction> action{};  // that the user must be allowed to do
     };
 
     static const std::vector<Command>& commands() {
         static const std::vector<Command> all = {
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
-            {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg},
+            {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
+             ChatAction::private_message},
             {"who", "/who", "who is in this room", &ChatCommands::who},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
-            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms},
+            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms},
             {"join", "/join ROOM", "goes to a room, or speaks in it again", &ChatCommands::join},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
             {"since", "/since ID", "what was said after the message with that id", &ChatCommands::since},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
-            {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, true},
-            {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, true},
-            {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, true},
+            {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
+            {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
+            {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
         };
         return all;
     }
@@ -9052,14 +9026,12 @@ private:
     void me(std::string_view rest) { handler_.say(ChatEntry::Kind::action, rest); }
 
     void msg(std::string_view rest) {
-        if (!handler_.may(ChatAction::private_message)) return handler_.reply_forbidden();
         const Presence::User* receiver = take_user(rest);
         std::string text(rest);
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
-        if (const auto refusal = handler_.refuse_text(text))
-            return handler_.reply_error(refusal->code, refusal->sentence);
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(*refusal);
         if (receiver->expires != (Time::max)())
-            return handler_.reply_error("user_away", receiver->info.name + " has lost the connection; try again soon.");
+            return error("user_away", receiver->info.name + " has lost the connection; try again soon.");
         if (!handler_.tag_.empty() && is_duplicate())
             return handler_.reply(ChatEvent("ack").add("room", room_->name()));
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
@@ -9090,7 +9062,6 @@ private:
     }
 
     void rooms(std::string_view) {
-        if (!handler_.may(ChatAction::list_rooms)) return handler_.reply_forbidden();
         std::vector<Json> list;
         for (const auto& [name, users] : handler_.hub_->rooms())
             if (users != 0 && list.size() < 500) list.push_back(Json{{"room", name}, {"users", users}});
@@ -9100,18 +9071,17 @@ private:
     void nick(std::string_view rest) {
         const std::string name(rest);
         ChatHub& hub = *handler_.hub_;
-        if (handler_.user_.account) return handler_.reply_error("name_fixed", "Your name is that of your account.");
+        if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
         if (!handler_.may(ChatAction::rename)) return handler_.reply_forbidden();
-        if (!valid_chat_name(name, hub.limits.max_name)) return handler_.reply_error("name_bad", handler_.name_rule());
-        if (hub.banned("", name, "")) return handler_.reply_error("name_banned", "That name is banned.");
+        if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
+        if (hub.banned("", name, "")) return error("name_banned", "That name is banned.");
         if (room_ == nullptr) return reply_no_room();
         if (name == handler_.user().name) return;
-        if (handler_.muted()) return handler_.reply_error("muted", "You are muted for a while.");
+        if (handler_.muted()) return error("muted", "You are muted for a while.");
         Presence::User& user = *membership().user;
         const Presence::User* holder = room_->presence_.find(name);
         if (holder != nullptr && holder != &user)
-            return handler_.reply_error("name_taken",
-                                        "That name is taken; " + room_->presence_.free_name(name) + " is free.");
+            return error("name_taken", "That name is taken; " + room_->presence_.free_name(name) + " is free.");
         handler_.user_.name = name;
         hub.rename(*room_, user, name);
     }
@@ -9122,15 +9092,14 @@ private:
             handler_.current_ = index;
             return reply_room();
         }
-        if (const auto refusal = handler_.refuse_room(rest))
-            return handler_.reply_error(refusal->code, refusal->sentence);
+        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(*refusal);
         handler_.join_room(rest);
         reply_room();
         handler_.request_history(*handler_.current_room(), std::nullopt);
     }
     void leave(std::string_view rest) {
         const std::size_t index = handler_.membership_index(rest.empty() ? room_ : handler_.hub_->find(rest));
-        if (index == handler_.memberships_.size()) return handler_.reply_error("no_room", "You are not in that room.");
+        if (index == handler_.memberships_.size()) return error("no_room", "You are not in that room.");
         handler_.leave_room(index, true);
         reply_room();
     }
@@ -9141,7 +9110,7 @@ private:
 
     void since(std::string_view rest) {
         const auto id = ChatHandler::to_number(rest);
-        if (!id || room_ == nullptr) return handler_.reply_error("bad_command", "/since ID, in a room.");
+        if (!id || room_ == nullptr) return error("bad_command", "/since ID, in a room.");
         handler_.request_history(*room_, id);
     }
 
@@ -9150,35 +9119,32 @@ private:
             handler_.may(ChatAction::kick) || handler_.may(ChatAction::ban) || handler_.may(ChatAction::mute);
         std::vector<Json> list;
         for (const Command& command : commands())
-            if (!command.moderation || moderator)
+            if (moderator || !command.action || *command.action < ChatAction::kick)
                 list.push_back(Json{{"command", command.usage}, {"text", command.description}});
         handler_.reply(ChatEvent("help").add("commands", Json::array(list)));
     }
 
     void kick(std::string_view rest) {
-        if (!handler_.may(ChatAction::kick)) return handler_.reply_forbidden();
         const Presence::User* user = take_user(rest);
         if (user == nullptr) return reply_unknown_user();
         room_->kick(user->info.name, rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
-        if (!handler_.may(ChatAction::ban)) return handler_.reply_forbidden();
         const std::string_view line = rest;
         if (take_user(rest) == nullptr) text::cut_at(rest, ' ');
         std::string_view target = line.substr(0, line.size() - rest.size());
         if (!target.empty() && target.back() == ' ') target.remove_suffix(1);
         const auto seconds = rest.empty() ? std::uint64_t{3600} : ChatHandler::to_number(rest);
-        if (target.empty() || !seconds) return handler_.reply_error("bad_command", "/ban NAME|ADDRESS [SECONDS]");
+        if (target.empty() || !seconds) return error("bad_command", "/ban NAME|ADDRESS [SECONDS]");
         handler_.hub_->ban(target, to_duration(*seconds));
     }
 
     void mute(std::string_view rest) {
-        if (!handler_.may(ChatAction::mute)) return handler_.reply_forbidden();
         const Presence::User* user = take_user(rest);
         const auto seconds = rest.empty() ? std::uint64_t{600} : ChatHandler::to_number(rest);
         if (user == nullptr) return reply_unknown_user();
-        if (!seconds) return handler_.reply_error("bad_command", "/mute NAME [SECONDS]");
+        if (!seconds) return error("bad_command", "/mute NAME [SECONDS]");
         handler_.hub_->mute(*room_, *user, to_duration(*seconds));
     }
 
@@ -9190,8 +9156,9 @@ private:
         return room_ == nullptr ? nullptr : room_->presence_.take_user(text);
     }
     ChatHandler::Membership& membership() { return handler_.memberships_[handler_.current_]; }
-    void reply_no_room() { handler_.reply_error("no_room", "You are in no room; /join ROOM."); }
-    void reply_unknown_user() { handler_.reply_error("unknown_user", "Nobody in this room has that name."); }
+    void error(std::string_view code, std::string_view sentence) { handler_.reply_error(code, sentence); }
+    void reply_no_room() { error("no_room", "You are in no room; /join ROOM."); }
+    void reply_unknown_user() { error("unknown_user", "Nobody in this room has that name."); }
 
     ChatHandler& handler_;
     ChatRoom* room_;  // the current room at the beginning of the line
@@ -9247,17 +9214,18 @@ inline std::string ChatHandler::users_event(const ChatRoom& room) {
     return event.dump();
 }
 
-inline void ChatRoom::publish(std::string_view text, std::string_view name) {
-    if (!detail::valid_chat_text(text)) throw Error("publish: the text holds control characters, or is not UTF-8");
+inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
+    if (!detail::valid_chat_text(text))
+        throw Error(std::string(call) + ": the text holds control characters, or is not UTF-8");
     ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::said, *this, name);
     entry.text = text;
-    hub_.append(std::move(entry));
+    return entry;
+}
+inline void ChatRoom::publish(std::string_view text, std::string_view name) {
+    hub_.append(new_text("publish", text, name));
 }
 inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
-    if (!detail::valid_chat_text(text)) throw Error("broadcast: the text holds control characters, or is not UTF-8");
-    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::said, *this, name);
-    entry.text = text;
-    hub_.forward(std::move(entry));
+    hub_.forward(new_text("broadcast", text, name));
 }
 inline void ChatRoom::since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCallback callback) {
     hub_.store().since(name_, id, limit, std::move(callback));
