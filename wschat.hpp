@@ -1128,26 +1128,21 @@ struct Rate {
 
 class TokenBucket {
 public:
-    // Takes so many tokens, or none and answers false. One that is larger than the burst needs a full bucket.
+    // Returns false and takes nothing if the bucket holds fewer tokens. More than `burst` tokens need a full bucket.
     bool take(double tokens, const Rate& rate, Time now) {
         if (rate.per_second <= 0) return true;
-        drain(rate, now);
-        if (used_ + (std::min)(tokens, rate.burst) > rate.burst) return false;
-        used_ += tokens;
+        const Time start = (std::max)(full_at_, now);
+        const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
+        if (missing + (std::min)(tokens, rate.burst) > rate.burst) return false;
+        constexpr double max_seconds = 1e9;
+        const std::chrono::duration<double> refill((std::min)(tokens / rate.per_second, max_seconds));
+        full_at_ = later(start, std::chrono::duration_cast<Duration>(refill));
         return true;
     }
-    bool full(const Rate& rate, Time now) {
-        drain(rate, now);
-        return used_ <= 0;
-    }
+    bool full(Time now) const { return full_at_ <= now; }
 
 private:
-    void drain(const Rate& rate, Time now) {
-        used_ = (std::max)(0.0, used_ - std::chrono::duration<double>(now - at_).count() * rate.per_second);
-        at_ = now;
-    }
-    double used_ = 0;
-    Time at_{};
+    Time full_at_{};
 };
 
 // ---- things by name ------------------------------------------------------------------------------------------------
@@ -7883,7 +7878,7 @@ public:
         const std::uint64_t before_limit = last_id_ > limit ? last_id_ - limit : 0;
         const std::uint64_t before_first = last_id_ - records_.size();
         for (std::uint64_t i = (std::max)({known ? *id : 0, before_limit, before_first}); i != last_id_; ++i)
-            page.entries.push_back(records_[i - before_first].entry);
+            page.entries.push_back(records_[static_cast<std::size_t>(i - before_first)].entry);
         page.gap = id && (!known || last_id_ - *id > page.entries.size());
         return page;
     }
@@ -8076,22 +8071,22 @@ struct ChatLine {
 };
 
 // Removes a token from the front of the text. False if the text does not begin with it.
-inline bool take(std::string_view& text, std::string_view token) {
+inline bool consume(std::string_view& text, std::string_view token) {
     const bool found = text::starts_with(text, token);
     if (found) text.remove_prefix(token.size());
     return found;
 }
 // Removes all characters of a set from the front of the text. False if there is none.
-inline bool take_all(std::string_view& text, std::string_view set) {
+inline bool consume_all(std::string_view& text, std::string_view set) {
     const std::size_t size = (std::min)(text.find_first_not_of(set), text.size());
     text.remove_prefix(size);
     return size != 0;
 }
 
-inline bool take_json_string(std::string_view& text) {
-    if (!take(text, "\"")) return false;
+inline bool consume_json_string(std::string_view& text) {
+    if (!consume(text, "\"")) return false;
     while (!text.empty() && static_cast<unsigned char>(text.front()) >= 0x20) {
-        if (take(text, "\"")) return true;
+        if (consume(text, "\"")) return true;
         const std::size_t size = text.front() != '\\' ? 1 : text.substr(1, 1) == "u" ? 6 : 2;
         const std::string_view escape = text.substr(0, size).substr(size == 6 ? 2 : 1);
         const char* const allowed = size == 6 ? "0123456789abcdefABCDEF" : "\"\\/bfnrt";
@@ -8103,37 +8098,38 @@ inline bool take_json_string(std::string_view& text) {
 
 // Removes a JSON value (RFC 8259) and the white space around it from the front of the text. False if it is invalid, or
 // has more than 32 levels of arrays and objects.
-inline bool take_json(std::string_view& text, unsigned depth = 0) {
+inline bool consume_json(std::string_view& text, unsigned depth = 0) {
     constexpr std::string_view space = " \t\r\n", digits = "0123456789";
-    take_all(text, space);
-    if (const bool object = take(text, "{"); object || take(text, "[")) {
+    consume_all(text, space);
+    if (const bool object = consume(text, "{"); object || consume(text, "[")) {
         const std::string_view end = object ? "}" : "]";
-        take_all(text, space);
+        consume_all(text, space);
         if (depth == 32) return false;
-        if (!take(text, end)) {
+        if (!consume(text, end)) {
             do {
-                take_all(text, space);
-                if (object && !(take_json_string(text) && (take_all(text, space), take(text, ":")))) return false;
-                if (!take_json(text, depth + 1)) return false;
-            } while (take(text, ","));
-            if (!take(text, end)) return false;
+                consume_all(text, space);
+                if (object && !(consume_json_string(text) && (consume_all(text, space), consume(text, ":"))))
+                    return false;
+                if (!consume_json(text, depth + 1)) return false;
+            } while (consume(text, ","));
+            if (!consume(text, end)) return false;
         }
     } else if (text::starts_with(text, "\"")) {
-        if (!take_json_string(text)) return false;
-    } else if (!take(text, "true") && !take(text, "false") && !take(text, "null")) {
-        take(text, "-");
-        if (!take(text, "0") && !take_all(text, digits)) return false;
-        if (take(text, ".") && !take_all(text, digits)) return false;
-        if (take(text, "e") || take(text, "E")) {
-            if (!take(text, "+")) take(text, "-");
-            if (!take_all(text, digits)) return false;
+        if (!consume_json_string(text)) return false;
+    } else if (!consume(text, "true") && !consume(text, "false") && !consume(text, "null")) {
+        consume(text, "-");
+        if (!consume(text, "0") && !consume_all(text, digits)) return false;
+        if (consume(text, ".") && !consume_all(text, digits)) return false;
+        if (consume(text, "e") || consume(text, "E")) {
+            if (!consume(text, "+")) consume(text, "-");
+            if (!consume_all(text, digits)) return false;
         }
     }
-    take_all(text, space);
+    consume_all(text, space);
     return true;
 }
 
-inline bool valid_json(std::string_view text) { return valid_utf8(text) && take_json(text) && text.empty(); }
+inline bool valid_json(std::string_view text) { return valid_utf8(text) && consume_json(text) && text.empty(); }
 
 }  // namespace detail
 
@@ -8171,9 +8167,7 @@ public:
         const bool messages = messages_.take(1, rates.messages, now);
         return bytes_.take(static_cast<double>(size), rates.bytes, now) && messages;
     }
-    bool full(const FloodRates& rates, Time now) {
-        return messages_.full(rates.messages, now) && bytes_.full(rates.bytes, now);
-    }
+    bool full(Time now) const { return messages_.full(now) && bytes_.full(now); }
 
 private:
     TokenBucket messages_, bytes_;
@@ -8357,7 +8351,7 @@ public:
     }
     // Finds the user with whose name the text begins, and removes the name and the space after it from the text. The
     // longest name wins. Null if there is no such user.
-    User* take_user(std::string_view& text) const {
+    User* consume_user(std::string_view& text) const {
         // A text may be a megabyte of spaces, so only the length of a name is searched.
         std::size_t end = text.size() <= longest_name_ ? text.size() : text.rfind(' ', longest_name_);
         for (; end != std::string_view::npos && end != 0; end = text.rfind(' ', end - 1)) {
@@ -8524,8 +8518,7 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if(
-            [this](AddressUse& use) { return use.connections == 0 && use.limiter.full(limits.address, now()); });
+        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()); });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -9026,7 +9019,7 @@ private:
     void me(std::string_view rest) { handler_.say(ChatEntry::Kind::action, rest); }
 
     void msg(std::string_view rest) {
-        const Presence::User* receiver = take_user(rest);
+        const Presence::User* receiver = consume_user(rest);
         std::string text(rest);
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(*refusal);
@@ -9125,14 +9118,14 @@ private:
     }
 
     void kick(std::string_view rest) {
-        const Presence::User* user = take_user(rest);
+        const Presence::User* user = consume_user(rest);
         if (user == nullptr) return reply_unknown_user();
         room_->kick(user->info.name, rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
         const std::string_view line = rest;
-        if (take_user(rest) == nullptr) text::cut_at(rest, ' ');
+        if (consume_user(rest) == nullptr) text::cut_at(rest, ' ');
         std::string_view target = line.substr(0, line.size() - rest.size());
         if (!target.empty() && target.back() == ' ') target.remove_suffix(1);
         const auto seconds = rest.empty() ? std::uint64_t{3600} : ChatHandler::to_number(rest);
@@ -9141,7 +9134,7 @@ private:
     }
 
     void mute(std::string_view rest) {
-        const Presence::User* user = take_user(rest);
+        const Presence::User* user = consume_user(rest);
         const auto seconds = rest.empty() ? std::uint64_t{600} : ChatHandler::to_number(rest);
         if (user == nullptr) return reply_unknown_user();
         if (!seconds) return error("bad_command", "/mute NAME [SECONDS]");
@@ -9152,8 +9145,8 @@ private:
     static Duration to_duration(std::uint64_t seconds) {
         return std::chrono::seconds((std::min)(seconds, std::uint64_t{315'360'000}));
     }
-    Presence::User* take_user(std::string_view& text) const {
-        return room_ == nullptr ? nullptr : room_->presence_.take_user(text);
+    Presence::User* consume_user(std::string_view& text) const {
+        return room_ == nullptr ? nullptr : room_->presence_.consume_user(text);
     }
     ChatHandler::Membership& membership() { return handler_.memberships_[handler_.current_]; }
     void error(std::string_view code, std::string_view sentence) { handler_.reply_error(code, sentence); }
@@ -9428,7 +9421,7 @@ public:
         const int flags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_NOMUTEX;
         const int result = ::sqlite3_open_v2(path.c_str(), &database_, flags, nullptr);
         try {
-            check(result);
+            check_result(result);
             prepare_file(options);
         } catch (...) {
             ::sqlite3_close_v2(database_);
@@ -9513,8 +9506,8 @@ private:
         Query(SqliteFile& file, Statement statement) : file_(file) {
             sqlite3_stmt*& prepared = file.statements_[static_cast<std::size_t>(statement)];
             if (prepared == nullptr)
-                file.check(::sqlite3_prepare_v3(file.database_, sql_of(statement), -1, SQLITE_PREPARE_PERSISTENT,
-                                                &prepared, nullptr));
+                file.check_result(::sqlite3_prepare_v3(file.database_, sql_of(statement), -1, SQLITE_PREPARE_PERSISTENT,
+                                                       &prepared, nullptr));
             statement_ = prepared;
         }
         Query(const Query&) = delete;
@@ -9524,18 +9517,19 @@ private:
             ::sqlite3_clear_bindings(statement_);
         }
         Query& bind(int index, std::int64_t value) {
-            file_.check(::sqlite3_bind_int64(statement_, index, value));
+            file_.check_result(::sqlite3_bind_int64(statement_, index, value));
             return *this;
         }
         // The text must outlive the query.
         Query& bind(int index, const std::string& value) {
-            file_.check(::sqlite3_bind_text64(statement_, index, value.data(), value.size(), nullptr, SQLITE_UTF8));
+            file_.check_result(
+                ::sqlite3_bind_text64(statement_, index, value.data(), value.size(), nullptr, SQLITE_UTF8));
             return *this;
         }
         // False after the last row.
         bool next_row() {
             const int result = ::sqlite3_step(statement_);
-            if (result != SQLITE_ROW && result != SQLITE_DONE) file_.check(result);
+            if (result != SQLITE_ROW && result != SQLITE_DONE) file_.check_result(result);
             return result == SQLITE_ROW;
         }
         std::int64_t number(int column) const { return ::sqlite3_column_int64(statement_, column); }
@@ -9552,19 +9546,21 @@ private:
     };
 
     [[noreturn]] void fail(const std::string& cause) const { throw Error("SqliteHistory \"" + path_ + "\": " + cause); }
-    void check(int result) const {
+    void check_result(int result) const {
         if (result == SQLITE_OK) return;
         const std::string cause = database_ == nullptr ? ::sqlite3_errstr(result) : ::sqlite3_errmsg(database_);
         fail(cause + " (" + std::to_string(result) + ")");
     }
-    void execute(const std::string& sql) { check(::sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr)); }
+    void execute(const std::string& sql) {
+        check_result(::sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr));
+    }
     std::int64_t value_of(const char* sql) {
         sqlite3_stmt* statement = nullptr;
-        check(::sqlite3_prepare_v2(database_, sql, -1, &statement, nullptr));
+        check_result(::sqlite3_prepare_v2(database_, sql, -1, &statement, nullptr));
         const int result = ::sqlite3_step(statement);
         const std::int64_t value = result == SQLITE_ROW ? ::sqlite3_column_int64(statement, 0) : 0;
         ::sqlite3_finalize(statement);
-        if (result != SQLITE_ROW && result != SQLITE_DONE) check(result);
+        if (result != SQLITE_ROW && result != SQLITE_DONE) check_result(result);
         return value;
     }
     template <class Work>

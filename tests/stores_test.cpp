@@ -20,14 +20,14 @@ using test::contains;
 using test::next_with;
 using test::RunningServer;
 
-// The path of a database. The destructor deletes its files.
-struct TemporaryFile {
-    TemporaryFile() {
+// The path of a database, which is deleted at the end of the scope.
+struct DatabaseFile {
+    DatabaseFile() {
         static int count = 0;
         path = "/tmp/wschat-" + std::to_string(::getpid()) + "-" + std::to_string(++count) + ".db";
         remove();
     }
-    ~TemporaryFile() { remove(); }
+    ~DatabaseFile() { remove(); }
     void remove() {
         for (const char* more : {"", "-wal", "-shm"}) ::unlink((path + more).c_str());
     }
@@ -48,7 +48,7 @@ struct OtherProgram {
 };
 
 // A database whose ids start at 1.
-struct FileFromOne : TemporaryFile {
+struct FileFromOne : DatabaseFile {
     FileFromOne() {
         { SqliteFile file(path, {}); }
         OtherProgram(path).execute("UPDATE start SET id = 0");
@@ -149,7 +149,7 @@ TEST_CASE("a file returns the entries after an id in order and reports a gap") {
 }
 
 TEST_CASE("an id of a deleted file is a gap, and the first id of an empty room is none") {
-    TemporaryFile temporary;
+    DatabaseFile temporary;
     std::uint64_t before = 0;
     {
         SqliteFile file(temporary.path, {});
@@ -183,7 +183,7 @@ TEST_CASE("a second message with the same tag is not kept, in one transaction an
 }
 
 TEST_CASE("a file of the first version is migrated and keeps its entries") {
-    const TemporaryFile temporary;
+    const DatabaseFile temporary;
     {
         OtherProgram other(temporary.path);
         other.execute(
@@ -201,7 +201,7 @@ TEST_CASE("a file of the first version is migrated and keeps its entries") {
 }
 
 TEST_CASE("a file that cannot be used is an Error with the reason") {
-    TemporaryFile garbage, newer, foreign, unmarked;
+    DatabaseFile garbage, newer, foreign, unmarked;
     garbage.write(std::string(8192, 'x'));
     { SqliteFile file(newer.path, {}); }
     OtherProgram(newer.path).execute("PRAGMA user_version = 9");
@@ -248,7 +248,7 @@ TEST_CASE("a page stops after a mebibyte of text and reports a gap") {
 
 TEST_CASE("a file that is deleted or moved while it is open is an Error") {
     for (const bool moved : {false, true}) {
-        const TemporaryFile temporary, elsewhere;
+        const DatabaseFile temporary, elsewhere;
         SqliteFile file(temporary.path, {});
         append(file, entry("a"));
         if (moved) ::rename(temporary.path.c_str(), elsewhere.path.c_str());
