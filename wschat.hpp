@@ -7754,8 +7754,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 16: Chat
 //
-// ChatHandler: a complete chat as one handler, with names, presence, a history, private messages, commands, flood limits
-// and moderation. A ChatStore decides where the history is and how servers share it.
+// ChatHandler: a complete chat as one handler, with names, presence, a history, private messages, commands, flood
+// limits and moderation. A ChatStore decides where the history is and how servers share it.
 // ====================================================================================================================
 
 #if WSCHAT_CHAT
@@ -7798,8 +7798,8 @@ struct HistoryPage {
     std::string error{};  // why the history could not be read; empty: it was read
 };
 
-// Stores entries, and delivers them to this server and perhaps to others. A server shows an entry when the store returns
-// it, so all servers show the same order. All calls are made on the loop's thread.
+// Stores entries, and delivers them to this server and perhaps to others. A server shows an entry when the store
+// delivers it, so all servers show the same order. All calls are made on the loop's thread.
 class ChatStore {
 public:
     class Listener {
@@ -7826,7 +7826,7 @@ public:
 
     // Called once, before all other calls. A store with threads of its own posts its results to the mailbox.
     virtual void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) = 0;
-    // Keeps the entry. Exactly one call of the listener follows, immediately or later.
+    // Keeps the entry. One call of the listener follows, immediately or later.
     virtual void append(ChatEntry entry) = 0;
     // Delivers the entry without keeping it.
     virtual void forward(const ChatEntry& entry) = 0;
@@ -7954,7 +7954,8 @@ private:
         const auto now = duration_cast<microseconds>(system_clock::now().time_since_epoch()).count();
         return max_id_ = (std::max)(max_id_ + 1, static_cast<std::uint64_t>(now));
     }
-    // Deletes the least recently used room if there are too many; to read, only one without entries, else returns null.
+    // If there are too many rooms, deletes the least recently used one. A reader deletes only a room without entries;
+    // otherwise the result is null.
     detail::RoomHistory* find_or_create(const std::string& room, bool to_write) {
         if (detail::RoomHistory* history = histories_.find(room)) return history;
         if (histories_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
@@ -7985,7 +7986,7 @@ private:
     Listener* listener_ = nullptr;
     StringMap<detail::RoomHistory> histories_;  // by room
     std::size_t bytes_ = 0;
-    std::uint64_t max_id_ = 0;  // of deleted rooms, and of the first ids given so far
+    std::uint64_t max_id_ = 0;  // of all deleted rooms and all results of first_id()
 };
 
 // ---- text, lines and JSON ------------------------------------------------------------------------------------------
@@ -8230,8 +8231,8 @@ struct ChatUser {
 
 namespace detail {
 
-// The users of a room. A user has one or more connections. A user joins with the first one, and leaves when the last one
-// has been gone for the grace period. Names are unique in the room; the case of ASCII letters does not count.
+// The users of a room. A user joins with the first connection, and leaves when the last connection has been gone for
+// the grace period. Names are unique in the room; the case of ASCII letters does not count.
 class Presence {
 public:
     struct User {
@@ -8393,8 +8394,7 @@ struct ChatLimits {
 // What a user may do: ChatHandler::may(). The last three are moderation.
 enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute };
 
-// A room of the chat. It has nothing to do with the Room of the same name. A reference is valid until the callback
-// returns.
+// A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
 public:
     ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), hub_(hub) {}
@@ -8607,7 +8607,7 @@ private:
         entry.time = unix_ms();
         store_->forward(entry);
     }
-    // Limits a page to what the members have received. They get newer entries later, and a new member with them.
+    // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
         if (members_.find(room.name()) == nullptr) {
             room.delivered_id_ = (std::max)(room.delivered_id_, page.last_id);
@@ -8643,10 +8643,10 @@ private:
 
 // ---- the handler ---------------------------------------------------------------------------------------------------
 
-// A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line with a slash in front is a
-// command, all others are said to the room. Clients receive events: one JSON object in a message. The query of the
-// address may contain `name`, `key` (a secret of the client; connections with the same key are one user) and `last` (the
-// newest id that the client has). README.md lists the commands and events.
+// A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line with a slash in front is
+// a command, and all others are said to the room. Clients receive events: one JSON object in a message. The query of
+// the address may contain `name`, `key` (a secret of the client; connections with the same key are one user) and `last`
+// (the newest id that the client has). README.md lists the events.
 class ChatHandler : public WebSocketHandler {
 public:
     ~ChatHandler() override { disconnect(false); }
@@ -8665,10 +8665,10 @@ public:
     }
     // May change a text that the user says, also in private. False refuses it.
     virtual bool filter(std::string&) { return true; }
-    // A pair: after the 101, and after the connection has ended and has left its rooms; close_code() says why.
+    // A pair: after the 101; after the connection has ended and has left its rooms. See close_code() for the reason.
     virtual void on_connect() {}
     virtual void on_disconnect() {}
-    // A pair: the connection is in the room and has its history; it leaves the room.
+    // A pair: the connection has received the history of the room; the connection leaves the room.
     virtual void on_join(ChatRoom&) {}
     virtual void on_leave(ChatRoom&) {}
     // What this connection said is in the history, and was delivered.
@@ -8771,19 +8771,19 @@ private:
         const auto digest = sha1(key);
         return base64(digest.data(), digest.size());
     }
-    // Digits only. A very large number becomes 10^18, which is no id of a history.
+    // Digits only. A larger number becomes 10^18.
     static std::optional<std::uint64_t> to_number(std::string_view digits) {
         if (digits.empty()) return std::nullopt;
+        constexpr std::uint64_t max = 1'000'000'000'000'000'000;
         std::uint64_t value = 0;
         for (const char c : digits) {
             if (!text::digit(c)) return std::nullopt;
-            value =
-                (std::min)(value * 10 + static_cast<std::uint64_t>(c - '0'), std::uint64_t{1'000'000'000'000'000'000});
+            value = (std::min)(value * 10 + static_cast<std::uint64_t>(c - '0'), max);
         }
         return value;
     }
 
-    // The events of a room contain it, so an invalid text would break them for all members.
+    // Events for other users contain it, so an invalid text would break these events.
     void check_about(const std::string& about) const {
         const bool too_long = about.size() > hub_->limits.max_about;
         if (!too_long && (about.empty() || detail::valid_json(about))) return;
@@ -8847,7 +8847,7 @@ private:
         if (is_empty()) return Refusal{"empty", "There is nothing in that message."};
         if (!filter(text)) return Refusal{"refused", "That message is refused here."};
         if (text.size() > max || !detail::valid_chat_text(text) || is_empty())
-            throw Error("filter: made a text that is refused");
+            throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
         return std::nullopt;
     }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
@@ -8904,7 +8904,10 @@ private:
 
     void leave_room(std::size_t index, bool at_once) {
         const Membership left = memberships_[index];
+        memberships_[index].on_join_called = false;
         if (left.on_join_called) run_hook("on_leave", [&] { on_leave(*left.room); });
+        index = membership_index(left.room);
+        if (index == memberships_.size()) return;  // the hook has left the room
         memberships_.erase(memberships_.begin() + static_cast<std::ptrdiff_t>(index));
         if (current_ >= index && current_ != 0) --current_;
         if (Room* members = hub_->members_.find(left.room->name())) members->leave(*this);
@@ -8930,22 +8933,23 @@ private:
 
     // A connection becomes a member of the room when it has everything that the members have. So it misses nothing and
     // gets nothing twice, even if the store answers late.
-    void on_history(const HistoryRequest& asked, HistoryPage page) {
-        ChatRoom* chat_room = hub_->find(asked.room);
+    void on_history(const HistoryRequest& requested, HistoryPage page) {
+        ChatRoom* chat_room = hub_->find(requested.room);
         if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
-        Room& members = hub_->members_[asked.room];
+        Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
         if (!page.error.empty()) {  // the client can ask for the same entries later
             page.gap = true;
-            page.last_id = asked.id.value_or(chat_room->delivered_id_);
+            page.last_id = requested.id.value_or(chat_room->delivered_id_);
         }
         if (page.error.empty()) hub_->trim_to_delivered(*chat_room, page);
-        else server().report(LogLevel::error, "chat_not_read", {{"room", asked.room}, {"cause", page.error}});
+        else server().report(LogLevel::error, "chat_not_read", {{"room", requested.room}, {"cause", page.error}});
         if (joining) write_message(users_event(*chat_room));
-        write_message(history_event(*chat_room, page, asked.id.has_value()));
+        write_message(history_event(*chat_room, page, requested.id.has_value()));
         if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
-        const bool behind = page.last_id < chat_room->delivered_id_ && asked.delivered_id < chat_room->delivered_id_;
+        const bool behind =
+            page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
         if (page.error.empty() && behind) return request_history(*chat_room, page.last_id);
         members.join(*this);
         memberships_[membership_index(chat_room)].on_join_called = true;
@@ -9465,9 +9469,7 @@ public:
     }
 
 private:
-    // clang-format off
-    enum class Statement : std::size_t { find_start, find_room, add_room, find_tag, add, set_last, prune, since, count };
-    // clang-format on
+    enum class Statement { find_start, find_room, add_room, find_tag, add, set_last, prune, since, count };
 
     // migrations[N] changes a file of version N into version N + 1. A new file has version 0.
     static constexpr const char* migrations[] = {
@@ -9668,9 +9670,9 @@ private:
 
 }  // namespace detail
 
-// A history in a file: ChatHub::of(server).set_store(SqliteHistory("chat.db")). A thread writes all queued entries in one
-// transaction; entries are delivered after the commit. An Error if the file cannot be opened. If a later write fails
-// because the file is full, locked or damaged, the senders of its entries are told.
+// A history in a file: ChatHub::of(server).set_store(SqliteHistory("chat.db")). A thread writes all queued entries in
+// one transaction, and delivers them after the commit. An Error if the file cannot be opened. If a later write fails
+// because the file is full, locked or damaged, each sender gets an error event.
 class SqliteHistory final : public ChatStore {
 public:
     explicit SqliteHistory(const std::string& path, const SqliteOptions& options = {})

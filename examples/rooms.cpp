@@ -1,7 +1,7 @@
 // A chat with rooms, names, presence and a history.   rooms [port] [--page FILE] [--db FILE]
 //
-// ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. Clients send lines of text: a line with a
-// slash in front is a command (/help lists them), and all others are said to the room. chat.html is such a client.
+// ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. Clients send lines of text. A line with
+// a slash in front is a command (/help lists them), and all other lines are said to the room. chat.html is one client.
 //
 // With -DWSCHAT_SQLITE=1 and -lsqlite3, --db keeps the history in a file.
 #define WSCHAT_CHAT 1

@@ -46,7 +46,8 @@ private:
     Server server_{quiet()};
 };
 
-// A client and its handler. The handler receives each line immediately; a connection in the client's role parses its output.
+// A client and its handler. The handler receives each line immediately. A connection in the client's role parses the
+// output.
 template <class Handler = ChatHandler>
 class ChatClient {
 public:
@@ -155,7 +156,7 @@ const Time start{1000s};
 
 TEST_SUITE_BEGIN("chat");
 
-// ---- lines, names and JSON -------------------------------------------------------------------------------------------------
+// ---- lines, names and JSON -----------------------------------------------------------------------------------------
 
 TEST_CASE("a line with one slash in front is a command and all other lines are said") {
     const struct {
@@ -260,7 +261,7 @@ TEST_CASE("a JSON value is checked by the grammar of RFC 8259") {
     CHECK_FALSE(valid_json(std::string(1'000'000, '[')));
 }
 
-// ---- flood limits ----------------------------------------------------------------------------------------------------------
+// ---- flood limits --------------------------------------------------------------------------------------------------
 
 TEST_CASE("a flood limiter counts messages and bytes") {
     FloodLimiter meter;
@@ -291,7 +292,7 @@ TEST_CASE("the flood policy warns, drops and closes, and restarts after ten quie
     CHECK(patient.decide(false, 3, start + 10s) == Action::close);
 }
 
-// ---- presence --------------------------------------------------------------------------------------------------------
+// ---- presence ------------------------------------------------------------------------------------------------------
 
 TEST_CASE("a user joins with the first connection and leaves with the last") {
     Presence presence;
@@ -413,7 +414,7 @@ TEST_CASE("the search for a name reads no more of a text than the longest name")
     CHECK(text.size() == spaces.size() - 1);
 }
 
-// ---- history ---------------------------------------------------------------------------------------------------------
+// ---- history -------------------------------------------------------------------------------------------------------
 
 TEST_CASE("a history returns the entries after an id in order and reports a gap") {
     RoomHistory ring(100);
@@ -550,7 +551,7 @@ TEST_CASE("above the limit of all bytes the least recently used history is delet
     CHECK(fixture.size("four") == 1);
 }
 
-// ---- the handler without sockets -------------------------------------------------------------------------------------
+// ---- the handler without sockets -----------------------------------------------------------------------------------
 
 TEST_CASE("the first events are hello, users and history") {
     TestHost host;
@@ -1001,7 +1002,8 @@ TEST_CASE("a filter that returns an invalid text is an Error and nobody gets the
     ChatClient<BadFilter> anna(host, "name=Anna");
     ChatClient<> bert(host, "name=Bert");
     bert.events();
-    CHECK_THROWS_WITH_AS(anna.send("x"), "filter: made a text that is refused", Error);
+    CHECK_THROWS_WITH_AS(anna.send("x"),
+                         "ChatHandler::filter: the new text is empty, too long, or contains control characters", Error);
     CHECK(bert.events().empty());
 }
 
@@ -1121,6 +1123,24 @@ TEST_CASE("a handler that is destroyed without on_close() leaves its rooms") {
     CHECK(contains(bert.answer_to("/msg Anna hello"), "\"code\":\"user_away\""));
     host.hub().ban("Bert", 1h);  // visits all connections
     CHECK_FALSE(bert.handler.is_open());
+}
+
+TEST_CASE("a hook can leave rooms in on_leave()") {
+    struct Leaver : ChatHandler {
+        void on_leave(ChatRoom&) override {
+            ++calls;
+            on_command("leave", "tea");
+            on_command("leave", "coffee");
+        }
+        int calls = 0;
+    };
+    TestHost host;
+    ChatClient<Leaver> leaver(host, "name=Anna");
+    leaver.send("/join coffee");
+    leaver.send("/leave coffee");
+    CHECK(leaver.handler.current_room() == nullptr);
+    CHECK(leaver.handler.calls == 2);
+    CHECK(host.room("coffee").users().empty());
 }
 
 TEST_CASE("a closed connection cannot join a room") {
@@ -1257,18 +1277,18 @@ TEST_CASE("ChatUser::about must be a JSON value within its limit, else the hands
     const auto error = [&](const std::string& about) {
         return test::error_of([&] { ChatClient<AboutHandler>(host, "about=" + about); });
     };
-    const std::string start = "ChatHandler::authenticate: ChatUser::about ";
+    const std::string prefix = "ChatHandler::authenticate: ChatUser::about ";
     CHECK(error("") == "");
     CHECK(error("{%22a%22:1}") == "");
     CHECK(error("%22" + std::string(18, 'x') + "%22") == "");
     const std::string not_json = ": it is not a JSON value in UTF-8 of at most 32 levels";
-    CHECK(error("{a}") == start + "\"{a}\"" + not_json);
-    CHECK(error("%22%FF%22") == start + "\"\\x22\\xff\\x22\"" + not_json);
+    CHECK(error("{a}") == prefix + "\"{a}\"" + not_json);
+    CHECK(error("%22%FF%22") == prefix + "\"\\x22\\xff\\x22\"" + not_json);
     CHECK(error("%22" + std::string(19, 'x') + "%22") ==
-          start + "\"\\x22" + std::string(19, 'x') + "\\x22\": it is longer than ChatLimits::max_about");
+          prefix + "\"\\x22" + std::string(19, 'x') + "\\x22\": it is longer than ChatLimits::max_about");
 }
 
-// ---- a store that answers later -------------------------------------------------------------------------------------
+// ---- a store that answers later ------------------------------------------------------------------------------------
 
 namespace {
 
@@ -1438,7 +1458,7 @@ TEST_CASE("set_store() after the first connection is an Error") {
                          "ChatHub::set_store: a connection is open; set the store before the first connection", Error);
 }
 
-// ---- over sockets ----------------------------------------------------------------------------------------------------
+// ---- over sockets --------------------------------------------------------------------------------------------------
 
 namespace {
 
