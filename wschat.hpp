@@ -7760,6 +7760,8 @@ WSCHAT_END
 
 #if WSCHAT_CHAT
 
+#include <deque>
+
 WSCHAT_BEGIN
 
 class ChatHandler;
@@ -8334,7 +8336,7 @@ public:
         const User* holder = find(name);
         if (holder != nullptr && holder != &user) return false;
         longest_name_ = (std::max)(longest_name_, name.size());
-        std::string copy = name;  // allocated first, because a user who is half renamed could not be found
+        std::string copy = name;  // allocated first: a failure after users_.rename() would lose the user
         if (holder == nullptr) users_.rename(fold_case(user.info.name), fold_case(name));
         user.info.name = std::move(copy);
         return true;
@@ -8552,7 +8554,7 @@ private:
             Time next;
             found->expiry_scheduled_ = false;
             for (const std::string& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
-            // At least 50 ms later, so that users who leave together share one timer.
+            // The minimum of 50 ms lets users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
         });
@@ -8896,7 +8898,7 @@ private:
     }
 
     void join_room(std::string_view name) {
-        memberships_.reserve(memberships_.size() + 1);  // so that push_back() cannot fail after connect()
+        memberships_.reserve(memberships_.size() + 1);  // push_back() must not fail after connect()
         ChatRoom& room = hub_->room(name);
         memberships_.push_back({&room, &hub_->connect(room, user_, identity_, *this, number_)});
         current_ = memberships_.size() - 1;
@@ -9402,7 +9404,9 @@ WSCHAT_END
 
 #include <sqlite3.h>
 
+#include <atomic>
 #include <condition_variable>
+#include <mutex>
 #include <thread>
 
 WSCHAT_BEGIN
@@ -9567,7 +9571,7 @@ private:
     }
     template <class Work>
     void transaction(const char* begin, Work&& work) {
-        // Nobody would find what is written to a deleted file.
+        // Entries in a deleted file would be lost.
         int moved = 0;
         ::sqlite3_file_control(database_, "main", SQLITE_FCNTL_HAS_MOVED, &moved);
         if (moved != 0) fail("the file was moved or deleted");
@@ -9708,7 +9712,7 @@ private:
             : file_(path, options), max_queued_(options.max_queued) {}
         Worker(const Worker&) = delete;
         Worker& operator=(const Worker&) = delete;
-        // Writes what is queued.
+        // Writes the queued entries first.
         ~Worker() {
             if (!thread_.joinable()) return;
             {
