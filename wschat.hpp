@@ -3391,8 +3391,8 @@ public:
     // Offers pieces to the kernel while nothing is queued. Returns how many bytes it took.
     virtual std::size_t offer(const std::string_view* pieces, std::size_t count) = 0;
     virtual void set_nodelay(bool on) = 0;
-    // An exception left a callback: it is logged and counted, and the connection fails with 1011.
-    virtual void callback_failed(const char* name, const char* what) = 0;
+    // Logs and counts an exception that left a callback.
+    virtual void report_exception(const char* callback, const char* what) noexcept = 0;
     virtual bool origin_allowed(std::string_view origin) const = 0;
     virtual Time now() const = 0;
     virtual bool on_loop_thread() const = 0;
@@ -3597,8 +3597,25 @@ public:
     Loop& loop() { return host("loop").loop(); }
     Server& server() { return host("server").server(); }
 
+protected:
+    // Runs a callback of a derived class. An exception is logged and counted, and closes the connection with 1011 and
+    // CloseCause::handler_exception, as one out of on_message() does.
+    template <class Hook>
+    void run_hook(const char* name, Hook&& hook) {
+        detail::run_guarded(hook, [&](const char* what) { fail(name, what); });
+    }
+
 private:
     friend class detail::HandlerAccess;
+
+    void fail(const char* callback, const char* what) {
+        if (core_.host == nullptr) return;
+        core_.host->report_exception(callback, what);
+        send([](detail::Connection& connection) {
+            connection.fail(CloseCode::internal_error, "internal error", CloseCause::handler_exception);
+            return WriteStatus::closed;
+        });
+    }
 
     detail::HandlerHost& host(const char* call) {
         if (core_.host == nullptr) throw Error(std::string(call) + ": a handler has no server in its constructor");
@@ -3659,6 +3676,10 @@ public:
     static void prefetch_session(const WebSocketHandler& handler) { detail::prefetch(handler.core_.host, 2); }
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
+    }
+    template <class Hook>
+    static void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
+        handler.run_hook(name, hook);
     }
 };
 
@@ -3831,7 +3852,9 @@ private:
 // The rooms of a server, by name.
 class Rooms {
 public:
-    explicit Rooms(detail::SendArena& arena) : arena_(arena) {}
+    explicit Rooms(detail::SendArena& arena) : arena_(arena), root_(this) {}
+    // A second set with names of its own. `root` removes its empty rooms and counts them in size().
+    explicit Rooms(Rooms* root) : arena_(root->arena_), root_(root) {}
     Rooms(const Rooms&) = delete;
     Rooms& operator=(const Rooms&) = delete;
 
@@ -3839,6 +3862,7 @@ public:
     Room& operator[](std::string_view name) {
         if (Room* room = rooms_.find(name)) return *room;
         Room& room = rooms_.find_or_emplace(name, std::string(name), *this);
+        ++root_->size_;
         prune_later(room);
         return room;
     }
@@ -3847,7 +3871,7 @@ public:
         Room* room = rooms_.find(name);
         return room == nullptr || room->empty() ? nullptr : room;
     }
-    std::size_t size() const { return rooms_.size(); }
+    std::size_t size() const { return size_; }
     std::vector<std::string> names() const {
         std::vector<std::string> result;
         for (const auto& [name, room] : rooms_) result.push_back(name);
@@ -3875,18 +3899,20 @@ private:
         }
     }
     void prune_later(Room& room) {
-        if (!std::exchange(room.prune_pending_, true)) room.next_to_prune_ = std::exchange(prune_list_, &room);
+        if (!std::exchange(room.prune_pending_, true)) room.next_to_prune_ = std::exchange(root_->prune_list_, &room);
     }
     void prune() {
         while (prune_list_ != nullptr) {
             Room& room = *prune_list_;
             prune_list_ = room.next_to_prune_;
             room.prune_pending_ = false;
-            if (room.empty()) rooms_.erase(room.name());
+            if (room.empty() && room.rooms_.rooms_.erase(room.name())) --size_;
         }
     }
 
     detail::SendArena& arena_;
+    Rooms* root_;
+    std::size_t size_ = 0;
     StringMap<Room> rooms_;
     Room* prune_list_ = nullptr;  // linked through the rooms, because the end of a handler must not allocate
 };
@@ -7040,10 +7066,8 @@ public:
     Loop& loop() override { return host_.loop; }
     Server& server() override { return host_.server; }
     std::shared_ptr<Mailbox> mailbox() override { return host_.loop.mailbox(); }
-    void callback_failed(const char* name, const char* what) override {
-        host_.log.exception(name, what, &peer_);
-        connection().fail(CloseCode::internal_error, "internal error", CloseCause::handler_exception);
-        mark_dirty();
+    void report_exception(const char* callback, const char* what) noexcept override {
+        host_.log.exception(callback, what, &peer_);
     }
 
     void add_to(Metrics& metrics) const {
@@ -7153,7 +7177,7 @@ protected:
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
     template <class Callback>
     void call(const char* name, Callback&& callback) {
-        run_guarded(callback, [&](const char* what) { callback_failed(name, what); });
+        HandlerAccess::run_hook(*handler_, name, callback);
     }
 
     SessionHost& host_;
@@ -8138,8 +8162,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 16: Chat
 //
-// ChatHandler: a whole chat as one handler: names and presence, a history that is caught up with, private messages,
-// commands, floods and moderation. Knows nothing of how a history is kept or shared: that is a ChatStore's.
+// ChatHandler: a complete chat as one handler, with names, presence, a history, private messages, commands, flood
+// limits and moderation. A ChatStore decides where the history is and how servers share it.
 // ====================================================================================================================
 
 #if WSCHAT_CHAT
@@ -8151,51 +8175,57 @@ WSCHAT_BEGIN
 class ChatHandler;
 class ChatHub;
 
-// ---- what is said, and where it is kept ----------------------------------------------------------------------------
+namespace detail {
 
-// One value that somebody did in a room. What is said is kept under an id; the rest is passed on and forgotten.
+class ChatCommands;
+
+}  // namespace detail
+
+// ---- entries and stores --------------------------------------------------------------------------------------------
+
+// One event of a room. A store keeps `said` and `action` under an id, and only forwards the other kinds.
 struct ChatEntry {
-    // said and action ("/me waves") are kept; a file may hold their numbers. come, go and rename are of users.
-    enum class Kind : std::uint8_t { said = 0, action = 1, whisper, typing, come, go, rename };
+    // `action` is "/me waves". SQLite files contain the numbers of `said` and `action`.
+    enum class Kind : std::uint8_t { said = 0, action = 1, private_message, typing, join, leave, rename };
 
     Kind kind = Kind::said;
-    std::uint64_t id = 0;   // grows within its room; 0: not kept
+    std::uint64_t id = 0;   // ascends within a room; 0: not kept
     std::int64_t time = 0;  // Unix time in milliseconds
     std::string room{};
-    std::string name{};        // whose it is; empty: the server's own
-    std::string text{};        // of a rename the new name, of a come what the user is about
-    std::string to{};          // of a whisper
-    std::string author{};      // who is behind the name, told to nobody; a tag counts for its author
-    std::string tag{};         // the sender's own, by which a message that comes again is known
-    std::uint64_t sender = 0;  // the connection, by a number that no other server gives; not kept
+    std::string name{};        // of the author; empty: the server itself
+    std::string text{};        // rename: the new name; join: ChatUser::about
+    std::string to{};          // the receiver of a private message
+    std::string author{};      // the identity of the author; clients never get it
+    std::string tag{};         // chosen by the author; a second entry with the same tag is a duplicate
+    std::uint64_t sender = 0;  // a number of the connection that no other server uses; not kept
 };
 
-// What a room has kept after an id, oldest first.
+// The entries of a room after an id, oldest first.
 struct HistoryPage {
-    std::vector<ChatEntry> entries{};  // without the name of the room
-    std::uint64_t last = 0;            // the newest id of the room, 0 where it has none
-    bool gap = false;     // something after the id is not among the entries, or the id is of another history
-    std::string error{};  // why it could not be read
+    std::vector<ChatEntry> entries{};  // ChatEntry::room is empty
+    std::uint64_t last_id = 0;         // the newest id of the room; 0: there is none
+    bool gap = false;     // an entry after the requested id is missing, or that id belongs to another history
+    std::string error{};  // why the history could not be read; empty: it was read
 };
 
-// Keeps what is said and delivers it, to this server and perhaps to others: an entry is delivered when it comes back
-// from the store, so that all see one order. Everything here is called on the loop's thread.
+// Stores entries, and delivers them to this server and perhaps to others. A server shows an entry when the store
+// delivers it, so all servers show the same order. All calls are made on the loop's thread.
 class ChatStore {
 public:
     class Listener {
     public:
-        // An entry that was appended or passed, here or elsewhere. Those with ids come in the order of their room. A
-        // server that is new is told of everybody who is there by entries of the kind `come`.
+        // An entry of append() or forward(), from this server or another. Entries with ids come in the order of their
+        // room. A new server gets an entry of the kind `join` for each user who is already present.
         virtual void on_entry(const ChatEntry& entry) = 0;
-        // The author has sent the tag before; the entry has the id of then, and is not delivered again.
-        virtual void on_repeat(const ChatEntry& entry) = 0;
-        // What was appended here is not kept, and nobody was told of it.
+        // The author has sent this tag before. The entry has the id of the first one, and is not delivered again.
+        virtual void on_duplicate(const ChatEntry& entry) = 0;
+        // An entry that this server appended could not be kept. Nobody received it.
         virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
 
     protected:
         ~Listener() = default;
     };
-    using PageCall = std::function<void(HistoryPage)>;
+    using PageCallback = std::function<void(HistoryPage)>;
 
     ChatStore() = default;
     ChatStore(const ChatStore&) = delete;
@@ -8204,176 +8234,180 @@ public:
     ChatStore& operator=(ChatStore&&) = default;
     virtual ~ChatStore() = default;
 
-    // Once, before all else. What comes from another thread is posted to the mailbox.
+    // Called once, before all other calls. A store with threads of its own posts its results to the mailbox.
     virtual void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) = 0;
-    // Keeps the entry: one of the listener's calls follows, at once or later.
+    // Keeps the entry. One call of the listener follows, immediately or later.
     virtual void append(ChatEntry entry) = 0;
-    // Passes on what is not kept.
-    virtual void pass(const ChatEntry& entry) = 0;
-    // The newest entries after the id, at most `limit`; without an id the newest of all. `then` is called at once or
-    // later; not at all once the store is gone.
-    virtual void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) = 0;
+    // Delivers the entry without keeping it.
+    virtual void forward(const ChatEntry& entry) = 0;
+    // Reads the newest entries after the id, at most `limit`; without an id, the newest of all. The callback is called
+    // immediately or later, but never after the destruction of the store.
+    virtual void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit,
+                       PageCallback callback) = 0;
 };
 
 struct HistoryLimits {
     std::size_t max_entries = 1000;                  // of a room
     std::size_t max_bytes = 1024 * 1024;             // of a room
     Duration max_age = std::chrono::hours(168);      // zero: no limit
-    std::size_t max_rooms = 1000;                    // past it the room that was silent for longest is forgotten
-    std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; past it the same
+    std::size_t max_rooms = 1000;                    // above it, the least recently used room is deleted
+    std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; above it, the same
 };
 
 namespace detail {
 
-// The history of one room in memory, and its tags.
-class HistoryRing {
+// The history of one room in memory. Its ids have no holes.
+class RoomHistory {
 public:
-    // Ids begin after `last`.
-    explicit HistoryRing(std::uint64_t last) : last_(last) {}
+    // The first entry gets the id `last_id` + 1.
+    explicit RoomHistory(std::uint64_t last_id) : last_id_(last_id) {}
 
-    // The id under which the author's tag is known, or 0.
+    // The id of the entry with the same author and tag, or 0.
     std::uint64_t find(const ChatEntry& entry) const {
-        const Kept* kept = entry.tag.empty() ? nullptr : tags_.find(tag_key(entry));
-        return kept == nullptr ? 0 : kept->entry.id;
+        const Record* record = entry.tag.empty() ? nullptr : tags_.find(tag_key(entry));
+        return record == nullptr ? 0 : record->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
-        Kept kept{entry, now, entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256};
-        kept.entry.room.clear();
-        kept.entry.id = last_ + 1;
-        entries_.push_back(std::move(kept));
-        ++last_;
-        bytes_ += entries_.back().bytes;
-        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), entries_.back());
-        touched_ = now;
+        Record record{entry, now,
+                      entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256};
+        record.entry.room.clear();
+        record.entry.id = last_id_ + 1;
+        records_.push_back(std::move(record));
+        ++last_id_;
+        bytes_ += records_.back().bytes;
+        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), records_.back());
+        last_append_ = now;
         trim(limits, now);
-        return last_;
+        return last_id_;
     }
     HistoryPage since(std::optional<std::uint64_t> id, std::size_t limit, const HistoryLimits& limits, Time now) {
         trim(limits, now);
         HistoryPage page;
-        page.last = last_;
-        const bool known = id && *id <= last_;
-        const std::uint64_t newest = last_ > limit ? last_ - limit : 0;
-        const std::uint64_t forgotten = last_ - entries_.size();  // ids are without holes
-        for (std::uint64_t i = (std::max)({known ? *id : 0, newest, forgotten}); i != last_; ++i)
-            page.entries.push_back(entries_[i - forgotten].entry);
-        page.gap = id && (!known || last_ - *id > page.entries.size());
+        page.last_id = last_id_;
+        const bool known = id && *id <= last_id_;
+        const std::uint64_t before_limit = last_id_ > limit ? last_id_ - limit : 0;
+        const std::uint64_t before_first = last_id_ - records_.size();
+        for (std::uint64_t i = (std::max)({known ? *id : 0, before_limit, before_first}); i != last_id_; ++i)
+            page.entries.push_back(records_[static_cast<std::size_t>(i - before_first)].entry);
+        page.gap = id && (!known || last_id_ - *id > page.entries.size());
         return page;
     }
-    std::size_t size() const { return entries_.size(); }
+    std::size_t size() const { return records_.size(); }
     std::size_t bytes() const { return bytes_; }
-    std::uint64_t last() const { return last_; }
-    Time touched() const { return touched_; }
+    std::uint64_t last_id() const { return last_id_; }
+    Time last_append() const { return last_append_; }
 
 private:
-    struct Kept {
+    struct Record {
         ChatEntry entry;
-        Time at;
+        Time time;
         std::size_t bytes;
     };
     static std::string tag_key(const ChatEntry& entry) { return entry.author + '\n' + entry.tag; }
 
     void trim(const HistoryLimits& limits, Time now) {
-        while (!entries_.empty()) {
-            const Kept& oldest = entries_.front();
-            const bool old = limits.max_age != Duration::zero() && saturating_add(oldest.at, limits.max_age) <= now;
-            if (!old && entries_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
+        while (!records_.empty()) {
+            const Record& oldest = records_.front();
+            const bool expired =
+                limits.max_age != Duration::zero() && saturating_add(oldest.time, limits.max_age) <= now;
+            if (!expired && records_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
             bytes_ -= oldest.bytes;
             if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
-            entries_.pop_front();
+            records_.pop_front();
         }
     }
 
-    std::deque<Kept> entries_;
-    StringMap<Kept> tags_;
-    std::uint64_t last_;
+    std::deque<Record> records_;
+    StringMap<Record> tags_;  // by author and tag
+    std::uint64_t last_id_;
     std::size_t bytes_ = 0;
-    Time touched_{};
+    Time last_append_{};
 };
 
 }  // namespace detail
 
-// The history that every chat has without being asked for one: in memory, gone with the server.
+// The default store: a history in memory, which ends with the server.
 class MemoryHistory final : public ChatStore {
 public:
     explicit MemoryHistory(const HistoryLimits& limits = {}) : limits_(limits) {}
 
     void attach(Listener& listener, std::shared_ptr<Mailbox>) override { listener_ = &listener; }
     void append(ChatEntry entry) override {
-        detail::HistoryRing& ring = *ring_of(entry.room, true);
-        entry.id = ring.find(entry);
-        if (entry.id != 0) return listener_->on_repeat(entry);
-        entry.id = counted(ring, [&] { return ring.append(entry, limits_, Clock::now()); });
-        while (bytes_ > limits_.max_total_bytes && rings_.size() > 1) forget(silent());
+        detail::RoomHistory& history = *find_or_create(entry.room, true);
+        entry.id = history.find(entry);
+        if (entry.id != 0) return listener_->on_duplicate(entry);
+        entry.id = update(history, [&] { return history.append(entry, limits_, Clock::now()); });
+        while (bytes_ > limits_.max_total_bytes && histories_.size() > 1) evict(least_recently_used());
         listener_->on_entry(entry);
     }
-    void pass(const ChatEntry& entry) override { listener_->on_entry(entry); }
-    void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) override {
-        detail::HistoryRing nothing(fresh_id());
-        detail::HistoryRing* ring = ring_of(room, false);
-        if (ring == nullptr) ring = &nothing;
-        then(counted(*ring, [&] { return ring->since(id, limit, limits_, Clock::now()); }));
+    void forward(const ChatEntry& entry) override { listener_->on_entry(entry); }
+    void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit,
+               PageCallback callback) override {
+        detail::RoomHistory no_history(first_id());
+        detail::RoomHistory* history = find_or_create(room, false);
+        if (history == nullptr) history = &no_history;
+        callback(update(*history, [&] { return history->since(id, limit, limits_, Clock::now()); }));
     }
 
 private:
-    // What is done to a ring, with the bytes of all kept true.
+    // Runs `work` on the history and updates the total of bytes.
     template <class Work>
-    auto counted(const detail::HistoryRing& ring, Work&& work) -> decltype(work()) {
-        const std::size_t before = ring.bytes();
+    auto update(const detail::RoomHistory& history, Work&& work) -> decltype(work()) {
+        const std::size_t before = history.bytes();
         auto result = work();
-        bytes_ += ring.bytes() - before;
+        bytes_ += history.bytes() - before;
         return result;
     }
-    // Ids begin at the microseconds of the wall clock, so that one of an earlier run is known to be none of this; and
-    // after those of what was forgotten, whatever the clock says.
-    std::uint64_t fresh_id() {
+    // Ids start at the wall clock in microseconds, so ids of earlier runs are recognised. They are also above those of
+    // all deleted rooms, even if the clock goes back.
+    std::uint64_t first_id() {
         using namespace std::chrono;
         const auto now = duration_cast<microseconds>(system_clock::now().time_since_epoch()).count();
-        return forgotten_ = (std::max)(forgotten_ + 1, static_cast<std::uint64_t>(now));
+        return max_id_ = (std::max)(max_id_ + 1, static_cast<std::uint64_t>(now));
     }
-    // Null where there are too many rooms, all with something to keep, and this one has nothing yet.
-    detail::HistoryRing* ring_of(const std::string& room, bool to_write) {
-        if (detail::HistoryRing* known = rings_.find(room)) return known;
-        if (rings_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
-            const std::string oldest = silent();
-            if (!to_write && rings_.find(oldest)->touched() != Time()) return nullptr;
-            forget(oldest);
+    // If there are too many rooms, deletes the least recently used one. A reader deletes only a room without entries;
+    // otherwise the result is null.
+    detail::RoomHistory* find_or_create(const std::string& room, bool to_write) {
+        if (detail::RoomHistory* history = histories_.find(room)) return history;
+        if (histories_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
+            const std::string oldest = least_recently_used();
+            if (!to_write && histories_.find(oldest)->last_append() != Time()) return nullptr;
+            evict(oldest);
         }
-        return &rings_.find_or_emplace(room, fresh_id());
+        return &histories_.find_or_emplace(room, first_id());
     }
-    // The room that was silent for longest.
-    std::string silent() const {
+    std::string least_recently_used() const {
         const std::string* oldest = nullptr;
-        Time touched{};
-        for (const auto& [name, ring] : rings_) {
-            if (oldest != nullptr && ring.touched() >= touched) continue;
-            oldest = &name;
-            touched = ring.touched();
+        Time time{};
+        for (const auto& [room, history] : histories_) {
+            if (oldest != nullptr && history.last_append() >= time) continue;
+            oldest = &room;
+            time = history.last_append();
         }
         return *oldest;
     }
-    void forget(const std::string& room) {
-        const detail::HistoryRing& ring = *rings_.find(room);
-        bytes_ -= ring.bytes();
-        forgotten_ = (std::max)(forgotten_, ring.last());
-        rings_.erase(room);
+    void evict(const std::string& room) {
+        const detail::RoomHistory& history = *histories_.find(room);
+        bytes_ -= history.bytes();
+        max_id_ = (std::max)(max_id_, history.last_id());
+        histories_.erase(room);
     }
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
-    StringMap<detail::HistoryRing> rings_;
+    StringMap<detail::RoomHistory> histories_;  // by room
     std::size_t bytes_ = 0;
-    std::uint64_t forgotten_ = 0;  // the newest id that was given out elsewhere than in the rings
+    std::uint64_t max_id_ = 0;  // of all deleted rooms and all results of first_id()
 };
 
-// ---- what may be written -------------------------------------------------------------------------------------------
+// ---- text, lines and JSON ------------------------------------------------------------------------------------------
 
-namespace text {
+namespace detail {
 
-// Whether a character does something other than being seen: C0, C1 and DEL, and where `formats` is set also what
-// joins, reverses or hides its neighbours, and what looks like a space or like nothing at all (Unicode's property
-// Default_Ignorable_Code_Point, its spaces but U+0020, separators of lines, the blank of Braille, notes between lines).
-inline bool invisible(char32_t c, bool formats) {
+// Whether a character is invisible: C0, C1 and DEL. With `formats` also characters that join, reverse or hide others,
+// and that look like a space or like nothing: Unicode's Default_Ignorable_Code_Point, all spaces except U+0020, line
+// separators, the blank Braille pattern, interlinear annotations.
+inline bool is_invisible(char32_t c, bool formats) {
     if (c < 0x20 || (c >= 0x7F && c < 0xA0)) return true;
     if (!formats || c < 0xA0) return false;
     constexpr struct {
@@ -8388,43 +8422,44 @@ inline bool invisible(char32_t c, bool formats) {
     return false;
 }
 
-// Calls visit(character) for each one of a text that is valid UTF-8, until it answers false; answers the last answer.
-template <class Visit>
-bool each_character(std::string_view text, Visit&& visit) {
+// Unicode's White_Space, and the zero width space U+200B.
+inline bool is_white_space(char32_t c) {
+    return (c >= 0x9 && c <= 0xD) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200B) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+// Whether the predicate is true for each character of a valid UTF-8 text.
+template <class Predicate>
+bool all_characters(std::string_view text, Predicate&& predicate) {
     for (std::size_t i = 0; i < text.size();) {
         const auto lead = static_cast<unsigned char>(text[i]);
         const std::size_t size = lead < 0x80 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
         char32_t c = size == 1 ? lead : lead & (0xFFu >> (size + 1));
         for (std::size_t k = 1; k < size; ++k) c = c << 6 | (static_cast<unsigned char>(text[i + k]) & 0x3Fu);
-        if (!visit(c)) return false;
+        if (!predicate(c)) return false;
         i += size;
     }
     return true;
 }
 
-// What may be the name of a user or of a room: 1 to max bytes that are seen, without a space at either end or two in
-// a row.
-inline bool good_name(std::string_view name, std::size_t max) {
+// Names of users and rooms: 1 to `max` bytes of visible characters, no space at either end, no two spaces in a row.
+inline bool valid_chat_name(std::string_view name, std::size_t max) {
     if (name.empty() || name.size() > max || !valid_utf8(name) || name.front() == ' ' || name.back() == ' ')
         return false;
     return name.find("  ") == std::string_view::npos &&
-           each_character(name, [](char32_t c) { return !invisible(c, true); });
+           all_characters(name, [](char32_t c) { return !is_invisible(c, true); });
 }
-// What may be said: anything but control characters; line ends and tabs are none.
-inline bool good_text(std::string_view text) {
+// Messages: no control characters except line feeds and tabs.
+inline bool valid_chat_text(std::string_view text) {
     return valid_utf8(text) &&
-           each_character(text, [](char32_t c) { return c == '\n' || c == '\t' || !invisible(c, false); });
+           all_characters(text, [](char32_t c) { return c == '\n' || c == '\t' || !is_invisible(c, false); });
 }
 
-}  // namespace text
-
-namespace detail {
-
-// A line of a client. "/me waves" is the command "me"; "hello" and "//hello" are said, the latter with one slash. A line
-// behind "/tag TAG " is the same line with a tag, which comes back with the answer.
+// A line of a client. "/me waves" is the command "me"; "hello" and "//hello" are said, the second with one slash. In
+// "/tag TAG LINE" the line has a tag, which the answer repeats.
 struct ChatLine {
     std::string_view tag;
-    std::string_view command;  // empty: it is said
+    std::string_view command;  // empty: the line is said
     std::string_view rest;
 
     static ChatLine parse(std::string_view line) {
@@ -8433,23 +8468,84 @@ struct ChatLine {
             line.remove_prefix(5);
             parsed.tag = text::consume_until(line, ' ');
         }
-        const bool command = text::starts_with(line, "/") && !text::starts_with(line, "//");
+        const bool is_command = text::starts_with(line, "/") && !text::starts_with(line, "//");
         if (text::starts_with(line, "/")) line.remove_prefix(1);
-        if (command) parsed.command = text::consume_until(line, ' ');
-        if (command && parsed.command.empty()) parsed.command = "/";
+        if (is_command) parsed.command = text::consume_until(line, ' ');
+        if (is_command && parsed.command.empty()) parsed.command = "/";
         parsed.rest = line;
         return parsed;
     }
     // 1 to 64 visible ASCII characters.
-    static bool good_tag(std::string_view tag) {
+    static bool valid_tag(std::string_view tag) {
         return !tag.empty() && tag.size() <= 64 &&
                std::all_of(tag.begin(), tag.end(), [](char c) { return c > ' ' && c < 0x7F; });
     }
 };
 
+// Removes a token from the front of the text. False if the text does not begin with it.
+inline bool consume(std::string_view& text, std::string_view token) {
+    const bool found = text::starts_with(text, token);
+    if (found) text.remove_prefix(token.size());
+    return found;
+}
+// Removes all characters of a set from the front of the text. False if there is none.
+inline bool consume_all(std::string_view& text, std::string_view set) {
+    const std::size_t size = (std::min)(text.find_first_not_of(set), text.size());
+    text.remove_prefix(size);
+    return size != 0;
+}
+
+inline bool consume_json_string(std::string_view& text) {
+    if (!consume(text, "\"")) return false;
+    while (!text.empty() && static_cast<unsigned char>(text.front()) >= 0x20) {
+        if (consume(text, "\"")) return true;
+        const std::size_t size = text.front() != '\\' ? 1 : text.substr(1, 1) == "u" ? 6 : 2;
+        const std::string_view escape = text.substr(0, size).substr(size == 6 ? 2 : 1);
+        const char* const allowed = size == 6 ? "0123456789abcdefABCDEF" : "\"\\/bfnrt";
+        if (text.size() < size || escape.find_first_not_of(allowed) != std::string_view::npos) return false;
+        text.remove_prefix(size);
+    }
+    return false;
+}
+
+// Removes a JSON value (RFC 8259) and the white space around it from the front of the text. False if it is invalid, or
+// has more than 32 levels of arrays and objects.
+inline bool consume_json(std::string_view& text, unsigned depth = 0) {
+    constexpr std::string_view space = " \t\r\n", digits = "0123456789";
+    consume_all(text, space);
+    if (const bool object = consume(text, "{"); object || consume(text, "[")) {
+        const std::string_view end = object ? "}" : "]";
+        consume_all(text, space);
+        if (depth == 32) return false;
+        if (!consume(text, end)) {
+            do {
+                consume_all(text, space);
+                if (object && !(consume_json_string(text) && (consume_all(text, space), consume(text, ":"))))
+                    return false;
+                if (!consume_json(text, depth + 1)) return false;
+            } while (consume(text, ","));
+            if (!consume(text, end)) return false;
+        }
+    } else if (text::starts_with(text, "\"")) {
+        if (!consume_json_string(text)) return false;
+    } else if (!consume(text, "true") && !consume(text, "false") && !consume(text, "null")) {
+        consume(text, "-");
+        if (!consume(text, "0") && !consume_all(text, digits)) return false;
+        if (consume(text, ".") && !consume_all(text, digits)) return false;
+        if (consume(text, "e") || consume(text, "E")) {
+            if (!consume(text, "+")) consume(text, "-");
+            if (!consume_all(text, digits)) return false;
+        }
+    }
+    consume_all(text, space);
+    return true;
+}
+
+inline bool valid_json(std::string_view text) { return valid_utf8(text) && consume_json(text) && text.empty(); }
+
 }  // namespace detail
 
-// An event as the clients get it: one JSON object, built field by field. README.md has the table of all.
+// An event for clients: one JSON object, field by field. README.md lists all events.
 class ChatEvent {
 public:
     explicit ChatEvent(std::string_view type) { add("type", type); }
@@ -8468,16 +8564,16 @@ private:
     std::string text_;
 };
 
-// ---- floods --------------------------------------------------------------------------------------------------------
+// ---- flood limits --------------------------------------------------------------------------------------------------
 
-// What one connection, or all of one address, may send.
+// How many messages and bytes a connection or an address may send.
 struct FloodRates {
     Rate messages, bytes;
 };
 
 namespace detail {
 
-class FloodMeter {
+class FloodLimiter {
 public:
     bool take(std::size_t size, const FloodRates& rates, Time now) {
         const bool messages = messages_.take(1, rates.messages, now);
@@ -8489,163 +8585,187 @@ private:
     TokenBucket messages_, bytes_;
 };
 
-// What happens to a message over the limit: the first is answered, those that follow it are dropped, and past
-// `patience` of them the connection is closed. Ten seconds without one, and all is forgotten.
-class FloodJudge {
+// Decides about messages above the limit: a warning for the first, silence for the next ones, and after `patience` of
+// them the connection is closed. The count restarts after ten seconds without such a message.
+class FloodPolicy {
 public:
-    enum class Verdict : std::uint8_t { pass, tell, drop, close };
+    enum class Action : std::uint8_t { accept, warn, drop, close };
 
-    Verdict judge(bool within, unsigned patience, Time now) {
-        const bool told = std::exchange(told_, !within);
-        if (within) return Verdict::pass;
+    Action decide(bool within_limit, unsigned patience, Time now) {
+        const bool warned = std::exchange(warned_, !within_limit);
+        if (within_limit) return Action::accept;
         if (saturating_add(last_, std::chrono::seconds(10)) <= now) count_ = 0;
         last_ = now;
-        if (++count_ > patience) return Verdict::close;
-        return told ? Verdict::drop : Verdict::tell;
+        if (++count_ > patience) return Action::close;
+        return warned ? Action::drop : Action::warn;
     }
 
 private:
     unsigned count_ = 0;
-    bool told_ = false;
+    bool warned_ = false;
     Time last_{};
+};
+
+// Deadlines by key. One that has passed counts as absent.
+class Deadlines {
+public:
+    bool active(std::string_view key, Time now) const {
+        const Time* deadline = deadlines_.find(key);
+        return deadline != nullptr && *deadline > now;
+    }
+    // Zero removes the key.
+    void set(const std::string& key, Duration duration, Time now) {
+        deadlines_.erase_if([now](Time deadline) { return deadline <= now; });
+        if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = saturating_add(now, duration);
+        else deadlines_.erase(key);
+    }
+    void move(const std::string& key, const std::string& new_key, Time now) {
+        if (key == new_key || !active(key, now)) return;
+        deadlines_.find_or_emplace(new_key) = *deadlines_.find(key);
+        deadlines_.erase(key);
+    }
+
+private:
+    StringMap<Time> deadlines_;
 };
 
 }  // namespace detail
 
 // ---- presence ------------------------------------------------------------------------------------------------------
 
-// A user as the application knows it.
+// A user as ChatHandler::authenticate() describes it.
 struct ChatUser {
     std::string name{};
-    std::string about{};  // JSON text that everybody in the room is shown, or nothing
-    bool fixed = false;   // of an account: it can not be changed, and all connections with it are one user
+    std::string about{};   // a JSON value for everybody in the room, at most ChatLimits::max_about bytes; may be empty
+    bool account = false;  // the name cannot be changed, and all connections with it are one user
 };
 
 namespace detail {
 
-// Who is in a room. A user has any number of connections, comes with the first, and leaves when the last has been
-// gone for the time of grace. Names are unique in their room, whatever the case of their ASCII letters.
+// The users of a room. A user joins with the first connection, and leaves when the last connection has been gone for
+// the grace period. Names are unique in the room; the case of ASCII letters does not count.
 class Presence {
 public:
     struct User {
-        ChatUser who;
-        std::string identity;                   // two connections with the same are one user; empty: none is known
-        std::vector<ChatHandler*> connections;  // none in the time of grace, and none of a user elsewhere
-        Time leaves = (Time::max)();            // the end of the time of grace
-        bool elsewhere = false;                 // connected to another server
-        std::vector<std::string> tags{};        // of the latest whispers
+        ChatUser info;
+        std::string identity;                   // connections with the same one are one user; empty: unknown
+        std::vector<ChatHandler*> connections;  // empty in the grace period, and for remote users
+        Time expires = (Time::max)();           // the end of the grace period
+        bool remote = false;                    // connected to another server
+        std::vector<std::string> tags{};        // of the latest private messages
     };
 
-    static std::string folded(std::string_view name) { return text::to_lower(name); }
+    static std::string fold_case(std::string_view name) { return text::to_lower(name); }
 
-    // By name; null where nobody has it.
-    User* find(std::string_view name) const { return users_.find(folded(name)); }
-    User* with_identity(const std::string& identity) const {
+    // Null if nobody has the name.
+    User* find(std::string_view name) const { return users_.find(fold_case(name)); }
+    User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
-    // Of a name that is made free.
-    std::size_t max_name = 40;
+    std::size_t max_name = 40;  // of the names that free_name() makes
 
-    // By name.
+    // Ordered by name.
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
-        for (const auto& [name, user] : users_) list.push_back(user.who);
+        for (const auto& [name, user] : users_) list.push_back(user.info);
         return list;
     }
 
-    // A connection comes. It belongs to the user with its identity; without one, to a user of that name who is away
-    // and had none either; else to a new user, whose name is made free if it is not. `first`: the user has come.
-    struct Arrival {
+    // Adds a connection to the user with its identity. Without an identity: to a user of that name who has none either
+    // and is in the grace period. Otherwise to a new user with a free name; then `joined` is true.
+    struct Connected {
         User& user;
-        bool first;
+        bool joined;
     };
-    Arrival arrive(const ChatUser& who, const std::string& identity, ChatHandler* connection) {
-        User* user = with_identity(identity);
+    Connected connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
+        User* user = find_identity(identity);
         if (user == nullptr && identity.empty()) {
-            user = find(who.name);
-            if (user != nullptr && (!user->identity.empty() || user->leaves == (Time::max)())) user = nullptr;
+            user = find(info.name);
+            if (user != nullptr && (!user->identity.empty() || user->expires == (Time::max)())) user = nullptr;
         }
-        const bool first = user == nullptr;
-        if (first) user = &add(who, identity);
+        const bool joined = user == nullptr;
+        if (joined) user = &add(info, identity);
         user->connections.push_back(connection);
-        user->leaves = (Time::max)();
-        return {*user, first};
+        user->expires = (Time::max)();
+        return {*user, joined};
     }
-    // Somebody who is connected elsewhere, or one whose connections follow.
-    User& add(ChatUser who, const std::string& identity) {
-        who.name = free_name(who.name);
-        const std::string key = folded(who.name);
-        longest_ = (std::max)(longest_, key.size());
+    // Adds a user without connections.
+    User& add(ChatUser info, const std::string& identity) {
+        info.name = free_name(info.name);
+        const std::string key = fold_case(info.name);
+        longest_name_ = (std::max)(longest_name_, key.size());
         User& user = users_.find_or_emplace(key);
         try {
             user.identity = identity;
-            user.connections.reserve(1);  // who is in the list can be connected
+            user.connections.reserve(1);  // connect() must not fail after this
             if (!identity.empty()) identities_.insert_reference(identity, user);
         } catch (...) {
             users_.erase(key);
             throw;
         }
-        user.who = std::move(who);
+        user.info = std::move(info);
         return user;
     }
 
-    // A connection goes. True: the user has left, and is destroyed. Else, after the last one, expire() says so later.
-    bool depart(User& user, ChatHandler* connection, Time leaves, bool at_once) {
-        detach(user, connection, leaves);
+    // Removes a connection. After the last one the user is removed and destroyed: immediately if `at_once` (then the
+    // result is true), else by expire().
+    bool disconnect(User& user, ChatHandler* connection, Time expires, bool at_once) {
+        detach(user, connection, expires);
         if (!user.connections.empty()) return false;
         if (at_once) remove(user);
         return at_once;
     }
-    // A connection is forgotten, which takes no memory.
-    static void detach(User& user, ChatHandler* connection, Time leaves) {
+    // Allocates nothing.
+    static void detach(User& user, ChatHandler* connection, Time expires) {
         auto& all = user.connections;
         all.erase(std::remove(all.begin(), all.end(), connection), all.end());
-        if (all.empty()) user.leaves = leaves;
+        if (all.empty()) user.expires = expires;
     }
-    // Those whose time of grace is over; `next` is when it is for another one.
+    // Removes the users whose grace period is over, and returns their names. `next` is the end of the next period.
     std::vector<std::string> expire(Time now, Time& next) {
-        std::vector<std::string> gone;
+        std::vector<std::string> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.leaves <= now) gone.push_back(user.who.name);
-            else next = (std::min)(next, user.leaves);
+            if (user.expires <= now) expired.push_back(user.info.name);
+            else next = (std::min)(next, user.expires);
         }
-        for (const std::string& name : gone) remove(*find(name));
-        return gone;
+        for (const std::string& name : expired) remove(*find(name));
+        return expired;
     }
     void remove(User& user) {
-        const std::string key = folded(user.who.name);
+        const std::string key = fold_case(user.info.name);
         if (!user.identity.empty()) identities_.erase(user.identity);
         users_.erase(key);
     }
 
-    // False where somebody else has that name.
+    // False if another user has the name.
     bool rename(User& user, const std::string& name) {
         const User* holder = find(name);
         if (holder != nullptr && holder != &user) return false;
-        longest_ = (std::max)(longest_, name.size());
-        std::string copy = name;  // whatever wants memory comes first: a user who is half renamed would be gone
-        if (holder == nullptr) users_.rename(folded(user.who.name), folded(name));
-        user.who.name = std::move(copy);
+        longest_name_ = (std::max)(longest_name_, name.size());
+        std::string copy = name;  // allocated first: a failure after users_.rename() would lose the user
+        if (holder == nullptr) users_.rename(fold_case(user.info.name), fold_case(name));
+        user.info.name = std::move(copy);
         return true;
     }
-    // The name itself or, where it is taken, the name with the first number that makes it free.
+    // The name, with the first free number behind it if it is taken.
     std::string free_name(const std::string& name) const {
         std::string free = name;
         for (std::size_t n = 2; find(free) != nullptr; ++n) {
-            if (n == 10 && users_.size() > n) n = users_.size();  // a hundred guests need no hundred tries
+            if (n == 10 && users_.size() > n) n = users_.size();  // avoids many tries for the hundredth guest
             const std::string number = "-" + std::to_string(n);
             const std::size_t longest = (std::max)(max_name, name.size());
             free = std::string(truncate_utf8(name, longest - (std::min)(longest, number.size()))) + number;
         }
         return free;
     }
-    // The user whose name the text begins with, the longest if there are several; it is cut off with the space after it.
-    User* cut_user(std::string_view& text) const {
-        // A line may be of a megabyte of spaces; names are short.
-        std::size_t end = text.size() <= longest_ ? text.size() : text.rfind(' ', longest_);
+    // Finds the user with whose name the text begins, and removes the name and the space after it from the text. The
+    // longest name wins. Null if there is no such user.
+    User* consume_user(std::string_view& text) const {
+        // A text may be a megabyte of spaces, so only the length of a name is searched.
+        std::size_t end = text.size() <= longest_name_ ? text.size() : text.rfind(' ', longest_name_);
         for (; end != std::string_view::npos && end != 0; end = text.rfind(' ', end - 1)) {
             User* user = find(text.substr(0, end));
             if (user == nullptr) continue;
@@ -8656,35 +8776,36 @@ public:
     }
 
 private:
-    StringMap<User> users_;  // by folded name
+    StringMap<User> users_;  // by name in lower case
     StringMap<User> identities_;
-    std::size_t longest_ = 0;  // of all names that there have been
+    std::size_t longest_name_ = 0;  // of all users so far
 };
 
 }  // namespace detail
 
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
 
-// The bounds of all chats of a server: ChatHub::of(server).limits. Sizes in bytes.
+// The limits of all chats of a server, in ChatHub::limits. Sizes in bytes.
 struct ChatLimits {
     std::size_t max_text = 16 * 1024;
     std::size_t max_name = 40;
+    std::size_t max_about = 4 * 1024;  // of ChatUser::about
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
     std::size_t max_rooms = 10'000;
-    std::size_t history_on_join = 50;            // entries for who comes without an id
-    std::size_t history_on_resume = 500;         // and with one
-    std::size_t max_history_event = 256 * 1024;  // of one event with entries; older ones are left out
-    Duration grace = std::chrono::seconds(3);    // for who comes back after a lost connection
+    std::size_t history_on_join = 50;            // entries for a client without an id
+    std::size_t history_on_resume = 500;         // entries for a client with an id
+    std::size_t max_history_event = 256 * 1024;  // of one "history" event; older entries are left out
+    Duration grace = std::chrono::seconds(3);    // how long a user stays in a room after a lost connection
     FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
-    FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all its connections; IPv6 counts by /64
-    unsigned flood_patience = 100;  // messages over these limits, past which a connection is closed
+    FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all connections of an address or an IPv6 /64
+    unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
 };
 
-// What a user may do: ChatHandler::may().
-enum class ChatAction : std::uint8_t { say, whisper, rename, join, list_rooms, kick, ban, mute };
+// What a user may do: ChatHandler::may(). The last three are moderation.
+enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute };
 
-// A room of the chat. Valid until the callback returns, as a Room is; its members are those of Rooms[name()].
+// A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
 public:
     ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), hub_(hub) {}
@@ -8694,38 +8815,39 @@ public:
     const std::string& name() const { return name_; }
     std::vector<ChatUser> users() const { return presence_.users(); }
 
-    // Says something to all, as the server or under a name; published it is kept and has an id. An Error where the
-    // text holds control characters or is not UTF-8.
+    // Says a text to all, as the server or under a name. publish() also keeps it in the history. An Error if the text
+    // contains control characters or is not UTF-8.
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
-    // The newest entries after an id, at most `limit`, and whether something is missing; `then` is called at once, or
-    // later where the history is in a file.
-    inline void since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCall then);
-    // Ends all connections of the user who are in this room, with 1008. False: there is no such user.
+    // Reads the newest entries after an id, at most `limit`. The callback is called immediately, or later if the
+    // history is in a file.
+    inline void since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCallback callback);
+    // Closes all connections of the user in this room, with 1008. False if there is no such user.
     inline bool kick(std::string_view name, std::string_view reason = {});
-    // For so long nothing that the user says is passed on; zero: it is again. False: there is no such user.
+    // Refuses all messages of the user for this time; zero ends it. False if there is no such user.
     inline bool mute(std::string_view name, Duration duration);
 
-    // ---- for handlers and the hub ----------------------------------------------------------------------------------
-
-    detail::Presence& presence() { return presence_; }
-    // The newest id of which the members were told.
-    std::uint64_t told() const { return told_; }
-    void set_told(std::uint64_t id) { told_ = (std::max)(told_, id); }
-    bool expiring = false;  // a timer waits for the end of somebody's time of grace
-
 private:
+    friend class ChatHandler;
+    friend class ChatHub;
+    friend class detail::ChatCommands;
+
+    inline ChatEntry new_text(const char* call, std::string_view text, std::string_view name) const;
+
     std::string name_;
     ChatHub& hub_;
     detail::Presence presence_;
-    std::uint64_t told_ = 0;
+    std::uint64_t delivered_id_ = 0;  // the newest id that the members have received
+    bool expiry_scheduled_ = false;
 };
 
-// The chat of a server, which its handlers share: rooms, the history, bans. On the loop's thread.
+// The chat of a server, shared by its handlers: rooms, the history, bans. All calls on the loop's thread.
 class ChatHub final : private ChatStore::Listener {
 public:
     explicit ChatHub(Server& server)
-        : server_(server), serial_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16) {
+        : server_(server),
+          members_(&server.rooms()),
+          last_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16) {
         set_store(MemoryHistory());
     }
     ChatHub(const ChatHub&) = delete;
@@ -8735,7 +8857,7 @@ public:
 
     ChatLimits limits;
 
-    // Keeps the history in this store: set_store(SqliteHistory("chat.db")). An Error after the first connection.
+    // Replaces the store: set_store(SqliteHistory("chat.db")). An Error after the first connection.
     template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, Store>, int> = 0>
     void set_store(Store store) {
         set_store(std::unique_ptr<ChatStore>(std::make_unique<Store>(std::move(store))));
@@ -8748,365 +8870,343 @@ public:
     }
     ChatStore& store() { return *store_; }
 
-    // The room of that name, which is made by being named.
+    // Creates the room if it does not exist.
     ChatRoom& room(std::string_view name) {
-        if (ChatRoom* known = find(name)) return *known;
-        tidy_later();
-        ChatRoom& made = rooms_.find_or_emplace(name, std::string(name), *this);
-        made.presence().max_name = limits.max_name;
-        return made;
+        if (ChatRoom* room = find(name)) return *room;
+        prune_later();
+        ChatRoom& room = rooms_.find_or_emplace(name, std::string(name), *this);
+        room.presence_.max_name = limits.max_name;
+        return room;
     }
-    // Null where nobody is in such a room.
+    // Null if there is no such room.
     ChatRoom* find(std::string_view name) const { return rooms_.find(name); }
     std::size_t room_count() const { return rooms_.size(); }
-    // By name, with how many users each has.
+    // The names of all rooms, in order, with the number of their users.
     std::vector<std::pair<std::string, std::size_t>> rooms() const {
         std::vector<std::pair<std::string, std::size_t>> list;
-        for (const auto& [name, room] : rooms_) list.emplace_back(name, room.presence().size());
+        for (const auto& [name, room] : rooms_) list.emplace_back(name, room.presence_.size());
         return list;
     }
 
-    // Refuses and ends the connections of an address, or of users with that name, for so long; zero: no more.
+    // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
+    // who is in a room is never taken for an address.
     inline void ban(std::string_view address_or_name, Duration duration);
-    bool banned(const std::string& address, const std::string& name, const std::string& identity) {
-        if (holds(bans_, "address " + share_of(address)) || holds(bans_, name_key(name))) return true;
-        const std::string* as = banned_as_.find(identity);
-        if (as == nullptr) return false;
-        if (holds(bans_, *as)) return true;
-        banned_as_.erase(identity);
-        return false;
-    }
 
-    // ---- for handlers and rooms ------------------------------------------------------------------------------------
+private:
+    friend class ChatHandler;
+    friend class ChatRoom;
+    friend class detail::ChatCommands;
+    using User = detail::Presence::User;
 
-    // Says it in the room, or has it kept by the store, which calls back.
-    void append(ChatEntry entry) {
-        entry.time = unix_ms();
-        store_->append(std::move(entry));
-    }
-    void pass(ChatEntry entry) {
-        entry.time = unix_ms();
-        store_->pass(entry);
-    }
-    Time now() const { return server_.loop().now(); }
-    // Calls a hook; what leaves it ends its own connection, and keeps nothing from the others.
-    template <class Hook>
-    void call(ChatHandler& handler, const char* name, Hook&& hook) {
-        try {
-            hook();
-        } catch (const std::exception& error) {
-            hook_failed(handler, name, error.what());
-        } catch (...) {
-            hook_failed(handler, name, "not a std::exception");
-        }
-    }
-
-    // A connection's number and what its address has sent, from open() to on_close().
-    struct Address {
-        detail::FloodMeter meter;
+    struct AddressUse {
+        detail::FloodLimiter limiter;
         std::size_t connections = 0;
     };
-    std::uint64_t opened(ChatHandler& handler) {
-        connections_.insert_reference(big_endian_key(++serial_), handler);
-        return serial_;
+
+    Time now() const { return server_.loop().now(); }
+    static std::int64_t unix_ms() {
+        using namespace std::chrono;
+        return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
     }
-    void closed(std::uint64_t serial) { connections_.erase(big_endian_key(serial)); }
-    Address& address(const std::string& remote_address) {
-        if (addresses_.size() >= forget_at_) forget_addresses();
-        Address& found = addresses_.find_or_emplace(share_of(remote_address));
-        ++found.connections;
-        return found;
+    static std::string rate_limit_key(const std::string& address) {
+        const auto parsed = IpAddress::parse(address);
+        return parsed ? parsed->rate_limit_key() : address;
     }
 
-    inline detail::Presence::User& arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
-                                          ChatHandler& handler, std::uint64_t serial);
-    void depart(ChatRoom& room, detail::Presence::User& user, ChatHandler& handler, bool at_once) {
-        const Time leaves = saturating_add(now(), limits.grace);
-        detail::Presence::detach(user, &handler, leaves);  // whatever fails after it
-        const std::string name = user.who.name;
-        if (room.presence().depart(user, &handler, leaves, at_once)) return left(room, name);
-        if (user.connections.empty() && !room.expiring) expire_later(room, limits.grace);
+    // ---- connections -----------------------------------------------------------------------------------------------
+
+    std::uint64_t add_connection(ChatHandler& handler) {
+        connections_.insert_reference(big_endian_key(++last_number_), handler);
+        return last_number_;
     }
-    // A mute goes with the user.
-    void rename(ChatRoom& room, detail::Presence::User& user, const std::string& name) {
-        ChatEntry entry = entry_of(ChatEntry::Kind::rename, room, user.who.name);
+    void remove_connection(std::uint64_t number) { connections_.erase(big_endian_key(number)); }
+    ChatHandler* connection(std::uint64_t number) const { return connections_.find(big_endian_key(number)); }
+
+    AddressUse& add_address(const std::string& remote_address) {
+        if (addresses_.size() >= prune_addresses_at_) prune_addresses();
+        AddressUse& use = addresses_.find_or_emplace(rate_limit_key(remote_address));
+        ++use.connections;
+        return use;
+    }
+    void prune_addresses() {
+        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()); });
+        prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
+    }
+
+    // ---- users -----------------------------------------------------------------------------------------------------
+
+    inline User& connect(ChatRoom& room, const ChatUser& info, const std::string& identity, ChatHandler& handler,
+                         std::uint64_t number);
+    void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
+        const Time expires = saturating_add(now(), limits.grace);
+        detail::Presence::detach(user, &handler, expires);  // first, because the rest may run out of memory
+        const std::string name = user.info.name;
+        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, name);
+        if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
+    }
+    void rename(ChatRoom& room, User& user, const std::string& name) {
+        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info.name);
         entry.text = name;
-        const std::string muted = mute_key(room, author_of(user));
-        const Time* mute = mutes_.find(muted);
-        const Time until = mute == nullptr ? Time() : *mute;
-        mutes_.erase(muted);
-        room.presence().rename(user, name);
-        if (until > now()) mutes_.find_or_emplace(mute_key(room, author_of(user))) = until;
-        pass(std::move(entry));
+        const std::string key = mute_key(room, user);
+        room.presence_.rename(user, name);
+        mutes_.move(key, mute_key(room, user), now());
+        forward(std::move(entry));
+    }
+    void announce_leave(ChatRoom& room, const std::string& name) {
+        forward(new_entry(ChatEntry::Kind::leave, room, name));
+        if (room.presence_.empty()) prune_later();
+    }
+    void schedule_expiry(ChatRoom& room, Duration delay) {
+        server_.loop().call_later(delay, [this, name = room.name()] {
+            ChatRoom* found = find(name);
+            if (found == nullptr) return;
+            Time next;
+            found->expiry_scheduled_ = false;
+            for (const std::string& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
+            // The minimum of 50 ms lets users who leave together share one timer.
+            if (next != (Time::max)())
+                schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
+        });
+        room.expiry_scheduled_ = true;
+    }
+    // Removes rooms without users in the next turn, when no callback has a reference to them.
+    void prune_later() {
+        if (std::exchange(pruning_, true)) return;
+        server_.loop().post([this] {
+            pruning_ = false;
+            rooms_.erase_if([](ChatRoom& room) { return room.presence_.empty(); });
+        });
     }
 
-    // What of a page may be shown: if there are members, what they have not been told yet comes to all in its turn.
-    void settle(ChatRoom& room, HistoryPage& page) {
-        if (server_.rooms().find(room.name()) == nullptr) return room.set_told(page.last);
-        while (!page.entries.empty() && page.entries.back().id > room.told()) page.entries.pop_back();
-        page.last = (std::min)(page.last, room.told());
+    // ---- bans and mutes --------------------------------------------------------------------------------------------
+
+    static std::string address_key(const std::string& address) { return "address " + rate_limit_key(address); }
+    static std::string name_key(std::string_view name) { return "name " + detail::Presence::fold_case(name); }
+    // The identity to which the tags of an author belong; without one, the name.
+    static std::string author_of(const User& user) {
+        return user.identity.empty() ? name_key(user.info.name) : user.identity;
+    }
+    static std::string mute_key(const ChatRoom& room, const User& user) { return room.name() + '\n' + author_of(user); }
+
+    bool banned(const std::string& address, const std::string& name, const std::string& identity) {
+        if (bans_.active(address_key(address), now()) || bans_.active(name_key(name), now())) return true;
+        const std::string* key = banned_identities_.find(identity);
+        if (key == nullptr) return false;
+        if (bans_.active(*key, now())) return true;
+        banned_identities_.erase(identity);
+        return false;
+    }
+    bool muted(const ChatRoom& room, const User& user) const { return mutes_.active(mute_key(room, user), now()); }
+    void mute(const ChatRoom& room, const User& user, Duration duration) {
+        mutes_.set(mute_key(room, user), duration, now());
     }
 
-    bool muted(const ChatRoom& room, const detail::Presence::User& user) {
-        return holds(mutes_, mute_key(room, author_of(user)));
-    }
-    void mute(const ChatRoom& room, const detail::Presence::User& user, Duration duration) {
-        set(mutes_, mute_key(room, author_of(user)), duration);
-    }
+    // ---- entries ---------------------------------------------------------------------------------------------------
 
-    static ChatEntry entry_of(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
+    static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
         ChatEntry entry;
         entry.kind = kind;
         entry.room = room.name();
         entry.name = name;
         return entry;
     }
-    // By what an author is known to the tags: an identity, or else the name.
-    static std::string author_of(const detail::Presence::User& user) {
-        return user.identity.empty() ? "name " + detail::Presence::folded(user.who.name) : user.identity;
+    void append(ChatEntry entry) {
+        entry.time = unix_ms();
+        store_->append(std::move(entry));
     }
-    static std::string said_event(const ChatEntry& entry, bool with_tag) {
-        ChatEvent event("said");
-        event.add_unless_empty("room", entry.room);
-        if (entry.id != 0) event.add("id", entry.id);
-        event.add("name", entry.name).add("text", entry.text).add("time", entry.time);
-        if (entry.kind == ChatEntry::Kind::action) event.add("me", true);
-        if (with_tag) event.add_unless_empty("tag", entry.tag);
-        return event.dump();
+    void forward(ChatEntry entry) {
+        entry.time = unix_ms();
+        store_->forward(entry);
     }
-
-private:
-    using Deadlines = StringMap<Time>;
-
-    static std::int64_t unix_ms() {
-        using namespace std::chrono;
-        return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
-    }
-    static std::string share_of(const std::string& address) {
-        const auto parsed = IpAddress::parse(address);
-        return parsed ? parsed->rate_limit_key() : address;
+    // Removes entries that the members have not received. A new member receives them together with the members.
+    void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
+        if (members_.find(room.name()) == nullptr) {
+            room.delivered_id_ = (std::max)(room.delivered_id_, page.last_id);
+            return;
+        }
+        while (!page.entries.empty() && page.entries.back().id > room.delivered_id_) page.entries.pop_back();
+        page.last_id = (std::min)(page.last_id, room.delivered_id_);
     }
 
-    static std::string name_key(std::string_view name) { return "name " + detail::Presence::folded(name); }
-    static std::string mute_key(const ChatRoom& room, const std::string& author) { return room.name() + '\n' + author; }
-    bool holds(Deadlines& deadlines, const std::string& key) {
-        const Time* deadline = deadlines.find(key);
-        return deadline != nullptr && *deadline > now();
-    }
-    void set(Deadlines& deadlines, const std::string& key, Duration duration) {
-        deadlines.erase_if([this](Time deadline) { return deadline <= now(); });
-        if (duration > Duration::zero()) deadlines.find_or_emplace(key) = saturating_add(now(), duration);
-        else deadlines.erase(key);
-    }
-
-    void expire_later(ChatRoom& room, Duration delay) {
-        server_.loop().call_later(delay, [this, name = room.name()] {
-            ChatRoom* found = find(name);
-            if (found == nullptr) return;
-            Time next;
-            found->expiring = false;
-            for (const std::string& gone : found->presence().expire(now(), next)) left(*found, gone);
-            // Not one by one where many go one after another.
-            if (next != (Time::max)())
-                expire_later(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
-        });
-        room.expiring = true;
-    }
-    void left(ChatRoom& room, const std::string& name) {
-        pass(entry_of(ChatEntry::Kind::go, room, name));
-        if (room.presence().empty()) tidy_later();
-    }
-    // Rooms without users go when no callback can refer to them any more.
-    void tidy_later() {
-        if (std::exchange(tidying_, true)) return;
-        server_.loop().post([this] {
-            tidying_ = false;
-            rooms_.erase_if([](ChatRoom& room) { return room.presence().empty(); });
-        });
-    }
-    void forget_addresses() {
-        addresses_.erase_if([this](Address& address) { return address.connections == 0 && address.meter.full(now()); });
-        forget_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
-    }
-
-    inline void hook_failed(ChatHandler& handler, const char* name, const char* what);
     inline void on_entry(const ChatEntry& entry) override;
-    inline void on_repeat(const ChatEntry& entry) override;
+    inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
-    inline void deliver(const ChatEntry& entry, const ChatEvent& event, bool fleeting = false);
     inline void on_said(const ChatEntry& entry);
-    inline void on_whisper(const ChatEntry& entry);
-    inline void on_user(const ChatEntry& entry);
-    ChatHandler* handler(std::uint64_t serial) const { return connections_.find(big_endian_key(serial)); }
+    inline void on_private_message(const ChatEntry& entry);
+    inline void on_typing(const ChatEntry& entry);
+    inline void on_join(const ChatEntry& entry);
+    inline void on_leave(const ChatEntry& entry);
+    inline void on_rename(const ChatEntry& entry);
+    inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
 
     Server& server_;
+    Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
-    std::uint64_t serial_;
-    StringMap<Address> addresses_;
-    std::size_t forget_at_ = 1024;
-    Deadlines bans_, mutes_;
-    StringMap<std::string> banned_as_;  // the identities that go with a banned name
-    bool tidying_ = false;
-    std::unique_ptr<ChatStore> store_;  // the first to go: it may call back
+    std::uint64_t last_number_;
+    StringMap<AddressUse> addresses_;
+    std::size_t prune_addresses_at_ = 1024;
+    detail::Deadlines bans_, mutes_;
+    StringMap<std::string> banned_identities_;  // the ban that applies to an identity, as a key of bans_
+    bool pruning_ = false;
+    std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
 };
 
 // ---- the handler ---------------------------------------------------------------------------------------------------
 
-// A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines; a line that begins with a slash
-// is a command, anything else is said to the room. They get JSON events, one a message. The query of the address may
-// have `name`, `key` (a secret of the client's own, by which its connections are one user) and `last` (the id up to
-// which it has the history). README.md has the tables of commands and events.
+// A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line with a slash in front is
+// a command, and all others are said to the room. Clients receive events: one JSON object in a message. The query of
+// the address may contain `name`, `key` (a secret of the client; connections with the same key are one user) and `last`
+// (the newest id that the client has). README.md lists the events.
 class ChatHandler : public WebSocketHandler {
 public:
-    // ---- to be overridden; whoever does calls ChatHandler's for the rest ---------------------------------------------
+    ~ChatHandler() override { disconnect(false); }
 
-    // Who it is, asked before the 101; nothing refuses with 401. Default: whoever it says, "?name=Anna".
+    // ---- hooks for derived classes; an exception closes the connection with 1011 -----------------------------------
+
+    // Before the 101. A response refuses the handshake, such as a 403 or a redirect.
+    virtual std::optional<Response> on_handshake(const Request&) { return std::nullopt; }
+    // The user who connects. Without a result the handshake is refused with 401. Default: the name in "?name=Anna".
     virtual std::optional<ChatUser> authenticate(const Request& request) {
         return ChatUser{request.query("name").value_or("")};
     }
-    // Default: anything but to moderate.
+    // Whether this user may do it. Default: everything except kick, ban and mute.
     virtual bool may(ChatAction action) {
         return action != ChatAction::kick && action != ChatAction::ban && action != ChatAction::mute;
     }
-    // May change what is about to be said, also to somebody alone; false refuses it.
-    virtual bool filter(std::string& text) {
-        static_cast<void>(text);
-        return true;
-    }
-    // This connection is in the room and has its history; leaves the room that it was told to be in.
-    virtual void on_join(ChatRoom& room) { static_cast<void>(room); }
-    virtual void on_leave(ChatRoom& room) { static_cast<void>(room); }
-    // What this connection said is kept and was delivered.
-    virtual void on_said(const ChatEntry& entry) { static_cast<void>(entry); }
-    // A line "/command rest". False: there is no such command. Default: those of /help.
-    virtual bool on_command(std::string_view command, std::string_view rest) {
-        for (const Command& known : commands()) {
-            if (known.name != command) continue;
-            (this->*known.run)(rest);
-            return true;
-        }
-        return false;
-    }
+    // May change a text that the user says, also in private. False refuses it.
+    virtual bool filter(std::string&) { return true; }
+    // A pair: after the 101; after the connection has ended and has left its rooms. See close_code() for the reason.
+    virtual void on_connect() {}
+    virtual void on_disconnect() {}
+    // A pair: the connection has received the history of the room; the connection leaves the room.
+    virtual void on_join(ChatRoom&) {}
+    virtual void on_leave(ChatRoom&) {}
+    // What this connection said is in the history, and was delivered.
+    virtual void on_said(const ChatEntry&) {}
+    // The line "/command rest". False: there is no such command. Default: the commands of /help.
+    virtual inline bool on_command(std::string_view command, std::string_view rest);
 
-    // ---- to be called ----------------------------------------------------------------------------------------------
+    // ---- calls -----------------------------------------------------------------------------------------------------
 
     ChatHub& hub() { return *hub_; }
-    // The room that this connection speaks in; null where it is in none.
-    ChatRoom* here() { return places_.empty() ? nullptr : places_[current_].room; }
-    // The user in that room; as authenticate() said where it is in none.
-    const ChatUser& user() const { return places_.empty() ? who_ : places_[current_].user->who; }
+    // The room in which this connection speaks; null if it is in no room.
+    ChatRoom* current_room() { return memberships_.empty() ? nullptr : memberships_[current_].room; }
+    // The user in that room. In no room: the user of authenticate(), with the latest name.
+    const ChatUser& user() const { return memberships_.empty() ? user_ : memberships_[current_].user->info; }
 
-    // Says it to the room that this connection speaks in, as its user would.
-    void say(std::string_view text) { speak(ChatEntry::Kind::said, text); }
-    // Answers this client alone.
-    void tell(ChatEvent event) { write_message(event.add_unless_empty("tag", tag_).dump()); }
-    void error(std::string_view code, std::string_view sentence) {
-        tell(ChatEvent("error").add("code", code).add("text", sentence));
+    // Says it to the current room, as if the user had typed it.
+    void say(std::string_view text) { say(ChatEntry::Kind::said, text); }
+    // Sends an event to this client alone, with the tag of its line.
+    void reply(ChatEvent event) { write_message(event.add_unless_empty("tag", tag_).dump()); }
+    void reply_error(std::string_view code, std::string_view sentence) {
+        reply(ChatEvent("error").add("code", code).add("text", sentence));
     }
-    // As an address, as a user, or by a name that it has in a room.
-    bool banned() const {
-        const auto barred = [this](const std::string& name) { return hub_->banned(remote_address(), name, identity_); };
-        return barred({}) ||
-               std::any_of(places_.begin(), places_.end(), [&](const Place& at) { return barred(at.user->who.name); });
-    }
-    // Ends the connection, and its user's presence without a time of grace.
-    void dismiss(std::string_view reason) {
+    // Closes the connection with 1008. The user leaves without a grace period.
+    void kick(std::string_view reason) {
         if (!is_open()) return;
-        dismissed_ = true;
+        kicked_ = true;
         write_message(ChatEvent("kicked").add("text", reason).dump());
         close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
 
-    // ---- of a WebSocketHandler -------------------------------------------------------------------------------------
+    // ---- WebSocketHandler; the hooks above replace these -----------------------------------------------------------
 
-    std::optional<Response> prepare(const Request& request) override {
+    std::optional<Response> prepare(const Request& request) final {
         hub_ = &ChatHub::of(server());
-        std::optional<ChatUser> who = authenticate(request);
-        if (!who) return Response(401, "Log in first.\n");
-        who_ = std::move(*who);
+        if (auto refusal = on_handshake(request)) return refusal;
+        std::optional<ChatUser> user = authenticate(request);
+        if (!user) return Response(401, "Log in first.\n");
+        check_about(user->about);
+        user_ = std::move(*user);
         const std::string key = request.query("key").value_or("");
-        if (who_.fixed) identity_ = "account " + who_.name;
+        if (user_.account) identity_ = "account " + user_.name;
         else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
-        if (hub_->banned(remote_address(), who_.name, identity_))
+        if (hub_->banned(remote_address(), user_.name, identity_))
             return Response(403, "You are banned from this chat.\n");
         return std::nullopt;
     }
 
-    void open() override {
-        if (hub_ == nullptr) throw Error("ChatHandler::prepare: whoever overrides it must call it");
-        serial_ = hub_->opened(*this);
-        if (remote_address() != "unix") address_ = &hub_->address(remote_address());
-        const ChatLimits& limits = hub_->limits;
-        const bool named = who_.fixed || who_.name.empty() || text::good_name(who_.name, limits.max_name);
-        if (!named || who_.name.empty()) who_.name = "guest";
+    void open() final {
+        number_ = hub_->add_connection(*this);
+        if (remote_address() != "unix") address_ = &hub_->add_address(remote_address());
+        const bool name_accepted =
+            user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
+        if (!name_accepted || user_.name.empty()) user_.name = "guest";
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
-        auto refusal = refuse_room(wanted);
-        const bool elsewhere = refusal && refusal->code == "room_bad" && !refuse_room("lobby");
-        if (!refusal || elsewhere) enter(refusal ? "lobby" : wanted);
-        tell(hello());
-        if (!named) error("name_bad", name_rule());
-        if (refusal) error(refusal->code, refusal->sentence);
-        if (here() != nullptr) ask(*here(), number_of(request().query("last").value_or("")));
+        const auto refusal = refuse_room(wanted);
+        const bool to_lobby = refusal && refusal->code == "room_bad" && !refuse_room("lobby");
+        if (!refusal || to_lobby) join_room(refusal ? "lobby" : wanted);
+        reply(hello_event());
+        if (!name_accepted) reply_error("name_bad", name_rule());
+        if (refusal) reply_error(*refusal);
+        connected_ = true;
+        run_hook("on_connect", [this] { on_connect(); });
+        if (current_room() != nullptr)
+            request_history(*current_room(), to_number(request().query("last").value_or("")));
     }
 
-    void on_message(const Message& message) override {
+    void on_message(const Message& message) final {
         const detail::ChatLine line = detail::ChatLine::parse(message.binary() ? std::string_view() : message.text());
-        tag_ = detail::ChatLine::good_tag(line.tag) ? line.tag : std::string_view();
-        if (!flooding(message.size())) obey(message, line);
+        tag_ = detail::ChatLine::valid_tag(line.tag) ? line.tag : std::string_view();
+        if (within_rates(message.size())) dispatch(message, line);
         tag_.clear();
     }
 
-    void on_close() override {
-        if (hub_ == nullptr) return;
-        // RFC 6455 7.4.1: 1000 is an end on purpose; a page that is reloaded or a lost connection gives another.
-        const bool at_once = dismissed_ || close_code() == CloseCode::normal;
-        while (!places_.empty()) hub_->call(*this, "on_close", [&] { leave(places_.size() - 1, at_once); });
-        if (address_ != nullptr) --address_->connections;
-        hub_->closed(serial_);
+    void on_close() final {
+        // RFC 6455 7.4.1: "1000 indicates a normal closure". A reload or a lost connection has another code.
+        disconnect(kicked_ || close_code() == CloseCode::normal);
+        if (std::exchange(connected_, false)) run_hook("on_disconnect", [this] { on_disconnect(); });
     }
 
 private:
-    struct Place {
+    friend class ChatHub;
+    friend class detail::ChatCommands;
+
+    struct Membership {
         ChatRoom* room;
         detail::Presence::User* user;
-        bool joined = false;  // on_join() was called
+        bool on_join_called = false;
     };
-    struct Question {
+    struct HistoryRequest {
         std::string room;
         std::optional<std::uint64_t> id;
-        std::uint64_t told;  // the newest id of which the members were told when it was asked
+        std::uint64_t delivered_id;  // of the room at the time of the request
     };
     struct Refusal {
         std::string_view code;
         std::string sentence;
-    };
-    struct Command {
-        std::string_view name, usage, what;
-        void (ChatHandler::*run)(std::string_view rest);
-        bool moderation = false;
     };
 
     static std::string fingerprint(const std::string& key) {
         const auto digest = sha1(key);
         return base64(digest.data(), digest.size());
     }
-    // A number that is too large is a large one: an id of no history, or for ever.
-    static std::optional<std::uint64_t> number_of(std::string_view digits) {
+    // Digits only. A larger number becomes 10^18.
+    static std::optional<std::uint64_t> to_number(std::string_view digits) {
         if (digits.empty()) return std::nullopt;
-        constexpr std::uint64_t enough = 1'000'000'000'000'000'000;
+        constexpr std::uint64_t max = 1'000'000'000'000'000'000;
         std::uint64_t value = 0;
         for (const char c : digits) {
-            if (c < '0' || c > '9') return std::nullopt;
-            value = (std::min)(value * 10 + static_cast<std::uint64_t>(c - '0'), enough);
+            if (!text::is_digit(c)) return std::nullopt;
+            value = (std::min)(value * 10 + static_cast<std::uint64_t>(c - '0'), max);
         }
         return value;
     }
 
-    ChatEvent hello() {
+    // Events for other users contain it, so an invalid text would break these events.
+    void check_about(const std::string& about) const {
+        const bool too_long = about.size() > hub_->limits.max_about;
+        if (!too_long && (about.empty() || detail::valid_json(about))) return;
+        throw Error(
+            "ChatHandler::authenticate: ChatUser::about \"" + escape_for_log(about) + "\": it is " +
+            (too_long ? "longer than ChatLimits::max_about" : "not a JSON value in UTF-8 of at most 32 levels"));
+    }
+
+    ChatEvent hello_event() {
         ChatEvent event("hello");
         event.add("version", 2).add("server", "wschat");
-        event.add("room", here() == nullptr ? Json() : Json(here()->name())).add("name", user().name);
+        add_room(event).add("name", user().name);
         event.add("features", Json::array(std::vector<std::string_view>{"rooms", "names", "users", "history", "resume",
                                                                         "tags", "typing", "private", "commands"}));
         event.add("limits", Json{{"text", hub_->limits.max_text},
@@ -9114,360 +9214,434 @@ private:
                                  {"room", hub_->limits.max_room_name}});
         return event;
     }
+    ChatEvent& add_room(ChatEvent& event) {
+        return event.add("room", current_room() == nullptr ? Json() : Json(current_room()->name()));
+    }
     std::string name_rule() const {
         return "A name is 1 to " + std::to_string(hub_->limits.max_name) + " bytes of visible text.";
     }
 
-    // ---- what comes in ---------------------------------------------------------------------------------------------
+    // ---- input -----------------------------------------------------------------------------------------------------
 
-    bool flooding(std::size_t size) {
+    bool within_rates(std::size_t size) {
+        using Action = detail::FloodPolicy::Action;
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
-        bool within = meter_.take(size, limits.connection, now);
-        if (address_ != nullptr) within = address_->meter.take(size, limits.address, now) && within;
-        const detail::FloodJudge::Verdict verdict = judge_.judge(within, limits.flood_patience, now);
-        if (verdict == detail::FloodJudge::Verdict::tell)
-            error("flood", "That was too much at once, and was not taken. Wait a little.");
-        if (verdict == detail::FloodJudge::Verdict::close) close(CloseCode::policy_violation, "flooding");
-        return verdict != detail::FloodJudge::Verdict::pass;
+        bool within = limiter_.take(size, limits.connection, now);
+        if (address_ != nullptr) within = address_->limiter.take(size, limits.address, now) && within;
+        const Action action = flood_policy_.decide(within, limits.flood_patience, now);
+        if (action == Action::warn)
+            reply_error("flood", "That was too much at once, and was not taken. Wait a little.");
+        if (action == Action::close) close(CloseCode::policy_violation, "flooding");
+        return action == Action::accept;
     }
 
-    void obey(const Message& message, const detail::ChatLine& line) {
-        if (message.binary()) return error("bad_line", "This chat is of text.");
-        if (!line.tag.empty() && tag_.empty()) return error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
-        if (line.command.empty()) return speak(ChatEntry::Kind::said, line.rest);
-        if (!text::good_text(line.rest)) return error("bad_text", "Control characters are refused.");
+    void dispatch(const Message& message, const detail::ChatLine& line) {
+        if (message.binary()) return reply_error("bad_line", "This chat is of text.");
+        if (!line.tag.empty() && tag_.empty())
+            return reply_error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
+        if (line.command.empty()) return say(ChatEntry::Kind::said, line.rest);
+        if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
-            error("unknown_command",
-                  "There is no command /" + std::string(line.command.substr(0, 40)) + "; /help names all.");
+            reply_error("unknown_command",
+                        "There is no command /" + std::string(line.command.substr(0, 40)) + "; /help names all.");
     }
 
-    // Why the text may not be passed on; the filter has been asked.
+    // Filters the text. The result says why it is refused.
     std::optional<Refusal> refuse_text(std::string& text) {
+        const auto is_empty = [&] { return detail::all_characters(text, detail::is_white_space); };
         const std::size_t max = hub_->limits.max_text;
-        if (places_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
-        if (hub_->muted(*here(), *places_[current_].user)) return Refusal{"muted", "You are muted for a while."};
-        if (text.empty()) return Refusal{"empty", "There is nothing in that message."};
+        if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
+        if (muted()) return Refusal{"muted", "You are muted for a while."};
         if (text.size() > max) return Refusal{"too_long", "A message has at most " + std::to_string(max) + " bytes."};
-        if (!text::good_text(text)) return Refusal{"bad_text", "Control characters are refused."};
+        if (!detail::valid_chat_text(text)) return Refusal{"bad_text", "Control characters are refused."};
+        if (is_empty()) return Refusal{"empty", "There is nothing in that message."};
         if (!filter(text)) return Refusal{"refused", "That message is refused here."};
-        if (text.empty() || text.size() > max || !text::good_text(text))
-            throw Error("filter: made a text that is refused");
+        if (text.size() > max || !detail::valid_chat_text(text) || is_empty())
+            throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
         return std::nullopt;
     }
+    bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
-    void speak(ChatEntry::Kind kind, std::string_view said) {
+    void say(ChatEntry::Kind kind, std::string_view said) {
         std::string text(said);
-        if (!may(ChatAction::say)) return forbidden();
-        if (const auto refusal = refuse_text(text)) return error(refusal->code, refusal->sentence);
-        ChatEntry entry = entry_of(kind);
+        if (!may(ChatAction::say)) return reply_forbidden();
+        if (const auto refusal = refuse_text(text)) return reply_error(*refusal);
+        ChatEntry entry = new_entry(kind);
         entry.text = std::move(text);
-        entry.author = ChatHub::author_of(*places_[current_].user);
+        entry.author = ChatHub::author_of(*memberships_[current_].user);
         entry.tag = tag_;
         hub_->append(std::move(entry));
     }
 
-    ChatEntry entry_of(ChatEntry::Kind kind) {
-        ChatEntry entry = ChatHub::entry_of(kind, *here(), user().name);
-        entry.sender = serial_;
+    ChatEntry new_entry(ChatEntry::Kind kind) {
+        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user().name);
+        entry.sender = number_;
         return entry;
     }
-    void forbidden() { error("forbidden", "You may not do that."); }
+    void reply_error(const Refusal& refusal) { reply_error(refusal.code, refusal.sentence); }
+    void reply_forbidden() { reply_error("forbidden", "You may not do that."); }
 
     // ---- rooms -----------------------------------------------------------------------------------------------------
 
-    std::size_t place_of(const ChatRoom& room) const {
-        std::size_t at = 0;
-        while (at != places_.size() && places_[at].room != &room) ++at;
-        return at;
+    // memberships_.size() if there is none.
+    std::size_t membership_index(const ChatRoom* room) const {
+        std::size_t index = 0;
+        while (index != memberships_.size() && memberships_[index].room != room) ++index;
+        return index;
     }
 
     std::optional<Refusal> refuse_room(std::string_view name) {
         const ChatLimits& limits = hub_->limits;
-        if (!text::good_name(name, limits.max_room_name))
+        if (!detail::valid_chat_name(name, limits.max_room_name))
             return Refusal{"room_bad", "The name of a room is 1 to " + std::to_string(limits.max_room_name) +
                                            " bytes of visible text."};
         if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
         if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
-        if (places_.size() >= limits.max_rooms_per_connection)
+        if (memberships_.size() >= limits.max_rooms_per_connection)
             return Refusal{"room_limit",
-                           "You are in " + std::to_string(places_.size()) + " rooms already; /leave one."};
-        if (hub_->room_count() >= limits.max_rooms && hub_->find(std::string(name)) == nullptr)
+                           "You are in " + std::to_string(memberships_.size()) + " rooms already; /leave one."};
+        if (hub_->room_count() >= limits.max_rooms && hub_->find(name) == nullptr)
             return Refusal{"room_limit", "There are too many rooms."};
         return std::nullopt;
     }
 
-    void enter(std::string_view name) {
-        places_.reserve(places_.size() + 1);  // who has arrived has a place
-        ChatRoom& entered = hub_->room(name);
-        places_.push_back({&entered, &hub_->arrive(entered, who_, identity_, *this, serial_), false});
-        current_ = places_.size() - 1;
+    void join_room(std::string_view name) {
+        memberships_.reserve(memberships_.size() + 1);  // push_back() must not fail after connect()
+        ChatRoom& room = hub_->room(name);
+        memberships_.push_back({&room, &hub_->connect(room, user_, identity_, *this, number_)});
+        current_ = memberships_.size() - 1;
     }
 
-    void leave(std::size_t at, bool at_once) {
-        const Place place = places_[at];
-        if (place.joined) hub_->call(*this, "on_leave", [&] { on_leave(*place.room); });
-        places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(at));
-        if (current_ >= at && current_ != 0) --current_;
-        if (Room* members = server().rooms().find(place.room->name())) members->leave(*this);
-        hub_->depart(*place.room, *place.user, *this, at_once);
+    void leave_room(std::size_t index, bool at_once) {
+        const Membership left = memberships_[index];
+        memberships_[index].on_join_called = false;
+        if (left.on_join_called) run_hook("on_leave", [&] { on_leave(*left.room); });
+        index = membership_index(left.room);
+        if (index == memberships_.size()) return;  // the hook has left the room
+        memberships_.erase(memberships_.begin() + static_cast<std::ptrdiff_t>(index));
+        if (current_ >= index && current_ != 0) --current_;
+        if (Room* members = hub_->members_.find(left.room->name())) members->leave(*this);
+        hub_->disconnect(*left.room, *left.user, *this, at_once);
+    }
+
+    // Leaves all rooms and the hub. The destructor calls it too, so nothing refers to a destroyed handler.
+    void disconnect(bool at_once) {
+        while (!memberships_.empty()) run_hook("on_close", [&] { leave_room(memberships_.size() - 1, at_once); });
+        if (address_ != nullptr) --std::exchange(address_, nullptr)->connections;
+        if (number_ != 0) hub_->remove_connection(std::exchange(number_, 0));
     }
 
     // ---- the history -----------------------------------------------------------------------------------------------
 
-    void ask(const ChatRoom& room, std::optional<std::uint64_t> id) {
+    void request_history(const ChatRoom& room, std::optional<std::uint64_t> id) {
         const std::size_t limit = id ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
-        const Question question{room.name(), id, room.told()};
-        hub_->store().since(room.name(), id, limit, [me = ref(), question](HistoryPage page) {
-            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_page(question, std::move(page));
+        const HistoryRequest history_request{room.name(), id, room.delivered_id_};
+        hub_->store().since(room.name(), id, limit, [me = ref(), history_request](HistoryPage page) {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
         });
     }
 
-    // A connection becomes a member when it has all that the members were told; so it misses nothing, and gets nothing
-    // twice, however long a page takes and whatever is said in the meantime.
-    void on_page(const Question& question, HistoryPage page) {
-        ChatRoom* chat_room = hub_->find(question.room);
-        if (chat_room == nullptr || place_of(*chat_room) == places_.size() || !is_open()) return;
-        Room& members = room(question.room);
+    // A connection becomes a member of the room when it has everything that the members have. So it misses nothing and
+    // gets nothing twice, even if the store answers late.
+    void on_history(const HistoryRequest& requested, HistoryPage page) {
+        ChatRoom* chat_room = hub_->find(requested.room);
+        if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
+        Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
-        if (!page.error.empty()) {  // who comes back asks for the same again
+        if (!page.error.empty()) {  // the client can ask for the same entries later
             page.gap = true;
-            page.last = question.id.value_or(chat_room->told());
+            page.last_id = requested.id.value_or(chat_room->delivered_id_);
         }
-        if (page.error.empty()) hub_->settle(*chat_room, page);
-        else server().report(LogLevel::error, "chat_not_read", {{"room", question.room}, {"cause", page.error}});
+        if (page.error.empty()) hub_->trim_to_delivered(*chat_room, page);
+        else server().report(LogLevel::error, "chat_not_read", {{"room", requested.room}, {"cause", page.error}});
         if (joining) write_message(users_event(*chat_room));
-        write_message(history_event(*chat_room, page, question.id.has_value()));
+        write_message(history_event(*chat_room, page, requested.id.has_value()));
         if (!joining) return;
-        // What the members were told since the question is asked for anew; the answer has it, unless the store is broken.
-        const bool behind = page.last < chat_room->told() && question.told < chat_room->told();
-        if (page.error.empty() && behind) return ask(*chat_room, page.last);
+        // The members may have received more since the request. A working store has those entries now.
+        const bool behind =
+            page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
+        if (page.error.empty() && behind) return request_history(*chat_room, page.last_id);
         members.join(*this);
-        places_[place_of(*chat_room)].joined = true;
-        hub_->call(*this, "on_join", [&] { on_join(*chat_room); });
+        memberships_[membership_index(chat_room)].on_join_called = true;
+        run_hook("on_join", [&] { on_join(*chat_room); });
     }
 
-    std::string history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
-        const std::string author = ChatHub::author_of(*places_[place_of(room)].user);
-        std::size_t bytes = 0;
-        std::vector<std::string> events;
-        for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
-            const ChatEntry& entry = page.entries[i];
-            events.push_back(ChatHub::said_event(entry, entry.author == author));
-            bytes += events.back().size();
+    inline std::string history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
+    static inline std::string users_event(const ChatRoom& room);
+
+    ChatHub* hub_ = nullptr;
+    ChatUser user_;
+    std::string identity_;
+    std::uint64_t number_ = 0;  // in the hub
+    ChatHub::AddressUse* address_ = nullptr;
+    detail::FloodLimiter limiter_;
+    detail::FloodPolicy flood_policy_;
+    std::vector<Membership> memberships_;
+    std::size_t current_ = 0;
+    std::string tag_;  // of the line in progress
+    bool connected_ = false;
+    bool kicked_ = false;
+};
+
+// ---- commands ------------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+// The built-in commands. An object handles one line.
+class ChatCommands {
+public:
+    explicit ChatCommands(ChatHandler& handler) : handler_(handler), room_(handler.current_room()) {}
+
+    // False: there is no such command.
+    bool run(std::string_view name, std::string_view rest) {
+        for (const Command& command : commands()) {
+            if (command.name != name) continue;
+            if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            else (this->*command.run)(rest);
+            return true;
         }
-        const bool cut = events.size() != page.entries.size() && resumed;
-        std::string list = "[";
-        for (std::size_t i = events.size(); i-- > 0;) list += events[i] + (i == 0 ? "" : ",");
-        ChatEvent event("history");
-        return event.add("room", room.name())
-            .add("gap", page.gap || cut)
-            .add("last", page.last)
-            .add_json("entries", list + "]")
-            .dump();
+        return false;
     }
 
-    static std::string users_event(ChatRoom& room) {
-        std::vector<std::string> names;
-        std::string about;
-        for (const ChatUser& user : room.users()) {
-            names.push_back(user.name);
-            if (!user.about.empty()) about += (about.empty() ? "{" : ",") + Json(user.name).dump() + ":" + user.about;
-        }
-        ChatEvent event("users");
-        event.add("room", room.name()).add("users", Json::array(names));
-        if (!about.empty()) event.add_json("about", about + "}");
-        return event.dump();
-    }
-
-    // ---- commands --------------------------------------------------------------------------------------------------
+private:
+    struct Command {
+        std::string_view name, usage, description;
+        void (ChatCommands::*run)(std::string_view rest);
+        std::optional<ChatAction> action{};  // that the user must be allowed to do
+    };
 
     static const std::vector<Command>& commands() {
         static const std::vector<Command> all = {
-            {"me", "/me TEXT", "says what you do", &ChatHandler::command_me},
-            {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatHandler::command_msg},
-            {"who", "/who", "who is in this room", &ChatHandler::command_who},
-            {"nick", "/nick NAME", "changes your name in this room", &ChatHandler::command_nick},
-            {"rooms", "/rooms", "which rooms there are", &ChatHandler::command_rooms},
-            {"join", "/join ROOM", "goes to a room, or speaks in it again", &ChatHandler::command_join},
-            {"leave", "/leave [ROOM]", "leaves this room or another", &ChatHandler::command_leave},
-            {"since", "/since ID", "what was said after the message with that id", &ChatHandler::command_since},
-            {"typing", "/typing [stop]", "shows the others that you write", &ChatHandler::command_typing},
-            {"help", "/help", "this list", &ChatHandler::command_help},
-            {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatHandler::command_kick, true},
-            {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatHandler::command_ban, true},
-            {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatHandler::command_mute, true},
+            {"me", "/me TEXT", "says what you do", &ChatCommands::me},
+            {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
+             ChatAction::private_message},
+            {"who", "/who", "who is in this room", &ChatCommands::who},
+            {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
+            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms},
+            {"join", "/join ROOM", "goes to a room, or speaks in it again", &ChatCommands::join},
+            {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
+            {"since", "/since ID", "what was said after the message with that id", &ChatCommands::since},
+            {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
+            {"help", "/help", "this list", &ChatCommands::help},
+            {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
+            {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
+            {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
         };
         return all;
     }
 
-    void command_me(std::string_view rest) { speak(ChatEntry::Kind::action, rest); }
+    void me(std::string_view rest) { handler_.say(ChatEntry::Kind::action, rest); }
 
-    void command_msg(std::string_view rest) {
-        if (!may(ChatAction::whisper)) return forbidden();
-        detail::Presence::User* to = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
+    void msg(std::string_view rest) {
+        const Presence::User* receiver = consume_user(rest);
         std::string text(rest);
-        if (here() != nullptr && to == nullptr) return error("unknown_user", "Nobody in this room has that name.");
-        if (const auto refusal = refuse_text(text)) return error(refusal->code, refusal->sentence);
-        if (to->leaves != (Time::max)())
-            return error("user_away", to->who.name + " has lost the connection; try again soon.");
-        if (!tag_.empty() && repeats(places_[current_].user->tags))
-            return tell(ChatEvent("ack").add("room", here()->name()));
-        ChatEntry entry = entry_of(ChatEntry::Kind::whisper);
+        if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(*refusal);
+        if (receiver->expires != (Time::max)())
+            return error("user_away", receiver->info.name + " has lost the connection; try again soon.");
+        if (!handler_.tag_.empty() && is_duplicate())
+            return handler_.reply(ChatEvent("ack").add("room", room_->name()));
+        ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
         entry.text = std::move(text);
-        entry.to = to->who.name;
-        entry.tag = tag_;
-        hub_->pass(std::move(entry));
+        entry.to = receiver->info.name;
+        entry.tag = handler_.tag_;
+        handler_.hub_->forward(std::move(entry));
     }
-    // The tags of a user's latest private messages are kept, since the messages themselves are not.
-    bool repeats(std::vector<std::string>& tags) const {
-        if (text::contains(tags, tag_)) return true;
+    // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
+    bool is_duplicate() {
+        std::vector<std::string>& tags = membership().user->tags;
+        if (text::contains(tags, handler_.tag_)) return true;
         if (tags.size() == 64) tags.erase(tags.begin());
-        tags.push_back(tag_);
+        tags.push_back(handler_.tag_);
         return false;
     }
 
-    void command_typing(std::string_view rest) {
-        if (here() == nullptr || !may(ChatAction::say) || hub_->muted(*here(), *places_[current_].user)) return;
-        ChatEntry entry = entry_of(ChatEntry::Kind::typing);
+    void typing(std::string_view rest) {
+        if (room_ == nullptr || !handler_.may(ChatAction::say) || handler_.muted()) return;
+        ChatEntry entry = handler_.new_entry(ChatEntry::Kind::typing);
         entry.text = rest == "stop" ? "stop" : "";
-        hub_->pass(std::move(entry));
+        handler_.hub_->forward(std::move(entry));
     }
 
-    void command_who(std::string_view) {
-        if (here() == nullptr) return error("no_room", "You are in no room; /join ROOM.");
-        write_message(users_event(*here()));
+    void who(std::string_view) {
+        if (room_ == nullptr) return reply_no_room();
+        handler_.write_message(ChatHandler::users_event(*room_));
     }
 
-    void command_rooms(std::string_view) {
-        if (!may(ChatAction::list_rooms)) return forbidden();
+    void rooms(std::string_view) {
         std::vector<Json> list;
-        for (const auto& [name, users] : hub_->rooms())
+        for (const auto& [name, users] : handler_.hub_->rooms())
             if (users != 0 && list.size() < 500) list.push_back(Json{{"room", name}, {"users", users}});
-        tell(ChatEvent("rooms").add("rooms", Json::array(list)));
+        handler_.reply(ChatEvent("rooms").add("rooms", Json::array(list)));
     }
 
-    void command_nick(std::string_view rest) {
+    void nick(std::string_view rest) {
         const std::string name(rest);
-        if (who_.fixed) return error("name_fixed", "Your name is that of your account.");
-        if (!may(ChatAction::rename)) return forbidden();
-        if (!text::good_name(name, hub_->limits.max_name)) return error("name_bad", name_rule());
-        if (hub_->banned("", name, "")) return error("name_banned", "That name is banned.");
-        if (here() == nullptr) return error("no_room", "You are in no room; /join ROOM.");
-        if (name == user().name) return;
-        detail::Presence::User& user = *places_[current_].user;
-        if (hub_->muted(*here(), user)) return error("muted", "You are muted for a while.");
-        const detail::Presence::User* holder = here()->presence().find(name);
+        ChatHub& hub = *handler_.hub_;
+        if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
+        if (!handler_.may(ChatAction::rename)) return handler_.reply_forbidden();
+        if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
+        if (hub.banned("", name, "")) return error("name_banned", "That name is banned.");
+        if (room_ == nullptr) return reply_no_room();
+        if (name == handler_.user().name) return;
+        if (handler_.muted()) return error("muted", "You are muted for a while.");
+        Presence::User& user = *membership().user;
+        const Presence::User* holder = room_->presence_.find(name);
         if (holder != nullptr && holder != &user)
-            return error("name_taken", "That name is taken; " + here()->presence().free_name(name) + " is free.");
-        who_.name = name;
-        hub_->rename(*here(), user, name);
+            return error("name_taken", "That name is taken; " + room_->presence_.free_name(name) + " is free.");
+        handler_.user_.name = name;
+        hub.rename(*room_, user, name);
     }
 
-    void command_join(std::string_view rest) {
-        const ChatRoom* found = hub_->find(std::string(rest));
-        const std::size_t at = found == nullptr ? places_.size() : place_of(*found);
-        if (at != places_.size()) {
-            current_ = at;
-            return tell_room();
+    void join(std::string_view rest) {
+        const std::size_t index = handler_.membership_index(handler_.hub_->find(rest));
+        if (index != handler_.memberships_.size()) {
+            handler_.current_ = index;
+            return reply_room();
         }
-        if (const auto refusal = refuse_room(rest)) return error(refusal->code, refusal->sentence);
-        enter(rest);
-        tell_room();
-        ask(*here(), std::nullopt);
+        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(*refusal);
+        handler_.join_room(rest);
+        reply_room();
+        handler_.request_history(*handler_.current_room(), std::nullopt);
     }
-
-    void command_leave(std::string_view rest) {
-        const ChatRoom* found = rest.empty() ? here() : hub_->find(std::string(rest));
-        const std::size_t at = found == nullptr ? places_.size() : place_of(*found);
-        if (at == places_.size()) return error("no_room", "You are not in that room.");
-        leave(at, true);
-        tell_room();
+    void leave(std::string_view rest) {
+        const std::size_t index = handler_.membership_index(rest.empty() ? room_ : handler_.hub_->find(rest));
+        if (index == handler_.memberships_.size()) return error("no_room", "You are not in that room.");
+        handler_.leave_room(index, true);
+        reply_room();
     }
-    void tell_room() {
+    void reply_room() {
         ChatEvent event("room");
-        tell(event.add("room", here() == nullptr ? Json() : Json(here()->name())).add("name", user().name));
+        handler_.reply(handler_.add_room(event).add("name", handler_.user().name));
     }
 
-    void command_since(std::string_view rest) {
-        const auto id = number_of(rest);
-        if (!id || here() == nullptr) return error("bad_command", "/since ID, in a room.");
-        ask(*here(), id);
+    void since(std::string_view rest) {
+        const auto id = ChatHandler::to_number(rest);
+        if (!id || room_ == nullptr) return error("bad_command", "/since ID, in a room.");
+        handler_.request_history(*room_, id);
     }
 
-    void command_help(std::string_view) {
+    void help(std::string_view) {
+        const bool moderator =
+            handler_.may(ChatAction::kick) || handler_.may(ChatAction::ban) || handler_.may(ChatAction::mute);
         std::vector<Json> list;
         for (const Command& command : commands())
-            if (!command.moderation || may(ChatAction::kick) || may(ChatAction::ban) || may(ChatAction::mute))
-                list.push_back(Json{{"command", command.usage}, {"text", command.what}});
-        tell(ChatEvent("help").add("commands", Json::array(list)));
+            if (moderator || !command.action || *command.action < ChatAction::kick)
+                list.push_back(Json{{"command", command.usage}, {"text", command.description}});
+        handler_.reply(ChatEvent("help").add("commands", Json::array(list)));
     }
 
-    void command_kick(std::string_view rest) {
-        if (!may(ChatAction::kick)) return forbidden();
-        const detail::Presence::User* user = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
-        if (user == nullptr) return error("unknown_user", "Nobody in this room has that name.");
-        here()->kick(user->who.name, rest.empty() ? "You were asked to leave." : rest);
+    void kick(std::string_view rest) {
+        const Presence::User* user = consume_user(rest);
+        if (user == nullptr) return reply_unknown_user();
+        room_->kick(user->info.name, rest.empty() ? "You were asked to leave." : rest);
     }
 
-    void command_ban(std::string_view rest) {
-        if (!may(ChatAction::ban)) return forbidden();
-        const std::string_view all = rest;
-        const bool known = here() != nullptr && here()->presence().cut_user(rest) != nullptr;
-        if (!known) text::consume_until(rest, ' ');
-        const std::string_view whom = all.substr(0, all.size() - rest.size());
-        const auto seconds = rest.empty() ? std::uint64_t{3600} : number_of(rest);
-        if (whom.empty() || !seconds) return error("bad_command", "/ban NAME|ADDRESS [SECONDS]");
-        hub_->ban(whom.back() == ' ' ? whom.substr(0, whom.size() - 1) : whom, seconds_of(*seconds));
+    void ban(std::string_view rest) {
+        const std::string_view line = rest;
+        if (consume_user(rest) == nullptr) text::consume_until(rest, ' ');
+        std::string_view target = line.substr(0, line.size() - rest.size());
+        if (!target.empty() && target.back() == ' ') target.remove_suffix(1);
+        const auto seconds = rest.empty() ? std::uint64_t{3600} : ChatHandler::to_number(rest);
+        if (target.empty() || !seconds) return error("bad_command", "/ban NAME|ADDRESS [SECONDS]");
+        handler_.hub_->ban(target, to_duration(*seconds));
     }
 
-    void command_mute(std::string_view rest) {
-        if (!may(ChatAction::mute)) return forbidden();
-        const detail::Presence::User* user = here() == nullptr ? nullptr : here()->presence().cut_user(rest);
-        const auto seconds = rest.empty() ? std::uint64_t{600} : number_of(rest);
-        if (user == nullptr) return error("unknown_user", "Nobody in this room has that name.");
+    void mute(std::string_view rest) {
+        const Presence::User* user = consume_user(rest);
+        const auto seconds = rest.empty() ? std::uint64_t{600} : ChatHandler::to_number(rest);
+        if (user == nullptr) return reply_unknown_user();
         if (!seconds) return error("bad_command", "/mute NAME [SECONDS]");
-        hub_->mute(*here(), *user, seconds_of(*seconds));
+        handler_.hub_->mute(*room_, *user, to_duration(*seconds));
     }
+
     // At most ten years.
-    static Duration seconds_of(std::uint64_t seconds) {
+    static Duration to_duration(std::uint64_t seconds) {
         return std::chrono::seconds((std::min)(seconds, std::uint64_t{315'360'000}));
     }
+    Presence::User* consume_user(std::string_view& text) const {
+        return room_ == nullptr ? nullptr : room_->presence_.consume_user(text);
+    }
+    ChatHandler::Membership& membership() { return handler_.memberships_[handler_.current_]; }
+    void error(std::string_view code, std::string_view sentence) { handler_.reply_error(code, sentence); }
+    void reply_no_room() { error("no_room", "You are in no room; /join ROOM."); }
+    void reply_unknown_user() { error("unknown_user", "Nobody in this room has that name."); }
 
-    ChatHub* hub_ = nullptr;
-    ChatUser who_;
-    std::string identity_;
-    std::uint64_t serial_ = 0;
-    ChatHub::Address* address_ = nullptr;
-    detail::FloodMeter meter_;
-    detail::FloodJudge judge_;
-    std::vector<Place> places_;
-    std::size_t current_ = 0;
-    std::string tag_;  // of the line that is being obeyed
-    bool dismissed_ = false;
+    ChatHandler& handler_;
+    ChatRoom* room_;  // the current room at the beginning of the line
 };
 
-// ---- what the rooms and the hub do with handlers ---------------------------------------------------------------------
+// The event of a message. Only its author gets the tag.
+inline std::string said_event(const ChatEntry& entry, bool with_tag) {
+    ChatEvent event("said");
+    event.add_unless_empty("room", entry.room);
+    if (entry.id != 0) event.add("id", entry.id);
+    event.add("name", entry.name).add("text", entry.text).add("time", entry.time);
+    if (entry.kind == ChatEntry::Kind::action) event.add("me", true);
+    if (with_tag) event.add_unless_empty("tag", entry.tag);
+    return event.dump();
+}
 
-inline void ChatRoom::publish(std::string_view said, std::string_view name) {
-    if (!text::good_text(said)) throw Error("publish: the text holds control characters, or is not UTF-8");
-    ChatEntry entry = ChatHub::entry_of(ChatEntry::Kind::said, *this, name);
-    entry.text = said;
-    hub_.append(std::move(entry));
+}  // namespace detail
+
+// ---- members that need all classes ---------------------------------------------------------------------------------
+
+inline bool ChatHandler::on_command(std::string_view command, std::string_view rest) {
+    return detail::ChatCommands(*this).run(command, rest);
 }
-inline void ChatRoom::broadcast(std::string_view said, std::string_view name) {
-    if (!text::good_text(said)) throw Error("broadcast: the text holds control characters, or is not UTF-8");
-    ChatEntry entry = ChatHub::entry_of(ChatEntry::Kind::said, *this, name);
-    entry.text = said;
-    hub_.pass(std::move(entry));
+
+// The newest entries that fit; `resumed`: the client asked with an id, so missing entries are a gap.
+inline std::string ChatHandler::history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
+    const std::string author = ChatHub::author_of(*memberships_[membership_index(&room)].user);
+    std::size_t bytes = 0;
+    std::vector<std::string> events;
+    for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
+        const ChatEntry& entry = page.entries[i];
+        events.push_back(detail::said_event(entry, entry.author == author));
+        bytes += events.back().size();
+    }
+    const bool cut = events.size() != page.entries.size() && resumed;
+    std::string list = "[";
+    for (std::size_t i = events.size(); i-- > 0;) list += events[i] + (i == 0 ? "" : ",");
+    ChatEvent event("history");
+    event.add("room", room.name()).add("gap", page.gap || cut).add("last", page.last_id);
+    return event.add_json("entries", list + "]").dump();
 }
-inline void ChatRoom::since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCall then) {
-    hub_.store().since(name_, id, limit, std::move(then));
+
+inline std::string ChatHandler::users_event(const ChatRoom& room) {
+    std::vector<std::string> names;
+    std::string about;
+    for (const ChatUser& user : room.users()) {
+        names.push_back(user.name);
+        if (!user.about.empty()) about += (about.empty() ? "{" : ",") + Json(user.name).dump() + ":" + user.about;
+    }
+    ChatEvent event("users");
+    event.add("room", room.name()).add("users", Json::array(names));
+    if (!about.empty()) event.add_json("about", about + "}");
+    return event.dump();
+}
+
+inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
+    if (!detail::valid_chat_text(text))
+        throw Error(std::string(call) + ": the text holds control characters, or is not UTF-8");
+    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::said, *this, name);
+    entry.text = text;
+    return entry;
+}
+inline void ChatRoom::publish(std::string_view text, std::string_view name) {
+    hub_.append(new_text("publish", text, name));
+}
+inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
+    hub_.forward(new_text("broadcast", text, name));
+}
+inline void ChatRoom::since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCallback callback) {
+    hub_.store().since(name_, id, limit, std::move(callback));
 }
 inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
     const detail::Presence::User* user = presence_.find(name);
     if (user == nullptr) return false;
-    for (ChatHandler* connection : std::vector<ChatHandler*>(user->connections)) connection->dismiss(reason);
+    for (ChatHandler* connection : std::vector<ChatHandler*>(user->connections)) connection->kick(reason);
     return true;
 }
 inline bool ChatRoom::mute(std::string_view name, Duration duration) {
@@ -9477,134 +9651,139 @@ inline bool ChatRoom::mute(std::string_view name, Duration duration) {
 }
 
 inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
-    const std::string whom(address_or_name);
-    const bool address = whom == "unix" || IpAddress::parse(whom).has_value();
-    set(bans_, address ? "address " + share_of(whom) : name_key(whom), duration);
-    if (duration <= Duration::zero()) return;
+    const std::string target(address_or_name);
+    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
+    const bool ending = duration <= Duration::zero();
+    bool is_user = false;
     for (const auto& [name, room] : rooms_) {
-        const detail::Presence::User* user = address ? nullptr : room.presence().find(whom);
-        if (user != nullptr && !user->identity.empty()) banned_as_.find_or_emplace(user->identity) = name_key(whom);
+        const User* user = room.presence_.find(target);
+        if (user == nullptr) continue;
+        is_user = true;
+        if (!ending && !user->identity.empty()) banned_identities_.find_or_emplace(user->identity) = name_key(target);
     }
-    for (const auto& [number, handler] : connections_)
-        if (handler.banned()) handler.dismiss("You are banned.");
+    if (ending || is_user || !is_address) bans_.set(name_key(target), duration, now());
+    if (is_address && (ending || !is_user)) bans_.set(address_key(target), duration, now());
+    if (ending) return;
+    for (const auto& [number, handler] : connections_) {
+        const auto is_banned = [&, connection = &handler](const std::string& name) {
+            return banned(connection->remote_address(), name, connection->identity_);
+        };
+        bool found = is_banned("");
+        for (const auto& membership : handler.memberships_) found = found || is_banned(membership.user->info.name);
+        if (found) handler.kick("You are banned.");
+    }
 }
 
-inline detail::Presence::User& ChatHub::arrive(ChatRoom& room, const ChatUser& who, const std::string& identity,
-                                               ChatHandler& handler, std::uint64_t serial) {
-    // The name of an account is its own: a visitor who has it gets another.
-    detail::Presence::User* holder = who.fixed ? room.presence().find(who.name) : nullptr;
-    if (holder != nullptr && !holder->who.fixed) rename(room, *holder, room.presence().free_name(who.name));
-    const detail::Presence::Arrival arrival = room.presence().arrive(who, identity, &handler);
-    if (!arrival.first) return arrival.user;
+inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, const std::string& identity,
+                                       ChatHandler& handler, std::uint64_t number) {
+    // An account owns its name, so a visitor with that name gets another one.
+    User* holder = info.account ? room.presence_.find(info.name) : nullptr;
+    if (holder != nullptr && !holder->info.account) rename(room, *holder, room.presence_.free_name(info.name));
+    const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
+    if (!connected.joined) return connected.user;
     try {
-        ChatEntry entry = entry_of(ChatEntry::Kind::come, room, arrival.user.who.name);
-        entry.text = who.about;
-        entry.sender = serial;
-        pass(std::move(entry));
+        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info.name);
+        entry.text = info.about;
+        entry.sender = number;
+        forward(std::move(entry));
     } catch (...) {
-        detail::Presence::detach(arrival.user, &handler, now());
+        detail::Presence::detach(connected.user, &handler, now());
         throw;
     }
-    return arrival.user;
-}
-
-inline void ChatHub::hook_failed(ChatHandler& handler, const char* name, const char* what) {
-    try {
-        server_.report(LogLevel::error, "exception",
-                       {{"in", name}, {"what", what}, {"peer", handler.remote_address()}});
-    } catch (const std::bad_alloc&) {  // there is no memory to tell it
-    }
-    handler.close(CloseCode::internal_error, "internal error");
+    return connected.user;
 }
 
 inline void ChatHub::on_entry(const ChatEntry& entry) {
     switch (entry.kind) {
         case ChatEntry::Kind::said:
         case ChatEntry::Kind::action: return on_said(entry);
-        case ChatEntry::Kind::whisper: return on_whisper(entry);
-        case ChatEntry::Kind::typing: {
-            ChatEvent event("typing");
-            event.add("room", entry.room).add("name", entry.name);
-            if (!entry.text.empty()) event.add("stop", true);
-            return deliver(entry, event, true);
-        }
-        case ChatEntry::Kind::come:
-        case ChatEntry::Kind::go:
-        case ChatEntry::Kind::rename: return on_user(entry);
+        case ChatEntry::Kind::private_message: return on_private_message(entry);
+        case ChatEntry::Kind::typing: return on_typing(entry);
+        case ChatEntry::Kind::join: return on_join(entry);
+        case ChatEntry::Kind::leave: return on_leave(entry);
+        case ChatEntry::Kind::rename: return on_rename(entry);
     }
 }
 
-// To all members but the sender.
-inline void ChatHub::deliver(const ChatEntry& entry, const ChatEvent& event, bool fleeting) {
-    Room* members = server_.rooms().find(entry.room);
-    if (members == nullptr) return;
-    if (fleeting) members->broadcast_volatile(event.dump(), handler(entry.sender));
-    else members->broadcast(event.dump(), handler(entry.sender));
+inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& event) {
+    if (Room* members = members_.find(entry.room)) members->broadcast(event.dump(), connection(entry.sender));
+}
+
+inline void ChatHub::on_typing(const ChatEntry& entry) {
+    ChatEvent event("typing");
+    event.add("room", entry.room).add("name", entry.name);
+    if (!entry.text.empty()) event.add("stop", true);
+    if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
 
 inline void ChatHub::on_said(const ChatEntry& entry) {
-    ChatHandler* sender = handler(entry.sender);
+    ChatHandler* sender = connection(entry.sender);
     ChatRoom* room = find(entry.room);
-    Room* members = server_.rooms().find(entry.room);
     if (room != nullptr && entry.id != 0) {
-        if (entry.id <= room->told()) return;
-        room->set_told(entry.id);
+        if (entry.id <= room->delivered_id_) return;
+        room->delivered_id_ = entry.id;
     }
-    const bool apart = sender != nullptr && !entry.tag.empty();  // the tag is the sender's alone
-    if (members != nullptr) members->broadcast(said_event(entry, false), apart ? sender : nullptr);
-    if (apart) sender->write_message(said_event(entry, true));
-    if (sender != nullptr) call(*sender, "on_said", [&] { sender->on_said(entry); });
+    const bool tagged = sender != nullptr && !entry.tag.empty();
+    if (Room* members = members_.find(entry.room))
+        members->broadcast(detail::said_event(entry, false), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(detail::said_event(entry, true));
+    if (sender != nullptr) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
-inline void ChatHub::on_whisper(const ChatEntry& entry) {
+inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
     ChatEvent event("private");
-    event.add("room", entry.room)
-        .add("name", entry.name)
-        .add("to", entry.to)
-        .add("text", entry.text)
-        .add("time", entry.time);
+    event.add("room", entry.room).add("name", entry.name).add("to", entry.to);
+    event.add("text", entry.text).add("time", entry.time);
     const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
-    const detail::Presence::User* from = room->presence().find(entry.name);
-    const detail::Presence::User* to = room->presence().find(entry.to);
-    for (const detail::Presence::User* user : {from, to == from ? nullptr : to}) {
+    const User* author = room->presence_.find(entry.name);
+    const User* receiver = room->presence_.find(entry.to);
+    for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
-        for (ChatHandler* connection : user->connections)
-            connection->write_message(connection == handler(entry.sender) ? tagged : plain);
+        for (ChatHandler* each : user->connections)
+            each->write_message(each == connection(entry.sender) ? tagged : plain);
     }
 }
 
-// Users of this server are in their list already; those of others are put there and taken from it.
-inline void ChatHub::on_user(const ChatEntry& entry) {
+// In the next three, the users of this server are already in the list; those of other servers are not.
+
+inline void ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    detail::Presence& presence = room->presence();
-    detail::Presence::User* user = presence.find(entry.name);
-    if (entry.kind == ChatEntry::Kind::come) {
-        if (user == nullptr) presence.add(ChatUser{entry.name, entry.text}, {}).elsewhere = true;
-        ChatEvent event("join");
-        event.add("room", entry.room).add("name", entry.name).add("time", entry.time);
-        if (!entry.text.empty()) event.add_json("about", entry.text);
-        deliver(entry, event);
-    } else if (entry.kind == ChatEntry::Kind::go) {
-        if (user != nullptr && user->elsewhere) presence.remove(*user);
-        deliver(entry, ChatEvent("leave").add("room", entry.room).add("name", entry.name).add("time", entry.time));
-    } else {
-        if (user != nullptr && user->elsewhere) presence.rename(*user, entry.text);
-        ChatEvent event("nick");
-        event.add("room", entry.room).add("old", entry.name).add("name", entry.text).add("time", entry.time);
-        deliver(entry, event);
-        // Who has no history yet is no member yet, but has been told a name.
-        const detail::Presence::User* renamed = presence.find(entry.text);
-        const Room& members = server_.rooms()[entry.room];
-        for (ChatHandler* connection : renamed == nullptr ? std::vector<ChatHandler*>() : renamed->connections)
-            if (!members.has(*connection)) connection->tell(event);
-    }
+    if (room->presence_.find(entry.name) == nullptr)
+        room->presence_.add(ChatUser{entry.name, entry.text}, {}).remote = true;
+    ChatEvent event("join");
+    event.add("room", entry.room).add("name", entry.name).add("time", entry.time);
+    if (!entry.text.empty()) event.add_json("about", entry.text);
+    send_to_others(entry, event);
 }
 
-inline void ChatHub::on_repeat(const ChatEntry& entry) {
-    ChatHandler* sender = handler(entry.sender);
+inline void ChatHub::on_leave(const ChatEntry& entry) {
+    ChatRoom* room = find(entry.room);
+    if (room == nullptr) return;
+    User* user = room->presence_.find(entry.name);
+    if (user != nullptr && user->remote) room->presence_.remove(*user);
+    send_to_others(entry, ChatEvent("leave").add("room", entry.room).add("name", entry.name).add("time", entry.time));
+}
+
+inline void ChatHub::on_rename(const ChatEntry& entry) {
+    ChatRoom* room = find(entry.room);
+    if (room == nullptr) return;
+    User* user = room->presence_.find(entry.name);
+    if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
+    ChatEvent event("nick");
+    event.add("room", entry.room).add("old", entry.name).add("name", entry.text).add("time", entry.time);
+    send_to_others(entry, event);
+    // A connection that waits for its history is not a member yet, but it knows its name from "hello".
+    const User* renamed = room->presence_.find(entry.text);
+    const Room& members = members_[entry.room];
+    for (ChatHandler* each : renamed == nullptr ? std::vector<ChatHandler*>() : renamed->connections)
+        if (!members.has(*each)) each->reply(event);
+}
+
+inline void ChatHub::on_duplicate(const ChatEntry& entry) {
+    ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
     sender->write_message(event.add("room", entry.room).add("tag", entry.tag).add("id", entry.id).dump());
@@ -9612,7 +9791,7 @@ inline void ChatHub::on_repeat(const ChatEntry& entry) {
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
     server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
-    ChatHandler* sender = handler(entry.sender);
+    ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("error");
     event.add("code", "not_kept")
@@ -9627,37 +9806,39 @@ WSCHAT_END
 // ====================================================================================================================
 // section 17: Stores
 //
-// SqliteHistory: a history in a file, kept by a thread of its own. Knows of a chat only what ChatStore says.
+// SqliteHistory: a history in a file, which a thread of its own reads and writes.
 // ====================================================================================================================
 
 #if WSCHAT_CHAT && WSCHAT_SQLITE
 
 #include <sqlite3.h>
 
+#include <atomic>
 #include <condition_variable>
+#include <mutex>
 #include <thread>
 
 WSCHAT_BEGIN
 
 struct SqliteOptions {
     std::size_t max_entries = 100'000;                // of a room; older ones are deleted. 0: no limit
-    std::size_t max_file_bytes = 0;                   // a file of that size is full; 0: as large as the disk lets it be
-    std::size_t max_waiting = 10'000;                 // entries before their commit; past it senders are told to wait
-    Duration busy_timeout = std::chrono::seconds(2);  // for a lock that another program holds on the file
-    bool survive_power_loss = false;                  // wait for the disk at each commit; without, the end of the
-                                                      // process loses nothing, that of the machine the last seconds
+    std::size_t max_file_bytes = 0;                   // 0: no limit; a full file refuses new entries
+    std::size_t max_queued = 10'000;                  // entries before their commit; more are refused
+    Duration busy_timeout = std::chrono::seconds(2);  // how long to wait for a lock of another program
+    bool survive_power_loss = false;  // true: each commit waits for the disk. false: a crash of the program loses
+                                      // nothing, a crash of the machine loses the last seconds
 };
 
 namespace detail {
 
-// The file: rooms with their newest ids, and entries. For one thread at a time; what fails throws an Error.
+// The database file: rooms with their newest ids, and entries. For one thread at a time. Failures are an Error.
 class SqliteFile {
 public:
     SqliteFile(const std::string& path, const SqliteOptions& options) : path_(path), max_entries_(options.max_entries) {
         const int flags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_NOMUTEX;
         const int result = ::sqlite3_open_v2(path.c_str(), &database_, flags, nullptr);
         try {
-            check(result);
+            check_result(result);
             prepare_file(options);
         } catch (...) {
             ::sqlite3_close_v2(database_);
@@ -9671,68 +9852,57 @@ public:
         ::sqlite3_close_v2(database_);
     }
 
-    // Gives each entry its id, in one transaction: all are kept, or none. True at each one whose author had sent the
-    // tag before; its id is that of then.
+    // Stores all entries or none, in one transaction, and sets their ids. The result is true for each duplicate: its
+    // author has sent the tag before, and its id is that of the first entry.
     std::vector<bool> append(std::vector<ChatEntry>& entries) {
-        std::vector<bool> repeated;
+        std::vector<bool> duplicates;
         transaction("BEGIN IMMEDIATE", [&] {
-            for (ChatEntry& entry : entries) repeated.push_back(!append_one(entry));
+            for (ChatEntry& entry : entries) duplicates.push_back(!append_one(entry));
         });
-        return repeated;
+        return duplicates;
     }
 
     HistoryPage since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit) {
         HistoryPage page;
         transaction("BEGIN", [&] {
-            const auto [number, last] = find_room(room);
-            const bool known = id && *id <= last;
+            const auto [number, last_id] = find_room(room);
+            const bool known = id && *id <= last_id;
             Query query(*this, Statement::since);
             query.bind(1, number)
                 .bind(2, static_cast<std::int64_t>(known ? *id : 0))
                 .bind(3, static_cast<std::int64_t>(limit));
-            for (std::size_t bytes = 0; bytes <= max_page_bytes && query.row();
+            for (std::size_t bytes = 0; bytes <= max_page_bytes && query.next_row();
                  bytes += page.entries.back().text.size())
-                page.entries.push_back(entry_of(query));
+                page.entries.push_back(read_entry(query));
             std::reverse(page.entries.begin(), page.entries.end());
-            page.last = last;
-            page.gap = id && (!known || last - *id > page.entries.size());
+            page.last_id = last_id;
+            page.gap = id && (!known || last_id - *id > page.entries.size());
         });
         return page;
     }
 
 private:
-    enum class Statement : std::size_t {
-        find_start,
-        find_room,
-        add_room,
-        find_tag,
-        add,
-        set_last,
-        prune,
-        since,
-        count
-    };
+    enum class Statement { find_start, find_room, add_room, find_tag, add, set_last, prune, since, count };
 
-    // What changes a file of version N into one of version N + 1; a new file is of version 0.
-    static constexpr const char* steps[] = {
+    // migrations[N] changes a file of version N into version N + 1. A new file has version 0.
+    static constexpr const char* migrations[] = {
         "CREATE TABLE room(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, last INTEGER NOT NULL);"
         "CREATE TABLE entry(room INTEGER NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, kind INTEGER NOT NULL,"
         " name TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY(room, id)) WITHOUT ROWID;",
         "ALTER TABLE entry ADD COLUMN author TEXT NOT NULL DEFAULT '';"
         "ALTER TABLE entry ADD COLUMN tag TEXT NOT NULL DEFAULT '';"
         "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';",
-        // The ids of a room begin at the microseconds of the wall clock, so that one of a file that is gone is known to
-        // be none of this.
+        // Ids start at the wall clock in microseconds, so ids of a deleted file are recognised.
         ("CREATE TABLE start(id INTEGER NOT NULL);"
          "INSERT INTO start VALUES(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER));"),
     };
-    static constexpr int version = sizeof steps / sizeof steps[0];
-    static constexpr int application = 0x77736368;  // "wsch"
-    // About so much text is read at once: what asks for it is cheap.
+    static constexpr int version = sizeof migrations / sizeof migrations[0];
+    static constexpr int application_id = 0x77736368;  // "wsch"
+    // A page stops after about so much text, because a client can ask for pages at no cost.
     static constexpr std::size_t max_page_bytes = 1024 * 1024;
 
-    static const char* text_of(Statement statement) {
-        constexpr const char* texts[] = {
+    static const char* sql_of(Statement statement) {
+        constexpr const char* sql[] = {
             "SELECT id FROM start",
             "SELECT id, last FROM room WHERE name = ?1",
             "INSERT INTO room(name, last) VALUES(?1, ?2)",
@@ -9742,19 +9912,18 @@ private:
             "DELETE FROM entry WHERE room = ?1 AND id <= ?2",
             ("SELECT id, time, kind, name, text, author, tag FROM entry WHERE room = ?1 AND id > ?2"
              " ORDER BY id DESC LIMIT ?3")};
-        return texts[static_cast<std::size_t>(statement)];
+        return sql[static_cast<std::size_t>(statement)];
     }
 
-    // One use of a prepared statement, which is reset at its end.
+    // One execution of a prepared statement. The destructor resets it.
     class Query {
     public:
-        Query(SqliteFile& file, Statement which)
-            : file_(file), statement_(file.statements_[static_cast<std::size_t>(which)]) {
-            if (statement_ == nullptr) {
-                file.check(::sqlite3_prepare_v3(file.database_, text_of(which), -1, SQLITE_PREPARE_PERSISTENT,
-                                                &statement_, nullptr));
-                file.statements_[static_cast<std::size_t>(which)] = statement_;
-            }
+        Query(SqliteFile& file, Statement statement) : file_(file) {
+            sqlite3_stmt*& prepared = file.statements_[static_cast<std::size_t>(statement)];
+            if (prepared == nullptr)
+                file.check_result(::sqlite3_prepare_v3(file.database_, sql_of(statement), -1, SQLITE_PREPARE_PERSISTENT,
+                                                       &prepared, nullptr));
+            statement_ = prepared;
         }
         Query(const Query&) = delete;
         Query& operator=(const Query&) = delete;
@@ -9762,18 +9931,20 @@ private:
             ::sqlite3_reset(statement_);
             ::sqlite3_clear_bindings(statement_);
         }
-        Query& bind(int at, std::int64_t value) {
-            file_.check(::sqlite3_bind_int64(statement_, at, value));
+        Query& bind(int index, std::int64_t value) {
+            file_.check_result(::sqlite3_bind_int64(statement_, index, value));
             return *this;
         }
         // The text must outlive the query.
-        Query& bind(int at, const std::string& value) {
-            file_.check(::sqlite3_bind_text64(statement_, at, value.data(), value.size(), nullptr, SQLITE_UTF8));
+        Query& bind(int index, const std::string& value) {
+            file_.check_result(
+                ::sqlite3_bind_text64(statement_, index, value.data(), value.size(), nullptr, SQLITE_UTF8));
             return *this;
         }
-        bool row() {
+        // False after the last row.
+        bool next_row() {
             const int result = ::sqlite3_step(statement_);
-            if (result != SQLITE_ROW && result != SQLITE_DONE) file_.check(result);
+            if (result != SQLITE_ROW && result != SQLITE_DONE) file_.check_result(result);
             return result == SQLITE_ROW;
         }
         std::int64_t number(int column) const { return ::sqlite3_column_int64(statement_, column); }
@@ -9789,33 +9960,36 @@ private:
         sqlite3_stmt* statement_;
     };
 
-    void check(int result) const {
+    [[noreturn]] void fail(const std::string& cause) const { throw Error("SqliteHistory \"" + path_ + "\": " + cause); }
+    void check_result(int result) const {
         if (result == SQLITE_OK) return;
-        const char* why = database_ == nullptr ? ::sqlite3_errstr(result) : ::sqlite3_errmsg(database_);
-        throw Error("SqliteHistory \"" + path_ + "\": " + why + " (" + std::to_string(result) + ")");
+        const std::string cause = database_ == nullptr ? ::sqlite3_errstr(result) : ::sqlite3_errmsg(database_);
+        fail(cause + " (" + std::to_string(result) + ")");
     }
-    void execute(const std::string& sql) { check(::sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr)); }
+    void execute(const std::string& sql) {
+        check_result(::sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr));
+    }
     std::int64_t value_of(const char* sql) {
         sqlite3_stmt* statement = nullptr;
-        check(::sqlite3_prepare_v2(database_, sql, -1, &statement, nullptr));
+        check_result(::sqlite3_prepare_v2(database_, sql, -1, &statement, nullptr));
         const int result = ::sqlite3_step(statement);
         const std::int64_t value = result == SQLITE_ROW ? ::sqlite3_column_int64(statement, 0) : 0;
         ::sqlite3_finalize(statement);
-        if (result != SQLITE_ROW && result != SQLITE_DONE) check(result);
+        if (result != SQLITE_ROW && result != SQLITE_DONE) check_result(result);
         return value;
     }
     template <class Work>
     void transaction(const char* begin, Work&& work) {
-        // What is written to a file without a name is lost with this program.
+        // Entries in a deleted file would be lost.
         int moved = 0;
         ::sqlite3_file_control(database_, "main", SQLITE_FCNTL_HAS_MOVED, &moved);
-        if (moved != 0) throw Error("SqliteHistory \"" + path_ + "\": the file was moved or deleted");
+        if (moved != 0) fail("the file was moved or deleted");
         execute(begin);
         try {
             work();
             execute("COMMIT");
         } catch (...) {
-            // After some errors SQLite has rolled back itself.
+            // After some errors SQLite has already rolled back.
             if (::sqlite3_get_autocommit(database_) == 0)
                 ::sqlite3_exec(database_, "ROLLBACK", nullptr, nullptr, nullptr);
             throw;
@@ -9825,14 +9999,13 @@ private:
     void prepare_file(const SqliteOptions& options) {
         const auto timeout = std::chrono::duration_cast<std::chrono::milliseconds>(options.busy_timeout).count();
         ::sqlite3_busy_timeout(database_, static_cast<int>(timeout));
-        const std::string quoted = "SqliteHistory \"" + path_ + "\": ";
         const std::int64_t owner = value_of("PRAGMA application_id"), found = value_of("PRAGMA user_version");
-        if (owner != application && (owner != 0 || found != 0 || value_of("SELECT count(*) FROM sqlite_master") != 0))
-            throw Error(quoted + "it is a database of another program");
+        if (owner != application_id &&
+            (owner != 0 || found != 0 || value_of("SELECT count(*) FROM sqlite_master") != 0))
+            fail("it is a database of another program");
         if (found > version)
-            throw Error(quoted + "it is of version " + std::to_string(found) + ", and this program knows " +
-                        std::to_string(version));
-        if (::sqlite3_db_readonly(database_, "main") == 1) throw Error(quoted + "it may only be read");
+            fail("it is of version " + std::to_string(found) + ", and this program knows " + std::to_string(version));
+        if (::sqlite3_db_readonly(database_, "main") == 1) fail("it may only be read");
         execute("PRAGMA journal_mode = WAL");
         execute(options.survive_power_loss ? "PRAGMA synchronous = FULL" : "PRAGMA synchronous = NORMAL");
         if (options.max_file_bytes != 0) {
@@ -9843,50 +10016,54 @@ private:
     }
     void migrate() {
         transaction("BEGIN IMMEDIATE", [this] {
-            // Another program may have done it since we looked.
-            for (auto at = value_of("PRAGMA user_version"); at < version; ++at) execute(steps[at]);
-            execute("PRAGMA application_id = " + std::to_string(application));
+            // Reads the version again, because another program may have migrated the file since.
+            for (auto at = value_of("PRAGMA user_version"); at < version; ++at) execute(migrations[at]);
+            execute("PRAGMA application_id = " + std::to_string(application_id));
             execute("PRAGMA user_version = " + std::to_string(version));
         });
     }
 
     struct RoomRow {
-        std::int64_t number;
-        std::uint64_t last;
+        std::int64_t number;  // 0: the room has no row yet
+        std::uint64_t last_id;
     };
     RoomRow find_room(const std::string& name) {
         Query query(*this, Statement::find_room);
         query.bind(1, name);
-        if (query.row()) return {query.number(0), static_cast<std::uint64_t>(query.number(1))};
+        if (query.next_row()) return {query.number(0), static_cast<std::uint64_t>(query.number(1))};
         Query start(*this, Statement::find_start);
-        return {0, start.row() ? static_cast<std::uint64_t>(start.number(0)) : 0};
+        return {0, start.next_row() ? static_cast<std::uint64_t>(start.number(0)) : 0};
     }
-    // False where its author had sent the tag before.
+    // False if it is a duplicate.
     bool append_one(ChatEntry& entry) {
         RoomRow room = find_room(entry.room);
         if (room.number == 0) {
-            Query(*this, Statement::add_room).bind(1, entry.room).bind(2, static_cast<std::int64_t>(room.last)).row();
+            Query(*this, Statement::add_room)
+                .bind(1, entry.room)
+                .bind(2, static_cast<std::int64_t>(room.last_id))
+                .next_row();
             room.number = ::sqlite3_last_insert_rowid(database_);
         }
         if (!entry.tag.empty()) {
-            Query known(*this, Statement::find_tag);
-            known.bind(1, room.number).bind(2, entry.author).bind(3, entry.tag);
-            if (known.row()) {
-                entry.id = static_cast<std::uint64_t>(known.number(0));
+            Query duplicate(*this, Statement::find_tag);
+            duplicate.bind(1, room.number).bind(2, entry.author).bind(3, entry.tag);
+            if (duplicate.next_row()) {
+                entry.id = static_cast<std::uint64_t>(duplicate.number(0));
                 return false;
             }
         }
-        const auto id = static_cast<std::int64_t>(room.last + 1);
-        entry.id = room.last + 1;
+        const auto id = static_cast<std::int64_t>(room.last_id + 1);
+        entry.id = room.last_id + 1;
         Query add(*this, Statement::add);
         add.bind(1, room.number).bind(2, id).bind(3, entry.time).bind(4, static_cast<std::int64_t>(entry.kind));
-        add.bind(5, entry.name).bind(6, entry.text).bind(7, entry.author).bind(8, entry.tag).row();
-        Query(*this, Statement::set_last).bind(1, room.number).bind(2, id).row();
-        const auto old = id - static_cast<std::int64_t>(max_entries_);
-        if (max_entries_ != 0 && old > 0) Query(*this, Statement::prune).bind(1, room.number).bind(2, old).row();
+        add.bind(5, entry.name).bind(6, entry.text).bind(7, entry.author).bind(8, entry.tag).next_row();
+        Query(*this, Statement::set_last).bind(1, room.number).bind(2, id).next_row();
+        const auto expired = id - static_cast<std::int64_t>(max_entries_);
+        if (max_entries_ != 0 && expired > 0)
+            Query(*this, Statement::prune).bind(1, room.number).bind(2, expired).next_row();
         return true;
     }
-    static ChatEntry entry_of(const Query& query) {
+    static ChatEntry read_entry(const Query& query) {
         ChatEntry entry;
         entry.id = static_cast<std::uint64_t>(query.number(0));
         entry.time = query.number(1);
@@ -9906,9 +10083,9 @@ private:
 
 }  // namespace detail
 
-// A history that outlives the server: server.history(SqliteHistory("chat.db")). What waits is written in one transaction
-// by a thread of its own, and delivered and acknowledged after the commit. A file that can not be opened is an Error;
-// one that can not be written later (full, locked, damaged) costs what was to be written, and its senders are told.
+// A history in a file: ChatHub::of(server).set_store(SqliteHistory("chat.db")). A thread writes all queued entries in
+// one transaction, and delivers them after the commit. An Error if the file cannot be opened. If a later write fails
+// because the file is full, locked or damaged, each sender gets an error event.
 class SqliteHistory final : public ChatStore {
 public:
     explicit SqliteHistory(const std::string& path, const SqliteOptions& options = {})
@@ -9918,36 +10095,33 @@ public:
         worker_->start(listener, std::move(mailbox));
     }
     void append(ChatEntry entry) override {
-        if (worker_->waiting() < worker_->max_waiting()) return worker_->add({std::move(entry), {}, 0, nullptr});
-        worker_->target->listener->on_failure(entry, "too many messages wait to be written");
+        if (worker_->has_space()) return worker_->add({std::move(entry), {}, 0, nullptr});
+        worker_->listener().on_failure(entry, "too many messages wait to be written");
     }
-    void pass(const ChatEntry& entry) override { worker_->target->listener->on_entry(entry); }
-    void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit, PageCall then) override {
+    void forward(const ChatEntry& entry) override { worker_->listener().on_entry(entry); }
+    void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit,
+               PageCallback callback) override {
         ChatEntry entry;
         entry.room = room;
-        worker_->add({std::move(entry), id, limit, std::move(then)});
+        worker_->add({std::move(entry), id, limit, std::move(callback)});
     }
 
 private:
-    // To append the entry or, where there is somebody to call, to read its room.
+    // Appends the entry. With a callback, reads the history of its room instead.
     struct Job {
         ChatEntry entry;
         std::optional<std::uint64_t> id;
         std::size_t limit;
-        PageCall then;
-    };
-    // Whom posted work talks to; null when the store is gone. For the loop's thread.
-    struct Target {
-        Listener* listener = nullptr;
+        PageCallback callback;
     };
 
     class Worker {
     public:
         Worker(const std::string& path, const SqliteOptions& options)
-            : file_(path, options), max_waiting_(options.max_waiting) {}
+            : file_(path, options), max_queued_(options.max_queued) {}
         Worker(const Worker&) = delete;
         Worker& operator=(const Worker&) = delete;
-        // What was added is written before.
+        // Writes the queued entries first.
         ~Worker() {
             if (!thread_.joinable()) return;
             {
@@ -9956,73 +10130,68 @@ private:
             }
             changed_.notify_one();
             thread_.join();
-            target->listener = nullptr;
+            *listener_ = nullptr;
         }
 
         void start(Listener& listener, std::shared_ptr<Mailbox> mailbox) {
-            target->listener = &listener;
+            *listener_ = &listener;
             mailbox_ = std::move(mailbox);
             try {
                 thread_ = std::thread([this] { run(); });
             } catch (const std::system_error& error) {
-                throw Error(std::string("SqliteHistory: no thread can be had: ") + error.what());
+                throw Error(std::string("SqliteHistory: the system refuses a thread: ") + error.what());
             }
         }
         void add(Job job) {
             {
                 const std::lock_guard<std::mutex> lock(mutex_);
                 jobs_.push_back(std::move(job));
-                ++waiting_;
+                ++queued_;
             }
             changed_.notify_one();
         }
-        std::size_t waiting() const { return waiting_.load(); }
-        std::size_t max_waiting() const { return max_waiting_; }
-
-        const std::shared_ptr<Target> target = std::make_shared<Target>();
+        bool has_space() const { return queued_.load() < max_queued_; }
+        Listener& listener() const { return **listener_; }
 
     private:
         void run() {
-            for (;;) {
+            for (bool stop = false; !stop;) {
                 std::vector<Job> jobs;
-                bool stop;
                 {
                     std::unique_lock<std::mutex> lock(mutex_);
                     changed_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
                     jobs.swap(jobs_);
                     stop = stop_;
                 }
-                // In their order, so that a page has all that was delivered before it and nothing that comes after it.
+                // In their order, so a page contains exactly what was delivered before it.
                 for (std::size_t i = 0; i < jobs.size();) {
                     const std::size_t begin = i;
-                    while (i < jobs.size() && !jobs[i].then) ++i;
-                    const bool reads = i == begin;
-                    if (reads) ++i;
+                    while (i < jobs.size() && !jobs[i].callback) ++i;
                     try {
-                        if (!reads) write(jobs, begin, i);
-                        else if (!stop) read(jobs[begin]);
-                    } catch (const std::bad_alloc&) {  // there is no memory to tell it; who asked will ask again
+                        if (i != begin) write(jobs, begin, i);
+                        else if (!stop) read(jobs[i]);
+                    } catch (const std::bad_alloc&) {  // the result is lost; clients send and ask again
                     }
+                    if (i == begin) ++i;
                 }
-                waiting_ -= jobs.size();
-                if (stop) return;
+                queued_ -= jobs.size();
             }
         }
         void write(std::vector<Job>& jobs, std::size_t begin, std::size_t end) {
             std::vector<ChatEntry> entries;
             for (; begin != end; ++begin) entries.push_back(std::move(jobs[begin].entry));
-            std::vector<bool> repeated;
+            std::vector<bool> duplicates;
             std::string cause;
             try {
-                repeated = file_.append(entries);
+                duplicates = file_.append(entries);
             } catch (const std::exception& error) {
                 cause = error.what();
             }
-            post([entries = std::move(entries), repeated = std::move(repeated),
+            post([entries = std::move(entries), duplicates = std::move(duplicates),
                   cause = std::move(cause)](Listener& listener) {
                 for (std::size_t i = 0; i < entries.size(); ++i) {
                     if (!cause.empty()) listener.on_failure(entries[i], cause);
-                    else if (repeated[i]) listener.on_repeat(entries[i]);
+                    else if (duplicates[i]) listener.on_duplicate(entries[i]);
                     else listener.on_entry(entries[i]);
                 }
             });
@@ -10035,22 +10204,26 @@ private:
                 page = HistoryPage();
                 page.error = error.what();
             }
-            post([then = std::move(job.then), page = std::move(page)](Listener&) mutable { then(std::move(page)); });
+            post([callback = std::move(job.callback), page = std::move(page)](Listener&) mutable {
+                callback(std::move(page));
+            });
         }
         template <class Work>
         void post(Work&& work) {
-            mailbox_->post([target = target, work = std::forward<Work>(work)]() mutable {
-                if (target->listener != nullptr) work(*target->listener);
+            mailbox_->post([listener = listener_, work = std::forward<Work>(work)]() mutable {
+                if (*listener != nullptr) work(**listener);
             });
         }
 
         detail::SqliteFile file_;
-        std::size_t max_waiting_;
+        std::size_t max_queued_;
         std::shared_ptr<Mailbox> mailbox_;
+        // Shared with posted work, for which it becomes null. Only the loop's thread uses the listener.
+        const std::shared_ptr<Listener*> listener_ = std::make_shared<Listener*>(nullptr);
         std::mutex mutex_;
         std::condition_variable changed_;
         std::vector<Job> jobs_;
-        std::atomic<std::size_t> waiting_{0};  // jobs that are not done
+        std::atomic<std::size_t> queued_{0};  // jobs in the queue and in progress
         bool stop_ = false;
         std::thread thread_;
     };

@@ -1,19 +1,19 @@
 // A chat with rooms, names, presence and a history.   rooms [port] [--page FILE] [--db FILE]
 //
-// With -DWSCHAT_SQLITE=1 and -lsqlite3 the history may be kept in a file, which survives the program.
+// ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. Clients send lines of text. A line with
+// a slash in front is a command (/help lists them), and all other lines are said to the room. chat.html is one client.
 //
-// ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. A line that begins with a slash is a
-// command (/help names all), anything else is said to the room. chat.html speaks this, and so does anybody who can type.
+// With -DWSCHAT_SQLITE=1 and -lsqlite3, --db keeps the history in a file.
 #define WSCHAT_CHAT 1
 #include "../wschat.hpp"
 
 int main(int argc, char** argv) try {
     std::string port = "8888", page = wschat::beside(__FILE__, "chat.html"), db;
     for (int i = 1; i < argc; ++i) {
-        const std::string word = argv[i];
-        if (word == "--page" && i + 1 < argc) page = argv[++i];
-        else if (word == "--db" && i + 1 < argc) db = argv[++i];
-        else port = word;
+        const std::string argument = argv[i];
+        if (argument == "--page" && i + 1 < argc) page = argv[++i];
+        else if (argument == "--db" && i + 1 < argc) db = argv[++i];
+        else port = argument;
     }
 
     wschat::Server server;

@@ -1,4 +1,4 @@
-// section 15: presence, history, floods and commands without a socket; what becomes of connections, with them.
+// section 16: most tests use handlers without sockets; tests of lost connections use sockets.
 #define WSCHAT_CHAT 1
 #include "support.hpp"
 
@@ -18,14 +18,13 @@ using test::RunningServer;
 
 // ---- a chat without sockets ----------------------------------------------------------------------------------------
 
-// Stands in for the sessions of a server that never runs: its time stands still, and what handlers send stays here.
-class Desk final : public HandlerHost {
+// Takes the place of a server's sessions. The server does not run: time stands still, and output stays in the handlers.
+class TestHost final : public HandlerHost {
 public:
     void mark_dirty() override {}
     void flush() override {}
     std::size_t offer(const std::string_view*, std::size_t) override { return 0; }
     void set_nodelay(bool) override {}
-    void callback_failed(const char*, const char*) override {}
     bool origin_allowed(std::string_view) const override { return true; }
     Time now() const override { return const_cast<Server&>(server_).loop().now(); }
     bool on_loop_thread() const override { return true; }
@@ -33,6 +32,7 @@ public:
     Loop& loop() override { return server_.loop(); }
     Server& server() override { return server_; }
     std::shared_ptr<Mailbox> mailbox() override { return server_.loop().mailbox(); }
+    void report_exception(const char*, const char*) noexcept override {}
 
     ChatHub& hub() { return ChatHub::of(server_); }
     ChatRoom& room(std::string_view name) { return hub().room(name); }
@@ -46,66 +46,65 @@ private:
     Server server_{quiet()};
 };
 
-// A client at the desk: what it sends is handled at once, and what it gets is read by a connection of the other side.
+// A client and its handler. The handler receives each line immediately. A connection in the client's role parses the
+// output.
 template <class Handler = ChatHandler>
-class Seat {
+class ChatClient {
 public:
-    explicit Seat(Desk& desk, const std::string& query = "", const std::string& room = "tea",
-                  const std::string& address = "127.0.0.1")
-        : desk_(desk) {
+    explicit ChatClient(TestHost& host, const std::string& query = "", const std::string& room = "tea",
+                        const std::string& address = "127.0.0.1")
+        : host_(host) {
         RequestParser parser(limits_);
         std::size_t consumed = 0;
         parser.feed("GET /chat?" + query + " HTTP/1.1\r\nHost: x\r\n\r\n", consumed);
         HandlerCore& core = HandlerAccess::core(handler);
-        core.host = &desk;
+        core.host = &host;
         core.request = parser.take_request();
         RequestAccess::set_params(core.request, {{"room", room}});
         core.remote_address = address;
         refusal = handler.prepare(core.request);
         if (refusal) return;
-        core.connection.open(Role::server, limits_, arena_, desk.now());
-        peer_.open(Role::client, limits_, arena_, desk.now(), &test::test_mask);
+        core.connection.open(Role::server, limits_, arena_, host.now());
+        peer_.open(Role::client, limits_, arena_, host.now(), &test::test_mask);
         opened_ = true;
         handler.open();
     }
-    Seat(const Seat&) = delete;
-    Seat& operator=(const Seat&) = delete;
-    ~Seat() { leave(); }
+    ChatClient(const ChatClient&) = delete;
+    ChatClient& operator=(const ChatClient&) = delete;
+    ~ChatClient() { disconnect(); }
 
-    // Answers the events that have come since.
-    std::vector<std::string> say(std::string_view line, Opcode opcode = Opcode::text) {
+    // Sends a line and returns all new events.
+    std::vector<std::string> send(std::string_view line, Opcode opcode = Opcode::text) {
         if (handler.is_open()) handler.on_message(Message(line, opcode));
         return events();
     }
     std::vector<std::string> events() {
         std::vector<std::string> list;
         std::string bytes = test::take_output(HandlerAccess::core(handler).connection);
-        peer_.receive(bytes.data(), bytes.size(), desk_.now());
+        peer_.receive(bytes.data(), bytes.size(), host_.now());
         for (Event event = peer_.next_event(); event.kind != Event::Kind::none; event = peer_.next_event()) {
             if (event.kind == Event::Kind::close) break;
             list.emplace_back(event.message.text());
         }
         return list;
     }
-    // The only event that has come since.
-    std::string one() {
-        const auto list = events();
-        return list.size() == 1 ? list[0] : std::to_string(list.size()) + " events";
-    }
-    std::string only(std::string_view line) {
+    // The only new event, or "N events".
+    std::string only_event() { return only(events()); }
+    std::string answer_to(std::string_view line) {
         events();
-        const auto list = say(line);
-        return list.size() == 1 ? list[0] : std::to_string(list.size()) + " events";
+        return only(send(line));
     }
-    // As if the connection had ended without a Close frame, or with one of that code.
-    void leave(CloseCode code = CloseCode::abnormal) {
+    // Ends the connection, with a Close frame unless the code is `abnormal`.
+    void disconnect(CloseCode code = CloseCode::abnormal) {
         if (!std::exchange(opened_, false)) return;
         Connection& connection = HandlerAccess::core(handler).connection;
         if (code == CloseCode::abnormal) connection.receive_eof("lost");
         else connection.fail(code, "", CloseCause::peer);
-        wschat::detail::RoomsAccess::remove_from_all(desk_.rooms(), handler);
+        RoomsAccess::remove_from_all(host_.rooms(), handler);
         handler.on_close();
     }
+    // Destroys the handler in the destructor without a call of on_close().
+    void abandon() { opened_ = false; }
     CloseCode close_code() {
         events();
         return peer_.close_code();
@@ -115,16 +114,20 @@ public:
     std::optional<Response> refusal;
 
 private:
-    Desk& desk_;
+    static std::string only(const std::vector<std::string>& list) {
+        return list.size() == 1 ? list[0] : std::to_string(list.size()) + " events";
+    }
+
+    TestHost& host_;
     Limits limits_;
     SendArena arena_;
     Connection peer_;
     bool opened_ = false;
 };
 
-std::string names_of(const Presence& presence) {
+std::string names_of(const std::vector<ChatUser>& users) {
     std::string all;
-    for (const ChatUser& user : presence.users()) (all += all.empty() ? "" : " ") += user.name;
+    for (const ChatUser& user : users) (all += all.empty() ? "" : " ") += user.name;
     return all;
 }
 
@@ -141,7 +144,7 @@ ChatEntry entry(const std::string& text, const std::string& tag = "", const std:
 }
 
 // "2 3 4", or "2 3 4 gap".
-std::string told(const HistoryPage& page) {
+std::string ids_of(const HistoryPage& page) {
     std::string all;
     for (const ChatEntry& each : page.entries) (all += all.empty() ? "" : " ") += std::to_string(each.id);
     return page.gap ? all + (all.empty() ? "gap" : " gap") : all;
@@ -153,9 +156,9 @@ const Time start{1000s};
 
 TEST_SUITE_BEGIN("chat");
 
-// ---- lines and names -------------------------------------------------------------------------------------------------
+// ---- lines, names and JSON -----------------------------------------------------------------------------------------
 
-TEST_CASE("a line that begins with one slash is a command, anything else is said") {
+TEST_CASE("a line with one slash in front is a command and all other lines are said") {
     const struct {
         std::string_view line, tag, command, rest;
     } table[] = {
@@ -186,174 +189,196 @@ TEST_CASE("a line that begins with one slash is a command, anything else is said
 }
 
 TEST_CASE("a tag is 1 to 64 visible ASCII characters") {
-    CHECK(ChatLine::good_tag("a"));
-    CHECK(ChatLine::good_tag(std::string(64, '~')));
+    CHECK(ChatLine::valid_tag("a"));
+    CHECK(ChatLine::valid_tag(std::string(64, '~')));
     for (const std::string& bad :
          {std::string(), std::string(65, 'a'), std::string("a b"), std::string("\xC3\xBC"), std::string("\x7F")})
-        CHECK_FALSE(ChatLine::good_tag(bad));
+        CHECK_FALSE(ChatLine::valid_tag(bad));
 }
 
 TEST_CASE("a name is visible text without spaces at its ends") {
     for (const std::string_view good :
          {"a", "Anna", "Gr\xC3\xBCner Tee & mehr", "<b>", "/x", "\xF0\x9F\x8D\xB5", "\xD7\x90"}) {
         CAPTURE(good);
-        CHECK(text::good_name(good, 40));
+        CHECK(valid_chat_name(good, 40));
     }
     for (const std::string_view bad :
          {"", " a", "a ", "a  b", "a\tb", "a\nb", "\x7F", "\xC2\x80", "\xC2\xAD", "\xE2\x80\x8B", "\xE2\x80\xAE",
           "\xE2\x81\xA0", "\xEF\xBB\xBF", "\xD8\x9C", "\xF3\xA0\x80\xA0", "\xFF", "\xC3"}) {
         CAPTURE(test::to_hex(bad));
-        CHECK_FALSE(text::good_name(bad, 40));
+        CHECK_FALSE(valid_chat_name(bad, 40));
     }
-    // Spaces, fillers and selectors, with which a name looks like another one: U+00A0, 034F, 1160, 180E, 2003, 202F,
+    // Invisible characters that make a name look like another one: U+00A0, 034F, 1160, 180E, 2003, 202F,
     // 2800, 3000, 3164, FE0F, FFA0, FFF9, E0100.
     for (const std::string hidden :
          {"\xC2\xA0", "\xCD\x8F", "\xE1\x85\xA0", "\xE1\xA0\x8E", "\xE2\x80\x83", "\xE2\x80\xAF", "\xE2\xA0\x80",
           "\xE3\x80\x80", "\xE3\x85\xA4", "\xEF\xB8\x8F", "\xEF\xBE\xA0", "\xEF\xBF\xB9", "\xF3\xA0\x84\x80"}) {
         CAPTURE(test::to_hex(hidden));
-        CHECK_FALSE(text::good_name("Anna" + hidden, 40));
-        CHECK(text::good_text("Anna" + hidden));
+        CHECK_FALSE(valid_chat_name("Anna" + hidden, 40));
+        CHECK(valid_chat_text("Anna" + hidden));
     }
-    CHECK(text::good_name(std::string(40, 'x'), 40));
-    CHECK_FALSE(text::good_name(std::string(41, 'x'), 40));
+    CHECK(valid_chat_name(std::string(40, 'x'), 40));
+    CHECK_FALSE(valid_chat_name(std::string(41, 'x'), 40));
 }
 
-TEST_CASE("a message may hold anything but control characters, line ends and tabs aside") {
+TEST_CASE("a message may contain all characters except control characters other than line feed and tab") {
     for (const std::string_view good :
          {"", "a\nb\tc", "\xE2\x80\xAE", "\xC3\xBC", "\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x9A\x80"})
-        CHECK(text::good_text(good));
+        CHECK(valid_chat_text(good));
     for (const std::string_view bad :
          {std::string_view("\0", 1), std::string_view("\x1B[2J"), std::string_view("\r"), std::string_view("\x7F"),
           std::string_view("\xC2\x9B"), std::string_view("\xFF")}) {
         CAPTURE(test::to_hex(bad));
-        CHECK_FALSE(text::good_text(bad));
+        CHECK_FALSE(valid_chat_text(bad));
     }
 }
 
-TEST_CASE("an event is one JSON object in the order of its fields") {
+TEST_CASE("an event is one JSON object with its fields in the order of the calls") {
     ChatEvent event("x\"y");
     event.add("n", 1).add_json("list", "[2]").add_unless_empty("no", "").add_unless_empty("text", "\xC3\xBC\n");
     CHECK(event.dump() == "{\"type\":\"x\\\"y\",\"n\":1,\"list\":[2],\"text\":\"\xC3\xBC\\n\"}");
 }
 
-// ---- floods ----------------------------------------------------------------------------------------------------------
+TEST_CASE("a JSON value is checked by the grammar of RFC 8259") {
+    const std::string open(32, '['), close(32, ']');
+    for (const std::string& valid :
+         {std::string(R"({"role":"host","n":[1,-0.5e+3,0,1E2],"o":{}})"), std::string(" [ ] "), std::string("null"),
+          std::string("-1.25"), std::string(R"("\u00e9\\\"\/\n")"), std::string("\"\xC3\xBC\""),
+          std::string("[true,false, \"\" ]"), std::string("{ \"a\" : { \"b\" : 1 } , \"c\" : [ ] }"), open + close}) {
+        CAPTURE(valid);
+        CHECK(valid_json(valid));
+    }
+    for (const std::string_view bad :
+         {"",         " ",          "{",       "}",       "[1",          "[1,]",    "[,1]",      "{,}",  "{\"a\"}",
+          "{\"a\":}", "{\"a\":1,}", "{a:1}",   "{1:2}",   "'a'",         "01",      "+1",        "1.",   ".5",
+          "1e",       "1e+",        "-",       "nul",     "nulls",       "True",    "NaN",       "1 2",  "[1 2]",
+          "[1]]",     "\"",         "\"a",     "\"\\x\"", "\"\\u12g4\"", "\"\\u12", "\"\\u12\"", "\"\\", "\"\\u",
+          "\"a\nb\"", "host",       "[] // x", "[}",      "{]",          "\"\xFF\""}) {
+        CAPTURE(test::to_hex(bad));
+        CHECK_FALSE(valid_json(bad));
+    }
+    CHECK_FALSE(valid_json("[" + open + close + "]"));
+    CHECK_FALSE(valid_json(std::string(1'000'000, '[')));
+}
 
-TEST_CASE("a meter counts messages and bytes") {
-    FloodMeter meter;
+// ---- flood limits --------------------------------------------------------------------------------------------------
+
+TEST_CASE("a flood limiter counts messages and bytes") {
+    FloodLimiter meter;
     const FloodRates rates{{1, 2}, {1, 10}};
     CHECK(meter.take(5, rates, start));
     CHECK(meter.take(5, rates, start));
     CHECK_FALSE(meter.take(0, rates, start));
-    FloodMeter bytes;
+    FloodLimiter bytes;
     CHECK(bytes.take(10, rates, start));
     CHECK_FALSE(bytes.take(1, rates, start));
     CHECK(bytes.full(start + 10s));
 }
 
-TEST_CASE("a flood is told, then dropped, then ended, and ten quiet seconds are forgiven") {
-    using Verdict = FloodJudge::Verdict;
-    FloodJudge judge;
-    CHECK(judge.judge(true, 3, start) == Verdict::pass);
-    CHECK(judge.judge(false, 3, start) == Verdict::tell);
-    CHECK(judge.judge(false, 3, start) == Verdict::drop);
-    CHECK(judge.judge(true, 3, start + 1s) == Verdict::pass);
-    CHECK(judge.judge(false, 3, start + 1s) == Verdict::tell);
-    CHECK(judge.judge(false, 3, start + 1s) == Verdict::close);
-    FloodJudge patient;
-    for (int i = 0; i < 3; ++i) patient.judge(false, 3, start);
-    CHECK(patient.judge(false, 3, start + 10s) == Verdict::drop);
-    CHECK(patient.judge(false, 3, start + 10s) == Verdict::drop);
-    CHECK(patient.judge(false, 3, start + 10s) == Verdict::drop);
-    CHECK(patient.judge(false, 3, start + 10s) == Verdict::close);
+TEST_CASE("the flood policy warns, drops and closes, and restarts after ten quiet seconds") {
+    using Action = FloodPolicy::Action;
+    FloodPolicy policy;
+    CHECK(policy.decide(true, 3, start) == Action::accept);
+    CHECK(policy.decide(false, 3, start) == Action::warn);
+    CHECK(policy.decide(false, 3, start) == Action::drop);
+    CHECK(policy.decide(true, 3, start + 1s) == Action::accept);
+    CHECK(policy.decide(false, 3, start + 1s) == Action::warn);
+    CHECK(policy.decide(false, 3, start + 1s) == Action::close);
+    FloodPolicy patient;
+    for (int i = 0; i < 3; ++i) patient.decide(false, 3, start);
+    CHECK(patient.decide(false, 3, start + 10s) == Action::drop);
+    CHECK(patient.decide(false, 3, start + 10s) == Action::drop);
+    CHECK(patient.decide(false, 3, start + 10s) == Action::drop);
+    CHECK(patient.decide(false, 3, start + 10s) == Action::close);
 }
 
-// ---- presence --------------------------------------------------------------------------------------------------------
+// ---- presence ------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a user comes with the first connection and leaves with the last") {
+TEST_CASE("a user joins with the first connection and leaves with the last") {
     Presence presence;
     ChatHandler one, two;
-    const auto first = presence.arrive(named("Anna"), "key", &one),
-               second = presence.arrive(named("Anna"), "key", &two);
-    CHECK(first.first);
-    CHECK_FALSE(second.first);
+    const auto first = presence.connect(named("Anna"), "key", &one),
+               second = presence.connect(named("Anna"), "key", &two);
+    CHECK(first.joined);
+    CHECK_FALSE(second.joined);
     CHECK(&first.user == &second.user);
-    CHECK_FALSE(presence.depart(first.user, &one, start, true));
-    CHECK(names_of(presence) == "Anna");
-    CHECK(presence.depart(first.user, &two, start, true));
+    CHECK_FALSE(presence.disconnect(first.user, &one, start, true));
+    CHECK(names_of(presence.users()) == "Anna");
+    CHECK(presence.disconnect(first.user, &two, start, true));
     CHECK(presence.empty());
 }
 
-TEST_CASE("who comes back within the grace has never left, and afterwards has") {
+TEST_CASE("a user who returns in the grace period has not left, and one who returns later has") {
     Presence presence;
     ChatHandler one;
     Time next;
-    const auto come = [&](const std::string& key) { return presence.arrive(named("Anna"), key, &one); };
+    const auto connect = [&](const std::string& key) { return presence.connect(named("Anna"), key, &one); };
     for (const std::string key : {"", "key"}) {
         CAPTURE(key);
-        CHECK_FALSE(presence.depart(come(key).user, &one, start + 3s, false));
+        CHECK_FALSE(presence.disconnect(connect(key).user, &one, start + 3s, false));
         CHECK(presence.expire(start + 2999ms, next).empty());
         CHECK((next == start + 3s));
-        CHECK_FALSE(come(key).first);
+        CHECK_FALSE(connect(key).joined);
         CHECK(presence.expire(start + 1h, next).empty());
         CHECK((next == (Time::max)()));
-        presence.depart(*presence.find("Anna"), &one, start + 3s, false);
+        presence.disconnect(*presence.find("Anna"), &one, start + 3s, false);
         CHECK(presence.expire(start + 3s, next) == std::vector<std::string>{"Anna"});
         CHECK(presence.empty());
-        CHECK(presence.with_identity(key) == nullptr);
+        CHECK(presence.find_identity(key) == nullptr);
     }
 }
 
-TEST_CASE("a name that is taken gets the first number that is free") {
+TEST_CASE("a name that is taken gets the first free number") {
     Presence presence;
     ChatHandler connections[4];
-    CHECK(presence.arrive(named("Anna"), "", &connections[0]).user.who.name == "Anna");
-    CHECK(presence.arrive(named("Anna"), "", &connections[1]).user.who.name == "Anna-2");
-    CHECK(presence.arrive(named("anna"), "", &connections[2]).user.who.name == "anna-3");
-    CHECK(presence.arrive(named("Anna-2"), "", &connections[3]).user.who.name == "Anna-2-2");
+    CHECK(presence.connect(named("Anna"), "", &connections[0]).user.info.name == "Anna");
+    CHECK(presence.connect(named("Anna"), "", &connections[1]).user.info.name == "Anna-2");
+    CHECK(presence.connect(named("anna"), "", &connections[2]).user.info.name == "anna-3");
+    CHECK(presence.connect(named("Anna-2"), "", &connections[3]).user.info.name == "Anna-2-2");
     std::vector<ChatHandler> guests(300);
-    for (ChatHandler& guest : guests) presence.arrive(named("guest"), "", &guest);
+    for (ChatHandler& guest : guests) presence.connect(named("guest"), "", &guest);
     CHECK(presence.size() == 304);
 }
 
-TEST_CASE("a name that is made free is no longer than a name may be, and whole characters") {
+TEST_CASE("a name with a number keeps the limit of names and whole characters") {
     Presence presence;
     ChatHandler connections[3];
     std::string name;
     for (int i = 0; i < 20; ++i) name += "\xC3\xBC";
-    presence.arrive(named(name), "", &connections[0]);
-    CHECK(presence.arrive(named(name), "", &connections[1]).user.who.name == name.substr(0, 38) + "-2");
-    CHECK(text::good_name(presence.free_name(name), 40));
+    presence.connect(named(name), "", &connections[0]);
+    CHECK(presence.connect(named(name), "", &connections[1]).user.info.name == name.substr(0, 38) + "-2");
+    CHECK(valid_chat_name(presence.free_name(name), 40));
     presence.max_name = 60;
     CHECK(presence.free_name(name) == name + "-2");
 }
 
-TEST_CASE("nobody takes over the name of somebody who is away with a key, or is here") {
+TEST_CASE("nobody takes the name of a user who is present or is away with a key") {
     Presence presence;
     ChatHandler one, two, three;
-    presence.depart(presence.arrive(named("Anna"), "key", &one).user, &one, start, false);
-    CHECK(presence.arrive(named("Anna"), "", &two).user.who.name == "Anna-2");
-    CHECK(presence.arrive(named("Anna"), "another key", &three).user.who.name == "Anna-3");
-    CHECK(presence.arrive(named("Berta"), "key", &one).user.who.name == "Anna");
+    presence.disconnect(presence.connect(named("Anna"), "key", &one).user, &one, start, false);
+    CHECK(presence.connect(named("Anna"), "", &two).user.info.name == "Anna-2");
+    CHECK(presence.connect(named("Anna"), "another key", &three).user.info.name == "Anna-3");
+    CHECK(presence.connect(named("Berta"), "key", &one).user.info.name == "Anna");
 }
 
-TEST_CASE("names are changed to free ones, whatever their case") {
+TEST_CASE("a user can change to any free name and the case of letters does not count") {
     Presence presence;
     ChatHandler one, two;
-    Presence::User& anna = presence.arrive(named("Anna"), "", &one).user;
-    presence.arrive(named("Bert"), "", &two);
+    Presence::User& anna = presence.connect(named("Anna"), "", &one).user;
+    presence.connect(named("Bert"), "", &two);
     CHECK_FALSE(presence.rename(anna, "BERT"));
     CHECK(presence.rename(anna, "ANNA"));
     CHECK(presence.rename(anna, "Carl"));
-    CHECK(names_of(presence) == "Bert Carl");
+    CHECK(names_of(presence.users()) == "Bert Carl");
     CHECK(presence.find("anna") == nullptr);
     CHECK(presence.find("carl") == &anna);
 }
 
-TEST_CASE("a user is found at the beginning of a text by the longest name") {
+TEST_CASE("the longest name at the beginning of a text finds the user") {
     Presence presence;
     ChatHandler connections[2];
-    presence.arrive(named("Anna"), "", &connections[0]);
-    presence.arrive(named("Anna Maria"), "", &connections[1]);
+    presence.connect(named("Anna"), "", &connections[0]);
+    presence.connect(named("Anna Maria"), "", &connections[1]);
     const struct {
         std::string_view text, name, rest;
     } table[] = {
@@ -366,33 +391,33 @@ TEST_CASE("a user is found at the beginning of a text by the longest name") {
     for (const auto& row : table) {
         CAPTURE(row.text);
         std::string_view text = row.text;
-        const Presence::User* user = presence.cut_user(text);
+        const Presence::User* user = presence.consume_user(text);
         REQUIRE(user != nullptr);
-        CHECK(user->who.name == row.name);
+        CHECK(user->info.name == row.name);
         CHECK(text == row.rest);
     }
     for (std::string_view nobody : {"", " ", "Annabel hello", "hello Anna"})
-        CHECK(presence.cut_user(nobody) == nullptr);
+        CHECK(presence.consume_user(nobody) == nullptr);
 }
 
-TEST_CASE("a user is looked for in no more of a text than a name can be") {
+TEST_CASE("the search for a name reads no more of a text than the longest name") {
     Presence presence;
     ChatHandler connection;
-    Presence::User& anna = presence.arrive(named("Anna"), "", &connection).user;
-    const std::string spaces(16 * 1024 * 1024, ' ');  // for years, if each were tried
+    Presence::User& anna = presence.connect(named("Anna"), "", &connection).user;
+    const std::string spaces(16 * 1024 * 1024, ' ');  // a search of each prefix would take years
     std::string_view text = spaces;
-    CHECK(presence.cut_user(text) == nullptr);
+    CHECK(presence.consume_user(text) == nullptr);
     presence.rename(anna, "Anna Maria Magdalena");
     const std::string line = "anna maria magdalena" + spaces;
     text = line;
-    CHECK(presence.cut_user(text) == &anna);
+    CHECK(presence.consume_user(text) == &anna);
     CHECK(text.size() == spaces.size() - 1);
 }
 
-// ---- history ---------------------------------------------------------------------------------------------------------
+// ---- history -------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a history answers what is newer than an id, in order, and says whether something is missing") {
-    HistoryRing ring(100);
+TEST_CASE("a history returns the entries after an id in order and reports a gap") {
+    RoomHistory ring(100);
     HistoryLimits limits;
     limits.max_entries = 5;
     for (int i = 1; i <= 8; ++i) CHECK(ring.append(entry("x"), limits, start) == 100u + static_cast<unsigned>(i));
@@ -406,10 +431,10 @@ TEST_CASE("a history answers what is newer than an id, in order, and says whethe
         {103, 50, "104 105 106 107 108"},
         {106, 50, "107 108"},
         {108, 50, ""},
-        {102, 50, "104 105 106 107 108 gap"},  // 103 is forgotten
+        {102, 50, "104 105 106 107 108 gap"},  // 103 was deleted
         {104, 2, "107 108 gap"},               // 105 and 106 are over the limit
         {0, 50, "104 105 106 107 108 gap"},    // of another history
-        {109, 50, "104 105 106 107 108 gap"},  // of another history too
+        {109, 50, "104 105 106 107 108 gap"},  // also of another history
         {108, 0, ""},
         {107, 0, "gap"},
     };
@@ -417,27 +442,27 @@ TEST_CASE("a history answers what is newer than an id, in order, and says whethe
         CAPTURE(row.id.value_or(0));
         CAPTURE(row.limit);
         const HistoryPage page = ring.since(row.id, row.limit, limits, start);
-        CHECK(told(page) == row.answer);
-        CHECK(page.last == 108);
+        CHECK(ids_of(page) == row.answer);
+        CHECK(page.last_id == 108);
     }
 }
 
-TEST_CASE("a history that is empty has an id to begin with") {
-    HistoryRing ring(100);
+TEST_CASE("an empty history has a first id") {
+    RoomHistory ring(100);
     const HistoryPage page = ring.since(std::nullopt, 50, HistoryLimits(), start);
-    CHECK(page.last == 100);
-    CHECK(told(page) == "");
-    CHECK(told(ring.since(page.last, 50, HistoryLimits(), start)) == "");
+    CHECK(page.last_id == 100);
+    CHECK(ids_of(page) == "");
+    CHECK(ids_of(ring.since(page.last_id, 50, HistoryLimits(), start)) == "");
     ring.append(entry("first"), HistoryLimits(), start);
-    CHECK(told(ring.since(page.last, 50, HistoryLimits(), start)) == "101");
+    CHECK(ids_of(ring.since(page.last_id, 50, HistoryLimits(), start)) == "101");
 }
 
-TEST_CASE("a history is bounded by count, bytes and age") {
+TEST_CASE("a history has limits of entries, bytes and age") {
     HistoryLimits count, bytes, age;
     count.max_entries = 10;
     bytes.max_bytes = 10'000;
     age.max_age = 10s;
-    HistoryRing by_count(0), by_bytes(0), by_age(0);
+    RoomHistory by_count(0), by_bytes(0), by_age(0);
     for (int i = 0; i < 1000; ++i) {
         by_count.append(entry("x", std::to_string(i)), count, start);
         by_bytes.append(entry(std::string(500, 'x'), std::to_string(i)), bytes, start);
@@ -447,13 +472,13 @@ TEST_CASE("a history is bounded by count, bytes and age") {
     CHECK(by_bytes.bytes() <= 10'000);
     CHECK(by_bytes.size() > 5);
     CHECK(by_age.size() == 10);
-    CHECK(told(by_age.since(999, 50, age, start + 1h)) == "gap");
+    CHECK(ids_of(by_age.since(999, 50, age, start + 1h)) == "gap");
     CHECK(by_age.size() == 0);
     CHECK(by_age.bytes() == 0);
 }
 
-TEST_CASE("a tag is known to its author for as long as its message is kept") {
-    HistoryRing ring(0);
+TEST_CASE("a tag of an author is known while its message is kept") {
+    RoomHistory ring(0);
     HistoryLimits limits;
     limits.max_entries = 2;
     CHECK(ring.find(entry("x", "t")) == 0);
@@ -469,11 +494,11 @@ TEST_CASE("a tag is known to its author for as long as its message is kept") {
 
 namespace {
 
-// A history in memory, and what of it there is.
-struct Archive final : private ChatStore::Listener {
-    explicit Archive(const HistoryLimits& limits) : history(limits) { history.attach(*this, nullptr); }
+// A MemoryHistory and its listener.
+struct HistoryFixture final : private ChatStore::Listener {
+    explicit HistoryFixture(const HistoryLimits& limits) : history(limits) { history.attach(*this, nullptr); }
 
-    std::uint64_t say(const std::string& room, const std::string& text = "x") {
+    std::uint64_t append(const std::string& room, const std::string& text = "x") {
         ChatEntry made = entry(text);
         made.room = room;
         history.append(made);
@@ -488,49 +513,49 @@ struct Archive final : private ChatStore::Listener {
 
 private:
     void on_entry(const ChatEntry& entry) override { last = entry.id; }
-    void on_repeat(const ChatEntry&) override {}
+    void on_duplicate(const ChatEntry&) override {}
     void on_failure(const ChatEntry&, const std::string&) override {}
     std::uint64_t last = 0;
 };
 
 }  // namespace
 
-TEST_CASE("of too many rooms the one that was silent longest is forgotten, and looking on makes none forgotten") {
+TEST_CASE("above the limit of rooms the least recently used history is deleted, and reading deletes none") {
     HistoryLimits limits;
     limits.max_rooms = 2;
-    Archive archive(limits);
-    const std::uint64_t before = archive.say("one");
-    archive.say("two");
-    for (int i = 0; i < 10; ++i) CHECK(archive.size("visited " + std::to_string(i)) == 0);
-    CHECK(archive.size("one") == 1);
-    archive.say("three");
-    CHECK(archive.size("one") == 0);
-    CHECK(archive.size("two") == 1);
-    CHECK(archive.say("one") > before);  // ids never begin anew
+    HistoryFixture fixture(limits);
+    const std::uint64_t before = fixture.append("one");
+    fixture.append("two");
+    for (int i = 0; i < 10; ++i) CHECK(fixture.size("visited " + std::to_string(i)) == 0);
+    CHECK(fixture.size("one") == 1);
+    fixture.append("three");
+    CHECK(fixture.size("one") == 0);
+    CHECK(fixture.size("two") == 1);
+    CHECK(fixture.append("one") > before);  // ids are not used again
 }
 
-TEST_CASE("all rooms together keep so many bytes, and what is too much costs the room that was silent longest") {
+TEST_CASE("above the limit of all bytes the least recently used history is deleted") {
     HistoryLimits limits;
     limits.max_total_bytes = 5000;
-    Archive archive(limits);
-    archive.say("one", std::string(1500, 'x'));
-    archive.say("two", std::string(1500, 'x'));
-    archive.say("one");
-    CHECK(archive.size("two") == 1);
-    archive.say("three", std::string(1500, 'x'));
-    CHECK(archive.size("two") == 0);
-    CHECK(archive.size("one") == 2);
-    CHECK(archive.size("three") == 1);
-    archive.say("four", std::string(6000, 'x'));  // what was said last is kept
-    CHECK(archive.size("one") + archive.size("three") == 0);
-    CHECK(archive.size("four") == 1);
+    HistoryFixture fixture(limits);
+    fixture.append("one", std::string(1500, 'x'));
+    fixture.append("two", std::string(1500, 'x'));
+    fixture.append("one");
+    CHECK(fixture.size("two") == 1);
+    fixture.append("three", std::string(1500, 'x'));
+    CHECK(fixture.size("two") == 0);
+    CHECK(fixture.size("one") == 2);
+    CHECK(fixture.size("three") == 1);
+    fixture.append("four", std::string(6000, 'x'));  // the last message is kept
+    CHECK(fixture.size("one") + fixture.size("three") == 0);
+    CHECK(fixture.size("four") == 1);
 }
 
-// ---- the handler without sockets -------------------------------------------------------------------------------------
+// ---- the handler without sockets -----------------------------------------------------------------------------------
 
 TEST_CASE("the first events are hello, users and history") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna");
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
     const auto events = anna.events();
     REQUIRE(events.size() == 3);
     CHECK(contains(
@@ -541,11 +566,11 @@ TEST_CASE("the first events are hello, users and history") {
     CHECK(contains(events[2], "\"entries\":[]"));
 }
 
-TEST_CASE("what is said reaches all, once, with an id that grows") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert"), other(desk, "name=Carl", "coffee");
-    for (Seat<>* seat : {&anna, &bert, &other}) seat->events();
-    const std::string first = anna.only("hello"), second = anna.only("{\"type\":\"junk\"}");
+TEST_CASE("a message reaches all members once, with an ascending id") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert"), other(host, "name=Carl", "coffee");
+    for (ChatClient<>* client : {&anna, &bert, &other}) client->events();
+    const std::string first = anna.answer_to("hello"), second = anna.answer_to("{\"type\":\"junk\"}");
     CHECK(contains(first, "\"type\":\"said\",\"room\":\"tea\",\"id\":"));
     CHECK(contains(first, "\"name\":\"Anna\",\"text\":\"hello\",\"time\":"));
     CHECK(contains(second, "\"text\":\"{\\\"type\\\":\\\"junk\\\"}\""));
@@ -557,31 +582,37 @@ TEST_CASE("what is said reaches all, once, with an id that grows") {
     CHECK(id(second) == id(first) + 1);
 }
 
-TEST_CASE("a tag comes back to its sender alone, and what is sent with it again is acknowledged and not kept twice") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert");
+TEST_CASE("only the sender gets the tag, and a second message with it is acknowledged and not kept") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
     anna.events();
     bert.events();
-    const std::string said = anna.only("/tag t1 hello");
+    const std::string said = anna.answer_to("/tag t1 hello");
     CHECK(contains(said, "\"text\":\"hello\""));
     CHECK(contains(said, "\"tag\":\"t1\"}"));
-    CHECK_FALSE(contains(bert.one(), "tag"));
-    const std::string ack = anna.only("/tag t1 hello");
+    CHECK_FALSE(contains(bert.only_event(), "tag"));
+    const std::string ack = anna.answer_to("/tag t1 hello");
     CHECK(contains(ack, "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\",\"id\":"));
     CHECK(bert.events().empty());
-    CHECK(contains(bert.only("/tag t1 mine"), "\"type\":\"said\""));  // another author's tag is another tag
-    CHECK(contains(anna.only("/tag t2 /nick Bert"), "\"code\":\"name_taken\""));
-    CHECK(contains(anna.only("/tag t2 /dance"), "\"tag\":\"t2\""));
-    CHECK(contains(anna.only("hello"), "\"text\":\"hello\""));
+    CHECK(contains(bert.answer_to("/tag t1 mine"), "\"type\":\"said\""));  // tags are unique per author
+    CHECK(contains(anna.answer_to("/tag t2 /nick Bert"), "\"code\":\"name_taken\""));
+    CHECK(contains(anna.answer_to("/tag t2 /dance"), "\"tag\":\"t2\""));
+    CHECK(contains(anna.answer_to("hello"), "\"text\":\"hello\""));
 }
 
-TEST_CASE("bad input is answered with a code and a sentence to the sender alone, and the connection stays") {
+TEST_CASE("the sender of bad input gets an error with a code, and the connection stays open") {
     const struct {
         std::string line, code;
     } table[] = {
         {"", "empty"},
         {"/tag t1", "empty"},
         {"/me ", "empty"},
+        {"   ", "empty"},
+        {"\n\t", "empty"},
+        {"/me \xC2\xA0", "empty"},
+        {"\xE2\x80\x8B", "empty"},
+        {"\xE2\x80\x83\xE3\x80\x80 \xE2\x80\xAF\xE1\x9A\x80", "empty"},
+        {"/msg Bert  ", "empty"},
         {"\x1B[2J", "bad_text"},
         {"/me \x01", "bad_text"},
         {"/nick \t", "name_bad"},
@@ -606,15 +637,15 @@ TEST_CASE("bad input is answered with a code and a sentence to the sender alone,
         {"/mute Bert", "forbidden"},
         {std::string(16 * 1024 + 1, 'x'), "too_long"},
     };
-    Desk desk;
-    desk.hub().limits.connection = desk.hub().limits.address = FloodRates();
-    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert");
+    TestHost host;
+    host.hub().limits.connection = host.hub().limits.address = FloodRates();
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
     bert.events();
     for (const auto& row : table) {
         CAPTURE(row.line.substr(0, 80));
-        const std::string event = anna.only(row.line);
+        const std::string event = anna.answer_to(row.line);
         if (row.line == "/tag  hello") {
-            CHECK(contains(event, "\"text\":\"hello\""));  // an empty tag is none
+            CHECK(contains(event, "\"text\":\"hello\""));  // an empty tag is no tag
             bert.events();
             continue;
         }
@@ -623,13 +654,13 @@ TEST_CASE("bad input is answered with a code and a sentence to the sender alone,
         CHECK(bert.events().empty());
     }
     anna.events();
-    CHECK(contains(anna.say("bytes", Opcode::binary).at(0), "\"code\":\"bad_line\""));
-    CHECK(contains(anna.only(std::string(16 * 1024, 'x')), "\"type\":\"said\""));
+    CHECK(contains(anna.send("bytes", Opcode::binary).at(0), "\"code\":\"bad_line\""));
+    CHECK(contains(anna.answer_to(std::string(16 * 1024, 'x')), "\"type\":\"said\""));
 }
 
-TEST_CASE("a name that is no name is answered with an error, and the visitor is a guest") {
-    Desk desk;
-    Seat<> bad(desk, "name=%09"), none(desk), empty(desk, "name=");
+TEST_CASE("a visitor with an invalid name gets an error and is a guest") {
+    TestHost host;
+    ChatClient<> bad(host, "name=%09"), none(host), empty(host, "name=");
     const auto events = bad.events();
     REQUIRE(events.size() > 2);
     CHECK(contains(events[0], "\"name\":\"guest\""));
@@ -638,155 +669,156 @@ TEST_CASE("a name that is no name is answered with an error, and the visitor is 
     CHECK(empty.events().size() == 3);
 }
 
-TEST_CASE("a room that has no name is answered with an error, and the visitor is in the lobby") {
-    Desk desk;
-    Seat<> lost(desk, "name=Anna", " ");
+TEST_CASE("a visitor of a room with an invalid name gets an error and is in the lobby") {
+    TestHost host;
+    ChatClient<> lost(host, "name=Anna", " ");
     const auto events = lost.events();
     REQUIRE(events.size() > 2);
     CHECK(contains(events[0], "\"room\":\"lobby\""));
     CHECK(contains(events[1], "\"code\":\"room_bad\""));
 }
 
-TEST_CASE("/me is told as something done") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna");
-    const std::string event = anna.only("/me waves");
+TEST_CASE("/me is an event with the field me") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
+    const std::string event = anna.answer_to("/me waves");
     CHECK(contains(event, "\"text\":\"waves\""));
     CHECK(contains(event, "\"me\":true"));
 }
 
-TEST_CASE("/nick tells everybody, and /who and the roster know it") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert");
+TEST_CASE("/nick is an event for everybody, and /who shows the new name") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
     bert.events();
-    CHECK(contains(anna.only("/nick Carl"),
+    CHECK(contains(anna.answer_to("/nick Carl"),
                    "{\"type\":\"nick\",\"room\":\"tea\",\"old\":\"Anna\",\"name\":\"Carl\",\"time\":"));
-    CHECK(contains(bert.one(), "\"name\":\"Carl\""));
-    CHECK(contains(bert.only("/who"), "[\"Bert\",\"Carl\"]"));
-    CHECK(contains(bert.only("/nick carl"), "That name is taken; carl-2 is free."));
-    CHECK(anna.only("/nick Carl") == "0 events");
+    CHECK(contains(bert.only_event(), "\"name\":\"Carl\""));
+    CHECK(contains(bert.answer_to("/who"), "[\"Bert\",\"Carl\"]"));
+    CHECK(contains(bert.answer_to("/nick carl"), "That name is taken; carl-2 is free."));
+    CHECK(anna.answer_to("/nick Carl") == "0 events");
 }
 
-TEST_CASE("a private message reaches all connections of both, and nobody else") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna&key=anna-secret"), tab(desk, "name=Anna&key=anna-secret");
-    Seat<> bert(desk, "name=Bert&key=bert-secret"), tab2(desk, "name=Bert&key=bert-secret"), carl(desk, "name=Carl");
-    for (Seat<>* seat : {&anna, &tab, &bert, &tab2, &carl}) seat->events();
-    const std::string copy = anna.only("/tag t1 /msg Bert psst");
+TEST_CASE("a private message reaches all connections of both users and nobody else") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), tab(host, "name=Anna&key=anna-secret");
+    ChatClient<> bert(host, "name=Bert&key=bert-secret"), tab2(host, "name=Bert&key=bert-secret"),
+        carl(host, "name=Carl");
+    for (ChatClient<>* client : {&anna, &tab, &bert, &tab2, &carl}) client->events();
+    const std::string copy = anna.answer_to("/tag t1 /msg Bert psst");
     CHECK(contains(
         copy, "{\"type\":\"private\",\"room\":\"tea\",\"name\":\"Anna\",\"to\":\"Bert\",\"text\":\"psst\",\"time\":"));
     CHECK(contains(copy, "\"tag\":\"t1\"}"));
-    for (Seat<>* seat : {&tab, &bert, &tab2}) {
-        const std::string event = seat->one();
+    for (ChatClient<>* client : {&tab, &bert, &tab2}) {
+        const std::string event = client->only_event();
         CHECK(contains(event, "\"text\":\"psst\""));
         CHECK_FALSE(contains(event, "tag"));
     }
     CHECK(carl.events().empty());
-    CHECK(contains(anna.only("/tag t1 /msg Bert psst"), "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\"}"));
+    CHECK(contains(anna.answer_to("/tag t1 /msg Bert psst"), "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\"}"));
     CHECK(bert.events().empty());
-    Seat<> late(desk, "name=Dora");
-    CHECK_FALSE(contains(late.events().at(2), "psst"));  // it is not in the history
+    ChatClient<> late(host, "name=Dora");
+    CHECK_FALSE(contains(late.events().at(2), "psst"));  // the history does not contain it
 }
 
-TEST_CASE("a private message to somebody whose connection is lost is answered with an error") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert");
-    bert.leave();
-    CHECK(contains(anna.only("/msg Bert psst"), "\"code\":\"user_away\""));
+TEST_CASE("a private message to a user without a connection is an error") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
+    bert.disconnect();
+    CHECK(contains(anna.answer_to("/msg Bert psst"), "\"code\":\"user_away\""));
 }
 
-TEST_CASE("typing is told to the others, and is not kept") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert");
+TEST_CASE("/typing is an event for the others and is not kept") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
     bert.events();
-    CHECK(anna.only("/typing") == "0 events");
-    CHECK(bert.one() == "{\"type\":\"typing\",\"room\":\"tea\",\"name\":\"Anna\"}");
-    anna.say("/typing stop");
-    CHECK(bert.one() == "{\"type\":\"typing\",\"room\":\"tea\",\"name\":\"Anna\",\"stop\":true}");
+    CHECK(anna.answer_to("/typing") == "0 events");
+    CHECK(bert.only_event() == "{\"type\":\"typing\",\"room\":\"tea\",\"name\":\"Anna\"}");
+    anna.send("/typing stop");
+    CHECK(bert.only_event() == "{\"type\":\"typing\",\"room\":\"tea\",\"name\":\"Anna\",\"stop\":true}");
 }
 
-TEST_CASE("/join speaks in another room, and its events name their room") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna"), carl(desk, "name=Carl", "coffee");
+TEST_CASE("/join changes the current room, and events name their room") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), carl(host, "name=Carl", "coffee");
     anna.events();
-    const auto events = anna.say("/join coffee");
+    const auto events = anna.send("/join coffee");
     REQUIRE(events.size() == 3);
     CHECK(events[0] == "{\"type\":\"room\",\"room\":\"coffee\",\"name\":\"Anna\"}");
     CHECK(contains(events[1], "[\"Anna\",\"Carl\"]"));
     CHECK(contains(events[2], "\"history\",\"room\":\"coffee\""));
     carl.events();
-    anna.say("black, please");
-    CHECK(contains(carl.one(), "\"room\":\"coffee\""));
-    CHECK(contains(anna.only("/rooms"), "[{\"room\":\"coffee\",\"users\":2},{\"room\":\"tea\",\"users\":1}]"));
-    CHECK(anna.only("/join tea") == "{\"type\":\"room\",\"room\":\"tea\",\"name\":\"Anna\"}");
-    CHECK(anna.only("/leave coffee") == "{\"type\":\"room\",\"room\":\"tea\",\"name\":\"Anna\"}");
-    CHECK(contains(carl.one(), "{\"type\":\"leave\",\"room\":\"coffee\",\"name\":\"Anna\""));
-    CHECK(contains(anna.only("/leave"), "{\"type\":\"room\",\"room\":null"));
-    CHECK(contains(anna.only("hello?"), "\"code\":\"no_room\""));
+    anna.send("black, please");
+    CHECK(contains(carl.only_event(), "\"room\":\"coffee\""));
+    CHECK(contains(anna.answer_to("/rooms"), "[{\"room\":\"coffee\",\"users\":2},{\"room\":\"tea\",\"users\":1}]"));
+    CHECK(anna.answer_to("/join tea") == "{\"type\":\"room\",\"room\":\"tea\",\"name\":\"Anna\"}");
+    CHECK(anna.answer_to("/leave coffee") == "{\"type\":\"room\",\"room\":\"tea\",\"name\":\"Anna\"}");
+    CHECK(contains(carl.only_event(), "{\"type\":\"leave\",\"room\":\"coffee\",\"name\":\"Anna\""));
+    CHECK(contains(anna.answer_to("/leave"), "{\"type\":\"room\",\"room\":null"));
+    CHECK(contains(anna.answer_to("hello?"), "\"code\":\"no_room\""));
     for (const std::string line : {"/me x", "/msg Anna x", "/who", "/nick x", "/since 0", "/leave"}) {
         CAPTURE(line);
-        CHECK(contains(anna.only(line), "\"type\":\"error\""));
+        CHECK(contains(anna.answer_to(line), "\"type\":\"error\""));
     }
-    CHECK(anna.only("/typing") == "0 events");
+    CHECK(anna.answer_to("/typing") == "0 events");
 }
 
-TEST_CASE("rooms are limited for a connection and in all") {
-    Desk desk;
-    desk.hub().limits.max_rooms_per_connection = 2;
-    desk.hub().limits.max_rooms = 3;
-    Seat<> anna(desk, "name=Anna");
-    CHECK(anna.say("/join two").size() == 6);
-    CHECK(contains(anna.only("/join three"), "\"code\":\"room_limit\""));
-    Seat<> bert(desk, "name=Bert", "three"), carl(desk, "name=Carl", "four");
+TEST_CASE("a connection and a server have limits of rooms") {
+    TestHost host;
+    host.hub().limits.max_rooms_per_connection = 2;
+    host.hub().limits.max_rooms = 3;
+    ChatClient<> anna(host, "name=Anna");
+    CHECK(anna.send("/join two").size() == 6);
+    CHECK(contains(anna.answer_to("/join three"), "\"code\":\"room_limit\""));
+    ChatClient<> bert(host, "name=Bert", "three"), carl(host, "name=Carl", "four");
     CHECK(bert.events().size() == 3);
     const auto events = carl.events();
     REQUIRE(events.size() == 2);
     CHECK(contains(events[0], "\"room\":null"));
     CHECK(contains(events[1], "\"code\":\"room_limit\""));
-    CHECK(carl.say("/join tea").size() == 3);
+    CHECK(carl.send("/join tea").size() == 3);
 }
 
-TEST_CASE("two connections with one key are one user: one join, one leave, one name") {
-    Desk desk;
-    Seat<> bert(desk, "name=Bert");
+TEST_CASE("two connections with one key are one user with one join, one leave and one name") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert");
     bert.events();
-    Seat<> anna(desk, "name=Anna&key=anna-secret"), tab(desk, "name=Other&key=anna-secret");
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), tab(host, "name=Other&key=anna-secret");
     CHECK(contains(tab.events().at(0), "\"name\":\"Anna\""));
-    CHECK(contains(bert.one(), "\"type\":\"join\""));
-    CHECK(names_of(desk.room("tea").presence()) == "Anna Bert");
-    anna.leave(CloseCode::normal);
+    CHECK(contains(bert.only_event(), "\"type\":\"join\""));
+    CHECK(names_of(host.room("tea").users()) == "Anna Bert");
+    anna.disconnect(CloseCode::normal);
     CHECK(bert.events().empty());
-    tab.leave(CloseCode::normal);
-    CHECK(contains(bert.one(), "{\"type\":\"leave\",\"room\":\"tea\",\"name\":\"Anna\""));
+    tab.disconnect(CloseCode::normal);
+    CHECK(contains(bert.only_event(), "{\"type\":\"leave\",\"room\":\"tea\",\"name\":\"Anna\""));
 }
 
-TEST_CASE("a lost connection is no leave within the grace") {
-    Desk desk;
-    Seat<> bert(desk, "name=Bert");
+TEST_CASE("a lost connection is no leave in the grace period") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert");
     bert.events();
     {
-        Seat<> anna(desk, "name=Anna&key=anna-secret");
-        CHECK(contains(bert.one(), "\"join\""));
+        ChatClient<> anna(host, "name=Anna&key=anna-secret");
+        CHECK(contains(bert.only_event(), "\"join\""));
     }
-    CHECK(names_of(desk.room("tea").presence()) == "Anna Bert");
-    Seat<> again(desk, "name=Anna&key=anna-secret");
+    CHECK(names_of(host.room("tea").users()) == "Anna Bert");
+    ChatClient<> again(host, "name=Anna&key=anna-secret");
     CHECK(contains(again.events().at(0), "\"name\":\"Anna\""));
     CHECK(bert.events().empty());
 }
 
-TEST_CASE("who comes back with the last id gets what was missed, in order, and own messages with their tags") {
-    Desk desk;
-    Seat<> bert(desk, "name=Bert");
+TEST_CASE("a client that returns with the last id gets the missed messages in order, its own with their tags") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert");
     std::string last;
     {
-        Seat<> anna(desk, "name=Anna&key=anna-secret");
-        const std::string event = anna.only("/tag t1 before");
+        ChatClient<> anna(host, "name=Anna&key=anna-secret");
+        const std::string event = anna.answer_to("/tag t1 before");
         last = event.substr(event.find("\"id\":") + 5, 16);
-        anna.say("/tag t2 kept, but not seen");
+        anna.send("/tag t2 kept, but not seen");
     }
-    bert.say("one");
-    bert.say("two");
-    Seat<> again(desk, "name=Anna&key=anna-secret&last=" + last);
+    bert.send("one");
+    bert.send("two");
+    ChatClient<> again(host, "name=Anna&key=anna-secret&last=" + last);
     const std::string history = again.events().at(2);
     CHECK(contains(history, "\"gap\":false"));
     CHECK_FALSE(contains(history, "before"));
@@ -796,10 +828,10 @@ TEST_CASE("who comes back with the last id gets what was missed, in order, and o
     CHECK(one < two);
     CHECK(two != std::string::npos);
     CHECK(contains(history, "\"tag\":\"t2\""));
-    CHECK_FALSE(contains(bert.only("/since " + last), "\"tag\":\"t2\""));
+    CHECK_FALSE(contains(bert.answer_to("/since " + last), "\"tag\":\"t2\""));
 }
 
-TEST_CASE("names, rooms and tags may be as long as their limits, and one byte more is an error") {
+TEST_CASE("names, rooms and tags may have the size of their limits, and one byte more is an error") {
     const struct {
         std::string command, code;
         std::size_t limit;
@@ -808,27 +840,27 @@ TEST_CASE("names, rooms and tags may be as long as their limits, and one byte mo
         for (const std::size_t size : {row.limit - 1, row.limit, row.limit + 1}) {
             CAPTURE(row.command);
             CAPTURE(size);
-            Desk desk;
-            Seat<> anna(desk, "name=Anna");
+            TestHost host;
+            ChatClient<> anna(host, "name=Anna");
             anna.events();
             const auto events =
-                anna.say(row.command + std::string(size, 'x') + (row.command == "/tag " ? " hello" : ""));
+                anna.send(row.command + std::string(size, 'x') + (row.command == "/tag " ? " hello" : ""));
             REQUIRE_FALSE(events.empty());
             CHECK(contains(events[0], "\"code\":\"" + row.code + "\"") == (size > row.limit));
             CHECK(contains(events[0], "\"error\"") == (size > row.limit));
         }
 }
 
-TEST_CASE("who comes gets as much history as the limits say, and only who missed more has a gap") {
+TEST_CASE("a client gets as much history as the limits allow, and has a gap only if it missed more") {
     for (const std::size_t missed : {2u, 3u, 4u}) {
         CAPTURE(missed);
-        Desk desk;
-        desk.hub().limits.history_on_join = desk.hub().limits.history_on_resume = 3;
-        Seat<> bert(desk, "name=Bert");
+        TestHost host;
+        host.hub().limits.history_on_join = host.hub().limits.history_on_resume = 3;
+        ChatClient<> bert(host, "name=Bert");
         bert.events();
-        const std::string event = bert.only("first"), last = event.substr(event.find("\"id\":") + 5, 16);
-        for (std::size_t i = 0; i < missed; ++i) bert.say("missed");
-        Seat<> back(desk, "name=Anna&last=" + last), fresh(desk, "name=Carl");
+        const std::string event = bert.answer_to("first"), last = event.substr(event.find("\"id\":") + 5, 16);
+        for (std::size_t i = 0; i < missed; ++i) bert.send("missed");
+        ChatClient<> back(host, "name=Anna&last=" + last), fresh(host, "name=Carl");
         const auto entries = [](const std::string& history) {
             std::size_t count = 0;
             for (std::size_t at = 0; (at = history.find("\"text\":", at)) != std::string::npos; ++at) ++count;
@@ -841,15 +873,15 @@ TEST_CASE("who comes gets as much history as the limits say, and only who missed
     }
 }
 
-TEST_CASE("who was away for too long is told of a gap") {
-    Desk desk;
-    desk.hub().limits.history_on_resume = 3;
-    Seat<> bert(desk, "name=Bert");
+TEST_CASE("a client with an id that is too old or unknown gets a gap") {
+    TestHost host;
+    host.hub().limits.history_on_resume = 3;
+    ChatClient<> bert(host, "name=Bert");
     bert.events();
-    const std::string event = bert.only("first"), last = event.substr(event.find("\"id\":") + 5, 16);
-    for (int i = 0; i < 4; ++i) bert.say("x");
-    Seat<> anna(desk, "name=Anna&last=" + last), fresh(desk, "name=Carl"), other(desk, "name=Dora&last=17"),
-        huge(desk, "last=99999999999999999999"), bad(desk, "last=x");
+    const std::string event = bert.answer_to("first"), last = event.substr(event.find("\"id\":") + 5, 16);
+    for (int i = 0; i < 4; ++i) bert.send("x");
+    ChatClient<> anna(host, "name=Anna&last=" + last), fresh(host, "name=Carl"), other(host, "name=Dora&last=17"),
+        huge(host, "last=99999999999999999999"), bad(host, "last=x");
     CHECK(contains(anna.events().at(2), "\"gap\":true"));
     CHECK(contains(fresh.events().at(2), "\"gap\":false"));
     CHECK(contains(other.events().at(2), "\"gap\":true"));
@@ -857,14 +889,14 @@ TEST_CASE("who was away for too long is told of a gap") {
     CHECK(contains(bad.events().at(2), "\"gap\":false"));
 }
 
-TEST_CASE("an event with history has a bound in bytes, past which the older entries are left out") {
-    Desk desk;
-    desk.hub().limits.max_history_event = 2000;
-    Seat<> bert(desk, "name=Bert");
+TEST_CASE("a history event has a limit of bytes, and omits older entries") {
+    TestHost host;
+    host.hub().limits.max_history_event = 2000;
+    ChatClient<> bert(host, "name=Bert");
     bert.events();
-    const std::string event = bert.only("first"), last = event.substr(event.find("\"id\":") + 5, 16);
-    for (int i = 0; i < 10; ++i) bert.say(std::string(500, 'a') + std::to_string(i));
-    Seat<> anna(desk, "name=Anna&last=" + last);
+    const std::string event = bert.answer_to("first"), last = event.substr(event.find("\"id\":") + 5, 16);
+    for (int i = 0; i < 10; ++i) bert.send(std::string(500, 'a') + std::to_string(i));
+    ChatClient<> anna(host, "name=Anna&last=" + last);
     const std::string history = anna.events().at(2);
     CHECK(history.size() < 3000);
     CHECK(contains(history, "a9"));
@@ -872,12 +904,12 @@ TEST_CASE("an event with history has a bound in bytes, past which the older entr
     CHECK(contains(history, "\"gap\":true"));
 }
 
-TEST_CASE("publish() is kept, broadcast() is not, and both may come from the server itself") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna");
+TEST_CASE("publish() keeps a text, broadcast() does not, and the author may be the server") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
     anna.events();
-    desk.room("tea").publish("The kettle is on.");
-    desk.room("tea").broadcast("Mind the step.", "Butler");
+    host.room("tea").publish("The kettle is on.");
+    host.room("tea").broadcast("Mind the step.", "Butler");
     const auto events = anna.events();
     REQUIRE(events.size() == 2);
     CHECK(contains(events[0], "\"id\":"));
@@ -885,108 +917,109 @@ TEST_CASE("publish() is kept, broadcast() is not, and both may come from the ser
     CHECK_FALSE(contains(events[1], "\"id\":"));
     CHECK(contains(events[1], "\"name\":\"Butler\""));
     std::string kept;
-    desk.room("tea").since(std::nullopt, 10, [&](const HistoryPage& page) {
+    host.room("tea").since(std::nullopt, 10, [&](const HistoryPage& page) {
         for (const ChatEntry& each : page.entries) kept += each.text;
     });
     CHECK(kept == "The kettle is on.");
-    CHECK_THROWS_AS(desk.room("tea").publish("\x1B"), Error);
-    CHECK_THROWS_AS(desk.room("tea").broadcast("\xFF"), Error);
+    CHECK_THROWS_AS(host.room("tea").publish("\x1B"), Error);
+    CHECK_THROWS_AS(host.room("tea").broadcast("\xFF"), Error);
 }
 
-TEST_CASE("a flood is told, dropped, and ended with 1008, and nobody else is") {
-    Desk desk;
-    desk.hub().limits.flood_patience = 5;
-    Seat<> bert(desk, "name=Bert"), anna(desk, "name=Anna");
+TEST_CASE("a flood gets a warning, then silence, then 1008, and other users notice nothing") {
+    TestHost host;
+    host.hub().limits.flood_patience = 5;
+    ChatClient<> bert(host, "name=Bert"), anna(host, "name=Anna");
     anna.events();
     bert.events();
-    for (int i = 0; i < 20; ++i) CHECK(anna.say("x").size() == 1);
-    CHECK(contains(anna.only("/tag t1 x"), "\"code\":\"flood\""));
-    for (int i = 0; i < 4; ++i) CHECK(anna.say("x").empty());
+    for (int i = 0; i < 20; ++i) CHECK(anna.send("x").size() == 1);
+    CHECK(contains(anna.answer_to("/tag t1 x"), "\"code\":\"flood\""));
+    for (int i = 0; i < 4; ++i) CHECK(anna.send("x").empty());
     CHECK(anna.handler.is_open());
-    anna.say("x");
+    anna.send("x");
     CHECK_FALSE(anna.handler.is_open());
     CHECK(anna.close_code() == CloseCode::policy_violation);
     CHECK(bert.events().size() == 20);
-    CHECK(contains(bert.only("calm"), "\"said\""));
+    CHECK(contains(bert.answer_to("calm"), "\"said\""));
 }
 
-TEST_CASE("a flood is one of messages or of bytes, and neither where it is at the limit") {
-    Desk desk;
-    desk.hub().limits.connection = FloodRates{{1, 3}, {1, 100}};
-    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert");
+TEST_CASE("a flood has too many messages or too many bytes, and exactly the limit is no flood") {
+    TestHost host;
+    host.hub().limits.connection = FloodRates{{1, 3}, {1, 100}};
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
     anna.events();
     bert.events();
-    for (int i = 0; i < 3; ++i) CHECK(contains(anna.only("x"), "\"said\""));
-    CHECK(contains(anna.only("x"), "\"code\":\"flood\""));
+    for (int i = 0; i < 3; ++i) CHECK(contains(anna.answer_to("x"), "\"said\""));
+    CHECK(contains(anna.answer_to("x"), "\"code\":\"flood\""));
     bert.events();
-    for (int i = 0; i < 2; ++i) CHECK(contains(bert.only(std::string(50, 'x')), "\"said\""));
-    CHECK(contains(bert.only("x"), "\"code\":\"flood\""));
+    for (int i = 0; i < 2; ++i) CHECK(contains(bert.answer_to(std::string(50, 'x')), "\"said\""));
+    CHECK(contains(bert.answer_to("x"), "\"code\":\"flood\""));
 }
 
-TEST_CASE("all connections of an address share its limits, a /64 of IPv6 is one address") {
-    Desk desk;
-    desk.hub().limits.address = FloodRates{{1, 3}, {}};
-    Seat<> one(desk, "", "tea", "2001:db8::1"), two(desk, "", "tea", "2001:db8::2"),
-        other(desk, "", "tea", "2001:db8:0:1::1");
-    one.say("x");
-    two.say("x");
-    one.say("x");
-    CHECK(contains(two.only("x"), "\"code\":\"flood\""));
-    CHECK(contains(other.only("x"), "\"said\""));
-    Seat<> third(desk, "", "tea", "2001:db8::3");
-    CHECK(contains(third.only("x"), "\"code\":\"flood\""));
+TEST_CASE("the connections of an address share its limits, and an IPv6 /64 is one address") {
+    TestHost host;
+    host.hub().limits.address = FloodRates{{1, 3}, {}};
+    ChatClient<> one(host, "", "tea", "2001:db8::1"), two(host, "", "tea", "2001:db8::2"),
+        other(host, "", "tea", "2001:db8:0:1::1");
+    one.send("x");
+    two.send("x");
+    one.send("x");
+    CHECK(contains(two.answer_to("x"), "\"code\":\"flood\""));
+    CHECK(contains(other.answer_to("x"), "\"said\""));
+    ChatClient<> third(host, "", "tea", "2001:db8::3");
+    CHECK(contains(third.answer_to("x"), "\"code\":\"flood\""));
 }
 
-TEST_CASE("an address that floods is not forgotten, however many others come and go") {
-    Desk desk;
-    desk.hub().limits.address = FloodRates{{0.001, 1}, {}};
+TEST_CASE("the limits of a flooding address stay while thousands of others connect") {
+    TestHost host;
+    host.hub().limits.address = FloodRates{{0.001, 1}, {}};
     {
-        Seat<> flooding(desk);
-        flooding.say("x");
-        CHECK(contains(flooding.only("x"), "\"code\":\"flood\""));
-        flooding.leave();
+        ChatClient<> flooding(host);
+        flooding.send("x");
+        CHECK(contains(flooding.answer_to("x"), "\"code\":\"flood\""));
+        flooding.disconnect();
     }
     for (int i = 0; i < 3000; ++i)
-        Seat<>(desk, "", "tea", "10.0." + std::to_string(i / 250) + "." + std::to_string(i % 250)).leave();
-    Seat<> again(desk);
-    CHECK(contains(again.only("x"), "\"code\":\"flood\""));
+        ChatClient<>(host, "", "tea", "10.0." + std::to_string(i / 250) + "." + std::to_string(i % 250)).disconnect();
+    ChatClient<> again(host);
+    CHECK(contains(again.answer_to("x"), "\"code\":\"flood\""));
 }
 
-TEST_CASE("a program mutes a user of a room, and is told where there is none") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna");
-    CHECK(desk.room("tea").mute("anna", 60s));
-    CHECK(contains(anna.only("x"), "\"code\":\"muted\""));
-    CHECK(desk.room("tea").mute("Anna", 0s));
-    CHECK(contains(anna.only("x"), "\"said\""));
-    CHECK_FALSE(desk.room("tea").mute("Bert", 60s));
+TEST_CASE("mute() is false if there is no such user") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
+    CHECK(host.room("tea").mute("anna", 60s));
+    CHECK(contains(anna.answer_to("x"), "\"code\":\"muted\""));
+    CHECK(host.room("tea").mute("Anna", 0s));
+    CHECK(contains(anna.answer_to("x"), "\"said\""));
+    CHECK_FALSE(host.room("tea").mute("Bert", 60s));
 }
 
-TEST_CASE("a filter that makes a text which nobody may say is a mistake of the program, and nobody gets it") {
-    struct Spoiler : ChatHandler {
+TEST_CASE("a filter that returns an invalid text is an Error and nobody gets the text") {
+    struct BadFilter : ChatHandler {
         bool filter(std::string& text) override { return text = "\x01", true; }
     };
-    Desk desk;
-    Seat<Spoiler> anna(desk, "name=Anna");
-    Seat<> bert(desk, "name=Bert");
+    TestHost host;
+    ChatClient<BadFilter> anna(host, "name=Anna");
+    ChatClient<> bert(host, "name=Bert");
     bert.events();
-    CHECK_THROWS_WITH_AS(anna.say("x"), "filter: made a text that is refused", Error);
+    CHECK_THROWS_WITH_AS(anna.send("x"),
+                         "ChatHandler::filter: the new text is empty, too long, or contains control characters", Error);
     CHECK(bert.events().empty());
 }
 
 namespace {
 
-// Overrides every hook, and tells of it.
-class Host : public ChatHandler {
+// Overrides every hook and logs the calls.
+class Moderator : public ChatHandler {
 public:
     std::optional<ChatUser> authenticate(const Request& request) override {
         const std::string account = request.query("account").value_or("");
         if (account == "nobody") return std::nullopt;
         if (account.empty()) return ChatHandler::authenticate(request);
-        return ChatUser{account, "{\"role\":\"host\"}", true};
+        return ChatUser{account, "{\"role\":\"moderator\"}", true};
     }
     bool may(ChatAction action) override {
-        if (user().fixed) return true;
+        if (user().account) return true;
         return (action != ChatAction::say || !silent) && ChatHandler::may(action);
     }
     bool filter(std::string& text) override {
@@ -994,6 +1027,12 @@ public:
         for (std::size_t at; (at = text.find("darn")) != std::string::npos;) text.replace(at, 4, "d***");
         return true;
     }
+    std::optional<Response> on_handshake(const Request& request) override {
+        if (!request.query("old")) return std::nullopt;
+        return Response(303, "").set_header("location", "/new");
+    }
+    void on_connect() override { log += "connect;"; }
+    void on_disconnect() override { log += current_room() == nullptr ? "disconnect;" : "early;"; }
     void on_join(ChatRoom& room) override { log += "join " + room.name() + ";"; }
     void on_leave(ChatRoom& room) override { log += "leave " + room.name() + ";"; }
     void on_said(const ChatEntry& entry) override { log += "said " + entry.text + ";"; }
@@ -1008,28 +1047,31 @@ public:
 
 }  // namespace
 
-TEST_CASE("hooks are called, and whoever overrides one leaves the rest to the base") {
-    Desk desk;
-    Seat<Host> host(desk, "account=Holly"), guest(desk, "name=Anna"), nobody(desk, "account=nobody");
+TEST_CASE("all hooks are called, and the rest keeps its default") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly"), guest(host, "name=Anna"), nobody(host, "account=nobody"),
+        redirected(host, "account=Holly&old=1");
     REQUIRE(nobody.refusal.has_value());
     CHECK(nobody.refusal->status() == 401);
-    CHECK(contains(guest.events().at(1), "\"about\":{\"Holly\":{\"role\":\"host\"}}"));
-    host.events();
-    CHECK(contains(host.only("darn it"), "\"text\":\"d*** it\""));
-    CHECK(contains(host.only("spam"), "\"code\":\"refused\""));
-    CHECK(contains(host.only("/dice 6"), "\"text\":\"rolled 6\""));
-    CHECK(contains(host.only("/who"), "\"users\""));
-    CHECK(contains(host.only("/nick Other"), "\"code\":\"name_fixed\""));
+    REQUIRE(redirected.refusal.has_value());
+    CHECK(redirected.refusal->status() == 303);
+    CHECK(contains(guest.events().at(1), "\"about\":{\"Holly\":{\"role\":\"moderator\"}}"));
+    moderator.events();
+    CHECK(contains(moderator.answer_to("darn it"), "\"text\":\"d*** it\""));
+    CHECK(contains(moderator.answer_to("spam"), "\"code\":\"refused\""));
+    CHECK(contains(moderator.answer_to("/dice 6"), "\"text\":\"rolled 6\""));
+    CHECK(contains(moderator.answer_to("/who"), "\"users\""));
+    CHECK(contains(moderator.answer_to("/nick Other"), "\"code\":\"name_fixed\""));
     guest.handler.silent = true;
-    CHECK(contains(guest.only("hello"), "\"code\":\"forbidden\""));
-    host.leave();
-    CHECK(host.handler.log == "join tea;said d*** it;said rolled 6;leave tea;");
+    CHECK(contains(guest.answer_to("hello"), "\"code\":\"forbidden\""));
+    moderator.disconnect();
+    CHECK(moderator.handler.log == "connect;join tea;said d*** it;said rolled 6;leave tea;disconnect;");
 }
 
 namespace {
 
-// What is to leave a hook is in the name of the user: "on_said".
-class Clumsy : public ChatHandler {
+// The name of the user says which hook throws, such as "on_said".
+class ThrowingHandler : public ChatHandler {
 public:
     void on_join(ChatRoom&) override { fail("on_join"); }
     void on_leave(ChatRoom&) override { fail("on_leave"); }
@@ -1037,12 +1079,12 @@ public:
 
 private:
     void fail(std::string_view hook) {
-        if (user().name == hook) throw std::runtime_error("what a hook forgot");
+        if (user().name == hook) throw std::runtime_error("a mistake in a hook");
     }
 };
 
-// Would rather be in the lobby than nowhere.
-class Homebody : public ChatHandler {
+// Joins another room whenever it leaves one.
+class RejoiningHandler : public ChatHandler {
 public:
     void on_leave(ChatRoom&) override {
         if (++left < 100) on_command("join", left % 2 == 0 ? "lobby" : "hall");
@@ -1052,144 +1094,224 @@ public:
 
 }  // namespace
 
-TEST_CASE("what leaves a hook ends its own connection with 1011, and nobody else notices") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna");
+TEST_CASE("an exception out of a hook closes its own connection with 1011 and no other") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
     for (const std::string hook : {"on_join", "on_said", "on_leave"}) {
         CAPTURE(hook);
-        Seat<Clumsy> clumsy(desk, "name=" + hook);
-        clumsy.say("hello");
-        CHECK(clumsy.handler.is_open() == (hook == "on_leave"));
-        clumsy.leave(CloseCode::normal);
-        CHECK(clumsy.close_code() == (hook == "on_leave" ? CloseCode::normal : CloseCode::internal_error));
+        ChatClient<ThrowingHandler> throwing(host, "name=" + hook);
+        throwing.send("hello");
+        CHECK(throwing.handler.is_open() == (hook == "on_leave"));
+        throwing.disconnect(CloseCode::normal);
+        CHECK(throwing.close_code() == (hook == "on_leave" ? CloseCode::normal : CloseCode::internal_error));
     }
-    CHECK(names_of(desk.room("tea").presence()) == "Anna");
+    CHECK(names_of(host.room("tea").users()) == "Anna on_join on_said");  // two are in the grace period
     CHECK(contains(anna.events().back(), "{\"type\":\"leave\""));
-    CHECK(contains(anna.only("hello"), "\"said\""));
+    CHECK(contains(anna.answer_to("hello"), "\"said\""));
 }
 
-TEST_CASE("a connection that has ended joins no room any more") {
-    Desk desk;
-    Seat<Homebody> homebody(desk);
-    homebody.say("/leave");
-    CHECK(homebody.handler.here()->name() == "hall");
-    homebody.leave();
-    CHECK(homebody.handler.left == 2);
+TEST_CASE("a handler that is destroyed without on_close() leaves its rooms") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert");
+    {
+        ChatClient<> anna(host, "name=Anna");
+        anna.send("/join coffee");
+        anna.abandon();
+    }
+    bert.events();
+    CHECK(contains(bert.answer_to("hello"), "\"said\""));
+    CHECK(contains(bert.answer_to("/msg Anna hello"), "\"code\":\"user_away\""));
+    host.hub().ban("Bert", 1h);  // visits all connections
+    CHECK_FALSE(bert.handler.is_open());
 }
 
-TEST_CASE("the name of an account is its own: a visitor who has it gets another") {
-    Desk desk;
-    Seat<Host> visitor(desk, "name=Holly");
+TEST_CASE("a hook can leave rooms in on_leave()") {
+    struct Leaver : ChatHandler {
+        void on_leave(ChatRoom&) override {
+            ++calls;
+            on_command("leave", "tea");
+            on_command("leave", "coffee");
+        }
+        int calls = 0;
+    };
+    TestHost host;
+    ChatClient<Leaver> leaver(host, "name=Anna");
+    leaver.send("/join coffee");
+    leaver.send("/leave coffee");
+    CHECK(leaver.handler.current_room() == nullptr);
+    CHECK(leaver.handler.calls == 2);
+    CHECK(host.room("coffee").users().empty());
+}
+
+TEST_CASE("a closed connection cannot join a room") {
+    TestHost host;
+    ChatClient<RejoiningHandler> rejoining(host);
+    rejoining.send("/leave");
+    CHECK(rejoining.handler.current_room()->name() == "hall");
+    rejoining.disconnect();
+    CHECK(rejoining.handler.left == 2);
+}
+
+TEST_CASE("an account owns its name, so a visitor with that name gets another one") {
+    TestHost host;
+    ChatClient<Moderator> visitor(host, "name=Holly");
     visitor.events();
-    Seat<Host> host(desk, "account=Holly"), tab(desk, "account=Holly");
+    ChatClient<Moderator> moderator(host, "account=Holly"), tab(host, "account=Holly");
     CHECK(contains(visitor.events().at(0), "\"old\":\"Holly\",\"name\":\"Holly-2\""));
-    CHECK(contains(host.events().at(0), "\"name\":\"Holly\""));
+    CHECK(contains(moderator.events().at(0), "\"name\":\"Holly\""));
     CHECK(contains(tab.events().at(1), "[\"Holly\",\"Holly-2\"]"));
 }
 
-TEST_CASE("a moderator mutes, kicks and bans, and nobody else does") {
-    Desk desk;
-    desk.hub().limits.connection = FloodRates();
-    Seat<Host> host(desk, "account=Holly");
-    Seat<> anna(desk, "name=Anna&key=anna-secret", "tea", "192.0.2.1"),
-        tab(desk, "key=anna-secret", "tea", "192.0.2.1");
-    host.events();
-    CHECK(host.only("/mute Anna 60") == "0 events");
-    CHECK(contains(anna.only("hello"), "\"code\":\"muted\""));
-    CHECK(contains(anna.only("/msg Holly hello"), "\"code\":\"muted\""));
-    CHECK(contains(anna.only("/nick hello"), "\"code\":\"muted\""));
-    Seat<Host> account(desk, "account=Anna");  // takes the name, and the mute goes with the user
+TEST_CASE("only a moderator can mute, kick and ban") {
+    TestHost host;
+    host.hub().limits.connection = FloodRates();
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    ChatClient<> anna(host, "name=Anna&key=anna-secret", "tea", "192.0.2.1"),
+        tab(host, "key=anna-secret", "tea", "192.0.2.1");
+    moderator.events();
+    CHECK(moderator.answer_to("/mute Anna 60") == "0 events");
+    CHECK(contains(anna.answer_to("hello"), "\"code\":\"muted\""));
+    CHECK(contains(anna.answer_to("/msg Holly hello"), "\"code\":\"muted\""));
+    CHECK(contains(anna.answer_to("/nick hello"), "\"code\":\"muted\""));
+    ChatClient<Moderator> account(host, "account=Anna");  // takes the name; the mute stays with the user
     tab.events();
-    CHECK(contains(tab.only("hello"), "\"code\":\"muted\""));
-    host.say("/mute Anna-2 0");
-    anna.say("/nick Annabel");
+    CHECK(contains(tab.answer_to("hello"), "\"code\":\"muted\""));
+    moderator.send("/mute Anna-2 0");
+    anna.send("/nick Annabel");
     anna.events();
-    CHECK(contains(anna.only("hello"), "\"said\""));
-    CHECK(contains(host.only("/mute Annabel for ever"), "\"code\":\"bad_command\""));
-    CHECK(contains(host.only("/kick Nobody"), "\"code\":\"unknown_user\""));
+    CHECK(contains(anna.answer_to("hello"), "\"said\""));
+    CHECK(contains(moderator.answer_to("/mute Annabel for ever"), "\"code\":\"bad_command\""));
+    CHECK(contains(moderator.answer_to("/kick Nobody"), "\"code\":\"unknown_user\""));
 
-    host.say("/kick Annabel Enough of that.");
-    for (auto* seat : {&anna, &tab}) {
-        const auto events = seat->events();
+    moderator.send("/kick Annabel Enough of that.");
+    for (auto* client : {&anna, &tab}) {
+        const auto events = client->events();
         CHECK(events.back() == "{\"type\":\"kicked\",\"text\":\"Enough of that.\"}");
-        CHECK(seat->close_code() == CloseCode::policy_violation);
-        seat->leave();
+        CHECK(client->close_code() == CloseCode::policy_violation);
+        client->disconnect();
     }
-    CHECK(
-        contains(host.events().back(), "{\"type\":\"leave\",\"room\":\"tea\",\"name\":\"Annabel\""));  // without grace
+    CHECK(contains(moderator.events().back(),
+                   "{\"type\":\"leave\",\"room\":\"tea\",\"name\":\"Annabel\""));  // without a grace period
 
-    Seat<> again(desk, "name=Annabel&key=anna-secret");
+    ChatClient<> again(host, "name=Annabel&key=anna-secret");
     REQUIRE_FALSE(again.refusal.has_value());
-    host.say("/ban Annabel 60");
+    moderator.send("/ban Annabel 60");
     CHECK_FALSE(again.handler.is_open());
-    Seat<> same_name(desk, "name=annabel"), same_key(desk, "name=Zoe&key=anna-secret"),
-        other(desk, "name=Bert", "tea", "192.0.2.1");
+    ChatClient<> same_name(host, "name=annabel"), same_key(host, "name=Zoe&key=anna-secret"),
+        other(host, "name=Bert", "tea", "192.0.2.1");
     CHECK(same_name.refusal.has_value());
     CHECK(same_key.refusal.has_value());
     REQUIRE_FALSE(other.refusal.has_value());
-    CHECK(contains(other.only("/nick Annabel"), "\"code\":\"name_banned\""));
+    CHECK(contains(other.answer_to("/nick Annabel"), "\"code\":\"name_banned\""));
 
-    host.say("/ban 192.0.2.1");
+    moderator.send("/ban 192.0.2.1");
     CHECK_FALSE(other.handler.is_open());
-    Seat<> same_address(desk, "name=Carl", "tea", "192.0.2.1"), elsewhere(desk, "name=Carl", "tea", "192.0.2.2");
+    ChatClient<> same_address(host, "name=Carl", "tea", "192.0.2.1"), elsewhere(host, "name=Carl", "tea", "192.0.2.2");
     REQUIRE(same_address.refusal.has_value());
     CHECK(same_address.refusal->status() == 403);
     CHECK_FALSE(elsewhere.refusal.has_value());
-    host.say("/ban 192.0.2.1 0");
-    Seat<> forgiven(desk, "name=Dora", "tea", "192.0.2.1");
+    moderator.send("/ban 192.0.2.1 0");
+    ChatClient<> forgiven(host, "name=Dora", "tea", "192.0.2.1");
     CHECK_FALSE(forgiven.refusal.has_value());
 }
 
-TEST_CASE("a ban ends all connections of a user, whatever the names and rooms, and is lifted as it was set") {
-    Desk desk;
-    Seat<> anna(desk, "name=Anna&key=anna-secret"), coffee(desk, "name=Zoe&key=anna-secret", "coffee"),
-        nowhere(desk, "name=Zoe&key=anna-secret", "milk"), bert(desk, "name=Anna&key=bert-secret");
-    nowhere.say("/leave");
-    desk.hub().ban("anna", 1h);
+TEST_CASE("a ban closes the connections of a user in all rooms, and can be ended by the same name") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), coffee(host, "name=Zoe&key=anna-secret", "coffee"),
+        nowhere(host, "name=Zoe&key=anna-secret", "milk"), bert(host, "name=Anna&key=bert-secret");
+    nowhere.send("/leave");
+    host.hub().ban("anna", 1h);
     CHECK_FALSE(anna.handler.is_open());
     CHECK_FALSE(coffee.handler.is_open());
     CHECK_FALSE(nowhere.handler.is_open());
     CHECK(bert.handler.is_open());
-    Seat<> while_banned(desk, "name=Zoe&key=anna-secret");
+    ChatClient<> while_banned(host, "name=Zoe&key=anna-secret");
     CHECK(while_banned.refusal.has_value());
-    desk.hub().ban("Anna", Duration::zero());
-    Seat<> forgiven(desk, "name=Anna&key=anna-secret");
+    host.hub().ban("Anna", Duration::zero());
+    ChatClient<> forgiven(host, "name=Anna&key=anna-secret");
     CHECK_FALSE(forgiven.refusal.has_value());
 }
 
-TEST_CASE("/help names the commands that one may use") {
-    Desk desk;
-    Seat<Host> host(desk, "account=Holly");
-    Seat<> anna(desk, "name=Anna");
-    CHECK(contains(host.only("/help"), "/ban NAME|ADDRESS [SECONDS]"));
-    CHECK_FALSE(contains(anna.only("/help"), "/ban"));
-    CHECK(contains(anna.only("/help"), "{\"command\":\"/me TEXT\",\"text\":\"says what you do\"}"));
+TEST_CASE("a ban of a name that looks like an address bans the user who has it and not the address") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    ChatClient<> troll(host, "name=127.0.0.1&key=troll-secret"), bert(host, "name=Bert");
+    moderator.send("/ban 127.0.0.1");
+    CHECK(troll.close_code() == CloseCode::policy_violation);
+    CHECK(moderator.handler.is_open());
+    CHECK(bert.handler.is_open());
+    troll.disconnect();
+    ChatClient<> same_name(host, "name=127.0.0.1"), same_key(host, "name=Zoe&key=troll-secret"),
+        other(host, "name=Zoe");
+    CHECK(same_name.refusal.has_value());
+    CHECK(same_key.refusal.has_value());
+    CHECK_FALSE(other.refusal.has_value());
+    moderator.send("/ban 127.0.0.1 0");
+    ChatClient<> forgiven(host, "name=127.0.0.1");
+    CHECK_FALSE(forgiven.refusal.has_value());
 }
 
-// ---- a store that takes its time -------------------------------------------------------------------------------------
+TEST_CASE("/help lists only the commands that the user may use") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    ChatClient<> anna(host, "name=Anna");
+    CHECK(contains(moderator.answer_to("/help"), "/ban NAME|ADDRESS [SECONDS]"));
+    CHECK_FALSE(contains(anna.answer_to("/help"), "/ban"));
+    CHECK(contains(anna.answer_to("/help"), "{\"command\":\"/me TEXT\",\"text\":\"says what you do\"}"));
+}
 
 namespace {
 
-// Answers when the test says so, and may be ahead or behind with what it tells: what a bus does.
-class SlowStore : public ChatStore {
+// The query contains what authenticate() returns as ChatUser::about.
+struct AboutHandler : ChatHandler {
+    std::optional<ChatUser> authenticate(const Request& request) override {
+        return ChatUser{"Anna", request.query("about").value_or("")};
+    }
+};
+
+}  // namespace
+
+TEST_CASE("ChatUser::about must be a JSON value within its limit, else the handshake fails") {
+    TestHost host;
+    host.hub().limits.max_about = 20;
+    const auto error = [&](const std::string& about) {
+        return test::error_of([&] { ChatClient<AboutHandler>(host, "about=" + about); });
+    };
+    const std::string prefix = "ChatHandler::authenticate: ChatUser::about ";
+    CHECK(error("") == "");
+    CHECK(error("{%22a%22:1}") == "");
+    CHECK(error("%22" + std::string(18, 'x') + "%22") == "");
+    const std::string not_json = ": it is not a JSON value in UTF-8 of at most 32 levels";
+    CHECK(error("{a}") == prefix + "\"{a}\"" + not_json);
+    CHECK(error("%22%FF%22") == prefix + "\"\\x22\\xff\\x22\"" + not_json);
+    CHECK(error("%22" + std::string(19, 'x') + "%22") ==
+          prefix + "\"\\x22" + std::string(19, 'x') + "\\x22\": it is longer than ChatLimits::max_about");
+}
+
+// ---- a store that answers later ------------------------------------------------------------------------------------
+
+namespace {
+
+// Answers and delivers when the test says so, in any order, as a store with several servers can.
+class ManualStore : public ChatStore {
 public:
-    explicit SlowStore(SlowStore*& self) { self = this; }
+    explicit ManualStore(ManualStore*& self) { self = this; }
     void attach(Listener& listener, std::shared_ptr<Mailbox>) override { listener_ = &listener; }
     void append(ChatEntry entry) override {
         entry.id = kept.size() + 1;
         kept.push_back(entry);
     }
-    void pass(const ChatEntry& entry) override { listener_->on_entry(entry); }
-    void since(const std::string&, std::optional<std::uint64_t> id, std::size_t, PageCall then) override {
+    void forward(const ChatEntry& entry) override { listener_->on_entry(entry); }
+    void since(const std::string&, std::optional<std::uint64_t> id, std::size_t, PageCallback then) override {
         HistoryPage page;
         for (const ChatEntry& each : kept)
             if (each.id > id.value_or(0)) page.entries.push_back(each);
-        page.last = kept.size();
+        page.last_id = kept.size();
         pages.push_back([page, then] { then(page); });
     }
-    // Tells of the next entry that nobody has been told of.
-    void tell() { listener_->on_entry(kept.at(told_++)); }
-    void tell_others(ChatEntry::Kind kind, const std::string& name, const std::string& text = "") {
+    // Delivers the next entry.
+    void deliver() { listener_->on_entry(kept.at(delivered_++)); }
+    void deliver_remote(ChatEntry::Kind kind, const std::string& name, const std::string& text = "") {
         ChatEntry made = entry(text);
         made.kind = kind;
         made.name = name;
@@ -1208,10 +1330,10 @@ public:
 
 private:
     Listener* listener_ = nullptr;
-    std::size_t told_ = 0;
+    std::size_t delivered_ = 0;
 };
 
-// The texts of all messages in events, in order.
+// The texts of all messages in the events, in order.
 template <class Events>
 std::string texts(const Events& events) {
     std::string all;
@@ -1225,47 +1347,47 @@ std::string texts(const Events& events) {
 
 }  // namespace
 
-TEST_CASE("a message is delivered when it comes back from the store, and not before") {
-    Desk desk;
-    SlowStore* store = nullptr;
-    desk.hub().set_store(std::make_unique<SlowStore>(store));
-    Seat<> anna(desk, "name=Anna"), bert(desk, "name=Bert");
+TEST_CASE("a message is delivered when the store returns it") {
+    TestHost host;
+    ManualStore* store = nullptr;
+    host.hub().set_store(std::make_unique<ManualStore>(store));
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
     store->answer();
     store->answer();
     bert.events();
-    CHECK(anna.only("/tag t1 hello") == "0 events");
+    CHECK(anna.answer_to("/tag t1 hello") == "0 events");
     CHECK(bert.events().empty());
-    store->tell();
-    CHECK(contains(anna.one(), "\"tag\":\"t1\""));
-    CHECK(contains(bert.one(), "hello"));
-    anna.say("/tag t2 lost");
+    store->deliver();
+    CHECK(contains(anna.only_event(), "\"tag\":\"t1\""));
+    CHECK(contains(bert.only_event(), "hello"));
+    anna.send("/tag t2 lost");
     store->fail(1);
-    const std::string error = anna.one();
+    const std::string error = anna.only_event();
     CHECK(contains(error, "\"code\":\"not_kept\""));
     CHECK(contains(error, "\"tag\":\"t2\""));
     CHECK(bert.events().empty());
 }
 
-TEST_CASE("whatever order a store answers in, a newcomer gets everything once and in order") {
-    // Each letter is a step: s says the next digit, t tells of the next, j joins, a answers the oldest question.
+TEST_CASE("a new member gets everything once and in order, however late the store answers") {
+    // Each letter is a step: s says the next digit, t delivers it, j joins, a answers the oldest request.
     for (const std::string steps : {"ssttja", "sstjta", "ssjtta", "sjstta", "sjatst", "jsstta", "sstjat", "jastst",
                                     "ststja", "sjsatt", "ssjatt", "jssatt", "sjtsta", "sjtsat"}) {
         for (const bool somebody : {false, true}) {
             CAPTURE(steps);
             CAPTURE(somebody);
-            Desk desk;
-            SlowStore* store = nullptr;
-            desk.hub().set_store(std::make_unique<SlowStore>(store));
-            std::optional<Seat<>> bert, newcomer;
+            TestHost host;
+            ManualStore* store = nullptr;
+            host.hub().set_store(std::make_unique<ManualStore>(store));
+            std::optional<ChatClient<>> bert, newcomer;
             if (somebody) {
-                bert.emplace(desk, "name=Bert");
+                bert.emplace(host, "name=Bert");
                 store->answer();
             }
             int said = 0;
             for (const char step : steps) {
-                if (step == 's') desk.room("tea").publish(std::to_string(++said));
-                else if (step == 't') store->tell();
-                else if (step == 'j') newcomer.emplace(desk, "name=Anna");
+                if (step == 's') host.room("tea").publish(std::to_string(++said));
+                else if (step == 't') store->deliver();
+                else if (step == 'j') newcomer.emplace(host, "name=Anna");
                 else store->answer();
             }
             while (!store->pages.empty()) store->answer();
@@ -1275,68 +1397,68 @@ TEST_CASE("whatever order a store answers in, a newcomer gets everything once an
     }
 }
 
-TEST_CASE("on_leave comes only after on_join, which waits for the history") {
-    Desk desk;
-    SlowStore* store = nullptr;
-    desk.hub().set_store(std::make_unique<SlowStore>(store));
-    Seat<Host> early(desk, "name=Anna"), patient(desk, "name=Bert");
-    early.leave();
+TEST_CASE("on_leave() is called only after on_join(), which waits for the history") {
+    TestHost host;
+    ManualStore* store = nullptr;
+    host.hub().set_store(std::make_unique<ManualStore>(store));
+    ChatClient<Moderator> early(host, "name=Anna"), patient(host, "name=Bert");
+    early.disconnect();
     while (!store->pages.empty()) store->answer();
-    patient.leave();
-    CHECK(early.handler.log == "");
-    CHECK(patient.handler.log == "join tea;leave tea;");
+    patient.disconnect();
+    CHECK(early.handler.log == "connect;disconnect;");
+    CHECK(patient.handler.log == "connect;join tea;leave tea;disconnect;");
 }
 
-TEST_CASE("a history that can not be read is a gap, and the chat goes on") {
-    struct Broken : SlowStore {
-        using SlowStore::SlowStore;
-        void since(const std::string&, std::optional<std::uint64_t>, std::size_t, PageCall then) override {
+TEST_CASE("a history that cannot be read is a gap, and the chat continues") {
+    struct Broken : ManualStore {
+        using ManualStore::ManualStore;
+        void since(const std::string&, std::optional<std::uint64_t>, std::size_t, PageCallback then) override {
             HistoryPage page;
             page.error = "disk image is malformed";
             then(page);
         }
     };
-    Desk desk;
-    SlowStore* store = nullptr;
-    desk.hub().set_store(std::make_unique<Broken>(store));
-    Seat<> anna(desk, "name=Anna&last=7");
-    CHECK(contains(anna.events().at(2), "\"gap\":true,\"last\":7,"));  // to come back with, when it can be read again
-    anna.say("hello");
-    store->tell();
-    CHECK(contains(anna.one(), "hello"));
+    TestHost host;
+    ManualStore* store = nullptr;
+    host.hub().set_store(std::make_unique<Broken>(store));
+    ChatClient<> anna(host, "name=Anna&last=7");
+    CHECK(contains(anna.events().at(2), "\"gap\":true,\"last\":7,"));  // the client can use this id later
+    anna.send("hello");
+    store->deliver();
+    CHECK(contains(anna.only_event(), "hello"));
 }
 
-TEST_CASE("users of other servers are in the roster, and their names are taken") {
-    Desk desk;
-    SlowStore* store = nullptr;
-    desk.hub().set_store(std::make_unique<SlowStore>(store));
-    Seat<> anna(desk, "name=Anna");
+TEST_CASE("users of other servers are in the list, and their names are taken") {
+    TestHost host;
+    ManualStore* store = nullptr;
+    host.hub().set_store(std::make_unique<ManualStore>(store));
+    ChatClient<> anna(host, "name=Anna");
     store->answer();
     anna.events();
-    store->tell_others(ChatEntry::Kind::come, "Far");
-    CHECK(contains(anna.one(), "{\"type\":\"join\",\"room\":\"tea\",\"name\":\"Far\""));
-    Seat<> other(desk, "name=far");
+    store->deliver_remote(ChatEntry::Kind::join, "Far");
+    CHECK(contains(anna.only_event(), "{\"type\":\"join\",\"room\":\"tea\",\"name\":\"Far\""));
+    ChatClient<> other(host, "name=far");
     CHECK(contains(other.events().at(0), "\"name\":\"far-2\""));
     anna.events();
-    store->tell_others(ChatEntry::Kind::rename, "Far", "Further");
-    CHECK(contains(anna.one(), "\"old\":\"Far\",\"name\":\"Further\""));
-    CHECK(names_of(desk.room("tea").presence()) == "Anna far-2 Further");
-    store->tell_others(ChatEntry::Kind::go, "Further");
-    CHECK(contains(anna.one(), "\"leave\""));
-    CHECK(names_of(desk.room("tea").presence()) == "Anna far-2");
-    store->tell_others(ChatEntry::Kind::go, "Anna");  // somebody of the same name elsewhere
-    CHECK(names_of(desk.room("tea").presence()) == "Anna far-2");
+    store->deliver_remote(ChatEntry::Kind::rename, "Far", "Further");
+    CHECK(contains(anna.only_event(), "\"old\":\"Far\",\"name\":\"Further\""));
+    CHECK(names_of(host.room("tea").users()) == "Anna far-2 Further");
+    store->deliver_remote(ChatEntry::Kind::leave, "Further");
+    CHECK(contains(anna.only_event(), "\"leave\""));
+    CHECK(names_of(host.room("tea").users()) == "Anna far-2");
+    store->deliver_remote(ChatEntry::Kind::leave, "Anna");  // another user of that name on another server
+    CHECK(names_of(host.room("tea").users()) == "Anna far-2");
 }
 
-TEST_CASE("the history is chosen before the first connection, or not at all") {
-    Desk desk;
-    desk.hub().set_store(MemoryHistory());
-    Seat<> anna(desk, "name=Anna");
-    CHECK_THROWS_WITH_AS(desk.hub().set_store(MemoryHistory()),
+TEST_CASE("set_store() after the first connection is an Error") {
+    TestHost host;
+    host.hub().set_store(MemoryHistory());
+    ChatClient<> anna(host, "name=Anna");
+    CHECK_THROWS_WITH_AS(host.hub().set_store(MemoryHistory()),
                          "ChatHub::set_store: a connection is open; set the store before the first connection", Error);
 }
 
-// ---- over sockets ----------------------------------------------------------------------------------------------------
+// ---- over sockets --------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -1350,7 +1472,7 @@ struct Chat : RunningServer {
     }
 };
 
-// The number behind "name": in an event.
+// The number of a field in an event.
 std::string number_after(const std::string& event, const std::string& name) {
     const std::size_t at = event.find("\"" + name + "\":");
     if (at == std::string::npos) return "";
@@ -1360,7 +1482,68 @@ std::string number_after(const std::string& event, const std::string& name) {
 
 }  // namespace
 
-TEST_CASE("a page that is reloaded within the grace has never left, and one that is closed on purpose leaves at once") {
+TEST_CASE("a Room and a chat room of the same name have nothing in common") {
+    struct Plain : WebSocketHandler {
+        void open() override { room("tea").join(*this); }
+        void on_message(const Message& message) override { room("tea").broadcast(message); }
+    };
+    RunningServer running;
+    running.server.route<ChatHandler>("/chat/{room}");
+    running.server.route<Plain>("/plain");
+    running.start();
+    running.on_loop([&] { ChatHub::of(running.server).room("tea").publish("kept"); });
+    Client plain(running.port(), "/plain");
+    plain.send("first");
+    CHECK(plain.next() == "first");
+    Client anna(running.port(), "/chat/tea?name=Anna");
+    CHECK(contains(next_with(anna, "\"type\":\"history\""), "\"text\":\"kept\""));
+    anna.send("hello");
+    CHECK(contains(next_with(anna, "\"said\""), "hello"));
+    plain.send("second");
+    CHECK(plain.next() == "second");
+    anna.send("again");
+    CHECK(contains(anna.next().value_or(""), "again"));
+    CHECK(running.metrics().rooms == 2);
+    anna.close();
+    anna.close_code();
+    CHECK(running.eventually([&] { return running.server.metrics().rooms == 1; }));
+    plain.send("third");
+    CHECK(plain.next() == "third");
+}
+
+TEST_CASE("an exception out of a hook is counted and is the cause of the close") {
+    RunningServer running;
+    running.server.route<ThrowingHandler>("/chat/{room}");
+    running.start();
+    std::uint64_t count = 0;
+    for (const char* hook : {"on_join", "on_said"}) {
+        CAPTURE(hook);
+        Client client(running.port(), std::string("/chat/tea?name=") + hook);
+        client.send("hello");
+        CHECK(client.close_code() == CloseCode::internal_error);
+        ++count;
+        CHECK(running.eventually(
+            [&] { return running.server.metrics().closed.at(CloseCause::handler_exception) == count; }));
+        CHECK(running.metrics().handler_exceptions == count);
+    }
+}
+
+TEST_CASE("an invalid ChatUser::about is a 500 and an exception in the log") {
+    RunningServer running;
+    std::string what;
+    running.server.on_log([&](const LogEntry& entry) {
+        for (const auto& [name, value] : entry.fields)
+            if (name == "what") what = value;
+    });
+    running.server.route<AboutHandler>("/chat/{room}");
+    running.start();
+    const Client client(running.port(), "/chat/tea?about={");
+    CHECK(contains(client.head, "HTTP/1.1 500 "));
+    CHECK(running.on_loop([&] { return what; }) ==
+          "ChatHandler::authenticate: ChatUser::about \"{\": it is not a JSON value in UTF-8 of at most 32 levels");
+}
+
+TEST_CASE("a page that is reloaded has not left, and one that closes with 1000 leaves immediately") {
     Chat chat;
     Client bert(chat.port(), "/chat/tea?name=Bert");
     next_with(bert, "\"type\":\"history\"");
@@ -1379,7 +1562,7 @@ TEST_CASE("a page that is reloaded within the grace has never left, and one that
     CHECK(types == "join leave said ");
 }
 
-TEST_CASE("who does not come back within the grace has left") {
+TEST_CASE("a user who does not return in the grace period has left") {
     Chat chat(50ms);
     Client bert(chat.port(), "/chat/tea?name=Bert");
     for (int round = 0; round < 3; ++round) {
@@ -1394,7 +1577,7 @@ TEST_CASE("who does not come back within the grace has left") {
     CHECK(chat.eventually([&] { return ChatHub::of(chat.server).room_count() == 0; }));
 }
 
-TEST_CASE("whenever a connection is lost, a message that is sent again with its tag arrives once") {
+TEST_CASE("a message that is sent again with its tag arrives once, whenever the connection was lost") {
     enum Phase { before_the_send, before_the_answer, after_the_answer };
     Chat chat;
     Client bert(chat.port(), "/chat/tea?name=Bert");
@@ -1430,7 +1613,7 @@ TEST_CASE("whenever a connection is lost, a message that is sent again with its 
     }
 }
 
-TEST_CASE("five hundred clients that come back at once get what they missed, and the others do not notice") {
+TEST_CASE("five hundred clients that return at once get what they missed, and others notice nothing") {
     rlimit descriptors{};
     ::getrlimit(RLIMIT_NOFILE, &descriptors);
     descriptors.rlim_cur = descriptors.rlim_max;
@@ -1453,11 +1636,11 @@ TEST_CASE("five hundred clients that come back at once get what they missed, and
     for (const auto& client : clients) client->reset();
     for (int i = 0; i < 20; ++i) bert.send("missed " + std::to_string(i) + ".");
     for (int i = 0; i < 20; ++i) next_with(bert, "\"said\"");
-    REQUIRE(chat.eventually([&] { return chat.server.rooms()["tea"].size() == 1; }));
+    REQUIRE(chat.eventually([&] { return chat.server.metrics().websockets_open == 1; }));
 
     clients = all_come();
     bert.send("welcome back");
-    CHECK(contains(next_with(bert, "\"type\""), "welcome back"));  // it has heard of nobody
+    CHECK(contains(next_with(bert, "\"type\""), "welcome back"));  // it got no "leave" and no "join"
     for (const auto& client : clients) {
         REQUIRE(client->read_until("welcome back"));
         const std::string& got = client->received;

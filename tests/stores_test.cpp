@@ -1,4 +1,4 @@
-// section 16: a history in a file, what can be wrong with the file, and a server that is killed.
+// section 17: a history in a file, broken and locked files, and a server that is killed.
 #define WSCHAT_CHAT 1
 #include "support.hpp"
 
@@ -20,14 +20,14 @@ using test::contains;
 using test::next_with;
 using test::RunningServer;
 
-// A file of a test, which is gone with it.
-struct TemporaryFile {
-    TemporaryFile() {
+// The path of a database, which is deleted at the end of the scope.
+struct DatabaseFile {
+    DatabaseFile() {
         static int count = 0;
         path = "/tmp/wschat-" + std::to_string(::getpid()) + "-" + std::to_string(++count) + ".db";
         remove();
     }
-    ~TemporaryFile() { remove(); }
+    ~DatabaseFile() { remove(); }
     void remove() {
         for (const char* more : {"", "-wal", "-shm"}) ::unlink((path + more).c_str());
     }
@@ -39,19 +39,19 @@ struct TemporaryFile {
     std::string path;
 };
 
-// SQLite itself, to do to a file what another program would.
-struct Raw {
-    explicit Raw(const std::string& path) { REQUIRE(::sqlite3_open(path.c_str(), &database) == SQLITE_OK); }
-    ~Raw() { ::sqlite3_close(database); }
+// Another program that uses the same file through SQLite.
+struct OtherProgram {
+    explicit OtherProgram(const std::string& path) { REQUIRE(::sqlite3_open(path.c_str(), &database) == SQLITE_OK); }
+    ~OtherProgram() { ::sqlite3_close(database); }
     void execute(const char* sql) { REQUIRE(::sqlite3_exec(database, sql, nullptr, nullptr, nullptr) == SQLITE_OK); }
     sqlite3* database = nullptr;
 };
 
-// One whose ids begin at 1.
-struct CountedFile : TemporaryFile {
-    CountedFile() {
+// A database whose ids start at 1.
+struct FileFromOne : DatabaseFile {
+    FileFromOne() {
         { SqliteFile file(path, {}); }
-        Raw(path).execute("UPDATE start SET id = 0");
+        OtherProgram(path).execute("UPDATE start SET id = 0");
     }
 };
 
@@ -70,7 +70,7 @@ std::uint64_t append(SqliteFile& file, const ChatEntry& one) {
     file.append(entries);
     return entries[0].id;
 }
-std::string told(const HistoryPage& page) {
+std::string summary_of(const HistoryPage& page) {
     std::string all;
     for (const ChatEntry& each : page.entries) all += std::to_string(each.id) + each.text + " ";
     return page.gap ? all + "gap" : all;
@@ -99,8 +99,8 @@ struct Chat : RunningServer {
 
 TEST_SUITE_BEGIN("stores");
 
-TEST_CASE("a file keeps what was said, with ids that grow within a room and outlive the program") {
-    const CountedFile temporary;
+TEST_CASE("a file keeps messages under ascending ids per room, also after a restart") {
+    const FileFromOne temporary;
     ChatEntry action = entry("waves \xC3\xBC \xF0\x9F\x8D\xB5 '\"");
     action.kind = ChatEntry::Kind::action;
     {
@@ -113,7 +113,7 @@ TEST_CASE("a file keeps what was said, with ids that grow within a room and outl
     CHECK(append(file, entry("c", "t")) == 3);
     const HistoryPage page = file.since("tea", std::nullopt, 50);
     REQUIRE(page.entries.size() == 3);
-    CHECK(page.last == 3);
+    CHECK(page.last_id == 3);
     CHECK_FALSE(page.gap);
     CHECK(page.entries[1].text == action.text);
     CHECK(page.entries[1].kind == ChatEntry::Kind::action);
@@ -123,8 +123,8 @@ TEST_CASE("a file keeps what was said, with ids that grow within a room and outl
     CHECK(page.entries[2].time == 1234);
 }
 
-TEST_CASE("a file answers what is newer than an id, in order, and says whether something is missing") {
-    const CountedFile temporary;
+TEST_CASE("a file returns the entries after an id in order and reports a gap") {
+    const FileFromOne temporary;
     SqliteOptions options;
     options.max_entries = 5;
     SqliteFile file(temporary.path, options);
@@ -140,24 +140,24 @@ TEST_CASE("a file answers what is newer than an id, in order, and says whether s
     for (const auto& row : table) {
         CAPTURE(row.id.value_or(0));
         const HistoryPage page = file.since("tea", row.id, row.limit);
-        CHECK(told(page) == row.answer);
-        CHECK(page.last == 7);
+        CHECK(summary_of(page) == row.answer);
+        CHECK(page.last_id == 7);
     }
-    CHECK(told(file.since("coffee", std::nullopt, 50)) == "");
-    CHECK(told(file.since("coffee", 0, 50)) == "");
-    CHECK(told(file.since("coffee", 3, 50)) == "gap");
+    CHECK(summary_of(file.since("coffee", std::nullopt, 50)) == "");
+    CHECK(summary_of(file.since("coffee", 0, 50)) == "");
+    CHECK(summary_of(file.since("coffee", 3, 50)) == "gap");
 }
 
-TEST_CASE("an id of a file that is gone is of another history, one of an empty room is not") {
-    const TemporaryFile temporary;
+TEST_CASE("an id of a deleted file is a gap, and the first id of an empty room is none") {
+    DatabaseFile temporary;
     std::uint64_t before = 0;
     {
         SqliteFile file(temporary.path, {});
         for (const char* text : {"a", "b", "c"}) before = append(file, entry(text));
     }
-    const_cast<TemporaryFile&>(temporary).remove();
+    temporary.remove();
     SqliteFile file(temporary.path, {});
-    const std::uint64_t empty = file.since("tea", std::nullopt, 50).last;
+    const std::uint64_t empty = file.since("tea", std::nullopt, 50).last_id;
     append(file, entry("d"));
     append(file, entry("e"));
     CHECK(file.since("tea", before, 50).gap);
@@ -166,27 +166,27 @@ TEST_CASE("an id of a file that is gone is of another history, one of an empty r
     CHECK(file.since("tea", empty, 50).entries.size() == 2);
 }
 
-TEST_CASE("a tag that comes again is not kept twice, within one transaction and after a restart") {
-    const CountedFile temporary;
+TEST_CASE("a second message with the same tag is not kept, in one transaction and after a restart") {
+    const FileFromOne temporary;
     for (int run = 0; run < 2; ++run) {
         SqliteFile file(temporary.path, {});
         std::vector<ChatEntry> entries = {entry("a", "t"), entry("a", "t"), entry("b"), entry("b")};
         ChatEntry other = entry("c", "t");
         other.author = "key b";
         entries.push_back(other);
-        const std::vector<bool> repeated = file.append(entries);
-        CHECK(repeated == (run == 0 ? std::vector<bool>{false, true, false, false, false}
-                                    : std::vector<bool>{true, true, false, false, true}));
+        const std::vector<bool> duplicates = file.append(entries);
+        CHECK(duplicates == (run == 0 ? std::vector<bool>{false, true, false, false, false}
+                                      : std::vector<bool>{true, true, false, false, true}));
         CHECK(entries[1].id == 1);
         CHECK(entries[4].id == 4);
     }
 }
 
-TEST_CASE("a file of the first version is migrated, and keeps what it has") {
-    const TemporaryFile temporary;
+TEST_CASE("a file of the first version is migrated and keeps its entries") {
+    const DatabaseFile temporary;
     {
-        Raw raw(temporary.path);
-        raw.execute(
+        OtherProgram other(temporary.path);
+        other.execute(
             "CREATE TABLE room(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, last INTEGER NOT NULL);"
             "CREATE TABLE entry(room INTEGER NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, kind INTEGER NOT "
             "NULL,"
@@ -197,17 +197,16 @@ TEST_CASE("a file of the first version is migrated, and keeps what it has") {
     SqliteFile file(temporary.path, {});
     CHECK(append(file, entry("new", "t")) == 8);
     CHECK(append(file, entry("new", "t")) == 8);
-    CHECK(told(file.since("tea", std::nullopt, 50)) == "7from then 8new ");
+    CHECK(summary_of(file.since("tea", std::nullopt, 50)) == "7from then 8new ");
 }
 
-TEST_CASE("a file that can not be used is an Error that says why") {
-    const TemporaryFile garbage, newer, foreign, unmarked;
-    garbage.path.size();
-    const_cast<TemporaryFile&>(garbage).write(std::string(8192, 'x'));
+TEST_CASE("a file that cannot be used is an Error with the reason") {
+    DatabaseFile garbage, newer, foreign, unmarked;
+    garbage.write(std::string(8192, 'x'));
     { SqliteFile file(newer.path, {}); }
-    Raw(newer.path).execute("PRAGMA user_version = 9");
-    Raw(foreign.path).execute("PRAGMA application_id = 1; CREATE TABLE a(b)");
-    Raw(unmarked.path).execute("CREATE TABLE a(b)");
+    OtherProgram(newer.path).execute("PRAGMA user_version = 9");
+    OtherProgram(foreign.path).execute("PRAGMA application_id = 1; CREATE TABLE a(b)");
+    OtherProgram(unmarked.path).execute("CREATE TABLE a(b)");
     const struct {
         std::string path, sentence;
     } table[] = {
@@ -223,8 +222,8 @@ TEST_CASE("a file that can not be used is an Error that says why") {
                              Error);
 }
 
-TEST_CASE("what does not fit is not kept at all, and the rest is as it was") {
-    const CountedFile temporary;
+TEST_CASE("a transaction that does not fit into the file changes nothing") {
+    const FileFromOne temporary;
     SqliteOptions options;
     options.max_file_bytes = 64 * 1024;
     SqliteFile file(temporary.path, options);
@@ -232,24 +231,24 @@ TEST_CASE("what does not fit is not kept at all, and the rest is as it was") {
     std::vector<ChatEntry> entries = {entry("b"), entry(std::string(200'000, 'x'))};
     CHECK_THROWS_WITH_AS(file.append(entries),
                          ("SqliteHistory \"" + temporary.path + "\": database or disk is full (13)").c_str(), Error);
-    CHECK(told(file.since("tea", std::nullopt, 50)) == "1a ");
+    CHECK(summary_of(file.since("tea", std::nullopt, 50)) == "1a ");
     CHECK(append(file, entry("c")) == 2);
 }
 
-TEST_CASE("no more than a mebibyte of text or so is read at once, and what is left out is a gap") {
-    const CountedFile temporary;
+TEST_CASE("a page stops after a mebibyte of text and reports a gap") {
+    const FileFromOne temporary;
     SqliteFile file(temporary.path, {});
     for (int i = 0; i < 100; ++i) append(file, entry(std::string(16 * 1024, 'x')));
     const HistoryPage page = file.since("tea", 1, 500);
     CHECK(page.gap);
     CHECK(page.entries.size() == 65);
-    CHECK(page.entries.back().id == page.last);
+    CHECK(page.entries.back().id == page.last_id);
     CHECK_FALSE(file.since("tea", page.entries.front().id, 500).gap);
 }
 
-TEST_CASE("a file that is deleted or moved while it is in use is an Error") {
+TEST_CASE("a file that is deleted or moved while it is open is an Error") {
     for (const bool moved : {false, true}) {
-        const TemporaryFile temporary, elsewhere;
+        const DatabaseFile temporary, elsewhere;
         SqliteFile file(temporary.path, {});
         append(file, entry("a"));
         if (moved) ::rename(temporary.path.c_str(), elsewhere.path.c_str());
@@ -260,7 +259,7 @@ TEST_CASE("a file that is deleted or moved while it is in use is an Error") {
 }
 
 TEST_CASE("a damaged page is an Error, not a crash") {
-    CountedFile temporary;
+    FileFromOne temporary;
     {
         SqliteFile file(temporary.path, {});
         for (int i = 0; i < 300; ++i) append(file, entry(std::string(500, 'x')));
@@ -271,8 +270,8 @@ TEST_CASE("a damaged page is an Error, not a crash") {
     CHECK_THROWS_AS(file.since("tea", std::nullopt, 300), Error);
 }
 
-TEST_CASE("a chat with a file is acknowledged after the commit, and is caught up with after a restart") {
-    const CountedFile temporary;
+TEST_CASE("a message is acknowledged after the commit, and a client can resume after a restart") {
+    const FileFromOne temporary;
     std::string last;
     {
         Chat chat(temporary.path);
@@ -297,8 +296,8 @@ TEST_CASE("a chat with a file is acknowledged after the commit, and is caught up
     CHECK(next_with(anna, "\"t1\"") == "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\",\"id\":1}");
 }
 
-TEST_CASE("a full file is an error to the sender and an event in the log, and the chat goes on") {
-    const CountedFile temporary;
+TEST_CASE("a full file is an error for the sender and a log entry, and the chat continues") {
+    const FileFromOne temporary;
     SqliteOptions options;
     options.max_file_bytes = 64 * 1024;
     Chat chat(temporary.path, options);
@@ -317,35 +316,35 @@ TEST_CASE("a full file is an error to the sender and an event in the log, and th
     CHECK(chat.metrics().handler_exceptions == 0);
 }
 
-TEST_CASE("a locked file is an error to the sender, and nothing waits for it but what is to be kept") {
-    const CountedFile temporary;
+TEST_CASE("a locked file is an error for the sender, and private messages do not wait for the lock") {
+    const FileFromOne temporary;
     SqliteOptions options;
     options.busy_timeout = 2s;
     Chat chat(temporary.path, options);
     Client anna(chat.port(), "/chat/tea?name=Anna");
-    next_with(anna, "\"entries\"");  // and nothing more comes unasked but that Bert does
+    next_with(anna, "\"entries\"");  // after it only the join of Bert arrives
     Client bert(chat.port(), "/chat/tea?name=Bert");
     next_with(anna, "\"Bert\"");
-    Raw other(temporary.path);
+    OtherProgram other(temporary.path);
     other.execute("BEGIN IMMEDIATE");
     anna.send("/tag t1 hello");
     bert.send("/msg Anna psst");
-    CHECK(contains(next_with(anna, "\"private\""), "psst"));  // while the message waits for the lock
+    CHECK(contains(next_with(anna, "\"private\""), "psst"));  // the other message still waits for the lock
     CHECK(contains(next_with(anna, "\"t1\""), "\"code\":\"not_kept\""));
     other.execute("COMMIT");
     anna.send("/tag t1 hello");
     CHECK(contains(next_with(anna, "\"t1\""), "\"type\":\"said\""));
 }
 
-TEST_CASE("what waits for the file has a bound, past which senders are told") {
-    const CountedFile temporary;
+TEST_CASE("the queue of a file has a limit, above which the sender gets an error") {
+    const FileFromOne temporary;
     SqliteOptions options;
-    options.max_waiting = 5;
+    options.max_queued = 5;
     options.busy_timeout = 10s;
     Chat chat(temporary.path, options);
     Client anna(chat.port(), "/chat/tea?name=Anna");
     next_with(anna, "\"type\":\"history\"");
-    Raw other(temporary.path);
+    OtherProgram other(temporary.path);
     other.execute("BEGIN IMMEDIATE");
     for (int i = 0; i < 10; ++i) anna.send("/tag t" + std::to_string(i) + " x");
     CHECK(contains(next_with(anna, "\"tag\""), "\"code\":\"not_kept\""));
@@ -353,14 +352,14 @@ TEST_CASE("what waits for the file has a bound, past which senders are told") {
     CHECK(contains(next_with(anna, "\"said\""), "\"tag\":\"t0\""));
 }
 
-// ---- kill -9 ---------------------------------------------------------------------------------------------------------
+// ---- kill -9 -------------------------------------------------------------------------------------------------------
 
 namespace {
 
-// A server with a file, in a process of its own that can be killed.
-class Victim {
+// A server with a database in a process of its own, which the destructor kills.
+class KilledServer {
 public:
-    explicit Victim(const std::string& path) {
+    explicit KilledServer(const std::string& path) {
         int ports[2];
         REQUIRE(::pipe(ports) == 0);
         pid_ = ::fork();
@@ -372,7 +371,7 @@ public:
         REQUIRE(::read(ports[0], &port, sizeof port) == sizeof port);
         ::close(ports[0]);
     }
-    ~Victim() {
+    ~KilledServer() {
         ::kill(pid_, SIGKILL);
         ::waitpid(pid_, nullptr, 0);
     }
@@ -406,15 +405,15 @@ std::string text_after(const std::string& event, const std::string& name) {
 
 }  // namespace
 
-TEST_CASE("of a server that is killed fifty times no acknowledged message is lost, and none is kept twice") {
-    const CountedFile temporary;
+TEST_CASE("a server that is killed fifty times loses no acknowledged message and keeps none twice") {
+    const FileFromOne temporary;
     std::mt19937 random(5);
     std::map<std::string, std::uint64_t> acknowledged;  // by tag
-    std::vector<std::string> pending;                   // sent, and not acknowledged
+    std::vector<std::string> pending;                   // sent, not acknowledged
     std::uint64_t last = 0;
     int made = 0;
     for (int round = 0; round < 50; ++round) {
-        Victim server(temporary.path);
+        KilledServer server(temporary.path);
         Client client(server.port, "/chat/tea?name=Anna&key=anna-secret&last=" + std::to_string(last));
         const std::string history = next_with(client, "\"type\":\"history\"");
         REQUIRE(contains(history, "\"gap\":false"));
