@@ -25,16 +25,15 @@ LINES = HEADER.split("\n")
 COMPILER, FLAGS = sys.argv[2:3], sys.argv[3:]
 WORK = pathlib.Path(tempfile.mkdtemp(prefix="wschat-check-"))
 
-# The optional parts that exist, with the libraries that each one needs. WSCHAT_HIREDIS is reserved and switches on nothing.
+# The optional parts and the libraries that they need. WSCHAT_HIREDIS is reserved: it changes nothing yet.
 FEATURES = {"WSCHAT_CHAT": [], "WSCHAT_ZLIB": ["-lz"], "WSCHAT_OPENSSL": ["-lssl", "-lcrypto"],
             "WSCHAT_SQLITE": ["-lsqlite3"], "WSCHAT_LIBURING": ["-luring"]}
 ALL = [f"-D{feature}=1" for feature in FEATURES]
 NONE = []
 
-# Section 8 declares these public classes, because a handler returns them: handler.room("lobby"). No other section may
-# declare or use a class of a later section.
+# Section 8 declares these classes of later sections, because a handler returns them: handler.room("lobby").
 DECLARED_EARLY = {8: {"Loop", "Room", "Rooms", "Server"}}
-# These sections show that the public names are enough to build a chat: they use nothing of detail but their own.
+# These sections show that the public names are enough to build a chat. In detail, they use only their own names.
 PUBLIC_NAMES_ONLY = {16, 17, 18}
 WAIT = 60  # seconds for one step of a program, on a machine that may be busy
 
@@ -118,8 +117,9 @@ def one_command(source, program, *features):
     comment "// g++ ...". The compiler must print nothing."""
     comment = re.search(r"^// g\+\+ (.*?)(?: &&.*)?$", pathlib.Path(source).read_text(encoding="utf-8"), re.MULTILINE)
     words = [*(comment[1].split() if comment else []), *features]
-    output = run([*COMPILER, "-std=c++17", "-O2", *(word for word in words if word.startswith("-D")), source, "-o", program,
-                  "-I", ROOT, "-pthread", *(word for word in words if word.startswith("-l"))],
+    macros_ = [word for word in words if word.startswith("-D")]
+    libraries_ = [word for word in words if word.startswith("-l")]
+    output = run([*COMPILER, "-std=c++17", "-O2", *macros_, source, "-o", program, "-I", ROOT, "-pthread", *libraries_],
                  f"{source} does not compile with the one command")
     require(not output, f"{source} compiles with warnings:\n{output}")
 
@@ -171,29 +171,32 @@ def ascii():
 
 def columns():
     """No line of the header is longer than 120 columns."""
-    found = [f"wschat.hpp:{at}: {len(line)} columns, more than 120" for at, line in enumerate(LINES, 1) if len(line) > 120]
+    found = [f"wschat.hpp:{at}: {len(line)} columns, more than 120" for at, line in enumerate(LINES, 1)
+             if len(line) > 120]
     require(not found, "\n".join(found))
 
 
+# Words that readers stumble over, with what to write instead.
+AVOIDED = {"anew": "again", "for want of": "because there is no ...", "whoever": "any user, the caller, the peer",
+           "can not": "cannot", "be seen to": "say who sees what", "what is no": "say what it is"}
+
+
 def style():
-    """No text has the words that the project avoids, because readers stumble over them. A phrase may span two lines."""
+    """No text has a word of AVOIDED. A phrase may span two lines."""
     gap = r"\s+(?:(?://|#|\*)\s*)?"
-    words = {re.compile(r"\b" + phrase.replace(" ", gap) + r"\b", re.IGNORECASE): (phrase, instead) for phrase, instead in (
-        ("anew", "again"), ("for want of", "because there is no ..."), ("whoever", "the one who, any user, the caller"),
-        ("can not", "cannot"), ("be seen to", "say who sees what"), ("what is no", "say what it is"))}
-    texts = (".cpp", ".hpp", ".html", ".js", ".md", ".mjs", ".py", ".sh", ".txt", ".go", ".json")
-    files = [ROOT / "wschat.hpp", ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CMakeLists.txt", ROOT / "meson.build",
-             *sorted(path for folder in ("tests", "examples") for path in (ROOT / folder).rglob("*")
-                     if path.suffix in texts or path.name == "meson.build")]
+    patterns = {phrase: re.compile(rf"\b{phrase.replace(' ', gap)}\b", re.IGNORECASE) for phrase in AVOIDED}
+    text_files = (".cpp", ".hpp", ".html", ".js", ".md", ".mjs", ".py", ".sh", ".txt", ".go", ".json", ".build")
+    files = [path for folder in (ROOT / "tests", ROOT / "examples") for path in folder.rglob("*")]
+    files += [ROOT / name for name in ("wschat.hpp", "README.md", "CHANGELOG.md", "CMakeLists.txt", "meson.build")]
     found = []
     for path in files:
-        if path == pathlib.Path(__file__).resolve() or "node_modules" in path.parts:
+        if path.suffix not in text_files or path == pathlib.Path(__file__).resolve() or "node_modules" in path.parts:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        found += [(path.relative_to(ROOT), text.count("\n", 0, match.start()) + 1, phrase, instead)
-                  for pattern, (phrase, instead) in words.items() for match in pattern.finditer(text)]
-    require(not found, "\n".join(f'{path}:{line}: avoid "{phrase}" (instead: {instead})'
-                                 for path, line, phrase, instead in sorted(found)))
+        found += [(str(path.relative_to(ROOT)), text.count("\n", 0, match.start()) + 1, phrase)
+                  for phrase, pattern in patterns.items() for match in pattern.finditer(text)]
+    require(not found, "\n".join(f'{path}:{line}: avoid "{phrase}" (instead: {AVOIDED[phrase]})'
+                                 for path, line, phrase in sorted(found)))
 
 
 def contents():
@@ -207,74 +210,99 @@ def contents():
 
 
 def may_use(number, column):
-    """The sections that the map's column "May use" allows a section: "-", "2-4, 7", "all above", "public names of ..."."""
-    if column == "-":
-        return set()
+    """The sections that a section may use. The map's column "May use" is "-", "2-4, 7", "all above" or "public names of
+    the sections above". Each section may use itself and section 1."""
     if column in ("all above", "public names of the sections above"):
-        return set(range(1, number))
-    allowed = set()
-    for entry in column.split(","):
+        return {*range(1, number + 1)}
+    allowed = {1, number}
+    for entry in column.split(",") if column != "-" else ():
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", entry)
-        require(match, f'the map, section {number}: this script does not understand "{column}" in the column "May use"')
-        allowed |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    require(max(allowed) < number, f'the map, section {number}: "{column}" allows a section that is not above it')
+        require(match, f'the map, section {number}: "{column}" is not understood in the column "May use"')
+        first, last = int(match[1]), int(match[2] or match[1])
+        require(last < number, f'the map, section {number}: "{column}" allows a section that is not above it')
+        allowed |= {*range(first, last + 1)}
     return allowed
 
 
-def uses():
-    """Each section uses only names of the sections that the map allows it, and of itself."""
-    starts = [(line, number) for line, number, _ in sections()]
-    columns_ = {number: column for number, _, column in map_rows()}
+def section_finder(text):
+    """A function from a line's number to its section's number, for a text with the banners of wschat.hpp."""
+    lines = text.split("\n")
+    starts = {number: lines.index(LINES[line + 1]) for line, number, _ in sections()}
+    return lambda line: max((number for number, start in starts.items() if start < line), default=0)
 
-    def section_of(line):
-        return max((number for start, number in starts if start < line), default=0)
 
-    header = header_names.Header(HEADER)
-    problems = {}
-    for use in header.uses():
+def violations(text):
+    """The uses of names that the map does not allow: {sentence: [line]}."""
+    section_of = section_finder(text)
+    may_use_of = {number: column for number, _, column in map_rows()}
+    found = {}
+    for use in header_names.Header(text).uses():
         user = section_of(use.line)
-        require(user in columns_, f"wschat.hpp:{use.line}: section {user} is not in the map")
-        column = columns_[user]
-        places = {section_of(name.line) for name in use.names if name.defined} or {section_of(name.line) for name in use.names}
-        reachable = may_use(user, column) | {1, user}
+        require(user in may_use_of, f"section {user} is not in the map")
+        column = may_use_of[user]
+        allowed = may_use(user, column)
+        defined = {section_of(name.line) for name in use.names if name.defined}
+        places = defined or {section_of(name.line) for name in use.names}
         name = "::".join((*use.path, use.name))
-        if not places & reachable:
-            if name in DECLARED_EARLY.get(user, ()):
-                continue
-            verb = "declares or uses" if min(places) > user else "uses"
-            problem = f'section {user} {verb} {name} (section {min(places)}), but the map allows "{column}"'
-        elif user not in places and (user in PUBLIC_NAMES_ONLY or column.startswith("public names")) and (
-                use.detail or all(found.detail for found in use.names if section_of(found.line) in reachable)):
-            problem = f"section {user} uses detail::{name} (section {min(places)}), but it may use only public names"
-        else:
-            continue
-        problems.setdefault(problem, []).append(use.line)
-    require(not problems, "\n".join(
-        f"wschat.hpp:{lines[0]}: {problem}" + (f", {len(lines)} times" if len(lines) > 1 else "")
-        for problem, lines in sorted(problems.items(), key=lambda found: found[1])) +
-        "\nMove the name to a section that may be used, or the code that uses it to a later section.")
+        sentence = ""
+        if not places & allowed:
+            if name not in DECLARED_EARLY.get(user, ()):
+                sentence = f'section {user} uses {name} (section {min(places)}), but the map allows "{column}"'
+        elif user not in places and (user in PUBLIC_NAMES_ONLY or column.startswith("public names")):
+            if use.detail or all(found.detail for found in use.names if section_of(found.line) in allowed):
+                sentence = f"section {user} uses detail::{name} (section {min(places)}), but may use only public names"
+        if sentence:
+            found.setdefault(sentence, []).append(use.line)
+    return found
+
+
+def uses():
+    """Each section uses only names of the sections that the map allows it."""
+    found = violations(HEADER)
+    require(not found, "\n".join(
+        f"wschat.hpp:{lines[0]}: {sentence}" + (f" ({len(lines)} times)" if len(lines) > 1 else "")
+        for sentence, lines in sorted(found.items(), key=lambda item: item[1])) +
+        "\nMove the name to a section that may be used, or move the code that uses it to a later section.")
+
+
+def uses_finds():
+    """A test of the check "uses": in a copy of the header, each section uses a class of a later section."""
+    section_of = section_finder(HEADER)
+    classes = {}  # of each section, one that no other section declares
+    for (path, name), found in header_names.Header(HEADER).names.items():
+        places = {section_of(one.line) for one in found}
+        if len(places) == 1 and found[0].kind == "type":
+            classes.setdefault(places.pop(), "::".join((*path, name)))
+    copy, expected = LINES[:], []
+    for start, number, _ in reversed(sections()[1:-1]):
+        later = min(other for other in classes if other > number)
+        copy.insert(LINES.index("WSCHAT_BEGIN", start) + 1, f"using Planted{number} = detail::{classes[later]};")
+        expected.append(f"section {number} uses {classes[later]} (section {later}), ")
+    found = violations("\n".join(copy))
+    missed = [start for start in expected if not any(sentence.startswith(start) for sentence in found)]
+    require(not missed, f"the check \"uses\" does not find these: {missed}")
 
 
 def public_names():
-    """The names that wschat:: declares outside of detail are those of the map's block "Public names", which ends at an
-    empty comment line."""
-    block = re.search(r"^// Public names(.*?)^//$", "\n".join(map_lines()) + "\n", re.MULTILINE | re.DOTALL)
-    require(block, 'the map has no block that begins with "// Public names" and ends at a line with only "//"')
-    require(":" in block[1], 'the map: a colon must stand before the names in the block "Public names"')
-    listed = re.findall(r"[A-Za-z_]\w*(?:::\w+)*", re.sub(r"section \d+", "", block[1].split(":", 1)[1]))
-    declared = {"::".join((*path, name)): found for (path, name), found in header_names.Header(HEADER).names.items()
-                if not all(one.detail for one in found)}
-    problems = [f'{name} stands twice in the map\'s block "Public names"' for name in sorted(set(listed)) if listed.count(name) > 1]
-    problems += [f'the map\'s block "Public names" has {name}, but wschat::{name} is not declared'
-                 for name in sorted(set(listed) - set(declared))]
-    problems += [f'wschat.hpp:{declared[name][0].line}: wschat::{name} is public, but the map\'s block "Public names" does not '
-                 "have it. Add it, or move it to namespace detail" for name in sorted(set(declared) - set(listed))]
+    """The names that wschat:: declares outside of detail are those of the map's block "Public names". The block ends at
+    an empty comment line."""
+    block = re.search(r"^// Public names[^:\n]*:(.*?)^//$", "\n".join(map_lines()) + "\n", re.MULTILINE | re.DOTALL)
+    require(block, 'the map has no block that begins with "// Public names ...:" and ends at a line with only "//"')
+    listed = re.findall(r"[A-Za-z_]\w*(?:::\w+)*", re.sub(r"section \d+", "", block[1]))
+    names = header_names.Header(HEADER).names.items()
+    lines = {"::".join((*path, name)): found[0].line for (path, name), found in names
+             if not all(one.detail for one in found)}
+    problems = [f"the map lists {name} twice" for name in sorted(set(listed)) if listed.count(name) > 1]
+    problems += [f"the map lists {name}, but the header does not declare wschat::{name}"
+                 for name in sorted(set(listed) - set(lines))]
+    problems += [f"wschat.hpp:{line}: wschat::{name} is public. Add it to the map's public names, or move it to detail"
+                 for name, line in sorted(lines.items(), key=lambda item: item[1]) if name not in listed]
     require(not problems, "\n".join(problems))
 
 
 def prefixes():
-    """Each prefix of the header that ends at a banner compiles without warnings, with all features and with none. The whole
-    header compiles with each feature alone too."""
+    """Each prefix of the header that ends at a banner compiles without warnings, with all features and with none. So
+    does the whole header, and also with each feature alone."""
     jobs = [(features, line, f"what stands above section {number} {name}") for features in (ALL, NONE)
             for line, number, name in sections()[1:]]
     jobs += [(features, len(LINES), "wschat.hpp") for features in (ALL, NONE, *([feature] for feature in ALL))]
@@ -282,7 +310,8 @@ def prefixes():
     def compiles(index):
         features, line, what = jobs[index]
         write(f"{index}/wschat.hpp", prefix(line))
-        run([*COMPILER, *FLAGS, *features, "-Werror", "-fsyntax-only", write(f"{index}/unit.cpp", '#include "wschat.hpp"\n')],
+        unit = write(f"{index}/unit.cpp", '#include "wschat.hpp"\n')
+        run([*COMPILER, *FLAGS, *features, "-Werror", "-fsyntax-only", unit],
             f"{what} does not compile with {set_name(features)}")
     in_parallel(compiles, reversed(range(len(jobs))))  # the long ones first
 
@@ -306,55 +335,51 @@ def macros():
         foreign = [line for line in sorted(before ^ after) if not line.startswith("#define WSCHAT_")]
         require(not foreign, "wschat.hpp defines, changes or removes:\n" + "\n".join(foreign))
         ours = set(re.findall(r"^#define (WSCHAT_\w+)", "\n".join(after), re.MULTILINE))
-        require(ours <= documented, f"these macros are left defined, but the map does not name them: {sorted(ours - documented)}")
-        require(documented <= ours, f"the map names these macros, but they are not defined: {sorted(documented - ours)}")
-
-
-# What other headers define. A name with parameters is tested as such a macro.
-HOSTILE = {
-    "Windows": """min(a, b) (((a) < (b)) ? (a) : (b))
-        max(a, b) (((a) > (b)) ? (a) : (b))
-        small char|hyper long long|near|far|pascal|cdecl|interface struct|IN|OUT|OPTIONAL|CONST const|VOID void|TRUE 1|FALSE 0
-        ERROR 0|NO_ERROR 0|DELETE (0x00010000L)|STRICT 1|THIS void|PURE = 0|DOMAIN 1|OVERFLOW 3|UNDERFLOW 4|IGNORE 0
-        GetMessage GetMessageW|SendMessage SendMessageW|PostMessage PostMessageW|CreateWindow CreateWindowW
-        CreateEvent CreateEventW|CreateFile CreateFileW|DeleteFile DeleteFileW|GetObject GetObjectW|LoadString LoadStringW
-        DrawText DrawTextW|ReportEvent ReportEventW|Yield()|GetCurrentTime() 0|s_addr S_un""",
-    "X11": """None 0L|Bool int|Status int|Success 0|Always 2|True 1|False 0|CursorShape 0|KeyPress 2|KeyRelease 3
-        FocusIn 9|FocusOut 10|Expose 12|FontChange 255|Unsorted 0|Complex 0|Nonconvex 1|Convex 2|Above 0|Below 1|GrayScale 1""",
-    "Qt": """slots|signals public|emit|foreach(variable, container) for (variable : container)|forever for (;;)
-        Q_OBJECT|Q_SIGNALS public|Q_SLOTS|Q_EMIT|Q_FOREVER for (;;)|Q_FOREACH(variable, container) for (variable : container)
-        Q_UNUSED(x) (void)x""",
-    "Apple": """check(assertion) do {} while (0)|verify(assertion) do {} while (0)|require(assertion, label) do {} while (0)
-        check_noerr(error) do {} while (0)|verify_noerr(error) do {} while (0)
-        nil nullptr|Nil nullptr|YES ((signed char)1)|NO ((signed char)0)""",
-    "Arduino": """F(literal) (literal)|B0 0|B1 1|B11 3|bit(b) (1UL << (b))|_BV(b) (1 << (b))|abs(x) ((x) > 0 ? (x) : -(x))
-        round(x) ((x) >= 0 ? (long)((x) + 0.5) : (long)((x)-0.5))|sq(x) ((x) * (x))|word(x) (x)|radians(x) (x)|degrees(x) (x)
-        constrain(x, low, high) (x)|lowByte(w) (w)|highByte(w) (w)|bitRead(value, bit) (value)|interrupts() 0
-        HIGH 0x1|LOW 0x0|INPUT 0x0|OUTPUT 0x1|DEFAULT 1|PI 3.14|SERIAL 0x0|DISPLAY 0x1""",
-    "Unix": "unix 1|linux 1|major(device) (device)|minor(device) (device)|OK 0|ERR (-1)",
-}
-# Those that the standard library's headers survive as well.
-HOSTILE_BEFORE_ALL = """min(a, b) ((a) < (b) ? (a) : (b))|max(a, b) ((a) > (b) ? (a) : (b))|ERROR 0|DELETE (0x00010000L)
-    OK 0|True 1|False 0|Bool int|None 0L"""
+        require(ours <= documented, f"left defined, but not named in the map: {sorted(ours - documented)}")
+        require(documented <= ours, f"named in the map, but not left defined: {sorted(documented - ours)}")
 
 
 def hostile_macros():
-    """The macros of other headers do not get in the way. HOSTILE stands between the headers that wschat.hpp includes and
-    wschat.hpp; HOSTILE_BEFORE_ALL also stands before all headers."""
-    def define(text):
-        return "".join(f"#undef {re.match(r'[A-Za-z_]+[0-9]*', entry)[0]}\n#define {entry}\n"
-                       for entry in map(str.strip, re.split(r"[|\n]", text)) if entry)
-    jobs = [("none", features, define(HOSTILE_BEFORE_ALL)) for features in (ALL, NONE)]
-    jobs += [(owner, features, includes(features) + define(text)) for features in (ALL, NONE)
-             for owner, text in HOSTILE.items()]
+    """The header compiles after the macros of hostile_macros.h. They stand after the standard headers, because these do
+    not survive all of them; those of the first part stand before the standard headers too."""
+    text = (ROOT / "tests" / "scripts" / "hostile_macros.h").read_text(encoding="utf-8")
+    parts = re.findall(r"^// ---- (.*)\n((?:#define .*\n)+)", text, re.MULTILINE)
+    require(len(parts) == text.count("// ---- ") > 1, "hostile_macros.h is not understood")
+    parts = [(owner, re.sub(r"^#define (\w+)", r"#undef \1\n\g<0>", defines, flags=re.MULTILINE))
+             for owner, defines in parts]
+    jobs = [(parts[0][0], features, parts[0][1]) for features in (ALL, NONE)]
+    for features in (ALL, NONE):
+        before = includes(features)
+        jobs += [(owner, features, before + defines) for owner, defines in parts]
 
     def compiles(index):
-        owner, features, text = jobs[index]
-        run([*COMPILER, *FLAGS, *features, "-fsyntax-only", "-I", ROOT,
-             write(f"hostile{index}.cpp", text + '#include "wschat.hpp"\n')],
-            "wschat.hpp does not compile after " + (f"the macros of {owner}" if owner != "none" else
-                                                    "#define min, max, ERROR and the like before all headers"))
+        owner, features, defines = jobs[index]
+        unit = write(f"hostile{index}.cpp", defines + '#include "wschat.hpp"\n')
+        run([*COMPILER, *FLAGS, *features, "-fsyntax-only", "-I", ROOT, unit],
+            f"wschat.hpp does not compile with {set_name(features)} after the macros of hostile_macros.h, {owner}")
     in_parallel(compiles, range(len(jobs)))
+
+
+def bits32():
+    """The header compiles for 32 bits without warnings. If there is no 32-bit standard library, the 64-bit one is good
+    enough for a syntax check."""
+    probe = write("probe.cpp", "#include <vector>\nstatic_assert(sizeof(void*) == 4);\n")
+    folders = re.findall(r"^ (/\S+)$", run([*COMPILER, "-E", "-v", probe], "the search for headers"), re.MULTILINE)
+    write("stubs/gnu/stubs-32.h", "")
+    unit = write("bits32.cpp", '#include "wschat.hpp"\n')
+    borrowed = [word for folder in (WORK / "stubs", *folders) for word in ("-isystem", folder)]
+    for options in (["-m32"], ["-m32", *borrowed]):
+        probing = subprocess.run([*COMPILER, "-std=c++17", *options, "-fsyntax-only", probe], capture_output=True)
+        if probing.returncode == 0:
+            break
+    else:
+        print(f"SKIPPED: {COMPILER[0]} cannot compile for 32 bits")
+        raise SystemExit(77)
+
+    def compiles(features):
+        run([*COMPILER, *FLAGS, *options, *features, "-Werror", "-fsyntax-only", "-I", ROOT, unit],
+            f"wschat.hpp does not compile for 32 bits with {set_name(features)}")
+    in_parallel(compiles, (ALL, NONE))
 
 
 def two_units():
@@ -389,7 +414,8 @@ def abi():
         """The linker's output; None if it links."""
         make_object = WORK / f"{feature}.o"
         run([*COMPILER, "-std=c++17", f"-D{feature}=1", "-c", make, "-o", make_object], "the ABI check")
-        done = subprocess.run([*COMPILER, WORK / "use.o", make_object, "-o", WORK / feature], capture_output=True, text=True)
+        done = subprocess.run([*COMPILER, WORK / "use.o", make_object, "-o", WORK / feature], capture_output=True,
+                              text=True)
         return done.stderr if done.returncode != 0 else None
     for feature in features:
         errors = link(feature)
@@ -399,8 +425,8 @@ def abi():
 
 
 def features():
-    """Each example compiles without warnings with zlib alone and with OpenSSL alone. Other tests compile the examples with
-    all features, and with none."""
+    """Each example compiles without warnings with zlib alone and with OpenSSL alone. The build compiles them with the
+    features that are on, and the check "examples" with those that they name."""
     jobs = [(zlib, openssl, source) for zlib, openssl in ((0, 1), (1, 0))
             for source in sorted((ROOT / "examples").glob("*.cpp"))
             if openssl or "TlsOptions" not in source.read_text(encoding="utf-8")]
@@ -433,8 +459,8 @@ def map_program():
 
 
 def readme():
-    """README.md: the first ```cpp block is a program that serves its page, and the others compile. A ```sh block after the
-    comment <!-- run --> runs in a copy of the repository."""
+    """README.md: the first ```cpp block is a program that serves its page, and the others compile. A ```sh block after
+    the comment <!-- run --> runs in a copy of the repository."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^(<!-- run -->\n+)?```(cpp|sh)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     programs = [code for _, language, code in blocks if language == "cpp"]
@@ -456,8 +482,8 @@ def readme():
             run(["sh", "-e", "-c", code], "README.md: a block that is to be run fails", cwd=WORK / "copy")
 
 
-CHECKS = (version, ascii, columns, style, contents, uses, public_names, prefixes, macros, hostile_macros, two_units, abi,
-          features, examples, map_program, readme)
+CHECKS = (version, ascii, columns, style, contents, uses, uses_finds, public_names, prefixes, macros, hostile_macros,
+          bits32, two_units, abi, features, examples, map_program, readme)
 
 if __name__ == "__main__":
     os.environ["LC_ALL"] = "C.UTF-8"

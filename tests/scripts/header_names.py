@@ -1,21 +1,25 @@
-"""Reads wschat.hpp as C++ tokens: which names each section declares, and which names of other sections it uses.
+"""Reads wschat.hpp as C++ tokens, and finds the names that it declares and the names that it uses.
 
-This is not a compiler. It knows namespaces, classes, functions, and the names that hide others: members, parameters,
-locals. A macro of the header that stands for a declaration is not expanded.
+This is not a compiler. It knows namespaces, classes and functions, and the names that hide others: members, parameters
+and local variables. It does not expand macros, and it reads both branches of an #if.
 """
 import collections
 import re
 
 Token = collections.namedtuple("Token", "text line")
-# A name at namespace level. path: the namespaces inside of wschat, without detail. defined: not only declared forward.
+# A name at namespace level. kind: "type", "function" or "constant". path: the namespaces inside wschat, without detail.
+# defined: false for a forward declaration of a class.
 Name = collections.namedtuple("Name", "path name kind detail defined line")
-# One declaration without its nested ones. classes: the names of the classes around it, the outermost first.
-Part = collections.namedtuple("Part", "path detail classes tokens")
+# A declaration without the declarations inside it. classes: the classes around it, the outermost first. parameters: the
+# parameters of its templates.
+Part = collections.namedtuple("Part", "path classes tokens parameters")
+# A use of a name at namespace level. detail: whether it is written with detail::. names: the declarations it may mean.
 Use = collections.namedtuple("Use", "path name line detail names")
 
 TOKEN = re.compile(r"""
     (?P<skip> \s+ | //[^\n]* | /\*.*?\*/ | (?<![^\n])[ \t]*\#(?:[^\n]*\\\n)*[^\n]* )
-  | (?P<text> (?:u8|u|U|L)?R"(?P<mark>[^\s()\\]*)\(.*?\)(?P=mark)" | (?:u8|u|U|L)?"(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)+' )
+  | (?P<text> (?:u8|u|U|L)?R"(?P<mark>[^\s()\\]*)\(.*?\)(?P=mark)"
+            | (?:u8|u|U|L)?"(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)+' )
   | (?P<word> [A-Za-z_]\w* )
   | (?P<number> \.?\d(?:[\w.]|'\w|(?<=[eEpP])[+-])* )
   | (?P<sign> :: | -> | && | . )
@@ -33,7 +37,7 @@ CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 def tokens_of(text):
-    """The tokens of the header without comments, literals and directives."""
+    """The tokens without comments and directives. A literal is the token 0."""
     found, line, at = [], 1, 0
     while at < len(text):
         match = TOKEN.match(text, at)
@@ -60,7 +64,7 @@ def closing(tokens, at):
             depth -= 1
             if depth == 0:
                 return index
-    raise SystemExit(f"wschat.hpp:{tokens[at].line}: no bracket closes this one")
+    raise SystemExit(f"wschat.hpp:{tokens[at].line}: this bracket is not closed")
 
 
 def after_angles(tokens, at):
@@ -80,8 +84,8 @@ def after_angles(tokens, at):
     return at
 
 
-def opens_before(tokens, at):
-    """Whether the > at an index closes the arguments of a template, as in std::vector<int>."""
+def ends_template(tokens, at):
+    """Whether the > at an index ends the arguments of a template. If not, it compares."""
     depth = 0
     for index in range(at, -1, -1):
         text = tokens[index].text
@@ -97,15 +101,15 @@ def opens_before(tokens, at):
 
 
 class Header:
-    """names: {(path, name): [Name]}, parts: [Part], members: {class: names}, nested: {class: types}, bases: {class: names}."""
+    """names has the declarations at namespace level, by (path, name); uses() finds the uses."""
 
     def __init__(self, text):
         self.tokens = tokens_of(text)
-        self.names = collections.defaultdict(list)
         self.parts = []
-        self.members = collections.defaultdict(set)
-        self.nested = collections.defaultdict(set)
-        self.bases = collections.defaultdict(set)
+        self.names = collections.defaultdict(list)
+        self.members = collections.defaultdict(set)  # the members of a class
+        self.nested = collections.defaultdict(set)   # the types among them
+        self.bases = collections.defaultdict(set)    # the base classes of a class
         end = self.read(0, len(self.tokens), None, False, ())
         if end != len(self.tokens):
             raise SystemExit(f"wschat.hpp:{self.tokens[end].line}: this bracket closes nothing")
@@ -113,7 +117,8 @@ class Header:
     # ---- declarations ------------------------------------------------------------------------------------------------
 
     def read(self, at, end, path, detail, classes):
-        """Reads the declarations of a namespace or a class up to the bracket that closes it. path None: outside of wschat."""
+        """Reads the declarations in a namespace or a class. Returns the index of the bracket that closes it. Outside of
+        wschat, path is None."""
         tokens = self.tokens
         while at < end:
             text = tokens[at].text
@@ -138,7 +143,7 @@ class Header:
         while self.tokens[at].text not in ("{", ";", "="):
             at += 1
         if self.tokens[at].text != "{":
-            raise SystemExit(f"wschat.hpp:{self.tokens[first].line}: an alias of a namespace: this script does not know it")
+            raise SystemExit(f"wschat.hpp:{self.tokens[first].line}: header_names.py cannot read a namespace alias")
         for word in (token.text for token in self.tokens[first:at] if is_name(token.text)):
             if word == "wschat":
                 path = ()
@@ -149,7 +154,7 @@ class Header:
         return self.read(at + 1, end, path, detail, ()) + 1
 
     def read_declaration(self, at, end, path, detail, classes):
-        """One declaration. Returns the index after it."""
+        """Reads one declaration. Returns the index after it."""
         tokens, first = self.tokens, at
         parameters = set()
         while tokens[at].text == "template":
@@ -158,11 +163,13 @@ class Header:
                            if is_name(tokens[i].text) and tokens[i + 1].text in (",", ">", "=")
                            and tokens[i - 1].text not in ("=", "::")}
             at = after
-        while tokens[at].text in ("WSCHAT_COLD", "WSCHAT_NOINLINE") or (tokens[at].text, tokens[at + 1].text) == ("[", "["):
-            at = at + 1 if tokens[at].text != "[" else closing(tokens, at) + 1
+        while tokens[at].text == "[" or tokens[at].text.startswith("WSCHAT_"):  # attributes
+            at = closing(tokens, at) + 1 if tokens[at].text == "[" else at + 1
         kind = tokens[at].text
-        if kind in ("class", "struct", "union", "enum") and (after := self.read_type(first, at, end, path, detail, classes)):
-            return after
+        if kind in ("class", "struct", "union", "enum"):
+            after = self.read_type(first, at, end, path, detail, classes, parameters)
+            if after:
+                return after
         if kind == "using":
             after = at
             while tokens[after].text != ";":
@@ -170,12 +177,12 @@ class Header:
             alias = tokens[at + 1].text if tokens[at + 2].text == "=" else tokens[after - 1].text
             if tokens[at + 1].text != "namespace":
                 self.declare(path, detail, classes, alias, "type", True, tokens[at].line)
-            self.add_part(path, detail, classes, first, after, parameters)
+            self.add_part(path, classes, first, after, parameters)
             return after + 1
         return self.read_value(first, at, path, detail, classes, parameters)
 
-    def read_type(self, first, at, end, path, detail, classes):
-        """A class or an enumeration; 0 if it is a variable or a function of such a type."""
+    def read_type(self, first, at, end, path, detail, classes, parameters):
+        """Reads a class or an enumeration. Returns the index after it; 0 if this declares a variable or a function."""
         tokens, kind = self.tokens, self.tokens[at].text
         at += 1
         while tokens[at].text in ("class", "struct", "alignas", "__attribute__", "["):
@@ -192,7 +199,7 @@ class Header:
         line = tokens[at].line
         if tokens[at].text == ";":
             self.declare(path, detail, classes, name, "type", False, line)
-            self.add_part(path, detail, classes, first, at, set())
+            self.add_part(path, classes, first, at, parameters)
             return at + 1
         if tokens[at].text not in ("{", ":", "final"):
             return 0
@@ -203,14 +210,15 @@ class Header:
             self.bases[name] |= {token.text for token in tokens[head:at] if is_name(token.text)}
         if name:
             self.declare(path, detail, classes, name, "type", True, line)
-        self.add_part(path, detail, classes, first, at, set())
+        self.nested[name] |= parameters
+        self.add_part(path, (*classes, name), first, at, set())
         if kind == "enum":
             after = closing(tokens, at)
             scoped = "class" in (token.text for token in tokens[first:head])
             for index in range(at + 1, after):
                 if is_name(tokens[index].text) and tokens[index - 1].text in ("{", ",") and not scoped:
                     self.declare(path, detail, classes, tokens[index].text, "constant", True, tokens[index].line)
-            self.add_part(path, detail, (*classes, name), at + 1, after, set())
+            self.add_part(path, (*classes, name), at + 1, after, set())
         else:
             after = self.read(at + 1, end, path, detail, (*classes, name))
         at = after + 1
@@ -221,7 +229,7 @@ class Header:
         return at + 1
 
     def read_value(self, first, at, path, detail, classes, parameters):
-        """A function, or variables."""
+        """Reads a function, or one or more variables. Returns the index after it."""
         tokens, start = self.tokens, at
         is_function = is_friend = False
         while True:
@@ -266,11 +274,11 @@ class Header:
                 if tokens[at].text == ";":
                     break
             at += 1
-        self.add_part(path, detail, classes, first, at, parameters)
+        self.add_part(path, classes, first, at, parameters)
         return at + 1
 
     def owner(self, start, at):
-        """The classes before the name at an index: ("Socket",) for Socket::send; () for a free function."""
+        """The classes before the name at an index: ["Socket"] for Socket::send, [] for a free function."""
         found = []
         tokens = self.tokens
         while at - 1 >= start and tokens[at - 1].text == "::":
@@ -285,13 +293,13 @@ class Header:
         return [name for name in found if name not in ("wschat", "detail")]
 
     def after_initializers(self, at):
-        """From the first member initializer of a constructor to the bracket of its body."""
+        """Skips the member initializers of a constructor. Returns the index of the bracket that opens its body."""
         tokens = self.tokens
         while True:
             while tokens[at].text not in ("(", "{"):
                 at = after_angles(tokens, at) if tokens[at].text == "<" else at + 1
             at = closing(tokens, at) + 1
-            if tokens[at].text == ".":  # a pack
+            if tokens[at].text == ".":  # the three dots of a pack
                 at += 3
             if tokens[at].text != ",":
                 return at
@@ -305,94 +313,92 @@ class Header:
         elif path is not None:
             self.names[path, name].append(Name(path, name, kind, detail, defined, line))
 
-    def add_part(self, path, detail, classes, first, end, parameters):
+    def add_part(self, path, classes, first, end, parameters):
         if path is not None:
-            self.parts.append((Part(path, detail, classes, self.tokens[first:end + 1]), parameters))
+            self.parts.append(Part(path, classes, self.tokens[first:end + 1], parameters))
 
     # ---- uses --------------------------------------------------------------------------------------------------------
 
     def hidden(self, classes):
-        """What the members of the classes around a declaration, and those of their bases, hide: (all names, the types)."""
-        todo, seen, members, types = list(classes), set(), set(), set()
-        while todo:
-            name = todo.pop()
+        """The members of classes and of their bases, which hide names at namespace level, and the types among them."""
+        to_do, seen, members, types = list(classes), set(), set(), set()
+        while to_do:
+            name = to_do.pop()
             if name not in seen:
                 seen.add(name)
                 members |= self.members[name]
                 types |= self.nested[name]
-                todo += self.bases[name]
+                to_do += self.bases[name]
         return members, types
 
     def uses(self):
-        """Each use of a name at namespace level: [Use]. names: the declarations that it may mean."""
+        """Each use of a name at namespace level, as a list of Use."""
         spaces = {path[:depth] for path, _ in self.names for depth in range(len(path) + 1)}
         found = []
-        for part, parameters in self.parts:
+        for part in self.parts:
+            tokens = part.tokens
             members, types = self.hidden(part.classes)
-            types = types | parameters
-            locals_ = self.locals_of(part.tokens)
-            for index, token in enumerate(part.tokens):
-                before = part.tokens[index - 1].text if index else ""
-                if not is_name(token.text) or before in (".", "->"):
+            hiding = members, types | part.parameters, self.locals_of(tokens)
+            for index, token in enumerate(tokens):
+                before = tokens[index - 1].text if index else ""
+                if not is_name(token.text) or before in (".", "->") or before == "::" and token.text != "wschat":
                     continue
-                if before == "::" and index > 1 and part.tokens[index - 2].text not in KEYWORDS | {
-                        "(", ",", "{", "}", ";", "=", "!", "&", "?", ":", "<", "[", "&&", "|", "+", "-"}:
-                    continue  # the rest of a chain
-                if before == "::":
-                    continue  # a global name
-                chain = [token.text]
-                at = index
-                while at + 2 < len(part.tokens) and part.tokens[at + 1].text == "::" and is_name(part.tokens[at + 2].text):
-                    chain.append(part.tokens[at + 2].text)
+                chain, at = [token.text], index + 1
+                while at + 1 < len(tokens) and tokens[at].text == "::" and is_name(tokens[at + 1].text):
+                    chain.append(tokens[at + 1].text)
                     at += 2
-                found += self.resolve(part, chain, index, at, spaces, members, types, locals_)
+                use = self.resolve(part, chain, index, spaces, hiding)
+                if use:
+                    found.append(use)
         return found
 
-    def resolve(self, part, chain, index, at, spaces, members, types, locals_):
-        """The use that a chain of names is: [Use], or [] if it means nothing at namespace level."""
-        detail, qualified = False, False
-        base, place = (), index
-        while chain and chain[0] in ("wschat", "detail") and len(chain) > 1:
+    def resolve(self, part, chain, at, spaces, hiding):
+        """The use that names joined by :: are, or None. The first name is at an index."""
+        bases = [part.path[:depth] for depth in range(len(part.path), -1, -1)]
+        detail = qualified = False
+        while len(chain) > 1 and chain[0] in ("wschat", "detail"):
             detail = detail or chain[0] == "detail"
-            qualified = True
-            chain, place = chain[1:], place + 2
-        paths = [()] if qualified else [part.path[:depth] for depth in range(len(part.path), -1, -1)]
-        for base in paths:
-            path, rest, where = base, chain, place
+            bases, qualified, chain, at = [()], True, chain[1:], at + 2
+        for base in bases:
+            path, rest = base, chain
             while len(rest) > 1 and path + (rest[0],) in spaces:
-                path, rest, where = path + (rest[0],), rest[1:], where + 2
-            names = self.names.get((path, rest[0]), []) if rest else []
-            if not names:
-                continue
-            if not qualified and path == base:
+                path, rest = path + (rest[0],), rest[1:]
+            names = self.names.get((path, rest[0]))
+            if names:
+                at += 2 * (len(path) - len(base))
                 kinds = {name.kind for name in names}
-                after = part.tokens[where + 1].text if where + 1 < len(part.tokens) else ""
-                if rest[0] in types:
-                    return []
-                if "type" not in kinds:
-                    if rest[0] in members or rest[0] in locals_ and not (after == "(" and "function" in kinds):
-                        return []
-                    if "function" in kinds and "constant" not in kinds:
-                        if after not in ("(", "<") or self.is_declared_here(part.tokens, where):
-                            return []
-            return [Use(path, rest[0], part.tokens[where].line, detail, names)]
-        return []
+                if not qualified and path == base and self.is_hidden(part.tokens, at, kinds, hiding):
+                    return None
+                return Use(path, rest[0], part.tokens[at].line, detail, names)
+        return None
+
+    def is_hidden(self, tokens, at, kinds, hiding):
+        """Whether the unqualified name at an index means something other than the declarations at namespace level."""
+        members, types, variables = hiding
+        name = tokens[at].text
+        after = tokens[at + 1].text if at + 1 < len(tokens) else ""
+        if "type" in kinds:
+            return name in types
+        called = "function" in kinds and after in ("(", "<")
+        if name in members or name in types or name in variables and not called:
+            return True
+        return "constant" not in kinds and (not called or self.is_declared_here(tokens, at))
 
     def is_declared_here(self, tokens, at):
-        """Whether the name at an index is the one that a declaration introduces."""
+        """Whether the name at an index is the one that a declaration declares: what is before it ends a type."""
         if at == 0:
             return False
         before = tokens[at - 1].text
         if before == ">":
-            return opens_before(tokens, at - 1)
+            return ends_template(tokens, at - 1)
         if before in ("&", "*", "&&") and at > 1:
             type_name = tokens[at - 2].text
-            return type_name in BUILT_IN or type_name == ">" and opens_before(tokens, at - 2) or (
+            return type_name in BUILT_IN or type_name == ">" and ends_template(tokens, at - 2) or (
                 is_name(type_name) and (type_name[0].isupper() or at > 2 and tokens[at - 3].text == "::"))
         return is_name(before) or before in BUILT_IN
 
     def locals_of(self, tokens):
-        """The parameters and the locals of a declaration."""
+        """The parameters and the local variables and types of a function."""
         found = set()
         for at, token in enumerate(tokens[:-1]):
             if not is_name(token.text):
@@ -400,7 +406,7 @@ class Header:
             after = tokens[at + 1].text
             if after in (";", "=", "{", ",", ")", "(", "[", ":") and self.is_declared_here(tokens, at):
                 found.add(token.text)
-            elif at and tokens[at - 1].text in ("[", ",") and after in ("=", ",", "]"):  # a capture, a structured binding
+            elif at and tokens[at - 1].text in ("[", ",") and after in ("=", ",", "]"):  # a capture or a binding
                 found.add(token.text)
             elif at and tokens[at - 1].text in ("struct", "class", "using", "enum"):
                 found.add(token.text)
