@@ -1,11 +1,11 @@
 #!/bin/sh
-# All that must hold, by one command: installs what is missing (as root, on Debian), builds, runs every test.
+# Installs the missing packages (as root, on Debian), builds, and runs every test.
 #
 #   tests/run.sh          everything
 #   tests/run.sh quick    the g++ build and its tests, without the browser
 #
-# Everything is written below build/. Stops at the first stage that fails, with status 1 and the end of its log. The
-# last line is always "N passed, N failed".
+# All output is below build/. The script stops at the first stage that fails: it prints the end of its log, and ends with
+# status 1. The last line is always "N passed, N failed".
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -37,7 +37,7 @@ give_up() {
     finish
 }
 
-# stage NAME COMMAND...: nothing but its name is printed, unless it fails
+# stage NAME COMMAND...: prints only its name, unless it fails
 stage() {
     name=$1 log=$logs/$(echo "$1" | tr -d : | tr ' ' -).log
     shift
@@ -45,7 +45,7 @@ stage() {
     "$@" >"$log" 2>&1 </dev/null || give_up "$name" "$log"
 }
 
-# tests NAME COMMAND...: a stage that is counted, and whose closing lines are printed
+# tests NAME COMMAND...: a stage whose tests are counted. Prints its summary, and the tests that were skipped.
 tests() {
     name=$1 log=$logs/$(echo "$1" | tr -d : | tr ' ' -).log
     shift
@@ -59,7 +59,7 @@ tests() {
     passed=$((passed + ${counts% *}))
     failed=$((failed + ${counts#* }))
     test $status = 0 || give_up "$name" "$log"
-    grep -E 'tests passed|^Total Test time|^Ok:|^Fail:' "$log"
+    grep -E 'tests passed|^Total Test time|^Ok:|^Fail:|\(Skipped\)' "$log"
 }
 
 # build PRESET OPTION...
@@ -70,7 +70,7 @@ build() {
     stage "$preset: build" cmake --build "build/$preset" -j 2
 }
 
-# ---- what is needed -------------------------------------------------------------------------------------------------
+# ---- packages -------------------------------------------------------------------------------------------------------
 
 missing=
 # need PACKAGE COMMAND...: the package is missing if the command fails
@@ -107,7 +107,7 @@ fi
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        echo "tests/run.sh: missing:$missing (Debian's names); as root on Debian this script installs them itself"
+        echo "tests/run.sh: missing packages:$missing (names of Debian). As root on Debian, this script installs them"
         failed=1
         finish
     fi
@@ -116,7 +116,7 @@ if [ -n "$missing" ]; then
     stage "apt-get install" apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 $missing
 fi
 
-# Exact versions, no lock file. Node does not read the machine's certificates unless it is told to.
+# Exact versions, so no lock file is needed. Node reads the machine's certificates only with --use-openssl-ca.
 npm_packages="ws@8.23.0 playwright-core@1.60.0"
 if [ "$(cat build/npm/installed 2>/dev/null)" != "$npm_packages" ]; then
     stage "npm install" env NODE_OPTIONS="${NODE_OPTIONS---use-openssl-ca}" npm install --prefix build/npm \
@@ -146,11 +146,11 @@ tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF
 
-# Short rounds; README.md names the commands for hours of them.
+# Short rounds. README.md has the commands for long ones.
 stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
 stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
 
-# The one build that leaves out what is optional, and runs the tests.
+# This build has no optional features.
 test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true
 stage "meson: build" meson compile -C build/meson -j 2
 tests "meson: tests" meson test -C build/meson --no-rebuild --num-processes 2 --print-errorlogs

@@ -9,5 +9,10 @@ struct Echo : wschat::WebSocketHandler {
 int main() {
     wschat::Server server;
     server.route<Echo>("/echo");
+#if WSCHAT_CHAT
+    server.route<wschat::ChatHandler>("/chat");
+    std::puts("wschat " WSCHAT_VERSION_STRING " with the chat");
+#else
     std::puts("wschat " WSCHAT_VERSION_STRING);
+#endif
 }
