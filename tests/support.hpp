@@ -384,6 +384,28 @@ private:
     int port_ = 0;
 };
 
+// Blocks a server's loop until release(), so that the loop then finds the work of all peers at once.
+class BlockedLoop {
+public:
+    explicit BlockedLoop(wschat::Server& server) {
+        server.loop().post([state = state_] {
+            state->blocked = true;
+            while (!state->released) std::this_thread::yield();
+        });
+        while (!state_->blocked) std::this_thread::yield();
+    }
+    BlockedLoop(const BlockedLoop&) = delete;
+    BlockedLoop& operator=(const BlockedLoop&) = delete;
+    ~BlockedLoop() { release(); }
+    void release() { state_->released = true; }
+
+private:
+    struct State {
+        std::atomic<bool> blocked{false}, released{false};
+    };
+    const std::shared_ptr<State> state_ = std::make_shared<State>();
+};
+
 // A server that runs one handler at "/", from its constructor on.
 template <class Handler>
 class HandlerServer : public RunningServer {
