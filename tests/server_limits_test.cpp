@@ -3,7 +3,6 @@
 
 #include <sys/wait.h>
 #include <csignal>
-#include <set>
 
 using namespace wschat;
 using namespace wschat::detail;
@@ -15,6 +14,7 @@ using test::Echo;
 using test::EchoServer;
 using test::HandlerServer;
 using test::hex;
+using test::inheritable_descriptors;
 using test::is_refusal;
 using test::LobbyMember;
 using test::masked_text;
@@ -123,16 +123,6 @@ std::size_t open_descriptors() {
     for (int descriptor = 0; descriptor < 4096; ++descriptor)
         if (::fcntl(descriptor, F_GETFD) != -1) ++count;
     return count;
-}
-
-// The descriptors that a child program would inherit.
-std::set<int> inheritable_descriptors() {
-    std::set<int> found;
-    for (int descriptor = 0; descriptor < 4096; ++descriptor) {
-        const int flags = ::fcntl(descriptor, F_GETFD);
-        if (flags != -1 && (flags & FD_CLOEXEC) == 0) found.insert(descriptor);
-    }
-    return found;
 }
 
 }  // namespace
@@ -499,7 +489,7 @@ TEST_CASE("hundreds of connects and closes of every kind release all descriptors
 
 TEST_CASE("every descriptor of a server is close-on-exec") {
     // FAULTS 40
-    const std::set<int> before = inheritable_descriptors();
+    const std::vector<int> before = inheritable_descriptors();
     const TemporaryFile file("exec.bin", test::large_content());
     {
         RunningServer running;

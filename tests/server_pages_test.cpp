@@ -29,6 +29,22 @@ void check_body(RawClient& client, const std::string& body) {
     CHECK((answer.body == body));
 }
 
+// A server with one page.
+struct PageServer : RunningServer {
+    PageServer(std::string_view pattern, std::function<Response(const Request&)> page) {
+        server.get(pattern, std::move(page));
+        start();
+    }
+};
+
+// A server with one file at "/".
+struct FileServer : RunningServer {
+    explicit FileServer(const std::string& path) {
+        server.file("/", path);
+        start();
+    }
+};
+
 // Answers with the parameter "name" of the path.
 Response name_of_path(const Request& r) { return Response(200, std::string(r.param("name"))); }
 
@@ -182,9 +198,7 @@ TEST_CASE("each refusal of a HEAD has no body") {
 }
 
 TEST_CASE("a connection stays open for more requests, until one asks to close it") {
-    RunningServer running;
-    running.server.get("/{name}", name_of_path);
-    running.start();
+    PageServer running("/{name}", name_of_path);
     RawClient client(running.port());
     for (int i = 0; i < 50; ++i) {
         client.send(request("/" + std::to_string(i)));
@@ -200,9 +214,7 @@ TEST_CASE("a connection stays open for more requests, until one asks to close it
 }
 
 TEST_CASE("an HTTP/1.0 request gets its page, and the connection ends") {
-    RunningServer running;
-    running.server.get("/", hello);
-    running.start();
+    PageServer running("/", hello);
     RawClient client(running.port());
     client.send("GET / HTTP/1.0\r\n\r\n");
     CHECK(client.read_to_end());
@@ -214,9 +226,7 @@ TEST_CASE("an HTTP/1.0 request gets its page, and the connection ends") {
 TEST_CASE("a peer that has shut down its sending side still gets the whole answer") {
     TemporaryFolder folder;
     const std::string content = large_content();
-    RunningServer running;
-    running.server.file("/", folder.write("large.bin", content));
-    running.start();
+    FileServer running(folder.write("large.bin", content));
     RawClient client(running.port());
     client.send(request("/"));
     client.shutdown_send();
@@ -246,9 +256,7 @@ TEST_CASE("pipelined requests are answered in order, also with large files betwe
 }
 
 TEST_CASE("a thousand pipelined requests are answered for every size of the pieces") {
-    RunningServer running;
-    running.server.get("/{name}", name_of_path);
-    running.start();
+    PageServer running("/{name}", name_of_path);
     std::string all;
     for (int i = 0; i < 1000; ++i) all += request("/" + std::to_string(i));
     for (const std::size_t piece : {all.size(), std::size_t{4096}, std::size_t{777}}) {
@@ -424,9 +432,7 @@ TEST_CASE("allow_origins() with an invalid origin is an Error") {
 
 TEST_CASE("a file is served with its type, its length, its date and its tag") {
     TemporaryFolder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("chat.html", "<p>Hello</p>"));
-    running.start();
+    FileServer running(folder.write("chat.html", "<p>Hello</p>"));
     const Answer answer = fetch(running.port(), "/");
     CHECK(answer.status == 200);
     CHECK(answer.body == "<p>Hello</p>");
@@ -443,9 +449,7 @@ TEST_CASE("a file is served with its type, its length, its date and its tag") {
 
 TEST_CASE("an empty file is an empty page") {
     TemporaryFolder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("empty.txt", ""));
-    running.start();
+    FileServer running(folder.write("empty.txt", ""));
     const Answer answer = fetch(running.port(), "/");
     CHECK(answer.status == 200);
     CHECK(answer.header("content-length") == "0");
@@ -454,9 +458,7 @@ TEST_CASE("an empty file is an empty page") {
 TEST_CASE("a client that has the current file gets a 304, and its tag goes before its date") {
     // RFC 9110 13.1.2, 13.1.3
     TemporaryFolder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("a.txt", "content"));
-    running.start();
+    FileServer running(folder.write("a.txt", "content"));
     const Answer first = fetch(running.port(), "/");
     const std::string tag = first.header("etag"), date = first.header("last-modified");
     const std::string old = "Sun, 06 Nov 1994 08:49:37 GMT";
@@ -490,9 +492,7 @@ TEST_CASE("a client that has the current file gets a 304, and its tag goes befor
 
 TEST_CASE("a changed file is served with another tag") {
     TemporaryFolder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("a.txt", "before"));
-    running.start();
+    FileServer running(folder.write("a.txt", "before"));
     const std::string tag = fetch(running.port(), "/").header("etag");
     folder.write("a.txt", "after it");
     const Answer answer = fetch(running.port(), "/", "If-None-Match: " + tag + "\r\n");
@@ -598,9 +598,7 @@ TEST_CASE("a reader that disconnects in the middle of a file releases all resour
         return std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator());
     };
     TemporaryFolder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("large.bin", large_content()));
-    running.start();
+    FileServer running(folder.write("large.bin", large_content()));
     const auto before = descriptors();
     for (int i = 0; i < 20; ++i) {
         RawClient client(running.port());

@@ -121,7 +121,7 @@ TEST_CASE("one session handles a bounded number of messages in one turn, and con
 }
 
 TEST_CASE("fifty sessions with many small messages do not keep the loop in one turn") {
-    // An honest session is served once in each turn, so that it waits for the work of one turn at most.
+    // An honest session is served once in each turn. It waits at most for the work of one turn.
     Work work;
     RunningServer running;
     running.server.add_route("/", [&] { return std::make_unique<Counting>(work, false); });
@@ -145,7 +145,7 @@ TEST_CASE("fifty sessions with many small messages do not keep the loop in one t
 }
 
 TEST_CASE("between two messages of one session the other sessions handle a bounded number of messages") {
-    // Each session has more messages than one turn allows, so that each must wait for all the others.
+    // Each session has more messages than one turn allows, and each must wait for all the others.
     struct Honest : WebSocketHandler {
         Honest(std::size_t& of_others, std::size_t& longest_wait) : others(of_others), most(longest_wait) {}
         void on_message(const Message&) override {
@@ -252,7 +252,7 @@ TEST_CASE("one session sends a bounded part of a file in one turn, and many sess
             BlockedLoop blocked(running.server);
             for (RawClient& client : clients) client.send(request("/"));
             blocked.release();
-            // The buffers of the kernel take this much although nobody reads.
+            // The buffers of the kernel take this much although no client reads.
             CHECK(running.eventually([&] { return work.total >= readers * 512 * kib; }));
         }
         CHECK(work.most_in_turn <= (readers == 1 ? 300 * kib : 8 * mib));
@@ -341,34 +341,37 @@ void switch_release(const TemporaryFolder& folder, const std::string& release) {
     fs::rename(folder / "next", folder / "current");
 }
 
-TEST_CASE("file() follows a symbolic link at each request, so that a release can be switched") {
-    const TemporaryFolder folder;
-    folder.write("v1/page.txt", "first release");
-    folder.write("v2/page.txt", "second release");
-    switch_release(folder, "v1");
+// Switches from the first release to the second, and then removes the first.
+void check_release_switch(RunningServer& running, const TemporaryFolder& folder, std::string_view target) {
+    CHECK(fetch(running.port(), target).body == "first release");
+    switch_release(folder, "v2");
+    CHECK(fetch(running.port(), target).body == "second release");
+    fs::remove_all(folder / "v1");
+    CHECK(fetch(running.port(), target).body == "second release");
+}
+
+struct Releases : TemporaryFolder {
+    Releases() {
+        write("v1/page.txt", "first release");
+        write("v2/page.txt", "second release");
+        switch_release(*this, "v1");
+    }
+};
+
+TEST_CASE("file() follows a symbolic link at each request") {
+    const Releases folder;
     RunningServer running;
     running.server.file("/", (folder / "current/page.txt").string());
     running.start();
-    CHECK(fetch(running.port(), "/").body == "first release");
-    switch_release(folder, "v2");
-    CHECK(fetch(running.port(), "/").body == "second release");
-    fs::remove_all(folder / "v1");
-    CHECK(fetch(running.port(), "/").body == "second release");
+    check_release_switch(running, folder, "/");
 }
 
 TEST_CASE("static_dir() follows a symbolic link to its folder at each request") {
-    const TemporaryFolder folder;
-    folder.write("v1/page.txt", "first release");
-    folder.write("v2/page.txt", "second release");
-    switch_release(folder, "v1");
+    const Releases folder;
     RunningServer running;
     running.server.static_dir("/", (folder / "current").string());
     running.start();
-    CHECK(fetch(running.port(), "/page.txt").body == "first release");
-    switch_release(folder, "v2");
-    CHECK(fetch(running.port(), "/page.txt").body == "second release");
-    fs::remove_all(folder / "v1");
-    CHECK(fetch(running.port(), "/page.txt").body == "second release");
+    check_release_switch(running, folder, "/page.txt");
 }
 
 TEST_CASE("If-Modified-Since with a date after the last change is answered with 304") {
@@ -461,8 +464,7 @@ TEST_CASE("the path of a folder without its slash is redirected to the path with
     };
     for (const auto& row : table)
         for (const std::string method : {"GET", "HEAD"}) {
-            CAPTURE(row.target);
-            CAPTURE(method);
+            CAPTURE(method + " " + row.target);
             const test::Answer answer = fetch(running.port(), row.target, "", method);
             CHECK(answer.status == 301);
             CHECK(answer.header("location") == row.location);

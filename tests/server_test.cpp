@@ -42,6 +42,14 @@ struct RouteReporter : WebSocketHandler {
     std::string route_;
 };
 
+// A server whose only route has that pattern.
+struct RouteServer : RunningServer {
+    explicit RouteServer(const std::string& pattern) {
+        server.route<RouteReporter>(pattern);
+        start();
+    }
+};
+
 // Records how the connections have ended. Read it when the server has stopped.
 struct Endings {
     std::vector<CloseCause> causes;
@@ -133,11 +141,8 @@ TEST_CASE("the parameters of a route are the decoded segments of the path") {
         {"/a b", "/a%20b", ""},
     };
     for (const auto& row : table) {
-        CAPTURE(row.pattern);
-        CAPTURE(row.target);
-        RunningServer running;
-        running.server.route<RouteReporter>(row.pattern);
-        running.start();
+        CAPTURE(row.pattern + " " + row.target);
+        const RouteServer running(row.pattern);
         Client client(running.port(), row.target);
         CHECK(client.next() == row.sent);
     }
@@ -160,11 +165,8 @@ TEST_CASE("a path that no pattern matches has no WebSocket") {
         {"/", "//"},
     };
     for (const auto& row : table) {
-        CAPTURE(row.pattern);
-        CAPTURE(row.target);
-        RunningServer running;
-        running.server.route<RouteReporter>(row.pattern);
-        running.start();
+        CAPTURE(row.pattern + " " + row.target);
+        const RouteServer running(row.pattern);
         Client client(running.port(), row.target);
         CHECK(client.head.substr(0, 12) == "HTTP/1.1 404");
     }

@@ -257,6 +257,18 @@ inline std::string large_content() {
     return content;
 }
 
+#if !defined(_WIN32)
+// The descriptors that a child program would inherit.
+inline std::vector<int> inheritable_descriptors() {
+    std::vector<int> found;
+    for (int descriptor = 0; descriptor < 4096; ++descriptor) {
+        const int flags = ::fcntl(descriptor, F_GETFD);
+        if (flags != -1 && (flags & FD_CLOEXEC) == 0) found.push_back(descriptor);
+    }
+    return found;
+}
+#endif
+
 // The log of a server as lines. Read it on the loop's thread, or when the server has stopped.
 struct LogLines {
     void attach_to(wschat::Server& server) {
@@ -384,7 +396,7 @@ private:
     int port_ = 0;
 };
 
-// Blocks a server's loop until release(), so that the loop then finds the work of all peers at once.
+// Blocks a server's loop until release(). The loop then finds the work of all peers at once.
 class BlockedLoop {
 public:
     explicit BlockedLoop(wschat::Server& server) {
