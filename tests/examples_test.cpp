@@ -1,4 +1,4 @@
-// The programs of examples/ and the server of the benchmark, as processes: what DESIGN 7 promises to people's scripts.
+// The programs of examples/ and the server of the benchmark as processes: their stable command lines, which scripts use.
 #include "support.hpp"
 
 #include <spawn.h>
@@ -15,12 +15,12 @@ using namespace wschat::detail;
 using namespace std::chrono_literals;
 using test::Client;
 using test::contains;
+using test::fetch;
 using test::next_with;
-using test::RawClient;
 
 namespace {
 
-// A program that runs with its output in pipes, and is gone with the test.
+// A program that runs with its output in pipes, and ends with the test.
 class Program {
 public:
     explicit Program(const std::vector<std::string>& command) {
@@ -53,7 +53,7 @@ public:
         ::close(err_);
     }
 
-    // Waits for the line that it prints when it is ready.
+    // Waits for the line that the program prints when it is ready.
     std::string first_line() {
         while (!contains(output_, "\n") && read_some(out_, output_)) {
         }
@@ -67,7 +67,7 @@ public:
         return std::atoi(line.c_str() + at + 17);
     }
     void signal(int number) { ::kill(pid_, number); }
-    // Waits for its end, and answers its status; -1 where a signal has ended it.
+    // Waits for the end of the program and returns its exit status; -1 if a signal ended it.
     int status() {
         while (read_some(out_, output_)) {
         }
@@ -105,10 +105,10 @@ std::string example(const std::string& name) { return std::string(WSCHAT_EXAMPLE
 
 struct Example {
     std::string name;
-    std::vector<std::string> command;  // but for the port
-    std::vector<std::string> after;    // what follows the port
+    std::vector<std::string> command;  // before the port
+    std::vector<std::string> after;    // the arguments after the port
     std::string target;                // of its WebSocket
-    std::string ready, ready_end;      // its line, but for the address
+    std::string ready, ready_end;      // its line, before and after the address
 
     std::vector<std::string> with_port(const std::string& port) const {
         std::vector<std::string> all = command;
@@ -118,7 +118,7 @@ struct Example {
     }
 };
 
-// All programs that have the command line of DESIGN 7.
+// All programs that have a port as their first argument.
 std::vector<Example> all_programs() {
     std::vector<Example> programs = {
         {"chat", {example("chat")}, {}, "/chat", "chat: open ", " in two windows"},
@@ -137,7 +137,7 @@ std::vector<Example> all_programs() {
 
 TEST_SUITE_BEGIN("examples");
 
-TEST_CASE("each program prints one line with its address when it is ready, and nothing else") {
+TEST_CASE("each program prints one line with its address when it is ready, and no other line") {
     for (const Example& program : all_programs()) {
         CAPTURE(program.name);
         Program running(program.with_port("0"));
@@ -169,7 +169,7 @@ TEST_CASE("each program ends with status 0 on SIGINT and SIGTERM, and its client
     }
 }
 
-TEST_CASE("each program ends with status 0 though the signal comes right after its line") {
+TEST_CASE("each program ends with status 0 even if the signal comes right after its line") {
     for (const Example& program : all_programs()) {
         for (int round = 0; round < 5; ++round) {
             CAPTURE(program.name);
@@ -181,7 +181,7 @@ TEST_CASE("each program ends with status 0 though the signal comes right after i
     }
 }
 
-TEST_CASE("each program says why it can not listen, and ends with status 1") {
+TEST_CASE("each program that cannot listen prints the cause and ends with status 1") {
     const ListenSocket taken(ListenAddress::parse("0"), false);
     const std::string port = std::to_string(taken.address().port);
     const struct {
@@ -206,7 +206,7 @@ TEST_CASE("each program says why it can not listen, and ends with status 1") {
     }
 }
 
-TEST_CASE("each program takes an address in place of a port") {
+TEST_CASE("each program accepts an address instead of a port") {
     for (const Example& program : all_programs()) {
         CAPTURE(program.name);
         Program running(program.with_port("0.0.0.0:0"));
@@ -217,26 +217,18 @@ TEST_CASE("each program takes an address in place of a port") {
     }
 }
 
-TEST_CASE("the chat and the rooms find their page beside the source, or where --page says") {
-    const std::string path = "/tmp/wschat-" + std::to_string(::getpid()) + "-page.html";
-    std::FILE* file = std::fopen(path.c_str(), "w");
-    REQUIRE(file != nullptr);
-    std::fputs("<p>a page of my own</p>", file);
-    std::fclose(file);
-    const auto page_of = [](Program& program) {
-        RawClient client(program.port());
-        client.send("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-        client.read_to_end();
-        return client.received;
-    };
+TEST_CASE("the chat and the rooms find their page in the folder of the source, or at the path of --page") {
+    const test::TemporaryFile file("page.html", "<p>my own page</p>");
+    const std::string& path = file.path;
     for (const std::string name : {"chat", "rooms"}) {
         CAPTURE(name);
         Program own({example(name), "0"});
-        CHECK(contains(page_of(own), "HTTP/1.1 200 OK"));
-        CHECK(contains(page_of(own), "WebSocket"));
+        const test::Answer page = fetch(own.port(), "/");
+        CHECK(page.status == 200);
+        CHECK(contains(page.body, "WebSocket"));
         Program other({example(name), "0", "--page", path}), first({example(name), "--page", path, "0"});
-        CHECK(contains(page_of(other), "<p>a page of my own</p>"));
-        CHECK(contains(page_of(first), "<p>a page of my own</p>"));
+        CHECK(fetch(other.port(), "/").body == "<p>my own page</p>");
+        CHECK(fetch(first.port(), "/").body == "<p>my own page</p>");
 
         Program missing({example(name), "0", "--page", path + ".missing"});
         CHECK(missing.output() == "");
@@ -245,10 +237,9 @@ TEST_CASE("the chat and the rooms find their page beside the source, or where --
         Program none({example(name), "0", "--page"});
         CHECK(none.status() == 1);
     }
-    ::unlink(path.c_str());
 }
 
-TEST_CASE("the chat gives every message to everybody") {
+TEST_CASE("the chat sends every message to all clients") {
     Program program({example("chat"), "0"});
     Client one(program.port(), "/chat"), two(program.port(), "/chat");
     one.send("hello");
@@ -258,7 +249,7 @@ TEST_CASE("the chat gives every message to everybody") {
     CHECK(one.next() == "\xC3\xBC");
 }
 
-TEST_CASE("the echo answers text and binary on any path, large messages too, up to 64 MiB") {
+TEST_CASE("the echo returns text and binary on any path, up to 64 MiB") {
     Program program({example("echo"), "0"});
     for (const std::string target : {"/", "/any/path", "/?query"}) {
         CAPTURE(target);
@@ -272,22 +263,21 @@ TEST_CASE("the echo answers text and binary on any path, large messages too, up 
     const std::string large(16 * 1024 * 1024, 'x');
     client.send(large);
     CHECK((client.next() == large));
-    // RFC 6455 5.2: a length of eight bytes; this one is over the limit by one.
+    // RFC 6455 5.2: a length of eight bytes. This one is 64 MiB and one byte.
     client.raw.send(test::hex("82 ff 00 00 00 00 04 00 00 01 00 00 00 00"));
     CHECK(client.close_code() == CloseCode::message_too_big);
 }
 
-TEST_CASE("the echo takes a message of a hundred thousand fragments") {
+TEST_CASE("the echo accepts a message of a hundred thousand fragments") {
     Program program({example("echo"), "0"});
     Client client(program.port());
-    // RFC 6455 5.4: a first frame, continuations, and a last one with FIN; each of one byte, masked with zeros.
-    std::string frames = test::hex("01 81 00 00 00 00") + "x";
-    for (int i = 0; i < 99'998; ++i) frames += test::hex("00 81 00 00 00 00") + "x";
-    client.raw.send(frames + test::hex("80 81 00 00 00 00") + "x");
+    // RFC 6455 5.4: a first frame, continuations, and a last frame with FIN, of one byte each.
+    client.raw.send(test::masked_frame("01", "x") + test::repeated(99'998, test::masked_frame("00", "x")) +
+                    test::masked_frame("80", "x"));
     CHECK((client.next() == std::string(100'000, 'x')));
 }
 
-TEST_CASE("the rooms greet, tell of members and names, and keep rooms apart") {
+TEST_CASE("the rooms send greetings, members and names, and separate the rooms") {
     Program program({example("rooms"), "0"});
     Client anna(program.port(), "/chat/tea?name=Anna");
     CHECK(contains(next_with(anna, "\"hello\""), "\"room\":\"tea\",\"name\":\"Anna\""));
@@ -306,12 +296,11 @@ TEST_CASE("the rooms greet, tell of members and names, and keep rooms apart") {
 
     other.send("/nick Carl");
     CHECK(contains(next_with(anna, "\"nick\""), "\"old\":\"Anna-2\",\"name\":\"Carl\""));
-    other.send("/nick Anna");
-    CHECK(contains(next_with(other, "\"error\""), "\"code\":\"name_taken\""));
-    other.send("/nick \t");
-    CHECK(contains(next_with(other, "\"error\""), "\"code\":\"name_bad\""));
-    other.send("/dance");
-    CHECK(contains(next_with(other, "\"error\""), "\"code\":\"unknown_command\""));
+    for (const auto& [line, code] :
+         {std::pair{"/nick Anna", "name_taken"}, {"/nick \t", "name_bad"}, {"/dance", "unknown_command"}}) {
+        other.send(line);
+        CHECK(contains(next_with(other, "\"error\""), "\"code\":\"" + std::string(code) + "\""));
+    }
     other.send("bytes", Opcode::binary);
     CHECK(contains(next_with(other, "\"error\""), "\"code\":\"bad_line\""));
 
@@ -322,7 +311,7 @@ TEST_CASE("the rooms greet, tell of members and names, and keep rooms apart") {
     CHECK(contains(next_with(anna, "\"users\""), "[\"Anna\"]"));
 }
 
-TEST_CASE("the ticker sends its ticks in their order to everybody, and answers how many that is") {
+TEST_CASE("the ticker sends its ticks in order to all clients, and answers with the number of clients") {
     Program program({example("ticker"), "0"});
     Client one(program.port(), "/ticks"), two(program.port(), "/ticks");
     const auto tick = [](Client& client) {
@@ -339,7 +328,7 @@ TEST_CASE("the ticker sends its ticks in their order to everybody, and answers h
 
 #if defined(WSCHAT_BENCH_SERVER)
 
-TEST_CASE("the bench server gives every message to everybody, or back to its sender") {
+TEST_CASE("the bench server sends every message to all clients, or back to its sender") {
     Program room({WSCHAT_BENCH_SERVER, "0", "room"}), echo({WSCHAT_BENCH_SERVER, "0", "echo"});
     Client one(room.port()), two(room.port());
     one.send("hello");
@@ -352,7 +341,7 @@ TEST_CASE("the bench server gives every message to everybody, or back to its sen
     CHECK(other.next() == "second");
 }
 
-TEST_CASE("the bench server tells how it is called where it is called wrongly, and ends with status 1") {
+TEST_CASE("the bench server prints its usage after wrong arguments, and ends with status 1") {
     for (const std::vector<std::string>& arguments : {std::vector<std::string>{},
                                                       {"0"},
                                                       {"0", "talk"},

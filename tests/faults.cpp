@@ -1,6 +1,6 @@
-// A whole scenario over real sockets in which one call of the server fails, then another, and so on until it runs
-// clean: each call of the system that wschat.hpp makes with each error that it can return, and operator new. A program
-// of its own, because it wraps these calls. With WSCHAT_TEST_POLLER=poll the server uses the poll backend.
+// Runs a scenario over real sockets many times. In each run another call of the server fails: each system call of
+// wschat.hpp with each error that it can return, and operator new. It is a separate program because it wraps these
+// calls. With WSCHAT_TEST_POLLER=poll the server uses the poll backend.
 #include "faults.hpp"
 
 #define WSCHAT_CHAT 1
@@ -23,11 +23,11 @@ using test::RawClient;
 
 namespace {
 
-// Who may be disturbed by a fault. Whoever is not must be served as if nothing had happened.
+// The connections that a fault may disturb. The server must serve all other connections as without the fault.
 enum class Victims {
-    none,        // the call is made again, or nobody needs its result
-    connection,  // that on whose socket it happens
-    one          // whoever needs its result: as many as there were faults
+    none,        // the call is repeated, or no connection needs its result
+    connection,  // the connection whose socket has the fault
+    one          // one connection for each fault
 };
 
 // ---- the server's side ----------------------------------------------------------------------------------------------
@@ -61,8 +61,8 @@ struct Member : Guest {
 
 constexpr std::size_t piece_size = 20'000;
 
-// Does what it is told.
-struct Clerk : Guest {
+// Executes the command in each message.
+struct CommandHandler : Guest {
     using Guest::Guest;
     void on_message(const Message& m) override {
         const std::string word(m.text().substr(0, m.text().find(' ')));
@@ -84,13 +84,13 @@ struct Clerk : Guest {
     }
 };
 
-// A page and a stale Unix socket in a folder of their own.
+// A folder with a page and a stale Unix socket.
 class Folder {
 public:
     Folder() : path("/tmp/wschat-faults-" + std::to_string(::getpid())), content(30'000, 'p') {
         ::mkdir(path.c_str(), 0700);
         std::FILE* file = std::fopen(page().c_str(), "we");
-        if (file == nullptr) throw std::runtime_error("no file for a page");
+        if (file == nullptr) throw std::runtime_error("cannot create the page");
         std::fwrite(content.data(), 1, content.size(), file);
         std::fclose(file);
     }
@@ -104,7 +104,7 @@ public:
     }
     std::string page() const { return path + "/page.html"; }
     std::string socket() const { return path + "/socket"; }
-    // As a process leaves it that has died.
+    // The socket that a crashed process leaves behind.
     void leave_stale_socket() const {
         ::unlink(socket().c_str());
         sockaddr_un name{};
@@ -136,39 +136,41 @@ std::size_t open_descriptors() {
 
 enum class Ending { shutdown, signal };
 
-// A server on a thread of its own, all of whose life goes through a seam.
-class Subject {
+// A server on its own thread. All its calls, from its constructor to its destructor, go through a seam.
+class FaultyServer {
 public:
-    explicit Subject(const std::array<Plan, 2>& plans, Ending ending = Ending::shutdown) : ending_(ending) {
+    explicit FaultyServer(const std::array<Plan, 2>& plans, Ending ending = Ending::shutdown) : ending_(ending) {
         seam.plans = plans;
-        thread_ = std::thread([this] { live(); });
+        thread_ = std::thread([this] { serve(); });
         std::unique_lock<std::mutex> lock(mutex_);
         if (!changed_.wait_for(lock, test::deadline, [this] { return server_ != nullptr || ended_; }))
-            give_up("does not begin");
+            give_up("does not start");
     }
-    Subject(const Subject&) = delete;
-    Subject& operator=(const Subject&) = delete;
-    ~Subject() {
+    FaultyServer(const FaultyServer&) = delete;
+    FaultyServer& operator=(const FaultyServer&) = delete;
+    ~FaultyServer() {
         end();
         join();
     }
 
     void end() {
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (server_ == nullptr || std::exchange(told_to_end_, true)) return;
+        if (server_ == nullptr || std::exchange(end_requested_, true)) return;
         if (ending_ == Ending::signal) ::raise(SIGTERM);
-        else server_->shutdown(2s);
+        else server_->shutdown(10s);
     }
-    // Nothing fails any more. Answers how many such calls there have been so far.
-    long heal(Call call) {
+    // Stops all faults. Returns the number of such calls until now.
+    long stop_faults(Call call) {
         std::promise<long> calls;
         server_->loop().post([&] {
             seam.plans = {};
             calls.set_value(seam.calls_of(call));
         });
-        return calls.get_future().get();
+        std::future<long> result = calls.get_future();
+        if (result.wait_for(test::deadline) != std::future_status::ready) give_up("does not answer");
+        return result.get();
     }
-    // When it has ended.
+    // Waits until the server has ended.
     void join() {
         if (!thread_.joinable()) return;
         {
@@ -178,31 +180,31 @@ public:
         thread_.join();
     }
 
-    Seam seam;  // to be read when it has ended
+    Seam seam;  // read it when the server has ended
     int port = 0;
-    std::string refusal;  // what left the set-up
-    std::string thrown;   // what left run()
-    Metrics metrics;      // at the end
+    std::string set_up_error;  // the exception of the set-up
+    std::string run_error;     // the exception of run()
+    Metrics metrics;           // at the end
     Tally tally;
 
 private:
-    // Nothing that runs on the thread can be waited for any more.
-    [[noreturn]] static void give_up(const char* what) {
-        std::fprintf(stderr, "the server %s\n", what);
+    // Ends the program, because the thread of the server cannot be joined.
+    [[noreturn]] static void give_up(const char* failure) {
+        std::fprintf(stderr, "the server %s\n", failure);
         folder().remove();
         std::abort();
     }
 
-    void live() {
+    void serve() {
         try {
             const Armed armed(&seam);
             Server server(options());
             set_up(server);
-            tell_port(server);
+            publish_port(server);
             run(server);
         } catch (const std::exception& error) {
-            refusal = error.what();
-            if (refusal.empty()) refusal = "no sentence";
+            set_up_error = error.what();
+            if (set_up_error.empty()) set_up_error = "no text";
         }
         const std::lock_guard<std::mutex> lock(mutex_);
         ended_ = true;
@@ -220,15 +222,15 @@ private:
     void set_up(Server& server) {
         server.on_log([this](const LogEntry& entry) { tally.logged += to_string(entry).empty() ? 0 : 1; });
         server.route<Member>("/room", std::ref(tally));
-        server.route<Clerk>("/desk", std::ref(tally));
+        server.route<CommandHandler>("/desk", std::ref(tally));
         server.route<ChatHandler>("/chat/{room}");
         server.file("/page", folder().page());
         server.static_dir("/files", folder().path);
-        server.get("/made", [](const Request&) { return Response(200, made_page()); });
+        server.get("/is_made", [](const Request&) { return Response(200, made_page()); });
         server.listen(0);
         server.listen("unix:" + folder().socket());
     }
-    void tell_port(Server& server) {
+    void publish_port(Server& server) {
         const Armed off(nullptr);
         const std::lock_guard<std::mutex> lock(mutex_);
         server_ = &server;
@@ -239,7 +241,7 @@ private:
         try {
             server.run();
         } catch (const std::exception& error) {
-            thrown = error.what();
+            run_error = error.what();
         }
         const Armed off(nullptr);
         metrics = server.metrics();
@@ -251,7 +253,7 @@ private:
     Server* server_ = nullptr;
     std::mutex mutex_;
     std::condition_variable changed_;
-    bool told_to_end_ = false;
+    bool end_requested_ = false;
     bool ended_ = false;
     std::thread thread_;
 };
@@ -265,63 +267,64 @@ std::uint16_t local_port(const Socket& socket) {
     return ntohs(address.sin_port);
 }
 
-// A client, what it went through, and what it saw that nobody may see, whatever fails.
+// A client and its observations. `wrong` describes what no fault may cause.
 struct Actor {
-    explicit Actor(std::string its_name) : name(std::move(its_name)) {}
+    explicit Actor(std::string actor_name) : name(std::move(actor_name)) {}
 
-    void enter(int port, std::string_view target, std::string_view headers = {}) {
+    void connect(int port, std::string_view target, std::string_view headers = {}) {
         client = std::make_unique<Client>(port, target, headers);
         if (client->raw) local = local_port(client->raw.socket());
         if (client->is_open()) return;
         disturbed = true;
-        if (client->head.empty()) judge_end();
+        if (client->head.empty()) check_end();
         else if (client->head.compare(0, 10, "HTTP/1.1 5") != 0)
             wrong = "a handshake was answered with " + client->head;
     }
-    bool takes_part() const { return client != nullptr && client->is_open() && !disturbed; }
-    // The next message, or nothing, and it takes part no more.
-    std::optional<std::string> hear() {
+    bool is_active() const { return client != nullptr && client->is_open() && !disturbed; }
+    // The next message. Returns nullopt at the end of the connection, and the actor is then not active.
+    std::optional<std::string> next_message() {
         auto message = client->next();
         if (!message) {
             disturbed = true;
-            judge_end();
+            check_end();
         }
         return message;
     }
     void expect(std::string_view wanted) {
-        if (!takes_part()) return;
-        const auto message = hear();
-        if (message && *message != wanted) wrong = "heard '" + message->substr(0, 20) + "' for " + std::string(wanted);
+        if (!is_active()) return;
+        const auto message = next_message();
+        if (message && *message != wanted)
+            wrong = "got '" + message->substr(0, 20) + "' instead of " + std::string(wanted);
     }
-    // The connection ends now, with that code.
+    // Expects that the connection ends now with that code.
     void expect_close(CloseCode code) {
-        if (!takes_part()) return;
+        if (!is_active()) return;
         const CloseCode got = client->close_code();
         disturbed = got != code;
-        if (disturbed) judge_end();
+        if (disturbed) check_end();
         client->raw.read_to_end();
     }
-    // A connection ends by a Close frame, a FIN or a reset, and nothing before that is broken.
-    void judge_end() {
+    // A connection must end by a Close frame, a FIN or a reset, and all frames before it must be valid.
+    void check_end() {
         const CloseCause cause = client->connection.close_cause();
         if (cause == CloseCause::protocol_error) wrong = "got broken frames: " + client->connection.close_reason();
         else if (!client->raw.ended && cause != CloseCause::peer) wrong = "was left without an answer";
     }
-    void leave() {
+    void disconnect() {
         if (client) client->raw.close();
     }
 
     std::string name;
     std::unique_ptr<Client> client;
     std::uint16_t local = 0;
-    std::vector<std::string> heard;
+    std::vector<std::string> messages;
     bool disturbed = false;
     std::string wrong;
 };
 
-// Whether what arrived is no more than the beginning of the answer with that status and body, or a refusal that is
-// whole: a 404 where the error is one that stays, because caches may keep it, and otherwise a 5xx.
-bool excusable(std::string_view got, int status, std::string_view body, int error) {
+// True if a fault can explain the bytes: they are the beginning of the answer with that status and body, or a complete
+// refusal. The refusal is a 5xx. It is a 404 for a permanent error only, because caches may keep a 404.
+bool explained_by_fault(std::string_view got, int status, std::string_view body, int error) {
     const std::size_t end = got.find("\r\n\r\n");
     if (end == std::string_view::npos) return true;
     const std::string_view head = got.substr(0, end + 2), rest = got.substr(end + 4);
@@ -329,40 +332,40 @@ bool excusable(std::string_view got, int status, std::string_view body, int erro
     const std::size_t at = head.find(length);
     if (at == std::string_view::npos) return false;
     const std::size_t promised = std::stoul(std::string(head.substr(at + length.size())));
-    const bool stays = error == EACCES || error == ENOENT;
+    const bool permanent = error == EACCES || error == ENOENT;
     if (head.compare(9, 3, std::to_string(status)) != 0)
-        return (head[9] == '5' || (stays && head.compare(9, 3, "404") == 0)) && rest.size() == promised;
+        return (head[9] == '5' || (permanent && head.compare(9, 3, "404") == 0)) && rest.size() == promised;
     return promised == body.size() && rest == body.substr(0, rest.size());
 }
 
 // ---- the scenario ---------------------------------------------------------------------------------------------------
 
-// Sockets: five in a room, one who reads slowly, one who does not read, pages, refusals, endings of every kind, a
-// newcomer, and the end of the server. Chat: three with a ChatHandler, one of whom goes and comes back.
-enum class Play { sockets, chat };
+// Sockets: five members of a room, a client that reads slowly, a client that does not read, pages, refusals, all ways to
+// close a connection, a late client, and the shutdown. Chat: three clients of a ChatHandler, one of which reconnects.
+enum class ScenarioKind { sockets, chat };
 
 class Scenario {
 public:
     Scenario(const std::array<Plan, 2>& plans, Victims victims, Ending ending = Ending::shutdown,
-             Play which = Play::sockets)
+             ScenarioKind which = ScenarioKind::sockets)
         : plan_(plans[0]), victims_(victims) {
         folder().leave_stale_socket();
         const std::size_t descriptors = open_descriptors();
         const long blocks = faults::live_blocks();
         {
-            Subject subject(plans, ending);
-            if (subject.port != 0 && which == Play::sockets) play(subject);
-            if (subject.port != 0 && which == Play::chat) play_chat(subject);
+            FaultyServer subject(plans, ending);
+            if (subject.port != 0 && which == ScenarioKind::sockets) run_sockets(subject);
+            if (subject.port != 0 && which == ScenarioKind::chat) run_chat(subject);
             subject.end();
             subject.join();
-            judge(subject);
+            check(subject);
             calls = subject.seam;
         }
         if (open_descriptors() != descriptors) complain("descriptors were lost");
         if (faults::live_blocks() != blocks) complain("memory was lost");
     }
 
-    // Whether the first plan has come into effect.
+    // True if the first plan has caused a fault.
     bool fired() const { return calls.calls_of(plan_.call) >= plan_.first; }
     const std::string& complaints() const { return complaints_; }
 
@@ -378,81 +381,81 @@ private:
         return *actors_.back();
     }
 
-    void play(Subject& subject) {
+    void run_sockets(FaultyServer& subject) {
         port_ = subject.port;
-        for (int i = 0; i < members; ++i) add("member " + std::to_string(i)).enter(port_, "/room");
-        Actor& slow = add("the slow one");
-        Actor& deaf = add("the deaf one");
-        for (Actor* actor : {&slow, &deaf}) actor->enter(port_, "/desk");
-        if (slow.takes_part()) slow.client->send("pieces 14");
-        if (deaf.takes_part()) deaf.client->send("pieces 60");
+        for (int i = 0; i < members; ++i) add("member " + std::to_string(i)).connect(port_, "/room");
+        Actor& slow = add("the slow reader");
+        Actor& nonreader = add("the client that does not read");
+        for (Actor* actor : {&slow, &nonreader}) actor->connect(port_, "/desk");
+        if (slow.is_active()) slow.client->send("pieces 14");
+        if (nonreader.is_active()) nonreader.client->send("pieces 60");
         chat();
-        std::this_thread::sleep_for(2ms);  // a server that spins has the time to show it
+        std::this_thread::sleep_for(2ms);  // a server that spins makes many calls now
         read_slowly(slow);
-        find_end(deaf);
+        read_to_close(nonreader);
         pages();
         endings();
-        newcomer();
+        late_client();
         end(subject);
     }
 
-    void play_chat(Subject& subject) {
+    void run_chat(FaultyServer& subject) {
         port_ = subject.port;
-        for (int i = 0; i < 3; ++i) add("chatter " + std::to_string(i)).enter(port_, "/chat/tea?name=" + chatter(i));
-        for (int i = 0; i < 3; ++i) speak(member(i), "hello " + std::to_string(i));
+        for (int i = 0; i < 3; ++i) add("chatter " + std::to_string(i)).connect(port_, "/chat/tea?name=" + chatter(i));
+        for (int i = 0; i < 3; ++i) send_line(member(i), "hello " + std::to_string(i));
         for (const std::string command : {"/nick Cleo", "/msg Bert psst", "/join coffee", "/who", "/me waves"})
-            if (member(2).takes_part()) member(2).client->send(command);
-        hear_of(member(2), "waves");
-        member(2).leave();
+            if (member(2).is_active()) member(2).client->send(command);
+        wait_for_line(member(2), "waves");
+        member(2).disconnect();
         Actor& back = add("chatter 2 again");
-        back.enter(port_, "/chat/tea?name=" + chatter(2));
-        speak(back, "hello again");
-        newcomer();
-        speak(member(0), "the last word");
+        back.connect(port_, "/chat/tea?name=" + chatter(2));
+        send_line(back, "hello again");
+        late_client();
+        send_line(member(0), "the last word");
         end(subject);
     }
     static std::string chatter(int i) { return i == 0 ? "Anna" : i == 1 ? "Bert" : "Carl"; }
-    // Says something and hears it.
-    static void speak(Actor& actor, const std::string& words) {
-        if (actor.takes_part()) actor.client->send(words);
-        hear_of(actor, words);
+    // Sends a line and waits until it comes back.
+    static void send_line(Actor& actor, const std::string& words) {
+        if (actor.is_active()) actor.client->send(words);
+        wait_for_line(actor, words);
     }
-    static void hear_of(Actor& actor, const std::string& words) {
-        while (actor.takes_part()) {
-            const auto heard = actor.hear();
-            if (heard && heard->find(words) != std::string::npos) return;
+    static void wait_for_line(Actor& actor, const std::string& words) {
+        while (actor.is_active()) {
+            const auto got = actor.next_message();
+            if (got && got->find(words) != std::string::npos) return;
         }
     }
 
     Actor& member(int i) { return *actors_[static_cast<std::size_t>(i)]; }
     static std::string message(int from, int number) { return std::to_string(from) + ":" + std::to_string(number); }
 
-    // Everybody says something in each round, and hears everybody.
+    // Each member sends a message in each round, and receives the messages of all members.
     void chat() {
         for (int round = 0; round < rounds; ++round)
             for (int i = 0; i < members; ++i)
-                if (member(i).takes_part()) member(i).client->send(message(i, round));
-        for (int i = 0; i < members; ++i) hear_own(i, rounds - 1);
-        // What the others have said in time lies before one's own last word.
+                if (member(i).is_active()) member(i).client->send(message(i, round));
+        for (int i = 0; i < members; ++i) receive_own(i, rounds - 1);
+        // The earlier messages of the other members arrive before the last own message.
         for (int i = 0; i < members; ++i)
-            if (member(i).takes_part()) member(i).client->send(message(i, rounds));
-        for (int i = 0; i < members; ++i) hear_own(i, rounds);
-        for (int i = 0; i < members; ++i) judge_heard(i);
+            if (member(i).is_active()) member(i).client->send(message(i, rounds));
+        for (int i = 0; i < members; ++i) receive_own(i, rounds);
+        for (int i = 0; i < members; ++i) check_messages(i);
     }
-    void hear_own(int i, int number) {
-        while (member(i).takes_part()) {
-            const auto heard = member(i).hear();
-            if (heard) member(i).heard.push_back(*heard);
-            if (heard == message(i, number)) return;
+    void receive_own(int i, int number) {
+        while (member(i).is_active()) {
+            const auto got = member(i).next_message();
+            if (got) member(i).messages.push_back(*got);
+            if (got == message(i, number)) return;
         }
     }
-    // Of each of the others the first so many messages in their order; all of them where both were let alone.
-    void judge_heard(int i) {
+    // The messages of each sender must arrive in order. They are complete if both members are undisturbed.
+    void check_messages(int i) {
         std::array<int, members> next{};
-        for (const std::string& heard : member(i).heard) {
-            const int from = heard.empty() ? members : heard[0] - '0';
-            if (from < 0 || from >= members || heard != message(from, next[static_cast<std::size_t>(from)]++))
-                return complain(member(i).name + " heard '" + heard + "' out of order");
+        for (const std::string& got : member(i).messages) {
+            const int from = got.empty() ? members : got[0] - '0';
+            if (from < 0 || from >= members || got != message(from, next[static_cast<std::size_t>(from)]++))
+                return complain(member(i).name + " got '" + got + "' out of order");
         }
         for (int from = 0; from < members; ++from)
             if (!member(i).disturbed && !member(from).disturbed && next[static_cast<std::size_t>(from)] < rounds)
@@ -460,35 +463,35 @@ private:
     }
 
     void read_slowly(Actor& slow) {
-        for (int i = 0; i < 14; ++i) hear_piece(slow, i);
+        for (int i = 0; i < 14; ++i) receive_piece(slow, i);
         for (const auto& [order, answer] : {std::pair{"post", "posted"}, std::pair{"timer", "timed"}}) {
-            if (slow.takes_part()) slow.client->send(order);
+            if (slow.is_active()) slow.client->send(order);
             slow.expect(answer);
         }
     }
-    static bool hear_piece(Actor& actor, int number) {
-        if (!actor.takes_part()) return false;
-        const auto heard = actor.hear();
-        if (!heard) return false;
+    static bool receive_piece(Actor& actor, int number) {
+        if (!actor.is_active()) return false;
+        const auto got = actor.next_message();
+        if (!got) return false;
         const std::string start = std::to_string(number) + ":";
-        if (heard->compare(0, start.size(), start) != 0 || heard->size() != piece_size)
-            actor.wrong = "heard '" + heard->substr(0, 20) + "' for piece " + start;
+        if (got->compare(0, start.size(), start) != 0 || got->size() != piece_size)
+            actor.wrong = "got '" + got->substr(0, 20) + "' for piece " + start;
         return true;
     }
-    // What was queued for one who does not read, and then the reason why there is no more.
-    static void find_end(Actor& deaf) {
-        if (!deaf.takes_part()) return;
+    // A client that did not read gets its queued messages, and then the reason of the Close frame.
+    static void read_to_close(Actor& nonreader) {
+        if (!nonreader.is_active()) return;
         int number = 0;
-        while (hear_piece(deaf, number)) ++number;
-        if (deaf.client->connection.close_code() != CloseCode::policy_violation) return;
-        deaf.disturbed = false;
-        if (number == 0) deaf.wrong = "was closed for what was not written";
+        while (receive_piece(nonreader, number)) ++number;
+        if (nonreader.client->connection.close_code() != CloseCode::policy_violation) return;
+        nonreader.disturbed = false;
+        if (number == 0) nonreader.wrong = "was closed without a backlog";
     }
 
     void pages() {
         fetch("/page", 200, folder().content);
         fetch("/files/page.html", 200, folder().content);
-        fetch("/made", 200, made_page());
+        fetch("/is_made", 200, made_page());
         fetch("/nowhere", 404, "There is nothing at this path.\n");
         fetch("/nowhere", 404, "There is no WebSocket at this path.\n",
               "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
@@ -508,74 +511,74 @@ private:
             return;
         actor.disturbed = true;
         if (!raw.ended) actor.wrong = "was left without an answer";
-        else if (!excusable(raw.received, status, body, plan_.error))
+        else if (!explained_by_fault(raw.received, status, body, plan_.error))
             actor.wrong = "got " + raw.received.substr(0, 300);
     }
 
     void endings() {
         Actor& rude = add("the rude one");
-        rude.enter(port_, "/desk");
-        if (rude.takes_part()) rude.client->raw.send(hex("81 05 48 65 6c 6c 6f"));  // not masked
+        rude.connect(port_, "/desk");
+        if (rude.is_active()) rude.client->raw.send(hex("81 05 48 65 6c 6c 6f"));  // not masked
         rude.expect_close(CloseCode::protocol_error);
         Actor& thrower = add("the one who makes it throw");
-        thrower.enter(port_, "/desk");
-        if (thrower.takes_part()) thrower.client->send("throw");
+        thrower.connect(port_, "/desk");
+        if (thrower.is_active()) thrower.client->send("throw");
         thrower.expect_close(CloseCode::internal_error);
         Actor& closed = add("the one who is closed");
-        closed.enter(port_, "/desk");
-        if (closed.takes_part()) closed.client->send("close");
+        closed.connect(port_, "/desk");
+        if (closed.is_active()) closed.client->send("close");
         closed.expect_close(CloseCode{4001});
-        if (member(1).takes_part()) member(1).client->close();
+        if (member(1).is_active()) member(1).client->close();
         member(1).expect_close(CloseCode::normal);
-        if (member(2).takes_part()) member(2).client->raw.reset();
-        if (member(3).takes_part()) member(3).client->raw.shutdown_send();
-        if (member(3).takes_part()) member(3).client->raw.read_to_end();
+        if (member(2).is_active()) member(2).client->raw.reset();
+        if (member(3).is_active()) member(3).client->raw.shutdown_send();
+        if (member(3).is_active()) member(3).client->raw.read_to_end();
         for (const auto& actor : actors_)
-            if (actor != actors_[0]) actor->leave();
+            if (actor != actors_[0]) actor->disconnect();
     }
 
-    // Whatever has failed, somebody who comes later is served.
-    void newcomer() {
+    // After all faults a late client is served.
+    void late_client() {
         for (long attempt = 0; attempt <= plan_.times; ++attempt) {
-            Actor& actor = add("a newcomer");
-            actor.enter(port_, "/desk");
-            if (actor.takes_part()) actor.client->send("post");
+            Actor& actor = add("a late client");
+            actor.connect(port_, "/desk");
+            if (actor.is_active()) actor.client->send("post");
             actor.expect("posted");
-            const bool served = actor.takes_part();
-            actor.leave();
+            const bool served = actor.is_active();
+            actor.disconnect();
             if (served) return;
         }
-        complain("nobody is served afterwards");
+        complain("no late client is served");
     }
 
-    void end(Subject& subject) {
+    void end(FaultyServer& subject) {
         RawClient idle(port_);
         subject.end();
         Actor& last = member(0);
-        while (last.takes_part() && last.hear()) continue;
+        while (last.is_active() && last.next_message()) continue;
         if (last.client->connection.close_code() == CloseCode::going_away) last.disturbed = false;
-        for (const auto& actor : actors_) actor->leave();
+        for (const auto& actor : actors_) actor->disconnect();
         if (!idle.read_to_end()) complain("a connection is left open at the end");
     }
 
-    void judge(const Subject& subject) {
-        if (!subject.refusal.empty()) return judge_refusal(subject);
-        if (!subject.thrown.empty()) complain("run() threw: " + subject.thrown);
+    void check(const FaultyServer& subject) {
+        if (!subject.set_up_error.empty()) return check_set_up_error(subject);
+        if (!subject.run_error.empty()) complain("run() threw: " + subject.run_error);
         if (subject.port == 0) complain("the port is not known");
         if (subject.tally.opened != subject.tally.closed || subject.tally.closed_twice != 0)
             complain("open() and on_close() do not pair");
         const Metrics& metrics = subject.metrics;
         if (metrics.connections_open != 0 || metrics.websockets_open != 0 || metrics.backlog_bytes != 0)
-            complain("the metrics know of connections that are gone");
+            complain("the metrics count closed connections as open");
         const long waits = subject.seam.calls_of(Call::epoll_wait) + subject.seam.calls_of(Call::poll);
-        if (waits > most_waits) complain("it has spun: " + std::to_string(waits) + " turns");
-        judge_actors(subject.seam);
+        if (waits > most_waits) complain("the loop has spun: " + std::to_string(waits) + " turns");
+        check_actors(subject.seam);
     }
-    void judge_refusal(const Subject& subject) {
-        if (subject.seam.faults == 0) complain("the set-up failed without a fault: " + subject.refusal);
-        if (subject.refusal == "no sentence") complain("the set-up failed without a sentence");
+    void check_set_up_error(const FaultyServer& subject) {
+        if (subject.seam.faults == 0) complain("the set-up failed without a fault: " + subject.set_up_error);
+        if (subject.set_up_error == "no text") complain("the exception of the set-up has no text");
     }
-    void judge_actors(const Seam& seam) {
+    void check_actors(const Seam& seam) {
         long others = 0;
         for (const auto& actor : actors_) {
             if (!actor->wrong.empty()) complain(actor->name + " " + actor->wrong);
@@ -603,10 +606,10 @@ std::string to_string(const Plan& plan) {
     return text + (short_count ? " with a short count" : " with " + os::error_text(plan.error));
 }
 
-// Fails the first such call, then the second, and so on, until the scenario has come to its end without a fault.
-// Whatever else is to fail, fails each time.
+// Runs the scenario with a fault in the first such call, then in the second, and so on, until a run ends without the
+// fault. The plan each_time is active in each run.
 void sweep(Plan plan, Victims victims, Ending ending = Ending::shutdown, const Plan& each_time = {}, long step = 1,
-           Play which = Play::sockets) {
+           ScenarioKind which = ScenarioKind::sockets) {
     for (bool fired = true; fired; plan.first += step) {
         const Scenario scenario({plan, each_time}, victims, ending, which);
         fired = scenario.fired();
@@ -620,13 +623,14 @@ struct Row {
     Victims victims;
     std::vector<int> errors;  // 0: a short count
 };
-// With WSCHAT_TEST_FAULTS=all every call fails in every way; else, where there are many, only each so-manieth in some.
+// With WSCHAT_TEST_FAULTS=all each call fails in each way. Otherwise a sweep over many calls skips some of them.
 long step_of(long step) {
     const char* wanted = std::getenv("WSCHAT_TEST_FAULTS");
     return wanted != nullptr && std::string(wanted) == "all" ? 1 : step;
 }
 
-// Each call fails with the first error; with the others, and several times, about sixteen of them, not the same ones.
+// Each call fails once with the first error. With the other errors, and for repeated faults, about 16 calls fail, and each
+// sweep selects other calls.
 void sweep_each(const Row& row) {
     static const Seam clean = Scenario({}, Victims::none).calls;
     long turn = 0;
@@ -637,11 +641,11 @@ void sweep_each(const Row& row) {
         }
 }
 
-// The calls that this run makes: those of the other poller are not.
-bool made(Call call) {
+// True if this run makes the call. It makes none of the other poller.
+bool is_made(Call call) {
     const bool poll = test::poller_kind() == PollerKind::poll;
     if (call == Call::ring_init) return WSCHAT_LIBURING != 0;
-    if (call == Call::ring_submit || call == Call::ring_wait) return false;  // it is for more than are in the room
+    if (call == Call::ring_submit || call == Call::ring_wait) return false;  // a ring serves only larger rooms
     const bool epoll = call == Call::epoll_create || call == Call::epoll_ctl || call == Call::epoll_wait;
     return call == Call::poll ? poll : !epoll || !poll;
 }
@@ -650,46 +654,48 @@ bool made(Call call) {
 
 TEST_SUITE_BEGIN("faults");
 
-TEST_CASE("the scenario runs clean where nothing fails, and makes every call that there is") {
+TEST_CASE("without faults the scenario has no complaints, and makes every call") {
     for (const Ending ending : {Ending::shutdown, Ending::signal}) {
         const Scenario scenario({}, Victims::none, ending);
         CHECK(scenario.complaints() == "");
         CHECK(scenario.calls.faults == 0);
         for (std::size_t i = 0; i < faults::call_count; ++i) {
             CAPTURE(faults::to_string(static_cast<Call>(i)));
-            CHECK((scenario.calls.calls[i] != 0) == made(static_cast<Call>(i)));
+            CHECK((scenario.calls.calls[i] != 0) == is_made(static_cast<Call>(i)));
         }
     }
 }
 
 // ---- reading and writing --------------------------------------------------------------------------------------------
 
-TEST_CASE("a receive that is interrupted, comes too early or finds the kernel short of memory is made again") {
+TEST_CASE("a receive is repeated after EINTR, EAGAIN and a shortage of kernel memory") {
     sweep_each({Call::recv, Victims::none, {EINTR, EAGAIN, ENOBUFS, ENOMEM}});
 }
 
-TEST_CASE("a receive that fails costs its connection") {
+TEST_CASE("a failed receive ends only its connection") {
     sweep_each(
         {Call::recv, Victims::connection, {ECONNRESET, ECONNREFUSED, ENOTCONN, ETIMEDOUT, EHOSTUNREACH, EINVAL}});
 }
 
-TEST_CASE("bytes that are received one by one are the same bytes") { sweep_each({Call::recv, Victims::none, {0}}); }
+TEST_CASE("received messages are correct if each receive returns one byte") {
+    sweep_each({Call::recv, Victims::none, {0}});
+}
 
-TEST_CASE("a send that is interrupted, finds no room or the kernel short of memory is made again") {
+TEST_CASE("a send is repeated after EINTR, EAGAIN and a shortage of kernel memory") {
     for (const Call call : {Call::send, Call::sendmsg})
         sweep_each({call, Victims::none, {EINTR, EAGAIN, ENOBUFS, ENOMEM}});
 }
 
-TEST_CASE("a send that fails costs its connection") {
+TEST_CASE("a failed send ends only its connection") {
     for (const Call call : {Call::send, Call::sendmsg})
         sweep_each({call, Victims::connection, {ECONNRESET, EPIPE, ENOTCONN, ETIMEDOUT, EHOSTUNREACH, EINVAL}});
 }
 
-TEST_CASE("bytes that are sent one by one are the same bytes") {
+TEST_CASE("sent messages are correct if each send takes one byte") {
     for (const Call call : {Call::send, Call::sendmsg}) sweep_each({call, Victims::none, {0}});
 }
 
-TEST_CASE("a stream that can not be shut or closed properly ends nevertheless") {
+TEST_CASE("a connection ends even if shutdown() or close() fails") {
     sweep({Call::shutdown, ENOTCONN}, Victims::none);
     sweep({Call::shutdown, ENOBUFS}, Victims::none);
     sweep_each({Call::close, Victims::none, {EINTR, EIO}});
@@ -697,29 +703,29 @@ TEST_CASE("a stream that can not be shut or closed properly ends nevertheless") 
 
 // ---- accepting ------------------------------------------------------------------------------------------------------
 
-TEST_CASE("an accept that is interrupted, has nothing or is refused is made again") {
+TEST_CASE("an accept is repeated after EINTR, EAGAIN, EPERM and ENETDOWN") {
     sweep_each({Call::accept, Victims::none, {EINTR, EAGAIN, EPERM, ENETDOWN}});
 }
 
-TEST_CASE("a connection that was aborted before it was accepted costs nobody else") {
+TEST_CASE("a connection that was aborted before the accept disturbs no other connection") {
     sweep_each({Call::accept, Victims::connection, {ECONNABORTED, EPROTO}});
 }
 
-TEST_CASE("where the kernel is short of memory, accepting goes on a little later") {
+TEST_CASE("when the kernel has no memory, the server accepts again later") {
     sweep({Call::accept, ENOBUFS}, Victims::none);
     sweep({Call::accept, ENOMEM}, Victims::none);
 }
 
-TEST_CASE("where descriptors are used up, who comes next is turned away with a 503, and accepting goes on") {
+TEST_CASE("without free descriptors the next connection gets a 503, and the server accepts again later") {
     sweep({Call::accept, EMFILE}, Victims::connection);
     sweep({Call::accept, ENFILE}, Victims::connection);
 }
 
-TEST_CASE("as long as nothing can be accepted the server does not spin, and serves who is connected") {
+TEST_CASE("while accept fails, the server does not spin and serves its connections") {
     for (const int error : {EMFILE, ENFILE, ENOBUFS, ENOMEM, EPERM}) {
         CAPTURE(os::error_text(error));
         folder().leave_stale_socket();
-        Subject subject({Plan{Call::accept, error, 2, std::numeric_limits<long>::max()}, Plan{}});
+        FaultyServer subject({Plan{Call::accept, error, 2, std::numeric_limits<long>::max()}, Plan{}});
         REQUIRE(subject.port != 0);
         Client connected(subject.port, "/desk");
         REQUIRE(connected.is_open());
@@ -727,46 +733,46 @@ TEST_CASE("as long as nothing can be accepted the server does not spin, and serv
         RawClient waiting(subject.port);
         waiting.send("GET /page HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         for (int i = 0; i < 20; ++i) {
-            std::this_thread::sleep_for(5ms);  // for a server that spins to show it
+            std::this_thread::sleep_for(5ms);  // a server that spins makes many calls now
             connected.send("post");
             CHECK(connected.next() == "posted");
         }
-        const long calls = subject.heal(Call::accept);
-        // A batch of 64 at most, then a pause of 50 ms.
+        const long calls = subject.stop_faults(Call::accept);
+        // At most a batch of 64 calls, then a pause of 50 ms.
         CHECK(calls <= ((Clock::now() - begin) / 50ms + 3) * 66);
         CHECK(waiting.read_to_end());
         CHECK(waiting.received.substr(0, 12) == "HTTP/1.1 200");
     }
 }
 
-TEST_CASE("a limit of descriptors that can not be asked for limits nothing") {
+TEST_CASE("a failed getrlimit() means that there is no limit of descriptors") {
     sweep_each({Call::getrlimit, Victims::none, {EPERM}});
 }
 
 // ---- polling --------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a wait that is interrupted is made again") {
-    if (made(Call::poll)) sweep_each({Call::poll, Victims::none, {EINTR, ENOMEM}});
+TEST_CASE("an interrupted wait is repeated") {
+    if (is_made(Call::poll)) sweep_each({Call::poll, Victims::none, {EINTR, ENOMEM}});
     else sweep_each({Call::epoll_wait, Victims::none, {EINTR}});
 }
 
-TEST_CASE("a connection that can not be watched is lost, and a listener is watched again") {
-    if (made(Call::poll)) return;
+TEST_CASE("a failed epoll_ctl() ends its connection, and a listener tries again") {
+    if (is_made(Call::poll)) return;
     sweep_each({Call::epoll_ctl, Victims::connection, {ENOMEM, ENOSPC}});
     sweep({Call::epoll_ctl, ENOMEM}, Victims::connection, Ending::shutdown, {Call::accept, ENOBUFS, 3});
 }
 
-TEST_CASE("a pipe that wakes the loop is read and written again") {
+TEST_CASE("failed reads and writes of the pipe that wakes the loop are repeated") {
     sweep_each({Call::write, Victims::none, {EINTR, EAGAIN, 0}});
 }
 
 // ---- the ring -------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a server whose kernel refuses a ring does without") {
-    if (made(Call::ring_init)) sweep_each({Call::ring_init, Victims::none, {ENOMEM, EPERM, ENOSYS, EMFILE}});
+TEST_CASE("a server works without a ring if the kernel refuses it") {
+    if (is_made(Call::ring_init)) sweep_each({Call::ring_init, Victims::none, {ENOMEM, EPERM, ENOSYS, EMFILE}});
 }
 
-TEST_CASE("what a ring has not taken is left to others, and what it may have taken is sent by nobody else") {
+TEST_CASE("bytes that a ring has not taken are sent without it, and bytes that it has taken are not sent twice") {
     const struct {
         Plan plan;
         bool taken, told;
@@ -775,13 +781,13 @@ TEST_CASE("what a ring has not taken is left to others, and what it may have tak
                  {{Call::ring_submit, EAGAIN}, false, false},
                  {{Call::ring_submit, EBADF}, false, false},
                  {{Call::ring_wait, EINTR}, true, true},
-                 {{Call::ring_wait, EBADF}, true, false}};  // where it has to be asked
+                 {{Call::ring_wait, EBADF}, true, false}};  // if it has to wait for a result
     for (const auto& row : table) {
         CAPTURE(to_string(row.plan));
         const auto batch = SendBatch::make();
-        if (!batch) return;  // it is not compiled in, or the kernel refuses a ring
+        if (!batch) return;  // rings are not compiled in, or the kernel refuses them
         std::vector<std::pair<Socket, Socket>> pairs;
-        pairs.reserve(SendBatch::min_items);  // the batch knows their places
+        pairs.reserve(SendBatch::min_items);  // the batch has pointers to the elements
         for (std::size_t i = 0; i < SendBatch::min_items; ++i) {
             int ends[2];
             REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) == 0);
@@ -808,18 +814,18 @@ TEST_CASE("what a ring has not taken is left to others, and what it may have tak
 
 // ---- files ----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a file that can not be opened or read costs who asked for it") {
+TEST_CASE("a file that cannot be opened or read disturbs only the client that requested it") {
     for (const Call call : {Call::open, Call::openat})
         sweep_each({call, Victims::one, {EINTR, EACCES, EIO, EMFILE, ENFILE, ENOMEM, ENOENT}});
     sweep_each({Call::fstat, Victims::one, {EIO, ENOMEM, EOVERFLOW}});
     sweep_each({Call::read, Victims::one, {EINTR, EAGAIN, EIO, ENOMEM}});
 }
 
-TEST_CASE("a file that is read byte by byte is the same file") { sweep_each({Call::read, Victims::none, {0}}); }
+TEST_CASE("a file is correct if each read returns one byte") { sweep_each({Call::read, Victims::none, {0}}); }
 
 // ---- set-up ---------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a server that can not be set up says why and leaves nothing behind") {
+TEST_CASE("a failed set-up throws an exception with a text and releases all resources") {
     const Row rows[] = {
         {Call::socket, Victims::none, {EMFILE, ENFILE, ENOBUFS, ENOMEM, EACCES, EAFNOSUPPORT}},
         {Call::bind, Victims::none, {EADDRINUSE, EACCES, EADDRNOTAVAIL, ENOMEM}},
@@ -839,28 +845,26 @@ TEST_CASE("a server that can not be set up says why and leaves nothing behind") 
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-TEST_CASE("memory that can not be had costs the connection that wants it") {
-    sweep({Call::allocate, ENOMEM}, Victims::one);
-}
+TEST_CASE("a failed allocation disturbs one connection at most") { sweep({Call::allocate, ENOMEM}, Victims::one); }
 
-TEST_CASE("memory that can not be had for a while costs no more connections than that was asked for") {
+TEST_CASE("failed allocations in a row disturb at most one connection each") {
     sweep({Call::allocate, ENOMEM, 1, 5}, Victims::one, Ending::shutdown, {}, step_of(4));
 }
 
-TEST_CASE("memory and descriptors that can not be had cost no more connections than they were asked for") {
+TEST_CASE("failed allocations and accepts disturb at most one connection each") {
     sweep({Call::allocate, ENOMEM}, Victims::one, Ending::shutdown, {Call::accept, EMFILE, 3}, step_of(8));
 }
 
-TEST_CASE("memory that a chat can not have costs the connection that wants it") {
-    { const Scenario makes_what_is_kept({}, Victims::none, Ending::shutdown, Play::chat); }
-    const Scenario clean({}, Victims::none, Ending::shutdown, Play::chat);
+TEST_CASE("a failed allocation in a chat disturbs one connection at most") {
+    { const Scenario fills_caches({}, Victims::none, Ending::shutdown, ScenarioKind::chat); }
+    const Scenario clean({}, Victims::none, Ending::shutdown, ScenarioKind::chat);
     CHECK(clean.complaints() == "");
     for (const long times : {1, 5})
         sweep({Call::allocate, ENOMEM, 1, times}, Victims::one, Ending::shutdown, {}, times == 1 ? 1 : step_of(3),
-              Play::chat);
+              ScenarioKind::chat);
 }
 
-TEST_CASE("a signal that finds no memory ends the server as any other") {
+TEST_CASE("a signal shuts down the server also if an allocation fails") {
     sweep({Call::allocate, ENOMEM}, Victims::one, Ending::signal, {}, step_of(4));
 }
 

@@ -1,5 +1,5 @@
-// What can be made to go wrong on a server's thread: the calls of the system that wschat.hpp makes, and operator new.
-// The program is linked with --wrap for each of these calls; on a thread without a seam they are the real ones.
+// Injects faults into a server's thread: into the system calls of wschat.hpp, and into operator new. The program is
+// linked with --wrap for each of these calls. A thread without a seam makes the real calls.
 #pragma once
 
 #include <array>
@@ -29,7 +29,7 @@ enum class Call : std::uint8_t {
     read,
     realpath,
     recv,
-    ring_init,  // io_uring, where it is compiled in
+    ring_init,  // io_uring, if it is compiled in
     ring_submit,
     ring_wait,
     send,
@@ -45,8 +45,8 @@ enum class Call : std::uint8_t {
 constexpr std::size_t call_count = static_cast<std::size_t>(Call::count);
 const char* to_string(Call call);
 
-// Of a kind of call those from the first-th on fail, so many times, with that error; 0 is a short count of one byte.
-// For getaddrinfo it is one of the EAI_ numbers.
+// The calls with the numbers first, first + 1, ..., first + times - 1 fail with that error. The error 0 is a short count
+// of one byte. The error of getaddrinfo is an EAI_ number.
 struct Plan {
     Call call = Call::count;
     int error = 0;
@@ -54,13 +54,13 @@ struct Plan {
     long times = 1;
 };
 
-// What a thread does differently, and what it has done.
+// The fault plans of a thread, and counts of its calls and faults.
 struct Seam {
     std::array<Plan, 2> plans;
     std::array<long, call_count> calls{};
     long faults = 0;
     int error = 0;  // of the last fault
-    // The ports of the peers on whose connections calls have failed.
+    // The ports of peers whose connections had a fault.
     std::array<std::uint16_t, 128> hit_ports{};
     std::size_t hits = 0;
     bool next_accepted_is_hit = false;
@@ -69,7 +69,7 @@ struct Seam {
     long calls_of(Call call) const { return calls[static_cast<std::size_t>(call)]; }
 };
 
-// While one lives, the calls of this thread go through the seam, or are the real ones where that is null.
+// During its lifetime the calls of this thread go through the seam. With null they are the real calls.
 class Armed {
 public:
     explicit Armed(Seam* seam);
@@ -81,7 +81,7 @@ private:
     Seam* before_;
 };
 
-// Blocks of operator new that threads with a seam have made and nobody has freed.
+// The number of blocks that threads with a seam have allocated and that are not freed yet.
 long live_blocks();
 
 }  // namespace faults

@@ -1,4 +1,4 @@
-// The calls of faults.hpp, wrapped.
+// Wrappers for the calls of faults.hpp.
 #include "faults.hpp"
 
 #include <fcntl.h>
@@ -75,7 +75,7 @@ void hit(int descriptor) {
     if (port != 0 && seam->hits < seam->hit_ports.size()) seam->hit_ports[seam->hits++] = port;
 }
 
-// Whether this call is one that is to fail, with seam->error; the descriptor is the one that suffers from it.
+// Counts a call. Returns true if it must fail, with seam->error. The fault hits the connection of the descriptor.
 bool fails(Call call, int descriptor = -1) {
     if (seam == nullptr) return false;
     const long number = ++seam->calls[static_cast<std::size_t>(call)];
@@ -94,7 +94,7 @@ bool fails_with_error(Call call, int descriptor = -1) {
     return true;
 }
 
-// A call that may be cut short: how many of so many bytes it is to move, or -1 where it fails.
+// Counts a call that transfers bytes. Returns the number of bytes that it may transfer, or -1 if it must fail.
 ssize_t allowed(Call call, int descriptor, size_t size) {
     if (!fails(call, descriptor)) return static_cast<ssize_t>(size);
     errno = seam->error;
@@ -104,37 +104,14 @@ ssize_t allowed(Call call, int descriptor, size_t size) {
 }  // namespace
 
 const char* to_string(Call call) {
-    constexpr const char* names[] = {"accept4",
-                                     "bind",
-                                     "close",
-                                     "connect",
-                                     "epoll_create1",
-                                     "epoll_ctl",
-                                     "epoll_wait",
-                                     "fstat",
-                                     "getaddrinfo",
-                                     "getrlimit",
-                                     "getsockname",
-                                     "listen",
-                                     "lstat",
-                                     "open",
-                                     "openat",
-                                     "pipe2",
-                                     "poll",
-                                     "read",
-                                     "realpath",
-                                     "recv",
-                                     "io_uring_queue_init",
-                                     "io_uring_submit",
-                                     "io_uring_wait_cqe",
-                                     "send",
-                                     "sendmsg",
-                                     "setsockopt",
-                                     "shutdown",
-                                     "socket",
-                                     "unlink",
-                                     "write",
-                                     "operator new"};
+    // clang-format off
+    constexpr const char* names[] = {
+        "accept4", "bind", "close", "connect", "epoll_create1", "epoll_ctl", "epoll_wait", "fstat",
+        "getaddrinfo", "getrlimit", "getsockname", "listen", "lstat", "open", "openat", "pipe2", "poll", "read",
+        "realpath", "recv", "io_uring_queue_init", "io_uring_submit", "io_uring_wait_cqe", "send", "sendmsg",
+        "setsockopt", "shutdown", "socket", "unlink", "write", "operator new",
+    };
+    // clang-format on
     static_assert(sizeof names / sizeof *names == call_count);
     return names[static_cast<std::size_t>(call)];
 }
@@ -161,7 +138,7 @@ extern "C" {
 int __wrap_accept4(int listener, sockaddr* address, socklen_t* size, int flags) {
     const bool failed = fails(Call::accept);
     const int error = failed ? faults::seam->error : 0;
-    // A connection that was aborted before it was accepted is gone.
+    // With these errors the kernel has removed the connection.
     const bool consumed = error == ECONNABORTED || error == EPROTO;
     const int accepted = failed && !consumed ? -1 : __real_accept4(listener, address, size, flags);
     if (accepted >= 0 && (consumed || (faults::seam != nullptr && faults::seam->next_accepted_is_hit))) {
@@ -170,12 +147,12 @@ int __wrap_accept4(int listener, sockaddr* address, socklen_t* size, int flags) 
     }
     if (consumed && accepted >= 0) __real_close(accepted);
     if (failed) {
-        // Who comes next is turned away, by the descriptor that is kept in reserve for it.
+        // The server rejects the next connection with its reserve descriptor.
         if (error == EMFILE || error == ENFILE) faults::seam->next_accepted_is_hit = true;
         errno = error;
         return -1;
     }
-    // A small window, so that a peer that does not read is a slow one soon.
+    // A small buffer, because a peer that does not read must soon have a backlog.
     const int small = 16 * 1024;
     if (accepted >= 0 && faults::seam != nullptr)
         __real_setsockopt(accepted, SOL_SOCKET, SO_SNDBUF, &small, sizeof small);
@@ -184,7 +161,8 @@ int __wrap_accept4(int listener, sockaddr* address, socklen_t* size, int flags) 
 int __wrap_bind(int descriptor, const sockaddr* address, socklen_t size) {
     return fails_with_error(Call::bind) ? -1 : __real_bind(descriptor, address, size);
 }
-// The descriptor is gone in any case: "close() should not be retried" (close(2)).
+// Linux closes the descriptor also if close() fails. close(2): "Retrying the close() after a failure return is the wrong
+// thing to do".
 int __wrap_close(int descriptor) {
     const bool failed = fails(Call::close);
     const int result = __real_close(descriptor);
@@ -291,7 +269,7 @@ ssize_t __wrap_write(int descriptor, const void* data, size_t size) {
 
 namespace {
 
-// Each block says before its first byte whether a thread with a seam has made it.
+// A mark before each block says whether a thread with a seam has allocated it.
 constexpr std::size_t mark_size = alignof(std::max_align_t);
 
 void* allocate(std::size_t size) {
@@ -316,7 +294,7 @@ void release(void* place) {
 
 void* operator new(std::size_t size) { return allocate(size); }
 void* operator new[](std::size_t size) { return allocate(size); }
-// A sanitizer has its own of these, whose blocks bear no mark.
+// Without this, a sanitizer would use its own operator, whose blocks have no mark.
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
     try {
         return allocate(size);

@@ -1,28 +1,34 @@
-// Every limit of section 2 and section 13 on a running server: up to it a peer is served, past it the peer gets its answer, and the
-// metrics count it. What a limit means to the parsers alone is in the suites "http" and "protocol".
+// Each limit of section 2 on a running server: a peer is served up to the limit and refused past it, and the metrics
+// count the refusal. The suites "http" and "protocol" test the limits of the parsers alone.
 #include "support.hpp"
 
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Child;
 using test::Client;
 using test::Echo;
+using test::EchoServer;
+using test::fetch;
+using test::HandlerServer;
+using test::masked_frame;
 using test::RawClient;
+using test::request;
 using test::RunningServer;
+using test::ServerProcess;
 using test::with_limits;
+using test::with_server_limits;
 
 namespace {
 
-// Does what the test says.
-struct Doing : WebSocketHandler {
+// Calls a function of the test for each message.
+struct CallOnMessage : WebSocketHandler {
     using Work = std::function<void(WebSocketHandler&)>;
-    explicit Doing(Work& its_work) : work(its_work) {}
+    explicit CallOnMessage(Work& of_test) : work(of_test) {}
     void on_message(const Message&) override { work(*this); }
     Work& work;
 };
 
-// ---- what a peer sends ----------------------------------------------------------------------------------------------
+// ---- input ----------------------------------------------------------------------------------------------------------
 
 std::string status_of_page(int port, const std::string& head) {
     RawClient client(port);
@@ -42,7 +48,7 @@ std::string header_fields(int port, std::size_t count) {
     return status_of_page(port, "GET /x HTTP/1.1\r\n" + fields + "\r\n");
 }
 
-// "served" where each of the answers comes, or the close code.
+// "served" if all answers arrive, and otherwise the close code.
 std::string answers_of(Client& client, Event::Kind kind, std::size_t count) {
     for (std::size_t i = 0; i < count; ++i)
         if (!client.next(kind)) return std::to_string(number(client.connection.close_code()));
@@ -54,25 +60,21 @@ std::string message(int port, std::size_t size) {
     client.send(std::string(size, 'x'));
     return answers_of(client, Event::Kind::message, 1);
 }
-// A first half, and the rest in a second frame; the mask is zero.
+// One message in two frames.
 std::string two_fragments(int port, std::size_t size) {
     Client client(port);
-    const std::size_t first = size / 2, second = size - first;
-    client.raw.send(test::hex("01") + static_cast<char>(0x80 | first) + test::hex("00 00 00 00") +
-                    std::string(first, 'x'));
-    client.raw.send(test::hex("80") + static_cast<char>(0x80 | second) + test::hex("00 00 00 00") +
-                    std::string(second, 'x'));
+    client.raw.send(masked_frame("01", std::string(size / 2, 'x')));
+    client.raw.send(masked_frame("80", std::string(size - size / 2, 'x')));
     return answers_of(client, Event::Kind::message, 1);
 }
 std::string empty_fragments(int port, std::size_t count) {
     Client client(port);
     std::string frames;
-    for (std::size_t i = 1; i <= count; ++i)
-        frames += test::hex(i == 1 ? "01 80 00 00 00 00" : i < count ? "00 80 00 00 00 00" : "80 80 00 00 00 00");
+    for (std::size_t i = 1; i <= count; ++i) frames += masked_frame(i == 1 ? "01" : i < count ? "00" : "80", "");
     client.raw.send(frames);
     return answers_of(client, Event::Kind::message, 1);
 }
-// In one piece, so that no time passes between them.
+// In one piece, because the limit is a rate.
 std::string pings(int port, std::size_t count) {
     Client client(port);
     for (std::size_t i = 0; i < count; ++i) client.connection.send_control(Opcode::ping, "");
@@ -105,7 +107,7 @@ const InputLimit input_limits[] = {
      &pings, "served", "1008"},
 };
 
-// How often the metrics have counted such an answer.
+// The number of such answers in the metrics.
 std::uint64_t refusals(const Metrics& metrics, const std::string& answer) {
     const int code = std::stoi(answer);
     if (code < 1000) return metrics.responses.at(code);
@@ -114,9 +116,10 @@ std::uint64_t refusals(const Metrics& metrics, const std::string& answer) {
     return metrics.close_codes.at(static_cast<CloseCode>(code));
 }
 
-// ---- what a peer does not read --------------------------------------------------------------------------------------
+// ---- backlog --------------------------------------------------------------------------------------------------------
 
-// A backlog of so many bytes: what the kernel has refused, and one message more. Answers what became of that.
+// Makes a backlog of that many bytes: first the kernel takes no more, then one message fills the rest. Returns the
+// status of that message.
 WriteStatus make_backlog(WebSocketHandler& self, std::size_t size) {
     const std::string piece(64 * 1024, 'x');
     while (self.buffered_amount() == 0) self.write_message(piece);
@@ -125,33 +128,30 @@ WriteStatus make_backlog(WebSocketHandler& self, std::size_t size) {
     return self.write_message(std::string(size - self.buffered_amount() - header, 'y'));
 }
 
-// One that reads nothing before it is told to.
-struct Deaf : Client {
-    explicit Deaf(int port) : Client(port) { raw.socket().set_option(SOL_SOCKET, SO_RCVBUF, 4096); }
+// A client with a small receive window.
+struct SlowClient : Client {
+    explicit SlowClient(int port) : Client(port) { raw.socket().set_option(SOL_SOCKET, SO_RCVBUF, 4096); }
 };
 
-// Runs a server whose process may have so many descriptors; tells its port through the pipe.
-[[noreturn]] void serve_with_descriptors(rlim_t limit, int report) {
+// A server in a process with that limit of descriptors. Only `report` of the inherited ones stays open.
+std::unique_ptr<Server> server_with_descriptors(rlim_t limit, int report) {
     for (int descriptor = 3; descriptor < 1024; ++descriptor)
         if (descriptor != report) ::close(descriptor);
     const rlimit few{limit, limit};
     ::setrlimit(RLIMIT_NOFILE, &few);
     ServerOptions options;
     options.poller = test::poller_kind();
-    Server server(options);
-    server.get("/x", [](const Request&) { return Response(200, "x"); });
-    server.listen(0);
-    const int port = server.port();
-    if (::write(report, &port, sizeof port) != sizeof port) ::_exit(1);
-    server.run();
-    ::_exit(0);
+    auto server = std::make_unique<Server>(options);
+    server->get("/x", [](const Request&) { return Response(200, "x"); });
+    server->listen(0);
+    return server;
 }
 
 }  // namespace
 
 TEST_SUITE_BEGIN("limits");
 
-TEST_CASE("what a peer sends is served up to each limit, and past it is refused and counted") {
+TEST_CASE("input is served up to each limit, and past the limit it is refused and counted") {
     for (const InputLimit& row : input_limits) {
         Limits limits;
         row.set(limits, row.limit);
@@ -168,7 +168,7 @@ TEST_CASE("what a peer sends is served up to each limit, and past it is refused 
     }
 }
 
-TEST_CASE("the limits of a route hold for its connections, each as the server's would") {
+TEST_CASE("each limit of a route applies to the connections of the route") {
     RunningServer running;
     Limits limits = running.server.limits();
     for (const InputLimit& row : input_limits)
@@ -185,7 +185,7 @@ TEST_CASE("the limits of a route hold for its connections, each as the server's 
     }
 }
 
-TEST_CASE("a backlog may reach its limit, and the message that would pass it is dropped or closes, and is counted") {
+TEST_CASE("a backlog can reach its limit, and the next message is dropped or closes the connection") {
     Limits limits;
     limits.max_backlog = 300'000;
     for (const BacklogPolicy policy : {BacklogPolicy::close, BacklogPolicy::drop})
@@ -195,12 +195,10 @@ TEST_CASE("a backlog may reach its limit, and the message that would pass it is 
             CAPTURE(drops);
             limits.backlog_policy = policy;
             WriteStatus status = WriteStatus::sent;
-            Doing::Work work = [&](WebSocketHandler& self) { status = make_backlog(self, size); };
-            RunningServer running(with_limits(limits));
-            running.server.route<Doing>("/", std::ref(work));
-            running.start();
-            Deaf deaf(running.port());
-            deaf.send("go");
+            CallOnMessage::Work work = [&](WebSocketHandler& self) { status = make_backlog(self, size); };
+            HandlerServer<CallOnMessage> running(with_limits(limits), std::ref(work));
+            SlowClient slow(running.port());
+            slow.send("go");
             REQUIRE(running.eventually([&] { return status != WriteStatus::sent; }));
             const Metrics metrics = running.metrics();
             CHECK(status == (fits ? WriteStatus::queued : drops ? WriteStatus::dropped : WriteStatus::closed));
@@ -210,7 +208,7 @@ TEST_CASE("a backlog may reach its limit, and the message that would pass it is 
         }
 }
 
-TEST_CASE("all backlogs together may reach their limit, and past it the largest goes and is counted") {
+TEST_CASE("all backlogs together can reach their limit, and past it the largest connection is closed") {
     Limits limits;
     ServerLimits server_limits;
     limits.max_backlog = 100'000'000;
@@ -221,9 +219,9 @@ TEST_CASE("all backlogs together may reach their limit, and past it the largest 
         CAPTURE(size);
         bool done = false;
         Metrics after;
-        Doing::Work work = [&](WebSocketHandler& self) {
+        CallOnMessage::Work work = [&](WebSocketHandler& self) {
             make_backlog(self, size);
-            // What this turn has posted runs in it, and what that posts runs in the next.
+            // Work that is posted now runs in this turn. Work that it posts runs in the next turn.
             self.loop().post([&loop = self.loop(), &server = self.server(), &after, &done] {
                 loop.post([&] {
                     after = server.metrics();
@@ -231,29 +229,24 @@ TEST_CASE("all backlogs together may reach their limit, and past it the largest 
                 });
             });
         };
-        RunningServer running(with_limits(limits, server_limits));
-        running.server.route<Doing>("/", std::ref(work));
-        running.start();
-        Deaf deaf(running.port());
-        deaf.send("go");
+        HandlerServer<CallOnMessage> running(with_limits(limits, server_limits), std::ref(work));
+        SlowClient slow(running.port());
+        slow.send("go");
         REQUIRE(running.eventually([&] { return done; }));
         CHECK(after.closed.at(CloseCause::backlog) == (fits ? 0 : 1));
         CHECK(after.websockets_open == (fits ? 1 : 0));
-        // The kernel may have taken a little more by then.
+        // The kernel can have taken a little more by then.
         CHECK(after.backlog_bytes <= size);
         CHECK((after.backlog_bytes != 0) == fits);
     }
 }
 
-TEST_CASE("a message that is not finished counts towards the limit of all backlogs together") {
-    Limits limits;
+TEST_CASE("an unfinished message counts towards the limit of all backlogs together") {
     ServerLimits server_limits;
     server_limits.max_total_backlog = 400'000;
-    RunningServer running(with_limits(limits, server_limits));
-    running.server.route<Echo>("/");
-    running.start();
+    EchoServer running(with_server_limits(server_limits));
     Client half(running.port()), most(running.port());
-    // 300,000 bytes are announced, and 900,000; their room grows to at most twice of what has come.
+    // The frames announce 300,000 and 900,000 bytes. A buffer grows to at most twice the received bytes.
     half.raw.send(test::hex("82 ff 00 00 00 00 00 04 93 e0 00 00 00 00") + std::string(100'000, 'x'));
     REQUIRE(running.eventually([&] { return running.server.metrics().backlog_bytes >= 100'000; }));
     CHECK(running.metrics().websockets_open == 2);
@@ -267,15 +260,12 @@ TEST_CASE("a message that is not finished counts towards the limit of all backlo
 
 // ---- connections ----------------------------------------------------------------------------------------------------
 
-TEST_CASE("connections past their limits, in all or of an address, are counted as refused") {
+TEST_CASE("connections past max_connections or max_connections_per_address are counted as refused") {
     for (const bool of_address : {false, true}) {
         CAPTURE(of_address);
-        Limits limits;
         ServerLimits server_limits;
         (of_address ? server_limits.max_connections_per_address : server_limits.max_connections) = 3;
-        RunningServer running(with_limits(limits, server_limits));
-        running.server.route<Echo>("/");
-        running.start();
+        EchoServer running(with_server_limits(server_limits));
         std::vector<std::unique_ptr<Client>> clients;
         for (int i = 0; i < 3; ++i) {
             clients.push_back(std::make_unique<Client>(running.port()));
@@ -293,14 +283,12 @@ TEST_CASE("connections past their limits, in all or of an address, are counted a
     }
 }
 
-TEST_CASE("of the connections past the limit 32 at once are told so, and the others only closed and counted") {
+TEST_CASE("past max_connections 32 refusals at once get an answer, and the others are only closed and counted") {
     Limits limits;
     ServerLimits server_limits;
     server_limits.max_connections = 1;
     limits.linger_timeout = 1h;
-    RunningServer running(with_limits(limits, server_limits));
-    running.server.route<Echo>("/");
-    running.start();
+    EchoServer running(with_limits(limits, server_limits));
     Client one(running.port());
     std::vector<RawClient> refused;
     for (int i = 0; i < 32; ++i) {
@@ -321,37 +309,29 @@ TEST_CASE("of the connections past the limit 32 at once are told so, and the oth
     running.stop(0ms);
 }
 
-TEST_CASE("where no limit of connections is set it is that of descriptors less 64, or half of a small one") {
+TEST_CASE("the default of max_connections is the descriptor limit minus 64, or half of a small limit") {
     const struct {
         rlim_t descriptors;
         std::size_t connections;
     } table[] = {{60, 30}, {128, 64}, {129, 65}, {160, 96}};
     for (const auto& row : table) {
         CAPTURE(row.descriptors);
-        int report[2];
-        REQUIRE(::pipe(report) == 0);
-        const pid_t forked = ::fork();
-        if (forked == 0) serve_with_descriptors(row.descriptors, report[1]);
-        const Child child(forked);
-        ::close(report[1]);
-        int port = 0;
-        REQUIRE(::read(report[0], &port, sizeof port) == sizeof port);
-        ::close(report[0]);
-
+        const ServerProcess process([&](int report) { return server_with_descriptors(row.descriptors, report); });
         std::vector<RawClient> clients;
-        for (std::size_t i = 0; i < row.connections; ++i) REQUIRE(clients.emplace_back(RawClient::plain(port)));
-        clients.back().send("GET /x HTTP/1.1\r\nHost: x\r\n\r\n");
+        for (std::size_t i = 0; i < row.connections; ++i)
+            REQUIRE(clients.emplace_back(RawClient::plain(process.port())));
+        clients.back().send(request("/x"));
         CHECK(clients.back().read_until("\r\n\r\n"));
         CHECK(clients.back().received.substr(0, 12) == "HTTP/1.1 200");
-        RawClient refused = RawClient::plain(port);
+        RawClient refused = RawClient::plain(process.port());
         CHECK(refused.read_to_end());
         CHECK(refused.received.substr(0, 12) == "HTTP/1.1 503");
     }
 }
 
-// ---- after our last byte --------------------------------------------------------------------------------------------
+// ---- lingering close ------------------------------------------------------------------------------------------------
 
-TEST_CASE("what comes after our last byte is read up to its limit, and what comes after that is not") {
+TEST_CASE("after its last byte the server reads input up to linger_bytes") {
     Limits limits;
     limits.linger_timeout = 1h;
     limits.linger_bytes = 1000;
@@ -378,7 +358,7 @@ TEST_CASE("what comes after our last byte is read up to its limit, and what come
 
 // ---- times ----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a WebSocket that ends at a time limit is counted by its cause") {
+TEST_CASE("a WebSocket that ends at a timeout is counted by its cause") {
     struct Row {
         void (*set)(Limits&);
         std::string_view word;
@@ -390,10 +370,8 @@ TEST_CASE("a WebSocket that ends at a time limit is counted by its cause") {
         CAPTURE(to_string(row.cause));
         Limits limits;
         row.set(limits);
-        Doing::Work work = [](WebSocketHandler& self) { self.close(); };
-        RunningServer running(with_limits(limits));
-        running.server.route<Doing>("/", std::ref(work));
-        running.start();
+        CallOnMessage::Work work = [](WebSocketHandler& self) { self.close(); };
+        HandlerServer<CallOnMessage> running(with_limits(limits), std::ref(work));
         Client client(running.port());
         if (!row.word.empty()) client.send(row.word);
         CHECK(running.eventually([&] { return running.server.metrics().closed.at(row.cause) == 1; }));
@@ -401,27 +379,23 @@ TEST_CASE("a WebSocket that ends at a time limit is counted by its cause") {
     }
 }
 
-TEST_CASE("a request that does not come in time is counted as a 408") {
-    Limits limits;
-    limits.handshake_timeout = 20ms;
-    RunningServer running(with_limits(limits));
-    running.server.route<Echo>("/");
-    running.start();
-    // Begun anew where the machine was so slow that the deadline came before the byte.
-    std::uint64_t told = 0;
-    for (int attempt = 0; attempt < 100 && told == 0; ++attempt) {
+TEST_CASE("a request that does not arrive in time is counted as a 408") {
+    EchoServer running(test::with_handshake_timeout(20ms));
+    // Tries again if the deadline passed before the byte arrived.
+    std::uint64_t answered = 0;
+    for (int attempt = 0; attempt < 100 && answered == 0; ++attempt) {
         RawClient half(running.port());
         half.send("G");
         CHECK(half.read_to_end());
-        if (half.received.substr(0, 12) == "HTTP/1.1 408") ++told;
+        if (half.received.substr(0, 12) == "HTTP/1.1 408") ++answered;
     }
-    CHECK(told == 1);
-    CHECK(running.metrics().responses.at(408) == told);
+    CHECK(answered == 1);
+    CHECK(running.metrics().responses.at(408) == answered);
 }
 
-// ---- who may connect ------------------------------------------------------------------------------------------------
+// ---- origins and hosts ----------------------------------------------------------------------------------------------
 
-TEST_CASE("who has no origin, or a foreign one, or wants another host is counted by its refusal") {
+TEST_CASE("a missing origin, a foreign origin and another host are counted by status") {
     ServerOptions options;
     options.require_origin = true;
     RunningServer running(options);
@@ -441,15 +415,15 @@ TEST_CASE("who has no origin, or a foreign one, or wants another host is counted
 
 // ---- the log --------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a hundred log entries at once are all told") {
-    std::size_t told = 0;
+TEST_CASE("the log reports a hundred entries at once") {
+    std::size_t entries = 0;
     RunningServer running;
-    running.server.on_log([&](const LogEntry& entry) { told += entry.level == LogLevel::info ? 1 : 0; });
+    running.server.on_log([&](const LogEntry& entry) { entries += entry.level == LogLevel::info ? 1 : 0; });
     running.server.route<Echo>("/");
     running.start();
-    // A refused upgrade is told of at the level info.
+    // A refused upgrade makes an entry of level info.
     for (int i = 0; i < 100; ++i) CHECK_FALSE(Client(running.port(), "/nowhere").is_open());
-    CHECK(running.on_loop([&] { return told; }) == 100);
+    CHECK(running.on_loop([&] { return entries; }) == 100);
     CHECK(running.metrics().log_entries_suppressed == 0);
 }
 

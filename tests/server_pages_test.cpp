@@ -1,104 +1,61 @@
-// section 13 as an HTTP server, over real sockets: pages, files and folders, and every refusal as a complete answer.
+// Sections 13 and 14 as an HTTP server, over real sockets: pages, files, folders and refusals.
 #include "support.hpp"
-
-#include <filesystem>
-#include <fstream>
 
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
+using test::Answer;
 using test::contains;
 using test::Echo;
 using test::error_of;
+using test::fetch;
 using test::hex;
+using test::large_content;
+using test::LogLines;
+using test::next_answer;
 using test::RawClient;
+using test::repeated;
+using test::request;
 using test::RunningServer;
+using test::TemporaryFolder;
 namespace fs = std::filesystem;
 
 namespace {
 
-// An answer of a server, as it stands on the wire.
-struct Answer {
-    int status = 0;  // 0: none that is complete
-    std::string head, body;
+// Reads an answer with this body.
+void check_body(RawClient& client, const std::string& body) {
+    const Answer answer = next_answer(client);
+    CHECK(answer.status == 200);
+    CHECK((answer.body == body));
+}
 
-    std::string header(std::string_view name) const {
-        return std::string(Fields(std::string_view(head).substr(head.find('\n') + 1)).find(name).value_or(""));
+// A server with one page.
+struct PageServer : RunningServer {
+    PageServer(std::string_view pattern, std::function<Response(const Request&)> page) {
+        server.get(pattern, std::move(page));
+        start();
     }
 };
 
-// The next answer of a connection, taken out of what has come. To HEAD, the head is all of it.
-Answer next_answer(RawClient& client, bool to_head = false) {
-    Answer answer;
-    if (!client.read_until("\r\n\r\n")) return answer;
-    const std::size_t head_size = client.received.find("\r\n\r\n") + 4;
-    answer.head = client.received.substr(0, head_size);
-    const int status = std::atoi(answer.head.substr(9, 3).c_str());
-    const auto length = text::parse_unsigned(answer.header("content-length"), UINT64_MAX);
-    const std::size_t body_size = to_head || !length ? 0 : static_cast<std::size_t>(*length);
-    if (!client.read_at_least(head_size + body_size)) return answer;
-    answer.body = client.received.substr(head_size, body_size);
-    client.received.erase(0, head_size + body_size);
-    answer.status = status;
-    return answer;
-}
-
-std::string request(std::string_view target, std::string_view headers = {}, std::string_view method = "GET") {
-    return std::string(method) + " " + std::string(target) + " HTTP/1.1\r\nHost: x\r\n" + std::string(headers) + "\r\n";
-}
-
-// One request on a connection of its own.
-Answer fetch(int port, std::string_view target, std::string_view headers = {}, std::string_view method = "GET") {
-    RawClient client(port);
-    client.send(request(target, headers, method));
-    return next_answer(client, method == "HEAD");
-}
-
-// A folder of its own, which is gone afterwards with all that lies in it.
-class Folder {
-public:
-    Folder() {
-        char name[] = "/tmp/wschat-test-XXXXXX";
-        REQUIRE(::mkdtemp(name) != nullptr);
-        path_ = name;
+// A server with one file at "/".
+struct FileServer : RunningServer {
+    explicit FileServer(const std::string& path) {
+        server.file("/", path);
+        start();
     }
-    Folder(const Folder&) = delete;
-    Folder& operator=(const Folder&) = delete;
-    ~Folder() {
-        std::error_code ignored;
-        fs::remove_all(path_, ignored);
-    }
-    std::string write(const std::string& name, std::string_view content) const {
-        fs::create_directories((path_ / name).parent_path());
-        std::ofstream(path_ / name, std::ios::binary) << content;
-        return (path_ / name).string();
-    }
-    fs::path operator/(const std::string& name) const { return path_ / name; }
-
-private:
-    fs::path path_;
 };
 
-std::string large_content() {
-    std::string content(20 * 1024 * 1024, '\0');
-    for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 7 + i / 1000);
-    return content;
-}
+// Answers with the parameter "name" of the path.
+Response name_of_path(const Request& r) { return Response(200, std::string(r.param("name"))); }
 
 Response hello(const Request&) { return Response(200, "hello"); }
 
-// What makes a request a handshake (RFC 6455 4.1), and a request of these headers.
+// RFC 6455 4.1: the headers of a handshake.
 const std::string key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
 const std::string version = "Sec-WebSocket-Version: 13\r\n";
 std::string upgrade(std::string_view headers, std::string_view request_line = "GET / HTTP/1.1") {
     return std::string(request_line) + "\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
            std::string(headers) + "\r\n";
-}
-
-std::string repeated(int count, const std::string& text) {
-    std::string all;
-    for (int i = 0; i < count; ++i) all += text;
-    return all;
 }
 
 }  // namespace
@@ -107,7 +64,7 @@ TEST_SUITE_BEGIN("server");
 
 // ---- pages ----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a page is what its function answers, with its headers and its length") {
+TEST_CASE("a page is the answer of its function, with its headers and its length") {
     RunningServer running;
     running.server.get("/", [](const Request&) {
         Response response = Response::html("<p>Hello</p>");
@@ -137,7 +94,7 @@ TEST_CASE("a page knows the parameters of its path, of its query and its cookies
     CHECK(fetch(running.port(), "/users/Anna/").body == "Anna||-|-");
 }
 
-TEST_CASE("the statuses and bodies that a page may answer arrive as they are") {
+TEST_CASE("the status and the body of a page arrive unchanged") {
     RunningServer running;
     running.server.get("/json", [](const Request&) { return Response::json(Json{{"a", 1}}, 201); });
     running.server.get("/redirect", [](const Request&) { return Response::redirect("/json", 303); });
@@ -162,10 +119,10 @@ TEST_CASE("the statuses and bodies that a page may answer arrive as they are") {
     CHECK(next_answer(client).status == 410);
 }
 
-TEST_CASE("an exception out of a page is a 500 that tells the peer nothing of it, and the server lives") {
+TEST_CASE("an exception in a page is a 500 without its text, and the server continues") {
+    LogLines log;
     RunningServer running;
-    std::vector<std::string> log;
-    running.server.on_log([&](const LogEntry& entry) { log.push_back(to_string(entry)); });
+    log.attach_to(running.server);
     running.server.get("/", [](const Request&) -> Response { throw std::runtime_error("the database is down"); });
     running.server.get("/hello", hello);
     running.start();
@@ -176,12 +133,10 @@ TEST_CASE("an exception out of a page is a 500 that tells the peer nothing of it
     CHECK(fetch(running.port(), "/hello").status == 200);
     CHECK(running.metrics().handler_exceptions == 1);
     running.stop();
-    CHECK(std::any_of(log.begin(), log.end(), [](const std::string& line) {
-        return contains(line, "error exception in=\"get\" what=\"the database is down\"");
-    }));
+    CHECK(log.has("error exception in=\"get\" what=\"the database is down\""));
 }
 
-TEST_CASE("an exception out of a page that is no std::exception is a 500 too") {
+TEST_CASE("an exception in a page that is not a std::exception is a 500 too") {
     RunningServer running;
     running.server.get("/", [](const Request&) -> Response { throw 42; });
     running.server.get("/hello", hello);
@@ -190,8 +145,8 @@ TEST_CASE("an exception out of a page that is no std::exception is a 500 too") {
     CHECK(fetch(running.port(), "/hello").status == 200);
 }
 
-TEST_CASE("a HEAD is answered by the head that a GET gets, and nothing more") {
-    Folder folder;
+TEST_CASE("the answer to HEAD is the head of the answer to GET") {
+    TemporaryFolder folder;
     RunningServer running;
     running.server.get("/page", hello);
     running.server.file("/file", folder.write("a.txt", "0123456789"));
@@ -207,14 +162,14 @@ TEST_CASE("a HEAD is answered by the head that a GET gets, and nothing more") {
             CAPTURE(std::string(name));
             CHECK(head.header(name) == get.header(name));
         }
-        // What follows at once is the next answer, not a body.
+        // The next answer follows at once, without a body before it.
         const Answer next = next_answer(client);
         CHECK(next.status == 200);
         CHECK(next.body == "hello");
     }
 }
 
-TEST_CASE("a HEAD is answered without a body by whatever it is refused with") {
+TEST_CASE("each refusal of a HEAD has no body") {
     // RFC 9110 9.3.2: "the server MUST NOT send content in the response".
     RunningServer running;
     running.server.get("/page", hello);
@@ -242,10 +197,8 @@ TEST_CASE("a HEAD is answered without a body by whatever it is refused with") {
     }
 }
 
-TEST_CASE("a connection is kept for further requests, until one asks to close it") {
-    RunningServer running;
-    running.server.get("/{name}", [](const Request& r) { return Response(200, std::string(r.param("name"))); });
-    running.start();
+TEST_CASE("a connection stays open for more requests, until one asks to close it") {
+    PageServer running("/{name}", name_of_path);
     RawClient client(running.port());
     for (int i = 0; i < 50; ++i) {
         client.send(request("/" + std::to_string(i)));
@@ -261,9 +214,7 @@ TEST_CASE("a connection is kept for further requests, until one asks to close it
 }
 
 TEST_CASE("an HTTP/1.0 request gets its page, and the connection ends") {
-    RunningServer running;
-    running.server.get("/", hello);
-    running.start();
+    PageServer running("/", hello);
     RawClient client(running.port());
     client.send("GET / HTTP/1.0\r\n\r\n");
     CHECK(client.read_to_end());
@@ -272,46 +223,40 @@ TEST_CASE("an HTTP/1.0 request gets its page, and the connection ends") {
     CHECK(answer.header("connection") == "close");
 }
 
-TEST_CASE("a peer that has shut its sending side still gets the whole answer") {
-    Folder folder;
+TEST_CASE("a peer that has shut down its sending side still gets the whole answer") {
+    TemporaryFolder folder;
     const std::string content = large_content();
-    RunningServer running;
-    running.server.file("/", folder.write("large.bin", content));
-    running.start();
+    FileServer running(folder.write("large.bin", content));
     RawClient client(running.port());
     client.send(request("/"));
     client.shutdown_send();
-    const Answer answer = next_answer(client);
-    CHECK(answer.status == 200);
-    CHECK((answer.body == content));
+    check_body(client, content);
     CHECK(client.read_to_end());
 }
 
 // ---- pipelining -----------------------------------------------------------------------------------------------------
 
-TEST_CASE("pipelined requests are answered in their order, with a large file between them") {
-    Folder folder;
+TEST_CASE("pipelined requests are answered in order, also with large files between them") {
+    TemporaryFolder folder;
     const std::string content = large_content();
     RunningServer running;
     running.server.file("/large", folder.write("large.bin", content));
-    running.server.get("/{name}", [](const Request& r) { return Response(200, std::string(r.param("name"))); });
+    running.server.get("/{name}", name_of_path);
     running.start();
     RawClient client(running.port());
     client.send(request("/1") + request("/large") + request("/2") + request("/large", "", "HEAD") + request("/3") +
                 request("/large") + request("/4"));
     CHECK(next_answer(client).body == "1");
-    CHECK((next_answer(client).body == content));
+    check_body(client, content);
     CHECK(next_answer(client).body == "2");
     CHECK(next_answer(client, true).header("content-length") == std::to_string(content.size()));
     CHECK(next_answer(client).body == "3");
-    CHECK((next_answer(client).body == content));
+    check_body(client, content);
     CHECK(next_answer(client).body == "4");
 }
 
-TEST_CASE("a thousand pipelined requests are answered, wherever the pieces that they come in are cut") {
-    RunningServer running;
-    running.server.get("/{name}", [](const Request& r) { return Response(200, std::string(r.param("name"))); });
-    running.start();
+TEST_CASE("a thousand pipelined requests are answered for every size of the pieces") {
+    PageServer running("/{name}", name_of_path);
     std::string all;
     for (int i = 0; i < 1000; ++i) all += request("/" + std::to_string(i));
     for (const std::size_t piece : {all.size(), std::size_t{4096}, std::size_t{777}}) {
@@ -322,11 +267,11 @@ TEST_CASE("a thousand pipelined requests are answered, wherever the pieces that 
     }
 }
 
-TEST_CASE("what follows a request that asks to close is not answered") {
+TEST_CASE("a request after one that asks to close is not answered") {
     RunningServer running;
-    std::atomic<int> asked{0};
+    std::atomic<int> calls{0};
     running.server.get("/", [&](const Request&) {
-        ++asked;
+        ++calls;
         return Response(200, "hello");
     });
     running.start();
@@ -336,12 +281,12 @@ TEST_CASE("what follows a request that asks to close is not answered") {
     CHECK(next_answer(client).status == 200);
     CHECK(next_answer(client).status == 200);
     CHECK(client.received == "");
-    CHECK(asked == 2);
+    CHECK(calls == 2);
 }
 
 // ---- refusals -------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a refusal is a complete answer with a sentence, and what comes after it is never a next request") {
+TEST_CASE("a refusal is a complete answer with a sentence, and bytes after it are never a next request") {
     RunningServer running;
     std::atomic<int> smuggled{0};
     running.server.get("/", hello);
@@ -401,7 +346,7 @@ TEST_CASE("a refusal is a complete answer with a sentence, and what comes after 
         {"a foreign origin", upgrade(key + version + "Origin: http://evil.example\r\n"), 403},
         {"the origin null", upgrade(key + version + "Origin: null\r\n"), 403},
         {"two origins", upgrade(key + version + "Origin: http://x\r\nOrigin: http://x\r\n"), 400},
-        // The rest
+        // Other errors
         {"no WebSocket at that path", upgrade(key + version, "GET /nothing HTTP/1.1"), 404},
         {"no method", " / HTTP/1.1\r\nHost: x\r\n\r\n", 400},
         {"a path escape that is malformed", request("/%zz"), 400},
@@ -425,7 +370,7 @@ TEST_CASE("a refusal is a complete answer with a sentence, and what comes after 
     CHECK(smuggled == 0);
 }
 
-TEST_CASE("a request that is refused without a fault of its syntax leaves the connection for the next") {
+TEST_CASE("a refused request with correct syntax leaves the connection open for the next") {
     RunningServer running;
     running.server.get("/", hello);
     running.server.route<Echo>("/chat");
@@ -448,7 +393,7 @@ TEST_CASE("a request that is refused without a fault of its syntax leaves the co
     CHECK(next_answer(client).body == "hello");
 }
 
-TEST_CASE("only the tokens upgrade and websocket together ask for an upgrade") {
+TEST_CASE("only the tokens upgrade and websocket together request an upgrade") {
     // FAULTS 3
     RunningServer running;
     running.server.get("/", hello);
@@ -473,7 +418,7 @@ TEST_CASE("only the tokens upgrade and websocket together ask for an upgrade") {
     }
 }
 
-TEST_CASE("what is no origin to allow is an Error") {
+TEST_CASE("allow_origins() with an invalid origin is an Error") {
     Server server;
     for (const std::string origin :
          {"", "chat.example", "null", "ws://chat.example", "https://", "https://chat.example/"}) {
@@ -483,13 +428,11 @@ TEST_CASE("what is no origin to allow is an Error") {
     CHECK(error_of([&] { server.allow_origins({"*", "https://chat.example", "http://127.0.0.1:8080"}); }) == "");
 }
 
-// ---- one file -------------------------------------------------------------------------------------------------------
+// ---- files ----------------------------------------------------------------------------------------------------------
 
 TEST_CASE("a file is served with its type, its length, its date and its tag") {
-    Folder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("chat.html", "<p>Hello</p>"));
-    running.start();
+    TemporaryFolder folder;
+    FileServer running(folder.write("chat.html", "<p>Hello</p>"));
     const Answer answer = fetch(running.port(), "/");
     CHECK(answer.status == 200);
     CHECK(answer.body == "<p>Hello</p>");
@@ -505,21 +448,17 @@ TEST_CASE("a file is served with its type, its length, its date and its tag") {
 }
 
 TEST_CASE("an empty file is an empty page") {
-    Folder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("empty.txt", ""));
-    running.start();
+    TemporaryFolder folder;
+    FileServer running(folder.write("empty.txt", ""));
     const Answer answer = fetch(running.port(), "/");
     CHECK(answer.status == 200);
     CHECK(answer.header("content-length") == "0");
 }
 
-TEST_CASE("a client that has the file already is told so, by its tag before its date") {
+TEST_CASE("a client that has the current file gets a 304, and its tag goes before its date") {
     // RFC 9110 13.1.2, 13.1.3
-    Folder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("a.txt", "content"));
-    running.start();
+    TemporaryFolder folder;
+    FileServer running(folder.write("a.txt", "content"));
     const Answer first = fetch(running.port(), "/");
     const std::string tag = first.header("etag"), date = first.header("last-modified");
     const std::string old = "Sun, 06 Nov 1994 08:49:37 GMT";
@@ -546,16 +485,14 @@ TEST_CASE("a client that has the file already is told so, by its tag before its 
         const Answer answer = next_answer(client, row.status == 304);
         CHECK(answer.status == row.status);
         CHECK(answer.header("etag") == tag);
-        // A 304 ends with its head: the next answer follows at once.
+        // A 304 has no body. The next answer follows at once.
         CHECK(next_answer(client).body == "content");
     }
 }
 
-TEST_CASE("a file that has changed is served anew, with another tag") {
-    Folder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("a.txt", "before"));
-    running.start();
+TEST_CASE("a changed file is served with another tag") {
+    TemporaryFolder folder;
+    FileServer running(folder.write("a.txt", "before"));
     const std::string tag = fetch(running.port(), "/").header("etag");
     folder.write("a.txt", "after it");
     const Answer answer = fetch(running.port(), "/", "If-None-Match: " + tag + "\r\n");
@@ -564,8 +501,8 @@ TEST_CASE("a file that has changed is served anew, with another tag") {
     CHECK(answer.header("etag") != tag);
 }
 
-TEST_CASE("a file that is missing is an Error when it is set up, and a 404 later") {
-    Folder folder;
+TEST_CASE("a missing file is an Error at set-up, and a 404 later") {
+    TemporaryFolder folder;
     RunningServer running;
     const std::string path = (folder / "a.txt").string();
     CHECK(error_of([&] { running.server.file("/", path); }) ==
@@ -584,8 +521,8 @@ TEST_CASE("a file that is missing is an Error when it is set up, and a 404 later
     CHECK(fetch(running.port(), "/").body == "back");
 }
 
-TEST_CASE("a relative path is looked up from the working directory, and stays what it was there") {
-    Folder folder;
+TEST_CASE("a relative path starts at the working directory at the time of file()") {
+    TemporaryFolder folder;
     folder.write("page.txt", "of the working directory");
     const fs::path before = fs::current_path();
     fs::current_path(folder / "");
@@ -596,11 +533,11 @@ TEST_CASE("a relative path is looked up from the working directory, and stays wh
     CHECK(fetch(running.port(), "/").body == "of the working directory");
 }
 
-TEST_CASE("a relative path that is not in the working directory is looked up beside the program") {
+TEST_CASE("a relative path that is not below the working directory starts at the folder of the program") {
     const std::string name = "wschat-test-page-" + std::to_string(::getpid()) + ".txt";
     const fs::path beside_program = fs::read_symlink("/proc/self/exe").parent_path() / name;
     std::ofstream(beside_program) << "beside the program";
-    Folder folder;
+    TemporaryFolder folder;
     const fs::path before = fs::current_path();
     fs::current_path(folder / "");
     RunningServer running;
@@ -612,14 +549,14 @@ TEST_CASE("a relative path that is not in the working directory is looked up bes
     fs::remove(beside_program);
 }
 
-TEST_CASE("beside names a file in the folder of another") {
+TEST_CASE("beside() returns a path in the folder of another file") {
     CHECK(beside("/src/examples/chat.cpp", "chat.html") == "/src/examples/chat.html");
     CHECK(beside("chat.cpp", "chat.html") == "chat.html");
     CHECK(beside("C:\\src\\chat.cpp", "chat.html") == "C:\\src\\chat.html");
 }
 
-TEST_CASE("a large file goes to a slow reader piece by piece, and nobody else waits") {
-    Folder folder;
+TEST_CASE("a large file goes to a slow reader piece by piece, and other clients do not wait") {
+    TemporaryFolder folder;
     const std::string content = large_content();
     RunningServer running;
     running.server.file("/large", folder.write("large.bin", content));
@@ -635,13 +572,11 @@ TEST_CASE("a large file goes to a slow reader piece by piece, and nobody else wa
     while (slow.received.size() < content.size() && slow.read_some()) {
         REQUIRE(running.metrics().backlog_bytes < 1024 * 1024);
     }
-    const Answer answer = next_answer(slow);
-    CHECK(answer.status == 200);
-    CHECK((answer.body == content));
+    check_body(slow, content);
 }
 
-TEST_CASE("a file that becomes shorter while it is sent ends the connection before the length that was promised") {
-    Folder folder;
+TEST_CASE("if a file becomes shorter while it is sent, the connection ends before Content-Length") {
+    TemporaryFolder folder;
     const std::string path = folder.write("large.bin", large_content());
     ServerOptions options;
     options.limits.handshake_timeout = Duration::zero();  // never
@@ -658,14 +593,12 @@ TEST_CASE("a file that becomes shorter while it is sent ends the connection befo
     CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
 }
 
-TEST_CASE("a reader that goes away in the middle of a file leaves nothing behind") {
+TEST_CASE("a reader that disconnects in the middle of a file releases all resources") {
     const auto descriptors = [] {
         return std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator());
     };
-    Folder folder;
-    RunningServer running;
-    running.server.file("/", folder.write("large.bin", large_content()));
-    running.start();
+    TemporaryFolder folder;
+    FileServer running(folder.write("large.bin", large_content()));
     const auto before = descriptors();
     for (int i = 0; i < 20; ++i) {
         RawClient client(running.port());
@@ -678,10 +611,10 @@ TEST_CASE("a reader that goes away in the middle of a file leaves nothing behind
     CHECK(descriptors() == before);
 }
 
-// ---- a folder -------------------------------------------------------------------------------------------------------
+// ---- folders --------------------------------------------------------------------------------------------------------
 
-TEST_CASE("the files of a folder are served by their names, with the types of their endings") {
-    Folder folder;
+TEST_CASE("the files of a folder are served by name, with the content type of the extension") {
+    TemporaryFolder folder;
     const struct {
         std::string name, target, type;
     } table[] = {
@@ -708,7 +641,7 @@ TEST_CASE("the files of a folder are served by their names, with the types of th
     for (const auto& row : table) folder.write(row.name, "content of " + row.name);
     for (const std::string prefix : {"/", "/files", "/files/"}) {
         RunningServer running;
-        running.server.static_dir(prefix, (folder / "").string());
+        running.server.static_dir(prefix, folder.path());
         running.start();
         for (const auto& row : table) {
             CAPTURE(prefix);
@@ -721,11 +654,11 @@ TEST_CASE("the files of a folder are served by their names, with the types of th
     }
 }
 
-TEST_CASE("files of a folder are conditional and answer HEAD as a single file does") {
-    Folder folder;
+TEST_CASE("files of a folder support HEAD and conditional requests") {
+    TemporaryFolder folder;
     folder.write("a.txt", "content");
     RunningServer running;
-    running.server.static_dir("/", (folder / "").string());
+    running.server.static_dir("/", folder.path());
     running.start();
     const std::string tag = fetch(running.port(), "/a.txt").header("etag");
     CHECK(fetch(running.port(), "/a.txt", "If-None-Match: " + tag + "\r\n").status == 304);
@@ -735,12 +668,12 @@ TEST_CASE("files of a folder are conditional and answer HEAD as a single file do
     CHECK(fetch(running.port(), "/a.txt", "", "PUT").status == 405);
 }
 
-TEST_CASE("a folder is redirected to its path with a slash, where its index is, and is never listed") {
-    Folder folder;
+TEST_CASE("a path of a folder is redirected to the path with a slash, and a folder is never listed") {
+    TemporaryFolder folder;
     folder.write("sub/index.html", "index");
     folder.write("bare/a.txt", "a");
     RunningServer running;
-    running.server.static_dir("/files", (folder / "").string());
+    running.server.static_dir("/files", folder.path());
     running.start();
     const Answer answer = fetch(running.port(), "/files/sub");
     CHECK(answer.status == 301);
@@ -750,9 +683,9 @@ TEST_CASE("a folder is redirected to its path with a slash, where its index is, 
     CHECK(fetch(running.port(), "/files/").status == 404);
 }
 
-TEST_CASE("nothing outside of a folder, nothing hidden and nothing but a regular file is served or redirected to") {
+TEST_CASE("only regular files inside of a folder that are not hidden are served") {
     // FAULTS 41
-    Folder folder;
+    TemporaryFolder folder;
     folder.write("secret.txt", "secret");
     folder.write("www/index.html", "index");
     folder.write("www/a.txt", "a");
@@ -831,22 +764,22 @@ TEST_CASE("nothing outside of a folder, nothing hidden and nothing but a regular
     }
 }
 
-TEST_CASE("a folder that is not there, or is none, is an Error when it is set up") {
-    Folder folder;
+TEST_CASE("a missing folder, or one that is not a folder, is an Error at set-up") {
+    TemporaryFolder folder;
     const std::string file = folder.write("a.txt", "a"), missing = (folder / "missing").string();
     Server server;
     CHECK(error_of([&] { server.static_dir("/", missing); }) == "static_dir \"/\": " + missing + " is not a folder");
     CHECK(error_of([&] { server.static_dir("/", file); }) == "static_dir \"/\": " + file + " is not a folder");
     CHECK(error_of([&] { server.static_dir("/", "/dev/null"); }) == "static_dir \"/\": /dev/null is not a folder");
-    CHECK(contains(error_of([&] { server.static_dir("files", (folder / "").string()); }), "static_dir \"files"));
+    CHECK(contains(error_of([&] { server.static_dir("files", folder.path()); }), "static_dir \"files"));
 }
 
-TEST_CASE("an empty pattern for a folder is an Error as any that does not begin with a slash") {
-    Folder folder;
+TEST_CASE("an empty pattern for a folder is an Error") {
+    TemporaryFolder folder;
     Server server;
     std::string error;
     try {
-        server.static_dir("", (folder / "").string());
+        server.static_dir("", folder.path());
     } catch (const Error& expected) {
         error = expected.what();
     } catch (const std::exception& other) {
@@ -855,14 +788,14 @@ TEST_CASE("an empty pattern for a folder is an Error as any that does not begin 
     CHECK(contains(error, "static_dir \""));
 }
 
-TEST_CASE("a page goes before a folder that has its path too, and a folder within before the one around it") {
-    Folder outer, inner;
+TEST_CASE("a page wins over a folder with the same path, and an inner folder wins over an outer one") {
+    TemporaryFolder outer, inner;
     outer.write("a.txt", "outer");
     outer.write("in/a.txt", "outer");
     inner.write("a.txt", "inner");
     RunningServer running;
-    running.server.static_dir("/", (outer / "").string());
-    running.server.static_dir("/in", (inner / "").string());
+    running.server.static_dir("/", outer.path());
+    running.server.static_dir("/in", inner.path());
     running.server.get("/hello", hello);
     running.start();
     CHECK(fetch(running.port(), "/hello").body == "hello");
@@ -870,7 +803,7 @@ TEST_CASE("a page goes before a folder that has its path too, and a folder withi
     CHECK(fetch(running.port(), "/in/a.txt").body == "inner");
 }
 
-TEST_CASE("a host that is allowed without a port is served on every port, one with a port on that") {
+TEST_CASE("an allowed host without a port is served on every port, and one with a port only on that port") {
     RunningServer running;
     running.server.allow_hosts({"Chat.Example", "game.example:8080", "[::1]"});
     running.server.get("/", hello);
@@ -891,8 +824,8 @@ TEST_CASE("a host that is allowed without a port is served on every port, one wi
     }
 }
 
-TEST_CASE("a page that is being sent when the server shuts down is sent to its end, and is the last") {
-    Folder folder;
+TEST_CASE("a shutdown finishes the answer that is being sent, and no other") {
+    TemporaryFolder folder;
     const std::string content = large_content();
     RunningServer running;
     running.server.file("/large", folder.write("large.bin", content));
@@ -901,26 +834,24 @@ TEST_CASE("a page that is being sent when the server shuts down is sent to its e
     client.send(request("/large") + request("/large"));
     REQUIRE(running.eventually([&] { return running.server.metrics().bytes_sent > 100'000; }));
     running.server.shutdown(test::deadline);
-    running.on_loop([] {});  // it has begun
-    const Answer answer = next_answer(client);
-    CHECK(answer.status == 200);
-    CHECK((answer.body == content));
+    running.on_loop([] {});  // the shutdown has begun
+    check_body(client, content);
     CHECK(client.read_to_end());
     CHECK(client.received == "");
 }
 
-TEST_CASE("a file that can not be opened for want of descriptors is a 503, and is there again later") {
-    Folder folder;
+TEST_CASE("a file is a 503 while no descriptor is free, and is served again later") {
+    TemporaryFolder folder;
     RunningServer running;
     running.server.file("/", folder.write("a.txt", "here"));
-    running.server.static_dir("/folder", (folder / "").string());
+    running.server.static_dir("/folder", folder.path());
     running.start();
     RawClient client(running.port());
     client.send(request("/"));
     REQUIRE(next_answer(client).body == "here");
     rlimit before{};
     REQUIRE(::getrlimit(RLIMIT_NOFILE, &before) == 0);
-    static_cast<void>(os::error_text(EMFILE));  // what is loaded at the first error is loaded now
+    static_cast<void>(os::error_text(EMFILE));  // loads now what the first error text needs
     const int next = ::dup(0);
     ::close(next);
     const rlimit none{static_cast<rlim_t>(next), before.rlim_max};
@@ -935,13 +866,13 @@ TEST_CASE("a file that can not be opened for want of descriptors is a 503, and i
     CHECK(next_answer(client).body == "here");
 }
 
-TEST_CASE("a page with a colon in its name is not looked up beside the program") {
+TEST_CASE("a path with a colon is not searched in the folder of the program") {
     RunningServer running;
     CHECK(contains(error_of([&] { running.server.file("/", "no:such.html"); }), "file \"/\": no:such.html: "));
 }
 
-TEST_CASE("who reads a large file as fast as it can gets it whole while others come and go") {
-    Folder folder;
+TEST_CASE("a fast reader gets a whole large file while other clients connect and disconnect") {
+    TemporaryFolder folder;
     const std::string content = large_content();
     RunningServer running;
     running.server.file("/large", folder.write("large.bin", content));

@@ -1,5 +1,5 @@
-// section 13 over real sockets: routes, conversations, rooms, where a server listens, how it ends, what it tells of itself.
-// Pages and refusals are in server_pages_test.cpp, limits and hostile peers in server_limits_test.cpp.
+// Section 14 over real sockets: routes, conversations, rooms, listening, shutdown, metrics and the log. Pages and
+// refusals are in server_pages_test.cpp, limits and hostile peers in server_limits_test.cpp.
 #include "support.hpp"
 
 #include <sys/wait.h>
@@ -11,17 +11,27 @@ using namespace std::chrono_literals;
 using test::Client;
 using test::contains;
 using test::Echo;
+using test::EchoServer;
 using test::error_of;
+using test::eventually;
+using test::fetch;
+using test::HandlerServer;
+using test::hello_masked;
+using test::hello_unmasked;
 using test::hex;
 using test::LobbyMember;
+using test::LogLines;
 using test::RawClient;
+using test::request;
 using test::RunningServer;
+using test::temporary_path;
+using test::upgrade_request;
 
 namespace {
 
-// Says at once which route it is of, and with which parameters.
-struct Tell : WebSocketHandler {
-    explicit Tell(std::string route = {}) : route_(std::move(route)) {}
+// Sends the name of its route and the parameters of the path when it opens.
+struct RouteReporter : WebSocketHandler {
+    explicit RouteReporter(std::string route = {}) : route_(std::move(route)) {}
     void open() override {
         std::string text = route_;
         for (const char* name : {"room", "user", "rest"})
@@ -32,13 +42,21 @@ struct Tell : WebSocketHandler {
     std::string route_;
 };
 
-// Notes how its connections have ended; read it when the server has stopped.
+// A server whose only route has that pattern.
+struct RouteServer : RunningServer {
+    explicit RouteServer(const std::string& pattern) {
+        server.route<RouteReporter>(pattern);
+        start();
+    }
+};
+
+// Records how the connections have ended. Read it when the server has stopped.
 struct Endings {
     std::vector<CloseCause> causes;
     std::vector<CloseCode> codes;
 };
-struct Noted : WebSocketHandler {
-    explicit Noted(Endings& endings) : endings_(endings) {}
+struct RecordedEcho : WebSocketHandler {
+    explicit RecordedEcho(Endings& endings) : endings_(endings) {}
     void on_message(const Message& m) override { write_message(m); }
     void on_close() override {
         endings_.causes.push_back(close_cause());
@@ -47,68 +65,57 @@ struct Noted : WebSocketHandler {
     Endings& endings_;
 };
 
-// Waits until a condition on the thread of the test holds.
-template <class Condition>
-bool eventually(Condition condition) {
-    const auto until = Clock::now() + test::deadline;
-    while (!condition()) {
-        if (Clock::now() > until) return false;
-        std::this_thread::sleep_for(1ms);
-    }
-    return true;
-}
-
-// A request for a page, for the tests that need only its status.
 std::string status_of(int port, std::string_view target) {
-    RawClient client(port);
-    client.send("GET " + std::string(target) + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-    client.read_to_end();
-    return client.received.substr(0, 12);
+    return fetch(port, target, "Connection: close\r\n").head.substr(0, 12);
 }
 
-// RFC 6455 5.7: "Hello", masked by a client and as the server sends it back.
-const std::string hello_masked = hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
-const std::string hello_plain = hex("81 05 48 65 6c 6c 6f");
-
-// Whether an echo answers on this connection, which may be of any kind.
+// True if an echo handler answers on this connection.
 bool echoes(RawClient& client) {
-    client.send(handshake_request("localhost", "/", Client::key) + hello_masked);
-    return client.read_until("\r\n\r\n" + hello_plain);
+    client.send(upgrade_request() + hello_masked);
+    return client.read_until("\r\n\r\n" + hello_unmasked);
 }
 
-Socket connect_unix(const std::string& path) {
-    Socket socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    sockaddr_un name{};
-    name.sun_family = AF_UNIX;
-    std::memcpy(name.sun_path, path.data(), path.size());
-    if (::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) != 0) return {};
+Socket connect_to(const sockaddr* address, socklen_t size) {
+    Socket socket(::socket(address->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    if (::connect(socket.descriptor(), address, size) != 0) return {};
     os::make_nonblocking(socket.descriptor());
     return socket;
 }
 
+Socket connect_unix(const std::string& path) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::memcpy(name.sun_path, path.data(), path.size());
+    return connect_to(reinterpret_cast<const sockaddr*>(&name), sizeof name);
+}
+
 Socket connect_ipv6(int port) {
-    Socket socket(::socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0));
     sockaddr_in6 address{};
     address.sin6_family = AF_INET6;
     address.sin6_port = htons(static_cast<std::uint16_t>(port));
     address.sin6_addr = in6addr_loopback;
-    if (::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) return {};
-    os::make_nonblocking(socket.descriptor());
-    return socket;
+    return connect_to(reinterpret_cast<const sockaddr*>(&address), sizeof address);
 }
 
-std::string temporary_path(const std::string& name) { return "/tmp/wschat-" + std::to_string(::getpid()) + "-" + name; }
-
-// The log of a server as lines, made before the server; read it when the server has stopped.
-struct Log {
-    void take_from(Server& server) {
-        server.on_log([this](const LogEntry& entry) { lines.push_back(to_string(entry)); });
-    }
-    bool has(std::string_view part) const {
-        return std::any_of(lines.begin(), lines.end(), [&](const std::string& line) { return contains(line, part); });
-    }
-    std::vector<std::string> lines;
+// Answers each message with the address of its peer.
+struct AddressEcho : WebSocketHandler {
+    void on_message(const Message&) override { write_message(remote_address()); }
 };
+
+ServerOptions poller_options() {
+    ServerOptions options;
+    options.poller = test::poller_kind();
+    return options;
+}
+
+// Runs a function in a child process, with the function's result as its exit status. Returns the wait status.
+int run_in_child(const std::function<int()>& function) {
+    const pid_t child = ::fork();
+    if (child == 0) ::_exit(function());
+    int status = -1;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    return status;
+}
 
 }  // namespace
 
@@ -116,9 +123,9 @@ TEST_SUITE_BEGIN("server");
 
 // ---- routes ---------------------------------------------------------------------------------------------------------
 
-TEST_CASE("the parameters of a route are what stands in their places in the path, decoded") {
+TEST_CASE("the parameters of a route are the decoded segments of the path") {
     const struct {
-        std::string pattern, target, told;
+        std::string pattern, target, sent;
     } table[] = {
         {"/chat/{room}", "/chat/tea", "room=tea"},
         {"/chat/{room}", "/chat/tea%20room?room=other", "room=tea room"},
@@ -134,13 +141,10 @@ TEST_CASE("the parameters of a route are what stands in their places in the path
         {"/a b", "/a%20b", ""},
     };
     for (const auto& row : table) {
-        CAPTURE(row.pattern);
-        CAPTURE(row.target);
-        RunningServer running;
-        running.server.route<Tell>(row.pattern);
-        running.start();
+        CAPTURE(row.pattern + " " + row.target);
+        const RouteServer running(row.pattern);
         Client client(running.port(), row.target);
-        CHECK(client.next() == row.told);
+        CHECK(client.next() == row.sent);
     }
 }
 
@@ -161,21 +165,18 @@ TEST_CASE("a path that no pattern matches has no WebSocket") {
         {"/", "//"},
     };
     for (const auto& row : table) {
-        CAPTURE(row.pattern);
-        CAPTURE(row.target);
-        RunningServer running;
-        running.server.route<Tell>(row.pattern);
-        running.start();
+        CAPTURE(row.pattern + " " + row.target);
+        const RouteServer running(row.pattern);
         Client client(running.port(), row.target);
         CHECK(client.head.substr(0, 12) == "HTTP/1.1 404");
     }
 }
 
-TEST_CASE("of several patterns that match, text goes before parameters and these before an open end") {
+TEST_CASE("of several patterns that match, text wins over a parameter, and a parameter wins over {rest...}") {
     const std::vector<std::string> patterns = {"/{rest...}", "/chat/{rest...}", "/{user}/{room}", "/chat/{room}",
                                                "/chat/tea"};
     const struct {
-        std::string target, told;
+        std::string target, sent;
     } table[] = {
         {"/chat/tea", "/chat/tea"},
         {"/chat/coffee", "/chat/{room}room=coffee"},
@@ -190,17 +191,17 @@ TEST_CASE("of several patterns that match, text goes before parameters and these
         auto order = patterns;
         if (reversed) std::reverse(order.begin(), order.end());
         RunningServer running;
-        for (const std::string& pattern : order) running.server.route<Tell>(pattern, pattern);
+        for (const std::string& pattern : order) running.server.route<RouteReporter>(pattern, pattern);
         running.start();
         for (const auto& row : table) {
             CAPTURE(row.target);
             Client client(running.port(), row.target);
-            CHECK(client.next() == row.told);
+            CHECK(client.next() == row.sent);
         }
     }
 }
 
-TEST_CASE("a pattern that is given twice is an Error, also where only the names of its parameters differ") {
+TEST_CASE("the same pattern twice is an Error, even if the names of the parameters differ") {
     Server server;
     const struct {
         std::string first, second;
@@ -225,7 +226,7 @@ TEST_CASE("a pattern that is given twice is an Error, also where only the names 
     }
 }
 
-TEST_CASE("what is no pattern is an Error that names the call and the pattern") {
+TEST_CASE("an invalid pattern is an Error that names the call and the pattern") {
     for (const std::string pattern : {"", "chat", "{room}", "/a{b}", "/{a}b", "/{a", "/a}", "/{}", "/{a}{b}",
                                       "/{a...}/b", "/{a...}/", "/a?b", "/a#b", "/a%20b", "/{a%20}"}) {
         CAPTURE(pattern);
@@ -235,28 +236,28 @@ TEST_CASE("what is no pattern is an Error that names the call and the pattern") 
     }
 }
 
-TEST_CASE("a parameter needs a name, also one that takes all that is left") {
+TEST_CASE("a parameter needs a name, even {...}") {
     Server server;
     CHECK(contains(error_of([&] { server.route<Echo>("/{...}"); }), "route \"/{...}\": "));
 }
 
-TEST_CASE("a route may have limits of its own") {
+TEST_CASE("a route can have its own limits") {
     RunningServer running;
     Limits small = running.server.limits();
     small.max_message_size = 10;
     running.server.route<Echo>("/small").set_limits(small);
     running.server.route<Echo>("/large");
     running.start();
-    Client refused(running.port(), "/small"), taken(running.port(), "/large");
-    refused.send("0123456789");
-    CHECK(refused.next() == "0123456789");
-    refused.send("0123456789+");
-    CHECK(refused.close_code() == CloseCode::message_too_big);
-    taken.send("0123456789+");
-    CHECK(taken.next() == "0123456789+");
+    Client small_client(running.port(), "/small"), large_client(running.port(), "/large");
+    small_client.send("0123456789");
+    CHECK(small_client.next() == "0123456789");
+    small_client.send("0123456789+");
+    CHECK(small_client.close_code() == CloseCode::message_too_big);
+    large_client.send("0123456789+");
+    CHECK(large_client.next() == "0123456789+");
 }
 
-TEST_CASE("a page and a WebSocket may share a path") {
+TEST_CASE("a page and a WebSocket can have the same path") {
     RunningServer running;
     running.server.route<Echo>("/chat");
     running.server.get("/chat", [](const Request&) { return Response::html("<p>Hello</p>"); });
@@ -267,7 +268,7 @@ TEST_CASE("a page and a WebSocket may share a path") {
     CHECK(client.next() == "hello");
 }
 
-TEST_CASE("a route may be added while the server runs") {
+TEST_CASE("a route can be added while the server runs") {
     RunningServer running;
     running.server.route<Echo>("/old");
     running.start();
@@ -278,10 +279,8 @@ TEST_CASE("a route may be added while the server runs") {
 
 // ---- conversations --------------------------------------------------------------------------------------------------
 
-TEST_CASE("messages of every size come back as they were, text as text and binary as binary") {
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.start();
+TEST_CASE("an echo returns messages of every size unchanged, with their opcode") {
+    EchoServer running;
     Client client(running.port());
     for (const std::size_t size : {0u, 1u, 125u, 126u, 127u, 65535u, 65536u, 65537u, 1048576u}) {
         CAPTURE(size);
@@ -295,16 +294,14 @@ TEST_CASE("messages of every size come back as they were, text as text and binar
     }
     client.raw.send(hello_masked);
     client.raw.received.clear();
-    REQUIRE(client.raw.read_at_least(hello_plain.size()));
-    CHECK(test::to_hex(client.raw.received) == test::to_hex(hello_plain));
+    REQUIRE(client.raw.read_at_least(hello_unmasked.size()));
+    CHECK(test::to_hex(client.raw.received) == test::to_hex(hello_unmasked));
 }
 
-TEST_CASE("a request with the first frames attached gets its 101 and their answers, however it is cut in two") {
-    // FAULTS 12. The server has read the first piece when the second is sent.
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.start();
-    const std::string bytes = handshake_request("x", "/", Client::key) + hello_masked + hello_masked;
+TEST_CASE("a request together with its first frames is answered for every cut into two pieces") {
+    // FAULTS 12. The client sends the second piece when the server has read the first.
+    EchoServer running;
+    const std::string bytes = upgrade_request() + hello_masked + hello_masked;
     std::uint64_t read_before = 0;
     for (std::size_t cut = 0; cut <= bytes.size(); ++cut) {
         CAPTURE(cut);
@@ -314,40 +311,36 @@ TEST_CASE("a request with the first frames attached gets its 101 and their answe
         REQUIRE(running.eventually(
             [&] { return running.server.metrics().bytes_received == read_before + client.wire.sent; }));
         client.send(bytes.substr(cut));
-        CHECK(client.read_until("\r\n\r\n" + hello_plain + hello_plain));
+        CHECK(client.read_until("\r\n\r\n" + hello_unmasked + hello_unmasked));
         read_before += client.wire.sent;
     }
 }
 
-TEST_CASE("a request that arrives byte by byte is a request") {
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.start();
+TEST_CASE("a request can arrive byte by byte") {
+    EchoServer running;
     RawClient client(running.port());
     client.socket().set_nodelay(true);
-    for (const char byte : handshake_request("x", "/", Client::key) + hello_masked) {
+    for (const char byte : upgrade_request() + hello_masked) {
         client.send({&byte, 1});
         REQUIRE(running.eventually([&] { return running.server.metrics().bytes_received == client.wire.sent; }));
     }
-    CHECK(client.read_until("\r\n\r\n" + hello_plain));
+    CHECK(client.read_until("\r\n\r\n" + hello_unmasked));
 }
 
-TEST_CASE("a page, then an upgrade, then the first frame, all in one piece, are answered in their order") {
+TEST_CASE("a request for a page, an upgrade and a first frame in one piece are answered in order") {
     RunningServer running;
     running.server.get("/page", [](const Request&) { return Response(200, "the page"); });
     running.server.route<Echo>("/");
     running.start();
     RawClient client(running.port());
-    client.send("GET /page HTTP/1.1\r\nHost: x\r\n\r\n" + handshake_request("x", "/", Client::key) + hello_masked);
-    REQUIRE(client.read_until("\r\n\r\n" + hello_plain));
+    client.send(request("/page") + upgrade_request() + hello_masked);
+    REQUIRE(client.read_until("\r\n\r\n" + hello_unmasked));
     CHECK(contains(client.received, "the page"));
     CHECK(client.received.find("the page") < client.received.find("HTTP/1.1 101"));
 }
 
-TEST_CASE("many messages in one piece are answered one by one in their order") {
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.start();
+TEST_CASE("many messages in one piece are answered in order") {
+    EchoServer running;
     Client client(running.port());
     for (int i = 0; i < 1000; ++i) client.connection.send(Opcode::text, std::to_string(i));
     client.flush();
@@ -356,10 +349,8 @@ TEST_CASE("many messages in one piece are answered one by one in their order") {
 
 // ---- rooms ----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("in a room of two hundred everybody gets every message, all in one order") {
-    RunningServer running;
-    running.server.route<LobbyMember>("/");
-    running.start();
+TEST_CASE("all 200 members of a room get every message in the same order") {
+    HandlerServer<LobbyMember> running;
     constexpr std::size_t members = 200, speakers = 50;
     std::vector<std::unique_ptr<Client>> clients;
     for (std::size_t i = 0; i < members; ++i) {
@@ -370,21 +361,19 @@ TEST_CASE("in a room of two hundred everybody gets every message, all in one ord
     for (std::size_t i = 0; i < speakers; ++i) clients[i]->send("message of " + std::to_string(i) + "\n");
     std::string first;
     for (std::size_t i = 0; i < members; ++i) {
-        std::string heard;
-        for (std::size_t n = 0; n < speakers; ++n) heard += clients[i]->next().value_or("nothing");
-        if (i == 0) first = heard;
-        REQUIRE(heard == first);
+        std::string messages;
+        for (std::size_t n = 0; n < speakers; ++n) messages += clients[i]->next().value_or("nothing");
+        if (i == 0) first = messages;
+        REQUIRE(messages == first);
     }
     CHECK(first.size() == std::string("message of 00\n").size() * speakers - 10);
     CHECK(running.metrics().messages_sent == members * speakers);
 }
 
-// ---- where it listens -----------------------------------------------------------------------------------------------
+// ---- listening ------------------------------------------------------------------------------------------------------
 
-TEST_CASE("without an address a server listens on 127.0.0.1, on a port that it tells") {
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.start();
+TEST_CASE("without an address a server listens on 127.0.0.1, and port() returns its port") {
+    EchoServer running;
     CHECK(running.port() > 0);
     CHECK(running.on_loop([&] { return running.server.url(); }) ==
           test::scheme() + "://127.0.0.1:" + std::to_string(running.port()) + "/");
@@ -392,7 +381,7 @@ TEST_CASE("without an address a server listens on 127.0.0.1, on a port that it t
     CHECK(client.is_open());
 }
 
-TEST_CASE("a server may listen on several addresses, and tells of the first") {
+TEST_CASE("a server can listen on several addresses, and url() returns the first") {
     const std::string path = temporary_path("several.sock");
     RunningServer running;
     running.server.route<Echo>("/");
@@ -407,7 +396,7 @@ TEST_CASE("a server may listen on several addresses, and tells of the first") {
     CHECK(echoes(client));
 }
 
-TEST_CASE("a listen that fails names the address and the cause, and the server goes on without it") {
+TEST_CASE("a failed listen() names the address and the cause, and the server still works") {
     RunningServer first, second;
     first.server.route<Echo>("/");
     first.start();
@@ -423,24 +412,21 @@ TEST_CASE("a listen that fails names the address and the cause, and the server g
     CHECK(Client(first.port()).is_open());
 }
 
-TEST_CASE("to run without listening is an Error") {
+TEST_CASE("run() without listen() is an Error") {
     Server server;
     CHECK(error_of([&] { server.run(); }) == "run: nothing to serve: call listen() first");
 }
 
-TEST_CASE("a server on a Unix socket serves as any other, and its path is gone with it") {
-    struct Who : WebSocketHandler {
-        void on_message(const Message&) override { write_message(remote_address()); }
-    };
+TEST_CASE("a server on a Unix socket works like any other, and removes its path at the end") {
     const std::string path = temporary_path("chat.sock");
     {
         RunningServer running;
-        running.server.route<Who>("/");
+        running.server.route<AddressEcho>("/");
         test::listen(running.server, "unix:" + path);
         running.run();
         RawClient client(connect_unix(path));
         REQUIRE(client);
-        client.send(handshake_request("localhost", "/", Client::key) + hello_masked);
+        client.send(upgrade_request() + hello_masked);
         CHECK(client.read_until("\r\n\r\n" + hex("81 04") + "unix"));
         RawClient refused(connect_unix(path));
         refused.send("nonsense\r\n\r\n");
@@ -451,12 +437,9 @@ TEST_CASE("a server on a Unix socket serves as any other, and its path is gone w
     CHECK(::access(path.c_str(), F_OK) != 0);
 }
 
-TEST_CASE("a server on an IPv6 address serves as any other, and knows its peers by theirs") {
-    struct Who : WebSocketHandler {
-        void on_message(const Message&) override { write_message(remote_address()); }
-    };
+TEST_CASE("a server on an IPv6 address works like any other, and knows the IPv6 addresses of its peers") {
     RunningServer running;
-    running.server.route<Who>("/");
+    running.server.route<AddressEcho>("/");
     try {
         test::listen(running.server, "[::1]:0");
     } catch (const Error& error) {
@@ -471,7 +454,7 @@ TEST_CASE("a server on an IPv6 address serves as any other, and knows its peers 
     CHECK(client.read_until("\r\n\r\n" + hex("81 03") + "::1"));
 }
 
-TEST_CASE("two servers share a port only where both ask for it") {
+TEST_CASE("two servers share a port only if both have reuse_port") {
     ServerOptions options;
     options.reuse_port = true;
     RunningServer first(options), second(options), third;
@@ -480,7 +463,7 @@ TEST_CASE("two servers share a port only where both ask for it") {
     test::listen(second.server, std::to_string(first.port()));
     second.run();
     CHECK(contains(error_of([&] { third.server.listen(first.port()); }), "EADDRINUSE"));
-    // Which of the two has a connection is the kernel's choice; each must serve its own.
+    // The kernel distributes the connections.
     std::vector<std::unique_ptr<Client>> clients;
     for (int i = 0; i < 64; ++i) {
         clients.push_back(std::make_unique<Client>(first.port()));
@@ -493,7 +476,7 @@ TEST_CASE("two servers share a port only where both ask for it") {
     CHECK(two > 0);
 }
 
-TEST_CASE("two servers on two threads have rooms of their own") {
+TEST_CASE("two servers on two threads have separate rooms") {
     RunningServer first, second;
     for (RunningServer* running : {&first, &second}) {
         running->server.route<LobbyMember>("/");
@@ -508,13 +491,11 @@ TEST_CASE("two servers on two threads have rooms of their own") {
     CHECK(c.next() == "to the second");
 }
 
-// ---- how it ends ----------------------------------------------------------------------------------------------------
+// ---- shutdown -------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a shutdown closes everybody with 1001, and run returns when they have answered") {
+TEST_CASE("a shutdown closes all clients with 1001, and run() returns when they have answered") {
     Endings endings;
-    RunningServer running;
-    running.server.route<Noted>("/", std::ref(endings));
-    running.start();
+    HandlerServer<RecordedEcho> running(ServerOptions(), std::ref(endings));
     Client one(running.port()), two(running.port()), three(running.port());
     running.server.shutdown(test::deadline);
     for (Client* client : {&one, &two, &three}) {
@@ -522,15 +503,13 @@ TEST_CASE("a shutdown closes everybody with 1001, and run returns when they have
         CHECK(client->connection.close_reason() == "server is shutting down");
         client->raw.close();
     }
-    running.stop();
+    running.stop(test::deadline);
     CHECK(endings.causes == std::vector<CloseCause>(3, CloseCause::shutdown));
     CHECK(endings.codes == std::vector<CloseCode>(3, CloseCode::going_away));
 }
 
-TEST_CASE("a server that shuts down takes no new connections") {
-    RunningServer running;
-    running.server.route<Echo>("/");
-    running.start();
+TEST_CASE("a server that shuts down accepts no new connections") {
+    EchoServer running;
     RawClient silent(running.port());
     Client client(running.port());
     running.server.shutdown(test::deadline);
@@ -541,52 +520,46 @@ TEST_CASE("a server that shuts down takes no new connections") {
     client.raw.close();
 }
 
-TEST_CASE("the deadline of a shutdown ends a peer that does not answer") {
+TEST_CASE("the deadline of a shutdown aborts a connection whose peer does not answer") {
     Endings endings;
-    RunningServer running;
-    running.server.route<Noted>("/", std::ref(endings));
-    running.start();
-    Client deaf(running.port());
+    HandlerServer<RecordedEcho> running(ServerOptions(), std::ref(endings));
+    Client silent(running.port());
     running.stop(50ms);
-    CHECK(deaf.raw.read_to_end());
-    CHECK(contains(deaf.raw.received, hex("03 e9")));
+    CHECK(silent.raw.read_to_end());
+    CHECK(contains(silent.raw.received, hex("03 e9")));
     CHECK(endings.causes == std::vector<CloseCause>{CloseCause::shutdown});
 }
 
-TEST_CASE("a second shutdown is harmless, and may shorten the deadline") {
+TEST_CASE("a second shutdown is harmless, and can shorten the deadline") {
     Endings endings;
-    RunningServer running;
-    running.server.route<Noted>("/", std::ref(endings));
-    running.start();
-    Client deaf(running.port());
+    HandlerServer<RecordedEcho> running(ServerOptions(), std::ref(endings));
+    Client silent(running.port());
     running.server.shutdown(1h);
-    CHECK(deaf.raw.read_until(hex("03 e9")));
+    CHECK(silent.raw.read_until(hex("03 e9")));
     running.server.shutdown(1h);
     running.stop(0ms);
     CHECK(endings.causes.size() == 1);
     running.server.shutdown(0ms);
 }
 
-TEST_CASE("a shutdown from a callback closes everybody, that connection included") {
-    struct Ender : WebSocketHandler {
+TEST_CASE("a shutdown from a callback closes all connections, also its own") {
+    struct ShutdownOnMessage : WebSocketHandler {
         void on_message(const Message& m) override {
             write_message(m);
             server().shutdown();
             write_message("last words");
         }
     };
-    RunningServer running;
-    running.server.route<Ender>("/");
-    running.start();
+    HandlerServer<ShutdownOnMessage> running;
     Client one(running.port()), two(running.port());
-    one.send("end it");
-    CHECK(one.next() == "end it");
+    one.send("shut down");
+    CHECK(one.next() == "shut down");
     CHECK(one.next() == "last words");
     CHECK(one.close_code() == CloseCode::going_away);
     CHECK(two.close_code() == CloseCode::going_away);
 }
 
-TEST_CASE("a shutdown before the run ends it at its beginning, and later runs at theirs") {
+TEST_CASE("after a shutdown each run() returns at once") {
     auto server = std::make_unique<Server>();
     server->listen(0);
     server->shutdown(0ms);
@@ -598,7 +571,7 @@ TEST_CASE("a shutdown before the run ends it at its beginning, and later runs at
         }
     });
     CHECK(eventually([&] { return returned == 3; }));
-    // Where a run does not end by itself, any turn ends it.
+    // If a run does not end by itself, any turn ends it.
     while (returned < 3) {
         server->loop().post([] {});
         std::this_thread::sleep_for(1ms);
@@ -606,12 +579,10 @@ TEST_CASE("a shutdown before the run ends it at its beginning, and later runs at
     runner.join();
 }
 
-TEST_CASE("SIGINT and SIGTERM end all servers of the process that handle signals, and their clients get 1001") {
+TEST_CASE("SIGINT and SIGTERM shut down all servers of the process, and their clients get 1001") {
     for (const int signal : {SIGINT, SIGTERM}) {
         CAPTURE(signal);
-        ServerOptions options;
-        options.poller = test::poller_kind();
-        Server first(options), second(options);
+        Server first(poller_options()), second(poller_options());
         for (Server* server : {&first, &second}) {
             server->route<Echo>("/");
             test::listen(*server);
@@ -628,43 +599,36 @@ TEST_CASE("SIGINT and SIGTERM end all servers of the process that handle signals
     }
 }
 
-TEST_CASE("a signal between listen and run ends the run at its beginning") {
-    // Whoever has read the port may send one already. In a process of its own, which it would kill otherwise.
-    const pid_t child = ::fork();
-    if (child == 0) {
-        ServerOptions options;
-        options.poller = test::poller_kind();
-        Server server(options);
+TEST_CASE("after a signal between listen() and run(), run() returns at once") {
+    // In a child process, because the signal ends the process if the server does not handle it.
+    const int status = run_in_child([] {
+        Server server(poller_options());
         server.listen(0);
         std::raise(SIGTERM);
         server.run();
-        ::_exit(0);
-    }
-    int status = -1;
-    REQUIRE(::waitpid(child, &status, 0) == child);
+        return 0;
+    });
     CHECK(WIFEXITED(status));
 }
 
-TEST_CASE("a second signal ends a server that waits for a peer at once") {
-    ServerOptions options;
-    options.poller = test::poller_kind();
-    Server server(options);
+TEST_CASE("a second signal ends a shutdown that waits for a peer") {
+    Server server(poller_options());
     server.route<Echo>("/");
     test::listen(server);
     std::thread runner([&] { server.run(); });
-    Client deaf(server.port());
+    Client silent(server.port());
     ::kill(::getpid(), SIGTERM);
-    CHECK(deaf.raw.read_until(hex("03 e9")));
-    bool patient = false;
-    server.loop().post([&] { server.loop().call_later(4s, [&] { patient = true; }); });
+    CHECK(silent.raw.read_until(hex("03 e9")));
+    bool waited = false;
+    server.loop().post([&] { server.loop().call_later(4s, [&] { waited = true; }); });
     ::kill(::getpid(), SIGTERM);
     runner.join();
-    CHECK_FALSE(patient);
+    CHECK_FALSE(waited);
 }
 
-// ---- what it tells --------------------------------------------------------------------------------------------------
+// ---- metrics and log ------------------------------------------------------------------------------------------------
 
-TEST_CASE("the metrics count connections, requests, messages, bytes and endings") {
+TEST_CASE("the metrics count connections, requests, messages and closed connections") {
     RunningServer running;
     running.server.route<LobbyMember>("/");
     running.server.get("/page", [](const Request&) { return Response(200, "x"); });
@@ -723,7 +687,7 @@ TEST_CASE("the metrics count the bytes of the sockets") {
     if (!test::over_tls()) CHECK(client.wire.received == client.received.size());
 }
 
-TEST_CASE("the metrics page is the metrics in the text format of Prometheus") {
+TEST_CASE("the metrics page has the text format of Prometheus") {
     RunningServer running;
     running.server.route<LobbyMember>("/");
     running.server.metrics_page("/metrics");
@@ -731,38 +695,36 @@ TEST_CASE("the metrics page is the metrics in the text format of Prometheus") {
     Client member(running.port());
     member.send("hello");
     CHECK(member.next() == "hello");
-    RawClient client(running.port());
-    client.send("GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-    REQUIRE(client.read_to_end());
-    CHECK(contains(client.received, "\r\nContent-Type: text/plain; version=0.0.4\r\n"));
+    const test::Answer answer = fetch(running.port(), "/metrics");
+    CHECK(answer.header("content-type") == "text/plain; version=0.0.4");
     for (const std::string line :
          {"# TYPE wschat_websockets_open gauge", "wschat_websockets_open 1", "wschat_messages_received_total 1",
           "# TYPE wschat_messages_sent_total counter", "wschat_connections_accepted_total 2", "wschat_rooms 1",
           "wschat_responses_total{status=\"101\"} 1"}) {
         CAPTURE(line);
-        CHECK(contains(client.received, "\n" + line + "\n"));
+        CHECK(contains(answer.body, "\n" + line + "\n"));
     }
-    // Each name is told of once, and each line that is no comment is a name and a number.
-    std::string_view body = std::string_view(client.received).substr(client.received.find("\r\n\r\n") + 4);
-    std::vector<std::string> helped;
+    // Each name has one HELP line. Each other line is a name and a number.
+    std::string_view body = answer.body;
+    std::vector<std::string> names;
     while (!body.empty()) {
         const std::string_view line = text::consume_until(body, '\n');
         CAPTURE(std::string(line));
         if (text::starts_with(line, "# HELP ")) {
-            helped.emplace_back(line.substr(7, line.find(' ', 7) - 7));
+            names.emplace_back(line.substr(7, line.find(' ', 7) - 7));
         } else if (!text::starts_with(line, "# TYPE ")) {
             CHECK(text::parse_unsigned(line.substr(line.rfind(' ') + 1), UINT64_MAX));
-            CHECK(line.substr(0, line.find_first_of("{ ")) == helped.back());
+            CHECK(line.substr(0, line.find_first_of("{ ")) == names.back());
         }
     }
-    std::sort(helped.begin(), helped.end());
-    CHECK(std::adjacent_find(helped.begin(), helped.end()) == helped.end());
+    std::sort(names.begin(), names.end());
+    CHECK(std::adjacent_find(names.begin(), names.end()) == names.end());
 }
 
-TEST_CASE("the log tells of opening, closing, refusals and the shutdown") {
-    Log log;
+TEST_CASE("the log has entries for opening, closing, refusals and the shutdown") {
+    LogLines log;
     RunningServer running;
-    log.take_from(running.server);
+    log.attach_to(running.server);
     running.server.route<Echo>("/chat");
     running.start();
     {
@@ -772,7 +734,7 @@ TEST_CASE("the log tells of opening, closing, refusals and the shutdown") {
     }
     Client refused(running.port(), "/nowhere");
     Client broken(running.port(), "/chat");
-    broken.raw.send(hello_plain);
+    broken.raw.send(hello_unmasked);
     CHECK(broken.close_code() == CloseCode::protocol_error);
     refused.raw.close();
     broken.raw.close();
@@ -786,11 +748,11 @@ TEST_CASE("the log tells of opening, closing, refusals and the shutdown") {
     CHECK(log.has("debug shutdown"));
 }
 
-TEST_CASE("what a peer chose can not break a line of the log or reach the terminal") {
+TEST_CASE("text from a peer cannot break a line of the log or control the terminal") {
     // FAULTS 43
-    Log log;
+    LogLines log;
     RunningServer running;
-    log.take_from(running.server);
+    log.attach_to(running.server);
     running.server.route<Echo>("/");
     running.start();
     Client foreign(running.port(), "/",
@@ -810,23 +772,18 @@ TEST_CASE("what a peer chose can not break a line of the log or reach the termin
     }
 }
 
-TEST_CASE("peers can not flood the log, and what was left out is counted") {
-    Log log;
+TEST_CASE("peers cannot flood the log, and suppressed entries are counted") {
+    LogLines log;
     RunningServer running;
-    log.take_from(running.server);
-    const std::string path = temporary_path("page.txt");
-    std::FILE* file = std::fopen(path.c_str(), "w");
-    REQUIRE(file != nullptr);
-    std::fclose(file);
-    running.server.file("/", path);
+    log.attach_to(running.server);
+    const test::TemporaryFile file("page.txt");
+    running.server.file("/", file.path);
     running.start();
-    ::unlink(path.c_str());
+    file.remove();
     const std::size_t before = running.on_loop([&] { return log.lines.size(); });
-    // 3,000 in a second would be 100 and then 100 a second.
-    std::string requests;
-    for (int i = 0; i < 3000; ++i) requests += "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
+    // The limit is 100 entries at once and 100 a second.
     RawClient client(running.port());
-    client.send(requests);
+    client.send(test::repeated(3000, request("/")));
     REQUIRE(running.eventually([&] {
         const Metrics metrics = running.server.metrics();
         return metrics.responses.at(404) == 3000;
@@ -836,50 +793,44 @@ TEST_CASE("peers can not flood the log, and what was left out is counted") {
     CHECK(running.on_loop([&] { return log.lines.size(); }) - before + suppressed == 3000);
 }
 
-TEST_CASE("who connects between the signal and the run is not taken in") {
-    const pid_t child = ::fork();
-    if (child == 0) {
-        ServerOptions options;
-        options.poller = test::poller_kind();
-        Server server(options);
+TEST_CASE("a connection between the signal and run() is not accepted") {
+    const int status = run_in_child([] {
+        Server server(poller_options());
         server.route<Echo>("/");
         server.listen(0);
         std::raise(SIGTERM);
         RawClient late(server.port());
         server.run();
         const bool refused = late && late.read_to_end() && late.received.empty();
-        ::_exit(refused && server.metrics().connections_accepted == 0 ? 0 : 1);
-    }
-    int status = -1;
-    REQUIRE(::waitpid(child, &status, 0) == child);
+        return refused && server.metrics().connections_accepted == 0 ? 0 : 1;
+    });
     CHECK(WIFEXITED(status));
     CHECK(WEXITSTATUS(status) == 0);
 }
 
-TEST_CASE("a run that was stopped in the middle of a shutdown is gone on with by the next") {
-    ServerOptions options;
-    options.poller = test::poller_kind();
+TEST_CASE("the next run() continues a shutdown that was interrupted by stop()") {
+    ServerOptions options = poller_options();
     options.handle_signals = false;
     Server server(options);
     server.route<Echo>("/");
     test::listen(server);
     std::thread first([&] { server.run(); });
-    Client deaf(server.port());
+    Client silent(server.port());
     server.shutdown(1h);
-    CHECK(deaf.raw.read_until(hex("03 e9")));
+    CHECK(silent.raw.read_until(hex("03 e9")));
     server.loop().post([&] { server.loop().stop(); });
     first.join();
     CHECK(server.metrics().connections_open == 1);
     std::thread second([&] { server.run(); });
-    deaf.raw.close();
+    silent.raw.close();
     second.join();
     CHECK(server.metrics().connections_open == 0);
 }
 
-TEST_CASE("a route whose factory makes no handler answers 500 and says so in the log") {
-    Log log;
+TEST_CASE("a route whose factory returns no handler answers 500 and logs the cause") {
+    LogLines log;
     RunningServer running;
-    log.take_from(running.server);
+    log.attach_to(running.server);
     running.server.add_route("/", [] { return nullptr; });
     running.start();
     Client client(running.port());
@@ -890,7 +841,7 @@ TEST_CASE("a route whose factory makes no handler answers 500 and says so in the
     CHECK(log.has("the factory made no handler"));
 }
 
-TEST_CASE("the limit for one address does not hold for Unix sockets, which have none") {
+TEST_CASE("the limit for one address does not apply to Unix sockets") {
     ServerOptions options;
     options.server_limits.max_connections_per_address = 1;
     const std::string path = temporary_path("limit.sock");
@@ -903,7 +854,7 @@ TEST_CASE("the limit for one address does not hold for Unix sockets, which have 
     CHECK(echoes(two));
 }
 
-TEST_CASE("the metrics page counts closed connections by their cause and by their code") {
+TEST_CASE("the metrics page has the closed connections by cause and by code") {
     Metrics metrics;
     metrics.closed[CloseCause::ping_timeout] = 2;
     metrics.closed[CloseCause::peer] = 3;

@@ -1,4 +1,4 @@
-// What the suites share: bytes as hex, a connection without a socket, a server on a thread of its own, and plain clients.
+// Helpers that several suites use: bytes as hex, HTTP requests and answers, a server on its own thread, and clients.
 #pragma once
 
 #include "../wschat.hpp"
@@ -11,14 +11,16 @@
 #include <condition_variable>
 #include <csignal>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <thread>
 
 namespace test {
 
 using namespace std::chrono_literals;
 
-// Every wait for an event gives up after that; nothing waits for a time to pass.
-constexpr auto deadline = 20s;
+// The longest wait for an event, also on a busy machine. No test waits for a time to pass.
+constexpr auto deadline = 30s;
 
 // "81 05 48 65 6c 6c 6f" as bytes.
 inline std::string hex(std::string_view digits) {
@@ -50,7 +52,24 @@ inline std::string to_hex(std::string_view bytes) {
 
 inline bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
-// The sentence of the Error that the call throws; "" if it throws none.
+inline std::string repeated(std::size_t count, std::string_view text) {
+    std::string all;
+    for (std::size_t i = 0; i < count; ++i) all += text;
+    return all;
+}
+
+// Waits until a condition on the thread of the test holds. Returns false if the deadline passes first.
+template <class Condition>
+bool eventually(Condition condition) {
+    const auto until = wschat::Clock::now() + deadline;
+    while (!condition()) {
+        if (wschat::Clock::now() > until) return false;
+        std::this_thread::sleep_for(1ms);
+    }
+    return true;
+}
+
+// The message of the Error that the call throws; "" if it throws none.
 template <class Call>
 std::string error_of(Call&& call) {
     try {
@@ -73,7 +92,14 @@ struct LobbyMember : wschat::WebSocketHandler {
 
 inline wschat::detail::MaskKey test_mask() { return {0x37, 0xfa, 0x21, 0x3d}; }
 
-// What a connection has queued, taken out.
+// A frame of a client: its first byte in hex, then the payload, masked with zeros. At most 125 bytes.
+inline std::string masked_frame(std::string_view first_byte, std::string_view payload) {
+    REQUIRE(payload.size() < 126);
+    return hex(first_byte) + static_cast<char>(0x80 | payload.size()) + hex("00 00 00 00") + std::string(payload);
+}
+inline std::string masked_text(std::string_view text) { return masked_frame("81", text); }
+
+// Removes all queued output from a connection and returns it.
 inline std::string take_output(wschat::detail::Connection& connection) {
     std::string bytes;
     while (!connection.output().empty()) {
@@ -89,7 +115,7 @@ inline std::string take_output(wschat::detail::Connection& connection) {
     return bytes;
 }
 
-// The poller that WSCHAT_TEST_POLLER asks for.
+// The poller that the environment variable WSCHAT_TEST_POLLER selects.
 inline wschat::PollerKind poller_kind() {
     const char* wanted = std::getenv("WSCHAT_TEST_POLLER");
     return wanted != nullptr && std::string(wanted) == "poll" ? wschat::PollerKind::poll
@@ -98,7 +124,7 @@ inline wschat::PollerKind poller_kind() {
 
 #if WSCHAT_OPENSSL
 
-// Whether every server of the tests listens with TLS and every client speaks it, as WSCHAT_TEST_TLS=1 asks for.
+// With WSCHAT_TEST_TLS=1 every server of the tests listens with TLS, and every client uses TLS.
 inline bool over_tls() {
     const char* wanted = std::getenv("WSCHAT_TEST_TLS");
     return wanted != nullptr && std::string(wanted) == "1";
@@ -147,7 +173,7 @@ inline void listen_tls(wschat::Server& server, std::string_view address) {
     server.listen_tls(address, files.options());
 }
 
-// A client's side of TLS that takes the server for who it says it is.
+// A TLS client that accepts any certificate.
 inline std::unique_ptr<wschat::detail::Transport> client_transport(std::string_view host = "localhost") {
     wschat::detail::TlsClientOptions options;
     options.accept_any_certificate = true;
@@ -176,20 +202,121 @@ inline wschat::ServerOptions with_limits(const wschat::Limits& limits, const wsc
     options.server_limits = server_limits;
     return options;
 }
+inline wschat::ServerOptions with_server_limits(const wschat::ServerLimits& server_limits) {
+    return with_limits({}, server_limits);
+}
+// Options of a server whose handshake deadline passes soon.
+inline wschat::ServerOptions with_handshake_timeout(wschat::Duration timeout) {
+    wschat::Limits limits;
+    limits.handshake_timeout = timeout;
+    return with_limits(limits);
+}
+
+inline std::string temporary_path(const std::string& name) {
+    return "/tmp/wschat-" + std::to_string(::getpid()) + "-" + name;
+}
+
+// A file that is removed at the end of its scope.
+class TemporaryFile {
+public:
+    explicit TemporaryFile(const std::string& name, std::string_view content = {}) : path(temporary_path(name)) {
+        std::ofstream(path, std::ios::binary) << content;
+    }
+    TemporaryFile(const TemporaryFile&) = delete;
+    TemporaryFile& operator=(const TemporaryFile&) = delete;
+    ~TemporaryFile() { remove(); }
+    void remove() const { ::unlink(path.c_str()); }
+
+    const std::string path;
+};
+
+// A folder that is removed with its content at the end of its scope.
+class TemporaryFolder {
+public:
+    TemporaryFolder() {
+        char name[] = "/tmp/wschat-test-XXXXXX";
+        REQUIRE(::mkdtemp(name) != nullptr);
+        path_ = name;
+    }
+    TemporaryFolder(const TemporaryFolder&) = delete;
+    TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+    ~TemporaryFolder() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path_, ignored);
+    }
+    std::string path() const { return path_.string() + "/"; }
+    std::string write(const std::string& name, std::string_view content) const {
+        std::filesystem::create_directories((path_ / name).parent_path());
+        std::ofstream(path_ / name, std::ios::binary) << content;
+        return (path_ / name).string();
+    }
+    std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+
+private:
+    std::filesystem::path path_;
+};
+
+// More than the socket buffers of the kernel hold.
+inline std::string large_content() {
+    std::string content(20 * 1024 * 1024, '\0');
+    for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 7 + i / 1000);
+    return content;
+}
 
 #if !defined(_WIN32)
-// A process of ours, which is gone with the test.
-class Child {
+// The descriptors that a child program would inherit.
+inline std::vector<int> inheritable_descriptors() {
+    std::vector<int> found;
+    for (int descriptor = 0; descriptor < 4096; ++descriptor) {
+        const int flags = ::fcntl(descriptor, F_GETFD);
+        if (flags != -1 && (flags & FD_CLOEXEC) == 0) found.push_back(descriptor);
+    }
+    return found;
+}
+#endif
+
+// The log of a server as lines. Read it on the loop's thread, or when the server has stopped.
+struct LogLines {
+    void attach_to(wschat::Server& server) {
+        server.on_log([this](const wschat::LogEntry& entry) { lines.push_back(to_string(entry)); });
+    }
+    bool has(std::string_view part) const {
+        return std::any_of(lines.begin(), lines.end(), [&](const std::string& line) { return contains(line, part); });
+    }
+    std::vector<std::string> lines;
+};
+
+#if !defined(_WIN32)
+// A server in a child process, which ends with the test.
+class ServerProcess {
 public:
-    explicit Child(pid_t pid) : pid_(pid) {}
-    Child(const Child&) = delete;
-    Child& operator=(const Child&) = delete;
-    ~Child() {
+    // In the child process, set_up(report) returns a server that listens. The child needs the descriptor `report` to
+    // send its port.
+    explicit ServerProcess(const std::function<std::unique_ptr<wschat::Server>(int report)>& set_up) {
+        int report[2];
+        REQUIRE(::pipe(report) == 0);
+        pid_ = ::fork();
+        if (pid_ == 0) {
+            const auto server = set_up(report[1]);
+            const int own_port = server->port();
+            if (::write(report[1], &own_port, sizeof own_port) != sizeof own_port) ::_exit(1);
+            server->run();
+            ::_exit(0);
+        }
+        ::close(report[1]);
+        const ssize_t size = ::read(report[0], &port_, sizeof port_);
+        ::close(report[0]);
+        REQUIRE(size == sizeof port_);
+    }
+    ServerProcess(const ServerProcess&) = delete;
+    ServerProcess& operator=(const ServerProcess&) = delete;
+    ~ServerProcess() {
         if (pid_ <= 0) return;
         ::kill(pid_, SIGKILL);
         ::waitpid(pid_, nullptr, 0);
     }
-    // Its status after a SIGTERM, and what it has used.
+    int port() const { return port_; }
+    // Sends SIGTERM. Returns the wait status, and the resources that the process has used.
     int terminate(rusage& used) {
         int status = -1;
         ::kill(pid_, SIGTERM);
@@ -198,11 +325,12 @@ public:
     }
 
 private:
-    pid_t pid_;
+    pid_t pid_ = -1;
+    int port_ = 0;
 };
 #endif
 
-// A server that runs on a thread of its own from start() on, and has shut down when this is gone.
+// A server that runs on its own thread from start() to the end of its scope.
 class RunningServer {
 public:
     explicit RunningServer(wschat::ServerOptions options = {}) : server(with_test_poller(std::move(options))) {}
@@ -215,7 +343,7 @@ public:
         test::listen(server);
         run();
     }
-    // Where the test has called listen() itself.
+    // Runs a server that listens already.
     void run() {
         if (port_ == 0) port_ = server.port();
         thread_ = std::thread([this] { server.run(); });
@@ -274,7 +402,41 @@ private:
     int port_ = 0;
 };
 
-// A connection of a test, over TLS where that is asked for, which reads with a deadline.
+// Blocks a server's loop until release(). The loop then finds the work of all peers at once.
+class BlockedLoop {
+public:
+    explicit BlockedLoop(wschat::Server& server) {
+        server.loop().post([state = state_] {
+            state->blocked = true;
+            while (!state->released) std::this_thread::yield();
+        });
+        while (!state_->blocked) std::this_thread::yield();
+    }
+    BlockedLoop(const BlockedLoop&) = delete;
+    BlockedLoop& operator=(const BlockedLoop&) = delete;
+    ~BlockedLoop() { release(); }
+    void release() { state_->released = true; }
+
+private:
+    struct State {
+        std::atomic<bool> blocked{false}, released{false};
+    };
+    const std::shared_ptr<State> state_ = std::make_shared<State>();
+};
+
+// A server that runs one handler at "/", from its constructor on.
+template <class Handler>
+class HandlerServer : public RunningServer {
+public:
+    template <class... Args>
+    explicit HandlerServer(wschat::ServerOptions options = {}, Args... args) : RunningServer(std::move(options)) {
+        server.route<Handler>("/", args...);
+        start();
+    }
+};
+using EchoServer = HandlerServer<Echo>;
+
+// A connection that reads and writes bytes, each with a deadline. It uses TLS if over_tls() is true.
 class RawClient {
 public:
     explicit RawClient(int port) : RawClient(connect_to(port)) {}
@@ -282,22 +444,22 @@ public:
         : RawClient(std::move(socket), over_tls() ? client_transport() : nullptr) {}
     RawClient(wschat::detail::Socket socket, std::unique_ptr<wschat::detail::Transport> transport)
         : socket_(std::move(socket)), transport_(std::move(transport)) {}
-    // A plain one, also where all others are not.
+    // Never uses TLS.
     static RawClient plain(int port) { return RawClient(connect_to(port), nullptr); }
     explicit operator bool() const { return static_cast<bool>(socket_); }
 
     void send(std::string_view bytes) {
         while (!bytes.empty()) {
-            const wschat::detail::IoResult sent = transport_ ? offer(&bytes, 1) : counted(bytes);
+            const wschat::detail::IoResult sent = transport_ ? send_encrypted(&bytes, 1) : send_plain(bytes);
             if (sent.outcome == wschat::detail::IoResult::Outcome::error) return;
             bytes.remove_prefix(sent.size);
             if (bytes.empty()) return;
-            if (transport_ && !established() ? !shake_hands() : !wait(POLLOUT)) return;
+            if (transport_ && !established() ? !continue_handshake() : !wait(POLLOUT)) return;
         }
     }
-    // Reads until the bytes that have come hold what is wanted, or the stream ends; answers whether they do.
-    bool read_until(std::string_view wanted) {
-        while (received.find(wanted) == std::string::npos)
+    // Reads until `received` contains the text. Returns false at the end of the stream and at the deadline.
+    bool read_until(std::string_view text) {
+        while (!contains(received, text))
             if (!read_some()) return false;
         return true;
     }
@@ -306,7 +468,7 @@ public:
             if (!read_some()) return false;
         return true;
     }
-    // Reads to the end of the stream; false where the deadline came first.
+    // Reads to the end of the stream. Returns false if the deadline passes first.
     bool read_to_end() {
         while (read_some()) {
         }
@@ -318,8 +480,8 @@ public:
     }
     // Closes with a reset instead of a FIN.
     void reset() {
-        const linger now{1, 0};
-        ::setsockopt(socket_.descriptor(), SOL_SOCKET, SO_LINGER, &now, sizeof now);
+        const linger at_once{1, 0};
+        ::setsockopt(socket_.descriptor(), SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
         socket_.close();
     }
     void close() {
@@ -329,7 +491,7 @@ public:
     wschat::detail::Socket& socket() { return socket_; }
     wschat::detail::Transport* transport() { return transport_.get(); }
 
-    // Reads what is there, waiting for the first of it; false at the end and at the deadline.
+    // Waits for input and reads it once. Returns false at the end of the stream and at the deadline.
     bool read_some() {
         std::vector<char> buffer(256 * 1024);
         for (;;) {
@@ -349,12 +511,12 @@ public:
     }
 
     std::string received;
-    bool ended = false;              // the peer has closed, one way or the other
-    bool reset_by_peer = false;      // with a reset
-    wschat::detail::WireCount wire;  // what went through the socket
+    bool ended = false;              // by a FIN or by a reset
+    bool reset_by_peer = false;      // by a reset
+    wschat::detail::WireCount wire;  // the bytes on the socket, with TLS
 
 private:
-    wschat::detail::IoResult counted(std::string_view bytes) {
+    wschat::detail::IoResult send_plain(std::string_view bytes) {
         const wschat::detail::IoResult sent = socket_.send(&bytes, 1);
         wire.sent += sent.size;
         return sent;
@@ -368,7 +530,7 @@ private:
         wire.received += got.size;
         return got;
     }
-    wschat::detail::IoResult offer(const std::string_view* pieces, std::size_t count) {
+    wschat::detail::IoResult send_encrypted(const std::string_view* pieces, std::size_t count) {
         const std::lock_guard<std::mutex> lock(*mutex_);
         return transport_->send(socket_, pieces, count, wire);
     }
@@ -376,21 +538,21 @@ private:
         const std::lock_guard<std::mutex> lock(*mutex_);
         return transport_->established();
     }
-    bool owes() const {
+    bool wants_write() const {
         const std::lock_guard<std::mutex> lock(*mutex_);
         return transport_ && transport_->wants_write();
     }
-    // The next step of the handshake; application data that comes with it is kept.
-    bool shake_hands() {
+    // The next step of the handshake. Application data that arrives with it is appended to `received`.
+    bool continue_handshake() {
         char bytes[4096];
         const wschat::detail::IoResult got = receive(bytes, sizeof bytes);
         if (got.outcome == wschat::detail::IoResult::Outcome::done) received.append(bytes, got.size);
         if (got.outcome == wschat::detail::IoResult::Outcome::would_block && !established()) return wait_for_input();
         return got.outcome == wschat::detail::IoResult::Outcome::done || established();
     }
-    // What the server waits for goes out first.
+    // Sends queued TLS records first, because the server waits for them.
     bool wait_for_input() {
-        if (owes() && offer(nullptr, 0).outcome == wschat::detail::IoResult::Outcome::would_block)
+        if (wants_write() && send_encrypted(nullptr, 0).outcome == wschat::detail::IoResult::Outcome::would_block)
             return wait(POLLIN | POLLOUT);
         return wait(POLLIN);
     }
@@ -414,11 +576,72 @@ private:
 
     wschat::detail::Socket socket_;
     std::unique_ptr<wschat::detail::Transport> transport_;
-    std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  // some tests send from a thread of their own
+    std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  // some tests send from another thread
 };
 
-// A WebSocket client of a test, made of the protocol section in its other role. It offers compression where it is given
-// options for it.
+// RFC 6455 1.3: the key of the sample handshake.
+constexpr const char* handshake_key = "dGhlIHNhbXBsZSBub25jZQ==";
+
+// A request for an upgrade on "/".
+inline std::string upgrade_request(std::string_view headers = {}) {
+    std::string request = wschat::detail::handshake_request("x", "/", handshake_key);
+    request.insert(request.size() - 2, headers);
+    return request;
+}
+
+// RFC 6455 5.7: "Hello", masked by a client and unmasked by a server.
+inline const std::string hello_masked = hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
+inline const std::string hello_unmasked = hex("81 05 48 65 6c 6c 6f");
+
+inline std::string request(std::string_view target, std::string_view headers = {}, std::string_view method = "GET") {
+    return std::string(method) + " " + std::string(target) + " HTTP/1.1\r\nHost: x\r\n" + std::string(headers) + "\r\n";
+}
+
+// An HTTP answer of a server.
+struct Answer {
+    int status = 0;  // 0: no complete answer
+    std::string head, body;
+
+    std::string header(std::string_view name) const {
+        const wschat::Fields fields(std::string_view(head).substr(head.find('\n') + 1));
+        return std::string(fields.find(name).value_or(""));
+    }
+};
+
+// Reads the next answer of a connection and removes it from `received`. The answer to HEAD has no body.
+inline Answer next_answer(RawClient& client, bool to_head = false) {
+    Answer answer;
+    if (!client.read_until("\r\n\r\n")) return answer;
+    const std::size_t head_size = client.received.find("\r\n\r\n") + 4;
+    answer.head = client.received.substr(0, head_size);
+    const int status = std::atoi(answer.head.substr(9, 3).c_str());
+    const auto length = wschat::text::parse_unsigned(answer.header("content-length"), UINT64_MAX);
+    const std::size_t body_size = to_head || !length ? 0 : static_cast<std::size_t>(*length);
+    if (!client.read_at_least(head_size + body_size)) return answer;
+    answer.body = client.received.substr(head_size, body_size);
+    client.received.erase(0, head_size + body_size);
+    answer.status = status;
+    return answer;
+}
+
+// Sends one request on a connection of its own.
+inline Answer fetch(int port, std::string_view target, std::string_view headers = {}, std::string_view method = "GET") {
+    RawClient client(port);
+    client.send(request(target, headers, method));
+    return next_answer(client, method == "HEAD");
+}
+
+// True if the bytes are one complete HTTP answer with that status, and its body is a sentence.
+inline bool is_refusal(std::string_view bytes, int status) {
+    const std::size_t end = bytes.find("\r\n\r\n");
+    if (bytes.substr(0, 13) != "HTTP/1.1 " + std::to_string(status) + " " || end == std::string_view::npos)
+        return false;
+    const std::string_view body = bytes.substr(end + 4);
+    return body.size() > 10 && body.substr(body.size() - 2) == ".\n" &&
+           contains(bytes, "\r\nContent-Length: " + std::to_string(body.size()) + "\r\n");
+}
+
+// A WebSocket client: the protocol section in the role of a client. It offers compression if it gets options for it.
 class Client {
 public:
     explicit Client(int port, std::string_view target = "/", std::string_view extra_headers = {},
@@ -440,7 +663,7 @@ public:
         compressed = agreed != nullptr;
         connection.open(wschat::detail::Role::client, limits, arena, wschat::Clock::now(), &test_mask,
                         std::move(agreed));
-        // Frames may have come together with the answer.
+        // Frames can arrive together with the answer.
         if (!raw.received.empty()) connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
     }
     Client(const Client&) = delete;
@@ -459,7 +682,7 @@ public:
         connection.close(code, reason, wschat::Clock::now());
         flush();
     }
-    // The next message or pong; nothing where the connection ends or the deadline comes first.
+    // The next message or pong. Returns nullopt if the connection ends or the deadline passes first.
     std::optional<std::string> next(wschat::detail::Event::Kind kind = wschat::detail::Event::Kind::message) {
         for (;;) {
             const wschat::detail::Event event = connection.next_event();
@@ -475,7 +698,7 @@ public:
             connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
         }
     }
-    // Reads to the end of the connection and answers the close code.
+    // Reads until the connection is closed, and returns the close code.
     wschat::CloseCode close_code() {
         while (next()) {
         }
@@ -483,11 +706,11 @@ public:
     }
     void flush() { raw.send(take_output(connection)); }
 
-    static constexpr const char* key = "dGhlIHNhbXBsZSBub25jZQ==";
+    static constexpr const char* key = handshake_key;
     RawClient raw;
     std::string head;         // of the server's answer
-    bool compressed = false;  // the server has agreed to it
-    std::string error;        // or to what was not offered
+    bool compressed = false;  // the server has accepted the offer of compression
+    std::string error;        // of a server that accepts what the client did not offer
     wschat::Limits limits = generous_limits();
     wschat::detail::SendArena arena;
     wschat::detail::CompressionPool pool;
@@ -508,7 +731,7 @@ private:
     }
 };
 
-// The next message that contains the text; a sentence if the connection ends first.
+// The next message that contains the text, or a sentence if the connection ends first.
 inline std::string next_with(Client& client, std::string_view part) {
     for (int i = 0; i < 10'000; ++i) {
         const auto message = client.next();
