@@ -48,7 +48,7 @@ public:
     }
 };
 
-// A loop on a thread of its own.
+// A loop on its own thread.
 class RunningLoop {
 public:
     RunningLoop() : thread_([this] { loop.run(); }) {}
@@ -241,7 +241,7 @@ TEST_CASE("call_later calls in the order of the delays") {
         loop.call_later(0ms, [&] { order += 'a'; });
         loop.call_later(10ms, [&] { order += 'b'; });
         loop.call_later(30ms, [&] { loop.stop(); });
-        // Try again if this took so long that the order of the times is another one.
+        // Try again if the machine was slow: the due times may be in a different order.
         if (Clock::now() - begin > 5ms) continue;
         REQUIRE(loop.run_until_stopped());
         CHECK(order == "abc");
@@ -568,7 +568,7 @@ TEST_CASE("post returns false after the end of the loop, and the work does not r
 }
 
 TEST_CASE("threads may post while the loop ends, and the result says whether the work was accepted") {
-    // FAULTS 39; for ThreadSanitizer as much as for the counts.
+    // FAULTS 39. Also for ThreadSanitizer.
     for (int round = 0; round < 50; ++round) {
         auto loop = std::make_unique<TestLoop>();
         const std::shared_ptr<Mailbox> mailbox = loop->mailbox();
