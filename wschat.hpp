@@ -886,7 +886,7 @@ namespace detail {
 // The JSON text of an object that has .dump(), such as nlohmann::json.
 template <class Object>
 auto json_text(const Object& object) -> decltype(std::string(object.dump())) {
-    return object.dump();
+    return std::string(object.dump());
 }
 
 }  // namespace detail
