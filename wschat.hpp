@@ -913,10 +913,19 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
     return text;
 }
 
+namespace detail {
+
+// The JSON text of an object that has .dump(), such as nlohmann::json.
+template <class Object>
+auto json_text(const Object& object) -> decltype(std::string(object.dump())) {
+    return std::string(object.dump());
+}
+
+}  // namespace detail
+
 // Builds JSON text (RFC 8259). Objects are braces of pairs:
 // Json{{"type", "join"}, {"name", name}, {"users", Json::array(names)}}.
-// An object of a JSON library converts to Json if it has .dump(), which returns JSON text. Text that is not UTF-8 is an
-// Error: a text message could not carry it.
+// An object of a JSON library converts to Json if it has .dump(). It is an Error if dump() returns invalid UTF-8.
 class Json {
 public:
     struct Member;
@@ -926,9 +935,9 @@ public:
     Json(const char* value) { quote(value); }
     Json(const std::string& value) { quote(value); }
     Json(std::string_view value) { quote(value); }
-    template <class Object, class = decltype(std::string(std::declval<const Object&>().dump()))>
-    Json(const Object& object) : text_(object.dump()) {
-        if (!valid_utf8(text_)) throw Error("Json: the text of dump() is not UTF-8");
+    template <class Object, class = decltype(detail::json_text(std::declval<const Object&>()))>
+    Json(const Object& object) : text_(detail::json_text(object)) {
+        if (!valid_utf8(text_)) throw Error("Json: dump() returned text that is not UTF-8");
     }
     Json(double value) {
         // The shortest text that converts back to the same number.
@@ -1246,24 +1255,6 @@ private:
 
     Tree tree_;
 };
-
-namespace detail {
-
-// Runs the call and passes what it throws to report(what). False if it threw.
-template <class Call, class Report>
-bool run_guarded(Call&& call, Report&& report) {
-    try {
-        call();
-        return true;
-    } catch (const std::exception& error) {
-        report(error.what());
-    } catch (...) {
-        report("not a std::exception");
-    }
-    return false;
-}
-
-}  // namespace detail
 
 WSCHAT_END
 

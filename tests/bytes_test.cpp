@@ -992,10 +992,19 @@ TEST_CASE("an object with dump() becomes the JSON text that dump() returns") {
     struct Library {
         std::string dump() const { return "{\"x\":[1]}"; }
     };
+    struct ViewLibrary {
+        std::string_view dump() const { return "[2]"; }
+    };
+    CHECK(Json(ViewLibrary()).dump() == "[2]");
     const Library object;
     CHECK(Json(object).dump() == R"({"x":[1]})");
     CHECK(Json{{"object", object}, {"n", 1}}.dump() == R"({"object":{"x":[1]},"n":1})");
     CHECK(Json::array(std::vector<Library>(2)).dump() == R"([{"x":[1]},{"x":[1]}])");
+
+    struct Invalid {
+        std::string dump() const { return "\"\xFF\""; }
+    };
+    CHECK(test::error_of([] { Json{{"object", Invalid()}}; }) == "Json: dump() returned text that is not UTF-8");
 }
 
 // ---- text and rates ----------------------------------------------------------------------------------------------
