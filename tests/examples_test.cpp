@@ -40,7 +40,7 @@ public:
         ::close(err[1]);
         out_ = out[0];
         err_ = err[0];
-        REQUIRE_MESSAGE(error == 0, command[0] << ": " << std::strerror(error));
+        REQUIRE_MESSAGE(error == 0, command[0] << ": " << std::string(std::strerror(error)));
     }
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
