@@ -18,60 +18,93 @@
 //
 //   g++ -std=c++17 -O2 chat.cpp -o chat -pthread && ./chat
 //
-// THE HOUSE
+// MAP
 //
-// Bytes go one way: a socket (section 10) is read by a session of the server (section 14) -> RequestParser (section 5), once -> Connection
-// (section 7: frames, UTF-8, control frames, closing; section 6 inflates) -> event -> WebSocketHandler (section 8) -> Room (section 9) -> one shared
-// EncodedFrame (section 4) -> each member's SendQueue (section 3) -> one gathered write for each connection at the end of the
-// loop's turn (section 12, section 14) -> socket.
+// Data flows one way: a Session (section 14) reads a socket (10) -> RequestParser (5), once -> Connection (7: frames,
+// UTF-8, control frames, closing; 6 inflates) -> event -> WebSocketHandler (8) -> Room (9) -> one shared EncodedFrame
+// (4) -> each member's SendQueue (3) -> at the end of the loop's turn (12, 14) one gathered write per connection ->
+// socket.
 //
-// The sections stand strictly bottom-up; a section uses only sections above it, and each prefix of this file that ends
-// at a banner compiles.
+// The sections stand strictly bottom-up: a section uses only the sections in its last column, and every prefix of this
+// file that ends at a banner compiles. Names for users are in wschat, all others in wschat::detail.
 //
-//   #   Section         Main types                                                        May use
-//   1    Configuration   WSCHAT_* macros, version, ABI-tagged inline namespace             -
-//   2    Vocabulary      Opcode, CloseCode, Message, Limits, Error, LogEntry               1
-//   3    Bytes           Bytes, SendArena, SendQueue, Utf8Validator, sha1, Json, Named     2
-//   4    Frames          FrameHeader, FrameParser, EncodedFrame                            2-3
-//   5    HTTP            Request, Response, RequestParser, the upgrade check               2-3
-//   6    Compression     CompressionOptions, Deflater, Inflater, CompressionPool           2-5
-//   7    Protocol        Connection                                                        2-6
-//   8    Handler         WebSocketHandler, HandlerRef                                      2-7
-//   9    Rooms           Room, Rooms                                                       2, 3, 4, 7, 8
-//   10  Sockets         IpAddress, Socket, SendBatch, Transport, Poller (epoll, kqueue)   2-3
-//   11  TLS             TlsOptions, TlsContext, TlsStream, TlsTransport                   2, 3, 10
-//   12  Loop            Loop, Timer, post(), signals                                      2, 10
-//   13  Site            Route, Pattern, File                                              2-9
-//   14  Server          Server, ServerOptions, Metrics                                    all above
-//   16  Chat            ChatHandler, ChatHub, ChatRoom, MemoryHistory                     all above
-//   17  Stores          SqliteHistory                                                     12, 16
+//   #   Section        Main types                                                       May use
+//   1   Configuration  WSCHAT_* macros, version, ABI-tagged inline namespace            -
+//   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox     1
+//   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket           2
+//   4   Frames         FrameHeader, FrameParser, EncodedFrame                           2-3
+//   5   HTTP           Request, Response, RequestParser, upgrade checks of both sides   2-3
+//   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
+//   7   Protocol       Connection                                                       2-6
+//   8   Handler        WebSocketHandler, HandlerRef                                     2-7
+//   9   Rooms          Room, Rooms                                                      2-4, 7-8
+//   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)       2-3
+//   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport                  2-3, 10
+//   12  Loop           Loop, timers, post(), signals                                    2-3, 10
+//   13  Site           Pattern, Route, Page, File, policies on origins and proxies      2-5, 8, 10
+//   14  Server         HttpExchange, WebSocketDriver, Session, Worker, Server           all above
+//   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory                    public names of the sections
+// above
+//   17  Stores         SqliteHistory                                                    2, 12, 16
 //
-// Macros. To be set by whoever compiles, the same in every translation unit (they are part of the ABI tag, so that
-// translation units which disagree do not link):
+// Where to change what:
 //
-//   WSCHAT_ZLIB        1: compression (section 6), with zlib: link with -lz
-//   WSCHAT_OPENSSL     1: TLS (section 11), with OpenSSL 1.1.1 or newer: link with -lssl -lcrypto
-//   WSCHAT_LIBURING    1: on Linux what a turn sends to many goes to the kernel in one call: link with -luring
-//   WSCHAT_SQLITE      1: SqliteHistory (section 17), with SQLite 3: link with -lsqlite3
+//   limits and their defaults          Limits, ServerLimits (2)
+//   a new close code or cause          CloseCode, CloseCause (2); Connection::fail(), abort() (7)
+//   closing and lingering              Connection (7) for frames; Session::finish_websocket(), linger() (14) for the
+// socket
+//   keepalive                          Connection::tick(), deadline() (7)
+//   backpressure                       SendQueue (3), Connection::overflows() (7); pausing and on_drain:
+// WebSocketDriver (14)
+//   fairness                           TurnState, Session::may_work(), Worker::continue_waiting() (14)
+//   order of flushing                  Worker::end_turn(), Session::flush() (14)
+//   a header on pages                  HttpExchange::queue_head() (14); on files: file_answer() (13)
+//   routing, static files              Pattern, PatternMap, Site (13)
+//   origins, hosts, trusted proxies    Site (13)
+//   another poller                     Poller (10)
+//   a metric                           Metrics and metric_table (14)
+//   a chat command                     ChatHandler (16)
+//   another history                    ChatStore (16), SqliteHistory (17) as an example
+//
+// Public names:
+//   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
+//   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1,
+//   base64, Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields,
+//   Request, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, HandlerRef, IpAddress,
+//   PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text, ServerOptions, ChatHandler,
+//   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
+//   ChatLimits, ChatAction, ChatRoom, SqliteOptions, SqliteHistory
+//   text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case, text::starts_with, text::trim,
+//   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
+//   text::percent_decode
+//
+// Macros that the program may set, the same in every translation unit. All but WSCHAT_CHAT are part of the ABI tag, so
+// that translation units which disagree do not link:
+//
+//   WSCHAT_CHAT        1: the ready-made chat (sections 16 and 17)
+//   WSCHAT_ZLIB        1: compression (section 6) with zlib: link with -lz
+//   WSCHAT_OPENSSL     1: TLS (section 11) with OpenSSL 1.1.1 or newer: link with -lssl -lcrypto
+//   WSCHAT_LIBURING    1: on Linux, many sends in one system call: link with -luring
+//   WSCHAT_SQLITE      1: SqliteHistory (section 17) with SQLite 3: link with -lsqlite3
 //   WSCHAT_HIREDIS     reserved; 0
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
 //
-// Threads. A server is one loop on one thread, the one that calls run(). Loop::post(), what is built on it
-// (HandlerRef), and Server::shutdown() may be called from any thread; everything else belongs to the loop's thread,
-// and builds without NDEBUG assert it where something is sent or closed. More cores: several servers, one a thread.
+// Threads. A server is one loop on one thread, the thread that calls run(). Any thread may call Loop::post(),
+// HandlerRef and Server::shutdown(). Everything else belongs to the loop's thread; builds without NDEBUG assert that
+// where something is sent or closed. To use several cores, run several servers, one per thread, with
+// ServerOptions::reuse_port.
 //
-// Lifetime. The server owns handlers; a handler lives until its on_close() has returned. A Message is a view that is
-// valid until the callback returns. A Room& is valid until the callback returns. A reference to a handler that
-// outlives a callback is ref(), never a pointer.
+// Lifetime. The server owns handlers. A handler lives until its on_close() has returned. A Message and a Room& are
+// valid until the callback returns. To refer to a handler after a callback, keep its ref(), never a pointer.
 //
 // Errors. What the network does is a status, an event and a log entry, never an exception. What the caller does wrong
 // (an illegal close code, a port in use, a missing page) is a wschat::Error whose sentence names the call, the value
-// and the cause. An exception that leaves a callback is logged and costs that one connection (1011).
+// and the cause. An exception that leaves a callback is logged and closes that one connection with 1011.
 //
-// Re-entrancy. A callback may call anything: close any connection, join, leave, broadcast, stop the server. Nothing
-// that it calls runs another callback: output and closing are queued, and the loop acts on them when it has returned.
+// Re-entrancy. A callback may call anything: close any connection, join, leave, broadcast, stop the server. No call
+// runs another callback: output and closing are queued, and the loop acts on them after the callback.
 
 #pragma once
 
@@ -267,8 +300,8 @@ enum class BacklogPolicy : std::uint8_t {
 // The limits of one connection. Sizes are in bytes. A duration of zero turns that timer off. ServerOptions::limits is
 // the default of all connections; Route::set_limits() replaces it for the connections of a route.
 struct Limits {
-    // The time from the accept to a complete request. An incomplete request does not extend it. It starts again for each
-    // request, and when the client receives a part of a response.
+    // The time from the accept to a complete request. An incomplete request does not extend it. It starts again for
+    // each request, and when the client receives a part of a response.
     Duration handshake_timeout = std::chrono::seconds(10);
     std::size_t max_request_line = 8 * 1024;   // 414
     std::size_t max_header_bytes = 16 * 1024;  // 431
@@ -390,9 +423,9 @@ inline void prefetch(const void* object, std::uintptr_t lines) {
 inline void prefetch(const void*, std::uintptr_t) {}
 #endif
 
-// A large block begins in the middle of a page. The kernel fills its own pages from their beginning, and many processors
-// copy slowly between addresses with the same offset in a page (4 KiB aliasing). Gain: the kernel needs half the time for
-// a message of 1 MiB.
+// A large block begins in the middle of a page. The kernel fills its own pages from their beginning, and many
+// processors copy slowly between addresses with the same offset in a page (4 KiB aliasing). Gain: the kernel needs half
+// the time for a message of 1 MiB.
 constexpr std::size_t large_block = 64 * 1024;
 constexpr std::size_t page_size = 4096;
 
@@ -537,8 +570,8 @@ struct Slice {
 };
 
 // Memory for all output of a loop. Frames are written one after another into pooled chunks, and queues hold slices of
-// them. A chunk without slices is used again: sending allocates nothing while the peers read. The arena also stores a few
-// buffers of large received messages for later messages.
+// them. A chunk without slices is used again: sending allocates nothing while the peers read. The arena also stores a
+// few buffers of large received messages for later messages.
 class SendArena {
 public:
     SendArena() = default;
@@ -606,8 +639,8 @@ inline Slice copy(SendArena& arena, std::string_view bytes) {
     return slice;
 }
 
-// The output of one connection as slices in order. Adjacent slices of a chunk are merged: what a turn of the loop writes
-// to a room is one piece in the queue of each member.
+// The output of one connection as slices in order. Adjacent slices of a chunk are merged: what a turn of the loop
+// writes to a room is one piece in the queue of each member.
 class SendQueue {
 public:
     std::size_t size() const { return size_; }
@@ -842,7 +875,8 @@ inline bool valid_utf8(std::string_view text) {
     return validator.feed(text.data(), text.size()) && validator.complete();
 }
 
-// Returns the longest prefix of at most max bytes that does not end in the middle of a character. `text` is valid UTF-8.
+// Returns the longest prefix of at most max bytes that does not end in the middle of a character. `text` is valid
+// UTF-8.
 inline std::string_view truncate_utf8(std::string_view text, std::size_t max) {
     if (text.size() <= max) return text;
     while (max != 0 && (static_cast<unsigned char>(text[max]) & 0xC0) == 0x80) --max;
@@ -1097,8 +1131,8 @@ inline std::optional<std::string> percent_decode(std::string_view s, bool plus =
 
 }  // namespace text
 
-// Makes text from a peer safe for a log line and a terminal: control characters, quotes, backslashes and non-ASCII bytes
-// become \xNN, and "..." replaces what follows the first max bytes.
+// Makes text from a peer safe for a log line and a terminal: control characters, quotes, backslashes and non-ASCII
+// bytes become \xNN, and "..." replaces what follows the first max bytes.
 inline std::string escape_for_log(std::string_view value, std::size_t max = 200) {
     std::string text;
     for (const char c : value.substr(0, max)) {
@@ -1256,6 +1290,24 @@ private:
     Tree tree_;
 };
 
+namespace detail {
+
+// Runs the call and passes what it throws to report(what). Returns false if it threw.
+template <class Call, class Report>
+bool run_guarded(Call&& call, Report&& report) {
+    try {
+        call();
+        return true;
+    } catch (const std::exception& error) {
+        report(error.what());
+    } catch (...) {
+        report("not a std::exception");
+    }
+    return false;
+}
+
+}  // namespace detail
+
 WSCHAT_END
 
 // ====================================================================================================================
@@ -1319,8 +1371,8 @@ inline std::size_t mask_blocks_avx2(char*, std::size_t, std::uint64_t, std::uint
 
 #endif
 
-// RFC 6455 5.3: masks or unmasks in place. `offset`: the position of `data` in its payload. Returns whether all bytes are
-// ASCII afterwards, which saves a second pass for the UTF-8 check.
+// RFC 6455 5.3: masks or unmasks in place. `offset`: the position of `data` in its payload. Returns whether all bytes
+// are ASCII afterwards, which saves a second pass for the UTF-8 check.
 inline bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
     MaskKey key = mask;
     if (offset % 4 != 0)
@@ -2096,8 +2148,8 @@ inline std::string handshake_request(std::string_view host, std::string_view tar
     return head += "\r\n\r\n";
 }
 
-// Returns why a client must reject the server's response (RFC 6455 4.1, the numbered list at its end), or an empty text.
-// `head` includes the empty line. If an extension was offered, section 6 checks the chosen one.
+// Returns why a client must reject the server's response (RFC 6455 4.1, the numbered list at its end), or an empty
+// text. `head` includes the empty line. If an extension was offered, section 6 checks the chosen one.
 inline std::string handshake_response_error(std::string_view head, std::string_view key,
                                             std::string_view subprotocols = {}, bool extension_offered = false) {
     std::string_view rest = head;
@@ -2137,8 +2189,8 @@ inline std::optional<std::string> normalized_origin(std::string_view origin) {
     return normal;
 }
 
-// Whether a page of that origin connects to its own host. `host`: the Host header. The scheme may differ, because a proxy
-// may add TLS.
+// Whether a page of that origin connects to its own host. `host`: the Host header. The scheme may differ, because a
+// proxy may add TLS.
 inline bool same_host(std::string_view origin, std::string_view host) {
     const auto normal = normalized_origin(origin);
     if (!normal) return false;
@@ -2222,7 +2274,8 @@ public:
         compressed_size_ += frame_size;
         return compressed_size_ <= max_message || compressed_size_ - max_message <= max_message / 8 + 64 * 1024;
     }
-    // Sets the next part of a message, which must stay valid until inflate() returns `done`. `last`: it ends the message.
+    // Sets the next part of a message, which must stay valid until inflate() returns `done`. `last`: it ends the
+    // message.
     virtual void set_input(std::string_view compressed, bool last) = 0;
     virtual Outcome inflate(char* out, std::size_t capacity, std::size_t& size) = 0;
     // Bytes that an unfinished message holds here. A finished message holds none.
@@ -3497,8 +3550,8 @@ public:
 
     // ---- to call, on the loop's thread -----------------------------------------------------------------------------
 
-    // Queues a message, which leaves at the end of the loop's turn. A slow or closed peer is a status, not an exception.
-    // Throws Error for text that is not UTF-8 (RFC 6455 8.1: the peer would have to fail the connection).
+    // Queues a message, which leaves at the end of the loop's turn. A slow or closed peer is a status, not an
+    // exception. Throws Error for text that is not UTF-8 (RFC 6455 8.1: the peer would have to fail the connection).
     WriteStatus write_message(std::string_view payload, Opcode opcode = Opcode::text) {
         check_payload("write_message", payload, opcode);
         return send_payload(opcode, payload);
@@ -3869,9 +3922,9 @@ public:
         return result;
     }
 
-    // Encodes a message once for any number of broadcast(), write_message() and write_volatile() calls. The frame holds a
-    // copy of the payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error
-    // for text that is not UTF-8.
+    // Encodes a message once for any number of broadcast(), write_message() and write_volatile() calls. The frame holds
+    // a copy of the payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws
+    // Error for text that is not UTF-8.
     EncodedFrame encode(std::string_view payload, Opcode opcode = Opcode::text) {
         detail::HandlerAccess::check_payload("encode", payload, opcode);
         return EncodedFrame(arena_, opcode, payload);
@@ -6536,9 +6589,9 @@ WSCHAT_END
 // Sessions, listeners, metrics and the server: reads sockets, drives the protocol, calls handlers, flushes. The one
 // section that knows everything above.
 //
-// A turn of the loop, seen from here: the poller reports sockets -> Session::on_ready() reads, parses and calls handlers,
-// which queue output -> at the end of the turn Server::end_turn() lets sessions with work left from earlier turns
-// continue, then flushes every dirty session and removes those that have ended.
+// A turn of the loop, seen from here: the poller reports sockets -> Session::on_ready() reads, parses and calls
+// handlers, which queue output -> at the end of the turn Server::end_turn() lets sessions with work left from earlier
+// turns continue, then flushes every dirty session and removes those that have ended.
 // ====================================================================================================================
 
 WSCHAT_BEGIN
@@ -6547,8 +6600,8 @@ WSCHAT_BEGIN
 
 namespace detail {
 
-// Counts by number, in ascending order. A peer can choose some of these numbers, so past max_keys all others are counted
-// under -1.
+// Counts by number, in ascending order. A peer can choose some of these numbers, so past max_keys all others are
+// counted under -1.
 class Counters {
 public:
     struct Entry {
@@ -6683,7 +6736,8 @@ struct ServerOptions {
     Limits limits;  // of each connection whose route has no limits of its own
     ServerLimits server_limits;
     PollerKind poller = PollerKind::automatic;
-    // From listen() to the end of run(), SIGINT and SIGTERM call shutdown(shutdown_deadline). A second signal ends at once.
+    // From listen() to the end of run(), SIGINT and SIGTERM call shutdown(shutdown_deadline). A second signal ends at
+    // once.
     bool handle_signals = true;
     Duration shutdown_deadline = std::chrono::seconds(5);
     bool reuse_port = false;      // SO_REUSEPORT: several servers, one per thread or process, share a port
@@ -6912,8 +6966,8 @@ private:
 
 // ---- HTTP ----------------------------------------------------------------------------------------------------------
 
-// The HTTP part of a connection: requests in, answers out. Lingering, after the last answer or Close frame, uses it too;
-// an open WebSocket has none.
+// The HTTP part of a connection: requests in, answers out. Lingering, after the last answer or Close frame, uses it
+// too; an open WebSocket has none.
 class HttpExchange {
 public:
     HttpExchange(SessionHost& host, const Limits& limits) : host_(host), parser_(limits) {}
@@ -7042,8 +7096,8 @@ private:
 
 // ---- WebSocket -----------------------------------------------------------------------------------------------------
 
-// Drives a handler and its Connection: the checks of the opening handshake, events, pauses, and the end. Session derives
-// from it and adds the socket.
+// Drives a handler and its Connection: the checks of the opening handshake, events, pauses, and the end. Session
+// derives from it and adds the socket.
 class WebSocketDriver : public SessionNode {
 public:
     // ---- for the handler -------------------------------------------------------------------------------------------
@@ -7232,8 +7286,9 @@ private:
 // sent, and input is only discarded, because closing a socket with unread input makes the kernel send a reset, which
 // destroys what the peer has not read.
 //
-// One way to die: whatever ends a session only changes its state (abort(), `ended_`, or the state of its Connection) and
-// marks it dirty. finish_turn() sees that, calls on_close() once, drains what can be drained, and removes the session.
+// One way to die: whatever ends a session only changes its state (abort(), `ended_`, or the state of its Connection)
+// and marks it dirty. finish_turn() sees that, calls on_close() once, drains what can be drained, and removes the
+// session.
 class Session final : public WebSocketDriver, public Pollable, public Timer {
 public:
     Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport)
@@ -7543,8 +7598,8 @@ private:
             host_.log(LogLevel::info, "tls_failed", {{"peer", peer_.to_string()}, {"cause", stream_.tls_failure()}});
     }
 
-    // TLS has failed before there was a WebSocket. A peer that speaks plain HTTP gets a plain answer. Any other peer has
-    // got an alert, which a reset would destroy.
+    // TLS has failed before there was a WebSocket. A peer that speaks plain HTTP gets a plain answer. Any other peer
+    // has got an alert, which a reset would destroy.
     WSCHAT_COLD void continue_without_tls() {
         const bool plain_text = stream_.peer_speaks_plain_text();
         stream_.drop_encryption();
@@ -7796,8 +7851,8 @@ private:
         run_guarded([&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr); },
                     [&](const char* what) { host_.log.exception("accept", what, &peer); });
     }
-    // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for ever.
-    // The descriptor in reserve serves to accept it and to answer 503.
+    // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for
+    // ever. The descriptor in reserve serves to accept it and to answer 503.
     void reject_one(int error) {
         host_.reserve.close();
         IpAddress peer;
@@ -7959,8 +8014,8 @@ private:
             session.finish_turn();
         }
     }
-    // io_uring: sends what is queued for many connections in a few system calls; 10 to 20% less CPU per delivery from 200
-    // members on. finish_turn() then finds it sent.
+    // io_uring: sends what is queued for many connections in a few system calls; 10 to 20% less CPU per delivery from
+    // 200 members on. finish_turn() then finds it sent.
     void send_together() {
         const auto note = [](const SendBatch::Item& item) { static_cast<Session*>(item.owner)->note_batched(item); };
         for (SessionNode* node = turn.dirty.first(); node != nullptr; node = node->next_dirty) {
@@ -8048,8 +8103,8 @@ public:
             [this](const Request&) { return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4"); });
     }
 
-    // Origins that may connect beside the server's own: "https://chat.example", or "*" for all. Throws an Error if one is
-    // not an origin.
+    // Origins that may connect beside the server's own: "https://chat.example", or "*" for all. Throws an Error if one
+    // is not an origin.
     void allow_origins(const std::vector<std::string>& origins) { site_.allow_origins(origins); }
     // If set, a request for another host gets a 421. Protects pages in a private network from DNS rebinding.
     void allow_hosts(const std::vector<std::string>& hosts) { site_.allow_hosts(hosts); }
@@ -8071,8 +8126,8 @@ public:
         add_listener(address, std::make_shared<detail::TlsListener>(std::move(tls)));
     }
 #endif
-    // Reads the certificates of all listeners again; open connections stay. Throws an Error if a file cannot be used; that
-    // listener keeps what it has.
+    // Reads the certificates of all listeners again; open connections stay. Throws an Error if a file cannot be used;
+    // that listener keeps what it has.
     void reload_certificates() {
         for (const auto& [key, listener] : worker_.listeners()) listener.reload();
     }
@@ -8095,15 +8150,15 @@ public:
         worker_.loop.run();
         signals_.reset();
     }
-    // From any thread: stops accepting, closes every WebSocket with 1001, and ends run() when all connections are gone, at
-    // the latest after the deadline.
+    // From any thread: stops accepting, closes every WebSocket with 1001, and ends run() when all connections are gone,
+    // at the latest after the deadline.
     void shutdown(Duration deadline) {
         worker_.loop.post([this, deadline] { worker_.begin_shutdown(deadline); });
     }
     void shutdown() { shutdown(options_.shutdown_deadline); }
 
-    // The one object of a type that belongs to this server: made as Extension(server) at the first call, destroyed before
-    // the loop and the rooms.
+    // The one object of a type that belongs to this server: made as Extension(server) at the first call, destroyed
+    // before the loop and the rooms.
     template <class Extension>
     Extension& extension() {
         static char key;
