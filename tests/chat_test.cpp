@@ -103,7 +103,7 @@ public:
         host_.rooms().forget(handler);
         handler.on_close();
     }
-    // Destroys the handler in the destructor without a call of on_close().
+    // The destructor destroys the handler without a call of on_close().
     void abandon() { opened_ = false; }
     CloseCode close_code() {
         events();
