@@ -1047,7 +1047,7 @@ inline Json::Json(std::initializer_list<Member> members) : text_("{") {
     text_ += '}';
 }
 
-// ---- text ------------------------------------------------------------------------------------------------------------
+// ---- text ----------------------------------------------------------------------------------------------------------
 
 namespace text {
 
@@ -1162,7 +1162,7 @@ inline void log_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_string(entry).c_str());
 }
 
-// ---- rates ------------------------------------------------------------------------------------------------------------
+// ---- rates ---------------------------------------------------------------------------------------------------------
 
 // A limit: `per_second` tokens on average and `burst` tokens at once.
 struct Rate {
