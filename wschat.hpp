@@ -2653,7 +2653,7 @@ private:
     bool last_ = false;
 };
 
-// Calls f(name, parameters) for each extension until it returns false. The parameters are null if they are not legal for
+// Calls f(name, parameters) for each extension until it returns false. The parameters are empty if they are illegal for
 // permessage-deflate. Returns false if a field is malformed.
 template <class Function>
 bool for_each_extension(const Fields& fields, DeflateParameters::Kind kind, Function&& f) {
@@ -3496,7 +3496,7 @@ public:
 
     // ---- to call, on the loop's thread -----------------------------------------------------------------------------
 
-    // Queues a message, which leaves at the end of the loop's turn. A slow or closed peer is a status, not an exception.
+    // Queues a message, which is sent at the end of the loop's turn. A slow or closed peer is a status, not an error.
     // Throws Error for text that is not UTF-8 (RFC 6455 8.1: the peer would have to fail the connection).
     WriteStatus write_message(std::string_view payload, Opcode opcode = Opcode::text) {
         check_payload("write_message", payload, opcode);
@@ -3857,9 +3857,9 @@ public:
         return result;
     }
 
-    // Encodes a message once for any number of broadcast(), write_message() and write_volatile() calls. The frame holds a
-    // copy of the payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error
-    // for text that is not UTF-8.
+    // Encodes a message once for many calls of broadcast(), write_message() and write_volatile(). The frame holds a copy
+    // of the payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error for
+    // text that is not UTF-8.
     EncodedFrame encode(std::string_view payload, Opcode opcode = Opcode::text) {
         detail::HandlerAccess::check_payload("encode", payload, opcode);
         return EncodedFrame(arena_, opcode, payload);
