@@ -910,26 +910,41 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
     return text;
 }
 
-// JSON text (RFC 8259) as it is built: a Json is its own serialization. Objects are braces of pairs:
+namespace detail {
+
+// The JSON text of an object that has .dump(), such as nlohmann::json.
+template <class Object>
+auto json_text(const Object& object) -> decltype(std::string(object.dump())) {
+    return std::string(object.dump());
+}
+
+}  // namespace detail
+
+// Builds JSON text (RFC 8259). Objects are braces of pairs:
 // Json{{"type", "join"}, {"name", name}, {"users", Json::array(names)}}.
+// An object of a JSON library converts to Json if it has .dump(). It is an Error if dump() returns invalid UTF-8.
 class Json {
 public:
     struct Member;
 
     Json(std::nullptr_t = nullptr) : text_("null") {}
     Json(bool value) : text_(value ? "true" : "false") {}
-    Json(const char* value) : Json(std::string_view(value)) {}
-    Json(const std::string& value) : Json(std::string_view(value)) {}
+    Json(const char* value) { quote(value); }
+    Json(const std::string& value) { quote(value); }
     Json(std::string_view value) { quote(value); }
+    template <class Object, class = decltype(detail::json_text(std::declval<const Object&>()))>
+    Json(const Object& object) : text_(detail::json_text(object)) {
+        if (!valid_utf8(text_)) throw Error("Json: dump() returned text that is not UTF-8");
+    }
     Json(double value) {
-        // As few digits as bring the same number back.
+        // The shortest text that converts back to the same number.
         char digits[32];
         for (int precision = 15; precision <= 17; ++precision) {
             std::snprintf(digits, sizeof digits, "%.*g", precision, value);
             if (std::strtod(digits, nullptr) >= value && std::strtod(digits, nullptr) <= value) break;
         }
         for (char& c : digits)
-            if (c == ',') c = '.';  // the program's locale
+            if (c == ',') c = '.';  // some locales use a decimal comma
         text_ = std::isfinite(value) ? digits : "null";
     }
     template <class Integer, std::enable_if_t<std::is_integral_v<Integer> && !std::is_same_v<Integer, bool>, int> = 0>
@@ -951,7 +966,7 @@ public:
     const std::string& dump() const { return text_; }
 
 private:
-    // What is not UTF-8 becomes U+FFFD, so that a text message that carries the JSON stays valid.
+    // Invalid UTF-8 becomes U+FFFD, because a text message must be valid.
     void quote(std::string_view value) {
         text_ += '"';
         while (!value.empty()) {
@@ -963,7 +978,7 @@ private:
         }
         text_ += '"';
     }
-    // The bytes of the first character, 0 where it is invalid.
+    // The size of the first character, or 0 if it is invalid.
     static std::size_t character(std::string_view value) {
         for (std::size_t size = 1; size <= 4 && size <= value.size(); ++size)
             if (valid_utf8(value.substr(0, size))) return size;
@@ -979,17 +994,6 @@ private:
 
     std::string text_;
 };
-
-namespace detail {
-
-// The JSON text of anything that has .dump(), as Json and nlohmann::json have.
-template <class Object>
-auto json_text(const Object& object) -> decltype(std::string(object.dump())) {
-    return object.dump();
-}
-inline const std::string& json_text(const Json& json) { return json.dump(); }
-
-}  // namespace detail
 
 struct Json::Member {
     std::string_view name;
@@ -3408,10 +3412,6 @@ public:
     inline bool write_message(std::string payload, Opcode opcode = Opcode::text) const;
     bool write_binary(std::string bytes) const { return write_message(std::move(bytes), Opcode::binary); }
     bool write_json(const Json& value) const { return write_message(value.dump()); }
-    template <class Object>
-    auto write_json(const Object& object) const -> decltype(detail::json_text(object), bool()) {
-        return write_message(detail::json_text(object));
-    }
     inline bool close(CloseCode code = CloseCode::normal, std::string reason = {}) const;
 
     // {"a", "b"} is not a message: as an iterator pair it would be undefined behavior.
@@ -3509,14 +3509,8 @@ public:
         return send_data(frame.size(), [&](detail::Connection& connection) { return connection.send(frame); });
     }
     WriteStatus write_binary(std::string_view bytes) { return send_payload(Opcode::binary, bytes); }
+    // Takes braces as in {{"type", "join"}}, a Json, and any object with .dump(), such as nlohmann::json.
     WriteStatus write_json(const Json& value) { return send_payload(Opcode::text, value.dump()); }
-    // Any object with .dump(), such as nlohmann::json.
-    template <class Object>
-    auto write_json(const Object& object) -> decltype(detail::json_text(object), WriteStatus()) {
-        const auto& text = detail::json_text(object);
-        check_payload("write_json", text, Opcode::text);
-        return send_payload(Opcode::text, text);
-    }
     // For a message that is useless when it is late (who is typing, a pointer's position): it is dropped and counted if
     // it would wait behind output that the kernel refuses.
     WriteStatus write_volatile(std::string_view payload, Opcode opcode = Opcode::text) {
@@ -3771,14 +3765,6 @@ public:
     std::size_t broadcast_json(const Json& value, const WebSocketHandler* except = nullptr) {
         return broadcast(Message(value.dump()), except);
     }
-    // Any object with .dump(), such as nlohmann::json.
-    template <class Object>
-    auto broadcast_json(const Object& object, const WebSocketHandler* except = nullptr)
-        -> decltype(detail::json_text(object), std::size_t()) {
-        const auto& text = detail::json_text(object);
-        detail::HandlerAccess::check_payload("broadcast_json", text, Opcode::text);
-        return broadcast(Message(text), except);
-    }
     // Skips slow members, as WebSocketHandler::write_volatile() does.
     std::size_t broadcast_volatile(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast_volatile(std::string_view payload, const WebSocketHandler* except = nullptr,
@@ -3857,9 +3843,9 @@ public:
         return result;
     }
 
-    // Encodes a message once for many calls of broadcast(), write_message() and write_volatile(). The frame holds a copy
-    // of the payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error for
-    // text that is not UTF-8.
+    // Encodes a message once for many calls of broadcast(), write_message() and write_volatile(). The frame has a copy of
+    // the payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error for text
+    // that is not UTF-8.
     EncodedFrame encode(std::string_view payload, Opcode opcode = Opcode::text) {
         detail::HandlerAccess::check_payload("encode", payload, opcode);
         return EncodedFrame(arena_, opcode, payload);
