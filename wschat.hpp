@@ -2237,8 +2237,8 @@ constexpr bool compression_available = WSCHAT_ZLIB != 0;
 struct CompressionOptions {
     int level = 6;         // 1 (fastest) to 9 (smallest)
     int memory_level = 8;  // 1 to 9: a higher level is faster and compresses slightly better
-    // log2 of the largest distance that each side refers back in what it sends: 8 to 15. The peer can ask for less. A
-    // server limits only those clients that offer client_max_window_bits (RFC 7692 7.1.2.2).
+    // log2 of the window of each sender: 8 to 15 for 256 bytes to 32 KiB. The peer can ask for less. A server limits
+    // only clients that offer client_max_window_bits (RFC 7692 7.1.2.2).
     int server_max_window_bits = 15;
     int client_max_window_bits = 15;
     bool server_context_takeover = false;
@@ -2268,14 +2268,13 @@ public:
         message_started_ = false;
     }
     // Adds a frame to the size of the message. Returns false if no message within the limit can need so many bytes:
-    // fixed codes take at most nine bits a byte, plus some for the end of each block. This stops endless input that
-    // inflates to nothing.
+    // fixed codes take at most nine bits a byte, and the end of each block takes some more. This stops endless input
+    // that inflates to nothing.
     bool compressed_size_allowed(std::uint64_t frame_size, std::uint64_t max_message) {
         compressed_size_ += frame_size;
         return compressed_size_ <= max_message || compressed_size_ - max_message <= max_message / 8 + 64 * 1024;
     }
-    // Sets the next part of a message, which must stay valid until inflate() returns `done`. `last`: it ends the
-    // message.
+    // Sets the next part of a message. The bytes must stay valid until inflate() returns `done`.
     virtual void set_input(std::string_view compressed, bool last) = 0;
     virtual Outcome inflate(char* out, std::size_t capacity, std::size_t& size) = 0;
     // Bytes that an unfinished message holds here. A finished message holds none.
@@ -2299,10 +2298,10 @@ protected:
 private:
     std::size_t threshold_;
     const void* sharing_key_;
-    std::uint64_t compressed_size_ = 0;  // of the message, by the headers of its frames
+    std::uint64_t compressed_size_ = 0;  // the sum of the message's frame lengths
 };
 
-// The result of a server's negotiation: its end and its response. Both are empty if it declines all offers.
+// The result of a server's negotiation. Both members are empty if it declines all offers.
 struct AcceptedCompression {
     std::unique_ptr<Compression> compression;
     std::string response;
@@ -2312,10 +2311,15 @@ struct AcceptedCompression {
 
 // ---- DEFLATE -------------------------------------------------------------------------------------------------------
 
-inline void* zlib_allocate(void*, unsigned count, unsigned size) {
-    return ::operator new(static_cast<std::size_t>(count) * size, std::nothrow);
+// A stream that uses the program's allocator.
+inline z_stream make_zlib_stream() {
+    z_stream stream{};
+    stream.zalloc = [](void*, unsigned count, unsigned size) {
+        return ::operator new(static_cast<std::size_t>(count) * size, std::nothrow);
+    };
+    stream.zfree = [](void*, void* block) { ::operator delete(block); };
+    return stream;
 }
-inline void zlib_free(void*, void* block) { ::operator delete(block); }
 
 constexpr std::size_t max_zlib_size = std::size_t{1} << 30;  // zlib counts in unsigned int
 
@@ -2324,8 +2328,6 @@ public:
     // Levels 1 to 9, window bits 8 to 15. zlib cannot make a raw stream with 8 window bits. With 9 it refers back 250
     // bytes at most (the window less its lookahead of 262), which is valid for 8 too.
     Deflater(int level, int memory_level, int window_bits) {
-        stream_.zalloc = &zlib_allocate;
-        stream_.zfree = &zlib_free;
         const int bits = (std::max)(window_bits, 9);
         if (deflateInit2(&stream_, level, Z_DEFLATED, -bits, memory_level, Z_DEFAULT_STRATEGY) != Z_OK)
             throw std::bad_alloc();
@@ -2366,15 +2368,13 @@ private:
         block.advance(available - stream_.avail_out);
     }
 
-    z_stream stream_{};
+    z_stream stream_ = make_zlib_stream();
 };
 
 // Inflates messages that arrive in parts of any size.
 class Inflater {
 public:
     explicit Inflater(int window_bits) : window_bits_(window_bits) {
-        stream_.zalloc = &zlib_allocate;
-        stream_.zfree = &zlib_free;
         if (inflateInit2(&stream_, -window_bits) != Z_OK) throw std::bad_alloc();
     }
     Inflater(const Inflater&) = delete;
@@ -2398,7 +2398,7 @@ public:
             size += available - stream_.avail_out;
             if (result == Z_MEM_ERROR) throw std::bad_alloc();
             stream_ended_ = result == Z_STREAM_END;
-            // RFC 7692 7.2.3.4: other blocks may follow a block with BFINAL set. The window stays.
+            // RFC 7692 7.2.3.4: more blocks can follow a block with BFINAL set. They use the same window.
             if (stream_ended_) inflateResetKeep(&stream_);
             else if (result != Z_OK && result != Z_BUF_ERROR) return Compression::Outcome::corrupt;
             output_pending_ = stream_.avail_out == 0 && !stream_ended_ && !between_blocks();
@@ -2415,7 +2415,7 @@ public:
 
 private:
     // RFC 7692 7.2.2: "Append 4 octets of 0x00 0x00 0xff 0xff to the tail end of the payload of the message." Some
-    // senders omit the octet before these, after a final block or for an empty message. That is accepted too.
+    // senders also omit the octet before them, after a final block or for an empty message. That is accepted.
     bool refill() {
         static constexpr char tail[] = {0x00, 0x00, '\xff', '\xff'};
         if (input_.empty() && last_ && has_input_ && !stream_ended_ && !tail_appended_) {
@@ -2436,8 +2436,8 @@ private:
     // immediately after decoding an end-of-block code".
     bool between_blocks() const { return (stream_.data_type & 128) != 0 && (stream_.data_type & 63) == 0; }
 
-    z_stream stream_{};
-    std::string_view input_;  // that zlib does not have yet
+    z_stream stream_ = make_zlib_stream();
+    std::string_view input_;  // not passed to zlib yet
     int window_bits_;
     bool last_ = false;
     bool has_input_ = false;
@@ -2507,6 +2507,12 @@ private:
     bool well_formed_ = true;
 };
 
+// How one side of a connection compresses.
+struct DeflateDirection {
+    bool context_takeover;
+    int window_bits;
+};
+
 // The parameters of permessage-deflate (RFC 7692 7.1) in an offer or in a response.
 struct DeflateParameters {
     enum class Kind : std::uint8_t { offer, response };
@@ -2515,6 +2521,9 @@ struct DeflateParameters {
     bool client_no_context_takeover = false;
     std::optional<int> server_max_window_bits;
     std::optional<int> client_max_window_bits;
+
+    DeflateDirection from_server() const { return {!server_no_context_takeover, server_max_window_bits.value_or(15)}; }
+    DeflateDirection from_client() const { return {!client_no_context_takeover, client_max_window_bits.value_or(15)}; }
 
     // Returns nothing if a parameter is unknown, repeated or has an illegal value.
     static std::optional<DeflateParameters> read(ExtensionReader& reader, Kind kind) {
@@ -2583,11 +2592,6 @@ public:
     struct SharedDeflater {
         int level, memory_level, window_bits;
         std::unique_ptr<Deflater> deflater;  // created for the first message
-
-        std::string_view deflate(std::string_view payload, Bytes& block) {
-            if (!deflater) deflater = std::make_unique<Deflater>(level, memory_level, window_bits);
-            return deflater->deflate(payload, block, false);
-        }
     };
     SharedDeflater& shared_deflater(const CompressionOptions& options, int window_bits) {
         for (const auto& shared : shared_deflaters_)
@@ -2614,7 +2618,7 @@ public:
 private:
     static constexpr std::size_t max_idle = 4;
 
-    static void check(const CompressionOptions& options) {
+    static void check_options(const CompressionOptions& options) {
         const auto check_range = [](const char* name, int value, int min, int max) {
             if (value < min || value > max)
                 throw Error(std::string("CompressionOptions: ") + name + " " + std::to_string(value) + " is not in " +
@@ -2627,7 +2631,7 @@ private:
     }
     // A client's offer, and a server's response to an offer without parameters.
     static DeflateParameters parameters_of(const CompressionOptions& options) {
-        check(options);
+        check_options(options);
         DeflateParameters parameters;
         parameters.server_no_context_takeover = !options.server_context_takeover;
         parameters.client_no_context_takeover = !options.client_context_takeover;
@@ -2651,12 +2655,6 @@ private:
 
     std::vector<std::unique_ptr<SharedDeflater>> shared_deflaters_;
     std::vector<std::unique_ptr<Inflater>> idle_inflaters_;
-};
-
-// How one side of a connection compresses.
-struct DeflateDirection {
-    bool context_takeover;
-    int window_bits;
 };
 
 // Owns a compressor or a decompressor only with context takeover, or while a message is unfinished.
@@ -2690,40 +2688,46 @@ public:
     }
 
     std::string_view deflate(std::string_view payload, Bytes& block) override {
-        if (!sent_.context_takeover) return shared_.deflate(payload, block);
-        if (!deflater_)
-            deflater_ = std::make_unique<Deflater>(shared_.level, shared_.memory_level, shared_.window_bits);
-        return deflater_->deflate(payload, block, true);
+        auto& deflater = sent_.context_takeover ? deflater_ : shared_.deflater;
+        if (!deflater) deflater = std::make_unique<Deflater>(shared_.level, shared_.memory_level, shared_.window_bits);
+        return deflater->deflate(payload, block, sent_.context_takeover);
     }
 
 private:
     CompressionPool& pool_;
-    CompressionPool::SharedDeflater& shared_;  // also holds the parameters of an own compressor
+    CompressionPool::SharedDeflater& shared_;  // also has the parameters for deflater_
     std::unique_ptr<Deflater> deflater_;
     std::unique_ptr<Inflater> inflater_;
     DeflateDirection sent_, received_;
     bool last_ = false;
 };
 
-inline AcceptedCompression CompressionPool::accept(const Fields& fields, const CompressionOptions& options) {
-    AcceptedCompression accepted;
-    check(options);
+// Calls f(name, parameters) for each extension until it returns false. The parameters are empty if they are illegal for
+// permessage-deflate. Returns false if a field is malformed.
+template <class Function>
+bool for_each_extension(const Fields& fields, DeflateParameters::Kind kind, Function&& f) {
+    bool well_formed = true;
     fields.each([&](std::string_view field, std::string_view value) {
         if (!text::equals_ignore_case(field, "sec-websocket-extensions")) return true;
         ExtensionReader reader(value);
-        for (std::string_view name; reader.next(name);) {
-            const auto offer = DeflateParameters::read(reader, DeflateParameters::Kind::offer);
-            if (name != "permessage-deflate" || !offer) continue;
-            const DeflateParameters response = response_to(*offer, options);
-            const DeflateDirection sent{!response.server_no_context_takeover,
-                                        response.server_max_window_bits.value_or(15)};
-            const DeflateDirection received{!response.client_no_context_takeover,
-                                            response.client_max_window_bits.value_or(15)};
-            accepted.compression = std::make_unique<PerMessageDeflate>(*this, options, sent, received);
-            accepted.response = response.to_string(DeflateParameters::Kind::response);
-            return false;
-        }
+        for (std::string_view name; reader.next(name);)
+            if (!f(name, DeflateParameters::read(reader, kind))) return false;
+        well_formed = well_formed && reader.well_formed();
         return true;
+    });
+    return well_formed;
+}
+
+inline AcceptedCompression CompressionPool::accept(const Fields& fields, const CompressionOptions& options) {
+    AcceptedCompression accepted;
+    check_options(options);
+    for_each_extension(fields, DeflateParameters::Kind::offer, [&](std::string_view name, const auto& offer) {
+        if (name != "permessage-deflate" || !offer) return true;
+        const DeflateParameters response = response_to(*offer, options);
+        accepted.compression =
+            std::make_unique<PerMessageDeflate>(*this, options, response.from_server(), response.from_client());
+        accepted.response = response.to_string(DeflateParameters::Kind::response);
+        return false;
     });
     return accepted;
 }
@@ -2734,36 +2738,25 @@ inline std::unique_ptr<Compression> CompressionPool::read_response(const Fields&
     const DeflateParameters offer = parameters_of(options);
     std::optional<DeflateParameters> response;
     std::size_t extensions = 0;
-    bool well_formed = true;
-    fields.each([&](std::string_view field, std::string_view value) {
-        if (!text::equals_ignore_case(field, "sec-websocket-extensions")) return true;
-        ExtensionReader reader(value);
-        for (std::string_view name; reader.next(name); ++extensions) {
-            response = DeflateParameters::read(reader, DeflateParameters::Kind::response);
-            if (name != "permessage-deflate") response.reset();
-        }
-        well_formed = well_formed && reader.well_formed();
+    const auto read = [&](std::string_view name, const std::optional<DeflateParameters>& parameters) {
+        ++extensions;
+        response = name == "permessage-deflate" ? parameters : std::nullopt;
         return true;
-    });
-    if (extensions == 0 && well_formed) return nullptr;
-    const auto exceeds = [](const std::optional<int>& bits, const std::optional<int>& offered) {
-        return offered && bits.value_or(15) > *offered;
     };
+    const bool well_formed = for_each_extension(fields, DeflateParameters::Kind::response, read);
+    if (extensions == 0 && well_formed) return nullptr;
     if (extensions != 1 || !well_formed || !response)
         error = "the server's Sec-WebSocket-Extensions is not one valid response to permessage-deflate";
     else if (offer.server_no_context_takeover && !response->server_no_context_takeover)
         error = "the server did not accept server_no_context_takeover";
-    else if (exceeds(response->server_max_window_bits, offer.server_max_window_bits))
+    else if (response->from_server().window_bits > offer.from_server().window_bits)
         error = "the server's server_max_window_bits is larger than the offer";
-    else if (response->client_max_window_bits &&
-             exceeds(response->client_max_window_bits, offer.client_max_window_bits))
+    else if (response->client_max_window_bits.value_or(0) > *offer.client_max_window_bits)
         error = "the server's client_max_window_bits is larger than the offer";
     if (!error.empty()) return nullptr;
     const DeflateDirection sent{options.client_context_takeover && !response->client_no_context_takeover,
                                 response->client_max_window_bits.value_or(options.client_max_window_bits)};
-    const DeflateDirection received{!response->server_no_context_takeover,
-                                    response->server_max_window_bits.value_or(15)};
-    return std::make_unique<PerMessageDeflate>(*this, options, sent, received);
+    return std::make_unique<PerMessageDeflate>(*this, options, sent, response->from_server());
 }
 
 #else
@@ -2802,11 +2795,11 @@ struct Event {
 };
 
 // A connection ends in one function, set_closed(). It is called by fail() with a Close frame, by abort() without one,
-// and when the peer's Close frame arrives. The next next_event() then returns the close event.
+// and when the peer's Close frame arrives. After that, next_event() returns the close event once.
 class Connection {
 public:
-    // closing: our Close frame is queued, the peer's is not here yet. closed: input is ignored; queued output may still
-    // be sent. Only an open connection accepts messages to send.
+    // closing: our Close frame is queued and the peer's has not arrived. closed: input is ignored, but queued output is
+    // still sent. Only an open connection accepts messages to send.
     enum class State : std::uint8_t { connecting, open, closing, closed };
 
     // Makes a client's mask keys, which must be unpredictable (RFC 6455 10.3).
@@ -2852,8 +2845,8 @@ public:
         record_activity(now);
     }
 
-    // Where the transport should write the next bytes of a large frame: at the end of its message. {null, 0} if it
-    // should use its own buffer. Grows with what has arrived, not with the announced length.
+    // The buffer for the next bytes of a large frame, which is the end of its message. Returns {null, 0} if the
+    // transport should use its own buffer. The buffer grows with the received bytes, not with the announced length.
     std::pair<char*, std::size_t> receive_buffer() {
         if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read_size ||
             message_.size() < direct_read_size || inflating_)
@@ -2959,7 +2952,7 @@ public:
         const void* key = compression_->sharing_key();
         return enqueue(key != nullptr ? frame.variant(key, make) : make());
     }
-    // The same for a message that is useless when it is late: a slow peer does not get it, whatever the backlog policy.
+    // The same for a message that is useless when it is late. It is dropped if the peer is slow, with either policy.
     WriteStatus send_volatile(const EncodedFrame& frame) { return drops_volatile(frame.size()) ? drop() : send(frame); }
     WriteStatus send_volatile(Opcode opcode, std::string_view payload) {
         return drops_volatile(frame_size(payload.size())) ? drop() : send(opcode, payload);
@@ -3003,7 +2996,7 @@ public:
     // Ends the connection without a Close frame, because the peer is unreachable. Drops the output.
     void abort(CloseCause cause, std::string_view reason) {
         if (state_ == State::closed) return;
-        // If the peer hangs up after our Close frame, the cause of that frame stays.
+        // A peer that hangs up after our Close frame does not change the cause.
         const bool keep_cause = state_ == State::closing && cause == CloseCause::connection_lost;
         set_closed(keep_cause ? cause_ : cause, CloseCode::abnormal, reason);
         output_.clear();
@@ -3025,10 +3018,10 @@ public:
 
     // The peer is alive.
     void record_activity(Time now) { last_activity_ = now; }
-    // The time that a peer gets for output queued before our last bytes: a second for each 64 KiB.
+    // The extra time for a peer to read queued output before a timeout: one second for each 64 KiB.
     static Duration drain_time(std::size_t backlog) { return std::chrono::seconds(backlog / (64 * 1024)); }
 
-    // When to call tick(); Time::max() for never. Input moves it to a later time.
+    // When to call tick(). Time::max() for never. Input moves it to a later time.
     Time deadline() const {
         if (state_ == State::closing) return deadline_after(wait_started_, limits_->closing_timeout);
         if (state_ != State::open || limits_->ping_interval == Duration::zero()) return (Time::max)();
@@ -3046,9 +3039,9 @@ public:
     }
 
 private:
-    // Larger frames are read directly into their message.
+    // Frames of this size and above are received directly into their message, which saves a copy.
     static constexpr std::size_t direct_read_size = 16 * 1024;
-    // Larger messages are passed to the transport without a copy.
+    // Messages of this size and above are passed to the transport without a copy.
     static constexpr std::size_t direct_send_size = 16 * 1024;
     // Bytes that are unmasked and then checked while they are in the cache.
     static constexpr std::size_t cached_block = 16 * 1024;
@@ -3179,8 +3172,8 @@ private:
         else message_.append(part);
     }
 
-    // Inflates each part when it arrives, into a block of the arena. A message in one block is delivered from it. An
-    // unfinished message is copied, and takes only as much memory as it needs.
+    // Inflates each part when it arrives, into a block of the arena. A message that fits into one block is delivered
+    // from that block. Parts of an unfinished message are copied, because an open message must not hold a whole block.
     Event read_compressed() {
         const std::string_view part = *read_payload(false);
         const bool last = !in_payload_ && frame_.fin;
@@ -3251,7 +3244,7 @@ private:
 
     bool control_frame_allowed() {
         const double rate = limits_->control_frames_per_second, burst = limits_->control_frames_burst;
-        // TokenBucket has no limit on single tokens with a burst of 0.
+        // A burst of 0 allows no control frame. TokenBucket alone would allow one at a time.
         return rate <= 0 || (burst >= 1 && control_frames_.take(1, {rate, burst}, last_activity_));
     }
 
@@ -3319,7 +3312,7 @@ private:
         enqueue(frame(Opcode::close, body));
     }
 
-    // Of an uncompressed frame.
+    // The size of an uncompressed frame.
     std::size_t frame_size(std::size_t payload_size) const {
         FrameHeader header;
         header.masked = mask_source_ != nullptr;
@@ -3338,7 +3331,7 @@ private:
     bool should_compress(std::size_t size) const {
         return compression_available && compression_ != nullptr && compression_->should_compress(size);
     }
-    // A plain frame if that is smaller.
+    // Returns a plain frame if compression does not make it smaller.
     Slice compressed_frame(Opcode opcode, std::string_view payload) {
         Bytes block = arena_->acquire_buffer();
         block.reserve(compression_block);
@@ -3348,7 +3341,7 @@ private:
         return slice;
     }
 
-    // State that an idle connection does not need: it keeps an idle connection small.
+    // Allocated on demand, which keeps idle connections small.
     struct ColdState {
         Bytes paused_input;
         Bytes resumed_input;           // that next_event() reads
@@ -3451,8 +3444,8 @@ protected:
 
 }  // namespace detail
 
-// A weak reference to a handler that any thread may use. If the handler is gone, the work is dropped. Each call returns
-// false if the server is gone too. Payloads are checked as in WebSocketHandler, before the call returns.
+// A weak reference to a handler that any thread may use. If the handler is gone, a call has no effect. A call returns
+// false if the server is gone too. Illegal arguments throw Error on the calling thread, as in WebSocketHandler.
 class HandlerRef {
 public:
     HandlerRef() = default;
@@ -3550,8 +3543,8 @@ public:
 
     // ---- to call, on the loop's thread -----------------------------------------------------------------------------
 
-    // Queues a message, which leaves at the end of the loop's turn. A slow or closed peer is a status, not an
-    // exception. Throws Error for text that is not UTF-8 (RFC 6455 8.1: the peer would have to fail the connection).
+    // Queues a message, which is sent at the end of the loop's turn. A slow or closed peer is a status, not an error.
+    // Throws Error for text that is not UTF-8 (RFC 6455 8.1: the peer would have to fail the connection).
     WriteStatus write_message(std::string_view payload, Opcode opcode = Opcode::text) {
         check_payload("write_message", payload, opcode);
         return send_payload(opcode, payload);
@@ -3563,7 +3556,7 @@ public:
         return send_data(frame.size(), [&](detail::Connection& connection) { return connection.send(frame); });
     }
     WriteStatus write_binary(std::string_view bytes) { return send_payload(Opcode::binary, bytes); }
-    // Json, or any object with .dump(), such as nlohmann::json.
+    // Takes braces as in {{"type", "join"}}, a Json, and any object with .dump(), such as nlohmann::json.
     WriteStatus write_json(const Json& value) { return send_payload(Opcode::text, value.dump()); }
     // For a message that is useless when it is late (who is typing, a pointer's position): it is dropped and counted if
     // it would wait behind output that the kernel refuses.
@@ -3681,7 +3674,7 @@ private:
         try {
             status = function(core_.connection);
         } catch (const std::bad_alloc&) {
-            // Ends this connection, and not the one that broadcasts to it.
+            // Only this connection ends, not the one that broadcasts to it.
             core_.connection.abort(CloseCause::connection_lost, "out of memory");
         }
         if (!core_.host->dirty) core_.host->mark_dirty();
@@ -3690,7 +3683,7 @@ private:
     template <class Send>
     WriteStatus send_data(std::size_t size, Send&& function) {
         return send([&](detail::Connection& connection) {
-            // Flushes what this turn has queued before the message counts as over the limit.
+            // Flushes the output of this turn before the limit applies to the peer.
             if (connection.is_open() && connection.exceeds_backlog(size)) core_.host->flush();
             const WriteStatus status = function(connection);
             if (status == WriteStatus::sent || status == WriteStatus::queued) ++core_.messages_sent;
@@ -3922,9 +3915,9 @@ public:
         return result;
     }
 
-    // Encodes a message once for any number of broadcast(), write_message() and write_volatile() calls. The frame holds
-    // a copy of the payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws
-    // Error for text that is not UTF-8.
+    // Encodes a message once for many calls of broadcast(), write_message() and write_volatile(). The frame copies the
+    // payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error for text that
+    // is not UTF-8.
     EncodedFrame encode(std::string_view payload, Opcode opcode = Opcode::text) {
         detail::HandlerAccess::check_payload("encode", payload, opcode);
         return EncodedFrame(arena_, opcode, payload);

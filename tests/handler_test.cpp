@@ -1000,7 +1000,7 @@ TEST_SUITE("handler") {
               "close: the reason is not UTF-8, "
               "write_volatile: the text is not UTF-8; send it as Opcode::binary, "
               "encode: the text is not UTF-8; send it as Opcode::binary, "
-              "write_json: the text is not UTF-8; send it as Opcode::binary, "
+              "Json: dump() returned text that is not UTF-8, "
               "HandlerRef::write_message: the text is not UTF-8; send it as Opcode::binary, "
               "close: 1006 is not a code that may be sent");
     }

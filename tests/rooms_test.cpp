@@ -308,8 +308,8 @@ TEST_SUITE("rooms") {
             CHECK(room.broadcast_volatile(message) == 1);
             CHECK(room.broadcast_volatile(fixture.running.server.rooms().encode("\xfc", Opcode::binary)) == 1);
             CHECK(room.broadcast_json(WithDump{"\"dump\""}) == 1);
-            CHECK_THROWS_WITH_AS(room.broadcast_json(WithDump{"\xff"}),
-                                 "broadcast_json: the text is not UTF-8; send it as Opcode::binary", Error);
+            CHECK_THROWS_WITH_AS(room.broadcast_json(WithDump{"\xff"}), "Json: dump() returned text that is not UTF-8",
+                                 Error);
         };
         anna.send("\xfe", Opcode::binary);
         CHECK(anna.raw.read_until(hex("81 05 63 61 66 c3 a9 82 01 ff 82 01 fe 81 07") + "encoded" + hex("81 14") +

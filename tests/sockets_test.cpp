@@ -102,14 +102,14 @@ Socket accept(ListenSocket& listener, IpAddress& peer) {
 }
 
 // A listener on a port that the system picks, or on the given address.
-struct Listener : ListenSocket {
-    explicit Listener(std::string_view address = "0", bool reuse_port = false)
+struct BoundListener : ListenSocket {
+    explicit BoundListener(std::string_view address = "0", bool reuse_port = false)
         : ListenSocket(ListenAddress::parse(address), reuse_port) {}
 };
 
 // The sentence of the Error of listening; "" if it succeeds.
 std::string listen_error(std::string_view address, bool reuse_port = false) {
-    return error_of([&] { Listener(address, reuse_port); });
+    return error_of([&] { BoundListener(address, reuse_port); });
 }
 
 // Runs the function in a child process with the rights of nobody. Returns its result, or -1.
@@ -426,7 +426,7 @@ TEST_CASE("the Error about a listening address escapes control characters") {
 // ---- listening ------------------------------------------------------------------------------------------------------
 
 TEST_CASE("for port 0 the system picks a different port for each listener") {
-    Listener first, second;
+    BoundListener first, second;
     CHECK(first.address().port > 0);
     CHECK(second.address().port > 0);
     CHECK(first.address().port != second.address().port);
@@ -434,7 +434,7 @@ TEST_CASE("for port 0 the system picks a different port for each listener") {
 }
 
 TEST_CASE("a listener accepts connections with their addresses, and reports when none is left") {
-    Listener listener;
+    BoundListener listener;
     IpAddress peer;
     int error = 0;
     CHECK_FALSE(listener.accept(peer, error));
@@ -451,7 +451,7 @@ TEST_CASE("a listener accepts connections with their addresses, and reports when
 }
 
 TEST_CASE("an accepted connection has TCP_NODELAY") {
-    Listener listener;
+    BoundListener listener;
     const Socket client = connect_to(listener.address());
     IpAddress peer;
     const Socket accepted = accept(listener, peer);
@@ -462,7 +462,7 @@ TEST_CASE("an accepted connection has TCP_NODELAY") {
 }
 
 TEST_CASE("a port in use is an Error that names the cause") {
-    Listener listener;
+    BoundListener listener;
     const std::string where = listener.address().to_string();
     CHECK(listen_error(where) == "listen " + where + ": Address already in use (EADDRINUSE): another process has it");
 }
@@ -470,7 +470,7 @@ TEST_CASE("a port in use is an Error that names the cause") {
 TEST_CASE("a port with connections in TIME_WAIT can be used again at once") {
     ListenAddress where;
     {
-        Listener listener;
+        BoundListener listener;
         where = listener.address();
         Socket client = connect_to(where);
         IpAddress peer;
@@ -482,10 +482,10 @@ TEST_CASE("a port with connections in TIME_WAIT can be used again at once") {
 }
 
 TEST_CASE("two listeners share a port only if both set reuse_port") {
-    Listener first("0", true);
+    BoundListener first("0", true);
     CHECK(listen_error(first.address().to_string(), true) == "");
     CHECK(contains(listen_error(first.address().to_string()), "EADDRINUSE"));
-    Listener alone;
+    BoundListener alone;
     CHECK(contains(listen_error(alone.address().to_string(), true), "EADDRINUSE"));
 }
 
@@ -523,7 +523,7 @@ TEST_CASE("a listener on an IPv6 address accepts only IPv6") {
         MESSAGE("this machine has no IPv6");
         return;
     }
-    Listener listener("[::]:0");
+    BoundListener listener("[::]:0");
     CHECK(contains(listener.address().to_string(), "[::]:"));
     const Socket client = connect_to(listener.address(), AF_INET6);
     IpAddress peer;
@@ -537,7 +537,7 @@ TEST_CASE("a listener on an IPv6 address accepts only IPv6") {
 }
 
 TEST_CASE("a listener on all addresses accepts IPv4 and IPv6") {
-    Listener listener("*:0");
+    BoundListener listener("*:0");
     IpAddress peer;
     const Socket ipv4_client = connect_to(listener.address(), AF_INET);
     CHECK(accept(listener, peer));
@@ -555,7 +555,7 @@ TEST_CASE("a listener on a Unix socket removes the path when it closes") {
     TemporaryDirectory directory;
     const std::string path = directory / "chat.sock";
     {
-        Listener listener("unix:" + path);
+        BoundListener listener("unix:" + path);
         CHECK(listener.address().to_string() == "unix:" + path);
         const Socket client = connect_to(listener.address());
         REQUIRE(client);
@@ -574,13 +574,13 @@ TEST_CASE("a listener replaces the Unix socket of a dead process") {
         const Socket dead = bound_unix_socket(path);
         REQUIRE(::listen(dead.descriptor(), 1) == 0);
     }
-    Listener listener("unix:" + path);
+    BoundListener listener("unix:" + path);
     CHECK(connect_to(listener.address()));
 }
 
 TEST_CASE("a Unix socket in use is an Error, and its owner keeps it") {
     TemporaryDirectory directory;
-    Listener listener("unix:" + directory / "chat.sock");
+    BoundListener listener("unix:" + directory / "chat.sock");
     const std::string where = listener.address().to_string();
     CHECK(listen_error(where) == "listen " + where + ": Address already in use (EADDRINUSE): another process has it");
     CHECK(connect_to(listener.address()));
@@ -637,7 +637,7 @@ TEST_CASE("receive reports bytes, would_block, the end and errors") {
     pair.peer.shutdown_send();
     CHECK(pair.local.receive(bytes, sizeof bytes).outcome == IoResult::Outcome::end);
 
-    Listener listener;
+    BoundListener listener;
     test::RawClient client(connect_to(listener.address()));
     IpAddress peer;
     Socket accepted = accept(listener, peer);
@@ -749,7 +749,7 @@ TEST_CASE("every descriptor of this section is close-on-exec") {
     // FAULTS 40. Descriptors that were open before do not count.
     const std::set<int> before = inheritable_descriptors();
     TemporaryDirectory directory;
-    Listener tcp, local("unix:" + directory / "chat.sock");
+    BoundListener tcp, local("unix:" + directory / "chat.sock");
     const Socket tcp_client = connect_to(tcp.address()), local_client = connect_to(local.address());
     IpAddress peer;
     const Socket tcp_accepted = accept(tcp, peer), local_accepted = accept(local, peer);
@@ -837,7 +837,7 @@ TEST_CASE("a poller reports only the events that change asked for last") {
 
 TEST_CASE("a poller reports a broken connection even if it watches for nothing") {
     for_each_poller([&](Poller& poller) {
-        Listener listener;
+        BoundListener listener;
         test::RawClient client(connect_to(listener.address()));
         IpAddress peer;
         const Socket accepted = accept(listener, peer);
@@ -972,9 +972,9 @@ TEST_CASE("without free descriptors each constructor throws an Error, and it wor
     TemporaryDirectory directory;
     const std::string path = directory / "chat.sock";
     const std::function<void()> calls[] = {
-        [] { Listener("127.0.0.1:0"); },
-        [] { Listener("*:0"); },
-        [&] { Listener("unix:" + path); },
+        [] { BoundListener("127.0.0.1:0"); },
+        [] { BoundListener("*:0"); },
+        [&] { BoundListener("unix:" + path); },
         [] { WakeUp(); },
 #if defined(__linux__)
         [] { Poller::make(PollerKind::automatic); },

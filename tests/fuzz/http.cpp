@@ -68,7 +68,7 @@ int read_field(std::string_view line, ExpectedRequest& result) {
         return 400;
     for (const char c : line.substr(colon + 1))
         if ((c >= 0 && c < 0x20 && c != '\t') || c == 0x7F) return 400;
-    result.fields.emplace_back(line.substr(0, colon), trimmed(line.substr(colon + 1)));
+    result.fields.emplace_back(line.substr(0, colon), trim(line.substr(colon + 1)));
     return 0;
 }
 
