@@ -3813,20 +3813,7 @@ public:
         detail::HandlerAccess::check_payload("broadcast", payload, opcode);
         return broadcast(Message(payload, opcode), except);
     }
-    std::size_t broadcast(const EncodedFrame& frame, const WebSocketHandler* except = nullptr) {
-        constexpr std::size_t ahead = 4;  // the prefetch hides cache misses, which dominate a large fan-out
-        std::size_t count = 0;
-        for (std::size_t i = 0; i < members_.size(); ++i) {
-            if (members_.size() - i > 2 * ahead) {
-                detail::HandlerAccess::prefetch(members_[i + 2 * ahead].handler);
-                detail::HandlerAccess::prefetch_session(*members_[i + ahead].handler);
-            }
-            if (members_[i].handler == except) continue;
-            const WriteStatus status = members_[i].handler->write_message(frame);
-            if (status == WriteStatus::sent || status == WriteStatus::queued) ++count;
-        }
-        return count;
-    }
+    std::size_t broadcast(const EncodedFrame& frame, const WebSocketHandler* except = nullptr);
     std::size_t broadcast_binary(std::string_view bytes, const WebSocketHandler* except = nullptr) {
         return broadcast(Message(bytes, Opcode::binary), except);
     }
@@ -3841,12 +3828,7 @@ public:
         detail::HandlerAccess::check_payload("broadcast_volatile", payload, opcode);
         return broadcast_volatile(Message(payload, opcode), except);
     }
-    std::size_t broadcast_volatile(const EncodedFrame& frame, const WebSocketHandler* except = nullptr) {
-        std::size_t count = 0;
-        for (const Member& member : members_)
-            if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++count;
-        return count;
-    }
+    std::size_t broadcast_volatile(const EncodedFrame& frame, const WebSocketHandler* except = nullptr);
 
     // {"a", "b"} is not a message: as a string_view it would be undefined behavior in C++20. See broadcast_json().
     template <class T, class... Rest>
@@ -3950,6 +3932,7 @@ private:
     detail::SendArena& arena_;
     Rooms* root_;
     std::size_t size_ = 0;
+    std::uint64_t deliveries_ = 0;
     StringMap<Room> rooms_;
     Room* prune_list_ = nullptr;  // linked through the rooms, because the end of a handler must not allocate
 };
@@ -3963,6 +3946,8 @@ public:
     static void remove_from_all(Rooms& rooms, WebSocketHandler& handler) { rooms.remove_from_all(handler); }
     // Removes empty rooms at the end of a turn.
     static void prune(Rooms& rooms) { rooms.prune(); }
+    // How often broadcasts have visited a member, as a measure of work.
+    static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
 
 }  // namespace detail
@@ -3980,9 +3965,33 @@ inline bool Room::leave(WebSocketHandler& handler) {
     return true;
 }
 
+inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHandler* except) {
+    constexpr std::size_t ahead = 4;  // the prefetch hides cache misses, which dominate a large fan-out
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < members_.size(); ++i) {
+        if (members_.size() - i > 2 * ahead) {
+            detail::HandlerAccess::prefetch(members_[i + 2 * ahead].handler);
+            detail::HandlerAccess::prefetch_session(*members_[i + ahead].handler);
+        }
+        if (members_[i].handler == except) continue;
+        const WriteStatus status = members_[i].handler->write_message(frame);
+        if (status == WriteStatus::sent || status == WriteStatus::queued) ++count;
+    }
+    rooms_.root_->deliveries_ += members_.size();
+    return count;
+}
+
 inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
     if (empty()) return 0;
     return broadcast(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
+}
+
+inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const WebSocketHandler* except) {
+    std::size_t count = 0;
+    for (const Member& member : members_)
+        if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++count;
+    rooms_.root_->deliveries_ += members_.size();
+    return count;
 }
 
 inline std::size_t Room::broadcast_volatile(const Message& message, const WebSocketHandler* except) {
@@ -7164,6 +7173,7 @@ protected:
     // Calls the handler for what has arrived, until nothing is left, the budget is used up, or the peer does not read.
     // True: the connection has closed.
     bool dispatch_events() {
+        const std::uint64_t deliveries = RoomsAccess::deliveries(host_.rooms);
         for (unsigned events = 1;; ++events) {
             const Event event = connection().next_event();
             switch (event.kind) {
@@ -7177,7 +7187,9 @@ protected:
                 case Event::Kind::close: return true;
             }
             mark_dirty();
-            if (connection().is_open() && must_pause(events)) {
+            const bool spent = events >= max_events || connection().inflate_budget_spent() ||
+                               RoomsAccess::deliveries(host_.rooms) - deliveries >= max_deliveries;
+            if (connection().is_open() && must_pause(spent)) {
                 connection().pause_input();
                 return false;
             }
@@ -7225,7 +7237,9 @@ protected:
     bool above_high_water_ = false;  // on_drain() follows when the backlog has fallen
 
 private:
-    static constexpr unsigned max_events = 256;  // per visit
+    // The budget of a visit, beside what Connection may inflate.
+    static constexpr unsigned max_events = 256;
+    static constexpr std::uint64_t max_deliveries = 4096;  // of broadcasts
 
     std::optional<Response> check_handshake() {
         const Request& request = core().request;
@@ -7248,8 +7262,8 @@ private:
         return std::nullopt;
     }
 
-    bool must_pause(unsigned events) {
-        if (connection().inflate_budget_spent() || events >= max_events) {
+    bool must_pause(bool budget_spent) {
+        if (budget_spent) {
             pause_ = Pause::budget;
             return true;
         }
