@@ -3844,8 +3844,8 @@ public:
     }
 
     // Encodes a message once for many calls of broadcast(), write_message() and write_volatile(). The frame copies the
-    // payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error for text that
-    // is not UTF-8.
+    // payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error for text
+    // that is not UTF-8.
     EncodedFrame encode(std::string_view payload, Opcode opcode = Opcode::text) {
         detail::HandlerAccess::check_payload("encode", payload, opcode);
         return EncodedFrame(arena_, opcode, payload);
