@@ -3532,13 +3532,14 @@ public:
 
     // Throws Error for over 125 bytes (RFC 6455 5.5).
     WriteStatus ping(std::string_view payload = {}) {
-        return send([&](detail::Connection& connection) { return connection.send_control(Opcode::ping, payload); });
+        return with_connection(
+            [&](detail::Connection& connection) { return connection.send_control(Opcode::ping, payload); });
     }
     // Starts the closing handshake. on_close() is called when the peer has answered, or after Limits::closing_timeout.
     // Throws Error for an illegal code (RFC 6455 7.4), and for a reason that is over 123 bytes or not UTF-8.
     void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) {
         detail::Connection::check_close(code, reason);
-        send([&](detail::Connection& connection) {
+        with_connection([&](detail::Connection& connection) {
             if (connection.is_open()) connection.close(code, reason, core_.host->now());
             return WriteStatus::closed;
         });
@@ -3603,7 +3604,7 @@ private:
     }
 
     template <class Send>
-    WriteStatus send(Send&& function) {
+    WriteStatus with_connection(Send&& function) {
         if (core_.host == nullptr) return WriteStatus::closed;
         assert(core_.host->on_loop_thread() && "a handler belongs to the loop's thread: use ref()");
         WriteStatus status = WriteStatus::closed;
@@ -3618,7 +3619,7 @@ private:
     }
     template <class Send>
     WriteStatus send_data(std::size_t size, Send&& function) {
-        return send([&](detail::Connection& connection) {
+        return with_connection([&](detail::Connection& connection) {
             // Flushes the output of this turn before the limit applies to the peer.
             if (connection.is_open() && connection.exceeds_backlog(size)) core_.host->flush_now(core_);
             const WriteStatus status = function(connection);
