@@ -3579,13 +3579,14 @@ public:
 
     // Throws Error for over 125 bytes (RFC 6455 5.5).
     WriteStatus ping(std::string_view payload = {}) {
-        return send([&](detail::Connection& connection) { return connection.send_control(Opcode::ping, payload); });
+        return with_connection(
+            [&](detail::Connection& connection) { return connection.send_control(Opcode::ping, payload); });
     }
     // Starts the closing handshake. on_close() is called when the peer has answered, or after Limits::closing_timeout.
     // Throws Error for an illegal code (RFC 6455 7.4), and for a reason that is over 123 bytes or not UTF-8.
     void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) {
         detail::Connection::check_close(code, reason);
-        send([&](detail::Connection& connection) {
+        with_connection([&](detail::Connection& connection) {
             if (connection.is_open()) connection.close(code, reason, core_.host->now());
             return WriteStatus::closed;
         });
@@ -3667,7 +3668,7 @@ private:
     }
 
     template <class Send>
-    WriteStatus send(Send&& function) {
+    WriteStatus with_connection(Send&& function) {
         if (core_.host == nullptr) return WriteStatus::closed;
         assert(core_.host->on_loop_thread() && "a handler belongs to the loop's thread: use ref()");
         WriteStatus status = WriteStatus::closed;
@@ -3682,7 +3683,7 @@ private:
     }
     template <class Send>
     WriteStatus send_data(std::size_t size, Send&& function) {
-        return send([&](detail::Connection& connection) {
+        return with_connection([&](detail::Connection& connection) {
             // Flushes the output of this turn before the limit applies to the peer.
             if (connection.is_open() && connection.exceeds_backlog(size)) core_.host->flush();
             const WriteStatus status = function(connection);
@@ -3898,8 +3899,8 @@ public:
     }
 
     // Encodes a message once for many calls of broadcast(), write_message() and write_volatile(). The frame copies the
-    // payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error for text that
-    // is not UTF-8.
+    // payload. Only the loop's thread may use it, and it must be destroyed before the server. Throws Error for text
+    // that is not UTF-8.
     EncodedFrame encode(std::string_view payload, Opcode opcode = Opcode::text) {
         detail::HandlerAccess::check_payload("encode", payload, opcode);
         return EncodedFrame(arena_, opcode, payload);
