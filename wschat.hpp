@@ -3649,7 +3649,7 @@ private:
     void fail(const char* callback, const char* what) {
         if (core_.host == nullptr) return;
         core_.host->report_exception(callback, what);
-        send([](detail::Connection& connection) {
+        with_connection([](detail::Connection& connection) {
             connection.fail(CloseCode::internal_error, "internal error", CloseCause::handler_exception);
             return WriteStatus::closed;
         });
@@ -3947,6 +3947,7 @@ public:
     static void remove_from_all(Rooms& rooms, WebSocketHandler& handler) { rooms.remove_from_all(handler); }
     // Removes empty rooms at the end of a turn.
     static void prune(Rooms& rooms) { rooms.prune(); }
+    static SendArena& arena(Rooms& rooms) { return rooms.arena_; }
     // How often broadcasts have visited a member, as a measure of work.
     static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
@@ -8182,7 +8183,6 @@ public:
 
     Loop& loop() { return worker_.loop; }
     Rooms& rooms() { return worker_.rooms; }
-    detail::SendArena& arena() { return worker_.arena; }
     const Limits& limits() const { return options_.limits; }
     const ServerLimits& server_limits() const { return options_.server_limits; }
     // On the loop's thread.

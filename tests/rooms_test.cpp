@@ -397,7 +397,7 @@ TEST_SUITE("rooms") {
         for (int i = 0; i < 50; ++i)
             clients.push_back(std::make_unique<MemberClient>(fixture, std::to_string(i), "lobby"));
         const std::size_t bytes = fixture.on_loop([&] {
-            wschat::detail::SendArena& arena = fixture.running.server.arena();
+            wschat::detail::SendArena& arena = wschat::detail::RoomsAccess::arena(fixture.running.server.rooms());
             const wschat::detail::Slice before = arena.allocate(1);
             CHECK(fixture.room("lobby").broadcast(std::string(1000, 'x')) == 50);
             const wschat::detail::Slice after = arena.allocate(1);
@@ -411,9 +411,10 @@ TEST_SUITE("rooms") {
     TEST_CASE("a broadcast to an empty room encodes nothing") {
         Fixture fixture;
         CHECK(fixture.on_loop([&] {
-            const wschat::detail::Slice before = fixture.running.server.arena().allocate(1);
+            const wschat::detail::Slice before =
+                wschat::detail::RoomsAccess::arena(fixture.running.server.rooms()).allocate(1);
             fixture.room("lobby").broadcast(std::string(1000, 'x'));
-            return fixture.running.server.arena().allocate(1).begin - before.end;
+            return wschat::detail::RoomsAccess::arena(fixture.running.server.rooms()).allocate(1).begin - before.end;
         }) == 0);
     }
 
