@@ -3704,12 +3704,12 @@ private:
 
 namespace detail {
 
-// The one door to what a handler keeps inside, for the sections that need it.
+// Access to the private parts of a handler, for the sections that need it.
 class HandlerAccess {
 public:
     static HandlerCore& core(WebSocketHandler& handler) { return handler.core_; }
     static const HandlerCore& core(const WebSocketHandler& handler) { return handler.core_; }
-    // What sending needs, which stands at the beginning of both.
+    // Fetches the first cache lines of a handler and of its session, which sending needs.
     static void prefetch(const WebSocketHandler* handler) { detail::prefetch(handler, 4); }
     static void prefetch_session(const WebSocketHandler& handler) { detail::prefetch(handler.core_.host, 2); }
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {

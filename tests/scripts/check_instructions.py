@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """check_instructions.py PROGRAM: counts the instructions for a frame with callgrind, and compares them with records."""
 import pathlib
 import re
