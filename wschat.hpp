@@ -6021,13 +6021,9 @@ private:
 
     template <class Function>
     void guarded(const char* where, Function&& function) {
-        try {
-            function();
-        } catch (const std::exception& error) {
-            if (on_exception_) on_exception_(where, error.what());
-        } catch (...) {
-            if (on_exception_) on_exception_(where, "not a std::exception");
-        }
+        detail::run_guarded(function, [&](const char* what) {
+            if (on_exception_) on_exception_(where, what);
+        });
     }
 
     std::unique_ptr<detail::Poller> poller_;
