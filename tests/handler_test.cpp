@@ -871,7 +871,8 @@ TEST_SUITE("handler") {
     constexpr bool compiles(Call) {
         return std::is_invocable_v<Call, Target>;
     }
-// clang-format off
+
+    // clang-format off
     #define COMPILES(...) [](auto&& target) -> decltype(target.__VA_ARGS__) { return target.__VA_ARGS__; }
     // clang-format on
 
