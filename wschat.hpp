@@ -6478,7 +6478,7 @@ public:
     }
 
     WSCHAT_COLD void add_static_dir(std::string_view pattern, std::string_view folder) {
-        const std::string root = os::absolute_path(std::string(folder));
+        const std::string root = anchored(std::string(folder));
         const File probe = File(root);
         if (probe || probe.error() != EISDIR)
             throw Error("static_dir \"" + std::string(pattern) + "\": " + std::string(folder) + " is not a folder");
@@ -6545,13 +6545,17 @@ public:
     }
 
 private:
+    // A relative path from the working directory at the start. Symbolic links are followed at each request.
+    static std::string anchored(const std::string& path) {
+        const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
+        return relative ? os::absolute_path(".") + "/" + path : path;
+    }
     // The absolute path of a file that exists: relative paths start at the working directory, then at the folder of the
     // program.
     WSCHAT_COLD static std::string find_file(const std::string& pattern, const std::string& path) {
-        const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
-        const std::string found = relative ? os::absolute_path(".") + "/" + path : path;
+        const std::string found = anchored(path);
         const File file(found);
-        if (!file && relative) {
+        if (!file && found != path) {
             const std::string beside_program = beside(os::executable_path(), path);
             if (File{beside_program}) return beside_program;
         }
@@ -6608,7 +6612,7 @@ public:
         int key;
         std::uint64_t count;
     };
-    static constexpr std::size_t max_keys = 64;
+    static constexpr std::size_t max_keys = 48;
 
     bool empty() const { return entries_.empty(); }
     std::vector<Entry>::const_iterator begin() const { return entries_.begin(); }

@@ -12,6 +12,7 @@ using namespace wschat::detail;
 using namespace std::chrono_literals;
 using test::Client;
 using test::contains;
+using test::field_of;
 using test::next_with;
 using test::RawClient;
 using test::RunningServer;
@@ -576,10 +577,7 @@ TEST_CASE("a message reaches all members once, with an ascending id") {
     CHECK(contains(second, "\"text\":\"{\\\"type\\\":\\\"junk\\\"}\""));
     CHECK(bert.events() == std::vector<std::string>{first, second});
     CHECK(other.events().empty());
-    const auto id = [](const std::string& event) {
-        return std::strtoull(event.c_str() + event.find("\"id\":") + 5, nullptr, 10);
-    };
-    CHECK(id(second) == id(first) + 1);
+    CHECK(std::stoull(field_of(second, "id")) == std::stoull(field_of(first, "id")) + 1);
 }
 
 TEST_CASE("only the sender gets the tag, and a second message with it is acknowledged and not kept") {
@@ -812,8 +810,7 @@ TEST_CASE("a client that returns with the last id gets the missed messages in or
     std::string last;
     {
         ChatClient<> anna(host, "name=Anna&key=anna-secret");
-        const std::string event = anna.answer_to("/tag t1 before");
-        last = event.substr(event.find("\"id\":") + 5, 16);
+        last = field_of(anna.answer_to("/tag t1 before"), "id");
         anna.send("/tag t2 kept, but not seen");
     }
     bert.send("one");
@@ -857,8 +854,7 @@ TEST_CASE("a client gets as much history as the limits allow, and has a gap only
         TestHost host;
         host.hub().limits.history_on_join = host.hub().limits.history_on_resume = 3;
         ChatClient<> bert(host, "name=Bert");
-        bert.events();
-        const std::string event = bert.answer_to("first"), last = event.substr(event.find("\"id\":") + 5, 16);
+        const std::string last = field_of(bert.answer_to("first"), "id");
         for (std::size_t i = 0; i < missed; ++i) bert.send("missed");
         ChatClient<> back(host, "name=Anna&last=" + last), fresh(host, "name=Carl");
         const auto entries = [](const std::string& history) {
@@ -877,8 +873,7 @@ TEST_CASE("a client with an id that is too old or unknown gets a gap") {
     TestHost host;
     host.hub().limits.history_on_resume = 3;
     ChatClient<> bert(host, "name=Bert");
-    bert.events();
-    const std::string event = bert.answer_to("first"), last = event.substr(event.find("\"id\":") + 5, 16);
+    const std::string last = field_of(bert.answer_to("first"), "id");
     for (int i = 0; i < 4; ++i) bert.send("x");
     ChatClient<> anna(host, "name=Anna&last=" + last), fresh(host, "name=Carl"), other(host, "name=Dora&last=17"),
         huge(host, "last=99999999999999999999"), bad(host, "last=x");
@@ -893,8 +888,7 @@ TEST_CASE("a history event has a limit of bytes, and omits older entries") {
     TestHost host;
     host.hub().limits.max_history_event = 2000;
     ChatClient<> bert(host, "name=Bert");
-    bert.events();
-    const std::string event = bert.answer_to("first"), last = event.substr(event.find("\"id\":") + 5, 16);
+    const std::string last = field_of(bert.answer_to("first"), "id");
     for (int i = 0; i < 10; ++i) bert.send(std::string(500, 'a') + std::to_string(i));
     ChatClient<> anna(host, "name=Anna&last=" + last);
     const std::string history = anna.events().at(2);
@@ -1472,14 +1466,6 @@ struct Chat : RunningServer {
     }
 };
 
-// The number of a field in an event.
-std::string number_after(const std::string& event, const std::string& name) {
-    const std::size_t at = event.find("\"" + name + "\":");
-    if (at == std::string::npos) return "";
-    const std::size_t begin = at + name.size() + 3;
-    return event.substr(begin, event.find_first_of(",}", begin) - begin);
-}
-
 }  // namespace
 
 TEST_CASE("a Room and a chat room of the same name have nothing in common") {
@@ -1590,9 +1576,9 @@ TEST_CASE("a message that is sent again with its tag arrives once, whenever the 
             std::string last;
             {
                 Client anna(chat.port(), address);
-                last = number_after(next_with(anna, "\"type\":\"history\""), "last");
+                last = field_of(next_with(anna, "\"type\":\"history\""), "last");
                 if (phase != before_the_send) anna.send("/tag " + tag + " " + tag);
-                if (phase == after_the_answer) last = number_after(next_with(anna, "\"tag\""), "id");
+                if (phase == after_the_answer) last = field_of(next_with(anna, "\"tag\""), "id");
                 anna.raw.reset();
             }
             Client anna(chat.port(), address + "&last=" + last);
@@ -1620,7 +1606,7 @@ TEST_CASE("five hundred clients that return at once get what they missed, and ot
     ::setrlimit(RLIMIT_NOFILE, &descriptors);
     Chat chat;
     Client bert(chat.port(), "/chat/tea?name=Bert");
-    std::string last = number_after(next_with(bert, "\"type\":\"history\""), "last");
+    std::string last = field_of(next_with(bert, "\"type\":\"history\""), "last");
     const auto all_come = [&] {
         std::vector<std::unique_ptr<RawClient>> clients;
         for (int i = 0; i < 500; ++i) {

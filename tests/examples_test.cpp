@@ -31,11 +31,20 @@ public:
         ::posix_spawn_file_actions_init(&actions);
         ::posix_spawn_file_actions_adddup2(&actions, out[1], 1);
         ::posix_spawn_file_actions_adddup2(&actions, err[1], 2);
+        // This program may run with an ignored SIGINT, which a child inherits.
+        posix_spawnattr_t attributes;
+        ::posix_spawnattr_init(&attributes);
+        sigset_t defaults;
+        ::sigemptyset(&defaults);
+        ::sigaddset(&defaults, SIGINT);
+        ::posix_spawnattr_setsigdefault(&attributes, &defaults);
+        ::posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF);
         std::vector<char*> arguments;
         for (const std::string& word : command) arguments.push_back(const_cast<char*>(word.c_str()));
         arguments.push_back(nullptr);
-        const int error = ::posix_spawn(&pid_, command[0].c_str(), &actions, nullptr, arguments.data(), environ);
+        const int error = ::posix_spawn(&pid_, command[0].c_str(), &actions, &attributes, arguments.data(), environ);
         ::posix_spawn_file_actions_destroy(&actions);
+        ::posix_spawnattr_destroy(&attributes);
         ::close(out[1]);
         ::close(err[1]);
         out_ = out[0];

@@ -202,33 +202,24 @@ TEST_SUITE("handler") {
             std::vector<std::string> allowed;
             bool accepted;
         };
-        const Row rows[] = {
+        std::vector<Row> rows = {
             {"http://127.0.0.1:PORT", {}, true},
             {"https://127.0.0.1:PORT", {}, true},  // a proxy can terminate TLS
             {"HTTP://127.0.0.1:PORT", {}, true},
-            {"http://127.0.0.1", {}, false},
-            {"http://127.0.0.1:1", {}, false},
-            {"http://localhost:PORT", {}, false},
-            {"http://127.0.0.1.evil.example:PORT", {}, false},
-            {"http://evil.example/127.0.0.1:PORT", {}, false},
-            {"http://evil127.0.0.1:PORT", {}, false},
-            {"http://127.0.0.1:PORT.", {}, false},
-            {"http://127.0.0.1.:PORT", {}, false},
-            {"ftp://127.0.0.1:PORT", {}, false},
-            {"null", {}, false},
-            {"", {}, false},
             {"https://chat.example", {"https://chat.example"}, true},
             {"https://CHAT.example:443", {"https://chat.example"}, true},
             {"https://chat.example", {"HTTPS://Chat.Example:443"}, true},
-            {"http://chat.example", {"https://chat.example"}, false},
-            {"https://chat.example:8443", {"https://chat.example"}, false},
-            {"https://evil.chat.example", {"https://chat.example"}, false},
-            {"https://chat.example.evil", {"https://chat.example"}, false},
-            {"https://chat.example.", {"https://chat.example"}, false},
             {"http://127.0.0.1:PORT", {"https://chat.example"}, true},
-            {"null", {"https://chat.example"}, false},
             {"https://anywhere.example", {"https://chat.example", "*"}, true},
         };
+        for (const char* origin :
+             {"http://127.0.0.1", "http://127.0.0.1:1", "http://localhost:PORT", "http://127.0.0.1.evil.example:PORT",
+              "http://evil.example/127.0.0.1:PORT", "http://evil127.0.0.1:PORT", "http://127.0.0.1:PORT.",
+              "http://127.0.0.1.:PORT", "ftp://127.0.0.1:PORT", "null", ""})
+            rows.push_back({origin, {}, false});
+        for (const char* origin : {"http://chat.example", "https://chat.example:8443", "https://evil.chat.example",
+                                   "https://chat.example.evil", "https://chat.example.", "null"})
+            rows.push_back({origin, {"https://chat.example"}, false});
         for (const Row& row : rows) {
             CAPTURE(row.origin);
             Fixture fixture;
@@ -880,9 +871,13 @@ TEST_SUITE("handler") {
     constexpr bool compiles(Call) {
         return std::is_invocable_v<Call, Target>;
     }
+<<<<<<< HEAD
 // clang-format off
     #define COMPILES(...) [](auto&& target) -> decltype(target.__VA_ARGS__) { return target.__VA_ARGS__; }
     // clang-format on
+=======
+#define COMPILES(...) [](auto&& target) -> decltype(target.__VA_ARGS__) { return target.__VA_ARGS__; }
+>>>>>>> k2
 
     TEST_CASE("a braced list of strings is not a message") {
         static_assert(compiles<Scripted&>(COMPILES(write_message("a"))));

@@ -1,7 +1,6 @@
 // section 12: timers, posted work, the turns of a loop, and signals.
 #include "support.hpp"
 
-#include <csignal>
 #include <limits>
 #include <map>
 #include <random>
@@ -12,7 +11,9 @@ using namespace std::chrono_literals;
 using std::chrono::hours;
 using std::chrono::milliseconds;
 
+using test::Disposition;
 using test::error_of;
+using test::eventually;
 
 namespace {
 
@@ -64,39 +65,10 @@ private:
     std::thread thread_;
 };
 
-// Waits until the condition holds. Returns false after the deadline.
-template <class Condition>
-bool eventually(Condition condition) {
-    const auto until = Clock::now() + test::deadline;
-    while (!condition()) {
-        if (Clock::now() > until) return false;
-        std::this_thread::sleep_for(milliseconds(1));
-    }
-    return true;
-}
-
 using Handler = void (*)(int);
-using SignalAction = struct sigaction;
-
-// Sets the handler of a signal until the destructor.
-class Disposition {
-public:
-    Disposition(int signal, Handler handler) : signal_(signal) {
-        SignalAction action{};
-        action.sa_handler = handler;
-        ::sigaction(signal, &action, &before_);
-    }
-    Disposition(const Disposition&) = delete;
-    Disposition& operator=(const Disposition&) = delete;
-    ~Disposition() { ::sigaction(signal_, &before_, nullptr); }
-
-private:
-    int signal_;
-    SignalAction before_{};
-};
 
 Handler handler_of(int signal) {
-    SignalAction action{};
+    struct sigaction action {};
     ::sigaction(signal, nullptr, &action);
     return action.sa_handler;
 }
@@ -253,9 +225,11 @@ TEST_CASE("call_later calls in the order of the delays") {
 TEST_CASE("a call never comes before its delay is over") {
     TestLoop loop;
     const Time asked = Clock::now();
-    loop.call_later(25ms, [&] { loop.stop(); });
+    loop.call_later(25ms, [&] {
+        CHECK(loop.now() - asked >= 25ms);
+        loop.stop();
+    });
     REQUIRE(loop.run_until_stopped());
-    CHECK(loop.now() - asked >= 25ms);
 }
 
 TEST_CASE("a delay beyond the end of time never comes") {

@@ -5,19 +5,11 @@
 
 namespace {
 
+using namespace wschat;
+using namespace wschat::detail;
+using namespace std::chrono_literals;
 using test::hex;
 using test::to_hex;
-using wschat::CloseCause;
-using wschat::CloseCode;
-using wschat::Error;
-using wschat::Limits;
-using wschat::Opcode;
-using wschat::Time;
-using wschat::WriteStatus;
-using wschat::detail::Connection;
-using wschat::detail::Event;
-using wschat::detail::Role;
-using namespace std::chrono_literals;
 
 const Time start = Time() + 1h;
 constexpr std::size_t whole = std::string_view::npos;

@@ -50,6 +50,18 @@ Response name_of_path(const Request& r) { return Response(200, std::string(r.par
 
 Response hello(const Request&) { return Response(200, "hello"); }
 
+// A server with a large file at "/large" and a page at "/".
+struct LargeFileServer : RunningServer {
+    LargeFileServer() {
+        server.file("/large", folder.write("large.bin", content));
+        server.get("/", hello);
+        server.get("/{name}", name_of_path);
+        start();
+    }
+    const TemporaryFolder folder;
+    const std::string content = large_content();
+};
+
 // RFC 6455 4.1: the headers of a handshake.
 const std::string key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
 const std::string version = "Sec-WebSocket-Version: 13\r\n";
@@ -237,21 +249,16 @@ TEST_CASE("a peer that has shut down its sending side still gets the whole answe
 // ---- pipelining -----------------------------------------------------------------------------------------------------
 
 TEST_CASE("pipelined requests are answered in order, also with large files between them") {
-    TemporaryFolder folder;
-    const std::string content = large_content();
-    RunningServer running;
-    running.server.file("/large", folder.write("large.bin", content));
-    running.server.get("/{name}", name_of_path);
-    running.start();
+    LargeFileServer running;
     RawClient client(running.port());
     client.send(request("/1") + request("/large") + request("/2") + request("/large", "", "HEAD") + request("/3") +
                 request("/large") + request("/4"));
     CHECK(next_answer(client).body == "1");
-    check_body(client, content);
+    check_body(client, running.content);
     CHECK(next_answer(client).body == "2");
-    CHECK(next_answer(client, true).header("content-length") == std::to_string(content.size()));
+    CHECK(next_answer(client, true).header("content-length") == std::to_string(running.content.size()));
     CHECK(next_answer(client).body == "3");
-    check_body(client, content);
+    check_body(client, running.content);
     CHECK(next_answer(client).body == "4");
 }
 
@@ -556,12 +563,7 @@ TEST_CASE("beside() returns a path in the folder of another file") {
 }
 
 TEST_CASE("a large file goes to a slow reader piece by piece, and other clients do not wait") {
-    TemporaryFolder folder;
-    const std::string content = large_content();
-    RunningServer running;
-    running.server.file("/large", folder.write("large.bin", content));
-    running.server.get("/", hello);
-    running.start();
+    LargeFileServer running;
     RawClient slow(running.port());
     slow.send(request("/large"));
     REQUIRE(running.eventually([&] { return running.server.metrics().bytes_sent > 100'000; }));
@@ -569,10 +571,10 @@ TEST_CASE("a large file goes to a slow reader piece by piece, and other clients 
         REQUIRE(fetch(running.port(), "/").body == "hello");
         REQUIRE(running.metrics().backlog_bytes < 1024 * 1024);
     }
-    while (slow.received.size() < content.size() && slow.read_some()) {
+    while (slow.received.size() < running.content.size() && slow.read_some()) {
         REQUIRE(running.metrics().backlog_bytes < 1024 * 1024);
     }
-    check_body(slow, content);
+    check_body(slow, running.content);
 }
 
 TEST_CASE("if a file becomes shorter while it is sent, the connection ends before Content-Length") {
@@ -825,17 +827,13 @@ TEST_CASE("an allowed host without a port is served on every port, and one with 
 }
 
 TEST_CASE("a shutdown finishes the answer that is being sent, and no other") {
-    TemporaryFolder folder;
-    const std::string content = large_content();
-    RunningServer running;
-    running.server.file("/large", folder.write("large.bin", content));
-    running.start();
+    LargeFileServer running;
     RawClient client(running.port());
     client.send(request("/large") + request("/large"));
     REQUIRE(running.eventually([&] { return running.server.metrics().bytes_sent > 100'000; }));
     running.server.shutdown(test::deadline);
     running.on_loop([] {});  // the shutdown has begun
-    check_body(client, content);
+    check_body(client, running.content);
     CHECK(client.read_to_end());
     CHECK(client.received == "");
 }
@@ -872,16 +870,11 @@ TEST_CASE("a path with a colon is not searched in the folder of the program") {
 }
 
 TEST_CASE("a fast reader gets a whole large file while other clients connect and disconnect") {
-    TemporaryFolder folder;
-    const std::string content = large_content();
-    RunningServer running;
-    running.server.file("/large", folder.write("large.bin", content));
-    running.server.get("/", hello);
-    running.start();
+    LargeFileServer running;
     std::atomic<bool> reading{true};
     bool whole = false;
     std::thread reader([&] {
-        whole = fetch(running.port(), "/large").body == content;
+        whole = fetch(running.port(), "/large").body == running.content;
         reading = false;
     });
     while (reading) {

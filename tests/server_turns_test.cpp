@@ -341,15 +341,6 @@ void switch_release(const TemporaryFolder& folder, const std::string& release) {
     fs::rename(folder / "next", folder / "current");
 }
 
-// Switches from the first release to the second, and then removes the first.
-void check_release_switch(RunningServer& running, const TemporaryFolder& folder, std::string_view target) {
-    CHECK(fetch(running.port(), target).body == "first release");
-    switch_release(folder, "v2");
-    CHECK(fetch(running.port(), target).body == "second release");
-    fs::remove_all(folder / "v1");
-    CHECK(fetch(running.port(), target).body == "second release");
-}
-
 struct Releases : TemporaryFolder {
     Releases() {
         write("v1/page.txt", "first release");
@@ -358,11 +349,20 @@ struct Releases : TemporaryFolder {
     }
 };
 
+// Requests the page of the current release, switches to the second release, and then removes the first.
+void check_release_switch(RunningServer& running, const Releases& folder, std::string_view target) {
+    running.start();
+    CHECK(fetch(running.port(), target).body == "first release");
+    switch_release(folder, "v2");
+    CHECK(fetch(running.port(), target).body == "second release");
+    fs::remove_all(folder / "v1");
+    CHECK(fetch(running.port(), target).body == "second release");
+}
+
 TEST_CASE("file() follows a symbolic link at each request") {
     const Releases folder;
     RunningServer running;
     running.server.file("/", (folder / "current/page.txt").string());
-    running.start();
     check_release_switch(running, folder, "/");
 }
 
@@ -370,7 +370,6 @@ TEST_CASE("static_dir() follows a symbolic link to its folder at each request") 
     const Releases folder;
     RunningServer running;
     running.server.static_dir("/", (folder / "current").string());
-    running.start();
     check_release_switch(running, folder, "/page.txt");
 }
 

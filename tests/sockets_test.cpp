@@ -10,6 +10,8 @@ using namespace wschat::detail;
 
 using test::contains;
 using test::error_of;
+using test::inheritable_descriptors;
+
 namespace {
 
 IpAddress address(std::string_view text) {
@@ -211,18 +213,6 @@ private:
         return static_cast<rlim_t>(next);
     }
 };
-
-#if defined(__linux__)
-// The descriptors that a child program would inherit.
-std::set<int> inheritable_descriptors() {
-    std::set<int> found;
-    for (int descriptor = 0; descriptor < 4096; ++descriptor) {
-        const int flags = ::fcntl(descriptor, F_GETFD);
-        if (flags != -1 && (flags & FD_CLOEXEC) == 0) found.insert(descriptor);
-    }
-    return found;
-}
-#endif
 
 }  // namespace
 
@@ -747,7 +737,7 @@ TEST_CASE("after shutdown_send the peer reads the end and can still send") {
 #if defined(__linux__)
 TEST_CASE("every descriptor of this section is close-on-exec") {
     // FAULTS 40. Descriptors that were open before do not count.
-    const std::set<int> before = inheritable_descriptors();
+    const std::vector<int> before = inheritable_descriptors();
     TemporaryDirectory directory;
     BoundListener tcp, local("unix:" + directory / "chat.sock");
     const Socket tcp_client = connect_to(tcp.address()), local_client = connect_to(local.address());

@@ -392,17 +392,6 @@ private:
     pid_t pid_ = -1;
 };
 
-std::uint64_t number_after(const std::string& event, const std::string& name) {
-    const std::size_t at = event.find("\"" + name + "\":");
-    return at == std::string::npos ? 0 : std::strtoull(event.c_str() + at + name.size() + 3, nullptr, 10);
-}
-std::string text_after(const std::string& event, const std::string& name) {
-    const std::size_t at = event.find("\"" + name + "\":\"");
-    if (at == std::string::npos) return "";
-    const std::size_t begin = at + name.size() + 4;
-    return event.substr(begin, event.find('"', begin) - begin);
-}
-
 }  // namespace
 
 TEST_CASE("a server that is killed fifty times loses no acknowledged message and keeps none twice") {
@@ -417,7 +406,7 @@ TEST_CASE("a server that is killed fifty times loses no acknowledged message and
         Client client(server.port, "/chat/tea?name=Anna&key=anna-secret&last=" + std::to_string(last));
         const std::string history = next_with(client, "\"type\":\"history\"");
         REQUIRE(contains(history, "\"gap\":false"));
-        last = number_after(history, "last");
+        last = std::stoull(test::field_of(history, "last"));
         for (const std::string& tag : pending) client.send("/tag " + tag + " text-" + tag);
         for (int i = 0; i < 10; ++i) {
             pending.push_back("t" + std::to_string(++made));
@@ -425,10 +414,11 @@ TEST_CASE("a server that is killed fifty times loses no acknowledged message and
         }
         for (int left = static_cast<int>(random() % 12); left > 0 && !pending.empty(); --left) {
             const std::string event = next_with(client, "\"tag\"");
-            const std::string tag = text_after(event, "tag");
-            REQUIRE(number_after(event, "id") != 0);
-            CHECK(acknowledged.emplace(tag, number_after(event, "id")).second);
-            last = (std::max)(last, number_after(event, "id"));
+            const std::string tag = test::field_of(event, "tag");
+            const std::uint64_t id = std::stoull(test::field_of(event, "id"));
+            REQUIRE(id != 0);
+            CHECK(acknowledged.emplace(tag, id).second);
+            last = (std::max)(last, id);
             pending.erase(std::find(pending.begin(), pending.end(), tag));
         }
     }

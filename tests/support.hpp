@@ -52,6 +52,15 @@ inline std::string to_hex(std::string_view bytes) {
 
 inline bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
+// The value of a field of a flat JSON object, a string without its quotes; "" if the object does not have the field.
+inline std::string field_of(const std::string& json, const std::string& name) {
+    const std::size_t at = json.find("\"" + name + "\":");
+    if (at == std::string::npos) return "";
+    const std::size_t begin = at + name.size() + 3;
+    if (json[begin] != '"') return json.substr(begin, json.find_first_of(",}", begin) - begin);
+    return json.substr(begin + 1, json.find('"', begin + 1) - begin - 1);
+}
+
 inline std::string repeated(std::size_t count, std::string_view text) {
     std::string all;
     for (std::size_t i = 0; i < count; ++i) all += text;
@@ -264,6 +273,23 @@ inline std::string large_content() {
 }
 
 #if !defined(_WIN32)
+// Sets the handler of a signal until the destructor.
+class Disposition {
+public:
+    Disposition(int signal, void (*handler)(int)) : signal_(signal) {
+        struct sigaction action {};
+        action.sa_handler = handler;
+        ::sigaction(signal, &action, &before_);
+    }
+    Disposition(const Disposition&) = delete;
+    Disposition& operator=(const Disposition&) = delete;
+    ~Disposition() { ::sigaction(signal_, &before_, nullptr); }
+
+private:
+    int signal_;
+    struct sigaction before_ {};
+};
+
 // The descriptors that a child program would inherit.
 inline std::vector<int> inheritable_descriptors() {
     std::vector<int> found;

@@ -2,7 +2,6 @@
 // while clients connect and disconnect. Mainly for ThreadSanitizer.
 #include "support.hpp"
 
-#include <csignal>
 #include <set>
 
 using namespace wschat;
@@ -303,9 +302,9 @@ TEST_CASE("a callback of one server shuts another one down") {
 
 TEST_CASE("a signal ends all running servers while other threads create and destroy servers") {
     // This guard exists during the whole test, so that no signal ends the process. SIGINT may be ignored before.
-    const auto previous = std::signal(SIGINT, SIG_DFL);
+    const test::Disposition interrupt(SIGINT, SIG_DFL);
     Loop loop(test::poller_kind());
-    auto guard = std::make_unique<SignalGuard>(LoopAccess::wake_descriptor(loop));
+    const SignalGuard guard(LoopAccess::wake_descriptor(loop));
     constexpr int threads_of_servers = 3, rounds = 15;
     std::atomic<int> ended{0};
     Threads threads;
@@ -328,8 +327,6 @@ TEST_CASE("a signal ends all running servers while other threads create and dest
     }
     CHECK(ended == threads_of_servers * rounds);
     threads.join();
-    guard.reset();
-    std::signal(SIGINT, previous);
 }
 
 TEST_SUITE_END();

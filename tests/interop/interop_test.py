@@ -69,8 +69,10 @@ class Program:
 
     async def start(self, path):
         self.log = tempfile.TemporaryFile()  # a full pipe would block the program
+        # A shell ignores SIGINT for a program that it starts in the background, and a child inherits that.
         self.process = await asyncio.create_subprocess_exec(
-            os.path.abspath(path), "0", stdout=asyncio.subprocess.PIPE, stderr=self.log)
+            os.path.abspath(path), "0", stdout=asyncio.subprocess.PIPE, stderr=self.log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         PROGRAMS.append(self)
         async with timeout(f"{path} to print its address"):
             ready = (await self.process.stdout.readline()).decode()
