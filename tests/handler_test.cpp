@@ -871,13 +871,7 @@ TEST_SUITE("handler") {
     constexpr bool compiles(Call) {
         return std::is_invocable_v<Call, Target>;
     }
-<<<<<<< HEAD
-// clang-format off
-    #define COMPILES(...) [](auto&& target) -> decltype(target.__VA_ARGS__) { return target.__VA_ARGS__; }
-    // clang-format on
-=======
 #define COMPILES(...) [](auto&& target) -> decltype(target.__VA_ARGS__) { return target.__VA_ARGS__; }
->>>>>>> k2
 
     TEST_CASE("a braced list of strings is not a message") {
         static_assert(compiles<Scripted&>(COMPILES(write_message("a"))));
