@@ -7361,7 +7361,8 @@ public:
     void continue_work() {
         waiting_ = false;
         if (gone() || ended_) return;
-        work_turn_ = host_.turn.number;
+        // A session that paused for its backlog continues in finish_turn(), after a flush. may_work() must allow that.
+        if (pause_ != Pause::backlog) work_turn_ = host_.turn.number;
         protect([&] {
             if (phase_ == Phase::websocket && pause_ == Pause::budget && resume_input()) finish_websocket();
             if (reading() && stream_.has_input()) read();
