@@ -7498,14 +7498,15 @@ private:
         else http_->blocked = blocked;
     }
 
-    // Takes note of what came of offering `size` bytes to the kernel.
+    // Takes note of what came of offering `size` bytes to the kernel. Returns how many bytes the caller removes from the
+    // queue: none after an error, which clears the queue.
     std::size_t note_sent(const IoResult& sent, std::size_t size) {
         send_failed_ = sent.outcome == IoResult::Outcome::error;
         set_blocked(!send_failed_ && (sent.size < size || stream_.wants_write()));
         if (!send_failed_) return sent.size;
         if (phase_ == Phase::websocket) connection().abort(CloseCause::connection_lost, stream_.error_text(sent));
         mark_dirty();
-        return sent.size;
+        return 0;
     }
     // The kernel takes output again.
     void resume_output() {
