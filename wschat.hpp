@@ -7470,7 +7470,7 @@ private:
         LoopAccess::timers(host_.loop).cancel(*this);
         LoopAccess::poller(host_.loop).remove(stream_.socket().descriptor());
         update_backlog();
-        if (!send_failed_) stream_.end(host_.wire);
+        if (!send_failed_) guarded("session", [this] { stream_.end(host_.wire); });
         stream_.close();
         http_.reset();
         host_.remove(*this);
