@@ -7467,6 +7467,7 @@ private:
     void remove() {
         if (phase_ == Phase::websocket) close_handler();
         phase_ = Phase::gone;
+        handler_.reset();  // one that was never opened, because memory ran out
         LoopAccess::timers(host_.loop).cancel(*this);
         LoopAccess::poller(host_.loop).remove(stream_.socket().descriptor());
         update_backlog();
