@@ -7445,7 +7445,7 @@ public:
     void note_batched(const SendBatch::Item& item) {
         if (!item.sent) return;
         host_.wire.sent += item.sent->size;
-        output().consume(note_sent(*item.sent, item.bytes.size()));
+        protect([&] { output().consume(note_sent(*item.sent, item.bytes.size())); });
     }
 
 private:
