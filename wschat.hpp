@@ -7335,8 +7335,9 @@ public:
         if (gone()) return;
         protect([&] {
             if (writable) resume_output();
+            // A session that paused for its budget first handles what has arrived. Then it reads the end.
             if (readable && reading()) read();
-            else if (broken) abort(CloseCause::connection_lost, "the connection was reset");
+            else if (broken && pause_ != Pause::budget) abort(CloseCause::connection_lost, "the connection was reset");
             mark_dirty();
         });
     }
