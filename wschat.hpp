@@ -7631,7 +7631,7 @@ private:
     }
 
     void parse_requests(std::string_view bytes) {
-        while (!bytes.empty() && phase_ == Phase::http && !http_->busy()) {
+        while (!bytes.empty() && phase_ == Phase::http && !http_->busy() && http_->keep_alive) {
             std::optional<Request> request = http_->parse(bytes);
             mark_dirty();
             if (!request) return;
