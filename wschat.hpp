@@ -28,34 +28,31 @@
 // The sections stand strictly bottom-up: a section uses only the sections in its last column, and every prefix of this
 // file that ends at a banner compiles. Names for users are in wschat, all others in wschat::detail.
 //
-//   #   Section        Main types                                                       May use
-//   1   Configuration  WSCHAT_* macros, version, ABI-tagged inline namespace            -
-//   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox     1
-//   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket           2
-//   4   Frames         FrameHeader, FrameParser, EncodedFrame                           2-3
-//   5   HTTP           Request, Response, RequestParser, upgrade checks of both sides   2-3
-//   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
-//   7   Protocol       Connection                                                       2-6
-//   8   Handler        WebSocketHandler, HandlerRef                                     2-7
-//   9   Rooms          Room, Rooms                                                      2-4, 7-8
-//   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)       2-3
-//   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport                  2-3, 10
-//   12  Loop           Loop, timers, post(), signals                                    2-3, 10
-//   13  Site           Pattern, Route, Page, File, policies on origins and proxies      2-5, 8, 10
-//   14  Server         HttpExchange, WebSocketDriver, Session, Worker, Server           all above
-//   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory                    public names of the sections
-// above
-//   17  Stores         SqliteHistory                                                    2, 12, 16
+//   #   Section        Main types                                                    May use
+//   1   Configuration  WSCHAT_* macros, version, ABI-tagged inline namespace         -
+//   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox  1
+//   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket        2
+//   4   Frames         FrameHeader, FrameParser, EncodedFrame                        2-3
+//   5   HTTP           Request, Response, RequestParser, checks of the upgrade       2-3
+//   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool       2-5
+//   7   Protocol       Connection                                                    2-6
+//   8   Handler        WebSocketHandler, HandlerRef                                  2-7
+//   9   Rooms          Room, Rooms                                                   2-4, 7-8
+//   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)    2-3
+//   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport               2-3, 10
+//   12  Loop           Loop, timers, post(), signals                                 2-3, 10
+//   13  Site           Pattern, Route, Page, File, policies on origins and proxies   2-5, 8, 10
+//   14  Server         HttpExchange, WebSocketDriver, Session, Worker, Server        all above
+//   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory                 public names of the sections above
+//   17  Stores         SqliteHistory                                                 2, 12, 16
 //
 // Where to change what:
 //
 //   limits and their defaults          Limits, ServerLimits (2)
 //   a new close code or cause          CloseCode, CloseCause (2); Connection::fail(), abort() (7)
-//   closing and lingering              Connection (7) for frames; Session::finish_websocket(), linger() (14) for the
-// socket
+//   closing and lingering              Connection (7) for frames; Session::finish_websocket(), linger() (14)
 //   keepalive                          Connection::tick(), deadline() (7)
-//   backpressure                       SendQueue (3), Connection::overflows() (7); pausing and on_drain:
-// WebSocketDriver (14)
+//   backpressure                       SendQueue (3), Connection::exceeds_backlog() (7); pauses: WebSocketDriver (14)
 //   fairness                           TurnState, Session::may_work(), Worker::continue_waiting() (14)
 //   order of flushing                  Worker::end_turn(), Session::flush() (14)
 //   a header on pages                  HttpExchange::queue_head() (14); on files: file_answer() (13)
@@ -6571,8 +6568,8 @@ private:
         if (!file) return {file_refusal(file.error())};
         return file_answer(std::move(file), content_type(names.back()), request);
     }
-    // The request parser refuses no path that begins with two slashes, but no page matches one, so this cannot lead to
-    // another host.
+    // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
+    // this cannot lead to another host.
     static Response redirect_to_folder(const Request& request) {
         const std::string query = request.query_string().empty() ? "" : "?" + std::string(request.query_string());
         return Response::redirect(std::string(request.raw_path()) + "/" + query, 301);
@@ -6594,7 +6591,7 @@ WSCHAT_END
 // section that knows everything above.
 //
 // A turn of the loop, seen from here: the poller reports sockets -> Session::on_ready() reads, parses and calls
-// handlers, which queue output -> at the end of the turn Server::end_turn() lets sessions with work left from earlier
+// handlers, which queue output -> at the end of the turn Worker::end_turn() lets sessions with work left from earlier
 // turns continue, then flushes every dirty session and removes those that have ended.
 // ====================================================================================================================
 
@@ -6759,7 +6756,7 @@ public:
     explicit ServerLog(Metrics& metrics) : metrics_(metrics) {}
 
     void set(std::function<void(const LogEntry&)> log) { log_ = std::move(log); }
-    // Whether anybody listens, before the fields of an entry are made.
+    // False if nobody reads the log. The caller then does not make the fields of an entry.
     explicit operator bool() const { return static_cast<bool>(log_); }
 
     void operator()(LogLevel level, std::string_view event, const LogFields& fields) {
@@ -7143,7 +7140,7 @@ protected:
 
     // ---- the opening handshake -------------------------------------------------------------------------------------
 
-    // Makes the handler and asks it. Returns the refusal, or nothing if the handshake goes on.
+    // Makes the handler and calls its checks. Returns the refusal, or nothing if the handshake continues.
     std::optional<Response> start_handler(const Route& route, Request request, const IpAddress& client) {
         handler_ = route.make_handler();
         if (!handler_) throw Error("route \"" + route.pattern().text() + "\": the factory made no handler");
@@ -7197,14 +7194,15 @@ protected:
             }
         }
     }
-    // Goes on with the input that was kept. True: the connection has closed.
+    // Continues with the input that was kept. True: the connection has closed.
     bool resume_input() {
         pause_ = Pause::none;
         connection().resume_input();
         return dispatch_events();
     }
 
-    // on_close(), exactly once, and the end of the handler. Allocates nothing that it cannot do without.
+    // Calls on_close(), exactly once, and destroys the handler. If memory runs out, only counts and the log entry are
+    // missing.
     void close_handler() {
         RoomsAccess::remove_from_all(host_.rooms, *handler_);
         --host_.metrics.websockets_open;
@@ -7308,13 +7306,13 @@ public:
     Session& operator=(const Session&) = delete;
     ~Session() override { LoopAccess::timers(host_.loop).cancel(*this); }
 
-    std::size_t index = 0;                  // in the server's list of sessions
-    std::unique_ptr<Session> next_deleted;  // in the server's list of removed sessions
+    std::size_t index = 0;                  // in the worker's list of sessions
+    std::unique_ptr<Session> next_deleted;  // in the worker's list of removed sessions
 
     bool gone() const { return phase_ == Phase::gone; }
     std::size_t backlog() const { return counted_backlog_; }
     const std::string* address_key() const { return address_key_.get(); }
-    // Fetches what finish_turn() needs into the cache: 3% of the server's time in a fan-out to 8,000.
+    // Fetches what finish_turn() needs into the cache. Saves 3% of the server's time in a fan-out to 8,000.
     void prefetch() const {
         HandlerAccess::prefetch(handler_.get());
         if (next_dirty != nullptr) detail::prefetch(next_dirty, 2);
@@ -7337,8 +7335,9 @@ public:
         if (gone()) return;
         protect([&] {
             if (writable) resume_output();
+            // A session that paused for its budget first handles what has arrived. Then it reads the end.
             if (readable && reading()) read();
-            else if (broken) abort(CloseCause::connection_lost, "the connection was reset");
+            else if (broken && pause_ != Pause::budget) abort(CloseCause::connection_lost, "the connection was reset");
             mark_dirty();
         });
     }
@@ -7363,7 +7362,8 @@ public:
     void continue_work() {
         waiting_ = false;
         if (gone() || ended_) return;
-        work_turn_ = host_.turn.number;
+        // A session that paused for its backlog continues in finish_turn(), after a flush: may_work() must be true.
+        if (pause_ != Pause::backlog) work_turn_ = host_.turn.number;
         protect([&] {
             if (phase_ == Phase::websocket && pause_ == Pause::budget && resume_input()) finish_websocket();
             if (reading() && stream_.has_input()) read();
@@ -7446,7 +7446,7 @@ public:
     void note_batched(const SendBatch::Item& item) {
         if (!item.sent) return;
         host_.wire.sent += item.sent->size;
-        output().consume(note_sent(*item.sent, item.bytes.size()));
+        protect([&] { output().consume(note_sent(*item.sent, item.bytes.size())); });
     }
 
 private:
@@ -7468,10 +7468,11 @@ private:
     void remove() {
         if (phase_ == Phase::websocket) close_handler();
         phase_ = Phase::gone;
+        handler_.reset();  // one that was never opened, because memory ran out
         LoopAccess::timers(host_.loop).cancel(*this);
         LoopAccess::poller(host_.loop).remove(stream_.socket().descriptor());
         update_backlog();
-        if (!send_failed_) stream_.end(host_.wire);
+        if (!send_failed_) guarded("session", [this] { stream_.end(host_.wire); });
         stream_.close();
         http_.reset();
         host_.remove(*this);
@@ -7499,14 +7500,15 @@ private:
         else http_->blocked = blocked;
     }
 
-    // Takes note of what came of offering `size` bytes to the kernel.
+    // Records the result of offering `size` bytes to the kernel. Returns how many bytes the caller removes from the
+    // queue: none after an error, because abort() has cleared it.
     std::size_t note_sent(const IoResult& sent, std::size_t size) {
         send_failed_ = sent.outcome == IoResult::Outcome::error;
         set_blocked(!send_failed_ && (sent.size < size || stream_.wants_write()));
         if (!send_failed_) return sent.size;
         if (phase_ == Phase::websocket) connection().abort(CloseCause::connection_lost, stream_.error_text(sent));
         mark_dirty();
-        return sent.size;
+        return 0;
     }
     // The kernel takes output again.
     void resume_output() {
@@ -7631,7 +7633,7 @@ private:
     }
 
     void parse_requests(std::string_view bytes) {
-        while (!bytes.empty() && phase_ == Phase::http && !http_->busy()) {
+        while (!bytes.empty() && phase_ == Phase::http && !http_->busy() && http_->keep_alive) {
             std::optional<Request> request = http_->parse(bytes);
             mark_dirty();
             if (!request) return;
