@@ -20,48 +20,55 @@
 //
 // MAP
 //
-// Data flows one way: a Session (section 14) reads a socket (10) -> RequestParser (5), once -> Connection (7: frames,
-// UTF-8, control frames, closing; 6 inflates) -> event -> WebSocketHandler (8) -> Room (9) -> one shared EncodedFrame
-// (4) -> each member's SendQueue (3) -> at the end of the loop's turn (12, 14) one gathered write per connection ->
-// socket.
+// How a message travels, with the number of the section:
 //
-// The sections stand strictly bottom-up: a section uses only the sections in its last column, and every prefix of this
-// file that ends at a banner compiles. Names for users are in wschat, all others in wschat::detail.
+//   1. A Session (14) reads bytes from a Socket (10).
+//   2. RequestParser (5) reads the request, HttpExchange (14) answers pages, Session::upgrade() opens a WebSocket.
+//   3. From then on Connection (7) turns bytes into events: it checks frames (4) and UTF-8 (3), and inflates (6).
+//   4. WebSocketDriver (14) calls the WebSocketHandler (8) for each event.
+//   5. A Room (9) encodes a broadcast once, as an EncodedFrame (4), and adds it to the SendQueue (3) of each member.
+//   6. At the end of the loop's turn (12) the Worker (14) flushes each dirty Session with one gathered write.
 //
-//   #   Section        Main types                                                    May use
-//   1   Configuration  WSCHAT_* macros, version, ABI-tagged inline namespace         -
-//   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox  1
-//   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket        2
-//   4   Frames         FrameHeader, FrameParser, EncodedFrame                        2-3
-//   5   HTTP           Request, Response, RequestParser, checks of the upgrade       2-3
-//   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool       2-5
-//   7   Protocol       Connection                                                    2-6
-//   8   Handler        WebSocketHandler, HandlerRef                                  2-7
-//   9   Rooms          Room, Rooms                                                   2-4, 7-8
-//   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)    2-3
-//   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport               2-3, 10
-//   12  Loop           Loop, timers, post(), signals                                 2-3, 10
-//   13  Site           Pattern, Route, Page, File, policies on origins and proxies   2-5, 8, 10
-//   14  Server         HttpExchange, WebSocketDriver, Session, Worker, Server        all above
-//   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory                 public names of the sections above
-//   17  Stores         SqliteHistory                                                 2, 12, 16
+// A section uses only earlier sections, named in its row under "May use"; a script checks that. You can cut the file at
+// any banner, and what is above compiles. Names for users are in wschat, all others in wschat::detail.
 //
-// Where to change what:
+//   #   Section        Main types                                                       May use
+//   1   Configuration  WSCHAT_* macros, version, ABI-tagged inline namespace            -
+//   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox     1
+//   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket           2
+//   4   Frames         FrameHeader, FrameParser, EncodedFrame                           2-3
+//   5   HTTP           Request, Response, RequestParser, upgrade checks of both sides   2-3
+//   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
+//   7   Protocol       Connection                                                       2-6
+//   8   Handler        WebSocketHandler, HandlerRef                                     2-7
+//   9   Rooms          Room, Rooms                                                      2-4, 7-8
+//   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)       2-3
+//   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport                  2-3, 10
+//   12  Loop           Loop, timers, post(), signals                                    2-3, 10
+//   13  Site           Pattern, Route, Page, File, policies on origins and proxies      2-5, 8, 10
+//   14  Server         HttpExchange, WebSocketDriver, Session, Worker, Server           all above
+//   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
+//   17  Stores         SqliteHistory                                                    2, 12, 16
 //
-//   limits and their defaults          Limits, ServerLimits (2)
-//   a new close code or cause          CloseCode, CloseCause (2); Connection::fail(), abort() (7)
-//   closing and lingering              Connection (7) for frames; Session::finish_websocket(), linger() (14)
-//   keepalive                          Connection::tick(), deadline() (7)
-//   backpressure                       SendQueue (3), Connection::exceeds_backlog() (7); pauses: WebSocketDriver (14)
-//   fairness                           TurnState, Session::may_work(), Worker::continue_waiting() (14)
-//   order of flushing                  Worker::end_turn(), Session::flush() (14)
-//   a header on pages                  HttpExchange::queue_head() (14); on files: file_answer() (13)
-//   routing, static files              Pattern, PatternMap, Site (13)
-//   origins, hosts, trusted proxies    Site (13)
-//   another poller                     Poller (10)
-//   a metric                           Metrics and metric_table (14)
-//   a chat command                     ChatHandler (16)
-//   another history                    ChatStore (16), SqliteHistory (17) as an example
+// Where to change what (15 is kept for the client):
+//
+//   limits, defaults         of a connection: Limits; of a server: ServerLimits (2); of the chat: ChatLimits (16)
+//   close codes and causes   CloseCode, CloseCause (2); Connection::close(), fail(), abort() (7)
+//   closing                  Connection (7) for frames; Session::finish_websocket() (14) for the socket
+//   lingering                Limits (2); Session::linger() (14)
+//   keepalive                Connection::tick(), deadline() (7)
+//   backpressure             Connection::exceeds_backlog() (7); when reading pauses: WebSocketDriver::high_water() (14)
+//   fairness                 one visit's budget: WebSocketDriver::max_events (14), Connection::inflate_budget (7)
+//                            who waits: TurnState, Session::may_work(), Worker::continue_waiting() (14)
+//   order of flushing        Worker::end_turn(), Session::flush() (14)
+//   a header on each answer  HttpExchange::queue_head() (14); on files alone: file_answer() (13)
+//   routing, static files    Pattern, PatternMap, Site; a media type: content_type() (13)
+//   origins                  Site::origin_allowed() (13), same_host() (5), WebSocketDriver::check_handshake() (14)
+//   hosts, trusted proxies   Site (13)
+//   another poller           Poller, SystemPoller, Poller::make() (10)
+//   a metric                 Metrics, metric_table (14); it is counted where it happens
+//   a chat command           ChatCommands::commands() (16); in a program: override ChatHandler::on_command()
+//   another history          ChatStore (16); SqliteHistory (17) is an example
 //
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
@@ -75,8 +82,8 @@
 //   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
 //   text::percent_decode
 //
-// Macros that the program may set, the same in every translation unit. All but WSCHAT_CHAT are part of the ABI tag, so
-// that translation units which disagree do not link:
+// Macros that the program may set, the same in each translation unit. Units that were compiled with different values of
+// them do not link, because their names are part of the namespace (except WSCHAT_CHAT, which only adds names):
 //
 //   WSCHAT_CHAT        1: the ready-made chat (sections 16 and 17)
 //   WSCHAT_ZLIB        1: compression (section 6) with zlib: link with -lz
@@ -88,20 +95,22 @@
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
 //
-// Threads. A server is one loop on one thread, the thread that calls run(). Any thread may call Loop::post(),
-// HandlerRef and Server::shutdown(). Everything else belongs to the loop's thread; builds without NDEBUG assert that
-// where something is sent or closed. To use several cores, run several servers, one per thread, with
-// ServerOptions::reuse_port.
+// Threads. A server is one loop on one thread, the thread that calls run(). Any thread may use Loop::post(),
+// Loop::mailbox(), Mailbox::post(), HandlerRef (except get()) and Server::shutdown(). Everything else belongs to the
+// loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run several
+// servers, one per thread, with ServerOptions::reuse_port.
 //
-// Lifetime. The server owns handlers. A handler lives until its on_close() has returned. A Message and a Room& are
-// valid until the callback returns. To refer to a handler after a callback, keep its ref(), never a pointer.
+// Lifetime. The server owns handlers. After open(), a handler lives until on_close() returns. If the handshake is
+// refused, it is destroyed without on_close(). A Message and a Room& are valid until the callback returns. To refer to
+// a handler after a callback, keep its ref(), never a pointer.
 //
-// Errors. What the network does is a status, an event and a log entry, never an exception. What the caller does wrong
-// (an illegal close code, a port in use, a missing page) is a wschat::Error whose sentence names the call, the value
-// and the cause. An exception that leaves a callback is logged and closes that one connection with 1011.
+// Errors. Network failures never throw: you see a WriteStatus, on_close() or a log entry. Mistakes of the caller (an
+// illegal close code, a port in use, a missing page) throw a wschat::Error, whose text names the call, the value and
+// the cause. An exception that leaves a callback is logged. After open() it closes that connection with 1011; before
+// it, and in pages, the answer is 500.
 //
 // Re-entrancy. A callback may call anything: close any connection, join, leave, broadcast, stop the server. No call
-// runs another callback: output and closing are queued, and the loop acts on them after the callback.
+// runs a callback of another connection: output and closing are queued, and the loop acts on them after the callback.
 
 #pragma once
 

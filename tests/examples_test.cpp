@@ -361,7 +361,8 @@ TEST_CASE("the bench server prints its usage after wrong arguments, and ends wit
         command.insert(command.end(), arguments.begin(), arguments.end());
         Program program(command);
         CHECK(program.output() == "");
-        CHECK(program.errors() == "usage: bench_server PORT room|echo [threads, 1-64]\n");
+        CHECK(program.errors() == std::string("usage: bench_server PORT room|echo") + (WSCHAT_ZLIB ? "|deflate" : "") +
+                                   " [threads, 1-64]\n");
         CHECK(program.status() == 1);
     }
 }

@@ -324,8 +324,7 @@ TEST_CASE("close codes that peers choose make a bounded number of metrics") {
     CHECK(closed == count);
     CHECK(entries <= 50);
     std::size_t lines = 0;
-    std::string_view text = prometheus_text(metrics);
-    const std::string all(text);
+    const std::string all = prometheus_text(metrics);
     for (std::size_t at = all.find("\nwschat_close_codes_total{"); at != std::string::npos;
          at = all.find("\nwschat_close_codes_total{", at + 1))
         ++lines;
