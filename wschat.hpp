@@ -5314,7 +5314,10 @@ public:
             std::size_t part = 0;
             const IoResult step =
                 call_openssl([&] { return SSL_read_ex(ssl_.get(), data + done, size - done, &part); });
-            if (step.outcome != Outcome::done) return done != 0 ? IoResult{Outcome::done, done} : step;
+            if (step.outcome != Outcome::done) {
+                end_pending_ = step.outcome == Outcome::end && done != 0;
+                return done != 0 ? IoResult{Outcome::done, done} : step;
+            }
             done += part;
         }
         return {Outcome::done, done};
@@ -5324,8 +5327,10 @@ public:
         if (input_.empty()) stored_.release();
         else if (stored_.empty()) store_with({});
     }
-    // True if read() may return bytes without more input.
-    bool has_input() const { return failure_.empty() && (!input_.empty() || SSL_pending(ssl_.get()) != 0); }
+    // True if read() may return bytes, or the end, without more input.
+    bool has_input() const {
+        return failure_.empty() && (!input_.empty() || end_pending_ || SSL_pending(ssl_.get()) != 0);
+    }
 
     // ---- output ----------------------------------------------------------------------------------------------------
 
@@ -5507,6 +5512,7 @@ private:
     bool plain_text_ = false;
     bool established_ = false;
     bool shutdown_sent_ = false;
+    bool end_pending_ = false;  // close_notify came after bytes that read() has returned
 };
 
 // Buffers that all connections of a listener share. An idle connection has no buffers of its own.

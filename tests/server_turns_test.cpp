@@ -505,7 +505,7 @@ TEST_CASE("a lower max_message_size of a live route does not turn off the limit 
     });
     client.raw.send(hex("80 fe") + length + mask + payload.substr(512));
     REQUIRE(client.next().value_or("closed") == "closed");
-    CHECK(client.close_code() == CloseCode::message_too_big);
+    CHECK(client.connection.close_code() == CloseCode::message_too_big);
 }
 
 TEST_SUITE_END();
