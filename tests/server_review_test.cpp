@@ -98,6 +98,7 @@ struct Seen {
 TEST_SUITE_BEGIN("server");
 
 TEST_CASE("a session that pauses and is closed in the turn in which it continues still reads the answer") {
+    if (test::over_tls()) return;  // the transport is not TLS
     struct Handler : WebSocketHandler {
         explicit Handler(Seen& its_seen) : seen(its_seen) {}
         void on_message(const Message&) override {
@@ -129,6 +130,7 @@ TEST_CASE("a session that pauses and is closed in the turn in which it continues
 }
 
 TEST_CASE("a send that fails after a part of the output does not change the counts of queued bytes") {
+    if (test::over_tls()) return;  // the transport is not TLS
     struct Handler : WebSocketHandler {
         Handler(Seen& its_seen, WorkerThread*& its_running) : seen(its_seen), running(its_running) {}
         void on_message(const Message&) override {
@@ -159,6 +161,7 @@ TEST_CASE("a send that fails after a part of the output does not change the coun
 }
 
 TEST_CASE("a transport that throws at the end does not keep its session") {
+    if (test::over_tls()) return;  // the transport is not TLS
     Seen seen;
     FakeTransport::Behavior behavior;
     behavior.end_throws = true;
