@@ -233,6 +233,7 @@ TEST_CASE("twenty sessions that inflate much do not keep the loop in one turn") 
 }
 
 TEST_CASE("one session sends a bounded part of a file in one turn, and many sessions share a budget") {
+    if (test::over_tls()) return;  // clients would begin a TLS handshake while the loop is held
     for (const std::size_t readers : {1u, 40u}) {
         CAPTURE(readers);
         const TemporaryFile file("large.bin", test::large_content());
