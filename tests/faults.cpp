@@ -226,6 +226,7 @@ private:
         server.route<ChatHandler>("/chat/{room}");
         server.file("/page", folder().page());
         server.static_dir("/files", folder().path);
+        server.static_dir("/relative", ".");  // a relative path needs the working directory
         server.get("/is_made", [](const Request&) { return Response(200, made_page()); });
         server.listen(0);
         server.listen("unix:" + folder().socket());
