@@ -162,7 +162,6 @@ TEST_CASE("a send that fails after a part of the output does not change the coun
 
 TEST_CASE("a transport that throws at the end does not keep its session") {
     if (test::over_tls()) return;  // the transport is not TLS
-    Seen seen;
     FakeTransport::Behavior behavior;
     behavior.end_throws = true;
     WorkerThread running(behavior, [] { return std::make_unique<test::Echo>(); });
