@@ -37,10 +37,10 @@
 //   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox     1
 //   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket           2
 //   4   Frames         FrameHeader, FrameParser, EncodedFrame                           2-3
-//   5   HTTP           Request, Response, RequestParser, upgrade checks of both sides   2-3
+//   5   HTTP           Request, Response, RequestParser, BodyParser, upgrade checks     2-3
 //   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
 //   7   Protocol       Connection                                                       2-6
-//   8   Handler        WebSocketHandler, HandlerRef                                     2-7
+//   8   Handler        WebSocketHandler, Reply, HandlerRef                               2-7
 //   9   Rooms          Room, Rooms                                                      2-4, 7-8
 //   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)       2-3
 //   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport                  2-3, 10
@@ -61,6 +61,8 @@
 //   fairness                 one visit's budget: WebSocketDriver::max_events (14), Connection::inflate_budget (7)
 //                            who waits: TurnState, Session::may_work(), Worker::continue_waiting() (14)
 //   order of flushing        Worker::end_turn(), Session::flush() (14)
+//   a method, a body         Page (13), BodyParser (5), HttpExchange::expect_body() (14)
+//   answers that come later  Reply (8); HttpExchange::make_reply(), Session::finish_upgrade() (14)
 //   a header on each answer  HttpExchange::queue_head() (14); on files alone: file_answer() (13)
 //   routing, static files    Pattern, PatternMap, Site; a media type: content_type() (13)
 //   origins                  Site::origin_allowed() (13), same_host() (5), WebSocketDriver::check_handshake() (14)
@@ -74,7 +76,8 @@
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1,
 //   base64, Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields,
-//   Request, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, HandlerRef, IpAddress,
+//   FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
+//   HandlerRef, CorsOptions, IpAddress,
 //   PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text, ServerOptions, ChatHandler,
 //   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
 //   ChatLimits, ChatAction, ChatRoom, SqliteOptions, SqliteHistory
@@ -96,9 +99,9 @@
 // WSCHAT_VERSION_STRING.
 //
 // Threads. A server is one loop on one thread, the thread that calls run(). Any thread may use Loop::post(),
-// Loop::mailbox(), Mailbox::post(), HandlerRef (except get()) and Server::shutdown(). Everything else belongs to the
-// loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run several
-// servers, one per thread, with ServerOptions::reuse_port.
+// Loop::mailbox(), Mailbox::post(), HandlerRef (except get()), Reply and Server::shutdown(). Everything else belongs to
+// the loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run
+// several servers, one per thread, with ServerOptions::reuse_port.
 //
 // Lifetime. The server owns handlers. After open(), a handler lives until on_close() returns. If the handshake is
 // refused, it is destroyed without on_close(). A Message and a Room& are valid until the callback returns. To refer to
@@ -312,6 +315,10 @@ struct Limits {
     std::size_t max_request_line = 8 * 1024;   // 414
     std::size_t max_header_bytes = 16 * 1024;  // 431
     std::size_t max_header_fields = 100;       // 431
+    std::size_t max_body = 1024 * 1024;        // of a request for a page; 413
+    // A page or a handshake that is answered by a Reply has this time; 503. For a handshake, handshake_timeout counts
+    // too.
+    Duration reply_timeout = std::chrono::seconds(60);
 
     std::size_t max_message_size = 1024 * 1024;  // of a complete message, after decompression; 1009
     std::size_t max_fragments = 1024;            // of one message; 1008
@@ -1723,9 +1730,68 @@ inline bool valid_host(std::string_view host) {
 class RequestParser;
 class RequestAccess;
 
+// Whether percent_decode(encoded, plus) == plain, without the memory for it.
+inline bool decodes_to(std::string_view encoded, std::string_view plain, bool plus = false) {
+    std::size_t at = 0;
+    for (const char expected : plain) {
+        if (at == encoded.size()) return false;
+        char c = encoded[at++];
+        if (plus && c == '+') c = ' ';
+        if (c == '%') {
+            if (encoded.size() - at < 2 || text::hex_value(encoded[at]) < 0 || text::hex_value(encoded[at + 1]) < 0)
+                return false;
+            c = static_cast<char>(text::hex_value(encoded[at]) * 16 + text::hex_value(encoded[at + 1]));
+            at += 2;
+        }
+        if (c != expected) return false;
+    }
+    return at == encoded.size();
+}
+
+// Calls visit(value) with the decoded value of each field of that name in "a=1&b=2" until it returns false. Skips
+// values that are malformed.
+template <class Visit>
+void each_urlencoded(std::string_view fields, std::string_view name, Visit&& visit) {
+    for (std::string_view rest = fields; !rest.empty();) {
+        std::string_view value = text::consume_until(rest, '&');
+        if (!decodes_to(text::consume_until(value, '='), name, true)) continue;
+        auto decoded = text::percent_decode(value, true);
+        if (decoded && !visit(std::move(*decoded))) return;
+    }
+}
+
+// The value of a parameter of a header value: parameter("form-data; name=\"a\"", "name") is "a". A backslash in quotes
+// stays as it is, because browsers send file names so.
+inline std::string_view parameter(std::string_view value, std::string_view name) {
+    text::consume_until(value, ';');
+    while (!value.empty()) {
+        const std::string_view key = text::trim(text::consume_until(value, '='));
+        value = text::trim(value);
+        std::string_view found;
+        if (!value.empty() && value.front() == '"') {
+            value.remove_prefix(1);
+            found = text::consume_until(value, '"');
+            text::consume_until(value, ';');
+        } else {
+            found = text::trim(text::consume_until(value, ';'));
+        }
+        if (text::equals_ignore_case(key, name)) return found;
+    }
+    return {};
+}
+
 }  // namespace detail
 
-// The head of a request. It owns its bytes: all views of it are valid as long as the request.
+// A part of a form with files (multipart/form-data, RFC 7578). Views of the request's body. A peer chooses all of it:
+// never use `filename` as a path.
+struct FormPart {
+    std::string_view name;
+    std::string_view filename;      // empty if the part is not a file
+    std::string_view content_type;  // empty if the part has none
+    std::string_view data;
+};
+
+// A request: its head, and its body for a page. It owns its bytes: all views of it are valid as long as the request.
 class Request {
 public:
     std::string_view method() const { return part(method_); }
@@ -1739,25 +1805,67 @@ public:
     std::string_view host() const { return part(host_); }
     bool http_1_0() const { return http_1_0_; }
     bool has_body() const { return has_body_; }
-    // "https" if the connection to this server is encrypted, otherwise "http". Ignores the headers of proxies.
-    std::string_view scheme() const { return tls_ != 0 ? "https" : "http"; }
+    // The whole body, at most Limits::max_body bytes.
+    std::string_view body() const { return part(body_); }
+    // "https" if the client's connection is encrypted, otherwise "http". A trusted proxy may say so.
+    std::string_view scheme() const { return https_ ? "https" : "http"; }
+    // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
+    const std::string& remote_address() const { return remote_address_; }
     // The subject of the verified client certificate in the form of RFC 2253 ("CN=Anna,O=Tea"), at most 4096 bytes.
     // Empty if the client sent none.
     std::string_view client_certificate() const {
-        return tls_ == 0 ? std::string_view() : std::string_view(head_).substr(head_.size() - (tls_ - 1u));
+        return std::string_view(bytes_).substr(bytes_.size() - certificate_size_);
     }
 
-    Fields fields() const { return Fields(std::string_view(head_).substr(fields_begin_)); }
+    Fields fields() const { return Fields(std::string_view(bytes_).substr(fields_begin_)); }
     // The first header of that name, compared without case. Empty if the request has none.
     std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
 
     // The first query parameter of that name, decoded: "+" is a space. Returns nothing if it is absent or malformed.
-    std::optional<std::string> query(std::string_view name) const {
-        for (std::string_view rest = query_string(); !rest.empty();) {
-            std::string_view value = text::consume_until(rest, '&');
-            const std::string_view key = text::consume_until(value, '=');
-            if (text::percent_decode(key, true) == std::string(name)) return text::percent_decode(value, true);
+    std::optional<std::string> query(std::string_view name) const { return first_urlencoded(query_string(), name); }
+    // All query parameters of that name: "?tag=a&tag=b".
+    std::vector<std::string> query_all(std::string_view name) const { return all_urlencoded(query_string(), name); }
+
+    // The first field of that name in the body, if it is a form: application/x-www-form-urlencoded, or
+    // multipart/form-data. Returns nothing if it is absent or malformed.
+    std::optional<std::string> form(std::string_view name) const {
+        if (const auto found = form_part(name)) return std::string(found->data);
+        return first_urlencoded(urlencoded_body(), name);
+    }
+    // All fields of that name, in order.
+    std::vector<std::string> form_all(std::string_view name) const {
+        std::vector<std::string> all = all_urlencoded(urlencoded_body(), name);
+        for (const FormPart& each : form_parts())
+            if (each.name == name) all.emplace_back(each.data);
+        return all;
+    }
+    // The parts of a multipart/form-data body: fields and files. Empty if the body has another type or is malformed.
+    std::vector<FormPart> form_parts() const {
+        std::vector<FormPart> parts;
+        const std::string_view type = header("content-type"), boundary = detail::parameter(type, "boundary");
+        // RFC 2046 5.1.1: at most 70 characters.
+        if (!media_type_is("multipart/form-data") || boundary.empty() || boundary.size() > 70) return parts;
+        const std::string delimiter = "\r\n--" + std::string(boundary);
+        std::string_view rest = body();
+        if (!text::starts_with(rest, std::string_view(delimiter).substr(2))) return {};
+        for (rest.remove_prefix(delimiter.size() - 2); !text::starts_with(rest, "--");) {
+            const std::size_t blank = rest.find("\r\n\r\n"), end = rest.find(delimiter, blank);
+            constexpr std::size_t max_parts = 1000;
+            if (!text::starts_with(rest, "\r\n") || end == std::string_view::npos || parts.size() == max_parts)
+                return {};
+            const Fields fields(rest.substr(2, blank));
+            const std::string_view disposition = fields.find("content-disposition").value_or(std::string_view());
+            parts.push_back({detail::parameter(disposition, "name"), detail::parameter(disposition, "filename"),
+                             fields.find("content-type").value_or(std::string_view()),
+                             end < blank + 4 ? std::string_view() : rest.substr(blank + 4, end - blank - 4)});
+            rest.remove_prefix(end + delimiter.size());
         }
+        return parts;
+    }
+    // The first part of that name.
+    std::optional<FormPart> form_part(std::string_view name) const {
+        for (const FormPart& each : form_parts())
+            if (each.name == name) return each;
         return std::nullopt;
     }
     // RFC 6265 4.2.1. The value is not decoded; quotes around it are removed.
@@ -1791,17 +1899,44 @@ private:
         std::uint32_t begin = 0;
         std::uint32_t size = 0;
     };
-    std::string_view part(Part p) const { return std::string_view(head_).substr(p.begin, p.size); }
+    std::string_view part(Part p) const { return std::string_view(bytes_).substr(p.begin, p.size); }
     Part part_of(std::string_view view) const {
-        return {static_cast<std::uint32_t>(view.data() - head_.data()), static_cast<std::uint32_t>(view.size())};
+        return {static_cast<std::uint32_t>(view.data() - bytes_.data()), static_cast<std::uint32_t>(view.size())};
     }
 
-    std::string head_;
-    Part method_, target_, path_, query_, host_;
+    bool media_type_is(std::string_view type) const {
+        std::string_view value = header("content-type");
+        return text::equals_ignore_case(text::trim(text::consume_until(value, ';')), type);
+    }
+    std::string_view urlencoded_body() const {
+        return media_type_is("application/x-www-form-urlencoded") ? body() : std::string_view();
+    }
+    static std::optional<std::string> first_urlencoded(std::string_view fields, std::string_view name) {
+        std::optional<std::string> first;
+        detail::each_urlencoded(fields, name, [&](std::string value) {
+            first = std::move(value);
+            return false;
+        });
+        return first;
+    }
+    static std::vector<std::string> all_urlencoded(std::string_view fields, std::string_view name) {
+        std::vector<std::string> all;
+        detail::each_urlencoded(fields, name, [&](std::string value) {
+            all.push_back(std::move(value));
+            return true;
+        });
+        return all;
+    }
+
+    std::string bytes_;  // the head, the body, the subject of the client's certificate
+    Part method_, target_, path_, query_, host_, body_;
     std::uint32_t fields_begin_ = 0;
     bool http_1_0_ = false;
     bool has_body_ = false;
-    std::uint16_t tls_ = 0;  // 0: no TLS. Otherwise 1 + the size of client_certificate(), which is the end of head_
+    bool body_complete_ = false;
+    bool https_ = false;
+    std::uint16_t certificate_size_ = 0;
+    std::string remote_address_;
     std::vector<std::pair<std::string, std::string>> params_;
 };
 
@@ -1813,12 +1948,29 @@ public:
     static void set_params(Request& request, std::vector<std::pair<std::string, std::string>> params) {
         request.params_ = std::move(params);
     }
-    // For a request over TLS. The certificate may be empty.
-    static void set_secure(Request& request, std::string_view client_certificate) {
+    // What the request does not say itself. The certificate may be empty.
+    static void set_connection(Request& request, std::string remote_address, bool https,
+                               std::string_view client_certificate = {}) {
+        request.remote_address_ = std::move(remote_address);
+        request.https_ = https;
+        if (request.certificate_size_ != 0 || client_certificate.empty()) return;
         const std::string_view subject = client_certificate.substr(0, 4096);
-        request.head_.reserve(request.head_.size() + subject.size());
-        request.head_ += subject;
-        request.tls_ = static_cast<std::uint16_t>(subject.size() + 1);
+        request.bytes_.reserve(request.bytes_.size() + subject.size());
+        request.bytes_ += subject;
+        request.certificate_size_ = static_cast<std::uint16_t>(subject.size());
+    }
+
+    // The body is received into the bytes of the request.
+    static bool body_complete(const Request& request) { return request.body_complete_; }
+    static bool awaits_body(const Request& request) { return request.has_body_ && !request.body_complete_; }
+    static std::string& begin_body(Request& request) {
+        request.body_.begin = static_cast<std::uint32_t>(request.bytes_.size());
+        return request.bytes_;
+    }
+    static std::size_t body_received(const Request& request) { return request.bytes_.size() - request.body_.begin; }
+    static void end_body(Request& request) {
+        request.body_.size = static_cast<std::uint32_t>(body_received(request));
+        request.body_complete_ = true;
     }
 };
 
@@ -1837,7 +1989,7 @@ public:
             const bool complete = end != std::string_view::npos;
             const std::string_view piece = bytes.substr(consumed, complete ? end + 1 - consumed : end);
             if (!check_first_byte(piece) || !check_limits(piece)) break;
-            request_.head_.append(piece);
+            request_.bytes_.append(piece);
             consumed += piece.size();
             if (complete && parse_line()) return check_head() ? Outcome::request : Outcome::failure;
         }
@@ -1847,18 +1999,18 @@ public:
     // Moves the parsed request out. The parser is then ready for the next head.
     Request take_request() {
         Request request = std::move(request_);
-        request.head_.shrink_to_fit();
+        request.bytes_.shrink_to_fit();
         *this = RequestParser(*limits_);
         return request;
     }
     // Whether an incomplete head has been received.
-    bool started() const { return !request_.head_.empty(); }
+    bool started() const { return !request_.bytes_.empty(); }
     // After a failure: the status of the response, and a sentence for its body.
     int status() const { return status_; }
     const std::string& reason() const { return reason_; }
 
 private:
-    std::string_view head() const { return request_.head_; }
+    std::string_view head() const { return request_.bytes_; }
 
     bool fail(int status, std::string reason) {
         status_ = status;
@@ -1901,7 +2053,7 @@ private:
             // RFC 9112 2.2: "ignore at least one empty line (CRLF) received prior to the request-line".
             if (skipped_empty_line_) return fail(400, "The request line is empty.");
             skipped_empty_line_ = true;
-            request_.head_.clear();
+            request_.bytes_.clear();
             line_begin_ = 0;
             return false;
         }
@@ -2002,6 +2154,129 @@ private:
     std::string reason_;
 };
 
+// Receives the body of a request in pieces of any size, in linear time (RFC 9112 6-7). The head has passed
+// RequestParser, so it has either a valid Content-Length or the coding "chunked". After a failure it accepts no more
+// bytes.
+class BodyParser {
+public:
+    enum class Outcome : std::uint8_t { need_more, body, failure };
+
+    BodyParser(Request request, const Limits& limits)
+        : limits_(&limits), request_(std::move(request)), body_(&RequestAccess::begin_body(request_)) {
+        const auto length = request_.fields().find("content-length");
+        if (length) left_ = text::parse_unsigned(*length, INT64_MAX).value_or(0);
+        state_ = length ? State::data : State::size;
+        chunked_ = !length;
+        if (left_ > limits.max_body) too_large();
+    }
+    BodyParser(const BodyParser&) = delete;
+    BodyParser& operator=(const BodyParser&) = delete;
+
+    // Consumes at most the bytes up to the end of the body.
+    Outcome feed(std::string_view bytes, std::size_t& consumed) {
+        consumed = 0;
+        while (state_ != State::failed && state_ != State::end && consumed < bytes.size()) {
+            const std::string_view rest = bytes.substr(consumed);
+            consumed += state_ == State::data ? take_data(rest) : take_line(rest);
+        }
+        if (state_ == State::failed) return Outcome::failure;
+        if (state_ != State::end) return Outcome::need_more;
+        RequestAccess::end_body(request_);
+        return Outcome::body;
+    }
+
+    // The request with its body, after Outcome::body.
+    Request take_request() { return std::move(request_); }
+    const Request& request() const { return request_; }
+    // What is held for the body now, and what it may become.
+    std::size_t received() const { return RequestAccess::body_received(request_); }
+    std::size_t expected() const { return chunked_ ? limits_->max_body : received() + static_cast<std::size_t>(left_); }
+    // After a failure, which can be right after the constructor: the status of the response, and a sentence.
+    bool failed() const { return state_ == State::failed; }
+    int status() const { return status_; }
+    const std::string& reason() const { return reason_; }
+
+private:
+    enum class State : std::uint8_t { size, data, data_end, trailer, end, failed };
+
+    void fail(int status, std::string reason) {
+        state_ = State::failed;
+        status_ = status;
+        reason_ = std::move(reason);
+    }
+    void too_large() { fail(413, "The body is larger than " + std::to_string(limits_->max_body) + " bytes."); }
+
+    std::size_t take_data(std::string_view bytes) {
+        const auto size = static_cast<std::size_t>((std::min)(left_, std::uint64_t{bytes.size()}));
+        body_->append(bytes.data(), size);
+        left_ -= size;
+        if (left_ == 0) state_ = chunked_ ? State::data_end : State::end;
+        return size;
+    }
+
+    // The lines between chunks. What is not data is limited, so that framing cannot cost much more than data.
+    std::size_t take_line(std::string_view bytes) {
+        const std::size_t end = bytes.find('\n');
+        const bool complete = end != std::string_view::npos;
+        const std::size_t size = complete ? end + 1 : bytes.size();
+        overhead_ += size;
+        if (overhead_ > limits_->max_header_bytes) {
+            fail(431, "The chunk extensions or trailers are too long.");
+            return size;
+        }
+        line_.append(bytes.data(), size);
+        if (complete) end_line();
+        return size;
+    }
+    void end_line() {
+        std::string line = std::exchange(line_, std::string());
+        if (line.size() < 2 || line[line.size() - 2] != '\r')
+            return fail(400, "A line of the body does not end with CR LF.");
+        line.resize(line.size() - 2);
+        if (state_ == State::size) return parse_size(line);
+        if (state_ == State::data_end) {
+            if (!line.empty()) return fail(400, "A chunk is longer than its size.");
+            state_ = State::size;
+        } else if (line.empty()) {
+            state_ = State::end;
+        } else if (const char* error = field_line_error(line)) {
+            fail(400, error);  // RFC 9112 7.1.2: a trailer may be discarded, as it is here
+        }
+    }
+    // RFC 9112 7.1: "a recipient MUST anticipate potentially large hexadecimal numerals and prevent parsing errors due
+    // to integer conversion overflows". Extensions are ignored (7.1.1).
+    void parse_size(std::string_view line) {
+        if (has_control_character(line)) return fail(400, "A chunk extension has a control character.");
+        std::string_view extension = line;
+        const std::string_view digits = text::trim(text::consume_until(extension, ';'));
+        // White space is legal only before an extension.
+        const bool extended = line.find(';') != std::string_view::npos;
+        if (digits.empty() || digits.front() != line.front() || (!extended && digits.size() != line.size()))
+            return fail(400, "A chunk size is malformed.");
+        std::uint64_t size = 0;
+        for (const char c : digits) {
+            if (text::hex_value(c) < 0) return fail(400, "A chunk size is malformed.");
+            size = size * 16 + static_cast<unsigned>(text::hex_value(c));
+            if (size > limits_->max_body) return too_large();
+        }
+        if (received() + size > limits_->max_body) return too_large();
+        left_ = size;
+        state_ = size == 0 ? State::trailer : State::data;
+        overhead_ -= (std::min)(overhead_, 16 + 2 * static_cast<std::size_t>(size));  // a chunk pays for usual framing
+    }
+
+    const Limits* limits_;
+    Request request_;
+    std::string* body_;
+    std::uint64_t left_ = 0;  // of the body, or of the chunk
+    std::size_t overhead_ = 0;
+    std::string line_;
+    State state_ = State::size;
+    bool chunked_ = false;
+    int status_ = 0;
+    std::string reason_;
+};
+
 inline std::string_view reason_phrase(int status) {
     struct Phrase {
         int status;
@@ -2009,13 +2284,16 @@ inline std::string_view reason_phrase(int status) {
     };
     // clang-format off
     constexpr Phrase phrases[] = {
-        {200, "OK"}, {204, "No Content"}, {301, "Moved Permanently"}, {302, "Found"}, {303, "See Other"},
-        {304, "Not Modified"}, {307, "Temporary Redirect"}, {308, "Permanent Redirect"}, {400, "Bad Request"},
-        {401, "Unauthorized"}, {403, "Forbidden"}, {404, "Not Found"}, {405, "Method Not Allowed"},
-        {408, "Request Timeout"}, {409, "Conflict"}, {413, "Content Too Large"}, {414, "URI Too Long"},
-        {421, "Misdirected Request"}, {426, "Upgrade Required"}, {429, "Too Many Requests"},
-        {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"}, {501, "Not Implemented"},
-        {503, "Service Unavailable"}, {505, "HTTP Version Not Supported"}};
+        {200, "OK"}, {201, "Created"}, {202, "Accepted"}, {204, "No Content"}, {206, "Partial Content"},
+        {301, "Moved Permanently"}, {302, "Found"}, {303, "See Other"}, {304, "Not Modified"},
+        {307, "Temporary Redirect"}, {308, "Permanent Redirect"}, {400, "Bad Request"}, {401, "Unauthorized"},
+        {403, "Forbidden"}, {404, "Not Found"}, {405, "Method Not Allowed"}, {408, "Request Timeout"},
+        {409, "Conflict"}, {410, "Gone"}, {411, "Length Required"}, {413, "Content Too Large"}, {414, "URI Too Long"},
+        {415, "Unsupported Media Type"}, {416, "Range Not Satisfiable"}, {417, "Expectation Failed"},
+        {421, "Misdirected Request"}, {422, "Unprocessable Content"}, {426, "Upgrade Required"},
+        {429, "Too Many Requests"}, {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
+        {501, "Not Implemented"}, {502, "Bad Gateway"}, {503, "Service Unavailable"}, {504, "Gateway Timeout"},
+        {505, "HTTP Version Not Supported"}};
     // clang-format on
     for (const Phrase& phrase : phrases)
         if (phrase.status == status) return phrase.text;
@@ -2023,6 +2301,20 @@ inline std::string_view reason_phrase(int status) {
 }
 
 }  // namespace detail
+
+namespace detail {
+class ResponseAccess;
+}
+
+// The attributes of a cookie (RFC 6265 4.1). The defaults are safe: scripts and foreign sites cannot use the cookie.
+struct CookieOptions {
+    std::string path = "/";
+    std::string domain;                  // empty: only the host that set it
+    std::chrono::seconds max_age{-1};    // negative: until the browser ends; zero deletes the cookie
+    bool http_only = true;               // hidden from scripts
+    bool secure = false;                 // only over https; a request over https gets it so in any case
+    std::string_view same_site = "Lax";  // "Strict", "Lax" or "None"
+};
 
 // A response with a status of 200-599. The server adds Content-Length, Connection and Date.
 class Response {
@@ -2057,17 +2349,56 @@ public:
         return *this;
     }
 
+    // Adds a cookie. Throws Error for a name or a value that RFC 6265 4.1.1 does not allow: encode such a value first.
+    Response& set_cookie(std::string_view name, std::string_view value, const CookieOptions& options = {}) {
+        const auto in_value = [](char c) {
+            return c > ' ' && c < 0x7F && c != '"' && c != ',' && c != ';' && c != '\\';
+        };
+        const auto in_attribute = [](char c) { return c >= ' ' && c < 0x7F && c != ';'; };
+        const std::string& path = options.path;
+        const std::string& domain = options.domain;
+        if (!text::is_token(name) || !std::all_of(value.begin(), value.end(), in_value) ||
+            !std::all_of(path.begin(), path.end(), in_attribute) ||
+            !std::all_of(domain.begin(), domain.end(), in_attribute) || !text::is_token(options.same_site))
+            throw Error("Response::set_cookie: \"" + escape_for_log(name) + "=" + escape_for_log(value) +
+                        "\" is not a cookie");
+        std::string cookie(name);
+        (cookie += '=') += value;
+        if (!path.empty()) (cookie += "; Path=") += path;
+        if (!domain.empty()) (cookie += "; Domain=") += domain;
+        if (options.max_age.count() >= 0) (cookie += "; Max-Age=") += std::to_string(options.max_age.count());
+        (cookie += "; SameSite=") += options.same_site;
+        if (options.http_only) cookie += "; HttpOnly";
+        if (options.secure) cookie += "; Secure";
+        cookies_.push_back(std::move(cookie));
+        return *this;
+    }
+    // Deletes a cookie that was set with the same path and domain.
+    Response& clear_cookie(std::string_view name, CookieOptions options = {}) {
+        options.max_age = std::chrono::seconds(0);
+        return set_cookie(name, "", options);
+    }
+
     int status() const { return status_; }
     const std::string& body() const { return body_; }
     const std::vector<std::pair<std::string, std::string>>& headers() const { return headers_; }
 
 private:
+    friend class detail::ResponseAccess;
+
     int status_;
     std::string body_;
     std::vector<std::pair<std::string, std::string>> headers_;
+    std::vector<std::string> cookies_;  // the server adds "Secure"
 };
 
 namespace detail {
+
+// The members of a response that only the server reads.
+class ResponseAccess {
+public:
+    static const std::vector<std::string>& cookies(const Response& response) { return response.cookies_; }
+};
 
 // RFC 6455 4.2.2 / 5.4.
 inline std::string accept_key(std::string_view key) {
@@ -2129,14 +2460,14 @@ inline void reject_control_characters(const char* call, std::string_view value) 
 
 // The 101 (RFC 6455 4.2.2 / 5).
 inline std::string switching_protocols(std::string_view key, std::string_view subprotocol,
-                                       std::string_view extensions = {}) {
+                                       std::string_view extensions = {}, std::string_view more_lines = {}) {
     for (const std::string_view value : {subprotocol, extensions})
         reject_control_characters("switching_protocols", value);
     std::string head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
     ((head += "Sec-WebSocket-Accept: ") += accept_key(key)) += "\r\n";
     if (!subprotocol.empty()) ((head += "Sec-WebSocket-Protocol: ") += subprotocol) += "\r\n";
     if (!extensions.empty()) ((head += "Sec-WebSocket-Extensions: ") += extensions) += "\r\n";
-    return head += "\r\n";
+    return (head += more_lines) += "\r\n";
 }
 
 // The client's request (RFC 6455 4.1). `key`: 16 random bytes in base64.
@@ -3407,7 +3738,9 @@ WSCHAT_END
 // handler appends to its connection's queue and marks it dirty. Knows nothing of sockets, loops or flushing.
 // ====================================================================================================================
 
+#include <atomic>
 #include <cassert>
+#include <thread>
 
 WSCHAT_BEGIN
 
@@ -3422,10 +3755,20 @@ namespace detail {
 class HandlerAccess;
 struct HandlerCore;
 
+// What was given to a Reply.
+struct ReplyAnswer {
+    std::optional<Response> response;              // nothing: the handshake continues
+    std::function<void(WebSocketHandler&)> setup;  // called before open()
+    bool dropped = false;                          // the Reply was destroyed unused
+};
+
 // What a handler needs of the session that owns it; section 14 implements it.
 class HandlerHost {
 public:
     bool dirty = false;  // mark_dirty() was called in this turn
+
+    // What the session has waited for: the answer of a Reply.
+    virtual void on_reply(ReplyAnswer answer) = 0;
 
     // The handler has output, or its connection has changed its state: the session acts on it at the end of the turn.
     virtual void mark_dirty() = 0;
@@ -3449,6 +3792,65 @@ protected:
 };
 
 }  // namespace detail
+
+// The answer to a request that comes later. A page's function or prepare_async() gets it, may keep it, and uses it
+// once, on any thread. Only this connection waits for it, at most Limits::reply_timeout. A Reply that is destroyed
+// unused answers 500.
+class Reply {
+public:
+    Reply() = default;
+    Reply(Reply&&) noexcept = default;
+    Reply& operator=(Reply&& other) noexcept {
+        if (this != &other) drop();
+        state_ = std::move(other.state_);
+        return *this;
+    }
+    ~Reply() { drop(); }
+
+    // Answers the request. In prepare_async() it rejects the handshake. Returns false and has no effect if the Reply
+    // was used before, the client has gone, or the server has ended.
+    bool send(Response response) const { return answer({std::move(response), {}}); }
+    // In prepare_async() only: the handshake continues. `setup` is called with the handler on the loop's thread, before
+    // open(), if the client is still there: it can give the handler what was looked up. Returns as send() does.
+    bool accept(std::function<void(WebSocketHandler&)> setup = {}) const {
+        return answer({std::nullopt, std::move(setup)});
+    }
+    // False if send() and accept() would return false.
+    bool is_open() const { return state_ && state_->open; }
+
+private:
+    friend class detail::HandlerAccess;
+
+    struct State {
+        std::shared_ptr<Mailbox> mailbox;
+        std::thread::id thread;  // of the loop
+        std::atomic<bool> open;
+        detail::HandlerHost* host;  // only for the loop's thread; null when the session has ended or has given up
+    };
+
+    bool answer(detail::ReplyAnswer answer) const {
+        if (!state_ || !state_->open.exchange(false)) return false;
+        if (std::this_thread::get_id() == state_->thread) return deliver(*state_, std::move(answer));
+        return state_->mailbox->post(
+            [state = state_, answer = std::move(answer)]() mutable { deliver(*state, std::move(answer)); });
+    }
+    static bool deliver(State& state, detail::ReplyAnswer answer) {
+        detail::HandlerHost* const host = std::exchange(state.host, nullptr);
+        if (host != nullptr) host->on_reply(std::move(answer));
+        return host != nullptr;
+    }
+    // If memory runs out, the session waits until its timeout.
+    void drop() noexcept {
+        if (!is_open()) return;
+        detail::run_guarded(
+            [&] {
+                answer({Response(500, "The server failed to answer.\n"), {}, true});
+            },
+            [](const char*) {});
+    }
+
+    std::shared_ptr<State> state_;
+};
 
 // A weak reference to a handler that any thread may use. If the handler is gone, a call has no effect. A call returns
 // false if the server is gone too. Illegal arguments throw Error on the calling thread, as in WebSocketHandler.
@@ -3503,7 +3905,6 @@ struct HandlerCore {
     std::uint64_t messages_sent = 0;
     Connection connection;
     Request request;
-    std::string remote_address;
     std::string_view subprotocol;  // a part of the request
     std::vector<Membership> rooms;
     HandlerRef ref;
@@ -3526,6 +3927,11 @@ public:
 
     // Called before the 101. A response from here rejects the handshake (401, 403, a redirect).
     virtual std::optional<Response> prepare(const Request&) { return std::nullopt; }
+    // The same if the answer comes later, for example from a database: called after the other checks. Either
+    // reply.accept() or reply.send(), which rejects the handshake.
+    virtual void prepare_async(const Request&, Reply reply) { reply.accept(); }
+    // Adds headers and cookies to the 101: response.set_cookie(...). Its status and body are not used.
+    virtual void response_headers(Response& response) { static_cast<void>(response); }
     // Whether a page of this origin may connect. Only called for a request with an Origin header. By default the origin
     // must have the request's host or be one of Server::allow_origins(). False sends a 403.
     virtual bool check_origin(std::string_view origin) { return core_.host->origin_allowed(origin); }
@@ -3611,8 +4017,8 @@ public:
 
     // The request of the opening handshake; valid as long as the handler.
     const Request& request() const { return core_.request; }
-    // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
-    const std::string& remote_address() const { return core_.remote_address; }
+    // The same as request().remote_address().
+    const std::string& remote_address() const { return core_.request.remote_address(); }
     // The result of select_subprotocol(); empty if it chose none.
     std::string_view selected_subprotocol() const { return core_.subprotocol; }
 
@@ -3724,6 +4130,23 @@ public:
     template <class Hook>
     static void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
         handler.run_hook(name, hook);
+    }
+
+    // The session's end of a Reply. It gives up by close_reply(); what the Reply is given after that has no effect.
+    using ReplyState = std::shared_ptr<Reply::State>;
+    static ReplyState open_reply(HandlerHost& host) {
+        return ReplyState(new Reply::State{host.mailbox(), std::this_thread::get_id(), {true}, &host});
+    }
+    static Reply make_reply(const ReplyState& state) {
+        Reply reply;
+        reply.state_ = state;
+        return reply;
+    }
+    static void close_reply(ReplyState& state) {
+        if (!state) return;
+        state->open = false;
+        state->host = nullptr;
+        state.reset();
     }
 };
 
@@ -4155,6 +4578,9 @@ inline int open_file(const char* path) {
 inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) {
     return ::_read(file, data, static_cast<unsigned>((std::min)(size, std::size_t{1} << 30)));
 }
+inline bool seek_file(int file, std::uint64_t offset) {
+    return ::_lseeki64(file, static_cast<__int64>(offset), SEEK_SET) >= 0;
+}
 inline void close_file(int file) { ::_close(file); }
 inline bool file_status(int file, FileStatus& status) { return ::_fstat64(file, &status) == 0; }
 inline bool is_file(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFREG; }
@@ -4252,6 +4678,9 @@ using FileStatus = struct stat;
 constexpr int open_file_flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
 inline int open_file(const char* path) { return ::open(path, open_file_flags); }
 inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) { return ::read(file, data, size); }
+inline bool seek_file(int file, std::uint64_t offset) {
+    return ::lseek(file, static_cast<off_t>(offset), SEEK_SET) >= 0;
+}
 inline void close_file(int file) { ::close(file); }
 inline bool file_status(int file, FileStatus& status) { return ::fstat(file, &status) == 0; }
 inline bool is_file(const FileStatus& status) { return S_ISREG(status.st_mode); }
@@ -6208,10 +6637,15 @@ public:
     // Throws an Error if an entry matches the same paths already.
     template <class... Arguments>
     Entry& add(const char* what, const Pattern& pattern, Arguments&&... arguments) {
-        for (const auto& [key, entry] : entries_)
-            if (entry.pattern() == pattern) throw Error(std::string(what) + " \"" + pattern.text() + "\": given twice");
+        if (find_same(pattern) != nullptr) throw Error(std::string(what) + " \"" + pattern.text() + "\": given twice");
         const std::string key = big_endian_key(~std::uint64_t{pattern.rank()}) + big_endian_key(entries_.size());
         return entries_.find_or_emplace(key, pattern, std::forward<Arguments>(arguments)...);
+    }
+    // The entry with an equal pattern, or null.
+    Entry* find_same(const Pattern& pattern) {
+        for (auto&& [key, entry] : entries_)
+            if (entry.pattern() == pattern) return &entry;
+        return nullptr;
     }
     // The entry for a path, or null.
     const Entry* find(std::string_view raw_path) const {
@@ -6263,6 +6697,8 @@ public:
                       static_cast<unsigned long long>(modified_ns_));
         return text;
     }
+    // False if the system refuses.
+    bool seek(std::uint64_t offset) { return os::seek_file(file_, offset); }
     // Returns 0 at the end and on an error.
     std::size_t read(char* data, std::size_t size) {
         const std::ptrdiff_t n = os::read_file(file_, data, size);
@@ -6407,29 +6843,69 @@ private:
     std::deque<Limits> limits_;  // the last is current; open connections keep those that they began with
 };
 
+// What pages of other origins may do with the answers of this server: Server::allow_cors().
+struct CorsOptions {
+    std::string headers = "Content-Type, Authorization";  // that a request may carry
+    bool credentials = false;                             // requests may carry cookies
+    std::chrono::seconds max_age{600};                    // for which a browser remembers a preflight
+};
+
 namespace detail {
 
-// What answers a request for a page: a response whose body is in memory, or in a file if that is open.
+// What answers a request for a page: a response whose body is in memory, or a range of a file if that is open.
 struct PageAnswer {
     Response response;
     File file{};
-    int file_error = 0;  // the errno of a file that should be there; it is logged
+    std::uint64_t size = 0;  // of the range, from the file's position on
+    int file_error = 0;      // the errno of a file that should be there; it is logged
 };
 
-// A page: a pattern, and a function that answers each GET and HEAD.
+// A request for a page, as the page's function sees it.
+struct PageCall {
+    const Request& request;
+    const Pattern& pattern;
+    const std::function<Reply()>& make_reply;  // for an answer that comes later; called at most once
+};
+
+// A pattern, and for each method the function that answers it. The function returns nothing if the answer comes later.
 class Page {
 public:
-    using Function = std::function<PageAnswer(const Request&, const Pattern&)>;
+    using Function = std::function<std::optional<PageAnswer>(const PageCall&)>;
 
-    Page(Pattern pattern, Function function, bool folder = false)
-        : pattern_(std::move(pattern)), function_(std::move(function)), folder_(folder) {}
+    explicit Page(Pattern pattern, bool folder = false) : pattern_(std::move(pattern)), folder_(folder) {}
     const Pattern& pattern() const { return pattern_; }
     bool folder() const { return folder_; }  // of static_dir()
-    PageAnswer answer(const Request& request) const { return function_(request, pattern_); }
+
+    // False if the method has a function already.
+    bool add(std::string_view method, Function function) {
+        if (find_exactly(method) != nullptr) return false;
+        methods_.push_back({std::string(method), std::move(function)});
+        return true;
+    }
+    // Null if the page does not answer the method. GET answers HEAD too (RFC 9110 9.3.2).
+    const Function* find(std::string_view method) const {
+        const Function* found = find_exactly(method);
+        return found == nullptr && method == "HEAD" ? find_exactly("GET") : found;
+    }
+    // For the header Allow.
+    std::string allowed() const {
+        std::string list;
+        for (const auto& [method, function] : methods_) {
+            list += method + ", ";
+            if (method == "GET" && find_exactly("HEAD") == nullptr) list += "HEAD, ";
+        }
+        return list + (find_exactly("OPTIONS") == nullptr ? "OPTIONS" : "");
+    }
 
 private:
+    const Function* find_exactly(std::string_view method) const {
+        for (const auto& [known, function] : methods_)
+            if (known == method) return &function;
+        return nullptr;
+    }
+
     Pattern pattern_;
-    Function function_;
+    std::vector<std::pair<std::string, Function>> methods_;
     bool folder_;
 };
 
@@ -6447,16 +6923,58 @@ WSCHAT_COLD inline Response file_refusal(int error) {
     }
 }
 
-WSCHAT_COLD inline PageAnswer file_answer(File file, std::string_view type, const Request& request) {
+// RFC 9110 14: one range of bytes, from `first` to before `end`.
+struct ByteRange {
+    std::uint64_t first = 0, end = 0;
+};
+// The range that a request asks for. Nothing: it gets the whole file, as with several ranges and with ranges that are
+// malformed. An empty range: no byte of the file is in it.
+inline std::optional<ByteRange> requested_range(const Request& request, std::uint64_t size) {
+    std::string_view last = request.header("range");
+    if (text::trim(text::consume_until(last, '=')) != "bytes") return std::nullopt;
+    const std::string_view first = text::trim(text::consume_until(last, '-'));
+    last = text::trim(last);
+    const auto from = text::parse_unsigned(first, UINT64_MAX - 1), to = text::parse_unsigned(last, UINT64_MAX - 1);
+    if ((!from && !first.empty()) || (!to && (!last.empty() || first.empty())) || (from && to && *to < *from))
+        return std::nullopt;
+    if (!from) return ByteRange{size - (std::min)(size, *to), size};
+    if (*from >= size) return ByteRange{};
+    return ByteRange{*from, to ? (std::min)(*to + 1, size) : size};
+}
+// RFC 9110 13.1.5: "If-Range" names the copy that the client has a part of, by a strong tag or the exact date.
+inline bool range_applies(const Request& request, const std::string& etag, std::int64_t modified_seconds) {
+    const auto condition = request.fields().find("if-range");
+    return !condition || *condition == etag || parse_http_date(*condition) == modified_seconds;
+}
+
+using Headers = std::vector<std::pair<std::string, std::string>>;
+
+WSCHAT_COLD inline PageAnswer file_answer(File file, std::string_view type, const Request& request,
+                                          const Headers& headers) {
     const std::string etag = file.etag();
     const bool unchanged = not_modified(request, etag, file.modified_seconds());
-    PageAnswer answer{Response(unchanged ? 304 : 200)};
+    const auto range = !unchanged && request.method() == "GET" && range_applies(request, etag, file.modified_seconds())
+                           ? requested_range(request, file.size())
+                           : std::nullopt;
+    const bool satisfiable = range && range->first < range->end;
+    PageAnswer answer{Response(unchanged ? 304 : !range ? 200 : satisfiable ? 206 : 416)};
     answer.response.set_header("ETag", etag)
         .set_header("Last-Modified", http_date(file.modified_seconds()))
-        .set_header("Cache-Control", "no-cache");
+        .set_header("Cache-Control", "no-cache")
+        .set_header("Accept-Ranges", "bytes");
+    for (const auto& [name, value] : headers) answer.response.set_header(name, value);
     if (unchanged) return answer;
+    const std::string size = std::to_string(file.size());
+    if (range) {
+        const std::string bytes =
+            satisfiable ? std::to_string(range->first) + "-" + std::to_string(range->end - 1) : std::string("*");
+        answer.response.set_header("Content-Range", "bytes " + bytes + "/" + size);
+        if (!satisfiable) return answer;
+        if (!file.seek(range->first)) return {file_refusal(errno)};
+    }
     const bool text = text::starts_with(type, "text/");
     answer.response.set_header("Content-Type", text ? std::string(type) + "; charset=utf-8" : std::string(type));
+    answer.size = range ? range->end - range->first : file.size();
     answer.file = std::move(file);
     return answer;
 }
@@ -6468,9 +6986,32 @@ class Site {
 public:
     PatternMap<Route> routes;
     PatternMap<Page> pages;
+    std::function<Response(const Request&)> not_found;  // may be empty
+    Headers default_headers;                            // of each answer that does not set them itself
 
-    void add_page(const char* call, std::string_view pattern, Page::Function function, bool folder = false) {
-        pages.add("page", Pattern(call, pattern), std::move(function), folder);
+    // Throws an Error if the page answers the method already.
+    WSCHAT_COLD void add_page(const char* call, std::string_view method, std::string_view pattern,
+                              Page::Function function, bool folder = false) {
+        if (!text::is_token(method) || method == "CONNECT")
+            throw Error("handle: \"" + escape_for_log(method) + "\" is not a method that a page can answer");
+        const Pattern parsed(call, pattern);
+        Page* page = pages.find_same(parsed);
+        if (page == nullptr) page = &pages.add("page", parsed, folder);
+        if (!page->add(method, std::move(function)))
+            throw Error("page \"" + parsed.text() + "\": given twice for " + std::string(method));
+    }
+    void add_function_page(const char* call, std::string_view method, std::string_view pattern,
+                           std::function<Response(const Request&)> answer) {
+        add_page(call, method, pattern, [answer = std::move(answer)](const PageCall& page) {
+            return std::optional<PageAnswer>(PageAnswer{answer(page.request)});
+        });
+    }
+    void add_later_page(const char* call, std::string_view method, std::string_view pattern,
+                        std::function<void(const Request&, Reply)> answer) {
+        add_page(call, method, pattern, [answer = std::move(answer)](const PageCall& page) {
+            answer(page.request, page.make_reply());
+            return std::optional<PageAnswer>();
+        });
     }
     // From "/static" to "/static/" if that is a static folder, for a path that has no page.
     std::optional<Response> folder_redirect(const Request& request) const {
@@ -6480,25 +7021,27 @@ public:
     }
 
     // One file, opened again for each request, so that a symbolic link on its path may change.
-    WSCHAT_COLD void add_file(std::string_view pattern, std::string_view path) {
+    WSCHAT_COLD void add_file(std::string_view pattern, std::string_view path, Headers headers) {
+        check_headers(headers);
         const std::string found = find_file(std::string(pattern), std::string(path));
-        add_page("file", pattern, [found](const Request& request, const Pattern&) {
+        add_page("file", "GET", pattern, [found, headers = std::move(headers)](const PageCall& call) {
             File file(found);
-            if (!file) return PageAnswer{file_refusal(file.error()), {}, file.error()};
-            return file_answer(std::move(file), content_type(found), request);
+            if (!file) return PageAnswer{file_refusal(file.error()), {}, 0, file.error()};
+            return file_answer(std::move(file), content_type(found), call.request, headers);
         });
     }
 
-    WSCHAT_COLD void add_static_dir(std::string_view pattern, std::string_view folder) {
+    WSCHAT_COLD void add_static_dir(std::string_view pattern, std::string_view folder, Headers headers) {
+        check_headers(headers);
         const std::string root = anchored(std::string(folder));
         const File probe = File(root);
         if (probe || probe.error() != EISDIR)
             throw Error("static_dir \"" + std::string(pattern) + "\": " + std::string(folder) + " is not a folder");
         const bool slash = Pattern("static_dir", pattern).text().back() == '/';
         add_page(
-            "static_dir", std::string(pattern) + (slash ? "" : "/") + "{path...}",
-            [root](const Request& request, const Pattern& found) {
-                return answer_beneath(root, found.tail(request.raw_path()), request);
+            "static_dir", "GET", std::string(pattern) + (slash ? "" : "/") + "{path...}",
+            [root, headers = std::move(headers)](const PageCall& call) {
+                return answer_beneath(root, call.pattern.tail(call.request.raw_path()), call.request, headers);
             },
             true);
     }
@@ -6512,6 +7055,41 @@ public:
                 throw Error("allow_origins: \"" + origin + "\" is not an origin, as https://chat.example is");
             origins_.push_back(normal.value_or("*"));
         }
+    }
+    WSCHAT_COLD void allow_cors(const std::vector<std::string>& origins, const CorsOptions& options) {
+        for (const std::string& origin : origins) {
+            const auto normal = normalized_origin(origin);
+            if (origin != "*" && !normal)
+                throw Error("allow_cors: \"" + origin + "\" is not an origin, as https://app.example is");
+            if (origin == "*" && options.credentials)
+                throw Error("allow_cors: with credentials, each origin must be named");
+            cors_origins_.push_back(normal.value_or("*"));
+        }
+        check_headers({{"Access-Control-Allow-Headers", options.headers}});
+        cors_ = options;
+    }
+    // The headers that let a page of another origin read the answer (the Fetch standard, 3.3). `methods`: those that
+    // the path answers, if this is the answer to a preflight, else empty.
+    WSCHAT_COLD Headers cors_headers(const Request& request, std::string_view methods) const {
+        Headers headers;
+        if (cors_origins_.empty()) return headers;
+        headers.emplace_back("Vary", "Origin");
+        const auto origin = request.fields().find("origin");
+        const bool any = text::contains(cors_origins_, "*");
+        const auto normal = origin ? normalized_origin(*origin) : std::nullopt;
+        if (!origin || (!any && (!normal || !text::contains(cors_origins_, *normal)))) return headers;
+        headers.emplace_back("Access-Control-Allow-Origin", any ? "*" : *origin);
+        if (cors_.credentials) headers.emplace_back("Access-Control-Allow-Credentials", "true");
+        if (methods.empty()) return headers;
+        headers.emplace_back("Access-Control-Allow-Methods", methods);
+        headers.emplace_back("Access-Control-Allow-Headers", cors_.headers);
+        headers.emplace_back("Access-Control-Max-Age", std::to_string(cors_.max_age.count()));
+        return headers;
+    }
+    void set_default_header(std::string_view name, std::string_view value) {
+        Response checked(200);
+        checked.set_header(name, value);
+        default_headers.emplace_back(name, value);
     }
     void allow_hosts(const std::vector<std::string>& hosts) {
         for (const std::string& host : hosts) hosts_.push_back(text::to_lower(host));
@@ -6557,6 +7135,11 @@ public:
     }
 
 private:
+    // Throws an Error at set-up, not at the first request.
+    static void check_headers(const Headers& headers) {
+        Response response(200);
+        for (const auto& [name, value] : headers) response.set_header(name, value);
+    }
     // A relative path from the working directory at the start. Symbolic links are followed at each request.
     static std::string anchored(const std::string& path) {
         const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
@@ -6576,12 +7159,12 @@ private:
     }
 
     WSCHAT_COLD static PageAnswer answer_beneath(const std::string& root, std::vector<std::string> names,
-                                                 const Request& request) {
+                                                 const Request& request, const Headers& headers) {
         if (names.back().empty()) names.back() = "index.html";
         File file = File::beneath(root, names);
         if (!file && file.error() == EISDIR) return {redirect_to_folder(request)};
         if (!file) return {file_refusal(file.error())};
-        return file_answer(std::move(file), content_type(names.back()), request);
+        return file_answer(std::move(file), content_type(names.back()), request, headers);
     }
     // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
     // this cannot lead to another host.
@@ -6591,6 +7174,8 @@ private:
     }
 
     std::vector<std::string> origins_;
+    std::vector<std::string> cors_origins_;
+    CorsOptions cors_;
     std::vector<std::string> hosts_;
     std::vector<Cidr> trusted_proxies_;
 };
@@ -6982,11 +7567,31 @@ private:
 
 // ---- HTTP ----------------------------------------------------------------------------------------------------------
 
+inline void add_line(std::string& head, std::string_view name, std::string_view value) {
+    (((head += name) += ": ") += value) += "\r\n";
+}
+// Unless the response has a header of that name.
+inline void add_missing_line(std::string& head, const Response& response, std::string_view name,
+                             std::string_view value) {
+    for (const auto& header : response.headers())
+        if (text::equals_ignore_case(header.first, name)) return;
+    add_line(head, name, value);
+}
+inline void add_cookies(std::string& head, const Response& response, const Request& request) {
+    for (const std::string& cookie : ResponseAccess::cookies(response)) {
+        const bool add_secure = request.scheme() == "https" && cookie.find("; Secure") == std::string::npos;
+        add_line(head, "Set-Cookie", cookie + (add_secure ? "; Secure" : ""));
+    }
+}
+
 // The HTTP part of a connection: requests in, answers out. Lingering, after the last answer or Close frame, uses it
 // too; an open WebSocket has none.
 class HttpExchange {
 public:
-    HttpExchange(SessionHost& host, const Limits& limits) : host_(host), parser_(limits) {}
+    HttpExchange(SessionHost& host, const Limits& limits) : host_(host), limits_(limits), parser_(limits) {}
+    HttpExchange(const HttpExchange&) = delete;
+    HttpExchange& operator=(const HttpExchange&) = delete;
+    ~HttpExchange() { HandlerAccess::close_reply(reply_); }
 
     SendQueue output;
     bool blocked = false;       // the kernel refused output that is still queued
@@ -6994,18 +7599,24 @@ public:
     bool shut_down = false;     // our side of the stream is shut
     std::size_t discarded = 0;  // bytes that were read while lingering
 
-    // An answer is being sent.
-    bool busy() const { return !output.empty() || file_left_ != 0; }
+    // An answer is being sent, or comes later.
+    bool busy() const { return output_queued() || awaits_reply(); }
+    bool output_queued() const { return !output.empty() || file_left_ != 0; }
     bool has_file() const { return file_left_ != 0; }
     // Part of a request has arrived.
-    bool started() const { return parser_.started(); }
+    bool started() const { return parser_.started() || body_; }
+    // How much of a body may still arrive before its deadline.
+    std::size_t body_expected() const { return body_ ? body_->expected() : 0; }
     bool has_pending() const { return !pending_.empty(); }
     std::string take_pending() { return std::exchange(pending_, std::string()); }
-    std::size_t pending_size() const { return pending_.size(); }
+    // Input that is held: pipelined requests and a part of a body.
+    std::size_t buffered_input() const { return pending_.size() + (body_ ? body_->received() : 0); }
 
-    // The next request in the bytes, which are consumed; nothing if more are needed, or if the request is refused.
+    // The next request in the bytes, which are consumed; nothing if more are needed, or if the request is refused. A
+    // request whose body is awaited is returned twice: first for expect_body() or an answer, then with its body.
     std::optional<Request> parse(std::string_view& bytes) {
         std::size_t consumed = 0;
+        if (body_) return parse_body(bytes);
         const RequestParser::Outcome outcome = parser_.feed(bytes, consumed);
         bytes.remove_prefix(consumed);
         if (outcome == RequestParser::Outcome::need_more) return std::nullopt;
@@ -7028,28 +7639,52 @@ public:
         keep_alive = false;
         respond(response, &request);
     }
-    WSCHAT_COLD void respond(PageAnswer answer, const Request& request) {
-        if (answer.file_error != 0)
-            host_.log(LogLevel::warning, "file_missing",
-                      {{"path", request.path()}, {"cause", os::error_text(answer.file_error)}});
-        if (!answer.file) return respond(answer.response, &request);
-        queue_head(answer.response, &request, answer.file.size());
-        if (head_only_) return;
-        file_left_ = answer.file.size();
-        if (file_left_ != 0) file_ = std::move(answer.file);
+
+    // Answers a request that does not want to become a WebSocket, or waits for its body or its Reply. What a page's
+    // function throws passes through.
+    WSCHAT_COLD void answer(Request request, HandlerHost& session) {
+        const Page* page = host_.site.pages.find(request.raw_path());
+        const Page::Function* function = page == nullptr ? nullptr : page->find(request.method());
+        if (function != nullptr && RequestAccess::awaits_body(request)) return expect_body(std::move(request));
+        request_ = std::make_unique<Request>(std::move(request));
+        if (function == nullptr) return answer_without_page(page);
+        RequestAccess::set_params(*request_, page->pattern().params(request_->raw_path()));
+        auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
+        if (answer) respond(std::move(*answer));
+        else if (has_reply()) finish_reply();
     }
 
-    // Answers a request that does not want to become a WebSocket. What a page's function throws passes through.
-    WSCHAT_COLD void answer(Request& request) {
-        const Page* page = host_.site.pages.find(request.raw_path());
-        if (page == nullptr) return answer_without_page(request);
-        if (request.method() != "GET" && request.method() != "HEAD") {
-            Response refusal(405, "This path answers GET and HEAD.\n");
-            return respond(refusal.set_header("Allow", "GET, HEAD"), &request);
-        }
-        if (request.has_body()) return respond_last(Response(413, "A request to this server has no body.\n"), request);
-        RequestAccess::set_params(request, page->pattern().params(request.raw_path()));
-        respond(page->answer(request), request);
+    // ---- answers that come later -----------------------------------------------------------------------------------
+
+    Reply make_reply(HandlerHost& session) {
+        HandlerAccess::close_reply(reply_);
+        reply_ = HandlerAccess::open_reply(session);
+        return HandlerAccess::make_reply(reply_);
+    }
+    bool awaits_reply() const { return reply_ != nullptr; }
+    void set_reply(ReplyAnswer answer) { answer_ = std::make_unique<ReplyAnswer>(std::move(answer)); }
+    bool has_reply() const { return answer_ != nullptr; }
+    // Ends the waiting. What the Reply is given from now on has no effect.
+    std::unique_ptr<ReplyAnswer> take_reply() {
+        HandlerAccess::close_reply(reply_);
+        return std::move(answer_);
+    }
+    // The answer of a page has come.
+    void finish_reply() {
+        const std::unique_ptr<ReplyAnswer> answer = take_reply();
+        if (answer->dropped || !answer->response)
+            host_.log.exception(
+                "page", answer->dropped ? "a Reply was destroyed unused" : "Reply::accept() is for prepare_async()",
+                nullptr);
+        const std::unique_ptr<Request> request = std::move(request_);
+        respond(answer->response ? *answer->response : Response(500, "The server failed to answer.\n"), request.get());
+    }
+    // The answer does not come, or the call that should give it failed.
+    void give_up_reply(const Response& response) {
+        take_reply();
+        keep_alive = false;
+        respond(response, request_.get());
+        request_.reset();
     }
 
     // Queues the next piece of the file. False: the file has become shorter than its Content-Length.
@@ -7073,39 +7708,111 @@ public:
     }
 
 private:
-    WSCHAT_COLD void answer_without_page(const Request& request) {
-        if (const auto redirect = host_.site.folder_redirect(request)) return respond(*redirect, &request);
-        if (host_.site.routes.find(request.raw_path()) != nullptr)
-            return respond(upgrade_required("There is a WebSocket at this path, and no page.\n"), &request);
-        respond(Response(404, "There is nothing at this path.\n"), &request);
+    std::optional<Request> parse_body(std::string_view& bytes) {
+        std::size_t consumed = 0;
+        const BodyParser::Outcome outcome = body_->feed(bytes, consumed);
+        bytes.remove_prefix(consumed);
+        if (outcome == BodyParser::Outcome::need_more) return std::nullopt;
+        const std::unique_ptr<BodyParser> body = std::move(body_);
+        if (outcome == BodyParser::Outcome::body) return body->take_request();
+        respond_last(Response(body->status(), body->reason() + "\n"), body->request());
+        return std::nullopt;
+    }
+    // RFC 9110 10.1.1: a client that expects "100-continue" sends the body after the 100.
+    WSCHAT_COLD void expect_body(Request request) {
+        const bool expects = request.fields().count("expect") != 0 && !request.http_1_0();
+        if (expects && !text::equals_ignore_case(request.header("expect"), "100-continue"))
+            return respond_last(Response(417, "The only expectation that is known here is 100-continue.\n"), request);
+        body_ = std::make_unique<BodyParser>(std::move(request), limits_);
+        if (body_->failed()) {
+            const std::unique_ptr<BodyParser> body = std::move(body_);
+            return respond_last(Response(body->status(), body->reason() + "\n"), body->request());
+        }
+        if (expects) queue("HTTP/1.1 100 Continue\r\n\r\n");
+    }
+
+    void respond(PageAnswer answer) {
+        const std::unique_ptr<Request> request = std::move(request_);
+        if (answer.file_error != 0)
+            host_.log(LogLevel::warning, "file_missing",
+                      {{"path", request->path()}, {"cause", os::error_text(answer.file_error)}});
+        if (!answer.file) return respond(answer.response, request.get());
+        queue_head(answer.response, request.get(), answer.size);
+        if (head_only_) return;
+        file_left_ = answer.size;
+        if (file_left_ != 0) file_ = std::move(answer.file);
+    }
+
+    // `page` is null, or does not answer the request's method.
+    WSCHAT_COLD void answer_without_page(const Page* page) {
+        const Response response = response_without_page(*request_, page);
+        const std::unique_ptr<Request> request = std::move(request_);
+        respond(response, request.get());
+    }
+    WSCHAT_COLD Response response_without_page(const Request& request, const Page* page) const {
+        const bool socket = host_.site.routes.find(request.raw_path()) != nullptr;
+        const bool server = request.target() == "*";  // RFC 9110 9.3.7
+        const std::string allowed = page != nullptr ? page->allowed()
+                                    : server        ? "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+                                                    : "GET, OPTIONS";
+        if (request.method() == "OPTIONS" && (page != nullptr || socket || server)) {
+            Response options(204);
+            for (const auto& [name, value] : host_.site.cors_headers(request, allowed)) options.set_header(name, value);
+            return options.set_header("Allow", allowed);
+        }
+        if (page != nullptr) {
+            Response refusal(405, "This path answers " + allowed + ".\n");
+            return refusal.set_header("Allow", allowed);
+        }
+        if (const auto redirect = host_.site.folder_redirect(request)) return *redirect;
+        if (socket) return upgrade_required("There is a WebSocket at this path, and no page.\n");
+        if (host_.site.not_found) return host_.site.not_found(request);
+        return Response(404, "There is nothing at this path.\n");
     }
 
     // `length` is empty for an answer that has no body by its status.
     WSCHAT_COLD void queue_head(const Response& response, const Request* request, std::optional<std::uint64_t> length) {
         head_only_ = request != nullptr && request->method() == "HEAD";
-        keep_alive = keep_alive && request != nullptr && !request->http_1_0() && !request->has_body() &&
-                     !host_.draining && !request->fields().has_element("connection", "close");
+        keep_alive = keep_alive && request != nullptr && persistent(*request) && !host_.draining;
         std::string head = "HTTP/1.1 " + std::to_string(response.status()) + " ";
         (head += reason_phrase(response.status())) += "\r\nDate: ";
         (head += http_date(static_cast<std::int64_t>(std::time(nullptr)))) += "\r\n";
-        std::string connection = keep_alive ? "" : "close";
+        std::string connection = !keep_alive ? "close" : request->http_1_0() ? "keep-alive" : "";
         for (const auto& [name, value] : response.headers()) {
             if (text::equals_ignore_case(name, "connection"))
                 connection = value + (connection.empty() ? "" : ", ") + connection;
-            else (((head += name) += ": ") += value) += "\r\n";
+            else add_line(head, name, value);
         }
-        if (length) ((head += "Content-Length: ") += std::to_string(*length)) += "\r\n";
-        if (!connection.empty()) ((head += "Connection: ") += connection) += "\r\n";
-        head += "X-Content-Type-Options: nosniff\r\n\r\n";
-        queue(head);
+        for (const auto& [name, value] : host_.site.default_headers) add_missing_line(head, response, name, value);
+        add_missing_line(head, response, "X-Content-Type-Options", "nosniff");
+        if (request != nullptr) {
+            for (const auto& [name, value] : host_.site.cors_headers(*request, {}))
+                add_missing_line(head, response, name, value);
+            add_cookies(head, response, *request);
+        }
+        if (length) add_line(head, "Content-Length", std::to_string(*length));
+        if (!connection.empty()) add_line(head, "Connection", connection);
+        queue(head += "\r\n");
         ++host_.metrics.responses[response.status()];
         if (!keep_alive) pending_.clear();
     }
+    // Whether another request may follow the answer to this one (RFC 9112 9.3). The rest of a body that was not read
+    // would look like a request.
+    static bool persistent(const Request& request) {
+        const Fields fields = request.fields();
+        return !RequestAccess::awaits_body(request) && !fields.has_element("connection", "close") &&
+               (!request.http_1_0() || fields.has_element("connection", "keep-alive"));
+    }
 
     SessionHost& host_;
+    const Limits& limits_;
     RequestParser parser_;
     std::string pending_;
-    File file_;  // the body that is being sent
+    std::unique_ptr<BodyParser> body_;     // of the request whose body is being received
+    std::unique_ptr<Request> request_;     // that a page's function answers
+    HandlerAccess::ReplyState reply_;      // null unless an answer comes later
+    std::unique_ptr<ReplyAnswer> answer_;  // has come, and is acted on at the end of the turn
+    File file_;                            // the body that is being sent
     std::uint64_t file_left_ = 0;
     bool head_only_ = false;
 };
@@ -7156,12 +7863,11 @@ protected:
     // ---- the opening handshake -------------------------------------------------------------------------------------
 
     // Makes the handler and calls its checks. Returns the refusal, or nothing if the handshake continues.
-    std::optional<Response> start_handler(const Route& route, Request request, const IpAddress& client) {
+    std::optional<Response> start_handler(const Route& route, Request request) {
         handler_ = route.make_handler();
         if (!handler_) throw Error("route \"" + route.pattern().text() + "\": the factory made no handler");
         core().host = this;
         core().request = std::move(request);
-        core().remote_address = client.to_string();
         return check_handshake();
     }
     // What is agreed on with a client that offers compression.
@@ -7179,7 +7885,7 @@ protected:
         call("open", [this] { handler_->open(); });
         if (host_.log)
             host_.log(LogLevel::debug, "open",
-                      {{"peer", core().remote_address}, {"path", std::string(core().request.raw_path())}});
+                      {{"peer", core().request.remote_address()}, {"path", std::string(core().request.raw_path())}});
     }
 
     // ---- events ----------------------------------------------------------------------------------------------------
@@ -7295,7 +8001,7 @@ private:
         const CloseCause cause = connection().close_cause();
         const bool notable = cause == CloseCause::protocol_error || cause == CloseCause::backlog;
         host_.log(notable ? LogLevel::info : LogLevel::debug, "closed",
-                  {{"peer", core().remote_address},
+                  {{"peer", core().request.remote_address()},
                    {"code", std::to_string(number(connection().close_code()))},
                    {"cause", std::string(to_string(cause))},
                    {"reason", connection().close_reason()}});
@@ -7363,6 +8069,9 @@ public:
             if (phase_ == Phase::websocket) {
                 connection().tick(now);
                 schedule(connection().deadline());
+            } else if (phase_ == Phase::http && http_->awaits_reply()) {
+                give_up_reply(Response(503, "The server did not answer in time.\n"));
+                schedule(after(limits().linger_timeout));
             } else if (phase_ == Phase::http && http_->started() && !http_->busy()) {
                 respond(Response(408, "The request did not arrive in time.\n"), nullptr);
                 schedule(after(limits().linger_timeout));
@@ -7426,6 +8135,10 @@ public:
         if (!std::exchange(dirty, true)) host_.turn.dirty.push(*this);
     }
     void set_nodelay(bool on) override { stream_.socket().set_nodelay(on); }
+    void on_reply(ReplyAnswer answer) override {
+        http_->set_reply(std::move(answer));
+        mark_dirty();
+    }
     std::size_t offer(const std::string_view* pieces, std::size_t count) override {
         if (blocked() || send_failed_) return 0;
         std::size_t size = 0;
@@ -7442,8 +8155,7 @@ public:
         }
         if (blocked()) queue.detach_from_pool();
         // A page may take as long as its peer makes progress.
-        if (phase_ == Phase::http && host_.wire.sent != sent_before && stream_.established())
-            schedule(after(limits().handshake_timeout));
+        if (phase_ == Phase::http && host_.wire.sent != sent_before && stream_.established()) schedule_request();
         update_backlog();
     }
 
@@ -7472,6 +8184,10 @@ private:
         return timeout == Duration::zero() ? (Time::max)() : saturating_add(now(), timeout);
     }
     void schedule(Time due) { LoopAccess::timers(host_.loop).schedule(*this, due); }
+    // The deadline of a request, or of the rest of its body.
+    void schedule_request() {
+        schedule(saturating_add(after(limits().handshake_timeout), Connection::drain_time(http_->body_expected())));
+    }
 
     // An exception in here means that memory ran out, which costs this connection.
     template <class Work>
@@ -7537,7 +8253,7 @@ private:
     void update_backlog() {
         std::size_t held = 0;
         if (phase_ == Phase::websocket && !ended_) held = output().size() + connection().buffered_input();
-        else if (http_ && !gone() && !ended_) held = output().size() + http_->pending_size();
+        else if (http_ && !gone() && !ended_) held = output().size() + http_->buffered_input();
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
     }
@@ -7599,7 +8315,7 @@ private:
                                          : "the peer hung up without a Close frame");
         } else if (tls_failed) {
             continue_without_tls();
-        } else if (got.outcome == IoResult::Outcome::end && http_->busy()) {
+        } else if (got.outcome == IoResult::Outcome::end && http_->busy() && !handler_) {
             // The peer has shut its sending side and may still wait for the answer.
             input_ended_ = true;
             http_->keep_alive = false;
@@ -7658,8 +8374,7 @@ private:
     }
 
     WSCHAT_COLD void answer(Request request, std::string_view& rest) {
-        ++host_.metrics.requests;
-        if (stream_.encrypted()) RequestAccess::set_secure(request, stream_.peer_name());
+        if (!RequestAccess::body_complete(request)) begin_request(request);
         if (host_.draining) return http_->respond_last(Response(503, "The server is shutting down.\n"), request);
         if (!host_.site.serves_host(request.host())) {
             const std::string host(request.host());
@@ -7667,25 +8382,52 @@ private:
                                        request);
         }
         if (wants_upgrade(request)) return upgrade(std::move(request), rest);
-        if (guarded("get", [&] { http_->answer(request); })) return;
+        const bool answered = guarded("page", [&] { http_->answer(std::move(request), *this); });
         // Half an answer can neither be taken back nor be followed by another.
-        if (http_->busy()) return abort(CloseCause::connection_lost, "the answer was not finished");
-        http_->respond_last(Response(500, "The server failed to answer.\n"), request);
+        if (!answered && http_->output_queued())
+            return abort(CloseCause::connection_lost, "the answer was not finished");
+        if (!answered) return give_up_reply(Response(500, "The server failed to answer.\n"));
+        if (http_->awaits_reply()) schedule(after(limits().reply_timeout));
+        else if (http_->body_expected() != 0) schedule_request();
+    }
+    void begin_request(Request& request) {
+        ++host_.metrics.requests;
+        RequestAccess::set_connection(request, host_.site.client_address(peer_, request).to_string(),
+                                      stream_.encrypted(), stream_.encrypted() ? stream_.peer_name() : std::string());
+    }
+    void give_up_reply(const Response& response) {
+        http_->give_up_reply(response);
+        handler_.reset();
+        mark_dirty();
     }
 
     void update_http() {
+        if (http_->has_reply()) finish_reply();
+        if (phase_ != Phase::http && phase_ != Phase::lingering) return mark_dirty();
         flush();
         if (!blocked() && http_->has_file() && may_work()) send_file();
         if (send_failed_) {
             ended_ = true;
         } else if (http_->busy()) {
-            if (!blocked()) wait_for_next_turn();
+            if (!blocked() && !http_->awaits_reply()) wait_for_next_turn();
         } else if (phase_ == Phase::lingering || !http_->keep_alive) {
             linger();
         } else if (http_->has_pending() && may_work()) {
             const std::string pending = http_->take_pending();
             parse_requests(pending);
         }
+    }
+    // A Reply has been used: by a page, or in prepare_async().
+    void finish_reply() {
+        if (!handler_) {
+            if (!guarded("page", [&] { http_->finish_reply(); }))
+                give_up_reply(Response(500, "The server failed to answer.\n"));
+            return;
+        }
+        const std::string pending = http_->take_pending();
+        std::string_view rest = pending;
+        finish_upgrade(rest);
+        if (!rest.empty() && phase_ == Phase::http) http_->keep(rest);
     }
     void continue_http() {
         if (!blocked() && http_->has_file()) send_file();
@@ -7723,19 +8465,44 @@ private:
         const Route* route = host_.site.routes.find(request.raw_path());
         if (route == nullptr) return refuse(Response(404, "There is no WebSocket at this path.\n"), request);
         if (auto refusal = reject_upgrade(request)) return refuse(*refusal, request);
-        const IpAddress client = host_.site.client_address(peer_, request);
-        if (!count_address(client)) return refuse(host_.too_many_connections(), request);
+        if (!count_address(host_.site.client_address(peer_, request)))
+            return refuse(host_.too_many_connections(), request);
         RequestAccess::set_params(request, route->pattern().params(request.raw_path()));
         route_limits_ = route->limits();
         std::optional<Response> refusal;
-        AcceptedCompression compression;
         const bool checked = guarded("handshake", [&] {
-            refusal = start_handler(*route, std::move(request), client);
-            if (!refusal) compression = accept_compression();
+            refusal = start_handler(*route, std::move(request));
+            if (!refusal) handler_->prepare_async(core().request, http_->make_reply(*this));
         });
-        if (checked && !refusal) return open_websocket(std::move(compression), rest);
+        if (!checked) return fail_upgrade();
+        if (refusal) return refuse_upgrade(*refusal);
+        if (http_->has_reply()) return finish_upgrade(rest);
+        const Time latest = after(limits().reply_timeout);
+        if (!scheduled() || latest < due()) schedule(latest);
+    }
+    // prepare_async() has been answered.
+    void finish_upgrade(std::string_view& rest) {
+        const std::unique_ptr<ReplyAnswer> answer = http_->take_reply();
+        if (answer->dropped) host_.log.exception("prepare_async", "the Reply was destroyed unused", &peer_);
+        if (answer->response) return refuse_upgrade(*answer->response);
+        if (host_.draining) return refuse_upgrade(Response(503, "The server is shutting down.\n"));
+        AcceptedCompression compression;
+        Response headers(200);
+        const bool prepared = guarded("handshake", [&] {
+            if (answer->setup) answer->setup(*handler_);
+            handler_->response_headers(headers);
+            compression = accept_compression();
+        });
+        if (!prepared) return fail_upgrade();
+        open_websocket(std::move(compression), headers, rest);
+    }
+    void refuse_upgrade(const Response& response) {
         const std::unique_ptr<WebSocketHandler> refused = std::move(handler_);
-        if (checked) return refuse(*refusal, HandlerAccess::core(*refused).request);
+        refuse(response, HandlerAccess::core(*refused).request);
+    }
+    void fail_upgrade() {
+        http_->take_reply();
+        handler_.reset();
         respond(Response(500, "The server failed to open the connection.\n"), nullptr);
     }
 
@@ -7749,9 +8516,12 @@ private:
         http_->respond_last(response, request);
     }
 
-    void open_websocket(AcceptedCompression compression, std::string_view& rest) {
-        http_->queue(
-            switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol, compression.response));
+    void open_websocket(AcceptedCompression compression, const Response& headers, std::string_view& rest) {
+        std::string lines;
+        for (const auto& [name, value] : headers.headers()) add_line(lines, name, value);
+        add_cookies(lines, headers, core().request);
+        http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
+                                         compression.response, lines));
         ++host_.metrics.responses[101];
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
@@ -8111,18 +8881,57 @@ public:
         return site_.routes.add("route", detail::Pattern("route", pattern), std::move(factory));
     }
 
-    // A page made by a function for each GET or HEAD. If the function throws, the answer is a 500.
-    void get(std::string_view pattern, std::function<Response(const Request&)> answer) {
-        site_.add_page("get", pattern, [answer = std::move(answer)](const Request& request, const detail::Pattern&) {
-            return detail::PageAnswer{answer(request)};
-        });
+    // A page for each request of a method; GET answers HEAD too. The function returns the Response, or it takes a Reply
+    // and gives the answer later: void(const Request&, Reply). A body has at most Limits::max_body bytes (413) and is
+    // complete when the function is called. If the function throws, the answer is a 500. Throws an Error if the pattern
+    // was given before with the same method.
+    template <class Function>
+    void handle(std::string_view method, std::string_view pattern, Function&& answer) {
+        add_page("handle", method, pattern, std::forward<Function>(answer));
     }
-    // One file, read for each request of a client that has no current copy. A relative path starts at the working
-    // directory, then at the folder of the program. Throws an Error if there is no such file.
-    void file(std::string_view pattern, std::string_view path) { site_.add_file(pattern, path); }
+    template <class Function>
+    void get(std::string_view pattern, Function&& answer) {
+        add_page("get", "GET", pattern, std::forward<Function>(answer));
+    }
+    template <class Function>
+    void post(std::string_view pattern, Function&& answer) {
+        add_page("post", "POST", pattern, std::forward<Function>(answer));
+    }
+    template <class Function>
+    void put(std::string_view pattern, Function&& answer) {
+        add_page("put", "PUT", pattern, std::forward<Function>(answer));
+    }
+    template <class Function>
+    void patch(std::string_view pattern, Function&& answer) {
+        add_page("patch", "PATCH", pattern, std::forward<Function>(answer));
+    }
+    template <class Function>
+    void del(std::string_view pattern, Function&& answer) {
+        add_page("del", "DELETE", pattern, std::forward<Function>(answer));
+    }
+    // The answer where there is nothing, in place of a short 404.
+    void not_found(std::function<Response(const Request&)> answer) { site_.not_found = std::move(answer); }
+    // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
+    void set_default_header(std::string_view name, std::string_view value) { site_.set_default_header(name, value); }
+    // Pages of these origins may use the answers of this server ("*": of all origins). Preflights of browsers are
+    // answered. Throws an Error if one is not an origin, and for "*" with credentials.
+    void allow_cors(const std::vector<std::string>& origins, const CorsOptions& options = {}) {
+        site_.allow_cors(origins, options);
+    }
+
+    // One file, read for each request of a client that has no current copy; with ranges. A relative path starts at the
+    // working directory, then at the folder of the program. `headers` replace the default ones, such as
+    // "Cache-Control: no-cache". Throws an Error if there is no such file.
+    void file(std::string_view pattern, std::string_view path,
+              std::vector<std::pair<std::string, std::string>> headers = {}) {
+        site_.add_file(pattern, path, std::move(headers));
+    }
     // The files in a folder and its subfolders; "index.html" for a folder. No listings, no hidden files except
     // "/.well-known/", no symbolic links. Throws an Error if there is no such folder.
-    void static_dir(std::string_view pattern, std::string_view folder) { site_.add_static_dir(pattern, folder); }
+    void static_dir(std::string_view pattern, std::string_view folder,
+                    std::vector<std::pair<std::string, std::string>> headers = {}) {
+        site_.add_static_dir(pattern, folder, std::move(headers));
+    }
     // metrics() in the format of Prometheus, for everybody who can reach the server.
     void metrics_page(std::string_view pattern) {
         get(pattern,
@@ -8206,6 +9015,12 @@ public:
     Metrics metrics() const { return worker_.current_metrics(); }
 
 private:
+    template <class Function>
+    void add_page(const char* call, std::string_view method, std::string_view pattern, Function&& answer) {
+        if constexpr (std::is_invocable_v<Function&, const Request&, Reply>)
+            site_.add_later_page(call, method, pattern, std::forward<Function>(answer));
+        else site_.add_function_page(call, method, pattern, std::forward<Function>(answer));
+    }
     void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports) {
         worker_.listen(address, std::move(transports));
         handle_signals();

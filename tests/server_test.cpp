@@ -222,7 +222,7 @@ TEST_CASE("the same pattern twice is an Error, even if the names of the paramete
               (row.same ? "route \"" + row.second + "\": given twice" : ""));
         server.get(row.first, answer);
         CHECK(error_of([&] { server.get(row.second, answer); }) ==
-              (row.same ? "page \"" + row.second + "\": given twice" : ""));
+              (row.same ? "page \"" + row.second + "\": given twice for GET" : ""));
     }
 }
 
