@@ -1807,7 +1807,7 @@ public:
     bool has_body() const { return has_body_; }
     // The whole body, at most Limits::max_body bytes.
     std::string_view body() const { return part(body_); }
-    // "https" if the client's connection is encrypted, otherwise "http". A trusted proxy may say so.
+    // "https" if the client's connection is encrypted, otherwise "http". Server::trusted_proxies() may say so.
     std::string_view scheme() const { return https_ ? "https" : "http"; }
     // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
     const std::string& remote_address() const { return remote_address_; }
@@ -2512,27 +2512,39 @@ inline std::string handshake_response_error(std::string_view head, std::string_v
     return {};
 }
 
-// RFC 6454 7: lower-case scheme and host, without the default port: "https://chat.example:8443". Returns nothing for
-// "null" and all else that is not a web origin.
+// RFC 6454 7, and what programs send that contain a browser: lower case, without the default port and without a slash
+// at the end: "https://chat.example:8443", "capacitor://localhost", "file://", "null". ws and wss, which some clients
+// send, become http and https. Returns nothing for all other texts.
 inline std::optional<std::string> normalized_origin(std::string_view origin) {
     std::string normal = text::to_lower(origin);
+    if (normal == "null") return normal;
+    const std::size_t colon = normal.find("://");
+    const auto scheme_char = [](char c) { return text::is_alphanumeric(c) || c == '+' || c == '-' || c == '.'; };
+    if (colon == std::string::npos || normal.front() < 'a' || normal.front() > 'z' ||
+        !std::all_of(normal.begin(), normal.begin() + static_cast<std::ptrdiff_t>(colon), scheme_char))
+        return std::nullopt;
+    if (normal.size() > colon + 3 && normal.back() == '/') normal.pop_back();
+    if (text::starts_with(normal, "ws://") || text::starts_with(normal, "wss://")) normal.replace(0, 2, "http");
     const std::string_view default_port = text::starts_with(normal, "https://")  ? ":443"
                                           : text::starts_with(normal, "http://") ? ":80"
                                                                                  : "";
-    if (default_port.empty()) return std::nullopt;
-    if (!valid_host(std::string_view(normal).substr(normal.find("//") + 2))) return std::nullopt;
-    if (normal.size() > default_port.size() && normal.substr(normal.size() - default_port.size()) == default_port)
+    const std::string_view host = std::string_view(normal).substr(normal.find("://") + 3);
+    if (host.empty() ? !default_port.empty() : !valid_host(host)) return std::nullopt;
+    if (!default_port.empty() && host.size() > default_port.size() &&
+        host.substr(host.size() - default_port.size()) == default_port)
         normal.resize(normal.size() - default_port.size());
     return normal;
 }
 
 // Whether a page of that origin connects to its own host. `host`: the Host header. The scheme may differ, because a
-// proxy may add TLS.
-inline bool same_host(std::string_view origin, std::string_view host) {
+// proxy may add TLS. `https`: the client's connection is known to be encrypted, so a page over http is foreign: anyone
+// on its network could have changed it.
+inline bool same_host(std::string_view origin, std::string_view host, bool https = false) {
     const auto normal = normalized_origin(origin);
-    if (!normal) return false;
-    const std::string scheme = normal->substr(0, normal->find("//") + 2);
-    return normal == normalized_origin(scheme + std::string(host));
+    if (!normal || !valid_host(host)) return false;
+    const bool secure = text::starts_with(*normal, "https://");
+    if (!secure && (https || !text::starts_with(*normal, "http://"))) return false;
+    return normal == normalized_origin((secure ? "https://" : "http://") + std::string(host));
 }
 
 }  // namespace detail
@@ -3933,7 +3945,8 @@ public:
     // Adds headers and cookies to the 101: response.set_cookie(...). Its status and body are not used.
     virtual void response_headers(Response& response) { static_cast<void>(response); }
     // Whether a page of this origin may connect. Only called for a request with an Origin header. By default the origin
-    // must have the request's host or be one of Server::allow_origins(). False sends a 403.
+    // must have the request's host (and be https if request().scheme() is) or be one of Server::allow_origins(). False
+    // sends a 403.
     virtual bool check_origin(std::string_view origin) { return core_.host->origin_allowed(origin); }
     // Returns one of the subprotocols that the client offers, or nothing. The server sends no other (RFC 6455 4.2.2).
     virtual std::string select_subprotocol(const std::vector<std::string_view>& offered) {
@@ -6979,6 +6992,169 @@ WSCHAT_COLD inline PageAnswer file_answer(File file, std::string_view type, cons
     return answer;
 }
 
+// ---- origins and proxies -------------------------------------------------------------------------------------------
+
+// Allowed origins: "https://chat.example"; "https://*.chat.example" for its subdomains of any depth, but not for
+// itself; "moz-extension://*" for all hosts of a scheme; "null"; "*" for everything.
+class OriginList {
+public:
+    // Throws Error for a text that is none of these.
+    WSCHAT_COLD void add(const char* call, const std::vector<std::string>& origins) {
+        for (const std::string& origin : origins) {
+            auto normal = origin == "*" ? origin : normalized_pattern(origin);
+            if (!normal)
+                throw Error(std::string(call) + ": \"" + origin +
+                            "\" is not an origin, as https://chat.example or https://*.chat.example is");
+            list_.push_back(std::move(*normal));
+        }
+    }
+    bool contains(std::string_view origin) const {
+        if (text::contains(list_, "*")) return true;
+        const auto normal = list_.empty() ? std::nullopt : normalized_origin(origin);
+        return normal && std::any_of(list_.begin(), list_.end(),
+                                     [&](const std::string& pattern) { return matches(pattern, *normal); });
+    }
+    const std::vector<std::string>& list() const { return list_; }
+
+private:
+    static std::optional<std::string> normalized_pattern(std::string origin) {
+        const std::size_t scheme = origin.find("://");
+        if (scheme == std::string::npos || origin.compare(scheme + 3, 1, "*") != 0) return normalized_origin(origin);
+        const std::size_t star = scheme + 3;
+        if (origin.size() > star + 1 && origin[star + 1] != '.' && origin[star + 1] != '/') return std::nullopt;
+        origin[star] = 'x';  // any label
+        auto normal = normalized_origin(origin);
+        if (normal) (*normal)[normal->find("://") + 3] = '*';
+        return normal;
+    }
+    static bool matches(std::string_view pattern, std::string_view origin) {
+        const std::size_t star = pattern.find('*');
+        if (star == std::string_view::npos) return pattern == origin;
+        const std::string_view suffix = pattern.substr(star + 1);
+        return origin.size() > star + suffix.size() && text::starts_with(origin, pattern.substr(0, star)) &&
+               origin.substr(origin.size() - suffix.size()) == suffix;
+    }
+
+    std::vector<std::string> list_;  // normalized
+};
+
+inline std::string_view without_quotes(std::string_view s) {
+    return s.size() >= 2 && s.front() == '"' && s.back() == '"' ? s.substr(1, s.size() - 2) : s;
+}
+
+// An address as proxies write it: "203.0.113.7", "203.0.113.7:51234", "[2001:db8::7]:443", "2001:db8::7", also in
+// quotes (RFC 7239 6). Returns nothing for "unknown", for a name that hides the address ("_hidden"), and for other
+// texts.
+inline std::optional<IpAddress> parse_hop(std::string_view hop) {
+    hop = without_quotes(hop);
+    if (hop.size() > 64) return std::nullopt;
+    std::string_view address = hop, port = "0";
+    if (text::starts_with(hop, "[")) {
+        const std::size_t close = hop.find(']');
+        if (close == std::string_view::npos || hop.find(':') > close) return std::nullopt;
+        address = hop.substr(1, close - 1);
+        if (close + 1 != hop.size() && hop[close + 1] != ':') return std::nullopt;
+        if (close + 1 != hop.size()) port = hop.substr(close + 2);
+    } else if (std::count(hop.begin(), hop.end(), ':') == 1) {
+        port = hop;
+        address = text::consume_until(port, ':');
+    }
+    // RFC 7239 6.3: a port may be hidden too ("_8f3a").
+    if (!text::parse_unsigned(port, 65535) && !(text::starts_with(port, "_") && text::is_token(port)))
+        return std::nullopt;
+    return IpAddress::parse(address);
+}
+
+// Removes the text after the last separator, and the separator, from `list`. Returns the text. A separator in quotes
+// does not count. It reads from the right, because only there stands what the nearest proxy wrote: a quote that a
+// client has opened further left changes nothing.
+inline std::string_view consume_last(std::string_view& list, char separator) {
+    bool quoted = false;
+    std::size_t at = list.size();
+    for (; at > 0 && (quoted || list[at - 1] != separator); --at) {
+        if (list[at - 1] != '"') continue;
+        std::size_t escapes = 0;  // an odd number of backslashes escapes the quote
+        while (quoted && escapes + 1 < at && list[at - 2 - escapes] == '\\') ++escapes;
+        if (escapes % 2 == 0) quoted = !quoted;
+        at -= escapes;
+    }
+    const std::string_view part = list.substr(at);
+    list = list.substr(0, at == 0 ? 0 : at - 1);
+    return part;
+}
+
+// The elements of a comma-separated list in all header lines of a name, from the last one to the first one.
+class ElementsFromLast {
+public:
+    ElementsFromLast(const Fields& fields, std::string_view name) {
+        fields.each([&](std::string_view field, std::string_view value) {
+            if (text::equals_ignore_case(field, name)) lines_.push_back(value);
+            return true;
+        });
+    }
+    // Skips empty elements. Empty at the end.
+    std::string_view next() {
+        std::string_view element;
+        while (element.empty() && !lines_.empty()) {
+            element = text::trim(consume_last(lines_.back(), ','));
+            if (lines_.back().empty()) lines_.pop_back();
+        }
+        return element;
+    }
+
+private:
+    std::vector<std::string_view> lines_;
+};
+
+// What is known about a client, with the headers of trusted proxies.
+struct ForwardedClient {
+    IpAddress address;
+    std::string_view scheme;  // "http" or "https"
+    // What a trusted proxy wrote instead of an address. Not empty: `address` is that of a proxy, and all its clients
+    // share the limits for one address. Should be logged.
+    std::string_view unreadable{};
+};
+
+// The value of a parameter of a Forwarded element ("for=203.0.113.7;proto=https"). Empty if it is absent.
+inline std::string_view forwarded_parameter(std::string_view element, std::string_view name) {
+    while (!element.empty()) {
+        std::string_view value = consume_last(element, ';');
+        if (text::equals_ignore_case(text::trim(text::consume_until(value, '=')), name)) return text::trim(value);
+    }
+    return {};
+}
+
+// "https" for https and wss, "http" for http and ws, otherwise `unknown`.
+inline std::string_view forwarded_scheme(std::string_view scheme, std::string_view unknown) {
+    scheme = without_quotes(scheme);
+    if (text::equals_ignore_case(scheme, "https") || text::equals_ignore_case(scheme, "wss")) return "https";
+    if (text::equals_ignore_case(scheme, "http") || text::equals_ignore_case(scheme, "ws")) return "http";
+    return unknown;
+}
+
+// Reads from the right: each trusted proxy says who connected to it, and with which scheme. Stops at the first address
+// that is not trusted, because its client can have written what stands left of it. Most proxies write X-Forwarded-For
+// and pass on a Forwarded (RFC 7239) that the client wrote. So Forwarded counts only if the request has neither
+// X-Forwarded-For nor X-Forwarded-Proto.
+template <class Trusted>
+void read_forwarded(const Fields& fields, ForwardedClient& client, Trusted&& trusted) {
+    const bool legacy = fields.count("x-forwarded-for") + fields.count("x-forwarded-proto") != 0;
+    ElementsFromLast hops(fields, legacy ? "x-forwarded-for" : "forwarded"), schemes(fields, "x-forwarded-proto");
+    for (bool first = true;; first = false) {
+        const std::string_view hop = hops.next();
+        if (hop.empty() && !first) return;
+        client.scheme = forwarded_scheme(legacy ? schemes.next() : forwarded_parameter(hop, "proto"), client.scheme);
+        if (hop.empty()) return;
+        const auto address = parse_hop(legacy ? hop : forwarded_parameter(hop, "for"));
+        if (!address) {
+            client.unreadable = hop;
+            return;
+        }
+        client.address = *address;
+        if (!trusted(client.address)) return;
+    }
+}
+
 // ---- the site ------------------------------------------------------------------------------------------------------
 
 // All that a server serves, and from whom it accepts it.
@@ -7048,23 +7224,11 @@ public:
 
     // ---- policies --------------------------------------------------------------------------------------------------
 
-    void allow_origins(const std::vector<std::string>& origins) {
-        for (const std::string& origin : origins) {
-            const auto normal = normalized_origin(origin);
-            if (origin != "*" && !normal)
-                throw Error("allow_origins: \"" + origin + "\" is not an origin, as https://chat.example is");
-            origins_.push_back(normal.value_or("*"));
-        }
-    }
+    void allow_origins(const std::vector<std::string>& origins) { origins_.add("allow_origins", origins); }
     WSCHAT_COLD void allow_cors(const std::vector<std::string>& origins, const CorsOptions& options) {
-        for (const std::string& origin : origins) {
-            const auto normal = normalized_origin(origin);
-            if (origin != "*" && !normal)
-                throw Error("allow_cors: \"" + origin + "\" is not an origin, as https://app.example is");
-            if (origin == "*" && options.credentials)
-                throw Error("allow_cors: with credentials, each origin must be named");
-            cors_origins_.push_back(normal.value_or("*"));
-        }
+        if (options.credentials && text::contains(origins, "*"))
+            throw Error("allow_cors: with credentials, each origin must be named");
+        cors_origins_.add("allow_cors", origins);
         check_headers({{"Access-Control-Allow-Headers", options.headers}});
         cors_ = options;
     }
@@ -7072,12 +7236,11 @@ public:
     // the path answers, if this is the answer to a preflight, else empty.
     WSCHAT_COLD Headers cors_headers(const Request& request, std::string_view methods) const {
         Headers headers;
-        if (cors_origins_.empty()) return headers;
+        if (cors_origins_.list().empty()) return headers;
         headers.emplace_back("Vary", "Origin");
         const auto origin = request.fields().find("origin");
-        const bool any = text::contains(cors_origins_, "*");
-        const auto normal = origin ? normalized_origin(*origin) : std::nullopt;
-        if (!origin || (!any && (!normal || !text::contains(cors_origins_, *normal)))) return headers;
+        if (!origin || !cors_origins_.contains(*origin)) return headers;
+        const bool any = text::contains(cors_origins_.list(), "*");
         headers.emplace_back("Access-Control-Allow-Origin", any ? "*" : *origin);
         if (cors_.credentials) headers.emplace_back("Access-Control-Allow-Credentials", "true");
         if (methods.empty()) return headers;
@@ -7099,15 +7262,20 @@ public:
     }
 
     bool origin_allowed(std::string_view origin, const Request& request) const {
-        if (text::contains(origins_, "*")) return true;
-        const auto normal = normalized_origin(origin);
-        return same_host(origin, request.host()) || (normal && text::contains(origins_, *normal));
+        return same_host(origin, request.host(), request.scheme() == "https") || origins_.contains(origin);
     }
-    // For the sentence of a refusal.
-    std::string allowed_origins(const Request& request) const {
-        std::string list = "pages of " + escape_for_log(request.host());
-        for (const std::string& origin : origins_) (list += ", ") += origin;
-        return list;
+    WSCHAT_COLD std::string origin_refusal(std::string_view origin, const Request& request) const {
+        const std::string host = escape_for_log(request.host());
+        std::string sentence = "The origin \"" + escape_for_log(origin) + "\" is refused; allowed: ";
+        (sentence += request.scheme() == "https" ? "https pages of " : "pages of ") += host;
+        for (const std::string& allowed : origins_.list()) (sentence += ", ") += allowed;
+        if (host_seems_replaced(origin, request.host()))
+            sentence += ". The Host is \"" + host +
+                        "\", perhaps from a proxy: set \"proxy_set_header Host $http_host;\" in nginx, "
+                        "\"ProxyPreserveHost On\" in Apache";
+        if (const auto normal = normalized_origin(origin))
+            sentence += ". To allow this origin, call allow_origins({\"" + *normal + "\"})";
+        return sentence += ".\n";
     }
     // A host that was allowed without a port is served on every port.
     bool serves_host(std::string_view host) const {
@@ -7119,19 +7287,18 @@ public:
         return std::any_of(trusted_proxies_.begin(), trusted_proxies_.end(),
                            [&](const Cidr& block) { return block.contains(address); });
     }
-    // The first address from the right of X-Forwarded-For that is not a trusted proxy. A client can write what stands
-    // left of it.
-    IpAddress client_address(const IpAddress& peer, const Request& request) const {
-        if (!trusted(peer)) return peer;
-        std::vector<std::string_view> hops;
-        request.fields().each_element("x-forwarded-for", [&](std::string_view hop) { hops.push_back(hop); });
-        IpAddress client = peer;
-        for (; !hops.empty() && trusted(client); hops.pop_back()) {
-            const auto address = IpAddress::parse(hops.back());
-            if (!address) break;
-            client = *address;
-        }
+    // What the headers of trusted proxies say about the client. Other peers are the client themselves.
+    ForwardedClient client(const IpAddress& peer, const Request& request, bool encrypted) const {
+        ForwardedClient client{peer, encrypted ? "https" : "http", {}};
+        if (trusted(peer))
+            read_forwarded(request.fields(), client, [this](const IpAddress& hop) { return trusted(hop); });
         return client;
+    }
+    IpAddress client_address(const IpAddress& peer, const Request& request) const {
+        return client(peer, request, false).address;
+    }
+    std::string_view client_scheme(const IpAddress& peer, const Request& request, bool encrypted) const {
+        return client(peer, request, encrypted).scheme;
     }
 
 private:
@@ -7173,8 +7340,21 @@ private:
         return Response::redirect(std::string(request.raw_path()) + "/" + query, 301);
     }
 
-    std::vector<std::string> origins_;
-    std::vector<std::string> cors_origins_;
+    // Whether the origin is of a public host, and the Host is not; or the Host has lost its port.
+    static bool host_seems_replaced(std::string_view origin, std::string_view host) {
+        const auto normal = normalized_origin(origin);
+        if (!normal || !text::starts_with(*normal, "http")) return false;
+        const std::string_view page = std::string_view(*normal).substr(normal->find("://") + 3);
+        const auto internal = [](std::string_view name) {
+            const std::string_view plain = name.substr(0, name.find(':'));
+            return name.front() == '[' || IpAddress::parse(plain) || plain.find('.') == std::string_view::npos;
+        };
+        if (host.empty()) return false;
+        return internal(host) ? !internal(page) : text::starts_with(page, std::string(host) + ":");
+    }
+
+    OriginList origins_;
+    OriginList cors_origins_;
     CorsOptions cors_;
     std::vector<std::string> hosts_;
     std::vector<Cidr> trusted_proxies_;
@@ -7970,8 +8150,7 @@ private:
             return Response(403, "A request without an Origin is refused here.\n");
         const std::string_view origin = request.header("origin");
         if (origins == 1 && !handler_->check_origin(origin))
-            return Response(403, "The origin \"" + escape_for_log(origin) +
-                                     "\" is refused; allowed: " + host_.site.allowed_origins(request) + ".\n");
+            return Response(403, host_.site.origin_refusal(origin, request));
         if (auto refusal = handler_->prepare(request)) return refusal;
         const std::vector<std::string_view> offered = offered_subprotocols(request);
         if (offered.empty()) return std::nullopt;
@@ -8392,8 +8571,11 @@ private:
     }
     void begin_request(Request& request) {
         ++host_.metrics.requests;
-        RequestAccess::set_connection(request, host_.site.client_address(peer_, request).to_string(),
-                                      stream_.encrypted(), stream_.encrypted() ? stream_.peer_name() : std::string());
+        const ForwardedClient client = host_.site.client(peer_, request, stream_.encrypted());
+        if (!client.unreadable.empty()) log_unreadable(client);
+        const std::string address = client.address.to_string();
+        RequestAccess::set_connection(request, address, client.scheme == "https",
+                                      stream_.encrypted() ? stream_.peer_name() : std::string());
     }
     void give_up_reply(const Response& response) {
         http_->give_up_reply(response);
@@ -8504,6 +8686,15 @@ private:
         http_->take_reply();
         handler_.reset();
         respond(Response(500, "The server failed to open the connection.\n"), nullptr);
+    }
+
+    // All clients of this proxy share the limits for one address now.
+    WSCHAT_COLD void log_unreadable(const ForwardedClient& forwarded) {
+        if (!host_.log) return;
+        host_.log(LogLevel::warning, "forwarded_address_unreadable",
+                  {{"peer", peer_.to_string()},
+                   {"forwarded", std::string(forwarded.unreadable.substr(0, 200))},
+                   {"used", forwarded.address.to_string()}});
     }
 
     WSCHAT_COLD void refuse(const Response& response, const Request& request) {
@@ -8938,12 +9129,15 @@ public:
             [this](const Request&) { return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4"); });
     }
 
-    // Origins that may connect beside the server's own: "https://chat.example", or "*" for all. Throws an Error if one
-    // is not an origin.
+    // Origins that may connect beside the server's own: "https://chat.example", "https://*.chat.example" for its
+    // subdomains, "capacitor://localhost", "moz-extension://*", "null", "file://", or "*" for all. Throws an Error if
+    // one is not an origin.
     void allow_origins(const std::vector<std::string>& origins) { site_.allow_origins(origins); }
     // If set, a request for another host gets a 421. Protects pages in a private network from DNS rebinding.
     void allow_hosts(const std::vector<std::string>& hosts) { site_.allow_hosts(hosts); }
-    // Proxies ("10.0.0.0/8", "unix") whose X-Forwarded-For is believed, read from the right.
+    // Proxies ("10.0.0.0/8", "unix") that are believed about the client's address and scheme: X-Forwarded-For, read
+    // from the right, and X-Forwarded-Proto; or, if the request has neither, Forwarded (RFC 7239). A proxy that only
+    // forwards TCP passes on what clients write into these headers: do not trust it.
     void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }

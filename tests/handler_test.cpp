@@ -203,13 +203,17 @@ TEST_SUITE("handler") {
             bool accepted;
         };
         std::vector<Row> rows = {
-            {"http://127.0.0.1:PORT", {}, true},
+            {"http://127.0.0.1:PORT", {}, !test::over_tls()},
             {"https://127.0.0.1:PORT", {}, true},  // a proxy can terminate TLS
-            {"HTTP://127.0.0.1:PORT", {}, true},
+            {"HTTPS://127.0.0.1:PORT/", {}, true},
+            {"wss://127.0.0.1:PORT", {}, true},
             {"https://chat.example", {"https://chat.example"}, true},
             {"https://CHAT.example:443", {"https://chat.example"}, true},
             {"https://chat.example", {"HTTPS://Chat.Example:443"}, true},
-            {"http://127.0.0.1:PORT", {"https://chat.example"}, true},
+            {"https://127.0.0.1:PORT", {"https://chat.example"}, true},
+            {"https://tea.chat.example", {"https://*.chat.example"}, true},
+            {"capacitor://localhost", {"capacitor://localhost"}, true},
+            {"null", {"null"}, true},
             {"https://anywhere.example", {"https://chat.example", "*"}, true},
         };
         for (const char* origin :
@@ -240,9 +244,12 @@ TEST_SUITE("handler") {
         fixture.start();
         Client client(fixture.port(), "/", "Origin: https://evil.example\r\n");
         CHECK(client.raw.read_to_end());
-        CHECK(client.raw.received == "The origin \"https://evil.example\" is refused; allowed: pages of 127.0.0.1:" +
-                                         std::to_string(fixture.port()) +
-                                         ", https://chat.example, https://www.chat.example.\n");
+        const std::string host = "127.0.0.1:" + std::to_string(fixture.port());
+        CHECK(contains(client.raw.received, "The origin \"https://evil.example\" is refused; allowed: " +
+                                                std::string(test::over_tls() ? "https " : "") + "pages of " + host +
+                                                ", https://chat.example, https://www.chat.example. The Host is \"" +
+                                                host + "\", perhaps from a proxy: "));
+        CHECK(contains(client.raw.received, "call allow_origins({\"https://evil.example\"}).\n"));
         CHECK(fixture.log.wait_for("info refused status=\"403\""));
         CHECK(fixture.script.events.count("open") == 0);
     }
@@ -252,7 +259,7 @@ TEST_SUITE("handler") {
         fixture.script.check_origin = [](Scripted&, std::string_view origin) { return origin == "null"; };
         fixture.start();
         CHECK(Client(fixture.port(), "/", "Origin: null\r\n").is_open());
-        CHECK(!Client(fixture.port(), "/", "Origin: http://127.0.0.1:" + std::to_string(fixture.port()) + "\r\n")
+        CHECK(!Client(fixture.port(), "/", "Origin: https://127.0.0.1:" + std::to_string(fixture.port()) + "\r\n")
                    .is_open());
     }
 
@@ -404,6 +411,9 @@ TEST_SUITE("handler") {
             {{"127.0.0.1", "10.0.0.0/8"}, "X-Forwarded-For: 192.0.2.1, 203.0.113.7, 10.1.1.1\r\n", "203.0.113.7"},
             {{"127.0.0.1", "10.0.0.0/8"}, "X-Forwarded-For: 10.2.2.2, 10.1.1.1\r\n", "10.2.2.2"},
             {{"127.0.0.1"}, "X-Forwarded-For: 2001:db8::7\r\n", "2001:db8::7"},
+            {{"127.0.0.1"}, "X-Forwarded-For: 203.0.113.7:51234\r\n", "203.0.113.7"},
+            {{"127.0.0.1"}, "X-Forwarded-For: [2001:db8::7]:443\r\n", "2001:db8::7"},
+            {{"127.0.0.1"}, "Forwarded: for=\"[2001:db8::7]:443\"\r\n", "2001:db8::7"},
             {{"127.0.0.1"}, "X-Forwarded-For: unknown\r\n", "127.0.0.1"},
             {{"127.0.0.1"}, "X-Forwarded-For: 203.0.113.7, unknown\r\n", "127.0.0.1"},
             {{"127.0.0.1"}, "X-Forwarded-For: \r\n", "127.0.0.1"},
@@ -421,6 +431,35 @@ TEST_SUITE("handler") {
             CHECK(fixture.script.events.wait_for("from "));
             CHECK(fixture.script.events.count("from " + row.address + ".") == 1);
         }
+    }
+
+    TEST_CASE("a trusted proxy reports the scheme, and with https a page over http is foreign") {
+        for (const bool trusted : {true, false}) {
+            CAPTURE(trusted);
+            Fixture fixture;
+            if (trusted) fixture.running.server.trusted_proxies({"127.0.0.1"});
+            fixture.script.on_callback = [&](Scripted& self, std::string_view callback) {
+                if (callback == "open") fixture.script.events.add("over " + std::string(self.request().scheme()) + ".");
+            };
+            fixture.start();
+            const std::string own = "://127.0.0.1:" + std::to_string(fixture.port()) + "\r\n";
+            const std::string https = "X-Forwarded-Proto: https\r\n";
+            CHECK(Client(fixture.port(), "/", https + "Origin: https" + own).is_open());
+            CHECK(fixture.script.events.wait_for("over "));
+            CHECK(fixture.script.events.count(trusted || test::over_tls() ? "over https." : "over http.") == 1);
+            CHECK(Client(fixture.port(), "/", https + "Origin: http" + own).is_open() ==
+                  (!trusted && !test::over_tls()));
+        }
+    }
+
+    TEST_CASE("what a trusted proxy writes in the place of an address is logged if it is none") {
+        Fixture fixture;
+        fixture.running.server.trusted_proxies({"127.0.0.1", "10.0.0.0/8"});
+        fixture.start();
+        CHECK(Client(fixture.port(), "/", "X-Forwarded-For: 203.0.113.7, unix:, 10.1.1.1\r\n").is_open());
+        CHECK(
+            fixture.log.wait_for("warning forwarded_address_unreadable peer=\"127.0.0.1\" forwarded=\"unix:\" "
+                                 "used=\"10.1.1.1\""));
     }
 
     struct Greeter : WebSocketHandler {

@@ -1001,16 +1001,24 @@ TEST_CASE("an origin is normalized to lower case without the default port") {
                                      "http://127.0.0.1:8888",     "http://127.0.0.1:8888"});
     // clang-format off
     const std::string invalid_origins[] = {
-        "", "null", "NULL", "chat.example", "//chat.example", "http:", "http:/", "http://", "https://:443",
-        "http://chat.example/", "http://chat.example/path", "http://chat.example?x", "http://u@chat.example",
+        "", "null/", "chat.example", "//chat.example", "http:", "http:/", "http://", "https://:443", "wss://", "ws:///",
+        "http://chat.example//", "http://chat.example/path", "http://chat.example?x", "http://u@chat.example",
         "http://chat.example http://other.example", "http://chat.example, http://other.example",
-        "http://chat.example:99999", "http://chat.example:x", "file://", "file:///x", "ws://chat.example",
-        "ftp://chat.example", "chrome-extension://abcdef", "javascript:alert(1)", "http://\xC3\xA4.example"};
+        "http://chat.example:99999", "http://chat.example:x", "file:////", "file:///x", "://chat.example",
+        "1p://chat.example", "a b://chat.example", "javascript:alert(1)", "http://\xC3\xA4.example"};
     // clang-format on
     for (const std::string& origin : invalid_origins) {
         CAPTURE(origin);
         CHECK_FALSE(normalized_origin(origin));
     }
+}
+
+TEST_CASE("an origin may end with a slash, have the scheme ws or wss, or be of an app") {
+    check_values(normalized_origin,
+                 {"http://chat.example/", "http://chat.example", "https://chat.example:443/", "https://chat.example",
+                  "ws://chat.example:80", "http://chat.example", "WSS://chat.example:8443", "https://chat.example:8443",
+                  "capacitor://localhost", "capacitor://localhost", "Ionic://LocalHost:80/", "ionic://localhost:80",
+                  "file://", "file://", "file:///", "file://", "NULL", "null"});
 }
 
 TEST_CASE("a page may connect to its own host and to no similar host") {
@@ -1036,9 +1044,13 @@ TEST_CASE("a page may connect to its own host and to no similar host") {
         {"http://chat.example:88", "chat.example:8888", false},
         {"http://chat.example:8889", "chat.example:8888", false}, {"https://chat.example", "chat.example:80", false},
         {"http://chat.example", "chat.example:443", false},
+        // As clients that are not browsers write it.
+        {"ws://chat.example", "chat.example", true}, {"wss://chat.example", "chat.example", true},
+        {"wss://chat.example:8888/", "chat.example:8888", true}, {"http://chat.example/", "chat.example", true},
+        {"wss://chat.example", "chat.example:80", false}, {"ws://evil.example", "chat.example", false},
         // Other schemes, and texts that are not origins.
         {"ftp://chat.example", "chat.example", false}, {"file://chat.example", "chat.example", false},
-        {"ws://chat.example", "chat.example", false}, {"null", "chat.example", false}, {"null", "null", false},
+        {"file://", "", false}, {"null", "chat.example", false}, {"null", "null", false},
         {"", "chat.example", false}, {"", "", false}, {"chat.example", "chat.example", false}, {"http://", "", false},
         {"http://chat.example", "", false},
         // An address instead of a name, a trailing dot, a user, a path.

@@ -436,16 +436,6 @@ TEST_CASE("only the tokens upgrade and websocket together request an upgrade") {
     }
 }
 
-TEST_CASE("allow_origins() with an invalid origin is an Error") {
-    Server server;
-    for (const std::string origin :
-         {"", "chat.example", "null", "ws://chat.example", "https://", "https://chat.example/"}) {
-        CAPTURE(origin);
-        CHECK(contains(error_of([&] { server.allow_origins({origin}); }), "allow_origins: \"" + origin + "\""));
-    }
-    CHECK(error_of([&] { server.allow_origins({"*", "https://chat.example", "http://127.0.0.1:8080"}); }) == "");
-}
-
 // ---- files ----------------------------------------------------------------------------------------------------------
 
 TEST_CASE("a file is served with its type, its length, its date and its tag") {

@@ -227,29 +227,64 @@ HostAndPort parse_authority(const std::string& authority, unsigned long default_
     return result;
 }
 
+// A web origin without its default port, another origin in lower case, or an empty text.
+std::string reference_origin(const std::string& origin) {
+    std::string scheme = lower(origin.substr(0, origin.find("://"))), host = lower(origin);
+    if (host == "null") return host;
+    if (host.find("://") == std::string::npos || scheme.empty() || !contains_only(scheme.substr(0, 1), letters) ||
+        !contains_only(scheme, letters + digits + "+-."))
+        return {};
+    host = host.substr(scheme.size() + 3);
+    if (!host.empty() && host.back() == '/') host.pop_back();
+    if (scheme == "ws" || scheme == "wss") scheme = "http" + scheme.substr(2);
+    const std::string standard = scheme == "http" ? ":80" : scheme == "https" ? ":443" : "";
+    if (host.empty() ? !standard.empty() : !valid_host(host)) return {};
+    const bool has_standard =
+        !standard.empty() && host.size() > standard.size() && host.substr(host.size() - standard.size()) == standard;
+    return scheme + "://" + host.substr(0, host.size() - (has_standard ? standard.size() : 0));
+}
+
 void check_origin(const std::string& origin, const std::string& host) {
     check(wschat::detail::valid_host(host) == valid_host(host), "a host is accepted or rejected wrongly", host);
-    const std::string lower_case = lower(origin);
-    const std::size_t scheme = lower_case.substr(0, 7) == "http://" ? 7 : lower_case.substr(0, 8) == "https://" ? 8 : 0;
-    const bool good = scheme != 0 && valid_host(origin.substr(scheme));
+    const std::string reference = reference_origin(origin);
     const auto normal = wschat::detail::normalized_origin(origin);
-    check(normal.has_value() == good, "an origin is accepted or rejected wrongly", origin);
-    if (!good) return check(!wschat::detail::same_host(origin, host), "an invalid origin matches a host", origin);
-    const std::string standard = scheme == 7 ? ":80" : ":443";
-    const bool has_default_port =
-        lower_case.size() > standard.size() && lower_case.substr(lower_case.size() - standard.size()) == standard;
-    check_equal(*normal, has_default_port ? lower_case.substr(0, lower_case.size() - standard.size()) : lower_case,
-                "normalized_origin() is wrong");
-    check(wschat::detail::normalized_origin(*normal) == normal, "normalizing twice changes an origin", origin);
-    if (!valid_host(host))
-        return check(!wschat::detail::same_host(origin, host), "an invalid host matches an origin", host);
+    check_equal(normal.value_or(""), reference, "normalized_origin() is wrong");
+    if (normal) check(wschat::detail::normalized_origin(*normal) == normal, "normalizing twice changes it", origin);
+    const bool same = wschat::detail::same_host(origin, host), secure = wschat::detail::same_host(origin, host, true);
+    const std::size_t scheme = reference.substr(0, 7) == "http://" ? 7 : reference.substr(0, 8) == "https://" ? 8 : 0;
+    check(secure == (same && scheme == 8), "a page over http is of the same host as one over https", origin);
+    if (scheme == 0 || !valid_host(host)) return check(!same, "an invalid origin or host matches", origin + " " + host);
     const unsigned long port = scheme == 7 ? 80 : 443;
-    const HostAndPort from = parse_authority(origin.substr(scheme), port), to = parse_authority(host, port);
-    const bool same = from.host == to.host && from.port == to.port;
-    if (wschat::detail::same_host(origin, host))
-        check(same, "an origin of another host is accepted", origin + " " + host);
+    const HostAndPort from = parse_authority(reference.substr(scheme), port), to = parse_authority(host, port);
+    const bool equal = from.host == to.host && from.port == to.port;
+    if (same) check(equal, "an origin of another host is accepted", origin + " " + host);
     else
-        check(!same || !from.canonical || !to.canonical, "an origin of the same host is rejected", origin + " " + host);
+        check(!equal || !from.canonical || !to.canonical, "an origin of the same host is rejected",
+              origin + " " + host);
+}
+
+// Allowed origins: a pattern matches only origins of its scheme whose host ends as the pattern does.
+void check_allowed(const std::string& pattern, const std::string& origin) {
+    const auto list = try_make([&] {
+        wschat::detail::OriginList made;
+        made.add("allow_origins", {pattern});
+        return made;
+    });
+    const std::size_t star = pattern.find("://*");
+    const std::string reference = reference_origin(origin);
+    if (star == std::string::npos || pattern == "*") {
+        check(list.has_value() == (pattern == "*" || !reference_origin(pattern).empty()),
+              "an origin to allow is accepted or rejected wrongly", pattern);
+        const bool expected = pattern == "*" || (!reference.empty() && reference == reference_origin(pattern));
+        if (list) check(list->contains(origin) == expected, "an allowed origin is wrong", pattern + " " + origin);
+        return;
+    }
+    if (!list) return;
+    const std::string& made = list->list().front();  // "https://*.chat.example"
+    const std::string start = made.substr(0, made.find('*')), end = made.substr(made.find('*') + 1);
+    const bool expected = reference.size() > start.size() + end.size() && reference.substr(0, start.size()) == start &&
+                          reference.substr(reference.size() - end.size()) == end;
+    check(list->contains(origin) == expected, "a wildcard is wrong", pattern + " " + origin);
 }
 
 // ---- addresses -----------------------------------------------------------------------------------------------------
@@ -279,6 +314,40 @@ void check_address(const std::string& text) {
     check(bits_of(address->to_string()) == bits, "to_string() changes an address", text);
     check(IpAddress::parse(address->to_string()) == *address, "to_string() and parse() change an address", text);
     check(address->prefix(address->bits()) == *address, "the full prefix of an address differs from the address", text);
+}
+
+void check_hop(const std::string& text) {
+    const std::string bits = bits_of(address_in_hop(text));
+    const auto address = wschat::detail::parse_hop(text);
+    check(address.has_value() == !bits.empty(), "a hop is accepted or rejected wrongly", text);
+    if (address) check(bits_of(address->to_string()) == bits, "a hop has a wrong address", text);
+}
+
+// The elements from the right are those from the left in reverse, if quotes are balanced and nothing is escaped.
+void check_elements(const std::string& list) {
+    const std::string line = "list: " + list + "\r\n";
+    wschat::detail::ElementsFromLast elements(wschat::Fields(line), "List");
+    std::vector<std::string> found, expected;
+    for (std::string_view each = elements.next(); !each.empty(); each = elements.next()) {
+        check(within(each, line), "an element lies outside the input");
+        found.emplace_back(each);
+    }
+    if (list.find('\\') != std::string::npos || list.find_first_of("\r\n") != std::string::npos) return;
+    const std::vector<std::string> pieces = split(list, '"');
+    if (pieces.size() % 2 == 0) return;
+    std::string element;
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+        if (i != 0) element += '"';
+        if (i % 2 != 0) element += pieces[i];
+        for (std::size_t k = 0; i % 2 == 0 && k < split(pieces[i], ',').size(); ++k) {
+            if (k != 0) expected.push_back(trim(std::exchange(element, std::string())));
+            element += split(pieces[i], ',')[k];
+        }
+    }
+    expected.push_back(trim(element));
+    expected.erase(std::remove(expected.begin(), expected.end(), std::string()), expected.end());
+    std::reverse(expected.begin(), expected.end());
+    check(found == expected, "the elements from the right are wrong", list);
 }
 
 void check_block(const std::string& text, const std::string& address) {
@@ -323,8 +392,8 @@ void check_response(const std::string& name, const std::string& value) {
 }
 
 void check_handshake_request(const std::string& host, const std::string& target, const std::string& protocols) {
-    const auto head =
-        try_make([&] { return wschat::detail::handshake_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
+    const auto head = try_make(
+        [&] { return wschat::detail::handshake_request(host, target, "dGhlIHNhbXBsZSBub25jZQ==", protocols); });
     if (!head) return;
     check(head->find("\r\n\r\n") == head->size() - 4, "a handshake request has more than one head", *head);
     const std::vector<std::string> lines = split(*head, '\n');
@@ -379,7 +448,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     check_query(first);
     check_pattern(first, second);
     check_origin(first, second);
+    check_allowed(first, second);
     check_address(first);
+    check_hop(first);
+    check_elements(first);
     check_block(first, second);
     check_listen_address(first);
     check_response(first, rest);

@@ -56,6 +56,22 @@ inline bool valid_host(std::string_view host) {
     if (!brackets && (name.empty() || !contains_only(name, digits + letters + "-._~"))) return false;
     return rest.empty() || (rest[0] == ':' && (rest.size() == 1 || number_up_to(rest.substr(1), 65535)));
 }
+// The address in what a proxy writes ("[2001:db8::7]:443"), or an empty text if its form is wrong.
+inline std::string address_in_hop(std::string hop) {
+    if (hop.size() >= 2 && hop.front() == '"' && hop.back() == '"') hop = hop.substr(1, hop.size() - 2);
+    std::string address = hop, port = ":0";
+    const std::size_t first = hop.find(':'), close = hop.find(']');
+    if (hop.substr(0, 1) == "[") {
+        if (close == std::string::npos || first > close) return {};
+        address = hop.substr(1, close - 1);
+        if (close + 1 < hop.size()) port = hop.substr(close + 1);
+    } else if (first != std::string::npos && first == hop.rfind(':')) {
+        address = hop.substr(0, first);
+        port = hop.substr(first);
+    }
+    const bool hidden = port.substr(0, 2) == ":_" && contains_only(port.substr(1), token_characters);
+    return hop.size() <= 64 && port[0] == ':' && (hidden || number_up_to(port.substr(1), 65535)) ? address : "";
+}
 inline bool valid_escapes(std::string_view path) {
     for (std::size_t at = path.find('%'); at != std::string_view::npos; at = path.find('%', at + 1))
         if (path.size() < at + 3 || !contains_only(path.substr(at + 1, 2), digits + "abcdefABCDEF")) return false;

@@ -100,7 +100,7 @@ def body_seeds():
 
 def fields_seeds():
     seeds = [b"10.0.0.0/8\n10.2.3.4", b"/chat/{room}/{rest...}\n/chat/tea%20room/a//b", b"https://a.example:443\na.example"]
-    for row in all_of("http", "handler", "sockets", "server", "server_pages"):
+    for row in all_of("http", "handler", "sockets", "server", "server_pages", "server_policies"):
         seeds += [b"\n".join(row[i:i + 3]) for i in range(len(row))]
     return seeds
 

@@ -131,20 +131,24 @@ private:
         return index < actions.size() ? actions[index] : '\0';
     }
 
-    // The address of the peer, or for a trusted proxy the last address in X-Forwarded-For that is not trusted.
+    // The address of the peer, or for a trusted proxy the last address in X-Forwarded-For or Forwarded that is not
+    // trusted.
     void check_address() const {
         const HarnessAllocations guard;
         if (world->raw) return;
         const std::string_view number = request().header("x-peer");
         std::string client = world->peers[std::strtoul(std::string(number).c_str(), nullptr, 10)]->address;
-        std::vector<std::string> hops = split(request().header("x-forwarded-for"), ',');
+        const bool forwarded = request().header("x-forwarded-for").empty();
+        std::vector<std::string> hops = split(request().header(forwarded ? "forwarded" : "x-forwarded-for"), ',');
         const auto trusted = [](const std::string& address) {
             return address == "unix" || address.substr(0, 3) == "10.";
         };
         while (trusted(client) && !hops.empty()) {
-            const std::string hop = trim(hops.back());
+            std::string hop = trim(hops.back());
             hops.pop_back();
             if (hop.empty()) continue;
+            if (forwarded) hop = hop.substr(4, hop.find(';') - 4);  // after "for="
+            hop = address_in_hop(hop);
             const auto address = wschat::IpAddress::parse(hop);
             if (!address) break;
             client = address->to_string();
@@ -311,7 +315,7 @@ private:
                                         "Sec-WebSocket-Extensions: permessage-deflate\r\n",
                                         "X-Forwarded-For: 10.0.0.9, 198.51.100.1, 10.0.0.2\r\n",
                                         "X-Forwarded-For: x, 10.0.0.2\r\n",
-                                        "X-Forwarded-For: ::1\r\n",
+                                        "Forwarded: for=\"[::1]:443\";proto=https, for=10.0.0.2\r\n",
                                         "Transfer-Encoding: chunked\r\n",
                                         "Host: again\r\n",
                                         "If-None-Match: *\r\n",
