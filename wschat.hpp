@@ -95,7 +95,7 @@
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
 //
-// Threads. A server is one loop on one thread, the thread that calls run(). Any thread may use Loop::post(),
+// Threads. A server is one loop on one thread, the thread that calls run() or poll(). Any thread may use Loop::post(),
 // Loop::mailbox(), Mailbox::post(), HandlerRef (except get()) and Server::shutdown(). Everything else belongs to the
 // loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run several
 // servers, one per thread, with ServerOptions::reuse_port.
@@ -4629,6 +4629,8 @@ public:
     virtual bool plain_text() const = 0;
     // The subject of the peer's certificate, or empty.
     virtual std::string peer_name() const = 0;
+    // False if it replaces the socket of a plain connection, for tests.
+    virtual bool encrypts() const { return true; }
 };
 
 // Makes the transport of each connection of a listener.
@@ -4904,6 +4906,7 @@ namespace detail {
 //              ends its sending side, the descriptor is readable and not broken.
 //   lifetime   wait() does not report an owner after remove(), but an earlier batch may still contain it. The owner
 //              must live until the caller has handled that batch.
+//   clock      now() is the time that timers of the loop follow.
 class Poller {
 public:
     struct Ready {
@@ -4920,6 +4923,9 @@ public:
     virtual bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual void remove(os::Descriptor descriptor) = 0;
     virtual void wait(int timeout_ms, std::vector<Ready>& ready) = 0;
+    // A descriptor that is readable while wait() has something to report, or os::no_descriptor.
+    virtual os::Descriptor descriptor() const { return os::no_descriptor; }
+    virtual Time now() const { return Clock::now(); }
 };
 
 class PollPoller final : public Poller {
@@ -4994,6 +5000,7 @@ public:
         }
     }
 
+    os::Descriptor descriptor() const override { return epoll_.descriptor(); }
 private:
     static constexpr int batch = 512;
 
@@ -5044,6 +5051,7 @@ public:
         }
     }
 
+    os::Descriptor descriptor() const override { return queue_.descriptor(); }
 private:
     static constexpr int batch = 512;
 
@@ -5869,7 +5877,7 @@ public:
         : poller_(detail::Poller::make(kind)),
           mailbox_(std::make_shared<LoopMailbox>()),
           waker_(*this),
-          now_(Clock::now()) {
+          now_(poller_->now()) {
         if (!poller_->add(mailbox_->wake_up.descriptor(), waker_, true, false))
             throw Error("Loop: " + std::string(poller_->name()) + ": " +
                         detail::os::error_text(detail::os::last_error()));
@@ -5878,15 +5886,44 @@ public:
     Loop& operator=(const Loop&) = delete;
     WSCHAT_COLD ~Loop() { mailbox_->close(); }
 
-    // Runs turns until stop() is called.
+    // Runs turns until stop() is called. Throws an Error if the loop is running already.
     void run() {
+        const Running running(*this, "run");
         stop_ = false;
-        thread_.store(this_thread());
-        while (!stop_) turn();
-        thread_.store(nullptr);
+        while (!stop_) turn((Duration::max)());
+        stop_ = false;
     }
     // Ends run() after this turn. Call it on the loop's thread; other threads post() the call.
     void stop() { stop_ = true; }
+
+    // ---- in the event loop of another program ----------------------------------------------------------------------
+
+    // Runs one turn, instead of run(). If there is nothing to do, it waits for this time at most, rounded up to a
+    // millisecond; a negative time counts as zero. Returns false if stop() was called since the last turn. What
+    // callbacks throw does not leave it. Throws an Error if the loop is running already: in a callback.
+    bool poll(Duration timeout = Duration::zero()) {
+        const Running running(*this, "poll");
+        turn(timeout);
+        return !std::exchange(stop_, false);
+    }
+    // An epoll or kqueue descriptor that becomes readable when a socket, posted work or a signal needs poll(). Only
+    // wait for it: do not read it. Throws an Error if the poller has none, with PollerKind::poll and on Windows.
+    int descriptor() const {
+        const auto descriptor = poller_->descriptor();
+        if (descriptor == detail::os::no_descriptor)
+            throw Error("descriptor: the poller \"" + std::string(poller_->name()) +
+                        "\" has no descriptor to wait for: call poll() at intervals");
+        return static_cast<int>(descriptor);
+    }
+    // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero if
+    // work is left. Duration::max() if there is none. Ask again before each wait, because any call may change it.
+    Duration next_timeout() const {
+        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
+        if (timers_.next() == (Time::max)()) return (Duration::max)();
+        return (std::max)(timers_.next() - poller_->now(), Duration::zero());
+    }
+
+    // ---- work and timers -------------------------------------------------------------------------------------------
 
     // Runs the work on the loop's thread, in the order of the calls. Any thread may call post(). `work` is any callable
     // without arguments; it may be move-only. The server logs the exceptions that it throws.
@@ -5912,8 +5949,8 @@ public:
     // Returns false if the call is over or cancelled.
     bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
-    // The time at which this turn began.
-    Time now() const { return now_; }
+    // The time at which this turn began. Between turns, the current time.
+    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? poller_->now() : now_; }
     // Returns true on the loop's thread. While the loop does not run, returns true on every thread.
     bool on_loop_thread() const {
         const void* thread = thread_.load(std::memory_order_relaxed);
@@ -5992,6 +6029,22 @@ private:
         detail::Task callback_;
     };
 
+    // Marks the thread that runs the loop.
+    class Running {
+    public:
+        Running(Loop& loop, const char* call) : loop_(loop) {
+            const void* nobody = nullptr;
+            if (!loop.thread_.compare_exchange_strong(nobody, this_thread()))
+                throw Error(std::string(call) + ": the loop is running already");
+        }
+        Running(const Running&) = delete;
+        Running& operator=(const Running&) = delete;
+        ~Running() { loop_.thread_.store(nullptr); }
+
+    private:
+        Loop& loop_;
+    };
+
     // The address of a thread_local identifies the thread.
     static const void* this_thread() {
         static thread_local char marker;
@@ -6002,17 +6055,17 @@ private:
     TimerId add_call(Duration delay, Duration interval, detail::Task callback) {
         const TimerId id = ++last_call_;
         const Time due =
-            (std::max)(saturating_add(Clock::now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
+            (std::max)(saturating_add(poller_->now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
         calls_.find_or_emplace(big_endian_key(id), *this, id, due, interval, std::move(callback));
         return id;
     }
 
-    void turn() {
+    void turn(Duration max_wait) {
         try {
-            poller_->wait(timeout_ms(), ready_);
+            poller_->wait(timeout_ms(max_wait), ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
-        now_ = Clock::now();
+        now_ = poller_->now();
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -6022,13 +6075,11 @@ private:
     }
 
     // Rounds up: rounding down would spin until the timer is due.
-    int timeout_ms() const {
-        if (poll_again_ || stop_ || mailbox_->has_work.load()) return 0;
-        if (timers_.next() == (Time::max)()) return -1;
-        const auto remaining = timers_.next() - Clock::now();
-        if (remaining <= Duration::zero()) return 0;
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(remaining).count() + 1;
-        return ms > 60'000 ? 60'000 : static_cast<int>(ms);
+    int timeout_ms(Duration max_wait) const {
+        const Duration wait = (std::min)(next_timeout(), max_wait);
+        if (wait <= Duration::zero()) return 0;
+        if (wait == (Duration::max)()) return -1;
+        return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
     }
 
     template <class Function>
@@ -6037,6 +6088,8 @@ private:
             if (on_exception_) on_exception_(where, what);
         });
     }
+
+    static constexpr Duration max_timeout = std::chrono::minutes(1);
 
     std::unique_ptr<detail::Poller> poller_;
     std::shared_ptr<LoopMailbox> mailbox_;
@@ -6062,6 +6115,13 @@ public:
     static Poller& poller(Loop& loop) { return *loop.poller_; }
     static Timers& timers(Loop& loop) { return loop.timers_; }
     static os::Descriptor wake_descriptor(const Loop& loop) { return loop.mailbox_->wake_up.write_end(); }
+    // Replaces the poller before anything is added to it. One that never blocks need not watch the wake-up pipe.
+    static void set_poller(Loop& loop, std::unique_ptr<Poller> poller) {
+        loop.poller_ = std::move(poller);
+        loop.now_ = loop.poller_->now();
+    }
+    // The next turn does not wait.
+    static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
     static void at_turn_end(Loop& loop, std::function<bool()> hook) { loop.at_turn_end_ = std::move(hook); }
     static void on_signal(Loop& loop, std::function<void(int)> handler) { loop.on_signal_ = std::move(handler); }
@@ -6941,7 +7001,8 @@ public:
         : socket_(std::move(socket)), transport_(std::move(transport)) {}
 
     Socket& socket() { return socket_; }
-    bool encrypted() const { return transport_ != nullptr; }
+    bool has_transport() const { return transport_ != nullptr; }
+    bool encrypted() const { return transport_ && transport_->encrypts(); }
     bool established() const { return !transport_ || transport_->established(); }
     // Whether input waits here, which the poller does not report.
     bool has_input() const { return transport_ && transport_->has_input(); }
@@ -6951,7 +7012,9 @@ public:
     const std::string& tls_failure() const { return transport_->failure(); }
     bool peer_speaks_plain_text() const { return transport_->plain_text(); }
     std::string peer_name() const { return transport_->peer_name(); }
-    void drop_encryption() { transport_.reset(); }
+    void drop_encryption() {
+        if (encrypted()) transport_.reset();
+    }
 
     IoResult receive(char* data, std::size_t size, WireCount& wire) {
         if (transport_) return transport_->receive(socket_, data, size, wire);
@@ -7131,6 +7194,7 @@ public:
         host_.log.exception(callback, what, &peer_);
     }
 
+    WebSocketHandler* handler() const { return handler_.get(); }
     void add_to(Metrics& metrics) const {
         if (!handler_) return;
         const HandlerCore& core = HandlerAccess::core(*handler_);
@@ -7452,7 +7516,7 @@ public:
     // All that is queued, if it is one piece that may be sent together with what others send; else empty.
     std::string_view batchable() {
         std::string_view piece;
-        if (phase_ != Phase::websocket || stream_.encrypted() || blocked() || send_failed_ ||
+        if (phase_ != Phase::websocket || stream_.has_transport() || blocked() || send_failed_ ||
             output().gather(&piece, 1) == 0)
             return {};
         return piece.size() == output().size() ? piece : std::string_view();
@@ -7925,6 +7989,8 @@ public:
 
     const StringMap<Listener>& listeners() const { return listeners_; }
     bool idle() const { return sessions_.empty(); }
+    // Something is to be done although the poller reports nothing.
+    bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
     WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports) {
         const Listener& added = listeners_.append(*this, ListenAddress::parse(address), std::move(transports));
@@ -7939,8 +8005,18 @@ public:
         if (first) std::swap(closed_listeners_, listeners_);
         for (const auto& session : sessions_) session->shut_down();
         // Without a deadline it might never end.
-        run_guarded([&] { loop.call_later(deadline, [this] { abort_all(); }); }, [this](const char*) { abort_all(); });
+        const auto abort = [this, shutdown = shutdowns_] {
+            if (shutdown == shutdowns_) abort_all();
+        };
+        run_guarded([&] { loop.call_later(deadline, abort); }, [this](const char*) { abort_all(); });
         if (first) log(LogLevel::debug, "shutdown", {{"connections", std::to_string(connections)}});
+    }
+    // True if a shutdown has finished. The server may listen again.
+    bool end_shutdown() {
+        if (!draining || !idle()) return false;
+        draining = false;
+        ++shutdowns_;  // the deadline is for no later connection
+        return true;
     }
     // Ends all connections at the end of this turn, without a closing handshake.
     void abort_all() {
@@ -8022,7 +8098,7 @@ private:
         closed_listeners_.clear();
         turn.handshakes_left = TurnState::max_handshakes;
         if (draining && sessions_.empty()) loop.stop();
-        return !turn.dirty.empty() || !turn.waiting.empty();
+        return has_work();
     }
     // Sessions that used up their budget in an earlier turn, in order, a limited number per turn.
     void continue_waiting() {
@@ -8077,13 +8153,14 @@ private:
     StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn, whose events may name them
     std::vector<std::unique_ptr<Session>> sessions_;
     std::unique_ptr<Session> deleted_;  // the first of a chain; destroyed at the end of the turn
+    unsigned shutdowns_ = 0;            // that have finished
 };
 
 }  // namespace detail
 
 // ---- the server ----------------------------------------------------------------------------------------------------
 
-class Server final {
+class Server {
 public:
     WSCHAT_COLD explicit Server(ServerOptions options = {})
         : options_(std::move(options)), worker_(*this, options_, site_) {
@@ -8168,20 +8245,36 @@ public:
         return address.unix_path.empty() ? scheme + address.to_string() + "/" : address.to_string();
     }
 
-    // Serves until shutdown() has finished.
+    // Serves until shutdown() has finished. Then listen() and run() may be called again. Throws an Error if there is no
+    // listener.
     void run() {
-        if (worker_.draining && worker_.idle()) return;
-        if (worker_.listeners().empty() && !worker_.draining) throw Error("run: nothing to serve: call listen() first");
-        handle_signals();
+        if (!serving()) throw Error("run: nothing to serve: call listen() first");
+        start_turns();
         worker_.loop.run();
-        signals_.reset();
+        end_turns();
     }
     // From any thread: stops accepting, closes every WebSocket with 1001, and ends run() when all connections are gone,
-    // at the latest after the deadline.
+    // at the latest after the deadline. Has no effect on what listens after the end.
     void shutdown(Duration deadline) {
-        worker_.loop.post([this, deadline] { worker_.begin_shutdown(deadline); });
+        worker_.loop.post([this, deadline, start = starts_.load()] {
+            if (start == starts_.load()) worker_.begin_shutdown(deadline);
+        });
     }
     void shutdown() { shutdown(options_.shutdown_deadline); }
+
+    // Instead of run(), in the event loop of another program, all on one thread: wait until descriptor() is readable or
+    // next_timeout() is over, then call poll(). Loop has the same three functions and describes them.
+    //
+    // Returns true while the server serves: from listen() until shutdown() has finished or loop().stop() is called.
+    bool poll(Duration timeout = Duration::zero()) {
+        start_turns();
+        if (worker_.loop.poll(timeout)) return serving();
+        end_turns();
+        return false;
+    }
+    int descriptor() const { return worker_.loop.descriptor(); }
+    // Zero also if output is queued between two turns, such as a broadcast.
+    Duration next_timeout() const { return worker_.has_work() ? Duration::zero() : worker_.loop.next_timeout(); }
 
     // The one object of a type that belongs to this server: made as Extension(server) at the first call, destroyed
     // before the loop and the rooms.
@@ -8206,9 +8299,24 @@ public:
     Metrics metrics() const { return worker_.current_metrics(); }
 
 private:
+    friend class TestServer;
+
     void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports) {
         worker_.listen(address, std::move(transports));
+        if (std::exchange(ended_, false)) ++starts_;
         handle_signals();
+    }
+    bool serving() const { return !worker_.listeners().empty() || worker_.draining; }
+    void start_turns() {
+        if (serving()) handle_signals();
+        if (worker_.has_work()) detail::LoopAccess::poll_again(worker_.loop);
+    }
+    void end_turns() {
+        if (worker_.end_shutdown()) {
+            ended_ = true;
+            signalled_ = false;
+        }
+        signals_.reset();
     }
     // From the first listen() on, because a signal may come before run().
     void handle_signals() {
@@ -8224,6 +8332,8 @@ private:
     detail::Site site_;
     detail::Worker worker_;
     bool signalled_ = false;
+    bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
+    std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
     std::vector<std::pair<const void*, detail::ErasedPtr>> extensions_;
 };
