@@ -81,6 +81,7 @@
 //   PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text, ServerOptions, ChatHandler,
 //   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
 //   ChatLimits, ChatAction, ChatRoom, SqliteOptions, SqliteHistory
+//   HandlerTest, TestServer, TestClient, TestRequest, TestResponse
 //   text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case, text::starts_with, text::trim,
 //   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
 //   text::percent_decode
@@ -98,7 +99,7 @@
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
 //
-// Threads. A server is one loop on one thread, the thread that calls run(). Any thread may use Loop::post(),
+// Threads. A server is one loop on one thread, the thread that calls run() or poll(). Any thread may use Loop::post(),
 // Loop::mailbox(), Mailbox::post(), HandlerRef (except get()), Reply and Server::shutdown(). Everything else belongs to
 // the loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run
 // several servers, one per thread, with ServerOptions::reuse_port.
@@ -5071,6 +5072,8 @@ public:
     virtual bool plain_text() const = 0;
     // The subject of the peer's certificate, or empty.
     virtual std::string peer_name() const = 0;
+    // False if it replaces the socket of a plain connection, for tests.
+    virtual bool encrypts() const { return true; }
 };
 
 // Makes the transport of each connection of a listener.
@@ -5346,6 +5349,7 @@ namespace detail {
 //              ends its sending side, the descriptor is readable and not broken.
 //   lifetime   wait() does not report an owner after remove(), but an earlier batch may still contain it. The owner
 //              must live until the caller has handled that batch.
+//   clock      now() is the time that timers of the loop follow.
 class Poller {
 public:
     struct Ready {
@@ -5362,6 +5366,9 @@ public:
     virtual bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual void remove(os::Descriptor descriptor) = 0;
     virtual void wait(int timeout_ms, std::vector<Ready>& ready) = 0;
+    // A descriptor that is readable while wait() has something to report, or os::no_descriptor.
+    virtual os::Descriptor descriptor() const { return os::no_descriptor; }
+    virtual Time now() const { return Clock::now(); }
 };
 
 class PollPoller final : public Poller {
@@ -5436,6 +5443,7 @@ public:
         }
     }
 
+    os::Descriptor descriptor() const override { return epoll_.descriptor(); }
 private:
     static constexpr int batch = 512;
 
@@ -5486,6 +5494,7 @@ public:
         }
     }
 
+    os::Descriptor descriptor() const override { return queue_.descriptor(); }
 private:
     static constexpr int batch = 512;
 
@@ -6311,7 +6320,7 @@ public:
         : poller_(detail::Poller::make(kind)),
           mailbox_(std::make_shared<LoopMailbox>()),
           waker_(*this),
-          now_(Clock::now()) {
+          now_(poller_->now()) {
         if (!poller_->add(mailbox_->wake_up.descriptor(), waker_, true, false))
             throw Error("Loop: " + std::string(poller_->name()) + ": " +
                         detail::os::error_text(detail::os::last_error()));
@@ -6320,15 +6329,44 @@ public:
     Loop& operator=(const Loop&) = delete;
     WSCHAT_COLD ~Loop() { mailbox_->close(); }
 
-    // Runs turns until stop() is called.
+    // Runs turns until stop() is called. Throws an Error if the loop is running already.
     void run() {
+        const Running running(*this, "run");
         stop_ = false;
-        thread_.store(this_thread());
-        while (!stop_) turn();
-        thread_.store(nullptr);
+        while (!stop_) turn((Duration::max)());
+        stop_ = false;
     }
     // Ends run() after this turn. Call it on the loop's thread; other threads post() the call.
     void stop() { stop_ = true; }
+
+    // ---- in the event loop of another program ----------------------------------------------------------------------
+
+    // Runs one turn, instead of run(). If there is nothing to do, it waits for this time at most, rounded up to a
+    // millisecond; a negative time counts as zero. Returns false if stop() was called since the last turn. What
+    // callbacks throw does not leave it. Throws an Error if the loop is running already: in a callback.
+    bool poll(Duration timeout = Duration::zero()) {
+        const Running running(*this, "poll");
+        turn(timeout);
+        return !std::exchange(stop_, false);
+    }
+    // An epoll or kqueue descriptor that becomes readable when a socket, posted work or a signal needs poll(). Only
+    // wait for it: do not read it. Throws an Error if the poller has none, with PollerKind::poll and on Windows.
+    int descriptor() const {
+        const auto descriptor = poller_->descriptor();
+        if (descriptor == detail::os::no_descriptor)
+            throw Error("descriptor: the poller \"" + std::string(poller_->name()) +
+                        "\" has no descriptor to wait for: call poll() at intervals");
+        return static_cast<int>(descriptor);
+    }
+    // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero if
+    // work is left. Duration::max() if there is none. Ask again before each wait, because any call may change it.
+    Duration next_timeout() const {
+        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
+        if (timers_.next() == (Time::max)()) return (Duration::max)();
+        return (std::max)(timers_.next() - poller_->now(), Duration::zero());
+    }
+
+    // ---- work and timers -------------------------------------------------------------------------------------------
 
     // Runs the work on the loop's thread, in the order of the calls. Any thread may call post(). `work` is any callable
     // without arguments; it may be move-only. The server logs the exceptions that it throws.
@@ -6354,8 +6392,8 @@ public:
     // Returns false if the call is over or cancelled.
     bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
-    // The time at which this turn began.
-    Time now() const { return now_; }
+    // The time at which this turn began. Between turns, the current time.
+    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? poller_->now() : now_; }
     // Returns true on the loop's thread. While the loop does not run, returns true on every thread.
     bool on_loop_thread() const {
         const void* thread = thread_.load(std::memory_order_relaxed);
@@ -6434,6 +6472,22 @@ private:
         detail::Task callback_;
     };
 
+    // Marks the thread that runs the loop.
+    class Running {
+    public:
+        Running(Loop& loop, const char* call) : loop_(loop) {
+            const void* nobody = nullptr;
+            if (!loop.thread_.compare_exchange_strong(nobody, this_thread()))
+                throw Error(std::string(call) + ": the loop is running already");
+        }
+        Running(const Running&) = delete;
+        Running& operator=(const Running&) = delete;
+        ~Running() { loop_.thread_.store(nullptr); }
+
+    private:
+        Loop& loop_;
+    };
+
     // The address of a thread_local identifies the thread.
     static const void* this_thread() {
         static thread_local char marker;
@@ -6444,17 +6498,17 @@ private:
     TimerId add_call(Duration delay, Duration interval, detail::Task callback) {
         const TimerId id = ++last_call_;
         const Time due =
-            (std::max)(saturating_add(Clock::now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
+            (std::max)(saturating_add(poller_->now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
         calls_.find_or_emplace(big_endian_key(id), *this, id, due, interval, std::move(callback));
         return id;
     }
 
-    void turn() {
+    void turn(Duration max_wait) {
         try {
-            poller_->wait(timeout_ms(), ready_);
+            poller_->wait(timeout_ms(max_wait), ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
-        now_ = Clock::now();
+        now_ = poller_->now();
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -6464,13 +6518,11 @@ private:
     }
 
     // Rounds up: rounding down would spin until the timer is due.
-    int timeout_ms() const {
-        if (poll_again_ || stop_ || mailbox_->has_work.load()) return 0;
-        if (timers_.next() == (Time::max)()) return -1;
-        const auto remaining = timers_.next() - Clock::now();
-        if (remaining <= Duration::zero()) return 0;
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(remaining).count() + 1;
-        return ms > 60'000 ? 60'000 : static_cast<int>(ms);
+    int timeout_ms(Duration max_wait) const {
+        const Duration wait = (std::min)(next_timeout(), max_wait);
+        if (wait <= Duration::zero()) return 0;
+        if (wait == (Duration::max)()) return -1;
+        return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
     }
 
     template <class Function>
@@ -6479,6 +6531,8 @@ private:
             if (on_exception_) on_exception_(where, what);
         });
     }
+
+    static constexpr Duration max_timeout = std::chrono::minutes(1);
 
     std::unique_ptr<detail::Poller> poller_;
     std::shared_ptr<LoopMailbox> mailbox_;
@@ -6504,6 +6558,13 @@ public:
     static Poller& poller(Loop& loop) { return *loop.poller_; }
     static Timers& timers(Loop& loop) { return loop.timers_; }
     static os::Descriptor wake_descriptor(const Loop& loop) { return loop.mailbox_->wake_up.write_end(); }
+    // Replaces the poller before anything is added to it. One that never blocks need not watch the wake-up pipe.
+    static void set_poller(Loop& loop, std::unique_ptr<Poller> poller) {
+        loop.poller_ = std::move(poller);
+        loop.now_ = loop.poller_->now();
+    }
+    // The next turn does not wait.
+    static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
     static void at_turn_end(Loop& loop, std::function<bool()> hook) { loop.at_turn_end_ = std::move(hook); }
     static void on_signal(Loop& loop, std::function<void(int)> handler) { loop.on_signal_ = std::move(handler); }
@@ -7706,7 +7767,8 @@ public:
         : socket_(std::move(socket)), transport_(std::move(transport)) {}
 
     Socket& socket() { return socket_; }
-    bool encrypted() const { return transport_ != nullptr; }
+    bool has_transport() const { return transport_ != nullptr; }
+    bool encrypted() const { return transport_ && transport_->encrypts(); }
     bool established() const { return !transport_ || transport_->established(); }
     // Whether input waits here, which the poller does not report.
     bool has_input() const { return transport_ && transport_->has_input(); }
@@ -7716,7 +7778,9 @@ public:
     const std::string& tls_failure() const { return transport_->failure(); }
     bool peer_speaks_plain_text() const { return transport_->plain_text(); }
     std::string peer_name() const { return transport_->peer_name(); }
-    void drop_encryption() { transport_.reset(); }
+    void drop_encryption() {
+        if (encrypted()) transport_.reset();
+    }
 
     IoResult receive(char* data, std::size_t size, WireCount& wire) {
         if (transport_) return transport_->receive(socket_, data, size, wire);
@@ -8018,6 +8082,7 @@ public:
         host_.log.exception(callback, what, &peer_);
     }
 
+    WebSocketHandler* handler() const { return handler_.get(); }
     void add_to(Metrics& metrics) const {
         if (!handler_) return;
         const HandlerCore& core = HandlerAccess::core(*handler_);
@@ -8343,7 +8408,7 @@ public:
     // All that is queued, if it is one piece that may be sent together with what others send; else empty.
     std::string_view batchable() {
         std::string_view piece;
-        if (phase_ != Phase::websocket || stream_.encrypted() || blocked() || send_failed_ ||
+        if (phase_ != Phase::websocket || stream_.has_transport() || blocked() || send_failed_ ||
             output().gather(&piece, 1) == 0)
             return {};
         return piece.size() == output().size() ? piece : std::string_view();
@@ -8886,6 +8951,8 @@ public:
 
     const StringMap<Listener>& listeners() const { return listeners_; }
     bool idle() const { return sessions_.empty(); }
+    // Something is to be done although the poller reports nothing.
+    bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
     WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports) {
         const Listener& added = listeners_.append(*this, ListenAddress::parse(address), std::move(transports));
@@ -8900,8 +8967,18 @@ public:
         if (first) std::swap(closed_listeners_, listeners_);
         for (const auto& session : sessions_) session->shut_down();
         // Without a deadline it might never end.
-        run_guarded([&] { loop.call_later(deadline, [this] { abort_all(); }); }, [this](const char*) { abort_all(); });
+        const auto abort = [this, shutdown = shutdowns_] {
+            if (shutdown == shutdowns_) abort_all();
+        };
+        run_guarded([&] { loop.call_later(deadline, abort); }, [this](const char*) { abort_all(); });
         if (first) log(LogLevel::debug, "shutdown", {{"connections", std::to_string(connections)}});
+    }
+    // True if a shutdown has finished. The server may listen again.
+    bool end_shutdown() {
+        if (!draining || !idle()) return false;
+        draining = false;
+        ++shutdowns_;  // the deadline is for no later connection
+        return true;
     }
     // Ends all connections at the end of this turn, without a closing handshake.
     void abort_all() {
@@ -8983,7 +9060,7 @@ private:
         closed_listeners_.clear();
         turn.handshakes_left = TurnState::max_handshakes;
         if (draining && sessions_.empty()) loop.stop();
-        return !turn.dirty.empty() || !turn.waiting.empty();
+        return has_work();
     }
     // Sessions that used up their budget in an earlier turn, in order, a limited number per turn.
     void continue_waiting() {
@@ -9038,13 +9115,14 @@ private:
     StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn, whose events may name them
     std::vector<std::unique_ptr<Session>> sessions_;
     std::unique_ptr<Session> deleted_;  // the first of a chain; destroyed at the end of the turn
+    unsigned shutdowns_ = 0;            // that have finished
 };
 
 }  // namespace detail
 
 // ---- the server ----------------------------------------------------------------------------------------------------
 
-class Server final {
+class Server {
 public:
     WSCHAT_COLD explicit Server(ServerOptions options = {})
         : options_(std::move(options)), worker_(*this, options_, site_) {
@@ -9171,20 +9249,36 @@ public:
         return address.unix_path.empty() ? scheme + address.to_string() + "/" : address.to_string();
     }
 
-    // Serves until shutdown() has finished.
+    // Serves until shutdown() has finished. Then listen() and run() may be called again. Throws an Error if there is no
+    // listener.
     void run() {
-        if (worker_.draining && worker_.idle()) return;
-        if (worker_.listeners().empty() && !worker_.draining) throw Error("run: nothing to serve: call listen() first");
-        handle_signals();
+        if (!serving()) throw Error("run: nothing to serve: call listen() first");
+        start_turns();
         worker_.loop.run();
-        signals_.reset();
+        end_turns();
     }
     // From any thread: stops accepting, closes every WebSocket with 1001, and ends run() when all connections are gone,
-    // at the latest after the deadline.
+    // at the latest after the deadline. Has no effect on what listens after the end.
     void shutdown(Duration deadline) {
-        worker_.loop.post([this, deadline] { worker_.begin_shutdown(deadline); });
+        worker_.loop.post([this, deadline, start = starts_.load()] {
+            if (start == starts_.load()) worker_.begin_shutdown(deadline);
+        });
     }
     void shutdown() { shutdown(options_.shutdown_deadline); }
+
+    // Instead of run(), in the event loop of another program, all on one thread: wait until descriptor() is readable or
+    // next_timeout() is over, then call poll(). Loop has the same three functions and describes them.
+    //
+    // Returns true while the server serves: from listen() until shutdown() has finished or loop().stop() is called.
+    bool poll(Duration timeout = Duration::zero()) {
+        start_turns();
+        if (worker_.loop.poll(timeout)) return serving();
+        end_turns();
+        return false;
+    }
+    int descriptor() const { return worker_.loop.descriptor(); }
+    // Zero also if output is queued between two turns, such as a broadcast.
+    Duration next_timeout() const { return worker_.has_work() ? Duration::zero() : worker_.loop.next_timeout(); }
 
     // The one object of a type that belongs to this server: made as Extension(server) at the first call, destroyed
     // before the loop and the rooms.
@@ -9209,6 +9303,8 @@ public:
     Metrics metrics() const { return worker_.current_metrics(); }
 
 private:
+    friend class TestServer;
+
     template <class Function>
     void add_page(const char* call, std::string_view method, std::string_view pattern, Function&& answer) {
         if constexpr (std::is_invocable_v<Function&, const Request&, Reply>)
@@ -9217,7 +9313,20 @@ private:
     }
     void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports) {
         worker_.listen(address, std::move(transports));
+        if (std::exchange(ended_, false)) ++starts_;
         handle_signals();
+    }
+    bool serving() const { return !worker_.listeners().empty() || worker_.draining; }
+    void start_turns() {
+        if (serving()) handle_signals();
+        if (worker_.has_work()) detail::LoopAccess::poll_again(worker_.loop);
+    }
+    void end_turns() {
+        if (worker_.end_shutdown()) {
+            ended_ = true;
+            signalled_ = false;
+        }
+        signals_.reset();
     }
     // From the first listen() on, because a signal may come before run().
     void handle_signals() {
@@ -9233,8 +9342,548 @@ private:
     detail::Site site_;
     detail::Worker worker_;
     bool signalled_ = false;
+    bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
+    std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
     std::vector<std::pair<const void*, detail::ErasedPtr>> extensions_;
+};
+
+// ---- tests without sockets -----------------------------------------------------------------------------------------
+
+// For the tests of programs that use the library. A TestServer is a Server whose clients are in memory: its sessions,
+// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands still
+// until advance(). What a call of a client causes has happened when it returns.
+
+class TestServer;
+
+// The request of a test client: a target such as "/chat/tea?name=Anna", and what is not usual. By default it comes from
+// 127.0.0.1, for the host "localhost", without an Origin.
+class TestRequest {
+public:
+    template <class Text, class = std::enable_if_t<std::is_convertible_v<const Text&, std::string_view>>>
+    TestRequest(const Text& target) : target_(std::string_view(target)) {}
+
+    // Adds a header. Throws an Error if it is not a header field.
+    TestRequest& header(std::string_view name, std::string_view value) {
+        if (!text::is_token(name) || detail::has_control_character(value))
+            throw Error("TestRequest::header: \"" + escape_for_log(name) + ": " + escape_for_log(value) +
+                        "\" is not a header field");
+        ((((headers_ += name) += ": ") += value) += "\r\n");
+        return *this;
+    }
+    TestRequest& origin(std::string_view origin) { return header("Origin", origin); }
+    TestRequest& host(std::string_view host) {
+        host_ = host;
+        return *this;
+    }
+    // The address that the client connects from, such as "203.0.113.7". Throws an Error if it is not an address.
+    TestRequest& address(std::string_view address) {
+        const auto parsed = IpAddress::parse(address);
+        if (!parsed) throw Error("TestRequest::address: \"" + escape_for_log(address) + "\" is not an IP address");
+        address_ = *parsed;
+        return *this;
+    }
+    // Offers a subprotocol after those of earlier calls.
+    TestRequest& subprotocol(std::string_view name) {
+        (subprotocols_ += subprotocols_.empty() ? "" : ", ") += name;
+        return *this;
+    }
+    // Offers compression, if the program is built with WSCHAT_ZLIB.
+    TestRequest& compression(const CompressionOptions& options = {}) {
+        compression_ = options;
+        return *this;
+    }
+    // Of a request for a page.
+    TestRequest& method(std::string_view method) {
+        method_ = method;
+        return *this;
+    }
+    TestRequest& body(std::string body, std::string_view type = "text/plain; charset=utf-8") {
+        header("Content-Type", type).header("Content-Length", std::to_string(body.size()));
+        body_ = std::move(body);
+        return *this;
+    }
+
+    // Without the query.
+    std::string_view path() const { return std::string_view(target_).substr(0, target_.find('?')); }
+
+private:
+    friend class TestServer;
+
+    std::string handshake() const {
+        const std::string offer = compression_ ? detail::CompressionPool::offer(*compression_) : std::string();
+        constexpr const char* key = "dGhlIHNhbXBsZSBub25jZQ==";  // RFC 6455 1.3
+        std::string request = detail::handshake_request(host_, target_, key, subprotocols_, offer);
+        return request.insert(request.size() - 2, headers_);
+    }
+    std::string page_request() const {
+        return method_ + " " + target_ + " HTTP/1.1\r\nHost: " + host_ + "\r\n" + headers_ + "\r\n" + body_;
+    }
+
+    std::string target_, method_ = "GET", host_ = "localhost", headers_, subprotocols_, body_;
+    IpAddress address_ = *IpAddress::parse("127.0.0.1");
+    std::optional<CompressionOptions> compression_;
+};
+
+// The answer to a test client: that of a page, or of a handshake.
+class TestResponse {
+public:
+    // 0 if there is no complete answer.
+    int status() const { return status_; }
+    const std::string& body() const { return body_; }
+    // The first header of that name, compared without case. Empty if there is none.
+    std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
+    Fields fields() const { return Fields(std::string_view(head_).substr(head_.find('\n') + 1)); }
+
+private:
+    friend class TestClient;
+
+    // Consumes the answer if it is complete. `ended`: no more bytes follow.
+    bool read(std::string& bytes, bool to_head, bool ended) {
+        const std::size_t head = bytes.find("\r\n\r\n");
+        if (head == std::string::npos) return false;
+        head_ = bytes.substr(0, head + 4);
+        const int status = std::atoi(head_.c_str() + head_.find(' '));
+        std::size_t size = 0;
+        if (const auto length = text::parse_unsigned(header("content-length"), bytes.max_size()); length && !to_head)
+            size = static_cast<std::size_t>(*length);
+        else if (status >= 200 && !to_head) size = bytes.size() - head_.size();  // up to the end
+        if (bytes.size() - head_.size() < size && !ended) return false;
+        body_ = bytes.substr(head_.size(), size);
+        bytes.erase(0, head_.size() + size);
+        status_ = status;
+        return true;
+    }
+
+    std::string head_, body_;
+    int status_ = 0;
+};
+
+namespace detail {
+
+// A connection in memory.
+struct MemoryLink {
+    static constexpr std::size_t unlimited = static_cast<std::size_t>(-1);
+
+    std::string to_server, to_client;
+    std::size_t window = unlimited;  // how many more bytes the client takes
+    bool client_ended = false;       // the client sends nothing more
+    bool server_ended = false;       // the server sends nothing more
+    bool closed = false;             // the server has closed its end
+};
+
+// The server's end of a link, instead of a socket.
+class MemoryTransport final : public Transport {
+public:
+    explicit MemoryTransport(std::shared_ptr<MemoryLink> link) : link_(std::move(link)) {}
+    MemoryTransport(const MemoryTransport&) = delete;
+    MemoryTransport& operator=(const MemoryTransport&) = delete;
+    ~MemoryTransport() override { link_->server_ended = link_->closed = true; }
+
+    IoResult receive(Socket&, char* data, std::size_t size, WireCount& wire) override {
+        std::string& bytes = link_->to_server;
+        if (bytes.empty()) return {link_->client_ended ? IoResult::Outcome::end : IoResult::Outcome::would_block};
+        const std::size_t n = bytes.copy(data, size);
+        bytes.erase(0, n);
+        wire.received += n;
+        return {IoResult::Outcome::done, n};
+    }
+    IoResult send(Socket&, const std::string_view* pieces, std::size_t count, WireCount& wire) override {
+        std::size_t sent = 0;
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::string_view taken = pieces[i].substr(0, link_->window);
+            link_->to_client += taken;
+            if (link_->window != MemoryLink::unlimited) link_->window -= taken.size();
+            sent += taken.size();
+        }
+        wire.sent += sent;
+        return {sent != 0 || count == 0 ? IoResult::Outcome::done : IoResult::Outcome::would_block, sent};
+    }
+    bool has_input() const override { return false; }
+    bool wants_write() const override { return false; }
+    bool established() const override { return true; }
+    bool end(Socket&, WireCount&) override {
+        link_->server_ended = true;
+        return true;
+    }
+    const std::string& failure() const override { return no_failure_; }
+    bool plain_text() const override { return false; }
+    std::string peer_name() const override { return {}; }
+    bool encrypts() const override { return false; }
+
+private:
+    std::shared_ptr<MemoryLink> link_;
+    std::string no_failure_;
+};
+
+// Reports links, which have no descriptors, and never blocks. Its clock stands still.
+class MemoryPoller final : public Poller {
+public:
+    explicit MemoryPoller(Time now) : now_(now) {}
+
+    // The next add() belongs to this link.
+    void expect(std::shared_ptr<MemoryLink> link) { expected_ = std::move(link); }
+    // The owner of a link that the server has not closed, or null.
+    Pollable* owner(const MemoryLink& link) const {
+        for (const Entry& entry : entries_)
+            if (entry.link.get() == &link && !link.closed) return entry.owner;
+        return nullptr;
+    }
+    bool has_ready() const {
+        return std::any_of(entries_.begin(), entries_.end(), [](const Entry& entry) { return entry.ready(); });
+    }
+    void set_now(Time now) { now_ = now; }
+
+    const char* name() const override { return "memory"; }
+    bool add(os::Descriptor, Pollable& owner, bool read, bool write) override {
+        if (!expected_) return false;
+        entries_.push_back({std::move(expected_), &owner, read, write});
+        return true;
+    }
+    bool change(os::Descriptor, Pollable& owner, bool read, bool write) override {
+        for (Entry& entry : entries_) {
+            if (entry.owner != &owner || entry.link->closed) continue;
+            entry.read = read;
+            entry.write = write;
+        }
+        return true;
+    }
+    void remove(os::Descriptor) override {}  // a link is closed at the same time
+    void wait(int, std::vector<Ready>& ready) override {
+        const auto closed = [](const Entry& entry) { return entry.link->closed; };
+        entries_.erase(std::remove_if(entries_.begin(), entries_.end(), closed), entries_.end());
+        ready.clear();
+        for (const Entry& entry : entries_)
+            if (entry.ready()) ready.push_back({entry.owner, entry.readable(), entry.writable(), entry.broken()});
+    }
+    Time now() const override { return now_; }
+
+private:
+    struct Entry {
+        std::shared_ptr<MemoryLink> link;
+        Pollable* owner;
+        bool read, write;
+
+        bool readable() const { return read && (!link->to_server.empty() || link->client_ended); }
+        bool writable() const { return write && link->window != 0; }
+        bool broken() const { return link->client_ended && link->server_ended; }
+        bool ready() const { return !link->closed && (readable() || writable() || broken()); }
+    };
+
+    std::vector<Entry> entries_;
+    std::shared_ptr<MemoryLink> expected_;
+    Time now_;
+};
+
+}  // namespace detail
+
+// One client of a TestServer. Copies are the same client, which ends with close(), hang_up() or the server.
+class TestClient {
+public:
+    struct Received {
+        std::string data;
+        bool binary;
+    };
+
+    TestClient() = default;
+
+    // ---- what the client has got -----------------------------------------------------------------------------------
+
+    // The answer to the handshake: 101, or that of a refusal. Its status is 0 if the server shuts down.
+    const TestResponse& response() const { return state().response; }
+    bool is_open() const { return state().connection.is_open(); }
+    // The data of the messages that have arrived since the last call.
+    std::vector<std::string> received() {
+        State& state = this->state();
+        std::vector<std::string> data;
+        for (; state.taken != state.messages.size(); ++state.taken) data.push_back(state.messages[state.taken].data);
+        return data;
+    }
+    // All messages since the handshake.
+    const std::vector<Received>& messages() const { return state().messages; }
+    // The payloads of all pings and pongs since the handshake. The client answers pings itself.
+    const std::vector<std::string>& pings() const { return state().pings; }
+    const std::vector<std::string>& pongs() const { return state().pongs; }
+    // From the server's Close frame, or from the client's until it arrives. CloseCode::no_status before both, and
+    // CloseCode::abnormal if the connection ended without a Close frame.
+    CloseCode close_code() const { return state().connection.close_code(); }
+    const std::string& close_reason() const { return state().connection.close_reason(); }
+    std::string_view selected_subprotocol() const { return response().header("sec-websocket-protocol"); }
+
+    // The handler of this client, in the server. Throws an Error if it is gone, or not a Handler.
+    template <class Handler>
+    Handler& handler() const {
+        const auto found = dynamic_cast<Handler*>(find_handler());
+        if (found == nullptr) throw Error("TestClient::handler: there is no handler of this type");
+        return *found;
+    }
+
+    // ---- what the client does --------------------------------------------------------------------------------------
+
+    // WriteStatus::closed if the connection is not open. The client sends also text that is not UTF-8.
+    WriteStatus send(std::string_view text, Opcode opcode = Opcode::text) {
+        return act([&](State& state) { return state.connection.send(opcode, text); });
+    }
+    WriteStatus send_binary(std::string_view bytes) { return send(bytes, Opcode::binary); }
+    WriteStatus send_json(const Json& value) { return send(value.dump()); }
+    WriteStatus ping(std::string_view payload = {}) {
+        return act([&](State& state) { return state.connection.send_control(Opcode::ping, payload); });
+    }
+    void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) {
+        act([&](State& state) {
+            state.connection.close(code, reason, Time());
+            return WriteStatus::closed;
+        });
+    }
+    // Ends the connection without a Close frame.
+    void hang_up() {
+        act([](State& state) {
+            state.end("the client hung up");
+            return WriteStatus::closed;
+        });
+    }
+    // The client does not read any more, and so it does not answer pings. The server can send this many bytes, then its
+    // output waits.
+    void pause_reading(std::size_t window = 0) {
+        state().paused = true;
+        state().link->window = window;
+    }
+    void resume_reading() {
+        act([](State& state) {
+            state.paused = false;
+            state.link->window = detail::MemoryLink::unlimited;
+            return WriteStatus::closed;
+        });
+    }
+
+private:
+    friend class TestServer;
+
+    struct State {
+        State(std::shared_ptr<TestServer*> its_server, std::shared_ptr<detail::MemoryLink> its_link)
+            : server(std::move(its_server)), link(std::move(its_link)) {
+            limits.max_message_size = limits.max_backlog = detail::MemoryLink::unlimited;
+            limits.max_fragments = detail::MemoryLink::unlimited;
+            limits.control_frames_per_second = 0;
+            limits.ping_interval = Duration::zero();
+        }
+
+        // Takes what has arrived, and answers. Returns false if nothing has.
+        bool read() {
+            const bool at_end = link->server_ended && !link->client_ended;
+            if (paused || (link->to_client.empty() && !at_end)) return false;
+            if (response.status() == 0 && !read_response() && !at_end) return false;
+            std::string bytes = std::exchange(link->to_client, std::string());
+            connection.receive(&bytes[0], bytes.size(), Time());
+            take_events();
+            if (at_end) end("the server hung up");
+            write();
+            return true;
+        }
+        // Passes on what the connection has queued.
+        void write() {
+            SendQueue& output = connection.output();
+            for (std::string_view piece; output.gather(&piece, 1) != 0; output.consume(piece.size()))
+                link->to_server += piece;
+        }
+        void end(std::string_view reason) {
+            connection.receive_eof(reason);
+            take_events();
+            link->client_ended = true;
+        }
+
+        std::shared_ptr<TestServer*> server;  // points to null if the server is gone
+        std::shared_ptr<detail::MemoryLink> link;
+        TestResponse response;
+        bool to_head = false;
+        std::optional<CompressionOptions> compression;
+        Limits limits;
+        detail::SendArena arena;
+        detail::CompressionPool compressors;
+        detail::Connection connection;
+        bool paused = false;
+        std::vector<Received> messages;
+        std::size_t taken = 0;  // messages that received() has returned
+        std::vector<std::string> pings, pongs;
+
+    private:
+        using SendQueue = detail::SendQueue;
+
+        bool read_response() {
+            if (!response.read(link->to_client, to_head, link->server_ended)) return false;
+            if (response.status() != 101) return true;
+            std::string error;
+            auto agreed =
+                compression ? compressors.read_response(response.fields(), *compression, error) : nullptr;
+            const auto mask = [] { return detail::MaskKey{0x37, 0xFA, 0x21, 0x3D}; };
+            connection.open(detail::Role::client, limits, arena, Time(), mask, std::move(agreed));
+            return true;
+        }
+        void take_events() {
+            using Kind = detail::Event::Kind;
+            for (;;) {
+                const detail::Event event = connection.next_event();
+                const std::string data(event.message.data());
+                if (event.kind == Kind::message) messages.push_back({data, event.message.binary()});
+                else if (event.kind == Kind::ping) pings.push_back(data);
+                else if (event.kind == Kind::pong) pongs.push_back(data);
+                else return;
+            }
+        }
+    };
+
+    explicit TestClient(std::shared_ptr<State> state) : state_(std::move(state)) {}
+
+    State& state() const {
+        if (!state_) throw Error("TestClient: this is no client; TestServer::connect() makes one");
+        return *state_;
+    }
+    template <class Work>
+    WriteStatus act(Work&& work) {
+        State& state = this->state();
+        const WriteStatus status = work(state);
+        state.write();
+        settle();
+        return status;
+    }
+    inline void settle() const;
+    inline WebSocketHandler* find_handler() const;
+
+    std::shared_ptr<State> state_;
+};
+
+// A server whose clients are in memory. It has all functions of a Server except listen() and run().
+class TestServer : public Server {
+public:
+    explicit TestServer(ServerOptions options = {}) : Server(std::move(options)) {
+        auto poller = std::make_unique<detail::MemoryPoller>(Clock::now());
+        poller_ = poller.get();
+        detail::LoopAccess::set_poller(loop(), std::move(poller));
+        on_log(nullptr);
+    }
+    // Open connections end without a closing handshake. The clients keep what they have got.
+    ~TestServer() {
+        worker_.close();
+        deliver();
+        *self_ = nullptr;
+    }
+
+    // Opens a WebSocket. TestClient::response() has the answer if it is refused.
+    TestClient connect(const TestRequest& request) {
+        const auto client = start(request, request.handshake());
+        client->compression = request.compression_;
+        settle();
+        return TestClient(client);
+    }
+    // Gets a page.
+    TestResponse fetch(const TestRequest& request) {
+        const auto client = start(request, request.page_request());
+        client->to_head = request.method_ == "HEAD";
+        settle();
+        TestClient(client).hang_up();
+        return client->response;
+    }
+
+    // Moves the clock from timer to timer: calls what is due, sends pings, and ends what has a timeout.
+    void advance(Duration duration) {
+        settle();
+        const Time end = saturating_add(poller_->now(), (std::max)(duration, Duration::zero()));
+        for (Duration next = next_timeout(); next <= end - poller_->now(); next = next_timeout()) {
+            poller_->set_now(poller_->now() + next);
+            settle();
+        }
+        poller_->set_now((std::max)(end, poller_->now()));
+    }
+    // Runs turns until nothing is left to do. All calls of clients do this; call it after work was posted or a handler
+    // was used directly. Throws an Error if there is no end.
+    void settle() {
+        constexpr int max_turns = 100'000;
+        constexpr Duration tick(1);  // the delay of call_later(0s)
+        for (int turn = 0; deliver() || poller_->has_ready() || next_timeout() <= tick; ++turn) {
+            if (turn == max_turns) throw Error("TestServer::settle: the server always has more work");
+            if (next_timeout() <= tick) poller_->set_now(poller_->now() + next_timeout());
+            loop().poll();
+        }
+    }
+
+    // What callbacks and pages have thrown, as "on_message: sentence".
+    const std::vector<std::string>& exceptions() const { return *exceptions_; }
+    // As Server::on_log(), which would turn off exceptions().
+    void on_log(std::function<void(const LogEntry&)> function) {
+        Server::on_log([exceptions = exceptions_, function = std::move(function)](const LogEntry& entry) {
+            if (entry.event == "exception") exceptions->push_back(entry.fields[0].second + ": " + entry.fields[1].second);
+            if (function) function(entry);
+        });
+    }
+
+private:
+    friend class TestClient;
+
+    std::shared_ptr<TestClient::State> start(const TestRequest& request, std::string bytes) {
+        const auto link = std::make_shared<detail::MemoryLink>();
+        const auto client = std::make_shared<TestClient::State>(self_, link);
+        clients_.push_back(client);
+        link->to_server = std::move(bytes);
+        auto transport = std::make_unique<detail::MemoryTransport>(link);
+        poller_->expect(link);
+        if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport));
+        return client;
+    }
+    // Lets the clients take what has arrived. Returns false if nothing has.
+    bool deliver() {
+        bool any = false;
+        for (const auto& client : clients_) any = client->read() || any;
+        const auto over = [](const auto& client) { return client->link->closed && client->link->client_ended; };
+        clients_.erase(std::remove_if(clients_.begin(), clients_.end(), over), clients_.end());
+        return any;
+    }
+
+    detail::MemoryPoller* poller_;
+    std::shared_ptr<TestServer*> self_ = std::make_shared<TestServer*>(this);
+    std::vector<std::shared_ptr<TestClient::State>> clients_;  // that have not ended
+    std::shared_ptr<std::vector<std::string>> exceptions_ = std::make_shared<std::vector<std::string>>();
+};
+
+inline void TestClient::settle() const {
+    if (*state().server != nullptr) (*state().server)->settle();
+}
+inline WebSocketHandler* TestClient::find_handler() const {
+    if (*state().server == nullptr) return nullptr;
+    detail::Pollable* const owner = (*state().server)->poller_->owner(*state().link);
+    return owner == nullptr ? nullptr : static_cast<detail::Session*>(owner)->handler();
+}
+
+// A TestServer with one handler and one client, seen from the handler:
+//
+//   wschat::HandlerTest<Chat> test("/chat?name=Anna");
+//   test.receive("hi");
+//   test.sent() == std::vector<std::string>{"Anna: hi"};
+template <class Handler>
+class HandlerTest {
+public:
+    // The path of the request is the pattern of the route.
+    explicit HandlerTest(const TestRequest& request = "/") : HandlerTest(request.path(), request) {}
+    // The handler is made with the arguments.
+    template <class... Arguments>
+    HandlerTest(std::string_view pattern, const TestRequest& request, Arguments&&... arguments) {
+        server.route<Handler>(pattern, std::forward<Arguments>(arguments)...);
+        client = server.connect(request);
+    }
+    HandlerTest(const HandlerTest&) = delete;
+    HandlerTest& operator=(const HandlerTest&) = delete;
+
+    WriteStatus receive(std::string_view text) { return client.send(text); }
+    WriteStatus receive_binary(std::string_view bytes) { return client.send_binary(bytes); }
+    // The data of the messages that the handler has sent since the last call.
+    std::vector<std::string> sent() { return client.received(); }
+    // The client closes.
+    void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) { client.close(code, reason); }
+    void advance(Duration duration) { server.advance(duration); }
+    // Throws an Error if the handler is gone.
+    Handler& handler() { return client.handler<Handler>(); }
+
+    TestServer server;
+    TestClient client;
 };
 
 WSCHAT_END
