@@ -5062,6 +5062,11 @@ public:
     virtual bool has_input() const = 0;
     // True if ciphertext waits until the socket is writable.
     virtual bool wants_write() const = 0;
+    // Bytes that wait in here, in both directions.
+    virtual std::size_t buffered() const { return 0; }
+    // Call it after each receive(). False: the peer has sent more messages without data (key updates) than the rate
+    // allows; the encryption has failed.
+    virtual bool check_rate(Socket&, const Rate&, Time, WireCount&) { return true; }
     // True if the handshake is done.
     virtual bool established() const = 0;
     // Sends the end of the stream to the peer (close_notify). False: call it again when the socket is writable.
@@ -5600,6 +5605,9 @@ struct TlsClientOptions {
     bool accept_any_certificate = false;
 };
 
+// The largest handshake message of a client. Honest ones have less than 2 KiB, or 8 KiB with certificates.
+constexpr std::size_t max_tls_message = 16 * 1024;
+
 // The certificates, keys and rules of all streams of a listener. The constructor throws Error with the file's name and
 // OpenSSL's reason if a file cannot be used.
 class TlsContext {
@@ -5682,6 +5690,7 @@ private:
         if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("client_authorities", file);
         const int required = options.require_client_certificate ? SSL_VERIFY_FAIL_IF_NO_PEER_CERT : 0;
         SSL_CTX_set_verify(context, SSL_VERIFY_PEER | required, nullptr);
+        SSL_CTX_set_max_cert_list(context, max_tls_message);
         // A ticket proves the client's certificate to this server only.
         const unsigned char id[] = "wschat";
         SSL_CTX_set_session_id_context(context, id, sizeof id - 1);
@@ -5720,22 +5729,21 @@ private:
 };
 
 // The TLS state of one connection, without a socket and without a clock. Ciphertext may come in pieces of any size.
-// Outcomes: would_block means that it needs ciphertext from the peer; end means that the peer has sent close_notify.
-// After an error, failure() has the cause and output() may contain an alert for the peer.
+// Outcomes: would_block means that it needs ciphertext from the peer, unless has_input(); end means that the peer has
+// sent close_notify. After an error, failure() has the cause and output() may contain an alert for the peer.
+//
+// OpenSSL gets only whole records, and from a client, while its handshake is not encrypted, only whole messages: it
+// would allocate what a header announces. A server has no OpenSSL object before a whole ClientHello has arrived.
 class TlsStream {
 public:
     // The largest plaintext of one record (RFC 8446 5.1).
     static constexpr std::size_t max_record = 16 * 1024;
 
     // The server side.
-    explicit TlsStream(std::shared_ptr<const TlsContext> context) : context_(std::move(context)) {
-        initialize();
-        SSL_set_accept_state(ssl_.get());
-    }
+    explicit TlsStream(std::shared_ptr<const TlsContext> context) : context_(std::move(context)), server_(true) {}
     // The client side. The server's certificate must be for `host`, a name or an address.
     TlsStream(std::shared_ptr<const TlsContext> context, std::string_view host) : context_(std::move(context)) {
         initialize();
-        SSL_set_connect_state(ssl_.get());
         set_host(std::string(host));
     }
     TlsStream(const TlsStream&) = delete;
@@ -5745,28 +5753,34 @@ public:
 
     // Adds ciphertext from the peer. It must stay valid until read() returns would_block or store_input() returns.
     void receive(std::string_view ciphertext) {
+        if (input_.empty()) replace_input(ciphertext);
+        else store_with(ciphertext);
+    }
+    // The input that read() has not used yet: less than a record, unless has_input().
+    std::string_view unread() const { return input_; }
+    // The same as receive(), for bytes that begin with a copy of unread().
+    void replace_input(std::string_view ciphertext) {
         // A TLS record never begins with a letter; an HTTP request or response always does.
         if (!first_byte_seen_ && !ciphertext.empty()) {
             first_byte_seen_ = true;
             plain_text_ = ciphertext.front() >= 'A' && ciphertext.front() <= 'Z';
             if (plain_text_) failure_ = "the peer speaks plain text";
         }
-        if (input_.empty()) {
-            stored_.release();
-            input_ = ciphertext;
-        } else {
-            store_with(ciphertext);
-        }
+        stored_.release();
+        input_ = ciphertext;
     }
-    // Decrypts up to `size` bytes. Continues the handshake first.
-    IoResult read(char* data, std::size_t size) {
+    // Decrypts up to `size` bytes out of at most `max_records` records. Continues the handshake first. would_block with
+    // has_input(): these records had no data.
+    IoResult read(char* data, std::size_t size, std::size_t max_records = static_cast<std::size_t>(-1)) {
+        records_left_ = max_records;
         std::size_t done = 0;
         while (done < size) {
             std::size_t part = 0;
             const IoResult step =
                 call_openssl([&] { return SSL_read_ex(ssl_.get(), data + done, size - done, &part); });
             if (step.outcome != Outcome::done) {
-                end_pending_ = step.outcome == Outcome::end && done != 0;
+                if (step.outcome == Outcome::would_block) store_input();
+                end_pending_ = step.outcome != Outcome::would_block && done != 0;
                 return done != 0 ? IoResult{Outcome::done, done} : step;
             }
             done += part;
@@ -5778,10 +5792,17 @@ public:
         if (input_.empty()) stored_.release();
         else if (stored_.empty()) store_with({});
     }
-    // True if read() may return bytes, or the end, without more input.
+    // True if read() may return bytes, the end or an error without more input.
     bool has_input() const {
-        return failure_.empty() && (!input_.empty() || end_pending_ || SSL_pending(ssl_.get()) != 0);
+        if (end_pending_) return true;
+        if (!failure_.empty()) return false;
+        return passed_ != 0 || decrypted() != 0 || next_unit().complete();
     }
+    // Bytes that wait in here, in both directions.
+    std::size_t buffered() const { return stored_.size() + decrypted() + output().size(); }
+    // The messages without data that have come after the handshake, since the last call: key updates, and attempts to
+    // renegotiate. One costs as much as 16 records with data.
+    std::size_t take_control_records() { return std::exchange(control_records_, std::size_t{0}); }
 
     // ---- output ----------------------------------------------------------------------------------------------------
 
@@ -5802,6 +5823,12 @@ public:
         if (!established_ || shutdown_sent_ || !failure_.empty()) return;
         shutdown_sent_ = true;
         call_openssl([&] { return SSL_shutdown(ssl_.get()) < 0 ? 0 : 1; });
+    }
+    // Ends the stream because of what the peer does.
+    void fail(const char* cause) {
+        shutdown();
+        if (failure_.empty()) failure_ = cause;
+        drop_input();
     }
 
     // Ciphertext for the peer.
@@ -5853,17 +5880,54 @@ public:
         const long size = BIO_get_mem_data(text.get(), &data);
         return {data, static_cast<std::size_t>(size)};
     }
-    // For OpenSSL functions that this class does not wrap.
+    // For OpenSSL functions that this class does not wrap. Null for a server before a whole ClientHello has arrived.
     SSL* native() { return ssl_.get(); }
 
 private:
     using Outcome = IoResult::Outcome;
 
+    // What OpenSSL gets at once, at the front of the input.
+    struct Unit {
+        std::size_t size = 0;           // 0: more must arrive
+        const char* refusal = nullptr;  // OpenSSL gets nothing more
+        bool complete() const { return size != 0 || refusal != nullptr; }
+    };
+    static constexpr std::size_t record_header = 5;
+    static constexpr std::size_t max_ciphertext = max_record + 2048;  // RFC 5246 6.2.3; RFC 8446 allows less
+    static constexpr std::size_t max_fragments = 16;                  // records of one message of a handshake
+
+    // Follows messages through the records that carry them: a type, three bytes of length, and the body.
+    class HandshakeMessages {
+    public:
+        bool complete() const { return header_ == 0; }
+        // False: a message is too large.
+        bool read(std::string_view data) {
+            while (!data.empty()) {
+                if (header_ < header_size) {
+                    body_left_ = header_ == 0 ? 0 : body_left_ << 8 | static_cast<unsigned char>(data.front());
+                    ++header_;
+                    data.remove_prefix(1);
+                } else {
+                    const std::size_t part = (std::min)(body_left_, data.size());
+                    body_left_ -= part;
+                    data.remove_prefix(part);
+                }
+                if (body_left_ > max_tls_message - header_size) return false;
+                if (header_ == header_size && body_left_ == 0) header_ = 0;
+            }
+            return true;
+        }
+
+    private:
+        static constexpr std::size_t header_size = 4;
+        std::size_t header_ = 0;  // bytes that have been read
+        std::size_t body_left_ = 0;
+    };
+
     // A peer can request key updates and not read the answers. Honest peers stay far below this limit.
     static constexpr std::size_t max_output = 128 * 1024;
 
     void initialize() {
-        ERR_clear_error();
         method_.reset(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "wschat"));
         ssl_.reset(SSL_new(context_->get()));
         BIO* bio = method_ && ssl_ ? BIO_new(method_.get()) : nullptr;
@@ -5874,6 +5938,10 @@ private:
         BIO_set_data(bio, this);
         BIO_set_init(bio, 1);
         SSL_set_bio(ssl_.get(), bio, bio);
+        SSL_set_msg_callback(ssl_.get(), &note_record);
+        SSL_set_msg_callback_arg(ssl_.get(), this);
+        if (server_) SSL_set_accept_state(ssl_.get());
+        else SSL_set_connect_state(ssl_.get());
     }
 
     void set_host(const std::string& host) {
@@ -5899,26 +5967,84 @@ private:
         input_ = stored_.view();
     }
 
+    void drop_input() {
+        input_ = {};
+        passed_ = 0;
+    }
+    std::size_t decrypted() const { return ssl_ ? static_cast<std::size_t>(SSL_pending(ssl_.get())) : 0; }
+
+    // True if a record of this type has handshake messages that are not encrypted. In TLS 1.2 messages are encrypted
+    // after ChangeCipherSpec. In TLS 1.3 that means nothing, and encrypted records have another type.
+    bool has_plain_messages(char type) const {
+        if (!server_ || type != SSL3_RT_HANDSHAKE) return false;
+        return !ssl_ || !change_cipher_spec_seen_ || SSL_version(ssl_.get()) != TLS1_2_VERSION;
+    }
+    // A record that OpenSSL refuses is complete at once: OpenSSL knows the alert for it.
+    Unit next_unit() const {
+        if (!ssl_ && !input_.empty() && input_.front() != SSL3_RT_HANDSHAKE) return {0, "the peer does not speak TLS"};
+        HandshakeMessages messages;
+        std::size_t end = 0;
+        for (std::size_t records = 1;; ++records) {
+            const std::string_view rest = input_.substr(end);
+            if (rest.size() < record_header) return {};
+            const std::size_t size = static_cast<unsigned char>(rest[3]) * 256u + static_cast<unsigned char>(rest[4]);
+            if (rest[1] != SSL3_VERSION_MAJOR || size > max_ciphertext)
+                return ssl_ ? Unit{input_.size()} : Unit{0, "the peer does not speak TLS"};
+            if (rest.size() < record_header + size) return {};
+            end += record_header + size;
+            const bool plain = has_plain_messages(rest.front());
+            if (!plain && messages.complete()) return {end};
+            // RFC 8446 5.1 forbids other records within a message, and empty ones.
+            if (!plain || size == 0) return {0, "a handshake message is interrupted"};
+            if (!messages.read(rest.substr(record_header, size))) return {0, "a handshake message is too large"};
+            if (messages.complete()) return {end};
+            if (records == max_fragments || end > max_tls_message + max_fragments * record_header)
+                return {0, "a handshake message has too many fragments"};
+        }
+    }
+    // Bytes of the input that OpenSSL may read now.
+    std::size_t readable() {
+        if (passed_ != 0 || records_left_ == 0) return passed_;
+        const Unit unit = next_unit();
+        refusal_ = unit.refusal;
+        if (unit.size == 0) return 0;
+        --records_left_;
+        if (input_.front() == SSL3_RT_CHANGE_CIPHER_SPEC) change_cipher_spec_seen_ = true;
+        return passed_ = unit.size;
+    }
+    // Fails with an alert in plain text: only such handshakes are refused.
+    IoResult refuse() {
+        failure_ = refusal_;
+        drop_input();
+        const char alert[] = {SSL3_RT_ALERT, SSL3_VERSION_MAJOR, 3, 0, 2, SSL3_AL_FATAL, SSL3_AD_ILLEGAL_PARAMETER};
+        output_.append(alert, sizeof alert);
+        return {Outcome::error};
+    }
+
     // Calls a function of OpenSSL that returns 1 for success. Clears the thread's error queue before, because
     // SSL_get_error() also reads errors of earlier calls.
     template <class Call>
     IoResult call_openssl(Call&& call) {
         if (!failure_.empty()) return {Outcome::error};
+        if (!ssl_) {
+            if (readable() == 0) return refusal_ != nullptr ? refuse() : IoResult{Outcome::would_block};
+            initialize();
+        }
         ERR_clear_error();
         const int result = call();
         const int error = result == 1 ? SSL_ERROR_NONE : SSL_get_error(ssl_.get(), result);
         if (!established_ && SSL_is_init_finished(ssl_.get()) == 1) established_ = true;
         switch (error) {
             case SSL_ERROR_NONE: return {Outcome::done};
-            case SSL_ERROR_WANT_READ: return {Outcome::would_block};
-            case SSL_ERROR_ZERO_RETURN: input_ = {}; return {Outcome::end};
+            case SSL_ERROR_WANT_READ: return refusal_ != nullptr ? refuse() : IoResult{Outcome::would_block};
+            case SSL_ERROR_ZERO_RETURN: drop_input(); return {Outcome::end};
             default: break;
         }
         failure_ = pop_tls_error(ERR_LIB_SSL);
         if (output_error_ != nullptr) failure_ = output_error_;
         const long verified = SSL_get_verify_result(ssl_.get());
         if (verified != X509_V_OK && !established_) (failure_ += ": ") += X509_verify_cert_error_string(verified);
-        input_ = {};
+        drop_input();
         return {Outcome::error};
     }
 
@@ -5927,14 +6053,15 @@ private:
         return *static_cast<TlsStream*>(BIO_get_data(bio));
     }
     static int read_input(BIO* bio, char* buffer, int size) {
-        std::string_view& input = stream_of(bio).input_;
-        const std::size_t copied = (std::min)(input.size(), static_cast<std::size_t>(size));
+        TlsStream& stream = stream_of(bio);
+        const std::size_t copied = (std::min)(stream.readable(), static_cast<std::size_t>(size));
         if (copied == 0) {
             BIO_set_retry_read(bio);
             return -1;
         }
-        std::memcpy(buffer, input.data(), copied);
-        input.remove_prefix(copied);
+        std::memcpy(buffer, stream.input_.data(), copied);
+        stream.input_.remove_prefix(copied);
+        stream.passed_ -= copied;
         return static_cast<int>(copied);
     }
     // Accepts all bytes or fails: OpenSSL never has to repeat a write.
@@ -5948,22 +6075,38 @@ private:
         }
         return stream.output_error_ == nullptr ? size : -1;
     }
+    // OpenSSL calls it with the header of each record, with the true type of each record of TLS 1.3, and more.
+    static void note_record(int sent, int, int kind, const void* data, std::size_t size, SSL* ssl, void* self) {
+        const bool type_follows = kind == SSL3_RT_HEADER || kind == SSL3_RT_INNER_CONTENT_TYPE;
+        if (sent != 0 || !type_follows || size == 0 || SSL_is_init_finished(ssl) != 1) return;
+        if (*static_cast<const unsigned char*>(data) != SSL3_RT_HANDSHAKE) return;
+        constexpr std::size_t cost = 15;  // more than that of another record
+        TlsStream& stream = *static_cast<TlsStream*>(self);
+        ++stream.control_records_;
+        stream.records_left_ -= (std::min)(stream.records_left_, cost);
+    }
     static long control(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
 
     std::shared_ptr<const TlsContext> context_;
     OpensslPtr<BIO_METHOD, &BIO_meth_free> method_;
     OpensslPtr<SSL, &SSL_free> ssl_;
-    std::string_view input_;  // not decrypted yet; a view of stored_ or of the caller's bytes
+    std::string_view input_;         // not decrypted yet; a view of stored_ or of the caller's bytes
+    std::size_t passed_ = 0;         // bytes at the front of the input that OpenSSL may read
+    std::size_t records_left_ = 64;  // that OpenSSL may read now; read() sets it
+    std::size_t control_records_ = 0;
+    const char* refusal_ = nullptr;  // why readable() passes nothing more
     Bytes stored_;
     Bytes output_;
     std::size_t sent_ = 0;  // of output_
     std::string failure_;
     const char* output_error_ = nullptr;  // why write_output() failed
+    const bool server_ = false;
+    bool change_cipher_spec_seen_ = false;
     bool first_byte_seen_ = false;
     bool plain_text_ = false;
     bool established_ = false;
     bool shutdown_sent_ = false;
-    bool end_pending_ = false;  // close_notify came after bytes that read() has returned
+    bool end_pending_ = false;  // the end or an error came after bytes that read() has returned
 };
 
 // Buffers that all connections of a listener share. An idle connection has no buffers of its own.
@@ -5998,6 +6141,16 @@ public:
 
     bool has_input() const override { return stream_.has_input(); }
     bool wants_write() const override { return !stream_.output().empty(); }
+    std::size_t buffered() const override { return stream_.buffered(); }
+    bool check_rate(Socket& socket, const Rate& rate, Time now, WireCount& wire) override {
+        const auto records = static_cast<double>(stream_.take_control_records());
+        // The bucket alone would allow one at a time if its burst is 0.
+        if (records == 0 || rate.per_second <= 0) return true;
+        if (rate.burst >= 1 && control_records_.take(records, rate, now)) return true;
+        stream_.fail("the peer sends too many key updates");
+        flush(socket, wire);
+        return false;
+    }
     bool established() const override { return stream_.established(); }
     bool end(Socket& socket, WireCount& wire) override {
         stream_.shutdown();
@@ -6010,6 +6163,8 @@ public:
 private:
     // The plaintext that is encrypted between two sends.
     static constexpr std::size_t batch = 64 * 1024;
+    // The records that one receive() decrypts: small ones cost much more than their bytes.
+    static constexpr std::size_t max_records = 64;
 
     // Uses the shared buffer for the output of one call, unless older output is pending.
     void borrow_output() {
@@ -6022,15 +6177,19 @@ private:
     }
 
     IoResult decrypt(Socket& socket, char* data, std::size_t size, WireCount& wire) {
-        const IoResult decrypted = stream_.read(data, size);
-        if (decrypted.outcome != IoResult::Outcome::would_block) return decrypted;
+        const IoResult decrypted = stream_.read(data, size, max_records);
+        if (decrypted.outcome != IoResult::Outcome::would_block || stream_.has_input()) return decrypted;
+        // The rest of the last input is a part of a record, or of a handshake message.
+        const std::string_view rest = stream_.unread();
+        char* const begin = buffers_->received.data();
+        if (!rest.empty()) std::memcpy(begin, rest.data(), rest.size());
         // Receives little more than `size`, so that store_input() copies little.
-        const std::size_t wanted = (std::min)(buffers_->received.size(), size + TlsStream::max_record);
-        const IoResult received = socket.receive(buffers_->received.data(), wanted);
+        const std::size_t wanted = (std::min)(buffers_->received.size() - rest.size(), size + TlsStream::max_record);
+        const IoResult received = socket.receive(begin + rest.size(), wanted);
         if (received.outcome != IoResult::Outcome::done) return received;
         wire.received += received.size;
-        stream_.receive({buffers_->received.data(), received.size});
-        return stream_.read(data, size);
+        stream_.replace_input({begin, rest.size() + received.size});
+        return stream_.read(data, size, max_records);
     }
 
     // Sends the ciphertext. would_block: a part of it waits until the socket is writable.
@@ -6108,6 +6267,7 @@ private:
 
     std::shared_ptr<TlsBuffers> buffers_;
     TlsStream stream_;
+    TokenBucket control_records_;
     std::size_t encrypted_ = 0;  // plaintext bytes whose ciphertext is pending
     bool borrowed_ = false;
 };
@@ -7772,6 +7932,8 @@ public:
     bool established() const { return !transport_ || transport_->established(); }
     // Whether input waits here, which the poller does not report.
     bool has_input() const { return transport_ && transport_->has_input(); }
+    // Bytes that wait here, in both directions.
+    std::size_t buffered() const { return transport_ ? transport_->buffered() : 0; }
     // Whether the kernel has refused encrypted bytes that are still owed.
     bool wants_write() const { return transport_ && transport_->wants_write(); }
     bool tls_failed() const { return transport_ && !transport_->failure().empty(); }
@@ -7787,6 +7949,12 @@ public:
         const IoResult got = socket_.receive(data, size);
         wire.received += got.size;
         return got;
+    }
+    // False: the peer sends more TLS messages without data than pings are allowed. tls_failure() says so.
+    bool check_rate(const Limits& limits, Time now, WireCount& wire) {
+        const Rate rate{static_cast<double>(limits.control_frames_per_second),
+                        static_cast<double>(limits.control_frames_burst)};
+        return !transport_ || transport_->check_rate(socket_, rate, now, wire);
     }
     IoResult send(const std::string_view* pieces, std::size_t count, WireCount& wire) {
         if (transport_) return transport_->send(socket_, pieces, count, wire);
@@ -8498,6 +8666,7 @@ private:
         std::size_t held = 0;
         if (phase_ == Phase::websocket && !ended_) held = output().size() + connection().buffered_input();
         else if (http_ && !gone() && !ended_) held = output().size() + http_->buffered_input();
+        if (!gone() && !ended_) held += stream_.buffered();
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
     }
@@ -8532,6 +8701,7 @@ private:
             if (phase_ == Phase::websocket) area = connection().receive_buffer();
             if (area.first == nullptr) area = {host_.receive_buffer.data(), host_.receive_buffer.capacity()};
             const IoResult got = stream_.receive(area.first, area.second, host_.wire);
+            if (!stream_.check_rate(limits(), now(), host_.wire)) return end_of_input({IoResult::Outcome::error});
             if (got.outcome == IoResult::Outcome::would_block) return;
             if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
             take_input(area.first, got.size);
