@@ -77,11 +77,10 @@
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1,
 //   base64, Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields,
 //   FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
-//   HandlerRef, CorsOptions, IpAddress,
-//   PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text, ServerOptions, ChatHandler,
+//   HandlerRef, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics,
+//   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler,
 //   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
 //   ChatLimits, ChatAction, ChatRoom, SqliteOptions, SqliteHistory
-//   HandlerTest, TestServer, TestClient, TestRequest, TestResponse
 //   text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case, text::starts_with, text::trim,
 //   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
 //   text::percent_decode
@@ -313,6 +312,8 @@ struct Limits {
     // The time from the accept to a complete request. An incomplete request does not extend it. It starts again for
     // each request, and when the client receives a part of a response.
     Duration handshake_timeout = std::chrono::seconds(10);
+    // How long a connection may be idle between two requests. Answers announce it in whole seconds.
+    Duration keep_alive_timeout = std::chrono::seconds(75);
     std::size_t max_request_line = 8 * 1024;   // 414
     std::size_t max_header_bytes = 16 * 1024;  // 431
     std::size_t max_header_fields = 100;       // 431
@@ -326,9 +327,19 @@ struct Limits {
     unsigned control_frames_per_second = 100;    // the average rate of pings and pongs; 1008. 0: no limit
     unsigned control_frames_burst = 500;         // the number of pings and pongs that may arrive at once
 
+    // Average rates of a WebSocket's input. 0: no limit. Past them nothing is lost and nothing is closed: reading
+    // pauses until the rate is kept again, and TCP slows the peer down.
+    unsigned messages_per_second = 0;
+    unsigned messages_burst = 0;       // the number of messages that may arrive at once. 0: messages_per_second
+    std::size_t bytes_per_second = 0;  // frames and headers, before decompression; this number may arrive at once
+
     // Bytes that were written and that the kernel has not taken. An empty queue accepts one message of any size.
     std::size_t max_backlog = 1024 * 1024;
     BacklogPolicy backlog_policy = BacklogPolicy::close;
+    // Bytes of a WebSocket that the kernel may hold before it sends them (TCP_NOTSENT_LOWAT, or SO_SNDBUF where that is
+    // missing). More wait in the backlog, and volatile messages are dropped, so that a slow peer gets no old ones. 0:
+    // the system decides; Linux holds up to 4 MB.
+    std::size_t send_buffer = 128 * 1024;
 
     Duration ping_interval = std::chrono::seconds(20);  // the server pings a peer that is silent for this time
     Duration ping_timeout = std::chrono::seconds(20);   // the peer has this time to send something after the ping
@@ -1193,14 +1204,25 @@ public:
         const Time start = (std::max)(full_at_, now);
         const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
         if (missing + (std::min)(tokens, rate.burst) > rate.burst) return false;
-        constexpr double max_seconds = 1e9;
-        const std::chrono::duration<double> refill((std::min)(tokens / rate.per_second, max_seconds));
-        full_at_ = saturating_add(start, std::chrono::duration_cast<Duration>(refill));
+        charge(tokens, rate, now);
         return true;
+    }
+    // Takes tokens also if the bucket does not hold them; then it owes them. The rate must not be 0.
+    void charge(double tokens, const Rate& rate, Time now) {
+        full_at_ = saturating_add((std::max)(full_at_, now), seconds(tokens / rate.per_second));
+    }
+    // When the bucket holds this number of tokens again. The rate must not be 0.
+    Time available_at(double tokens, const Rate& rate) const {
+        return saturating_add(full_at_, -seconds((rate.burst - tokens) / rate.per_second));
     }
     bool full(Time now) const { return full_at_ <= now; }
 
 private:
+    static Duration seconds(double count) {
+        constexpr double max_seconds = 1e9;
+        return std::chrono::duration_cast<Duration>(std::chrono::duration<double>((std::min)(count, max_seconds)));
+    }
+
     Time full_at_{};
 };
 
@@ -3172,6 +3194,7 @@ public:
         compression_ = std::move(compression);
         state_ = State::open;
         last_activity_ = now;
+        metered_ = limits.messages_per_second != 0 || limits.bytes_per_second != 0;
     }
 
     const Limits& limits() const { return *limits_; }
@@ -3193,7 +3216,20 @@ public:
         input_ = data;
         input_end_ = data + size;
         record_activity(now);
+        if (metered_ && limits_->bytes_per_second != 0)
+            cold().bytes.charge(static_cast<double>(size), byte_rate(), now);
     }
+
+    // Limits::messages_per_second and bytes_per_second: when input may continue. The caller pauses it until then.
+    Time input_due() const {
+        Time due = (Time::min)();
+        if (!metered_ || !cold_) return due;
+        if (limits_->messages_per_second != 0) due = cold_->messages.available_at(1, message_rate());
+        if (limits_->bytes_per_second != 0) due = (std::max)(due, cold_->bytes.available_at(1, byte_rate()));
+        return due;
+    }
+    // The most bytes that the caller may pass to receive() at once.
+    std::size_t max_input() const { return limits_->bytes_per_second != 0 ? limits_->bytes_per_second : SIZE_MAX; }
 
     // The buffer for the next bytes of a large frame, which is the end of its message. Returns {null, 0} if the
     // transport should use its own buffer. The buffer grows with the received bytes, not with the announced length.
@@ -3221,7 +3257,10 @@ public:
             const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
             if (!whole && input_ == input_end_) break;
             const Event event = is_control(frame_.opcode) ? read_control() : read_data(whole);
-            if (event.kind != Event::Kind::none) return event;
+            if (event.kind == Event::Kind::none) continue;
+            if (metered_ && event.kind == Event::Kind::message && limits_->messages_per_second != 0)
+                cold().messages.charge(1, message_rate(), last_activity_);
+            return event;
         }
         if (state_ != State::closed || close_reported_) return {};
         close_reported_ = true;
@@ -3598,6 +3637,15 @@ private:
         return rate <= 0 || (burst >= 1 && control_frames_.take(1, {rate, burst}, last_activity_));
     }
 
+    Rate message_rate() const {
+        const double rate = limits_->messages_per_second, burst = limits_->messages_burst;
+        return {rate, burst != 0 ? burst : rate};
+    }
+    Rate byte_rate() const {
+        const auto rate = static_cast<double>(limits_->bytes_per_second);
+        return {rate, rate};
+    }
+
     // RFC 6455 5.5.1, 7.1.5, 7.1.6.
     void read_close(std::string_view payload) {
         if (payload.size() == 1) return fail(CloseCode::protocol_error, "Close frame with a body of one byte");
@@ -3698,6 +3746,7 @@ private:
         std::string partial_control;   // the beginning of a control frame's payload
         std::string complete_control;  // the payload of the last event, if it arrived in parts
         std::optional<std::string> pending_pong;
+        TokenBucket messages, bytes;  // if the rates of the input are limited
     };
     ColdState& cold() {
         if (!cold_) cold_ = std::make_unique<ColdState>();
@@ -3712,6 +3761,7 @@ private:
     CloseCode close_code_ = CloseCode::no_status;
     bool write_blocked_ = false;
     bool close_reported_ = false;
+    bool metered_ = false;  // the rate of messages or of bytes is limited
     SendQueue output_;
     Time last_activity_{};
     Time wait_started_{};  // for the answer to our ping or to our Close frame
@@ -4568,6 +4618,9 @@ inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
 inline std::ptrdiff_t receive(Descriptor descriptor, char* data, std::size_t size) {
     return ::recv(descriptor, data, static_cast<int>((std::min)(size, std::size_t{1} << 30)), 0);
 }
+inline std::ptrdiff_t peek(Descriptor descriptor, char* data, std::size_t size) {
+    return ::recv(descriptor, data, static_cast<int>((std::min)(size, std::size_t{1} << 30)), MSG_PEEK);
+}
 inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
     WSABUF buffers[64];
     for (std::size_t i = 0; i < count; ++i)
@@ -4664,6 +4717,9 @@ inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
 }
 inline std::ptrdiff_t receive(Descriptor descriptor, char* data, std::size_t size) {
     return ::recv(descriptor, data, size, 0);
+}
+inline std::ptrdiff_t peek(Descriptor descriptor, char* data, std::size_t size) {
+    return ::recv(descriptor, data, size, MSG_PEEK);
 }
 // MSG_NOSIGNAL suppresses SIGPIPE. Systems without that flag have SO_NOSIGPIPE, which accept() sets.
 inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
@@ -4838,6 +4894,15 @@ private:
     std::array<unsigned char, 16> bytes_{};
 };
 
+// Options of one listener.
+struct ListenOptions {
+    // The permissions of a Unix socket, as 0660: a proxy often runs as another user. Empty: those of the umask.
+    std::optional<unsigned> unix_mode;
+    // Each connection begins with a PROXY header (version 1 or 2), which has the client's address. It is believed only
+    // from Server::trusted_proxies(); a connection of any other peer, and one without a valid header, is closed.
+    bool proxy_protocol = false;
+};
+
 namespace detail {
 
 // A CIDR block ("10.0.0.0/8"), a single address, or "unix" for all Unix sockets.
@@ -4905,6 +4970,11 @@ public:
         return result([&] { return os::receive(descriptor(), data, size); });
     }
 
+    // As receive(), but the bytes can be received again.
+    IoResult peek(char* data, std::size_t size) {
+        return result([&] { return os::peek(descriptor(), data, size); });
+    }
+
     // Sends up to max_pieces pieces, in order, with one system call.
     static constexpr std::size_t max_pieces = 64;
     IoResult send(const std::string_view* pieces, std::size_t count) {
@@ -4915,6 +4985,14 @@ public:
     // The peer reads the end of the stream. Receiving stays possible.
     void shutdown_send() { os::shutdown_send(descriptor()); }
     void set_nodelay(bool on) { set_option(IPPROTO_TCP, TCP_NODELAY, on ? 1 : 0); }
+    // How many bytes the kernel holds that it has not sent yet.
+    void set_send_buffer(std::size_t size) {
+        const int value = static_cast<int>((std::min)(size, std::size_t{INT32_MAX}));
+#if defined(TCP_NOTSENT_LOWAT)
+        if (set_option(IPPROTO_TCP, TCP_NOTSENT_LOWAT, value)) return;
+#endif
+        set_option(SOL_SOCKET, SO_SNDBUF, value);
+    }
     bool set_option(int level, int name, int value) {
         return ::setsockopt(descriptor(), level, name, reinterpret_cast<const char*>(&value), sizeof value) == 0;
     }
@@ -5091,11 +5169,12 @@ public:
 };
 
 // An address to listen on: "8888" and "127.0.0.1:8888" (this machine only), "0.0.0.0:80", "[::1]:80", "*:80" (all
-// addresses, IPv4 and IPv6), "unix:/run/chat.sock".
+// addresses, IPv4 and IPv6), "unix:/run/chat.sock", "fd:3" (a listening socket that the process has inherited).
 struct ListenAddress {
     std::string host = "127.0.0.1";
     int port = 0;  // 0: the system picks one
     std::string unix_path;
+    int inherited = -1;  // a descriptor
 
     // Throws Error if the text has none of these forms.
     WSCHAT_COLD static ListenAddress parse(std::string_view text) {
@@ -5104,6 +5183,12 @@ struct ListenAddress {
         if (text::starts_with(text, "unix:")) {
             address.unix_path = text.substr(5);
             if (address.unix_path.empty()) throw Error("listen " + std::string(text) + ": the path is missing");
+            return address;
+        }
+        if (text::starts_with(text, "fd:")) {
+            const auto descriptor = text::parse_unsigned(text.substr(3), INT32_MAX);
+            if (!descriptor) throw Error("listen " + escape_for_log(text) + ": not a descriptor, as fd:3 is");
+            address.inherited = static_cast<int>(*descriptor);
             return address;
         }
         std::string_view host = colon == std::string_view::npos ? std::string_view("127.0.0.1") : text.substr(0, colon);
@@ -5120,6 +5205,7 @@ struct ListenAddress {
     }
     std::string to_string() const {
         if (!unix_path.empty()) return "unix:" + unix_path;
+        if (inherited != -1 && port == 0) return "fd:" + std::to_string(inherited);
         const bool ipv6 = host.find(':') != std::string::npos;
         return (ipv6 ? "[" + host + "]" : host) + ":" + std::to_string(port);
     }
@@ -5128,19 +5214,25 @@ struct ListenAddress {
 // A listening socket. The constructor throws Error with the address and the cause if the system refuses.
 class ListenSocket {
 public:
-    ListenSocket(const ListenAddress& address, bool reuse_port) : address_(address) {
-        if (!address.unix_path.empty()) listen_unix();
+    ListenSocket(const ListenAddress& address, bool reuse_port, const ListenOptions& options = {}) : address_(address) {
+        const bool makes_path = address.inherited == -1 && !address.unix_path.empty();
+        if (options.unix_mode && (!makes_path || *options.unix_mode > 07777))
+            throw Error("listen " + address.to_string() + ": " +
+                        (makes_path ? "ListenOptions::unix_mode is not a mode, as 0660 is"
+                                    : "only a Unix socket that listen() makes can have ListenOptions::unix_mode"));
+        if (address.inherited != -1) adopt();
+        else if (makes_path) listen_unix(options.unix_mode);
         else listen_tcp(reuse_port);
     }
     ListenSocket(const ListenSocket&) = delete;
     ListenSocket& operator=(const ListenSocket&) = delete;
     ~ListenSocket() {
 #if !defined(_WIN32)
-        if (socket_ && !address_.unix_path.empty()) ::unlink(address_.unix_path.c_str());
+        if (socket_ && address_.inherited == -1 && !address_.unix_path.empty()) ::unlink(address_.unix_path.c_str());
 #endif
     }
 
-    // For port 0, it has the port that the system picked.
+    // For port 0, it has the port that the system picked. For an inherited socket, it has the address of that socket.
     const ListenAddress& address() const { return address_; }
     os::Descriptor descriptor() const { return socket_.descriptor(); }
 
@@ -5226,8 +5318,45 @@ private:
         fail(error, call);
     }
 
-    WSCHAT_COLD void listen_unix() {
+    // Takes over a listening socket that another process has opened. It stays open if it cannot be used.
+    WSCHAT_COLD void adopt() {
 #if defined(_WIN32)
+        throw Error("listen " + address_.to_string() + ": inherited sockets are not supported on Windows");
+#else
+        const int descriptor = address_.inherited;
+        int type = 0, listens = 0;
+        socklen_t size = sizeof type;
+        sockaddr_storage bound{};
+        socklen_t bound_size = sizeof bound;
+        if (::getsockname(descriptor, reinterpret_cast<sockaddr*>(&bound), &bound_size) != 0)
+            throw Error("listen " + address_.to_string() + ": " +
+                        (errno == EBADF      ? "the process has no such descriptor"
+                         : errno == ENOTSOCK ? "the descriptor is not a socket"
+                                             : os::error_text(errno)));
+        const bool known = ::getsockopt(descriptor, SOL_SOCKET, SO_TYPE, &type, &size) == 0 &&
+                           ::getsockopt(descriptor, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0;
+        const bool family_known =
+            bound.ss_family == AF_INET || bound.ss_family == AF_INET6 || bound.ss_family == AF_UNIX;
+        if (!known || type != SOCK_STREAM || listens == 0 || !family_known)
+            throw Error("listen " + address_.to_string() +
+                        ": the descriptor is not a listening stream socket of TCP or Unix");
+        if (!os::make_nonblocking(descriptor)) fail(errno, "fcntl");
+        socket_ = Socket(descriptor);
+        if (bound.ss_family == AF_UNIX) {
+            sockaddr_un name{};
+            std::memcpy(&name, &bound, (std::min)(sizeof name, static_cast<std::size_t>(bound_size)));
+            address_.unix_path.assign(name.sun_path, ::strnlen(name.sun_path, sizeof name.sun_path));
+            return;
+        }
+        socket_.set_nodelay(true);
+        address_.host = IpAddress(bound).to_string();
+        read_port();
+#endif
+    }
+
+    WSCHAT_COLD void listen_unix(std::optional<unsigned> mode) {
+#if defined(_WIN32)
+        static_cast<void>(mode);
         throw Error("listen " + address_.to_string() + ": Unix sockets are not supported on Windows");
 #else
         sockaddr_un name{};
@@ -5239,7 +5368,15 @@ private:
         unlink_stale_socket(name);
         socket_ = Socket(os::open_socket(AF_UNIX));
         if (!socket_) fail(os::last_error(), "socket");
-        bind_and_listen(reinterpret_cast<const sockaddr*>(&name), sizeof name);
+        if (::bind(socket_.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) != 0)
+            close_and_fail("bind");
+        // Before listen(), so that no one can connect with other permissions.
+        const bool permitted = !mode || ::chmod(name.sun_path, static_cast<mode_t>(*mode)) == 0;
+        if (permitted && ::listen(socket_.descriptor(), SOMAXCONN) == 0) return;
+        const int error = os::last_error();
+        ::unlink(name.sun_path);
+        socket_.close();
+        fail(error, permitted ? "listen" : "chmod");
 #endif
     }
 #if !defined(_WIN32)
@@ -5257,6 +5394,175 @@ private:
     ListenAddress address_;
     Socket socket_;
 };
+
+// ---- PROXY protocol ------------------------------------------------------------------------------------------------
+
+// Parses the header that a proxy sends before the bytes of a client, version 1 (a line) or 2 (binary):
+// https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt
+class ProxyHeader {
+public:
+    enum class Outcome : std::uint8_t { need_more, done, failure };
+
+    // Consumes at most the bytes of the header.
+    Outcome feed(std::string_view bytes, std::size_t& consumed) {
+        consumed = 0;
+        while (failure_ == nullptr) {
+            if (complete_) return Outcome::done;
+            if (consumed == bytes.size()) return Outcome::need_more;
+            const std::size_t wanted = (std::min)(missing(bytes.substr(consumed)), bytes.size() - consumed);
+            header_.append(bytes.substr(consumed, wanted));
+            consumed += wanted;
+            check();
+        }
+        return Outcome::failure;
+    }
+    bool started() const { return !header_.empty(); }
+    // The client's address. Empty if the header has none: the proxy's own check of the server (LOCAL), UNKNOWN, and
+    // families other than TCP over IPv4 and IPv6.
+    const std::optional<IpAddress>& client() const { return client_; }
+    // After a failure: the cause.
+    const char* failure() const { return failure_; }
+
+private:
+    static constexpr std::string_view signature{"\r\n\r\n\0\r\nQUIT\n", 12};
+    static constexpr std::size_t fixed_size = 16;       // of version 2, before the addresses
+    static constexpr std::size_t max_line = 107;        // of version 1, with CR LF
+    static constexpr std::size_t max_size = 16 + 4096;  // of version 2; its additional fields are ignored
+
+    bool binary() const { return header_.front() == signature.front(); }
+    unsigned byte(std::size_t at) const { return static_cast<unsigned char>(header_[at]); }
+    std::size_t announced_size() const { return fixed_size + byte(14) * 256 + byte(15); }
+
+    // How many of the next bytes surely belong to the header; at least one.
+    std::size_t missing(std::string_view next) const {
+        if (header_.empty()) return 1;
+        if (binary()) return (header_.size() < fixed_size ? fixed_size : announced_size()) - header_.size();
+        const std::size_t end = next.find('\n');
+        return (std::min)(end == std::string_view::npos ? next.size() : end + 1, max_line - header_.size());
+    }
+
+    void check() {
+        if (binary()) check_binary();
+        else check_line();
+    }
+
+    void check_line() {
+        constexpr std::string_view begin = "PROXY ";
+        const std::string_view line = header_;
+        if (line.substr(0, begin.size()) != begin.substr(0, line.size())) failure_ = "there is no PROXY header";
+        else if (line.back() == '\n') parse_line(line.substr(begin.size()));
+        else if (line.size() == max_line) failure_ = "the line is longer than 107 bytes";
+    }
+    void parse_line(std::string_view rest) {
+        failure_ = "the line is malformed";
+        if (rest.size() < 2 || rest[rest.size() - 2] != '\r') return;
+        rest.remove_suffix(2);
+        const std::string_view protocol = text::consume_until(rest, ' ');
+        if (protocol == "UNKNOWN") return complete(std::nullopt);  // "the receiver must ignore anything presented"
+        const std::string_view source = text::consume_until(rest, ' '), destination = text::consume_until(rest, ' '),
+                               source_port = text::consume_until(rest, ' '), destination_port = rest;
+        const bool v6 = protocol == "TCP6";
+        const auto valid_address = [&](std::string_view address) {
+            return IpAddress::parse(address) && (address.find(':') != std::string_view::npos) == v6;
+        };
+        const auto valid_port = [](std::string_view port) {
+            return text::parse_unsigned(port, 65535) && (port.size() == 1 || port.front() != '0');
+        };
+        // Proxies mix the families of the two addresses, and only the source counts here.
+        if ((!v6 && protocol != "TCP4") || !valid_address(source) || !IpAddress::parse(destination) ||
+            !valid_port(source_port) || !valid_port(destination_port))
+            return;
+        complete(IpAddress::parse(source));
+    }
+
+    void check_binary() {
+        const std::size_t known = (std::min)(header_.size(), signature.size());
+        if (header_.compare(0, known, signature.substr(0, known)) != 0) failure_ = "there is no PROXY header";
+        else if (header_.size() > 12 && (byte(12) >> 4 != 2 || (byte(12) & 0xF) > 1))
+            failure_ = "the version or the command is unknown";
+        else if (header_.size() >= fixed_size && announced_size() > max_size) failure_ = "the header is too large";
+        else if (header_.size() >= fixed_size && header_.size() == announced_size()) parse_binary();
+    }
+    void parse_binary() {
+        const bool local = (byte(12) & 0xF) == 0;
+        const unsigned protocol = byte(13);
+        sockaddr_storage source{};
+        // "LOCAL: ... the receiver must accept this connection as valid and must use the real connection endpoints and
+        // discard the protocol block including the family which is ignored."
+        if (local || (protocol != 0x11 && protocol != 0x21)) {
+            if (!local && (protocol >> 4 > 3 || (protocol & 0xF) > 2)) failure_ = "the family is unknown";
+            else complete(std::nullopt);
+            return;
+        }
+        const bool v6 = protocol == 0x21;
+        if (header_.size() < fixed_size + (v6 ? 36 : 12)) {
+            failure_ = "the addresses are missing";
+            return;
+        }
+        if (v6) {
+            sockaddr_in6 in6{};
+            in6.sin6_family = AF_INET6;
+            std::memcpy(&in6.sin6_addr, &header_[fixed_size], 16);
+            std::memcpy(&source, &in6, sizeof in6);
+        } else {
+            sockaddr_in in{};
+            in.sin_family = AF_INET;
+            std::memcpy(&in.sin_addr, &header_[fixed_size], 4);
+            std::memcpy(&source, &in, sizeof in);
+        }
+        complete(IpAddress(source));
+    }
+    void complete(std::optional<IpAddress> client) {
+        failure_ = nullptr;
+        client_ = client;
+        complete_ = true;
+    }
+
+    std::string header_;  // grows with what arrives
+    std::optional<IpAddress> client_;
+    bool complete_ = false;
+    const char* failure_ = nullptr;
+};
+
+// ---- systemd -------------------------------------------------------------------------------------------------------
+
+// How many listening sockets systemd has passed to this process, from descriptor 3 on. Throws Error if there is none.
+// https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
+WSCHAT_COLD inline int inherited_sockets() {
+    const char *count = std::getenv("LISTEN_FDS"), *process = std::getenv("LISTEN_PID");
+    if (count == nullptr || process == nullptr)
+        throw Error("listen_inherited: there is no socket: LISTEN_FDS or LISTEN_PID is not set");
+#if !defined(_WIN32)
+    const auto id = text::parse_unsigned(process, INT32_MAX);
+    if (!id || static_cast<pid_t>(*id) != ::getpid())
+        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(process) + "\", and this process is " +
+                    std::to_string(::getpid()) + ": the sockets are for another process");
+#endif
+    const auto sockets = text::parse_unsigned(count, 1024);
+    if (!sockets || *sockets == 0)
+        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(count) + "\", not a number of sockets");
+    return static_cast<int>(*sockets);
+}
+
+// Tells systemd the state of the service ("READY=1"). Does nothing if NOTIFY_SOCKET is not set, and ignores failures.
+// https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
+WSCHAT_COLD inline void notify_systemd(std::string_view state) {
+#if defined(_WIN32)
+    static_cast<void>(state);
+#else
+    const char* path = std::getenv("NOTIFY_SOCKET");
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    const std::size_t size = path != nullptr ? std::strlen(path) : 0;
+    if (size < 2 || size >= sizeof name.sun_path || (*path != '/' && *path != '@')) return;
+    std::memcpy(name.sun_path, path, size);
+    if (*path == '@') name.sun_path[0] = '\0';  // the abstract name space of Linux
+    const OwnedDescriptor sender(::socket(AF_UNIX, SOCK_DGRAM, 0));
+    if (!sender || !os::make_nonblocking(sender.descriptor())) return;
+    const auto name_size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + size);
+    ::sendto(sender.descriptor(), state.data(), state.size(), 0, reinterpret_cast<const sockaddr*>(&name), name_size);
+#endif
+}
 
 // A pipe that wakes a poller from another thread or from a signal handler.
 class WakeUp {
@@ -5449,6 +5755,7 @@ public:
     }
 
     os::Descriptor descriptor() const override { return epoll_.descriptor(); }
+
 private:
     static constexpr int batch = 512;
 
@@ -5500,6 +5807,7 @@ public:
     }
 
     os::Descriptor descriptor() const override { return queue_.descriptor(); }
+
 private:
     static constexpr int batch = 512;
 
@@ -7654,6 +7962,7 @@ struct Metrics {
     std::uint64_t connections_accepted = 0;
     std::uint64_t connections_open = 0;
     std::uint64_t connections_refused = 0;  // 503 at a limit of connections
+    std::uint64_t proxy_failures = 0;       // closed because of a missing, malformed or untrusted PROXY header
     std::uint64_t tls_handshakes = 0;       // completed
     std::uint64_t tls_failures = 0;         // failed handshakes, and connections that broke TLS later
     std::uint64_t requests = 0;             // HTTP requests, opening handshakes included
@@ -7685,6 +7994,7 @@ constexpr MetricInfo metric_table[] = {
     {"connections_accepted_total", "Connections accepted.", &Metrics::connections_accepted},
     {"connections_open", "Connections open now.", &Metrics::connections_open},
     {"connections_refused_total", "Connections refused at a limit.", &Metrics::connections_refused},
+    {"proxy_failures_total", "Connections without a valid PROXY header.", &Metrics::proxy_failures},
     {"tls_handshakes_total", "TLS handshakes completed.", &Metrics::tls_handshakes},
     {"tls_failures_total", "TLS connections that failed.", &Metrics::tls_failures},
     {"requests_total", "HTTP requests, handshakes included.", &Metrics::requests},
@@ -7876,9 +8186,12 @@ public:
     SessionHost(const SessionHost&) = delete;
     SessionHost& operator=(const SessionHost&) = delete;
 
-    virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport) = 0;
+    // `proxied`: the connection begins with a PROXY header.
+    virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) = 0;
     // The refusal of a connection over a limit; it is counted and logged.
     virtual Response too_many_connections() = 0;
+    // Counts and logs a connection that is closed because of its PROXY header.
+    virtual void note_proxy_failure(const IpAddress& peer, std::string_view cause) = 0;
     // Takes the session out of the list of open ones and destroys it at the end of the turn.
     virtual void remove(Session& session) = 0;
 
@@ -8189,7 +8502,9 @@ private:
         std::string head = "HTTP/1.1 " + std::to_string(response.status()) + " ";
         (head += reason_phrase(response.status())) += "\r\nDate: ";
         (head += http_date(static_cast<std::int64_t>(std::time(nullptr)))) += "\r\n";
-        std::string connection = !keep_alive ? "close" : request->http_1_0() ? "keep-alive" : "";
+        const auto idle_seconds =
+            std::chrono::duration_cast<std::chrono::seconds>(host_.options.limits.keep_alive_timeout).count();
+        std::string connection = !keep_alive ? "close" : idle_seconds != 0 || request->http_1_0() ? "keep-alive" : "";
         for (const auto& [name, value] : response.headers()) {
             if (text::equals_ignore_case(name, "connection"))
                 connection = value + (connection.empty() ? "" : ", ") + connection;
@@ -8204,6 +8519,7 @@ private:
         }
         if (length) add_line(head, "Content-Length", std::to_string(*length));
         if (!connection.empty()) add_line(head, "Connection", connection);
+        if (keep_alive && idle_seconds != 0) add_line(head, "Keep-Alive", "timeout=" + std::to_string(idle_seconds));
         queue(head += "\r\n");
         ++host_.metrics.responses[response.status()];
         if (!keep_alive) pending_.clear();
@@ -8262,7 +8578,8 @@ protected:
     enum class Pause : std::uint8_t {
         none,
         backlog,  // the peer does not read: reading stops until half of the backlog has gone
-        budget    // the messages cost much: the others have their turn first
+        budget,   // the messages cost much: the others have their turn first
+        rate      // the peer sends more than messages_per_second or bytes_per_second
     };
 
     WebSocketDriver(SessionHost& host, const IpAddress& peer) : host_(host), peer_(peer) {}
@@ -8310,7 +8627,9 @@ protected:
         for (unsigned events = 1;; ++events) {
             const Event event = connection().next_event();
             switch (event.kind) {
-                case Event::Kind::none: return false;
+                case Event::Kind::none:
+                    if (connection().is_open() && connection().input_due() > now()) pause_ = Pause::rate;
+                    return false;
                 case Event::Kind::message:
                     ++host_.metrics.messages_received;
                     call("on_message", [&] { handler_->on_message(event.message); });
@@ -8330,6 +8649,8 @@ protected:
     }
     // Continues with the input that was kept. True: the connection has closed.
     bool resume_input() {
+        // The peer has sent what is kept here; its pong may be behind it.
+        if (pause_ == Pause::rate) connection().record_activity(now());
         pause_ = Pause::none;
         connection().resume_input();
         return dispatch_events();
@@ -8396,6 +8717,10 @@ private:
     }
 
     bool must_pause(bool budget_spent) {
+        if (connection().input_due() > now()) {
+            pause_ = Pause::rate;
+            return true;
+        }
         if (budget_spent) {
             pause_ = Pause::budget;
             return true;
@@ -8431,10 +8756,11 @@ private:
 // session.
 class Session final : public WebSocketDriver, public Pollable, public Timer {
 public:
-    Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport)
+    Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
         : WebSocketDriver(host, peer),
           stream_(std::move(socket), std::move(transport)),
-          http_(std::make_unique<HttpExchange>(host, host.options.limits)) {}
+          http_(std::make_unique<HttpExchange>(host, host.options.limits)),
+          proxy_(proxied ? std::make_unique<ProxyHeader>() : nullptr) {}
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
     ~Session() override { LoopAccess::timers(host_.loop).cancel(*this); }
@@ -8457,8 +8783,9 @@ public:
             schedule(after(limits().handshake_timeout));
             if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
                 return abort(CloseCause::connection_lost, "cannot be watched");
-            if (full || (!host_.site.trusted(peer_) && !count_address(peer_)))
-                respond(host_.too_many_connections(), nullptr);
+            full_ = full;
+            if (!proxy_) return admit();
+            if (!host_.site.trusted(peer_)) fail_proxy("the peer is not one of trusted_proxies()");
         });
     }
 
@@ -8487,6 +8814,12 @@ public:
             } else if (phase_ == Phase::http && http_->started() && !http_->busy()) {
                 respond(Response(408, "The request did not arrive in time.\n"), nullptr);
                 schedule(after(limits().linger_timeout));
+            } else if (proxy_) {
+                fail_proxy("the header did not arrive in time");
+            } else if (phase_ == Phase::http && idle_) {
+                // A request may have crossed the deadline on its way.
+                read();
+                if (idle_ && !ended_) linger();
             } else {
                 ended_ = true;
             }
@@ -8498,8 +8831,8 @@ public:
     void continue_work() {
         waiting_ = false;
         if (gone() || ended_) return;
-        // A session that paused for its backlog continues in finish_turn(), after a flush: may_work() must be true.
-        if (pause_ != Pause::backlog) work_turn_ = host_.turn.number;
+        // After a pause for its backlog or rate it continues in finish_turn(), after a flush: may_work() must be true.
+        if (pause_ == Pause::none || pause_ == Pause::budget) work_turn_ = host_.turn.number;
         protect([&] {
             if (phase_ == Phase::websocket && pause_ == Pause::budget && resume_input()) finish_websocket();
             if (reading() && stream_.has_input()) read();
@@ -8527,8 +8860,7 @@ public:
         protect([&] {
             if (phase_ == Phase::websocket)
                 connection().close(CloseCode::going_away, "server is shutting down", now(), CloseCause::shutdown);
-            else if (phase_ == Phase::http && !http_->busy()) ended_ = true;
-            else if (phase_ == Phase::http) http_->keep_alive = false;
+            else if (phase_ == Phase::http) shut_down_http();
             if (!gone()) mark_dirty();
         });
     }
@@ -8590,6 +8922,9 @@ public:
 
 private:
     enum class Phase : std::uint8_t { http, websocket, lingering, gone };
+
+    // During a shutdown, the time for the first request of a connection, and for a peer to see our FIN.
+    static constexpr Duration drain_grace = std::chrono::milliseconds(250);
 
     const Limits& limits() const { return route_limits_ != nullptr ? *route_limits_ : host_.options.limits; }
     Time after(Duration timeout) const {
@@ -8694,12 +9029,14 @@ private:
     }
 
     void read() {
+        if (proxy_ && !read_proxy_header()) return;
         constexpr int max_reads = 4;  // then other sessions have their turn
         for (int i = 0; i < max_reads && reading(); ++i) {
             if (stream_.encrypted() && !handshake_done_ && !host_.turn.take_handshake()) return;
             std::pair<char*, std::size_t> area{nullptr, 0};
             if (phase_ == Phase::websocket) area = connection().receive_buffer();
             if (area.first == nullptr) area = {host_.receive_buffer.data(), host_.receive_buffer.capacity()};
+            if (phase_ == Phase::websocket) area.second = (std::min)(area.second, connection().max_input());
             const IoResult got = stream_.receive(area.first, area.second, host_.wire);
             if (!stream_.check_rate(limits(), now(), host_.wire)) return end_of_input({IoResult::Outcome::error});
             if (got.outcome == IoResult::Outcome::would_block) return;
@@ -8729,13 +9066,51 @@ private:
                                          : "the peer hung up without a Close frame");
         } else if (tls_failed) {
             continue_without_tls();
-        } else if (got.outcome == IoResult::Outcome::end && http_->busy() && !handler_) {
+        } else if (got.outcome == IoResult::Outcome::end && http_->busy() && !handler_ && stream_.established()) {
             // The peer has shut its sending side and may still wait for the answer.
             input_ended_ = true;
             http_->keep_alive = false;
         } else {
             ended_ = true;
         }
+    }
+
+    // ---- the PROXY header ------------------------------------------------------------------------------------------
+
+    // Receives no more than the header, because the bytes after it may be TLS. True: it is complete and valid.
+    bool read_proxy_header() {
+        for (;;) {
+            char* const data = host_.receive_buffer.data();
+            IoResult got = stream_.socket().peek(data, host_.receive_buffer.capacity());
+            std::size_t consumed = 0;
+            ProxyHeader::Outcome outcome = ProxyHeader::Outcome::need_more;
+            if (got.outcome == IoResult::Outcome::done) {
+                outcome = proxy_->feed({data, got.size}, consumed);
+                got = stream_.socket().receive(data, consumed);
+                host_.wire.received += got.size;
+            }
+            if (outcome == ProxyHeader::Outcome::failure) return fail_proxy(proxy_->failure());
+            if (got.outcome == IoResult::Outcome::would_block) return false;
+            if (got.outcome != IoResult::Outcome::done) return fail_proxy("the peer hung up within the header");
+            if (outcome == ProxyHeader::Outcome::done) break;
+        }
+        if (proxy_->client()) peer_ = *proxy_->client();
+        proxy_.reset();
+        admit();
+        return true;
+    }
+    // A peer that sends nothing is a check of the port, not a failure.
+    bool fail_proxy(std::string_view cause) {
+        const bool check = !proxy_->started() && host_.site.trusted(peer_);
+        if (!check) host_.note_proxy_failure(peer_, cause);
+        ended_ = true;
+        mark_dirty();
+        return false;
+    }
+    // Answers 503 if a limit of connections does not allow this one. That of a proxy applies to its clients.
+    void admit() {
+        if (full_ || (!host_.site.trusted(peer_) && !count_address(peer_)))
+            respond(host_.too_many_connections(), nullptr);
     }
 
     // ---- encryption ------------------------------------------------------------------------------------------------
@@ -8750,8 +9125,10 @@ private:
 
     WSCHAT_COLD void log_tls_failure() {
         ++host_.metrics.tls_failures;
+        // Anybody can fail a handshake: port scanners and clients of other protocols do.
         if (host_.log)
-            host_.log(LogLevel::info, "tls_failed", {{"peer", peer_.to_string()}, {"cause", stream_.tls_failure()}});
+            host_.log(handshake_done_ ? LogLevel::info : LogLevel::debug, "tls_failed",
+                      {{"peer", peer_.to_string()}, {"cause", stream_.tls_failure()}});
     }
 
     // TLS has failed before there was a WebSocket. A peer that speaks plain HTTP gets a plain answer. Any other peer
@@ -8777,7 +9154,24 @@ private:
         mark_dirty();
     }
 
+    // An answer is finished, and so is a request that waits for it. A request that has arrived is answered.
+    void shut_down_http() {
+        if (http_->busy() || http_->has_pending()) {
+            if (!http_->has_pending()) http_->keep_alive = false;
+            return;
+        }
+        const bool answered = idle_;
+        if (reading() && !proxy_) read();
+        if (phase_ != Phase::http || ended_ || http_->busy() || http_->has_pending()) return;
+        // A client sends its first request at once. To a client that may be about to send another, a FIN comes sooner
+        // than the reset of a closed socket.
+        if (answered) linger();
+        const Time latest = saturating_add(now(), drain_grace);
+        if (!ended_) schedule(scheduled() ? (std::min)(due(), latest) : latest);
+    }
+
     void parse_requests(std::string_view bytes) {
+        if (std::exchange(idle_, false)) schedule(after(limits().handshake_timeout));
         while (!bytes.empty() && phase_ == Phase::http && !http_->busy() && http_->keep_alive) {
             std::optional<Request> request = http_->parse(bytes);
             mark_dirty();
@@ -8789,7 +9183,9 @@ private:
 
     WSCHAT_COLD void answer(Request request, std::string_view& rest) {
         if (!RequestAccess::body_complete(request)) begin_request(request);
-        if (host_.draining) return http_->respond_last(Response(503, "The server is shutting down.\n"), request);
+        answered_ = true;
+        if (host_.draining && wants_upgrade(request))
+            return http_->respond_last(Response(503, "The server is shutting down.\n"), request);
         if (!host_.site.serves_host(request.host())) {
             const std::string host(request.host());
             return http_->respond_last(Response(421, "This server does not serve the host \"" + host + "\".\n"),
@@ -8832,6 +9228,9 @@ private:
         } else if (http_->has_pending() && may_work()) {
             const std::string pending = http_->take_pending();
             parse_requests(pending);
+        } else if (answered_ && !idle_ && !http_->started() && !http_->has_pending()) {
+            idle_ = true;
+            schedule(after(limits().keep_alive_timeout));
         }
     }
     // A Reply has been used: by a page, or in prepare_async().
@@ -8949,6 +9348,7 @@ private:
         http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
                                          compression.response, lines));
         ++host_.metrics.responses[101];
+        if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
         // From here to open() nothing throws, so that on_close() comes only after open().
@@ -8971,15 +9371,22 @@ private:
             if (dispatch_events()) finish_websocket();
             return;
         }
-        const bool low = output().size() <= high_water();
-        if (pause_ == Pause::backlog && (low || !connection().is_open()) && may_work() && resume_input())
-            return finish_websocket();
+        if (may_resume() && may_work() && resume_input()) return finish_websocket();
         if (above_high_water_ && output().size() <= high_water() && connection().is_open()) {
             above_high_water_ = false;
             call("on_drain", [this] { handler_->on_drain(); });
         }
         // Closing may be due before the next ping, and the answer to a ping before the next ping.
-        if (!scheduled() || connection().deadline() < due()) schedule(connection().deadline());
+        if (!scheduled() || websocket_deadline() < due()) schedule(websocket_deadline());
+    }
+    // Whether the reason of a pause has ended. A connection that is closing only waits for the peer's Close frame.
+    bool may_resume() {
+        if (pause_ == Pause::backlog) return !connection().is_open() || output().size() <= high_water();
+        return pause_ == Pause::rate && (!connection().is_open() || connection().input_due() <= now());
+    }
+    Time websocket_deadline() {
+        const Time due = connection().deadline();
+        return pause_ == Pause::rate ? (std::min)(due, connection().input_due()) : due;
     }
 
     // The connection has closed: the handler ends. What is queued still goes out, unless nothing can be delivered.
@@ -9013,14 +9420,18 @@ private:
     Stream stream_;
     Phase phase_ = Phase::http;
     bool ended_ = false;  // finish_turn() removes the session
+    bool full_ = false;   // the server has no room for it
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
+    bool answered_ = false;        // a request
+    bool idle_ = false;            // waits for the next request
     bool waiting_ = false;         // in the list of sessions with work left
     bool watching_read_ = true;
     bool watching_write_ = false;
     std::uint32_t work_turn_ = 0;         // the last turn in which it did work beyond flushing
     std::unique_ptr<HttpExchange> http_;  // null while a WebSocket is open
+    std::unique_ptr<ProxyHeader> proxy_;  // null if no PROXY header is due
     std::size_t counted_backlog_ = 0;
     const Limits* route_limits_ = nullptr;      // null: those of the server
     std::unique_ptr<std::string> address_key_;  // under which it is counted; null if it is not
@@ -9031,8 +9442,12 @@ private:
 // Accepts connections for the server.
 class Listener final : public Pollable, public Timer {
 public:
-    Listener(SessionHost& host, const ListenAddress& address, std::shared_ptr<TransportFactory> transports)
-        : host_(host), socket_(address, host.options.reuse_port), transports_(std::move(transports)) {
+    Listener(SessionHost& host, const ListenAddress& address, std::shared_ptr<TransportFactory> transports,
+             const ListenOptions& options)
+        : host_(host),
+          socket_(address, host.options.reuse_port, options),
+          transports_(std::move(transports)),
+          proxied_(options.proxy_protocol) {
         if (!LoopAccess::poller(host_.loop).add(socket_.descriptor(), *this, true, false))
             throw Error("listen " + socket_.address().to_string() + ": " + os::error_text(os::last_error()));
     }
@@ -9070,8 +9485,9 @@ public:
 
 private:
     void accept(Socket accepted, const IpAddress& peer) {
-        run_guarded([&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr); },
-                    [&](const char* what) { host_.log.exception("accept", what, &peer); });
+        run_guarded(
+            [&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr, proxied_); },
+            [&](const char* what) { host_.log.exception("accept", what, &peer); });
     }
     // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for
     // ever. The descriptor in reserve serves to accept it and to answer 503.
@@ -9105,6 +9521,7 @@ private:
     SessionHost& host_;
     ListenSocket socket_;
     std::shared_ptr<TransportFactory> transports_;  // null if the connections are plain
+    const bool proxied_;
 };
 
 // ---- one loop ------------------------------------------------------------------------------------------------------
@@ -9124,8 +9541,11 @@ public:
     // Something is to be done although the poller reports nothing.
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
-    WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports) {
-        const Listener& added = listeners_.append(*this, ListenAddress::parse(address), std::move(transports));
+    WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports,
+                            const ListenOptions& listen_options) {
+        if (draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
+        const Listener& added =
+            listeners_.append(*this, ListenAddress::parse(address), std::move(transports), listen_options);
         log(LogLevel::debug, "listening", {{"address", added.address().to_string()}});
     }
 
@@ -9134,6 +9554,7 @@ public:
     WSCHAT_COLD void begin_shutdown(Duration deadline) {
         const bool first = !std::exchange(draining, true);
         const std::size_t connections = sessions_.size();
+        if (first) notify_systemd("STOPPING=1");
         if (first) std::swap(closed_listeners_, listeners_);
         for (const auto& session : sessions_) session->shut_down();
         // Without a deadline it might never end.
@@ -9173,7 +9594,7 @@ public:
 
     // ---- what sessions and listeners call --------------------------------------------------------------------------
 
-    void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport) override {
+    void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
         ++metrics.connections_accepted;
         const std::size_t max = max_connections();
         if (sessions_.size() >= max + max_rejections_at_once) {
@@ -9181,7 +9602,7 @@ public:
             return;
         }
         const bool full = sessions_.size() >= max;
-        auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport));
+        auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), proxied);
         Session& session = *made;
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
@@ -9191,6 +9612,13 @@ public:
         ++metrics.connections_refused;
         log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
         return std::move(Response(503, "There are too many connections.\n").set_header("Retry-After", "10"));
+    }
+    WSCHAT_COLD void note_proxy_failure(const IpAddress& peer, std::string_view cause) override {
+        ++metrics.proxy_failures;
+        // A wrong configuration fails for each connection; one entry per minute says so.
+        const bool first = proxy_failure_entries_.take(1, {1.0 / 60, 1}, Clock::now());
+        log(first ? LogLevel::warning : LogLevel::debug, "proxy_header_refused",
+            {{"peer", peer.to_string()}, {"cause", std::string(cause)}});
     }
     void remove(Session& session) override {
         if (session.address_key() != nullptr) addresses.remove(*session.address_key());
@@ -9280,6 +9708,7 @@ private:
         }
     }
 
+    TokenBucket proxy_failure_entries_;
     std::unique_ptr<SendBatch> batch_ = SendBatch::make();
     StringMap<Listener> listeners_;
     StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn, whose events may name them
@@ -9393,14 +9822,25 @@ public:
     // ---- running ---------------------------------------------------------------------------------------------------
 
     // On 127.0.0.1. Port 0: the system picks one, see port(). Throws an Error if the system refuses.
-    void listen(int port) { listen(std::to_string(port)); }
-    // "8888", "0.0.0.0:8888", "[::1]:80", "*:80", "unix:/run/chat.sock".
-    void listen(std::string_view address) { add_listener(address, nullptr); }
+    void listen(int port, const ListenOptions& options = {}) { listen(std::to_string(port), options); }
+    // "8888", "0.0.0.0:8888", "[::1]:80", "*:80", "unix:/run/chat.sock", "fd:3" (a listening socket that the process
+    // has inherited; the server closes it).
+    void listen(std::string_view address, const ListenOptions& options = {}) {
+        add_listener(address, nullptr, options);
+    }
+    // On each socket that systemd passes (LISTEN_FDS): a socket unit keeps it open, so that a restart of the service
+    // refuses no connection. Throws an Error if there is none, or if they are for another process.
+    void listen_inherited(const ListenOptions& options = {}) {
+        for (int i = 0, count = detail::inherited_sockets(); i < count; ++i)
+            listen("fd:" + std::to_string(3 + i), options);
+    }
 #if WSCHAT_OPENSSL
     // The same with TLS: https and wss. Throws an Error also if a file cannot be read or a key does not match.
-    void listen_tls(int port, TlsOptions tls) { listen_tls(std::to_string(port), std::move(tls)); }
-    void listen_tls(std::string_view address, TlsOptions tls) {
-        add_listener(address, std::make_shared<detail::TlsListener>(std::move(tls)));
+    void listen_tls(int port, TlsOptions tls, const ListenOptions& options = {}) {
+        listen_tls(std::to_string(port), std::move(tls), options);
+    }
+    void listen_tls(std::string_view address, TlsOptions tls, const ListenOptions& options = {}) {
+        add_listener(address, std::make_shared<detail::TlsListener>(std::move(tls)), options);
     }
 #endif
     // Reads the certificates of all listeners again; open connections stay. Throws an Error if a file cannot be used;
@@ -9420,10 +9860,11 @@ public:
     }
 
     // Serves until shutdown() has finished. Then listen() and run() may be called again. Throws an Error if there is no
-    // listener.
+    // listener. Tells systemd READY=1, and STOPPING=1 when the shutdown begins, if the environment has NOTIFY_SOCKET.
     void run() {
         if (!serving()) throw Error("run: nothing to serve: call listen() first");
         start_turns();
+        if (!worker_.draining) detail::notify_systemd("READY=1");
         worker_.loop.run();
         end_turns();
     }
@@ -9481,8 +9922,9 @@ private:
             site_.add_later_page(call, method, pattern, std::forward<Function>(answer));
         else site_.add_function_page(call, method, pattern, std::forward<Function>(answer));
     }
-    void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports) {
-        worker_.listen(address, std::move(transports));
+    void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports,
+                      const ListenOptions& options) {
+        worker_.listen(address, std::move(transports), options);
         if (std::exchange(ended_, false)) ++starts_;
         handle_signals();
     }
@@ -9883,8 +10325,7 @@ private:
             if (!response.read(link->to_client, to_head, link->server_ended)) return false;
             if (response.status() != 101) return true;
             std::string error;
-            auto agreed =
-                compression ? compressors.read_response(response.fields(), *compression, error) : nullptr;
+            auto agreed = compression ? compressors.read_response(response.fields(), *compression, error) : nullptr;
             const auto mask = [] { return detail::MaskKey{0x37, 0xFA, 0x21, 0x3D}; };
             connection.open(detail::Role::client, limits, arena, Time(), mask, std::move(agreed));
             return true;
@@ -9981,7 +10422,8 @@ public:
     // As Server::on_log(), which would turn off exceptions().
     void on_log(std::function<void(const LogEntry&)> function) {
         Server::on_log([exceptions = exceptions_, function = std::move(function)](const LogEntry& entry) {
-            if (entry.event == "exception") exceptions->push_back(entry.fields[0].second + ": " + entry.fields[1].second);
+            if (entry.event == "exception")
+                exceptions->push_back(entry.fields[0].second + ": " + entry.fields[1].second);
             if (function) function(entry);
         });
     }
@@ -9996,7 +10438,7 @@ private:
         link->to_server = std::move(bytes);
         auto transport = std::make_unique<detail::MemoryTransport>(link);
         poller_->expect(link);
-        if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport));
+        if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport), false);
         return client;
     }
     // Lets the clients take what has arrived. Returns false if nothing has.
