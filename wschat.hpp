@@ -77,10 +77,10 @@
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1,
 //   base64, Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields,
 //   FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
-//   HandlerRef, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics,
+//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics,
 //   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler,
 //   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
-//   ChatLimits, ChatAction, ChatRoom, SqliteOptions, SqliteHistory
+//   ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case, text::starts_with, text::trim,
 //   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
 //   text::percent_decode
@@ -3820,9 +3820,10 @@ struct HandlerCore;
 
 // What was given to a Reply.
 struct ReplyAnswer {
-    std::optional<Response> response;              // nothing: the handshake continues
-    std::function<void(WebSocketHandler&)> setup;  // called before open()
-    bool dropped = false;                          // the Reply was destroyed unused
+    std::optional<Response> response;  // nothing: the handshake continues
+    // Called before open(). May return a refusal.
+    std::function<std::optional<Response>(WebSocketHandler&)> setup;
+    bool dropped = false;  // the Reply was destroyed unused
 };
 
 // What a handler needs of the session that owns it; section 14 implements it.
@@ -3873,10 +3874,21 @@ public:
     // Answers the request. In prepare_async() it rejects the handshake. Returns false and has no effect if the Reply
     // was used before, the client has gone, or the server has ended.
     bool send(Response response) const { return answer({std::move(response), {}}); }
-    // In prepare_async() only: the handshake continues. `setup` is called with the handler on the loop's thread, before
-    // open(), if the client is still there: it can give the handler what was looked up. Returns as send() does.
-    bool accept(std::function<void(WebSocketHandler&)> setup = {}) const {
-        return answer({std::nullopt, std::move(setup)});
+    // In prepare_async() only: the handshake continues.
+    bool accept() const { return answer({std::nullopt, {}}); }
+    // The same. setup(handler) is called on the loop's thread, before open(), if the client is still there: it can give
+    // the handler what was looked up. It may return a std::optional<Response>, which rejects the handshake. Both return
+    // what send() returns.
+    template <class Setup>
+    bool accept(Setup setup) const {
+        return answer({std::nullopt, [setup = std::move(setup)](WebSocketHandler& handler) -> std::optional<Response> {
+                           if constexpr (std::is_void_v<std::invoke_result_t<const Setup&, WebSocketHandler&>>) {
+                               setup(handler);
+                               return std::nullopt;
+                           } else {
+                               return setup(handler);
+                           }
+                       }});
     }
     // False if send() and accept() would return false.
     bool is_open() const { return state_ && state_->open; }
@@ -5847,6 +5859,7 @@ WSCHAT_END
 
 #include <openssl/bio.h>
 #include <openssl/err.h>
+#include <openssl/hmac.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 
@@ -7353,6 +7366,95 @@ inline bool not_modified(const Request& request, const std::string& etag, std::i
 }
 
 }  // namespace detail
+
+#if WSCHAT_OPENSSL
+// Cookies that a client can read but not change, in the format of Tornado's set_signed_cookie() (version 2): the value,
+// its name and the time are signed with HMAC-SHA256. Both programs read the cookies of the other.
+class CookieSigner {
+public:
+    // The first key signs, and each of them is accepted: to replace a key, put a new one before it. Throws an Error for
+    // a key of less than 16 bytes. `openssl rand -base64 32` makes a good one.
+    explicit CookieSigner(std::vector<std::string> keys) : keys_(std::move(keys)) {
+        for (const std::string& key : keys_)
+            if (key.size() < 16) throw Error("CookieSigner: a key has less than 16 bytes");
+        if (keys_.empty()) throw Error("CookieSigner: there is no key");
+    }
+    explicit CookieSigner(std::string key) : CookieSigner(std::vector<std::string>{std::move(key)}) {}
+
+    // Sets the cookie. `value` may have any bytes.
+    void set(Response& response, std::string_view name, std::string_view value,
+             const CookieOptions& options = {}) const {
+        response.set_cookie(name, sign(name, value), options);
+    }
+    // The value of the cookie. Nothing if the request has none, or it is older, forged, or signed for another name.
+    std::optional<std::string> get(const Request& request, std::string_view name,
+                                   std::chrono::seconds max_age = std::chrono::hours(31 * 24)) const {
+        const auto cookie = request.cookie(name);
+        return cookie ? verify(name, *cookie, max_age) : std::nullopt;
+    }
+
+    std::string sign(std::string_view name, std::string_view value, std::time_t now = std::time(nullptr)) const {
+        const std::string encoded = base64(reinterpret_cast<const unsigned char*>(value.data()), value.size());
+        const std::string text = "2|1:0|" + field(std::to_string(now)) + field(name) + field(encoded);
+        return text + signature(keys_.front(), text);
+    }
+    std::optional<std::string> verify(std::string_view name, std::string_view text,
+                                      std::chrono::seconds max_age = std::chrono::hours(31 * 24),
+                                      std::time_t now = std::time(nullptr)) const {
+        const std::size_t signed_size = text.rfind('|') + 1;
+        const std::string_view signed_text = text.substr(0, signed_size), given = text.substr(signed_size);
+        const auto matches = [&](const std::string& key) {
+            const std::string expected = signature(key, signed_text);
+            return given.size() == expected.size() &&
+                   CRYPTO_memcmp(given.data(), expected.data(), expected.size()) == 0;
+        };
+        if (signed_size == 0 || !std::any_of(keys_.begin(), keys_.end(), matches)) return std::nullopt;
+        // Only what was signed with a key comes here, so the fields are well formed, or another program's.
+        std::string_view rest = signed_text;
+        if (text::consume_until(rest, '|') != "2" || !next_field(rest)) return std::nullopt;
+        const auto time = next_field(rest), its_name = next_field(rest), encoded = next_field(rest);
+        const auto seconds = time ? text::parse_unsigned(*time, INT64_MAX) : std::nullopt;
+        if (!seconds || !encoded || *its_name != name || !rest.empty()) return std::nullopt;
+        const auto age = static_cast<std::int64_t>(now) - static_cast<std::int64_t>(*seconds);
+        return age > max_age.count() ? std::nullopt : decode(*encoded);
+    }
+
+private:
+    static std::string field(std::string_view value) {
+        return std::to_string(value.size()) + ":" + std::string(value) + "|";
+    }
+    static std::optional<std::string_view> next_field(std::string_view& rest) {
+        const auto size = text::parse_unsigned(text::consume_until(rest, ':'), 4096);
+        if (!size || rest.size() <= *size || rest[static_cast<std::size_t>(*size)] != '|') return std::nullopt;
+        const std::string_view value = rest.substr(0, static_cast<std::size_t>(*size));
+        rest.remove_prefix(value.size() + 1);
+        return value;
+    }
+    static std::string signature(const std::string& key, std::string_view text) {
+        unsigned char bytes[EVP_MAX_MD_SIZE];
+        unsigned size = 0;
+        if (HMAC(EVP_sha256(), key.data(), static_cast<int>(key.size()),
+                 reinterpret_cast<const unsigned char*>(text.data()), text.size(), bytes, &size) == nullptr)
+            throw std::bad_alloc();
+        std::string hex;
+        for (unsigned i = 0; i < size; ++i)
+            for (const unsigned digit : {unsigned{bytes[i]} >> 4, unsigned{bytes[i]} & 15u}) hex += "0123456789abcdef"[digit];
+        return hex;
+    }
+    static std::optional<std::string> decode(std::string_view base64_text) {
+        std::string bytes(base64_text.size() / 4 * 3 + 3, '\0');
+        const int size = EVP_DecodeBlock(reinterpret_cast<unsigned char*>(&bytes[0]),
+                                         reinterpret_cast<const unsigned char*>(base64_text.data()),
+                                         static_cast<int>(base64_text.size()));
+        const auto padding = static_cast<std::size_t>(std::count(base64_text.begin(), base64_text.end(), '='));
+        if (size < 0 || padding > 2 || static_cast<std::size_t>(size) < padding) return std::nullopt;
+        bytes.resize(static_cast<std::size_t>(size) - padding);
+        return bytes;
+    }
+
+    std::vector<std::string> keys_;
+};
+#endif
 
 // A path beside a source file: beside(__FILE__, "page.html").
 inline std::string beside(std::string_view source_file, std::string_view name) {
@@ -9304,12 +9406,15 @@ private:
         if (host_.draining) return refuse_upgrade(Response(503, "The server is shutting down.\n"));
         AcceptedCompression compression;
         Response headers(200);
+        std::optional<Response> refusal;
         const bool prepared = guarded("handshake", [&] {
-            if (answer->setup) answer->setup(*handler_);
+            if (answer->setup) refusal = answer->setup(*handler_);
+            if (refusal) return;
             handler_->response_headers(headers);
             compression = accept_compression();
         });
         if (!prepared) return fail_upgrade();
+        if (refusal) return refuse_upgrade(*refusal);
         open_websocket(std::move(compression), headers, rest);
     }
     void refuse_upgrade(const Response& response) {
@@ -11395,6 +11500,21 @@ private:
 
 // ---- the handler ---------------------------------------------------------------------------------------------------
 
+// The answer to ChatHandler::authenticate_async(): see Reply.
+class ChatReply {
+public:
+    explicit ChatReply(Reply reply) : reply_(std::move(reply)) {}
+    // The user enters. Without an argument it is the user of authenticate().
+    bool accept() const { return reply_.accept(); }
+    inline bool accept(ChatUser user) const;
+    // Refuses the handshake.
+    bool send(Response response) const { return reply_.send(std::move(response)); }
+    bool is_open() const { return reply_.is_open(); }
+
+private:
+    Reply reply_;
+};
+
 // A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line with a slash in front is
 // a command, and all others are said to the room. Clients receive events: one JSON object in a message. The query of
 // the address may contain `name`, `key` (a secret of the client; connections with the same key are one user) and `last`
@@ -11411,6 +11531,9 @@ public:
     virtual std::optional<ChatUser> authenticate(const Request& request) {
         return ChatUser{request.query("name").value_or("")};
     }
+    // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
+    // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
+    virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
     // Whether this user may do it. Default: everything except kick, ban and mute.
     virtual bool may(ChatAction action) {
         return action != ChatAction::kick && action != ChatAction::ban && action != ChatAction::mute;
@@ -11458,14 +11581,10 @@ public:
         if (auto refusal = on_handshake(request)) return refusal;
         std::optional<ChatUser> user = authenticate(request);
         if (!user) return Response(401, "Log in first.\n");
-        check_about(user->about);
-        user_ = std::move(*user);
-        const std::string key = request.query("key").value_or("");
-        if (user_.account) identity_ = "account " + user_.name;
-        else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
-        if (hub_->banned(remote_address(), user_.name, identity_))
-            return Response(403, "You are banned from this chat.\n");
-        return std::nullopt;
+        return admit(std::move(*user));
+    }
+    void prepare_async(const Request& request, Reply reply) final {
+        authenticate_async(request, ChatReply(std::move(reply)));
     }
 
     void open() final {
@@ -11501,6 +11620,21 @@ public:
     }
 
 private:
+    friend class ChatReply;
+
+    // Takes the user, unless he is banned. Throws an Error if what authenticate() gave is not valid.
+    std::optional<Response> admit(ChatUser user) {
+        check_about(user.about);
+        user_ = std::move(user);
+        const std::string key = request().query("key").value_or("");
+        identity_.clear();
+        if (user_.account) identity_ = "account " + user_.name;
+        else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
+        if (hub_->banned(remote_address(), user_.name, identity_))
+            return Response(403, "You are banned from this chat.\n");
+        return std::nullopt;
+    }
+
     friend class ChatHub;
     friend class detail::ChatCommands;
 
@@ -11724,6 +11858,11 @@ private:
     bool connected_ = false;
     bool kicked_ = false;
 };
+
+inline bool ChatReply::accept(ChatUser user) const {
+    return reply_.accept(
+        [user = std::move(user)](WebSocketHandler& handler) { return static_cast<ChatHandler&>(handler).admit(user); });
+}
 
 // ---- commands ------------------------------------------------------------------------------------------------------
 

@@ -413,6 +413,58 @@ TEST_CASE("a cookie has safe attributes, and one that would split the header is 
     CHECK(contains(error_of([&] { response.set_cookie("a", "1", path); }), "is not a cookie"));
 }
 
+#if WSCHAT_OPENSSL
+
+TEST_CASE("a signed cookie is that of Tornado, and one that was changed, aged or renamed is not accepted") {
+    // From tornado.web.create_signed_value(), version 2.
+    const std::string key = "a key of 32 bytes for the tests.", value = "Anna & Bo";
+    const std::string made =
+        "2|1:0|10:1300000000|4:user|12:QW5uYSAmIEJv|bbea40ad901814b6a7a5f318c600c886d7096ad394c69c57b60554d7447c2e44";
+    const CookieSigner signer(key);
+    CHECK(signer.sign("user", value, 1300000000) == made);
+    const auto verified = [&](std::string_view name, const std::string& text, std::time_t now = 1300000060) {
+        return signer.verify(name, text, 60s, now).value_or("refused");
+    };
+    CHECK(verified("user", made) == value);
+    CHECK(verified("user", made, 1300000061) == "refused");
+    CHECK(verified("admin", made) == "refused");
+    for (std::size_t i = 0; i < made.size(); ++i) {
+        std::string changed = made;
+        changed[i] = changed[i] == '1' ? '2' : '1';
+        CHECK(verified("user", changed) == "refused");
+        CHECK(verified("user", made.substr(0, i)) == "refused");
+    }
+    for (const std::string binary : {std::string(), std::string("\0\xff|;:=", 6), std::string(1, '\0')})
+        CHECK(signer.verify("user", signer.sign("user", binary)) == binary);
+}
+
+TEST_CASE("a new key signs, and cookies of the old key are accepted while it is listed") {
+    const std::string old_key(32, 'o'), new_key(32, 'n');
+    const std::string made = CookieSigner(old_key).sign("user", "Anna");
+    CHECK(CookieSigner({new_key, old_key}).verify("user", made) == "Anna");
+    CHECK_FALSE(CookieSigner(new_key).verify("user", made));
+    CHECK(CookieSigner(new_key).verify("user", CookieSigner({new_key, old_key}).sign("user", "Bo")) == "Bo");
+    CHECK(contains(error_of([] { CookieSigner("short"); }), "less than 16 bytes"));
+    CHECK(contains(error_of([] { CookieSigner(std::vector<std::string>()); }), "no key"));
+}
+
+TEST_CASE("a page sets a signed cookie and reads it again") {
+    const CookieSigner signer(std::string(32, 'k'));
+    RunningServer running;
+    running.server.get("/set", [&](const Request&) {
+        Response response(204);
+        signer.set(response, "user", "Anna; admin");
+        return response;
+    });
+    running.server.get("/get", [&](const Request& r) { return Response(200, signer.get(r, "user").value_or("none")); });
+    running.start();
+    const std::string set = fetch(running.port(), "/set").header("set-cookie");
+    CHECK(fetch(running.port(), "/get", "Cookie: " + set.substr(0, set.find(';')) + "\r\n").body == "Anna; admin");
+    CHECK(fetch(running.port(), "/get", "Cookie: user=Anna\r\n").body == "none");
+}
+
+#endif
+
 TEST_CASE("a client gets the range of a file that it asks for") {
     const TemporaryFile file("range.bin", "0123456789");
     RunningServer running;
