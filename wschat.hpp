@@ -37,10 +37,10 @@
 //   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox     1
 //   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket           2
 //   4   Frames         FrameHeader, FrameParser, EncodedFrame                           2-3
-//   5   HTTP           Request, Response, RequestParser, upgrade checks of both sides   2-3
+//   5   HTTP           Request, Response, RequestParser, BodyParser, upgrade checks     2-3
 //   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
 //   7   Protocol       Connection                                                       2-6
-//   8   Handler        WebSocketHandler, HandlerRef                                     2-7
+//   8   Handler        WebSocketHandler, Reply, HandlerRef                               2-7
 //   9   Rooms          Room, Rooms                                                      2-4, 7-8
 //   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)       2-3
 //   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport                  2-3, 10
@@ -61,6 +61,8 @@
 //   fairness                 one visit's budget: WebSocketDriver::max_events (14), Connection::inflate_budget (7)
 //                            who waits: TurnState, Session::may_work(), Worker::continue_waiting() (14)
 //   order of flushing        Worker::end_turn(), Session::flush() (14)
+//   a method, a body         Page (13), BodyParser (5), HttpExchange::expect_body() (14)
+//   answers that come later  Reply (8); HttpExchange::make_reply(), Session::finish_upgrade() (14)
 //   a header on each answer  HttpExchange::queue_head() (14); on files alone: file_answer() (13)
 //   routing, static files    Pattern, PatternMap, Site; a media type: content_type() (13)
 //   origins                  Site::origin_allowed() (13), same_host() (5), WebSocketDriver::check_handshake() (14)
@@ -74,10 +76,11 @@
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1,
 //   base64, Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields,
-//   Request, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, HandlerRef, IpAddress,
-//   PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text, ServerOptions, ChatHandler,
+//   FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
+//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics,
+//   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler,
 //   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
-//   ChatLimits, ChatAction, ChatRoom, SqliteOptions, SqliteHistory
+//   ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case, text::starts_with, text::trim,
 //   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
 //   text::percent_decode
@@ -95,10 +98,10 @@
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
 //
-// Threads. A server is one loop on one thread, the thread that calls run(). Any thread may use Loop::post(),
-// Loop::mailbox(), Mailbox::post(), HandlerRef (except get()) and Server::shutdown(). Everything else belongs to the
-// loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run several
-// servers, one per thread, with ServerOptions::reuse_port.
+// Threads. A server is one loop on one thread, the thread that calls run() or poll(). Any thread may use Loop::post(),
+// Loop::mailbox(), Mailbox::post(), HandlerRef (except get()), Reply and Server::shutdown(). Everything else belongs to
+// the loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run
+// several servers, one per thread, with ServerOptions::reuse_port.
 //
 // Lifetime. The server owns handlers. After open(), a handler lives until on_close() returns. If the handshake is
 // refused, it is destroyed without on_close(). A Message and a Room& are valid until the callback returns. To refer to
@@ -309,18 +312,34 @@ struct Limits {
     // The time from the accept to a complete request. An incomplete request does not extend it. It starts again for
     // each request, and when the client receives a part of a response.
     Duration handshake_timeout = std::chrono::seconds(10);
+    // How long a connection may be idle between two requests. Answers announce it in whole seconds.
+    Duration keep_alive_timeout = std::chrono::seconds(75);
     std::size_t max_request_line = 8 * 1024;   // 414
     std::size_t max_header_bytes = 16 * 1024;  // 431
     std::size_t max_header_fields = 100;       // 431
+    std::size_t max_body = 1024 * 1024;        // of a request for a page; 413
+    // A page or a handshake that is answered by a Reply has this time; 503. For a handshake, handshake_timeout counts
+    // too.
+    Duration reply_timeout = std::chrono::seconds(60);
 
     std::size_t max_message_size = 1024 * 1024;  // of a complete message, after decompression; 1009
     std::size_t max_fragments = 1024;            // of one message; 1008
     unsigned control_frames_per_second = 100;    // the average rate of pings and pongs; 1008. 0: no limit
     unsigned control_frames_burst = 500;         // the number of pings and pongs that may arrive at once
 
+    // Average rates of a WebSocket's input. 0: no limit. Past them nothing is lost and nothing is closed: reading
+    // pauses until the rate is kept again, and TCP slows the peer down.
+    unsigned messages_per_second = 0;
+    unsigned messages_burst = 0;       // the number of messages that may arrive at once. 0: messages_per_second
+    std::size_t bytes_per_second = 0;  // frames and headers, before decompression; this number may arrive at once
+
     // Bytes that were written and that the kernel has not taken. An empty queue accepts one message of any size.
     std::size_t max_backlog = 1024 * 1024;
     BacklogPolicy backlog_policy = BacklogPolicy::close;
+    // Bytes of a WebSocket that the kernel may hold before it sends them (TCP_NOTSENT_LOWAT, or SO_SNDBUF where that is
+    // missing). More wait in the backlog, and volatile messages are dropped, so that a slow peer gets no old ones. 0:
+    // the system decides; Linux holds up to 4 MB.
+    std::size_t send_buffer = 128 * 1024;
 
     Duration ping_interval = std::chrono::seconds(20);  // the server pings a peer that is silent for this time
     Duration ping_timeout = std::chrono::seconds(20);   // the peer has this time to send something after the ping
@@ -1185,14 +1204,25 @@ public:
         const Time start = (std::max)(full_at_, now);
         const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
         if (missing + (std::min)(tokens, rate.burst) > rate.burst) return false;
-        constexpr double max_seconds = 1e9;
-        const std::chrono::duration<double> refill((std::min)(tokens / rate.per_second, max_seconds));
-        full_at_ = saturating_add(start, std::chrono::duration_cast<Duration>(refill));
+        charge(tokens, rate, now);
         return true;
+    }
+    // Takes tokens also if the bucket does not hold them; then it owes them. The rate must not be 0.
+    void charge(double tokens, const Rate& rate, Time now) {
+        full_at_ = saturating_add((std::max)(full_at_, now), seconds(tokens / rate.per_second));
+    }
+    // When the bucket holds this number of tokens again. The rate must not be 0.
+    Time available_at(double tokens, const Rate& rate) const {
+        return saturating_add(full_at_, -seconds((rate.burst - tokens) / rate.per_second));
     }
     bool full(Time now) const { return full_at_ <= now; }
 
 private:
+    static Duration seconds(double count) {
+        constexpr double max_seconds = 1e9;
+        return std::chrono::duration_cast<Duration>(std::chrono::duration<double>((std::min)(count, max_seconds)));
+    }
+
     Time full_at_{};
 };
 
@@ -1723,9 +1753,68 @@ inline bool valid_host(std::string_view host) {
 class RequestParser;
 class RequestAccess;
 
+// Whether percent_decode(encoded, plus) == plain, without the memory for it.
+inline bool decodes_to(std::string_view encoded, std::string_view plain, bool plus = false) {
+    std::size_t at = 0;
+    for (const char expected : plain) {
+        if (at == encoded.size()) return false;
+        char c = encoded[at++];
+        if (plus && c == '+') c = ' ';
+        if (c == '%') {
+            if (encoded.size() - at < 2 || text::hex_value(encoded[at]) < 0 || text::hex_value(encoded[at + 1]) < 0)
+                return false;
+            c = static_cast<char>(text::hex_value(encoded[at]) * 16 + text::hex_value(encoded[at + 1]));
+            at += 2;
+        }
+        if (c != expected) return false;
+    }
+    return at == encoded.size();
+}
+
+// Calls visit(value) with the decoded value of each field of that name in "a=1&b=2" until it returns false. Skips
+// values that are malformed.
+template <class Visit>
+void each_urlencoded(std::string_view fields, std::string_view name, Visit&& visit) {
+    for (std::string_view rest = fields; !rest.empty();) {
+        std::string_view value = text::consume_until(rest, '&');
+        if (!decodes_to(text::consume_until(value, '='), name, true)) continue;
+        auto decoded = text::percent_decode(value, true);
+        if (decoded && !visit(std::move(*decoded))) return;
+    }
+}
+
+// The value of a parameter of a header value: parameter("form-data; name=\"a\"", "name") is "a". A backslash in quotes
+// stays as it is, because browsers send file names so.
+inline std::string_view parameter(std::string_view value, std::string_view name) {
+    text::consume_until(value, ';');
+    while (!value.empty()) {
+        const std::string_view key = text::trim(text::consume_until(value, '='));
+        value = text::trim(value);
+        std::string_view found;
+        if (!value.empty() && value.front() == '"') {
+            value.remove_prefix(1);
+            found = text::consume_until(value, '"');
+            text::consume_until(value, ';');
+        } else {
+            found = text::trim(text::consume_until(value, ';'));
+        }
+        if (text::equals_ignore_case(key, name)) return found;
+    }
+    return {};
+}
+
 }  // namespace detail
 
-// The head of a request. It owns its bytes: all views of it are valid as long as the request.
+// A part of a form with files (multipart/form-data, RFC 7578). Views of the request's body. A peer chooses all of it:
+// never use `filename` as a path.
+struct FormPart {
+    std::string_view name;
+    std::string_view filename;      // empty if the part is not a file
+    std::string_view content_type;  // empty if the part has none
+    std::string_view data;
+};
+
+// A request: its head, and its body for a page. It owns its bytes: all views of it are valid as long as the request.
 class Request {
 public:
     std::string_view method() const { return part(method_); }
@@ -1739,25 +1828,67 @@ public:
     std::string_view host() const { return part(host_); }
     bool http_1_0() const { return http_1_0_; }
     bool has_body() const { return has_body_; }
+    // The whole body, at most Limits::max_body bytes.
+    std::string_view body() const { return part(body_); }
     // "https" if the client's connection is encrypted, otherwise "http". Server::trusted_proxies() may say so.
-    std::string_view scheme() const { return tls_ != 0 ? "https" : "http"; }
+    std::string_view scheme() const { return https_ ? "https" : "http"; }
+    // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
+    const std::string& remote_address() const { return remote_address_; }
     // The subject of the verified client certificate in the form of RFC 2253 ("CN=Anna,O=Tea"), at most 4096 bytes.
     // Empty if the client sent none.
     std::string_view client_certificate() const {
-        return tls_ == 0 ? std::string_view() : std::string_view(head_).substr(head_.size() - (tls_ - 1u));
+        return std::string_view(bytes_).substr(bytes_.size() - certificate_size_);
     }
 
-    Fields fields() const { return Fields(std::string_view(head_).substr(fields_begin_)); }
+    Fields fields() const { return Fields(std::string_view(bytes_).substr(fields_begin_)); }
     // The first header of that name, compared without case. Empty if the request has none.
     std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
 
     // The first query parameter of that name, decoded: "+" is a space. Returns nothing if it is absent or malformed.
-    std::optional<std::string> query(std::string_view name) const {
-        for (std::string_view rest = query_string(); !rest.empty();) {
-            std::string_view value = text::consume_until(rest, '&');
-            const std::string_view key = text::consume_until(value, '=');
-            if (text::percent_decode(key, true) == std::string(name)) return text::percent_decode(value, true);
+    std::optional<std::string> query(std::string_view name) const { return first_urlencoded(query_string(), name); }
+    // All query parameters of that name: "?tag=a&tag=b".
+    std::vector<std::string> query_all(std::string_view name) const { return all_urlencoded(query_string(), name); }
+
+    // The first field of that name in the body, if it is a form: application/x-www-form-urlencoded, or
+    // multipart/form-data. Returns nothing if it is absent or malformed.
+    std::optional<std::string> form(std::string_view name) const {
+        if (const auto found = form_part(name)) return std::string(found->data);
+        return first_urlencoded(urlencoded_body(), name);
+    }
+    // All fields of that name, in order.
+    std::vector<std::string> form_all(std::string_view name) const {
+        std::vector<std::string> all = all_urlencoded(urlencoded_body(), name);
+        for (const FormPart& each : form_parts())
+            if (each.name == name) all.emplace_back(each.data);
+        return all;
+    }
+    // The parts of a multipart/form-data body: fields and files. Empty if the body has another type or is malformed.
+    std::vector<FormPart> form_parts() const {
+        std::vector<FormPart> parts;
+        const std::string_view type = header("content-type"), boundary = detail::parameter(type, "boundary");
+        // RFC 2046 5.1.1: at most 70 characters.
+        if (!media_type_is("multipart/form-data") || boundary.empty() || boundary.size() > 70) return parts;
+        const std::string delimiter = "\r\n--" + std::string(boundary);
+        std::string_view rest = body();
+        if (!text::starts_with(rest, std::string_view(delimiter).substr(2))) return {};
+        for (rest.remove_prefix(delimiter.size() - 2); !text::starts_with(rest, "--");) {
+            const std::size_t blank = rest.find("\r\n\r\n"), end = rest.find(delimiter, blank);
+            constexpr std::size_t max_parts = 1000;
+            if (!text::starts_with(rest, "\r\n") || end == std::string_view::npos || parts.size() == max_parts)
+                return {};
+            const Fields fields(rest.substr(2, blank));
+            const std::string_view disposition = fields.find("content-disposition").value_or(std::string_view());
+            parts.push_back({detail::parameter(disposition, "name"), detail::parameter(disposition, "filename"),
+                             fields.find("content-type").value_or(std::string_view()),
+                             end < blank + 4 ? std::string_view() : rest.substr(blank + 4, end - blank - 4)});
+            rest.remove_prefix(end + delimiter.size());
         }
+        return parts;
+    }
+    // The first part of that name.
+    std::optional<FormPart> form_part(std::string_view name) const {
+        for (const FormPart& each : form_parts())
+            if (each.name == name) return each;
         return std::nullopt;
     }
     // RFC 6265 4.2.1. The value is not decoded; quotes around it are removed.
@@ -1791,17 +1922,44 @@ private:
         std::uint32_t begin = 0;
         std::uint32_t size = 0;
     };
-    std::string_view part(Part p) const { return std::string_view(head_).substr(p.begin, p.size); }
+    std::string_view part(Part p) const { return std::string_view(bytes_).substr(p.begin, p.size); }
     Part part_of(std::string_view view) const {
-        return {static_cast<std::uint32_t>(view.data() - head_.data()), static_cast<std::uint32_t>(view.size())};
+        return {static_cast<std::uint32_t>(view.data() - bytes_.data()), static_cast<std::uint32_t>(view.size())};
     }
 
-    std::string head_;
-    Part method_, target_, path_, query_, host_;
+    bool media_type_is(std::string_view type) const {
+        std::string_view value = header("content-type");
+        return text::equals_ignore_case(text::trim(text::consume_until(value, ';')), type);
+    }
+    std::string_view urlencoded_body() const {
+        return media_type_is("application/x-www-form-urlencoded") ? body() : std::string_view();
+    }
+    static std::optional<std::string> first_urlencoded(std::string_view fields, std::string_view name) {
+        std::optional<std::string> first;
+        detail::each_urlencoded(fields, name, [&](std::string value) {
+            first = std::move(value);
+            return false;
+        });
+        return first;
+    }
+    static std::vector<std::string> all_urlencoded(std::string_view fields, std::string_view name) {
+        std::vector<std::string> all;
+        detail::each_urlencoded(fields, name, [&](std::string value) {
+            all.push_back(std::move(value));
+            return true;
+        });
+        return all;
+    }
+
+    std::string bytes_;  // the head, the body, the subject of the client's certificate
+    Part method_, target_, path_, query_, host_, body_;
     std::uint32_t fields_begin_ = 0;
     bool http_1_0_ = false;
     bool has_body_ = false;
-    std::uint16_t tls_ = 0;  // 0: no TLS. Otherwise 1 + the size of client_certificate(), which is the end of head_
+    bool body_complete_ = false;
+    bool https_ = false;
+    std::uint16_t certificate_size_ = 0;
+    std::string remote_address_;
     std::vector<std::pair<std::string, std::string>> params_;
 };
 
@@ -1813,12 +1971,29 @@ public:
     static void set_params(Request& request, std::vector<std::pair<std::string, std::string>> params) {
         request.params_ = std::move(params);
     }
-    // For a request over TLS. The certificate may be empty.
-    static void set_secure(Request& request, std::string_view client_certificate) {
+    // What the request does not say itself. The certificate may be empty.
+    static void set_connection(Request& request, std::string remote_address, bool https,
+                               std::string_view client_certificate = {}) {
+        request.remote_address_ = std::move(remote_address);
+        request.https_ = https;
+        if (request.certificate_size_ != 0 || client_certificate.empty()) return;
         const std::string_view subject = client_certificate.substr(0, 4096);
-        request.head_.reserve(request.head_.size() + subject.size());
-        request.head_ += subject;
-        request.tls_ = static_cast<std::uint16_t>(subject.size() + 1);
+        request.bytes_.reserve(request.bytes_.size() + subject.size());
+        request.bytes_ += subject;
+        request.certificate_size_ = static_cast<std::uint16_t>(subject.size());
+    }
+
+    // The body is received into the bytes of the request.
+    static bool body_complete(const Request& request) { return request.body_complete_; }
+    static bool awaits_body(const Request& request) { return request.has_body_ && !request.body_complete_; }
+    static std::string& begin_body(Request& request) {
+        request.body_.begin = static_cast<std::uint32_t>(request.bytes_.size());
+        return request.bytes_;
+    }
+    static std::size_t body_received(const Request& request) { return request.bytes_.size() - request.body_.begin; }
+    static void end_body(Request& request) {
+        request.body_.size = static_cast<std::uint32_t>(body_received(request));
+        request.body_complete_ = true;
     }
 };
 
@@ -1837,7 +2012,7 @@ public:
             const bool complete = end != std::string_view::npos;
             const std::string_view piece = bytes.substr(consumed, complete ? end + 1 - consumed : end);
             if (!check_first_byte(piece) || !check_limits(piece)) break;
-            request_.head_.append(piece);
+            request_.bytes_.append(piece);
             consumed += piece.size();
             if (complete && parse_line()) return check_head() ? Outcome::request : Outcome::failure;
         }
@@ -1847,18 +2022,18 @@ public:
     // Moves the parsed request out. The parser is then ready for the next head.
     Request take_request() {
         Request request = std::move(request_);
-        request.head_.shrink_to_fit();
+        request.bytes_.shrink_to_fit();
         *this = RequestParser(*limits_);
         return request;
     }
     // Whether an incomplete head has been received.
-    bool started() const { return !request_.head_.empty(); }
+    bool started() const { return !request_.bytes_.empty(); }
     // After a failure: the status of the response, and a sentence for its body.
     int status() const { return status_; }
     const std::string& reason() const { return reason_; }
 
 private:
-    std::string_view head() const { return request_.head_; }
+    std::string_view head() const { return request_.bytes_; }
 
     bool fail(int status, std::string reason) {
         status_ = status;
@@ -1901,7 +2076,7 @@ private:
             // RFC 9112 2.2: "ignore at least one empty line (CRLF) received prior to the request-line".
             if (skipped_empty_line_) return fail(400, "The request line is empty.");
             skipped_empty_line_ = true;
-            request_.head_.clear();
+            request_.bytes_.clear();
             line_begin_ = 0;
             return false;
         }
@@ -2002,6 +2177,129 @@ private:
     std::string reason_;
 };
 
+// Receives the body of a request in pieces of any size, in linear time (RFC 9112 6-7). The head has passed
+// RequestParser, so it has either a valid Content-Length or the coding "chunked". After a failure it accepts no more
+// bytes.
+class BodyParser {
+public:
+    enum class Outcome : std::uint8_t { need_more, body, failure };
+
+    BodyParser(Request request, const Limits& limits)
+        : limits_(&limits), request_(std::move(request)), body_(&RequestAccess::begin_body(request_)) {
+        const auto length = request_.fields().find("content-length");
+        if (length) left_ = text::parse_unsigned(*length, INT64_MAX).value_or(0);
+        state_ = length ? State::data : State::size;
+        chunked_ = !length;
+        if (left_ > limits.max_body) too_large();
+    }
+    BodyParser(const BodyParser&) = delete;
+    BodyParser& operator=(const BodyParser&) = delete;
+
+    // Consumes at most the bytes up to the end of the body.
+    Outcome feed(std::string_view bytes, std::size_t& consumed) {
+        consumed = 0;
+        while (state_ != State::failed && state_ != State::end && consumed < bytes.size()) {
+            const std::string_view rest = bytes.substr(consumed);
+            consumed += state_ == State::data ? take_data(rest) : take_line(rest);
+        }
+        if (state_ == State::failed) return Outcome::failure;
+        if (state_ != State::end) return Outcome::need_more;
+        RequestAccess::end_body(request_);
+        return Outcome::body;
+    }
+
+    // The request with its body, after Outcome::body.
+    Request take_request() { return std::move(request_); }
+    const Request& request() const { return request_; }
+    // What is held for the body now, and what it may become.
+    std::size_t received() const { return RequestAccess::body_received(request_); }
+    std::size_t expected() const { return chunked_ ? limits_->max_body : received() + static_cast<std::size_t>(left_); }
+    // After a failure, which can be right after the constructor: the status of the response, and a sentence.
+    bool failed() const { return state_ == State::failed; }
+    int status() const { return status_; }
+    const std::string& reason() const { return reason_; }
+
+private:
+    enum class State : std::uint8_t { size, data, data_end, trailer, end, failed };
+
+    void fail(int status, std::string reason) {
+        state_ = State::failed;
+        status_ = status;
+        reason_ = std::move(reason);
+    }
+    void too_large() { fail(413, "The body is larger than " + std::to_string(limits_->max_body) + " bytes."); }
+
+    std::size_t take_data(std::string_view bytes) {
+        const auto size = static_cast<std::size_t>((std::min)(left_, std::uint64_t{bytes.size()}));
+        body_->append(bytes.data(), size);
+        left_ -= size;
+        if (left_ == 0) state_ = chunked_ ? State::data_end : State::end;
+        return size;
+    }
+
+    // The lines between chunks. What is not data is limited, so that framing cannot cost much more than data.
+    std::size_t take_line(std::string_view bytes) {
+        const std::size_t end = bytes.find('\n');
+        const bool complete = end != std::string_view::npos;
+        const std::size_t size = complete ? end + 1 : bytes.size();
+        overhead_ += size;
+        if (overhead_ > limits_->max_header_bytes) {
+            fail(431, "The chunk extensions or trailers are too long.");
+            return size;
+        }
+        line_.append(bytes.data(), size);
+        if (complete) end_line();
+        return size;
+    }
+    void end_line() {
+        std::string line = std::exchange(line_, std::string());
+        if (line.size() < 2 || line[line.size() - 2] != '\r')
+            return fail(400, "A line of the body does not end with CR LF.");
+        line.resize(line.size() - 2);
+        if (state_ == State::size) return parse_size(line);
+        if (state_ == State::data_end) {
+            if (!line.empty()) return fail(400, "A chunk is longer than its size.");
+            state_ = State::size;
+        } else if (line.empty()) {
+            state_ = State::end;
+        } else if (const char* error = field_line_error(line)) {
+            fail(400, error);  // RFC 9112 7.1.2: a trailer may be discarded, as it is here
+        }
+    }
+    // RFC 9112 7.1: "a recipient MUST anticipate potentially large hexadecimal numerals and prevent parsing errors due
+    // to integer conversion overflows". Extensions are ignored (7.1.1).
+    void parse_size(std::string_view line) {
+        if (has_control_character(line)) return fail(400, "A chunk extension has a control character.");
+        std::string_view extension = line;
+        const std::string_view digits = text::trim(text::consume_until(extension, ';'));
+        // White space is legal only before an extension.
+        const bool extended = line.find(';') != std::string_view::npos;
+        if (digits.empty() || digits.front() != line.front() || (!extended && digits.size() != line.size()))
+            return fail(400, "A chunk size is malformed.");
+        std::uint64_t size = 0;
+        for (const char c : digits) {
+            if (text::hex_value(c) < 0) return fail(400, "A chunk size is malformed.");
+            size = size * 16 + static_cast<unsigned>(text::hex_value(c));
+            if (size > limits_->max_body) return too_large();
+        }
+        if (received() + size > limits_->max_body) return too_large();
+        left_ = size;
+        state_ = size == 0 ? State::trailer : State::data;
+        overhead_ -= (std::min)(overhead_, 16 + 2 * static_cast<std::size_t>(size));  // a chunk pays for usual framing
+    }
+
+    const Limits* limits_;
+    Request request_;
+    std::string* body_;
+    std::uint64_t left_ = 0;  // of the body, or of the chunk
+    std::size_t overhead_ = 0;
+    std::string line_;
+    State state_ = State::size;
+    bool chunked_ = false;
+    int status_ = 0;
+    std::string reason_;
+};
+
 inline std::string_view reason_phrase(int status) {
     struct Phrase {
         int status;
@@ -2009,13 +2307,16 @@ inline std::string_view reason_phrase(int status) {
     };
     // clang-format off
     constexpr Phrase phrases[] = {
-        {200, "OK"}, {204, "No Content"}, {301, "Moved Permanently"}, {302, "Found"}, {303, "See Other"},
-        {304, "Not Modified"}, {307, "Temporary Redirect"}, {308, "Permanent Redirect"}, {400, "Bad Request"},
-        {401, "Unauthorized"}, {403, "Forbidden"}, {404, "Not Found"}, {405, "Method Not Allowed"},
-        {408, "Request Timeout"}, {409, "Conflict"}, {413, "Content Too Large"}, {414, "URI Too Long"},
-        {421, "Misdirected Request"}, {426, "Upgrade Required"}, {429, "Too Many Requests"},
-        {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"}, {501, "Not Implemented"},
-        {503, "Service Unavailable"}, {505, "HTTP Version Not Supported"}};
+        {200, "OK"}, {201, "Created"}, {202, "Accepted"}, {204, "No Content"}, {206, "Partial Content"},
+        {301, "Moved Permanently"}, {302, "Found"}, {303, "See Other"}, {304, "Not Modified"},
+        {307, "Temporary Redirect"}, {308, "Permanent Redirect"}, {400, "Bad Request"}, {401, "Unauthorized"},
+        {403, "Forbidden"}, {404, "Not Found"}, {405, "Method Not Allowed"}, {408, "Request Timeout"},
+        {409, "Conflict"}, {410, "Gone"}, {411, "Length Required"}, {413, "Content Too Large"}, {414, "URI Too Long"},
+        {415, "Unsupported Media Type"}, {416, "Range Not Satisfiable"}, {417, "Expectation Failed"},
+        {421, "Misdirected Request"}, {422, "Unprocessable Content"}, {426, "Upgrade Required"},
+        {429, "Too Many Requests"}, {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
+        {501, "Not Implemented"}, {502, "Bad Gateway"}, {503, "Service Unavailable"}, {504, "Gateway Timeout"},
+        {505, "HTTP Version Not Supported"}};
     // clang-format on
     for (const Phrase& phrase : phrases)
         if (phrase.status == status) return phrase.text;
@@ -2023,6 +2324,20 @@ inline std::string_view reason_phrase(int status) {
 }
 
 }  // namespace detail
+
+namespace detail {
+class ResponseAccess;
+}
+
+// The attributes of a cookie (RFC 6265 4.1). The defaults are safe: scripts and foreign sites cannot use the cookie.
+struct CookieOptions {
+    std::string path = "/";
+    std::string domain;                  // empty: only the host that set it
+    std::chrono::seconds max_age{-1};    // negative: until the browser ends; zero deletes the cookie
+    bool http_only = true;               // hidden from scripts
+    bool secure = false;                 // only over https; a request over https gets it so in any case
+    std::string_view same_site = "Lax";  // "Strict", "Lax" or "None"
+};
 
 // A response with a status of 200-599. The server adds Content-Length, Connection and Date.
 class Response {
@@ -2057,17 +2372,56 @@ public:
         return *this;
     }
 
+    // Adds a cookie. Throws Error for a name or a value that RFC 6265 4.1.1 does not allow: encode such a value first.
+    Response& set_cookie(std::string_view name, std::string_view value, const CookieOptions& options = {}) {
+        const auto in_value = [](char c) {
+            return c > ' ' && c < 0x7F && c != '"' && c != ',' && c != ';' && c != '\\';
+        };
+        const auto in_attribute = [](char c) { return c >= ' ' && c < 0x7F && c != ';'; };
+        const std::string& path = options.path;
+        const std::string& domain = options.domain;
+        if (!text::is_token(name) || !std::all_of(value.begin(), value.end(), in_value) ||
+            !std::all_of(path.begin(), path.end(), in_attribute) ||
+            !std::all_of(domain.begin(), domain.end(), in_attribute) || !text::is_token(options.same_site))
+            throw Error("Response::set_cookie: \"" + escape_for_log(name) + "=" + escape_for_log(value) +
+                        "\" is not a cookie");
+        std::string cookie(name);
+        (cookie += '=') += value;
+        if (!path.empty()) (cookie += "; Path=") += path;
+        if (!domain.empty()) (cookie += "; Domain=") += domain;
+        if (options.max_age.count() >= 0) (cookie += "; Max-Age=") += std::to_string(options.max_age.count());
+        (cookie += "; SameSite=") += options.same_site;
+        if (options.http_only) cookie += "; HttpOnly";
+        if (options.secure) cookie += "; Secure";
+        cookies_.push_back(std::move(cookie));
+        return *this;
+    }
+    // Deletes a cookie that was set with the same path and domain.
+    Response& clear_cookie(std::string_view name, CookieOptions options = {}) {
+        options.max_age = std::chrono::seconds(0);
+        return set_cookie(name, "", options);
+    }
+
     int status() const { return status_; }
     const std::string& body() const { return body_; }
     const std::vector<std::pair<std::string, std::string>>& headers() const { return headers_; }
 
 private:
+    friend class detail::ResponseAccess;
+
     int status_;
     std::string body_;
     std::vector<std::pair<std::string, std::string>> headers_;
+    std::vector<std::string> cookies_;  // the server adds "Secure"
 };
 
 namespace detail {
+
+// The members of a response that only the server reads.
+class ResponseAccess {
+public:
+    static const std::vector<std::string>& cookies(const Response& response) { return response.cookies_; }
+};
 
 // RFC 6455 4.2.2 / 5.4.
 inline std::string accept_key(std::string_view key) {
@@ -2129,14 +2483,14 @@ inline void reject_control_characters(const char* call, std::string_view value) 
 
 // The 101 (RFC 6455 4.2.2 / 5).
 inline std::string switching_protocols(std::string_view key, std::string_view subprotocol,
-                                       std::string_view extensions = {}) {
+                                       std::string_view extensions = {}, std::string_view more_lines = {}) {
     for (const std::string_view value : {subprotocol, extensions})
         reject_control_characters("switching_protocols", value);
     std::string head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
     ((head += "Sec-WebSocket-Accept: ") += accept_key(key)) += "\r\n";
     if (!subprotocol.empty()) ((head += "Sec-WebSocket-Protocol: ") += subprotocol) += "\r\n";
     if (!extensions.empty()) ((head += "Sec-WebSocket-Extensions: ") += extensions) += "\r\n";
-    return head += "\r\n";
+    return (head += more_lines) += "\r\n";
 }
 
 // The client's request (RFC 6455 4.1). `key`: 16 random bytes in base64.
@@ -2840,6 +3194,7 @@ public:
         compression_ = std::move(compression);
         state_ = State::open;
         last_activity_ = now;
+        metered_ = limits.messages_per_second != 0 || limits.bytes_per_second != 0;
     }
 
     const Limits& limits() const { return *limits_; }
@@ -2861,7 +3216,20 @@ public:
         input_ = data;
         input_end_ = data + size;
         record_activity(now);
+        if (metered_ && limits_->bytes_per_second != 0)
+            cold().bytes.charge(static_cast<double>(size), byte_rate(), now);
     }
+
+    // Limits::messages_per_second and bytes_per_second: when input may continue. The caller pauses it until then.
+    Time input_due() const {
+        Time due = (Time::min)();
+        if (!metered_ || !cold_) return due;
+        if (limits_->messages_per_second != 0) due = cold_->messages.available_at(1, message_rate());
+        if (limits_->bytes_per_second != 0) due = (std::max)(due, cold_->bytes.available_at(1, byte_rate()));
+        return due;
+    }
+    // The most bytes that the caller may pass to receive() at once.
+    std::size_t max_input() const { return limits_->bytes_per_second != 0 ? limits_->bytes_per_second : SIZE_MAX; }
 
     // The buffer for the next bytes of a large frame, which is the end of its message. Returns {null, 0} if the
     // transport should use its own buffer. The buffer grows with the received bytes, not with the announced length.
@@ -2889,7 +3257,10 @@ public:
             const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
             if (!whole && input_ == input_end_) break;
             const Event event = is_control(frame_.opcode) ? read_control() : read_data(whole);
-            if (event.kind != Event::Kind::none) return event;
+            if (event.kind == Event::Kind::none) continue;
+            if (metered_ && event.kind == Event::Kind::message && limits_->messages_per_second != 0)
+                cold().messages.charge(1, message_rate(), last_activity_);
+            return event;
         }
         if (state_ != State::closed || close_reported_) return {};
         close_reported_ = true;
@@ -3266,6 +3637,15 @@ private:
         return rate <= 0 || (burst >= 1 && control_frames_.take(1, {rate, burst}, last_activity_));
     }
 
+    Rate message_rate() const {
+        const double rate = limits_->messages_per_second, burst = limits_->messages_burst;
+        return {rate, burst != 0 ? burst : rate};
+    }
+    Rate byte_rate() const {
+        const auto rate = static_cast<double>(limits_->bytes_per_second);
+        return {rate, rate};
+    }
+
     // RFC 6455 5.5.1, 7.1.5, 7.1.6.
     void read_close(std::string_view payload) {
         if (payload.size() == 1) return fail(CloseCode::protocol_error, "Close frame with a body of one byte");
@@ -3366,6 +3746,7 @@ private:
         std::string partial_control;   // the beginning of a control frame's payload
         std::string complete_control;  // the payload of the last event, if it arrived in parts
         std::optional<std::string> pending_pong;
+        TokenBucket messages, bytes;  // if the rates of the input are limited
     };
     ColdState& cold() {
         if (!cold_) cold_ = std::make_unique<ColdState>();
@@ -3380,6 +3761,7 @@ private:
     CloseCode close_code_ = CloseCode::no_status;
     bool write_blocked_ = false;
     bool close_reported_ = false;
+    bool metered_ = false;  // the rate of messages or of bytes is limited
     SendQueue output_;
     Time last_activity_{};
     Time wait_started_{};  // for the answer to our ping or to our Close frame
@@ -3419,7 +3801,9 @@ WSCHAT_END
 // handler appends to its connection's queue and marks it dirty. Knows nothing of sockets, loops or flushing.
 // ====================================================================================================================
 
+#include <atomic>
 #include <cassert>
+#include <thread>
 
 WSCHAT_BEGIN
 
@@ -3434,10 +3818,21 @@ namespace detail {
 class HandlerAccess;
 struct HandlerCore;
 
+// What was given to a Reply.
+struct ReplyAnswer {
+    std::optional<Response> response;  // nothing: the handshake continues
+    // Called before open(). May return a refusal.
+    std::function<std::optional<Response>(WebSocketHandler&)> setup;
+    bool dropped = false;  // the Reply was destroyed unused
+};
+
 // What a handler needs of the session that owns it; section 14 implements it.
 class HandlerHost {
 public:
     bool dirty = false;  // mark_dirty() was called in this turn
+
+    // What the session has waited for: the answer of a Reply.
+    virtual void on_reply(ReplyAnswer answer) = 0;
 
     // The handler has output, or its connection has changed its state: the session acts on it at the end of the turn.
     virtual void mark_dirty() = 0;
@@ -3461,6 +3856,76 @@ protected:
 };
 
 }  // namespace detail
+
+// The answer to a request that comes later. A page's function or prepare_async() gets it, may keep it, and uses it
+// once, on any thread. Only this connection waits for it, at most Limits::reply_timeout. A Reply that is destroyed
+// unused answers 500.
+class Reply {
+public:
+    Reply() = default;
+    Reply(Reply&&) noexcept = default;
+    Reply& operator=(Reply&& other) noexcept {
+        if (this != &other) drop();
+        state_ = std::move(other.state_);
+        return *this;
+    }
+    ~Reply() { drop(); }
+
+    // Answers the request. In prepare_async() it rejects the handshake. Returns false and has no effect if the Reply
+    // was used before, the client has gone, or the server has ended.
+    bool send(Response response) const { return answer({std::move(response), {}}); }
+    // In prepare_async() only: the handshake continues.
+    bool accept() const { return answer({std::nullopt, {}}); }
+    // The same. setup(handler) is called on the loop's thread, before open(), if the client is still there: it can give
+    // the handler what was looked up. It may return a std::optional<Response>, which rejects the handshake. Both return
+    // what send() returns.
+    template <class Setup>
+    bool accept(Setup setup) const {
+        return answer({std::nullopt, [setup = std::move(setup)](WebSocketHandler& handler) -> std::optional<Response> {
+                           if constexpr (std::is_void_v<std::invoke_result_t<const Setup&, WebSocketHandler&>>) {
+                               setup(handler);
+                               return std::nullopt;
+                           } else {
+                               return setup(handler);
+                           }
+                       }});
+    }
+    // False if send() and accept() would return false.
+    bool is_open() const { return state_ && state_->open; }
+
+private:
+    friend class detail::HandlerAccess;
+
+    struct State {
+        std::shared_ptr<Mailbox> mailbox;
+        std::thread::id thread;  // of the loop
+        std::atomic<bool> open;
+        detail::HandlerHost* host;  // only for the loop's thread; null when the session has ended or has given up
+    };
+
+    bool answer(detail::ReplyAnswer answer) const {
+        if (!state_ || !state_->open.exchange(false)) return false;
+        if (std::this_thread::get_id() == state_->thread) return deliver(*state_, std::move(answer));
+        return state_->mailbox->post(
+            [state = state_, answer = std::move(answer)]() mutable { deliver(*state, std::move(answer)); });
+    }
+    static bool deliver(State& state, detail::ReplyAnswer answer) {
+        detail::HandlerHost* const host = std::exchange(state.host, nullptr);
+        if (host != nullptr) host->on_reply(std::move(answer));
+        return host != nullptr;
+    }
+    // If memory runs out, the session waits until its timeout.
+    void drop() noexcept {
+        if (!is_open()) return;
+        detail::run_guarded(
+            [&] {
+                answer({Response(500, "The server failed to answer.\n"), {}, true});
+            },
+            [](const char*) {});
+    }
+
+    std::shared_ptr<State> state_;
+};
 
 // A weak reference to a handler that any thread may use. If the handler is gone, a call has no effect. A call returns
 // false if the server is gone too. Illegal arguments throw Error on the calling thread, as in WebSocketHandler.
@@ -3515,7 +3980,6 @@ struct HandlerCore {
     std::uint64_t messages_sent = 0;
     Connection connection;
     Request request;
-    std::string remote_address;
     std::string_view subprotocol;  // a part of the request
     std::vector<Membership> rooms;
     HandlerRef ref;
@@ -3538,6 +4002,11 @@ public:
 
     // Called before the 101. A response from here rejects the handshake (401, 403, a redirect).
     virtual std::optional<Response> prepare(const Request&) { return std::nullopt; }
+    // The same if the answer comes later, for example from a database: called after the other checks. Either
+    // reply.accept() or reply.send(), which rejects the handshake.
+    virtual void prepare_async(const Request&, Reply reply) { reply.accept(); }
+    // Adds headers and cookies to the 101: response.set_cookie(...). Its status and body are not used.
+    virtual void response_headers(Response& response) { static_cast<void>(response); }
     // Whether a page of this origin may connect. Only called for a request with an Origin header. By default the origin
     // must have the request's host (and be https if request().scheme() is) or be one of Server::allow_origins(). False
     // sends a 403.
@@ -3624,8 +4093,8 @@ public:
 
     // The request of the opening handshake; valid as long as the handler.
     const Request& request() const { return core_.request; }
-    // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
-    const std::string& remote_address() const { return core_.remote_address; }
+    // The same as request().remote_address().
+    const std::string& remote_address() const { return core_.request.remote_address(); }
     // The result of select_subprotocol(); empty if it chose none.
     std::string_view selected_subprotocol() const { return core_.subprotocol; }
 
@@ -3737,6 +4206,23 @@ public:
     template <class Hook>
     static void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
         handler.run_hook(name, hook);
+    }
+
+    // The session's end of a Reply. It gives up by close_reply(); what the Reply is given after that has no effect.
+    using ReplyState = std::shared_ptr<Reply::State>;
+    static ReplyState open_reply(HandlerHost& host) {
+        return ReplyState(new Reply::State{host.mailbox(), std::this_thread::get_id(), {true}, &host});
+    }
+    static Reply make_reply(const ReplyState& state) {
+        Reply reply;
+        reply.state_ = state;
+        return reply;
+    }
+    static void close_reply(ReplyState& state) {
+        if (!state) return;
+        state->open = false;
+        state->host = nullptr;
+        state.reset();
     }
 };
 
@@ -4144,6 +4630,9 @@ inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
 inline std::ptrdiff_t receive(Descriptor descriptor, char* data, std::size_t size) {
     return ::recv(descriptor, data, static_cast<int>((std::min)(size, std::size_t{1} << 30)), 0);
 }
+inline std::ptrdiff_t peek(Descriptor descriptor, char* data, std::size_t size) {
+    return ::recv(descriptor, data, static_cast<int>((std::min)(size, std::size_t{1} << 30)), MSG_PEEK);
+}
 inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
     WSABUF buffers[64];
     for (std::size_t i = 0; i < count; ++i)
@@ -4167,6 +4656,9 @@ inline int open_file(const char* path) {
 }
 inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) {
     return ::_read(file, data, static_cast<unsigned>((std::min)(size, std::size_t{1} << 30)));
+}
+inline bool seek_file(int file, std::uint64_t offset) {
+    return ::_lseeki64(file, static_cast<__int64>(offset), SEEK_SET) >= 0;
 }
 inline void close_file(int file) { ::_close(file); }
 inline bool file_status(int file, FileStatus& status) { return ::_fstat64(file, &status) == 0; }
@@ -4238,6 +4730,9 @@ inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
 inline std::ptrdiff_t receive(Descriptor descriptor, char* data, std::size_t size) {
     return ::recv(descriptor, data, size, 0);
 }
+inline std::ptrdiff_t peek(Descriptor descriptor, char* data, std::size_t size) {
+    return ::recv(descriptor, data, size, MSG_PEEK);
+}
 // MSG_NOSIGNAL suppresses SIGPIPE. Systems without that flag have SO_NOSIGPIPE, which accept() sets.
 inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
 #if defined(MSG_NOSIGNAL)
@@ -4265,6 +4760,9 @@ using FileStatus = struct stat;
 constexpr int open_file_flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
 inline int open_file(const char* path) { return ::open(path, open_file_flags); }
 inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) { return ::read(file, data, size); }
+inline bool seek_file(int file, std::uint64_t offset) {
+    return ::lseek(file, static_cast<off_t>(offset), SEEK_SET) >= 0;
+}
 inline void close_file(int file) { ::close(file); }
 inline bool file_status(int file, FileStatus& status) { return ::fstat(file, &status) == 0; }
 inline bool is_file(const FileStatus& status) { return S_ISREG(status.st_mode); }
@@ -4408,6 +4906,15 @@ private:
     std::array<unsigned char, 16> bytes_{};
 };
 
+// Options of one listener.
+struct ListenOptions {
+    // The permissions of a Unix socket, as 0660: a proxy often runs as another user. Empty: those of the umask.
+    std::optional<unsigned> unix_mode;
+    // Each connection begins with a PROXY header (version 1 or 2), which has the client's address. It is believed only
+    // from Server::trusted_proxies(); a connection of any other peer, and one without a valid header, is closed.
+    bool proxy_protocol = false;
+};
+
 namespace detail {
 
 // A CIDR block ("10.0.0.0/8"), a single address, or "unix" for all Unix sockets.
@@ -4475,6 +4982,11 @@ public:
         return result([&] { return os::receive(descriptor(), data, size); });
     }
 
+    // As receive(), but the bytes can be received again.
+    IoResult peek(char* data, std::size_t size) {
+        return result([&] { return os::peek(descriptor(), data, size); });
+    }
+
     // Sends up to max_pieces pieces, in order, with one system call.
     static constexpr std::size_t max_pieces = 64;
     IoResult send(const std::string_view* pieces, std::size_t count) {
@@ -4485,6 +4997,14 @@ public:
     // The peer reads the end of the stream. Receiving stays possible.
     void shutdown_send() { os::shutdown_send(descriptor()); }
     void set_nodelay(bool on) { set_option(IPPROTO_TCP, TCP_NODELAY, on ? 1 : 0); }
+    // How many bytes the kernel holds that it has not sent yet.
+    void set_send_buffer(std::size_t size) {
+        const int value = static_cast<int>((std::min)(size, std::size_t{INT32_MAX}));
+#if defined(TCP_NOTSENT_LOWAT)
+        if (set_option(IPPROTO_TCP, TCP_NOTSENT_LOWAT, value)) return;
+#endif
+        set_option(SOL_SOCKET, SO_SNDBUF, value);
+    }
     bool set_option(int level, int name, int value) {
         return ::setsockopt(descriptor(), level, name, reinterpret_cast<const char*>(&value), sizeof value) == 0;
     }
@@ -4632,6 +5152,11 @@ public:
     virtual bool has_input() const = 0;
     // True if ciphertext waits until the socket is writable.
     virtual bool wants_write() const = 0;
+    // Bytes that wait in here, in both directions.
+    virtual std::size_t buffered() const { return 0; }
+    // Call it after each receive(). False: the peer has sent more messages without data (key updates) than the rate
+    // allows; the encryption has failed.
+    virtual bool check_rate(Socket&, const Rate&, Time, WireCount&) { return true; }
     // True if the handshake is done.
     virtual bool established() const = 0;
     // Sends the end of the stream to the peer (close_notify). False: call it again when the socket is writable.
@@ -4642,6 +5167,8 @@ public:
     virtual bool plain_text() const = 0;
     // The subject of the peer's certificate, or empty.
     virtual std::string peer_name() const = 0;
+    // False if it replaces the socket of a plain connection, for tests.
+    virtual bool encrypts() const { return true; }
 };
 
 // Makes the transport of each connection of a listener.
@@ -4654,11 +5181,12 @@ public:
 };
 
 // An address to listen on: "8888" and "127.0.0.1:8888" (this machine only), "0.0.0.0:80", "[::1]:80", "*:80" (all
-// addresses, IPv4 and IPv6), "unix:/run/chat.sock".
+// addresses, IPv4 and IPv6), "unix:/run/chat.sock", "fd:3" (a listening socket that the process has inherited).
 struct ListenAddress {
     std::string host = "127.0.0.1";
     int port = 0;  // 0: the system picks one
     std::string unix_path;
+    int inherited = -1;  // a descriptor
 
     // Throws Error if the text has none of these forms.
     WSCHAT_COLD static ListenAddress parse(std::string_view text) {
@@ -4667,6 +5195,12 @@ struct ListenAddress {
         if (text::starts_with(text, "unix:")) {
             address.unix_path = text.substr(5);
             if (address.unix_path.empty()) throw Error("listen " + std::string(text) + ": the path is missing");
+            return address;
+        }
+        if (text::starts_with(text, "fd:")) {
+            const auto descriptor = text::parse_unsigned(text.substr(3), INT32_MAX);
+            if (!descriptor) throw Error("listen " + escape_for_log(text) + ": not a descriptor, as fd:3 is");
+            address.inherited = static_cast<int>(*descriptor);
             return address;
         }
         std::string_view host = colon == std::string_view::npos ? std::string_view("127.0.0.1") : text.substr(0, colon);
@@ -4683,6 +5217,7 @@ struct ListenAddress {
     }
     std::string to_string() const {
         if (!unix_path.empty()) return "unix:" + unix_path;
+        if (inherited != -1 && port == 0) return "fd:" + std::to_string(inherited);
         const bool ipv6 = host.find(':') != std::string::npos;
         return (ipv6 ? "[" + host + "]" : host) + ":" + std::to_string(port);
     }
@@ -4691,19 +5226,25 @@ struct ListenAddress {
 // A listening socket. The constructor throws Error with the address and the cause if the system refuses.
 class ListenSocket {
 public:
-    ListenSocket(const ListenAddress& address, bool reuse_port) : address_(address) {
-        if (!address.unix_path.empty()) listen_unix();
+    ListenSocket(const ListenAddress& address, bool reuse_port, const ListenOptions& options = {}) : address_(address) {
+        const bool makes_path = address.inherited == -1 && !address.unix_path.empty();
+        if (options.unix_mode && (!makes_path || *options.unix_mode > 07777))
+            throw Error("listen " + address.to_string() + ": " +
+                        (makes_path ? "ListenOptions::unix_mode is not a mode, as 0660 is"
+                                    : "only a Unix socket that listen() makes can have ListenOptions::unix_mode"));
+        if (address.inherited != -1) adopt();
+        else if (makes_path) listen_unix(options.unix_mode);
         else listen_tcp(reuse_port);
     }
     ListenSocket(const ListenSocket&) = delete;
     ListenSocket& operator=(const ListenSocket&) = delete;
     ~ListenSocket() {
 #if !defined(_WIN32)
-        if (socket_ && !address_.unix_path.empty()) ::unlink(address_.unix_path.c_str());
+        if (socket_ && address_.inherited == -1 && !address_.unix_path.empty()) ::unlink(address_.unix_path.c_str());
 #endif
     }
 
-    // For port 0, it has the port that the system picked.
+    // For port 0, it has the port that the system picked. For an inherited socket, it has the address of that socket.
     const ListenAddress& address() const { return address_; }
     os::Descriptor descriptor() const { return socket_.descriptor(); }
 
@@ -4789,8 +5330,45 @@ private:
         fail(error, call);
     }
 
-    WSCHAT_COLD void listen_unix() {
+    // Takes over a listening socket that another process has opened. It stays open if it cannot be used.
+    WSCHAT_COLD void adopt() {
 #if defined(_WIN32)
+        throw Error("listen " + address_.to_string() + ": inherited sockets are not supported on Windows");
+#else
+        const int descriptor = address_.inherited;
+        int type = 0, listens = 0;
+        socklen_t size = sizeof type;
+        sockaddr_storage bound{};
+        socklen_t bound_size = sizeof bound;
+        if (::getsockname(descriptor, reinterpret_cast<sockaddr*>(&bound), &bound_size) != 0)
+            throw Error("listen " + address_.to_string() + ": " +
+                        (errno == EBADF      ? "the process has no such descriptor"
+                         : errno == ENOTSOCK ? "the descriptor is not a socket"
+                                             : os::error_text(errno)));
+        const bool known = ::getsockopt(descriptor, SOL_SOCKET, SO_TYPE, &type, &size) == 0 &&
+                           ::getsockopt(descriptor, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0;
+        const bool family_known =
+            bound.ss_family == AF_INET || bound.ss_family == AF_INET6 || bound.ss_family == AF_UNIX;
+        if (!known || type != SOCK_STREAM || listens == 0 || !family_known)
+            throw Error("listen " + address_.to_string() +
+                        ": the descriptor is not a listening stream socket of TCP or Unix");
+        if (!os::make_nonblocking(descriptor)) fail(errno, "fcntl");
+        socket_ = Socket(descriptor);
+        if (bound.ss_family == AF_UNIX) {
+            sockaddr_un name{};
+            std::memcpy(&name, &bound, (std::min)(sizeof name, static_cast<std::size_t>(bound_size)));
+            address_.unix_path.assign(name.sun_path, ::strnlen(name.sun_path, sizeof name.sun_path));
+            return;
+        }
+        socket_.set_nodelay(true);
+        address_.host = IpAddress(bound).to_string();
+        read_port();
+#endif
+    }
+
+    WSCHAT_COLD void listen_unix(std::optional<unsigned> mode) {
+#if defined(_WIN32)
+        static_cast<void>(mode);
         throw Error("listen " + address_.to_string() + ": Unix sockets are not supported on Windows");
 #else
         sockaddr_un name{};
@@ -4802,7 +5380,15 @@ private:
         unlink_stale_socket(name);
         socket_ = Socket(os::open_socket(AF_UNIX));
         if (!socket_) fail(os::last_error(), "socket");
-        bind_and_listen(reinterpret_cast<const sockaddr*>(&name), sizeof name);
+        if (::bind(socket_.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) != 0)
+            close_and_fail("bind");
+        // Before listen(), so that no one can connect with other permissions.
+        const bool permitted = !mode || ::chmod(name.sun_path, static_cast<mode_t>(*mode)) == 0;
+        if (permitted && ::listen(socket_.descriptor(), SOMAXCONN) == 0) return;
+        const int error = os::last_error();
+        ::unlink(name.sun_path);
+        socket_.close();
+        fail(error, permitted ? "listen" : "chmod");
 #endif
     }
 #if !defined(_WIN32)
@@ -4820,6 +5406,175 @@ private:
     ListenAddress address_;
     Socket socket_;
 };
+
+// ---- PROXY protocol ------------------------------------------------------------------------------------------------
+
+// Parses the header that a proxy sends before the bytes of a client, version 1 (a line) or 2 (binary):
+// https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt
+class ProxyHeader {
+public:
+    enum class Outcome : std::uint8_t { need_more, done, failure };
+
+    // Consumes at most the bytes of the header.
+    Outcome feed(std::string_view bytes, std::size_t& consumed) {
+        consumed = 0;
+        while (failure_ == nullptr) {
+            if (complete_) return Outcome::done;
+            if (consumed == bytes.size()) return Outcome::need_more;
+            const std::size_t wanted = (std::min)(missing(bytes.substr(consumed)), bytes.size() - consumed);
+            header_.append(bytes.substr(consumed, wanted));
+            consumed += wanted;
+            check();
+        }
+        return Outcome::failure;
+    }
+    bool started() const { return !header_.empty(); }
+    // The client's address. Empty if the header has none: the proxy's own check of the server (LOCAL), UNKNOWN, and
+    // families other than TCP over IPv4 and IPv6.
+    const std::optional<IpAddress>& client() const { return client_; }
+    // After a failure: the cause.
+    const char* failure() const { return failure_; }
+
+private:
+    static constexpr std::string_view signature{"\r\n\r\n\0\r\nQUIT\n", 12};
+    static constexpr std::size_t fixed_size = 16;       // of version 2, before the addresses
+    static constexpr std::size_t max_line = 107;        // of version 1, with CR LF
+    static constexpr std::size_t max_size = 16 + 4096;  // of version 2; its additional fields are ignored
+
+    bool binary() const { return header_.front() == signature.front(); }
+    unsigned byte(std::size_t at) const { return static_cast<unsigned char>(header_[at]); }
+    std::size_t announced_size() const { return fixed_size + byte(14) * 256 + byte(15); }
+
+    // How many of the next bytes surely belong to the header; at least one.
+    std::size_t missing(std::string_view next) const {
+        if (header_.empty()) return 1;
+        if (binary()) return (header_.size() < fixed_size ? fixed_size : announced_size()) - header_.size();
+        const std::size_t end = next.find('\n');
+        return (std::min)(end == std::string_view::npos ? next.size() : end + 1, max_line - header_.size());
+    }
+
+    void check() {
+        if (binary()) check_binary();
+        else check_line();
+    }
+
+    void check_line() {
+        constexpr std::string_view begin = "PROXY ";
+        const std::string_view line = header_;
+        if (line.substr(0, begin.size()) != begin.substr(0, line.size())) failure_ = "there is no PROXY header";
+        else if (line.back() == '\n') parse_line(line.substr(begin.size()));
+        else if (line.size() == max_line) failure_ = "the line is longer than 107 bytes";
+    }
+    void parse_line(std::string_view rest) {
+        failure_ = "the line is malformed";
+        if (rest.size() < 2 || rest[rest.size() - 2] != '\r') return;
+        rest.remove_suffix(2);
+        const std::string_view protocol = text::consume_until(rest, ' ');
+        if (protocol == "UNKNOWN") return complete(std::nullopt);  // "the receiver must ignore anything presented"
+        const std::string_view source = text::consume_until(rest, ' '), destination = text::consume_until(rest, ' '),
+                               source_port = text::consume_until(rest, ' '), destination_port = rest;
+        const bool v6 = protocol == "TCP6";
+        const auto valid_address = [&](std::string_view address) {
+            return IpAddress::parse(address) && (address.find(':') != std::string_view::npos) == v6;
+        };
+        const auto valid_port = [](std::string_view port) {
+            return text::parse_unsigned(port, 65535) && (port.size() == 1 || port.front() != '0');
+        };
+        // Proxies mix the families of the two addresses, and only the source counts here.
+        if ((!v6 && protocol != "TCP4") || !valid_address(source) || !IpAddress::parse(destination) ||
+            !valid_port(source_port) || !valid_port(destination_port))
+            return;
+        complete(IpAddress::parse(source));
+    }
+
+    void check_binary() {
+        const std::size_t known = (std::min)(header_.size(), signature.size());
+        if (header_.compare(0, known, signature.substr(0, known)) != 0) failure_ = "there is no PROXY header";
+        else if (header_.size() > 12 && (byte(12) >> 4 != 2 || (byte(12) & 0xF) > 1))
+            failure_ = "the version or the command is unknown";
+        else if (header_.size() >= fixed_size && announced_size() > max_size) failure_ = "the header is too large";
+        else if (header_.size() >= fixed_size && header_.size() == announced_size()) parse_binary();
+    }
+    void parse_binary() {
+        const bool local = (byte(12) & 0xF) == 0;
+        const unsigned protocol = byte(13);
+        sockaddr_storage source{};
+        // "LOCAL: ... the receiver must accept this connection as valid and must use the real connection endpoints and
+        // discard the protocol block including the family which is ignored."
+        if (local || (protocol != 0x11 && protocol != 0x21)) {
+            if (!local && (protocol >> 4 > 3 || (protocol & 0xF) > 2)) failure_ = "the family is unknown";
+            else complete(std::nullopt);
+            return;
+        }
+        const bool v6 = protocol == 0x21;
+        if (header_.size() < fixed_size + (v6 ? 36 : 12)) {
+            failure_ = "the addresses are missing";
+            return;
+        }
+        if (v6) {
+            sockaddr_in6 in6{};
+            in6.sin6_family = AF_INET6;
+            std::memcpy(&in6.sin6_addr, &header_[fixed_size], 16);
+            std::memcpy(&source, &in6, sizeof in6);
+        } else {
+            sockaddr_in in{};
+            in.sin_family = AF_INET;
+            std::memcpy(&in.sin_addr, &header_[fixed_size], 4);
+            std::memcpy(&source, &in, sizeof in);
+        }
+        complete(IpAddress(source));
+    }
+    void complete(std::optional<IpAddress> client) {
+        failure_ = nullptr;
+        client_ = client;
+        complete_ = true;
+    }
+
+    std::string header_;  // grows with what arrives
+    std::optional<IpAddress> client_;
+    bool complete_ = false;
+    const char* failure_ = nullptr;
+};
+
+// ---- systemd -------------------------------------------------------------------------------------------------------
+
+// How many listening sockets systemd has passed to this process, from descriptor 3 on. Throws Error if there is none.
+// https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
+WSCHAT_COLD inline int inherited_sockets() {
+    const char *count = std::getenv("LISTEN_FDS"), *process = std::getenv("LISTEN_PID");
+    if (count == nullptr || process == nullptr)
+        throw Error("listen_inherited: there is no socket: LISTEN_FDS or LISTEN_PID is not set");
+#if !defined(_WIN32)
+    const auto id = text::parse_unsigned(process, INT32_MAX);
+    if (!id || static_cast<pid_t>(*id) != ::getpid())
+        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(process) + "\", and this process is " +
+                    std::to_string(::getpid()) + ": the sockets are for another process");
+#endif
+    const auto sockets = text::parse_unsigned(count, 1024);
+    if (!sockets || *sockets == 0)
+        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(count) + "\", not a number of sockets");
+    return static_cast<int>(*sockets);
+}
+
+// Tells systemd the state of the service ("READY=1"). Does nothing if NOTIFY_SOCKET is not set, and ignores failures.
+// https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
+WSCHAT_COLD inline void notify_systemd(std::string_view state) {
+#if defined(_WIN32)
+    static_cast<void>(state);
+#else
+    const char* path = std::getenv("NOTIFY_SOCKET");
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    const std::size_t size = path != nullptr ? std::strlen(path) : 0;
+    if (size < 2 || size >= sizeof name.sun_path || (*path != '/' && *path != '@')) return;
+    std::memcpy(name.sun_path, path, size);
+    if (*path == '@') name.sun_path[0] = '\0';  // the abstract name space of Linux
+    const OwnedDescriptor sender(::socket(AF_UNIX, SOCK_DGRAM, 0));
+    if (!sender || !os::make_nonblocking(sender.descriptor())) return;
+    const auto name_size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + size);
+    ::sendto(sender.descriptor(), state.data(), state.size(), 0, reinterpret_cast<const sockaddr*>(&name), name_size);
+#endif
+}
 
 // A pipe that wakes a poller from another thread or from a signal handler.
 class WakeUp {
@@ -4917,6 +5672,7 @@ namespace detail {
 //              ends its sending side, the descriptor is readable and not broken.
 //   lifetime   wait() does not report an owner after remove(), but an earlier batch may still contain it. The owner
 //              must live until the caller has handled that batch.
+//   clock      now() is the time that timers of the loop follow.
 class Poller {
 public:
     struct Ready {
@@ -4933,6 +5689,9 @@ public:
     virtual bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual void remove(os::Descriptor descriptor) = 0;
     virtual void wait(int timeout_ms, std::vector<Ready>& ready) = 0;
+    // A descriptor that is readable while wait() has something to report, or os::no_descriptor.
+    virtual os::Descriptor descriptor() const { return os::no_descriptor; }
+    virtual Time now() const { return Clock::now(); }
 };
 
 class PollPoller final : public Poller {
@@ -5007,6 +5766,8 @@ public:
         }
     }
 
+    os::Descriptor descriptor() const override { return epoll_.descriptor(); }
+
 private:
     static constexpr int batch = 512;
 
@@ -5057,6 +5818,8 @@ public:
         }
     }
 
+    os::Descriptor descriptor() const override { return queue_.descriptor(); }
+
 private:
     static constexpr int batch = 512;
 
@@ -5096,6 +5859,7 @@ WSCHAT_END
 
 #include <openssl/bio.h>
 #include <openssl/err.h>
+#include <openssl/hmac.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 
@@ -5161,6 +5925,9 @@ struct TlsClientOptions {
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
     bool accept_any_certificate = false;
 };
+
+// The largest handshake message of a client. Honest ones have less than 2 KiB, or 8 KiB with certificates.
+constexpr std::size_t max_tls_message = 16 * 1024;
 
 // The certificates, keys and rules of all streams of a listener. The constructor throws Error with the file's name and
 // OpenSSL's reason if a file cannot be used.
@@ -5244,6 +6011,7 @@ private:
         if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("client_authorities", file);
         const int required = options.require_client_certificate ? SSL_VERIFY_FAIL_IF_NO_PEER_CERT : 0;
         SSL_CTX_set_verify(context, SSL_VERIFY_PEER | required, nullptr);
+        SSL_CTX_set_max_cert_list(context, max_tls_message);
         // A ticket proves the client's certificate to this server only.
         const unsigned char id[] = "wschat";
         SSL_CTX_set_session_id_context(context, id, sizeof id - 1);
@@ -5282,22 +6050,21 @@ private:
 };
 
 // The TLS state of one connection, without a socket and without a clock. Ciphertext may come in pieces of any size.
-// Outcomes: would_block means that it needs ciphertext from the peer; end means that the peer has sent close_notify.
-// After an error, failure() has the cause and output() may contain an alert for the peer.
+// Outcomes: would_block means that it needs ciphertext from the peer, unless has_input(); end means that the peer has
+// sent close_notify. After an error, failure() has the cause and output() may contain an alert for the peer.
+//
+// OpenSSL gets only whole records, and from a client, while its handshake is not encrypted, only whole messages: it
+// would allocate what a header announces. A server has no OpenSSL object before a whole ClientHello has arrived.
 class TlsStream {
 public:
     // The largest plaintext of one record (RFC 8446 5.1).
     static constexpr std::size_t max_record = 16 * 1024;
 
     // The server side.
-    explicit TlsStream(std::shared_ptr<const TlsContext> context) : context_(std::move(context)) {
-        initialize();
-        SSL_set_accept_state(ssl_.get());
-    }
+    explicit TlsStream(std::shared_ptr<const TlsContext> context) : context_(std::move(context)), server_(true) {}
     // The client side. The server's certificate must be for `host`, a name or an address.
     TlsStream(std::shared_ptr<const TlsContext> context, std::string_view host) : context_(std::move(context)) {
         initialize();
-        SSL_set_connect_state(ssl_.get());
         set_host(std::string(host));
     }
     TlsStream(const TlsStream&) = delete;
@@ -5307,28 +6074,34 @@ public:
 
     // Adds ciphertext from the peer. It must stay valid until read() returns would_block or store_input() returns.
     void receive(std::string_view ciphertext) {
+        if (input_.empty()) replace_input(ciphertext);
+        else store_with(ciphertext);
+    }
+    // The input that read() has not used yet: less than a record, unless has_input().
+    std::string_view unread() const { return input_; }
+    // The same as receive(), for bytes that begin with a copy of unread().
+    void replace_input(std::string_view ciphertext) {
         // A TLS record never begins with a letter; an HTTP request or response always does.
         if (!first_byte_seen_ && !ciphertext.empty()) {
             first_byte_seen_ = true;
             plain_text_ = ciphertext.front() >= 'A' && ciphertext.front() <= 'Z';
             if (plain_text_) failure_ = "the peer speaks plain text";
         }
-        if (input_.empty()) {
-            stored_.release();
-            input_ = ciphertext;
-        } else {
-            store_with(ciphertext);
-        }
+        stored_.release();
+        input_ = ciphertext;
     }
-    // Decrypts up to `size` bytes. Continues the handshake first.
-    IoResult read(char* data, std::size_t size) {
+    // Decrypts up to `size` bytes out of at most `max_records` records. Continues the handshake first. would_block with
+    // has_input(): these records had no data.
+    IoResult read(char* data, std::size_t size, std::size_t max_records = static_cast<std::size_t>(-1)) {
+        records_left_ = max_records;
         std::size_t done = 0;
         while (done < size) {
             std::size_t part = 0;
             const IoResult step =
                 call_openssl([&] { return SSL_read_ex(ssl_.get(), data + done, size - done, &part); });
             if (step.outcome != Outcome::done) {
-                end_pending_ = step.outcome == Outcome::end && done != 0;
+                if (step.outcome == Outcome::would_block) store_input();
+                end_pending_ = step.outcome != Outcome::would_block && done != 0;
                 return done != 0 ? IoResult{Outcome::done, done} : step;
             }
             done += part;
@@ -5340,10 +6113,17 @@ public:
         if (input_.empty()) stored_.release();
         else if (stored_.empty()) store_with({});
     }
-    // True if read() may return bytes, or the end, without more input.
+    // True if read() may return bytes, the end or an error without more input.
     bool has_input() const {
-        return failure_.empty() && (!input_.empty() || end_pending_ || SSL_pending(ssl_.get()) != 0);
+        if (end_pending_) return true;
+        if (!failure_.empty()) return false;
+        return passed_ != 0 || decrypted() != 0 || next_unit().complete();
     }
+    // Bytes that wait in here, in both directions.
+    std::size_t buffered() const { return stored_.size() + decrypted() + output().size(); }
+    // The messages without data that have come after the handshake, since the last call: key updates, and attempts to
+    // renegotiate. One costs as much as 16 records with data.
+    std::size_t take_control_records() { return std::exchange(control_records_, std::size_t{0}); }
 
     // ---- output ----------------------------------------------------------------------------------------------------
 
@@ -5364,6 +6144,12 @@ public:
         if (!established_ || shutdown_sent_ || !failure_.empty()) return;
         shutdown_sent_ = true;
         call_openssl([&] { return SSL_shutdown(ssl_.get()) < 0 ? 0 : 1; });
+    }
+    // Ends the stream because of what the peer does.
+    void fail(const char* cause) {
+        shutdown();
+        if (failure_.empty()) failure_ = cause;
+        drop_input();
     }
 
     // Ciphertext for the peer.
@@ -5415,17 +6201,54 @@ public:
         const long size = BIO_get_mem_data(text.get(), &data);
         return {data, static_cast<std::size_t>(size)};
     }
-    // For OpenSSL functions that this class does not wrap.
+    // For OpenSSL functions that this class does not wrap. Null for a server before a whole ClientHello has arrived.
     SSL* native() { return ssl_.get(); }
 
 private:
     using Outcome = IoResult::Outcome;
 
+    // What OpenSSL gets at once, at the front of the input.
+    struct Unit {
+        std::size_t size = 0;           // 0: more must arrive
+        const char* refusal = nullptr;  // OpenSSL gets nothing more
+        bool complete() const { return size != 0 || refusal != nullptr; }
+    };
+    static constexpr std::size_t record_header = 5;
+    static constexpr std::size_t max_ciphertext = max_record + 2048;  // RFC 5246 6.2.3; RFC 8446 allows less
+    static constexpr std::size_t max_fragments = 16;                  // records of one message of a handshake
+
+    // Follows messages through the records that carry them: a type, three bytes of length, and the body.
+    class HandshakeMessages {
+    public:
+        bool complete() const { return header_ == 0; }
+        // False: a message is too large.
+        bool read(std::string_view data) {
+            while (!data.empty()) {
+                if (header_ < header_size) {
+                    body_left_ = header_ == 0 ? 0 : body_left_ << 8 | static_cast<unsigned char>(data.front());
+                    ++header_;
+                    data.remove_prefix(1);
+                } else {
+                    const std::size_t part = (std::min)(body_left_, data.size());
+                    body_left_ -= part;
+                    data.remove_prefix(part);
+                }
+                if (body_left_ > max_tls_message - header_size) return false;
+                if (header_ == header_size && body_left_ == 0) header_ = 0;
+            }
+            return true;
+        }
+
+    private:
+        static constexpr std::size_t header_size = 4;
+        std::size_t header_ = 0;  // bytes that have been read
+        std::size_t body_left_ = 0;
+    };
+
     // A peer can request key updates and not read the answers. Honest peers stay far below this limit.
     static constexpr std::size_t max_output = 128 * 1024;
 
     void initialize() {
-        ERR_clear_error();
         method_.reset(BIO_meth_new(BIO_TYPE_SOURCE_SINK, "wschat"));
         ssl_.reset(SSL_new(context_->get()));
         BIO* bio = method_ && ssl_ ? BIO_new(method_.get()) : nullptr;
@@ -5436,6 +6259,10 @@ private:
         BIO_set_data(bio, this);
         BIO_set_init(bio, 1);
         SSL_set_bio(ssl_.get(), bio, bio);
+        SSL_set_msg_callback(ssl_.get(), &note_record);
+        SSL_set_msg_callback_arg(ssl_.get(), this);
+        if (server_) SSL_set_accept_state(ssl_.get());
+        else SSL_set_connect_state(ssl_.get());
     }
 
     void set_host(const std::string& host) {
@@ -5461,26 +6288,84 @@ private:
         input_ = stored_.view();
     }
 
+    void drop_input() {
+        input_ = {};
+        passed_ = 0;
+    }
+    std::size_t decrypted() const { return ssl_ ? static_cast<std::size_t>(SSL_pending(ssl_.get())) : 0; }
+
+    // True if a record of this type has handshake messages that are not encrypted. In TLS 1.2 messages are encrypted
+    // after ChangeCipherSpec. In TLS 1.3 that means nothing, and encrypted records have another type.
+    bool has_plain_messages(char type) const {
+        if (!server_ || type != SSL3_RT_HANDSHAKE) return false;
+        return !ssl_ || !change_cipher_spec_seen_ || SSL_version(ssl_.get()) != TLS1_2_VERSION;
+    }
+    // A record that OpenSSL refuses is complete at once: OpenSSL knows the alert for it.
+    Unit next_unit() const {
+        if (!ssl_ && !input_.empty() && input_.front() != SSL3_RT_HANDSHAKE) return {0, "the peer does not speak TLS"};
+        HandshakeMessages messages;
+        std::size_t end = 0;
+        for (std::size_t records = 1;; ++records) {
+            const std::string_view rest = input_.substr(end);
+            if (rest.size() < record_header) return {};
+            const std::size_t size = static_cast<unsigned char>(rest[3]) * 256u + static_cast<unsigned char>(rest[4]);
+            if (rest[1] != SSL3_VERSION_MAJOR || size > max_ciphertext)
+                return ssl_ ? Unit{input_.size()} : Unit{0, "the peer does not speak TLS"};
+            if (rest.size() < record_header + size) return {};
+            end += record_header + size;
+            const bool plain = has_plain_messages(rest.front());
+            if (!plain && messages.complete()) return {end};
+            // RFC 8446 5.1 forbids other records within a message, and empty ones.
+            if (!plain || size == 0) return {0, "a handshake message is interrupted"};
+            if (!messages.read(rest.substr(record_header, size))) return {0, "a handshake message is too large"};
+            if (messages.complete()) return {end};
+            if (records == max_fragments || end > max_tls_message + max_fragments * record_header)
+                return {0, "a handshake message has too many fragments"};
+        }
+    }
+    // Bytes of the input that OpenSSL may read now.
+    std::size_t readable() {
+        if (passed_ != 0 || records_left_ == 0) return passed_;
+        const Unit unit = next_unit();
+        refusal_ = unit.refusal;
+        if (unit.size == 0) return 0;
+        --records_left_;
+        if (input_.front() == SSL3_RT_CHANGE_CIPHER_SPEC) change_cipher_spec_seen_ = true;
+        return passed_ = unit.size;
+    }
+    // Fails with an alert in plain text: only such handshakes are refused.
+    IoResult refuse() {
+        failure_ = refusal_;
+        drop_input();
+        const char alert[] = {SSL3_RT_ALERT, SSL3_VERSION_MAJOR, 3, 0, 2, SSL3_AL_FATAL, SSL3_AD_ILLEGAL_PARAMETER};
+        output_.append(alert, sizeof alert);
+        return {Outcome::error};
+    }
+
     // Calls a function of OpenSSL that returns 1 for success. Clears the thread's error queue before, because
     // SSL_get_error() also reads errors of earlier calls.
     template <class Call>
     IoResult call_openssl(Call&& call) {
         if (!failure_.empty()) return {Outcome::error};
+        if (!ssl_) {
+            if (readable() == 0) return refusal_ != nullptr ? refuse() : IoResult{Outcome::would_block};
+            initialize();
+        }
         ERR_clear_error();
         const int result = call();
         const int error = result == 1 ? SSL_ERROR_NONE : SSL_get_error(ssl_.get(), result);
         if (!established_ && SSL_is_init_finished(ssl_.get()) == 1) established_ = true;
         switch (error) {
             case SSL_ERROR_NONE: return {Outcome::done};
-            case SSL_ERROR_WANT_READ: return {Outcome::would_block};
-            case SSL_ERROR_ZERO_RETURN: input_ = {}; return {Outcome::end};
+            case SSL_ERROR_WANT_READ: return refusal_ != nullptr ? refuse() : IoResult{Outcome::would_block};
+            case SSL_ERROR_ZERO_RETURN: drop_input(); return {Outcome::end};
             default: break;
         }
         failure_ = pop_tls_error(ERR_LIB_SSL);
         if (output_error_ != nullptr) failure_ = output_error_;
         const long verified = SSL_get_verify_result(ssl_.get());
         if (verified != X509_V_OK && !established_) (failure_ += ": ") += X509_verify_cert_error_string(verified);
-        input_ = {};
+        drop_input();
         return {Outcome::error};
     }
 
@@ -5489,14 +6374,15 @@ private:
         return *static_cast<TlsStream*>(BIO_get_data(bio));
     }
     static int read_input(BIO* bio, char* buffer, int size) {
-        std::string_view& input = stream_of(bio).input_;
-        const std::size_t copied = (std::min)(input.size(), static_cast<std::size_t>(size));
+        TlsStream& stream = stream_of(bio);
+        const std::size_t copied = (std::min)(stream.readable(), static_cast<std::size_t>(size));
         if (copied == 0) {
             BIO_set_retry_read(bio);
             return -1;
         }
-        std::memcpy(buffer, input.data(), copied);
-        input.remove_prefix(copied);
+        std::memcpy(buffer, stream.input_.data(), copied);
+        stream.input_.remove_prefix(copied);
+        stream.passed_ -= copied;
         return static_cast<int>(copied);
     }
     // Accepts all bytes or fails: OpenSSL never has to repeat a write.
@@ -5510,22 +6396,38 @@ private:
         }
         return stream.output_error_ == nullptr ? size : -1;
     }
+    // OpenSSL calls it with the header of each record, with the true type of each record of TLS 1.3, and more.
+    static void note_record(int sent, int, int kind, const void* data, std::size_t size, SSL* ssl, void* self) {
+        const bool type_follows = kind == SSL3_RT_HEADER || kind == SSL3_RT_INNER_CONTENT_TYPE;
+        if (sent != 0 || !type_follows || size == 0 || SSL_is_init_finished(ssl) != 1) return;
+        if (*static_cast<const unsigned char*>(data) != SSL3_RT_HANDSHAKE) return;
+        constexpr std::size_t cost = 15;  // more than that of another record
+        TlsStream& stream = *static_cast<TlsStream*>(self);
+        ++stream.control_records_;
+        stream.records_left_ -= (std::min)(stream.records_left_, cost);
+    }
     static long control(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
 
     std::shared_ptr<const TlsContext> context_;
     OpensslPtr<BIO_METHOD, &BIO_meth_free> method_;
     OpensslPtr<SSL, &SSL_free> ssl_;
-    std::string_view input_;  // not decrypted yet; a view of stored_ or of the caller's bytes
+    std::string_view input_;         // not decrypted yet; a view of stored_ or of the caller's bytes
+    std::size_t passed_ = 0;         // bytes at the front of the input that OpenSSL may read
+    std::size_t records_left_ = 64;  // that OpenSSL may read now; read() sets it
+    std::size_t control_records_ = 0;
+    const char* refusal_ = nullptr;  // why readable() passes nothing more
     Bytes stored_;
     Bytes output_;
     std::size_t sent_ = 0;  // of output_
     std::string failure_;
     const char* output_error_ = nullptr;  // why write_output() failed
+    const bool server_ = false;
+    bool change_cipher_spec_seen_ = false;
     bool first_byte_seen_ = false;
     bool plain_text_ = false;
     bool established_ = false;
     bool shutdown_sent_ = false;
-    bool end_pending_ = false;  // close_notify came after bytes that read() has returned
+    bool end_pending_ = false;  // the end or an error came after bytes that read() has returned
 };
 
 // Buffers that all connections of a listener share. An idle connection has no buffers of its own.
@@ -5560,6 +6462,16 @@ public:
 
     bool has_input() const override { return stream_.has_input(); }
     bool wants_write() const override { return !stream_.output().empty(); }
+    std::size_t buffered() const override { return stream_.buffered(); }
+    bool check_rate(Socket& socket, const Rate& rate, Time now, WireCount& wire) override {
+        const auto records = static_cast<double>(stream_.take_control_records());
+        // The bucket alone would allow one at a time if its burst is 0.
+        if (records == 0 || rate.per_second <= 0) return true;
+        if (rate.burst >= 1 && control_records_.take(records, rate, now)) return true;
+        stream_.fail("the peer sends too many key updates");
+        flush(socket, wire);
+        return false;
+    }
     bool established() const override { return stream_.established(); }
     bool end(Socket& socket, WireCount& wire) override {
         stream_.shutdown();
@@ -5572,6 +6484,8 @@ public:
 private:
     // The plaintext that is encrypted between two sends.
     static constexpr std::size_t batch = 64 * 1024;
+    // The records that one receive() decrypts: small ones cost much more than their bytes.
+    static constexpr std::size_t max_records = 64;
 
     // Uses the shared buffer for the output of one call, unless older output is pending.
     void borrow_output() {
@@ -5584,15 +6498,19 @@ private:
     }
 
     IoResult decrypt(Socket& socket, char* data, std::size_t size, WireCount& wire) {
-        const IoResult decrypted = stream_.read(data, size);
-        if (decrypted.outcome != IoResult::Outcome::would_block) return decrypted;
+        const IoResult decrypted = stream_.read(data, size, max_records);
+        if (decrypted.outcome != IoResult::Outcome::would_block || stream_.has_input()) return decrypted;
+        // The rest of the last input is a part of a record, or of a handshake message.
+        const std::string_view rest = stream_.unread();
+        char* const begin = buffers_->received.data();
+        if (!rest.empty()) std::memcpy(begin, rest.data(), rest.size());
         // Receives little more than `size`, so that store_input() copies little.
-        const std::size_t wanted = (std::min)(buffers_->received.size(), size + TlsStream::max_record);
-        const IoResult received = socket.receive(buffers_->received.data(), wanted);
+        const std::size_t wanted = (std::min)(buffers_->received.size() - rest.size(), size + TlsStream::max_record);
+        const IoResult received = socket.receive(begin + rest.size(), wanted);
         if (received.outcome != IoResult::Outcome::done) return received;
         wire.received += received.size;
-        stream_.receive({buffers_->received.data(), received.size});
-        return stream_.read(data, size);
+        stream_.replace_input({begin, rest.size() + received.size});
+        return stream_.read(data, size, max_records);
     }
 
     // Sends the ciphertext. would_block: a part of it waits until the socket is writable.
@@ -5670,6 +6588,7 @@ private:
 
     std::shared_ptr<TlsBuffers> buffers_;
     TlsStream stream_;
+    TokenBucket control_records_;
     std::size_t encrypted_ = 0;  // plaintext bytes whose ciphertext is pending
     bool borrowed_ = false;
 };
@@ -5882,7 +6801,7 @@ public:
         : poller_(detail::Poller::make(kind)),
           mailbox_(std::make_shared<LoopMailbox>()),
           waker_(*this),
-          now_(Clock::now()) {
+          now_(poller_->now()) {
         if (!poller_->add(mailbox_->wake_up.descriptor(), waker_, true, false))
             throw Error("Loop: " + std::string(poller_->name()) + ": " +
                         detail::os::error_text(detail::os::last_error()));
@@ -5891,15 +6810,44 @@ public:
     Loop& operator=(const Loop&) = delete;
     WSCHAT_COLD ~Loop() { mailbox_->close(); }
 
-    // Runs turns until stop() is called.
+    // Runs turns until stop() is called. Throws an Error if the loop is running already.
     void run() {
+        const Running running(*this, "run");
         stop_ = false;
-        thread_.store(this_thread());
-        while (!stop_) turn();
-        thread_.store(nullptr);
+        while (!stop_) turn((Duration::max)());
+        stop_ = false;
     }
     // Ends run() after this turn. Call it on the loop's thread; other threads post() the call.
     void stop() { stop_ = true; }
+
+    // ---- in the event loop of another program ----------------------------------------------------------------------
+
+    // Runs one turn, instead of run(). If there is nothing to do, it waits for this time at most, rounded up to a
+    // millisecond; a negative time counts as zero. Returns false if stop() was called since the last turn. What
+    // callbacks throw does not leave it. Throws an Error if the loop is running already: in a callback.
+    bool poll(Duration timeout = Duration::zero()) {
+        const Running running(*this, "poll");
+        turn(timeout);
+        return !std::exchange(stop_, false);
+    }
+    // An epoll or kqueue descriptor that becomes readable when a socket, posted work or a signal needs poll(). Only
+    // wait for it: do not read it. Throws an Error if the poller has none, with PollerKind::poll and on Windows.
+    int descriptor() const {
+        const auto descriptor = poller_->descriptor();
+        if (descriptor == detail::os::no_descriptor)
+            throw Error("descriptor: the poller \"" + std::string(poller_->name()) +
+                        "\" has no descriptor to wait for: call poll() at intervals");
+        return static_cast<int>(descriptor);
+    }
+    // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero if
+    // work is left. Duration::max() if there is none. Ask again before each wait, because any call may change it.
+    Duration next_timeout() const {
+        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
+        if (timers_.next() == (Time::max)()) return (Duration::max)();
+        return (std::max)(timers_.next() - poller_->now(), Duration::zero());
+    }
+
+    // ---- work and timers -------------------------------------------------------------------------------------------
 
     // Runs the work on the loop's thread, in the order of the calls. Any thread may call post(). `work` is any callable
     // without arguments; it may be move-only. The server logs the exceptions that it throws.
@@ -5925,8 +6873,8 @@ public:
     // Returns false if the call is over or cancelled.
     bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
-    // The time at which this turn began.
-    Time now() const { return now_; }
+    // The time at which this turn began. Between turns, the current time.
+    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? poller_->now() : now_; }
     // Returns true on the loop's thread. While the loop does not run, returns true on every thread.
     bool on_loop_thread() const {
         const void* thread = thread_.load(std::memory_order_relaxed);
@@ -6005,6 +6953,22 @@ private:
         detail::Task callback_;
     };
 
+    // Marks the thread that runs the loop.
+    class Running {
+    public:
+        Running(Loop& loop, const char* call) : loop_(loop) {
+            const void* nobody = nullptr;
+            if (!loop.thread_.compare_exchange_strong(nobody, this_thread()))
+                throw Error(std::string(call) + ": the loop is running already");
+        }
+        Running(const Running&) = delete;
+        Running& operator=(const Running&) = delete;
+        ~Running() { loop_.thread_.store(nullptr); }
+
+    private:
+        Loop& loop_;
+    };
+
     // The address of a thread_local identifies the thread.
     static const void* this_thread() {
         static thread_local char marker;
@@ -6015,17 +6979,17 @@ private:
     TimerId add_call(Duration delay, Duration interval, detail::Task callback) {
         const TimerId id = ++last_call_;
         const Time due =
-            (std::max)(saturating_add(Clock::now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
+            (std::max)(saturating_add(poller_->now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
         calls_.find_or_emplace(big_endian_key(id), *this, id, due, interval, std::move(callback));
         return id;
     }
 
-    void turn() {
+    void turn(Duration max_wait) {
         try {
-            poller_->wait(timeout_ms(), ready_);
+            poller_->wait(timeout_ms(max_wait), ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
-        now_ = Clock::now();
+        now_ = poller_->now();
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -6035,13 +6999,11 @@ private:
     }
 
     // Rounds up: rounding down would spin until the timer is due.
-    int timeout_ms() const {
-        if (poll_again_ || stop_ || mailbox_->has_work.load()) return 0;
-        if (timers_.next() == (Time::max)()) return -1;
-        const auto remaining = timers_.next() - Clock::now();
-        if (remaining <= Duration::zero()) return 0;
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(remaining).count() + 1;
-        return ms > 60'000 ? 60'000 : static_cast<int>(ms);
+    int timeout_ms(Duration max_wait) const {
+        const Duration wait = (std::min)(next_timeout(), max_wait);
+        if (wait <= Duration::zero()) return 0;
+        if (wait == (Duration::max)()) return -1;
+        return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
     }
 
     template <class Function>
@@ -6050,6 +7012,8 @@ private:
             if (on_exception_) on_exception_(where, what);
         });
     }
+
+    static constexpr Duration max_timeout = std::chrono::minutes(1);
 
     std::unique_ptr<detail::Poller> poller_;
     std::shared_ptr<LoopMailbox> mailbox_;
@@ -6075,6 +7039,13 @@ public:
     static Poller& poller(Loop& loop) { return *loop.poller_; }
     static Timers& timers(Loop& loop) { return loop.timers_; }
     static os::Descriptor wake_descriptor(const Loop& loop) { return loop.mailbox_->wake_up.write_end(); }
+    // Replaces the poller before anything is added to it. One that never blocks need not watch the wake-up pipe.
+    static void set_poller(Loop& loop, std::unique_ptr<Poller> poller) {
+        loop.poller_ = std::move(poller);
+        loop.now_ = loop.poller_->now();
+    }
+    // The next turn does not wait.
+    static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
     static void at_turn_end(Loop& loop, std::function<bool()> hook) { loop.at_turn_end_ = std::move(hook); }
     static void on_signal(Loop& loop, std::function<void(int)> handler) { loop.on_signal_ = std::move(handler); }
@@ -6221,10 +7192,15 @@ public:
     // Throws an Error if an entry matches the same paths already.
     template <class... Arguments>
     Entry& add(const char* what, const Pattern& pattern, Arguments&&... arguments) {
-        for (const auto& [key, entry] : entries_)
-            if (entry.pattern() == pattern) throw Error(std::string(what) + " \"" + pattern.text() + "\": given twice");
+        if (find_same(pattern) != nullptr) throw Error(std::string(what) + " \"" + pattern.text() + "\": given twice");
         const std::string key = big_endian_key(~std::uint64_t{pattern.rank()}) + big_endian_key(entries_.size());
         return entries_.find_or_emplace(key, pattern, std::forward<Arguments>(arguments)...);
+    }
+    // The entry with an equal pattern, or null.
+    Entry* find_same(const Pattern& pattern) {
+        for (auto&& [key, entry] : entries_)
+            if (entry.pattern() == pattern) return &entry;
+        return nullptr;
     }
     // The entry for a path, or null.
     const Entry* find(std::string_view raw_path) const {
@@ -6276,6 +7252,8 @@ public:
                       static_cast<unsigned long long>(modified_ns_));
         return text;
     }
+    // False if the system refuses.
+    bool seek(std::uint64_t offset) { return os::seek_file(file_, offset); }
     // Returns 0 at the end and on an error.
     std::size_t read(char* data, std::size_t size) {
         const std::ptrdiff_t n = os::read_file(file_, data, size);
@@ -6389,6 +7367,95 @@ inline bool not_modified(const Request& request, const std::string& etag, std::i
 
 }  // namespace detail
 
+#if WSCHAT_OPENSSL
+// Cookies that a client can read but not change, in the format of Tornado's set_signed_cookie() (version 2): the value,
+// its name and the time are signed with HMAC-SHA256. Both programs read the cookies of the other.
+class CookieSigner {
+public:
+    // The first key signs, and each of them is accepted: to replace a key, put a new one before it. Throws an Error for
+    // a key of less than 16 bytes. `openssl rand -base64 32` makes a good one.
+    explicit CookieSigner(std::vector<std::string> keys) : keys_(std::move(keys)) {
+        for (const std::string& key : keys_)
+            if (key.size() < 16) throw Error("CookieSigner: a key has less than 16 bytes");
+        if (keys_.empty()) throw Error("CookieSigner: there is no key");
+    }
+    explicit CookieSigner(std::string key) : CookieSigner(std::vector<std::string>{std::move(key)}) {}
+
+    // Sets the cookie. `value` may have any bytes.
+    void set(Response& response, std::string_view name, std::string_view value,
+             const CookieOptions& options = {}) const {
+        response.set_cookie(name, sign(name, value), options);
+    }
+    // The value of the cookie. Nothing if the request has none, or it is older, forged, or signed for another name.
+    std::optional<std::string> get(const Request& request, std::string_view name,
+                                   std::chrono::seconds max_age = std::chrono::hours(31 * 24)) const {
+        const auto cookie = request.cookie(name);
+        return cookie ? verify(name, *cookie, max_age) : std::nullopt;
+    }
+
+    std::string sign(std::string_view name, std::string_view value, std::time_t now = std::time(nullptr)) const {
+        const std::string encoded = base64(reinterpret_cast<const unsigned char*>(value.data()), value.size());
+        const std::string text = "2|1:0|" + field(std::to_string(now)) + field(name) + field(encoded);
+        return text + signature(keys_.front(), text);
+    }
+    std::optional<std::string> verify(std::string_view name, std::string_view text,
+                                      std::chrono::seconds max_age = std::chrono::hours(31 * 24),
+                                      std::time_t now = std::time(nullptr)) const {
+        const std::size_t signed_size = text.rfind('|') + 1;
+        const std::string_view signed_text = text.substr(0, signed_size), given = text.substr(signed_size);
+        const auto matches = [&](const std::string& key) {
+            const std::string expected = signature(key, signed_text);
+            return given.size() == expected.size() &&
+                   CRYPTO_memcmp(given.data(), expected.data(), expected.size()) == 0;
+        };
+        if (signed_size == 0 || !std::any_of(keys_.begin(), keys_.end(), matches)) return std::nullopt;
+        // Only what was signed with a key comes here, so the fields are well formed, or another program's.
+        std::string_view rest = signed_text;
+        if (text::consume_until(rest, '|') != "2" || !next_field(rest)) return std::nullopt;
+        const auto time = next_field(rest), its_name = next_field(rest), encoded = next_field(rest);
+        const auto seconds = time ? text::parse_unsigned(*time, INT64_MAX) : std::nullopt;
+        if (!seconds || !encoded || *its_name != name || !rest.empty()) return std::nullopt;
+        const auto age = static_cast<std::int64_t>(now) - static_cast<std::int64_t>(*seconds);
+        return age > max_age.count() ? std::nullopt : decode(*encoded);
+    }
+
+private:
+    static std::string field(std::string_view value) {
+        return std::to_string(value.size()) + ":" + std::string(value) + "|";
+    }
+    static std::optional<std::string_view> next_field(std::string_view& rest) {
+        const auto size = text::parse_unsigned(text::consume_until(rest, ':'), 4096);
+        if (!size || rest.size() <= *size || rest[static_cast<std::size_t>(*size)] != '|') return std::nullopt;
+        const std::string_view value = rest.substr(0, static_cast<std::size_t>(*size));
+        rest.remove_prefix(value.size() + 1);
+        return value;
+    }
+    static std::string signature(const std::string& key, std::string_view text) {
+        unsigned char bytes[EVP_MAX_MD_SIZE];
+        unsigned size = 0;
+        if (HMAC(EVP_sha256(), key.data(), static_cast<int>(key.size()),
+                 reinterpret_cast<const unsigned char*>(text.data()), text.size(), bytes, &size) == nullptr)
+            throw std::bad_alloc();
+        std::string hex;
+        for (unsigned i = 0; i < size; ++i)
+            for (const unsigned digit : {unsigned{bytes[i]} >> 4, unsigned{bytes[i]} & 15u}) hex += "0123456789abcdef"[digit];
+        return hex;
+    }
+    static std::optional<std::string> decode(std::string_view base64_text) {
+        std::string bytes(base64_text.size() / 4 * 3 + 3, '\0');
+        const int size = EVP_DecodeBlock(reinterpret_cast<unsigned char*>(&bytes[0]),
+                                         reinterpret_cast<const unsigned char*>(base64_text.data()),
+                                         static_cast<int>(base64_text.size()));
+        const auto padding = static_cast<std::size_t>(std::count(base64_text.begin(), base64_text.end(), '='));
+        if (size < 0 || padding > 2 || static_cast<std::size_t>(size) < padding) return std::nullopt;
+        bytes.resize(static_cast<std::size_t>(size) - padding);
+        return bytes;
+    }
+
+    std::vector<std::string> keys_;
+};
+#endif
+
 // A path beside a source file: beside(__FILE__, "page.html").
 inline std::string beside(std::string_view source_file, std::string_view name) {
     const std::size_t slash = source_file.find_last_of("/\\");
@@ -6420,29 +7487,69 @@ private:
     std::deque<Limits> limits_;  // the last is current; open connections keep those that they began with
 };
 
+// What pages of other origins may do with the answers of this server: Server::allow_cors().
+struct CorsOptions {
+    std::string headers = "Content-Type, Authorization";  // that a request may carry
+    bool credentials = false;                             // requests may carry cookies
+    std::chrono::seconds max_age{600};                    // for which a browser remembers a preflight
+};
+
 namespace detail {
 
-// What answers a request for a page: a response whose body is in memory, or in a file if that is open.
+// What answers a request for a page: a response whose body is in memory, or a range of a file if that is open.
 struct PageAnswer {
     Response response;
     File file{};
-    int file_error = 0;  // the errno of a file that should be there; it is logged
+    std::uint64_t size = 0;  // of the range, from the file's position on
+    int file_error = 0;      // the errno of a file that should be there; it is logged
 };
 
-// A page: a pattern, and a function that answers each GET and HEAD.
+// A request for a page, as the page's function sees it.
+struct PageCall {
+    const Request& request;
+    const Pattern& pattern;
+    const std::function<Reply()>& make_reply;  // for an answer that comes later; called at most once
+};
+
+// A pattern, and for each method the function that answers it. The function returns nothing if the answer comes later.
 class Page {
 public:
-    using Function = std::function<PageAnswer(const Request&, const Pattern&)>;
+    using Function = std::function<std::optional<PageAnswer>(const PageCall&)>;
 
-    Page(Pattern pattern, Function function, bool folder = false)
-        : pattern_(std::move(pattern)), function_(std::move(function)), folder_(folder) {}
+    explicit Page(Pattern pattern, bool folder = false) : pattern_(std::move(pattern)), folder_(folder) {}
     const Pattern& pattern() const { return pattern_; }
     bool folder() const { return folder_; }  // of static_dir()
-    PageAnswer answer(const Request& request) const { return function_(request, pattern_); }
+
+    // False if the method has a function already.
+    bool add(std::string_view method, Function function) {
+        if (find_exactly(method) != nullptr) return false;
+        methods_.push_back({std::string(method), std::move(function)});
+        return true;
+    }
+    // Null if the page does not answer the method. GET answers HEAD too (RFC 9110 9.3.2).
+    const Function* find(std::string_view method) const {
+        const Function* found = find_exactly(method);
+        return found == nullptr && method == "HEAD" ? find_exactly("GET") : found;
+    }
+    // For the header Allow.
+    std::string allowed() const {
+        std::string list;
+        for (const auto& [method, function] : methods_) {
+            list += method + ", ";
+            if (method == "GET" && find_exactly("HEAD") == nullptr) list += "HEAD, ";
+        }
+        return list + (find_exactly("OPTIONS") == nullptr ? "OPTIONS" : "");
+    }
 
 private:
+    const Function* find_exactly(std::string_view method) const {
+        for (const auto& [known, function] : methods_)
+            if (known == method) return &function;
+        return nullptr;
+    }
+
     Pattern pattern_;
-    Function function_;
+    std::vector<std::pair<std::string, Function>> methods_;
     bool folder_;
 };
 
@@ -6460,16 +7567,58 @@ WSCHAT_COLD inline Response file_refusal(int error) {
     }
 }
 
-WSCHAT_COLD inline PageAnswer file_answer(File file, std::string_view type, const Request& request) {
+// RFC 9110 14: one range of bytes, from `first` to before `end`.
+struct ByteRange {
+    std::uint64_t first = 0, end = 0;
+};
+// The range that a request asks for. Nothing: it gets the whole file, as with several ranges and with ranges that are
+// malformed. An empty range: no byte of the file is in it.
+inline std::optional<ByteRange> requested_range(const Request& request, std::uint64_t size) {
+    std::string_view last = request.header("range");
+    if (text::trim(text::consume_until(last, '=')) != "bytes") return std::nullopt;
+    const std::string_view first = text::trim(text::consume_until(last, '-'));
+    last = text::trim(last);
+    const auto from = text::parse_unsigned(first, UINT64_MAX - 1), to = text::parse_unsigned(last, UINT64_MAX - 1);
+    if ((!from && !first.empty()) || (!to && (!last.empty() || first.empty())) || (from && to && *to < *from))
+        return std::nullopt;
+    if (!from) return ByteRange{size - (std::min)(size, *to), size};
+    if (*from >= size) return ByteRange{};
+    return ByteRange{*from, to ? (std::min)(*to + 1, size) : size};
+}
+// RFC 9110 13.1.5: "If-Range" names the copy that the client has a part of, by a strong tag or the exact date.
+inline bool range_applies(const Request& request, const std::string& etag, std::int64_t modified_seconds) {
+    const auto condition = request.fields().find("if-range");
+    return !condition || *condition == etag || parse_http_date(*condition) == modified_seconds;
+}
+
+using Headers = std::vector<std::pair<std::string, std::string>>;
+
+WSCHAT_COLD inline PageAnswer file_answer(File file, std::string_view type, const Request& request,
+                                          const Headers& headers) {
     const std::string etag = file.etag();
     const bool unchanged = not_modified(request, etag, file.modified_seconds());
-    PageAnswer answer{Response(unchanged ? 304 : 200)};
+    const auto range = !unchanged && request.method() == "GET" && range_applies(request, etag, file.modified_seconds())
+                           ? requested_range(request, file.size())
+                           : std::nullopt;
+    const bool satisfiable = range && range->first < range->end;
+    PageAnswer answer{Response(unchanged ? 304 : !range ? 200 : satisfiable ? 206 : 416)};
     answer.response.set_header("ETag", etag)
         .set_header("Last-Modified", http_date(file.modified_seconds()))
-        .set_header("Cache-Control", "no-cache");
+        .set_header("Cache-Control", "no-cache")
+        .set_header("Accept-Ranges", "bytes");
+    for (const auto& [name, value] : headers) answer.response.set_header(name, value);
     if (unchanged) return answer;
+    const std::string size = std::to_string(file.size());
+    if (range) {
+        const std::string bytes =
+            satisfiable ? std::to_string(range->first) + "-" + std::to_string(range->end - 1) : std::string("*");
+        answer.response.set_header("Content-Range", "bytes " + bytes + "/" + size);
+        if (!satisfiable) return answer;
+        if (!file.seek(range->first)) return {file_refusal(errno)};
+    }
     const bool text = text::starts_with(type, "text/");
     answer.response.set_header("Content-Type", text ? std::string(type) + "; charset=utf-8" : std::string(type));
+    answer.size = range ? range->end - range->first : file.size();
     answer.file = std::move(file);
     return answer;
 }
@@ -6644,9 +7793,32 @@ class Site {
 public:
     PatternMap<Route> routes;
     PatternMap<Page> pages;
+    std::function<Response(const Request&)> not_found;  // may be empty
+    Headers default_headers;                            // of each answer that does not set them itself
 
-    void add_page(const char* call, std::string_view pattern, Page::Function function, bool folder = false) {
-        pages.add("page", Pattern(call, pattern), std::move(function), folder);
+    // Throws an Error if the page answers the method already.
+    WSCHAT_COLD void add_page(const char* call, std::string_view method, std::string_view pattern,
+                              Page::Function function, bool folder = false) {
+        if (!text::is_token(method) || method == "CONNECT")
+            throw Error("handle: \"" + escape_for_log(method) + "\" is not a method that a page can answer");
+        const Pattern parsed(call, pattern);
+        Page* page = pages.find_same(parsed);
+        if (page == nullptr) page = &pages.add("page", parsed, folder);
+        if (!page->add(method, std::move(function)))
+            throw Error("page \"" + parsed.text() + "\": given twice for " + std::string(method));
+    }
+    void add_function_page(const char* call, std::string_view method, std::string_view pattern,
+                           std::function<Response(const Request&)> answer) {
+        add_page(call, method, pattern, [answer = std::move(answer)](const PageCall& page) {
+            return std::optional<PageAnswer>(PageAnswer{answer(page.request)});
+        });
+    }
+    void add_later_page(const char* call, std::string_view method, std::string_view pattern,
+                        std::function<void(const Request&, Reply)> answer) {
+        add_page(call, method, pattern, [answer = std::move(answer)](const PageCall& page) {
+            answer(page.request, page.make_reply());
+            return std::optional<PageAnswer>();
+        });
     }
     // From "/static" to "/static/" if that is a static folder, for a path that has no page.
     std::optional<Response> folder_redirect(const Request& request) const {
@@ -6656,25 +7828,27 @@ public:
     }
 
     // One file, opened again for each request, so that a symbolic link on its path may change.
-    WSCHAT_COLD void add_file(std::string_view pattern, std::string_view path) {
+    WSCHAT_COLD void add_file(std::string_view pattern, std::string_view path, Headers headers) {
+        check_headers(headers);
         const std::string found = find_file(std::string(pattern), std::string(path));
-        add_page("file", pattern, [found](const Request& request, const Pattern&) {
+        add_page("file", "GET", pattern, [found, headers = std::move(headers)](const PageCall& call) {
             File file(found);
-            if (!file) return PageAnswer{file_refusal(file.error()), {}, file.error()};
-            return file_answer(std::move(file), content_type(found), request);
+            if (!file) return PageAnswer{file_refusal(file.error()), {}, 0, file.error()};
+            return file_answer(std::move(file), content_type(found), call.request, headers);
         });
     }
 
-    WSCHAT_COLD void add_static_dir(std::string_view pattern, std::string_view folder) {
+    WSCHAT_COLD void add_static_dir(std::string_view pattern, std::string_view folder, Headers headers) {
+        check_headers(headers);
         const std::string root = anchored(std::string(folder));
         const File probe = File(root);
         if (probe || probe.error() != EISDIR)
             throw Error("static_dir \"" + std::string(pattern) + "\": " + std::string(folder) + " is not a folder");
         const bool slash = Pattern("static_dir", pattern).text().back() == '/';
         add_page(
-            "static_dir", std::string(pattern) + (slash ? "" : "/") + "{path...}",
-            [root](const Request& request, const Pattern& found) {
-                return answer_beneath(root, found.tail(request.raw_path()), request);
+            "static_dir", "GET", std::string(pattern) + (slash ? "" : "/") + "{path...}",
+            [root, headers = std::move(headers)](const PageCall& call) {
+                return answer_beneath(root, call.pattern.tail(call.request.raw_path()), call.request, headers);
             },
             true);
     }
@@ -6682,6 +7856,35 @@ public:
     // ---- policies --------------------------------------------------------------------------------------------------
 
     void allow_origins(const std::vector<std::string>& origins) { origins_.add("allow_origins", origins); }
+    WSCHAT_COLD void allow_cors(const std::vector<std::string>& origins, const CorsOptions& options) {
+        if (options.credentials && text::contains(origins, "*"))
+            throw Error("allow_cors: with credentials, each origin must be named");
+        cors_origins_.add("allow_cors", origins);
+        check_headers({{"Access-Control-Allow-Headers", options.headers}});
+        cors_ = options;
+    }
+    // The headers that let a page of another origin read the answer (the Fetch standard, 3.3). `methods`: those that
+    // the path answers, if this is the answer to a preflight, else empty.
+    WSCHAT_COLD Headers cors_headers(const Request& request, std::string_view methods) const {
+        Headers headers;
+        if (cors_origins_.list().empty()) return headers;
+        headers.emplace_back("Vary", "Origin");
+        const auto origin = request.fields().find("origin");
+        if (!origin || !cors_origins_.contains(*origin)) return headers;
+        const bool any = text::contains(cors_origins_.list(), "*");
+        headers.emplace_back("Access-Control-Allow-Origin", any ? "*" : *origin);
+        if (cors_.credentials) headers.emplace_back("Access-Control-Allow-Credentials", "true");
+        if (methods.empty()) return headers;
+        headers.emplace_back("Access-Control-Allow-Methods", methods);
+        headers.emplace_back("Access-Control-Allow-Headers", cors_.headers);
+        headers.emplace_back("Access-Control-Max-Age", std::to_string(cors_.max_age.count()));
+        return headers;
+    }
+    void set_default_header(std::string_view name, std::string_view value) {
+        Response checked(200);
+        checked.set_header(name, value);
+        default_headers.emplace_back(name, value);
+    }
     void allow_hosts(const std::vector<std::string>& hosts) {
         for (const std::string& host : hosts) hosts_.push_back(text::to_lower(host));
     }
@@ -6730,6 +7933,11 @@ public:
     }
 
 private:
+    // Throws an Error at set-up, not at the first request.
+    static void check_headers(const Headers& headers) {
+        Response response(200);
+        for (const auto& [name, value] : headers) response.set_header(name, value);
+    }
     // A relative path from the working directory at the start. Symbolic links are followed at each request.
     static std::string anchored(const std::string& path) {
         const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
@@ -6749,12 +7957,12 @@ private:
     }
 
     WSCHAT_COLD static PageAnswer answer_beneath(const std::string& root, std::vector<std::string> names,
-                                                 const Request& request) {
+                                                 const Request& request, const Headers& headers) {
         if (names.back().empty()) names.back() = "index.html";
         File file = File::beneath(root, names);
         if (!file && file.error() == EISDIR) return {redirect_to_folder(request)};
         if (!file) return {file_refusal(file.error())};
-        return file_answer(std::move(file), content_type(names.back()), request);
+        return file_answer(std::move(file), content_type(names.back()), request, headers);
     }
     // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
     // this cannot lead to another host.
@@ -6777,6 +7985,8 @@ private:
     }
 
     OriginList origins_;
+    OriginList cors_origins_;
+    CorsOptions cors_;
     std::vector<std::string> hosts_;
     std::vector<Cidr> trusted_proxies_;
 };
@@ -6854,6 +8064,7 @@ struct Metrics {
     std::uint64_t connections_accepted = 0;
     std::uint64_t connections_open = 0;
     std::uint64_t connections_refused = 0;  // 503 at a limit of connections
+    std::uint64_t proxy_failures = 0;       // closed because of a missing, malformed or untrusted PROXY header
     std::uint64_t tls_handshakes = 0;       // completed
     std::uint64_t tls_failures = 0;         // failed handshakes, and connections that broke TLS later
     std::uint64_t requests = 0;             // HTTP requests, opening handshakes included
@@ -6885,6 +8096,7 @@ constexpr MetricInfo metric_table[] = {
     {"connections_accepted_total", "Connections accepted.", &Metrics::connections_accepted},
     {"connections_open", "Connections open now.", &Metrics::connections_open},
     {"connections_refused_total", "Connections refused at a limit.", &Metrics::connections_refused},
+    {"proxy_failures_total", "Connections without a valid PROXY header.", &Metrics::proxy_failures},
     {"tls_handshakes_total", "TLS handshakes completed.", &Metrics::tls_handshakes},
     {"tls_failures_total", "TLS connections that failed.", &Metrics::tls_failures},
     {"requests_total", "HTTP requests, handshakes included.", &Metrics::requests},
@@ -7076,9 +8288,12 @@ public:
     SessionHost(const SessionHost&) = delete;
     SessionHost& operator=(const SessionHost&) = delete;
 
-    virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport) = 0;
+    // `proxied`: the connection begins with a PROXY header.
+    virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) = 0;
     // The refusal of a connection over a limit; it is counted and logged.
     virtual Response too_many_connections() = 0;
+    // Counts and logs a connection that is closed because of its PROXY header.
+    virtual void note_proxy_failure(const IpAddress& peer, std::string_view cause) = 0;
     // Takes the session out of the list of open ones and destroys it at the end of the turn.
     virtual void remove(Session& session) = 0;
 
@@ -7127,23 +8342,34 @@ public:
         : socket_(std::move(socket)), transport_(std::move(transport)) {}
 
     Socket& socket() { return socket_; }
-    bool encrypted() const { return transport_ != nullptr; }
+    bool has_transport() const { return transport_ != nullptr; }
+    bool encrypted() const { return transport_ && transport_->encrypts(); }
     bool established() const { return !transport_ || transport_->established(); }
     // Whether input waits here, which the poller does not report.
     bool has_input() const { return transport_ && transport_->has_input(); }
+    // Bytes that wait here, in both directions.
+    std::size_t buffered() const { return transport_ ? transport_->buffered() : 0; }
     // Whether the kernel has refused encrypted bytes that are still owed.
     bool wants_write() const { return transport_ && transport_->wants_write(); }
     bool tls_failed() const { return transport_ && !transport_->failure().empty(); }
     const std::string& tls_failure() const { return transport_->failure(); }
     bool peer_speaks_plain_text() const { return transport_->plain_text(); }
     std::string peer_name() const { return transport_->peer_name(); }
-    void drop_encryption() { transport_.reset(); }
+    void drop_encryption() {
+        if (encrypted()) transport_.reset();
+    }
 
     IoResult receive(char* data, std::size_t size, WireCount& wire) {
         if (transport_) return transport_->receive(socket_, data, size, wire);
         const IoResult got = socket_.receive(data, size);
         wire.received += got.size;
         return got;
+    }
+    // False: the peer sends more TLS messages without data than pings are allowed. tls_failure() says so.
+    bool check_rate(const Limits& limits, Time now, WireCount& wire) {
+        const Rate rate{static_cast<double>(limits.control_frames_per_second),
+                        static_cast<double>(limits.control_frames_burst)};
+        return !transport_ || transport_->check_rate(socket_, rate, now, wire);
     }
     IoResult send(const std::string_view* pieces, std::size_t count, WireCount& wire) {
         if (transport_) return transport_->send(socket_, pieces, count, wire);
@@ -7168,11 +8394,31 @@ private:
 
 // ---- HTTP ----------------------------------------------------------------------------------------------------------
 
+inline void add_line(std::string& head, std::string_view name, std::string_view value) {
+    (((head += name) += ": ") += value) += "\r\n";
+}
+// Unless the response has a header of that name.
+inline void add_missing_line(std::string& head, const Response& response, std::string_view name,
+                             std::string_view value) {
+    for (const auto& header : response.headers())
+        if (text::equals_ignore_case(header.first, name)) return;
+    add_line(head, name, value);
+}
+inline void add_cookies(std::string& head, const Response& response, const Request& request) {
+    for (const std::string& cookie : ResponseAccess::cookies(response)) {
+        const bool add_secure = request.scheme() == "https" && cookie.find("; Secure") == std::string::npos;
+        add_line(head, "Set-Cookie", cookie + (add_secure ? "; Secure" : ""));
+    }
+}
+
 // The HTTP part of a connection: requests in, answers out. Lingering, after the last answer or Close frame, uses it
 // too; an open WebSocket has none.
 class HttpExchange {
 public:
-    HttpExchange(SessionHost& host, const Limits& limits) : host_(host), parser_(limits) {}
+    HttpExchange(SessionHost& host, const Limits& limits) : host_(host), limits_(limits), parser_(limits) {}
+    HttpExchange(const HttpExchange&) = delete;
+    HttpExchange& operator=(const HttpExchange&) = delete;
+    ~HttpExchange() { HandlerAccess::close_reply(reply_); }
 
     SendQueue output;
     bool blocked = false;       // the kernel refused output that is still queued
@@ -7180,18 +8426,24 @@ public:
     bool shut_down = false;     // our side of the stream is shut
     std::size_t discarded = 0;  // bytes that were read while lingering
 
-    // An answer is being sent.
-    bool busy() const { return !output.empty() || file_left_ != 0; }
+    // An answer is being sent, or comes later.
+    bool busy() const { return output_queued() || awaits_reply(); }
+    bool output_queued() const { return !output.empty() || file_left_ != 0; }
     bool has_file() const { return file_left_ != 0; }
     // Part of a request has arrived.
-    bool started() const { return parser_.started(); }
+    bool started() const { return parser_.started() || body_; }
+    // How much of a body may still arrive before its deadline.
+    std::size_t body_expected() const { return body_ ? body_->expected() : 0; }
     bool has_pending() const { return !pending_.empty(); }
     std::string take_pending() { return std::exchange(pending_, std::string()); }
-    std::size_t pending_size() const { return pending_.size(); }
+    // Input that is held: pipelined requests and a part of a body.
+    std::size_t buffered_input() const { return pending_.size() + (body_ ? body_->received() : 0); }
 
-    // The next request in the bytes, which are consumed; nothing if more are needed, or if the request is refused.
+    // The next request in the bytes, which are consumed; nothing if more are needed, or if the request is refused. A
+    // request whose body is awaited is returned twice: first for expect_body() or an answer, then with its body.
     std::optional<Request> parse(std::string_view& bytes) {
         std::size_t consumed = 0;
+        if (body_) return parse_body(bytes);
         const RequestParser::Outcome outcome = parser_.feed(bytes, consumed);
         bytes.remove_prefix(consumed);
         if (outcome == RequestParser::Outcome::need_more) return std::nullopt;
@@ -7214,28 +8466,52 @@ public:
         keep_alive = false;
         respond(response, &request);
     }
-    WSCHAT_COLD void respond(PageAnswer answer, const Request& request) {
-        if (answer.file_error != 0)
-            host_.log(LogLevel::warning, "file_missing",
-                      {{"path", request.path()}, {"cause", os::error_text(answer.file_error)}});
-        if (!answer.file) return respond(answer.response, &request);
-        queue_head(answer.response, &request, answer.file.size());
-        if (head_only_) return;
-        file_left_ = answer.file.size();
-        if (file_left_ != 0) file_ = std::move(answer.file);
+
+    // Answers a request that does not want to become a WebSocket, or waits for its body or its Reply. What a page's
+    // function throws passes through.
+    WSCHAT_COLD void answer(Request request, HandlerHost& session) {
+        const Page* page = host_.site.pages.find(request.raw_path());
+        const Page::Function* function = page == nullptr ? nullptr : page->find(request.method());
+        if (function != nullptr && RequestAccess::awaits_body(request)) return expect_body(std::move(request));
+        request_ = std::make_unique<Request>(std::move(request));
+        if (function == nullptr) return answer_without_page(page);
+        RequestAccess::set_params(*request_, page->pattern().params(request_->raw_path()));
+        auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
+        if (answer) respond(std::move(*answer));
+        else if (has_reply()) finish_reply();
     }
 
-    // Answers a request that does not want to become a WebSocket. What a page's function throws passes through.
-    WSCHAT_COLD void answer(Request& request) {
-        const Page* page = host_.site.pages.find(request.raw_path());
-        if (page == nullptr) return answer_without_page(request);
-        if (request.method() != "GET" && request.method() != "HEAD") {
-            Response refusal(405, "This path answers GET and HEAD.\n");
-            return respond(refusal.set_header("Allow", "GET, HEAD"), &request);
-        }
-        if (request.has_body()) return respond_last(Response(413, "A request to this server has no body.\n"), request);
-        RequestAccess::set_params(request, page->pattern().params(request.raw_path()));
-        respond(page->answer(request), request);
+    // ---- answers that come later -----------------------------------------------------------------------------------
+
+    Reply make_reply(HandlerHost& session) {
+        HandlerAccess::close_reply(reply_);
+        reply_ = HandlerAccess::open_reply(session);
+        return HandlerAccess::make_reply(reply_);
+    }
+    bool awaits_reply() const { return reply_ != nullptr; }
+    void set_reply(ReplyAnswer answer) { answer_ = std::make_unique<ReplyAnswer>(std::move(answer)); }
+    bool has_reply() const { return answer_ != nullptr; }
+    // Ends the waiting. What the Reply is given from now on has no effect.
+    std::unique_ptr<ReplyAnswer> take_reply() {
+        HandlerAccess::close_reply(reply_);
+        return std::move(answer_);
+    }
+    // The answer of a page has come.
+    void finish_reply() {
+        const std::unique_ptr<ReplyAnswer> answer = take_reply();
+        if (answer->dropped || !answer->response)
+            host_.log.exception(
+                "page", answer->dropped ? "a Reply was destroyed unused" : "Reply::accept() is for prepare_async()",
+                nullptr);
+        const std::unique_ptr<Request> request = std::move(request_);
+        respond(answer->response ? *answer->response : Response(500, "The server failed to answer.\n"), request.get());
+    }
+    // The answer does not come, or the call that should give it failed.
+    void give_up_reply(const Response& response) {
+        take_reply();
+        keep_alive = false;
+        respond(response, request_.get());
+        request_.reset();
     }
 
     // Queues the next piece of the file. False: the file has become shorter than its Content-Length.
@@ -7259,39 +8535,114 @@ public:
     }
 
 private:
-    WSCHAT_COLD void answer_without_page(const Request& request) {
-        if (const auto redirect = host_.site.folder_redirect(request)) return respond(*redirect, &request);
-        if (host_.site.routes.find(request.raw_path()) != nullptr)
-            return respond(upgrade_required("There is a WebSocket at this path, and no page.\n"), &request);
-        respond(Response(404, "There is nothing at this path.\n"), &request);
+    std::optional<Request> parse_body(std::string_view& bytes) {
+        std::size_t consumed = 0;
+        const BodyParser::Outcome outcome = body_->feed(bytes, consumed);
+        bytes.remove_prefix(consumed);
+        if (outcome == BodyParser::Outcome::need_more) return std::nullopt;
+        const std::unique_ptr<BodyParser> body = std::move(body_);
+        if (outcome == BodyParser::Outcome::body) return body->take_request();
+        respond_last(Response(body->status(), body->reason() + "\n"), body->request());
+        return std::nullopt;
+    }
+    // RFC 9110 10.1.1: a client that expects "100-continue" sends the body after the 100.
+    WSCHAT_COLD void expect_body(Request request) {
+        const bool expects = request.fields().count("expect") != 0 && !request.http_1_0();
+        if (expects && !text::equals_ignore_case(request.header("expect"), "100-continue"))
+            return respond_last(Response(417, "The only expectation that is known here is 100-continue.\n"), request);
+        body_ = std::make_unique<BodyParser>(std::move(request), limits_);
+        if (body_->failed()) {
+            const std::unique_ptr<BodyParser> body = std::move(body_);
+            return respond_last(Response(body->status(), body->reason() + "\n"), body->request());
+        }
+        if (expects) queue("HTTP/1.1 100 Continue\r\n\r\n");
+    }
+
+    void respond(PageAnswer answer) {
+        const std::unique_ptr<Request> request = std::move(request_);
+        if (answer.file_error != 0)
+            host_.log(LogLevel::warning, "file_missing",
+                      {{"path", request->path()}, {"cause", os::error_text(answer.file_error)}});
+        if (!answer.file) return respond(answer.response, request.get());
+        queue_head(answer.response, request.get(), answer.size);
+        if (head_only_) return;
+        file_left_ = answer.size;
+        if (file_left_ != 0) file_ = std::move(answer.file);
+    }
+
+    // `page` is null, or does not answer the request's method.
+    WSCHAT_COLD void answer_without_page(const Page* page) {
+        const Response response = response_without_page(*request_, page);
+        const std::unique_ptr<Request> request = std::move(request_);
+        respond(response, request.get());
+    }
+    WSCHAT_COLD Response response_without_page(const Request& request, const Page* page) const {
+        const bool socket = host_.site.routes.find(request.raw_path()) != nullptr;
+        const bool server = request.target() == "*";  // RFC 9110 9.3.7
+        const std::string allowed = page != nullptr ? page->allowed()
+                                    : server        ? "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+                                                    : "GET, OPTIONS";
+        if (request.method() == "OPTIONS" && (page != nullptr || socket || server)) {
+            Response options(204);
+            for (const auto& [name, value] : host_.site.cors_headers(request, allowed)) options.set_header(name, value);
+            return options.set_header("Allow", allowed);
+        }
+        if (page != nullptr) {
+            Response refusal(405, "This path answers " + allowed + ".\n");
+            return refusal.set_header("Allow", allowed);
+        }
+        if (const auto redirect = host_.site.folder_redirect(request)) return *redirect;
+        if (socket) return upgrade_required("There is a WebSocket at this path, and no page.\n");
+        if (host_.site.not_found) return host_.site.not_found(request);
+        return Response(404, "There is nothing at this path.\n");
     }
 
     // `length` is empty for an answer that has no body by its status.
     WSCHAT_COLD void queue_head(const Response& response, const Request* request, std::optional<std::uint64_t> length) {
         head_only_ = request != nullptr && request->method() == "HEAD";
-        keep_alive = keep_alive && request != nullptr && !request->http_1_0() && !request->has_body() &&
-                     !host_.draining && !request->fields().has_element("connection", "close");
+        keep_alive = keep_alive && request != nullptr && persistent(*request) && !host_.draining;
         std::string head = "HTTP/1.1 " + std::to_string(response.status()) + " ";
         (head += reason_phrase(response.status())) += "\r\nDate: ";
         (head += http_date(static_cast<std::int64_t>(std::time(nullptr)))) += "\r\n";
-        std::string connection = keep_alive ? "" : "close";
+        const auto idle_seconds =
+            std::chrono::duration_cast<std::chrono::seconds>(host_.options.limits.keep_alive_timeout).count();
+        std::string connection = !keep_alive ? "close" : idle_seconds != 0 || request->http_1_0() ? "keep-alive" : "";
         for (const auto& [name, value] : response.headers()) {
             if (text::equals_ignore_case(name, "connection"))
                 connection = value + (connection.empty() ? "" : ", ") + connection;
-            else (((head += name) += ": ") += value) += "\r\n";
+            else add_line(head, name, value);
         }
-        if (length) ((head += "Content-Length: ") += std::to_string(*length)) += "\r\n";
-        if (!connection.empty()) ((head += "Connection: ") += connection) += "\r\n";
-        head += "X-Content-Type-Options: nosniff\r\n\r\n";
-        queue(head);
+        for (const auto& [name, value] : host_.site.default_headers) add_missing_line(head, response, name, value);
+        add_missing_line(head, response, "X-Content-Type-Options", "nosniff");
+        if (request != nullptr) {
+            for (const auto& [name, value] : host_.site.cors_headers(*request, {}))
+                add_missing_line(head, response, name, value);
+            add_cookies(head, response, *request);
+        }
+        if (length) add_line(head, "Content-Length", std::to_string(*length));
+        if (!connection.empty()) add_line(head, "Connection", connection);
+        if (keep_alive && idle_seconds != 0) add_line(head, "Keep-Alive", "timeout=" + std::to_string(idle_seconds));
+        queue(head += "\r\n");
         ++host_.metrics.responses[response.status()];
         if (!keep_alive) pending_.clear();
     }
+    // Whether another request may follow the answer to this one (RFC 9112 9.3). The rest of a body that was not read
+    // would look like a request.
+    static bool persistent(const Request& request) {
+        const Fields fields = request.fields();
+        return !RequestAccess::awaits_body(request) && !fields.has_element("connection", "close") &&
+               (!request.http_1_0() || fields.has_element("connection", "keep-alive"));
+    }
 
     SessionHost& host_;
+    const Limits& limits_;
     RequestParser parser_;
     std::string pending_;
-    File file_;  // the body that is being sent
+    std::unique_ptr<BodyParser> body_;     // of the request whose body is being received
+    std::unique_ptr<Request> request_;     // that a page's function answers
+    HandlerAccess::ReplyState reply_;      // null unless an answer comes later
+    std::unique_ptr<ReplyAnswer> answer_;  // has come, and is acted on at the end of the turn
+    File file_;                            // the body that is being sent
     std::uint64_t file_left_ = 0;
     bool head_only_ = false;
 };
@@ -7317,6 +8668,7 @@ public:
         host_.log.exception(callback, what, &peer_);
     }
 
+    WebSocketHandler* handler() const { return handler_.get(); }
     void add_to(Metrics& metrics) const {
         if (!handler_) return;
         const HandlerCore& core = HandlerAccess::core(*handler_);
@@ -7328,7 +8680,8 @@ protected:
     enum class Pause : std::uint8_t {
         none,
         backlog,  // the peer does not read: reading stops until half of the backlog has gone
-        budget    // the messages cost much: the others have their turn first
+        budget,   // the messages cost much: the others have their turn first
+        rate      // the peer sends more than messages_per_second or bytes_per_second
     };
 
     WebSocketDriver(SessionHost& host, const IpAddress& peer) : host_(host), peer_(peer) {}
@@ -7342,12 +8695,11 @@ protected:
     // ---- the opening handshake -------------------------------------------------------------------------------------
 
     // Makes the handler and calls its checks. Returns the refusal, or nothing if the handshake continues.
-    std::optional<Response> start_handler(const Route& route, Request request, const IpAddress& client) {
+    std::optional<Response> start_handler(const Route& route, Request request) {
         handler_ = route.make_handler();
         if (!handler_) throw Error("route \"" + route.pattern().text() + "\": the factory made no handler");
         core().host = this;
         core().request = std::move(request);
-        core().remote_address = client.to_string();
         return check_handshake();
     }
     // What is agreed on with a client that offers compression.
@@ -7365,7 +8717,7 @@ protected:
         call("open", [this] { handler_->open(); });
         if (host_.log)
             host_.log(LogLevel::debug, "open",
-                      {{"peer", core().remote_address}, {"path", std::string(core().request.raw_path())}});
+                      {{"peer", core().request.remote_address()}, {"path", std::string(core().request.raw_path())}});
     }
 
     // ---- events ----------------------------------------------------------------------------------------------------
@@ -7377,7 +8729,9 @@ protected:
         for (unsigned events = 1;; ++events) {
             const Event event = connection().next_event();
             switch (event.kind) {
-                case Event::Kind::none: return false;
+                case Event::Kind::none:
+                    if (connection().is_open() && connection().input_due() > now()) pause_ = Pause::rate;
+                    return false;
                 case Event::Kind::message:
                     ++host_.metrics.messages_received;
                     call("on_message", [&] { handler_->on_message(event.message); });
@@ -7397,6 +8751,8 @@ protected:
     }
     // Continues with the input that was kept. True: the connection has closed.
     bool resume_input() {
+        // The peer has sent what is kept here; its pong may be behind it.
+        if (pause_ == Pause::rate) connection().record_activity(now());
         pause_ = Pause::none;
         connection().resume_input();
         return dispatch_events();
@@ -7463,6 +8819,10 @@ private:
     }
 
     bool must_pause(bool budget_spent) {
+        if (connection().input_due() > now()) {
+            pause_ = Pause::rate;
+            return true;
+        }
         if (budget_spent) {
             pause_ = Pause::budget;
             return true;
@@ -7480,7 +8840,7 @@ private:
         const CloseCause cause = connection().close_cause();
         const bool notable = cause == CloseCause::protocol_error || cause == CloseCause::backlog;
         host_.log(notable ? LogLevel::info : LogLevel::debug, "closed",
-                  {{"peer", core().remote_address},
+                  {{"peer", core().request.remote_address()},
                    {"code", std::to_string(number(connection().close_code()))},
                    {"cause", std::string(to_string(cause))},
                    {"reason", connection().close_reason()}});
@@ -7498,10 +8858,11 @@ private:
 // session.
 class Session final : public WebSocketDriver, public Pollable, public Timer {
 public:
-    Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport)
+    Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
         : WebSocketDriver(host, peer),
           stream_(std::move(socket), std::move(transport)),
-          http_(std::make_unique<HttpExchange>(host, host.options.limits)) {}
+          http_(std::make_unique<HttpExchange>(host, host.options.limits)),
+          proxy_(proxied ? std::make_unique<ProxyHeader>() : nullptr) {}
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
     ~Session() override { LoopAccess::timers(host_.loop).cancel(*this); }
@@ -7524,8 +8885,9 @@ public:
             schedule(after(limits().handshake_timeout));
             if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
                 return abort(CloseCause::connection_lost, "cannot be watched");
-            if (full || (!host_.site.trusted(peer_) && !count_address(peer_)))
-                respond(host_.too_many_connections(), nullptr);
+            full_ = full;
+            if (!proxy_) return admit();
+            if (!host_.site.trusted(peer_)) fail_proxy("the peer is not one of trusted_proxies()");
         });
     }
 
@@ -7548,9 +8910,18 @@ public:
             if (phase_ == Phase::websocket) {
                 connection().tick(now);
                 schedule(connection().deadline());
+            } else if (phase_ == Phase::http && http_->awaits_reply()) {
+                give_up_reply(Response(503, "The server did not answer in time.\n"));
+                schedule(after(limits().linger_timeout));
             } else if (phase_ == Phase::http && http_->started() && !http_->busy()) {
                 respond(Response(408, "The request did not arrive in time.\n"), nullptr);
                 schedule(after(limits().linger_timeout));
+            } else if (proxy_) {
+                fail_proxy("the header did not arrive in time");
+            } else if (phase_ == Phase::http && idle_) {
+                // A request may have crossed the deadline on its way.
+                read();
+                if (idle_ && !ended_) linger();
             } else {
                 ended_ = true;
             }
@@ -7562,8 +8933,8 @@ public:
     void continue_work() {
         waiting_ = false;
         if (gone() || ended_) return;
-        // A session that paused for its backlog continues in finish_turn(), after a flush: may_work() must be true.
-        if (pause_ != Pause::backlog) work_turn_ = host_.turn.number;
+        // After a pause for its backlog or rate it continues in finish_turn(), after a flush: may_work() must be true.
+        if (pause_ == Pause::none || pause_ == Pause::budget) work_turn_ = host_.turn.number;
         protect([&] {
             if (phase_ == Phase::websocket && pause_ == Pause::budget && resume_input()) finish_websocket();
             if (reading() && stream_.has_input()) read();
@@ -7591,8 +8962,7 @@ public:
         protect([&] {
             if (phase_ == Phase::websocket)
                 connection().close(CloseCode::going_away, "server is shutting down", now(), CloseCause::shutdown);
-            else if (phase_ == Phase::http && !http_->busy()) ended_ = true;
-            else if (phase_ == Phase::http) http_->keep_alive = false;
+            else if (phase_ == Phase::http) shut_down_http();
             if (!gone()) mark_dirty();
         });
     }
@@ -7611,6 +8981,10 @@ public:
         if (!std::exchange(dirty, true)) host_.turn.dirty.push(*this);
     }
     void set_nodelay(bool on) override { stream_.socket().set_nodelay(on); }
+    void on_reply(ReplyAnswer answer) override {
+        http_->set_reply(std::move(answer));
+        mark_dirty();
+    }
     std::size_t offer(const std::string_view* pieces, std::size_t count) override {
         if (blocked() || send_failed_) return 0;
         std::size_t size = 0;
@@ -7627,8 +9001,7 @@ public:
         }
         if (blocked()) queue.detach_from_pool();
         // A page may take as long as its peer makes progress.
-        if (phase_ == Phase::http && host_.wire.sent != sent_before && stream_.established())
-            schedule(after(limits().handshake_timeout));
+        if (phase_ == Phase::http && host_.wire.sent != sent_before && stream_.established()) schedule_request();
         update_backlog();
     }
 
@@ -7637,7 +9010,7 @@ public:
     // All that is queued, if it is one piece that may be sent together with what others send; else empty.
     std::string_view batchable() {
         std::string_view piece;
-        if (phase_ != Phase::websocket || stream_.encrypted() || blocked() || send_failed_ ||
+        if (phase_ != Phase::websocket || stream_.has_transport() || blocked() || send_failed_ ||
             output().gather(&piece, 1) == 0)
             return {};
         return piece.size() == output().size() ? piece : std::string_view();
@@ -7652,11 +9025,18 @@ public:
 private:
     enum class Phase : std::uint8_t { http, websocket, lingering, gone };
 
+    // During a shutdown, the time for the first request of a connection, and for a peer to see our FIN.
+    static constexpr Duration drain_grace = std::chrono::milliseconds(250);
+
     const Limits& limits() const { return route_limits_ != nullptr ? *route_limits_ : host_.options.limits; }
     Time after(Duration timeout) const {
         return timeout == Duration::zero() ? (Time::max)() : saturating_add(now(), timeout);
     }
     void schedule(Time due) { LoopAccess::timers(host_.loop).schedule(*this, due); }
+    // The deadline of a request, or of the rest of its body.
+    void schedule_request() {
+        schedule(saturating_add(after(limits().handshake_timeout), Connection::drain_time(http_->body_expected())));
+    }
 
     // An exception in here means that memory ran out, which costs this connection.
     template <class Work>
@@ -7722,7 +9102,8 @@ private:
     void update_backlog() {
         std::size_t held = 0;
         if (phase_ == Phase::websocket && !ended_) held = output().size() + connection().buffered_input();
-        else if (http_ && !gone() && !ended_) held = output().size() + http_->pending_size();
+        else if (http_ && !gone() && !ended_) held = output().size() + http_->buffered_input();
+        if (!gone() && !ended_) held += stream_.buffered();
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
     }
@@ -7750,13 +9131,16 @@ private:
     }
 
     void read() {
+        if (proxy_ && !read_proxy_header()) return;
         constexpr int max_reads = 4;  // then other sessions have their turn
         for (int i = 0; i < max_reads && reading(); ++i) {
             if (stream_.encrypted() && !handshake_done_ && !host_.turn.take_handshake()) return;
             std::pair<char*, std::size_t> area{nullptr, 0};
             if (phase_ == Phase::websocket) area = connection().receive_buffer();
             if (area.first == nullptr) area = {host_.receive_buffer.data(), host_.receive_buffer.capacity()};
+            if (phase_ == Phase::websocket) area.second = (std::min)(area.second, connection().max_input());
             const IoResult got = stream_.receive(area.first, area.second, host_.wire);
+            if (!stream_.check_rate(limits(), now(), host_.wire)) return end_of_input({IoResult::Outcome::error});
             if (got.outcome == IoResult::Outcome::would_block) return;
             if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
             take_input(area.first, got.size);
@@ -7784,13 +9168,51 @@ private:
                                          : "the peer hung up without a Close frame");
         } else if (tls_failed) {
             continue_without_tls();
-        } else if (got.outcome == IoResult::Outcome::end && http_->busy()) {
+        } else if (got.outcome == IoResult::Outcome::end && http_->busy() && !handler_ && stream_.established()) {
             // The peer has shut its sending side and may still wait for the answer.
             input_ended_ = true;
             http_->keep_alive = false;
         } else {
             ended_ = true;
         }
+    }
+
+    // ---- the PROXY header ------------------------------------------------------------------------------------------
+
+    // Receives no more than the header, because the bytes after it may be TLS. True: it is complete and valid.
+    bool read_proxy_header() {
+        for (;;) {
+            char* const data = host_.receive_buffer.data();
+            IoResult got = stream_.socket().peek(data, host_.receive_buffer.capacity());
+            std::size_t consumed = 0;
+            ProxyHeader::Outcome outcome = ProxyHeader::Outcome::need_more;
+            if (got.outcome == IoResult::Outcome::done) {
+                outcome = proxy_->feed({data, got.size}, consumed);
+                got = stream_.socket().receive(data, consumed);
+                host_.wire.received += got.size;
+            }
+            if (outcome == ProxyHeader::Outcome::failure) return fail_proxy(proxy_->failure());
+            if (got.outcome == IoResult::Outcome::would_block) return false;
+            if (got.outcome != IoResult::Outcome::done) return fail_proxy("the peer hung up within the header");
+            if (outcome == ProxyHeader::Outcome::done) break;
+        }
+        if (proxy_->client()) peer_ = *proxy_->client();
+        proxy_.reset();
+        admit();
+        return true;
+    }
+    // A peer that sends nothing is a check of the port, not a failure.
+    bool fail_proxy(std::string_view cause) {
+        const bool check = !proxy_->started() && host_.site.trusted(peer_);
+        if (!check) host_.note_proxy_failure(peer_, cause);
+        ended_ = true;
+        mark_dirty();
+        return false;
+    }
+    // Answers 503 if a limit of connections does not allow this one. That of a proxy applies to its clients.
+    void admit() {
+        if (full_ || (!host_.site.trusted(peer_) && !count_address(peer_)))
+            respond(host_.too_many_connections(), nullptr);
     }
 
     // ---- encryption ------------------------------------------------------------------------------------------------
@@ -7805,8 +9227,10 @@ private:
 
     WSCHAT_COLD void log_tls_failure() {
         ++host_.metrics.tls_failures;
+        // Anybody can fail a handshake: port scanners and clients of other protocols do.
         if (host_.log)
-            host_.log(LogLevel::info, "tls_failed", {{"peer", peer_.to_string()}, {"cause", stream_.tls_failure()}});
+            host_.log(handshake_done_ ? LogLevel::info : LogLevel::debug, "tls_failed",
+                      {{"peer", peer_.to_string()}, {"cause", stream_.tls_failure()}});
     }
 
     // TLS has failed before there was a WebSocket. A peer that speaks plain HTTP gets a plain answer. Any other peer
@@ -7832,7 +9256,24 @@ private:
         mark_dirty();
     }
 
+    // An answer is finished, and so is a request that waits for it. A request that has arrived is answered.
+    void shut_down_http() {
+        if (http_->busy() || http_->has_pending()) {
+            if (!http_->has_pending()) http_->keep_alive = false;
+            return;
+        }
+        const bool answered = idle_;
+        if (reading() && !proxy_) read();
+        if (phase_ != Phase::http || ended_ || http_->busy() || http_->has_pending()) return;
+        // A client sends its first request at once. To a client that may be about to send another, a FIN comes sooner
+        // than the reset of a closed socket.
+        if (answered) linger();
+        const Time latest = saturating_add(now(), drain_grace);
+        if (!ended_) schedule(scheduled() ? (std::min)(due(), latest) : latest);
+    }
+
     void parse_requests(std::string_view bytes) {
+        if (std::exchange(idle_, false)) schedule(after(limits().handshake_timeout));
         while (!bytes.empty() && phase_ == Phase::http && !http_->busy() && http_->keep_alive) {
             std::optional<Request> request = http_->parse(bytes);
             mark_dirty();
@@ -7843,35 +9284,68 @@ private:
     }
 
     WSCHAT_COLD void answer(Request request, std::string_view& rest) {
-        ++host_.metrics.requests;
-        if (host_.site.client_scheme(peer_, request, stream_.encrypted()) == "https")
-            RequestAccess::set_secure(request, stream_.encrypted() ? stream_.peer_name() : std::string());
-        if (host_.draining) return http_->respond_last(Response(503, "The server is shutting down.\n"), request);
+        if (!RequestAccess::body_complete(request)) begin_request(request);
+        answered_ = true;
+        if (host_.draining && wants_upgrade(request))
+            return http_->respond_last(Response(503, "The server is shutting down.\n"), request);
         if (!host_.site.serves_host(request.host())) {
             const std::string host(request.host());
             return http_->respond_last(Response(421, "This server does not serve the host \"" + host + "\".\n"),
                                        request);
         }
         if (wants_upgrade(request)) return upgrade(std::move(request), rest);
-        if (guarded("get", [&] { http_->answer(request); })) return;
+        const bool answered = guarded("page", [&] { http_->answer(std::move(request), *this); });
         // Half an answer can neither be taken back nor be followed by another.
-        if (http_->busy()) return abort(CloseCause::connection_lost, "the answer was not finished");
-        http_->respond_last(Response(500, "The server failed to answer.\n"), request);
+        if (!answered && http_->output_queued())
+            return abort(CloseCause::connection_lost, "the answer was not finished");
+        if (!answered) return give_up_reply(Response(500, "The server failed to answer.\n"));
+        if (http_->awaits_reply()) schedule(after(limits().reply_timeout));
+        else if (http_->body_expected() != 0) schedule_request();
+    }
+    void begin_request(Request& request) {
+        ++host_.metrics.requests;
+        const ForwardedClient client = host_.site.client(peer_, request, stream_.encrypted());
+        if (!client.unreadable.empty()) log_unreadable(client);
+        const std::string address = client.address.to_string();
+        RequestAccess::set_connection(request, address, client.scheme == "https",
+                                      stream_.encrypted() ? stream_.peer_name() : std::string());
+    }
+    void give_up_reply(const Response& response) {
+        http_->give_up_reply(response);
+        handler_.reset();
+        mark_dirty();
     }
 
     void update_http() {
+        if (http_->has_reply()) finish_reply();
+        if (phase_ != Phase::http && phase_ != Phase::lingering) return mark_dirty();
         flush();
         if (!blocked() && http_->has_file() && may_work()) send_file();
         if (send_failed_) {
             ended_ = true;
         } else if (http_->busy()) {
-            if (!blocked()) wait_for_next_turn();
+            if (!blocked() && !http_->awaits_reply()) wait_for_next_turn();
         } else if (phase_ == Phase::lingering || !http_->keep_alive) {
             linger();
         } else if (http_->has_pending() && may_work()) {
             const std::string pending = http_->take_pending();
             parse_requests(pending);
+        } else if (answered_ && !idle_ && !http_->started() && !http_->has_pending()) {
+            idle_ = true;
+            schedule(after(limits().keep_alive_timeout));
         }
+    }
+    // A Reply has been used: by a page, or in prepare_async().
+    void finish_reply() {
+        if (!handler_) {
+            if (!guarded("page", [&] { http_->finish_reply(); }))
+                give_up_reply(Response(500, "The server failed to answer.\n"));
+            return;
+        }
+        const std::string pending = http_->take_pending();
+        std::string_view rest = pending;
+        finish_upgrade(rest);
+        if (!rest.empty() && phase_ == Phase::http) http_->keep(rest);
     }
     void continue_http() {
         if (!blocked() && http_->has_file()) send_file();
@@ -7909,21 +9383,47 @@ private:
         const Route* route = host_.site.routes.find(request.raw_path());
         if (route == nullptr) return refuse(Response(404, "There is no WebSocket at this path.\n"), request);
         if (auto refusal = reject_upgrade(request)) return refuse(*refusal, request);
-        const ForwardedClient forwarded = host_.site.client(peer_, request, stream_.encrypted());
-        if (!forwarded.unreadable.empty()) log_unreadable(forwarded);
-        const IpAddress client = forwarded.address;
-        if (!count_address(client)) return refuse(host_.too_many_connections(), request);
+        if (!count_address(host_.site.client_address(peer_, request)))
+            return refuse(host_.too_many_connections(), request);
         RequestAccess::set_params(request, route->pattern().params(request.raw_path()));
         route_limits_ = route->limits();
         std::optional<Response> refusal;
-        AcceptedCompression compression;
         const bool checked = guarded("handshake", [&] {
-            refusal = start_handler(*route, std::move(request), client);
-            if (!refusal) compression = accept_compression();
+            refusal = start_handler(*route, std::move(request));
+            if (!refusal) handler_->prepare_async(core().request, http_->make_reply(*this));
         });
-        if (checked && !refusal) return open_websocket(std::move(compression), rest);
+        if (!checked) return fail_upgrade();
+        if (refusal) return refuse_upgrade(*refusal);
+        if (http_->has_reply()) return finish_upgrade(rest);
+        const Time latest = after(limits().reply_timeout);
+        if (!scheduled() || latest < due()) schedule(latest);
+    }
+    // prepare_async() has been answered.
+    void finish_upgrade(std::string_view& rest) {
+        const std::unique_ptr<ReplyAnswer> answer = http_->take_reply();
+        if (answer->dropped) host_.log.exception("prepare_async", "the Reply was destroyed unused", &peer_);
+        if (answer->response) return refuse_upgrade(*answer->response);
+        if (host_.draining) return refuse_upgrade(Response(503, "The server is shutting down.\n"));
+        AcceptedCompression compression;
+        Response headers(200);
+        std::optional<Response> refusal;
+        const bool prepared = guarded("handshake", [&] {
+            if (answer->setup) refusal = answer->setup(*handler_);
+            if (refusal) return;
+            handler_->response_headers(headers);
+            compression = accept_compression();
+        });
+        if (!prepared) return fail_upgrade();
+        if (refusal) return refuse_upgrade(*refusal);
+        open_websocket(std::move(compression), headers, rest);
+    }
+    void refuse_upgrade(const Response& response) {
         const std::unique_ptr<WebSocketHandler> refused = std::move(handler_);
-        if (checked) return refuse(*refusal, HandlerAccess::core(*refused).request);
+        refuse(response, HandlerAccess::core(*refused).request);
+    }
+    void fail_upgrade() {
+        http_->take_reply();
+        handler_.reset();
         respond(Response(500, "The server failed to open the connection.\n"), nullptr);
     }
 
@@ -7946,10 +9446,14 @@ private:
         http_->respond_last(response, request);
     }
 
-    void open_websocket(AcceptedCompression compression, std::string_view& rest) {
-        http_->queue(
-            switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol, compression.response));
+    void open_websocket(AcceptedCompression compression, const Response& headers, std::string_view& rest) {
+        std::string lines;
+        for (const auto& [name, value] : headers.headers()) add_line(lines, name, value);
+        add_cookies(lines, headers, core().request);
+        http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
+                                         compression.response, lines));
         ++host_.metrics.responses[101];
+        if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
         // From here to open() nothing throws, so that on_close() comes only after open().
@@ -7972,15 +9476,22 @@ private:
             if (dispatch_events()) finish_websocket();
             return;
         }
-        const bool low = output().size() <= high_water();
-        if (pause_ == Pause::backlog && (low || !connection().is_open()) && may_work() && resume_input())
-            return finish_websocket();
+        if (may_resume() && may_work() && resume_input()) return finish_websocket();
         if (above_high_water_ && output().size() <= high_water() && connection().is_open()) {
             above_high_water_ = false;
             call("on_drain", [this] { handler_->on_drain(); });
         }
         // Closing may be due before the next ping, and the answer to a ping before the next ping.
-        if (!scheduled() || connection().deadline() < due()) schedule(connection().deadline());
+        if (!scheduled() || websocket_deadline() < due()) schedule(websocket_deadline());
+    }
+    // Whether the reason of a pause has ended. A connection that is closing only waits for the peer's Close frame.
+    bool may_resume() {
+        if (pause_ == Pause::backlog) return !connection().is_open() || output().size() <= high_water();
+        return pause_ == Pause::rate && (!connection().is_open() || connection().input_due() <= now());
+    }
+    Time websocket_deadline() {
+        const Time due = connection().deadline();
+        return pause_ == Pause::rate ? (std::min)(due, connection().input_due()) : due;
     }
 
     // The connection has closed: the handler ends. What is queued still goes out, unless nothing can be delivered.
@@ -8014,14 +9525,18 @@ private:
     Stream stream_;
     Phase phase_ = Phase::http;
     bool ended_ = false;  // finish_turn() removes the session
+    bool full_ = false;   // the server has no room for it
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
+    bool answered_ = false;        // a request
+    bool idle_ = false;            // waits for the next request
     bool waiting_ = false;         // in the list of sessions with work left
     bool watching_read_ = true;
     bool watching_write_ = false;
     std::uint32_t work_turn_ = 0;         // the last turn in which it did work beyond flushing
     std::unique_ptr<HttpExchange> http_;  // null while a WebSocket is open
+    std::unique_ptr<ProxyHeader> proxy_;  // null if no PROXY header is due
     std::size_t counted_backlog_ = 0;
     const Limits* route_limits_ = nullptr;      // null: those of the server
     std::unique_ptr<std::string> address_key_;  // under which it is counted; null if it is not
@@ -8032,8 +9547,12 @@ private:
 // Accepts connections for the server.
 class Listener final : public Pollable, public Timer {
 public:
-    Listener(SessionHost& host, const ListenAddress& address, std::shared_ptr<TransportFactory> transports)
-        : host_(host), socket_(address, host.options.reuse_port), transports_(std::move(transports)) {
+    Listener(SessionHost& host, const ListenAddress& address, std::shared_ptr<TransportFactory> transports,
+             const ListenOptions& options)
+        : host_(host),
+          socket_(address, host.options.reuse_port, options),
+          transports_(std::move(transports)),
+          proxied_(options.proxy_protocol) {
         if (!LoopAccess::poller(host_.loop).add(socket_.descriptor(), *this, true, false))
             throw Error("listen " + socket_.address().to_string() + ": " + os::error_text(os::last_error()));
     }
@@ -8071,8 +9590,9 @@ public:
 
 private:
     void accept(Socket accepted, const IpAddress& peer) {
-        run_guarded([&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr); },
-                    [&](const char* what) { host_.log.exception("accept", what, &peer); });
+        run_guarded(
+            [&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr, proxied_); },
+            [&](const char* what) { host_.log.exception("accept", what, &peer); });
     }
     // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for
     // ever. The descriptor in reserve serves to accept it and to answer 503.
@@ -8106,6 +9626,7 @@ private:
     SessionHost& host_;
     ListenSocket socket_;
     std::shared_ptr<TransportFactory> transports_;  // null if the connections are plain
+    const bool proxied_;
 };
 
 // ---- one loop ------------------------------------------------------------------------------------------------------
@@ -8122,9 +9643,14 @@ public:
 
     const StringMap<Listener>& listeners() const { return listeners_; }
     bool idle() const { return sessions_.empty(); }
+    // Something is to be done although the poller reports nothing.
+    bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
-    WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports) {
-        const Listener& added = listeners_.append(*this, ListenAddress::parse(address), std::move(transports));
+    WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports,
+                            const ListenOptions& listen_options) {
+        if (draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
+        const Listener& added =
+            listeners_.append(*this, ListenAddress::parse(address), std::move(transports), listen_options);
         log(LogLevel::debug, "listening", {{"address", added.address().to_string()}});
     }
 
@@ -8133,11 +9659,22 @@ public:
     WSCHAT_COLD void begin_shutdown(Duration deadline) {
         const bool first = !std::exchange(draining, true);
         const std::size_t connections = sessions_.size();
+        if (first) notify_systemd("STOPPING=1");
         if (first) std::swap(closed_listeners_, listeners_);
         for (const auto& session : sessions_) session->shut_down();
         // Without a deadline it might never end.
-        run_guarded([&] { loop.call_later(deadline, [this] { abort_all(); }); }, [this](const char*) { abort_all(); });
+        const auto abort = [this, shutdown = shutdowns_] {
+            if (shutdown == shutdowns_) abort_all();
+        };
+        run_guarded([&] { loop.call_later(deadline, abort); }, [this](const char*) { abort_all(); });
         if (first) log(LogLevel::debug, "shutdown", {{"connections", std::to_string(connections)}});
+    }
+    // True if a shutdown has finished. The server may listen again.
+    bool end_shutdown() {
+        if (!draining || !idle()) return false;
+        draining = false;
+        ++shutdowns_;  // the deadline is for no later connection
+        return true;
     }
     // Ends all connections at the end of this turn, without a closing handshake.
     void abort_all() {
@@ -8162,7 +9699,7 @@ public:
 
     // ---- what sessions and listeners call --------------------------------------------------------------------------
 
-    void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport) override {
+    void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
         ++metrics.connections_accepted;
         const std::size_t max = max_connections();
         if (sessions_.size() >= max + max_rejections_at_once) {
@@ -8170,7 +9707,7 @@ public:
             return;
         }
         const bool full = sessions_.size() >= max;
-        auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport));
+        auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), proxied);
         Session& session = *made;
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
@@ -8180,6 +9717,13 @@ public:
         ++metrics.connections_refused;
         log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
         return std::move(Response(503, "There are too many connections.\n").set_header("Retry-After", "10"));
+    }
+    WSCHAT_COLD void note_proxy_failure(const IpAddress& peer, std::string_view cause) override {
+        ++metrics.proxy_failures;
+        // A wrong configuration fails for each connection; one entry per minute says so.
+        const bool first = proxy_failure_entries_.take(1, {1.0 / 60, 1}, Clock::now());
+        log(first ? LogLevel::warning : LogLevel::debug, "proxy_header_refused",
+            {{"peer", peer.to_string()}, {"cause", std::string(cause)}});
     }
     void remove(Session& session) override {
         if (session.address_key() != nullptr) addresses.remove(*session.address_key());
@@ -8219,7 +9763,7 @@ private:
         closed_listeners_.clear();
         turn.handshakes_left = TurnState::max_handshakes;
         if (draining && sessions_.empty()) loop.stop();
-        return !turn.dirty.empty() || !turn.waiting.empty();
+        return has_work();
     }
     // Sessions that used up their budget in an earlier turn, in order, a limited number per turn.
     void continue_waiting() {
@@ -8269,18 +9813,20 @@ private:
         }
     }
 
+    TokenBucket proxy_failure_entries_;
     std::unique_ptr<SendBatch> batch_ = SendBatch::make();
     StringMap<Listener> listeners_;
     StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn, whose events may name them
     std::vector<std::unique_ptr<Session>> sessions_;
     std::unique_ptr<Session> deleted_;  // the first of a chain; destroyed at the end of the turn
+    unsigned shutdowns_ = 0;            // that have finished
 };
 
 }  // namespace detail
 
 // ---- the server ----------------------------------------------------------------------------------------------------
 
-class Server final {
+class Server {
 public:
     WSCHAT_COLD explicit Server(ServerOptions options = {})
         : options_(std::move(options)), worker_(*this, options_, site_) {
@@ -8308,18 +9854,57 @@ public:
         return site_.routes.add("route", detail::Pattern("route", pattern), std::move(factory));
     }
 
-    // A page made by a function for each GET or HEAD. If the function throws, the answer is a 500.
-    void get(std::string_view pattern, std::function<Response(const Request&)> answer) {
-        site_.add_page("get", pattern, [answer = std::move(answer)](const Request& request, const detail::Pattern&) {
-            return detail::PageAnswer{answer(request)};
-        });
+    // A page for each request of a method; GET answers HEAD too. The function returns the Response, or it takes a Reply
+    // and gives the answer later: void(const Request&, Reply). A body has at most Limits::max_body bytes (413) and is
+    // complete when the function is called. If the function throws, the answer is a 500. Throws an Error if the pattern
+    // was given before with the same method.
+    template <class Function>
+    void handle(std::string_view method, std::string_view pattern, Function&& answer) {
+        add_page("handle", method, pattern, std::forward<Function>(answer));
     }
-    // One file, read for each request of a client that has no current copy. A relative path starts at the working
-    // directory, then at the folder of the program. Throws an Error if there is no such file.
-    void file(std::string_view pattern, std::string_view path) { site_.add_file(pattern, path); }
+    template <class Function>
+    void get(std::string_view pattern, Function&& answer) {
+        add_page("get", "GET", pattern, std::forward<Function>(answer));
+    }
+    template <class Function>
+    void post(std::string_view pattern, Function&& answer) {
+        add_page("post", "POST", pattern, std::forward<Function>(answer));
+    }
+    template <class Function>
+    void put(std::string_view pattern, Function&& answer) {
+        add_page("put", "PUT", pattern, std::forward<Function>(answer));
+    }
+    template <class Function>
+    void patch(std::string_view pattern, Function&& answer) {
+        add_page("patch", "PATCH", pattern, std::forward<Function>(answer));
+    }
+    template <class Function>
+    void del(std::string_view pattern, Function&& answer) {
+        add_page("del", "DELETE", pattern, std::forward<Function>(answer));
+    }
+    // The answer where there is nothing, in place of a short 404.
+    void not_found(std::function<Response(const Request&)> answer) { site_.not_found = std::move(answer); }
+    // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
+    void set_default_header(std::string_view name, std::string_view value) { site_.set_default_header(name, value); }
+    // Pages of these origins may use the answers of this server ("*": of all origins). Preflights of browsers are
+    // answered. Throws an Error if one is not an origin, and for "*" with credentials.
+    void allow_cors(const std::vector<std::string>& origins, const CorsOptions& options = {}) {
+        site_.allow_cors(origins, options);
+    }
+
+    // One file, read for each request of a client that has no current copy; with ranges. A relative path starts at the
+    // working directory, then at the folder of the program. `headers` replace the default ones, such as
+    // "Cache-Control: no-cache". Throws an Error if there is no such file.
+    void file(std::string_view pattern, std::string_view path,
+              std::vector<std::pair<std::string, std::string>> headers = {}) {
+        site_.add_file(pattern, path, std::move(headers));
+    }
     // The files in a folder and its subfolders; "index.html" for a folder. No listings, no hidden files except
     // "/.well-known/", no symbolic links. Throws an Error if there is no such folder.
-    void static_dir(std::string_view pattern, std::string_view folder) { site_.add_static_dir(pattern, folder); }
+    void static_dir(std::string_view pattern, std::string_view folder,
+                    std::vector<std::pair<std::string, std::string>> headers = {}) {
+        site_.add_static_dir(pattern, folder, std::move(headers));
+    }
     // metrics() in the format of Prometheus, for everybody who can reach the server.
     void metrics_page(std::string_view pattern) {
         get(pattern,
@@ -8342,14 +9927,25 @@ public:
     // ---- running ---------------------------------------------------------------------------------------------------
 
     // On 127.0.0.1. Port 0: the system picks one, see port(). Throws an Error if the system refuses.
-    void listen(int port) { listen(std::to_string(port)); }
-    // "8888", "0.0.0.0:8888", "[::1]:80", "*:80", "unix:/run/chat.sock".
-    void listen(std::string_view address) { add_listener(address, nullptr); }
+    void listen(int port, const ListenOptions& options = {}) { listen(std::to_string(port), options); }
+    // "8888", "0.0.0.0:8888", "[::1]:80", "*:80", "unix:/run/chat.sock", "fd:3" (a listening socket that the process
+    // has inherited; the server closes it).
+    void listen(std::string_view address, const ListenOptions& options = {}) {
+        add_listener(address, nullptr, options);
+    }
+    // On each socket that systemd passes (LISTEN_FDS): a socket unit keeps it open, so that a restart of the service
+    // refuses no connection. Throws an Error if there is none, or if they are for another process.
+    void listen_inherited(const ListenOptions& options = {}) {
+        for (int i = 0, count = detail::inherited_sockets(); i < count; ++i)
+            listen("fd:" + std::to_string(3 + i), options);
+    }
 #if WSCHAT_OPENSSL
     // The same with TLS: https and wss. Throws an Error also if a file cannot be read or a key does not match.
-    void listen_tls(int port, TlsOptions tls) { listen_tls(std::to_string(port), std::move(tls)); }
-    void listen_tls(std::string_view address, TlsOptions tls) {
-        add_listener(address, std::make_shared<detail::TlsListener>(std::move(tls)));
+    void listen_tls(int port, TlsOptions tls, const ListenOptions& options = {}) {
+        listen_tls(std::to_string(port), std::move(tls), options);
+    }
+    void listen_tls(std::string_view address, TlsOptions tls, const ListenOptions& options = {}) {
+        add_listener(address, std::make_shared<detail::TlsListener>(std::move(tls)), options);
     }
 #endif
     // Reads the certificates of all listeners again; open connections stay. Throws an Error if a file cannot be used;
@@ -8368,20 +9964,37 @@ public:
         return address.unix_path.empty() ? scheme + address.to_string() + "/" : address.to_string();
     }
 
-    // Serves until shutdown() has finished.
+    // Serves until shutdown() has finished. Then listen() and run() may be called again. Throws an Error if there is no
+    // listener. Tells systemd READY=1, and STOPPING=1 when the shutdown begins, if the environment has NOTIFY_SOCKET.
     void run() {
-        if (worker_.draining && worker_.idle()) return;
-        if (worker_.listeners().empty() && !worker_.draining) throw Error("run: nothing to serve: call listen() first");
-        handle_signals();
+        if (!serving()) throw Error("run: nothing to serve: call listen() first");
+        start_turns();
+        if (!worker_.draining) detail::notify_systemd("READY=1");
         worker_.loop.run();
-        signals_.reset();
+        end_turns();
     }
     // From any thread: stops accepting, closes every WebSocket with 1001, and ends run() when all connections are gone,
-    // at the latest after the deadline.
+    // at the latest after the deadline. Has no effect on what listens after the end.
     void shutdown(Duration deadline) {
-        worker_.loop.post([this, deadline] { worker_.begin_shutdown(deadline); });
+        worker_.loop.post([this, deadline, start = starts_.load()] {
+            if (start == starts_.load()) worker_.begin_shutdown(deadline);
+        });
     }
     void shutdown() { shutdown(options_.shutdown_deadline); }
+
+    // Instead of run(), in the event loop of another program, all on one thread: wait until descriptor() is readable or
+    // next_timeout() is over, then call poll(). Loop has the same three functions and describes them.
+    //
+    // Returns true while the server serves: from listen() until shutdown() has finished or loop().stop() is called.
+    bool poll(Duration timeout = Duration::zero()) {
+        start_turns();
+        if (worker_.loop.poll(timeout)) return serving();
+        end_turns();
+        return false;
+    }
+    int descriptor() const { return worker_.loop.descriptor(); }
+    // Zero also if output is queued between two turns, such as a broadcast.
+    Duration next_timeout() const { return worker_.has_work() ? Duration::zero() : worker_.loop.next_timeout(); }
 
     // The one object of a type that belongs to this server: made as Extension(server) at the first call, destroyed
     // before the loop and the rooms.
@@ -8406,9 +10019,31 @@ public:
     Metrics metrics() const { return worker_.current_metrics(); }
 
 private:
-    void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports) {
-        worker_.listen(address, std::move(transports));
+    friend class TestServer;
+
+    template <class Function>
+    void add_page(const char* call, std::string_view method, std::string_view pattern, Function&& answer) {
+        if constexpr (std::is_invocable_v<Function&, const Request&, Reply>)
+            site_.add_later_page(call, method, pattern, std::forward<Function>(answer));
+        else site_.add_function_page(call, method, pattern, std::forward<Function>(answer));
+    }
+    void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports,
+                      const ListenOptions& options) {
+        worker_.listen(address, std::move(transports), options);
+        if (std::exchange(ended_, false)) ++starts_;
         handle_signals();
+    }
+    bool serving() const { return !worker_.listeners().empty() || worker_.draining; }
+    void start_turns() {
+        if (serving()) handle_signals();
+        if (worker_.has_work()) detail::LoopAccess::poll_again(worker_.loop);
+    }
+    void end_turns() {
+        if (worker_.end_shutdown()) {
+            ended_ = true;
+            signalled_ = false;
+        }
+        signals_.reset();
     }
     // From the first listen() on, because a signal may come before run().
     void handle_signals() {
@@ -8424,8 +10059,548 @@ private:
     detail::Site site_;
     detail::Worker worker_;
     bool signalled_ = false;
+    bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
+    std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
     std::vector<std::pair<const void*, detail::ErasedPtr>> extensions_;
+};
+
+// ---- tests without sockets -----------------------------------------------------------------------------------------
+
+// For the tests of programs that use the library. A TestServer is a Server whose clients are in memory: its sessions,
+// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands still
+// until advance(). What a call of a client causes has happened when it returns.
+
+class TestServer;
+
+// The request of a test client: a target such as "/chat/tea?name=Anna", and what is not usual. By default it comes from
+// 127.0.0.1, for the host "localhost", without an Origin.
+class TestRequest {
+public:
+    template <class Text, class = std::enable_if_t<std::is_convertible_v<const Text&, std::string_view>>>
+    TestRequest(const Text& target) : target_(std::string_view(target)) {}
+
+    // Adds a header. Throws an Error if it is not a header field.
+    TestRequest& header(std::string_view name, std::string_view value) {
+        if (!text::is_token(name) || detail::has_control_character(value))
+            throw Error("TestRequest::header: \"" + escape_for_log(name) + ": " + escape_for_log(value) +
+                        "\" is not a header field");
+        ((((headers_ += name) += ": ") += value) += "\r\n");
+        return *this;
+    }
+    TestRequest& origin(std::string_view origin) { return header("Origin", origin); }
+    TestRequest& host(std::string_view host) {
+        host_ = host;
+        return *this;
+    }
+    // The address that the client connects from, such as "203.0.113.7". Throws an Error if it is not an address.
+    TestRequest& address(std::string_view address) {
+        const auto parsed = IpAddress::parse(address);
+        if (!parsed) throw Error("TestRequest::address: \"" + escape_for_log(address) + "\" is not an IP address");
+        address_ = *parsed;
+        return *this;
+    }
+    // Offers a subprotocol after those of earlier calls.
+    TestRequest& subprotocol(std::string_view name) {
+        (subprotocols_ += subprotocols_.empty() ? "" : ", ") += name;
+        return *this;
+    }
+    // Offers compression, if the program is built with WSCHAT_ZLIB.
+    TestRequest& compression(const CompressionOptions& options = {}) {
+        compression_ = options;
+        return *this;
+    }
+    // Of a request for a page.
+    TestRequest& method(std::string_view method) {
+        method_ = method;
+        return *this;
+    }
+    TestRequest& body(std::string body, std::string_view type = "text/plain; charset=utf-8") {
+        header("Content-Type", type).header("Content-Length", std::to_string(body.size()));
+        body_ = std::move(body);
+        return *this;
+    }
+
+    // Without the query.
+    std::string_view path() const { return std::string_view(target_).substr(0, target_.find('?')); }
+
+private:
+    friend class TestServer;
+
+    std::string handshake() const {
+        const std::string offer = compression_ ? detail::CompressionPool::offer(*compression_) : std::string();
+        constexpr const char* key = "dGhlIHNhbXBsZSBub25jZQ==";  // RFC 6455 1.3
+        std::string request = detail::handshake_request(host_, target_, key, subprotocols_, offer);
+        return request.insert(request.size() - 2, headers_);
+    }
+    std::string page_request() const {
+        return method_ + " " + target_ + " HTTP/1.1\r\nHost: " + host_ + "\r\n" + headers_ + "\r\n" + body_;
+    }
+
+    std::string target_, method_ = "GET", host_ = "localhost", headers_, subprotocols_, body_;
+    IpAddress address_ = *IpAddress::parse("127.0.0.1");
+    std::optional<CompressionOptions> compression_;
+};
+
+// The answer to a test client: that of a page, or of a handshake.
+class TestResponse {
+public:
+    // 0 if there is no complete answer.
+    int status() const { return status_; }
+    const std::string& body() const { return body_; }
+    // The first header of that name, compared without case. Empty if there is none.
+    std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
+    Fields fields() const { return Fields(std::string_view(head_).substr(head_.find('\n') + 1)); }
+
+private:
+    friend class TestClient;
+
+    // Consumes the answer if it is complete. `ended`: no more bytes follow.
+    bool read(std::string& bytes, bool to_head, bool ended) {
+        const std::size_t head = bytes.find("\r\n\r\n");
+        if (head == std::string::npos) return false;
+        head_ = bytes.substr(0, head + 4);
+        const int status = std::atoi(head_.c_str() + head_.find(' '));
+        std::size_t size = 0;
+        if (const auto length = text::parse_unsigned(header("content-length"), bytes.max_size()); length && !to_head)
+            size = static_cast<std::size_t>(*length);
+        else if (status >= 200 && !to_head) size = bytes.size() - head_.size();  // up to the end
+        if (bytes.size() - head_.size() < size && !ended) return false;
+        body_ = bytes.substr(head_.size(), size);
+        bytes.erase(0, head_.size() + size);
+        status_ = status;
+        return true;
+    }
+
+    std::string head_, body_;
+    int status_ = 0;
+};
+
+namespace detail {
+
+// A connection in memory.
+struct MemoryLink {
+    static constexpr std::size_t unlimited = static_cast<std::size_t>(-1);
+
+    std::string to_server, to_client;
+    std::size_t window = unlimited;  // how many more bytes the client takes
+    bool client_ended = false;       // the client sends nothing more
+    bool server_ended = false;       // the server sends nothing more
+    bool closed = false;             // the server has closed its end
+};
+
+// The server's end of a link, instead of a socket.
+class MemoryTransport final : public Transport {
+public:
+    explicit MemoryTransport(std::shared_ptr<MemoryLink> link) : link_(std::move(link)) {}
+    MemoryTransport(const MemoryTransport&) = delete;
+    MemoryTransport& operator=(const MemoryTransport&) = delete;
+    ~MemoryTransport() override { link_->server_ended = link_->closed = true; }
+
+    IoResult receive(Socket&, char* data, std::size_t size, WireCount& wire) override {
+        std::string& bytes = link_->to_server;
+        if (bytes.empty()) return {link_->client_ended ? IoResult::Outcome::end : IoResult::Outcome::would_block};
+        const std::size_t n = bytes.copy(data, size);
+        bytes.erase(0, n);
+        wire.received += n;
+        return {IoResult::Outcome::done, n};
+    }
+    IoResult send(Socket&, const std::string_view* pieces, std::size_t count, WireCount& wire) override {
+        std::size_t sent = 0;
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::string_view taken = pieces[i].substr(0, link_->window);
+            link_->to_client += taken;
+            if (link_->window != MemoryLink::unlimited) link_->window -= taken.size();
+            sent += taken.size();
+        }
+        wire.sent += sent;
+        return {sent != 0 || count == 0 ? IoResult::Outcome::done : IoResult::Outcome::would_block, sent};
+    }
+    bool has_input() const override { return false; }
+    bool wants_write() const override { return false; }
+    bool established() const override { return true; }
+    bool end(Socket&, WireCount&) override {
+        link_->server_ended = true;
+        return true;
+    }
+    const std::string& failure() const override { return no_failure_; }
+    bool plain_text() const override { return false; }
+    std::string peer_name() const override { return {}; }
+    bool encrypts() const override { return false; }
+
+private:
+    std::shared_ptr<MemoryLink> link_;
+    std::string no_failure_;
+};
+
+// Reports links, which have no descriptors, and never blocks. Its clock stands still.
+class MemoryPoller final : public Poller {
+public:
+    explicit MemoryPoller(Time now) : now_(now) {}
+
+    // The next add() belongs to this link.
+    void expect(std::shared_ptr<MemoryLink> link) { expected_ = std::move(link); }
+    // The owner of a link that the server has not closed, or null.
+    Pollable* owner(const MemoryLink& link) const {
+        for (const Entry& entry : entries_)
+            if (entry.link.get() == &link && !link.closed) return entry.owner;
+        return nullptr;
+    }
+    bool has_ready() const {
+        return std::any_of(entries_.begin(), entries_.end(), [](const Entry& entry) { return entry.ready(); });
+    }
+    void set_now(Time now) { now_ = now; }
+
+    const char* name() const override { return "memory"; }
+    bool add(os::Descriptor, Pollable& owner, bool read, bool write) override {
+        if (!expected_) return false;
+        entries_.push_back({std::move(expected_), &owner, read, write});
+        return true;
+    }
+    bool change(os::Descriptor, Pollable& owner, bool read, bool write) override {
+        for (Entry& entry : entries_) {
+            if (entry.owner != &owner || entry.link->closed) continue;
+            entry.read = read;
+            entry.write = write;
+        }
+        return true;
+    }
+    void remove(os::Descriptor) override {}  // a link is closed at the same time
+    void wait(int, std::vector<Ready>& ready) override {
+        const auto closed = [](const Entry& entry) { return entry.link->closed; };
+        entries_.erase(std::remove_if(entries_.begin(), entries_.end(), closed), entries_.end());
+        ready.clear();
+        for (const Entry& entry : entries_)
+            if (entry.ready()) ready.push_back({entry.owner, entry.readable(), entry.writable(), entry.broken()});
+    }
+    Time now() const override { return now_; }
+
+private:
+    struct Entry {
+        std::shared_ptr<MemoryLink> link;
+        Pollable* owner;
+        bool read, write;
+
+        bool readable() const { return read && (!link->to_server.empty() || link->client_ended); }
+        bool writable() const { return write && link->window != 0; }
+        bool broken() const { return link->client_ended && link->server_ended; }
+        bool ready() const { return !link->closed && (readable() || writable() || broken()); }
+    };
+
+    std::vector<Entry> entries_;
+    std::shared_ptr<MemoryLink> expected_;
+    Time now_;
+};
+
+}  // namespace detail
+
+// One client of a TestServer. Copies are the same client, which ends with close(), hang_up() or the server.
+class TestClient {
+public:
+    struct Received {
+        std::string data;
+        bool binary;
+    };
+
+    TestClient() = default;
+
+    // ---- what the client has got -----------------------------------------------------------------------------------
+
+    // The answer to the handshake: 101, or that of a refusal. Its status is 0 if the server shuts down.
+    const TestResponse& response() const { return state().response; }
+    bool is_open() const { return state().connection.is_open(); }
+    // The data of the messages that have arrived since the last call.
+    std::vector<std::string> received() {
+        State& state = this->state();
+        std::vector<std::string> data;
+        for (; state.taken != state.messages.size(); ++state.taken) data.push_back(state.messages[state.taken].data);
+        return data;
+    }
+    // All messages since the handshake.
+    const std::vector<Received>& messages() const { return state().messages; }
+    // The payloads of all pings and pongs since the handshake. The client answers pings itself.
+    const std::vector<std::string>& pings() const { return state().pings; }
+    const std::vector<std::string>& pongs() const { return state().pongs; }
+    // From the server's Close frame, or from the client's until it arrives. CloseCode::no_status before both, and
+    // CloseCode::abnormal if the connection ended without a Close frame.
+    CloseCode close_code() const { return state().connection.close_code(); }
+    const std::string& close_reason() const { return state().connection.close_reason(); }
+    std::string_view selected_subprotocol() const { return response().header("sec-websocket-protocol"); }
+
+    // The handler of this client, in the server. Throws an Error if it is gone, or not a Handler.
+    template <class Handler>
+    Handler& handler() const {
+        const auto found = dynamic_cast<Handler*>(find_handler());
+        if (found == nullptr) throw Error("TestClient::handler: there is no handler of this type");
+        return *found;
+    }
+
+    // ---- what the client does --------------------------------------------------------------------------------------
+
+    // WriteStatus::closed if the connection is not open. The client sends also text that is not UTF-8.
+    WriteStatus send(std::string_view text, Opcode opcode = Opcode::text) {
+        return act([&](State& state) { return state.connection.send(opcode, text); });
+    }
+    WriteStatus send_binary(std::string_view bytes) { return send(bytes, Opcode::binary); }
+    WriteStatus send_json(const Json& value) { return send(value.dump()); }
+    WriteStatus ping(std::string_view payload = {}) {
+        return act([&](State& state) { return state.connection.send_control(Opcode::ping, payload); });
+    }
+    void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) {
+        act([&](State& state) {
+            state.connection.close(code, reason, Time());
+            return WriteStatus::closed;
+        });
+    }
+    // Ends the connection without a Close frame.
+    void hang_up() {
+        act([](State& state) {
+            state.end("the client hung up");
+            return WriteStatus::closed;
+        });
+    }
+    // The client does not read any more, and so it does not answer pings. The server can send this many bytes, then its
+    // output waits.
+    void pause_reading(std::size_t window = 0) {
+        state().paused = true;
+        state().link->window = window;
+    }
+    void resume_reading() {
+        act([](State& state) {
+            state.paused = false;
+            state.link->window = detail::MemoryLink::unlimited;
+            return WriteStatus::closed;
+        });
+    }
+
+private:
+    friend class TestServer;
+
+    struct State {
+        State(std::shared_ptr<TestServer*> its_server, std::shared_ptr<detail::MemoryLink> its_link)
+            : server(std::move(its_server)), link(std::move(its_link)) {
+            limits.max_message_size = limits.max_backlog = detail::MemoryLink::unlimited;
+            limits.max_fragments = detail::MemoryLink::unlimited;
+            limits.control_frames_per_second = 0;
+            limits.ping_interval = Duration::zero();
+        }
+
+        // Takes what has arrived, and answers. Returns false if nothing has.
+        bool read() {
+            const bool at_end = link->server_ended && !link->client_ended;
+            if (paused || (link->to_client.empty() && !at_end)) return false;
+            if (response.status() == 0 && !read_response() && !at_end) return false;
+            std::string bytes = std::exchange(link->to_client, std::string());
+            connection.receive(&bytes[0], bytes.size(), Time());
+            take_events();
+            if (at_end) end("the server hung up");
+            write();
+            return true;
+        }
+        // Passes on what the connection has queued.
+        void write() {
+            SendQueue& output = connection.output();
+            for (std::string_view piece; output.gather(&piece, 1) != 0; output.consume(piece.size()))
+                link->to_server += piece;
+        }
+        void end(std::string_view reason) {
+            connection.receive_eof(reason);
+            take_events();
+            link->client_ended = true;
+        }
+
+        std::shared_ptr<TestServer*> server;  // points to null if the server is gone
+        std::shared_ptr<detail::MemoryLink> link;
+        TestResponse response;
+        bool to_head = false;
+        std::optional<CompressionOptions> compression;
+        Limits limits;
+        detail::SendArena arena;
+        detail::CompressionPool compressors;
+        detail::Connection connection;
+        bool paused = false;
+        std::vector<Received> messages;
+        std::size_t taken = 0;  // messages that received() has returned
+        std::vector<std::string> pings, pongs;
+
+    private:
+        using SendQueue = detail::SendQueue;
+
+        bool read_response() {
+            if (!response.read(link->to_client, to_head, link->server_ended)) return false;
+            if (response.status() != 101) return true;
+            std::string error;
+            auto agreed = compression ? compressors.read_response(response.fields(), *compression, error) : nullptr;
+            const auto mask = [] { return detail::MaskKey{0x37, 0xFA, 0x21, 0x3D}; };
+            connection.open(detail::Role::client, limits, arena, Time(), mask, std::move(agreed));
+            return true;
+        }
+        void take_events() {
+            using Kind = detail::Event::Kind;
+            for (;;) {
+                const detail::Event event = connection.next_event();
+                const std::string data(event.message.data());
+                if (event.kind == Kind::message) messages.push_back({data, event.message.binary()});
+                else if (event.kind == Kind::ping) pings.push_back(data);
+                else if (event.kind == Kind::pong) pongs.push_back(data);
+                else return;
+            }
+        }
+    };
+
+    explicit TestClient(std::shared_ptr<State> state) : state_(std::move(state)) {}
+
+    State& state() const {
+        if (!state_) throw Error("TestClient: this is no client; TestServer::connect() makes one");
+        return *state_;
+    }
+    template <class Work>
+    WriteStatus act(Work&& work) {
+        State& state = this->state();
+        const WriteStatus status = work(state);
+        state.write();
+        settle();
+        return status;
+    }
+    inline void settle() const;
+    inline WebSocketHandler* find_handler() const;
+
+    std::shared_ptr<State> state_;
+};
+
+// A server whose clients are in memory. It has all functions of a Server except listen() and run().
+class TestServer : public Server {
+public:
+    explicit TestServer(ServerOptions options = {}) : Server(std::move(options)) {
+        auto poller = std::make_unique<detail::MemoryPoller>(Clock::now());
+        poller_ = poller.get();
+        detail::LoopAccess::set_poller(loop(), std::move(poller));
+        on_log(nullptr);
+    }
+    // Open connections end without a closing handshake. The clients keep what they have got.
+    ~TestServer() {
+        worker_.close();
+        deliver();
+        *self_ = nullptr;
+    }
+
+    // Opens a WebSocket. TestClient::response() has the answer if it is refused.
+    TestClient connect(const TestRequest& request) {
+        const auto client = start(request, request.handshake());
+        client->compression = request.compression_;
+        settle();
+        return TestClient(client);
+    }
+    // Gets a page.
+    TestResponse fetch(const TestRequest& request) {
+        const auto client = start(request, request.page_request());
+        client->to_head = request.method_ == "HEAD";
+        settle();
+        TestClient(client).hang_up();
+        return client->response;
+    }
+
+    // Moves the clock from timer to timer: calls what is due, sends pings, and ends what has a timeout.
+    void advance(Duration duration) {
+        settle();
+        const Time end = saturating_add(poller_->now(), (std::max)(duration, Duration::zero()));
+        for (Duration next = next_timeout(); next <= end - poller_->now(); next = next_timeout()) {
+            poller_->set_now(poller_->now() + next);
+            settle();
+        }
+        poller_->set_now((std::max)(end, poller_->now()));
+    }
+    // Runs turns until nothing is left to do. All calls of clients do this; call it after work was posted or a handler
+    // was used directly. Throws an Error if there is no end.
+    void settle() {
+        constexpr int max_turns = 100'000;
+        constexpr Duration tick(1);  // the delay of call_later(0s)
+        for (int turn = 0; deliver() || poller_->has_ready() || next_timeout() <= tick; ++turn) {
+            if (turn == max_turns) throw Error("TestServer::settle: the server always has more work");
+            if (next_timeout() <= tick) poller_->set_now(poller_->now() + next_timeout());
+            loop().poll();
+        }
+    }
+
+    // What callbacks and pages have thrown, as "on_message: sentence".
+    const std::vector<std::string>& exceptions() const { return *exceptions_; }
+    // As Server::on_log(), which would turn off exceptions().
+    void on_log(std::function<void(const LogEntry&)> function) {
+        Server::on_log([exceptions = exceptions_, function = std::move(function)](const LogEntry& entry) {
+            if (entry.event == "exception")
+                exceptions->push_back(entry.fields[0].second + ": " + entry.fields[1].second);
+            if (function) function(entry);
+        });
+    }
+
+private:
+    friend class TestClient;
+
+    std::shared_ptr<TestClient::State> start(const TestRequest& request, std::string bytes) {
+        const auto link = std::make_shared<detail::MemoryLink>();
+        const auto client = std::make_shared<TestClient::State>(self_, link);
+        clients_.push_back(client);
+        link->to_server = std::move(bytes);
+        auto transport = std::make_unique<detail::MemoryTransport>(link);
+        poller_->expect(link);
+        if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport), false);
+        return client;
+    }
+    // Lets the clients take what has arrived. Returns false if nothing has.
+    bool deliver() {
+        bool any = false;
+        for (const auto& client : clients_) any = client->read() || any;
+        const auto over = [](const auto& client) { return client->link->closed && client->link->client_ended; };
+        clients_.erase(std::remove_if(clients_.begin(), clients_.end(), over), clients_.end());
+        return any;
+    }
+
+    detail::MemoryPoller* poller_;
+    std::shared_ptr<TestServer*> self_ = std::make_shared<TestServer*>(this);
+    std::vector<std::shared_ptr<TestClient::State>> clients_;  // that have not ended
+    std::shared_ptr<std::vector<std::string>> exceptions_ = std::make_shared<std::vector<std::string>>();
+};
+
+inline void TestClient::settle() const {
+    if (*state().server != nullptr) (*state().server)->settle();
+}
+inline WebSocketHandler* TestClient::find_handler() const {
+    if (*state().server == nullptr) return nullptr;
+    detail::Pollable* const owner = (*state().server)->poller_->owner(*state().link);
+    return owner == nullptr ? nullptr : static_cast<detail::Session*>(owner)->handler();
+}
+
+// A TestServer with one handler and one client, seen from the handler:
+//
+//   wschat::HandlerTest<Chat> test("/chat?name=Anna");
+//   test.receive("hi");
+//   test.sent() == std::vector<std::string>{"Anna: hi"};
+template <class Handler>
+class HandlerTest {
+public:
+    // The path of the request is the pattern of the route.
+    explicit HandlerTest(const TestRequest& request = "/") : HandlerTest(request.path(), request) {}
+    // The handler is made with the arguments.
+    template <class... Arguments>
+    HandlerTest(std::string_view pattern, const TestRequest& request, Arguments&&... arguments) {
+        server.route<Handler>(pattern, std::forward<Arguments>(arguments)...);
+        client = server.connect(request);
+    }
+    HandlerTest(const HandlerTest&) = delete;
+    HandlerTest& operator=(const HandlerTest&) = delete;
+
+    WriteStatus receive(std::string_view text) { return client.send(text); }
+    WriteStatus receive_binary(std::string_view bytes) { return client.send_binary(bytes); }
+    // The data of the messages that the handler has sent since the last call.
+    std::vector<std::string> sent() { return client.received(); }
+    // The client closes.
+    void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) { client.close(code, reason); }
+    void advance(Duration duration) { server.advance(duration); }
+    // Throws an Error if the handler is gone.
+    Handler& handler() { return client.handler<Handler>(); }
+
+    TestServer server;
+    TestClient client;
 };
 
 WSCHAT_END
@@ -9325,6 +11500,21 @@ private:
 
 // ---- the handler ---------------------------------------------------------------------------------------------------
 
+// The answer to ChatHandler::authenticate_async(): see Reply.
+class ChatReply {
+public:
+    explicit ChatReply(Reply reply) : reply_(std::move(reply)) {}
+    // The user enters. Without an argument it is the user of authenticate().
+    bool accept() const { return reply_.accept(); }
+    inline bool accept(ChatUser user) const;
+    // Refuses the handshake.
+    bool send(Response response) const { return reply_.send(std::move(response)); }
+    bool is_open() const { return reply_.is_open(); }
+
+private:
+    Reply reply_;
+};
+
 // A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line with a slash in front is
 // a command, and all others are said to the room. Clients receive events: one JSON object in a message. The query of
 // the address may contain `name`, `key` (a secret of the client; connections with the same key are one user) and `last`
@@ -9341,6 +11531,9 @@ public:
     virtual std::optional<ChatUser> authenticate(const Request& request) {
         return ChatUser{request.query("name").value_or("")};
     }
+    // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
+    // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
+    virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
     // Whether this user may do it. Default: everything except kick, ban and mute.
     virtual bool may(ChatAction action) {
         return action != ChatAction::kick && action != ChatAction::ban && action != ChatAction::mute;
@@ -9388,14 +11581,10 @@ public:
         if (auto refusal = on_handshake(request)) return refusal;
         std::optional<ChatUser> user = authenticate(request);
         if (!user) return Response(401, "Log in first.\n");
-        check_about(user->about);
-        user_ = std::move(*user);
-        const std::string key = request.query("key").value_or("");
-        if (user_.account) identity_ = "account " + user_.name;
-        else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
-        if (hub_->banned(remote_address(), user_.name, identity_))
-            return Response(403, "You are banned from this chat.\n");
-        return std::nullopt;
+        return admit(std::move(*user));
+    }
+    void prepare_async(const Request& request, Reply reply) final {
+        authenticate_async(request, ChatReply(std::move(reply)));
     }
 
     void open() final {
@@ -9431,6 +11620,21 @@ public:
     }
 
 private:
+    friend class ChatReply;
+
+    // Takes the user, unless he is banned. Throws an Error if what authenticate() gave is not valid.
+    std::optional<Response> admit(ChatUser user) {
+        check_about(user.about);
+        user_ = std::move(user);
+        const std::string key = request().query("key").value_or("");
+        identity_.clear();
+        if (user_.account) identity_ = "account " + user_.name;
+        else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
+        if (hub_->banned(remote_address(), user_.name, identity_))
+            return Response(403, "You are banned from this chat.\n");
+        return std::nullopt;
+    }
+
     friend class ChatHub;
     friend class detail::ChatCommands;
 
@@ -9654,6 +11858,11 @@ private:
     bool connected_ = false;
     bool kicked_ = false;
 };
+
+inline bool ChatReply::accept(ChatUser user) const {
+    return reply_.accept(
+        [user = std::move(user)](WebSocketHandler& handler) { return static_cast<ChatHandler&>(handler).admit(user); });
+}
 
 // ---- commands ------------------------------------------------------------------------------------------------------
 

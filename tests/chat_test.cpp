@@ -22,6 +22,7 @@ using test::RunningServer;
 // Takes the place of a server's sessions. The server does not run: time stands still, and output stays in the handlers.
 class TestHost final : public HandlerHost {
 public:
+    void on_reply(ReplyAnswer) override {}
     void mark_dirty() override {}
     void flush() override {}
     std::size_t offer(const std::string_view*, std::size_t) override { return 0; }
@@ -62,7 +63,7 @@ public:
         core.host = &host;
         core.request = parser.take_request();
         RequestAccess::set_params(core.request, {{"room", room}});
-        core.remote_address = address;
+        RequestAccess::set_connection(core.request, address, false);
         refusal = handler.prepare(core.request);
         if (refusal) return;
         core.connection.open(Role::server, limits_, arena_, host.now());

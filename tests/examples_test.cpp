@@ -134,12 +134,24 @@ std::vector<Example> all_programs() {
         {"echo", {example("echo")}, {}, "/", "echo: ", ""},
         {"rooms", {example("rooms")}, {}, "/chat", "rooms: open ", " in two windows"},
         {"ticker", {example("ticker")}, {}, "/ticks", "ticker: ", ""},
+        {"publish", {example("publish")}, {"--token", "T"}, "/chat", "publish: ", " with the token T"},
     };
 #if defined(WSCHAT_BENCH_SERVER)
     programs.push_back({"bench_server", {WSCHAT_BENCH_SERVER}, {"echo"}, "/", "bench_server: ", ""});
     programs.push_back({"bench_server", {WSCHAT_BENCH_SERVER}, {"room", "2"}, "/", "bench_server: ", ""});
 #endif
     return programs;
+}
+
+// Sends a form.
+test::Answer post(int port, std::string_view target, std::string_view body, std::string_view headers = {}) {
+    test::RawClient client(port);
+    client.send(test::request(target,
+                              "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: " +
+                                  std::to_string(body.size()) + "\r\n" + std::string(headers),
+                              "POST") +
+                std::string(body));
+    return test::next_answer(client);
 }
 
 }  // namespace
@@ -320,6 +332,40 @@ TEST_CASE("the rooms send greetings, members and names, and separate the rooms")
     CHECK(contains(next_with(anna, "\"users\""), "[\"Anna\"]"));
 }
 
+TEST_CASE("another program says something in a room of the chat, if it has the token") {
+    Program program({example("publish"), "0", "--token", "secret"});
+    Client anna(program.port(), "/chat/tea?name=Anna");
+    const auto status = [&](std::string_view token, std::string_view body) {
+        return post(program.port(), "/rooms/tea/messages", body, "Authorization: Bearer " + std::string(token) + "\r\n")
+            .status;
+    };
+    CHECK(status("wrong", "text=hello") == 401);
+    CHECK(status("secret", "") == 400);
+    CHECK(status("secret", "text=a%00b") == 400);
+    CHECK(status("secret", "text=hello+there&name=Robot") == 204);
+    CHECK(contains(next_with(anna, "hello there"), "\"name\":\"Robot\""));
+}
+
+TEST_CASE("only members enter the chat, with a session that begins in a form and ends with a logout") {
+    Program program({example("login"), "0", "--user", "bo:with:colon"});
+    CHECK(test::fetch(program.port(), "/").header("location") == "/login");
+    CHECK(contains(test::fetch(program.port(), "/login").body, "<form"));
+    CHECK(post(program.port(), "/login", "name=bo&password=wrong").status == 401);
+    CHECK_FALSE(Client(program.port(), "/chat").is_open());
+    const test::Answer entered = post(program.port(), "/login", "name=bo&password=with:colon");
+    CHECK(entered.status == 303);
+    const std::string set_cookie = entered.header("set-cookie");
+    CHECK(contains(set_cookie, "; Path=/; SameSite=Lax; HttpOnly"));
+    const std::string cookie = "Cookie: " + set_cookie.substr(0, set_cookie.find(';')) + "\r\n";
+    CHECK(test::fetch(program.port(), "/", cookie).header("location") == "/chat.html");
+    Client bo(program.port(), "/chat/tea?name=Anna", cookie);
+    CHECK(contains(next_with(bo, "\"hello\""), "\"bo\""));
+    CHECK(post(program.port(), "/logout", "", cookie).status == 303);
+    CHECK_FALSE(Client(program.port(), "/chat", cookie).is_open());
+    for (int i = 0; i < 10; ++i) post(program.port(), "/login", "name=bo&password=wrong");
+    CHECK(post(program.port(), "/login", "name=bo&password=with:colon").status == 429);
+}
+
 TEST_CASE("the ticker sends its ticks in order to all clients, and answers with the number of clients") {
     Program program({example("ticker"), "0"});
     Client one(program.port(), "/ticks"), two(program.port(), "/ticks");
@@ -362,7 +408,7 @@ TEST_CASE("the bench server prints its usage after wrong arguments, and ends wit
         Program program(command);
         CHECK(program.output() == "");
         CHECK(program.errors() == std::string("usage: bench_server PORT room|echo") + (WSCHAT_ZLIB ? "|deflate" : "") +
-                                   " [threads, 1-64]\n");
+                                      " [threads, 1-64]\n");
         CHECK(program.status() == 1);
     }
 }

@@ -11,6 +11,7 @@ using namespace std::chrono_literals;
 using std::chrono::hours;
 using std::chrono::milliseconds;
 
+using test::contains;
 using test::Disposition;
 using test::error_of;
 using test::eventually;
@@ -672,6 +673,144 @@ TEST_CASE("the loop calls the owner of a ready descriptor") {
     CHECK(loop.run_until_stopped());
     CHECK(reader.text == "ab");
     loop.poller().remove(local.descriptor());
+}
+
+// ---- in the event loop of another program ---------------------------------------------------------------------------
+
+TEST_CASE("poll runs one turn, and does not wait longer than its timeout") {
+    TestLoop loop;
+    std::string order;
+    loop.post([&] {
+        order += 'a';
+        loop.post([&] { order += 'b'; });
+    });
+    CHECK(order == "");
+    CHECK(loop.poll());
+    CHECK(order == "a");
+    CHECK(loop.poll(hours(1)));
+    CHECK(order == "ab");
+    CHECK(loop.poll());
+    CHECK(loop.poll(Duration::min()));
+    CHECK(loop.poll(1ns));
+    CHECK(order == "ab");
+}
+
+TEST_CASE("poll waits for a timer, for posted work and for a signal") {
+    TestLoop loop;
+    int got = 0;
+    loop.call_later(5ms, [&] { got = 1; });
+    while (got != 1) loop.poll(Duration::max());
+    std::thread poster([&] { loop.post([&] { got = 2; }); });
+    while (got != 2) loop.poll(Duration::max());
+    poster.join();
+    const SignalGuard guard(loop.wake_descriptor());
+    loop.on_signal([&](int signal) { got = signal; });
+    std::raise(SIGTERM);
+    while (got != SIGTERM) loop.poll(Duration::max());
+}
+
+TEST_CASE("poll returns false once after each stop, also for a stop between two turns, and run() goes on") {
+    TestLoop loop;
+    loop.post([&] { loop.stop(); });
+    CHECK_FALSE(loop.poll());
+    CHECK(loop.poll());
+    loop.stop();
+    CHECK(loop.next_timeout() == Duration::zero());
+    CHECK_FALSE(loop.poll(Duration::max()));
+    CHECK(loop.poll());
+    loop.post([&] { loop.stop(); });
+    REQUIRE(loop.run_until_stopped());
+    CHECK(loop.poll());
+}
+
+TEST_CASE("next_timeout is the time to the next timer, zero if work is left, and the maximum if there is neither") {
+    TestLoop loop;
+    CHECK(loop.next_timeout() == Duration::max());
+    const auto id = loop.call_later(hours(1), [] {});
+    CHECK(loop.next_timeout() <= hours(1));
+    CHECK(loop.next_timeout() > hours(1) - test::deadline);
+    loop.post([] {});
+    CHECK(loop.next_timeout() == Duration::zero());
+    loop.poll();
+    CHECK(loop.next_timeout() > Duration::zero());
+    loop.cancel(id);
+    CHECK(loop.next_timeout() == Duration::max());
+    loop.call_later(-1s, [] {});
+    while (loop.next_timeout() != Duration::zero()) {
+    }
+    loop.poll();
+    CHECK(loop.next_timeout() == Duration::max());
+    bool more = true;
+    loop.at_turn_end([&] { return std::exchange(more, false); });
+    loop.poll();
+    CHECK(loop.next_timeout() == Duration::zero());
+    loop.poll();
+    CHECK(loop.next_timeout() == Duration::max());
+}
+
+TEST_CASE("exceptions of callbacks are reported and do not leave poll") {
+    TestLoop loop;
+    std::string reported;
+    loop.on_exception([&](const char* where, const char* what) { reported += std::string(where) + " " + what + ", "; });
+    loop.call_later(0s, [] { throw std::runtime_error("one"); });
+    loop.post([] { throw 2; });
+    loop.post([&] { loop.stop(); });
+    while (loop.poll(Duration::max())) {
+    }
+    while (!contains(reported, "one")) loop.poll(Duration::max());
+    CHECK(contains(reported, "post "));
+}
+
+TEST_CASE("run() and poll() in a callback and on another thread are Errors") {
+    TestLoop loop;
+    std::vector<std::string> errors;
+    loop.post([&] {
+        errors.push_back(error_of([&] { loop.poll(); }));
+        errors.push_back(error_of([&] { loop.run(); }));
+        std::thread([&] { errors.push_back(error_of([&] { loop.poll(); })); }).join();
+    });
+    CHECK(loop.poll());
+    CHECK(errors == std::vector<std::string>{"poll: the loop is running already", "run: the loop is running already",
+                                             "poll: the loop is running already"});
+    std::thread([&] { CHECK(loop.poll()); }).join();
+}
+
+TEST_CASE("between two turns now() is the current time, and every thread is the loop's thread") {
+    TestLoop loop;
+    loop.poll();
+    const Time before = Clock::now();
+    CHECK(loop.now() >= before);
+    bool on_thread = false;
+    std::thread([&] { on_thread = loop.on_loop_thread(); }).join();
+    CHECK(on_thread);
+}
+
+#if defined(__linux__)
+TEST_CASE("the descriptor of a loop is readable while poll has work") {
+    Loop loop;
+    const auto readable = [&](int timeout_ms) {
+        pollfd entry{loop.descriptor(), POLLIN, 0};
+        return ::poll(&entry, 1, timeout_ms) == 1;
+    };
+    const auto limit = static_cast<int>(milliseconds(test::deadline).count());
+    CHECK_FALSE(readable(0));
+    std::thread([&] { loop.post([] {}); }).join();
+    CHECK(readable(limit));
+    CHECK(readable(0));
+    loop.poll();
+    CHECK_FALSE(readable(0));
+    const SignalGuard guard(LoopAccess::wake_descriptor(loop));
+    std::raise(SIGTERM);
+    CHECK(readable(limit));
+    loop.poll();
+    CHECK_FALSE(readable(0));
+}
+#endif
+
+TEST_CASE("a loop that uses poll() has no descriptor") {
+    const Loop loop(PollerKind::poll);
+    CHECK(error_of([&] { loop.descriptor(); }) ==
+          "descriptor: the poller \"poll\" has no descriptor to wait for: call poll() at intervals");
 }
 
 // ---- signals --------------------------------------------------------------------------------------------------------

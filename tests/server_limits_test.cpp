@@ -236,7 +236,9 @@ TEST_CASE("single bytes do not extend the deadline of the handshake") {
 }
 
 TEST_CASE("a kept-alive connection without a next request is closed, and half a request gets a 408") {
-    RunningServer running(with_handshake_timeout(30ms));
+    Limits limits;
+    limits.handshake_timeout = limits.keep_alive_timeout = 30ms;
+    RunningServer running(with_limits(limits));
     running.server.get("/", [](const Request&) { return Response(200, "hello"); });
     running.start();
     const std::string idle = answer_to(running.port(), request("/"));

@@ -145,7 +145,7 @@ TEST_CASE("an exception in a page is a 500 without its text, and the server cont
     CHECK(fetch(running.port(), "/hello").status == 200);
     CHECK(running.metrics().handler_exceptions == 1);
     running.stop();
-    CHECK(log.has("error exception in=\"get\" what=\"the database is down\""));
+    CHECK(log.has("error exception in=\"page\" what=\"the database is down\""));
 }
 
 TEST_CASE("an exception in a page that is not a std::exception is a 500 too") {
@@ -194,7 +194,7 @@ TEST_CASE("each refusal of a HEAD has no body") {
         int status;
     } table[] = {
         {"an exception", request("/throws", "", "HEAD"), 500},
-        {"a body", request("/page", "Content-Length: 5\r\n", "HEAD"), 413},
+        {"a large body", request("/page", "Content-Length: 1048577\r\n", "HEAD"), 413},
         {"another host", "HEAD /page HTTP/1.1\r\nHost: y\r\n\r\n", 421},
         {"an upgrade", upgrade(key + version, "HEAD / HTTP/1.1"), 405},
         {"no route", upgrade(key + version, "HEAD /nothing HTTP/1.1"), 404},
@@ -341,10 +341,19 @@ TEST_CASE("a refusal is a complete answer with a sentence, and bytes after it ar
         {"a signed Content-Length", get + "Content-Length: +0\r\n\r\n", 400},
         {"a Content-Length past 64 bits", get + "Content-Length: 99999999999999999999999\r\n\r\n", 400},
         {"a coding that is not implemented", get + "Transfer-Encoding: gzip\r\n\r\n", 501},
-        {"a body", get + "Content-Length: 5\r\n\r\nhello", 413},
-        {"a chunked body", get + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", 413},
+        {"a body over max_body", get + "Content-Length: 1048577\r\n\r\nhello", 413},
+        {"a chunk over max_body", get + "Transfer-Encoding: chunked\r\n\r\n100001\r\nhello", 413},
+        {"a chunk size past 64 bits", get + "Transfer-Encoding: chunked\r\n\r\n10000000000000005\r\nhello\r\n", 413},
+        {"a chunk size with a sign", get + "Transfer-Encoding: chunked\r\n\r\n+5\r\nhello\r\n0\r\n\r\n", 400},
+        {"a chunk that is longer than its size", get + "Transfer-Encoding: chunked\r\n\r\n4\r\nhello\r\n0\r\n\r\n",
+         400},
+        {"a chunk size that ends with LF", get + "Transfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n", 400},
+        {"a chunk extension of 20 KiB", get + "Transfer-Encoding: chunked\r\n\r\n5;" + std::string(20480, 'a'), 431},
+        {"an expectation that is not known", get + "Content-Length: 5\r\nExpect: cake\r\n\r\nhello", 417},
+        {"a body for no page", request("/nothing", "Content-Length: 5\r\n", "POST") + "hello", 404},
         {"a body on an upgrade", upgrade(key + version + "Content-Length: 5\r\n") + "hello", 400},
-        {"a POST with a body", request("/", "Content-Length: 5\r\n", "POST") + "hello", 405, "Allow: GET, HEAD"},
+        {"a POST with a body", request("/", "Content-Length: 5\r\n", "POST") + "hello", 405,
+         "Allow: GET, HEAD, OPTIONS"},
         // FAULTS 7
         {"a path of 64 KiB", request("/" + std::string(65536, 'a')), 414},
         {"a header of 20 KiB", request("/", "A: " + std::string(20480, 'a') + "\r\n"), 431},
@@ -390,13 +399,15 @@ TEST_CASE("a refused request with correct syntax leaves the connection open for 
     CHECK(contains(missing.body, ".\n"));
     const Answer method = next_answer(client);
     CHECK(method.status == 405);
-    CHECK(method.header("allow") == "GET, HEAD");
+    CHECK(method.header("allow") == "GET, HEAD, OPTIONS");
     const Answer upgrade_wanted = next_answer(client);
     CHECK(upgrade_wanted.status == 426);
     CHECK(upgrade_wanted.header("upgrade") == "websocket");
     CHECK(upgrade_wanted.header("connection") == "Upgrade");
     CHECK(upgrade_wanted.header("sec-websocket-version") == "13");
-    CHECK(next_answer(client).status == 404);
+    const Answer options = next_answer(client);
+    CHECK(options.status == 204);
+    CHECK(options.header("allow") == "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
     CHECK(next_answer(client).body == "hello");
 }
 

@@ -17,7 +17,7 @@ Request request_with(const std::string& lines, const std::string& host = "chat.e
     const auto outcome = parser.feed("GET / HTTP/1.1\r\nHost: " + host + "\r\n" + lines + "\r\n", consumed);
     REQUIRE(outcome == RequestParser::Outcome::request);
     Request request = parser.take_request();
-    if (https) RequestAccess::set_secure(request, "");
+    RequestAccess::set_connection(request, "127.0.0.1", https);
     return request;
 }
 

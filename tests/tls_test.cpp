@@ -22,6 +22,9 @@ TEST_SUITE("tls") {
 
 #include <csignal>
 
+#include <malloc.h>
+#include <openssl/hmac.h>
+
 using test::CertificateFiles;
 using test::Client;
 using test::contains;
@@ -31,6 +34,33 @@ using test::RawClient;
 using test::RunningServer;
 
 namespace {
+
+// The memory of OpenSSL, in bytes. It can be made to run out.
+struct OpensslMemory {
+    OpensslMemory() { installed = CRYPTO_set_mem_functions(&allocate, &reallocate, &release) == 1; }
+    static void* allocate(std::size_t size, const char*, int) { return fails() ? nullptr : add(std::malloc(size)); }
+    static void* reallocate(void* block, std::size_t size, const char*, int) {
+        if (fails()) return nullptr;
+        const std::size_t before = block == nullptr ? 0 : ::malloc_usable_size(block);
+        void* const larger = std::realloc(block, size);
+        if (larger != nullptr || size == 0) held -= before;
+        return add(larger);
+    }
+    static void release(void* block, const char*, int) {
+        if (block != nullptr) held -= ::malloc_usable_size(block);
+        std::free(block);
+    }
+    static void* add(void* block) {
+        if (block != nullptr) held += ::malloc_usable_size(block);
+        return block;
+    }
+    static bool fails() { return fail_after != 0 && --fail_after == 0; }
+
+    static inline std::atomic<std::size_t> held{0};
+    static inline thread_local std::size_t fail_after = 0;  // the n-th allocation of this thread fails; 0: none
+    bool installed = false;
+};
+const OpensslMemory openssl_memory;
 
 std::shared_ptr<const TlsContext> server_context(const TlsOptions& options) {
     return std::make_shared<const TlsContext>(options);
@@ -177,6 +207,163 @@ struct ManualClient {
     TlsStream stream;
     std::string text;
 };
+
+// Encrypts records of TLS 1.3 as a client that OpenSSL cannot be: with any type and any content. It must see all
+// records that the client encrypts after its handshake.
+class RecordForge {
+public:
+    // Call it before the handshake.
+    static void prepare(TlsStream& client) {
+        REQUIRE(SSL_set_ciphersuites(client.native(), "TLS_AES_128_GCM_SHA256") == 1);
+        secret().clear();
+        SSL_CTX_set_keylog_callback(SSL_get_SSL_CTX(client.native()), [](const SSL*, const char* line) {
+            const std::string text = line;
+            if (text.rfind("CLIENT_TRAFFIC_SECRET_0 ", 0) != 0) return;
+            std::string spaced;
+            for (std::size_t i = text.rfind(' ') + 1; i < text.size(); i += 2) spaced += text.substr(i, 2) + " ";
+            secret() = test::hex(spaced);
+        });
+    }
+    std::string record(std::string_view content, char type = SSL3_RT_APPLICATION_DATA) {
+        std::string plain = std::string(content) + type;
+        const std::size_t size = plain.size() + 16;
+        const std::string header = test::hex("17 03 03") + static_cast<char>(size >> 8) + static_cast<char>(size & 255);
+        const std::string key = expand("key", 16);
+        std::string nonce = expand("iv", 12);
+        for (unsigned i = 0; i < 8; ++i) nonce[11 - i] = static_cast<char>(nonce[11 - i] ^ (number_ >> 8 * i & 255));
+        ++number_;
+        std::string result = header + std::string(size, '\0');
+        const OpensslPtr<EVP_CIPHER_CTX, &EVP_CIPHER_CTX_free> context(EVP_CIPHER_CTX_new());
+        int done = 0;
+        EVP_EncryptInit_ex(context.get(), EVP_aes_128_gcm(), nullptr, bytes(key), bytes(nonce));
+        EVP_EncryptUpdate(context.get(), nullptr, &done, bytes(header), 5);
+        auto* const out = reinterpret_cast<unsigned char*>(&result[5]);
+        EVP_EncryptUpdate(context.get(), out, &done, bytes(plain), static_cast<int>(plain.size()));
+        EVP_EncryptFinal_ex(context.get(), out + done, &done);
+        EVP_CIPHER_CTX_ctrl(context.get(), EVP_CTRL_GCM_GET_TAG, 16, out + plain.size());
+        return result;
+    }
+
+private:
+    static std::string& secret() {
+        static std::string bytes;
+        return bytes;
+    }
+    static const unsigned char* bytes(const std::string& text) {
+        return reinterpret_cast<const unsigned char*>(text.data());
+    }
+    // RFC 8446 7.1, HKDF-Expand-Label.
+    static std::string expand(const std::string& label, std::size_t size) {
+        const std::string full = "tls13 " + label;
+        const std::string info = std::string(1, '\0') + static_cast<char>(size) + static_cast<char>(full.size()) +
+                                 full + std::string(1, '\0') + '\1';
+        unsigned char digest[32];
+        HMAC(EVP_sha256(), secret().data(), static_cast<int>(secret().size()), bytes(info), info.size(), digest,
+             nullptr);
+        return {reinterpret_cast<const char*>(digest), size};
+    }
+
+    std::uint64_t number_ = 0;
+};
+
+// One end of a pair of connected sockets, with TLS, and what comes out at the other end.
+struct TransportPair {
+    explicit TransportPair(int version = TLS1_3_VERSION) : client(insecure_client_context(), "localhost") {
+        int ends[2];
+        REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+        for (const int end : ends) os::make_nonblocking(end);
+        near = Socket(ends[0]);
+        far = Socket(ends[1]);
+        transport = std::make_unique<TlsTransport>(std::make_shared<TlsBuffers>(), server_context(files.options()));
+        SSL_set_max_proto_version(client.native(), version);
+        RecordForge::prepare(client);
+        client.handshake();
+        for (int i = 0; i < 5; ++i) {
+            send(take_output(client));
+            CHECK(receive(100).outcome == IoResult::Outcome::would_block);
+            feed(client, read_all());
+        }
+        REQUIRE(transport->established());
+        REQUIRE(client.established());
+    }
+    IoResult receive(std::size_t size) {
+        received.resize(size);
+        const IoResult got = transport->receive(near, &received[0], size, wire);
+        received.resize(got.size);
+        return got;
+    }
+    void send(std::string_view bytes) {
+        while (!bytes.empty()) {
+            const IoResult sent = far.send(&bytes, 1);
+            REQUIRE(sent.size != 0);
+            bytes.remove_prefix(sent.size);
+        }
+    }
+    std::string read_all() {
+        std::string all;
+        std::vector<char> buffer(100'000);
+        for (;;) {
+            const IoResult got = far.receive(buffer.data(), buffer.size());
+            if (got.outcome != IoResult::Outcome::done) return all;
+            all.append(buffer.data(), got.size);
+        }
+    }
+
+    CertificateFiles files{"transport"};
+    Socket near, far;
+    std::unique_ptr<TlsTransport> transport;
+    TlsStream client;
+    std::string received;
+    WireCount wire;
+};
+
+// A record with a part of a handshake message that is not encrypted.
+std::string plain_record(std::string_view content) {
+    return test::hex("16 03 01") + static_cast<char>(content.size() >> 8) + static_cast<char>(content.size() & 255) +
+           std::string(content);
+}
+// The same records, but each has one more message byte than the last, until `count` records are made.
+std::string fragmented(std::string_view message, std::size_t count) {
+    std::string records;
+    for (std::size_t i = 1; i < count; ++i) {
+        records += plain_record(message.substr(0, i));
+        message.remove_prefix(i);
+    }
+    return records + plain_record(message);
+}
+// A ClientHello of about this size, without the header of its record.
+std::string client_hello(std::size_t size) {
+    const auto context = insecure_client_context();
+    static std::string extension;
+    extension.assign(size - 250, 'x');
+    const auto add = [](SSL*, unsigned, unsigned, const unsigned char** out, std::size_t* out_size, X509*, std::size_t,
+                        int*, void*) {
+        *out = reinterpret_cast<const unsigned char*>(extension.data());
+        *out_size = extension.size();
+        return 1;
+    };
+    REQUIRE(SSL_CTX_add_custom_ext(context->get(), 65'000, SSL_EXT_CLIENT_HELLO, add, nullptr, nullptr, nullptr,
+                                   nullptr) == 1);
+    TlsStream client(context, "localhost");
+    client.handshake();
+    std::string message, records = take_output(client);
+    for (std::string_view rest = records; !rest.empty();) {
+        const std::size_t part = static_cast<unsigned char>(rest[3]) * 256u + static_cast<unsigned char>(rest[4]);
+        message += rest.substr(5, part);
+        rest.remove_prefix(5 + part);
+    }
+    return message;
+}
+
+std::string key_updates(TlsStream& client, int count) {
+    std::string bytes;
+    for (int i = 0; i < count; ++i) {
+        REQUIRE(SSL_key_update(client.native(), SSL_KEY_UPDATE_REQUESTED) == 1);
+        REQUIRE(SSL_do_handshake(client.native()) == 1);
+        bytes += take_output(client);
+    }
+    return bytes;
+}
 
 std::string serial_of(TlsStream& stream) {
     const OpensslPtr<X509, &X509_free> certificate(SSL_get_peer_certificate(stream.native()));
@@ -502,6 +689,324 @@ TEST_CASE("a client resumes a session with a ticket") {
         CHECK(second.resumed());
         CHECK(again.resumed());
         CHECK(feed(again, encrypt(second, "words")) == "words");
+    }
+}
+
+TEST_CASE("an error behind data is reported without more input") {
+    for (const int version : versions) {
+        Pair pair(version);
+        pair.connect();
+        std::string bytes = encrypt(pair.client, "good");
+        bytes += encrypt(pair.client, "bad");
+        bytes.back() = static_cast<char>(bytes.back() ^ 1);
+        char buffer[100];
+        pair.server.receive(bytes);
+        CHECK(pair.server.read(buffer, sizeof buffer).size == 4);
+        CHECK(pair.server.has_input());
+        CHECK(read_outcome(pair.server) == IoResult::Outcome::error);
+        CHECK_FALSE(pair.server.has_input());
+    }
+}
+
+// ---- what a peer can cost -------------------------------------------------------------------------------------------
+
+TEST_CASE("before a whole ClientHello a stream holds what has arrived") {
+    REQUIRE(openssl_memory.installed);
+    const CertificateFiles files("announced");
+    const auto context = server_context(files.options());
+    const std::string whole = plain_record(client_hello(10'000));
+    for (const std::string& bytes :
+         {std::string("\x16"), test::hex("16 03 01 40 00 01 00 3f fc"), test::hex("16 03 01 00 04 01 00 3f fc"),
+          whole.substr(0, 5000), whole.substr(0, whole.size() - 1)}) {
+        CAPTURE(bytes.size());
+        const std::size_t before = OpensslMemory::held;
+        TlsStream stream(context);
+        feed(stream, bytes);
+        CHECK(OpensslMemory::held == before);
+        CHECK(stream.buffered() == bytes.size());
+        CHECK_FALSE(stream.has_input());
+        CHECK(stream.failure() == "");
+    }
+}
+
+TEST_CASE("an established stream holds what has arrived of a record") {
+    for (const int version : versions) {
+        Pair pair(version);
+        pair.connect();
+        const std::string record = encrypt(pair.client, pattern(16'000));
+        const std::size_t before = OpensslMemory::held;
+        for (const std::size_t size : {std::size_t{1}, std::size_t{5}, std::size_t{6}, record.size() - 1}) {
+            feed(pair.server, record.substr(pair.server.buffered(), size - pair.server.buffered()));
+            CHECK(OpensslMemory::held == before);
+            CHECK(pair.server.buffered() == size);
+            CHECK_FALSE(pair.server.has_input());
+        }
+        CHECK((feed(pair.server, record.substr(record.size() - 1)) == pattern(16'000)));
+        CHECK(pair.server.buffered() == 0);
+    }
+}
+
+TEST_CASE("a ClientHello of at most 16 KiB is accepted, in up to 16 records of any size") {
+    const CertificateFiles files("hellos");
+    const auto context = server_context(files.options());
+    const std::string small = client_hello(500), large = client_hello(16'000), oversized = client_hello(16'700);
+    const std::string too_large = "a handshake message is too large";
+    const std::string limit = test::hex("01 00 3f fc"), over = test::hex("01 00 3f fd");
+    const struct {
+        std::string name, bytes, failure;
+    } table[] = {
+        {"small", plain_record(small), ""},
+        {"large", plain_record(large), ""},
+        {"16 records", fragmented(small, 16), ""},
+        {"17 records", fragmented(small, 17), "a handshake message has too many fragments"},
+        {"large, 16 records", fragmented(large, 16), ""},
+        {"oversized", plain_record(oversized.substr(0, 16'384)) + plain_record(oversized.substr(16'384)), too_large},
+        {"over the limit", plain_record(over), too_large},
+        {"at the limit", plain_record(limit + std::string(16'380, 'x')), "*"},
+        {"a second message that is too large", plain_record(test::hex("01 00 00 00") + over), too_large},
+        {"many messages before one that is not complete",
+         plain_record(test::repeated(4095, test::hex("01 00 00 00")) + "\1") +
+             plain_record(test::repeated(4095, test::hex("00 00 00 01"))),
+         "a handshake message has too many fragments"},
+        {"an empty record", plain_record(""), "a handshake message is interrupted"},
+        {"a warning within", plain_record(small.substr(0, 9)) + test::hex("15 03 01 00 02 01 5a"),
+         "a handshake message is interrupted"},
+        {"an alert", test::hex("15 03 01 00 02 01 5a"), "the peer does not speak TLS"},
+        {"SSL 2", test::hex("80 2e 01 03 03"), "the peer does not speak TLS"},
+        {"another version", test::hex("16 02 00 00 10"), "the peer does not speak TLS"},
+        {"a record that is too large", test::hex("16 03 01 48 01"), "the peer does not speak TLS"},
+    };
+    for (const auto& row : table) {
+        for (const std::size_t piece : {std::size_t{1}, std::string::npos}) {
+            CAPTURE(row.name);
+            TlsStream server(context);
+            feed(server, row.bytes, piece);
+            if (row.failure == "*") CHECK_FALSE(server.failure().empty());
+            else CHECK(server.failure() == row.failure);
+            // A ServerHello or an alert.
+            CHECK(server.output().substr(0, 1) == test::hex(row.failure.empty() ? "16" : "15"));
+            CHECK_FALSE(server.has_input());
+            if (!row.failure.empty()) CHECK(read_outcome(server) == IoResult::Outcome::error);
+        }
+    }
+}
+
+TEST_CASE("a second ClientHello has the same limits as the first") {
+    const CertificateFiles files("retry");
+    for (const bool too_large : {false, true}) {
+        const auto context = server_context(files.options());
+        REQUIRE(SSL_CTX_set1_groups_list(context->get(), "P-256") == 1);
+        TlsStream client(insecure_client_context(), "localhost"), server(context);
+        REQUIRE(SSL_set1_groups_list(client.native(), "X25519:P-256") == 1);
+        client.handshake();
+        feed(server, take_output(client));
+        REQUIRE_FALSE(server.output().empty());  // HelloRetryRequest
+        feed(client, take_output(server));
+        const std::size_t before = OpensslMemory::held;
+        feed(server, test::hex("14 03 03 00 01 01"));
+        if (too_large) {
+            feed(server, plain_record(test::hex("01 01 ff ff")));
+            CHECK(server.failure() == "a handshake message is too large");
+            CHECK(OpensslMemory::held <= before);
+            continue;
+        }
+        std::string hello = take_output(client);
+        hello.erase(0, 6);  // its own ChangeCipherSpec
+        feed(server, hello, 1);
+        feed(client, take_output(server));
+        feed(server, take_output(client), 1);
+        CHECK(client.established());
+        CHECK(server.established());
+    }
+}
+
+TEST_CASE("one receive() decrypts a limited number of records") {
+    TransportPair pair;
+    RecordForge forge;
+    std::string bytes;
+    for (int i = 0; i < 1000; ++i) bytes += forge.record("x");
+    pair.send(bytes);
+    std::string all;
+    for (int calls = 1; all.size() < 1000; ++calls) {
+        REQUIRE(pair.receive(10'000).outcome == IoResult::Outcome::done);
+        REQUIRE(pair.received.size() <= 64);
+        all += pair.received;
+        REQUIRE(calls < 100);
+    }
+    CHECK_FALSE(pair.transport->has_input());
+}
+
+TEST_CASE("one receive() handles few key updates, and reports that more input waits") {
+    TransportPair pair;
+    pair.send(key_updates(pair.client, 100));
+    pair.send(encrypt(pair.client, "words"));
+    int calls = 0;
+    while (pair.receive(1000).outcome == IoResult::Outcome::would_block) {
+        REQUIRE(pair.transport->has_input());
+        REQUIRE(++calls < 1000);
+    }
+    CHECK(pair.received == "words");
+    CHECK(calls >= 20);
+    CHECK_FALSE(pair.transport->has_input());
+    CHECK(feed(pair.client, pair.read_all()) == "");
+    CHECK(pair.client.failure() == "");
+}
+
+TEST_CASE("key updates above the rate of control frames fail the transport with close_notify") {
+    TransportPair pair;
+    const auto send = [&](int count) {
+        pair.send(key_updates(pair.client, count));
+        do {
+            CHECK(pair.receive(1000).outcome == IoResult::Outcome::would_block);
+        } while (pair.transport->has_input());
+    };
+    const auto allowed = [&](const Rate& rate) {
+        return pair.transport->check_rate(pair.near, rate, Time(std::chrono::hours(1)), pair.wire);
+    };
+    send(10);
+    CHECK(allowed({0, 0}));
+    send(10);
+    CHECK(allowed({1, 10}));
+    pair.send(encrypt(pair.client, "data is free"));
+    CHECK(pair.receive(1000).outcome == IoResult::Outcome::done);
+    CHECK(allowed({1, 10}));
+    feed(pair.client, pair.read_all());
+    send(1);
+    CHECK_FALSE(allowed({1, 10}));
+    CHECK(pair.transport->failure() == "the peer sends too many key updates");
+    CHECK(pair.receive(1000).outcome == IoResult::Outcome::error);
+    feed(pair.client, pair.read_all());
+    CHECK(read_outcome(pair.client) == IoResult::Outcome::end);
+}
+
+TEST_CASE("a burst of 0 allows no key update") {
+    TransportPair pair;
+    pair.send(key_updates(pair.client, 1));
+    pair.receive(1000);
+    CHECK_FALSE(pair.transport->check_rate(pair.near, {100, 0}, Time(std::chrono::hours(1)), pair.wire));
+}
+
+TEST_CASE("an attempt to renegotiate counts as a key update") {
+    Pair pair(TLS1_2_VERSION);
+    pair.connect();
+    SSL_clear_options(pair.client.native(), SSL_OP_NO_RENEGOTIATION);
+    CHECK(pair.server.take_control_records() == 0);
+    REQUIRE(SSL_renegotiate(pair.client.native()) == 1);
+    pair.client.handshake();
+    feed(pair.server, take_output(pair.client));
+    CHECK(pair.server.take_control_records() == 1);
+    CHECK(pair.server.take_control_records() == 0);
+}
+
+TEST_CASE("records that have no data end the stream, or are bounded or counted") {
+    const auto forged = [](TlsStream& server, std::string_view content, char type, int count) {
+        RecordForge forge;
+        for (int i = 0; i < count && server.failure().empty(); ++i) feed(server, forge.record(content, type));
+    };
+    const struct {
+        std::string name, content;
+        char type;
+        int count;
+        std::string failure;
+        std::size_t counted;
+    } table[] = {
+        {"few empty records", "", SSL3_RT_APPLICATION_DATA, 30, "", 0},
+        {"many empty records", "", SSL3_RT_APPLICATION_DATA, 100, "record too small", 0},
+        {"one byte", "x", SSL3_RT_APPLICATION_DATA, 1000, "", 0},
+        {"a part of a key update", test::hex("18"), SSL3_RT_HANDSHAKE, 1, "", 1},
+        {"a message that nobody expects", test::hex("01 00 00 00"), SSL3_RT_HANDSHAKE, 1, "unexpected message", 1},
+        {"a certificate that is announced", test::hex("0b 01 00 00"), SSL3_RT_HANDSHAKE, 1, "unexpected message", 1},
+        {"an update that is announced large", test::hex("18 01 00 00"), SSL3_RT_HANDSHAKE, 1, "excessive message size",
+         1},
+        {"warnings", test::hex("01 5a"), SSL3_RT_ALERT, 100, "*", 0},
+        {"an unknown type", "x", 25, 1, "*", 0},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.name);
+        Pair pair;
+        RecordForge::prepare(pair.client);
+        pair.connect();
+        const std::size_t before = OpensslMemory::held;
+        forged(pair.server, row.content, row.type, row.count);
+        if (row.failure == "*") CHECK_FALSE(pair.server.failure().empty());
+        else CHECK(pair.server.failure() == row.failure);
+        CHECK(pair.server.take_control_records() == row.counted);
+        CHECK(OpensslMemory::held < before + 70'000);
+    }
+}
+
+TEST_CASE("bytes that wait in a transport are counted, in both directions") {
+    TransportPair pair;
+    CHECK(pair.transport->buffered() == 0);
+    const std::string text = pattern(40'000);
+    const std::string bytes = encrypt(pair.client, text);
+    pair.send(bytes);
+    REQUIRE(pair.receive(100).size == 100);
+    CHECK(pair.transport->buffered() >= 16'000);
+    std::string all = pair.received;
+    while (all.size() < text.size()) {
+        REQUIRE(pair.receive(9000).outcome == IoResult::Outcome::done);
+        all += pair.received;
+    }
+    CHECK((all == text));
+    CHECK(pair.transport->buffered() == 0);
+
+    const std::string_view piece = text;
+    std::size_t sent = 0;
+    for (int i = 0; i < 1000 && !pair.transport->wants_write(); ++i) {
+        const std::string_view rest = piece.substr(sent % piece.size());
+        sent += pair.transport->send(pair.near, &rest, 1, pair.wire).size;
+    }
+    REQUIRE(pair.transport->wants_write());
+    CHECK(pair.transport->buffered() > 0);
+    CHECK(pair.transport->buffered() < 100'000);
+    while (pair.transport->wants_write()) {
+        feed(pair.client, pair.read_all());
+        pair.transport->send(pair.near, nullptr, 0, pair.wire);
+    }
+    CHECK(pair.transport->buffered() == 0);
+}
+
+TEST_CASE("each allocation of OpenSSL in a connection may fail") {
+    const CertificateFiles files("failing");
+    const auto context = server_context(files.options());
+    const auto run = [&](int version, std::size_t fail_after) {
+        TlsStream client(insecure_client_context(), "localhost"), server(context);
+        SSL_set_max_proto_version(client.native(), version);
+        client.handshake();
+        bool failed = false;
+        // Only the server's allocations fail.
+        const auto serve = [&](const std::string& bytes) {
+            OpensslMemory::fail_after = fail_after;
+            try {
+                const std::string got = feed(server, bytes);
+                if (!got.empty()) server.write(got);
+            } catch (const std::bad_alloc&) {
+                failed = true;
+            }
+            fail_after = std::exchange(OpensslMemory::fail_after, 0u);
+        };
+        std::string echoed;
+        for (int i = 0; i < 4 && !failed; ++i) {
+            serve(take_output(client));
+            echoed += feed(client, take_output(server));
+            if (client.established() && i == 1) encrypt(client, "");
+            if (client.established() && client.failure().empty() && i == 1) client.write("words");
+        }
+        if (!failed && server.failure().empty()) CHECK(echoed == "words");
+        if (!server.failure().empty() || failed) CHECK(echoed == "");
+        return fail_after != 0;  // all allocations were made
+    };
+    for (const int version : versions) {
+        CAPTURE(version);
+        run(version, 0);
+        const std::size_t before = OpensslMemory::held;
+        std::size_t n = 1;
+        while (!run(version, n) && n < 10'000) ++n;
+        CAPTURE(n);
+        CHECK(n > 100);
+        CHECK(n < 10'000);
+        CHECK(OpensslMemory::held < before + 10'000);
     }
 }
 
@@ -838,6 +1343,212 @@ TEST_CASE("a flood of handshakes is spread over many turns of the loop") {
     for (const auto& client : clients) CHECK(client->handshake());
     CHECK(largest > 0);
     CHECK(largest < sent.back() / 2);
+}
+
+TEST_CASE("a flood of key updates ends the connection, and few of them do not") {
+    const CertificateFiles files("updates");
+    test::LogLines log;
+    RunningServer running;
+    log.attach_to(running.server);
+    running.server.route<Echo>("/");
+    running.server.listen_tls(0, files.options());
+    running.run();
+    for (const bool websocket : {false, true}) {
+        CAPTURE(websocket);
+        ManualClient client(running.port());
+        REQUIRE((websocket ? client.open() : client.handshake()));
+        client.raw.send(key_updates(client.stream, 400));
+        client.send(websocket ? hello_masked : upgrade());
+        CHECK(client.read_until(websocket ? hello_plain : "\r\n\r\n"));
+        client.raw.send(key_updates(client.stream, 20'000));
+        while (client.read_some()) continue;
+        CHECK(client.raw.ended);
+    }
+    CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
+    CHECK(running.metrics().tls_failures == 2);
+    CHECK(running.metrics().bytes_received < 200'000);
+    running.stop();
+    CHECK(log.has("info tls_failed peer=\"127.0.0.1\" cause=\"the peer sends too many key updates\""));
+    CHECK(log.has("code=\"1006\" cause=\"connection lost\" reason=\"the peer sends too many key updates\""));
+}
+
+TEST_CASE("key updates and tiny records of one peer are spread over many turns of the loop") {
+    ServerOptions options;
+    options.limits.control_frames_per_second = 0;
+    TlsServer running("spread", options);
+    for (const bool updates : {true, false}) {
+        CAPTURE(updates);
+        ManualClient client(running.port());
+        REQUIRE(client.open());
+        std::string bytes, wanted;
+        if (updates) bytes = key_updates(client.stream, 2000);
+        for (int i = 0; i < (updates ? 1 : 2000); ++i, wanted += hello_plain) {
+            const std::string masked = hello_masked;
+            for (const char byte : masked) bytes += encrypt(client.stream, {&byte, 1});
+        }
+        // Counts the turns in which the server has sent something.
+        std::atomic<bool> stop{false};
+        std::uint64_t before = running.metrics().bytes_sent;
+        std::size_t turns = 0, most = 0;
+        std::function<void()> record = [&] {
+            const std::uint64_t sent = running.server.metrics().bytes_sent;
+            turns += sent != before;
+            most = (std::max)(most, static_cast<std::size_t>(sent - before));
+            before = sent;
+            if (!stop) running.server.loop().post(record);
+        };
+        test::BlockedLoop blocked(running.server);
+        running.server.loop().post(record);
+        client.raw.send(bytes);
+        blocked.release();
+        while (client.text.size() < wanted.size() && client.read_some()) continue;
+        stop = true;
+        running.on_loop([] {});
+        running.on_loop([] {});
+        CHECK((client.text == wanted));
+        // At most 512 records in a turn.
+        CHECK(turns >= 20);
+        CHECK(most < 4000);
+    }
+}
+
+TEST_CASE("a part of a record and output that waits are in backlog_bytes, until the connection ends") {
+    TlsServer running("counted");
+    ManualClient client(running.port());
+    REQUIRE(client.open());
+    const std::string frame = test::hex("82 fe 3a 98 00 00 00 00") + pattern(15'000);
+    const std::string record = encrypt(client.stream, frame);
+    client.raw.send(record.substr(0, 10'000));
+    CHECK(running.eventually([&] { return running.server.metrics().backlog_bytes == 10'000; }));
+    client.raw.send(record.substr(10'000));
+    CHECK(client.read_until(frame.substr(8)));
+    CHECK(running.eventually([&] { return running.server.metrics().backlog_bytes == 0; }));
+    ManualClient silent(running.port());
+    silent.raw.send(test::hex("16 03 01 40 00 01"));
+    CHECK(running.eventually([&] { return running.server.metrics().backlog_bytes == 6; }));
+    client.raw.send(record.substr(0, 7));
+    CHECK(running.eventually([&] { return running.server.metrics().backlog_bytes == 13; }));
+    client.raw.close();
+    silent.raw.close();
+    CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
+    CHECK(running.metrics().backlog_bytes == 0);
+}
+
+namespace {
+
+// Answers each message with itself, and records what it still holds.
+struct Recording : WebSocketHandler {
+    struct Seen {
+        std::size_t largest = 0, closes = 0;
+    };
+    explicit Recording(Seen& its_seen) : seen(its_seen) {}
+    void on_message(const Message& m) override {
+        write_message(m);
+        note();
+    }
+    void on_drain() override { note(); }
+    void on_close() override {
+        note();
+        CHECK(buffered_amount() == 0);
+        ++seen.closes;
+    }
+    void note() const { seen.largest = (std::max)(seen.largest, buffered_amount()); }
+    Seen& seen;
+};
+
+// A server without timers: what gets stuck stays stuck.
+ServerOptions without_timers(std::size_t max_backlog) {
+    ServerOptions options;
+    options.limits.ping_interval = options.limits.handshake_timeout = 0s;
+    options.limits.max_backlog = max_backlog;
+    options.limits.max_message_size = 2 * 1024 * 1024;
+    return options;
+}
+
+std::string large_frame(std::size_t size, bool masked) {
+    std::string frame = test::hex("82");
+    const char mask = masked ? '\x80' : '\0';
+    const int bytes = size < 126 ? 0 : size < 65'536 ? 2 : 8;
+    frame += static_cast<char>(mask | static_cast<char>(bytes == 0 ? size : bytes == 2 ? 126u : 127u));
+    for (int i = bytes - 1; i >= 0; --i) frame += static_cast<char>(size >> 8 * i & 255);
+    return frame + std::string(masked ? 4 : 0, '\0') + pattern(size);
+}
+
+}  // namespace
+
+TEST_CASE("messages of all sizes pass a peer that reads late, and nothing is lost or stuck") {
+    for (const std::size_t max_backlog : {std::size_t{64 * 1024}, std::size_t{1024 * 1024}}) {
+        TlsServer running("sweep", without_timers(max_backlog));
+        const std::size_t high_water = max_backlog / 2;
+        std::vector<std::size_t> sizes{0, 1, 125, 126, 127};
+        for (const std::size_t around : {std::size_t{16'384}, std::size_t{65'536}, std::size_t{81'920}, high_water})
+            for (const std::size_t less : {20u, 15u, 14u, 13u, 9u, 8u, 7u, 5u, 4u, 2u, 1u, 0u}) {
+                sizes.push_back(around - less);
+                if (less == 1) sizes.push_back(around + 1);
+            }
+        ManualClient client(running.port());
+        const int small_buffer = 256 * 1024;
+        ::setsockopt(client.raw.socket().descriptor(), SOL_SOCKET, SO_RCVBUF, &small_buffer, sizeof small_buffer);
+        REQUIRE(client.open());
+        for (const std::size_t size : sizes) {
+            CAPTURE(size);
+            CAPTURE(max_backlog);
+            // Large messages fill the buffers of the kernel and the backlog, so that the server pauses.
+            const std::size_t count = size < 1000 ? 3000 : (4'000'000 + 4 * max_backlog) / size;
+            const std::string plain = test::repeated(count, large_frame(size, true));
+            const std::string wanted = test::repeated(count, large_frame(size, false));
+            const std::string bytes = encrypt(client.stream, plain);
+            const std::uint64_t all = running.metrics().messages_received + count;
+            std::thread sender([&] { client.raw.send(bytes); });
+            CHECK(running.eventually([&] {
+                const Metrics now = running.server.metrics();
+                return now.backlog_bytes > high_water || now.messages_received == all;
+            }));
+            while (client.text.size() < wanted.size() && client.read_some()) continue;
+            sender.join();
+            REQUIRE((client.text == wanted));
+            client.text.clear();
+        }
+        CHECK(running.eventually([&] { return running.server.metrics().backlog_bytes == 0; }));
+    }
+}
+
+TEST_CASE("a reset in the middle of a large flush leaves no backlog") {
+    Recording::Seen seen;
+    const CertificateFiles files("reset");
+    RunningServer running(without_timers(1024 * 1024));
+    running.server.route<Recording>("/", std::ref(seen));
+    running.server.listen_tls(0, files.options());
+    running.run();
+    std::size_t closes = 0;
+    for (const std::size_t size : {100u, 16'384u, 70'000u, 500'000u, 1'500'000u}) {
+        for (const std::size_t read : {0u, 1000u, 100'000u}) {
+            CAPTURE(size);
+            CAPTURE(read);
+            ManualClient client(running.port());
+            const int small_buffer = 256 * 1024;
+            ::setsockopt(client.raw.socket().descriptor(), SOL_SOCKET, SO_RCVBUF, &small_buffer, sizeof small_buffer);
+            REQUIRE(client.open());
+            const std::size_t count = size < 1000 ? 100 : 8'000'000 / size;
+            const std::string bytes = encrypt(client.stream, test::repeated(count, large_frame(size, true)));
+            const std::uint64_t all = running.metrics().messages_received + count;
+            std::thread sender([&] { client.raw.send(bytes); });
+            CHECK(running.eventually([&] {
+                const Metrics now = running.server.metrics();
+                return now.backlog_bytes > 500'000 || now.messages_received == all;
+            }));
+            while (client.text.size() < (std::min)(read, size) && client.read_some()) continue;
+            ::shutdown(client.raw.socket().descriptor(), SHUT_WR);  // the sender ends
+            sender.join();
+            client.raw.reset();
+            ++closes;
+            CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
+            CHECK(running.metrics().backlog_bytes == 0);
+        }
+    }
+    running.stop();
+    CHECK(seen.closes == closes);
+    CHECK(seen.largest <= 4 * 1024 * 1024);
 }
 
 TEST_SUITE_END();

@@ -11,7 +11,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 SAVED = HERE / "corpus"
-NAMES = ("http", "fields", "text", "connection", "server")
+NAMES = ("http", "body", "fields", "text", "connection", "server")
 PACKED = 80_000  # largest size of a packed file in bytes
 
 # ---- the strings of the tests -------------------------------------------------------------------------------------
@@ -86,6 +86,16 @@ def http_seeds():
             elif text[:1] == b"/" or b"://" in text:
                 streams.append(b"GET " + text + b" HTTP/1.1\r\nHost: " + text[:40] + b"\r\n\r\n")
     return [bytes([limits, 7]) + stream for stream in streams for limits in (0, 2)]
+
+
+def body_seeds():
+    chunked = [b"5\r\nhello\r\n0\r\n\r\n", b"1;a=b\r\nx\r\n0\r\nName: value\r\n\r\n", b"F\r\na=1&b+c=2&a=%41\r\n0\r\n\r\n"]
+    form = (b'--a\r\nContent-Disposition: form-data; name="a"; filename="f"\r\nContent-Type: image/png\r\n\r\n1\r\n'
+            b'--a\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n--a--')
+    chunked.append(b"%x\r\n%s\r\n0\r\n\r\n" % (len(form), form))
+    plain = [b"a=1&b+c=2&a=%41&=", form + b" " * (253 - len(form))]
+    return ([bytes([0, limits, kind, 7]) + stream for stream in chunked for limits in (0, 1, 2, 5) for kind in range(4)]
+            + [bytes([1, limits, len(stream), 7]) + stream for stream in plain for limits in (0, 2)])
 
 
 def fields_seeds():
