@@ -1199,7 +1199,7 @@ private:
 // ---- maps ----------------------------------------------------------------------------------------------------------
 
 // A big-endian key that fits the small-string buffer: keys have the order of their numbers.
-inline std::string big_endian_key(std::uint64_t number) {
+WSCHAT_NOINLINE inline std::string big_endian_key(std::uint64_t number) {
     std::string name(8, '\0');
     for (std::size_t i = 8; i-- > 0; number >>= 8) name[i] = static_cast<char>(number & 0xFF);
     return name;
@@ -1218,11 +1218,50 @@ ErasedPtr make_erased(Arguments&&... arguments) {
 
 }  // namespace detail
 
-// An ordered map from string to Value. All value types share one type of tree, because one std::map for each value type
-// would be the largest part of the compile time.
+namespace detail {
+
+// The map of StringMap for values of any type. It is compiled once, because one std::map for each value type would be
+// the largest part of the compile time.
+class ErasedMap {
+public:
+    using Tree = std::map<std::string, ErasedPtr, std::less<>>;
+
+    const Tree& tree() const { return tree_; }
+
+    // Returns null if the map has no such name.
+    WSCHAT_NOINLINE void* find(std::string_view name) const {
+        const auto found = tree_.find(name);
+        return found == tree_.end() ? nullptr : found->second.get();
+    }
+    // Adds the value unless the map has the name. Returns the value of that name.
+    WSCHAT_NOINLINE void* add(std::string_view name, ErasedPtr value) {
+        return tree_.emplace(name, std::move(value)).first->second.get();
+    }
+    WSCHAT_NOINLINE void rename(std::string_view name, std::string_view new_name) {
+        const auto old = tree_.find(name);
+        if (old == tree_.end() || find(new_name) != nullptr) return;
+        tree_.emplace(new_name, ErasedPtr(nullptr, nullptr)).first->second.swap(old->second);
+        tree_.erase(old);
+    }
+    WSCHAT_NOINLINE bool erase(std::string_view name) {
+        const auto found = tree_.find(name);
+        if (found == tree_.end()) return false;
+        tree_.erase(found);
+        return true;
+    }
+    WSCHAT_NOINLINE Tree::const_iterator erase(Tree::const_iterator at) { return tree_.erase(at); }
+    WSCHAT_NOINLINE void clear() { tree_.clear(); }
+
+private:
+    Tree tree_;
+};
+
+}  // namespace detail
+
+// An ordered map from string to Value.
 template <class Value>
 class StringMap {
-    using Tree = std::map<std::string, detail::ErasedPtr, std::less<>>;
+    using Tree = detail::ErasedMap::Tree;
 
 public:
     struct Entry {
@@ -1232,7 +1271,7 @@ public:
     class Iterator {
     public:
         explicit Iterator(Tree::const_iterator at) : at_(at) {}
-        Entry operator*() const { return {at_->first, to_value(at_->second)}; }
+        Entry operator*() const { return {at_->first, *static_cast<Value*>(at_->second.get())}; }
         Iterator& operator++() {
             ++at_;
             return *this;
@@ -1243,57 +1282,42 @@ public:
         Tree::const_iterator at_;
     };
 
-    Value& front() const { return to_value(tree_.begin()->second); }
-    Iterator begin() const { return Iterator(tree_.begin()); }
-    Iterator end() const { return Iterator(tree_.end()); }
-    std::size_t size() const { return tree_.size(); }
-    bool empty() const { return tree_.empty(); }
+    Value& front() const { return (*begin()).value; }
+    Iterator begin() const { return Iterator(map_.tree().begin()); }
+    Iterator end() const { return Iterator(map_.tree().end()); }
+    std::size_t size() const { return map_.tree().size(); }
+    bool empty() const { return map_.tree().empty(); }
 
     // Returns null if the map has no such name.
-    Value* find(std::string_view name) const {
-        const auto found = tree_.find(name);
-        return found == tree_.end() ? nullptr : &to_value(found->second);
-    }
+    Value* find(std::string_view name) const { return static_cast<Value*>(map_.find(name)); }
     // Makes the value from the arguments if the map has no such name.
     template <class... Arguments>
     Value& find_or_emplace(std::string_view name, Arguments&&... arguments) {
         if (Value* found = find(name)) return *found;
-        detail::ErasedPtr value = detail::make_erased<Value>(std::forward<Arguments>(arguments)...);
-        return to_value(tree_.emplace(name, std::move(value)).first->second);
+        return *static_cast<Value*>(map_.add(name, detail::make_erased<Value>(std::forward<Arguments>(arguments)...)));
     }
     // Uses size() as the key: the map has the order of the calls. Not for maps that erase.
     template <class... Arguments>
     Value& append(Arguments&&... arguments) {
         return find_or_emplace(big_endian_key(size()), std::forward<Arguments>(arguments)...);
     }
-    // Does not own the value.
+    // Does nothing if the map has the name. Does not own the value.
     void insert_reference(std::string_view name, Value& value) {
-        tree_.emplace(name, detail::ErasedPtr(&value, [](void*) {}));
+        map_.add(name, detail::ErasedPtr(&value, [](void*) {}));
     }
     // Does nothing if the map has no such name, or has the new name.
-    void rename(std::string_view name, std::string_view new_name) {
-        const auto old = tree_.find(name);
-        if (old == tree_.end() || find(new_name) != nullptr) return;
-        tree_.emplace(new_name, detail::ErasedPtr(nullptr, nullptr)).first->second.swap(old->second);
-        tree_.erase(old);
-    }
+    void rename(std::string_view name, std::string_view new_name) { map_.rename(name, new_name); }
     // Returns false if the map has no such name.
-    bool erase(std::string_view name) {
-        const auto found = tree_.find(name);
-        if (found == tree_.end()) return false;
-        tree_.erase(found);
-        return true;
-    }
-    void clear() { tree_.clear(); }
+    bool erase(std::string_view name) { return map_.erase(name); }
+    void clear() { map_.clear(); }
     template <class Predicate>
     void erase_if(Predicate&& predicate) {
-        for (auto it = tree_.begin(); it != tree_.end();) it = predicate(to_value(it->second)) ? tree_.erase(it) : ++it;
+        for (auto at = map_.tree().begin(); at != map_.tree().end();)
+            at = predicate((*Iterator(at)).value) ? map_.erase(at) : ++at;
     }
 
 private:
-    static Value& to_value(const detail::ErasedPtr& owned) { return *static_cast<Value*>(owned.get()); }
-
-    Tree tree_;
+    detail::ErasedMap map_;
 };
 
 namespace detail {
