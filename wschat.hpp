@@ -1180,7 +1180,7 @@ struct Rate {
 class TokenBucket {
 public:
     // Returns false and takes none if the bucket holds fewer tokens. To take more than `burst`, it must be full.
-    bool take(double tokens, const Rate& rate, Time now) {
+    WSCHAT_NOINLINE bool take(double tokens, const Rate& rate, Time now) {
         if (rate.per_second <= 0) return true;
         const Time start = (std::max)(full_at_, now);
         const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
@@ -8382,8 +8382,10 @@ public:
         const bool known = id && *id <= last_id_;
         const std::uint64_t before_limit = last_id_ > limit ? last_id_ - limit : 0;
         const std::uint64_t before_first = last_id_ - records_.size();
-        for (std::uint64_t i = (std::max)({known ? *id : 0, before_limit, before_first}); i != last_id_; ++i)
-            page.entries.push_back(records_[static_cast<std::size_t>(i - before_first)].entry);
+        const std::uint64_t before_page = (std::max)({known ? *id : 0, before_limit, before_first});
+        page.entries = std::vector<ChatEntry>(static_cast<std::size_t>(last_id_ - before_page));
+        auto record = records_.begin() + static_cast<std::ptrdiff_t>(before_page - before_first);
+        for (ChatEntry& entry : page.entries) entry = (record++)->entry;
         page.gap = id && (!known || last_id_ - *id > page.entries.size());
         return page;
     }
@@ -8578,13 +8580,13 @@ struct ChatLine {
 };
 
 // Removes a token from the front of the text. False if the text does not begin with it.
-inline bool consume(std::string_view& text, std::string_view token) {
+WSCHAT_NOINLINE inline bool consume(std::string_view& text, std::string_view token) {
     const bool found = text::starts_with(text, token);
     if (found) text.remove_prefix(token.size());
     return found;
 }
 // Removes all characters of a set from the front of the text. False if there is none.
-inline bool consume_all(std::string_view& text, std::string_view set) {
+WSCHAT_NOINLINE inline bool consume_all(std::string_view& text, std::string_view set) {
     const std::size_t size = (std::min)(text.find_first_not_of(set), text.size());
     text.remove_prefix(size);
     return size != 0;
@@ -8643,21 +8645,44 @@ inline bool valid_json(std::string_view text) { return valid_utf8(text) && consu
 // An event for clients: one JSON object, field by field. README.md lists all events.
 class ChatEvent {
 public:
-    explicit ChatEvent(std::string_view type) { add("type", type); }
+    explicit ChatEvent(std::string_view type) { add_text("type", type); }
     ChatEvent& add(std::string_view name, const Json& value) { return add_json(name, value.dump()); }
-    ChatEvent& add_json(std::string_view name, std::string_view json) {
-        text_ += text_.empty() ? '{' : ',';
-        ((text_ += Json(name).dump()) += ':') += json;
+    // The same as add() with a text, but the caller makes no Json.
+    WSCHAT_NOINLINE ChatEvent& add_text(std::string_view name, std::string_view text) {
+        return add_json(name, Json(text).dump());
+    }
+    WSCHAT_NOINLINE ChatEvent& add_json(std::string_view name, std::string_view json) {
+        if (text_.size() > 1) text_.back() = ',';
+        (((text_ += Json(name).dump()) += ':') += json) += '}';
         return *this;
     }
     ChatEvent& add_unless_empty(std::string_view name, std::string_view value) {
-        return value.empty() ? *this : add(name, value);
+        return value.empty() ? *this : add_text(name, value);
     }
-    std::string dump() const { return text_ + '}'; }
+    const std::string& dump() const { return text_; }
 
 private:
-    std::string text_;
+    std::string text_ = "{";
 };
+
+namespace detail {
+
+// A JSON array, element by element.
+class JsonList {
+public:
+    WSCHAT_NOINLINE void add(std::string_view json) {
+        text_.back() = size_++ == 0 ? '[' : ',';
+        (text_ += json) += ']';
+    }
+    std::size_t size() const { return size_; }
+    std::string_view dump() const { return size_ == 0 ? "[]" : std::string_view(text_); }
+
+private:
+    std::string text_ = "[";
+    std::size_t size_ = 0;
+};
+
+}  // namespace detail
 
 // ---- flood limits --------------------------------------------------------------------------------------------------
 
@@ -8757,16 +8782,12 @@ public:
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
+    // Ordered by name.
+    StringMap<User>::Iterator begin() const { return users_.begin(); }
+    StringMap<User>::Iterator end() const { return users_.end(); }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
     std::size_t max_name = 40;  // of the names that free_name() makes
-
-    // Ordered by name.
-    std::vector<ChatUser> users() const {
-        std::vector<ChatUser> list;
-        for (const auto& [name, user] : users_) list.push_back(user.info);
-        return list;
-    }
 
     // Adds a connection to the user with its identity. Without an identity: to a user of that name who has none either
     // and is in the grace period. Otherwise to a new user with a free name; then `joined` is true.
@@ -8815,7 +8836,11 @@ public:
     // Allocates nothing.
     static void detach(User& user, ChatHandler* connection, Time expires) {
         auto& all = user.connections;
-        all.erase(std::remove(all.begin(), all.end(), connection), all.end());
+        for (auto at = all.begin(); at != all.end(); ++at) {
+            if (*at != connection) continue;
+            all.erase(at);
+            break;
+        }
         if (all.empty()) user.expires = expires;
     }
     // Removes the users whose grace period is over, and returns their names. `next` is the end of the next period.
@@ -8823,7 +8848,7 @@ public:
         std::vector<std::string> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(user.info.name);
+            if (user.expires <= now) expired.push_back(std::string(user.info.name));
             else next = (std::min)(next, user.expires);
         }
         for (const std::string& name : expired) remove(*find(name));
@@ -8908,7 +8933,12 @@ public:
     ChatRoom& operator=(const ChatRoom&) = delete;
 
     const std::string& name() const { return name_; }
-    std::vector<ChatUser> users() const { return presence_.users(); }
+    // Ordered by name.
+    std::vector<ChatUser> users() const {
+        std::vector<ChatUser> list;
+        for (const auto& [name, user] : presence_) list.push_back(user.info);
+        return list;
+    }
 
     // Says a text to all, as the server or under a name. publish() also keeps it in the history. An Error if the text
     // contains control characters or is not UTF-8.
@@ -9015,7 +9045,7 @@ private:
         return last_number_;
     }
     void remove_connection(std::uint64_t number) { connections_.erase(big_endian_key(number)); }
-    ChatHandler* connection(std::uint64_t number) const { return connections_.find(big_endian_key(number)); }
+    WSCHAT_NOINLINE ChatHandler* connection(std::uint64_t number) const { return connections_.find(big_endian_key(number)); }
 
     AddressUse& add_address(const std::string& remote_address) {
         if (addresses_.size() >= prune_addresses_at_) prune_addresses();
@@ -9193,15 +9223,15 @@ public:
     // Says it to the current room, as if the user had typed it.
     void say(std::string_view text) { say(ChatEntry::Kind::said, text); }
     // Sends an event to this client alone, with the tag of its line.
-    void reply(ChatEvent event) { write_message(event.add_unless_empty("tag", tag_).dump()); }
+    void reply(const ChatEvent& event) { write_message(ChatEvent(event).add_unless_empty("tag", tag_).dump()); }
     void reply_error(std::string_view code, std::string_view sentence) {
-        reply(ChatEvent("error").add("code", code).add("text", sentence));
+        reply(ChatEvent("error").add_text("code", code).add_text("text", sentence));
     }
     // Closes the connection with 1008. The user leaves without a grace period.
     void kick(std::string_view reason) {
         if (!is_open()) return;
         kicked_ = true;
-        write_message(ChatEvent("kicked").add("text", reason).dump());
+        write_message(ChatEvent("kicked").add_text("text", reason).dump());
         close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
 
@@ -9230,11 +9260,11 @@ public:
         if (!name_accepted || user_.name.empty()) user_.name = "guest";
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
         const auto refusal = refuse_room(wanted);
-        const bool to_lobby = refusal && refusal->code == "room_bad" && !refuse_room("lobby");
+        const bool to_lobby = refusal.code == "room_bad" && !refuse_room("lobby");
         if (!refusal || to_lobby) join_room(refusal ? "lobby" : wanted);
         reply(hello_event());
         if (!name_accepted) reply_error("name_bad", name_rule());
-        if (refusal) reply_error(*refusal);
+        if (refusal) reply_error(refusal);
         connected_ = true;
         run_hook("on_connect", [this] { on_connect(); });
         if (current_room() != nullptr)
@@ -9269,8 +9299,9 @@ private:
         std::uint64_t delivered_id;  // of the room at the time of the request
     };
     struct Refusal {
-        std::string_view code;
-        std::string sentence;
+        std::string_view code{};  // empty: nothing is refused
+        std::string sentence{};
+        explicit operator bool() const { return !code.empty(); }
     };
 
     static std::string fingerprint(const std::string& key) {
@@ -9300,17 +9331,16 @@ private:
 
     ChatEvent hello_event() {
         ChatEvent event("hello");
-        event.add("version", 2).add("server", "wschat");
-        add_room(event).add("name", user().name);
-        event.add("features", Json::array(std::vector<std::string_view>{"rooms", "names", "users", "history", "resume",
-                                                                        "tags", "typing", "private", "commands"}));
+        event.add("version", 2).add_text("server", "wschat");
+        add_room(event).add_text("name", user().name);
+        event.add_json("features", R"(["rooms","names","users","history","resume","tags","typing","private","commands"])");
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"name", hub_->limits.max_name},
                                  {"room", hub_->limits.max_room_name}});
         return event;
     }
     ChatEvent& add_room(ChatEvent& event) {
-        return event.add("room", current_room() == nullptr ? Json() : Json(current_room()->name()));
+        return current_room() == nullptr ? event.add_json("room", "null") : event.add_text("room", current_room()->name());
     }
     std::string name_rule() const {
         return "A name is 1 to " + std::to_string(hub_->limits.max_name) + " bytes of visible text.";
@@ -9343,7 +9373,7 @@ private:
     }
 
     // Filters the text. The result says why it is refused.
-    std::optional<Refusal> refuse_text(std::string& text) {
+    Refusal refuse_text(std::string& text) {
         const auto is_empty = [&] { return detail::all_characters(text, detail::is_white_space); };
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
@@ -9354,14 +9384,14 @@ private:
         if (!filter(text)) return Refusal{"refused", "That message is refused here."};
         if (text.size() > max || !detail::valid_chat_text(text) || is_empty())
             throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
-        return std::nullopt;
+        return {};
     }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
     void say(ChatEntry::Kind kind, std::string_view said) {
         std::string text(said);
         if (!may(ChatAction::say)) return reply_forbidden();
-        if (const auto refusal = refuse_text(text)) return reply_error(*refusal);
+        if (const auto refusal = refuse_text(text)) return reply_error(refusal);
         ChatEntry entry = new_entry(kind);
         entry.text = std::move(text);
         entry.author = ChatHub::author_of(*memberships_[current_].user);
@@ -9386,7 +9416,7 @@ private:
         return index;
     }
 
-    std::optional<Refusal> refuse_room(std::string_view name) {
+    Refusal refuse_room(std::string_view name) {
         const ChatLimits& limits = hub_->limits;
         if (!detail::valid_chat_name(name, limits.max_room_name))
             return Refusal{"room_bad", "The name of a room is 1 to " + std::to_string(limits.max_room_name) +
@@ -9398,7 +9428,7 @@ private:
                            "You are in " + std::to_string(memberships_.size()) + " rooms already; /leave one."};
         if (hub_->room_count() >= limits.max_rooms && hub_->find(name) == nullptr)
             return Refusal{"room_limit", "There are too many rooms."};
-        return std::nullopt;
+        return {};
     }
 
     void join_room(std::string_view name) {
@@ -9506,8 +9536,8 @@ private:
         std::optional<ChatAction> action{};  // that the user must be allowed to do
     };
 
-    static const std::vector<Command>& commands() {
-        static const std::vector<Command> all = {
+    static const std::array<Command, 13>& commands() {
+        static constexpr std::array<Command, 13> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
@@ -9522,7 +9552,7 @@ private:
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
-        };
+        }};
         return all;
     }
 
@@ -9532,11 +9562,11 @@ private:
         const Presence::User* receiver = consume_user(rest);
         std::string text(rest);
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
-        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(*refusal);
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         if (receiver->expires != (Time::max)())
             return error("user_away", receiver->info.name + " has lost the connection; try again soon.");
         if (!handler_.tag_.empty() && is_duplicate())
-            return handler_.reply(ChatEvent("ack").add("room", room_->name()));
+            return handler_.reply(ChatEvent("ack").add_text("room", room_->name()));
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
         entry.text = std::move(text);
         entry.to = receiver->info.name;
@@ -9548,7 +9578,7 @@ private:
         std::vector<std::string>& tags = membership().user->tags;
         if (text::contains(tags, handler_.tag_)) return true;
         if (tags.size() == 64) tags.erase(tags.begin());
-        tags.push_back(handler_.tag_);
+        tags.push_back(std::string(handler_.tag_));
         return false;
     }
 
@@ -9565,10 +9595,11 @@ private:
     }
 
     void rooms(std::string_view) {
-        std::vector<Json> list;
-        for (const auto& [name, users] : handler_.hub_->rooms())
-            if (users != 0 && list.size() < 500) list.push_back(Json{{"room", name}, {"users", users}});
-        handler_.reply(ChatEvent("rooms").add("rooms", Json::array(list)));
+        JsonList list;
+        for (const auto& [name, room] : handler_.hub_->rooms_)
+            if (!room.presence_.empty() && list.size() < 500)
+                list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
+        handler_.reply(ChatEvent("rooms").add_json("rooms", list.dump()));
     }
 
     void nick(std::string_view rest) {
@@ -9595,7 +9626,7 @@ private:
             handler_.current_ = index;
             return reply_room();
         }
-        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(*refusal);
+        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(refusal);
         handler_.join_room(rest);
         reply_room();
         handler_.request_history(*handler_.current_room(), std::nullopt);
@@ -9608,7 +9639,7 @@ private:
     }
     void reply_room() {
         ChatEvent event("room");
-        handler_.reply(handler_.add_room(event).add("name", handler_.user().name));
+        handler_.reply(handler_.add_room(event).add_text("name", handler_.user().name));
     }
 
     void since(std::string_view rest) {
@@ -9620,11 +9651,11 @@ private:
     void help(std::string_view) {
         const bool moderator =
             handler_.may(ChatAction::kick) || handler_.may(ChatAction::ban) || handler_.may(ChatAction::mute);
-        std::vector<Json> list;
+        JsonList list;
         for (const Command& command : commands())
             if (moderator || !command.action || *command.action < ChatAction::kick)
-                list.push_back(Json{{"command", command.usage}, {"text", command.description}});
-        handler_.reply(ChatEvent("help").add("commands", Json::array(list)));
+                list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
+        handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
 
     void kick(std::string_view rest) {
@@ -9667,15 +9698,20 @@ private:
     ChatRoom* room_;  // the current room at the beginning of the line
 };
 
+inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
+    ChatEvent event(type);
+    event.add_text("room", entry.room).add_text("name", entry.name);
+    return event;
+}
 // The event of a message. Only its author gets the tag.
-inline std::string said_event(const ChatEntry& entry, bool with_tag) {
+inline ChatEvent said_event(const ChatEntry& entry, bool with_tag) {
     ChatEvent event("said");
     event.add_unless_empty("room", entry.room);
     if (entry.id != 0) event.add("id", entry.id);
-    event.add("name", entry.name).add("text", entry.text).add("time", entry.time);
-    if (entry.kind == ChatEntry::Kind::action) event.add("me", true);
+    event.add_text("name", entry.name).add_text("text", entry.text).add("time", entry.time);
+    if (entry.kind == ChatEntry::Kind::action) event.add_json("me", "true");
     if (with_tag) event.add_unless_empty("tag", entry.tag);
-    return event.dump();
+    return event;
 }
 
 }  // namespace detail
@@ -9693,27 +9729,29 @@ inline std::string ChatHandler::history_event(const ChatRoom& room, const Histor
     std::vector<std::string> events;
     for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
         const ChatEntry& entry = page.entries[i];
-        events.push_back(detail::said_event(entry, entry.author == author));
+        events.push_back(detail::said_event(entry, entry.author == author).dump());
         bytes += events.back().size();
     }
     const bool cut = events.size() != page.entries.size() && resumed;
-    std::string list = "[";
-    for (std::size_t i = events.size(); i-- > 0;) list += events[i] + (i == 0 ? "" : ",");
+    detail::JsonList list;
+    for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
     ChatEvent event("history");
-    event.add("room", room.name()).add("gap", page.gap || cut).add("last", page.last_id);
-    return event.add_json("entries", list + "]").dump();
+    event.add_text("room", room.name()).add("gap", page.gap || cut).add("last", page.last_id);
+    return event.add_json("entries", list.dump()).dump();
 }
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
-    std::vector<std::string> names;
+    detail::JsonList names;
     std::string about;
-    for (const ChatUser& user : room.users()) {
-        names.push_back(user.name);
-        if (!user.about.empty()) about += (about.empty() ? "{" : ",") + Json(user.name).dump() + ":" + user.about;
+    for (const auto& [key, user] : room.presence_) {
+        const std::string name = Json(user.info.name).dump();
+        names.add(name);
+        if (!user.info.about.empty())
+            (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
     }
     ChatEvent event("users");
-    event.add("room", room.name()).add("users", Json::array(names));
-    if (!about.empty()) event.add_json("about", about + "}");
+    event.add_text("room", room.name()).add_json("users", names.dump());
+    if (!about.empty()) event.add_json("about", about += '}');
     return event.dump();
 }
 
@@ -9805,9 +9843,8 @@ inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& eve
 }
 
 inline void ChatHub::on_typing(const ChatEntry& entry) {
-    ChatEvent event("typing");
-    event.add("room", entry.room).add("name", entry.name);
-    if (!entry.text.empty()) event.add("stop", true);
+    ChatEvent event = detail::entry_event("typing", entry);
+    if (!entry.text.empty()) event.add_json("stop", "true");
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
 
@@ -9820,17 +9857,16 @@ inline void ChatHub::on_said(const ChatEntry& entry) {
     }
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
-        members->broadcast(detail::said_event(entry, false), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(detail::said_event(entry, true));
+        members->broadcast(detail::said_event(entry, false).dump(), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(detail::said_event(entry, true).dump());
     if (sender != nullptr) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    ChatEvent event("private");
-    event.add("room", entry.room).add("name", entry.name).add("to", entry.to);
-    event.add("text", entry.text).add("time", entry.time);
+    ChatEvent event = detail::entry_event("private", entry);
+    event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
     const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
     const User* author = room->presence_.find(entry.name);
     const User* receiver = room->presence_.find(entry.to);
@@ -9848,8 +9884,7 @@ inline void ChatHub::on_join(const ChatEntry& entry) {
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
         room->presence_.add(ChatUser{entry.name, entry.text}, {}).remote = true;
-    ChatEvent event("join");
-    event.add("room", entry.room).add("name", entry.name).add("time", entry.time);
+    ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
 }
@@ -9859,7 +9894,7 @@ inline void ChatHub::on_leave(const ChatEntry& entry) {
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.remove(*user);
-    send_to_others(entry, ChatEvent("leave").add("room", entry.room).add("name", entry.name).add("time", entry.time));
+    send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
 }
 
 inline void ChatHub::on_rename(const ChatEntry& entry) {
@@ -9868,7 +9903,7 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add("room", entry.room).add("old", entry.name).add("name", entry.text).add("time", entry.time);
+    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text).add("time", entry.time);
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
@@ -9881,7 +9916,7 @@ inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    sender->write_message(event.add("room", entry.room).add("tag", entry.tag).add("id", entry.id).dump());
+    sender->write_message(event.add_text("room", entry.room).add_text("tag", entry.tag).add("id", entry.id).dump());
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
@@ -9889,9 +9924,9 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("error");
-    event.add("code", "not_kept")
-        .add("text", "That message could not be stored, and nobody has got it. Try again soon.");
-    sender->write_message(event.add("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+    event.add_text("code", "not_kept")
+        .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
+    sender->write_message(event.add_text("room", entry.room).add_unless_empty("tag", entry.tag).dump());
 }
 
 WSCHAT_END
