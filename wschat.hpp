@@ -8785,6 +8785,11 @@ public:
     // Ordered by name.
     StringMap<User>::Iterator begin() const { return users_.begin(); }
     StringMap<User>::Iterator end() const { return users_.end(); }
+    std::vector<ChatUser> users() const {
+        std::vector<ChatUser> list;
+        for (const auto& [name, user] : users_) list.push_back(user.info);
+        return list;
+    }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
     std::size_t max_name = 40;  // of the names that free_name() makes
@@ -8933,12 +8938,7 @@ public:
     ChatRoom& operator=(const ChatRoom&) = delete;
 
     const std::string& name() const { return name_; }
-    // Ordered by name.
-    std::vector<ChatUser> users() const {
-        std::vector<ChatUser> list;
-        for (const auto& [name, user] : presence_) list.push_back(user.info);
-        return list;
-    }
+    std::vector<ChatUser> users() const { return presence_.users(); }
 
     // Says a text to all, as the server or under a name. publish() also keeps it in the history. An Error if the text
     // contains control characters or is not UTF-8.
