@@ -876,7 +876,7 @@ private:
 
 }  // namespace detail
 
-inline bool valid_utf8(std::string_view text) {
+WSCHAT_NOINLINE inline bool valid_utf8(std::string_view text) {
     detail::Utf8Validator validator;
     return validator.feed(text.data(), text.size()) && validator.complete();
 }
@@ -1062,19 +1062,19 @@ constexpr char to_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char
 constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 constexpr bool is_alphanumeric(char c) { return is_digit(c) || (to_lower(c) >= 'a' && to_lower(c) <= 'z'); }
 
-inline std::string to_lower(std::string_view s) {
+WSCHAT_NOINLINE inline std::string to_lower(std::string_view s) {
     std::string result(s);
     for (char& c : result) c = to_lower(c);
     return result;
 }
-inline bool equals_ignore_case(std::string_view a, std::string_view b) {
+WSCHAT_NOINLINE inline bool equals_ignore_case(std::string_view a, std::string_view b) {
     return a.size() == b.size() &&
            std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return to_lower(x) == to_lower(y); });
 }
 inline bool starts_with(std::string_view s, std::string_view prefix) { return s.substr(0, prefix.size()) == prefix; }
 
 // Removes the optional whitespace of RFC 9110 5.6.3: spaces and tabs.
-inline std::string_view trim(std::string_view s) {
+WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
     while (!s.empty() && (s.front() == ' ' || s.front() == '\t')) s.remove_prefix(1);
     while (!s.empty() && (s.back() == ' ' || s.back() == '\t')) s.remove_suffix(1);
     return s;
@@ -1093,7 +1093,7 @@ bool contains(const List& list, std::string_view name) {
 }
 
 // Removes the text up to the first separator, and the separator, from s. Returns the text without the separator.
-inline std::string_view consume_until(std::string_view& s, char separator) {
+WSCHAT_NOINLINE inline std::string_view consume_until(std::string_view& s, char separator) {
     const std::size_t at = s.find(separator);
     const std::string_view part = s.substr(0, at);
     s.remove_prefix(at == std::string_view::npos ? s.size() : at + 1);
@@ -1207,8 +1207,25 @@ WSCHAT_NOINLINE inline std::string big_endian_key(std::uint64_t number) {
 
 namespace detail {
 
-// Owns a value of any type.
-using ErasedPtr = std::unique_ptr<void, void (*)(void*)>;
+// Owns a value of any type. A std::unique_ptr with a deleter takes much longer to compile.
+class ErasedPtr {
+public:
+    ErasedPtr(void* value, void (*destroy)(void*)) : value_(value), destroy_(destroy) {}
+    ErasedPtr(ErasedPtr&& other) noexcept : value_(std::exchange(other.value_, nullptr)), destroy_(other.destroy_) {}
+    ErasedPtr& operator=(ErasedPtr&& other) noexcept {
+        std::swap(value_, other.value_);
+        std::swap(destroy_, other.destroy_);
+        return *this;
+    }
+    ~ErasedPtr() {
+        if (value_ != nullptr) destroy_(value_);
+    }
+    void* get() const { return value_; }
+
+private:
+    void* value_;
+    void (*destroy_)(void*);
+};
 
 template <class Value, class... Arguments>
 ErasedPtr make_erased(Arguments&&... arguments) {
@@ -1240,7 +1257,7 @@ public:
     WSCHAT_NOINLINE void rename(std::string_view name, std::string_view new_name) {
         const auto old = tree_.find(name);
         if (old == tree_.end() || find(new_name) != nullptr) return;
-        tree_.emplace(new_name, ErasedPtr(nullptr, nullptr)).first->second.swap(old->second);
+        tree_.emplace(new_name, ErasedPtr(nullptr, nullptr)).first->second = std::move(old->second);
         tree_.erase(old);
     }
     WSCHAT_NOINLINE bool erase(std::string_view name) {
@@ -4436,7 +4453,7 @@ public:
         bits_ = single ? address->bits() : static_cast<unsigned>(*bits);
         base_ = address->prefix(bits_);
     }
-    bool contains(const IpAddress& address) const {
+    WSCHAT_NOINLINE bool contains(const IpAddress& address) const {
         return address.family() == base_.family() && address.prefix(bits_) == base_;
     }
 
@@ -5753,7 +5770,7 @@ public:
         timer.due_ = due;
         sift(timer.index_);
     }
-    void cancel(Timer& timer) {
+    WSCHAT_NOINLINE void cancel(Timer& timer) {
         if (!timer.scheduled()) return;
         const std::size_t index = std::exchange(timer.index_, Timer::none);
         Timer* last = heap_.back();
@@ -5777,7 +5794,7 @@ private:
         timer->index_ = index;
     }
     // Moves the timer up or down until the heap is in order.
-    void sift(std::size_t index) {
+    WSCHAT_NOINLINE void sift(std::size_t index) {
         Timer* timer = heap_[index];
         for (; index != 0 && timer->due_ < heap_[(index - 1) / 2]->due_; index = (index - 1) / 2)
             place(index, heap_[(index - 1) / 2]);
@@ -7436,7 +7453,7 @@ public:
         });
     }
     // Drops the connection at the end of this turn, without a Close frame. Throws nothing.
-    void abort(CloseCause cause, std::string_view reason) {
+    WSCHAT_NOINLINE void abort(CloseCause cause, std::string_view reason) {
         if (gone()) return;
         if (phase_ == Phase::websocket) connection().abort(cause, reason);
         ended_ = true;
@@ -8645,7 +8662,7 @@ inline bool valid_json(std::string_view text) { return valid_utf8(text) && consu
 // An event for clients: one JSON object, field by field. README.md lists all events.
 class ChatEvent {
 public:
-    explicit ChatEvent(std::string_view type) { add_text("type", type); }
+    WSCHAT_NOINLINE explicit ChatEvent(std::string_view type) { add_text("type", type); }
     ChatEvent& add(std::string_view name, const Json& value) { return add_json(name, value.dump()); }
     // The same as add() with a text, but the caller makes no Json.
     WSCHAT_NOINLINE ChatEvent& add_text(std::string_view name, std::string_view text) {
@@ -8734,7 +8751,7 @@ public:
         return deadline != nullptr && *deadline > now;
     }
     // Zero removes the key.
-    void set(const std::string& key, Duration duration, Time now) {
+    WSCHAT_NOINLINE void set(const std::string& key, Duration duration, Time now) {
         deadlines_.erase_if([now](Time deadline) { return deadline <= now; });
         if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = saturating_add(now, duration);
         else deadlines_.erase(key);
@@ -8778,7 +8795,7 @@ public:
     static std::string fold_case(std::string_view name) { return text::to_lower(name); }
 
     // Null if nobody has the name.
-    User* find(std::string_view name) const { return users_.find(fold_case(name)); }
+    WSCHAT_NOINLINE User* find(std::string_view name) const { return users_.find(fold_case(name)); }
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
@@ -9106,7 +9123,7 @@ private:
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
     static std::string address_key(const std::string& address) { return "address " + rate_limit_key(address); }
-    static std::string name_key(std::string_view name) { return "name " + detail::Presence::fold_case(name); }
+    WSCHAT_NOINLINE static std::string name_key(std::string_view name) { return "name " + detail::Presence::fold_case(name); }
     // The identity to which the tags of an author belong; without one, the name.
     static std::string author_of(const User& user) {
         return user.identity.empty() ? name_key(user.info.name) : user.identity;
@@ -9128,7 +9145,7 @@ private:
 
     // ---- entries ---------------------------------------------------------------------------------------------------
 
-    static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
+    WSCHAT_NOINLINE static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
         ChatEntry entry;
         entry.kind = kind;
         entry.room = room.name();
@@ -9139,7 +9156,7 @@ private:
         entry.time = unix_ms();
         store_->append(std::move(entry));
     }
-    void forward(ChatEntry entry) {
+    WSCHAT_NOINLINE void forward(ChatEntry entry) {
         entry.time = unix_ms();
         store_->forward(entry);
     }
@@ -9399,7 +9416,7 @@ private:
         hub_->append(std::move(entry));
     }
 
-    ChatEntry new_entry(ChatEntry::Kind kind) {
+    WSCHAT_NOINLINE ChatEntry new_entry(ChatEntry::Kind kind) {
         ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user().name);
         entry.sender = number_;
         return entry;
@@ -9698,7 +9715,7 @@ private:
     ChatRoom* room_;  // the current room at the beginning of the line
 };
 
-inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
+WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
     ChatEvent event(type);
     event.add_text("room", entry.room).add_text("name", entry.name);
     return event;
