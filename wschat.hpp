@@ -1339,9 +1339,24 @@ private:
 
 namespace detail {
 
+// Refers to a callable, which must outlive it. A function with this parameter is compiled once for all callables.
+template <class... Arguments>
+class FunctionRef {
+public:
+    template <class Function, class = std::enable_if_t<!std::is_same_v<std::decay_t<Function>, FunctionRef>>>
+    FunctionRef(Function&& function)
+        : function_(&function), call_([](void* target, Arguments... arguments) {
+              (*static_cast<std::remove_reference_t<Function>*>(target))(arguments...);
+          }) {}
+    void operator()(Arguments... arguments) const { call_(function_, arguments...); }
+
+private:
+    void* function_;
+    void (*call_)(void* target, Arguments... arguments);
+};
+
 // Runs the call and passes what it throws to report(what). Returns false if it threw.
-template <class Call, class Report>
-bool run_guarded(Call&& call, Report&& report) {
+WSCHAT_NOINLINE inline bool run_guarded(FunctionRef<> call, FunctionRef<const char*> report) {
     try {
         call();
         return true;
@@ -3685,8 +3700,7 @@ public:
 protected:
     // Runs a callback of a derived class. An exception is logged and counted, and closes the connection with 1011 and
     // CloseCause::handler_exception, as one out of on_message() does.
-    template <class Hook>
-    void run_hook(const char* name, Hook&& hook) {
+    void run_hook(const char* name, detail::FunctionRef<> hook) {
         detail::run_guarded(hook, [&](const char* what) { fail(name, what); });
     }
 
@@ -3762,8 +3776,7 @@ public:
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
-    template <class Hook>
-    static void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
+    static void run_hook(WebSocketHandler& handler, const char* name, FunctionRef<> hook) {
         handler.run_hook(name, hook);
     }
 };
@@ -6072,8 +6085,7 @@ private:
         return ms > 60'000 ? 60'000 : static_cast<int>(ms);
     }
 
-    template <class Function>
-    void guarded(const char* where, Function&& function) {
+    void guarded(const char* where, detail::FunctionRef<> function) {
         detail::run_guarded(function, [&](const char* what) {
             if (on_exception_) on_exception_(where, what);
         });
@@ -7276,8 +7288,7 @@ protected:
     // ---- callbacks -------------------------------------------------------------------------------------------------
 
     // False: it threw, which was logged.
-    template <class Call>
-    bool guarded(const char* where, Call&& call) {
+    bool guarded(const char* where, FunctionRef<> call) {
         return run_guarded(call, [&](const char* what) { host_.log.exception(where, what, &peer_); });
     }
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
@@ -7515,8 +7526,7 @@ private:
     void schedule(Time due) { LoopAccess::timers(host_.loop).schedule(*this, due); }
 
     // An exception in here means that memory ran out, which costs this connection.
-    template <class Work>
-    void protect(Work&& work) {
+    void protect(FunctionRef<> work) {
         if (!guarded("session", work)) abort(CloseCause::connection_lost, "out of memory");
     }
 
@@ -8280,8 +8290,6 @@ WSCHAT_END
 
 #if WSCHAT_CHAT
 
-#include <deque>
-
 WSCHAT_BEGIN
 
 class ChatHandler;
@@ -8380,14 +8388,13 @@ public:
         return record == nullptr ? 0 : record->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
-        Record record{entry, now,
-                      entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256};
+        const std::size_t bytes =
+            entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256;
+        Record& record = records_.find_or_emplace(big_endian_key(last_id_ + 1), entry, now, bytes);
         record.entry.room.clear();
-        record.entry.id = last_id_ + 1;
-        records_.push_back(std::move(record));
-        ++last_id_;
-        bytes_ += records_.back().bytes;
-        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), records_.back());
+        record.entry.id = ++last_id_;
+        bytes_ += bytes;
+        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
         last_append_ = now;
         trim(limits, now);
         return last_id_;
@@ -8401,8 +8408,8 @@ public:
         const std::uint64_t before_first = last_id_ - records_.size();
         const std::uint64_t before_page = (std::max)({known ? *id : 0, before_limit, before_first});
         page.entries = std::vector<ChatEntry>(static_cast<std::size_t>(last_id_ - before_page));
-        auto record = records_.begin() + static_cast<std::ptrdiff_t>(before_page - before_first);
-        for (ChatEntry& entry : page.entries) entry = (record++)->entry;
+        std::uint64_t next = before_page;
+        for (ChatEntry& entry : page.entries) entry = records_.find(big_endian_key(++next))->entry;
         page.gap = id && (!known || last_id_ - *id > page.entries.size());
         return page;
     }
@@ -8427,12 +8434,12 @@ private:
             if (!expired && records_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
             bytes_ -= oldest.bytes;
             if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
-            records_.pop_front();
+            records_.erase(big_endian_key(oldest.entry.id));
         }
     }
 
-    std::deque<Record> records_;
-    StringMap<Record> tags_;  // by author and tag
+    StringMap<Record> records_;  // by id
+    StringMap<Record> tags_;     // by author and tag
     std::uint64_t last_id_;
     std::size_t bytes_ = 0;
     Time last_append_{};
