@@ -78,9 +78,9 @@
 //   PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text, ServerOptions, ChatHandler,
 //   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
 //   ChatLimits, ChatAction, ChatRoom, SqliteOptions, SqliteHistory
-//   text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case, text::starts_with, text::trim,
-//   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
-//   text::percent_decode
+//   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
+//   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
+//   text::parse_unsigned, text::hex_value, text::percent_decode
 //
 // Macros that the program may set, the same in each translation unit. Units that were compiled with different values of
 // them do not link, because their names are part of the namespace (except WSCHAT_CHAT, which only adds names):
@@ -361,8 +361,7 @@ class Task {
 public:
     template <class Function, class = std::enable_if_t<!std::is_same_v<std::decay_t<Function>, Task> &&
                                                        std::is_invocable_v<std::decay_t<Function>&>>>
-    Task(Function&& function)
-        : callable_(std::make_unique<Holder<std::decay_t<Function>>>(std::forward<Function>(function))) {}
+    Task(Function&& function) : callable_(new Holder<std::decay_t<Function>>(std::forward<Function>(function))) {}
 
     void operator()() { callable_->call(); }
 
@@ -1083,7 +1082,20 @@ WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
 inline bool is_token_char(char c) {
     return is_alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
 }
-inline bool is_token(std::string_view s) { return !s.empty() && std::all_of(s.begin(), s.end(), is_token_char); }
+// The standard algorithms are unrolled for each predicate, which takes long to compile.
+template <class Predicate>
+bool all_of(std::string_view s, Predicate predicate) {
+    for (const char c : s)
+        if (!predicate(c)) return false;
+    return true;
+}
+inline bool is_token(std::string_view s) { return !s.empty() && all_of(s, is_token_char); }
+
+inline std::string concat(std::initializer_list<std::string_view> parts) {
+    std::string whole;
+    for (const std::string_view part : parts) whole += part;
+    return whole;
+}
 
 template <class List>
 bool contains(const List& list, std::string_view name) {
@@ -1740,8 +1752,8 @@ private:
 namespace detail {
 
 inline bool has_control_character(std::string_view value) {
-    return std::any_of(value.begin(), value.end(),
-                       [](char c) { return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7F; });
+    return !text::all_of(value,
+                         [](char c) { return (static_cast<unsigned char>(c) >= 0x20 || c == '\t') && c != 0x7F; });
 }
 
 // Returns why a line without its CR LF is not a header field (RFC 9112 5), or null if it is one.
@@ -2134,7 +2146,7 @@ inline std::string accept_key(std::string_view key) {
 // The base64 form of 16 bytes: 22 characters of the alphabet and two of padding.
 inline bool valid_key(std::string_view key) {
     const auto in_alphabet = [](char c) { return text::is_alphanumeric(c) || c == '+' || c == '/'; };
-    return key.size() == 24 && key.substr(22) == "==" && std::all_of(key.begin(), key.begin() + 22, in_alphabet);
+    return key.size() == 24 && key.substr(22) == "==" && text::all_of(key.substr(0, 22), in_alphabet);
 }
 
 // RFC 6455 4.2.1 / 3-4. Does not check the rest of the handshake.
@@ -6591,8 +6603,9 @@ public:
         return text::contains(hosts_, whole) || text::contains(hosts_, name);
     }
     bool trusted(const IpAddress& address) const {
-        return std::any_of(trusted_proxies_.begin(), trusted_proxies_.end(),
-                           [&](const Cidr& block) { return block.contains(address); });
+        for (const Cidr& block : trusted_proxies_)
+            if (block.contains(address)) return true;
+        return false;
     }
     // The first address from the right of X-Forwarded-For that is not a trusted proxy. A client can write what stands
     // left of it.
@@ -8239,10 +8252,9 @@ public:
     template <class Extension>
     Extension& extension() {
         static char key;
-        for (const auto& [known, object] : extensions_)
-            if (known == &key) return *static_cast<Extension*>(object.get());
-        extensions_.emplace_back(&key, detail::make_erased<Extension>(*this));
-        return *static_cast<Extension*>(extensions_.back().second.get());
+        const std::string name = big_endian_key(reinterpret_cast<std::uintptr_t>(&key));
+        if (void* known = extensions_.find(name)) return *static_cast<Extension*>(known);
+        return *static_cast<Extension*>(extensions_.add(name, detail::make_erased<Extension>(*this)));
     }
     // Adds an entry to the log, for what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
@@ -8276,7 +8288,7 @@ private:
     detail::Worker worker_;
     bool signalled_ = false;
     std::unique_ptr<detail::SignalGuard> signals_;
-    std::vector<std::pair<const void*, detail::ErasedPtr>> extensions_;
+    detail::ErasedMap extensions_;
 };
 
 WSCHAT_END
@@ -8424,7 +8436,7 @@ private:
         Time time;
         std::size_t bytes;
     };
-    static std::string tag_key(const ChatEntry& entry) { return entry.author + '\n' + entry.tag; }
+    static std::string tag_key(const ChatEntry& entry) { return text::concat({entry.author, "\n", entry.tag}); }
 
     void trim(const HistoryLimits& limits, Time now) {
         while (!records_.empty()) {
@@ -8598,8 +8610,7 @@ struct ChatLine {
     }
     // 1 to 64 visible ASCII characters.
     static bool valid_tag(std::string_view tag) {
-        return !tag.empty() && tag.size() <= 64 &&
-               std::all_of(tag.begin(), tag.end(), [](char c) { return c > ' ' && c < 0x7F; });
+        return !tag.empty() && tag.size() <= 64 && text::all_of(tag, [](char c) { return c > ' ' && c < 0x7F; });
     }
 };
 
@@ -8904,9 +8915,9 @@ public:
         std::string free = name;
         for (std::size_t n = 2; find(free) != nullptr; ++n) {
             if (n == 10 && users_.size() > n) n = users_.size();  // avoids many tries for the hundredth guest
-            const std::string number = "-" + std::to_string(n);
+            const std::string number = std::to_string(n);
             const std::size_t longest = (std::max)(max_name, name.size());
-            free = std::string(truncate_utf8(name, longest - (std::min)(longest, number.size()))) + number;
+            free = text::concat({truncate_utf8(name, longest - (std::min)(longest, number.size() + 1)), "-", number});
         }
         return free;
     }
@@ -9009,7 +9020,7 @@ public:
     // Replaces the store: set_store(SqliteHistory("chat.db")). An Error after the first connection.
     template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, Store>, int> = 0>
     void set_store(Store store) {
-        set_store(std::unique_ptr<ChatStore>(std::make_unique<Store>(std::move(store))));
+        set_store(std::unique_ptr<ChatStore>(new Store(std::move(store))));
     }
     void set_store(std::unique_ptr<ChatStore> store) {
         if (!rooms_.empty())
@@ -9069,7 +9080,9 @@ private:
         return last_number_;
     }
     void remove_connection(std::uint64_t number) { connections_.erase(big_endian_key(number)); }
-    WSCHAT_NOINLINE ChatHandler* connection(std::uint64_t number) const { return connections_.find(big_endian_key(number)); }
+    WSCHAT_NOINLINE ChatHandler* connection(std::uint64_t number) const {
+        return connections_.find(big_endian_key(number));
+    }
 
     AddressUse& add_address(const std::string& remote_address) {
         if (addresses_.size() >= prune_addresses_at_) prune_addresses();
@@ -9129,13 +9142,17 @@ private:
 
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
-    static std::string address_key(const std::string& address) { return "address " + rate_limit_key(address); }
-    WSCHAT_NOINLINE static std::string name_key(std::string_view name) { return "name " + detail::Presence::fold_case(name); }
+    static std::string address_key(const std::string& address) {
+        return text::concat({"address ", rate_limit_key(address)});
+    }
+    static std::string name_key(std::string_view name) { return text::concat({"name ", text::to_lower(name)}); }
     // The identity to which the tags of an author belong; without one, the name.
     static std::string author_of(const User& user) {
         return user.identity.empty() ? name_key(user.info.name) : user.identity;
     }
-    static std::string mute_key(const ChatRoom& room, const User& user) { return room.name() + '\n' + author_of(user); }
+    static std::string mute_key(const ChatRoom& room, const User& user) {
+        return text::concat({room.name(), "\n", author_of(user)});
+    }
 
     bool banned(const std::string& address, const std::string& name, const std::string& identity) {
         if (bans_.active(address_key(address), now()) || bans_.active(name_key(name), now())) return true;
@@ -9348,26 +9365,28 @@ private:
     void check_about(const std::string& about) const {
         const bool too_long = about.size() > hub_->limits.max_about;
         if (!too_long && (about.empty() || detail::valid_json(about))) return;
-        throw Error(
-            "ChatHandler::authenticate: ChatUser::about \"" + escape_for_log(about) + "\": it is " +
-            (too_long ? "longer than ChatLimits::max_about" : "not a JSON value in UTF-8 of at most 32 levels"));
+        throw Error(text::concat(
+            {"ChatHandler::authenticate: ChatUser::about \"", escape_for_log(about), "\": it is ",
+             too_long ? "longer than ChatLimits::max_about" : "not a JSON value in UTF-8 of at most 32 levels"}));
     }
 
     ChatEvent hello_event() {
         ChatEvent event("hello");
         event.add("version", 2).add_text("server", "wschat");
         add_room(event).add_text("name", user().name);
-        event.add_json("features", R"(["rooms","names","users","history","resume","tags","typing","private","commands"])");
+        event.add_json("features",
+                       R"(["rooms","names","users","history","resume","tags","typing","private","commands"])");
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"name", hub_->limits.max_name},
                                  {"room", hub_->limits.max_room_name}});
         return event;
     }
     ChatEvent& add_room(ChatEvent& event) {
-        return current_room() == nullptr ? event.add_json("room", "null") : event.add_text("room", current_room()->name());
+        return current_room() == nullptr ? event.add_json("room", "null")
+                                         : event.add_text("room", current_room()->name());
     }
     std::string name_rule() const {
-        return "A name is 1 to " + std::to_string(hub_->limits.max_name) + " bytes of visible text.";
+        return text::concat({"A name is 1 to ", std::to_string(hub_->limits.max_name), " bytes of visible text."});
     }
 
     // ---- input -----------------------------------------------------------------------------------------------------
@@ -9393,7 +9412,7 @@ private:
         if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
             reply_error("unknown_command",
-                        "There is no command /" + std::string(line.command.substr(0, 40)) + "; /help names all.");
+                        text::concat({"There is no command /", line.command.substr(0, 40), "; /help names all."}));
     }
 
     // Filters the text. The result says why it is refused.
@@ -9402,7 +9421,8 @@ private:
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
-        if (text.size() > max) return Refusal{"too_long", "A message has at most " + std::to_string(max) + " bytes."};
+        if (text.size() > max)
+            return Refusal{"too_long", text::concat({"A message has at most ", std::to_string(max), " bytes."})};
         if (!detail::valid_chat_text(text)) return Refusal{"bad_text", "Control characters are refused."};
         if (is_empty()) return Refusal{"empty", "There is nothing in that message."};
         if (!filter(text)) return Refusal{"refused", "That message is refused here."};
@@ -9443,13 +9463,13 @@ private:
     Refusal refuse_room(std::string_view name) {
         const ChatLimits& limits = hub_->limits;
         if (!detail::valid_chat_name(name, limits.max_room_name))
-            return Refusal{"room_bad", "The name of a room is 1 to " + std::to_string(limits.max_room_name) +
-                                           " bytes of visible text."};
+            return Refusal{"room_bad", text::concat({"The name of a room is 1 to ",
+                                                     std::to_string(limits.max_room_name), " bytes of visible text."})};
         if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
         if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
         if (memberships_.size() >= limits.max_rooms_per_connection)
-            return Refusal{"room_limit",
-                           "You are in " + std::to_string(memberships_.size()) + " rooms already; /leave one."};
+            return Refusal{"room_limit", text::concat({"You are in ", std::to_string(memberships_.size()),
+                                                       " rooms already; /leave one."})};
         if (hub_->room_count() >= limits.max_rooms && hub_->find(name) == nullptr)
             return Refusal{"room_limit", "There are too many rooms."};
         return {};
@@ -9588,7 +9608,7 @@ private:
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         if (receiver->expires != (Time::max)())
-            return error("user_away", receiver->info.name + " has lost the connection; try again soon.");
+            return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
         if (!handler_.tag_.empty() && is_duplicate())
             return handler_.reply(ChatEvent("ack").add_text("room", room_->name()));
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
@@ -9639,7 +9659,8 @@ private:
         Presence::User& user = *membership().user;
         const Presence::User* holder = room_->presence_.find(name);
         if (holder != nullptr && holder != &user)
-            return error("name_taken", "That name is taken; " + room_->presence_.free_name(name) + " is free.");
+            return error("name_taken",
+                         text::concat({"That name is taken; ", room_->presence_.free_name(name), " is free."}));
         handler_.user_.name = name;
         hub.rename(*room_, user, name);
     }
@@ -9770,8 +9791,7 @@ inline std::string ChatHandler::users_event(const ChatRoom& room) {
     for (const auto& [key, user] : room.presence_) {
         const std::string name = Json(user.info.name).dump();
         names.add(name);
-        if (!user.info.about.empty())
-            (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
+        if (!user.info.about.empty()) (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
     }
     ChatEvent event("users");
     event.add_text("room", room.name()).add_json("users", names.dump());
