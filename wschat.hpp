@@ -1252,10 +1252,26 @@ namespace detail {
 // The map of StringMap for values of any type. It is compiled once, because one std::map for each value type would be
 // the largest part of the compile time.
 class ErasedMap {
-public:
     using Tree = std::map<std::string, ErasedPtr, std::less<>>;
 
-    const Tree& tree() const { return tree_; }
+public:
+    class Iterator {
+    public:
+        explicit Iterator(Tree::const_iterator at) : at_(at) {}
+        const std::string& name() const { return at_->first; }
+        void* value() const { return at_->second.get(); }
+        void operator++() { ++at_; }
+        friend bool operator!=(const Iterator& a, const Iterator& b) { return a.at_ != b.at_; }
+
+    private:
+        friend class ErasedMap;
+
+        Tree::const_iterator at_;
+    };
+
+    Iterator begin() const { return Iterator(tree_.begin()); }
+    Iterator end() const { return Iterator(tree_.end()); }
+    std::size_t size() const { return tree_.size(); }
 
     // Returns null if the map has no such name.
     WSCHAT_NOINLINE void* find(std::string_view name) const {
@@ -1278,7 +1294,8 @@ public:
         tree_.erase(found);
         return true;
     }
-    WSCHAT_NOINLINE Tree::const_iterator erase(Tree::const_iterator at) { return tree_.erase(at); }
+    // Returns the position after it.
+    WSCHAT_NOINLINE Iterator erase(Iterator position) { return Iterator(tree_.erase(position.at_)); }
     WSCHAT_NOINLINE void clear() { tree_.clear(); }
 
 private:
@@ -1290,32 +1307,20 @@ private:
 // An ordered map from string to Value.
 template <class Value>
 class StringMap {
-    using Tree = detail::ErasedMap::Tree;
-
 public:
     struct Entry {
         const std::string& name;
         Value& value;
     };
-    class Iterator {
-    public:
-        explicit Iterator(Tree::const_iterator at) : at_(at) {}
-        Entry operator*() const { return {at_->first, *static_cast<Value*>(at_->second.get())}; }
-        Iterator& operator++() {
-            ++at_;
-            return *this;
-        }
-        friend bool operator!=(const Iterator& a, const Iterator& b) { return a.at_ != b.at_; }
-
-    private:
-        Tree::const_iterator at_;
+    struct Iterator : detail::ErasedMap::Iterator {
+        Entry operator*() const { return {name(), *static_cast<Value*>(value())}; }
     };
 
-    Value& front() const { return (*begin()).value; }
-    Iterator begin() const { return Iterator(map_.tree().begin()); }
-    Iterator end() const { return Iterator(map_.tree().end()); }
-    std::size_t size() const { return map_.tree().size(); }
-    bool empty() const { return map_.tree().empty(); }
+    Value& front() const { return *static_cast<Value*>(map_.begin().value()); }
+    Iterator begin() const { return {map_.begin()}; }
+    Iterator end() const { return {map_.end()}; }
+    std::size_t size() const { return map_.size(); }
+    bool empty() const { return map_.size() == 0; }
 
     // Returns null if the map has no such name.
     Value* find(std::string_view name) const { return static_cast<Value*>(map_.find(name)); }
@@ -1341,8 +1346,10 @@ public:
     void clear() { map_.clear(); }
     template <class Predicate>
     void erase_if(Predicate&& predicate) {
-        for (auto at = map_.tree().begin(); at != map_.tree().end();)
-            at = predicate((*Iterator(at)).value) ? map_.erase(at) : ++at;
+        for (auto at = map_.begin(); at != map_.end();) {
+            if (predicate(*static_cast<Value*>(at.value()))) at = map_.erase(at);
+            else ++at;
+        }
     }
 
 private:
@@ -9951,8 +9958,9 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
+    if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
-    for (ChatHandler* each : renamed == nullptr ? std::vector<ChatHandler*>() : renamed->connections)
+    for (ChatHandler* each : renamed->connections)
         if (!members.has(*each)) each->reply(event);
 }
 
