@@ -1252,26 +1252,10 @@ namespace detail {
 // The map of StringMap for values of any type. It is compiled once, because one std::map for each value type would be
 // the largest part of the compile time.
 class ErasedMap {
+public:
     using Tree = std::map<std::string, ErasedPtr, std::less<>>;
 
-public:
-    class Iterator {
-    public:
-        explicit Iterator(Tree::const_iterator at) : at_(at) {}
-        const std::string& name() const { return at_->first; }
-        void* value() const { return at_->second.get(); }
-        void operator++() { ++at_; }
-        friend bool operator!=(const Iterator& a, const Iterator& b) { return a.at_ != b.at_; }
-
-    private:
-        friend class ErasedMap;
-
-        Tree::const_iterator at_;
-    };
-
-    Iterator begin() const { return Iterator(tree_.begin()); }
-    Iterator end() const { return Iterator(tree_.end()); }
-    std::size_t size() const { return tree_.size(); }
+    const Tree& tree() const { return tree_; }
 
     // Returns null if the map has no such name.
     WSCHAT_NOINLINE void* find(std::string_view name) const {
@@ -1294,8 +1278,7 @@ public:
         tree_.erase(found);
         return true;
     }
-    // Returns the position after it.
-    WSCHAT_NOINLINE Iterator erase(Iterator position) { return Iterator(tree_.erase(position.at_)); }
+    WSCHAT_NOINLINE Tree::const_iterator erase(Tree::const_iterator at) { return tree_.erase(at); }
     WSCHAT_NOINLINE void clear() { tree_.clear(); }
 
 private:
@@ -1312,15 +1295,15 @@ public:
         const std::string& name;
         Value& value;
     };
-    struct Iterator : detail::ErasedMap::Iterator {
-        Entry operator*() const { return {name(), *static_cast<Value*>(value())}; }
+    struct Iterator : detail::ErasedMap::Tree::const_iterator {
+        Entry operator*() const { return {(*this)->first, *static_cast<Value*>((*this)->second.get())}; }
     };
 
-    Value& front() const { return *static_cast<Value*>(map_.begin().value()); }
-    Iterator begin() const { return {map_.begin()}; }
-    Iterator end() const { return {map_.end()}; }
-    std::size_t size() const { return map_.size(); }
-    bool empty() const { return map_.size() == 0; }
+    Value& front() const { return (*begin()).value; }
+    Iterator begin() const { return {map_.tree().begin()}; }
+    Iterator end() const { return {map_.tree().end()}; }
+    std::size_t size() const { return map_.tree().size(); }
+    bool empty() const { return map_.tree().empty(); }
 
     // Returns null if the map has no such name.
     Value* find(std::string_view name) const { return static_cast<Value*>(map_.find(name)); }
@@ -1346,10 +1329,8 @@ public:
     void clear() { map_.clear(); }
     template <class Predicate>
     void erase_if(Predicate&& predicate) {
-        for (auto at = map_.begin(); at != map_.end();) {
-            if (predicate(*static_cast<Value*>(at.value()))) at = map_.erase(at);
-            else ++at;
-        }
+        for (auto at = map_.tree().begin(); at != map_.tree().end();)
+            at = predicate(*static_cast<Value*>(at->second.get())) ? map_.erase(at) : ++at;
     }
 
 private:
