@@ -74,16 +74,16 @@
 //
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
-//   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1,
-//   base64, Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields,
-//   FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
-//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics,
-//   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler,
-//   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
-//   ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
-//   text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case, text::starts_with, text::trim,
-//   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
-//   text::percent_decode
+//   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
+//   Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart,
+//   Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
+//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside,
+//   Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse,
+//   ChatHandler, ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates,
+//   ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
+//   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
+//   text::parse_unsigned, text::hex_value, text::percent_decode
 //
 // Macros that the program may set, the same in each translation unit. Units that were compiled with different values of
 // them do not link, because their names are part of the namespace (except WSCHAT_CHAT, which only adds names):
@@ -380,8 +380,7 @@ class Task {
 public:
     template <class Function, class = std::enable_if_t<!std::is_same_v<std::decay_t<Function>, Task> &&
                                                        std::is_invocable_v<std::decay_t<Function>&>>>
-    Task(Function&& function)
-        : callable_(std::make_unique<Holder<std::decay_t<Function>>>(std::forward<Function>(function))) {}
+    Task(Function&& function) : callable_(new Holder<std::decay_t<Function>>(std::forward<Function>(function))) {}
 
     void operator()() { callable_->call(); }
 
@@ -895,7 +894,7 @@ private:
 
 }  // namespace detail
 
-inline bool valid_utf8(std::string_view text) {
+WSCHAT_NOINLINE inline bool valid_utf8(std::string_view text) {
     detail::Utf8Validator validator;
     return validator.feed(text.data(), text.size()) && validator.complete();
 }
@@ -1081,19 +1080,19 @@ constexpr char to_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char
 constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 constexpr bool is_alphanumeric(char c) { return is_digit(c) || (to_lower(c) >= 'a' && to_lower(c) <= 'z'); }
 
-inline std::string to_lower(std::string_view s) {
+WSCHAT_NOINLINE inline std::string to_lower(std::string_view s) {
     std::string result(s);
     for (char& c : result) c = to_lower(c);
     return result;
 }
-inline bool equals_ignore_case(std::string_view a, std::string_view b) {
+WSCHAT_NOINLINE inline bool equals_ignore_case(std::string_view a, std::string_view b) {
     return a.size() == b.size() &&
            std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return to_lower(x) == to_lower(y); });
 }
 inline bool starts_with(std::string_view s, std::string_view prefix) { return s.substr(0, prefix.size()) == prefix; }
 
 // Removes the optional whitespace of RFC 9110 5.6.3: spaces and tabs.
-inline std::string_view trim(std::string_view s) {
+WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
     while (!s.empty() && (s.front() == ' ' || s.front() == '\t')) s.remove_prefix(1);
     while (!s.empty() && (s.back() == ' ' || s.back() == '\t')) s.remove_suffix(1);
     return s;
@@ -1102,7 +1101,20 @@ inline std::string_view trim(std::string_view s) {
 inline bool is_token_char(char c) {
     return is_alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
 }
-inline bool is_token(std::string_view s) { return !s.empty() && std::all_of(s.begin(), s.end(), is_token_char); }
+// The standard algorithms are unrolled for each predicate, which takes long to compile.
+template <class Predicate>
+bool all_of(std::string_view s, Predicate predicate) {
+    for (const char c : s)
+        if (!predicate(c)) return false;
+    return true;
+}
+inline bool is_token(std::string_view s) { return !s.empty() && all_of(s, is_token_char); }
+
+inline std::string concat(std::initializer_list<std::string_view> parts) {
+    std::string whole;
+    for (const std::string_view part : parts) whole += part;
+    return whole;
+}
 
 template <class List>
 bool contains(const List& list, std::string_view name) {
@@ -1112,7 +1124,7 @@ bool contains(const List& list, std::string_view name) {
 }
 
 // Removes the text up to the first separator, and the separator, from s. Returns the text without the separator.
-inline std::string_view consume_until(std::string_view& s, char separator) {
+WSCHAT_NOINLINE inline std::string_view consume_until(std::string_view& s, char separator) {
     const std::size_t at = s.find(separator);
     const std::string_view part = s.substr(0, at);
     s.remove_prefix(at == std::string_view::npos ? s.size() : at + 1);
@@ -1199,7 +1211,7 @@ struct Rate {
 class TokenBucket {
 public:
     // Returns false and takes none if the bucket holds fewer tokens. To take more than `burst`, it must be full.
-    bool take(double tokens, const Rate& rate, Time now) {
+    WSCHAT_NOINLINE bool take(double tokens, const Rate& rate, Time now) {
         if (rate.per_second <= 0) return true;
         const Time start = (std::max)(full_at_, now);
         const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
@@ -1229,7 +1241,7 @@ private:
 // ---- maps ----------------------------------------------------------------------------------------------------------
 
 // A big-endian key that fits the small-string buffer: keys have the order of their numbers.
-inline std::string big_endian_key(std::uint64_t number) {
+WSCHAT_NOINLINE inline std::string big_endian_key(std::uint64_t number) {
     std::string name(8, '\0');
     for (std::size_t i = 8; i-- > 0; number >>= 8) name[i] = static_cast<char>(number & 0xFF);
     return name;
@@ -1237,8 +1249,25 @@ inline std::string big_endian_key(std::uint64_t number) {
 
 namespace detail {
 
-// Owns a value of any type.
-using ErasedPtr = std::unique_ptr<void, void (*)(void*)>;
+// Owns a value of any type. A std::unique_ptr with a deleter takes much longer to compile.
+class ErasedPtr {
+public:
+    ErasedPtr(void* value, void (*destroy)(void*)) : value_(value), destroy_(destroy) {}
+    ErasedPtr(ErasedPtr&& other) noexcept : value_(std::exchange(other.value_, nullptr)), destroy_(other.destroy_) {}
+    ErasedPtr& operator=(ErasedPtr&& other) noexcept {
+        std::swap(value_, other.value_);
+        std::swap(destroy_, other.destroy_);
+        return *this;
+    }
+    ~ErasedPtr() {
+        if (value_ != nullptr) destroy_(value_);
+    }
+    void* get() const { return value_; }
+
+private:
+    void* value_;
+    void (*destroy_)(void*);
+};
 
 template <class Value, class... Arguments>
 ErasedPtr make_erased(Arguments&&... arguments) {
@@ -1248,89 +1277,116 @@ ErasedPtr make_erased(Arguments&&... arguments) {
 
 }  // namespace detail
 
-// An ordered map from string to Value. All value types share one type of tree, because one std::map for each value type
-// would be the largest part of the compile time.
+namespace detail {
+
+// The map of StringMap for values of any type. It is compiled once, because one std::map for each value type would be
+// the largest part of the compile time.
+class ErasedMap {
+public:
+    using Tree = std::map<std::string, ErasedPtr, std::less<>>;
+
+    const Tree& tree() const { return tree_; }
+
+    // Returns null if the map has no such name.
+    WSCHAT_NOINLINE void* find(std::string_view name) const {
+        const auto found = tree_.find(name);
+        return found == tree_.end() ? nullptr : found->second.get();
+    }
+    // Adds the value unless the map has the name. Returns the value of that name.
+    WSCHAT_NOINLINE void* add(std::string_view name, ErasedPtr value) {
+        return tree_.emplace(name, std::move(value)).first->second.get();
+    }
+    WSCHAT_NOINLINE void rename(std::string_view name, std::string_view new_name) {
+        const auto old = tree_.find(name);
+        if (old == tree_.end() || find(new_name) != nullptr) return;
+        tree_.emplace(new_name, ErasedPtr(nullptr, nullptr)).first->second = std::move(old->second);
+        tree_.erase(old);
+    }
+    WSCHAT_NOINLINE bool erase(std::string_view name) {
+        const auto found = tree_.find(name);
+        if (found == tree_.end()) return false;
+        tree_.erase(found);
+        return true;
+    }
+    WSCHAT_NOINLINE Tree::const_iterator erase(Tree::const_iterator at) { return tree_.erase(at); }
+    WSCHAT_NOINLINE void clear() { tree_.clear(); }
+
+private:
+    Tree tree_;
+};
+
+}  // namespace detail
+
+// An ordered map from string to Value.
 template <class Value>
 class StringMap {
-    using Tree = std::map<std::string, detail::ErasedPtr, std::less<>>;
-
 public:
     struct Entry {
         const std::string& name;
         Value& value;
     };
-    class Iterator {
-    public:
-        explicit Iterator(Tree::const_iterator at) : at_(at) {}
-        Entry operator*() const { return {at_->first, to_value(at_->second)}; }
-        Iterator& operator++() {
-            ++at_;
-            return *this;
-        }
-        friend bool operator!=(const Iterator& a, const Iterator& b) { return a.at_ != b.at_; }
-
-    private:
-        Tree::const_iterator at_;
+    struct Iterator : detail::ErasedMap::Tree::const_iterator {
+        Entry operator*() const { return {(*this)->first, *static_cast<Value*>((*this)->second.get())}; }
     };
 
-    Value& front() const { return to_value(tree_.begin()->second); }
-    Iterator begin() const { return Iterator(tree_.begin()); }
-    Iterator end() const { return Iterator(tree_.end()); }
-    std::size_t size() const { return tree_.size(); }
-    bool empty() const { return tree_.empty(); }
+    Value& front() const { return (*begin()).value; }
+    Iterator begin() const { return {map_.tree().begin()}; }
+    Iterator end() const { return {map_.tree().end()}; }
+    std::size_t size() const { return map_.tree().size(); }
+    bool empty() const { return map_.tree().empty(); }
 
     // Returns null if the map has no such name.
-    Value* find(std::string_view name) const {
-        const auto found = tree_.find(name);
-        return found == tree_.end() ? nullptr : &to_value(found->second);
-    }
+    Value* find(std::string_view name) const { return static_cast<Value*>(map_.find(name)); }
     // Makes the value from the arguments if the map has no such name.
     template <class... Arguments>
     Value& find_or_emplace(std::string_view name, Arguments&&... arguments) {
         if (Value* found = find(name)) return *found;
-        detail::ErasedPtr value = detail::make_erased<Value>(std::forward<Arguments>(arguments)...);
-        return to_value(tree_.emplace(name, std::move(value)).first->second);
+        return *static_cast<Value*>(map_.add(name, detail::make_erased<Value>(std::forward<Arguments>(arguments)...)));
     }
     // Uses size() as the key: the map has the order of the calls. Not for maps that erase.
     template <class... Arguments>
     Value& append(Arguments&&... arguments) {
         return find_or_emplace(big_endian_key(size()), std::forward<Arguments>(arguments)...);
     }
-    // Does not own the value.
+    // Does nothing if the map has the name. Does not own the value.
     void insert_reference(std::string_view name, Value& value) {
-        tree_.emplace(name, detail::ErasedPtr(&value, [](void*) {}));
+        map_.add(name, detail::ErasedPtr(&value, [](void*) {}));
     }
     // Does nothing if the map has no such name, or has the new name.
-    void rename(std::string_view name, std::string_view new_name) {
-        const auto old = tree_.find(name);
-        if (old == tree_.end() || find(new_name) != nullptr) return;
-        tree_.emplace(new_name, detail::ErasedPtr(nullptr, nullptr)).first->second.swap(old->second);
-        tree_.erase(old);
-    }
+    void rename(std::string_view name, std::string_view new_name) { map_.rename(name, new_name); }
     // Returns false if the map has no such name.
-    bool erase(std::string_view name) {
-        const auto found = tree_.find(name);
-        if (found == tree_.end()) return false;
-        tree_.erase(found);
-        return true;
-    }
-    void clear() { tree_.clear(); }
+    bool erase(std::string_view name) { return map_.erase(name); }
+    void clear() { map_.clear(); }
     template <class Predicate>
     void erase_if(Predicate&& predicate) {
-        for (auto it = tree_.begin(); it != tree_.end();) it = predicate(to_value(it->second)) ? tree_.erase(it) : ++it;
+        for (auto at = map_.tree().begin(); at != map_.tree().end();)
+            at = predicate(*static_cast<Value*>(at->second.get())) ? map_.erase(at) : ++at;
     }
 
 private:
-    static Value& to_value(const detail::ErasedPtr& owned) { return *static_cast<Value*>(owned.get()); }
-
-    Tree tree_;
+    detail::ErasedMap map_;
 };
 
 namespace detail {
 
+// Refers to a callable, which must outlive it. A function with this parameter is compiled once for all callables.
+template <class... Arguments>
+class FunctionRef {
+public:
+    template <class Function, class = std::enable_if_t<!std::is_same_v<std::decay_t<Function>, FunctionRef>>>
+    FunctionRef(Function&& function)
+        : function_(&function), call_([](void* target, Arguments... arguments) {
+              (*static_cast<std::remove_reference_t<Function>*>(target))(arguments...);
+          }) {}
+    void operator()(Arguments... arguments) const { call_(function_, arguments...); }
+
+private:
+    void* function_;
+    void (*call_)(void* target, Arguments... arguments);
+};
+
 // Runs the call and passes what it throws to report(what). Returns false if it threw.
-template <class Call, class Report>
-bool run_guarded(Call&& call, Report&& report) {
+WSCHAT_NOINLINE inline bool run_guarded(FunctionRef<> call, FunctionRef<const char*> report) {
     try {
         call();
         return true;
@@ -1714,8 +1770,8 @@ private:
 namespace detail {
 
 inline bool has_control_character(std::string_view value) {
-    return std::any_of(value.begin(), value.end(),
-                       [](char c) { return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7F; });
+    return !text::all_of(value,
+                         [](char c) { return (static_cast<unsigned char>(c) >= 0x20 || c == '\t') && c != 0x7F; });
 }
 
 // Returns why a line without its CR LF is not a header field (RFC 9112 5), or null if it is one.
@@ -2432,7 +2488,7 @@ inline std::string accept_key(std::string_view key) {
 // The base64 form of 16 bytes: 22 characters of the alphabet and two of padding.
 inline bool valid_key(std::string_view key) {
     const auto in_alphabet = [](char c) { return text::is_alphanumeric(c) || c == '+' || c == '/'; };
-    return key.size() == 24 && key.substr(22) == "==" && std::all_of(key.begin(), key.begin() + 22, in_alphabet);
+    return key.size() == 24 && key.substr(22) == "==" && text::all_of(key.substr(0, 22), in_alphabet);
 }
 
 // RFC 6455 4.2.1 / 3-4. Does not check the rest of the handshake.
@@ -4126,8 +4182,7 @@ public:
 protected:
     // Runs a callback of a derived class. An exception is logged and counted, and closes the connection with 1011 and
     // CloseCause::handler_exception, as one out of on_message() does.
-    template <class Hook>
-    void run_hook(const char* name, Hook&& hook) {
+    void run_hook(const char* name, detail::FunctionRef<> hook) {
         detail::run_guarded(hook, [&](const char* what) { fail(name, what); });
     }
 
@@ -4203,8 +4258,7 @@ public:
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
-    template <class Hook>
-    static void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
+    static void run_hook(WebSocketHandler& handler, const char* name, FunctionRef<> hook) {
         handler.run_hook(name, hook);
     }
 
@@ -4932,7 +4986,7 @@ public:
         bits_ = single ? address->bits() : static_cast<unsigned>(*bits);
         base_ = address->prefix(bits_);
     }
-    bool contains(const IpAddress& address) const {
+    WSCHAT_NOINLINE bool contains(const IpAddress& address) const {
         return address.family() == base_.family() && address.prefix(bits_) == base_;
     }
 
@@ -6661,7 +6715,7 @@ public:
         timer.due_ = due;
         sift(timer.index_);
     }
-    void cancel(Timer& timer) {
+    WSCHAT_NOINLINE void cancel(Timer& timer) {
         if (!timer.scheduled()) return;
         const std::size_t index = std::exchange(timer.index_, Timer::none);
         Timer* last = heap_.back();
@@ -6685,7 +6739,7 @@ private:
         timer->index_ = index;
     }
     // Moves the timer up or down until the heap is in order.
-    void sift(std::size_t index) {
+    WSCHAT_NOINLINE void sift(std::size_t index) {
         Timer* timer = heap_[index];
         for (; index != 0 && timer->due_ < heap_[(index - 1) / 2]->due_; index = (index - 1) / 2)
             place(index, heap_[(index - 1) / 2]);
@@ -7006,8 +7060,7 @@ private:
         return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
     }
 
-    template <class Function>
-    void guarded(const char* where, Function&& function) {
+    void guarded(const char* where, detail::FunctionRef<> function) {
         detail::run_guarded(function, [&](const char* what) {
             if (on_exception_) on_exception_(where, what);
         });
@@ -7915,8 +7968,9 @@ public:
         return text::contains(hosts_, whole) || text::contains(hosts_, name);
     }
     bool trusted(const IpAddress& address) const {
-        return std::any_of(trusted_proxies_.begin(), trusted_proxies_.end(),
-                           [&](const Cidr& block) { return block.contains(address); });
+        for (const Cidr& block : trusted_proxies_)
+            if (block.contains(address)) return true;
+        return false;
     }
     // What the headers of trusted proxies say about the client. Other peers are the client themselves.
     ForwardedClient client(const IpAddress& peer, const Request& request, bool encrypted) const {
@@ -8777,8 +8831,7 @@ protected:
     // ---- callbacks -------------------------------------------------------------------------------------------------
 
     // False: it threw, which was logged.
-    template <class Call>
-    bool guarded(const char* where, Call&& call) {
+    bool guarded(const char* where, FunctionRef<> call) {
         return run_guarded(call, [&](const char* what) { host_.log.exception(where, what, &peer_); });
     }
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
@@ -8967,7 +9020,7 @@ public:
         });
     }
     // Drops the connection at the end of this turn, without a Close frame. Throws nothing.
-    void abort(CloseCause cause, std::string_view reason) {
+    WSCHAT_NOINLINE void abort(CloseCause cause, std::string_view reason) {
         if (gone()) return;
         if (phase_ == Phase::websocket) connection().abort(cause, reason);
         ended_ = true;
@@ -9039,8 +9092,7 @@ private:
     }
 
     // An exception in here means that memory ran out, which costs this connection.
-    template <class Work>
-    void protect(Work&& work) {
+    void protect(FunctionRef<> work) {
         if (!guarded("session", work)) abort(CloseCause::connection_lost, "out of memory");
     }
 
@@ -10001,10 +10053,9 @@ public:
     template <class Extension>
     Extension& extension() {
         static char key;
-        for (const auto& [known, object] : extensions_)
-            if (known == &key) return *static_cast<Extension*>(object.get());
-        extensions_.emplace_back(&key, detail::make_erased<Extension>(*this));
-        return *static_cast<Extension*>(extensions_.back().second.get());
+        const std::string name = big_endian_key(reinterpret_cast<std::uintptr_t>(&key));
+        if (void* known = extensions_.find(name)) return *static_cast<Extension*>(known);
+        return *static_cast<Extension*>(extensions_.add(name, detail::make_erased<Extension>(*this)));
     }
     // Adds an entry to the log, for what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
@@ -10062,7 +10113,7 @@ private:
     bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
-    std::vector<std::pair<const void*, detail::ErasedPtr>> extensions_;
+    detail::ErasedMap extensions_;
 };
 
 // ---- tests without sockets -----------------------------------------------------------------------------------------
@@ -10614,8 +10665,6 @@ WSCHAT_END
 
 #if WSCHAT_CHAT
 
-#include <deque>
-
 WSCHAT_BEGIN
 
 class ChatHandler;
@@ -10714,14 +10763,13 @@ public:
         return record == nullptr ? 0 : record->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
-        Record record{entry, now,
-                      entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256};
+        const std::size_t bytes =
+            entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256;
+        Record& record = records_.find_or_emplace(big_endian_key(last_id_ + 1), entry, now, bytes);
         record.entry.room.clear();
-        record.entry.id = last_id_ + 1;
-        records_.push_back(std::move(record));
-        ++last_id_;
-        bytes_ += records_.back().bytes;
-        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), records_.back());
+        record.entry.id = ++last_id_;
+        bytes_ += bytes;
+        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
         last_append_ = now;
         trim(limits, now);
         return last_id_;
@@ -10733,8 +10781,10 @@ public:
         const bool known = id && *id <= last_id_;
         const std::uint64_t before_limit = last_id_ > limit ? last_id_ - limit : 0;
         const std::uint64_t before_first = last_id_ - records_.size();
-        for (std::uint64_t i = (std::max)({known ? *id : 0, before_limit, before_first}); i != last_id_; ++i)
-            page.entries.push_back(records_[static_cast<std::size_t>(i - before_first)].entry);
+        const std::uint64_t before_page = (std::max)({known ? *id : 0, before_limit, before_first});
+        page.entries = std::vector<ChatEntry>(static_cast<std::size_t>(last_id_ - before_page));
+        std::uint64_t next = before_page;
+        for (ChatEntry& entry : page.entries) entry = records_.find(big_endian_key(++next))->entry;
         page.gap = id && (!known || last_id_ - *id > page.entries.size());
         return page;
     }
@@ -10749,7 +10799,7 @@ private:
         Time time;
         std::size_t bytes;
     };
-    static std::string tag_key(const ChatEntry& entry) { return entry.author + '\n' + entry.tag; }
+    static std::string tag_key(const ChatEntry& entry) { return text::concat({entry.author, "\n", entry.tag}); }
 
     void trim(const HistoryLimits& limits, Time now) {
         while (!records_.empty()) {
@@ -10759,12 +10809,12 @@ private:
             if (!expired && records_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
             bytes_ -= oldest.bytes;
             if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
-            records_.pop_front();
+            records_.erase(big_endian_key(oldest.entry.id));
         }
     }
 
-    std::deque<Record> records_;
-    StringMap<Record> tags_;  // by author and tag
+    StringMap<Record> records_;  // by id
+    StringMap<Record> tags_;     // by author and tag
     std::uint64_t last_id_;
     std::size_t bytes_ = 0;
     Time last_append_{};
@@ -10923,19 +10973,18 @@ struct ChatLine {
     }
     // 1 to 64 visible ASCII characters.
     static bool valid_tag(std::string_view tag) {
-        return !tag.empty() && tag.size() <= 64 &&
-               std::all_of(tag.begin(), tag.end(), [](char c) { return c > ' ' && c < 0x7F; });
+        return !tag.empty() && tag.size() <= 64 && text::all_of(tag, [](char c) { return c > ' ' && c < 0x7F; });
     }
 };
 
 // Removes a token from the front of the text. False if the text does not begin with it.
-inline bool consume(std::string_view& text, std::string_view token) {
+WSCHAT_NOINLINE inline bool consume(std::string_view& text, std::string_view token) {
     const bool found = text::starts_with(text, token);
     if (found) text.remove_prefix(token.size());
     return found;
 }
 // Removes all characters of a set from the front of the text. False if there is none.
-inline bool consume_all(std::string_view& text, std::string_view set) {
+WSCHAT_NOINLINE inline bool consume_all(std::string_view& text, std::string_view set) {
     const std::size_t size = (std::min)(text.find_first_not_of(set), text.size());
     text.remove_prefix(size);
     return size != 0;
@@ -10994,21 +11043,44 @@ inline bool valid_json(std::string_view text) { return valid_utf8(text) && consu
 // An event for clients: one JSON object, field by field. README.md lists all events.
 class ChatEvent {
 public:
-    explicit ChatEvent(std::string_view type) { add("type", type); }
+    WSCHAT_NOINLINE explicit ChatEvent(std::string_view type) { add_text("type", type); }
     ChatEvent& add(std::string_view name, const Json& value) { return add_json(name, value.dump()); }
-    ChatEvent& add_json(std::string_view name, std::string_view json) {
-        text_ += text_.empty() ? '{' : ',';
-        ((text_ += Json(name).dump()) += ':') += json;
+    // The same as add() with a text, but the caller makes no Json.
+    WSCHAT_NOINLINE ChatEvent& add_text(std::string_view name, std::string_view text) {
+        return add_json(name, Json(text).dump());
+    }
+    WSCHAT_NOINLINE ChatEvent& add_json(std::string_view name, std::string_view json) {
+        if (text_.size() > 1) text_.back() = ',';
+        (((text_ += Json(name).dump()) += ':') += json) += '}';
         return *this;
     }
     ChatEvent& add_unless_empty(std::string_view name, std::string_view value) {
-        return value.empty() ? *this : add(name, value);
+        return value.empty() ? *this : add_text(name, value);
     }
-    std::string dump() const { return text_ + '}'; }
+    const std::string& dump() const { return text_; }
 
 private:
-    std::string text_;
+    std::string text_ = "{";
 };
+
+namespace detail {
+
+// A JSON array, element by element.
+class JsonList {
+public:
+    WSCHAT_NOINLINE void add(std::string_view json) {
+        text_.back() = size_++ == 0 ? '[' : ',';
+        (text_ += json) += ']';
+    }
+    std::size_t size() const { return size_; }
+    std::string_view dump() const { return size_ == 0 ? "[]" : std::string_view(text_); }
+
+private:
+    std::string text_ = "[";
+    std::size_t size_ = 0;
+};
+
+}  // namespace detail
 
 // ---- flood limits --------------------------------------------------------------------------------------------------
 
@@ -11060,7 +11132,7 @@ public:
         return deadline != nullptr && *deadline > now;
     }
     // Zero removes the key.
-    void set(const std::string& key, Duration duration, Time now) {
+    WSCHAT_NOINLINE void set(const std::string& key, Duration duration, Time now) {
         deadlines_.erase_if([now](Time deadline) { return deadline <= now; });
         if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = saturating_add(now, duration);
         else deadlines_.erase(key);
@@ -11104,20 +11176,21 @@ public:
     static std::string fold_case(std::string_view name) { return text::to_lower(name); }
 
     // Null if nobody has the name.
-    User* find(std::string_view name) const { return users_.find(fold_case(name)); }
+    WSCHAT_NOINLINE User* find(std::string_view name) const { return users_.find(fold_case(name)); }
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
-    bool empty() const { return users_.empty(); }
-    std::size_t size() const { return users_.size(); }
-    std::size_t max_name = 40;  // of the names that free_name() makes
-
     // Ordered by name.
+    StringMap<User>::Iterator begin() const { return users_.begin(); }
+    StringMap<User>::Iterator end() const { return users_.end(); }
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
         for (const auto& [name, user] : users_) list.push_back(user.info);
         return list;
     }
+    bool empty() const { return users_.empty(); }
+    std::size_t size() const { return users_.size(); }
+    std::size_t max_name = 40;  // of the names that free_name() makes
 
     // Adds a connection to the user with its identity. Without an identity: to a user of that name who has none either
     // and is in the grace period. Otherwise to a new user with a free name; then `joined` is true.
@@ -11166,7 +11239,11 @@ public:
     // Allocates nothing.
     static void detach(User& user, ChatHandler* connection, Time expires) {
         auto& all = user.connections;
-        all.erase(std::remove(all.begin(), all.end(), connection), all.end());
+        for (auto at = all.begin(); at != all.end(); ++at) {
+            if (*at != connection) continue;
+            all.erase(at);
+            break;
+        }
         if (all.empty()) user.expires = expires;
     }
     // Removes the users whose grace period is over, and returns their names. `next` is the end of the next period.
@@ -11174,7 +11251,7 @@ public:
         std::vector<std::string> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(user.info.name);
+            if (user.expires <= now) expired.push_back(std::string(user.info.name));
             else next = (std::min)(next, user.expires);
         }
         for (const std::string& name : expired) remove(*find(name));
@@ -11201,9 +11278,9 @@ public:
         std::string free = name;
         for (std::size_t n = 2; find(free) != nullptr; ++n) {
             if (n == 10 && users_.size() > n) n = users_.size();  // avoids many tries for the hundredth guest
-            const std::string number = "-" + std::to_string(n);
+            const std::string number = std::to_string(n);
             const std::size_t longest = (std::max)(max_name, name.size());
-            free = std::string(truncate_utf8(name, longest - (std::min)(longest, number.size()))) + number;
+            free = text::concat({truncate_utf8(name, longest - (std::min)(longest, number.size() + 1)), "-", number});
         }
         return free;
     }
@@ -11306,7 +11383,7 @@ public:
     // Replaces the store: set_store(SqliteHistory("chat.db")). An Error after the first connection.
     template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, Store>, int> = 0>
     void set_store(Store store) {
-        set_store(std::unique_ptr<ChatStore>(std::make_unique<Store>(std::move(store))));
+        set_store(std::unique_ptr<ChatStore>(new Store(std::move(store))));
     }
     void set_store(std::unique_ptr<ChatStore> store) {
         if (!rooms_.empty())
@@ -11366,7 +11443,9 @@ private:
         return last_number_;
     }
     void remove_connection(std::uint64_t number) { connections_.erase(big_endian_key(number)); }
-    ChatHandler* connection(std::uint64_t number) const { return connections_.find(big_endian_key(number)); }
+    WSCHAT_NOINLINE ChatHandler* connection(std::uint64_t number) const {
+        return connections_.find(big_endian_key(number));
+    }
 
     AddressUse& add_address(const std::string& remote_address) {
         if (addresses_.size() >= prune_addresses_at_) prune_addresses();
@@ -11426,13 +11505,17 @@ private:
 
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
-    static std::string address_key(const std::string& address) { return "address " + rate_limit_key(address); }
-    static std::string name_key(std::string_view name) { return "name " + detail::Presence::fold_case(name); }
+    static std::string address_key(const std::string& address) {
+        return text::concat({"address ", rate_limit_key(address)});
+    }
+    static std::string name_key(std::string_view name) { return text::concat({"name ", text::to_lower(name)}); }
     // The identity to which the tags of an author belong; without one, the name.
     static std::string author_of(const User& user) {
         return user.identity.empty() ? name_key(user.info.name) : user.identity;
     }
-    static std::string mute_key(const ChatRoom& room, const User& user) { return room.name() + '\n' + author_of(user); }
+    static std::string mute_key(const ChatRoom& room, const User& user) {
+        return text::concat({room.name(), "\n", author_of(user)});
+    }
 
     bool banned(const std::string& address, const std::string& name, const std::string& identity) {
         if (bans_.active(address_key(address), now()) || bans_.active(name_key(name), now())) return true;
@@ -11449,7 +11532,7 @@ private:
 
     // ---- entries ---------------------------------------------------------------------------------------------------
 
-    static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
+    WSCHAT_NOINLINE static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
         ChatEntry entry;
         entry.kind = kind;
         entry.room = room.name();
@@ -11460,7 +11543,7 @@ private:
         entry.time = unix_ms();
         store_->append(std::move(entry));
     }
-    void forward(ChatEntry entry) {
+    WSCHAT_NOINLINE void forward(ChatEntry entry) {
         entry.time = unix_ms();
         store_->forward(entry);
     }
@@ -11562,15 +11645,15 @@ public:
     // Says it to the current room, as if the user had typed it.
     void say(std::string_view text) { say(ChatEntry::Kind::said, text); }
     // Sends an event to this client alone, with the tag of its line.
-    void reply(ChatEvent event) { write_message(event.add_unless_empty("tag", tag_).dump()); }
+    void reply(const ChatEvent& event) { write_message(ChatEvent(event).add_unless_empty("tag", tag_).dump()); }
     void reply_error(std::string_view code, std::string_view sentence) {
-        reply(ChatEvent("error").add("code", code).add("text", sentence));
+        reply(ChatEvent("error").add_text("code", code).add_text("text", sentence));
     }
     // Closes the connection with 1008. The user leaves without a grace period.
     void kick(std::string_view reason) {
         if (!is_open()) return;
         kicked_ = true;
-        write_message(ChatEvent("kicked").add("text", reason).dump());
+        write_message(ChatEvent("kicked").add_text("text", reason).dump());
         close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
 
@@ -11595,11 +11678,11 @@ public:
         if (!name_accepted || user_.name.empty()) user_.name = "guest";
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
         const auto refusal = refuse_room(wanted);
-        const bool to_lobby = refusal && refusal->code == "room_bad" && !refuse_room("lobby");
+        const bool to_lobby = refusal.code == "room_bad" && !refuse_room("lobby");
         if (!refusal || to_lobby) join_room(refusal ? "lobby" : wanted);
         reply(hello_event());
         if (!name_accepted) reply_error("name_bad", name_rule());
-        if (refusal) reply_error(*refusal);
+        if (refusal) reply_error(refusal);
         connected_ = true;
         run_hook("on_connect", [this] { on_connect(); });
         if (current_room() != nullptr)
@@ -11649,8 +11732,9 @@ private:
         std::uint64_t delivered_id;  // of the room at the time of the request
     };
     struct Refusal {
-        std::string_view code;
-        std::string sentence;
+        std::string_view code{};  // empty: nothing is refused
+        std::string sentence{};
+        explicit operator bool() const { return !code.empty(); }
     };
 
     static std::string fingerprint(const std::string& key) {
@@ -11673,27 +11757,28 @@ private:
     void check_about(const std::string& about) const {
         const bool too_long = about.size() > hub_->limits.max_about;
         if (!too_long && (about.empty() || detail::valid_json(about))) return;
-        throw Error(
-            "ChatHandler::authenticate: ChatUser::about \"" + escape_for_log(about) + "\": it is " +
-            (too_long ? "longer than ChatLimits::max_about" : "not a JSON value in UTF-8 of at most 32 levels"));
+        throw Error(text::concat(
+            {"ChatHandler::authenticate: ChatUser::about \"", escape_for_log(about), "\": it is ",
+             too_long ? "longer than ChatLimits::max_about" : "not a JSON value in UTF-8 of at most 32 levels"}));
     }
 
     ChatEvent hello_event() {
         ChatEvent event("hello");
-        event.add("version", 2).add("server", "wschat");
-        add_room(event).add("name", user().name);
-        event.add("features", Json::array(std::vector<std::string_view>{"rooms", "names", "users", "history", "resume",
-                                                                        "tags", "typing", "private", "commands"}));
+        event.add("version", 2).add_text("server", "wschat");
+        add_room(event).add_text("name", user().name);
+        event.add_json("features",
+                       R"(["rooms","names","users","history","resume","tags","typing","private","commands"])");
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"name", hub_->limits.max_name},
                                  {"room", hub_->limits.max_room_name}});
         return event;
     }
     ChatEvent& add_room(ChatEvent& event) {
-        return event.add("room", current_room() == nullptr ? Json() : Json(current_room()->name()));
+        return current_room() == nullptr ? event.add_json("room", "null")
+                                         : event.add_text("room", current_room()->name());
     }
     std::string name_rule() const {
-        return "A name is 1 to " + std::to_string(hub_->limits.max_name) + " bytes of visible text.";
+        return text::concat({"A name is 1 to ", std::to_string(hub_->limits.max_name), " bytes of visible text."});
     }
 
     // ---- input -----------------------------------------------------------------------------------------------------
@@ -11719,29 +11804,30 @@ private:
         if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
             reply_error("unknown_command",
-                        "There is no command /" + std::string(line.command.substr(0, 40)) + "; /help names all.");
+                        text::concat({"There is no command /", line.command.substr(0, 40), "; /help names all."}));
     }
 
     // Filters the text. The result says why it is refused.
-    std::optional<Refusal> refuse_text(std::string& text) {
+    Refusal refuse_text(std::string& text) {
         const auto is_empty = [&] { return detail::all_characters(text, detail::is_white_space); };
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
-        if (text.size() > max) return Refusal{"too_long", "A message has at most " + std::to_string(max) + " bytes."};
+        if (text.size() > max)
+            return Refusal{"too_long", text::concat({"A message has at most ", std::to_string(max), " bytes."})};
         if (!detail::valid_chat_text(text)) return Refusal{"bad_text", "Control characters are refused."};
         if (is_empty()) return Refusal{"empty", "There is nothing in that message."};
         if (!filter(text)) return Refusal{"refused", "That message is refused here."};
         if (text.size() > max || !detail::valid_chat_text(text) || is_empty())
             throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
-        return std::nullopt;
+        return {};
     }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
     void say(ChatEntry::Kind kind, std::string_view said) {
         std::string text(said);
         if (!may(ChatAction::say)) return reply_forbidden();
-        if (const auto refusal = refuse_text(text)) return reply_error(*refusal);
+        if (const auto refusal = refuse_text(text)) return reply_error(refusal);
         ChatEntry entry = new_entry(kind);
         entry.text = std::move(text);
         entry.author = ChatHub::author_of(*memberships_[current_].user);
@@ -11749,7 +11835,7 @@ private:
         hub_->append(std::move(entry));
     }
 
-    ChatEntry new_entry(ChatEntry::Kind kind) {
+    WSCHAT_NOINLINE ChatEntry new_entry(ChatEntry::Kind kind) {
         ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user().name);
         entry.sender = number_;
         return entry;
@@ -11766,19 +11852,19 @@ private:
         return index;
     }
 
-    std::optional<Refusal> refuse_room(std::string_view name) {
+    Refusal refuse_room(std::string_view name) {
         const ChatLimits& limits = hub_->limits;
         if (!detail::valid_chat_name(name, limits.max_room_name))
-            return Refusal{"room_bad", "The name of a room is 1 to " + std::to_string(limits.max_room_name) +
-                                           " bytes of visible text."};
+            return Refusal{"room_bad", text::concat({"The name of a room is 1 to ",
+                                                     std::to_string(limits.max_room_name), " bytes of visible text."})};
         if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
         if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
         if (memberships_.size() >= limits.max_rooms_per_connection)
-            return Refusal{"room_limit",
-                           "You are in " + std::to_string(memberships_.size()) + " rooms already; /leave one."};
+            return Refusal{"room_limit", text::concat({"You are in ", std::to_string(memberships_.size()),
+                                                       " rooms already; /leave one."})};
         if (hub_->room_count() >= limits.max_rooms && hub_->find(name) == nullptr)
             return Refusal{"room_limit", "There are too many rooms."};
-        return std::nullopt;
+        return {};
     }
 
     void join_room(std::string_view name) {
@@ -11891,8 +11977,8 @@ private:
         std::optional<ChatAction> action{};  // that the user must be allowed to do
     };
 
-    static const std::vector<Command>& commands() {
-        static const std::vector<Command> all = {
+    static const std::array<Command, 13>& commands() {
+        static constexpr std::array<Command, 13> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
@@ -11907,7 +11993,7 @@ private:
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
-        };
+        }};
         return all;
     }
 
@@ -11917,11 +12003,11 @@ private:
         const Presence::User* receiver = consume_user(rest);
         std::string text(rest);
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
-        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(*refusal);
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         if (receiver->expires != (Time::max)())
-            return error("user_away", receiver->info.name + " has lost the connection; try again soon.");
+            return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
         if (!handler_.tag_.empty() && is_duplicate())
-            return handler_.reply(ChatEvent("ack").add("room", room_->name()));
+            return handler_.reply(ChatEvent("ack").add_text("room", room_->name()));
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
         entry.text = std::move(text);
         entry.to = receiver->info.name;
@@ -11933,7 +12019,7 @@ private:
         std::vector<std::string>& tags = membership().user->tags;
         if (text::contains(tags, handler_.tag_)) return true;
         if (tags.size() == 64) tags.erase(tags.begin());
-        tags.push_back(handler_.tag_);
+        tags.push_back(std::string(handler_.tag_));
         return false;
     }
 
@@ -11950,10 +12036,11 @@ private:
     }
 
     void rooms(std::string_view) {
-        std::vector<Json> list;
-        for (const auto& [name, users] : handler_.hub_->rooms())
-            if (users != 0 && list.size() < 500) list.push_back(Json{{"room", name}, {"users", users}});
-        handler_.reply(ChatEvent("rooms").add("rooms", Json::array(list)));
+        JsonList list;
+        for (const auto& [name, room] : handler_.hub_->rooms_)
+            if (!room.presence_.empty() && list.size() < 500)
+                list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
+        handler_.reply(ChatEvent("rooms").add_json("rooms", list.dump()));
     }
 
     void nick(std::string_view rest) {
@@ -11969,7 +12056,8 @@ private:
         Presence::User& user = *membership().user;
         const Presence::User* holder = room_->presence_.find(name);
         if (holder != nullptr && holder != &user)
-            return error("name_taken", "That name is taken; " + room_->presence_.free_name(name) + " is free.");
+            return error("name_taken",
+                         text::concat({"That name is taken; ", room_->presence_.free_name(name), " is free."}));
         handler_.user_.name = name;
         hub.rename(*room_, user, name);
     }
@@ -11980,7 +12068,7 @@ private:
             handler_.current_ = index;
             return reply_room();
         }
-        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(*refusal);
+        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(refusal);
         handler_.join_room(rest);
         reply_room();
         handler_.request_history(*handler_.current_room(), std::nullopt);
@@ -11993,7 +12081,7 @@ private:
     }
     void reply_room() {
         ChatEvent event("room");
-        handler_.reply(handler_.add_room(event).add("name", handler_.user().name));
+        handler_.reply(handler_.add_room(event).add_text("name", handler_.user().name));
     }
 
     void since(std::string_view rest) {
@@ -12005,11 +12093,11 @@ private:
     void help(std::string_view) {
         const bool moderator =
             handler_.may(ChatAction::kick) || handler_.may(ChatAction::ban) || handler_.may(ChatAction::mute);
-        std::vector<Json> list;
+        JsonList list;
         for (const Command& command : commands())
             if (moderator || !command.action || *command.action < ChatAction::kick)
-                list.push_back(Json{{"command", command.usage}, {"text", command.description}});
-        handler_.reply(ChatEvent("help").add("commands", Json::array(list)));
+                list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
+        handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
 
     void kick(std::string_view rest) {
@@ -12052,15 +12140,20 @@ private:
     ChatRoom* room_;  // the current room at the beginning of the line
 };
 
+WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
+    ChatEvent event(type);
+    event.add_text("room", entry.room).add_text("name", entry.name);
+    return event;
+}
 // The event of a message. Only its author gets the tag.
-inline std::string said_event(const ChatEntry& entry, bool with_tag) {
+inline ChatEvent said_event(const ChatEntry& entry, bool with_tag) {
     ChatEvent event("said");
     event.add_unless_empty("room", entry.room);
     if (entry.id != 0) event.add("id", entry.id);
-    event.add("name", entry.name).add("text", entry.text).add("time", entry.time);
-    if (entry.kind == ChatEntry::Kind::action) event.add("me", true);
+    event.add_text("name", entry.name).add_text("text", entry.text).add("time", entry.time);
+    if (entry.kind == ChatEntry::Kind::action) event.add_json("me", "true");
     if (with_tag) event.add_unless_empty("tag", entry.tag);
-    return event.dump();
+    return event;
 }
 
 }  // namespace detail
@@ -12078,27 +12171,28 @@ inline std::string ChatHandler::history_event(const ChatRoom& room, const Histor
     std::vector<std::string> events;
     for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
         const ChatEntry& entry = page.entries[i];
-        events.push_back(detail::said_event(entry, entry.author == author));
+        events.push_back(detail::said_event(entry, entry.author == author).dump());
         bytes += events.back().size();
     }
     const bool cut = events.size() != page.entries.size() && resumed;
-    std::string list = "[";
-    for (std::size_t i = events.size(); i-- > 0;) list += events[i] + (i == 0 ? "" : ",");
+    detail::JsonList list;
+    for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
     ChatEvent event("history");
-    event.add("room", room.name()).add("gap", page.gap || cut).add("last", page.last_id);
-    return event.add_json("entries", list + "]").dump();
+    event.add_text("room", room.name()).add("gap", page.gap || cut).add("last", page.last_id);
+    return event.add_json("entries", list.dump()).dump();
 }
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
-    std::vector<std::string> names;
+    detail::JsonList names;
     std::string about;
-    for (const ChatUser& user : room.users()) {
-        names.push_back(user.name);
-        if (!user.about.empty()) about += (about.empty() ? "{" : ",") + Json(user.name).dump() + ":" + user.about;
+    for (const auto& [key, user] : room.presence_) {
+        const std::string name = Json(user.info.name).dump();
+        names.add(name);
+        if (!user.info.about.empty()) (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
     }
     ChatEvent event("users");
-    event.add("room", room.name()).add("users", Json::array(names));
-    if (!about.empty()) event.add_json("about", about + "}");
+    event.add_text("room", room.name()).add_json("users", names.dump());
+    if (!about.empty()) event.add_json("about", about += '}');
     return event.dump();
 }
 
@@ -12190,9 +12284,8 @@ inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& eve
 }
 
 inline void ChatHub::on_typing(const ChatEntry& entry) {
-    ChatEvent event("typing");
-    event.add("room", entry.room).add("name", entry.name);
-    if (!entry.text.empty()) event.add("stop", true);
+    ChatEvent event = detail::entry_event("typing", entry);
+    if (!entry.text.empty()) event.add_json("stop", "true");
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
 
@@ -12205,17 +12298,16 @@ inline void ChatHub::on_said(const ChatEntry& entry) {
     }
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
-        members->broadcast(detail::said_event(entry, false), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(detail::said_event(entry, true));
+        members->broadcast(detail::said_event(entry, false).dump(), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(detail::said_event(entry, true).dump());
     if (sender != nullptr) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    ChatEvent event("private");
-    event.add("room", entry.room).add("name", entry.name).add("to", entry.to);
-    event.add("text", entry.text).add("time", entry.time);
+    ChatEvent event = detail::entry_event("private", entry);
+    event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
     const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
     const User* author = room->presence_.find(entry.name);
     const User* receiver = room->presence_.find(entry.to);
@@ -12233,8 +12325,7 @@ inline void ChatHub::on_join(const ChatEntry& entry) {
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
         room->presence_.add(ChatUser{entry.name, entry.text}, {}).remote = true;
-    ChatEvent event("join");
-    event.add("room", entry.room).add("name", entry.name).add("time", entry.time);
+    ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
 }
@@ -12244,7 +12335,7 @@ inline void ChatHub::on_leave(const ChatEntry& entry) {
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.remove(*user);
-    send_to_others(entry, ChatEvent("leave").add("room", entry.room).add("name", entry.name).add("time", entry.time));
+    send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
 }
 
 inline void ChatHub::on_rename(const ChatEntry& entry) {
@@ -12253,12 +12344,13 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add("room", entry.room).add("old", entry.name).add("name", entry.text).add("time", entry.time);
+    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text).add("time", entry.time);
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
+    if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
-    for (ChatHandler* each : renamed == nullptr ? std::vector<ChatHandler*>() : renamed->connections)
+    for (ChatHandler* each : renamed->connections)
         if (!members.has(*each)) each->reply(event);
 }
 
@@ -12266,7 +12358,7 @@ inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    sender->write_message(event.add("room", entry.room).add("tag", entry.tag).add("id", entry.id).dump());
+    sender->write_message(event.add_text("room", entry.room).add_text("tag", entry.tag).add("id", entry.id).dump());
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
@@ -12274,9 +12366,9 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("error");
-    event.add("code", "not_kept")
-        .add("text", "That message could not be stored, and nobody has got it. Try again soon.");
-    sender->write_message(event.add("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+    event.add_text("code", "not_kept")
+        .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
+    sender->write_message(event.add_text("room", entry.room).add_unless_empty("tag", entry.tag).dump());
 }
 
 WSCHAT_END

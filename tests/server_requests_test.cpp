@@ -434,7 +434,7 @@ TEST_CASE("a signed cookie is that of Tornado, and one that was changed, aged or
         CHECK(verified("user", changed) == "refused");
         CHECK(verified("user", made.substr(0, i)) == "refused");
     }
-    for (const std::string binary : {std::string(), std::string("\0\xff|;:=", 6), std::string(1, '\0')})
+    for (const std::string& binary : {std::string(), std::string("\0\xff|;:=", 6), std::string(1, '\0')})
         CHECK(signer.verify("user", signer.sign("user", binary)) == binary);
 }
 
