@@ -1,18 +1,21 @@
-// A chat with rooms, names, presence and a history.   rooms [port] [--page FILE] [--db FILE]
+// A chat with rooms, names, presence and a history.   rooms [port] [--page FILE] [--db FILE] [--trust PROXY]...
 //
 // ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. Clients send lines of text. A line with
 // a slash in front is a command (/help lists them), and all other lines are said to the room. chat.html is one client.
 //
-// With -DWSCHAT_SQLITE=1 and -lsqlite3, --db keeps the history in a file.
+// With -DWSCHAT_SQLITE=1 and -lsqlite3, --db keeps the history in a file. --trust 127.0.0.1: the address of a client is
+// what the proxy at this address reports.
 #define WSCHAT_CHAT 1
 #include "../wschat.hpp"
 
 int main(int argc, char** argv) try {
     std::string port = "8888", page = wschat::beside(__FILE__, "chat.html"), db;
+    std::vector<std::string> proxies;
     for (int i = 1; i < argc; ++i) {
         const std::string argument = argv[i];
         if (argument == "--page" && i + 1 < argc) page = argv[++i];
         else if (argument == "--db" && i + 1 < argc) db = argv[++i];
+        else if (argument == "--trust" && i + 1 < argc) proxies.emplace_back(argv[++i]);
         else port = argument;
     }
 
@@ -23,6 +26,7 @@ int main(int argc, char** argv) try {
     if (!db.empty()) throw wschat::Error("--db: this program was built without WSCHAT_SQLITE");
 #endif
     server.on_log(wschat::log_to_stderr);
+    server.trusted_proxies(proxies);
     server.file("/", page);
     server.route<wschat::ChatHandler>("/chat");
     server.route<wschat::ChatHandler>("/chat/{room}");
