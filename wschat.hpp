@@ -5002,6 +5002,7 @@ public:
     }
 
     os::Descriptor descriptor() const override { return epoll_.descriptor(); }
+
 private:
     static constexpr int batch = 512;
 
@@ -5053,6 +5054,7 @@ public:
     }
 
     os::Descriptor descriptor() const override { return queue_.descriptor(); }
+
 private:
     static constexpr int batch = 512;
 
@@ -5907,8 +5909,9 @@ public:
         turn(timeout);
         return !std::exchange(stop_, false);
     }
-    // An epoll or kqueue descriptor that becomes readable when a socket, posted work or a signal needs poll(). Only
-    // wait for it: do not read it. Throws an Error if the poller has none, with PollerKind::poll and on Windows.
+    // An epoll or kqueue descriptor that is readable while a socket, posted work or a signal needs poll(). Only wait
+    // for it, level-triggered; do not read it. Throws an Error if the poller has none: with PollerKind::poll, and on
+    // Windows.
     int descriptor() const {
         const auto descriptor = poller_->descriptor();
         if (descriptor == detail::os::no_descriptor)
@@ -6057,8 +6060,7 @@ private:
     // `due` is after now_: a callback that schedules itself again without a delay must not run twice in one turn.
     TimerId add_call(Duration delay, Duration interval, detail::Task callback) {
         const TimerId id = ++last_call_;
-        const Time due =
-            (std::max)(saturating_add(clock(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
+        const Time due = (std::max)(saturating_add(clock(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
         calls_.find_or_emplace(big_endian_key(id), *this, id, due, interval, std::move(callback));
         return id;
     }
@@ -8344,8 +8346,8 @@ private:
 // ---- tests without sockets -----------------------------------------------------------------------------------------
 
 // For the tests of programs that use the library. A TestServer is a Server whose clients are in memory: its sessions,
-// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands still
-// until advance(). What a call of a client causes has happened when it returns.
+// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands
+// still until advance(). What a call of a client causes has happened when it returns.
 
 class TestServer;
 
@@ -8708,8 +8710,7 @@ private:
             if (!response.read(link->to_client, to_head, link->server_ended)) return false;
             if (response.status() != 101) return true;
             std::string error;
-            auto agreed =
-                compression ? compressors.read_response(response.fields(), *compression, error) : nullptr;
+            auto agreed = compression ? compressors.read_response(response.fields(), *compression, error) : nullptr;
             const auto mask = [] { return detail::MaskKey{0x37, 0xFA, 0x21, 0x3D}; };
             connection.open(detail::Role::client, limits, arena, Time(), mask, std::move(agreed));
             return true;
@@ -8808,7 +8809,8 @@ public:
     // As Server::on_log(), which would turn off exceptions().
     void on_log(std::function<void(const LogEntry&)> function) {
         Server::on_log([exceptions = exceptions_, function = std::move(function)](const LogEntry& entry) {
-            if (entry.event == "exception") exceptions->push_back(entry.fields[0].second + ": " + entry.fields[1].second);
+            if (entry.event == "exception")
+                exceptions->push_back(entry.fields[0].second + ": " + entry.fields[1].second);
             if (function) function(entry);
         });
     }
