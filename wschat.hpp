@@ -6884,8 +6884,9 @@ public:
         turn(timeout);
         return !std::exchange(stop_, false);
     }
-    // An epoll or kqueue descriptor that becomes readable when a socket, posted work or a signal needs poll(). Only
-    // wait for it: do not read it. Throws an Error if the poller has none, with PollerKind::poll and on Windows.
+    // An epoll or kqueue descriptor that is readable while a socket, posted work or a signal needs poll(). Only wait
+    // for it, level-triggered; do not read it. Throws an Error if the poller has none: with PollerKind::poll, and on
+    // Windows.
     int descriptor() const {
         const auto descriptor = poller_->descriptor();
         if (descriptor == detail::os::no_descriptor)
@@ -6898,7 +6899,7 @@ public:
     Duration next_timeout() const {
         if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
         if (timers_.next() == (Time::max)()) return (Duration::max)();
-        return (std::max)(timers_.next() - poller_->now(), Duration::zero());
+        return (std::max)(timers_.next() - clock(), Duration::zero());
     }
 
     // ---- work and timers -------------------------------------------------------------------------------------------
@@ -6928,7 +6929,7 @@ public:
     bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
     // The time at which this turn began. Between turns, the current time.
-    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? poller_->now() : now_; }
+    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? clock() : now_; }
     // Returns true on the loop's thread. While the loop does not run, returns true on every thread.
     bool on_loop_thread() const {
         const void* thread = thread_.load(std::memory_order_relaxed);
@@ -7007,6 +7008,8 @@ private:
         detail::Task callback_;
     };
 
+    WSCHAT_NOINLINE Time clock() const { return poller_->now(); }
+
     // Marks the thread that runs the loop.
     class Running {
     public:
@@ -7032,8 +7035,7 @@ private:
     // `due` is after now_: a callback that schedules itself again without a delay must not run twice in one turn.
     TimerId add_call(Duration delay, Duration interval, detail::Task callback) {
         const TimerId id = ++last_call_;
-        const Time due =
-            (std::max)(saturating_add(poller_->now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
+        const Time due = (std::max)(saturating_add(clock(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
         calls_.find_or_emplace(big_endian_key(id), *this, id, due, interval, std::move(callback));
         return id;
     }
@@ -7043,7 +7045,7 @@ private:
             poller_->wait(timeout_ms(max_wait), ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
-        now_ = poller_->now();
+        now_ = clock();
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -10119,8 +10121,8 @@ private:
 // ---- tests without sockets -----------------------------------------------------------------------------------------
 
 // For the tests of programs that use the library. A TestServer is a Server whose clients are in memory: its sessions,
-// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands still
-// until advance(). What a call of a client causes has happened when it returns.
+// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands
+// still until advance(). What a call of a client causes has happened when it returns.
 
 class TestServer;
 
@@ -10240,10 +10242,12 @@ struct MemoryLink {
     bool closed = false;             // the server has closed its end
 };
 
-// The server's end of a link, instead of a socket.
+// The server's end of a link, instead of a socket. This and the functions that use it are templates, because GCC emits
+// the only Transport of a program without TLS although nothing uses it.
+template <class Link>
 class MemoryTransport final : public Transport {
 public:
-    explicit MemoryTransport(std::shared_ptr<MemoryLink> link) : link_(std::move(link)) {}
+    explicit MemoryTransport(std::shared_ptr<Link> link) : link_(std::move(link)) {}
     MemoryTransport(const MemoryTransport&) = delete;
     MemoryTransport& operator=(const MemoryTransport&) = delete;
     ~MemoryTransport() override { link_->server_ended = link_->closed = true; }
@@ -10261,7 +10265,7 @@ public:
         for (std::size_t i = 0; i < count; ++i) {
             const std::string_view taken = pieces[i].substr(0, link_->window);
             link_->to_client += taken;
-            if (link_->window != MemoryLink::unlimited) link_->window -= taken.size();
+            if (link_->window != Link::unlimited) link_->window -= taken.size();
             sent += taken.size();
         }
         wire.sent += sent;
@@ -10280,7 +10284,7 @@ public:
     bool encrypts() const override { return false; }
 
 private:
-    std::shared_ptr<MemoryLink> link_;
+    std::shared_ptr<Link> link_;
     std::string no_failure_;
 };
 
@@ -10536,15 +10540,17 @@ public:
     }
 
     // Opens a WebSocket. TestClient::response() has the answer if it is refused.
+    template <class Link = detail::MemoryLink>
     TestClient connect(const TestRequest& request) {
-        const auto client = start(request, request.handshake());
+        const auto client = start<Link>(request, request.handshake());
         client->compression = request.compression_;
         settle();
         return TestClient(client);
     }
     // Gets a page.
+    template <class Link = detail::MemoryLink>
     TestResponse fetch(const TestRequest& request) {
-        const auto client = start(request, request.page_request());
+        const auto client = start<Link>(request, request.page_request());
         client->to_head = request.method_ == "HEAD";
         settle();
         TestClient(client).hang_up();
@@ -10587,12 +10593,13 @@ public:
 private:
     friend class TestClient;
 
+    template <class Link>
     std::shared_ptr<TestClient::State> start(const TestRequest& request, std::string bytes) {
-        const auto link = std::make_shared<detail::MemoryLink>();
+        const auto link = std::make_shared<Link>();
         const auto client = std::make_shared<TestClient::State>(self_, link);
         clients_.push_back(client);
         link->to_server = std::move(bytes);
-        auto transport = std::make_unique<detail::MemoryTransport>(link);
+        auto transport = std::make_unique<detail::MemoryTransport<Link>>(link);
         poller_->expect(link);
         if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport), false);
         return client;
