@@ -7493,7 +7493,8 @@ private:
             throw std::bad_alloc();
         std::string hex;
         for (unsigned i = 0; i < size; ++i)
-            for (const unsigned digit : {unsigned{bytes[i]} >> 4, unsigned{bytes[i]} & 15u}) hex += "0123456789abcdef"[digit];
+            for (const unsigned digit : {unsigned{bytes[i]} >> 4, unsigned{bytes[i]} & 15u})
+                hex += "0123456789abcdef"[digit];
         return hex;
     }
     static std::optional<std::string> decode(std::string_view base64_text) {
