@@ -329,10 +329,10 @@ struct Limits {
     // Bytes that were written and that the kernel has not taken. An empty queue accepts one message of any size.
     std::size_t max_backlog = 1024 * 1024;
     BacklogPolicy backlog_policy = BacklogPolicy::close;
-    // Bytes of a WebSocket that the kernel may hold before it sends them (TCP_NOTSENT_LOWAT, or SO_SNDBUF where that is
-    // missing). More wait in the backlog, and volatile messages are dropped, so that a slow peer gets no old ones. 0:
-    // the system decides; Linux holds up to 4 MB.
-    std::size_t send_buffer = 128 * 1024;
+    // Unsent bytes that the kernel may hold for a WebSocket from its first volatile message on (TCP_NOTSENT_LOWAT, or
+    // SO_SNDBUF where that is missing). A slow peer would otherwise get volatile messages that have grown old in there:
+    // Linux holds up to 4 MB. 0: the system decides.
+    std::size_t send_buffer = 64 * 1024;
 
     Duration ping_interval = std::chrono::seconds(20);  // the server pings a peer that is silent for this time
     Duration ping_timeout = std::chrono::seconds(20);   // the peer has this time to send something after the ping
@@ -2999,8 +2999,12 @@ public:
         return enqueue(key != nullptr ? frame.variant(key, make) : make());
     }
     // The same for a message that is useless when it is late. It is dropped if the peer is slow, with either policy.
-    WriteStatus send_volatile(const EncodedFrame& frame) { return drops_volatile(frame.size()) ? drop() : send(frame); }
+    WriteStatus send_volatile(const EncodedFrame& frame) {
+        sends_volatile_ = true;
+        return drops_volatile(frame.size()) ? drop() : send(frame);
+    }
     WriteStatus send_volatile(Opcode opcode, std::string_view payload) {
+        sends_volatile_ = true;
         return drops_volatile(frame_size(payload.size())) ? drop() : send(opcode, payload);
     }
 
@@ -3059,6 +3063,8 @@ public:
     }
 
     std::uint64_t dropped_messages() const { return dropped_; }
+    // Whether there was a volatile message.
+    bool sends_volatile() const { return sends_volatile_; }
 
     // ---- time ------------------------------------------------------------------------------------------------------
 
@@ -3419,6 +3425,7 @@ private:
     bool write_blocked_ = false;
     bool close_reported_ = false;
     bool metered_ = false;  // the rate of messages or of bytes is limited
+    bool sends_volatile_ = false;
     SendQueue output_;
     Time last_activity_{};
     Time wait_started_{};  // for the answer to our ping or to our Close frame
@@ -7766,6 +7773,9 @@ public:
     void flush() override {
         SendQueue& queue = output();
         const std::uint64_t sent_before = host_.wire.sent;
+        if (phase_ == Phase::websocket && connection().sends_volatile() && !std::exchange(send_buffer_set_, true) &&
+            limits().send_buffer != 0)
+            stream_.socket().set_send_buffer(limits().send_buffer);
         if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
         while (!queue.empty() && !blocked() && !send_failed_) {
             const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
@@ -8151,7 +8161,6 @@ private:
         http_->queue(
             switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol, compression.response));
         ++host_.metrics.responses[101];
-        if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
         // From here to open() nothing throws, so that on_close() comes only after open().
@@ -8224,6 +8233,7 @@ private:
     Phase phase_ = Phase::http;
     bool ended_ = false;  // finish_turn() removes the session
     bool full_ = false;   // the server has no room for it
+    bool send_buffer_set_ = false;
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
@@ -8343,7 +8353,7 @@ public:
     bool idle() const { return sessions_.empty(); }
 
     WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports,
-                            const ListenOptions& listen_options) {
+                            const ListenOptions& listen_options = {}) {
         if (draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
         const Listener& added =
             listeners_.append(*this, ListenAddress::parse(address), std::move(transports), listen_options);
