@@ -2879,7 +2879,7 @@ public:
 
     // Limits::messages_per_second and bytes_per_second: when input may continue. The caller pauses it until then.
     Time input_due() const {
-        Time due = (Time::min)();
+        Time due{};
         if (!metered_ || !cold_) return due;
         if (limits_->messages_per_second != 0) due = cold_->messages.available_at(1, message_rate());
         if (limits_->bytes_per_second != 0) due = (std::max)(due, cold_->bytes.available_at(1, byte_rate()));
