@@ -337,10 +337,10 @@ struct Limits {
     // Bytes that were written and that the kernel has not taken. An empty queue accepts one message of any size.
     std::size_t max_backlog = 1024 * 1024;
     BacklogPolicy backlog_policy = BacklogPolicy::close;
-    // Bytes of a WebSocket that the kernel may hold before it sends them (TCP_NOTSENT_LOWAT, or SO_SNDBUF where that is
-    // missing). More wait in the backlog, and volatile messages are dropped, so that a slow peer gets no old ones. 0:
-    // the system decides; Linux holds up to 4 MB.
-    std::size_t send_buffer = 128 * 1024;
+    // Unsent bytes that the kernel may hold for a WebSocket from its first volatile message on (TCP_NOTSENT_LOWAT, or
+    // SO_SNDBUF where that is missing). A slow peer would otherwise get volatile messages that have grown old in there:
+    // Linux holds up to 4 MB. 0: the system decides.
+    std::size_t send_buffer = 64 * 1024;
 
     Duration ping_interval = std::chrono::seconds(20);  // the server pings a peer that is silent for this time
     Duration ping_timeout = std::chrono::seconds(20);   // the peer has this time to send something after the ping
@@ -3330,7 +3330,7 @@ public:
 
     // Limits::messages_per_second and bytes_per_second: when input may continue. The caller pauses it until then.
     Time input_due() const {
-        Time due = (Time::min)();
+        Time due{};
         if (!metered_ || !cold_) return due;
         if (limits_->messages_per_second != 0) due = cold_->messages.available_at(1, message_rate());
         if (limits_->bytes_per_second != 0) due = (std::max)(due, cold_->bytes.available_at(1, byte_rate()));
@@ -3450,8 +3450,12 @@ public:
         return enqueue(key != nullptr ? frame.variant(key, make) : make());
     }
     // The same for a message that is useless when it is late. It is dropped if the peer is slow, with either policy.
-    WriteStatus send_volatile(const EncodedFrame& frame) { return drops_volatile(frame.size()) ? drop() : send(frame); }
+    WriteStatus send_volatile(const EncodedFrame& frame) {
+        sends_volatile_ = true;
+        return drops_volatile(frame.size()) ? drop() : send(frame);
+    }
     WriteStatus send_volatile(Opcode opcode, std::string_view payload) {
+        sends_volatile_ = true;
         return drops_volatile(frame_size(payload.size())) ? drop() : send(opcode, payload);
     }
 
@@ -3510,6 +3514,8 @@ public:
     }
 
     std::uint64_t dropped_messages() const { return dropped_; }
+    // Whether there was a volatile message.
+    bool sends_volatile() const { return sends_volatile_; }
 
     // ---- time ------------------------------------------------------------------------------------------------------
 
@@ -3870,6 +3876,7 @@ private:
     bool write_blocked_ = false;
     bool close_reported_ = false;
     bool metered_ = false;  // the rate of messages or of bytes is limited
+    bool sends_volatile_ = false;
     SendQueue output_;
     Time last_activity_{};
     Time wait_started_{};  // for the answer to our ping or to our Close frame
@@ -9152,6 +9159,9 @@ public:
     void flush() override {
         SendQueue& queue = output();
         const std::uint64_t sent_before = host_.wire.sent;
+        if (phase_ == Phase::websocket && connection().sends_volatile() && !std::exchange(send_buffer_set_, true) &&
+            limits().send_buffer != 0)
+            stream_.socket().set_send_buffer(limits().send_buffer);
         if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
         while (!queue.empty() && !blocked() && !send_failed_) {
             const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
@@ -9611,7 +9621,6 @@ private:
         http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
                                          compression.response, lines));
         http_->note_answer(101, &core().request, 0);
-        if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
         // From here to open() nothing throws, so that on_close() comes only after open().
@@ -9684,6 +9693,7 @@ private:
     Phase phase_ = Phase::http;
     bool ended_ = false;  // finish_turn() removes the session
     bool full_ = false;   // the server has no room for it
+    bool send_buffer_set_ = false;
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
@@ -9805,7 +9815,7 @@ public:
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
     WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports,
-                            const ListenOptions& listen_options) {
+                            const ListenOptions& listen_options = {}) {
         if (draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
         const Listener& added =
             listeners_.append(*this, ListenAddress::parse(address), std::move(transports), listen_options);

@@ -1134,7 +1134,7 @@ TEST_CASE("a refused handshake ends with an alert and is logged with its reason"
     noise.close();
     running.stop();
     CHECK(std::any_of(log.begin(), log.end(), [](const std::string& line) {
-        return line == "info tls_failed peer=\"127.0.0.1\" cause=\"unsupported protocol\"";
+        return line == "debug tls_failed peer=\"127.0.0.1\" cause=\"unsupported protocol\"";
     }));
 }
 
