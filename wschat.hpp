@@ -1833,6 +1833,8 @@ public:
     static void set_params(Request& request, std::vector<std::pair<std::string, std::string>> params) {
         request.params_ = std::move(params);
     }
+    // The memory of the head.
+    static std::size_t held(const Request& request) { return request.head_.capacity(); }
     // For a request over TLS. The certificate may be empty.
     static void set_secure(Request& request, std::string_view client_certificate) {
         const std::string_view subject = client_certificate.substr(0, 4096);
@@ -7678,10 +7680,17 @@ private:
     }
     void update_backlog() {
         std::size_t held = 0;
-        if (phase_ == Phase::websocket && !ended_) held = output().held() + connection().buffered_input();
+        if (phase_ == Phase::websocket && !ended_)
+            held = output().held() + connection().buffered_input() + held_request();
         else if (http_ && !gone() && !ended_) held = output().held() + http_->buffered_input();
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
+    }
+
+    // The handler keeps its request. One of normal size is part of what an idle connection needs.
+    std::size_t held_request() const {
+        const std::size_t size = RequestAccess::held(core().request);
+        return size > 4 * 1024 ? size : 0;
     }
 
     // Tells the poller what the session waits for.

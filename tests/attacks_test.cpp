@@ -227,6 +227,15 @@ void half_a_request(Kind kind) {
         4 * many, 12'000, [&](std::size_t n) { return accounts.clients(n); },
         [](RawClient& client) { client.send("GET / HTTP/1.1\r\nA: " + std::string(12'000, 'x')); });
 }
+void large_request(Kind kind) {
+    Accounts accounts(kind);
+    accounts.compare(
+        4 * many, 15'000, [&](std::size_t n) { return accounts.clients(n); },
+        [](RawClient& client) {
+            client.send(upgrade_request("A: " + std::string(15'000, 'x') + "\r\n"));
+            REQUIRE(client.read_until("\r\n\r\n"));
+        });
+}
 void blocked_answer(Kind kind) {
     Accounts accounts(kind);
     accounts.compare(
@@ -274,6 +283,7 @@ void partly_read(Kind kind) {
 // counts by 10%, and by a fixed amount: that of an idle connection, which is measured, `per_connection`, and `per_loop`.
 TEST_SUITE("accounting") {
     TEST_CASE("half a request is counted") { half_a_request(Kind::plain); }
+    TEST_CASE("the large request of an open WebSocket is counted") { large_request(Kind::plain); }
     TEST_CASE("a blocked answer and the pipelined requests behind it are counted") { blocked_answer(Kind::plain); }
     TEST_CASE("small messages for a peer that does not read are counted") {
         paused_reader(Kind::plain, "queue 100000 100");
