@@ -101,7 +101,7 @@ public:
         for (;;) {
             const Event event = connection.next_event();
             if (event.kind == Event::Kind::none) return;
-            record(event);
+            if (event.kind != Event::Kind::paused) record(event);
         }
     }
     void record(const Event& event) {
@@ -115,6 +115,7 @@ public:
                 recorded_ += to_string(connection.close_cause());
                 break;
             case Event::Kind::none: recorded_ += "none"; break;
+            case Event::Kind::paused: break;
         }
         recorded_ += event.message.data();
     }
