@@ -58,7 +58,7 @@
 //   lingering                Limits (2); Session::linger() (14)
 //   keepalive                Connection::tick(), deadline() (7)
 //   backpressure             Connection::exceeds_backlog() (7); when reading pauses: WebSocketDriver::high_water() (14)
-//   fairness                 one visit's budget: WebSocketDriver::max_events (14), Connection::inflate_budget (7)
+//   fairness                 one visit's budget: WebSocketDriver::max_events (14), Connection::budget_spent() (7)
 //                            who waits: TurnState, Session::may_work(), Worker::continue_waiting() (14)
 //   order of flushing        Worker::end_turn(), Session::flush() (14)
 //   a method, a body         Page (13), BodyParser (5), HttpExchange::expect_body() (14)
@@ -74,16 +74,17 @@
 //
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
-//   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1,
-//   base64, Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields,
-//   FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
-//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics,
-//   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler,
-//   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
-//   ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
-//   text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case, text::starts_with, text::trim,
-//   text::is_token_char, text::is_token, text::contains, text::consume_until, text::parse_unsigned, text::hex_value,
-//   text::percent_decode
+//   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
+//   Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
+//   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
+//   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
+//   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text,
+//   ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler, ChatHub, ChatEntry,
+//   HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction,
+//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
+//   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
+//   text::parse_unsigned, text::hex_value, text::percent_decode
 //
 // Macros that the program may set, the same in each translation unit. Units that were compiled with different values of
 // them do not link, because their names are part of the namespace (except WSCHAT_CHAT, which only adds names):
@@ -336,10 +337,10 @@ struct Limits {
     // Bytes that were written and that the kernel has not taken. An empty queue accepts one message of any size.
     std::size_t max_backlog = 1024 * 1024;
     BacklogPolicy backlog_policy = BacklogPolicy::close;
-    // Bytes of a WebSocket that the kernel may hold before it sends them (TCP_NOTSENT_LOWAT, or SO_SNDBUF where that is
-    // missing). More wait in the backlog, and volatile messages are dropped, so that a slow peer gets no old ones. 0:
-    // the system decides; Linux holds up to 4 MB.
-    std::size_t send_buffer = 128 * 1024;
+    // Unsent bytes that the kernel may hold for a WebSocket from its first volatile message on (TCP_NOTSENT_LOWAT, or
+    // SO_SNDBUF where that is missing). A slow peer would otherwise get volatile messages that have grown old in there:
+    // Linux holds up to 4 MB. 0: the system decides.
+    std::size_t send_buffer = 64 * 1024;
 
     Duration ping_interval = std::chrono::seconds(20);  // the server pings a peer that is silent for this time
     Duration ping_timeout = std::chrono::seconds(20);   // the peer has this time to send something after the ping
@@ -354,7 +355,7 @@ struct Limits {
 struct ServerLimits {
     // Output and unfinished input of all connections together. Above it, the connections with the most are closed.
     std::size_t max_total_backlog = 256 * 1024 * 1024;
-    std::size_t max_connections = 0;              // 503; 0: the descriptor limit of the process minus 64
+    std::size_t max_connections = 0;              // 503; 0: the descriptor limit of the process minus 64; files count
     std::size_t max_connections_per_address = 0;  // 503; 0: no limit. An IPv6 /64 counts as one address
 };
 
@@ -373,6 +374,16 @@ struct LogEntry {
     const std::vector<std::pair<std::string_view, std::string>>& fields;
 };
 
+// One answer to an HTTP request, for an access log: Server::on_access(). A view that is valid until the function
+// returns.
+struct AccessEntry {
+    std::string_view remote_address;  // of the client; behind a trusted proxy, the address that it forwards
+    std::string_view method, path;    // the path as received, without the query; both empty if the request is malformed
+    int status;                       // 101: a WebSocket
+    std::uint64_t size;               // bytes of the body
+    Duration duration;                // from the end of the request's head to the answer
+};
+
 namespace detail {
 
 // A callable void() of any type. Unlike std::function it also takes callables that can only be moved.
@@ -380,8 +391,7 @@ class Task {
 public:
     template <class Function, class = std::enable_if_t<!std::is_same_v<std::decay_t<Function>, Task> &&
                                                        std::is_invocable_v<std::decay_t<Function>&>>>
-    Task(Function&& function)
-        : callable_(std::make_unique<Holder<std::decay_t<Function>>>(std::forward<Function>(function))) {}
+    Task(Function&& function) : callable_(new Holder<std::decay_t<Function>>(std::forward<Function>(function))) {}
 
     void operator()() { callable_->call(); }
 
@@ -495,10 +505,10 @@ public:
     bool empty() const { return size_ == 0; }
     std::string_view view() const { return {data_, size_}; }
 
-    // Makes `more` bytes available behind end().
-    void reserve(std::size_t more) {
+    // Makes `more` bytes available behind end(). `last`: no more will follow.
+    void reserve(std::size_t more, bool last = false) {
         if (more <= available()) return;
-        const std::size_t capacity = (std::max)(size_ + more, 2 * capacity_);
+        const std::size_t capacity = last ? size_ + more : (std::max)(size_ + more, 2 * capacity_);
         char* data = allocate_block(capacity);
         if (size_ != 0) std::memcpy(data, data_, size_);
         free_block(data_, capacity_);
@@ -670,6 +680,11 @@ class SendQueue {
 public:
     std::size_t size() const { return size_; }
     bool empty() const { return size_ == 0; }
+    // The bytes, and the sent part of the oldest chunk, which stays until all of that chunk is sent.
+    std::size_t held() const {
+        const Slice& oldest = front_ < older_.size() ? older_[front_] : tail_;
+        return oldest.chunk && !oldest.chunk->pooled() ? size_ + oldest.begin : size_;
+    }
 
     void append(const Slice& slice) {
         if (slice.size() == 0) return;
@@ -737,14 +752,21 @@ private:
         tail_ = slice;
     }
 
-    // Only a private chunk of this queue is not pooled and has free space.
+    // Only a private chunk of this queue is not pooled and has free space. It is filled before another one begins, so
+    // that a queue holds little more memory than bytes.
     void push_detached(const Slice& slice) {
         if (!slice.chunk->pooled()) return push(slice);
-        const std::string_view bytes = slice.view();
-        const bool fits = tail_.chunk && !tail_.chunk->pooled() && tail_.end == tail_.chunk->size() &&
-                          tail_.chunk->available() >= bytes.size();
+        std::string_view bytes = slice.view();
+        if (tail_.chunk && !tail_.chunk->pooled() && tail_.end == tail_.chunk->size()) {
+            const std::size_t fits = (std::min)(tail_.chunk->available(), bytes.size());
+            if (fits != 0) push_copy(tail_.chunk, bytes.substr(0, fits));
+            bytes.remove_prefix(fits);
+        }
+        if (bytes.empty()) return;
         const std::size_t capacity = bytes.size() > private_chunk_size ? bytes.size() : private_chunk_size;
-        ChunkRef chunk = fits ? tail_.chunk : ChunkRef(Chunk::make(capacity, false));
+        push_copy(ChunkRef(Chunk::make(capacity, false)), bytes);
+    }
+    void push_copy(ChunkRef chunk, std::string_view bytes) {
         const std::size_t begin = chunk->size();
         std::memcpy(chunk->end(), bytes.data(), bytes.size());
         chunk->advance(bytes.size());
@@ -895,7 +917,7 @@ private:
 
 }  // namespace detail
 
-inline bool valid_utf8(std::string_view text) {
+WSCHAT_NOINLINE inline bool valid_utf8(std::string_view text) {
     detail::Utf8Validator validator;
     return validator.feed(text.data(), text.size()) && validator.complete();
 }
@@ -1012,6 +1034,9 @@ public:
     template <class Integer, std::enable_if_t<std::is_integral_v<Integer> && !std::is_same_v<Integer, bool>, int> = 0>
     Json(Integer value) : text_(std::to_string(value)) {}
     Json(std::initializer_list<Member> members);
+    // A pointer is neither text nor a truth value.
+    template <class T, std::enable_if_t<!std::is_same_v<std::remove_cv_t<T>, char>, int> = 0>
+    Json(T*) = delete;
 
     template <class Range>
     static Json array(const Range& items) {
@@ -1081,19 +1106,19 @@ constexpr char to_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char
 constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 constexpr bool is_alphanumeric(char c) { return is_digit(c) || (to_lower(c) >= 'a' && to_lower(c) <= 'z'); }
 
-inline std::string to_lower(std::string_view s) {
+WSCHAT_NOINLINE inline std::string to_lower(std::string_view s) {
     std::string result(s);
     for (char& c : result) c = to_lower(c);
     return result;
 }
-inline bool equals_ignore_case(std::string_view a, std::string_view b) {
+WSCHAT_NOINLINE inline bool equals_ignore_case(std::string_view a, std::string_view b) {
     return a.size() == b.size() &&
            std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return to_lower(x) == to_lower(y); });
 }
 inline bool starts_with(std::string_view s, std::string_view prefix) { return s.substr(0, prefix.size()) == prefix; }
 
 // Removes the optional whitespace of RFC 9110 5.6.3: spaces and tabs.
-inline std::string_view trim(std::string_view s) {
+WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
     while (!s.empty() && (s.front() == ' ' || s.front() == '\t')) s.remove_prefix(1);
     while (!s.empty() && (s.back() == ' ' || s.back() == '\t')) s.remove_suffix(1);
     return s;
@@ -1102,7 +1127,20 @@ inline std::string_view trim(std::string_view s) {
 inline bool is_token_char(char c) {
     return is_alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
 }
-inline bool is_token(std::string_view s) { return !s.empty() && std::all_of(s.begin(), s.end(), is_token_char); }
+// The standard algorithms are unrolled for each predicate, which takes long to compile.
+template <class Predicate>
+bool all_of(std::string_view s, Predicate predicate) {
+    for (const char c : s)
+        if (!predicate(c)) return false;
+    return true;
+}
+inline bool is_token(std::string_view s) { return !s.empty() && all_of(s, is_token_char); }
+
+inline std::string concat(std::initializer_list<std::string_view> parts) {
+    std::string whole;
+    for (const std::string_view part : parts) whole += part;
+    return whole;
+}
 
 template <class List>
 bool contains(const List& list, std::string_view name) {
@@ -1112,7 +1150,7 @@ bool contains(const List& list, std::string_view name) {
 }
 
 // Removes the text up to the first separator, and the separator, from s. Returns the text without the separator.
-inline std::string_view consume_until(std::string_view& s, char separator) {
+WSCHAT_NOINLINE inline std::string_view consume_until(std::string_view& s, char separator) {
     const std::size_t at = s.find(separator);
     const std::string_view part = s.substr(0, at);
     s.remove_prefix(at == std::string_view::npos ? s.size() : at + 1);
@@ -1182,9 +1220,50 @@ WSCHAT_COLD inline std::string to_string(const LogEntry& entry) {
     return line;
 }
 
-// A log function for Server::on_log(): writes all entries but those of LogLevel::debug to standard error.
-inline void log_to_stderr(const LogEntry& entry) {
-    if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_string(entry).c_str());
+// The time as in RFC 3339, in UTC: "2026-11-29T08:49:37.123Z".
+WSCHAT_COLD inline std::string utc_time(std::chrono::system_clock::time_point time = std::chrono::system_clock::now()) {
+    const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(time.time_since_epoch()).count();
+    const auto seconds = static_cast<std::time_t>(ms / 1000);
+    std::tm utc{};
+#if defined(_WIN32)
+    ::gmtime_s(&utc, &seconds);
+#else
+    ::gmtime_r(&seconds, &utc);
+#endif
+    char text[64];
+    const std::size_t size = std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", &utc);
+    std::snprintf(text + size, sizeof text - size, ".%03dZ", static_cast<int>(ms % 1000));
+    return text;
+}
+
+// Formats an entry as one line of JSON: {"time":"...","level":"error","event":"exception","in":"on_message"}. Text that
+// is not UTF-8 is escaped.
+WSCHAT_COLD inline std::string to_json(const LogEntry& entry) {
+    std::string line = "{\"time\":" + Json(utc_time()).dump();
+    ((line += ",\"level\":\"") += to_string(entry.level)) += "\",\"event\":";
+    line += Json(std::string(entry.event)).dump();
+    for (const auto& [name, value] : entry.fields) {
+        ((line += ',') += Json(std::string(name)).dump()) += ':';
+        line += Json(valid_utf8(value) ? value : escape_for_log(value)).dump();
+    }
+    return line += '}';
+}
+
+// Log functions for Server::on_log(): they write all entries but those of LogLevel::debug to standard error, with the
+// time. The first writes lines for people, the second a JSON object per line, for collectors.
+WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
+    if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s %s\n", utc_time().c_str(), to_string(entry).c_str());
+}
+WSCHAT_COLD inline void log_json_to_stderr(const LogEntry& entry) {
+    if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_json(entry).c_str());
+}
+// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`.
+WSCHAT_COLD inline void access_to_stderr(const AccessEntry& entry) {
+    const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
+    std::fprintf(stderr, "%s %.*s \"%.*s %.*s\" %d %llu %.3fms\n", utc_time().c_str(),
+                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(),
+                 static_cast<int>(entry.method.size()), entry.method.data(), static_cast<int>(entry.path.size()),
+                 entry.path.data(), entry.status, static_cast<unsigned long long>(entry.size), ms);
 }
 
 // ---- rates ---------------------------------------------------------------------------------------------------------
@@ -1199,7 +1278,7 @@ struct Rate {
 class TokenBucket {
 public:
     // Returns false and takes none if the bucket holds fewer tokens. To take more than `burst`, it must be full.
-    bool take(double tokens, const Rate& rate, Time now) {
+    WSCHAT_NOINLINE bool take(double tokens, const Rate& rate, Time now) {
         if (rate.per_second <= 0) return true;
         const Time start = (std::max)(full_at_, now);
         const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
@@ -1229,7 +1308,7 @@ private:
 // ---- maps ----------------------------------------------------------------------------------------------------------
 
 // A big-endian key that fits the small-string buffer: keys have the order of their numbers.
-inline std::string big_endian_key(std::uint64_t number) {
+WSCHAT_NOINLINE inline std::string big_endian_key(std::uint64_t number) {
     std::string name(8, '\0');
     for (std::size_t i = 8; i-- > 0; number >>= 8) name[i] = static_cast<char>(number & 0xFF);
     return name;
@@ -1237,8 +1316,25 @@ inline std::string big_endian_key(std::uint64_t number) {
 
 namespace detail {
 
-// Owns a value of any type.
-using ErasedPtr = std::unique_ptr<void, void (*)(void*)>;
+// Owns a value of any type. A std::unique_ptr with a deleter takes much longer to compile.
+class ErasedPtr {
+public:
+    ErasedPtr(void* value, void (*destroy)(void*)) : value_(value), destroy_(destroy) {}
+    ErasedPtr(ErasedPtr&& other) noexcept : value_(std::exchange(other.value_, nullptr)), destroy_(other.destroy_) {}
+    ErasedPtr& operator=(ErasedPtr&& other) noexcept {
+        std::swap(value_, other.value_);
+        std::swap(destroy_, other.destroy_);
+        return *this;
+    }
+    ~ErasedPtr() {
+        if (value_ != nullptr) destroy_(value_);
+    }
+    void* get() const { return value_; }
+
+private:
+    void* value_;
+    void (*destroy_)(void*);
+};
 
 template <class Value, class... Arguments>
 ErasedPtr make_erased(Arguments&&... arguments) {
@@ -1248,89 +1344,116 @@ ErasedPtr make_erased(Arguments&&... arguments) {
 
 }  // namespace detail
 
-// An ordered map from string to Value. All value types share one type of tree, because one std::map for each value type
-// would be the largest part of the compile time.
+namespace detail {
+
+// The map of StringMap for values of any type. It is compiled once, because one std::map for each value type would be
+// the largest part of the compile time.
+class ErasedMap {
+public:
+    using Tree = std::map<std::string, ErasedPtr, std::less<>>;
+
+    const Tree& tree() const { return tree_; }
+
+    // Returns null if the map has no such name.
+    WSCHAT_NOINLINE void* find(std::string_view name) const {
+        const auto found = tree_.find(name);
+        return found == tree_.end() ? nullptr : found->second.get();
+    }
+    // Adds the value unless the map has the name. Returns the value of that name.
+    WSCHAT_NOINLINE void* add(std::string_view name, ErasedPtr value) {
+        return tree_.emplace(name, std::move(value)).first->second.get();
+    }
+    WSCHAT_NOINLINE void rename(std::string_view name, std::string_view new_name) {
+        const auto old = tree_.find(name);
+        if (old == tree_.end() || find(new_name) != nullptr) return;
+        tree_.emplace(new_name, ErasedPtr(nullptr, nullptr)).first->second = std::move(old->second);
+        tree_.erase(old);
+    }
+    WSCHAT_NOINLINE bool erase(std::string_view name) {
+        const auto found = tree_.find(name);
+        if (found == tree_.end()) return false;
+        tree_.erase(found);
+        return true;
+    }
+    WSCHAT_NOINLINE Tree::const_iterator erase(Tree::const_iterator at) { return tree_.erase(at); }
+    WSCHAT_NOINLINE void clear() { tree_.clear(); }
+
+private:
+    Tree tree_;
+};
+
+}  // namespace detail
+
+// An ordered map from string to Value.
 template <class Value>
 class StringMap {
-    using Tree = std::map<std::string, detail::ErasedPtr, std::less<>>;
-
 public:
     struct Entry {
         const std::string& name;
         Value& value;
     };
-    class Iterator {
-    public:
-        explicit Iterator(Tree::const_iterator at) : at_(at) {}
-        Entry operator*() const { return {at_->first, to_value(at_->second)}; }
-        Iterator& operator++() {
-            ++at_;
-            return *this;
-        }
-        friend bool operator!=(const Iterator& a, const Iterator& b) { return a.at_ != b.at_; }
-
-    private:
-        Tree::const_iterator at_;
+    struct Iterator : detail::ErasedMap::Tree::const_iterator {
+        Entry operator*() const { return {(*this)->first, *static_cast<Value*>((*this)->second.get())}; }
     };
 
-    Value& front() const { return to_value(tree_.begin()->second); }
-    Iterator begin() const { return Iterator(tree_.begin()); }
-    Iterator end() const { return Iterator(tree_.end()); }
-    std::size_t size() const { return tree_.size(); }
-    bool empty() const { return tree_.empty(); }
+    Value& front() const { return (*begin()).value; }
+    Iterator begin() const { return {map_.tree().begin()}; }
+    Iterator end() const { return {map_.tree().end()}; }
+    std::size_t size() const { return map_.tree().size(); }
+    bool empty() const { return map_.tree().empty(); }
 
     // Returns null if the map has no such name.
-    Value* find(std::string_view name) const {
-        const auto found = tree_.find(name);
-        return found == tree_.end() ? nullptr : &to_value(found->second);
-    }
+    Value* find(std::string_view name) const { return static_cast<Value*>(map_.find(name)); }
     // Makes the value from the arguments if the map has no such name.
     template <class... Arguments>
     Value& find_or_emplace(std::string_view name, Arguments&&... arguments) {
         if (Value* found = find(name)) return *found;
-        detail::ErasedPtr value = detail::make_erased<Value>(std::forward<Arguments>(arguments)...);
-        return to_value(tree_.emplace(name, std::move(value)).first->second);
+        return *static_cast<Value*>(map_.add(name, detail::make_erased<Value>(std::forward<Arguments>(arguments)...)));
     }
     // Uses size() as the key: the map has the order of the calls. Not for maps that erase.
     template <class... Arguments>
     Value& append(Arguments&&... arguments) {
         return find_or_emplace(big_endian_key(size()), std::forward<Arguments>(arguments)...);
     }
-    // Does not own the value.
+    // Does nothing if the map has the name. Does not own the value.
     void insert_reference(std::string_view name, Value& value) {
-        tree_.emplace(name, detail::ErasedPtr(&value, [](void*) {}));
+        map_.add(name, detail::ErasedPtr(&value, [](void*) {}));
     }
     // Does nothing if the map has no such name, or has the new name.
-    void rename(std::string_view name, std::string_view new_name) {
-        const auto old = tree_.find(name);
-        if (old == tree_.end() || find(new_name) != nullptr) return;
-        tree_.emplace(new_name, detail::ErasedPtr(nullptr, nullptr)).first->second.swap(old->second);
-        tree_.erase(old);
-    }
+    void rename(std::string_view name, std::string_view new_name) { map_.rename(name, new_name); }
     // Returns false if the map has no such name.
-    bool erase(std::string_view name) {
-        const auto found = tree_.find(name);
-        if (found == tree_.end()) return false;
-        tree_.erase(found);
-        return true;
-    }
-    void clear() { tree_.clear(); }
+    bool erase(std::string_view name) { return map_.erase(name); }
+    void clear() { map_.clear(); }
     template <class Predicate>
     void erase_if(Predicate&& predicate) {
-        for (auto it = tree_.begin(); it != tree_.end();) it = predicate(to_value(it->second)) ? tree_.erase(it) : ++it;
+        for (auto at = map_.tree().begin(); at != map_.tree().end();)
+            at = predicate(*static_cast<Value*>(at->second.get())) ? map_.erase(at) : ++at;
     }
 
 private:
-    static Value& to_value(const detail::ErasedPtr& owned) { return *static_cast<Value*>(owned.get()); }
-
-    Tree tree_;
+    detail::ErasedMap map_;
 };
 
 namespace detail {
 
+// Refers to a callable, which must outlive it. A function with this parameter is compiled once for all callables.
+template <class... Arguments>
+class FunctionRef {
+public:
+    template <class Function, class = std::enable_if_t<!std::is_same_v<std::decay_t<Function>, FunctionRef>>>
+    FunctionRef(Function&& function)
+        : function_(&function), call_([](void* target, Arguments... arguments) {
+              (*static_cast<std::remove_reference_t<Function>*>(target))(arguments...);
+          }) {}
+    void operator()(Arguments... arguments) const { call_(function_, arguments...); }
+
+private:
+    void* function_;
+    void (*call_)(void* target, Arguments... arguments);
+};
+
 // Runs the call and passes what it throws to report(what). Returns false if it threw.
-template <class Call, class Report>
-bool run_guarded(Call&& call, Report&& report) {
+WSCHAT_NOINLINE inline bool run_guarded(FunctionRef<> call, FunctionRef<const char*> report) {
     try {
         call();
         return true;
@@ -1575,6 +1698,8 @@ public:
     static EncodedFrame borrowed(detail::SendArena& arena, Opcode opcode, std::string_view payload) {
         return EncodedFrame(&arena, opcode, payload);
     }
+    template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
+    static EncodedFrame borrowed(detail::SendArena&, Opcode, T&&) = delete;
 
     const detail::Slice& slice() const {
         if (!plain_.chunk) plain_ = detail::encode_frame(*arena_, header(), payload_);
@@ -1661,6 +1786,9 @@ class Fields {
 public:
     Fields() = default;
     explicit Fields(std::string_view lines) : lines_(lines) {}
+    // The lines must outlive the view, which a temporary string does not.
+    template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
+    explicit Fields(T&&) = delete;
 
     // Calls visit(name, value) for each field line until visit() returns false.
     template <class Visit>
@@ -1714,8 +1842,8 @@ private:
 namespace detail {
 
 inline bool has_control_character(std::string_view value) {
-    return std::any_of(value.begin(), value.end(),
-                       [](char c) { return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7F; });
+    return !text::all_of(value,
+                         [](char c) { return (static_cast<unsigned char>(c) >= 0x20 || c == '\t') && c != 0x7F; });
 }
 
 // Returns why a line without its CR LF is not a header field (RFC 9112 5), or null if it is one.
@@ -1971,6 +2099,8 @@ public:
     static void set_params(Request& request, std::vector<std::pair<std::string, std::string>> params) {
         request.params_ = std::move(params);
     }
+    // The memory of the head and the body.
+    static std::size_t held(const Request& request) { return request.bytes_.capacity(); }
     // What the request does not say itself. The certificate may be empty.
     static void set_connection(Request& request, std::string remote_address, bool https,
                                std::string_view client_certificate = {}) {
@@ -2028,6 +2158,8 @@ public:
     }
     // Whether an incomplete head has been received.
     bool started() const { return !request_.bytes_.empty(); }
+    // The memory of an incomplete head.
+    std::size_t buffered() const { return started() ? request_.bytes_.capacity() : 0; }
     // After a failure: the status of the response, and a sentence for its body.
     int status() const { return status_; }
     const std::string& reason() const { return reason_; }
@@ -2348,6 +2480,9 @@ public:
             throw Error("Response: status " + std::to_string(status) + " is not in 200-599");
         if (!body_.empty()) set_header("Content-Type", type);
     }
+    // {"a", "b"} is not a body: as an iterator pair it would be undefined behavior.
+    template <class T>
+    Response(int, std::initializer_list<T>, std::string_view = {}) = delete;
     static Response html(std::string body) { return Response(200, std::move(body), "text/html; charset=utf-8"); }
     static Response json(const Json& body, int status = 200) {
         return Response(status, body.dump(), "application/json");
@@ -2432,7 +2567,7 @@ inline std::string accept_key(std::string_view key) {
 // The base64 form of 16 bytes: 22 characters of the alphabet and two of padding.
 inline bool valid_key(std::string_view key) {
     const auto in_alphabet = [](char c) { return text::is_alphanumeric(c) || c == '+' || c == '/'; };
-    return key.size() == 24 && key.substr(22) == "==" && std::all_of(key.begin(), key.begin() + 22, in_alphabet);
+    return key.size() == 24 && key.substr(22) == "==" && text::all_of(key.substr(0, 22), in_alphabet);
 }
 
 // RFC 6455 4.2.1 / 3-4. Does not check the rest of the handshake.
@@ -2649,6 +2784,9 @@ public:
     // Sets the next part of a message. The bytes must stay valid until inflate() returns `done`.
     virtual void set_input(std::string_view compressed, bool last) = 0;
     virtual Outcome inflate(char* out, std::size_t capacity, std::size_t& size) = 0;
+    // After `output_full`: how many bytes at the end of the input are not inflated yet. The caller sets them again
+    // later, or an empty input if there are none.
+    virtual std::size_t take_unread_input() { return 0; }
     // Bytes that an unfinished message holds here. A finished message holds none.
     virtual std::size_t buffered_input() const = 0;
     // Bytes of output since the connection last set this to 0.
@@ -2775,6 +2913,13 @@ public:
             else if (result != Z_OK && result != Z_BUF_ERROR) return Compression::Outcome::corrupt;
             output_pending_ = stream_.avail_out == 0 && !stream_ended_ && !between_blocks();
         }
+    }
+    // The rest may be in the tail, which refill() adds.
+    std::size_t take_unread_input() {
+        if (tail_appended_) return 0;
+        const std::size_t unread = input_.size() + std::exchange(stream_.avail_in, 0u);
+        input_ = {};
+        return unread;
     }
     // Clears the window.
     void reset() {
@@ -3055,6 +3200,7 @@ public:
             pool_.release_inflater(std::move(inflater_));
         return outcome;
     }
+    std::size_t take_unread_input() override { return inflater_->take_unread_input(); }
     std::size_t buffered_input() const override {
         return inflater_ && !received_.context_takeover ? inflater_->memory_usage() : 0;
     }
@@ -3160,7 +3306,8 @@ WSCHAT_BEGIN
 namespace detail {
 
 struct Event {
-    enum class Kind : std::uint8_t { none, message, ping, pong, close };
+    // paused: the budget is spent within a message. The caller pauses the input, or calls again.
+    enum class Kind : std::uint8_t { none, message, ping, pong, close, paused };
 
     Kind kind = Kind::none;
     Message message{std::string_view()};  // of a message, a ping or a pong; valid until the next call of next_event()
@@ -3213,6 +3360,7 @@ public:
     void receive(char* data, std::size_t size, Time now) {
         if (cold_) cold_->resumed_input.release();
         if (compression_available && compression_) compression_->inflated_bytes = 0;
+        frames_read_ = 0;
         input_ = data;
         input_end_ = data + size;
         record_activity(now);
@@ -3222,7 +3370,7 @@ public:
 
     // Limits::messages_per_second and bytes_per_second: when input may continue. The caller pauses it until then.
     Time input_due() const {
-        Time due = (Time::min)();
+        Time due{};
         if (!metered_ || !cold_) return due;
         if (limits_->messages_per_second != 0) due = cold_->messages.available_at(1, message_rate());
         if (limits_->bytes_per_second != 0) due = (std::max)(due, cold_->bytes.available_at(1, byte_rate()));
@@ -3238,7 +3386,8 @@ public:
             message_.size() < direct_read_size || inflating_)
             return {nullptr, 0};
         const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
-        if (message_.available() < direct_read_size) message_.reserve(static_cast<std::size_t>(wanted));
+        if (message_.available() < direct_read_size)
+            message_.reserve(static_cast<std::size_t>(wanted), wanted == frame_left_ && frame_.fin);
         return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.available()))};
     }
 
@@ -3257,11 +3406,15 @@ public:
             const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
             if (!whole && input_ == input_end_) break;
             const Event event = is_control(frame_.opcode) ? read_control() : read_data(whole);
-            if (event.kind == Event::Kind::none) continue;
+            if (event.kind == Event::Kind::none) {
+                if (frames_read_ >= frame_budget && input_ != input_end_) return {Event::Kind::paused};
+                continue;
+            }
             if (metered_ && event.kind == Event::Kind::message && limits_->messages_per_second != 0)
                 cold().messages.charge(1, message_rate(), last_activity_);
             return event;
         }
+        if (cold_ && input_ == input_end_) cold_->resumed_input.release();
         if (state_ != State::closed || close_reported_) return {};
         close_reported_ = true;
         message_.release();
@@ -3271,24 +3424,32 @@ public:
     // Stores the rest of the input until resume_input(). The caller must not call receive() in between.
     void pause_input() {
         if (input_ == input_end_) return;
-        Bytes rest;
-        rest.append(input_, static_cast<std::size_t>(input_end_ - input_));
-        cold().paused_input = std::move(rest);
+        ColdState& state = cold();
+        if (!state.resumed_input.empty() && input_end_ == state.resumed_input.end()) {
+            state.paused_begin = static_cast<std::size_t>(input_ - state.resumed_input.data());
+            state.paused_input.swap(state.resumed_input);
+        } else {
+            state.paused_begin = 0;
+            state.paused_input.append(input_, static_cast<std::size_t>(input_end_ - input_));
+        }
         input_ = input_end_ = nullptr;
     }
     void resume_input() {
         if (compression_available && compression_) compression_->inflated_bytes = 0;
+        frames_read_ = 0;
         if (!cold_ || cold_->paused_input.empty()) return;
         std::swap(cold_->resumed_input, cold_->paused_input);
         cold_->paused_input.release();
-        input_ = cold_->resumed_input.data();
+        input_ = cold_->resumed_input.data() + cold_->paused_begin;
         input_end_ = cold_->resumed_input.end();
     }
 
-    // Whether so much was inflated since receive() or resume_input() that other connections should run first. The
-    // caller pauses the input then. One byte can inflate to a thousand.
+    // Whether so much was done since receive() or resume_input() that other connections should run first. The caller
+    // pauses the input then.
+    bool budget_spent() const { return frames_read_ >= frame_budget || inflate_budget_spent(); }
+    // One byte can inflate to a thousand.
     bool inflate_budget_spent() const {
-        return compression_available && compression_ && compression_->inflated_bytes > inflate_budget;
+        return compression_available && compression_ && compression_->inflated_bytes >= inflate_budget;
     }
 
     // Bytes of an unfinished message and of paused input.
@@ -3342,8 +3503,12 @@ public:
         return enqueue(key != nullptr ? frame.variant(key, make) : make());
     }
     // The same for a message that is useless when it is late. It is dropped if the peer is slow, with either policy.
-    WriteStatus send_volatile(const EncodedFrame& frame) { return drops_volatile(frame.size()) ? drop() : send(frame); }
+    WriteStatus send_volatile(const EncodedFrame& frame) {
+        sends_volatile_ = true;
+        return drops_volatile(frame.size()) ? drop() : send(frame);
+    }
     WriteStatus send_volatile(Opcode opcode, std::string_view payload) {
+        sends_volatile_ = true;
         return drops_volatile(frame_size(payload.size())) ? drop() : send(opcode, payload);
     }
 
@@ -3402,6 +3567,8 @@ public:
     }
 
     std::uint64_t dropped_messages() const { return dropped_; }
+    // Whether there was a volatile message.
+    bool sends_volatile() const { return sends_volatile_; }
 
     // ---- time ------------------------------------------------------------------------------------------------------
 
@@ -3436,7 +3603,8 @@ private:
     static constexpr std::size_t cached_block = 16 * 1024;
     // The smallest buffer for inflating and deflating.
     static constexpr std::size_t compression_block = 64 * 1024;
-    static constexpr std::size_t inflate_budget = 256 * 1024;
+    static constexpr std::size_t inflate_budget = 64 * 1024;
+    static constexpr std::uint32_t frame_budget = 1024;
 
     static Time deadline_after(Time time, Duration timeout) {
         return timeout == Duration::zero() ? (Time::max)() : saturating_add(time, timeout);
@@ -3477,6 +3645,7 @@ private:
         // 3. Consume the header and check its limits.
         input_ += parsed.size - before;
         header_size_ = 0;
+        ++frames_read_;
         frame_ = parsed.header;
         frame_left_ = frame_.length;
         in_payload_ = is_control(frame_.opcode) || begin_data_frame();
@@ -3514,9 +3683,9 @@ private:
 
     // Consumes the available part of the payload: unmasks it in place and checks text, block by block while a block is
     // in the cache. Returns nothing if the text is invalid.
-    std::optional<std::string_view> read_payload(bool text) {
-        const auto size = static_cast<std::size_t>(
-            std::min<std::uint64_t>(frame_left_, static_cast<std::uint64_t>(input_end_ - input_)));
+    std::optional<std::string_view> read_payload(bool text, std::uint64_t max = UINT64_MAX) {
+        const auto size =
+            static_cast<std::size_t>((std::min)({frame_left_, static_cast<std::uint64_t>(input_end_ - input_), max}));
         const std::string_view part(input_, size);
         for (std::size_t done = 0; done < size;) {
             const std::size_t block = (std::min)(size - done, cached_block);
@@ -3561,10 +3730,11 @@ private:
         else message_.append(part);
     }
 
-    // Inflates each part when it arrives, into a block of the arena. A message that fits into one block is delivered
-    // from that block. Parts of an unfinished message are copied, because an open message must not hold a whole block.
+    // Inflates each part when it arrives, into a block of the arena, until the budget is spent. A message that fits
+    // into one block is delivered from that block. Parts of an unfinished message are copied, because an open message
+    // must not hold a whole block.
     Event read_compressed() {
-        const std::string_view part = *read_payload(false);
+        const std::string_view part = *read_payload(false, cached_block);
         const bool last = !in_payload_ && frame_.fin;
         if (state_ != State::open) return {};  // RFC 6455 1.4, as in read_data()
         compression_->set_input(part, last);
@@ -3577,12 +3747,24 @@ private:
             if (message_.empty() && (last || outcome == Compression::Outcome::output_full)) std::swap(message_, block);
             else message_.append(block.view());
             arena_->recycle(std::move(block));
+            if (outcome == Compression::Outcome::output_full && inflate_budget_spent()) {
+                put_back(compression_->take_unread_input());
+                return {Event::Kind::paused};
+            }
         } while (outcome == Compression::Outcome::output_full);
-        if (!last) return {};
+        if (!last) return {inflate_budget_spent() ? Event::Kind::paused : Event::Kind::none};
         if (message_opcode_ == Opcode::text && !utf8_.complete()) return fail_invalid_text();
         inflating_ = false;
         message_delivered_ = true;
         return {Event::Kind::message, Message(message_.view(), message_opcode_)};
+    }
+    // Gives the last n bytes of the payload back to the input, masked as they came. The frame continues, also with 0.
+    void put_back(std::size_t n) {
+        input_ -= n;
+        frame_left_ += n;
+        in_payload_ = true;
+        if (frame_.masked)
+            apply_mask(input_, n, frame_.mask, static_cast<std::size_t>((frame_.length - frame_left_) % 4));
     }
     // Fills the block. The connection fails as soon as the output breaks the size limit or is not UTF-8.
     Compression::Outcome inflate_to(Bytes& block) {
@@ -3742,6 +3924,7 @@ private:
     // Allocated on demand, which keeps idle connections small.
     struct ColdState {
         Bytes paused_input;
+        std::size_t paused_begin = 0;  // its bytes before this were read already
         Bytes resumed_input;           // that next_event() reads
         std::string partial_control;   // the beginning of a control frame's payload
         std::string complete_control;  // the payload of the last event, if it arrived in parts
@@ -3762,6 +3945,7 @@ private:
     bool write_blocked_ = false;
     bool close_reported_ = false;
     bool metered_ = false;  // the rate of messages or of bytes is limited
+    bool sends_volatile_ = false;
     SendQueue output_;
     Time last_activity_{};
     Time wait_started_{};  // for the answer to our ping or to our Close frame
@@ -3783,6 +3967,7 @@ private:
     FrameHeader frame_;
     std::uint64_t frame_left_ = 0;
     std::size_t fragments_ = 0;
+    std::uint32_t frames_read_ = 0;  // since receive() or resume_input()
     char header_bytes_[FrameHeader::max_size];
 
     SendArena* arena_ = nullptr;
@@ -3952,6 +4137,10 @@ public:
     template <class T>
     bool write_binary(std::initializer_list<T>) const = delete;
 
+    // The bytes that were written here and are not with the kernel yet, at the latest flush. A thread that produces
+    // much waits while it is large. 0 if the handler is gone.
+    std::size_t buffered_amount() const { return cell_ ? cell_->posted.load() + cell_->queued.load() : 0; }
+
     // Returns null if the handler is gone. Only for the loop's thread.
     WebSocketHandler* get() const { return cell_ ? cell_->handler : nullptr; }
 
@@ -3961,7 +4150,9 @@ private:
 
     struct Cell {
         std::shared_ptr<Mailbox> mailbox;
-        WebSocketHandler* handler;  // only for the loop's thread
+        WebSocketHandler* handler;            // only for the loop's thread
+        std::atomic<std::size_t> posted = 0;  // bytes on their way to the loop
+        std::atomic<std::size_t> queued = 0;  // bytes of the connection's backlog
     };
 
     std::shared_ptr<Cell> cell_;
@@ -3982,6 +4173,7 @@ struct HandlerCore {
     Request request;
     std::string_view subprotocol;  // a part of the request
     std::vector<Membership> rooms;
+    std::unique_ptr<StringMap<std::size_t>> slots;  // positions in `rooms`, by room; null if there never were many
     HandlerRef ref;
 };
 
@@ -3995,7 +4187,9 @@ public:
     WebSocketHandler(const WebSocketHandler&) = delete;
     WebSocketHandler& operator=(const WebSocketHandler&) = delete;
     virtual ~WebSocketHandler() {
-        if (core_.ref.cell_) core_.ref.cell_->handler = nullptr;
+        if (!core_.ref.cell_) return;
+        core_.ref.cell_->handler = nullptr;
+        core_.ref.cell_->queued = 0;
     }
 
     // ---- to override -----------------------------------------------------------------------------------------------
@@ -4064,6 +4258,8 @@ public:
     WriteStatus write_binary(std::initializer_list<T>) = delete;
     template <class T>
     WriteStatus write_volatile(std::initializer_list<T>, Opcode = Opcode::text) = delete;
+    template <class T>
+    WriteStatus ping(std::initializer_list<T>) = delete;
 
     // Throws Error for over 125 bytes (RFC 6455 5.5).
     WriteStatus ping(std::string_view payload = {}) {
@@ -4116,7 +4312,7 @@ public:
     // A reference for other threads and for later use. Empty in the constructor.
     HandlerRef ref() {
         if (core_.ref.cell_ == nullptr && core_.host != nullptr)
-            core_.ref.cell_ = std::make_shared<HandlerRef::Cell>(HandlerRef::Cell{core_.host->mailbox(), this});
+            core_.ref.cell_ = std::shared_ptr<HandlerRef::Cell>(new HandlerRef::Cell{core_.host->mailbox(), this});
         return core_.ref;
     }
     // Both throw Error in the constructor.
@@ -4126,8 +4322,7 @@ public:
 protected:
     // Runs a callback of a derived class. An exception is logged and counted, and closes the connection with 1011 and
     // CloseCause::handler_exception, as one out of on_message() does.
-    template <class Hook>
-    void run_hook(const char* name, Hook&& hook) {
+    void run_hook(const char* name, detail::FunctionRef<> hook) {
         detail::run_guarded(hook, [&](const char* what) { fail(name, what); });
     }
 
@@ -4203,9 +4398,14 @@ public:
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
-    template <class Hook>
-    static void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
+    static void run_hook(WebSocketHandler& handler, const char* name, FunctionRef<> hook) {
         handler.run_hook(name, hook);
+    }
+
+    // For HandlerRef::buffered_amount().
+    static void note_queued(WebSocketHandler& handler) {
+        const auto& cell = handler.core_.ref.cell_;
+        if (cell) cell->queued = handler.core_.connection.output().size();
     }
 
     // The session's end of a Reply. It gives up by close_reply(); what the Reply is given after that has no effect.
@@ -4230,9 +4430,17 @@ public:
 
 inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const {
     detail::HandlerAccess::check_payload("HandlerRef::write_message", payload, opcode);
-    return post([payload = std::move(payload), opcode](WebSocketHandler& handler) {
-        handler.write_message(Message(payload, opcode));
+    if (!cell_) return false;
+    const std::size_t size = payload.size();
+    cell_->posted += size;
+    const bool posted = cell_->mailbox->post([cell = cell_, payload = std::move(payload), opcode] {
+        cell->posted -= payload.size();
+        if (cell->handler == nullptr) return;
+        cell->handler->write_message(Message(payload, opcode));
+        detail::HandlerAccess::note_queued(*cell->handler);
     });
+    if (!posted) cell_->posted -= size;
+    return posted;
 }
 
 inline bool HandlerRef::close(CloseCode code, std::string reason) const {
@@ -4303,7 +4511,10 @@ public:
     bool join(WebSocketHandler& handler) {
         if (!handler.is_open() || has(handler)) return false;
         auto& rooms = detail::HandlerAccess::core(handler).rooms;
-        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);  // the second push_back cannot throw
+        // First all that may run out of memory.
+        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);
+        if (members_.size() == members_.capacity()) members_.reserve(2 * members_.size() + 4);
+        if (rooms.size() >= few) add_slot(handler);
         members_.push_back({&handler, rooms.size()});
         rooms.push_back({this, members_.size() - 1});
         return true;
@@ -4348,16 +4559,36 @@ private:
     friend class Rooms;
 
     static constexpr std::size_t npos = static_cast<std::size_t>(-1);
+    static constexpr std::size_t few = 16;
 
-    // Searches the shorter list: the members of the room or the rooms of the handler.
+    // Searches the shorter list: the members of the room or the rooms of the handler. If both are long, a map.
     std::size_t index_of(const WebSocketHandler& handler) const {
-        const auto& rooms = detail::HandlerAccess::core(handler).rooms;
-        for (std::size_t i = 0; i < (std::min)(rooms.size(), members_.size()); ++i) {
+        const detail::HandlerCore& core = detail::HandlerAccess::core(handler);
+        const auto index_at = [&](std::size_t slot) {  // on_close() may still see rooms that it has left
+            const bool here = slot < core.rooms.size() && core.rooms[slot].room == this;
+            const std::size_t index = here ? core.rooms[slot].index : npos;
+            return index < members_.size() && members_[index].handler == &handler ? index : npos;
+        };
+        if (core.slots && members_.size() > few) {
+            const std::size_t* slot = core.slots->find(key(*this));
+            return slot == nullptr ? npos : index_at(*slot);
+        }
+        for (std::size_t i = 0; i < (std::min)(core.rooms.size(), members_.size()); ++i) {
             if (members_[i].handler == &handler) return i;
-            const std::size_t index = rooms[i].index;
-            if (rooms[i].room == this && index < members_.size() && members_[index].handler == &handler) return index;
+            if (const std::size_t index = index_at(i); index != npos) return index;
         }
         return npos;
+    }
+    static std::string key(const Room& room) { return big_endian_key(reinterpret_cast<std::uintptr_t>(&room)); }
+    // Adds this room, which is not in the list yet, at the end of the list.
+    void add_slot(WebSocketHandler& handler) const {
+        detail::HandlerCore& core = detail::HandlerAccess::core(handler);
+        if (!core.slots) {
+            auto slots = std::make_unique<StringMap<std::size_t>>();
+            for (std::size_t i = 0; i < core.rooms.size(); ++i) slots->find_or_emplace(key(*core.rooms[i].room), i);
+            core.slots = std::move(slots);
+        }
+        core.slots->find_or_emplace(key(*this)) = core.rooms.size();
     }
     // Moves the last member to this index.
     void remove_at(std::size_t index) {
@@ -4467,7 +4698,12 @@ inline bool Room::leave(WebSocketHandler& handler) {
     remove_at(index);
     rooms[slot] = rooms.back();
     rooms.pop_back();
-    if (slot != rooms.size()) rooms[slot].room->members_[rooms[slot].index].slot = slot;
+    const auto& slots = detail::HandlerAccess::core(handler).slots;
+    if (slots) slots->erase(key(*this));
+    if (slot != rooms.size()) {
+        rooms[slot].room->members_[rooms[slot].index].slot = slot;
+        if (slots) *slots->find(key(*rooms[slot].room)) = slot;
+    }
     if (empty()) rooms_.prune_later(*this);
     return true;
 }
@@ -4932,7 +5168,7 @@ public:
         bits_ = single ? address->bits() : static_cast<unsigned>(*bits);
         base_ = address->prefix(bits_);
     }
-    bool contains(const IpAddress& address) const {
+    WSCHAT_NOINLINE bool contains(const IpAddress& address) const {
         return address.family() == base_.family() && address.prefix(bits_) == base_;
     }
 
@@ -6661,7 +6897,7 @@ public:
         timer.due_ = due;
         sift(timer.index_);
     }
-    void cancel(Timer& timer) {
+    WSCHAT_NOINLINE void cancel(Timer& timer) {
         if (!timer.scheduled()) return;
         const std::size_t index = std::exchange(timer.index_, Timer::none);
         Timer* last = heap_.back();
@@ -6685,7 +6921,7 @@ private:
         timer->index_ = index;
     }
     // Moves the timer up or down until the heap is in order.
-    void sift(std::size_t index) {
+    WSCHAT_NOINLINE void sift(std::size_t index) {
         Timer* timer = heap_[index];
         for (; index != 0 && timer->due_ < heap_[(index - 1) / 2]->due_; index = (index - 1) / 2)
             place(index, heap_[(index - 1) / 2]);
@@ -6830,8 +7066,9 @@ public:
         turn(timeout);
         return !std::exchange(stop_, false);
     }
-    // An epoll or kqueue descriptor that becomes readable when a socket, posted work or a signal needs poll(). Only
-    // wait for it: do not read it. Throws an Error if the poller has none, with PollerKind::poll and on Windows.
+    // An epoll or kqueue descriptor that is readable while a socket, posted work or a signal needs poll(). Only wait
+    // for it, level-triggered; do not read it. Throws an Error if the poller has none: with PollerKind::poll, and on
+    // Windows.
     int descriptor() const {
         const auto descriptor = poller_->descriptor();
         if (descriptor == detail::os::no_descriptor)
@@ -6844,7 +7081,7 @@ public:
     Duration next_timeout() const {
         if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
         if (timers_.next() == (Time::max)()) return (Duration::max)();
-        return (std::max)(timers_.next() - poller_->now(), Duration::zero());
+        return (std::max)(timers_.next() - clock(), Duration::zero());
     }
 
     // ---- work and timers -------------------------------------------------------------------------------------------
@@ -6874,7 +7111,7 @@ public:
     bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
     // The time at which this turn began. Between turns, the current time.
-    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? poller_->now() : now_; }
+    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? clock() : now_; }
     // Returns true on the loop's thread. While the loop does not run, returns true on every thread.
     bool on_loop_thread() const {
         const void* thread = thread_.load(std::memory_order_relaxed);
@@ -6953,6 +7190,8 @@ private:
         detail::Task callback_;
     };
 
+    WSCHAT_NOINLINE Time clock() const { return poller_->now(); }
+
     // Marks the thread that runs the loop.
     class Running {
     public:
@@ -6978,8 +7217,7 @@ private:
     // `due` is after now_: a callback that schedules itself again without a delay must not run twice in one turn.
     TimerId add_call(Duration delay, Duration interval, detail::Task callback) {
         const TimerId id = ++last_call_;
-        const Time due =
-            (std::max)(saturating_add(poller_->now(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
+        const Time due = (std::max)(saturating_add(clock(), (std::max)(delay, Duration::zero())), now_ + Duration(1));
         calls_.find_or_emplace(big_endian_key(id), *this, id, due, interval, std::move(callback));
         return id;
     }
@@ -6989,7 +7227,7 @@ private:
             poller_->wait(timeout_ms(max_wait), ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
-        now_ = poller_->now();
+        now_ = clock();
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -7006,8 +7244,7 @@ private:
         return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
     }
 
-    template <class Function>
-    void guarded(const char* where, Function&& function) {
+    void guarded(const char* where, detail::FunctionRef<> function) {
         detail::run_guarded(function, [&](const char* what) {
             if (on_exception_) on_exception_(where, what);
         });
@@ -7438,7 +7675,8 @@ private:
             throw std::bad_alloc();
         std::string hex;
         for (unsigned i = 0; i < size; ++i)
-            for (const unsigned digit : {unsigned{bytes[i]} >> 4, unsigned{bytes[i]} & 15u}) hex += "0123456789abcdef"[digit];
+            for (const unsigned digit : {unsigned{bytes[i]} >> 4, unsigned{bytes[i]} & 15u})
+                hex += "0123456789abcdef"[digit];
         return hex;
     }
     static std::optional<std::string> decode(std::string_view base64_text) {
@@ -7914,9 +8152,16 @@ public:
         const std::string whole = text::to_lower(host), name = whole.substr(0, whole.rfind(':'));
         return text::contains(hosts_, whole) || text::contains(hosts_, name);
     }
-    bool trusted(const IpAddress& address) const {
-        return std::any_of(trusted_proxies_.begin(), trusted_proxies_.end(),
-                           [&](const Cidr& block) { return block.contains(address); });
+    bool trusted(const IpAddress& address) const { return contains(trusted_proxies_, address); }
+    static bool contains(const std::vector<Cidr>& blocks, const IpAddress& address) {
+        for (const Cidr& block : blocks)
+            if (block.contains(address)) return true;
+        return false;
+    }
+    // `address`: as Request::remote_address() gives it.
+    static bool contains(const std::vector<Cidr>& blocks, const std::string& address) {
+        const auto parsed = address == "unix" ? IpAddress() : IpAddress::parse(address);
+        return parsed && contains(blocks, *parsed);
     }
     // What the headers of trusted proxies say about the client. Other peers are the client themselves.
     ForwardedClient client(const IpAddress& peer, const Request& request, bool encrypted) const {
@@ -8075,7 +8320,7 @@ struct Metrics {
     std::uint64_t messages_dropped = 0;  // by BacklogPolicy::drop
     std::uint64_t bytes_received = 0;
     std::uint64_t bytes_sent = 0;
-    std::uint64_t backlog_bytes = 0;  // output, unfinished messages and pipelined requests that wait now
+    std::uint64_t backlog_bytes = 0;  // output, unfinished messages and requests, and pipelined requests that wait now
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
     std::uint64_t rooms = 0;
@@ -8241,16 +8486,24 @@ private:
 struct TurnState {
     static constexpr unsigned max_handshakes = 64;  // steps of TLS handshakes
     static constexpr unsigned max_continued = 16;   // sessions with work left from earlier turns
+    static constexpr unsigned max_more_reads = 64;  // from sockets that have been read in this turn
 
     SessionList<&SessionNode::next_dirty> dirty;      // to flush, or to remove, at the end of this turn
     SessionList<&SessionNode::next_waiting> waiting;  // continue in the next turn: they used up their budget
     std::uint32_t number = 0;
     unsigned handshakes_left = max_handshakes;
+    unsigned more_reads_left = max_more_reads;
 
     // TLS handshakes cost much more than messages, so a turn does a limited number of steps.
     bool take_handshake() {
         if (handshakes_left == 0) return false;
         --handshakes_left;
+        return true;
+    }
+    // A session reads once. Whether it may read again depends on how much the others have read.
+    bool take_more() {
+        if (more_reads_left == 0) return false;
+        --more_reads_left;
         return true;
     }
 };
@@ -8296,6 +8549,8 @@ public:
     virtual void note_proxy_failure(const IpAddress& peer, std::string_view cause) = 0;
     // Takes the session out of the list of open ones and destroys it at the end of the turn.
     virtual void remove(Session& session) = 0;
+    // Whether sessions and the files that they send leave no descriptor but those that are kept.
+    virtual bool descriptors_used() const = 0;
 
     CompressionPool& compression() {
         if (!compression_) compression_ = std::make_unique<CompressionPool>();
@@ -8316,9 +8571,11 @@ public:
     Bytes receive_buffer;                                       // of the session that reads
     std::array<std::string_view, Socket::max_pieces> pieces{};  // of the session that flushes
     WireCount wire;
-    std::size_t backlog = 0;  // bytes that all sessions hold
+    std::size_t backlog = 0;     // bytes that all sessions hold
+    std::size_t open_files = 0;  // that sessions send
     Metrics metrics;
     ServerLog log;
+    std::function<void(const AccessEntry&)> on_access;  // may be empty
     AddressCounts addresses;
     TurnState turn;
     OwnedDescriptor reserve;  // closed to accept one connection when all descriptors are used
@@ -8415,10 +8672,14 @@ inline void add_cookies(std::string& head, const Response& response, const Reque
 // too; an open WebSocket has none.
 class HttpExchange {
 public:
-    HttpExchange(SessionHost& host, const Limits& limits) : host_(host), limits_(limits), parser_(limits) {}
+    HttpExchange(SessionHost& host, const Limits& limits, const IpAddress& peer)
+        : host_(host), limits_(limits), peer_(peer), parser_(limits) {}
     HttpExchange(const HttpExchange&) = delete;
     HttpExchange& operator=(const HttpExchange&) = delete;
-    ~HttpExchange() { HandlerAccess::close_reply(reply_); }
+    ~HttpExchange() {
+        HandlerAccess::close_reply(reply_);
+        close_file();
+    }
 
     SendQueue output;
     bool blocked = false;       // the kernel refused output that is still queued
@@ -8434,10 +8695,17 @@ public:
     bool started() const { return parser_.started() || body_; }
     // How much of a body may still arrive before its deadline.
     std::size_t body_expected() const { return body_ ? body_->expected() : 0; }
-    bool has_pending() const { return !pending_.empty(); }
-    std::string take_pending() { return std::exchange(pending_, std::string()); }
-    // Input that is held: pipelined requests and a part of a body.
-    std::size_t buffered_input() const { return pending_.size() + (body_ ? body_->received() : 0); }
+    bool has_pending() const { return pending_begin_ != pending_.size(); }
+    // They begin at `begin`.
+    std::string take_pending(std::size_t& begin) {
+        begin = std::exchange(pending_begin_, std::size_t{0});
+        return std::exchange(pending_, std::string());
+    }
+    // Memory of input that waits: an incomplete head or body, and pipelined bytes.
+    std::size_t buffered_input() const {
+        return parser_.buffered() + (body_ ? RequestAccess::held(body_->request()) : 0) +
+               (has_pending() ? pending_.capacity() : 0);
+    }
 
     // The next request in the bytes, which are consumed; nothing if more are needed, or if the request is refused. A
     // request whose body is awaited is returned twice: first for expect_body() or an answer, then with its body.
@@ -8447,6 +8715,7 @@ public:
         const RequestParser::Outcome outcome = parser_.feed(bytes, consumed);
         bytes.remove_prefix(consumed);
         if (outcome == RequestParser::Outcome::need_more) return std::nullopt;
+        if (host_.on_access) request_time_ = Clock::now();
         if (outcome == RequestParser::Outcome::request) return parser_.take_request();
         respond(Response(parser_.status(), parser_.reason() + "\n"), nullptr);
         return std::nullopt;
@@ -8454,6 +8723,12 @@ public:
     // Keeps pipelined bytes that wait for the answer before them. After the last answer nothing is a request.
     void keep(std::string_view bytes) {
         if (keep_alive) pending_.append(bytes);
+    }
+    // Keeps the last `size` bytes of what take_pending() returned, without a copy.
+    void keep_rest(std::string bytes, std::size_t size) {
+        if (!keep_alive) return;
+        pending_begin_ = bytes.size() - size;
+        pending_ = std::move(bytes);
     }
 
     // Queues an answer. The connection ends after it if `request` is null or does not allow another.
@@ -8479,6 +8754,21 @@ public:
         auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
         if (answer) respond(std::move(*answer));
         else if (has_reply()) finish_reply();
+    }
+
+    // Counts an answer, and adds it to the access log. `request` may be null.
+    void note_answer(int status, const Request* request, std::uint64_t size) {
+        ++host_.metrics.responses[status];
+        if (!host_.on_access) return;
+        const std::string address = request != nullptr ? request->remote_address() : peer_.to_string();
+        const AccessEntry entry{address,
+                                request != nullptr ? request->method() : std::string_view(),
+                                request != nullptr ? request->raw_path() : std::string_view(),
+                                status,
+                                size,
+                                Clock::now() - request_time_};
+        run_guarded([&] { host_.on_access(entry); },
+                    [&](const char* what) { host_.log.exception("on_access", what, &peer_); });
     }
 
     // ---- answers that come later -----------------------------------------------------------------------------------
@@ -8516,19 +8806,19 @@ public:
 
     // Queues the next piece of the file. False: the file has become shorter than its Content-Length.
     bool queue_file_piece() {
-        constexpr std::uint64_t max_piece = 16 * 1024;
         const auto wanted = static_cast<std::size_t>((std::min)(file_left_, max_piece));
         Slice piece = host_.arena.allocate(wanted);
         const std::size_t got = file_.read(SendArena::writable(piece), wanted);
         piece.end = piece.begin + got;
         output.append(piece);
         file_left_ -= got;
-        if (file_left_ == 0) file_.close();
+        if (file_left_ == 0) close_file();
         return got != 0;
     }
     void drop_output() {
         output.clear();
         file_left_ = 0;
+        close_file();
     }
     void queue(std::string_view bytes) {
         if (!bytes.empty()) output.append(copy(host_.arena, bytes));
@@ -8564,10 +8854,15 @@ private:
             host_.log(LogLevel::warning, "file_missing",
                       {{"path", request->path()}, {"cause", os::error_text(answer.file_error)}});
         if (!answer.file) return respond(answer.response, request.get());
+        // A file that is sent piece by piece takes a descriptor until its end. A small one is read at once.
+        const bool small = answer.size <= max_piece;
+        if (!small && host_.descriptors_used()) return respond(file_refusal(EMFILE), request.get());
         queue_head(answer.response, request.get(), answer.size);
-        if (head_only_) return;
+        if (head_only_ || answer.size == 0) return;
         file_left_ = answer.size;
-        if (file_left_ != 0) file_ = std::move(answer.file);
+        file_ = std::move(answer.file);
+        ++host_.open_files;
+        if (small) queue_file_piece();
     }
 
     // `page` is null, or does not answer the request's method.
@@ -8623,8 +8918,18 @@ private:
         if (!connection.empty()) add_line(head, "Connection", connection);
         if (keep_alive && idle_seconds != 0) add_line(head, "Keep-Alive", "timeout=" + std::to_string(idle_seconds));
         queue(head += "\r\n");
-        ++host_.metrics.responses[response.status()];
-        if (!keep_alive) pending_.clear();
+        note_answer(response.status(), request, length.value_or(0));
+        if (keep_alive) return;
+        pending_.clear();
+        pending_begin_ = 0;
+    }
+
+    static constexpr std::uint64_t max_piece = 16 * 1024;
+
+    void close_file() {
+        if (!file_) return;
+        file_.close();
+        --host_.open_files;
     }
     // Whether another request may follow the answer to this one (RFC 9112 9.3). The rest of a body that was not read
     // would look like a request.
@@ -8636,8 +8941,11 @@ private:
 
     SessionHost& host_;
     const Limits& limits_;
+    const IpAddress& peer_;
+    Time request_time_{};  // the end of the head, if there is an access log
     RequestParser parser_;
     std::string pending_;
+    std::size_t pending_begin_ = 0;
     std::unique_ptr<BodyParser> body_;     // of the request whose body is being received
     std::unique_ptr<Request> request_;     // that a page's function answers
     HandlerAccess::ReplyState reply_;      // null unless an answer comes later
@@ -8739,9 +9047,10 @@ protected:
                 case Event::Kind::ping: call("on_ping", [&] { handler_->on_ping(event.message.data()); }); break;
                 case Event::Kind::pong: call("on_pong", [&] { handler_->on_pong(event.message.data()); }); break;
                 case Event::Kind::close: return true;
+                case Event::Kind::paused: break;
             }
             mark_dirty();
-            const bool spent = events >= max_events || connection().inflate_budget_spent() ||
+            const bool spent = events >= max_events || connection().budget_spent() ||
                                RoomsAccess::deliveries(host_.rooms) - deliveries >= max_deliveries;
             if (connection().is_open() && must_pause(spent)) {
                 connection().pause_input();
@@ -8777,8 +9086,7 @@ protected:
     // ---- callbacks -------------------------------------------------------------------------------------------------
 
     // False: it threw, which was logged.
-    template <class Call>
-    bool guarded(const char* where, Call&& call) {
+    bool guarded(const char* where, FunctionRef<> call) {
         return run_guarded(call, [&](const char* what) { host_.log.exception(where, what, &peer_); });
     }
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
@@ -8861,7 +9169,7 @@ public:
     Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
         : WebSocketDriver(host, peer),
           stream_(std::move(socket), std::move(transport)),
-          http_(std::make_unique<HttpExchange>(host, host.options.limits)),
+          http_(std::make_unique<HttpExchange>(host, host.options.limits, peer_)),
           proxy_(proxied ? std::make_unique<ProxyHeader>() : nullptr) {}
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
@@ -8871,6 +9179,8 @@ public:
     std::unique_ptr<Session> next_deleted;  // in the worker's list of removed sessions
 
     bool gone() const { return phase_ == Phase::gone; }
+    // Null before open() and after on_close().
+    WebSocketHandler* opened_handler() const { return phase_ == Phase::websocket ? handler_.get() : nullptr; }
     std::size_t backlog() const { return counted_backlog_; }
     const std::string* address_key() const { return address_key_.get(); }
     // Fetches what finish_turn() needs into the cache. Saves 3% of the server's time in a fan-out to 8,000.
@@ -8907,7 +9217,9 @@ public:
     void on_timer(Time now) override {
         if (gone()) return;
         protect([&] {
-            if (phase_ == Phase::websocket) {
+            if (read_late_input()) {
+                // The peer was in time.
+            } else if (phase_ == Phase::websocket) {
                 connection().tick(now);
                 schedule(connection().deadline());
             } else if (phase_ == Phase::http && http_->awaits_reply()) {
@@ -8967,7 +9279,7 @@ public:
         });
     }
     // Drops the connection at the end of this turn, without a Close frame. Throws nothing.
-    void abort(CloseCause cause, std::string_view reason) {
+    WSCHAT_NOINLINE void abort(CloseCause cause, std::string_view reason) {
         if (gone()) return;
         if (phase_ == Phase::websocket) connection().abort(cause, reason);
         ended_ = true;
@@ -8994,6 +9306,9 @@ public:
     void flush() override {
         SendQueue& queue = output();
         const std::uint64_t sent_before = host_.wire.sent;
+        if (phase_ == Phase::websocket && connection().sends_volatile() && !std::exchange(send_buffer_set_, true) &&
+            limits().send_buffer != 0)
+            stream_.socket().set_send_buffer(limits().send_buffer);
         if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
         while (!queue.empty() && !blocked() && !send_failed_) {
             const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
@@ -9039,8 +9354,7 @@ private:
     }
 
     // An exception in here means that memory ran out, which costs this connection.
-    template <class Work>
-    void protect(Work&& work) {
+    void protect(FunctionRef<> work) {
         if (!guarded("session", work)) abort(CloseCause::connection_lost, "out of memory");
     }
 
@@ -9101,11 +9415,19 @@ private:
     }
     void update_backlog() {
         std::size_t held = 0;
-        if (phase_ == Phase::websocket && !ended_) held = output().size() + connection().buffered_input();
-        else if (http_ && !gone() && !ended_) held = output().size() + http_->buffered_input();
+        if (phase_ == Phase::websocket && !ended_)
+            held = output().held() + connection().buffered_input() + held_request();
+        else if (http_ && !gone() && !ended_) held = output().held() + http_->buffered_input();
         if (!gone() && !ended_) held += stream_.buffered();
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
+        if (phase_ == Phase::websocket) HandlerAccess::note_queued(*handler_);
+    }
+
+    // The handler keeps its request. One of normal size is part of what an idle connection needs.
+    std::size_t held_request() const {
+        const std::size_t size = RequestAccess::held(core().request);
+        return size > 4 * 1024 ? size : 0;
     }
 
     // Tells the poller what the session waits for.
@@ -9134,6 +9456,7 @@ private:
         if (proxy_ && !read_proxy_header()) return;
         constexpr int max_reads = 4;  // then other sessions have their turn
         for (int i = 0; i < max_reads && reading(); ++i) {
+            if (i != 0 && !host_.turn.take_more()) return;
             if (stream_.encrypted() && !handshake_done_ && !host_.turn.take_handshake()) return;
             std::pair<char*, std::size_t> area{nullptr, 0};
             if (phase_ == Phase::websocket) area = connection().receive_buffer();
@@ -9148,12 +9471,24 @@ private:
         }
     }
 
+    // For a timer that is due. After a long turn, input that came in time may still wait in the kernel, behind that of
+    // other sessions: it is read first. True: the session has ended, or its timer is set again.
+    bool read_late_input() {
+        if (phase_ == Phase::lingering || !reading() || (phase_ == Phase::http && http_->busy())) return false;
+        read();
+        if (ended_ || scheduled()) return true;
+        const bool in_time = phase_ == Phase::websocket ? connection().deadline() > now() : http_->busy();
+        if (in_time) schedule(phase_ == Phase::websocket ? connection().deadline() : after(limits().handshake_timeout));
+        return in_time;
+    }
+
     void take_input(char* data, std::size_t size) {
         if (phase_ == Phase::websocket) {
             connection().receive(data, size, now());
             if (dispatch_events()) finish_websocket();
         } else if (phase_ == Phase::http) {
-            parse_requests({data, size});
+            const std::string_view rest = parse_requests({data, size});
+            if (!rest.empty()) http_->keep(rest);
         } else {
             http_->discarded += size;
         }
@@ -9272,15 +9607,22 @@ private:
         if (!ended_) schedule(scheduled() ? (std::min)(due(), latest) : latest);
     }
 
-    void parse_requests(std::string_view bytes) {
+    // Returns the bytes that wait for an answer.
+    std::string_view parse_requests(std::string_view bytes) {
         if (std::exchange(idle_, false)) schedule(after(limits().handshake_timeout));
         while (!bytes.empty() && phase_ == Phase::http && !http_->busy() && http_->keep_alive) {
             std::optional<Request> request = http_->parse(bytes);
             mark_dirty();
-            if (!request) return;
+            if (!request) return {};
             answer(std::move(*request), bytes);
         }
-        if (!bytes.empty() && phase_ == Phase::http) http_->keep(bytes);
+        return phase_ == Phase::http ? bytes : std::string_view();
+    }
+    void parse_pending() {
+        std::size_t begin = 0;
+        std::string pending = http_->take_pending(begin);
+        const std::string_view rest = parse_requests({&pending[begin], pending.size() - begin});
+        if (!rest.empty()) http_->keep_rest(std::move(pending), rest.size());
     }
 
     WSCHAT_COLD void answer(Request request, std::string_view& rest) {
@@ -9328,8 +9670,7 @@ private:
         } else if (phase_ == Phase::lingering || !http_->keep_alive) {
             linger();
         } else if (http_->has_pending() && may_work()) {
-            const std::string pending = http_->take_pending();
-            parse_requests(pending);
+            parse_pending();
         } else if (answered_ && !idle_ && !http_->started() && !http_->has_pending()) {
             idle_ = true;
             schedule(after(limits().keep_alive_timeout));
@@ -9342,16 +9683,15 @@ private:
                 give_up_reply(Response(500, "The server failed to answer.\n"));
             return;
         }
-        const std::string pending = http_->take_pending();
-        std::string_view rest = pending;
+        std::size_t begin = 0;
+        std::string pending = http_->take_pending(begin);
+        std::string_view rest = std::string_view(pending).substr(begin);
         finish_upgrade(rest);
-        if (!rest.empty() && phase_ == Phase::http) http_->keep(rest);
     }
     void continue_http() {
         if (!blocked() && http_->has_file()) send_file();
         if (http_->busy() || !http_->keep_alive || !http_->has_pending()) return;
-        const std::string pending = http_->take_pending();
-        parse_requests(pending);
+        parse_pending();
     }
     void send_file() {
         constexpr int max_pieces = 8;  // then other sessions have their turn
@@ -9452,8 +9792,7 @@ private:
         add_cookies(lines, headers, core().request);
         http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
                                          compression.response, lines));
-        ++host_.metrics.responses[101];
-        if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
+        http_->note_answer(101, &core().request, 0);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
         // From here to open() nothing throws, so that on_close() comes only after open().
@@ -9500,7 +9839,7 @@ private:
             ended_ = true;
             return mark_dirty();
         }
-        auto http = std::make_unique<HttpExchange>(host_, limits());
+        auto http = std::make_unique<HttpExchange>(host_, limits(), peer_);
         http->keep_alive = false;
         http->blocked = connection().write_blocked();
         std::swap(http->output, connection().output());
@@ -9526,6 +9865,7 @@ private:
     Phase phase_ = Phase::http;
     bool ended_ = false;  // finish_turn() removes the session
     bool full_ = false;   // the server has no room for it
+    bool send_buffer_set_ = false;
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
@@ -9647,7 +9987,7 @@ public:
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
     WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports,
-                            const ListenOptions& listen_options) {
+                            const ListenOptions& listen_options = {}) {
         if (draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
         const Listener& added =
             listeners_.append(*this, ListenAddress::parse(address), std::move(transports), listen_options);
@@ -9686,6 +10026,10 @@ public:
         while (!sessions_.empty()) end_turn();
     }
 
+    void each_handler(FunctionRef<WebSocketHandler&> visit) {
+        for (const auto& session : sessions_)
+            if (WebSocketHandler* handler = session->opened_handler()) visit(*handler);
+    }
     Metrics current_metrics() const {
         Metrics now = metrics;
         now.connections_open = sessions_.size();
@@ -9702,17 +10046,21 @@ public:
     void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
         ++metrics.connections_accepted;
         const std::size_t max = max_connections();
-        if (sessions_.size() >= max + max_rejections_at_once) {
+        // Files take descriptors of connections. Without files only `max` counts, which the program may have raised.
+        const std::size_t used = sessions_.size() + open_files;
+        const std::size_t usable = open_files == 0 ? max : (std::min)(max + open_files, usable_descriptors());
+        if (used >= usable + max_rejections_at_once) {
             ++metrics.connections_refused;
             return;
         }
-        const bool full = sessions_.size() >= max;
+        const bool full = used >= usable;
         auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), proxied);
         Session& session = *made;
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
         session.start(full);
     }
+    bool descriptors_used() const override { return sessions_.size() + open_files >= usable_descriptors(); }
     WSCHAT_COLD Response too_many_connections() override {
         ++metrics.connections_refused;
         log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
@@ -9740,7 +10088,10 @@ private:
     static Session& session_of(SessionNode& node) { return static_cast<Session&>(node); }
 
     std::size_t max_connections() const {
-        if (options.server_limits.max_connections != 0) return options.server_limits.max_connections;
+        const std::size_t max = options.server_limits.max_connections;
+        return max != 0 ? max : usable_descriptors();
+    }
+    static std::size_t usable_descriptors() {
         const std::size_t limit = os::descriptor_limit();
         return limit > 2 * descriptors_kept ? limit - descriptors_kept : limit / 2;
     }
@@ -9762,6 +10113,7 @@ private:
         reap();
         closed_listeners_.clear();
         turn.handshakes_left = TurnState::max_handshakes;
+        turn.more_reads_left = TurnState::max_more_reads;
         if (draining && sessions_.empty()) loop.stop();
         return has_work();
     }
@@ -9905,10 +10257,15 @@ public:
                     std::vector<std::pair<std::string, std::string>> headers = {}) {
         site_.add_static_dir(pattern, folder, std::move(headers));
     }
-    // metrics() in the format of Prometheus, for everybody who can reach the server.
-    void metrics_page(std::string_view pattern) {
-        get(pattern,
-            [this](const Request&) { return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4"); });
+    // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
+    // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
+    void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
+        const std::vector<detail::Cidr> blocks(allowed.begin(), allowed.end());
+        get(pattern, [this, blocks](const Request& request) {
+            if (!blocks.empty() && !detail::Site::contains(blocks, request.remote_address()))
+                return Response(404, "There is nothing at this path.\n");
+            return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4");
+        });
     }
 
     // Origins that may connect beside the server's own: "https://chat.example", "https://*.chat.example" for its
@@ -9923,6 +10280,8 @@ public:
     void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }
+    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr().
+    void on_access(std::function<void(const AccessEntry&)> function) { worker_.on_access = std::move(function); }
 
     // ---- running ---------------------------------------------------------------------------------------------------
 
@@ -10001,14 +10360,20 @@ public:
     template <class Extension>
     Extension& extension() {
         static char key;
-        for (const auto& [known, object] : extensions_)
-            if (known == &key) return *static_cast<Extension*>(object.get());
-        extensions_.emplace_back(&key, detail::make_erased<Extension>(*this));
-        return *static_cast<Extension*>(extensions_.back().second.get());
+        const std::string name = big_endian_key(reinterpret_cast<std::uintptr_t>(&key));
+        if (void* known = extensions_.find(name)) return *static_cast<Extension*>(known);
+        return *static_cast<Extension*>(extensions_.add(name, detail::make_erased<Extension>(*this)));
     }
     // Adds an entry to the log, for what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
         worker_.log(level, event, fields);
+    }
+
+    // Calls visit(handler) for each WebSocketHandler that is open, on the loop's thread. visit() may close and write,
+    // but not delete.
+    template <class Visit>
+    void each_handler(Visit&& visit) {
+        worker_.each_handler(visit);
     }
 
     Loop& loop() { return worker_.loop; }
@@ -10062,14 +10427,14 @@ private:
     bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
-    std::vector<std::pair<const void*, detail::ErasedPtr>> extensions_;
+    detail::ErasedMap extensions_;
 };
 
 // ---- tests without sockets -----------------------------------------------------------------------------------------
 
 // For the tests of programs that use the library. A TestServer is a Server whose clients are in memory: its sessions,
-// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands still
-// until advance(). What a call of a client causes has happened when it returns.
+// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands
+// still until advance(). What a call of a client causes has happened when it returns.
 
 class TestServer;
 
@@ -10189,10 +10554,12 @@ struct MemoryLink {
     bool closed = false;             // the server has closed its end
 };
 
-// The server's end of a link, instead of a socket.
+// The server's end of a link, instead of a socket. This and the functions that use it are templates, because GCC emits
+// the only Transport of a program without TLS although nothing uses it.
+template <class Link>
 class MemoryTransport final : public Transport {
 public:
-    explicit MemoryTransport(std::shared_ptr<MemoryLink> link) : link_(std::move(link)) {}
+    explicit MemoryTransport(std::shared_ptr<Link> link) : link_(std::move(link)) {}
     MemoryTransport(const MemoryTransport&) = delete;
     MemoryTransport& operator=(const MemoryTransport&) = delete;
     ~MemoryTransport() override { link_->server_ended = link_->closed = true; }
@@ -10210,7 +10577,7 @@ public:
         for (std::size_t i = 0; i < count; ++i) {
             const std::string_view taken = pieces[i].substr(0, link_->window);
             link_->to_client += taken;
-            if (link_->window != MemoryLink::unlimited) link_->window -= taken.size();
+            if (link_->window != Link::unlimited) link_->window -= taken.size();
             sent += taken.size();
         }
         wire.sent += sent;
@@ -10229,7 +10596,7 @@ public:
     bool encrypts() const override { return false; }
 
 private:
-    std::shared_ptr<MemoryLink> link_;
+    std::shared_ptr<Link> link_;
     std::string no_failure_;
 };
 
@@ -10485,15 +10852,17 @@ public:
     }
 
     // Opens a WebSocket. TestClient::response() has the answer if it is refused.
+    template <class Link = detail::MemoryLink>
     TestClient connect(const TestRequest& request) {
-        const auto client = start(request, request.handshake());
+        const auto client = start<Link>(request, request.handshake());
         client->compression = request.compression_;
         settle();
         return TestClient(client);
     }
     // Gets a page.
+    template <class Link = detail::MemoryLink>
     TestResponse fetch(const TestRequest& request) {
-        const auto client = start(request, request.page_request());
+        const auto client = start<Link>(request, request.page_request());
         client->to_head = request.method_ == "HEAD";
         settle();
         TestClient(client).hang_up();
@@ -10536,12 +10905,13 @@ public:
 private:
     friend class TestClient;
 
+    template <class Link>
     std::shared_ptr<TestClient::State> start(const TestRequest& request, std::string bytes) {
-        const auto link = std::make_shared<detail::MemoryLink>();
+        const auto link = std::make_shared<Link>();
         const auto client = std::make_shared<TestClient::State>(self_, link);
         clients_.push_back(client);
         link->to_server = std::move(bytes);
-        auto transport = std::make_unique<detail::MemoryTransport>(link);
+        auto transport = std::make_unique<detail::MemoryTransport<Link>>(link);
         poller_->expect(link);
         if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport), false);
         return client;
@@ -10613,8 +10983,6 @@ WSCHAT_END
 // ====================================================================================================================
 
 #if WSCHAT_CHAT
-
-#include <deque>
 
 WSCHAT_BEGIN
 
@@ -10714,14 +11082,13 @@ public:
         return record == nullptr ? 0 : record->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
-        Record record{entry, now,
-                      entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256};
+        const std::size_t bytes =
+            entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256;
+        Record& record = records_.find_or_emplace(big_endian_key(last_id_ + 1), entry, now, bytes);
         record.entry.room.clear();
-        record.entry.id = last_id_ + 1;
-        records_.push_back(std::move(record));
-        ++last_id_;
-        bytes_ += records_.back().bytes;
-        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), records_.back());
+        record.entry.id = ++last_id_;
+        bytes_ += bytes;
+        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
         last_append_ = now;
         trim(limits, now);
         return last_id_;
@@ -10733,8 +11100,10 @@ public:
         const bool known = id && *id <= last_id_;
         const std::uint64_t before_limit = last_id_ > limit ? last_id_ - limit : 0;
         const std::uint64_t before_first = last_id_ - records_.size();
-        for (std::uint64_t i = (std::max)({known ? *id : 0, before_limit, before_first}); i != last_id_; ++i)
-            page.entries.push_back(records_[static_cast<std::size_t>(i - before_first)].entry);
+        const std::uint64_t before_page = (std::max)({known ? *id : 0, before_limit, before_first});
+        page.entries = std::vector<ChatEntry>(static_cast<std::size_t>(last_id_ - before_page));
+        std::uint64_t next = before_page;
+        for (ChatEntry& entry : page.entries) entry = records_.find(big_endian_key(++next))->entry;
         page.gap = id && (!known || last_id_ - *id > page.entries.size());
         return page;
     }
@@ -10749,7 +11118,7 @@ private:
         Time time;
         std::size_t bytes;
     };
-    static std::string tag_key(const ChatEntry& entry) { return entry.author + '\n' + entry.tag; }
+    static std::string tag_key(const ChatEntry& entry) { return text::concat({entry.author, "\n", entry.tag}); }
 
     void trim(const HistoryLimits& limits, Time now) {
         while (!records_.empty()) {
@@ -10759,12 +11128,12 @@ private:
             if (!expired && records_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
             bytes_ -= oldest.bytes;
             if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
-            records_.pop_front();
+            records_.erase(big_endian_key(oldest.entry.id));
         }
     }
 
-    std::deque<Record> records_;
-    StringMap<Record> tags_;  // by author and tag
+    StringMap<Record> records_;  // by id
+    StringMap<Record> tags_;     // by author and tag
     std::uint64_t last_id_;
     std::size_t bytes_ = 0;
     Time last_append_{};
@@ -10923,19 +11292,18 @@ struct ChatLine {
     }
     // 1 to 64 visible ASCII characters.
     static bool valid_tag(std::string_view tag) {
-        return !tag.empty() && tag.size() <= 64 &&
-               std::all_of(tag.begin(), tag.end(), [](char c) { return c > ' ' && c < 0x7F; });
+        return !tag.empty() && tag.size() <= 64 && text::all_of(tag, [](char c) { return c > ' ' && c < 0x7F; });
     }
 };
 
 // Removes a token from the front of the text. False if the text does not begin with it.
-inline bool consume(std::string_view& text, std::string_view token) {
+WSCHAT_NOINLINE inline bool consume(std::string_view& text, std::string_view token) {
     const bool found = text::starts_with(text, token);
     if (found) text.remove_prefix(token.size());
     return found;
 }
 // Removes all characters of a set from the front of the text. False if there is none.
-inline bool consume_all(std::string_view& text, std::string_view set) {
+WSCHAT_NOINLINE inline bool consume_all(std::string_view& text, std::string_view set) {
     const std::size_t size = (std::min)(text.find_first_not_of(set), text.size());
     text.remove_prefix(size);
     return size != 0;
@@ -10994,21 +11362,44 @@ inline bool valid_json(std::string_view text) { return valid_utf8(text) && consu
 // An event for clients: one JSON object, field by field. README.md lists all events.
 class ChatEvent {
 public:
-    explicit ChatEvent(std::string_view type) { add("type", type); }
+    WSCHAT_NOINLINE explicit ChatEvent(std::string_view type) { add_text("type", type); }
     ChatEvent& add(std::string_view name, const Json& value) { return add_json(name, value.dump()); }
-    ChatEvent& add_json(std::string_view name, std::string_view json) {
-        text_ += text_.empty() ? '{' : ',';
-        ((text_ += Json(name).dump()) += ':') += json;
+    // The same as add() with a text, but the caller makes no Json.
+    WSCHAT_NOINLINE ChatEvent& add_text(std::string_view name, std::string_view text) {
+        return add_json(name, Json(text).dump());
+    }
+    WSCHAT_NOINLINE ChatEvent& add_json(std::string_view name, std::string_view json) {
+        if (text_.size() > 1) text_.back() = ',';
+        (((text_ += Json(name).dump()) += ':') += json) += '}';
         return *this;
     }
     ChatEvent& add_unless_empty(std::string_view name, std::string_view value) {
-        return value.empty() ? *this : add(name, value);
+        return value.empty() ? *this : add_text(name, value);
     }
-    std::string dump() const { return text_ + '}'; }
+    const std::string& dump() const { return text_; }
 
 private:
-    std::string text_;
+    std::string text_ = "{";
 };
+
+namespace detail {
+
+// A JSON array, element by element.
+class JsonList {
+public:
+    WSCHAT_NOINLINE void add(std::string_view json) {
+        text_.back() = size_++ == 0 ? '[' : ',';
+        (text_ += json) += ']';
+    }
+    std::size_t size() const { return size_; }
+    std::string_view dump() const { return size_ == 0 ? "[]" : std::string_view(text_); }
+
+private:
+    std::string text_ = "[";
+    std::size_t size_ = 0;
+};
+
+}  // namespace detail
 
 // ---- flood limits --------------------------------------------------------------------------------------------------
 
@@ -11060,7 +11451,7 @@ public:
         return deadline != nullptr && *deadline > now;
     }
     // Zero removes the key.
-    void set(const std::string& key, Duration duration, Time now) {
+    WSCHAT_NOINLINE void set(const std::string& key, Duration duration, Time now) {
         deadlines_.erase_if([now](Time deadline) { return deadline <= now; });
         if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = saturating_add(now, duration);
         else deadlines_.erase(key);
@@ -11104,20 +11495,21 @@ public:
     static std::string fold_case(std::string_view name) { return text::to_lower(name); }
 
     // Null if nobody has the name.
-    User* find(std::string_view name) const { return users_.find(fold_case(name)); }
+    WSCHAT_NOINLINE User* find(std::string_view name) const { return users_.find(fold_case(name)); }
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
-    bool empty() const { return users_.empty(); }
-    std::size_t size() const { return users_.size(); }
-    std::size_t max_name = 40;  // of the names that free_name() makes
-
     // Ordered by name.
+    StringMap<User>::Iterator begin() const { return users_.begin(); }
+    StringMap<User>::Iterator end() const { return users_.end(); }
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
         for (const auto& [name, user] : users_) list.push_back(user.info);
         return list;
     }
+    bool empty() const { return users_.empty(); }
+    std::size_t size() const { return users_.size(); }
+    std::size_t max_name = 40;  // of the names that free_name() makes
 
     // Adds a connection to the user with its identity. Without an identity: to a user of that name who has none either
     // and is in the grace period. Otherwise to a new user with a free name; then `joined` is true.
@@ -11166,7 +11558,11 @@ public:
     // Allocates nothing.
     static void detach(User& user, ChatHandler* connection, Time expires) {
         auto& all = user.connections;
-        all.erase(std::remove(all.begin(), all.end(), connection), all.end());
+        for (auto at = all.begin(); at != all.end(); ++at) {
+            if (*at != connection) continue;
+            all.erase(at);
+            break;
+        }
         if (all.empty()) user.expires = expires;
     }
     // Removes the users whose grace period is over, and returns their names. `next` is the end of the next period.
@@ -11174,7 +11570,7 @@ public:
         std::vector<std::string> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(user.info.name);
+            if (user.expires <= now) expired.push_back(std::string(user.info.name));
             else next = (std::min)(next, user.expires);
         }
         for (const std::string& name : expired) remove(*find(name));
@@ -11201,9 +11597,9 @@ public:
         std::string free = name;
         for (std::size_t n = 2; find(free) != nullptr; ++n) {
             if (n == 10 && users_.size() > n) n = users_.size();  // avoids many tries for the hundredth guest
-            const std::string number = "-" + std::to_string(n);
+            const std::string number = std::to_string(n);
             const std::size_t longest = (std::max)(max_name, name.size());
-            free = std::string(truncate_utf8(name, longest - (std::min)(longest, number.size()))) + number;
+            free = text::concat({truncate_utf8(name, longest - (std::min)(longest, number.size() + 1)), "-", number});
         }
         return free;
     }
@@ -11306,7 +11702,7 @@ public:
     // Replaces the store: set_store(SqliteHistory("chat.db")). An Error after the first connection.
     template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, Store>, int> = 0>
     void set_store(Store store) {
-        set_store(std::unique_ptr<ChatStore>(std::make_unique<Store>(std::move(store))));
+        set_store(std::unique_ptr<ChatStore>(new Store(std::move(store))));
     }
     void set_store(std::unique_ptr<ChatStore> store) {
         if (!rooms_.empty())
@@ -11366,7 +11762,9 @@ private:
         return last_number_;
     }
     void remove_connection(std::uint64_t number) { connections_.erase(big_endian_key(number)); }
-    ChatHandler* connection(std::uint64_t number) const { return connections_.find(big_endian_key(number)); }
+    WSCHAT_NOINLINE ChatHandler* connection(std::uint64_t number) const {
+        return connections_.find(big_endian_key(number));
+    }
 
     AddressUse& add_address(const std::string& remote_address) {
         if (addresses_.size() >= prune_addresses_at_) prune_addresses();
@@ -11426,13 +11824,17 @@ private:
 
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
-    static std::string address_key(const std::string& address) { return "address " + rate_limit_key(address); }
-    static std::string name_key(std::string_view name) { return "name " + detail::Presence::fold_case(name); }
+    static std::string address_key(const std::string& address) {
+        return text::concat({"address ", rate_limit_key(address)});
+    }
+    static std::string name_key(std::string_view name) { return text::concat({"name ", text::to_lower(name)}); }
     // The identity to which the tags of an author belong; without one, the name.
     static std::string author_of(const User& user) {
         return user.identity.empty() ? name_key(user.info.name) : user.identity;
     }
-    static std::string mute_key(const ChatRoom& room, const User& user) { return room.name() + '\n' + author_of(user); }
+    static std::string mute_key(const ChatRoom& room, const User& user) {
+        return text::concat({room.name(), "\n", author_of(user)});
+    }
 
     bool banned(const std::string& address, const std::string& name, const std::string& identity) {
         if (bans_.active(address_key(address), now()) || bans_.active(name_key(name), now())) return true;
@@ -11449,7 +11851,7 @@ private:
 
     // ---- entries ---------------------------------------------------------------------------------------------------
 
-    static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
+    WSCHAT_NOINLINE static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
         ChatEntry entry;
         entry.kind = kind;
         entry.room = room.name();
@@ -11460,7 +11862,7 @@ private:
         entry.time = unix_ms();
         store_->append(std::move(entry));
     }
-    void forward(ChatEntry entry) {
+    WSCHAT_NOINLINE void forward(ChatEntry entry) {
         entry.time = unix_ms();
         store_->forward(entry);
     }
@@ -11562,15 +11964,15 @@ public:
     // Says it to the current room, as if the user had typed it.
     void say(std::string_view text) { say(ChatEntry::Kind::said, text); }
     // Sends an event to this client alone, with the tag of its line.
-    void reply(ChatEvent event) { write_message(event.add_unless_empty("tag", tag_).dump()); }
+    void reply(const ChatEvent& event) { write_message(ChatEvent(event).add_unless_empty("tag", tag_).dump()); }
     void reply_error(std::string_view code, std::string_view sentence) {
-        reply(ChatEvent("error").add("code", code).add("text", sentence));
+        reply(ChatEvent("error").add_text("code", code).add_text("text", sentence));
     }
     // Closes the connection with 1008. The user leaves without a grace period.
     void kick(std::string_view reason) {
         if (!is_open()) return;
         kicked_ = true;
-        write_message(ChatEvent("kicked").add("text", reason).dump());
+        write_message(ChatEvent("kicked").add_text("text", reason).dump());
         close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
 
@@ -11595,11 +11997,11 @@ public:
         if (!name_accepted || user_.name.empty()) user_.name = "guest";
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
         const auto refusal = refuse_room(wanted);
-        const bool to_lobby = refusal && refusal->code == "room_bad" && !refuse_room("lobby");
+        const bool to_lobby = refusal.code == "room_bad" && !refuse_room("lobby");
         if (!refusal || to_lobby) join_room(refusal ? "lobby" : wanted);
         reply(hello_event());
         if (!name_accepted) reply_error("name_bad", name_rule());
-        if (refusal) reply_error(*refusal);
+        if (refusal) reply_error(refusal);
         connected_ = true;
         run_hook("on_connect", [this] { on_connect(); });
         if (current_room() != nullptr)
@@ -11649,8 +12051,9 @@ private:
         std::uint64_t delivered_id;  // of the room at the time of the request
     };
     struct Refusal {
-        std::string_view code;
-        std::string sentence;
+        std::string_view code{};  // empty: nothing is refused
+        std::string sentence{};
+        explicit operator bool() const { return !code.empty(); }
     };
 
     static std::string fingerprint(const std::string& key) {
@@ -11673,27 +12076,28 @@ private:
     void check_about(const std::string& about) const {
         const bool too_long = about.size() > hub_->limits.max_about;
         if (!too_long && (about.empty() || detail::valid_json(about))) return;
-        throw Error(
-            "ChatHandler::authenticate: ChatUser::about \"" + escape_for_log(about) + "\": it is " +
-            (too_long ? "longer than ChatLimits::max_about" : "not a JSON value in UTF-8 of at most 32 levels"));
+        throw Error(text::concat(
+            {"ChatHandler::authenticate: ChatUser::about \"", escape_for_log(about), "\": it is ",
+             too_long ? "longer than ChatLimits::max_about" : "not a JSON value in UTF-8 of at most 32 levels"}));
     }
 
     ChatEvent hello_event() {
         ChatEvent event("hello");
-        event.add("version", 2).add("server", "wschat");
-        add_room(event).add("name", user().name);
-        event.add("features", Json::array(std::vector<std::string_view>{"rooms", "names", "users", "history", "resume",
-                                                                        "tags", "typing", "private", "commands"}));
+        event.add("version", 2).add_text("server", "wschat");
+        add_room(event).add_text("name", user().name);
+        event.add_json("features",
+                       R"(["rooms","names","users","history","resume","tags","typing","private","commands"])");
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"name", hub_->limits.max_name},
                                  {"room", hub_->limits.max_room_name}});
         return event;
     }
     ChatEvent& add_room(ChatEvent& event) {
-        return event.add("room", current_room() == nullptr ? Json() : Json(current_room()->name()));
+        return current_room() == nullptr ? event.add_json("room", "null")
+                                         : event.add_text("room", current_room()->name());
     }
     std::string name_rule() const {
-        return "A name is 1 to " + std::to_string(hub_->limits.max_name) + " bytes of visible text.";
+        return text::concat({"A name is 1 to ", std::to_string(hub_->limits.max_name), " bytes of visible text."});
     }
 
     // ---- input -----------------------------------------------------------------------------------------------------
@@ -11719,29 +12123,30 @@ private:
         if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
             reply_error("unknown_command",
-                        "There is no command /" + std::string(line.command.substr(0, 40)) + "; /help names all.");
+                        text::concat({"There is no command /", line.command.substr(0, 40), "; /help names all."}));
     }
 
     // Filters the text. The result says why it is refused.
-    std::optional<Refusal> refuse_text(std::string& text) {
+    Refusal refuse_text(std::string& text) {
         const auto is_empty = [&] { return detail::all_characters(text, detail::is_white_space); };
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
-        if (text.size() > max) return Refusal{"too_long", "A message has at most " + std::to_string(max) + " bytes."};
+        if (text.size() > max)
+            return Refusal{"too_long", text::concat({"A message has at most ", std::to_string(max), " bytes."})};
         if (!detail::valid_chat_text(text)) return Refusal{"bad_text", "Control characters are refused."};
         if (is_empty()) return Refusal{"empty", "There is nothing in that message."};
         if (!filter(text)) return Refusal{"refused", "That message is refused here."};
         if (text.size() > max || !detail::valid_chat_text(text) || is_empty())
             throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
-        return std::nullopt;
+        return {};
     }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
     void say(ChatEntry::Kind kind, std::string_view said) {
         std::string text(said);
         if (!may(ChatAction::say)) return reply_forbidden();
-        if (const auto refusal = refuse_text(text)) return reply_error(*refusal);
+        if (const auto refusal = refuse_text(text)) return reply_error(refusal);
         ChatEntry entry = new_entry(kind);
         entry.text = std::move(text);
         entry.author = ChatHub::author_of(*memberships_[current_].user);
@@ -11749,7 +12154,7 @@ private:
         hub_->append(std::move(entry));
     }
 
-    ChatEntry new_entry(ChatEntry::Kind kind) {
+    WSCHAT_NOINLINE ChatEntry new_entry(ChatEntry::Kind kind) {
         ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user().name);
         entry.sender = number_;
         return entry;
@@ -11766,19 +12171,19 @@ private:
         return index;
     }
 
-    std::optional<Refusal> refuse_room(std::string_view name) {
+    Refusal refuse_room(std::string_view name) {
         const ChatLimits& limits = hub_->limits;
         if (!detail::valid_chat_name(name, limits.max_room_name))
-            return Refusal{"room_bad", "The name of a room is 1 to " + std::to_string(limits.max_room_name) +
-                                           " bytes of visible text."};
+            return Refusal{"room_bad", text::concat({"The name of a room is 1 to ",
+                                                     std::to_string(limits.max_room_name), " bytes of visible text."})};
         if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
         if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
         if (memberships_.size() >= limits.max_rooms_per_connection)
-            return Refusal{"room_limit",
-                           "You are in " + std::to_string(memberships_.size()) + " rooms already; /leave one."};
+            return Refusal{"room_limit", text::concat({"You are in ", std::to_string(memberships_.size()),
+                                                       " rooms already; /leave one."})};
         if (hub_->room_count() >= limits.max_rooms && hub_->find(name) == nullptr)
             return Refusal{"room_limit", "There are too many rooms."};
-        return std::nullopt;
+        return {};
     }
 
     void join_room(std::string_view name) {
@@ -11891,8 +12296,8 @@ private:
         std::optional<ChatAction> action{};  // that the user must be allowed to do
     };
 
-    static const std::vector<Command>& commands() {
-        static const std::vector<Command> all = {
+    static const std::array<Command, 13>& commands() {
+        static constexpr std::array<Command, 13> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
@@ -11907,7 +12312,7 @@ private:
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
-        };
+        }};
         return all;
     }
 
@@ -11917,11 +12322,11 @@ private:
         const Presence::User* receiver = consume_user(rest);
         std::string text(rest);
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
-        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(*refusal);
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         if (receiver->expires != (Time::max)())
-            return error("user_away", receiver->info.name + " has lost the connection; try again soon.");
+            return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
         if (!handler_.tag_.empty() && is_duplicate())
-            return handler_.reply(ChatEvent("ack").add("room", room_->name()));
+            return handler_.reply(ChatEvent("ack").add_text("room", room_->name()));
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
         entry.text = std::move(text);
         entry.to = receiver->info.name;
@@ -11933,7 +12338,7 @@ private:
         std::vector<std::string>& tags = membership().user->tags;
         if (text::contains(tags, handler_.tag_)) return true;
         if (tags.size() == 64) tags.erase(tags.begin());
-        tags.push_back(handler_.tag_);
+        tags.push_back(std::string(handler_.tag_));
         return false;
     }
 
@@ -11950,10 +12355,11 @@ private:
     }
 
     void rooms(std::string_view) {
-        std::vector<Json> list;
-        for (const auto& [name, users] : handler_.hub_->rooms())
-            if (users != 0 && list.size() < 500) list.push_back(Json{{"room", name}, {"users", users}});
-        handler_.reply(ChatEvent("rooms").add("rooms", Json::array(list)));
+        JsonList list;
+        for (const auto& [name, room] : handler_.hub_->rooms_)
+            if (!room.presence_.empty() && list.size() < 500)
+                list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
+        handler_.reply(ChatEvent("rooms").add_json("rooms", list.dump()));
     }
 
     void nick(std::string_view rest) {
@@ -11969,7 +12375,8 @@ private:
         Presence::User& user = *membership().user;
         const Presence::User* holder = room_->presence_.find(name);
         if (holder != nullptr && holder != &user)
-            return error("name_taken", "That name is taken; " + room_->presence_.free_name(name) + " is free.");
+            return error("name_taken",
+                         text::concat({"That name is taken; ", room_->presence_.free_name(name), " is free."}));
         handler_.user_.name = name;
         hub.rename(*room_, user, name);
     }
@@ -11980,7 +12387,7 @@ private:
             handler_.current_ = index;
             return reply_room();
         }
-        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(*refusal);
+        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(refusal);
         handler_.join_room(rest);
         reply_room();
         handler_.request_history(*handler_.current_room(), std::nullopt);
@@ -11993,7 +12400,7 @@ private:
     }
     void reply_room() {
         ChatEvent event("room");
-        handler_.reply(handler_.add_room(event).add("name", handler_.user().name));
+        handler_.reply(handler_.add_room(event).add_text("name", handler_.user().name));
     }
 
     void since(std::string_view rest) {
@@ -12005,11 +12412,11 @@ private:
     void help(std::string_view) {
         const bool moderator =
             handler_.may(ChatAction::kick) || handler_.may(ChatAction::ban) || handler_.may(ChatAction::mute);
-        std::vector<Json> list;
+        JsonList list;
         for (const Command& command : commands())
             if (moderator || !command.action || *command.action < ChatAction::kick)
-                list.push_back(Json{{"command", command.usage}, {"text", command.description}});
-        handler_.reply(ChatEvent("help").add("commands", Json::array(list)));
+                list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
+        handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
 
     void kick(std::string_view rest) {
@@ -12052,15 +12459,20 @@ private:
     ChatRoom* room_;  // the current room at the beginning of the line
 };
 
+WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
+    ChatEvent event(type);
+    event.add_text("room", entry.room).add_text("name", entry.name);
+    return event;
+}
 // The event of a message. Only its author gets the tag.
-inline std::string said_event(const ChatEntry& entry, bool with_tag) {
+inline ChatEvent said_event(const ChatEntry& entry, bool with_tag) {
     ChatEvent event("said");
     event.add_unless_empty("room", entry.room);
     if (entry.id != 0) event.add("id", entry.id);
-    event.add("name", entry.name).add("text", entry.text).add("time", entry.time);
-    if (entry.kind == ChatEntry::Kind::action) event.add("me", true);
+    event.add_text("name", entry.name).add_text("text", entry.text).add("time", entry.time);
+    if (entry.kind == ChatEntry::Kind::action) event.add_json("me", "true");
     if (with_tag) event.add_unless_empty("tag", entry.tag);
-    return event.dump();
+    return event;
 }
 
 }  // namespace detail
@@ -12078,27 +12490,28 @@ inline std::string ChatHandler::history_event(const ChatRoom& room, const Histor
     std::vector<std::string> events;
     for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
         const ChatEntry& entry = page.entries[i];
-        events.push_back(detail::said_event(entry, entry.author == author));
+        events.push_back(detail::said_event(entry, entry.author == author).dump());
         bytes += events.back().size();
     }
     const bool cut = events.size() != page.entries.size() && resumed;
-    std::string list = "[";
-    for (std::size_t i = events.size(); i-- > 0;) list += events[i] + (i == 0 ? "" : ",");
+    detail::JsonList list;
+    for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
     ChatEvent event("history");
-    event.add("room", room.name()).add("gap", page.gap || cut).add("last", page.last_id);
-    return event.add_json("entries", list + "]").dump();
+    event.add_text("room", room.name()).add("gap", page.gap || cut).add("last", page.last_id);
+    return event.add_json("entries", list.dump()).dump();
 }
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
-    std::vector<std::string> names;
+    detail::JsonList names;
     std::string about;
-    for (const ChatUser& user : room.users()) {
-        names.push_back(user.name);
-        if (!user.about.empty()) about += (about.empty() ? "{" : ",") + Json(user.name).dump() + ":" + user.about;
+    for (const auto& [key, user] : room.presence_) {
+        const std::string name = Json(user.info.name).dump();
+        names.add(name);
+        if (!user.info.about.empty()) (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
     }
     ChatEvent event("users");
-    event.add("room", room.name()).add("users", Json::array(names));
-    if (!about.empty()) event.add_json("about", about + "}");
+    event.add_text("room", room.name()).add_json("users", names.dump());
+    if (!about.empty()) event.add_json("about", about += '}');
     return event.dump();
 }
 
@@ -12190,9 +12603,8 @@ inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& eve
 }
 
 inline void ChatHub::on_typing(const ChatEntry& entry) {
-    ChatEvent event("typing");
-    event.add("room", entry.room).add("name", entry.name);
-    if (!entry.text.empty()) event.add("stop", true);
+    ChatEvent event = detail::entry_event("typing", entry);
+    if (!entry.text.empty()) event.add_json("stop", "true");
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
 
@@ -12205,17 +12617,16 @@ inline void ChatHub::on_said(const ChatEntry& entry) {
     }
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
-        members->broadcast(detail::said_event(entry, false), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(detail::said_event(entry, true));
+        members->broadcast(detail::said_event(entry, false).dump(), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(detail::said_event(entry, true).dump());
     if (sender != nullptr) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    ChatEvent event("private");
-    event.add("room", entry.room).add("name", entry.name).add("to", entry.to);
-    event.add("text", entry.text).add("time", entry.time);
+    ChatEvent event = detail::entry_event("private", entry);
+    event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
     const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
     const User* author = room->presence_.find(entry.name);
     const User* receiver = room->presence_.find(entry.to);
@@ -12233,8 +12644,7 @@ inline void ChatHub::on_join(const ChatEntry& entry) {
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
         room->presence_.add(ChatUser{entry.name, entry.text}, {}).remote = true;
-    ChatEvent event("join");
-    event.add("room", entry.room).add("name", entry.name).add("time", entry.time);
+    ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
 }
@@ -12244,7 +12654,7 @@ inline void ChatHub::on_leave(const ChatEntry& entry) {
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.remove(*user);
-    send_to_others(entry, ChatEvent("leave").add("room", entry.room).add("name", entry.name).add("time", entry.time));
+    send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
 }
 
 inline void ChatHub::on_rename(const ChatEntry& entry) {
@@ -12253,12 +12663,13 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add("room", entry.room).add("old", entry.name).add("name", entry.text).add("time", entry.time);
+    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text).add("time", entry.time);
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
+    if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
-    for (ChatHandler* each : renamed == nullptr ? std::vector<ChatHandler*>() : renamed->connections)
+    for (ChatHandler* each : renamed->connections)
         if (!members.has(*each)) each->reply(event);
 }
 
@@ -12266,7 +12677,7 @@ inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    sender->write_message(event.add("room", entry.room).add("tag", entry.tag).add("id", entry.id).dump());
+    sender->write_message(event.add_text("room", entry.room).add_text("tag", entry.tag).add("id", entry.id).dump());
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
@@ -12274,9 +12685,9 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("error");
-    event.add("code", "not_kept")
-        .add("text", "That message could not be stored, and nobody has got it. Try again soon.");
-    sender->write_message(event.add("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+    event.add_text("code", "not_kept")
+        .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
+    sender->write_message(event.add_text("room", entry.room).add_unless_empty("tag", entry.tag).dump());
 }
 
 WSCHAT_END

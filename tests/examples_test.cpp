@@ -135,6 +135,9 @@ std::vector<Example> all_programs() {
         {"rooms", {example("rooms")}, {}, "/chat", "rooms: open ", " in two windows"},
         {"ticker", {example("ticker")}, {}, "/ticks", "ticker: ", ""},
         {"publish", {example("publish")}, {"--token", "T"}, "/chat", "publish: ", " with the token T"},
+#if defined(__linux__)
+        {"embed", {example("embed")}, {}, "/chat", "embed: open ", " and type here"},
+#endif
     };
 #if defined(WSCHAT_BENCH_SERVER)
     programs.push_back({"bench_server", {WSCHAT_BENCH_SERVER}, {"echo"}, "/", "bench_server: ", ""});
@@ -269,6 +272,32 @@ TEST_CASE("the chat sends every message to all clients") {
     two.send("\xC3\xBC");
     CHECK(one.next() == "\xC3\xBC");
 }
+
+#if defined(__linux__)
+TEST_CASE("the server in another program's loop sends what is typed to all clients") {
+    const std::string path = test::temporary_path("typed");
+    REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
+    const OwnedDescriptor typed(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+    Program program({"/bin/sh", "-c", "exec \"$0\" 0 < \"$1\"", example("embed"), path});
+    Client one(program.port(), "/chat"), two(program.port(), "/chat");
+    ::unlink(path.c_str());
+    for (const std::string text : {"hel", "lo\n\xC3\xBC\n\xFF\nlast\n"})
+        REQUIRE(::write(typed.descriptor(), text.data(), text.size()) == static_cast<ssize_t>(text.size()));
+    for (Client* client : {&one, &two}) {
+        CHECK(client->next() == "hello");
+        CHECK(client->next() == "\xC3\xBC");
+        CHECK(client->next() == "last");
+    }
+    one.send("by a client");
+    CHECK(two.next() == "by a client");
+    program.signal(SIGTERM);
+    CHECK(one.close_code() == CloseCode::going_away);
+    CHECK(two.close_code() == CloseCode::going_away);
+    one.raw.close();
+    two.raw.close();
+    CHECK(program.status() == 0);
+}
+#endif
 
 TEST_CASE("the echo returns text and binary on any path, up to 64 MiB") {
     Program program({example("echo"), "0"});

@@ -121,8 +121,8 @@ TEST_CASE("the handler in memory gets text, binary data, pings and pongs as from
     test.server.settle();
     CHECK(test.client.pings() == Texts{"p2"});
     test.close(CloseCode{4000}, "bye");
-    CHECK(events == Texts{"open", "text text", std::string("binary \0\xFF", 9), "ping p1", "pong p2",
-                          "close 4000 bye, peer"});
+    CHECK(events ==
+          Texts{"open", "text text", std::string("binary \0\xFF", 9), "ping p1", "pong p2", "close 4000 bye, peer"});
     CHECK(test.client.close_code() == CloseCode{4000});
     CHECK(test.server.metrics().connections_open == 0);
 }
@@ -395,8 +395,8 @@ TEST_CASE("the backlog of a client in memory that does not read is limited") {
     client.pause_reading(500);
     server.advance(4s);
     CHECK(client.handler<Flood>().statuses == std::vector<WriteStatus>{WriteStatus::sent, WriteStatus::sent,
-                                                                      WriteStatus::queued, WriteStatus::dropped,
-                                                                      WriteStatus::dropped});
+                                                                       WriteStatus::queued, WriteStatus::dropped,
+                                                                       WriteStatus::dropped});
     client.resume_reading();
     CHECK(client.received() == Texts{std::string(1000, 'x'), std::string(1000, 'x'), "drained"});
 }
@@ -496,9 +496,7 @@ TEST_CASE("a client in memory with compression gets compressed messages") {
 }
 
 TEST_CASE("the messages and the log of a TestServer are those of a server with sockets") {
-    const auto set_up = [](Server& server) {
-        server.route<Chat>("/chat/{room}");
-    };
+    const auto set_up = [](Server& server) { server.route<Chat>("/chat/{room}"); };
     TestServer memory;
     set_up(memory);
     TestClient anna = memory.connect("/chat/tea?name=Anna");

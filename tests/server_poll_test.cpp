@@ -3,16 +3,7 @@
 
 #if __has_include(<boost/asio.hpp>) && defined(__linux__)
 #define WSCHAT_TEST_ASIO 1
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wall"
-#pragma GCC diagnostic ignored "-Wextra"
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
 #include <boost/asio.hpp>
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
 #else
 #define WSCHAT_TEST_ASIO 0
 #endif
@@ -82,7 +73,7 @@ private:
         socket_.async_wait(stream_descriptor::wait_read, [this](boost::system::error_code error) {
             if (!error) turn();
         });
-        timer_.expires_after((std::min)(server_.next_timeout(), Duration(1min)));
+        timer_.expires_after(std::min<Duration>(server_.next_timeout(), std::chrono::minutes(1)));
         timer_.async_wait([this](boost::system::error_code error) {
             if (!error) turn();
         });

@@ -460,10 +460,11 @@ def map_program():
 
 def readme():
     """README.md: the first ```cpp block is a program that serves its page, and the others compile. A ```sh block after
-    the comment <!-- run --> runs in a copy of the repository."""
+    the comment <!-- run --> runs in a copy of the repository, and a ```cpp block ends with status 0."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^(<!-- run -->\n+)?```(cpp|sh)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     programs = [code for _, language, code in blocks if language == "cpp"]
+    to_run = {code for marked, language, code in blocks if marked and language == "cpp"}
     require(programs, "README.md shows no program")
     serves(programs[0], "readme")
 
@@ -471,6 +472,8 @@ def readme():
         code = programs[number - 1]
         if "int main(" in code:
             one_command(write(f"block{number}.cpp", code), WORK / f"block{number}")
+            if code in to_run:
+                run([WORK / f"block{number}"], f"README.md: block {number} does not end with status 0")
         else:
             include = "" if '#include "wschat.hpp"' in code else '#include "wschat.hpp"\n'
             run([*COMPILER, "-std=c++17", "-fsyntax-only", "-I", ROOT, write(f"block{number}.cpp", include + code)],
@@ -478,7 +481,7 @@ def readme():
     in_parallel(compiles, range(2, len(programs) + 1))
     shutil.copytree(ROOT, WORK / "copy", ignore=shutil.ignore_patterns("build", ".git", "node_modules"))
     for marked, language, code in blocks:
-        if marked:
+        if marked and language == "sh":
             run(["sh", "-e", "-c", code], "README.md: a block that is to be run fails", cwd=WORK / "copy")
 
 
