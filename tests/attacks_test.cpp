@@ -339,20 +339,7 @@ namespace {
 // A server whose clock can jump, and which can be stopped.
 class Stalled {
 public:
-    Stalled()
-        : process_([this](int report) {
-              const pid_t own = ::getpid();
-              if (::write(report, &own, 0) != 0) ::_exit(1);
-              std::signal(SIGUSR1, [](int) { clock_offset += 15; });
-              ServerOptionsOfStall options;
-              auto server = std::make_unique<wschat::Server>(options.options);
-              server->route<Echo>("/");
-              server->get("/page", [](const wschat::Request&) { return wschat::Response(200, "page"); });
-              server->get("/pid",
-                          [](const wschat::Request&) { return wschat::Response(200, std::to_string(::getpid())); });
-              server->listen(0);
-              return server;
-          }) {
+    Stalled() : process_([](int) { return make_server(); }) {
         pid_ = std::atoi(fetch(process_.port(), "/pid").body.c_str());
         REQUIRE(pid_ > 0);
     }
@@ -367,14 +354,19 @@ public:
     void resume() const { ::kill(pid_, SIGCONT); }
 
 private:
-    struct ServerOptionsOfStall {
-        ServerOptionsOfStall() {
-            options.handle_signals = false;
-            options.poller = poller_kind();
-            options.limits.handshake_timeout = options.limits.ping_interval = options.limits.ping_timeout = 10s;
-        }
+    static std::unique_ptr<wschat::Server> make_server() {
+        std::signal(SIGUSR1, [](int) { clock_offset += 15; });
         wschat::ServerOptions options;
-    };
+        options.poller = poller_kind();
+        options.limits.handshake_timeout = options.limits.ping_interval = options.limits.ping_timeout = 10s;
+        auto server = std::make_unique<wschat::Server>(options);
+        server->route<Echo>("/");
+        server->get("/page", [](const wschat::Request&) { return wschat::Response(200, "page"); });
+        server->get("/pid", [](const wschat::Request&) { return wschat::Response(200, std::to_string(::getpid())); });
+        server->listen(0);
+        return server;
+    }
+
     ServerProcess process_;
     pid_t pid_ = 0;
 };
