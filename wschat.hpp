@@ -3769,9 +3769,10 @@ private:
     // Fills the block. The connection fails as soon as the output breaks the size limit or is not UTF-8.
     Compression::Outcome inflate_to(Bytes& block) {
         const std::size_t left = limits_->max_message_size - message_.size();
+        const std::size_t capacity = (std::min)(block.available(), compression_block);  // a recycled block is larger
         std::size_t size = 0;
         const Compression::Outcome outcome =
-            compression_->inflate(block.data(), left < block.available() ? left + 1 : block.available(), size);
+            compression_->inflate(block.data(), left < capacity ? left + 1 : capacity, size);
         block.advance(size);
         compression_->inflated_bytes += size;
         // RFC 7692 names no code. RFC 6455 7.4.1: 1007 is for "data within a message that was not consistent with the
