@@ -75,12 +75,13 @@
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
-//   Json, escape_for_log, log_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart,
-//   Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
-//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside,
-//   Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse,
-//   ChatHandler, ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates,
-//   ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
+//   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
+//   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
+//   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text,
+//   ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler, ChatHub, ChatEntry,
+//   HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction,
+//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -371,6 +372,16 @@ struct LogEntry {
     LogLevel level;
     std::string_view event;
     const std::vector<std::pair<std::string_view, std::string>>& fields;
+};
+
+// One answer to an HTTP request, for an access log: Server::on_access(). A view that is valid until the function
+// returns.
+struct AccessEntry {
+    std::string_view remote_address;  // of the client; behind a trusted proxy, the address that it forwards
+    std::string_view method, path;    // the path as received, without the query; both empty if the request is malformed
+    int status;                       // 101: a WebSocket
+    std::uint64_t size;               // bytes of the body
+    Duration duration;                // from the end of the request's head to the answer
 };
 
 namespace detail {
@@ -1194,9 +1205,50 @@ WSCHAT_COLD inline std::string to_string(const LogEntry& entry) {
     return line;
 }
 
-// A log function for Server::on_log(): writes all entries but those of LogLevel::debug to standard error.
-inline void log_to_stderr(const LogEntry& entry) {
-    if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_string(entry).c_str());
+// The time as in RFC 3339, in UTC: "2026-11-29T08:49:37.123Z".
+WSCHAT_COLD inline std::string utc_time(std::chrono::system_clock::time_point time = std::chrono::system_clock::now()) {
+    const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(time.time_since_epoch()).count();
+    const auto seconds = static_cast<std::time_t>(ms / 1000);
+    std::tm utc{};
+#if defined(_WIN32)
+    ::gmtime_s(&utc, &seconds);
+#else
+    ::gmtime_r(&seconds, &utc);
+#endif
+    char text[64];
+    const std::size_t size = std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", &utc);
+    std::snprintf(text + size, sizeof text - size, ".%03dZ", static_cast<int>(ms % 1000));
+    return text;
+}
+
+// Formats an entry as one line of JSON: {"time":"...","level":"error","event":"exception","in":"on_message"}. Text that
+// is not UTF-8 is escaped.
+WSCHAT_COLD inline std::string to_json(const LogEntry& entry) {
+    std::string line = "{\"time\":" + Json(utc_time()).dump();
+    ((line += ",\"level\":\"") += to_string(entry.level)) += "\",\"event\":";
+    line += Json(std::string(entry.event)).dump();
+    for (const auto& [name, value] : entry.fields) {
+        ((line += ',') += Json(std::string(name)).dump()) += ':';
+        line += Json(valid_utf8(value) ? value : escape_for_log(value)).dump();
+    }
+    return line += '}';
+}
+
+// Log functions for Server::on_log(): they write all entries but those of LogLevel::debug to standard error, with the
+// time. The first writes lines for people, the second a JSON object per line, for collectors.
+WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
+    if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s %s\n", utc_time().c_str(), to_string(entry).c_str());
+}
+WSCHAT_COLD inline void log_json_to_stderr(const LogEntry& entry) {
+    if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_json(entry).c_str());
+}
+// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`.
+WSCHAT_COLD inline void access_to_stderr(const AccessEntry& entry) {
+    const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
+    std::fprintf(stderr, "%s %.*s \"%.*s %.*s\" %d %llu %.3fms\n", utc_time().c_str(),
+                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(),
+                 static_cast<int>(entry.method.size()), entry.method.data(), static_cast<int>(entry.path.size()),
+                 entry.path.data(), entry.status, static_cast<unsigned long long>(entry.size), ms);
 }
 
 // ---- rates ---------------------------------------------------------------------------------------------------------
@@ -4008,6 +4060,10 @@ public:
     template <class T>
     bool write_binary(std::initializer_list<T>) const = delete;
 
+    // The bytes that were written here and are not with the kernel yet, at the latest flush. A thread that produces
+    // much waits while it is large. 0 if the handler is gone.
+    std::size_t buffered_amount() const { return cell_ ? cell_->posted.load() + cell_->queued.load() : 0; }
+
     // Returns null if the handler is gone. Only for the loop's thread.
     WebSocketHandler* get() const { return cell_ ? cell_->handler : nullptr; }
 
@@ -4017,7 +4073,9 @@ private:
 
     struct Cell {
         std::shared_ptr<Mailbox> mailbox;
-        WebSocketHandler* handler;  // only for the loop's thread
+        WebSocketHandler* handler;            // only for the loop's thread
+        std::atomic<std::size_t> posted = 0;  // bytes on their way to the loop
+        std::atomic<std::size_t> queued = 0;  // bytes of the connection's backlog
     };
 
     std::shared_ptr<Cell> cell_;
@@ -4051,7 +4109,9 @@ public:
     WebSocketHandler(const WebSocketHandler&) = delete;
     WebSocketHandler& operator=(const WebSocketHandler&) = delete;
     virtual ~WebSocketHandler() {
-        if (core_.ref.cell_) core_.ref.cell_->handler = nullptr;
+        if (!core_.ref.cell_) return;
+        core_.ref.cell_->handler = nullptr;
+        core_.ref.cell_->queued = 0;
     }
 
     // ---- to override -----------------------------------------------------------------------------------------------
@@ -4172,7 +4232,7 @@ public:
     // A reference for other threads and for later use. Empty in the constructor.
     HandlerRef ref() {
         if (core_.ref.cell_ == nullptr && core_.host != nullptr)
-            core_.ref.cell_ = std::make_shared<HandlerRef::Cell>(HandlerRef::Cell{core_.host->mailbox(), this});
+            core_.ref.cell_ = std::shared_ptr<HandlerRef::Cell>(new HandlerRef::Cell{core_.host->mailbox(), this});
         return core_.ref;
     }
     // Both throw Error in the constructor.
@@ -4262,6 +4322,12 @@ public:
         handler.run_hook(name, hook);
     }
 
+    // For HandlerRef::buffered_amount().
+    static void note_queued(WebSocketHandler& handler) {
+        const auto& cell = handler.core_.ref.cell_;
+        if (cell) cell->queued = handler.core_.connection.output().size();
+    }
+
     // The session's end of a Reply. It gives up by close_reply(); what the Reply is given after that has no effect.
     using ReplyState = std::shared_ptr<Reply::State>;
     static ReplyState open_reply(HandlerHost& host) {
@@ -4284,9 +4350,17 @@ public:
 
 inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const {
     detail::HandlerAccess::check_payload("HandlerRef::write_message", payload, opcode);
-    return post([payload = std::move(payload), opcode](WebSocketHandler& handler) {
-        handler.write_message(Message(payload, opcode));
+    if (!cell_) return false;
+    const std::size_t size = payload.size();
+    cell_->posted += size;
+    const bool posted = cell_->mailbox->post([cell = cell_, payload = std::move(payload), opcode] {
+        cell->posted -= payload.size();
+        if (cell->handler == nullptr) return;
+        cell->handler->write_message(Message(payload, opcode));
+        detail::HandlerAccess::note_queued(*cell->handler);
     });
+    if (!posted) cell_->posted -= size;
+    return posted;
 }
 
 inline bool HandlerRef::close(CloseCode code, std::string reason) const {
@@ -7982,10 +8056,16 @@ public:
         const std::string whole = text::to_lower(host), name = whole.substr(0, whole.rfind(':'));
         return text::contains(hosts_, whole) || text::contains(hosts_, name);
     }
-    bool trusted(const IpAddress& address) const {
-        for (const Cidr& block : trusted_proxies_)
+    bool trusted(const IpAddress& address) const { return contains(trusted_proxies_, address); }
+    static bool contains(const std::vector<Cidr>& blocks, const IpAddress& address) {
+        for (const Cidr& block : blocks)
             if (block.contains(address)) return true;
         return false;
+    }
+    // `address`: as Request::remote_address() gives it.
+    static bool contains(const std::vector<Cidr>& blocks, const std::string& address) {
+        const auto parsed = address == "unix" ? IpAddress() : IpAddress::parse(address);
+        return parsed && contains(blocks, *parsed);
     }
     // What the headers of trusted proxies say about the client. Other peers are the client themselves.
     ForwardedClient client(const IpAddress& peer, const Request& request, bool encrypted) const {
@@ -8390,6 +8470,7 @@ public:
     std::size_t backlog = 0;  // bytes that all sessions hold
     Metrics metrics;
     ServerLog log;
+    std::function<void(const AccessEntry&)> on_access;  // may be empty
     AddressCounts addresses;
     TurnState turn;
     OwnedDescriptor reserve;  // closed to accept one connection when all descriptors are used
@@ -8486,7 +8567,8 @@ inline void add_cookies(std::string& head, const Response& response, const Reque
 // too; an open WebSocket has none.
 class HttpExchange {
 public:
-    HttpExchange(SessionHost& host, const Limits& limits) : host_(host), limits_(limits), parser_(limits) {}
+    HttpExchange(SessionHost& host, const Limits& limits, const IpAddress& peer)
+        : host_(host), limits_(limits), peer_(peer), parser_(limits) {}
     HttpExchange(const HttpExchange&) = delete;
     HttpExchange& operator=(const HttpExchange&) = delete;
     ~HttpExchange() { HandlerAccess::close_reply(reply_); }
@@ -8518,6 +8600,7 @@ public:
         const RequestParser::Outcome outcome = parser_.feed(bytes, consumed);
         bytes.remove_prefix(consumed);
         if (outcome == RequestParser::Outcome::need_more) return std::nullopt;
+        if (host_.on_access) request_time_ = Clock::now();
         if (outcome == RequestParser::Outcome::request) return parser_.take_request();
         respond(Response(parser_.status(), parser_.reason() + "\n"), nullptr);
         return std::nullopt;
@@ -8550,6 +8633,21 @@ public:
         auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
         if (answer) respond(std::move(*answer));
         else if (has_reply()) finish_reply();
+    }
+
+    // Counts an answer, and adds it to the access log. `request` may be null.
+    void note_answer(int status, const Request* request, std::uint64_t size) {
+        ++host_.metrics.responses[status];
+        if (!host_.on_access) return;
+        const std::string address = request != nullptr ? request->remote_address() : peer_.to_string();
+        const AccessEntry entry{address,
+                                request != nullptr ? request->method() : std::string_view(),
+                                request != nullptr ? request->raw_path() : std::string_view(),
+                                status,
+                                size,
+                                Clock::now() - request_time_};
+        run_guarded([&] { host_.on_access(entry); },
+                    [&](const char* what) { host_.log.exception("on_access", what, &peer_); });
     }
 
     // ---- answers that come later -----------------------------------------------------------------------------------
@@ -8694,7 +8792,7 @@ private:
         if (!connection.empty()) add_line(head, "Connection", connection);
         if (keep_alive && idle_seconds != 0) add_line(head, "Keep-Alive", "timeout=" + std::to_string(idle_seconds));
         queue(head += "\r\n");
-        ++host_.metrics.responses[response.status()];
+        note_answer(response.status(), request, length.value_or(0));
         if (!keep_alive) pending_.clear();
     }
     // Whether another request may follow the answer to this one (RFC 9112 9.3). The rest of a body that was not read
@@ -8707,6 +8805,8 @@ private:
 
     SessionHost& host_;
     const Limits& limits_;
+    const IpAddress& peer_;
+    Time request_time_{};  // the end of the head, if there is an access log
     RequestParser parser_;
     std::string pending_;
     std::unique_ptr<BodyParser> body_;     // of the request whose body is being received
@@ -8931,7 +9031,7 @@ public:
     Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
         : WebSocketDriver(host, peer),
           stream_(std::move(socket), std::move(transport)),
-          http_(std::make_unique<HttpExchange>(host, host.options.limits)),
+          http_(std::make_unique<HttpExchange>(host, host.options.limits, peer_)),
           proxy_(proxied ? std::make_unique<ProxyHeader>() : nullptr) {}
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
@@ -8941,6 +9041,8 @@ public:
     std::unique_ptr<Session> next_deleted;  // in the worker's list of removed sessions
 
     bool gone() const { return phase_ == Phase::gone; }
+    // Null before open() and after on_close().
+    WebSocketHandler* opened_handler() const { return phase_ == Phase::websocket ? handler_.get() : nullptr; }
     std::size_t backlog() const { return counted_backlog_; }
     const std::string* address_key() const { return address_key_.get(); }
     // Fetches what finish_turn() needs into the cache. Saves 3% of the server's time in a fan-out to 8,000.
@@ -9175,6 +9277,7 @@ private:
         if (!gone() && !ended_) held += stream_.buffered();
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
+        if (phase_ == Phase::websocket) HandlerAccess::note_queued(*handler_);
     }
 
     // Tells the poller what the session waits for.
@@ -9521,7 +9624,7 @@ private:
         add_cookies(lines, headers, core().request);
         http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
                                          compression.response, lines));
-        ++host_.metrics.responses[101];
+        http_->note_answer(101, &core().request, 0);
         if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
@@ -9569,7 +9672,7 @@ private:
             ended_ = true;
             return mark_dirty();
         }
-        auto http = std::make_unique<HttpExchange>(host_, limits());
+        auto http = std::make_unique<HttpExchange>(host_, limits(), peer_);
         http->keep_alive = false;
         http->blocked = connection().write_blocked();
         std::swap(http->output, connection().output());
@@ -9755,6 +9858,10 @@ public:
         while (!sessions_.empty()) end_turn();
     }
 
+    void each_handler(FunctionRef<WebSocketHandler&> visit) {
+        for (const auto& session : sessions_)
+            if (WebSocketHandler* handler = session->opened_handler()) visit(*handler);
+    }
     Metrics current_metrics() const {
         Metrics now = metrics;
         now.connections_open = sessions_.size();
@@ -9974,10 +10081,15 @@ public:
                     std::vector<std::pair<std::string, std::string>> headers = {}) {
         site_.add_static_dir(pattern, folder, std::move(headers));
     }
-    // metrics() in the format of Prometheus, for everybody who can reach the server.
-    void metrics_page(std::string_view pattern) {
-        get(pattern,
-            [this](const Request&) { return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4"); });
+    // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
+    // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
+    void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
+        const std::vector<detail::Cidr> blocks(allowed.begin(), allowed.end());
+        get(pattern, [this, blocks](const Request& request) {
+            if (!blocks.empty() && !detail::Site::contains(blocks, request.remote_address()))
+                return Response(404, "There is nothing at this path.\n");
+            return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4");
+        });
     }
 
     // Origins that may connect beside the server's own: "https://chat.example", "https://*.chat.example" for its
@@ -9992,6 +10104,8 @@ public:
     void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }
+    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr().
+    void on_access(std::function<void(const AccessEntry&)> function) { worker_.on_access = std::move(function); }
 
     // ---- running ---------------------------------------------------------------------------------------------------
 
@@ -10081,6 +10195,13 @@ public:
     // Adds an entry to the log, for what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
         worker_.log(level, event, fields);
+    }
+
+    // Calls visit(handler) for each WebSocketHandler that is open, on the loop's thread. visit() may close and write,
+    // but not delete.
+    template <class Visit>
+    void each_handler(Visit&& visit) {
+        worker_.each_handler(visit);
     }
 
     Loop& loop() { return worker_.loop; }

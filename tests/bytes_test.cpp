@@ -744,6 +744,25 @@ TEST_CASE("base64 uses each character of its alphabet for its value") {
 
 // ---- log lines ------------------------------------------------------------------------------------------------------
 
+TEST_CASE("a log entry is one line of text or one object of JSON, also with bytes from a peer") {
+    const std::vector<std::pair<std::string_view, std::string>> fields = {{"peer", "::1"}, {"what", "a\"b\n\xff"}};
+    const LogEntry entry{LogLevel::warning, "refused", fields};
+    CHECK(to_string(entry) == R"(warning refused peer="::1" what="a\x22b\x0a\xff")");
+    const std::string json = to_json(entry);
+    CHECK(json.substr(0, 9) == "{\"time\":\"");
+    CHECK(json.substr(34) == R"(,"level":"warning","event":"refused","peer":"::1","what":"a\\x22b\\x0a\\xff"})");
+    CHECK(valid_utf8(json));
+}
+
+TEST_CASE("a time of the log is UTC with milliseconds") {
+    const auto at = [](long long ms) {
+        return utc_time(std::chrono::system_clock::time_point(std::chrono::milliseconds(ms)));
+    };
+    CHECK(at(0) == "1970-01-01T00:00:00.000Z");
+    CHECK(at(951782400007) == "2000-02-29T00:00:00.007Z");
+    CHECK(at(4102444799999) == "2099-12-31T23:59:59.999Z");
+}
+
 TEST_CASE("text from a peer cannot forge a log line") {
     CHECK(escape_for_log("plain text, 100% ~") == "plain text, 100% ~");
     CHECK(escape_for_log("a\r\nb") == R"(a\x0d\x0ab)");

@@ -508,6 +508,100 @@ TEST_CASE("a client gets the range of a file that it asks for") {
     CHECK(fetch(running.port(), "/", "Range: bytes=0-1\r\n", "HEAD").status == 200);
 }
 
+// ---- operations ----------------------------------------------------------------------------------------------------
+
+TEST_CASE("each answer is in the access log once, with its path and without its query") {
+    RunningServer running;
+    std::vector<std::string> lines;
+    running.server.on_access([&](const AccessEntry& entry) {
+        CHECK(entry.duration >= 0s);
+        lines.push_back(std::string(entry.remote_address) + " " + std::string(entry.method) + " " +
+                        std::string(entry.path) + " " + std::to_string(entry.status) + " " +
+                        std::to_string(entry.size));
+        if (entry.status == 404) throw std::runtime_error("the disk is full");
+    });
+    running.server.get("/page", mirror);
+    running.server.post("/page", mirror);
+    running.server.route<test::Echo>("/chat");
+    running.start();
+    RawClient client(running.port());
+    client.send(request("/page?secret=1") + post("/page", "hello") + request("/nothing"));
+    for (int i = 0; i < 3; ++i) next_answer(client);
+    CHECK(Client(running.port(), "/chat?token=2").is_open());
+    RawClient malformed(running.port());
+    malformed.send("nonsense\r\n\r\n");
+    CHECK(next_answer(malformed).status == 400);
+    running.stop();
+    std::string all;
+    for (const std::string& line : lines) all += line + "\n";
+    CAPTURE(all);
+    CHECK(lines == std::vector<std::string>{"127.0.0.1 GET /page 200 4", "127.0.0.1 POST /page 200 10",
+                                            "127.0.0.1 GET /nothing 404 31", "127.0.0.1 GET /chat 101 0",
+                                            "127.0.0.1   400 32"});
+}
+
+TEST_CASE("the page of metrics is there for allowed addresses only") {
+    RunningServer running;
+    running.server.metrics_page("/all");
+    running.server.metrics_page("/local", {"10.0.0.0/8", "127.0.0.1"});
+    running.server.metrics_page("/far", {"10.0.0.0/8", "unix"});
+    running.start();
+    CHECK(fetch(running.port(), "/all").status == 200);
+    CHECK(fetch(running.port(), "/local").status == 200);
+    CHECK(fetch(running.port(), "/far").status == 404);
+    CHECK(error_of([&] { running.server.metrics_page("/bad", {"10.0.0.0/99"}); }) != "");
+}
+
+TEST_CASE("the server visits each open handler, which may be closed then") {
+    RunningServer running;
+    running.server.route<test::Echo>("/");
+    running.start();
+    std::vector<std::unique_ptr<Client>> clients;
+    for (int i = 0; i < 5; ++i) clients.push_back(std::make_unique<Client>(running.port()));
+    const RawClient idle(running.port());
+    std::size_t visited = 0;
+    running.on_loop([&] {
+        running.server.each_handler([&](WebSocketHandler& handler) {
+            ++visited;
+            handler.close(4000, "bye");
+        });
+    });
+    CHECK(visited == 5);
+    for (const auto& client : clients) CHECK(client->close_code() == CloseCode{4000});
+}
+
+TEST_CASE("another thread sees how much a HandlerRef has written that the peer has not read") {
+    struct Member : WebSocketHandler {
+        explicit Member(HandlerRef& self) : self_(self) {}
+        void open() override { self_ = ref(); }
+        void on_message(const Message&) override {}
+        HandlerRef& self_;
+    };
+    Limits limits;
+    limits.max_backlog = 64 * 1024 * 1024;
+    HandlerRef self;
+    RunningServer running(test::with_limits(limits));
+    running.server.route<Member>("/", std::ref(self));
+    running.start();
+    CHECK(self.buffered_amount() == 0);
+    Client client(running.port());
+    running.on_loop([] {});
+    const std::string large(20 * 1024 * 1024, 'x');
+    {
+        test::BlockedLoop blocked(running.server);
+        CHECK(self.write_message(large));
+        CHECK(self.buffered_amount() == large.size());
+    }
+    // The loop has it, and the kernel cannot take all of it.
+    CHECK(running.eventually([&] { return self.buffered_amount() != large.size(); }));
+    CHECK(self.buffered_amount() > 0);
+    CHECK((client.next() == large));
+    CHECK(test::eventually([&] { return self.buffered_amount() == 0; }));
+    client.close();
+    CHECK(test::eventually([&] { return !self.write_message("x") || self.buffered_amount() == 0; }));
+    running.stop();
+}
+
 // ---- answers that come later ----------------------------------------------------------------------------------------
 
 TEST_CASE("a page may be answered later, from another thread, while others are served") {
