@@ -413,7 +413,7 @@ TEST_CASE("url() of a server that listens on all addresses is an address that a 
         CHECK(running.server.url() ==
               test::scheme() + "://" + host + ":" + std::to_string(running.server.port()) + "/");
         running.run();
-        RawClient client(ipv6 ? connect_ipv6(running.port()) : test::connect_to(running.port()));
+        RawClient client = ipv6 ? RawClient(connect_ipv6(running.port())) : RawClient(running.port());
         client.send(handshake_request(host, "/", Client::key) + hello_masked);
         CHECK(client.read_until(ipv6 ? "::1" : "127.0.0.1"));
     }
