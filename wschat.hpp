@@ -58,7 +58,7 @@
 //   lingering                Limits (2); Session::linger() (14)
 //   keepalive                Connection::tick(), deadline() (7)
 //   backpressure             Connection::exceeds_backlog() (7); when reading pauses: WebSocketDriver::high_water() (14)
-//   fairness                 one visit's budget: WebSocketDriver::max_events (14), Connection::inflate_budget (7)
+//   fairness                 one visit's budget: WebSocketDriver::max_events (14), Connection::budget_spent() (7)
 //                            who waits: TurnState, Session::may_work(), Worker::continue_waiting() (14)
 //   order of flushing        Worker::end_turn(), Session::flush() (14)
 //   a method, a body         Page (13), BodyParser (5), HttpExchange::expect_body() (14)
@@ -337,10 +337,10 @@ struct Limits {
     // Bytes that were written and that the kernel has not taken. An empty queue accepts one message of any size.
     std::size_t max_backlog = 1024 * 1024;
     BacklogPolicy backlog_policy = BacklogPolicy::close;
-    // Bytes of a WebSocket that the kernel may hold before it sends them (TCP_NOTSENT_LOWAT, or SO_SNDBUF where that is
-    // missing). More wait in the backlog, and volatile messages are dropped, so that a slow peer gets no old ones. 0:
-    // the system decides; Linux holds up to 4 MB.
-    std::size_t send_buffer = 128 * 1024;
+    // Unsent bytes that the kernel may hold for a WebSocket from its first volatile message on (TCP_NOTSENT_LOWAT, or
+    // SO_SNDBUF where that is missing). A slow peer would otherwise get volatile messages that have grown old in there:
+    // Linux holds up to 4 MB. 0: the system decides.
+    std::size_t send_buffer = 64 * 1024;
 
     Duration ping_interval = std::chrono::seconds(20);  // the server pings a peer that is silent for this time
     Duration ping_timeout = std::chrono::seconds(20);   // the peer has this time to send something after the ping
@@ -355,7 +355,7 @@ struct Limits {
 struct ServerLimits {
     // Output and unfinished input of all connections together. Above it, the connections with the most are closed.
     std::size_t max_total_backlog = 256 * 1024 * 1024;
-    std::size_t max_connections = 0;              // 503; 0: the descriptor limit of the process minus 64
+    std::size_t max_connections = 0;              // 503; 0: the descriptor limit of the process minus 64; files count
     std::size_t max_connections_per_address = 0;  // 503; 0: no limit. An IPv6 /64 counts as one address
 };
 
@@ -505,10 +505,10 @@ public:
     bool empty() const { return size_ == 0; }
     std::string_view view() const { return {data_, size_}; }
 
-    // Makes `more` bytes available behind end().
-    void reserve(std::size_t more) {
+    // Makes `more` bytes available behind end(). `last`: no more will follow.
+    void reserve(std::size_t more, bool last = false) {
         if (more <= available()) return;
-        const std::size_t capacity = (std::max)(size_ + more, 2 * capacity_);
+        const std::size_t capacity = last ? size_ + more : (std::max)(size_ + more, 2 * capacity_);
         char* data = allocate_block(capacity);
         if (size_ != 0) std::memcpy(data, data_, size_);
         free_block(data_, capacity_);
@@ -680,6 +680,11 @@ class SendQueue {
 public:
     std::size_t size() const { return size_; }
     bool empty() const { return size_ == 0; }
+    // The bytes, and the sent part of the oldest chunk, which stays until all of that chunk is sent.
+    std::size_t held() const {
+        const Slice& oldest = front_ < older_.size() ? older_[front_] : tail_;
+        return oldest.chunk && !oldest.chunk->pooled() ? size_ + oldest.begin : size_;
+    }
 
     void append(const Slice& slice) {
         if (slice.size() == 0) return;
@@ -747,14 +752,21 @@ private:
         tail_ = slice;
     }
 
-    // Only a private chunk of this queue is not pooled and has free space.
+    // Only a private chunk of this queue is not pooled and has free space. It is filled before another one begins, so
+    // that a queue holds little more memory than bytes.
     void push_detached(const Slice& slice) {
         if (!slice.chunk->pooled()) return push(slice);
-        const std::string_view bytes = slice.view();
-        const bool fits = tail_.chunk && !tail_.chunk->pooled() && tail_.end == tail_.chunk->size() &&
-                          tail_.chunk->available() >= bytes.size();
+        std::string_view bytes = slice.view();
+        if (tail_.chunk && !tail_.chunk->pooled() && tail_.end == tail_.chunk->size()) {
+            const std::size_t fits = (std::min)(tail_.chunk->available(), bytes.size());
+            if (fits != 0) push_copy(tail_.chunk, bytes.substr(0, fits));
+            bytes.remove_prefix(fits);
+        }
+        if (bytes.empty()) return;
         const std::size_t capacity = bytes.size() > private_chunk_size ? bytes.size() : private_chunk_size;
-        ChunkRef chunk = fits ? tail_.chunk : ChunkRef(Chunk::make(capacity, false));
+        push_copy(ChunkRef(Chunk::make(capacity, false)), bytes);
+    }
+    void push_copy(ChunkRef chunk, std::string_view bytes) {
         const std::size_t begin = chunk->size();
         std::memcpy(chunk->end(), bytes.data(), bytes.size());
         chunk->advance(bytes.size());
@@ -1022,6 +1034,9 @@ public:
     template <class Integer, std::enable_if_t<std::is_integral_v<Integer> && !std::is_same_v<Integer, bool>, int> = 0>
     Json(Integer value) : text_(std::to_string(value)) {}
     Json(std::initializer_list<Member> members);
+    // A pointer is neither text nor a truth value.
+    template <class T, std::enable_if_t<!std::is_same_v<std::remove_cv_t<T>, char>, int> = 0>
+    Json(T*) = delete;
 
     template <class Range>
     static Json array(const Range& items) {
@@ -1683,6 +1698,8 @@ public:
     static EncodedFrame borrowed(detail::SendArena& arena, Opcode opcode, std::string_view payload) {
         return EncodedFrame(&arena, opcode, payload);
     }
+    template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
+    static EncodedFrame borrowed(detail::SendArena&, Opcode, T&&) = delete;
 
     const detail::Slice& slice() const {
         if (!plain_.chunk) plain_ = detail::encode_frame(*arena_, header(), payload_);
@@ -1769,6 +1786,9 @@ class Fields {
 public:
     Fields() = default;
     explicit Fields(std::string_view lines) : lines_(lines) {}
+    // The lines must outlive the view, which a temporary string does not.
+    template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
+    explicit Fields(T&&) = delete;
 
     // Calls visit(name, value) for each field line until visit() returns false.
     template <class Visit>
@@ -2079,6 +2099,8 @@ public:
     static void set_params(Request& request, std::vector<std::pair<std::string, std::string>> params) {
         request.params_ = std::move(params);
     }
+    // The memory of the head and the body.
+    static std::size_t held(const Request& request) { return request.bytes_.capacity(); }
     // What the request does not say itself. The certificate may be empty.
     static void set_connection(Request& request, std::string remote_address, bool https,
                                std::string_view client_certificate = {}) {
@@ -2136,6 +2158,8 @@ public:
     }
     // Whether an incomplete head has been received.
     bool started() const { return !request_.bytes_.empty(); }
+    // The memory of an incomplete head.
+    std::size_t buffered() const { return started() ? request_.bytes_.capacity() : 0; }
     // After a failure: the status of the response, and a sentence for its body.
     int status() const { return status_; }
     const std::string& reason() const { return reason_; }
@@ -2456,6 +2480,9 @@ public:
             throw Error("Response: status " + std::to_string(status) + " is not in 200-599");
         if (!body_.empty()) set_header("Content-Type", type);
     }
+    // {"a", "b"} is not a body: as an iterator pair it would be undefined behavior.
+    template <class T>
+    Response(int, std::initializer_list<T>, std::string_view = {}) = delete;
     static Response html(std::string body) { return Response(200, std::move(body), "text/html; charset=utf-8"); }
     static Response json(const Json& body, int status = 200) {
         return Response(status, body.dump(), "application/json");
@@ -2757,6 +2784,9 @@ public:
     // Sets the next part of a message. The bytes must stay valid until inflate() returns `done`.
     virtual void set_input(std::string_view compressed, bool last) = 0;
     virtual Outcome inflate(char* out, std::size_t capacity, std::size_t& size) = 0;
+    // After `output_full`: how many bytes at the end of the input are not inflated yet. The caller sets them again
+    // later, or an empty input if there are none.
+    virtual std::size_t take_unread_input() { return 0; }
     // Bytes that an unfinished message holds here. A finished message holds none.
     virtual std::size_t buffered_input() const = 0;
     // Bytes of output since the connection last set this to 0.
@@ -2883,6 +2913,13 @@ public:
             else if (result != Z_OK && result != Z_BUF_ERROR) return Compression::Outcome::corrupt;
             output_pending_ = stream_.avail_out == 0 && !stream_ended_ && !between_blocks();
         }
+    }
+    // The rest may be in the tail, which refill() adds.
+    std::size_t take_unread_input() {
+        if (tail_appended_) return 0;
+        const std::size_t unread = input_.size() + std::exchange(stream_.avail_in, 0u);
+        input_ = {};
+        return unread;
     }
     // Clears the window.
     void reset() {
@@ -3163,6 +3200,7 @@ public:
             pool_.release_inflater(std::move(inflater_));
         return outcome;
     }
+    std::size_t take_unread_input() override { return inflater_->take_unread_input(); }
     std::size_t buffered_input() const override {
         return inflater_ && !received_.context_takeover ? inflater_->memory_usage() : 0;
     }
@@ -3268,7 +3306,8 @@ WSCHAT_BEGIN
 namespace detail {
 
 struct Event {
-    enum class Kind : std::uint8_t { none, message, ping, pong, close };
+    // paused: the budget is spent within a message. The caller pauses the input, or calls again.
+    enum class Kind : std::uint8_t { none, message, ping, pong, close, paused };
 
     Kind kind = Kind::none;
     Message message{std::string_view()};  // of a message, a ping or a pong; valid until the next call of next_event()
@@ -3321,6 +3360,7 @@ public:
     void receive(char* data, std::size_t size, Time now) {
         if (cold_) cold_->resumed_input.release();
         if (compression_available && compression_) compression_->inflated_bytes = 0;
+        frames_read_ = 0;
         input_ = data;
         input_end_ = data + size;
         record_activity(now);
@@ -3330,7 +3370,7 @@ public:
 
     // Limits::messages_per_second and bytes_per_second: when input may continue. The caller pauses it until then.
     Time input_due() const {
-        Time due = (Time::min)();
+        Time due{};
         if (!metered_ || !cold_) return due;
         if (limits_->messages_per_second != 0) due = cold_->messages.available_at(1, message_rate());
         if (limits_->bytes_per_second != 0) due = (std::max)(due, cold_->bytes.available_at(1, byte_rate()));
@@ -3346,7 +3386,8 @@ public:
             message_.size() < direct_read_size || inflating_)
             return {nullptr, 0};
         const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
-        if (message_.available() < direct_read_size) message_.reserve(static_cast<std::size_t>(wanted));
+        if (message_.available() < direct_read_size)
+            message_.reserve(static_cast<std::size_t>(wanted), wanted == frame_left_ && frame_.fin);
         return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.available()))};
     }
 
@@ -3365,11 +3406,15 @@ public:
             const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
             if (!whole && input_ == input_end_) break;
             const Event event = is_control(frame_.opcode) ? read_control() : read_data(whole);
-            if (event.kind == Event::Kind::none) continue;
+            if (event.kind == Event::Kind::none) {
+                if (frames_read_ >= frame_budget && input_ != input_end_) return {Event::Kind::paused};
+                continue;
+            }
             if (metered_ && event.kind == Event::Kind::message && limits_->messages_per_second != 0)
                 cold().messages.charge(1, message_rate(), last_activity_);
             return event;
         }
+        if (cold_ && input_ == input_end_) cold_->resumed_input.release();
         if (state_ != State::closed || close_reported_) return {};
         close_reported_ = true;
         message_.release();
@@ -3379,24 +3424,32 @@ public:
     // Stores the rest of the input until resume_input(). The caller must not call receive() in between.
     void pause_input() {
         if (input_ == input_end_) return;
-        Bytes rest;
-        rest.append(input_, static_cast<std::size_t>(input_end_ - input_));
-        cold().paused_input = std::move(rest);
+        ColdState& state = cold();
+        if (!state.resumed_input.empty() && input_end_ == state.resumed_input.end()) {
+            state.paused_begin = static_cast<std::size_t>(input_ - state.resumed_input.data());
+            state.paused_input.swap(state.resumed_input);
+        } else {
+            state.paused_begin = 0;
+            state.paused_input.append(input_, static_cast<std::size_t>(input_end_ - input_));
+        }
         input_ = input_end_ = nullptr;
     }
     void resume_input() {
         if (compression_available && compression_) compression_->inflated_bytes = 0;
+        frames_read_ = 0;
         if (!cold_ || cold_->paused_input.empty()) return;
         std::swap(cold_->resumed_input, cold_->paused_input);
         cold_->paused_input.release();
-        input_ = cold_->resumed_input.data();
+        input_ = cold_->resumed_input.data() + cold_->paused_begin;
         input_end_ = cold_->resumed_input.end();
     }
 
-    // Whether so much was inflated since receive() or resume_input() that other connections should run first. The
-    // caller pauses the input then. One byte can inflate to a thousand.
+    // Whether so much was done since receive() or resume_input() that other connections should run first. The caller
+    // pauses the input then.
+    bool budget_spent() const { return frames_read_ >= frame_budget || inflate_budget_spent(); }
+    // One byte can inflate to a thousand.
     bool inflate_budget_spent() const {
-        return compression_available && compression_ && compression_->inflated_bytes > inflate_budget;
+        return compression_available && compression_ && compression_->inflated_bytes >= inflate_budget;
     }
 
     // Bytes of an unfinished message and of paused input.
@@ -3450,8 +3503,12 @@ public:
         return enqueue(key != nullptr ? frame.variant(key, make) : make());
     }
     // The same for a message that is useless when it is late. It is dropped if the peer is slow, with either policy.
-    WriteStatus send_volatile(const EncodedFrame& frame) { return drops_volatile(frame.size()) ? drop() : send(frame); }
+    WriteStatus send_volatile(const EncodedFrame& frame) {
+        sends_volatile_ = true;
+        return drops_volatile(frame.size()) ? drop() : send(frame);
+    }
     WriteStatus send_volatile(Opcode opcode, std::string_view payload) {
+        sends_volatile_ = true;
         return drops_volatile(frame_size(payload.size())) ? drop() : send(opcode, payload);
     }
 
@@ -3510,6 +3567,8 @@ public:
     }
 
     std::uint64_t dropped_messages() const { return dropped_; }
+    // Whether there was a volatile message.
+    bool sends_volatile() const { return sends_volatile_; }
 
     // ---- time ------------------------------------------------------------------------------------------------------
 
@@ -3544,7 +3603,8 @@ private:
     static constexpr std::size_t cached_block = 16 * 1024;
     // The smallest buffer for inflating and deflating.
     static constexpr std::size_t compression_block = 64 * 1024;
-    static constexpr std::size_t inflate_budget = 256 * 1024;
+    static constexpr std::size_t inflate_budget = 64 * 1024;
+    static constexpr std::uint32_t frame_budget = 1024;
 
     static Time deadline_after(Time time, Duration timeout) {
         return timeout == Duration::zero() ? (Time::max)() : saturating_add(time, timeout);
@@ -3585,6 +3645,7 @@ private:
         // 3. Consume the header and check its limits.
         input_ += parsed.size - before;
         header_size_ = 0;
+        ++frames_read_;
         frame_ = parsed.header;
         frame_left_ = frame_.length;
         in_payload_ = is_control(frame_.opcode) || begin_data_frame();
@@ -3622,9 +3683,9 @@ private:
 
     // Consumes the available part of the payload: unmasks it in place and checks text, block by block while a block is
     // in the cache. Returns nothing if the text is invalid.
-    std::optional<std::string_view> read_payload(bool text) {
-        const auto size = static_cast<std::size_t>(
-            std::min<std::uint64_t>(frame_left_, static_cast<std::uint64_t>(input_end_ - input_)));
+    std::optional<std::string_view> read_payload(bool text, std::uint64_t max = UINT64_MAX) {
+        const auto size =
+            static_cast<std::size_t>((std::min)({frame_left_, static_cast<std::uint64_t>(input_end_ - input_), max}));
         const std::string_view part(input_, size);
         for (std::size_t done = 0; done < size;) {
             const std::size_t block = (std::min)(size - done, cached_block);
@@ -3669,10 +3730,11 @@ private:
         else message_.append(part);
     }
 
-    // Inflates each part when it arrives, into a block of the arena. A message that fits into one block is delivered
-    // from that block. Parts of an unfinished message are copied, because an open message must not hold a whole block.
+    // Inflates each part when it arrives, into a block of the arena, until the budget is spent. A message that fits
+    // into one block is delivered from that block. Parts of an unfinished message are copied, because an open message
+    // must not hold a whole block.
     Event read_compressed() {
-        const std::string_view part = *read_payload(false);
+        const std::string_view part = *read_payload(false, cached_block);
         const bool last = !in_payload_ && frame_.fin;
         if (state_ != State::open) return {};  // RFC 6455 1.4, as in read_data()
         compression_->set_input(part, last);
@@ -3685,12 +3747,24 @@ private:
             if (message_.empty() && (last || outcome == Compression::Outcome::output_full)) std::swap(message_, block);
             else message_.append(block.view());
             arena_->recycle(std::move(block));
+            if (outcome == Compression::Outcome::output_full && inflate_budget_spent()) {
+                put_back(compression_->take_unread_input());
+                return {Event::Kind::paused};
+            }
         } while (outcome == Compression::Outcome::output_full);
-        if (!last) return {};
+        if (!last) return {inflate_budget_spent() ? Event::Kind::paused : Event::Kind::none};
         if (message_opcode_ == Opcode::text && !utf8_.complete()) return fail_invalid_text();
         inflating_ = false;
         message_delivered_ = true;
         return {Event::Kind::message, Message(message_.view(), message_opcode_)};
+    }
+    // Gives the last n bytes of the payload back to the input, masked as they came. The frame continues, also with 0.
+    void put_back(std::size_t n) {
+        input_ -= n;
+        frame_left_ += n;
+        in_payload_ = true;
+        if (frame_.masked)
+            apply_mask(input_, n, frame_.mask, static_cast<std::size_t>((frame_.length - frame_left_) % 4));
     }
     // Fills the block. The connection fails as soon as the output breaks the size limit or is not UTF-8.
     Compression::Outcome inflate_to(Bytes& block) {
@@ -3850,6 +3924,7 @@ private:
     // Allocated on demand, which keeps idle connections small.
     struct ColdState {
         Bytes paused_input;
+        std::size_t paused_begin = 0;  // its bytes before this were read already
         Bytes resumed_input;           // that next_event() reads
         std::string partial_control;   // the beginning of a control frame's payload
         std::string complete_control;  // the payload of the last event, if it arrived in parts
@@ -3870,6 +3945,7 @@ private:
     bool write_blocked_ = false;
     bool close_reported_ = false;
     bool metered_ = false;  // the rate of messages or of bytes is limited
+    bool sends_volatile_ = false;
     SendQueue output_;
     Time last_activity_{};
     Time wait_started_{};  // for the answer to our ping or to our Close frame
@@ -3891,6 +3967,7 @@ private:
     FrameHeader frame_;
     std::uint64_t frame_left_ = 0;
     std::size_t fragments_ = 0;
+    std::uint32_t frames_read_ = 0;  // since receive() or resume_input()
     char header_bytes_[FrameHeader::max_size];
 
     SendArena* arena_ = nullptr;
@@ -4096,6 +4173,7 @@ struct HandlerCore {
     Request request;
     std::string_view subprotocol;  // a part of the request
     std::vector<Membership> rooms;
+    std::unique_ptr<StringMap<std::size_t>> slots;  // positions in `rooms`, by room; null if there never were many
     HandlerRef ref;
 };
 
@@ -4180,6 +4258,8 @@ public:
     WriteStatus write_binary(std::initializer_list<T>) = delete;
     template <class T>
     WriteStatus write_volatile(std::initializer_list<T>, Opcode = Opcode::text) = delete;
+    template <class T>
+    WriteStatus ping(std::initializer_list<T>) = delete;
 
     // Throws Error for over 125 bytes (RFC 6455 5.5).
     WriteStatus ping(std::string_view payload = {}) {
@@ -4431,7 +4511,10 @@ public:
     bool join(WebSocketHandler& handler) {
         if (!handler.is_open() || has(handler)) return false;
         auto& rooms = detail::HandlerAccess::core(handler).rooms;
-        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);  // the second push_back cannot throw
+        // First all that may run out of memory.
+        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);
+        if (members_.size() == members_.capacity()) members_.reserve(2 * members_.size() + 4);
+        if (rooms.size() >= few) add_slot(handler);
         members_.push_back({&handler, rooms.size()});
         rooms.push_back({this, members_.size() - 1});
         return true;
@@ -4476,16 +4559,36 @@ private:
     friend class Rooms;
 
     static constexpr std::size_t npos = static_cast<std::size_t>(-1);
+    static constexpr std::size_t few = 16;
 
-    // Searches the shorter list: the members of the room or the rooms of the handler.
+    // Searches the shorter list: the members of the room or the rooms of the handler. If both are long, a map.
     std::size_t index_of(const WebSocketHandler& handler) const {
-        const auto& rooms = detail::HandlerAccess::core(handler).rooms;
-        for (std::size_t i = 0; i < (std::min)(rooms.size(), members_.size()); ++i) {
+        const detail::HandlerCore& core = detail::HandlerAccess::core(handler);
+        const auto index_at = [&](std::size_t slot) {  // on_close() may still see rooms that it has left
+            const bool here = slot < core.rooms.size() && core.rooms[slot].room == this;
+            const std::size_t index = here ? core.rooms[slot].index : npos;
+            return index < members_.size() && members_[index].handler == &handler ? index : npos;
+        };
+        if (core.slots && members_.size() > few) {
+            const std::size_t* slot = core.slots->find(key(*this));
+            return slot == nullptr ? npos : index_at(*slot);
+        }
+        for (std::size_t i = 0; i < (std::min)(core.rooms.size(), members_.size()); ++i) {
             if (members_[i].handler == &handler) return i;
-            const std::size_t index = rooms[i].index;
-            if (rooms[i].room == this && index < members_.size() && members_[index].handler == &handler) return index;
+            if (const std::size_t index = index_at(i); index != npos) return index;
         }
         return npos;
+    }
+    static std::string key(const Room& room) { return big_endian_key(reinterpret_cast<std::uintptr_t>(&room)); }
+    // Adds this room, which is not in the list yet, at the end of the list.
+    void add_slot(WebSocketHandler& handler) const {
+        detail::HandlerCore& core = detail::HandlerAccess::core(handler);
+        if (!core.slots) {
+            auto slots = std::make_unique<StringMap<std::size_t>>();
+            for (std::size_t i = 0; i < core.rooms.size(); ++i) slots->find_or_emplace(key(*core.rooms[i].room), i);
+            core.slots = std::move(slots);
+        }
+        core.slots->find_or_emplace(key(*this)) = core.rooms.size();
     }
     // Moves the last member to this index.
     void remove_at(std::size_t index) {
@@ -4595,7 +4698,12 @@ inline bool Room::leave(WebSocketHandler& handler) {
     remove_at(index);
     rooms[slot] = rooms.back();
     rooms.pop_back();
-    if (slot != rooms.size()) rooms[slot].room->members_[rooms[slot].index].slot = slot;
+    const auto& slots = detail::HandlerAccess::core(handler).slots;
+    if (slots) slots->erase(key(*this));
+    if (slot != rooms.size()) {
+        rooms[slot].room->members_[rooms[slot].index].slot = slot;
+        if (slots) *slots->find(key(*rooms[slot].room)) = slot;
+    }
     if (empty()) rooms_.prune_later(*this);
     return true;
 }
@@ -8226,7 +8334,7 @@ struct Metrics {
     std::uint64_t messages_dropped = 0;  // by BacklogPolicy::drop
     std::uint64_t bytes_received = 0;
     std::uint64_t bytes_sent = 0;
-    std::uint64_t backlog_bytes = 0;  // output, unfinished messages and pipelined requests that wait now
+    std::uint64_t backlog_bytes = 0;  // output, unfinished messages and requests, and pipelined requests that wait now
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
     std::uint64_t rooms = 0;
@@ -8392,16 +8500,24 @@ private:
 struct TurnState {
     static constexpr unsigned max_handshakes = 64;  // steps of TLS handshakes
     static constexpr unsigned max_continued = 16;   // sessions with work left from earlier turns
+    static constexpr unsigned max_more_reads = 64;  // from sockets that have been read in this turn
 
     SessionList<&SessionNode::next_dirty> dirty;      // to flush, or to remove, at the end of this turn
     SessionList<&SessionNode::next_waiting> waiting;  // continue in the next turn: they used up their budget
     std::uint32_t number = 0;
     unsigned handshakes_left = max_handshakes;
+    unsigned more_reads_left = max_more_reads;
 
     // TLS handshakes cost much more than messages, so a turn does a limited number of steps.
     bool take_handshake() {
         if (handshakes_left == 0) return false;
         --handshakes_left;
+        return true;
+    }
+    // A session reads once. Whether it may read again depends on how much the others have read.
+    bool take_more() {
+        if (more_reads_left == 0) return false;
+        --more_reads_left;
         return true;
     }
 };
@@ -8447,6 +8563,8 @@ public:
     virtual void note_proxy_failure(const IpAddress& peer, std::string_view cause) = 0;
     // Takes the session out of the list of open ones and destroys it at the end of the turn.
     virtual void remove(Session& session) = 0;
+    // Whether sessions and the files that they send leave no descriptor but those that are kept.
+    virtual bool descriptors_used() const = 0;
 
     CompressionPool& compression() {
         if (!compression_) compression_ = std::make_unique<CompressionPool>();
@@ -8467,7 +8585,8 @@ public:
     Bytes receive_buffer;                                       // of the session that reads
     std::array<std::string_view, Socket::max_pieces> pieces{};  // of the session that flushes
     WireCount wire;
-    std::size_t backlog = 0;  // bytes that all sessions hold
+    std::size_t backlog = 0;     // bytes that all sessions hold
+    std::size_t open_files = 0;  // that sessions send
     Metrics metrics;
     ServerLog log;
     std::function<void(const AccessEntry&)> on_access;  // may be empty
@@ -8571,7 +8690,10 @@ public:
         : host_(host), limits_(limits), peer_(peer), parser_(limits) {}
     HttpExchange(const HttpExchange&) = delete;
     HttpExchange& operator=(const HttpExchange&) = delete;
-    ~HttpExchange() { HandlerAccess::close_reply(reply_); }
+    ~HttpExchange() {
+        HandlerAccess::close_reply(reply_);
+        close_file();
+    }
 
     SendQueue output;
     bool blocked = false;       // the kernel refused output that is still queued
@@ -8587,10 +8709,17 @@ public:
     bool started() const { return parser_.started() || body_; }
     // How much of a body may still arrive before its deadline.
     std::size_t body_expected() const { return body_ ? body_->expected() : 0; }
-    bool has_pending() const { return !pending_.empty(); }
-    std::string take_pending() { return std::exchange(pending_, std::string()); }
-    // Input that is held: pipelined requests and a part of a body.
-    std::size_t buffered_input() const { return pending_.size() + (body_ ? body_->received() : 0); }
+    bool has_pending() const { return pending_begin_ != pending_.size(); }
+    // They begin at `begin`.
+    std::string take_pending(std::size_t& begin) {
+        begin = std::exchange(pending_begin_, std::size_t{0});
+        return std::exchange(pending_, std::string());
+    }
+    // Memory of input that waits: an incomplete head or body, and pipelined bytes.
+    std::size_t buffered_input() const {
+        return parser_.buffered() + (body_ ? RequestAccess::held(body_->request()) : 0) +
+               (has_pending() ? pending_.capacity() : 0);
+    }
 
     // The next request in the bytes, which are consumed; nothing if more are needed, or if the request is refused. A
     // request whose body is awaited is returned twice: first for expect_body() or an answer, then with its body.
@@ -8608,6 +8737,12 @@ public:
     // Keeps pipelined bytes that wait for the answer before them. After the last answer nothing is a request.
     void keep(std::string_view bytes) {
         if (keep_alive) pending_.append(bytes);
+    }
+    // Keeps the last `size` bytes of what take_pending() returned, without a copy.
+    void keep_rest(std::string bytes, std::size_t size) {
+        if (!keep_alive) return;
+        pending_begin_ = bytes.size() - size;
+        pending_ = std::move(bytes);
     }
 
     // Queues an answer. The connection ends after it if `request` is null or does not allow another.
@@ -8685,19 +8820,19 @@ public:
 
     // Queues the next piece of the file. False: the file has become shorter than its Content-Length.
     bool queue_file_piece() {
-        constexpr std::uint64_t max_piece = 16 * 1024;
         const auto wanted = static_cast<std::size_t>((std::min)(file_left_, max_piece));
         Slice piece = host_.arena.allocate(wanted);
         const std::size_t got = file_.read(SendArena::writable(piece), wanted);
         piece.end = piece.begin + got;
         output.append(piece);
         file_left_ -= got;
-        if (file_left_ == 0) file_.close();
+        if (file_left_ == 0) close_file();
         return got != 0;
     }
     void drop_output() {
         output.clear();
         file_left_ = 0;
+        close_file();
     }
     void queue(std::string_view bytes) {
         if (!bytes.empty()) output.append(copy(host_.arena, bytes));
@@ -8733,10 +8868,15 @@ private:
             host_.log(LogLevel::warning, "file_missing",
                       {{"path", request->path()}, {"cause", os::error_text(answer.file_error)}});
         if (!answer.file) return respond(answer.response, request.get());
+        // A file that is sent piece by piece takes a descriptor until its end. A small one is read at once.
+        const bool small = answer.size <= max_piece;
+        if (!small && host_.descriptors_used()) return respond(file_refusal(EMFILE), request.get());
         queue_head(answer.response, request.get(), answer.size);
-        if (head_only_) return;
+        if (head_only_ || answer.size == 0) return;
         file_left_ = answer.size;
-        if (file_left_ != 0) file_ = std::move(answer.file);
+        file_ = std::move(answer.file);
+        ++host_.open_files;
+        if (small) queue_file_piece();
     }
 
     // `page` is null, or does not answer the request's method.
@@ -8793,7 +8933,17 @@ private:
         if (keep_alive && idle_seconds != 0) add_line(head, "Keep-Alive", "timeout=" + std::to_string(idle_seconds));
         queue(head += "\r\n");
         note_answer(response.status(), request, length.value_or(0));
-        if (!keep_alive) pending_.clear();
+        if (keep_alive) return;
+        pending_.clear();
+        pending_begin_ = 0;
+    }
+
+    static constexpr std::uint64_t max_piece = 16 * 1024;
+
+    void close_file() {
+        if (!file_) return;
+        file_.close();
+        --host_.open_files;
     }
     // Whether another request may follow the answer to this one (RFC 9112 9.3). The rest of a body that was not read
     // would look like a request.
@@ -8809,6 +8959,7 @@ private:
     Time request_time_{};  // the end of the head, if there is an access log
     RequestParser parser_;
     std::string pending_;
+    std::size_t pending_begin_ = 0;
     std::unique_ptr<BodyParser> body_;     // of the request whose body is being received
     std::unique_ptr<Request> request_;     // that a page's function answers
     HandlerAccess::ReplyState reply_;      // null unless an answer comes later
@@ -8910,9 +9061,10 @@ protected:
                 case Event::Kind::ping: call("on_ping", [&] { handler_->on_ping(event.message.data()); }); break;
                 case Event::Kind::pong: call("on_pong", [&] { handler_->on_pong(event.message.data()); }); break;
                 case Event::Kind::close: return true;
+                case Event::Kind::paused: break;
             }
             mark_dirty();
-            const bool spent = events >= max_events || connection().inflate_budget_spent() ||
+            const bool spent = events >= max_events || connection().budget_spent() ||
                                RoomsAccess::deliveries(host_.rooms) - deliveries >= max_deliveries;
             if (connection().is_open() && must_pause(spent)) {
                 connection().pause_input();
@@ -9079,7 +9231,9 @@ public:
     void on_timer(Time now) override {
         if (gone()) return;
         protect([&] {
-            if (phase_ == Phase::websocket) {
+            if (read_late_input()) {
+                // The peer was in time.
+            } else if (phase_ == Phase::websocket) {
                 connection().tick(now);
                 schedule(connection().deadline());
             } else if (phase_ == Phase::http && http_->awaits_reply()) {
@@ -9166,6 +9320,9 @@ public:
     void flush() override {
         SendQueue& queue = output();
         const std::uint64_t sent_before = host_.wire.sent;
+        if (phase_ == Phase::websocket && connection().sends_volatile() && !std::exchange(send_buffer_set_, true) &&
+            limits().send_buffer != 0)
+            stream_.socket().set_send_buffer(limits().send_buffer);
         if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
         while (!queue.empty() && !blocked() && !send_failed_) {
             const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
@@ -9272,12 +9429,19 @@ private:
     }
     void update_backlog() {
         std::size_t held = 0;
-        if (phase_ == Phase::websocket && !ended_) held = output().size() + connection().buffered_input();
-        else if (http_ && !gone() && !ended_) held = output().size() + http_->buffered_input();
+        if (phase_ == Phase::websocket && !ended_)
+            held = output().held() + connection().buffered_input() + held_request();
+        else if (http_ && !gone() && !ended_) held = output().held() + http_->buffered_input();
         if (!gone() && !ended_) held += stream_.buffered();
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
         if (phase_ == Phase::websocket) HandlerAccess::note_queued(*handler_);
+    }
+
+    // The handler keeps its request. One of normal size is part of what an idle connection needs.
+    std::size_t held_request() const {
+        const std::size_t size = RequestAccess::held(core().request);
+        return size > 4 * 1024 ? size : 0;
     }
 
     // Tells the poller what the session waits for.
@@ -9306,6 +9470,7 @@ private:
         if (proxy_ && !read_proxy_header()) return;
         constexpr int max_reads = 4;  // then other sessions have their turn
         for (int i = 0; i < max_reads && reading(); ++i) {
+            if (i != 0 && !host_.turn.take_more()) return;
             if (stream_.encrypted() && !handshake_done_ && !host_.turn.take_handshake()) return;
             std::pair<char*, std::size_t> area{nullptr, 0};
             if (phase_ == Phase::websocket) area = connection().receive_buffer();
@@ -9320,12 +9485,24 @@ private:
         }
     }
 
+    // For a timer that is due. After a long turn, input that came in time may still wait in the kernel, behind that of
+    // other sessions: it is read first. True: the session has ended, or its timer is set again.
+    bool read_late_input() {
+        if (phase_ == Phase::lingering || !reading() || (phase_ == Phase::http && http_->busy())) return false;
+        read();
+        if (ended_ || scheduled()) return true;
+        const bool in_time = phase_ == Phase::websocket ? connection().deadline() > now() : http_->busy();
+        if (in_time) schedule(phase_ == Phase::websocket ? connection().deadline() : after(limits().handshake_timeout));
+        return in_time;
+    }
+
     void take_input(char* data, std::size_t size) {
         if (phase_ == Phase::websocket) {
             connection().receive(data, size, now());
             if (dispatch_events()) finish_websocket();
         } else if (phase_ == Phase::http) {
-            parse_requests({data, size});
+            const std::string_view rest = parse_requests({data, size});
+            if (!rest.empty()) http_->keep(rest);
         } else {
             http_->discarded += size;
         }
@@ -9444,15 +9621,22 @@ private:
         if (!ended_) schedule(scheduled() ? (std::min)(due(), latest) : latest);
     }
 
-    void parse_requests(std::string_view bytes) {
+    // Returns the bytes that wait for an answer.
+    std::string_view parse_requests(std::string_view bytes) {
         if (std::exchange(idle_, false)) schedule(after(limits().handshake_timeout));
         while (!bytes.empty() && phase_ == Phase::http && !http_->busy() && http_->keep_alive) {
             std::optional<Request> request = http_->parse(bytes);
             mark_dirty();
-            if (!request) return;
+            if (!request) return {};
             answer(std::move(*request), bytes);
         }
-        if (!bytes.empty() && phase_ == Phase::http) http_->keep(bytes);
+        return phase_ == Phase::http ? bytes : std::string_view();
+    }
+    void parse_pending() {
+        std::size_t begin = 0;
+        std::string pending = http_->take_pending(begin);
+        const std::string_view rest = parse_requests({&pending[begin], pending.size() - begin});
+        if (!rest.empty()) http_->keep_rest(std::move(pending), rest.size());
     }
 
     WSCHAT_COLD void answer(Request request, std::string_view& rest) {
@@ -9500,8 +9684,7 @@ private:
         } else if (phase_ == Phase::lingering || !http_->keep_alive) {
             linger();
         } else if (http_->has_pending() && may_work()) {
-            const std::string pending = http_->take_pending();
-            parse_requests(pending);
+            parse_pending();
         } else if (answered_ && !idle_ && !http_->started() && !http_->has_pending()) {
             idle_ = true;
             schedule(after(limits().keep_alive_timeout));
@@ -9514,16 +9697,15 @@ private:
                 give_up_reply(Response(500, "The server failed to answer.\n"));
             return;
         }
-        const std::string pending = http_->take_pending();
-        std::string_view rest = pending;
+        std::size_t begin = 0;
+        std::string pending = http_->take_pending(begin);
+        std::string_view rest = std::string_view(pending).substr(begin);
         finish_upgrade(rest);
-        if (!rest.empty() && phase_ == Phase::http) http_->keep(rest);
     }
     void continue_http() {
         if (!blocked() && http_->has_file()) send_file();
         if (http_->busy() || !http_->keep_alive || !http_->has_pending()) return;
-        const std::string pending = http_->take_pending();
-        parse_requests(pending);
+        parse_pending();
     }
     void send_file() {
         constexpr int max_pieces = 8;  // then other sessions have their turn
@@ -9625,7 +9807,6 @@ private:
         http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
                                          compression.response, lines));
         http_->note_answer(101, &core().request, 0);
-        if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
         // From here to open() nothing throws, so that on_close() comes only after open().
@@ -9698,6 +9879,7 @@ private:
     Phase phase_ = Phase::http;
     bool ended_ = false;  // finish_turn() removes the session
     bool full_ = false;   // the server has no room for it
+    bool send_buffer_set_ = false;
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
@@ -9819,7 +10001,7 @@ public:
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
     WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports,
-                            const ListenOptions& listen_options) {
+                            const ListenOptions& listen_options = {}) {
         if (draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
         const Listener& added =
             listeners_.append(*this, ListenAddress::parse(address), std::move(transports), listen_options);
@@ -9878,17 +10060,21 @@ public:
     void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
         ++metrics.connections_accepted;
         const std::size_t max = max_connections();
-        if (sessions_.size() >= max + max_rejections_at_once) {
+        // Files take descriptors of connections. Without files only `max` counts, which the program may have raised.
+        const std::size_t used = sessions_.size() + open_files;
+        const std::size_t usable = open_files == 0 ? max : (std::min)(max + open_files, usable_descriptors());
+        if (used >= usable + max_rejections_at_once) {
             ++metrics.connections_refused;
             return;
         }
-        const bool full = sessions_.size() >= max;
+        const bool full = used >= usable;
         auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), proxied);
         Session& session = *made;
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
         session.start(full);
     }
+    bool descriptors_used() const override { return sessions_.size() + open_files >= usable_descriptors(); }
     WSCHAT_COLD Response too_many_connections() override {
         ++metrics.connections_refused;
         log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
@@ -9916,7 +10102,10 @@ private:
     static Session& session_of(SessionNode& node) { return static_cast<Session&>(node); }
 
     std::size_t max_connections() const {
-        if (options.server_limits.max_connections != 0) return options.server_limits.max_connections;
+        const std::size_t max = options.server_limits.max_connections;
+        return max != 0 ? max : usable_descriptors();
+    }
+    static std::size_t usable_descriptors() {
         const std::size_t limit = os::descriptor_limit();
         return limit > 2 * descriptors_kept ? limit - descriptors_kept : limit / 2;
     }
@@ -9938,6 +10127,7 @@ private:
         reap();
         closed_listeners_.clear();
         turn.handshakes_left = TurnState::max_handshakes;
+        turn.more_reads_left = TurnState::max_more_reads;
         if (draining && sessions_.empty()) loop.stop();
         return has_work();
     }

@@ -1084,6 +1084,23 @@ TEST_CASE("a full bucket allows more than its burst and takes longer to refill")
     CHECK_FALSE(bucket.take(1000, rate, start + seconds(91)));
 }
 
+TEST_CASE("a bucket can owe tokens, and tells when it has some again") {
+    TokenBucket bucket;
+    const Rate rate{10, 5};
+    const Time start = Clock::now();
+    const auto since_start = [&](double tokens) {
+        return std::chrono::duration<double>(bucket.available_at(tokens, rate) - start).count();
+    };
+    bucket.charge(5, rate, start);
+    CHECK(since_start(0) == doctest::Approx(0));
+    CHECK(since_start(1) == doctest::Approx(0.1));
+    CHECK(since_start(5) == doctest::Approx(0.5));
+    bucket.charge(25, rate, start);
+    CHECK(since_start(0) == doctest::Approx(2.5));
+    CHECK_FALSE(bucket.take(1, rate, start + milliseconds(2590)));
+    CHECK(bucket.take(1, rate, start + milliseconds(2610)));
+}
+
 TEST_CASE("a rate of zero does not limit") {
     TokenBucket bucket;
     for (int i = 0; i < 1000; ++i) CHECK(bucket.take(1e9, Rate{}, Clock::now()));

@@ -101,7 +101,7 @@ public:
         for (;;) {
             const Event event = connection.next_event();
             if (event.kind == Event::Kind::none) return;
-            record(event);
+            if (event.kind != Event::Kind::paused) record(event);
         }
     }
     void record(const Event& event) {
@@ -115,6 +115,7 @@ public:
                 recorded_ += to_string(connection.close_cause());
                 break;
             case Event::Kind::none: recorded_ += "none"; break;
+            case Event::Kind::paused: break;
         }
         recorded_ += event.message.data();
     }
@@ -543,6 +544,70 @@ TEST_SUITE("protocol") {
         End unlimited(Role::server, limits);
         for (int i = 0; i < 10'000; ++i) unlimited.peer("8a 00");
         CHECK(unlimited.connection.is_open());
+    }
+
+    TEST_CASE("after messages_burst messages the input is due when the rate allows one more") {
+        Limits limits;
+        limits.messages_per_second = 10;
+        limits.messages_burst = 3;
+        End end(Role::server, limits);
+        const auto wait = [&] { return end.connection.input_due() - end.now; };
+        CHECK(wait() <= 0s);
+        end.peer("81 01 61 81 01 62");
+        CHECK(wait() <= 0s);
+        end.peer("89 00 01 01 63");  // neither a ping nor a first fragment is a message
+        CHECK(wait() <= 0s);
+        CHECK(end.peer("80 01 63").events() == "text a | text b | ping  | text cc");
+        CHECK(wait() == 100ms);
+        end.now += 99ms;
+        CHECK(wait() > 0s);
+        end.now += 1ms;
+        CHECK(wait() <= 0s);
+        // What comes although the input is not due is delivered, and delays the next.
+        end.peer("81 01 64 81 01 65 81 01 66");
+        CHECK(wait() == 300ms);
+        CHECK(end.connection.is_open());
+    }
+
+    TEST_CASE("without messages_burst as many messages as messages_per_second may arrive at once") {
+        Limits limits;
+        limits.messages_per_second = 4;
+        End end(Role::server, limits);
+        end.peer("81 00 81 00 81 00");
+        CHECK(end.connection.input_due() <= end.now);
+        end.peer("81 00");
+        CHECK(end.connection.input_due() == end.now + 250ms);
+    }
+
+    TEST_CASE("the input is due when the average of its bytes is within bytes_per_second again") {
+        Limits limits;
+        limits.bytes_per_second = 1000;
+        End end(Role::server, limits);
+        CHECK(end.connection.max_input() == 1000);
+        end.peer_sends(frame(0x82, std::string(992, 'x')));  // and 8 bytes of header and mask
+        CHECK(end.connection.input_due() == end.now + 1ms);
+        end.now += 500ms;
+        CHECK(end.connection.input_due() <= end.now);
+        end.peer_sends(frame(0x82, std::string(1992, 'x')));
+        CHECK(end.connection.input_due() == end.now + 1501ms);
+        CHECK(end.connection.is_open());
+    }
+
+    TEST_CASE("the rate of bytes may be the lowest, and both rates may be set") {
+        Limits limits;
+        limits.bytes_per_second = 1;
+        limits.messages_per_second = 1;
+        End end(Role::server, limits);
+        end.peer("81 00");  // 6 bytes
+        CHECK(end.connection.input_due() == end.now + 6s);
+        CHECK(end.connection.max_input() == 1);
+    }
+
+    TEST_CASE("by default no rate limits the input") {
+        End end;
+        for (int i = 0; i < 10'000; ++i) end.peer("81 00");
+        CHECK(end.connection.input_due() <= end.now);
+        CHECK(end.connection.max_input() > 1'000'000'000);
     }
 
     // ---- pings -----------------------------------------------------------------------------------------------------

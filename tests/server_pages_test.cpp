@@ -92,7 +92,7 @@ TEST_CASE("a page is the answer of its function, with its headers and its length
     CHECK(answer.header("x-content-type-options") == "nosniff");
     CHECK(answer.header("date").size() == std::string("Sun, 06 Nov 1994 08:49:37 GMT").size());
     CHECK(contains(answer.head, "\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n"));
-    CHECK(answer.header("connection") == "");
+    CHECK(answer.header("connection") == "keep-alive");
 }
 
 TEST_CASE("a page knows the parameters of its path, of its query and its cookies") {
@@ -403,7 +403,7 @@ TEST_CASE("a refused request with correct syntax leaves the connection open for 
     const Answer upgrade_wanted = next_answer(client);
     CHECK(upgrade_wanted.status == 426);
     CHECK(upgrade_wanted.header("upgrade") == "websocket");
-    CHECK(upgrade_wanted.header("connection") == "Upgrade");
+    CHECK(upgrade_wanted.header("connection") == "Upgrade, keep-alive");
     CHECK(upgrade_wanted.header("sec-websocket-version") == "13");
     const Answer options = next_answer(client);
     CHECK(options.status == 204);
@@ -841,14 +841,17 @@ TEST_CASE("an allowed host without a port is served on every port, and one with 
     }
 }
 
-TEST_CASE("a shutdown finishes the answer that is being sent, and no other") {
+TEST_CASE("a shutdown finishes the answer that is being sent, answers the next request, and no other") {
     LargeFileServer running;
     RawClient client(running.port());
-    client.send(request("/large") + request("/large"));
+    client.send(request("/large") + request("/next") + request("/large"));
     REQUIRE(running.eventually([&] { return running.server.metrics().bytes_sent > 100'000; }));
     running.server.shutdown(test::deadline);
     running.on_loop([] {});  // the shutdown has begun
     check_body(client, running.content);
+    const Answer last = next_answer(client);
+    CHECK(last.body == "next");
+    CHECK(last.header("connection") == "close");
     CHECK(client.read_to_end());
     CHECK(client.received == "");
 }

@@ -10,6 +10,7 @@ using namespace wschat::detail;
 
 using test::contains;
 using test::error_of;
+using test::hex;
 using test::inheritable_descriptors;
 
 namespace {
@@ -411,6 +412,143 @@ TEST_CASE("the Error about a listening address escapes control characters") {
     CHECK_FALSE(error.empty());
     CHECK_FALSE(contains(error, "\n"));
     CHECK_FALSE(contains(error, "\x1b"));
+}
+
+TEST_CASE("fd:3 is an inherited descriptor") {
+    const ListenAddress parsed = ListenAddress::parse("fd:3");
+    CHECK(parsed.inherited == 3);
+    CHECK(parsed.to_string() == "fd:3");
+    CHECK(ListenAddress::parse("8888").inherited == -1);
+}
+
+// ---- the PROXY protocol ---------------------------------------------------------------------------------------------
+
+// Feeds bytes in pieces of that size. Returns the client's address, "none", "more", or the cause of the failure, and
+// how many bytes were not consumed.
+std::string parse_proxy_header(std::string_view bytes, std::size_t piece = std::string_view::npos) {
+    ProxyHeader header;
+    std::size_t done = 0;
+    while (done < bytes.size()) {
+        std::size_t consumed = 0;
+        const ProxyHeader::Outcome outcome = header.feed(bytes.substr(done, piece), consumed);
+        done += consumed;
+        if (outcome == ProxyHeader::Outcome::failure) return header.failure();
+        if (outcome == ProxyHeader::Outcome::done)
+            return (header.client() ? header.client()->to_string() : "none") + " " +
+                   std::to_string(bytes.size() - done);
+    }
+    return "more";
+}
+
+std::string proxy_v2(std::string_view command_and_family, std::string_view addresses) {
+    return hex("0d 0a 0d 0a 00 0d 0a 51 55 49 54 0a") + hex(command_and_family) +
+           static_cast<char>(addresses.size() / 256) + static_cast<char>(addresses.size() % 256) +
+           std::string(addresses);
+}
+
+TEST_CASE("a PROXY header of version 1 is parsed in pieces of any size, and nothing after it is consumed") {
+    const struct {
+        std::string line, address;
+    } table[] = {
+        // The lines of the specification, 2.1.
+        {"PROXY TCP4 255.255.255.255 255.255.255.255 65535 65535\r\n", "255.255.255.255"},
+        {"PROXY TCP6 ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff 65535 65535\r\n",
+         "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"},
+        {"PROXY UNKNOWN\r\n", "none"},
+        {"PROXY UNKNOWN ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff 65535 "
+         "65535\r\n",
+         "none"},
+        {"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n", "192.168.0.1"},
+        {"PROXY TCP4 192.168.0.1 192.168.0.11 0 0\r\n", "192.168.0.1"},
+        {"PROXY TCP6 ::ffff:192.0.2.1 ::1 1 2\r\n", "192.0.2.1"},
+        {"PROXY TCP6 2001:db8::1 192.0.2.1 1 2\r\n", "2001:db8::1"},  // as some proxies write it
+    };
+    for (const auto& row : table)
+        for (const std::size_t piece : {std::size_t{1}, std::size_t{7}, std::string_view::npos})
+            for (const std::string after : {"", "GET / HTTP/1.1\r\n"}) {
+                CAPTURE(row.line);
+                CHECK(parse_proxy_header(row.line + after, piece) == row.address + " " + std::to_string(after.size()));
+            }
+}
+
+TEST_CASE("a malformed PROXY header of version 1 is a failure") {
+    const std::string lines[] = {
+        "PROXY \r\n",
+        "PROXY TCP4\r\n",
+        "PROXY TCP4 192.168.0.1 192.168.0.11 56324\r\n",
+        "PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\n",
+        "PROXY TCP4 192.168.0.1 192.168.0.11 56324 443 \r\n",
+        "PROXY TCP4  192.168.0.1 192.168.0.11 56324 443\r\n",
+        "PROXY TCP4 192.168.0.1 192.168.0.11 56324 65536\r\n",
+        "PROXY TCP4 192.168.0.1 192.168.0.11 056324 443\r\n",
+        "PROXY TCP4 192.168.0.1 192.168.0.11 +1 443\r\n",
+        "PROXY TCP4 192.168.0.256 192.168.0.11 56324 443\r\n",
+        "PROXY TCP4 ::1 ::1 56324 443\r\n",
+        "PROXY TCP6 192.168.0.1 192.168.0.11 56324 443\r\n",
+        "PROXY TCP4 192.168.0.1 host 56324 443\r\n",
+        "PROXY UDP4 192.168.0.1 192.168.0.11 56324 443\r\n",
+        "PROXY UNKNOWNx\r\n",
+        "PROXY unknown\r\n",
+    };
+    for (const std::string& line : lines)
+        for (const std::size_t piece : {std::size_t{1}, std::string_view::npos}) {
+            CAPTURE(line);
+            CHECK(parse_proxy_header(line, piece) == "the line is malformed");
+        }
+    for (const std::string line : {"GET / HTTP/1.1\r\n", "PROXX", "proxy TCP4", "\n", "\x16\x03\x01"})
+        CHECK(parse_proxy_header(line) == "there is no PROXY header");
+    CHECK(parse_proxy_header("PROXY UNKNOWN" + std::string(92, 'x') + "\r\n") == "the line is malformed");
+    CHECK(parse_proxy_header("PROXY UNKNOWN " + std::string(91, 'x') + "\r\n") == "none 0");
+    CHECK(parse_proxy_header("PROXY UNKNOWN " + std::string(92, 'x') + "\r\n") == "the line is longer than 107 bytes");
+    CHECK(parse_proxy_header("PROXY UNKNOWN " + std::string(90, 'x')) == "more");
+}
+
+TEST_CASE("a PROXY header of version 2 is parsed in pieces of any size, and nothing after it is consumed") {
+    const std::string ipv4 = hex("c0 00 02 01 c6 33 64 02 dc 04 01 bb");
+    const std::string ipv6 =
+        hex("20 01 0d b8 00 00 00 00 00 00 00 00 00 00 00 07"
+            "20 01 0d b8 00 00 00 00 00 00 00 00 00 00 00 01 dc 04 01 bb");
+    const std::string fields = hex("03 00 04 a9 b8 7e 8f 05 00 02 61 62");  // PP2_TYPE_CRC32C, PP2_TYPE_UNIQUE_ID
+    const struct {
+        std::string header, address;
+    } table[] = {
+        {proxy_v2("21 11", ipv4), "192.0.2.1"},
+        {proxy_v2("21 11", ipv4 + fields), "192.0.2.1"},
+        {proxy_v2("21 11", ipv4 + std::string(4084, '\0')), "192.0.2.1"},
+        {proxy_v2("21 21", ipv6), "2001:db8::7"},
+        {proxy_v2("21 21", ipv6 + fields), "2001:db8::7"},
+        {proxy_v2("21 12", ipv4), "none"},                   // UDP
+        {proxy_v2("21 31", std::string(216, '/')), "none"},  // Unix sockets
+        {proxy_v2("21 00", ""), "none"},                     // UNSPEC
+        {proxy_v2("21 00", fields), "none"},
+        {proxy_v2("20 00", ""), "none"},  // LOCAL
+        {proxy_v2("20 11", ipv4), "none"},
+        {proxy_v2("20 ff", "?"), "none"},  // the family of LOCAL is ignored
+    };
+    for (const auto& row : table)
+        for (const std::size_t piece : {std::size_t{1}, std::size_t{13}, std::string_view::npos})
+            for (const std::string after : {"", "GET / HTTP/1.1\r\n"}) {
+                CAPTURE(row.address);
+                CHECK(parse_proxy_header(row.header + after, piece) ==
+                      row.address + " " + std::to_string(after.size()));
+            }
+    const std::string whole = proxy_v2("21 21", ipv6);
+    for (std::size_t size = 0; size < whole.size(); ++size) CHECK(parse_proxy_header(whole.substr(0, size)) == "more");
+}
+
+TEST_CASE("a malformed PROXY header of version 2 is a failure") {
+    const std::string ipv4(12, '\1');
+    for (const std::string start : {"11 11", "31 11", "01 11", "22 11", "2f 11"})
+        CHECK(parse_proxy_header(proxy_v2(start, ipv4)) == "the version or the command is unknown");
+    for (const std::string start : {"21 41", "21 13", "21 ff"})
+        CHECK(parse_proxy_header(proxy_v2(start, ipv4)) == "the family is unknown");
+    CHECK(parse_proxy_header(proxy_v2("21 11", ipv4.substr(1))) == "the addresses are missing");
+    CHECK(parse_proxy_header(proxy_v2("21 21", std::string(35, '\0'))) == "the addresses are missing");
+    // Refused before it arrives.
+    CHECK(parse_proxy_header(proxy_v2("21 11", ipv4 + std::string(4085, '\0')).substr(0, 16)) ==
+          "the header is too large");
+    CHECK(parse_proxy_header(hex("0d 0a 0d 0a 00 0d 0a 51 55 49 54 0b")) == "there is no PROXY header");
+    CHECK(parse_proxy_header(hex("0d 0a 47")) == "there is no PROXY header");
 }
 
 // ---- listening ------------------------------------------------------------------------------------------------------

@@ -100,6 +100,11 @@ TEST_CASE("the default limits have the documented values") {
                                  limits.max_backlog, limits.linger_bytes};
     const std::size_t in_kib[] = {8, 16, 1024, 1024, 256};
     for (std::size_t i = 0; i < std::size(sizes); ++i) CHECK(sizes[i] == 1024 * in_kib[i]);
+    CHECK(limits.keep_alive_timeout == seconds(75));
+    CHECK(limits.send_buffer == 65536);
+    CHECK(limits.messages_per_second == 0);  // no limit
+    CHECK(limits.messages_burst == 0);       // as messages_per_second
+    CHECK(limits.bytes_per_second == 0);     // no limit
     CHECK(limits.max_header_fields == 100);
     CHECK(limits.max_fragments == 1024);
     CHECK(limits.control_frames_per_second == 100);

@@ -256,6 +256,7 @@ private:
         while (!paused_) {
             const Event event = connection.next_event();
             if (event.kind == Event::Kind::none) return;
+            if (event.kind == Event::Kind::paused) continue;
             log += described(event);
             if (event.kind == Event::Kind::close) ++closes;
             if (callback_calls_.empty()) continue;

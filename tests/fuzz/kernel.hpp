@@ -43,7 +43,7 @@ public:
     std::optional<std::size_t> fail_after;  // copied to heap.fail_after when the call returns
     bool in_call = false;                   // a call is in progress; the script may make the server call again
     std::size_t file_size = 40'000;
-    std::size_t bytes_in = 0, bytes_out = 0, accepted = 0;
+    std::size_t bytes_in = 0, bytes_out = 0, accepted = 0, waits = 0;
 
     std::size_t open_descriptors() const {
         return count_if([](const Descriptor&) { return true; });
@@ -294,6 +294,7 @@ private:
     // Runs the script until a descriptor is ready or the timeout ends. Only the script and waiting advance the clock.
     template <class Collect>
     int wait(int timeout_ms, Collect collect) {
+        ++waits;
         check(++waits_without_progress_ < 60, "the server spins");
         int error = 0;
         if (take_fault(Operation::wait, error)) return failed(error);

@@ -1,8 +1,8 @@
 #!/bin/sh
 # sh tests/fuzz/run.sh SECONDS [NAME...]
 #
-# Builds the harnesses (http body fields text connection server, or the named ones) with libFuzzer, AddressSanitizer and
-# UndefinedBehaviorSanitizer into build/fuzz. Runs each for SECONDS, two at a time. The first inputs come from seeds.py,
+# Builds the harnesses (http body fields text connection server tls, or the named ones) with libFuzzer, AddressSanitizer
+# and UndefinedBehaviorSanitizer into build/fuzz. Runs each for SECONDS, two at a time. The first inputs come from seeds.py,
 # from tests/fuzz/corpus, and from earlier runs in build/fuzz/corpus. Prints a table. If a harness fails, prints the
 # input as hex and ends with status 1.
 #
@@ -29,8 +29,11 @@ max_len() {
 build_one() { # build_one NAME
     [ -e "$out/$1" ] && [ -z "$(find wschat.hpp $fuzz/*.?pp -newer "$out/$1")" ] && return 0
     say "building $1"
+    libraries=""
+    [ "$1" = tls ] && libraries="-lssl -lcrypto"
+    # shellcheck disable=SC2086
     clang++ -std=c++17 -O2 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-        $fuzz/"$1".cpp -o "$out/$1" >"$out/$1.build.log" 2>&1 && return 0
+        $fuzz/"$1".cpp -o "$out/$1" $libraries >"$out/$1.build.log" 2>&1 && return 0
     rm -f "$out/$1"
     cat "$out/$1.build.log" >&2
     return 1
@@ -76,7 +79,7 @@ pack) ;;
 "" | *[!0-9]*) usage ;;
 esac
 shift
-names=${*:-http body fields text connection server}
+names=${*:-http body fields text connection server tls}
 for name in $names; do
     [ -e "$fuzz/$name.cpp" ] || die "unknown harness: $name"
 done
@@ -91,6 +94,7 @@ need() {
 libfuzzer() { ls "$(clang++ -print-resource-dir)"/lib/*/libclang_rt.fuzzer*; }
 need clang command -v clang++
 need libclang-rt-dev libfuzzer
+case " $names " in *" tls "*) need libssl-dev test -e /usr/include/openssl/ssl.h ;; esac
 need python3 test -x $python
 if [ -n "$missing" ]; then
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then die "missing Debian packages:$missing"; fi

@@ -11,7 +11,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 SAVED = HERE / "corpus"
-NAMES = ("http", "body", "fields", "text", "connection", "server")
+NAMES = ("http", "body", "fields", "text", "connection", "server", "tls")
 PACKED = 80_000  # largest size of a packed file in bytes
 
 # ---- the strings of the tests -------------------------------------------------------------------------------------
@@ -182,6 +182,22 @@ def server_seeds():
         seeds.append(head + request() + bytes([13, 0]) + request() + b"\0" + bytes([11, 3]) + bytes([13, 1]) + b"\0")
         for how in (0, 1, 50):
             seeds.append(head + request() + b"\0" + request(1) + bytes([15, how]) + b"\0" + bytes([15, how, 11, 5]))
+    return seeds
+
+
+def tls_seeds():
+    seeds = server_seeds()[::8]
+    for options in (0, 4, 8, 14):
+        for address in (0, 6):  # TLS 1.3 and 1.2
+            for actions in (b"aaa", b"gfr"):
+                room = bytes([options, 2, address, 0, 0, 0, len(actions)]) + actions + b"\0"
+                message = bytes([17, 0, 6, 200])
+                for kind in range(19, 26):
+                    for amount in (0, 5, 255):
+                        step = bytes([kind, 0, amount])
+                        seeds += [room + step + message + b"\0" + step + message, bytes([options, 1, address]) + step + room[1:] + message,
+                                  room + message + step + b"\0" + bytes([8, 0]),
+                                  room + bytes([9, 0, 3]) + step + message + message + b"\0" + bytes([9, 0, 255]) + b"\0" + message]
     return seeds
 
 

@@ -6,6 +6,9 @@
 // two select the peer and an amount; a text has a count. The script continues while the server waits.
 #include "kernel.hpp"
 #include "reference.hpp"
+#if WSCHAT_OPENSSL
+#include "tls_client.hpp"
+#endif
 
 namespace {
 
@@ -21,6 +24,9 @@ struct World {
     Kernel kernel;
     Server* server = nullptr;
     std::vector<std::shared_ptr<Peer>> peers;
+#if WSCHAT_OPENSSL
+    std::vector<std::unique_ptr<TlsClient>> tls;  // of each peer
+#endif
     std::vector<Member*> members;  // all live handlers
     std::size_t opened = 0, closed = 0;
     bool raw = false;              // raw bytes were sent, which may not be a request of the harness
@@ -29,6 +35,15 @@ struct World {
     bool in_callback = false;
 };
 World* world = nullptr;
+
+// What a peer has received, decrypted.
+std::string_view received_by(std::size_t index) {
+    const std::string_view bytes = world->peers[index]->received;
+#if WSCHAT_OPENSSL
+    if (bytes.substr(0, 5) != "HTTP/") return world->tls[index]->received;
+#endif
+    return bytes;
+}
 
 // ---- handlers ------------------------------------------------------------------------------------------------------
 
@@ -225,9 +240,17 @@ public:
     // Runs steps until time passes or the server must run. Returns false when the script is finished.
     bool run() {
         check_server();
+        if (run_clients()) return true;
         while (!input_.empty())
             if (!step()) return true;
+        if (!std::exchange(unhindered_, true)) {
+            unhinder();
+            return true;
+        }
+        // The server is idle if it waits and the script runs for the second time.
+        if (!finished_ && std::exchange(last_wait_, world->kernel.waits) != world->kernel.waits) return true;
         if (!std::exchange(finished_, true)) {
+            check_answers();
             end();
             return true;
         }
@@ -240,7 +263,8 @@ private:
     bool step() {
         Kernel& kernel = world->kernel;
         kernel.progress();
-        switch (input_.byte() % 19) {
+        const unsigned kind = input_.byte() % (19 + tls_steps);
+        switch (kind) {
             case 0: return false;
             case 1: connect(); break;
             case 2: request(connect(), true); break;
@@ -266,17 +290,58 @@ private:
             case 16: post(); break;
             case 17: message(peer()); break;
             case 18: kernel.file_size = input_.byte() * std::size_t{300}; break;
+            default: tls_step(kind - 19); break;
         }
         return true;
     }
+
+#if WSCHAT_OPENSSL
+    static constexpr unsigned tls_steps = 7;
+
+    void tls_step(unsigned kind) {
+        Peer& chosen = peer();
+        TlsClient& client = *world->tls[last_];
+        const unsigned amount = input_.byte();
+        client.run();
+        switch (kind) {
+            case 0:
+                for (unsigned i = 0; i <= amount / 4; ++i) client.update_keys(amount % 2 == 0);
+                chosen.impaired = true;
+                break;
+            case 1: client.renegotiate(); break;
+            case 2: client.close(); break;
+            case 3: client.release = amount == 255 ? Peer::unlimited : amount; break;
+            case 4: client.corrupt(amount); break;
+            case 5: client.hold = amount % 2 == 0; break;
+            case 6: client.tiny = amount % 2 == 0; break;
+        }
+        if (client.broken) chosen.impaired = true;
+    }
+    static bool run_clients() {
+        bool changed = false;
+        for (const auto& client : world->tls) changed = client->run() || changed;
+        return changed;
+    }
+    static void say(Peer&, std::size_t index, std::string_view bytes) { world->tls[index]->send(bytes); }
+#else
+    static constexpr unsigned tls_steps = 0;
+
+    static void tls_step(unsigned) {}
+    static bool run_clients() { return false; }
+    static void say(Peer& peer, std::size_t, std::string_view bytes) { peer.sent += bytes; }
+#endif
 
     Peer& connect() {
         constexpr const char* addresses[] = {"127.0.0.1",   "10.0.0.1",    "192.0.2.7",
                                              "2001:db8::1", "2001:db8::2", "unix"};
         const auto peer = std::make_shared<Peer>();
-        peer->address = addresses[input_.byte() % 6];
+        const unsigned choice = input_.byte();
+        peer->address = addresses[choice % 6];
         if (world->peers.size() < 40) world->kernel.backlog.push_back(peer);
         world->peers.push_back(peer);
+#if WSCHAT_OPENSSL
+        world->tls.push_back(std::make_unique<TlsClient>(*peer, choice / 6 % 2 == 1));
+#endif
         last_ = world->peers.size() - 1;
         return *peer;
     }
@@ -333,23 +398,26 @@ private:
         std::string actions(input_.bytes(input_.byte() % 8));
         for (char& c : actions) c = c >= '!' && c <= '~' ? c : 'a';
         head += "X-Peer: " + std::to_string(last_) + "\r\nX-Do: " + actions + "\r\n\r\n";
-        peer.sent += head;
+        say(peer, last_, head);
     }
     void raw(Peer& peer) {
         peer.sent += input_.counted_bytes();
         world->raw = true;
+#if WSCHAT_OPENSSL
+        peer.impaired = world->tls[last_]->broken = true;
+#endif
     }
     // Sends a client's frame. Its mask is zero, so the fuzzer sees the payload.
-    static void send(Peer& peer, unsigned first, std::string_view payload) {
-        peer.sent += static_cast<char>(first);
+    void send(Peer& peer, unsigned first, std::string_view payload) const {
+        std::string frame(1, static_cast<char>(first));
         if (payload.size() < 126) {
-            peer.sent += static_cast<char>(0x80 | payload.size());
+            frame += static_cast<char>(0x80 | payload.size());
         } else {
-            peer.sent += '\xFE';
-            peer.sent += static_cast<char>(payload.size() >> 8);
-            peer.sent += static_cast<char>(payload.size() & 0xFF);
+            frame += '\xFE';
+            frame += static_cast<char>(payload.size() >> 8);
+            frame += static_cast<char>(payload.size() & 0xFF);
         }
-        peer.sent.append(4, '\0').append(payload);
+        say(peer, last_, frame.append(4, '\0').append(payload));
     }
     void frame(Peer& peer) {
         const unsigned first = input_.byte();
@@ -407,18 +475,50 @@ private:
         else ref.write_message("by reference");
     }
 
-    // Stops all faults, lets half of the peers read everything, and shuts the server down.
-    void end() {
+    // Stops all faults, and lets half of the peers read everything. They ping the server.
+    void unhinder() {
         Kernel& kernel = world->kernel;
         kernel.faults.clear();
         kernel.descriptor_limit = Peer::unlimited;
         kernel.fail_after = 0;
         for (std::size_t i = 0; i < world->peers.size(); ++i) {
-            world->peers[i]->call_limit = Peer::unlimited;
-            if (i % 2 == 0) world->peers[i]->window = Peer::unlimited;
+            Peer& peer = *world->peers[i];
+            peer.call_limit = Peer::unlimited;
+#if WSCHAT_OPENSSL
+            world->tls[i]->release = Peer::unlimited;
+            world->tls[i]->hold = false;
+            world->tls[i]->run();
+#endif
+            if (i % 2 != 0) continue;
+            peer.window = Peer::unlimited;
+            last_ = i;
+            if (!ended(i) && received_by(i).substr(0, 12) == "HTTP/1.1 101") {
+                send(peer, 0x89, "are you there?");
+                pinged_.push_back(i);
+            }
         }
-        world->server->shutdown(3s);
         kernel.progress();
+    }
+    // The server is idle. Who has pinged it has a pong, or the connection is closing.
+    void check_answers() const {
+        if (world->faults_injected || world->raw || world->stopped) return;
+        for (const std::size_t i : pinged_)
+            check(ended(i) || received_by(i).find("\x8A\x0E" "are you there?") != std::string_view::npos ||
+                      received_by(i).find('\x88') != std::string_view::npos,
+                  "a ping of a peer that reads has no answer", std::to_string(i));
+    }
+    // True if no more answers can be expected.
+    static bool ended(std::size_t index) {
+        const Peer& peer = *world->peers[index];
+#if WSCHAT_OPENSSL
+        if (world->tls[index]->broken) return true;
+#endif
+        return peer.closed || peer.shut_down || peer.fin || peer.reset;
+    }
+    // Shuts the server down.
+    void end() {
+        world->server->shutdown(3s);
+        world->kernel.progress();
     }
 
     // Checks the server while it waits.
@@ -447,7 +547,10 @@ private:
 
     InputReader& input_;
     std::size_t last_ = 0;
+    bool unhindered_ = false;
     bool finished_ = false;
+    std::size_t last_wait_ = 0;
+    std::vector<std::size_t> pinged_;
     int turns_at_end_ = 0;
 };
 
@@ -516,7 +619,11 @@ void set_up(Server& server, unsigned choice) {
     server.trusted_proxies({"10.0.0.0/8", "unix"});
     if ((choice & 32) != 0) server.allow_hosts({"home.example"});
     if ((choice & 64) != 0) server.on_log(check_log);
+#if WSCHAT_OPENSSL
+    server.listen_tls(0, {start_tls(), start_tls()});
+#else
     server.listen(0);
+#endif
 }
 
 // ---- the received bytes --------------------------------------------------------------------------------------------
@@ -551,10 +658,9 @@ void check_frames(std::string_view bytes) {
 }
 
 // Checks the first response. An upgrade is followed by frames.
-void check_received(const Peer& peer) {
+void check_received(const Peer& peer, std::string_view bytes) {
     constexpr int documented[] = {101, 200, 301, 302, 304, 400, 401, 403, 404, 405,
                                   408, 413, 414, 421, 426, 431, 500, 501, 503, 505};
-    const std::string_view bytes = peer.received;
     const std::size_t end = bytes.find("\r\n\r\n");
     if (end == std::string_view::npos) return;
     const std::string_view head = bytes.substr(0, end + 2), after = bytes.substr(end + 4);
@@ -617,7 +723,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     check(run.opened == run.closed && run.members.empty(), "open() and on_close() do not pair");
     check(run.kernel.open_descriptors() == 0, "a descriptor is still open",
           std::to_string(run.kernel.open_descriptors()));
-    for (const auto& peer : run.peers) check_received(*peer);
+    for (std::size_t i = 0; i < run.peers.size(); ++i) check_received(*run.peers[i], received_by(i));
     kernel = nullptr;
     world = nullptr;
     return 0;
