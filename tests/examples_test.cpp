@@ -357,7 +357,7 @@ TEST_CASE("the chat over TLS compresses for a client that offers it") {
     Program program({"/bin/sh", "-c", "cd \"$1\" && exec \"$0\" 0", example("wss"), (folder / "").string()});
     const std::string line = program.first_line();
     REQUIRE(line.substr(0, 29) == "wss: open https://127.0.0.1:");
-    test::RawClient client(test::connect_to(std::atoi(line.c_str() + 29)), test::client_transport());
+    test::RawClient client = test::RawClient::encrypted(std::atoi(line.c_str() + 29));
     client.send(handshake_request("localhost", "/chat", test::handshake_key, {}, CompressionPool::offer({})));
     REQUIRE(client.read_until("\r\n\r\n"));
     CHECK(contains(client.received, "Sec-WebSocket-Extensions: permessage-deflate"));
