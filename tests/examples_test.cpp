@@ -148,7 +148,8 @@ std::vector<Example> all_programs() {
 
 // What a program with a page prints after an error.
 std::string usage_of(const std::string& name) {
-    return "usage: " + name + " [port] [--page FILE]" + (name == "rooms" ? " [--db FILE] [--trust PROXY]..." : "") + "\n";
+    return "usage: " + name + " [port] [--page FILE]" + (name == "rooms" ? " [--db FILE] [--trust PROXY]..." : "") +
+           "\n";
 }
 
 // Sends a form.
@@ -258,8 +259,8 @@ TEST_CASE("the chat and the rooms find their page in the folder of the source, o
 
         Program missing({example(name), "0", "--page", path + ".missing"});
         CHECK(missing.output() == "");
-        CHECK(missing.errors() == name + ": file \"/\": " + path +
-                                      ".missing: No such file or directory (ENOENT)\n" + usage_of(name));
+        CHECK(missing.errors() ==
+              name + ": file \"/\": " + path + ".missing: No such file or directory (ENOENT)\n" + usage_of(name));
         CHECK(missing.status() == 1);
         Program none({example(name), "0", "--page"});
         CHECK(none.status() == 1);
