@@ -357,8 +357,8 @@ TEST_CASE("the chat over TLS compresses for a client that offers it") {
     const test::TemporaryFolder folder;  // for the certificate that the program makes
     Program program({"/bin/sh", "-c", "cd \"$1\" && exec \"$0\" 0", example("wss"), (folder / "").string()});
     const std::string line = program.first_line();
-    REQUIRE(line.substr(0, 29) == "wss: open https://127.0.0.1:");
-    test::RawClient client = test::RawClient::encrypted(std::atoi(line.c_str() + 29));
+    REQUIRE(line.substr(0, 28) == "wss: open https://127.0.0.1:");
+    test::RawClient client = test::RawClient::encrypted(std::atoi(line.c_str() + 28));
     client.send(handshake_request("localhost", "/chat", test::handshake_key, {}, CompressionPool::offer({})));
     REQUIRE(client.read_until("\r\n\r\n"));
     CHECK(contains(client.received, "Sec-WebSocket-Extensions: permessage-deflate"));
