@@ -7700,10 +7700,22 @@ private:
 };
 #endif
 
-// A path beside a source file: beside(__FILE__, "page.html").
+namespace detail {
+
+inline std::string replace_name(std::string_view path, std::string_view name) {
+    const std::size_t slash = path.find_last_of("/\\");
+    return text::concat({path.substr(0, slash == std::string_view::npos ? 0 : slash + 1), name});
+}
+
+}  // namespace detail
+
+// A path beside a source file: beside(__FILE__, "page.html"). If nothing is there, because the program runs where its
+// source is not, the file of this name in the folder of the program.
 inline std::string beside(std::string_view source_file, std::string_view name) {
-    const std::size_t slash = source_file.find_last_of("/\\");
-    return std::string(source_file.substr(0, slash == std::string_view::npos ? 0 : slash + 1)) + std::string(name);
+    std::string path = detail::replace_name(source_file, name);
+    if (detail::File{path}) return path;
+    std::string beside_program = detail::replace_name(detail::os::executable_path(), name);
+    return detail::File{beside_program} ? beside_program : path;
 }
 
 // ---- routes and pages ----------------------------------------------------------------------------------------------
@@ -8200,8 +8212,10 @@ private:
         const std::string found = anchored(path);
         const File file(found);
         if (!file && found != path) {
-            const std::string beside_program = beside(os::executable_path(), path);
+            const std::string program = os::executable_path(), beside_program = replace_name(program, path);
             if (File{beside_program}) return beside_program;
+            throw Error("file \"" + pattern + "\": " + path + ": " + os::error_text(file.error()) + "; looked in " +
+                        os::absolute_path(".") + " and in the folder of " + program);
         }
         if (!file) throw Error("file \"" + pattern + "\": " + path + ": " + os::error_text(file.error()));
         return found;
@@ -10321,13 +10335,17 @@ public:
     }
     // The port of the first listener, or 0.
     int port() const { return worker_.listeners().empty() ? 0 : worker_.listeners().front().address().port; }
-    // The address of the first listener: "http://127.0.0.1:8888/" or "https://...".
+    // The address of the first listener, for a client on this machine: "http://127.0.0.1:8888/" or "https://...". It
+    // has a loopback address if the server listens on all addresses.
     std::string url() const {
         if (worker_.listeners().empty()) return {};
         const detail::Listener& first = worker_.listeners().front();
-        const detail::ListenAddress& address = first.address();
-        const std::string scheme = first.secure() ? "https://" : "http://";
-        return address.unix_path.empty() ? scheme + address.to_string() + "/" : address.to_string();
+        detail::ListenAddress address = first.address();
+        if (!address.unix_path.empty()) return address.to_string();
+        const auto any = IpAddress::parse(address.host == "*" || address.host == "0" ? "0.0.0.0" : address.host);
+        if (any && *any == any->prefix(0))
+            address.host = any->family() == IpAddress::Family::ipv6 ? "::1" : "127.0.0.1";
+        return (first.secure() ? "https://" : "http://") + address.to_string() + "/";
     }
 
     // Serves until shutdown() has finished. Then listen() and run() may be called again. Throws an Error if there is no

@@ -21,6 +21,6 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "chat: %s\n", error.what());
+    std::fprintf(stderr, "chat: %s\nusage: chat [port] [--page FILE]\n", error.what());
     return 1;
 }

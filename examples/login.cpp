@@ -133,6 +133,6 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "login: %s\n", error.what());
+    std::fprintf(stderr, "login: %s\nusage: login [port] [--page FILE] [--user NAME:PASSWORD]...\n", error.what());
     return 1;
 }

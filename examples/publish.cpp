@@ -52,6 +52,6 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "publish: %s\n", error.what());
+    std::fprintf(stderr, "publish: %s\nusage: publish [port] [--token T] [--page FILE]\n", error.what());
     return 1;
 }

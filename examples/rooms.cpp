@@ -36,6 +36,6 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "rooms: %s\n", error.what());
+    std::fprintf(stderr, "rooms: %s\nusage: rooms [port] [--page FILE] [--db FILE] [--trust PROXY]...\n", error.what());
     return 1;
 }

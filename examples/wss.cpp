@@ -2,8 +2,9 @@
 //
 // g++ -std=c++17 -O2 -DWSCHAT_ZLIB=1 -DWSCHAT_OPENSSL=1 examples/wss.cpp -o wss -pthread -lz -lssl -lcrypto && ./wss
 //
-// Without --cert and --key, the program makes a self-signed certificate at its first start. Browsers warn about it.
-// SIGHUP reads the files again, for example after a renewal.
+// It also compiles without -DWSCHAT_ZLIB=1 and -lz, and then does not compress. Without --cert and --key, the program
+// makes a self-signed certificate at its first start. Browsers warn about it. SIGHUP reads the files again, for example
+// after a renewal.
 #include "../wschat.hpp"
 
 #include <openssl/evp.h>
@@ -15,6 +16,7 @@
 struct Chat : wschat::WebSocketHandler {
     void open() override                               { room("lobby").join(*this); }
     void on_message(const wschat::Message& m) override { room("lobby").broadcast(m); }
+    std::optional<wschat::CompressionOptions> get_compression_options() override { return wschat::CompressionOptions(); }
 };
 
 namespace {
@@ -129,6 +131,6 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "wss: %s\n", error.what());
+    std::fprintf(stderr, "wss: %s\nusage: wss [port] [--page FILE] [--cert FILE --key FILE]\n", error.what());
     return 1;
 }

@@ -265,6 +265,23 @@ TEST_CASE("a JSON value is checked by the grammar of RFC 8259") {
 
 // ---- flood limits --------------------------------------------------------------------------------------------------
 
+#if WSCHAT_ZLIB
+TEST_CASE("a derived class compresses the chat with one line, for clients that offer it") {
+    struct CompressedChat : ChatHandler {
+        std::optional<CompressionOptions> get_compression_options() override { return CompressionOptions(); }
+    };
+    TestServer server;
+    server.route<CompressedChat>("/chat/{room}");
+    TestClient anna = server.connect(TestRequest("/chat/tea?name=Anna").compression());
+    TestClient bob = server.connect("/chat/tea?name=Bob");
+    CHECK(contains(anna.response().header("sec-websocket-extensions"), "permessage-deflate"));
+    CHECK(bob.response().header("sec-websocket-extensions") == "");
+    const std::string text(500, 'a');
+    anna.send(text);
+    for (TestClient* client : {&anna, &bob}) CHECK(contains(client->received().back(), text));
+}
+#endif
+
 TEST_CASE("a flood limiter counts messages and bytes") {
     FloodLimiter meter;
     const FloodRates rates{{1, 2}, {1, 10}};

@@ -146,6 +146,12 @@ std::vector<Example> all_programs() {
     return programs;
 }
 
+// What a program with a page prints after an error.
+std::string usage_of(const std::string& name) {
+    return "usage: " + name + " [port] [--page FILE]" + (name == "rooms" ? " [--db FILE] [--trust PROXY]..." : "") +
+           "\n";
+}
+
 // Sends a form.
 test::Answer post(int port, std::string_view target, std::string_view body, std::string_view headers = {}) {
     test::RawClient client(port);
@@ -234,10 +240,7 @@ TEST_CASE("each program accepts an address instead of a port") {
     for (const Example& program : all_programs()) {
         CAPTURE(program.name);
         Program running(program.with_port("0.0.0.0:0"));
-        const std::string line = running.first_line();
-        const std::size_t at = line.find("http://0.0.0.0:");
-        REQUIRE(at != std::string::npos);
-        CHECK(Client(std::atoi(line.c_str() + at + 15), program.target).is_open());
+        CHECK(Client(running.port(), program.target).is_open());
     }
 }
 
@@ -256,7 +259,8 @@ TEST_CASE("the chat and the rooms find their page in the folder of the source, o
 
         Program missing({example(name), "0", "--page", path + ".missing"});
         CHECK(missing.output() == "");
-        CHECK(missing.errors() == name + ": file \"/\": " + path + ".missing: No such file or directory (ENOENT)\n");
+        CHECK(missing.errors() ==
+              name + ": file \"/\": " + path + ".missing: No such file or directory (ENOENT)\n" + usage_of(name));
         CHECK(missing.status() == 1);
         Program none({example(name), "0", "--page"});
         CHECK(none.status() == 1);
@@ -318,6 +322,27 @@ TEST_CASE("the echo returns text and binary on any path, up to 64 MiB") {
     CHECK(client.close_code() == CloseCode::message_too_big);
 }
 
+TEST_CASE("the echo accepts every Origin, and refuses only a request with two") {
+    Program program({example("echo"), "0"});
+    for (const std::string origin :
+         {"http://127.0.0.1", "https://evil.example", "https://evil.example:8443", "null", "", "file://", "https://",
+          "https://user@evil.example/path?query", "https://evil.example:65536", "moz-extension://a-b-c", "no origin",
+          "https://a.example https://b.example", "\xC3\xBC", "\xFF", "*", "::"}) {
+        CAPTURE(origin);
+        Client client(program.port(), "/", "Origin: " + origin + "\r\n");
+        REQUIRE(client.is_open());
+        client.send("text");
+        CHECK(client.next() == "text");
+    }
+    // RFC 6454 7.3: a user agent must not send more than one Origin.
+    test::RawClient twice(program.port());
+    twice.send(test::upgrade_request("Origin: https://a.example\r\nOrigin: https://b.example\r\n"));
+    const test::Answer answer = test::next_answer(twice);
+    CHECK(answer.status == 400);
+    CHECK(answer.body == "There is more than one Origin header.\n");
+    CHECK(Client(program.port()).is_open());
+}
+
 TEST_CASE("the echo accepts a message of a hundred thousand fragments") {
     Program program({example("echo"), "0"});
     Client client(program.port());
@@ -326,6 +351,24 @@ TEST_CASE("the echo accepts a message of a hundred thousand fragments") {
                     test::masked_frame("80", "x"));
     CHECK((client.next() == std::string(100'000, 'x')));
 }
+
+#if WSCHAT_OPENSSL && WSCHAT_ZLIB
+TEST_CASE("the chat over TLS compresses for a client that offers it") {
+    const test::TemporaryFolder folder;  // for the certificate that the program makes
+    Program program({"/bin/sh", "-c", "cd \"$1\" && exec \"$0\" 0", example("wss"), (folder / "").string()});
+    const std::string line = program.first_line();
+    REQUIRE(line.substr(0, 28) == "wss: open https://127.0.0.1:");
+    test::RawClient client = test::RawClient::encrypted(std::atoi(line.c_str() + 28));
+    client.send(handshake_request("localhost", "/chat", test::handshake_key, {}, CompressionPool::offer({})));
+    REQUIRE(client.read_until("\r\n\r\n"));
+    CHECK(contains(client.received, "Sec-WebSocket-Extensions: permessage-deflate"));
+    client.received.clear();
+    client.send(test::masked_frame("01", "a") + test::masked_frame("80", std::string(999, 'a')));
+    // RFC 7692 6: RSV1 is set, and the frame is shorter than its message.
+    CHECK(client.read_until(test::hex("c1")));
+    CHECK(client.received.size() < 100);
+}
+#endif
 
 TEST_CASE("the rooms send greetings, members and names, and separate the rooms") {
     Program program({example("rooms"), "0"});

@@ -396,6 +396,37 @@ TEST_CASE("a server can listen on several addresses, and url() returns the first
     CHECK(echoes(client));
 }
 
+TEST_CASE("url() of a server that listens on all addresses is an address that a client can open") {
+    for (const std::string address : {"*:0", "0.0.0.0:0", "0:0", "[::]:0", "[0:0::0]:0"}) {
+        CAPTURE(address);
+        RunningServer running;
+        running.server.route<AddressEcho>("/");
+        const bool ipv6 = address[0] == '[';
+        try {
+            test::listen(running.server, address);
+        } catch (const Error& error) {
+            REQUIRE_MESSAGE(ipv6, error.what());
+            MESSAGE("this machine has no IPv6: " << error.what());
+            continue;
+        }
+        const std::string host = ipv6 ? "[::1]" : "127.0.0.1";
+        CHECK(running.server.url() ==
+              test::scheme() + "://" + host + ":" + std::to_string(running.server.port()) + "/");
+        running.run();
+        RawClient client = ipv6 ? RawClient(connect_ipv6(running.port())) : RawClient(running.port());
+        client.send(handshake_request(host, "/", Client::key) + hello_masked);
+        CHECK(client.read_until(ipv6 ? "::1" : "127.0.0.1"));
+    }
+}
+
+TEST_CASE("url() has the host of listen() if that is one address") {
+    for (const std::string host : {"127.0.0.2", "localhost"}) {
+        Server server;
+        server.listen(host + ":0");
+        CHECK(server.url() == "http://" + host + ":" + std::to_string(server.port()) + "/");
+    }
+}
+
 TEST_CASE("a failed listen() names the address and the cause, and the server still works") {
     RunningServer first, second;
     first.server.route<Echo>("/");

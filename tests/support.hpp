@@ -472,6 +472,8 @@ public:
         : socket_(std::move(socket)), transport_(std::move(transport)) {}
     // Never uses TLS.
     static RawClient plain(int port) { return RawClient(connect_to(port), nullptr); }
+    // Always uses TLS.
+    static RawClient encrypted(int port) { return RawClient(connect_to(port), client_transport()); }
     explicit operator bool() const { return static_cast<bool>(socket_); }
 
     void send(std::string_view bytes) {

@@ -1,6 +1,7 @@
 #!/bin/sh
 # package_test.sh KIND COMPILER WORK: builds the program in consumer/ in the directory WORK, and runs it. KIND is how the
-# program finds wschat: add_subdirectory, find_package, pkg_config or meson.
+# program finds wschat: add_subdirectory, find_package, pkg_config or meson. The KIND install follows README's commands
+# on a machine without doctest.
 set -eu
 kind=$1 CXX=$2 work=$3
 export CXX
@@ -67,6 +68,24 @@ pkg_config)
     installed -DWSCHAT_CHAT=ON
     "$CXX" -std=c++17 consumer/main.cpp -o consumer/consumer $(pkg-config --cflags --libs wschat)
     prints consumer/consumer "wschat $version with the chat"
+    ;;
+install)
+    without_doctest="-DCMAKE_DISABLE_FIND_PACKAGE_doctest=TRUE --no-warn-unused-cli"
+    cmake -S "$root" -B default $without_doctest >default.log 2>&1 || fail "without doctest there is nothing to install"
+    grep -q "No tests: they need doctest" default.log || fail "the output does not say why there are no tests"
+    test ! -e default/tests || fail "there are tests without doctest"
+    cmake -S "$root" -B tests_off $without_doctest -DWSCHAT_TESTS=OFF
+    for build in default tests_off; do
+        cmake --install $build --prefix "$work/$build.prefix"
+        cmp "$root/wschat.hpp" $build.prefix/include/wschat.hpp
+        cmake -S consumer -B $build.consumer -DCMAKE_PREFIX_PATH="$work/$build.prefix"
+    done
+    cmake --build default.consumer
+    prints default.consumer/consumer "wschat $version"
+    # Who asks for the tests hears what is missing.
+    ! cmake -S "$root" -B refused $without_doctest -DWSCHAT_TESTS=ON >refused.log 2>&1 ||
+        fail "the tests are built without doctest"
+    grep -q "The tests need doctest 2.4 (Debian: doctest-dev)" refused.log || fail "the error does not name doctest"
     ;;
 meson)
     mkdir -p consumer/subprojects/wschat

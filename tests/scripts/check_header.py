@@ -445,6 +445,46 @@ def examples():
     one_command(ROOT / "examples" / "echo.cpp", WORK / "echo", "-DWSCHAT_ZLIB=1", "-lz")
 
 
+def any_directory():
+    """An example finds its page when it runs in another directory than the one where it was compiled. Where it cannot,
+    its error says what to do."""
+    tree, elsewhere = WORK / "tree", WORK / "elsewhere"
+    elsewhere.mkdir()
+    (tree / "examples").mkdir(parents=True)
+    shutil.copy(ROOT / "wschat.hpp", tree)
+    for name in ("chat.cpp", "chat.html"):
+        shutil.copy(ROOT / "examples" / name, tree / "examples")
+    # The directory of the compiler, the source and the program.
+    commands = ((tree, "examples/chat.cpp", tree / "chat"), (tree / "examples", "chat.cpp", tree / "examples" / "chat"),
+                (elsewhere, "../tree/examples/chat.cpp", elsewhere / "chat"),
+                (elsewhere, tree / "examples" / "chat.cpp", WORK / "by-absolute-path"))
+
+    def compiles(folder, source, program):
+        run([*COMPILER, "-std=c++17", "-O0", source, "-o", program, "-pthread"], "the example chat", cwd=folder)
+    in_parallel(compiles, *zip(*commands))
+    moved = WORK / "moved"
+    moved.mkdir()
+    for path in (tree / "chat", tree / "examples" / "chat.html"):
+        shutil.copy(path, moved)
+
+    def serves_page(program):
+        with subprocess.Popen([program, "0"], cwd="/", stdout=subprocess.PIPE, text=True) as server:
+            try:
+                address = re.search(r"http://\S+", server.stdout.readline())
+                require(address, f"{program} does not start in another directory")
+                with urllib.request.urlopen(address[0], timeout=WAIT) as page:
+                    require(b"WebSocket" in page.read(), f"{program} does not serve its page")
+            finally:
+                server.kill()
+    for *_, program in (*commands, (moved / "chat",)):
+        serves_page(program)
+    shutil.copy(tree / "chat", WORK / "alone")
+    alone = subprocess.run([WORK / "alone", "0"], cwd="/", capture_output=True, text=True, timeout=WAIT)
+    sentence = (f"chat: file \"/\": examples/chat.html: No such file or directory (ENOENT); looked in / and in the folder "
+                f"of {WORK / 'alone'}\nusage: chat [port] [--page FILE]\n")
+    require((alone.returncode, alone.stderr) == (1, sentence), f"a chat without its page prints {alone.stderr!r}")
+
+
 def map_program():
     """The program in the header's map compiles and serves its page."""
     first = next((at for at, line in enumerate(LINES) if re.fullmatch(r'//\s+#include "wschat.hpp"', line)), None)
@@ -486,7 +526,7 @@ def readme():
 
 
 CHECKS = (version, ascii, columns, style, contents, uses, uses_finds, public_names, prefixes, macros, hostile_macros,
-          bits32, two_units, abi, features, examples, map_program, readme)
+          bits32, two_units, abi, features, examples, any_directory, map_program, readme)
 
 if __name__ == "__main__":
     os.environ["LC_ALL"] = "C.UTF-8"
