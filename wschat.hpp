@@ -8049,6 +8049,7 @@ public:
 
 private:
     void accept(Socket accepted, const IpAddress& peer) {
+        ++host_.metrics.connections_accepted;  // also if memory runs out in make()
         run_guarded([&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr); },
                     [&](const char* what) { host_.log.exception("accept", what, &peer); });
     }
@@ -8141,7 +8142,6 @@ public:
     // ---- what sessions and listeners call --------------------------------------------------------------------------
 
     void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport) override {
-        ++metrics.connections_accepted;
         const std::size_t max = max_connections();
         if (sessions_.size() >= max + max_rejections_at_once) {
             ++metrics.connections_refused;
