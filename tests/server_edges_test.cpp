@@ -525,7 +525,7 @@ TEST_CASE("systemd is told when run() starts and when the shutdown begins") {
 
 TEST_CASE("a NOTIFY_SOCKET that cannot be used has no effect") {
     for (const std::string& path : {std::string("/nonexistent/socket"), std::string("relative"), std::string(),
-                                   std::string("/"), std::string(200, '/')}) {
+                                    std::string("/"), std::string(200, '/')}) {
         const Environment variable("NOTIFY_SOCKET", path);
         EchoServer running;
         Client client(running.port());
