@@ -9361,8 +9361,8 @@ public:
 private:
     enum class Phase : std::uint8_t { http, websocket, lingering, gone };
 
-    // During a shutdown, the time for the first request of a connection, and for a peer to see our FIN.
-    static constexpr Duration drain_grace = std::chrono::milliseconds(250);
+    // If a shutdown begins, a connection has this time from its accept to send its first request.
+    static constexpr Duration drain_grace = std::chrono::milliseconds(100);
 
     const Limits& limits() const { return route_limits_ != nullptr ? *route_limits_ : host_.options.limits; }
     Time after(Duration timeout) const {
@@ -9618,14 +9618,13 @@ private:
             if (!http_->has_pending()) http_->keep_alive = false;
             return;
         }
-        const bool answered = idle_;
+        const bool idle = idle_;
         if (reading() && !proxy_) read();
         if (phase_ != Phase::http || ended_ || http_->busy() || http_->has_pending()) return;
-        // A client sends its first request at once. To a client that may be about to send another, a FIN comes sooner
-        // than the reset of a closed socket.
-        if (answered) linger();
-        const Time latest = saturating_add(now(), drain_grace);
-        if (!ended_) schedule(scheduled() ? (std::min)(due(), latest) : latest);
+        // A client sends its first request at once: an older connection need not wait for one.
+        const Time accepted = scheduled() ? due() - limits().handshake_timeout : now();
+        if (idle || accepted + drain_grace <= now()) ended_ = true;
+        else schedule(accepted + drain_grace);
     }
 
     // Returns the bytes that wait for an answer.
