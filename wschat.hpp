@@ -8827,6 +8827,7 @@ private:
         auto transport = std::make_unique<detail::MemoryTransport<Link>>(link);
         poller_->expect(link);
         if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport));
+        poller_->expect(nullptr);  // it was refused
         return client;
     }
     // Lets the clients take what has arrived. Returns false if nothing has.
