@@ -10064,9 +10064,7 @@ public:
 
     // ---- what sessions and listeners call --------------------------------------------------------------------------
 
-    void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport) override {
     void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
-        ++metrics.connections_accepted;
         const std::size_t max = max_connections();
         // Files take descriptors of connections. Without files only `max` counts, which the program may have raised.
         const std::size_t used = sessions_.size() + open_files;
@@ -10941,6 +10939,7 @@ private:
         poller_->expect(link);
         ++worker_.metrics.connections_accepted;
         if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport), false);
+        poller_->expect(nullptr);  // it was refused
         return client;
     }
     // Lets the clients take what has arrived. Returns false if nothing has.
