@@ -3769,9 +3769,10 @@ private:
     // Fills the block. The connection fails as soon as the output breaks the size limit or is not UTF-8.
     Compression::Outcome inflate_to(Bytes& block) {
         const std::size_t left = limits_->max_message_size - message_.size();
+        const std::size_t capacity = (std::min)(block.available(), compression_block);  // a recycled block is larger
         std::size_t size = 0;
         const Compression::Outcome outcome =
-            compression_->inflate(block.data(), left < block.available() ? left + 1 : block.available(), size);
+            compression_->inflate(block.data(), left < capacity ? left + 1 : capacity, size);
         block.advance(size);
         compression_->inflated_bytes += size;
         // RFC 7692 names no code. RFC 6455 7.4.1: 1007 is for "data within a message that was not consistent with the
@@ -5388,7 +5389,7 @@ public:
     virtual bool has_input() const = 0;
     // True if ciphertext waits until the socket is writable.
     virtual bool wants_write() const = 0;
-    // Bytes that wait in here, in both directions.
+    // Bytes that wait in here, in both directions, except the ciphertext of what the caller repeats in send().
     virtual std::size_t buffered() const { return 0; }
     // Call it after each receive(). False: the peer has sent more messages without data (key updates) than the rate
     // allows; the encryption has failed.
@@ -6355,8 +6356,8 @@ public:
         if (!failure_.empty()) return false;
         return passed_ != 0 || decrypted() != 0 || next_unit().complete();
     }
-    // Bytes that wait in here, in both directions.
-    std::size_t buffered() const { return stored_.size() + decrypted() + output().size(); }
+    // Bytes of input that wait in here.
+    std::size_t buffered_input() const { return stored_.size() + decrypted(); }
     // The messages without data that have come after the handshake, since the last call: key updates, and attempts to
     // renegotiate. One costs as much as 16 records with data.
     std::size_t take_control_records() { return std::exchange(control_records_, std::size_t{0}); }
@@ -6698,7 +6699,9 @@ public:
 
     bool has_input() const override { return stream_.has_input(); }
     bool wants_write() const override { return !stream_.output().empty(); }
-    std::size_t buffered() const override { return stream_.buffered(); }
+    std::size_t buffered() const override {
+        return stream_.buffered_input() + stream_.output().size() - batch_ciphertext_;
+    }
     bool check_rate(Socket& socket, const Rate& rate, Time now, WireCount& wire) override {
         const auto records = static_cast<double>(stream_.take_control_records());
         // The bucket alone would allow one at a time if its burst is 0.
@@ -6756,6 +6759,7 @@ private:
             const IoResult sent = socket.send(&output, 1);
             wire.sent += sent.size;
             stream_.consume(sent.size);
+            batch_ciphertext_ -= (std::min)(batch_ciphertext_, sent.size);
             if (sent.outcome == IoResult::Outcome::error) return {sent.outcome, 0, sent.error};
             if (sent.size < output.size()) return {IoResult::Outcome::would_block};
         }
@@ -6805,6 +6809,7 @@ private:
             rest.skip(record.size());
             encrypted_ += record.size();
         }
+        batch_ciphertext_ = stream_.output().size();  // it was empty
         return encrypted_ != 0;
     }
     // Joins small pieces to one record. Copies nothing if the record is a part of one piece.
@@ -6825,7 +6830,8 @@ private:
     std::shared_ptr<TlsBuffers> buffers_;
     TlsStream stream_;
     TokenBucket control_records_;
-    std::size_t encrypted_ = 0;  // plaintext bytes whose ciphertext is pending
+    std::size_t encrypted_ = 0;         // plaintext bytes whose ciphertext is pending
+    std::size_t batch_ciphertext_ = 0;  // of these, at the front of the stream's output
     bool borrowed_ = false;
 };
 
@@ -8334,7 +8340,8 @@ struct Metrics {
     std::uint64_t messages_dropped = 0;  // by BacklogPolicy::drop
     std::uint64_t bytes_received = 0;
     std::uint64_t bytes_sent = 0;
-    std::uint64_t backlog_bytes = 0;  // output, unfinished messages and requests, and pipelined requests that wait now
+    // Output, unfinished messages and requests, pipelined requests and TLS records: what waits now.
+    std::uint64_t backlog_bytes = 0;
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
     std::uint64_t rooms = 0;
@@ -8618,7 +8625,7 @@ public:
     bool established() const { return !transport_ || transport_->established(); }
     // Whether input waits here, which the poller does not report.
     bool has_input() const { return transport_ && transport_->has_input(); }
-    // Bytes that wait here, in both directions.
+    // Bytes that wait here and nowhere else, in both directions.
     std::size_t buffered() const { return transport_ ? transport_->buffered() : 0; }
     // Whether the kernel has refused encrypted bytes that are still owed.
     bool wants_write() const { return transport_ && transport_->wants_write(); }

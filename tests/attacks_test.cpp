@@ -34,12 +34,21 @@ void release(void* block) noexcept {
 
 }  // namespace
 
-void* operator new(std::size_t size) { return counted(may_allocate() ? std::malloc(size) : nullptr); }
-void* operator new(std::size_t size, std::align_val_t alignment) {
+// Not inlined: g++ warns that free() does not match operator new.
+#if defined(__GNUC__)
+#define WSCHAT_TEST_NOINLINE __attribute__((noinline))
+#else
+#define WSCHAT_TEST_NOINLINE
+#endif
+
+WSCHAT_TEST_NOINLINE void* operator new(std::size_t size) {
+    return counted(may_allocate() ? std::malloc(size) : nullptr);
+}
+WSCHAT_TEST_NOINLINE void* operator new(std::size_t size, std::align_val_t alignment) {
     if (!may_allocate()) throw std::bad_alloc();
     return counted(std::aligned_alloc(static_cast<std::size_t>(alignment), (size + 4095) / 4096 * 4096));
 }
-void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+WSCHAT_TEST_NOINLINE void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
     void* block = may_allocate() ? std::malloc(size) : nullptr;
     return block == nullptr ? nullptr : counted(block);
 }
@@ -48,11 +57,11 @@ extern "C" int clock_gettime(clockid_t clock, timespec* time) noexcept {
     if (clock == CLOCK_MONOTONIC) time->tv_sec += clock_offset;
     return result;
 }
-void operator delete(void* block) noexcept { release(block); }
-void operator delete(void* block, std::size_t) noexcept { release(block); }
-void operator delete(void* block, std::align_val_t) noexcept { release(block); }
-void operator delete(void* block, std::size_t, std::align_val_t) noexcept { release(block); }
-void operator delete(void* block, const std::nothrow_t&) noexcept { release(block); }
+WSCHAT_TEST_NOINLINE void operator delete(void* block) noexcept { release(block); }
+WSCHAT_TEST_NOINLINE void operator delete(void* block, std::size_t) noexcept { release(block); }
+WSCHAT_TEST_NOINLINE void operator delete(void* block, std::align_val_t) noexcept { release(block); }
+WSCHAT_TEST_NOINLINE void operator delete(void* block, std::size_t, std::align_val_t) noexcept { release(block); }
+WSCHAT_TEST_NOINLINE void operator delete(void* block, const std::nothrow_t&) noexcept { release(block); }
 
 namespace {
 
@@ -339,20 +348,7 @@ namespace {
 // A server whose clock can jump, and which can be stopped.
 class Stalled {
 public:
-    Stalled()
-        : process_([this](int report) {
-              const pid_t own = ::getpid();
-              if (::write(report, &own, 0) != 0) ::_exit(1);
-              std::signal(SIGUSR1, [](int) { clock_offset += 15; });
-              ServerOptionsOfStall options;
-              auto server = std::make_unique<wschat::Server>(options.options);
-              server->route<Echo>("/");
-              server->get("/page", [](const wschat::Request&) { return wschat::Response(200, "page"); });
-              server->get("/pid",
-                          [](const wschat::Request&) { return wschat::Response(200, std::to_string(::getpid())); });
-              server->listen(0);
-              return server;
-          }) {
+    Stalled() : process_([](int) { return make_server(); }) {
         pid_ = std::atoi(fetch(process_.port(), "/pid").body.c_str());
         REQUIRE(pid_ > 0);
     }
@@ -367,14 +363,19 @@ public:
     void resume() const { ::kill(pid_, SIGCONT); }
 
 private:
-    struct ServerOptionsOfStall {
-        ServerOptionsOfStall() {
-            options.handle_signals = false;
-            options.poller = poller_kind();
-            options.limits.handshake_timeout = options.limits.ping_interval = options.limits.ping_timeout = 10s;
-        }
+    static std::unique_ptr<wschat::Server> make_server() {
+        std::signal(SIGUSR1, [](int) { clock_offset += 15; });
         wschat::ServerOptions options;
-    };
+        options.poller = poller_kind();
+        options.limits.handshake_timeout = options.limits.ping_interval = options.limits.ping_timeout = 10s;
+        auto server = std::make_unique<wschat::Server>(options);
+        server->route<Echo>("/");
+        server->get("/page", [](const wschat::Request&) { return wschat::Response(200, "page"); });
+        server->get("/pid", [](const wschat::Request&) { return wschat::Response(200, std::to_string(::getpid())); });
+        server->listen(0);
+        return server;
+    }
+
     ServerProcess process_;
     pid_t pid_ = 0;
 };
@@ -444,7 +445,7 @@ TEST_SUITE("attacks") {
         std::size_t alive = 0;
         for (const auto& client : clients) {
             client->send("still here");
-            alive += client->next() == "still here" ? 1 : 0;
+            alive += client->next() == "still here" ? 1u : 0u;
         }
         CHECK(alive == more_than_a_turn);
     }
@@ -463,7 +464,7 @@ TEST_SUITE("attacks") {
         server.jump();
         server.resume();
         std::size_t answered = 0;
-        for (RawClient& client : clients) answered += client.read_until("\r\n\r\n") ? 1 : 0;
+        for (RawClient& client : clients) answered += client.read_until("\r\n\r\n") ? 1u : 0u;
         CHECK(answered == more_than_a_turn);
     }
 
@@ -508,7 +509,7 @@ TEST_SUITE("attacks") {
         // All at once.
         for (RawClient& client : clients) client.send(request("/small"));
         std::size_t answered = 0;
-        for (RawClient& client : clients) answered += next_answer(client).body == "a small file" ? 1 : 0;
+        for (RawClient& client : clients) answered += next_answer(client).body == "a small file" ? 1u : 0u;
         CHECK(answered == clients.size());
     }
 
@@ -569,13 +570,13 @@ TEST_SUITE("attacks") {
                 wschat::Room& room = running.server.rooms()["room " + std::to_string(where % 300)];
                 const bool inside = model[who % members.size()][where % 300];
                 const bool join = (state >> 30) != 0;  // three times of four
-                differences += room.has(member) != inside ? 1 : 0;
-                differences += (join ? room.join(member) == inside : room.leave(member) != inside) ? 1 : 0;
+                differences += room.has(member) != inside ? 1u : 0u;
+                differences += (join ? room.join(member) == inside : room.leave(member) != inside) ? 1u : 0u;
                 model[who % members.size()][where % 300] = join;
             }
             for (std::size_t i = 0; i < members.size(); ++i) {
                 const auto expected = static_cast<std::size_t>(std::count(model[i].begin(), model[i].end(), true));
-                differences += members[i]->rooms().size() != expected ? 1 : 0;
+                differences += members[i]->rooms().size() != expected ? 1u : 0u;
             }
             return differences;
         });

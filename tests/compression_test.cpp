@@ -813,7 +813,7 @@ TEST_SUITE("compression") {
                         if (event.kind == Event::Kind::none) break;
                         REQUIRE(event.kind != Event::Kind::close);
                         if (event.kind == Event::Kind::message) CHECK((event.message.data() == text));
-                        messages += event.kind == Event::Kind::message ? 1 : 0;
+                        messages += event.kind == Event::Kind::message ? 1u : 0u;
                         if (!end.connection.budget_spent()) continue;
                         end.connection.pause_input();
                         part.assign(part.size(), '!');

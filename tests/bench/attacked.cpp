@@ -265,7 +265,7 @@ const Attack attacks[] = {
     {"paths of slashes", false, attackers, true, "", "",
      [](Peer&) { return repeated("GET /" + std::string(8000, '/') + " HTTP/1.1\r\nHost: x\r\n\r\n", kernel_takes); }},
     {"TLS: none", true, attackers, true, "/", "", [](Peer&) { return std::string(); }},
-    {"TLS KeyUpdate", true, attackers, true, "/", "", [](Peer& peer) { return peer.key_updates(2000); }},
+    {"TLS KeyUpdate", true, attackers, true, "/", "", [](Peer& peer) { return peer.key_updates(1000); }},
     {"TLS handshakes", true, 4 * attackers, false, "", "", [](Peer& peer) { return peer.client_hello(); }},
 };
 

@@ -313,7 +313,7 @@ private:
             case 3: client.release = amount == 255 ? Peer::unlimited : amount; break;
             case 4: client.corrupt(amount); break;
             case 5: client.hold = amount % 2 == 0; break;
-            case 6: client.tiny = amount % 2 == 0; break;
+            case 6: client.tiny = amount; break;
         }
         if (client.broken) chosen.impaired = true;
     }
@@ -503,7 +503,9 @@ private:
     void check_answers() const {
         if (world->faults_injected || world->raw || world->stopped) return;
         for (const std::size_t i : pinged_)
-            check(ended(i) || received_by(i).find("\x8A\x0E" "are you there?") != std::string_view::npos ||
+            check(ended(i) ||
+                      received_by(i).find("\x8A\x0E"
+                                          "are you there?") != std::string_view::npos ||
                       received_by(i).find('\x88') != std::string_view::npos,
                   "a ping of a peer that reads has no answer", std::to_string(i));
     }

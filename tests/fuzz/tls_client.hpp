@@ -79,10 +79,10 @@ public:
         if (old_version) SSL_set_max_proto_version(ssl_.get(), TLS1_2_VERSION);
     }
 
-    bool hold = false;                         // reads nothing and answers nothing
-    bool tiny = false;                         // each byte in a record of its own
-    std::size_t release = Peer::unlimited;     // bytes that it still passes to the kernel
-    std::string received;                      // what the server has sent, decrypted
+    bool hold = false;                      // reads nothing and answers nothing
+    std::size_t tiny = 0;                   // so many of the next bytes get a record of their own
+    std::size_t release = Peer::unlimited;  // bytes that it still passes to the kernel
+    std::string received;                   // what the server has sent, decrypted
     bool established() const { return SSL_is_init_finished(ssl_.get()) == 1; }
     // True if it can neither send nor receive any more, or has sent raw bytes.
     bool broken = false;
@@ -141,11 +141,13 @@ private:
         return context.get();
     }
     void encrypt() {
-        const std::size_t size = tiny ? 1 : 16 * 1024;
-        for (; !plain_.empty(); plain_.erase(0, size)) {
-            const std::string part = plain_.substr(0, size);
+        for (std::string_view rest = plain_; !rest.empty() && !broken;) {
+            const std::string_view part = rest.substr(0, tiny != 0 ? 1 : 16 * 1024);
+            if (tiny != 0) --tiny;
             if (SSL_write(ssl_.get(), part.data(), static_cast<int>(part.size())) <= 0) broken = true;
+            rest.remove_prefix(part.size());
         }
+        plain_.clear();
     }
     void take_output() {
         char* bytes = nullptr;

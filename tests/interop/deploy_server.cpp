@@ -1,8 +1,9 @@
 // For deploy_test.py: a server behind the proxies of examples/deploy/ that reports what it sees of its clients.
 //
-//   deploy_server ADDRESS...    listens there, trusts 127.0.0.1 and Unix sockets, and prints one line per address
+//   deploy_server ADDRESS [--proxied]
 //
-// "/" is a page. "/chat" answers the opening with a JSON object, and each message with itself; "ping" sends a ping and
+// Listens there, trusts 127.0.0.1 and Unix sockets, and prints one line when it is ready. --proxied: each connection
+// begins with a PROXY header. "/" is a page. "/chat" answers the opening with a JSON object, and each message with itself; "ping" sends a ping and
 // reports the pong, "close CODE" closes with CODE.
 #include "../../wschat.hpp"
 
@@ -33,10 +34,12 @@ int main(int argc, char** argv) try {
     server.on_log(wschat::log_to_stderr);
     server.trusted_proxies({"127.0.0.1", "unix"});
     server.get("/", [](const wschat::Request& r) {
-        return wschat::Response(200, "a page over " + std::string(r.scheme()) + "\n");
+        return wschat::Response(200, "a page over " + std::string(r.scheme()) + " for " + r.remote_address() + "\n");
     });
     server.route<Witness>("/chat");
-    for (int i = 1; i < argc; ++i) server.listen(argv[i]);
+    wschat::ListenOptions options;
+    options.proxy_protocol = argc > 2 && std::string_view(argv[2]) == "--proxied";
+    server.listen(argc > 1 ? argv[1] : "0", options);
     std::printf("ready %d\n", server.port());
     std::fflush(stdout);
     server.run();

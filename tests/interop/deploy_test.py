@@ -298,10 +298,10 @@ async def status_of(proxy, *path, **more):
 # ---- each proxy ---------------------------------------------------------------------------------------------------
 
 
-@check_each_proxy("a page arrives over https")
+@check_each_proxy("a page arrives over https, and the server sees the client's address")
 def _(proxy):
     status, _, body = proxy.get("/")
-    expect((status, body), (200, "a page over https\n"))
+    expect((status, body), (200, f"a page over https for {CLIENT}\n"))
     expect(proxy.get("/nothing")[0], 404, "the status of another page")
     if proxy.redirects:
         connection = http.client.HTTPConnection("127.0.0.1", proxy.http, timeout=TIMEOUT)
@@ -412,34 +412,37 @@ def _():
             expect(int(number) > 2 * PING_INTERVAL, True, f"{name}: whether {number} s is long enough")
 
 
-@check("HAProxy in TCP mode sends a PROXY header (version 2) with the client's address, and forwards the bytes")
+@check("HAProxy in TCP mode sends the client's address in a PROXY header, and the server believes only that")
 def _():
-    with socket.create_server(("127.0.0.1", 0)) as backend:
-        port = free_port()
-        config = write("haproxy-tcp.cfg", deployed(
-            "haproxy-tcp.cfg", ("bind :443", f"bind 127.0.0.1:{port}"), ("maxconn 20000", "maxconn 200"),
-            ("127.0.0.1:8443", f"127.0.0.1:{backend.getsockname()[1]}"), ("check inter 2s", "check inter 600s")))
-        proxy = Program("haproxy", "-db", "-f", config)
-        try:
-            proxy.wait_for(lambda: accepts(port), "the start")
-            client = socket.create_connection(("127.0.0.1", port), TIMEOUT, (CLIENT, 0))
-            client.sendall(b"the first bytes of TLS")
-            wanted = (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + socket.inet_aton(CLIENT) + socket.inet_aton("127.0.0.1") +
-                      client.getsockname()[1].to_bytes(2, "big") + port.to_bytes(2, "big") + b"the first bytes of TLS")
-            backend.settimeout(TIMEOUT)
-            received = b""
-            while not received.startswith(wanted[:20]):  # health checks and the probe of the start connect too
-                connection, _ = backend.accept()
-                connection.settimeout(TIMEOUT)
-                received = b""
-                with contextlib.suppress(ConnectionResetError):
-                    while len(received) < len(wanted) and (piece := connection.recv(4096)):
-                        received += piece
-            expect(received, wanted, "what the server receives")
-            connection.sendall(b"the answer")
-            expect(client.recv(100), b"the answer", "what the client receives")
-        finally:
-            proxy.stop()
+    server, port = Server("127.0.0.1:0", "--proxied"), free_port()
+    config = write("haproxy-tcp.cfg", deployed(
+        "haproxy-tcp.cfg", ("bind :443", f"bind 127.0.0.1:{port}"), ("maxconn 20000", "maxconn 200"),
+        ("127.0.0.1:8443", f"127.0.0.1:{server.port}"), ("inter 2s", "inter 50ms")))
+    proxy = Program("haproxy", "-db", "-f", config)
+
+    def page(source):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT, source_address=(source, 0))
+        with contextlib.closing(connection):
+            connection.request("GET", "/", headers={"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "https"})
+            return connection.getresponse().read().decode()
+
+    async def talk():
+        async with websockets.connect(f"ws://127.0.0.1:{port}/chat", local_addr=(CLIENT, 0)) as client:
+            expect(json.loads(await client.recv())["address"], CLIENT, "the address")
+            await client.send("close 4001")
+            await client.wait_closed()
+            expect(client.close_code, 4001, "the close code")
+
+    try:
+        proxy.wait_for(lambda: accepts(port), "the start")
+        for source in (CLIENT, "127.0.0.3"):
+            expect(page(source), f"a page over http for {source}\n", "the page")
+        run_async(talk())
+        time.sleep(0.2)  # some health checks
+        expect(proxy.text().count("DOWN"), 0, "how often HAProxy thinks that the server is away")
+    finally:
+        proxy.stop()
+        server.stop()
 
 
 @check("the chat of examples/rooms.cpp works behind nginx, with --trust")
