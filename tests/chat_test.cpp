@@ -276,7 +276,7 @@ TEST_CASE("a derived class compresses the chat with one line, for clients that o
     TestClient bob = server.connect("/chat/tea?name=Bob");
     CHECK(contains(anna.response().header("sec-websocket-extensions"), "permessage-deflate"));
     CHECK(bob.response().header("sec-websocket-extensions") == "");
-    const std::string text(500, 'a');
+    const std::string text(1500, 'a');  // above CompressionOptions::threshold
     anna.send(text);
     for (TestClient* client : {&anna, &bob}) CHECK(contains(client->received().back(), text));
 }
