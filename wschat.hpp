@@ -78,10 +78,10 @@
 //   Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
 //   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
 //   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
-//   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, beside, Route, Metrics, prometheus_text,
-//   ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler, ChatHub, ChatEntry,
-//   HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction,
-//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics,
+//   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler,
+//   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
+//   ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -7458,6 +7458,14 @@ private:
 
 // ---- files ---------------------------------------------------------------------------------------------------------
 
+}  // namespace detail
+
+// What static_dir() does with symbolic links below its folder. `inside`: a link is followed if what it leads to is also
+// below the folder, as in the volumes of Kubernetes.
+enum class SymbolicLinks : std::uint8_t { refuse, inside };
+
+namespace detail {
+
 // A regular file, open for reading. Does not open folders, devices or pipes.
 class File {
 public:
@@ -7477,10 +7485,14 @@ public:
     }
     ~File() { close(); }
 
-    // root/names[0]/names[1]/...; never outside of the root, never a hidden file, never through a symbolic link.
-    static File beneath(const std::string& root, const std::vector<std::string>& names) {
+    // root/names[0]/names[1]/...; never outside of the root, never a hidden file, no symbolic link unless it may be
+    // followed.
+    static File beneath(const std::string& root, const std::vector<std::string>& names, SymbolicLinks links) {
         for (const std::string& name : names)
             if (!plain_name(name)) return File(-1, ENOENT);
+#if !defined(_WIN32)
+        if (links == SymbolicLinks::inside) return beneath_resolved(root, names);
+#endif
         return opened(os::open_file_beneath(root, names));
     }
 
@@ -7521,6 +7533,21 @@ private:
         modified_ns_ = os::modified_ns(status);
     }
 
+#if !defined(_WIN32)
+    // Resolves the links first, and then opens what they lead to without following any: it cannot leave the root, even
+    // if links change meanwhile.
+    WSCHAT_COLD static File beneath_resolved(const std::string& root, const std::vector<std::string>& names) {
+        std::string path = root;
+        for (const std::string& name : names) (path += '/') += name;
+        path = os::absolute_path(path);
+        const std::string real_root = os::absolute_path(root), prefix = real_root + (real_root == "/" ? "" : "/");
+        if (!text::starts_with(path, prefix)) return File(-1, ENOENT);
+        std::vector<std::string> resolved;
+        for (std::string_view rest = std::string_view(path).substr(prefix.size()); !rest.empty();)
+            resolved.emplace_back(text::consume_until(rest, '/'));
+        return opened(os::open_file_beneath(real_root, resolved));
+    }
+#endif
     // Refuses "..", hidden files, separators of every system, and names that Windows reads as a device or a stream.
     // RFC 8615: "/.well-known/" is public.
     static bool plain_name(const std::string& name) {
@@ -8094,7 +8121,8 @@ public:
         });
     }
 
-    WSCHAT_COLD void add_static_dir(std::string_view pattern, std::string_view folder, Headers headers) {
+    WSCHAT_COLD void add_static_dir(std::string_view pattern, std::string_view folder, Headers headers,
+                                    SymbolicLinks links) {
         check_headers(headers);
         const std::string root = anchored(std::string(folder));
         const File probe = File(root);
@@ -8103,8 +8131,8 @@ public:
         const bool slash = Pattern("static_dir", pattern).text().back() == '/';
         add_page(
             "static_dir", "GET", std::string(pattern) + (slash ? "" : "/") + "{path...}",
-            [root, headers = std::move(headers)](const PageCall& call) {
-                return answer_beneath(root, call.pattern.tail(call.request.raw_path()), call.request, headers);
+            [root, headers = std::move(headers), links](const PageCall& call) {
+                return answer_beneath(root, call.pattern.tail(call.request.raw_path()), call.request, headers, links);
             },
             true);
     }
@@ -8222,9 +8250,9 @@ private:
     }
 
     WSCHAT_COLD static PageAnswer answer_beneath(const std::string& root, std::vector<std::string> names,
-                                                 const Request& request, const Headers& headers) {
+                                                 const Request& request, const Headers& headers, SymbolicLinks links) {
         if (names.back().empty()) names.back() = "index.html";
-        File file = File::beneath(root, names);
+        File file = File::beneath(root, names, links);
         if (!file && file.error() == EISDIR) return {redirect_to_folder(request)};
         if (!file) return {file_refusal(file.error())};
         return file_answer(std::move(file), content_type(names.back()), request, headers);
@@ -10272,10 +10300,12 @@ public:
         site_.add_file(pattern, path, std::move(headers));
     }
     // The files in a folder and its subfolders; "index.html" for a folder. No listings, no hidden files except
-    // "/.well-known/", no symbolic links. Throws an Error if there is no such folder.
+    // "/.well-known/", no symbolic links unless they stay inside and `links` allows them. Throws an Error if there is no
+    // such folder.
     void static_dir(std::string_view pattern, std::string_view folder,
-                    std::vector<std::pair<std::string, std::string>> headers = {}) {
-        site_.add_static_dir(pattern, folder, std::move(headers));
+                    std::vector<std::pair<std::string, std::string>> headers = {},
+                    SymbolicLinks links = SymbolicLinks::refuse) {
+        site_.add_static_dir(pattern, folder, std::move(headers), links);
     }
     // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
     // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.

@@ -781,6 +781,33 @@ TEST_CASE("only regular files inside of a folder that are not hidden are served"
     }
 }
 
+TEST_CASE("a link that stays inside of a folder is followed if that is allowed") {
+    // As Kubernetes mounts a ConfigMap: a switch of "..data" replaces all files at once.
+    TemporaryFolder folder;
+    folder.write("secret.txt", "secret");
+    folder.write("www/..first/index.html", "first");
+    folder.write("www/..second/index.html", "second");
+    fs::create_directory_symlink("..first", folder / "www/..data");
+    fs::create_symlink("..data/index.html", folder / "www/index.html");
+    fs::create_symlink("../secret.txt", folder / "www/out.txt");
+    fs::create_directory_symlink("..", folder / "www/up");
+    fs::create_symlink("loop", folder / "www/loop");
+    fs::create_symlink("nothing", folder / "www/dangling");
+    RunningServer running;
+    running.server.static_dir("/inside", (folder / "www").string(), {}, SymbolicLinks::inside);
+    running.server.static_dir("/refuse", (folder / "www").string());
+    running.start();
+    CHECK(fetch(running.port(), "/inside/").body == "first");
+    fs::create_directory_symlink("..second", folder / "www/..new");
+    fs::rename(folder / "www/..new", folder / "www/..data");
+    CHECK(fetch(running.port(), "/inside/index.html").body == "second");
+    for (const std::string target : {"/inside/out.txt", "/inside/up/secret.txt", "/inside/up", "/inside/loop",
+                                     "/inside/dangling", "/inside/..data/index.html", "/refuse/index.html"}) {
+        CAPTURE(target);
+        CHECK(fetch(running.port(), target).status == 404);
+    }
+}
+
 TEST_CASE("a missing folder, or one that is not a folder, is an Error at set-up") {
     TemporaryFolder folder;
     const std::string file = folder.write("a.txt", "a"), missing = (folder / "missing").string();
