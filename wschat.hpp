@@ -10300,8 +10300,8 @@ public:
         site_.add_file(pattern, path, std::move(headers));
     }
     // The files in a folder and its subfolders; "index.html" for a folder. No listings, no hidden files except
-    // "/.well-known/", no symbolic links unless they stay inside and `links` allows them. Throws an Error if there is no
-    // such folder.
+    // "/.well-known/", no symbolic links unless they stay inside and `links` allows them. Throws an Error if there is
+    // no such folder.
     void static_dir(std::string_view pattern, std::string_view folder,
                     std::vector<std::pair<std::string, std::string>> headers = {},
                     SymbolicLinks links = SymbolicLinks::refuse) {
