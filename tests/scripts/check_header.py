@@ -134,7 +134,7 @@ def serves(code, name):
     source = write(f"{name}.cpp", code.replace("listen(8888)", f"listen({port})"))
     one_command(source, WORK / name)
     shutil.copy(ROOT / "examples" / "chat.html", WORK)
-    server = subprocess.Popen([WORK / name], cwd=WORK, stdin=subprocess.DEVNULL)
+    server = subprocess.Popen([WORK / name], cwd=WORK, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + WAIT
         while True:
