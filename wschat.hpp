@@ -7823,23 +7823,24 @@ WSCHAT_COLD inline Response file_refusal(int error) {
     }
 }
 
-// RFC 9110 14: one range of bytes, from `first` to before `end`.
+// RFC 9110 14: the bytes of a file that a request gets, from `first` to before `end`.
 struct ByteRange {
-    std::uint64_t first = 0, end = 0;
+    std::uint64_t first, end;
+    bool partial;  // the request asks for this range. No byte of the file is in it if it is empty
 };
-// The range that a request asks for. Nothing: it gets the whole file, as with several ranges and with ranges that are
-// malformed. An empty range: no byte of the file is in it.
-inline std::optional<ByteRange> requested_range(const Request& request, std::uint64_t size) {
+// Several ranges, and ranges that are malformed, are answered with the whole file.
+inline ByteRange requested_range(const Request& request, std::uint64_t size) {
+    const ByteRange whole{0, size, false};
     std::string_view last = request.header("range");
-    if (text::trim(text::consume_until(last, '=')) != "bytes") return std::nullopt;
+    if (text::trim(text::consume_until(last, '=')) != "bytes") return whole;
     const std::string_view first = text::trim(text::consume_until(last, '-'));
     last = text::trim(last);
     const auto from = text::parse_unsigned(first, UINT64_MAX - 1), to = text::parse_unsigned(last, UINT64_MAX - 1);
     if ((!from && !first.empty()) || (!to && (!last.empty() || first.empty())) || (from && to && *to < *from))
-        return std::nullopt;
-    if (!from) return ByteRange{size - (std::min)(size, *to), size};
-    if (*from >= size) return ByteRange{};
-    return ByteRange{*from, to ? (std::min)(*to + 1, size) : size};
+        return whole;
+    if (!from) return {size - (std::min)(size, *to), size, true};
+    if (*from >= size) return {0, 0, true};
+    return {*from, to ? (std::min)(*to + 1, size) : size, true};
 }
 // RFC 9110 13.1.5: "If-Range" names the copy that the client has a part of, by a strong tag or the exact date.
 inline bool range_applies(const Request& request, const std::string& etag, std::int64_t modified_seconds) {
@@ -7853,28 +7854,27 @@ WSCHAT_COLD inline PageAnswer file_answer(File file, std::string_view type, cons
                                           const Headers& headers) {
     const std::string etag = file.etag();
     const bool unchanged = not_modified(request, etag, file.modified_seconds());
-    const auto range = !unchanged && request.method() == "GET" && range_applies(request, etag, file.modified_seconds())
-                           ? requested_range(request, file.size())
-                           : std::nullopt;
-    const bool satisfiable = range && range->first < range->end;
-    PageAnswer answer{Response(unchanged ? 304 : !range ? 200 : satisfiable ? 206 : 416)};
+    ByteRange range{0, file.size(), false};
+    if (!unchanged && request.method() == "GET" && range_applies(request, etag, file.modified_seconds()))
+        range = requested_range(request, file.size());
+    const bool satisfiable = range.first < range.end;
+    PageAnswer answer{Response(unchanged ? 304 : !range.partial ? 200 : satisfiable ? 206 : 416)};
     answer.response.set_header("ETag", etag)
         .set_header("Last-Modified", http_date(file.modified_seconds()))
         .set_header("Cache-Control", "no-cache")
         .set_header("Accept-Ranges", "bytes");
     for (const auto& [name, value] : headers) answer.response.set_header(name, value);
     if (unchanged) return answer;
-    const std::string size = std::to_string(file.size());
-    if (range) {
+    if (range.partial) {
         const std::string bytes =
-            satisfiable ? std::to_string(range->first) + "-" + std::to_string(range->end - 1) : std::string("*");
-        answer.response.set_header("Content-Range", "bytes " + bytes + "/" + size);
+            satisfiable ? std::to_string(range.first) + "-" + std::to_string(range.end - 1) : std::string("*");
+        answer.response.set_header("Content-Range", "bytes " + bytes + "/" + std::to_string(file.size()));
         if (!satisfiable) return answer;
-        if (!file.seek(range->first)) return {file_refusal(errno)};
+        if (!file.seek(range.first)) return {file_refusal(errno)};
     }
     const bool text = text::starts_with(type, "text/");
     answer.response.set_header("Content-Type", text ? std::string(type) + "; charset=utf-8" : std::string(type));
-    answer.size = range ? range->end - range->first : file.size();
+    answer.size = range.end - range.first;
     answer.file = std::move(file);
     return answer;
 }
@@ -9361,8 +9361,8 @@ public:
 private:
     enum class Phase : std::uint8_t { http, websocket, lingering, gone };
 
-    // During a shutdown, the time for the first request of a connection, and for a peer to see our FIN.
-    static constexpr Duration drain_grace = std::chrono::milliseconds(250);
+    // If a shutdown begins, a connection has this time from its accept to send its first request.
+    static constexpr Duration drain_grace = std::chrono::milliseconds(100);
 
     const Limits& limits() const { return route_limits_ != nullptr ? *route_limits_ : host_.options.limits; }
     Time after(Duration timeout) const {
@@ -9618,14 +9618,13 @@ private:
             if (!http_->has_pending()) http_->keep_alive = false;
             return;
         }
-        const bool answered = idle_;
+        const bool idle = idle_;
         if (reading() && !proxy_) read();
         if (phase_ != Phase::http || ended_ || http_->busy() || http_->has_pending()) return;
-        // A client sends its first request at once. To a client that may be about to send another, a FIN comes sooner
-        // than the reset of a closed socket.
-        if (answered) linger();
-        const Time latest = saturating_add(now(), drain_grace);
-        if (!ended_) schedule(scheduled() ? (std::min)(due(), latest) : latest);
+        // A client sends its first request at once: an older connection need not wait for one.
+        const Time accepted = scheduled() ? due() - limits().handshake_timeout : now();
+        if (idle || accepted + drain_grace <= now()) ended_ = true;
+        else schedule(accepted + drain_grace);
     }
 
     // Returns the bytes that wait for an answer.
@@ -9951,6 +9950,7 @@ public:
 
 private:
     void accept(Socket accepted, const IpAddress& peer) {
+        ++host_.metrics.connections_accepted;  // also if memory runs out in make()
         run_guarded(
             [&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr, proxied_); },
             [&](const char* what) { host_.log.exception("accept", what, &peer); });
@@ -10065,7 +10065,6 @@ public:
     // ---- what sessions and listeners call --------------------------------------------------------------------------
 
     void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
-        ++metrics.connections_accepted;
         const std::size_t max = max_connections();
         // Files take descriptors of connections. Without files only `max` counts, which the program may have raised.
         const std::size_t used = sessions_.size() + open_files;
@@ -10938,7 +10937,9 @@ private:
         link->to_server = std::move(bytes);
         auto transport = std::make_unique<detail::MemoryTransport<Link>>(link);
         poller_->expect(link);
+        ++worker_.metrics.connections_accepted;
         if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport), false);
+        poller_->expect(nullptr);  // it was refused
         return client;
     }
     // Lets the clients take what has arrived. Returns false if nothing has.

@@ -524,7 +524,8 @@ TEST_CASE("systemd is told when run() starts and when the shutdown begins") {
 }
 
 TEST_CASE("a NOTIFY_SOCKET that cannot be used has no effect") {
-    for (const std::string path : {"/nonexistent/socket", "relative", "", "/", std::string(200, '/').c_str()}) {
+    for (const std::string& path : {std::string("/nonexistent/socket"), std::string("relative"), std::string(),
+                                    std::string("/"), std::string(200, '/')}) {
         const Environment variable("NOTIFY_SOCKET", path);
         EchoServer running;
         Client client(running.port());

@@ -230,7 +230,7 @@ public:
         const std::string header = test::hex("17 03 03") + static_cast<char>(size >> 8) + static_cast<char>(size & 255);
         const std::string key = expand("key", 16);
         std::string nonce = expand("iv", 12);
-        for (unsigned i = 0; i < 8; ++i) nonce[11 - i] = static_cast<char>(nonce[11 - i] ^ (number_ >> 8 * i & 255));
+        for (unsigned i = 0; i < 8; ++i) nonce[11 - i] ^= static_cast<char>(number_ >> 8 * i & 255);
         ++number_;
         std::string result = header + std::string(size, '\0');
         const OpensslPtr<EVP_CIPHER_CTX, &EVP_CIPHER_CTX_free> context(EVP_CIPHER_CTX_new());

@@ -42,11 +42,14 @@ def function(wrong, right, before=""):
     return FUNCTION % (before, wrong), FUNCTION % (before, right)
 
 
+SOME = "struct Some : WebSocketHandler { void on_message(const Message&) override {} };"
+
 # Pairs of a mistake and its correction.
 PAIRS = {
     "a list as a message": handler('write_message({"type", "hello"});', 'write_json({{"type", "hello"}});'),
     "a list of one": handler('write_message({"hello"});', 'write_message("hello");'),
-    "a list with an opcode": handler('write_message({"a", "b"}, Opcode::binary);', 'write_message("a", Opcode::binary);'),
+    "a list with an opcode": handler('write_message({"a", "b"}, Opcode::binary);',
+                                     'write_message("a", Opcode::binary);'),
     "a list as bytes": handler('write_binary({"a", "b"});', 'write_binary("ab");'),
     "a list as a volatile message": handler('write_volatile({"a", "b"});', 'write_volatile("ab");'),
     "a list as a ping": handler('ping({"a", "b"});', 'ping("ab");'),
@@ -58,7 +61,8 @@ PAIRS = {
     "a volatile broadcast of a list": handler('room("all").broadcast_volatile({"a", "b"});',
                                               'room("all").broadcast_volatile("ab");'),
     "an encoded list": handler('server().rooms().encode({"a", "b"});', 'server().rooms().encode("ab");'),
-    "a list through a reference": function('ref.write_message({"type", "hello"});', 'ref.write_json({{"type", "hello"}});'),
+    "a list through a reference": function('ref.write_message({"type", "hello"});',
+                                           'ref.write_json({{"type", "hello"}});'),
     "a list of bytes through a reference": function('ref.write_binary({"a", "b"});', 'ref.write_binary("ab");'),
     "a list as a page": function('Response(200, {"a", "b"});', 'Response(200, "ab");'),
     "JSON of a pointer": function("Json text(pointer);", "Json text(*pointer);"),
@@ -75,10 +79,9 @@ PAIRS = {
     "a frame of a temporary": function('EncodedFrame::borrowed(arena, Opcode::text, std::string("a"));',
                                        'std::string a; EncodedFrame::borrowed(arena, Opcode::text, a);'),
     "a route without on_message": function('server.route<None>("/");', 'server.route<Some>("/");',
-                                           "struct None : WebSocketHandler {};"
-                                           "struct Some : WebSocketHandler { void on_message(const Message&) override {} };"),
+                                           "struct None : WebSocketHandler {};" + SOME),
     "a route of something else": function('server.route<std::string>("/");', 'server.route<Some>("/");',
-                                          "struct Some : WebSocketHandler { void on_message(const Message&) override {} };"),
+                                          SOME),
     "a handler without its arguments": function(
         'server.route<Some>("/");', 'server.route<Some>("/", 1);',
         "struct Some : WebSocketHandler { Some(int) {} void on_message(const Message&) override {} };"),
