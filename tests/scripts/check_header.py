@@ -134,7 +134,7 @@ def serves(code, name):
     source = write(f"{name}.cpp", code.replace("listen(8888)", f"listen({port})"))
     one_command(source, WORK / name)
     shutil.copy(ROOT / "examples" / "chat.html", WORK)
-    server = subprocess.Popen([WORK / name], cwd=WORK, stdin=subprocess.DEVNULL)
+    server = subprocess.Popen([WORK / name], cwd=WORK, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + WAIT
         while True:
@@ -480,8 +480,8 @@ def any_directory():
         serves_page(program)
     shutil.copy(tree / "chat", WORK / "alone")
     alone = subprocess.run([WORK / "alone", "0"], cwd="/", capture_output=True, text=True, timeout=WAIT)
-    sentence = (f"chat: file \"/\": examples/chat.html: No such file or directory (ENOENT); looked in / and in the folder "
-                f"of {WORK / 'alone'}\nusage: chat [port] [--page FILE]\n")
+    sentence = (f"chat: file \"/\": examples/chat.html: No such file or directory (ENOENT); looked in / and in the "
+                f"folder of {WORK / 'alone'}\nusage: chat [port] [--page FILE]\n")
     require((alone.returncode, alone.stderr) == (1, sentence), f"a chat without its page prints {alone.stderr!r}")
 
 
