@@ -9462,21 +9462,17 @@ private:
         flush();
         if (host_.wire.sent != sent_before) connection().record_activity(now());
     }
+    // A flush that leaves nothing behind touches no memory but what it needed before.
     void update_backlog() {
         std::size_t held = 0;
         if (phase_ == Phase::websocket && !ended_)
-            held = output().held() + connection().buffered_input() + held_request();
+            held = output().held() + connection().buffered_input() + held_request_;
         else if (http_ && !gone() && !ended_) held = output().held() + http_->buffered_input();
         if (!gone() && !ended_) held += stream_.buffered();
+        if (held == counted_backlog_) return;
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
         if (phase_ == Phase::websocket) HandlerAccess::note_queued(*handler_);
-    }
-
-    // The handler keeps its request. One of normal size is part of what an idle connection needs.
-    std::size_t held_request() const {
-        const std::size_t size = RequestAccess::held(core().request);
-        return size > 4 * 1024 ? size : 0;
     }
 
     // Tells the poller what the session waits for.
@@ -9843,6 +9839,9 @@ private:
         http_->note_answer(101, &core().request, 0);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
+        // One of normal size is part of what an idle connection needs.
+        const std::size_t size = RequestAccess::held(core().request);
+        held_request_ = size > 4 * 1024 ? static_cast<std::uint32_t>(size) : 0;
         // From here to open() nothing throws, so that on_close() comes only after open().
         std::swap(connection().output(), http_->output);
         connection().set_write_blocked(http_->blocked);
@@ -9923,6 +9922,7 @@ private:
     bool watching_read_ = true;
     bool watching_write_ = false;
     std::uint32_t work_turn_ = 0;         // the last turn in which it did work beyond flushing
+    std::uint32_t held_request_ = 0;      // bytes of the request that an open WebSocket keeps, if it is a large one
     std::unique_ptr<HttpExchange> http_;  // null while a WebSocket is open
     std::unique_ptr<ProxyHeader> proxy_;  // null if no PROXY header is due
     std::size_t counted_backlog_ = 0;
