@@ -1945,7 +1945,7 @@ struct FormPart {
 // A request: its head, and its body for a page. It owns its bytes: all views of it are valid as long as the request.
 class Request {
 public:
-    std::string_view method() const { return part(method_); }
+    std::string_view method() const { return std::string_view(bytes_).substr(0, method_size_); }
     // As received: "/chat/tea%20room?name=Anna".
     std::string_view target() const { return part(target_); }
     // Encoded: "/chat/tea%20room". path() is decoded.
@@ -1954,18 +1954,18 @@ public:
     std::string_view query_string() const { return part(query_); }
     // From the Host field or an absolute target.
     std::string_view host() const { return part(host_); }
-    bool http_1_0() const { return http_1_0_; }
-    bool has_body() const { return has_body_; }
+    bool http_1_0() const { return flags_.http_1_0; }
+    bool has_body() const { return flags_.has_body; }
     // The whole body, at most Limits::max_body bytes.
-    std::string_view body() const { return part(body_); }
+    std::string_view body() const { return std::string_view(bytes_).substr(bytes_.size() - body_size_); }
     // "https" if the client's connection is encrypted, otherwise "http". Server::trusted_proxies() may say so.
-    std::string_view scheme() const { return https_ ? "https" : "http"; }
+    std::string_view scheme() const { return flags_.https ? "https" : "http"; }
     // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
     const std::string& remote_address() const { return remote_address_; }
     // The subject of the verified client certificate in the form of RFC 2253 ("CN=Anna,O=Tea"), at most 4096 bytes.
     // Empty if the client sent none.
     std::string_view client_certificate() const {
-        return std::string_view(bytes_).substr(bytes_.size() - certificate_size_);
+        return std::string_view(bytes_).substr(bytes_.size() - body_size_ - certificate_size_, certificate_size_);
     }
 
     Fields fields() const { return Fields(std::string_view(bytes_).substr(fields_begin_)); }
@@ -2079,14 +2079,18 @@ private:
         return all;
     }
 
-    std::string bytes_;  // the head, the body, the subject of the client's certificate
-    Part method_, target_, path_, query_, host_, body_;
+    // A WebSocket keeps its request, so this is small.
+    struct Flags {
+        bool http_1_0 : 1, has_body : 1, body_complete : 1, https : 1;
+    };
+
+    std::string bytes_;  // the head, the subject of the client's certificate, the body
+    Part target_, path_, query_, host_;
+    std::uint32_t method_size_ = 0;
     std::uint32_t fields_begin_ = 0;
-    bool http_1_0_ = false;
-    bool has_body_ = false;
-    bool body_complete_ = false;
-    bool https_ = false;
+    std::uint32_t body_size_ = 0;
     std::uint16_t certificate_size_ = 0;
+    Flags flags_{};
     std::string remote_address_;
     std::vector<std::pair<std::string, std::string>> params_;
 };
@@ -2105,7 +2109,7 @@ public:
     static void set_connection(Request& request, std::string remote_address, bool https,
                                std::string_view client_certificate = {}) {
         request.remote_address_ = std::move(remote_address);
-        request.https_ = https;
+        request.flags_.https = https;
         if (request.certificate_size_ != 0 || client_certificate.empty()) return;
         const std::string_view subject = client_certificate.substr(0, 4096);
         request.bytes_.reserve(request.bytes_.size() + subject.size());
@@ -2113,17 +2117,13 @@ public:
         request.certificate_size_ = static_cast<std::uint16_t>(subject.size());
     }
 
+    static bool body_complete(const Request& request) { return request.flags_.body_complete; }
+    static bool awaits_body(const Request& request) { return request.flags_.has_body && !request.flags_.body_complete; }
     // The body is received into the bytes of the request.
-    static bool body_complete(const Request& request) { return request.body_complete_; }
-    static bool awaits_body(const Request& request) { return request.has_body_ && !request.body_complete_; }
-    static std::string& begin_body(Request& request) {
-        request.body_.begin = static_cast<std::uint32_t>(request.bytes_.size());
-        return request.bytes_;
-    }
-    static std::size_t body_received(const Request& request) { return request.bytes_.size() - request.body_.begin; }
-    static void end_body(Request& request) {
-        request.body_.size = static_cast<std::uint32_t>(body_received(request));
-        request.body_complete_ = true;
+    static std::string& bytes(Request& request) { return request.bytes_; }
+    static void end_body(Request& request, std::size_t size) {
+        request.body_size_ = static_cast<std::uint32_t>(size);
+        request.flags_.body_complete = true;
     }
 };
 
@@ -2239,8 +2239,8 @@ private:
             return fail(400, "The HTTP version is malformed.");
         // RFC 9110 2.5: a higher minor version is treated as the highest known one.
         if (version[5] != '1') return fail(505, "This server speaks HTTP/1.1.");
-        request_.http_1_0_ = version[7] == '0';
-        request_.method_ = request_.part_of(method);
+        request_.flags_.http_1_0 = version[7] == '0';
+        request_.method_size_ = static_cast<std::uint32_t>(method.size());  // it is the first word
         request_.target_ = request_.part_of(target);
         return parse_target(target);
     }
@@ -2272,7 +2272,7 @@ private:
     bool check_head() {
         const Fields fields = request_.fields();
         const std::size_t hosts = fields.count("host");
-        if (hosts > 1 || (hosts == 0 && !request_.http_1_0_))
+        if (hosts > 1 || (hosts == 0 && !request_.flags_.http_1_0))
             return fail(400, hosts == 0 ? "There is no Host header." : "There is more than one Host header.");
         const std::string_view host = fields.find("host").value_or(std::string_view());
         if (hosts == 1 && !valid_host(host)) return fail(400, "The Host header is invalid.");
@@ -2289,13 +2289,13 @@ private:
         if (lengths == 1) {
             const auto length = text::parse_unsigned(*fields.find("content-length"), INT64_MAX);
             if (!length) return fail(400, "Content-Length is not a number.");
-            request_.has_body_ = *length != 0;
+            request_.flags_.has_body = *length != 0;
         }
         if (codings == 1) {
-            if (request_.http_1_0_) return fail(400, "An HTTP/1.0 request has Transfer-Encoding.");
+            if (request_.flags_.http_1_0) return fail(400, "An HTTP/1.0 request has Transfer-Encoding.");
             if (!text::equals_ignore_case(*fields.find("transfer-encoding"), "chunked"))
                 return fail(501, "The transfer coding is not implemented.");
-            request_.has_body_ = true;
+            request_.flags_.has_body = true;
         }
         return true;
     }
@@ -2317,7 +2317,10 @@ public:
     enum class Outcome : std::uint8_t { need_more, body, failure };
 
     BodyParser(Request request, const Limits& limits)
-        : limits_(&limits), request_(std::move(request)), body_(&RequestAccess::begin_body(request_)) {
+        : limits_(&limits),
+          request_(std::move(request)),
+          body_(&RequestAccess::bytes(request_)),
+          body_begin_(body_->size()) {
         const auto length = request_.fields().find("content-length");
         if (length) left_ = text::parse_unsigned(*length, INT64_MAX).value_or(0);
         state_ = length ? State::data : State::size;
@@ -2336,7 +2339,7 @@ public:
         }
         if (state_ == State::failed) return Outcome::failure;
         if (state_ != State::end) return Outcome::need_more;
-        RequestAccess::end_body(request_);
+        RequestAccess::end_body(request_, received());
         return Outcome::body;
     }
 
@@ -2344,7 +2347,7 @@ public:
     Request take_request() { return std::move(request_); }
     const Request& request() const { return request_; }
     // What is held for the body now, and what it may become.
-    std::size_t received() const { return RequestAccess::body_received(request_); }
+    std::size_t received() const { return body_->size() - body_begin_; }
     std::size_t expected() const { return chunked_ ? limits_->max_body : received() + static_cast<std::size_t>(left_); }
     // After a failure, which can be right after the constructor: the status of the response, and a sentence.
     bool failed() const { return state_ == State::failed; }
@@ -2423,6 +2426,7 @@ private:
     const Limits* limits_;
     Request request_;
     std::string* body_;
+    std::size_t body_begin_;
     std::uint64_t left_ = 0;  // of the body, or of the chunk
     std::size_t overhead_ = 0;
     std::string line_;
@@ -3967,7 +3971,7 @@ private:
     char* input_end_ = nullptr;
     FrameHeader frame_;
     std::uint64_t frame_left_ = 0;
-    std::size_t fragments_ = 0;
+    std::uint32_t fragments_ = 0;
     std::uint32_t frames_read_ = 0;  // since receive() or resume_input()
     char header_bytes_[FrameHeader::max_size];
 
@@ -8731,10 +8735,13 @@ public:
     }
 
     SendQueue output;
-    bool blocked = false;       // the kernel refused output that is still queued
-    bool keep_alive = true;     // another request may follow the answer
-    bool shut_down = false;     // our side of the stream is shut
-    std::size_t discarded = 0;  // bytes that were read while lingering
+    bool blocked = false;                // the kernel refused output that is still queued
+    bool keep_alive = true;              // another request may follow the answer
+    bool shut_down = false;              // our side of the stream is shut
+    bool answered = false;               // at least one request
+    bool idle = false;                   // waits for the next request
+    std::size_t discarded = 0;           // bytes that were read while lingering
+    std::unique_ptr<ProxyHeader> proxy;  // null if no PROXY header is due
 
     // An answer is being sent, or comes later.
     bool busy() const { return output_queued() || awaits_reply(); }
@@ -8904,14 +8911,14 @@ private:
                       {{"path", request->path()}, {"cause", os::error_text(answer.file_error)}});
         if (!answer.file) return respond(answer.response, request.get());
         // A file that is sent piece by piece takes a descriptor until its end. A small one is read at once.
-        const bool small = answer.size <= max_piece;
-        if (!small && host_.descriptors_used()) return respond(file_refusal(EMFILE), request.get());
+        const bool at_once = answer.size <= max_piece;
+        if (!at_once && host_.descriptors_used()) return respond(file_refusal(EMFILE), request.get());
         queue_head(answer.response, request.get(), answer.size);
         if (head_only_ || answer.size == 0) return;
         file_left_ = answer.size;
         file_ = std::move(answer.file);
         ++host_.open_files;
-        if (small) queue_file_piece();
+        if (at_once) queue_file_piece();
     }
 
     // `page` is null, or does not answer the request's method.
@@ -9218,8 +9225,9 @@ public:
     Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
         : WebSocketDriver(host, peer),
           stream_(std::move(socket), std::move(transport)),
-          http_(std::make_unique<HttpExchange>(host, host.options.limits, peer_)),
-          proxy_(proxied ? std::make_unique<ProxyHeader>() : nullptr) {}
+          http_(std::make_unique<HttpExchange>(host, host.options.limits, peer_)) {
+        if (proxied) http_->proxy = std::make_unique<ProxyHeader>();
+    }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
     ~Session() override { LoopAccess::timers(host_.loop).cancel(*this); }
@@ -9245,7 +9253,7 @@ public:
             if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
                 return abort(CloseCause::connection_lost, "cannot be watched");
             full_ = full;
-            if (!proxy_) return admit();
+            if (!http_->proxy) return admit();
             if (!host_.site.trusted(peer_)) fail_proxy("the peer is not one of trusted_proxies()");
         });
     }
@@ -9277,12 +9285,12 @@ public:
             } else if (phase_ == Phase::http && http_->started() && !http_->busy()) {
                 respond(Response(408, "The request did not arrive in time.\n"), nullptr);
                 schedule(after(limits().linger_timeout));
-            } else if (proxy_) {
+            } else if (http_->proxy) {
                 fail_proxy("the header did not arrive in time");
-            } else if (phase_ == Phase::http && idle_) {
+            } else if (phase_ == Phase::http && http_->idle) {
                 // A request may have crossed the deadline on its way.
                 read();
-                if (idle_ && !ended_) linger();
+                if (phase_ == Phase::http && http_->idle && !ended_) linger();
             } else {
                 ended_ = true;
             }
@@ -9498,7 +9506,7 @@ private:
     }
 
     void read() {
-        if (proxy_ && !read_proxy_header()) return;
+        if (http_ && http_->proxy && !read_proxy_header()) return;
         constexpr int max_reads = 4;  // then other sessions have their turn
         for (int i = 0; i < max_reads && reading(); ++i) {
             if (i != 0 && !host_.turn.take_more()) return;
@@ -9567,23 +9575,23 @@ private:
             std::size_t consumed = 0;
             ProxyHeader::Outcome outcome = ProxyHeader::Outcome::need_more;
             if (got.outcome == IoResult::Outcome::done) {
-                outcome = proxy_->feed({data, got.size}, consumed);
+                outcome = http_->proxy->feed({data, got.size}, consumed);
                 got = stream_.socket().receive(data, consumed);
                 host_.wire.received += got.size;
             }
-            if (outcome == ProxyHeader::Outcome::failure) return fail_proxy(proxy_->failure());
+            if (outcome == ProxyHeader::Outcome::failure) return fail_proxy(http_->proxy->failure());
             if (got.outcome == IoResult::Outcome::would_block) return false;
             if (got.outcome != IoResult::Outcome::done) return fail_proxy("the peer hung up within the header");
             if (outcome == ProxyHeader::Outcome::done) break;
         }
-        if (proxy_->client()) peer_ = *proxy_->client();
-        proxy_.reset();
+        if (http_->proxy->client()) peer_ = *http_->proxy->client();
+        http_->proxy.reset();
         admit();
         return true;
     }
     // A peer that sends nothing is a check of the port, not a failure.
     bool fail_proxy(std::string_view cause) {
-        const bool check = !proxy_->started() && host_.site.trusted(peer_);
+        const bool check = !http_->proxy->started() && host_.site.trusted(peer_);
         if (!check) host_.note_proxy_failure(peer_, cause);
         ended_ = true;
         mark_dirty();
@@ -9642,8 +9650,8 @@ private:
             if (!http_->has_pending()) http_->keep_alive = false;
             return;
         }
-        const bool idle = idle_;
-        if (reading() && !proxy_) read();
+        const bool idle = http_->idle;
+        if (reading() && !http_->proxy) read();
         if (phase_ != Phase::http || ended_ || http_->busy() || http_->has_pending()) return;
         // A client sends its first request at once: an older connection need not wait for one.
         const Time accepted = scheduled() ? due() - limits().handshake_timeout : now();
@@ -9653,7 +9661,7 @@ private:
 
     // Returns the bytes that wait for an answer.
     std::string_view parse_requests(std::string_view bytes) {
-        if (std::exchange(idle_, false)) schedule(after(limits().handshake_timeout));
+        if (std::exchange(http_->idle, false)) schedule(after(limits().handshake_timeout));
         while (!bytes.empty() && phase_ == Phase::http && !http_->busy() && http_->keep_alive) {
             std::optional<Request> request = http_->parse(bytes);
             mark_dirty();
@@ -9671,7 +9679,7 @@ private:
 
     WSCHAT_COLD void answer(Request request, std::string_view& rest) {
         if (!RequestAccess::body_complete(request)) begin_request(request);
-        answered_ = true;
+        http_->answered = true;
         if (host_.draining && wants_upgrade(request))
             return http_->respond_last(Response(503, "The server is shutting down.\n"), request);
         if (!host_.site.serves_host(request.host())) {
@@ -9715,8 +9723,8 @@ private:
             linger();
         } else if (http_->has_pending() && may_work()) {
             parse_pending();
-        } else if (answered_ && !idle_ && !http_->started() && !http_->has_pending()) {
-            idle_ = true;
+        } else if (http_->answered && !http_->idle && !http_->started() && !http_->has_pending()) {
+            http_->idle = true;
             schedule(after(limits().keep_alive_timeout));
         }
     }
@@ -9841,7 +9849,7 @@ private:
         schedule(connection().deadline());
         // One of normal size is part of what an idle connection needs.
         const std::size_t size = RequestAccess::held(core().request);
-        held_request_ = size > 4 * 1024 ? static_cast<std::uint32_t>(size) : 0;
+        held_request_ = size > 4 * 1024 ? static_cast<std::uint16_t>((std::min)(size, std::size_t{UINT16_MAX})) : 0;
         // From here to open() nothing throws, so that on_close() comes only after open().
         std::swap(connection().output(), http_->output);
         connection().set_write_blocked(http_->blocked);
@@ -9916,15 +9924,12 @@ private:
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
-    bool answered_ = false;        // a request
-    bool idle_ = false;            // waits for the next request
     bool waiting_ = false;         // in the list of sessions with work left
     bool watching_read_ = true;
     bool watching_write_ = false;
+    std::uint16_t held_request_ = 0;      // bytes of the request that an open WebSocket keeps, if it is a large one
     std::uint32_t work_turn_ = 0;         // the last turn in which it did work beyond flushing
-    std::uint32_t held_request_ = 0;      // bytes of the request that an open WebSocket keeps, if it is a large one
     std::unique_ptr<HttpExchange> http_;  // null while a WebSocket is open
-    std::unique_ptr<ProxyHeader> proxy_;  // null if no PROXY header is due
     std::size_t counted_backlog_ = 0;
     const Limits* route_limits_ = nullptr;      // null: those of the server
     std::unique_ptr<std::string> address_key_;  // under which it is counted; null if it is not

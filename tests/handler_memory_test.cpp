@@ -282,7 +282,7 @@ TEST_CASE("a TestServer serves pages") {
     CHECK(head.body() == "");
     CHECK(server.fetch("/nothing").status() == 404);
     CHECK(server.fetch("/broken").status() == 500);
-    CHECK(server.exceptions() == Texts{"get: no page"});
+    CHECK(server.exceptions() == Texts{"page: no page"});
     CHECK(contains(server.fetch("/metrics").body(), "wschat_connections_open 1\n"));
     CHECK(server.metrics().connections_open == 0);
 }

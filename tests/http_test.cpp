@@ -1128,4 +1128,29 @@ TEST_CASE("a server may choose any of the offered subprotocols") {
           "the server chose a subprotocol that was not offered");
 }
 
+TEST_CASE("a request keeps its head, the subject of its certificate and its body apart") {
+    Limits limits;
+    RequestParser parser(limits);
+    std::size_t consumed = 0;
+    parser.feed("\r\nPUT /a?b=c HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n", consumed);
+    Request head = parser.take_request();
+    RequestAccess::set_connection(head, "::1", true, "CN=Anna");
+    CHECK(head.client_certificate() == "CN=Anna");
+    CHECK(head.body() == "");
+    BodyParser body(std::move(head), limits);
+    CHECK(body.feed("bo", consumed) == BodyParser::Outcome::need_more);
+    CHECK(body.received() == 2);
+    CHECK(body.feed("dyrest", consumed) == BodyParser::Outcome::body);
+    CHECK(consumed == 2);
+    const Request request = body.take_request();
+    CHECK(request.method() == "PUT");
+    CHECK(request.raw_path() == "/a");
+    CHECK(request.query("b") == "c");
+    CHECK(request.header("host") == "x");
+    CHECK(request.body() == "body");
+    CHECK(request.client_certificate() == "CN=Anna");
+    CHECK(request.remote_address() == "::1");
+    CHECK(request.scheme() == "https");
+}
+
 TEST_SUITE_END();

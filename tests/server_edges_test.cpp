@@ -632,7 +632,8 @@ TEST_CASE("a PROXY header of a peer that is not a trusted proxy is not read") {
     CHECK(running.log.has("the peer is not one of trusted_proxies()"));
 }
 
-TEST_CASE("a PROXY header that does not arrive in time, or not completely, is a failure; a check of the port is none") {
+TEST_CASE(
+    "a PROXY header that does not arrive in time, or not completely, is a failure, and a check of the port is none") {
     ProxiedServer running(test::with_handshake_timeout(50ms));
     RawClient half = RawClient::plain(running.port());
     half.send("PROXY ");

@@ -1,7 +1,7 @@
 // Tests of a server under attack that need the allocator, the clock or the limit of descriptors. A separate program
 // (wschat_attacks), because it replaces operator new and clock_gettime(). The servers are processes of their own, which
 // these replacements and limits concern alone.
-#include "support.hpp"
+#include "../support.hpp"
 
 #include <malloc.h>
 #include <sys/syscall.h>
