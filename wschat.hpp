@@ -4178,7 +4178,7 @@ struct HandlerCore {
     Request request;
     std::string_view subprotocol;  // a part of the request
     std::vector<Membership> rooms;
-    std::unique_ptr<StringMap<std::size_t>> slots;  // positions in `rooms`, by room; null if there never were many
+    std::unique_ptr<StringMap<std::size_t>> positions;  // positions in `rooms`, by room; null if there never were many
     HandlerRef ref;
 };
 
@@ -4574,8 +4574,8 @@ private:
             const std::size_t index = here ? core.rooms[slot].index : npos;
             return index < members_.size() && members_[index].handler == &handler ? index : npos;
         };
-        if (core.slots && members_.size() > few) {
-            const std::size_t* slot = core.slots->find(key(*this));
+        if (core.positions && members_.size() > few) {
+            const std::size_t* slot = core.positions->find(key(*this));
             return slot == nullptr ? npos : index_at(*slot);
         }
         for (std::size_t i = 0; i < (std::min)(core.rooms.size(), members_.size()); ++i) {
@@ -4588,12 +4588,12 @@ private:
     // Adds this room, which is not in the list yet, at the end of the list.
     void add_slot(WebSocketHandler& handler) const {
         detail::HandlerCore& core = detail::HandlerAccess::core(handler);
-        if (!core.slots) {
-            auto slots = std::make_unique<StringMap<std::size_t>>();
-            for (std::size_t i = 0; i < core.rooms.size(); ++i) slots->find_or_emplace(key(*core.rooms[i].room), i);
-            core.slots = std::move(slots);
+        if (!core.positions) {
+            auto positions = std::make_unique<StringMap<std::size_t>>();
+            for (std::size_t i = 0; i < core.rooms.size(); ++i) positions->find_or_emplace(key(*core.rooms[i].room), i);
+            core.positions = std::move(positions);
         }
-        core.slots->find_or_emplace(key(*this)) = core.rooms.size();
+        core.positions->find_or_emplace(key(*this)) = core.rooms.size();
     }
     // Moves the last member to this index.
     void remove_at(std::size_t index) {
@@ -4703,11 +4703,11 @@ inline bool Room::leave(WebSocketHandler& handler) {
     remove_at(index);
     rooms[slot] = rooms.back();
     rooms.pop_back();
-    const auto& slots = detail::HandlerAccess::core(handler).slots;
-    if (slots) slots->erase(key(*this));
+    const auto& positions = detail::HandlerAccess::core(handler).positions;
+    if (positions) positions->erase(key(*this));
     if (slot != rooms.size()) {
         rooms[slot].room->members_[rooms[slot].index].slot = slot;
-        if (slots) *slots->find(key(*rooms[slot].room)) = slot;
+        if (positions) *positions->find(key(*rooms[slot].room)) = slot;
     }
     if (empty()) rooms_.prune_later(*this);
     return true;
