@@ -7664,7 +7664,7 @@ public:
     std::optional<std::string> get(const Request& request, std::string_view name,
                                    std::chrono::seconds max_age = std::chrono::hours(31 * 24)) const {
         const auto cookie = request.cookie(name);
-        return cookie ? verify(name, *cookie, max_age) : std::nullopt;
+        return cookie ? decode(name, *cookie, max_age) : std::nullopt;
     }
 
     std::string sign(std::string_view name, std::string_view value, std::time_t now = std::time(nullptr)) const {
@@ -7672,7 +7672,7 @@ public:
         const std::string text = "2|1:0|" + field(std::to_string(now)) + field(name) + field(encoded);
         return text + signature(keys_.front(), text);
     }
-    std::optional<std::string> verify(std::string_view name, std::string_view text,
+    std::optional<std::string> decode(std::string_view name, std::string_view text,
                                       std::chrono::seconds max_age = std::chrono::hours(31 * 24),
                                       std::time_t now = std::time(nullptr)) const {
         const std::size_t signed_size = text.rfind('|') + 1;
@@ -7690,7 +7690,7 @@ public:
         const auto seconds = time ? text::parse_unsigned(*time, INT64_MAX) : std::nullopt;
         if (!seconds || !encoded || *its_name != name || !rest.empty()) return std::nullopt;
         const auto age = static_cast<std::int64_t>(now) - static_cast<std::int64_t>(*seconds);
-        return age > max_age.count() ? std::nullopt : decode(*encoded);
+        return age > max_age.count() ? std::nullopt : decode_base64(*encoded);
     }
 
 private:
@@ -7716,7 +7716,7 @@ private:
                 hex += "0123456789abcdef"[digit];
         return hex;
     }
-    static std::optional<std::string> decode(std::string_view base64_text) {
+    static std::optional<std::string> decode_base64(std::string_view base64_text) {
         std::string bytes(base64_text.size() / 4 * 3 + 3, '\0');
         const int size = EVP_DecodeBlock(reinterpret_cast<unsigned char*>(&bytes[0]),
                                          reinterpret_cast<const unsigned char*>(base64_text.data()),
