@@ -5665,7 +5665,7 @@ public:
             const std::size_t wanted = (std::min)(missing(bytes.substr(consumed)), bytes.size() - consumed);
             header_.append(bytes.substr(consumed, wanted));
             consumed += wanted;
-            check();
+            check_header();
         }
         return Outcome::failure;
     }
@@ -5694,7 +5694,7 @@ private:
         return (std::min)(end == std::string_view::npos ? next.size() : end + 1, max_line - header_.size());
     }
 
-    void check() {
+    void check_header() {
         if (binary()) check_binary();
         else check_line();
     }
