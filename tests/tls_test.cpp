@@ -97,6 +97,7 @@ std::string feed(TlsStream& stream, const std::string& bytes, std::size_t piece 
             if (result.outcome != IoResult::Outcome::done) break;
             text.append(buffer.data(), result.size);
         }
+        stream.store_input();  // also after an error: `part` ends here
     }
     return text;
 }
