@@ -247,10 +247,13 @@ public:
             unhinder();
             return true;
         }
-        // The server is idle if it waits and the script runs for the second time.
-        if (!finished_ && std::exchange(last_wait_, world->kernel.waits) != world->kernel.waits) return true;
+        // The server is idle if it waits and the script runs for the second time. A handler that writes a large message
+        // in on_drain() to a peer that reads all is never idle.
+        const bool idle = std::exchange(last_wait_, world->kernel.waits) == world->kernel.waits;
+        constexpr unsigned max_settling = 100;
+        if (!finished_ && !idle && ++settling_ < max_settling) return true;
         if (!std::exchange(finished_, true)) {
-            check_answers();
+            if (idle) check_answers();
             end();
             return true;
         }
@@ -552,6 +555,7 @@ private:
     bool unhindered_ = false;
     bool finished_ = false;
     std::size_t last_wait_ = 0;
+    unsigned settling_ = 0;
     std::vector<std::size_t> pinged_;
     int turns_at_end_ = 0;
 };
