@@ -635,7 +635,7 @@ async def _(servers):
     unknown, post, plain, traversal = await request_all(
         servers.chat, ("GET", "/nothing", {}), ("POST", "/", {}), ("GET", "/chat", {}), ("GET", "/../chat.cpp", {}))
     expect([a.status for a in (unknown, post, plain, traversal)], [404, 405, 426, 404], "the statuses")
-    expect(post.getheader("Allow"), "GET, HEAD", "Allow")
+    expect(post.getheader("Allow"), "GET, HEAD, OPTIONS", "Allow")
     expect(plain.getheader("Upgrade"), "websocket", "Upgrade")
     for response in (unknown, post, plain):
         expect(response.text[-2:], ".\n", "the end of the body")
