@@ -1899,15 +1899,14 @@ inline bool decodes_to(std::string_view encoded, std::string_view plain, bool pl
     return at == encoded.size();
 }
 
-// Calls visit(value) with the decoded value of each field of that name in "a=1&b=2" until it returns false. Skips
-// values that are malformed.
+// Calls visit(value) with the decoded value of each field of that name in "a=1&b=2" until it returns false. A value
+// that is malformed is nullopt.
 template <class Visit>
 void each_urlencoded(std::string_view fields, std::string_view name, Visit&& visit) {
     for (std::string_view rest = fields; !rest.empty();) {
         std::string_view value = text::consume_until(rest, '&');
         if (!decodes_to(text::consume_until(value, '='), name, true)) continue;
-        auto decoded = text::percent_decode(value, true);
-        if (decoded && !visit(std::move(*decoded))) return;
+        if (!visit(text::percent_decode(value, true))) return;
     }
 }
 
@@ -1974,7 +1973,7 @@ public:
 
     // The first query parameter of that name, decoded: "+" is a space. Returns nothing if it is absent or malformed.
     std::optional<std::string> query(std::string_view name) const { return first_urlencoded(query_string(), name); }
-    // All query parameters of that name: "?tag=a&tag=b".
+    // All query parameters of that name, without malformed ones: "?tag=a&tag=b".
     std::vector<std::string> query_all(std::string_view name) const { return all_urlencoded(query_string(), name); }
 
     // The first field of that name in the body, if it is a form: application/x-www-form-urlencoded, or
@@ -2064,7 +2063,7 @@ private:
     }
     static std::optional<std::string> first_urlencoded(std::string_view fields, std::string_view name) {
         std::optional<std::string> first;
-        detail::each_urlencoded(fields, name, [&](std::string value) {
+        detail::each_urlencoded(fields, name, [&](std::optional<std::string> value) {
             first = std::move(value);
             return false;
         });
@@ -2072,8 +2071,8 @@ private:
     }
     static std::vector<std::string> all_urlencoded(std::string_view fields, std::string_view name) {
         std::vector<std::string> all;
-        detail::each_urlencoded(fields, name, [&](std::string value) {
-            all.push_back(std::move(value));
+        detail::each_urlencoded(fields, name, [&](std::optional<std::string> value) {
+            if (value) all.push_back(std::move(*value));
             return true;
         });
         return all;
