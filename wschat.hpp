@@ -935,24 +935,25 @@ namespace detail {
 inline void sha1_block(std::uint32_t (&state)[5], const unsigned char* p) {
     const auto rotate = [](std::uint32_t x, int n) { return (x << n) | (x >> (32 - n)); };
     std::uint32_t w[80];
-    for (std::size_t i = 0; i < 16; ++i, p += 4)
-        w[i] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
-    for (std::size_t i = 16; i < 80; ++i) w[i] = rotate(w[i - 3] ^ w[i - 8] ^ w[i - 14] ^ w[i - 16], 1);
+    for (std::size_t k = 0; k < 16; ++k, p += 4)
+        w[k] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
+    for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
     std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
-    for (std::size_t i = 0; i < 80; ++i) {
-        const std::uint32_t f = i < 20   ? ((b & c) | (~b & d)) + 0x5A827999
-                                : i < 40 ? (b ^ c ^ d) + 0x6ED9EBA1
-                                : i < 60 ? ((b & c) | (b & d) | (c & d)) + 0x8F1BBCDC
-                                         : (b ^ c ^ d) + 0xCA62C1D6;
-        const std::uint32_t next = rotate(a, 5) + f + e + w[i];
+    const auto step = [&](std::uint32_t f) {
+        const std::uint32_t next = rotate(a, 5) + f + e;
         e = d;
         d = c;
         c = rotate(b, 30);
         b = a;
         a = next;
-    }
+    };
+    std::size_t i = 0;
+    for (; i < 20; ++i) step((d ^ (b & (c ^ d))) + 0x5A827999 + w[i]);
+    for (; i < 40; ++i) step((b ^ c ^ d) + 0x6ED9EBA1 + w[i]);
+    for (; i < 60; ++i) step(((b & c) | (d & (b | c))) + 0x8F1BBCDC + w[i]);
+    for (; i < 80; ++i) step((b ^ c ^ d) + 0xCA62C1D6 + w[i]);
     const std::uint32_t sum[5] = {a, b, c, d, e};
-    for (std::size_t i = 0; i < 5; ++i) state[i] += sum[i];
+    for (std::size_t k = 0; k < 5; ++k) state[k] += sum[k];
 }
 
 }  // namespace detail
