@@ -1797,13 +1797,14 @@ public:
     template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
     explicit Fields(T&&) = delete;
 
-    // Calls visit(name, value) for each field line until visit() returns false.
+    // Calls visit(name, value) for each field line until visit() returns false. Skips lines without a colon.
     template <class Visit>
     void each(Visit&& visit) const {
         for (std::string_view rest = lines_; !rest.empty();) {
             std::string_view line = text::consume_until(rest, '\n');
             if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
             if (line.empty()) return;
+            if (line.find(':') == std::string_view::npos) continue;
             const std::string_view name = text::consume_until(line, ':');
             if (!visit(name, text::trim(line))) return;
         }
