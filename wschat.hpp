@@ -935,24 +935,25 @@ namespace detail {
 inline void sha1_block(std::uint32_t (&state)[5], const unsigned char* p) {
     const auto rotate = [](std::uint32_t x, int n) { return (x << n) | (x >> (32 - n)); };
     std::uint32_t w[80];
-    for (std::size_t i = 0; i < 16; ++i, p += 4)
-        w[i] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
-    for (std::size_t i = 16; i < 80; ++i) w[i] = rotate(w[i - 3] ^ w[i - 8] ^ w[i - 14] ^ w[i - 16], 1);
+    for (std::size_t k = 0; k < 16; ++k, p += 4)
+        w[k] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
+    for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
     std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
-    for (std::size_t i = 0; i < 80; ++i) {
-        const std::uint32_t f = i < 20   ? ((b & c) | (~b & d)) + 0x5A827999
-                                : i < 40 ? (b ^ c ^ d) + 0x6ED9EBA1
-                                : i < 60 ? ((b & c) | (b & d) | (c & d)) + 0x8F1BBCDC
-                                         : (b ^ c ^ d) + 0xCA62C1D6;
-        const std::uint32_t next = rotate(a, 5) + f + e + w[i];
+    const auto step = [&](std::uint32_t f) {
+        const std::uint32_t next = rotate(a, 5) + f + e;
         e = d;
         d = c;
         c = rotate(b, 30);
         b = a;
         a = next;
-    }
+    };
+    std::size_t i = 0;
+    for (; i < 20; ++i) step((d ^ (b & (c ^ d))) + 0x5A827999 + w[i]);
+    for (; i < 40; ++i) step((b ^ c ^ d) + 0x6ED9EBA1 + w[i]);
+    for (; i < 60; ++i) step(((b & c) | (d & (b | c))) + 0x8F1BBCDC + w[i]);
+    for (; i < 80; ++i) step((b ^ c ^ d) + 0xCA62C1D6 + w[i]);
     const std::uint32_t sum[5] = {a, b, c, d, e};
-    for (std::size_t i = 0; i < 5; ++i) state[i] += sum[i];
+    for (std::size_t k = 0; k < 5; ++k) state[k] += sum[k];
 }
 
 }  // namespace detail
@@ -1124,8 +1125,11 @@ WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
     return s;
 }
 // RFC 9110 5.6.2.
-inline bool is_token_char(char c) {
-    return is_alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
+constexpr bool is_token_char(char c) {
+    // A bit for each character from 0x20 to 0x5F and from 0x60 to 0x9F.
+    constexpr std::uint64_t first = 0xC7FF'FFFE'03FF'6CFA, second = 0x0000'0000'57FF'FFFF;
+    const unsigned index = static_cast<unsigned char>(c) - 0x20u;
+    return index < 128 && ((index < 64 ? first >> index : second >> (index - 64)) & 1) != 0;
 }
 // The standard algorithms are unrolled for each predicate, which takes long to compile.
 template <class Predicate>
@@ -1137,7 +1141,10 @@ bool all_of(std::string_view s, Predicate predicate) {
 inline bool is_token(std::string_view s) { return !s.empty() && all_of(s, is_token_char); }
 
 inline std::string concat(std::initializer_list<std::string_view> parts) {
+    std::size_t size = 0;
+    for (const std::string_view part : parts) size += part.size();
     std::string whole;
+    whole.reserve(size);
     for (const std::string_view part : parts) whole += part;
     return whole;
 }
@@ -1790,44 +1797,43 @@ public:
     template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
     explicit Fields(T&&) = delete;
 
-    // Calls visit(name, value) for each field line until visit() returns false.
+    // Calls visit(name, value) for each field line until visit() returns false. Skips lines without a colon.
     template <class Visit>
     void each(Visit&& visit) const {
         for (std::string_view rest = lines_; !rest.empty();) {
             std::string_view line = text::consume_until(rest, '\n');
             if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
             if (line.empty()) return;
+            if (line.find(':') == std::string_view::npos) continue;
             const std::string_view name = text::consume_until(line, ':');
             if (!visit(name, text::trim(line))) return;
         }
     }
     // Returns the first field of that name.
     std::optional<std::string_view> find(std::string_view name) const {
-        std::optional<std::string_view> found;
-        each([&](std::string_view n, std::string_view value) {
-            if (text::equals_ignore_case(n, name)) found = value;
-            return !found;
-        });
-        return found;
+        std::string_view rest = lines_;
+        return next(rest, name);
     }
     std::size_t count(std::string_view name) const {
         std::size_t n = 0;
-        each([&](std::string_view field, std::string_view) {
-            if (text::equals_ignore_case(field, name)) ++n;
-            return true;
-        });
+        for (std::string_view rest = lines_; next(rest, name);) ++n;
         return n;
+    }
+    // Returns the field of that name if there is exactly one.
+    std::optional<std::string_view> only(std::string_view name) const {
+        std::string_view rest = lines_;
+        const auto found = next(rest, name);
+        return next(rest, name) ? std::nullopt : found;
     }
     // Calls visit(element) for each element of the comma-separated lists in all fields of that name (RFC 9110 5.6.1).
     template <class Visit>
     void each_element(std::string_view name, Visit&& visit) const {
-        each([&](std::string_view n, std::string_view value) {
-            while (text::equals_ignore_case(n, name) && !value.empty()) {
-                const std::string_view element = text::trim(text::consume_until(value, ','));
+        std::string_view rest = lines_;
+        while (auto value = next(rest, name))
+            while (!value->empty()) {
+                const std::string_view element = text::trim(text::consume_until(*value, ','));
                 if (!element.empty()) visit(element);
             }
-            return true;
-        });
     }
     bool has_element(std::string_view name, std::string_view element) const {
         bool found = false;
@@ -1836,6 +1842,24 @@ public:
     }
 
 private:
+    // Removes the lines up to the next field of that name, and returns its value. A request is searched for some twenty
+    // names, so other lines cost a look at one byte.
+    WSCHAT_NOINLINE static std::optional<std::string_view> next(std::string_view& rest, std::string_view name) {
+        while (!rest.empty()) {
+            const std::size_t end = (std::min)(rest.find('\n'), rest.size() - 1);
+            std::string_view line = rest.substr(0, end + 1);
+            if (line == "\n" || line == "\r\n") return std::nullopt;
+            rest.remove_prefix(line.size());
+            if (line.size() <= name.size() || line[name.size()] != ':') continue;
+            if (!text::equals_ignore_case(line.substr(0, name.size()), name)) continue;
+            line.remove_prefix(name.size() + 1);
+            if (!line.empty() && line.back() == '\n') line.remove_suffix(1);
+            if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+            return text::trim(line);
+        }
+        return std::nullopt;
+    }
+
     std::string_view lines_;
 };
 
@@ -2594,7 +2618,7 @@ inline Response upgrade_required(std::string sentence) {
 }
 
 // RFC 6455 4.2.1. Returns the response that rejects an invalid upgrade request, or nothing if the request is valid.
-WSCHAT_COLD inline std::optional<Response> reject_upgrade(const Request& request) {
+inline std::optional<Response> reject_upgrade(const Request& request) {
     const Fields fields = request.fields();
     if (request.method() != "GET") {
         Response rejection(405, "A WebSocket handshake is a GET request.\n");
@@ -2603,10 +2627,11 @@ WSCHAT_COLD inline std::optional<Response> reject_upgrade(const Request& request
     }
     if (request.http_1_0()) return Response(505, "A WebSocket handshake needs HTTP/1.1.\n");
     if (request.has_body()) return Response(400, "A WebSocket handshake has no body.\n");
-    if (fields.count("sec-websocket-version") != 1 || *fields.find("sec-websocket-version") != "13")
+    if (fields.only("sec-websocket-version") != std::string_view("13"))
         return upgrade_required("This server speaks WebSocket version 13.\n");
-    if (fields.count("sec-websocket-key") != 1) return Response(400, "There must be one Sec-WebSocket-Key.\n");
-    if (!valid_key(*fields.find("sec-websocket-key")))
+    const auto key = fields.only("sec-websocket-key");
+    if (!key) return Response(400, "There must be one Sec-WebSocket-Key.\n");
+    if (!valid_key(*key))
         return Response(400, "Sec-WebSocket-Key is not 16 bytes in base64.\n");
     const std::vector<std::string_view> subprotocols = offered_subprotocols(request);
     if (!std::all_of(subprotocols.begin(), subprotocols.end(), text::is_token))
@@ -2624,11 +2649,11 @@ inline std::string switching_protocols(std::string_view key, std::string_view su
                                        std::string_view extensions = {}, std::string_view more_lines = {}) {
     for (const std::string_view value : {subprotocol, extensions})
         reject_control_characters("switching_protocols", value);
-    std::string head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
-    ((head += "Sec-WebSocket-Accept: ") += accept_key(key)) += "\r\n";
-    if (!subprotocol.empty()) ((head += "Sec-WebSocket-Protocol: ") += subprotocol) += "\r\n";
-    if (!extensions.empty()) ((head += "Sec-WebSocket-Extensions: ") += extensions) += "\r\n";
-    return (head += more_lines) += "\r\n";
+    return text::concat({"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                         "Sec-WebSocket-Accept: ",
+                         accept_key(key), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
+                         extensions.empty() ? "" : "\r\nSec-WebSocket-Extensions: ", extensions, "\r\n", more_lines,
+                         "\r\n"});
 }
 
 // The client's request (RFC 6455 4.1). `key`: 16 random bytes in base64.
@@ -5109,8 +5134,11 @@ public:
     Family family() const { return family_; }
     std::string to_string() const {
         if (family_ == Family::unix_socket) return "unix";
+        if (family_ == Family::ipv4)  // inet_ntop() would print it with sprintf()
+            return text::concat({std::to_string(bytes_[0]), ".", std::to_string(bytes_[1]), ".",
+                                 std::to_string(bytes_[2]), ".", std::to_string(bytes_[3])});
         char text[64] = "";
-        ::inet_ntop(family_ == Family::ipv4 ? AF_INET : AF_INET6, bytes_.data(), text, sizeof text);
+        ::inet_ntop(AF_INET6, bytes_.data(), text, sizeof text);
         return text;
     }
     // The first `bits` bits; the others are zero.
