@@ -11585,6 +11585,7 @@ public:
     }
 
     void erase_author(const std::string& author, EraseCallback callback) override {
+        if (author.empty()) return callback(0, "");
         std::vector<ChatEntry> amendments;
         for (const auto& [room, history] : histories_) {
             for (ChatEntry& amendment :
@@ -13637,19 +13638,15 @@ public:
         return amendments;
     }
 
-    // False if there are too many facts.
-    bool put(const ChatFact& fact) {
-        bool kept = true;
+    void put(const ChatFact& fact) {
         database_.transaction("BEGIN IMMEDIATE", [&] {
             database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
             if (fact.value.empty()) return;
-            const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM fact"));
-            kept = !over_limit(count + 1, limits_.max_facts);
-            if (!kept) database_.fail("too many facts");
+            if (too_many_facts()) delete_expired_facts();
+            if (too_many_facts()) database_.fail("too many facts");
             database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
                           fact.key, fact.value, fact.author, fact.expires);
         });
-        return kept;
     }
     std::vector<ChatFact> facts(const std::string& scope, const std::string& key_prefix) {
         std::vector<ChatFact> facts;
@@ -13669,7 +13666,7 @@ public:
     bool sweep() {
         bool more = false;
         database_.transaction("BEGIN IMMEDIATE", [&] {
-            database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", sqlite_unix_ms());
+            delete_expired_facts();
             std::vector<std::int64_t> rooms;
             {
                 Query query(database_, "SELECT id FROM room WHERE id >= ?1 ORDER BY id LIMIT 20");
@@ -14023,6 +14020,14 @@ private:
     }
     std::int64_t sqlite_age() const {
         return std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count();
+    }
+
+    bool too_many_facts() {
+        const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM fact"));
+        return over_limit(count + 1, limits_.max_facts);
+    }
+    void delete_expired_facts() {
+        database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", sqlite_unix_ms());
     }
 
     // ---- reading ---------------------------------------------------------------------------------------------------

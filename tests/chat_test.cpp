@@ -1,6 +1,6 @@
 // section 16: most tests use handlers without sockets; tests of lost connections use sockets.
 #define WSCHAT_CHAT 1
-#include "support.hpp"
+#include "store_suite.hpp"
 
 #include <sys/resource.h>
 #include <algorithm>
@@ -445,6 +445,18 @@ TEST_CASE("the search for a name reads no more of a text than the longest name")
 }
 
 // ---- history -------------------------------------------------------------------------------------------------------
+
+TEST_CASE("a history in memory does what every store must do") {
+    const test::StoreFactory make = [](const HistoryLimits& limits) { return std::make_unique<MemoryHistory>(limits); };
+    SUBCASE("pages") { test::test_pages(make); }
+    SUBCASE("amendments") { test::test_amendments(make); }
+    SUBCASE("reactions") { test::test_reactions(make); }
+    SUBCASE("search") { test::test_search(make); }
+    SUBCASE("facts") { test::test_facts(make); }
+    SUBCASE("erasure") { test::test_erasure(make); }
+    SUBCASE("export") { test::test_export(make); }
+    SUBCASE("retention") { test::test_retention(make); }
+}
 
 TEST_CASE("a history returns the entries after an id in order and reports a gap") {
     RoomHistory ring(100);

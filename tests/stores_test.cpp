@@ -1,6 +1,6 @@
 // section 17: a history in a file, broken and locked files, and a server that is killed.
 #define WSCHAT_CHAT 1
-#include "support.hpp"
+#include "store_suite.hpp"
 
 #if WSCHAT_SQLITE
 
@@ -28,7 +28,7 @@ struct DatabaseFile {
         remove();
     }
     ~DatabaseFile() { remove(); }
-    void remove() {
+    void remove() const {
         for (const char* more : {"", "-wal", "-shm", "-lock"}) ::unlink((path + more).c_str());
     }
     void write(const std::string& bytes, long at = 0) {
@@ -91,6 +91,25 @@ struct Chat : RunningServer {
 }  // namespace
 
 TEST_SUITE_BEGIN("stores");
+
+TEST_CASE("a history in a file does what every store must do") {
+    std::vector<std::unique_ptr<DatabaseFile>> files;
+    const test::StoreFactory make = [&](const HistoryLimits& limits) {
+        files.push_back(std::make_unique<DatabaseFile>());
+        SqliteOptions options;
+        options.limits = limits;
+        options.limits.max_age = Duration::zero();
+        return std::make_unique<SqliteHistory>(files.back()->path, options);
+    };
+    SUBCASE("pages") { test::test_pages(make); }
+    SUBCASE("amendments") { test::test_amendments(make); }
+    SUBCASE("reactions") { test::test_reactions(make); }
+    SUBCASE("search") { test::test_search(make); }
+    SUBCASE("facts") { test::test_facts(make); }
+    SUBCASE("erasure") { test::test_erasure(make); }
+    SUBCASE("export") { test::test_export(make); }
+    SUBCASE("retention") { test::test_retention(make); }
+}
 
 TEST_CASE("a file keeps messages under ascending ids per room, also after a restart") {
     const DatabaseFile temporary;
@@ -191,6 +210,190 @@ TEST_CASE("a file of the first version is migrated and keeps its entries") {
     CHECK(append(file, entry("new", "t")) == 8);
     CHECK(append(file, entry("new", "t")) == 8);
     CHECK(summary_of(file.since("tea", std::nullopt, 50)) == "7from then 8new ");
+    CHECK(summary_of(file.search("tea", "FROM", 50)) == "7from then ");
+    CHECK(summary_of(file.since("tea", HistoryPosition{"", 7}, 50)) == "7from then 8new gap");
+}
+
+TEST_CASE("a file of the third version is migrated and keeps its entries, tags and ids") {
+    const DatabaseFile temporary;
+    {
+        OtherProgram other(temporary.path);
+        other.execute(
+            "CREATE TABLE room(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, last INTEGER NOT NULL);"
+            "CREATE TABLE entry(room INTEGER NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, kind INTEGER NOT "
+            "NULL, name TEXT NOT NULL, text TEXT NOT NULL, author TEXT NOT NULL DEFAULT '',"
+            " tag TEXT NOT NULL DEFAULT '', PRIMARY KEY(room, id)) WITHOUT ROWID;"
+            "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';"
+            "CREATE TABLE start(id INTEGER NOT NULL); INSERT INTO start VALUES(1700000000000000);"
+            "INSERT INTO room VALUES(1, 'tea', 1700000000000002), (2, 'coffee', 1700000000000001);"
+            "INSERT INTO entry VALUES(1, 1700000000000001, 99, 0, 'Anna', 'one', 'key a', 't1'),"
+            " (1, 1700000000000002, 98, 1, 'Bert', 'waves', 'key b', ''),"
+            " (2, 1700000000000001, 97, 0, 'Carl', 'bean', 'key c', 't1');"
+            "PRAGMA application_id = 2004050792; PRAGMA user_version = 3");
+    }
+    for (int opening = 0; opening < 2; ++opening) {
+        SqliteFile file(temporary.path, {});
+        CHECK(append(file, entry("one", "t1")) == 1700000000000001);
+        const HistoryPage page = file.since("tea", std::nullopt, 50);
+        REQUIRE(page.entries.size() == 2);
+        CHECK(page.entries[0].author == "key a");
+        CHECK(page.entries[1].kind == ChatEntry::Kind::action);
+        CHECK(file.since("coffee", std::nullopt, 50).entries.at(0).name == "Carl");
+    }
+    CHECK(append(*std::make_unique<SqliteFile>(temporary.path, SqliteOptions()), entry("x")) == 1700000000000003);
+}
+
+TEST_CASE("a position is known after restarts, and unknown after a copy of the file was restored") {
+    const DatabaseFile live, copy;
+    const auto take_copy = [](const DatabaseFile& from, const DatabaseFile& to) {
+        OtherProgram(from.path).execute(("VACUUM INTO '" + to.path + "'").c_str());
+    };
+    HistoryPosition early, late;
+    {
+        SqliteFile file(live.path, {});
+        for (const char* text : {"a", "b"}) early = at(file, append(file, entry(text)));
+        take_copy(live, copy);
+        for (const char* text : {"c", "d"}) late = at(file, append(file, entry(text)));
+    }
+    {
+        SqliteFile file(live.path, {});
+        CHECK(summary_of(file.since("tea", late, 50)) == "");
+        CHECK(summary_of(file.since("tea", early, 50)) == "3c 4d ");
+    }
+    SqliteFile file(copy.path, {});
+    CHECK(summary_of(file.since("tea", early, 50)) == "");
+    CHECK(summary_of(file.since("tea", late, 50)) == "1a 2b gap");
+    for (const char* text : {"C", "D", "E"}) append(file, entry(text));  // the same ids again
+    CHECK(summary_of(file.since("tea", late, 50)) == "1a 2b 3C 4D 5E gap");
+    CHECK(summary_of(file.since("tea", early, 50)) == "3C 4D 5E ");
+    CHECK(summary_of(file.since("tea", at(file, 4), 50)) == "5E ");
+}
+
+TEST_CASE("positions stay right while a file is restored from copies again and again") {
+    // A model: what each position has seen. The file has had everything that the position has, or it says gap.
+    std::mt19937 random(7);
+    const DatabaseFile live;
+    std::vector<std::unique_ptr<DatabaseFile>> copies;
+    std::vector<std::pair<HistoryPosition, std::string>> clients;  // and all texts of the room at that time
+    int said = 0, resumed = 0;
+    for (int opening = 0; opening < 40; ++opening) {
+        {
+            SqliteFile file(live.path, {});
+            for (int step = 0; step < 8; ++step) {
+                const auto action = random() % 4;
+                if (action <= 1) append(file, entry("<" + std::to_string(++said) + ">"));
+                if (action == 2) {
+                    const HistoryPage all = file.since("tea", std::nullopt, 1000);
+                    clients.emplace_back(at(file, all.last_id), "");
+                    for (const ChatEntry& each : all.entries) clients.back().second += each.text;
+                }
+                if (action == 3 && copies.size() < 20) {
+                    copies.push_back(std::make_unique<DatabaseFile>());
+                    OtherProgram(live.path).execute(("VACUUM INTO '" + copies.back()->path + "'").c_str());
+                }
+            }
+            std::string all;
+            for (const ChatEntry& each : file.since("tea", std::nullopt, 1000).entries) all += each.text;
+            for (const auto& [position, seen] : clients) {
+                const HistoryPage page = file.since("tea", position, 1000);
+                std::string after = page.gap ? "" : seen;
+                for (const ChatEntry& each : page.entries) after += each.text;
+                CHECK(after == all);
+                const bool same_past = all.compare(0, seen.size(), seen) == 0;
+                if (!same_past) CHECK(page.gap);
+                if (!page.gap) ++resumed;
+            }
+        }
+        if (opening % 3 != 2 || copies.empty()) continue;
+        live.remove();
+        OtherProgram(copies[random() % copies.size()]->path).execute(("VACUUM INTO '" + live.path + "'").c_str());
+    }
+    CHECK(clients.size() > 40);
+    CHECK(resumed > 100);
+}
+
+TEST_CASE("a second server on a file waits for the first one, and then is an Error that names it") {
+    const DatabaseFile temporary;
+    SqliteOptions options;
+    options.lock_timeout = Duration::zero();
+    auto first = std::make_unique<SqliteHistory>(temporary.path, options);
+    const std::string error = test::error_of([&] { SqliteHistory(temporary.path, options); });
+    CHECK(contains(error, "SqliteHistory \"" + temporary.path + "\": another server uses it: process " +
+                              std::to_string(::getpid()) + " on \""));
+    options.lock_timeout = test::deadline;
+    std::thread ends([&] {
+        std::this_thread::yield();
+        first.reset();
+    });
+    SqliteHistory second(temporary.path, options);
+    ends.join();
+    CHECK(first == nullptr);
+}
+
+TEST_CASE("a lock ends with its process") {
+    const DatabaseFile temporary;
+    {
+        int ready[2];
+        REQUIRE(::pipe(ready) == 0);
+        const pid_t child = ::fork();
+        if (child == 0) {
+            const SqliteHistory history(temporary.path);
+            if (::write(ready[1], "x", 1) == 1) ::pause();
+            ::_exit(0);
+        }
+        char byte = 0;
+        REQUIRE(::read(ready[0], &byte, 1) == 1);
+        SqliteOptions options;
+        options.lock_timeout = Duration::zero();
+        CHECK(contains(test::error_of([&] { SqliteHistory(temporary.path, options); }),
+                       "another server uses it: process " + std::to_string(child)));
+        ::kill(child, SIGKILL);
+        ::waitpid(child, nullptr, 0);
+        ::close(ready[0]);
+        ::close(ready[1]);
+    }
+    SqliteHistory history(temporary.path);
+}
+
+TEST_CASE("old entries are deleted when the file is opened") {
+    const DatabaseFile temporary;
+    const std::int64_t now = sqlite_unix_ms();
+    SqliteOptions options;
+    {
+        SqliteFile file(temporary.path, options);
+        for (const char* room : {"tea", "coffee"}) {
+            append(file, entry("old", "", room));
+            ChatEntry fresh = entry("new", "", room);
+            fresh.time = now;
+            append(file, fresh);
+        }
+        std::vector<ChatEntry> many(5000, entry("old", "", "many"));
+        file.append(many);
+    }
+    options.limits.max_age = std::chrono::hours(1);
+    SqliteFile file(temporary.path, options);
+    for (const char* room : {"tea", "coffee"}) CHECK(summary_of(file.since(room, std::nullopt, 50)) == "2new ");
+    CHECK(summary_of(file.since("many", std::nullopt, 50)) == "");
+    CHECK(file.since("many", std::nullopt, 50).last_id == 5000);
+}
+
+TEST_CASE("the index for the search is made again when a program without FTS5 has used the file") {
+    const DatabaseFile temporary;
+    {
+        SqliteFile file(temporary.path, {});
+        append(file, entry("green tea"));
+    }
+    {
+        OtherProgram other(temporary.path);  // as prepare_search() does without FTS5
+        other.execute(
+            "DROP TRIGGER search_insert; DROP TRIGGER search_delete; DROP TRIGGER search_update;"
+            "INSERT INTO entry(room, id, time, kind, name, text, author, tag)"
+            " VALUES(1, 2, 1, 0, 'Anna', 'black tea', '', ''); UPDATE room SET last = 2");
+    }
+    SqliteFile file(temporary.path, {});
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "1green tea 2black tea ");
+    append(file, entry("red tea"));
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "1green tea 2black tea 3red tea ");
 }
 
 TEST_CASE("a file that cannot be used is an Error with the reason") {
