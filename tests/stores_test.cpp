@@ -555,10 +555,40 @@ TEST_CASE("the queue of a file has a limit, above which the sender gets an error
 
 namespace {
 
+// A file whose first reads of each room fail, as if the disk were broken.
+class FailingReads final : public ChatStore {
+public:
+    FailingReads(const std::string& path, unsigned failures) : file_(path), failures_(failures) {}
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        file_.attach(listener, std::move(mailbox));
+    }
+    void append(ChatEntry entry) override { file_.append(std::move(entry)); }
+    void forward(const ChatEntry& entry) override { file_.forward(entry); }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        if (failures_ == 0) return file_.since(room, std::move(position), limit, std::move(callback));
+        --failures_;
+        HistoryPage page;
+        page.error = "disk I/O error";
+        callback(std::move(page));
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        file_.before(room, id, limit, std::move(callback));
+    }
+    void put(ChatFact fact) override { file_.put(std::move(fact)); }
+    void facts(const std::string& scope, const std::string& prefix, FactsCallback callback) override {
+        file_.facts(scope, prefix, std::move(callback));
+    }
+
+private:
+    SqliteHistory file_;
+    unsigned failures_;
+};
+
 // A server with a database in a process of its own, which the destructor kills.
 class KilledServer {
 public:
-    explicit KilledServer(const std::string& path) {
+    explicit KilledServer(const std::string& path, unsigned failing_reads = 0) : failing_reads_(failing_reads) {
         int ports[2];
         REQUIRE(::pipe(ports) == 0);
         pid_ = ::fork();
@@ -577,21 +607,200 @@ public:
     int port = 0;
 
 private:
-    static void serve(const std::string& path, int ports) {
+    void serve(const std::string& path, int ports) const {
         ServerOptions options;
         options.handle_signals = false;
         Server server(options);
-        ChatHub::of(server).set_store(SqliteHistory(path));
+        ChatHub::of(server).set_store(std::make_unique<FailingReads>(path, failing_reads_));
         ChatHub::of(server).limits.connection = ChatHub::of(server).limits.address = FloodRates();
         server.route<ChatHandler>("/chat/{room}");
         server.listen(0);
         const int own = server.port();
         if (::write(ports, &own, sizeof own) == sizeof own) server.run();
     }
+    unsigned failing_reads_;
     pid_t pid_ = -1;
 };
 
+// The texts of the messages in a file, by id.
+std::map<std::uint64_t, std::string> kept_in(const std::string& path) {
+    std::map<std::uint64_t, std::string> kept;
+    const OtherProgram program(path);
+    const auto add = [](void* all, int, char** values, char**) {
+        (*static_cast<std::map<std::uint64_t, std::string>*>(all))[std::stoull(values[0])] = values[1];
+        return 0;
+    };
+    REQUIRE(::sqlite3_exec(program.database, "SELECT id, text FROM entry", add, &kept, nullptr) == SQLITE_OK);
+    return kept;
+}
+
+// A client that resumes, as a page does it. It knows what it has seen since the last gap.
+class Reader {
+public:
+    void connect(int port) {
+        client_.emplace(port, "/chat/tea?name=Reader" + (position_.empty() ? "" : "&last=" + position_));
+        for (bool joined = false; !joined;) joined = contains(read(), "\"type\":\"history\"");
+    }
+    void disconnect() {
+        if (client_) client_->raw.reset();
+        client_.reset();
+    }
+    // Reads all that the server has sent.
+    void catch_up() {
+        client_->send("/who");
+        while (!contains(read(), "\"type\":\"users\"")) {
+        }
+    }
+    // Everything between the first and the last message that it has seen, once and in order.
+    void check_against(const std::map<std::uint64_t, std::string>& kept) const {
+        if (seen.empty() || !seen_of_this_file) return;
+        const std::map<std::uint64_t, std::string> expected(kept.lower_bound(seen.begin()->first),
+                                                            kept.upper_bound(seen.rbegin()->first));
+        CHECK(seen == expected);
+    }
+
+    std::map<std::uint64_t, std::string> seen;
+    bool seen_of_this_file = true;  // false: the file was restored, and the client has not resumed yet
+    int resumed = 0;                // without a gap
+
+private:
+    std::string read() {
+        const auto next = client_->next();
+        REQUIRE(next.has_value());
+        const std::string& event = *next;
+        if (contains(event, "\"type\":\"history\"")) {
+            if (contains(event, "\"gap\":true")) seen.clear();
+            else if (!seen.empty()) ++resumed;
+            seen_of_this_file = true;
+            add_all(event);
+            const std::string epoch = test::field_of(event, "epoch");
+            if (!epoch.empty()) epoch_ = epoch;
+            position_ = epoch.empty() ? "" : epoch_ + "-" + test::field_of(event, "last");
+        } else if (contains(event, "\"type\":\"said\"")) {
+            add_all(event);
+            if (!position_.empty()) position_ = epoch_ + "-" + test::field_of(event, "id");
+        }
+        return event;
+    }
+    void add_all(std::string events) {
+        for (std::size_t at; (at = events.find("\"type\":\"said\"")) != std::string::npos;) {
+            events.erase(0, at + 13);
+            const std::uint64_t id = std::stoull(test::field_of(events, "id"));
+            CHECK((seen.empty() || seen.rbegin()->first < id));  // in order, and nothing twice
+            seen[id] = test::field_of(events, "text");
+        }
+    }
+    std::optional<Client> client_;
+    std::string epoch_, position_;
+};
+
+// A client that sends each message until it is acknowledged.
+class Writer {
+public:
+    void connect(int port) {
+        client_.emplace(port, "/chat/tea?name=Writer&key=writer-secret");
+        next_with(*client_, "\"type\":\"history\"");
+        for (const std::string& tag : pending_) send(tag);
+    }
+    void write(unsigned count) {
+        for (; count != 0; --count) {
+            pending_.push_back("t" + std::to_string(++made_));
+            send(pending_.back());
+        }
+    }
+    void read(unsigned count) {
+        for (; count != 0 && !pending_.empty(); --count) {
+            const std::string event = next_with(*client_, "\"tag\"");
+            const std::string tag = test::field_of(event, "tag");
+            acknowledged[tag] = std::stoull(test::field_of(event, "id"));
+            pending_.erase(std::find(pending_.begin(), pending_.end(), tag));
+        }
+    }
+    void disconnect() {
+        if (client_) client_->raw.reset();
+        client_.reset();
+    }
+    void check_against(const std::map<std::uint64_t, std::string>& kept) const {
+        std::map<std::string, int> copies;
+        for (const auto& [id, text] : kept) ++copies[text];
+        for (const auto& [text, count] : copies) CHECK(count == 1);
+        for (const auto& [tag, id] : acknowledged) CHECK(kept.at(id) == "text-" + tag);
+    }
+    // The file has lost these.
+    void forget(const std::map<std::uint64_t, std::string>& kept) {
+        for (auto at = acknowledged.begin(); at != acknowledged.end();) {
+            const auto found = kept.find(at->second);
+            at = found != kept.end() && found->second == "text-" + at->first ? std::next(at) : acknowledged.erase(at);
+        }
+    }
+
+    std::map<std::string, std::uint64_t> acknowledged;  // by tag
+
+private:
+    void send(const std::string& tag) { client_->send("/tag " + tag + " text-" + tag); }
+
+    std::optional<Client> client_;
+    std::vector<std::string> pending_;
+    int made_ = 0;
+};
+
 }  // namespace
+
+TEST_CASE("whatever is killed, restored or unreadable, a client sees every message once or hears of a gap") {
+    for (const unsigned seed : {1u, 2u, 3u}) {
+        CAPTURE(seed);
+        std::mt19937 random(seed);
+        const auto pick = [&](unsigned below) { return static_cast<unsigned>(random() % below); };
+        const DatabaseFile file, copy;
+        Reader reader;
+        Writer writer;
+        bool has_copy = false;
+        for (int round = 0; round < 25; ++round) {
+            CAPTURE(round);
+            {
+                const KilledServer server(file.path, pick(4) == 0 ? pick(3) : 0);
+                if (pick(2) == 0) reader.connect(server.port);
+                else reader.disconnect();
+                writer.connect(server.port);
+                for (int step = 0; step < 6; ++step) {
+                    writer.write(pick(5));
+                    writer.read(pick(5));
+                    switch (pick(5)) {
+                        case 0: reader.disconnect(); break;
+                        case 1: reader.disconnect(); [[fallthrough]];
+                        case 2: reader.disconnect(), reader.connect(server.port); break;
+                        case 3: writer.disconnect(), writer.connect(server.port); break;
+                        default: reader.disconnect(), reader.connect(server.port), reader.catch_up();
+                    }
+                }
+            }
+            reader.disconnect();
+            writer.disconnect();
+            const auto kept = kept_in(file.path);
+            reader.check_against(kept);
+            writer.check_against(kept);
+            const auto disaster = pick(6);
+            if (disaster == 0) {
+                copy.remove();
+                OtherProgram(file.path).execute(("VACUUM INTO '" + copy.path + "'").c_str());
+                has_copy = true;
+            } else if (disaster == 1 && has_copy) {
+                file.remove();
+                OtherProgram(copy.path).execute(("VACUUM INTO '" + file.path + "'").c_str());
+                writer.forget(kept_in(file.path));
+                reader.seen_of_this_file = false;
+            }
+        }
+        const KilledServer server(file.path);
+        reader.connect(server.port);
+        writer.connect(server.port);
+        writer.read(1000);
+        reader.catch_up();
+        reader.check_against(kept_in(file.path));
+        CHECK(writer.acknowledged.size() > 50);
+        CHECK(reader.resumed > 10);
+    }
+}
 
 TEST_CASE("a server that is killed fifty times loses no acknowledged message and keeps none twice") {
     const DatabaseFile temporary;
