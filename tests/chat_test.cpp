@@ -552,8 +552,10 @@ struct HistoryFixture final : private ChatStore::Listener {
         return result;
     }
     MemoryHistory history;
+    Time time = start;
 
 private:
+    Time now() const override { return time; }
     void on_entry(const ChatEntry& entry) override { last = entry.id; }
     void on_duplicate(const ChatEntry&) override {}
     void on_failure(const ChatEntry&, const std::string&) override {}
@@ -574,6 +576,21 @@ TEST_CASE("above the limit of rooms the least recently used history is deleted, 
     CHECK(fixture.size("one") == 0);
     CHECK(fixture.size("two") == 1);
     CHECK(fixture.append("one") > before);  // ids are not used again
+}
+
+TEST_CASE("a history in memory expires by the clock of the loop") {
+    HistoryLimits limits;
+    limits.max_age = 10s;
+    HistoryFixture fixture(limits);
+    fixture.append("tea");
+    fixture.time += 5s;
+    fixture.append("tea");
+    CHECK(fixture.size("tea") == 2);
+    fixture.time += 5s;
+    CHECK(fixture.size("tea") == 1);
+    fixture.time += 5s;
+    CHECK(fixture.size("tea") == 0);
+    CHECK(fixture.append("tea") == 3);
 }
 
 TEST_CASE("above the limit of all bytes the least recently used history is deleted") {
