@@ -1,6 +1,6 @@
 // section 16: most tests use handlers without sockets; tests of lost connections use sockets.
 #define WSCHAT_CHAT 1
-#include "support.hpp"
+#include "store_suite.hpp"
 
 #include <sys/resource.h>
 #include <algorithm>
@@ -38,6 +38,12 @@ public:
 
     ChatHub& hub() { return ChatHub::of(server_); }
     ChatRoom& room(std::string_view name) { return hub().room(name); }
+    // "EPOCH-ID"
+    std::string position(const std::string& id) {
+        std::string epoch;
+        hub().store().since("tea", std::nullopt, 0, [&](const HistoryPage& page) { epoch = page.epoch; });
+        return epoch + "-" + id;
+    }
 
 private:
     ServerOptions quiet() {
@@ -134,6 +140,11 @@ std::string names_of(const std::vector<ChatUser>& users) {
 }
 
 ChatUser named(const std::string& name) { return ChatUser{name}; }
+
+// The position that a client has after a history event.
+std::string position_of(const std::string& history) {
+    return field_of(history, "epoch") + "-" + field_of(history, "last");
+}
 
 ChatEntry entry(const std::string& text, const std::string& tag = "", const std::string& author = "anna") {
     ChatEntry made;
@@ -435,6 +446,18 @@ TEST_CASE("the search for a name reads no more of a text than the longest name")
 
 // ---- history -------------------------------------------------------------------------------------------------------
 
+TEST_CASE("a history in memory does what every store must do") {
+    const test::StoreFactory make = [](const HistoryLimits& limits) { return std::make_unique<MemoryHistory>(limits); };
+    SUBCASE("pages") { test::test_pages(make); }
+    SUBCASE("amendments") { test::test_amendments(make); }
+    SUBCASE("reactions") { test::test_reactions(make); }
+    SUBCASE("search") { test::test_search(make); }
+    SUBCASE("facts") { test::test_facts(make); }
+    SUBCASE("erasure") { test::test_erasure(make); }
+    SUBCASE("export") { test::test_export(make); }
+    SUBCASE("retention") { test::test_retention(make); }
+}
+
 TEST_CASE("a history returns the entries after an id in order and reports a gap") {
     RoomHistory ring(100);
     HistoryLimits limits;
@@ -581,7 +604,8 @@ TEST_CASE("the first events are hello, users and history") {
         events[0],
         "{\"type\":\"hello\",\"version\":2,\"server\":\"wschat\",\"room\":\"tea\",\"name\":\"Anna\",\"features\":["));
     CHECK(events[1] == "{\"type\":\"users\",\"room\":\"tea\",\"users\":[\"Anna\"]}");
-    CHECK(contains(events[2], "{\"type\":\"history\",\"room\":\"tea\",\"gap\":false,\"last\":"));
+    CHECK(contains(events[2], "{\"type\":\"history\",\"room\":\"tea\",\"epoch\":\""));
+    CHECK(contains(events[2], "\"last\":0,\"gap\":false,\"more\":false,"));
     CHECK(contains(events[2], "\"entries\":[]"));
 }
 
@@ -828,7 +852,7 @@ TEST_CASE("a client that returns with the last id gets the missed messages in or
     std::string last;
     {
         ChatClient<> anna(host, "name=Anna&key=anna-secret");
-        last = field_of(anna.answer_to("/tag t1 before"), "id");
+        last = host.position(field_of(anna.answer_to("/tag t1 before"), "id"));
         anna.send("/tag t2 kept, but not seen");
     }
     bert.send("one");
@@ -872,7 +896,7 @@ TEST_CASE("a client gets as much history as the limits allow, and has a gap only
         TestHost host;
         host.hub().limits.history_on_join = host.hub().limits.history_on_resume = 3;
         ChatClient<> bert(host, "name=Bert");
-        const std::string last = field_of(bert.answer_to("first"), "id");
+        const std::string last = host.position(field_of(bert.answer_to("first"), "id"));
         for (std::size_t i = 0; i < missed; ++i) bert.send("missed");
         ChatClient<> back(host, "name=Anna&last=" + last), fresh(host, "name=Carl");
         const auto entries = [](const std::string& history) {
@@ -891,22 +915,81 @@ TEST_CASE("a client with an id that is too old or unknown gets a gap") {
     TestHost host;
     host.hub().limits.history_on_resume = 3;
     ChatClient<> bert(host, "name=Bert");
-    const std::string last = field_of(bert.answer_to("first"), "id");
+    const std::string last = host.position(field_of(bert.answer_to("first"), "id"));
     for (int i = 0; i < 4; ++i) bert.send("x");
-    ChatClient<> anna(host, "name=Anna&last=" + last), fresh(host, "name=Carl"), other(host, "name=Dora&last=17"),
-        huge(host, "last=99999999999999999999"), bad(host, "last=x");
+    ChatClient<> anna(host, "name=Anna&last=" + last), fresh(host, "name=Carl"),
+        other(host, "name=Dora&last=0123456789abcdef-1"), number(host, "last=1"),
+        huge(host, "last=" + host.position("99999999999999999999")), bad(host, "last=x");
     CHECK(contains(anna.events().at(2), "\"gap\":true"));
     CHECK(contains(fresh.events().at(2), "\"gap\":false"));
     CHECK(contains(other.events().at(2), "\"gap\":true"));
+    CHECK(contains(number.events().at(2), "\"gap\":true"));
     CHECK(contains(huge.events().at(2), "\"gap\":true"));
     CHECK(contains(bad.events().at(2), "\"gap\":false"));
+}
+
+TEST_CASE("/before returns the messages before an id, and says whether there are more") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
+    for (const char* text : {"one", "two", "three", "four"}) anna.send(text);
+    const std::string two = anna.answer_to("/tag t1 /before 4 2");
+    CHECK(contains(two, "{\"type\":\"history\",\"room\":\"tea\",\"before\":4,\"gap\":false,\"more\":true,"));
+    CHECK(contains(two, "\"tag\":\"t1\""));
+    CHECK(two.find("\"two\"") < two.find("\"three\""));
+    CHECK_FALSE(contains(two, "\"one\""));
+    CHECK_FALSE(contains(two, "\"four\""));
+    CHECK(contains(anna.answer_to("/before 2"), "\"more\":false,\"entries\":[{\"type\":\"said\",\"id\":1,"));
+    CHECK(contains(anna.answer_to("/before 1"), "\"more\":false,\"entries\":[]"));
+    CHECK(contains(anna.answer_to("/before 99999999999999999999 1"), "\"four\""));
+    for (const std::string line : {"/before", "/before x", "/before 4 x", "/before -1"})
+        CHECK(contains(anna.answer_to(line), "\"code\":\"bad_command\""));
+}
+
+TEST_CASE("/search returns the messages with the words, and only of this room") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert", "coffee");
+    for (const char* text : {"green tea", "Black TEA", "milk", "/me makes tea"}) anna.send(text);
+    bert.send("tea in the wrong room");
+    const std::string found = anna.answer_to("/tag t1 /search Tea");
+    CHECK(contains(found, "{\"type\":\"search\",\"room\":\"tea\",\"words\":\"Tea\",\"more\":false,\"entries\":["));
+    for (const char* text : {"green tea", "Black TEA", "makes tea", "\"tag\":\"t1\""}) CHECK(contains(found, text));
+    CHECK_FALSE(contains(found, "milk"));
+    CHECK_FALSE(contains(found, "wrong room"));
+    CHECK(contains(anna.answer_to("/search  "), "\"code\":\"bad_command\""));
+}
+
+TEST_CASE("/join with a position brings what was said since, and the address can name several rooms") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert", "green tea");
+    const std::string last = host.position(field_of(bert.answer_to("before"), "id"));
+    bert.send("after");
+    ChatClient<> anna(host, "name=Anna", "lobby");
+    anna.events();
+    const auto joined = anna.send("/join green tea " + last);
+    REQUIRE(joined.size() == 3);
+    CHECK(contains(joined[2], "\"room\":\"green tea\""));
+    CHECK(contains(joined[2], "\"after\""));
+    CHECK_FALSE(contains(joined[2], "\"before\""));
+    const auto again = anna.send("/join green tea " + last);  // the connection is in the room already
+    REQUIRE(again.size() == 2);
+    CHECK(contains(again[1], "\"after\""));
+
+    ChatClient<> carl(host, "name=Carl&join=green%20tea%20" + last + "&join=coffee&join=tea", "tea");
+    const auto events = carl.events();
+    REQUIRE(events.size() == 10);
+    CHECK(contains(events[2], "\"room\":\"tea\""));
+    CHECK(contains(events[3], "{\"type\":\"room\",\"room\":\"green tea\""));
+    CHECK(contains(events[5], "\"after\""));
+    CHECK_FALSE(contains(events[5], "\"before\""));
+    CHECK(contains(events[6], "{\"type\":\"room\",\"room\":\"coffee\""));
+    CHECK(carl.handler.current_room()->name() == "tea");
 }
 
 TEST_CASE("a history event has a limit of bytes, and omits older entries") {
     TestHost host;
     host.hub().limits.max_history_event = 2000;
     ChatClient<> bert(host, "name=Bert");
-    const std::string last = field_of(bert.answer_to("first"), "id");
+    const std::string last = host.position(field_of(bert.answer_to("first"), "id"));
     for (int i = 0; i < 10; ++i) bert.send(std::string(500, 'a') + std::to_string(i));
     ChatClient<> anna(host, "name=Anna&last=" + last);
     const std::string history = anna.events().at(2);
@@ -1314,13 +1397,16 @@ public:
         kept.push_back(entry);
     }
     void forward(const ChatEntry& entry) override { listener_->on_entry(entry); }
-    void since(const std::string&, std::optional<std::uint64_t> id, std::size_t, PageCallback then) override {
+    void since(const std::string&, std::optional<HistoryPosition> position, std::size_t, PageCallback then) override {
         HistoryPage page;
         for (const ChatEntry& each : kept)
-            if (each.id > id.value_or(0)) page.entries.push_back(each);
+            if (!position || each.id > position->id) page.entries.push_back(each);
         page.last_id = kept.size();
         pages.push_back([page, then] { then(page); });
     }
+    void before(const std::string&, std::uint64_t, std::size_t, PageCallback then) override { then({}); }
+    void put(ChatFact fact) override { listener_->on_fact(fact); }
+    void facts(const std::string&, const std::string&, FactsCallback then) override { then({}, ""); }
     // Delivers the next entry.
     void deliver() { listener_->on_entry(kept.at(delivered_++)); }
     void deliver_remote(ChatEntry::Kind kind, const std::string& name, const std::string& text = "") {
@@ -1424,7 +1510,7 @@ TEST_CASE("on_leave() is called only after on_join(), which waits for the histor
 TEST_CASE("a history that cannot be read is a gap, and the chat continues") {
     struct Broken : ManualStore {
         using ManualStore::ManualStore;
-        void since(const std::string&, std::optional<std::uint64_t>, std::size_t, PageCallback then) override {
+        void since(const std::string&, std::optional<HistoryPosition>, std::size_t, PageCallback then) override {
             HistoryPage page;
             page.error = "disk image is malformed";
             then(page);
@@ -1434,10 +1520,41 @@ TEST_CASE("a history that cannot be read is a gap, and the chat continues") {
     ManualStore* store = nullptr;
     host.hub().set_store(std::make_unique<Broken>(store));
     ChatClient<> anna(host, "name=Anna&last=7");
-    CHECK(contains(anna.events().at(2), "\"gap\":true,\"last\":7,"));  // the client can use this id later
+    CHECK(contains(anna.events().at(2), "\"last\":7,\"gap\":true,"));  // the client can use this id later
     anna.send("hello");
     store->deliver();
     CHECK(contains(anna.only_event(), "hello"));
+}
+
+TEST_CASE("if the first read of a history fails, later members get the whole history, and the first one too") {
+    struct Recovering : ManualStore {
+        using ManualStore::ManualStore;
+        void since(const std::string&, std::optional<HistoryPosition>, std::size_t, PageCallback then) override {
+            HistoryPage page;
+            page.epoch = "0123456789abcdef";
+            if (++reads_ == 1) {
+                page.error = "disk I/O error";
+            } else {
+                page.last_id = 2;
+                for (const char* text : {"one", "two"}) page.entries.push_back(entry(text));
+                page.entries[0].id = 1;
+                page.entries[1].id = 2;
+            }
+            then(page);
+        }
+        int reads_ = 0;
+    };
+    TestHost host;
+    ManualStore* store = nullptr;
+    host.hub().set_store(std::make_unique<Recovering>(store));
+    ChatClient<> anna(host, "name=Anna");
+    CHECK(contains(anna.events().at(2), "\"gap\":true"));
+    ChatClient<> bert(host, "name=Bert");
+    CHECK(contains(bert.events().at(2), "\"last\":2,\"gap\":false"));
+    const auto events = anna.events();
+    REQUIRE(events.size() == 2);  // Bert joins, and the history
+    CHECK(contains(events[1], "\"last\":2,\"gap\":true"));
+    CHECK(texts(events) == "onetwo");
 }
 
 TEST_CASE("users of other servers are in the list, and their names are taken") {
@@ -1594,9 +1711,11 @@ TEST_CASE("a message that is sent again with its tag arrives once, whenever the 
             std::string last;
             {
                 Client anna(chat.port(), address);
-                last = field_of(next_with(anna, "\"type\":\"history\""), "last");
+                const std::string first = next_with(anna, "\"type\":\"history\"");
+                last = position_of(first);
                 if (phase != before_the_send) anna.send("/tag " + tag + " " + tag);
-                if (phase == after_the_answer) last = field_of(next_with(anna, "\"tag\""), "id");
+                if (phase == after_the_answer)
+                    last = field_of(first, "epoch") + "-" + field_of(next_with(anna, "\"tag\""), "id");
                 anna.raw.reset();
             }
             Client anna(chat.port(), address + "&last=" + last);
@@ -1624,7 +1743,7 @@ TEST_CASE("five hundred clients that return at once get what they missed, and ot
     ::setrlimit(RLIMIT_NOFILE, &descriptors);
     Chat chat;
     Client bert(chat.port(), "/chat/tea?name=Bert");
-    std::string last = field_of(next_with(bert, "\"type\":\"history\""), "last");
+    const std::string last = position_of(next_with(bert, "\"type\":\"history\""));
     const auto all_come = [&] {
         std::vector<std::unique_ptr<RawClient>> clients;
         for (int i = 0; i < 500; ++i) {
