@@ -11585,6 +11585,7 @@ public:
     }
 
     void erase_author(const std::string& author, EraseCallback callback) override {
+        if (author.empty()) return callback(0, "");
         std::vector<ChatEntry> amendments;
         for (const auto& [room, history] : histories_) {
             for (ChatEntry& amendment :
@@ -12394,7 +12395,7 @@ private:
 // A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line with a slash in front is
 // a command, and all others are said to the room. Clients receive events: one JSON object in a message. The query of
 // the address may contain `name`, `key` (a secret of the client; connections with the same key are one user) and `last`
-// (the newest HistoryPosition of the client). README.md lists the events.
+// (the newest HistoryPosition of the client), and `join` for each further room. README.md lists the events.
 class ChatHandler : public WebSocketHandler {
 public:
     ~ChatHandler() override { disconnect(false); }
@@ -12480,6 +12481,7 @@ public:
         run_hook("on_connect", [this] { on_connect(); });
         if (current_room() != nullptr)
             request_history(*current_room(), HistoryPosition::parse(request().query("last").value_or("")));
+        join_more_rooms();
     }
 
     void on_message(const Message& message) final {
@@ -12523,6 +12525,7 @@ private:
         std::string room;
         std::optional<HistoryPosition> position;
         std::optional<std::uint64_t> delivered_id;  // of the room at the time of the request
+        std::string tag{};
     };
     struct Refusal {
         std::string_view code{};  // empty: nothing is refused
@@ -12688,9 +12691,12 @@ private:
 
     // ---- the history -----------------------------------------------------------------------------------------------
 
-    void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position) {
+    inline void join_more_rooms();
+
+    void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
+                         const std::string& tag = {}) {
         const std::size_t limit = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
-        const HistoryRequest history_request{room.name(), position, room.delivered_id_};
+        const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
         hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
         });
@@ -12707,7 +12713,8 @@ private:
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
         if (joining) write_message(users_event(*chat_room));
-        write_message(history_event(*chat_room, page, requested.position.has_value()));
+        ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
+        write_message(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
         const bool behind =
@@ -12730,10 +12737,22 @@ private:
         page.gap = true;
         for (const auto& [key, user] : room.presence_)
             for (ChatHandler* each : user.connections)
-                if (each != this && members.has(*each)) each->write_message(each->history_event(room, page, true));
+                if (each != this && members.has(*each))
+                    each->write_message(each->history_event(room, page, true).dump());
     }
 
-    inline std::string history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
+    // The store's answer to /before and /search becomes the end of this event.
+    ChatStore::PageCallback answer_with_page(ChatEvent event) {
+        return
+            [me = ref(), event = std::move(event), room = current_room()->name(), tag = tag_](const HistoryPage& page) {
+                auto* self = static_cast<ChatHandler*>(me.get());
+                if (self != nullptr) self->on_page(event, room, tag, page);
+            };
+    }
+    inline void on_page(ChatEvent event, const std::string& room_name, const std::string& tag, const HistoryPage& page);
+
+    inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
+    inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
     static inline std::string users_event(const ChatRoom& room);
 
     ChatHub* hub_ = nullptr;
@@ -12782,17 +12801,19 @@ private:
         std::optional<ChatAction> action{};  // that the user must be allowed to do
     };
 
-    static const std::array<Command, 13>& commands() {
-        static constexpr std::array<Command, 13> all = {{
+    static const std::array<Command, 15>& commands() {
+        static constexpr std::array<Command, 15> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
             {"who", "/who", "who is in this room", &ChatCommands::who},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
             {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms},
-            {"join", "/join ROOM", "goes to a room, or speaks in it again", &ChatCommands::join},
+            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
             {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since},
+            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before},
+            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
@@ -12867,16 +12888,24 @@ private:
         hub.rename(*room_, user, name);
     }
 
+    // "/join ROOM EPOCH-ID" brings what was said after that position.
     void join(std::string_view rest) {
+        std::optional<HistoryPosition> position;
+        const std::size_t space = rest.rfind(' ');
+        if (space != std::string_view::npos) position = HistoryPosition::parse(rest.substr(space + 1));
+        if (position && position->epoch.empty()) position.reset();  // the number belongs to the name
+        if (position) rest = rest.substr(0, space);
         const std::size_t index = handler_.membership_index(handler_.hub_->find(rest));
         if (index != handler_.memberships_.size()) {
             handler_.current_ = index;
-            return reply_room();
+            reply_room();
+            if (position) handler_.request_history(*handler_.current_room(), position);
+            return;
         }
         if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(refusal);
         handler_.join_room(rest);
         reply_room();
-        handler_.request_history(*handler_.current_room(), std::nullopt);
+        handler_.request_history(*handler_.current_room(), position);
     }
     void leave(std::string_view rest) {
         const std::size_t index = handler_.membership_index(rest.empty() ? room_ : handler_.hub_->find(rest));
@@ -12892,7 +12921,27 @@ private:
     void since(std::string_view rest) {
         const auto position = HistoryPosition::parse(rest);
         if (!position || room_ == nullptr) return error("bad_command", "/since EPOCH-ID, in a room.");
-        handler_.request_history(*room_, position);
+        handler_.request_history(*room_, position, handler_.tag_);
+    }
+    void before(std::string_view rest) {
+        const ChatLimits& limits = handler_.hub_->limits;
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        const auto wanted =
+            rest.empty() ? std::optional<std::uint64_t>(limits.history_on_join) : ChatHandler::to_number(rest);
+        if (!id || !wanted || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
+        const auto limit = static_cast<std::size_t>((std::min)(*wanted, std::uint64_t{limits.history_on_resume}));
+        const std::uint64_t newest = room_->delivered_id_ ? *room_->delivered_id_ + 1 : *id;
+        ChatEvent event("history");
+        event.add_text("room", room_->name()).add("before", *id).add_json("gap", "false");
+        handler_.hub_->store().before(room_->name(), (std::min)(*id, newest), limit, handler_.answer_with_page(event));
+    }
+    void search(std::string_view rest) {
+        if (room_ == nullptr) return reply_no_room();
+        if (ChatStore::search_words(rest).empty()) return error("bad_command", "/search WORDS, in a room.");
+        ChatEvent event("search");
+        event.add_text("room", room_->name()).add_text("words", rest);
+        handler_.hub_->store().search(room_->name(), std::string(rest), handler_.hub_->limits.history_on_join,
+                                      handler_.answer_with_page(event));
     }
 
     void help(std::string_view) {
@@ -13010,8 +13059,8 @@ inline bool ChatHandler::on_command(std::string_view command, std::string_view r
     return detail::ChatCommands(*this).run(command, rest);
 }
 
-// The newest entries that fit. `resumed`: the client asked with a position, so missing entries are a gap.
-inline std::string ChatHandler::history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
+// The newest entries that fit into an event.
+inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const HistoryPage& page) const {
     const std::string viewer = ChatHub::author_of(*memberships_[membership_index(&room)].user);
     std::size_t bytes = 0;
     std::vector<std::string> events;
@@ -13019,13 +13068,48 @@ inline std::string ChatHandler::history_event(const ChatRoom& room, const Histor
         events.push_back(detail::kept_event(page.entries[i], viewer).dump());
         bytes += events.back().size();
     }
-    const bool cut = events.size() != page.entries.size();
     detail::JsonList list;
     for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
+    return list;
+}
+
+// `resumed`: the client asked with a position, so missing entries are a gap.
+inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
+    const detail::JsonList list = page_events(room, page);
+    const bool cut = list.size() != page.entries.size();
     ChatEvent event("history");
     event.add_text("room", room.name()).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
     event.add("gap", page.gap || (cut && resumed)).add("more", page.more || cut);
-    return event.add_json("entries", list.dump()).dump();
+    return event.add_json("entries", list.dump());
+}
+
+inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, const std::string& tag,
+                                 const HistoryPage& page) {
+    const ChatRoom* const room = hub_->find(room_name);
+    if (membership_index(room) == memberships_.size() || !is_open()) return;
+    if (!page.error.empty()) {
+        server().report(LogLevel::error, "chat_not_read", {{"room", room_name}, {"cause", page.error}});
+        event = ChatEvent("error");
+        event.add_text("code", "not_read").add_text("text", "The history cannot be read now. Try again soon.");
+        write_message(event.add_text("room", room_name).add_unless_empty("tag", tag).dump());
+        return;
+    }
+    const detail::JsonList list = page_events(*room, page);
+    event.add("more", page.more || list.size() != page.entries.size()).add_json("entries", list.dump());
+    write_message(event.add_unless_empty("tag", tag).dump());
+}
+
+// "?join=ROOM" or "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.
+inline void ChatHandler::join_more_rooms() {
+    const std::vector<std::string> lines = request().query_all("join");
+    const ChatRoom* const first = current_room();
+    for (std::size_t i = 0; i < lines.size() && i < hub_->limits.max_rooms_per_connection && is_open(); ++i)
+        detail::ChatCommands(*this).run("join", lines[i]);
+    const std::size_t index = membership_index(first);
+    if (lines.empty() || current_ == index || index == memberships_.size()) return;
+    current_ = index;
+    ChatEvent event("room");
+    reply(add_room(event).add_text("name", user().name));
 }
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
@@ -13554,19 +13638,15 @@ public:
         return amendments;
     }
 
-    // False if there are too many facts.
-    bool put(const ChatFact& fact) {
-        bool kept = true;
+    void put(const ChatFact& fact) {
         database_.transaction("BEGIN IMMEDIATE", [&] {
             database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
             if (fact.value.empty()) return;
-            const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM fact"));
-            kept = !over_limit(count + 1, limits_.max_facts);
-            if (!kept) database_.fail("too many facts");
+            if (too_many_facts()) delete_expired_facts();
+            if (too_many_facts()) database_.fail("too many facts");
             database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
                           fact.key, fact.value, fact.author, fact.expires);
         });
-        return kept;
     }
     std::vector<ChatFact> facts(const std::string& scope, const std::string& key_prefix) {
         std::vector<ChatFact> facts;
@@ -13586,7 +13666,7 @@ public:
     bool sweep() {
         bool more = false;
         database_.transaction("BEGIN IMMEDIATE", [&] {
-            database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", sqlite_unix_ms());
+            delete_expired_facts();
             std::vector<std::int64_t> rooms;
             {
                 Query query(database_, "SELECT id FROM room WHERE id >= ?1 ORDER BY id LIMIT 20");
@@ -13940,6 +14020,14 @@ private:
     }
     std::int64_t sqlite_age() const {
         return std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count();
+    }
+
+    bool too_many_facts() {
+        const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM fact"));
+        return over_limit(count + 1, limits_.max_facts);
+    }
+    void delete_expired_facts() {
+        database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", sqlite_unix_ms());
     }
 
     // ---- reading ---------------------------------------------------------------------------------------------------

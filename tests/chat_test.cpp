@@ -1,6 +1,6 @@
 // section 16: most tests use handlers without sockets; tests of lost connections use sockets.
 #define WSCHAT_CHAT 1
-#include "support.hpp"
+#include "store_suite.hpp"
 
 #include <sys/resource.h>
 #include <algorithm>
@@ -446,6 +446,18 @@ TEST_CASE("the search for a name reads no more of a text than the longest name")
 
 // ---- history -------------------------------------------------------------------------------------------------------
 
+TEST_CASE("a history in memory does what every store must do") {
+    const test::StoreFactory make = [](const HistoryLimits& limits) { return std::make_unique<MemoryHistory>(limits); };
+    SUBCASE("pages") { test::test_pages(make); }
+    SUBCASE("amendments") { test::test_amendments(make); }
+    SUBCASE("reactions") { test::test_reactions(make); }
+    SUBCASE("search") { test::test_search(make); }
+    SUBCASE("facts") { test::test_facts(make); }
+    SUBCASE("erasure") { test::test_erasure(make); }
+    SUBCASE("export") { test::test_export(make); }
+    SUBCASE("retention") { test::test_retention(make); }
+}
+
 TEST_CASE("a history returns the entries after an id in order and reports a gap") {
     RoomHistory ring(100);
     HistoryLimits limits;
@@ -540,8 +552,10 @@ struct HistoryFixture final : private ChatStore::Listener {
         return result;
     }
     MemoryHistory history;
+    Time time = start;
 
 private:
+    Time now() const override { return time; }
     void on_entry(const ChatEntry& entry) override { last = entry.id; }
     void on_duplicate(const ChatEntry&) override {}
     void on_failure(const ChatEntry&, const std::string&) override {}
@@ -562,6 +576,21 @@ TEST_CASE("above the limit of rooms the least recently used history is deleted, 
     CHECK(fixture.size("one") == 0);
     CHECK(fixture.size("two") == 1);
     CHECK(fixture.append("one") > before);  // ids are not used again
+}
+
+TEST_CASE("a history in memory expires by the clock of the loop") {
+    HistoryLimits limits;
+    limits.max_age = 10s;
+    HistoryFixture fixture(limits);
+    fixture.append("tea");
+    fixture.time += 5s;
+    fixture.append("tea");
+    CHECK(fixture.size("tea") == 2);
+    fixture.time += 5s;
+    CHECK(fixture.size("tea") == 1);
+    fixture.time += 5s;
+    CHECK(fixture.size("tea") == 0);
+    CHECK(fixture.append("tea") == 3);
 }
 
 TEST_CASE("above the limit of all bytes the least recently used history is deleted") {
@@ -914,6 +943,63 @@ TEST_CASE("a client with an id that is too old or unknown gets a gap") {
     CHECK(contains(number.events().at(2), "\"gap\":true"));
     CHECK(contains(huge.events().at(2), "\"gap\":true"));
     CHECK(contains(bad.events().at(2), "\"gap\":false"));
+}
+
+TEST_CASE("/before returns the messages before an id, and says whether there are more") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
+    for (const char* text : {"one", "two", "three", "four"}) anna.send(text);
+    const std::string two = anna.answer_to("/tag t1 /before 4 2");
+    CHECK(contains(two, "{\"type\":\"history\",\"room\":\"tea\",\"before\":4,\"gap\":false,\"more\":true,"));
+    CHECK(contains(two, "\"tag\":\"t1\""));
+    CHECK(two.find("\"two\"") < two.find("\"three\""));
+    CHECK_FALSE(contains(two, "\"one\""));
+    CHECK_FALSE(contains(two, "\"four\""));
+    CHECK(contains(anna.answer_to("/before 2"), "\"more\":false,\"entries\":[{\"type\":\"said\",\"id\":1,"));
+    CHECK(contains(anna.answer_to("/before 1"), "\"more\":false,\"entries\":[]"));
+    CHECK(contains(anna.answer_to("/before 99999999999999999999 1"), "\"four\""));
+    for (const std::string line : {"/before", "/before x", "/before 4 x", "/before -1"})
+        CHECK(contains(anna.answer_to(line), "\"code\":\"bad_command\""));
+}
+
+TEST_CASE("/search returns the messages with the words, and only of this room") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert", "coffee");
+    for (const char* text : {"green tea", "Black TEA", "milk", "/me makes tea"}) anna.send(text);
+    bert.send("tea in the wrong room");
+    const std::string found = anna.answer_to("/tag t1 /search Tea");
+    CHECK(contains(found, "{\"type\":\"search\",\"room\":\"tea\",\"words\":\"Tea\",\"more\":false,\"entries\":["));
+    for (const char* text : {"green tea", "Black TEA", "makes tea", "\"tag\":\"t1\""}) CHECK(contains(found, text));
+    CHECK_FALSE(contains(found, "milk"));
+    CHECK_FALSE(contains(found, "wrong room"));
+    CHECK(contains(anna.answer_to("/search  "), "\"code\":\"bad_command\""));
+}
+
+TEST_CASE("/join with a position brings what was said since, and the address can name several rooms") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert", "green tea");
+    const std::string last = host.position(field_of(bert.answer_to("before"), "id"));
+    bert.send("after");
+    ChatClient<> anna(host, "name=Anna", "lobby");
+    anna.events();
+    const auto joined = anna.send("/join green tea " + last);
+    REQUIRE(joined.size() == 3);
+    CHECK(contains(joined[2], "\"room\":\"green tea\""));
+    CHECK(contains(joined[2], "\"after\""));
+    CHECK_FALSE(contains(joined[2], "\"before\""));
+    const auto again = anna.send("/join green tea " + last);  // the connection is in the room already
+    REQUIRE(again.size() == 2);
+    CHECK(contains(again[1], "\"after\""));
+
+    ChatClient<> carl(host, "name=Carl&join=green%20tea%20" + last + "&join=coffee&join=tea", "tea");
+    const auto events = carl.events();
+    REQUIRE(events.size() == 10);
+    CHECK(contains(events[2], "\"room\":\"tea\""));
+    CHECK(contains(events[3], "{\"type\":\"room\",\"room\":\"green tea\""));
+    CHECK(contains(events[5], "\"after\""));
+    CHECK_FALSE(contains(events[5], "\"before\""));
+    CHECK(contains(events[6], "{\"type\":\"room\",\"room\":\"coffee\""));
+    CHECK(carl.handler.current_room()->name() == "tea");
 }
 
 TEST_CASE("a history event has a limit of bytes, and omits older entries") {
@@ -1455,6 +1541,37 @@ TEST_CASE("a history that cannot be read is a gap, and the chat continues") {
     anna.send("hello");
     store->deliver();
     CHECK(contains(anna.only_event(), "hello"));
+}
+
+TEST_CASE("if the first read of a history fails, later members get the whole history, and the first one too") {
+    struct Recovering : ManualStore {
+        using ManualStore::ManualStore;
+        void since(const std::string&, std::optional<HistoryPosition>, std::size_t, PageCallback then) override {
+            HistoryPage page;
+            page.epoch = "0123456789abcdef";
+            if (++reads_ == 1) {
+                page.error = "disk I/O error";
+            } else {
+                page.last_id = 2;
+                for (const char* text : {"one", "two"}) page.entries.push_back(entry(text));
+                page.entries[0].id = 1;
+                page.entries[1].id = 2;
+            }
+            then(page);
+        }
+        int reads_ = 0;
+    };
+    TestHost host;
+    ManualStore* store = nullptr;
+    host.hub().set_store(std::make_unique<Recovering>(store));
+    ChatClient<> anna(host, "name=Anna");
+    CHECK(contains(anna.events().at(2), "\"gap\":true"));
+    ChatClient<> bert(host, "name=Bert");
+    CHECK(contains(bert.events().at(2), "\"last\":2,\"gap\":false"));
+    const auto events = anna.events();
+    REQUIRE(events.size() == 2);  // Bert joins, and the history
+    CHECK(contains(events[1], "\"last\":2,\"gap\":true"));
+    CHECK(texts(events) == "onetwo");
 }
 
 TEST_CASE("users of other servers are in the list, and their names are taken") {
