@@ -14,7 +14,7 @@ const FIRST_DELAY = 500;          // ms before the second attempt to connect, li
 const LONGEST_DELAY = 30000;
 const CONNECT_DEADLINE = 10000;
 const STABLE_AFTER = 5000;        // a connection of this age resets the delays
-const ANSWER_DEADLINE = 15000;    // the server answers each line with a tag
+const ANSWER_DEADLINE = 15000;    // the server answers each line with a tag; the option `deadline`
 const SILENCE = 45000;            // after this silence, the client asks whether the server is alive
 const TYPING_EVERY = 3000;
 const MOST_MESSAGES = 10000;      // of a room in memory; older ones can be loaded again
@@ -58,6 +58,7 @@ const SENDS = 6;                  // how often a message is sent before it count
  * @property {{ getItem(name: string): string | null, setItem(name: string, value: string): void } | null} [storage]
  *   where the key is kept; default: localStorage; null: nowhere
  * @property {any} [WebSocket]  a class with the interface of browsers; default: the global one
+ * @property {number} [deadline]  ms that the server has for an answer
  * @property {() => number} [random]  for tests; default: Math.random
  */
 
@@ -150,6 +151,7 @@ export class ChatClient extends EventTarget {
     this.options = options;
     this.WebSocket = options.WebSocket ?? globalThis.WebSocket;
     this.random = options.random ?? Math.random;
+    this._deadline = options.deadline ?? ANSWER_DEADLINE;
     /** @type {Map<string, ChatRoomState>} rooms and conversations, in the order of entering */
     this.rooms = new Map();
     /** @type {Outgoing[]} in the order of writing */
@@ -255,7 +257,7 @@ export class ChatClient extends EventTarget {
     if (!this._ready) return Promise.reject(new ChatError('offline', 'There is no connection.'));
     const tag = randomToken();
     return new Promise((resolve, reject) => {
-      const timer = setTimeout(() => this._answer(tag, null, new ChatError('timeout', 'The server did not answer.')), ANSWER_DEADLINE);
+      const timer = setTimeout(() => this._answer(tag, null, new ChatError('timeout', 'The server did not answer.')), this._deadline);
       this._asked.set(tag, { resolve, reject, timer, room: room ?? '' });
       this._write(line, room, tag);
     });
@@ -372,6 +374,7 @@ export class ChatClient extends EventTarget {
     const url = new URL(this.options.url ?? 'chat', page);
     url.protocol = url.protocol.replace('http', 'ws');
     const wanted = [...this.rooms.values()].filter(each => !each.peer);
+    if (/^\.\.?$/.test(wanted[0]?.name)) wanted.unshift(new ChatRoomState('lobby'));   // a path cannot end in ".."
     const [first, ...rest] = wanted;
     if (first) url.pathname = url.pathname.replace(/\/$/, '') + '/' + encodeURIComponent(first.name);
     if (this.me.name) url.searchParams.set('name', this.me.name);
@@ -469,7 +472,7 @@ export class ChatClient extends EventTarget {
     this._write(entry.line, entry.room, entry.tag);
     this._tell('outbox', { entry });
     const sentAt = Date.now();
-    this._soon('answer', ANSWER_DEADLINE, () => {
+    this._soon('answer', this._deadline, () => {
       if (entry.state !== 'sent') return;
       if (this._heard < sentAt) return this._lost();         // the connection is dead
       this._again(entry, 'timeout', 'The server did not answer.');
