@@ -75,7 +75,7 @@
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
-//   Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
+//   random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
 //   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
 //   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
 //   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics,
@@ -432,6 +432,7 @@ WSCHAT_END
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -442,6 +443,11 @@ WSCHAT_END
 #include <new>
 #include <optional>
 #include <type_traits>
+#if defined(__linux__)
+#include <sys/random.h>
+#else
+#include <random>
+#endif
 
 WSCHAT_BEGIN
 
@@ -995,7 +1001,38 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
     return text;
 }
 
+// Bytes that nobody can predict, for keys and tokens: from the system's generator. Throws an Error if it fails.
+inline std::string random_bytes(std::size_t size) {
+    std::string bytes(size, '\0');
+#if defined(__linux__)
+    for (std::size_t done = 0; done < size;) {
+        const auto n = ::getrandom(&bytes[done], size - done, 0);
+        if (n > 0) done += static_cast<std::size_t>(n);
+        else if (errno != EINTR) throw Error("random_bytes: getrandom() failed");
+    }
+#else
+    std::random_device device;
+    for (char& c : bytes) c = static_cast<char>(device());
+#endif
+    return bytes;
+}
+
 namespace detail {
+
+// RFC 2104 with SHA-1.
+inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
+    std::string block(key);
+    if (key.size() > 64) {
+        const auto digest = sha1(key);
+        block.assign(digest.begin(), digest.end());
+    }
+    block.resize(64);
+    std::string inner = block, outer = block;
+    for (char& c : inner) c = static_cast<char>(c ^ 0x36);
+    for (char& c : outer) c = static_cast<char>(c ^ 0x5C);
+    const auto digest = sha1(inner.append(message));
+    return sha1(outer.append(digest.begin(), digest.end()));
+}
 
 // The JSON text of an object that has .dump(), such as nlohmann::json.
 template <class Object>
@@ -11950,6 +11987,8 @@ struct ChatUser {
     std::string name{};
     std::string about{};   // a JSON value for everybody in the room, at most ChatLimits::max_about bytes; may be empty
     bool account = false;  // the name cannot be changed, and all connections with it are one user
+    // Public. The same for all connections of an account or a key, also later; made by the chat.
+    std::string id{};
 };
 
 namespace detail {
@@ -12040,15 +12079,15 @@ public:
         }
         if (all.empty()) user.expires = expires;
     }
-    // Removes the users whose grace period is over, and returns their names. `next` is the end of the next period.
-    std::vector<std::string> expire(Time now, Time& next) {
-        std::vector<std::string> expired;
+    // Removes the users whose grace period is over, and returns them. `next` is the end of the next period.
+    std::vector<ChatUser> expire(Time now, Time& next) {
+        std::vector<ChatUser> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(std::string(user.info.name));
+            if (user.expires <= now) expired.push_back(user.info);
             else next = (std::min)(next, user.expires);
         }
-        for (const std::string& name : expired) remove(*find(name));
+        for (const ChatUser& user : expired) remove(*find(user.name));
         return expired;
     }
     void remove(User& user) {
@@ -12208,6 +12247,7 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
+        load_secret();
     }
     ChatStore& store() { return *store_; }
 
@@ -12254,6 +12294,33 @@ private:
         return parsed ? parsed->rate_limit_key() : address;
     }
 
+    // ---- public ids ------------------------------------------------------------------------------------------------
+
+    // The ids of users depend on a secret of the store, so nobody can find the key of a user by trying keys.
+    void load_secret() {
+        secret_.clear();
+        store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            if (facts.empty()) {
+                const std::string bytes = random_bytes(30);
+                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+                if (error.empty()) store_->put({"server", "secret", secret_});
+            } else secret_ = facts[0].value;
+            for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+        });
+    }
+    // Calls start() when the ids of users are known.
+    void when_ready(std::function<void()> start) {
+        if (!secret_.empty()) start();
+        else waiting_.push_back(std::move(start));
+    }
+    std::string user_id(const std::string& identity) const {
+        const auto digest = detail::hmac_sha1(secret_, identity);
+        std::string id = base64(digest.data(), 12);
+        for (char& c : id) c = c == '+' ? '-' : c == '/' ? '_' : c;
+        return id;
+    }
+
     // ---- connections -----------------------------------------------------------------------------------------------
 
     std::uint64_t add_connection(ChatHandler& handler) {
@@ -12283,20 +12350,20 @@ private:
     void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
         const Time expires = saturating_add(now(), limits.grace);
         detail::Presence::detach(user, &handler, expires);  // first, because the rest may run out of memory
-        const std::string name = user.info.name;
-        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, name);
+        const ChatUser left = user.info;
+        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
         if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
     }
     void rename(ChatRoom& room, User& user, const std::string& name) {
-        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info.name);
+        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
         mutes_.move(key, mute_key(room, user), now());
         forward(std::move(entry));
     }
-    void announce_leave(ChatRoom& room, const std::string& name) {
-        forward(new_entry(ChatEntry::Kind::leave, room, name));
+    void announce_leave(ChatRoom& room, const ChatUser& user) {
+        forward(new_entry(ChatEntry::Kind::leave, room, user));
         if (room.presence_.empty()) prune_later();
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
@@ -12305,7 +12372,7 @@ private:
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
-            for (const std::string& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
+            for (const ChatUser& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
             // The minimum of 50 ms lets users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
@@ -12355,6 +12422,11 @@ private:
         entry.kind = kind;
         entry.room = room.name();
         entry.name = name;
+        return entry;
+    }
+    static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, const ChatUser& user) {
+        ChatEntry entry = new_entry(kind, room, user.name);
+        entry.user = user.id;
         return entry;
     }
     void append(ChatEntry entry) {
@@ -12417,6 +12489,8 @@ private:
     detail::Deadlines bans_, mutes_;
     StringMap<std::string> banned_identities_;  // the ban that applies to an identity, as a key of bans_
     bool pruning_ = false;
+    std::string secret_;  // empty: the store has not answered yet
+    std::vector<std::function<void()>> waiting_;  // handshakes, until then
     std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
 };
 
@@ -12503,12 +12577,17 @@ public:
         if (!user) return Response(401, "Log in first.\n");
         return admit(std::move(*user));
     }
-    void prepare_async(const Request& request, Reply reply) final {
-        authenticate_async(request, ChatReply(std::move(reply)));
+    void prepare_async(const Request&, Reply reply) final {
+        hub_->when_ready([this, answer = std::make_shared<Reply>(std::move(reply))] {
+            // If the client has gone, so may this handler have.
+            if (!answer->is_open()) return;
+            run_hook("authenticate_async", [&] { authenticate_async(request(), ChatReply(std::move(*answer))); });
+        });
     }
 
     void open() final {
         number_ = hub_->add_connection(*this);
+        user_.id = hub_->user_id(identity_.empty() ? text::concat({"guest ", std::to_string(number_)}) : identity_);
         if (remote_address() != "unix") address_ = &hub_->add_address(remote_address());
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
@@ -12604,7 +12683,7 @@ private:
     ChatEvent hello_event() {
         ChatEvent event("hello");
         event.add("version", 3).add_text("server", "wschat");
-        add_room(event).add_text("name", user().name);
+        add_room(event).add_text("name", user().name).add_text("user", user().id);
         event.add_json("features",
                        R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
                        R"("private","edit","delete","react","topic","data","commands"])");
@@ -12688,7 +12767,7 @@ private:
     }
 
     WSCHAT_NOINLINE ChatEntry new_entry(ChatEntry::Kind kind) {
-        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user().name);
+        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user());
         entry.sender = number_;
         return entry;
     }
@@ -13114,7 +13193,7 @@ private:
 
 WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
     ChatEvent event(type);
-    event.add_text("room", entry.room).add_text("name", entry.name);
+    event.add_text("room", entry.room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
 }
 // The reactions to a message, for the user with this identity.
@@ -13232,16 +13311,17 @@ inline void ChatHandler::join_more_rooms() {
 }
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
-    detail::JsonList names;
-    std::string about;
+    detail::JsonList users;
     for (const auto& [key, user] : room.presence_) {
-        const std::string name = Json(user.info.name).dump();
-        names.add(name);
-        if (!user.info.about.empty()) (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
+        std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
+        if (!user.info.about.empty()) {
+            text.back() = ',';
+            text += text::concat({"\"about\":", user.info.about, "}"});
+        }
+        users.add(text);
     }
     ChatEvent event("users");
-    event.add_text("room", room.name()).add_json("users", names.dump());
-    if (!about.empty()) event.add_json("about", about += '}');
+    event.add_text("room", room.name()).add("count", users.size()).add_json("users", users.dump());
     return event.dump();
 }
 
@@ -13265,7 +13345,7 @@ inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
     hub_.append(std::move(entry));
 }
 inline void ChatRoom::remove(std::uint64_t id) {
-    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::remove, *this, {});
+    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::remove, *this, "");
     entry.target = id;
     entry.moderator = true;
     hub_.append(std::move(entry));
@@ -13324,7 +13404,7 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
     if (!connected.joined) return connected.user;
     try {
-        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info.name);
+        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info);
         entry.text = info.about;
         entry.sender = number;
         forward(std::move(entry));
@@ -13398,7 +13478,7 @@ inline void ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text}, {}).remote = true;
+        room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
     ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
@@ -13418,7 +13498,8 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text).add("time", entry.time);
+    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_unless_empty("user", entry.user).add("time", entry.time);
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
