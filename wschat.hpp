@@ -12115,6 +12115,10 @@ struct ChatLimits {
     std::size_t max_text = 16 * 1024;
     std::size_t max_name = 40;
     std::size_t max_about = 4 * 1024;  // of ChatUser::about
+    std::size_t max_data = 4 * 1024;   // of ChatEntry::data
+    std::size_t max_topic = 500;       // of the topic of a room
+    std::size_t max_emoji = 64;        // of a reaction
+    Duration edit_for = std::chrono::hours(1);  // how long an author may edit a message; zero: never
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
     std::size_t max_rooms = 10'000;
@@ -12127,8 +12131,19 @@ struct ChatLimits {
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
 };
 
-// What a user may do: ChatHandler::may(). The last three are moderation.
-enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute };
+// What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
+enum class ChatAction : std::uint8_t {
+    say,
+    private_message,
+    rename,
+    join,
+    list_rooms,
+    kick,
+    ban,
+    mute,
+    remove,
+    topic
+};
 
 // A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
@@ -12139,11 +12154,18 @@ public:
 
     const std::string& name() const { return name_; }
     std::vector<ChatUser> users() const { return presence_.users(); }
+    // Empty: none, or the store has not delivered it yet.
+    const std::string& topic() const { return topic_; }
 
     // Says a text to all, as the server or under a name. publish() also keeps it in the history. An Error if the text
     // contains control characters or is not UTF-8.
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
+    // Changes a text that publish() said, removes a message of anybody, sets the topic; all members hear of it. If the
+    // store does not know the message, nothing happens. An Error as for publish().
+    inline void edit(std::uint64_t id, std::string_view text);
+    inline void remove(std::uint64_t id);
+    inline void set_topic(std::string_view text);
     // Reads the entries after a position, or the newest messages: see ChatStore::since().
     inline void since(std::optional<HistoryPosition> position, std::size_t limit, ChatStore::PageCallback callback);
     // Closes all connections of the user in this room, with 1008. False if there is no such user.
@@ -12161,6 +12183,8 @@ private:
     std::string name_;
     ChatHub& hub_;
     detail::Presence presence_;
+    std::string topic_;
+    std::uint64_t topic_id_ = 0;  // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     bool expiry_scheduled_ = false;
 };
@@ -12171,7 +12195,8 @@ public:
     explicit ChatHub(Server& server)
         : server_(server),
           members_(&server.rooms()),
-          last_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16) {
+          first_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16),
+          last_number_(first_number_) {
         set_store(MemoryHistory());
     }
     ChatHub(const ChatHub&) = delete;
@@ -12200,6 +12225,7 @@ public:
         prune_later();
         ChatRoom& room = rooms_.find_or_emplace(name, std::string(name), *this);
         room.presence_.max_name = limits.max_name;
+        load_topic(room.name());
         return room;
     }
     // Null if there is no such room.
@@ -12347,6 +12373,24 @@ private:
         entry.time = unix_ms();
         store_->forward(entry);
     }
+    // The store answers before it answers the first member's request for the history.
+    void load_topic(const std::string& name) {
+        store_->facts("topic", name, [this, name](const std::vector<ChatFact>& facts, const std::string&) {
+            ChatRoom* const room = find(name);
+            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == name)
+                room->topic_ = facts[0].value;
+        });
+    }
+    // The topic outlives its entry in the history. The server that appended the entry keeps it as a fact.
+    void on_topic(ChatRoom* room, const ChatEntry& entry) {
+        if (appended_here(entry)) store_->put({"topic", entry.room, entry.text});
+        if (room == nullptr) return;
+        room->topic_ = entry.text;
+        room->topic_id_ = entry.id;
+    }
+    bool appended_here(const ChatEntry& entry) const {
+        return entry.sender >= first_number_ && entry.sender <= last_number_;
+    }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
         if (members_.find(room.name()) == nullptr || !room.delivered_id_) {
@@ -12374,6 +12418,7 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
+    const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
@@ -12419,10 +12464,8 @@ public:
     // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
     // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
     virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
-    // Whether this user may do it. Default: everything except kick, ban and mute.
-    virtual bool may(ChatAction action) {
-        return action != ChatAction::kick && action != ChatAction::ban && action != ChatAction::mute;
-    }
+    // Whether this user may do it. Default: everything except moderation.
+    virtual bool may(ChatAction action) { return action < ChatAction::kick; }
     // May change a text that the user says, also in private. False refuses it.
     virtual bool filter(std::string&) { return true; }
     // A pair: after the 101; after the connection has ended and has left its rooms. See close_code() for the reason.
@@ -12568,11 +12611,15 @@ private:
 
     ChatEvent hello_event() {
         ChatEvent event("hello");
-        event.add("version", 2).add_text("server", "wschat");
+        event.add("version", 3).add_text("server", "wschat");
         add_room(event).add_text("name", user().name);
         event.add_json("features",
-                       R"(["rooms","names","users","history","resume","tags","typing","private","commands"])");
+                       R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
+                       R"("private","edit","delete","react","topic","data","commands"])");
+        const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
+                                 {"data", hub_->limits.max_data},
+                                 {"edit_seconds", edit_for},
                                  {"name", hub_->limits.max_name},
                                  {"room", hub_->limits.max_room_name}});
         return event;
@@ -12611,9 +12658,11 @@ private:
                         text::concat({"There is no command /", line.command.substr(0, 40), "; /help names all."}));
     }
 
-    // Filters the text. The result says why it is refused.
-    Refusal refuse_text(std::string& text) {
-        const auto is_empty = [&] { return detail::all_characters(text, detail::is_white_space); };
+    // Filters the text. The result says why it is refused. A message with data needs no text.
+    Refusal refuse_text(std::string& text, bool may_be_empty = false) {
+        const auto is_empty = [&] {
+            return !may_be_empty && detail::all_characters(text, detail::is_white_space);
+        };
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
@@ -12628,15 +12677,22 @@ private:
     }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
-    void say(ChatEntry::Kind kind, std::string_view said) {
+    // `data`: a JSON object, or empty.
+    void say(ChatEntry::Kind kind, std::string_view said, std::string_view data = {}) {
         std::string text(said);
         if (!may(ChatAction::say)) return reply_forbidden();
-        if (const auto refusal = refuse_text(text)) return reply_error(refusal);
-        ChatEntry entry = new_entry(kind);
+        if (const auto refusal = refuse_text(text, !data.empty())) return reply_error(refusal);
+        ChatEntry entry = new_kept_entry(kind);
         entry.text = std::move(text);
+        entry.data = data;
+        hub_->append(std::move(entry));
+    }
+    ChatEntry new_kept_entry(ChatEntry::Kind kind, std::uint64_t target = 0) {
+        ChatEntry entry = new_entry(kind);
         entry.author = ChatHub::author_of(*memberships_[current_].user);
         entry.tag = tag_;
-        hub_->append(std::move(entry));
+        entry.target = target;
+        return entry;
     }
 
     WSCHAT_NOINLINE ChatEntry new_entry(ChatEntry::Kind kind) {
@@ -12809,9 +12865,14 @@ private:
         std::optional<ChatAction> action{};  // that the user must be allowed to do
     };
 
-    static const std::array<Command, 15>& commands() {
-        static constexpr std::array<Command, 15> all = {{
+    static const std::array<Command, 20>& commands() {
+        static constexpr std::array<Command, 20> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
+            {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
+            {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
+            {"react", "/react ID EMOJI", "reacts to a message; once more takes it back", &ChatCommands::react,
+             ChatAction::say},
+            {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
             {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
             {"who", "/who", "who is in this room", &ChatCommands::who},
@@ -12824,6 +12885,8 @@ private:
             {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
+            {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
+             ChatAction::topic},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
@@ -12832,6 +12895,61 @@ private:
     }
 
     void me(std::string_view rest) { handler_.say(ChatEntry::Kind::action, rest); }
+
+    void data(std::string_view rest) {
+        const std::string_view line = rest;
+        const std::size_t max = handler_.hub_->limits.max_data;
+        const bool is_json = text::starts_with(rest, "{") && consume_json(rest);
+        std::string_view json = line.substr(0, line.size() - rest.size());
+        if (!is_json || json.size() > max)
+            return error("bad_data", text::concat({"/data JSON [TEXT], with a JSON object of at most ",
+                                                   std::to_string(max), " bytes and 32 levels."}));
+        handler_.say(ChatEntry::Kind::said, rest, text::trim(json));
+    }
+
+    // The store answers: it knows the message and its author.
+    void edit(std::string_view rest) {
+        ChatHub& hub = *handler_.hub_;
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        std::string text(rest);
+        if (!id) return error("bad_command", "/edit ID TEXT");
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (hub.limits.edit_for == Duration::zero()) return error("too_late", "Messages cannot be changed here.");
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::edit, *id);
+        entry.text = std::move(text);
+        const auto age = std::chrono::duration_cast<std::chrono::milliseconds>(hub.limits.edit_for).count();
+        entry.not_before = ChatHub::unix_ms() - age;
+        hub.append(std::move(entry));
+    }
+    void remove(std::string_view rest) {
+        const auto id = ChatHandler::to_number(rest);
+        if (!id) return error("bad_command", "/delete ID");
+        if (room_ == nullptr) return reply_no_room();
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::remove, *id);
+        entry.moderator = handler_.may(ChatAction::remove);
+        handler_.hub_->append(std::move(entry));
+    }
+    void react(std::string_view rest) {
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        const auto is_visible = [](char32_t c) { return c > ' ' && !is_white_space(c); };
+        const bool valid = !rest.empty() && rest.size() <= handler_.hub_->limits.max_emoji && valid_chat_text(rest) &&
+                           all_characters(rest, is_visible);
+        if (!id || !valid) return error("bad_command", "/react ID EMOJI");
+        if (room_ == nullptr) return reply_no_room();
+        if (handler_.muted()) return error("muted", "You are muted for a while.");
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::react, *id);
+        entry.text = rest;
+        handler_.hub_->append(std::move(entry));
+    }
+    void topic(std::string_view rest) {
+        const std::size_t max = handler_.hub_->limits.max_topic;
+        if (room_ == nullptr) return reply_no_room();
+        if (rest.size() > max)
+            return error("too_long", text::concat({"A topic has at most ", std::to_string(max), " bytes."}));
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::topic);
+        entry.text = rest;
+        handler_.hub_->append(std::move(entry));
+    }
 
     void msg(std::string_view rest) {
         const Presence::User* receiver = consume_user(rest);
@@ -12923,7 +13041,9 @@ private:
     }
     void reply_room() {
         ChatEvent event("room");
-        handler_.reply(handler_.add_room(event).add_text("name", handler_.user().name));
+        handler_.add_room(event).add_text("name", handler_.user().name);
+        if (const ChatRoom* room = handler_.current_room()) event.add_unless_empty("topic", room->topic());
+        handler_.reply(event);
     }
 
     void since(std::string_view rest) {
@@ -12953,11 +13073,9 @@ private:
     }
 
     void help(std::string_view) {
-        const bool moderator =
-            handler_.may(ChatAction::kick) || handler_.may(ChatAction::ban) || handler_.may(ChatAction::mute);
         JsonList list;
         for (const Command& command : commands())
-            if (moderator || !command.action || *command.action < ChatAction::kick)
+            if (!command.action || *command.action < ChatAction::kick || handler_.may(*command.action))
                 list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
         handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
@@ -13086,7 +13204,8 @@ inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryP
     const detail::JsonList list = page_events(room, page);
     const bool cut = list.size() != page.entries.size();
     ChatEvent event("history");
-    event.add_text("room", room.name()).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add_text("room", room.name()).add_unless_empty("topic", room.topic());
+    event.add_unless_empty("epoch", page.epoch).add("last", page.last_id);
     event.add("gap", page.gap || (cut && resumed)).add("more", page.more || cut);
     return event.add_json("entries", list.dump());
 }
@@ -13146,6 +13265,24 @@ inline void ChatRoom::publish(std::string_view text, std::string_view name) {
 }
 inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
     hub_.forward(new_text("broadcast", text, name));
+}
+inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
+    ChatEntry entry = new_text("edit", text, {});
+    entry.kind = ChatEntry::Kind::edit;
+    entry.target = id;
+    hub_.append(std::move(entry));
+}
+inline void ChatRoom::remove(std::uint64_t id) {
+    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::remove, *this, {});
+    entry.target = id;
+    entry.moderator = true;
+    hub_.append(std::move(entry));
+}
+inline void ChatRoom::set_topic(std::string_view text) {
+    ChatEntry entry = new_text("set_topic", text, {});
+    entry.kind = ChatEntry::Kind::topic;
+    entry.sender = hub_.first_number_;
+    hub_.append(std::move(entry));
 }
 inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t limit,
                             ChatStore::PageCallback callback) {
@@ -13240,6 +13377,7 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
         if (room->delivered_id_ && entry.id <= *room->delivered_id_) return;
         room->delivered_id_ = entry.id;
     }
+    if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
         members->broadcast(detail::kept_event(entry).dump(), tagged ? sender : nullptr);

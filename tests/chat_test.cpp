@@ -619,7 +619,7 @@ TEST_CASE("the first events are hello, users and history") {
     REQUIRE(events.size() == 3);
     CHECK(contains(
         events[0],
-        "{\"type\":\"hello\",\"version\":2,\"server\":\"wschat\",\"room\":\"tea\",\"name\":\"Anna\",\"features\":["));
+        "{\"type\":\"hello\",\"version\":3,\"server\":\"wschat\",\"room\":\"tea\",\"name\":\"Anna\",\"features\":["));
     CHECK(events[1] == "{\"type\":\"users\",\"room\":\"tea\",\"users\":[\"Anna\"]}");
     CHECK(contains(events[2], "{\"type\":\"history\",\"room\":\"tea\",\"epoch\":\""));
     CHECK(contains(events[2], "\"last\":0,\"gap\":false,\"more\":false,"));
@@ -741,6 +741,134 @@ TEST_CASE("/me is an event with the field me") {
     const std::string event = anna.answer_to("/me waves");
     CHECK(contains(event, "\"text\":\"waves\""));
     CHECK(contains(event, "\"me\":true"));
+}
+
+TEST_CASE("an author changes a message, and all members and later readers get the new text") {
+    TestHost host;
+    ChatClient anna(host, "name=Anna"), bert(host, "name=Bert");
+    const std::string id = field_of(anna.answer_to("helo"), "id");
+    bert.events();
+    const std::string edited = anna.answer_to("/tag t1 /edit " + id + " hello");
+    CHECK(field_of(edited, "type") == "edit");
+    CHECK(field_of(edited, "target") == id);
+    CHECK(field_of(edited, "text") == "hello");
+    CHECK(field_of(edited, "tag") == "t1");
+    CHECK(field_of(bert.only_event(), "text") == "hello");
+    ChatClient carl(host, "name=Carl");
+    const std::string history = carl.events().back();
+    CHECK(contains(history, R"("text":"hello")"));
+    CHECK(contains(history, R"("edited":)"));
+    CHECK_FALSE(contains(history, "helo\""));
+}
+
+TEST_CASE("nobody changes the message of another user, and a moderator removes it") {
+    struct Guarded : ChatHandler {
+        bool may(ChatAction action) override { return ChatHandler::may(action) || user().name == "Mod"; }
+    };
+    TestHost host;
+    ChatClient<Guarded> anna(host, "name=Anna"), bert(host, "name=Bert"), mod(host, "name=Mod");
+    const std::string id = field_of(anna.answer_to("mine"), "id");
+    CHECK(field_of(bert.answer_to("/edit " + id + " yours"), "code") == "not_yours");
+    CHECK(field_of(bert.answer_to("/delete " + id), "code") == "not_yours");
+    CHECK(field_of(mod.answer_to("/edit " + id + " hers"), "code") == "not_yours");
+    CHECK(field_of(mod.answer_to("/delete " + id), "type") == "remove");
+    CHECK(field_of(anna.events().back(), "target") == id);
+    CHECK(field_of(anna.answer_to("/delete " + id), "code") == "bad_id");
+    CHECK(field_of(anna.answer_to("/edit " + id + " again"), "code") == "bad_id");
+    ChatClient<Guarded> carl(host, "name=Carl");
+    const std::string history = carl.events().back();
+    CHECK(contains(history, R"("removed":true)"));
+    CHECK_FALSE(contains(history, "mine"));
+}
+
+TEST_CASE("an edit is refused if it is too late, names no message, or has a text that cannot be said") {
+    TestHost host;
+    ChatClient anna(host, "name=Anna");
+    const std::string id = field_of(anna.answer_to("hello"), "id");
+    CHECK(field_of(anna.answer_to("/edit 999 x"), "code") == "bad_id");
+    CHECK(field_of(anna.answer_to("/edit x"), "code") == "bad_command");
+    CHECK(field_of(anna.answer_to("/edit " + id), "code") == "empty");
+    CHECK(field_of(anna.answer_to("/delete"), "code") == "bad_command");
+    host.hub().limits.edit_for = -1h;
+    CHECK(field_of(anna.answer_to("/edit " + id + " late"), "code") == "too_late");
+    host.hub().limits.edit_for = 0s;
+    CHECK(field_of(anna.answer_to("/edit " + id + " late"), "code") == "too_late");
+    CHECK(field_of(anna.answer_to("/delete " + id), "type") == "remove");
+}
+
+TEST_CASE("a reaction is added, counted, and taken back when it is sent again") {
+    TestHost host;
+    ChatClient anna(host, "name=Anna"), bert(host, "name=Bert");
+    const std::string id = field_of(anna.answer_to("tea?"), "id");
+    bert.events();
+    const std::string on = bert.answer_to("/react " + id + " \xF0\x9F\x91\x8D");
+    CHECK(field_of(on, "type") == "react");
+    CHECK(field_of(on, "on") == "true");
+    CHECK(field_of(on, "name") == "Bert");
+    CHECK(field_of(anna.answer_to("/react " + id + " \xF0\x9F\x91\x8D"), "type") != "error");
+    ChatClient carl(host, "name=Carl");
+    CHECK(contains(carl.events().back(), R"("count":2)"));
+    CHECK(field_of(bert.send("/react " + id + " \xF0\x9F\x91\x8D").back(), "on") == "false");
+    for (const std::string bad : std::vector<std::string>{"", " two words", " \xE2\x80\x83", " " + std::string(65, 'x')})
+        CHECK(field_of(anna.send("/react " + id + bad).back(), "code") == "bad_command");
+}
+
+TEST_CASE("a moderator sets the topic, and who joins later gets it") {
+    struct Topical : ChatHandler {
+        bool may(ChatAction action) override { return ChatHandler::may(action) || user().name == "Mod"; }
+    };
+    TestHost host;
+    ChatClient<Topical> anna(host, "name=Anna"), mod(host, "name=Mod");
+    CHECK(field_of(anna.send("/topic mine").back(), "code") == "forbidden");
+    CHECK(field_of(mod.answer_to("/topic Tea and cakes"), "type") == "topic");
+    CHECK(field_of(anna.events().back(), "text") == "Tea and cakes");
+    CHECK(host.room("tea").topic() == "Tea and cakes");
+    ChatClient<Topical> carl(host, "name=Carl");
+    CHECK(field_of(carl.events().back(), "topic") == "Tea and cakes");
+    CHECK(field_of(carl.answer_to("/join tea"), "topic") == "Tea and cakes");
+    CHECK(field_of(mod.send("/topic " + std::string(501, 'x')).back(), "code") == "too_long");
+    host.room("tea").set_topic("");
+    CHECK(host.room("tea").topic().empty());
+    ChatClient<Topical> dora(host, "name=Dora");
+    CHECK(field_of(dora.events().back(), "topic") == "");
+}
+
+TEST_CASE("a topic outlives the members of its room") {
+    TestHost host;
+    host.room("tea").set_topic("Scones");
+    host.hub().store().facts("topic", "tea", [](const std::vector<ChatFact>& facts, const std::string&) {
+        REQUIRE(facts.size() == 1);
+        CHECK(facts[0].value == "Scones");
+    });
+}
+
+TEST_CASE("a message carries a JSON object of at most 4 KiB beside its text") {
+    TestHost host;
+    ChatClient anna(host, "name=Anna"), bert(host, "name=Bert");
+    const std::string said = anna.answer_to(R"(/data {"pos": [1, 2], "note": "a } b"} look here)");
+    CHECK(field_of(said, "text") == "look here");
+    CHECK(contains(said, R"("data":{"pos": [1, 2], "note": "a } b"})"));
+    CHECK(contains(bert.events().back(), R"("data":{"pos")"));
+    CHECK(contains(anna.answer_to(R"(/data {"only":1})"), R"("data":{"only":1})"));
+    const std::string large = "/data {\"x\":\"" + std::string(5000, 'x') + "\"}";
+    for (const std::string bad : {std::string("/data"), std::string("/data 5 x"), std::string("/data [1] x"),
+                                  std::string("/data {\"a\":} x"), std::string("/data {"), large})
+        CHECK(field_of(anna.send(bad).back(), "code") == "bad_data");
+}
+
+TEST_CASE("the program changes what it published and removes what anybody said") {
+    TestHost host;
+    ChatClient anna(host, "name=Anna");
+    const std::string id = field_of(anna.answer_to("rude"), "id");
+    host.room("tea").remove(std::stoull(id));
+    CHECK(field_of(anna.only_event(), "type") == "remove");
+    host.room("tea").publish("news", "Desk");
+    const std::string published = field_of(anna.only_event(), "id");
+    host.room("tea").edit(std::stoull(published), "old news");
+    CHECK(field_of(anna.only_event(), "text") == "old news");
+    host.room("tea").edit(999, "nothing");
+    CHECK(anna.events().empty());
+    CHECK_THROWS_AS(host.room("tea").edit(1, "\x01"), Error);
 }
 
 TEST_CASE("/nick is an event for everybody, and /who shows the new name") {

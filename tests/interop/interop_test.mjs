@@ -514,7 +514,7 @@ async function event(client, expected) {
 async function joinRoom(library, room, query, name, users) {
   const client = await new library().connect(rooms.ws(`/chat/${encodeURIComponent(room)}${query}`));
   const hello = JSON.parse(await client.receive());
-  expect([hello.type, hello.version, hello.server, hello.room, hello.name], ['hello', 2, 'wschat', room, name], 'the first event');
+  expect([hello.type, hello.version, hello.server, hello.room, hello.name], ['hello', 3, 'wschat', room, name], 'the first event');
   await event(client, { type: 'users', room, users });
   expect(JSON.parse(await client.receive()).type, 'history', 'the third event');
   return client;
