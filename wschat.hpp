@@ -11283,8 +11283,8 @@ public:
         callback(std::move(page));
     }
     // Removes everything that an author has written, in all rooms, and the facts that belong to the author. The
-    // listener gets a `remove` entry for each message, and each fact with an empty value. The callback gets the number of
-    // messages.
+    // listener gets a `remove` entry for each message, and each fact with an empty value. The callback gets the number
+    // of messages.
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
     // Reads the history of a room in parts, as JSON lines, until the callback returns false.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
@@ -13765,8 +13765,8 @@ public:
         return entries;
     }
 
-    // Removes everything of an author, at most `limit` messages and reactions at once. The result has the amendments and
-    // the deleted facts, with empty values. It has no amendments when nothing is left.
+    // Removes everything of an author, at most `limit` messages and reactions at once. The result has the amendments
+    // and the deleted facts, with empty values. It has no amendments when nothing is left.
     struct Erased {
         std::vector<ChatEntry> amendments{};
         std::vector<ChatFact> facts{};
