@@ -11320,7 +11320,8 @@ public:
         callback(std::move(page));
     }
     // Removes everything that an author has written, in all rooms, and the facts that belong to the author. The
-    // listener gets a `remove` entry for each message. The callback gets the number of messages.
+    // listener gets a `remove` entry for each message, and each fact with an empty value. The callback gets the number
+    // of messages.
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
     // Reads the history of a room in parts, as JSON lines, until the callback returns false.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
@@ -11631,6 +11632,9 @@ public:
                 amendments.push_back(std::move(amendment));
             }
         }
+        std::vector<ChatFact> deleted;
+        for (const auto& [key, fact] : facts_)
+            if (fact.author == author) deleted.push_back(fact);
         facts_.erase_if([&](const ChatFact& fact) { return fact.author == author; });
         std::size_t messages = 0;
         for (ChatEntry& amendment : amendments) {
@@ -11639,6 +11643,10 @@ public:
             keep(amendment);
         }
         for (const ChatEntry& amendment : amendments) listener_->on_entry(amendment);
+        for (ChatFact& fact : deleted) {
+            fact.value.clear();
+            listener_->on_fact(fact);
+        }
         callback(messages, "");
     }
     void export_room(const std::string& room, ExportCallback callback) override {
@@ -13770,6 +13778,7 @@ public:
         prepare_search();
         while (sweep()) {
         }
+        swept_ = true;
     }
 
     const std::string& epoch() const { return epoch_; }
@@ -13838,23 +13847,29 @@ public:
     }
 
     // Removes everything of an author, at most `limit` messages and reactions at once. The result has the amendments
-    // that say so; it is empty when nothing is left.
-    std::vector<ChatEntry> erase(const std::string& author, std::size_t limit) {
-        std::vector<ChatEntry> amendments;
+    // and the deleted facts, with empty values. It has no amendments when nothing is left.
+    struct Erased {
+        std::vector<ChatEntry> amendments{};
+        std::vector<ChatFact> facts{};
+    };
+    Erased erase(const std::string& author, std::size_t limit) {
+        Erased erased;
+        if (author.empty()) return erased;
         database_.execute("PRAGMA secure_delete = ON");
         database_.transaction("BEGIN IMMEDIATE", [&] {
-            database_.run("DELETE FROM fact WHERE author = ?1 AND author <> ''", author);
-            amendments = erase_reactions(author, limit);
-            for (ChatEntry& amendment : erase_messages(author, limit)) amendments.push_back(std::move(amendment));
-            for (ChatEntry& amendment : amendments) add_entry(amendment, find_room(amendment.room));
-            if (!amendments.empty()) return;
+            erased.facts = erase_facts(author);
+            erased.amendments = erase_reactions(author, limit);
+            for (ChatEntry& amendment : erase_messages(author, limit))
+                erased.amendments.push_back(std::move(amendment));
+            for (ChatEntry& amendment : erased.amendments) add_entry(amendment, find_room(amendment.room));
+            if (!erased.amendments.empty()) return;
             database_.run(
                 "UPDATE entry SET name = '', author = '', tag = '', user = CASE kind WHEN 4 THEN user ELSE ''"
                 " END WHERE author = ?1 AND author <> ''",
                 author);
         });
         database_.execute("PRAGMA secure_delete = OFF");
-        return amendments;
+        return erased;
     }
 
     void put(const ChatFact& fact) {
@@ -13881,11 +13896,12 @@ public:
         return facts;
     }
 
-    // Deletes expired entries and facts of some rooms. True: a later call has more to do.
+    // Deletes expired facts, and the expired entries of some rooms. True: another call has more to do.
     bool sweep() {
         bool more = false;
         database_.transaction("BEGIN IMMEDIATE", [&] {
             delete_expired_facts();
+            if (swept_ && limits_.max_age == Duration::zero()) return;  // appends delete what is above other limits
             std::vector<std::int64_t> rooms;
             {
                 Query query(database_, "SELECT id FROM room WHERE id >= ?1 ORDER BY id LIMIT 20");
@@ -14156,6 +14172,16 @@ private:
         return true;
     }
 
+    std::vector<ChatFact> erase_facts(const std::string& author) {
+        std::vector<ChatFact> facts;
+        {
+            Query query(database_, "SELECT scope, key FROM fact WHERE author = ?1 AND author <> ''");
+            query.bind(author);
+            while (query.next_row()) facts.push_back({query.text(0), query.text(1), "", author, 0});
+        }
+        database_.run("DELETE FROM fact WHERE author = ?1 AND author <> ''", author);
+        return facts;
+    }
     std::vector<ChatEntry> erase_reactions(const std::string& author, std::size_t limit) {
         std::vector<ChatEntry> amendments;
         std::vector<std::int64_t> numbers;
@@ -14346,6 +14372,7 @@ private:
     std::string epoch_;
     bool indexed_ = false;  // with FTS5
     std::int64_t sweep_from_ = 0;
+    bool swept_ = false;  // all rooms since the opening
 };
 
 }  // namespace detail
@@ -14486,16 +14513,16 @@ private:
         void run() {
             for (bool stop = false; !stop;) {
                 std::vector<Job> jobs;
-                bool idle = false;
                 {
                     std::unique_lock<std::mutex> lock(mutex_);
-                    idle = !changed_.wait_for(lock, sweep_interval, [this] { return stop_ || !jobs_.empty(); });
+                    changed_.wait_for(lock, (std::max)(next_sweep_ - Clock::now(), Duration::zero()),
+                                      [this] { return stop_ || !jobs_.empty(); });
                     jobs.swap(jobs_);
                     stop = stop_;
                 }
                 run_all(jobs, stop);
                 queued_ -= jobs.size();
-                if (idle || Clock::now() >= next_sweep_) sweep();
+                if (Clock::now() >= next_sweep_) sweep();
             }
         }
         // In their order, so a page contains exactly what was delivered before it.
@@ -14549,15 +14576,15 @@ private:
     // Erases 200 messages and reactions, and adds itself to the queue until nothing is left, so others can write.
     struct EraseJob {
         void operator()(detail::SqliteFile& file) {
-            std::vector<ChatEntry> amendments;
-            const std::string cause = error_of([&] { amendments = file.erase(author, 200); });
-            for (const ChatEntry& each : amendments)
+            detail::SqliteFile::Erased erased;
+            const std::string cause = error_of([&] { erased = file.erase(author, 200); });
+            for (const ChatEntry& each : erased.amendments)
                 if (each.kind == ChatEntry::Kind::remove) ++messages;
-            const bool end = amendments.empty();
-            if (!end)
-                worker->post([amendments = std::move(amendments)](Listener& listener) {
-                    for (const ChatEntry& each : amendments) listener.on_entry(each);
-                });
+            const bool end = erased.amendments.empty();
+            worker->post([erased = std::move(erased)](Listener& listener) {
+                for (const ChatEntry& each : erased.amendments) listener.on_entry(each);
+                for (const ChatFact& each : erased.facts) listener.on_fact(each);
+            });
             if (!end) return worker->add_write(*this);
             worker->post([callback = callback, count = messages, cause](Listener&) { callback(count, cause); });
         }

@@ -1170,6 +1170,39 @@ TEST_CASE("/join with a position brings what was said since, and the address can
     CHECK(carl.handler.current_room()->name() == "tea");
 }
 
+TEST_CASE("a member gets amendments with their ids, and a newcomer gets what they have changed") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
+    anna.events();
+    const auto append = [&](ChatEntry::Kind kind, std::uint64_t target, const std::string& text) {
+        ChatEntry made = entry(text);
+        made.kind = kind;
+        made.target = target;
+        made.user = "u1";
+        made.time = 5;
+        host.hub().store().append(made);
+        return anna.only_event();
+    };
+    using Kind = ChatEntry::Kind;
+    append(Kind::said, 0, "helo");
+    append(Kind::said, 0, "oops");
+    CHECK(append(Kind::edit, 1, "hello") ==
+          R"({"type":"edit","room":"tea","id":3,"target":1,"user":"u1","name":"Anna","text":"hello","time":5})");
+    CHECK(append(Kind::react, 1, "+1") == R"({"type":"react","room":"tea","id":4,"target":1,"emoji":"+1","on":true,)"
+                                          R"("user":"u1","name":"Anna","time":5})");
+    CHECK(append(Kind::remove, 2, "") ==
+          R"({"type":"remove","room":"tea","id":5,"target":2,"user":"u1","name":"Anna","time":5})");
+    CHECK(append(Kind::topic, 0, "greetings") ==
+          R"({"type":"topic","room":"tea","id":6,"user":"u1","name":"Anna","text":"greetings","time":5})");
+    ChatClient<> bert(host, "name=Bert"), carl(host, "name=Carl&last=" + host.position("4"));
+    CHECK(contains(bert.events().at(2),
+                   R"("last":6,"gap":false,"more":false,"entries":[{"type":"said","id":1,"user":"u1","name":"Anna",)"
+                   R"("text":"hello","time":5,"edited":5,"reactions":[{"emoji":"+1","count":1,"users":["u1"]}]},)"
+                   R"({"type":"said","id":2,"user":"u1","name":"Anna","text":"","time":5,"removed":true},)"
+                   R"({"type":"topic","id":6,)"));
+    CHECK(contains(carl.events().at(2), R"("entries":[{"type":"remove","id":5,"target":2,)"));
+}
+
 TEST_CASE("a history event has a limit of bytes, and omits older entries") {
     TestHost host;
     host.hub().limits.max_history_event = 2000;
