@@ -11932,9 +11932,9 @@ namespace detail {
 
 class FloodLimiter {
 public:
+    // What is refused for its number is not charged for its bytes.
     bool take(std::size_t size, const FloodRates& rates, Time now) {
-        const bool messages = messages_.take(1, rates.messages, now);
-        return bytes_.take(static_cast<double>(size), rates.bytes, now) && messages;
+        return messages_.take(1, rates.messages, now) && bytes_.take(static_cast<double>(size), rates.bytes, now);
     }
     bool full(Time now) const { return messages_.full(now) && bytes_.full(now); }
 
@@ -12168,6 +12168,8 @@ struct ChatLimits {
     FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
     FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all connections of an address or an IPv6 /64
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
+    // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
+    Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
@@ -12290,6 +12292,7 @@ private:
 
     struct AddressUse {
         detail::FloodLimiter limiter;
+        TokenBucket replies;
         std::size_t connections = 0;
     };
 
@@ -12347,7 +12350,7 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()); });
+        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now()); });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -12717,13 +12720,45 @@ private:
         using Action = detail::FloodPolicy::Action;
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
-        bool within = limiter_.take(size, limits.connection, now);
-        if (address_ != nullptr) within = address_->limiter.take(size, limits.address, now) && within;
+        // What its own limit refuses is not charged to the neighbours of the address.
+        const bool within = limiter_.take(size, limits.connection, now) &&
+                            (address_ == nullptr || address_->limiter.take(size, limits.address, now));
         const Action action = flood_policy_.decide(within, limits.flood_patience, now);
-        if (action == Action::warn)
+        if (action == Action::warn || (action == Action::drop && !tag_.empty()))
             reply_error("flood", "That was too much at once, and was not taken. Wait a little.");
         if (action == Action::close) close(CloseCode::policy_violation, "flooding");
         return action == Action::accept;
+    }
+
+    // Whether the client may ask for a history, a search or a list now: the bytes of the earlier answers are charged.
+    bool may_read() {
+        const ChatLimits& limits = hub_->limits;
+        const Time now = hub_->now();
+        return replies_.take(1, limits.replies, now) &&
+               (address_ == nullptr || address_->replies.take(1, limits.address_replies, now));
+    }
+    void write_charged(const std::string& event) {
+        const auto charge = [&](TokenBucket& bucket, const Rate& rate) {
+            if (rate.per_second > 0) bucket.charge(static_cast<double>(event.size()), rate, hub_->now());
+        };
+        charge(replies_, hub_->limits.replies);
+        if (address_ != nullptr) charge(address_->replies, hub_->limits.address_replies);
+        write_message(event);
+    }
+
+    // "/in ROOM LINE" speaks in a room and stays in the current one. Percent-encoded, a name with spaces is one word.
+    void dispatch_in(const Message& message, std::string_view rest) {
+        const ChatRoom* const previous = current_room();
+        const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
+        const std::size_t index = membership_index(name ? hub_->find(*name) : nullptr);
+        if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
+        detail::ChatLine line = detail::ChatLine::parse(rest);
+        line.tag = {};
+        if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
+        current_ = index;
+        dispatch(message, line);
+        const std::size_t back = membership_index(previous);
+        if (back != memberships_.size()) current_ = back;
     }
 
     void dispatch(const Message& message, const detail::ChatLine& line) {
@@ -12731,6 +12766,7 @@ private:
         if (!line.tag.empty() && tag_.empty())
             return reply_error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
         if (line.command.empty()) return say(ChatEntry::Kind::said, line.rest);
+        if (line.command == "in") return dispatch_in(message, line.rest);
         if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
             reply_error("unknown_command",
@@ -12838,7 +12874,8 @@ private:
 
     void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
                          const std::string& tag = {}) {
-        const std::size_t limit = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
         const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
         hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
@@ -12855,9 +12892,9 @@ private:
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_message(users_event(*chat_room));
+        if (joining) write_charged(users_event(*chat_room));
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
-        write_message(event.add_unless_empty("tag", requested.tag).dump());
+        write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
         const bool behind =
@@ -12905,6 +12942,7 @@ private:
     ChatHub::AddressUse* address_ = nullptr;
     detail::FloodLimiter limiter_;
     detail::FloodPolicy flood_policy_;
+    TokenBucket replies_;
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line in progress
@@ -12929,8 +12967,10 @@ public:
     // False: there is no such command.
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
-            if (command.name != name) continue;
+            if (command.name != name || command.run == nullptr) continue;
             if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            else if (command.reads && !handler_.may_read())
+                error("flood", "You have asked for too much. Wait a little.");
             else (this->*command.run)(rest);
             return true;
         }
@@ -12942,10 +12982,11 @@ private:
         std::string_view name, usage, description;
         void (ChatCommands::*run)(std::string_view rest);
         std::optional<ChatAction> action{};  // that the user must be allowed to do
+        bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 20>& commands() {
-        static constexpr std::array<Command, 20> all = {{
+    static const std::array<Command, 21>& commands() {
+        static constexpr std::array<Command, 21> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
@@ -12954,14 +12995,15 @@ private:
             {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
             {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
-            {"who", "/who", "who is in this room", &ChatCommands::who},
+            {"who", "/who", "who is in this room", &ChatCommands::who, {}, true},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
-            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms},
-            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join},
+            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms, true},
+            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
+            {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
-            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since},
-            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before},
-            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search},
+            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
+            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before, {}, true},
+            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search, {}, true},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
             {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
@@ -13063,7 +13105,7 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_message(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_));
     }
 
     void rooms(std::string_view) {
@@ -13071,7 +13113,8 @@ private:
         for (const auto& [name, room] : handler_.hub_->rooms_)
             if (!room.presence_.empty() && list.size() < 500)
                 list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
-        handler_.reply(ChatEvent("rooms").add_json("rooms", list.dump()));
+        ChatEvent event("rooms");
+        handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void nick(std::string_view rest) {
@@ -13302,7 +13345,7 @@ inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, 
     }
     const detail::JsonList list = page_events(*room, page);
     event.add("more", page.more || list.size() != page.entries.size()).add_json("entries", list.dump());
-    write_message(event.add_unless_empty("tag", tag).dump());
+    write_charged(event.add_unless_empty("tag", tag).dump());
 }
 
 // "?join=ROOM" or "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.

@@ -1282,6 +1282,69 @@ TEST_CASE("the connections of an address share its limits, and an IPv6 /64 is on
     CHECK(contains(third.answer_to("x"), "\"code\":\"flood\""));
 }
 
+TEST_CASE("flooders take nothing from the allowance of an honest neighbour with their address") {
+    TestHost host;
+    host.hub().limits.connection = {{1, 2}, {1e6, 1e6}};
+    host.hub().limits.address = {{1, 14}, {1e6, 1e6}};
+    host.hub().limits.flood_patience = 1000;
+    std::vector<std::unique_ptr<ChatClient<>>> flooders;
+    for (int i = 0; i < 6; ++i) {
+        flooders.push_back(std::make_unique<ChatClient<>>(host));
+        for (int n = 0; n < 50; ++n) flooders.back()->send("x");
+    }
+    ChatClient<> honest(host);
+    CHECK(contains(honest.answer_to("hello"), "\"type\":\"said\""));
+    CHECK(contains(honest.answer_to("hello"), "\"type\":\"said\""));
+}
+
+TEST_CASE("each line of a flood that has a tag is answered") {
+    TestHost host;
+    host.hub().limits.connection = {{1, 1}, {1e6, 1e6}};
+    ChatClient<> anna(host);
+    anna.send("one");
+    for (const std::string tag : {"a", "b", "c"}) {
+        const std::string error = anna.answer_to("/tag " + tag + " x");
+        CHECK(field_of(error, "code") == "flood");
+        CHECK(field_of(error, "tag") == tag);
+    }
+}
+
+TEST_CASE("what a client asks for is charged, and histories stop above the limit") {
+    TestHost host;
+    host.hub().limits.replies = {1, 100'000};
+    host.hub().limits.connection = {{1e6, 1e6}, {1e9, 1e9}};
+    host.hub().limits.address = host.hub().limits.connection;
+    ChatClient<> anna(host, "name=Anna");
+    for (int i = 0; i < 40; ++i) anna.send(std::string(1000, 'x'));
+    std::size_t bytes = 0, refused = 0;
+    for (int i = 0; i < 100; ++i)
+        for (const std::string& event : anna.send("/since " + host.position("0"))) {
+            bytes += event.size();
+            if (field_of(event, "code") == "flood") ++refused;
+        }
+    CHECK(bytes < 200'000);
+    CHECK(refused > 90);
+    CHECK(contains(anna.answer_to("hello"), "\"type\":\"said\""));
+}
+
+TEST_CASE("/in speaks in another room and stays in the current one") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert", "tea room");
+    anna.send("/join tea room");
+    anna.send("/join tea");
+    bert.events();
+    CHECK(field_of(anna.answer_to("/tag t1 /in tea%20room hello there"), "room") == "tea room");
+    CHECK(field_of(bert.only_event(), "text") == "hello there");
+    CHECK(field_of(anna.answer_to("/in tea%20room /me waves"), "room") == "tea room");
+    CHECK(field_of(anna.answer_to("still here"), "room") == "tea");
+    CHECK(field_of(anna.answer_to("/in coffee hello"), "code") == "no_room");
+    CHECK(field_of(anna.answer_to("/in"), "code") == "no_room");
+    CHECK(field_of(anna.answer_to("/in tea /in tea x"), "code") == "bad_command");
+    anna.send("/in tea%20room /leave");
+    CHECK(field_of(anna.answer_to("still here"), "room") == "tea");
+    CHECK(field_of(anna.answer_to("/in tea%20room x"), "code") == "no_room");
+}
+
 TEST_CASE("the limits of a flooding address stay while thousands of others connect") {
     TestHost host;
     host.hub().limits.address = FloodRates{{0.001, 1}, {}};
