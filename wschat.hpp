@@ -75,7 +75,7 @@
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
-//   Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
+//   random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
 //   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
 //   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
 //   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics,
@@ -432,6 +432,7 @@ WSCHAT_END
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -442,6 +443,11 @@ WSCHAT_END
 #include <new>
 #include <optional>
 #include <type_traits>
+#if defined(__linux__)
+#include <sys/random.h>
+#else
+#include <random>
+#endif
 
 WSCHAT_BEGIN
 
@@ -995,7 +1001,38 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
     return text;
 }
 
+// Bytes that nobody can predict, for keys and tokens: from the system's generator. Throws an Error if it fails.
+inline std::string random_bytes(std::size_t size) {
+    std::string bytes(size, '\0');
+#if defined(__linux__)
+    for (std::size_t done = 0; done < size;) {
+        const auto n = ::getrandom(&bytes[done], size - done, 0);
+        if (n > 0) done += static_cast<std::size_t>(n);
+        else if (errno != EINTR) throw Error("random_bytes: getrandom() failed");
+    }
+#else
+    std::random_device device;
+    for (char& c : bytes) c = static_cast<char>(device());
+#endif
+    return bytes;
+}
+
 namespace detail {
+
+// RFC 2104 with SHA-1.
+inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
+    std::string block(key);
+    if (key.size() > 64) {
+        const auto digest = sha1(key);
+        block.assign(digest.begin(), digest.end());
+    }
+    block.resize(64);
+    std::string inner = block, outer = block;
+    for (char& c : inner) c = static_cast<char>(c ^ 0x36);
+    for (char& c : outer) c = static_cast<char>(c ^ 0x5C);
+    const auto digest = sha1(inner.append(message));
+    return sha1(outer.append(digest.begin(), digest.end()));
+}
 
 // The JSON text of an object that has .dump(), such as nlohmann::json.
 template <class Object>
@@ -11283,7 +11320,8 @@ public:
         callback(std::move(page));
     }
     // Removes everything that an author has written, in all rooms, and the facts that belong to the author. The
-    // listener gets a `remove` entry for each message. The callback gets the number of messages.
+    // listener gets a `remove` entry for each message, and each fact with an empty value. The callback gets the number
+    // of messages.
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
     // Reads the history of a room in parts, as JSON lines, until the callback returns false.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
@@ -11594,6 +11632,9 @@ public:
                 amendments.push_back(std::move(amendment));
             }
         }
+        std::vector<ChatFact> deleted;
+        for (const auto& [key, fact] : facts_)
+            if (fact.author == author) deleted.push_back(fact);
         facts_.erase_if([&](const ChatFact& fact) { return fact.author == author; });
         std::size_t messages = 0;
         for (ChatEntry& amendment : amendments) {
@@ -11602,6 +11643,10 @@ public:
             keep(amendment);
         }
         for (const ChatEntry& amendment : amendments) listener_->on_entry(amendment);
+        for (ChatFact& fact : deleted) {
+            fact.value.clear();
+            listener_->on_fact(fact);
+        }
         callback(messages, "");
     }
     void export_room(const std::string& room, ExportCallback callback) override {
@@ -11902,9 +11947,9 @@ namespace detail {
 
 class FloodLimiter {
 public:
+    // What is refused for its number is not charged for its bytes.
     bool take(std::size_t size, const FloodRates& rates, Time now) {
-        const bool messages = messages_.take(1, rates.messages, now);
-        return bytes_.take(static_cast<double>(size), rates.bytes, now) && messages;
+        return messages_.take(1, rates.messages, now) && bytes_.take(static_cast<double>(size), rates.bytes, now);
     }
     bool full(Time now) const { return messages_.full(now) && bytes_.full(now); }
 
@@ -11965,6 +12010,8 @@ struct ChatUser {
     std::string name{};
     std::string about{};   // a JSON value for everybody in the room, at most ChatLimits::max_about bytes; may be empty
     bool account = false;  // the name cannot be changed, and all connections with it are one user
+    // Public. The same for all connections of an account or a key, also later; made by the chat.
+    std::string id{};
 };
 
 namespace detail {
@@ -12055,15 +12102,15 @@ public:
         }
         if (all.empty()) user.expires = expires;
     }
-    // Removes the users whose grace period is over, and returns their names. `next` is the end of the next period.
-    std::vector<std::string> expire(Time now, Time& next) {
-        std::vector<std::string> expired;
+    // Removes the users whose grace period is over, and returns them. `next` is the end of the next period.
+    std::vector<ChatUser> expire(Time now, Time& next) {
+        std::vector<ChatUser> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(std::string(user.info.name));
+            if (user.expires <= now) expired.push_back(user.info);
             else next = (std::min)(next, user.expires);
         }
-        for (const std::string& name : expired) remove(*find(name));
+        for (const ChatUser& user : expired) remove(*find(user.name));
         return expired;
     }
     void remove(User& user) {
@@ -12122,6 +12169,10 @@ struct ChatLimits {
     std::size_t max_text = 16 * 1024;
     std::size_t max_name = 40;
     std::size_t max_about = 4 * 1024;  // of ChatUser::about
+    std::size_t max_data = 4 * 1024;   // of ChatEntry::data
+    std::size_t max_topic = 500;       // of the topic of a room
+    std::size_t max_emoji = 64;        // of a reaction
+    Duration edit_for = std::chrono::hours(1);  // how long an author may edit a message; zero: never
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
     std::size_t max_rooms = 10'000;
@@ -12132,10 +12183,23 @@ struct ChatLimits {
     FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
     FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all connections of an address or an IPv6 /64
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
+    // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
+    Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
 };
 
-// What a user may do: ChatHandler::may(). The last three are moderation.
-enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute };
+// What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
+enum class ChatAction : std::uint8_t {
+    say,
+    private_message,
+    rename,
+    join,
+    list_rooms,
+    kick,
+    ban,
+    mute,
+    remove,
+    topic
+};
 
 // A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
@@ -12146,11 +12210,18 @@ public:
 
     const std::string& name() const { return name_; }
     std::vector<ChatUser> users() const { return presence_.users(); }
+    // Empty: none, or the store has not delivered it yet.
+    const std::string& topic() const { return topic_; }
 
     // Says a text to all, as the server or under a name. publish() also keeps it in the history. An Error if the text
     // contains control characters or is not UTF-8.
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
+    // Changes a text that publish() said, removes a message of anybody, sets the topic; all members hear of it. If the
+    // store does not know the message, nothing happens. An Error as for publish().
+    inline void edit(std::uint64_t id, std::string_view text);
+    inline void remove(std::uint64_t id);
+    inline void set_topic(std::string_view text);
     // Reads the entries after a position, or the newest messages: see ChatStore::since().
     inline void since(std::optional<HistoryPosition> position, std::size_t limit, ChatStore::PageCallback callback);
     // Closes all connections of the user in this room, with 1008. False if there is no such user.
@@ -12168,6 +12239,8 @@ private:
     std::string name_;
     ChatHub& hub_;
     detail::Presence presence_;
+    std::string topic_;
+    std::uint64_t topic_id_ = 0;  // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     bool expiry_scheduled_ = false;
 };
@@ -12178,7 +12251,8 @@ public:
     explicit ChatHub(Server& server)
         : server_(server),
           members_(&server.rooms()),
-          last_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16) {
+          first_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16),
+          last_number_(first_number_) {
         set_store(MemoryHistory());
     }
     ChatHub(const ChatHub&) = delete;
@@ -12198,6 +12272,7 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
+        load_secret();
     }
     ChatStore& store() { return *store_; }
 
@@ -12207,6 +12282,7 @@ public:
         prune_later();
         ChatRoom& room = rooms_.find_or_emplace(name, std::string(name), *this);
         room.presence_.max_name = limits.max_name;
+        load_topic(room.name());
         return room;
     }
     // Null if there is no such room.
@@ -12231,6 +12307,7 @@ private:
 
     struct AddressUse {
         detail::FloodLimiter limiter;
+        TokenBucket replies;
         std::size_t connections = 0;
     };
 
@@ -12241,6 +12318,33 @@ private:
     static std::string rate_limit_key(const std::string& address) {
         const auto parsed = IpAddress::parse(address);
         return parsed ? parsed->rate_limit_key() : address;
+    }
+
+    // ---- public ids ------------------------------------------------------------------------------------------------
+
+    // The ids of users depend on a secret of the store, so nobody can find the key of a user by trying keys.
+    void load_secret() {
+        secret_.clear();
+        store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            if (facts.empty()) {
+                const std::string bytes = random_bytes(30);
+                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+                if (error.empty()) store_->put({"server", "secret", secret_});
+            } else secret_ = facts[0].value;
+            for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+        });
+    }
+    // Calls start() when the ids of users are known.
+    void when_ready(std::function<void()> start) {
+        if (!secret_.empty()) start();
+        else waiting_.push_back(std::move(start));
+    }
+    std::string user_id(const std::string& identity) const {
+        const auto digest = detail::hmac_sha1(secret_, identity);
+        std::string id = base64(digest.data(), 12);
+        for (char& c : id) c = c == '+' ? '-' : c == '/' ? '_' : c;
+        return id;
     }
 
     // ---- connections -----------------------------------------------------------------------------------------------
@@ -12261,7 +12365,7 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()); });
+        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now()); });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -12272,20 +12376,20 @@ private:
     void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
         const Time expires = saturating_add(now(), limits.grace);
         detail::Presence::detach(user, &handler, expires);  // first, because the rest may run out of memory
-        const std::string name = user.info.name;
-        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, name);
+        const ChatUser left = user.info;
+        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
         if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
     }
     void rename(ChatRoom& room, User& user, const std::string& name) {
-        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info.name);
+        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
         mutes_.move(key, mute_key(room, user), now());
         forward(std::move(entry));
     }
-    void announce_leave(ChatRoom& room, const std::string& name) {
-        forward(new_entry(ChatEntry::Kind::leave, room, name));
+    void announce_leave(ChatRoom& room, const ChatUser& user) {
+        forward(new_entry(ChatEntry::Kind::leave, room, user));
         if (room.presence_.empty()) prune_later();
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
@@ -12294,7 +12398,7 @@ private:
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
-            for (const std::string& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
+            for (const ChatUser& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
             // The minimum of 50 ms lets users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
@@ -12346,6 +12450,11 @@ private:
         entry.name = name;
         return entry;
     }
+    static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, const ChatUser& user) {
+        ChatEntry entry = new_entry(kind, room, user.name);
+        entry.user = user.id;
+        return entry;
+    }
     void append(ChatEntry entry) {
         entry.time = unix_ms();
         store_->append(std::move(entry));
@@ -12353,6 +12462,24 @@ private:
     WSCHAT_NOINLINE void forward(ChatEntry entry) {
         entry.time = unix_ms();
         store_->forward(entry);
+    }
+    // The store answers before it answers the first member's request for the history.
+    void load_topic(const std::string& name) {
+        store_->facts("topic", name, [this, name](const std::vector<ChatFact>& facts, const std::string&) {
+            ChatRoom* const room = find(name);
+            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == name)
+                room->topic_ = facts[0].value;
+        });
+    }
+    // The topic outlives its entry in the history. The server that appended the entry keeps it as a fact.
+    void on_topic(ChatRoom* room, const ChatEntry& entry) {
+        if (appended_here(entry)) store_->put({"topic", entry.room, entry.text});
+        if (room == nullptr) return;
+        room->topic_ = entry.text;
+        room->topic_id_ = entry.id;
+    }
+    bool appended_here(const ChatEntry& entry) const {
+        return entry.sender >= first_number_ && entry.sender <= last_number_;
     }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
@@ -12381,12 +12508,15 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
+    const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
     detail::Deadlines bans_, mutes_;
     StringMap<std::string> banned_identities_;  // the ban that applies to an identity, as a key of bans_
     bool pruning_ = false;
+    std::string secret_;  // empty: the store has not answered yet
+    std::vector<std::function<void()>> waiting_;  // handshakes, until then
     std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
 };
 
@@ -12426,10 +12556,8 @@ public:
     // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
     // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
     virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
-    // Whether this user may do it. Default: everything except kick, ban and mute.
-    virtual bool may(ChatAction action) {
-        return action != ChatAction::kick && action != ChatAction::ban && action != ChatAction::mute;
-    }
+    // Whether this user may do it. Default: everything except moderation.
+    virtual bool may(ChatAction action) { return action < ChatAction::kick; }
     // May change a text that the user says, also in private. False refuses it.
     virtual bool filter(std::string&) { return true; }
     // A pair: after the 101; after the connection has ended and has left its rooms. See close_code() for the reason.
@@ -12475,8 +12603,12 @@ public:
         if (!user) return Response(401, "Log in first.\n");
         return admit(std::move(*user));
     }
-    void prepare_async(const Request& request, Reply reply) final {
-        authenticate_async(request, ChatReply(std::move(reply)));
+    void prepare_async(const Request&, Reply reply) final {
+        hub_->when_ready([this, answer = std::make_shared<Reply>(std::move(reply))] {
+            // If the client has gone, so may this handler have.
+            if (!answer->is_open()) return;
+            run_hook("authenticate_async", [&] { authenticate_async(request(), ChatReply(std::move(*answer))); });
+        });
     }
 
     // "wschat", if the client offers it. A browser ends a connection whose offers are all ignored.
@@ -12486,6 +12618,7 @@ public:
 
     void open() final {
         number_ = hub_->add_connection(*this);
+        user_.id = hub_->user_id(identity_.empty() ? text::concat({"guest ", std::to_string(number_)}) : identity_);
         if (remote_address() != "unix") address_ = &hub_->add_address(remote_address());
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
@@ -12590,11 +12723,15 @@ private:
 
     ChatEvent hello_event() {
         ChatEvent event("hello");
-        event.add("version", 2).add_text("server", "wschat");
-        add_room(event).add_text("name", user().name);
+        event.add("version", 3).add_text("server", "wschat");
+        add_room(event).add_text("name", user().name).add_text("user", user().id);
         event.add_json("features",
-                       R"(["rooms","names","users","history","resume","tags","typing","private","commands"])");
+                       R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
+                       R"("private","edit","delete","react","topic","data","commands"])");
+        const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
+                                 {"data", hub_->limits.max_data},
+                                 {"edit_seconds", edit_for},
                                  {"name", hub_->limits.max_name},
                                  {"room", hub_->limits.max_room_name}});
         return event;
@@ -12613,13 +12750,45 @@ private:
         using Action = detail::FloodPolicy::Action;
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
-        bool within = limiter_.take(size, limits.connection, now);
-        if (address_ != nullptr) within = address_->limiter.take(size, limits.address, now) && within;
+        // What its own limit refuses is not charged to the neighbours of the address.
+        const bool within = limiter_.take(size, limits.connection, now) &&
+                            (address_ == nullptr || address_->limiter.take(size, limits.address, now));
         const Action action = flood_policy_.decide(within, limits.flood_patience, now);
-        if (action == Action::warn)
+        if (action == Action::warn || (action == Action::drop && !tag_.empty()))
             reply_error("flood", "That was too much at once, and was not taken. Wait a little.");
         if (action == Action::close) close(CloseCode::policy_violation, "flooding");
         return action == Action::accept;
+    }
+
+    // Whether the client may ask for a history, a search or a list now: the bytes of the earlier answers are charged.
+    bool may_read() {
+        const ChatLimits& limits = hub_->limits;
+        const Time now = hub_->now();
+        return replies_.take(1, limits.replies, now) &&
+               (address_ == nullptr || address_->replies.take(1, limits.address_replies, now));
+    }
+    void write_charged(const std::string& event) {
+        const auto charge = [&](TokenBucket& bucket, const Rate& rate) {
+            if (rate.per_second > 0) bucket.charge(static_cast<double>(event.size()), rate, hub_->now());
+        };
+        charge(replies_, hub_->limits.replies);
+        if (address_ != nullptr) charge(address_->replies, hub_->limits.address_replies);
+        write_message(event);
+    }
+
+    // "/in ROOM LINE" speaks in a room and stays in the current one. Percent-encoded, a name with spaces is one word.
+    void dispatch_in(const Message& message, std::string_view rest) {
+        const ChatRoom* const previous = current_room();
+        const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
+        const std::size_t index = membership_index(name ? hub_->find(*name) : nullptr);
+        if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
+        detail::ChatLine line = detail::ChatLine::parse(rest);
+        line.tag = {};
+        if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
+        current_ = index;
+        dispatch(message, line);
+        const std::size_t back = membership_index(previous);
+        if (back != memberships_.size()) current_ = back;
     }
 
     void dispatch(const Message& message, const detail::ChatLine& line) {
@@ -12627,15 +12796,18 @@ private:
         if (!line.tag.empty() && tag_.empty())
             return reply_error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
         if (line.command.empty()) return say(ChatEntry::Kind::said, line.rest);
+        if (line.command == "in") return dispatch_in(message, line.rest);
         if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
             reply_error("unknown_command",
                         text::concat({"There is no command /", line.command.substr(0, 40), "; /help names all."}));
     }
 
-    // Filters the text. The result says why it is refused.
-    Refusal refuse_text(std::string& text) {
-        const auto is_empty = [&] { return detail::all_characters(text, detail::is_white_space); };
+    // Filters the text. The result says why it is refused. A message with data needs no text.
+    Refusal refuse_text(std::string& text, bool may_be_empty = false) {
+        const auto is_empty = [&] {
+            return !may_be_empty && detail::all_characters(text, detail::is_white_space);
+        };
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
@@ -12650,19 +12822,26 @@ private:
     }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
-    void say(ChatEntry::Kind kind, std::string_view said) {
+    // `data`: a JSON object, or empty.
+    void say(ChatEntry::Kind kind, std::string_view said, std::string_view data = {}) {
         std::string text(said);
         if (!may(ChatAction::say)) return reply_forbidden();
-        if (const auto refusal = refuse_text(text)) return reply_error(refusal);
-        ChatEntry entry = new_entry(kind);
+        if (const auto refusal = refuse_text(text, !data.empty())) return reply_error(refusal);
+        ChatEntry entry = new_kept_entry(kind);
         entry.text = std::move(text);
+        entry.data = data;
+        hub_->append(std::move(entry));
+    }
+    ChatEntry new_kept_entry(ChatEntry::Kind kind, std::uint64_t target = 0) {
+        ChatEntry entry = new_entry(kind);
         entry.author = ChatHub::author_of(*memberships_[current_].user);
         entry.tag = tag_;
-        hub_->append(std::move(entry));
+        entry.target = target;
+        return entry;
     }
 
     WSCHAT_NOINLINE ChatEntry new_entry(ChatEntry::Kind kind) {
-        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user().name);
+        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user());
         entry.sender = number_;
         return entry;
     }
@@ -12725,7 +12904,8 @@ private:
 
     void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
                          const std::string& tag = {}) {
-        const std::size_t limit = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
         const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
         hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
@@ -12742,9 +12922,9 @@ private:
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_message(users_event(*chat_room));
+        if (joining) write_charged(users_event(*chat_room));
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
-        write_message(event.add_unless_empty("tag", requested.tag).dump());
+        write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
         const bool behind =
@@ -12792,6 +12972,7 @@ private:
     ChatHub::AddressUse* address_ = nullptr;
     detail::FloodLimiter limiter_;
     detail::FloodPolicy flood_policy_;
+    TokenBucket replies_;
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line in progress
@@ -12816,8 +12997,10 @@ public:
     // False: there is no such command.
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
-            if (command.name != name) continue;
+            if (command.name != name || command.run == nullptr) continue;
             if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            else if (command.reads && !handler_.may_read())
+                error("flood", "You have asked for too much. Wait a little.");
             else (this->*command.run)(rest);
             return true;
         }
@@ -12829,23 +13012,32 @@ private:
         std::string_view name, usage, description;
         void (ChatCommands::*run)(std::string_view rest);
         std::optional<ChatAction> action{};  // that the user must be allowed to do
+        bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 15>& commands() {
-        static constexpr std::array<Command, 15> all = {{
+    static const std::array<Command, 21>& commands() {
+        static constexpr std::array<Command, 21> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
+            {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
+            {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
+            {"react", "/react ID EMOJI", "reacts to a message; once more takes it back", &ChatCommands::react,
+             ChatAction::say},
+            {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
             {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
-            {"who", "/who", "who is in this room", &ChatCommands::who},
+            {"who", "/who", "who is in this room", &ChatCommands::who, {}, true},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
-            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms},
-            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join},
+            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms, true},
+            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
+            {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
-            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since},
-            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before},
-            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search},
+            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
+            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before, {}, true},
+            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search, {}, true},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
+            {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
+             ChatAction::topic},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
@@ -12854,6 +13046,61 @@ private:
     }
 
     void me(std::string_view rest) { handler_.say(ChatEntry::Kind::action, rest); }
+
+    void data(std::string_view rest) {
+        const std::string_view line = rest;
+        const std::size_t max = handler_.hub_->limits.max_data;
+        const bool is_json = text::starts_with(rest, "{") && consume_json(rest);
+        std::string_view json = line.substr(0, line.size() - rest.size());
+        if (!is_json || json.size() > max)
+            return error("bad_data", text::concat({"/data JSON [TEXT], with a JSON object of at most ",
+                                                   std::to_string(max), " bytes and 32 levels."}));
+        handler_.say(ChatEntry::Kind::said, rest, text::trim(json));
+    }
+
+    // The store answers: it knows the message and its author.
+    void edit(std::string_view rest) {
+        ChatHub& hub = *handler_.hub_;
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        std::string text(rest);
+        if (!id) return error("bad_command", "/edit ID TEXT");
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (hub.limits.edit_for == Duration::zero()) return error("too_late", "Messages cannot be changed here.");
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::edit, *id);
+        entry.text = std::move(text);
+        const auto age = std::chrono::duration_cast<std::chrono::milliseconds>(hub.limits.edit_for).count();
+        entry.not_before = ChatHub::unix_ms() - age;
+        hub.append(std::move(entry));
+    }
+    void remove(std::string_view rest) {
+        const auto id = ChatHandler::to_number(rest);
+        if (!id) return error("bad_command", "/delete ID");
+        if (room_ == nullptr) return reply_no_room();
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::remove, *id);
+        entry.moderator = handler_.may(ChatAction::remove);
+        handler_.hub_->append(std::move(entry));
+    }
+    void react(std::string_view rest) {
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        const auto is_visible = [](char32_t c) { return c > ' ' && !is_white_space(c); };
+        const bool valid = !rest.empty() && rest.size() <= handler_.hub_->limits.max_emoji && valid_chat_text(rest) &&
+                           all_characters(rest, is_visible);
+        if (!id || !valid) return error("bad_command", "/react ID EMOJI");
+        if (room_ == nullptr) return reply_no_room();
+        if (handler_.muted()) return error("muted", "You are muted for a while.");
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::react, *id);
+        entry.text = rest;
+        handler_.hub_->append(std::move(entry));
+    }
+    void topic(std::string_view rest) {
+        const std::size_t max = handler_.hub_->limits.max_topic;
+        if (room_ == nullptr) return reply_no_room();
+        if (rest.size() > max)
+            return error("too_long", text::concat({"A topic has at most ", std::to_string(max), " bytes."}));
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::topic);
+        entry.text = rest;
+        handler_.hub_->append(std::move(entry));
+    }
 
     void msg(std::string_view rest) {
         const Presence::User* receiver = consume_user(rest);
@@ -12888,7 +13135,7 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_message(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_));
     }
 
     void rooms(std::string_view) {
@@ -12896,7 +13143,8 @@ private:
         for (const auto& [name, room] : handler_.hub_->rooms_)
             if (!room.presence_.empty() && list.size() < 500)
                 list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
-        handler_.reply(ChatEvent("rooms").add_json("rooms", list.dump()));
+        ChatEvent event("rooms");
+        handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void nick(std::string_view rest) {
@@ -12945,7 +13193,9 @@ private:
     }
     void reply_room() {
         ChatEvent event("room");
-        handler_.reply(handler_.add_room(event).add_text("name", handler_.user().name));
+        handler_.add_room(event).add_text("name", handler_.user().name);
+        if (const ChatRoom* room = handler_.current_room()) event.add_unless_empty("topic", room->topic());
+        handler_.reply(event);
     }
 
     void since(std::string_view rest) {
@@ -12975,11 +13225,9 @@ private:
     }
 
     void help(std::string_view) {
-        const bool moderator =
-            handler_.may(ChatAction::kick) || handler_.may(ChatAction::ban) || handler_.may(ChatAction::mute);
         JsonList list;
         for (const Command& command : commands())
-            if (moderator || !command.action || *command.action < ChatAction::kick)
+            if (!command.action || *command.action < ChatAction::kick || handler_.may(*command.action))
                 list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
         handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
@@ -13026,7 +13274,7 @@ private:
 
 WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
     ChatEvent event(type);
-    event.add_text("room", entry.room).add_text("name", entry.name);
+    event.add_text("room", entry.room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
 }
 // The reactions to a message, for the user with this identity.
@@ -13108,7 +13356,8 @@ inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryP
     const detail::JsonList list = page_events(room, page);
     const bool cut = list.size() != page.entries.size();
     ChatEvent event("history");
-    event.add_text("room", room.name()).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add_text("room", room.name()).add_unless_empty("topic", room.topic());
+    event.add_unless_empty("epoch", page.epoch).add("last", page.last_id);
     event.add("gap", page.gap || (cut && resumed)).add("more", page.more || cut);
     return event.add_json("entries", list.dump());
 }
@@ -13126,7 +13375,7 @@ inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, 
     }
     const detail::JsonList list = page_events(*room, page);
     event.add("more", page.more || list.size() != page.entries.size()).add_json("entries", list.dump());
-    write_message(event.add_unless_empty("tag", tag).dump());
+    write_charged(event.add_unless_empty("tag", tag).dump());
 }
 
 // "?join=ROOM" or "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.
@@ -13143,16 +13392,17 @@ inline void ChatHandler::join_more_rooms() {
 }
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
-    detail::JsonList names;
-    std::string about;
+    detail::JsonList users;
     for (const auto& [key, user] : room.presence_) {
-        const std::string name = Json(user.info.name).dump();
-        names.add(name);
-        if (!user.info.about.empty()) (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
+        std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
+        if (!user.info.about.empty()) {
+            text.back() = ',';
+            text += text::concat({"\"about\":", user.info.about, "}"});
+        }
+        users.add(text);
     }
     ChatEvent event("users");
-    event.add_text("room", room.name()).add_json("users", names.dump());
-    if (!about.empty()) event.add_json("about", about += '}');
+    event.add_text("room", room.name()).add("count", users.size()).add_json("users", users.dump());
     return event.dump();
 }
 
@@ -13168,6 +13418,24 @@ inline void ChatRoom::publish(std::string_view text, std::string_view name) {
 }
 inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
     hub_.forward(new_text("broadcast", text, name));
+}
+inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
+    ChatEntry entry = new_text("edit", text, {});
+    entry.kind = ChatEntry::Kind::edit;
+    entry.target = id;
+    hub_.append(std::move(entry));
+}
+inline void ChatRoom::remove(std::uint64_t id) {
+    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::remove, *this, "");
+    entry.target = id;
+    entry.moderator = true;
+    hub_.append(std::move(entry));
+}
+inline void ChatRoom::set_topic(std::string_view text) {
+    ChatEntry entry = new_text("set_topic", text, {});
+    entry.kind = ChatEntry::Kind::topic;
+    entry.sender = hub_.first_number_;
+    hub_.append(std::move(entry));
 }
 inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t limit,
                             ChatStore::PageCallback callback) {
@@ -13217,7 +13485,7 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
     if (!connected.joined) return connected.user;
     try {
-        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info.name);
+        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info);
         entry.text = info.about;
         entry.sender = number;
         forward(std::move(entry));
@@ -13262,6 +13530,7 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
         if (room->delivered_id_ && entry.id <= *room->delivered_id_) return;
         room->delivered_id_ = entry.id;
     }
+    if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
         members->broadcast(detail::kept_event(entry).dump(), tagged ? sender : nullptr);
@@ -13290,7 +13559,7 @@ inline void ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text}, {}).remote = true;
+        room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
     ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
@@ -13310,7 +13579,8 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text).add("time", entry.time);
+    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_unless_empty("user", entry.user).add("time", entry.time);
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
@@ -13581,6 +13851,7 @@ public:
         prepare_search();
         while (sweep()) {
         }
+        swept_ = true;
     }
 
     const std::string& epoch() const { return epoch_; }
@@ -13649,23 +13920,29 @@ public:
     }
 
     // Removes everything of an author, at most `limit` messages and reactions at once. The result has the amendments
-    // that say so; it is empty when nothing is left.
-    std::vector<ChatEntry> erase(const std::string& author, std::size_t limit) {
-        std::vector<ChatEntry> amendments;
+    // and the deleted facts, with empty values. It has no amendments when nothing is left.
+    struct Erased {
+        std::vector<ChatEntry> amendments{};
+        std::vector<ChatFact> facts{};
+    };
+    Erased erase(const std::string& author, std::size_t limit) {
+        Erased erased;
+        if (author.empty()) return erased;
         database_.execute("PRAGMA secure_delete = ON");
         database_.transaction("BEGIN IMMEDIATE", [&] {
-            database_.run("DELETE FROM fact WHERE author = ?1 AND author <> ''", author);
-            amendments = erase_reactions(author, limit);
-            for (ChatEntry& amendment : erase_messages(author, limit)) amendments.push_back(std::move(amendment));
-            for (ChatEntry& amendment : amendments) add_entry(amendment, find_room(amendment.room));
-            if (!amendments.empty()) return;
+            erased.facts = erase_facts(author);
+            erased.amendments = erase_reactions(author, limit);
+            for (ChatEntry& amendment : erase_messages(author, limit))
+                erased.amendments.push_back(std::move(amendment));
+            for (ChatEntry& amendment : erased.amendments) add_entry(amendment, find_room(amendment.room));
+            if (!erased.amendments.empty()) return;
             database_.run(
                 "UPDATE entry SET name = '', author = '', tag = '', user = CASE kind WHEN 4 THEN user ELSE ''"
                 " END WHERE author = ?1 AND author <> ''",
                 author);
         });
         database_.execute("PRAGMA secure_delete = OFF");
-        return amendments;
+        return erased;
     }
 
     void put(const ChatFact& fact) {
@@ -13692,11 +13969,12 @@ public:
         return facts;
     }
 
-    // Deletes expired entries and facts of some rooms. True: a later call has more to do.
+    // Deletes expired facts, and the expired entries of some rooms. True: another call has more to do.
     bool sweep() {
         bool more = false;
         database_.transaction("BEGIN IMMEDIATE", [&] {
             delete_expired_facts();
+            if (swept_ && limits_.max_age == Duration::zero()) return;  // appends delete what is above other limits
             std::vector<std::int64_t> rooms;
             {
                 Query query(database_, "SELECT id FROM room WHERE id >= ?1 ORDER BY id LIMIT 20");
@@ -13967,6 +14245,16 @@ private:
         return true;
     }
 
+    std::vector<ChatFact> erase_facts(const std::string& author) {
+        std::vector<ChatFact> facts;
+        {
+            Query query(database_, "SELECT scope, key FROM fact WHERE author = ?1 AND author <> ''");
+            query.bind(author);
+            while (query.next_row()) facts.push_back({query.text(0), query.text(1), "", author, 0});
+        }
+        database_.run("DELETE FROM fact WHERE author = ?1 AND author <> ''", author);
+        return facts;
+    }
     std::vector<ChatEntry> erase_reactions(const std::string& author, std::size_t limit) {
         std::vector<ChatEntry> amendments;
         std::vector<std::int64_t> numbers;
@@ -14157,6 +14445,7 @@ private:
     std::string epoch_;
     bool indexed_ = false;  // with FTS5
     std::int64_t sweep_from_ = 0;
+    bool swept_ = false;  // all rooms since the opening
 };
 
 }  // namespace detail
@@ -14297,16 +14586,16 @@ private:
         void run() {
             for (bool stop = false; !stop;) {
                 std::vector<Job> jobs;
-                bool idle = false;
                 {
                     std::unique_lock<std::mutex> lock(mutex_);
-                    idle = !changed_.wait_for(lock, sweep_interval, [this] { return stop_ || !jobs_.empty(); });
+                    changed_.wait_for(lock, (std::max)(next_sweep_ - Clock::now(), Duration::zero()),
+                                      [this] { return stop_ || !jobs_.empty(); });
                     jobs.swap(jobs_);
                     stop = stop_;
                 }
                 run_all(jobs, stop);
                 queued_ -= jobs.size();
-                if (idle || Clock::now() >= next_sweep_) sweep();
+                if (Clock::now() >= next_sweep_) sweep();
             }
         }
         // In their order, so a page contains exactly what was delivered before it.
@@ -14360,15 +14649,15 @@ private:
     // Erases 200 messages and reactions, and adds itself to the queue until nothing is left, so others can write.
     struct EraseJob {
         void operator()(detail::SqliteFile& file) {
-            std::vector<ChatEntry> amendments;
-            const std::string cause = error_of([&] { amendments = file.erase(author, 200); });
-            for (const ChatEntry& each : amendments)
+            detail::SqliteFile::Erased erased;
+            const std::string cause = error_of([&] { erased = file.erase(author, 200); });
+            for (const ChatEntry& each : erased.amendments)
                 if (each.kind == ChatEntry::Kind::remove) ++messages;
-            const bool end = amendments.empty();
-            if (!end)
-                worker->post([amendments = std::move(amendments)](Listener& listener) {
-                    for (const ChatEntry& each : amendments) listener.on_entry(each);
-                });
+            const bool end = erased.amendments.empty();
+            worker->post([erased = std::move(erased)](Listener& listener) {
+                for (const ChatEntry& each : erased.amendments) listener.on_entry(each);
+                for (const ChatFact& each : erased.facts) listener.on_fact(each);
+            });
             if (!end) return worker->add_write(*this);
             worker->post([callback = callback, count = messages, cause](Listener&) { callback(count, cause); });
         }

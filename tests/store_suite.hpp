@@ -94,6 +94,7 @@ public:
     }
 
     std::vector<wschat::ChatEntry> delivered;
+    std::string told;  // facts
 
 private:
     void on_entry(const wschat::ChatEntry& entry) override {
@@ -103,7 +104,10 @@ private:
     void on_duplicate(const wschat::ChatEntry& entry) override { result_ = "duplicate " + std::to_string(entry.id); }
     void on_failure(const wschat::ChatEntry&, const std::string& cause) override { result_ = cause; }
     void on_refused(const wschat::ChatEntry&, std::string_view code) override { result_ = std::string(code); }
-    void on_fact(const wschat::ChatFact& fact) override { result_ = fact.key; }
+    void on_fact(const wschat::ChatFact& fact) override {
+        result_ = fact.key;
+        told += fact.key + "=" + fact.value + ";";
+    }
     void on_fact_failure(const wschat::ChatFact&, const std::string& cause) override { result_ = cause; }
 
     template <class Value>
@@ -285,7 +289,9 @@ inline void test_erasure(const StoreFactory& make) {
     fixture.put({"read", "anna", "7", "anna", 0});
     fixture.put({"read", "bert", "8", "bert", 0});
     fixture.delivered.clear();
+    fixture.told.clear();
     CHECK(fixture.erase("anna") == 1);
+    CHECK(fixture.told == "anna=;");
     REQUIRE(fixture.delivered.size() == 2);
     for (const wschat::ChatEntry& each : fixture.delivered) {
         CHECK(each.room == "tea");
