@@ -7,8 +7,7 @@
 //   chat.say('tea', 'Hello');
 //
 // It reconnects, gets what it missed, sends what was written offline, and keeps messages and users of each room.
-// examples/README.md is the reference. The chat's protocol is there as well; this client speaks version 3, and as much
-// of it with a server of version 2 as that server knows.
+// examples/README.md is the reference. The chat's protocol is there as well: version 3.
 
 const FIRST_DELAY = 500;          // ms before the second attempt to connect, like the next times; the first is at once
 const LONGEST_DELAY = 30000;
@@ -18,37 +17,19 @@ const ANSWER_DEADLINE = 15000;    // the server answers each line with a tag; th
 const SILENCE = 45000;            // after this silence, the client asks whether the server is alive
 const TYPING_EVERY = 3000;
 const MOST_MESSAGES = 10000;      // of a room in memory; older ones can be loaded again
+const MODERATION = ['kick', 'ban', 'mute', 'slow', 'invite', 'remove'];
+const RESTRICTED = ['topic', 'react', 'edit'];
 const SENDS = 6;                  // how often a message is sent before it counts as refused
 
 /**
  * @typedef {{ emoji: string, count: number, users: string[], me: boolean }} Reaction
- * @typedef {object} ChatMessage
- * @property {number} id  ascends in a room; 0: the server does not keep it
- * @property {'said' | 'topic'} kind
- * @property {string} user  the public id of the author, or ''
- * @property {string} name  '': the chat itself speaks
- * @property {string} text
- * @property {number} time  Unix time in ms
- * @property {boolean} own
- * @property {boolean} me  an action, as in "/me waves"
- * @property {boolean} mention  the text mentions this user
- * @property {object | null} data  of the application
- * @property {number} edited  the time of the last edit, or 0
- * @property {boolean} removed
- * @property {Reaction[]} reactions
- * @property {number} asOf  amendments with this id, and older ones, are included
- *
+ * @typedef {{ id: number, kind: 'said' | 'topic', user: string, name: string, text: string, time: number, own: boolean, me: boolean,
+ *   mention: boolean, data: object | null, edited: number, removed: boolean, reactions: Reaction[], asOf: number }} ChatMessage
+ *   id: 0 if the server does not keep it; user: the public id of the author; name: '' if the chat itself speaks; time: Unix time in
+ *   ms; edited: when, or 0; asOf: amendments with this id, and older ones, are included
  * @typedef {{ user: string, name: string, about?: any }} Person
- * @typedef {object} Outgoing  a message in the outbox
- * @property {string} tag
- * @property {string} room
- * @property {string} text
- * @property {string} line
- * @property {'waiting' | 'sent' | 'refused'} state
- * @property {string} code  of the error that refused it
- * @property {string} reason  the sentence of that error
- * @property {number} sends
- * @property {number} time  when it was written
+ * @typedef {{ tag: string, room: string, text: string, line: string, state: 'waiting' | 'sent' | 'refused', code: string,
+ *   reason: string, sends: number, time: number }} Outgoing  a message in the outbox; code and reason: of the error that refused it
  *
  * @typedef {object} ClientOptions
  * @property {string} [url]  of the lobby, without a query; default: "chat" beside the page
@@ -208,12 +189,9 @@ export class ChatClient extends EventTarget {
 
   /** Whether the server knows a command, and this user may use it. @param {string} action @param {string} [room] */
   can(action, room) {
-    const known = this.version >= 3 || this.features.has(action)
-      || ['me', 'msg', 'who', 'nick', 'rooms', 'join', 'leave', 'typing', 'help'].includes(action);
     const may = (room && this.rooms.get(room)?.may) || this.may;
-    const listed = ['kick', 'ban', 'mute', 'topic', 'slow', 'invite', 'moderate', 'react', 'edit'].includes(action);
-    if (may && listed) return known && may.has(action);
-    return known && !['kick', 'ban', 'mute', 'slow', 'invite', 'moderate'].includes(action);
+    if (MODERATION.includes(action)) return may?.has(action) === true;
+    return this.features.has(action) && (!may || !RESTRICTED.includes(action) || may.has(action));
   }
 
   // ---- speaking ----------------------------------------------------------------------------------------------------
@@ -225,7 +203,7 @@ export class ChatClient extends EventTarget {
   say(room, text, more = {}) {
     const state = this.rooms.get(room);
     const plain = more.data ? `/data ${JSON.stringify(more.data)} ${text}` : more.me ? `/me ${text}` : text.startsWith('/') ? '/' + text : text;
-    const line = state?.peer ? `/msg ${this.version >= 3 && keyOf({ user: state.peer, name: '' }) !== state.title ? '@' + state.peer : state.title} ${text}` : plain;
+    const line = state?.peer ? '' : plain;         // for a conversation it is made when it is sent
     /** @type {Outgoing} */
     const entry = { tag: randomToken(), room, text, line, state: 'waiting', code: '', reason: '', sends: 0, time: Date.now() };
     this.outbox.push(entry);
@@ -293,7 +271,7 @@ export class ChatClient extends EventTarget {
     if (!state) return;
     const changed = state.unread > 0 || state.read < state.last;
     state.unread = state.mentions = 0;
-    if (state.read < state.last && this.version >= 3 && this._ready) this._soon('read ' + room, 1000, () => this._write(`/read ${state.last}`, room));
+    if (state.read < state.last && this.features.has('read') && this._ready) this._soon('read ' + room, 1000, () => this._write(`/read ${state.last}`, room));
     state.read = Math.max(state.read, state.last);
     if (changed) this._tell('room', { room: state });
   }
@@ -396,7 +374,7 @@ export class ChatClient extends EventTarget {
     this._soon('connect', CONNECT_DEADLINE, () => this._lost());
   }
 
-  /** Ends the connection, without an event. @param {number} [code] */
+  // Ends the connection, without an event.
   _drop(code) {
     const socket = this._socket;
     this._socket = null;
@@ -410,7 +388,6 @@ export class ChatClient extends EventTarget {
     try { socket?.close(...(code ? [code] : [])); } catch { /* it was not open yet */ }
   }
 
-  /** @param {{ code?: number, reason?: string }} [event] */
   _lost(event = {}) {
     if (this.state === 'closed' || !this._socket && this.state === 'waiting') return;
     this._drop();
@@ -424,13 +401,11 @@ export class ChatClient extends EventTarget {
     this._soon('retry', delay, () => this._connect());
   }
 
-  /** @param {string} state @param {string} [reason] */
   _setState(state, reason) {
     this.state = state;
     this._tell('state', { state, retryAt: this.retryAt, reason: reason || this.reason });
   }
 
-  /** @param {string} name @param {number} ms @param {() => void} action */
   _soon(name, ms, action) {
     clearTimeout(this._timers[name]);
     this._timers[name] = setTimeout(action, ms);
@@ -444,16 +419,8 @@ export class ChatClient extends EventTarget {
     this._soon('dead', CONNECT_DEADLINE, () => { if (this._heard < asked) this._lost(); });
   }
 
-  /** @param {string} line @param {string} [room] @param {string} [tag] */
   _write(line, room, tag) {
-    let spoken = line;
-    if (room && !this.rooms.get(room)?.peer && room !== this._at) {
-      if (this.version >= 3) spoken = `/in ${room} ${line}`;
-      else {
-        this._socket.send(`/join ${room}`);        // a server of version 2 knows only one room at a time
-        this._at = room;
-      }
-    }
+    const spoken = room && !this.rooms.get(room)?.peer && room !== this._at ? `/in ${encodeURIComponent(room)} ${line}` : line;
     this._tokens -= 1;
     this._socket.send(tag ? `/tag ${tag} ${spoken}` : spoken);
   }
@@ -469,7 +436,7 @@ export class ChatClient extends EventTarget {
     if (wait > 0) return this._soon('flush', wait, () => this._flush());
     entry.state = 'sent';
     entry.sends += 1;
-    this._write(entry.line, entry.room, entry.tag);
+    this._speak(entry);
     this._tell('outbox', { entry });
     const sentAt = Date.now();
     this._soon('answer', this._deadline, () => {
@@ -479,18 +446,24 @@ export class ChatClient extends EventTarget {
     });
   }
 
-  /** @param {string} room */
+  // A private message goes through a room in which the other one is; else to the user's id, where the server keeps it.
+  _speak(entry) {
+    const peer = this.rooms.get(entry.room)?.peer;
+    if (!peer) return this._write(entry.line, entry.room, entry.tag);
+    const room = [...this.rooms.values()].find(each => each.joined && each.users.has(peer));
+    this._write(`/msg ${room?.users.get(peer)?.name ?? '@' + peer} ${entry.text}`, room?.name, entry.tag);
+  }
+
   _canSpeak(room) { return this.rooms.get(room)?.joined === true || this.rooms.get(room)?.peer !== undefined && room.startsWith('@'); }
 
   // How long the pace that the server allows demands to wait, in ms.
   _untilToken() {
-    const rate = (this.limits.per_second || 10) * 0.8, burst = Math.max(1, (this.limits.burst || 20) * 0.8), now = Date.now();
+    const rate = (this.limits.per_second || 5) * 0.8, burst = Math.max(1, (this.limits.burst || 20) * 0.8), now = Date.now();
     this._tokens = Math.min(burst, this._tokens + (now - this._filled) / 1000 * rate);
     this._filled = now;
     return this._tokens >= 1 ? 0 : (1 - this._tokens) / rate * 1000;
   }
 
-  /** @param {Outgoing} entry @param {string} code @param {string} reason */
   _again(entry, code, reason) {
     if (entry.sends >= SENDS) return this._refuse(entry, code, reason);
     entry.state = 'waiting';
@@ -498,14 +471,12 @@ export class ChatClient extends EventTarget {
     this._flush();
   }
 
-  /** @param {Outgoing} entry @param {string} code @param {string} reason */
   _refuse(entry, code, reason) {
     Object.assign(entry, { state: 'refused', code, reason });
     this._tell('outbox', { entry });
     this._flush();
   }
 
-  /** @param {string | undefined} tag @returns {Outgoing | undefined} */
   _confirm(tag) {
     const entry = tag === undefined ? undefined : this.outbox.find(each => each.tag === tag);
     if (!entry) return undefined;
@@ -516,7 +487,6 @@ export class ChatClient extends EventTarget {
     return entry;
   }
 
-  /** @param {string} tag @param {any} event @param {ChatError} [error] */
   _answer(tag, event, error) {
     const asked = this._asked.get(tag);
     if (!asked) return false;
@@ -529,10 +499,8 @@ export class ChatClient extends EventTarget {
 
   // ---- events of the server, inside --------------------------------------------------------------------------------
 
-  /** @param {string} type @param {any} detail */
   _tell(type, detail) { this.dispatchEvent(new ChatClientEvent(type, detail)); }
 
-  /** @param {any} data */
   _received(data) {
     let event;
     try { event = JSON.parse(data); } catch { return; }
@@ -545,7 +513,6 @@ export class ChatClient extends EventTarget {
     if (event.type !== 'error' && event.tag !== undefined) this._answer(event.tag, event);
   }
 
-  /** @param {string} name @param {string} [title] */
   _room(name, title) {
     let state = this.rooms.get(name);
     if (!state) {
@@ -555,7 +522,6 @@ export class ChatClient extends EventTarget {
     return state;
   }
 
-  /** @param {string} name */
   _forgetRoom(name) {
     const state = this.rooms.get(name);
     if (!state) return;
@@ -565,7 +531,6 @@ export class ChatClient extends EventTarget {
   }
 
   // The server decides how a room is written.
-  /** @param {string} asked @param {string} name */
   _rename(asked, name) {
     const state = this.rooms.get(asked);
     if (!state || asked === name || this.rooms.has(name)) return;
@@ -575,10 +540,9 @@ export class ChatClient extends EventTarget {
     for (const entry of this.outbox) if (entry.room === asked) entry.room = name;
   }
 
-  /** The room or conversation of an event. @param {any} event */
+  // The room or conversation of an event.
   _stateOf(event) { return this.rooms.get(event.peer !== undefined ? '@' + event.peer : String(event.room ?? '')); }
 
-  /** @param {any} event @param {number} asOf @returns {ChatMessage} */
   _messageOf(event, asOf) {
     const text = String(event.text ?? ''), user = String(event.user ?? ''), name = String(event.from ?? event.name ?? '');
     const known = user !== '' && this.me.user !== '';
@@ -591,7 +555,6 @@ export class ChatClient extends EventTarget {
   }
 
   // Each message has its place by its id, once.
-  /** @param {ChatRoomState} state @param {ChatMessage} message @returns {ChatMessage | null} null: known already */
   _insert(state, message) {
     if (message.id !== 0 && state.byId.has(message.id)) return null;
     if (message.id !== 0) state.byId.set(message.id, message);
@@ -601,7 +564,6 @@ export class ChatClient extends EventTarget {
     return message;
   }
 
-  /** @param {ChatRoomState} state @param {ChatMessage} message */
   _count(state, message) {
     const seen = this.visible === state.name && !(/** @type {any} */ (globalThis).document?.hidden);
     if (message.own || message.kind !== 'said' || message.removed) return;
@@ -612,7 +574,6 @@ export class ChatClient extends EventTarget {
   }
 
   // An amendment may come twice, and the present state of a message may include it.
-  /** @param {ChatRoomState} state @param {any} event */
   _amend(state, event) {
     const message = state.byId.get(Number(event.target));
     const id = Number(event.id) || 0;
@@ -626,7 +587,6 @@ export class ChatClient extends EventTarget {
     this._tell('change', { room: state, message });
   }
 
-  /** @param {ChatMessage} message @param {any} event */
   _applyReaction(message, event) {
     const emoji = String(event.emoji), user = String(event.user || event.name);
     const mine = event.user ? event.user === this.me.user : event.name === this.me.name;
@@ -645,7 +605,6 @@ export class ChatClient extends EventTarget {
   }
 
   // A live event of the log of a room: a message, a topic or an amendment.
-  /** @param {any} event */
   _logged(event) {
     const confirmed = this._confirm(event.tag);
     const state = this._stateOf(event);
@@ -666,7 +625,6 @@ export class ChatClient extends EventTarget {
   }
 
   // The end of a room that nobody reads upwards keeps MOST_MESSAGES.
-  /** @param {ChatRoomState} state */
   _trim(state) {
     if (state.messages.length <= MOST_MESSAGES + 500) return;
     for (const old of state.messages.splice(0, 500)) state.byId.delete(old.id);
@@ -771,17 +729,18 @@ const HANDLERS = {
     }
     if (older || !resumed) state.more = event.more === true;
     if (resumed) for (const each of messages) this._count(state, each);
-    else if (!older && state.read === 0) state.read = this.version >= 3 ? state.read : state.last;
+    else if (!older && state.read === 0) state.read = this.features.has('read') ? 0 : state.last;
     this._tell('history', { room: state, messages, gap: event.gap === true, older });
     this._flush();
   },
   private(event) {
-    const own = event.from !== undefined || event.peer !== undefined ? event.from === this.me.user || event.tag !== undefined : event.name === this.me.name;
-    const peer = String(event.peer ?? (own ? event.to : event.name));
+    const author = String(event.from ?? event.user ?? event.name), own = event.tag !== undefined || author === (this.me.user || this.me.name);
+    const named = own ? [...this.rooms.values()].flatMap(each => [...each.users.values()]).find(each => each.name === event.to) : undefined;
+    const peer = String(event.peer ?? (own ? keyOf(named ?? { user: '', name: String(event.to) }) : author));
     this._confirm(event.tag);
     const state = this._room('@' + peer, String(own ? event.to ?? peer : event.name ?? peer));
     state.joined = true;
-    const message = this._messageOf({ ...event, from: undefined, user: event.from }, Number(event.id) || 0);
+    const message = this._messageOf({ ...event, user: author, from: undefined }, Number(event.id) || 0);
     message.own = own;
     if (!this._insert(state, message)) return;
     state.last = Math.max(state.last, message.id);
