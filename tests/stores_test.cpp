@@ -738,7 +738,8 @@ public:
     }
     void read(std::size_t count) {
         for (; count != 0 && !pending_.empty(); --count) {
-            const std::string event = next_with(*client_, "\"tag\"");
+            std::string event = next_with(*client_, "\"tag\"");
+            while (contains(event, "\"type\":\"history\"")) event = next_with(*client_, "\"tag\"");
             const std::string tag = test::field_of(event, "tag");
             if (tag[0] == 't') acknowledged[tag] = std::stoull(test::field_of(event, "id"));
             REQUIRE(pending_.erase(tag) == 1);
