@@ -75,7 +75,7 @@
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
-//   Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
+//   random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
 //   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
 //   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
 //   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics,
@@ -432,6 +432,7 @@ WSCHAT_END
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -442,6 +443,11 @@ WSCHAT_END
 #include <new>
 #include <optional>
 #include <type_traits>
+#if defined(__linux__)
+#include <sys/random.h>
+#else
+#include <random>
+#endif
 
 WSCHAT_BEGIN
 
@@ -995,7 +1001,38 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
     return text;
 }
 
+// Bytes that nobody can predict, for keys and tokens: from the system's generator. Throws an Error if it fails.
+inline std::string random_bytes(std::size_t size) {
+    std::string bytes(size, '\0');
+#if defined(__linux__)
+    for (std::size_t done = 0; done < size;) {
+        const auto n = ::getrandom(&bytes[done], size - done, 0);
+        if (n > 0) done += static_cast<std::size_t>(n);
+        else if (errno != EINTR) throw Error("random_bytes: getrandom() failed");
+    }
+#else
+    std::random_device device;
+    for (char& c : bytes) c = static_cast<char>(device());
+#endif
+    return bytes;
+}
+
 namespace detail {
+
+// RFC 2104 with SHA-1.
+inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
+    std::string block(key);
+    if (key.size() > 64) {
+        const auto digest = sha1(key);
+        block.assign(digest.begin(), digest.end());
+    }
+    block.resize(64);
+    std::string inner = block, outer = block;
+    for (char& c : inner) c = static_cast<char>(c ^ 0x36);
+    for (char& c : outer) c = static_cast<char>(c ^ 0x5C);
+    const auto digest = sha1(inner.append(message));
+    return sha1(outer.append(digest.begin(), digest.end()));
+}
 
 // The JSON text of an object that has .dump(), such as nlohmann::json.
 template <class Object>
@@ -11901,9 +11938,9 @@ namespace detail {
 
 class FloodLimiter {
 public:
+    // What is refused for its number is not charged for its bytes.
     bool take(std::size_t size, const FloodRates& rates, Time now) {
-        const bool messages = messages_.take(1, rates.messages, now);
-        return bytes_.take(static_cast<double>(size), rates.bytes, now) && messages;
+        return messages_.take(1, rates.messages, now) && bytes_.take(static_cast<double>(size), rates.bytes, now);
     }
     bool full(Time now) const { return messages_.full(now) && bytes_.full(now); }
 
@@ -11964,6 +12001,8 @@ struct ChatUser {
     std::string name{};
     std::string about{};   // a JSON value for everybody in the room, at most ChatLimits::max_about bytes; may be empty
     bool account = false;  // the name cannot be changed, and all connections with it are one user
+    // Public. The same for all connections of an account or a key, also later; made by the chat.
+    std::string id{};
 };
 
 namespace detail {
@@ -12054,15 +12093,15 @@ public:
         }
         if (all.empty()) user.expires = expires;
     }
-    // Removes the users whose grace period is over, and returns their names. `next` is the end of the next period.
-    std::vector<std::string> expire(Time now, Time& next) {
-        std::vector<std::string> expired;
+    // Removes the users whose grace period is over, and returns them. `next` is the end of the next period.
+    std::vector<ChatUser> expire(Time now, Time& next) {
+        std::vector<ChatUser> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(std::string(user.info.name));
+            if (user.expires <= now) expired.push_back(user.info);
             else next = (std::min)(next, user.expires);
         }
-        for (const std::string& name : expired) remove(*find(name));
+        for (const ChatUser& user : expired) remove(*find(user.name));
         return expired;
     }
     void remove(User& user) {
@@ -12135,6 +12174,8 @@ struct ChatLimits {
     FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
     FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all connections of an address or an IPv6 /64
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
+    // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
+    Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
@@ -12222,6 +12263,7 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
+        load_secret();
     }
     ChatStore& store() { return *store_; }
 
@@ -12256,6 +12298,7 @@ private:
 
     struct AddressUse {
         detail::FloodLimiter limiter;
+        TokenBucket replies;
         std::size_t connections = 0;
     };
 
@@ -12266,6 +12309,33 @@ private:
     static std::string rate_limit_key(const std::string& address) {
         const auto parsed = IpAddress::parse(address);
         return parsed ? parsed->rate_limit_key() : address;
+    }
+
+    // ---- public ids ------------------------------------------------------------------------------------------------
+
+    // The ids of users depend on a secret of the store, so nobody can find the key of a user by trying keys.
+    void load_secret() {
+        secret_.clear();
+        store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            if (facts.empty()) {
+                const std::string bytes = random_bytes(30);
+                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+                if (error.empty()) store_->put({"server", "secret", secret_});
+            } else secret_ = facts[0].value;
+            for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+        });
+    }
+    // Calls start() when the ids of users are known.
+    void when_ready(std::function<void()> start) {
+        if (!secret_.empty()) start();
+        else waiting_.push_back(std::move(start));
+    }
+    std::string user_id(const std::string& identity) const {
+        const auto digest = detail::hmac_sha1(secret_, identity);
+        std::string id = base64(digest.data(), 12);
+        for (char& c : id) c = c == '+' ? '-' : c == '/' ? '_' : c;
+        return id;
     }
 
     // ---- connections -----------------------------------------------------------------------------------------------
@@ -12286,7 +12356,7 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()); });
+        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now()); });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -12297,20 +12367,20 @@ private:
     void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
         const Time expires = saturating_add(now(), limits.grace);
         detail::Presence::detach(user, &handler, expires);  // first, because the rest may run out of memory
-        const std::string name = user.info.name;
-        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, name);
+        const ChatUser left = user.info;
+        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
         if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
     }
     void rename(ChatRoom& room, User& user, const std::string& name) {
-        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info.name);
+        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
         mutes_.move(key, mute_key(room, user), now());
         forward(std::move(entry));
     }
-    void announce_leave(ChatRoom& room, const std::string& name) {
-        forward(new_entry(ChatEntry::Kind::leave, room, name));
+    void announce_leave(ChatRoom& room, const ChatUser& user) {
+        forward(new_entry(ChatEntry::Kind::leave, room, user));
         if (room.presence_.empty()) prune_later();
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
@@ -12319,7 +12389,7 @@ private:
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
-            for (const std::string& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
+            for (const ChatUser& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
             // The minimum of 50 ms lets users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
@@ -12369,6 +12439,11 @@ private:
         entry.kind = kind;
         entry.room = room.name();
         entry.name = name;
+        return entry;
+    }
+    static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, const ChatUser& user) {
+        ChatEntry entry = new_entry(kind, room, user.name);
+        entry.user = user.id;
         return entry;
     }
     void append(ChatEntry entry) {
@@ -12431,6 +12506,8 @@ private:
     detail::Deadlines bans_, mutes_;
     StringMap<std::string> banned_identities_;  // the ban that applies to an identity, as a key of bans_
     bool pruning_ = false;
+    std::string secret_;  // empty: the store has not answered yet
+    std::vector<std::function<void()>> waiting_;  // handshakes, until then
     std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
 };
 
@@ -12517,12 +12594,17 @@ public:
         if (!user) return Response(401, "Log in first.\n");
         return admit(std::move(*user));
     }
-    void prepare_async(const Request& request, Reply reply) final {
-        authenticate_async(request, ChatReply(std::move(reply)));
+    void prepare_async(const Request&, Reply reply) final {
+        hub_->when_ready([this, answer = std::make_shared<Reply>(std::move(reply))] {
+            // If the client has gone, so may this handler have.
+            if (!answer->is_open()) return;
+            run_hook("authenticate_async", [&] { authenticate_async(request(), ChatReply(std::move(*answer))); });
+        });
     }
 
     void open() final {
         number_ = hub_->add_connection(*this);
+        user_.id = hub_->user_id(identity_.empty() ? text::concat({"guest ", std::to_string(number_)}) : identity_);
         if (remote_address() != "unix") address_ = &hub_->add_address(remote_address());
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
@@ -12618,7 +12700,7 @@ private:
     ChatEvent hello_event() {
         ChatEvent event("hello");
         event.add("version", 3).add_text("server", "wschat");
-        add_room(event).add_text("name", user().name);
+        add_room(event).add_text("name", user().name).add_text("user", user().id);
         event.add_json("features",
                        R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
                        R"("private","edit","delete","react","topic","data","commands"])");
@@ -12644,13 +12726,45 @@ private:
         using Action = detail::FloodPolicy::Action;
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
-        bool within = limiter_.take(size, limits.connection, now);
-        if (address_ != nullptr) within = address_->limiter.take(size, limits.address, now) && within;
+        // What its own limit refuses is not charged to the neighbours of the address.
+        const bool within = limiter_.take(size, limits.connection, now) &&
+                            (address_ == nullptr || address_->limiter.take(size, limits.address, now));
         const Action action = flood_policy_.decide(within, limits.flood_patience, now);
-        if (action == Action::warn)
+        if (action == Action::warn || (action == Action::drop && !tag_.empty()))
             reply_error("flood", "That was too much at once, and was not taken. Wait a little.");
         if (action == Action::close) close(CloseCode::policy_violation, "flooding");
         return action == Action::accept;
+    }
+
+    // Whether the client may ask for a history, a search or a list now: the bytes of the earlier answers are charged.
+    bool may_read() {
+        const ChatLimits& limits = hub_->limits;
+        const Time now = hub_->now();
+        return replies_.take(1, limits.replies, now) &&
+               (address_ == nullptr || address_->replies.take(1, limits.address_replies, now));
+    }
+    void write_charged(const std::string& event) {
+        const auto charge = [&](TokenBucket& bucket, const Rate& rate) {
+            if (rate.per_second > 0) bucket.charge(static_cast<double>(event.size()), rate, hub_->now());
+        };
+        charge(replies_, hub_->limits.replies);
+        if (address_ != nullptr) charge(address_->replies, hub_->limits.address_replies);
+        write_message(event);
+    }
+
+    // "/in ROOM LINE" speaks in a room and stays in the current one. Percent-encoded, a name with spaces is one word.
+    void dispatch_in(const Message& message, std::string_view rest) {
+        const ChatRoom* const previous = current_room();
+        const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
+        const std::size_t index = membership_index(name ? hub_->find(*name) : nullptr);
+        if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
+        detail::ChatLine line = detail::ChatLine::parse(rest);
+        line.tag = {};
+        if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
+        current_ = index;
+        dispatch(message, line);
+        const std::size_t back = membership_index(previous);
+        if (back != memberships_.size()) current_ = back;
     }
 
     void dispatch(const Message& message, const detail::ChatLine& line) {
@@ -12658,6 +12772,7 @@ private:
         if (!line.tag.empty() && tag_.empty())
             return reply_error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
         if (line.command.empty()) return say(ChatEntry::Kind::said, line.rest);
+        if (line.command == "in") return dispatch_in(message, line.rest);
         if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
             reply_error("unknown_command",
@@ -12702,7 +12817,7 @@ private:
     }
 
     WSCHAT_NOINLINE ChatEntry new_entry(ChatEntry::Kind kind) {
-        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user().name);
+        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user());
         entry.sender = number_;
         return entry;
     }
@@ -12765,7 +12880,8 @@ private:
 
     void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
                          const std::string& tag = {}) {
-        const std::size_t limit = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
         const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
         hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
@@ -12782,9 +12898,9 @@ private:
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_message(users_event(*chat_room));
+        if (joining) write_charged(users_event(*chat_room));
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
-        write_message(event.add_unless_empty("tag", requested.tag).dump());
+        write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
         const bool behind =
@@ -12832,6 +12948,7 @@ private:
     ChatHub::AddressUse* address_ = nullptr;
     detail::FloodLimiter limiter_;
     detail::FloodPolicy flood_policy_;
+    TokenBucket replies_;
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line in progress
@@ -12856,8 +12973,10 @@ public:
     // False: there is no such command.
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
-            if (command.name != name) continue;
+            if (command.name != name || command.run == nullptr) continue;
             if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            else if (command.reads && !handler_.may_read())
+                error("flood", "You have asked for too much. Wait a little.");
             else (this->*command.run)(rest);
             return true;
         }
@@ -12869,10 +12988,11 @@ private:
         std::string_view name, usage, description;
         void (ChatCommands::*run)(std::string_view rest);
         std::optional<ChatAction> action{};  // that the user must be allowed to do
+        bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 20>& commands() {
-        static constexpr std::array<Command, 20> all = {{
+    static const std::array<Command, 21>& commands() {
+        static constexpr std::array<Command, 21> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
@@ -12881,14 +13001,15 @@ private:
             {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
             {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
-            {"who", "/who", "who is in this room", &ChatCommands::who},
+            {"who", "/who", "who is in this room", &ChatCommands::who, {}, true},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
-            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms},
-            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join},
+            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms, true},
+            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
+            {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
-            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since},
-            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before},
-            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search},
+            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
+            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before, {}, true},
+            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search, {}, true},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
             {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
@@ -12990,7 +13111,7 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_message(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_));
     }
 
     void rooms(std::string_view) {
@@ -12998,7 +13119,8 @@ private:
         for (const auto& [name, room] : handler_.hub_->rooms_)
             if (!room.presence_.empty() && list.size() < 500)
                 list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
-        handler_.reply(ChatEvent("rooms").add_json("rooms", list.dump()));
+        ChatEvent event("rooms");
+        handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void nick(std::string_view rest) {
@@ -13128,7 +13250,7 @@ private:
 
 WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
     ChatEvent event(type);
-    event.add_text("room", entry.room).add_text("name", entry.name);
+    event.add_text("room", entry.room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
 }
 // The reactions to a message, for the user with this identity.
@@ -13229,7 +13351,7 @@ inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, 
     }
     const detail::JsonList list = page_events(*room, page);
     event.add("more", page.more || list.size() != page.entries.size()).add_json("entries", list.dump());
-    write_message(event.add_unless_empty("tag", tag).dump());
+    write_charged(event.add_unless_empty("tag", tag).dump());
 }
 
 // "?join=ROOM" or "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.
@@ -13246,16 +13368,17 @@ inline void ChatHandler::join_more_rooms() {
 }
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
-    detail::JsonList names;
-    std::string about;
+    detail::JsonList users;
     for (const auto& [key, user] : room.presence_) {
-        const std::string name = Json(user.info.name).dump();
-        names.add(name);
-        if (!user.info.about.empty()) (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
+        std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
+        if (!user.info.about.empty()) {
+            text.back() = ',';
+            text += text::concat({"\"about\":", user.info.about, "}"});
+        }
+        users.add(text);
     }
     ChatEvent event("users");
-    event.add_text("room", room.name()).add_json("users", names.dump());
-    if (!about.empty()) event.add_json("about", about += '}');
+    event.add_text("room", room.name()).add("count", users.size()).add_json("users", users.dump());
     return event.dump();
 }
 
@@ -13279,7 +13402,7 @@ inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
     hub_.append(std::move(entry));
 }
 inline void ChatRoom::remove(std::uint64_t id) {
-    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::remove, *this, {});
+    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::remove, *this, "");
     entry.target = id;
     entry.moderator = true;
     hub_.append(std::move(entry));
@@ -13338,7 +13461,7 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
     if (!connected.joined) return connected.user;
     try {
-        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info.name);
+        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info);
         entry.text = info.about;
         entry.sender = number;
         forward(std::move(entry));
@@ -13412,7 +13535,7 @@ inline void ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text}, {}).remote = true;
+        room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
     ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
@@ -13432,7 +13555,8 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text).add("time", entry.time);
+    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_unless_empty("user", entry.user).add("time", entry.time);
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);

@@ -505,8 +505,11 @@ checkEachLibrary('chat: a message over the limit gets 1009, and the other member
 
 // Expects the next event to have exactly these fields. Some events also have a time and an id.
 async function event(client, expected) {
-  const { time, id, ...got } = JSON.parse(await client.receive());
+  const { time, id, user, count, ...got } = JSON.parse(await client.receive());
+  if (expected.type === 'users') got.users = got.users.map(each => each.name);
   expect(got, expected, 'the event');
+  expect(count, expected.users?.length, 'the count of users');
+  expect(user?.length, 'name' in expected ? 16 : undefined, "the length of the user's id");
   expect(Number.isInteger(time), ['said', 'join', 'leave', 'nick'].includes(expected.type), 'whether there is a time');
   expect(Number.isInteger(id), expected.type === 'said', 'whether there is an id');
 }

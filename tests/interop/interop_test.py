@@ -720,6 +720,11 @@ async def event(client, **wanted):
         expect(type(got.pop("time", None)), int, "the time")
     if wanted["type"] == "said":
         expect(type(got.pop("id", None)), int, "the id")
+    if wanted["type"] == "users":
+        expect(got.pop("count"), len(wanted["users"]), "the count")
+        got["users"] = [user["name"] for user in got["users"]]
+    elif "name" in wanted:
+        expect(len(got.pop("user")), 16, "the length of the user's id")
     expect(got, wanted, "the event")
 
 
