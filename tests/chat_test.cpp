@@ -823,7 +823,8 @@ TEST_CASE("a reaction is added, counted, and taken back when it is sent again") 
     ChatClient carl(host, "name=Carl");
     CHECK(contains(carl.events().back(), R"("count":2)"));
     CHECK(field_of(bert.send("/react " + id + " \xF0\x9F\x91\x8D").back(), "on") == "false");
-    for (const std::string bad : std::vector<std::string>{"", " two words", " \xE2\x80\x83", " " + std::string(65, 'x')})
+    for (const std::string& bad :
+         std::vector<std::string>{"", " two words", " \xE2\x80\x83", " " + std::string(65, 'x')})
         CHECK(field_of(anna.send("/react " + id + bad).back(), "code") == "bad_command");
 }
 
@@ -865,7 +866,7 @@ TEST_CASE("a message carries a JSON object of at most 4 KiB beside its text") {
     CHECK(contains(bert.events().back(), R"("data":{"pos")"));
     CHECK(contains(anna.answer_to(R"(/data {"only":1})"), R"("data":{"only":1})"));
     const std::string large = "/data {\"x\":\"" + std::string(5000, 'x') + "\"}";
-    for (const std::string bad : {std::string("/data"), std::string("/data 5 x"), std::string("/data [1] x"),
+    for (const std::string& bad : {std::string("/data"), std::string("/data 5 x"), std::string("/data [1] x"),
                                   std::string("/data {\"a\":} x"), std::string("/data {"), large})
         CHECK(field_of(anna.send(bad).back(), "code") == "bad_data");
 }
@@ -928,8 +929,7 @@ TEST_CASE("a private message reaches all connections of both users and nobody el
         carl(host, "name=Carl");
     for (ChatClient<>* client : {&anna, &tab, &bert, &tab2, &carl}) client->events();
     const std::string copy = anna.answer_to("/tag t1 /msg Bert psst");
-    CHECK(contains(
-        copy, "\"to\":\"Bert\",\"text\":\"psst\",\"time\":"));
+    CHECK(contains(copy, "\"to\":\"Bert\",\"text\":\"psst\",\"time\":"));
     CHECK(contains(copy, "\"tag\":\"t1\"}"));
     for (ChatClient<>* client : {&tab, &bert, &tab2}) {
         const std::string event = client->only_event();
@@ -955,8 +955,8 @@ TEST_CASE("/typing is an event for the others and is not kept") {
     ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
     bert.events();
     CHECK(anna.answer_to("/typing") == "0 events");
-    const std::string typing = "{\"type\":\"typing\",\"room\":\"tea\",\"name\":\"Anna\",\"user\":\"" +
-                               anna.handler.user().id + "\"";
+    const std::string typing =
+        "{\"type\":\"typing\",\"room\":\"tea\",\"name\":\"Anna\",\"user\":\"" + anna.handler.user().id + "\"";
     CHECK(bert.only_event() == typing + "}");
     anna.send("/typing stop");
     CHECK(bert.only_event() == typing + ",\"stop\":true}");
@@ -1545,7 +1545,9 @@ TEST_CASE("only a moderator can mute, kick and ban") {
     ChatClient<> anna(host, "name=Anna&key=anna-secret", "tea", "192.0.2.1"),
         tab(host, "key=anna-secret", "tea", "192.0.2.1");
     moderator.events();
-    CHECK(moderator.answer_to("/mute Anna 60") == "0 events");
+    CHECK(moderator.answer_to("/tag t1 /mute Anna 60") ==
+          "{\"type\":\"moderation\",\"room\":\"tea\",\"action\":\"mute\",\"name\":\"Anna\",\"seconds\":60,"
+          "\"by\":\"Holly\",\"tag\":\"t1\"}");
     CHECK(contains(anna.answer_to("hello"), "\"code\":\"muted\""));
     CHECK(contains(anna.answer_to("/msg Holly hello"), "\"code\":\"muted\""));
     CHECK(contains(anna.answer_to("/nick hello"), "\"code\":\"muted\""));
@@ -1562,7 +1564,7 @@ TEST_CASE("only a moderator can mute, kick and ban") {
     moderator.send("/kick Annabel Enough of that.");
     for (auto* client : {&anna, &tab}) {
         const auto events = client->events();
-        CHECK(events.back() == "{\"type\":\"kicked\",\"text\":\"Enough of that.\"}");
+        CHECK(events.back() == "{\"type\":\"kicked\",\"code\":\"kick\",\"text\":\"Enough of that.\"}");
         CHECK(client->close_code() == CloseCode::policy_violation);
         client->disconnect();
     }
@@ -1589,6 +1591,65 @@ TEST_CASE("only a moderator can mute, kick and ban") {
     moderator.send("/ban 192.0.2.1 0");
     ChatClient<> forgiven(host, "name=Dora", "tea", "192.0.2.1");
     CHECK_FALSE(forgiven.refusal.has_value());
+}
+
+TEST_CASE("/bans lists the bans, /unban ends one, and /unmute lets a user speak") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert");
+    const std::string id = anna.handler.user().id;
+    moderator.send("/ban Anna 60");
+    const std::string kicked = anna.events().back();
+    CHECK(contains(kicked, "{\"type\":\"kicked\",\"code\":\"ban\",\"text\":\"You are banned.\",\"seconds\":6"));
+    const std::string list = moderator.answer_to("/tag t2 /bans");
+    CHECK(contains(list, "{\"ban\":\"name anna\",\"name\":\"Anna\",\"seconds\":"));
+    CHECK(contains(list, "{\"ban\":\"user " + id + "\",\"name\":\"Anna\",\"seconds\":"));
+    CHECK(field_of(list, "tag") == "t2");
+    CHECK(host.hub().bans().size() == 2);
+    CHECK(field_of(bert.send("/bans").back(), "code") == "forbidden");
+    CHECK(field_of(bert.send("/unban Anna").back(), "code") == "forbidden");
+    moderator.send("/unban Anna");
+    CHECK(host.hub().bans().empty());
+    ChatClient<> forgiven(host, "name=Anna&key=anna-secret");
+    CHECK_FALSE(forgiven.refusal.has_value());
+    moderator.send("/mute Bert");
+    CHECK(field_of(bert.send("hello").back(), "code") == "muted");
+    moderator.send("/unmute Bert");
+    CHECK(field_of(bert.send("hello").back(), "type") == "said");
+}
+
+TEST_CASE("the ban of a guest is also one of the address, unless others use it") {
+    TestHost host;
+    ChatClient<> alone(host, "name=Anna", "tea", "192.0.2.1"), bert(host, "name=Bert", "tea", "192.0.2.2"),
+        neighbour(host, "name=Carl", "tea", "192.0.2.2");
+    host.hub().ban("Anna", 1h);
+    host.hub().ban("Bert", 1h);
+    CHECK_FALSE(alone.handler.is_open());
+    CHECK_FALSE(bert.handler.is_open());
+    CHECK(neighbour.handler.is_open());
+    ChatClient<> again(host, "name=Dora", "tea", "192.0.2.1"), other(host, "name=Dora", "tea", "192.0.2.2");
+    CHECK(again.refusal.has_value());
+    CHECK_FALSE(other.refusal.has_value());
+}
+
+TEST_CASE("the store keeps bans and mutes") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");
+    host.hub().ban("192.0.2.9", 1h);
+    host.room("tea").mute("Anna", 1h);
+    std::vector<ChatFact> bans, mutes;
+    const auto into = [](std::vector<ChatFact>& list) {
+        return [&list](std::vector<ChatFact> facts, const std::string&) { list = std::move(facts); };
+    };
+    host.hub().store().facts("ban", "", into(bans));
+    host.hub().store().facts("mute", "", into(mutes));
+    REQUIRE(bans.size() == 1);
+    CHECK(bans[0].key == "address 192.0.2.9");
+    REQUIRE(mutes.size() == 1);
+    CHECK(mutes[0].key == "tea\nuser " + anna.handler.user().id);
+    host.hub().ban("192.0.2.9", 0s);
+    host.hub().store().facts("ban", "", into(bans));
+    CHECK(bans.empty());
 }
 
 TEST_CASE("a ban closes the connections of a user in all rooms, and can be ended by the same name") {
