@@ -17,8 +17,8 @@ const ANSWER_DEADLINE = 15000;    // the server answers each line with a tag; th
 const SILENCE = 45000;            // after this silence, the client asks whether the server is alive
 const TYPING_EVERY = 3000;
 const MOST_MESSAGES = 10000;      // of a room in memory; older ones can be loaded again
-const MODERATION = ['kick', 'ban', 'mute', 'slow', 'invite', 'remove'];
-const RESTRICTED = ['topic', 'react', 'edit'];
+const MODERATION = ['kick', 'ban', 'mute', 'slow', 'invite', 'remove', 'topic'];
+const RESTRICTED = ['react', 'edit'];
 const SENDS = 6;                  // how often a message is sent before it counts as refused
 
 /**
@@ -155,13 +155,7 @@ export class ChatClient extends EventTarget {
     this._socket = null;
     this._ready = false;
     this._at = '';                    // the room in which the server understands lines
-    this._failures = 0;
-    this._heard = 0;
-    this._tokens = 0;
-    this._filled = 0;
-    this._typed = 0;
-    this._pausedUntil = 0;
-    this._floods = 0;
+    this._failures = this._heard = this._tokens = this._filled = this._typed = this._pausedUntil = this._floods = 0;
     /** @type {Record<string, any>} */
     this._timers = {};
     /** @type {Map<string, { resolve: (event: any) => void, reject: (error: ChatError) => void, timer: any, room: string }>} */
@@ -271,7 +265,7 @@ export class ChatClient extends EventTarget {
     if (!state) return;
     const changed = state.unread > 0 || state.read < state.last;
     state.unread = state.mentions = 0;
-    if (state.read < state.last && this.features.has('read') && this._ready) this._soon('read ' + room, 1000, () => this._write(`/read ${state.last}`, room));
+    if (state.read < state.last && this.features.has('read') && this._ready) this._soon('read ' + room, 1000, () => this._write(state.peer ? `/read @${state.peer} ${state.last}` : `/read ${state.last}`, room));
     state.read = Math.max(state.read, state.last);
     if (changed) this._tell('room', { room: state });
   }
@@ -330,7 +324,6 @@ export class ChatClient extends EventTarget {
       return made;
     } catch { return randomToken(); }              // a browser may forbid storage
   }
-
   _watchPage() {
     const { signal } = this._listeners;
     const retry = () => { if (this.state === 'waiting') { this._failures = 0; this._connect(); } };
@@ -346,7 +339,6 @@ export class ChatClient extends EventTarget {
       else if (this._ready && Date.now() - this._heard > SILENCE / 2) this._probe();
     }, { signal });
   }
-
   _address() {
     const page = /** @type {any} */ (globalThis).document?.baseURI;
     const url = new URL(this.options.url ?? 'chat', page);
@@ -358,9 +350,9 @@ export class ChatClient extends EventTarget {
     if (this.me.name) url.searchParams.set('name', this.me.name);
     if (first?.position) url.searchParams.set('last', first.position);
     for (const each of rest) url.searchParams.append('join', each.position ? `${each.name} ${each.position}` : each.name);
+    for (const each of this.rooms.values()) if (each.peer && each.position) url.searchParams.append('peer', `${each.peer} ${each.position}`);
     return url.href;
   }
-
   _connect() {
     this._drop();
     this._setState('connecting');
@@ -373,7 +365,6 @@ export class ChatClient extends EventTarget {
     socket.onclose = ours(event => this._lost(event));
     this._soon('connect', CONNECT_DEADLINE, () => this._lost());
   }
-
   // Ends the connection, without an event.
   _drop(code) {
     const socket = this._socket;
@@ -387,7 +378,6 @@ export class ChatClient extends EventTarget {
     for (const tag of [...this._asked.keys()]) this._answer(tag, null, new ChatError('offline', 'The connection was lost.'));
     try { socket?.close(...(code ? [code] : [])); } catch { /* it was not open yet */ }
   }
-
   _lost(event = {}) {
     if (this.state === 'closed' || !this._socket && this.state === 'waiting') return;
     this._drop();
@@ -400,17 +390,14 @@ export class ChatClient extends EventTarget {
     this._setState('waiting', event.reason);
     this._soon('retry', delay, () => this._connect());
   }
-
   _setState(state, reason) {
     this.state = state;
     this._tell('state', { state, retryAt: this.retryAt, reason: reason || this.reason });
   }
-
   _soon(name, ms, action) {
     clearTimeout(this._timers[name]);
     this._timers[name] = setTimeout(action, ms);
   }
-
   // Asks something small whose answer also shows whether anything was missed.
   _probe() {
     const state = [...this.rooms.values()].find(each => each.joined && each.position);
@@ -418,7 +405,6 @@ export class ChatClient extends EventTarget {
     const asked = Date.now();
     this._soon('dead', CONNECT_DEADLINE, () => { if (this._heard < asked) this._lost(); });
   }
-
   _write(line, room, tag) {
     const spoken = room && !this.rooms.get(room)?.peer && room !== this._at ? `/in ${encodeURIComponent(room)} ${line}` : line;
     this._tokens -= 1;
@@ -445,7 +431,6 @@ export class ChatClient extends EventTarget {
       this._again(entry, 'timeout', 'The server did not answer.');
     });
   }
-
   // A private message goes through a room in which the other one is; else to the user's id, where the server keeps it.
   _speak(entry) {
     const peer = this.rooms.get(entry.room)?.peer;
@@ -453,9 +438,7 @@ export class ChatClient extends EventTarget {
     const room = [...this.rooms.values()].find(each => each.joined && each.users.has(peer));
     this._write(`/msg ${room?.users.get(peer)?.name ?? '@' + peer} ${entry.text}`, room?.name, entry.tag);
   }
-
   _canSpeak(room) { return this.rooms.get(room)?.joined === true || this.rooms.get(room)?.peer !== undefined && room.startsWith('@'); }
-
   // How long the pace that the server allows demands to wait, in ms.
   _untilToken() {
     const rate = (this.limits.per_second || 5) * 0.8, burst = Math.max(1, (this.limits.burst || 20) * 0.8), now = Date.now();
@@ -463,20 +446,17 @@ export class ChatClient extends EventTarget {
     this._filled = now;
     return this._tokens >= 1 ? 0 : (1 - this._tokens) / rate * 1000;
   }
-
   _again(entry, code, reason) {
     if (entry.sends >= SENDS) return this._refuse(entry, code, reason);
     entry.state = 'waiting';
     this._tell('outbox', { entry });
     this._flush();
   }
-
   _refuse(entry, code, reason) {
     Object.assign(entry, { state: 'refused', code, reason });
     this._tell('outbox', { entry });
     this._flush();
   }
-
   _confirm(tag) {
     const entry = tag === undefined ? undefined : this.outbox.find(each => each.tag === tag);
     if (!entry) return undefined;
@@ -486,7 +466,6 @@ export class ChatClient extends EventTarget {
     this._flush();
     return entry;
   }
-
   _answer(tag, event, error) {
     const asked = this._asked.get(tag);
     if (!asked) return false;
@@ -500,7 +479,6 @@ export class ChatClient extends EventTarget {
   // ---- events of the server, inside --------------------------------------------------------------------------------
 
   _tell(type, detail) { this.dispatchEvent(new ChatClientEvent(type, detail)); }
-
   _received(data) {
     let event;
     try { event = JSON.parse(data); } catch { return; }
@@ -512,7 +490,6 @@ export class ChatClient extends EventTarget {
     else this._tell('event', event);
     if (event.type !== 'error' && event.tag !== undefined) this._answer(event.tag, event);
   }
-
   _room(name, title) {
     let state = this.rooms.get(name);
     if (!state) {
@@ -521,7 +498,6 @@ export class ChatClient extends EventTarget {
     }
     return state;
   }
-
   _forgetRoom(name) {
     const state = this.rooms.get(name);
     if (!state) return;
@@ -529,7 +505,6 @@ export class ChatClient extends EventTarget {
     this.outbox = this.outbox.filter(each => each.room !== name || each.state === 'refused');
     this._tell('left', { room: state });
   }
-
   // The server decides how a room is written.
   _rename(asked, name) {
     const state = this.rooms.get(asked);
@@ -539,10 +514,8 @@ export class ChatClient extends EventTarget {
     this.rooms.set(name, state);
     for (const entry of this.outbox) if (entry.room === asked) entry.room = name;
   }
-
   // The room or conversation of an event.
   _stateOf(event) { return this.rooms.get(event.peer !== undefined ? '@' + event.peer : String(event.room ?? '')); }
-
   _messageOf(event, asOf) {
     const text = String(event.text ?? ''), user = String(event.user ?? ''), name = String(event.from ?? event.name ?? '');
     const known = user !== '' && this.me.user !== '';
@@ -553,7 +526,6 @@ export class ChatClient extends EventTarget {
       me: event.me === true, mention: !own && mentions(text, this.me.name), data: event.data ?? null, edited: Number(event.edited) || 0,
       removed: event.removed === true, reactions, asOf };
   }
-
   // Each message has its place by its id, once.
   _insert(state, message) {
     if (message.id !== 0 && state.byId.has(message.id)) return null;
@@ -563,7 +535,6 @@ export class ChatClient extends EventTarget {
     state.messages.splice(at, 0, message);
     return message;
   }
-
   _count(state, message) {
     const seen = this.visible === state.name && !(/** @type {any} */ (globalThis).document?.hidden);
     if (message.own || message.kind !== 'said' || message.removed) return;
@@ -572,7 +543,6 @@ export class ChatClient extends EventTarget {
     state.unread += 1;
     if (message.mention || state.peer) state.mentions += 1;
   }
-
   // An amendment may come twice, and the present state of a message may include it.
   _amend(state, event) {
     const message = state.byId.get(Number(event.target));
@@ -586,7 +556,6 @@ export class ChatClient extends EventTarget {
     else this._applyReaction(message, event);
     this._tell('change', { room: state, message });
   }
-
   _applyReaction(message, event) {
     const emoji = String(event.emoji), user = String(event.user || event.name);
     const mine = event.user ? event.user === this.me.user : event.name === this.me.name;
@@ -603,7 +572,6 @@ export class ChatClient extends EventTarget {
     if (mine) reaction.me = event.on === true;
     message.reactions = message.reactions.filter(each => each.count > 0);
   }
-
   // A live event of the log of a room: a message, a topic or an amendment.
   _logged(event) {
     const confirmed = this._confirm(event.tag);
@@ -623,7 +591,6 @@ export class ChatClient extends EventTarget {
     } else this._amend(state, event);
     state.last = Math.max(state.last, id);
   }
-
   // The end of a room that nobody reads upwards keeps MOST_MESSAGES.
   _trim(state) {
     if (state.messages.length <= MOST_MESSAGES + 500) return;

@@ -357,7 +357,6 @@ async function openMessageMenu(user, text) {
   await message.locator('.tools').click();
 }
 function title(user, text) { return user.waitFor(text => document.title === text, text); }
-function waitForTopic(user, text) { return user.waitFor(text => document.querySelector('#topic').textContent === text, text); }
 
 async function testRooms(path) {
   const main = await launch();
@@ -449,11 +448,6 @@ async function testRooms(path) {
     await chooseInMenu(anna, 'Delete');
     await bob.page.waitForSelector('#log .message.removed');
     expect(await bob.countMessages('without a mistake'), 0, 'copies');
-  });
-
-  await step('the topic stands above the conversation', async () => {
-    await anna.submit('/topic All about tea');
-    await waitForTopic(bob, 'All about tea');
   });
 
   await step('several rooms: unread messages and mentions are counted, drafts are kept, and nobody reconnects', async () => {
