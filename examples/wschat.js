@@ -161,6 +161,8 @@ export class ChatClient extends EventTarget {
     /** @type {Map<string, { resolve: (event: any) => void, reject: (error: ChatError) => void, timer: any, room: string }>} */
     this._asked = new Map();
     this._listeners = new AbortController();
+    /** @type {any} */
+    this._watched = null;
   }
 
   // ---- connecting --------------------------------------------------------------------------------------------------
@@ -378,7 +380,7 @@ export class ChatClient extends EventTarget {
     for (const tag of [...this._asked.keys()]) this._answer(tag, null, new ChatError('offline', 'The connection was lost.'));
     try { socket?.close(...(code ? [code] : [])); } catch { /* it was not open yet */ }
   }
-  _lost(event = {}) {
+  _lost(/** @type {{ reason?: string }} */ event = {}) {
     if (this.state === 'closed' || !this._socket && this.state === 'waiting') return;
     this._drop();
     if (this.reason) return this._setState('closed');       // the user was asked to leave
