@@ -11342,11 +11342,17 @@ public:
         return record == nullptr ? 0 : record->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
-        Record& record = records_.find_or_emplace(big_endian_key(last_id_ + 1), entry, now);
+        const std::string key = big_endian_key(last_id_ + 1);
+        Record& record = records_.find_or_emplace(key, entry, now);
+        try {
+            if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
+        } catch (...) {
+            records_.erase(key);
+            throw;
+        }
         record.entry.room.clear();
         record.entry.id = ++last_id_;
         bytes_ += record.bytes = entry.bytes();
-        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
         trim(limits, now);
         return last_id_;
     }
@@ -11664,11 +11670,11 @@ private:
         if (histories_.find(entry.room) == nullptr && detail::exceeds(histories_.size() + 1, limits_.max_rooms))
             evict_oldest();
         detail::RoomHistory& history = histories_.find_or_emplace(entry.room, deleted_id_);
-        by_use_.erase(history.use_key);
-        history.use_key = big_endian_key(++uses_);
-        by_use_.find_or_emplace(history.use_key) = entry.room;
+        std::string use_key = big_endian_key(++uses_);
+        by_use_.find_or_emplace(use_key, entry.room);
+        by_use_.erase(std::exchange(history.use_key, std::move(use_key)));
         entry.id = update(history, [&] { return history.append(entry, limits_, listener_->now()); });
-        while (detail::exceeds(bytes_, limits_.max_total_bytes) && histories_.size() > 1) evict_oldest();
+        while (detail::exceeds(bytes_, limits_.max_total_bytes) && by_use_.size() > 1) evict_oldest();
     }
     template <class Read>
     HistoryPage read(const std::string& room, Read&& work) {

@@ -823,7 +823,7 @@ TEST_CASE("a reaction is added, counted, and taken back when it is sent again") 
     ChatClient carl(host, "name=Carl");
     CHECK(contains(carl.events().back(), R"("count":2)"));
     CHECK(field_of(bert.send("/react " + id + " \xF0\x9F\x91\x8D").back(), "on") == "false");
-    for (const std::string bad :
+    for (const std::string& bad :
          std::vector<std::string>{"", " two words", " \xE2\x80\x83", " " + std::string(65, 'x')})
         CHECK(field_of(anna.send("/react " + id + bad).back(), "code") == "bad_command");
 }
@@ -866,7 +866,7 @@ TEST_CASE("a message carries a JSON object of at most 4 KiB beside its text") {
     CHECK(contains(bert.events().back(), R"("data":{"pos")"));
     CHECK(contains(anna.answer_to(R"(/data {"only":1})"), R"("data":{"only":1})"));
     const std::string large = "/data {\"x\":\"" + std::string(5000, 'x') + "\"}";
-    for (const std::string bad : {std::string("/data"), std::string("/data 5 x"), std::string("/data [1] x"),
+    for (const std::string& bad : {std::string("/data"), std::string("/data 5 x"), std::string("/data [1] x"),
                                   std::string("/data {\"a\":} x"), std::string("/data {"), large})
         CHECK(field_of(anna.send(bad).back(), "code") == "bad_data");
 }
