@@ -632,6 +632,15 @@ async function makePictures(paths, folder) {
   const named = [{ ...desktop, name: 'Anna' }, { ...desktop, name: 'Bob' }, { ...phone, name: 'Chloé' }];
   if (paths.rooms) await step('picture: rooms.png and phone.png, names and a list of users, light and dark', () => withServer(paths.rooms, '#tea', named, async users => {
     for (const user of users) await user.waitForUsers(['Anna', 'Bob', 'Chloé']);
+    for (const user of users.slice(0, 2)) {
+      for (const room of ['garden', 'biscuits and cake']) {
+        await user.submit('/join ' + room);
+        await user.waitFor(room => document.querySelector('#room').textContent === '# ' + room, room);
+      }
+      await user.sendMessage('Who brings plates?');
+      await user.page.click('#room-list button:has-text("# tea")');
+    }
+    await users[0].page.waitForSelector('#room-list .badge');
     await playChat(users);
     await sideBySide(main.browser, [await users[0].page.screenshot(), await users[1].page.screenshot()], join(folder, 'rooms.png'));
     await users[2].sendMessage('It is. Keep a cup for me!');
