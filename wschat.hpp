@@ -75,16 +75,16 @@
 //   another history          ChatStore (16); SqliteHistory (17) is an example
 //
 // Public names:
-//   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage, ConnectError,
-//   WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
-//   Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
-//   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
-//   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
-//   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics,
-//   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse,
-//   Client, ClientTls, ReconnectOptions, ClientOptions, ChatHandler,
-//   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
-//   ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
+//   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
+//   truncate_utf8, sha1, base64, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr,
+//   log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart,
+//   Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
+//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions,
+//   SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient,
+//   TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientOptions, ChatHandler, ChatHub, ChatEntry,
+//   HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction,
+//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -11296,8 +11296,8 @@ struct ClientOptions {
     Duration connect_timeout = std::chrono::seconds(10);  // from the name to the 101, redirects included
     std::vector<std::pair<std::string, std::string>> headers;
     std::vector<std::pair<std::string, std::string>> cookies;
-    std::vector<std::string> subprotocols;  // in the order of preference
-    std::string origin;                     // empty: none is sent
+    std::vector<std::string> subprotocols;          // in the order of preference
+    std::string origin;                             // empty: none is sent
     std::optional<CompressionOptions> compression;  // offered if the program is built with WSCHAT_ZLIB
     std::optional<ReconnectOptions> reconnect;      // nothing: one attempt, and no other after the connection
     unsigned max_redirects = 0;  // at most 5 are followed; never from wss to ws, no secrets to another server
@@ -11545,8 +11545,8 @@ public:
     void resolve(Resolver resolver, std::string host, std::shared_ptr<Mailbox> mailbox, std::weak_ptr<void> waiting,
                  Done done) {
         const std::lock_guard<std::mutex> lock(state_->mutex);
-        state_->jobs.push_back({std::move(resolver), std::move(host), std::move(mailbox), std::move(waiting),
-                                std::move(done)});
+        state_->jobs.push_back(
+            {std::move(resolver), std::move(host), std::move(mailbox), std::move(waiting), std::move(done)});
         if (state_->jobs.size() > state_->idle && state_->threads < max_threads) start_thread();
         state_->changed.notify_one();
     }
@@ -11605,9 +11605,8 @@ private:
         // Only memory that runs out can throw here. The attempt then ends at its deadline.
         run_guarded(
             [&] {
-                job.mailbox->post([done = std::move(job.done), result = std::move(result)]() mutable {
-                    done(std::move(result));
-                });
+                job.mailbox->post(
+                    [done = std::move(job.done), result = std::move(result)]() mutable { done(std::move(result)); });
             },
             [](const char*) {});
     }
@@ -11700,8 +11699,8 @@ public:
 
     Loop& loop() { return worker.loop; }
     Duration random_up_to(Duration max) {
-        return Duration(std::uniform_int_distribution<Duration::rep>(0, (std::max)(max, Duration::zero()).count())(
-            random_));
+        return Duration(
+            std::uniform_int_distribution<Duration::rep>(0, (std::max)(max, Duration::zero()).count())(random_));
     }
     void remove(std::uint64_t id) {
         links.erase(id);
@@ -11802,7 +11801,8 @@ private:
             const std::size_t end = rest.find("\r\n");
             if (end == std::string_view::npos) return rest.size() > 256;
             std::size_t size = 0;
-            for (const char c : rest.substr(0, rest.substr(0, end).find_first_of("; "))) {
+            const std::string_view line = rest.substr(0, end);
+            for (const char c : line.substr(0, line.find_first_of("; "))) {
                 if (text::hex_value(c) < 0 || size > max_size) return true;
                 size = size * 16 + static_cast<unsigned>(text::hex_value(c));
             }
@@ -11921,8 +11921,7 @@ private:
         redirects_ = 0;
         stage_ = ConnectStage::url;
         const Duration timeout = options_.connect_timeout;
-        if (timeout > Duration::zero())
-            deadline_ = call_later(timeout, [](ClientLink& link) { link.fail_late(); });
+        if (timeout > Duration::zero()) deadline_ = call_later(timeout, [](ClientLink& link) { link.fail_late(); });
         std::string error;
         const auto url = ClientUrl::parse(url_text_, error);
         if (!url) return fail(stage_, error);
@@ -11933,7 +11932,8 @@ private:
     // The server of the URL, or of a redirect.
     void start_hop() {
 #if !WSCHAT_OPENSSL
-        if (url_.secure) return fail(ConnectStage::url, "This program is built without TLS: no wss:// (WSCHAT_OPENSSL).");
+        if (url_.secure)
+            return fail(ConnectStage::url, "This program is built without TLS: no wss:// (WSCHAT_OPENSSL).");
 #endif
         parser_ = ResponseParser(options_.limits);
         body_ = {};
@@ -12052,7 +12052,8 @@ private:
         return error == EINPROGRESS || os::interrupted(error) || (os::would_block(error) && address.bits() != 0);
     }
     void drop(Dial& dial) {
-        const auto at = std::find_if(dials_.begin(), dials_.end(), [&](const auto& each) { return each.get() == &dial; });
+        const auto at =
+            std::find_if(dials_.begin(), dials_.end(), [&](const auto& each) { return each.get() == &dial; });
         std::unique_ptr<Dial> dropped = std::move(*at);
         dials_.erase(at);
         Dial::retire(std::move(dropped), loop());
@@ -12065,8 +12066,8 @@ private:
         if (::getsockopt(dial.socket.descriptor(), SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&error), &size) != 0)
             error = os::last_error();
         if (error != 0) {
-            dial_error_ = (dial.peer.bits() == 0 ? options_.unix_path : dial.peer.to_string()) + ": " +
-                          os::error_text(error);
+            dial_error_ =
+                (dial.peer.bits() == 0 ? options_.unix_path : dial.peer.to_string()) + ": " + os::error_text(error);
             drop(dial);
             return dial_next();
         }
@@ -12118,7 +12119,8 @@ private:
     void make_request() {
         key_ = random_key();
         std::string subprotocols;
-        for (const std::string& each : options_.subprotocols) (subprotocols += subprotocols.empty() ? "" : ", ") += each;
+        for (const std::string& each : options_.subprotocols)
+            (subprotocols += subprotocols.empty() ? "" : ", ") += each;
         offers_compression_ = compression_available && options_.compression;
         const std::string offer = offers_compression_ ? CompressionPool::offer(*options_.compression) : std::string();
         request_ = handshake_request(url_.authority(), url_.target, key_, subprotocols, offer);
@@ -12158,8 +12160,9 @@ private:
         constexpr int max_reads = 4;
         for (int i = 0; i < max_reads; ++i) {
             Bytes& buffer = core_->worker.receive_buffer;
-            const IoResult got = transport_ ? transport_->receive(active_->socket, buffer.data(), buffer.capacity(), wire())
-                                            : active_->socket.receive(buffer.data(), buffer.capacity());
+            const IoResult got = transport_
+                                     ? transport_->receive(active_->socket, buffer.data(), buffer.capacity(), wire())
+                                     : active_->socket.receive(buffer.data(), buffer.capacity());
             if (!transport_) wire().received += got.size;
             if (got.outcome == IoResult::Outcome::would_block) return true;
             if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
@@ -12170,9 +12173,9 @@ private:
     }
     bool end_of_input(const IoResult& got) {
         const bool tls_failed = transport_ && !transport_->failure().empty();
-        std::string cause = tls_failed                                      ? transport_->failure()
+        std::string cause = tls_failed                                ? transport_->failure()
                             : got.outcome == IoResult::Outcome::error ? os::error_text(got.error)
-                                                                            : std::string("the server hung up");
+                                                                      : std::string("the server hung up");
         if (reads_body_) fail_response();
         else if (stage_ == ConnectStage::tls) fail(stage_, "The TLS handshake failed: " + cause + ".");
         else fail(stage_, "The connection ended before the response: " + cause + ".");
@@ -12210,7 +12213,8 @@ private:
         if (transport_ && transport_->has_input())
             loop().post([weak = weak_from_this(), attempt = std::weak_ptr<char>(attempt_)] {
                 const auto self = weak.lock();
-                if (self && !attempt.expired() && self->active_ != nullptr) self->on_ready(*self->active_, true, false, false);
+                if (self && !attempt.expired() && self->active_ != nullptr)
+                    self->on_ready(*self->active_, true, false, false);
             });
     }
     WireCount& wire() { return core_->worker.wire; }
@@ -12276,7 +12280,8 @@ private:
     void finish_handshake(std::string_view frames) {
         stage_ = ConnectStage::upgrade;
         std::string subprotocols;
-        for (const std::string& each : options_.subprotocols) (subprotocols += subprotocols.empty() ? "" : ", ") += each;
+        for (const std::string& each : options_.subprotocols)
+            (subprotocols += subprotocols.empty() ? "" : ", ") += each;
         std::string error = handshake_response_error(parser_.head(), key_, subprotocols, offers_compression_);
         std::unique_ptr<Compression> compression;
         if (error.empty() && offers_compression_)
@@ -12288,9 +12293,13 @@ private:
     // ---- the two ends of an attempt --------------------------------------------------------------------------------
 
     void open(std::unique_ptr<Compression> compression, std::string_view frames) {
-        ClientHandshake opened{shared_from_this(), nullptr, current_request(),
+        ClientHandshake opened{shared_from_this(),
+                               nullptr,
+                               current_request(),
                                std::string(parser_.fields().find("sec-websocket-protocol").value_or("")),
-                               std::move(compression), &random_mask, frames};
+                               std::move(compression),
+                               &random_mask,
+                               frames};
         opened.handler = factory_();
         if (!opened.handler) return fail(stage_, "The factory made no handler.");
         if (core_->worker.draining) return end();
@@ -12302,8 +12311,9 @@ private:
         opened_at_ = loop().now();
         close_code_ = CloseCode::abnormal;
         close_cause_ = CloseCause::connection_lost;
-        run_guarded([&] { core_->worker.adopt(std::move(socket), peer, std::move(transport), std::move(opened), session_); },
-                    [](const char*) {});
+        run_guarded(
+            [&] { core_->worker.adopt(std::move(socket), peer, std::move(transport), std::move(opened), session_); },
+            [](const char*) {});
         if (session_ == nullptr) on_session_end();  // memory ran out
     }
 
@@ -12332,8 +12342,9 @@ private:
         deadline_.reset();
         // A response whose body does not end is a response.
         if (reads_body_) return fail_response();
-        constexpr std::string_view waited_for[] = {"valid URL",     "answer of the resolver", "connection",
-                                                   "answer of the proxy", "TLS handshake", "response", "upgrade"};
+        constexpr std::string_view waited_for[] = {
+            "valid URL", "answer of the resolver", "connection", "answer of the proxy", "TLS handshake", "response",
+            "upgrade"};
         const auto seconds = std::chrono::duration_cast<std::chrono::milliseconds>(options_.connect_timeout).count();
         fail(stage_, "There was no " + std::string(waited_for[static_cast<std::size_t>(stage_)]) + " within " +
                          std::to_string(seconds) + " ms.");
@@ -12386,9 +12397,8 @@ private:
         if (close_cause_ == CloseCause::local || close_cause_ == CloseCause::shutdown ||
             close_cause_ == CloseCause::closing_timeout)
             return false;
-        const bool final =
-            close_cause_ == CloseCause::peer &&
-            (close_code_ == CloseCode::normal || close_code_ == CloseCode::policy_violation);
+        const bool final = close_cause_ == CloseCause::peer &&
+                           (close_code_ == CloseCode::normal || close_code_ == CloseCode::policy_violation);
         return !final || options_.reconnect->after_normal_close;
     }
     // Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
@@ -12412,7 +12422,8 @@ private:
         const auto max_seconds = std::chrono::duration_cast<std::chrono::seconds>(max).count();
         std::int64_t seconds = 0;
         if (const auto number = text::parse_unsigned(*value, INT64_MAX)) seconds = static_cast<std::int64_t>(*number);
-        else if (const auto date = parse_http_date(*value)) seconds = *date - static_cast<std::int64_t>(std::time(nullptr));
+        else if (const auto date = parse_http_date(*value))
+            seconds = *date - static_cast<std::int64_t>(std::time(nullptr));
         return seconds <= 0 ? Duration::zero() : seconds >= max_seconds ? max : Duration(std::chrono::seconds(seconds));
     }
 
@@ -12471,7 +12482,9 @@ WSCHAT_COLD inline void check_client_options(const ClientOptions& options) {
         for (const std::string_view each : own) reserved = reserved || text::equals_ignore_case(name, each);
         if (reserved) bad("only the client sets the header " + name);
     }
-    const auto cookie_char = [](char c) { return c > ' ' && c < 0x7F && c != ';' && c != ',' && c != '\\' && c != '"'; };
+    const auto cookie_char = [](char c) {
+        return c > ' ' && c < 0x7F && c != ';' && c != ',' && c != '\\' && c != '"';
+    };
     for (const auto& [name, value] : options.cookies)
         if (!text::is_token(name) || !text::all_of(value, cookie_char))
             bad("\"" + escape_for_log(name) + "\" is not a cookie");
@@ -12580,9 +12593,7 @@ public:
         return (loop().poll(timeout) || std::exchange(idle_, false)) && !core_->links.empty();
     }
     int descriptor() const { return core_->loop().descriptor(); }
-    Duration next_timeout() const {
-        return core_->worker.has_work() ? Duration::zero() : core_->loop().next_timeout();
-    }
+    Duration next_timeout() const { return core_->worker.has_work() ? Duration::zero() : core_->loop().next_timeout(); }
 
     // From any thread while the client lives: closes every connection with 1001, gives up all attempts, and ends run().
     // What has not closed at the deadline is dropped.
@@ -12619,8 +12630,8 @@ private:
         if (!tls.authorities.empty() || !tls.certificate.empty() || !tls.key.empty()) core_->context(tls);
 #endif
         const ConnectionId id = ++last_id_;
-        const auto link = std::make_shared<detail::ClientLink>(*core_, id, std::string(url), std::move(options),
-                                                               std::move(factory));
+        const auto link =
+            std::make_shared<detail::ClientLink>(*core_, id, std::string(url), std::move(options), std::move(factory));
         core_->links.emplace(id, link);
         link->start_later(Duration::zero());
         return id;
