@@ -82,9 +82,9 @@
 //   Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
 //   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions,
 //   SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient,
-//   TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientOptions, ChatHandler, ChatHub, ChatEntry,
-//   HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction,
-//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub,
+//   ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser, ChatLimits,
+//   ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -11290,6 +11290,13 @@ struct ReconnectOptions {
     bool after_refusal = false;       // also after a response with a status of 200-499
 };
 
+// What may differ from attempt to attempt. It begins as what connect() got.
+struct ClientAttempt {
+    std::string url;
+    std::vector<std::pair<std::string, std::string>> headers;
+    std::vector<std::pair<std::string, std::string>> cookies;
+};
+
 // What is the same for all attempts of one Client::connect().
 struct ClientOptions {
     Limits limits;                                        // of the connection; those on requests hold for the response
@@ -11301,6 +11308,8 @@ struct ClientOptions {
     std::optional<CompressionOptions> compression;  // offered if the program is built with WSCHAT_ZLIB
     std::optional<ReconnectOptions> reconnect;      // nothing: one attempt, and no other after the connection
     unsigned max_redirects = 0;  // at most 5 are followed; never from wss to ws, no secrets to another server
+    // Called on the loop's thread before each attempt: for a token that expires, or the id of the last message.
+    std::function<void(ClientAttempt&)> before_attempt;
     ClientTls tls;
     std::string bind_address;  // a numeric address of this machine to connect from
     std::string unix_path;     // connects to this Unix socket; the URL still gives the host, the path and the scheme
@@ -11819,6 +11828,27 @@ private:
     bool chunked_ = false;
 };
 
+// Throws Error for what is not a header field or a cookie, or is one that only the client sets.
+WSCHAT_COLD inline void check_client_headers(const char* call,
+                                             const std::vector<std::pair<std::string, std::string>>& headers,
+                                             const std::vector<std::pair<std::string, std::string>>& cookies) {
+    static constexpr std::string_view own[] = {"host", "upgrade", "connection", "content-length", "transfer-encoding"};
+    const auto bad = [&](const std::string& what) { throw Error(std::string(call) + ": " + what); };
+    for (const auto& [name, value] : headers) {
+        if (!text::is_token(name) || has_control_character(value))
+            bad("\"" + escape_for_log(name) + "\" is not a header field");
+        bool reserved = text::starts_with(text::to_lower(name), "sec-websocket-");
+        for (const std::string_view each : own) reserved = reserved || text::equals_ignore_case(name, each);
+        if (reserved) bad("only the client sets the header " + name);
+    }
+    const auto cookie_char = [](char c) {
+        return c > ' ' && c < 0x7F && c != ';' && c != ',' && c != '\\' && c != '"';
+    };
+    for (const auto& [name, value] : cookies)
+        if (!text::is_token(name) || !text::all_of(value, cookie_char))
+            bad("\"" + escape_for_log(name) + "\" is not a cookie");
+}
+
 // ---- one connect() -------------------------------------------------------------------------------------------------
 
 // What Client::connect() started: attempt, connection, pause, next attempt. It has at most one connection at a time,
@@ -11922,8 +11952,14 @@ private:
         stage_ = ConnectStage::url;
         const Duration timeout = options_.connect_timeout;
         if (timeout > Duration::zero()) deadline_ = call_later(timeout, [](ClientLink& link) { link.fail_late(); });
+        attempted_ = {url_text_, options_.headers, options_.cookies};
+        if (options_.before_attempt) {
+            options_.before_attempt(attempted_);
+            if (core_ == nullptr || ended_) return;
+            check_client_headers("ClientOptions::before_attempt", attempted_.headers, attempted_.cookies);
+        }
         std::string error;
-        const auto url = ClientUrl::parse(url_text_, error);
+        const auto url = ClientUrl::parse(attempted_.url, error);
         if (!url) return fail(stage_, error);
         url_ = *url;
         sends_secrets_ = true;
@@ -12127,7 +12163,7 @@ private:
         std::string lines;
         if (!options_.origin.empty()) add_line(lines, "Origin", options_.origin);
         bool authorized = false;
-        for (const auto& [name, value] : options_.headers) {
+        for (const auto& [name, value] : attempted_.headers) {
             const bool secret = is_secret(name);
             authorized = authorized || text::equals_ignore_case(name, "authorization");
             if (sends_secrets_ || !secret) add_line(lines, name, value);
@@ -12135,7 +12171,7 @@ private:
         if (!url_.credentials.empty() && !authorized)
             add_line(lines, "Authorization", basic_authorization(url_.credentials));
         std::string cookies;
-        for (const auto& [name, value] : options_.cookies)
+        for (const auto& [name, value] : attempted_.cookies)
             cookies += (cookies.empty() ? "" : "; ") + name + "=" + value;
         if (sends_secrets_ && !cookies.empty()) add_line(lines, "Cookie", cookies);
         request_.insert(request_.size() - 2, lines);
@@ -12435,6 +12471,7 @@ private:
     const ClientOptions options_;
     const Route::Factory factory_;
 
+    ClientAttempt attempted_;
     std::shared_ptr<char> attempt_;  // null between attempts
     ConnectStage stage_ = ConnectStage::url;
     ClientUrl url_;  // of the present hop
@@ -12473,21 +12510,8 @@ inline void Dial::on_ready(bool readable, bool writable, bool broken) {
 
 // Throws Error for what can never work, because the caller made a mistake.
 WSCHAT_COLD inline void check_client_options(const ClientOptions& options) {
-    static constexpr std::string_view own[] = {"host", "upgrade", "connection", "content-length", "transfer-encoding"};
     const auto bad = [](const std::string& what) { throw Error("Client::connect: " + what); };
-    for (const auto& [name, value] : options.headers) {
-        if (!text::is_token(name) || has_control_character(value))
-            bad("\"" + escape_for_log(name) + "\" is not a header field");
-        bool reserved = text::starts_with(text::to_lower(name), "sec-websocket-");
-        for (const std::string_view each : own) reserved = reserved || text::equals_ignore_case(name, each);
-        if (reserved) bad("only the client sets the header " + name);
-    }
-    const auto cookie_char = [](char c) {
-        return c > ' ' && c < 0x7F && c != ';' && c != ',' && c != '\\' && c != '"';
-    };
-    for (const auto& [name, value] : options.cookies)
-        if (!text::is_token(name) || !text::all_of(value, cookie_char))
-            bad("\"" + escape_for_log(name) + "\" is not a cookie");
+    check_client_headers("Client::connect", options.headers, options.cookies);
     for (const std::string& each : options.subprotocols)
         if (!text::is_token(each)) bad("the subprotocol \"" + escape_for_log(each) + "\" is not a token");
     if (has_control_character(options.origin)) bad("the origin has a control character");

@@ -511,7 +511,7 @@ TEST_CASE("a server that sends a masked frame gets 1002") {
 }
 
 TEST_CASE("a client waits for the server to close the TCP connection first") {
-    bool ended_before = true;
+    std::atomic<bool> ended_before{true};
     const Raw server([&](RawClient& connection, int) {
         connection.read_until("\r\n\r\n");
         connection.send(accept_response(connection.received));
@@ -1139,6 +1139,37 @@ TEST_CASE("a client does not connect again after 1000, 1008, its own close and a
         CHECK(story.events.back() == row.last_event);
         CHECK(server.accepted() == 1);
     }
+}
+
+TEST_CASE("before_attempt changes the URL and the headers of each attempt") {
+    std::vector<std::string> requests;
+    {
+        const Raw server([&](RawClient& connection, int number) {
+            connection.read_until("\r\n\r\n");
+            requests.push_back(connection.received);
+            connection.send(accept_response(connection.received));
+            if (number == 2) connection.send(test::hex("88 02 03 e8"));
+            finish(connection);
+        });
+        ClientOptions with = reconnecting();
+        int attempts = 0;
+        with.before_attempt = [&](wschat::ClientAttempt& attempt) {
+            attempt.url += "?last=" + std::to_string(++attempts);
+            attempt.headers.emplace_back("X-Token", std::to_string(attempts));
+        };
+        Story story;
+        play(story, plain_url(server.port()), with);
+        CHECK(story.count("open") == 3);
+    }
+    REQUIRE(requests.size() == 3);
+    CHECK(contains(requests[0], "GET /?last=1 HTTP/1.1"));
+    CHECK(contains(requests[2], "GET /?last=3 HTTP/1.1"));
+    CHECK(contains(requests[2], "X-Token: 3"));
+
+    ClientOptions bad = options();
+    bad.before_attempt = [](wschat::ClientAttempt& attempt) { attempt.headers.emplace_back("A", "b\nc"); };
+    Story story;
+    CHECK(contains(only_failure(story, "ws://127.0.0.1:1/", bad).sentence, "\"A\" is not a header field"));
 }
 
 TEST_CASE("Retry-After and 1012 delay the next attempt") {
