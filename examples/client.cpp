@@ -6,8 +6,8 @@
 //
 // With -DWSCHAT_OPENSSL=1 -lssl -lcrypto it speaks wss://, with -DWSCHAT_ZLIB=1 -lz it compresses. --echo sends back
 // what arrives instead of reading the input, and ends with the connection. --insecure accepts any certificate. At the
-// end of the input, the program waits for the answers to what it sent, and closes. Messages go to standard output,
-// everything else to standard error.
+// end of the input, the program closes when nothing has arrived for a second. Messages go to standard output, everything
+// else to standard error.
 #include "../wschat.hpp"
 
 #include <iostream>
@@ -18,7 +18,7 @@ namespace {
 struct Terminal {
     wschat::HandlerRef connection;  // empty while there is none
     std::vector<std::string> waiting;
-    bool ended = false;
+    std::uint64_t arrived = 0;  // messages
     int status = 0;
 
     void send(const std::string& line) {
@@ -27,10 +27,12 @@ struct Terminal {
         else if (wschat::valid_utf8(line)) handler->write_message(line);
         else handler->write_binary(line);
     }
-    void end() {
-        ended = true;
-        // Answers to earlier messages arrive before the pong.
-        if (wschat::WebSocketHandler* const handler = connection.get()) handler->ping("end");
+    // At the end of the input. Answers may still come.
+    void end(wschat::Client& client) {
+        client.loop().call_later(std::chrono::seconds(1), [this, &client, before = arrived] {
+            if (arrived != before || connection.get() == nullptr) return end(client);
+            connection.close();
+        });
     }
 };
 
@@ -41,16 +43,13 @@ struct Line : wschat::WebSocketHandler {
         std::fprintf(stderr, "client: connected to %s\n", remote_address().c_str());
         terminal.connection = ref();
         for (const std::string& line : std::exchange(terminal.waiting, {})) terminal.send(line);
-        if (terminal.ended) ping("end");
     }
     void on_message(const wschat::Message& message) override {
+        ++terminal.arrived;
         if (echo) write_message(message);
         std::fwrite(message.data().data(), 1, message.size(), stdout);
         std::fputc('\n', stdout);
         std::fflush(stdout);
-    }
-    void on_pong(std::string_view payload) override {
-        if (payload == "end") close();
     }
     void on_close() override {
         const std::string reason = wschat::escape_for_log(close_reason());
@@ -72,10 +71,11 @@ struct Line : wschat::WebSocketHandler {
     bool echo;
 };
 
-void read_lines(Terminal& terminal, const std::shared_ptr<wschat::Mailbox>& loop) {
+// On a thread of its own. A loop that is gone runs nothing of it.
+void read_lines(Terminal& terminal, wschat::Client& client, const std::shared_ptr<wschat::Mailbox>& loop) {
     for (std::string line; std::getline(std::cin, line);)
         if (!loop->post([&terminal, line] { terminal.send(line); })) return;
-    loop->post([&terminal] { terminal.end(); });
+    loop->post([&terminal, &client] { terminal.end(client); });
 }
 
 }  // namespace
@@ -114,7 +114,7 @@ int main(int argc, char** argv) try {
     static Terminal terminal;
     wschat::Client client;
     client.connect<Line>(url, options, std::ref(terminal), echo);
-    if (!echo) std::thread([loop = client.loop().mailbox()] { read_lines(terminal, loop); }).detach();
+    if (!echo) std::thread([&client, loop = client.loop().mailbox()] { read_lines(terminal, client, loop); }).detach();
     client.run();
     return terminal.status;
 } catch (const wschat::Error& error) {
