@@ -83,7 +83,9 @@ void read_lines(Terminal& terminal, wschat::Client& client, const std::shared_pt
 int main(int argc, char** argv) try {
     std::string url;
     wschat::ClientOptions options;
-    options.compression = wschat::CompressionOptions();
+    // One connection can afford the memory, and Tornado 6.2 overlooks the parameters that save it.
+    options.compression.emplace();
+    options.compression->server_context_takeover = options.compression->client_context_takeover = true;
     options.limits.max_message_size = 64 * 1024 * 1024;
     options.limits.max_fragments = 1000 * 1000;
     bool echo = false;
