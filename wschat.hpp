@@ -11411,7 +11411,7 @@ struct ClientUrl {
             error = shown + " has no valid host and port.";
             return std::nullopt;
         }
-        return url;
+        return url.with_valid_path(error);
     }
     // For log entries and sentences: without a password and without the query.
     static std::string without_secrets(std::string_view text) {
@@ -11454,7 +11454,13 @@ private:
         if (reference.front() == '/') url.set_target(reference);
         else if (reference.front() == '?') url.set_target(path + std::string(reference));
         else url.set_target(path.substr(0, path.rfind('/') + 1) + std::string(reference));
-        return url;
+        return url.with_valid_path(error);
+    }
+    std::optional<ClientUrl> with_valid_path(std::string& error) const {
+        const std::string_view path = std::string_view(target).substr(0, target.find('?'));
+        if (text::percent_decode(path)) return *this;
+        error = "The path \"" + escape_for_log(path) + "\" has a malformed percent escape.";
+        return std::nullopt;
     }
 };
 
