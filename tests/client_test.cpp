@@ -864,7 +864,9 @@ TEST_CASE("a proxy that refuses, hangs up or sends too much is a failure of its 
         {"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 2\r\n\r\nno", 407},
         {"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 101", 0},
         {"SOCKS", 0}};
-    for (const auto& [answer, status] : rows) {
+    for (const auto& row : rows) {
+        const std::string answer = row.first;
+        const int status = row.second;
         CAPTURE(answer);
         const Raw proxy(answering(answer));
         ClientOptions with = options();
@@ -1280,7 +1282,7 @@ TEST_CASE("a client on the loop of a server shares its rooms") {
     };
     bridge.connect<Actor>(url(other.port()), reconnecting(), std::ref(story));
     std::thread peer([&, port = server.port()] {
-        test::Client member(port, "/");
+        test::WsClient member(port, "/");
         CHECK(test::eventually([&] {
             if (!arrived) member.send("hello");
             return arrived.load();
