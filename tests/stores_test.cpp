@@ -15,10 +15,10 @@ namespace {
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Client;
 using test::contains;
 using test::next_with;
 using test::RunningServer;
+using test::WsClient;
 
 // The path of a database, which is deleted at the end of the scope.
 struct DatabaseFile {
@@ -472,7 +472,7 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
     std::string last;
     {
         Chat chat(temporary.path);
-        Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+        WsClient anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
         last = test::field_of(next_with(anna, "\"type\":\"history\""), "epoch") + "-1";
         next_with(bert, "\"type\":\"history\"");
         anna.send("/tag t1 hello");
@@ -486,7 +486,7 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
         next_with(bert, "are you there?");
     }
     Chat chat(temporary.path);
-    Client anna(chat.port(), "/chat/tea?name=Anna&last=" + last);
+    WsClient anna(chat.port(), "/chat/tea?name=Anna&last=" + last);
     const std::string history = next_with(anna, "\"type\":\"history\"");
     CHECK(contains(history, "\"last\":3,\"gap\":false"));
     CHECK_FALSE(contains(history, "\"text\":\"hello\""));
@@ -500,7 +500,7 @@ TEST_CASE("a full file is an error for the sender and a log entry, and the chat 
     SqliteOptions options;
     options.max_file_bytes = 192 * 1024;
     Chat chat(temporary.path, options);
-    Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
     next_with(bert, "\"type\":\"history\"");
     std::string answer;
     for (int i = 0; i < 15 && !contains(answer, "\"error\""); ++i) {
@@ -520,9 +520,9 @@ TEST_CASE("a locked file is an error for the sender, and private messages do not
     SqliteOptions options;
     options.busy_timeout = 2s;
     Chat chat(temporary.path, options);
-    Client anna(chat.port(), "/chat/tea?name=Anna");
+    WsClient anna(chat.port(), "/chat/tea?name=Anna");
     next_with(anna, "\"entries\"");  // after it only the join of Bert arrives
-    Client bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient bert(chat.port(), "/chat/tea?name=Bert");
     next_with(anna, "\"Bert\"");
     OtherProgram other(temporary.path);
     other.execute("BEGIN IMMEDIATE");
@@ -541,7 +541,7 @@ TEST_CASE("the queue of a file has a limit, above which the sender gets an error
     options.max_queued = 5;
     options.busy_timeout = 10s;
     Chat chat(temporary.path, options);
-    Client anna(chat.port(), "/chat/tea?name=Anna");
+    WsClient anna(chat.port(), "/chat/tea?name=Anna");
     next_with(anna, "\"type\":\"history\"");
     OtherProgram other(temporary.path);
     other.execute("BEGIN IMMEDIATE");
@@ -712,7 +712,7 @@ private:
             events.erase(0, 1);
         }
     }
-    std::optional<Client> client_;
+    std::optional<WsClient> client_;
     std::string epoch_, position_;
     std::uint64_t last_id_ = 0;  // since the last gap
 };
@@ -778,7 +778,7 @@ private:
     }
     void send(const std::string& tag, const std::string& line) { client_->send("/tag " + tag + " " + line); }
 
-    std::optional<Client> client_;
+    std::optional<WsClient> client_;
     std::map<std::string, std::string> pending_;  // lines by tag
     int made_ = 0;
 };
@@ -852,8 +852,8 @@ TEST_CASE("a server that is killed fifty times loses no acknowledged message and
     int made = 0;
     for (int round = 0; round < 50; ++round) {
         KilledServer server(temporary.path);
-        Client client(server.port, "/chat/tea?name=Anna&key=anna-secret" +
-                                       (epoch.empty() ? "" : "&last=" + epoch + "-" + std::to_string(last)));
+        WsClient client(server.port, "/chat/tea?name=Anna&key=anna-secret" +
+                                         (epoch.empty() ? "" : "&last=" + epoch + "-" + std::to_string(last)));
         const std::string history = next_with(client, "\"type\":\"history\"");
         REQUIRE(contains(history, "\"gap\":false"));
         last = std::stoull(test::field_of(history, "last"));

@@ -428,9 +428,9 @@ struct OutOfMemory : wschat::WebSocketHandler {
 TEST_SUITE("attacks") {
     TEST_CASE("a pong that waits in the kernel during a long turn answers the ping") {
         const Stalled server;
-        std::vector<std::unique_ptr<Client>> clients;
+        std::vector<std::unique_ptr<WsClient>> clients;
         for (std::size_t i = 0; i < more_than_a_turn; ++i) {
-            clients.push_back(std::make_unique<Client>(server.port()));
+            clients.push_back(std::make_unique<WsClient>(server.port()));
             REQUIRE(clients.back()->is_open());
         }
         server.jump();
@@ -529,7 +529,7 @@ TEST_SUITE("attacks") {
             for (int allocations = 0; allocations < 12; ++allocations) {
                 CAPTURE(target);
                 CAPTURE(allocations);
-                Client client(process.port(), target, {}, offer);
+                WsClient client(process.port(), target, {}, offer);
                 REQUIRE(client.compressed);
                 client.send(std::to_string(allocations));
                 std::size_t next = 0;
@@ -557,8 +557,8 @@ TEST_SUITE("attacks") {
         RunningServer running;
         running.server.route<Member>("/", std::ref(members));
         running.start();
-        std::vector<std::unique_ptr<Client>> clients;
-        for (std::size_t i = 0; i < 30; ++i) clients.push_back(std::make_unique<Client>(running.port()));
+        std::vector<std::unique_ptr<WsClient>> clients;
+        for (std::size_t i = 0; i < 30; ++i) clients.push_back(std::make_unique<WsClient>(running.port()));
         const auto wrong = running.on_loop([&] {
             std::size_t differences = 0;
             std::uint32_t state = 1;
