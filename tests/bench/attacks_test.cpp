@@ -185,7 +185,42 @@ public:
         CHECK(known <= real * 1.1 + fixed);
     }
 
+    // Handshakes of both versions that the client does not finish. What a connection holds before it is known too.
+    void handshakes(std::size_t count) {
+#if WSCHAT_OPENSSL
+        const Memory none = memory(0);
+        std::vector<RawClient> all;
+        for (std::size_t i = 0; i < count; ++i) all.push_back(RawClient::plain(process_.port()));
+        const Memory silent = memory(static_cast<long>(count));
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::string hello = client_hello(i % 2 == 0 ? TLS1_2_VERSION : TLS1_3_VERSION);
+            all[i].send(hello);
+            REQUIRE(all[i].read_at_least(5));
+        }
+        const Memory now = memory(static_cast<long>(count));
+        const double real = now.allocated - silent.allocated, known = now.counted - silent.counted;
+        MESSAGE("silent " << silent.allocated - none.allocated << ", allocated " << real << ", counted " << known);
+        CHECK(real <= known * 1.1);
+        CHECK(known <= real * 1.1);
+#else
+        static_cast<void>(count);
+#endif
+    }
+
 private:
+#if WSCHAT_OPENSSL
+    static std::string client_hello(int version) {
+        static const auto context = [] {
+            wschat::detail::TlsClientOptions options;
+            options.accept_any_certificate = true;
+            return std::make_shared<const wschat::detail::TlsContext>(options);
+        }();
+        wschat::detail::TlsStream stream(context, "localhost");
+        SSL_set_max_proto_version(stream.native(), version);
+        stream.handshake();
+        return std::string(stream.output());
+    }
+#endif
     static std::unique_ptr<wschat::Server> make_server(Kind kind) {
         static_cast<void>(sent_text());
         wschat::Limits limits;
@@ -330,6 +365,11 @@ TEST_SUITE("accounting") {
                 const std::string bytes = hex("16 03 01 3f ff 01 00 3f fb");
                 client.socket().send(std::array<std::string_view, 1>{bytes}.data(), 1);
             });
+    }
+    TEST_CASE("TLS: a handshake that stops after the ClientHello is counted within 10%") {
+        REQUIRE(openssl_counts);
+        Accounts accounts(Kind::tls);
+        accounts.handshakes(10 * many);
     }
     TEST_CASE("TLS: half a request is counted") { half_a_request(Kind::tls); }
     TEST_CASE("TLS: a blocked answer and the pipelined requests behind it are counted") { blocked_answer(Kind::tls); }
