@@ -9538,17 +9538,16 @@ private:
         return in_time;
     }
 
-    // The same for a TLS handshake: its deadline does not run while the server itself is behind. Input for which this
-    // turn has no budget left waits for a later turn. If a long turn has delayed the peer's last step, `late` is the
-    // time for the next one.
+    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more time
+    // if this turn has no budget left for its input, or if it has read the input of this step after a long turn.
     bool extend_handshake(Duration late, bool received) {
-        constexpr Duration retry = std::chrono::milliseconds(100), long_turn = std::chrono::seconds(1);
+        constexpr Duration long_turn = std::chrono::seconds(1);
         if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;
         char byte = 0;
         const bool unread = host_.turn.handshakes_left == 0 &&
                             stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
         if (!unread && (!received || late < long_turn)) return false;
-        schedule(saturating_add(now(), unread ? retry : late));
+        schedule(saturating_add(now(), (std::max)(late, long_turn)));
         return true;
     }
 
