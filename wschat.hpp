@@ -9538,8 +9538,8 @@ private:
         return in_time;
     }
 
-    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more time
-    // if this turn has no budget left for its input, or if it has read the input of this step after a long turn.
+    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more
+    // time if this turn has no budget left for its input, or if that was read now, after a long turn.
     bool extend_handshake(Duration late, bool received) {
         constexpr Duration long_turn = std::chrono::seconds(1);
         if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;

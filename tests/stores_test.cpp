@@ -353,7 +353,7 @@ TEST_CASE("the queue of a file has a limit, above which the sender gets an error
     CHECK(contains(next_with(anna, "\"said\""), "\"tag\":\"t0\""));
 }
 
-// ---- faults of the file system ---------------------------------------------------------------------------------------
+// ---- faults of the file system -------------------------------------------------------------------------------------
 
 namespace {
 
@@ -443,13 +443,15 @@ private:
                 return real(f)->pMethods->xDeviceCharacteristics(real(f));
             };
             m.xShmMap = [](sqlite3_file* f, int page, int size, int extend, void volatile** memory) {
-                return fails(Operation::shared_memory) ? SQLITE_IOERR_SHMMAP
-                                                       : real(f)->pMethods->xShmMap(real(f), page, size, extend, memory);
+                return fails(Operation::shared_memory)
+                           ? SQLITE_IOERR_SHMMAP
+                           : real(f)->pMethods->xShmMap(real(f), page, size, extend, memory);
             };
             m.xShmLock = [](sqlite3_file* f, int offset, int n, int flags) {
                 const bool locks = (flags & SQLITE_SHM_LOCK) != 0;
-                return locks && fails(Operation::shared_memory) ? SQLITE_IOERR_SHMLOCK
-                                                                : real(f)->pMethods->xShmLock(real(f), offset, n, flags);
+                return locks && fails(Operation::shared_memory)
+                           ? SQLITE_IOERR_SHMLOCK
+                           : real(f)->pMethods->xShmLock(real(f), offset, n, flags);
             };
             m.xShmBarrier = [](sqlite3_file* f) { real(f)->pMethods->xShmBarrier(real(f)); };
             m.xShmUnmap = [](sqlite3_file* f, int remove) { return real(f)->pMethods->xShmUnmap(real(f), remove); };
