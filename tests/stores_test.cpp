@@ -690,7 +690,7 @@ TEST_CASE("a file whose operations fail from the n-th on is an Error, loses no e
                     try {
                         append(file, entry(std::string(3000, 'x'), tag));
                         kept.push_back(tag);
-                        file.since("tea", 0, 50);
+                        file.since("tea", std::nullopt, 50);
                     } catch (const Error&) {
                     }
                 }
@@ -702,7 +702,8 @@ TEST_CASE("a file whose operations fail from the n-th on is an Error, loses no e
             files.disarm();
             SqliteFile again(temporary.path, options);
             std::set<std::string> found;
-            for (const ChatEntry& each : again.since("tea", 0, 50).entries) CHECK(found.insert(each.tag).second);
+            for (const ChatEntry& each : again.since("tea", std::nullopt, 50).entries)
+                CHECK(found.insert(each.tag).second);
             for (const std::string& tag : kept) CHECK(found.count(tag) == 1);
             append(again, entry("again", "again"));
         } while (files.faults != 0 && n < 300);
