@@ -6534,6 +6534,8 @@ public:
     }
     // Bytes of input that wait in here.
     std::size_t buffered_input() const { return stored_.size() + decrypted(); }
+    // About what OpenSSL holds for a handshake and frees at its end: the messages, their hash, the keys.
+    std::size_t handshake_memory() const { return ssl_ && !established_ ? std::size_t{42} * 1024 : 0; }
     // The messages without data that have come after the handshake, since the last call: key updates, and attempts to
     // renegotiate. One costs as much as 16 records with data.
     std::size_t take_control_records() { return std::exchange(control_records_, std::size_t{0}); }
@@ -6890,7 +6892,7 @@ public:
     bool has_input() const override { return stream_.has_input(); }
     bool wants_write() const override { return !stream_.output().empty(); }
     std::size_t buffered() const override {
-        return stream_.buffered_input() + stream_.output().size() - batch_ciphertext_;
+        return stream_.buffered_input() + stream_.handshake_memory() + stream_.output().size() - batch_ciphertext_;
     }
     bool check_rate(Socket& socket, const Rate& rate, Time now, WireCount& wire) override {
         const auto records = static_cast<double>(stream_.take_control_records());
@@ -9515,8 +9517,10 @@ public:
 
     void on_timer(Time now) override {
         if (gone()) return;
+        const Duration late = now - due();
+        const std::uint64_t received_before = host_.wire.received;
         protect([&] {
-            if (read_late_input()) {
+            if (read_late_input() || extend_handshake(late, host_.wire.received != received_before)) {
                 // The peer was in time.
             } else if (phase_ == Phase::websocket) {
                 connection().tick(now);
@@ -9776,6 +9780,19 @@ private:
         const bool in_time = phase_ == Phase::websocket ? connection().deadline() > now() : http_->busy();
         if (in_time) schedule(phase_ == Phase::websocket ? connection().deadline() : after(limits().handshake_timeout));
         return in_time;
+    }
+
+    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more
+    // time if this turn has no budget left for its input, or if that was read now, after a long turn.
+    bool extend_handshake(Duration late, bool received) {
+        constexpr Duration long_turn = std::chrono::seconds(1);
+        if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;
+        char byte = 0;
+        const bool unread = host_.turn.handshakes_left == 0 &&
+                            stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
+        if (!unread && (!received || late < long_turn)) return false;
+        schedule(saturating_add(now(), (std::max)(late, long_turn)));
+        return true;
     }
 
     void take_input(char* data, std::size_t size) {
@@ -10466,13 +10483,16 @@ private:
         while (deleted_) deleted_ = std::move(deleted_->next_deleted);
     }
     // Closes the connections with the largest backlog until all together are within the limit.
+    // The list of sessions itself is the heap: n sessions of which k are closed cost n + k log n steps, and no memory.
     void evict_largest() {
-        while (backlog > options.server_limits.max_total_backlog) {
-            const auto smaller = [](const auto& a, const auto& b) { return a->backlog() < b->backlog(); };
-            const auto largest = std::max_element(sessions_.begin(), sessions_.end(), smaller);
-            if (largest == sessions_.end() || (*largest)->backlog() == 0) return;
-            (*largest)->abort(CloseCause::backlog, "all backlogs together are over their limit");
+        const auto smaller = [](const auto& a, const auto& b) { return a->backlog() < b->backlog(); };
+        std::make_heap(sessions_.begin(), sessions_.end(), smaller);
+        for (auto end = sessions_.end(); end != sessions_.begin();) {
+            if (backlog <= options.server_limits.max_total_backlog || sessions_.front()->backlog() == 0) break;
+            std::pop_heap(sessions_.begin(), end, smaller);
+            (*--end)->abort(CloseCause::backlog, "all backlogs together are over their limit");
         }
+        for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = i;
     }
 
     TokenBucket proxy_failure_entries_;
