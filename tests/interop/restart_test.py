@@ -135,10 +135,20 @@ async def visit(port, opened, ended):
         await asyncio.sleep(0.02)
 
 
+async def open_silent(port):
+    """A client that never answers a Close frame. The old process waits for it until its deadline."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.4.1", 0))
+    writer.write(b"GET /chat/quiet?name=silent HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\n"
+                 b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+    expect_in(b"101", await asyncio.wait_for(reader.readline(), TIMEOUT), "the answer to the silent client")
+    return writer
+
+
 async def restart_often(listener, database, clients):
     rooms = Rooms(listener, database)
     try:
         await rooms.wait_until_ready()
+        silent = await open_silent(listener.getsockname()[1])
         for restart in range(RESTARTS + 1):
             wanted = sum(len(client.accepted) for client in clients) + LINES_PER_RESTART
             while sum(len(client.accepted) for client in clients) < wanted:
@@ -149,6 +159,7 @@ async def restart_often(listener, database, clients):
             old.terminate()
             await old.wait_until_ended()
             await rooms.wait_until_ready()
+        silent.close()
         for client in clients:
             client.speaking = False
         while any(client.waiting for client in clients):
