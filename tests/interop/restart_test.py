@@ -139,7 +139,8 @@ async def open_silent(port):
     """A client that never answers a Close frame. The old process waits for it until its deadline."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.4.1", 0))
     writer.write(b"GET /chat/quiet?name=silent HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\n"
-                 b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+                 b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                 b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
     expect_in(b"101", await asyncio.wait_for(reader.readline(), TIMEOUT), "the answer to the silent client")
     return writer
 
