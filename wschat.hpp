@@ -15608,7 +15608,9 @@ struct SqliteOptions {
     std::size_t max_file_bytes = 0;                   // 0: no limit; a full file refuses new entries
     std::size_t max_queued = 10'000;                  // entries before their commit; more are refused
     Duration busy_timeout = std::chrono::seconds(2);  // how long to wait for a lock of another program
-    Duration lock_timeout = std::chrono::seconds(5);  // how long to wait for a server that still uses the file
+    // How long to wait for a server that still uses the file. At a restart, it must be longer than the
+    // ServerOptions::shutdown_deadline of the old server.
+    Duration lock_timeout = std::chrono::seconds(10);
     bool survive_power_loss = false;  // true: each commit waits for the disk. false: a crash of the program loses
                                       // nothing, a crash of the machine loses the last seconds
 };

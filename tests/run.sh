@@ -96,6 +96,7 @@ need pkg-config command -v pkg-config
 need meson command -v meson
 need python3-websockets /usr/bin/python3 -c 'import websockets'
 need python3-tornado /usr/bin/python3 -c 'import tornado'
+need python3-h2 /usr/bin/python3 -c 'import h2'
 need nginx-light test -x /usr/sbin/nginx
 need haproxy test -x /usr/sbin/haproxy
 need apache2-bin test -x /usr/sbin/apache2
