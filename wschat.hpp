@@ -150,7 +150,31 @@
 #endif
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
-#error "wschat.hpp needs C++17: compile with -std=c++17 or newer"
+#error "wschat.hpp needs C++17: compile with -std=c++17 or newer (Visual Studio: /std:c++17)"
+#endif
+#if !defined(__cpp_exceptions)
+#error "wschat.hpp needs exceptions: compile without -fno-exceptions (Visual Studio: with /EHsc)"
+#endif
+#if defined(_WIN32) && defined(_WINSOCKAPI_) && !defined(_WINSOCK2API_)
+#error "wschat.hpp needs winsock2.h: include wschat.hpp before windows.h, or define WIN32_LEAN_AND_MEAN before windows.h"
+#endif
+#if defined(_WIN32_WINNT) && _WIN32_WINNT < 0x0600
+#error "wschat.hpp needs Windows Vista or newer: define _WIN32_WINNT as 0x0600 or more"
+#endif
+#if !defined(_WIN32) && !__has_include(<sys/socket.h>)
+#error "wschat.hpp needs the sockets of POSIX or Windows: this system has no <sys/socket.h>"
+#endif
+#if WSCHAT_ZLIB && !__has_include(<zlib.h>)
+#error "WSCHAT_ZLIB needs zlib: <zlib.h> is not found (Debian: zlib1g-dev)"
+#endif
+#if WSCHAT_OPENSSL && !__has_include(<openssl/ssl.h>)
+#error "WSCHAT_OPENSSL needs OpenSSL: <openssl/ssl.h> is not found (Debian: libssl-dev)"
+#endif
+#if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
+#error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
+#endif
+#if WSCHAT_LIBURING && defined(__linux__) && !__has_include(<liburing.h>)
+#error "WSCHAT_LIBURING needs liburing: <liburing.h> is not found (Debian: liburing-dev)"
 #endif
 
 #if defined(__GNUC__)
