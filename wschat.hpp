@@ -156,7 +156,7 @@
 #error "wschat.hpp needs exceptions: compile without -fno-exceptions (Visual Studio: with /EHsc)"
 #endif
 #if defined(_WIN32) && defined(_WINSOCKAPI_) && !defined(_WINSOCK2API_)
-#error "wschat.hpp needs winsock2.h: include wschat.hpp before windows.h, or define WIN32_LEAN_AND_MEAN before windows.h"
+#error "wschat.hpp needs winsock2.h: include wschat.hpp before windows.h, or define WIN32_LEAN_AND_MEAN before it"
 #endif
 #if defined(_WIN32_WINNT) && _WIN32_WINNT < 0x0600
 #error "wschat.hpp needs Windows Vista or newer: define _WIN32_WINNT as 0x0600 or more"
@@ -5062,7 +5062,8 @@ inline int open_file_beneath(const std::string& root, const std::vector<std::str
         return ::CompareStringOrdinal(a.data(), static_cast<int>(a.size()), b.data(), static_cast<int>(b.size()),
                                       TRUE) == CSTR_EQUAL;
     };
-    const bool below = found.size() > prefix.size() && same(std::wstring_view(found).substr(0, prefix.size()), prefix) &&
+    const bool below = found.size() > prefix.size() &&
+                       same(std::wstring_view(found).substr(0, prefix.size()), prefix) &&
                        (prefix.back() == L'\\' || found[prefix.size()] == L'\\');
     if (same(found, path) || (follow && below)) return file_of_handle(handle);
     ::CloseHandle(handle);
