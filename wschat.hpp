@@ -48,7 +48,7 @@
 //   13  Site           Pattern, Route, Page, File, policies on origins and proxies      2-5, 8, 10
 //   14  Server         HttpExchange, WebSocketDriver, Session, Worker, Server           all above
 //   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
-//   17  Stores         SqliteHistory                                                    2, 12, 16
+//   17  Stores         SqliteHistory                                                    2-3, 12, 16
 //
 // Where to change what (15 is kept for the client):
 //
@@ -75,13 +75,14 @@
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
-//   Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
-//   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
-//   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
-//   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics,
-//   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler,
-//   ChatHub, ChatEntry, HistoryPage, ChatStore, HistoryLimits, MemoryHistory, ChatEvent, FloodRates, ChatUser,
-//   ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr,
+//   access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request,
+//   CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef,
+//   CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside,
+//   Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse,
+//   ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits,
+//   MemoryHistory, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions,
+//   SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -456,6 +457,7 @@ WSCHAT_END
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -466,6 +468,11 @@ WSCHAT_END
 #include <new>
 #include <optional>
 #include <type_traits>
+#if defined(__linux__)
+#include <sys/random.h>
+#else
+#include <random>
+#endif
 
 WSCHAT_BEGIN
 
@@ -975,24 +982,25 @@ namespace detail {
 inline void sha1_block(std::uint32_t (&state)[5], const unsigned char* p) {
     const auto rotate = [](std::uint32_t x, int n) { return (x << n) | (x >> (32 - n)); };
     std::uint32_t w[80];
-    for (std::size_t i = 0; i < 16; ++i, p += 4)
-        w[i] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
-    for (std::size_t i = 16; i < 80; ++i) w[i] = rotate(w[i - 3] ^ w[i - 8] ^ w[i - 14] ^ w[i - 16], 1);
+    for (std::size_t k = 0; k < 16; ++k, p += 4)
+        w[k] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
+    for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
     std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
-    for (std::size_t i = 0; i < 80; ++i) {
-        const std::uint32_t f = i < 20   ? ((b & c) | (~b & d)) + 0x5A827999
-                                : i < 40 ? (b ^ c ^ d) + 0x6ED9EBA1
-                                : i < 60 ? ((b & c) | (b & d) | (c & d)) + 0x8F1BBCDC
-                                         : (b ^ c ^ d) + 0xCA62C1D6;
-        const std::uint32_t next = rotate(a, 5) + f + e + w[i];
+    const auto step = [&](std::uint32_t f) {
+        const std::uint32_t next = rotate(a, 5) + f + e;
         e = d;
         d = c;
         c = rotate(b, 30);
         b = a;
         a = next;
-    }
+    };
+    std::size_t i = 0;
+    for (; i < 20; ++i) step((d ^ (b & (c ^ d))) + 0x5A827999 + w[i]);
+    for (; i < 40; ++i) step((b ^ c ^ d) + 0x6ED9EBA1 + w[i]);
+    for (; i < 60; ++i) step(((b & c) | (d & (b | c))) + 0x8F1BBCDC + w[i]);
+    for (; i < 80; ++i) step((b ^ c ^ d) + 0xCA62C1D6 + w[i]);
     const std::uint32_t sum[5] = {a, b, c, d, e};
-    for (std::size_t i = 0; i < 5; ++i) state[i] += sum[i];
+    for (std::size_t k = 0; k < 5; ++k) state[k] += sum[k];
 }
 
 }  // namespace detail
@@ -1032,6 +1040,22 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
         text += left > 2 ? alphabet[bits & 63] : '=';
     }
     return text;
+}
+
+// Bytes that nobody can predict, for keys and tokens: from the system's generator. Throws an Error if it fails.
+inline std::string random_bytes(std::size_t size) {
+    std::string bytes(size, '\0');
+#if defined(__linux__)
+    for (std::size_t done = 0; done < size;) {
+        const auto n = ::getrandom(&bytes[done], size - done, 0);
+        if (n > 0) done += static_cast<std::size_t>(n);
+        else if (errno != EINTR) throw Error("random_bytes: getrandom() failed");
+    }
+#else
+    std::random_device device;
+    for (char& c : bytes) c = static_cast<char>(device());
+#endif
+    return bytes;
 }
 
 namespace detail {
@@ -1164,8 +1188,11 @@ WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
     return s;
 }
 // RFC 9110 5.6.2.
-inline bool is_token_char(char c) {
-    return is_alphanumeric(c) || (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c) != nullptr);
+constexpr bool is_token_char(char c) {
+    // A bit for each character from 0x20 to 0x5F and from 0x60 to 0x9F.
+    constexpr std::uint64_t first = 0xC7FF'FFFE'03FF'6CFA, second = 0x0000'0000'57FF'FFFF;
+    const unsigned index = static_cast<unsigned char>(c) - 0x20u;
+    return index < 128 && ((index < 64 ? first >> index : second >> (index - 64)) & 1) != 0;
 }
 // The standard algorithms are unrolled for each predicate, which takes long to compile.
 template <class Predicate>
@@ -1177,7 +1204,10 @@ bool all_of(std::string_view s, Predicate predicate) {
 inline bool is_token(std::string_view s) { return !s.empty() && all_of(s, is_token_char); }
 
 inline std::string concat(std::initializer_list<std::string_view> parts) {
+    std::size_t size = 0;
+    for (const std::string_view part : parts) size += part.size();
     std::string whole;
+    whole.reserve(size);
     for (const std::string_view part : parts) whole += part;
     return whole;
 }
@@ -1830,44 +1860,43 @@ public:
     template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
     explicit Fields(T&&) = delete;
 
-    // Calls visit(name, value) for each field line until visit() returns false.
+    // Calls visit(name, value) for each field line until visit() returns false. Skips lines without a colon.
     template <class Visit>
     void each(Visit&& visit) const {
         for (std::string_view rest = lines_; !rest.empty();) {
             std::string_view line = text::consume_until(rest, '\n');
             if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
             if (line.empty()) return;
+            if (line.find(':') == std::string_view::npos) continue;
             const std::string_view name = text::consume_until(line, ':');
             if (!visit(name, text::trim(line))) return;
         }
     }
     // Returns the first field of that name.
     std::optional<std::string_view> find(std::string_view name) const {
-        std::optional<std::string_view> found;
-        each([&](std::string_view n, std::string_view value) {
-            if (text::equals_ignore_case(n, name)) found = value;
-            return !found;
-        });
-        return found;
+        std::string_view rest = lines_;
+        return next(rest, name);
     }
     std::size_t count(std::string_view name) const {
         std::size_t n = 0;
-        each([&](std::string_view field, std::string_view) {
-            if (text::equals_ignore_case(field, name)) ++n;
-            return true;
-        });
+        for (std::string_view rest = lines_; next(rest, name);) ++n;
         return n;
+    }
+    // Returns the field of that name if there is exactly one.
+    std::optional<std::string_view> only(std::string_view name) const {
+        std::string_view rest = lines_;
+        const auto found = next(rest, name);
+        return next(rest, name) ? std::nullopt : found;
     }
     // Calls visit(element) for each element of the comma-separated lists in all fields of that name (RFC 9110 5.6.1).
     template <class Visit>
     void each_element(std::string_view name, Visit&& visit) const {
-        each([&](std::string_view n, std::string_view value) {
-            while (text::equals_ignore_case(n, name) && !value.empty()) {
-                const std::string_view element = text::trim(text::consume_until(value, ','));
+        std::string_view rest = lines_;
+        while (auto value = next(rest, name))
+            while (!value->empty()) {
+                const std::string_view element = text::trim(text::consume_until(*value, ','));
                 if (!element.empty()) visit(element);
             }
-            return true;
-        });
     }
     bool has_element(std::string_view name, std::string_view element) const {
         bool found = false;
@@ -1876,6 +1905,24 @@ public:
     }
 
 private:
+    // Removes the lines up to the next field of that name, and returns its value. A request is searched for some twenty
+    // names, so other lines cost a look at one byte.
+    WSCHAT_NOINLINE static std::optional<std::string_view> next(std::string_view& rest, std::string_view name) {
+        while (!rest.empty()) {
+            const std::size_t end = (std::min)(rest.find('\n'), rest.size() - 1);
+            std::string_view line = rest.substr(0, end + 1);
+            if (line == "\n" || line == "\r\n") return std::nullopt;
+            rest.remove_prefix(line.size());
+            if (line.size() <= name.size() || line[name.size()] != ':') continue;
+            if (!text::equals_ignore_case(line.substr(0, name.size()), name)) continue;
+            line.remove_prefix(name.size() + 1);
+            if (!line.empty() && line.back() == '\n') line.remove_suffix(1);
+            if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+            return text::trim(line);
+        }
+        return std::nullopt;
+    }
+
     std::string_view lines_;
 };
 
@@ -1939,15 +1986,14 @@ inline bool decodes_to(std::string_view encoded, std::string_view plain, bool pl
     return at == encoded.size();
 }
 
-// Calls visit(value) with the decoded value of each field of that name in "a=1&b=2" until it returns false. Skips
-// values that are malformed.
+// Calls visit(value) with the decoded value of each field of that name in "a=1&b=2" until it returns false. A value
+// that is malformed is nullopt.
 template <class Visit>
 void each_urlencoded(std::string_view fields, std::string_view name, Visit&& visit) {
     for (std::string_view rest = fields; !rest.empty();) {
         std::string_view value = text::consume_until(rest, '&');
         if (!decodes_to(text::consume_until(value, '='), name, true)) continue;
-        auto decoded = text::percent_decode(value, true);
-        if (decoded && !visit(std::move(*decoded))) return;
+        if (!visit(text::percent_decode(value, true))) return;
     }
 }
 
@@ -2014,7 +2060,7 @@ public:
 
     // The first query parameter of that name, decoded: "+" is a space. Returns nothing if it is absent or malformed.
     std::optional<std::string> query(std::string_view name) const { return first_urlencoded(query_string(), name); }
-    // All query parameters of that name: "?tag=a&tag=b".
+    // All query parameters of that name, without malformed ones: "?tag=a&tag=b".
     std::vector<std::string> query_all(std::string_view name) const { return all_urlencoded(query_string(), name); }
 
     // The first field of that name in the body, if it is a form: application/x-www-form-urlencoded, or
@@ -2104,7 +2150,7 @@ private:
     }
     static std::optional<std::string> first_urlencoded(std::string_view fields, std::string_view name) {
         std::optional<std::string> first;
-        detail::each_urlencoded(fields, name, [&](std::string value) {
+        detail::each_urlencoded(fields, name, [&](std::optional<std::string> value) {
             first = std::move(value);
             return false;
         });
@@ -2112,8 +2158,8 @@ private:
     }
     static std::vector<std::string> all_urlencoded(std::string_view fields, std::string_view name) {
         std::vector<std::string> all;
-        detail::each_urlencoded(fields, name, [&](std::string value) {
-            all.push_back(std::move(value));
+        detail::each_urlencoded(fields, name, [&](std::optional<std::string> value) {
+            if (value) all.push_back(std::move(*value));
             return true;
         });
         return all;
@@ -2635,7 +2681,7 @@ inline Response upgrade_required(std::string sentence) {
 }
 
 // RFC 6455 4.2.1. Returns the response that rejects an invalid upgrade request, or nothing if the request is valid.
-WSCHAT_COLD inline std::optional<Response> reject_upgrade(const Request& request) {
+inline std::optional<Response> reject_upgrade(const Request& request) {
     const Fields fields = request.fields();
     if (request.method() != "GET") {
         Response rejection(405, "A WebSocket handshake is a GET request.\n");
@@ -2644,11 +2690,11 @@ WSCHAT_COLD inline std::optional<Response> reject_upgrade(const Request& request
     }
     if (request.http_1_0()) return Response(505, "A WebSocket handshake needs HTTP/1.1.\n");
     if (request.has_body()) return Response(400, "A WebSocket handshake has no body.\n");
-    if (fields.count("sec-websocket-version") != 1 || *fields.find("sec-websocket-version") != "13")
+    if (fields.only("sec-websocket-version") != std::string_view("13"))
         return upgrade_required("This server speaks WebSocket version 13.\n");
-    if (fields.count("sec-websocket-key") != 1) return Response(400, "There must be one Sec-WebSocket-Key.\n");
-    if (!valid_key(*fields.find("sec-websocket-key")))
-        return Response(400, "Sec-WebSocket-Key is not 16 bytes in base64.\n");
+    const auto key = fields.only("sec-websocket-key");
+    if (!key) return Response(400, "There must be one Sec-WebSocket-Key.\n");
+    if (!valid_key(*key)) return Response(400, "Sec-WebSocket-Key is not 16 bytes in base64.\n");
     const std::vector<std::string_view> subprotocols = offered_subprotocols(request);
     if (!std::all_of(subprotocols.begin(), subprotocols.end(), text::is_token))
         return Response(400, "Sec-WebSocket-Protocol is not a list of tokens.\n");
@@ -2665,11 +2711,11 @@ inline std::string switching_protocols(std::string_view key, std::string_view su
                                        std::string_view extensions = {}, std::string_view more_lines = {}) {
     for (const std::string_view value : {subprotocol, extensions})
         reject_control_characters("switching_protocols", value);
-    std::string head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
-    ((head += "Sec-WebSocket-Accept: ") += accept_key(key)) += "\r\n";
-    if (!subprotocol.empty()) ((head += "Sec-WebSocket-Protocol: ") += subprotocol) += "\r\n";
-    if (!extensions.empty()) ((head += "Sec-WebSocket-Extensions: ") += extensions) += "\r\n";
-    return (head += more_lines) += "\r\n";
+    return text::concat(
+        {"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+         "Sec-WebSocket-Accept: ",
+         accept_key(key), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
+         extensions.empty() ? "" : "\r\nSec-WebSocket-Extensions: ", extensions, "\r\n", more_lines, "\r\n"});
 }
 
 // The client's request (RFC 6455 4.1). `key`: 16 random bytes in base64.
@@ -5280,8 +5326,11 @@ public:
     Family family() const { return family_; }
     std::string to_string() const {
         if (family_ == Family::unix_socket) return "unix";
+        if (family_ == Family::ipv4)  // inet_ntop() would print it with sprintf()
+            return text::concat({std::to_string(bytes_[0]), ".", std::to_string(bytes_[1]), ".",
+                                 std::to_string(bytes_[2]), ".", std::to_string(bytes_[3])});
         char text[64] = "";
-        ::inet_ntop(family_ == Family::ipv4 ? AF_INET : AF_INET6, bytes_.data(), text, sizeof text);
+        ::inet_ntop(AF_INET6, bytes_.data(), text, sizeof text);
         return text;
     }
     // The first `bits` bits; the others are zero.
@@ -11289,33 +11338,130 @@ class ChatCommands;
 
 // ---- entries and stores --------------------------------------------------------------------------------------------
 
-// One event of a room. A store keeps `said` and `action` under an id, and only forwards the other kinds.
+// One event of a room. A store keeps messages (`said` and `action`), amendments of them (`edit`, `remove` and `react`)
+// and `topic`, each under an id of its own. It only delivers the other kinds.
 struct ChatEntry {
-    // `action` is "/me waves". SQLite files contain the numbers of `said` and `action`.
-    enum class Kind : std::uint8_t { said = 0, action = 1, private_message, typing, join, leave, rename };
+    // `action` is "/me waves". Files contain the numbers of the first six.
+    enum class Kind : std::uint8_t {
+        said = 0,
+        action = 1,
+        edit = 2,
+        remove = 3,
+        react = 4,
+        topic = 5,
+        private_message = 32,
+        typing,
+        join,
+        leave,
+        rename,
+        event
+    };
+    struct Reaction {
+        std::string emoji{};
+        std::string user{}, name{};  // of the user who reacts
+        std::string author{};        // the identity of that user; clients never get it
+    };
 
     Kind kind = Kind::said;
-    std::uint64_t id = 0;   // ascends within a room; 0: not kept
-    std::int64_t time = 0;  // Unix time in milliseconds
+    std::uint64_t id = 0;      // ascends within a room; 0: not kept
+    std::uint64_t target = 0;  // the id of the message that an amendment changes
+    std::int64_t time = 0;     // Unix time in milliseconds
     std::string room{};
-    std::string name{};        // of the author; empty: the server itself
-    std::string text{};        // rename: the new name; join: ChatUser::about
-    std::string to{};          // the receiver of a private message
-    std::string author{};      // the identity of the author; clients never get it
-    std::string tag{};         // chosen by the author; a second entry with the same tag is a duplicate
+    std::string name{};    // of the author; empty: the server itself
+    std::string user{};    // the public id of the author
+    std::string text{};    // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
+    std::string data{};    // a JSON object of the application, or empty
+    std::string to{};      // the receiver of a private message
+    std::string author{};  // the identity of the author; clients never get it
+    std::string tag{};     // chosen by the author; a second entry with the same tag is a duplicate
+
+    // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
+    std::int64_t edited = 0;  // the time of the last edit; 0: never edited
+    bool removed = false;     // its text and data are empty
+    std::vector<Reaction> reactions{};
+
+    // Of an amendment that is appended, not kept.
+    bool moderator = false;       // may remove the messages of others
+    std::int64_t not_before = 0;  // an edit of an older message is refused as "too_late"; Unix time in milliseconds
+
     std::uint64_t sender = 0;  // a number of the connection that no other server uses; not kept
+
+    bool kept() const { return kind <= Kind::topic; }
+    bool is_message() const { return kind <= Kind::action; }
+    bool is_amendment() const { return kept() && !is_message() && kind != Kind::topic; }
+
+    // The size that counts for HistoryLimits.
+    std::size_t bytes() const {
+        std::size_t size = name.size() + user.size() + text.size() + data.size() + author.size() + 2 * tag.size() + 256;
+        for (const Reaction& each : reactions)
+            size += each.emoji.size() + each.user.size() + each.name.size() + each.author.size() + 128;
+        return size;
+    }
+    // Why the amendment of a message is refused: a code of ChatStore::Listener::on_refused(). Empty: it is possible.
+    static std::string_view refuse_amendment(const ChatEntry& amendment, const ChatEntry* target) {
+        if (target == nullptr || !target->is_message() || target->removed) return "bad_id";
+        if (amendment.kind == Kind::react) return {};
+        const bool by_moderator = amendment.kind == Kind::remove && amendment.moderator;
+        if (amendment.author != target->author && !by_moderator) return "not_yours";
+        const bool too_late = amendment.kind == Kind::edit && target->time < amendment.not_before;
+        return too_late ? std::string_view("too_late") : std::string_view();
+    }
+    // A line of ChatStore::export_room().
+    inline std::string to_json_line(const std::string& of_room) const;
 };
 
-// The entries of a room after an id, oldest first.
+// What a server remembers beside the order of a room: bans, topics, markers and so on.
+struct ChatFact {
+    std::string scope{}, key{};
+    std::string value{};       // empty: the fact is deleted
+    std::string author{};      // the identity of the user to whom it belongs; ChatStore::erase_author() deletes it
+    std::int64_t expires = 0;  // Unix time in milliseconds; 0: never
+};
+
+// The newest id that a client has of a room, and the epoch of the store that gave it: "9f86d081884c7d65-105".
+struct HistoryPosition {
+    std::string epoch{};
+    std::uint64_t id = 0;
+
+    // A number without an epoch is a position that no store knows. An id above 10^18 counts as 10^18.
+    static std::optional<HistoryPosition> parse(std::string_view text) {
+        HistoryPosition position;
+        if (text.size() > epoch_size && text[epoch_size] == '-') {
+            position.epoch = std::string(text.substr(0, epoch_size));
+            text.remove_prefix(epoch_size + 1);
+            const auto is_digit = [](char c) { return text::is_digit(c) || (c >= 'a' && c <= 'f'); };
+            if (!text::all_of(position.epoch, is_digit)) return std::nullopt;
+        }
+        if (text.empty() || !text::all_of(text, text::is_digit)) return std::nullopt;
+        position.id = text::parse_unsigned(text, max_id).value_or(max_id);
+        return position;
+    }
+    std::string to_string() const { return text::concat({epoch, "-", std::to_string(id)}); }
+
+    static constexpr std::size_t epoch_size = 16;  // lower-case hexadecimal digits
+    static constexpr std::uint64_t max_id = 1'000'000'000'000'000'000;
+};
+
+// A part of the history of a room, oldest first.
 struct HistoryPage {
     std::vector<ChatEntry> entries{};  // ChatEntry::room is empty
-    std::uint64_t last_id = 0;         // the newest id of the room; 0: there is none
-    bool gap = false;     // an entry after the requested id is missing, or that id belongs to another history
+    std::uint64_t last_id = 0;         // the newest id of the room
+    std::string epoch{};               // of the store, for HistoryPosition
+    bool gap = false;     // an entry after the requested position is missing, or the store does not know the position
+    bool more = false;    // older messages than these exist
     std::string error{};  // why the history could not be read; empty: it was read
 };
 
-// Stores entries, and delivers them to this server and perhaps to others. A server shows an entry when the store
-// delivers it, so all servers show the same order. All calls are made on the loop's thread.
+// A part of ChatStore::export_room().
+struct HistoryExport {
+    std::string lines{};  // JSON objects, each with a line feed
+    bool end = false;     // the last part
+    std::string error{};  // why the export ended early
+};
+
+// Stores entries and facts, and delivers them to this server and perhaps to others. A server shows an entry when the
+// store delivers it, so all servers show the same order. All calls are made on the loop's thread. Each is answered on
+// that thread, immediately or later, but never after the destruction of the store.
 class ChatStore {
 public:
     class Listener {
@@ -11327,11 +11473,23 @@ public:
         virtual void on_duplicate(const ChatEntry& entry) = 0;
         // An entry that this server appended could not be kept. Nobody received it.
         virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
+        // An amendment that this server appended is not possible. The code is "bad_id" (the message is not kept, or is
+        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions).
+        virtual void on_refused(const ChatEntry&, std::string_view /*code*/) {}
+        // A fact was kept, by this server or another.
+        virtual void on_fact(const ChatFact&) {}
+        // A fact that this server put could not be kept.
+        virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // The time by which a history in memory expires.
+        virtual Time now() const { return Clock::now(); }
 
     protected:
         ~Listener() = default;
     };
     using PageCallback = std::function<void(HistoryPage)>;
+    using FactsCallback = std::function<void(std::vector<ChatFact>, std::string error)>;
+    using EraseCallback = std::function<void(std::size_t messages, std::string error)>;
+    using ExportCallback = std::function<bool(HistoryExport)>;
 
     ChatStore() = default;
     ChatStore(const ChatStore&) = delete;
@@ -11342,25 +11500,66 @@ public:
 
     // Called once, before all other calls. A store with threads of its own posts its results to the mailbox.
     virtual void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) = 0;
-    // Keeps the entry. One call of the listener follows, immediately or later.
+    // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
+    // has reacted with that emoji before. One call of the listener follows.
     virtual void append(ChatEntry entry) = 0;
     // Delivers the entry without keeping it.
     virtual void forward(const ChatEntry& entry) = 0;
-    // Reads the newest entries after the id, at most `limit`; without an id, the newest of all. The callback is called
-    // immediately or later, but never after the destruction of the store.
-    virtual void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit,
+    // Reads all entries after a position, if there are at most `limit`. Otherwise, and without a position, the newest
+    // messages and topics, at most `limit`; what amendments have changed is in the messages.
+    virtual void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                        PageCallback callback) = 0;
+    // Reads the newest messages and topics with ids below this one, at most `limit`.
+    virtual void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) = 0;
+    // Keeps a fact in place of the one with the same scope and key. on_fact() or on_fact_failure() follows.
+    virtual void put(ChatFact fact) = 0;
+    // Reads the facts of a scope whose keys begin with the prefix, in order, without those that have expired.
+    virtual void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) = 0;
+
+    // The words of a search in lower case, at most eight.
+    static std::vector<std::string> search_words(std::string_view text) {
+        std::vector<std::string> words;
+        while (!text.empty() && words.size() < 8) {
+            const std::string_view word = text::consume_until(text, ' ');
+            if (!word.empty()) words.push_back(text::to_lower(word));
+        }
+        return words;
+    }
+
+    // The rest is optional. By default the answer is the error "this store cannot do that".
+
+    // Reads the newest messages that contain words with these beginnings, at most `limit`.
+    virtual void search(const std::string& /*room*/, const std::string& /*words*/, std::size_t /*limit*/,
+                        PageCallback callback) {
+        HistoryPage page;
+        page.error = cannot;
+        callback(std::move(page));
+    }
+    // Removes everything that an author has written, in all rooms, and the facts that belong to the author. The
+    // listener gets a `remove` entry for each message, and each fact with an empty value. The callback gets the number
+    // of messages.
+    virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
+    // Reads the history of a room in parts, as JSON lines, until the callback returns false.
+    virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
+
+private:
+    static constexpr const char* cannot = "this store cannot do that";
 };
 
+// The limits of a history. Zero: no limit.
 struct HistoryLimits {
     std::size_t max_entries = 1000;                  // of a room
     std::size_t max_bytes = 1024 * 1024;             // of a room
-    Duration max_age = std::chrono::hours(168);      // zero: no limit
+    Duration max_age = std::chrono::hours(168);      // of an entry
     std::size_t max_rooms = 1000;                    // above it, the least recently used room is deleted
     std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; above it, the same
+    std::size_t max_facts = 100'000;                 // above it, a new fact is refused
+    std::size_t max_reactions = 500;                 // of a message; above it, a new reaction is refused
 };
 
 namespace detail {
+
+inline bool exceeds(std::size_t value, std::size_t limit) { return limit != 0 && value > limit; }
 
 // The history of one room in memory. Its ids have no holes.
 class RoomHistory {
@@ -11374,50 +11573,189 @@ public:
         return record == nullptr ? 0 : record->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
-        const std::size_t bytes =
-            entry.name.size() + entry.text.size() + entry.author.size() + 2 * entry.tag.size() + 256;
-        Record& record = records_.find_or_emplace(big_endian_key(last_id_ + 1), entry, now, bytes);
+        const std::string key = big_endian_key(last_id_ + 1);
+        Record& record = records_.find_or_emplace(key, entry, now);
+        try {
+            if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
+        } catch (...) {
+            records_.erase(key);
+            throw;
+        }
         record.entry.room.clear();
         record.entry.id = ++last_id_;
-        bytes_ += bytes;
-        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
-        last_append_ = now;
+        bytes_ += record.bytes = entry.bytes();
         trim(limits, now);
         return last_id_;
     }
+    // Changes the message of an amendment that append() keeps next. The result says why it is refused.
+    std::string_view amend(ChatEntry& amendment, const HistoryLimits& limits) {
+        Record* target = record(amendment.target);
+        const auto code = ChatEntry::refuse_amendment(amendment, target == nullptr ? nullptr : &target->entry);
+        if (!code.empty()) return code;
+        if (amendment.kind == ChatEntry::Kind::edit) edit(*target, amendment);
+        else if (amendment.kind == ChatEntry::Kind::remove) remove(*target);
+        else if (!react(*target, amendment, limits.max_reactions)) return "refused";
+        resize(*target);
+        return {};
+    }
+
+    // Without an id, or with one of another history, the newest messages.
     HistoryPage since(std::optional<std::uint64_t> id, std::size_t limit, const HistoryLimits& limits, Time now) {
         trim(limits, now);
-        HistoryPage page;
-        page.last_id = last_id_;
-        const bool known = id && *id <= last_id_;
-        const std::uint64_t before_limit = last_id_ > limit ? last_id_ - limit : 0;
         const std::uint64_t before_first = last_id_ - records_.size();
-        const std::uint64_t before_page = (std::max)({known ? *id : 0, before_limit, before_first});
-        page.entries = std::vector<ChatEntry>(static_cast<std::size_t>(last_id_ - before_page));
-        std::uint64_t next = before_page;
-        for (ChatEntry& entry : page.entries) entry = records_.find(big_endian_key(++next))->entry;
-        page.gap = id && (!known || last_id_ - *id > page.entries.size());
+        const bool complete = id && *id <= last_id_ && *id >= before_first && last_id_ - *id <= limit;
+        HistoryPage page;
+        if (complete) {
+            for (std::uint64_t next = *id; next != last_id_;) page.entries.push_back(record(++next)->entry);
+            page.more = *id != before_first;
+        } else {
+            page = before(last_id_ + 1, limit, limits, now);
+            page.gap = id.has_value();
+        }
+        page.last_id = last_id_;
         return page;
     }
+    HistoryPage before(std::uint64_t id, std::size_t limit, const HistoryLimits& limits, Time now) {
+        return select(id, limit, limits, now, [](const ChatEntry& entry) { return !entry.is_amendment(); });
+    }
+    HistoryPage search(const std::vector<std::string>& words, std::size_t limit, const HistoryLimits& limits,
+                       Time now) {
+        return select(last_id_ + 1, limit, limits, now, [&](const ChatEntry& entry) {
+            if (!entry.is_message() || entry.removed || words.empty()) return false;
+            const std::string text = text::to_lower(entry.text);
+            return std::all_of(words.begin(), words.end(),
+                               [&](const std::string& word) { return text.find(word) != std::string::npos; });
+        });
+    }
+    // Removes everything of an author. The result has the amendments that say so, which are not kept yet.
+    std::vector<ChatEntry> erase(const std::string& author) {
+        std::vector<ChatEntry> amendments;
+        for (const auto& [key, record] : records_) {
+            erase_reactions(record, author, amendments);
+            if (record.entry.author == author) erase_entry(record, amendments);
+            resize(record);
+        }
+        return amendments;
+    }
+    template <class Visit>
+    void for_each(Visit&& visit) const {
+        for (const auto& [key, record] : records_) visit(record.entry);
+    }
+
     std::size_t size() const { return records_.size(); }
     std::size_t bytes() const { return bytes_; }
     std::uint64_t last_id() const { return last_id_; }
-    Time last_append() const { return last_append_; }
+    std::string use_key{};  // of the room in the order of use
 
 private:
     struct Record {
+        Record(const ChatEntry& kept, Time kept_at) : entry(kept), time(kept_at) {}
         ChatEntry entry;
         Time time;
-        std::size_t bytes;
+        std::size_t bytes = 0;
+        std::vector<std::uint64_t> edits{};  // the ids of the edits of a message
     };
     static std::string tag_key(const ChatEntry& entry) { return text::concat({entry.author, "\n", entry.tag}); }
+    Record* record(std::uint64_t id) const { return records_.find(big_endian_key(id)); }
+
+    void resize(Record& record) {
+        const std::size_t bytes = record.entry.bytes() + 8 * record.edits.size();
+        bytes_ += bytes - std::exchange(record.bytes, bytes);
+    }
+    // No entry keeps an older text of the message.
+    void edit(Record& target, const ChatEntry& amendment) {
+        target.entry.text = amendment.text;
+        if (!amendment.data.empty()) target.entry.data = amendment.data;
+        target.entry.edited = amendment.time;
+        target.edits.push_back(last_id_ + 1);
+        for (const std::uint64_t id : target.edits) {
+            Record* const older = record(id);
+            if (older == nullptr) continue;
+            older->entry.text = amendment.text;
+            resize(*older);
+        }
+    }
+    void remove(Record& target) {
+        target.entry.removed = true;
+        target.entry.text.clear();
+        target.entry.data.clear();
+        target.entry.reactions.clear();
+        for (const std::uint64_t id : target.edits) {
+            Record* const edit = record(id);
+            if (edit == nullptr) continue;
+            edit->entry.kind = ChatEntry::Kind::remove;
+            edit->entry.text.clear();
+            edit->entry.data.clear();
+            resize(*edit);
+        }
+        target.edits.clear();
+    }
+    // False if the message has too many reactions.
+    static bool react(Record& target, ChatEntry& amendment, std::size_t max_reactions) {
+        auto& all = target.entry.reactions;
+        const auto same = std::find_if(all.begin(), all.end(), [&](const ChatEntry::Reaction& reaction) {
+            return reaction.author == amendment.author && reaction.emoji == amendment.text;
+        });
+        amendment.removed = same != all.end();
+        if (amendment.removed) all.erase(same);
+        else if (exceeds(all.size() + 1, max_reactions)) return false;
+        else all.push_back({amendment.text, amendment.user, amendment.name, amendment.author});
+        return true;
+    }
+    static void erase_reactions(Record& record, const std::string& author, std::vector<ChatEntry>& amendments) {
+        auto& all = record.entry.reactions;
+        for (auto at = all.begin(); at != all.end();) {
+            if (at->author != author) {
+                ++at;
+                continue;
+            }
+            ChatEntry amendment;
+            amendment.kind = ChatEntry::Kind::react;
+            amendment.target = record.entry.id;
+            amendment.user = at->user;
+            amendment.text = at->emoji;
+            amendment.removed = true;
+            amendments.push_back(std::move(amendment));
+            at = all.erase(at);
+        }
+    }
+    void erase_entry(Record& record, std::vector<ChatEntry>& amendments) {
+        ChatEntry& entry = record.entry;
+        if (!entry.tag.empty()) tags_.erase(tag_key(entry));
+        if (entry.is_message() && !entry.removed) {
+            remove(record);
+            ChatEntry amendment;
+            amendment.kind = ChatEntry::Kind::remove;
+            amendment.target = entry.id;
+            amendments.push_back(std::move(amendment));
+        }
+        if (entry.kind != ChatEntry::Kind::react) entry.user.clear();  // clients find a reaction by its user
+        for (std::string* field : {&entry.name, &entry.author, &entry.tag}) field->clear();
+    }
+
+    template <class Predicate>
+    HistoryPage select(std::uint64_t id, std::size_t limit, const HistoryLimits& limits, Time now,
+                       Predicate&& predicate) {
+        trim(limits, now);
+        HistoryPage page;
+        page.last_id = last_id_;
+        const std::uint64_t before_first = last_id_ - records_.size();
+        for (std::uint64_t at = (std::min)(id, last_id_ + 1); at > before_first + 1 && !page.more;) {
+            const ChatEntry& entry = record(--at)->entry;
+            if (!predicate(entry)) continue;
+            if (page.entries.size() == limit) page.more = true;
+            else page.entries.push_back(entry);
+        }
+        std::reverse(page.entries.begin(), page.entries.end());
+        return page;
+    }
 
     void trim(const HistoryLimits& limits, Time now) {
         while (!records_.empty()) {
             const Record& oldest = records_.front();
             const bool expired =
                 limits.max_age != Duration::zero() && saturating_add(oldest.time, limits.max_age) <= now;
-            if (!expired && records_.size() <= limits.max_entries && bytes_ <= limits.max_bytes) return;
+            if (!expired && !exceeds(records_.size(), limits.max_entries) && !exceeds(bytes_, limits.max_bytes)) return;
             bytes_ -= oldest.bytes;
             if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
             records_.erase(big_endian_key(oldest.entry.id));
@@ -11428,8 +11766,22 @@ private:
     StringMap<Record> tags_;     // by author and tag
     std::uint64_t last_id_;
     std::size_t bytes_ = 0;
-    Time last_append_{};
 };
+
+// A token that no other opening of a store has.
+inline std::string new_epoch() {
+    static std::atomic<std::uint64_t> openings{0};
+    const auto wall = std::chrono::system_clock::now().time_since_epoch().count();
+    const auto digest = sha1(
+        text::concat({std::to_string(wall), " ", std::to_string(Clock::now().time_since_epoch().count()), " ",
+                      std::to_string(reinterpret_cast<std::uintptr_t>(&wall)), " ",
+                      std::to_string(reinterpret_cast<std::uintptr_t>(&openings)), " ", std::to_string(++openings)}));
+    std::string epoch;
+    for (std::size_t i = 0; i < HistoryPosition::epoch_size / 2; ++i)
+        for (const unsigned shift : {4u, 0u})
+            epoch += "0123456789abcdef"[(static_cast<unsigned>(digest[i]) >> shift) & 15];
+    return epoch;
+}
 
 }  // namespace detail
 
@@ -11440,23 +11792,98 @@ public:
 
     void attach(Listener& listener, std::shared_ptr<Mailbox>) override { listener_ = &listener; }
     void append(ChatEntry entry) override {
-        detail::RoomHistory& history = *find_or_create(entry.room, true);
-        entry.id = history.find(entry);
-        if (entry.id != 0) return listener_->on_duplicate(entry);
-        entry.id = update(history, [&] { return history.append(entry, limits_, Clock::now()); });
-        while (bytes_ > limits_.max_total_bytes && histories_.size() > 1) evict(least_recently_used());
+        if (!entry.kept()) return listener_->on_entry(entry);
+        if (detail::RoomHistory* history = histories_.find(entry.room)) {
+            entry.id = history->find(entry);
+            if (entry.id != 0) return listener_->on_duplicate(entry);
+        }
+        if (entry.is_amendment()) {
+            const std::string_view code = amend(entry);
+            if (!code.empty()) return listener_->on_refused(entry, code);
+        }
+        keep(entry);
         listener_->on_entry(entry);
     }
     void forward(const ChatEntry& entry) override { listener_->on_entry(entry); }
-    void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit,
+
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {
-        detail::RoomHistory no_history(first_id());
-        detail::RoomHistory* history = find_or_create(room, false);
-        if (history == nullptr) history = &no_history;
-        callback(update(*history, [&] { return history->since(id, limit, limits_, Clock::now()); }));
+        std::optional<std::uint64_t> id;
+        if (position) id = position->epoch == epoch_ ? position->id : HistoryPosition::max_id + 1;
+        callback(read(
+            room, [&](detail::RoomHistory& history) { return history.since(id, limit, limits_, listener_->now()); }));
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        callback(read(
+            room, [&](detail::RoomHistory& history) { return history.before(id, limit, limits_, listener_->now()); }));
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
+        callback(read(room, [&](detail::RoomHistory& history) {
+            return history.search(search_words(words), limit, limits_, listener_->now());
+        }));
+    }
+
+    void put(ChatFact fact) override {
+        const std::string key = text::concat({fact.scope, "\n", fact.key});
+        if (fact.value.empty()) {
+            facts_.erase(key);
+        } else {
+            if (facts_.find(key) == nullptr && detail::exceeds(facts_.size() + 1, limits_.max_facts)) prune_facts();
+            if (facts_.find(key) == nullptr && detail::exceeds(facts_.size() + 1, limits_.max_facts))
+                return listener_->on_fact_failure(fact, "too many facts");
+            facts_.find_or_emplace(key) = fact;
+        }
+        listener_->on_fact(fact);
+    }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        const std::string prefix = text::concat({scope, "\n", key_prefix});
+        const std::int64_t now = unix_ms();
+        std::vector<ChatFact> found;
+        for (const auto& [key, fact] : facts_)
+            if (text::starts_with(key, prefix) && (fact.expires == 0 || fact.expires > now)) found.push_back(fact);
+        callback(std::move(found), "");
+    }
+
+    void erase_author(const std::string& author, EraseCallback callback) override {
+        if (author.empty()) return callback(0, "");
+        std::vector<ChatEntry> amendments;
+        for (const auto& [room, history] : histories_) {
+            for (ChatEntry& amendment :
+                 update(history, [erased = &history, &author] { return erased->erase(author); })) {
+                amendment.room = room;
+                amendments.push_back(std::move(amendment));
+            }
+        }
+        std::vector<ChatFact> deleted;
+        for (const auto& [key, fact] : facts_)
+            if (fact.author == author) deleted.push_back(fact);
+        facts_.erase_if([&](const ChatFact& fact) { return fact.author == author; });
+        std::size_t messages = 0;
+        for (ChatEntry& amendment : amendments) {
+            amendment.time = unix_ms();
+            if (amendment.kind == ChatEntry::Kind::remove) ++messages;
+            keep(amendment);
+        }
+        for (const ChatEntry& amendment : amendments) listener_->on_entry(amendment);
+        for (ChatFact& fact : deleted) {
+            fact.value.clear();
+            listener_->on_fact(fact);
+        }
+        callback(messages, "");
+    }
+    void export_room(const std::string& room, ExportCallback callback) override {
+        HistoryExport all;
+        all.end = true;
+        if (const detail::RoomHistory* history = histories_.find(room))
+            history->for_each([&](const ChatEntry& entry) { all.lines += entry.to_json_line(room); });
+        callback(std::move(all));
     }
 
 private:
+    static std::int64_t unix_ms() {
+        using namespace std::chrono;
+        return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
+    }
     // Runs `work` on the history and updates the total of bytes.
     template <class Work>
     auto update(const detail::RoomHistory& history, Work&& work) -> decltype(work()) {
@@ -11465,46 +11892,52 @@ private:
         bytes_ += history.bytes() - before;
         return result;
     }
-    // Ids start at the wall clock in microseconds, so ids of earlier runs are recognised. They are also above those of
-    // all deleted rooms, even if the clock goes back.
-    std::uint64_t first_id() {
-        using namespace std::chrono;
-        const auto now = duration_cast<microseconds>(system_clock::now().time_since_epoch()).count();
-        return max_id_ = (std::max)(max_id_ + 1, static_cast<std::uint64_t>(now));
+    std::string_view amend(ChatEntry& entry) {
+        detail::RoomHistory* history = histories_.find(entry.room);
+        if (history == nullptr) return "bad_id";
+        return update(*history, [&] { return history->amend(entry, limits_); });
     }
-    // If there are too many rooms, deletes the least recently used one. A reader deletes only a room without entries;
-    // otherwise the result is null.
-    detail::RoomHistory* find_or_create(const std::string& room, bool to_write) {
-        if (detail::RoomHistory* history = histories_.find(room)) return history;
-        if (histories_.size() >= (std::max)(limits_.max_rooms, std::size_t{1})) {
-            const std::string oldest = least_recently_used();
-            if (!to_write && histories_.find(oldest)->last_append() != Time()) return nullptr;
-            evict(oldest);
-        }
-        return &histories_.find_or_emplace(room, first_id());
+    void keep(ChatEntry& entry) {
+        if (histories_.find(entry.room) == nullptr && detail::exceeds(histories_.size() + 1, limits_.max_rooms))
+            evict_oldest();
+        detail::RoomHistory& history = histories_.find_or_emplace(entry.room, deleted_id_);
+        std::string use_key = big_endian_key(++uses_);
+        by_use_.find_or_emplace(use_key, entry.room);
+        by_use_.erase(std::exchange(history.use_key, std::move(use_key)));
+        entry.id = update(history, [&] { return history.append(entry, limits_, listener_->now()); });
+        while (detail::exceeds(bytes_, limits_.max_total_bytes) && by_use_.size() > 1) evict_oldest();
     }
-    std::string least_recently_used() const {
-        const std::string* oldest = nullptr;
-        Time time{};
-        for (const auto& [room, history] : histories_) {
-            if (oldest != nullptr && history.last_append() >= time) continue;
-            oldest = &room;
-            time = history.last_append();
-        }
-        return *oldest;
+    template <class Read>
+    HistoryPage read(const std::string& room, Read&& work) {
+        detail::RoomHistory no_history(deleted_id_);
+        detail::RoomHistory* history = histories_.find(room);
+        if (history == nullptr) history = &no_history;
+        HistoryPage page = update(*history, [&] { return work(*history); });
+        page.epoch = epoch_;
+        return page;
     }
-    void evict(const std::string& room) {
+    void evict_oldest() {
+        if (by_use_.empty()) return;
+        const std::string room = by_use_.front();
         const detail::RoomHistory& history = *histories_.find(room);
         bytes_ -= history.bytes();
-        max_id_ = (std::max)(max_id_, history.last_id());
+        deleted_id_ = (std::max)(deleted_id_, history.last_id());
+        by_use_.erase(history.use_key);
         histories_.erase(room);
+    }
+    void prune_facts() {
+        facts_.erase_if([now = unix_ms()](const ChatFact& fact) { return fact.expires != 0 && fact.expires <= now; });
     }
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
+    std::string epoch_ = detail::new_epoch();
     StringMap<detail::RoomHistory> histories_;  // by room
+    StringMap<std::string> by_use_;             // the rooms, in the order of their last entries
+    StringMap<ChatFact> facts_;                 // by scope and key
+    std::uint64_t uses_ = 0;
     std::size_t bytes_ = 0;
-    std::uint64_t max_id_ = 0;  // of all deleted rooms and all results of first_id()
+    std::uint64_t deleted_id_ = 0;  // the largest id of all deleted rooms: ids are not used again
 };
 
 // ---- text, lines and JSON ------------------------------------------------------------------------------------------
@@ -11651,6 +12084,25 @@ inline bool valid_json(std::string_view text) { return valid_utf8(text) && consu
 
 }  // namespace detail
 
+namespace detail {
+
+// RFC 2104 with SHA-1.
+inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
+    std::string block(key);
+    if (key.size() > 64) {
+        const auto digest = sha1(key);
+        block.assign(digest.begin(), digest.end());
+    }
+    block.resize(64);
+    std::string inner = block, outer = block;
+    for (char& c : inner) c = static_cast<char>(c ^ 0x36);
+    for (char& c : outer) c = static_cast<char>(c ^ 0x5C);
+    const auto digest = sha1(inner.append(message));
+    return sha1(outer.append(digest.begin(), digest.end()));
+}
+
+}  // namespace detail
+
 // An event for clients: one JSON object, field by field. README.md lists all events.
 class ChatEvent {
 public:
@@ -11693,6 +12145,23 @@ private:
 
 }  // namespace detail
 
+inline std::string ChatEntry::to_json_line(const std::string& of_room) const {
+    static constexpr const char* kinds[] = {"said", "action", "edit", "remove", "react", "topic"};
+    ChatEvent line(kept() ? kinds[static_cast<std::size_t>(kind)] : "");
+    line.add_text("room", of_room).add("id", id);
+    if (target != 0) line.add("target", target);
+    line.add("time", time).add_text("name", name).add_unless_empty("user", user);
+    line.add_unless_empty("author", author).add_text("text", text);
+    if (!data.empty()) line.add_json("data", data);
+    if (edited != 0) line.add("edited", edited);
+    if (removed) line.add_json("removed", "true");
+    detail::JsonList list;
+    for (const Reaction& each : reactions)
+        list.add(Json{{"emoji", each.emoji}, {"user", each.user}, {"name", each.name}, {"author", each.author}}.dump());
+    if (list.size() != 0) line.add_json("reactions", list.dump());
+    return line.dump() + "\n";
+}
+
 // ---- flood limits --------------------------------------------------------------------------------------------------
 
 // How many messages and bytes a connection or an address may send.
@@ -11704,9 +12173,9 @@ namespace detail {
 
 class FloodLimiter {
 public:
+    // What is refused for its number is not charged for its bytes.
     bool take(std::size_t size, const FloodRates& rates, Time now) {
-        const bool messages = messages_.take(1, rates.messages, now);
-        return bytes_.take(static_cast<double>(size), rates.bytes, now) && messages;
+        return messages_.take(1, rates.messages, now) && bytes_.take(static_cast<double>(size), rates.bytes, now);
     }
     bool full(Time now) const { return messages_.full(now) && bytes_.full(now); }
 
@@ -11735,27 +12204,34 @@ private:
     Time last_{};
 };
 
-// Deadlines by key. One that has passed counts as absent.
+// Bans or mutes by key, with the name that they are known by. One that has ended counts as absent.
 class Deadlines {
 public:
+    struct Deadline {
+        Time end{};
+        std::string name{};
+    };
+
     bool active(std::string_view key, Time now) const {
-        const Time* deadline = deadlines_.find(key);
-        return deadline != nullptr && *deadline > now;
+        const Deadline* deadline = deadlines_.find(key);
+        return deadline != nullptr && deadline->end > now;
+    }
+    // Zero if it is not active.
+    Duration left(std::string_view key, Time now) const {
+        const Deadline* deadline = deadlines_.find(key);
+        return deadline == nullptr ? Duration::zero() : (std::max)(deadline->end - now, Duration::zero());
     }
     // Zero removes the key.
-    WSCHAT_NOINLINE void set(const std::string& key, Duration duration, Time now) {
-        deadlines_.erase_if([now](Time deadline) { return deadline <= now; });
-        if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = saturating_add(now, duration);
+    WSCHAT_NOINLINE void set(const std::string& key, const std::string& name, Duration duration, Time now) {
+        deadlines_.erase_if([now](const Deadline& deadline) { return deadline.end <= now; });
+        if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = {saturating_add(now, duration), name};
         else deadlines_.erase(key);
     }
-    void move(const std::string& key, const std::string& new_key, Time now) {
-        if (key == new_key || !active(key, now)) return;
-        deadlines_.find_or_emplace(new_key) = *deadlines_.find(key);
-        deadlines_.erase(key);
-    }
+    StringMap<Deadline>::Iterator begin() const { return deadlines_.begin(); }
+    StringMap<Deadline>::Iterator end() const { return deadlines_.end(); }
 
 private:
-    StringMap<Time> deadlines_;
+    StringMap<Deadline> deadlines_;
 };
 
 }  // namespace detail
@@ -11767,6 +12243,8 @@ struct ChatUser {
     std::string name{};
     std::string about{};   // a JSON value for everybody in the room, at most ChatLimits::max_about bytes; may be empty
     bool account = false;  // the name cannot be changed, and all connections with it are one user
+    // Public. The same for all connections of an account or a key, also later; made by the chat.
+    std::string id{};
 };
 
 namespace detail {
@@ -11857,15 +12335,15 @@ public:
         }
         if (all.empty()) user.expires = expires;
     }
-    // Removes the users whose grace period is over, and returns their names. `next` is the end of the next period.
-    std::vector<std::string> expire(Time now, Time& next) {
-        std::vector<std::string> expired;
+    // Removes the users whose grace period is over, and returns them. `next` is the end of the next period.
+    std::vector<ChatUser> expire(Time now, Time& next) {
+        std::vector<ChatUser> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(std::string(user.info.name));
+            if (user.expires <= now) expired.push_back(user.info);
             else next = (std::min)(next, user.expires);
         }
-        for (const std::string& name : expired) remove(*find(name));
+        for (const ChatUser& user : expired) remove(*find(user.name));
         return expired;
     }
     void remove(User& user) {
@@ -11923,7 +12401,11 @@ private:
 struct ChatLimits {
     std::size_t max_text = 16 * 1024;
     std::size_t max_name = 40;
-    std::size_t max_about = 4 * 1024;  // of ChatUser::about
+    std::size_t max_about = 4 * 1024;           // of ChatUser::about
+    std::size_t max_data = 4 * 1024;            // of ChatEntry::data
+    std::size_t max_topic = 500;                // of the topic of a room
+    std::size_t max_emoji = 64;                 // of a reaction
+    Duration edit_for = std::chrono::hours(1);  // how long an author may edit a message; zero: never
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
     std::size_t max_rooms = 10'000;
@@ -11934,10 +12416,12 @@ struct ChatLimits {
     FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
     FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all connections of an address or an IPv6 /64
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
+    // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
+    Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
 };
 
-// What a user may do: ChatHandler::may(). The last three are moderation.
-enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute };
+// What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
+enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute, remove, topic };
 
 // A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
@@ -11948,14 +12432,20 @@ public:
 
     const std::string& name() const { return name_; }
     std::vector<ChatUser> users() const { return presence_.users(); }
+    // Empty: none, or the store has not delivered it yet.
+    const std::string& topic() const { return topic_; }
 
     // Says a text to all, as the server or under a name. publish() also keeps it in the history. An Error if the text
     // contains control characters or is not UTF-8.
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
-    // Reads the newest entries after an id, at most `limit`. The callback is called immediately, or later if the
-    // history is in a file.
-    inline void since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCallback callback);
+    // Changes a text that publish() said, removes a message of anybody, sets the topic; all members hear of it. If the
+    // store does not know the message, nothing happens. An Error as for publish().
+    inline void edit(std::uint64_t id, std::string_view text);
+    inline void remove(std::uint64_t id);
+    inline void set_topic(std::string_view text);
+    // Reads the entries after a position, or the newest messages: see ChatStore::since().
+    inline void since(std::optional<HistoryPosition> position, std::size_t limit, ChatStore::PageCallback callback);
     // Closes all connections of the user in this room, with 1008. False if there is no such user.
     inline bool kick(std::string_view name, std::string_view reason = {});
     // Refuses all messages of the user for this time; zero ends it. False if there is no such user.
@@ -11971,7 +12461,9 @@ private:
     std::string name_;
     ChatHub& hub_;
     detail::Presence presence_;
-    std::uint64_t delivered_id_ = 0;  // the newest id that the members have received
+    std::string topic_;
+    std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
+    std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     bool expiry_scheduled_ = false;
 };
 
@@ -11981,7 +12473,8 @@ public:
     explicit ChatHub(Server& server)
         : server_(server),
           members_(&server.rooms()),
-          last_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16) {
+          first_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16),
+          last_number_(first_number_) {
         set_store(MemoryHistory());
     }
     ChatHub(const ChatHub&) = delete;
@@ -12001,6 +12494,9 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
+        load_decisions("ban");
+        load_decisions("mute");
+        load_secret();  // the last one: connections wait for it
     }
     ChatStore& store() { return *store_; }
 
@@ -12010,6 +12506,7 @@ public:
         prune_later();
         ChatRoom& room = rooms_.find_or_emplace(name, std::string(name), *this);
         room.presence_.max_name = limits.max_name;
+        load_topic(room.name());
         return room;
     }
     // Null if there is no such room.
@@ -12024,7 +12521,21 @@ public:
 
     // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
     // who is in a room is never taken for an address.
+    // A ban of a user who is present is one of his name, of his public id if he has a key or an account, and otherwise
+    // of his addresses, if nobody else is connected from there. The store keeps bans.
     inline void ban(std::string_view address_or_name, Duration duration);
+    // The bans that hold now: what is banned ("name anna", "user ID" or "address 192.0.2.1"), the name that ban() got,
+    // and the time that is left.
+    struct Ban {
+        std::string key, name;
+        Duration left;
+    };
+    std::vector<Ban> bans() const {
+        std::vector<Ban> list;
+        for (const auto& [key, ban] : bans_)
+            if (ban.end > now()) list.push_back({key, ban.name, ban.end - now()});
+        return list;
+    }
 
 private:
     friend class ChatHandler;
@@ -12034,10 +12545,10 @@ private:
 
     struct AddressUse {
         detail::FloodLimiter limiter;
+        TokenBucket replies;
         std::size_t connections = 0;
     };
 
-    Time now() const { return server_.loop().now(); }
     static std::int64_t unix_ms() {
         using namespace std::chrono;
         return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
@@ -12045,6 +12556,33 @@ private:
     static std::string rate_limit_key(const std::string& address) {
         const auto parsed = IpAddress::parse(address);
         return parsed ? parsed->rate_limit_key() : address;
+    }
+
+    // ---- public ids ------------------------------------------------------------------------------------------------
+
+    // The ids of users depend on a secret of the store, so nobody can find the key of a user by trying keys.
+    void load_secret() {
+        secret_.clear();
+        store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            if (facts.empty()) {
+                const std::string bytes = random_bytes(30);
+                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+                if (error.empty()) store_->put({"server", "secret", secret_});
+            } else secret_ = facts[0].value;
+            for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+        });
+    }
+    // Calls start() when the ids of users are known.
+    void when_ready(std::function<void()> start) {
+        if (!secret_.empty()) start();
+        else waiting_.push_back(std::move(start));
+    }
+    std::string user_id(const std::string& identity) const {
+        const auto digest = detail::hmac_sha1(secret_, identity);
+        std::string id = base64(digest.data(), 12);
+        for (char& c : id) c = c == '+' ? '-' : c == '/' ? '_' : c;
+        return id;
     }
 
     // ---- connections -----------------------------------------------------------------------------------------------
@@ -12058,6 +12596,21 @@ private:
         return connections_.find(big_endian_key(number));
     }
 
+    // The connections of a user, in all rooms.
+    std::vector<ChatHandler*> connections_of(const std::string& id) const {
+        const std::vector<ChatHandler*>* found = connections_by_id_.find(id);
+        return found == nullptr ? std::vector<ChatHandler*>() : *found;
+    }
+    void add_user(const std::string& id, ChatHandler& handler) {
+        connections_by_id_.find_or_emplace(id).push_back(&handler);
+    }
+    void remove_user(const std::string& id, const ChatHandler& handler) {
+        std::vector<ChatHandler*>* const all = connections_by_id_.find(id);
+        if (all == nullptr) return;
+        all->erase(std::remove(all->begin(), all->end(), &handler), all->end());
+        if (all->empty()) connections_by_id_.erase(id);
+    }
+
     AddressUse& add_address(const std::string& remote_address) {
         if (addresses_.size() >= prune_addresses_at_) prune_addresses();
         AddressUse& use = addresses_.find_or_emplace(rate_limit_key(remote_address));
@@ -12065,7 +12618,9 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()); });
+        addresses_.erase_if([this](AddressUse& use) {
+            return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now());
+        });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -12076,20 +12631,20 @@ private:
     void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
         const Time expires = saturating_add(now(), limits.grace);
         detail::Presence::detach(user, &handler, expires);  // first, because the rest may run out of memory
-        const std::string name = user.info.name;
-        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, name);
+        const ChatUser left = user.info;
+        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
         if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
     }
     void rename(ChatRoom& room, User& user, const std::string& name) {
-        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info.name);
+        ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
-        mutes_.move(key, mute_key(room, user), now());
+        move_mute(key, mute_key(room, user), name);
         forward(std::move(entry));
     }
-    void announce_leave(ChatRoom& room, const std::string& name) {
-        forward(new_entry(ChatEntry::Kind::leave, room, name));
+    void announce_leave(ChatRoom& room, const ChatUser& user) {
+        forward(new_entry(ChatEntry::Kind::leave, room, user));
         if (room.presence_.empty()) prune_later();
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
@@ -12098,7 +12653,7 @@ private:
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
-            for (const std::string& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
+            for (const ChatUser& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
             // The minimum of 50 ms lets users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
@@ -12114,6 +12669,36 @@ private:
         });
     }
 
+    // ---- private messages and read markers -------------------------------------------------------------------------
+
+    // The log of a conversation in the store. No room of a user has such a name.
+    static std::string conversation(const std::string& one, const std::string& other) {
+        return text::concat({"\n", (std::min)(one, other), "\n", (std::max)(one, other)});
+    }
+    static bool is_conversation(const std::string& room) { return room.size() > 1 && room[0] == '\n'; }
+    // The other user of a conversation.
+    static std::string peer_in(const std::string& room, const std::string& id) {
+        const std::size_t middle = room.find('\n', 1);
+        const std::string first = room.substr(1, middle - 1);
+        return first == id ? room.substr(middle + 1) : first;
+    }
+    // Keeps a fact that does not change, once in the life of this server.
+    void note(ChatFact fact) {
+        const std::string key = text::concat({fact.scope, "\n", fact.key});
+        constexpr std::size_t max_noted = 100'000;
+        if (noted_.size() >= max_noted) noted_.erase_if([](bool) { return true; });
+        if (noted_.find(key) != nullptr) return;
+        noted_.find_or_emplace(key) = true;
+        store_->put(std::move(fact));
+    }
+    // The room of an entry, or the other user of its conversation.
+    static ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) {
+        return is_conversation(entry.room) ? event.add_text("peer", peer_in(entry.room, entry.user))
+                                           : event.add_text("room", entry.room);
+    }
+    inline void on_conversation(const ChatEntry& entry);
+    inline void on_read(const ChatFact& fact);
+
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
     static std::string address_key(const std::string& address) {
@@ -12124,21 +12709,49 @@ private:
     static std::string author_of(const User& user) {
         return user.identity.empty() ? name_key(user.info.name) : user.identity;
     }
-    static std::string mute_key(const ChatRoom& room, const User& user) {
-        return text::concat({room.name(), "\n", author_of(user)});
+
+    static std::string user_key(const std::string& id) { return text::concat({"user ", id}); }
+    // Users with a key or an account are known by their ids, and all others by their names.
+    std::string mute_key(const ChatRoom& room, const User& user) const {
+        const std::string who = user.identity.empty() ? name_key(user.info.name) : user_key(user.info.id);
+        return text::concat({room.name(), "\n", who});
     }
 
-    bool banned(const std::string& address, const std::string& name, const std::string& identity) {
-        if (bans_.active(address_key(address), now()) || bans_.active(name_key(name), now())) return true;
-        const std::string* key = banned_identities_.find(identity);
-        if (key == nullptr) return false;
-        if (bans_.active(*key, now())) return true;
-        banned_identities_.erase(identity);
-        return false;
+    // `id`: the public id of a user with a key or an account; empty: unknown.
+    bool banned(const std::string& address, const std::string& name, const std::string& id) const {
+        return bans_.active(address_key(address), now()) || bans_.active(name_key(name), now()) ||
+               (!id.empty() && bans_.active(user_key(id), now()));
     }
     bool muted(const ChatRoom& room, const User& user) const { return mutes_.active(mute_key(room, user), now()); }
     void mute(const ChatRoom& room, const User& user, Duration duration) {
-        mutes_.set(mute_key(room, user), duration, now());
+        decide("mute", mute_key(room, user), user.info.name, duration);
+    }
+    void move_mute(const std::string& key, const std::string& new_key, const std::string& name) {
+        const Duration left = mutes_.left(key, now());
+        if (key == new_key || left == Duration::zero()) return;
+        decide("mute", new_key, name, left);
+        decide("mute", key, "", Duration::zero());
+    }
+
+    // A decision holds at once, and the store keeps it for restarts and other servers. Zero ends it.
+    void decide(const char* scope, const std::string& key, const std::string& name, Duration duration) {
+        const bool ending = duration <= Duration::zero();
+        constexpr Duration longest = std::chrono::hours(24 * 365 * 10);
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
+        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
+        on_fact(fact);
+        store_->put(std::move(fact));
+    }
+    inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
+    inline void on_fact(const ChatFact& fact) override;
+    void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
+        server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
+    }
+    void load_decisions(const char* scope) {
+        store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            for (const ChatFact& fact : facts) on_fact(fact);
+        });
     }
 
     // ---- entries ---------------------------------------------------------------------------------------------------
@@ -12150,6 +12763,11 @@ private:
         entry.name = name;
         return entry;
     }
+    static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, const ChatUser& user) {
+        ChatEntry entry = new_entry(kind, room, user.name);
+        entry.user = user.id;
+        return entry;
+    }
     void append(ChatEntry entry) {
         entry.time = unix_ms();
         store_->append(std::move(entry));
@@ -12158,20 +12776,40 @@ private:
         entry.time = unix_ms();
         store_->forward(entry);
     }
+    // The store answers before it answers the first member's request for the history.
+    void load_topic(const std::string& name) {
+        store_->facts("topic", name, [this, name](const std::vector<ChatFact>& facts, const std::string&) {
+            ChatRoom* const room = find(name);
+            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == name)
+                room->topic_ = facts[0].value;
+        });
+    }
+    // The topic outlives its entry in the history. The server that appended the entry keeps it as a fact.
+    void on_topic(ChatRoom* room, const ChatEntry& entry) {
+        if (appended_here(entry)) store_->put({"topic", entry.room, entry.text});
+        if (room == nullptr) return;
+        room->topic_ = entry.text;
+        room->topic_id_ = entry.id;
+    }
+    bool appended_here(const ChatEntry& entry) const {
+        return entry.sender >= first_number_ && entry.sender <= last_number_;
+    }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
-        if (members_.find(room.name()) == nullptr) {
-            room.delivered_id_ = (std::max)(room.delivered_id_, page.last_id);
+        if (members_.find(room.name()) == nullptr || !room.delivered_id_) {
+            room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
             return;
         }
-        while (!page.entries.empty() && page.entries.back().id > room.delivered_id_) page.entries.pop_back();
-        page.last_id = (std::min)(page.last_id, room.delivered_id_);
+        while (!page.entries.empty() && page.entries.back().id > *room.delivered_id_) page.entries.pop_back();
+        page.last_id = (std::min)(page.last_id, *room.delivered_id_);
     }
 
     inline void on_entry(const ChatEntry& entry) override;
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
-    inline void on_said(const ChatEntry& entry);
+    inline void on_refused(const ChatEntry& entry, std::string_view code) override;
+    Time now() const override { return server_.loop().now(); }
+    inline void on_kept(const ChatEntry& entry);
     inline void on_private_message(const ChatEntry& entry);
     inline void on_typing(const ChatEntry& entry);
     inline void on_join(const ChatEntry& entry);
@@ -12183,13 +12821,17 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
+    StringMap<std::vector<ChatHandler*>> connections_by_id_;
+    StringMap<bool> noted_;             // the facts about users and conversations that the store has
+    const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
     detail::Deadlines bans_, mutes_;
-    StringMap<std::string> banned_identities_;  // the ban that applies to an identity, as a key of bans_
     bool pruning_ = false;
-    std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
+    std::string secret_;                          // empty: the store has not answered yet
+    std::vector<std::function<void()>> waiting_;  // handshakes, until then
+    std::unique_ptr<ChatStore> store_;            // the last member, because its destructor may call the listener
 };
 
 // ---- the handler ---------------------------------------------------------------------------------------------------
@@ -12212,7 +12854,7 @@ private:
 // A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line with a slash in front is
 // a command, and all others are said to the room. Clients receive events: one JSON object in a message. The query of
 // the address may contain `name`, `key` (a secret of the client; connections with the same key are one user) and `last`
-// (the newest id that the client has). README.md lists the events.
+// (the newest HistoryPosition of the client), and `join` for each further room. README.md lists the events.
 class ChatHandler : public WebSocketHandler {
 public:
     ~ChatHandler() override { disconnect(false); }
@@ -12228,10 +12870,8 @@ public:
     // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
     // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
     virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
-    // Whether this user may do it. Default: everything except kick, ban and mute.
-    virtual bool may(ChatAction action) {
-        return action != ChatAction::kick && action != ChatAction::ban && action != ChatAction::mute;
-    }
+    // Whether this user may do it. Default: everything except moderation.
+    virtual bool may(ChatAction action) { return action < ChatAction::kick; }
     // May change a text that the user says, also in private. False refuses it.
     virtual bool filter(std::string&) { return true; }
     // A pair: after the 101; after the connection has ended and has left its rooms. See close_code() for the reason.
@@ -12261,12 +12901,7 @@ public:
         reply(ChatEvent("error").add_text("code", code).add_text("text", sentence));
     }
     // Closes the connection with 1008. The user leaves without a grace period.
-    void kick(std::string_view reason) {
-        if (!is_open()) return;
-        kicked_ = true;
-        write_message(ChatEvent("kicked").add_text("text", reason).dump());
-        close(CloseCode::policy_violation, truncate_utf8(reason, 123));
-    }
+    void kick(std::string_view reason) { end_with("kick", reason, Duration::zero()); }
 
     // ---- WebSocketHandler; the hooks above replace these -----------------------------------------------------------
 
@@ -12277,12 +12912,24 @@ public:
         if (!user) return Response(401, "Log in first.\n");
         return admit(std::move(*user));
     }
-    void prepare_async(const Request& request, Reply reply) final {
-        authenticate_async(request, ChatReply(std::move(reply)));
+    void prepare_async(const Request&, Reply reply) final {
+        hub_->when_ready([this, answer = std::make_shared<Reply>(std::move(reply))] {
+            // If the client has gone, so may this handler have.
+            if (!answer->is_open()) return;
+            if (!identity_.empty()) user_.id = hub_->user_id(identity_);
+            if (auto refusal = refuse_banned()) {
+                answer->send(std::move(*refusal));
+                return;
+            }
+            run_hook("authenticate_async", [&] { authenticate_async(request(), ChatReply(std::move(*answer))); });
+        });
     }
 
     void open() final {
         number_ = hub_->add_connection(*this);
+        user_.id = hub_->user_id(identity_.empty() ? text::concat({"guest ", std::to_string(number_)}) : identity_);
+        hub_->add_user(user_.id, *this);
+        if (!identity_.empty()) hub_->note({"user", user_.id, "1", identity_});
         if (remote_address() != "unix") address_ = &hub_->add_address(remote_address());
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
@@ -12297,7 +12944,9 @@ public:
         connected_ = true;
         run_hook("on_connect", [this] { on_connect(); });
         if (current_room() != nullptr)
-            request_history(*current_room(), to_number(request().query("last").value_or("")));
+            request_history(*current_room(), HistoryPosition::parse(request().query("last").value_or("")));
+        join_more_rooms();
+        if (!identity_.empty()) request_conversations();
     }
 
     void on_message(const Message& message) final {
@@ -12324,9 +12973,25 @@ private:
         identity_.clear();
         if (user_.account) identity_ = "account " + user_.name;
         else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
-        if (hub_->banned(remote_address(), user_.name, identity_))
-            return Response(403, "You are banned from this chat.\n");
-        return std::nullopt;
+        user_.id = identity_.empty() ? "" : hub_->user_id(identity_);
+        return refuse_banned();
+    }
+    std::optional<Response> refuse_banned() {
+        if (!hub_->banned(remote_address(), user_.name, known_id())) return std::nullopt;
+        return Response(403, "You are banned from this chat.\n");
+    }
+    // Empty for a guest, whose id ends with the connection.
+    std::string known_id() const { return identity_.empty() ? "" : user_.id; }
+    // The client is told why, so that it does not connect again at once.
+    void end_with(std::string_view code, std::string_view reason, Duration ban) {
+        if (!is_open()) return;
+        kicked_ = true;
+        ChatEvent event("kicked");
+        event.add_text("code", code).add_text("text", reason);
+        if (ban > Duration::zero())
+            event.add("seconds", std::chrono::duration_cast<std::chrono::seconds>(ban).count() + 1);
+        write_message(event.dump());
+        close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
 
     friend class ChatHub;
@@ -12339,8 +13004,9 @@ private:
     };
     struct HistoryRequest {
         std::string room;
-        std::optional<std::uint64_t> id;
-        std::uint64_t delivered_id;  // of the room at the time of the request
+        std::optional<HistoryPosition> position;
+        std::optional<std::uint64_t> delivered_id;  // of the room at the time of the request
+        std::string tag{};
     };
     struct Refusal {
         std::string_view code{};  // empty: nothing is refused
@@ -12375,11 +13041,14 @@ private:
 
     ChatEvent hello_event() {
         ChatEvent event("hello");
-        event.add("version", 2).add_text("server", "wschat");
-        add_room(event).add_text("name", user().name);
-        event.add_json("features",
-                       R"(["rooms","names","users","history","resume","tags","typing","private","commands"])");
+        event.add("version", 3).add_text("server", "wschat");
+        add_room(event).add_text("name", user().name).add_text("user", user().id);
+        event.add_json("features", R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
+                                   R"("private","edit","delete","react","topic","data","commands"])");
+        const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
+                                 {"data", hub_->limits.max_data},
+                                 {"edit_seconds", edit_for},
                                  {"name", hub_->limits.max_name},
                                  {"room", hub_->limits.max_room_name}});
         return event;
@@ -12398,13 +13067,45 @@ private:
         using Action = detail::FloodPolicy::Action;
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
-        bool within = limiter_.take(size, limits.connection, now);
-        if (address_ != nullptr) within = address_->limiter.take(size, limits.address, now) && within;
+        // What its own limit refuses is not charged to the neighbours of the address.
+        const bool within = limiter_.take(size, limits.connection, now) &&
+                            (address_ == nullptr || address_->limiter.take(size, limits.address, now));
         const Action action = flood_policy_.decide(within, limits.flood_patience, now);
-        if (action == Action::warn)
+        if (action == Action::warn || (action == Action::drop && !tag_.empty()))
             reply_error("flood", "That was too much at once, and was not taken. Wait a little.");
         if (action == Action::close) close(CloseCode::policy_violation, "flooding");
         return action == Action::accept;
+    }
+
+    // Whether the client may ask for a history, a search or a list now: the bytes of the earlier answers are charged.
+    bool may_read() {
+        const ChatLimits& limits = hub_->limits;
+        const Time now = hub_->now();
+        return replies_.take(1, limits.replies, now) &&
+               (address_ == nullptr || address_->replies.take(1, limits.address_replies, now));
+    }
+    void write_charged(const std::string& event) {
+        const auto charge = [&](TokenBucket& bucket, const Rate& rate) {
+            if (rate.per_second > 0) bucket.charge(static_cast<double>(event.size()), rate, hub_->now());
+        };
+        charge(replies_, hub_->limits.replies);
+        if (address_ != nullptr) charge(address_->replies, hub_->limits.address_replies);
+        write_message(event);
+    }
+
+    // "/in ROOM LINE" speaks in a room and stays in the current one. Percent-encoded, a name with spaces is one word.
+    void dispatch_in(const Message& message, std::string_view rest) {
+        const ChatRoom* const previous = current_room();
+        const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
+        const std::size_t index = membership_index(name ? hub_->find(*name) : nullptr);
+        if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
+        detail::ChatLine line = detail::ChatLine::parse(rest);
+        line.tag = {};
+        if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
+        current_ = index;
+        dispatch(message, line);
+        const std::size_t back = membership_index(previous);
+        if (back != memberships_.size()) current_ = back;
     }
 
     void dispatch(const Message& message, const detail::ChatLine& line) {
@@ -12412,15 +13113,16 @@ private:
         if (!line.tag.empty() && tag_.empty())
             return reply_error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
         if (line.command.empty()) return say(ChatEntry::Kind::said, line.rest);
+        if (line.command == "in") return dispatch_in(message, line.rest);
         if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
             reply_error("unknown_command",
                         text::concat({"There is no command /", line.command.substr(0, 40), "; /help names all."}));
     }
 
-    // Filters the text. The result says why it is refused.
-    Refusal refuse_text(std::string& text) {
-        const auto is_empty = [&] { return detail::all_characters(text, detail::is_white_space); };
+    // Filters the text. The result says why it is refused. A message with data needs no text.
+    Refusal refuse_text(std::string& text, bool may_be_empty = false) {
+        const auto is_empty = [&] { return !may_be_empty && detail::all_characters(text, detail::is_white_space); };
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
@@ -12435,19 +13137,39 @@ private:
     }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
-    void say(ChatEntry::Kind kind, std::string_view said) {
+    // `data`: a JSON object, or empty.
+    void say(ChatEntry::Kind kind, std::string_view said, std::string_view data = {}) {
         std::string text(said);
         if (!may(ChatAction::say)) return reply_forbidden();
-        if (const auto refusal = refuse_text(text)) return reply_error(refusal);
-        ChatEntry entry = new_entry(kind);
+        if (const auto refusal = refuse_text(text, !data.empty())) return reply_error(refusal);
+        ChatEntry entry = new_kept_entry(kind);
         entry.text = std::move(text);
+        entry.data = data;
+        hub_->append(std::move(entry));
+    }
+    // Says something in the conversation with another user.
+    void say_to(const std::string& id, const std::string& name, std::string text, const std::string& tag) {
+        if (memberships_.empty()) return;
+        ChatEntry entry = new_kept_entry(ChatEntry::Kind::said);
+        entry.room = ChatHub::conversation(user_.id, id);
+        entry.user = user_.id;
+        entry.to = name;
+        entry.text = std::move(text);
+        entry.tag = tag;
+        hub_->note({"talk", text::concat({user_.id, "\n", id}), name.empty() ? "?" : name, identity_});
+        hub_->note({"talk", text::concat({id, "\n", user_.id}), user().name, identity_});
+        hub_->append(std::move(entry));
+    }
+    ChatEntry new_kept_entry(ChatEntry::Kind kind, std::uint64_t target = 0) {
+        ChatEntry entry = new_entry(kind);
         entry.author = ChatHub::author_of(*memberships_[current_].user);
         entry.tag = tag_;
-        hub_->append(std::move(entry));
+        entry.target = target;
+        return entry;
     }
 
     WSCHAT_NOINLINE ChatEntry new_entry(ChatEntry::Kind kind) {
-        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user().name);
+        ChatEntry entry = ChatHub::new_entry(kind, *current_room(), user());
         entry.sender = number_;
         return entry;
     }
@@ -12501,15 +13223,21 @@ private:
     void disconnect(bool at_once) {
         while (!memberships_.empty()) run_hook("on_close", [&] { leave_room(memberships_.size() - 1, at_once); });
         if (address_ != nullptr) --std::exchange(address_, nullptr)->connections;
-        if (number_ != 0) hub_->remove_connection(std::exchange(number_, 0));
+        if (number_ == 0) return;
+        hub_->remove_user(user_.id, *this);
+        hub_->remove_connection(std::exchange(number_, 0));
     }
 
     // ---- the history -----------------------------------------------------------------------------------------------
 
-    void request_history(const ChatRoom& room, std::optional<std::uint64_t> id) {
-        const std::size_t limit = id ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
-        const HistoryRequest history_request{room.name(), id, room.delivered_id_};
-        hub_->store().since(room.name(), id, limit, [me = ref(), history_request](HistoryPage page) {
+    inline void join_more_rooms();
+
+    void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
+                         const std::string& tag = {}) {
+        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
+        const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
+        hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
         });
     }
@@ -12521,25 +13249,83 @@ private:
         if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
         Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
-        if (!page.error.empty()) {  // the client can ask for the same entries later
-            page.gap = true;
-            page.last_id = requested.id.value_or(chat_room->delivered_id_);
-        }
-        if (page.error.empty()) hub_->trim_to_delivered(*chat_room, page);
-        else server().report(LogLevel::error, "chat_not_read", {{"room", requested.room}, {"cause", page.error}});
-        if (joining) write_message(users_event(*chat_room));
-        write_message(history_event(*chat_room, page, requested.id.has_value()));
+        if (!page.error.empty()) report_unread(requested, page);
+        else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
+        else resume_members(*chat_room, members, page);
+        if (joining) write_charged(users_event(*chat_room));
+        ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
+        write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
         const bool behind =
             page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
-        if (page.error.empty() && behind) return request_history(*chat_room, page.last_id);
+        if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         members.join(*this);
+        request_read_marker(chat_room->name());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
+    // The client can ask for the same entries later.
+    void report_unread(const HistoryRequest& requested, HistoryPage& page) {
+        page.gap = true;
+        page.epoch = requested.position ? requested.position->epoch : "";
+        page.last_id = requested.position ? requested.position->id : 0;
+        server().report(LogLevel::error, "chat_not_read", {{"room", requested.room}, {"cause", page.error}});
+    }
+    // Every read has failed so far. The members get what this one has found.
+    void resume_members(ChatRoom& room, Room& members, HistoryPage page) {
+        hub_->trim_to_delivered(room, page);
+        page.gap = true;
+        for (const auto& [key, user] : room.presence_)
+            for (ChatHandler* each : user.connections)
+                if (each != this && members.has(*each))
+                    each->write_message(each->history_event(room, page, true).dump());
+    }
 
-    inline std::string history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
+    // ---- conversations ---------------------------------------------------------------------------------------------
+
+    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or the
+    // newest messages.
+    void request_conversations() {
+        hub_->store().facts(
+            "talk", user_.id + "\n", [me = ref()](const std::vector<ChatFact>& facts, const std::string&) {
+                auto* self = static_cast<ChatHandler*>(me.get());
+                constexpr std::size_t max_conversations = 100;
+                for (std::size_t i = 0; self != nullptr && self->is_open() && i < facts.size() && i < max_conversations;
+                     ++i)
+                    self->request_conversation(facts[i].key.substr(facts[i].key.find('\n') + 1), facts[i].value);
+            });
+    }
+    void request_conversation(const std::string& peer, const std::string& name) {
+        std::optional<HistoryPosition> position;
+        for (const std::string& each : request().query_all("peer")) {
+            std::string_view rest = each;
+            if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
+        }
+        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::string log = ChatHub::conversation(user_.id, peer);
+        const auto answer = [me = ref(), peer, name, log](const HistoryPage& page) {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_conversation(peer, name, log, page);
+        };
+        hub_->store().since(log, position, may_read() ? wanted : 0, answer);
+    }
+    inline void on_conversation(const std::string& peer, const std::string& name, const std::string& log,
+                                const HistoryPage& page);
+    // Of a room, or of "@" and the id of a peer.
+    inline void request_read_marker(const std::string& what);
+
+    // The store's answer to /before and /search becomes the end of this event.
+    ChatStore::PageCallback answer_with_page(ChatEvent event) {
+        return
+            [me = ref(), event = std::move(event), room = current_room()->name(), tag = tag_](const HistoryPage& page) {
+                auto* self = static_cast<ChatHandler*>(me.get());
+                if (self != nullptr) self->on_page(event, room, tag, page);
+            };
+    }
+    inline void on_page(ChatEvent event, const std::string& room_name, const std::string& tag, const HistoryPage& page);
+
+    inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
+    inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
     static inline std::string users_event(const ChatRoom& room);
 
     ChatHub* hub_ = nullptr;
@@ -12549,6 +13335,7 @@ private:
     ChatHub::AddressUse* address_ = nullptr;
     detail::FloodLimiter limiter_;
     detail::FloodPolicy flood_policy_;
+    TokenBucket replies_;
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line in progress
@@ -12573,8 +13360,10 @@ public:
     // False: there is no such command.
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
-            if (command.name != name) continue;
+            if (command.name != name || command.run == nullptr) continue;
             if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            else if (command.reads && !handler_.may_read())
+                error("flood", "You have asked for too much. Wait a little.");
             else (this->*command.run)(rest);
             return true;
         }
@@ -12586,35 +13375,113 @@ private:
         std::string_view name, usage, description;
         void (ChatCommands::*run)(std::string_view rest);
         std::optional<ChatAction> action{};  // that the user must be allowed to do
+        bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 13>& commands() {
-        static constexpr std::array<Command, 13> all = {{
+    static const std::array<Command, 25>& commands() {
+        static constexpr std::array<Command, 25> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
-            {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
+            {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
+            {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
+            {"react", "/react ID EMOJI", "reacts to a message; once more takes it back", &ChatCommands::react,
+             ChatAction::say},
+            {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
+            {"msg", "/msg NAME|@ID TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
-            {"who", "/who", "who is in this room", &ChatCommands::who},
+            {"read", "/read [@ID] NUMBER", "remembers what you have read", &ChatCommands::read},
+            {"who", "/who", "who is in this room", &ChatCommands::who, {}, true},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
-            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms},
-            {"join", "/join ROOM", "goes to a room, or speaks in it again", &ChatCommands::join},
+            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms, true},
+            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
+            {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
-            {"since", "/since ID", "what was said after the message with that id", &ChatCommands::since},
+            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
+            {"before",
+             "/before ID [LIMIT]",
+             "what was said before the message with that id",
+             &ChatCommands::before,
+             {},
+             true},
+            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search, {}, true},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
+            {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
+             ChatAction::topic},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
+            {"unban", "/unban NAME|ADDRESS", "ends a ban", &ChatCommands::unban, ChatAction::ban},
+            {"bans", "/bans", "who is banned", &ChatCommands::bans, ChatAction::ban, true},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
+            {"unmute", "/unmute NAME", "lets a user speak again", &ChatCommands::unmute, ChatAction::mute},
         }};
         return all;
     }
 
     void me(std::string_view rest) { handler_.say(ChatEntry::Kind::action, rest); }
 
+    void data(std::string_view rest) {
+        const std::string_view line = rest;
+        const std::size_t max = handler_.hub_->limits.max_data;
+        const bool is_json = text::starts_with(rest, "{") && consume_json(rest);
+        std::string_view json = line.substr(0, line.size() - rest.size());
+        if (!is_json || json.size() > max)
+            return error("bad_data", text::concat({"/data JSON [TEXT], with a JSON object of at most ",
+                                                   std::to_string(max), " bytes and 32 levels."}));
+        handler_.say(ChatEntry::Kind::said, rest, text::trim(json));
+    }
+
+    // The store answers: it knows the message and its author.
+    void edit(std::string_view rest) {
+        ChatHub& hub = *handler_.hub_;
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        std::string text(rest);
+        if (!id) return error("bad_command", "/edit ID TEXT");
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (hub.limits.edit_for == Duration::zero()) return error("too_late", "Messages cannot be changed here.");
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::edit, *id);
+        entry.text = std::move(text);
+        const auto age = std::chrono::duration_cast<std::chrono::milliseconds>(hub.limits.edit_for).count();
+        entry.not_before = ChatHub::unix_ms() - age;
+        hub.append(std::move(entry));
+    }
+    void remove(std::string_view rest) {
+        const auto id = ChatHandler::to_number(rest);
+        if (!id) return error("bad_command", "/delete ID");
+        if (room_ == nullptr) return reply_no_room();
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::remove, *id);
+        entry.moderator = handler_.may(ChatAction::remove);
+        handler_.hub_->append(std::move(entry));
+    }
+    void react(std::string_view rest) {
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        const auto is_visible = [](char32_t c) { return c > ' ' && !is_white_space(c); };
+        const bool valid = !rest.empty() && rest.size() <= handler_.hub_->limits.max_emoji && valid_chat_text(rest) &&
+                           all_characters(rest, is_visible);
+        if (!id || !valid) return error("bad_command", "/react ID EMOJI");
+        if (room_ == nullptr) return reply_no_room();
+        if (handler_.muted()) return error("muted", "You are muted for a while.");
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::react, *id);
+        entry.text = rest;
+        handler_.hub_->append(std::move(entry));
+    }
+    void topic(std::string_view rest) {
+        const std::size_t max = handler_.hub_->limits.max_topic;
+        if (room_ == nullptr) return reply_no_room();
+        if (rest.size() > max)
+            return error("too_long", text::concat({"A topic has at most ", std::to_string(max), " bytes."}));
+        ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::topic);
+        entry.text = rest;
+        handler_.hub_->append(std::move(entry));
+    }
+
     void msg(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return msg_to_id(rest.substr(1));
         const Presence::User* receiver = consume_user(rest);
         std::string text(rest);
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        const bool kept = !handler_.identity_.empty() && !receiver->identity.empty();
+        if (kept) return handler_.say_to(receiver->info.id, receiver->info.name, std::move(text), handler_.tag_);
         if (receiver->expires != (Time::max)())
             return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
         if (!handler_.tag_.empty() && is_duplicate())
@@ -12624,6 +13491,34 @@ private:
         entry.to = receiver->info.name;
         entry.tag = handler_.tag_;
         handler_.hub_->forward(std::move(entry));
+    }
+    // A user with a key or an account gets it also later.
+    void msg_to_id(std::string_view rest) {
+        const std::string id(text::consume_until(rest, ' '));
+        std::string text(rest);
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (handler_.identity_.empty())
+            return error("forbidden", "Only users with a key or an account write to users by their ids.");
+        handler_.hub_->store().facts(
+            "user", id,
+            [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](const std::vector<ChatFact>& facts,
+                                                                                   const std::string&) {
+                auto* self = static_cast<ChatHandler*>(me.get());
+                if (self == nullptr) return;
+                if (!facts.empty() && facts[0].key == id) return self->say_to(id, "", text, tag);
+                ChatEvent event("error");
+                event.add_text("code", "unknown_user").add_text("text", "There is no user with that id.");
+                self->write_message(event.add_unless_empty("tag", tag).dump());
+            });
+    }
+    void read(std::string_view rest) {
+        std::string what = room_ == nullptr ? "" : room_->name();
+        if (text::starts_with(rest, "@")) what = text::consume_until(rest, ' ');
+        const auto id = ChatHandler::to_number(rest);
+        if (!id || what.empty() || what.size() > 100) return error("bad_command", "/read [@ID] NUMBER");
+        if (handler_.identity_.empty()) return error("forbidden", "A guest without a key has no read markers.");
+        handler_.hub_->store().put(
+            {"read", text::concat({handler_.user_.id, "\n", what}), std::to_string(*id), handler_.identity_});
     }
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
     bool is_duplicate() {
@@ -12643,7 +13538,7 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_message(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_));
     }
 
     void rooms(std::string_view) {
@@ -12651,7 +13546,8 @@ private:
         for (const auto& [name, room] : handler_.hub_->rooms_)
             if (!room.presence_.empty() && list.size() < 500)
                 list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
-        handler_.reply(ChatEvent("rooms").add_json("rooms", list.dump()));
+        ChatEvent event("rooms");
+        handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void nick(std::string_view rest) {
@@ -12660,7 +13556,7 @@ private:
         if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
         if (!handler_.may(ChatAction::rename)) return handler_.reply_forbidden();
         if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
-        if (hub.banned("", name, "")) return error("name_banned", "That name is banned.");
+        if (hub.banned("unix", name, "")) return error("name_banned", "That name is banned.");
         if (room_ == nullptr) return reply_no_room();
         if (name == handler_.user().name) return;
         if (handler_.muted()) return error("muted", "You are muted for a while.");
@@ -12673,16 +13569,24 @@ private:
         hub.rename(*room_, user, name);
     }
 
+    // "/join ROOM EPOCH-ID" brings what was said after that position.
     void join(std::string_view rest) {
+        std::optional<HistoryPosition> position;
+        const std::size_t space = rest.rfind(' ');
+        if (space != std::string_view::npos) position = HistoryPosition::parse(rest.substr(space + 1));
+        if (position && position->epoch.empty()) position.reset();  // the number belongs to the name
+        if (position) rest = rest.substr(0, space);
         const std::size_t index = handler_.membership_index(handler_.hub_->find(rest));
         if (index != handler_.memberships_.size()) {
             handler_.current_ = index;
-            return reply_room();
+            reply_room();
+            if (position) handler_.request_history(*handler_.current_room(), position);
+            return;
         }
         if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(refusal);
         handler_.join_room(rest);
         reply_room();
-        handler_.request_history(*handler_.current_room(), std::nullopt);
+        handler_.request_history(*handler_.current_room(), position);
     }
     void leave(std::string_view rest) {
         const std::size_t index = handler_.membership_index(rest.empty() ? room_ : handler_.hub_->find(rest));
@@ -12692,21 +13596,41 @@ private:
     }
     void reply_room() {
         ChatEvent event("room");
-        handler_.reply(handler_.add_room(event).add_text("name", handler_.user().name));
+        handler_.add_room(event).add_text("name", handler_.user().name);
+        if (const ChatRoom* room = handler_.current_room()) event.add_unless_empty("topic", room->topic());
+        handler_.reply(event);
     }
 
     void since(std::string_view rest) {
-        const auto id = ChatHandler::to_number(rest);
-        if (!id || room_ == nullptr) return error("bad_command", "/since ID, in a room.");
-        handler_.request_history(*room_, id);
+        const auto position = HistoryPosition::parse(rest);
+        if (!position || room_ == nullptr) return error("bad_command", "/since EPOCH-ID, in a room.");
+        handler_.request_history(*room_, position, handler_.tag_);
+    }
+    void before(std::string_view rest) {
+        const ChatLimits& limits = handler_.hub_->limits;
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        const auto wanted =
+            rest.empty() ? std::optional<std::uint64_t>(limits.history_on_join) : ChatHandler::to_number(rest);
+        if (!id || !wanted || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
+        const auto limit = static_cast<std::size_t>((std::min)(*wanted, std::uint64_t{limits.history_on_resume}));
+        const std::uint64_t newest = room_->delivered_id_ ? *room_->delivered_id_ + 1 : *id;
+        ChatEvent event("history");
+        event.add_text("room", room_->name()).add("before", *id).add_json("gap", "false");
+        handler_.hub_->store().before(room_->name(), (std::min)(*id, newest), limit, handler_.answer_with_page(event));
+    }
+    void search(std::string_view rest) {
+        if (room_ == nullptr) return reply_no_room();
+        if (ChatStore::search_words(rest).empty()) return error("bad_command", "/search WORDS, in a room.");
+        ChatEvent event("search");
+        event.add_text("room", room_->name()).add_text("words", rest);
+        handler_.hub_->store().search(room_->name(), std::string(rest), handler_.hub_->limits.history_on_join,
+                                      handler_.answer_with_page(event));
     }
 
     void help(std::string_view) {
-        const bool moderator =
-            handler_.may(ChatAction::kick) || handler_.may(ChatAction::ban) || handler_.may(ChatAction::mute);
         JsonList list;
         for (const Command& command : commands())
-            if (moderator || !command.action || *command.action < ChatAction::kick)
+            if (!command.action || *command.action < ChatAction::kick || handler_.may(*command.action))
                 list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
         handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
@@ -12714,7 +13638,8 @@ private:
     void kick(std::string_view rest) {
         const Presence::User* user = consume_user(rest);
         if (user == nullptr) return reply_unknown_user();
-        room_->kick(user->info.name, rest.empty() ? "You were asked to leave." : rest);
+        report("kick", user->info.name, 0);
+        room_->kick(std::string(user->info.name), rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
@@ -12724,7 +13649,22 @@ private:
         if (!target.empty() && target.back() == ' ') target.remove_suffix(1);
         const auto seconds = rest.empty() ? std::uint64_t{3600} : ChatHandler::to_number(rest);
         if (target.empty() || !seconds) return error("bad_command", "/ban NAME|ADDRESS [SECONDS]");
+        report(*seconds == 0 ? "unban" : "ban", target, *seconds);
         handler_.hub_->ban(target, to_duration(*seconds));
+    }
+    void unban(std::string_view rest) {
+        if (rest.empty()) return error("bad_command", "/unban NAME|ADDRESS");
+        report("unban", rest, 0);
+        handler_.hub_->ban(rest, Duration::zero());
+    }
+    void bans(std::string_view) {
+        JsonList list;
+        for (const ChatHub::Ban& each : handler_.hub_->bans()) {
+            const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(each.left).count();
+            list.add(Json{{"ban", each.key}, {"name", each.name}, {"seconds", seconds}}.dump());
+        }
+        ChatEvent event("bans");
+        handler_.write_charged(event.add_json("bans", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void mute(std::string_view rest) {
@@ -12732,12 +13672,33 @@ private:
         const auto seconds = rest.empty() ? std::uint64_t{600} : ChatHandler::to_number(rest);
         if (user == nullptr) return reply_unknown_user();
         if (!seconds) return error("bad_command", "/mute NAME [SECONDS]");
+        report(*seconds == 0 ? "unmute" : "mute", user->info.name, *seconds);
         handler_.hub_->mute(*room_, *user, to_duration(*seconds));
     }
+    void unmute(std::string_view rest) {
+        const Presence::User* user = consume_user(rest);
+        if (user == nullptr || !rest.empty()) return reply_unknown_user();
+        report("unmute", user->info.name, 0);
+        handler_.hub_->mute(*room_, *user, Duration::zero());
+    }
+    // Tells the moderator and the log.
+    void report(std::string_view action, std::string_view name, std::uint64_t seconds) {
+        const std::string room = room_ == nullptr ? "" : room_->name();
+        ChatEvent event("moderation");
+        event.add_unless_empty("room", room).add_text("action", action).add_text("name", name);
+        if (seconds != 0) event.add("seconds", (std::min)(seconds, max_seconds));
+        handler_.reply(event.add_text("by", handler_.user().name));
+        handler_.server().report(LogLevel::info, "chat_moderation",
+                                 {{"action", std::string(action)},
+                                  {"room", room},
+                                  {"name", std::string(name)},
+                                  {"by", handler_.user().name},
+                                  {"seconds", std::to_string(seconds)}});
+    }
 
-    // At most ten years.
+    static constexpr std::uint64_t max_seconds = 315'360'000;  // ten years
     static Duration to_duration(std::uint64_t seconds) {
-        return std::chrono::seconds((std::min)(seconds, std::uint64_t{315'360'000}));
+        return std::chrono::seconds((std::min)(seconds, max_seconds));
     }
     Presence::User* consume_user(std::string_view& text) const {
         return room_ == nullptr ? nullptr : room_->presence_.consume_user(text);
@@ -12753,17 +13714,77 @@ private:
 
 WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
     ChatEvent event(type);
-    event.add_text("room", entry.room).add_text("name", entry.name);
+    event.add_text("room", entry.room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
 }
-// The event of a message. Only its author gets the tag.
-inline ChatEvent said_event(const ChatEntry& entry, bool with_tag) {
-    ChatEvent event("said");
+// The reactions to a message, for the user with this identity.
+inline std::string reactions_json(const ChatEntry& entry, const std::string& viewer) {
+    constexpr std::size_t max_users = 20;
+    JsonList list;
+    std::vector<std::string_view> emojis;
+    for (const ChatEntry::Reaction& first : entry.reactions) {
+        if (text::contains(emojis, first.emoji)) continue;
+        emojis.push_back(first.emoji);
+        std::size_t count = 0;
+        bool own = false;
+        JsonList users;
+        for (const ChatEntry::Reaction& each : entry.reactions) {
+            if (each.emoji != first.emoji) continue;
+            if (++count <= max_users) users.add(Json(each.user).dump());
+            own = own || (!viewer.empty() && each.author == viewer);
+        }
+        Json reaction{{"emoji", first.emoji}, {"count", count}};
+        std::string event = reaction.dump();
+        event.back() = ',';
+        event += "\"users\":";
+        event += users.dump();
+        event += own ? ",\"me\":true}" : "}";
+        list.add(event);
+    }
+    return std::string(list.dump());
+}
+
+// A kept private message for the user with this public id.
+inline ChatEvent private_event(const ChatEntry& entry, const std::string& id, bool with_tag) {
+    ChatEvent event("private");
+    const std::size_t middle = entry.room.find('\n', 1);
+    const std::string first = entry.room.substr(1, middle - 1);
+    event.add_text("peer", first == id ? entry.room.substr(middle + 1) : first).add("id", entry.id);
+    event.add_text("user", entry.user).add_text("name", entry.name).add_unless_empty("to", entry.to);
+    event.add_text("text", entry.text).add("time", entry.time);
+    return with_tag ? event.add_unless_empty("tag", entry.tag) : event;
+}
+// The key of a read marker is the public id of its user, a line feed, and a room or "@" with the id of a peer.
+inline ChatEvent read_event(const ChatFact& fact) {
+    const std::string what = fact.key.substr(fact.key.find('\n') + 1);
+    const bool is_peer = text::starts_with(what, "@");
+    ChatEvent event("read");
+    event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what);
+    return event.add_json("id", fact.value);
+}
+
+// The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag.
+inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer = {}) {
+    using Kind = ChatEntry::Kind;
+    const char* const type = entry.is_message()           ? "said"
+                             : entry.kind == Kind::edit   ? "edit"
+                             : entry.kind == Kind::remove ? "remove"
+                             : entry.kind == Kind::react  ? "react"
+                                                          : "topic";
+    ChatEvent event(type);
     event.add_unless_empty("room", entry.room);
     if (entry.id != 0) event.add("id", entry.id);
-    event.add_text("name", entry.name).add_text("text", entry.text).add("time", entry.time);
-    if (entry.kind == ChatEntry::Kind::action) event.add_json("me", "true");
-    if (with_tag) event.add_unless_empty("tag", entry.tag);
+    if (entry.target != 0) event.add("target", entry.target);
+    if (entry.kind == Kind::react) event.add_text("emoji", entry.text).add_json("on", entry.removed ? "false" : "true");
+    event.add_unless_empty("user", entry.user).add_text("name", entry.name);
+    if (entry.kind != Kind::react && entry.kind != Kind::remove) event.add_text("text", entry.text);
+    event.add("time", entry.time);
+    if (entry.kind == Kind::action) event.add_json("me", "true");
+    if (!entry.data.empty()) event.add_json("data", entry.data);
+    if (entry.edited != 0) event.add("edited", entry.edited);
+    if (entry.is_message() && entry.removed) event.add_json("removed", "true");
+    if (!entry.reactions.empty()) event.add_json("reactions", reactions_json(entry, viewer));
+    if (!viewer.empty() && entry.author == viewer) event.add_unless_empty("tag", entry.tag);
     return event;
 }
 
@@ -12775,35 +13796,97 @@ inline bool ChatHandler::on_command(std::string_view command, std::string_view r
     return detail::ChatCommands(*this).run(command, rest);
 }
 
-// The newest entries that fit; `resumed`: the client asked with an id, so missing entries are a gap.
-inline std::string ChatHandler::history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
-    const std::string author = ChatHub::author_of(*memberships_[membership_index(&room)].user);
+// The newest entries that fit into an event.
+inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const HistoryPage& page) const {
+    const std::string viewer = ChatHub::author_of(*memberships_[membership_index(&room)].user);
     std::size_t bytes = 0;
     std::vector<std::string> events;
     for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
-        const ChatEntry& entry = page.entries[i];
-        events.push_back(detail::said_event(entry, entry.author == author).dump());
+        events.push_back(detail::kept_event(page.entries[i], viewer).dump());
         bytes += events.back().size();
     }
-    const bool cut = events.size() != page.entries.size() && resumed;
     detail::JsonList list;
     for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
+    return list;
+}
+
+// `resumed`: the client asked with a position, so missing entries are a gap.
+inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
+    const detail::JsonList list = page_events(room, page);
+    const bool cut = list.size() != page.entries.size();
     ChatEvent event("history");
-    event.add_text("room", room.name()).add("gap", page.gap || cut).add("last", page.last_id);
-    return event.add_json("entries", list.dump()).dump();
+    event.add_text("room", room.name()).add_unless_empty("topic", room.topic());
+    event.add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add("gap", page.gap || (cut && resumed)).add("more", page.more || cut);
+    return event.add_json("entries", list.dump());
+}
+
+inline void ChatHandler::on_conversation(const std::string& peer, const std::string& name, const std::string& log,
+                                         const HistoryPage& page) {
+    if (!is_open() || (page.last_id == 0 && page.error.empty())) return;
+    detail::JsonList list;
+    for (ChatEntry entry : page.entries) {
+        entry.room = log;
+        if (entry.is_message()) list.add(detail::private_event(entry, user_.id, entry.user == user_.id).dump());
+    }
+    ChatEvent event("history");
+    event.add_text("peer", peer).add_text("name", name).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add("gap", page.gap || !page.error.empty()).add("more", page.more);
+    write_charged(event.add_json("entries", list.dump()).dump());
+    request_read_marker("@" + peer);
+}
+
+inline void ChatHandler::request_read_marker(const std::string& what) {
+    if (identity_.empty()) return;
+    const std::string key = text::concat({user_.id, "\n", what});
+    hub_->store().facts("read", key, [me = ref(), key](const std::vector<ChatFact>& facts, const std::string&) {
+        auto* self = static_cast<ChatHandler*>(me.get());
+        if (self != nullptr && !facts.empty() && facts[0].key == key)
+            self->write_message(detail::read_event(facts[0]).dump());
+    });
+}
+
+inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, const std::string& tag,
+                                 const HistoryPage& page) {
+    const ChatRoom* const room = hub_->find(room_name);
+    if (membership_index(room) == memberships_.size() || !is_open()) return;
+    if (!page.error.empty()) {
+        server().report(LogLevel::error, "chat_not_read", {{"room", room_name}, {"cause", page.error}});
+        event = ChatEvent("error");
+        event.add_text("code", "not_read").add_text("text", "The history cannot be read now. Try again soon.");
+        write_message(event.add_text("room", room_name).add_unless_empty("tag", tag).dump());
+        return;
+    }
+    const detail::JsonList list = page_events(*room, page);
+    event.add("more", page.more || list.size() != page.entries.size()).add_json("entries", list.dump());
+    write_charged(event.add_unless_empty("tag", tag).dump());
+}
+
+// "?join=ROOM" or "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.
+inline void ChatHandler::join_more_rooms() {
+    const std::vector<std::string> lines = request().query_all("join");
+    const ChatRoom* const first = current_room();
+    for (std::size_t i = 0; i < lines.size() && i < hub_->limits.max_rooms_per_connection && is_open(); ++i)
+        detail::ChatCommands(*this).run("join", lines[i]);
+    const std::size_t index = membership_index(first);
+    if (lines.empty() || current_ == index || index == memberships_.size()) return;
+    current_ = index;
+    ChatEvent event("room");
+    reply(add_room(event).add_text("name", user().name));
 }
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
-    detail::JsonList names;
-    std::string about;
+    detail::JsonList users;
     for (const auto& [key, user] : room.presence_) {
-        const std::string name = Json(user.info.name).dump();
-        names.add(name);
-        if (!user.info.about.empty()) (((about += about.empty() ? '{' : ',') += name) += ':') += user.info.about;
+        std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
+        if (!user.info.about.empty()) {
+            text.back() = ',';
+            text += text::concat({"\"about\":", user.info.about, "}"});
+        }
+        users.add(text);
     }
     ChatEvent event("users");
-    event.add_text("room", room.name()).add_json("users", names.dump());
-    if (!about.empty()) event.add_json("about", about += '}');
+    event.add_text("room", room.name()).add("count", users.size()).add_json("users", users.dump());
     return event.dump();
 }
 
@@ -12820,8 +13903,27 @@ inline void ChatRoom::publish(std::string_view text, std::string_view name) {
 inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
     hub_.forward(new_text("broadcast", text, name));
 }
-inline void ChatRoom::since(std::optional<std::uint64_t> id, std::size_t limit, ChatStore::PageCallback callback) {
-    hub_.store().since(name_, id, limit, std::move(callback));
+inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
+    ChatEntry entry = new_text("edit", text, {});
+    entry.kind = ChatEntry::Kind::edit;
+    entry.target = id;
+    hub_.append(std::move(entry));
+}
+inline void ChatRoom::remove(std::uint64_t id) {
+    ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::remove, *this, "");
+    entry.target = id;
+    entry.moderator = true;
+    hub_.append(std::move(entry));
+}
+inline void ChatRoom::set_topic(std::string_view text) {
+    ChatEntry entry = new_text("set_topic", text, {});
+    entry.kind = ChatEntry::Kind::topic;
+    entry.sender = hub_.first_number_;
+    hub_.append(std::move(entry));
+}
+inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t limit,
+                            ChatStore::PageCallback callback) {
+    hub_.store().since(name_, std::move(position), limit, std::move(callback));
 }
 inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
     const detail::Presence::User* user = presence_.find(name);
@@ -12837,25 +13939,56 @@ inline bool ChatRoom::mute(std::string_view name, Duration duration) {
 
 inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     const std::string target(address_or_name);
-    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
-    const bool ending = duration <= Duration::zero();
+    if (duration <= Duration::zero()) {
+        const std::string folded = name_key(target), address = address_key(target);
+        for (const Ban& each : bans())
+            if (each.key == folded || each.key == address || name_key(each.name) == folded)
+                decide("ban", each.key, "", Duration::zero());
+        return;
+    }
     bool is_user = false;
     for (const auto& [name, room] : rooms_) {
         const User* user = room.presence_.find(target);
         if (user == nullptr) continue;
         is_user = true;
-        if (!ending && !user->identity.empty()) banned_identities_.find_or_emplace(user->identity) = name_key(target);
+        if (!user->identity.empty()) {
+            decide("ban", user_key(user->info.id), target, duration);
+            continue;
+        }
+        for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
+            ban_lone_address(*each, target, duration);
     }
-    if (ending || is_user || !is_address) bans_.set(name_key(target), duration, now());
-    if (is_address && (ending || !is_user)) bans_.set(address_key(target), duration, now());
-    if (ending) return;
+    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
+    decide("ban", is_address && !is_user ? address_key(target) : name_key(target), target, duration);
+}
+inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration) {
+    const std::string key = address_key(handler.remote_address());
+    for (const auto& [number, other] : connections_)
+        if (other.user_.id != handler.user_.id && address_key(other.remote_address()) == key) return;
+    decide("ban", key, name, duration);
+}
+
+// A read marker goes to all connections of its user.
+inline void ChatHub::on_read(const ChatFact& fact) {
+    const std::size_t end = fact.key.find('\n');
+    const std::string id = fact.key.substr(0, end);
+    for (ChatHandler* each : connections_of(id)) each->write_message(detail::read_event(fact).dump());
+}
+
+inline void ChatHub::on_fact(const ChatFact& fact) {
+    if (fact.scope == "read" && !fact.value.empty()) return on_read(fact);
+    if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
+    const bool is_ban = fact.scope == "ban";
+    if (!is_ban && fact.scope != "mute") return;
+    const Duration left = fact.value.empty() ? Duration::zero() : std::chrono::milliseconds(fact.expires - unix_ms());
+    (is_ban ? bans_ : mutes_).set(fact.key, fact.value, left, now());
+    if (!is_ban || left <= Duration::zero()) return;
     for (const auto& [number, handler] : connections_) {
-        const auto is_banned = [&, connection = &handler](const std::string& name) {
-            return banned(connection->remote_address(), name, connection->identity_);
-        };
-        bool found = is_banned("");
-        for (const auto& membership : handler.memberships_) found = found || is_banned(membership.user->info.name);
-        if (found) handler.kick("You are banned.");
+        const std::string address = handler.remote_address();
+        bool found = banned(address, "", handler.known_id());
+        for (const auto& membership : handler.memberships_)
+            found = found || banned(address, membership.user->info.name, "");
+        if (found) handler.end_with("ban", "You are banned.", left);
     }
 }
 
@@ -12867,7 +14000,7 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
     if (!connected.joined) return connected.user;
     try {
-        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info.name);
+        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info);
         entry.text = info.about;
         entry.sender = number;
         forward(std::move(entry));
@@ -12881,12 +14014,17 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
 inline void ChatHub::on_entry(const ChatEntry& entry) {
     switch (entry.kind) {
         case ChatEntry::Kind::said:
-        case ChatEntry::Kind::action: return on_said(entry);
+        case ChatEntry::Kind::action:
+        case ChatEntry::Kind::edit:
+        case ChatEntry::Kind::remove:
+        case ChatEntry::Kind::react:
+        case ChatEntry::Kind::topic: return on_kept(entry);
         case ChatEntry::Kind::private_message: return on_private_message(entry);
         case ChatEntry::Kind::typing: return on_typing(entry);
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
+        case ChatEntry::Kind::event: return;
     }
 }
 
@@ -12900,30 +14038,48 @@ inline void ChatHub::on_typing(const ChatEntry& entry) {
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
 
-inline void ChatHub::on_said(const ChatEntry& entry) {
+// Both users get it in all their connections, and later as the history of their conversation.
+inline void ChatHub::on_conversation(const ChatEntry& entry) {
+    const std::string peer = peer_in(entry.room, entry.user);
+    const ChatHandler* const sender = connection(entry.sender);
+    for (const std::string* id : {&entry.user, &peer}) {
+        for (ChatHandler* each : connections_of(*id))
+            each->write_message(detail::private_event(entry, *id, each == sender).dump());
+        if (peer == entry.user) return;
+    }
+}
+
+inline void ChatHub::on_kept(const ChatEntry& entry) {
+    if (is_conversation(entry.room)) {
+        if (entry.is_message()) on_conversation(entry);
+        return;
+    }
     ChatHandler* sender = connection(entry.sender);
     ChatRoom* room = find(entry.room);
     if (room != nullptr && entry.id != 0) {
-        if (entry.id <= room->delivered_id_) return;
+        if (room->delivered_id_ && entry.id <= *room->delivered_id_) return;
         room->delivered_id_ = entry.id;
     }
+    if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
-        members->broadcast(detail::said_event(entry, false).dump(), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(detail::said_event(entry, true).dump());
-    if (sender != nullptr) sender->run_hook("on_said", [&] { sender->on_said(entry); });
+        members->broadcast(detail::kept_event(entry).dump(), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(detail::kept_event(entry, entry.author).dump());
+    if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    ChatEvent event = detail::entry_event("private", entry);
-    event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
-    const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
     const User* author = room->presence_.find(entry.name);
     const User* receiver = room->presence_.find(entry.to);
     for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
+        const User* const peer = user == author ? receiver : author;
+        ChatEvent event = detail::entry_event("private", entry);
+        if (peer != nullptr) event.add_text("peer", peer->info.id);
+        event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
+        const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
         for (ChatHandler* each : user->connections)
             each->write_message(each == connection(entry.sender) ? tagged : plain);
     }
@@ -12935,7 +14091,7 @@ inline void ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text}, {}).remote = true;
+        room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
     ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
@@ -12955,7 +14111,8 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text).add("time", entry.time);
+    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_unless_empty("user", entry.user).add("time", entry.time);
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
@@ -12969,7 +14126,20 @@ inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    sender->write_message(event.add_text("room", entry.room).add_text("tag", entry.tag).add("id", entry.id).dump());
+    add_place(event, entry).add_text("tag", entry.tag).add("id", entry.id);
+    sender->write_message(event.dump());
+}
+
+inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
+    ChatHandler* sender = connection(entry.sender);
+    if (sender == nullptr) return;
+    const char* const sentence = code == "not_yours"  ? "That message is not yours."
+                                 : code == "too_late" ? "It is too late to change that message."
+                                 : code == "refused"  ? "That message has too many reactions."
+                                                      : "There is no such message in this room.";
+    ChatEvent event("error");
+    event.add_text("code", code).add_text("text", sentence);
+    sender->write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
@@ -12979,7 +14149,7 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
     ChatEvent event("error");
     event.add_text("code", "not_kept")
         .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
-    sender->write_message(event.add_text("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+    sender->write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
 }
 
 WSCHAT_END
@@ -13004,108 +14174,57 @@ WSCHAT_END
 WSCHAT_BEGIN
 
 struct SqliteOptions {
-    std::size_t max_entries = 100'000;                // of a room; older ones are deleted. 0: no limit
+    // Without a limit of bytes, age and rooms.
+    HistoryLimits limits{100'000, 0, Duration::zero(), 0, 0};
     std::size_t max_file_bytes = 0;                   // 0: no limit; a full file refuses new entries
     std::size_t max_queued = 10'000;                  // entries before their commit; more are refused
     Duration busy_timeout = std::chrono::seconds(2);  // how long to wait for a lock of another program
+    Duration lock_timeout = std::chrono::seconds(5);  // how long to wait for a server that still uses the file
     bool survive_power_loss = false;  // true: each commit waits for the disk. false: a crash of the program loses
                                       // nothing, a crash of the machine loses the last seconds
 };
 
 namespace detail {
 
-// The database file: rooms with their newest ids, and entries. For one thread at a time. Failures are an Error.
-class SqliteFile {
+inline std::int64_t sqlite_milliseconds(Duration duration) {
+    const auto count = std::chrono::duration_cast<std::chrono::milliseconds>(duration).count();
+    return (std::min)(static_cast<std::int64_t>(count), std::int64_t{1'000'000'000});
+}
+inline std::int64_t sqlite_unix_ms() {
+    using namespace std::chrono;
+    return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
+}
+
+inline bool over_limit(std::size_t value, std::size_t limit) { return limit != 0 && value > limit; }
+
+// A connection to a database. For one thread at a time. Failures are an Error that names `path`.
+class SqliteDatabase {
 public:
-    SqliteFile(const std::string& path, const SqliteOptions& options) : path_(path), max_entries_(options.max_entries) {
+    SqliteDatabase(const std::string& file, std::string path) : path_(std::move(path)) {
         const int flags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_NOMUTEX;
-        const int result = ::sqlite3_open_v2(path.c_str(), &database_, flags, nullptr);
+        const int result = ::sqlite3_open_v2(file.c_str(), &database_, flags, nullptr);
         try {
             check_result(result);
-            prepare_file(options);
         } catch (...) {
             ::sqlite3_close_v2(database_);
             throw;
         }
     }
-    SqliteFile(const SqliteFile&) = delete;
-    SqliteFile& operator=(const SqliteFile&) = delete;
-    ~SqliteFile() {
-        for (sqlite3_stmt* statement : statements_) ::sqlite3_finalize(statement);
+    SqliteDatabase(const SqliteDatabase&) = delete;
+    SqliteDatabase& operator=(const SqliteDatabase&) = delete;
+    ~SqliteDatabase() {
+        for (const auto& [sql, statement] : statements_) ::sqlite3_finalize(statement);
         ::sqlite3_close_v2(database_);
-    }
-
-    // Stores all entries or none, in one transaction, and sets their ids. The result is true for each duplicate: its
-    // author has sent the tag before, and its id is that of the first entry.
-    std::vector<bool> append(std::vector<ChatEntry>& entries) {
-        std::vector<bool> duplicates;
-        transaction("BEGIN IMMEDIATE", [&] {
-            for (ChatEntry& entry : entries) duplicates.push_back(!append_one(entry));
-        });
-        return duplicates;
-    }
-
-    HistoryPage since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit) {
-        HistoryPage page;
-        transaction("BEGIN", [&] {
-            const auto [number, last_id] = find_room(room);
-            const bool known = id && *id <= last_id;
-            Query query(*this, Statement::since);
-            query.bind(1, number)
-                .bind(2, static_cast<std::int64_t>(known ? *id : 0))
-                .bind(3, static_cast<std::int64_t>(limit));
-            for (std::size_t bytes = 0; bytes <= max_page_bytes && query.next_row();
-                 bytes += page.entries.back().text.size())
-                page.entries.push_back(read_entry(query));
-            std::reverse(page.entries.begin(), page.entries.end());
-            page.last_id = last_id;
-            page.gap = id && (!known || last_id - *id > page.entries.size());
-        });
-        return page;
-    }
-
-private:
-    enum class Statement { find_start, find_room, add_room, find_tag, add, set_last, prune, since, count };
-
-    // migrations[N] changes a file of version N into version N + 1. A new file has version 0.
-    static constexpr const char* migrations[] = {
-        "CREATE TABLE room(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, last INTEGER NOT NULL);"
-        "CREATE TABLE entry(room INTEGER NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, kind INTEGER NOT NULL,"
-        " name TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY(room, id)) WITHOUT ROWID;",
-        "ALTER TABLE entry ADD COLUMN author TEXT NOT NULL DEFAULT '';"
-        "ALTER TABLE entry ADD COLUMN tag TEXT NOT NULL DEFAULT '';"
-        "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';",
-        // Ids start at the wall clock in microseconds, so ids of a deleted file are recognised.
-        ("CREATE TABLE start(id INTEGER NOT NULL);"
-         "INSERT INTO start VALUES(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER));"),
-    };
-    static constexpr int version = sizeof migrations / sizeof migrations[0];
-    static constexpr int application_id = 0x77736368;  // "wsch"
-    // A page stops after about so much text, because a client can ask for pages at no cost.
-    static constexpr std::size_t max_page_bytes = 1024 * 1024;
-
-    static const char* sql_of(Statement statement) {
-        constexpr const char* sql[] = {
-            "SELECT id FROM start",
-            "SELECT id, last FROM room WHERE name = ?1",
-            "INSERT INTO room(name, last) VALUES(?1, ?2)",
-            "SELECT id FROM entry WHERE room = ?1 AND author = ?2 AND tag = ?3 AND tag <> ''",
-            "INSERT INTO entry(room, id, time, kind, name, text, author, tag) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-            "UPDATE room SET last = ?2 WHERE id = ?1",
-            "DELETE FROM entry WHERE room = ?1 AND id <= ?2",
-            ("SELECT id, time, kind, name, text, author, tag FROM entry WHERE room = ?1 AND id > ?2"
-             " ORDER BY id DESC LIMIT ?3")};
-        return sql[static_cast<std::size_t>(statement)];
     }
 
     // One execution of a prepared statement. The destructor resets it.
     class Query {
     public:
-        Query(SqliteFile& file, Statement statement) : file_(file) {
-            sqlite3_stmt*& prepared = file.statements_[static_cast<std::size_t>(statement)];
+        Query(SqliteDatabase& database, const std::string& sql) : database_(database) {
+            sqlite3_stmt*& prepared = database.statements_[sql];
             if (prepared == nullptr)
-                file.check_result(::sqlite3_prepare_v3(file.database_, sql_of(statement), -1, SQLITE_PREPARE_PERSISTENT,
-                                                       &prepared, nullptr));
+                database.check_result(::sqlite3_prepare_v3(database.database_, sql.c_str(), -1,
+                                                           SQLITE_PREPARE_PERSISTENT, &prepared, nullptr));
             statement_ = prepared;
         }
         Query(const Query&) = delete;
@@ -13114,23 +14233,27 @@ private:
             ::sqlite3_reset(statement_);
             ::sqlite3_clear_bindings(statement_);
         }
-        Query& bind(int index, std::int64_t value) {
-            file_.check_result(::sqlite3_bind_int64(statement_, index, value));
+        // Binds the next parameter.
+        Query& bind(std::int64_t value) {
+            database_.check_result(::sqlite3_bind_int64(statement_, ++bound_, value));
             return *this;
         }
+        Query& bind(std::uint64_t value) { return bind(static_cast<std::int64_t>(value)); }
+        Query& bind(bool value) { return bind(std::int64_t{value}); }
         // The text must outlive the query.
-        Query& bind(int index, const std::string& value) {
-            file_.check_result(
-                ::sqlite3_bind_text64(statement_, index, value.data(), value.size(), nullptr, SQLITE_UTF8));
+        Query& bind(const std::string& value) {
+            database_.check_result(
+                ::sqlite3_bind_text64(statement_, ++bound_, value.data(), value.size(), nullptr, SQLITE_UTF8));
             return *this;
         }
         // False after the last row.
         bool next_row() {
             const int result = ::sqlite3_step(statement_);
-            if (result != SQLITE_ROW && result != SQLITE_DONE) file_.check_result(result);
+            if (result != SQLITE_ROW && result != SQLITE_DONE) database_.check_result(result);
             return result == SQLITE_ROW;
         }
         std::int64_t number(int column) const { return ::sqlite3_column_int64(statement_, column); }
+        std::uint64_t id(int column) const { return static_cast<std::uint64_t>(number(column)); }
         std::string text(int column) const {
             const auto* bytes = static_cast<const char*>(::sqlite3_column_blob(statement_, column));
             return bytes == nullptr
@@ -13139,28 +14262,41 @@ private:
         }
 
     private:
-        SqliteFile& file_;
+        SqliteDatabase& database_;
         sqlite3_stmt* statement_;
+        int bound_ = 0;
     };
 
-    [[noreturn]] void fail(const std::string& cause) const { throw Error("SqliteHistory \"" + path_ + "\": " + cause); }
-    void check_result(int result) const {
-        if (result == SQLITE_OK) return;
-        const std::string cause = database_ == nullptr ? ::sqlite3_errstr(result) : ::sqlite3_errmsg(database_);
-        fail(cause + " (" + std::to_string(result) + ")");
+    // Runs a statement without a result.
+    template <class... Values>
+    void run(const char* sql, const Values&... values) {
+        Query query(*this, sql);
+        (query.bind(values), ...);
+        query.next_row();
     }
+    // The first number of the result; 0 if there is none.
+    template <class... Values>
+    std::int64_t number(const char* sql, const Values&... values) {
+        Query query(*this, sql);
+        (query.bind(values), ...);
+        return query.next_row() ? query.number(0) : 0;
+    }
+    std::int64_t inserted_row() const { return ::sqlite3_last_insert_rowid(database_); }
+
+    [[noreturn]] void fail(const std::string& cause) const { throw Error("SqliteHistory \"" + path_ + "\": " + cause); }
     void execute(const std::string& sql) {
         check_result(::sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr));
     }
-    std::int64_t value_of(const char* sql) {
-        sqlite3_stmt* statement = nullptr;
-        check_result(::sqlite3_prepare_v2(database_, sql, -1, &statement, nullptr));
-        const int result = ::sqlite3_step(statement);
-        const std::int64_t value = result == SQLITE_ROW ? ::sqlite3_column_int64(statement, 0) : 0;
-        ::sqlite3_finalize(statement);
-        if (result != SQLITE_ROW && result != SQLITE_DONE) check_result(result);
-        return value;
+    // False if another program holds the lock until the timeout.
+    bool try_execute(const char* sql) {
+        const int result = ::sqlite3_exec(database_, sql, nullptr, nullptr, nullptr);
+        if (result != SQLITE_OK && result != SQLITE_BUSY) check_result(result);
+        return result == SQLITE_OK;
     }
+    void wait_for_locks(Duration timeout) {
+        ::sqlite3_busy_timeout(database_, static_cast<int>(sqlite_milliseconds(timeout)));
+    }
+    bool read_only() const { return ::sqlite3_db_readonly(database_, "main") == 1; }
     template <class Work>
     void transaction(const char* begin, Work&& work) {
         // Entries in a deleted file would be lost.
@@ -13179,96 +14315,678 @@ private:
         }
     }
 
+private:
+    void check_result(int result) const {
+        if (result == SQLITE_OK) return;
+        const std::string cause = database_ == nullptr ? ::sqlite3_errstr(result) : ::sqlite3_errmsg(database_);
+        fail(cause + " (" + std::to_string(result) + ")");
+    }
+
+    std::string path_;
+    sqlite3* database_ = nullptr;
+    std::map<std::string, sqlite3_stmt*> statements_;  // by their text
+};
+
+// Keeps other servers from the same file: a transaction in the file PATH-lock, open as long as this object lives. The
+// system ends it with the process. The file says which process that is.
+class SqliteLock {
+public:
+    SqliteLock(const std::string& path, Duration timeout) : lock_(path + "-lock", path) {
+        const Time deadline = saturating_add(Clock::now(), timeout);
+        do {
+            lock_.wait_for_locks((std::max)(deadline - Clock::now(), Duration::zero()));
+            if (!lock_.try_execute("BEGIN IMMEDIATE")) break;
+            lock_.execute("CREATE TABLE IF NOT EXISTS holder(process, host, time); DELETE FROM holder");
+            lock_.run("INSERT INTO holder VALUES(?1, ?2, ?3)", process_id(), host_name(), sqlite_unix_ms());
+            if (!lock_.try_execute("COMMIT")) {
+                lock_.execute("ROLLBACK");
+                break;
+            }
+            lock_.wait_for_locks(Duration::zero());
+            if (lock_.try_execute("BEGIN IMMEDIATE")) return;
+        } while (Clock::now() < deadline);
+        lock_.fail(holder());
+    }
+
+private:
+    static std::int64_t process_id() {
+#if defined(_WIN32)
+        return static_cast<std::int64_t>(::GetCurrentProcessId());
+#else
+        return static_cast<std::int64_t>(::getpid());
+#endif
+    }
+    static std::string host_name() {
+        char name[256] = {};
+        return ::gethostname(name, sizeof name - 1) == 0 ? name : "";
+    }
+    std::string holder() {
+        try {
+            SqliteDatabase::Query query(lock_, "SELECT process, host FROM holder");
+            if (query.next_row())
+                return "another server uses it: process " + std::to_string(query.number(0)) + " on \"" +
+                       escape_for_log(query.text(1)) + "\"";
+        } catch (const Error&) {  // nothing is known about it
+        }
+        return "another server uses it";
+    }
+
+    SqliteDatabase lock_;
+};
+
+// The database file: rooms with their newest ids, entries and facts. For one thread at a time. Failures are an Error.
+class SqliteFile {
+public:
+    SqliteFile(const std::string& path, const SqliteOptions& options)
+        : database_(path, path), lock_(path, options.lock_timeout), limits_(options.limits) {
+        prepare_file(options);
+        open_epoch();
+        prepare_search();
+        while (sweep()) {
+        }
+        swept_ = true;
+    }
+
+    const std::string& epoch() const { return epoch_; }
+
+    // Stores all entries or none, in one transaction, and sets their ids. The results: empty for an entry that is
+    // stored; "duplicate" if its author has sent the tag before, then its id is that of the first entry; otherwise the
+    // code with which an amendment is refused.
+    std::vector<std::string_view> append(std::vector<ChatEntry>& entries) {
+        std::vector<std::string_view> results;
+        database_.transaction("BEGIN IMMEDIATE", [&] {
+            for (ChatEntry& entry : entries) results.push_back(append_one(entry));
+            delete_rooms_above_bytes();
+        });
+        return results;
+    }
+
+    HistoryPage since(const std::string& room, const std::optional<HistoryPosition>& position, std::size_t limit) {
+        HistoryPage page;
+        read(page, [&] {
+            const RoomRow row = find_room(room);
+            page.last_id = row.last_id;
+            if (position && known(row, *position)) {
+                if (row.last_id - position->id <= limit) read_after(page, row, position->id, limit);
+                if (page.entries.size() == row.last_id - position->id) {
+                    page.more = database_.number("SELECT 1 FROM entry WHERE room = ?1 AND id <= ?2 LIMIT 1", row.number,
+                                                 position->id) != 0;
+                    return;
+                }
+            }
+            page.entries.clear();
+            page.gap = position.has_value();
+            read_before(page, row, HistoryPosition::max_id + 1, limit);
+        });
+        return page;
+    }
+    HistoryPage before(const std::string& room, std::uint64_t id, std::size_t limit) {
+        HistoryPage page;
+        read(page, [&] {
+            const RoomRow row = find_room(room);
+            page.last_id = row.last_id;
+            read_before(page, row, (std::min)(id, HistoryPosition::max_id + 1), limit);
+        });
+        return page;
+    }
+    HistoryPage search(const std::string& room, const std::string& text, std::size_t limit) {
+        HistoryPage page;
+        read(page, [&] {
+            const RoomRow row = find_room(room);
+            page.last_id = row.last_id;
+            const std::vector<std::string> words = ChatStore::search_words(text);
+            if (words.empty()) return;
+            if (indexed_) search_index(page, row, words, limit);
+            else search_rows(page, row, words, limit);
+        });
+        return page;
+    }
+    // The entries with ids above this one, in order; fewer than `limit` only at the end.
+    std::vector<ChatEntry> entries_after(const std::string& room, std::uint64_t id, std::size_t limit) {
+        std::vector<ChatEntry> entries;
+        database_.transaction("BEGIN", [&] {
+            Query query(database_, select(" WHERE room = ?1 AND id > ?2 ORDER BY id LIMIT ?3"));
+            query.bind(find_room(room).number).bind(id).bind(std::uint64_t{limit});
+            while (query.next_row()) entries.push_back(read_entry(query));
+        });
+        return entries;
+    }
+
+    // Removes everything of an author, at most `limit` messages and reactions at once. The result has the amendments
+    // and the deleted facts, with empty values. It has no amendments when nothing is left.
+    struct Erased {
+        std::vector<ChatEntry> amendments{};
+        std::vector<ChatFact> facts{};
+    };
+    Erased erase(const std::string& author, std::size_t limit) {
+        Erased erased;
+        if (author.empty()) return erased;
+        database_.execute("PRAGMA secure_delete = ON");
+        database_.transaction("BEGIN IMMEDIATE", [&] {
+            erased.facts = erase_facts(author);
+            erased.amendments = erase_reactions(author, limit);
+            for (ChatEntry& amendment : erase_messages(author, limit))
+                erased.amendments.push_back(std::move(amendment));
+            for (ChatEntry& amendment : erased.amendments) add_entry(amendment, find_room(amendment.room));
+            if (!erased.amendments.empty()) return;
+            database_.run(
+                "UPDATE entry SET name = '', author = '', tag = '', user = CASE kind WHEN 4 THEN user ELSE ''"
+                " END WHERE author = ?1 AND author <> ''",
+                author);
+        });
+        database_.execute("PRAGMA secure_delete = OFF");
+        return erased;
+    }
+
+    void put(const ChatFact& fact) {
+        database_.transaction("BEGIN IMMEDIATE", [&] {
+            database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
+            if (fact.value.empty()) return;
+            if (too_many_facts()) delete_expired_facts();
+            if (too_many_facts()) database_.fail("too many facts");
+            database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
+                          fact.key, fact.value, fact.author, fact.expires);
+        });
+    }
+    std::vector<ChatFact> facts(const std::string& scope, const std::string& key_prefix) {
+        std::vector<ChatFact> facts;
+        database_.transaction("BEGIN", [&] {
+            Query query(database_,
+                        "SELECT scope, key, value, author, expires FROM fact WHERE scope = ?1"
+                        " AND substr(CAST(key AS BLOB), 1, length(CAST(?2 AS BLOB))) = CAST(?2 AS BLOB)"
+                        " AND (expires = 0 OR expires > ?3) ORDER BY key");
+            query.bind(scope).bind(key_prefix).bind(sqlite_unix_ms());
+            while (query.next_row())
+                facts.push_back({query.text(0), query.text(1), query.text(2), query.text(3), query.number(4)});
+        });
+        return facts;
+    }
+
+    // Deletes expired facts, and the expired entries of some rooms. True: another call has more to do.
+    bool sweep() {
+        bool more = false;
+        database_.transaction("BEGIN IMMEDIATE", [&] {
+            delete_expired_facts();
+            if (swept_ && limits_.max_age == Duration::zero()) return;  // appends delete what is above other limits
+            std::vector<std::int64_t> rooms;
+            {
+                Query query(database_, "SELECT id FROM room WHERE id >= ?1 ORDER BY id LIMIT 20");
+                query.bind(sweep_from_);
+                while (query.next_row()) rooms.push_back(query.number(0));
+            }
+            for (const std::int64_t room : rooms) {
+                more = prune(room);
+                sweep_from_ = more ? room : room + 1;
+                if (more) return;
+            }
+            more = rooms.size() == 20;
+            if (!more) sweep_from_ = 0;
+        });
+        return more;
+    }
+
+private:
+    using Query = SqliteDatabase::Query;
+
+    // migrations[N] changes a file of version N into version N + 1. A new file has version 0.
+    static constexpr const char* migrations[] = {
+        "CREATE TABLE room(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, last INTEGER NOT NULL);"
+        "CREATE TABLE entry(room INTEGER NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, kind INTEGER NOT NULL,"
+        " name TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY(room, id)) WITHOUT ROWID;",
+        "ALTER TABLE entry ADD COLUMN author TEXT NOT NULL DEFAULT '';"
+        "ALTER TABLE entry ADD COLUMN tag TEXT NOT NULL DEFAULT '';"
+        "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';",
+        ("CREATE TABLE start(id INTEGER NOT NULL);"
+         "INSERT INTO start VALUES(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER));"),
+        // Epochs tell other files apart, so ids start at 1. `start` is the largest id of all deleted rooms. `first` has
+        // the first id that a room got in an opening.
+        ("UPDATE start SET id = 0 WHERE NOT EXISTS(SELECT 1 FROM room);"
+         "CREATE TABLE opening(number INTEGER PRIMARY KEY AUTOINCREMENT, epoch TEXT NOT NULL UNIQUE);"
+         "CREATE TABLE first(room INTEGER NOT NULL, opening INTEGER NOT NULL, id INTEGER NOT NULL,"
+         " PRIMARY KEY(room, opening)) WITHOUT ROWID;"
+         "ALTER TABLE room ADD COLUMN opening INTEGER NOT NULL DEFAULT 0;"
+         "ALTER TABLE room ADD COLUMN used INTEGER NOT NULL DEFAULT 0;"
+         "ALTER TABLE room ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;"
+         "CREATE INDEX room_used ON room(used);"
+         "DROP INDEX entry_tag;"
+         "ALTER TABLE entry RENAME TO old_entry;"
+         "CREATE TABLE entry(row INTEGER PRIMARY KEY, room INTEGER NOT NULL, id INTEGER NOT NULL,"
+         " target INTEGER NOT NULL DEFAULT 0, time INTEGER NOT NULL, kind INTEGER NOT NULL, name TEXT NOT NULL,"
+         " user TEXT NOT NULL DEFAULT '', text TEXT NOT NULL, data TEXT NOT NULL DEFAULT '', author TEXT NOT NULL,"
+         " tag TEXT NOT NULL, edited INTEGER NOT NULL DEFAULT 0, removed INTEGER NOT NULL DEFAULT 0,"
+         " bytes INTEGER NOT NULL DEFAULT 0);"
+         "INSERT INTO entry(room, id, time, kind, name, text, author, tag, bytes)"
+         " SELECT room, id, time, kind, name, text, author, tag, 256 + length(CAST(text AS BLOB)) FROM old_entry"
+         " ORDER BY time, room, id;"
+         "DROP TABLE old_entry;"
+         "CREATE UNIQUE INDEX entry_id ON entry(room, id);"
+         "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';"
+         "CREATE INDEX entry_target ON entry(room, target) WHERE target <> 0;"
+         "CREATE INDEX entry_author ON entry(author) WHERE author <> '';"
+         "UPDATE room SET bytes = ifnull((SELECT sum(bytes) FROM entry WHERE room = room.id), 0),"
+         " used = ifnull((SELECT max(row) FROM entry WHERE room = room.id), 0);"
+         "CREATE TABLE reaction(number INTEGER PRIMARY KEY, entry INTEGER NOT NULL, emoji TEXT NOT NULL,"
+         " author TEXT NOT NULL, user TEXT NOT NULL, name TEXT NOT NULL);"
+         "CREATE UNIQUE INDEX reaction_entry ON reaction(entry, emoji, author);"
+         "CREATE INDEX reaction_author ON reaction(author);"
+         "CREATE TABLE fact(scope TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, author TEXT NOT NULL,"
+         " expires INTEGER NOT NULL, PRIMARY KEY(scope, key)) WITHOUT ROWID;"
+         "CREATE INDEX fact_author ON fact(author) WHERE author <> '';"),
+    };
+    static constexpr int version = sizeof migrations / sizeof migrations[0];
+    static constexpr int application_id = 0x77736368;  // "wsch"
+    // A page stops after about so much text, because a client can ask for pages at no cost.
+    static constexpr std::size_t max_page_bytes = 1024 * 1024;
+
+    // ---- the file --------------------------------------------------------------------------------------------------
+
     void prepare_file(const SqliteOptions& options) {
-        const auto timeout = std::chrono::duration_cast<std::chrono::milliseconds>(options.busy_timeout).count();
-        ::sqlite3_busy_timeout(database_, static_cast<int>(timeout));
-        const std::int64_t owner = value_of("PRAGMA application_id"), found = value_of("PRAGMA user_version");
+        database_.wait_for_locks(options.busy_timeout);
+        const std::int64_t owner = database_.number("PRAGMA application_id");
+        const std::int64_t found = database_.number("PRAGMA user_version");
         if (owner != application_id &&
-            (owner != 0 || found != 0 || value_of("SELECT count(*) FROM sqlite_master") != 0))
-            fail("it is a database of another program");
+            (owner != 0 || found != 0 || database_.number("SELECT count(*) FROM sqlite_master") != 0))
+            database_.fail("it is a database of another program");
         if (found > version)
-            fail("it is of version " + std::to_string(found) + ", and this program knows " + std::to_string(version));
-        if (::sqlite3_db_readonly(database_, "main") == 1) fail("it may only be read");
-        execute("PRAGMA journal_mode = WAL");
-        execute(options.survive_power_loss ? "PRAGMA synchronous = FULL" : "PRAGMA synchronous = NORMAL");
+            database_.fail("it is of version " + std::to_string(found) + ", and this program knows " +
+                           std::to_string(version));
+        if (database_.read_only()) database_.fail("it may only be read");
+        database_.execute("PRAGMA journal_mode = WAL");
+        database_.execute(options.survive_power_loss ? "PRAGMA synchronous = FULL" : "PRAGMA synchronous = NORMAL");
         if (options.max_file_bytes != 0) {
-            const auto pages = static_cast<std::int64_t>(options.max_file_bytes) / value_of("PRAGMA page_size");
-            execute("PRAGMA max_page_count = " + std::to_string((std::max)(pages, std::int64_t{1})));
+            const auto pages = static_cast<std::int64_t>(options.max_file_bytes) / database_.number("PRAGMA page_size");
+            database_.execute("PRAGMA max_page_count = " + std::to_string((std::max)(pages, std::int64_t{1})));
         }
         if (found < version) migrate();
     }
     void migrate() {
-        transaction("BEGIN IMMEDIATE", [this] {
-            // Reads the version again, because another program may have migrated the file since.
-            for (auto at = value_of("PRAGMA user_version"); at < version; ++at) execute(migrations[at]);
-            execute("PRAGMA application_id = " + std::to_string(application_id));
-            execute("PRAGMA user_version = " + std::to_string(version));
+        database_.transaction("BEGIN IMMEDIATE", [this] {
+            for (auto at = database_.number("PRAGMA user_version"); at < version; ++at)
+                database_.execute(migrations[at]);
+            database_.execute("PRAGMA application_id = " + std::to_string(application_id));
+            database_.execute("PRAGMA user_version = " + std::to_string(version));
         });
     }
+    // Every opening has a number and a random token. Rows of `first` that no kept position needs are deleted.
+    void open_epoch() {
+        database_.transaction("BEGIN IMMEDIATE", [this] {
+            database_.run("INSERT INTO opening(epoch) VALUES(lower(hex(randomblob(8))))");
+            opening_ = database_.inserted_row();
+            Query query(database_, "SELECT epoch FROM opening WHERE number = ?1");
+            query.bind(opening_).next_row();
+            epoch_ = query.text(0);
+            database_.run(
+                "DELETE FROM first WHERE EXISTS(SELECT 1 FROM first AS later WHERE later.room = first.room"
+                " AND later.opening > first.opening AND later.id <"
+                " (SELECT min(id) FROM entry WHERE entry.room = first.room))");
+        });
+    }
+    // The index of FTS5, if this SQLite has it. The triggers keep it up to date.
+    void prepare_search() {
+        indexed_ = database_.number("SELECT 1 FROM pragma_compile_options WHERE compile_options = 'ENABLE_FTS5'") != 0;
+        database_.transaction("BEGIN IMMEDIATE", [this] {
+            const bool complete =
+                database_.number(
+                    "SELECT count(*) FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'search_%'") == 3;
+            if (!indexed_)
+                database_.execute(
+                    "DROP TRIGGER IF EXISTS search_insert; DROP TRIGGER IF EXISTS search_delete;"
+                    "DROP TRIGGER IF EXISTS search_update;");
+            else if (!complete) database_.execute(search_schema);
+        });
+    }
+    static constexpr const char* search_schema =
+        ("DROP TABLE IF EXISTS search;"
+         "CREATE VIRTUAL TABLE search USING fts5(text, room, content = 'entry', content_rowid = 'row',"
+         " tokenize = 'unicode61 remove_diacritics 2');"
+         "INSERT INTO search(rowid, text, room) SELECT row, text, room FROM entry WHERE kind < 2;"
+         "CREATE TRIGGER search_insert AFTER INSERT ON entry WHEN new.kind < 2 BEGIN"
+         " INSERT INTO search(rowid, text, room) VALUES(new.row, new.text, new.room); END;"
+         "CREATE TRIGGER search_delete AFTER DELETE ON entry WHEN old.kind < 2 BEGIN"
+         " INSERT INTO search(search, rowid, text, room) VALUES('delete', old.row, old.text, old.room); END;"
+         "CREATE TRIGGER search_update AFTER UPDATE OF text ON entry WHEN old.kind < 2 BEGIN"
+         " INSERT INTO search(search, rowid, text, room) VALUES('delete', old.row, old.text, old.room);"
+         " INSERT INTO search(rowid, text, room) VALUES(new.row, new.text, new.room); END;");
+
+    // ---- rooms and entries -----------------------------------------------------------------------------------------
 
     struct RoomRow {
-        std::int64_t number;  // 0: the room has no row yet
-        std::uint64_t last_id;
+        std::int64_t number = 0;  // 0: the room has no row yet
+        std::uint64_t last_id = 0;
+        std::int64_t opening = 0;  // in which the last id was given
     };
     RoomRow find_room(const std::string& name) {
-        Query query(*this, Statement::find_room);
-        query.bind(1, name);
-        if (query.next_row()) return {query.number(0), static_cast<std::uint64_t>(query.number(1))};
-        Query start(*this, Statement::find_start);
-        return {0, start.next_row() ? static_cast<std::uint64_t>(start.number(0)) : 0};
+        Query query(database_, "SELECT id, last, opening FROM room WHERE name = ?1");
+        query.bind(name);
+        if (query.next_row()) return {query.number(0), query.id(1), query.number(2)};
+        return {0, static_cast<std::uint64_t>(database_.number("SELECT id FROM start")), 0};
     }
-    // False if it is a duplicate.
-    bool append_one(ChatEntry& entry) {
-        RoomRow room = find_room(entry.room);
-        if (room.number == 0) {
-            Query(*this, Statement::add_room)
-                .bind(1, entry.room)
-                .bind(2, static_cast<std::int64_t>(room.last_id))
-                .next_row();
-            room.number = ::sqlite3_last_insert_rowid(database_);
-        }
-        if (!entry.tag.empty()) {
-            Query duplicate(*this, Statement::find_tag);
-            duplicate.bind(1, room.number).bind(2, entry.author).bind(3, entry.tag);
-            if (duplicate.next_row()) {
-                entry.id = static_cast<std::uint64_t>(duplicate.number(0));
-                return false;
-            }
-        }
-        const auto id = static_cast<std::int64_t>(room.last_id + 1);
-        entry.id = room.last_id + 1;
-        Query add(*this, Statement::add);
-        add.bind(1, room.number).bind(2, id).bind(3, entry.time).bind(4, static_cast<std::int64_t>(entry.kind));
-        add.bind(5, entry.name).bind(6, entry.text).bind(7, entry.author).bind(8, entry.tag).next_row();
-        Query(*this, Statement::set_last).bind(1, room.number).bind(2, id).next_row();
-        const auto expired = id - static_cast<std::int64_t>(max_entries_);
-        if (max_entries_ != 0 && expired > 0)
-            Query(*this, Statement::prune).bind(1, room.number).bind(2, expired).next_row();
-        return true;
+    RoomRow add_room(const std::string& name) {
+        const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM room"));
+        if (over_limit(count + 1, limits_.max_rooms)) delete_oldest_room();
+        RoomRow room = find_room(name);
+        database_.run("INSERT INTO room(name, last) VALUES(?1, ?2)", name, room.last_id);
+        room.number = database_.inserted_row();
+        return room;
     }
-    static ChatEntry read_entry(const Query& query) {
-        ChatEntry entry;
-        entry.id = static_cast<std::uint64_t>(query.number(0));
-        entry.time = query.number(1);
-        entry.kind = query.number(2) == 1 ? ChatEntry::Kind::action : ChatEntry::Kind::said;
-        entry.name = query.text(3);
-        entry.text = query.text(4);
-        entry.author = query.text(5);
-        entry.tag = query.text(6);
-        return entry;
+    void delete_oldest_room() {
+        const std::int64_t room = database_.number("SELECT id FROM room ORDER BY used LIMIT 1");
+        database_.run("UPDATE start SET id = max(id, ifnull((SELECT last FROM room WHERE id = ?1), 0))", room);
+        database_.run("DELETE FROM reaction WHERE entry IN (SELECT row FROM entry WHERE room = ?1)", room);
+        database_.run("DELETE FROM entry WHERE room = ?1", room);
+        database_.run("DELETE FROM first WHERE room = ?1", room);
+        database_.run("DELETE FROM room WHERE id = ?1", room);
+    }
+    void delete_rooms_above_bytes() {
+        if (limits_.max_total_bytes == 0) return;
+        while (over_limit(static_cast<std::size_t>(database_.number("SELECT sum(bytes) FROM room")),
+                          limits_.max_total_bytes) &&
+               database_.number("SELECT count(*) FROM room") > 1)
+            delete_oldest_room();
     }
 
-    std::string path_;
-    std::size_t max_entries_;
-    sqlite3* database_ = nullptr;
-    sqlite3_stmt* statements_[static_cast<std::size_t>(Statement::count)] = {};
+    std::string_view append_one(ChatEntry& entry) {
+        RoomRow room = find_room(entry.room);
+        if (!entry.tag.empty() && room.number != 0) {
+            const std::int64_t id =
+                database_.number("SELECT id FROM entry WHERE room = ?1 AND author = ?2 AND tag = ?3 AND tag <> ''",
+                                 room.number, entry.author, entry.tag);
+            if (id != 0) {
+                entry.id = static_cast<std::uint64_t>(id);
+                return "duplicate";
+            }
+        }
+        if (entry.is_amendment()) {
+            const std::string_view code = amend(entry, room);
+            if (!code.empty()) return code;
+        }
+        if (room.number == 0) room = add_room(entry.room);
+        add_entry(entry, room);
+        prune(room.number);
+        return {};
+    }
+    void add_entry(ChatEntry& entry, const RoomRow& room) {
+        entry.id = room.last_id + 1;
+        const auto bytes = std::uint64_t{entry.bytes()};
+        Query add(
+            database_,
+            "INSERT INTO entry(room, id, target, time, kind, name, user, text, data, author, tag, edited, removed,"
+            " bytes) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)");
+        add.bind(room.number).bind(entry.id).bind(entry.target).bind(entry.time);
+        add.bind(static_cast<std::int64_t>(entry.kind)).bind(entry.name).bind(entry.user).bind(entry.text);
+        add.bind(entry.data).bind(entry.author).bind(entry.tag).bind(entry.edited).bind(entry.removed).bind(bytes);
+        add.next_row();
+        const std::int64_t row = database_.inserted_row();
+        database_.run("UPDATE room SET last = ?2, opening = ?3, used = ?4, bytes = bytes + ?5 WHERE id = ?1",
+                      room.number, entry.id, opening_, row, bytes);
+        if (room.opening != opening_)
+            database_.run("INSERT OR IGNORE INTO first(room, opening, id) VALUES(?1, ?2, ?3)", room.number, opening_,
+                          entry.id);
+    }
+
+    // ---- amendments ------------------------------------------------------------------------------------------------
+
+    // Changes the message. The result says why that is refused.
+    std::string_view amend(ChatEntry& amendment, const RoomRow& room) {
+        const std::int64_t row =
+            database_.number("SELECT row FROM entry WHERE room = ?1 AND id = ?2", room.number, amendment.target);
+        std::optional<ChatEntry> target;
+        if (row != 0) {
+            Query query(database_, select(" WHERE row = ?1"));
+            query.bind(row).next_row();
+            target = read_entry(query, false);
+        }
+        const auto code = ChatEntry::refuse_amendment(amendment, target ? &*target : nullptr);
+        if (!code.empty()) return code;
+        if (amendment.kind == ChatEntry::Kind::edit) edit(amendment, room, row);
+        else if (amendment.kind == ChatEntry::Kind::remove) remove(row, room.number, amendment.target);
+        else if (!react(amendment, row)) return "refused";
+        return {};
+    }
+    // No entry keeps an older text of the message.
+    void edit(const ChatEntry& amendment, const RoomRow& room, std::int64_t row) {
+        database_.run(
+            "UPDATE entry SET text = ?2, data = CASE ?3 WHEN '' THEN data ELSE ?3 END, edited = ?4"
+            " WHERE row = ?1",
+            row, amendment.text, amendment.data, amendment.time);
+        database_.run("UPDATE entry SET text = ?3 WHERE room = ?1 AND target = ?2 AND target <> 0 AND kind = 2",
+                      room.number, amendment.target, amendment.text);
+    }
+    void remove(std::int64_t row, std::int64_t room, std::uint64_t id) {
+        database_.run("UPDATE entry SET text = '', data = '', removed = 1 WHERE row = ?1", row);
+        database_.run(
+            "UPDATE entry SET text = '', data = '', kind = 3"
+            " WHERE room = ?1 AND target = ?2 AND target <> 0 AND kind = 2",
+            room, id);
+        database_.run("DELETE FROM reaction WHERE entry = ?1", row);
+    }
+    // False if the message has too many reactions.
+    bool react(ChatEntry& amendment, std::int64_t row) {
+        const std::int64_t same =
+            database_.number("SELECT number FROM reaction WHERE entry = ?1 AND emoji = ?2 AND author = ?3", row,
+                             amendment.text, amendment.author);
+        amendment.removed = same != 0;
+        if (amendment.removed) {
+            database_.run("DELETE FROM reaction WHERE number = ?1", same);
+            return true;
+        }
+        const auto count =
+            static_cast<std::size_t>(database_.number("SELECT count(*) FROM reaction WHERE entry = ?1", row));
+        if (over_limit(count + 1, limits_.max_reactions)) return false;
+        database_.run("INSERT INTO reaction(entry, emoji, author, user, name) VALUES(?1, ?2, ?3, ?4, ?5)", row,
+                      amendment.text, amendment.author, amendment.user, amendment.name);
+        return true;
+    }
+
+    std::vector<ChatFact> erase_facts(const std::string& author) {
+        std::vector<ChatFact> facts;
+        {
+            Query query(database_, "SELECT scope, key FROM fact WHERE author = ?1 AND author <> ''");
+            query.bind(author);
+            while (query.next_row()) facts.push_back({query.text(0), query.text(1), "", author, 0});
+        }
+        database_.run("DELETE FROM fact WHERE author = ?1 AND author <> ''", author);
+        return facts;
+    }
+    std::vector<ChatEntry> erase_reactions(const std::string& author, std::size_t limit) {
+        std::vector<ChatEntry> amendments;
+        std::vector<std::int64_t> numbers;
+        {
+            Query query(database_,
+                        "SELECT reaction.number, reaction.user, reaction.emoji, entry.id, room.name FROM reaction"
+                        " JOIN entry ON entry.row = reaction.entry JOIN room ON room.id = entry.room"
+                        " WHERE reaction.author = ?1 AND reaction.author <> '' LIMIT ?2");
+            query.bind(author).bind(std::uint64_t{limit});
+            while (query.next_row()) {
+                numbers.push_back(query.number(0));
+                ChatEntry amendment = new_amendment(ChatEntry::Kind::react, query.text(4), query.id(3));
+                amendment.user = query.text(1);
+                amendment.text = query.text(2);
+                amendment.removed = true;
+                amendments.push_back(std::move(amendment));
+            }
+        }
+        for (const std::int64_t number : numbers) database_.run("DELETE FROM reaction WHERE number = ?1", number);
+        return amendments;
+    }
+    std::vector<ChatEntry> erase_messages(const std::string& author, std::size_t limit) {
+        struct Message {
+            std::int64_t row, room;
+            std::uint64_t id;
+        };
+        std::vector<ChatEntry> amendments;
+        std::vector<Message> messages;
+        {
+            Query query(database_,
+                        "SELECT entry.row, entry.room, entry.id, room.name FROM entry JOIN room ON room.id = entry.room"
+                        " WHERE author = ?1 AND author <> '' AND kind < 2 AND removed = 0 LIMIT ?2");
+            query.bind(author).bind(std::uint64_t{limit});
+            while (query.next_row()) {
+                messages.push_back({query.number(0), query.number(1), query.id(2)});
+                amendments.push_back(new_amendment(ChatEntry::Kind::remove, query.text(3), query.id(2)));
+            }
+        }
+        for (const Message& message : messages) remove(message.row, message.room, message.id);
+        return amendments;
+    }
+    static ChatEntry new_amendment(ChatEntry::Kind kind, std::string room, std::uint64_t target) {
+        ChatEntry amendment;
+        amendment.kind = kind;
+        amendment.room = std::move(room);
+        amendment.target = target;
+        amendment.time = sqlite_unix_ms();
+        return amendment;
+    }
+
+    // Deletes the oldest entries above the limits, at most 1,000. True: there are more.
+    bool prune(std::int64_t room) {
+        const std::int64_t now = sqlite_unix_ms();
+        const std::int64_t age = limits_.max_age == Duration::zero() ? 0 : sqlite_age();
+        std::uint64_t last = 0, until = 0;
+        std::size_t bytes = 0, freed = 0, count = 0;
+        {
+            Query query(database_, "SELECT last, bytes FROM room WHERE id = ?1");
+            query.bind(room);
+            if (!query.next_row()) return false;
+            last = query.id(0);
+            bytes = static_cast<std::size_t>(query.number(1));
+        }
+        {
+            Query query(database_, "SELECT id, time, bytes FROM entry WHERE room = ?1 ORDER BY id LIMIT 1000");
+            for (query.bind(room); query.next_row(); ++count) {
+                const bool expired = age != 0 && query.number(1) <= now - age;
+                if (!expired && !over_limit(static_cast<std::size_t>(last - query.id(0) + 1), limits_.max_entries) &&
+                    !over_limit(bytes - (std::min)(bytes, freed), limits_.max_bytes))
+                    break;
+                until = query.id(0);
+                freed += static_cast<std::size_t>(query.number(2));
+            }
+        }
+        if (count == 0) return false;
+        database_.run("DELETE FROM reaction WHERE entry IN (SELECT row FROM entry WHERE room = ?1 AND id <= ?2)", room,
+                      until);
+        database_.run("DELETE FROM entry WHERE room = ?1 AND id <= ?2", room, until);
+        database_.run("UPDATE room SET bytes = max(0, bytes - ?2) WHERE id = ?1", room, std::uint64_t{freed});
+        return count == 1000;
+    }
+    std::int64_t sqlite_age() const {
+        return std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count();
+    }
+
+    bool too_many_facts() {
+        const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM fact"));
+        return over_limit(count + 1, limits_.max_facts);
+    }
+    void delete_expired_facts() {
+        database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", sqlite_unix_ms());
+    }
+
+    // ---- reading ---------------------------------------------------------------------------------------------------
+
+    template <class Work>
+    void read(HistoryPage& page, Work&& work) {
+        database_.transaction("BEGIN", work);
+        page.epoch = epoch_;
+    }
+    // Whether the id was given in that opening or an earlier one, and not again since, for example because the file
+    // was restored from a copy.
+    bool known(const RoomRow& room, const HistoryPosition& position) {
+        const std::int64_t opening = database_.number("SELECT number FROM opening WHERE epoch = ?1", position.epoch);
+        if (opening == 0 || position.id > room.last_id) return false;
+        return database_.number("SELECT 1 FROM first WHERE room = ?1 AND opening > ?2 AND id <= ?3 LIMIT 1",
+                                room.number, opening, position.id) == 0;
+    }
+
+    // The columns of read_entry().
+    static std::string select(const char* rest) {
+        return std::string(
+                   "SELECT entry.row, entry.id, target, time, kind, name, user, entry.text, data, author, tag,"
+                   " edited, removed FROM entry") +
+               rest;
+    }
+    ChatEntry read_entry(const Query& query, bool with_reactions = true) {
+        ChatEntry entry;
+        entry.id = query.id(1);
+        entry.target = query.id(2);
+        entry.time = query.number(3);
+        entry.kind = static_cast<ChatEntry::Kind>(query.number(4));
+        entry.name = query.text(5);
+        entry.user = query.text(6);
+        entry.text = query.text(7);
+        entry.data = query.text(8);
+        entry.author = query.text(9);
+        entry.tag = query.text(10);
+        entry.edited = query.number(11);
+        entry.removed = query.number(12) != 0;
+        if (!with_reactions || !entry.is_message()) return entry;
+        Query reactions(database_, "SELECT emoji, user, name, author FROM reaction WHERE entry = ?1 ORDER BY number");
+        reactions.bind(query.number(0));
+        while (reactions.next_row())
+            entry.reactions.push_back({reactions.text(0), reactions.text(1), reactions.text(2), reactions.text(3)});
+        return entry;
+    }
+    // The rows are newest first. One more row than `limit` says that there are more.
+    void read_rows(HistoryPage& page, Query& query, std::size_t limit) {
+        for (std::size_t bytes = 0; query.next_row(); bytes += page.entries.back().bytes()) {
+            page.more = page.entries.size() == limit || bytes > max_page_bytes;
+            if (page.more) break;
+            page.entries.push_back(read_entry(query));
+        }
+        std::reverse(page.entries.begin(), page.entries.end());
+    }
+    void read_after(HistoryPage& page, const RoomRow& room, std::uint64_t id, std::size_t limit) {
+        Query query(database_, select(" WHERE room = ?1 AND id > ?2 ORDER BY id DESC"));
+        query.bind(room.number).bind(id);
+        read_rows(page, query, limit);
+    }
+    void read_before(HistoryPage& page, const RoomRow& room, std::uint64_t id, std::size_t limit) {
+        Query query(database_, select(" WHERE room = ?1 AND id < ?2 AND kind IN (0, 1, 5) ORDER BY id DESC"));
+        query.bind(room.number).bind(id);
+        read_rows(page, query, limit);
+    }
+    void search_index(HistoryPage& page, const RoomRow& room, const std::vector<std::string>& words,
+                      std::size_t limit) {
+        std::string match = "{room} : \"" + std::to_string(room.number) + "\" AND {text} : (";
+        for (const std::string& word : words) {
+            match += &word == &words.front() ? "\"" : " AND \"";
+            for (const char c : word) match.append(c == '"' ? 2 : 1, c);
+            match += "\"*";
+        }
+        match += ")";
+        Query query(database_, select(" JOIN search ON search.rowid = entry.row WHERE search MATCH ?1 AND kind < 2 AND "
+                                      "removed = 0 ORDER BY search.rowid DESC"));
+        query.bind(match);
+        read_rows(page, query, limit);
+    }
+    void search_rows(HistoryPage& page, const RoomRow& room, const std::vector<std::string>& words, std::size_t limit) {
+        Query query(database_, select(" WHERE room = ?1 AND kind < 2 AND removed = 0 ORDER BY id DESC"));
+        query.bind(room.number);
+        while (query.next_row() && !page.more) {
+            const std::string text = text::to_lower(query.text(7));
+            const auto found = [&](const std::string& word) { return text.find(word) != std::string::npos; };
+            if (!std::all_of(words.begin(), words.end(), found)) continue;
+            page.more = page.entries.size() == limit;
+            if (!page.more) page.entries.push_back(read_entry(query));
+        }
+        std::reverse(page.entries.begin(), page.entries.end());
+    }
+
+    SqliteDatabase database_;
+    SqliteLock lock_;
+    HistoryLimits limits_;
+    std::int64_t opening_ = 0;
+    std::string epoch_;
+    bool indexed_ = false;  // with FTS5
+    std::int64_t sweep_from_ = 0;
+    bool swept_ = false;  // all rooms since the opening
 };
 
 }  // namespace detail
 
 // A history in a file: ChatHub::of(server).set_store(SqliteHistory("chat.db")). A thread writes all queued entries in
-// one transaction, and delivers them after the commit. An Error if the file cannot be opened. If a later write fails
-// because the file is full, locked or damaged, each sender gets an error event.
+// one transaction, and delivers them after the commit. An Error if the file cannot be opened, or if another server
+// uses it; the file PATH-lock says which one. If a later write fails because the file is full, locked or damaged, each
+// sender gets an error event.
 class SqliteHistory final : public ChatStore {
 public:
     explicit SqliteHistory(const std::string& path, const SqliteOptions& options = {})
@@ -13278,25 +14996,78 @@ public:
         worker_->start(listener, std::move(mailbox));
     }
     void append(ChatEntry entry) override {
-        if (worker_->has_space()) return worker_->add({std::move(entry), {}, 0, nullptr});
+        if (!entry.kept()) return forward(entry);
+        if (worker_->has_space()) return worker_->add({std::move(entry), nullptr});
         worker_->listener().on_failure(entry, "too many messages wait to be written");
     }
     void forward(const ChatEntry& entry) override { worker_->listener().on_entry(entry); }
-    void since(const std::string& room, std::optional<std::uint64_t> id, std::size_t limit,
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {
-        ChatEntry entry;
-        entry.room = room;
-        worker_->add({std::move(entry), id, limit, std::move(callback)});
+        read(std::move(callback), [room, position = std::move(position), limit](detail::SqliteFile& file) {
+            return file.since(room, position, limit);
+        });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        read(std::move(callback), [room, id, limit](detail::SqliteFile& file) { return file.before(room, id, limit); });
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
+        read(std::move(callback),
+             [room, words, limit](detail::SqliteFile& file) { return file.search(room, words, limit); });
+    }
+    void put(ChatFact fact) override {
+        if (!worker_->has_space()) return worker_->listener().on_fact_failure(fact, "too many facts wait");
+        worker_->add_write([worker = worker_.get(), fact = std::move(fact)](detail::SqliteFile& file) {
+            const std::string cause = error_of([&] { file.put(fact); });
+            worker->post([fact, cause](Listener& listener) {
+                if (cause.empty()) listener.on_fact(fact);
+                else listener.on_fact_failure(fact, cause);
+            });
+        });
+    }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        worker_->add_read(
+            [worker = worker_.get(), scope, key_prefix, callback = std::move(callback)](detail::SqliteFile& file) {
+                std::vector<ChatFact> facts;
+                const std::string cause = error_of([&] { facts = file.facts(scope, key_prefix); });
+                worker->post([callback, facts = std::move(facts), cause](Listener&) { callback(facts, cause); });
+            });
+    }
+    void erase_author(const std::string& author, EraseCallback callback) override {
+        worker_->add_write(EraseJob{worker_.get(), author, std::move(callback), 0});
+    }
+    void export_room(const std::string& room, ExportCallback callback) override {
+        worker_->add_read(ExportJob{worker_.get(), room, std::move(callback), 0});
     }
 
 private:
-    // Appends the entry. With a callback, reads the history of its room instead.
+    // Appends the entry, or runs the work.
     struct Job {
-        ChatEntry entry;
-        std::optional<std::uint64_t> id;
-        std::size_t limit;
-        PageCallback callback;
+        ChatEntry entry{};
+        std::function<void(detail::SqliteFile&)> work{};
+        bool is_read = false;  // useless when the store ends
     };
+
+    // What the exception of the call says; empty: there is none.
+    template <class Call>
+    static std::string error_of(Call&& call) {
+        try {
+            call();
+            return "";
+        } catch (const std::exception& error) {
+            return *error.what() == '\0' ? "failed" : error.what();
+        }
+    }
+    template <class Read>
+    void read(PageCallback callback, Read&& work) {
+        worker_->add_read([worker = worker_.get(), callback = std::move(callback),
+                           work = std::forward<Read>(work)](detail::SqliteFile& file) {
+            HistoryPage page;
+            const std::string cause = error_of([&] { page = work(file); });
+            if (!cause.empty()) page = HistoryPage();
+            page.error = cause;
+            worker->post([callback, page = std::move(page)](Listener&) mutable { callback(std::move(page)); });
+        });
+    }
 
     class Worker {
     public:
@@ -13333,64 +15104,10 @@ private:
             }
             changed_.notify_one();
         }
+        void add_write(std::function<void(detail::SqliteFile&)> work) { add({{}, std::move(work), false}); }
+        void add_read(std::function<void(detail::SqliteFile&)> work) { add({{}, std::move(work), true}); }
         bool has_space() const { return queued_.load() < max_queued_; }
         Listener& listener() const { return **listener_; }
-
-    private:
-        void run() {
-            for (bool stop = false; !stop;) {
-                std::vector<Job> jobs;
-                {
-                    std::unique_lock<std::mutex> lock(mutex_);
-                    changed_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
-                    jobs.swap(jobs_);
-                    stop = stop_;
-                }
-                // In their order, so a page contains exactly what was delivered before it.
-                for (std::size_t i = 0; i < jobs.size();) {
-                    const std::size_t begin = i;
-                    while (i < jobs.size() && !jobs[i].callback) ++i;
-                    try {
-                        if (i != begin) write(jobs, begin, i);
-                        else if (!stop) read(jobs[i]);
-                    } catch (const std::bad_alloc&) {  // the result is lost; clients send and ask again
-                    }
-                    if (i == begin) ++i;
-                }
-                queued_ -= jobs.size();
-            }
-        }
-        void write(std::vector<Job>& jobs, std::size_t begin, std::size_t end) {
-            std::vector<ChatEntry> entries;
-            for (; begin != end; ++begin) entries.push_back(std::move(jobs[begin].entry));
-            std::vector<bool> duplicates;
-            std::string cause;
-            try {
-                duplicates = file_.append(entries);
-            } catch (const std::exception& error) {
-                cause = error.what();
-            }
-            post([entries = std::move(entries), duplicates = std::move(duplicates),
-                  cause = std::move(cause)](Listener& listener) {
-                for (std::size_t i = 0; i < entries.size(); ++i) {
-                    if (!cause.empty()) listener.on_failure(entries[i], cause);
-                    else if (duplicates[i]) listener.on_duplicate(entries[i]);
-                    else listener.on_entry(entries[i]);
-                }
-            });
-        }
-        void read(Job& job) {
-            HistoryPage page;
-            try {
-                page = file_.since(job.entry.room, job.id, job.limit);
-            } catch (const std::exception& error) {
-                page = HistoryPage();
-                page.error = error.what();
-            }
-            post([callback = std::move(job.callback), page = std::move(page)](Listener&) mutable {
-                callback(std::move(page));
-            });
-        }
         template <class Work>
         void post(Work&& work) {
             mailbox_->post([listener = listener_, work = std::forward<Work>(work)]() mutable {
@@ -13398,8 +15115,59 @@ private:
             });
         }
 
+    private:
+        void run() {
+            for (bool stop = false; !stop;) {
+                std::vector<Job> jobs;
+                {
+                    std::unique_lock<std::mutex> lock(mutex_);
+                    changed_.wait_for(lock, (std::max)(next_sweep_ - Clock::now(), Duration::zero()),
+                                      [this] { return stop_ || !jobs_.empty(); });
+                    jobs.swap(jobs_);
+                    stop = stop_;
+                }
+                run_all(jobs, stop);
+                queued_ -= jobs.size();
+                if (Clock::now() >= next_sweep_) sweep();
+            }
+        }
+        // In their order, so a page contains exactly what was delivered before it.
+        void run_all(std::vector<Job>& jobs, bool stop) {
+            for (std::size_t i = 0; i < jobs.size();) {
+                const std::size_t begin = i;
+                while (i < jobs.size() && !jobs[i].work) ++i;
+                try {
+                    if (i != begin) write(jobs, begin, i);
+                    else if (!stop || !jobs[i].is_read) jobs[i].work(file_);
+                } catch (const std::bad_alloc&) {  // the result is lost; clients send and ask again
+                }
+                if (i == begin) ++i;
+            }
+        }
+        void write(std::vector<Job>& jobs, std::size_t begin, std::size_t end) {
+            std::vector<ChatEntry> entries;
+            for (; begin != end; ++begin) entries.push_back(std::move(jobs[begin].entry));
+            std::vector<std::string_view> results;
+            const std::string cause = error_of([&] { results = file_.append(entries); });
+            post([entries = std::move(entries), results = std::move(results), cause](Listener& listener) {
+                for (std::size_t i = 0; i < entries.size(); ++i) {
+                    if (!cause.empty()) listener.on_failure(entries[i], cause);
+                    else if (results[i].empty()) listener.on_entry(entries[i]);
+                    else if (results[i] == "duplicate") listener.on_duplicate(entries[i]);
+                    else listener.on_refused(entries[i], results[i]);
+                }
+            });
+        }
+        void sweep() {
+            bool more = false;
+            error_of([&] { more = file_.sweep(); });  // the next append reports the failure
+            next_sweep_ = saturating_add(Clock::now(), more ? Duration::zero() : Duration(sweep_interval));
+        }
+
+        static constexpr std::chrono::seconds sweep_interval{60};
         detail::SqliteFile file_;
         std::size_t max_queued_;
+        Time next_sweep_ = saturating_add(Clock::now(), sweep_interval);
         std::shared_ptr<Mailbox> mailbox_;
         // Shared with posted work, for which it becomes null. Only the loop's thread uses the listener.
         const std::shared_ptr<Listener*> listener_ = std::make_shared<Listener*>(nullptr);
@@ -13409,6 +15177,48 @@ private:
         std::atomic<std::size_t> queued_{0};  // jobs in the queue and in progress
         bool stop_ = false;
         std::thread thread_;
+    };
+
+    // Erases 200 messages and reactions, and adds itself to the queue until nothing is left, so others can write.
+    struct EraseJob {
+        void operator()(detail::SqliteFile& file) {
+            detail::SqliteFile::Erased erased;
+            const std::string cause = error_of([&] { erased = file.erase(author, 200); });
+            for (const ChatEntry& each : erased.amendments)
+                if (each.kind == ChatEntry::Kind::remove) ++messages;
+            const bool end = erased.amendments.empty();
+            worker->post([erased = std::move(erased)](Listener& listener) {
+                for (const ChatEntry& each : erased.amendments) listener.on_entry(each);
+                for (const ChatFact& each : erased.facts) listener.on_fact(each);
+            });
+            if (!end) return worker->add_write(*this);
+            worker->post([callback = callback, count = messages, cause](Listener&) { callback(count, cause); });
+        }
+        Worker* worker;
+        std::string author;
+        EraseCallback callback;
+        std::size_t messages;
+    };
+
+    // Reads 500 entries, and adds itself to the queue when the callback has taken them.
+    struct ExportJob {
+        void operator()(detail::SqliteFile& file) {
+            HistoryExport part;
+            std::vector<ChatEntry> entries;
+            part.error = error_of([&] { entries = file.entries_after(room, id, limit); });
+            part.end = entries.size() < limit;
+            for (const ChatEntry& each : entries) part.lines += each.to_json_line(room);
+            if (!entries.empty()) id = entries.back().id;
+            worker->post([job = *this, part = std::move(part)](Listener&) mutable {
+                const bool end = part.end;
+                if (job.callback(std::move(part)) && !end) job.worker->add_read(job);
+            });
+        }
+        static constexpr std::size_t limit = 500;
+        Worker* worker;
+        std::string room;
+        ExportCallback callback;
+        std::uint64_t id;
     };
 
     std::unique_ptr<Worker> worker_;

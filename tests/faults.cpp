@@ -553,13 +553,15 @@ private:
     }
 
     void end(FaultyServer& subject) {
-        RawClient idle(port_);
+        // The server gives a silent client 100 ms, so only some scenarios have one.
+        std::optional<RawClient> idle;
+        if (plan_.first % 8 == 1) idle.emplace(port_);
         subject.end();
         Actor& last = member(0);
         while (last.is_active() && last.next_message()) continue;
         if (last.client->connection.close_code() == CloseCode::going_away) last.disturbed = false;
         for (const auto& actor : actors_) actor->disconnect();
-        if (!idle.read_to_end()) complain("a connection is left open at the end");
+        if (idle && !idle->read_to_end()) complain("a connection is left open at the end");
     }
 
     void check(const FaultyServer& subject) {

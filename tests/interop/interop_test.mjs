@@ -505,8 +505,11 @@ checkEachLibrary('chat: a message over the limit gets 1009, and the other member
 
 // Expects the next event to have exactly these fields. Some events also have a time and an id.
 async function event(client, expected) {
-  const { time, id, ...got } = JSON.parse(await client.receive());
+  const { time, id, user, count, ...got } = JSON.parse(await client.receive());
+  if (expected.type === 'users') got.users = got.users.map(each => each.name);
   expect(got, expected, 'the event');
+  expect(count, expected.users?.length, 'the count of users');
+  expect(user?.length, 'name' in expected ? 16 : undefined, "the length of the user's id");
   expect(Number.isInteger(time), ['said', 'join', 'leave', 'nick'].includes(expected.type), 'whether there is a time');
   expect(Number.isInteger(id), expected.type === 'said', 'whether there is an id');
 }
@@ -514,7 +517,7 @@ async function event(client, expected) {
 async function joinRoom(library, room, query, name, users) {
   const client = await new library().connect(rooms.ws(`/chat/${encodeURIComponent(room)}${query}`));
   const hello = JSON.parse(await client.receive());
-  expect([hello.type, hello.version, hello.server, hello.room, hello.name], ['hello', 2, 'wschat', room, name], 'the first event');
+  expect([hello.type, hello.version, hello.server, hello.room, hello.name], ['hello', 3, 'wschat', room, name], 'the first event');
   await event(client, { type: 'users', room, users });
   expect(JSON.parse(await client.receive()).type, 'history', 'the third event');
   return client;

@@ -720,6 +720,11 @@ async def event(client, **wanted):
         expect(type(got.pop("time", None)), int, "the time")
     if wanted["type"] == "said":
         expect(type(got.pop("id", None)), int, "the id")
+    if wanted["type"] == "users":
+        expect(got.pop("count"), len(wanted["users"]), "the count")
+        got["users"] = [user["name"] for user in got["users"]]
+    elif "name" in wanted:
+        expect(len(got.pop("user")), 16, "the length of the user's id")
     expect(got, wanted, "the event")
 
 
@@ -727,7 +732,7 @@ async def join(library, servers, room, name, as_name, users):
     client = await library().connect(servers.rooms.ws(f"/chat{room}{name}"))
     hello, room_name = json.loads(await client.receive()), room[1:] or "lobby"
     expect([hello[key] for key in ("type", "version", "server", "room", "name")],
-           ["hello", 2, "wschat", room_name, as_name], "the first event")
+           ["hello", 3, "wschat", room_name, as_name], "the first event")
     await event(client, type="users", room=room_name, users=users)
     expect(json.loads(await client.receive())["type"], "history", "the third event")
     return client
