@@ -153,7 +153,31 @@
 #endif
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
-#error "wschat.hpp needs C++17: compile with -std=c++17 or newer"
+#error "wschat.hpp needs C++17: compile with -std=c++17 or newer (Visual Studio: /std:c++17)"
+#endif
+#if !defined(__cpp_exceptions)
+#error "wschat.hpp needs exceptions: compile without -fno-exceptions (Visual Studio: with /EHsc)"
+#endif
+#if defined(_WIN32) && defined(_WINSOCKAPI_) && !defined(_WINSOCK2API_)
+#error "wschat.hpp needs winsock2.h: include wschat.hpp before windows.h, or define WIN32_LEAN_AND_MEAN before it"
+#endif
+#if defined(_WIN32_WINNT) && _WIN32_WINNT < 0x0600
+#error "wschat.hpp needs Windows Vista or newer: define _WIN32_WINNT as 0x0600 or more"
+#endif
+#if !defined(_WIN32) && !__has_include(<sys/socket.h>)
+#error "wschat.hpp needs the sockets of POSIX or Windows: this system has no <sys/socket.h>"
+#endif
+#if WSCHAT_ZLIB && !__has_include(<zlib.h>)
+#error "WSCHAT_ZLIB needs zlib: <zlib.h> is not found (Debian: zlib1g-dev)"
+#endif
+#if WSCHAT_OPENSSL && !__has_include(<openssl/ssl.h>)
+#error "WSCHAT_OPENSSL needs OpenSSL: <openssl/ssl.h> is not found (Debian: libssl-dev)"
+#endif
+#if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
+#error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
+#endif
+#if WSCHAT_LIBURING && defined(__linux__) && !__has_include(<liburing.h>)
+#error "WSCHAT_LIBURING needs liburing: <liburing.h> is not found (Debian: liburing-dev)"
 #endif
 
 #if defined(__GNUC__)
@@ -828,7 +852,8 @@ private:
     std::size_t detached_ = 0;
 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// g++ for Windows does not align the stack to 32 bytes (GCC bug 54412), so that code with AVX2 crashes there.
+#if defined(__x86_64__) && defined(__GNUC__) && (!defined(_WIN32) || defined(__clang__))
 
 // Checks 32 bytes at a time with three table look-ups (Keiser and Lemire, "Validating UTF-8 In Less Than One
 // Instruction Per Byte", 2021). `p` is the beginning of a character, and the three bytes before it are valid text.
@@ -886,8 +911,23 @@ __attribute__((target("avx2"))) inline const unsigned char* skip_utf8_avx2(const
     }
     return p;
 }
+// __builtin_cpu_supports() needs a symbol of the compiler's runtime library, which some toolchains do not link.
 inline bool has_avx2() {
-    static const bool supported = __builtin_cpu_supports("avx2") != 0;
+    static const bool supported = [] {
+        struct Registers {
+            std::uint32_t a, b, c, d;
+        };
+        const auto cpuid = [](std::uint32_t leaf) {
+            Registers r{};
+            __asm__("cpuid" : "=a"(r.a), "=b"(r.b), "=c"(r.c), "=d"(r.d) : "a"(leaf), "c"(0));
+            return r;
+        };
+        constexpr std::uint32_t osxsave_and_avx = 3u << 27, avx2 = 1u << 5, saves_registers = 6;
+        if (cpuid(0).a < 7 || (cpuid(1).c & osxsave_and_avx) != osxsave_and_avx) return false;
+        std::uint32_t low = 0, high = 0;
+        __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        return (low & saves_registers) == saves_registers && (cpuid(7).b & avx2) != 0;
+    }();
     return supported;
 }
 
@@ -4942,13 +4982,23 @@ WSCHAT_END
 #define NOMINMAX
 #define WSCHAT_UNDEF_NOMINMAX
 #endif
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#define WSCHAT_UNDEF_LEAN_AND_MEAN
+#endif
 #include <winsock2.h>
 // winsock2.h must come before any header that includes windows.h.
 #include <fcntl.h>
 #include <io.h>
-#include <sys/stat.h>
 #include <windows.h>
 #include <ws2tcpip.h>
+#if defined(_MSC_VER)
+#pragma comment(lib, "ws2_32")
+#endif
+#ifdef WSCHAT_UNDEF_LEAN_AND_MEAN
+#undef WIN32_LEAN_AND_MEAN
+#undef WSCHAT_UNDEF_LEAN_AND_MEAN
+#endif
 #ifdef WSCHAT_UNDEF_NOMINMAX
 #undef NOMINMAX
 #undef WSCHAT_UNDEF_NOMINMAX
@@ -4976,7 +5026,9 @@ WSCHAT_END
     defined(__DragonFly__)
 #include <sys/event.h>
 #endif
-#if defined(__APPLE__)
+#if defined(__FreeBSD__) || defined(__DragonFly__) || defined(__NetBSD__)
+#include <sys/sysctl.h>
+#elif defined(__APPLE__)
 #include <mach-o/dyld.h>
 #endif
 #endif
@@ -5001,16 +5053,49 @@ struct Winsock {
     }
 };
 inline void start_winsock() { static const Winsock winsock; }
-// The errno for a Winsock error; the Winsock error itself if it is not in this table.
+// Errors of Winsock, each with its errno.
+// clang-format off
+constexpr int winsock_errors[][2] = {
+    {WSAEACCES, EACCES}, {WSAEADDRINUSE, EADDRINUSE}, {WSAEADDRNOTAVAIL, EADDRNOTAVAIL},
+    {WSAEAFNOSUPPORT, EAFNOSUPPORT}, {WSAECONNABORTED, ECONNABORTED}, {WSAECONNREFUSED, ECONNREFUSED},
+    {WSAECONNRESET, ECONNRESET}, {WSAEHOSTUNREACH, EHOSTUNREACH}, {WSAEINVAL, EINVAL}, {WSAEMFILE, EMFILE},
+    {WSAENETDOWN, ENETDOWN}, {WSAENETRESET, ENETRESET}, {WSAENETUNREACH, ENETUNREACH}, {WSAENOBUFS, ENOBUFS},
+    {WSAENOTCONN, ENOTCONN}, {WSAENOTSOCK, ENOTSOCK}, {WSAESHUTDOWN, EPIPE}, {WSAETIMEDOUT, ETIMEDOUT},
+    {WSAEWOULDBLOCK, EWOULDBLOCK}};
+// clang-format on
+// The errno for the last error of Winsock; that error itself if the table does not have it.
 inline int last_error() {
-    static constexpr int table[][2] = {{WSAEADDRINUSE, EADDRINUSE}, {WSAEADDRNOTAVAIL, EADDRNOTAVAIL},
-                                       {WSAEACCES, EACCES},         {WSAECONNABORTED, ECONNABORTED},
-                                       {WSAECONNRESET, ECONNRESET}, {WSAEMFILE, EMFILE},
-                                       {WSAENOBUFS, ENOBUFS},       {WSAEWOULDBLOCK, EWOULDBLOCK}};
     const int error = WSAGetLastError();
-    for (const auto& row : table)
+    for (const auto& row : winsock_errors)
         if (row[0] == error) return row[1];
     return error;
+}
+// File names are UTF-8. A text that is not UTF-8 becomes an empty text, which names no file.
+inline std::wstring to_wide(std::string_view text) {
+    const int size = static_cast<int>((std::min)(text.size(), std::size_t{1} << 20));
+    const int wide_size = ::MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.data(), size, nullptr, 0);
+    std::wstring wide(static_cast<std::size_t>(wide_size), L'\0');
+    ::MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.data(), size, wide.data(), wide_size);
+    return wide;
+}
+inline std::string from_wide(std::wstring_view wide) {
+    const int size = static_cast<int>(wide.size());
+    const int bytes = ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, nullptr, 0, nullptr, nullptr);
+    std::string text(static_cast<std::size_t>(bytes), '\0');
+    ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(), bytes, nullptr, nullptr);
+    return text;
+}
+// The sentence for an errno or for an error of Winsock.
+inline std::string error_message(int error) {
+    constexpr int first_of_sockets = 100;  // the C library of Windows has no texts for an errno from here on
+    if (error < first_of_sockets) return std::generic_category().message(error);
+    for (const auto& row : winsock_errors)
+        if (row[1] == error) error = row[0];
+    wchar_t text[512];
+    DWORD size = ::FormatMessageW(FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS, nullptr,
+                                  static_cast<DWORD>(error), 0, text, 512, nullptr);
+    while (size != 0 && (text[size - 1] <= L' ' || text[size - 1] == L'.')) --size;
+    return size != 0 ? from_wide({text, size}) : "Winsock error";
 }
 inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
 inline bool would_block(int error) { return error == EWOULDBLOCK; }
@@ -5022,15 +5107,19 @@ inline bool make_nonblocking(Descriptor descriptor) {
     u_long on = 1;
     return ::ioctlsocket(descriptor, static_cast<long>(FIONBIO), &on) == 0;
 }
-inline Descriptor open_socket(int family) {
+// A child process must not hold connections open, so no socket is inheritable.
+inline Descriptor open_socket(int family, int type = SOCK_STREAM) {
     start_winsock();
-    const Descriptor descriptor = ::socket(family, SOCK_STREAM, 0);
+    constexpr DWORD no_inherit = 0x80;  // WSA_FLAG_NO_HANDLE_INHERIT, which older headers do not have
+    const Descriptor descriptor = ::WSASocketW(family, type, 0, nullptr, 0, WSA_FLAG_OVERLAPPED | no_inherit);
     if (descriptor != no_descriptor) make_nonblocking(descriptor);
     return descriptor;
 }
 inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size) {
     const Descriptor descriptor = ::accept(listener, address, size);
-    if (descriptor != no_descriptor) make_nonblocking(descriptor);
+    if (descriptor == no_descriptor) return descriptor;
+    make_nonblocking(descriptor);
+    ::SetHandleInformation(reinterpret_cast<HANDLE>(descriptor), HANDLE_FLAG_INHERIT, 0);
     return descriptor;
 }
 inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
@@ -5055,40 +5144,111 @@ inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces
 inline void shutdown_send(Descriptor descriptor) { ::shutdown(descriptor, SD_SEND); }
 inline std::size_t descriptor_limit() { return 16384; }
 
-using FileStatus = struct _stat64;
-// Windows cannot open a directory and reports EACCES for it. This function reports EISDIR.
-inline int open_file(const char* path) {
-    const int file = ::_open(path, _O_RDONLY | _O_BINARY | _O_NOINHERIT);
-    FileStatus status{};
-    if (file < 0 && errno == EACCES)
-        errno = ::_stat64(path, &status) == 0 && (status.st_mode & _S_IFDIR) != 0 ? EISDIR : EACCES;
+struct FileStatus {
+    std::int64_t st_size;
+    std::int64_t modified_ns;
+    bool directory;
+};
+inline bool handle_status(HANDLE file, FileStatus& status) {
+    BY_HANDLE_FILE_INFORMATION found;
+    if (::GetFileInformationByHandle(file, &found) == 0) return errno = EIO, false;
+    const auto join = [](DWORD high, DWORD low) { return std::int64_t{high} << 32 | std::int64_t{low}; };
+    constexpr std::int64_t ticks_to_1970 = 116'444'736'000'000'000;  // of 100 ns, since 1601
+    status.st_size = join(found.nFileSizeHigh, found.nFileSizeLow);
+    status.modified_ns =
+        (join(found.ftLastWriteTime.dwHighDateTime, found.ftLastWriteTime.dwLowDateTime) - ticks_to_1970) * 100;
+    status.directory = (found.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
+    return true;
+}
+inline HANDLE open_handle(const std::wstring& path) {
+    constexpr DWORD share = FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE;
+    // FILE_FLAG_BACKUP_SEMANTICS: opens folders too. Without security attributes, a child process inherits nothing.
+    const HANDLE file = path.empty() ? INVALID_HANDLE_VALUE
+                                     : ::CreateFileW(path.c_str(), GENERIC_READ, share, nullptr, OPEN_EXISTING,
+                                                     FILE_FLAG_BACKUP_SEMANTICS, nullptr);
+    if (file != INVALID_HANDLE_VALUE) return file;
+    const DWORD error = path.empty() ? ERROR_FILE_NOT_FOUND : ::GetLastError();
+    errno = error == ERROR_ACCESS_DENIED || error == ERROR_SHARING_VIOLATION ? EACCES
+            : error == ERROR_TOO_MANY_OPEN_FILES                             ? EMFILE
+                                                                             : ENOENT;
     return file;
+}
+// The descriptor of a regular file, which owns the handle, or -1. Folders are EISDIR, devices and pipes ENOENT.
+inline int file_of_handle(HANDLE handle) {
+    if (handle == INVALID_HANDLE_VALUE) return -1;
+    FileStatus status{};
+    int file = -1;
+    if (::GetFileType(handle) != FILE_TYPE_DISK) errno = ENOENT;
+    else if (handle_status(handle, status) && status.directory) errno = EISDIR;
+    else file = ::_open_osfhandle(reinterpret_cast<std::intptr_t>(handle), _O_RDONLY | _O_BINARY);
+    const int error = errno;
+    if (file < 0) ::CloseHandle(handle);
+    errno = error;
+    return file;
+}
+inline int open_file(const char* path) {
+    std::wstring wide = to_wide(path);
+    const auto is_separator = [](wchar_t c) { return c == L'/' || c == L'\\'; };
+    while (wide.size() > 1 && is_separator(wide.back()) && wide[wide.size() - 2] != L':') wide.pop_back();
+    return file_of_handle(open_handle(wide));
 }
 inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) {
     return ::_read(file, data, static_cast<unsigned>((std::min)(size, std::size_t{1} << 30)));
 }
 inline bool seek_file(int file, std::uint64_t offset) {
-    return ::_lseeki64(file, static_cast<__int64>(offset), SEEK_SET) >= 0;
+    return ::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) >= 0;
 }
 inline void close_file(int file) { ::_close(file); }
-inline bool file_status(int file, FileStatus& status) { return ::_fstat64(file, &status) == 0; }
-inline bool is_file(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFREG; }
-inline bool is_directory(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFDIR; }
-inline std::int64_t modified_ns(const FileStatus& status) { return std::int64_t{status.st_mtime} * 1'000'000'000; }
-// The caller has checked the names: no "..", no device, no stream.
-inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names) {
-    std::string path = root;
-    for (const std::string& name : names) path += "\\" + name;
-    return open_file(path.c_str());
+inline bool file_status(int file, FileStatus& status) {
+    return handle_status(reinterpret_cast<HANDLE>(::_get_osfhandle(file)), status);
+}
+inline bool is_file(const FileStatus& status) { return !status.directory; }
+inline bool is_directory(const FileStatus& status) { return status.directory; }
+inline std::int64_t modified_ns(const FileStatus& status) { return status.modified_ns; }
+// The path without links, junctions and short names: "\\?\C:\www\page.html".
+inline std::wstring final_path(HANDLE file) {
+    std::wstring path(32768, L'\0');
+    path.resize(::GetFinalPathNameByHandleW(file, path.data(), 32767, FILE_NAME_NORMALIZED));
+    return path;
+}
+// Opens the file, and then asks the system for its path: what a link, a junction or a short name leads to has another
+// path. `follow`: links are followed if what they lead to is below the root. Windows does not look for devices in a
+// path that begins as the final one does.
+inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names, bool follow) {
+    const HANDLE folder = open_handle(to_wide(root));
+    if (folder == INVALID_HANDLE_VALUE) return -1;
+    const std::wstring prefix = final_path(folder);
+    ::CloseHandle(folder);
+    std::wstring path = prefix;
+    for (const std::string& name : names) {
+        if (!path.empty() && path.back() != L'\\') path += L'\\';
+        path += to_wide(name);
+    }
+    const HANDLE handle = prefix.empty() ? INVALID_HANDLE_VALUE : open_handle(path);
+    if (handle == INVALID_HANDLE_VALUE) return -1;
+    const std::wstring found = final_path(handle);
+    const auto same = [](std::wstring_view a, std::wstring_view b) {
+        return ::CompareStringOrdinal(a.data(), static_cast<int>(a.size()), b.data(), static_cast<int>(b.size()),
+                                      TRUE) == CSTR_EQUAL;
+    };
+    const bool below = found.size() > prefix.size() &&
+                       same(std::wstring_view(found).substr(0, prefix.size()), prefix) &&
+                       (prefix.back() == L'\\' || found[prefix.size()] == L'\\');
+    if (same(found, path) || (follow && below)) return file_of_handle(handle);
+    ::CloseHandle(handle);
+    errno = ENOENT;
+    return -1;
 }
 inline std::string absolute_path(const std::string& path) {
-    char resolved[_MAX_PATH];
-    return ::_fullpath(resolved, path.c_str(), sizeof resolved) != nullptr ? resolved : path;
+    const std::wstring wide = to_wide(path);
+    std::wstring resolved(32768, L'\0');
+    resolved.resize(::GetFullPathNameW(wide.c_str(), 32767, resolved.data(), nullptr));
+    return resolved.empty() || resolved.size() > 32766 ? path : from_wide(resolved);
 }
 inline std::string executable_path() {
-    char path[MAX_PATH];
-    const DWORD size = ::GetModuleFileNameA(nullptr, path, sizeof path);
-    return std::string(path, size);
+    std::wstring path(32768, L'\0');
+    path.resize(::GetModuleFileNameW(nullptr, path.data(), 32767));
+    return from_wide(path);
 }
 
 #else
@@ -5098,6 +5258,7 @@ using Pollfd = pollfd;
 constexpr Descriptor no_descriptor = -1;
 
 inline int last_error() { return errno; }
+inline std::string error_message(int error) { return std::generic_category().message(error); }
 inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
 inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 inline bool interrupted(int error) { return error == EINTR; }
@@ -5208,6 +5369,15 @@ inline std::string executable_path() {
     char path[4096];
     std::uint32_t size = sizeof path;
     return ::_NSGetExecutablePath(path, &size) == 0 ? absolute_path(path) : std::string();
+#elif defined(__FreeBSD__) || defined(__DragonFly__) || defined(__NetBSD__)
+#if defined(__NetBSD__)
+    const int name[] = {CTL_KERN, KERN_PROC_ARGS, -1, KERN_PROC_PATHNAME};
+#else
+    const int name[] = {CTL_KERN, KERN_PROC, KERN_PROC_PATHNAME, -1};
+#endif
+    char path[4096];
+    std::size_t size = sizeof path;
+    return ::sysctl(name, 4, path, &size, nullptr, 0) == 0 ? absolute_path(path) : std::string();
 #else
     const std::string link = "/proc/self/exe";
     const std::string path = absolute_path(link);
@@ -5239,7 +5409,7 @@ inline const char* error_name(int error) {
 // "Address already in use (EADDRINUSE)"
 inline std::string error_text(int error) {
     const char* name = error_name(error);
-    return std::generic_category().message(error) + " (" + (name != nullptr ? name : std::to_string(error)) + ")";
+    return error_message(error) + " (" + (name != nullptr ? name : std::to_string(error)) + ")";
 }
 
 }  // namespace os
@@ -5995,16 +6165,14 @@ public:
     WakeUp() {
 #if defined(_WIN32)
         // A datagram socket that is connected to itself: WSAPoll() accepts only sockets.
-        os::start_winsock();
-        read_ = write_ = ::socket(AF_INET, SOCK_DGRAM, 0);
+        read_ = write_ = os::open_socket(AF_INET, SOCK_DGRAM);
         sockaddr_in self{};
         self.sin_family = AF_INET;
         self.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
         int size = sizeof self;
         const auto address = reinterpret_cast<sockaddr*>(&self);
         if (read_ == os::no_descriptor || ::bind(read_, address, size) != 0 ||
-            ::getsockname(read_, address, &size) != 0 || ::connect(read_, address, size) != 0 ||
-            !os::make_nonblocking(read_))
+            ::getsockname(read_, address, &size) != 0 || ::connect(read_, address, size) != 0)
             throw Error("Loop: cannot open the wake-up socket: " + os::error_text(os::last_error()));
 #else
         int ends[2];
@@ -6107,7 +6275,21 @@ public:
     virtual Time now() const { return Clock::now(); }
 };
 
-class PollPoller final : public Poller {
+struct PollSystem {
+#if defined(_WIN32)
+    static constexpr bool hang_up_is_end_of_input = true;
+#else
+    static constexpr bool hang_up_is_end_of_input = false;
+#endif
+    static int poll(os::Pollfd* entries, std::size_t count, int timeout_ms) {
+        return os::poll(entries, count, timeout_ms);
+    }
+};
+
+// WSAPoll() reports POLLHUP also if the peer only ended its sending side, and does so until the end is read. If nobody
+// reads it, wait() looks at such an entry every 10 ms instead of spinning.
+template <class System>
+class BasicPollPoller final : public Poller {
 public:
     const char* name() const override { return "poll"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
@@ -6131,16 +6313,33 @@ public:
     }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
-        if (os::poll(entries_.data(), entries_.size(), timeout_ms) <= 0) return;
-        for (std::size_t i = 0; i < entries_.size(); ++i) {
-            const auto revents = static_cast<unsigned>(entries_[i].revents);
-            if (revents == 0) continue;
-            const bool broken = (revents & (POLLHUP | POLLERR | POLLNVAL)) != 0;
-            ready.push_back({owners_[i], (revents & POLLIN) != 0, (revents & POLLOUT) != 0, broken});
+        constexpr int pause_ms = 10;
+        while (System::poll(entries_.data(), entries_.size(), timeout_ms) > 0) {
+            for (std::size_t i = 0; i < entries_.size(); ++i) report(entries_[i], owners_[i], ready);
+            if (!System::hang_up_is_end_of_input || !ready.empty() || timeout_ms == 0) return;
+            std::vector<os::Pollfd> others;
+            for (const os::Pollfd& entry : entries_)
+                if (entry.revents == 0) others.push_back(entry);
+            const int pause = timeout_ms < 0 ? pause_ms : (std::min)(timeout_ms, pause_ms);
+            System::poll(others.data(), others.size(), pause);
+            if (timeout_ms > 0) timeout_ms -= pause;
         }
     }
 
 private:
+    static void report(const os::Pollfd& entry, Pollable* owner, std::vector<Ready>& ready) {
+        const auto revents = static_cast<unsigned>(entry.revents);
+        const bool reads = (entry.events & POLLIN) != 0, hung_up = (revents & POLLHUP) != 0;
+        bool broken = (revents & (POLLHUP | POLLERR | POLLNVAL)) != 0;
+        bool readable = (revents & POLLIN) != 0;
+        if (System::hang_up_is_end_of_input && hung_up && (revents & (POLLERR | POLLNVAL)) == 0) {
+            char byte;
+            broken = os::peek(entry.fd, &byte, 1) < 0 && !os::would_block(os::last_error());
+            readable = reads;
+        }
+        const bool writable = (revents & POLLOUT) != 0;
+        if (readable || writable || broken) ready.push_back({owner, readable, writable, broken});
+    }
     static short events(bool read, bool write) {
         return static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0));
     }
@@ -6153,6 +6352,7 @@ private:
     std::vector<os::Pollfd> entries_;  // sorted by descriptor; poll() itself is O(n), so moving entries costs little
     std::vector<Pollable*> owners_;
 };
+using PollPoller = BasicPollPoller<PollSystem>;
 
 #if defined(__linux__)
 
@@ -7172,12 +7372,22 @@ private:
     }
 
 #if defined(_WIN32)
-    static BOOL WINAPI handle(DWORD) {
+    static BOOL WINAPI handle(DWORD event) {
+        const bool may_return = event == CTRL_C_EVENT || event == CTRL_BREAK_EVENT;
+        if (!may_return) closing_.store(true);
         wake_all(SIGINT);
+        // The console closes, or the user logs off: Windows ends the process when this function returns, or after some
+        // seconds. The program ends it earlier, when it has said goodbye to its clients.
+        while (!may_return) ::Sleep(INFINITE);
         return TRUE;
     }
     static void install() { ::SetConsoleCtrlHandler(&handle, TRUE); }
-    static void restore() { ::SetConsoleCtrlHandler(&handle, FALSE); }
+    // The system holds a lock while handle() runs.
+    static void restore() {
+        if (!closing_.load()) ::SetConsoleCtrlHandler(&handle, FALSE);
+    }
+
+    static inline std::atomic<bool> closing_{false};
 #else
     static void handle(int signal) {
         const int saved_errno = errno;
@@ -7663,6 +7873,19 @@ enum class SymbolicLinks : std::uint8_t { refuse, inside };
 
 namespace detail {
 
+// Whether Windows reads the name as a device in any folder: CON, NUL, COM1, also "nul.txt" and "NUL .txt".
+inline bool is_windows_device(std::string_view name) {
+    std::string_view stem = name.substr(0, name.find_first_of(".:"));
+    while (!stem.empty() && stem.back() == ' ') stem.remove_suffix(1);
+    for (const std::string_view device : {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"})
+        if (text::equals_ignore_case(stem, device)) return true;
+    const std::string_view port = stem.substr(0, 3), digit = stem.substr(port.size());
+    if (!text::equals_ignore_case(port, "COM") && !text::equals_ignore_case(port, "LPT")) return false;
+    // The digits 1, 2 and 3 may be superscript.
+    return (digit.size() == 1 && text::is_digit(digit.front())) || digit == "\xC2\xB9" || digit == "\xC2\xB2" ||
+           digit == "\xC2\xB3";
+}
+
 // A regular file, open for reading. Does not open folders, devices or pipes.
 class File {
 public:
@@ -7687,10 +7910,14 @@ public:
     static File beneath(const std::string& root, const std::vector<std::string>& names, SymbolicLinks links) {
         for (const std::string& name : names)
             if (!plain_name(name)) return File(-1, ENOENT);
-#if !defined(_WIN32)
-        if (links == SymbolicLinks::inside) return beneath_resolved(root, names);
+        const bool follow = links == SymbolicLinks::inside;
+#if defined(_WIN32)
+        for (const std::string& name : names)
+            if (is_windows_device(name)) return File(-1, ENOENT);
+        return opened(os::open_file_beneath(root, names, follow));
+#else
+        return follow ? beneath_resolved(root, names) : opened(os::open_file_beneath(root, names));
 #endif
-        return opened(os::open_file_beneath(root, names));
     }
 
     explicit operator bool() const { return file_ >= 0; }
@@ -8428,7 +8655,11 @@ private:
     }
     // A relative path from the working directory at the start. Symbolic links are followed at each request.
     static std::string anchored(const std::string& path) {
+#if defined(_WIN32)
+        const bool relative = !path.empty() && path.front() != '/' && path.front() != '\\' && path.find(':') != 1;
+#else
         const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
+#endif
         return relative ? os::absolute_path(".") + "/" + path : path;
     }
     // The absolute path of a file that exists: relative paths start at the working directory, then at the folder of the

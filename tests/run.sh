@@ -159,6 +159,10 @@ tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF
 
+# Windows under Wine, and 32 bits. What cannot be installed is skipped, and the log says so.
+stage "platforms: Windows under Wine, 32 bits" sh tests/platforms.sh quick
+grep "^SKIPPED" "$log" || true
+
 # Short rounds. README.md has the commands for long ones.
 stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
 stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
