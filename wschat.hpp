@@ -13681,6 +13681,21 @@ struct ChatLine {
     }
 };
 
+// The bytes of a text in base64url without padding (RFC 4648 5). Empty if it has other characters.
+inline std::string base64url_decode(std::string_view text) {
+    constexpr std::string_view alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    std::string bytes;
+    std::uint32_t bits = 0;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const std::size_t value = alphabet.find(text[i]);
+        if (value == std::string_view::npos) return {};
+        bits = (bits << 6 | static_cast<std::uint32_t>(value)) & 0xFFFFFF;
+        // Characters 2, 3 and 4 of a group each complete a byte, with 4, 2 and 0 bits left.
+        if (i % 4 != 0) bytes += static_cast<char>(bits >> (6 - i % 4 * 2) & 0xFF);
+    }
+    return bytes;
+}
+
 // Removes a token from the front of the text. False if the text does not begin with it.
 WSCHAT_NOINLINE inline bool consume(std::string_view& text, std::string_view token) {
     const bool found = text::starts_with(text, token);
@@ -14585,6 +14600,11 @@ public:
         });
     }
 
+    // "wschat", if the client offers it. A browser ends a connection whose offers are all ignored.
+    std::string select_subprotocol(const std::vector<std::string_view>& offered) override {
+        return text::contains(offered, "wschat") ? "wschat" : "";
+    }
+
     void open() final {
         number_ = hub_->add_connection(*this);
         user_.id = hub_->user_id(identity_.empty() ? text::concat({"guest ", std::to_string(number_)}) : identity_);
@@ -14629,7 +14649,7 @@ private:
     std::optional<Response> admit(ChatUser user) {
         check_about(user.about);
         user_ = std::move(user);
-        const std::string key = request().query("key").value_or("");
+        const std::string key = key_of(request());
         identity_.clear();
         if (user_.account) identity_ = "account " + user_.name;
         else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
@@ -14674,6 +14694,16 @@ private:
         explicit operator bool() const { return !code.empty(); }
     };
 
+    // The secret of the client: an offered subprotocol "wschat.key.BASE64URL", or "?key=". An address is in the history of
+    // a browser and in the logs of proxies, a subprotocol is not.
+    static std::string key_of(const Request& request) {
+        std::string_view offered = request.header("sec-websocket-protocol");
+        while (!offered.empty()) {
+            std::string_view each = text::trim(text::consume_until(offered, ','));
+            if (detail::consume(each, "wschat.key.")) return detail::base64url_decode(each);
+        }
+        return request.query("key").value_or("");
+    }
     static std::string fingerprint(const std::string& key) {
         const auto digest = sha1(key);
         return base64(digest.data(), digest.size());
