@@ -14694,8 +14694,8 @@ private:
         explicit operator bool() const { return !code.empty(); }
     };
 
-    // The secret of the client: an offered subprotocol "wschat.key.BASE64URL", or "?key=". An address is in the history of
-    // a browser and in the logs of proxies, a subprotocol is not.
+    // The secret of the client: an offered subprotocol "wschat.key.BASE64URL", or "?key=". An address is in the history
+    // of a browser and in the logs of proxies, a subprotocol is not.
     static std::string key_of(const Request& request) {
         std::string_view offered = request.header("sec-websocket-protocol");
         while (!offered.empty()) {
