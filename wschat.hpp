@@ -75,16 +75,18 @@
 //   another history          ChatStore (16); SqliteHistory (17) is an example
 //
 // Public names:
-//   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
-//   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
-//   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr,
-//   log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart,
-//   Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
-//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions,
-//   SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient,
-//   TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub,
-//   ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory,
-//   ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
+//   ConnectStage, ConnectError,
+//   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
+//   random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr,
+//   access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request,
+//   CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef,
+//   CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside,
+//   Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse,
+//   Client, ClientTls, ReconnectOptions, ClientAttempt, ClientOptions,
+//   ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits,
+//   MemoryHistory, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions,
+//   SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -1047,21 +1049,6 @@ inline std::string random_bytes(std::size_t size) {
 }
 
 namespace detail {
-
-// RFC 2104 with SHA-1.
-inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
-    std::string block(key);
-    if (key.size() > 64) {
-        const auto digest = sha1(key);
-        block.assign(digest.begin(), digest.end());
-    }
-    block.resize(64);
-    std::string inner = block, outer = block;
-    for (char& c : inner) c = static_cast<char>(c ^ 0x36);
-    for (char& c : outer) c = static_cast<char>(c ^ 0x5C);
-    const auto digest = sha1(inner.append(message));
-    return sha1(outer.append(digest.begin(), digest.end()));
-}
 
 // The JSON text of an object that has .dump(), such as nlohmann::json.
 template <class Object>
@@ -2785,8 +2772,7 @@ inline std::optional<Response> reject_upgrade(const Request& request) {
         return upgrade_required("This server speaks WebSocket version 13.\n");
     const auto key = fields.only("sec-websocket-key");
     if (!key) return Response(400, "There must be one Sec-WebSocket-Key.\n");
-    if (!valid_key(*key))
-        return Response(400, "Sec-WebSocket-Key is not 16 bytes in base64.\n");
+    if (!valid_key(*key)) return Response(400, "Sec-WebSocket-Key is not 16 bytes in base64.\n");
     const std::vector<std::string_view> subprotocols = offered_subprotocols(request);
     if (!std::all_of(subprotocols.begin(), subprotocols.end(), text::is_token))
         return Response(400, "Sec-WebSocket-Protocol is not a list of tokens.\n");
@@ -2803,11 +2789,11 @@ inline std::string switching_protocols(std::string_view key, std::string_view su
                                        std::string_view extensions = {}, std::string_view more_lines = {}) {
     for (const std::string_view value : {subprotocol, extensions})
         reject_control_characters("switching_protocols", value);
-    return text::concat({"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                         "Sec-WebSocket-Accept: ",
-                         accept_key(key), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
-                         extensions.empty() ? "" : "\r\nSec-WebSocket-Extensions: ", extensions, "\r\n", more_lines,
-                         "\r\n"});
+    return text::concat(
+        {"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+         "Sec-WebSocket-Accept: ",
+         accept_key(key), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
+         extensions.empty() ? "" : "\r\nSec-WebSocket-Extensions: ", extensions, "\r\n", more_lines, "\r\n"});
 }
 
 // The client's request (RFC 6455 4.1). `key`: 16 random bytes in base64.
@@ -12998,11 +12984,17 @@ public:
         return record == nullptr ? 0 : record->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
-        Record& record = records_.find_or_emplace(big_endian_key(last_id_ + 1), entry, now);
+        const std::string key = big_endian_key(last_id_ + 1);
+        Record& record = records_.find_or_emplace(key, entry, now);
+        try {
+            if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
+        } catch (...) {
+            records_.erase(key);
+            throw;
+        }
         record.entry.room.clear();
         record.entry.id = ++last_id_;
         bytes_ += record.bytes = entry.bytes();
-        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
         trim(limits, now);
         return last_id_;
     }
@@ -13320,11 +13312,11 @@ private:
         if (histories_.find(entry.room) == nullptr && detail::exceeds(histories_.size() + 1, limits_.max_rooms))
             evict_oldest();
         detail::RoomHistory& history = histories_.find_or_emplace(entry.room, deleted_id_);
-        by_use_.erase(history.use_key);
-        history.use_key = big_endian_key(++uses_);
-        by_use_.find_or_emplace(history.use_key) = entry.room;
+        std::string use_key = big_endian_key(++uses_);
+        by_use_.find_or_emplace(use_key, entry.room);
+        by_use_.erase(std::exchange(history.use_key, std::move(use_key)));
         entry.id = update(history, [&] { return history.append(entry, limits_, listener_->now()); });
-        while (detail::exceeds(bytes_, limits_.max_total_bytes) && histories_.size() > 1) evict_oldest();
+        while (detail::exceeds(bytes_, limits_.max_total_bytes) && by_use_.size() > 1) evict_oldest();
     }
     template <class Read>
     HistoryPage read(const std::string& room, Read&& work) {
@@ -13503,6 +13495,25 @@ inline bool valid_json(std::string_view text) { return valid_utf8(text) && consu
 
 }  // namespace detail
 
+namespace detail {
+
+// RFC 2104 with SHA-1.
+inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
+    std::string block(key);
+    if (key.size() > 64) {
+        const auto digest = sha1(key);
+        block.assign(digest.begin(), digest.end());
+    }
+    block.resize(64);
+    std::string inner = block, outer = block;
+    for (char& c : inner) c = static_cast<char>(c ^ 0x36);
+    for (char& c : outer) c = static_cast<char>(c ^ 0x5C);
+    const auto digest = sha1(inner.append(message));
+    return sha1(outer.append(digest.begin(), digest.end()));
+}
+
+}  // namespace detail
+
 // An event for clients: one JSON object, field by field. README.md lists all events.
 class ChatEvent {
 public:
@@ -13573,9 +13584,9 @@ namespace detail {
 
 class FloodLimiter {
 public:
+    // What is refused for its number is not charged for its bytes.
     bool take(std::size_t size, const FloodRates& rates, Time now) {
-        const bool messages = messages_.take(1, rates.messages, now);
-        return bytes_.take(static_cast<double>(size), rates.bytes, now) && messages;
+        return messages_.take(1, rates.messages, now) && bytes_.take(static_cast<double>(size), rates.bytes, now);
     }
     bool full(Time now) const { return messages_.full(now) && bytes_.full(now); }
 
@@ -13604,27 +13615,34 @@ private:
     Time last_{};
 };
 
-// Deadlines by key. One that has passed counts as absent.
+// Bans or mutes by key, with the name that they are known by. One that has ended counts as absent.
 class Deadlines {
 public:
+    struct Deadline {
+        Time end{};
+        std::string name{};
+    };
+
     bool active(std::string_view key, Time now) const {
-        const Time* deadline = deadlines_.find(key);
-        return deadline != nullptr && *deadline > now;
+        const Deadline* deadline = deadlines_.find(key);
+        return deadline != nullptr && deadline->end > now;
+    }
+    // Zero if it is not active.
+    Duration left(std::string_view key, Time now) const {
+        const Deadline* deadline = deadlines_.find(key);
+        return deadline == nullptr ? Duration::zero() : (std::max)(deadline->end - now, Duration::zero());
     }
     // Zero removes the key.
-    WSCHAT_NOINLINE void set(const std::string& key, Duration duration, Time now) {
-        deadlines_.erase_if([now](Time deadline) { return deadline <= now; });
-        if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = saturating_add(now, duration);
+    WSCHAT_NOINLINE void set(const std::string& key, const std::string& name, Duration duration, Time now) {
+        deadlines_.erase_if([now](const Deadline& deadline) { return deadline.end <= now; });
+        if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = {saturating_add(now, duration), name};
         else deadlines_.erase(key);
     }
-    void move(const std::string& key, const std::string& new_key, Time now) {
-        if (key == new_key || !active(key, now)) return;
-        deadlines_.find_or_emplace(new_key) = *deadlines_.find(key);
-        deadlines_.erase(key);
-    }
+    StringMap<Deadline>::Iterator begin() const { return deadlines_.begin(); }
+    StringMap<Deadline>::Iterator end() const { return deadlines_.end(); }
 
 private:
-    StringMap<Time> deadlines_;
+    StringMap<Deadline> deadlines_;
 };
 
 }  // namespace detail
@@ -13794,10 +13812,10 @@ private:
 struct ChatLimits {
     std::size_t max_text = 16 * 1024;
     std::size_t max_name = 40;
-    std::size_t max_about = 4 * 1024;  // of ChatUser::about
-    std::size_t max_data = 4 * 1024;   // of ChatEntry::data
-    std::size_t max_topic = 500;       // of the topic of a room
-    std::size_t max_emoji = 64;        // of a reaction
+    std::size_t max_about = 4 * 1024;           // of ChatUser::about
+    std::size_t max_data = 4 * 1024;            // of ChatEntry::data
+    std::size_t max_topic = 500;                // of the topic of a room
+    std::size_t max_emoji = 64;                 // of a reaction
     Duration edit_for = std::chrono::hours(1);  // how long an author may edit a message; zero: never
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
@@ -13809,21 +13827,12 @@ struct ChatLimits {
     FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
     FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all connections of an address or an IPv6 /64
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
+    // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
+    Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
-enum class ChatAction : std::uint8_t {
-    say,
-    private_message,
-    rename,
-    join,
-    list_rooms,
-    kick,
-    ban,
-    mute,
-    remove,
-    topic
-};
+enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute, remove, topic };
 
 // A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
@@ -13864,7 +13873,7 @@ private:
     ChatHub& hub_;
     detail::Presence presence_;
     std::string topic_;
-    std::uint64_t topic_id_ = 0;  // of the entry that set it; 0: the fact of the store
+    std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     bool expiry_scheduled_ = false;
 };
@@ -13896,7 +13905,9 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
-        load_secret();
+        load_decisions("ban");
+        load_decisions("mute");
+        load_secret();  // the last one: connections wait for it
     }
     ChatStore& store() { return *store_; }
 
@@ -13921,7 +13932,21 @@ public:
 
     // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
     // who is in a room is never taken for an address.
+    // A ban of a user who is present is one of his name, of his public id if he has a key or an account, and otherwise
+    // of his addresses, if nobody else is connected from there. The store keeps bans.
     inline void ban(std::string_view address_or_name, Duration duration);
+    // The bans that hold now: what is banned ("name anna", "user ID" or "address 192.0.2.1"), the name that ban() got,
+    // and the time that is left.
+    struct Ban {
+        std::string key, name;
+        Duration left;
+    };
+    std::vector<Ban> bans() const {
+        std::vector<Ban> list;
+        for (const auto& [key, ban] : bans_)
+            if (ban.end > now()) list.push_back({key, ban.name, ban.end - now()});
+        return list;
+    }
 
 private:
     friend class ChatHandler;
@@ -13931,6 +13956,7 @@ private:
 
     struct AddressUse {
         detail::FloodLimiter limiter;
+        TokenBucket replies;
         std::size_t connections = 0;
     };
 
@@ -13981,6 +14007,21 @@ private:
         return connections_.find(big_endian_key(number));
     }
 
+    // The connections of a user, in all rooms.
+    std::vector<ChatHandler*> connections_of(const std::string& id) const {
+        const std::vector<ChatHandler*>* found = connections_by_id_.find(id);
+        return found == nullptr ? std::vector<ChatHandler*>() : *found;
+    }
+    void add_user(const std::string& id, ChatHandler& handler) {
+        connections_by_id_.find_or_emplace(id).push_back(&handler);
+    }
+    void remove_user(const std::string& id, const ChatHandler& handler) {
+        std::vector<ChatHandler*>* const all = connections_by_id_.find(id);
+        if (all == nullptr) return;
+        all->erase(std::remove(all->begin(), all->end(), &handler), all->end());
+        if (all->empty()) connections_by_id_.erase(id);
+    }
+
     AddressUse& add_address(const std::string& remote_address) {
         if (addresses_.size() >= prune_addresses_at_) prune_addresses();
         AddressUse& use = addresses_.find_or_emplace(rate_limit_key(remote_address));
@@ -13988,7 +14029,9 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()); });
+        addresses_.erase_if([this](AddressUse& use) {
+            return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now());
+        });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -14008,7 +14051,7 @@ private:
         entry.text = name;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
-        mutes_.move(key, mute_key(room, user), now());
+        move_mute(key, mute_key(room, user), name);
         forward(std::move(entry));
     }
     void announce_leave(ChatRoom& room, const ChatUser& user) {
@@ -14037,6 +14080,36 @@ private:
         });
     }
 
+    // ---- private messages and read markers -------------------------------------------------------------------------
+
+    // The log of a conversation in the store. No room of a user has such a name.
+    static std::string conversation(const std::string& one, const std::string& other) {
+        return text::concat({"\n", (std::min)(one, other), "\n", (std::max)(one, other)});
+    }
+    static bool is_conversation(const std::string& room) { return room.size() > 1 && room[0] == '\n'; }
+    // The other user of a conversation.
+    static std::string peer_in(const std::string& room, const std::string& id) {
+        const std::size_t middle = room.find('\n', 1);
+        const std::string first = room.substr(1, middle - 1);
+        return first == id ? room.substr(middle + 1) : first;
+    }
+    // Keeps a fact that does not change, once in the life of this server.
+    void note(ChatFact fact) {
+        const std::string key = text::concat({fact.scope, "\n", fact.key});
+        constexpr std::size_t max_noted = 100'000;
+        if (noted_.size() >= max_noted) noted_.erase_if([](bool) { return true; });
+        if (noted_.find(key) != nullptr) return;
+        noted_.find_or_emplace(key) = true;
+        store_->put(std::move(fact));
+    }
+    // The room of an entry, or the other user of its conversation.
+    static ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) {
+        return is_conversation(entry.room) ? event.add_text("peer", peer_in(entry.room, entry.user))
+                                           : event.add_text("room", entry.room);
+    }
+    inline void on_conversation(const ChatEntry& entry);
+    inline void on_read(const ChatFact& fact);
+
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
     static std::string address_key(const std::string& address) {
@@ -14047,21 +14120,49 @@ private:
     static std::string author_of(const User& user) {
         return user.identity.empty() ? name_key(user.info.name) : user.identity;
     }
-    static std::string mute_key(const ChatRoom& room, const User& user) {
-        return text::concat({room.name(), "\n", author_of(user)});
+
+    static std::string user_key(const std::string& id) { return text::concat({"user ", id}); }
+    // Users with a key or an account are known by their ids, and all others by their names.
+    std::string mute_key(const ChatRoom& room, const User& user) const {
+        const std::string who = user.identity.empty() ? name_key(user.info.name) : user_key(user.info.id);
+        return text::concat({room.name(), "\n", who});
     }
 
-    bool banned(const std::string& address, const std::string& name, const std::string& identity) {
-        if (bans_.active(address_key(address), now()) || bans_.active(name_key(name), now())) return true;
-        const std::string* key = banned_identities_.find(identity);
-        if (key == nullptr) return false;
-        if (bans_.active(*key, now())) return true;
-        banned_identities_.erase(identity);
-        return false;
+    // `id`: the public id of a user with a key or an account; empty: unknown.
+    bool banned(const std::string& address, const std::string& name, const std::string& id) const {
+        return bans_.active(address_key(address), now()) || bans_.active(name_key(name), now()) ||
+               (!id.empty() && bans_.active(user_key(id), now()));
     }
     bool muted(const ChatRoom& room, const User& user) const { return mutes_.active(mute_key(room, user), now()); }
     void mute(const ChatRoom& room, const User& user, Duration duration) {
-        mutes_.set(mute_key(room, user), duration, now());
+        decide("mute", mute_key(room, user), user.info.name, duration);
+    }
+    void move_mute(const std::string& key, const std::string& new_key, const std::string& name) {
+        const Duration left = mutes_.left(key, now());
+        if (key == new_key || left == Duration::zero()) return;
+        decide("mute", new_key, name, left);
+        decide("mute", key, "", Duration::zero());
+    }
+
+    // A decision holds at once, and the store keeps it for restarts and other servers. Zero ends it.
+    void decide(const char* scope, const std::string& key, const std::string& name, Duration duration) {
+        const bool ending = duration <= Duration::zero();
+        constexpr Duration longest = std::chrono::hours(24 * 365 * 10);
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
+        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
+        on_fact(fact);
+        store_->put(std::move(fact));
+    }
+    inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
+    inline void on_fact(const ChatFact& fact) override;
+    void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
+        server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
+    }
+    void load_decisions(const char* scope) {
+        store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            for (const ChatFact& fact : facts) on_fact(fact);
+        });
     }
 
     // ---- entries ---------------------------------------------------------------------------------------------------
@@ -14131,16 +14232,17 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
+    StringMap<std::vector<ChatHandler*>> connections_by_id_;
+    StringMap<bool> noted_;             // the facts about users and conversations that the store has
     const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
     detail::Deadlines bans_, mutes_;
-    StringMap<std::string> banned_identities_;  // the ban that applies to an identity, as a key of bans_
     bool pruning_ = false;
-    std::string secret_;  // empty: the store has not answered yet
+    std::string secret_;                          // empty: the store has not answered yet
     std::vector<std::function<void()>> waiting_;  // handshakes, until then
-    std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
+    std::unique_ptr<ChatStore> store_;            // the last member, because its destructor may call the listener
 };
 
 // ---- the handler ---------------------------------------------------------------------------------------------------
@@ -14210,12 +14312,7 @@ public:
         reply(ChatEvent("error").add_text("code", code).add_text("text", sentence));
     }
     // Closes the connection with 1008. The user leaves without a grace period.
-    void kick(std::string_view reason) {
-        if (!is_open()) return;
-        kicked_ = true;
-        write_message(ChatEvent("kicked").add_text("text", reason).dump());
-        close(CloseCode::policy_violation, truncate_utf8(reason, 123));
-    }
+    void kick(std::string_view reason) { end_with("kick", reason, Duration::zero()); }
 
     // ---- WebSocketHandler; the hooks above replace these -----------------------------------------------------------
 
@@ -14230,6 +14327,11 @@ public:
         hub_->when_ready([this, answer = std::make_shared<Reply>(std::move(reply))] {
             // If the client has gone, so may this handler have.
             if (!answer->is_open()) return;
+            if (!identity_.empty()) user_.id = hub_->user_id(identity_);
+            if (auto refusal = refuse_banned()) {
+                answer->send(std::move(*refusal));
+                return;
+            }
             run_hook("authenticate_async", [&] { authenticate_async(request(), ChatReply(std::move(*answer))); });
         });
     }
@@ -14237,6 +14339,8 @@ public:
     void open() final {
         number_ = hub_->add_connection(*this);
         user_.id = hub_->user_id(identity_.empty() ? text::concat({"guest ", std::to_string(number_)}) : identity_);
+        hub_->add_user(user_.id, *this);
+        if (!identity_.empty()) hub_->note({"user", user_.id, "1", identity_});
         if (remote_address() != "unix") address_ = &hub_->add_address(remote_address());
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
@@ -14253,6 +14357,7 @@ public:
         if (current_room() != nullptr)
             request_history(*current_room(), HistoryPosition::parse(request().query("last").value_or("")));
         join_more_rooms();
+        if (!identity_.empty()) request_conversations();
     }
 
     void on_message(const Message& message) final {
@@ -14279,9 +14384,25 @@ private:
         identity_.clear();
         if (user_.account) identity_ = "account " + user_.name;
         else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
-        if (hub_->banned(remote_address(), user_.name, identity_))
-            return Response(403, "You are banned from this chat.\n");
-        return std::nullopt;
+        user_.id = identity_.empty() ? "" : hub_->user_id(identity_);
+        return refuse_banned();
+    }
+    std::optional<Response> refuse_banned() {
+        if (!hub_->banned(remote_address(), user_.name, known_id())) return std::nullopt;
+        return Response(403, "You are banned from this chat.\n");
+    }
+    // Empty for a guest, whose id ends with the connection.
+    std::string known_id() const { return identity_.empty() ? "" : user_.id; }
+    // The client is told why, so that it does not connect again at once.
+    void end_with(std::string_view code, std::string_view reason, Duration ban) {
+        if (!is_open()) return;
+        kicked_ = true;
+        ChatEvent event("kicked");
+        event.add_text("code", code).add_text("text", reason);
+        if (ban > Duration::zero())
+            event.add("seconds", std::chrono::duration_cast<std::chrono::seconds>(ban).count() + 1);
+        write_message(event.dump());
+        close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
 
     friend class ChatHub;
@@ -14333,9 +14454,8 @@ private:
         ChatEvent event("hello");
         event.add("version", 3).add_text("server", "wschat");
         add_room(event).add_text("name", user().name).add_text("user", user().id);
-        event.add_json("features",
-                       R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
-                       R"("private","edit","delete","react","topic","data","commands"])");
+        event.add_json("features", R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
+                                   R"("private","edit","delete","react","topic","data","commands"])");
         const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"data", hub_->limits.max_data},
@@ -14358,13 +14478,45 @@ private:
         using Action = detail::FloodPolicy::Action;
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
-        bool within = limiter_.take(size, limits.connection, now);
-        if (address_ != nullptr) within = address_->limiter.take(size, limits.address, now) && within;
+        // What its own limit refuses is not charged to the neighbours of the address.
+        const bool within = limiter_.take(size, limits.connection, now) &&
+                            (address_ == nullptr || address_->limiter.take(size, limits.address, now));
         const Action action = flood_policy_.decide(within, limits.flood_patience, now);
-        if (action == Action::warn)
+        if (action == Action::warn || (action == Action::drop && !tag_.empty()))
             reply_error("flood", "That was too much at once, and was not taken. Wait a little.");
         if (action == Action::close) close(CloseCode::policy_violation, "flooding");
         return action == Action::accept;
+    }
+
+    // Whether the client may ask for a history, a search or a list now: the bytes of the earlier answers are charged.
+    bool may_read() {
+        const ChatLimits& limits = hub_->limits;
+        const Time now = hub_->now();
+        return replies_.take(1, limits.replies, now) &&
+               (address_ == nullptr || address_->replies.take(1, limits.address_replies, now));
+    }
+    void write_charged(const std::string& event) {
+        const auto charge = [&](TokenBucket& bucket, const Rate& rate) {
+            if (rate.per_second > 0) bucket.charge(static_cast<double>(event.size()), rate, hub_->now());
+        };
+        charge(replies_, hub_->limits.replies);
+        if (address_ != nullptr) charge(address_->replies, hub_->limits.address_replies);
+        write_message(event);
+    }
+
+    // "/in ROOM LINE" speaks in a room and stays in the current one. Percent-encoded, a name with spaces is one word.
+    void dispatch_in(const Message& message, std::string_view rest) {
+        const ChatRoom* const previous = current_room();
+        const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
+        const std::size_t index = membership_index(name ? hub_->find(*name) : nullptr);
+        if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
+        detail::ChatLine line = detail::ChatLine::parse(rest);
+        line.tag = {};
+        if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
+        current_ = index;
+        dispatch(message, line);
+        const std::size_t back = membership_index(previous);
+        if (back != memberships_.size()) current_ = back;
     }
 
     void dispatch(const Message& message, const detail::ChatLine& line) {
@@ -14372,6 +14524,7 @@ private:
         if (!line.tag.empty() && tag_.empty())
             return reply_error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
         if (line.command.empty()) return say(ChatEntry::Kind::said, line.rest);
+        if (line.command == "in") return dispatch_in(message, line.rest);
         if (!detail::valid_chat_text(line.rest)) return reply_error("bad_text", "Control characters are refused.");
         if (!on_command(line.command, line.rest))
             reply_error("unknown_command",
@@ -14380,9 +14533,7 @@ private:
 
     // Filters the text. The result says why it is refused. A message with data needs no text.
     Refusal refuse_text(std::string& text, bool may_be_empty = false) {
-        const auto is_empty = [&] {
-            return !may_be_empty && detail::all_characters(text, detail::is_white_space);
-        };
+        const auto is_empty = [&] { return !may_be_empty && detail::all_characters(text, detail::is_white_space); };
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
@@ -14405,6 +14556,19 @@ private:
         ChatEntry entry = new_kept_entry(kind);
         entry.text = std::move(text);
         entry.data = data;
+        hub_->append(std::move(entry));
+    }
+    // Says something in the conversation with another user.
+    void say_to(const std::string& id, const std::string& name, std::string text, const std::string& tag) {
+        if (memberships_.empty()) return;
+        ChatEntry entry = new_kept_entry(ChatEntry::Kind::said);
+        entry.room = ChatHub::conversation(user_.id, id);
+        entry.user = user_.id;
+        entry.to = name;
+        entry.text = std::move(text);
+        entry.tag = tag;
+        hub_->note({"talk", text::concat({user_.id, "\n", id}), name.empty() ? "?" : name, identity_});
+        hub_->note({"talk", text::concat({id, "\n", user_.id}), user().name, identity_});
         hub_->append(std::move(entry));
     }
     ChatEntry new_kept_entry(ChatEntry::Kind kind, std::uint64_t target = 0) {
@@ -14470,7 +14634,9 @@ private:
     void disconnect(bool at_once) {
         while (!memberships_.empty()) run_hook("on_close", [&] { leave_room(memberships_.size() - 1, at_once); });
         if (address_ != nullptr) --std::exchange(address_, nullptr)->connections;
-        if (number_ != 0) hub_->remove_connection(std::exchange(number_, 0));
+        if (number_ == 0) return;
+        hub_->remove_user(user_.id, *this);
+        hub_->remove_connection(std::exchange(number_, 0));
     }
 
     // ---- the history -----------------------------------------------------------------------------------------------
@@ -14479,7 +14645,8 @@ private:
 
     void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
                          const std::string& tag = {}) {
-        const std::size_t limit = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
         const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
         hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
@@ -14496,15 +14663,16 @@ private:
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_message(users_event(*chat_room));
+        if (joining) write_charged(users_event(*chat_room));
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
-        write_message(event.add_unless_empty("tag", requested.tag).dump());
+        write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
         const bool behind =
             page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         members.join(*this);
+        request_read_marker(chat_room->name());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
@@ -14524,6 +14692,38 @@ private:
                 if (each != this && members.has(*each))
                     each->write_message(each->history_event(room, page, true).dump());
     }
+
+    // ---- conversations ---------------------------------------------------------------------------------------------
+
+    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or the
+    // newest messages.
+    void request_conversations() {
+        hub_->store().facts(
+            "talk", user_.id + "\n", [me = ref()](const std::vector<ChatFact>& facts, const std::string&) {
+                auto* self = static_cast<ChatHandler*>(me.get());
+                constexpr std::size_t max_conversations = 100;
+                for (std::size_t i = 0; self != nullptr && self->is_open() && i < facts.size() && i < max_conversations;
+                     ++i)
+                    self->request_conversation(facts[i].key.substr(facts[i].key.find('\n') + 1), facts[i].value);
+            });
+    }
+    void request_conversation(const std::string& peer, const std::string& name) {
+        std::optional<HistoryPosition> position;
+        for (const std::string& each : request().query_all("peer")) {
+            std::string_view rest = each;
+            if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
+        }
+        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::string log = ChatHub::conversation(user_.id, peer);
+        const auto answer = [me = ref(), peer, name, log](const HistoryPage& page) {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_conversation(peer, name, log, page);
+        };
+        hub_->store().since(log, position, may_read() ? wanted : 0, answer);
+    }
+    inline void on_conversation(const std::string& peer, const std::string& name, const std::string& log,
+                                const HistoryPage& page);
+    // Of a room, or of "@" and the id of a peer.
+    inline void request_read_marker(const std::string& what);
 
     // The store's answer to /before and /search becomes the end of this event.
     ChatStore::PageCallback answer_with_page(ChatEvent event) {
@@ -14546,6 +14746,7 @@ private:
     ChatHub::AddressUse* address_ = nullptr;
     detail::FloodLimiter limiter_;
     detail::FloodPolicy flood_policy_;
+    TokenBucket replies_;
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line in progress
@@ -14570,8 +14771,10 @@ public:
     // False: there is no such command.
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
-            if (command.name != name) continue;
+            if (command.name != name || command.run == nullptr) continue;
             if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            else if (command.reads && !handler_.may_read())
+                error("flood", "You have asked for too much. Wait a little.");
             else (this->*command.run)(rest);
             return true;
         }
@@ -14583,33 +14786,44 @@ private:
         std::string_view name, usage, description;
         void (ChatCommands::*run)(std::string_view rest);
         std::optional<ChatAction> action{};  // that the user must be allowed to do
+        bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 20>& commands() {
-        static constexpr std::array<Command, 20> all = {{
+    static const std::array<Command, 25>& commands() {
+        static constexpr std::array<Command, 25> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
             {"react", "/react ID EMOJI", "reacts to a message; once more takes it back", &ChatCommands::react,
              ChatAction::say},
             {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
-            {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
+            {"msg", "/msg NAME|@ID TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
-            {"who", "/who", "who is in this room", &ChatCommands::who},
+            {"read", "/read [@ID] NUMBER", "remembers what you have read", &ChatCommands::read},
+            {"who", "/who", "who is in this room", &ChatCommands::who, {}, true},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
-            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms},
-            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join},
+            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms, true},
+            {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
+            {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
-            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since},
-            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before},
-            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search},
+            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
+            {"before",
+             "/before ID [LIMIT]",
+             "what was said before the message with that id",
+             &ChatCommands::before,
+             {},
+             true},
+            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search, {}, true},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
             {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
              ChatAction::topic},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
+            {"unban", "/unban NAME|ADDRESS", "ends a ban", &ChatCommands::unban, ChatAction::ban},
+            {"bans", "/bans", "who is banned", &ChatCommands::bans, ChatAction::ban, true},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
+            {"unmute", "/unmute NAME", "lets a user speak again", &ChatCommands::unmute, ChatAction::mute},
         }};
         return all;
     }
@@ -14672,10 +14886,13 @@ private:
     }
 
     void msg(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return msg_to_id(rest.substr(1));
         const Presence::User* receiver = consume_user(rest);
         std::string text(rest);
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        const bool kept = !handler_.identity_.empty() && !receiver->identity.empty();
+        if (kept) return handler_.say_to(receiver->info.id, receiver->info.name, std::move(text), handler_.tag_);
         if (receiver->expires != (Time::max)())
             return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
         if (!handler_.tag_.empty() && is_duplicate())
@@ -14685,6 +14902,34 @@ private:
         entry.to = receiver->info.name;
         entry.tag = handler_.tag_;
         handler_.hub_->forward(std::move(entry));
+    }
+    // A user with a key or an account gets it also later.
+    void msg_to_id(std::string_view rest) {
+        const std::string id(text::consume_until(rest, ' '));
+        std::string text(rest);
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (handler_.identity_.empty())
+            return error("forbidden", "Only users with a key or an account write to users by their ids.");
+        handler_.hub_->store().facts(
+            "user", id,
+            [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](const std::vector<ChatFact>& facts,
+                                                                                   const std::string&) {
+                auto* self = static_cast<ChatHandler*>(me.get());
+                if (self == nullptr) return;
+                if (!facts.empty() && facts[0].key == id) return self->say_to(id, "", text, tag);
+                ChatEvent event("error");
+                event.add_text("code", "unknown_user").add_text("text", "There is no user with that id.");
+                self->write_message(event.add_unless_empty("tag", tag).dump());
+            });
+    }
+    void read(std::string_view rest) {
+        std::string what = room_ == nullptr ? "" : room_->name();
+        if (text::starts_with(rest, "@")) what = text::consume_until(rest, ' ');
+        const auto id = ChatHandler::to_number(rest);
+        if (!id || what.empty() || what.size() > 100) return error("bad_command", "/read [@ID] NUMBER");
+        if (handler_.identity_.empty()) return error("forbidden", "A guest without a key has no read markers.");
+        handler_.hub_->store().put(
+            {"read", text::concat({handler_.user_.id, "\n", what}), std::to_string(*id), handler_.identity_});
     }
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
     bool is_duplicate() {
@@ -14704,7 +14949,7 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_message(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_));
     }
 
     void rooms(std::string_view) {
@@ -14712,7 +14957,8 @@ private:
         for (const auto& [name, room] : handler_.hub_->rooms_)
             if (!room.presence_.empty() && list.size() < 500)
                 list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
-        handler_.reply(ChatEvent("rooms").add_json("rooms", list.dump()));
+        ChatEvent event("rooms");
+        handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void nick(std::string_view rest) {
@@ -14721,7 +14967,7 @@ private:
         if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
         if (!handler_.may(ChatAction::rename)) return handler_.reply_forbidden();
         if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
-        if (hub.banned("", name, "")) return error("name_banned", "That name is banned.");
+        if (hub.banned("unix", name, "")) return error("name_banned", "That name is banned.");
         if (room_ == nullptr) return reply_no_room();
         if (name == handler_.user().name) return;
         if (handler_.muted()) return error("muted", "You are muted for a while.");
@@ -14803,7 +15049,8 @@ private:
     void kick(std::string_view rest) {
         const Presence::User* user = consume_user(rest);
         if (user == nullptr) return reply_unknown_user();
-        room_->kick(user->info.name, rest.empty() ? "You were asked to leave." : rest);
+        report("kick", user->info.name, 0);
+        room_->kick(std::string(user->info.name), rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
@@ -14813,7 +15060,22 @@ private:
         if (!target.empty() && target.back() == ' ') target.remove_suffix(1);
         const auto seconds = rest.empty() ? std::uint64_t{3600} : ChatHandler::to_number(rest);
         if (target.empty() || !seconds) return error("bad_command", "/ban NAME|ADDRESS [SECONDS]");
+        report(*seconds == 0 ? "unban" : "ban", target, *seconds);
         handler_.hub_->ban(target, to_duration(*seconds));
+    }
+    void unban(std::string_view rest) {
+        if (rest.empty()) return error("bad_command", "/unban NAME|ADDRESS");
+        report("unban", rest, 0);
+        handler_.hub_->ban(rest, Duration::zero());
+    }
+    void bans(std::string_view) {
+        JsonList list;
+        for (const ChatHub::Ban& each : handler_.hub_->bans()) {
+            const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(each.left).count();
+            list.add(Json{{"ban", each.key}, {"name", each.name}, {"seconds", seconds}}.dump());
+        }
+        ChatEvent event("bans");
+        handler_.write_charged(event.add_json("bans", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void mute(std::string_view rest) {
@@ -14821,12 +15083,33 @@ private:
         const auto seconds = rest.empty() ? std::uint64_t{600} : ChatHandler::to_number(rest);
         if (user == nullptr) return reply_unknown_user();
         if (!seconds) return error("bad_command", "/mute NAME [SECONDS]");
+        report(*seconds == 0 ? "unmute" : "mute", user->info.name, *seconds);
         handler_.hub_->mute(*room_, *user, to_duration(*seconds));
     }
+    void unmute(std::string_view rest) {
+        const Presence::User* user = consume_user(rest);
+        if (user == nullptr || !rest.empty()) return reply_unknown_user();
+        report("unmute", user->info.name, 0);
+        handler_.hub_->mute(*room_, *user, Duration::zero());
+    }
+    // Tells the moderator and the log.
+    void report(std::string_view action, std::string_view name, std::uint64_t seconds) {
+        const std::string room = room_ == nullptr ? "" : room_->name();
+        ChatEvent event("moderation");
+        event.add_unless_empty("room", room).add_text("action", action).add_text("name", name);
+        if (seconds != 0) event.add("seconds", (std::min)(seconds, max_seconds));
+        handler_.reply(event.add_text("by", handler_.user().name));
+        handler_.server().report(LogLevel::info, "chat_moderation",
+                                 {{"action", std::string(action)},
+                                  {"room", room},
+                                  {"name", std::string(name)},
+                                  {"by", handler_.user().name},
+                                  {"seconds", std::to_string(seconds)}});
+    }
 
-    // At most ten years.
+    static constexpr std::uint64_t max_seconds = 315'360'000;  // ten years
     static Duration to_duration(std::uint64_t seconds) {
-        return std::chrono::seconds((std::min)(seconds, std::uint64_t{315'360'000}));
+        return std::chrono::seconds((std::min)(seconds, max_seconds));
     }
     Presence::User* consume_user(std::string_view& text) const {
         return room_ == nullptr ? nullptr : room_->presence_.consume_user(text);
@@ -14870,6 +15153,25 @@ inline std::string reactions_json(const ChatEntry& entry, const std::string& vie
         list.add(event);
     }
     return std::string(list.dump());
+}
+
+// A kept private message for the user with this public id.
+inline ChatEvent private_event(const ChatEntry& entry, const std::string& id, bool with_tag) {
+    ChatEvent event("private");
+    const std::size_t middle = entry.room.find('\n', 1);
+    const std::string first = entry.room.substr(1, middle - 1);
+    event.add_text("peer", first == id ? entry.room.substr(middle + 1) : first).add("id", entry.id);
+    event.add_text("user", entry.user).add_text("name", entry.name).add_unless_empty("to", entry.to);
+    event.add_text("text", entry.text).add("time", entry.time);
+    return with_tag ? event.add_unless_empty("tag", entry.tag) : event;
+}
+// The key of a read marker is the public id of its user, a line feed, and a room or "@" with the id of a peer.
+inline ChatEvent read_event(const ChatFact& fact) {
+    const std::string what = fact.key.substr(fact.key.find('\n') + 1);
+    const bool is_peer = text::starts_with(what, "@");
+    ChatEvent event("read");
+    event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what);
+    return event.add_json("id", fact.value);
 }
 
 // The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag.
@@ -14930,6 +15232,31 @@ inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryP
     return event.add_json("entries", list.dump());
 }
 
+inline void ChatHandler::on_conversation(const std::string& peer, const std::string& name, const std::string& log,
+                                         const HistoryPage& page) {
+    if (!is_open() || (page.last_id == 0 && page.error.empty())) return;
+    detail::JsonList list;
+    for (ChatEntry entry : page.entries) {
+        entry.room = log;
+        if (entry.is_message()) list.add(detail::private_event(entry, user_.id, entry.user == user_.id).dump());
+    }
+    ChatEvent event("history");
+    event.add_text("peer", peer).add_text("name", name).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add("gap", page.gap || !page.error.empty()).add("more", page.more);
+    write_charged(event.add_json("entries", list.dump()).dump());
+    request_read_marker("@" + peer);
+}
+
+inline void ChatHandler::request_read_marker(const std::string& what) {
+    if (identity_.empty()) return;
+    const std::string key = text::concat({user_.id, "\n", what});
+    hub_->store().facts("read", key, [me = ref(), key](const std::vector<ChatFact>& facts, const std::string&) {
+        auto* self = static_cast<ChatHandler*>(me.get());
+        if (self != nullptr && !facts.empty() && facts[0].key == key)
+            self->write_message(detail::read_event(facts[0]).dump());
+    });
+}
+
 inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, const std::string& tag,
                                  const HistoryPage& page) {
     const ChatRoom* const room = hub_->find(room_name);
@@ -14943,7 +15270,7 @@ inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, 
     }
     const detail::JsonList list = page_events(*room, page);
     event.add("more", page.more || list.size() != page.entries.size()).add_json("entries", list.dump());
-    write_message(event.add_unless_empty("tag", tag).dump());
+    write_charged(event.add_unless_empty("tag", tag).dump());
 }
 
 // "?join=ROOM" or "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.
@@ -15023,25 +15350,56 @@ inline bool ChatRoom::mute(std::string_view name, Duration duration) {
 
 inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     const std::string target(address_or_name);
-    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
-    const bool ending = duration <= Duration::zero();
+    if (duration <= Duration::zero()) {
+        const std::string folded = name_key(target), address = address_key(target);
+        for (const Ban& each : bans())
+            if (each.key == folded || each.key == address || name_key(each.name) == folded)
+                decide("ban", each.key, "", Duration::zero());
+        return;
+    }
     bool is_user = false;
     for (const auto& [name, room] : rooms_) {
         const User* user = room.presence_.find(target);
         if (user == nullptr) continue;
         is_user = true;
-        if (!ending && !user->identity.empty()) banned_identities_.find_or_emplace(user->identity) = name_key(target);
+        if (!user->identity.empty()) {
+            decide("ban", user_key(user->info.id), target, duration);
+            continue;
+        }
+        for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
+            ban_lone_address(*each, target, duration);
     }
-    if (ending || is_user || !is_address) bans_.set(name_key(target), duration, now());
-    if (is_address && (ending || !is_user)) bans_.set(address_key(target), duration, now());
-    if (ending) return;
+    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
+    decide("ban", is_address && !is_user ? address_key(target) : name_key(target), target, duration);
+}
+inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration) {
+    const std::string key = address_key(handler.remote_address());
+    for (const auto& [number, other] : connections_)
+        if (other.user_.id != handler.user_.id && address_key(other.remote_address()) == key) return;
+    decide("ban", key, name, duration);
+}
+
+// A read marker goes to all connections of its user.
+inline void ChatHub::on_read(const ChatFact& fact) {
+    const std::size_t end = fact.key.find('\n');
+    const std::string id = fact.key.substr(0, end);
+    for (ChatHandler* each : connections_of(id)) each->write_message(detail::read_event(fact).dump());
+}
+
+inline void ChatHub::on_fact(const ChatFact& fact) {
+    if (fact.scope == "read" && !fact.value.empty()) return on_read(fact);
+    if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
+    const bool is_ban = fact.scope == "ban";
+    if (!is_ban && fact.scope != "mute") return;
+    const Duration left = fact.value.empty() ? Duration::zero() : std::chrono::milliseconds(fact.expires - unix_ms());
+    (is_ban ? bans_ : mutes_).set(fact.key, fact.value, left, now());
+    if (!is_ban || left <= Duration::zero()) return;
     for (const auto& [number, handler] : connections_) {
-        const auto is_banned = [&, connection = &handler](const std::string& name) {
-            return banned(connection->remote_address(), name, connection->identity_);
-        };
-        bool found = is_banned("");
-        for (const auto& membership : handler.memberships_) found = found || is_banned(membership.user->info.name);
-        if (found) handler.kick("You are banned.");
+        const std::string address = handler.remote_address();
+        bool found = banned(address, "", handler.known_id());
+        for (const auto& membership : handler.memberships_)
+            found = found || banned(address, membership.user->info.name, "");
+        if (found) handler.end_with("ban", "You are banned.", left);
     }
 }
 
@@ -15091,7 +15449,22 @@ inline void ChatHub::on_typing(const ChatEntry& entry) {
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
 
+// Both users get it in all their connections, and later as the history of their conversation.
+inline void ChatHub::on_conversation(const ChatEntry& entry) {
+    const std::string peer = peer_in(entry.room, entry.user);
+    const ChatHandler* const sender = connection(entry.sender);
+    for (const std::string* id : {&entry.user, &peer}) {
+        for (ChatHandler* each : connections_of(*id))
+            each->write_message(detail::private_event(entry, *id, each == sender).dump());
+        if (peer == entry.user) return;
+    }
+}
+
 inline void ChatHub::on_kept(const ChatEntry& entry) {
+    if (is_conversation(entry.room)) {
+        if (entry.is_message()) on_conversation(entry);
+        return;
+    }
     ChatHandler* sender = connection(entry.sender);
     ChatRoom* room = find(entry.room);
     if (room != nullptr && entry.id != 0) {
@@ -15109,13 +15482,15 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    ChatEvent event = detail::entry_event("private", entry);
-    event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
-    const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
     const User* author = room->presence_.find(entry.name);
     const User* receiver = room->presence_.find(entry.to);
     for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
+        const User* const peer = user == author ? receiver : author;
+        ChatEvent event = detail::entry_event("private", entry);
+        if (peer != nullptr) event.add_text("peer", peer->info.id);
+        event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
+        const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
         for (ChatHandler* each : user->connections)
             each->write_message(each == connection(entry.sender) ? tagged : plain);
     }
@@ -15162,7 +15537,8 @@ inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    sender->write_message(event.add_text("room", entry.room).add_text("tag", entry.tag).add("id", entry.id).dump());
+    add_place(event, entry).add_text("tag", entry.tag).add("id", entry.id);
+    sender->write_message(event.dump());
 }
 
 inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
@@ -15174,7 +15550,7 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
                                                       : "There is no such message in this room.";
     ChatEvent event("error");
     event.add_text("code", code).add_text("text", sentence);
-    sender->write_message(event.add_text("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+    sender->write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
@@ -15184,7 +15560,7 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
     ChatEvent event("error");
     event.add_text("code", "not_kept")
         .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
-    sender->write_message(event.add_text("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+    sender->write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
 }
 
 WSCHAT_END

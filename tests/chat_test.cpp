@@ -823,7 +823,8 @@ TEST_CASE("a reaction is added, counted, and taken back when it is sent again") 
     ChatClient carl(host, "name=Carl");
     CHECK(contains(carl.events().back(), R"("count":2)"));
     CHECK(field_of(bert.send("/react " + id + " \xF0\x9F\x91\x8D").back(), "on") == "false");
-    for (const std::string bad : std::vector<std::string>{"", " two words", " \xE2\x80\x83", " " + std::string(65, 'x')})
+    for (const std::string& bad :
+         std::vector<std::string>{"", " two words", " \xE2\x80\x83", " " + std::string(65, 'x')})
         CHECK(field_of(anna.send("/react " + id + bad).back(), "code") == "bad_command");
 }
 
@@ -865,7 +866,7 @@ TEST_CASE("a message carries a JSON object of at most 4 KiB beside its text") {
     CHECK(contains(bert.events().back(), R"("data":{"pos")"));
     CHECK(contains(anna.answer_to(R"(/data {"only":1})"), R"("data":{"only":1})"));
     const std::string large = "/data {\"x\":\"" + std::string(5000, 'x') + "\"}";
-    for (const std::string bad : {std::string("/data"), std::string("/data 5 x"), std::string("/data [1] x"),
+    for (const std::string& bad : {std::string("/data"), std::string("/data 5 x"), std::string("/data [1] x"),
                                   std::string("/data {\"a\":} x"), std::string("/data {"), large})
         CHECK(field_of(anna.send(bad).back(), "code") == "bad_data");
 }
@@ -928,8 +929,7 @@ TEST_CASE("a private message reaches all connections of both users and nobody el
         carl(host, "name=Carl");
     for (ChatClient<>* client : {&anna, &tab, &bert, &tab2, &carl}) client->events();
     const std::string copy = anna.answer_to("/tag t1 /msg Bert psst");
-    CHECK(contains(
-        copy, "\"to\":\"Bert\",\"text\":\"psst\",\"time\":"));
+    CHECK(contains(copy, "\"to\":\"Bert\",\"text\":\"psst\",\"time\":"));
     CHECK(contains(copy, "\"tag\":\"t1\"}"));
     for (ChatClient<>* client : {&tab, &bert, &tab2}) {
         const std::string event = client->only_event();
@@ -937,10 +937,81 @@ TEST_CASE("a private message reaches all connections of both users and nobody el
         CHECK_FALSE(contains(event, "tag"));
     }
     CHECK(carl.events().empty());
-    CHECK(contains(anna.answer_to("/tag t1 /msg Bert psst"), "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\"}"));
+    CHECK(contains(anna.answer_to("/tag t1 /msg Bert psst"), "{\"type\":\"ack\",\"peer\":\""));
     CHECK(bert.events().empty());
     ChatClient<> late(host, "name=Dora");
     CHECK_FALSE(contains(late.events().at(2), "psst"));  // the history does not contain it
+}
+
+TEST_CASE("a private message between users with keys is kept, and waits for the receiver") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");
+    std::string bert_id;
+    {
+        ChatClient<> bert(host, "name=Bert&key=bert-secret");
+        bert_id = bert.handler.user().id;
+        anna.events();
+        const std::string sent = anna.answer_to("/tag t1 /msg Bert psst");
+        CHECK(field_of(sent, "type") == "private");
+        CHECK(field_of(sent, "peer") == bert_id);
+        CHECK(field_of(sent, "id") == "1");
+        CHECK(field_of(sent, "tag") == "t1");
+        const std::string got = bert.events().back();
+        CHECK(field_of(got, "peer") == anna.handler.user().id);
+        CHECK(field_of(got, "text") == "psst");
+        CHECK(field_of(got, "tag") == "");
+        CHECK(anna.answer_to("/tag t1 /msg Bert psst") ==
+              "{\"type\":\"ack\",\"peer\":\"" + bert_id + "\",\"tag\":\"t1\",\"id\":1}");
+    }
+    CHECK(field_of(anna.answer_to("/msg @" + bert_id + " are you there?"), "id") == "2");
+    ChatClient<> back(host, "name=Bert&key=bert-secret", "coffee");
+    const std::string history = back.events().back();
+    CHECK(contains(history, "{\"type\":\"history\",\"peer\":\"" + anna.handler.user().id + "\",\"name\":\"Anna\""));
+    CHECK(contains(history, "\"text\":\"psst\""));
+    CHECK(contains(history, "\"text\":\"are you there?\""));
+    CHECK(contains(history, "\"gap\":false"));
+    const std::string epoch = field_of(history, "epoch");
+    ChatClient<> resumed(host, "name=Bert&key=bert-secret&peer=" + anna.handler.user().id + "%20" + epoch + "-1",
+                         "milk");
+    const std::string rest = resumed.events().back();
+    CHECK_FALSE(contains(rest, "psst"));
+    CHECK(contains(rest, "are you there?"));
+    ChatClient<> carl(host, "name=Carl&key=carl-secret");
+    for (const std::string& event : carl.events()) CHECK_FALSE(contains(event, "psst"));
+}
+
+TEST_CASE("a private message to an id needs a key and a user who was here") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), guest(host, "name=Guest");
+    anna.events();
+    guest.events();
+    CHECK(field_of(anna.answer_to("/msg @nobody hello"), "code") == "unknown_user");
+    CHECK(field_of(anna.answer_to("/msg @" + guest.handler.user().id + " hello"), "code") == "unknown_user");
+    CHECK(field_of(guest.answer_to("/msg @" + anna.handler.user().id + " hello"), "code") == "forbidden");
+    CHECK(field_of(anna.answer_to("/msg @" + anna.handler.user().id), "code") == "empty");
+    const std::string live = guest.answer_to("/msg Anna hello");  // not kept
+    CHECK(field_of(live, "peer") == anna.handler.user().id);
+    CHECK(field_of(anna.only_event(), "peer") == guest.handler.user().id);
+}
+
+TEST_CASE("a read marker reaches all connections of its user, and is there after a reload") {
+    TestHost host;
+    {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret"), tab(host, "name=Anna&key=anna-secret"),
+            bert(host, "name=Bert");
+        anna.events();
+        tab.events();
+        bert.events();
+        const std::string read = "{\"type\":\"read\",\"room\":\"tea\",\"id\":7}";
+        CHECK(anna.answer_to("/read 7") == read);
+        CHECK(tab.only_event() == read);
+        CHECK(bert.events().empty());
+        CHECK(anna.answer_to("/read @xyz 3") == "{\"type\":\"read\",\"peer\":\"xyz\",\"id\":3}");
+        CHECK(field_of(anna.answer_to("/read x"), "code") == "bad_command");
+        CHECK(field_of(bert.answer_to("/read 7"), "code") == "forbidden");
+    }
+    ChatClient<> again(host, "name=Anna&key=anna-secret");
+    CHECK(again.events().back() == "{\"type\":\"read\",\"room\":\"tea\",\"id\":7}");
 }
 
 TEST_CASE("a private message to a user without a connection is an error") {
@@ -955,8 +1026,8 @@ TEST_CASE("/typing is an event for the others and is not kept") {
     ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
     bert.events();
     CHECK(anna.answer_to("/typing") == "0 events");
-    const std::string typing = "{\"type\":\"typing\",\"room\":\"tea\",\"name\":\"Anna\",\"user\":\"" +
-                               anna.handler.user().id + "\"";
+    const std::string typing =
+        "{\"type\":\"typing\",\"room\":\"tea\",\"name\":\"Anna\",\"user\":\"" + anna.handler.user().id + "\"";
     CHECK(bert.only_event() == typing + "}");
     anna.send("/typing stop");
     CHECK(bert.only_event() == typing + ",\"stop\":true}");
@@ -1282,6 +1353,69 @@ TEST_CASE("the connections of an address share its limits, and an IPv6 /64 is on
     CHECK(contains(third.answer_to("x"), "\"code\":\"flood\""));
 }
 
+TEST_CASE("flooders take nothing from the allowance of an honest neighbour with their address") {
+    TestHost host;
+    host.hub().limits.connection = {{1, 2}, {1e6, 1e6}};
+    host.hub().limits.address = {{1, 14}, {1e6, 1e6}};
+    host.hub().limits.flood_patience = 1000;
+    std::vector<std::unique_ptr<ChatClient<>>> flooders;
+    for (int i = 0; i < 6; ++i) {
+        flooders.push_back(std::make_unique<ChatClient<>>(host));
+        for (int n = 0; n < 50; ++n) flooders.back()->send("x");
+    }
+    ChatClient<> honest(host);
+    CHECK(contains(honest.answer_to("hello"), "\"type\":\"said\""));
+    CHECK(contains(honest.answer_to("hello"), "\"type\":\"said\""));
+}
+
+TEST_CASE("each line of a flood that has a tag is answered") {
+    TestHost host;
+    host.hub().limits.connection = {{1, 1}, {1e6, 1e6}};
+    ChatClient<> anna(host);
+    anna.send("one");
+    for (const std::string tag : {"a", "b", "c"}) {
+        const std::string error = anna.answer_to("/tag " + tag + " x");
+        CHECK(field_of(error, "code") == "flood");
+        CHECK(field_of(error, "tag") == tag);
+    }
+}
+
+TEST_CASE("what a client asks for is charged, and histories stop above the limit") {
+    TestHost host;
+    host.hub().limits.replies = {1, 100'000};
+    host.hub().limits.connection = {{1e6, 1e6}, {1e9, 1e9}};
+    host.hub().limits.address = host.hub().limits.connection;
+    ChatClient<> anna(host, "name=Anna");
+    for (int i = 0; i < 40; ++i) anna.send(std::string(1000, 'x'));
+    std::size_t bytes = 0, refused = 0;
+    for (int i = 0; i < 100; ++i)
+        for (const std::string& event : anna.send("/since " + host.position("0"))) {
+            bytes += event.size();
+            if (field_of(event, "code") == "flood") ++refused;
+        }
+    CHECK(bytes < 200'000);
+    CHECK(refused > 90);
+    CHECK(contains(anna.answer_to("hello"), "\"type\":\"said\""));
+}
+
+TEST_CASE("/in speaks in another room and stays in the current one") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert", "tea room");
+    anna.send("/join tea room");
+    anna.send("/join tea");
+    bert.events();
+    CHECK(field_of(anna.answer_to("/tag t1 /in tea%20room hello there"), "room") == "tea room");
+    CHECK(field_of(bert.only_event(), "text") == "hello there");
+    CHECK(field_of(anna.answer_to("/in tea%20room /me waves"), "room") == "tea room");
+    CHECK(field_of(anna.answer_to("still here"), "room") == "tea");
+    CHECK(field_of(anna.answer_to("/in coffee hello"), "code") == "no_room");
+    CHECK(field_of(anna.answer_to("/in"), "code") == "no_room");
+    CHECK(field_of(anna.answer_to("/in tea /in tea x"), "code") == "bad_command");
+    anna.send("/in tea%20room /leave");
+    CHECK(field_of(anna.answer_to("still here"), "room") == "tea");
+    CHECK(field_of(anna.answer_to("/in tea%20room x"), "code") == "no_room");
+}
+
 TEST_CASE("the limits of a flooding address stay while thousands of others connect") {
     TestHost host;
     host.hub().limits.address = FloodRates{{0.001, 1}, {}};
@@ -1482,7 +1616,9 @@ TEST_CASE("only a moderator can mute, kick and ban") {
     ChatClient<> anna(host, "name=Anna&key=anna-secret", "tea", "192.0.2.1"),
         tab(host, "key=anna-secret", "tea", "192.0.2.1");
     moderator.events();
-    CHECK(moderator.answer_to("/mute Anna 60") == "0 events");
+    CHECK(moderator.answer_to("/tag t1 /mute Anna 60") ==
+          "{\"type\":\"moderation\",\"room\":\"tea\",\"action\":\"mute\",\"name\":\"Anna\",\"seconds\":60,"
+          "\"by\":\"Holly\",\"tag\":\"t1\"}");
     CHECK(contains(anna.answer_to("hello"), "\"code\":\"muted\""));
     CHECK(contains(anna.answer_to("/msg Holly hello"), "\"code\":\"muted\""));
     CHECK(contains(anna.answer_to("/nick hello"), "\"code\":\"muted\""));
@@ -1499,7 +1635,7 @@ TEST_CASE("only a moderator can mute, kick and ban") {
     moderator.send("/kick Annabel Enough of that.");
     for (auto* client : {&anna, &tab}) {
         const auto events = client->events();
-        CHECK(events.back() == "{\"type\":\"kicked\",\"text\":\"Enough of that.\"}");
+        CHECK(events.back() == "{\"type\":\"kicked\",\"code\":\"kick\",\"text\":\"Enough of that.\"}");
         CHECK(client->close_code() == CloseCode::policy_violation);
         client->disconnect();
     }
@@ -1526,6 +1662,65 @@ TEST_CASE("only a moderator can mute, kick and ban") {
     moderator.send("/ban 192.0.2.1 0");
     ChatClient<> forgiven(host, "name=Dora", "tea", "192.0.2.1");
     CHECK_FALSE(forgiven.refusal.has_value());
+}
+
+TEST_CASE("/bans lists the bans, /unban ends one, and /unmute lets a user speak") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert");
+    const std::string id = anna.handler.user().id;
+    moderator.send("/ban Anna 60");
+    const std::string kicked = anna.events().back();
+    CHECK(contains(kicked, "{\"type\":\"kicked\",\"code\":\"ban\",\"text\":\"You are banned.\",\"seconds\":6"));
+    const std::string list = moderator.answer_to("/tag t2 /bans");
+    CHECK(contains(list, "{\"ban\":\"name anna\",\"name\":\"Anna\",\"seconds\":"));
+    CHECK(contains(list, "{\"ban\":\"user " + id + "\",\"name\":\"Anna\",\"seconds\":"));
+    CHECK(field_of(list, "tag") == "t2");
+    CHECK(host.hub().bans().size() == 2);
+    CHECK(field_of(bert.send("/bans").back(), "code") == "forbidden");
+    CHECK(field_of(bert.send("/unban Anna").back(), "code") == "forbidden");
+    moderator.send("/unban Anna");
+    CHECK(host.hub().bans().empty());
+    ChatClient<> forgiven(host, "name=Anna&key=anna-secret");
+    CHECK_FALSE(forgiven.refusal.has_value());
+    moderator.send("/mute Bert");
+    CHECK(field_of(bert.send("hello").back(), "code") == "muted");
+    moderator.send("/unmute Bert");
+    CHECK(field_of(bert.send("hello").back(), "type") == "said");
+}
+
+TEST_CASE("the ban of a guest is also one of the address, unless others use it") {
+    TestHost host;
+    ChatClient<> alone(host, "name=Anna", "tea", "192.0.2.1"), bert(host, "name=Bert", "tea", "192.0.2.2"),
+        neighbour(host, "name=Carl", "tea", "192.0.2.2");
+    host.hub().ban("Anna", 1h);
+    host.hub().ban("Bert", 1h);
+    CHECK_FALSE(alone.handler.is_open());
+    CHECK_FALSE(bert.handler.is_open());
+    CHECK(neighbour.handler.is_open());
+    ChatClient<> again(host, "name=Dora", "tea", "192.0.2.1"), other(host, "name=Dora", "tea", "192.0.2.2");
+    CHECK(again.refusal.has_value());
+    CHECK_FALSE(other.refusal.has_value());
+}
+
+TEST_CASE("the store keeps bans and mutes") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");
+    host.hub().ban("192.0.2.9", 1h);
+    host.room("tea").mute("Anna", 1h);
+    std::vector<ChatFact> bans, mutes;
+    const auto into = [](std::vector<ChatFact>& list) {
+        return [&list](std::vector<ChatFact> facts, const std::string&) { list = std::move(facts); };
+    };
+    host.hub().store().facts("ban", "", into(bans));
+    host.hub().store().facts("mute", "", into(mutes));
+    REQUIRE(bans.size() == 1);
+    CHECK(bans[0].key == "address 192.0.2.9");
+    REQUIRE(mutes.size() == 1);
+    CHECK(mutes[0].key == "tea\nuser " + anna.handler.user().id);
+    host.hub().ban("192.0.2.9", 0s);
+    host.hub().store().facts("ban", "", into(bans));
+    CHECK(bans.empty());
 }
 
 TEST_CASE("a ban closes the connections of a user in all rooms, and can be ended by the same name") {
