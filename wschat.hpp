@@ -75,13 +75,14 @@
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
 //   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
-//   random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, Rate,
-//   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
-//   CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions,
-//   IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics,
-//   prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, ChatHandler,
-//   ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory,
-//   chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr,
+//   access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request,
+//   CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef,
+//   CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside,
+//   Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse,
+//   ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits,
+//   MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom,
+//   SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -2672,8 +2673,7 @@ inline std::optional<Response> reject_upgrade(const Request& request) {
         return upgrade_required("This server speaks WebSocket version 13.\n");
     const auto key = fields.only("sec-websocket-key");
     if (!key) return Response(400, "There must be one Sec-WebSocket-Key.\n");
-    if (!valid_key(*key))
-        return Response(400, "Sec-WebSocket-Key is not 16 bytes in base64.\n");
+    if (!valid_key(*key)) return Response(400, "Sec-WebSocket-Key is not 16 bytes in base64.\n");
     const std::vector<std::string_view> subprotocols = offered_subprotocols(request);
     if (!std::all_of(subprotocols.begin(), subprotocols.end(), text::is_token))
         return Response(400, "Sec-WebSocket-Protocol is not a list of tokens.\n");
@@ -2690,11 +2690,11 @@ inline std::string switching_protocols(std::string_view key, std::string_view su
                                        std::string_view extensions = {}, std::string_view more_lines = {}) {
     for (const std::string_view value : {subprotocol, extensions})
         reject_control_characters("switching_protocols", value);
-    return text::concat({"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                         "Sec-WebSocket-Accept: ",
-                         accept_key(key), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
-                         extensions.empty() ? "" : "\r\nSec-WebSocket-Extensions: ", extensions, "\r\n", more_lines,
-                         "\r\n"});
+    return text::concat(
+        {"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+         "Sec-WebSocket-Accept: ",
+         accept_key(key), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
+         extensions.empty() ? "" : "\r\nSec-WebSocket-Extensions: ", extensions, "\r\n", more_lines, "\r\n"});
 }
 
 // The client's request (RFC 6455 4.1). `key`: 16 random bytes in base64.
@@ -11365,11 +11365,17 @@ public:
         return record == nullptr ? 0 : record->entry.id;
     }
     std::uint64_t append(const ChatEntry& entry, const HistoryLimits& limits, Time now) {
-        Record& record = records_.find_or_emplace(big_endian_key(last_id_ + 1), entry, now);
+        const std::string key = big_endian_key(last_id_ + 1);
+        Record& record = records_.find_or_emplace(key, entry, now);
+        try {
+            if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
+        } catch (...) {
+            records_.erase(key);
+            throw;
+        }
         record.entry.room.clear();
         record.entry.id = ++last_id_;
         bytes_ += record.bytes = entry.bytes();
-        if (!entry.tag.empty()) tags_.insert_reference(tag_key(entry), record);
         trim(limits, now);
         return last_id_;
     }
@@ -11687,11 +11693,11 @@ private:
         if (histories_.find(entry.room) == nullptr && detail::exceeds(histories_.size() + 1, limits_.max_rooms))
             evict_oldest();
         detail::RoomHistory& history = histories_.find_or_emplace(entry.room, deleted_id_);
-        by_use_.erase(history.use_key);
-        history.use_key = big_endian_key(++uses_);
-        by_use_.find_or_emplace(history.use_key) = entry.room;
+        std::string use_key = big_endian_key(++uses_);
+        by_use_.find_or_emplace(use_key, entry.room);
+        by_use_.erase(std::exchange(history.use_key, std::move(use_key)));
         entry.id = update(history, [&] { return history.append(entry, limits_, listener_->now()); });
-        while (detail::exceeds(bytes_, limits_.max_total_bytes) && histories_.size() > 1) evict_oldest();
+        while (detail::exceeds(bytes_, limits_.max_total_bytes) && by_use_.size() > 1) evict_oldest();
     }
     template <class Read>
     HistoryPage read(const std::string& room, Read&& work) {
@@ -11906,6 +11912,29 @@ inline bool valid_chat_text(std::string_view text) {
            all_characters(text, [](char32_t c) { return c == '\n' || c == '\t' || !is_invisible(c, false); });
 }
 
+// RFC 4648 5, without padding. Nothing if a character is not of the alphabet, or one is left over.
+inline std::optional<std::string> decode_base64url(std::string_view encoded) {
+    std::string bytes;
+    std::uint32_t bits = 0;
+    unsigned count = 0;
+    for (const char c : encoded) {
+        const int value = c >= 'A' && c <= 'Z'   ? c - 'A'
+                          : c >= 'a' && c <= 'z' ? c - 'a' + 26
+                          : text::is_digit(c)    ? c - '0' + 52
+                          : c == '-'             ? 62
+                          : c == '_'             ? 63
+                                                 : -1;
+        if (value < 0) return std::nullopt;
+        bits = (bits << 6 | static_cast<std::uint32_t>(value)) & 0xFFFF;
+        count += 6;
+        if (count < 8) continue;
+        count -= 8;
+        bytes += static_cast<char>(static_cast<unsigned char>(bits >> count & 0xFF));
+    }
+    if (count >= 6) return std::nullopt;
+    return bytes;
+}
+
 // A line of a client. "/me waves" is the command "me"; "hello" and "//hello" are said, the second with one slash. In
 // "/tag TAG LINE" the line has a tag, which the answer repeats.
 struct ChatLine {
@@ -12096,27 +12125,34 @@ private:
     Time last_{};
 };
 
-// Deadlines by key. One that has passed counts as absent.
+// Bans or mutes by key, with the name that they are known by. One that has ended counts as absent.
 class Deadlines {
 public:
+    struct Deadline {
+        Time end{};
+        std::string name{};
+    };
+
     bool active(std::string_view key, Time now) const {
-        const Time* deadline = deadlines_.find(key);
-        return deadline != nullptr && *deadline > now;
+        const Deadline* deadline = deadlines_.find(key);
+        return deadline != nullptr && deadline->end > now;
+    }
+    // Zero if it is not active.
+    Duration left(std::string_view key, Time now) const {
+        const Deadline* deadline = deadlines_.find(key);
+        return deadline == nullptr ? Duration::zero() : (std::max)(deadline->end - now, Duration::zero());
     }
     // Zero removes the key.
-    WSCHAT_NOINLINE void set(const std::string& key, Duration duration, Time now) {
-        deadlines_.erase_if([now](Time deadline) { return deadline <= now; });
-        if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = saturating_add(now, duration);
+    WSCHAT_NOINLINE void set(const std::string& key, const std::string& name, Duration duration, Time now) {
+        deadlines_.erase_if([now](const Deadline& deadline) { return deadline.end <= now; });
+        if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = {saturating_add(now, duration), name};
         else deadlines_.erase(key);
     }
-    void move(const std::string& key, const std::string& new_key, Time now) {
-        if (key == new_key || !active(key, now)) return;
-        deadlines_.find_or_emplace(new_key) = *deadlines_.find(key);
-        deadlines_.erase(key);
-    }
+    StringMap<Deadline>::Iterator begin() const { return deadlines_.begin(); }
+    StringMap<Deadline>::Iterator end() const { return deadlines_.end(); }
 
 private:
-    StringMap<Time> deadlines_;
+    StringMap<Deadline> deadlines_;
 };
 
 }  // namespace detail
@@ -12286,10 +12322,10 @@ private:
 struct ChatLimits {
     std::size_t max_text = 16 * 1024;
     std::size_t max_name = 40;
-    std::size_t max_about = 4 * 1024;  // of ChatUser::about
-    std::size_t max_data = 4 * 1024;   // of ChatEntry::data
-    std::size_t max_topic = 500;       // of the topic of a room
-    std::size_t max_emoji = 64;        // of a reaction
+    std::size_t max_about = 4 * 1024;           // of ChatUser::about
+    std::size_t max_data = 4 * 1024;            // of ChatEntry::data
+    std::size_t max_topic = 500;                // of the topic of a room
+    std::size_t max_emoji = 64;                 // of a reaction
     Duration edit_for = std::chrono::hours(1);  // how long an author may edit a message; zero: never
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
@@ -12307,18 +12343,7 @@ struct ChatLimits {
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
-enum class ChatAction : std::uint8_t {
-    say,
-    private_message,
-    rename,
-    join,
-    list_rooms,
-    kick,
-    ban,
-    mute,
-    remove,
-    topic
-};
+enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute, remove, topic };
 
 // A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
@@ -12359,7 +12384,7 @@ private:
     ChatHub& hub_;
     detail::Presence presence_;
     std::string topic_;
-    std::uint64_t topic_id_ = 0;  // of the entry that set it; 0: the fact of the store
+    std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     bool expiry_scheduled_ = false;
     bool counting_ = false;         // the members have no list of users
@@ -12393,7 +12418,9 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
-        load_secret();
+        load_decisions("ban");
+        load_decisions("mute");
+        load_secret();  // the last one: connections wait for it
     }
     ChatStore& store() { return *store_; }
 
@@ -12418,7 +12445,21 @@ public:
 
     // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
     // who is in a room is never taken for an address.
+    // A ban of a user who is present is one of his name, of his public id if he has a key or an account, and otherwise
+    // of his addresses, if nobody else is connected from there. The store keeps bans.
     inline void ban(std::string_view address_or_name, Duration duration);
+    // The bans that hold now: what is banned ("name anna", "user ID" or "address 192.0.2.1"), the name that ban() got,
+    // and the time that is left.
+    struct Ban {
+        std::string key, name;
+        Duration left;
+    };
+    std::vector<Ban> bans() const {
+        std::vector<Ban> list;
+        for (const auto& [key, ban] : bans_)
+            if (ban.end > now()) list.push_back({key, ban.name, ban.end - now()});
+        return list;
+    }
 
 private:
     friend class ChatHandler;
@@ -12486,7 +12527,9 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) { return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now()); });
+        addresses_.erase_if([this](AddressUse& use) {
+            return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now());
+        });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -12506,7 +12549,7 @@ private:
         entry.text = name;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
-        mutes_.move(key, mute_key(room, user), now());
+        move_mute(key, mute_key(room, user), name);
         forward(std::move(entry));
     }
     void announce_leave(ChatRoom& room, const ChatUser& user) {
@@ -12560,21 +12603,49 @@ private:
     static std::string author_of(const User& user) {
         return user.identity.empty() ? name_key(user.info.name) : user.identity;
     }
-    static std::string mute_key(const ChatRoom& room, const User& user) {
-        return text::concat({room.name(), "\n", author_of(user)});
+
+    static std::string user_key(const std::string& id) { return text::concat({"user ", id}); }
+    // Whoever has a key or an account is known by it, and all others by their names.
+    std::string mute_key(const ChatRoom& room, const User& user) const {
+        const std::string who = user.identity.empty() ? name_key(user.info.name) : user_key(user.info.id);
+        return text::concat({room.name(), "\n", who});
     }
 
-    bool banned(const std::string& address, const std::string& name, const std::string& identity) {
-        if (bans_.active(address_key(address), now()) || bans_.active(name_key(name), now())) return true;
-        const std::string* key = banned_identities_.find(identity);
-        if (key == nullptr) return false;
-        if (bans_.active(*key, now())) return true;
-        banned_identities_.erase(identity);
-        return false;
+    // `id`: the public id of a user with a key or an account; empty: unknown.
+    bool banned(const std::string& address, const std::string& name, const std::string& id) const {
+        return bans_.active(address_key(address), now()) || bans_.active(name_key(name), now()) ||
+               (!id.empty() && bans_.active(user_key(id), now()));
     }
     bool muted(const ChatRoom& room, const User& user) const { return mutes_.active(mute_key(room, user), now()); }
     void mute(const ChatRoom& room, const User& user, Duration duration) {
-        mutes_.set(mute_key(room, user), duration, now());
+        decide("mute", mute_key(room, user), user.info.name, duration);
+    }
+    void move_mute(const std::string& key, const std::string& new_key, const std::string& name) {
+        const Duration left = mutes_.left(key, now());
+        if (key == new_key || left == Duration::zero()) return;
+        decide("mute", new_key, name, left);
+        decide("mute", key, "", Duration::zero());
+    }
+
+    // A decision holds at once, and the store keeps it for restarts and other servers. Zero ends it.
+    void decide(const char* scope, const std::string& key, const std::string& name, Duration duration) {
+        const bool ending = duration <= Duration::zero();
+        constexpr Duration longest = std::chrono::hours(24 * 365 * 10);
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
+        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
+        on_fact(fact);
+        store_->put(std::move(fact));
+    }
+    inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
+    inline void on_fact(const ChatFact& fact) override;
+    void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
+        server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
+    }
+    void load_decisions(const char* scope) {
+        store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            for (const ChatFact& fact : facts) on_fact(fact);
+        });
     }
 
     // ---- entries ---------------------------------------------------------------------------------------------------
@@ -12644,16 +12715,15 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
-    const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
+    const std::uint64_t first_number_;    // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
     detail::Deadlines bans_, mutes_;
-    StringMap<std::string> banned_identities_;  // the ban that applies to an identity, as a key of bans_
     bool pruning_ = false;
-    std::string secret_;  // empty: the store has not answered yet
+    std::string secret_;                          // empty: the store has not answered yet
     std::vector<std::function<void()>> waiting_;  // handshakes, until then
-    std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
+    std::unique_ptr<ChatStore> store_;            // the last member, because its destructor may call the listener
 };
 
 // ---- the handler ---------------------------------------------------------------------------------------------------
@@ -12723,12 +12793,7 @@ public:
         reply(ChatEvent("error").add_text("code", code).add_text("text", sentence));
     }
     // Closes the connection with 1008. The user leaves without a grace period.
-    void kick(std::string_view reason) {
-        if (!is_open()) return;
-        kicked_ = true;
-        write_message(ChatEvent("kicked").add_text("text", reason).dump());
-        close(CloseCode::policy_violation, truncate_utf8(reason, 123));
-    }
+    void kick(std::string_view reason) { end_with("kick", reason, Duration::zero()); }
 
     // ---- WebSocketHandler; the hooks above replace these -----------------------------------------------------------
 
@@ -12743,8 +12808,18 @@ public:
         hub_->when_ready([this, answer = std::make_shared<Reply>(std::move(reply))] {
             // If the client has gone, so may this handler have.
             if (!answer->is_open()) return;
+            if (!identity_.empty()) user_.id = hub_->user_id(identity_);
+            if (auto refusal = refuse_banned()) {
+                answer->send(std::move(*refusal));
+                return;
+            }
             run_hook("authenticate_async", [&] { authenticate_async(request(), ChatReply(std::move(*answer))); });
         });
+    }
+
+    // A derived class that has subprotocols of its own should select "wschat" among the others.
+    std::string select_subprotocol(const std::vector<std::string_view>& offered) override {
+        return text::contains(offered, "wschat") ? "wschat" : "";
     }
 
     void open() final {
@@ -12788,13 +12863,40 @@ private:
     std::optional<Response> admit(ChatUser user) {
         check_about(user.about);
         user_ = std::move(user);
-        const std::string key = request().query("key").value_or("");
+        const std::string key = offered_key();
         identity_.clear();
         if (user_.account) identity_ = "account " + user_.name;
         else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
-        if (hub_->banned(remote_address(), user_.name, identity_))
-            return Response(403, "You are banned from this chat.\n");
-        return std::nullopt;
+        user_.id = identity_.empty() ? "" : hub_->user_id(identity_);
+        return refuse_banned();
+    }
+    // The key of the client: "wschat.key.KEY" among its subprotocols, in base64url, which no log of a proxy shows. Else
+    // the one in the address.
+    std::string offered_key() const {
+        constexpr std::string_view prefix = "wschat.key.";
+        std::optional<std::string> key;
+        request().fields().each_element("sec-websocket-protocol", [&](std::string_view offered) {
+            if (!key && text::starts_with(offered, prefix))
+                key = detail::decode_base64url(offered.substr(prefix.size())).value_or("");
+        });
+        return key ? *key : request().query("key").value_or("");
+    }
+    std::optional<Response> refuse_banned() {
+        if (!hub_->banned(remote_address(), user_.name, known_id())) return std::nullopt;
+        return Response(403, "You are banned from this chat.\n");
+    }
+    // Empty for a guest, whose id ends with the connection.
+    std::string known_id() const { return identity_.empty() ? "" : user_.id; }
+    // The client is told why, so that it does not connect again at once.
+    void end_with(std::string_view code, std::string_view reason, Duration ban) {
+        if (!is_open()) return;
+        kicked_ = true;
+        ChatEvent event("kicked");
+        event.add_text("code", code).add_text("text", reason);
+        if (ban > Duration::zero())
+            event.add("seconds", std::chrono::duration_cast<std::chrono::seconds>(ban).count() + 1);
+        write_message(event.dump());
+        close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
 
     friend class ChatHub;
@@ -12846,9 +12948,8 @@ private:
         ChatEvent event("hello");
         event.add("version", 3).add_text("server", "wschat");
         add_room(event).add_text("name", user().name).add_text("user", user().id);
-        event.add_json("features",
-                       R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
-                       R"("private","edit","delete","react","topic","data","commands"])");
+        event.add_json("features", R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
+                                   R"("private","edit","delete","react","topic","data","commands"])");
         const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"data", hub_->limits.max_data},
@@ -12926,9 +13027,7 @@ private:
 
     // Filters the text. The result says why it is refused. A message with data needs no text.
     Refusal refuse_text(std::string& text, bool may_be_empty = false) {
-        const auto is_empty = [&] {
-            return !may_be_empty && detail::all_characters(text, detail::is_white_space);
-        };
+        const auto is_empty = [&] { return !may_be_empty && detail::all_characters(text, detail::is_white_space); };
         const std::size_t max = hub_->limits.max_text;
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
@@ -13136,8 +13235,8 @@ private:
         bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 21>& commands() {
-        static constexpr std::array<Command, 21> all = {{
+    static const std::array<Command, 24>& commands() {
+        static constexpr std::array<Command, 24> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
@@ -13153,7 +13252,12 @@ private:
             {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
             {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
-            {"before", "/before ID [LIMIT]", "what was said before the message with that id", &ChatCommands::before, {}, true},
+            {"before",
+             "/before ID [LIMIT]",
+             "what was said before the message with that id",
+             &ChatCommands::before,
+             {},
+             true},
             {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search, {}, true},
             {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
             {"help", "/help", "this list", &ChatCommands::help},
@@ -13161,7 +13265,10 @@ private:
              ChatAction::topic},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
+            {"unban", "/unban NAME|ADDRESS", "ends a ban", &ChatCommands::unban, ChatAction::ban},
+            {"bans", "/bans", "who is banned", &ChatCommands::bans, ChatAction::ban, true},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
+            {"unmute", "/unmute NAME", "lets a user speak again", &ChatCommands::unmute, ChatAction::mute},
         }};
         return all;
     }
@@ -13274,7 +13381,7 @@ private:
         if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
         if (!handler_.may(ChatAction::rename)) return handler_.reply_forbidden();
         if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
-        if (hub.banned("", name, "")) return error("name_banned", "That name is banned.");
+        if (hub.banned("unix", name, "")) return error("name_banned", "That name is banned.");
         if (room_ == nullptr) return reply_no_room();
         if (name == handler_.user().name) return;
         if (handler_.muted()) return error("muted", "You are muted for a while.");
@@ -13356,7 +13463,8 @@ private:
     void kick(std::string_view rest) {
         const Presence::User* user = consume_user(rest);
         if (user == nullptr) return reply_unknown_user();
-        room_->kick(user->info.name, rest.empty() ? "You were asked to leave." : rest);
+        report("kick", user->info.name, 0);
+        room_->kick(std::string(user->info.name), rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
@@ -13366,7 +13474,22 @@ private:
         if (!target.empty() && target.back() == ' ') target.remove_suffix(1);
         const auto seconds = rest.empty() ? std::uint64_t{3600} : ChatHandler::to_number(rest);
         if (target.empty() || !seconds) return error("bad_command", "/ban NAME|ADDRESS [SECONDS]");
+        report(*seconds == 0 ? "unban" : "ban", target, *seconds);
         handler_.hub_->ban(target, to_duration(*seconds));
+    }
+    void unban(std::string_view rest) {
+        if (rest.empty()) return error("bad_command", "/unban NAME|ADDRESS");
+        report("unban", rest, 0);
+        handler_.hub_->ban(rest, Duration::zero());
+    }
+    void bans(std::string_view) {
+        JsonList list;
+        for (const ChatHub::Ban& each : handler_.hub_->bans()) {
+            const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(each.left).count();
+            list.add(Json{{"ban", each.key}, {"name", each.name}, {"seconds", seconds}}.dump());
+        }
+        ChatEvent event("bans");
+        handler_.write_charged(event.add_json("bans", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void mute(std::string_view rest) {
@@ -13374,12 +13497,33 @@ private:
         const auto seconds = rest.empty() ? std::uint64_t{600} : ChatHandler::to_number(rest);
         if (user == nullptr) return reply_unknown_user();
         if (!seconds) return error("bad_command", "/mute NAME [SECONDS]");
+        report(*seconds == 0 ? "unmute" : "mute", user->info.name, *seconds);
         handler_.hub_->mute(*room_, *user, to_duration(*seconds));
     }
+    void unmute(std::string_view rest) {
+        const Presence::User* user = consume_user(rest);
+        if (user == nullptr || !rest.empty()) return reply_unknown_user();
+        report("unmute", user->info.name, 0);
+        handler_.hub_->mute(*room_, *user, Duration::zero());
+    }
+    // Tells the moderator and the log.
+    void report(std::string_view action, std::string_view name, std::uint64_t seconds) {
+        const std::string room = room_ == nullptr ? "" : room_->name();
+        ChatEvent event("moderation");
+        event.add_unless_empty("room", room).add_text("action", action).add_text("name", name);
+        if (seconds != 0) event.add("seconds", (std::min)(seconds, max_seconds));
+        handler_.reply(event.add_text("by", handler_.user().name));
+        handler_.server().report(LogLevel::info, "chat_moderation",
+                                 {{"action", std::string(action)},
+                                  {"room", room},
+                                  {"name", std::string(name)},
+                                  {"by", handler_.user().name},
+                                  {"seconds", std::to_string(seconds)}});
+    }
 
-    // At most ten years.
+    static constexpr std::uint64_t max_seconds = 315'360'000;  // ten years
     static Duration to_duration(std::uint64_t seconds) {
-        return std::chrono::seconds((std::min)(seconds, std::uint64_t{315'360'000}));
+        return std::chrono::seconds((std::min)(seconds, max_seconds));
     }
     Presence::User* consume_user(std::string_view& text) const {
         return room_ == nullptr ? nullptr : room_->presence_.consume_user(text);
@@ -13582,25 +13726,47 @@ inline bool ChatRoom::mute(std::string_view name, Duration duration) {
 
 inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     const std::string target(address_or_name);
-    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
-    const bool ending = duration <= Duration::zero();
+    if (duration <= Duration::zero()) {
+        const std::string folded = name_key(target), address = address_key(target);
+        for (const Ban& each : bans())
+            if (each.key == folded || each.key == address || name_key(each.name) == folded)
+                decide("ban", each.key, "", Duration::zero());
+        return;
+    }
     bool is_user = false;
     for (const auto& [name, room] : rooms_) {
         const User* user = room.presence_.find(target);
         if (user == nullptr) continue;
         is_user = true;
-        if (!ending && !user->identity.empty()) banned_identities_.find_or_emplace(user->identity) = name_key(target);
+        if (!user->identity.empty()) {
+            decide("ban", user_key(user->info.id), target, duration);
+            continue;
+        }
+        for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
+            ban_lone_address(*each, target, duration);
     }
-    if (ending || is_user || !is_address) bans_.set(name_key(target), duration, now());
-    if (is_address && (ending || !is_user)) bans_.set(address_key(target), duration, now());
-    if (ending) return;
+    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
+    decide("ban", is_address && !is_user ? address_key(target) : name_key(target), target, duration);
+}
+inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration) {
+    const std::string key = address_key(handler.remote_address());
+    for (const auto& [number, other] : connections_)
+        if (other.user_.id != handler.user_.id && address_key(other.remote_address()) == key) return;
+    decide("ban", key, name, duration);
+}
+
+inline void ChatHub::on_fact(const ChatFact& fact) {
+    const bool is_ban = fact.scope == "ban";
+    if (!is_ban && fact.scope != "mute") return;
+    const Duration left = fact.value.empty() ? Duration::zero() : std::chrono::milliseconds(fact.expires - unix_ms());
+    (is_ban ? bans_ : mutes_).set(fact.key, fact.value, left, now());
+    if (!is_ban || left <= Duration::zero()) return;
     for (const auto& [number, handler] : connections_) {
-        const auto is_banned = [&, connection = &handler](const std::string& name) {
-            return banned(connection->remote_address(), name, connection->identity_);
-        };
-        bool found = is_banned("");
-        for (const auto& membership : handler.memberships_) found = found || is_banned(membership.user->info.name);
-        if (found) handler.kick("You are banned.");
+        const std::string address = handler.remote_address();
+        bool found = banned(address, "", handler.known_id());
+        for (const auto& membership : handler.memberships_)
+            found = found || banned(address, membership.user->info.name, "");
+        if (found) handler.end_with("ban", "You are banned.", left);
     }
 }
 

@@ -622,15 +622,22 @@ private:
     pid_t pid_ = -1;
 };
 
-// The texts of the messages in a file, by id.
-std::map<std::uint64_t, std::string> kept_in(const std::string& path) {
-    std::map<std::uint64_t, std::string> kept;
+// What a file contains.
+struct Kept {
+    std::map<std::uint64_t, std::string> texts;           // of messages, by id; removed ones are empty
+    std::map<std::uint64_t, std::uint64_t> last_changes;  // the newest amendment of a message
+};
+Kept kept_in(const std::string& path) {
+    Kept kept;
     const OtherProgram program(path);
     const auto add = [](void* all, int, char** values, char**) {
-        (*static_cast<std::map<std::uint64_t, std::string>*>(all))[std::stoull(values[0])] = values[1];
+        const std::uint64_t id = std::stoull(values[0]), target = std::stoull(values[1]);
+        if (target == 0) static_cast<Kept*>(all)->texts[id] = values[2];
+        else static_cast<Kept*>(all)->last_changes[target] = id;
         return 0;
     };
-    REQUIRE(::sqlite3_exec(program.database, "SELECT id, text FROM entry", add, &kept, nullptr) == SQLITE_OK);
+    REQUIRE(::sqlite3_exec(program.database, "SELECT id, target, text FROM entry ORDER BY id", add, &kept, nullptr) ==
+            SQLITE_OK);
     return kept;
 }
 
@@ -651,12 +658,18 @@ public:
         while (!contains(read(), "\"type\":\"users\"")) {
         }
     }
-    // Everything between the first and the last message that it has seen, once and in order.
-    void check_against(const std::map<std::uint64_t, std::string>& kept) const {
+    // Everything between the first and the last message that it has seen, with all changes that it has seen.
+    void check_against(const Kept& kept) const {
         if (seen.empty() || !seen_of_this_file) return;
-        const std::map<std::uint64_t, std::string> expected(kept.lower_bound(seen.begin()->first),
-                                                            kept.upper_bound(seen.rbegin()->first));
-        CHECK(seen == expected);
+        const auto begin = kept.texts.lower_bound(seen.begin()->first),
+                   end = kept.texts.upper_bound(seen.rbegin()->first);
+        CHECK(static_cast<std::size_t>(std::distance(begin, end)) == seen.size());
+        for (const auto& [id, text] : seen) {
+            CAPTURE(id);
+            REQUIRE(kept.texts.count(id) == 1);
+            const auto change = kept.last_changes.find(id);
+            if (change == kept.last_changes.end() || change->second <= last_id_) CHECK(kept.texts.at(id) == text);
+        }
     }
 
     std::map<std::uint64_t, std::string> seen;
@@ -669,78 +682,104 @@ private:
         REQUIRE(next.has_value());
         const std::string& event = *next;
         if (contains(event, "\"type\":\"history\"")) {
-            if (contains(event, "\"gap\":true")) seen.clear();
-            else if (!seen.empty()) ++resumed;
+            if (contains(event, "\"gap\":true") || position_.empty()) {
+                seen.clear();
+                last_id_ = 0;
+            } else if (!seen.empty()) ++resumed;
             seen_of_this_file = true;
             add_all(event);
             const std::string epoch = test::field_of(event, "epoch");
             if (!epoch.empty()) epoch_ = epoch;
             position_ = epoch.empty() ? "" : epoch_ + "-" + test::field_of(event, "last");
-        } else if (contains(event, "\"type\":\"said\"")) {
+        } else if (contains(event, "\"id\":")) {
             add_all(event);
             if (!position_.empty()) position_ = epoch_ + "-" + test::field_of(event, "id");
         }
         return event;
     }
+    // All entries of a "history" event, or another event.
     void add_all(std::string events) {
-        for (std::size_t at; (at = events.find("\"type\":\"said\"")) != std::string::npos;) {
-            events.erase(0, at + 13);
+        for (std::size_t at; (at = events.find("\"id\":")) != std::string::npos;) {
+            const std::size_t type_at = events.rfind("\"type\":", at);
+            const std::string type = test::field_of(events.substr(type_at), "type");
+            events.erase(0, at);
             const std::uint64_t id = std::stoull(test::field_of(events, "id"));
-            CHECK((seen.empty() || seen.rbegin()->first < id));  // in order, and nothing twice
-            seen[id] = test::field_of(events, "text");
+            CHECK(last_id_ < id);  // in order, and nothing twice
+            last_id_ = id;
+            if (type == "said") seen[id] = test::field_of(events, "text");
+            const auto target = type == "said" ? seen.end() : seen.find(std::stoull(test::field_of(events, "target")));
+            if (target != seen.end()) target->second = type == "edit" ? test::field_of(events, "text") : "";
+            events.erase(0, 1);
         }
     }
     std::optional<Client> client_;
     std::string epoch_, position_;
+    std::uint64_t last_id_ = 0;  // since the last gap
 };
 
-// A client that sends each message until it is acknowledged.
+// A client that sends each line until it is acknowledged.
 class Writer {
 public:
     void connect(int port) {
         client_.emplace(port, "/chat/tea?name=Writer&key=writer-secret");
         next_with(*client_, "\"type\":\"history\"");
-        for (const std::string& tag : pending_) send(tag);
+        for (const auto& [tag, line] : pending_) send(tag, line);
     }
     void write(unsigned count) {
-        for (; count != 0; --count) {
-            pending_.push_back("t" + std::to_string(++made_));
-            send(pending_.back());
-        }
+        for (; count != 0; --count) add("t", "text-");
     }
-    void read(unsigned count) {
+    // Edits or removes one of its messages.
+    void change(unsigned choice) {
+        if (acknowledged.empty()) return;
+        const auto message = std::next(acknowledged.begin(), static_cast<int>(choice % acknowledged.size()));
+        const std::string id = std::to_string(message->second);
+        if (choice % 3 == 0) add("c", "/delete " + id + " ");
+        else add("c", "/edit " + id + " text-" + message->first + "-");
+    }
+    void read(std::size_t count) {
         for (; count != 0 && !pending_.empty(); --count) {
-            const std::string event = next_with(*client_, "\"tag\"");
+            std::string event = next_with(*client_, "\"tag\"");
+            while (contains(event, "\"type\":\"history\"")) event = next_with(*client_, "\"tag\"");
             const std::string tag = test::field_of(event, "tag");
-            acknowledged[tag] = std::stoull(test::field_of(event, "id"));
-            pending_.erase(std::find(pending_.begin(), pending_.end(), tag));
+            if (tag[0] == 't') acknowledged[tag] = std::stoull(test::field_of(event, "id"));
+            REQUIRE(pending_.erase(tag) == 1);
         }
     }
+    void read_all() { read(pending_.size()); }
     void disconnect() {
         if (client_) client_->raw.reset();
         client_.reset();
     }
-    void check_against(const std::map<std::uint64_t, std::string>& kept) const {
+    void check_against(const Kept& kept) const {
         std::map<std::string, int> copies;
-        for (const auto& [id, text] : kept) ++copies[text];
-        for (const auto& [text, count] : copies) CHECK(count == 1);
-        for (const auto& [tag, id] : acknowledged) CHECK(kept.at(id) == "text-" + tag);
-    }
-    // The file has lost these.
-    void forget(const std::map<std::uint64_t, std::string>& kept) {
-        for (auto at = acknowledged.begin(); at != acknowledged.end();) {
-            const auto found = kept.find(at->second);
-            at = found != kept.end() && found->second == "text-" + at->first ? std::next(at) : acknowledged.erase(at);
+        for (const auto& [id, text] : kept.texts) ++copies[original(text)];
+        for (const auto& [text, count] : copies) CHECK((text.empty() || count == 1));
+        for (const auto& [tag, id] : acknowledged) {
+            const std::string text = original(kept.texts.at(id));
+            CHECK((text.empty() || text == "text-" + tag));
         }
     }
+    // The file has lost what it had after a copy. Lines with ids would change other messages now.
+    void forget(const Kept& kept) {
+        for (auto at = acknowledged.begin(); at != acknowledged.end();)
+            at = kept.texts.count(at->second) == 1 ? std::next(at) : acknowledged.erase(at);
+        for (auto at = pending_.begin(); at != pending_.end();)
+            at = at->first[0] == 't' ? std::next(at) : pending_.erase(at);
+    }
 
-    std::map<std::string, std::uint64_t> acknowledged;  // by tag
+    std::map<std::string, std::uint64_t> acknowledged;  // messages by tag
 
 private:
-    void send(const std::string& tag) { client_->send("/tag " + tag + " text-" + tag); }
+    // "text-t1" of "text-t1-c7", which is an edit.
+    static std::string original(const std::string& text) { return text.substr(0, text.find('-', 5)); }
+    void add(const std::string& kind, const std::string& line) {
+        const std::string tag = kind + std::to_string(++made_);
+        send(tag, pending_[tag] = line + tag);
+    }
+    void send(const std::string& tag, const std::string& line) { client_->send("/tag " + tag + " " + line); }
 
     std::optional<Client> client_;
-    std::vector<std::string> pending_;
+    std::map<std::string, std::string> pending_;  // lines by tag
     int made_ = 0;
 };
 
@@ -764,6 +803,7 @@ TEST_CASE("whatever is killed, restored or unreadable, a client sees every messa
                 writer.connect(server.port);
                 for (int step = 0; step < 6; ++step) {
                     writer.write(pick(5));
+                    writer.change(pick(1000));
                     writer.read(pick(5));
                     switch (pick(5)) {
                         case 0: reader.disconnect(); break;
@@ -794,7 +834,7 @@ TEST_CASE("whatever is killed, restored or unreadable, a client sees every messa
         const KilledServer server(file.path);
         reader.connect(server.port);
         writer.connect(server.port);
-        writer.read(1000);
+        writer.read_all();
         reader.catch_up();
         reader.check_against(kept_in(file.path));
         CHECK(writer.acknowledged.size() > 50);
