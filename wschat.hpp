@@ -1024,21 +1024,6 @@ inline std::string random_bytes(std::size_t size) {
 
 namespace detail {
 
-// RFC 2104 with SHA-1.
-inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
-    std::string block(key);
-    if (key.size() > 64) {
-        const auto digest = sha1(key);
-        block.assign(digest.begin(), digest.end());
-    }
-    block.resize(64);
-    std::string inner = block, outer = block;
-    for (char& c : inner) c = static_cast<char>(c ^ 0x36);
-    for (char& c : outer) c = static_cast<char>(c ^ 0x5C);
-    const auto digest = sha1(inner.append(message));
-    return sha1(outer.append(digest.begin(), digest.end()));
-}
-
 // The JSON text of an object that has .dump(), such as nlohmann::json.
 template <class Object>
 auto json_text(const Object& object) -> decltype(std::string(object.dump())) {
@@ -12024,6 +12009,25 @@ inline bool valid_json(std::string_view text) { return valid_utf8(text) && consu
 
 }  // namespace detail
 
+namespace detail {
+
+// RFC 2104 with SHA-1.
+inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
+    std::string block(key);
+    if (key.size() > 64) {
+        const auto digest = sha1(key);
+        block.assign(digest.begin(), digest.end());
+    }
+    block.resize(64);
+    std::string inner = block, outer = block;
+    for (char& c : inner) c = static_cast<char>(c ^ 0x36);
+    for (char& c : outer) c = static_cast<char>(c ^ 0x5C);
+    const auto digest = sha1(inner.append(message));
+    return sha1(outer.append(digest.begin(), digest.end()));
+}
+
+}  // namespace detail
+
 // An event for clients: one JSON object, field by field. README.md lists all events.
 class ChatEvent {
 public:
@@ -12520,6 +12524,21 @@ private:
         return connections_.find(big_endian_key(number));
     }
 
+    // The connections of a user, in all rooms.
+    std::vector<ChatHandler*> connections_of(const std::string& id) const {
+        const std::vector<ChatHandler*>* found = connections_by_id_.find(id);
+        return found == nullptr ? std::vector<ChatHandler*>() : *found;
+    }
+    void add_user(const std::string& id, ChatHandler& handler) {
+        connections_by_id_.find_or_emplace(id).push_back(&handler);
+    }
+    void remove_user(const std::string& id, const ChatHandler& handler) {
+        std::vector<ChatHandler*>* const all = connections_by_id_.find(id);
+        if (all == nullptr) return;
+        all->erase(std::remove(all->begin(), all->end(), &handler), all->end());
+        if (all->empty()) connections_by_id_.erase(id);
+    }
+
     AddressUse& add_address(const std::string& remote_address) {
         if (addresses_.size() >= prune_addresses_at_) prune_addresses();
         AddressUse& use = addresses_.find_or_emplace(rate_limit_key(remote_address));
@@ -12593,6 +12612,36 @@ private:
         });
     }
 
+    // ---- private messages and read markers -------------------------------------------------------------------------
+
+    // The log of a conversation in the store. No room of a user has such a name.
+    static std::string conversation(const std::string& one, const std::string& other) {
+        return text::concat({"\n", (std::min)(one, other), "\n", (std::max)(one, other)});
+    }
+    static bool is_conversation(const std::string& room) { return room.size() > 1 && room[0] == '\n'; }
+    // The other user of a conversation.
+    static std::string peer_in(const std::string& room, const std::string& id) {
+        const std::size_t middle = room.find('\n', 1);
+        const std::string first = room.substr(1, middle - 1);
+        return first == id ? room.substr(middle + 1) : first;
+    }
+    // Keeps a fact that does not change, once in the life of this server.
+    void note(ChatFact fact) {
+        const std::string key = text::concat({fact.scope, "\n", fact.key});
+        constexpr std::size_t max_noted = 100'000;
+        if (noted_.size() >= max_noted) noted_.erase_if([](bool) { return true; });
+        if (noted_.find(key) != nullptr) return;
+        noted_.find_or_emplace(key) = true;
+        store_->put(std::move(fact));
+    }
+    // The room of an entry, or the other user of its conversation.
+    static ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) {
+        return is_conversation(entry.room) ? event.add_text("peer", peer_in(entry.room, entry.user))
+                                           : event.add_text("room", entry.room);
+    }
+    inline void on_conversation(const ChatEntry& entry);
+    inline void on_read(const ChatFact& fact);
+
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
     static std::string address_key(const std::string& address) {
@@ -12605,7 +12654,7 @@ private:
     }
 
     static std::string user_key(const std::string& id) { return text::concat({"user ", id}); }
-    // Whoever has a key or an account is known by it, and all others by their names.
+    // Users with a key or an account are known by their ids, and all others by their names.
     std::string mute_key(const ChatRoom& room, const User& user) const {
         const std::string who = user.identity.empty() ? name_key(user.info.name) : user_key(user.info.id);
         return text::concat({room.name(), "\n", who});
@@ -12715,7 +12764,9 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
-    const std::uint64_t first_number_;    // of what the hub itself says; the connections have the next ones
+    StringMap<std::vector<ChatHandler*>> connections_by_id_;
+    StringMap<bool> noted_;             // the facts about users and conversations that the store has
+    const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
@@ -12825,6 +12876,8 @@ public:
     void open() final {
         number_ = hub_->add_connection(*this);
         user_.id = hub_->user_id(identity_.empty() ? text::concat({"guest ", std::to_string(number_)}) : identity_);
+        hub_->add_user(user_.id, *this);
+        if (!identity_.empty()) hub_->note({"user", user_.id, "1", identity_});
         if (remote_address() != "unix") address_ = &hub_->add_address(remote_address());
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
@@ -12841,6 +12894,7 @@ public:
         if (current_room() != nullptr)
             request_history(*current_room(), HistoryPosition::parse(request().query("last").value_or("")));
         join_more_rooms();
+        if (!identity_.empty()) request_conversations();
     }
 
     void on_message(const Message& message) final {
@@ -13052,6 +13106,19 @@ private:
         entry.data = data;
         hub_->append(std::move(entry));
     }
+    // Says something in the conversation with another user.
+    void say_to(const std::string& id, const std::string& name, std::string text, const std::string& tag) {
+        if (memberships_.empty()) return;
+        ChatEntry entry = new_kept_entry(ChatEntry::Kind::said);
+        entry.room = ChatHub::conversation(user_.id, id);
+        entry.user = user_.id;
+        entry.to = name;
+        entry.text = std::move(text);
+        entry.tag = tag;
+        hub_->note({"talk", text::concat({user_.id, "\n", id}), name.empty() ? "?" : name, identity_});
+        hub_->note({"talk", text::concat({id, "\n", user_.id}), user().name, identity_});
+        hub_->append(std::move(entry));
+    }
     ChatEntry new_kept_entry(ChatEntry::Kind kind, std::uint64_t target = 0) {
         ChatEntry entry = new_entry(kind);
         entry.author = ChatHub::author_of(*memberships_[current_].user);
@@ -13115,7 +13182,9 @@ private:
     void disconnect(bool at_once) {
         while (!memberships_.empty()) run_hook("on_close", [&] { leave_room(memberships_.size() - 1, at_once); });
         if (address_ != nullptr) --std::exchange(address_, nullptr)->connections;
-        if (number_ != 0) hub_->remove_connection(std::exchange(number_, 0));
+        if (number_ == 0) return;
+        hub_->remove_user(user_.id, *this);
+        hub_->remove_connection(std::exchange(number_, 0));
     }
 
     // ---- the history -----------------------------------------------------------------------------------------------
@@ -13151,6 +13220,7 @@ private:
             page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         members.join(*this);
+        request_read_marker(chat_room->name());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
@@ -13170,6 +13240,38 @@ private:
                 if (each != this && members.has(*each))
                     each->write_message(each->history_event(room, page, true).dump());
     }
+
+    // ---- conversations ---------------------------------------------------------------------------------------------
+
+    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or the
+    // newest messages.
+    void request_conversations() {
+        hub_->store().facts(
+            "talk", user_.id + "\n", [me = ref()](const std::vector<ChatFact>& facts, const std::string&) {
+                auto* self = static_cast<ChatHandler*>(me.get());
+                constexpr std::size_t max_conversations = 100;
+                for (std::size_t i = 0; self != nullptr && self->is_open() && i < facts.size() && i < max_conversations;
+                     ++i)
+                    self->request_conversation(facts[i].key.substr(facts[i].key.find('\n') + 1), facts[i].value);
+            });
+    }
+    void request_conversation(const std::string& peer, const std::string& name) {
+        std::optional<HistoryPosition> position;
+        for (const std::string& each : request().query_all("peer")) {
+            std::string_view rest = each;
+            if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
+        }
+        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const std::string log = ChatHub::conversation(user_.id, peer);
+        const auto answer = [me = ref(), peer, name, log](const HistoryPage& page) {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_conversation(peer, name, log, page);
+        };
+        hub_->store().since(log, position, may_read() ? wanted : 0, answer);
+    }
+    inline void on_conversation(const std::string& peer, const std::string& name, const std::string& log,
+                                const HistoryPage& page);
+    // Of a room, or of "@" and the id of a peer.
+    inline void request_read_marker(const std::string& what);
 
     // The store's answer to /before and /search becomes the end of this event.
     ChatStore::PageCallback answer_with_page(ChatEvent event) {
@@ -13235,16 +13337,17 @@ private:
         bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 24>& commands() {
-        static constexpr std::array<Command, 24> all = {{
+    static const std::array<Command, 25>& commands() {
+        static constexpr std::array<Command, 25> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
             {"react", "/react ID EMOJI", "reacts to a message; once more takes it back", &ChatCommands::react,
              ChatAction::say},
             {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
-            {"msg", "/msg NAME TEXT", "says something to one user alone", &ChatCommands::msg,
+            {"msg", "/msg NAME|@ID TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
+            {"read", "/read [@ID] NUMBER", "remembers what you have read", &ChatCommands::read},
             {"who", "/who", "who is in this room", &ChatCommands::who, {}, true},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
             {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms, true},
@@ -13331,10 +13434,13 @@ private:
     }
 
     void msg(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return msg_to_id(rest.substr(1));
         const Presence::User* receiver = consume_user(rest);
         std::string text(rest);
         if (room_ != nullptr && receiver == nullptr) return reply_unknown_user();
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        const bool kept = !handler_.identity_.empty() && !receiver->identity.empty();
+        if (kept) return handler_.say_to(receiver->info.id, receiver->info.name, std::move(text), handler_.tag_);
         if (receiver->expires != (Time::max)())
             return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
         if (!handler_.tag_.empty() && is_duplicate())
@@ -13344,6 +13450,34 @@ private:
         entry.to = receiver->info.name;
         entry.tag = handler_.tag_;
         handler_.hub_->forward(std::move(entry));
+    }
+    // A user with a key or an account gets it also later.
+    void msg_to_id(std::string_view rest) {
+        const std::string id(text::consume_until(rest, ' '));
+        std::string text(rest);
+        if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (handler_.identity_.empty())
+            return error("forbidden", "Only users with a key or an account write to users by their ids.");
+        handler_.hub_->store().facts(
+            "user", id,
+            [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](const std::vector<ChatFact>& facts,
+                                                                                   const std::string&) {
+                auto* self = static_cast<ChatHandler*>(me.get());
+                if (self == nullptr) return;
+                if (!facts.empty() && facts[0].key == id) return self->say_to(id, "", text, tag);
+                ChatEvent event("error");
+                event.add_text("code", "unknown_user").add_text("text", "There is no user with that id.");
+                self->write_message(event.add_unless_empty("tag", tag).dump());
+            });
+    }
+    void read(std::string_view rest) {
+        std::string what = room_ == nullptr ? "" : room_->name();
+        if (text::starts_with(rest, "@")) what = text::consume_until(rest, ' ');
+        const auto id = ChatHandler::to_number(rest);
+        if (!id || what.empty() || what.size() > 100) return error("bad_command", "/read [@ID] NUMBER");
+        if (handler_.identity_.empty()) return error("forbidden", "A guest without a key has no read markers.");
+        handler_.hub_->store().put(
+            {"read", text::concat({handler_.user_.id, "\n", what}), std::to_string(*id), handler_.identity_});
     }
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
     bool is_duplicate() {
@@ -13569,6 +13703,25 @@ inline std::string reactions_json(const ChatEntry& entry, const std::string& vie
     return std::string(list.dump());
 }
 
+// A kept private message for the user with this public id.
+inline ChatEvent private_event(const ChatEntry& entry, const std::string& id, bool with_tag) {
+    ChatEvent event("private");
+    const std::size_t middle = entry.room.find('\n', 1);
+    const std::string first = entry.room.substr(1, middle - 1);
+    event.add_text("peer", first == id ? entry.room.substr(middle + 1) : first).add("id", entry.id);
+    event.add_text("user", entry.user).add_text("name", entry.name).add_unless_empty("to", entry.to);
+    event.add_text("text", entry.text).add("time", entry.time);
+    return with_tag ? event.add_unless_empty("tag", entry.tag) : event;
+}
+// The key of a read marker is the public id of its user, a line feed, and a room or "@" with the id of a peer.
+inline ChatEvent read_event(const ChatFact& fact) {
+    const std::string what = fact.key.substr(fact.key.find('\n') + 1);
+    const bool is_peer = text::starts_with(what, "@");
+    ChatEvent event("read");
+    event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what);
+    return event.add_json("id", fact.value);
+}
+
 // The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag.
 inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer = {}) {
     using Kind = ChatEntry::Kind;
@@ -13625,6 +13778,31 @@ inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryP
     event.add_unless_empty("epoch", page.epoch).add("last", page.last_id);
     event.add("gap", page.gap || (cut && resumed)).add("more", page.more || cut);
     return event.add_json("entries", list.dump());
+}
+
+inline void ChatHandler::on_conversation(const std::string& peer, const std::string& name, const std::string& log,
+                                         const HistoryPage& page) {
+    if (!is_open() || (page.last_id == 0 && page.error.empty())) return;
+    detail::JsonList list;
+    for (ChatEntry entry : page.entries) {
+        entry.room = log;
+        if (entry.is_message()) list.add(detail::private_event(entry, user_.id, entry.user == user_.id).dump());
+    }
+    ChatEvent event("history");
+    event.add_text("peer", peer).add_text("name", name).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add("gap", page.gap || !page.error.empty()).add("more", page.more);
+    write_charged(event.add_json("entries", list.dump()).dump());
+    request_read_marker("@" + peer);
+}
+
+inline void ChatHandler::request_read_marker(const std::string& what) {
+    if (identity_.empty()) return;
+    const std::string key = text::concat({user_.id, "\n", what});
+    hub_->store().facts("read", key, [me = ref(), key](const std::vector<ChatFact>& facts, const std::string&) {
+        auto* self = static_cast<ChatHandler*>(me.get());
+        if (self != nullptr && !facts.empty() && facts[0].key == key)
+            self->write_message(detail::read_event(facts[0]).dump());
+    });
 }
 
 inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, const std::string& tag,
@@ -13755,7 +13933,16 @@ inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::str
     decide("ban", key, name, duration);
 }
 
+// A read marker goes to all connections of its user.
+inline void ChatHub::on_read(const ChatFact& fact) {
+    const std::size_t end = fact.key.find('\n');
+    const std::string id = fact.key.substr(0, end);
+    for (ChatHandler* each : connections_of(id)) each->write_message(detail::read_event(fact).dump());
+}
+
 inline void ChatHub::on_fact(const ChatFact& fact) {
+    if (fact.scope == "read" && !fact.value.empty()) return on_read(fact);
+    if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
     const bool is_ban = fact.scope == "ban";
     if (!is_ban && fact.scope != "mute") return;
     const Duration left = fact.value.empty() ? Duration::zero() : std::chrono::milliseconds(fact.expires - unix_ms());
@@ -13816,7 +14003,22 @@ inline void ChatHub::on_typing(const ChatEntry& entry) {
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
 
+// Both users get it in all their connections, and later as the history of their conversation.
+inline void ChatHub::on_conversation(const ChatEntry& entry) {
+    const std::string peer = peer_in(entry.room, entry.user);
+    const ChatHandler* const sender = connection(entry.sender);
+    for (const std::string* id : {&entry.user, &peer}) {
+        for (ChatHandler* each : connections_of(*id))
+            each->write_message(detail::private_event(entry, *id, each == sender).dump());
+        if (peer == entry.user) return;
+    }
+}
+
 inline void ChatHub::on_kept(const ChatEntry& entry) {
+    if (is_conversation(entry.room)) {
+        if (entry.is_message()) on_conversation(entry);
+        return;
+    }
     ChatHandler* sender = connection(entry.sender);
     ChatRoom* room = find(entry.room);
     if (room != nullptr && entry.id != 0) {
@@ -13834,13 +14036,15 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    ChatEvent event = detail::entry_event("private", entry);
-    event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
-    const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
     const User* author = room->presence_.find(entry.name);
     const User* receiver = room->presence_.find(entry.to);
     for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
+        const User* const peer = user == author ? receiver : author;
+        ChatEvent event = detail::entry_event("private", entry);
+        if (peer != nullptr) event.add_text("peer", peer->info.id);
+        event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
+        const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
         for (ChatHandler* each : user->connections)
             each->write_message(each == connection(entry.sender) ? tagged : plain);
     }
@@ -13889,7 +14093,8 @@ inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    sender->write_message(event.add_text("room", entry.room).add_text("tag", entry.tag).add("id", entry.id).dump());
+    add_place(event, entry).add_text("tag", entry.tag).add("id", entry.id);
+    sender->write_message(event.dump());
 }
 
 inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
@@ -13901,7 +14106,7 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
                                                       : "There is no such message in this room.";
     ChatEvent event("error");
     event.add_text("code", code).add_text("text", sentence);
-    sender->write_message(event.add_text("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+    sender->write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
@@ -13911,7 +14116,7 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
     ChatEvent event("error");
     event.add_text("code", "not_kept")
         .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
-    sender->write_message(event.add_text("room", entry.room).add_unless_empty("tag", entry.tag).dump());
+    sender->write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
 }
 
 WSCHAT_END

@@ -1002,10 +1002,81 @@ TEST_CASE("a private message reaches all connections of both users and nobody el
         CHECK_FALSE(contains(event, "tag"));
     }
     CHECK(carl.events().empty());
-    CHECK(contains(anna.answer_to("/tag t1 /msg Bert psst"), "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\"}"));
+    CHECK(contains(anna.answer_to("/tag t1 /msg Bert psst"), "{\"type\":\"ack\",\"peer\":\""));
     CHECK(bert.events().empty());
     ChatClient<> late(host, "name=Dora");
     CHECK_FALSE(contains(late.events().at(2), "psst"));  // the history does not contain it
+}
+
+TEST_CASE("a private message between users with keys is kept, and waits for the receiver") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");
+    std::string bert_id;
+    {
+        ChatClient<> bert(host, "name=Bert&key=bert-secret");
+        bert_id = bert.handler.user().id;
+        anna.events();
+        const std::string sent = anna.answer_to("/tag t1 /msg Bert psst");
+        CHECK(field_of(sent, "type") == "private");
+        CHECK(field_of(sent, "peer") == bert_id);
+        CHECK(field_of(sent, "id") == "1");
+        CHECK(field_of(sent, "tag") == "t1");
+        const std::string got = bert.events().back();
+        CHECK(field_of(got, "peer") == anna.handler.user().id);
+        CHECK(field_of(got, "text") == "psst");
+        CHECK(field_of(got, "tag") == "");
+        CHECK(anna.answer_to("/tag t1 /msg Bert psst") ==
+              "{\"type\":\"ack\",\"peer\":\"" + bert_id + "\",\"tag\":\"t1\",\"id\":1}");
+    }
+    CHECK(field_of(anna.answer_to("/msg @" + bert_id + " are you there?"), "id") == "2");
+    ChatClient<> back(host, "name=Bert&key=bert-secret", "coffee");
+    const std::string history = back.events().back();
+    CHECK(contains(history, "{\"type\":\"history\",\"peer\":\"" + anna.handler.user().id + "\",\"name\":\"Anna\""));
+    CHECK(contains(history, "\"text\":\"psst\""));
+    CHECK(contains(history, "\"text\":\"are you there?\""));
+    CHECK(contains(history, "\"gap\":false"));
+    const std::string epoch = field_of(history, "epoch");
+    ChatClient<> resumed(host, "name=Bert&key=bert-secret&peer=" + anna.handler.user().id + "%20" + epoch + "-1",
+                         "milk");
+    const std::string rest = resumed.events().back();
+    CHECK_FALSE(contains(rest, "psst"));
+    CHECK(contains(rest, "are you there?"));
+    ChatClient<> carl(host, "name=Carl&key=carl-secret");
+    for (const std::string& event : carl.events()) CHECK_FALSE(contains(event, "psst"));
+}
+
+TEST_CASE("a private message to an id needs a key and a user who was here") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), guest(host, "name=Guest");
+    anna.events();
+    guest.events();
+    CHECK(field_of(anna.answer_to("/msg @nobody hello"), "code") == "unknown_user");
+    CHECK(field_of(anna.answer_to("/msg @" + guest.handler.user().id + " hello"), "code") == "unknown_user");
+    CHECK(field_of(guest.answer_to("/msg @" + anna.handler.user().id + " hello"), "code") == "forbidden");
+    CHECK(field_of(anna.answer_to("/msg @" + anna.handler.user().id), "code") == "empty");
+    const std::string live = guest.answer_to("/msg Anna hello");  // not kept
+    CHECK(field_of(live, "peer") == anna.handler.user().id);
+    CHECK(field_of(anna.only_event(), "peer") == guest.handler.user().id);
+}
+
+TEST_CASE("a read marker reaches all connections of its user, and is there after a reload") {
+    TestHost host;
+    {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret"), tab(host, "name=Anna&key=anna-secret"),
+            bert(host, "name=Bert");
+        anna.events();
+        tab.events();
+        bert.events();
+        const std::string read = "{\"type\":\"read\",\"room\":\"tea\",\"id\":7}";
+        CHECK(anna.answer_to("/read 7") == read);
+        CHECK(tab.only_event() == read);
+        CHECK(bert.events().empty());
+        CHECK(anna.answer_to("/read @xyz 3") == "{\"type\":\"read\",\"peer\":\"xyz\",\"id\":3}");
+        CHECK(field_of(anna.answer_to("/read x"), "code") == "bad_command");
+        CHECK(field_of(bert.answer_to("/read 7"), "code") == "forbidden");
+    }
+    ChatClient<> again(host, "name=Anna&key=anna-secret");
+    CHECK(again.events().back() == "{\"type\":\"read\",\"room\":\"tea\",\"id\":7}");
 }
 
 TEST_CASE("a private message to a user without a connection is an error") {

@@ -664,11 +664,12 @@ public:
         const auto begin = kept.texts.lower_bound(seen.begin()->first),
                    end = kept.texts.upper_bound(seen.rbegin()->first);
         CHECK(static_cast<std::size_t>(std::distance(begin, end)) == seen.size());
-        for (const auto& [id, text] : seen) {
+        for (const auto& message : seen) {
+            const std::uint64_t id = message.first;
             CAPTURE(id);
             REQUIRE(kept.texts.count(id) == 1);
             const auto change = kept.last_changes.find(id);
-            if (change == kept.last_changes.end() || change->second <= last_id_) CHECK(kept.texts.at(id) == text);
+            if (change == kept.last_changes.end() || change->second <= last_id_) CHECK(kept.texts.at(id) == message.second);
         }
     }
 
