@@ -37,7 +37,7 @@
 //   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox     1
 //   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket           2
 //   4   Frames         FrameHeader, FrameParser, EncodedFrame                           2-3
-//   5   HTTP           Request, Response, RequestParser, BodyParser, upgrade checks     2-3
+//   5   HTTP           Request, Response, RequestParser, ResponseParser, BodyParser       2-3
 //   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
 //   7   Protocol       Connection                                                       2-6
 //   8   Handler        WebSocketHandler, Reply, HandlerRef                               2-7
@@ -47,10 +47,11 @@
 //   12  Loop           Loop, timers, post(), signals                                    2-3, 10
 //   13  Site           Pattern, Route, Page, File, policies on origins and proxies      2-5, 8, 10
 //   14  Server         HttpExchange, WebSocketDriver, Session, Worker, Server           all above
+//   15  Client         Client, ClientOptions, ResolverPool, ClientLink                  all above
 //   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
 //   17  Stores         SqliteHistory                                                    2-3, 12, 16
 //
-// Where to change what (15 is kept for the client):
+// Where to change what:
 //
 //   limits, defaults         of a connection: Limits; of a server: ServerLimits (2); of the chat: ChatLimits (16)
 //   close codes and causes   CloseCode, CloseCause (2); Connection::close(), fail(), abort() (7)
@@ -69,20 +70,22 @@
 //   hosts, trusted proxies   Site (13)
 //   another poller           Poller, SystemPoller, Poller::make() (10)
 //   a metric                 Metrics, metric_table (14); it is counted where it happens
+//   when a client reconnects ClientLink::retry_delay(), may_retry() (15); its stages: ClientLink (15)
 //   a chat command           ChatCommands::commands() (16); in a program: override ChatHandler::on_command()
 //   another history          ChatStore (16); SqliteHistory (17) is an example
 //
 // Public names:
-//   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, WriteStatus,
-//   Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8, truncate_utf8, sha1, base64,
-//   random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr, log_json_to_stderr,
-//   access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request,
-//   CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef,
-//   CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside,
-//   Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse,
-//   ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits,
-//   MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom,
-//   SqliteOptions, SqliteHistory
+//   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
+//   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
+//   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr,
+//   log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart,
+//   Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
+//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions,
+//   SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient,
+//   TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub,
+//   ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory,
+//   chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions,
+//   SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -155,7 +158,31 @@
 #endif
 
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
-#error "wschat.hpp needs C++17: compile with -std=c++17 or newer"
+#error "wschat.hpp needs C++17: compile with -std=c++17 or newer (Visual Studio: /std:c++17)"
+#endif
+#if !defined(__cpp_exceptions)
+#error "wschat.hpp needs exceptions: compile without -fno-exceptions (Visual Studio: with /EHsc)"
+#endif
+#if defined(_WIN32) && defined(_WINSOCKAPI_) && !defined(_WINSOCK2API_)
+#error "wschat.hpp needs winsock2.h: include wschat.hpp before windows.h, or define WIN32_LEAN_AND_MEAN before it"
+#endif
+#if defined(_WIN32_WINNT) && _WIN32_WINNT < 0x0600
+#error "wschat.hpp needs Windows Vista or newer: define _WIN32_WINNT as 0x0600 or more"
+#endif
+#if !defined(_WIN32) && !__has_include(<sys/socket.h>)
+#error "wschat.hpp needs the sockets of POSIX or Windows: this system has no <sys/socket.h>"
+#endif
+#if WSCHAT_ZLIB && !__has_include(<zlib.h>)
+#error "WSCHAT_ZLIB needs zlib: <zlib.h> is not found (Debian: zlib1g-dev)"
+#endif
+#if WSCHAT_OPENSSL && !__has_include(<openssl/ssl.h>)
+#error "WSCHAT_OPENSSL needs OpenSSL: <openssl/ssl.h> is not found (Debian: libssl-dev)"
+#endif
+#if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
+#error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
+#endif
+#if WSCHAT_LIBURING && defined(__linux__) && !__has_include(<liburing.h>)
+#error "WSCHAT_LIBURING needs liburing: <liburing.h> is not found (Debian: liburing-dev)"
 #endif
 
 #if defined(__GNUC__)
@@ -194,6 +221,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -281,6 +309,31 @@ constexpr std::string_view to_string(CloseCause cause) {
     // clang-format on
     return names[static_cast<std::size_t>(cause)];
 }
+
+// How far an attempt of a client to connect came before it failed.
+enum class ConnectStage : std::uint8_t {
+    url,      // the URL is none that this build can connect to; never tried again
+    resolve,  // the host's name
+    connect,  // TCP, or a Unix socket
+    proxy,    // the proxy refused
+    tls,      // the TLS handshake, with the server's certificate
+    http,     // the response is no HTTP, or not a 101
+    upgrade   // the 101 breaks RFC 6455 4.1
+};
+
+constexpr std::string_view to_string(ConnectStage stage) {
+    constexpr std::string_view names[] = {"url", "resolve", "connect", "proxy", "tls", "http", "upgrade"};
+    return names[static_cast<std::size_t>(stage)];
+}
+
+// Why a client could not connect: WebSocketHandler::on_failure().
+struct ConnectError {
+    ConnectStage stage;
+    int status;                        // of the HTTP response; 0: there was none
+    std::string body;                  // of that response, at most 64 KiB
+    std::string sentence;              // the cause
+    std::optional<Duration> retry_in;  // the client tries again after this time; nothing: it has given up
+};
 
 // The result of writing a message.
 enum class WriteStatus : std::uint8_t {
@@ -804,7 +857,8 @@ private:
     std::size_t detached_ = 0;
 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// g++ for Windows does not align the stack to 32 bytes (GCC bug 54412), so that code with AVX2 crashes there.
+#if defined(__x86_64__) && defined(__GNUC__) && (!defined(_WIN32) || defined(__clang__))
 
 // Checks 32 bytes at a time with three table look-ups (Keiser and Lemire, "Validating UTF-8 In Less Than One
 // Instruction Per Byte", 2021). `p` is the beginning of a character, and the three bytes before it are valid text.
@@ -862,8 +916,23 @@ __attribute__((target("avx2"))) inline const unsigned char* skip_utf8_avx2(const
     }
     return p;
 }
+// __builtin_cpu_supports() needs a symbol of the compiler's runtime library, which some toolchains do not link.
 inline bool has_avx2() {
-    static const bool supported = __builtin_cpu_supports("avx2") != 0;
+    static const bool supported = [] {
+        struct Registers {
+            std::uint32_t a, b, c, d;
+        };
+        const auto cpuid = [](std::uint32_t leaf) {
+            Registers r{};
+            __asm__("cpuid" : "=a"(r.a), "=b"(r.b), "=c"(r.c), "=d"(r.d) : "a"(leaf), "c"(0));
+            return r;
+        };
+        constexpr std::uint32_t osxsave_and_avx = 3u << 27, avx2 = 1u << 5, saves_registers = 6;
+        if (cpuid(0).a < 7 || (cpuid(1).c & osxsave_and_avx) != osxsave_and_avx) return false;
+        std::uint32_t low = 0, high = 0;
+        __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        return (low & saves_registers) == saves_registers && (cpuid(7).b & avx2) != 0;
+    }();
     return supported;
 }
 
@@ -2359,6 +2428,94 @@ private:
     std::string reason_;
 };
 
+// Parses response heads from bytes in pieces of any size, in linear time, with the limits of requests. After a failure
+// it accepts no more bytes.
+class ResponseParser {
+public:
+    enum class Outcome : std::uint8_t { need_more, response, failure };
+
+    explicit ResponseParser(const Limits& limits) : limits_(&limits) {}
+
+    // Consumes at most the bytes up to the end of a head.
+    Outcome feed(std::string_view bytes, std::size_t& consumed) {
+        consumed = 0;
+        while (reason_.empty() && consumed < bytes.size()) {
+            const std::size_t end = bytes.find('\n', consumed);
+            const bool complete = end != std::string_view::npos;
+            const std::string_view piece = bytes.substr(consumed, complete ? end + 1 - consumed : end);
+            if (!within_limits(piece.size())) break;
+            head_.append(piece);
+            consumed += piece.size();
+            if (!check_protocol()) break;
+            if (complete && parse_line()) return Outcome::response;
+        }
+        return reason_.empty() ? Outcome::need_more : Outcome::failure;
+    }
+
+    // After Outcome::response: 100-599, and the head with its empty line.
+    int status() const { return status_; }
+    const std::string& head() const { return head_; }
+    Fields fields() const { return Fields(std::string_view(head_).substr(fields_begin_)); }
+    // Whether an incomplete head has been received.
+    bool started() const { return !head_.empty(); }
+    // After a failure: a sentence.
+    const std::string& reason() const { return reason_; }
+
+private:
+    bool fail(std::string reason) {
+        reason_ = std::move(reason);
+        return false;
+    }
+    bool within_limits(std::size_t more) {
+        const std::size_t begin = fields_begin_ == 0 ? 0 : fields_begin_;
+        const std::size_t max = fields_begin_ == 0 ? limits_->max_request_line : limits_->max_header_bytes;
+        if (head_.size() + more <= begin + max + 2) return true;
+        return fail(fields_begin_ == 0 ? "The status line is longer than " + std::to_string(max) + " bytes."
+                                       : "The headers are longer than " + std::to_string(max) + " bytes.");
+    }
+    // Rejects another protocol at its first bytes instead of after a timeout.
+    bool check_protocol() {
+        constexpr std::string_view start = "HTTP/1.";
+        if (fields_begin_ != 0) return true;
+        const std::size_t size = (std::min)(head_.size(), start.size());
+        return head_.compare(0, size, start, 0, size) == 0 || fail("The peer does not speak HTTP/1.");
+    }
+    // Parses the last line of head_. Returns true if the line ends the head.
+    bool parse_line() {
+        const std::string_view line = std::string_view(head_).substr(line_begin_);
+        line_begin_ = head_.size();
+        if (line.size() < 2 || line[line.size() - 2] != '\r') return fail("A line does not end with CR LF.");
+        const std::string_view content = line.substr(0, line.size() - 2);
+        if (fields_begin_ == 0) {
+            fields_begin_ = head_.size();
+            return parse_status_line(content);
+        }
+        if (content.empty()) return true;
+        if (++field_count_ > limits_->max_header_fields)
+            return fail("There are more than " + std::to_string(limits_->max_header_fields) + " headers.");
+        const char* error = field_line_error(content);
+        return error != nullptr && fail(error);
+    }
+    // RFC 9112 4: HTTP-version SP status-code SP [ reason-phrase ]. The last space is often missing. Returns false,
+    // because this line does not end the head.
+    bool parse_status_line(std::string_view line) {
+        const auto digit = [&](std::size_t at) { return line.size() > at && text::is_digit(line[at]); };
+        if (line.size() < 12 || !digit(7) || line[8] != ' ' || !digit(9) || !digit(10) || !digit(11) ||
+            (line.size() > 12 && line[12] != ' ') || has_control_character(line))
+            return fail("The status line is malformed.");
+        status_ = (line[9] - '0') * 100 + (line[10] - '0') * 10 + (line[11] - '0');
+        return status_ < 100 || status_ > 599 ? fail("The status is not in 100-599.") : false;
+    }
+
+    const Limits* limits_;
+    std::string head_;
+    std::size_t fields_begin_ = 0;
+    std::size_t line_begin_ = 0;
+    std::size_t field_count_ = 0;
+    int status_ = 0;
+    std::string reason_;
+};
+
 // Receives the body of a request in pieces of any size, in linear time (RFC 9112 6-7). The head has passed
 // RequestParser, so it has either a valid Content-Length or the coding "chunked". After a failure it accepts no more
 // bytes.
@@ -3547,8 +3704,9 @@ public:
         }
         return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
     }
-    // Only for a server: a client must mask each frame with a new key.
+    // A client must mask each frame with a new key, so only a server shares the frame.
     WriteStatus send(const EncodedFrame& frame) {
+        if (mask_source_ != nullptr) return send(frame.opcode(), frame.payload());
         if (!can_send(frame.size())) return reject_write();
         if (!should_compress(frame.payload().size())) return enqueue(frame.slice());
         // Without context takeover, all members share one compressed frame.
@@ -4236,6 +4394,10 @@ struct HandlerCore {
 
 // One WebSocket connection. The server creates a handler for each request that matches its route, calls check_origin(),
 // prepare() and select_subprotocol() before the 101 response, then open(). It destroys the handler after on_close().
+//
+// A Client uses the same class for its side. It creates a handler for each attempt to connect, and calls either
+// on_failure() or open() first; the functions about the request of a server are not called. So a handler has no state
+// of an earlier connection, which a program could use by mistake.
 class WebSocketHandler {
 public:
     WebSocketHandler() = default;
@@ -4271,6 +4433,8 @@ public:
     // Each connection that gets a 101 gets exactly one open() and one on_close(), even if open() throws.
     virtual void open() {}
     virtual void on_message(const Message& message) = 0;
+    // Of a client: the attempt to connect has failed. Neither open() nor on_close() is called for this handler.
+    virtual void on_failure(const ConnectError& error) { static_cast<void>(error); }
     // The rooms no longer contain this handler, but rooms() still returns them.
     virtual void on_close() {}
     virtual void on_ping(std::string_view payload) { static_cast<void>(payload); }  // the pong is queued already
@@ -4823,13 +4987,23 @@ WSCHAT_END
 #define NOMINMAX
 #define WSCHAT_UNDEF_NOMINMAX
 #endif
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#define WSCHAT_UNDEF_LEAN_AND_MEAN
+#endif
 #include <winsock2.h>
 // winsock2.h must come before any header that includes windows.h.
 #include <fcntl.h>
 #include <io.h>
-#include <sys/stat.h>
 #include <windows.h>
 #include <ws2tcpip.h>
+#if defined(_MSC_VER)
+#pragma comment(lib, "ws2_32")
+#endif
+#ifdef WSCHAT_UNDEF_LEAN_AND_MEAN
+#undef WIN32_LEAN_AND_MEAN
+#undef WSCHAT_UNDEF_LEAN_AND_MEAN
+#endif
 #ifdef WSCHAT_UNDEF_NOMINMAX
 #undef NOMINMAX
 #undef WSCHAT_UNDEF_NOMINMAX
@@ -4857,7 +5031,9 @@ WSCHAT_END
     defined(__DragonFly__)
 #include <sys/event.h>
 #endif
-#if defined(__APPLE__)
+#if defined(__FreeBSD__) || defined(__DragonFly__) || defined(__NetBSD__)
+#include <sys/sysctl.h>
+#elif defined(__APPLE__)
 #include <mach-o/dyld.h>
 #endif
 #endif
@@ -4882,16 +5058,49 @@ struct Winsock {
     }
 };
 inline void start_winsock() { static const Winsock winsock; }
-// The errno for a Winsock error; the Winsock error itself if it is not in this table.
+// Errors of Winsock, each with its errno.
+// clang-format off
+constexpr int winsock_errors[][2] = {
+    {WSAEACCES, EACCES}, {WSAEADDRINUSE, EADDRINUSE}, {WSAEADDRNOTAVAIL, EADDRNOTAVAIL},
+    {WSAEAFNOSUPPORT, EAFNOSUPPORT}, {WSAECONNABORTED, ECONNABORTED}, {WSAECONNREFUSED, ECONNREFUSED},
+    {WSAECONNRESET, ECONNRESET}, {WSAEHOSTUNREACH, EHOSTUNREACH}, {WSAEINVAL, EINVAL}, {WSAEMFILE, EMFILE},
+    {WSAENETDOWN, ENETDOWN}, {WSAENETRESET, ENETRESET}, {WSAENETUNREACH, ENETUNREACH}, {WSAENOBUFS, ENOBUFS},
+    {WSAENOTCONN, ENOTCONN}, {WSAENOTSOCK, ENOTSOCK}, {WSAESHUTDOWN, EPIPE}, {WSAETIMEDOUT, ETIMEDOUT},
+    {WSAEWOULDBLOCK, EWOULDBLOCK}};
+// clang-format on
+// The errno for the last error of Winsock; that error itself if the table does not have it.
 inline int last_error() {
-    static constexpr int table[][2] = {{WSAEADDRINUSE, EADDRINUSE}, {WSAEADDRNOTAVAIL, EADDRNOTAVAIL},
-                                       {WSAEACCES, EACCES},         {WSAECONNABORTED, ECONNABORTED},
-                                       {WSAECONNRESET, ECONNRESET}, {WSAEMFILE, EMFILE},
-                                       {WSAENOBUFS, ENOBUFS},       {WSAEWOULDBLOCK, EWOULDBLOCK}};
     const int error = WSAGetLastError();
-    for (const auto& row : table)
+    for (const auto& row : winsock_errors)
         if (row[0] == error) return row[1];
     return error;
+}
+// File names are UTF-8. A text that is not UTF-8 becomes an empty text, which names no file.
+inline std::wstring to_wide(std::string_view text) {
+    const int size = static_cast<int>((std::min)(text.size(), std::size_t{1} << 20));
+    const int wide_size = ::MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.data(), size, nullptr, 0);
+    std::wstring wide(static_cast<std::size_t>(wide_size), L'\0');
+    ::MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.data(), size, wide.data(), wide_size);
+    return wide;
+}
+inline std::string from_wide(std::wstring_view wide) {
+    const int size = static_cast<int>(wide.size());
+    const int bytes = ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, nullptr, 0, nullptr, nullptr);
+    std::string text(static_cast<std::size_t>(bytes), '\0');
+    ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(), bytes, nullptr, nullptr);
+    return text;
+}
+// The sentence for an errno or for an error of Winsock.
+inline std::string error_message(int error) {
+    constexpr int first_of_sockets = 100;  // the C library of Windows has no texts for an errno from here on
+    if (error < first_of_sockets) return std::generic_category().message(error);
+    for (const auto& row : winsock_errors)
+        if (row[1] == error) error = row[0];
+    wchar_t text[512];
+    DWORD size = ::FormatMessageW(FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS, nullptr,
+                                  static_cast<DWORD>(error), 0, text, 512, nullptr);
+    while (size != 0 && (text[size - 1] <= L' ' || text[size - 1] == L'.')) --size;
+    return size != 0 ? from_wide({text, size}) : "Winsock error";
 }
 inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
 inline bool would_block(int error) { return error == EWOULDBLOCK; }
@@ -4903,15 +5112,19 @@ inline bool make_nonblocking(Descriptor descriptor) {
     u_long on = 1;
     return ::ioctlsocket(descriptor, static_cast<long>(FIONBIO), &on) == 0;
 }
-inline Descriptor open_socket(int family) {
+// A child process must not hold connections open, so no socket is inheritable.
+inline Descriptor open_socket(int family, int type = SOCK_STREAM) {
     start_winsock();
-    const Descriptor descriptor = ::socket(family, SOCK_STREAM, 0);
+    constexpr DWORD no_inherit = 0x80;  // WSA_FLAG_NO_HANDLE_INHERIT, which older headers do not have
+    const Descriptor descriptor = ::WSASocketW(family, type, 0, nullptr, 0, WSA_FLAG_OVERLAPPED | no_inherit);
     if (descriptor != no_descriptor) make_nonblocking(descriptor);
     return descriptor;
 }
 inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size) {
     const Descriptor descriptor = ::accept(listener, address, size);
-    if (descriptor != no_descriptor) make_nonblocking(descriptor);
+    if (descriptor == no_descriptor) return descriptor;
+    make_nonblocking(descriptor);
+    ::SetHandleInformation(reinterpret_cast<HANDLE>(descriptor), HANDLE_FLAG_INHERIT, 0);
     return descriptor;
 }
 inline int poll(Pollfd* entries, std::size_t count, int timeout_ms) {
@@ -4936,40 +5149,111 @@ inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces
 inline void shutdown_send(Descriptor descriptor) { ::shutdown(descriptor, SD_SEND); }
 inline std::size_t descriptor_limit() { return 16384; }
 
-using FileStatus = struct _stat64;
-// Windows cannot open a directory and reports EACCES for it. This function reports EISDIR.
-inline int open_file(const char* path) {
-    const int file = ::_open(path, _O_RDONLY | _O_BINARY | _O_NOINHERIT);
-    FileStatus status{};
-    if (file < 0 && errno == EACCES)
-        errno = ::_stat64(path, &status) == 0 && (status.st_mode & _S_IFDIR) != 0 ? EISDIR : EACCES;
+struct FileStatus {
+    std::int64_t st_size;
+    std::int64_t modified_ns;
+    bool directory;
+};
+inline bool handle_status(HANDLE file, FileStatus& status) {
+    BY_HANDLE_FILE_INFORMATION found;
+    if (::GetFileInformationByHandle(file, &found) == 0) return errno = EIO, false;
+    const auto join = [](DWORD high, DWORD low) { return std::int64_t{high} << 32 | std::int64_t{low}; };
+    constexpr std::int64_t ticks_to_1970 = 116'444'736'000'000'000;  // of 100 ns, since 1601
+    status.st_size = join(found.nFileSizeHigh, found.nFileSizeLow);
+    status.modified_ns =
+        (join(found.ftLastWriteTime.dwHighDateTime, found.ftLastWriteTime.dwLowDateTime) - ticks_to_1970) * 100;
+    status.directory = (found.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
+    return true;
+}
+inline HANDLE open_handle(const std::wstring& path) {
+    constexpr DWORD share = FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE;
+    // FILE_FLAG_BACKUP_SEMANTICS: opens folders too. Without security attributes, a child process inherits nothing.
+    const HANDLE file = path.empty() ? INVALID_HANDLE_VALUE
+                                     : ::CreateFileW(path.c_str(), GENERIC_READ, share, nullptr, OPEN_EXISTING,
+                                                     FILE_FLAG_BACKUP_SEMANTICS, nullptr);
+    if (file != INVALID_HANDLE_VALUE) return file;
+    const DWORD error = path.empty() ? ERROR_FILE_NOT_FOUND : ::GetLastError();
+    errno = error == ERROR_ACCESS_DENIED || error == ERROR_SHARING_VIOLATION ? EACCES
+            : error == ERROR_TOO_MANY_OPEN_FILES                             ? EMFILE
+                                                                             : ENOENT;
     return file;
+}
+// The descriptor of a regular file, which owns the handle, or -1. Folders are EISDIR, devices and pipes ENOENT.
+inline int file_of_handle(HANDLE handle) {
+    if (handle == INVALID_HANDLE_VALUE) return -1;
+    FileStatus status{};
+    int file = -1;
+    if (::GetFileType(handle) != FILE_TYPE_DISK) errno = ENOENT;
+    else if (handle_status(handle, status) && status.directory) errno = EISDIR;
+    else file = ::_open_osfhandle(reinterpret_cast<std::intptr_t>(handle), _O_RDONLY | _O_BINARY);
+    const int error = errno;
+    if (file < 0) ::CloseHandle(handle);
+    errno = error;
+    return file;
+}
+inline int open_file(const char* path) {
+    std::wstring wide = to_wide(path);
+    const auto is_separator = [](wchar_t c) { return c == L'/' || c == L'\\'; };
+    while (wide.size() > 1 && is_separator(wide.back()) && wide[wide.size() - 2] != L':') wide.pop_back();
+    return file_of_handle(open_handle(wide));
 }
 inline std::ptrdiff_t read_file(int file, char* data, std::size_t size) {
     return ::_read(file, data, static_cast<unsigned>((std::min)(size, std::size_t{1} << 30)));
 }
 inline bool seek_file(int file, std::uint64_t offset) {
-    return ::_lseeki64(file, static_cast<__int64>(offset), SEEK_SET) >= 0;
+    return ::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) >= 0;
 }
 inline void close_file(int file) { ::_close(file); }
-inline bool file_status(int file, FileStatus& status) { return ::_fstat64(file, &status) == 0; }
-inline bool is_file(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFREG; }
-inline bool is_directory(const FileStatus& status) { return (status.st_mode & _S_IFMT) == _S_IFDIR; }
-inline std::int64_t modified_ns(const FileStatus& status) { return std::int64_t{status.st_mtime} * 1'000'000'000; }
-// The caller has checked the names: no "..", no device, no stream.
-inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names) {
-    std::string path = root;
-    for (const std::string& name : names) path += "\\" + name;
-    return open_file(path.c_str());
+inline bool file_status(int file, FileStatus& status) {
+    return handle_status(reinterpret_cast<HANDLE>(::_get_osfhandle(file)), status);
+}
+inline bool is_file(const FileStatus& status) { return !status.directory; }
+inline bool is_directory(const FileStatus& status) { return status.directory; }
+inline std::int64_t modified_ns(const FileStatus& status) { return status.modified_ns; }
+// The path without links, junctions and short names: "\\?\C:\www\page.html".
+inline std::wstring final_path(HANDLE file) {
+    std::wstring path(32768, L'\0');
+    path.resize(::GetFinalPathNameByHandleW(file, path.data(), 32767, FILE_NAME_NORMALIZED));
+    return path;
+}
+// Opens the file, and then asks the system for its path: what a link, a junction or a short name leads to has another
+// path. `follow`: links are followed if what they lead to is below the root. Windows does not look for devices in a
+// path that begins as the final one does.
+inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names, bool follow) {
+    const HANDLE folder = open_handle(to_wide(root));
+    if (folder == INVALID_HANDLE_VALUE) return -1;
+    const std::wstring prefix = final_path(folder);
+    ::CloseHandle(folder);
+    std::wstring path = prefix;
+    for (const std::string& name : names) {
+        if (!path.empty() && path.back() != L'\\') path += L'\\';
+        path += to_wide(name);
+    }
+    const HANDLE handle = prefix.empty() ? INVALID_HANDLE_VALUE : open_handle(path);
+    if (handle == INVALID_HANDLE_VALUE) return -1;
+    const std::wstring found = final_path(handle);
+    const auto same = [](std::wstring_view a, std::wstring_view b) {
+        return ::CompareStringOrdinal(a.data(), static_cast<int>(a.size()), b.data(), static_cast<int>(b.size()),
+                                      TRUE) == CSTR_EQUAL;
+    };
+    const bool below = found.size() > prefix.size() &&
+                       same(std::wstring_view(found).substr(0, prefix.size()), prefix) &&
+                       (prefix.back() == L'\\' || found[prefix.size()] == L'\\');
+    if (same(found, path) || (follow && below)) return file_of_handle(handle);
+    ::CloseHandle(handle);
+    errno = ENOENT;
+    return -1;
 }
 inline std::string absolute_path(const std::string& path) {
-    char resolved[_MAX_PATH];
-    return ::_fullpath(resolved, path.c_str(), sizeof resolved) != nullptr ? resolved : path;
+    const std::wstring wide = to_wide(path);
+    std::wstring resolved(32768, L'\0');
+    resolved.resize(::GetFullPathNameW(wide.c_str(), 32767, resolved.data(), nullptr));
+    return resolved.empty() || resolved.size() > 32766 ? path : from_wide(resolved);
 }
 inline std::string executable_path() {
-    char path[MAX_PATH];
-    const DWORD size = ::GetModuleFileNameA(nullptr, path, sizeof path);
-    return std::string(path, size);
+    std::wstring path(32768, L'\0');
+    path.resize(::GetModuleFileNameW(nullptr, path.data(), 32767));
+    return from_wide(path);
 }
 
 #else
@@ -4979,6 +5263,7 @@ using Pollfd = pollfd;
 constexpr Descriptor no_descriptor = -1;
 
 inline int last_error() { return errno; }
+inline std::string error_message(int error) { return std::generic_category().message(error); }
 inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
 inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 inline bool interrupted(int error) { return error == EINTR; }
@@ -5089,6 +5374,15 @@ inline std::string executable_path() {
     char path[4096];
     std::uint32_t size = sizeof path;
     return ::_NSGetExecutablePath(path, &size) == 0 ? absolute_path(path) : std::string();
+#elif defined(__FreeBSD__) || defined(__DragonFly__) || defined(__NetBSD__)
+#if defined(__NetBSD__)
+    const int name[] = {CTL_KERN, KERN_PROC_ARGS, -1, KERN_PROC_PATHNAME};
+#else
+    const int name[] = {CTL_KERN, KERN_PROC, KERN_PROC_PATHNAME, -1};
+#endif
+    char path[4096];
+    std::size_t size = sizeof path;
+    return ::sysctl(name, 4, path, &size, nullptr, 0) == 0 ? absolute_path(path) : std::string();
 #else
     const std::string link = "/proc/self/exe";
     const std::string path = absolute_path(link);
@@ -5120,7 +5414,7 @@ inline const char* error_name(int error) {
 // "Address already in use (EADDRINUSE)"
 inline std::string error_text(int error) {
     const char* name = error_name(error);
-    return std::generic_category().message(error) + " (" + (name != nullptr ? name : std::to_string(error)) + ")";
+    return error_message(error) + " (" + (name != nullptr ? name : std::to_string(error)) + ")";
 }
 
 }  // namespace os
@@ -5876,16 +6170,14 @@ public:
     WakeUp() {
 #if defined(_WIN32)
         // A datagram socket that is connected to itself: WSAPoll() accepts only sockets.
-        os::start_winsock();
-        read_ = write_ = ::socket(AF_INET, SOCK_DGRAM, 0);
+        read_ = write_ = os::open_socket(AF_INET, SOCK_DGRAM);
         sockaddr_in self{};
         self.sin_family = AF_INET;
         self.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
         int size = sizeof self;
         const auto address = reinterpret_cast<sockaddr*>(&self);
         if (read_ == os::no_descriptor || ::bind(read_, address, size) != 0 ||
-            ::getsockname(read_, address, &size) != 0 || ::connect(read_, address, size) != 0 ||
-            !os::make_nonblocking(read_))
+            ::getsockname(read_, address, &size) != 0 || ::connect(read_, address, size) != 0)
             throw Error("Loop: cannot open the wake-up socket: " + os::error_text(os::last_error()));
 #else
         int ends[2];
@@ -5988,7 +6280,21 @@ public:
     virtual Time now() const { return Clock::now(); }
 };
 
-class PollPoller final : public Poller {
+struct PollSystem {
+#if defined(_WIN32)
+    static constexpr bool hang_up_is_end_of_input = true;
+#else
+    static constexpr bool hang_up_is_end_of_input = false;
+#endif
+    static int poll(os::Pollfd* entries, std::size_t count, int timeout_ms) {
+        return os::poll(entries, count, timeout_ms);
+    }
+};
+
+// WSAPoll() reports POLLHUP also if the peer only ended its sending side, and does so until the end is read. If nobody
+// reads it, wait() looks at such an entry every 10 ms instead of spinning.
+template <class System>
+class BasicPollPoller final : public Poller {
 public:
     const char* name() const override { return "poll"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
@@ -6012,16 +6318,33 @@ public:
     }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
-        if (os::poll(entries_.data(), entries_.size(), timeout_ms) <= 0) return;
-        for (std::size_t i = 0; i < entries_.size(); ++i) {
-            const auto revents = static_cast<unsigned>(entries_[i].revents);
-            if (revents == 0) continue;
-            const bool broken = (revents & (POLLHUP | POLLERR | POLLNVAL)) != 0;
-            ready.push_back({owners_[i], (revents & POLLIN) != 0, (revents & POLLOUT) != 0, broken});
+        constexpr int pause_ms = 10;
+        while (System::poll(entries_.data(), entries_.size(), timeout_ms) > 0) {
+            for (std::size_t i = 0; i < entries_.size(); ++i) report(entries_[i], owners_[i], ready);
+            if (!System::hang_up_is_end_of_input || !ready.empty() || timeout_ms == 0) return;
+            std::vector<os::Pollfd> others;
+            for (const os::Pollfd& entry : entries_)
+                if (entry.revents == 0) others.push_back(entry);
+            const int pause = timeout_ms < 0 ? pause_ms : (std::min)(timeout_ms, pause_ms);
+            System::poll(others.data(), others.size(), pause);
+            if (timeout_ms > 0) timeout_ms -= pause;
         }
     }
 
 private:
+    static void report(const os::Pollfd& entry, Pollable* owner, std::vector<Ready>& ready) {
+        const auto revents = static_cast<unsigned>(entry.revents);
+        const bool reads = (entry.events & POLLIN) != 0, hung_up = (revents & POLLHUP) != 0;
+        bool broken = (revents & (POLLHUP | POLLERR | POLLNVAL)) != 0;
+        bool readable = (revents & POLLIN) != 0;
+        if (System::hang_up_is_end_of_input && hung_up && (revents & (POLLERR | POLLNVAL)) == 0) {
+            char byte;
+            broken = os::peek(entry.fd, &byte, 1) < 0 && !os::would_block(os::last_error());
+            readable = reads;
+        }
+        const bool writable = (revents & POLLOUT) != 0;
+        if (readable || writable || broken) ready.push_back({owner, readable, writable, broken});
+    }
     static short events(bool read, bool write) {
         return static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0));
     }
@@ -6034,6 +6357,7 @@ private:
     std::vector<os::Pollfd> entries_;  // sorted by descriptor; poll() itself is O(n), so moving entries costs little
     std::vector<Pollable*> owners_;
 };
+using PollPoller = BasicPollPoller<PollSystem>;
 
 #if defined(__linux__)
 
@@ -6415,6 +6739,8 @@ public:
     }
     // Bytes of input that wait in here.
     std::size_t buffered_input() const { return stored_.size() + decrypted(); }
+    // About what OpenSSL holds for a handshake and frees at its end: the messages, their hash, the keys.
+    std::size_t handshake_memory() const { return ssl_ && !established_ ? std::size_t{42} * 1024 : 0; }
     // The messages without data that have come after the handshake, since the last call: key updates, and attempts to
     // renegotiate. One costs as much as 16 records with data.
     std::size_t take_control_records() { return std::exchange(control_records_, std::size_t{0}); }
@@ -6494,6 +6820,20 @@ public:
         char* data = nullptr;
         const long size = BIO_get_mem_data(text.get(), &data);
         return {data, static_cast<std::size_t>(size)};
+    }
+    // The SHA-256 of the public key in the peer's certificate, in base64 (RFC 7469 2.4); empty if there is none.
+    std::string peer_key_pin() const {
+        const OpensslPtr<X509, &X509_free> certificate(SSL_get_peer_certificate(ssl_.get()));
+        if (!certificate) return {};
+        unsigned char* key = nullptr;
+        const int size = i2d_X509_PUBKEY(X509_get_X509_PUBKEY(certificate.get()), &key);
+        if (size <= 0) return {};
+        unsigned char digest[EVP_MAX_MD_SIZE];
+        unsigned digest_size = 0;
+        const bool done =
+            EVP_Digest(key, static_cast<std::size_t>(size), digest, &digest_size, EVP_sha256(), nullptr) == 1;
+        OPENSSL_free(key);
+        return done ? base64(digest, digest_size) : std::string();
     }
     // For OpenSSL functions that this class does not wrap. Null for a server before a whole ClientHello has arrived.
     SSL* native() { return ssl_.get(); }
@@ -6757,7 +7097,7 @@ public:
     bool has_input() const override { return stream_.has_input(); }
     bool wants_write() const override { return !stream_.output().empty(); }
     std::size_t buffered() const override {
-        return stream_.buffered_input() + stream_.output().size() - batch_ciphertext_;
+        return stream_.buffered_input() + stream_.handshake_memory() + stream_.output().size() - batch_ciphertext_;
     }
     bool check_rate(Socket& socket, const Rate& rate, Time now, WireCount& wire) override {
         const auto records = static_cast<double>(stream_.take_control_records());
@@ -6776,6 +7116,7 @@ public:
     const std::string& failure() const override { return stream_.failure(); }
     bool plain_text() const override { return stream_.plain_text(); }
     std::string peer_name() const override { return stream_.peer_name(); }
+    std::string peer_key_pin() const { return stream_.peer_key_pin(); }
 
 private:
     // The plaintext that is encrypted between two sends.
@@ -7036,12 +7377,22 @@ private:
     }
 
 #if defined(_WIN32)
-    static BOOL WINAPI handle(DWORD) {
+    static BOOL WINAPI handle(DWORD event) {
+        const bool may_return = event == CTRL_C_EVENT || event == CTRL_BREAK_EVENT;
+        if (!may_return) closing_.store(true);
         wake_all(SIGINT);
+        // The console closes, or the user logs off: Windows ends the process when this function returns, or after some
+        // seconds. The program ends it earlier, when it has said goodbye to its clients.
+        while (!may_return) ::Sleep(INFINITE);
         return TRUE;
     }
     static void install() { ::SetConsoleCtrlHandler(&handle, TRUE); }
-    static void restore() { ::SetConsoleCtrlHandler(&handle, FALSE); }
+    // The system holds a lock while handle() runs.
+    static void restore() {
+        if (!closing_.load()) ::SetConsoleCtrlHandler(&handle, FALSE);
+    }
+
+    static inline std::atomic<bool> closing_{false};
 #else
     static void handle(int signal) {
         const int saved_errno = errno;
@@ -7329,6 +7680,7 @@ private:
     std::function<bool()> at_turn_end_;
     std::function<void(int)> on_signal_;
     std::function<void(const char*, const char*)> on_exception_;
+    void* owner_ = nullptr;
 };
 
 namespace detail {
@@ -7353,6 +7705,9 @@ public:
     static void on_exception(Loop& loop, std::function<void(const char* where, const char* what)> handler) {
         loop.on_exception_ = std::move(handler);
     }
+    // The object whose hooks these are: the worker of a server; null if there is none.
+    static void set_owner(Loop& loop, void* owner) { loop.owner_ = owner; }
+    static void* owner(const Loop& loop) { return loop.owner_; }
 };
 
 }  // namespace detail
@@ -7523,6 +7878,19 @@ enum class SymbolicLinks : std::uint8_t { refuse, inside };
 
 namespace detail {
 
+// Whether Windows reads the name as a device in any folder: CON, NUL, COM1, also "nul.txt" and "NUL .txt".
+inline bool is_windows_device(std::string_view name) {
+    std::string_view stem = name.substr(0, name.find_first_of(".:"));
+    while (!stem.empty() && stem.back() == ' ') stem.remove_suffix(1);
+    for (const std::string_view device : {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"})
+        if (text::equals_ignore_case(stem, device)) return true;
+    const std::string_view port = stem.substr(0, 3), digit = stem.substr(port.size());
+    if (!text::equals_ignore_case(port, "COM") && !text::equals_ignore_case(port, "LPT")) return false;
+    // The digits 1, 2 and 3 may be superscript.
+    return (digit.size() == 1 && text::is_digit(digit.front())) || digit == "\xC2\xB9" || digit == "\xC2\xB2" ||
+           digit == "\xC2\xB3";
+}
+
 // A regular file, open for reading. Does not open folders, devices or pipes.
 class File {
 public:
@@ -7547,10 +7915,14 @@ public:
     static File beneath(const std::string& root, const std::vector<std::string>& names, SymbolicLinks links) {
         for (const std::string& name : names)
             if (!plain_name(name)) return File(-1, ENOENT);
-#if !defined(_WIN32)
-        if (links == SymbolicLinks::inside) return beneath_resolved(root, names);
+        const bool follow = links == SymbolicLinks::inside;
+#if defined(_WIN32)
+        for (const std::string& name : names)
+            if (is_windows_device(name)) return File(-1, ENOENT);
+        return opened(os::open_file_beneath(root, names, follow));
+#else
+        return follow ? beneath_resolved(root, names) : opened(os::open_file_beneath(root, names));
 #endif
-        return opened(os::open_file_beneath(root, names));
     }
 
     explicit operator bool() const { return file_ >= 0; }
@@ -8288,7 +8660,11 @@ private:
     }
     // A relative path from the working directory at the start. Symbolic links are followed at each request.
     static std::string anchored(const std::string& path) {
+#if defined(_WIN32)
+        const bool relative = !path.empty() && path.front() != '/' && path.front() != '\\' && path.find(':') != 1;
+#else
         const bool relative = !path.empty() && path.front() != '/' && path.find(':') == std::string::npos;
+#endif
         return relative ? os::absolute_path(".") + "/" + path : path;
     }
     // The absolute path of a file that exists: relative paths start at the working directory, then at the folder of the
@@ -8635,6 +9011,30 @@ private:
 };
 
 class Session;
+
+// What a session needs of the client that has made its connection.
+class SessionOwner {
+public:
+    virtual const Limits& session_limits() const = 0;
+    // After on_close().
+    virtual void note_close(CloseCode code, CloseCause cause) noexcept = 0;
+    // The socket is closed.
+    virtual void on_session_end() = 0;
+
+protected:
+    ~SessionOwner() = default;
+};
+
+// A connection that a client has made, after the opening handshake.
+struct ClientHandshake {
+    std::shared_ptr<SessionOwner> owner;
+    std::unique_ptr<WebSocketHandler> handler;
+    Request request;
+    std::string subprotocol;  // that the server chose; one of those in the request, or empty
+    std::unique_ptr<Compression> compression;
+    Connection::MaskSource mask_source;
+    std::string_view frames;  // that came with the response
+};
 
 // What sessions and listeners need of the worker that serves them: the state that they share, and three calls.
 class SessionHost {
@@ -9187,6 +9587,7 @@ protected:
             log_close();
         });
         guarded("on_close", [this] { handler_->on_close(); });
+        if (owner_) owner_->note_close(connection().close_code(), connection().close_cause());
         add_to(host_.metrics);
         core().rooms.clear();
         handler_.reset();
@@ -9209,6 +9610,7 @@ protected:
     IpAddress peer_;
     Pause pause_ = Pause::none;
     bool above_high_water_ = false;  // on_drain() follows when the backlog has fallen
+    std::shared_ptr<SessionOwner> owner_;  // null for a server's connection
 
 private:
     // The budget of a visit, beside what Connection may inflate.
@@ -9311,6 +9713,31 @@ public:
         });
     }
 
+    // Instead of start(): a client's connection. The frames must be valid and writable until this returns.
+    void start_client(ClientHandshake opened) {
+        owner_ = std::move(opened.owner);
+        route_limits_ = &owner_->session_limits();
+        handshake_done_ = true;
+        handler_ = std::move(opened.handler);
+        core().host = this;
+        protect([&] {
+            core().request = std::move(opened.request);
+            for (const std::string_view each : offered_subprotocols(core().request))
+                if (each == opened.subprotocol) core().subprotocol = each;
+            if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
+                return abort(CloseCause::connection_lost, "cannot be watched");
+            connection().open(Role::client, limits(), host_.arena, now(), opened.mask_source,
+                              std::move(opened.compression));
+            schedule(connection().deadline());
+            phase_ = Phase::websocket;
+            http_.reset();
+            open_handler();
+            if (opened.frames.empty()) return;
+            connection().receive(const_cast<char*>(opened.frames.data()), opened.frames.size(), now());
+            if (dispatch_events()) finish_websocket();
+        });
+    }
+
     // ---- called by the loop and the server -------------------------------------------------------------------------
 
     void on_ready(bool readable, bool writable, bool broken) override {
@@ -9326,8 +9753,10 @@ public:
 
     void on_timer(Time now) override {
         if (gone()) return;
+        const Duration late = now - due();
+        const std::uint64_t received_before = host_.wire.received;
         protect([&] {
-            if (read_late_input()) {
+            if (read_late_input() || extend_handshake(late, host_.wire.received != received_before)) {
                 // The peer was in time.
             } else if (phase_ == Phase::websocket) {
                 connection().tick(now);
@@ -9480,6 +9909,7 @@ private:
         stream_.close();
         http_.reset();
         host_.remove(*this);
+        if (owner_) guarded("client", [this] { owner_->on_session_end(); });
     }
 
     // Work beyond flushing is done once per turn. False: it continues in the next turn.
@@ -9586,6 +10016,19 @@ private:
         const bool in_time = phase_ == Phase::websocket ? connection().deadline() > now() : http_->busy();
         if (in_time) schedule(phase_ == Phase::websocket ? connection().deadline() : after(limits().handshake_timeout));
         return in_time;
+    }
+
+    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more
+    // time if this turn has no budget left for its input, or if that was read now, after a long turn.
+    bool extend_handshake(Duration late, bool received) {
+        constexpr Duration long_turn = std::chrono::seconds(1);
+        if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;
+        char byte = 0;
+        const bool unread = host_.turn.handshakes_left == 0 &&
+                            stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
+        if (!unread && (!received || late < long_turn)) return false;
+        schedule(saturating_add(now(), (std::max)(late, long_turn)));
+        return true;
     }
 
     void take_input(char* data, std::size_t size) {
@@ -9817,7 +10260,8 @@ private:
             return;
         }
         stream_.drop_encryption();  // input is discarded from now on
-        stream_.socket().shutdown_send();
+        // RFC 6455 7.1.1: "the server MUST close the TCP connection first", so that it holds the TIME_WAIT state.
+        if (!server_closes_first_) stream_.socket().shutdown_send();
         schedule(after(limits().linger_timeout));
     }
 
@@ -9951,6 +10395,7 @@ private:
         http->keep_alive = false;
         http->blocked = connection().write_blocked();
         std::swap(http->output, connection().output());
+        server_closes_first_ = owner_ != nullptr && connection().close_cause() != CloseCause::protocol_error;
         close_handler();
         http_ = std::move(http);
         phase_ = Phase::lingering;
@@ -9977,6 +10422,7 @@ private:
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
+    bool server_closes_first_ = false;
     bool waiting_ = false;         // in the list of sessions with work left
     bool watching_read_ = true;
     bool watching_write_ = false;
@@ -10084,6 +10530,7 @@ public:
     WSCHAT_COLD Worker(Server& its_server, const ServerOptions& its_options, const Site& its_site)
         : SessionHost(its_server, its_options, its_site) {
         LoopAccess::at_turn_end(loop, [this] { return end_turn(); });
+        LoopAccess::set_owner(loop, this);
         LoopAccess::on_exception(loop,
                                  [this](const char* where, const char* what) { log.exception(where, what, nullptr); });
     }
@@ -10165,6 +10612,16 @@ public:
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
         session.start(full);
+    }
+    // A connection that a client has made. `made_session` is set before callbacks run.
+    void adopt(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, ClientHandshake opened,
+               Session*& made_session) {
+        auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), false);
+        Session& session = *made;
+        session.index = sessions_.size();
+        sessions_.push_back(std::move(made));
+        made_session = &session;
+        session.start_client(std::move(opened));
     }
     bool descriptors_used() const override { return sessions_.size() + open_files >= usable_descriptors(); }
     WSCHAT_COLD Response too_many_connections() override {
@@ -10262,13 +10719,16 @@ private:
         while (deleted_) deleted_ = std::move(deleted_->next_deleted);
     }
     // Closes the connections with the largest backlog until all together are within the limit.
+    // The list of sessions itself is the heap: n sessions of which k are closed cost n + k log n steps, and no memory.
     void evict_largest() {
-        while (backlog > options.server_limits.max_total_backlog) {
-            const auto smaller = [](const auto& a, const auto& b) { return a->backlog() < b->backlog(); };
-            const auto largest = std::max_element(sessions_.begin(), sessions_.end(), smaller);
-            if (largest == sessions_.end() || (*largest)->backlog() == 0) return;
-            (*largest)->abort(CloseCause::backlog, "all backlogs together are over their limit");
+        const auto smaller = [](const auto& a, const auto& b) { return a->backlog() < b->backlog(); };
+        std::make_heap(sessions_.begin(), sessions_.end(), smaller);
+        for (auto end = sessions_.end(); end != sessions_.begin();) {
+            if (backlog <= options.server_limits.max_total_backlog || sessions_.front()->backlog() == 0) break;
+            std::pop_heap(sessions_.begin(), end, smaller);
+            (*--end)->abort(CloseCause::backlog, "all backlogs together are over their limit");
         }
+        for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = i;
     }
 
     TokenBucket proxy_failure_entries_;
@@ -11085,6 +11545,1438 @@ public:
 
     TestServer server;
     TestClient client;
+};
+
+WSCHAT_END
+
+// ====================================================================================================================
+// section 15: Client
+//
+// Client: connections to other servers, with the handler class of the server and on the same loop. An attempt goes
+// through the stages of ConnectStage; then its socket becomes a Session (14) like any other. Names are resolved on
+// threads of their own.
+// ====================================================================================================================
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <random>
+
+WSCHAT_BEGIN
+
+// How a wss:// server is verified. All files are PEM.
+struct ClientTls {
+    std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
+    // Sent if the server requests a certificate.
+    std::string certificate{};
+    std::string key{};
+    std::string key_password{};
+    // If set, the server's public key must be one of these: the SHA-256 of its SubjectPublicKeyInfo in base64
+    // (RFC 7469 2.4). This comes in addition to the other checks.
+    std::vector<std::string> pinned_keys{};
+    // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data,
+    // unless there are pinned_keys.
+    bool insecure_accept_any_certificate = false;
+};
+
+// When a client connects again. The delay is random, between zero and a limit that begins at min_delay and doubles with
+// each failure up to max_delay, so that the clients of a server that restarts do not come at the same moment.
+struct ReconnectOptions {
+    Duration min_delay = std::chrono::milliseconds(500);
+    Duration max_delay = std::chrono::seconds(30);
+    Duration stable = std::chrono::minutes(1);  // a connection that lived so long resets the delay to min_delay
+    // Retry-After of a response counts, up to this. After 1012 and 1013 the delay is at least a sixth of max_delay.
+    Duration max_retry_after = std::chrono::hours(1);
+    bool after_normal_close = false;  // also if the server closed with 1000 or 1008
+    bool after_refusal = false;       // also after a response with a status of 200-499
+};
+
+// What may differ from attempt to attempt. It begins as what connect() got.
+struct ClientAttempt {
+    std::string url;
+    std::vector<std::pair<std::string, std::string>> headers;
+    std::vector<std::pair<std::string, std::string>> cookies;
+};
+
+// What is the same for all attempts of one Client::connect().
+struct ClientOptions {
+    Limits limits;                                        // of the connection; those on requests hold for the response
+    Duration connect_timeout = std::chrono::seconds(10);  // from the name to the 101, redirects included
+    std::vector<std::pair<std::string, std::string>> headers;
+    std::vector<std::pair<std::string, std::string>> cookies;
+    std::vector<std::string> subprotocols;          // in the order of preference
+    std::string origin;                             // empty: none is sent
+    std::optional<CompressionOptions> compression;  // offered if the program is built with WSCHAT_ZLIB
+    std::optional<ReconnectOptions> reconnect;      // nothing: one attempt, and no other after the connection
+    unsigned max_redirects = 0;  // at most 5 are followed; never from wss to ws, no secrets to another server
+    // Called on the loop's thread before each attempt: for a token that expires, or the id of the last message.
+    std::function<void(ClientAttempt&)> before_attempt;
+    ClientTls tls;
+    std::string bind_address;  // a numeric address of this machine to connect from
+    std::string unix_path;     // connects to this Unix socket; the URL still gives the host, the path and the scheme
+    // "http://user:password@proxy.example:3128": the connection is a tunnel through this proxy (CONNECT).
+    std::string proxy;
+    // Takes https_proxy (for wss), http_proxy (for ws) and no_proxy from the environment, if `proxy` is empty.
+    bool proxy_from_environment = false;
+    // Replaces the system's resolver, for tests and for DNS libraries: returns the addresses of a host, best first. It
+    // is called on another thread, and may block and throw. It may still run when the client is gone.
+    std::function<std::vector<IpAddress>(const std::string& host)> resolver;
+};
+
+namespace detail {
+
+// ---- random numbers ------------------------------------------------------------------------------------------------
+
+// RFC 6455 10.3: "The masking key needs to be unpredictable". Each is new from the system's generator, which is asked
+// for 64 at a time.
+inline MaskKey random_mask() {
+    struct Store {
+        std::string bytes;
+        std::size_t used = 0;
+    };
+    static thread_local Store store;
+    if (store.used == store.bytes.size()) {
+        store.bytes = random_bytes(256);
+        store.used = 0;
+    }
+    MaskKey key;
+    for (unsigned char& byte : key) byte = static_cast<unsigned char>(store.bytes[store.used++]);
+    return key;
+}
+
+// Sec-WebSocket-Key: 16 random bytes (RFC 6455 4.1 / 7).
+inline std::string random_key() {
+    const std::string bytes = random_bytes(16);
+    return base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+}
+
+// ---- URLs ----------------------------------------------------------------------------------------------------------
+
+struct ClientUrl {
+    bool secure = false;
+    std::string host;  // without brackets
+    int port = 0;
+    std::string target;       // "/chat?name=Anna"
+    std::string credentials;  // "user:password", decoded; may be empty
+
+    int default_port() const { return secure ? 443 : 80; }
+    // "host:port", with brackets around an IPv6 address.
+    std::string host_and_port() const { return bracketed() + ":" + std::to_string(port); }
+    // For the Host field.
+    std::string authority() const { return port == default_port() ? bracketed() : host_and_port(); }
+    bool same_server(const ClientUrl& other) const {
+        return secure == other.secure && port == other.port && text::equals_ignore_case(host, other.host);
+    }
+
+    // "ws://host", "wss://user:password@host:port/path?query"; http and https are the same. Returns nothing and sets
+    // `error` to a sentence if the text is none of these. `base` resolves a Location that is relative (RFC 3986 5.2).
+    WSCHAT_COLD static std::optional<ClientUrl> parse(std::string_view text, std::string& error,
+                                                      const ClientUrl* base = nullptr) {
+        ClientUrl url;
+        const std::string shown = "\"" + escape_for_log(without_secrets(text)) + "\"";
+        const auto printable = [](char c) { return c > ' ' && c < 0x7F; };
+        if (text.empty() || !text::all_of(text, printable) || text.size() > 8000) {
+            error = shown + " is not a URL: percent-encode what is not printable ASCII.";
+            return std::nullopt;
+        }
+        const std::size_t colon = text.find("://");
+        if (base != nullptr && (colon == std::string_view::npos || colon > text.find_first_of("/?#")))
+            return base->resolve(text, error);
+        const std::string scheme = text::to_lower(text.substr(0, (std::min)(colon, text.size())));
+        url.secure = scheme == "wss" || scheme == "https";
+        if (colon == std::string_view::npos || (!url.secure && scheme != "ws" && scheme != "http")) {
+            error = shown + " is not a URL of a WebSocket: it begins with ws:// or wss://.";
+            return std::nullopt;
+        }
+        std::string_view rest = text.substr(colon + 3);
+        const std::string_view authority = rest.substr(0, rest.find_first_of("/?#"));
+        rest.remove_prefix(authority.size());
+        if (rest.find('#') != std::string_view::npos && base == nullptr) {
+            // RFC 6455 3: "Fragment identifiers are meaningless [...] and MUST NOT be used".
+            error = shown + " has a fragment (#), which the URL of a WebSocket cannot have.";
+            return std::nullopt;
+        }
+        url.set_target(rest);
+        if (!url.set_authority(authority)) {
+            error = shown + " has no valid host and port.";
+            return std::nullopt;
+        }
+        return url.with_valid_path(error);
+    }
+    // For log entries and sentences: without a password and without the query.
+    static std::string without_secrets(std::string_view text) {
+        std::string shown(text.substr(0, text.find_first_of("?#")));
+        const std::size_t begin = shown.find("://"), at = shown.rfind('@');
+        if (begin != std::string::npos && at != std::string::npos && at > begin) shown.erase(begin + 3, at - begin - 2);
+        return shown;
+    }
+
+private:
+    std::string bracketed() const { return host.find(':') == std::string::npos ? host : "[" + host + "]"; }
+
+    void set_target(std::string_view rest) {
+        rest = rest.substr(0, rest.find('#'));
+        target = (rest.empty() || rest.front() != '/' ? "/" : "") + std::string(rest);
+    }
+    bool set_authority(std::string_view authority) {
+        const std::size_t at = authority.rfind('@');
+        if (at != std::string_view::npos) {
+            const auto decoded = text::percent_decode(authority.substr(0, at));
+            if (!decoded || has_control_character(*decoded)) return false;
+            credentials = *decoded;
+            authority.remove_prefix(at + 1);
+        }
+        if (!valid_host(authority)) return false;
+        const std::size_t colon = authority.rfind(':');
+        const bool has_port = colon != std::string_view::npos && authority.find(']', colon) == std::string_view::npos;
+        host = text::to_lower(has_port ? authority.substr(0, colon) : authority);
+        if (host.front() == '[') host = host.substr(1, host.size() - 2);
+        const std::string_view digits = has_port ? authority.substr(colon + 1) : std::string_view();
+        port = digits.empty() ? default_port() : static_cast<int>(text::parse_unsigned(digits, 65535).value_or(0));
+        return port != 0;
+    }
+    // RFC 3986 5.2.2, without the removal of dot segments, which the server does.
+    std::optional<ClientUrl> resolve(std::string_view reference, std::string& error) const {
+        if (text::starts_with(reference, "//"))
+            return parse((secure ? "wss:" : "ws:") + std::string(reference), error, this);
+        ClientUrl url = *this;
+        const std::string path = target.substr(0, target.find('?'));
+        if (reference.front() == '/') url.set_target(reference);
+        else if (reference.front() == '?') url.set_target(path + std::string(reference));
+        else url.set_target(path.substr(0, path.rfind('/') + 1) + std::string(reference));
+        return url.with_valid_path(error);
+    }
+    std::optional<ClientUrl> with_valid_path(std::string& error) const {
+        const std::string_view path = std::string_view(target).substr(0, target.find('?'));
+        if (text::percent_decode(path)) return *this;
+        error = "The path \"" + escape_for_log(path) + "\" has a malformed percent escape.";
+        return std::nullopt;
+    }
+};
+
+inline std::string basic_authorization(std::string_view credentials) {
+    return "Basic " + base64(reinterpret_cast<const unsigned char*>(credentials.data()), credentials.size());
+}
+
+// Whether no_proxy excludes the host: "*", "example.com" (with its subdomains), ".example.com", "10.0.0.0/8".
+WSCHAT_COLD inline bool excluded_from_proxy(std::string_view list, const ClientUrl& url) {
+    const auto address = IpAddress::parse(url.host);
+    while (!list.empty()) {
+        std::string_view entry = text::trim(text::consume_until(list, ','));
+        if (entry == "*") return true;
+        const std::size_t colon = entry.rfind(':');
+        if (colon != std::string_view::npos && entry.find(':') == colon) {
+            if (text::parse_unsigned(entry.substr(colon + 1), 65535) != static_cast<std::uint64_t>(url.port)) continue;
+            entry = entry.substr(0, colon);
+        }
+        if (address) {
+            bool inside = false;
+            run_guarded([&] { inside = Cidr(entry).contains(*address); }, [](const char*) {});
+            if (inside) return true;
+            continue;
+        }
+        if (!entry.empty() && entry.front() == '.') entry.remove_prefix(1);
+        if (entry.empty() || entry.size() > url.host.size()) continue;
+        const std::string_view end = std::string_view(url.host).substr(url.host.size() - entry.size());
+        const bool whole = end.size() == url.host.size() || url.host[url.host.size() - end.size() - 1] == '.';
+        if (whole && text::equals_ignore_case(end, entry)) return true;
+    }
+    return false;
+}
+
+// ---- resolving names -----------------------------------------------------------------------------------------------
+
+struct ResolverResult {
+    std::vector<IpAddress> addresses;
+    std::string error;  // a sentence; empty if there are addresses
+};
+
+// The system's resolver. Blocks.
+inline std::vector<IpAddress> resolve_by_system(const std::string& host) {
+    addrinfo hints{};
+    hints.ai_family = AF_UNSPEC;
+    hints.ai_socktype = SOCK_STREAM;
+    addrinfo* found = nullptr;
+#if defined(_WIN32)
+    os::start_winsock();
+#endif
+    const int status = ::getaddrinfo(host.c_str(), nullptr, &hints, &found);
+    if (status != 0) throw Error(os::resolver_error_text(status));
+    const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owned(found, [](addrinfo* list) { ::freeaddrinfo(list); });
+    std::vector<IpAddress> addresses;
+    for (const addrinfo* each = found; each != nullptr; each = each->ai_next) {
+        sockaddr_storage storage{};
+        std::memcpy(&storage, each->ai_addr, (std::min)(sizeof storage, static_cast<std::size_t>(each->ai_addrlen)));
+        const IpAddress address(storage);
+        if (address.bits() != 0 && std::find(addresses.begin(), addresses.end(), address) == addresses.end())
+            addresses.push_back(address);
+    }
+    return addresses;
+}
+
+// RFC 8305 4: the families take turns, beginning with that of the first address.
+inline std::vector<IpAddress> interleave_families(const std::vector<IpAddress>& addresses) {
+    std::deque<IpAddress> first, second;
+    for (const IpAddress& each : addresses)
+        (each.family() == addresses.front().family() ? first : second).push_back(each);
+    std::vector<IpAddress> result;
+    while (!first.empty() || !second.empty())
+        for (auto* family : {&first, &second}) {
+            if (family->empty()) continue;
+            result.push_back(family->front());
+            family->pop_front();
+        }
+    return result;
+}
+
+// A few threads that resolve names, because getaddrinfo() blocks. Nobody waits for them: a thread that hangs in a
+// resolver keeps only the state that the threads share.
+class ResolverPool {
+public:
+    using Resolver = std::function<std::vector<IpAddress>(const std::string&)>;
+    using Done = std::function<void(ResolverResult)>;
+
+    ResolverPool() = default;
+    ResolverPool(const ResolverPool&) = delete;
+    ResolverPool& operator=(const ResolverPool&) = delete;
+    ~ResolverPool() {
+        const std::lock_guard<std::mutex> lock(state_->mutex);
+        state_->ended = true;
+        state_->jobs.clear();
+        state_->changed.notify_all();
+    }
+
+    // Calls done(result) by the mailbox. A job that nobody waits for any more (`waiting` has expired) is skipped.
+    void resolve(Resolver resolver, std::string host, std::shared_ptr<Mailbox> mailbox, std::weak_ptr<void> waiting,
+                 Done done) {
+        const std::lock_guard<std::mutex> lock(state_->mutex);
+        state_->jobs.push_back(
+            {std::move(resolver), std::move(host), std::move(mailbox), std::move(waiting), std::move(done)});
+        if (state_->jobs.size() > state_->idle && state_->threads < max_threads) start_thread();
+        state_->changed.notify_one();
+    }
+
+private:
+    static constexpr std::size_t max_threads = 4;
+
+    struct Job {
+        Resolver resolver;
+        std::string host;
+        std::shared_ptr<Mailbox> mailbox;
+        std::weak_ptr<void> waiting;
+        Done done;
+    };
+    struct State {
+        std::mutex mutex;
+        std::condition_variable changed;
+        std::deque<Job> jobs;
+        std::size_t threads = 0, idle = 0;
+        bool ended = false;
+    };
+
+    void start_thread() {
+        try {
+            std::thread([state = state_] { work(*state); }).detach();
+            ++state_->threads;
+        } catch (const std::system_error&) {
+            if (state_->threads != 0) return;
+            state_->jobs.pop_back();
+            throw Error("no thread can be started to resolve the name");
+        }
+    }
+    static void work(State& state) {
+        std::unique_lock<std::mutex> lock(state.mutex);
+        for (;;) {
+            ++state.idle;
+            state.changed.wait(lock, [&] { return state.ended || !state.jobs.empty(); });
+            --state.idle;
+            if (state.ended) return;
+            Job job = std::move(state.jobs.front());
+            state.jobs.pop_front();
+            lock.unlock();
+            run(std::move(job));
+            lock.lock();
+        }
+    }
+    static void run(Job job) {
+        if (job.waiting.expired()) return;
+        ResolverResult result;
+        run_guarded(
+            [&] {
+                result.addresses = job.resolver ? job.resolver(job.host) : resolve_by_system(job.host);
+                if (result.addresses.empty()) result.error = "it has no address";
+            },
+            [&](const char* what) { result.error = what; });
+        // Only memory that runs out can throw here. The attempt then ends at its deadline.
+        run_guarded(
+            [&] {
+                job.mailbox->post(
+                    [done = std::move(job.done), result = std::move(result)]() mutable { done(std::move(result)); });
+            },
+            [](const char*) {});
+    }
+
+    std::shared_ptr<State> state_ = std::make_shared<State>();
+};
+
+// ---- sockets -------------------------------------------------------------------------------------------------------
+
+struct SocketAddress {
+    sockaddr_storage storage{};
+    socklen_t size = 0;
+
+    SocketAddress(const IpAddress& address, int port) {
+        const std::string text = address.to_string();
+        if (address.family() == IpAddress::Family::ipv6) {
+            sockaddr_in6 in6{};
+            in6.sin6_family = AF_INET6;
+            in6.sin6_port = htons(static_cast<std::uint16_t>(port));
+            ::inet_pton(AF_INET6, text.c_str(), &in6.sin6_addr);
+            set(in6);
+        } else {
+            sockaddr_in in{};
+            in.sin_family = AF_INET;
+            in.sin_port = htons(static_cast<std::uint16_t>(port));
+            ::inet_pton(AF_INET, text.c_str(), &in.sin_addr);
+            set(in);
+        }
+    }
+#if !defined(_WIN32)
+    // The path is shorter than sun_path.
+    explicit SocketAddress(const std::string& unix_path) {
+        sockaddr_un un{};
+        un.sun_family = AF_UNIX;
+        unix_path.copy(un.sun_path, sizeof un.sun_path - 1);
+        set(un);
+    }
+#endif
+    const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
+
+private:
+    template <class Address>
+    void set(const Address& address) {
+        std::memcpy(&storage, &address, sizeof address);
+        size = sizeof address;
+    }
+};
+
+class ClientLink;
+
+// One socket of an attempt, and what the poller knows it by. An earlier batch of the poller may still name it after the
+// attempt has dropped it, so it is destroyed later: retire().
+class Dial final : public Pollable {
+public:
+    Dial(ClientLink& link, Socket its_socket, const IpAddress& address)
+        : socket(std::move(its_socket)), peer(address), link_(&link) {}
+    inline void on_ready(bool readable, bool writable, bool broken) override;
+    // Takes the socket away from the poller.
+    void unwatch(Loop& loop) {
+        if (std::exchange(watched, false)) LoopAccess::poller(loop).remove(socket.descriptor());
+    }
+    static void retire(std::unique_ptr<Dial> dial, Loop& loop) {
+        dial->unwatch(loop);
+        dial->link_ = nullptr;
+        dial->socket.close();
+        loop.post([dead = std::move(dial)] { static_cast<void>(dead); });
+    }
+
+    Socket socket;
+    IpAddress peer;
+    bool watched = false;
+
+private:
+    ClientLink* link_;  // null if it is retired
+};
+
+// ---- what the connections of a client share ------------------------------------------------------------------------
+
+class ClientCore {
+public:
+    explicit ClientCore(Worker& its_worker) : worker(its_worker) {
+        std::uint64_t seed = 0;
+        for (const char byte : random_bytes(8)) seed = seed << 8 | static_cast<unsigned char>(byte);
+        random_.seed(seed);
+    }
+    ClientCore(const ClientCore&) = delete;
+    ClientCore& operator=(const ClientCore&) = delete;
+
+    Loop& loop() { return worker.loop; }
+    Duration random_up_to(Duration max) {
+        return Duration(
+            std::uniform_int_distribution<Duration::rep>(0, (std::max)(max, Duration::zero()).count())(random_));
+    }
+    void remove(std::uint64_t id) {
+        links.erase(id);
+        if (links.empty() && on_idle) on_idle();
+    }
+
+#if WSCHAT_OPENSSL
+    // Reading the authorities of the system takes milliseconds, so equal options share a context.
+    std::unique_ptr<TlsTransport> make_transport(const ClientTls& tls, const std::string& host) {
+        return std::make_unique<TlsTransport>(buffers_, context(tls), host);
+    }
+    // Throws Error if a file cannot be used.
+    std::shared_ptr<const TlsContext> context(const ClientTls& tls) {
+        const std::vector<std::string> key{tls.authorities, tls.certificate, tls.key, tls.key_password,
+                                           tls.insecure_accept_any_certificate ? "any" : ""};
+        for (const auto& [known, context] : contexts_)
+            if (known == key) return context;
+        TlsClientOptions options;
+        options.authorities = tls.authorities;
+        options.certificate = tls.certificate;
+        options.key = tls.key;
+        options.key_password = tls.key_password;
+        options.accept_any_certificate = tls.insecure_accept_any_certificate;
+        auto made = std::make_shared<const TlsContext>(options);
+        if (contexts_.size() == max_contexts) contexts_.erase(contexts_.begin());
+        contexts_.emplace_back(key, made);
+        return made;
+    }
+#endif
+
+    Worker& worker;
+    ResolverPool resolvers;
+    std::map<std::uint64_t, std::shared_ptr<ClientLink>> links;  // by what connect() returned
+    std::function<void()> on_idle;                               // the last link has gone
+
+private:
+    std::mt19937_64 random_;
+#if WSCHAT_OPENSSL
+    static constexpr std::size_t max_contexts = 16;
+    std::shared_ptr<TlsBuffers> buffers_ = std::make_shared<TlsBuffers>();
+    std::vector<std::pair<std::vector<std::string>, std::shared_ptr<const TlsContext>>> contexts_;
+#endif
+};
+
+// Calls on_failure() of a handler that gets no connection.
+class FailedHandler final : public WebSocketDriver {
+public:
+    FailedHandler(SessionHost& host, const IpAddress& peer) : WebSocketDriver(host, peer) {}
+
+    void call_on_failure(const Route::Factory& factory, Request request, const ConnectError& error) {
+        guarded("handler", [&] { handler_ = factory(); });
+        if (!handler_) return;
+        core().host = this;
+        core().request = std::move(request);
+        guarded("on_failure", [&] { handler_->on_failure(error); });
+        guarded("handler", [&] {
+            RoomsAccess::remove_from_all(host_.rooms, *handler_);
+            core().rooms.clear();
+            handler_.reset();
+        });
+    }
+
+    void on_reply(ReplyAnswer) override {}
+    void mark_dirty() override {}
+    void flush() override {}
+    std::size_t offer(const std::string_view*, std::size_t) override { return 0; }
+    void set_nodelay(bool) override {}
+};
+
+// The body of a response that is not a 101, for ConnectError::body.
+class ResponseBody {
+public:
+    static constexpr std::size_t max_size = 64 * 1024;
+
+    void start(int status, const Fields& fields) {
+        chunked_ = fields.has_element("transfer-encoding", "chunked");
+        const auto length = fields.find("content-length");
+        if (status == 204 || status == 304) left_ = 0;
+        else if (length && !chunked_) left_ = text::parse_unsigned(*length, UINT64_MAX).value_or(max_size);
+    }
+    void feed(std::string_view bytes) { raw_ += bytes.substr(0, max_size + 1 - (std::min)(raw_.size(), max_size)); }
+    // Whether more bytes would change nothing.
+    bool complete() const {
+        return raw_.size() >= (std::min)(left_, std::uint64_t{max_size}) || (chunked_ && decode(nullptr));
+    }
+    std::string take() {
+        std::string body;
+        if (chunked_) decode(&body);
+        else body = raw_.substr(0, static_cast<std::size_t>((std::min)(left_, std::uint64_t{max_size})));
+        return body;
+    }
+
+private:
+    // RFC 9112 7.1. Returns true if the last chunk has arrived, or if the rest makes no sense.
+    bool decode(std::string* body) const {
+        std::string_view rest = raw_;
+        for (;;) {
+            const std::size_t end = rest.find("\r\n");
+            if (end == std::string_view::npos) return rest.size() > 256;
+            std::size_t size = 0;
+            const std::string_view line = rest.substr(0, end);
+            for (const char c : line.substr(0, line.find_first_of("; "))) {
+                if (text::hex_value(c) < 0 || size > max_size) return true;
+                size = size * 16 + static_cast<unsigned>(text::hex_value(c));
+            }
+            rest.remove_prefix(end + 2);
+            if (size == 0) return true;
+            if (body != nullptr) body->append(rest.substr(0, size));
+            if (rest.size() < size + 2) return false;
+            rest.remove_prefix(size + 2);
+        }
+    }
+
+    std::string raw_;
+    std::uint64_t left_ = UINT64_MAX;  // the size of the whole body, if the head has it
+    bool chunked_ = false;
+};
+
+// Throws Error for what is not a header field or a cookie, or is one that only the client sets.
+WSCHAT_COLD inline void check_client_headers(const char* call,
+                                             const std::vector<std::pair<std::string, std::string>>& headers,
+                                             const std::vector<std::pair<std::string, std::string>>& cookies) {
+    static constexpr std::string_view own[] = {"host", "upgrade", "connection", "content-length", "transfer-encoding"};
+    const auto bad = [&](const std::string& what) { throw Error(std::string(call) + ": " + what); };
+    for (const auto& [name, value] : headers) {
+        if (!text::is_token(name) || has_control_character(value))
+            bad("\"" + escape_for_log(name) + "\" is not a header field");
+        bool reserved = text::starts_with(text::to_lower(name), "sec-websocket-");
+        for (const std::string_view each : own) reserved = reserved || text::equals_ignore_case(name, each);
+        if (reserved) bad("only the client sets the header " + name);
+    }
+    const auto cookie_char = [](char c) {
+        return c > ' ' && c < 0x7F && c != ';' && c != ',' && c != '\\' && c != '"';
+    };
+    for (const auto& [name, value] : cookies)
+        if (!text::is_token(name) || !text::all_of(value, cookie_char))
+            bad("\"" + escape_for_log(name) + "\" is not a cookie");
+}
+
+// ---- one connect() -------------------------------------------------------------------------------------------------
+
+// What Client::connect() started: attempt, connection, pause, next attempt. It has at most one connection at a time,
+// because the next attempt is scheduled when the socket of the last connection is closed. An attempt ends in one of two
+// functions, fail() and open().
+class ClientLink final : public SessionOwner, public std::enable_shared_from_this<ClientLink> {
+public:
+    ClientLink(ClientCore& core, std::uint64_t id, std::string url, ClientOptions options, Route::Factory factory)
+        : core_(&core),
+          id_(id),
+          url_text_(std::move(url)),
+          options_(std::move(options)),
+          factory_(std::move(factory)),
+          parser_(options_.limits) {}
+    ClientLink(const ClientLink&) = delete;
+    ClientLink& operator=(const ClientLink&) = delete;
+    virtual ~ClientLink() = default;
+
+    // Starts an attempt after the delay. The timer counts from now, not from the beginning of the turn.
+    void start_later(Duration delay) {
+        timer_ = call_later(delay, [](ClientLink& link) { link.start(); });
+    }
+    // The handle was given to Client::disconnect(): closes what is open, and tries nothing more.
+    void disconnect(CloseCode code, std::string_view reason) {
+        const auto self = shared_from_this();
+        finishing_ = true;
+        if (session_ == nullptr) return end();
+        if (WebSocketHandler* handler = session_->opened_handler()) handler->close(code, reason);
+    }
+    void shut_down() {
+        const auto self = shared_from_this();
+        finishing_ = true;
+        if (session_ == nullptr) return end();
+        session_->shut_down();
+    }
+    void abort() {
+        finishing_ = true;
+        if (session_ != nullptr) session_->abort(CloseCause::shutdown, "client is shutting down");
+    }
+    // The client is being destroyed.
+    void detach() {
+        abort();
+        stop_attempt();
+        cancel(timer_);
+        session_ = nullptr;
+        core_ = nullptr;
+    }
+
+    // ---- called by the session -------------------------------------------------------------------------------------
+
+    const Limits& session_limits() const override { return options_.limits; }
+    void note_close(CloseCode code, CloseCause cause) noexcept override {
+        close_code_ = code;
+        close_cause_ = cause;
+    }
+    void on_session_end() override {
+        if (core_ == nullptr) return;
+        const auto self = shared_from_this();
+        session_ = nullptr;
+        if (options_.reconnect && loop().now() - opened_at_ >= options_.reconnect->stable) failures_ = 0;
+        if (!may_reconnect()) return end();
+        const bool asked = close_code_ == CloseCode::service_restart || close_code_ == CloseCode::try_again_later;
+        start_later(retry_delay(asked ? options_.reconnect->max_delay / 6 : Duration::zero()));
+    }
+
+    // ---- called by a Dial ------------------------------------------------------------------------------------------
+
+    void on_ready(Dial& dial, bool readable, bool writable, bool broken) {
+        const auto self = shared_from_this();
+        run_guarded(
+            [&] {
+                if (&dial == active_) transfer(readable || broken, writable);
+                else finish_dial(dial);
+            },
+            [&](const char* what) { fail(stage_, what); });
+    }
+
+private:
+    using LoopTimer = std::optional<Loop::TimerId>;
+
+    Loop& loop() { return core_->loop(); }
+    template <class Function>
+    LoopTimer call_later(Duration delay, Function function) {
+        return loop().call_later(delay, [weak = weak_from_this(), function] {
+            const auto self = weak.lock();
+            if (self && self->core_ != nullptr)
+                run_guarded([&] { function(*self); }, [&](const char* what) { self->fail(self->stage_, what); });
+        });
+    }
+    void cancel(LoopTimer& timer) {
+        if (timer) loop().cancel(*std::exchange(timer, std::nullopt));
+    }
+
+    // ---- an attempt ------------------------------------------------------------------------------------------------
+
+    void start() {
+        timer_.reset();
+        if (core_->worker.draining) return end();
+        attempt_ = std::make_shared<char>();
+        redirects_ = 0;
+        stage_ = ConnectStage::url;
+        const Duration timeout = options_.connect_timeout;
+        if (timeout > Duration::zero()) deadline_ = call_later(timeout, [](ClientLink& link) { link.fail_late(); });
+        attempted_ = {url_text_, options_.headers, options_.cookies};
+        if (options_.before_attempt) {
+            options_.before_attempt(attempted_);
+            if (core_ == nullptr || ended_) return;
+            check_client_headers("ClientOptions::before_attempt", attempted_.headers, attempted_.cookies);
+        }
+        std::string error;
+        const auto url = ClientUrl::parse(attempted_.url, error);
+        if (!url) return fail(stage_, error);
+        url_ = *url;
+        sends_secrets_ = true;
+        start_hop();
+    }
+    // The server of the URL, or of a redirect.
+    void start_hop() {
+#if !WSCHAT_OPENSSL
+        if (url_.secure)
+            return fail(ConnectStage::url, "This program is built without TLS: no wss:// (WSCHAT_OPENSSL).");
+#endif
+        parser_ = ResponseParser(options_.limits);
+        body_ = {};
+        output_.clear();
+        make_request();
+        std::string error;
+        if (!choose_proxy(error)) return fail(ConnectStage::proxy, error);
+        stage_ = ConnectStage::resolve;
+        if (!options_.unix_path.empty()) return dial_unix();
+        const std::string& host = proxy_ ? proxy_->host : url_.host;
+        if (const auto numeric = IpAddress::parse(host)) return dial_all({*numeric});
+        core_->resolvers.resolve(options_.resolver, host, loop().mailbox(), attempt_,
+                                 [weak = weak_from_this(), attempt = std::weak_ptr<char>(attempt_)](auto result) {
+                                     const auto self = weak.lock();
+                                     if (self && !attempt.expired()) self->on_resolved(std::move(result));
+                                 });
+    }
+    // Returns false if the environment has no valid proxy.
+    bool choose_proxy(std::string& error) {
+        proxy_.reset();
+        std::string text = options_.proxy;
+        if (text.empty() && options_.proxy_from_environment && options_.unix_path.empty()) {
+            const auto variable = [](const char* lower, const char* upper) -> std::string {
+                const char* value = std::getenv(lower);
+                if (value == nullptr || *value == '\0') value = std::getenv(upper);
+                return value == nullptr ? "" : value;
+            };
+            // HTTP_PROXY is not read: a CGI server sets it from a header of its client.
+            text = url_.secure ? variable("https_proxy", "HTTPS_PROXY") : variable("http_proxy", "http_proxy");
+            if (excluded_from_proxy(variable("no_proxy", "NO_PROXY"), url_)) text.clear();
+        }
+        if (text.empty()) return true;
+        proxy_ = ClientUrl::parse(text, error);
+        if (proxy_ && !proxy_->secure) return true;
+        if (proxy_) error = "The proxy is spoken to in plain HTTP: its URL begins with http://.";
+        return false;
+    }
+
+    void on_resolved(ResolverResult result) {
+        run_guarded(
+            [&] {
+                const std::string& host = proxy_ ? proxy_->host : url_.host;
+                if (result.addresses.empty())
+                    fail(stage_, "The host \"" + escape_for_log(host) + "\" cannot be resolved: " + result.error + ".");
+                else dial_all(std::move(result.addresses));
+            },
+            [&](const char* what) { fail(stage_, what); });
+    }
+
+    // ---- connecting ------------------------------------------------------------------------------------------------
+
+    void dial_all(std::vector<IpAddress> addresses) {
+        stage_ = ConnectStage::connect;
+        dial_error_ = "the host has no address";
+        if (const auto bound = IpAddress::parse(options_.bind_address)) {
+            const auto other = [&](const IpAddress& each) { return each.family() != bound->family(); };
+            addresses.erase(std::remove_if(addresses.begin(), addresses.end(), other), addresses.end());
+            dial_error_ = "the host has no address of the family of ClientOptions::bind_address";
+        }
+        if (addresses.empty()) return fail(stage_, "Cannot connect: " + dial_error_ + ".");
+        const auto ordered = interleave_families(addresses);
+        addresses_.assign(ordered.begin(), ordered.end());
+        dial_next();
+    }
+    // RFC 8305 5: tries the next address at once if the last has failed, otherwise after 250 ms.
+    void dial_next() {
+        constexpr Duration between = std::chrono::milliseconds(250);
+        cancel(timer_);
+        while (!addresses_.empty()) {
+            const IpAddress address = addresses_.front();
+            addresses_.pop_front();
+            const int port = proxy_ ? proxy_->port : url_.port;
+            if (!dial(address, SocketAddress(address, port))) continue;
+            if (active_ == nullptr && !addresses_.empty() && attempt_)
+                timer_ = call_later(between, [](ClientLink& link) { link.dial_next(); });
+            return;
+        }
+        if (dials_.empty()) fail(stage_, "Cannot connect: " + dial_error_ + ".");
+    }
+    void dial_unix() {
+        stage_ = ConnectStage::connect;
+#if defined(_WIN32)
+        fail(stage_, "There are no Unix sockets on this system.");
+#else
+        if (!dial(IpAddress(), SocketAddress(options_.unix_path))) fail(stage_, "Cannot connect: " + dial_error_ + ".");
+#endif
+    }
+    // Returns false and sets dial_error_ if the system refuses at once.
+    bool dial(const IpAddress& address, const SocketAddress& to) {
+        const std::string name = address.bits() == 0 ? options_.unix_path : address.to_string();
+        const auto refused = [&] {
+            dial_error_ = name + ": " + os::error_text(os::last_error());
+            return false;
+        };
+        Socket socket(os::open_socket(to.get()->sa_family));
+        if (!socket) return refused();
+        if (const auto bound = IpAddress::parse(options_.bind_address); bound && address.bits() != 0) {
+            const SocketAddress from(*bound, 0);
+            if (::bind(socket.descriptor(), from.get(), from.size) != 0) return refused();
+        }
+        const bool connected = ::connect(socket.descriptor(), to.get(), to.size) == 0;
+        const bool pending = !connected && connects_later(os::last_error(), address);
+        if (!connected && !pending) return refused();
+        dials_.push_back(std::make_unique<Dial>(*this, std::move(socket), address));
+        Dial& made = *dials_.back();
+        if (!LoopAccess::poller(loop()).add(made.socket.descriptor(), made, false, true)) {
+            refused();
+            drop(made);
+            return false;
+        }
+        made.watched = true;
+        return true;
+    }
+    static bool connects_later(int error, const IpAddress& address) {
+        // A Unix socket that is full answers EAGAIN, and the kernel does not connect later.
+        return error == EINPROGRESS || os::interrupted(error) || (os::would_block(error) && address.bits() != 0);
+    }
+    void drop(Dial& dial) {
+        const auto at =
+            std::find_if(dials_.begin(), dials_.end(), [&](const auto& each) { return each.get() == &dial; });
+        std::unique_ptr<Dial> dropped = std::move(*at);
+        dials_.erase(at);
+        Dial::retire(std::move(dropped), loop());
+    }
+
+    // The system has connected a socket, or has given up.
+    void finish_dial(Dial& dial) {
+        int error = 0;
+        socklen_t size = sizeof error;
+        if (::getsockopt(dial.socket.descriptor(), SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&error), &size) != 0)
+            error = os::last_error();
+        if (error != 0) {
+            dial_error_ =
+                (dial.peer.bits() == 0 ? options_.unix_path : dial.peer.to_string()) + ": " + os::error_text(error);
+            drop(dial);
+            return dial_next();
+        }
+        cancel(timer_);
+        active_ = &dial;
+        addresses_.clear();
+        while (dials_.size() > 1) drop(*(dials_.front().get() == active_ ? dials_.back() : dials_.front()));
+        if (dial.peer.bits() != 0) dial.socket.set_nodelay(true);
+        if (proxy_) ask_proxy();
+        else start_encryption();
+        if (active_ == &dial) transfer(false, true);
+    }
+
+    // ---- the stages on one socket ----------------------------------------------------------------------------------
+
+    void ask_proxy() {
+        stage_ = ConnectStage::proxy;
+        const std::string to = url_.host_and_port();
+        output_ = "CONNECT " + to + " HTTP/1.1\r\nHost: " + to + "\r\n";
+        if (!proxy_->credentials.empty())
+            (output_ += "Proxy-Authorization: ") += basic_authorization(proxy_->credentials) + "\r\n";
+        output_ += "\r\n";
+    }
+    void start_encryption() {
+        parser_ = ResponseParser(options_.limits);
+        if (!url_.secure) return send_request();
+#if WSCHAT_OPENSSL
+        stage_ = ConnectStage::tls;
+        auto made = core_->make_transport(options_.tls, url_.host);
+        tls_ = made.get();
+        transport_ = std::move(made);
+#endif
+    }
+    // The handshake is done, and the certificate is accepted.
+    void finish_encryption() {
+#if WSCHAT_OPENSSL
+        const auto& pins = options_.tls.pinned_keys;
+        const std::string pin = pins.empty() ? std::string() : tls_->peer_key_pin();
+        if (!pins.empty() && std::find(pins.begin(), pins.end(), pin) == pins.end())
+            return fail(stage_, "The server's public key is not one of ClientTls::pinned_keys; it is " + pin + ".");
+#endif
+        send_request();
+    }
+    void send_request() {
+        stage_ = ConnectStage::http;
+        output_ = request_;
+    }
+    // RFC 6455 4.1.
+    void make_request() {
+        key_ = random_key();
+        std::string subprotocols;
+        for (const std::string& each : options_.subprotocols)
+            (subprotocols += subprotocols.empty() ? "" : ", ") += each;
+        offers_compression_ = compression_available && options_.compression;
+        const std::string offer = offers_compression_ ? CompressionPool::offer(*options_.compression) : std::string();
+        request_ = handshake_request(url_.authority(), url_.target, key_, subprotocols, offer);
+        std::string lines;
+        if (!options_.origin.empty()) add_line(lines, "Origin", options_.origin);
+        bool authorized = false;
+        for (const auto& [name, value] : attempted_.headers) {
+            const bool secret = is_secret(name);
+            authorized = authorized || text::equals_ignore_case(name, "authorization");
+            if (sends_secrets_ || !secret) add_line(lines, name, value);
+        }
+        if (!url_.credentials.empty() && !authorized)
+            add_line(lines, "Authorization", basic_authorization(url_.credentials));
+        std::string cookies;
+        for (const auto& [name, value] : attempted_.cookies)
+            cookies += (cookies.empty() ? "" : "; ") + name + "=" + value;
+        if (sends_secrets_ && !cookies.empty()) add_line(lines, "Cookie", cookies);
+        request_.insert(request_.size() - 2, lines);
+    }
+    static bool is_secret(std::string_view name) {
+        return text::equals_ignore_case(name, "authorization") || text::equals_ignore_case(name, "cookie") ||
+               text::equals_ignore_case(name, "proxy-authorization");
+    }
+
+    // ---- input and output of an attempt ----------------------------------------------------------------------------
+
+    void transfer(bool readable, bool writable) {
+        const Dial* const dial = active_;
+        if (readable && !receive()) return;
+        static_cast<void>(writable);
+        if (active_ == dial && !send()) return;
+        if (active_ == dial && dial != nullptr) watch();
+    }
+    // Returns false if the attempt has ended.
+    bool receive() {
+        const Dial* const dial = active_;
+        constexpr int max_reads = 4;
+        for (int i = 0; i < max_reads; ++i) {
+            Bytes& buffer = core_->worker.receive_buffer;
+            const IoResult got = transport_
+                                     ? transport_->receive(active_->socket, buffer.data(), buffer.capacity(), wire())
+                                     : active_->socket.receive(buffer.data(), buffer.capacity());
+            if (!transport_) wire().received += got.size;
+            if (got.outcome == IoResult::Outcome::would_block) return true;
+            if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
+            take(buffer.data(), got.size);
+            if (active_ != dial) return false;
+        }
+        return true;
+    }
+    bool end_of_input(const IoResult& got) {
+        const bool tls_failed = transport_ && !transport_->failure().empty();
+        std::string cause = tls_failed                                ? transport_->failure()
+                            : got.outcome == IoResult::Outcome::error ? os::error_text(got.error)
+                                                                      : std::string("the server hung up");
+        if (reads_body_) fail_response();
+        else if (stage_ == ConnectStage::tls) fail(stage_, "The TLS handshake failed: " + cause + ".");
+        else fail(stage_, "The connection ended before the response: " + cause + ".");
+        return false;
+    }
+    bool send() {
+        if (stage_ == ConnectStage::tls && transport_) {
+            const IoResult step = transport_->send(active_->socket, nullptr, 0, wire());
+            if (step.outcome == IoResult::Outcome::error) return end_of_input(step);
+            if (!transport_->established()) return true;
+            finish_encryption();
+            if (active_ == nullptr) return false;
+        }
+        while (!output_.empty() || (transport_ && transport_->wants_write())) {
+            const std::string_view piece = output_;
+            const std::size_t count = piece.empty() ? 0 : 1;
+            const IoResult sent = transport_ ? transport_->send(active_->socket, &piece, count, wire())
+                                             : active_->socket.send(&piece, count);
+            if (!transport_) wire().sent += sent.size;
+            if (sent.outcome == IoResult::Outcome::error) {
+                // The response may have arrived before.
+                output_.clear();
+                return receive() && end_of_input(sent);
+            }
+            output_.erase(0, sent.size);
+            if (sent.outcome != IoResult::Outcome::done || (piece.empty() && sent.size == 0)) break;
+        }
+        return true;
+    }
+    void watch() {
+        const bool write = !output_.empty() || (transport_ && transport_->wants_write());
+        if (!LoopAccess::poller(loop()).change(active_->socket.descriptor(), *active_, true, write))
+            return fail(stage_, "The socket cannot be watched: " + os::error_text(os::last_error()) + ".");
+        // What TLS has decrypted already, the poller does not report.
+        if (transport_ && transport_->has_input())
+            loop().post([weak = weak_from_this(), attempt = std::weak_ptr<char>(attempt_)] {
+                const auto self = weak.lock();
+                if (self && !attempt.expired() && self->active_ != nullptr)
+                    self->on_ready(*self->active_, true, false, false);
+            });
+    }
+    WireCount& wire() { return core_->worker.wire; }
+
+    // ---- the response ----------------------------------------------------------------------------------------------
+
+    void take(char* data, std::size_t size) {
+        while (size != 0 && !reads_body_) {
+            std::size_t consumed = 0;
+            const ResponseParser::Outcome outcome = parser_.feed({data, size}, consumed);
+            data += consumed;
+            size -= consumed;
+            if (outcome == ResponseParser::Outcome::failure)
+                return fail(stage_, "The response is not HTTP: " + parser_.reason());
+            if (outcome == ResponseParser::Outcome::need_more) return;
+            if (stage_ == ConnectStage::proxy && parser_.status() / 100 == 2) {
+                if (size != 0) return fail(stage_, "The proxy sent bytes before the server could.");
+                return start_encryption();
+            }
+            if (parser_.status() == 101 && stage_ == ConnectStage::http) return finish_handshake({data, size});
+            // RFC 9110 15.2: "A client MUST be able to parse one or more 1xx responses received prior to a final one."
+            if (parser_.status() / 100 != 1) start_body();
+            else if (++interim_ > max_interim) return fail(stage_, "The server sends interim responses only.");
+            else parser_ = ResponseParser(options_.limits);
+        }
+        if (!reads_body_) return;
+        body_.feed({data, size});
+        if (body_.complete()) fail_response();
+    }
+    void start_body() {
+        reads_body_ = true;
+        body_.start(parser_.status(), parser_.fields());
+    }
+    // The response is complete, and it is not the one that was hoped for.
+    void fail_response() {
+        const int status = parser_.status();
+        if (stage_ == ConnectStage::http && status >= 300 && status < 400 && options_.max_redirects != 0)
+            return follow_redirect();
+        const std::string phrase = text::concat({std::to_string(status), " ", reason_phrase(status)});
+        if (stage_ == ConnectStage::proxy) return fail(stage_, "The proxy answered " + phrase + ".", status);
+        fail(stage_, "The server answered " + phrase + " instead of 101.", status);
+    }
+    void follow_redirect() {
+        const int status = parser_.status();
+        const auto location = parser_.fields().find("location");
+        std::string error;
+        if (!location || status == 300 || status == 304 || status == 305 || status == 306)
+            return fail(stage_, "The server answered " + std::to_string(status) + ", which leads nowhere.", status);
+        const auto next = ClientUrl::parse(*location, error, &url_);
+        if (!next) return fail(stage_, "The redirect leads nowhere: " + error, status);
+        if (url_.secure && !next->secure)
+            return fail(stage_, "A redirect from wss:// to ws:// is not followed: it gives up the encryption.", status);
+        if (++redirects_ > (std::min)(options_.max_redirects, 5u))
+            return fail(stage_, "There are too many redirects.", status);
+        ClientUrl from = std::exchange(url_, *next);
+        if (!options_.unix_path.empty() && !from.same_server(url_))
+            return fail(stage_, "A redirect to another server is not followed from a Unix socket.", status);
+        if (from.same_server(url_)) url_.credentials = from.credentials;
+        else sends_secrets_ = false;
+        drop_sockets();
+        start_hop();
+    }
+    void finish_handshake(std::string_view frames) {
+        stage_ = ConnectStage::upgrade;
+        std::string subprotocols;
+        for (const std::string& each : options_.subprotocols)
+            (subprotocols += subprotocols.empty() ? "" : ", ") += each;
+        std::string error = handshake_response_error(parser_.head(), key_, subprotocols, offers_compression_);
+        std::unique_ptr<Compression> compression;
+        if (error.empty() && offers_compression_)
+            compression = core_->worker.compression().read_response(parser_.fields(), *options_.compression, error);
+        if (!error.empty()) return fail(stage_, "The response breaks RFC 6455 4.1: " + error + ".", 101);
+        open(std::move(compression), frames);
+    }
+
+    // ---- the two ends of an attempt --------------------------------------------------------------------------------
+
+    void open(std::unique_ptr<Compression> compression, std::string_view frames) {
+        ClientHandshake opened{shared_from_this(),
+                               nullptr,
+                               current_request(),
+                               std::string(parser_.fields().find("sec-websocket-protocol").value_or("")),
+                               std::move(compression),
+                               &random_mask,
+                               frames};
+        opened.handler = factory_();
+        if (!opened.handler) return fail(stage_, "The factory made no handler.");
+        if (core_->worker.draining) return end();
+        active_->unwatch(loop());
+        Socket socket = std::move(active_->socket);
+        std::unique_ptr<Transport> transport = std::move(transport_);
+        const IpAddress peer = active_->peer;
+        stop_attempt();
+        opened_at_ = loop().now();
+        close_code_ = CloseCode::abnormal;
+        close_cause_ = CloseCause::connection_lost;
+        run_guarded(
+            [&] { core_->worker.adopt(std::move(socket), peer, std::move(transport), std::move(opened), session_); },
+            [](const char*) {});
+        if (session_ == nullptr) on_session_end();  // memory ran out
+    }
+
+    // `status`: of the response, whose body is in body_.
+    WSCHAT_COLD void fail(ConnectStage stage, std::string sentence, int status = 0) {
+        if (core_ == nullptr || !attempt_) return;
+        const auto self = shared_from_this();
+        ConnectError error{stage, status, body_.take(), std::move(sentence), std::nullopt};
+        Duration wait = Duration::zero();
+        if (status != 0 && options_.reconnect) wait = retry_after();
+        const IpAddress peer = active_ != nullptr ? active_->peer : IpAddress();
+        stop_attempt();
+        if (may_retry(error)) error.retry_in = retry_delay(wait);
+        if (core_->worker.log)
+            core_->worker.log(LogLevel::info, "connect_failed",
+                              {{"url", ClientUrl::without_secrets(url_text_)},
+                               {"stage", std::string(to_string(stage))},
+                               {"status", std::to_string(status)},
+                               {"sentence", error.sentence}});
+        FailedHandler(core_->worker, peer).call_on_failure(factory_, current_request(), error);
+        if (core_ == nullptr || ended_) return;
+        if (error.retry_in && !finishing_) start_later(*error.retry_in);
+        else end();
+    }
+    void fail_late() {
+        deadline_.reset();
+        // A response whose body does not end is a response.
+        if (reads_body_) return fail_response();
+        constexpr std::string_view waited_for[] = {
+            "valid URL", "answer of the resolver", "connection", "answer of the proxy", "TLS handshake", "response",
+            "upgrade"};
+        const auto seconds = std::chrono::duration_cast<std::chrono::milliseconds>(options_.connect_timeout).count();
+        fail(stage_, "There was no " + std::string(waited_for[static_cast<std::size_t>(stage_)]) + " within " +
+                         std::to_string(seconds) + " ms.");
+    }
+    // The handshake's request, which a handler sees as request().
+    Request current_request() {
+        RequestParser parser(options_.limits);
+        std::size_t consumed = 0;
+        if (parser.feed(request_, consumed) != RequestParser::Outcome::request) return {};
+        Request request = parser.take_request();
+        RequestAccess::set_connection(request, active_ != nullptr ? active_->peer.to_string() : "", url_.secure);
+        return request;
+    }
+    void drop_sockets() {
+        active_ = nullptr;
+        addresses_.clear();
+        while (!dials_.empty()) drop(*dials_.back());
+        transport_.reset();
+#if WSCHAT_OPENSSL
+        tls_ = nullptr;
+#endif
+        reads_body_ = false;
+        interim_ = 0;
+    }
+    void stop_attempt() {
+        cancel(timer_);
+        cancel(deadline_);
+        drop_sockets();
+        output_.clear();
+        body_ = {};
+        attempt_.reset();
+    }
+    // No attempt and no connection follows.
+    void end() {
+        if (std::exchange(ended_, true)) return;
+        stop_attempt();
+        core_->remove(id_);
+    }
+
+    // ---- when to try again -----------------------------------------------------------------------------------------
+
+    bool may_retry(const ConnectError& error) const {
+        if (!options_.reconnect || error.stage == ConnectStage::url || finishing_) return false;
+        const bool refusal = error.status >= 200 && error.status < 500;
+        return !refusal || options_.reconnect->after_refusal;
+    }
+    bool may_reconnect() const {
+        if (!options_.reconnect || finishing_ || core_->worker.draining) return false;
+        // This side has ended it.
+        if (close_cause_ == CloseCause::local || close_cause_ == CloseCause::shutdown ||
+            close_cause_ == CloseCause::closing_timeout)
+            return false;
+        const bool final = close_cause_ == CloseCause::peer &&
+                           (close_code_ == CloseCode::normal || close_code_ == CloseCode::policy_violation);
+        return !final || options_.reconnect->after_normal_close;
+    }
+    // Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    Duration retry_delay(Duration least) {
+        const ReconnectOptions& options = *options_.reconnect;
+        Duration limit = (std::min)(options.min_delay, options.max_delay);
+        for (unsigned i = 0; i < failures_ && limit < options.max_delay; ++i)
+            limit = limit > options.max_delay / 2 ? options.max_delay : limit * 2;
+        ++failures_;
+        return least > Duration::zero() ? saturating_sum(least, core_->random_up_to((std::max)(limit, least)))
+                                        : core_->random_up_to(limit);
+    }
+    static Duration saturating_sum(Duration a, Duration b) {
+        return a > (Duration::max)() - b ? (Duration::max)() : a + b;
+    }
+    // RFC 9110 10.2.3: seconds or a date.
+    Duration retry_after() const {
+        const auto value = parser_.fields().find("retry-after");
+        if (!value) return Duration::zero();
+        const Duration max = options_.reconnect->max_retry_after;
+        const auto max_seconds = std::chrono::duration_cast<std::chrono::seconds>(max).count();
+        std::int64_t seconds = 0;
+        if (const auto number = text::parse_unsigned(*value, INT64_MAX)) seconds = static_cast<std::int64_t>(*number);
+        else if (const auto date = parse_http_date(*value))
+            seconds = *date - static_cast<std::int64_t>(std::time(nullptr));
+        return seconds <= 0 ? Duration::zero() : seconds >= max_seconds ? max : Duration(std::chrono::seconds(seconds));
+    }
+
+    static constexpr unsigned max_interim = 16;
+
+    ClientCore* core_;  // null if the client is gone
+    const std::uint64_t id_;
+    const std::string url_text_;
+    const ClientOptions options_;
+    const Route::Factory factory_;
+
+    ClientAttempt attempted_;
+    std::shared_ptr<char> attempt_;  // null between attempts
+    ConnectStage stage_ = ConnectStage::url;
+    ClientUrl url_;  // of the present hop
+    std::optional<ClientUrl> proxy_;
+    LoopTimer timer_;     // the next address, or the next attempt
+    LoopTimer deadline_;  // of the attempt
+    std::deque<IpAddress> addresses_;
+    std::string dial_error_;
+    std::vector<std::unique_ptr<Dial>> dials_;
+    Dial* active_ = nullptr;  // the one that has connected
+    std::unique_ptr<Transport> transport_;
+#if WSCHAT_OPENSSL
+    TlsTransport* tls_ = nullptr;  // the same
+#endif
+    std::string key_, request_, output_;
+    ResponseParser parser_;
+    ResponseBody body_;
+    bool offers_compression_ = false;
+    bool sends_secrets_ = true;  // false after a redirect to another server
+    bool reads_body_ = false;
+    unsigned interim_ = 0;
+    unsigned redirects_ = 0;
+
+    Session* session_ = nullptr;  // of the open connection
+    Time opened_at_{};
+    CloseCode close_code_ = CloseCode::abnormal;
+    CloseCause close_cause_ = CloseCause::none;
+    unsigned failures_ = 0;   // since the last stable connection
+    bool finishing_ = false;  // nothing more is tried
+    bool ended_ = false;
+};
+
+inline void Dial::on_ready(bool readable, bool writable, bool broken) {
+    if (link_ != nullptr) link_->on_ready(*this, readable, writable, broken);
+}
+
+// Throws Error for what can never work, because the caller made a mistake.
+WSCHAT_COLD inline void check_client_options(const ClientOptions& options) {
+    const auto bad = [](const std::string& what) { throw Error("Client::connect: " + what); };
+    check_client_headers("Client::connect", options.headers, options.cookies);
+    for (const std::string& each : options.subprotocols)
+        if (!text::is_token(each)) bad("the subprotocol \"" + escape_for_log(each) + "\" is not a token");
+    if (has_control_character(options.origin)) bad("the origin has a control character");
+    if (!options.bind_address.empty() && !IpAddress::parse(options.bind_address))
+        bad("bind_address \"" + escape_for_log(options.bind_address) + "\" is not a numeric address");
+#if !defined(_WIN32)
+    if (options.unix_path.size() >= sizeof sockaddr_un{}.sun_path) bad("unix_path is too long for a Unix socket");
+#endif
+    std::string error;
+    if (!options.proxy.empty() && !ClientUrl::parse(options.proxy, error)) bad("proxy: " + error);
+    if (options.reconnect && options.reconnect->min_delay < Duration::zero()) bad("min_delay is negative");
+    if (compression_available && options.compression) CompressionPool::offer(*options.compression);
+}
+
+}  // namespace detail
+
+// Connects WebSocketHandlers to other servers:
+//
+//   wschat::Client client;
+//   client.connect<Bot>("wss://chat.example/chat/tea?name=bot");
+//   client.run();
+//
+// A client has a loop and rooms of its own, or those of a server: then handlers of both sides meet in room(), and a
+// broadcast reaches them all. Only shutdown() may be called from other threads.
+class Client {
+public:
+    using ConnectionId = std::uint64_t;
+
+    WSCHAT_COLD explicit Client(PollerKind poller = PollerKind::automatic)
+        : server_(make_server(poller)), core_(std::make_shared<detail::ClientCore>(*worker_of(server_->loop()))) {
+        core_->on_idle = [this] {
+            idle_ = true;
+            loop().stop();
+        };
+        detail::LoopAccess::on_signal(loop(), [this](int) { on_signal(); });
+    }
+    // On the loop of a server or of another client, which must live longer: Client client(server.loop()). Server::run()
+    // runs both. Throws an Error for any other loop.
+    WSCHAT_COLD explicit Client(Loop& loop) {
+        if (worker_of(loop) == nullptr)
+            throw Error("Client: the loop is not that of a server: use Client() and its loop()");
+        core_ = std::make_shared<detail::ClientCore>(*worker_of(loop));
+    }
+    Client(const Client&) = delete;
+    Client& operator=(const Client&) = delete;
+    // Connections that are still open end without a closing handshake, after the turn if the loop is a server's; their
+    // on_close() is called. Do not destroy a client in a callback of its own handlers.
+    WSCHAT_COLD ~Client() {
+        core_->on_idle = nullptr;
+        for (const auto& [id, link] : std::exchange(core_->links, {})) link->detach();
+    }
+
+    // Connects in the loop's next turn. Each attempt gets its own handler, made with copies of the arguments (std::ref
+    // passes a reference). Whatever fails is an on_failure(), also a URL that is none. Throws an Error for options that
+    // can never work: a header with a line break, a certificate file that cannot be read.
+    template <class Handler, class... Arguments>
+    ConnectionId connect(std::string_view url, ClientOptions options, Arguments&&... arguments) {
+        return add(url, std::move(options),
+                   [stored = std::tuple<std::decay_t<Arguments>...>(std::forward<Arguments>(arguments)...)] {
+                       return std::apply(
+                           [](const auto&... a) -> std::unique_ptr<WebSocketHandler> {
+                               return std::make_unique<Handler>(a...);
+                           },
+                           stored);
+                   });
+    }
+    template <class Handler>
+    ConnectionId connect(std::string_view url) {
+        return connect<Handler>(url, ClientOptions());
+    }
+    // Ends what connect() started: closes the connection, or gives up the attempt, and does not try again. No
+    // on_failure() follows. Returns false if it is over already.
+    bool disconnect(ConnectionId id, CloseCode code = CloseCode::normal, std::string_view reason = {}) {
+        detail::Connection::check_close(code, reason);
+        const auto found = core_->links.find(id);
+        if (found == core_->links.end()) return false;
+        const auto link = found->second;
+        link->disconnect(code, reason);
+        return true;
+    }
+    // How many calls of connect() are not over: connecting, open, or waiting for the next attempt.
+    std::size_t connections() const { return core_->links.size(); }
+
+    // ---- running; only with a loop of its own ----------------------------------------------------------------------
+
+    // Returns when all connections are over and none is tried again, or after loop().stop(). Throws an Error if there
+    // was no connect(), and on the loop of a server. SIGINT and SIGTERM call shutdown(); a second one ends at once.
+    void run() {
+        if (!server_) throw Error("Client::run: the loop is that of a server: call Server::run()");
+        if (core_->links.empty()) throw Error("Client::run: nothing to do: call connect() first");
+        const detail::SignalGuard guard(detail::LoopAccess::wake_descriptor(loop()));
+        do {
+            idle_ = false;
+            start_turn();
+            loop().run();
+        } while (idle_ && !core_->links.empty());
+    }
+    // One turn, instead of run(), in the event loop of another program; see Loop::poll(). Returns false if all
+    // connections are over, and after loop().stop().
+    bool poll(Duration timeout = Duration::zero()) {
+        if (!server_) throw Error("Client::poll: the loop is that of a server: call Server::poll()");
+        start_turn();
+        return (loop().poll(timeout) || std::exchange(idle_, false)) && !core_->links.empty();
+    }
+    int descriptor() const { return core_->loop().descriptor(); }
+    Duration next_timeout() const { return core_->worker.has_work() ? Duration::zero() : core_->loop().next_timeout(); }
+
+    // From any thread while the client lives: closes every connection with 1001, gives up all attempts, and ends run().
+    // What has not closed at the deadline is dropped.
+    void shutdown(Duration deadline = std::chrono::seconds(5)) {
+        loop().post([weak = std::weak_ptr<detail::ClientCore>(core_), deadline] {
+            if (const auto core = weak.lock()) begin_shutdown(core, deadline);
+        });
+    }
+
+    // Receives the log. Throws an Error on the loop of a server, which has its own.
+    void on_log(std::function<void(const LogEntry&)> function) {
+        if (!server_) throw Error("Client::on_log: the loop is that of a server: call Server::on_log()");
+        server_->on_log(std::move(function));
+    }
+    Loop& loop() { return core_->loop(); }
+    // Those of its handlers' room(): the server's, if the loop is a server's.
+    Rooms& rooms() { return core_->worker.rooms; }
+
+private:
+    static detail::Worker* worker_of(const Loop& loop) {
+        return static_cast<detail::Worker*>(detail::LoopAccess::owner(loop));
+    }
+    static std::unique_ptr<Server> make_server(PollerKind poller) {
+        ServerOptions options;
+        options.poller = poller;
+        options.handle_signals = false;
+        return std::make_unique<Server>(std::move(options));
+    }
+
+    WSCHAT_COLD ConnectionId add(std::string_view url, ClientOptions options, Route::Factory factory) {
+        detail::check_client_options(options);
+#if WSCHAT_OPENSSL
+        const ClientTls& tls = options.tls;
+        if (!tls.authorities.empty() || !tls.certificate.empty() || !tls.key.empty()) core_->context(tls);
+#endif
+        const ConnectionId id = ++last_id_;
+        const auto link =
+            std::make_shared<detail::ClientLink>(*core_, id, std::string(url), std::move(options), std::move(factory));
+        core_->links.emplace(id, link);
+        link->start_later(Duration::zero());
+        return id;
+    }
+    void start_turn() {
+        if (core_->worker.has_work()) detail::LoopAccess::poll_again(loop());
+    }
+    static void begin_shutdown(const std::shared_ptr<detail::ClientCore>& core, Duration deadline) {
+        for (const auto& [id, link] : std::map(core->links)) link->shut_down();
+        if (core->links.empty()) return;
+        core->loop().call_later(deadline, [weak = std::weak_ptr<detail::ClientCore>(core)] {
+            if (const auto live = weak.lock()) abort_all(*live);
+        });
+    }
+    static void abort_all(detail::ClientCore& core) {
+        for (const auto& [id, link] : std::map(core.links)) link->abort();
+    }
+    void on_signal() {
+        if (std::exchange(signalled_, true)) abort_all(*core_);
+        else begin_shutdown(core_, std::chrono::seconds(5));
+    }
+
+    std::unique_ptr<Server> server_;  // that never listens: its worker runs the sessions. Null on the loop of another
+    std::shared_ptr<detail::ClientCore> core_;
+    ConnectionId last_id_ = 0;
+    bool idle_ = false;
+    bool signalled_ = false;
 };
 
 WSCHAT_END
@@ -14146,7 +16038,9 @@ struct SqliteOptions {
     std::size_t max_file_bytes = 0;                   // 0: no limit; a full file refuses new entries
     std::size_t max_queued = 10'000;                  // entries before their commit; more are refused
     Duration busy_timeout = std::chrono::seconds(2);  // how long to wait for a lock of another program
-    Duration lock_timeout = std::chrono::seconds(5);  // how long to wait for a server that still uses the file
+    // How long to wait for a server that still uses the file. At a restart, it must be longer than the
+    // ServerOptions::shutdown_deadline of the old server.
+    Duration lock_timeout = std::chrono::seconds(10);
     bool survive_power_loss = false;  // true: each commit waits for the disk. false: a crash of the program loses
                                       // nothing, a crash of the machine loses the last seconds
 };

@@ -1137,4 +1137,10 @@ TEST_CASE("a bucket with a tiny rate does not overflow") {
     CHECK(bucket.full((Time::max)()));
 }
 
+#if defined(__x86_64__) && defined(__GNUC__) && (!defined(_WIN32) || defined(__clang__))
+TEST_CASE("the header and the compiler agree whether the CPU has AVX2") {
+    CHECK(wschat::detail::has_avx2() == (__builtin_cpu_supports("avx2") != 0));
+}
+#endif
+
 TEST_SUITE_END();

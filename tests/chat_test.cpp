@@ -10,12 +10,12 @@ namespace {
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Client;
 using test::contains;
 using test::field_of;
 using test::next_with;
 using test::RawClient;
 using test::RunningServer;
+using test::WsClient;
 
 // ---- a chat without sockets ----------------------------------------------------------------------------------------
 
@@ -2084,11 +2084,11 @@ struct Chat : RunningServer {
 
 TEST_CASE("a key among the subprotocols is the same as one in the address") {
     Chat chat;
-    Client named_key(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+    WsClient named_key(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
     const std::string id = field_of(next_with(named_key, "\"hello\""), "user");
     const auto hello_for = [&](const std::string& offered) {
         RawClient client(chat.port());
-        std::string request = handshake_request("127.0.0.1:" + std::to_string(chat.port()), "/chat/tea", Client::key);
+        std::string request = handshake_request("127.0.0.1:" + std::to_string(chat.port()), "/chat/tea", WsClient::key);
         request.insert(request.size() - 2, "Sec-WebSocket-Protocol: " + offered + "\r\n");
         client.send(request);
         REQUIRE(client.read_until("\"hello\""));
@@ -2116,10 +2116,10 @@ TEST_CASE("a Room and a chat room of the same name have nothing in common") {
     running.server.route<Plain>("/plain");
     running.start();
     running.on_loop([&] { ChatHub::of(running.server).room("tea").publish("kept"); });
-    Client plain(running.port(), "/plain");
+    WsClient plain(running.port(), "/plain");
     plain.send("first");
     CHECK(plain.next() == "first");
-    Client anna(running.port(), "/chat/tea?name=Anna");
+    WsClient anna(running.port(), "/chat/tea?name=Anna");
     CHECK(contains(next_with(anna, "\"type\":\"history\""), "\"text\":\"kept\""));
     anna.send("hello");
     CHECK(contains(next_with(anna, "\"said\""), "hello"));
@@ -2142,7 +2142,7 @@ TEST_CASE("an exception out of a hook is counted and is the cause of the close")
     std::uint64_t count = 0;
     for (const char* hook : {"on_join", "on_said"}) {
         CAPTURE(hook);
-        Client client(running.port(), std::string("/chat/tea?name=") + hook);
+        WsClient client(running.port(), std::string("/chat/tea?name=") + hook);
         client.send("hello");
         CHECK(client.close_code() == CloseCode::internal_error);
         ++count;
@@ -2161,7 +2161,7 @@ TEST_CASE("an invalid ChatUser::about is a 500 and an exception in the log") {
     });
     running.server.route<AboutHandler>("/chat/{room}");
     running.start();
-    const Client client(running.port(), "/chat/tea?about={");
+    const WsClient client(running.port(), "/chat/tea?about={");
     CHECK(contains(client.head, "HTTP/1.1 500 "));
     CHECK(running.on_loop([&] { return what; }) ==
           "ChatHandler::authenticate: ChatUser::about \"{\": it is not a JSON value in UTF-8 of at most 32 levels");
@@ -2169,10 +2169,10 @@ TEST_CASE("an invalid ChatUser::about is a 500 and an exception in the log") {
 
 TEST_CASE("a page that is reloaded has not left, and one that closes with 1000 leaves immediately") {
     Chat chat;
-    Client bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient bert(chat.port(), "/chat/tea?name=Bert");
     next_with(bert, "\"type\":\"history\"");
     for (const CloseCode code : {CloseCode::going_away, CloseCode::normal}) {
-        Client anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+        WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
         next_with(anna, "\"type\":\"history\"");
         anna.close(code);
         CHECK(anna.close_code() == code);
@@ -2188,13 +2188,13 @@ TEST_CASE("a page that is reloaded has not left, and one that closes with 1000 l
 
 TEST_CASE("members of a large room hear of the number of users, and get the list when it is short again") {
     Chat chat(Duration::zero(), 2);
-    Client anna(chat.port(), "/chat/tea?name=Anna");
+    WsClient anna(chat.port(), "/chat/tea?name=Anna");
     next_with(anna, "\"history\"");
-    Client bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient bert(chat.port(), "/chat/tea?name=Bert");
     next_with(anna, "\"join\"");
-    std::vector<std::unique_ptr<Client>> others;
+    std::vector<std::unique_ptr<WsClient>> others;
     for (int i = 0; i < 5; ++i) {
-        others.push_back(std::make_unique<Client>(chat.port(), "/chat/tea?name=Other"));
+        others.push_back(std::make_unique<WsClient>(chat.port(), "/chat/tea?name=Other"));
         const std::string users = next_with(*others.back(), "\"type\":\"users\"");
         CHECK(field_of(users, "count") == std::to_string(3 + i));
         CHECK_FALSE(contains(users, "\"users\":["));
@@ -2212,10 +2212,10 @@ TEST_CASE("members of a large room hear of the number of users, and get the list
 
 TEST_CASE("a user who does not return in the grace period has left") {
     Chat chat(50ms);
-    Client bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient bert(chat.port(), "/chat/tea?name=Bert");
     for (int round = 0; round < 3; ++round) {
         {
-            Client anna(chat.port(), "/chat/tea?name=Anna");
+            WsClient anna(chat.port(), "/chat/tea?name=Anna");
             next_with(bert, "\"join\"");
         }
         CHECK(contains(next_with(bert, "\"leave\""), "\"name\":\"Anna\""));
@@ -2228,7 +2228,7 @@ TEST_CASE("a user who does not return in the grace period has left") {
 TEST_CASE("a message that is sent again with its tag arrives once, whenever the connection was lost") {
     enum Phase { before_the_send, before_the_answer, after_the_answer };
     Chat chat;
-    Client bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient bert(chat.port(), "/chat/tea?name=Bert");
     next_with(bert, "\"type\":\"history\"");
     for (const Phase phase : {before_the_send, before_the_answer, after_the_answer}) {
         for (int round = 0; round < 10; ++round) {
@@ -2237,7 +2237,7 @@ TEST_CASE("a message that is sent again with its tag arrives once, whenever the 
                               address = "/chat/tea?name=Anna&key=anna-secret";
             std::string last;
             {
-                Client anna(chat.port(), address);
+                WsClient anna(chat.port(), address);
                 const std::string first = next_with(anna, "\"type\":\"history\"");
                 last = position_of(first);
                 if (phase != before_the_send) anna.send("/tag " + tag + " " + tag);
@@ -2245,7 +2245,7 @@ TEST_CASE("a message that is sent again with its tag arrives once, whenever the 
                     last = field_of(first, "epoch") + "-" + field_of(next_with(anna, "\"tag\""), "id");
                 anna.raw.reset();
             }
-            Client anna(chat.port(), address + "&last=" + last);
+            WsClient anna(chat.port(), address + "&last=" + last);
             const std::string history = next_with(anna, "\"type\":\"history\"");
             CHECK(contains(history, "\"gap\":false"));
             CHECK((!contains(history, tag) || phase == before_the_answer));
@@ -2269,14 +2269,14 @@ TEST_CASE("five hundred clients that return at once get what they missed, and ot
     descriptors.rlim_cur = descriptors.rlim_max;
     ::setrlimit(RLIMIT_NOFILE, &descriptors);
     Chat chat;
-    Client bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient bert(chat.port(), "/chat/tea?name=Bert");
     const std::string last = position_of(next_with(bert, "\"type\":\"history\""));
     const auto all_come = [&] {
         std::vector<std::unique_ptr<RawClient>> clients;
         for (int i = 0; i < 500; ++i) {
             clients.push_back(std::make_unique<RawClient>(chat.port()));
             const std::string target = "/chat/tea?name=user&key=secret-" + std::to_string(i) + "&last=" + last;
-            clients.back()->send(handshake_request("127.0.0.1:" + std::to_string(chat.port()), target, Client::key));
+            clients.back()->send(handshake_request("127.0.0.1:" + std::to_string(chat.port()), target, WsClient::key));
         }
         for (const auto& client : clients) REQUIRE(client->read_until("\"history\",\"room\":\"tea\""));
         return clients;

@@ -6,11 +6,11 @@
 
 using namespace wschat;
 using namespace wschat::detail;
-using test::Client;
 using test::contains;
 using test::hex;
 using test::RunningServer;
 using test::to_hex;
+using test::WsClient;
 using namespace std::chrono_literals;
 
 namespace {
@@ -990,7 +990,7 @@ TEST_SUITE("compression") {
         for (const char* target : {"/", "/context"})
             for (const bool takeover : {false, true}) {
                 CAPTURE(target);
-                Client client(running.port(), target, "", options_of(15, 15, takeover, takeover));
+                WsClient client(running.port(), target, "", options_of(15, 15, takeover, takeover));
                 REQUIRE(client.is_open());
                 CHECK(client.compressed);
                 for (const unsigned size : {1u, 500u, 70'000u, 1'000'000u}) {
@@ -1015,18 +1015,18 @@ TEST_SUITE("compression") {
         running.server.route<Plain>("/");
         running.server.route<Echo>("/deflate", CompressionOptions());
         running.start();
-        Client declined(running.port(), "/", "", CompressionOptions());
+        WsClient declined(running.port(), "/", "", CompressionOptions());
         CHECK(declined.is_open());
         CHECK_FALSE(declined.compressed);
         CHECK(!contains(declined.head, "Extensions"));
-        Client silent(running.port(), "/deflate");
+        WsClient silent(running.port(), "/deflate");
         CHECK(silent.is_open());
         CHECK(!contains(silent.head, "Extensions"));
         silent.send(words(5000));
         CHECK(silent.next() == words(5000));
-        Client wrong(running.port(), "/deflate", "Sec-WebSocket-Extensions: permessage-deflate; mux\r\n");
+        WsClient wrong(running.port(), "/deflate", "Sec-WebSocket-Extensions: permessage-deflate; mux\r\n");
         CHECK(wrong.is_open());
-        Client agreed(running.port(), "/deflate", "", CompressionOptions());
+        WsClient agreed(running.port(), "/deflate", "", CompressionOptions());
         CHECK(agreed.compressed);
         CHECK(contains(agreed.head,
                        "Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover; "
@@ -1041,7 +1041,7 @@ TEST_SUITE("compression") {
         options.level = 77;
         running.server.route<Echo>("/", options);
         running.start();
-        Client client(running.port(), "/", "", CompressionOptions());
+        WsClient client(running.port(), "/", "", CompressionOptions());
         CHECK(client.head.find("HTTP/1.1 500") == 0);
         running.stop();
         CHECK(contains(log, "CompressionOptions: level 77 is not in 1-9"));
@@ -1051,12 +1051,12 @@ TEST_SUITE("compression") {
         RunningServer running;
         running.server.route<Member>("/", options_of(15, 15, false, true));
         running.start();
-        std::vector<std::unique_ptr<Client>> clients;
+        std::vector<std::unique_ptr<WsClient>> clients;
         for (const char* target : {"/", "/?plain=1", "/?context=1"})
             for (const int bits : {8, 11, 15}) {
                 clients.push_back(
-                    std::make_unique<Client>(running.port(), target, "", options_of(bits, bits, true, true)));
-                clients.push_back(std::make_unique<Client>(running.port(), target));
+                    std::make_unique<WsClient>(running.port(), target, "", options_of(bits, bits, true, true)));
+                clients.push_back(std::make_unique<WsClient>(running.port(), target));
             }
         for (const auto& client : clients) REQUIRE(client->is_open());
         REQUIRE(running.eventually([&] { return running.server.rooms()["lobby"].size() == clients.size(); }));
@@ -1090,7 +1090,7 @@ TEST_SUITE("compression") {
         RunningServer running;
         running.server.route<Busy>("/");
         running.start();
-        Client client(running.port(), "/", "", no_takeover);
+        WsClient client(running.port(), "/", "", no_takeover);
         for (const unsigned size : {200'000u, 5000u, 500u}) {
             const std::string message = words(size);
             client.send(message);
@@ -1110,12 +1110,12 @@ TEST_SUITE("compression") {
         const std::string bomb = Zlib(true, 15, 9).message_out(std::string(64 * 1024 * 1024, '\0'));
         for (const auto& [payload, code] : {std::pair<std::string, CloseCode>(bomb, CloseCode::message_too_big),
                                             {hex("ff ff ff"), CloseCode::invalid_payload}}) {
-            Client client(running.port(), "/", "", no_takeover);
+            WsClient client(running.port(), "/", "", no_takeover);
             REQUIRE(client.is_open());
             client.raw.send(frame(compressed_binary, payload, true));
             CHECK(client.close_code() == code);
         }
-        Client client(running.port(), "/", "", no_takeover);
+        WsClient client(running.port(), "/", "", no_takeover);
         client.send(words(5000));
         CHECK(client.next() == words(5000));
     }
@@ -1124,8 +1124,8 @@ TEST_SUITE("compression") {
         RunningServer running;
         running.server.route<Echo>("/", no_takeover);
         running.start();
-        Client heavy(running.port(), "/", "", no_takeover);
-        Client light(running.port(), "/", "", no_takeover);
+        WsClient heavy(running.port(), "/", "", no_takeover);
+        WsClient light(running.port(), "/", "", no_takeover);
         const std::string large =
             frame(compressed_binary, Zlib(true, 15, 9).message_out(std::string(1'000'000, '\0')), true);
         std::string all;
@@ -1142,9 +1142,9 @@ TEST_SUITE("compression") {
         RunningServer running(options);
         running.server.route<Echo>("/", no_takeover);
         running.start();
-        std::vector<std::unique_ptr<Client>> clients;
+        std::vector<std::unique_ptr<WsClient>> clients;
         for (int i = 0; i < 30; ++i) {
-            clients.push_back(std::make_unique<Client>(running.port(), "/", "", no_takeover));
+            clients.push_back(std::make_unique<WsClient>(running.port(), "/", "", no_takeover));
             REQUIRE(clients.back()->is_open());
             clients.back()->raw.send(frame(0x41, hex("f2 48 cd"), true));
         }
@@ -1164,7 +1164,8 @@ TEST_SUITE("compression") {
         RunningServer running;
         running.server.route<Echo>("/", options_of(15, 15, true, true));
         running.start();
-        Client client(running.port(), "/", "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n");
+        WsClient client(running.port(), "/",
+                        "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n");
         REQUIRE(client.is_open());
         CHECK(!contains(client.head, "Extensions"));
         client.send("plain");

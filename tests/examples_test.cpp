@@ -13,10 +13,10 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Client;
 using test::contains;
 using test::fetch;
 using test::next_with;
+using test::WsClient;
 
 namespace {
 
@@ -173,7 +173,7 @@ TEST_CASE("each program prints one line with its address when it is ready, and n
         Program running(program.with_port("0"));
         const std::string line = running.first_line(), url = "http://127.0.0.1:" + std::to_string(running.port()) + "/";
         CHECK(line == program.ready + url + program.ready_end);
-        CHECK(Client(running.port(), program.target).is_open());
+        CHECK(WsClient(running.port(), program.target).is_open());
         running.signal(SIGTERM);
         CHECK(running.output() == line + "\n");
         CHECK(running.errors() == "");
@@ -187,10 +187,10 @@ TEST_CASE("each program ends with status 0 on SIGINT and SIGTERM, and its client
             CAPTURE(program.name);
             CAPTURE(signal);
             Program running(program.with_port("0"));
-            Client one(running.port(), program.target), two(running.port(), program.target);
+            WsClient one(running.port(), program.target), two(running.port(), program.target);
             REQUIRE(one.is_open());
             running.signal(signal);
-            for (Client* client : {&one, &two}) {
+            for (WsClient* client : {&one, &two}) {
                 CHECK(client->close_code() == CloseCode::going_away);
                 client->raw.close();
             }
@@ -240,7 +240,7 @@ TEST_CASE("each program accepts an address instead of a port") {
     for (const Example& program : all_programs()) {
         CAPTURE(program.name);
         Program running(program.with_port("0.0.0.0:0"));
-        CHECK(Client(running.port(), program.target).is_open());
+        CHECK(WsClient(running.port(), program.target).is_open());
     }
 }
 
@@ -269,7 +269,7 @@ TEST_CASE("the chat and the rooms find their page in the folder of the source, o
 
 TEST_CASE("the chat sends every message to all clients") {
     Program program({example("chat"), "0"});
-    Client one(program.port(), "/chat"), two(program.port(), "/chat");
+    WsClient one(program.port(), "/chat"), two(program.port(), "/chat");
     one.send("hello");
     CHECK(one.next() == "hello");
     CHECK(two.next() == "hello");
@@ -283,11 +283,11 @@ TEST_CASE("the server in another program's loop sends what is typed to all clien
     REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
     const OwnedDescriptor typed(::open(path.c_str(), O_RDWR | O_CLOEXEC));
     Program program({"/bin/sh", "-c", "exec \"$0\" 0 < \"$1\"", example("embed"), path});
-    Client one(program.port(), "/chat"), two(program.port(), "/chat");
+    WsClient one(program.port(), "/chat"), two(program.port(), "/chat");
     ::unlink(path.c_str());
     for (const std::string text : {"hel", "lo\n\xC3\xBC\n\xFF\nlast\n"})
         REQUIRE(::write(typed.descriptor(), text.data(), text.size()) == static_cast<ssize_t>(text.size()));
-    for (Client* client : {&one, &two}) {
+    for (WsClient* client : {&one, &two}) {
         CHECK(client->next() == "hello");
         CHECK(client->next() == "\xC3\xBC");
         CHECK(client->next() == "last");
@@ -307,13 +307,13 @@ TEST_CASE("the echo returns text and binary on any path, up to 64 MiB") {
     Program program({example("echo"), "0"});
     for (const std::string target : {"/", "/any/path", "/?query"}) {
         CAPTURE(target);
-        Client client(program.port(), target);
+        WsClient client(program.port(), target);
         client.send("text");
         CHECK(client.next() == "text");
         client.send(std::string("bin\0ary", 7), Opcode::binary);
         CHECK(client.next() == std::string("bin\0ary", 7));
     }
-    Client client(program.port());
+    WsClient client(program.port());
     const std::string large(16 * 1024 * 1024, 'x');
     client.send(large);
     CHECK((client.next() == large));
@@ -329,7 +329,7 @@ TEST_CASE("the echo accepts every Origin, and refuses only a request with two") 
           "https://user@evil.example/path?query", "https://evil.example:65536", "moz-extension://a-b-c", "no origin",
           "https://a.example https://b.example", "\xC3\xBC", "\xFF", "*", "::"}) {
         CAPTURE(origin);
-        Client client(program.port(), "/", "Origin: " + origin + "\r\n");
+        WsClient client(program.port(), "/", "Origin: " + origin + "\r\n");
         REQUIRE(client.is_open());
         client.send("text");
         CHECK(client.next() == "text");
@@ -340,12 +340,12 @@ TEST_CASE("the echo accepts every Origin, and refuses only a request with two") 
     const test::Answer answer = test::next_answer(twice);
     CHECK(answer.status == 400);
     CHECK(answer.body == "There is more than one Origin header.\n");
-    CHECK(Client(program.port()).is_open());
+    CHECK(WsClient(program.port()).is_open());
 }
 
 TEST_CASE("the echo accepts a message of a hundred thousand fragments") {
     Program program({example("echo"), "0"});
-    Client client(program.port());
+    WsClient client(program.port());
     // RFC 6455 5.4: a first frame, continuations, and a last frame with FIN, of one byte each.
     client.raw.send(test::masked_frame("01", "x") + test::repeated(99'998, test::masked_frame("00", "x")) +
                     test::masked_frame("80", "x"));
@@ -374,10 +374,10 @@ TEST_CASE("the chat over TLS compresses for a client that offers it") {
 
 TEST_CASE("the rooms send greetings, members and names, and separate the rooms") {
     Program program({example("rooms"), "0"});
-    Client anna(program.port(), "/chat/tea?name=Anna");
+    WsClient anna(program.port(), "/chat/tea?name=Anna");
     CHECK(contains(next_with(anna, "\"hello\""), "\"room\":\"tea\",\"name\":\"Anna\""));
     CHECK(contains(next_with(anna, "\"users\""), "\"name\":\"Anna\"}]"));
-    Client other(program.port(), "/chat/tea?name=Anna"), bob(program.port(), "/chat?name=Bob");
+    WsClient other(program.port(), "/chat/tea?name=Anna"), bob(program.port(), "/chat?name=Bob");
     CHECK(contains(next_with(other, "\"hello\""), "\"name\":\"Anna-2\""));
     CHECK(contains(next_with(bob, "\"hello\""), "\"room\":\"lobby\",\"name\":\"Bob\""));
     CHECK(contains(next_with(anna, "\"join\""), "\"name\":\"Anna-2\""));
@@ -408,7 +408,7 @@ TEST_CASE("the rooms send greetings, members and names, and separate the rooms")
 
 TEST_CASE("another program says something in a room of the chat, if it has the token") {
     Program program({example("publish"), "0", "--token", "secret"});
-    Client anna(program.port(), "/chat/tea?name=Anna");
+    WsClient anna(program.port(), "/chat/tea?name=Anna");
     const auto status = [&](std::string_view token, std::string_view body) {
         return post(program.port(), "/rooms/tea/messages", body, "Authorization: Bearer " + std::string(token) + "\r\n")
             .status;
@@ -425,25 +425,25 @@ TEST_CASE("only members enter the chat, with a session that begins in a form and
     CHECK(test::fetch(program.port(), "/").header("location") == "/login");
     CHECK(contains(test::fetch(program.port(), "/login").body, "<form"));
     CHECK(post(program.port(), "/login", "name=bo&password=wrong").status == 401);
-    CHECK_FALSE(Client(program.port(), "/chat").is_open());
+    CHECK_FALSE(WsClient(program.port(), "/chat").is_open());
     const test::Answer entered = post(program.port(), "/login", "name=bo&password=with:colon");
     CHECK(entered.status == 303);
     const std::string set_cookie = entered.header("set-cookie");
     CHECK(contains(set_cookie, "; Path=/; SameSite=Lax; HttpOnly"));
     const std::string cookie = "Cookie: " + set_cookie.substr(0, set_cookie.find(';')) + "\r\n";
     CHECK(test::fetch(program.port(), "/", cookie).header("location") == "/chat.html");
-    Client bo(program.port(), "/chat/tea?name=Anna", cookie);
+    WsClient bo(program.port(), "/chat/tea?name=Anna", cookie);
     CHECK(contains(next_with(bo, "\"hello\""), "\"bo\""));
     CHECK(post(program.port(), "/logout", "", cookie).status == 303);
-    CHECK_FALSE(Client(program.port(), "/chat", cookie).is_open());
+    CHECK_FALSE(WsClient(program.port(), "/chat", cookie).is_open());
     for (int i = 0; i < 10; ++i) post(program.port(), "/login", "name=bo&password=wrong");
     CHECK(post(program.port(), "/login", "name=bo&password=with:colon").status == 429);
 }
 
 TEST_CASE("the ticker sends its ticks in order to all clients, and answers with the number of clients") {
     Program program({example("ticker"), "0"});
-    Client one(program.port(), "/ticks"), two(program.port(), "/ticks");
-    const auto tick = [](Client& client) {
+    WsClient one(program.port(), "/ticks"), two(program.port(), "/ticks");
+    const auto tick = [](WsClient& client) {
         const std::string message = next_with(client, "{\"tick\":");
         return std::atoi(message.c_str() + 8);
     };
@@ -459,11 +459,11 @@ TEST_CASE("the ticker sends its ticks in order to all clients, and answers with 
 
 TEST_CASE("the bench server sends every message to all clients, or back to its sender") {
     Program room({WSCHAT_BENCH_SERVER, "0", "room"}), echo({WSCHAT_BENCH_SERVER, "0", "echo"});
-    Client one(room.port()), two(room.port());
+    WsClient one(room.port()), two(room.port());
     one.send("hello");
     CHECK(one.next() == "hello");
     CHECK(two.next() == "hello");
-    Client alone(echo.port()), other(echo.port());
+    WsClient alone(echo.port()), other(echo.port());
     alone.send("first");
     other.send("second");
     CHECK(alone.next() == "first");

@@ -17,9 +17,9 @@ using faults::Armed;
 using faults::Call;
 using faults::Plan;
 using faults::Seam;
-using test::Client;
 using test::hex;
 using test::RawClient;
+using test::WsClient;
 
 namespace {
 
@@ -273,7 +273,7 @@ struct Actor {
     explicit Actor(std::string actor_name) : name(std::move(actor_name)) {}
 
     void connect(int port, std::string_view target, std::string_view headers = {}) {
-        client = std::make_unique<Client>(port, target, headers);
+        client = std::make_unique<WsClient>(port, target, headers);
         if (client->raw) local = local_port(client->raw.socket());
         if (client->is_open()) return;
         disturbed = true;
@@ -316,7 +316,7 @@ struct Actor {
     }
 
     std::string name;
-    std::unique_ptr<Client> client;
+    std::unique_ptr<WsClient> client;
     std::uint16_t local = 0;
     std::vector<std::string> messages;
     bool disturbed = false;
@@ -730,7 +730,7 @@ TEST_CASE("while accept fails, the server does not spin and serves its connectio
         folder().leave_stale_socket();
         FaultyServer subject({Plan{Call::accept, error, 2, std::numeric_limits<long>::max()}, Plan{}});
         REQUIRE(subject.port != 0);
-        Client connected(subject.port, "/desk");
+        WsClient connected(subject.port, "/desk");
         REQUIRE(connected.is_open());
         const Time begin = Clock::now();
         RawClient waiting(subject.port);

@@ -503,7 +503,7 @@ TEST_CASE("the messages and the log of a TestServer are those of a server with s
     test::RunningServer sockets;
     set_up(sockets.server);
     sockets.start();
-    test::Client berta(sockets.port(), "/chat/tea?name=Anna");
+    test::WsClient berta(sockets.port(), "/chat/tea?name=Anna");
     anna.send("hi");
     berta.send("hi");
     CHECK(anna.received() == Texts{*berta.next()});

@@ -5,12 +5,12 @@
 
 namespace {
 
-using test::Client;
 using test::contains;
 using test::hex;
 using test::RawClient;
 using test::RunningServer;
 using test::with_limits;
+using test::WsClient;
 using wschat::BacklogPolicy;
 using wschat::CloseCause;
 using wschat::CloseCode;
@@ -141,7 +141,7 @@ struct Fixture {
         return running.on_loop([&] { return function(**script.handlers.begin()); });
     }
     bool still_serves() {
-        Client client(port(), "/?name=probe");
+        WsClient client(port(), "/?name=probe");
         client.send("are you there");
         return client.next() == "are you there";
     }
@@ -157,12 +157,12 @@ wschat::Limits quick_timeouts() {
     return limits;
 }
 // Makes the kernel refuse output early.
-void shrink_buffers(Client& client) {
+void shrink_buffers(WsClient& client) {
     const int size = 16 * 1024;
     ::setsockopt(client.raw.socket().descriptor(), SOL_SOCKET, SO_RCVBUF, &size, sizeof size);
     ::setsockopt(client.raw.socket().descriptor(), SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
 }
-std::string status_of(const Client& client) { return client.head.substr(0, client.head.find(' ', 9)); }
+std::string status_of(const WsClient& client) { return client.head.substr(0, client.head.find(' ', 9)); }
 
 }  // namespace
 
@@ -176,14 +176,14 @@ TEST_SUITE("handler") {
             return std::move(Response(401, "Who are you?\n").set_header("WWW-Authenticate", "Bearer"));
         };
         fixture.start();
-        Client refused(fixture.port(), "/?token=wrong");
+        WsClient refused(fixture.port(), "/?token=wrong");
         CHECK(status_of(refused) == "HTTP/1.1 401");
         CHECK(contains(refused.head, "WWW-Authenticate: Bearer\r\n"));
         CHECK(refused.raw.read_to_end());
         CHECK(refused.raw.received == "Who are you?\n");
         // Without open() there is no on_close().
         CHECK(fixture.script.events.text() == "prepare, destroyed");
-        Client allowed(fixture.port(), "/?token=secret");
+        WsClient allowed(fixture.port(), "/?token=secret");
         CHECK(allowed.is_open());
     }
 
@@ -191,7 +191,7 @@ TEST_SUITE("handler") {
         Fixture fixture;
         fixture.script.prepare = [](Scripted&) { return Response::redirect("/login", 303); };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         CHECK(status_of(client) == "HTTP/1.1 303");
         CHECK(contains(client.head, "Location: /login\r\n"));
     }
@@ -232,7 +232,7 @@ TEST_SUITE("handler") {
             std::string origin = row.origin;
             if (const std::size_t at = origin.find("PORT"); at != std::string::npos)
                 origin.replace(at, 4, std::to_string(fixture.port()));
-            Client client(fixture.port(), "/", "Origin: " + origin + "\r\n");
+            WsClient client(fixture.port(), "/", "Origin: " + origin + "\r\n");
             CHECK(status_of(client) == (row.accepted ? "HTTP/1.1 101" : "HTTP/1.1 403"));
             CHECK(client.is_open() == row.accepted);
         }
@@ -242,7 +242,7 @@ TEST_SUITE("handler") {
         Fixture fixture;
         fixture.running.server.allow_origins({"https://chat.example", "https://www.chat.example"});
         fixture.start();
-        Client client(fixture.port(), "/", "Origin: https://evil.example\r\n");
+        WsClient client(fixture.port(), "/", "Origin: https://evil.example\r\n");
         CHECK(client.raw.read_to_end());
         const std::string host = "127.0.0.1:" + std::to_string(fixture.port());
         CHECK(contains(client.raw.received, "The origin \"https://evil.example\" is refused; allowed: " +
@@ -258,8 +258,8 @@ TEST_SUITE("handler") {
         Fixture fixture;
         fixture.script.check_origin = [](Scripted&, std::string_view origin) { return origin == "null"; };
         fixture.start();
-        CHECK(Client(fixture.port(), "/", "Origin: null\r\n").is_open());
-        CHECK(!Client(fixture.port(), "/", "Origin: https://127.0.0.1:" + std::to_string(fixture.port()) + "\r\n")
+        CHECK(WsClient(fixture.port(), "/", "Origin: null\r\n").is_open());
+        CHECK(!WsClient(fixture.port(), "/", "Origin: https://127.0.0.1:" + std::to_string(fixture.port()) + "\r\n")
                    .is_open());
     }
 
@@ -273,10 +273,10 @@ TEST_SUITE("handler") {
                 return true;
             };
             fixture.start();
-            Client client(fixture.port());
+            WsClient client(fixture.port());
             CHECK(status_of(client) == (required ? "HTTP/1.1 403" : "HTTP/1.1 101"));
             CHECK(fixture.script.events.count("check_origin") == 0);
-            CHECK(Client(fixture.port(), "/", "Origin: http://any.example\r\n").is_open());
+            CHECK(WsClient(fixture.port(), "/", "Origin: http://any.example\r\n").is_open());
             CHECK(fixture.script.events.count("check_origin") == 1);
         }
     }
@@ -285,7 +285,7 @@ TEST_SUITE("handler") {
         Fixture fixture;
         fixture.script.check_origin = [](Scripted&, std::string_view) { return true; };
         fixture.start();
-        Client client(fixture.port(), "/", "Origin: http://a.example\r\nOrigin: http://b.example\r\n");
+        WsClient client(fixture.port(), "/", "Origin: http://a.example\r\nOrigin: http://b.example\r\n");
         CHECK(status_of(client) == "HTTP/1.1 400");
     }
 
@@ -321,7 +321,7 @@ TEST_SUITE("handler") {
             };
             fixture.start();
             RawClient client(fixture.port());
-            std::string request = wschat::detail::handshake_request("127.0.0.1", "/", Client::key);
+            std::string request = wschat::detail::handshake_request("127.0.0.1", "/", WsClient::key);
             request.insert(request.size() - 2, std::string("Sec-WebSocket-Protocol: ") + row.offered + "\r\n");
             client.send(request);
             REQUIRE(client.read_until("\r\n\r\n"));
@@ -345,7 +345,7 @@ TEST_SUITE("handler") {
             return std::string("chat");
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         CHECK(client.is_open());
         CHECK(!called);
         CHECK(!contains(client.head, "Sec-WebSocket-Protocol"));
@@ -369,10 +369,10 @@ TEST_SUITE("handler") {
             throw std::runtime_error("from select_subprotocol");
         };
         fixture.start();
-        CHECK(status_of(Client(fixture.port(), "/throwing")) == "HTTP/1.1 500");
-        CHECK(status_of(Client(fixture.port(), "/?name=prepare")) == "HTTP/1.1 500");
-        CHECK(status_of(Client(fixture.port(), "/?name=origin", "Origin: http://a.example\r\n")) == "HTTP/1.1 500");
-        CHECK(status_of(Client(fixture.port(), "/", "Sec-WebSocket-Protocol: chat\r\n")) == "HTTP/1.1 500");
+        CHECK(status_of(WsClient(fixture.port(), "/throwing")) == "HTTP/1.1 500");
+        CHECK(status_of(WsClient(fixture.port(), "/?name=prepare")) == "HTTP/1.1 500");
+        CHECK(status_of(WsClient(fixture.port(), "/?name=origin", "Origin: http://a.example\r\n")) == "HTTP/1.1 500");
+        CHECK(status_of(WsClient(fixture.port(), "/", "Sec-WebSocket-Protocol: chat\r\n")) == "HTTP/1.1 500");
         for (const std::string where : {"the constructor", "prepare", "check_origin", "select_subprotocol"})
             CHECK(contains(fixture.log.text(), "what=\"from " + where + "\""));
         CHECK(fixture.script.events.count("open") == 0);
@@ -387,7 +387,7 @@ TEST_SUITE("handler") {
             return std::nullopt;
         };
         fixture.start();
-        CHECK(status_of(Client(fixture.port(), "/?name=prepare")) == "HTTP/1.1 500");
+        CHECK(status_of(WsClient(fixture.port(), "/?name=prepare")) == "HTTP/1.1 500");
         CHECK(fixture.log.wait_for("error exception in=\"handshake\""));
         CHECK(fixture.still_serves());
     }
@@ -426,7 +426,7 @@ TEST_SUITE("handler") {
                 if (callback == "open") fixture.script.events.add("from " + self.remote_address() + ".");
             };
             fixture.start();
-            Client client(fixture.port(), "/", row.headers);
+            WsClient client(fixture.port(), "/", row.headers);
             CHECK(client.is_open());
             CHECK(fixture.script.events.wait_for("from "));
             CHECK(fixture.script.events.count("from " + row.address + ".") == 1);
@@ -444,10 +444,10 @@ TEST_SUITE("handler") {
             fixture.start();
             const std::string own = "://127.0.0.1:" + std::to_string(fixture.port()) + "\r\n";
             const std::string https = "X-Forwarded-Proto: https\r\n";
-            CHECK(Client(fixture.port(), "/", https + "Origin: https" + own).is_open());
+            CHECK(WsClient(fixture.port(), "/", https + "Origin: https" + own).is_open());
             CHECK(fixture.script.events.wait_for("over "));
             CHECK(fixture.script.events.count(trusted || test::over_tls() ? "over https." : "over http.") == 1);
-            CHECK(Client(fixture.port(), "/", https + "Origin: http" + own).is_open() ==
+            CHECK(WsClient(fixture.port(), "/", https + "Origin: http" + own).is_open() ==
                   (!trusted && !test::over_tls()));
         }
     }
@@ -456,7 +456,7 @@ TEST_SUITE("handler") {
         Fixture fixture;
         fixture.running.server.trusted_proxies({"127.0.0.1", "10.0.0.0/8"});
         fixture.start();
-        CHECK(Client(fixture.port(), "/", "X-Forwarded-For: 203.0.113.7, unix:, 10.1.1.1\r\n").is_open());
+        CHECK(WsClient(fixture.port(), "/", "X-Forwarded-For: 203.0.113.7, unix:, 10.1.1.1\r\n").is_open());
         CHECK(
             fixture.log.wait_for("warning forwarded_address_unreadable peer=\"127.0.0.1\" forwarded=\"unix:\" "
                                  "used=\"10.1.1.1\""));
@@ -483,8 +483,8 @@ TEST_SUITE("handler") {
         RunningServer running;
         running.server.route<Greeter>("/{who}", "hello ", std::ref(opened), std::make_shared<const std::string>("!"));
         running.start();
-        CHECK(Client(running.port(), "/anna").next() == "hello anna!");
-        CHECK(Client(running.port(), "/tea%20room").next() == "hello tea room!");
+        CHECK(WsClient(running.port(), "/anna").next() == "hello anna!");
+        CHECK(WsClient(running.port(), "/tea%20room").next() == "hello tea room!");
         running.stop();
         CHECK(opened == 2);
     }
@@ -495,7 +495,7 @@ TEST_SUITE("handler") {
         Fixture fixture;
         fixture.start();
         {
-            Client client(fixture.port());
+            WsClient client(fixture.port());
             client.send("one");
             client.send("two");
             CHECK(client.next() == "one");
@@ -512,15 +512,15 @@ TEST_SUITE("handler") {
         fixture.start();
         RawClient client(fixture.port());
         // "Hello" of RFC 6455 5.7, masked.
-        client.send(wschat::detail::handshake_request("127.0.0.1", "/", Client::key) +
+        client.send(wschat::detail::handshake_request("127.0.0.1", "/", WsClient::key) +
                     hex("81 85 37 fa 21 3d 7f 9f 4d 51 58"));
         CHECK(client.read_until(hex("81 05 48 65 6c 6c 6f")));
         CHECK(fixture.script.events.text() == "prepare, open, message Hello");
     }
 
     // Sends the message and waits for the end of the connection.
-    std::function<void(Client&)> send_and_wait(const char* message) {
-        return [message](Client& client) {
+    std::function<void(WsClient&)> send_and_wait(const char* message) {
+        return [message](WsClient& client) {
             client.send(message);
             client.close_code();
         };
@@ -529,25 +529,26 @@ TEST_SUITE("handler") {
     TEST_CASE("open and on_close run exactly once for each kind of end") {
         struct Row {
             std::string how;
-            std::function<void(Client&)> end;
+            std::function<void(WsClient&)> end;
         };
         const Row rows[] = {
-            {"the peer closes", [](Client& c) { c.close(); }},
+            {"the peer closes", [](WsClient& c) { c.close(); }},
             {"the peer closes and hangs up",
-             [](Client& c) {
+             [](WsClient& c) {
                  c.close();
                  c.raw.close();
              }},
-            {"the peer closes twice", [](Client& c) { c.raw.send(hex("88 80 00 00 00 00 88 80 00 00 00 00")); }},
-            {"the peer hangs up", [](Client& c) { c.raw.close(); }},
-            {"the peer shuts down its sending side", [](Client& c) { c.raw.shutdown_send(); }},
-            {"the peer resets", [](Client& c) { c.raw.reset(); }},
-            {"the peer breaks the protocol", [](Client& c) { c.raw.send(hex("83 80 00 00 00 00 88 80 00 00 00 00")); }},
+            {"the peer closes twice", [](WsClient& c) { c.raw.send(hex("88 80 00 00 00 00 88 80 00 00 00 00")); }},
+            {"the peer hangs up", [](WsClient& c) { c.raw.close(); }},
+            {"the peer shuts down its sending side", [](WsClient& c) { c.raw.shutdown_send(); }},
+            {"the peer resets", [](WsClient& c) { c.raw.reset(); }},
+            {"the peer breaks the protocol",
+             [](WsClient& c) { c.raw.send(hex("83 80 00 00 00 00 88 80 00 00 00 00")); }},
             {"the handler closes", send_and_wait("close")},
             {"the handler closes twice", send_and_wait("close twice")},
             {"the handler throws", send_and_wait("throw")},
             {"both close",
-             [](Client& c) {
+             [](WsClient& c) {
                  c.send("close");
                  c.close();
                  c.close_code();
@@ -562,7 +563,7 @@ TEST_SUITE("handler") {
                 if (message.text() == "close twice") self.close(4002);
             };
             fixture.start();
-            Client client(fixture.port());
+            WsClient client(fixture.port());
             REQUIRE(client.is_open());
             row.end(client);
             CHECK(fixture.script.events.wait_for("destroyed"));
@@ -587,7 +588,7 @@ TEST_SUITE("handler") {
                 };
                 fixture.start();
                 RawClient client(fixture.port());
-                client.send(wschat::detail::handshake_request("127.0.0.1", "/", Client::key) +
+                client.send(wschat::detail::handshake_request("127.0.0.1", "/", WsClient::key) +
                             (with_frames ? hex("81 85 37 fa 21 3d 7f 9f 4d 51 58 88 80 00 00 00 00") : ""));
                 CHECK(client.read_until("\r\n\r\n"));
                 CHECK(client.received.substr(0, 12) == "HTTP/1.1 101");
@@ -603,28 +604,28 @@ TEST_SUITE("handler") {
     TEST_CASE("close code, reason and cause for each kind of end") {
         struct Row {
             std::string how;
-            std::function<void(Fixture&, Client&)> end;
+            std::function<void(Fixture&, WsClient&)> end;
             unsigned code;
             CloseCause cause;
             std::string reason;
         };
         const Row rows[] = {
-            {"peer", [](Fixture&, Client& c) { c.close(CloseCode{4000}, "bye"); }, 4000, CloseCause::peer, "bye"},
-            {"peer without a code", [](Fixture&, Client& c) { c.raw.send(hex("88 80 00 00 00 00")); }, 1005,
+            {"peer", [](Fixture&, WsClient& c) { c.close(CloseCode{4000}, "bye"); }, 4000, CloseCause::peer, "bye"},
+            {"peer without a code", [](Fixture&, WsClient& c) { c.raw.send(hex("88 80 00 00 00 00")); }, 1005,
              CloseCause::peer, ""},
-            {"local", [](Fixture&, Client& c) { send_and_wait("close")(c); }, 4001, CloseCause::local, ""},
-            {"protocol error", [](Fixture&, Client& c) { c.raw.send(hex("81 00")); }, 1002, CloseCause::protocol_error,
-             "frame from a client is not masked"},
-            {"text that is not UTF-8", [](Fixture&, Client& c) { c.send("\xff"); }, 1007, CloseCause::protocol_error,
+            {"local", [](Fixture&, WsClient& c) { send_and_wait("close")(c); }, 4001, CloseCause::local, ""},
+            {"protocol error", [](Fixture&, WsClient& c) { c.raw.send(hex("81 00")); }, 1002,
+             CloseCause::protocol_error, "frame from a client is not masked"},
+            {"text that is not UTF-8", [](Fixture&, WsClient& c) { c.send("\xff"); }, 1007, CloseCause::protocol_error,
              "text is not UTF-8"},
-            {"a message too big", [](Fixture&, Client& c) { c.send(std::string(100'001, 'x')); }, 1009,
+            {"a message too big", [](Fixture&, WsClient& c) { c.send(std::string(100'001, 'x')); }, 1009,
              CloseCause::protocol_error, "message is larger than 100000 bytes"},
-            {"hung up", [](Fixture&, Client& c) { c.raw.close(); }, 1006, CloseCause::connection_lost,
+            {"hung up", [](Fixture&, WsClient& c) { c.raw.close(); }, 1006, CloseCause::connection_lost,
              "the peer hung up without a Close frame"},
-            {"exception", [](Fixture&, Client& c) { send_and_wait("throw")(c); }, 1011, CloseCause::handler_exception,
+            {"exception", [](Fixture&, WsClient& c) { send_and_wait("throw")(c); }, 1011, CloseCause::handler_exception,
              "internal error"},
             {"shutdown",
-             [](Fixture& w, Client& c) {
+             [](Fixture& w, WsClient& c) {
                  w.running.server.shutdown();
                  c.close_code();
              },
@@ -646,7 +647,7 @@ TEST_SUITE("handler") {
                 if (callback == "close") CHECK(!self.is_open());
             };
             fixture.start();
-            Client client(fixture.port());
+            WsClient client(fixture.port());
             row.end(fixture, client);
             CHECK(fixture.script.events.wait_for("destroyed"));
             CHECK(fixture.script.events.count("close " + std::to_string(row.code) + " " +
@@ -658,7 +659,7 @@ TEST_SUITE("handler") {
     TEST_CASE("a peer that does not answer a ping is closed with the cause ping timeout") {
         Fixture fixture(with_limits(quick_timeouts()));
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         CHECK(fixture.script.events.wait_for("close 1006 ping timeout"));
         CHECK(client.raw.read_until(hex("89 00")));
     }
@@ -668,7 +669,7 @@ TEST_SUITE("handler") {
         Fixture fixture(with_limits(limits));
         fixture.script.on_message = [](Scripted& self, const Message&) { self.close(4001, "bye"); };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("close");
         CHECK(fixture.script.events.wait_for("close 1006 closing timeout"));
         CHECK(client.raw.read_to_end());
@@ -691,7 +692,7 @@ TEST_SUITE("handler") {
     TEST_CASE("a peer that resets is closed with the cause connection lost") {
         Fixture fixture;
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.raw.reset();
         CHECK(fixture.script.events.wait_for("close 1006 connection lost"));
     }
@@ -705,7 +706,7 @@ TEST_SUITE("handler") {
             CHECK(self.ping("too late") == WriteStatus::closed);
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("go");
         CHECK(client.next() == "last words");
         CHECK(client.close_code() == CloseCode{4242});
@@ -717,7 +718,7 @@ TEST_SUITE("handler") {
         Fixture fixture;
         fixture.script.on_message = [](Scripted& self, const Message&) { self.close(); };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("go");
         CHECK(client.raw.read_until(hex("88 02 03 e8")));
     }
@@ -725,7 +726,7 @@ TEST_SUITE("handler") {
     TEST_CASE("a shutdown closes with 1001 and a reason") {
         Fixture fixture;
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         fixture.running.server.shutdown();
         CHECK(client.close_code() == CloseCode::going_away);
         CHECK(client.connection.close_reason() == "server is shutting down");
@@ -739,7 +740,7 @@ TEST_SUITE("handler") {
             if (callback == "close") closed.add("close");
         };
         fixture->start();
-        Client client(fixture->port());
+        WsClient client(fixture->port());
         REQUIRE(client.is_open());
         fixture->running.stop(0ms);
         fixture.reset();
@@ -757,7 +758,7 @@ TEST_SUITE("handler") {
         };
         fixture.start();
         {
-            Client client(fixture.port(), "/rooms/tea%20room?token=a+b", "User-Agent: test\r\n");
+            WsClient client(fixture.port(), "/rooms/tea%20room?token=a+b", "User-Agent: test\r\n");
             client.send(std::string(200'000, 'x'));
             CHECK(client.next());
             client.close();
@@ -771,7 +772,7 @@ TEST_SUITE("handler") {
     // ---- exceptions ------------------------------------------------------------------------------------------------
 
     // Triggers one of the callbacks of the client's handler.
-    void trigger(Client & client, std::string_view callback) {
+    void trigger(WsClient & client, std::string_view callback) {
         if (callback == "ping") client.ping("x");
         else if (callback == "pong") client.connection.send_control(Opcode::pong, "x");
         else if (callback == "message" || callback == "drain" || callback == "timer" || callback == "post")
@@ -804,8 +805,8 @@ TEST_SUITE("handler") {
                     throw 42;
                 };
                 fixture.start();
-                Client witness(fixture.port(), "/?name=witness");
-                Client victim(fixture.port(), "/?name=victim");
+                WsClient witness(fixture.port(), "/?name=witness");
+                WsClient victim(fixture.port(), "/?name=victim");
                 trigger(victim, callback);
                 CHECK(victim.close_code() == CloseCode::internal_error);
                 CHECK(victim.connection.close_reason() == "internal error");
@@ -829,7 +830,7 @@ TEST_SUITE("handler") {
             };
             fixture.start();
             {
-                Client client(fixture.port());
+                WsClient client(fixture.port());
                 client.close(CloseCode{4000});
                 CHECK(client.close_code() == CloseCode{4000});
             }
@@ -849,7 +850,7 @@ TEST_SUITE("handler") {
                 if (now == callback) throw std::runtime_error("thrown");
             };
             fixture.start();
-            Client client(fixture.port());
+            WsClient client(fixture.port());
             trigger(client, callback);
             CHECK(fixture.log.wait_for("error exception in=\"" + callback + "\" what=\"thrown\""));
             client.send("still here");
@@ -868,9 +869,9 @@ TEST_SUITE("handler") {
             self.write_message(message);
         };
         fixture.start();
-        Client witness(fixture.port(), "/?name=witness"), victim(fixture.port(), "/?name=victim"),
+        WsClient witness(fixture.port(), "/?name=witness"), victim(fixture.port(), "/?name=victim"),
             leaver(fixture.port());
-        for (Client* client : {&witness, &victim, &leaver}) {
+        for (WsClient* client : {&witness, &victim, &leaver}) {
             client->send("join");
             CHECK(client->next() == "join");
         }
@@ -898,7 +899,7 @@ TEST_SUITE("handler") {
             CHECK(self.write_volatile("\xfd", Opcode::binary) == WriteStatus::sent);
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("\xff", Opcode::binary);
         CHECK(client.raw.read_until(
             hex("81 05 63 61 66 c3 a9 82 03 ff 00 01 82 01 ff 81 00 82 01 fe 81 01 76 82 01 fd")));
@@ -950,7 +951,7 @@ TEST_SUITE("handler") {
             self.write_json(Json("\xff\"\n"));
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("a \"b\"\n");
         CHECK(client.next() == R"({"type":"say","text":"a \"b\"\n","n":3})");
         CHECK(client.next() == "[1,2]");
@@ -965,7 +966,7 @@ TEST_SUITE("handler") {
             CHECK(self.ping() == WriteStatus::sent);
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("go");
         CHECK(client.next(Event::Kind::ping) == "are you there");
         CHECK(client.next(Event::Kind::ping) == "");
@@ -976,7 +977,7 @@ TEST_SUITE("handler") {
     TEST_CASE("a ping of the peer is answered and calls on_ping") {
         Fixture fixture;
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.ping("hey");
         CHECK(client.next(Event::Kind::pong) == "hey");
         CHECK(fixture.script.events.wait_for("ping hey"));
@@ -1009,7 +1010,7 @@ TEST_SUITE("handler") {
             self.write_message("still open");
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("go");
         CHECK(client.next() == "still open");
         CHECK(sentences.text() ==
@@ -1044,7 +1045,7 @@ TEST_SUITE("handler") {
             return std::nullopt;
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("first");
         CHECK(client.next() == "first");
         CHECK(fixture.running.metrics().rooms == 0);
@@ -1061,7 +1062,7 @@ TEST_SUITE("handler") {
             CHECK(self.close_code() == CloseCode::normal);
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.close();
         CHECK(client.close_code() == CloseCode::normal);
         CHECK(fixture.script.events.wait_for("destroyed"));
@@ -1100,7 +1101,7 @@ TEST_SUITE("handler") {
         }
     };
     // Reads them and returns how many arrived in order.
-    int count_numbered(Client & client, int expected) {
+    int count_numbered(WsClient & client, int expected) {
         int n = 0;
         while (n < expected) {
             const auto message = client.next();
@@ -1123,7 +1124,7 @@ TEST_SUITE("handler") {
             CHECK(self.dropped_messages() == 1);
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         shrink_buffers(client);
         client.send("fill");
         CHECK(fixture.running.eventually([&] { return fill.dropped == 1; }));
@@ -1151,7 +1152,7 @@ TEST_SUITE("handler") {
             if (callback == "drain") size_at_drain = self.buffered_amount();
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         shrink_buffers(client);
         client.send("fill");
         CHECK(fixture.running.eventually([&] { return fill.dropped == 1; }));
@@ -1172,7 +1173,7 @@ TEST_SUITE("handler") {
             CHECK(self.write_message("x") == WriteStatus::closed);
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         shrink_buffers(client);
         client.send("fill");
         // The peer has read nothing yet.
@@ -1191,7 +1192,7 @@ TEST_SUITE("handler") {
             CHECK(self.write_message(std::string(3'000'000, 'x')) == WriteStatus::sent);
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("go");
         CHECK(client.next() == std::string(3'000'000, 'x'));
         CHECK(client.is_open());
@@ -1202,7 +1203,7 @@ TEST_SUITE("handler") {
         limits.max_backlog = 256 * 1024;
         Fixture fixture(with_limits(limits));
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         shrink_buffers(client);
         // More than all buffers of the kernel hold: a server that continued to read would exceed its backlog limit.
         const int count = 3000;
@@ -1229,7 +1230,7 @@ TEST_SUITE("handler") {
         limits.closing_timeout = 50ms;
         Fixture fixture(with_limits(limits));
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         shrink_buffers(client);
         for (int i = 0; i < 2000; ++i) client.connection.send(Opcode::binary, std::string(16'000, '.'));
         const std::string bytes = test::take_output(client.connection);
@@ -1255,7 +1256,7 @@ TEST_SUITE("handler") {
             }
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         shrink_buffers(client);
         client.send("go");
         client.send("go");
@@ -1268,7 +1269,7 @@ TEST_SUITE("handler") {
             CAPTURE(size);
             Fixture fixture;
             fixture.start();
-            Client client(fixture.port());
+            WsClient client(fixture.port());
             fixture.running.on_loop([&] {
                 client.raw.reset();
                 for (int i = 0; i < 100; ++i) (*fixture.script.handlers.begin())->write_message(std::string(size, '.'));
@@ -1287,7 +1288,7 @@ TEST_SUITE("handler") {
             if (callback == "ping") max_buffered = std::max(max_buffered, self.buffered_amount());
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         shrink_buffers(client);
         for (int i = 0; i < 100'000; ++i)
             client.connection.send_control(Opcode::ping, std::to_string(i) + std::string(115, '.'));
@@ -1310,7 +1311,7 @@ TEST_SUITE("handler") {
     }
 
     // TCP_NODELAY of the server's end, whose descriptor is in this process.
-    int nodelay_of_peer(Client & client) {
+    int nodelay_of_peer(WsClient & client) {
         sockaddr_in own{};
         socklen_t size = sizeof own;
         ::getsockname(client.raw.socket().descriptor(), reinterpret_cast<sockaddr*>(&own), &size);
@@ -1334,7 +1335,7 @@ TEST_SUITE("handler") {
             self.write_message("done");
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         client.send("on");
         CHECK(client.next() == "done");
         CHECK(nodelay_of_peer(client) == 1);
@@ -1351,7 +1352,7 @@ TEST_SUITE("handler") {
     TEST_CASE("another thread can write and close through a reference") {
         Fixture fixture;
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         const HandlerRef ref = fixture.with_handler([](Scripted& self) { return self.ref(); });
         CHECK(ref.write_message("from outside"));
         CHECK(ref.write_message("\xff", Opcode::binary));
@@ -1371,7 +1372,7 @@ TEST_SUITE("handler") {
     TEST_CASE("work for a handler that is gone is dropped") {
         Fixture fixture;
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         const HandlerRef ref = fixture.with_handler([](Scripted& self) { return self.ref(); });
         client.raw.close();
         CHECK(fixture.script.events.wait_for("destroyed"));
@@ -1393,9 +1394,9 @@ TEST_SUITE("handler") {
             return std::nullopt;
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         CHECK(fixture.running.on_loop([&] { return ref.get() == *fixture.script.handlers.begin(); }));
-        Client refused(fixture.port(), "/?name=refused");
+        WsClient refused(fixture.port(), "/?name=refused");
         CHECK(status_of(refused) == "HTTP/1.1 403");
         CHECK(fixture.running.on_loop([&] { return ref.get() == nullptr; }));
     }
@@ -1403,7 +1404,7 @@ TEST_SUITE("handler") {
     TEST_CASE("a reference can outlive the server") {
         std::optional<Fixture> fixture(std::in_place);
         fixture->start();
-        Client client(fixture->port());
+        WsClient client(fixture->port());
         const HandlerRef ref = fixture->with_handler([](Scripted& self) { return self.ref(); });
         client.raw.close();
         fixture.reset();
@@ -1439,11 +1440,11 @@ TEST_SUITE("handler") {
                 }
             });
         for (int i = 0; i < 30; ++i) {
-            Client client(fixture.port());
+            WsClient client(fixture.port());
             CHECK(client.is_open());
             CHECK(client.next() == "news");
         }
-        Client last(fixture.port());
+        WsClient last(fixture.port());
         fixture.running.stop(100ms);
         stop = true;
         for (std::thread& thread : threads) thread.join();
@@ -1489,7 +1490,7 @@ TEST_SUITE("handler") {
         bool done = false;  // for the loop's thread
         bool acted = false;
         Fixture fixture;
-        Client witness, other, actor;
+        WsClient witness, other, actor;
     };
 
     struct Action {
@@ -1664,7 +1665,7 @@ TEST_SUITE("handler") {
          false},
         {"shut the server down at once", [](Scripted& self) { self.server().shutdown(0ms); },
          [](Scenario& s) {
-             for (Client* client : {&s.witness, &s.other, &s.actor}) CHECK(client->raw.read_to_end());
+             for (WsClient* client : {&s.witness, &s.other, &s.actor}) CHECK(client->raw.read_to_end());
          },
          false},
         {"shut the server down", [](Scripted& self) { self.server().shutdown(2s); },
@@ -1687,7 +1688,7 @@ TEST_SUITE("handler") {
                 scenario.witness.send("still here");
                 CHECK(scenario.witness_receives("still here"));
             }
-            for (Client* client : {&scenario.witness, &scenario.other, &scenario.actor}) client->raw.close();
+            for (WsClient* client : {&scenario.witness, &scenario.other, &scenario.actor}) client->raw.close();
             scenario.fixture.running.stop();
             const EventLog& events = scenario.fixture.script.events;
             for (const std::string name : {"witness", "other", "actor"}) {
@@ -1720,7 +1721,7 @@ TEST_SUITE("handler") {
         RunningServer running;
         running.server.route<Plain>("/");
         running.start();
-        Client client(running.port(), "/", "Sec-WebSocket-Protocol: chat, superchat\r\n");
+        WsClient client(running.port(), "/", "Sec-WebSocket-Protocol: chat, superchat\r\n");
         REQUIRE(client.is_open());
         CHECK(!contains(client.head, "Sec-WebSocket-Protocol"));
         client.connection.send_control(Opcode::pong, "unsolicited");
@@ -1749,7 +1750,7 @@ TEST_SUITE("handler") {
             self.close(4000, "that was all");
         };
         fixture.start();
-        Client client(fixture.port());
+        WsClient client(fixture.port());
         shrink_buffers(client);
         client.send("fill");
         CHECK(fixture.running.eventually([&] { return fill.dropped == 1; }));

@@ -5,7 +5,6 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Client;
 using test::Echo;
 using test::EchoServer;
 using test::fetch;
@@ -17,6 +16,7 @@ using test::RunningServer;
 using test::ServerProcess;
 using test::with_limits;
 using test::with_server_limits;
+using test::WsClient;
 
 namespace {
 
@@ -49,26 +49,26 @@ std::string header_fields(int port, std::size_t count) {
 }
 
 // "served" if all answers arrive, and otherwise the close code.
-std::string answers_of(Client& client, Event::Kind kind, std::size_t count) {
+std::string answers_of(WsClient& client, Event::Kind kind, std::size_t count) {
     for (std::size_t i = 0; i < count; ++i)
         if (!client.next(kind)) return std::to_string(number(client.connection.close_code()));
     return "served";
 }
 
 std::string message(int port, std::size_t size) {
-    Client client(port);
+    WsClient client(port);
     client.send(std::string(size, 'x'));
     return answers_of(client, Event::Kind::message, 1);
 }
 // One message in two frames.
 std::string two_fragments(int port, std::size_t size) {
-    Client client(port);
+    WsClient client(port);
     client.raw.send(masked_frame("01", std::string(size / 2, 'x')));
     client.raw.send(masked_frame("80", std::string(size - size / 2, 'x')));
     return answers_of(client, Event::Kind::message, 1);
 }
 std::string empty_fragments(int port, std::size_t count) {
-    Client client(port);
+    WsClient client(port);
     std::string frames;
     for (std::size_t i = 1; i <= count; ++i) frames += masked_frame(i == 1 ? "01" : i < count ? "00" : "80", "");
     client.raw.send(frames);
@@ -76,7 +76,7 @@ std::string empty_fragments(int port, std::size_t count) {
 }
 // In one piece, because the limit is a rate.
 std::string pings(int port, std::size_t count) {
-    Client client(port);
+    WsClient client(port);
     for (std::size_t i = 0; i < count; ++i) client.connection.send_control(Opcode::ping, "");
     client.flush();
     return answers_of(client, Event::Kind::pong, count);
@@ -129,8 +129,8 @@ WriteStatus make_backlog(WebSocketHandler& self, std::size_t size) {
 }
 
 // A client with a small receive window.
-struct SlowClient : Client {
-    explicit SlowClient(int port) : Client(port) { raw.socket().set_option(SOL_SOCKET, SO_RCVBUF, 4096); }
+struct SlowClient : WsClient {
+    explicit SlowClient(int port) : WsClient(port) { raw.socket().set_option(SOL_SOCKET, SO_RCVBUF, 4096); }
 };
 
 // A server in a process with that limit of descriptors. Only `report` of the inherited ones stays open.
@@ -245,7 +245,7 @@ TEST_CASE("an unfinished message counts towards the limit of all backlogs togeth
     ServerLimits server_limits;
     server_limits.max_total_backlog = 420'000;
     EchoServer running(with_server_limits(server_limits));
-    Client half(running.port()), most(running.port());
+    WsClient half(running.port()), most(running.port());
     // The frames announce 300,000 and 900,000 bytes. A buffer grows to at most twice the received bytes,
     // and TLS holds a part of a record.
     half.raw.send(test::hex("82 ff 00 00 00 00 00 04 93 e0 00 00 00 00") + std::string(100'000, 'x'));
@@ -267,9 +267,9 @@ TEST_CASE("connections past max_connections or max_connections_per_address are c
         ServerLimits server_limits;
         (of_address ? server_limits.max_connections_per_address : server_limits.max_connections) = 3;
         EchoServer running(with_server_limits(server_limits));
-        std::vector<std::unique_ptr<Client>> clients;
+        std::vector<std::unique_ptr<WsClient>> clients;
         for (int i = 0; i < 3; ++i) {
-            clients.push_back(std::make_unique<Client>(running.port()));
+            clients.push_back(std::make_unique<WsClient>(running.port()));
             CHECK(clients.back()->is_open());
         }
         CHECK(running.metrics().connections_refused == 0);
@@ -290,7 +290,7 @@ TEST_CASE("past max_connections 32 refusals at once get an answer, and the other
     server_limits.max_connections = 1;
     limits.linger_timeout = 1h;
     EchoServer running(with_limits(limits, server_limits));
-    Client one(running.port());
+    WsClient one(running.port());
     std::vector<RawClient> refused;
     for (int i = 0; i < 32; ++i) {
         refused.emplace_back(running.port());
@@ -373,7 +373,7 @@ TEST_CASE("a WebSocket that ends at a timeout is counted by its cause") {
         row.set(limits);
         CallOnMessage::Work work = [](WebSocketHandler& self) { self.close(); };
         HandlerServer<CallOnMessage> running(with_limits(limits), std::ref(work));
-        Client client(running.port());
+        WsClient client(running.port());
         if (!row.word.empty()) client.send(row.word);
         CHECK(running.eventually([&] { return running.server.metrics().closed.at(row.cause) == 1; }));
         CHECK(running.metrics().close_codes.at(CloseCode::abnormal) == 1);
@@ -404,11 +404,11 @@ TEST_CASE("a missing origin, a foreign origin and another host are counted by st
     running.server.allow_hosts({"127.0.0.1"});
     running.start();
     const std::string own = "Origin: " + test::scheme() + "://127.0.0.1:" + std::to_string(running.port()) + "\r\n";
-    CHECK(Client(running.port(), "/", own).is_open());
+    CHECK(WsClient(running.port(), "/", own).is_open());
     CHECK(running.metrics().responses.at(403) == 0);
-    CHECK_FALSE(Client(running.port()).is_open());
+    CHECK_FALSE(WsClient(running.port()).is_open());
     CHECK(running.metrics().responses.at(403) == 1);
-    CHECK_FALSE(Client(running.port(), "/", "Origin: https://elsewhere.example\r\n").is_open());
+    CHECK_FALSE(WsClient(running.port(), "/", "Origin: https://elsewhere.example\r\n").is_open());
     CHECK(running.metrics().responses.at(403) == 2);
     CHECK(status_of_page(running.port(), "GET / HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n") == "421");
     CHECK(running.metrics().responses.at(421) == 1);
@@ -423,7 +423,7 @@ TEST_CASE("the log reports a hundred entries at once") {
     running.server.route<Echo>("/");
     running.start();
     // A refused upgrade makes an entry of level info.
-    for (int i = 0; i < 100; ++i) CHECK_FALSE(Client(running.port(), "/nowhere").is_open());
+    for (int i = 0; i < 100; ++i) CHECK_FALSE(WsClient(running.port(), "/nowhere").is_open());
     CHECK(running.on_loop([&] { return entries; }) == 100);
     CHECK(running.metrics().log_entries_suppressed == 0);
 }

@@ -7,9 +7,9 @@
 
 namespace {
 
-using test::Client;
 using test::hex;
 using test::RunningServer;
+using test::WsClient;
 using wschat::CloseCode;
 using wschat::Error;
 using wschat::Json;
@@ -82,9 +82,9 @@ private:
 };
 
 // The client of a member.
-struct MemberClient : Client {
+struct MemberClient : WsClient {
     MemberClient(Fixture& fixture, const std::string& name, const std::string& room = "")
-        : Client(fixture.port(), "/?name=" + name + (room.empty() ? "" : "&room=" + room)) {}
+        : WsClient(fixture.port(), "/?name=" + name + (room.empty() ? "" : "&room=" + room)) {}
 };
 
 struct WithDump {
@@ -374,7 +374,7 @@ TEST_SUITE("rooms") {
                 fixture.room("lobby").broadcast("but bert " + n, &fixture["bert"]);
             }
         });
-        const auto receives = [](Client& client, const std::string& expected) {
+        const auto receives = [](WsClient& client, const std::string& expected) {
             const auto message = client.next();
             return message && message->substr(0, message->find('.')) == expected;
         };
@@ -611,9 +611,9 @@ TEST_SUITE("rooms") {
         };
         MemberClient anna(fixture, "anna", "lobby"), bert(fixture, "bert", "lobby"), carl(fixture, "carl", "lobby");
         anna.send("hello");
-        for (Client* client : {&anna, &bert, &carl}) CHECK(client->next() == "anna says hello");
+        for (WsClient* client : {&anna, &bert, &carl}) CHECK(client->next() == "anna says hello");
         anna.send("leave");
-        for (Client* client : {&bert, &carl}) CHECK(client->next() == "anna says leave");
+        for (WsClient* client : {&bert, &carl}) CHECK(client->next() == "anna says leave");
         bert.send("close");
         CHECK(carl.next() == "bert says close");
         CHECK(bert.close_code() == CloseCode{4000});

@@ -97,6 +97,7 @@ need pkg-config command -v pkg-config
 need meson command -v meson
 need python3-websockets /usr/bin/python3 -c 'import websockets'
 need python3-tornado /usr/bin/python3 -c 'import tornado'
+need python3-h2 /usr/bin/python3 -c 'import h2'
 need nginx-light test -x /usr/sbin/nginx
 need haproxy test -x /usr/sbin/haproxy
 need apache2-bin test -x /usr/sbin/apache2
@@ -158,6 +159,10 @@ build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads
 tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF
+
+# Windows under Wine, and 32 bits. What cannot be installed is skipped, and the log says so.
+stage "platforms: Windows under Wine, 32 bits" sh tests/platforms.sh quick
+grep "^SKIPPED" "$log" || true
 
 # Short rounds. README.md has the commands for long ones.
 stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10

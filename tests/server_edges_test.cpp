@@ -9,7 +9,6 @@ using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
 using test::BlockedLoop;
-using test::Client;
 using test::contains;
 using test::Echo;
 using test::EchoServer;
@@ -27,6 +26,7 @@ using test::temporary_path;
 using test::TemporaryFile;
 using test::upgrade_request;
 using test::with_limits;
+using test::WsClient;
 
 namespace {
 
@@ -129,7 +129,7 @@ TEST_CASE("messages past messages_per_second are delayed, none is lost, and othe
     limits.messages_per_second = 200;
     limits.messages_burst = 2;
     EchoServer running(with_limits(limits));
-    Client fast(running.port()), other(running.port());
+    WsClient fast(running.port()), other(running.port());
     for (int i = 0; i < 100; ++i) fast.send(std::to_string(i));
     other.send("hello");
     CHECK(other.next() == "hello");
@@ -143,7 +143,7 @@ TEST_CASE("a message that is larger than bytes_per_second arrives complete") {
     Limits limits;
     limits.bytes_per_second = 400'000;
     EchoServer running(with_limits(limits));
-    Client client(running.port());
+    WsClient client(running.port());
     const std::string large(600'000, 'x');
     client.send(large);
     CHECK((client.next() == large));
@@ -156,7 +156,7 @@ TEST_CASE("a shutdown does not wait for messages that the rate delays") {
     limits.messages_per_second = 1;
     limits.closing_timeout = 1h;
     EchoServer running(with_limits(limits));
-    Client client(running.port());
+    WsClient client(running.port());
     for (int i = 0; i < 1000; ++i) client.send("x");
     CHECK(client.next() == "x");
     running.server.shutdown(1h);
@@ -170,7 +170,7 @@ TEST_CASE("a peer that hangs up while the rate delays its messages is still hear
     limits.messages_per_second = 100;
     limits.messages_burst = 1;
     EchoServer running(with_limits(limits));
-    auto client = std::make_unique<Client>(running.port());
+    auto client = std::make_unique<WsClient>(running.port());
     for (int i = 0; i < 20; ++i) client->send("x");
     client->raw.shutdown_send();
     CHECK(running.eventually([&] { return running.server.metrics().websockets_open == 0; }));
@@ -271,7 +271,7 @@ TEST_CASE("a peer that does not read gets volatile messages only until send_buff
     limits.send_buffer = 64 * 1024;
     limits.max_backlog = 64 * 1024 * 1024;
     test::HandlerServer<Ticker> running(with_limits(limits));
-    Client client(running.port());
+    WsClient client(running.port());
     const int small = 4096;
     ::setsockopt(client.raw.socket().descriptor(), SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
     client.send("go");
@@ -288,7 +288,7 @@ TEST_CASE("ServerOptions::shutdown_deadline is the deadline of shutdown()") {
     options.shutdown_deadline = 30ms;
     options.limits.closing_timeout = 1h;
     auto running = std::make_unique<EchoServer>(options);
-    Client silent(running->port());
+    WsClient silent(running->port());
     REQUIRE(silent.is_open());
     running->server.shutdown();
     running->stop(1h);  // waits; its own deadline is later
@@ -405,7 +405,7 @@ TEST_CASE("a server can listen on a socket that it has inherited") {
     running.run();
     CHECK(running.port() == port);
     CHECK(running.server.url() == test::scheme() + "://127.0.0.1:" + std::to_string(port) + "/");
-    Client client(port);
+    WsClient client(port);
     client.send("hello");
     CHECK(client.next() == "hello");
     CHECK(::fcntl(descriptor, F_GETFD) == FD_CLOEXEC);
@@ -528,7 +528,7 @@ TEST_CASE("a NOTIFY_SOCKET that cannot be used has no effect") {
                                     std::string("/"), std::string(200, '/')}) {
         const Environment variable("NOTIFY_SOCKET", path);
         EchoServer running;
-        Client client(running.port());
+        WsClient client(running.port());
         CHECK(client.is_open());
     }
 }

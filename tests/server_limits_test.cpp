@@ -8,7 +8,6 @@ using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
 using test::BlockedLoop;
-using test::Client;
 using test::contains;
 using test::Echo;
 using test::EchoServer;
@@ -28,6 +27,7 @@ using test::upgrade_request;
 using test::with_handshake_timeout;
 using test::with_limits;
 using test::with_server_limits;
+using test::WsClient;
 
 namespace {
 
@@ -135,8 +135,8 @@ TEST_CASE("past max_connections a peer gets a 503, until another connection ends
     ServerLimits server_limits;
     server_limits.max_connections = 2;
     EchoServer running(with_server_limits(server_limits));
-    Client one(running.port());
-    auto two = std::make_unique<Client>(running.port());
+    WsClient one(running.port());
+    auto two = std::make_unique<WsClient>(running.port());
     REQUIRE(one.is_open());
     REQUIRE(two->is_open());
     {
@@ -153,15 +153,15 @@ TEST_CASE("past max_connections a peer gets a 503, until another connection ends
     CHECK(one.next() == "hello");
     two.reset();
     REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == 1; }));
-    CHECK(Client(running.port()).is_open());
+    CHECK(WsClient(running.port()).is_open());
 }
 
 TEST_CASE("past max_connections_per_address an address gets a 503, and other addresses do not") {
     ServerLimits server_limits;
     server_limits.max_connections_per_address = 2;
     EchoServer running(with_server_limits(server_limits));
-    auto one = std::make_unique<Client>(running.port());
-    Client two(running.port());
+    auto one = std::make_unique<WsClient>(running.port());
+    WsClient two(running.port());
     RawClient refused(running.port());
     refused.send(upgrade_request());
     CHECK(refused.read_to_end());
@@ -177,7 +177,7 @@ TEST_CASE("past max_connections_per_address an address gets a 503, and other add
     refused.close();
     const std::uint64_t left = other ? 2 : 1;
     REQUIRE(running.eventually([&] { return running.server.metrics().connections_open == left; }));
-    CHECK(Client(running.port()).is_open());
+    CHECK(WsClient(running.port()).is_open());
 }
 
 TEST_CASE("behind a trusted proxy the limit applies to the forwarded addresses, and an IPv6 /64 counts as one") {
@@ -194,10 +194,10 @@ TEST_CASE("behind a trusted proxy the limit applies to the forwarded addresses, 
         {"203.0.113.7", true},     {"203.0.113.7", false},     {"203.0.113.8", true},     {"::ffff:203.0.113.8", false},
         {"2001:db8:0:1::1", true}, {"2001:db8:0:1::2", false}, {"2001:db8:0:2::1", true},
     };
-    std::vector<std::unique_ptr<Client>> clients;
+    std::vector<std::unique_ptr<WsClient>> clients;
     for (const auto& row : table) {
         CAPTURE(row.address);
-        clients.push_back(std::make_unique<Client>(running.port(), "/", "X-Forwarded-For: " + row.address + "\r\n"));
+        clients.push_back(std::make_unique<WsClient>(running.port(), "/", "X-Forwarded-For: " + row.address + "\r\n"));
         CHECK(clients.back()->is_open() == row.open);
         if (!row.open) CHECK(clients.back()->head.substr(0, 12) == "HTTP/1.1 503");
     }
@@ -264,9 +264,9 @@ TEST_CASE("a peer that does not read its answer is closed at the deadline") {
 
 TEST_CASE("the deadline of the handshake does not apply to an open WebSocket") {
     EchoServer running(with_handshake_timeout(30ms));
-    std::unique_ptr<Client> client;
+    std::unique_ptr<WsClient> client;
     for (int attempt = 0; attempt < 100 && (!client || !client->is_open()); ++attempt)
-        client = std::make_unique<Client>(running.port());
+        client = std::make_unique<WsClient>(running.port());
     REQUIRE(client->is_open());
     // A later connection has reached its deadline.
     RawClient silent(running.port());
@@ -279,7 +279,7 @@ TEST_CASE("hundreds of silent peers do not delay other clients") {
     EchoServer running(with_handshake_timeout(1h));
     std::vector<RawClient> silent;
     for (int i = 0; i < 300; ++i) REQUIRE(silent.emplace_back(running.port()));
-    Client client(running.port());
+    WsClient client(running.port());
     for (int i = 0; i < 100; ++i) {
         client.send("hello");
         REQUIRE(client.next() == "hello");
@@ -349,7 +349,7 @@ TEST_CASE("the connection of a peer that closes properly ends before any timeout
     Limits limits;
     limits.linger_timeout = limits.closing_timeout = 1h;
     EchoServer running(with_limits(limits));
-    Client client(running.port());
+    WsClient client(running.port());
     client.close();
     CHECK(client.close_code() == CloseCode::normal);
     client.raw.close();
@@ -365,8 +365,8 @@ TEST_CASE("in a room of twenty a member that does not read is closed, and the ot
     limits.max_backlog = 256 * 1024;
     HandlerServer<LobbyMember> running(with_limits(limits));
     RawClient slow = slow_reader(running.port());
-    std::vector<std::unique_ptr<Client>> members;
-    for (int i = 0; i < 19; ++i) members.push_back(std::make_unique<Client>(running.port()));
+    std::vector<std::unique_ptr<WsClient>> members;
+    for (int i = 0; i < 19; ++i) members.push_back(std::make_unique<WsClient>(running.port()));
     REQUIRE(running.eventually([&] { return running.server.rooms()["lobby"].size() == 20; }));
     const std::string message(64 * 1024, 'x');
     int sent = 0;
@@ -421,7 +421,7 @@ TEST_CASE("without free descriptors the server does not spin, serves its connect
     });
     const int port = process.port();
 
-    Client connected(port);
+    WsClient connected(port);
     CHECK(connected.is_open());
     const Time begin = Clock::now();
     {
@@ -445,7 +445,7 @@ TEST_CASE("without free descriptors the server does not spin, serves its connect
         }
     }
     const Duration crowded = Clock::now() - begin;
-    CHECK(Client(port).is_open());
+    CHECK(WsClient(port).is_open());
     connected.send("hello");
     CHECK(connected.next() == "hello");
     connected.raw.close();
@@ -477,7 +477,7 @@ TEST_CASE("hundreds of connects and closes of every kind release all descriptors
     }
     {
         // When the last client is open, all connections before it have been accepted.
-        Client last(running.port());
+        WsClient last(running.port());
         CHECK(last.is_open());
     }
     CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
@@ -486,7 +486,7 @@ TEST_CASE("hundreds of connects and closes of every kind release all descriptors
     CHECK(metrics.websockets_open == 0);
     CHECK(metrics.backlog_bytes == 0);
     CHECK(metrics.rooms == 0);
-    CHECK(Client(running.port()).is_open());
+    CHECK(WsClient(running.port()).is_open());
 }
 
 TEST_CASE("every descriptor of a server is close-on-exec") {
@@ -500,7 +500,7 @@ TEST_CASE("every descriptor of a server is close-on-exec") {
         test::listen(running.server);
         test::listen(running.server, "unix:" + temporary_path("exec.sock"));
         running.run();
-        Client client(running.port());
+        WsClient client(running.port());
         RawClient silent(running.port()), reader(running.port());
         reader.send(request("/file"));
         CHECK(reader.read_at_least(1000));  // the server keeps the file open while the client does not read
@@ -526,7 +526,7 @@ TEST_CASE("system calls that a signal interrupts are repeated") {
         const std::string large(300'000, 'x');
         int answered = 0;
         for (int i = 0; i < 20; ++i) {
-            Client client(running.port());
+            WsClient client(running.port());
             client.send(large);
             if (client.next() == large) ++answered;
         }
@@ -545,8 +545,8 @@ TEST_CASE("the loop ignores events of connections that ended in the same batch")
     server.route<LobbyMember>("/");
     test::listen(server);
     std::thread runner([&] { server.run(); });
-    std::vector<std::unique_ptr<Client>> clients;
-    for (int i = 0; i < 30; ++i) clients.push_back(std::make_unique<Client>(server.port()));
+    std::vector<std::unique_ptr<WsClient>> clients;
+    for (int i = 0; i < 30; ++i) clients.push_back(std::make_unique<WsClient>(server.port()));
     BlockedLoop blocked(server);
     for (std::size_t i = 0; i < clients.size(); ++i) {
         if (i == clients.size() / 2) {
@@ -589,7 +589,7 @@ TEST_CASE("while 32 refusals linger, the next connection is closed without an an
     server_limits.max_connections = 1;
     limits.linger_timeout = 1h;  // a refused connection stays until its client closes it
     EchoServer running(with_limits(limits, server_limits));
-    Client member(running.port());
+    WsClient member(running.port());
     REQUIRE(member.is_open());
     std::vector<RawClient> crowd;
     for (int i = 0; i < 32; ++i) {
@@ -615,8 +615,8 @@ TEST_CASE("with few descriptors half of them are for connections, and the next c
         limit_descriptors(100);
         return listening_echo_server({});
     });
-    std::vector<std::unique_ptr<Client>> clients;
-    for (int i = 0; i < 50; ++i) clients.push_back(std::make_unique<Client>(process.port()));
+    std::vector<std::unique_ptr<WsClient>> clients;
+    for (int i = 0; i < 50; ++i) clients.push_back(std::make_unique<WsClient>(process.port()));
     CHECK(std::all_of(clients.begin(), clients.end(), [](const auto& client) { return client->is_open(); }));
     RawClient refused(process.port());
     CHECK(refused.read_to_end());

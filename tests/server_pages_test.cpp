@@ -931,4 +931,17 @@ TEST_CASE("a fast reader gets a whole large file while other clients connect and
     CHECK(whole);
 }
 
+TEST_CASE("names that Windows reads as devices are recognized, with any extension") {
+    using wschat::detail::is_windows_device;
+    for (const char* name : {"CON", "con", "prn", "AUX", "NUL", "nul.txt", "NUL .tar.gz", "COM1", "com0", "LPT9.log",
+                             "CONIN$", "conout$", "COM\xC2\xB9", "LPT\xC2\xB3.txt"}) {
+        CAPTURE(name);
+        CHECK(is_windows_device(name));
+    }
+    for (const char* name : {"", "CONSOLE", "nul-1", "COM", "COM10", "COMA", "xCON", "my.con", "LPT", "auxiliary.html"}) {
+        CAPTURE(name);
+        CHECK_FALSE(is_windows_device(name));
+    }
+}
+
 TEST_SUITE_END();

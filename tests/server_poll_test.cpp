@@ -10,11 +10,11 @@
 
 using namespace wschat;
 using namespace std::chrono_literals;
-using test::Client;
 using test::Echo;
 using test::error_of;
 using test::eventually;
 using test::LobbyMember;
+using test::WsClient;
 using Kind = detail::Event::Kind;
 
 namespace {
@@ -123,8 +123,8 @@ void chat_of_a_hundred(Drive drive, PollerKind kind) {
     test::listen(server);
     bool complete = true;
     drive_with_clients(drive, server, [&](int port) {
-        std::vector<std::unique_ptr<Client>> clients;
-        for (int i = 0; i < 100; ++i) clients.push_back(std::make_unique<Client>(port));
+        std::vector<std::unique_ptr<WsClient>> clients;
+        for (int i = 0; i < 100; ++i) clients.push_back(std::make_unique<WsClient>(port));
         for (const auto& client : clients) complete = complete && client->is_open();
         for (int i = 0; i < 100 && complete; ++i) {
             const std::string text = "message " + std::to_string(i);
@@ -152,7 +152,7 @@ void pings_in_time(Drive drive, PollerKind kind) {
     int pings = 0;
     CloseCode code{};
     drive_with_clients(drive, server, [&](int port) {
-        Client client(port);
+        WsClient client(port);
         while (pings < 5 && client.next(Kind::ping)) ++pings;
         server.shutdown(test::deadline);
         code = client.close_code();
@@ -193,7 +193,7 @@ TEST_CASE("a server and another server share the epoll loop of a program") {
     std::optional<std::string> echoes[2];
     std::thread thread([&] {
         for (int i = 0; i < 2; ++i) {
-            Client client(ports[i]);
+            WsClient client(ports[i]);
             client.send("to " + std::to_string(i));
             echoes[i] = client.next();
         }
@@ -224,10 +224,10 @@ TEST_CASE("a broadcast between two polls is sent by the next one, which does not
     Server server(test_options());
     server.route<LobbyMember>("/");
     test::listen(server);
-    std::unique_ptr<Client> client;
+    std::unique_ptr<WsClient> client;
     std::atomic<bool> connected{false};
     std::thread thread([&, port = server.port()] {
-        client = std::make_unique<Client>(port);
+        client = std::make_unique<WsClient>(port);
         connected = true;
     });
     REQUIRE(poll_until(server, [&] { return connected && server.rooms()["lobby"].size() == 1; }));
@@ -249,7 +249,7 @@ TEST_CASE("a close between two polls gives the peer all of its time to answer") 
     std::atomic<bool> done{false};
     CloseCode code{};
     std::thread thread([&, port = server.port()] {
-        Client client(port);
+        WsClient client(port);
         code = client.close_code();
         client.raw.close();
         done = true;
@@ -267,9 +267,9 @@ TEST_CASE("next_timeout is zero while a session has work left for the next turn"
     server.route<Echo>("/");
     test::listen(server);
     std::atomic<bool> sent{false};
-    std::unique_ptr<Client> client;
+    std::unique_ptr<WsClient> client;
     std::thread thread([&, port = server.port()] {
-        client = std::make_unique<Client>(port);
+        client = std::make_unique<WsClient>(port);
         for (int i = 0; i < 2000; ++i) client->connection.send(Opcode::text, "x");
         client->flush();
         sent = true;
@@ -349,7 +349,7 @@ TEST_CASE("a server that has ended serves again after listen(), and run() withou
         test::listen(server);
         std::optional<std::string> echo;
         const auto converse = [&](int port) {
-            Client client(port);
+            WsClient client(port);
             client.send("hello");
             echo = client.next();
             server.shutdown(1h);
@@ -376,7 +376,7 @@ TEST_CASE("a late shutdown() and an old deadline do not end what listens after t
     std::atomic<bool> deadline_is_over{false};
     bool echoed = false;
     drive_with_clients(&poll_without_limit, server, [&](int port) {
-        Client client(port);
+        WsClient client(port);
         server.loop().post([&] { server.loop().call_later(100ms, [&] { deadline_is_over = true; }); });
         eventually([&] { return deadline_is_over.load(); });
         client.send("still here");

@@ -7,7 +7,6 @@
 using namespace wschat;
 using namespace std::chrono_literals;
 using test::Answer;
-using test::Client;
 using test::contains;
 using test::error_of;
 using test::fetch;
@@ -19,6 +18,7 @@ using test::repeated;
 using test::request;
 using test::RunningServer;
 using test::TemporaryFile;
+using test::WsClient;
 
 namespace {
 
@@ -527,7 +527,7 @@ TEST_CASE("each answer is in the access log once, with its path and without its 
     RawClient client(running.port());
     client.send(request("/page?secret=1") + post("/page", "hello") + request("/nothing"));
     for (int i = 0; i < 3; ++i) next_answer(client);
-    CHECK(Client(running.port(), "/chat?token=2").is_open());
+    CHECK(WsClient(running.port(), "/chat?token=2").is_open());
     RawClient malformed(running.port());
     malformed.send("nonsense\r\n\r\n");
     CHECK(next_answer(malformed).status == 400);
@@ -556,8 +556,8 @@ TEST_CASE("the server visits each open handler, which may be closed then") {
     RunningServer running;
     running.server.route<test::Echo>("/");
     running.start();
-    std::vector<std::unique_ptr<Client>> clients;
-    for (int i = 0; i < 5; ++i) clients.push_back(std::make_unique<Client>(running.port()));
+    std::vector<std::unique_ptr<WsClient>> clients;
+    for (int i = 0; i < 5; ++i) clients.push_back(std::make_unique<WsClient>(running.port()));
     const RawClient idle(running.port());
     std::size_t visited = 0;
     running.on_loop([&] {
@@ -584,7 +584,7 @@ TEST_CASE("another thread sees how much a HandlerRef has written that the peer h
     running.server.route<Member>("/", std::ref(self));
     running.start();
     CHECK(self.buffered_amount() == 0);
-    Client client(running.port());
+    WsClient client(running.port());
     running.on_loop([] {});
     const std::string large(20 * 1024 * 1024, 'x');
     {
@@ -724,7 +724,7 @@ TEST_CASE("500 clients log in at once with a slow look-up, and nobody else waits
     std::vector<std::unique_ptr<RawClient>> clients;
     for (int i = 0; i < 500; ++i) {
         clients.push_back(std::make_unique<RawClient>(running.port()));
-        std::string handshake = detail::handshake_request("x", "/chat?name=" + std::to_string(i), test::Client::key);
+        std::string handshake = detail::handshake_request("x", "/chat?name=" + std::to_string(i), test::WsClient::key);
         clients.back()->send(handshake + test::masked_text("first"));
     }
     CHECK(fetch(running.port(), "/").status == 200);
@@ -745,10 +745,10 @@ TEST_CASE("a handshake that is answered later is refused or opened, with headers
     running.server.route<Member>("/chat", std::ref(pool));
     running.start();
     RawClient refused(running.port());
-    refused.send(detail::handshake_request("x", "/chat", Client::key));
+    refused.send(detail::handshake_request("x", "/chat", WsClient::key));
     CHECK(next_answer(refused).status == 401);
     CHECK(refused.read_to_end());
-    Client member(running.port(), "/chat?name=Anna");
+    WsClient member(running.port(), "/chat?name=Anna");
     REQUIRE(member.is_open());
     CHECK(contains(member.head, "\r\nSet-Cookie: seen=Anna; Path=/; SameSite=Lax; HttpOnly"));
     CHECK(contains(member.head, "\r\nX-A: b\r\n"));

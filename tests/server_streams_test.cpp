@@ -3,7 +3,7 @@
 
 using namespace wschat;
 using namespace wschat::detail;
-using test::Client;
+using test::WsClient;
 
 namespace {
 
@@ -121,7 +121,7 @@ TEST_CASE("a session that pauses and is closed in the turn in which it continues
     behavior.buffered = 5 * frame.size();
     behavior.piece = frame.size();
     WorkerThread running(behavior, [&] { return std::make_unique<Handler>(seen); }, limits);
-    Client client(running.port);
+    WsClient client(running.port);
     REQUIRE(client.is_open());
     client.raw.send(test::repeated(20, frame));
     CHECK(client.close_code() == CloseCode::normal);
@@ -150,7 +150,7 @@ TEST_CASE("a send that fails after a part of the output does not change the coun
     behavior.fail_second_send = true;
     WorkerThread running(behavior, [&] { return std::make_unique<Handler>(seen, pointer); });
     pointer = &running;
-    Client client(running.port);
+    WsClient client(running.port);
     REQUIRE(client.is_open());
     client.send("x");
     CHECK(test::eventually([&] { return seen.closes == 1; }));
@@ -166,7 +166,7 @@ TEST_CASE("a transport that throws at the end does not keep its session") {
     behavior.end_throws = true;
     WorkerThread running(behavior, [] { return std::make_unique<test::Echo>(); });
     {
-        Client client(running.port);
+        WsClient client(running.port);
         REQUIRE(client.is_open());
         client.raw.close();
     }

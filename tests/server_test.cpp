@@ -8,7 +8,6 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Client;
 using test::contains;
 using test::Echo;
 using test::EchoServer;
@@ -26,6 +25,7 @@ using test::request;
 using test::RunningServer;
 using test::temporary_path;
 using test::upgrade_request;
+using test::WsClient;
 
 namespace {
 
@@ -143,7 +143,7 @@ TEST_CASE("the parameters of a route are the decoded segments of the path") {
     for (const auto& row : table) {
         CAPTURE(row.pattern + " " + row.target);
         const RouteServer running(row.pattern);
-        Client client(running.port(), row.target);
+        WsClient client(running.port(), row.target);
         CHECK(client.next() == row.sent);
     }
 }
@@ -167,7 +167,7 @@ TEST_CASE("a path that no pattern matches has no WebSocket") {
     for (const auto& row : table) {
         CAPTURE(row.pattern + " " + row.target);
         const RouteServer running(row.pattern);
-        Client client(running.port(), row.target);
+        WsClient client(running.port(), row.target);
         CHECK(client.head.substr(0, 12) == "HTTP/1.1 404");
     }
 }
@@ -195,7 +195,7 @@ TEST_CASE("of several patterns that match, text wins over a parameter, and a par
         running.start();
         for (const auto& row : table) {
             CAPTURE(row.target);
-            Client client(running.port(), row.target);
+            WsClient client(running.port(), row.target);
             CHECK(client.next() == row.sent);
         }
     }
@@ -248,7 +248,7 @@ TEST_CASE("a route can have its own limits") {
     running.server.route<Echo>("/small").set_limits(small);
     running.server.route<Echo>("/large");
     running.start();
-    Client small_client(running.port(), "/small"), large_client(running.port(), "/large");
+    WsClient small_client(running.port(), "/small"), large_client(running.port(), "/large");
     small_client.send("0123456789");
     CHECK(small_client.next() == "0123456789");
     small_client.send("0123456789+");
@@ -263,7 +263,7 @@ TEST_CASE("a page and a WebSocket can have the same path") {
     running.server.get("/chat", [](const Request&) { return Response::html("<p>Hello</p>"); });
     running.start();
     CHECK(status_of(running.port(), "/chat") == "HTTP/1.1 200");
-    Client client(running.port(), "/chat");
+    WsClient client(running.port(), "/chat");
     client.send("hello");
     CHECK(client.next() == "hello");
 }
@@ -272,16 +272,16 @@ TEST_CASE("a route can be added while the server runs") {
     RunningServer running;
     running.server.route<Echo>("/old");
     running.start();
-    CHECK_FALSE(Client(running.port(), "/new").is_open());
+    CHECK_FALSE(WsClient(running.port(), "/new").is_open());
     running.on_loop([&] { running.server.route<Echo>("/new"); });
-    CHECK(Client(running.port(), "/new").is_open());
+    CHECK(WsClient(running.port(), "/new").is_open());
 }
 
 // ---- conversations --------------------------------------------------------------------------------------------------
 
 TEST_CASE("an echo returns messages of every size unchanged, with their opcode") {
     EchoServer running;
-    Client client(running.port());
+    WsClient client(running.port());
     for (const std::size_t size : {0u, 1u, 125u, 126u, 127u, 65535u, 65536u, 65537u, 1048576u}) {
         CAPTURE(size);
         std::string bytes(size, '\0');
@@ -341,7 +341,7 @@ TEST_CASE("a request for a page, an upgrade and a first frame in one piece are a
 
 TEST_CASE("many messages in one piece are answered in order") {
     EchoServer running;
-    Client client(running.port());
+    WsClient client(running.port());
     for (int i = 0; i < 1000; ++i) client.connection.send(Opcode::text, std::to_string(i));
     client.flush();
     for (int i = 0; i < 1000; ++i) REQUIRE(client.next() == std::to_string(i));
@@ -352,9 +352,9 @@ TEST_CASE("many messages in one piece are answered in order") {
 TEST_CASE("all 200 members of a room get every message in the same order") {
     HandlerServer<LobbyMember> running;
     constexpr std::size_t members = 200, speakers = 50;
-    std::vector<std::unique_ptr<Client>> clients;
+    std::vector<std::unique_ptr<WsClient>> clients;
     for (std::size_t i = 0; i < members; ++i) {
-        clients.push_back(std::make_unique<Client>(running.port()));
+        clients.push_back(std::make_unique<WsClient>(running.port()));
         REQUIRE(clients.back()->is_open());
     }
     REQUIRE(running.eventually([&] { return running.server.metrics().websockets_open == members; }));
@@ -377,7 +377,7 @@ TEST_CASE("without an address a server listens on 127.0.0.1, and port() returns 
     CHECK(running.port() > 0);
     CHECK(running.on_loop([&] { return running.server.url(); }) ==
           test::scheme() + "://127.0.0.1:" + std::to_string(running.port()) + "/");
-    Client client(running.port());
+    WsClient client(running.port());
     CHECK(client.is_open());
 }
 
@@ -414,7 +414,7 @@ TEST_CASE("url() of a server that listens on all addresses is an address that a 
               test::scheme() + "://" + host + ":" + std::to_string(running.server.port()) + "/");
         running.run();
         RawClient client = ipv6 ? RawClient(connect_ipv6(running.port())) : RawClient(running.port());
-        client.send(handshake_request(host, "/", Client::key) + hello_masked);
+        client.send(handshake_request(host, "/", WsClient::key) + hello_masked);
         CHECK(client.read_until(ipv6 ? "::1" : "127.0.0.1"));
     }
 }
@@ -439,8 +439,8 @@ TEST_CASE("a failed listen() names the address and the cause, and the server sti
     CHECK(contains(error_of([&] { second.server.listen(-1); }), "listen -1: "));
     second.server.route<Echo>("/");
     second.start();
-    CHECK(Client(second.port()).is_open());
-    CHECK(Client(first.port()).is_open());
+    CHECK(WsClient(second.port()).is_open());
+    CHECK(WsClient(first.port()).is_open());
 }
 
 TEST_CASE("run() without listen() is an Error") {
@@ -481,7 +481,7 @@ TEST_CASE("a server on an IPv6 address works like any other, and knows the IPv6 
     running.run();
     RawClient client(connect_ipv6(running.port()));
     REQUIRE(client);
-    client.send(handshake_request("[::1]", "/", Client::key) + hello_masked);
+    client.send(handshake_request("[::1]", "/", WsClient::key) + hello_masked);
     CHECK(client.read_until("\r\n\r\n" + hex("81 03") + "::1"));
 }
 
@@ -495,9 +495,9 @@ TEST_CASE("two servers share a port only if both have reuse_port") {
     second.run();
     CHECK(contains(error_of([&] { third.server.listen(first.port()); }), "EADDRINUSE"));
     // The kernel distributes the connections.
-    std::vector<std::unique_ptr<Client>> clients;
+    std::vector<std::unique_ptr<WsClient>> clients;
     for (int i = 0; i < 64; ++i) {
-        clients.push_back(std::make_unique<Client>(first.port()));
+        clients.push_back(std::make_unique<WsClient>(first.port()));
         clients.back()->send("hello");
         REQUIRE(clients.back()->next() == "hello");
     }
@@ -513,7 +513,7 @@ TEST_CASE("two servers on two threads have separate rooms") {
         running->server.route<LobbyMember>("/");
         running->start();
     }
-    Client a(first.port()), b(first.port()), c(second.port());
+    WsClient a(first.port()), b(first.port()), c(second.port());
     REQUIRE(first.eventually([&] { return first.server.rooms()["lobby"].size() == 2; }));
     a.send("to the first");
     c.send("to the second");
@@ -527,9 +527,9 @@ TEST_CASE("two servers on two threads have separate rooms") {
 TEST_CASE("a shutdown closes all clients with 1001, and run() returns when they have answered") {
     Endings endings;
     HandlerServer<RecordedEcho> running(ServerOptions(), std::ref(endings));
-    Client one(running.port()), two(running.port()), three(running.port());
+    WsClient one(running.port()), two(running.port()), three(running.port());
     running.server.shutdown(test::deadline);
-    for (Client* client : {&one, &two, &three}) {
+    for (WsClient* client : {&one, &two, &three}) {
         CHECK(client->close_code() == CloseCode::going_away);
         CHECK(client->connection.close_reason() == "server is shutting down");
         client->raw.close();
@@ -542,7 +542,7 @@ TEST_CASE("a shutdown closes all clients with 1001, and run() returns when they 
 TEST_CASE("a server that shuts down accepts no new connections") {
     EchoServer running;
     RawClient silent(running.port());
-    Client client(running.port());
+    WsClient client(running.port());
     running.server.shutdown(test::deadline);
     CHECK(silent.read_to_end());
     CHECK(silent.received == "");
@@ -554,7 +554,7 @@ TEST_CASE("a server that shuts down accepts no new connections") {
 TEST_CASE("the deadline of a shutdown aborts a connection whose peer does not answer") {
     Endings endings;
     HandlerServer<RecordedEcho> running(ServerOptions(), std::ref(endings));
-    Client silent(running.port());
+    WsClient silent(running.port());
     running.stop(50ms);
     CHECK(silent.raw.read_to_end());
     CHECK(contains(silent.raw.received, hex("03 e9")));
@@ -564,7 +564,7 @@ TEST_CASE("the deadline of a shutdown aborts a connection whose peer does not an
 TEST_CASE("a second shutdown is harmless, and can shorten the deadline") {
     Endings endings;
     HandlerServer<RecordedEcho> running(ServerOptions(), std::ref(endings));
-    Client silent(running.port());
+    WsClient silent(running.port());
     running.server.shutdown(1h);
     CHECK(silent.raw.read_until(hex("03 e9")));
     running.server.shutdown(1h);
@@ -582,7 +582,7 @@ TEST_CASE("a shutdown from a callback closes all connections, also its own") {
         }
     };
     HandlerServer<ShutdownOnMessage> running;
-    Client one(running.port()), two(running.port());
+    WsClient one(running.port()), two(running.port());
     one.send("shut down");
     CHECK(one.next() == "shut down");
     CHECK(one.next() == "last words");
@@ -609,7 +609,7 @@ TEST_CASE("SIGINT and SIGTERM shut down all servers of the process, and their cl
             test::listen(*server);
         }
         std::thread one([&] { first.run(); }), two([&] { second.run(); });
-        Client to_first(first.port()), to_second(second.port());
+        WsClient to_first(first.port()), to_second(second.port());
         ::kill(::getpid(), signal);
         CHECK(to_first.close_code() == CloseCode::going_away);
         CHECK(to_second.close_code() == CloseCode::going_away);
@@ -637,7 +637,7 @@ TEST_CASE("a second signal ends a shutdown that waits for a peer") {
     server.route<Echo>("/");
     test::listen(server);
     std::thread runner([&] { server.run(); });
-    Client silent(server.port());
+    WsClient silent(server.port());
     ::kill(::getpid(), SIGTERM);
     CHECK(silent.raw.read_until(hex("03 e9")));
     bool waited = false;
@@ -656,7 +656,7 @@ TEST_CASE("the metrics count connections, requests, messages and closed connecti
     running.start();
     CHECK(status_of(running.port(), "/page") == "HTTP/1.1 200");
     CHECK(status_of(running.port(), "/nothing") == "HTTP/1.1 404");
-    Client one(running.port()), two(running.port());
+    WsClient one(running.port()), two(running.port());
     REQUIRE(running.eventually([&] { return running.server.rooms()["lobby"].size() == 2; }));
     one.send("hello");
     CHECK(one.next() == "hello");
@@ -713,7 +713,7 @@ TEST_CASE("the metrics page has the text format of Prometheus") {
     running.server.route<LobbyMember>("/");
     running.server.metrics_page("/metrics");
     running.start();
-    Client member(running.port());
+    WsClient member(running.port());
     member.send("hello");
     CHECK(member.next() == "hello");
     const test::Answer answer = fetch(running.port(), "/metrics");
@@ -749,12 +749,12 @@ TEST_CASE("the log has entries for opening, closing, refusals and the shutdown")
     running.server.route<Echo>("/chat");
     running.start();
     {
-        Client client(running.port(), "/chat?name=Anna");
+        WsClient client(running.port(), "/chat?name=Anna");
         client.close(CloseCode::normal, "bye");
         CHECK(client.close_code() == CloseCode::normal);
     }
-    Client refused(running.port(), "/nowhere");
-    Client broken(running.port(), "/chat");
+    WsClient refused(running.port(), "/nowhere");
+    WsClient broken(running.port(), "/chat");
     broken.raw.send(hello_unmasked);
     CHECK(broken.close_code() == CloseCode::protocol_error);
     refused.raw.close();
@@ -775,11 +775,11 @@ TEST_CASE("text from a peer cannot break a line of the log or control the termin
     log.attach_to(running.server);
     running.server.route<Echo>("/");
     running.start();
-    Client foreign(running.port(), "/",
-                   "Origin: http://evil\"\xC2\x9B\x9B"
-                   "31m.example\r\n");
+    WsClient foreign(running.port(), "/",
+                     "Origin: http://evil\"\xC2\x9B\x9B"
+                     "31m.example\r\n");
     CHECK(foreign.head.substr(0, 12) == "HTTP/1.1 403");
-    Client client(running.port());
+    WsClient client(running.port());
     client.close(CloseCode::normal, "bye\r\nerror forged=\"yes\"\x1b[2J\xC2\x9B");
     CHECK(client.close_code() == CloseCode::normal);
     foreign.raw.close();
@@ -835,7 +835,7 @@ TEST_CASE("the next run() continues a shutdown that was interrupted by stop()") 
     server.route<Echo>("/");
     test::listen(server);
     std::thread first([&] { server.run(); });
-    Client silent(server.port());
+    WsClient silent(server.port());
     server.shutdown(1h);
     CHECK(silent.raw.read_until(hex("03 e9")));
     server.loop().post([&] { server.loop().stop(); });
@@ -853,7 +853,7 @@ TEST_CASE("a route whose factory returns no handler answers 500 and logs the cau
     log.attach_to(running.server);
     running.server.add_route("/", [] { return nullptr; });
     running.start();
-    Client client(running.port());
+    WsClient client(running.port());
     CHECK_FALSE(client.is_open());
     CHECK(client.head.substr(0, 12) == "HTTP/1.1 500");
     running.stop();

@@ -5,7 +5,6 @@
 using namespace wschat;
 using namespace wschat::detail;
 using test::BlockedLoop;
-using test::Client;
 using test::contains;
 using test::Echo;
 using test::EchoServer;
@@ -17,6 +16,7 @@ using test::request;
 using test::RunningServer;
 using test::TemporaryFile;
 using test::TemporaryFolder;
+using test::WsClient;
 namespace fs = std::filesystem;
 
 namespace {
@@ -105,7 +105,7 @@ TEST_CASE("one session handles a bounded number of messages in one turn, and con
     RunningServer running;
     running.server.add_route("/", [&] { return std::make_unique<Counting>(work, false); });
     running.start();
-    Client client(running.port());
+    WsClient client(running.port());
     REQUIRE(client.is_open());
     set_send_buffer(client.raw);
     const std::string messages = small_messages(100 * kib);
@@ -126,9 +126,9 @@ TEST_CASE("fifty sessions with many small messages do not keep the loop in one t
     RunningServer running;
     running.server.add_route("/", [&] { return std::make_unique<Counting>(work, false); });
     running.start();
-    std::vector<std::unique_ptr<Client>> clients;
+    std::vector<std::unique_ptr<WsClient>> clients;
     for (int i = 0; i < 50; ++i) {
-        clients.push_back(std::make_unique<Client>(running.port()));
+        clients.push_back(std::make_unique<WsClient>(running.port()));
         REQUIRE(clients.back()->is_open());
         set_send_buffer(clients.back()->raw);
     }
@@ -170,9 +170,9 @@ TEST_CASE("between two messages of one session the other sessions handle a bound
     running.server.route<Honest>("/honest", std::ref(others), std::ref(most));
     running.server.route<Other>("/", std::ref(others));
     running.start();
-    std::vector<std::unique_ptr<Client>> clients;
+    std::vector<std::unique_ptr<WsClient>> clients;
     for (int i = 0; i < 50; ++i) {
-        clients.push_back(std::make_unique<Client>(running.port(), i == 25 ? "/honest" : "/"));
+        clients.push_back(std::make_unique<WsClient>(running.port(), i == 25 ? "/honest" : "/"));
         REQUIRE(clients.back()->is_open());
         set_send_buffer(clients.back()->raw);
     }
@@ -192,7 +192,7 @@ TEST_CASE("one session inflates a bounded number of bytes in one turn") {
     RunningServer running;
     running.server.add_route("/", [&] { return std::make_unique<CountingInflated>(work); });
     running.start();
-    Client client(running.port(), "/", {}, CompressionOptions{});
+    WsClient client(running.port(), "/", {}, CompressionOptions{});
     REQUIRE(client.is_open());
     REQUIRE(client.compressed);
     set_send_buffer(client.raw);
@@ -215,9 +215,9 @@ TEST_CASE("twenty sessions that inflate much do not keep the loop in one turn") 
     running.server.add_route("/", [&] { return std::make_unique<CountingInflated>(work); });
     running.start();
     const std::string large(mib, 'x');
-    std::vector<std::unique_ptr<Client>> clients;
+    std::vector<std::unique_ptr<WsClient>> clients;
     for (int i = 0; i < 20; ++i) {
-        clients.push_back(std::make_unique<Client>(running.port(), "/", "", CompressionOptions{}));
+        clients.push_back(std::make_unique<WsClient>(running.port(), "/", "", CompressionOptions{}));
         REQUIRE(clients.back()->compressed);
         set_send_buffer(clients.back()->raw);
         for (int message = 0; message < 10; ++message) clients.back()->connection.send(Opcode::text, large);
@@ -311,7 +311,7 @@ TEST_CASE("close codes that peers choose make a bounded number of metrics") {
     EchoServer running;
     constexpr int first = 3000, step = 5, count = 400;
     for (int i = 0; i < count; ++i) {
-        Client client(running.port());
+        WsClient client(running.port());
         const CloseCode code{static_cast<std::uint16_t>(first + i * step)};
         client.close(code);
         REQUIRE(client.close_code() == code);
@@ -490,7 +490,7 @@ TEST_CASE("a lower max_message_size of a live route does not turn off the limit 
     Route& route = running.server.route<Compressing>("/");
     route.set_limits(limits);
     running.start();
-    Client client(running.port(), "/", {}, CompressionOptions{});
+    WsClient client(running.port(), "/", {}, CompressionOptions{});
     REQUIRE(client.compressed);
     client.connection.send(Opcode::text, std::string(16 * mib, 'x'));
     const std::string frame = test::take_output(client.connection);

@@ -986,6 +986,49 @@ TEST_CASE("after the peer ends its sending side the socket is readable and not b
     });
 }
 
+// WSAPoll() of Windows, replayed on poll(): a peer that ends its sending side is POLLHUP, and never POLLIN alone.
+struct ReplayedWsaPoll {
+    static constexpr bool hang_up_is_end_of_input = true;
+    static inline int calls = 0;
+    static int poll(os::Pollfd* entries, std::size_t count, int timeout_ms) {
+        ++calls;
+        std::vector<pollfd> copies(entries, entries + count);
+        for (pollfd& copy : copies) copy.events = static_cast<short>(copy.events | POLLRDHUP);
+        const int result = os::poll(copies.data(), count, timeout_ms);
+        for (std::size_t i = 0; i < count; ++i) {
+            const unsigned events = static_cast<unsigned short>(copies[i].revents);
+            const unsigned hung_up = (events & POLLRDHUP) != 0 ? POLLHUP : 0;
+            entries[i].revents = static_cast<short>((events & ~unsigned{POLLRDHUP | POLLERR}) | hung_up);
+        }
+        return result;
+    }
+};
+
+TEST_CASE("with WSAPoll, the end of the peer's input is readable, an error is broken, and an unread end does not spin") {
+    BasicPollPoller<ReplayedWsaPoll> poller;
+    BoundListener listener;
+    test::RawClient client(connect_to(listener.address()));
+    IpAddress peer;
+    Socket accepted = accept(listener, peer);
+    Owner owner;
+    REQUIRE(poller.add(accepted.descriptor(), owner, true, false));
+    client.shutdown_send();
+    CHECK(wait_for(poller, owner, 20'000) == "r");
+
+    REQUIRE(poller.change(accepted.descriptor(), owner, false, true));
+    CHECK(wait_for(poller, owner, 20'000) == "w");
+    REQUIRE(poller.change(accepted.descriptor(), owner, false, false));
+    ReplayedWsaPoll::calls = 0;
+    CHECK(wait_for(poller, owner, 100) == "");
+    CHECK(ReplayedWsaPoll::calls <= 2 * 100 / 10 + 2);
+
+    test::RawClient second(connect_to(listener.address()));
+    Socket broken = accept(listener, peer);
+    REQUIRE(poller.add(broken.descriptor(), owner, false, false));
+    second.reset();
+    CHECK(wait_for(poller, owner, 20'000) == "b");
+}
+
 TEST_CASE("a poller does not report a removed descriptor, even if it was in the last batch") {
     for_each_poller([&](Poller& poller) {
         WatchedPair first(poller, true, false), second(poller, true, false), third(poller, true, false);

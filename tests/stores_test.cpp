@@ -9,16 +9,17 @@
 #include <csignal>
 #include <map>
 #include <random>
+#include <set>
 
 namespace {
 
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Client;
 using test::contains;
 using test::next_with;
 using test::RunningServer;
+using test::WsClient;
 
 // The path of a database, which is deleted at the end of the scope.
 struct DatabaseFile {
@@ -472,7 +473,7 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
     std::string last;
     {
         Chat chat(temporary.path);
-        Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+        WsClient anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
         last = test::field_of(next_with(anna, "\"type\":\"history\""), "epoch") + "-1";
         next_with(bert, "\"type\":\"history\"");
         anna.send("/tag t1 hello");
@@ -486,7 +487,7 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
         next_with(bert, "are you there?");
     }
     Chat chat(temporary.path);
-    Client anna(chat.port(), "/chat/tea?name=Anna&last=" + last);
+    WsClient anna(chat.port(), "/chat/tea?name=Anna&last=" + last);
     const std::string history = next_with(anna, "\"type\":\"history\"");
     CHECK(contains(history, "\"last\":3,\"gap\":false"));
     CHECK_FALSE(contains(history, "\"text\":\"hello\""));
@@ -500,7 +501,7 @@ TEST_CASE("a full file is an error for the sender and a log entry, and the chat 
     SqliteOptions options;
     options.max_file_bytes = 192 * 1024;
     Chat chat(temporary.path, options);
-    Client anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
     next_with(bert, "\"type\":\"history\"");
     std::string answer;
     for (int i = 0; i < 15 && !contains(answer, "\"error\""); ++i) {
@@ -520,9 +521,9 @@ TEST_CASE("a locked file is an error for the sender, and private messages do not
     SqliteOptions options;
     options.busy_timeout = 2s;
     Chat chat(temporary.path, options);
-    Client anna(chat.port(), "/chat/tea?name=Anna");
+    WsClient anna(chat.port(), "/chat/tea?name=Anna");
     next_with(anna, "\"entries\"");  // after it only the join of Bert arrives
-    Client bert(chat.port(), "/chat/tea?name=Bert");
+    WsClient bert(chat.port(), "/chat/tea?name=Bert");
     next_with(anna, "\"Bert\"");
     OtherProgram other(temporary.path);
     other.execute("BEGIN IMMEDIATE");
@@ -541,7 +542,7 @@ TEST_CASE("the queue of a file has a limit, above which the sender gets an error
     options.max_queued = 5;
     options.busy_timeout = 10s;
     Chat chat(temporary.path, options);
-    Client anna(chat.port(), "/chat/tea?name=Anna");
+    WsClient anna(chat.port(), "/chat/tea?name=Anna");
     next_with(anna, "\"type\":\"history\"");
     OtherProgram other(temporary.path);
     other.execute("BEGIN IMMEDIATE");
@@ -549,6 +550,166 @@ TEST_CASE("the queue of a file has a limit, above which the sender gets an error
     CHECK(contains(next_with(anna, "\"tag\""), "\"code\":\"not_kept\""));
     other.execute("COMMIT");
     CHECK(contains(next_with(anna, "\"said\""), "\"tag\":\"t0\""));
+}
+
+// ---- faults of the file system -------------------------------------------------------------------------------------
+
+namespace {
+
+// The operations of SQLite on its files, of which the n-th of one kind fails, and all later ones until disarm().
+class FaultyFiles {
+public:
+    enum class Operation { none, open, read, write, truncate, sync, lock, shared_memory };
+
+    FaultyFiles() : real_(::sqlite3_vfs_find(nullptr)), vfs_(*real_) {
+        instance() = this;
+        vfs_.zName = "faulty";
+        vfs_.szOsFile = static_cast<int>(sizeof(File)) + real_->szOsFile;
+        vfs_.xOpen = &open;
+        REQUIRE(::sqlite3_vfs_register(&vfs_, 1) == SQLITE_OK);
+    }
+    FaultyFiles(const FaultyFiles&) = delete;
+    FaultyFiles& operator=(const FaultyFiles&) = delete;
+    ~FaultyFiles() {
+        ::sqlite3_vfs_unregister(&vfs_);
+        ::sqlite3_vfs_register(real_, 1);
+    }
+    void arm(Operation operation, long n) {
+        operation_ = operation;
+        left_ = n;
+        faults = 0;
+    }
+    void disarm() { operation_ = Operation::none; }
+    long faults = 0;
+
+private:
+    struct File {
+        sqlite3_file base;
+        sqlite3_file* real() { return reinterpret_cast<sqlite3_file*>(this + 1); }
+    };
+    static FaultyFiles*& instance() {
+        static FaultyFiles* one = nullptr;
+        return one;
+    }
+    static bool fails(Operation operation) {
+        FaultyFiles& self = *instance();
+        if (self.operation_ != operation || (self.left_ > 1 && self.left_-- > 1)) return false;
+        ++self.faults;
+        return true;
+    }
+    static sqlite3_file* real(sqlite3_file* file) { return reinterpret_cast<File*>(file)->real(); }
+
+    static int open(sqlite3_vfs*, const char* name, sqlite3_file* file, int flags, int* result_flags) {
+        file->pMethods = nullptr;
+        if (fails(Operation::open)) return SQLITE_CANTOPEN;
+        real(file)->pMethods = nullptr;
+        const int result = instance()->real_->xOpen(instance()->real_, name, real(file), flags, result_flags);
+        if (real(file)->pMethods != nullptr) file->pMethods = methods();
+        return result;
+    }
+    static const sqlite3_io_methods* methods() {
+        static const sqlite3_io_methods table = [] {
+            sqlite3_io_methods m{};
+            m.iVersion = 2;
+            m.xClose = [](sqlite3_file* f) { return real(f)->pMethods->xClose(real(f)); };
+            m.xRead = [](sqlite3_file* f, void* to, int size, sqlite3_int64 at) {
+                return fails(Operation::read) ? SQLITE_IOERR_READ : real(f)->pMethods->xRead(real(f), to, size, at);
+            };
+            m.xWrite = [](sqlite3_file* f, const void* from, int size, sqlite3_int64 at) {
+                return fails(Operation::write) ? SQLITE_FULL : real(f)->pMethods->xWrite(real(f), from, size, at);
+            };
+            m.xTruncate = [](sqlite3_file* f, sqlite3_int64 size) {
+                return fails(Operation::truncate) ? SQLITE_IOERR_TRUNCATE : real(f)->pMethods->xTruncate(real(f), size);
+            };
+            m.xSync = [](sqlite3_file* f, int flags) {
+                return fails(Operation::sync) ? SQLITE_IOERR_FSYNC : real(f)->pMethods->xSync(real(f), flags);
+            };
+            m.xFileSize = [](sqlite3_file* f, sqlite3_int64* size) {
+                return real(f)->pMethods->xFileSize(real(f), size);
+            };
+            m.xLock = [](sqlite3_file* f, int kind) {
+                return fails(Operation::lock) ? SQLITE_IOERR_LOCK : real(f)->pMethods->xLock(real(f), kind);
+            };
+            m.xUnlock = [](sqlite3_file* f, int kind) { return real(f)->pMethods->xUnlock(real(f), kind); };
+            m.xCheckReservedLock = [](sqlite3_file* f, int* result) {
+                return real(f)->pMethods->xCheckReservedLock(real(f), result);
+            };
+            m.xFileControl = [](sqlite3_file* f, int operation, void* argument) {
+                return real(f)->pMethods->xFileControl(real(f), operation, argument);
+            };
+            m.xSectorSize = [](sqlite3_file* f) { return real(f)->pMethods->xSectorSize(real(f)); };
+            m.xDeviceCharacteristics = [](sqlite3_file* f) {
+                return real(f)->pMethods->xDeviceCharacteristics(real(f));
+            };
+            m.xShmMap = [](sqlite3_file* f, int page, int size, int extend, void volatile** memory) {
+                return fails(Operation::shared_memory)
+                           ? SQLITE_IOERR_SHMMAP
+                           : real(f)->pMethods->xShmMap(real(f), page, size, extend, memory);
+            };
+            m.xShmLock = [](sqlite3_file* f, int offset, int n, int flags) {
+                const bool locks = (flags & SQLITE_SHM_LOCK) != 0;
+                return locks && fails(Operation::shared_memory)
+                           ? SQLITE_IOERR_SHMLOCK
+                           : real(f)->pMethods->xShmLock(real(f), offset, n, flags);
+            };
+            m.xShmBarrier = [](sqlite3_file* f) { real(f)->pMethods->xShmBarrier(real(f)); };
+            m.xShmUnmap = [](sqlite3_file* f, int remove) { return real(f)->pMethods->xShmUnmap(real(f), remove); };
+            return m;
+        }();
+        return &table;
+    }
+
+    sqlite3_vfs* real_;
+    sqlite3_vfs vfs_;
+    Operation operation_ = Operation::none;
+    long left_ = 0;
+};
+
+}  // namespace
+
+TEST_CASE("a file whose operations fail from the n-th on is an Error, loses no entry that it kept, and works later") {
+    using Operation = FaultyFiles::Operation;
+    FaultyFiles files;
+    SqliteOptions options;
+    options.survive_power_loss = true;
+    options.busy_timeout = 0s;
+    for (const Operation operation : {Operation::open, Operation::read, Operation::write, Operation::truncate,
+                                      Operation::sync, Operation::lock, Operation::shared_memory}) {
+        long n = 0;
+        do {
+            CAPTURE(static_cast<int>(operation));
+            ++n;
+            CAPTURE(n);
+            const DatabaseFile temporary;
+            std::vector<std::string> kept;
+            files.arm(operation, n);
+            try {
+                SqliteFile file(temporary.path, options);
+                for (int i = 0; i < 6; ++i) {
+                    const std::string tag = "t" + std::to_string(i);
+                    try {
+                        append(file, entry(std::string(3000, 'x'), tag));
+                        kept.push_back(tag);
+                        file.since("tea", std::nullopt, 50);
+                    } catch (const Error&) {
+                    }
+                }
+                files.disarm();
+                append(file, entry("later", "later"));
+                kept.push_back("later");
+            } catch (const Error&) {
+            }
+            files.disarm();
+            SqliteFile again(temporary.path, options);
+            std::set<std::string> found;
+            for (const ChatEntry& each : again.since("tea", std::nullopt, 50).entries)
+                CHECK(found.insert(each.tag).second);
+            for (const std::string& tag : kept) CHECK(found.count(tag) == 1);
+            append(again, entry("again", "again"));
+        } while (files.faults != 0 && n < 300);
+        CHECK(n < 300);
+        if (operation != Operation::truncate) CHECK(n > 1);
+    }
 }
 
 // ---- kill -9 -------------------------------------------------------------------------------------------------------
@@ -713,7 +874,7 @@ private:
             events.erase(0, 1);
         }
     }
-    std::optional<Client> client_;
+    std::optional<WsClient> client_;
     std::string epoch_, position_;
     std::uint64_t last_id_ = 0;  // since the last gap
 };
@@ -779,7 +940,7 @@ private:
     }
     void send(const std::string& tag, const std::string& line) { client_->send("/tag " + tag + " " + line); }
 
-    std::optional<Client> client_;
+    std::optional<WsClient> client_;
     std::map<std::string, std::string> pending_;  // lines by tag
     int made_ = 0;
 };
@@ -853,8 +1014,8 @@ TEST_CASE("a server that is killed fifty times loses no acknowledged message and
     int made = 0;
     for (int round = 0; round < 50; ++round) {
         KilledServer server(temporary.path);
-        Client client(server.port, "/chat/tea?name=Anna&key=anna-secret" +
-                                       (epoch.empty() ? "" : "&last=" + epoch + "-" + std::to_string(last)));
+        WsClient client(server.port, "/chat/tea?name=Anna&key=anna-secret" +
+                                         (epoch.empty() ? "" : "&last=" + epoch + "-" + std::to_string(last)));
         const std::string history = next_with(client, "\"type\":\"history\"");
         REQUIRE(contains(history, "\"gap\":false"));
         last = std::stoull(test::field_of(history, "last"));

@@ -670,10 +670,10 @@ inline bool is_refusal(std::string_view bytes, int status) {
 }
 
 // A WebSocket client: the protocol section in the role of a client. It offers compression if it gets options for it.
-class Client {
+class WsClient {
 public:
-    explicit Client(int port, std::string_view target = "/", std::string_view extra_headers = {},
-                    const std::optional<wschat::CompressionOptions>& compression = std::nullopt)
+    explicit WsClient(int port, std::string_view target = "/", std::string_view extra_headers = {},
+                      const std::optional<wschat::CompressionOptions>& compression = std::nullopt)
         : raw(port) {
         const std::string offer = compression ? pool.offer(*compression) : std::string();
         std::string request =
@@ -694,8 +694,8 @@ public:
         // Frames can arrive together with the answer.
         if (!raw.received.empty()) connection.receive(&raw.received[0], raw.received.size(), wschat::Clock::now());
     }
-    Client(const Client&) = delete;
-    Client& operator=(const Client&) = delete;
+    WsClient(const WsClient&) = delete;
+    WsClient& operator=(const WsClient&) = delete;
 
     bool is_open() const { return connection.is_open(); }
     void send(std::string_view text, wschat::Opcode opcode = wschat::Opcode::text) {
@@ -760,7 +760,7 @@ private:
 };
 
 // The next message that contains the text, or a sentence if the connection ends first.
-inline std::string next_with(Client& client, std::string_view part) {
+inline std::string next_with(WsClient& client, std::string_view part) {
     for (int i = 0; i < 10'000; ++i) {
         const auto message = client.next();
         if (!message) return "the connection has ended";

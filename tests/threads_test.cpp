@@ -7,9 +7,9 @@
 using namespace wschat;
 using namespace wschat::detail;
 using namespace std::chrono_literals;
-using test::Client;
 using test::Echo;
 using test::RunningServer;
+using test::WsClient;
 
 namespace {
 
@@ -104,7 +104,7 @@ struct Counted {
 std::string text_of(int sender, int n) { return std::to_string(sender) + ":" + std::to_string(n); }
 
 // Receives `count` messages of each sender. Returns true if those of each sender arrive in order and once.
-bool receives_all(Client& client, int senders, int count) {
+bool receives_all(WsClient& client, int senders, int count) {
     std::vector<int> next(static_cast<std::size_t>(senders), 0);
     for (int received = 0; received < senders * count; ++received) {
         const auto message = client.next();
@@ -130,9 +130,9 @@ TEST_CASE("servers on several threads publish to each other while clients connec
         publisher.add(running.back()->server);
     }
     for (const auto& one : running) one->start();
-    std::vector<std::unique_ptr<Client>> listeners;
+    std::vector<std::unique_ptr<WsClient>> listeners;
     for (const auto& one : running) {
-        listeners.push_back(std::make_unique<Client>(one->port()));
+        listeners.push_back(std::make_unique<WsClient>(one->port()));
         REQUIRE(listeners.back()->is_open());
         REQUIRE(one->eventually([&] { return one->server.rooms()["all"].size() == 1; }));
     }
@@ -142,14 +142,14 @@ TEST_CASE("servers on several threads publish to each other while clients connec
     for (int i = 0; i < servers; ++i) {
         const int port = running[static_cast<std::size_t>(i)]->port();
         threads.start([=] {
-            Client sender(port, "/");
+            WsClient sender(port, "/");
             for (int n = 0; n < count; ++n) sender.send(text_of(i, n));
             sender.close();
             sender.close_code();
         });
         threads.start([=, &done, &guests] {
             while (!done) {
-                Client guest(port, guests % 2 == 0 ? "/" : "/echo");
+                WsClient guest(port, guests % 2 == 0 ? "/" : "/echo");
                 if (++guests % 3 == 0) guest.raw.reset();
             }
         });
@@ -170,9 +170,9 @@ TEST_CASE("handlers write to handlers of other servers while clients connect and
         running.back()->server.route<DirectorySender>("/", std::ref(directory), std::ref(open_count));
         running.back()->start();
     }
-    std::vector<std::unique_ptr<Client>> clients;
+    std::vector<std::unique_ptr<WsClient>> clients;
     for (const auto& one : running) {
-        clients.push_back(std::make_unique<Client>(one->port()));
+        clients.push_back(std::make_unique<WsClient>(one->port()));
         REQUIRE(clients.back()->is_open());
     }
     while (open_count != servers) std::this_thread::yield();
@@ -181,7 +181,7 @@ TEST_CASE("handlers write to handlers of other servers while clients connect and
     for (const auto& one : running)
         threads.start([port = one->port(), &done] {
             for (int i = 0; !done; ++i) {
-                Client guest(port);
+                WsClient guest(port);
                 if (i % 2 == 0) guest.raw.reset();
             }
         });
@@ -203,7 +203,7 @@ TEST_CASE("threads post to a server during and after its destruction, and all po
         std::optional<RunningServer> running(std::in_place);
         running->server.route<Echo>("/");
         running->start();
-        Client client(running->port());
+        WsClient client(running->port());
         Threads threads;
         for (int i = 0; i < 3; ++i)
             threads.start([&, mailbox = running->server.loop().mailbox()] {
@@ -229,7 +229,7 @@ TEST_CASE("references on other threads may outlive their servers") {
         std::optional<RunningServer> running(std::in_place);
         running->server.route<DirectorySender>("/", std::ref(directory), std::ref(open_count));
         running->start();
-        Client one(running->port()), two(running->port());
+        WsClient one(running->port()), two(running->port());
         REQUIRE(one.is_open());
         REQUIRE(two.is_open());
         while (directory.all().size() != 2) std::this_thread::yield();
@@ -259,14 +259,14 @@ TEST_CASE("several threads call shutdown repeatedly while clients connect") {
         RunningServer running;
         running.server.route<Echo>("/");
         running.start();
-        std::vector<std::unique_ptr<Client>> clients;
-        for (int i = 0; i < 5; ++i) clients.push_back(std::make_unique<Client>(running.port()));
+        std::vector<std::unique_ptr<WsClient>> clients;
+        for (int i = 0; i < 5; ++i) clients.push_back(std::make_unique<WsClient>(running.port()));
         Threads threads;
         std::atomic<int> started{0};
         for (int i = 0; i < 3; ++i)
             threads.start([&, port = running.port()] {
                 ++started;
-                for (int n = 0; n < 5; ++n) Client(port).close();  // open, refused or never accepted
+                for (int n = 0; n < 5; ++n) WsClient(port).close();  // open, refused or never accepted
             });
         while (started != 3) std::this_thread::yield();
         for (int i = 0; i < 3; ++i)
@@ -291,7 +291,7 @@ TEST_CASE("a callback of one server shuts another one down") {
     stopper.server.route<Stopper>("/", std::ref(target.server));
     target.start();
     stopper.start();
-    Client target_client(target.port()), stopper_client(stopper.port());
+    WsClient target_client(target.port()), stopper_client(stopper.port());
     stopper_client.send("now");
     CHECK(target_client.close_code() == CloseCode::going_away);
     target_client.raw.close();

@@ -26,12 +26,12 @@ TEST_SUITE("tls") {
 #include <openssl/hmac.h>
 
 using test::CertificateFiles;
-using test::Client;
 using test::contains;
 using test::Echo;
 using test::error_of;
 using test::RawClient;
 using test::RunningServer;
+using test::WsClient;
 
 namespace {
 
@@ -166,7 +166,7 @@ struct TlsServer : RunningServer {
 
 const std::string hello_masked = test::hex("81 85 37 fa 21 3d 7f 9f 4d 51 58");
 const std::string hello_plain = test::hex("81 05 48 65 6c 6c 6f");
-std::string upgrade() { return handshake_request("localhost", "/", Client::key); }
+std::string upgrade() { return handshake_request("localhost", "/", WsClient::key); }
 
 // A client with a stream and a socket that the test controls separately.
 struct ManualClient {

@@ -185,7 +185,42 @@ public:
         CHECK(known <= real * 1.1 + fixed);
     }
 
+    // Handshakes of both versions that the client does not finish. What a connection holds before it is known too.
+    void handshakes(std::size_t count) {
+#if WSCHAT_OPENSSL
+        const Memory none = memory(0);
+        std::vector<RawClient> all;
+        for (std::size_t i = 0; i < count; ++i) all.push_back(RawClient::plain(process_.port()));
+        const Memory silent = memory(static_cast<long>(count));
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::string hello = client_hello(i % 2 == 0 ? TLS1_2_VERSION : TLS1_3_VERSION);
+            all[i].send(hello);
+            REQUIRE(all[i].read_at_least(5));
+        }
+        const Memory now = memory(static_cast<long>(count));
+        const double real = now.allocated - silent.allocated, known = now.counted - silent.counted;
+        MESSAGE("silent " << silent.allocated - none.allocated << ", allocated " << real << ", counted " << known);
+        CHECK(real <= known * 1.1);
+        CHECK(known <= real * 1.1);
+#else
+        static_cast<void>(count);
+#endif
+    }
+
 private:
+#if WSCHAT_OPENSSL
+    static std::string client_hello(int version) {
+        static const auto context = [] {
+            wschat::detail::TlsClientOptions options;
+            options.accept_any_certificate = true;
+            return std::make_shared<const wschat::detail::TlsContext>(options);
+        }();
+        wschat::detail::TlsStream stream(context, "localhost");
+        SSL_set_max_proto_version(stream.native(), version);
+        stream.handshake();
+        return std::string(stream.output());
+    }
+#endif
     static std::unique_ptr<wschat::Server> make_server(Kind kind) {
         static_cast<void>(sent_text());
         wschat::Limits limits;
@@ -331,6 +366,11 @@ TEST_SUITE("accounting") {
                 client.socket().send(std::array<std::string_view, 1>{bytes}.data(), 1);
             });
     }
+    TEST_CASE("TLS: a handshake that stops after the ClientHello is counted within 10%") {
+        REQUIRE(openssl_counts);
+        Accounts accounts(Kind::tls);
+        accounts.handshakes(10 * many);
+    }
     TEST_CASE("TLS: half a request is counted") { half_a_request(Kind::tls); }
     TEST_CASE("TLS: a blocked answer and the pipelined requests behind it are counted") { blocked_answer(Kind::tls); }
     TEST_CASE("TLS: messages for a peer that does not read are counted") {
@@ -348,13 +388,17 @@ namespace {
 // A server whose clock can jump, and which can be stopped.
 class Stalled {
 public:
-    Stalled() : process_([](int) { return make_server(); }) {
-        pid_ = std::atoi(fetch(process_.port(), "/pid").body.c_str());
+    explicit Stalled(bool tls = false) : process_([tls](int) { return make_server(tls); }) {
+        RawClient client = tls ? RawClient::encrypted(port()) : RawClient::plain(port());
+        client.send(request("/pid"));
+        pid_ = std::atoi(next_answer(client).body.c_str());
         REQUIRE(pid_ > 0);
     }
     int port() const { return process_.port(); }
     // 15 seconds pass.
     void jump() const { ::kill(pid_, SIGUSR1); }
+    // A minute passes.
+    void jump_far() const { ::kill(pid_, SIGUSR2); }
     void stop() const {
         int status = 0;
         ::kill(pid_, SIGSTOP);
@@ -363,8 +407,9 @@ public:
     void resume() const { ::kill(pid_, SIGCONT); }
 
 private:
-    static std::unique_ptr<wschat::Server> make_server() {
+    static std::unique_ptr<wschat::Server> make_server(bool tls) {
         std::signal(SIGUSR1, [](int) { clock_offset += 15; });
+        std::signal(SIGUSR2, [](int) { clock_offset += 60; });
         wschat::ServerOptions options;
         options.poller = poller_kind();
         options.limits.handshake_timeout = options.limits.ping_interval = options.limits.ping_timeout = 10s;
@@ -372,7 +417,8 @@ private:
         server->route<Echo>("/");
         server->get("/page", [](const wschat::Request&) { return wschat::Response(200, "page"); });
         server->get("/pid", [](const wschat::Request&) { return wschat::Response(200, std::to_string(::getpid())); });
-        server->listen(0);
+        if (tls) test::listen_tls(*server, "127.0.0.1:0");
+        else server->listen(0);
         return server;
     }
 
@@ -428,9 +474,9 @@ struct OutOfMemory : wschat::WebSocketHandler {
 TEST_SUITE("attacks") {
     TEST_CASE("a pong that waits in the kernel during a long turn answers the ping") {
         const Stalled server;
-        std::vector<std::unique_ptr<Client>> clients;
+        std::vector<std::unique_ptr<WsClient>> clients;
         for (std::size_t i = 0; i < more_than_a_turn; ++i) {
-            clients.push_back(std::make_unique<Client>(server.port()));
+            clients.push_back(std::make_unique<WsClient>(server.port()));
             REQUIRE(clients.back()->is_open());
         }
         server.jump();
@@ -467,6 +513,35 @@ TEST_SUITE("attacks") {
         for (RawClient& client : clients) answered += client.read_until("\r\n\r\n") ? 1u : 0u;
         CHECK(answered == more_than_a_turn);
     }
+
+#if WSCHAT_OPENSSL
+    TEST_CASE("TLS handshakes that wait in the kernel during a long turn are completed, also more than a turn has") {
+        const Stalled server(true);
+        std::vector<RawClient> waiting;
+        for (int i = 0; i < 150; ++i) waiting.push_back(RawClient::plain(server.port()));
+        // This connection comes after the others, so they have been accepted when it has its answer.
+        RawClient last = RawClient::encrypted(server.port());
+        last.send(request("/page"));
+        REQUIRE(next_answer(last).status == 200);
+        server.stop();
+        std::vector<RawClient> clients;
+        for (RawClient& client : waiting) {
+            wschat::detail::WireCount wire;
+            auto transport = client_transport();
+            transport->send(client.socket(), nullptr, 0, wire);  // the ClientHello
+            REQUIRE(wire.sent > 0);
+            clients.emplace_back(std::move(client.socket()), std::move(transport));
+        }
+        server.jump_far();
+        server.resume();
+        std::size_t answered = 0;
+        for (RawClient& client : clients) {
+            client.send(request("/page"));
+            answered += next_answer(client).status == 200 ? 1u : 0u;
+        }
+        CHECK(answered == clients.size());
+    }
+#endif
 
     TEST_CASE("a download counts as a second connection") {
         const TemporaryFile file("large", large_content()), small("small", "a small file");
@@ -529,7 +604,7 @@ TEST_SUITE("attacks") {
             for (int allocations = 0; allocations < 12; ++allocations) {
                 CAPTURE(target);
                 CAPTURE(allocations);
-                Client client(process.port(), target, {}, offer);
+                WsClient client(process.port(), target, {}, offer);
                 REQUIRE(client.compressed);
                 client.send(std::to_string(allocations));
                 std::size_t next = 0;
@@ -557,8 +632,8 @@ TEST_SUITE("attacks") {
         RunningServer running;
         running.server.route<Member>("/", std::ref(members));
         running.start();
-        std::vector<std::unique_ptr<Client>> clients;
-        for (std::size_t i = 0; i < 30; ++i) clients.push_back(std::make_unique<Client>(running.port()));
+        std::vector<std::unique_ptr<WsClient>> clients;
+        for (std::size_t i = 0; i < 30; ++i) clients.push_back(std::make_unique<WsClient>(running.port()));
         const auto wrong = running.on_loop([&] {
             std::size_t differences = 0;
             std::uint32_t state = 1;

@@ -118,7 +118,7 @@ struct RunningRoom {
         running.server.route<Member>("/room");
         running.server.route<Echo>("/echo");
         running.start();
-        for (std::size_t i = 0; i < size; ++i) members.push_back(std::make_unique<Client>(running.port(), "/room"));
+        for (std::size_t i = 0; i < size; ++i) members.push_back(std::make_unique<WsClient>(running.port(), "/room"));
         for (const auto& member : members) REQUIRE(member->is_open());
         REQUIRE(running.eventually([&] { return running.server.rooms()["all"].size() == size; }));
     }
@@ -129,7 +129,7 @@ struct RunningRoom {
     }
 
     RunningServer running;
-    std::vector<std::unique_ptr<Client>> members;
+    std::vector<std::unique_ptr<WsClient>> members;
 };
 
 }  // namespace
@@ -155,7 +155,7 @@ TEST_SUITE("counters") {
 
     TEST_CASE("an echo is one receive and one send and does not change the poller") {
         RunningRoom room(0);
-        Client client(room.running.port(), "/echo");
+        WsClient client(room.running.port(), "/echo");
         client.send("warm");
         REQUIRE(client.next() == "warm");
         const Counters before = room.count();
@@ -190,7 +190,7 @@ TEST_SUITE("counters") {
 
     TEST_CASE("a large echo is received and sent in place and leaves no memory behind") {
         RunningRoom room(0);
-        Client client(room.running.port(), "/echo");
+        WsClient client(room.running.port(), "/echo");
         const std::string large(1024 * 1024, 'x');
         const auto send_messages = [&](int messages) {
             for (int i = 0; i < messages; ++i) {
@@ -236,10 +236,10 @@ TEST_SUITE("counters") {
 
     TEST_CASE("an idle connection holds less than a kibibyte") {
         RunningRoom room(0);
-        std::vector<std::unique_ptr<Client>> clients;
+        std::vector<std::unique_ptr<WsClient>> clients;
         const auto connect = [&](std::size_t count) {
             for (std::size_t i = 0; i < count; ++i) {
-                clients.push_back(std::make_unique<Client>(room.running.port(), "/echo"));
+                clients.push_back(std::make_unique<WsClient>(room.running.port(), "/echo"));
                 REQUIRE(clients.back()->is_open());
             }
         };
@@ -282,11 +282,11 @@ struct DeflateRoom {
     void connect(std::size_t count, const char* target, bool takeover = false) {
         auto& clients = std::string(target) == "/plain" ? others : members;
         for (std::size_t i = 0; i < count; ++i) {
-            clients.push_back(std::make_unique<Client>(running.port(), target, "", all_compressed(takeover)));
+            clients.push_back(std::make_unique<WsClient>(running.port(), target, "", all_compressed(takeover)));
             REQUIRE(clients.back()->is_open());
         }
     }
-    void send_messages(Client& sender, int messages = 1) {
+    void send_messages(WsClient& sender, int messages = 1) {
         const std::string text = "some words for everybody in the room, some words for everybody, and some more";
         for (int i = 0; i < messages; ++i) {
             sender.send(text);
@@ -302,7 +302,7 @@ struct DeflateRoom {
     }
 
     RunningServer running;
-    std::vector<std::unique_ptr<Client>> members, others;
+    std::vector<std::unique_ptr<WsClient>> members, others;
 };
 
 }  // namespace

@@ -11,7 +11,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 SAVED = HERE / "corpus"
-NAMES = ("http", "body", "fields", "text", "connection", "server", "tls")
+NAMES = ("http", "body", "fields", "text", "connection", "server", "tls", "client")
 PACKED = 80_000  # largest size of a packed file in bytes
 
 # ---- the strings of the tests -------------------------------------------------------------------------------------
@@ -103,6 +103,15 @@ def fields_seeds():
     for row in all_of("http", "handler", "sockets", "server", "server_pages", "server_policies"):
         seeds += [b"\n".join(row[i:i + 3]) for i in range(len(row))]
     return seeds
+
+
+def client_seeds():
+    good = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: {accept}\r\nSec-WebSocket-Protocol: two\r\n\r\n\x81\x02hi")
+    refusals = [b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnone", b"HTTP/1.0 200\r\n\r\nx",
+                b"HTTP/1.1 302 x\r\nTransfer-Encoding: chunked\r\n\r\n2;a\r\nab\r\n0\r\n\r\n"]
+    urls = [b"ws://h", b"wss://a:b@h.example:81/c?d=e", b"http://[::1]:8/", b"//h/x", b"?a", b"../b#c"]
+    return [bytes([limits, len(url)]) + url + stream for limits in (0, 1) for url in urls for stream in [good, *refusals]]
 
 
 def text_seeds():

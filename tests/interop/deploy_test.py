@@ -6,7 +6,7 @@
 BIN is tests/interop/deploy_server.cpp and examples/rooms.cpp. Replaces paths, ports and certificates in copies of the
 files, and starts nginx, HAProxy, Apache and Caddy in the foreground. Prints one line per check, then "N passed,
 N failed", and ends with status 1 if a check failed. Needs Debian's nginx-light, haproxy, apache2-bin, caddy, systemd,
-openssl and python3-websockets.
+openssl, python3-h2 and python3-websockets.
 """
 
 import argparse
@@ -25,6 +25,9 @@ import sys
 import tempfile
 import time
 
+import h2.config
+import h2.connection
+import h2.events
 import websockets
 
 sys.dont_write_bytecode = True
@@ -47,9 +50,9 @@ def check(title):
     return lambda function: CHECKS.append((title, function))
 
 
-def check_each_proxy(title):
-    """Registers a function that takes a running proxy. It runs once per proxy."""
-    return lambda function: PROXY_CHECKS.append((title, function))
+def check_each_proxy(title, kind=object):
+    """Registers a function that takes a running proxy. It runs once per proxy of this class."""
+    return lambda function: PROXY_CHECKS.append((title, kind, function))
 
 
 # ---- programs: child processes, stopped by their process ids ------------------------------------------------------
@@ -344,6 +347,42 @@ def _(proxy):
     run_async(echo())
 
 
+@check_each_proxy("a client speaks WebSocket over HTTP/2 (RFC 8441)", HAProxy)
+def _(proxy):
+    context = trusting()
+    context.set_alpn_protocols(["h2"])
+    raw = socket.create_connection(("127.0.0.1", proxy.https), TIMEOUT, (CLIENT, 0))
+    with context.wrap_socket(raw, server_hostname="chat.example") as tls:
+        expect(tls.selected_alpn_protocol(), "h2", "ALPN")
+        client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        client.initiate_connection()
+        answer, received = {}, b""
+
+        def exchange(condition):
+            nonlocal received
+            while not condition():
+                tls.sendall(client.data_to_send())
+                data = tls.recv(65536)
+                expect(data != b"", True, "the connection is open")
+                for event in client.receive_data(data):
+                    if isinstance(event, h2.events.ResponseReceived):
+                        answer.update(event.headers)
+                    elif isinstance(event, h2.events.DataReceived):
+                        received += event.data
+                        client.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+
+        exchange(lambda: client.remote_settings.enable_connect_protocol == 1)
+        client.send_headers(1, [(":method", "CONNECT"), (":protocol", "websocket"), (":scheme", "https"),
+                                (":path", "/chat"), (":authority", f"chat.example:{proxy.https}"),
+                                ("origin", proxy.origin), ("sec-websocket-version", "13")])
+        exchange(lambda: answer)
+        expect(answer[":status"], "200", "the status")
+        exchange(lambda: b'"scheme":"https"' in received)
+        # RFC 6455 5.7: "Hello" in a masked frame, and the echo in an unmasked frame.
+        client.send_data(1, bytes.fromhex("818537fa213d7f9f4d5158"))
+        exchange(lambda: received.endswith(bytes.fromhex("810548656c6c6f")))
+
+
 @check_each_proxy("pings and pongs pass in both directions")
 def _(proxy):
     async def ping():
@@ -552,8 +591,9 @@ if __name__ == "__main__":
             print(f"not ok - {title}\n  # {type(error).__name__}: {error}", flush=True)
 
     def run_checks(proxy):
-        for title, function in PROXY_CHECKS:
-            run_check(f"{proxy.name}: {title}", lambda: function(proxy))
+        for title, kind, function in PROXY_CHECKS:
+            if isinstance(proxy, kind):
+                run_check(f"{proxy.name}: {title}", lambda function=function: function(proxy))
 
     def give_up(*_):
         for program in list(Program.running):

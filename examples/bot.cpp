@@ -1,0 +1,130 @@
+// A bot in the chat of rooms.cpp that answers "!time".   bot URL [--key SECRET] [--state FILE]
+//
+// g++ -std=c++17 -O2 examples/bot.cpp -o bot -pthread && ./bot 'ws://127.0.0.1:8888/chat/tea?name=clock'
+//
+// It answers each question once, whatever restarts: the server, the bot, or the network between them. The chat gives
+// each message an id, and the bot asks for all after the last one that it has done ("last"). An answer has the tag of
+// its question, and the chat keeps only one message with the same tag and key. So the bot may answer again when it is
+// not sure. --state keeps the last id in a file; --key is the same after a restart of the bot.
+#include "../wschat.hpp"
+
+#include <ctime>
+#include <fstream>
+#include <set>
+
+namespace {
+
+// The value of a field of a flat JSON object, without the quotes of a string. The quotes inside of strings are escaped,
+// so that "name": is always a field.
+std::string_view field(std::string_view object, const std::string& name) {
+    const std::size_t at = object.find("\"" + name + "\":");
+    if (at == std::string_view::npos) return {};
+    std::string_view value = object.substr(at + name.size() + 3);
+    if (value.empty() || value.front() != '"') return value.substr(0, value.find_first_of(",}]"));
+    for (std::size_t end = 1; end < value.size(); ++end) {
+        if (value[end] == '\\') ++end;
+        else if (value[end] == '"') return value.substr(1, end - 1);
+    }
+    return {};
+}
+
+// What outlives a connection.
+struct Memory {
+    std::string file;
+    std::uint64_t last = 0;         // all messages up to this one are done
+    std::uint64_t newest = 0;       // the last one that has arrived
+    std::set<std::uint64_t> asked;  // questions whose answers the chat has not confirmed
+
+    void load() {
+        if (!file.empty()) std::ifstream(file) >> last;
+    }
+    // A question that is not done must come again after a restart.
+    void note(std::uint64_t id) {
+        const std::uint64_t done = asked.empty() ? id : (std::min)(id, *asked.begin() - 1);
+        if (done <= last) return;
+        last = done;
+        if (!file.empty()) std::ofstream(file) << last << '\n';
+    }
+};
+
+std::string now() {
+    const std::time_t time = std::time(nullptr);
+    char text[64];
+    std::strftime(text, sizeof text, "It is %H:%M:%S UTC.", std::gmtime(&time));
+    return text;
+}
+
+struct Bot : wschat::WebSocketHandler {
+    explicit Bot(Memory& its_memory) : memory(its_memory) {}
+
+    void open() override { std::fprintf(stderr, "bot: connected\n"); }
+    void on_message(const wschat::Message& message) override {
+        const std::string_view event = message.text(), type = field(event, "type");
+        if (type == "history" && memory.last == 0) {
+            // What was asked before the first start of the bot is not for it.
+            memory.newest = wschat::text::parse_unsigned(field(event, "last"), UINT64_MAX).value_or(0);
+            return memory.note(memory.newest);
+        }
+        if (type == "error") {
+            std::fprintf(stderr, "bot: the chat says: %s\n", wschat::escape_for_log(event).c_str());
+        }
+        if (const std::string_view tag = field(event, "tag"); wschat::text::starts_with(tag, "time-")) confirm(tag);
+        // A history contains what was said while there was no connection.
+        const std::string_view said = "{\"type\":\"said\"";
+        for (std::size_t at = event.find(said); at != std::string_view::npos; at = event.find(said, at + 1))
+            read(event.substr(at));
+    }
+    void on_close() override {
+        std::fprintf(stderr, "bot: closed: %u (%s)\n", number(close_code()),
+                     std::string(to_string(close_cause())).c_str());
+    }
+    void on_failure(const wschat::ConnectError& error) override {
+        std::fprintf(stderr, "bot: %s\n", error.sentence.c_str());
+    }
+
+    void read(std::string_view said) {
+        const std::uint64_t id = wschat::text::parse_unsigned(field(said, "id"), UINT64_MAX).value_or(0);
+        if (id <= memory.last) return;
+        memory.newest = (std::max)(memory.newest, id);
+        if (field(said, "text") == "!time") {
+            memory.asked.insert(id);
+            write_message("/tag time-" + std::to_string(id) + " " + now());
+        }
+        memory.note(memory.newest);
+    }
+    void confirm(std::string_view tag) {
+        memory.asked.erase(wschat::text::parse_unsigned(tag.substr(5), UINT64_MAX).value_or(0));
+        memory.note(memory.newest);
+    }
+
+    Memory& memory;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+    std::string url, key = "bot-" + std::to_string(std::time(nullptr));
+    Memory memory;
+    for (int i = 1; i < argc; ++i) {
+        const std::string word = argv[i];
+        if (word == "--key" && i + 1 < argc) key = argv[++i];
+        else if (word == "--state" && i + 1 < argc) memory.file = argv[++i];
+        else if (url.empty() && word.front() != '-') url = word;
+        else throw wschat::Error("\"" + word + "\" is not an option");
+    }
+    if (url.empty()) throw wschat::Error("the URL is missing, as in 'ws://127.0.0.1:8888/chat/tea?name=clock'");
+    memory.load();
+
+    wschat::ClientOptions options;
+    options.reconnect.emplace();
+    options.before_attempt = [&](wschat::ClientAttempt& attempt) {
+        attempt.url += (attempt.url.find('?') == std::string::npos ? "?key=" : "&key=") + key;
+        if (memory.last != 0) attempt.url += "&last=" + std::to_string(memory.last);
+    };
+    wschat::Client client;
+    client.connect<Bot>(url, options, std::ref(memory));
+    client.run();
+} catch (const wschat::Error& error) {
+    std::fprintf(stderr, "bot: %s\nusage: bot URL [--key SECRET] [--state FILE]\n", error.what());
+    return 1;
+}
