@@ -13789,29 +13789,6 @@ inline bool valid_chat_text(std::string_view text) {
            all_characters(text, [](char32_t c) { return c == '\n' || c == '\t' || !is_invisible(c, false); });
 }
 
-// RFC 4648 5, without padding. Nothing if a character is not of the alphabet, or one is left over.
-inline std::optional<std::string> decode_base64url(std::string_view encoded) {
-    std::string bytes;
-    std::uint32_t bits = 0;
-    unsigned count = 0;
-    for (const char c : encoded) {
-        const int value = c >= 'A' && c <= 'Z'   ? c - 'A'
-                          : c >= 'a' && c <= 'z' ? c - 'a' + 26
-                          : text::is_digit(c)    ? c - '0' + 52
-                          : c == '-'             ? 62
-                          : c == '_'             ? 63
-                                                 : -1;
-        if (value < 0) return std::nullopt;
-        bits = (bits << 6 | static_cast<std::uint32_t>(value)) & 0xFFFF;
-        count += 6;
-        if (count < 8) continue;
-        count -= 8;
-        bytes += static_cast<char>(static_cast<unsigned char>(bits >> count & 0xFF));
-    }
-    if (count >= 6) return std::nullopt;
-    return bytes;
-}
-
 // A line of a client. "/me waves" is the command "me"; "hello" and "//hello" are said, the second with one slash. In
 // "/tag TAG LINE" the line has a tag, which the answer repeats.
 struct ChatLine {
@@ -13837,6 +13814,21 @@ struct ChatLine {
         return !tag.empty() && tag.size() <= 64 && text::all_of(tag, [](char c) { return c > ' ' && c < 0x7F; });
     }
 };
+
+// The bytes of a text in base64url without padding (RFC 4648 5). Empty if it has other characters.
+inline std::string base64url_decode(std::string_view text) {
+    constexpr std::string_view alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    std::string bytes;
+    std::uint32_t bits = 0;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const std::size_t value = alphabet.find(text[i]);
+        if (value == std::string_view::npos) return {};
+        bits = (bits << 6 | static_cast<std::uint32_t>(value)) & 0xFFFFFF;
+        // Characters 2, 3 and 4 of a group each complete a byte, with 4, 2 and 0 bits left.
+        if (i % 4 != 0) bytes += static_cast<char>(bits >> (6 - i % 4 * 2) & 0xFF);
+    }
+    return bytes;
+}
 
 // Removes a token from the front of the text. False if the text does not begin with it.
 WSCHAT_NOINLINE inline bool consume(std::string_view& text, std::string_view token) {
@@ -14760,7 +14752,7 @@ public:
         });
     }
 
-    // A derived class that has subprotocols of its own should select "wschat" among the others.
+    // "wschat", if the client offers it. A browser ends a connection whose offers are all ignored.
     std::string select_subprotocol(const std::vector<std::string_view>& offered) override {
         return text::contains(offered, "wschat") ? "wschat" : "";
     }
@@ -14809,23 +14801,12 @@ private:
     std::optional<Response> admit(ChatUser user) {
         check_about(user.about);
         user_ = std::move(user);
-        const std::string key = offered_key();
+        const std::string key = key_of(request());
         identity_.clear();
         if (user_.account) identity_ = "account " + user_.name;
         else if (key.size() >= 8 && key.size() <= 128) identity_ = "key " + fingerprint(key);
         user_.id = identity_.empty() ? "" : hub_->user_id(identity_);
         return refuse_banned();
-    }
-    // The key of the client: "wschat.key.KEY" among its subprotocols, in base64url, which no log of a proxy shows. Else
-    // the one in the address.
-    std::string offered_key() const {
-        constexpr std::string_view prefix = "wschat.key.";
-        std::optional<std::string> key;
-        request().fields().each_element("sec-websocket-protocol", [&](std::string_view offered) {
-            if (!key && text::starts_with(offered, prefix))
-                key = detail::decode_base64url(offered.substr(prefix.size())).value_or("");
-        });
-        return key ? *key : request().query("key").value_or("");
     }
     std::optional<Response> refuse_banned() {
         if (!hub_->banned(remote_address(), user_.name, known_id())) return std::nullopt;
@@ -14865,6 +14846,16 @@ private:
         explicit operator bool() const { return !code.empty(); }
     };
 
+    // The secret of the client: an offered subprotocol "wschat.key.BASE64URL", or "?key=". An address is in the history
+    // of a browser and in the logs of proxies, a subprotocol is not.
+    static std::string key_of(const Request& request) {
+        std::string_view offered = request.header("sec-websocket-protocol");
+        while (!offered.empty()) {
+            std::string_view each = text::trim(text::consume_until(offered, ','));
+            if (detail::consume(each, "wschat.key.")) return detail::base64url_decode(each);
+        }
+        return request.query("key").value_or("");
+    }
     static std::string fingerprint(const std::string& key) {
         const auto digest = sha1(key);
         return base64(digest.data(), digest.size());

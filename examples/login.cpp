@@ -87,7 +87,7 @@ wschat::Response form(const std::string& sentence, int status = 200) {
 }  // namespace
 
 int main(int argc, char** argv) try {
-    std::string port = "8888", page = wschat::beside(__FILE__, "chat.html");
+    std::string port = "8888", page = wschat::beside(__FILE__, "rooms.html");
     Members members;
     Attempts attempts;
     bool has_members = false;
@@ -110,9 +110,10 @@ int main(int argc, char** argv) try {
     wschat::Server server;
     server.on_log(wschat::log_to_stderr);
     server.set_default_header("X-Frame-Options", "DENY");
-    server.file("/chat.html", page);
+    server.file("/rooms.html", page);
+    server.file("/wschat.js", wschat::beside(__FILE__, "wschat.js"));
     server.get("/", [&](const wschat::Request& request) {
-        return wschat::Response::redirect(members.member(request) ? "/chat.html" : "/login", 303);
+        return wschat::Response::redirect(members.member(request) ? "/rooms.html" : "/login", 303);
     });
     server.get("/login", [](const wschat::Request&) { return form("Members only."); });
     // The cookie is SameSite=Lax, so pages of other sites cannot send a form in the name of a member.

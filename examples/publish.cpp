@@ -20,7 +20,7 @@ std::string random_token() {
 }  // namespace
 
 int main(int argc, char** argv) try {
-    std::string port = "8888", page = wschat::beside(__FILE__, "chat.html"), token = random_token();
+    std::string port = "8888", page = wschat::beside(__FILE__, "rooms.html"), token = random_token();
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
         if (word == "--token" && i + 1 < argc) token = argv[++i];
@@ -31,6 +31,7 @@ int main(int argc, char** argv) try {
     wschat::Server server;
     server.on_log(wschat::log_to_stderr);
     server.file("/", page);
+    server.file("/wschat.js", wschat::beside(__FILE__, "wschat.js"));
     server.route<wschat::ChatHandler>("/chat");
     server.route<wschat::ChatHandler>("/chat/{room}");
     // The time to compare two digests tells nothing about the token.

@@ -1,15 +1,18 @@
 // A chat with rooms, names, presence and a history.   rooms [port] [--page FILE] [--db FILE] [--trust PROXY]...
 //
 // ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. Clients send lines of text. A line with
-// a slash in front is a command (/help lists them), and all other lines are said to the room. chat.html is one client.
+// a slash in front is a command (/help lists them), and all other lines are said to the room. rooms.html is one client,
+// over the module wschat.js.
 //
 // With -DWSCHAT_SQLITE=1 and -lsqlite3, --db keeps the history in a file. --trust 127.0.0.1: the address of a client is
 // what the proxy at this address reports.
 #define WSCHAT_CHAT 1
 #include "../wschat.hpp"
 
+#include <fstream>
+
 int main(int argc, char** argv) try {
-    std::string port = "8888", page = wschat::beside(__FILE__, "chat.html"), db;
+    std::string port = "8888", page = wschat::beside(__FILE__, "rooms.html"), db;
     std::vector<std::string> proxies;
     for (int i = 1; i < argc; ++i) {
         const std::string argument = argv[i];
@@ -28,6 +31,8 @@ int main(int argc, char** argv) try {
     server.on_log(wschat::log_to_stderr);
     server.trusted_proxies(proxies);
     server.file("/", page);
+    const std::string module = wschat::beside(page, "wschat.js");  // a page of your own may have none beside it
+    server.file("/wschat.js", std::ifstream(module) ? module : wschat::beside(__FILE__, "wschat.js"));
     server.route<wschat::ChatHandler>("/chat");
     server.route<wschat::ChatHandler>("/chat/{room}");
     server.metrics_page("/metrics");

@@ -252,7 +252,8 @@ TEST_CASE("the chat and the rooms find their page in the folder of the source, o
         Program own({example(name), "0"});
         const test::Answer page = fetch(own.port(), "/");
         CHECK(page.status == 200);
-        CHECK(contains(page.body, "WebSocket"));
+        CHECK(contains(page.body, name == "chat" ? "new WebSocket(" : "from './wschat.js'"));
+        if (name == "rooms") CHECK(contains(fetch(own.port(), "/wschat.js").body, "export class ChatClient "));
         Program other({example(name), "0", "--page", path}), first({example(name), "--page", path, "0"});
         CHECK(fetch(other.port(), "/").body == "<p>my own page</p>");
         CHECK(fetch(first.port(), "/").body == "<p>my own page</p>");
@@ -431,7 +432,7 @@ TEST_CASE("only members enter the chat, with a session that begins in a form and
     const std::string set_cookie = entered.header("set-cookie");
     CHECK(contains(set_cookie, "; Path=/; SameSite=Lax; HttpOnly"));
     const std::string cookie = "Cookie: " + set_cookie.substr(0, set_cookie.find(';')) + "\r\n";
-    CHECK(test::fetch(program.port(), "/", cookie).header("location") == "/chat.html");
+    CHECK(test::fetch(program.port(), "/", cookie).header("location") == "/rooms.html");
     WsClient bo(program.port(), "/chat/tea?name=Anna", cookie);
     CHECK(contains(next_with(bo, "\"hello\""), "\"bo\""));
     CHECK(post(program.port(), "/logout", "", cookie).status == 303);

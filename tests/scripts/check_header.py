@@ -133,7 +133,8 @@ def serves(code, name):
         port = probe.getsockname()[1]
     source = write(f"{name}.cpp", code.replace("listen(8888)", f"listen({port})"))
     one_command(source, WORK / name)
-    shutil.copy(ROOT / "examples" / "chat.html", WORK)
+    for page in ("chat.html", "rooms.html", "wschat.js"):
+        shutil.copy(ROOT / "examples" / page, WORK)
     server = subprocess.Popen([WORK / name], cwd=WORK, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + WAIT
