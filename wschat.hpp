@@ -84,7 +84,8 @@
 //   SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient,
 //   TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub,
 //   ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory,
-//   ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions,
+//   SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -97,6 +98,7 @@
 //   WSCHAT_OPENSSL     1: TLS (section 11) with OpenSSL 1.1.1 or newer: link with -lssl -lcrypto
 //   WSCHAT_LIBURING    1: on Linux, many sends in one system call: link with -luring
 //   WSCHAT_SQLITE      1: SqliteHistory (section 17) with SQLite 3: link with -lsqlite3
+//   WSCHAT_UTF8PROC    1: chat_fold() (section 16) for all scripts, with utf8proc: link with -lutf8proc
 //   WSCHAT_HIREDIS     reserved; 0
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
@@ -141,6 +143,9 @@
 #endif
 #ifndef WSCHAT_SQLITE
 #define WSCHAT_SQLITE 0
+#endif
+#ifndef WSCHAT_UTF8PROC
+#define WSCHAT_UTF8PROC 0
 #endif
 #ifndef WSCHAT_CHAT
 #define WSCHAT_CHAT 0  // not in the ABI tag: it adds names and changes none
@@ -189,13 +194,13 @@
 #endif
 
 // The two steps let the feature macros expand before they are pasted. All of it is undefined at the end of the file.
-#define WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis, liburing) \
-    v##major##_##minor##_z##zlib##o##openssl##s##sqlite##r##hiredis##u##liburing
-#define WSCHAT_ABI_NAME(major, minor, zlib, openssl, sqlite, hiredis, liburing) \
-    WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis, liburing)
+#define WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis, liburing, utf8proc) \
+    v##major##_##minor##_z##zlib##o##openssl##s##sqlite##r##hiredis##u##liburing##p##utf8proc
+#define WSCHAT_ABI_NAME(major, minor, zlib, openssl, sqlite, hiredis, liburing, utf8proc) \
+    WSCHAT_ABI_PASTE(major, minor, zlib, openssl, sqlite, hiredis, liburing, utf8proc)
 #define WSCHAT_ABI                                                                                          \
     WSCHAT_ABI_NAME(WSCHAT_VERSION_MAJOR, WSCHAT_VERSION_MINOR, WSCHAT_ZLIB, WSCHAT_OPENSSL, WSCHAT_SQLITE, \
-                    WSCHAT_HIREDIS, WSCHAT_LIBURING)
+                    WSCHAT_HIREDIS, WSCHAT_LIBURING, WSCHAT_UTF8PROC)
 
 // Every section opens and closes the library's namespace with these two.
 #define WSCHAT_BEGIN   \
@@ -12985,6 +12990,10 @@ WSCHAT_END
 
 #if WSCHAT_CHAT
 
+#if WSCHAT_UTF8PROC
+#include <utf8proc.h>
+#endif
+
 WSCHAT_BEGIN
 
 class ChatHandler;
@@ -13615,7 +13624,7 @@ inline bool is_invisible(char32_t c, bool formats) {
     } ranges[] = {{0xA0, 0xA0},      {0xAD, 0xAD},     {0x34F, 0x34F},   {0x61C, 0x61C},     {0x115F, 0x1160},
                   {0x1680, 0x1680},  {0x17B4, 0x17B5}, {0x180B, 0x180F}, {0x2000, 0x200F},   {0x2028, 0x202F},
                   {0x205F, 0x206F},  {0x2800, 0x2800}, {0x3000, 0x3000}, {0x3164, 0x3164},   {0xFE00, 0xFE0F},
-                  {0xFEFF, 0xFEFF},  {0xFFA0, 0xFFA0}, {0xFFF0, 0xFFFB}, {0x1BCA0, 0x1BCA3}, {0x1D173, 0x1D17A},
+                  {0xFEFF, 0xFEFF},  {0xFFA0, 0xFFA0}, {0xFFF0, 0xFFFC}, {0x1BCA0, 0x1BCA3}, {0x1D173, 0x1D17A},
                   {0xE0000, 0xE0FFF}};
     for (const auto& range : ranges)
         if (c >= range.first && c <= range.last) return true;
@@ -13628,26 +13637,151 @@ inline bool is_white_space(char32_t c) {
            (c >= 0x2000 && c <= 0x200B) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
+// Removes the first character of a valid UTF-8 text, which is not empty.
+inline char32_t take_character(std::string_view& text) {
+    const auto lead = static_cast<unsigned char>(text[0]);
+    const std::size_t size = lead < 0x80 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    char32_t c = size == 1 ? lead : lead & (0xFFu >> (size + 1));
+    for (std::size_t k = 1; k < size; ++k) c = c << 6 | (static_cast<unsigned char>(text[k]) & 0x3Fu);
+    text.remove_prefix(size);
+    return c;
+}
 // Whether the predicate is true for each character of a valid UTF-8 text.
 template <class Predicate>
 bool all_characters(std::string_view text, Predicate&& predicate) {
-    for (std::size_t i = 0; i < text.size();) {
-        const auto lead = static_cast<unsigned char>(text[i]);
-        const std::size_t size = lead < 0x80 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-        char32_t c = size == 1 ? lead : lead & (0xFFu >> (size + 1));
-        for (std::size_t k = 1; k < size; ++k) c = c << 6 | (static_cast<unsigned char>(text[i + k]) & 0x3Fu);
-        if (!predicate(c)) return false;
-        i += size;
-    }
+    while (!text.empty())
+        if (!predicate(take_character(text))) return false;
     return true;
 }
+WSCHAT_NOINLINE inline void append_character(std::string& text, char32_t c) {
+    const auto add = [&text](char32_t byte) { text += static_cast<char>(static_cast<unsigned char>(byte)); };
+    if (c < 0x80) return add(c);
+    if (c >= 0x10000) add(0xF0 | c >> 18);
+    if (c >= 0x800) add((c >= 0x10000 ? 0x80 : 0xE0) | (c >> 12 & (c >= 0x10000 ? 0x3F : 0x0F)));
+    add((c >= 0x800 ? 0x80 : 0xC0) | (c >> 6 & (c >= 0x800 ? 0x3F : 0x1F)));
+    add(0x80 | (c & 0x3F));
+}
 
-// Names of users and rooms: 1 to `max` bytes of visible characters, no space at either end, no two spaces in a row.
+// Letters with marks, and the letter without the mark. In each range all letters have the same base.
+inline char32_t latin_base(char32_t c) {
+    constexpr struct {
+        char32_t first, last;
+        char letter;
+    } ranges[] = {
+        {0xC0, 0xC5, 'a'},     {0xC7, 0xC7, 'c'},     {0xC8, 0xCB, 'e'},     {0xCC, 0xCF, 'i'},
+        {0xD1, 0xD1, 'n'},     {0xD2, 0xD6, 'o'},     {0xD8, 0xD8, 'o'},     {0xD9, 0xDC, 'u'},
+        {0xDD, 0xDD, 'y'},     {0xE0, 0xE5, 'a'},     {0xE7, 0xE7, 'c'},     {0xE8, 0xEB, 'e'},
+        {0xEC, 0xEF, 'i'},     {0xF1, 0xF1, 'n'},     {0xF2, 0xF6, 'o'},     {0xF8, 0xF8, 'o'},
+        {0xF9, 0xFC, 'u'},     {0xFD, 0xFD, 'y'},     {0xFF, 0xFF, 'y'},     {0x100, 0x105, 'a'},
+        {0x106, 0x10D, 'c'},   {0x10E, 0x111, 'd'},   {0x112, 0x11B, 'e'},   {0x11C, 0x123, 'g'},
+        {0x124, 0x127, 'h'},   {0x128, 0x131, 'i'},   {0x134, 0x135, 'j'},   {0x136, 0x138, 'k'},
+        {0x139, 0x142, 'l'},   {0x143, 0x149, 'n'},   {0x14C, 0x151, 'o'},   {0x154, 0x159, 'r'},
+        {0x15A, 0x161, 's'},   {0x162, 0x167, 't'},   {0x168, 0x173, 'u'},   {0x174, 0x175, 'w'},
+        {0x176, 0x178, 'y'},   {0x179, 0x17E, 'z'},   {0x17F, 0x17F, 's'},   {0x1A0, 0x1A1, 'o'},
+        {0x1AF, 0x1B0, 'u'},   {0x218, 0x219, 's'},   {0x21A, 0x21B, 't'},   {0x1E00, 0x1E01, 'a'},
+        {0x1E02, 0x1E07, 'b'}, {0x1E08, 0x1E09, 'c'}, {0x1E0A, 0x1E13, 'd'}, {0x1E14, 0x1E1D, 'e'},
+        {0x1E1E, 0x1E1F, 'f'}, {0x1E20, 0x1E21, 'g'}, {0x1E22, 0x1E2B, 'h'}, {0x1E2C, 0x1E2F, 'i'},
+        {0x1E30, 0x1E35, 'k'}, {0x1E36, 0x1E3D, 'l'}, {0x1E3E, 0x1E43, 'm'}, {0x1E44, 0x1E4B, 'n'},
+        {0x1E4C, 0x1E53, 'o'}, {0x1E54, 0x1E57, 'p'}, {0x1E58, 0x1E5F, 'r'}, {0x1E60, 0x1E69, 's'},
+        {0x1E6A, 0x1E71, 't'}, {0x1E72, 0x1E7B, 'u'}, {0x1E7C, 0x1E7F, 'v'}, {0x1E80, 0x1E89, 'w'},
+        {0x1E8A, 0x1E8D, 'x'}, {0x1E8E, 0x1E8F, 'y'}, {0x1E90, 0x1E95, 'z'}, {0x1EA0, 0x1EB7, 'a'},
+        {0x1EB8, 0x1EC7, 'e'}, {0x1EC8, 0x1ECB, 'i'}, {0x1ECC, 0x1EE3, 'o'}, {0x1EE4, 0x1EF1, 'u'},
+        {0x1EF2, 0x1EF9, 'y'}};
+    for (const auto& range : ranges)
+        if (c >= range.first && c <= range.last) return static_cast<unsigned char>(range.letter);
+    return c;
+}
+
+// The small letter, for ASCII, Greek and Cyrillic, and for the Latin letters that latin_base() does not know.
+inline char32_t small_letter(char32_t c) {
+    if ((c >= 'A' && c <= 'Z') || (c >= 0xC0 && c <= 0xDE && c != 0xD7)) return c + 0x20;
+    if (c == 0x132 || c == 0x14A || c == 0x152) return c + 1;
+    if ((c >= 0x391 && c <= 0x3A9) || (c >= 0x410 && c <= 0x42F)) return c + 0x20;
+    if (c >= 0x400 && c <= 0x40F) return c + 0x50;
+    if (c >= 0x460 && c <= 0x4BF && c % 2 == 0 && !(c >= 0x482 && c <= 0x489)) return c + 1;
+    return c;
+}
+
+// The small Latin letter that a small Greek or Cyrillic letter resembles, itself or as a capital. Greek letters and
+// some Cyrillic ones lose their marks.
+inline char32_t latin_twin(char32_t c) {
+    constexpr struct {
+        char32_t letter, twin;
+    } pairs[] = {{0x3AC, 'a'}, {0x3AD, 'e'}, {0x3AE, 'h'}, {0x3AF, 'i'}, {0x3B1, 'a'}, {0x3B2, 'b'}, {0x3B5, 'e'},
+                 {0x3B6, 'z'}, {0x3B7, 'h'}, {0x3B9, 'i'}, {0x3BA, 'k'}, {0x3BC, 'm'}, {0x3BD, 'n'}, {0x3BF, 'o'},
+                 {0x3C1, 'p'}, {0x3C4, 't'}, {0x3C5, 'y'}, {0x3C7, 'x'}, {0x3CA, 'i'}, {0x3CB, 'y'}, {0x3CC, 'o'},
+                 {0x3CD, 'y'}, {0x3CE, 0x3C9}, {0x3C2, 0x3C3}, {0x386, 'a'}, {0x388, 'e'}, {0x389, 'h'}, {0x38A, 'i'},
+                 {0x38C, 'o'}, {0x38E, 'y'}, {0x38F, 0x3C9}, {0x430, 'a'}, {0x432, 'b'}, {0x435, 'e'}, {0x43A, 'k'},
+                 {0x43C, 'm'}, {0x43D, 'h'}, {0x43E, 'o'}, {0x440, 'p'}, {0x441, 'c'}, {0x442, 't'}, {0x443, 'y'},
+                 {0x445, 'x'}, {0x450, 'e'}, {0x451, 'e'}, {0x455, 's'}, {0x456, 'i'}, {0x457, 'i'}, {0x458, 'j'},
+                 {0x439, 0x438}, {0x45D, 0x438}, {0x4CF, 'l'}, {0x501, 'd'}, {0x51B, 'q'}, {0x51D, 'w'}};
+    for (const auto& pair : pairs)
+        if (pair.letter == c) return pair.twin;
+    return c;
+}
+
+// Marks that stand over, under or through the letter before them.
+inline bool is_combining_mark(char32_t c) {
+    return (c >= 0x300 && c <= 0x36F) || (c >= 0x1AB0 && c <= 0x1AFF) || (c >= 0x1DC0 && c <= 0x1DFF) ||
+           (c >= 0x20D0 && c <= 0x20FF) || (c >= 0xFE20 && c <= 0xFE2F);
+}
+
+#if WSCHAT_UTF8PROC
+// Unicode's NFKC with full case folding, without what is ignorable.
+inline std::string normal_form(std::string_view text) {
+    utf8proc_uint8_t* mapped = nullptr;
+    const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPAT | UTF8PROC_COMPOSE |
+                                                        UTF8PROC_CASEFOLD | UTF8PROC_IGNORE);
+    const auto size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                                   static_cast<utf8proc_ssize_t>(text.size()), &mapped, options);
+    const std::unique_ptr<utf8proc_uint8_t, void (*)(void*)> owner(mapped, std::free);
+    if (size < 0) return std::string(text);
+    return std::string(reinterpret_cast<const char*>(mapped), static_cast<std::size_t>(size));
+}
+#endif
+
+}  // namespace detail
+
+// The form in which the chat compares names: two names that look alike have the same one. Case, marks of Latin letters,
+// invisible characters and the width of a letter do not count, and Greek and Cyrillic letters equal the Latin ones that
+// they resemble. With WSCHAT_UTF8PROC that holds for the case and the forms of all scripts, and a letter is another one
+// with a mark. A text that is not UTF-8 stays as it is.
+inline std::string chat_fold(std::string_view name) {
+    if (!valid_utf8(name)) return std::string(name);
+    std::string folded;
+#if WSCHAT_UTF8PROC
+    const std::string normal = detail::normal_form(name);
+    name = normal;
+#endif
+    while (!name.empty()) {
+        char32_t c = detail::take_character(name);
+        if (c >= 0xFF01 && c <= 0xFF5E) c -= 0xFEE0;  // full width
+        if (detail::is_white_space(c) && c != 0x200B) c = ' ';
+        if (c >= 0x80 && detail::is_invisible(c, true)) continue;
+#if !WSCHAT_UTF8PROC
+        if (detail::is_combining_mark(c)) continue;
+        c = detail::latin_base(c);
+#endif
+        detail::append_character(folded, detail::latin_twin(detail::small_letter(c)));
+    }
+    return folded;
+}
+
+namespace detail {
+
+// Names of users and rooms: 1 to `max` bytes of visible characters, no space at either end, no two spaces in a row. A
+// space is U+0020 or U+3000. Joiners (U+200C, U+200D) stand between two characters, as in Persian names and in emoji,
+// and the variation selector U+FE0F after one.
 inline bool valid_chat_name(std::string_view name, std::size_t max) {
-    if (name.empty() || name.size() > max || !valid_utf8(name) || name.front() == ' ' || name.back() == ' ')
-        return false;
-    return name.find("  ") == std::string_view::npos &&
-           all_characters(name, [](char32_t c) { return !is_invisible(c, true); });
+    if (name.empty() || name.size() > max || !valid_utf8(name)) return false;
+    bool expects_visible = true;
+    const bool valid = all_characters(name, [&](char32_t c) {
+        const bool joins = c == ' ' || c == 0x3000 || c == 0x200C || c == 0x200D;
+        if (joins || c == 0xFE0F) return !std::exchange(expects_visible, joins);
+        expects_visible = false;
+        return !is_invisible(c, true);
+    });
+    return valid && !expects_visible && !chat_fold(name).empty();
 }
 // Messages: no control characters except line feeds and tabs.
 inline bool valid_chat_text(std::string_view text) {
@@ -13925,7 +14059,7 @@ struct ChatUser {
 namespace detail {
 
 // The users of a room. A user joins with the first connection, and leaves when the last connection has been gone for
-// the grace period. Names are unique in the room; the case of ASCII letters does not count.
+// the grace period. Names are unique in the room, compared by chat_fold().
 class Presence {
 public:
     struct User {
@@ -13937,10 +14071,8 @@ public:
         std::vector<std::string> tags{};        // of the latest private messages
     };
 
-    static std::string fold_case(std::string_view name) { return text::to_lower(name); }
-
     // Null if nobody has the name.
-    WSCHAT_NOINLINE User* find(std::string_view name) const { return users_.find(fold_case(name)); }
+    WSCHAT_NOINLINE User* find(std::string_view name) const { return users_.find(chat_fold(name)); }
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
@@ -13977,8 +14109,8 @@ public:
     // Adds a user without connections.
     User& add(ChatUser info, const std::string& identity) {
         info.name = free_name(info.name);
-        const std::string key = fold_case(info.name);
-        longest_name_ = (std::max)(longest_name_, key.size());
+        const std::string key = chat_fold(info.name);
+        longest_name_ = (std::max)(longest_name_, 3 * info.name.size());
         User& user = users_.find_or_emplace(key);
         try {
             user.identity = identity;
@@ -14022,7 +14154,7 @@ public:
         return expired;
     }
     void remove(User& user) {
-        const std::string key = fold_case(user.info.name);
+        const std::string key = chat_fold(user.info.name);
         if (!user.identity.empty()) identities_.erase(user.identity);
         users_.erase(key);
     }
@@ -14031,17 +14163,19 @@ public:
     bool rename(User& user, const std::string& name) {
         const User* holder = find(name);
         if (holder != nullptr && holder != &user) return false;
-        longest_name_ = (std::max)(longest_name_, name.size());
+        longest_name_ = (std::max)(longest_name_, 3 * name.size());
         std::string copy = name;  // allocated first: a failure after users_.rename() would lose the user
-        if (holder == nullptr) users_.rename(fold_case(user.info.name), fold_case(name));
+        if (holder == nullptr) users_.rename(chat_fold(user.info.name), chat_fold(name));
         user.info.name = std::move(copy);
         return true;
     }
-    // The name, with the first free number behind it if it is taken.
+    // The name, with a free number behind it if it is taken. The steps grow, so the tries are few in any room.
     std::string free_name(const std::string& name) const {
         std::string free = name;
-        for (std::size_t n = 2; find(free) != nullptr; ++n) {
-            if (n == 10 && users_.size() > n) n = users_.size();  // avoids many tries for the hundredth guest
+        std::size_t step = 1;
+        for (std::size_t n = 2; find(free) != nullptr; n += step) {
+            if (n == 10) n = (std::max)(n, users_.size());
+            if (n >= 10) step *= 2;
             const std::string number = std::to_string(n);
             const std::size_t longest = (std::max)(max_name, name.size());
             free = text::concat({truncate_utf8(name, longest - (std::min)(longest, number.size() + 1)), "-", number});
@@ -14063,9 +14197,9 @@ public:
     }
 
 private:
-    StringMap<User> users_;  // by name in lower case
+    StringMap<User> users_;  // by chat_fold() of the name
     StringMap<User> identities_;
-    std::size_t longest_name_ = 0;  // of all users so far
+    std::size_t longest_name_ = 0;  // of all users so far, in the longest form that chat_fold() takes for the same
 };
 
 }  // namespace detail
@@ -14083,6 +14217,7 @@ struct ChatLimits {
     Duration edit_for = std::chrono::hours(1);  // how long an author may edit a message; zero: never
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
+    std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
     std::size_t max_rooms = 10'000;
     std::size_t history_on_join = 50;            // entries for a client without an id
     std::size_t history_on_resume = 500;         // entries for a client with an id
@@ -14140,6 +14275,8 @@ private:
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     bool expiry_scheduled_ = false;
+    bool counting_ = false;         // the members have no list of users
+    bool count_scheduled_ = false;
 };
 
 // The chat of a server, shared by its handlers: rooms, the history, bans. All calls on the loop's thread.
@@ -14335,6 +14472,21 @@ private:
         });
         room.expiry_scheduled_ = true;
     }
+    // In a large room, a list or an event for each user who comes would cost the square of their number. The members
+    // hear of the number of users, once a second, and get the list when it is short again.
+    bool count_only(ChatRoom& room) {
+        if (room.presence_.size() > limits.presence_list) room.counting_ = true;
+        if (!room.counting_ || std::exchange(room.count_scheduled_, true)) return room.counting_;
+        server_.loop().call_later(std::chrono::seconds(1), [this, name = room.name()] {
+            ChatRoom* const found = find(name);
+            if (found == nullptr) return;
+            found->count_scheduled_ = false;
+            found->counting_ = found->presence_.size() > limits.presence_list;
+            send_count(*found);
+        });
+        return true;
+    }
+    inline void send_count(const ChatRoom& room);
     // Removes rooms without users in the next turn, when no callback has a reference to them.
     void prune_later() {
         if (std::exchange(pruning_, true)) return;
@@ -14379,7 +14531,7 @@ private:
     static std::string address_key(const std::string& address) {
         return text::concat({"address ", rate_limit_key(address)});
     }
-    static std::string name_key(std::string_view name) { return text::concat({"name ", text::to_lower(name)}); }
+    static std::string name_key(std::string_view name) { return text::concat({"name ", chat_fold(name)}); }
     // The identity to which the tags of an author belong; without one, the name.
     static std::string author_of(const User& user) {
         return user.identity.empty() ? name_key(user.info.name) : user.identity;
@@ -15567,6 +15719,10 @@ inline void ChatHandler::join_more_rooms() {
 
 inline std::string ChatHandler::users_event(const ChatRoom& room) {
     detail::JsonList users;
+    const std::size_t count = room.presence_.size();
+    ChatEvent event("users");
+    event.add_text("room", room.name()).add("count", count);
+    if (room.counting_ || count > room.hub_.limits.presence_list) return event.dump();
     for (const auto& [key, user] : room.presence_) {
         std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
         if (!user.info.about.empty()) {
@@ -15575,9 +15731,11 @@ inline std::string ChatHandler::users_event(const ChatRoom& room) {
         }
         users.add(text);
     }
-    ChatEvent event("users");
-    event.add_text("room", room.name()).add("count", users.size()).add_json("users", users.dump());
-    return event.dump();
+    return event.add_json("users", users.dump()).dump();
+}
+
+inline void ChatHub::send_count(const ChatRoom& room) {
+    if (Room* members = members_.find(room.name())) members->broadcast(ChatHandler::users_event(room));
 }
 
 inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
@@ -15782,6 +15940,7 @@ inline void ChatHub::on_join(const ChatEntry& entry) {
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
         room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
+    if (count_only(*room)) return;
     ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
@@ -15792,6 +15951,7 @@ inline void ChatHub::on_leave(const ChatEntry& entry) {
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.remove(*user);
+    if (count_only(*room)) return;
     send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
 }
 

@@ -233,16 +233,81 @@ TEST_CASE("a name is visible text without spaces at its ends") {
         CHECK_FALSE(valid_chat_name(bad, 40));
     }
     // Invisible characters that make a name look like another one: U+00A0, 034F, 1160, 180E, 2003, 202F,
-    // 2800, 3000, 3164, FE0F, FFA0, FFF9, E0100.
+    // 2800, 3000, 3164, FFA0, FFF9, FFFC, E0100.
     for (const std::string hidden :
          {"\xC2\xA0", "\xCD\x8F", "\xE1\x85\xA0", "\xE1\xA0\x8E", "\xE2\x80\x83", "\xE2\x80\xAF", "\xE2\xA0\x80",
-          "\xE3\x80\x80", "\xE3\x85\xA4", "\xEF\xB8\x8F", "\xEF\xBE\xA0", "\xEF\xBF\xB9", "\xF3\xA0\x84\x80"}) {
+          "\xE3\x80\x80", "\xE3\x85\xA4", "\xEF\xBE\xA0", "\xEF\xBF\xB9", "\xEF\xBF\xBC", "\xF3\xA0\x84\x80"}) {
         CAPTURE(test::to_hex(hidden));
         CHECK_FALSE(valid_chat_name("Anna" + hidden, 40));
         CHECK(valid_chat_text("Anna" + hidden));
     }
     CHECK(valid_chat_name(std::string(40, 'x'), 40));
     CHECK_FALSE(valid_chat_name(std::string(41, 'x'), 40));
+}
+
+TEST_CASE("a joiner stands within a name, and a name has more than marks") {
+    // Persian with U+200C, a family with U+200D, a heart with U+FE0F, two words with U+3000.
+    for (const std::string good :
+         {"\xD9\x85\xDB\x8C\xE2\x80\x8C\xD8\xAE\xD9\x88\xD8\xA7\xD9\x87",
+          "\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x9A\x80", "\xE2\x9D\xA4\xEF\xB8\x8F",
+          "\xE5\xB1\xB1\xE3\x80\x80\xE5\xA4\xAA", "e\xCC\x81"}) {
+        CAPTURE(test::to_hex(good));
+        CHECK(valid_chat_name(good, 40));
+        CHECK(valid_chat_name(good + "x", 40));
+    }
+    // A joiner or a selector at an end, two in a row, no letter at all.
+    for (const std::string bad :
+         {"\xE2\x80\x8C" "a", "a\xE2\x80\x8D", "a\xE2\x80\x8C\xE2\x80\x8C" "b", "\xEF\xB8\x8F", "a \xEF\xB8\x8F" "b",
+          "\xE3\x80\x80" "a", "a \xE3\x80\x80" "b"}) {
+        CAPTURE(test::to_hex(bad));
+        CHECK_FALSE(valid_chat_name(bad, 40));
+    }
+#if !WSCHAT_UTF8PROC
+    CHECK_FALSE(valid_chat_name("\xCC\x81", 40));
+#endif
+}
+
+TEST_CASE("names that look alike have the same folded form") {
+    constexpr const char* pairs[][2] = {
+        {"Anna", "aNNa"},
+        {"\xC3\x89mil", "E\xCC\x81MIL"},                    // composed, decomposed
+        {"\xC3\x96zg\xC3\xBCr", "\xC3\xB6ZG\xC3\x9CR"},       // case beyond ASCII
+        {"\xD0\x90nna", "Anna"},                             // a Cyrillic A
+        {"\xCE\x91nna", "Anna"},                             // a Greek A
+        {"\xD0\x9C\xD0\xB8\xD1\x80", "\xD0\xBC\xD0\x98\xD0\xA0"},  // Cyrillic case
+        {"\xEF\xBC\xA1nna", "Anna"},                         // full width
+        {"An\xE2\x80\x8Dna", "Anna"},                        // a joiner
+        {"\xE2\x9D\xA4\xEF\xB8\x8F", "\xE2\x9D\xA4"},         // a variation selector
+        {"a\xE3\x80\x80" "b", "a b"},
+    };
+    for (const auto& pair : pairs) {
+        CAPTURE(test::to_hex(pair[0]));
+        CHECK(chat_fold(pair[0]) == chat_fold(pair[1]));
+    }
+    CHECK(chat_fold("Anna") == "anna");
+    CHECK(chat_fold("Anna") != chat_fold("Anne"));
+    CHECK(chat_fold("\xF0\x9F\x8D\xB5") == "\xF0\x9F\x8D\xB5");
+    CHECK(chat_fold("\xE5\xB1\xB1") == "\xE5\xB1\xB1");
+    CHECK(chat_fold("\xFF") == "\xFF");
+}
+
+TEST_CASE("two users of a room have no names that look alike") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), twin(host, "name=%D0%90nna"), bert(host, "name=Bert");
+    CHECK(contains(twin.events()[0], "\xD0\x90nna-2"));
+    bert.events();
+    CHECK(contains(bert.answer_to("/nick \xEF\xBC\xA1NNA"), "name_taken"));
+    host.hub().ban("\xEF\xBC\xA1nna", 1h);
+    ChatClient<> banned(host, "name=ANNA");
+    CHECK(banned.refusal.has_value());
+}
+
+TEST_CASE("a free name is found in few steps in a room of thousands of guests") {
+    Presence presence;
+    for (int i = 0; i < 5000; ++i) presence.add(named("guest"), "");
+    CHECK(presence.size() == 5000);
+    for (std::size_t n = 5000; n < 5100; ++n) presence.add(named("guest-" + std::to_string(n)), "");
+    CHECK(presence.find(presence.free_name("guest")) == nullptr);
 }
 
 TEST_CASE("a message may contain all characters except control characters other than line feed and tab") {
@@ -2006,8 +2071,9 @@ namespace {
 
 // A server with a chat at "/chat/{room}".
 struct Chat : RunningServer {
-    explicit Chat(Duration grace = std::chrono::hours(1)) {
+    explicit Chat(Duration grace = std::chrono::hours(1), std::size_t presence_list = 1000) {
         ChatHub::of(server).limits.grace = grace;
+        ChatHub::of(server).limits.presence_list = presence_list;
         ChatHub::of(server).limits.connection = ChatHub::of(server).limits.address = FloodRates();
         server.route<ChatHandler>("/chat/{room}");
         start();
@@ -2015,6 +2081,30 @@ struct Chat : RunningServer {
 };
 
 }  // namespace
+
+TEST_CASE("a key among the subprotocols is the same as one in the address") {
+    Chat chat;
+    WsClient named_key(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+    const std::string id = field_of(next_with(named_key, "\"hello\""), "user");
+    const auto hello_for = [&](const std::string& offered) {
+        RawClient client(chat.port());
+        std::string request = handshake_request("127.0.0.1:" + std::to_string(chat.port()), "/chat/tea", WsClient::key);
+        request.insert(request.size() - 2, "Sec-WebSocket-Protocol: " + offered + "\r\n");
+        client.send(request);
+        REQUIRE(client.read_until("\"hello\""));
+        REQUIRE(client.read_until("\"history\",\"room\""));
+        return client.received;
+    };
+    const std::string same = hello_for("wschat, wschat.key.YW5uYS1zZWNyZXQ");  // "anna-secret"
+    CHECK(contains(same, "Sec-WebSocket-Protocol: wschat\r\n"));
+    CHECK(contains(same, "\"user\":\"" + id + "\""));
+    CHECK_FALSE(contains(same, "YW5uYS1zZWNyZXQ"));
+    CHECK_FALSE(contains(hello_for("wschat, wschat.key.Ym90aGVyLXNlY3JldA"), "\"user\":\"" + id + "\",\"f"));
+    CHECK_FALSE(contains(hello_for("wschat"), "\"name\":\"Anna\",\"user\":\"" + id + "\",\"f"));
+    CHECK_FALSE(contains(hello_for("other"), "Sec-WebSocket-Protocol"));
+    for (const std::string bad : {"A", "YW.5uYS1zZWNyZXQ", "YW5uYS1zZWNyZXQ!"})
+        CHECK_FALSE(contains(hello_for("wschat, wschat.key." + bad), "\"name\":\"Anna\",\"user\":\"" + id + "\",\"f"));
+}
 
 TEST_CASE("a Room and a chat room of the same name have nothing in common") {
     struct Plain : WebSocketHandler {
@@ -2094,6 +2184,30 @@ TEST_CASE("a page that is reloaded has not left, and one that closes with 1000 l
         types += event.substr(9, event.find('"', 9) - 9) + " ";
     }
     CHECK(types == "join leave said ");
+}
+
+TEST_CASE("members of a large room hear of the number of users, and get the list when it is short again") {
+    Chat chat(Duration::zero(), 2);
+    WsClient anna(chat.port(), "/chat/tea?name=Anna");
+    next_with(anna, "\"history\"");
+    WsClient bert(chat.port(), "/chat/tea?name=Bert");
+    next_with(anna, "\"join\"");
+    std::vector<std::unique_ptr<WsClient>> others;
+    for (int i = 0; i < 5; ++i) {
+        others.push_back(std::make_unique<WsClient>(chat.port(), "/chat/tea?name=Other"));
+        const std::string users = next_with(*others.back(), "\"type\":\"users\"");
+        CHECK(field_of(users, "count") == std::to_string(3 + i));
+        CHECK_FALSE(contains(users, "\"users\":["));
+    }
+    std::string heard = next_with(anna, "\"type\"");
+    while (field_of(heard, "count") != "7") {
+        CHECK(contains(heard, "\"type\":\"users\""));
+        CHECK_FALSE(contains(heard, "Other"));
+        heard = next_with(anna, "\"type\"");
+    }
+    others.clear();
+    while (field_of(heard, "count") != "2") heard = next_with(anna, "\"type\":\"users\"");
+    CHECK(names_in(heard) == "Anna, Bert");
 }
 
 TEST_CASE("a user who does not return in the grace period has left") {

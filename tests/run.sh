@@ -92,6 +92,7 @@ need liburing-dev header liburing.h
 need libssl-dev header openssl/ssl.h
 need openssl command -v openssl
 need libsqlite3-dev header sqlite3.h
+need libutf8proc-dev header utf8proc.h
 need pkg-config command -v pkg-config
 need meson command -v meson
 need python3-websockets /usr/bin/python3 -c 'import websockets'

@@ -27,7 +27,7 @@ WORK = pathlib.Path(tempfile.mkdtemp(prefix="wschat-check-"))
 
 # The optional parts and the libraries that they need. WSCHAT_HIREDIS is reserved: it changes nothing yet.
 FEATURES = {"WSCHAT_CHAT": [], "WSCHAT_ZLIB": ["-lz"], "WSCHAT_OPENSSL": ["-lssl", "-lcrypto"],
-            "WSCHAT_SQLITE": ["-lsqlite3"], "WSCHAT_LIBURING": ["-luring"]}
+            "WSCHAT_SQLITE": ["-lsqlite3"], "WSCHAT_LIBURING": ["-luring"], "WSCHAT_UTF8PROC": ["-lutf8proc"]}
 ALL = [f"-D{feature}=1" for feature in FEATURES]
 NONE = []
 
