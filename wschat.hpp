@@ -9609,7 +9609,7 @@ protected:
     std::unique_ptr<WebSocketHandler> handler_;
     IpAddress peer_;
     Pause pause_ = Pause::none;
-    bool above_high_water_ = false;  // on_drain() follows when the backlog has fallen
+    bool above_high_water_ = false;        // on_drain() follows when the backlog has fallen
     std::shared_ptr<SessionOwner> owner_;  // null for a server's connection
 
 private:
@@ -10024,8 +10024,8 @@ private:
         constexpr Duration long_turn = std::chrono::seconds(1);
         if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;
         char byte = 0;
-        const bool unread = host_.turn.handshakes_left == 0 &&
-                            stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
+        const bool unread =
+            host_.turn.handshakes_left == 0 && stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
         if (!unread && (!received || late < long_turn)) return false;
         schedule(saturating_add(now(), (std::max)(late, long_turn)));
         return true;
@@ -10423,7 +10423,7 @@ private:
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
     bool server_closes_first_ = false;
-    bool waiting_ = false;         // in the list of sessions with work left
+    bool waiting_ = false;  // in the list of sessions with work left
     bool watching_read_ = true;
     bool watching_write_ = false;
     std::uint16_t held_request_ = 0;      // bytes of the request that an open WebSocket keeps, if it is a large one
@@ -13667,26 +13667,25 @@ inline char32_t latin_base(char32_t c) {
     constexpr struct {
         char32_t first, last;
         char letter;
-    } ranges[] = {
-        {0xC0, 0xC5, 'a'},     {0xC7, 0xC7, 'c'},     {0xC8, 0xCB, 'e'},     {0xCC, 0xCF, 'i'},
-        {0xD1, 0xD1, 'n'},     {0xD2, 0xD6, 'o'},     {0xD8, 0xD8, 'o'},     {0xD9, 0xDC, 'u'},
-        {0xDD, 0xDD, 'y'},     {0xE0, 0xE5, 'a'},     {0xE7, 0xE7, 'c'},     {0xE8, 0xEB, 'e'},
-        {0xEC, 0xEF, 'i'},     {0xF1, 0xF1, 'n'},     {0xF2, 0xF6, 'o'},     {0xF8, 0xF8, 'o'},
-        {0xF9, 0xFC, 'u'},     {0xFD, 0xFD, 'y'},     {0xFF, 0xFF, 'y'},     {0x100, 0x105, 'a'},
-        {0x106, 0x10D, 'c'},   {0x10E, 0x111, 'd'},   {0x112, 0x11B, 'e'},   {0x11C, 0x123, 'g'},
-        {0x124, 0x127, 'h'},   {0x128, 0x131, 'i'},   {0x134, 0x135, 'j'},   {0x136, 0x138, 'k'},
-        {0x139, 0x142, 'l'},   {0x143, 0x149, 'n'},   {0x14C, 0x151, 'o'},   {0x154, 0x159, 'r'},
-        {0x15A, 0x161, 's'},   {0x162, 0x167, 't'},   {0x168, 0x173, 'u'},   {0x174, 0x175, 'w'},
-        {0x176, 0x178, 'y'},   {0x179, 0x17E, 'z'},   {0x17F, 0x17F, 's'},   {0x1A0, 0x1A1, 'o'},
-        {0x1AF, 0x1B0, 'u'},   {0x218, 0x219, 's'},   {0x21A, 0x21B, 't'},   {0x1E00, 0x1E01, 'a'},
-        {0x1E02, 0x1E07, 'b'}, {0x1E08, 0x1E09, 'c'}, {0x1E0A, 0x1E13, 'd'}, {0x1E14, 0x1E1D, 'e'},
-        {0x1E1E, 0x1E1F, 'f'}, {0x1E20, 0x1E21, 'g'}, {0x1E22, 0x1E2B, 'h'}, {0x1E2C, 0x1E2F, 'i'},
-        {0x1E30, 0x1E35, 'k'}, {0x1E36, 0x1E3D, 'l'}, {0x1E3E, 0x1E43, 'm'}, {0x1E44, 0x1E4B, 'n'},
-        {0x1E4C, 0x1E53, 'o'}, {0x1E54, 0x1E57, 'p'}, {0x1E58, 0x1E5F, 'r'}, {0x1E60, 0x1E69, 's'},
-        {0x1E6A, 0x1E71, 't'}, {0x1E72, 0x1E7B, 'u'}, {0x1E7C, 0x1E7F, 'v'}, {0x1E80, 0x1E89, 'w'},
-        {0x1E8A, 0x1E8D, 'x'}, {0x1E8E, 0x1E8F, 'y'}, {0x1E90, 0x1E95, 'z'}, {0x1EA0, 0x1EB7, 'a'},
-        {0x1EB8, 0x1EC7, 'e'}, {0x1EC8, 0x1ECB, 'i'}, {0x1ECC, 0x1EE3, 'o'}, {0x1EE4, 0x1EF1, 'u'},
-        {0x1EF2, 0x1EF9, 'y'}};
+    } ranges[] = {{0xC0, 0xC5, 'a'},     {0xC7, 0xC7, 'c'},     {0xC8, 0xCB, 'e'},     {0xCC, 0xCF, 'i'},
+                  {0xD1, 0xD1, 'n'},     {0xD2, 0xD6, 'o'},     {0xD8, 0xD8, 'o'},     {0xD9, 0xDC, 'u'},
+                  {0xDD, 0xDD, 'y'},     {0xE0, 0xE5, 'a'},     {0xE7, 0xE7, 'c'},     {0xE8, 0xEB, 'e'},
+                  {0xEC, 0xEF, 'i'},     {0xF1, 0xF1, 'n'},     {0xF2, 0xF6, 'o'},     {0xF8, 0xF8, 'o'},
+                  {0xF9, 0xFC, 'u'},     {0xFD, 0xFD, 'y'},     {0xFF, 0xFF, 'y'},     {0x100, 0x105, 'a'},
+                  {0x106, 0x10D, 'c'},   {0x10E, 0x111, 'd'},   {0x112, 0x11B, 'e'},   {0x11C, 0x123, 'g'},
+                  {0x124, 0x127, 'h'},   {0x128, 0x131, 'i'},   {0x134, 0x135, 'j'},   {0x136, 0x138, 'k'},
+                  {0x139, 0x142, 'l'},   {0x143, 0x149, 'n'},   {0x14C, 0x151, 'o'},   {0x154, 0x159, 'r'},
+                  {0x15A, 0x161, 's'},   {0x162, 0x167, 't'},   {0x168, 0x173, 'u'},   {0x174, 0x175, 'w'},
+                  {0x176, 0x178, 'y'},   {0x179, 0x17E, 'z'},   {0x17F, 0x17F, 's'},   {0x1A0, 0x1A1, 'o'},
+                  {0x1AF, 0x1B0, 'u'},   {0x218, 0x219, 's'},   {0x21A, 0x21B, 't'},   {0x1E00, 0x1E01, 'a'},
+                  {0x1E02, 0x1E07, 'b'}, {0x1E08, 0x1E09, 'c'}, {0x1E0A, 0x1E13, 'd'}, {0x1E14, 0x1E1D, 'e'},
+                  {0x1E1E, 0x1E1F, 'f'}, {0x1E20, 0x1E21, 'g'}, {0x1E22, 0x1E2B, 'h'}, {0x1E2C, 0x1E2F, 'i'},
+                  {0x1E30, 0x1E35, 'k'}, {0x1E36, 0x1E3D, 'l'}, {0x1E3E, 0x1E43, 'm'}, {0x1E44, 0x1E4B, 'n'},
+                  {0x1E4C, 0x1E53, 'o'}, {0x1E54, 0x1E57, 'p'}, {0x1E58, 0x1E5F, 'r'}, {0x1E60, 0x1E69, 's'},
+                  {0x1E6A, 0x1E71, 't'}, {0x1E72, 0x1E7B, 'u'}, {0x1E7C, 0x1E7F, 'v'}, {0x1E80, 0x1E89, 'w'},
+                  {0x1E8A, 0x1E8D, 'x'}, {0x1E8E, 0x1E8F, 'y'}, {0x1E90, 0x1E95, 'z'}, {0x1EA0, 0x1EB7, 'a'},
+                  {0x1EB8, 0x1EC7, 'e'}, {0x1EC8, 0x1ECB, 'i'}, {0x1ECC, 0x1EE3, 'o'}, {0x1EE4, 0x1EF1, 'u'},
+                  {0x1EF2, 0x1EF9, 'y'}};
     for (const auto& range : ranges)
         if (c >= range.first && c <= range.last) return static_cast<unsigned char>(range.letter);
     return c;
@@ -13707,14 +13706,14 @@ inline char32_t small_letter(char32_t c) {
 inline char32_t latin_twin(char32_t c) {
     constexpr struct {
         char32_t letter, twin;
-    } pairs[] = {{0x3AC, 'a'}, {0x3AD, 'e'}, {0x3AE, 'h'}, {0x3AF, 'i'}, {0x3B1, 'a'}, {0x3B2, 'b'}, {0x3B5, 'e'},
-                 {0x3B6, 'z'}, {0x3B7, 'h'}, {0x3B9, 'i'}, {0x3BA, 'k'}, {0x3BC, 'm'}, {0x3BD, 'n'}, {0x3BF, 'o'},
-                 {0x3C1, 'p'}, {0x3C4, 't'}, {0x3C5, 'y'}, {0x3C7, 'x'}, {0x3CA, 'i'}, {0x3CB, 'y'}, {0x3CC, 'o'},
-                 {0x3CD, 'y'}, {0x3CE, 0x3C9}, {0x3C2, 0x3C3}, {0x386, 'a'}, {0x388, 'e'}, {0x389, 'h'}, {0x38A, 'i'},
-                 {0x38C, 'o'}, {0x38E, 'y'}, {0x38F, 0x3C9}, {0x430, 'a'}, {0x432, 'b'}, {0x435, 'e'}, {0x43A, 'k'},
-                 {0x43C, 'm'}, {0x43D, 'h'}, {0x43E, 'o'}, {0x440, 'p'}, {0x441, 'c'}, {0x442, 't'}, {0x443, 'y'},
-                 {0x445, 'x'}, {0x450, 'e'}, {0x451, 'e'}, {0x455, 's'}, {0x456, 'i'}, {0x457, 'i'}, {0x458, 'j'},
-                 {0x439, 0x438}, {0x45D, 0x438}, {0x4CF, 'l'}, {0x501, 'd'}, {0x51B, 'q'}, {0x51D, 'w'}};
+    } pairs[] = {{0x3AC, 'a'},   {0x3AD, 'e'},   {0x3AE, 'h'},   {0x3AF, 'i'}, {0x3B1, 'a'}, {0x3B2, 'b'}, {0x3B5, 'e'},
+                 {0x3B6, 'z'},   {0x3B7, 'h'},   {0x3B9, 'i'},   {0x3BA, 'k'}, {0x3BC, 'm'}, {0x3BD, 'n'}, {0x3BF, 'o'},
+                 {0x3C1, 'p'},   {0x3C4, 't'},   {0x3C5, 'y'},   {0x3C7, 'x'}, {0x3CA, 'i'}, {0x3CB, 'y'}, {0x3CC, 'o'},
+                 {0x3CD, 'y'},   {0x3CE, 0x3C9}, {0x3C2, 0x3C3}, {0x386, 'a'}, {0x388, 'e'}, {0x389, 'h'}, {0x38A, 'i'},
+                 {0x38C, 'o'},   {0x38E, 'y'},   {0x38F, 0x3C9}, {0x430, 'a'}, {0x432, 'b'}, {0x435, 'e'}, {0x43A, 'k'},
+                 {0x43C, 'm'},   {0x43D, 'h'},   {0x43E, 'o'},   {0x440, 'p'}, {0x441, 'c'}, {0x442, 't'}, {0x443, 'y'},
+                 {0x445, 'x'},   {0x450, 'e'},   {0x451, 'e'},   {0x455, 's'}, {0x456, 'i'}, {0x457, 'i'}, {0x458, 'j'},
+                 {0x439, 0x438}, {0x45D, 0x438}, {0x4CF, 'l'},   {0x501, 'd'}, {0x51B, 'q'}, {0x51D, 'w'}};
     for (const auto& pair : pairs)
         if (pair.letter == c) return pair.twin;
     return c;
@@ -14254,6 +14253,8 @@ public:
     inline void edit(std::uint64_t id, std::string_view text);
     inline void remove(std::uint64_t id);
     inline void set_topic(std::string_view text);
+    // Sends an event of the application to all members. It is not kept.
+    inline void send(const ChatEvent& event);
     // Reads the entries after a position, or the newest messages: see ChatStore::since().
     inline void since(std::optional<HistoryPosition> position, std::size_t limit, ChatStore::PageCallback callback);
     // Closes all connections of the user in this room, with 1008. False if there is no such user.
@@ -14275,7 +14276,7 @@ private:
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     bool expiry_scheduled_ = false;
-    bool counting_ = false;         // the members have no list of users
+    bool counting_ = false;  // the members have no list of users
     bool count_scheduled_ = false;
 };
 
@@ -14333,6 +14334,21 @@ public:
 
     // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
     // who is in a room is never taken for an address.
+    // ---- hooks for bots, webhooks and logs ------------------------------------------------------------------------
+    //
+    // Set them before run(). They are called on the loop's thread; an exception is logged and changes nothing.
+
+    // What the store delivers, in the order of the room: messages, amendments, topics, joins, leaves, new names and
+    // private messages. ChatEntry::room of a kept private message begins with a line feed. Typing is left out.
+    std::function<void(const ChatEntry&)> on_event;
+    // An entry of this server that the store could not keep, and why.
+    std::function<void(const ChatEntry&, const std::string& cause)> on_not_kept;
+    // A ban or a mute that begins or ends (an empty value): ChatFact::scope is "ban" or "mute".
+    std::function<void(const ChatFact&)> on_decision;
+
+    // Sends an event of the application to all connections of a user, by the public id. Returns how many there are.
+    inline std::size_t send(const std::string& user_id, const ChatEvent& event) const;
+
     // A ban of a user who is present is one of his name, of his public id if he has a key or an account, and otherwise
     // of his addresses, if nobody else is connected from there. The store keeps bans.
     inline void ban(std::string_view address_or_name, Duration duration);
@@ -14567,6 +14583,7 @@ private:
         const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
         ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
         on_fact(fact);
+        if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
         store_->put(std::move(fact));
     }
     inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
@@ -14631,7 +14648,18 @@ private:
         page.last_id = (std::min)(page.last_id, *room.delivered_id_);
     }
 
+    template <class Hook>
+    void run_hook(const char* name, Hook&& hook) {
+        try {
+            hook();
+        } catch (const std::exception& error) {
+            server_.report(LogLevel::error, "exception", {{"in", name}, {"cause", error.what()}});
+        } catch (...) {
+            server_.report(LogLevel::error, "exception", {{"in", name}, {"cause", "not a std::exception"}});
+        }
+    }
     inline void on_entry(const ChatEntry& entry) override;
+    inline void deliver(const ChatEntry& entry);
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
     inline void on_refused(const ChatEntry& entry, std::string_view code) override;
@@ -14886,14 +14914,34 @@ private:
         event.add("version", 3).add_text("server", "wschat");
         add_room(event).add_text("name", user().name).add_text("user", user().id);
         event.add_json("features", R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
-                                   R"("private","edit","delete","react","topic","data","commands"])");
+                                   R"("private","edit","delete","react","topic","data","in","read","commands"])");
+        event.add_json("may", permissions_json());
         const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"data", hub_->limits.max_data},
                                  {"edit_seconds", edit_for},
                                  {"name", hub_->limits.max_name},
-                                 {"room", hub_->limits.max_room_name}});
+                                 {"room", hub_->limits.max_room_name},
+                                 {"per_second", hub_->limits.connection.messages.per_second},
+                                 {"burst", hub_->limits.connection.messages.burst}});
         return event;
+    }
+    // What this user may do, as a JSON array.
+    std::string permissions_json() {
+        detail::JsonList list;
+        const std::pair<ChatAction, const char*> actions[] = {{ChatAction::say, R"("say","edit","react")"},
+                                                              {ChatAction::private_message, R"("private")"},
+                                                              {ChatAction::rename, R"("rename")"},
+                                                              {ChatAction::join, R"("join")"},
+                                                              {ChatAction::list_rooms, R"("rooms")"},
+                                                              {ChatAction::kick, R"("kick")"},
+                                                              {ChatAction::ban, R"("ban")"},
+                                                              {ChatAction::mute, R"("mute")"},
+                                                              {ChatAction::remove, R"("remove")"},
+                                                              {ChatAction::topic, R"("topic")"}};
+        for (const auto& [action, name] : actions)
+            if (may(action)) list.add(name);
+        return std::string(list.dump());
     }
     ChatEvent& add_room(ChatEvent& event) {
         return current_room() == nullptr ? event.add_json("room", "null")
@@ -15751,6 +15799,9 @@ inline void ChatRoom::publish(std::string_view text, std::string_view name) {
 inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
     hub_.forward(new_text("broadcast", text, name));
 }
+inline void ChatRoom::send(const ChatEvent& event) {
+    if (Room* members = hub_.members_.find(name_)) members->broadcast(event.dump());
+}
 inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
     ChatEntry entry = new_text("edit", text, {});
     entry.kind = ChatEntry::Kind::edit;
@@ -15859,7 +15910,16 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     return connected.user;
 }
 
+inline std::size_t ChatHub::send(const std::string& user_id, const ChatEvent& event) const {
+    const std::vector<ChatHandler*> connections = connections_of(user_id);
+    for (ChatHandler* each : connections) each->write_message(event.dump());
+    return connections.size();
+}
 inline void ChatHub::on_entry(const ChatEntry& entry) {
+    deliver(entry);
+    if (on_event && entry.kind != ChatEntry::Kind::typing) run_hook("ChatHub::on_event", [&] { on_event(entry); });
+}
+inline void ChatHub::deliver(const ChatEntry& entry) {
     switch (entry.kind) {
         case ChatEntry::Kind::said:
         case ChatEntry::Kind::action:
@@ -15994,6 +16054,7 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
     server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
+    if (on_not_kept) run_hook("ChatHub::on_not_kept", [&] { on_not_kept(entry, cause); });
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("error");

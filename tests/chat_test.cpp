@@ -247,18 +247,26 @@ TEST_CASE("a name is visible text without spaces at its ends") {
 
 TEST_CASE("a joiner stands within a name, and a name has more than marks") {
     // Persian with U+200C, a family with U+200D, a heart with U+FE0F, two words with U+3000.
-    for (const std::string good :
-         {"\xD9\x85\xDB\x8C\xE2\x80\x8C\xD8\xAE\xD9\x88\xD8\xA7\xD9\x87",
-          "\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x9A\x80", "\xE2\x9D\xA4\xEF\xB8\x8F",
-          "\xE5\xB1\xB1\xE3\x80\x80\xE5\xA4\xAA", "e\xCC\x81"}) {
+    for (const std::string good : {"\xD9\x85\xDB\x8C\xE2\x80\x8C\xD8\xAE\xD9\x88\xD8\xA7\xD9\x87",
+                                   "\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x9A\x80", "\xE2\x9D\xA4\xEF\xB8\x8F",
+                                   "\xE5\xB1\xB1\xE3\x80\x80\xE5\xA4\xAA", "e\xCC\x81"}) {
         CAPTURE(test::to_hex(good));
         CHECK(valid_chat_name(good, 40));
         CHECK(valid_chat_name(good + "x", 40));
     }
     // A joiner or a selector at an end, two in a row, no letter at all.
-    for (const std::string bad :
-         {"\xE2\x80\x8C" "a", "a\xE2\x80\x8D", "a\xE2\x80\x8C\xE2\x80\x8C" "b", "\xEF\xB8\x8F", "a \xEF\xB8\x8F" "b",
-          "\xE3\x80\x80" "a", "a \xE3\x80\x80" "b"}) {
+    for (const std::string bad : {"\xE2\x80\x8C"
+                                  "a",
+                                  "a\xE2\x80\x8D",
+                                  "a\xE2\x80\x8C\xE2\x80\x8C"
+                                  "b",
+                                  "\xEF\xB8\x8F",
+                                  "a \xEF\xB8\x8F"
+                                  "b",
+                                  "\xE3\x80\x80"
+                                  "a",
+                                  "a \xE3\x80\x80"
+                                  "b"}) {
         CAPTURE(test::to_hex(bad));
         CHECK_FALSE(valid_chat_name(bad, 40));
     }
@@ -270,15 +278,17 @@ TEST_CASE("a joiner stands within a name, and a name has more than marks") {
 TEST_CASE("names that look alike have the same folded form") {
     constexpr const char* pairs[][2] = {
         {"Anna", "aNNa"},
-        {"\xC3\x89mil", "E\xCC\x81MIL"},                    // composed, decomposed
-        {"\xC3\x96zg\xC3\xBCr", "\xC3\xB6ZG\xC3\x9CR"},       // case beyond ASCII
-        {"\xD0\x90nna", "Anna"},                             // a Cyrillic A
-        {"\xCE\x91nna", "Anna"},                             // a Greek A
+        {"\xC3\x89mil", "E\xCC\x81MIL"},                           // composed, decomposed
+        {"\xC3\x96zg\xC3\xBCr", "\xC3\xB6ZG\xC3\x9CR"},            // case beyond ASCII
+        {"\xD0\x90nna", "Anna"},                                   // a Cyrillic A
+        {"\xCE\x91nna", "Anna"},                                   // a Greek A
         {"\xD0\x9C\xD0\xB8\xD1\x80", "\xD0\xBC\xD0\x98\xD0\xA0"},  // Cyrillic case
-        {"\xEF\xBC\xA1nna", "Anna"},                         // full width
-        {"An\xE2\x80\x8Dna", "Anna"},                        // a joiner
-        {"\xE2\x9D\xA4\xEF\xB8\x8F", "\xE2\x9D\xA4"},         // a variation selector
-        {"a\xE3\x80\x80" "b", "a b"},
+        {"\xEF\xBC\xA1nna", "Anna"},                               // full width
+        {"An\xE2\x80\x8Dna", "Anna"},                              // a joiner
+        {"\xE2\x9D\xA4\xEF\xB8\x8F", "\xE2\x9D\xA4"},              // a variation selector
+        {"a\xE3\x80\x80"
+         "b",
+         "a b"},
     };
     for (const auto& pair : pairs) {
         CAPTURE(test::to_hex(pair[0]));
@@ -932,7 +942,7 @@ TEST_CASE("a message carries a JSON object of at most 4 KiB beside its text") {
     CHECK(contains(anna.answer_to(R"(/data {"only":1})"), R"("data":{"only":1})"));
     const std::string large = "/data {\"x\":\"" + std::string(5000, 'x') + "\"}";
     for (const std::string& bad : {std::string("/data"), std::string("/data 5 x"), std::string("/data [1] x"),
-                                  std::string("/data {\"a\":} x"), std::string("/data {"), large})
+                                   std::string("/data {\"a\":} x"), std::string("/data {"), large})
         CHECK(field_of(anna.send(bad).back(), "code") == "bad_data");
 }
 
@@ -1727,6 +1737,43 @@ TEST_CASE("only a moderator can mute, kick and ban") {
     moderator.send("/ban 192.0.2.1 0");
     ChatClient<> forgiven(host, "name=Dora", "tea", "192.0.2.1");
     CHECK_FALSE(forgiven.refusal.has_value());
+}
+
+TEST_CASE("the hub tells a program about all events, and an exception of a hook changes nothing") {
+    TestHost host;
+    std::string seen;
+    host.hub().on_event = [&](const ChatEntry& entry) {
+        seen += std::to_string(static_cast<int>(entry.kind)) + ":" + entry.name + ":" + entry.text + " ";
+        throw std::runtime_error("on purpose");
+    };
+    std::vector<std::string> decisions;
+    host.hub().on_decision = [&](const ChatFact& fact) { decisions.push_back(fact.scope + " " + fact.key); };
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert");
+    anna.events();
+    CHECK(field_of(anna.answer_to("hello"), "type") == "said");
+    anna.send("/typing");
+    const std::string id = anna.handler.user().id;
+    host.hub().ban("192.0.2.9", 1h);
+    host.hub().ban("192.0.2.9", 0s);
+    CHECK(seen == "34:Anna: 34:Bert: 0:Anna:hello ");
+    CHECK(decisions == std::vector<std::string>{"ban address 192.0.2.9", "ban address 192.0.2.9"});
+    CHECK(host.hub().send(id, ChatEvent("alarm").add("level", 3)) == 1);
+    CHECK(anna.only_event() == "{\"type\":\"alarm\",\"level\":3}");
+    CHECK(host.hub().send("nobody", ChatEvent("alarm")) == 0);
+    bert.events();
+    host.room("tea").send(ChatEvent("poll").add_text("question", "Tea?"));
+    CHECK(bert.only_event() == "{\"type\":\"poll\",\"question\":\"Tea?\"}");
+}
+
+TEST_CASE("hello says what the user may do, and at what rate a client may send") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    ChatClient<> anna(host, "name=Anna");
+    CHECK(contains(moderator.events().front(), R"("rooms","kick","ban","mute")"));
+    const std::string hello = anna.events().front();
+    CHECK(contains(hello, R"("may":["say","edit","react","private","rename","join","rooms"])"));
+    CHECK(field_of(hello, "per_second") == "5");
+    CHECK(field_of(hello, "burst") == "20");
 }
 
 TEST_CASE("/bans lists the bans, /unban ends one, and /unmute lets a user speak") {
