@@ -31,19 +31,30 @@ std::string_view field(std::string_view object, const std::string& name) {
 // What outlives a connection.
 struct Memory {
     std::string file;
+    std::string epoch;              // of the history whose ids these are; empty before the first start
     std::uint64_t last = 0;         // all messages up to this one are done
     std::uint64_t newest = 0;       // the last one that has arrived
     std::set<std::uint64_t> asked;  // questions whose answers the chat has not confirmed
 
     void load() {
-        if (!file.empty()) std::ifstream(file) >> last;
+        if (!file.empty()) std::ifstream(file) >> epoch >> last;
     }
     // A question that is not done must come again after a restart.
     void note(std::uint64_t id) {
         const std::uint64_t done = asked.empty() ? id : (std::min)(id, *asked.begin() - 1);
         if (done <= last) return;
         last = done;
-        if (!file.empty()) std::ofstream(file) << last << '\n';
+        save();
+    }
+    void save() const {
+        if (!file.empty()) std::ofstream(file) << epoch << ' ' << last << '\n';
+    }
+    // Another history has begun, with ids of its own.
+    void begin(std::string_view its_epoch) {
+        epoch = its_epoch;
+        last = newest = 0;
+        asked.clear();
+        save();
     }
 };
 
@@ -60,10 +71,14 @@ struct Bot : wschat::WebSocketHandler {
     void open() override { std::fprintf(stderr, "bot: connected\n"); }
     void on_message(const wschat::Message& message) override {
         const std::string_view event = message.text(), type = field(event, "type");
-        if (type == "history" && memory.last == 0) {
+        if (type == "history" && field(event, "epoch") != memory.epoch) {
+            const bool first_start = memory.epoch.empty();
+            memory.begin(field(event, "epoch"));
             // What was asked before the first start of the bot is not for it.
-            memory.newest = wschat::text::parse_unsigned(field(event, "last"), UINT64_MAX).value_or(0);
-            return memory.note(memory.newest);
+            if (first_start) {
+                memory.newest = wschat::text::parse_unsigned(field(event, "last"), UINT64_MAX).value_or(0);
+                return memory.note(memory.newest);
+            }
         }
         if (type == "error") {
             std::fprintf(stderr, "bot: the chat says: %s\n", wschat::escape_for_log(event).c_str());
@@ -119,7 +134,7 @@ int main(int argc, char** argv) try {
     options.reconnect.emplace();
     options.before_attempt = [&](wschat::ClientAttempt& attempt) {
         attempt.url += (attempt.url.find('?') == std::string::npos ? "?key=" : "&key=") + key;
-        if (memory.last != 0) attempt.url += "&last=" + std::to_string(memory.last);
+        if (!memory.epoch.empty()) attempt.url += "&last=" + memory.epoch + "-" + std::to_string(memory.last);
     };
     wschat::Client client;
     client.connect<Bot>(url, options, std::ref(memory));

@@ -205,14 +205,16 @@ async def check_bot():
                 await next_said(anna, "It is ")
             # A bot that has forgotten its state asks for all again; the chat knows the tags of its answers.
             await stop(bot)
+            with open(state) as file:
+                epoch = file.read().split()[0]
             with open(state, "w") as file:
-                file.write("1\n")
+                file.write(f"{epoch} 0\n")
             bot = await start(*bot_command, stderr=asyncio.subprocess.PIPE)
             await anna.send("!time")
             await next_said(anna, "It is ")
             await anna.send("the end")
             expect((await next_said(anna))["text"], "the end", "after the last answer")
-        async with websockets.connect(url + "?name=bert&last=1", ping_interval=None) as bert:
+        async with websockets.connect(url + f"?name=bert&last={epoch}-0", ping_interval=None) as bert:
             while True:
                 event = json.loads(await asyncio.wait_for(bert.recv(), TIMEOUT))
                 if event["type"] == "history":
