@@ -402,7 +402,7 @@ def abi():
     """Two translation units with different features do not link: the features are in the name of an inline namespace.
     WSCHAT_CHAT is not, because it adds names and changes none. Compiles the header up to section 2, which needs no
     library."""
-    features = [feature for feature in re.findall(r"^#ifndef (WSCHAT_[A-Z]+)\n#define \1 0\b", HEADER, re.MULTILINE)
+    features = [feature for feature in re.findall(r"^#ifndef (WSCHAT_[A-Z0-9]+)\n#define \1 0\b", HEADER, re.MULTILINE)
                 if feature != "WSCHAT_CHAT"]
     require({*FEATURES} - {"WSCHAT_CHAT"} <= {*features}, f"not all feature macros default to 0, only {features}")
     write("wschat.hpp", prefix(next(line for line, number, _ in sections() if number == 3)))
