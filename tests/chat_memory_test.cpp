@@ -23,8 +23,8 @@ TEST_CASE("the whole chat runs in memory: names, members, messages and the histo
     TestServer server;
     server.route<ChatHandler>("/chat/{room}");
     TestClient anna = server.connect("/chat/tea?name=Anna"), bert = server.connect("/chat/tea?name=Bert");
-    CHECK(contains(received(anna), R"("users":["Anna"])"));
-    CHECK(contains(received(bert), R"("users":["Anna","Bert"])"));
+    CHECK(contains(received(anna), R"("count":1,"users":[{"user":)"));
+    CHECK(contains(received(bert), R"("count":2,"users":[{"user":)"));
     anna.send("hello");
     CHECK(contains(received(bert), "\"hello\""));
     bert.send("/nick Berta");

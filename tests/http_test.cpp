@@ -751,7 +751,7 @@ TEST_CASE("each status that the server uses has its reason phrase") {
           "OK, Not Modified, Bad Request, Forbidden, Not Found, Method Not Allowed, Request Timeout, "
           "Content Too Large, URI Too Long, Misdirected Request, Upgrade Required, "
           "Request Header Fields Too Large, Service Unavailable, HTTP Version Not Supported, "
-          "Success, Redirection, WsClient Error, Server Error, ");
+          "Success, Redirection, Client Error, Server Error, ");
     for (int status = 200; status < 600; ++status)
         if (reason_phrase(status).empty()) FAIL_CHECK("status ", status);
 }
