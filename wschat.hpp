@@ -9587,7 +9587,7 @@ protected:
             log_close();
         });
         guarded("on_close", [this] { handler_->on_close(); });
-        if (owner_) owner_->note_close(connection().close_code(), connection().close_cause());
+        if (owner()) owner()->note_close(connection().close_code(), connection().close_cause());
         add_to(host_.metrics);
         core().rooms.clear();
         handler_.reset();
@@ -9609,8 +9609,15 @@ protected:
     std::unique_ptr<WebSocketHandler> handler_;
     IpAddress peer_;
     Pause pause_ = Pause::none;
-    bool above_high_water_ = false;        // on_drain() follows when the backlog has fallen
-    std::shared_ptr<SessionOwner> owner_;  // null for a server's connection
+    bool above_high_water_ = false;  // on_drain() follows when the backlog has fallen
+    bool server_closes_first_ = false;
+    // What few connections have.
+    struct Rare {
+        std::string address_key{};              // under which it is counted; empty if it is not
+        std::shared_ptr<SessionOwner> owner{};  // null for a server's connection
+    };
+    std::unique_ptr<Rare> rare_;
+    SessionOwner* owner() const { return rare_ ? rare_->owner.get() : nullptr; }
 
 private:
     // The budget of a visit, beside what Connection may inflate.
@@ -9694,7 +9701,10 @@ public:
     // Null before open() and after on_close().
     WebSocketHandler* opened_handler() const { return phase_ == Phase::websocket ? handler_.get() : nullptr; }
     std::size_t backlog() const { return counted_backlog_; }
-    const std::string* address_key() const { return address_key_.get(); }
+    // Null if it is not counted.
+    const std::string* address_key() const {
+        return rare_ && !rare_->address_key.empty() ? &rare_->address_key : nullptr;
+    }
     // Fetches what finish_turn() needs into the cache. Saves 3% of the server's time in a fan-out to 8,000.
     void prefetch() const {
         HandlerAccess::prefetch(handler_.get());
@@ -9715,8 +9725,9 @@ public:
 
     // Instead of start(): a client's connection. The frames must be valid and writable until this returns.
     void start_client(ClientHandshake opened) {
-        owner_ = std::move(opened.owner);
-        route_limits_ = &owner_->session_limits();
+        rare_ = std::make_unique<Rare>();
+        rare_->owner = std::move(opened.owner);
+        route_limits_ = &owner()->session_limits();
         handshake_done_ = true;
         handler_ = std::move(opened.handler);
         core().host = this;
@@ -9909,7 +9920,7 @@ private:
         stream_.close();
         http_.reset();
         host_.remove(*this);
-        if (owner_) guarded("client", [this] { owner_->on_session_end(); });
+        if (owner()) guarded("client", [this] { owner()->on_session_end(); });
     }
 
     // Work beyond flushing is done once per turn. False: it continues in the next turn.
@@ -10395,7 +10406,7 @@ private:
         http->keep_alive = false;
         http->blocked = connection().write_blocked();
         std::swap(http->output, connection().output());
-        server_closes_first_ = owner_ != nullptr && connection().close_cause() != CloseCause::protocol_error;
+        server_closes_first_ = owner() != nullptr && connection().close_cause() != CloseCause::protocol_error;
         close_handler();
         http_ = std::move(http);
         phase_ = Phase::lingering;
@@ -10407,10 +10418,11 @@ private:
     // False if its address has as many connections as it may have. Counts once.
     bool count_address(const IpAddress& client) {
         const std::size_t max = host_.options.server_limits.max_connections_per_address;
-        if (max == 0 || address_key_) return true;
-        auto key = std::make_unique<std::string>(client.rate_limit_key());
-        if (!host_.addresses.add(*key, max)) return false;
-        address_key_ = std::move(key);
+        if (max == 0 || address_key() != nullptr) return true;
+        auto rare = std::make_unique<Rare>();
+        rare->address_key = client.rate_limit_key();
+        if (!host_.addresses.add(rare->address_key, max)) return false;
+        rare_ = std::move(rare);
         return true;
     }
 
@@ -10422,16 +10434,14 @@ private:
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
-    bool server_closes_first_ = false;
-    bool waiting_ = false;  // in the list of sessions with work left
+    bool waiting_ = false;         // in the list of sessions with work left
     bool watching_read_ = true;
     bool watching_write_ = false;
     std::uint16_t held_request_ = 0;      // bytes of the request that an open WebSocket keeps, if it is a large one
     std::uint32_t work_turn_ = 0;         // the last turn in which it did work beyond flushing
     std::unique_ptr<HttpExchange> http_;  // null while a WebSocket is open
     std::size_t counted_backlog_ = 0;
-    const Limits* route_limits_ = nullptr;      // null: those of the server
-    std::unique_ptr<std::string> address_key_;  // under which it is counted; null if it is not
+    const Limits* route_limits_ = nullptr;  // null: those of the server
 };
 
 // ---- listening -----------------------------------------------------------------------------------------------------
