@@ -1146,8 +1146,8 @@ TEST_SUITE("compression") {
         for (int i = 0; i < 30; ++i) {
             clients.push_back(std::make_unique<WsClient>(running.port(), "/", "", no_takeover));
             REQUIRE(clients.back()->is_open());
-            clients.back()->raw.send(frame(0x41, hex("f2 48 cd"), true));
         }
+        for (const auto& client : clients) client->raw.send(frame(0x41, hex("f2 48 cd"), true));
         CHECK(running.eventually([&] {
             const Metrics metrics = running.server.metrics();
             return metrics.closed.at(CloseCause::backlog) >= 17 && metrics.backlog_bytes <= 500'000;
