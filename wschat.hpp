@@ -13081,7 +13081,9 @@ struct ChatEntry {
         if (target == nullptr || !target->is_message() || target->removed) return "bad_id";
         if (amendment.kind == Kind::react) return {};
         const bool by_moderator = amendment.kind == Kind::remove && amendment.moderator;
-        if (amendment.author != target->author && !by_moderator) return "not_yours";
+        // The author of a guest is only a name, but the public id is that of one connection.
+        const bool own = amendment.author == target->author && amendment.user == target->user;
+        if (!own && !by_moderator) return "not_yours";
         const bool too_late = amendment.kind == Kind::edit && target->time < amendment.not_before;
         return too_late ? std::string_view("too_late") : std::string_view();
     }

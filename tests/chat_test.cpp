@@ -870,6 +870,20 @@ TEST_CASE("nobody changes the message of another user, and a moderator removes i
     CHECK_FALSE(contains(history, "mine"));
 }
 
+TEST_CASE("a guest does not change the messages of an earlier guest with the same name") {
+    TestHost host;
+    std::string id;
+    {
+        ChatClient<> first(host, "name=Anna");
+        id = field_of(first.answer_to("mine"), "id");
+        first.disconnect(CloseCode::normal);
+    }
+    ChatClient<> second(host, "name=Anna");
+    CHECK(second.handler.user().name == "Anna");
+    CHECK(field_of(second.answer_to("/edit " + id + " yours"), "code") == "not_yours");
+    CHECK(field_of(second.answer_to("/delete " + id), "code") == "not_yours");
+}
+
 TEST_CASE("an edit is refused if it is too late, names no message, or has a text that cannot be said") {
     TestHost host;
     ChatClient anna(host, "name=Anna");
