@@ -77,15 +77,15 @@
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
 //   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
-//   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, utc_time, to_json, log_to_stderr,
-//   log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart,
-//   Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server, WebSocketHandler, Reply,
-//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions,
-//   SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient,
-//   TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub,
-//   ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory,
-//   chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply, ChatRoom, SqliteOptions,
-//   SqliteHistory
+//   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms, utc_time, to_json,
+//   log_to_stderr, log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame,
+//   Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server,
+//   WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
+//   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
+//   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
+//   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply,
+//   ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -1321,6 +1321,12 @@ WSCHAT_COLD inline std::string to_string(const LogEntry& entry) {
         (line += escape_for_log(value)) += '"';
     }
     return line;
+}
+
+// The wall clock: Unix time in milliseconds.
+inline std::int64_t unix_ms() {
+    using namespace std::chrono;
+    return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
 }
 
 // The time as in RFC 3339, in UTC: "2026-11-29T08:49:37.123Z".
@@ -8724,8 +8730,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 14: Server
 //
-// Sessions, listeners, metrics and the server: reads sockets, drives the protocol, calls handlers, flushes. The one
-// section that knows everything above.
+// Sessions, listeners, metrics and the server: reads sockets, drives the protocol, calls handlers, flushes. It
+// knows all sections above.
 //
 // A turn of the loop, seen from here: the poller reports sockets -> Session::on_ready() reads, parses and calls
 // handlers, which queue output -> at the end of the turn Worker::end_turn() lets sessions with work left from earlier
@@ -13236,11 +13242,11 @@ struct HistoryLimits {
     std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; above it, the same
     std::size_t max_facts = 100'000;                 // above it, a new fact is refused
     std::size_t max_reactions = 500;                 // of a message; above it, a new reaction is refused
+
+    static bool exceeds(std::size_t value, std::size_t limit) { return limit != 0 && value > limit; }
 };
 
 namespace detail {
-
-inline bool exceeds(std::size_t value, std::size_t limit) { return limit != 0 && value > limit; }
 
 // The history of one room in memory. Its ids have no holes.
 class RoomHistory {
@@ -13379,7 +13385,7 @@ private:
         });
         amendment.removed = same != all.end();
         if (amendment.removed) all.erase(same);
-        else if (exceeds(all.size() + 1, max_reactions)) return false;
+        else if (HistoryLimits::exceeds(all.size() + 1, max_reactions)) return false;
         else all.push_back({amendment.text, amendment.user, amendment.name, amendment.author});
         return true;
     }
@@ -13436,7 +13442,9 @@ private:
             const Record& oldest = records_.front();
             const bool expired =
                 limits.max_age != Duration::zero() && saturating_add(oldest.time, limits.max_age) <= now;
-            if (!expired && !exceeds(records_.size(), limits.max_entries) && !exceeds(bytes_, limits.max_bytes)) return;
+            if (!expired && !HistoryLimits::exceeds(records_.size(), limits.max_entries) &&
+                !HistoryLimits::exceeds(bytes_, limits.max_bytes))
+                return;
             bytes_ -= oldest.bytes;
             if (!oldest.entry.tag.empty()) tags_.erase(tag_key(oldest.entry));
             records_.erase(big_endian_key(oldest.entry.id));
@@ -13509,8 +13517,9 @@ public:
         if (fact.value.empty()) {
             facts_.erase(key);
         } else {
-            if (facts_.find(key) == nullptr && detail::exceeds(facts_.size() + 1, limits_.max_facts)) prune_facts();
-            if (facts_.find(key) == nullptr && detail::exceeds(facts_.size() + 1, limits_.max_facts))
+            if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
+                prune_facts();
+            if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
                 return listener_->on_fact_failure(fact, "too many facts");
             facts_.find_or_emplace(key) = fact;
         }
@@ -13561,10 +13570,6 @@ public:
     }
 
 private:
-    static std::int64_t unix_ms() {
-        using namespace std::chrono;
-        return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
-    }
     // Runs `work` on the history and updates the total of bytes.
     template <class Work>
     auto update(const detail::RoomHistory& history, Work&& work) -> decltype(work()) {
@@ -13579,14 +13584,14 @@ private:
         return update(*history, [&] { return history->amend(entry, limits_); });
     }
     void keep(ChatEntry& entry) {
-        if (histories_.find(entry.room) == nullptr && detail::exceeds(histories_.size() + 1, limits_.max_rooms))
+        if (histories_.find(entry.room) == nullptr && HistoryLimits::exceeds(histories_.size() + 1, limits_.max_rooms))
             evict_oldest();
         detail::RoomHistory& history = histories_.find_or_emplace(entry.room, deleted_id_);
         std::string use_key = big_endian_key(++uses_);
         by_use_.find_or_emplace(use_key, entry.room);
         by_use_.erase(std::exchange(history.use_key, std::move(use_key)));
         entry.id = update(history, [&] { return history.append(entry, limits_, listener_->now()); });
-        while (detail::exceeds(bytes_, limits_.max_total_bytes) && by_use_.size() > 1) evict_oldest();
+        while (HistoryLimits::exceeds(bytes_, limits_.max_total_bytes) && by_use_.size() > 1) evict_oldest();
     }
     template <class Read>
     HistoryPage read(const std::string& room, Read&& work) {
@@ -14344,8 +14349,6 @@ public:
         return list;
     }
 
-    // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
-    // who is in a room is never taken for an address.
     // ---- hooks for bots, webhooks and logs ------------------------------------------------------------------------
     //
     // Set them before run(). They are called on the loop's thread; an exception is logged and changes nothing.
@@ -14361,6 +14364,9 @@ public:
     // Sends an event of the application to all connections of a user, by the public id. Returns how many there are.
     inline std::size_t send(const std::string& user_id, const ChatEvent& event) const;
 
+    // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
+    // who is in a room is never taken for an address.
+    //
     // A ban of a user who is present is one of his name, of his public id if he has a key or an account, and otherwise
     // of his addresses, if nobody else is connected from there. The store keeps bans.
     inline void ban(std::string_view address_or_name, Duration duration);
@@ -14389,10 +14395,6 @@ private:
         std::size_t connections = 0;
     };
 
-    static std::int64_t unix_ms() {
-        using namespace std::chrono;
-        return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
-    }
     static std::string rate_limit_key(const std::string& address) {
         const auto parsed = IpAddress::parse(address);
         return parsed ? parsed->rate_limit_key() : address;
@@ -15343,7 +15345,7 @@ private:
         ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::edit, *id);
         entry.text = std::move(text);
         const auto age = std::chrono::duration_cast<std::chrono::milliseconds>(hub.limits.edit_for).count();
-        entry.not_before = ChatHub::unix_ms() - age;
+        entry.not_before = unix_ms() - age;
         hub.append(std::move(entry));
     }
     void remove(std::string_view rest) {
@@ -16115,13 +16117,6 @@ inline std::int64_t sqlite_milliseconds(Duration duration) {
     const auto count = std::chrono::duration_cast<std::chrono::milliseconds>(duration).count();
     return (std::min)(static_cast<std::int64_t>(count), std::int64_t{1'000'000'000});
 }
-inline std::int64_t sqlite_unix_ms() {
-    using namespace std::chrono;
-    return duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
-}
-
-inline bool over_limit(std::size_t value, std::size_t limit) { return limit != 0 && value > limit; }
-
 // A connection to a database. For one thread at a time. Failures are an Error that names `path`.
 class SqliteDatabase {
 public:
@@ -16262,7 +16257,7 @@ public:
             lock_.wait_for_locks((std::max)(deadline - Clock::now(), Duration::zero()));
             if (!lock_.try_execute("BEGIN IMMEDIATE")) break;
             lock_.execute("CREATE TABLE IF NOT EXISTS holder(process, host, time); DELETE FROM holder");
-            lock_.run("INSERT INTO holder VALUES(?1, ?2, ?3)", process_id(), host_name(), sqlite_unix_ms());
+            lock_.run("INSERT INTO holder VALUES(?1, ?2, ?3)", process_id(), host_name(), unix_ms());
             if (!lock_.try_execute("COMMIT")) {
                 lock_.execute("ROLLBACK");
                 break;
@@ -16420,7 +16415,7 @@ public:
                         "SELECT scope, key, value, author, expires FROM fact WHERE scope = ?1"
                         " AND substr(CAST(key AS BLOB), 1, length(CAST(?2 AS BLOB))) = CAST(?2 AS BLOB)"
                         " AND (expires = 0 OR expires > ?3) ORDER BY key");
-            query.bind(scope).bind(key_prefix).bind(sqlite_unix_ms());
+            query.bind(scope).bind(key_prefix).bind(unix_ms());
             while (query.next_row())
                 facts.push_back({query.text(0), query.text(1), query.text(2), query.text(3), query.number(4)});
         });
@@ -16588,7 +16583,7 @@ private:
     }
     RoomRow add_room(const std::string& name) {
         const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM room"));
-        if (over_limit(count + 1, limits_.max_rooms)) delete_oldest_room();
+        if (HistoryLimits::exceeds(count + 1, limits_.max_rooms)) delete_oldest_room();
         RoomRow room = find_room(name);
         database_.run("INSERT INTO room(name, last) VALUES(?1, ?2)", name, room.last_id);
         room.number = database_.inserted_row();
@@ -16604,8 +16599,8 @@ private:
     }
     void delete_rooms_above_bytes() {
         if (limits_.max_total_bytes == 0) return;
-        while (over_limit(static_cast<std::size_t>(database_.number("SELECT sum(bytes) FROM room")),
-                          limits_.max_total_bytes) &&
+        while (HistoryLimits::exceeds(static_cast<std::size_t>(database_.number("SELECT sum(bytes) FROM room")),
+                                      limits_.max_total_bytes) &&
                database_.number("SELECT count(*) FROM room") > 1)
             delete_oldest_room();
     }
@@ -16697,7 +16692,7 @@ private:
         }
         const auto count =
             static_cast<std::size_t>(database_.number("SELECT count(*) FROM reaction WHERE entry = ?1", row));
-        if (over_limit(count + 1, limits_.max_reactions)) return false;
+        if (HistoryLimits::exceeds(count + 1, limits_.max_reactions)) return false;
         database_.run("INSERT INTO reaction(entry, emoji, author, user, name) VALUES(?1, ?2, ?3, ?4, ?5)", row,
                       amendment.text, amendment.author, amendment.user, amendment.name);
         return true;
@@ -16759,13 +16754,13 @@ private:
         amendment.kind = kind;
         amendment.room = std::move(room);
         amendment.target = target;
-        amendment.time = sqlite_unix_ms();
+        amendment.time = unix_ms();
         return amendment;
     }
 
     // Deletes the oldest entries above the limits, at most 1,000. True: there are more.
     bool prune(std::int64_t room) {
-        const std::int64_t now = sqlite_unix_ms();
+        const std::int64_t now = unix_ms();
         const std::int64_t age = limits_.max_age == Duration::zero() ? 0 : sqlite_age();
         std::uint64_t last = 0, until = 0;
         std::size_t bytes = 0, freed = 0, count = 0;
@@ -16780,8 +16775,9 @@ private:
             Query query(database_, "SELECT id, time, bytes FROM entry WHERE room = ?1 ORDER BY id LIMIT 1000");
             for (query.bind(room); query.next_row(); ++count) {
                 const bool expired = age != 0 && query.number(1) <= now - age;
-                if (!expired && !over_limit(static_cast<std::size_t>(last - query.id(0) + 1), limits_.max_entries) &&
-                    !over_limit(bytes - (std::min)(bytes, freed), limits_.max_bytes))
+                if (!expired &&
+                    !HistoryLimits::exceeds(static_cast<std::size_t>(last - query.id(0) + 1), limits_.max_entries) &&
+                    !HistoryLimits::exceeds(bytes - (std::min)(bytes, freed), limits_.max_bytes))
                     break;
                 until = query.id(0);
                 freed += static_cast<std::size_t>(query.number(2));
@@ -16800,11 +16796,9 @@ private:
 
     bool too_many_facts() {
         const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM fact"));
-        return over_limit(count + 1, limits_.max_facts);
+        return HistoryLimits::exceeds(count + 1, limits_.max_facts);
     }
-    void delete_expired_facts() {
-        database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", sqlite_unix_ms());
-    }
+    void delete_expired_facts() { database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", unix_ms()); }
 
     // ---- reading ---------------------------------------------------------------------------------------------------
 

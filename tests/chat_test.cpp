@@ -536,14 +536,7 @@ TEST_CASE("the search for a name reads no more of a text than the longest name")
 
 TEST_CASE("a history in memory does what every store must do") {
     const test::StoreFactory make = [](const HistoryLimits& limits) { return std::make_unique<MemoryHistory>(limits); };
-    SUBCASE("pages") { test::test_pages(make); }
-    SUBCASE("amendments") { test::test_amendments(make); }
-    SUBCASE("reactions") { test::test_reactions(make); }
-    SUBCASE("search") { test::test_search(make); }
-    SUBCASE("facts") { test::test_facts(make); }
-    SUBCASE("erasure") { test::test_erasure(make); }
-    SUBCASE("export") { test::test_export(make); }
-    SUBCASE("retention") { test::test_retention(make); }
+    test::test_store(make);
 }
 
 TEST_CASE("a history returns the entries after an id in order and reports a gap") {

@@ -381,4 +381,16 @@ inline void test_retention(const StoreFactory& make) {
     }
 }
 
+// All of the above, in a test case.
+inline void test_store(const StoreFactory& make) {
+    SUBCASE("pages") { test_pages(make); }
+    SUBCASE("amendments") { test_amendments(make); }
+    SUBCASE("reactions") { test_reactions(make); }
+    SUBCASE("search") { test_search(make); }
+    SUBCASE("facts") { test_facts(make); }
+    SUBCASE("erasure") { test_erasure(make); }
+    SUBCASE("export") { test_export(make); }
+    SUBCASE("retention") { test_retention(make); }
+}
+
 }  // namespace test

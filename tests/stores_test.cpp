@@ -102,14 +102,7 @@ TEST_CASE("a history in a file does what every store must do") {
         options.limits.max_age = Duration::zero();
         return std::make_unique<SqliteHistory>(files.back()->path, options);
     };
-    SUBCASE("pages") { test::test_pages(make); }
-    SUBCASE("amendments") { test::test_amendments(make); }
-    SUBCASE("reactions") { test::test_reactions(make); }
-    SUBCASE("search") { test::test_search(make); }
-    SUBCASE("facts") { test::test_facts(make); }
-    SUBCASE("erasure") { test::test_erasure(make); }
-    SUBCASE("export") { test::test_export(make); }
-    SUBCASE("retention") { test::test_retention(make); }
+    test::test_store(make);
 }
 
 TEST_CASE("a file keeps messages under ascending ids per room, also after a restart") {
@@ -830,7 +823,8 @@ public:
             CAPTURE(id);
             REQUIRE(kept.texts.count(id) == 1);
             const auto change = kept.last_changes.find(id);
-            if (change == kept.last_changes.end() || change->second <= last_id_) CHECK(kept.texts.at(id) == message.second);
+            if (change == kept.last_changes.end() || change->second <= last_id_)
+                CHECK(kept.texts.at(id) == message.second);
         }
     }
 
