@@ -351,7 +351,7 @@ TEST_CASE("a lock ends with its process") {
 
 TEST_CASE("old entries are deleted when the file is opened") {
     const DatabaseFile temporary;
-    const std::int64_t now = sqlite_unix_ms();
+    const std::int64_t now = unix_ms();
     SqliteOptions options;
     {
         SqliteFile file(temporary.path, options);
