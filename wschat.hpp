@@ -7719,7 +7719,7 @@ public:
     void run() {
         const Running running(*this, "run");
         stop_ = false;
-        while (!stop_) turn((Duration::max)());
+        while (!stop_) turn(now_, (Duration::max)());
         stop_ = false;
     }
     // Ends run() after this turn. Call it on the loop's thread; other threads post() the call.
@@ -7732,7 +7732,10 @@ public:
     // callbacks throw does not leave it. Throws an Error if the loop is running already: in a callback.
     bool poll(Duration timeout = Duration::zero()) {
         const Running running(*this, "poll");
-        turn(timeout);
+        turn((std::max)(now_, timers_.next()), timeout);
+        const Time end = clock();
+        note_span(now_, now_, end);
+        now_ = end;
         return !std::exchange(stop_, false);
     }
     // An epoll or kqueue descriptor that is readable while a socket, posted work or a signal needs poll(). Only wait
@@ -7747,11 +7750,7 @@ public:
     }
     // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero if
     // work is left. Duration::max() if there is none. Ask again before each wait, because any call may change it.
-    Duration next_timeout() const {
-        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
-        if (timers_.next() == (Time::max)()) return (Duration::max)();
-        return (std::max)(timers_.next() - clock(), Duration::zero());
-    }
+    Duration next_timeout() const { return next_timeout(clock()); }
 
     // ---- work and timers -------------------------------------------------------------------------------------------
 
@@ -7891,12 +7890,17 @@ private:
         return id;
     }
 
-    void turn(Duration max_wait) {
+    // The loop expects to begin the turn at `expected` or earlier.
+    void turn(Time expected, Duration max_wait) {
+        const Time begin = clock();
+        note_span(now_, expected, begin);
+        const int timeout = timeout_ms((std::min)(next_timeout(begin), max_wait));
         try {
-            poller_->wait(timeout_ms(max_wait), ready_);
+            poller_->wait(timeout, ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
         now_ = clock();
+        if (timeout >= 0) note_span(begin, begin + std::chrono::milliseconds(timeout), now_);
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -7905,9 +7909,20 @@ private:
         poll_again_ = at_turn_end_ && at_turn_end_();
     }
 
+    // Work, a wait or a pause of the program that ends more than a second later than expected, for example because the
+    // process was stopped, counts as time in which the loop did not poll. Nobody knows when a late wait was stopped, so
+    // all of it counts.
+    void note_span(Time begin, Time expected, Time end) {
+        if (end > saturating_add(expected, std::chrono::seconds(1))) away_ += end - begin;
+    }
+
+    Duration next_timeout(Time now) const {
+        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
+        if (timers_.next() == (Time::max)()) return (Duration::max)();
+        return (std::max)(timers_.next() - now, Duration::zero());
+    }
     // Rounds up: rounding down would spin until the timer is due.
-    int timeout_ms(Duration max_wait) const {
-        const Duration wait = (std::min)(next_timeout(), max_wait);
+    static int timeout_ms(Duration wait) {
         if (wait <= Duration::zero()) return 0;
         if (wait == (Duration::max)()) return -1;
         return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
@@ -7929,6 +7944,7 @@ private:
     TimerId last_call_ = 0;
     std::vector<detail::Poller::Ready> ready_;
     Time now_;
+    Duration away_{};  // LoopAccess::away()
     std::atomic<const void*> thread_{nullptr};
     bool stop_ = false;
     bool poll_again_ = false;
@@ -7951,6 +7967,9 @@ public:
         loop.poller_ = std::move(poller);
         loop.now_ = loop.poller_->now();
     }
+    // The sum of all times in which the loop did not poll: it was stopped, or a callback took more than a second. A
+    // deadline of a peer can leave it out.
+    static Duration away(const Loop& loop) { return loop.away_; }
     // The next turn does not wait.
     static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
@@ -9449,6 +9468,7 @@ public:
     bool answered = false;               // at least one request
     bool idle = false;                   // waits for the next request
     std::size_t discarded = 0;           // bytes that were read while lingering
+    Duration away_before{};              // LoopAccess::away() when the deadline was set
     std::unique_ptr<ProxyHeader> proxy;  // null if no PROXY header is due
 
     // An answer is being sent, or comes later.
@@ -9970,6 +9990,7 @@ public:
     void start(bool full) {
         protect([&] {
             schedule(after(limits().handshake_timeout));
+            http_->away_before = LoopAccess::away(host_.loop);
             if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
                 return abort(CloseCause::connection_lost, "cannot be watched");
             full_ = full;
@@ -10019,10 +10040,9 @@ public:
 
     void on_timer(Time now) override {
         if (gone()) return;
-        const Duration late = now - due();
-        const std::uint64_t received_before = host_.wire.received;
+        const Time was_due = due();
         protect([&] {
-            if (read_late_input() || extend_handshake(late, host_.wire.received != received_before)) {
+            if (read_late_input() || extend_handshake(was_due)) {
                 // The peer was in time.
             } else if (phase_ == Phase::websocket) {
                 connection().tick(now);
@@ -10284,16 +10304,17 @@ private:
         return in_time;
     }
 
-    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more
-    // time if this turn has no budget left for its input, or if that was read now, after a long turn.
-    bool extend_handshake(Duration late, bool received) {
-        constexpr Duration long_turn = std::chrono::seconds(1);
-        if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;
+    // The deadline of a TLS handshake, and of the request after it, does not run while the loop is away, and not while
+    // the handshakes of others use up the budget of each turn.
+    bool extend_handshake(Time was_due) {
+        if (ended_ || phase_ != Phase::http || !stream_.encrypted() || http_->answered || !reading()) return false;
+        const Duration away = LoopAccess::away(host_.loop);
+        const Duration missed = away - std::exchange(http_->away_before, away);
         char byte = 0;
-        const bool unread =
-            host_.turn.handshakes_left == 0 && stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
-        if (!unread && (!received || late < long_turn)) return false;
-        schedule(saturating_add(now(), (std::max)(late, long_turn)));
+        const bool unread = !stream_.established() && host_.turn.handshakes_left == 0 &&
+                            stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
+        if (missed == Duration::zero() && !unread) return false;
+        schedule((std::max)(saturating_add(was_due, missed), now() + std::chrono::seconds(1)));
         return true;
     }
 
