@@ -13310,10 +13310,8 @@ struct ChatEntry {
         leave,
         rename,
         event,
-        away,    // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
-        kick,    // closes the connections of a user to the room
-        ban,     // asks all hubs to ban what they know of the user with a name
-        direct,  // an event of the application for one user
+        away,  // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        ban,   // asks all hubs to ban what they know of a user; `text` is the name, `target` milliseconds
     };
     struct Reaction {
         std::string emoji{};
@@ -14384,17 +14382,58 @@ struct ChatUser {
 
 namespace detail {
 
-// The users of a room. A user joins with the first connection, and leaves when the last connection has been gone for
-// the grace period. Names are unique in the room, compared by chat_fold().
+// The users of a room, as one hub knows them. Names are unique in the room, compared by chat_fold(). The store says who
+// is present: a user is confirmed when the store has delivered a `join`. A user of this hub who is not confirmed has a
+// name that seems to be free, and may get another one.
 class Presence {
 public:
+    // The last entry about a user that this hub has forwarded.
+    enum class Told : std::uint8_t { nothing, join, away, leave };
+
+    struct Place {
+        std::string hub;
+        bool away;
+    };
     struct User {
         ChatUser info;
-        std::string identity;                   // connections with the same one are one user; empty: unknown
-        std::vector<ChatHandler*> connections;  // empty in the grace period, and for remote users
-        Time expires = (Time::max)();           // the end of the grace period
-        bool remote = false;                    // connected to another server
+        std::string identity;                   // connections with the same one are one user; empty: a guest
+        std::vector<ChatHandler*> connections;  // to this hub
+        Time expires = (Time::max)();           // the end of the grace period on this hub
+        Told told = Told::nothing;
+        std::vector<Place> places{};         // the hubs to which the user is connected or was before the grace period
+        std::string wanted{};                // the name that the user asked for
+        std::vector<std::string> refused{};  // names that the store refused, folded
+        std::string key{};                   // of the user in the map
         std::vector<std::string> tags{};        // of the latest private messages
+
+        bool confirmed() const { return !places.empty(); }
+        // No hub has a connection.
+        bool away() const {
+            return connections.empty() &&
+                   std::all_of(places.begin(), places.end(), [](const Place& place) { return place.away; });
+        }
+        // Null if the user is not connected to the hub.
+        const Place* place(const std::string& hub) const {
+            for (const Place& each : places)
+                if (each.hub == hub) return &each;
+            return nullptr;
+        }
+        void set_place(const std::string& hub, bool is_away) {
+            for (Place& each : places) {
+                if (each.hub != hub) continue;
+                each.away = is_away;
+                return;
+            }
+            places.push_back({hub, is_away});
+        }
+        // False if the user is not connected to the hub.
+        bool erase_place(const std::string& hub) {
+            const auto is_there = [&](const Place& each) { return each.hub == hub; };
+            const auto at = std::find_if(places.begin(), places.end(), is_there);
+            if (at == places.end()) return false;
+            places.erase(at);
+            return true;
+        }
     };
 
     // Null if nobody has the name.
@@ -14402,63 +14441,63 @@ public:
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
+    User* find_id(const std::string& id) const { return ids_.find(id); }
     // Ordered by name.
     StringMap<User>::Iterator begin() const { return users_.begin(); }
     StringMap<User>::Iterator end() const { return users_.end(); }
+    // Those that are confirmed.
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
-        for (const auto& [name, user] : users_) list.push_back(user.info);
+        for (const auto& [name, user] : users_)
+            if (user.confirmed()) list.push_back(user.info);
         return list;
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
+    // Users of this hub: the store has been told of them.
+    std::size_t own() const { return own_; }
     std::size_t max_name = 40;  // of the names that free_name() makes
 
-    // Adds a connection to the user with its identity. Without an identity: to a user of that name who has none either
-    // and is in the grace period. Otherwise to a new user with a free name; then `joined` is true.
-    struct Connected {
-        User& user;
-        bool joined;
-    };
-    Connected connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
+    // Adds a connection to the user with its identity, or to a new user with a free name. The name of an account is
+    // free, unless another account has it.
+    User& connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
         User* user = find_identity(identity);
-        if (user == nullptr && identity.empty()) {
-            user = find(info.name);
-            if (user != nullptr && (!user->identity.empty() || user->expires == (Time::max)())) user = nullptr;
+        if (user == nullptr) {
+            const User* const holder = find(info.name);
+            const bool takes = info.account && holder != nullptr && !holder->info.account;
+            ChatUser added = info;
+            if (!takes) added.name = free_name(info.name);
+            user = &add(std::move(added), identity);
+            user->wanted = info.name;
         }
-        const bool joined = user == nullptr;
-        if (joined) user = &add(info, identity);
         user->connections.push_back(connection);
         user->expires = (Time::max)();
-        return {*user, joined};
+        return *user;
     }
-    // Adds a user without connections.
+    // Adds a user without connections, who takes the name from another user.
     User& add(ChatUser info, const std::string& identity) {
-        info.name = free_name(info.name);
-        const std::string key = chat_fold(info.name);
-        longest_name_ = (std::max)(longest_name_, 3 * info.name.size());
+        std::string key = take_key(info.name);
         User& user = users_.find_or_emplace(key);
         try {
             user.identity = identity;
+            user.key = std::move(key);
             user.connections.reserve(1);  // connect() must not fail after this
+            if (!info.id.empty()) ids_.insert_reference(info.id, user);
             if (!identity.empty()) identities_.insert_reference(identity, user);
         } catch (...) {
-            users_.erase(key);
+            ids_.erase(info.id);
+            users_.erase(user.key);
             throw;
         }
         user.info = std::move(info);
         return user;
     }
-
-    // Removes a connection. After the last one the user is removed and destroyed: immediately if `at_once` (then the
-    // result is true), else by expire().
-    bool disconnect(User& user, ChatHandler* connection, Time expires, bool at_once) {
-        detach(user, connection, expires);
-        if (!user.connections.empty()) return false;
-        if (at_once) remove(user);
-        return at_once;
+    void set_told(User& user, Told told) {
+        own_ += told != Told::nothing;
+        own_ -= std::exchange(user.told, told) != Told::nothing;
     }
-    // Allocates nothing.
+
+    // Removes a connection; after the last one the grace period begins. Allocates nothing.
     static void detach(User& user, ChatHandler* connection, Time expires) {
         auto& all = user.connections;
         for (auto at = all.begin(); at != all.end(); ++at) {
@@ -14468,38 +14507,51 @@ public:
         }
         if (all.empty()) user.expires = expires;
     }
-    // Removes the users whose grace period is over, and returns them. `next` is the end of the next period.
-    std::vector<ChatUser> expire(Time now, Time& next) {
-        std::vector<ChatUser> expired;
+    // The ids of the users whose grace period is over. `next` is the end of the next period.
+    std::vector<std::string> expired(Time now, Time& next) const {
+        std::vector<std::string> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(user.info);
+            if (user.expires <= now) expired.push_back(user.info.id);
             else next = (std::min)(next, user.expires);
         }
-        for (const ChatUser& user : expired) remove(*find(user.name));
         return expired;
     }
     void remove(User& user) {
-        const std::string key = chat_fold(user.info.name);
+        const std::string key = user.key;
+        set_told(user, Told::nothing);
+        ids_.erase(user.info.id);
         if (!user.identity.empty()) identities_.erase(user.identity);
         users_.erase(key);
     }
 
-    // False if another user has the name.
-    bool rename(User& user, const std::string& name) {
-        const User* holder = find(name);
-        if (holder != nullptr && holder != &user) return false;
-        longest_name_ = (std::max)(longest_name_, 3 * name.size());
-        std::string copy = name;  // allocated first: a failure after users_.rename() would lose the user
-        if (holder == nullptr) users_.rename(chat_fold(user.info.name), chat_fold(name));
+    // Gives the user a name, and takes it from another user, who keeps it without being found by it.
+    void set_name(User& user, const std::string& name) {
+        if (user.key == chat_fold(name)) {
+            user.info.name = name;
+            return;
+        }
+        std::string key = take_key(name), copy = name;  // allocated first: a failure would lose the user
+        users_.rename(user.key, key);
+        user.key = std::move(key);
         user.info.name = std::move(copy);
-        return true;
     }
-    // The name, with a free number behind it if it is taken. The steps grow, so the tries are few in any room.
-    std::string free_name(const std::string& name) const {
+    // Others may take the name of a user who is about to leave.
+    void release_name(User& user) {
+        std::string key = lost_key(user);
+        if (user.key == key) return;
+        users_.rename(user.key, key);
+        user.key = std::move(key);
+    }
+    // Whether another user has taken the name.
+    bool lost_name(const User& user) const { return user.key == lost_key(user); }
+
+    // The name, with a free number behind it if it is taken. The steps grow, so the tries are few in any room. `user`:
+    // who gets the name; what the store has refused to that user is taken.
+    std::string free_name(const std::string& name, const User* user = nullptr) const {
         std::string free = name;
         std::size_t step = 1;
-        for (std::size_t n = 2; find(free) != nullptr; n += step) {
+        for (std::size_t n = 2; taken(chat_fold(free), user); n += step) {
             if (n == 10) n = (std::max)(n, users_.size());
             if (n >= 10) step *= 2;
             const std::string number = std::to_string(n);
@@ -14523,8 +14575,25 @@ public:
     }
 
 private:
+    bool taken(const std::string& folded, const User* by) const {
+        const User* const holder = users_.find(folded);
+        return (holder != nullptr && holder != by) || (by != nullptr && text::contains(by->refused, folded));
+    }
+    // The key of a user who has lost the name to another. No folded name has a line feed.
+    static std::string lost_key(const User& user) {
+        return text::concat({chat_fold(user.info.name), "\n", user.info.id});
+    }
+    std::string take_key(const std::string& name) {
+        longest_name_ = (std::max)(longest_name_, 3 * name.size());
+        std::string key = chat_fold(name);
+        if (User* const holder = users_.find(key)) release_name(*holder);
+        return key;
+    }
+
     StringMap<User> users_;  // by chat_fold() of the name
     StringMap<User> identities_;
+    StringMap<User> ids_;
+    std::size_t own_ = 0;
     std::size_t longest_name_ = 0;  // of all users so far, in the longest form that chat_fold() takes for the same
 };
 
@@ -14539,10 +14608,9 @@ public:
     // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
     //
     //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
-    //           An account also takes the name of a user without one, whom a hub renames after that. A guest (an entry
-    //           without author) who is present must be away from all hubs, or it is another guest: "name_taken".
+    //           An account also takes the name of a user without one, whom a hub renames after that.
     //   away    The user has no connection to the hub for now.
-    //   leave   The hub has no such user any more. It is quiet if other hubs have.
+    //   leave   The hub has no such user any more. It is quiet if other hubs have. Another hub may have sent it.
     //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
     std::string_view apply(ChatEntry& entry) {
         if (entry.kind == ChatEntry::Kind::join) return join(entry);
@@ -14630,18 +14698,11 @@ private:
             user = &room.users.find_or_emplace(entry.user);
             user->join = entry;
             room.names.find_or_emplace(key) = entry.user;
-        } else if (entry.author.empty() && present_elsewhere(*user, entry.hub)) {
-            return "name_taken";
         }
         entry.name = user->join.name;
         entry.text = user->join.text;
         user->hubs.find_or_emplace(entry.hub) = false;
         return {};
-    }
-    static bool present_elsewhere(const User& user, const std::string& than) {
-        for (const auto& [hub, away] : user.hubs)
-            if (hub != than && !away) return true;
-        return false;
     }
     void leave(Room& room, const User& user, ChatEntry& entry) {
         entry.quiet = user.hubs.size() > 1;
@@ -14744,6 +14805,8 @@ private:
     std::string topic_;
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
+    bool watched_ = false;                       // ChatStore::watch() was called
+    bool presence_known_ = false;                // the store has said who is present
     bool expiry_scheduled_ = false;
     bool counting_ = false;  // the members have no list of users
     bool count_scheduled_ = false;
@@ -14755,7 +14818,8 @@ public:
     explicit ChatHub(Server& server)
         : server_(server),
           members_(&server.rooms()),
-          first_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16),
+          id_(new_id()),
+          first_number_(std::stoull(id_, nullptr, 16) & ~std::uint64_t{0xFFFFFF}),
           last_number_(first_number_) {
         set_store(MemoryHistory());
     }
@@ -14840,6 +14904,7 @@ private:
     friend class ChatRoom;
     friend class detail::ChatCommands;
     using User = detail::Presence::User;
+    using Told = detail::Presence::Told;
 
     struct AddressUse {
         detail::FloodLimiter limiter;
@@ -14852,6 +14917,15 @@ private:
         return parsed ? parsed->rate_limit_key() : address;
     }
 
+    // 16 lower-case hexadecimal digits at random.
+    static std::string new_id() {
+        std::string id;
+        for (const char c : random_bytes(8))
+            for (const unsigned shift : {4u, 0u})
+                id += "0123456789abcdef"[static_cast<unsigned>(static_cast<unsigned char>(c)) >> shift & 15];
+        return id;
+    }
+
     // ---- public ids ------------------------------------------------------------------------------------------------
 
     // The ids of users depend on a secret of the store, so nobody can find the key of a user by trying keys.
@@ -14861,11 +14935,17 @@ private:
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
             if (facts.empty()) {
                 const std::string bytes = random_bytes(30);
-                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-                if (error.empty()) store_->put({"server", "secret", secret_});
-            } else secret_ = facts[0].value;
-            for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+                const std::string secret = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+                // Of several hubs that start at once, the first one decides.
+                if (error.empty()) store_->put({"server", "secret", secret, {}, 0, true});
+                else set_secret(secret);
+            } else set_secret(facts[0].value);
         });
+    }
+    void set_secret(const std::string& secret) {
+        if (!secret_.empty() || secret.empty()) return;
+        secret_ = secret;
+        for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
     }
     // Calls start() when the ids of users are known.
     void when_ready(std::function<void()> start) {
@@ -14923,23 +15003,51 @@ private:
     inline User& connect(ChatRoom& room, const ChatUser& info, const std::string& identity, ChatHandler& handler,
                          std::uint64_t number);
     void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
-        const Time expires = saturating_add(now(), limits.grace);
-        detail::Presence::detach(user, &handler, expires);  // first, because the rest may run out of memory
-        const ChatUser left = user.info;
-        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
-        if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
+        // First, because the rest may run out of memory.
+        detail::Presence::detach(user, &handler, saturating_add(now(), limits.grace));
+        if (!user.connections.empty()) return;
+        if (user.place(id_) != nullptr) user.set_place(id_, true);
+        if (at_once) return forward_leave(room, user);
+        if (!room.expiry_scheduled_) schedule_expiry(room, limits.grace);
+        room.presence_.set_told(user, Told::away);
+        forward(new_entry(ChatEntry::Kind::away, room, user.info));
     }
-    void rename(ChatRoom& room, User& user, const std::string& name) {
+    // The store decides: the user has the name when it delivers the entry.
+    void rename(const ChatRoom& room, const User& user, const std::string& name) {
         ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
-        const std::string key = mute_key(room, user);
-        room.presence_.rename(user, name);
-        move_mute(key, mute_key(room, user), name);
         forward(std::move(entry));
     }
-    void announce_leave(ChatRoom& room, const ChatUser& user) {
-        forward(new_entry(ChatEntry::Kind::leave, room, user));
-        if (room.presence_.empty()) prune_later();
+    void forward_join(ChatRoom& room, User& user, std::uint64_t sender) {
+        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, user.info);
+        entry.text = user.info.about;
+        entry.author = user.identity;
+        entry.sender = sender;
+        room.presence_.set_told(user, Told::join);
+        forward(std::move(entry));
+    }
+    // It may destroy the user.
+    void forward_leave(ChatRoom& room, User& user) {
+        ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, user.info);
+        user.expires = (Time::max)();
+        room.presence_.set_told(user, Told::leave);
+        // The name is free for what this hub forwards next.
+        if (only_here(user)) room.presence_.release_name(user);
+        forward(std::move(entry));
+    }
+    bool only_here(const User& user) const {
+        for (const detail::Presence::Place& each : user.places)
+            if (each.hub != id_) return false;
+        return true;
+    }
+    // Of all hubs with the user, one acts for the user.
+    bool acts_for(const User& user) const {
+        bool here = user.places.empty();
+        for (const detail::Presence::Place& each : user.places) {
+            if (each.hub < id_) return false;
+            here = here || each.hub == id_;
+        }
+        return here;
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
         server_.loop().call_later(delay, [this, name = room.name()] {
@@ -14947,12 +15055,20 @@ private:
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
-            for (const ChatUser& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
+            for (const std::string& expired : found->presence_.expired(now(), next))
+                if (User* const user = found->presence_.find_id(expired)) forward_leave(*found, *user);
             // The minimum of 50 ms lets users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
         });
         room.expiry_scheduled_ = true;
+    }
+    // The room has users of this hub from now on.
+    void watch(ChatRoom& room) {
+        if (std::exchange(room.watched_, true)) return;
+        if (!beating_) store_->beat(id_);
+        if (!store_->watch(room.name()) || std::exchange(beating_, true)) return;
+        server_.loop().call_every(std::chrono::seconds(2), [this] { store_->beat(id_); });
     }
     // In a large room, a list or an event for each user who comes would cost the square of their number. The members
     // hear of the number of users, once a second, and get the list when it is short again.
@@ -14969,12 +15085,18 @@ private:
         return true;
     }
     inline void send_count(const ChatRoom& room);
-    // Removes rooms without users in the next turn, when no callback has a reference to them.
+    // Removes rooms without users of this hub in the next turn, when no callback has a reference to them.
     void prune_later() {
         if (std::exchange(pruning_, true)) return;
         server_.loop().post([this] {
             pruning_ = false;
-            rooms_.erase_if([](ChatRoom& room) { return room.presence_.empty(); });
+            std::vector<std::string> unwatched;
+            rooms_.erase_if([&](const ChatRoom& room) {
+                if (room.presence_.own() != 0) return false;
+                if (room.watched_) unwatched.push_back(room.name());
+                return true;
+            });
+            for (const std::string& name : unwatched) store_->unwatch(name);
         });
     }
 
@@ -15042,12 +15164,16 @@ private:
         decide("mute", key, "", Duration::zero());
     }
 
+    // At most ten years.
+    static std::uint64_t to_milliseconds(Duration duration) {
+        const Duration bounded = (std::min)(duration, Duration(std::chrono::hours(24 * 365 * 10)));
+        return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(bounded).count());
+    }
     // A decision holds at once, and the store keeps it for restarts and other servers. Zero ends it.
     void decide(const char* scope, const std::string& key, const std::string& name, Duration duration) {
         const bool ending = duration <= Duration::zero();
-        constexpr Duration longest = std::chrono::hours(24 * 365 * 10);
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
-        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
+        const std::int64_t expires = ending ? 0 : unix_ms() + static_cast<std::int64_t>(to_milliseconds(duration));
+        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, expires};
         on_fact(fact);
         if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
         store_->put(std::move(fact));
@@ -15056,6 +15182,7 @@ private:
     inline void on_fact(const ChatFact& fact) override;
     void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
         server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
+        if (fact.scope == "server") set_secret(fact.value);
     }
     void load_decisions(const char* scope) {
         store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
@@ -15080,10 +15207,12 @@ private:
     }
     void append(ChatEntry entry) {
         entry.time = unix_ms();
+        entry.hub = id_;
         store_->append(std::move(entry));
     }
     WSCHAT_NOINLINE void forward(ChatEntry entry) {
         entry.time = unix_ms();
+        if (entry.hub.empty()) entry.hub = id_;
         store_->forward(entry);
     }
     // The store answers before it answers the first member's request for the history.
@@ -15094,16 +15223,14 @@ private:
                 room->topic_ = facts[0].value;
         });
     }
-    // The topic outlives its entry in the history. The server that appended the entry keeps it as a fact.
+    // The topic outlives its entry in the history. The hub that appended the entry keeps it as a fact.
     void on_topic(ChatRoom* room, const ChatEntry& entry) {
         if (appended_here(entry)) store_->put({"topic", entry.room, entry.text});
         if (room == nullptr) return;
         room->topic_ = entry.text;
         room->topic_id_ = entry.id;
     }
-    bool appended_here(const ChatEntry& entry) const {
-        return entry.sender >= first_number_ && entry.sender <= last_number_;
-    }
+    bool appended_here(const ChatEntry& entry) const { return entry.hub == id_; }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
         if (members_.find(room.name()) == nullptr || !room.delivered_id_) {
@@ -15125,17 +15252,42 @@ private:
         }
     }
     inline void on_entry(const ChatEntry& entry) override;
-    inline void deliver(const ChatEntry& entry);
+    inline bool deliver(const ChatEntry& entry);
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
     inline void on_refused(const ChatEntry& entry, std::string_view code) override;
+    inline void on_presence(const std::string& name, const std::vector<ChatEntry>& users) override;
     Time now() const override { return server_.loop().now(); }
+    std::string hub() const override { return id_; }
     inline void on_kept(const ChatEntry& entry);
     inline void on_private_message(const ChatEntry& entry);
+    // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
+    static bool is_duplicate(User& author, const std::string& tag) {
+        std::vector<std::string>& tags = author.tags;
+        if (tag.empty()) return false;
+        if (text::contains(tags, tag)) return true;
+        if (tags.size() == 64) tags.erase(tags.begin());
+        tags.push_back(tag);
+        return false;
+    }
     inline void on_typing(const ChatEntry& entry);
-    inline void on_join(const ChatEntry& entry);
-    inline void on_leave(const ChatEntry& entry);
-    inline void on_rename(const ChatEntry& entry);
+    // False: nobody hears of it.
+    inline bool on_join(const ChatEntry& entry);
+    bool on_away(const ChatEntry& entry) {
+        const ChatRoom* const room = find(entry.room);
+        User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
+        if (user != nullptr && user->place(entry.hub) != nullptr) user->set_place(entry.hub, true);
+        return false;
+    }
+    inline bool on_leave(const ChatEntry& entry);
+    inline bool on_rename(const ChatEntry& entry);
+    inline bool on_ban(const ChatEntry& entry);
+    inline void on_lost_name(ChatRoom& room, User& user);
+    inline void change_name(ChatRoom& room, User& user, const std::string& name);
+    inline void on_presence_refused(const ChatEntry& entry, std::string_view code);
+    inline void forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users);
+    inline void forward_missing(ChatRoom& room);
+    inline void dismiss(ChatRoom& room, const User& guest);
     inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
 
     Server& server_;
@@ -15144,12 +15296,14 @@ private:
     StringMap<ChatHandler> connections_;  // by number
     StringMap<std::vector<ChatHandler*>> connections_by_id_;
     StringMap<bool> noted_;             // the facts about users and conversations that the store has
-    const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
+    const std::string id_;
+    const std::uint64_t first_number_;  // no other hub has numbers near; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
     detail::Deadlines bans_, mutes_;
     bool pruning_ = false;
+    bool beating_ = false;                        // ChatStore::beat() is called every two seconds
     std::string secret_;                          // empty: the store has not answered yet
     std::vector<std::function<void()>> waiting_;  // handshakes, until then
     std::unique_ptr<ChatStore> store_;            // the last member, because its destructor may call the listener
@@ -15608,7 +15762,7 @@ private:
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_charged(users_event(*chat_room));
+        if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user));
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
@@ -15682,7 +15836,7 @@ private:
 
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    static inline std::string users_event(const ChatRoom& room);
+    static inline std::string users_event(const ChatRoom& room, const detail::Presence::User* viewer = nullptr);
 
     ChatHub* hub_ = nullptr;
     ChatUser user_;
@@ -15838,13 +15992,12 @@ private:
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         const bool kept = !handler_.identity_.empty() && !receiver->identity.empty();
         if (kept) return handler_.say_to(receiver->info.id, receiver->info.name, std::move(text), handler_.tag_);
-        if (receiver->expires != (Time::max)())
+        if (receiver->away())
             return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
-        if (!handler_.tag_.empty() && is_duplicate())
-            return handler_.reply(ChatEvent("ack").add_text("room", room_->name()));
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
         entry.text = std::move(text);
         entry.to = receiver->info.name;
+        entry.to_user = receiver->info.id;
         entry.tag = handler_.tag_;
         handler_.hub_->forward(std::move(entry));
     }
@@ -15876,15 +16029,6 @@ private:
         handler_.hub_->store().put(
             {"read", text::concat({handler_.user_.id, "\n", what}), std::to_string(*id), handler_.identity_});
     }
-    // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
-    bool is_duplicate() {
-        std::vector<std::string>& tags = membership().user->tags;
-        if (text::contains(tags, handler_.tag_)) return true;
-        if (tags.size() == 64) tags.erase(tags.begin());
-        tags.push_back(std::string(handler_.tag_));
-        return false;
-    }
-
     void typing(std::string_view rest) {
         if (room_ == nullptr || !handler_.may(ChatAction::say) || handler_.muted()) return;
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::typing);
@@ -15894,16 +16038,22 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_charged(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_, membership().user));
     }
 
     void rooms(std::string_view) {
-        JsonList list;
-        for (const auto& [name, room] : handler_.hub_->rooms_)
-            if (!room.presence_.empty() && list.size() < 500)
-                list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
-        ChatEvent event("rooms");
-        handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
+        constexpr std::size_t limit = 500;
+        const auto answer = [me = handler_.ref(), tag = handler_.tag_](
+                                const std::vector<std::pair<std::string, std::size_t>>& rooms, const std::string&) {
+            auto* self = static_cast<ChatHandler*>(me.get());
+            JsonList list;
+            for (const auto& [name, users] : rooms)
+                if (users != 0 && list.size() < limit) list.add(Json{{"room", name}, {"users", users}}.dump());
+            ChatEvent event("rooms");
+            event.add_json("rooms", list.dump()).add_unless_empty("tag", tag);
+            if (self != nullptr) self->write_charged(event.dump());
+        };
+        if (!handler_.hub_->store().rooms(limit, answer)) answer(handler_.hub_->rooms(), "");
     }
 
     void nick(std::string_view rest) {
@@ -16231,13 +16381,15 @@ inline void ChatHandler::join_more_rooms() {
     reply(add_room(event).add_text("name", user().name));
 }
 
-inline std::string ChatHandler::users_event(const ChatRoom& room) {
+// Those whom the store has delivered, and the viewer.
+inline std::string ChatHandler::users_event(const ChatRoom& room, const detail::Presence::User* viewer) {
     detail::JsonList users;
     const std::size_t count = room.presence_.size();
     ChatEvent event("users");
     event.add_text("room", room.name()).add("count", count);
     if (room.counting_ || count > room.hub_.limits.presence_list) return event.dump();
     for (const auto& [key, user] : room.presence_) {
+        if (!user.confirmed() && &user != viewer) continue;
         std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
         if (!user.info.about.empty()) {
             text.back() = ',';
@@ -16283,7 +16435,6 @@ inline void ChatRoom::remove(std::uint64_t id) {
 inline void ChatRoom::set_topic(std::string_view text) {
     ChatEntry entry = new_text("set_topic", text, {});
     entry.kind = ChatEntry::Kind::topic;
-    entry.sender = hub_.first_number_;
     hub_.append(std::move(entry));
 }
 inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t limit,
@@ -16312,19 +16463,29 @@ inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
         return;
     }
     bool is_user = false;
+    for (const auto& [name, room] : rooms_) is_user = is_user || room.presence_.find(target) != nullptr;
+    ChatEntry entry;
+    entry.kind = ChatEntry::Kind::ban;
+    entry.text = target;
+    entry.target = to_milliseconds(duration);
+    forward(std::move(entry));
+    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
+    decide("ban", is_address && !is_user ? address_key(target) : name_key(target), target, duration);
+}
+// The hub that has the connections of a user knows the addresses.
+inline bool ChatHub::on_ban(const ChatEntry& entry) {
+    const Duration duration = std::chrono::milliseconds(entry.target);
     for (const auto& [name, room] : rooms_) {
-        const User* user = room.presence_.find(target);
+        const User* user = room.presence_.find(entry.text);
         if (user == nullptr) continue;
-        is_user = true;
         if (!user->identity.empty()) {
-            decide("ban", user_key(user->info.id), target, duration);
+            if (acts_for(*user)) decide("ban", user_key(user->info.id), entry.text, duration);
             continue;
         }
         for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
-            ban_lone_address(*each, target, duration);
+            ban_lone_address(*each, entry.text, duration);
     }
-    const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
-    decide("ban", is_address && !is_user ? address_key(target) : name_key(target), target, duration);
+    return false;
 }
 inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration) {
     const std::string key = address_key(handler.remote_address());
@@ -16341,6 +16502,7 @@ inline void ChatHub::on_read(const ChatFact& fact) {
 }
 
 inline void ChatHub::on_fact(const ChatFact& fact) {
+    if (fact.scope == "server") return set_secret(fact.value);
     if (fact.scope == "read" && !fact.value.empty()) return on_read(fact);
     if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
     const bool is_ban = fact.scope == "ban";
@@ -16359,21 +16521,39 @@ inline void ChatHub::on_fact(const ChatFact& fact) {
 
 inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, const std::string& identity,
                                        ChatHandler& handler, std::uint64_t number) {
+    watch(room);
+    const User* holder = room.presence_.find(info.name);
+    if (holder != nullptr && holder->identity.empty() && holder->away()) {
+        dismiss(room, *holder);
+        holder = room.presence_.find(info.name);
+    }
     // An account owns its name, so a visitor with that name gets another one.
-    User* holder = info.account ? room.presence_.find(info.name) : nullptr;
-    if (holder != nullptr && !holder->info.account) rename(room, *holder, room.presence_.free_name(info.name));
-    const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
-    if (!connected.joined) return connected.user;
+    if (info.account && holder != nullptr && !holder->info.account && holder->place(id_) != nullptr)
+        rename(room, *holder, room.presence_.free_name(info.name));
+    User& user = room.presence_.connect(info, identity, &handler);
+    if (user.told == Told::join) return user;
     try {
-        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info);
-        entry.text = info.about;
-        entry.sender = number;
-        forward(std::move(entry));
+        if (user.told == Told::leave && room.presence_.lost_name(user))
+            room.presence_.set_name(user, room.presence_.free_name(user.info.name, &user));
+        forward_join(room, user, number);
     } catch (...) {
-        detail::Presence::detach(connected.user, &handler, now());
+        detail::Presence::detach(user, &handler, now());
         throw;
     }
-    return connected.user;
+    return user;
+}
+// A guest who is away may be the one who comes now. Without a key nobody knows, so the one who is away leaves.
+inline void ChatHub::dismiss(ChatRoom& room, const User& guest) {
+    const ChatUser info = guest.info;
+    const std::vector<detail::Presence::Place> places = guest.places;
+    if (guest.told == Told::away) forward_leave(room, *room.presence_.find_id(info.id));
+    for (const detail::Presence::Place& each : places) {
+        if (each.hub == id_) continue;
+        ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, info);
+        entry.hub = each.hub;
+        forward(std::move(entry));
+    }
+    if (User* const rest = room.presence_.find_id(info.id)) room.presence_.release_name(*rest);
 }
 
 inline std::size_t ChatHub::send(const std::string& user_id, const ChatEvent& event) const {
@@ -16382,28 +16562,27 @@ inline std::size_t ChatHub::send(const std::string& user_id, const ChatEvent& ev
     return connections.size();
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
-    deliver(entry);
-    if (on_event && entry.kind != ChatEntry::Kind::typing) run_hook("ChatHub::on_event", [&] { on_event(entry); });
+    if (deliver(entry) && on_event) run_hook("ChatHub::on_event", [&] { on_event(entry); });
 }
-inline void ChatHub::deliver(const ChatEntry& entry) {
+// False: a program does not hear of it.
+inline bool ChatHub::deliver(const ChatEntry& entry) {
     switch (entry.kind) {
         case ChatEntry::Kind::said:
         case ChatEntry::Kind::action:
         case ChatEntry::Kind::edit:
         case ChatEntry::Kind::remove:
         case ChatEntry::Kind::react:
-        case ChatEntry::Kind::topic: return on_kept(entry);
-        case ChatEntry::Kind::private_message: return on_private_message(entry);
-        case ChatEntry::Kind::typing: return on_typing(entry);
+        case ChatEntry::Kind::topic: on_kept(entry); break;
+        case ChatEntry::Kind::private_message: on_private_message(entry); break;
+        case ChatEntry::Kind::typing: on_typing(entry); return false;
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
-        case ChatEntry::Kind::event:
-        case ChatEntry::Kind::away:
-        case ChatEntry::Kind::kick:
-        case ChatEntry::Kind::ban:
-        case ChatEntry::Kind::direct: return;
+        case ChatEntry::Kind::event: break;
+        case ChatEntry::Kind::away: return on_away(entry);
+        case ChatEntry::Kind::ban: return on_ban(entry);
     }
+    return true;
 }
 
 inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& event) {
@@ -16449,8 +16628,10 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    const User* author = room->presence_.find(entry.name);
-    const User* receiver = room->presence_.find(entry.to);
+    User* const known = room->presence_.find_id(entry.user);
+    if (known != nullptr && is_duplicate(*known, entry.tag)) return on_duplicate(entry);
+    const User* const author = known;
+    const User* const receiver = room->presence_.find_id(entry.to_user);
     for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
         const User* const peer = user == author ? receiver : author;
@@ -16463,54 +16644,169 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
     }
 }
 
-// In the next three, the users of this server are already in the list; those of other servers are not.
-
-inline void ChatHub::on_join(const ChatEntry& entry) {
+inline bool ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
-    if (room == nullptr) return;
-    if (room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
-    if (count_only(*room)) return;
+    if (room == nullptr) return !entry.quiet;
+    User* const holder = room->presence_.find(entry.name);
+    User* user = room->presence_.find_id(entry.user);
+    const bool was_present = user != nullptr && user->confirmed();
+    if (user == nullptr) {
+        const bool account = text::starts_with(entry.author, "account ");
+        user = &room->presence_.add(ChatUser{entry.name, entry.text, account, entry.user}, entry.author);
+    } else if (user != holder || user->info.name != entry.name) {
+        change_name(*room, *user, entry.name);
+    }
+    user->set_place(entry.hub, false);
+    user->refused.clear();
+    if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
+    if (was_present) return false;
+    if (count_only(*room)) return true;
     ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
+    return true;
 }
-
-inline void ChatHub::on_leave(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
-    if (room == nullptr) return;
-    User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote) room->presence_.remove(*user);
-    if (count_only(*room)) return;
-    send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
+// Another user has got the name.
+inline void ChatHub::on_lost_name(ChatRoom& room, User& user) {
+    if (!user.confirmed()) change_name(room, user, room.presence_.free_name(user.wanted, &user));
+    else if (acts_for(user)) rename(room, user, room.presence_.free_name(user.info.name, &user));
 }
-
-inline void ChatHub::on_rename(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
-    if (room == nullptr) return;
-    User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
+// The others have not heard of the user yet, or hear of it elsewhere.
+inline void ChatHub::change_name(ChatRoom& room, User& user, const std::string& name) {
     ChatEvent event("nick");
-    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_text("room", room.name()).add_text("old", user.info.name).add_text("name", name);
+    event.add_unless_empty("user", user.info.id).add("time", unix_ms());
+    const bool is_new = name != user.info.name;
+    room.presence_.set_name(user, name);
+    for (ChatHandler* each : user.connections)
+        if (is_new) each->write_message(event.dump());
+}
+
+inline bool ChatHub::on_leave(const ChatEntry& entry) {
+    ChatRoom* room = find(entry.room);
+    if (room == nullptr) return !entry.quiet;
+    User* user = room->presence_.find_id(entry.user);
+    if (user == nullptr) return false;
+    if (entry.hub == id_ && user->told == Told::leave) room->presence_.set_told(*user, Told::nothing);
+    const bool was_present = user->erase_place(entry.hub);
+    if (user->confirmed()) return false;
+    ChatEntry left = entry;
+    left.name = user->info.name;
+    // With a connection, the user joins again: that entry is on its way, or on_presence() forwards it.
+    if (user->connections.empty()) room->presence_.remove(*user);
+    if (room->presence_.own() == 0) prune_later();
+    if (!was_present) return false;
+    if (!count_only(*room)) send_to_others(entry, detail::entry_event("leave", left).add("time", entry.time));
+    return true;
+}
+
+inline bool ChatHub::on_rename(const ChatEntry& entry) {
+    ChatRoom* room = find(entry.room);
+    if (room == nullptr) return true;
+    User* user = room->presence_.find_id(entry.user);
+    if (user == nullptr) return false;
+    User* const holder = room->presence_.find(entry.text);
+    ChatEvent event("nick");
+    event.add_text("room", entry.room).add_text("old", user->info.name).add_text("name", entry.text);
     event.add_unless_empty("user", entry.user).add("time", entry.time);
+    const std::string key = mute_key(*room, *user);
+    room->presence_.set_name(*user, entry.text);
+    if (appended_here(entry)) move_mute(key, mute_key(*room, *user), entry.text);
+    if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
     send_to_others(entry, event);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
-    const User* renamed = room->presence_.find(entry.text);
-    if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
-    for (ChatHandler* each : renamed->connections)
+    for (ChatHandler* each : user->connections)
         if (!members.has(*each)) each->reply(event);
+    return true;
+}
+
+// Two hubs have forwarded the same name at once, or the store has forgotten a user.
+inline void ChatHub::on_presence_refused(const ChatEntry& entry, std::string_view code) {
+    ChatRoom* const room = find(entry.room);
+    User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
+    if (user == nullptr) return;
+    const bool retry = code == "name_taken" && !user->connections.empty();
+    if (code == "name_taken")
+        user->refused.push_back(chat_fold(entry.kind == ChatEntry::Kind::join ? entry.name : entry.text));
+    if (!user->confirmed() && user->connections.empty()) {
+        room->presence_.remove(*user);
+        if (room->presence_.own() == 0) prune_later();
+    } else if (entry.kind == ChatEntry::Kind::join && retry) {
+        if (user->info.name == entry.name) change_name(*room, *user, room->presence_.free_name(user->wanted, user));
+        forward_join(*room, *user, entry.sender);
+    } else if (entry.kind == ChatEntry::Kind::rename && connection(entry.sender) != nullptr) {
+        ChatEvent event("error");
+        event.add_text("code", "name_taken").add_text("text", "That name has just been taken.");
+        connection(entry.sender)->write_message(event.add_unless_empty("tag", entry.tag).dump());
+    } else if (entry.kind == ChatEntry::Kind::rename && retry && room->presence_.lost_name(*user)) {
+        rename(*room, *user, room->presence_.free_name(user->info.name, user));
+    }
+}
+
+inline void ChatHub::on_presence(const std::string& name, const std::vector<ChatEntry>& users) {
+    ChatRoom* const room = find(name);
+    if (room == nullptr) return;
+    forget_missing(*room, users);
+    for (const ChatEntry& each : users) {
+        const User* const known = room->presence_.find_id(each.user);
+        if (known != nullptr && known->confirmed() && known->info.name != each.name) {
+            ChatEntry renamed = each;
+            renamed.kind = ChatEntry::Kind::rename;
+            renamed.text = each.name;
+            on_entry(renamed);
+        }
+        ChatEntry joined = each;
+        joined.kind = ChatEntry::Kind::join;
+        on_entry(joined);
+        if (each.kind == ChatEntry::Kind::away) on_away(each);
+    }
+    // The first time, what this hub has forwarded is on its way.
+    if (std::exchange(room->presence_known_, true)) forward_missing(*room);
+}
+// Removes whoever is not in the list.
+inline void ChatHub::forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users) {
+    StringMap<bool> listed;
+    for (const ChatEntry& each : users) listed.find_or_emplace(text::concat({each.user, "\n", each.hub}));
+    std::vector<ChatEntry> missing;
+    for (const auto& [key, user] : room.presence_) {
+        for (const detail::Presence::Place& each : user.places) {
+            if (listed.find(text::concat({user.info.id, "\n", each.hub})) != nullptr) continue;
+            missing.push_back(new_entry(ChatEntry::Kind::leave, room, user.info));
+            missing.back().hub = each.hub;
+            missing.back().time = unix_ms();
+        }
+    }
+    for (const ChatEntry& each : missing) on_entry(each);
+}
+// Tells the store about the users of this hub whom it has forgotten.
+inline void ChatHub::forward_missing(ChatRoom& room) {
+    std::vector<std::string> ids;
+    for (const auto& [key, user] : room.presence_) ids.push_back(user.info.id);
+    for (const std::string& id : ids) {
+        User* const user = room.presence_.find_id(id);
+        if (user == nullptr) continue;
+        const detail::Presence::Place* const place = user->place(id_);
+        if (user->connections.empty() && place != nullptr && user->told == Told::nothing) forward_leave(room, *user);
+        else if (!user->connections.empty() && (place == nullptr || place->away))
+            forward_join(room, *user, user->connections.front()->number_);
+        else if (user->connections.empty() && place != nullptr && !place->away && user->told == Told::away)
+            forward(new_entry(ChatEntry::Kind::away, room, user->info));
+    }
+    if (room.presence_.own() == 0) prune_later();
 }
 
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    add_place(event, entry).add_text("tag", entry.tag).add("id", entry.id);
+    add_place(event, entry).add_text("tag", entry.tag);
+    if (entry.id != 0) event.add("id", entry.id);
     sender->write_message(event.dump());
 }
 
 inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
+    if (entry.is_presence()) return on_presence_refused(entry, code);
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     const char* const sentence = code == "not_yours"  ? "That message is not yours."
@@ -16523,6 +16819,7 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
+    if (entry.is_presence()) return;  // on_presence() follows when the store works again
     server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
     if (on_not_kept) run_hook("ChatHub::on_not_kept", [&] { on_not_kept(entry, cause); });
     ChatHandler* sender = connection(entry.sender);
