@@ -78,9 +78,9 @@
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
 //   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
 //   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms, utc_time, to_json,
-//   log_to_stderr, log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame,
-//   Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server,
-//   WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
+//   log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate, TokenBucket, big_endian_key,
+//   StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms,
+//   Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
@@ -1358,6 +1358,18 @@ WSCHAT_COLD inline std::string to_json(const LogEntry& entry) {
     return line += '}';
 }
 
+WSCHAT_COLD inline std::string to_json(const AccessEntry& entry) {
+    const auto quoted = [](std::string_view value) {
+        return Json(valid_utf8(value) ? std::string(value) : escape_for_log(value)).dump();
+    };
+    const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
+    char numbers[96];
+    std::snprintf(numbers, sizeof numbers, ",\"status\":%d,\"size\":%llu,\"ms\":%.3f}", entry.status,
+                  static_cast<unsigned long long>(entry.size), ms);
+    return text::concat({"{\"time\":", quoted(utc_time()), ",\"event\":\"access\",\"peer\":", quoted(entry.remote_address),
+                         ",\"method\":", quoted(entry.method), ",\"path\":", quoted(entry.path), numbers});
+}
+
 // Log functions for Server::on_log(): they write all entries but those of LogLevel::debug to standard error, with the
 // time. The first writes lines for people, the second a JSON object per line, for collectors.
 WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
@@ -1366,13 +1378,17 @@ WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
 WSCHAT_COLD inline void log_json_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
-// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`.
+// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`, or "-" in place of
+// a malformed request.
 WSCHAT_COLD inline void access_to_stderr(const AccessEntry& entry) {
     const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
-    std::fprintf(stderr, "%s %.*s \"%.*s %.*s\" %d %llu %.3fms\n", utc_time().c_str(),
-                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(),
-                 static_cast<int>(entry.method.size()), entry.method.data(), static_cast<int>(entry.path.size()),
-                 entry.path.data(), entry.status, static_cast<unsigned long long>(entry.size), ms);
+    const std::string line = entry.method.empty() ? std::string("-") : text::concat({entry.method, " ", entry.path});
+    std::fprintf(stderr, "%s %.*s \"%s\" %d %llu %.3fms\n", utc_time().c_str(),
+                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(), line.c_str(), entry.status,
+                 static_cast<unsigned long long>(entry.size), ms);
+}
+WSCHAT_COLD inline void access_json_to_stderr(const AccessEntry& entry) {
+    std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
 
 // ---- rates ---------------------------------------------------------------------------------------------------------
@@ -8220,6 +8236,7 @@ struct PageAnswer {
     File file{};
     std::uint64_t size = 0;  // of the range, from the file's position on
     int file_error = 0;      // the errno of a file that should be there; it is logged
+    bool missing = false;    // there is no such file: Site::not_found answers, if it is set
 };
 
 // A request for a page, as the page's function sees it.
@@ -8283,6 +8300,12 @@ WSCHAT_COLD inline Response file_refusal(int error) {
         case EOVERFLOW: return Response(503, "The file cannot be read now.\n");
         default: return Response(404, "There is nothing at this path.\n");
     }
+}
+WSCHAT_COLD inline PageAnswer missing_file(int error, bool logged) {
+    PageAnswer answer{file_refusal(error)};
+    answer.file_error = logged ? error : 0;
+    answer.missing = answer.response.status() == 404;
+    return answer;
 }
 
 // RFC 9110 14: the bytes of a file that a request gets, from `first` to before `end`.
@@ -8551,7 +8574,7 @@ public:
         const std::string found = find_file(std::string(pattern), std::string(path));
         add_page("file", "GET", pattern, [found, headers = std::move(headers)](const PageCall& call) {
             File file(found);
-            if (!file) return PageAnswer{file_refusal(file.error()), {}, 0, file.error()};
+            if (!file) return missing_file(file.error(), true);
             return file_answer(std::move(file), content_type(found), call.request, headers);
         });
     }
@@ -8693,7 +8716,7 @@ private:
         if (names.back().empty()) names.back() = "index.html";
         File file = File::beneath(root, names, links);
         if (!file && file.error() == EISDIR) return {redirect_to_folder(request)};
-        if (!file) return {file_refusal(file.error())};
+        if (!file) return missing_file(file.error(), false);
         return file_answer(std::move(file), content_type(names.back()), request, headers);
     }
     // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
@@ -9267,6 +9290,7 @@ public:
         if (function == nullptr) return answer_without_page(page);
         RequestAccess::set_params(*request_, page->pattern().params(request_->raw_path()));
         auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
+        if (answer && answer->missing && host_.site.not_found) answer->response = host_.site.not_found(*request_);
         if (answer) respond(std::move(*answer));
         else if (has_reply()) finish_reply();
     }
@@ -10816,7 +10840,7 @@ public:
     void del(std::string_view pattern, Function&& answer) {
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
-    // The answer where there is nothing, in place of a short 404.
+    // The answer where there is nothing, also in a folder of static_dir(), in place of a short 404.
     void not_found(std::function<Response(const Request&)> answer) { site_.not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
     void set_default_header(std::string_view name, std::string_view value) { site_.set_default_header(name, value); }
@@ -10841,6 +10865,9 @@ public:
                     SymbolicLinks links = SymbolicLinks::refuse) {
         site_.add_static_dir(pattern, folder, std::move(headers), links);
     }
+    void static_dir(std::string_view pattern, std::string_view folder, SymbolicLinks links) {
+        site_.add_static_dir(pattern, folder, {}, links);
+    }
     // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
     // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
     void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
@@ -10864,7 +10891,8 @@ public:
     void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }
-    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr().
+    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr(),
+    // access_json_to_stderr().
     void on_access(std::function<void(const AccessEntry&)> function) { worker_.on_access = std::move(function); }
 
     // ---- running ---------------------------------------------------------------------------------------------------
