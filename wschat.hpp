@@ -1366,7 +1366,8 @@ WSCHAT_COLD inline std::string to_json(const AccessEntry& entry) {
     char numbers[96];
     std::snprintf(numbers, sizeof numbers, ",\"status\":%d,\"size\":%llu,\"ms\":%.3f}", entry.status,
                   static_cast<unsigned long long>(entry.size), ms);
-    return text::concat({"{\"time\":", quoted(utc_time()), ",\"event\":\"access\",\"peer\":", quoted(entry.remote_address),
+    return text::concat({"{\"time\":", quoted(utc_time()),
+                         ",\"event\":\"access\",\"peer\":", quoted(entry.remote_address),
                          ",\"method\":", quoted(entry.method), ",\"path\":", quoted(entry.path), numbers});
 }
 
