@@ -1379,8 +1379,8 @@ WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
 WSCHAT_COLD inline void log_json_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
-// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`, or "-" in place of
-// a malformed request.
+// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`, or "-" in place
+// of a malformed request.
 WSCHAT_COLD inline void access_to_stderr(const AccessEntry& entry) {
     const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
     const std::string line = entry.method.empty() ? std::string("-") : text::concat({entry.method, " ", entry.path});
@@ -5283,6 +5283,7 @@ WSCHAT_END
 #else
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -5375,6 +5376,10 @@ inline std::string error_message(int error) {
     return size != 0 ? from_wide({text, size}) : "Winsock error";
 }
 inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
+// The number of a zone of link-local IPv6 addresses. Names of interfaces need another library (iphlpapi). 0: none.
+inline std::uint32_t zone_index(const std::string& zone) {
+    return static_cast<std::uint32_t>(text::parse_unsigned(zone, UINT32_MAX).value_or(0));
+}
 inline bool would_block(int error) { return error == EWOULDBLOCK; }
 inline bool interrupted(int) { return false; }
 inline bool out_of_descriptors(int error) { return error == EMFILE; }
@@ -5537,6 +5542,11 @@ constexpr Descriptor no_descriptor = -1;
 inline int last_error() { return errno; }
 inline std::string error_message(int error) { return std::generic_category().message(error); }
 inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
+// The number of a zone of link-local IPv6 addresses: that of an interface ("eth0"). 0: there is no such interface.
+inline std::uint32_t zone_index(const std::string& zone) {
+    const auto number = text::parse_unsigned(zone, UINT32_MAX);
+    return number ? static_cast<std::uint32_t>(*number) : ::if_nametoindex(zone.c_str());
+}
 inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 inline bool interrupted(int error) { return error == EINTR; }
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
@@ -6808,8 +6818,9 @@ namespace detail {
 
 // For the client side of a TlsStream.
 struct TlsClientOptions {
-    std::string authorities{};  // a PEM file; empty: the authorities that the system trusts
-    std::string certificate{};  // sent if the server requests one
+    std::string authorities{};       // a PEM file; empty: the authorities that the system trusts
+    std::string revocation_lists{};  // a PEM file; empty: it is not checked whether a certificate was revoked
+    std::string certificate{};       // sent if the server requests one
     std::string key{};
     std::string key_password{};
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
@@ -6839,6 +6850,7 @@ public:
         const std::string& file = options.authorities;
         if (file.empty()) SSL_CTX_set_default_verify_paths(context);
         else if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("authorities", file);
+        if (!options.revocation_lists.empty()) check_revocation(context, options.revocation_lists);
     }
     TlsContext(const TlsContext&) = delete;
     TlsContext& operator=(const TlsContext&) = delete;
@@ -6869,6 +6881,15 @@ private:
         if (!files.certificate.empty() || !files.key.empty() || method == TLS_server_method())
             load(context, files, password);
         contexts_.push_back(std::move(owned));
+    }
+
+    // RFC 5280 6.3, for the certificate of the peer, not for those of its authorities.
+    static void check_revocation(SSL_CTX* context, const std::string& file) {
+        X509_STORE* const store = SSL_CTX_get_cert_store(context);
+        X509_LOOKUP* const lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
+        if (lookup == nullptr || X509_load_crl_file(lookup, file.c_str(), X509_FILETYPE_PEM) <= 0)
+            fail("revocation_lists", file);
+        X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK);
     }
 
     static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
@@ -11882,6 +11903,9 @@ WSCHAT_BEGIN
 // How a wss:// server is verified. All files are PEM.
 struct ClientTls {
     std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
+    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if the list of its authority is
+    // missing, has expired, or names it. Empty: a revoked certificate is accepted. No authority is asked (OCSP).
+    std::string revocation_lists{};
     // Sent if the server requests a certificate.
     std::string certificate{};
     std::string key{};
@@ -11969,7 +11993,8 @@ inline std::string random_key() {
 
 struct ClientUrl {
     bool secure = false;
-    std::string host;  // without brackets
+    std::string host;  // without brackets and zone
+    std::string zone;  // of a link-local IPv6 address, "eth0" or "2": it means something on this machine only
     int port = 0;
     std::string target;       // "/chat?name=Anna"
     std::string credentials;  // "user:password", decoded; may be empty
@@ -11980,7 +12005,8 @@ struct ClientUrl {
     // For the Host field.
     std::string authority() const { return port == default_port() ? bracketed() : host_and_port(); }
     bool same_server(const ClientUrl& other) const {
-        return secure == other.secure && port == other.port && text::equals_ignore_case(host, other.host);
+        return secure == other.secure && port == other.port && zone == other.zone &&
+               text::equals_ignore_case(host, other.host);
     }
 
     // "ws://host", "wss://user:password@host:port/path?query"; http and https are the same. Returns nothing and sets
@@ -12041,7 +12067,9 @@ private:
             credentials = *decoded;
             authority.remove_prefix(at + 1);
         }
-        if (!valid_host(authority)) return false;
+        std::string without_zone(authority);
+        if (!take_zone(without_zone) || !valid_host(without_zone)) return false;
+        authority = without_zone;
         const std::size_t colon = authority.rfind(':');
         const bool has_port = colon != std::string_view::npos && authority.find(']', colon) == std::string_view::npos;
         host = text::to_lower(has_port ? authority.substr(0, colon) : authority);
@@ -12049,6 +12077,18 @@ private:
         const std::string_view digits = has_port ? authority.substr(colon + 1) : std::string_view();
         port = digits.empty() ? default_port() : static_cast<int>(text::parse_unsigned(digits, 65535).value_or(0));
         return port != 0;
+    }
+    // RFC 6874 2: "[fe80::1%25eth0]". Many programs write "[fe80::1%eth0]", so that is accepted too.
+    bool take_zone(std::string& authority) {
+        zone.clear();
+        const std::size_t percent = authority.find('%'), close = authority.find(']');
+        if (percent == std::string::npos) return true;
+        if (authority.front() != '[' || close == std::string::npos || close < percent) return false;
+        zone = authority.substr(percent + 1, close - percent - 1);
+        if (text::starts_with(zone, "25") && zone.size() > 2) zone.erase(0, 2);
+        authority.erase(percent, close - percent);
+        const auto allowed = [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '.' || c == '_'; };
+        return !zone.empty() && text::all_of(zone, allowed);
     }
     // RFC 3986 5.2.2, without the removal of dot segments, which the server does.
     std::optional<ClientUrl> resolve(std::string_view reference, std::string& error) const {
@@ -12240,10 +12280,11 @@ struct SocketAddress {
     sockaddr_storage storage{};
     socklen_t size = 0;
 
-    SocketAddress(const IpAddress& address, int port) {
+    SocketAddress(const IpAddress& address, int port, std::uint32_t zone = 0) {
         const std::string text = address.to_string();
         if (address.family() == IpAddress::Family::ipv6) {
             sockaddr_in6 in6{};
+            in6.sin6_scope_id = zone;
             in6.sin6_family = AF_INET6;
             in6.sin6_port = htons(static_cast<std::uint16_t>(port));
             ::inet_pton(AF_INET6, text.c_str(), &in6.sin6_addr);
@@ -12332,12 +12373,14 @@ public:
     }
     // Throws Error if a file cannot be used.
     std::shared_ptr<const TlsContext> context(const ClientTls& tls) {
-        const std::vector<std::string> key{tls.authorities, tls.certificate, tls.key, tls.key_password,
-                                           tls.insecure_accept_any_certificate ? "any" : ""};
+        const std::vector<std::string> key{tls.authorities,  tls.revocation_lists,
+                                           tls.certificate,  tls.key,
+                                           tls.key_password, tls.insecure_accept_any_certificate ? "any" : ""};
         for (const auto& [known, context] : contexts_)
             if (known == key) return context;
         TlsClientOptions options;
         options.authorities = tls.authorities;
+        options.revocation_lists = tls.revocation_lists;
         options.certificate = tls.certificate;
         options.key = tls.key;
         options.key_password = tls.key_password;
@@ -12639,6 +12682,10 @@ private:
             dial_error_ = "the host has no address of the family of ClientOptions::bind_address";
         }
         if (addresses.empty()) return fail(stage_, "Cannot connect: " + dial_error_ + ".");
+        const std::string& zone = proxy_ ? proxy_->zone : url_.zone;
+        zone_ = zone.empty() ? 0 : os::zone_index(zone);
+        if (!zone.empty() && zone_ == 0)
+            return fail(stage_, "Cannot connect: this machine has no network interface \"" + zone + "\".");
         const auto ordered = interleave_families(addresses);
         addresses_.assign(ordered.begin(), ordered.end());
         dial_next();
@@ -12651,7 +12698,7 @@ private:
             const IpAddress address = addresses_.front();
             addresses_.pop_front();
             const int port = proxy_ ? proxy_->port : url_.port;
-            if (!dial(address, SocketAddress(address, port))) continue;
+            if (!dial(address, SocketAddress(address, port, zone_))) continue;
             if (active_ == nullptr && !addresses_.empty() && attempt_)
                 timer_ = call_later(between, [](ClientLink& link) { link.dial_next(); });
             return;
@@ -12671,6 +12718,8 @@ private:
         const std::string name = address.bits() == 0 ? options_.unix_path : address.to_string();
         const auto refused = [&] {
             dial_error_ = name + ": " + os::error_text(os::last_error());
+            if (zone_ == 0 && text::starts_with(name, "fe80:"))
+                dial_error_ += "; a link-local address needs a zone, as in [fe80::1%25eth0]";
             return false;
         };
         Socket socket(os::open_socket(to.get()->sa_family));
@@ -13088,6 +13137,7 @@ private:
     LoopTimer timer_;     // the next address, or the next attempt
     LoopTimer deadline_;  // of the attempt
     std::deque<IpAddress> addresses_;
+    std::uint32_t zone_ = 0;  // of a link-local address
     std::string dial_error_;
     std::vector<std::unique_ptr<Dial>> dials_;
     Dial* active_ = nullptr;  // the one that has connected
@@ -13260,7 +13310,8 @@ private:
         detail::check_client_options(options);
 #if WSCHAT_OPENSSL
         const ClientTls& tls = options.tls;
-        if (!tls.authorities.empty() || !tls.certificate.empty() || !tls.key.empty()) core_->context(tls);
+        if (!tls.authorities.empty() || !tls.revocation_lists.empty() || !tls.certificate.empty() || !tls.key.empty())
+            core_->context(tls);
 #endif
         const ConnectionId id = ++last_id_;
         const auto link =
@@ -13355,14 +13406,14 @@ struct ChatEntry {
     std::uint64_t target = 0;  // the id of the message that an amendment changes
     std::int64_t time = 0;     // Unix time in milliseconds
     std::string room{};
-    std::string name{};    // of the author; empty: the server itself
-    std::string user{};    // the public id of the author
-    std::string text{};    // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
-    std::string data{};    // a JSON object of the application, or empty
-    std::string to{};      // the receiver of a private message
+    std::string name{};     // of the author; empty: the server itself
+    std::string user{};     // the public id of the author
+    std::string text{};     // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
+    std::string data{};     // a JSON object of the application, or empty
+    std::string to{};       // the receiver of a private message
     std::string to_user{};  // the public id of that receiver
-    std::string author{};  // the identity of the author; clients never get it
-    std::string tag{};     // chosen by the author; a second entry with the same tag is a duplicate
+    std::string author{};   // the identity of the author; clients never get it
+    std::string tag{};      // chosen by the author; a second entry with the same tag is a duplicate
 
     // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
     std::int64_t edited = 0;  // the time of the last edit; 0: never edited

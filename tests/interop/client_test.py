@@ -19,6 +19,7 @@ import http
 import json
 import os
 import re
+import socket
 import sys
 import tempfile
 
@@ -182,6 +183,51 @@ async def check_refusal(_server, _deflate):
         expect(status, 1, "the status")
 
 
+# ---- through a proxy ----------------------------------------------------------------------------------------------
+
+async def check_tunnel():
+    """ws and wss through tinyproxy with a password, which allows one port only."""
+    chat, chat_port = await start_server(OPTIONS.chat, "0")
+    with tempfile.TemporaryDirectory() as folder:
+        process = await asyncio.create_subprocess_exec(os.path.abspath(OPTIONS.wss), "0", "--page", __file__,
+                                                       stdout=asyncio.subprocess.PIPE, cwd=folder,
+                                                       stderr=asyncio.subprocess.DEVNULL)
+        PROCESSES.append(process)
+        line = (await asyncio.wait_for(process.stdout.readline(), TIMEOUT)).decode()
+        wss_port = int(re.search(r"https://127\.0\.0\.1:(\d+)/", line)[1])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        configuration = os.path.join(folder, "tinyproxy.conf")
+        with open(configuration, "w") as file:
+            file.write(f"Port {port}\nListen 127.0.0.1\nTimeout 60\nMaxClients 20\nBasicAuth anna tea\n"
+                       f"ConnectPort {chat_port}\nConnectPort {wss_port}\n")
+        proxy = await start(OPTIONS.tinyproxy, "-d", "-c", configuration)
+        while True:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                break
+            await asyncio.sleep(0.05)
+
+        async def talk(url, *arguments):
+            client = await start(OPTIONS.client, url, *arguments, stdin=asyncio.subprocess.PIPE,
+                                 stderr=asyncio.subprocess.PIPE)
+            output, errors = await asyncio.wait_for(client.communicate(b"hello\n"), TIMEOUT)
+            return output.decode(), errors.decode()
+
+        good = ("--insecure", "--proxy", f"http://anna:tea@127.0.0.1:{port}")
+        for url in (f"ws://127.0.0.1:{chat_port}/chat", f"wss://localhost:{wss_port}/chat"):
+            expect((await talk(url, *good))[0], "hello\n", f"what comes back from {url}")
+            expect_in("proxy: The proxy answered 401", (await talk(url, "--proxy", f"http://anna:x@127.0.0.1:{port}"))[1],
+                      "the log with a wrong password")
+        expect_in("proxy: The proxy answered 403", (await talk(f"ws://127.0.0.1:{port}/", *good))[1],
+                  "the log with a port that the proxy does not allow")
+        await stop(proxy)
+        await stop(process)
+    await stop(chat)
+
+
 # ---- the bot and the bridge ---------------------------------------------------------------------------------------
 
 async def start_server(program, *arguments):
@@ -277,7 +323,7 @@ async def check_bridge():
 
 async def run(title, function, *arguments):
     if OPTIONS.only not in title:
-        return True
+        return None
     try:
         await asyncio.wait_for(function(*arguments), 2 * TIMEOUT)
         print(f"ok - {title}", flush=True)
@@ -297,6 +343,8 @@ async def main():
     parser.add_argument("--libwebsockets", metavar="BIN", help="the program client_server_lws.c")
     parser.add_argument("--beast", metavar="BIN", help="the program client_server_beast.cpp")
     parser.add_argument("--java", help="the program java")
+    parser.add_argument("--tinyproxy", metavar="BIN", help="the program tinyproxy; needs --wss")
+    parser.add_argument("--wss", metavar="BIN", help="the program examples/wss.cpp")
     parser.add_argument("--only", default="", metavar="TEXT", help="run only checks with this text in their title")
     parser.add_argument("--zlib", action="store_true", help="the client is built with compression")
     OPTIONS = parser.parse_args()
@@ -319,6 +367,8 @@ async def main():
                 results.append(await run(f"{kind}: extension and subprotocol", check_agreement, server, deflate))
                 results.append(await run(f"{kind}: ping and close of the server", check_control, server, deflate))
         results.append(await run("websockets: a refusal", check_refusal, None, None))
+        if OPTIONS.tinyproxy:
+            results.append(await run("tinyproxy: ws and wss go through its tunnel", check_tunnel))
         results.append(await run("bot: each question is answered once", check_bot))
         results.append(await run("bridge: each message arrives once", check_bridge))
     finally:
@@ -326,6 +376,7 @@ async def main():
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
+    results = [result for result in results if result is not None]
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     return 0 if all(results) and results else 1
 
