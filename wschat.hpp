@@ -84,8 +84,8 @@
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
-//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, SharedStore, ChatLimits,
+//   ChatAction, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -13356,6 +13356,8 @@ WSCHAT_END
 
 #if WSCHAT_CHAT
 
+#include <atomic>
+#include <mutex>
 #if WSCHAT_UTF8PROC
 #include <utf8proc.h>
 #endif
@@ -14731,8 +14733,8 @@ public:
             added.names.find_or_emplace(chat_fold(each.name)) = each.user;
         }
     }
-    // Removes all users of a hub. The result has a `leave` for each, to be delivered.
-    std::vector<ChatEntry> forget(const std::string& hub) {
+    // A `leave` for each user of a hub that has ended, which is not applied yet.
+    std::vector<ChatEntry> leaves(const std::string& hub) const {
         std::vector<ChatEntry> leaves;
         for (const auto& [name, room] : rooms_) {
             for (const auto& [id, user] : room.users) {
@@ -14743,7 +14745,6 @@ public:
                 leaves.back().time = unix_ms();
             }
         }
-        for (ChatEntry& each : leaves) apply(each);
         return leaves;
     }
     // In the order of their names, with the numbers of their users.
@@ -14811,6 +14812,316 @@ private:
     }
 
     StringMap<Room> rooms_;
+};
+
+// ---- one store for several hubs ------------------------------------------------------------------------------------
+
+// Lets several hubs use one store: several servers of a program, each on a thread of its own. Copies are the same store:
+//
+//   wschat::SharedStore store(wschat::SqliteHistory("chat.db"));
+//   wschat::ChatHub::of(server).set_store(store);  // in each thread, before run()
+//
+// The store works on the loop of the first hub to which it was given, whose server must run as long as the others. The
+// calls of other hubs are posted to that loop, and the answers and entries to theirs.
+class SharedStore final : public ChatStore {
+public:
+    explicit SharedStore(std::unique_ptr<ChatStore> store) : share_(std::make_shared<Share>(std::move(store))) {}
+    template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, std::decay_t<Store>> &&
+                                                !std::is_same_v<std::decay_t<Store>, SharedStore>,
+                                            int> = 0>
+    explicit SharedStore(Store&& store)
+        : SharedStore(std::unique_ptr<ChatStore>(new std::decay_t<Store>(std::forward<Store>(store)))) {}
+    SharedStore(const SharedStore& other) : ChatStore(), share_(other.share_) {}
+    ~SharedStore() override {
+        if (!port_) return;
+        port_->listener = nullptr;
+        call([port = port_](Share& share) { share.remove(port); });
+    }
+
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        port_ = std::make_shared<Port>(listener, std::move(mailbox));
+        share_->attach(port_);
+    }
+    void append(ChatEntry entry) override {
+        if (!call([entry](Share& share) { share.store().append(entry); })) port_->listener->on_failure(entry, ended);
+    }
+    void forward(const ChatEntry& entry) override {
+        if (port_->home) return share_->store().forward(entry);
+        if (!call([entry](Share& share) { share.store().forward(entry); })) port_->listener->on_failure(entry, ended);
+    }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        read(std::move(callback), [room, position = std::move(position), limit](ChatStore& store, PageCallback then) {
+            store.since(room, position, limit, std::move(then));
+        });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        read(std::move(callback), [room, id, limit](ChatStore& store, PageCallback then) {
+            store.before(room, id, limit, std::move(then));
+        });
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
+        read(std::move(callback), [room, words, limit](ChatStore& store, PageCallback then) {
+            store.search(room, words, limit, std::move(then));
+        });
+    }
+    void put(ChatFact fact) override {
+        if (!call([fact](Share& share) { share.store().put(fact); })) port_->listener->on_fact_failure(fact, ended);
+    }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        const bool called = call([scope, key_prefix, then = answer(callback)](Share& share) {
+            share.store().facts(scope, key_prefix, then);
+        });
+        if (!called) callback({}, ended);
+    }
+    void erase_author(const std::string& author, EraseCallback callback) override {
+        if (!call([author, then = answer(callback)](Share& share) { share.store().erase_author(author, then); }))
+            callback(0, ended);
+    }
+    // The parts come from the loop of the store until this hub's callback has returned false.
+    void export_room(const std::string& room, ExportCallback callback) override {
+        const auto open = std::make_shared<std::atomic<bool>>(true);
+        const auto then = answer(std::function<void(HistoryExport)>([callback, open](HistoryExport part) {
+            if (open->load()) open->store(callback(std::move(part)));
+        }));
+        const bool called = call([room, then, open](Share& share) {
+            share.store().export_room(room, [then, open](HistoryExport part) {
+                then(std::move(part));
+                return open->load();
+            });
+        });
+        if (!called) callback({"", true, ended});
+    }
+    bool watch(const std::string& room) override {
+        return call([room, port = port_](Share& share) { share.watch(port, room); });
+    }
+    void unwatch(const std::string& room) override {
+        call([room, port = port_](Share& share) { share.unwatch(*port, room); });
+    }
+    void beat(const std::string& hub) override {
+        call([hub](Share& share) { share.store().beat(hub); });
+    }
+    bool rooms(std::size_t limit, RoomsCallback callback) override {
+        return call([limit, then = answer(callback)](Share& share) { share.rooms(limit, then); });
+    }
+
+private:
+    static constexpr const char* ended = "the server with the store has ended";
+
+    // A hub that uses the store. Only its own thread uses the listener.
+    struct Port {
+        Port(Listener& its_listener, std::shared_ptr<Mailbox> its_mailbox)
+            : hub(its_listener.hub()),
+              all_at_first(its_listener.watches_all()),
+              mailbox(std::move(its_mailbox)),
+              listener(&its_listener) {}
+        // On the thread of the store.
+        bool all() const { return home && listener != nullptr ? listener->watches_all() : all_at_first; }
+
+        const std::string hub;
+        const bool all_at_first;
+        const std::shared_ptr<Mailbox> mailbox;
+        Listener* listener;
+        bool home = false;  // on the loop of the store
+    };
+    using PortPtr = std::shared_ptr<Port>;
+
+    // Calls work(listener) on the thread of the hub.
+    template <class Work>
+    static void deliver(const PortPtr& port, Work&& work) {
+        if (port->home) {
+            if (port->listener != nullptr) work(*port->listener);
+            return;
+        }
+        port->mailbox->post([port, work = std::forward<Work>(work)]() mutable {
+            if (port->listener != nullptr) work(*port->listener);
+        });
+    }
+
+    // The store and the hubs that use it. All on the thread of the first hub, except attach() and call().
+    class Share final : public std::enable_shared_from_this<Share>, private Listener {
+    public:
+        explicit Share(std::unique_ptr<ChatStore> store) : store_(std::move(store)) {}
+
+        ChatStore& store() { return *store_; }
+
+        void attach(const PortPtr& port) {
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                port->home = mailbox_ == nullptr;
+                if (port->home) mailbox_ = port->mailbox;
+            }
+            if (!port->home) {
+                call([port](Share& share) { share.ports_.push_back(port); });
+                return;
+            }
+            ports_.push_back(port);
+            store_->attach(*this, port->mailbox);
+        }
+        // From any thread. False if the loop of the store has ended.
+        template <class Work>
+        bool call(Work&& work) {
+            std::shared_ptr<Mailbox> mailbox;
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                mailbox = mailbox_;
+            }
+            return mailbox->post([share = shared_from_this(), work = std::forward<Work>(work)]() mutable {
+                if (share->store_) work(*share);
+            });
+        }
+
+        void remove(const PortPtr& port) {
+            ports_.erase(std::remove(ports_.begin(), ports_.end(), port), ports_.end());
+            if (port->home) return store_.reset();
+            std::vector<std::string> watched;
+            for (const auto& [name, room] : rooms_)
+                if (room.watched_by(*port)) watched.push_back(name);
+            for (const ChatEntry& each : table_.leaves(port->hub)) store_->forward(each);
+            for (const std::string& name : watched) unwatch(*port, name);
+        }
+        void watch(const PortPtr& port, const std::string& name) {
+            WatchedRoom& room = rooms_.find_or_emplace(name);
+            const bool first = room.ports.empty();
+            if (!room.watched_by(*port)) room.ports.push_back(port);
+            if (first) {
+                room.by_store = store_->watch(name);  // the store may answer in the call
+                if (room.by_store) return;
+                room.known = true;
+            }
+            if (room.known)
+                deliver(port, [name, users = table_.users(name)](Listener& to) { to.on_presence(name, users); });
+        }
+        void unwatch(const Port& port, const std::string& name) {
+            WatchedRoom* const room = rooms_.find(name);
+            if (room == nullptr) return;
+            const auto is_it = [&](const PortPtr& each) { return each.get() == &port; };
+            room->ports.erase(std::remove_if(room->ports.begin(), room->ports.end(), is_it), room->ports.end());
+            if (!room->ports.empty()) return;
+            if (room->by_store) table_.replace(name, {});
+            rooms_.erase(name);
+            store_->unwatch(name);
+        }
+        void rooms(std::size_t limit, const RoomsCallback& callback) {
+            if (!store_->rooms(limit, callback)) callback(table_.rooms(limit), "");
+        }
+
+    private:
+        struct WatchedRoom {
+            bool watched_by(const Port& port) const {
+                for (const PortPtr& each : ports)
+                    if (each.get() == &port) return true;
+                return false;
+            }
+            std::vector<PortPtr> ports{};
+            bool by_store = false;  // the store knows the users
+            bool known = false;     // so does the table
+        };
+
+        void on_entry(const ChatEntry& entry) override {
+            const WatchedRoom* const room = rooms_.find(entry.room);
+            if (!entry.is_presence()) return deliver_entry(entry, room);
+            ChatEntry complete = entry;
+            if (room != nullptr && room->by_store) {
+                table_.apply(complete);
+                return deliver_entry(entry, room);
+            }
+            const std::string_view code = table_.apply(complete);
+            if (code.empty()) deliver_entry(complete, room);
+            else on_refused(entry, code);
+        }
+        void deliver_entry(const ChatEntry& entry, const WatchedRoom* room) {
+            const bool to_all = entry.room.empty() || entry.room[0] == '\n';
+            std::shared_ptr<const ChatEntry> copy;  // one for all other threads
+            const std::vector<PortPtr> ports = to_all || room == nullptr ? ports_ : room->ports;
+            const auto add = [&](const PortPtr& port) {
+                if (port->home) return deliver(port, [&](Listener& to) { to.on_entry(entry); });
+                if (!copy) copy = std::make_shared<const ChatEntry>(entry);
+                deliver(port, [copy](Listener& to) { to.on_entry(*copy); });
+            };
+            for (const PortPtr& each : ports)
+                if (to_all || each->all() || room != nullptr) add(each);
+            if (to_all || room == nullptr) return;
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                if (each->all() && std::find(ports.begin(), ports.end(), each) == ports.end()) add(each);
+        }
+        // To the hub that made the entry.
+        template <class Work>
+        void reply(const ChatEntry& entry, const Work& work) {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                if (each->hub == entry.hub) return deliver(each, work);
+            for (const PortPtr& each : std::vector<PortPtr>(ports_)) deliver(each, work);
+        }
+        void on_duplicate(const ChatEntry& entry) override {
+            reply(entry, [entry](Listener& to) { to.on_duplicate(entry); });
+        }
+        void on_failure(const ChatEntry& entry, const std::string& cause) override {
+            reply(entry, [entry, cause](Listener& to) { to.on_failure(entry, cause); });
+        }
+        void on_refused(const ChatEntry& entry, std::string_view code) override {
+            reply(entry, [entry, code = std::string(code)](Listener& to) { to.on_refused(entry, code); });
+        }
+        void on_fact(const ChatFact& fact) override {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                deliver(each, [fact](Listener& to) { to.on_fact(fact); });
+        }
+        void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                deliver(each, [fact, cause](Listener& to) { to.on_fact_failure(fact, cause); });
+        }
+        void on_presence(const std::string& name, const std::vector<ChatEntry>& users) override {
+            WatchedRoom* const room = rooms_.find(name);
+            if (room == nullptr) return;
+            room->known = true;
+            table_.replace(name, users);
+            for (const PortPtr& each : std::vector<PortPtr>(room->ports))
+                deliver(each, [name, users](Listener& to) { to.on_presence(name, users); });
+        }
+        Time now() const override {
+            for (const PortPtr& each : ports_)
+                if (each->home && each->listener != nullptr) return each->listener->now();
+            return Clock::now();
+        }
+        std::string hub() const override { return ports_.empty() ? "" : ports_.front()->hub; }
+        bool watches_all() const override {
+            return std::any_of(ports_.begin(), ports_.end(), [](const PortPtr& each) { return each->all(); });
+        }
+
+        std::mutex mutex_;
+        std::shared_ptr<Mailbox> mailbox_;  // of the first hub
+        std::vector<PortPtr> ports_;
+        StringMap<WatchedRoom> rooms_;
+        PresenceTable table_;
+        std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
+    };
+
+    // Calls work(share) on the thread of the store. False if that has ended.
+    template <class Work>
+    bool call(Work&& work) {
+        if (!port_->home) return share_->call(std::forward<Work>(work));
+        work(*share_);
+        return true;
+    }
+    // A callback for the store, which calls this one on the thread of the hub.
+    template <class... Results>
+    std::function<void(Results...)> answer(std::function<void(Results...)> callback) {
+        if (port_->home) return callback;
+        return [port = port_, callback = std::move(callback)](Results... results) {
+            deliver(port, [callback, results...](Listener&) { callback(results...); });
+        };
+    }
+    template <class Read>
+    void read(PageCallback callback, Read&& work) {
+        const bool called = call(
+            [then = answer(callback), work = std::forward<Read>(work)](Share& share) { work(share.store(), then); });
+        if (called) return;
+        HistoryPage page;
+        page.error = ended;
+        callback(std::move(page));
+    }
+
+    std::shared_ptr<Share> share_;
+    PortPtr port_;
 };
 
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
@@ -15339,6 +15650,7 @@ private:
     inline void on_presence(const std::string& name, const std::vector<ChatEntry>& users) override;
     Time now() const override { return server_.loop().now(); }
     std::string hub() const override { return id_; }
+    bool watches_all() const override { return on_event != nullptr; }
     inline void on_kept(const ChatEntry& entry);
     inline void on_private_message(const ChatEntry& entry);
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
@@ -16844,7 +17156,7 @@ inline void ChatHub::on_presence(const std::string& name, const std::vector<Chat
     // The first time, what this hub has forwarded is on its way.
     if (std::exchange(room->presence_known_, true)) forward_missing(*room);
 }
-// Removes whoever is not in the list.
+// Removes the users who are not in the list.
 inline void ChatHub::forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users) {
     StringMap<bool> listed;
     for (const ChatEntry& each : users) listed.find_or_emplace(text::concat({each.user, "\n", each.hub}));
