@@ -1318,10 +1318,10 @@ TEST_CASE("each command with a tag has an answer with it") {
         {"/nick Dora", "error"},
     };
     int n = 0;
-    for (const auto& [line, type] : table) {
-        CAPTURE(line);
-        const std::string tag = "t" + std::to_string(++n), answer = anna.answer_to("/tag " + tag + " " + line);
-        CHECK(field_of(answer, "type") == type);
+    for (const auto& row : table) {
+        CAPTURE(row.first);
+        const std::string tag = "t" + std::to_string(++n), answer = anna.answer_to("/tag " + tag + " " + row.first);
+        CHECK(field_of(answer, "type") == row.second);
         CHECK(field_of(answer, "tag") == tag);
     }
     for (const std::string& event : bert.events()) CHECK_FALSE(contains(event, "\"tag\""));
