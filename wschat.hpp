@@ -78,14 +78,14 @@
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
 //   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
 //   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms, utc_time, to_json,
-//   log_to_stderr, log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame,
-//   Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server,
-//   WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
+//   log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate, TokenBucket, big_endian_key,
+//   StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms,
+//   Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply,
-//   ChatRoom, SqliteOptions, SqliteHistory
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
+//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -1358,6 +1358,19 @@ WSCHAT_COLD inline std::string to_json(const LogEntry& entry) {
     return line += '}';
 }
 
+WSCHAT_COLD inline std::string to_json(const AccessEntry& entry) {
+    const auto quoted = [](std::string_view value) {
+        return Json(valid_utf8(value) ? std::string(value) : escape_for_log(value)).dump();
+    };
+    const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
+    char numbers[96];
+    std::snprintf(numbers, sizeof numbers, ",\"status\":%d,\"size\":%llu,\"ms\":%.3f}", entry.status,
+                  static_cast<unsigned long long>(entry.size), ms);
+    return text::concat({"{\"time\":", quoted(utc_time()),
+                         ",\"event\":\"access\",\"peer\":", quoted(entry.remote_address),
+                         ",\"method\":", quoted(entry.method), ",\"path\":", quoted(entry.path), numbers});
+}
+
 // Log functions for Server::on_log(): they write all entries but those of LogLevel::debug to standard error, with the
 // time. The first writes lines for people, the second a JSON object per line, for collectors.
 WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
@@ -1366,13 +1379,17 @@ WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
 WSCHAT_COLD inline void log_json_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
-// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`.
+// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`, or "-" in place
+// of a malformed request.
 WSCHAT_COLD inline void access_to_stderr(const AccessEntry& entry) {
     const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
-    std::fprintf(stderr, "%s %.*s \"%.*s %.*s\" %d %llu %.3fms\n", utc_time().c_str(),
-                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(),
-                 static_cast<int>(entry.method.size()), entry.method.data(), static_cast<int>(entry.path.size()),
-                 entry.path.data(), entry.status, static_cast<unsigned long long>(entry.size), ms);
+    const std::string line = entry.method.empty() ? std::string("-") : text::concat({entry.method, " ", entry.path});
+    std::fprintf(stderr, "%s %.*s \"%s\" %d %llu %.3fms\n", utc_time().c_str(),
+                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(), line.c_str(), entry.status,
+                 static_cast<unsigned long long>(entry.size), ms);
+}
+WSCHAT_COLD inline void access_json_to_stderr(const AccessEntry& entry) {
+    std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
 
 // ---- rates ---------------------------------------------------------------------------------------------------------
@@ -4680,13 +4697,209 @@ WSCHAT_END
 //
 // Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
 // nothing of what members send.
+//
+// On several loops, a room is one Room on each loop that has members in it, and a SharedRoom that they have in common.
+// A broadcast is added to the queues of the members on its own loop without a lock. For each other loop with members it
+// goes into an outbox, and the outboxes go to the other loops at the end of the turn: one post for each.
 // ====================================================================================================================
+
+#include <atomic>
+#include <mutex>
 
 WSCHAT_BEGIN
 
 namespace detail {
 
 class RoomsAccess;
+
+// What the loops of a server know of one room.
+struct SharedRoom {
+    // What one loop has of the room.
+    struct Part {
+        std::atomic<std::size_t> members{0};  // written by that loop, read by all
+        Room* room = nullptr;                 // only that loop may use it
+    };
+
+    SharedRoom(std::string its_name, std::size_t loops) : name(std::move(its_name)), parts(loops) {}
+    std::size_t members() const {
+        std::size_t sum = 0;
+        for (const Part& part : parts) sum += part.members.load(std::memory_order_acquire);
+        return sum;
+    }
+
+    const std::string name;
+    std::vector<Part> parts;
+    std::size_t users = 0;    // loops with a Room of the name; under the lock of the directory
+    bool subscribed = false;  // to the room on other machines; only the first loop uses it
+};
+
+// Carries broadcasts to the rooms of other machines. All calls come on the first loop of the server.
+class RoomBus {
+public:
+    virtual ~RoomBus() = default;
+    // This process has members in the room from now on, or has none any more.
+    virtual void subscribe(const std::string& room) = 0;
+    virtual void unsubscribe(const std::string& room) = 0;
+    // Never waits. Whether it arrives is not known.
+    virtual void publish(const std::string& room, Opcode opcode, std::string_view payload) = 0;
+};
+
+// The rooms of all loops of a server, and the way of broadcasts from one loop to another. Not needed by a server with
+// one loop and no other machines.
+class RoomDirectory {
+public:
+    // One entry for each loop, the first loop first. `max_backlog`: bytes that wait for one loop.
+    RoomDirectory(std::vector<Rooms*> rooms, std::vector<std::shared_ptr<Mailbox>> mailboxes, std::size_t max_backlog)
+        : max_backlog_(max_backlog), loops_(rooms.size()) {
+        for (std::size_t i = 0; i < loops_.size(); ++i) {
+            loops_[i].rooms = rooms[i];
+            loops_[i].mailbox = std::move(mailboxes[i]);
+            loops_[i].outboxes.resize(loops_.size());
+        }
+    }
+    RoomDirectory(const RoomDirectory&) = delete;
+    RoomDirectory& operator=(const RoomDirectory&) = delete;
+
+    // ---- any thread ------------------------------------------------------------------------------------------------
+
+    // Null if no loop has members in a room of that name.
+    std::shared_ptr<SharedRoom> find(std::string_view name) const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::shared_ptr<SharedRoom>* found = rooms_.find(name);
+        return found == nullptr || (*found)->members() == 0 ? nullptr : *found;
+    }
+    // The rooms with members.
+    std::vector<std::string> names() const {
+        std::vector<std::string> result;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (const auto& [name, room] : rooms_)
+            if (room->members() != 0) result.push_back(name);
+        return result;
+    }
+    std::size_t size() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return rooms_.size();
+    }
+    // Broadcasts that found too much waiting for a loop, and were not passed on to it.
+    std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
+
+    // ---- the loop with this number ---------------------------------------------------------------------------------
+
+    // A loop has made a Room of that name, or has destroyed it.
+    std::shared_ptr<SharedRoom> attach(std::size_t loop, Room& room, const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        auto& shared = rooms_.find_or_emplace(name);
+        if (!shared) shared = std::make_shared<SharedRoom>(name, loops_.size());
+        shared->parts[loop].room = &room;
+        ++shared->users;
+        return shared;
+    }
+    void detach(std::size_t loop, SharedRoom& room) {
+        room.parts[loop].room = nullptr;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (--room.users == 0) rooms_.erase(room.name);
+    }
+    void set_members(std::size_t loop, const std::shared_ptr<SharedRoom>& room, std::size_t members) {
+        auto& count = room->parts[loop].members;
+        const std::size_t before = count.load(std::memory_order_relaxed);
+        count.store(members, std::memory_order_release);
+        if (bus_ != nullptr && (before == 0) != (members == 0))
+            loops_[0].mailbox->post([this, room] { refresh_subscription(*room); });
+    }
+    // Passes a broadcast on to the other loops with members, and to other machines. Returns how many members there are
+    // on the other loops.
+    std::size_t publish(std::size_t loop, const std::shared_ptr<SharedRoom>& room, Opcode opcode,
+                        std::string_view payload, bool is_volatile) {
+        if (bus_ != nullptr && loop == 0) bus_->publish(room->name, opcode, payload);
+        const bool by_first = bus_ != nullptr && loop != 0;
+        return pass_on(loop, {room, nullptr, opcode, is_volatile, by_first}, payload);
+    }
+    // At the end of a turn.
+    void flush(std::size_t loop) {
+        if (!std::exchange(loops_[loop].outboxes_used, false)) return;
+        for (std::size_t target = 0; target < loops_.size(); ++target) {
+            std::vector<Delivery>& outbox = loops_[loop].outboxes[target];
+            if (outbox.empty()) continue;
+            loops_[target].mailbox->post(
+                [this, target, deliveries = std::exchange(outbox, {})] { deliver_all(target, deliveries); });
+        }
+    }
+
+    // ---- the first loop --------------------------------------------------------------------------------------------
+
+    // Before the first connection.
+    void set_bus(RoomBus* bus) { bus_ = bus; }
+    // To the members of all loops: what the bus has received from another machine.
+    void deliver_from_bus(std::string_view name, Opcode opcode, std::string_view payload) {
+        const std::shared_ptr<SharedRoom> room = find(name);
+        if (!room) return;
+        deliver(*room, 0, opcode, payload, false);
+        pass_on(0, {room, nullptr, opcode, false, false}, payload);
+    }
+
+private:
+    struct Delivery {
+        std::shared_ptr<SharedRoom> room;
+        std::shared_ptr<const std::string> payload;
+        Opcode opcode;
+        bool is_volatile;
+        bool by_bus;  // also to other machines
+    };
+    struct PerLoop {
+        Rooms* rooms = nullptr;
+        std::shared_ptr<Mailbox> mailbox;
+        std::vector<std::vector<Delivery>> outboxes{};  // by target; only this loop uses them
+        bool outboxes_used = false;
+        std::atomic<std::size_t> waiting{0};  // bytes in the outboxes of all other loops for this one
+    };
+
+    static std::size_t cost(const Delivery& delivery) { return delivery.payload->size() + sizeof(Delivery); }
+
+    std::size_t pass_on(std::size_t loop, Delivery delivery, std::string_view payload) {
+        std::size_t members = 0;
+        for (std::size_t target = 0; target < loops_.size(); ++target) {
+            const std::size_t there =
+                target == loop ? 0 : delivery.room->parts[target].members.load(std::memory_order_acquire);
+            const bool to_bus = delivery.by_bus && target == 0;
+            if (there == 0 && !to_bus) continue;
+            // One copy for all loops, because a slice of a queue belongs to one loop.
+            if (!delivery.payload) delivery.payload = std::make_shared<const std::string>(payload);
+            if (loops_[target].waiting.load(std::memory_order_relaxed) > max_backlog_) {
+                dropped_.fetch_add(1, std::memory_order_relaxed);
+                continue;
+            }
+            loops_[loop].outboxes[target].push_back(delivery);
+            loops_[loop].outboxes[target].back().by_bus = to_bus;
+            loops_[loop].outboxes_used = true;
+            loops_[target].waiting.fetch_add(cost(delivery), std::memory_order_relaxed);
+            members += there;
+        }
+        return members;
+    }
+    void deliver_all(std::size_t loop, const std::vector<Delivery>& deliveries) {
+        for (const Delivery& delivery : deliveries) {
+            loops_[loop].waiting.fetch_sub(cost(delivery), std::memory_order_relaxed);
+            if (delivery.by_bus && bus_ != nullptr)
+                bus_->publish(delivery.room->name, delivery.opcode, *delivery.payload);
+            deliver(*delivery.room, loop, delivery.opcode, *delivery.payload, delivery.is_volatile);
+        }
+    }
+    inline void deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload, bool is_volatile);
+    // The counts may have changed several times since the call was posted.
+    void refresh_subscription(SharedRoom& room) {
+        const bool wanted = room.members() != 0;
+        if (bus_ == nullptr || std::exchange(room.subscribed, wanted) == wanted) return;
+        if (wanted) bus_->subscribe(room.name);
+        else bus_->unsubscribe(room.name);
+    }
+
+    const std::size_t max_backlog_;
+    mutable std::mutex mutex_;
+    StringMap<std::shared_ptr<SharedRoom>> rooms_;
+    std::vector<PerLoop> loops_;
+    RoomBus* bus_ = nullptr;
+    std::atomic<std::uint64_t> dropped_{0};
+};
 
 }  // namespace detail
 
@@ -4697,8 +4910,8 @@ class Room {
     };
 
 public:
-    // Iterates over a copy of the members and skips those that have left since. The body of a loop may therefore close,
-    // join and leave.
+    // Iterates over a copy of the members on this loop and skips those that have left since. The body may therefore
+    // close, join and leave.
     class Iterator {
     public:
         explicit Iterator(const Room& room) : room_(&room), members_(room.members_) { skip(); }
@@ -4725,8 +4938,9 @@ public:
     Room& operator=(const Room&) = delete;
 
     const std::string& name() const { return name_; }
-    std::size_t size() const { return members_.size(); }
-    bool empty() const { return members_.empty(); }
+    // The members on all loops of this server. Costs one atomic read for each loop.
+    std::size_t size() const { return shared_ ? shared_->members() : members_.size(); }
+    bool empty() const { return size() == 0; }
     bool has(const WebSocketHandler& handler) const { return index_of(handler) != npos; }
     Iterator begin() const { return Iterator(*this); }
     std::nullptr_t end() const { return nullptr; }
@@ -4742,13 +4956,16 @@ public:
         if (rooms.size() >= few) add_slot(handler);
         members_.push_back({&handler, rooms.size()});
         rooms.push_back({this, members_.size() - 1});
+        if (shared_) share_size();
         return true;
     }
     // Returns false if the handler is not a member.
     inline bool leave(WebSocketHandler& handler);
 
-    // Sends to all members except `except`. Returns the number of members whose WriteStatus is sent or queued. Throws
-    // Error for text that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
+    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the number
+    // of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that is not
+    // UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -4782,6 +4999,7 @@ public:
 
 private:
     friend class Rooms;
+    friend class detail::RoomDirectory;
 
     static constexpr std::size_t npos = static_cast<std::size_t>(-1);
     static constexpr std::size_t few = 16;
@@ -4819,18 +5037,27 @@ private:
     void remove_at(std::size_t index) {
         members_[index] = members_.back();
         members_.pop_back();
+        if (shared_) share_size();
         if (index == members_.size()) return;
         detail::HandlerAccess::core(*members_[index].handler).rooms[members_[index].slot].index = index;
     }
 
+    inline void share_size() const;
+    // To the members on this loop.
+    std::size_t send_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    std::size_t send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    inline std::size_t publish(Opcode opcode, std::string_view payload, bool is_volatile) const;
+
     std::string name_;
     Rooms& rooms_;
     std::vector<Member> members_;
+    std::shared_ptr<detail::SharedRoom> shared_;  // null on a server with one loop
     Room* next_to_prune_ = nullptr;
     bool prune_pending_ = false;
 };
 
-// The rooms of a server, by name.
+// The rooms of a server, by name. On a server with several loops, each loop has its own Rooms; their names and members
+// are those of all loops.
 class Rooms {
 public:
     explicit Rooms(detail::SendArena& arena) : arena_(arena), root_(this) {}
@@ -4845,15 +5072,18 @@ public:
         Room& room = rooms_.find_or_emplace(name, std::string(name), *this);
         ++root_->size_;
         prune_later(room);
+        if (directory_ != nullptr) room.shared_ = directory_->attach(loop_, room, room.name_);
         return room;
     }
-    // Returns null if no room of that name has members.
-    Room* find(std::string_view name) const {
+    // Returns null if no room of that name has members. Takes a lock if this loop has none.
+    Room* find(std::string_view name) {
         Room* room = rooms_.find(name);
+        if (room == nullptr && directory_ != nullptr && directory_->find(name)) room = &(*this)[name];
         return room == nullptr || room->empty() ? nullptr : room;
     }
-    std::size_t size() const { return size_; }
+    std::size_t size() const { return directory_ != nullptr ? directory_->size() : size_; }
     std::vector<std::string> names() const {
+        if (directory_ != nullptr) return directory_->names();
         std::vector<std::string> result;
         for (const auto& [name, room] : rooms_) result.push_back(name);
         return result;
@@ -4872,6 +5102,7 @@ public:
 private:
     friend class Room;
     friend class detail::RoomsAccess;
+    friend class detail::RoomDirectory;
 
     void remove_from_all(WebSocketHandler& handler) {
         for (const auto& membership : detail::HandlerAccess::core(handler).rooms) {
@@ -4887,7 +5118,9 @@ private:
             Room& room = *prune_list_;
             prune_list_ = room.next_to_prune_;
             room.prune_pending_ = false;
-            if (room.empty() && room.rooms_.rooms_.erase(room.name())) --size_;
+            if (!room.members_.empty()) continue;
+            if (room.shared_) directory_->detach(loop_, *room.shared_);
+            if (room.rooms_.rooms_.erase(room.name())) --size_;
         }
     }
 
@@ -4897,6 +5130,8 @@ private:
     std::uint64_t deliveries_ = 0;
     StringMap<Room> rooms_;
     Room* prune_list_ = nullptr;  // linked through the rooms, because the end of a handler must not allocate
+    detail::RoomDirectory* directory_ = nullptr;  // null on a server with one loop
+    std::size_t loop_ = 0;                        // its number in the directory
 };
 
 namespace detail {
@@ -4909,6 +5144,12 @@ public:
     // Removes empty rooms at the end of a turn.
     static void prune(Rooms& rooms) { rooms.prune(); }
     static SendArena& arena(Rooms& rooms) { return rooms.arena_; }
+    // Makes the rooms part of those of several loops. Throws an Error if there is a room already.
+    static void share(Rooms& rooms, RoomDirectory* directory, std::size_t loop) {
+        if (rooms.size_ != 0) throw Error("rooms exist already; the server cannot share them with other loops now");
+        rooms.directory_ = directory;
+        rooms.loop_ = loop;
+    }
     // How often broadcasts have visited a member, as a measure of work.
     static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
@@ -4929,11 +5170,31 @@ inline bool Room::leave(WebSocketHandler& handler) {
         rooms[slot].room->members_[rooms[slot].index].slot = slot;
         if (positions) *positions->find(key(*rooms[slot].room)) = slot;
     }
-    if (empty()) rooms_.prune_later(*this);
+    if (members_.empty()) rooms_.prune_later(*this);
     return true;
 }
 
+inline void Room::share_size() const { rooms_.directory_->set_members(rooms_.loop_, shared_, members_.size()); }
+
+inline std::size_t Room::publish(Opcode opcode, std::string_view payload, bool is_volatile) const {
+    return rooms_.directory_->publish(rooms_.loop_, shared_, opcode, payload, is_volatile);
+}
+
+inline void detail::RoomDirectory::deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload,
+                                           bool is_volatile) {
+    Room* const here = room.parts[loop].room;
+    if (here == nullptr || here->members_.empty()) return;
+    const EncodedFrame frame = EncodedFrame::borrowed(loops_[loop].rooms->arena_, opcode, payload);
+    if (is_volatile) here->send_volatile_here(frame, nullptr);
+    else here->send_here(frame, nullptr);
+}
+
 inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHandler* except) {
+    const std::size_t elsewhere = shared_ ? publish(frame.opcode(), frame.payload(), false) : 0;
+    return send_here(frame, except) + elsewhere;
+}
+
+inline std::size_t Room::send_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     constexpr std::size_t ahead = 4;  // the prefetch hides cache misses, which dominate a large fan-out
     std::size_t count = 0;
     for (std::size_t i = 0; i < members_.size(); ++i) {
@@ -4950,11 +5211,16 @@ inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHan
 }
 
 inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
-    if (empty()) return 0;
+    if (members_.empty() && !shared_) return 0;
     return broadcast(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
 inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const WebSocketHandler* except) {
+    const std::size_t elsewhere = shared_ ? publish(frame.opcode(), frame.payload(), true) : 0;
+    return send_volatile_here(frame, except) + elsewhere;
+}
+
+inline std::size_t Room::send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     std::size_t count = 0;
     for (const Member& member : members_)
         if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++count;
@@ -4963,7 +5229,7 @@ inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const Web
 }
 
 inline std::size_t Room::broadcast_volatile(const Message& message, const WebSocketHandler* except) {
-    if (empty()) return 0;
+    if (members_.empty() && !shared_) return 0;
     return broadcast_volatile(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
@@ -5017,6 +5283,7 @@ WSCHAT_END
 #else
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -5109,6 +5376,10 @@ inline std::string error_message(int error) {
     return size != 0 ? from_wide({text, size}) : "Winsock error";
 }
 inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
+// The number of a zone of link-local IPv6 addresses. Names of interfaces need another library (iphlpapi). 0: none.
+inline std::uint32_t zone_index(const std::string& zone) {
+    return static_cast<std::uint32_t>(text::parse_unsigned(zone, UINT32_MAX).value_or(0));
+}
 inline bool would_block(int error) { return error == EWOULDBLOCK; }
 inline bool interrupted(int) { return false; }
 inline bool out_of_descriptors(int error) { return error == EMFILE; }
@@ -5271,6 +5542,11 @@ constexpr Descriptor no_descriptor = -1;
 inline int last_error() { return errno; }
 inline std::string error_message(int error) { return std::generic_category().message(error); }
 inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
+// The number of a zone of link-local IPv6 addresses: that of an interface ("eth0"). 0: there is no such interface.
+inline std::uint32_t zone_index(const std::string& zone) {
+    const auto number = text::parse_unsigned(zone, UINT32_MAX);
+    return number ? static_cast<std::uint32_t>(*number) : ::if_nametoindex(zone.c_str());
+}
 inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 inline bool interrupted(int error) { return error == EINTR; }
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
@@ -6542,8 +6818,9 @@ namespace detail {
 
 // For the client side of a TlsStream.
 struct TlsClientOptions {
-    std::string authorities{};  // a PEM file; empty: the authorities that the system trusts
-    std::string certificate{};  // sent if the server requests one
+    std::string authorities{};       // a PEM file; empty: the authorities that the system trusts
+    std::string revocation_lists{};  // a PEM file; empty: it is not checked whether a certificate was revoked
+    std::string certificate{};       // sent if the server requests one
     std::string key{};
     std::string key_password{};
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
@@ -6573,6 +6850,7 @@ public:
         const std::string& file = options.authorities;
         if (file.empty()) SSL_CTX_set_default_verify_paths(context);
         else if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("authorities", file);
+        if (!options.revocation_lists.empty()) check_revocation(context, options.revocation_lists);
     }
     TlsContext(const TlsContext&) = delete;
     TlsContext& operator=(const TlsContext&) = delete;
@@ -6603,6 +6881,15 @@ private:
         if (!files.certificate.empty() || !files.key.empty() || method == TLS_server_method())
             load(context, files, password);
         contexts_.push_back(std::move(owned));
+    }
+
+    // RFC 5280 6.3, for the certificate of the peer, not for those of its authorities.
+    static void check_revocation(SSL_CTX* context, const std::string& file) {
+        X509_STORE* const store = SSL_CTX_get_cert_store(context);
+        X509_LOOKUP* const lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
+        if (lookup == nullptr || X509_load_crl_file(lookup, file.c_str(), X509_FILETYPE_PEM) <= 0)
+            fail("revocation_lists", file);
+        X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK);
     }
 
     static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
@@ -7470,7 +7757,7 @@ public:
     void run() {
         const Running running(*this, "run");
         stop_ = false;
-        while (!stop_) turn((Duration::max)());
+        while (!stop_) turn(now_, (Duration::max)());
         stop_ = false;
     }
     // Ends run() after this turn. Call it on the loop's thread; other threads post() the call.
@@ -7483,7 +7770,10 @@ public:
     // callbacks throw does not leave it. Throws an Error if the loop is running already: in a callback.
     bool poll(Duration timeout = Duration::zero()) {
         const Running running(*this, "poll");
-        turn(timeout);
+        turn((std::max)(now_, timers_.next()), timeout);
+        const Time end = clock();
+        note_span(now_, now_, end);
+        now_ = end;
         return !std::exchange(stop_, false);
     }
     // An epoll or kqueue descriptor that is readable while a socket, posted work or a signal needs poll(). Only wait
@@ -7498,11 +7788,7 @@ public:
     }
     // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero if
     // work is left. Duration::max() if there is none. Ask again before each wait, because any call may change it.
-    Duration next_timeout() const {
-        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
-        if (timers_.next() == (Time::max)()) return (Duration::max)();
-        return (std::max)(timers_.next() - clock(), Duration::zero());
-    }
+    Duration next_timeout() const { return next_timeout(clock()); }
 
     // ---- work and timers -------------------------------------------------------------------------------------------
 
@@ -7642,12 +7928,17 @@ private:
         return id;
     }
 
-    void turn(Duration max_wait) {
+    // The loop expects to begin the turn at `expected` or earlier.
+    void turn(Time expected, Duration max_wait) {
+        const Time begin = clock();
+        note_span(now_, expected, begin);
+        const int timeout = timeout_ms((std::min)(next_timeout(begin), max_wait));
         try {
-            poller_->wait(timeout_ms(max_wait), ready_);
+            poller_->wait(timeout, ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
         now_ = clock();
+        if (timeout >= 0) note_span(begin, begin + std::chrono::milliseconds(timeout), now_);
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -7656,9 +7947,20 @@ private:
         poll_again_ = at_turn_end_ && at_turn_end_();
     }
 
+    // Work, a wait or a pause of the program that ends more than a second later than expected, for example because the
+    // process was stopped, counts as time in which the loop did not poll. Nobody knows when a late wait was stopped, so
+    // all of it counts.
+    void note_span(Time begin, Time expected, Time end) {
+        if (end > saturating_add(expected, std::chrono::seconds(1))) away_ += end - begin;
+    }
+
+    Duration next_timeout(Time now) const {
+        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
+        if (timers_.next() == (Time::max)()) return (Duration::max)();
+        return (std::max)(timers_.next() - now, Duration::zero());
+    }
     // Rounds up: rounding down would spin until the timer is due.
-    int timeout_ms(Duration max_wait) const {
-        const Duration wait = (std::min)(next_timeout(), max_wait);
+    static int timeout_ms(Duration wait) {
         if (wait <= Duration::zero()) return 0;
         if (wait == (Duration::max)()) return -1;
         return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
@@ -7680,6 +7982,7 @@ private:
     TimerId last_call_ = 0;
     std::vector<detail::Poller::Ready> ready_;
     Time now_;
+    Duration away_{};  // LoopAccess::away()
     std::atomic<const void*> thread_{nullptr};
     bool stop_ = false;
     bool poll_again_ = false;
@@ -7702,6 +8005,9 @@ public:
         loop.poller_ = std::move(poller);
         loop.now_ = loop.poller_->now();
     }
+    // The sum of all times in which the loop did not poll: it was stopped, or a callback took more than a second. A
+    // deadline of a peer can leave it out.
+    static Duration away(const Loop& loop) { return loop.away_; }
     // The next turn does not wait.
     static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
@@ -8220,6 +8526,7 @@ struct PageAnswer {
     File file{};
     std::uint64_t size = 0;  // of the range, from the file's position on
     int file_error = 0;      // the errno of a file that should be there; it is logged
+    bool missing = false;    // there is no such file: Site::not_found answers, if it is set
 };
 
 // A request for a page, as the page's function sees it.
@@ -8283,6 +8590,12 @@ WSCHAT_COLD inline Response file_refusal(int error) {
         case EOVERFLOW: return Response(503, "The file cannot be read now.\n");
         default: return Response(404, "There is nothing at this path.\n");
     }
+}
+WSCHAT_COLD inline PageAnswer missing_file(int error, bool logged) {
+    PageAnswer answer{file_refusal(error)};
+    answer.file_error = logged ? error : 0;
+    answer.missing = answer.response.status() == 404;
+    return answer;
 }
 
 // RFC 9110 14: the bytes of a file that a request gets, from `first` to before `end`.
@@ -8551,7 +8864,7 @@ public:
         const std::string found = find_file(std::string(pattern), std::string(path));
         add_page("file", "GET", pattern, [found, headers = std::move(headers)](const PageCall& call) {
             File file(found);
-            if (!file) return PageAnswer{file_refusal(file.error()), {}, 0, file.error()};
+            if (!file) return missing_file(file.error(), true);
             return file_answer(std::move(file), content_type(found), call.request, headers);
         });
     }
@@ -8693,7 +9006,7 @@ private:
         if (names.back().empty()) names.back() = "index.html";
         File file = File::beneath(root, names, links);
         if (!file && file.error() == EISDIR) return {redirect_to_folder(request)};
-        if (!file) return {file_refusal(file.error())};
+        if (!file) return missing_file(file.error(), false);
         return file_answer(std::move(file), content_type(names.back()), request, headers);
     }
     // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
@@ -9200,6 +9513,7 @@ public:
     bool answered = false;               // at least one request
     bool idle = false;                   // waits for the next request
     std::size_t discarded = 0;           // bytes that were read while lingering
+    Duration away_before{};              // LoopAccess::away() when the deadline was set
     std::unique_ptr<ProxyHeader> proxy;  // null if no PROXY header is due
 
     // An answer is being sent, or comes later.
@@ -9267,6 +9581,7 @@ public:
         if (function == nullptr) return answer_without_page(page);
         RequestAccess::set_params(*request_, page->pattern().params(request_->raw_path()));
         auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
+        if (answer && answer->missing && host_.site.not_found) answer->response = host_.site.not_found(*request_);
         if (answer) respond(std::move(*answer));
         else if (has_reply()) finish_reply();
     }
@@ -9721,6 +10036,7 @@ public:
     void start(bool full) {
         protect([&] {
             schedule(after(limits().handshake_timeout));
+            http_->away_before = LoopAccess::away(host_.loop);
             if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
                 return abort(CloseCause::connection_lost, "cannot be watched");
             full_ = full;
@@ -9770,10 +10086,9 @@ public:
 
     void on_timer(Time now) override {
         if (gone()) return;
-        const Duration late = now - due();
-        const std::uint64_t received_before = host_.wire.received;
+        const Time was_due = due();
         protect([&] {
-            if (read_late_input() || extend_handshake(late, host_.wire.received != received_before)) {
+            if (read_late_input() || extend_handshake(was_due)) {
                 // The peer was in time.
             } else if (phase_ == Phase::websocket) {
                 connection().tick(now);
@@ -10035,16 +10350,17 @@ private:
         return in_time;
     }
 
-    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more
-    // time if this turn has no budget left for its input, or if that was read now, after a long turn.
-    bool extend_handshake(Duration late, bool received) {
-        constexpr Duration long_turn = std::chrono::seconds(1);
-        if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;
+    // The deadline of a TLS handshake, and of the request after it, does not run while the loop is away, and not while
+    // the handshakes of others use up the budget of each turn.
+    bool extend_handshake(Time was_due) {
+        if (ended_ || phase_ != Phase::http || !stream_.encrypted() || http_->answered || !reading()) return false;
+        const Duration away = LoopAccess::away(host_.loop);
+        const Duration missed = away - std::exchange(http_->away_before, away);
         char byte = 0;
-        const bool unread =
-            host_.turn.handshakes_left == 0 && stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
-        if (!unread && (!received || late < long_turn)) return false;
-        schedule(saturating_add(now(), (std::max)(late, long_turn)));
+        const bool unread = !stream_.established() && host_.turn.handshakes_left == 0 &&
+                            stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
+        if (missed == Duration::zero() && !unread) return false;
+        schedule((std::max)(saturating_add(was_due, missed), now() + std::chrono::seconds(1)));
         return true;
     }
 
@@ -10816,7 +11132,7 @@ public:
     void del(std::string_view pattern, Function&& answer) {
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
-    // The answer where there is nothing, in place of a short 404.
+    // The answer where there is nothing, also in a folder of static_dir(), in place of a short 404.
     void not_found(std::function<Response(const Request&)> answer) { site_.not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
     void set_default_header(std::string_view name, std::string_view value) { site_.set_default_header(name, value); }
@@ -10841,6 +11157,9 @@ public:
                     SymbolicLinks links = SymbolicLinks::refuse) {
         site_.add_static_dir(pattern, folder, std::move(headers), links);
     }
+    void static_dir(std::string_view pattern, std::string_view folder, SymbolicLinks links) {
+        site_.add_static_dir(pattern, folder, {}, links);
+    }
     // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
     // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
     void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
@@ -10864,7 +11183,8 @@ public:
     void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }
-    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr().
+    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr(),
+    // access_json_to_stderr().
     void on_access(std::function<void(const AccessEntry&)> function) { worker_.on_access = std::move(function); }
 
     // ---- running ---------------------------------------------------------------------------------------------------
@@ -11588,6 +11908,9 @@ WSCHAT_BEGIN
 // How a wss:// server is verified. All files are PEM.
 struct ClientTls {
     std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
+    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if the list of its authority is
+    // missing, has expired, or names it. Empty: a revoked certificate is accepted. No authority is asked (OCSP).
+    std::string revocation_lists{};
     // Sent if the server requests a certificate.
     std::string certificate{};
     std::string key{};
@@ -11675,7 +11998,8 @@ inline std::string random_key() {
 
 struct ClientUrl {
     bool secure = false;
-    std::string host;  // without brackets
+    std::string host;  // without brackets and zone
+    std::string zone;  // of a link-local IPv6 address, "eth0" or "2": it means something on this machine only
     int port = 0;
     std::string target;       // "/chat?name=Anna"
     std::string credentials;  // "user:password", decoded; may be empty
@@ -11686,7 +12010,8 @@ struct ClientUrl {
     // For the Host field.
     std::string authority() const { return port == default_port() ? bracketed() : host_and_port(); }
     bool same_server(const ClientUrl& other) const {
-        return secure == other.secure && port == other.port && text::equals_ignore_case(host, other.host);
+        return secure == other.secure && port == other.port && zone == other.zone &&
+               text::equals_ignore_case(host, other.host);
     }
 
     // "ws://host", "wss://user:password@host:port/path?query"; http and https are the same. Returns nothing and sets
@@ -11747,7 +12072,9 @@ private:
             credentials = *decoded;
             authority.remove_prefix(at + 1);
         }
-        if (!valid_host(authority)) return false;
+        std::string without_zone(authority);
+        if (!take_zone(without_zone) || !valid_host(without_zone)) return false;
+        authority = without_zone;
         const std::size_t colon = authority.rfind(':');
         const bool has_port = colon != std::string_view::npos && authority.find(']', colon) == std::string_view::npos;
         host = text::to_lower(has_port ? authority.substr(0, colon) : authority);
@@ -11755,6 +12082,18 @@ private:
         const std::string_view digits = has_port ? authority.substr(colon + 1) : std::string_view();
         port = digits.empty() ? default_port() : static_cast<int>(text::parse_unsigned(digits, 65535).value_or(0));
         return port != 0;
+    }
+    // RFC 6874 2: "[fe80::1%25eth0]". Many programs write "[fe80::1%eth0]", so that is accepted too.
+    bool take_zone(std::string& authority) {
+        zone.clear();
+        const std::size_t percent = authority.find('%'), close = authority.find(']');
+        if (percent == std::string::npos) return true;
+        if (authority.front() != '[' || close == std::string::npos || close < percent) return false;
+        zone = authority.substr(percent + 1, close - percent - 1);
+        if (text::starts_with(zone, "25") && zone.size() > 2) zone.erase(0, 2);
+        authority.erase(percent, close - percent);
+        const auto allowed = [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '.' || c == '_'; };
+        return !zone.empty() && text::all_of(zone, allowed);
     }
     // RFC 3986 5.2.2, without the removal of dot segments, which the server does.
     std::optional<ClientUrl> resolve(std::string_view reference, std::string& error) const {
@@ -11946,10 +12285,11 @@ struct SocketAddress {
     sockaddr_storage storage{};
     socklen_t size = 0;
 
-    SocketAddress(const IpAddress& address, int port) {
+    SocketAddress(const IpAddress& address, int port, std::uint32_t zone = 0) {
         const std::string text = address.to_string();
         if (address.family() == IpAddress::Family::ipv6) {
             sockaddr_in6 in6{};
+            in6.sin6_scope_id = zone;
             in6.sin6_family = AF_INET6;
             in6.sin6_port = htons(static_cast<std::uint16_t>(port));
             ::inet_pton(AF_INET6, text.c_str(), &in6.sin6_addr);
@@ -12038,12 +12378,14 @@ public:
     }
     // Throws Error if a file cannot be used.
     std::shared_ptr<const TlsContext> context(const ClientTls& tls) {
-        const std::vector<std::string> key{tls.authorities, tls.certificate, tls.key, tls.key_password,
-                                           tls.insecure_accept_any_certificate ? "any" : ""};
+        const std::vector<std::string> key{tls.authorities,  tls.revocation_lists,
+                                           tls.certificate,  tls.key,
+                                           tls.key_password, tls.insecure_accept_any_certificate ? "any" : ""};
         for (const auto& [known, context] : contexts_)
             if (known == key) return context;
         TlsClientOptions options;
         options.authorities = tls.authorities;
+        options.revocation_lists = tls.revocation_lists;
         options.certificate = tls.certificate;
         options.key = tls.key;
         options.key_password = tls.key_password;
@@ -12345,6 +12687,10 @@ private:
             dial_error_ = "the host has no address of the family of ClientOptions::bind_address";
         }
         if (addresses.empty()) return fail(stage_, "Cannot connect: " + dial_error_ + ".");
+        const std::string& zone = proxy_ ? proxy_->zone : url_.zone;
+        zone_ = zone.empty() ? 0 : os::zone_index(zone);
+        if (!zone.empty() && zone_ == 0)
+            return fail(stage_, "Cannot connect: this machine has no network interface \"" + zone + "\".");
         const auto ordered = interleave_families(addresses);
         addresses_.assign(ordered.begin(), ordered.end());
         dial_next();
@@ -12357,7 +12703,7 @@ private:
             const IpAddress address = addresses_.front();
             addresses_.pop_front();
             const int port = proxy_ ? proxy_->port : url_.port;
-            if (!dial(address, SocketAddress(address, port))) continue;
+            if (!dial(address, SocketAddress(address, port, zone_))) continue;
             if (active_ == nullptr && !addresses_.empty() && attempt_)
                 timer_ = call_later(between, [](ClientLink& link) { link.dial_next(); });
             return;
@@ -12377,6 +12723,8 @@ private:
         const std::string name = address.bits() == 0 ? options_.unix_path : address.to_string();
         const auto refused = [&] {
             dial_error_ = name + ": " + os::error_text(os::last_error());
+            if (zone_ == 0 && text::starts_with(name, "fe80:"))
+                dial_error_ += "; a link-local address needs a zone, as in [fe80::1%25eth0]";
             return false;
         };
         Socket socket(os::open_socket(to.get()->sa_family));
@@ -12794,6 +13142,7 @@ private:
     LoopTimer timer_;     // the next address, or the next attempt
     LoopTimer deadline_;  // of the attempt
     std::deque<IpAddress> addresses_;
+    std::uint32_t zone_ = 0;  // of a link-local address
     std::string dial_error_;
     std::vector<std::unique_ptr<Dial>> dials_;
     Dial* active_ = nullptr;  // the one that has connected
@@ -12966,7 +13315,8 @@ private:
         detail::check_client_options(options);
 #if WSCHAT_OPENSSL
         const ClientTls& tls = options.tls;
-        if (!tls.authorities.empty() || !tls.certificate.empty() || !tls.key.empty()) core_->context(tls);
+        if (!tls.authorities.empty() || !tls.revocation_lists.empty() || !tls.certificate.empty() || !tls.key.empty())
+            core_->context(tls);
 #endif
         const ConnectionId id = ++last_id_;
         const auto link =
@@ -13029,7 +13379,7 @@ class ChatCommands;
 // ---- entries and stores --------------------------------------------------------------------------------------------
 
 // One event of a room. A store keeps messages (`said` and `action`), amendments of them (`edit`, `remove` and `react`)
-// and `topic`, each under an id of its own. It only delivers the other kinds.
+// and `topic`, each under an id of its own. It only delivers the other kinds. An entry without a room is for all hubs.
 struct ChatEntry {
     // `action` is "/me waves". Files contain the numbers of the first six.
     enum class Kind : std::uint8_t {
@@ -13044,8 +13394,12 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event,      // of the program: `text` is its name, `data` its JSON value, `to` the public id of the receiver
-        moderation  // `name` does `text` to `to`; `data` has the seconds, a space and the reason
+        event,       // of the program, for a room: `text` is its name, `data` its JSON value
+        away,        // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        kick,        // closes the connections of the user `to` to the room; `text` is the reason
+        ban,         // asks all hubs to ban what they know of the user with a name
+        direct,      // the same as `event`, for the user `to_user`
+        moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
     };
     struct Reaction {
         std::string emoji{};
@@ -13058,13 +13412,14 @@ struct ChatEntry {
     std::uint64_t target = 0;  // the id of the message that an amendment changes
     std::int64_t time = 0;     // Unix time in milliseconds
     std::string room{};
-    std::string name{};    // of the author; empty: the server itself
-    std::string user{};    // the public id of the author
-    std::string text{};    // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
-    std::string data{};    // a JSON object of the application, or empty
-    std::string to{};      // the receiver of a private message
-    std::string author{};  // the identity of the author; clients never get it
-    std::string tag{};     // chosen by the author; a second entry with the same tag is a duplicate
+    std::string name{};     // of the author; empty: the server itself
+    std::string user{};     // the public id of the author
+    std::string text{};     // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
+    std::string data{};     // a JSON object of the application, or empty
+    std::string to{};       // the receiver of a private message
+    std::string to_user{};  // the public id of that receiver
+    std::string author{};   // the identity of the author; clients never get it
+    std::string tag{};      // chosen by the author; a second entry with the same tag is a duplicate
 
     // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
     std::int64_t edited = 0;  // the time of the last edit; 0: never edited
@@ -13075,11 +13430,17 @@ struct ChatEntry {
     bool moderator = false;       // may remove the messages of others
     std::int64_t not_before = 0;  // an edit of an older message is refused as "too_late"; Unix time in milliseconds
 
-    std::uint64_t sender = 0;  // a number of the connection that no other server uses; not kept
+    std::uint64_t sender = 0;  // a number of the connection that no other hub uses; not kept
+    std::string hub{};         // the id of the hub that made the entry; not kept
+    bool quiet = false;        // of presence: the user is also connected to another hub, so nobody hears of it
 
     bool kept() const { return kind <= Kind::topic; }
     bool is_message() const { return kind <= Kind::action; }
     bool is_amendment() const { return kept() && !is_message() && kind != Kind::topic; }
+    // Whether it changes who is in a room: see PresenceTable.
+    bool is_presence() const {
+        return kind == Kind::join || kind == Kind::away || kind == Kind::leave || kind == Kind::rename;
+    }
 
     // The size that counts for HistoryLimits.
     std::size_t bytes() const {
@@ -13109,6 +13470,7 @@ struct ChatFact {
     std::string value{};       // empty: the fact is deleted
     std::string author{};      // the identity of the user to whom it belongs; ChatStore::erase_author() deletes it
     std::int64_t expires = 0;  // Unix time in milliseconds; 0: never
+    bool if_new = false;       // an older fact stays; on_fact() gets the one that is kept
 };
 
 // The newest id that a client has of a room, and the epoch of the store that gave it: "9f86d081884c7d65-105".
@@ -13152,29 +13514,38 @@ struct HistoryExport {
     std::string error{};  // why the export ended early
 };
 
-// Stores entries and facts, and delivers them to this server and perhaps to others. A server shows an entry when the
-// store delivers it, so all servers show the same order. All calls are made on the loop's thread. Each is answered on
-// that thread, immediately or later, but never after the destruction of the store.
+// Stores entries and facts, and delivers them to the hubs that share it. A hub is the chat of one loop: a server has
+// one for each of its loops. A hub shows an entry when the store delivers it, so all hubs show the same order. All
+// calls are made on the loop's thread. Each is answered on that thread, immediately or later, but never after the
+// destruction of the store.
 class ChatStore {
 public:
     class Listener {
     public:
-        // An entry of append() or forward(), from this server or another. Entries with ids come in the order of their
-        // room. A new server gets an entry of the kind `join` for each user who is already present.
+        // An entry of append() or forward(), from this hub or another. All hubs get the entries of a room in one order,
+        // that of their ids.
         virtual void on_entry(const ChatEntry& entry) = 0;
         // The author has sent this tag before. The entry has the id of the first one, and is not delivered again.
         virtual void on_duplicate(const ChatEntry& entry) = 0;
         // An entry that this server appended could not be kept. Nobody received it.
         virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
         // An amendment that this server appended is not possible. The code is "bad_id" (the message is not kept, or is
-        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions).
+        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions). Or a `join` or `rename`
+        // that this hub forwarded: see PresenceTable::apply().
         virtual void on_refused(const ChatEntry&, std::string_view /*code*/) {}
         // A fact was kept, by this server or another.
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // Who is in a room: a `join` or an `away` for each user and hub. It follows watch(), and comes again when the
+        // store may have lost entries. It replaces what was known; the hub forwards its own users who are missing.
+        virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
         // The time by which a history in memory expires.
         virtual Time now() const { return Clock::now(); }
+        // The id of this hub: 16 lower-case hexadecimal digits at random.
+        virtual std::string hub() const { return {}; }
+        // Whether this hub gets the entries of all rooms, not only of those that it watches.
+        virtual bool watches_all() const { return false; }
 
     protected:
         ~Listener() = default;
@@ -13183,6 +13554,8 @@ public:
     using FactsCallback = std::function<void(std::vector<ChatFact>, std::string error)>;
     using EraseCallback = std::function<void(std::size_t messages, std::string error)>;
     using ExportCallback = std::function<bool(HistoryExport)>;
+    // The names of rooms with the numbers of their users.
+    using RoomsCallback = std::function<void(std::vector<std::pair<std::string, std::size_t>>, std::string error)>;
 
     ChatStore() = default;
     ChatStore(const ChatStore&) = delete;
@@ -13196,7 +13569,7 @@ public:
     // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
     // has reacted with that emoji before. One call of the listener follows.
     virtual void append(ChatEntry entry) = 0;
-    // Delivers the entry without keeping it.
+    // Delivers the entry without keeping it. A store of several hubs also applies it to a PresenceTable.
     virtual void forward(const ChatEntry& entry) = 0;
     // Reads all entries after a position, if there are at most `limit`. Otherwise, and without a position, the newest
     // messages and topics, at most `limit`; what amendments have changed is in the messages.
@@ -13204,7 +13577,8 @@ public:
                        PageCallback callback) = 0;
     // Reads the newest messages and topics with ids below this one, at most `limit`.
     virtual void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) = 0;
-    // Keeps a fact in place of the one with the same scope and key. on_fact() or on_fact_failure() follows.
+    // Keeps a fact in place of the one with the same scope and key, unless ChatFact::if_new. on_fact() or
+    // on_fact_failure() follows.
     virtual void put(ChatFact fact) = 0;
     // Reads the facts of a scope whose keys begin with the prefix, in order, without those that have expired.
     virtual void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) = 0;
@@ -13234,6 +13608,20 @@ public:
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
     // Reads the history of a room in parts, as JSON lines, until the callback returns false.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
+
+    // A store of several hubs has the next four. By default a store has one hub, which knows its users itself.
+
+    // This hub needs the entries of a room until unwatch(). Conversations (names that begin with a line feed) and
+    // entries without a room come to all hubs. True: on_presence() follows, if possible before the answers to later
+    // reads of the room. False: this hub alone has users in the room.
+    virtual bool watch(const std::string& /*room*/) { return false; }
+    virtual void unwatch(const std::string& /*room*/) {}
+    // Each hub calls it every two seconds. Of a hub that has not called it for eight seconds, the store removes the
+    // users, and all other hubs get a `leave` for each. If that hub lives, it gets on_presence() for its rooms.
+    virtual void beat(const std::string& /*hub*/) {}
+    // Reads which rooms have users, at most `limit`, in the order of their names. False, and no call: this hub alone
+    // has users.
+    virtual bool rooms(std::size_t /*limit*/, RoomsCallback /*callback*/) { return false; }
 
 private:
     static constexpr const char* cannot = "this store cannot do that";
@@ -13520,7 +13908,9 @@ public:
 
     void put(ChatFact fact) override {
         const std::string key = text::concat({fact.scope, "\n", fact.key});
-        if (fact.value.empty()) {
+        if (const ChatFact* older = facts_.find(key); older != nullptr && fact.if_new) {
+            fact = *older;
+        } else if (fact.value.empty()) {
             facts_.erase(key);
         } else {
             if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
@@ -14221,6 +14611,148 @@ private:
 
 }  // namespace detail
 
+// The rules by which a store of several hubs decides who is in a room: names are unique, and the first one wins. A
+// store applies each `join`, `away`, `leave` and `rename` in the order of the room before it delivers it. A store in
+// another program does the same with its own means.
+class PresenceTable {
+public:
+    // Empty: the entry is applied, is complete now, and is to be delivered. Otherwise nothing has changed, and the code
+    // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
+    //
+    //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
+    //           An account also takes the name of a user without one, whom a hub renames after that. A guest (an entry
+    //           without author) who is present must be away from all hubs, or it is another guest: "name_taken".
+    //   away    The user has no connection to the hub for now.
+    //   leave   The hub has no such user any more. It is quiet if other hubs have.
+    //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
+    std::string_view apply(ChatEntry& entry) {
+        if (entry.kind == ChatEntry::Kind::join) return join(entry);
+        Room* const room = rooms_.find(entry.room);
+        User* const user = room == nullptr ? nullptr : room->users.find(entry.user);
+        if (user == nullptr) return "gone";
+        entry.name = user->join.name;
+        if (entry.kind == ChatEntry::Kind::rename) return rename(*room, *user, entry);
+        bool* const away = user->hubs.find(entry.hub);
+        if (away == nullptr) return "gone";
+        if (entry.kind == ChatEntry::Kind::leave) leave(*room, *user, entry);
+        else *away = entry.quiet = true;
+        return {};
+    }
+    // For Listener::on_presence().
+    std::vector<ChatEntry> users(const std::string& room) const {
+        std::vector<ChatEntry> list;
+        const Room* const found = rooms_.find(room);
+        if (found == nullptr) return list;
+        for (const auto& [id, user] : found->users) {
+            for (const auto& [hub, away] : user.hubs) {
+                list.push_back(user.join);
+                list.back().hub = hub;
+                if (away) list.back().kind = ChatEntry::Kind::away;
+            }
+        }
+        return list;
+    }
+    // The opposite of users().
+    void replace(const std::string& room, const std::vector<ChatEntry>& users) {
+        rooms_.erase(room);
+        for (const ChatEntry& each : users) {
+            Room& added = rooms_.find_or_emplace(room);
+            User& user = added.users.find_or_emplace(each.user);
+            user.join = each;
+            user.join.kind = ChatEntry::Kind::join;
+            user.hubs.find_or_emplace(each.hub) = each.kind == ChatEntry::Kind::away;
+            added.names.find_or_emplace(chat_fold(each.name)) = each.user;
+        }
+    }
+    // Removes all users of a hub. The result has a `leave` for each, to be delivered.
+    std::vector<ChatEntry> forget(const std::string& hub) {
+        std::vector<ChatEntry> leaves;
+        for (const auto& [name, room] : rooms_) {
+            for (const auto& [id, user] : room.users) {
+                if (user.hubs.find(hub) == nullptr) continue;
+                leaves.push_back(user.join);
+                leaves.back().kind = ChatEntry::Kind::leave;
+                leaves.back().hub = hub;
+                leaves.back().time = unix_ms();
+            }
+        }
+        for (ChatEntry& each : leaves) apply(each);
+        return leaves;
+    }
+    // In the order of their names, with the numbers of their users.
+    std::vector<std::pair<std::string, std::size_t>> rooms(std::size_t limit) const {
+        std::vector<std::pair<std::string, std::size_t>> list;
+        for (const auto& [name, room] : rooms_)
+            if (list.size() < limit) list.emplace_back(name, room.users.size());
+        return list;
+    }
+
+private:
+    struct User {
+        ChatEntry join;        // the first one, with the present name
+        StringMap<bool> hubs;  // whether the user is away from the hub
+    };
+    struct Room {
+        StringMap<User> users;         // by their public ids
+        StringMap<std::string> names;  // the ids, by chat_fold() of the names
+    };
+
+    static bool is_account(const ChatEntry& join) { return text::starts_with(join.author, "account "); }
+
+    std::string_view join(ChatEntry& entry) {
+        Room& room = rooms_.find_or_emplace(entry.room);
+        User* user = room.users.find(entry.user);
+        entry.quiet = user != nullptr;
+        if (user == nullptr) {
+            const std::string key = chat_fold(entry.name);
+            const std::string* const holder = room.names.find(key);
+            const bool takes = is_account(entry) && holder != nullptr && !is_account(room.users.find(*holder)->join);
+            if (holder != nullptr && !takes) return "name_taken";
+            user = &room.users.find_or_emplace(entry.user);
+            user->join = entry;
+            room.names.find_or_emplace(key) = entry.user;
+        } else if (entry.author.empty() && present_elsewhere(*user, entry.hub)) {
+            return "name_taken";
+        }
+        entry.name = user->join.name;
+        entry.text = user->join.text;
+        user->hubs.find_or_emplace(entry.hub) = false;
+        return {};
+    }
+    static bool present_elsewhere(const User& user, const std::string& than) {
+        for (const auto& [hub, away] : user.hubs)
+            if (hub != than && !away) return true;
+        return false;
+    }
+    void leave(Room& room, const User& user, ChatEntry& entry) {
+        entry.quiet = user.hubs.size() > 1;
+        if (entry.quiet) {
+            room.users.find(entry.user)->hubs.erase(entry.hub);
+            return;
+        }
+        release(room, user);
+        room.users.erase(entry.user);
+        if (room.users.empty()) rooms_.erase(entry.room);
+    }
+    static std::string_view rename(Room& room, User& user, const ChatEntry& entry) {
+        const std::string key = chat_fold(entry.text);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder != entry.user) return "name_taken";
+        release(room, user);
+        user.join.name = entry.text;
+        room.names.find_or_emplace(key) = entry.user;
+        return {};
+    }
+    // An account may have taken the name.
+    static void release(Room& room, const User& user) {
+        const std::string key = chat_fold(user.join.name);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder == user.join.user) room.names.erase(key);
+    }
+
+    StringMap<Room> rooms_;
+};
+
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
 
 // The limits of all chats of a server, in ChatHub::limits. Sizes in bytes.
@@ -14662,20 +15194,21 @@ private:
     void tell_decision(const ChatFact& fact) {
         if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
     }
-    // Tells the moderators of the room, on all servers, before it happens. `by` is empty: the program.
-    void report_moderation(ChatEntry entry, std::string_view action, std::string_view name, std::uint64_t seconds,
-                           std::string_view reason = {}) {
+    // Tells the moderators of the room, on all hubs, before it happens. The name of the entry is that of the moderator;
+    // empty: the program.
+    void report_moderation(ChatEntry entry, std::string_view action, std::string_view name, std::uint64_t seconds) {
         entry.kind = ChatEntry::Kind::moderation;
         entry.text = action;
         entry.to = name;
-        entry.data = text::concat({std::to_string(seconds), " ", reason});
+        entry.data = std::to_string(seconds);
         forward(std::move(entry));
     }
     inline void on_moderation(const ChatEntry& entry);
     inline void on_own_event(const ChatEntry& entry);
     inline ChatEntry new_own_event(const char* call, std::string_view name, const Json& data) const;
-    // Closes the connections of a user on this server. The connections on others are closed by on_moderation().
-    inline void kick(const ChatRoom& room, const User& user, std::string_view reason);
+    // Closes the connections of a user to a room, on all hubs.
+    inline void kick(const ChatRoom& room, const std::string& name, std::string_view reason);
+    inline void on_kick(const ChatEntry& entry);
     inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
     inline void on_fact(const ChatFact& fact) override;
     inline void on_fact_failure(const ChatFact& fact, const std::string& cause) override;
@@ -15702,7 +16235,9 @@ private:
     void kick(std::string_view rest) {
         const Presence::User* user = consume_user(rest);
         if (user == nullptr) return reply_unknown_user();
-        report("kick", user->info.name, 0, rest.empty() ? "You were asked to leave." : rest);
+        const std::string name = user->info.name;
+        report("kick", name, 0);
+        handler_.hub_->kick(*room_, name, rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
@@ -15744,15 +16279,15 @@ private:
         report("unmute", user->info.name, 0);
         handler_.hub_->mute(*room_, *user, Duration::zero());
     }
-    // Tells the moderators of the room and the log. A kick is done when its moderation is delivered.
-    void report(std::string_view action, std::string_view target, std::uint64_t seconds, std::string_view reason = {}) {
+    // Tells the moderators of the room and the log.
+    void report(std::string_view action, std::string_view target, std::uint64_t seconds) {
         const std::string name(target), room = room_ == nullptr ? "" : room_->name();
         ChatEntry entry;
         if (room_ != nullptr) entry = handler_.new_entry(ChatEntry::Kind::moderation);
         else entry.name = handler_.user().name;
         entry.sender = handler_.number_;
         entry.tag = handler_.tag_;
-        handler_.hub_->report_moderation(std::move(entry), action, name, (std::min)(seconds, max_seconds), reason);
+        handler_.hub_->report_moderation(std::move(entry), action, name, (std::min)(seconds, max_seconds));
         handler_.server().report(LogLevel::info, "chat_moderation",
                                  {{"action", std::string(action)},
                                   {"room", room},
@@ -16081,8 +16616,8 @@ inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
     const detail::Presence::User* user = presence_.find(name);
     if (user == nullptr) return false;
     const std::string who = user->info.name;
-    hub_.report_moderation(ChatHub::new_entry(ChatEntry::Kind::moderation, *this, ""), "kick", who, 0, reason);
-    if (const detail::Presence::User* rest = presence_.find(who)) hub_.kick(*this, *rest, reason);  // a slow store
+    hub_.report_moderation(ChatHub::new_entry(ChatEntry::Kind::moderation, *this, ""), "kick", who, 0);
+    hub_.kick(*this, who, reason);
     return true;
 }
 inline bool ChatRoom::mute(std::string_view name, Duration duration) {
@@ -16214,7 +16749,8 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
 
 inline std::size_t ChatHub::send(const std::string& user_id, std::string_view name, const Json& data) {
     ChatEntry entry = new_own_event("ChatHub::send", name, data);
-    entry.to = user_id;
+    entry.kind = ChatEntry::Kind::direct;
+    entry.to_user = user_id;
     forward(std::move(entry));
     return connections_of(user_id).size();
 }
@@ -16234,25 +16770,31 @@ inline void ChatHub::on_own_event(const ChatEntry& entry) {
     ChatEvent event("event");
     event.add_unless_empty("room", entry.room).add_text("name", entry.text);
     event.add_json("data", entry.data).add("time", entry.time);
-    if (entry.to.empty()) return send_to_others(entry, event);
-    for (ChatHandler* each : connections_of(entry.to)) each->write_message(event.dump());
+    if (entry.kind == ChatEntry::Kind::event) return send_to_others(entry, event);
+    for (ChatHandler* each : connections_of(entry.to_user)) each->write_message(event.dump());
 }
 
-inline void ChatHub::kick(const ChatRoom& room, const User& user, std::string_view reason) {
-    bool any = false;
-    for (ChatHandler* each : std::vector<ChatHandler*>(user.connections)) {
-        any = any || each->is_open();
-        each->kick(reason);
-    }
-    if (any) tell_decision({"kick", mute_key(room, user), user.info.name});
+inline void ChatHub::kick(const ChatRoom& room, const std::string& name, std::string_view reason) {
+    const User* const user = room.presence_.find(name);
+    if (user == nullptr) return;
+    tell_decision({"kick", mute_key(room, *user), user->info.name});
+    ChatEntry entry = new_entry(ChatEntry::Kind::kick, room, "");
+    entry.to = user->info.name;
+    entry.to_user = user->info.id;
+    entry.text = reason;
+    forward(std::move(entry));
+}
+inline void ChatHub::on_kick(const ChatEntry& entry) {
+    const ChatRoom* const room = find(entry.room);
+    const User* const user = room == nullptr ? nullptr : room->presence_.find(entry.to);
+    if (user == nullptr || user->info.id != entry.to_user) return;
+    for (ChatHandler* each : std::vector<ChatHandler*>(user->connections)) each->kick(entry.text);
 }
 // The moderators of the room and the one who acts hear of it.
 inline void ChatHub::on_moderation(const ChatEntry& entry) {
-    std::string_view reason = entry.data;
-    const std::string_view seconds = text::consume_until(reason, ' ');
     ChatEvent event("moderation");
     event.add_unless_empty("room", entry.room).add_text("action", entry.text).add_text("name", entry.to);
-    if (seconds != "0") event.add_json("seconds", seconds);
+    if (entry.data != "0") event.add_json("seconds", entry.data);
     event.add_text("by", entry.name);
     ChatHandler* const sender = connection(entry.sender);
     if (sender != nullptr) sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
@@ -16265,8 +16807,6 @@ inline void ChatHub::on_moderation(const ChatEntry& entry) {
         if (each != sender) each->run_hook("may", [&] { moderates = each->may(action); });
         if (moderates) each->write_message(event.dump());
     }
-    const User* const user = entry.text == "kick" ? room->presence_.find(entry.to) : nullptr;
-    if (user != nullptr) kick(*room, *user, reason);
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
     deliver(entry);
@@ -16285,8 +16825,12 @@ inline void ChatHub::deliver(const ChatEntry& entry) {
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
-        case ChatEntry::Kind::event: return on_own_event(entry);
+        case ChatEntry::Kind::event:
+        case ChatEntry::Kind::direct: return on_own_event(entry);
+        case ChatEntry::Kind::kick: return on_kick(entry);
         case ChatEntry::Kind::moderation: return on_moderation(entry);
+        case ChatEntry::Kind::away:
+        case ChatEntry::Kind::ban: return;
     }
 }
 
@@ -16740,8 +17284,18 @@ public:
         return erased;
     }
 
-    void put(const ChatFact& fact) {
+    // Returns the fact that is kept.
+    ChatFact put(const ChatFact& fact) {
+        ChatFact kept = fact;
         database_.transaction("BEGIN IMMEDIATE", [&] {
+            if (fact.if_new) {
+                Query query(database_, "SELECT value, author, expires FROM fact WHERE scope = ?1 AND key = ?2");
+                query.bind(fact.scope).bind(fact.key);
+                if (query.next_row()) {
+                    kept = {fact.scope, fact.key, query.text(0), query.text(1), query.number(2)};
+                    return;
+                }
+            }
             database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
             if (fact.value.empty()) return;
             if (too_many_facts()) delete_expired_facts();
@@ -16749,6 +17303,7 @@ public:
             database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
                           fact.key, fact.value, fact.author, fact.expires);
         });
+        return kept;
     }
     std::vector<ChatFact> facts(const std::string& scope, const std::string& key_prefix) {
         std::vector<ChatFact> facts;
@@ -17278,9 +17833,10 @@ public:
     void put(ChatFact fact) override {
         if (!worker_->has_space()) return worker_->listener().on_fact_failure(fact, "too many facts wait");
         worker_->add_write([worker = worker_.get(), fact = std::move(fact)](detail::SqliteFile& file) {
-            const std::string cause = error_of([&] { file.put(fact); });
-            worker->post([fact, cause](Listener& listener) {
-                if (cause.empty()) listener.on_fact(fact);
+            ChatFact kept;
+            const std::string cause = error_of([&] { kept = file.put(fact); });
+            worker->post([fact, kept, cause](Listener& listener) {
+                if (cause.empty()) listener.on_fact(kept);
                 else listener.on_fact_failure(fact, cause);
             });
         });

@@ -103,6 +103,11 @@ need haproxy test -x /usr/sbin/haproxy
 need apache2-bin test -x /usr/sbin/apache2
 need caddy command -v caddy
 need systemd command -v systemd-analyze
+need tinyproxy command -v tinyproxy
+need libwebsockets-dev header libwebsockets.h
+need libboost-dev header boost/beast.hpp
+need default-jdk-headless command -v javac
+need libtomcat9-java test -e /usr/share/java/tomcat9-websocket.jar
 need nodejs command -v node
 need npm command -v npm
 need valgrind command -v valgrind
