@@ -330,9 +330,30 @@ TEST_CASE("kicks, mutes and bans hold on all hubs") {
     hubs.settle();
     CHECK_FALSE(guest.is_open());
     hubs.hub(2).ban("Gus", 0s);
+    hubs.settle();
     TestClient forgiven = hubs.connect(1, "name=Gus");
     hubs.settle();
     CHECK(forgiven.is_open());
+}
+
+TEST_CASE("the address of a banned guest is banned on all hubs, unless a hub has others with that address") {
+    Hubs hubs(3);
+    const auto connect = [&](std::size_t hub, const std::string& name, const std::string& address) {
+        return hubs.servers[hub]->connect(TestRequest("/chat/tea?name=" + name).address(address));
+    };
+    TestClient gus = connect(2, "Gus", "192.0.2.1"), neighbour = connect(1, "Nora", "192.0.2.1"),
+               lone = connect(2, "Lou", "192.0.2.2");
+    hubs.settle();
+    hubs.hub(0).ban("Gus", 1h);
+    hubs.hub(0).ban("Lou", 1h);
+    hubs.advance(2s);
+    CHECK_FALSE(gus.is_open());
+    CHECK_FALSE(lone.is_open());
+    CHECK(neighbour.is_open());
+    TestClient other = connect(0, "Carl", "192.0.2.1"), again = connect(1, "Carla", "192.0.2.2");
+    hubs.settle();
+    CHECK(other.is_open());
+    CHECK(again.response().status() == 403);
 }
 
 TEST_CASE("a hub that gets its first member of a room knows who is there, and /rooms lists the rooms of all") {
