@@ -32,6 +32,7 @@ public:
             hub(i).set_store(store);
             hub(i).limits.connection = hub(i).limits.address = FloodRates();
             hub(i).limits.replies = hub(i).limits.address_replies = Rate();
+            hub(i).limits.room_creations = hub(i).limits.address_room_creations = Rate();
         }
         settle();
     }
