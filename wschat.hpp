@@ -14828,7 +14828,7 @@ private:
 
 // ---- one store for several hubs ------------------------------------------------------------------------------------
 
-// Lets several hubs use one store: several servers of a program, each on a thread of its own. Copies are the same store:
+// Lets several hubs use one store: several servers of a program, each on a thread of its own. Copies are the same one:
 //
 //   wschat::SharedStore store(wschat::SqliteHistory("chat.db"));
 //   wschat::ChatHub::of(server).set_store(store);  // in each thread, before run()
@@ -15496,7 +15496,7 @@ private:
         room.presence_.set_told(user, Told::away);
         forward(new_entry(ChatEntry::Kind::away, room, user.info));
     }
-    // The store decides: the user has the name when it delivers the entry. `sender` and `tag`: of the line that renames.
+    // The store decides: the user has the name when it delivers the entry. `sender` and `tag`: of the line of a user.
     void rename(const ChatRoom& room, const User& user, const std::string& name, std::uint64_t sender = 0,
                 const std::string& tag = {}) {
         ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
@@ -17791,7 +17791,8 @@ inline bool ChatHub::on_leave(const ChatEntry& entry) {
     if (user->connections.empty()) room->presence_.remove(*user);
     if (room->presence_.own() == 0) prune_later();
     if (!was_present) return false;
-    if (!count_only(*room)) send_to_others(entry, detail::entry_event("leave", left, room->name()).add("time", entry.time));
+    if (count_only(*room)) return true;
+    send_to_others(entry, detail::entry_event("leave", left, room->name()).add("time", entry.time));
     return true;
 }
 
