@@ -85,8 +85,8 @@
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply,
-//   ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
+//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -4684,13 +4684,209 @@ WSCHAT_END
 //
 // Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
 // nothing of what members send.
+//
+// On several loops, a room is one Room on each loop that has members in it, and a SharedRoom that they have in common.
+// A broadcast is added to the queues of the members on its own loop without a lock. For each other loop with members it
+// goes into an outbox, and the outboxes go to the other loops at the end of the turn: one post for each.
 // ====================================================================================================================
+
+#include <atomic>
+#include <mutex>
 
 WSCHAT_BEGIN
 
 namespace detail {
 
 class RoomsAccess;
+
+// What the loops of a server know of one room.
+struct SharedRoom {
+    // What one loop has of the room.
+    struct Part {
+        std::atomic<std::size_t> members{0};  // written by that loop, read by all
+        Room* room = nullptr;                 // only that loop may use it
+    };
+
+    SharedRoom(std::string its_name, std::size_t loops) : name(std::move(its_name)), parts(loops) {}
+    std::size_t members() const {
+        std::size_t sum = 0;
+        for (const Part& part : parts) sum += part.members.load(std::memory_order_acquire);
+        return sum;
+    }
+
+    const std::string name;
+    std::vector<Part> parts;
+    std::size_t users = 0;    // loops with a Room of the name; under the lock of the directory
+    bool subscribed = false;  // to the room on other machines; only the first loop uses it
+};
+
+// Carries broadcasts to the rooms of other machines. All calls come on the first loop of the server.
+class RoomBus {
+public:
+    virtual ~RoomBus() = default;
+    // This process has members in the room from now on, or has none any more.
+    virtual void subscribe(const std::string& room) = 0;
+    virtual void unsubscribe(const std::string& room) = 0;
+    // Never waits. Whether it arrives is not known.
+    virtual void publish(const std::string& room, Opcode opcode, std::string_view payload) = 0;
+};
+
+// The rooms of all loops of a server, and the way of broadcasts from one loop to another. Not needed by a server with
+// one loop and no other machines.
+class RoomDirectory {
+public:
+    // One entry for each loop, the first loop first. `max_backlog`: bytes that wait for one loop.
+    RoomDirectory(std::vector<Rooms*> rooms, std::vector<std::shared_ptr<Mailbox>> mailboxes, std::size_t max_backlog)
+        : max_backlog_(max_backlog), loops_(rooms.size()) {
+        for (std::size_t i = 0; i < loops_.size(); ++i) {
+            loops_[i].rooms = rooms[i];
+            loops_[i].mailbox = std::move(mailboxes[i]);
+            loops_[i].outboxes.resize(loops_.size());
+        }
+    }
+    RoomDirectory(const RoomDirectory&) = delete;
+    RoomDirectory& operator=(const RoomDirectory&) = delete;
+
+    // ---- any thread ------------------------------------------------------------------------------------------------
+
+    // Null if no loop has members in a room of that name.
+    std::shared_ptr<SharedRoom> find(std::string_view name) const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::shared_ptr<SharedRoom>* found = rooms_.find(name);
+        return found == nullptr || (*found)->members() == 0 ? nullptr : *found;
+    }
+    // The rooms with members.
+    std::vector<std::string> names() const {
+        std::vector<std::string> result;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (const auto& [name, room] : rooms_)
+            if (room->members() != 0) result.push_back(name);
+        return result;
+    }
+    std::size_t size() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return rooms_.size();
+    }
+    // Broadcasts that found too much waiting for a loop, and were not passed on to it.
+    std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
+
+    // ---- the loop with this number ---------------------------------------------------------------------------------
+
+    // A loop has made a Room of that name, or has destroyed it.
+    std::shared_ptr<SharedRoom> attach(std::size_t loop, Room& room, const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        auto& shared = rooms_.find_or_emplace(name);
+        if (!shared) shared = std::make_shared<SharedRoom>(name, loops_.size());
+        shared->parts[loop].room = &room;
+        ++shared->users;
+        return shared;
+    }
+    void detach(std::size_t loop, SharedRoom& room) {
+        room.parts[loop].room = nullptr;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (--room.users == 0) rooms_.erase(room.name);
+    }
+    void set_members(std::size_t loop, const std::shared_ptr<SharedRoom>& room, std::size_t members) {
+        auto& count = room->parts[loop].members;
+        const std::size_t before = count.load(std::memory_order_relaxed);
+        count.store(members, std::memory_order_release);
+        if (bus_ != nullptr && (before == 0) != (members == 0))
+            loops_[0].mailbox->post([this, room] { refresh_subscription(*room); });
+    }
+    // Passes a broadcast on to the other loops with members, and to other machines. Returns how many members there are
+    // on the other loops.
+    std::size_t publish(std::size_t loop, const std::shared_ptr<SharedRoom>& room, Opcode opcode,
+                        std::string_view payload, bool is_volatile) {
+        if (bus_ != nullptr && loop == 0) bus_->publish(room->name, opcode, payload);
+        const bool by_first = bus_ != nullptr && loop != 0;
+        return pass_on(loop, {room, nullptr, opcode, is_volatile, by_first}, payload);
+    }
+    // At the end of a turn.
+    void flush(std::size_t loop) {
+        if (!std::exchange(loops_[loop].outboxes_used, false)) return;
+        for (std::size_t target = 0; target < loops_.size(); ++target) {
+            std::vector<Delivery>& outbox = loops_[loop].outboxes[target];
+            if (outbox.empty()) continue;
+            loops_[target].mailbox->post(
+                [this, target, deliveries = std::exchange(outbox, {})] { deliver_all(target, deliveries); });
+        }
+    }
+
+    // ---- the first loop --------------------------------------------------------------------------------------------
+
+    // Before the first connection.
+    void set_bus(RoomBus* bus) { bus_ = bus; }
+    // To the members of all loops: what the bus has received from another machine.
+    void deliver_from_bus(std::string_view name, Opcode opcode, std::string_view payload) {
+        const std::shared_ptr<SharedRoom> room = find(name);
+        if (!room) return;
+        deliver(*room, 0, opcode, payload, false);
+        pass_on(0, {room, nullptr, opcode, false, false}, payload);
+    }
+
+private:
+    struct Delivery {
+        std::shared_ptr<SharedRoom> room;
+        std::shared_ptr<const std::string> payload;
+        Opcode opcode;
+        bool is_volatile;
+        bool by_bus;  // also to other machines
+    };
+    struct PerLoop {
+        Rooms* rooms = nullptr;
+        std::shared_ptr<Mailbox> mailbox;
+        std::vector<std::vector<Delivery>> outboxes{};  // by target; only this loop uses them
+        bool outboxes_used = false;
+        std::atomic<std::size_t> waiting{0};  // bytes in the outboxes of all other loops for this one
+    };
+
+    static std::size_t cost(const Delivery& delivery) { return delivery.payload->size() + sizeof(Delivery); }
+
+    std::size_t pass_on(std::size_t loop, Delivery delivery, std::string_view payload) {
+        std::size_t members = 0;
+        for (std::size_t target = 0; target < loops_.size(); ++target) {
+            const std::size_t there =
+                target == loop ? 0 : delivery.room->parts[target].members.load(std::memory_order_acquire);
+            const bool to_bus = delivery.by_bus && target == 0;
+            if (there == 0 && !to_bus) continue;
+            // One copy for all loops, because a slice of a queue belongs to one loop.
+            if (!delivery.payload) delivery.payload = std::make_shared<const std::string>(payload);
+            if (loops_[target].waiting.load(std::memory_order_relaxed) > max_backlog_) {
+                dropped_.fetch_add(1, std::memory_order_relaxed);
+                continue;
+            }
+            loops_[loop].outboxes[target].push_back(delivery);
+            loops_[loop].outboxes[target].back().by_bus = to_bus;
+            loops_[loop].outboxes_used = true;
+            loops_[target].waiting.fetch_add(cost(delivery), std::memory_order_relaxed);
+            members += there;
+        }
+        return members;
+    }
+    void deliver_all(std::size_t loop, const std::vector<Delivery>& deliveries) {
+        for (const Delivery& delivery : deliveries) {
+            loops_[loop].waiting.fetch_sub(cost(delivery), std::memory_order_relaxed);
+            if (delivery.by_bus && bus_ != nullptr)
+                bus_->publish(delivery.room->name, delivery.opcode, *delivery.payload);
+            deliver(*delivery.room, loop, delivery.opcode, *delivery.payload, delivery.is_volatile);
+        }
+    }
+    inline void deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload, bool is_volatile);
+    // The counts may have changed several times since the call was posted.
+    void refresh_subscription(SharedRoom& room) {
+        const bool wanted = room.members() != 0;
+        if (bus_ == nullptr || std::exchange(room.subscribed, wanted) == wanted) return;
+        if (wanted) bus_->subscribe(room.name);
+        else bus_->unsubscribe(room.name);
+    }
+
+    const std::size_t max_backlog_;
+    mutable std::mutex mutex_;
+    StringMap<std::shared_ptr<SharedRoom>> rooms_;
+    std::vector<PerLoop> loops_;
+    RoomBus* bus_ = nullptr;
+    std::atomic<std::uint64_t> dropped_{0};
+};
 
 }  // namespace detail
 
@@ -4701,8 +4897,8 @@ class Room {
     };
 
 public:
-    // Iterates over a copy of the members and skips those that have left since. The body of a loop may therefore close,
-    // join and leave.
+    // Iterates over a copy of the members on this loop and skips those that have left since. The body may therefore
+    // close, join and leave.
     class Iterator {
     public:
         explicit Iterator(const Room& room) : room_(&room), members_(room.members_) { skip(); }
@@ -4729,8 +4925,9 @@ public:
     Room& operator=(const Room&) = delete;
 
     const std::string& name() const { return name_; }
-    std::size_t size() const { return members_.size(); }
-    bool empty() const { return members_.empty(); }
+    // The members on all loops of this server. Costs one atomic read for each loop.
+    std::size_t size() const { return shared_ ? shared_->members() : members_.size(); }
+    bool empty() const { return size() == 0; }
     bool has(const WebSocketHandler& handler) const { return index_of(handler) != npos; }
     Iterator begin() const { return Iterator(*this); }
     std::nullptr_t end() const { return nullptr; }
@@ -4746,13 +4943,16 @@ public:
         if (rooms.size() >= few) add_slot(handler);
         members_.push_back({&handler, rooms.size()});
         rooms.push_back({this, members_.size() - 1});
+        if (shared_) share_size();
         return true;
     }
     // Returns false if the handler is not a member.
     inline bool leave(WebSocketHandler& handler);
 
-    // Sends to all members except `except`. Returns the number of members whose WriteStatus is sent or queued. Throws
-    // Error for text that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
+    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the number
+    // of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that is not
+    // UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -4786,6 +4986,7 @@ public:
 
 private:
     friend class Rooms;
+    friend class detail::RoomDirectory;
 
     static constexpr std::size_t npos = static_cast<std::size_t>(-1);
     static constexpr std::size_t few = 16;
@@ -4823,18 +5024,27 @@ private:
     void remove_at(std::size_t index) {
         members_[index] = members_.back();
         members_.pop_back();
+        if (shared_) share_size();
         if (index == members_.size()) return;
         detail::HandlerAccess::core(*members_[index].handler).rooms[members_[index].slot].index = index;
     }
 
+    inline void share_size() const;
+    // To the members on this loop.
+    std::size_t send_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    std::size_t send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    inline std::size_t publish(Opcode opcode, std::string_view payload, bool is_volatile) const;
+
     std::string name_;
     Rooms& rooms_;
     std::vector<Member> members_;
+    std::shared_ptr<detail::SharedRoom> shared_;  // null on a server with one loop
     Room* next_to_prune_ = nullptr;
     bool prune_pending_ = false;
 };
 
-// The rooms of a server, by name.
+// The rooms of a server, by name. On a server with several loops, each loop has its own Rooms; their names and members
+// are those of all loops.
 class Rooms {
 public:
     explicit Rooms(detail::SendArena& arena) : arena_(arena), root_(this) {}
@@ -4849,15 +5059,18 @@ public:
         Room& room = rooms_.find_or_emplace(name, std::string(name), *this);
         ++root_->size_;
         prune_later(room);
+        if (directory_ != nullptr) room.shared_ = directory_->attach(loop_, room, room.name_);
         return room;
     }
-    // Returns null if no room of that name has members.
-    Room* find(std::string_view name) const {
+    // Returns null if no room of that name has members. Takes a lock if this loop has none.
+    Room* find(std::string_view name) {
         Room* room = rooms_.find(name);
+        if (room == nullptr && directory_ != nullptr && directory_->find(name)) room = &(*this)[name];
         return room == nullptr || room->empty() ? nullptr : room;
     }
-    std::size_t size() const { return size_; }
+    std::size_t size() const { return directory_ != nullptr ? directory_->size() : size_; }
     std::vector<std::string> names() const {
+        if (directory_ != nullptr) return directory_->names();
         std::vector<std::string> result;
         for (const auto& [name, room] : rooms_) result.push_back(name);
         return result;
@@ -4876,6 +5089,7 @@ public:
 private:
     friend class Room;
     friend class detail::RoomsAccess;
+    friend class detail::RoomDirectory;
 
     void remove_from_all(WebSocketHandler& handler) {
         for (const auto& membership : detail::HandlerAccess::core(handler).rooms) {
@@ -4891,7 +5105,9 @@ private:
             Room& room = *prune_list_;
             prune_list_ = room.next_to_prune_;
             room.prune_pending_ = false;
-            if (room.empty() && room.rooms_.rooms_.erase(room.name())) --size_;
+            if (!room.members_.empty()) continue;
+            if (room.shared_) directory_->detach(loop_, *room.shared_);
+            if (room.rooms_.rooms_.erase(room.name())) --size_;
         }
     }
 
@@ -4901,6 +5117,8 @@ private:
     std::uint64_t deliveries_ = 0;
     StringMap<Room> rooms_;
     Room* prune_list_ = nullptr;  // linked through the rooms, because the end of a handler must not allocate
+    detail::RoomDirectory* directory_ = nullptr;  // null on a server with one loop
+    std::size_t loop_ = 0;                        // its number in the directory
 };
 
 namespace detail {
@@ -4913,6 +5131,12 @@ public:
     // Removes empty rooms at the end of a turn.
     static void prune(Rooms& rooms) { rooms.prune(); }
     static SendArena& arena(Rooms& rooms) { return rooms.arena_; }
+    // Makes the rooms part of those of several loops. Throws an Error if there is a room already.
+    static void share(Rooms& rooms, RoomDirectory* directory, std::size_t loop) {
+        if (rooms.size_ != 0) throw Error("rooms exist already; the server cannot share them with other loops now");
+        rooms.directory_ = directory;
+        rooms.loop_ = loop;
+    }
     // How often broadcasts have visited a member, as a measure of work.
     static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
@@ -4933,11 +5157,31 @@ inline bool Room::leave(WebSocketHandler& handler) {
         rooms[slot].room->members_[rooms[slot].index].slot = slot;
         if (positions) *positions->find(key(*rooms[slot].room)) = slot;
     }
-    if (empty()) rooms_.prune_later(*this);
+    if (members_.empty()) rooms_.prune_later(*this);
     return true;
 }
 
+inline void Room::share_size() const { rooms_.directory_->set_members(rooms_.loop_, shared_, members_.size()); }
+
+inline std::size_t Room::publish(Opcode opcode, std::string_view payload, bool is_volatile) const {
+    return rooms_.directory_->publish(rooms_.loop_, shared_, opcode, payload, is_volatile);
+}
+
+inline void detail::RoomDirectory::deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload,
+                                           bool is_volatile) {
+    Room* const here = room.parts[loop].room;
+    if (here == nullptr || here->members_.empty()) return;
+    const EncodedFrame frame = EncodedFrame::borrowed(loops_[loop].rooms->arena_, opcode, payload);
+    if (is_volatile) here->send_volatile_here(frame, nullptr);
+    else here->send_here(frame, nullptr);
+}
+
 inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHandler* except) {
+    const std::size_t elsewhere = shared_ ? publish(frame.opcode(), frame.payload(), false) : 0;
+    return send_here(frame, except) + elsewhere;
+}
+
+inline std::size_t Room::send_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     constexpr std::size_t ahead = 4;  // the prefetch hides cache misses, which dominate a large fan-out
     std::size_t count = 0;
     for (std::size_t i = 0; i < members_.size(); ++i) {
@@ -4954,11 +5198,16 @@ inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHan
 }
 
 inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
-    if (empty()) return 0;
+    if (members_.empty() && !shared_) return 0;
     return broadcast(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
 inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const WebSocketHandler* except) {
+    const std::size_t elsewhere = shared_ ? publish(frame.opcode(), frame.payload(), true) : 0;
+    return send_volatile_here(frame, except) + elsewhere;
+}
+
+inline std::size_t Room::send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     std::size_t count = 0;
     for (const Member& member : members_)
         if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++count;
@@ -4967,7 +5216,7 @@ inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const Web
 }
 
 inline std::size_t Room::broadcast_volatile(const Message& message, const WebSocketHandler* except) {
-    if (empty()) return 0;
+    if (members_.empty() && !shared_) return 0;
     return broadcast_volatile(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
@@ -7474,7 +7723,7 @@ public:
     void run() {
         const Running running(*this, "run");
         stop_ = false;
-        while (!stop_) turn((Duration::max)());
+        while (!stop_) turn(now_, (Duration::max)());
         stop_ = false;
     }
     // Ends run() after this turn. Call it on the loop's thread; other threads post() the call.
@@ -7487,7 +7736,10 @@ public:
     // callbacks throw does not leave it. Throws an Error if the loop is running already: in a callback.
     bool poll(Duration timeout = Duration::zero()) {
         const Running running(*this, "poll");
-        turn(timeout);
+        turn((std::max)(now_, timers_.next()), timeout);
+        const Time end = clock();
+        note_span(now_, now_, end);
+        now_ = end;
         return !std::exchange(stop_, false);
     }
     // An epoll or kqueue descriptor that is readable while a socket, posted work or a signal needs poll(). Only wait
@@ -7502,11 +7754,7 @@ public:
     }
     // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero if
     // work is left. Duration::max() if there is none. Ask again before each wait, because any call may change it.
-    Duration next_timeout() const {
-        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
-        if (timers_.next() == (Time::max)()) return (Duration::max)();
-        return (std::max)(timers_.next() - clock(), Duration::zero());
-    }
+    Duration next_timeout() const { return next_timeout(clock()); }
 
     // ---- work and timers -------------------------------------------------------------------------------------------
 
@@ -7646,12 +7894,17 @@ private:
         return id;
     }
 
-    void turn(Duration max_wait) {
+    // The loop expects to begin the turn at `expected` or earlier.
+    void turn(Time expected, Duration max_wait) {
+        const Time begin = clock();
+        note_span(now_, expected, begin);
+        const int timeout = timeout_ms((std::min)(next_timeout(begin), max_wait));
         try {
-            poller_->wait(timeout_ms(max_wait), ready_);
+            poller_->wait(timeout, ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
         now_ = clock();
+        if (timeout >= 0) note_span(begin, begin + std::chrono::milliseconds(timeout), now_);
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -7660,9 +7913,20 @@ private:
         poll_again_ = at_turn_end_ && at_turn_end_();
     }
 
+    // Work, a wait or a pause of the program that ends more than a second later than expected, for example because the
+    // process was stopped, counts as time in which the loop did not poll. Nobody knows when a late wait was stopped, so
+    // all of it counts.
+    void note_span(Time begin, Time expected, Time end) {
+        if (end > saturating_add(expected, std::chrono::seconds(1))) away_ += end - begin;
+    }
+
+    Duration next_timeout(Time now) const {
+        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
+        if (timers_.next() == (Time::max)()) return (Duration::max)();
+        return (std::max)(timers_.next() - now, Duration::zero());
+    }
     // Rounds up: rounding down would spin until the timer is due.
-    int timeout_ms(Duration max_wait) const {
-        const Duration wait = (std::min)(next_timeout(), max_wait);
+    static int timeout_ms(Duration wait) {
         if (wait <= Duration::zero()) return 0;
         if (wait == (Duration::max)()) return -1;
         return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
@@ -7684,6 +7948,7 @@ private:
     TimerId last_call_ = 0;
     std::vector<detail::Poller::Ready> ready_;
     Time now_;
+    Duration away_{};  // LoopAccess::away()
     std::atomic<const void*> thread_{nullptr};
     bool stop_ = false;
     bool poll_again_ = false;
@@ -7706,6 +7971,9 @@ public:
         loop.poller_ = std::move(poller);
         loop.now_ = loop.poller_->now();
     }
+    // The sum of all times in which the loop did not poll: it was stopped, or a callback took more than a second. A
+    // deadline of a peer can leave it out.
+    static Duration away(const Loop& loop) { return loop.away_; }
     // The next turn does not wait.
     static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
@@ -9204,6 +9472,7 @@ public:
     bool answered = false;               // at least one request
     bool idle = false;                   // waits for the next request
     std::size_t discarded = 0;           // bytes that were read while lingering
+    Duration away_before{};              // LoopAccess::away() when the deadline was set
     std::unique_ptr<ProxyHeader> proxy;  // null if no PROXY header is due
 
     // An answer is being sent, or comes later.
@@ -9725,6 +9994,7 @@ public:
     void start(bool full) {
         protect([&] {
             schedule(after(limits().handshake_timeout));
+            http_->away_before = LoopAccess::away(host_.loop);
             if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
                 return abort(CloseCause::connection_lost, "cannot be watched");
             full_ = full;
@@ -9774,10 +10044,9 @@ public:
 
     void on_timer(Time now) override {
         if (gone()) return;
-        const Duration late = now - due();
-        const std::uint64_t received_before = host_.wire.received;
+        const Time was_due = due();
         protect([&] {
-            if (read_late_input() || extend_handshake(late, host_.wire.received != received_before)) {
+            if (read_late_input() || extend_handshake(was_due)) {
                 // The peer was in time.
             } else if (phase_ == Phase::websocket) {
                 connection().tick(now);
@@ -10039,16 +10308,17 @@ private:
         return in_time;
     }
 
-    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more
-    // time if this turn has no budget left for its input, or if that was read now, after a long turn.
-    bool extend_handshake(Duration late, bool received) {
-        constexpr Duration long_turn = std::chrono::seconds(1);
-        if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;
+    // The deadline of a TLS handshake, and of the request after it, does not run while the loop is away, and not while
+    // the handshakes of others use up the budget of each turn.
+    bool extend_handshake(Time was_due) {
+        if (ended_ || phase_ != Phase::http || !stream_.encrypted() || http_->answered || !reading()) return false;
+        const Duration away = LoopAccess::away(host_.loop);
+        const Duration missed = away - std::exchange(http_->away_before, away);
         char byte = 0;
-        const bool unread =
-            host_.turn.handshakes_left == 0 && stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
-        if (!unread && (!received || late < long_turn)) return false;
-        schedule(saturating_add(now(), (std::max)(late, long_turn)));
+        const bool unread = !stream_.established() && host_.turn.handshakes_left == 0 &&
+                            stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
+        if (missed == Duration::zero() && !unread) return false;
+        schedule((std::max)(saturating_add(was_due, missed), now() + std::chrono::seconds(1)));
         return true;
     }
 
@@ -13028,7 +13298,7 @@ class ChatCommands;
 // ---- entries and stores --------------------------------------------------------------------------------------------
 
 // One event of a room. A store keeps messages (`said` and `action`), amendments of them (`edit`, `remove` and `react`)
-// and `topic`, each under an id of its own. It only delivers the other kinds.
+// and `topic`, each under an id of its own. It only delivers the other kinds. An entry without a room is for all hubs.
 struct ChatEntry {
     // `action` is "/me waves". Files contain the numbers of the first six.
     enum class Kind : std::uint8_t {
@@ -13043,7 +13313,11 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event
+        event,
+        away,    // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        kick,    // closes the connections of a user to the room
+        ban,     // asks all hubs to ban what they know of the user with a name
+        direct,  // an event of the application for one user
     };
     struct Reaction {
         std::string emoji{};
@@ -13061,6 +13335,7 @@ struct ChatEntry {
     std::string text{};    // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
     std::string data{};    // a JSON object of the application, or empty
     std::string to{};      // the receiver of a private message
+    std::string to_user{};  // the public id of that receiver
     std::string author{};  // the identity of the author; clients never get it
     std::string tag{};     // chosen by the author; a second entry with the same tag is a duplicate
 
@@ -13073,11 +13348,17 @@ struct ChatEntry {
     bool moderator = false;       // may remove the messages of others
     std::int64_t not_before = 0;  // an edit of an older message is refused as "too_late"; Unix time in milliseconds
 
-    std::uint64_t sender = 0;  // a number of the connection that no other server uses; not kept
+    std::uint64_t sender = 0;  // a number of the connection that no other hub uses; not kept
+    std::string hub{};         // the id of the hub that made the entry; not kept
+    bool quiet = false;        // of presence: the user is also connected to another hub, so nobody hears of it
 
     bool kept() const { return kind <= Kind::topic; }
     bool is_message() const { return kind <= Kind::action; }
     bool is_amendment() const { return kept() && !is_message() && kind != Kind::topic; }
+    // Whether it changes who is in a room: see PresenceTable.
+    bool is_presence() const {
+        return kind == Kind::join || kind == Kind::away || kind == Kind::leave || kind == Kind::rename;
+    }
 
     // The size that counts for HistoryLimits.
     std::size_t bytes() const {
@@ -13107,6 +13388,7 @@ struct ChatFact {
     std::string value{};       // empty: the fact is deleted
     std::string author{};      // the identity of the user to whom it belongs; ChatStore::erase_author() deletes it
     std::int64_t expires = 0;  // Unix time in milliseconds; 0: never
+    bool if_new = false;       // an older fact stays; on_fact() gets the one that is kept
 };
 
 // The newest id that a client has of a room, and the epoch of the store that gave it: "9f86d081884c7d65-105".
@@ -13150,22 +13432,24 @@ struct HistoryExport {
     std::string error{};  // why the export ended early
 };
 
-// Stores entries and facts, and delivers them to this server and perhaps to others. A server shows an entry when the
-// store delivers it, so all servers show the same order. All calls are made on the loop's thread. Each is answered on
-// that thread, immediately or later, but never after the destruction of the store.
+// Stores entries and facts, and delivers them to the hubs that share it. A hub is the chat of one loop: a server has
+// one for each of its loops. A hub shows an entry when the store delivers it, so all hubs show the same order. All
+// calls are made on the loop's thread. Each is answered on that thread, immediately or later, but never after the
+// destruction of the store.
 class ChatStore {
 public:
     class Listener {
     public:
-        // An entry of append() or forward(), from this server or another. Entries with ids come in the order of their
-        // room. A new server gets an entry of the kind `join` for each user who is already present.
+        // An entry of append() or forward(), from this hub or another. All hubs get the entries of a room in one order,
+        // that of their ids.
         virtual void on_entry(const ChatEntry& entry) = 0;
         // The author has sent this tag before. The entry has the id of the first one, and is not delivered again.
         virtual void on_duplicate(const ChatEntry& entry) = 0;
         // An entry that this server appended could not be kept. Nobody received it.
         virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
         // An amendment that this server appended is not possible. The code is "bad_id" (the message is not kept, or is
-        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions).
+        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions). Or a `join` or `rename`
+        // that this hub forwarded: see PresenceTable::apply().
         virtual void on_refused(const ChatEntry&, std::string_view /*code*/) {}
         // A fact was kept, by this server or another.
         virtual void on_fact(const ChatFact&) {}
@@ -13177,8 +13461,15 @@ public:
         // The store has something to log.
         virtual void on_log(LogLevel, std::string_view /*event*/,
                             const std::vector<std::pair<std::string_view, std::string>>& /*fields*/) {}
+        // Who is in a room: a `join` or an `away` for each user and hub. It follows watch(), and comes again when the
+        // store may have lost entries. It replaces what was known; the hub forwards its own users who are missing.
+        virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
         // The time by which a history in memory expires.
         virtual Time now() const { return Clock::now(); }
+        // The id of this hub: 16 lower-case hexadecimal digits at random.
+        virtual std::string hub() const { return {}; }
+        // Whether this hub gets the entries of all rooms, not only of those that it watches.
+        virtual bool watches_all() const { return false; }
 
     protected:
         ~Listener() = default;
@@ -13187,6 +13478,8 @@ public:
     using FactsCallback = std::function<void(std::vector<ChatFact>, std::string error)>;
     using EraseCallback = std::function<void(std::size_t messages, std::string error)>;
     using ExportCallback = std::function<bool(HistoryExport)>;
+    // The names of rooms with the numbers of their users.
+    using RoomsCallback = std::function<void(std::vector<std::pair<std::string, std::size_t>>, std::string error)>;
 
     ChatStore() = default;
     ChatStore(const ChatStore&) = delete;
@@ -13200,7 +13493,7 @@ public:
     // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
     // has reacted with that emoji before. One call of the listener follows.
     virtual void append(ChatEntry entry) = 0;
-    // Delivers the entry without keeping it.
+    // Delivers the entry without keeping it. A store of several hubs also applies it to a PresenceTable.
     virtual void forward(const ChatEntry& entry) = 0;
     // Reads all entries after a position, if there are at most `limit`. Otherwise, and without a position, the newest
     // messages and topics, at most `limit`; what amendments have changed is in the messages.
@@ -13208,10 +13501,8 @@ public:
                        PageCallback callback) = 0;
     // Reads the newest messages and topics with ids below this one, at most `limit`.
     virtual void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) = 0;
-    // This server has, or no longer has, a use for the entries of other servers in a room.
-    virtual void follow(const std::string& /*room*/) {}
-    virtual void unfollow(const std::string& /*room*/) {}
-    // Keeps a fact in place of the one with the same scope and key. on_fact() or on_fact_failure() follows.
+    // Keeps a fact in place of the one with the same scope and key, unless ChatFact::if_new. on_fact() or
+    // on_fact_failure() follows.
     virtual void put(ChatFact fact) = 0;
     // Reads the facts of a scope whose keys begin with the prefix, in order, without those that have expired.
     virtual void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) = 0;
@@ -13241,6 +13532,20 @@ public:
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
     // Reads the history of a room in parts, as JSON lines, until the callback returns false.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
+
+    // A store of several hubs has the next four. By default a store has one hub, which knows its users itself.
+
+    // This hub needs the entries of a room until unwatch(). Conversations (names that begin with a line feed) and
+    // entries without a room come to all hubs. True: on_presence() follows, if possible before the answers to later
+    // reads of the room. False: this hub alone has users in the room.
+    virtual bool watch(const std::string& /*room*/) { return false; }
+    virtual void unwatch(const std::string& /*room*/) {}
+    // Each hub calls it every two seconds. Of a hub that has not called it for eight seconds, the store removes the
+    // users, and all other hubs get a `leave` for each. If that hub lives, it gets on_presence() for its rooms.
+    virtual void beat(const std::string& /*hub*/) {}
+    // Reads which rooms have users, at most `limit`, in the order of their names. False, and no call: this hub alone
+    // has users.
+    virtual bool rooms(std::size_t /*limit*/, RoomsCallback /*callback*/) { return false; }
 
 private:
     static constexpr const char* cannot = "this store cannot do that";
@@ -13527,7 +13832,9 @@ public:
 
     void put(ChatFact fact) override {
         const std::string key = text::concat({fact.scope, "\n", fact.key});
-        if (fact.value.empty()) {
+        if (const ChatFact* older = facts_.find(key); older != nullptr && fact.if_new) {
+            fact = *older;
+        } else if (fact.value.empty()) {
             facts_.erase(key);
         } else {
             if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
@@ -14233,6 +14540,148 @@ private:
 
 }  // namespace detail
 
+// The rules by which a store of several hubs decides who is in a room: names are unique, and the first one wins. A
+// store applies each `join`, `away`, `leave` and `rename` in the order of the room before it delivers it. A store in
+// another program does the same with its own means.
+class PresenceTable {
+public:
+    // Empty: the entry is applied, is complete now, and is to be delivered. Otherwise nothing has changed, and the code
+    // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
+    //
+    //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
+    //           An account also takes the name of a user without one, whom a hub renames after that. A guest (an entry
+    //           without author) who is present must be away from all hubs, or it is another guest: "name_taken".
+    //   away    The user has no connection to the hub for now.
+    //   leave   The hub has no such user any more. It is quiet if other hubs have.
+    //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
+    std::string_view apply(ChatEntry& entry) {
+        if (entry.kind == ChatEntry::Kind::join) return join(entry);
+        Room* const room = rooms_.find(entry.room);
+        User* const user = room == nullptr ? nullptr : room->users.find(entry.user);
+        if (user == nullptr) return "gone";
+        entry.name = user->join.name;
+        if (entry.kind == ChatEntry::Kind::rename) return rename(*room, *user, entry);
+        bool* const away = user->hubs.find(entry.hub);
+        if (away == nullptr) return "gone";
+        if (entry.kind == ChatEntry::Kind::leave) leave(*room, *user, entry);
+        else *away = entry.quiet = true;
+        return {};
+    }
+    // For Listener::on_presence().
+    std::vector<ChatEntry> users(const std::string& room) const {
+        std::vector<ChatEntry> list;
+        const Room* const found = rooms_.find(room);
+        if (found == nullptr) return list;
+        for (const auto& [id, user] : found->users) {
+            for (const auto& [hub, away] : user.hubs) {
+                list.push_back(user.join);
+                list.back().hub = hub;
+                if (away) list.back().kind = ChatEntry::Kind::away;
+            }
+        }
+        return list;
+    }
+    // The opposite of users().
+    void replace(const std::string& room, const std::vector<ChatEntry>& users) {
+        rooms_.erase(room);
+        for (const ChatEntry& each : users) {
+            Room& added = rooms_.find_or_emplace(room);
+            User& user = added.users.find_or_emplace(each.user);
+            user.join = each;
+            user.join.kind = ChatEntry::Kind::join;
+            user.hubs.find_or_emplace(each.hub) = each.kind == ChatEntry::Kind::away;
+            added.names.find_or_emplace(chat_fold(each.name)) = each.user;
+        }
+    }
+    // Removes all users of a hub. The result has a `leave` for each, to be delivered.
+    std::vector<ChatEntry> forget(const std::string& hub) {
+        std::vector<ChatEntry> leaves;
+        for (const auto& [name, room] : rooms_) {
+            for (const auto& [id, user] : room.users) {
+                if (user.hubs.find(hub) == nullptr) continue;
+                leaves.push_back(user.join);
+                leaves.back().kind = ChatEntry::Kind::leave;
+                leaves.back().hub = hub;
+                leaves.back().time = unix_ms();
+            }
+        }
+        for (ChatEntry& each : leaves) apply(each);
+        return leaves;
+    }
+    // In the order of their names, with the numbers of their users.
+    std::vector<std::pair<std::string, std::size_t>> rooms(std::size_t limit) const {
+        std::vector<std::pair<std::string, std::size_t>> list;
+        for (const auto& [name, room] : rooms_)
+            if (list.size() < limit) list.emplace_back(name, room.users.size());
+        return list;
+    }
+
+private:
+    struct User {
+        ChatEntry join;        // the first one, with the present name
+        StringMap<bool> hubs;  // whether the user is away from the hub
+    };
+    struct Room {
+        StringMap<User> users;         // by their public ids
+        StringMap<std::string> names;  // the ids, by chat_fold() of the names
+    };
+
+    static bool is_account(const ChatEntry& join) { return text::starts_with(join.author, "account "); }
+
+    std::string_view join(ChatEntry& entry) {
+        Room& room = rooms_.find_or_emplace(entry.room);
+        User* user = room.users.find(entry.user);
+        entry.quiet = user != nullptr;
+        if (user == nullptr) {
+            const std::string key = chat_fold(entry.name);
+            const std::string* const holder = room.names.find(key);
+            const bool takes = is_account(entry) && holder != nullptr && !is_account(room.users.find(*holder)->join);
+            if (holder != nullptr && !takes) return "name_taken";
+            user = &room.users.find_or_emplace(entry.user);
+            user->join = entry;
+            room.names.find_or_emplace(key) = entry.user;
+        } else if (entry.author.empty() && present_elsewhere(*user, entry.hub)) {
+            return "name_taken";
+        }
+        entry.name = user->join.name;
+        entry.text = user->join.text;
+        user->hubs.find_or_emplace(entry.hub) = false;
+        return {};
+    }
+    static bool present_elsewhere(const User& user, const std::string& than) {
+        for (const auto& [hub, away] : user.hubs)
+            if (hub != than && !away) return true;
+        return false;
+    }
+    void leave(Room& room, const User& user, ChatEntry& entry) {
+        entry.quiet = user.hubs.size() > 1;
+        if (entry.quiet) {
+            room.users.find(entry.user)->hubs.erase(entry.hub);
+            return;
+        }
+        release(room, user);
+        room.users.erase(entry.user);
+        if (room.users.empty()) rooms_.erase(entry.room);
+    }
+    static std::string_view rename(Room& room, User& user, const ChatEntry& entry) {
+        const std::string key = chat_fold(entry.text);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder != entry.user) return "name_taken";
+        release(room, user);
+        user.join.name = entry.text;
+        room.names.find_or_emplace(key) = entry.user;
+        return {};
+    }
+    // An account may have taken the name.
+    static void release(Room& room, const User& user) {
+        const std::string key = chat_fold(user.join.name);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder == user.join.user) room.names.erase(key);
+    }
+
+    StringMap<Room> rooms_;
+};
+
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
 
 // The limits of all chats of a server, in ChatHub::limits. Sizes in bytes.
@@ -14349,7 +14798,7 @@ public:
         prune_later();
         ChatRoom& room = rooms_.find_or_emplace(name, std::string(name), *this);
         room.presence_.max_name = limits.max_name;
-        store_->follow(room.name());
+        store_->watch(room.name());
         load_topic(room.name());
         return room;
     }
@@ -14431,7 +14880,7 @@ private:
     }
     // Of two servers that begin at the same time, the first one decides.
     void keep_secret() {
-        store_->put({"server", "secret", std::exchange(secret_, {})});
+        store_->put({"server", "secret", std::exchange(secret_, {}), {}, 0, true});
         store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
             if (facts.empty()) {
                 server_.report(LogLevel::error, "chat_not_kept", {{"fact", "secret"}, {"cause", error}});
@@ -14553,7 +15002,7 @@ private:
             pruning_ = false;
             rooms_.erase_if([this](ChatRoom& room) {
                 if (!room.presence_.empty()) return false;
-                store_->unfollow(room.name());
+                store_->unwatch(room.name());
                 return true;
             });
         });
@@ -15984,7 +16433,11 @@ inline void ChatHub::deliver(const ChatEntry& entry) {
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
-        case ChatEntry::Kind::event: return;
+        case ChatEntry::Kind::event:
+        case ChatEntry::Kind::away:
+        case ChatEntry::Kind::kick:
+        case ChatEntry::Kind::ban:
+        case ChatEntry::Kind::direct: return;
     }
 }
 
@@ -16448,8 +16901,18 @@ public:
         return erased;
     }
 
-    void put(const ChatFact& fact) {
+    // Returns the fact that is kept.
+    ChatFact put(const ChatFact& fact) {
+        ChatFact kept = fact;
         database_.transaction("BEGIN IMMEDIATE", [&] {
+            if (fact.if_new) {
+                Query query(database_, "SELECT value, author, expires FROM fact WHERE scope = ?1 AND key = ?2");
+                query.bind(fact.scope).bind(fact.key);
+                if (query.next_row()) {
+                    kept = {fact.scope, fact.key, query.text(0), query.text(1), query.number(2)};
+                    return;
+                }
+            }
             database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
             if (fact.value.empty()) return;
             if (too_many_facts()) delete_expired_facts();
@@ -16457,6 +16920,7 @@ public:
             database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
                           fact.key, fact.value, fact.author, fact.expires);
         });
+        return kept;
     }
     std::vector<ChatFact> facts(const std::string& scope, const std::string& key_prefix) {
         std::vector<ChatFact> facts;
@@ -16986,9 +17450,10 @@ public:
     void put(ChatFact fact) override {
         if (!worker_->has_space()) return worker_->listener().on_fact_failure(fact, "too many facts wait");
         worker_->add_write([worker = worker_.get(), fact = std::move(fact)](detail::SqliteFile& file) {
-            const std::string cause = error_of([&] { file.put(fact); });
-            worker->post([fact, cause](Listener& listener) {
-                if (cause.empty()) listener.on_fact(fact);
+            ChatFact kept;
+            const std::string cause = error_of([&] { kept = file.put(fact); });
+            worker->post([fact, kept, cause](Listener& listener) {
+                if (cause.empty()) listener.on_fact(kept);
                 else listener.on_fact_failure(fact, cause);
             });
         });
@@ -18072,7 +18537,7 @@ if cmd == 'put' then
   if now > num(ARGV[3]) then return {'late'} end
   local facts = P .. 'f:' .. scope
   local old = call('HGET', facts, key)
-  if old and scope == 'server' then
+  if old and ARGV[10] == '1' then
     value = unpack(old)[1]
   elseif value == '' then
     forget(scope, key)
@@ -18372,7 +18837,7 @@ struct RedisOrder {
     std::map<std::uint64_t, std::string> held{};  // later ones, until the hole before them is filled
     std::uint64_t newest = 0;                     // the largest id that exists
     bool filling = false;
-    std::uint64_t unused = 0;  // not zero: a number of unfollow() calls
+    std::uint64_t unused = 0;  // not zero: the number of a call of unwatch()
 };
 
 // The history on the link's thread.
@@ -18432,10 +18897,10 @@ public:
         forwarded_.emplace_back(std::move(number), entry);
         if (orders_.find(entry.room) == nullptr) deliver_forwarded(forwarded_.back().first);
     }
-    void follow(const std::string& room) {
+    void watch(const std::string& room) {
         RedisOrder& order = orders_.find_or_emplace(room);
-        const bool is_new = !followed_.find(room);
-        followed_.find_or_emplace(room) = true;
+        const bool is_new = watched_.find(room) == nullptr;
+        watched_.find_or_emplace(room) = true;
         order.unused = 0;
         if (!is_new) return;
         link_->subscribe(
@@ -18443,7 +18908,7 @@ public:
             [this, room] { synchronize(room); });
     }
     // The subscription ends some seconds later, so that a room that comes back misses nothing.
-    void unfollow(const std::string& room) {
+    void unwatch(const std::string& room) {
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr || room == feed) return;
         order->unused = ++operations_;
@@ -18454,7 +18919,7 @@ public:
                                      if (found == nullptr || found->unused != number) return;
                                      link_->unsubscribe(room_channel(room));
                                      orders_.erase(room);
-                                     followed_.erase(room);
+                                     watched_.erase(room);
                                  });
     }
     void since(const std::string& room, const std::optional<HistoryPosition>& position, std::size_t limit,
@@ -18495,7 +18960,7 @@ public:
     }
     void put(ChatFact fact) {
         queue_.call({"put", "", fact.scope, fact.key, fact.value, fact.author, std::to_string(fact.expires),
-                     std::to_string(limits_.max_facts)},
+                     std::to_string(limits_.max_facts), fact.if_new ? "1" : ""},
                     true, [this, fact](const redisReply* reply, const std::string& cause) {
                         const RedisTexts texts(reply);
                         const std::string failure = texts[0] == "full"   ? "too many facts"
@@ -19043,7 +19508,7 @@ private:
     std::shared_ptr<Mailbox> mailbox_;
     std::vector<std::function<void(Listener&)>> results_;
     StringMap<RedisOrder> orders_;  // by room
-    StringMap<bool> followed_;
+    StringMap<bool> watched_;
     StringMap<Pending> pending_;  // own entries without an answer, by operation
     std::deque<std::pair<std::string, ChatEntry>> forwarded_;
     std::uint64_t operations_ = 0;
@@ -19081,11 +19546,12 @@ public:
     void forward(const ChatEntry& entry) override {
         run([entry](detail::RedisStore& store) { store.forward(entry); });
     }
-    void follow(const std::string& room) override {
-        run([room](detail::RedisStore& store) { store.follow(room); });
+    bool watch(const std::string& room) override {
+        run([room](detail::RedisStore& store) { store.watch(room); });
+        return true;
     }
-    void unfollow(const std::string& room) override {
-        run([room](detail::RedisStore& store) { store.unfollow(room); });
+    void unwatch(const std::string& room) override {
+        run([room](detail::RedisStore& store) { store.unwatch(room); });
     }
     void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {
