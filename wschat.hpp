@@ -17690,7 +17690,7 @@ struct RedisOptions {
     Duration answer_timeout = std::chrono::seconds(5);
     // Between two attempts to connect. The time doubles with each attempt, and a random part of it is left out.
     Duration min_retry = std::chrono::milliseconds(100), max_retry = std::chrono::seconds(5);
-    std::size_t max_queued = 10'000;                   // commands without an answer; more are refused
+    std::size_t max_queued = 10'000;                  // commands without an answer; more are refused
     std::size_t max_queued_bytes = 64 * 1024 * 1024;  // of these commands
 };
 
@@ -17741,8 +17741,8 @@ struct RedisUrl {
         const std::string db = std::to_string(database);
         if (!path.empty()) return text::concat({"unix://", path, "?db=", db});
         const bool v6 = host.find(':') != std::string::npos;
-        return text::concat({tls ? "rediss://" : "redis://", v6 ? "[" : "", host, v6 ? "]:" : ":", std::to_string(port),
-                             "/", db});
+        return text::concat(
+            {tls ? "rediss://" : "redis://", v6 ? "[" : "", host, v6 ? "]:" : ":", std::to_string(port), "/", db});
     }
 
 private:
@@ -17889,8 +17889,9 @@ private:
         const std::unique_ptr<RedisAnswer> owner(static_cast<RedisAnswer*>(answer));
         const auto* const reply = static_cast<const redisReply*>(data);
         const bool failed = reply != nullptr && reply->type == REDIS_REPLY_ERROR;
-        run_guarded([&] { (*owner)(failed ? nullptr : reply, failed ? std::string(redis_text(reply)) : std::string()); },
-                    [](const char*) {});
+        run_guarded(
+            [&] { (*owner)(failed ? nullptr : reply, failed ? std::string(redis_text(reply)) : std::string()); },
+            [](const char*) {});
     }
     static void published_callback(redisAsyncContext*, void* data, void* me) {
         const auto* const reply = static_cast<const redisReply*>(data);
@@ -18004,10 +18005,11 @@ public:
     // False if Redis is not connected.
     bool send(const RedisArguments& arguments, RedisAnswer answer) {
         if (!up()) return false;
-        return commands_->send(arguments, [this, answer = std::move(answer)](const redisReply* reply, const std::string& cause) {
-            heard_commands_ = loop_.now();
-            if (answer) answer(reply, cause);
-        });
+        return commands_->send(arguments,
+                               [this, answer = std::move(answer)](const redisReply* reply, const std::string& cause) {
+                                   heard_commands_ = loop_.now();
+                                   if (answer) answer(reply, cause);
+                               });
     }
     // `on_subscribed` is called when the subscription works, also after each reconnection.
     void subscribe(const std::string& channel, std::function<void(std::string_view)> on_message,
@@ -18045,7 +18047,8 @@ private:
         std::function<void()> on_subscribed;
     };
 
-    void log(LogLevel level, std::string_view event, const std::vector<std::pair<std::string_view, std::string>>& fields) {
+    void log(LogLevel level, std::string_view event,
+             const std::vector<std::pair<std::string_view, std::string>>& fields) {
         for (RedisUser* user : users_) user->on_redis_log(level, event, fields);
     }
     Duration retry_delay() {
@@ -18091,7 +18094,8 @@ private:
         }
         if (url_.database != 0) setup(connection, {"SELECT", std::to_string(url_.database)}, [](const redisReply*) {});
         if (&connection == commands_.get())
-            return setup(connection, {"INFO", "server"}, [this](const redisReply* reply) { on_info(redis_text(reply)); });
+            return setup(connection, {"INFO", "server"},
+                         [this](const redisReply* reply) { on_info(redis_text(reply)); });
         for (const auto& [name, subscription] : subscriptions_)
             if (name != channel("node:" + node_)) connection.subscribe("SUBSCRIBE", name);
         connection.subscribe("SUBSCRIBE", channel("node:" + node_));  // the last one, its answer says that all work
@@ -18158,7 +18162,9 @@ private:
         for (const auto& [name, subscription] : subscriptions_) names.push_back(name);
         return names;
     }
-    Duration beat_interval() const { return (std::max)(options_.answer_timeout / 4, Duration(std::chrono::milliseconds(50))); }
+    Duration beat_interval() const {
+        return (std::max)(options_.answer_timeout / 4, Duration(std::chrono::milliseconds(50)));
+    }
     // A message of this process to itself shows that both connections work.
     void beat() {
         if (!up()) return;
@@ -18227,8 +18233,8 @@ namespace detail {
 //             id of all deleted rooms), bytes, facts (their number), gid (the newest id of the feed), use
 //   openings  hash: the number of each epoch. A restart of Redis begins a new one, because it may have lost entries.
 //   rooms     sorted set: rooms by their last use
-//   r:ROOM    hash: last, first, bytes, opening (in which the last id was given), firsts ("2:101," the first id that was
-//             given in opening 2)
+//   r:ROOM    hash: last, first, bytes, opening (in which the last id was given), firsts ("2:101,": 101 is the first
+//             id that was given in opening 2)
 //   s:ROOM    stream: the entries, as ID-TIME with the field m. An entry that was changed is in a:ROOM instead, so that
 //             no older text is kept.
 //   a:ROOM    hash: "TIME:RECORD" by id
@@ -18701,8 +18707,8 @@ struct RedisRecord {
         entry.time = static_cast<std::int64_t>(number(2));
         entry.edited = static_cast<std::int64_t>(number(10));
         entry.removed = !all[11].empty();
-        std::string* const texts[] = {&entry.name, &entry.user, &entry.text, &entry.data, &entry.author, &entry.tag,
-                                      &record.op};
+        std::string* const texts[] = {&entry.name,   &entry.user, &entry.text, &entry.data,
+                                      &entry.author, &entry.tag,  &record.op};
         for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[3 + i]);
         for (std::size_t i = fields; i < all.size(); i += 4)
             entry.reactions.push_back({all[i], all[i + 1], all[i + 2], all[i + 3]});
@@ -18739,8 +18745,8 @@ public:
         link_.loop().cancel(timer_);
     }
 
-    // `answer` gets the reply, or the cause of a failure. If the call is `timed`, its first argument becomes the time (of
-    // the clock of Redis) after which it does nothing.
+    // `answer` gets the reply, or the cause of a failure. If the call is `timed`, its first argument becomes the time
+    // (of the clock of Redis) after which it does nothing.
     void call(RedisArguments arguments, bool timed, RedisAnswer answer) {
         auto request = std::make_shared<Request>();
         for (const std::string& each : arguments) request->bytes += each.size() + 64;
@@ -18761,11 +18767,12 @@ public:
         time_ = time;
         opened_ = link_.loop().now();
         open_ = true;
+        for (const auto& request : queue_) request->sent = false;
     }
     void send_all() {
         const std::deque<std::shared_ptr<Request>> waiting = queue_;
         for (const auto& request : waiting)
-            if (!request->done) send(request);
+            if (!request->done && !request->sent) send(request);
     }
     void close() { open_ = false; }
     bool is_open() const { return open_; }
@@ -18779,10 +18786,11 @@ private:
         RedisAnswer answer{};
         Time due{};
         std::size_t bytes = 0;
-        bool timed = false, done = false;
+        bool timed = false, sent = false, done = false;
     };
 
     void send(const std::shared_ptr<Request>& request) {
+        request->sent = true;
         RedisArguments arguments{"EVALSHA", script_, "1", meta_, request->arguments[0], epoch_};
         arguments.insert(arguments.end(), request->arguments.begin() + 1, request->arguments.end());
         if (request->timed) {
@@ -18800,7 +18808,7 @@ private:
             finish(request, reply, cause);
         });
     }
-    void finish(const std::shared_ptr<Request>& request, const redisReply* reply, const std::string& cause) {
+    void finish(std::shared_ptr<Request> request, const redisReply* reply, const std::string& cause) {
         request->done = true;
         while (!queue_.empty() && queue_.front()->done) {
             bytes_ -= queue_.front()->bytes;
@@ -18832,12 +18840,13 @@ private:
 
 // The numbered entries of a room, or of the feed, on their way to the listener: in order, each once.
 struct RedisOrder {
-    std::optional<std::uint64_t> last{};  // the newest id that was delivered
-    std::string epoch{};                  // in which `last` was read
+    std::optional<std::uint64_t> last{};          // the newest id that was delivered
+    std::string epoch{};                          // in which `last` was read
     std::map<std::uint64_t, std::string> held{};  // later ones, until the hole before them is filled
     std::uint64_t newest = 0;                     // the largest id that exists
     bool filling = false;
-    std::uint64_t unused = 0;  // not zero: the number of a call of unwatch()
+    bool synchronized = false;  // since the latest connection; until then, entries are held
+    std::uint64_t unused = 0;   // not zero: the number of a call of unwatch()
 };
 
 // The history on the link's thread.
@@ -18878,10 +18887,20 @@ public:
         const auto number = [](auto value) { return std::to_string(value); };
         const std::string key =
             entry.tag.empty() ? text::concat({"o", op}) : text::concat({"t", entry.author, "\n", entry.tag});
-        RedisArguments arguments{"append", "", entry.room, op, number(static_cast<unsigned>(entry.kind)), key,
-                                 entry.moderator ? "1" : "", number(entry.not_before), number(limits_.max_reactions),
-                                 number(limits_.max_entries), number(limits_.max_bytes), max_age(),
-                                 number(limits_.max_rooms), number(limits_.max_total_bytes),
+        RedisArguments arguments{"append",
+                                 "",
+                                 entry.room,
+                                 op,
+                                 number(static_cast<unsigned>(entry.kind)),
+                                 key,
+                                 entry.moderator ? "1" : "",
+                                 number(entry.not_before),
+                                 number(limits_.max_reactions),
+                                 number(limits_.max_entries),
+                                 number(limits_.max_bytes),
+                                 max_age(),
+                                 number(limits_.max_rooms),
+                                 number(limits_.max_total_bytes),
                                  RedisRecord::pack(entry, op)};
         auto& pending = pending_.find_or_emplace(op);
         pending.entry = std::move(entry);
@@ -18945,7 +18964,8 @@ public:
         scan->callback = std::move(callback);
         continue_scan(scan, id == 0 ? 0 : id - 1);
     }
-    void search(const std::string& room, const std::string& words, std::size_t limit, ChatStore::PageCallback callback) {
+    void search(const std::string& room, const std::string& words, std::size_t limit,
+                ChatStore::PageCallback callback) {
         auto scan = std::make_shared<Scan>();
         scan->room = room;
         scan->limit = limit;
@@ -18982,8 +19002,8 @@ public:
                             if (fact.size() != 3) continue;
                             const std::uint64_t expires = text::parse_unsigned(fact[2], INT64_MAX).value_or(0);
                             if (expires != 0 && expires <= now) continue;
-                            found.push_back({scope, std::string(texts[i]), fact[0], fact[1],
-                                             static_cast<std::int64_t>(expires)});
+                            found.push_back(
+                                {scope, std::string(texts[i]), fact[0], fact[1], static_cast<std::int64_t>(expires)});
                         }
                         tell([callback, found, cause](Listener&) { callback(found, cause); });
                     });
@@ -18996,7 +19016,8 @@ public:
         if (author.empty()) return finish(*erasure, "");
         queue_.call({"erase_facts", author}, false, [this, erasure](const redisReply* reply, const std::string& cause) {
             const RedisTexts facts(reply);
-            for (std::size_t i = 1; i + 1 < facts.size(); i += 2) arrive(feed, facts.number(i), std::string(facts[i + 1]));
+            for (std::size_t i = 1; i + 1 < facts.size(); i += 2)
+                arrive(feed, facts.number(i), std::string(facts[i + 1]));
             if (!cause.empty()) return finish(*erasure, cause);
             queue_.call({"rooms"}, false, [this, erasure](const redisReply* list, const std::string& failure) {
                 const RedisTexts rooms(list);
@@ -19032,19 +19053,19 @@ public:
     // ---- the link --------------------------------------------------------------------------------------------------
 
     void on_redis_up() override {
-        link_->send({"SCRIPT", "LOAD", redis_script}, [this, alive = alive_](const redisReply* reply,
-                                                                             const std::string& cause) {
-            if (!*alive) return;
-            if (reply == nullptr && !cause.empty()) return link_->fail(cause, true);
-            if (reply == nullptr) return;
-            open(std::string(redis_text(reply)));
-        });
+        link_->send({"SCRIPT", "LOAD", redis_script},
+                    [this, alive = alive_](const redisReply* reply, const std::string& cause) {
+                        if (!*alive) return;
+                        if (reply == nullptr && !cause.empty()) return link_->fail(cause, true);
+                        if (reply == nullptr) return;
+                        open(std::string(redis_text(reply)));
+                    });
     }
     void on_redis_down(const std::string& cause, bool permanent) override {
         queue_.close();
         for (const auto& [number, entry] : std::exchange(forwarded_, {}))
             tell([each = entry](Listener& listener) { listener.on_entry(each); });
-        for (const auto& [room, order] : orders_) order.filling = false;
+        lose_synchronization();
         start_.fail(cause, permanent);
     }
     void on_redis_log(LogLevel level, std::string_view event,
@@ -19127,9 +19148,13 @@ private:
             if (!std::exchange(beating_, true)) beat();
         });
     }
+    void lose_synchronization() {
+        for (const auto& [room, order] : orders_) order.filling = order.synchronized = false;
+    }
     void reopen() {
         if (!queue_.is_open()) return;
         queue_.close();
+        lose_synchronization();
         log(LogLevel::warning, "redis_lost_data", "Redis has other data than before");
         on_redis_up();
     }
@@ -19157,7 +19182,8 @@ private:
     }
     void foreign(const std::string& channel) {
         if (!std::exchange(foreign_told_, true))
-            log(LogLevel::warning, "redis_foreign_data", "another program uses \"" + escape_for_log(link_->channel(channel)) + "\"");
+            log(LogLevel::warning, "redis_foreign_data",
+                "another program uses \"" + escape_for_log(link_->channel(channel)) + "\"");
     }
     // "ID:RECORD", "ID:" if the ids up to this one were lost, or "-" and an entry that is not kept.
     void on_room_message(const std::string& room, std::string_view payload) {
@@ -19167,15 +19193,32 @@ private:
         arrive(room, *id, std::string(payload));
     }
     void arrive(const std::string& room, std::uint64_t id, std::string data) {
+        std::optional<RedisRecord> record;
+        if (room != feed && !data.empty()) {
+            record = read_record(room, id, data);
+            if (!record) return foreign("c:" + room);
+        }
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr) {
-            deliver(room, id, data);
+            if (record) deliver_entry(*record);
             return;
         }
+        const bool ready = order->last && order->synchronized;
+        if (ready && id <= *order->last) return;
+        if (record && ready && id == *order->last + 1 && order->held.empty()) {
+            order->last = id;
+            return deliver_entry(*record);
+        }
         order->newest = (std::max)(order->newest, id);
-        if (order->last && id <= *order->last) return;
         if (!data.empty() && order->held.size() < 1000) order->held[id] = std::move(data);
-        if (order->last) advance(room, *order);
+        if (ready) advance(room, *order);
+    }
+    static std::optional<RedisRecord> read_record(const std::string& room, std::uint64_t id, std::string_view data) {
+        std::optional<RedisRecord> record = RedisRecord::unpack(data);
+        if (!record) return record;
+        record->entry.room = room;
+        record->entry.id = id;
+        return record;
     }
     // Delivers what is in order, and asks for what is missing.
     void advance(const std::string& room, RedisOrder& order) {
@@ -19197,13 +19240,14 @@ private:
         const std::uint64_t to = (std::min)(upto, from + most - 1);
         RedisArguments arguments{"read", room, "0", "up", std::to_string(from), std::to_string(to), ""};
         if (room == feed) arguments = {"feed", std::to_string(from), std::to_string(to)};
-        queue_.call(std::move(arguments), false, [this, room, from, to](const redisReply* reply, const std::string& cause) {
-            RedisOrder* const found = orders_.find(room);
-            if (found == nullptr || !found->filling) return;
-            found->filling = false;
-            if (!cause.empty()) return;  // the next message or connection tries again
-            on_filled(room, *found, RedisTexts(reply), from, to);
-        });
+        queue_.call(std::move(arguments), false,
+                    [this, room, from, to](const redisReply* reply, const std::string& cause) {
+                        RedisOrder* const found = orders_.find(room);
+                        if (found == nullptr || !found->filling) return;
+                        found->filling = false;
+                        if (!cause.empty()) return;  // the next message or connection tries again
+                        on_filled(room, *found, RedisTexts(reply), from, to);
+                    });
     }
     void on_filled(const std::string& room, RedisOrder& order, const RedisTexts& texts, std::uint64_t from,
                    std::uint64_t to) {
@@ -19216,10 +19260,8 @@ private:
     }
     void deliver(const std::string& room, std::uint64_t id, const std::string& data) {
         if (room == feed) return deliver_from_feed(data);
-        std::optional<RedisRecord> record = RedisRecord::unpack(data);
+        std::optional<RedisRecord> record = read_record(room, id, data);
         if (!record) return foreign("s:" + room);
-        record->entry.room = room;
-        record->entry.id = id;
         deliver_entry(*record);
     }
     // An entry of this server has the number of its sender again.
@@ -19267,8 +19309,7 @@ private:
     }
     // The feed has its own numbers. Of an entry that is sent again the number is unknown: the feed brings it.
     void arrive_in_feed(const std::string& op, const ChatEntry& entry, const RedisTexts& texts) {
-        const std::string record =
-            redis_pack({entry.room, std::to_string(entry.id), RedisRecord::pack(entry, op)});
+        const std::string record = redis_pack({entry.room, std::to_string(entry.id), RedisRecord::pack(entry, op)});
         if (!texts[3].empty()) arrive(feed, texts.number(3), "c" + record);
         forget_when_delivered(op);
     }
@@ -19283,7 +19324,7 @@ private:
         });
     }
 
-    // ---- after a connection or a loss --------------------------------------------------------------------------------
+    // ---- after a connection or a loss ------------------------------------------------------------------------------
 
     void synchronize(const std::string& room) {
         RedisOrder* const order = orders_.find(room);
@@ -19292,20 +19333,25 @@ private:
         queue_.call({"sync", room, order->epoch, last}, false,
                     [this, room](const redisReply* reply, const std::string& cause) {
                         RedisOrder* const found = orders_.find(room);
-                        if (found == nullptr || !cause.empty()) return;
-                        on_synchronized(room, *found, RedisTexts(reply));
+                        if (found == nullptr) return;
+                        if (cause.empty()) return on_synchronized(room, *found, RedisTexts(reply));
+                        link_->loop().call_later(std::chrono::seconds(1), [this, room, alive = alive_] {
+                            if (*alive) synchronize(room);
+                        });
                     });
     }
     void on_synchronized(const std::string& room, RedisOrder& order, const RedisTexts& texts) {
         const std::uint64_t newest = texts.number(1);
+        order.synchronized = true;
         const bool changed = !order.epoch.empty() && order.epoch != queue_.epoch();
-        order.newest = changed ? newest : (std::max)(order.newest, newest);
         if (!order.last) {
             order.last = newest;
+            order.newest = (std::max)(order.newest, newest);
             order.epoch = queue_.epoch();
             return advance(room, order);
         }
-        if (texts[3].empty() || newest < *order.last) return lose(room, order);
+        if (changed && texts[3].empty()) return lose(room, order);
+        order.newest = (std::max)(changed ? *order.last : order.newest, newest);
         order.epoch = queue_.epoch();
         if (changed && room == feed) reload_decisions();
         else if (changed) tell_position(room, *order.last, false, {});
@@ -19328,12 +19374,14 @@ private:
             return reload_decisions();
         }
         order.filling = true;
+        order.synchronized = false;
         constexpr std::size_t shown = 50;
         const auto callback = [this, room](const HistoryPage& page) {
             RedisOrder* const found = orders_.find(room);
             if (found == nullptr || !found->filling) return;
             found->filling = false;
             if (!page.error.empty()) return synchronize(room);
+            found->synchronized = true;
             found->last = page.last_id;
             found->epoch = page.epoch;
             found->newest = (std::max)(page.last_id, found->held.empty() ? 0 : found->held.rbegin()->first);
@@ -19393,7 +19441,6 @@ private:
         if (order == nullptr || order->last) return;
         order->last = page.last_id;
         order->epoch = page.epoch;
-        advance(room, *order);
     }
     void newest(const std::string& room, std::size_t limit, bool gap, ChatStore::PageCallback callback) {
         auto scan = std::make_shared<Scan>();
@@ -19410,24 +19457,25 @@ private:
     }
     void continue_scan(const std::shared_ptr<Scan>& scan, std::uint64_t from) {
         constexpr std::uint64_t window = 100;
-        read(scan->room, "down", from, window, "", [this, scan, from](const RedisTexts& texts, const std::string& cause) {
-            HistoryPage part = new_page(texts, cause);
-            add_records(part, texts);
-            HistoryPage& page = scan->page;
-            if (!std::exchange(scan->started, true)) page.last_id = part.last_id;
-            page.error = cause;
-            page.epoch = part.epoch;
-            for (auto each = part.entries.rbegin(); each != part.entries.rend() && !page.more; ++each) {
-                if (!scan->wanted(*each)) continue;
-                page.more = page.entries.size() == scan->limit || scan->bytes > max_page_bytes;
-                if (page.more) break;
-                scan->bytes += each->bytes();
-                page.entries.push_back(std::move(*each));
-            }
-            const std::uint64_t at = (std::min)(from, part.last_id), first = texts.number(2);
-            if (cause.empty() && !page.more && at > first + window - 1) return continue_scan(scan, at - window);
-            finish(*scan);
-        });
+        read(scan->room, "down", from, window, "",
+             [this, scan, from](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage part = new_page(texts, cause);
+                 add_records(part, texts);
+                 HistoryPage& page = scan->page;
+                 if (!std::exchange(scan->started, true)) page.last_id = part.last_id;
+                 page.error = cause;
+                 page.epoch = part.epoch;
+                 for (auto each = part.entries.rbegin(); each != part.entries.rend() && !page.more; ++each) {
+                     if (!scan->wanted(*each)) continue;
+                     page.more = page.entries.size() == scan->limit || scan->bytes > max_page_bytes;
+                     if (page.more) break;
+                     scan->bytes += each->bytes();
+                     page.entries.push_back(std::move(*each));
+                 }
+                 const std::uint64_t at = (std::min)(from, part.last_id), first = texts.number(2);
+                 if (cause.empty() && !page.more && at > first + window - 1) return continue_scan(scan, at - window);
+                 finish(*scan);
+             });
     }
     void finish(Scan& scan) {
         HistoryPage& page = scan.page;
@@ -19483,7 +19531,7 @@ private:
         entry.kind = static_cast<ChatEntry::Kind>(*kind);
         entry.room = room;
         entry.time = static_cast<std::int64_t>(text::parse_unsigned(all[3], INT64_MAX).value_or(0));
-        std::string* const texts[] = {&entry.name, &entry.user, &entry.text,  &entry.data,
+        std::string* const texts[] = {&entry.name, &entry.user,   &entry.text, &entry.data,
                                       &entry.to,   &entry.author, &entry.tag};
         for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[4 + i]);
         entry.sender = text::parse_unsigned(all[11], UINT64_MAX).value_or(0);
@@ -19598,10 +19646,10 @@ private:
     };
     template <class Work>
     void run(Work&& work) {
-        state_->link->post([store = state_->store.get(), alive = state_->store->alive(),
-                            work = std::forward<Work>(work)]() mutable {
-            if (*alive) work(*store);
-        });
+        state_->link->post(
+            [store = state_->store.get(), alive = state_->store->alive(), work = std::forward<Work>(work)]() mutable {
+                if (*alive) work(*store);
+            });
     }
 
     std::unique_ptr<State> state_;

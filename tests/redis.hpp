@@ -39,9 +39,25 @@ public:
     }
     std::string socket() const { return folder_ + "/redis.sock"; }
     void start() {
-        std::vector<std::string> words{"redis-server", "--port", std::to_string(port_), "--bind", "127.0.0.1",
-                                       "--unixsocket", socket(), "--dir", folder_, "--save", "", "--appendonly", "yes",
-                                       "--appendfsync", "always", "--daemonize", "no", "--loglevel", "warning"};
+        std::vector<std::string> words{"redis-server",
+                                       "--port",
+                                       std::to_string(port_),
+                                       "--bind",
+                                       "127.0.0.1",
+                                       "--unixsocket",
+                                       socket(),
+                                       "--dir",
+                                       folder_,
+                                       "--save",
+                                       "",
+                                       "--appendonly",
+                                       "yes",
+                                       "--appendfsync",
+                                       "always",
+                                       "--daemonize",
+                                       "no",
+                                       "--loglevel",
+                                       "warning"};
         words.insert(words.end(), options_.begin(), options_.end());
         process_ = ::fork();
         REQUIRE(process_ >= 0);
