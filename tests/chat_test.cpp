@@ -2161,13 +2161,262 @@ TEST_CASE("all moderators of a room hear of each kick, ban and mute, and other m
                          "ChatRoom::set_topic: the topic is longer than ChatLimits::max_topic", Error);
 }
 
+namespace {
+
+// Anna moderates the room "tea" alone, nobody speaks in "museum", and only Bert enters "cellar".
+struct Rule : ChatHandler {
+    bool may(ChatAction action, std::string_view room) override {
+        if (room == "museum" && action == ChatAction::say) return false;
+        if (room == "cellar" && action == ChatAction::join) return user().name == "Bert";
+        if (room == "new" && action == ChatAction::create_room) return false;
+        if (room == "tea" && user().name == "Anna") return true;
+        return ChatHandler::may(action, room);
+    }
+};
+
+}  // namespace
+
+TEST_CASE("what a user may do can differ from room to room") {
+    TestHost host;
+    ChatClient<Rule> anna(host, "name=Anna"), bert(host, "name=Bert");
+    CHECK(contains(anna.events().front(), R"("kick","ban","mute","remove","topic","slow","access","readonly"])"));
+    CHECK_FALSE(contains(bert.events().front(), "\"kick\""));
+    CHECK(field_of(anna.send("/mute Bert 0").back(), "type") == "moderation");
+    CHECK(field_of(anna.send("/join cellar").back(), "code") == "forbidden");
+    CHECK(field_of(bert.send("/join cellar").front(), "room") == "cellar");
+    const std::string museum = anna.send("/join museum").front();
+    CHECK(field_of(museum, "type") == "room");
+    CHECK_FALSE(contains(museum, "\"kick\""));
+    CHECK_FALSE(contains(museum, "\"say\""));
+    CHECK(field_of(anna.answer_to("hello"), "code") == "forbidden");
+    CHECK(field_of(anna.answer_to("/kick Bert"), "code") == "forbidden");
+    CHECK(field_of(anna.answer_to("/in tea /mute Bert 0"), "type") == "moderation");
+    CHECK(field_of(anna.answer_to("/join new"), "code") == "forbidden");
+    CHECK_FALSE(contains(anna.answer_to("/help"), "/kick"));
+}
+
+TEST_CASE("names of rooms are compared like names of users, and the first member decides how a room is written") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret", "Tea Room"), bert(host, "name=Bert", "tea%20room");
+    ChatClient<> carl(host, "name=Carl&join=%EF%BC%B4EA+ROOM", "lobby");
+    CHECK(field_of(anna.events().front(), "room") == "Tea Room");
+    bert.events();
+    ChatClient<> dora(host, "name=Dora", "TEA ROOM");
+    CHECK(field_of(dora.events().front(), "room") == "Tea Room");
+    CHECK(field_of(carl.answer_to("/join tea room"), "room") == "Tea Room");
+    anna.events();
+    const std::string said = anna.answer_to("/tag t1 hello");
+    CHECK(field_of(said, "room") == "Tea Room");
+    CHECK(field_of(anna.answer_to("/tag t1 hello"), "room") == "Tea Room");
+    CHECK(field_of(carl.only_event(), "room") == "Tea Room");
+    CHECK(field_of(anna.answer_to("/read 1"), "room") == "Tea Room");
+    CHECK(field_of(carl.answer_to("/in TEA%20ROOM hello"), "room") == "Tea Room");
+    CHECK(field_of(carl.answer_to("/tag t2 /edit 99 x"), "room") == "Tea Room");
+    for (const char* line : {"/typing", "/nick Cleo"}) {
+        anna.events();
+        carl.send(line);
+        CHECK(field_of(anna.only_event(), "room") == "Tea Room");
+    }
+    CHECK(contains(carl.answer_to("/rooms"), R"({"room":"Tea Room","users":3})"));
+    CHECK(&host.room("tea room") == host.hub().find("TEA ROOM"));
+    CHECK(host.room("tea room").key() == "tea room");
+    std::string texts;
+    host.hub().store().since("tea room", std::nullopt, 10, [&](const HistoryPage& page) {
+        for (const ChatEntry& each : page.entries) texts += each.text + ";";
+    });
+    CHECK(texts == "hello;hello;");
+    CHECK(contains(carl.answer_to("/leave Tea ROOM"), "\"lobby\""));
+}
+
+TEST_CASE("who is not invited does not see or enter a private room") {
+    TestHost host;
+    host.hub().limits.connection = FloodRates();
+    ChatClient<Rule> anna(host, "name=Anna"), guest(host, "name=Gus");
+    ChatClient<Rule> bert(host, "name=Bert&key=bert-secret"), carl(host, "name=Carl&key=carl-secret", "lobby");
+    const std::string carl_id = carl.handler.user().id;
+    CHECK(field_of(bert.send("/access private").back(), "code") == "forbidden");
+    CHECK(field_of(anna.answer_to("/access ajar"), "code") == "bad_command");
+    for (ChatClient<Rule>* client : {&bert, &guest}) client->events();
+    CHECK(anna.answer_to("/tag t1 /access private") == R"({"type":"options","room":"tea","private":true,"tag":"t1"})");
+    CHECK(bert.only_event() == R"({"type":"options","room":"tea","private":true})");
+    CHECK(contains(bert.answer_to("/rooms"), R"("room":"tea","users":3,"private":true)"));
+    CHECK_FALSE(contains(carl.send("/rooms").back(), "tea"));
+    CHECK(field_of(carl.answer_to("/join TEA"), "code") == "not_invited");
+    ChatClient<Rule> dora(host, "name=Dora");
+    const auto events = dora.events();
+    CHECK(contains(events.at(0), "\"room\":null"));
+    CHECK(field_of(events.at(1), "code") == "not_invited");
+
+    CHECK(field_of(bert.answer_to("/invite Nobody"), "code") == "unknown_user");
+    const std::string answer = bert.answer_to("/tag t2 /invite @" + carl_id);
+    CHECK(answer ==
+          "{\"type\":\"invited\",\"room\":\"tea\",\"user\":\"" + carl_id + "\",\"by\":\"Bert\",\"tag\":\"t2\"}");
+    CHECK(field_of(carl.only_event(), "type") == "invited");
+    const std::string room = carl.send("/join tea").front();
+    CHECK(field_of(room, "type") == "room");
+    CHECK(field_of(room, "private") == "true");
+    carl.send("/join lobby");
+    ChatClient<Rule> emil(host, "name=Emil", "lobby");
+    CHECK(field_of(carl.send("/in tea /invite Emil").back(), "type") == "invited");  // in another room of Carl
+    emil.events();
+    CHECK(field_of(emil.send("/join tea").front(), "type") == "room");
+
+    // Who was there may come again, also by a new connection; who was kicked may not.
+    bert.disconnect(CloseCode::normal);
+    ChatClient<Rule> again(host, "name=Bert&key=bert-secret");
+    CHECK(field_of(again.events().front(), "room") == "tea");
+    anna.send("/kick Bert");
+    again.disconnect();
+    ChatClient<Rule> kicked(host, "name=Bert&key=bert-secret");
+    CHECK(contains(kicked.events().front(), "\"room\":null"));
+    CHECK(field_of(anna.answer_to("/access public"), "type") == "options");
+    CHECK(field_of(kicked.send("/join tea").front(), "type") == "room");
+}
+
+TEST_CASE("the store keeps what moderators change in a room, and it comes after the rule of the program") {
+    TestHost host;
+    host.hub().room_options = [](std::string_view name, ChatRoomOptions& options) {
+        if (name == "Board") options.is_private = options.read_only = true;
+    };
+    ChatClient<> out(host, "name=Anna", "Board");
+    CHECK(field_of(out.events().at(1), "code") == "not_invited");
+    host.hub().store().put({"room", "board", "private=0 readonly=1 slow=7"});
+    ChatClient<> anna(host, "name=Anna", "Board");
+    CHECK(field_of(anna.events().front(), "room") == "Board");
+    CHECK(host.room("Board").options.read_only);
+    CHECK_FALSE(host.room("Board").options.is_private);
+    CHECK((host.room("Board").options.slow == 7s));
+    CHECK(field_of(anna.answer_to("hello"), "code") == "read_only");
+}
+
+TEST_CASE("in a read-only room only moderators speak, and all may react and write in private") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
+    const std::string id = field_of(anna.answer_to("before"), "id");
+    CHECK(field_of(moderator.send("/readonly on").back(), "read_only") == "true");
+    CHECK(field_of(anna.send("hello").back(), "code") == "read_only");
+    CHECK(field_of(anna.send("/me waves").back(), "code") == "read_only");
+    CHECK(field_of(anna.send("/edit " + id + " after").back(), "code") == "read_only");
+    CHECK(field_of(anna.send("/react " + id + " +1").back(), "type") == "react");
+    CHECK(field_of(anna.send("/msg Bert psst").back(), "type") == "private");
+    CHECK(field_of(moderator.send("news").back(), "type") == "said");
+    CHECK(field_of(moderator.send("/readonly maybe").back(), "code") == "bad_command");
+    moderator.send("/readonly off");
+    CHECK(field_of(anna.send("hello").back(), "type") == "said");
+}
+
+TEST_CASE("in a slow room a user waits between two messages, also after a new connection or a new name") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly", "tea", "192.0.2.9");
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert");
+    CHECK(field_of(moderator.send("/slow 30").back(), "slow") == "30");
+    CHECK(field_of(anna.send("one").back(), "type") == "said");
+    const std::string refused = anna.send("/tag t1 two").back();
+    CHECK(field_of(refused, "code") == "slow");
+    CHECK(contains(refused, "wait 3"));
+    CHECK(field_of(refused, "tag") == "t1");
+    anna.disconnect(CloseCode::normal);
+    ChatClient<> again(host, "name=Zoe&key=anna-secret");
+    CHECK(field_of(again.send("two").back(), "code") == "slow");
+    CHECK(field_of(bert.send("one").back(), "type") == "said");
+    bert.disconnect(CloseCode::normal);
+    ChatClient<> guest(host, "name=Gus");
+    CHECK(field_of(guest.send("two").back(), "code") == "slow");
+    for (int i = 0; i < 3; ++i) CHECK(field_of(moderator.send("x").back(), "type") == "said");
+    again.events();
+    CHECK(field_of(again.send("/join coffee").front(), "type") == "room");
+    CHECK(field_of(again.send("here it is not slow").back(), "type") == "said");
+    for (const char* bad : {"/slow", "/slow x", "/slow 86401"})
+        CHECK(field_of(moderator.send(bad).back(), "code") == "bad_command");
+    moderator.send("/slow 0");
+    CHECK(field_of(guest.send("two").back(), "type") == "said");
+}
+
+TEST_CASE("a room has its own limits of texts, users and histories, or no history") {
+    TestHost host;
+    host.hub().room_options = [](std::string_view, ChatRoomOptions& options) {
+        options.max_text = 10;
+        options.max_users = 2;
+        options.history_on_join = 1;
+        options.history_on_resume = 2;
+    };
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert"), carl(host, "name=Carl");
+    CHECK(field_of(carl.events().at(1), "code") == "room_full");
+    ChatClient<> tab(host, "key=anna-secret");  // no further user
+    CHECK(field_of(tab.events().front(), "room") == "tea");
+    CHECK(field_of(anna.send(std::string(11, 'x')).back(), "code") == "too_long");
+    const std::string first = field_of(anna.answer_to("one"), "id");
+    for (const char* text : {"two", "three", "four"}) anna.send(text);
+    bert.disconnect(CloseCode::normal);
+    {
+        ChatClient<> dora(host, "name=Dora");
+        CHECK(texts_of(dora.events().at(2)) == "four;");
+        dora.disconnect(CloseCode::normal);
+    }
+    ChatClient<> dora(host, "name=Dora&last=" + host.position(first));
+    CHECK(texts_of(dora.events().at(2)) == "three;four;");
+
+    host.room("tea").options.kept = false;
+    const std::string said = anna.answer_to("/tag t1 unkept");
+    CHECK(field_of(said, "text") == "unkept");
+    CHECK(field_of(said, "tag") == "t1");
+    CHECK(field_of(said, "id") == "");
+    CHECK(texts_of(anna.answer_to("/before 99 1")) == "four;");
+}
+
+TEST_CASE("a user and an address open only so many rooms") {
+    TestHost host;
+    host.hub().limits.room_creations = {0.001, 3};
+    host.hub().limits.address_room_creations = {0.001, 5};
+    host.hub().limits.connection = host.hub().limits.address = FloodRates();
+    ChatClient<> anna(host, "name=Anna");
+    std::string codes;
+    const auto open_rooms = [](ChatClient<>& client, const std::string& prefix) {
+        std::string opened;
+        for (int i = 0; i < 5; ++i) {
+            const auto events = client.send("/join " + prefix + std::to_string(i));
+            opened += field_of(events.front(), "code") == "room_limit" ? "-" : "+";
+        }
+        return opened;
+    };
+    anna.events();
+    CHECK(open_rooms(anna, "a") == "++---");
+    ChatClient<> bert(host, "name=Bert");
+    bert.events();
+    CHECK(open_rooms(bert, "b") == "++---");  // two more of this address
+    ChatClient<> carl(host, "name=Carl"), elsewhere(host, "name=Dora", "tea", "192.0.2.7");
+    carl.events();
+    CHECK(open_rooms(carl, "c") == "-----");
+    CHECK(field_of(carl.send("/join a0").front(), "type") == "room");  // somebody is there
+    elsewhere.events();
+    CHECK(open_rooms(elsewhere, "d") == "+++--");
+}
+
+TEST_CASE("the name of an account belongs to it, also while it is away and after a restart") {
+    TestHost host;
+    { ChatClient<Moderator> moderator(host, "account=Holly", "coffee"); }
+    host.hub().store().put({"account", "ivy", "Ivy", "account Ivy"});  // of a former run
+    ChatClient<> visitor(host, "name=Holly"), twin(host, "name=HOLLY"), ivy(host, "name=ivy"), bert(host, "name=Bert");
+    CHECK(field_of(visitor.events().front(), "name") == "Holly-2");
+    CHECK(field_of(twin.events().front(), "name") == "HOLLY-3");
+    CHECK(field_of(ivy.events().front(), "name") == "ivy-2");
+    CHECK(contains(bert.send("/nick holly").back(), "That name is taken; holly-4 is free."));
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    CHECK(field_of(moderator.events().front(), "name") == "Holly");
+    host.hub().store().put({"account", "ivy"});
+    CHECK(field_of(bert.send("/nick Ivy").back(), "name") == "Ivy");
+    host.hub().store().erase_author("account Holly", [](std::size_t, const std::string&) {});
+    CHECK_FALSE(contains(bert.send("/nick Holly Day").back(), "taken"));
+}
+
 TEST_CASE("hello says what the user may do, and at what rate a client may send") {
     TestHost host;
     ChatClient<Moderator> moderator(host, "account=Holly");
     ChatClient<> anna(host, "name=Anna");
-    CHECK(contains(moderator.events().front(), R"("rooms","kick","ban","mute")"));
+    CHECK(contains(moderator.events().front(), R"("rooms","invite","kick","ban","mute")"));
     const std::string hello = anna.events().front();
-    CHECK(contains(hello, R"("may":["say","edit","react","private","rename","join","rooms"])"));
+    CHECK(contains(hello, R"("may":["say","edit","react","private","rename","join","create","rooms","invite"])"));
     CHECK(field_of(hello, "per_second") == "5");
     CHECK(field_of(hello, "burst") == "20");
 }
