@@ -15276,7 +15276,6 @@ private:
     std::string topic_;
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
-    bool watched_ = false;                       // ChatStore::watch() was called
     bool presence_known_ = false;                // the store has said who is present
     bool expiry_scheduled_ = false;
     bool counting_ = false;  // the members have no list of users
@@ -15563,9 +15562,7 @@ private:
         });
         room.expiry_scheduled_ = true;
     }
-    // The room has users of this hub from now on.
-    void watch(ChatRoom& room) {
-        if (std::exchange(room.watched_, true)) return;
+    void watch(const ChatRoom& room) {
         if (!beating_) store_->beat(id_);
         if (!store_->watch(room.key()) || std::exchange(beating_, true)) return;
         server_.loop().call_every(std::chrono::seconds(2), [this] { store_->beat(id_); });
@@ -15593,7 +15590,7 @@ private:
             std::vector<std::string> unwatched;
             rooms_.erase_if([&](const ChatRoom& room) {
                 if (room.presence_.own() != 0) return false;
-                if (room.watched_) unwatched.push_back(room.key());
+                unwatched.push_back(room.key());
                 return true;
             });
             for (const std::string& name : unwatched) store_->unwatch(name);
