@@ -4967,9 +4967,9 @@ public:
     inline bool leave(WebSocketHandler& handler);
 
     // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
-    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the number
-    // of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that is not
-    // UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the
+    // number of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that
+    // is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -14801,8 +14801,8 @@ struct ChatLimits {
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
-// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that is
-// read-only or slow, and to enter a private one.
+// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that
+// is read-only or slow, and to enter a private one.
 enum class ChatAction : std::uint8_t {
     say,
     private_message,
