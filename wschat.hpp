@@ -4968,8 +4968,8 @@ public:
 
     // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
     // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the
-    // number of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that
-    // is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // number of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text
+    // that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
