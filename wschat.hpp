@@ -10245,6 +10245,7 @@ private:
     }
 
     void update_http() {
+        if (ended_) return flush();  // nothing new begins, such as a pipelined upgrade
         if (http_->has_reply()) finish_reply();
         if (phase_ != Phase::http && phase_ != Phase::lingering) return mark_dirty();
         flush();
@@ -16028,12 +16029,13 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
     }
 }
 
-// In the next three, the users of this server are already in the list; those of other servers are not.
+// In the next three, the users of this server are already in the list; those of other servers are not. A store may
+// deliver late: the user may have left since, and another one may have the name.
 
 inline void ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
-    if (room->presence_.find(entry.name) == nullptr)
+    if (!appended_here(entry) && room->presence_.find(entry.name) == nullptr)
         room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
     if (count_only(*room)) return;
     ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
@@ -16045,7 +16047,7 @@ inline void ChatHub::on_leave(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote) room->presence_.remove(*user);
+    if (user != nullptr && user->remote && user->info.id == entry.user) room->presence_.remove(*user);
     if (count_only(*room)) return;
     send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
 }
@@ -16054,7 +16056,7 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     ChatRoom* room = find(entry.room);
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
+    if (user != nullptr && user->remote && user->info.id == entry.user) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
     event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
     event.add_unless_empty("user", entry.user).add("time", entry.time);
