@@ -50,6 +50,7 @@
 //   15  Client         Client, ClientOptions, ResolverPool, ClientLink                  all above
 //   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
 //   17  Stores         SqliteHistory                                                    2-3, 12, 16
+//   18  Cluster        RedisHistory, RedisLink                                          2-3, 9-10, 12, 16
 //
 // Where to change what:
 //
@@ -78,14 +79,14 @@
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
 //   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
 //   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms, utc_time, to_json,
-//   log_to_stderr, log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame,
-//   Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server,
-//   WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
+//   log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate, TokenBucket, big_endian_key,
+//   StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms,
+//   Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply,
-//   ChatRoom, SqliteOptions, SqliteHistory
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
+//   ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -99,7 +100,7 @@
 //   WSCHAT_LIBURING    1: on Linux, many sends in one system call: link with -luring
 //   WSCHAT_SQLITE      1: SqliteHistory (section 17) with SQLite 3: link with -lsqlite3
 //   WSCHAT_UTF8PROC    1: chat_fold() (section 16) for all scripts, with utf8proc: link with -lutf8proc
-//   WSCHAT_HIREDIS     reserved; 0
+//   WSCHAT_HIREDIS     1: RedisHistory (section 18) with hiredis: link with -lhiredis
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
@@ -180,6 +181,9 @@
 #endif
 #if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
 #error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
+#endif
+#if WSCHAT_HIREDIS && !__has_include(<hiredis/async.h>)
+#error "WSCHAT_HIREDIS needs hiredis: <hiredis/async.h> is not found (Debian: libhiredis-dev)"
 #endif
 #if WSCHAT_LIBURING && defined(__linux__) && !__has_include(<liburing.h>)
 #error "WSCHAT_LIBURING needs liburing: <liburing.h> is not found (Debian: liburing-dev)"
@@ -1358,6 +1362,19 @@ WSCHAT_COLD inline std::string to_json(const LogEntry& entry) {
     return line += '}';
 }
 
+WSCHAT_COLD inline std::string to_json(const AccessEntry& entry) {
+    const auto quoted = [](std::string_view value) {
+        return Json(valid_utf8(value) ? std::string(value) : escape_for_log(value)).dump();
+    };
+    const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
+    char numbers[96];
+    std::snprintf(numbers, sizeof numbers, ",\"status\":%d,\"size\":%llu,\"ms\":%.3f}", entry.status,
+                  static_cast<unsigned long long>(entry.size), ms);
+    return text::concat({"{\"time\":", quoted(utc_time()),
+                         ",\"event\":\"access\",\"peer\":", quoted(entry.remote_address),
+                         ",\"method\":", quoted(entry.method), ",\"path\":", quoted(entry.path), numbers});
+}
+
 // Log functions for Server::on_log(): they write all entries but those of LogLevel::debug to standard error, with the
 // time. The first writes lines for people, the second a JSON object per line, for collectors.
 WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
@@ -1366,13 +1383,17 @@ WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
 WSCHAT_COLD inline void log_json_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
-// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`.
+// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`, or "-" in place
+// of a malformed request.
 WSCHAT_COLD inline void access_to_stderr(const AccessEntry& entry) {
     const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
-    std::fprintf(stderr, "%s %.*s \"%.*s %.*s\" %d %llu %.3fms\n", utc_time().c_str(),
-                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(),
-                 static_cast<int>(entry.method.size()), entry.method.data(), static_cast<int>(entry.path.size()),
-                 entry.path.data(), entry.status, static_cast<unsigned long long>(entry.size), ms);
+    const std::string line = entry.method.empty() ? std::string("-") : text::concat({entry.method, " ", entry.path});
+    std::fprintf(stderr, "%s %.*s \"%s\" %d %llu %.3fms\n", utc_time().c_str(),
+                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(), line.c_str(), entry.status,
+                 static_cast<unsigned long long>(entry.size), ms);
+}
+WSCHAT_COLD inline void access_json_to_stderr(const AccessEntry& entry) {
+    std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
 
 // ---- rates ---------------------------------------------------------------------------------------------------------
@@ -4680,13 +4701,209 @@ WSCHAT_END
 //
 // Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
 // nothing of what members send.
+//
+// On several loops, a room is one Room on each loop that has members in it, and a SharedRoom that they have in common.
+// A broadcast is added to the queues of the members on its own loop without a lock. For each other loop with members it
+// goes into an outbox, and the outboxes go to the other loops at the end of the turn: one post for each.
 // ====================================================================================================================
+
+#include <atomic>
+#include <mutex>
 
 WSCHAT_BEGIN
 
 namespace detail {
 
 class RoomsAccess;
+
+// What the loops of a server know of one room.
+struct SharedRoom {
+    // What one loop has of the room.
+    struct Part {
+        std::atomic<std::size_t> members{0};  // written by that loop, read by all
+        Room* room = nullptr;                 // only that loop may use it
+    };
+
+    SharedRoom(std::string its_name, std::size_t loops) : name(std::move(its_name)), parts(loops) {}
+    std::size_t members() const {
+        std::size_t sum = 0;
+        for (const Part& part : parts) sum += part.members.load(std::memory_order_acquire);
+        return sum;
+    }
+
+    const std::string name;
+    std::vector<Part> parts;
+    std::size_t users = 0;    // loops with a Room of the name; under the lock of the directory
+    bool subscribed = false;  // to the room on other machines; only the first loop uses it
+};
+
+// Carries broadcasts to the rooms of other machines. All calls come on the first loop of the server.
+class RoomBus {
+public:
+    virtual ~RoomBus() = default;
+    // This process has members in the room from now on, or has none any more.
+    virtual void subscribe(const std::string& room) = 0;
+    virtual void unsubscribe(const std::string& room) = 0;
+    // Never waits. Whether it arrives is not known.
+    virtual void publish(const std::string& room, Opcode opcode, std::string_view payload) = 0;
+};
+
+// The rooms of all loops of a server, and the way of broadcasts from one loop to another. Not needed by a server with
+// one loop and no other machines.
+class RoomDirectory {
+public:
+    // One entry for each loop, the first loop first. `max_backlog`: bytes that wait for one loop.
+    RoomDirectory(std::vector<Rooms*> rooms, std::vector<std::shared_ptr<Mailbox>> mailboxes, std::size_t max_backlog)
+        : max_backlog_(max_backlog), loops_(rooms.size()) {
+        for (std::size_t i = 0; i < loops_.size(); ++i) {
+            loops_[i].rooms = rooms[i];
+            loops_[i].mailbox = std::move(mailboxes[i]);
+            loops_[i].outboxes.resize(loops_.size());
+        }
+    }
+    RoomDirectory(const RoomDirectory&) = delete;
+    RoomDirectory& operator=(const RoomDirectory&) = delete;
+
+    // ---- any thread ------------------------------------------------------------------------------------------------
+
+    // Null if no loop has members in a room of that name.
+    std::shared_ptr<SharedRoom> find(std::string_view name) const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::shared_ptr<SharedRoom>* found = rooms_.find(name);
+        return found == nullptr || (*found)->members() == 0 ? nullptr : *found;
+    }
+    // The rooms with members.
+    std::vector<std::string> names() const {
+        std::vector<std::string> result;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (const auto& [name, room] : rooms_)
+            if (room->members() != 0) result.push_back(name);
+        return result;
+    }
+    std::size_t size() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return rooms_.size();
+    }
+    // Broadcasts that found too much waiting for a loop, and were not passed on to it.
+    std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
+
+    // ---- the loop with this number ---------------------------------------------------------------------------------
+
+    // A loop has made a Room of that name, or has destroyed it.
+    std::shared_ptr<SharedRoom> attach(std::size_t loop, Room& room, const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        auto& shared = rooms_.find_or_emplace(name);
+        if (!shared) shared = std::make_shared<SharedRoom>(name, loops_.size());
+        shared->parts[loop].room = &room;
+        ++shared->users;
+        return shared;
+    }
+    void detach(std::size_t loop, SharedRoom& room) {
+        room.parts[loop].room = nullptr;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (--room.users == 0) rooms_.erase(room.name);
+    }
+    void set_members(std::size_t loop, const std::shared_ptr<SharedRoom>& room, std::size_t members) {
+        auto& count = room->parts[loop].members;
+        const std::size_t before = count.load(std::memory_order_relaxed);
+        count.store(members, std::memory_order_release);
+        if (bus_ != nullptr && (before == 0) != (members == 0))
+            loops_[0].mailbox->post([this, room] { refresh_subscription(*room); });
+    }
+    // Passes a broadcast on to the other loops with members, and to other machines. Returns how many members there are
+    // on the other loops.
+    std::size_t publish(std::size_t loop, const std::shared_ptr<SharedRoom>& room, Opcode opcode,
+                        std::string_view payload, bool is_volatile) {
+        if (bus_ != nullptr && loop == 0) bus_->publish(room->name, opcode, payload);
+        const bool by_first = bus_ != nullptr && loop != 0;
+        return pass_on(loop, {room, nullptr, opcode, is_volatile, by_first}, payload);
+    }
+    // At the end of a turn.
+    void flush(std::size_t loop) {
+        if (!std::exchange(loops_[loop].outboxes_used, false)) return;
+        for (std::size_t target = 0; target < loops_.size(); ++target) {
+            std::vector<Delivery>& outbox = loops_[loop].outboxes[target];
+            if (outbox.empty()) continue;
+            loops_[target].mailbox->post(
+                [this, target, deliveries = std::exchange(outbox, {})] { deliver_all(target, deliveries); });
+        }
+    }
+
+    // ---- the first loop --------------------------------------------------------------------------------------------
+
+    // Before the first connection.
+    void set_bus(RoomBus* bus) { bus_ = bus; }
+    // To the members of all loops: what the bus has received from another machine.
+    void deliver_from_bus(std::string_view name, Opcode opcode, std::string_view payload) {
+        const std::shared_ptr<SharedRoom> room = find(name);
+        if (!room) return;
+        deliver(*room, 0, opcode, payload, false);
+        pass_on(0, {room, nullptr, opcode, false, false}, payload);
+    }
+
+private:
+    struct Delivery {
+        std::shared_ptr<SharedRoom> room;
+        std::shared_ptr<const std::string> payload;
+        Opcode opcode;
+        bool is_volatile;
+        bool by_bus;  // also to other machines
+    };
+    struct PerLoop {
+        Rooms* rooms = nullptr;
+        std::shared_ptr<Mailbox> mailbox;
+        std::vector<std::vector<Delivery>> outboxes{};  // by target; only this loop uses them
+        bool outboxes_used = false;
+        std::atomic<std::size_t> waiting{0};  // bytes in the outboxes of all other loops for this one
+    };
+
+    static std::size_t cost(const Delivery& delivery) { return delivery.payload->size() + sizeof(Delivery); }
+
+    std::size_t pass_on(std::size_t loop, Delivery delivery, std::string_view payload) {
+        std::size_t members = 0;
+        for (std::size_t target = 0; target < loops_.size(); ++target) {
+            const std::size_t there =
+                target == loop ? 0 : delivery.room->parts[target].members.load(std::memory_order_acquire);
+            const bool to_bus = delivery.by_bus && target == 0;
+            if (there == 0 && !to_bus) continue;
+            // One copy for all loops, because a slice of a queue belongs to one loop.
+            if (!delivery.payload) delivery.payload = std::make_shared<const std::string>(payload);
+            if (loops_[target].waiting.load(std::memory_order_relaxed) > max_backlog_) {
+                dropped_.fetch_add(1, std::memory_order_relaxed);
+                continue;
+            }
+            loops_[loop].outboxes[target].push_back(delivery);
+            loops_[loop].outboxes[target].back().by_bus = to_bus;
+            loops_[loop].outboxes_used = true;
+            loops_[target].waiting.fetch_add(cost(delivery), std::memory_order_relaxed);
+            members += there;
+        }
+        return members;
+    }
+    void deliver_all(std::size_t loop, const std::vector<Delivery>& deliveries) {
+        for (const Delivery& delivery : deliveries) {
+            loops_[loop].waiting.fetch_sub(cost(delivery), std::memory_order_relaxed);
+            if (delivery.by_bus && bus_ != nullptr)
+                bus_->publish(delivery.room->name, delivery.opcode, *delivery.payload);
+            deliver(*delivery.room, loop, delivery.opcode, *delivery.payload, delivery.is_volatile);
+        }
+    }
+    inline void deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload, bool is_volatile);
+    // The counts may have changed several times since the call was posted.
+    void refresh_subscription(SharedRoom& room) {
+        const bool wanted = room.members() != 0;
+        if (bus_ == nullptr || std::exchange(room.subscribed, wanted) == wanted) return;
+        if (wanted) bus_->subscribe(room.name);
+        else bus_->unsubscribe(room.name);
+    }
+
+    const std::size_t max_backlog_;
+    mutable std::mutex mutex_;
+    StringMap<std::shared_ptr<SharedRoom>> rooms_;
+    std::vector<PerLoop> loops_;
+    RoomBus* bus_ = nullptr;
+    std::atomic<std::uint64_t> dropped_{0};
+};
 
 }  // namespace detail
 
@@ -4697,8 +4914,8 @@ class Room {
     };
 
 public:
-    // Iterates over a copy of the members and skips those that have left since. The body of a loop may therefore close,
-    // join and leave.
+    // Iterates over a copy of the members on this loop and skips those that have left since. The body may therefore
+    // close, join and leave.
     class Iterator {
     public:
         explicit Iterator(const Room& room) : room_(&room), members_(room.members_) { skip(); }
@@ -4725,8 +4942,9 @@ public:
     Room& operator=(const Room&) = delete;
 
     const std::string& name() const { return name_; }
-    std::size_t size() const { return members_.size(); }
-    bool empty() const { return members_.empty(); }
+    // The members on all loops of this server. Costs one atomic read for each loop.
+    std::size_t size() const { return shared_ ? shared_->members() : members_.size(); }
+    bool empty() const { return size() == 0; }
     bool has(const WebSocketHandler& handler) const { return index_of(handler) != npos; }
     Iterator begin() const { return Iterator(*this); }
     std::nullptr_t end() const { return nullptr; }
@@ -4742,13 +4960,16 @@ public:
         if (rooms.size() >= few) add_slot(handler);
         members_.push_back({&handler, rooms.size()});
         rooms.push_back({this, members_.size() - 1});
+        if (shared_) share_size();
         return true;
     }
     // Returns false if the handler is not a member.
     inline bool leave(WebSocketHandler& handler);
 
-    // Sends to all members except `except`. Returns the number of members whose WriteStatus is sent or queued. Throws
-    // Error for text that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
+    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the number
+    // of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that is not
+    // UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -4782,6 +5003,7 @@ public:
 
 private:
     friend class Rooms;
+    friend class detail::RoomDirectory;
 
     static constexpr std::size_t npos = static_cast<std::size_t>(-1);
     static constexpr std::size_t few = 16;
@@ -4819,18 +5041,27 @@ private:
     void remove_at(std::size_t index) {
         members_[index] = members_.back();
         members_.pop_back();
+        if (shared_) share_size();
         if (index == members_.size()) return;
         detail::HandlerAccess::core(*members_[index].handler).rooms[members_[index].slot].index = index;
     }
 
+    inline void share_size() const;
+    // To the members on this loop.
+    std::size_t send_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    std::size_t send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    inline std::size_t publish(Opcode opcode, std::string_view payload, bool is_volatile) const;
+
     std::string name_;
     Rooms& rooms_;
     std::vector<Member> members_;
+    std::shared_ptr<detail::SharedRoom> shared_;  // null on a server with one loop
     Room* next_to_prune_ = nullptr;
     bool prune_pending_ = false;
 };
 
-// The rooms of a server, by name.
+// The rooms of a server, by name. On a server with several loops, each loop has its own Rooms; their names and members
+// are those of all loops.
 class Rooms {
 public:
     explicit Rooms(detail::SendArena& arena) : arena_(arena), root_(this) {}
@@ -4845,15 +5076,18 @@ public:
         Room& room = rooms_.find_or_emplace(name, std::string(name), *this);
         ++root_->size_;
         prune_later(room);
+        if (directory_ != nullptr) room.shared_ = directory_->attach(loop_, room, room.name_);
         return room;
     }
-    // Returns null if no room of that name has members.
-    Room* find(std::string_view name) const {
+    // Returns null if no room of that name has members. Takes a lock if this loop has none.
+    Room* find(std::string_view name) {
         Room* room = rooms_.find(name);
+        if (room == nullptr && directory_ != nullptr && directory_->find(name)) room = &(*this)[name];
         return room == nullptr || room->empty() ? nullptr : room;
     }
-    std::size_t size() const { return size_; }
+    std::size_t size() const { return directory_ != nullptr ? directory_->size() : size_; }
     std::vector<std::string> names() const {
+        if (directory_ != nullptr) return directory_->names();
         std::vector<std::string> result;
         for (const auto& [name, room] : rooms_) result.push_back(name);
         return result;
@@ -4872,6 +5106,7 @@ public:
 private:
     friend class Room;
     friend class detail::RoomsAccess;
+    friend class detail::RoomDirectory;
 
     void remove_from_all(WebSocketHandler& handler) {
         for (const auto& membership : detail::HandlerAccess::core(handler).rooms) {
@@ -4887,7 +5122,9 @@ private:
             Room& room = *prune_list_;
             prune_list_ = room.next_to_prune_;
             room.prune_pending_ = false;
-            if (room.empty() && room.rooms_.rooms_.erase(room.name())) --size_;
+            if (!room.members_.empty()) continue;
+            if (room.shared_) directory_->detach(loop_, *room.shared_);
+            if (room.rooms_.rooms_.erase(room.name())) --size_;
         }
     }
 
@@ -4897,6 +5134,8 @@ private:
     std::uint64_t deliveries_ = 0;
     StringMap<Room> rooms_;
     Room* prune_list_ = nullptr;  // linked through the rooms, because the end of a handler must not allocate
+    detail::RoomDirectory* directory_ = nullptr;  // null on a server with one loop
+    std::size_t loop_ = 0;                        // its number in the directory
 };
 
 namespace detail {
@@ -4909,6 +5148,12 @@ public:
     // Removes empty rooms at the end of a turn.
     static void prune(Rooms& rooms) { rooms.prune(); }
     static SendArena& arena(Rooms& rooms) { return rooms.arena_; }
+    // Makes the rooms part of those of several loops. Throws an Error if there is a room already.
+    static void share(Rooms& rooms, RoomDirectory* directory, std::size_t loop) {
+        if (rooms.size_ != 0) throw Error("rooms exist already; the server cannot share them with other loops now");
+        rooms.directory_ = directory;
+        rooms.loop_ = loop;
+    }
     // How often broadcasts have visited a member, as a measure of work.
     static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
@@ -4929,11 +5174,31 @@ inline bool Room::leave(WebSocketHandler& handler) {
         rooms[slot].room->members_[rooms[slot].index].slot = slot;
         if (positions) *positions->find(key(*rooms[slot].room)) = slot;
     }
-    if (empty()) rooms_.prune_later(*this);
+    if (members_.empty()) rooms_.prune_later(*this);
     return true;
 }
 
+inline void Room::share_size() const { rooms_.directory_->set_members(rooms_.loop_, shared_, members_.size()); }
+
+inline std::size_t Room::publish(Opcode opcode, std::string_view payload, bool is_volatile) const {
+    return rooms_.directory_->publish(rooms_.loop_, shared_, opcode, payload, is_volatile);
+}
+
+inline void detail::RoomDirectory::deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload,
+                                           bool is_volatile) {
+    Room* const here = room.parts[loop].room;
+    if (here == nullptr || here->members_.empty()) return;
+    const EncodedFrame frame = EncodedFrame::borrowed(loops_[loop].rooms->arena_, opcode, payload);
+    if (is_volatile) here->send_volatile_here(frame, nullptr);
+    else here->send_here(frame, nullptr);
+}
+
 inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHandler* except) {
+    const std::size_t elsewhere = shared_ ? publish(frame.opcode(), frame.payload(), false) : 0;
+    return send_here(frame, except) + elsewhere;
+}
+
+inline std::size_t Room::send_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     constexpr std::size_t ahead = 4;  // the prefetch hides cache misses, which dominate a large fan-out
     std::size_t count = 0;
     for (std::size_t i = 0; i < members_.size(); ++i) {
@@ -4950,11 +5215,16 @@ inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHan
 }
 
 inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
-    if (empty()) return 0;
+    if (members_.empty() && !shared_) return 0;
     return broadcast(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
 inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const WebSocketHandler* except) {
+    const std::size_t elsewhere = shared_ ? publish(frame.opcode(), frame.payload(), true) : 0;
+    return send_volatile_here(frame, except) + elsewhere;
+}
+
+inline std::size_t Room::send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     std::size_t count = 0;
     for (const Member& member : members_)
         if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++count;
@@ -4963,7 +5233,7 @@ inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const Web
 }
 
 inline std::size_t Room::broadcast_volatile(const Message& message, const WebSocketHandler* except) {
-    if (empty()) return 0;
+    if (members_.empty() && !shared_) return 0;
     return broadcast_volatile(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
@@ -5017,6 +5287,7 @@ WSCHAT_END
 #else
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -5109,6 +5380,10 @@ inline std::string error_message(int error) {
     return size != 0 ? from_wide({text, size}) : "Winsock error";
 }
 inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
+// The number of a zone of link-local IPv6 addresses. Names of interfaces need another library (iphlpapi). 0: none.
+inline std::uint32_t zone_index(const std::string& zone) {
+    return static_cast<std::uint32_t>(text::parse_unsigned(zone, UINT32_MAX).value_or(0));
+}
 inline bool would_block(int error) { return error == EWOULDBLOCK; }
 inline bool interrupted(int) { return false; }
 inline bool out_of_descriptors(int error) { return error == EMFILE; }
@@ -5271,6 +5546,11 @@ constexpr Descriptor no_descriptor = -1;
 inline int last_error() { return errno; }
 inline std::string error_message(int error) { return std::generic_category().message(error); }
 inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
+// The number of a zone of link-local IPv6 addresses: that of an interface ("eth0"). 0: there is no such interface.
+inline std::uint32_t zone_index(const std::string& zone) {
+    const auto number = text::parse_unsigned(zone, UINT32_MAX);
+    return number ? static_cast<std::uint32_t>(*number) : ::if_nametoindex(zone.c_str());
+}
 inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 inline bool interrupted(int error) { return error == EINTR; }
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
@@ -6542,8 +6822,9 @@ namespace detail {
 
 // For the client side of a TlsStream.
 struct TlsClientOptions {
-    std::string authorities{};  // a PEM file; empty: the authorities that the system trusts
-    std::string certificate{};  // sent if the server requests one
+    std::string authorities{};       // a PEM file; empty: the authorities that the system trusts
+    std::string revocation_lists{};  // a PEM file; empty: it is not checked whether a certificate was revoked
+    std::string certificate{};       // sent if the server requests one
     std::string key{};
     std::string key_password{};
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
@@ -6573,6 +6854,7 @@ public:
         const std::string& file = options.authorities;
         if (file.empty()) SSL_CTX_set_default_verify_paths(context);
         else if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("authorities", file);
+        if (!options.revocation_lists.empty()) check_revocation(context, options.revocation_lists);
     }
     TlsContext(const TlsContext&) = delete;
     TlsContext& operator=(const TlsContext&) = delete;
@@ -6603,6 +6885,15 @@ private:
         if (!files.certificate.empty() || !files.key.empty() || method == TLS_server_method())
             load(context, files, password);
         contexts_.push_back(std::move(owned));
+    }
+
+    // RFC 5280 6.3, for the certificate of the peer, not for those of its authorities.
+    static void check_revocation(SSL_CTX* context, const std::string& file) {
+        X509_STORE* const store = SSL_CTX_get_cert_store(context);
+        X509_LOOKUP* const lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
+        if (lookup == nullptr || X509_load_crl_file(lookup, file.c_str(), X509_FILETYPE_PEM) <= 0)
+            fail("revocation_lists", file);
+        X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK);
     }
 
     static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
@@ -8239,6 +8530,7 @@ struct PageAnswer {
     File file{};
     std::uint64_t size = 0;  // of the range, from the file's position on
     int file_error = 0;      // the errno of a file that should be there; it is logged
+    bool missing = false;    // there is no such file: Site::not_found answers, if it is set
 };
 
 // A request for a page, as the page's function sees it.
@@ -8302,6 +8594,12 @@ WSCHAT_COLD inline Response file_refusal(int error) {
         case EOVERFLOW: return Response(503, "The file cannot be read now.\n");
         default: return Response(404, "There is nothing at this path.\n");
     }
+}
+WSCHAT_COLD inline PageAnswer missing_file(int error, bool logged) {
+    PageAnswer answer{file_refusal(error)};
+    answer.file_error = logged ? error : 0;
+    answer.missing = answer.response.status() == 404;
+    return answer;
 }
 
 // RFC 9110 14: the bytes of a file that a request gets, from `first` to before `end`.
@@ -8570,7 +8868,7 @@ public:
         const std::string found = find_file(std::string(pattern), std::string(path));
         add_page("file", "GET", pattern, [found, headers = std::move(headers)](const PageCall& call) {
             File file(found);
-            if (!file) return PageAnswer{file_refusal(file.error()), {}, 0, file.error()};
+            if (!file) return missing_file(file.error(), true);
             return file_answer(std::move(file), content_type(found), call.request, headers);
         });
     }
@@ -8712,7 +9010,7 @@ private:
         if (names.back().empty()) names.back() = "index.html";
         File file = File::beneath(root, names, links);
         if (!file && file.error() == EISDIR) return {redirect_to_folder(request)};
-        if (!file) return {file_refusal(file.error())};
+        if (!file) return missing_file(file.error(), false);
         return file_answer(std::move(file), content_type(names.back()), request, headers);
     }
     // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
@@ -9287,6 +9585,7 @@ public:
         if (function == nullptr) return answer_without_page(page);
         RequestAccess::set_params(*request_, page->pattern().params(request_->raw_path()));
         auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
+        if (answer && answer->missing && host_.site.not_found) answer->response = host_.site.not_found(*request_);
         if (answer) respond(std::move(*answer));
         else if (has_reply()) finish_reply();
     }
@@ -10838,7 +11137,7 @@ public:
     void del(std::string_view pattern, Function&& answer) {
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
-    // The answer where there is nothing, in place of a short 404.
+    // The answer where there is nothing, also in a folder of static_dir(), in place of a short 404.
     void not_found(std::function<Response(const Request&)> answer) { site_.not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
     void set_default_header(std::string_view name, std::string_view value) { site_.set_default_header(name, value); }
@@ -10863,6 +11162,9 @@ public:
                     SymbolicLinks links = SymbolicLinks::refuse) {
         site_.add_static_dir(pattern, folder, std::move(headers), links);
     }
+    void static_dir(std::string_view pattern, std::string_view folder, SymbolicLinks links) {
+        site_.add_static_dir(pattern, folder, {}, links);
+    }
     // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
     // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
     void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
@@ -10886,7 +11188,8 @@ public:
     void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }
-    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr().
+    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr(),
+    // access_json_to_stderr().
     void on_access(std::function<void(const AccessEntry&)> function) { worker_.on_access = std::move(function); }
 
     // ---- running ---------------------------------------------------------------------------------------------------
@@ -10977,6 +11280,11 @@ public:
     // Adds an entry to the log, for what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
         worker_.log(level, event, fields);
+    }
+
+    // Counts and logs an exception that left a callback, for what is built on the server.
+    void report_exception(const char* callback, const char* what) noexcept {
+        worker_.log.exception(callback, what, nullptr);
     }
 
     // Calls visit(handler) for each WebSocketHandler that is open, on the loop's thread. visit() may close and write,
@@ -11605,6 +11913,9 @@ WSCHAT_BEGIN
 // How a wss:// server is verified. All files are PEM.
 struct ClientTls {
     std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
+    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if the list of its authority is
+    // missing, has expired, or names it. Empty: a revoked certificate is accepted. No authority is asked (OCSP).
+    std::string revocation_lists{};
     // Sent if the server requests a certificate.
     std::string certificate{};
     std::string key{};
@@ -11692,7 +12003,8 @@ inline std::string random_key() {
 
 struct ClientUrl {
     bool secure = false;
-    std::string host;  // without brackets
+    std::string host;  // without brackets and zone
+    std::string zone;  // of a link-local IPv6 address, "eth0" or "2": it means something on this machine only
     int port = 0;
     std::string target;       // "/chat?name=Anna"
     std::string credentials;  // "user:password", decoded; may be empty
@@ -11703,7 +12015,8 @@ struct ClientUrl {
     // For the Host field.
     std::string authority() const { return port == default_port() ? bracketed() : host_and_port(); }
     bool same_server(const ClientUrl& other) const {
-        return secure == other.secure && port == other.port && text::equals_ignore_case(host, other.host);
+        return secure == other.secure && port == other.port && zone == other.zone &&
+               text::equals_ignore_case(host, other.host);
     }
 
     // "ws://host", "wss://user:password@host:port/path?query"; http and https are the same. Returns nothing and sets
@@ -11764,7 +12077,9 @@ private:
             credentials = *decoded;
             authority.remove_prefix(at + 1);
         }
-        if (!valid_host(authority)) return false;
+        std::string without_zone(authority);
+        if (!take_zone(without_zone) || !valid_host(without_zone)) return false;
+        authority = without_zone;
         const std::size_t colon = authority.rfind(':');
         const bool has_port = colon != std::string_view::npos && authority.find(']', colon) == std::string_view::npos;
         host = text::to_lower(has_port ? authority.substr(0, colon) : authority);
@@ -11772,6 +12087,18 @@ private:
         const std::string_view digits = has_port ? authority.substr(colon + 1) : std::string_view();
         port = digits.empty() ? default_port() : static_cast<int>(text::parse_unsigned(digits, 65535).value_or(0));
         return port != 0;
+    }
+    // RFC 6874 2: "[fe80::1%25eth0]". Many programs write "[fe80::1%eth0]", so that is accepted too.
+    bool take_zone(std::string& authority) {
+        zone.clear();
+        const std::size_t percent = authority.find('%'), close = authority.find(']');
+        if (percent == std::string::npos) return true;
+        if (authority.front() != '[' || close == std::string::npos || close < percent) return false;
+        zone = authority.substr(percent + 1, close - percent - 1);
+        if (text::starts_with(zone, "25") && zone.size() > 2) zone.erase(0, 2);
+        authority.erase(percent, close - percent);
+        const auto allowed = [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '.' || c == '_'; };
+        return !zone.empty() && text::all_of(zone, allowed);
     }
     // RFC 3986 5.2.2, without the removal of dot segments, which the server does.
     std::optional<ClientUrl> resolve(std::string_view reference, std::string& error) const {
@@ -11963,10 +12290,11 @@ struct SocketAddress {
     sockaddr_storage storage{};
     socklen_t size = 0;
 
-    SocketAddress(const IpAddress& address, int port) {
+    SocketAddress(const IpAddress& address, int port, std::uint32_t zone = 0) {
         const std::string text = address.to_string();
         if (address.family() == IpAddress::Family::ipv6) {
             sockaddr_in6 in6{};
+            in6.sin6_scope_id = zone;
             in6.sin6_family = AF_INET6;
             in6.sin6_port = htons(static_cast<std::uint16_t>(port));
             ::inet_pton(AF_INET6, text.c_str(), &in6.sin6_addr);
@@ -12055,12 +12383,14 @@ public:
     }
     // Throws Error if a file cannot be used.
     std::shared_ptr<const TlsContext> context(const ClientTls& tls) {
-        const std::vector<std::string> key{tls.authorities, tls.certificate, tls.key, tls.key_password,
-                                           tls.insecure_accept_any_certificate ? "any" : ""};
+        const std::vector<std::string> key{tls.authorities,  tls.revocation_lists,
+                                           tls.certificate,  tls.key,
+                                           tls.key_password, tls.insecure_accept_any_certificate ? "any" : ""};
         for (const auto& [known, context] : contexts_)
             if (known == key) return context;
         TlsClientOptions options;
         options.authorities = tls.authorities;
+        options.revocation_lists = tls.revocation_lists;
         options.certificate = tls.certificate;
         options.key = tls.key;
         options.key_password = tls.key_password;
@@ -12362,6 +12692,10 @@ private:
             dial_error_ = "the host has no address of the family of ClientOptions::bind_address";
         }
         if (addresses.empty()) return fail(stage_, "Cannot connect: " + dial_error_ + ".");
+        const std::string& zone = proxy_ ? proxy_->zone : url_.zone;
+        zone_ = zone.empty() ? 0 : os::zone_index(zone);
+        if (!zone.empty() && zone_ == 0)
+            return fail(stage_, "Cannot connect: this machine has no network interface \"" + zone + "\".");
         const auto ordered = interleave_families(addresses);
         addresses_.assign(ordered.begin(), ordered.end());
         dial_next();
@@ -12374,7 +12708,7 @@ private:
             const IpAddress address = addresses_.front();
             addresses_.pop_front();
             const int port = proxy_ ? proxy_->port : url_.port;
-            if (!dial(address, SocketAddress(address, port))) continue;
+            if (!dial(address, SocketAddress(address, port, zone_))) continue;
             if (active_ == nullptr && !addresses_.empty() && attempt_)
                 timer_ = call_later(between, [](ClientLink& link) { link.dial_next(); });
             return;
@@ -12394,6 +12728,8 @@ private:
         const std::string name = address.bits() == 0 ? options_.unix_path : address.to_string();
         const auto refused = [&] {
             dial_error_ = name + ": " + os::error_text(os::last_error());
+            if (zone_ == 0 && text::starts_with(name, "fe80:"))
+                dial_error_ += "; a link-local address needs a zone, as in [fe80::1%25eth0]";
             return false;
         };
         Socket socket(os::open_socket(to.get()->sa_family));
@@ -12811,6 +13147,7 @@ private:
     LoopTimer timer_;     // the next address, or the next attempt
     LoopTimer deadline_;  // of the attempt
     std::deque<IpAddress> addresses_;
+    std::uint32_t zone_ = 0;  // of a link-local address
     std::string dial_error_;
     std::vector<std::unique_ptr<Dial>> dials_;
     Dial* active_ = nullptr;  // the one that has connected
@@ -12983,7 +13320,8 @@ private:
         detail::check_client_options(options);
 #if WSCHAT_OPENSSL
         const ClientTls& tls = options.tls;
-        if (!tls.authorities.empty() || !tls.certificate.empty() || !tls.key.empty()) core_->context(tls);
+        if (!tls.authorities.empty() || !tls.revocation_lists.empty() || !tls.certificate.empty() || !tls.key.empty())
+            core_->context(tls);
 #endif
         const ConnectionId id = ++last_id_;
         const auto link =
@@ -13046,7 +13384,7 @@ class ChatCommands;
 // ---- entries and stores --------------------------------------------------------------------------------------------
 
 // One event of a room. A store keeps messages (`said` and `action`), amendments of them (`edit`, `remove` and `react`)
-// and `topic`, each under an id of its own. It only delivers the other kinds.
+// and `topic`, each under an id of its own. It only delivers the other kinds. An entry without a room is for all hubs.
 struct ChatEntry {
     // `action` is "/me waves". Files contain the numbers of the first six.
     enum class Kind : std::uint8_t {
@@ -13061,7 +13399,12 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event
+        event,       // of the program, for a room: `text` is its name, `data` its JSON value
+        away,        // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        kick,        // closes the connections of the user `to` to the room; `text` is the reason
+        ban,         // asks all hubs to ban what they know of the user with a name
+        direct,      // the same as `event`, for the user `to_user`
+        moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
     };
     struct Reaction {
         std::string emoji{};
@@ -13074,13 +13417,14 @@ struct ChatEntry {
     std::uint64_t target = 0;  // the id of the message that an amendment changes
     std::int64_t time = 0;     // Unix time in milliseconds
     std::string room{};
-    std::string name{};    // of the author; empty: the server itself
-    std::string user{};    // the public id of the author
-    std::string text{};    // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
-    std::string data{};    // a JSON object of the application, or empty
-    std::string to{};      // the receiver of a private message
-    std::string author{};  // the identity of the author; clients never get it
-    std::string tag{};     // chosen by the author; a second entry with the same tag is a duplicate
+    std::string name{};     // of the author; empty: the server itself
+    std::string user{};     // the public id of the author
+    std::string text{};     // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
+    std::string data{};     // a JSON object of the application, or empty
+    std::string to{};       // the receiver of a private message
+    std::string to_user{};  // the public id of that receiver
+    std::string author{};   // the identity of the author; clients never get it
+    std::string tag{};      // chosen by the author; a second entry with the same tag is a duplicate
 
     // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
     std::int64_t edited = 0;  // the time of the last edit; 0: never edited
@@ -13091,11 +13435,17 @@ struct ChatEntry {
     bool moderator = false;       // may remove the messages of others
     std::int64_t not_before = 0;  // an edit of an older message is refused as "too_late"; Unix time in milliseconds
 
-    std::uint64_t sender = 0;  // a number of the connection that no other server uses; not kept
+    std::uint64_t sender = 0;  // a number of the connection that no other hub uses; not kept
+    std::string hub{};         // the id of the hub that made the entry; not kept
+    bool quiet = false;        // of presence: the user is also connected to another hub, so nobody hears of it
 
     bool kept() const { return kind <= Kind::topic; }
     bool is_message() const { return kind <= Kind::action; }
     bool is_amendment() const { return kept() && !is_message() && kind != Kind::topic; }
+    // Whether it changes who is in a room: see PresenceTable.
+    bool is_presence() const {
+        return kind == Kind::join || kind == Kind::away || kind == Kind::leave || kind == Kind::rename;
+    }
 
     // The size that counts for HistoryLimits.
     std::size_t bytes() const {
@@ -13109,7 +13459,7 @@ struct ChatEntry {
         if (target == nullptr || !target->is_message() || target->removed) return "bad_id";
         if (amendment.kind == Kind::react) return {};
         const bool by_moderator = amendment.kind == Kind::remove && amendment.moderator;
-        // The author of a guest is only a name, but the public id is that of one connection.
+        // In older files the author of a guest is only a name, but the public id is that of one connection.
         const bool own = amendment.author == target->author && amendment.user == target->user;
         if (!own && !by_moderator) return "not_yours";
         const bool too_late = amendment.kind == Kind::edit && target->time < amendment.not_before;
@@ -13125,6 +13475,7 @@ struct ChatFact {
     std::string value{};       // empty: the fact is deleted
     std::string author{};      // the identity of the user to whom it belongs; ChatStore::erase_author() deletes it
     std::int64_t expires = 0;  // Unix time in milliseconds; 0: never
+    bool if_new = false;       // an older fact stays; on_fact() gets the one that is kept
 };
 
 // The newest id that a client has of a room, and the epoch of the store that gave it: "9f86d081884c7d65-105".
@@ -13168,29 +13519,44 @@ struct HistoryExport {
     std::string error{};  // why the export ended early
 };
 
-// Stores entries and facts, and delivers them to this server and perhaps to others. A server shows an entry when the
-// store delivers it, so all servers show the same order. All calls are made on the loop's thread. Each is answered on
-// that thread, immediately or later, but never after the destruction of the store.
+// Stores entries and facts, and delivers them to the hubs that share it. A hub is the chat of one loop: a server has
+// one for each of its loops. A hub shows an entry when the store delivers it, so all hubs show the same order. All
+// calls are made on the loop's thread. Each is answered on that thread, immediately or later, but never after the
+// destruction of the store.
 class ChatStore {
 public:
     class Listener {
     public:
-        // An entry of append() or forward(), from this server or another. Entries with ids come in the order of their
-        // room. A new server gets an entry of the kind `join` for each user who is already present.
+        // An entry of append() or forward(), from this hub or another. All hubs get the entries of a room in one order,
+        // that of their ids.
         virtual void on_entry(const ChatEntry& entry) = 0;
         // The author has sent this tag before. The entry has the id of the first one, and is not delivered again.
         virtual void on_duplicate(const ChatEntry& entry) = 0;
         // An entry that this server appended could not be kept. Nobody received it.
         virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
         // An amendment that this server appended is not possible. The code is "bad_id" (the message is not kept, or is
-        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions).
+        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions). Or a `join` or `rename`
+        // that this hub forwarded: see PresenceTable::apply().
         virtual void on_refused(const ChatEntry&, std::string_view /*code*/) {}
         // A fact was kept, by this server or another.
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // Other entries of the room follow than those that were expected, from page.last_id on: page.epoch is new, or
+        // entries were lost (page.gap). All have received what is in the page, if it is not a gap.
+        virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
+        // The store has something to log.
+        virtual void on_log(LogLevel, std::string_view /*event*/,
+                            const std::vector<std::pair<std::string_view, std::string>>& /*fields*/) {}
+        // Who is in a room: a `join` or an `away` for each user and hub. It follows watch(), and comes again when the
+        // store may have lost entries. It replaces what was known; the hub forwards its own users who are missing.
+        virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
         // The time by which a history in memory expires.
         virtual Time now() const { return Clock::now(); }
+        // The id of this hub: 16 lower-case hexadecimal digits at random.
+        virtual std::string hub() const { return {}; }
+        // Whether this hub gets the entries of all rooms, not only of those that it watches.
+        virtual bool watches_all() const { return false; }
 
     protected:
         ~Listener() = default;
@@ -13199,6 +13565,8 @@ public:
     using FactsCallback = std::function<void(std::vector<ChatFact>, std::string error)>;
     using EraseCallback = std::function<void(std::size_t messages, std::string error)>;
     using ExportCallback = std::function<bool(HistoryExport)>;
+    // The names of rooms with the numbers of their users.
+    using RoomsCallback = std::function<void(std::vector<std::pair<std::string, std::size_t>>, std::string error)>;
 
     ChatStore() = default;
     ChatStore(const ChatStore&) = delete;
@@ -13212,7 +13580,7 @@ public:
     // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
     // has reacted with that emoji before. One call of the listener follows.
     virtual void append(ChatEntry entry) = 0;
-    // Delivers the entry without keeping it.
+    // Delivers the entry without keeping it. A store of several hubs also applies it to a PresenceTable.
     virtual void forward(const ChatEntry& entry) = 0;
     // Reads all entries after a position, if there are at most `limit`. Otherwise, and without a position, the newest
     // messages and topics, at most `limit`; what amendments have changed is in the messages.
@@ -13220,7 +13588,8 @@ public:
                        PageCallback callback) = 0;
     // Reads the newest messages and topics with ids below this one, at most `limit`.
     virtual void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) = 0;
-    // Keeps a fact in place of the one with the same scope and key. on_fact() or on_fact_failure() follows.
+    // Keeps a fact in place of the one with the same scope and key, unless ChatFact::if_new. on_fact() or
+    // on_fact_failure() follows.
     virtual void put(ChatFact fact) = 0;
     // Reads the facts of a scope whose keys begin with the prefix, in order, without those that have expired.
     virtual void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) = 0;
@@ -13250,6 +13619,20 @@ public:
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
     // Reads the history of a room in parts, as JSON lines, until the callback returns false.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
+
+    // A store of several hubs has the next four. By default a store has one hub, which knows its users itself.
+
+    // This hub needs the entries of a room until unwatch(). Conversations (names that begin with a line feed) and
+    // entries without a room come to all hubs. True: on_presence() follows, if possible before the answers to later
+    // reads of the room. False: this hub alone has users in the room.
+    virtual bool watch(const std::string& /*room*/) { return false; }
+    virtual void unwatch(const std::string& /*room*/) {}
+    // Each hub calls it every two seconds. Of a hub that has not called it for eight seconds, the store removes the
+    // users, and all other hubs get a `leave` for each. If that hub lives, it gets on_presence() for its rooms.
+    virtual void beat(const std::string& /*hub*/) {}
+    // Reads which rooms have users, at most `limit`, in the order of their names. False, and no call: this hub alone
+    // has users.
+    virtual bool rooms(std::size_t /*limit*/, RoomsCallback /*callback*/) { return false; }
 
 private:
     static constexpr const char* cannot = "this store cannot do that";
@@ -13536,7 +13919,9 @@ public:
 
     void put(ChatFact fact) override {
         const std::string key = text::concat({fact.scope, "\n", fact.key});
-        if (fact.value.empty()) {
+        if (const ChatFact* older = facts_.find(key); older != nullptr && fact.if_new) {
+            fact = *older;
+        } else if (fact.value.empty()) {
             facts_.erase(key);
         } else {
             if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
@@ -14124,20 +14509,16 @@ public:
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
-    std::size_t max_name = 40;  // of the names that free_name() makes
+    std::size_t max_name = 40;                         // of the names that free_name() makes
+    const StringMap<std::string>* reserved = nullptr;  // the names of accounts, by chat_fold()
 
-    // Adds a connection to the user with its identity. Without an identity: to a user of that name who has none either
-    // and is in the grace period. Otherwise to a new user with a free name; then `joined` is true.
+    // Adds a connection to the user with its identity, or to a new user with a free name; then `joined` is true.
     struct Connected {
         User& user;
         bool joined;
     };
     Connected connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
         User* user = find_identity(identity);
-        if (user == nullptr && identity.empty()) {
-            user = find(info.name);
-            if (user != nullptr && (!user->identity.empty() || user->expires == (Time::max)())) user = nullptr;
-        }
         const bool joined = user == nullptr;
         if (joined) user = &add(info, identity);
         user->connections.push_back(connection);
@@ -14146,7 +14527,7 @@ public:
     }
     // Adds a user without connections.
     User& add(ChatUser info, const std::string& identity) {
-        info.name = free_name(info.name);
+        if (!info.account || find(info.name) != nullptr) info.name = free_name(info.name);
         const std::string key = chat_fold(info.name);
         longest_name_ = (std::max)(longest_name_, 3 * info.name.size());
         User& user = users_.find_or_emplace(key);
@@ -14211,7 +14592,7 @@ public:
     std::string free_name(const std::string& name) const {
         std::string free = name;
         std::size_t step = 1;
-        for (std::size_t n = 2; find(free) != nullptr; n += step) {
+        for (std::size_t n = 2; taken(free); n += step) {
             if (n == 10) n = (std::max)(n, users_.size());
             if (n >= 10) step *= 2;
             const std::string number = std::to_string(n);
@@ -14219,6 +14600,10 @@ public:
             free = text::concat({truncate_utf8(name, longest - (std::min)(longest, number.size() + 1)), "-", number});
         }
         return free;
+    }
+    bool taken(const std::string& name) const {
+        const std::string key = chat_fold(name);
+        return users_.find(key) != nullptr || (reserved != nullptr && reserved->find(key) != nullptr);
     }
     // Finds the user with whose name the text begins, and removes the name and the space after it from the text. The
     // longest name wins. Null if there is no such user.
@@ -14242,6 +14627,148 @@ private:
 
 }  // namespace detail
 
+// The rules by which a store of several hubs decides who is in a room: names are unique, and the first one wins. A
+// store applies each `join`, `away`, `leave` and `rename` in the order of the room before it delivers it. A store in
+// another program does the same with its own means.
+class PresenceTable {
+public:
+    // Empty: the entry is applied, is complete now, and is to be delivered. Otherwise nothing has changed, and the code
+    // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
+    //
+    //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
+    //           An account also takes the name of a user without one, whom a hub renames after that. A guest (an entry
+    //           without author) who is present must be away from all hubs, or it is another guest: "name_taken".
+    //   away    The user has no connection to the hub for now.
+    //   leave   The hub has no such user any more. It is quiet if other hubs have.
+    //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
+    std::string_view apply(ChatEntry& entry) {
+        if (entry.kind == ChatEntry::Kind::join) return join(entry);
+        Room* const room = rooms_.find(entry.room);
+        User* const user = room == nullptr ? nullptr : room->users.find(entry.user);
+        if (user == nullptr) return "gone";
+        entry.name = user->join.name;
+        if (entry.kind == ChatEntry::Kind::rename) return rename(*room, *user, entry);
+        bool* const away = user->hubs.find(entry.hub);
+        if (away == nullptr) return "gone";
+        if (entry.kind == ChatEntry::Kind::leave) leave(*room, *user, entry);
+        else *away = entry.quiet = true;
+        return {};
+    }
+    // For Listener::on_presence().
+    std::vector<ChatEntry> users(const std::string& room) const {
+        std::vector<ChatEntry> list;
+        const Room* const found = rooms_.find(room);
+        if (found == nullptr) return list;
+        for (const auto& [id, user] : found->users) {
+            for (const auto& [hub, away] : user.hubs) {
+                list.push_back(user.join);
+                list.back().hub = hub;
+                if (away) list.back().kind = ChatEntry::Kind::away;
+            }
+        }
+        return list;
+    }
+    // The opposite of users().
+    void replace(const std::string& room, const std::vector<ChatEntry>& users) {
+        rooms_.erase(room);
+        for (const ChatEntry& each : users) {
+            Room& added = rooms_.find_or_emplace(room);
+            User& user = added.users.find_or_emplace(each.user);
+            user.join = each;
+            user.join.kind = ChatEntry::Kind::join;
+            user.hubs.find_or_emplace(each.hub) = each.kind == ChatEntry::Kind::away;
+            added.names.find_or_emplace(chat_fold(each.name)) = each.user;
+        }
+    }
+    // Removes all users of a hub. The result has a `leave` for each, to be delivered.
+    std::vector<ChatEntry> forget(const std::string& hub) {
+        std::vector<ChatEntry> leaves;
+        for (const auto& [name, room] : rooms_) {
+            for (const auto& [id, user] : room.users) {
+                if (user.hubs.find(hub) == nullptr) continue;
+                leaves.push_back(user.join);
+                leaves.back().kind = ChatEntry::Kind::leave;
+                leaves.back().hub = hub;
+                leaves.back().time = unix_ms();
+            }
+        }
+        for (ChatEntry& each : leaves) apply(each);
+        return leaves;
+    }
+    // In the order of their names, with the numbers of their users.
+    std::vector<std::pair<std::string, std::size_t>> rooms(std::size_t limit) const {
+        std::vector<std::pair<std::string, std::size_t>> list;
+        for (const auto& [name, room] : rooms_)
+            if (list.size() < limit) list.emplace_back(name, room.users.size());
+        return list;
+    }
+
+private:
+    struct User {
+        ChatEntry join;        // the first one, with the present name
+        StringMap<bool> hubs;  // whether the user is away from the hub
+    };
+    struct Room {
+        StringMap<User> users;         // by their public ids
+        StringMap<std::string> names;  // the ids, by chat_fold() of the names
+    };
+
+    static bool is_account(const ChatEntry& join) { return text::starts_with(join.author, "account "); }
+
+    std::string_view join(ChatEntry& entry) {
+        Room& room = rooms_.find_or_emplace(entry.room);
+        User* user = room.users.find(entry.user);
+        entry.quiet = user != nullptr;
+        if (user == nullptr) {
+            const std::string key = chat_fold(entry.name);
+            const std::string* const holder = room.names.find(key);
+            const bool takes = is_account(entry) && holder != nullptr && !is_account(room.users.find(*holder)->join);
+            if (holder != nullptr && !takes) return "name_taken";
+            user = &room.users.find_or_emplace(entry.user);
+            user->join = entry;
+            room.names.find_or_emplace(key) = entry.user;
+        } else if (entry.author.empty() && present_elsewhere(*user, entry.hub)) {
+            return "name_taken";
+        }
+        entry.name = user->join.name;
+        entry.text = user->join.text;
+        user->hubs.find_or_emplace(entry.hub) = false;
+        return {};
+    }
+    static bool present_elsewhere(const User& user, const std::string& than) {
+        for (const auto& [hub, away] : user.hubs)
+            if (hub != than && !away) return true;
+        return false;
+    }
+    void leave(Room& room, const User& user, ChatEntry& entry) {
+        entry.quiet = user.hubs.size() > 1;
+        if (entry.quiet) {
+            room.users.find(entry.user)->hubs.erase(entry.hub);
+            return;
+        }
+        release(room, user);
+        room.users.erase(entry.user);
+        if (room.users.empty()) rooms_.erase(entry.room);
+    }
+    static std::string_view rename(Room& room, User& user, const ChatEntry& entry) {
+        const std::string key = chat_fold(entry.text);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder != entry.user) return "name_taken";
+        release(room, user);
+        user.join.name = entry.text;
+        room.names.find_or_emplace(key) = entry.user;
+        return {};
+    }
+    // An account may have taken the name.
+    static void release(Room& room, const User& user) {
+        const std::string key = chat_fold(user.join.name);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder == user.join.user) room.names.erase(key);
+    }
+
+    StringMap<Room> rooms_;
+};
+
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
 
 // The limits of all chats of a server, in ChatHub::limits. Sizes in bytes.
@@ -14257,6 +14784,7 @@ struct ChatLimits {
     std::size_t max_rooms_per_connection = 10;
     std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
     std::size_t max_rooms = 10'000;
+    std::size_t max_read_markers = 1000;         // of a user
     std::size_t history_on_join = 50;            // entries for a client without an id
     std::size_t history_on_resume = 500;         // entries for a client with an id
     std::size_t max_history_event = 256 * 1024;  // of one "history" event; older entries are left out
@@ -14266,19 +14794,71 @@ struct ChatLimits {
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
     // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
     Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
+    // Rooms that a user, and all of an address, may enter while nobody is in them.
+    Rate room_creations{1.0 / 60, 30}, address_room_creations{1.0 / 30, 200};
+    std::size_t max_invitations = 100'000;  // of all rooms
 };
 
-// What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
-enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute, remove, topic };
+// What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
+// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that is
+// read-only or slow, and to enter a private one.
+enum class ChatAction : std::uint8_t {
+    say,
+    private_message,
+    rename,
+    join,
+    create_room,
+    list_rooms,
+    invite,
+    kick,
+    ban,
+    mute,
+    remove,
+    topic,
+    manage
+};
+
+// In what rooms differ. A moderator changes the first three with commands; the store keeps that.
+struct ChatRoomOptions {
+    bool is_private = false;    // in no list of rooms; only who is invited enters
+    bool read_only = false;     // only who may(ChatAction::manage) speaks
+    Duration slow{};            // between two messages of a user
+    bool kept = true;           // false: the store keeps no messages of the room
+    std::size_t max_users = 0;  // 0: no limit
+    // Empty: as in ChatLimits.
+    std::optional<std::size_t> max_text{}, history_on_join{}, history_on_resume{};
+
+    // The value of the fact with which the store keeps what moderators have changed: "private=1 readonly=0 slow=10".
+    std::string to_fact() const {
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(slow).count();
+        return text::concat({"private=", is_private ? "1" : "0", " readonly=", read_only ? "1" : "0",
+                             " slow=", std::to_string(seconds)});
+    }
+    void apply_fact(std::string_view fact) {
+        while (!fact.empty()) {
+            std::string_view value = text::consume_until(fact, ' ');
+            const std::string_view name = text::consume_until(value, '=');
+            const auto number = text::parse_unsigned(value, 1'000'000'000).value_or(0);
+            if (name == "private") is_private = number != 0;
+            if (name == "readonly") read_only = number != 0;
+            if (name == "slow") slow = std::chrono::seconds(number);
+        }
+    }
+};
 
 // A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
 public:
-    ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), hub_(hub) {}
+    ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), key_(chat_fold(name_)), hub_(hub) {}
     ChatRoom(const ChatRoom&) = delete;
     ChatRoom& operator=(const ChatRoom&) = delete;
 
+    // As the first member has written it.
     const std::string& name() const { return name_; }
+    // chat_fold() of the name: the room of ChatEntry::room, of the store and of facts.
+    const std::string& key() const { return key_; }
+    // May be changed at any time. ChatHub::room_options sets them for a new room.
+    ChatRoomOptions options{};
     std::vector<ChatUser> users() const { return presence_.users(); }
     // Empty: none, or the store has not delivered it yet.
     const std::string& topic() const { return topic_; }
@@ -14288,12 +14868,14 @@ public:
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
     // Changes a text that publish() said, removes a message of anybody, sets the topic; all members hear of it. If the
-    // store does not know the message, nothing happens. An Error as for publish().
+    // store does not know the message, nothing happens. An Error as for publish(), or if a topic is longer than
+    // ChatLimits::max_topic.
     inline void edit(std::uint64_t id, std::string_view text);
     inline void remove(std::uint64_t id);
     inline void set_topic(std::string_view text);
-    // Sends an event of the application to all members. It is not kept.
-    inline void send(const ChatEvent& event);
+    // Sends {"type":"event","room":...,"name":...,"data":...} to all members, on all servers. It is not kept. An Error
+    // if the name is not 1 to 64 bytes of visible text, or the data is longer than ChatLimits::max_data.
+    inline void send(std::string_view name, const Json& data = {});
     // Reads the entries after a position, or the newest messages: see ChatStore::since().
     inline void since(std::optional<HistoryPosition> position, std::size_t limit, ChatStore::PageCallback callback);
     // Closes all connections of the user in this room, with 1008. False if there is no such user.
@@ -14308,9 +14890,10 @@ private:
 
     inline ChatEntry new_text(const char* call, std::string_view text, std::string_view name) const;
 
-    std::string name_;
+    std::string name_, key_;
     ChatHub& hub_;
     detail::Presence presence_;
+    detail::Deadlines slow_;  // who has to wait until the next message
     std::string topic_;
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
@@ -14346,28 +14929,30 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
-        load_decisions("ban");
-        load_decisions("mute");
+        for (const char* scope : {"ban", "mute", "room", "invite", "account"}) load_facts(scope);
         load_secret();  // the last one: connections wait for it
     }
     ChatStore& store() { return *store_; }
 
-    // Creates the room if it does not exist.
+    // Creates the room if it does not exist. Names of rooms are compared by chat_fold().
     ChatRoom& room(std::string_view name) {
         if (ChatRoom* room = find(name)) return *room;
         prune_later();
-        ChatRoom& room = rooms_.find_or_emplace(name, std::string(name), *this);
+        ChatRoom& room = rooms_.find_or_emplace(chat_fold(name), std::string(name), *this);
+        room.options = options_of(name);
         room.presence_.max_name = limits.max_name;
-        load_topic(room.name());
+        room.presence_.reserved = &accounts_;
+        store_->watch(room.key());
+        load_topic(room.key());
         return room;
     }
     // Null if there is no such room.
-    ChatRoom* find(std::string_view name) const { return rooms_.find(name); }
+    ChatRoom* find(std::string_view name) const { return rooms_.find(chat_fold(name)); }
     std::size_t room_count() const { return rooms_.size(); }
-    // The names of all rooms, in order, with the number of their users.
+    // The names of all rooms, in the order of their keys, with the number of their users.
     std::vector<std::pair<std::string, std::size_t>> rooms() const {
         std::vector<std::pair<std::string, std::size_t>> list;
-        for (const auto& [name, room] : rooms_) list.emplace_back(name, room.presence_.size());
+        for (const auto& [key, room] : rooms_) list.emplace_back(room.name(), room.presence_.size());
         return list;
     }
 
@@ -14380,11 +14965,14 @@ public:
     std::function<void(const ChatEntry&)> on_event;
     // An entry of this server that the store could not keep, and why.
     std::function<void(const ChatEntry&, const std::string& cause)> on_not_kept;
-    // A ban or a mute that begins or ends (an empty value): ChatFact::scope is "ban" or "mute".
+    // Sets what is special about a room, before the first user enters. What moderators have changed comes after it.
+    std::function<void(std::string_view name, ChatRoomOptions&)> room_options;
+    // A ban or a mute that begins or ends (an empty value), or a kick: ChatFact::scope is "ban", "mute" or "kick".
     std::function<void(const ChatFact&)> on_decision;
 
-    // Sends an event of the application to all connections of a user, by the public id. Returns how many there are.
-    inline std::size_t send(const std::string& user_id, const ChatEvent& event) const;
+    // Sends {"type":"event","name":...,"data":...} to all connections of a user, by the public id, on all servers.
+    // Returns how many of them this server has. An Error as for ChatRoom::send().
+    inline std::size_t send(const std::string& user_id, std::string_view name, const Json& data = {});
 
     // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
     // who is in a room is never taken for an address.
@@ -14413,8 +15001,24 @@ private:
 
     struct AddressUse {
         detail::FloodLimiter limiter;
-        TokenBucket replies;
+        TokenBucket replies, creations;
         std::size_t connections = 0;
+
+        bool unused(Time now) const {
+            return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now);
+        }
+    };
+    // A user who is connected to this server.
+    struct UserState {
+        std::vector<ChatHandler*> connections{};
+        enum class Markers : std::uint8_t { unknown, requested, known } markers = Markers::unknown;
+        StringMap<std::uint64_t> read{};               // the read markers: by room, or by "@" and the id of a peer
+        std::vector<std::function<void()>> waiting{};  // for the markers
+        TokenBucket creations{};
+    };
+    struct Asked {
+        std::uint64_t number;  // of the connection
+        std::string tag;
     };
 
     static std::string rate_limit_key(const std::string& address) {
@@ -14432,10 +15036,25 @@ private:
             if (facts.empty()) {
                 const std::string bytes = random_bytes(30);
                 secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-                if (error.empty()) store_->put({"server", "secret", secret_});
+                if (error.empty()) return keep_secret();
             } else secret_ = facts[0].value;
-            for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+            be_ready();
         });
+    }
+    // Of two servers that begin at the same time, the first one decides.
+    void keep_secret() {
+        store_->put({"server", "secret", std::exchange(secret_, {}), {}, 0, true});
+        store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (facts.empty()) {
+                server_.report(LogLevel::error, "chat_not_kept", {{"fact", "secret"}, {"cause", error}});
+                const std::string bytes = random_bytes(30);
+                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+            } else secret_ = facts[0].value;
+            be_ready();
+        });
+    }
+    void be_ready() {
+        for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
     }
     // Calls start() when the ids of users are known.
     void when_ready(std::function<void()> start) {
@@ -14462,17 +15081,24 @@ private:
 
     // The connections of a user, in all rooms.
     std::vector<ChatHandler*> connections_of(const std::string& id) const {
-        const std::vector<ChatHandler*>* found = connections_by_id_.find(id);
-        return found == nullptr ? std::vector<ChatHandler*>() : *found;
+        const UserState* found = users_.find(id);
+        return found == nullptr ? std::vector<ChatHandler*>() : found->connections;
+    }
+    static std::vector<ChatHandler*> connections_in(const ChatRoom& room) {
+        std::vector<ChatHandler*> all;
+        for (const auto& [name, user] : room.presence_)
+            all.insert(all.end(), user.connections.begin(), user.connections.end());
+        return all;
     }
     void add_user(const std::string& id, ChatHandler& handler) {
-        connections_by_id_.find_or_emplace(id).push_back(&handler);
+        users_.find_or_emplace(id).connections.push_back(&handler);
     }
     void remove_user(const std::string& id, const ChatHandler& handler) {
-        std::vector<ChatHandler*>* const all = connections_by_id_.find(id);
-        if (all == nullptr) return;
-        all->erase(std::remove(all->begin(), all->end(), &handler), all->end());
-        if (all->empty()) connections_by_id_.erase(id);
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        auto& all = user->connections;
+        all.erase(std::remove(all.begin(), all.end(), &handler), all.end());
+        if (all.empty()) users_.erase(id);
     }
 
     AddressUse& add_address(const std::string& remote_address) {
@@ -14482,9 +15108,7 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) {
-            return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now());
-        });
+        addresses_.erase_if([time = now()](const AddressUse& use) { return use.unused(time); });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -14499,9 +15123,13 @@ private:
         if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
         if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
     }
-    void rename(ChatRoom& room, User& user, const std::string& name) {
+    // `sender` and `tag`: of the line that renames.
+    void rename(ChatRoom& room, User& user, const std::string& name, std::uint64_t sender = 0,
+                const std::string& tag = {}) {
         ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
+        entry.sender = tag.empty() ? 0 : sender;
+        entry.tag = tag;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
         move_mute(key, mute_key(room, user), name);
@@ -14512,8 +15140,8 @@ private:
         if (room.presence_.empty()) prune_later();
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
-        server_.loop().call_later(delay, [this, name = room.name()] {
-            ChatRoom* found = find(name);
+        server_.loop().call_later(delay, [this, key = room.key()] {
+            ChatRoom* found = rooms_.find(key);
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
@@ -14529,8 +15157,8 @@ private:
     bool count_only(ChatRoom& room) {
         if (room.presence_.size() > limits.presence_list) room.counting_ = true;
         if (!room.counting_ || std::exchange(room.count_scheduled_, true)) return room.counting_;
-        server_.loop().call_later(std::chrono::seconds(1), [this, name = room.name()] {
-            ChatRoom* const found = find(name);
+        server_.loop().call_later(std::chrono::seconds(1), [this, key = room.key()] {
+            ChatRoom* const found = rooms_.find(key);
             if (found == nullptr) return;
             found->count_scheduled_ = false;
             found->counting_ = found->presence_.size() > limits.presence_list;
@@ -14544,7 +15172,11 @@ private:
         if (std::exchange(pruning_, true)) return;
         server_.loop().post([this] {
             pruning_ = false;
-            rooms_.erase_if([](ChatRoom& room) { return room.presence_.empty(); });
+            rooms_.erase_if([this](ChatRoom& room) {
+                if (!room.presence_.empty()) return false;
+                store_->unwatch(room.key());
+                return true;
+            });
         });
     }
 
@@ -14571,12 +15203,57 @@ private:
         store_->put(std::move(fact));
     }
     // The room of an entry, or the other user of its conversation.
-    static ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) {
+    ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) const {
         return is_conversation(entry.room) ? event.add_text("peer", peer_in(entry.room, entry.user))
-                                           : event.add_text("room", entry.room);
+                                           : event.add_text("room", shown(entry.room));
+    }
+    // The name of the room with this key.
+    const std::string& shown(const std::string& key) const {
+        const ChatRoom* const room = rooms_.find(key);
+        return room == nullptr ? key : room->name();
     }
     inline void on_conversation(const ChatEntry& entry);
+
+    // Calls then() when the read markers of a user are known. Not if the user has gone before.
+    void with_markers(const std::string& id, std::function<void()> then) {
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        if (user->markers == UserState::Markers::known) return then();
+        user->waiting.push_back(std::move(then));
+        if (std::exchange(user->markers, UserState::Markers::requested) != UserState::Markers::unknown) return;
+        store_->facts("read", id + "\n", [this, id](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            on_markers(id, facts);
+        });
+    }
+    void on_markers(const std::string& id, const std::vector<ChatFact>& facts) {
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        for (const ChatFact& fact : facts) {
+            std::uint64_t& marker = user->read.find_or_emplace(fact.key.substr(id.size() + 1), std::uint64_t{0});
+            marker = (std::max)(marker, text::parse_unsigned(fact.value, HistoryPosition::max_id).value_or(0));
+        }
+        user->markers = UserState::Markers::known;
+        for (const auto& then : std::exchange(user->waiting, {})) then();
+    }
+    // 0: nothing was read.
+    std::uint64_t marker_of(const std::string& id, const std::string& what) const {
+        const UserState* const user = users_.find(id);
+        const std::uint64_t* const marker = user == nullptr ? nullptr : user->read.find(what);
+        return marker == nullptr ? 0 : *marker;
+    }
     inline void on_read(const ChatFact& fact);
+    // The connection gets the answer to its line when the store has kept the fact, or has not.
+    void ask(const ChatFact& fact, std::uint64_t number, const std::string& tag) {
+        asked_.find_or_emplace(asked_key(fact)).push_back({number, tag});
+    }
+    // The values of markers tell two lines of a user apart.
+    static std::string asked_key(const ChatFact& fact) {
+        return text::concat({fact.scope, "\n", fact.key, "\n", fact.scope == "read" ? fact.value : std::string()});
+    }
+    inline std::vector<Asked> take_asked(const ChatFact& fact);
+    inline void put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
+                           const std::string& tag);
 
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
@@ -14584,16 +15261,16 @@ private:
         return text::concat({"address ", rate_limit_key(address)});
     }
     static std::string name_key(std::string_view name) { return text::concat({"name ", chat_fold(name)}); }
-    // The identity to which the tags of an author belong; without one, the name.
+    // To whom the messages and tags of a user belong. A guest is one connection: a later one may have the same name.
     static std::string author_of(const User& user) {
-        return user.identity.empty() ? name_key(user.info.name) : user.identity;
+        return user.identity.empty() ? text::concat({"guest ", user.info.id}) : user.identity;
     }
 
     static std::string user_key(const std::string& id) { return text::concat({"user ", id}); }
     // Users with a key or an account are known by their ids, and all others by their names.
     std::string mute_key(const ChatRoom& room, const User& user) const {
         const std::string who = user.identity.empty() ? name_key(user.info.name) : user_key(user.info.id);
-        return text::concat({room.name(), "\n", who});
+        return text::concat({room.key(), "\n", who});
     }
 
     // `id`: the public id of a user with a key or an account; empty: unknown.
@@ -14619,27 +15296,87 @@ private:
         const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
         ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
         on_fact(fact);
-        if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
+        tell_decision(fact);
         store_->put(std::move(fact));
     }
+    void tell_decision(const ChatFact& fact) {
+        if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
+    }
+    // Tells the moderators of the room, on all hubs, before it happens. The name of the entry is that of the moderator;
+    // empty: the program.
+    void report_moderation(ChatEntry entry, std::string_view action, std::string_view name, std::uint64_t seconds) {
+        entry.kind = ChatEntry::Kind::moderation;
+        entry.text = action;
+        entry.to = name;
+        entry.data = std::to_string(seconds);
+        forward(std::move(entry));
+    }
+    inline void on_moderation(const ChatEntry& entry);
+    inline void on_own_event(const ChatEntry& entry);
+    inline ChatEntry new_own_event(const char* call, std::string_view name, const Json& data) const;
+    // Closes the connections of a user to a room, on all hubs.
+    inline void kick(const ChatRoom& room, const std::string& name, std::string_view reason);
+    inline void on_kick(const ChatEntry& entry);
     inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
     inline void on_fact(const ChatFact& fact) override;
-    void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
-        server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
-    }
-    void load_decisions(const char* scope) {
+    inline void on_fact_failure(const ChatFact& fact, const std::string& cause) override;
+    void load_facts(const char* scope) {
         store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
             for (const ChatFact& fact : facts) on_fact(fact);
         });
     }
 
+    // ---- options of rooms, invitations, names of accounts ----------------------------------------------------------
+
+    ChatRoomOptions options_of(std::string_view name) {
+        ChatRoomOptions options;
+        if (room_options) run_hook("ChatHub::room_options", [&] { room_options(name, options); });
+        if (const std::string* const changed = changed_options_.find(chat_fold(name))) options.apply_fact(*changed);
+        return options;
+    }
+    void on_options(const ChatFact& fact) {
+        if (fact.value.empty()) changed_options_.erase(fact.key);
+        else changed_options_.find_or_emplace(fact.key) = fact.value;
+        if (ChatRoom* const room = rooms_.find(fact.key)) {
+            if (!fact.value.empty()) room->options.apply_fact(fact.value);
+            send_options(*room, fact);
+        }
+    }
+    inline void send_options(const ChatRoom& room, const ChatFact& fact);
+
+    static std::string invitation_key(std::string_view room, const std::string& user) {
+        return text::concat({chat_fold(room), "\n", user});
+    }
+    bool invited(std::string_view room, const std::string& user) const {
+        const std::int64_t* const expires = invitations_.find(invitation_key(room, user));
+        return expires != nullptr && (*expires == 0 || *expires > unix_ms());
+    }
+    // The public id of a guest ends with the connection, so the invitation of an unknown user does not stay.
+    void invite(const ChatRoom& room, const std::string& user, bool known, const std::string& by,
+                const std::string& author) {
+        constexpr std::int64_t day = 86'400'000;
+        store_->put(
+            {"invite", invitation_key(room.name(), user), by.empty() ? "?" : by, author, known ? 0 : unix_ms() + day});
+    }
+    inline void on_invitation(const ChatFact& fact);
+
+    // False: too many for now.
+    bool may_create_room(const std::string& user, AddressUse* address) {
+        UserState* const state = users_.find(user);
+        const Time time = now();
+        return (state == nullptr || state->creations.take(1, limits.room_creations, time)) &&
+               (address == nullptr || address->creations.take(1, limits.address_room_creations, time));
+    }
+    // The name of an account belongs to it in all rooms, also while it is not here.
+    bool is_account_name(const std::string& name) const { return accounts_.find(chat_fold(name)) != nullptr; }
+
     // ---- entries ---------------------------------------------------------------------------------------------------
 
     WSCHAT_NOINLINE static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
         ChatEntry entry;
         entry.kind = kind;
-        entry.room = room.name();
+        entry.room = room.key();
         entry.name = name;
         return entry;
     }
@@ -14650,6 +15387,10 @@ private:
     }
     void append(ChatEntry entry) {
         entry.time = unix_ms();
+        const ChatRoom* const room = rooms_.find(entry.room);
+        const bool unkept =
+            room != nullptr && !room->options.kept && (entry.is_message() || entry.kind == ChatEntry::Kind::topic);
+        if (unkept) return store_->forward(entry);
         store_->append(std::move(entry));
     }
     WSCHAT_NOINLINE void forward(ChatEntry entry) {
@@ -14657,10 +15398,10 @@ private:
         store_->forward(entry);
     }
     // The store answers before it answers the first member's request for the history.
-    void load_topic(const std::string& name) {
-        store_->facts("topic", name, [this, name](const std::vector<ChatFact>& facts, const std::string&) {
-            ChatRoom* const room = find(name);
-            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == name)
+    void load_topic(const std::string& key) {
+        store_->facts("topic", key, [this, key](const std::vector<ChatFact>& facts, const std::string&) {
+            ChatRoom* const room = rooms_.find(key);
+            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == key)
                 room->topic_ = facts[0].value;
         });
     }
@@ -14676,7 +15417,7 @@ private:
     }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
-        if (members_.find(room.name()) == nullptr || !room.delivered_id_) {
+        if (members_.find(room.key()) == nullptr || !room.delivered_id_) {
             room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
             return;
         }
@@ -14689,15 +15430,20 @@ private:
         try {
             hook();
         } catch (const std::exception& error) {
-            server_.report(LogLevel::error, "exception", {{"in", name}, {"cause", error.what()}});
+            server_.report_exception(name, error.what());
         } catch (...) {
-            server_.report(LogLevel::error, "exception", {{"in", name}, {"cause", "not a std::exception"}});
+            server_.report_exception(name, "not a std::exception");
         }
     }
     inline void on_entry(const ChatEntry& entry) override;
     inline void deliver(const ChatEntry& entry);
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
+    inline void on_position(const std::string& name, const HistoryPage& page) override;
+    void on_log(LogLevel level, std::string_view event,
+                const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        server_.report(level, event, fields);
+    }
     inline void on_refused(const ChatEntry& entry, std::string_view code) override;
     Time now() const override { return server_.loop().now(); }
     inline void on_kept(const ChatEntry& entry);
@@ -14712,7 +15458,11 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
-    StringMap<std::vector<ChatHandler*>> connections_by_id_;
+    StringMap<UserState> users_;          // by public id
+    StringMap<std::string> changed_options_;  // by key of the room; as ChatRoomOptions::to_fact()
+    StringMap<std::int64_t> invitations_;     // when they expire in Unix time, by invitation_key(); 0: never
+    StringMap<std::string> accounts_;         // their names, by chat_fold()
+    StringMap<std::vector<Asked>> asked_;     // who waits until a fact is kept, by asked_key()
     StringMap<bool> noted_;             // the facts about users and conversations that the store has
     const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
@@ -14761,7 +15511,9 @@ public:
     // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
     // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
     virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
-    // Whether this user may do it. Default: everything except moderation.
+    // Whether this user may do it in a room, which need not exist. Default: may(action).
+    virtual bool may(ChatAction action, std::string_view /*room*/) { return may(action); }
+    // Whether this user may do it in all rooms, or in none. Default: everything except moderation.
     virtual bool may(ChatAction action) { return action < ChatAction::kick; }
     // May change a text that the user says, also in private. False refuses it.
     virtual bool filter(std::string&) { return true; }
@@ -14830,6 +15582,7 @@ public:
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
         if (!name_accepted || user_.name.empty()) user_.name = "guest";
+        if (user_.account) hub_->note({"account", chat_fold(user_.name), user_.name, identity_});
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
         const auto refusal = refuse_room(wanted);
         const bool to_lobby = refusal.code == "room_bad" && !refuse_room("lobby");
@@ -14910,6 +15663,11 @@ private:
         explicit operator bool() const { return !code.empty(); }
     };
 
+    // Whether it has the form of the public id of a user.
+    static bool is_user_id(std::string_view id) {
+        return id.size() == 16 &&
+               text::all_of(id, [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '_'; });
+    }
     // The secret of the client: an offered subprotocol "wschat.key.BASE64URL", or "?key=". An address is in the history
     // of a browser and in the logs of proxies, a subprotocol is not.
     static std::string key_of(const Request& request) {
@@ -14949,9 +15707,11 @@ private:
         ChatEvent event("hello");
         event.add("version", 3).add_text("server", "wschat");
         add_room(event).add_text("name", user().name).add_text("user", user().id);
-        event.add_json("features", R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
-                                   R"("private","edit","delete","react","topic","data","in","read","commands"])");
-        event.add_json("may", permissions_json());
+        event.add_json("features",
+                       R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
+                       R"("private","edit","delete","react","topic","data","in","read","invite","commands"])");
+        first_permissions_ = permissions();
+        event.add_json("may", permissions_json(first_permissions_));
         const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"data", hub_->limits.max_data},
@@ -14962,22 +15722,43 @@ private:
                                  {"burst", hub_->limits.connection.messages.burst}});
         return event;
     }
-    // What this user may do, as a JSON array.
-    std::string permissions_json() {
+    // What permissions() returned, as a JSON array.
+    static std::string permissions_json(std::uint32_t mask) {
         detail::JsonList list;
         const std::pair<ChatAction, const char*> actions[] = {{ChatAction::say, R"("say","edit","react")"},
                                                               {ChatAction::private_message, R"("private")"},
                                                               {ChatAction::rename, R"("rename")"},
                                                               {ChatAction::join, R"("join")"},
+                                                              {ChatAction::create_room, R"("create")"},
                                                               {ChatAction::list_rooms, R"("rooms")"},
+                                                              {ChatAction::invite, R"("invite")"},
                                                               {ChatAction::kick, R"("kick")"},
                                                               {ChatAction::ban, R"("ban")"},
                                                               {ChatAction::mute, R"("mute")"},
                                                               {ChatAction::remove, R"("remove")"},
-                                                              {ChatAction::topic, R"("topic")"}};
+                                                              {ChatAction::topic, R"("topic")"},
+                                                              {ChatAction::manage, R"("slow","access","readonly")"}};
         for (const auto& [action, name] : actions)
-            if (may(action)) list.add(name);
+            if ((mask >> static_cast<unsigned>(action) & 1) != 0) list.add(name);
         return std::string(list.dump());
+    }
+    // A bit for each ChatAction that is allowed in the current room.
+    std::uint32_t permissions() {
+        std::uint32_t mask = 0;
+        for (unsigned i = 0; i <= static_cast<unsigned>(ChatAction::manage); ++i)
+            if (allowed(static_cast<ChatAction>(i))) mask |= std::uint32_t{1} << i;
+        return mask;
+    }
+    // In the current room.
+    bool allowed(ChatAction action) {
+        const ChatRoom* const room = current_room();
+        return room == nullptr ? may(action) : may(action, room->name());
+    }
+    static void add_options(ChatEvent& event, const ChatRoomOptions& options) {
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(options.slow).count();
+        if (options.is_private) event.add_json("private", "true");
+        if (options.read_only) event.add_json("read_only", "true");
+        if (seconds != 0) event.add("slow", seconds);
     }
     ChatEvent& add_room(ChatEvent& event) {
         return current_room() == nullptr ? event.add_json("room", "null")
@@ -15025,9 +15806,10 @@ private:
         const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
         const std::size_t index = membership_index(name ? hub_->find(*name) : nullptr);
         if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
-        detail::ChatLine line = detail::ChatLine::parse(rest);
-        line.tag = {};
+        const detail::ChatLine line = detail::ChatLine::parse(rest);
         if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
+        if (!line.tag.empty() && !tag_.empty()) return reply_error("bad_tag", "A line has one tag.");
+        if (detail::ChatLine::valid_tag(line.tag)) tag_ = line.tag;
         current_ = index;
         dispatch(message, line);
         const std::size_t back = membership_index(previous);
@@ -15049,7 +15831,7 @@ private:
     // Filters the text. The result says why it is refused. A message with data needs no text.
     Refusal refuse_text(std::string& text, bool may_be_empty = false) {
         const auto is_empty = [&] { return !may_be_empty && detail::all_characters(text, detail::is_white_space); };
-        const std::size_t max = hub_->limits.max_text;
+        const std::size_t max = max_text();
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
         if (text.size() > max)
@@ -15061,13 +15843,36 @@ private:
             throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
         return {};
     }
+    std::size_t max_text() const {
+        const std::size_t max = hub_->limits.max_text;
+        return memberships_.empty() ? max : memberships_[current_].room->options.max_text.value_or(max);
+    }
+    // Why this user may not say anything in the room now.
+    Refusal refuse_speaking() {
+        if (memberships_.empty()) return {};
+        const ChatRoom& room = *current_room();
+        const bool managed = room.options.read_only || room.options.slow > Duration::zero();
+        if (!managed || allowed(ChatAction::manage)) return {};
+        if (room.options.read_only) return Refusal{"read_only", "Only moderators speak in this room."};
+        const Duration left = room.slow_.left(slow_key(), hub_->now());
+        if (left == Duration::zero()) return {};
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(left).count() + 1;
+        return Refusal{"slow", text::concat({"This room is slow; wait ", std::to_string(seconds), " seconds."})};
+    }
+    // A guest could connect again, so the guests of an address wait together.
+    std::string slow_key() const {
+        return identity_.empty() ? ChatHub::address_key(remote_address()) : ChatHub::user_key(user_.id);
+    }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
     // `data`: a JSON object, or empty.
     void say(ChatEntry::Kind kind, std::string_view said, std::string_view data = {}) {
         std::string text(said);
-        if (!may(ChatAction::say)) return reply_forbidden();
+        if (!allowed(ChatAction::say)) return reply_forbidden();
         if (const auto refusal = refuse_text(text, !data.empty())) return reply_error(refusal);
+        if (const auto refusal = refuse_speaking()) return reply_error(refusal);
+        ChatRoom& room = *current_room();
+        if (room.options.slow > Duration::zero()) room.slow_.set(slow_key(), "", room.options.slow, hub_->now());
         ChatEntry entry = new_kept_entry(kind);
         entry.text = std::move(text);
         entry.data = data;
@@ -15075,7 +15880,7 @@ private:
     }
     // Says something in the conversation with another user.
     void say_to(const std::string& id, const std::string& name, std::string text, const std::string& tag) {
-        if (memberships_.empty()) return;
+        if (memberships_.empty()) return write_error("no_room", "You are in no room; /join ROOM.", tag);
         ChatEntry entry = new_kept_entry(ChatEntry::Kind::said);
         entry.room = ChatHub::conversation(user_.id, id);
         entry.user = user_.id;
@@ -15100,6 +15905,17 @@ private:
         return entry;
     }
     void reply_error(const Refusal& refusal) { reply_error(refusal.code, refusal.sentence); }
+    // The answer to a line that waited for the store.
+    void write_error(std::string_view code, std::string_view sentence, std::string_view tag) {
+        ChatEvent event("error");
+        event.add_text("code", code).add_text("text", sentence);
+        write_message(event.add_unless_empty("tag", tag).dump());
+    }
+    // The answer to a line with a tag that has no other one.
+    void reply_done() {
+        ChatEvent event("ack");
+        if (!tag_.empty()) reply(add_room(event));
+    }
     void reply_forbidden() { reply_error("forbidden", "You may not do that."); }
 
     // ---- rooms -----------------------------------------------------------------------------------------------------
@@ -15117,12 +15933,23 @@ private:
             return Refusal{"room_bad", text::concat({"The name of a room is 1 to ",
                                                      std::to_string(limits.max_room_name), " bytes of visible text."})};
         if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
-        if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
+        const ChatRoom* const room = hub_->find(name);
+        const bool is_new = room == nullptr || room->presence_.empty();
+        if (!may(ChatAction::join, name) || (is_new && !may(ChatAction::create_room, name)))
+            return Refusal{"forbidden", "You may not join that room."};
+        const ChatRoomOptions options = room == nullptr ? hub_->options_of(name) : room->options;
+        if (options.is_private && !hub_->invited(name, user_.id) && !may(ChatAction::manage, name))
+            return Refusal{"not_invited", "That room is private; somebody in it can invite you."};
         if (memberships_.size() >= limits.max_rooms_per_connection)
             return Refusal{"room_limit", text::concat({"You are in ", std::to_string(memberships_.size()),
                                                        " rooms already; /leave one."})};
-        if (hub_->room_count() >= limits.max_rooms && hub_->find(name) == nullptr)
+        if (hub_->room_count() >= limits.max_rooms && room == nullptr)
             return Refusal{"room_limit", "There are too many rooms."};
+        const bool full = options.max_users != 0 && room != nullptr && room->presence_.size() >= options.max_users;
+        if (full && room->presence_.find_identity(identity_) == nullptr)
+            return Refusal{"room_full", "That room is full."};
+        if (is_new && !hub_->may_create_room(user_.id, address_))
+            return Refusal{"room_limit", "You have opened too many rooms. Wait a little."};
         return {};
     }
 
@@ -15141,7 +15968,7 @@ private:
         if (index == memberships_.size()) return;  // the hook has left the room
         memberships_.erase(memberships_.begin() + static_cast<std::ptrdiff_t>(index));
         if (current_ >= index && current_ != 0) --current_;
-        if (Room* members = hub_->members_.find(left.room->name())) members->leave(*this);
+        if (Room* members = hub_->members_.find(left.room->key())) members->leave(*this);
         hub_->disconnect(*left.room, *left.user, *this, at_once);
     }
 
@@ -15160,10 +15987,12 @@ private:
 
     void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
                          const std::string& tag = {}) {
-        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const ChatLimits& limits = hub_->limits;
+        const std::size_t wanted = position ? room.options.history_on_resume.value_or(limits.history_on_resume)
+                                            : room.options.history_on_join.value_or(limits.history_on_join);
         const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
-        const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
-        hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
+        const HistoryRequest history_request{room.key(), position, room.delivered_id_, tag};
+        hub_->store().since(room.key(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
         });
     }
@@ -15171,14 +16000,14 @@ private:
     // A connection becomes a member of the room when it has everything that the members have. So it misses nothing and
     // gets nothing twice, even if the store answers late.
     void on_history(const HistoryRequest& requested, HistoryPage page) {
-        ChatRoom* chat_room = hub_->find(requested.room);
+        ChatRoom* chat_room = hub_->rooms_.find(requested.room);
         if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
         Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_charged(users_event(*chat_room));
+        if (joining) write_charged(users_event(*chat_room).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
@@ -15187,7 +16016,7 @@ private:
             page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         members.join(*this);
-        request_read_marker(chat_room->name());
+        request_read_marker(chat_room->key());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
@@ -15210,49 +16039,73 @@ private:
 
     // ---- conversations ---------------------------------------------------------------------------------------------
 
-    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or the
-    // newest messages.
+    // The conversations of a user, one after the other, so that each is charged before the next one is read.
+    struct Conversations {
+        HandlerRef handler;
+        std::vector<ChatFact> facts{};
+        std::size_t next = 0;
+        bool calling = false, answered = false;
+        std::vector<std::string> read{};  // {"user":...,"name":...,"read":...} of those without anything new
+    };
+    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or
+    // after the read marker. A conversation without anything new is only in "peers".
     void request_conversations() {
-        hub_->store().facts(
-            "talk", user_.id + "\n", [me = ref()](const std::vector<ChatFact>& facts, const std::string&) {
-                auto* self = static_cast<ChatHandler*>(me.get());
-                constexpr std::size_t max_conversations = 100;
-                for (std::size_t i = 0; self != nullptr && self->is_open() && i < facts.size() && i < max_conversations;
-                     ++i)
-                    self->request_conversation(facts[i].key.substr(facts[i].key.find('\n') + 1), facts[i].value);
+        hub_->with_markers(user_.id, [me = ref(), hub = hub_, id = user_.id] {
+            if (me.get() == nullptr) return;
+            hub->store().facts("talk", id + "\n", [me](std::vector<ChatFact> facts, const std::string&) {
+                if (me.get() == nullptr || facts.empty()) return;
+                auto all = std::make_shared<Conversations>(Conversations{me, std::move(facts)});
+                static_cast<ChatHandler*>(me.get())->continue_conversations(all);
             });
+        });
     }
-    void request_conversation(const std::string& peer, const std::string& name) {
-        std::optional<HistoryPosition> position;
-        for (const std::string& each : request().query_all("peer")) {
-            std::string_view rest = each;
-            if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
+    // A store that answers at once must not add a call to the stack for each conversation.
+    void continue_conversations(const std::shared_ptr<Conversations>& all) {
+        while (is_open() && all->next != all->facts.size()) {
+            const ChatFact& fact = all->facts[all->next++];
+            all->calling = true;
+            all->answered = false;
+            request_conversation(all, fact.key.substr(fact.key.find('\n') + 1), fact.value);
+            all->calling = false;
+            if (!all->answered) return;
         }
-        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
-        const std::string log = ChatHub::conversation(user_.id, peer);
-        const auto answer = [me = ref(), peer, name, log](const HistoryPage& page) {
-            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_conversation(peer, name, log, page);
-        };
-        hub_->store().since(log, position, may_read() ? wanted : 0, answer);
+        if (!is_open() || all->read.empty()) return;
+        detail::JsonList list;
+        for (const std::string& each : all->read) list.add(each);
+        write_charged(ChatEvent("peers").add_json("peers", list.dump()).dump());
     }
-    inline void on_conversation(const std::string& peer, const std::string& name, const std::string& log,
-                                const HistoryPage& page);
+    inline void request_conversation(const std::shared_ptr<Conversations>& all, const std::string& peer,
+                                     const std::string& name);
+    inline void write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
+                                   bool resumed, std::uint64_t before, std::string_view tag);
+    // False: nothing is newer than the read marker.
+    inline bool on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
+                                bool resumed);
     // Of a room, or of "@" and the id of a peer.
-    inline void request_read_marker(const std::string& what);
+    void request_read_marker(const std::string& what) {
+        if (identity_.empty()) return;
+        hub_->with_markers(user_.id, [me = ref(), what] {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->send_read_marker(what, {});
+        });
+    }
+    inline void send_read_marker(const std::string& what, std::string_view tag);
+    inline void mark_read(const std::string& what, std::uint64_t id, const std::string& tag);
 
     // The store's answer to /before and /search becomes the end of this event.
     ChatStore::PageCallback answer_with_page(ChatEvent event) {
         return
-            [me = ref(), event = std::move(event), room = current_room()->name(), tag = tag_](const HistoryPage& page) {
+            [me = ref(), event = std::move(event), room = current_room()->key(), tag = tag_](const HistoryPage& page) {
                 auto* self = static_cast<ChatHandler*>(me.get());
                 if (self != nullptr) self->on_page(event, room, tag, page);
             };
     }
-    inline void on_page(ChatEvent event, const std::string& room_name, const std::string& tag, const HistoryPage& page);
+    inline void on_page(ChatEvent event, const std::string& room_key, const std::string& tag, const HistoryPage& page);
 
+    template <class MakeEvent>
+    detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    static inline std::string users_event(const ChatRoom& room);
+    static inline ChatEvent users_event(const ChatRoom& room);
 
     ChatHub* hub_ = nullptr;
     ChatUser user_;
@@ -15265,6 +16118,7 @@ private:
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line in progress
+    std::uint32_t first_permissions_ = 0;  // what "hello" says
     bool connected_ = false;
     bool kicked_ = false;
 };
@@ -15287,7 +16141,7 @@ public:
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
             if (command.name != name || command.run == nullptr) continue;
-            if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            if (command.action && !handler_.allowed(*command.action)) handler_.reply_forbidden();
             else if (command.reads && !handler_.may_read())
                 error("flood", "You have asked for too much. Wait a little.");
             else (this->*command.run)(rest);
@@ -15304,8 +16158,8 @@ private:
         bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 25>& commands() {
-        static constexpr std::array<Command, 25> all = {{
+    static const std::array<Command, 29>& commands() {
+        static constexpr std::array<Command, 29> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
@@ -15321,6 +16175,7 @@ private:
             {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
             {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
+            {"invite", "/invite NAME|@ID", "invites a user to this room", &ChatCommands::invite, ChatAction::invite},
             {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
             {"before",
              "/before ID [LIMIT]",
@@ -15333,6 +16188,12 @@ private:
             {"help", "/help", "this list", &ChatCommands::help},
             {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
              ChatAction::topic},
+            {"access", "/access private|public", "who enters this room: who is invited, or everybody",
+             &ChatCommands::access, ChatAction::manage},
+            {"readonly", "/readonly on|off", "lets only moderators speak in this room", &ChatCommands::read_only,
+             ChatAction::manage},
+            {"slow", "/slow SECONDS", "the time between two messages of a user; 0 ends it", &ChatCommands::slow,
+             ChatAction::manage},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"unban", "/unban NAME|ADDRESS", "ends a ban", &ChatCommands::unban, ChatAction::ban},
@@ -15363,6 +16224,8 @@ private:
         std::string text(rest);
         if (!id) return error("bad_command", "/edit ID TEXT");
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (room_->options.read_only && !handler_.allowed(ChatAction::manage))
+            return error("read_only", "Only moderators speak in this room.");
         if (hub.limits.edit_for == Duration::zero()) return error("too_late", "Messages cannot be changed here.");
         ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::edit, *id);
         entry.text = std::move(text);
@@ -15375,7 +16238,7 @@ private:
         if (!id) return error("bad_command", "/delete ID");
         if (room_ == nullptr) return reply_no_room();
         ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::remove, *id);
-        entry.moderator = handler_.may(ChatAction::remove);
+        entry.moderator = handler_.allowed(ChatAction::remove);
         handler_.hub_->append(std::move(entry));
     }
     void react(std::string_view rest) {
@@ -15425,6 +16288,7 @@ private:
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         if (handler_.identity_.empty())
             return error("forbidden", "Only users with a key or an account write to users by their ids.");
+        if (!ChatHandler::is_user_id(id)) return error("unknown_user", "There is no user with that id.");
         handler_.hub_->store().facts(
             "user", id,
             [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](const std::vector<ChatFact>& facts,
@@ -15432,19 +16296,20 @@ private:
                 auto* self = static_cast<ChatHandler*>(me.get());
                 if (self == nullptr) return;
                 if (!facts.empty() && facts[0].key == id) return self->say_to(id, "", text, tag);
-                ChatEvent event("error");
-                event.add_text("code", "unknown_user").add_text("text", "There is no user with that id.");
-                self->write_message(event.add_unless_empty("tag", tag).dump());
+                self->write_error("unknown_user", "There is no user with that id.", tag);
             });
     }
     void read(std::string_view rest) {
-        std::string what = room_ == nullptr ? "" : room_->name();
+        std::string what = room_ == nullptr ? "" : room_->key();
         if (text::starts_with(rest, "@")) what = text::consume_until(rest, ' ');
         const auto id = ChatHandler::to_number(rest);
-        if (!id || what.empty() || what.size() > 100) return error("bad_command", "/read [@ID] NUMBER");
+        if (!id) return error("bad_command", "/read [@ID] NUMBER");
+        if (what.empty()) return reply_no_room();
         if (handler_.identity_.empty()) return error("forbidden", "A guest without a key has no read markers.");
-        handler_.hub_->store().put(
-            {"read", text::concat({handler_.user_.id, "\n", what}), std::to_string(*id), handler_.identity_});
+        if (what[0] == '@' && !ChatHandler::is_user_id(what.substr(1))) return reply_no_conversation();
+        handler_.hub_->with_markers(handler_.user_.id, [me = handler_.ref(), what, id = *id, tag = handler_.tag_] {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->mark_read(what, id, tag);
+        });
     }
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
     bool is_duplicate() {
@@ -15455,44 +16320,60 @@ private:
         return false;
     }
 
+    // Pages send it at each change of the input. So an error goes only to a line with a tag.
     void typing(std::string_view rest) {
-        if (room_ == nullptr || !handler_.may(ChatAction::say) || handler_.muted()) return;
+        const bool tagged = !handler_.tag_.empty();
+        if (room_ == nullptr) return tagged ? reply_no_room() : void();
+        if (!handler_.allowed(ChatAction::say)) return tagged ? handler_.reply_forbidden() : void();
+        if (handler_.muted()) return tagged ? error("muted", "You are muted for a while.") : void();
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::typing);
         entry.text = rest == "stop" ? "stop" : "";
         handler_.hub_->forward(std::move(entry));
+        handler_.reply_done();
     }
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_charged(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void rooms(std::string_view) {
         JsonList list;
-        for (const auto& [name, room] : handler_.hub_->rooms_)
-            if (!room.presence_.empty() && list.size() < 500)
-                list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
+        for (const auto& [key, room] : handler_.hub_->rooms_) {
+            const bool is_member = handler_.membership_index(&room) != handler_.memberships_.size();
+            if (room.presence_.empty() || list.size() == 500 || (room.options.is_private && !is_member)) continue;
+            list.add(room_entry(room));
+        }
         ChatEvent event("rooms");
         handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
+    }
+
+    // The room in a list.
+    std::string room_entry(const ChatRoom& room) const {
+        std::string entry = Json{{"room", room.name()}, {"users", room.presence_.size()}}.dump();
+        entry.pop_back();
+        if (!room.topic().empty()) entry += ",\"topic\":" + Json(room.topic()).dump();
+        if (room.options.is_private) entry += ",\"private\":true";
+        return entry + "}";
     }
 
     void nick(std::string_view rest) {
         const std::string name(rest);
         ChatHub& hub = *handler_.hub_;
         if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
-        if (!handler_.may(ChatAction::rename)) return handler_.reply_forbidden();
+        if (!handler_.allowed(ChatAction::rename)) return handler_.reply_forbidden();
         if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
         if (hub.banned("unix", name, "")) return error("name_banned", "That name is banned.");
         if (room_ == nullptr) return reply_no_room();
-        if (name == handler_.user().name) return;
+        if (name == handler_.user().name) return handler_.reply_done();
         if (handler_.muted()) return error("muted", "You are muted for a while.");
         Presence::User& user = *membership().user;
         const Presence::User* holder = room_->presence_.find(name);
-        if (holder != nullptr && holder != &user)
+        if ((holder != nullptr && holder != &user) || hub.is_account_name(name))
             return error("name_taken",
                          text::concat({"That name is taken; ", room_->presence_.free_name(name), " is free."}));
         handler_.user_.name = name;
-        hub.rename(*room_, user, name);
+        hub.rename(*room_, user, name, handler_.number_, handler_.tag_);
     }
 
     // "/join ROOM EPOCH-ID" brings what was said after that position.
@@ -15523,40 +16404,137 @@ private:
     void reply_room() {
         ChatEvent event("room");
         handler_.add_room(event).add_text("name", handler_.user().name);
-        if (const ChatRoom* room = handler_.current_room()) event.add_unless_empty("topic", room->topic());
+        if (const ChatRoom* room = handler_.current_room()) {
+            event.add_unless_empty("topic", room->topic());
+            ChatHandler::add_options(event, room->options);
+            // "hello" says the rest.
+            const std::uint32_t may = handler_.permissions();
+            if (may != handler_.first_permissions_) event.add_json("may", ChatHandler::permissions_json(may));
+        }
         handler_.reply(event);
     }
 
+    void invite(std::string_view rest) {
+        if (room_ == nullptr) return reply_no_room();
+        if (handler_.muted()) return error("muted", "You are muted for a while.");
+        const Presence::User* user = nullptr;
+        const bool by_id = text::starts_with(rest, "@") && ChatHandler::is_user_id(rest.substr(1));
+        for (const auto& membership : handler_.memberships_)
+            if (user == nullptr && !by_id) user = membership.room->presence_.find(rest);
+        if (user == nullptr && !by_id) return error("unknown_user", "Nobody in your rooms has that name.");
+        ChatHub& hub = *handler_.hub_;
+        if (hub.invitations_.size() >= hub.limits.max_invitations)
+            return error("refused", "There are too many invitations.");
+        const std::string id = by_id ? std::string(rest.substr(1)) : user->info.id;
+        hub.ask({"invite", ChatHub::invitation_key(room_->name(), id)}, handler_.number_, handler_.tag_);
+        hub.invite(*room_, id, by_id || !user->identity.empty() || user->remote, handler_.user().name,
+                   handler_.identity_);
+    }
+    void access(std::string_view rest) {
+        if (rest != "private" && rest != "public") return error("bad_command", "/access private|public");
+        if (room_ == nullptr) return reply_no_room();
+        ChatHub& hub = *handler_.hub_;
+        ChatRoomOptions options = room_->options;
+        options.is_private = rest == "private";
+        // Who is here may come again.
+        for (const auto& [name, user] : room_->presence_)
+            if (options.is_private && !hub.invited(room_->name(), user.info.id))
+                hub.invite(*room_, user.info.id, !user.identity.empty() || user.remote, "", {});
+        set_options(options);
+    }
+    void read_only(std::string_view rest) {
+        if (rest != "on" && rest != "off") return error("bad_command", "/readonly on|off");
+        if (room_ == nullptr) return reply_no_room();
+        ChatRoomOptions options = room_->options;
+        options.read_only = rest == "on";
+        set_options(options);
+    }
+    void slow(std::string_view rest) {
+        const auto seconds = ChatHandler::to_number(rest);
+        if (!seconds || *seconds > 86'400) return error("bad_command", "/slow SECONDS, at most 86400");
+        if (room_ == nullptr) return reply_no_room();
+        ChatRoomOptions options = room_->options;
+        options.slow = std::chrono::seconds(*seconds);
+        set_options(options);
+    }
+    void set_options(const ChatRoomOptions& options) {
+        ChatFact fact{"room", room_->key(), options.to_fact()};
+        handler_.hub_->ask(fact, handler_.number_, handler_.tag_);
+        handler_.hub_->store().put(std::move(fact));
+        handler_.server().report(LogLevel::info, "chat_moderation",
+                                 {{"action", "options"},
+                                  {"room", room_->name()},
+                                  {"options", options.to_fact()},
+                                  {"by", handler_.user().name}});
+    }
+
     void since(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return conversation_since(rest.substr(1));
         const auto position = HistoryPosition::parse(rest);
         if (!position || room_ == nullptr) return error("bad_command", "/since EPOCH-ID, in a room.");
         handler_.request_history(*room_, position, handler_.tag_);
     }
-    void before(std::string_view rest) {
-        const ChatLimits& limits = handler_.hub_->limits;
+    // In a conversation: "@ID EPOCH-ID".
+    void conversation_since(std::string_view rest) {
+        const std::string peer(text::consume_until(rest, ' '));
+        const auto position = HistoryPosition::parse(rest);
+        if (!position) return error("bad_command", "/since @ID EPOCH-ID");
+        if (!has_conversations(peer)) return reply_no_conversation();
+        handler_.hub_->store().since(ChatHub::conversation(handler_.user_.id, peer), position,
+                                     handler_.hub_->limits.history_on_resume, answer_in_conversation(peer, 0));
+    }
+    // In a conversation: "@ID NUMBER [LIMIT]".
+    void conversation_before(std::string_view rest) {
+        const std::string peer(text::consume_until(rest, ' '));
         const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
-        const auto wanted =
-            rest.empty() ? std::optional<std::uint64_t>(limits.history_on_join) : ChatHandler::to_number(rest);
-        if (!id || !wanted || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
-        const auto limit = static_cast<std::size_t>((std::min)(*wanted, std::uint64_t{limits.history_on_resume}));
+        const auto limit = page_limit(rest);
+        if (!id || !limit) return error("bad_command", "/before @ID NUMBER [LIMIT]");
+        if (!has_conversations(peer)) return reply_no_conversation();
+        handler_.hub_->store().before(ChatHub::conversation(handler_.user_.id, peer), *id, *limit,
+                                      answer_in_conversation(peer, *id));
+    }
+    bool has_conversations(const std::string& peer) const {
+        return !handler_.identity_.empty() && ChatHandler::is_user_id(peer);
+    }
+    void reply_no_conversation() { error("unknown_user", "You have no conversation with such a user."); }
+    ChatStore::PageCallback answer_in_conversation(const std::string& peer, std::uint64_t before) {
+        return [me = handler_.ref(), peer, before, tag = handler_.tag_](const HistoryPage& page) {
+            if (auto* self = static_cast<ChatHandler*>(me.get()))
+                self->write_conversation(peer, {}, page, true, before, tag);
+        };
+    }
+    // How many entries the client wants; nothing if that is no number.
+    std::optional<std::size_t> page_limit(std::string_view rest) const {
+        const ChatLimits& limits = handler_.hub_->limits;
+        if (rest.empty()) return limits.history_on_join;
+        const auto wanted = ChatHandler::to_number(rest);
+        if (!wanted) return std::nullopt;
+        return static_cast<std::size_t>((std::min)(*wanted, std::uint64_t{limits.history_on_resume}));
+    }
+
+    void before(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return conversation_before(rest.substr(1));
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        const auto limit = page_limit(rest);
+        if (!id || !limit || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
         const std::uint64_t newest = room_->delivered_id_ ? *room_->delivered_id_ + 1 : *id;
         ChatEvent event("history");
         event.add_text("room", room_->name()).add("before", *id).add_json("gap", "false");
-        handler_.hub_->store().before(room_->name(), (std::min)(*id, newest), limit, handler_.answer_with_page(event));
+        handler_.hub_->store().before(room_->key(), (std::min)(*id, newest), *limit, handler_.answer_with_page(event));
     }
     void search(std::string_view rest) {
         if (room_ == nullptr) return reply_no_room();
         if (ChatStore::search_words(rest).empty()) return error("bad_command", "/search WORDS, in a room.");
         ChatEvent event("search");
         event.add_text("room", room_->name()).add_text("words", rest);
-        handler_.hub_->store().search(room_->name(), std::string(rest), handler_.hub_->limits.history_on_join,
+        handler_.hub_->store().search(room_->key(), std::string(rest), handler_.hub_->limits.history_on_join,
                                       handler_.answer_with_page(event));
     }
 
     void help(std::string_view) {
         JsonList list;
         for (const Command& command : commands())
-            if (!command.action || *command.action < ChatAction::kick || handler_.may(*command.action))
+            if (!command.action || *command.action < ChatAction::kick || handler_.allowed(*command.action))
                 list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
         handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
@@ -15564,8 +16542,9 @@ private:
     void kick(std::string_view rest) {
         const Presence::User* user = consume_user(rest);
         if (user == nullptr) return reply_unknown_user();
-        report("kick", user->info.name, 0);
-        room_->kick(std::string(user->info.name), rest.empty() ? "You were asked to leave." : rest);
+        const std::string name = user->info.name;
+        report("kick", name, 0);
+        handler_.hub_->kick(*room_, name, rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
@@ -15607,17 +16586,19 @@ private:
         report("unmute", user->info.name, 0);
         handler_.hub_->mute(*room_, *user, Duration::zero());
     }
-    // Tells the moderator and the log.
-    void report(std::string_view action, std::string_view name, std::uint64_t seconds) {
-        const std::string room = room_ == nullptr ? "" : room_->name();
-        ChatEvent event("moderation");
-        event.add_unless_empty("room", room).add_text("action", action).add_text("name", name);
-        if (seconds != 0) event.add("seconds", (std::min)(seconds, max_seconds));
-        handler_.reply(event.add_text("by", handler_.user().name));
+    // Tells the moderators of the room and the log.
+    void report(std::string_view action, std::string_view target, std::uint64_t seconds) {
+        const std::string name(target), room = room_ == nullptr ? "" : room_->name();
+        ChatEntry entry;
+        if (room_ != nullptr) entry = handler_.new_entry(ChatEntry::Kind::moderation);
+        else entry.name = handler_.user().name;
+        entry.sender = handler_.number_;
+        entry.tag = handler_.tag_;
+        handler_.hub_->report_moderation(std::move(entry), action, name, (std::min)(seconds, max_seconds));
         handler_.server().report(LogLevel::info, "chat_moderation",
                                  {{"action", std::string(action)},
                                   {"room", room},
-                                  {"name", std::string(name)},
+                                  {"name", name},
                                   {"by", handler_.user().name},
                                   {"seconds", std::to_string(seconds)}});
     }
@@ -15638,9 +16619,9 @@ private:
     ChatRoom* room_;  // the current room at the beginning of the line
 };
 
-WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
+WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry, std::string_view room) {
     ChatEvent event(type);
-    event.add_text("room", entry.room).add_text("name", entry.name).add_unless_empty("user", entry.user);
+    event.add_text("room", room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
 }
 // The reactions to a message, for the user with this identity.
@@ -15680,17 +16661,16 @@ inline ChatEvent private_event(const ChatEntry& entry, const std::string& id, bo
     event.add_text("text", entry.text).add("time", entry.time);
     return with_tag ? event.add_unless_empty("tag", entry.tag) : event;
 }
-// The key of a read marker is the public id of its user, a line feed, and a room or "@" with the id of a peer.
-inline ChatEvent read_event(const ChatFact& fact) {
-    const std::string what = fact.key.substr(fact.key.find('\n') + 1);
+// `what`: a room, or "@" with the id of a peer.
+inline ChatEvent read_event(const std::string& what, std::uint64_t id) {
     const bool is_peer = text::starts_with(what, "@");
     ChatEvent event("read");
-    event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what);
-    return event.add_json("id", fact.value);
+    return event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what).add("id", id);
 }
 
-// The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag.
-inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer = {}) {
+// The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag. In a
+// history it has no room.
+inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer, std::string_view room = {}) {
     using Kind = ChatEntry::Kind;
     const char* const type = entry.is_message()           ? "said"
                              : entry.kind == Kind::edit   ? "edit"
@@ -15698,7 +16678,7 @@ inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer = 
                              : entry.kind == Kind::react  ? "react"
                                                           : "topic";
     ChatEvent event(type);
-    event.add_unless_empty("room", entry.room);
+    event.add_unless_empty("room", room);
     if (entry.id != 0) event.add("id", entry.id);
     if (entry.target != 0) event.add("target", entry.target);
     if (entry.kind == Kind::react) event.add_text("emoji", entry.text).add_json("on", entry.removed ? "false" : "true");
@@ -15723,17 +16703,21 @@ inline bool ChatHandler::on_command(std::string_view command, std::string_view r
 }
 
 // The newest entries that fit into an event.
-inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const HistoryPage& page) const {
-    const std::string viewer = ChatHub::author_of(*memberships_[membership_index(&room)].user);
+template <class MakeEvent>
+detail::JsonList ChatHandler::newest_events(const HistoryPage& page, MakeEvent&& make_event) const {
     std::size_t bytes = 0;
     std::vector<std::string> events;
     for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
-        events.push_back(detail::kept_event(page.entries[i], viewer).dump());
+        events.push_back(make_event(page.entries[i]));
         bytes += events.back().size();
     }
     detail::JsonList list;
     for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
     return list;
+}
+inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const HistoryPage& page) const {
+    const std::string viewer = ChatHub::author_of(*memberships_[membership_index(&room)].user);
+    return newest_events(page, [&](const ChatEntry& entry) { return detail::kept_event(entry, viewer).dump(); });
 }
 
 // `resumed`: the client asked with a position, so missing entries are a gap.
@@ -15747,40 +16731,112 @@ inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryP
     return event.add_json("entries", list.dump());
 }
 
-inline void ChatHandler::on_conversation(const std::string& peer, const std::string& name, const std::string& log,
-                                         const HistoryPage& page) {
-    if (!is_open() || (page.last_id == 0 && page.error.empty())) return;
-    detail::JsonList list;
-    for (ChatEntry entry : page.entries) {
-        entry.room = log;
-        if (entry.is_message()) list.add(detail::private_event(entry, user_.id, entry.user == user_.id).dump());
+inline void ChatHandler::request_conversation(const std::shared_ptr<Conversations>& all, const std::string& peer,
+                                              const std::string& name) {
+    std::optional<HistoryPosition> position;
+    for (const std::string& each : request().query_all("peer")) {
+        std::string_view rest = each;
+        if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
     }
-    ChatEvent event("history");
-    event.add_text("peer", peer).add_text("name", name).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
-    event.add("gap", page.gap || !page.error.empty()).add("more", page.more);
-    write_charged(event.add_json("entries", list.dump()).dump());
-    request_read_marker("@" + peer);
+    const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+    const bool resumed = position.has_value();
+    const auto answer = [all, peer, name, resumed](const HistoryPage& page) {
+        auto* self = static_cast<ChatHandler*>(all->handler.get());
+        if (self == nullptr) return;
+        if (!self->on_conversation(peer, name, page, resumed)) {
+            const std::uint64_t marker = self->hub_->marker_of(self->user_.id, "@" + peer);
+            all->read.push_back(Json{{"user", peer}, {"name", name}, {"read", marker}}.dump());
+        }
+        all->answered = true;
+        if (!all->calling) self->continue_conversations(all);
+    };
+    hub_->store().since(ChatHub::conversation(user_.id, peer), position, may_read() ? wanted : 0, answer);
 }
 
-inline void ChatHandler::request_read_marker(const std::string& what) {
-    if (identity_.empty()) return;
-    const std::string key = text::concat({user_.id, "\n", what});
-    hub_->store().facts("read", key, [me = ref(), key](const std::vector<ChatFact>& facts, const std::string&) {
-        auto* self = static_cast<ChatHandler*>(me.get());
-        if (self != nullptr && !facts.empty() && facts[0].key == key)
-            self->write_message(detail::read_event(facts[0]).dump());
+inline bool ChatHandler::on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
+                                         bool resumed) {
+    if (!is_open()) return true;
+    const std::uint64_t marker = hub_->marker_of(user_.id, "@" + peer);
+    if (resumed || !page.error.empty()) {
+        write_conversation(peer, name, page, resumed, 0, {});
+    } else {
+        if (page.last_id <= marker) return false;
+        HistoryPage rest = page;
+        const auto is_read = [marker](const ChatEntry& entry) { return entry.id <= marker; };
+        auto& entries = rest.entries;
+        entries.erase(std::remove_if(entries.begin(), entries.end(), is_read), entries.end());
+        rest.more = rest.more || entries.size() != page.entries.size();
+        write_conversation(peer, name, rest, false, 0, {});
+    }
+    if (marker != 0) send_read_marker("@" + peer, {});
+    return true;
+}
+
+// `before`: the answer to /before with that id.
+inline void ChatHandler::write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
+                                            bool resumed, std::uint64_t before, std::string_view tag) {
+    if (!is_open()) return;
+    if (!page.error.empty()) server().report(LogLevel::error, "chat_not_read", {{"cause", page.error}});
+    if (!page.error.empty() && !tag.empty())
+        return write_error("not_read", "The history cannot be read now. Try again soon.", tag);
+    std::size_t messages = 0;
+    const std::string log = ChatHub::conversation(user_.id, peer);
+    HistoryPage said = page;
+    auto& entries = said.entries;
+    entries.erase(std::remove_if(entries.begin(), entries.end(), [](const ChatEntry& e) { return !e.is_message(); }),
+                  entries.end());
+    messages = entries.size();
+    const detail::JsonList list = newest_events(said, [&](const ChatEntry& kept) {
+        ChatEntry entry = kept;
+        entry.room = log;
+        return detail::private_event(entry, user_.id, entry.user == user_.id).dump();
     });
+    const bool cut = list.size() != messages;
+    ChatEvent event("history");
+    event.add_text("peer", peer).add_unless_empty("name", name);
+    if (before != 0) event.add("before", before);
+    else event.add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add("gap", before == 0 && (page.gap || !page.error.empty() || (cut && resumed)));
+    event.add("more", page.more || cut).add_json("entries", list.dump());
+    write_charged(event.add_unless_empty("tag", tag).dump());
 }
 
-inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, const std::string& tag,
+inline void ChatHandler::send_read_marker(const std::string& what, std::string_view tag) {
+    const std::uint64_t marker = hub_->marker_of(user_.id, what);
+    if (marker == 0 && tag.empty()) return;
+    ChatEvent event = detail::read_event(hub_->shown(what), marker);
+    write_message(event.add_unless_empty("tag", tag).dump());
+}
+
+// A marker never goes back: another device may have read more.
+inline void ChatHandler::mark_read(const std::string& what, std::uint64_t id, const std::string& tag) {
+    const ChatHub::UserState* const user = hub_->users_.find(user_.id);
+    if (user == nullptr) return;
+    const std::uint64_t* const marker = user->read.find(what);
+    if (marker != nullptr && *marker >= id) return send_read_marker(what, tag);
+    if (marker == nullptr && user->read.size() >= hub_->limits.max_read_markers)
+        return write_error("read_limit", "You have too many read markers.", tag);
+    if (marker != nullptr || what[0] != '@') return hub_->put_marker(*this, what, id, tag);
+    const std::string talk = text::concat({user_.id, "\n", std::string_view(what).substr(1)});
+    hub_->store().facts("talk", talk,
+                        [me = ref(), what, id, tag, talk](const std::vector<ChatFact>& facts, const std::string&) {
+                            auto* self = static_cast<ChatHandler*>(me.get());
+                            if (self == nullptr) return;
+                            if (!facts.empty() && facts[0].key == talk)
+                                return self->hub_->put_marker(*self, what, id, tag);
+                            self->write_error("unknown_user", "You have no conversation with such a user.", tag);
+                        });
+}
+
+inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, const std::string& tag,
                                  const HistoryPage& page) {
-    const ChatRoom* const room = hub_->find(room_name);
+    const ChatRoom* const room = hub_->rooms_.find(room_key);
     if (membership_index(room) == memberships_.size() || !is_open()) return;
     if (!page.error.empty()) {
-        server().report(LogLevel::error, "chat_not_read", {{"room", room_name}, {"cause", page.error}});
+        server().report(LogLevel::error, "chat_not_read", {{"room", room_key}, {"cause", page.error}});
         event = ChatEvent("error");
         event.add_text("code", "not_read").add_text("text", "The history cannot be read now. Try again soon.");
-        write_message(event.add_text("room", room_name).add_unless_empty("tag", tag).dump());
+        write_message(event.add_text("room", room->name()).add_unless_empty("tag", tag).dump());
         return;
     }
     const detail::JsonList list = page_events(*room, page);
@@ -15801,12 +16857,12 @@ inline void ChatHandler::join_more_rooms() {
     reply(add_room(event).add_text("name", user().name));
 }
 
-inline std::string ChatHandler::users_event(const ChatRoom& room) {
+inline ChatEvent ChatHandler::users_event(const ChatRoom& room) {
     detail::JsonList users;
     const std::size_t count = room.presence_.size();
     ChatEvent event("users");
     event.add_text("room", room.name()).add("count", count);
-    if (room.counting_ || count > room.hub_.limits.presence_list) return event.dump();
+    if (room.counting_ || count > room.hub_.limits.presence_list) return event;
     for (const auto& [key, user] : room.presence_) {
         std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
         if (!user.info.about.empty()) {
@@ -15815,11 +16871,11 @@ inline std::string ChatHandler::users_event(const ChatRoom& room) {
         }
         users.add(text);
     }
-    return event.add_json("users", users.dump()).dump();
+    return event.add_json("users", users.dump());
 }
 
 inline void ChatHub::send_count(const ChatRoom& room) {
-    if (Room* members = members_.find(room.name())) members->broadcast(ChatHandler::users_event(room));
+    if (Room* members = members_.find(room.key())) members->broadcast(ChatHandler::users_event(room).dump());
 }
 
 inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
@@ -15835,8 +16891,10 @@ inline void ChatRoom::publish(std::string_view text, std::string_view name) {
 inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
     hub_.forward(new_text("broadcast", text, name));
 }
-inline void ChatRoom::send(const ChatEvent& event) {
-    if (Room* members = hub_.members_.find(name_)) members->broadcast(event.dump());
+inline void ChatRoom::send(std::string_view name, const Json& data) {
+    ChatEntry entry = hub_.new_own_event("ChatRoom::send", name, data);
+    entry.room = key_;
+    hub_.forward(std::move(entry));
 }
 inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
     ChatEntry entry = new_text("edit", text, {});
@@ -15851,6 +16909,8 @@ inline void ChatRoom::remove(std::uint64_t id) {
     hub_.append(std::move(entry));
 }
 inline void ChatRoom::set_topic(std::string_view text) {
+    if (text.size() > hub_.limits.max_topic)
+        throw Error("ChatRoom::set_topic: the topic is longer than ChatLimits::max_topic");
     ChatEntry entry = new_text("set_topic", text, {});
     entry.kind = ChatEntry::Kind::topic;
     entry.sender = hub_.first_number_;
@@ -15858,12 +16918,14 @@ inline void ChatRoom::set_topic(std::string_view text) {
 }
 inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t limit,
                             ChatStore::PageCallback callback) {
-    hub_.store().since(name_, std::move(position), limit, std::move(callback));
+    hub_.store().since(key_, std::move(position), limit, std::move(callback));
 }
 inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
     const detail::Presence::User* user = presence_.find(name);
     if (user == nullptr) return false;
-    for (ChatHandler* connection : std::vector<ChatHandler*>(user->connections)) connection->kick(reason);
+    const std::string who = user->info.name;
+    hub_.report_moderation(ChatHub::new_entry(ChatEntry::Kind::moderation, *this, ""), "kick", who, 0);
+    hub_.kick(*this, who, reason);
     return true;
 }
 inline bool ChatRoom::mute(std::string_view name, Duration duration) {
@@ -15903,16 +16965,92 @@ inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::str
     decide("ban", key, name, duration);
 }
 
-// A read marker goes to all connections of its user.
+// A read marker goes to all connections of its user. Its key is the public id of the user, a line feed, and a room or
+// "@" with the id of a peer.
 inline void ChatHub::on_read(const ChatFact& fact) {
     const std::size_t end = fact.key.find('\n');
-    const std::string id = fact.key.substr(0, end);
-    for (ChatHandler* each : connections_of(id)) each->write_message(detail::read_event(fact).dump());
+    const std::string id = fact.key.substr(0, end), what = fact.key.substr(end + 1);
+    const std::vector<Asked> asked = take_asked(fact);
+    UserState* const user = users_.find(id);
+    if (user == nullptr) return;
+    if (fact.value.empty()) {
+        user->read.erase(what);
+        return;
+    }
+    const std::uint64_t value = text::parse_unsigned(fact.value, HistoryPosition::max_id).value_or(0);
+    std::uint64_t& marker = user->read.find_or_emplace(what, std::uint64_t{0});
+    const bool is_new = value > marker;
+    // Another server did not know that this user has read more.
+    if (value < marker) store_->put({"read", fact.key, std::to_string(marker), fact.author});
+    else marker = value;
+    for (ChatHandler* each : connections_of(id)) {
+        const auto is_own = [each](const Asked& one) { return one.number == each->number_; };
+        const auto own = std::find_if(asked.begin(), asked.end(), is_own);
+        if (own != asked.end()) each->send_read_marker(what, own->tag);
+        else if (is_new) each->send_read_marker(what, {});
+    }
+}
+inline std::vector<ChatHub::Asked> ChatHub::take_asked(const ChatFact& fact) {
+    const std::string key = asked_key(fact);
+    std::vector<Asked>* const found = asked_.find(key);
+    if (found == nullptr) return {};
+    std::vector<Asked> asked = std::move(*found);
+    asked_.erase(key);
+    return asked;
+}
+inline void ChatHub::put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
+                                const std::string& tag) {
+    ChatFact fact{"read", text::concat({handler.user_.id, "\n", what}), std::to_string(id), handler.identity_};
+    ask(fact, handler.number_, tag);
+    store_->put(std::move(fact));
+}
+// All members hear of it, because their pages show whether they may speak.
+inline void ChatHub::send_options(const ChatRoom& room, const ChatFact& fact) {
+    ChatEvent event("options");
+    ChatHandler::add_options(event.add_text("room", room.name()), room.options);
+    const std::vector<Asked> asked = take_asked(fact);
+    ChatHandler* sender = nullptr;
+    for (const Asked& one : asked)
+        if (ChatHandler* const handler = connection(one.number)) {
+            handler->write_message(ChatEvent(event).add_unless_empty("tag", one.tag).dump());
+            sender = handler;
+        }
+    if (Room* members = members_.find(room.key())) members->broadcast(event.dump(), sender);
+}
+// The user and who has invited hear of it.
+inline void ChatHub::on_invitation(const ChatFact& fact) {
+    const std::size_t end = fact.key.rfind('\n');
+    const std::string key = fact.key.substr(0, end), id = fact.key.substr(end + 1);
+    const std::vector<Asked> asked = take_asked(fact);
+    if (fact.value.empty()) {
+        invitations_.erase(fact.key);
+        return;
+    }
+    invitations_.find_or_emplace(fact.key) = fact.expires;
+    if (fact.value == "?") return;
+    ChatEvent event("invited");
+    event.add_text("room", shown(key)).add_text("user", id).add_text("by", fact.value);
+    for (const Asked& one : asked)
+        if (ChatHandler* const handler = connection(one.number))
+            handler->write_message(ChatEvent(event).add_unless_empty("tag", one.tag).dump());
+    for (ChatHandler* each : connections_of(id)) each->write_message(event.dump());
+}
+inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& cause) {
+    server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
+    for (const Asked& one : take_asked(fact))
+        if (ChatHandler* const handler = connection(one.number))
+            handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
 inline void ChatHub::on_fact(const ChatFact& fact) {
-    if (fact.scope == "read" && !fact.value.empty()) return on_read(fact);
+    if (fact.scope == "read") return on_read(fact);
     if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
+    if (fact.scope == "room") return on_options(fact);
+    if (fact.scope == "invite") return on_invitation(fact);
+    if (fact.scope == "account") {
+        if (fact.value.empty()) accounts_.erase(fact.key);
+        else accounts_.find_or_emplace(fact.key) = fact.value;
+    }
     const bool is_ban = fact.scope == "ban";
     if (!is_ban && fact.scope != "mute") return;
     const Duration left = fact.value.empty() ? Duration::zero() : std::chrono::milliseconds(fact.expires - unix_ms());
@@ -15929,9 +17067,16 @@ inline void ChatHub::on_fact(const ChatFact& fact) {
 
 inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, const std::string& identity,
                                        ChatHandler& handler, std::uint64_t number) {
+    User* holder = room.presence_.find(info.name);
+    // A guest has no key, so this may be another guest. The one who is away leaves now.
+    if (holder != nullptr && holder->identity.empty() && holder->connections.empty() && !holder->remote) {
+        const ChatUser left = holder->info;
+        room.presence_.remove(*std::exchange(holder, nullptr));
+        announce_leave(room, left);
+    }
     // An account owns its name, so a visitor with that name gets another one.
-    User* holder = info.account ? room.presence_.find(info.name) : nullptr;
-    if (holder != nullptr && !holder->info.account) rename(room, *holder, room.presence_.free_name(info.name));
+    if (info.account && holder != nullptr && !holder->info.account)
+        rename(room, *holder, room.presence_.free_name(info.name));
     const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
     if (!connected.joined) return connected.user;
     try {
@@ -15946,10 +17091,67 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     return connected.user;
 }
 
-inline std::size_t ChatHub::send(const std::string& user_id, const ChatEvent& event) const {
-    const std::vector<ChatHandler*> connections = connections_of(user_id);
-    for (ChatHandler* each : connections) each->write_message(event.dump());
-    return connections.size();
+inline std::size_t ChatHub::send(const std::string& user_id, std::string_view name, const Json& data) {
+    ChatEntry entry = new_own_event("ChatHub::send", name, data);
+    entry.kind = ChatEntry::Kind::direct;
+    entry.to_user = user_id;
+    forward(std::move(entry));
+    return connections_of(user_id).size();
+}
+inline ChatEntry ChatHub::new_own_event(const char* call, std::string_view name, const Json& data) const {
+    if (!detail::valid_chat_name(name, 64))
+        throw Error(std::string(call) + ": the name of an event is 1 to 64 bytes of visible text");
+    if (data.dump().size() > limits.max_data || !detail::valid_json(data.dump()))
+        throw Error(std::string(call) + ": the data is longer than ChatLimits::max_data, or is no JSON");
+    ChatEntry entry;
+    entry.kind = ChatEntry::Kind::event;
+    entry.text = name;
+    entry.data = data.dump();
+    return entry;
+}
+// Its type keeps it apart from the events of the chat.
+inline void ChatHub::on_own_event(const ChatEntry& entry) {
+    ChatEvent event("event");
+    event.add_unless_empty("room", shown(entry.room)).add_text("name", entry.text);
+    event.add_json("data", entry.data).add("time", entry.time);
+    if (entry.kind == ChatEntry::Kind::event) return send_to_others(entry, event);
+    for (ChatHandler* each : connections_of(entry.to_user)) each->write_message(event.dump());
+}
+
+inline void ChatHub::kick(const ChatRoom& room, const std::string& name, std::string_view reason) {
+    const User* const user = room.presence_.find(name);
+    if (user == nullptr) return;
+    tell_decision({"kick", mute_key(room, *user), user->info.name});
+    if (invited(room.name(), user->info.id)) store_->put({"invite", invitation_key(room.name(), user->info.id)});
+    ChatEntry entry = new_entry(ChatEntry::Kind::kick, room, "");
+    entry.to = user->info.name;
+    entry.to_user = user->info.id;
+    entry.text = reason;
+    forward(std::move(entry));
+}
+inline void ChatHub::on_kick(const ChatEntry& entry) {
+    const ChatRoom* const room = rooms_.find(entry.room);
+    const User* const user = room == nullptr ? nullptr : room->presence_.find(entry.to);
+    if (user == nullptr || user->info.id != entry.to_user) return;
+    for (ChatHandler* each : std::vector<ChatHandler*>(user->connections)) each->kick(entry.text);
+}
+// The moderators of the room and the one who acts hear of it.
+inline void ChatHub::on_moderation(const ChatEntry& entry) {
+    ChatEvent event("moderation");
+    event.add_unless_empty("room", shown(entry.room)).add_text("action", entry.text).add_text("name", entry.to);
+    if (entry.data != "0") event.add_json("seconds", entry.data);
+    event.add_text("by", entry.name);
+    ChatHandler* const sender = connection(entry.sender);
+    if (sender != nullptr) sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
+    const ChatRoom* const room = rooms_.find(entry.room);
+    if (room == nullptr) return;
+    const auto has = [&](const char* word) { return entry.text.find(word) != std::string::npos; };
+    const ChatAction action = has("ban") ? ChatAction::ban : has("mute") ? ChatAction::mute : ChatAction::kick;
+    for (ChatHandler* each : connections_in(*room)) {
+        bool moderates = false;
+        if (each != sender) each->run_hook("may", [&] { moderates = each->may(action, room->name()); });
+        if (moderates) each->write_message(event.dump());
+    }
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
     deliver(entry);
@@ -15968,7 +17170,12 @@ inline void ChatHub::deliver(const ChatEntry& entry) {
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
-        case ChatEntry::Kind::event: return;
+        case ChatEntry::Kind::event:
+        case ChatEntry::Kind::direct: return on_own_event(entry);
+        case ChatEntry::Kind::kick: return on_kick(entry);
+        case ChatEntry::Kind::moderation: return on_moderation(entry);
+        case ChatEntry::Kind::away:
+        case ChatEntry::Kind::ban: return;
     }
 }
 
@@ -15977,7 +17184,7 @@ inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& eve
 }
 
 inline void ChatHub::on_typing(const ChatEntry& entry) {
-    ChatEvent event = detail::entry_event("typing", entry);
+    ChatEvent event = detail::entry_event("typing", entry, shown(entry.room));
     if (!entry.text.empty()) event.add_json("stop", "true");
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
@@ -15999,7 +17206,7 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
         return;
     }
     ChatHandler* sender = connection(entry.sender);
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room != nullptr && entry.id != 0) {
         if (room->delivered_id_ && entry.id <= *room->delivered_id_) return;
         room->delivered_id_ = entry.id;
@@ -16007,20 +17214,20 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
-        members->broadcast(detail::kept_event(entry).dump(), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(detail::kept_event(entry, entry.author).dump());
+        members->broadcast(detail::kept_event(entry, {}, shown(entry.room)).dump(), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(detail::kept_event(entry, entry.author, shown(entry.room)).dump());
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     const User* author = room->presence_.find(entry.name);
     const User* receiver = room->presence_.find(entry.to);
     for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
         const User* const peer = user == author ? receiver : author;
-        ChatEvent event = detail::entry_event("private", entry);
+        ChatEvent event = detail::entry_event("private", entry, room->name());
         if (peer != nullptr) event.add_text("peer", peer->info.id);
         event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
         const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
@@ -16033,40 +17240,54 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
 // deliver late: the user may have left since, and another one may have the name.
 
 inline void ChatHub::on_join(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     if (!appended_here(entry) && room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
+        room->presence_.add(ChatUser{entry.name, entry.text, true, entry.user}, {}).remote = true;  // keeps its name
     if (count_only(*room)) return;
-    ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
+    ChatEvent event = detail::entry_event("join", entry, room->name()).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
 }
 
 inline void ChatHub::on_leave(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote && user->info.id == entry.user) room->presence_.remove(*user);
     if (count_only(*room)) return;
-    send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
+    send_to_others(entry, detail::entry_event("leave", entry, room->name()).add("time", entry.time));
 }
 
 inline void ChatHub::on_rename(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote && user->info.id == entry.user) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_text("room", room->name()).add_text("old", entry.name).add_text("name", entry.text);
     event.add_unless_empty("user", entry.user).add("time", entry.time);
     send_to_others(entry, event);
+    if (ChatHandler* const sender = connection(entry.sender))
+        sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
     if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
     for (ChatHandler* each : renamed->connections)
-        if (!members.has(*each)) each->reply(event);
+        if (!members.has(*each) && each != connection(entry.sender)) each->reply(event);
+}
+
+inline void ChatHub::on_position(const std::string& name, const HistoryPage& page) {
+    ChatRoom* const room = rooms_.find(name);
+    if (room == nullptr) return;
+    room->delivered_id_ = page.last_id;
+    const Room* const members = members_.find(name);
+    if (members == nullptr) return;
+    for (WebSocketHandler& each : *members) {
+        const auto& handler = static_cast<ChatHandler&>(each);
+        each.write_message(handler.history_event(*room, page, true).dump());
+    }
 }
 
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
@@ -16421,8 +17642,18 @@ public:
         return erased;
     }
 
-    void put(const ChatFact& fact) {
+    // Returns the fact that is kept.
+    ChatFact put(const ChatFact& fact) {
+        ChatFact kept = fact;
         database_.transaction("BEGIN IMMEDIATE", [&] {
+            if (fact.if_new) {
+                Query query(database_, "SELECT value, author, expires FROM fact WHERE scope = ?1 AND key = ?2");
+                query.bind(fact.scope).bind(fact.key);
+                if (query.next_row()) {
+                    kept = {fact.scope, fact.key, query.text(0), query.text(1), query.number(2)};
+                    return;
+                }
+            }
             database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
             if (fact.value.empty()) return;
             if (too_many_facts()) delete_expired_facts();
@@ -16430,6 +17661,7 @@ public:
             database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
                           fact.key, fact.value, fact.author, fact.expires);
         });
+        return kept;
     }
     std::vector<ChatFact> facts(const std::string& scope, const std::string& key_prefix) {
         std::vector<ChatFact> facts;
@@ -16959,9 +18191,10 @@ public:
     void put(ChatFact fact) override {
         if (!worker_->has_space()) return worker_->listener().on_fact_failure(fact, "too many facts wait");
         worker_->add_write([worker = worker_.get(), fact = std::move(fact)](detail::SqliteFile& file) {
-            const std::string cause = error_of([&] { file.put(fact); });
-            worker->post([fact, cause](Listener& listener) {
-                if (cause.empty()) listener.on_fact(fact);
+            ChatFact kept;
+            const std::string cause = error_of([&] { kept = file.put(fact); });
+            worker->post([fact, kept, cause](Listener& listener) {
+                if (cause.empty()) listener.on_fact(kept);
                 else listener.on_fact_failure(fact, cause);
             });
         });
@@ -17169,6 +18402,2005 @@ private:
 WSCHAT_END
 
 #endif  // WSCHAT_CHAT && WSCHAT_SQLITE
+
+// ====================================================================================================================
+// section 18: Cluster
+//
+// Redis between several servers: RedisHistory is a history of the chat that they share. A thread of its own speaks to
+// Redis through hiredis.
+// ====================================================================================================================
+
+#if WSCHAT_HIREDIS
+
+#include <hiredis/async.h>
+#include <hiredis/hiredis.h>
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+
+WSCHAT_BEGIN
+
+struct RedisOptions {
+    std::string prefix = "wschat:";                      // of all keys and channels; each cluster needs one of its own
+    bool require_at_start = true;                        // false: start without Redis, and try again later
+    Duration connect_timeout = std::chrono::seconds(5);  // until Redis has answered the first commands
+    // How long a command may wait for its answer, in all. A connection that is silent for so long is closed.
+    Duration answer_timeout = std::chrono::seconds(5);
+    // Between two attempts to connect. The time doubles with each attempt, and a random part of it is left out.
+    Duration min_retry = std::chrono::milliseconds(100), max_retry = std::chrono::seconds(5);
+    std::size_t max_queued = 10'000;                  // commands without an answer; more are refused
+    std::size_t max_queued_bytes = 64 * 1024 * 1024;  // of these commands
+};
+
+namespace detail {
+
+// "redis://user:password@host:6379/0", "rediss://..." (TLS), "unix://user:password@/run/redis.sock?db=0". Everything
+// but the host or the path may be left out.
+struct RedisUrl {
+    bool tls = false;
+    std::string host;
+    std::string path;  // of a Unix socket
+    int port = 6379;
+    std::string user, password;
+    int database = 0;
+
+    // Throws Error, without the user and the password.
+    WSCHAT_COLD static RedisUrl parse(std::string_view url) {
+        RedisUrl parsed;
+        std::string_view rest = url;
+        const std::string_view scheme = text::consume_until(rest, ':');
+        parsed.tls = scheme == "rediss";
+        const bool is_unix = scheme == "unix";
+        if (scheme != "redis" && !parsed.tls && !is_unix)
+            fail(url, "the URL begins with redis://, rediss:// or unix://");
+        if (text::starts_with(rest, "//")) rest.remove_prefix(2);
+        else if (!is_unix) fail(url, "the two slashes after the scheme are missing");
+        parsed.take_user(url, rest);
+        if (is_unix) {
+            parsed.path = std::string(text::consume_until(rest, '?'));
+            if (parsed.path.empty() || parsed.path[0] != '/') fail(url, "the absolute path of the socket is missing");
+            if (!rest.empty() && !text::starts_with(rest, "db=")) fail(url, "the only parameter is \"db\"");
+            if (!rest.empty()) parsed.database = number(url, rest.substr(3), 1'000'000, "database");
+            return parsed;
+        }
+        std::string_view place = text::consume_until(rest, '/');
+        if (!rest.empty()) parsed.database = number(url, rest, 1'000'000, "database");
+        if (text::starts_with(place, "[")) {
+            place.remove_prefix(1);
+            parsed.host = std::string(text::consume_until(place, ']'));
+            if (text::starts_with(place, ":")) place.remove_prefix(1);
+        } else parsed.host = std::string(text::consume_until(place, ':'));
+        if (!place.empty()) parsed.port = number(url, place, 65535, "port");
+        if (parsed.host.empty()) fail(url, "the host is missing");
+        return parsed;
+    }
+    // Without the user and the password.
+    std::string name() const {
+        const std::string db = std::to_string(database);
+        if (!path.empty()) return text::concat({"unix://", path, "?db=", db});
+        const bool v6 = host.find(':') != std::string::npos;
+        return text::concat(
+            {tls ? "rediss://" : "redis://", v6 ? "[" : "", host, v6 ? "]:" : ":", std::to_string(port), "/", db});
+    }
+
+private:
+    void take_user(std::string_view url, std::string_view& rest) {
+        const std::size_t end = rest.substr(0, rest.find('/')).rfind('@');
+        if (end == std::string_view::npos) return;
+        std::string_view credentials = rest.substr(0, end);
+        rest.remove_prefix(end + 1);
+        const bool has_password = credentials.find(':') != std::string_view::npos;
+        const auto decoded_user = text::percent_decode(text::consume_until(credentials, ':'));
+        const auto decoded_password = text::percent_decode(credentials);
+        if (!has_password || !decoded_user || !decoded_password || decoded_password->empty())
+            fail(url, "a user or a password is incomplete: redis://user:password@host, redis://:password@host");
+        user = *decoded_user;
+        password = *decoded_password;
+    }
+    static int number(std::string_view url, std::string_view digits, std::uint64_t max, const char* what) {
+        const auto value = text::parse_unsigned(digits, max);
+        if (!value) fail(url, text::concat({"the ", what, " is not a number up to ", std::to_string(max)}));
+        return static_cast<int>(*value);
+    }
+    [[noreturn]] static void fail(std::string_view url, const std::string& cause) {
+        const std::size_t slashes = url.find("//"), at = url.rfind('@');
+        std::string shown(url);
+        if (at != std::string_view::npos) {
+            const std::size_t from = slashes == std::string_view::npos || slashes > at ? 0 : slashes + 2;
+            shown = text::concat({url.substr(0, from), "...", url.substr(at)});
+        }
+        throw Error(text::concat({"Redis \"", escape_for_log(shown), "\": ", cause}));
+    }
+};
+
+// ---- one connection ------------------------------------------------------------------------------------------------
+
+using RedisArguments = std::vector<std::string>;
+// A reply of Redis, or null with the cause: an error of Redis, or the end of the connection (then it is empty).
+using RedisAnswer = std::function<void(const redisReply*, const std::string& cause)>;
+
+inline std::string_view redis_text(const redisReply* reply) {
+    return reply == nullptr || reply->str == nullptr ? std::string_view() : std::string_view(reply->str, reply->len);
+}
+
+// A connection of hiredis on the poller of a loop. The callback `on_closed` is called once with the cause, unless
+// close() was called. hiredis is C, so no exception may pass through it.
+class RedisConnection final : public Pollable, public std::enable_shared_from_this<RedisConnection> {
+public:
+    explicit RedisConnection(Loop& loop) : loop_(loop) {}
+    RedisConnection(const RedisConnection&) = delete;
+    RedisConnection& operator=(const RedisConnection&) = delete;
+    ~RedisConnection() { close(); }
+
+    std::function<void()> on_connected;
+    std::function<void(const std::string& cause)> on_closed;
+    std::function<void(const redisReply&)> on_published;  // messages and confirmations of subscriptions
+
+    // Returns the cause of a failure, or an empty text. A name of a host is resolved here, which may take seconds.
+    std::string open(const RedisUrl& url) {
+        context_ = url.path.empty() ? ::redisAsyncConnect(url.host.c_str(), url.port)
+                                    : ::redisAsyncConnectUnix(url.path.c_str());
+        if (context_ == nullptr) return "memory ran out";
+        if (context_->err != 0) {
+            const std::string cause = context_->errstr;
+            ::redisAsyncFree(std::exchange(context_, nullptr));
+            return cause;
+        }
+        descriptor_ = context_->c.fd;
+#if !defined(_WIN32)
+        ::fcntl(descriptor_, F_SETFD, FD_CLOEXEC);
+#endif
+        if (!LoopAccess::poller(loop_).add(descriptor_, *this, false, false)) {
+            ::redisAsyncFree(std::exchange(context_, nullptr));
+            return "the poller has no memory";
+        }
+        watch_context();
+        return {};
+    }
+    void close() {
+        if (context_ == nullptr) return;
+        on_closed = nullptr;
+        ::redisAsyncFree(context_);
+        context_ = nullptr;
+    }
+    // False if the connection has ended. The answer follows later, also when the connection ends before it.
+    bool send(const RedisArguments& arguments, RedisAnswer answer) {
+        auto holder = std::make_unique<RedisAnswer>(std::move(answer));
+        if (!send_raw(arguments, &RedisConnection::answer_callback, holder.get())) return false;
+        holder.release();  // NOLINT: answer_callback() owns it
+        return true;
+    }
+    // The results go to on_published().
+    bool subscribe(const char* command, const std::string& channel) {
+        return send_raw({command, channel}, &RedisConnection::published_callback, this);
+    }
+
+    void on_ready(bool readable, bool writable, bool broken) override {
+        const auto self = shared_from_this();
+        if (context_ != nullptr && (readable || broken) && (reads_ || broken)) ::redisAsyncHandleRead(context_);
+        if (context_ != nullptr && (writable || broken) && (writes_ || broken)) ::redisAsyncHandleWrite(context_);
+    }
+
+private:
+    static RedisConnection& self(void* data) { return *static_cast<RedisConnection*>(data); }
+
+    void watch_context() {
+        context_->data = this;
+        context_->ev.data = this;
+        context_->ev.addRead = [](void* data) { self(data).watch(true, self(data).writes_); };
+        context_->ev.delRead = [](void* data) { self(data).watch(false, self(data).writes_); };
+        context_->ev.addWrite = [](void* data) { self(data).watch(self(data).reads_, true); };
+        context_->ev.delWrite = [](void* data) { self(data).watch(self(data).reads_, false); };
+        context_->ev.cleanup = [](void* data) { self(data).cleanup(); };
+        // It also starts to wait for the end of connect().
+        ::redisAsyncSetConnectCallback(context_, [](const redisAsyncContext* context, int status) {
+            RedisConnection& me = self(context->data);
+            if (status == REDIS_OK && me.on_connected) run_guarded([&] { me.on_connected(); }, [](const char*) {});
+        });
+    }
+    void watch(bool reads, bool writes) {
+        if (reads == reads_ && writes == writes_) return;
+        reads_ = reads;
+        writes_ = writes;
+        LoopAccess::poller(loop_).change(descriptor_, *this, reads, writes);
+    }
+    // hiredis destroys the context after this.
+    void cleanup() {
+        LoopAccess::poller(loop_).remove(descriptor_);
+        if (context_ == nullptr) return;
+        const std::string cause = context_->err != 0 ? context_->errstr : "the connection has ended";
+        context_ = nullptr;
+        if (on_closed) run_guarded([&] { std::exchange(on_closed, nullptr)(cause); }, [](const char*) {});
+    }
+    bool send_raw(const RedisArguments& arguments, redisCallbackFn* callback, void* data) {
+        if (context_ == nullptr) return false;
+        pieces_.clear();
+        sizes_.clear();
+        for (const std::string& each : arguments) {
+            pieces_.push_back(each.data());
+            sizes_.push_back(each.size());
+        }
+        return ::redisAsyncCommandArgv(context_, callback, data, static_cast<int>(pieces_.size()), pieces_.data(),
+                                       sizes_.data()) == REDIS_OK;
+    }
+    static void answer_callback(redisAsyncContext*, void* data, void* answer) {
+        const std::unique_ptr<RedisAnswer> owner(static_cast<RedisAnswer*>(answer));
+        const auto* const reply = static_cast<const redisReply*>(data);
+        const bool failed = reply != nullptr && reply->type == REDIS_REPLY_ERROR;
+        run_guarded(
+            [&] { (*owner)(failed ? nullptr : reply, failed ? std::string(redis_text(reply)) : std::string()); },
+            [](const char*) {});
+    }
+    static void published_callback(redisAsyncContext*, void* data, void* me) {
+        const auto* const reply = static_cast<const redisReply*>(data);
+        if (reply == nullptr || !self(me).on_published) return;
+        run_guarded([&] { self(me).on_published(*reply); }, [](const char*) {});
+    }
+
+    Loop& loop_;
+    redisAsyncContext* context_ = nullptr;
+    os::Descriptor descriptor_ = os::no_descriptor;
+    bool reads_ = false, writes_ = false;
+    std::vector<const char*> pieces_;
+    std::vector<std::size_t> sizes_;
+};
+
+// ---- the link ------------------------------------------------------------------------------------------------------
+
+// What uses a RedisLink. All calls come on the link's thread.
+class RedisUser {
+public:
+    virtual void on_redis_up() = 0;  // both connections work, and everything is subscribed
+    // A connection was lost, or an attempt to connect has failed. Permanent: another attempt will not help.
+    virtual void on_redis_down(const std::string& cause, bool permanent) = 0;
+    virtual void on_redis_log(LogLevel level, std::string_view event,
+                              const std::vector<std::pair<std::string_view, std::string>>& fields) = 0;
+    virtual void on_turn_end() = 0;
+
+protected:
+    ~RedisUser() = default;
+};
+
+// The connections of a process to one Redis: one for commands, one for subscriptions. They live on a loop with a thread
+// of its own, which ends with the last owner. If one of them ends, both are opened again.
+class RedisLink {
+public:
+    // The link of this process to that Redis: the same for equal URLs, while somebody owns it.
+    static std::shared_ptr<RedisLink> of(const std::string& url, const RedisOptions& options) {
+        static std::mutex mutex;
+        static std::map<std::string, std::weak_ptr<RedisLink>> links;
+        const RedisUrl parsed = RedisUrl::parse(url);
+        const std::lock_guard<std::mutex> lock(mutex);
+        std::weak_ptr<RedisLink>& known = links[text::concat({options.prefix, "\n", url})];
+        std::shared_ptr<RedisLink> link = known.lock();
+        if (link != nullptr) return link;
+        link = std::make_shared<RedisLink>(parsed, options);
+        known = link;
+        return link;
+    }
+    RedisLink(RedisUrl url, RedisOptions options) : url_(std::move(url)), options_(std::move(options)) {
+        node_ = random_bytes(8);
+        for (char& c : node_) c = static_cast<char>('a' + (static_cast<unsigned char>(c) & 15));
+        LoopAccess::at_turn_end(loop_, [this] {
+            for (RedisUser* user : users_) user->on_turn_end();
+            return false;
+        });
+        subscribe(channel("node:" + node_), [](std::string_view) {});
+        try {
+            thread_ = std::thread([this] { loop_.run(); });
+        } catch (const std::system_error& error) {
+            throw Error(text::concat({"Redis \"", name(), "\": the system refuses a thread: ", error.what()}));
+        }
+    }
+    RedisLink(const RedisLink&) = delete;
+    RedisLink& operator=(const RedisLink&) = delete;
+    ~RedisLink() {
+        loop_.post([this] { loop_.stop(); });
+        thread_.join();
+        state_ = State::waiting;
+        close();
+    }
+
+    // ---- on any thread -----------------------------------------------------------------------------------------
+
+    template <class Work>
+    void post(Work&& work) {
+        loop_.post(std::forward<Work>(work));
+    }
+    // Runs the work on the link's thread, and waits for its end.
+    void run(FunctionRef<> work) {
+        std::mutex mutex;
+        std::condition_variable changed;
+        bool done = false;
+        loop_.post([&] {
+            run_guarded(work, [](const char*) {});
+            const std::lock_guard<std::mutex> lock(mutex);
+            done = true;
+            changed.notify_one();
+        });
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait(lock, [&] { return done; });
+    }
+    std::string name() const { return url_.name(); }
+    const RedisOptions& options() const { return options_; }
+    const std::string& node() const { return node_; }  // a name that no other process has
+    std::string channel(const std::string& suffix) const { return options_.prefix + suffix; }
+
+    // ---- on the link's thread ------------------------------------------------------------------------------------
+
+    Loop& loop() { return loop_; }
+    bool up() const { return state_ == State::up; }
+    const std::string& run_id() const { return run_id_; }
+
+    void add_user(RedisUser& user) {
+        users_.push_back(&user);
+        if (state_ == State::idle) connect();
+        else if (up()) user.on_redis_up();
+        else if (!cause_.empty()) user.on_redis_down(cause_, permanent_);
+    }
+    void remove_user(RedisUser& user) { users_.erase(std::remove(users_.begin(), users_.end(), &user), users_.end()); }
+
+    // False if Redis is not connected.
+    bool send(const RedisArguments& arguments, RedisAnswer answer) {
+        if (!up()) return false;
+        return commands_->send(arguments,
+                               [this, answer = std::move(answer)](const redisReply* reply, const std::string& cause) {
+                                   heard_commands_ = loop_.now();
+                                   if (answer) answer(reply, cause);
+                               });
+    }
+    // `on_subscribed` is called when the subscription works, also after each reconnection.
+    void subscribe(const std::string& channel, std::function<void(std::string_view)> on_message,
+                   std::function<void()> on_subscribed = {}) {
+        Subscription& made = subscriptions_.find_or_emplace(channel);
+        made.on_message = std::move(on_message);
+        made.on_subscribed = std::move(on_subscribed);
+        if (up()) messages_->subscribe("SUBSCRIBE", channel);
+    }
+    void unsubscribe(const std::string& channel) {
+        subscriptions_.erase(channel);
+        if (up()) messages_->subscribe("UNSUBSCRIBE", channel);
+    }
+    // Both connections begin again.
+    void fail(const std::string& cause, bool permanent = false) {
+        if (state_ != State::connecting && state_ != State::up) return;
+        const bool was_up = up(), is_news = was_up || cause != cause_;
+        state_ = State::waiting;
+        cause_ = cause;
+        permanent_ = permanent;
+        loop_.post([this] { close(); });
+        for (RedisUser* user : users_) user->on_redis_down(cause, permanent);
+        const Duration delay = retry_delay();
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(delay).count();
+        if (is_news)
+            log(LogLevel::warning, was_up ? "redis_lost" : "redis_unreachable",
+                {{"redis", name()}, {"cause", cause}, {"retry_in_ms", std::to_string(ms)}});
+        retry_ = loop_.call_later(delay, [this] { connect(); });
+    }
+
+private:
+    enum class State : std::uint8_t { idle, connecting, up, waiting };
+    struct Subscription {
+        std::function<void(std::string_view)> on_message;
+        std::function<void()> on_subscribed;
+    };
+
+    void log(LogLevel level, std::string_view event,
+             const std::vector<std::pair<std::string_view, std::string>>& fields) {
+        for (RedisUser* user : users_) user->on_redis_log(level, event, fields);
+    }
+    Duration retry_delay() {
+        const unsigned doublings = (std::min)(attempts_++, 16u);
+        const Duration longest = (std::min)(options_.max_retry, options_.min_retry * (1 << doublings));
+        const std::string random = random_bytes(1);
+        return longest / 2 + longest / 2 * static_cast<unsigned char>(random[0]) / 256;
+    }
+    void close() {
+        if (state_ == State::connecting || state_ == State::up) return;
+        loop_.cancel(timeout_);
+        loop_.cancel(heartbeat_);
+        // An object must live until the loop's turn has ended.
+        for (auto* connection : {&commands_, &messages_}) {
+            if (*connection == nullptr) continue;
+            (*connection)->close();
+            loop_.post([kept = std::move(*connection)] {});
+        }
+    }
+
+    void connect() {
+        close();
+        state_ = State::connecting;
+        working_ = 0;
+        timeout_ = loop_.call_later(options_.connect_timeout, [this] { fail("Redis has not answered in time"); });
+        commands_ = std::make_shared<RedisConnection>(loop_);
+        messages_ = std::make_shared<RedisConnection>(loop_);
+        for (const auto& connection : {commands_, messages_}) {
+            connection->on_closed = [this](const std::string& cause) { fail(cause); };
+            connection->on_connected = [this, made = connection.get()] { greet(*made); };
+        }
+        messages_->on_published = [this](const redisReply& reply) { on_published(reply); };
+        for (const auto& connection : {commands_, messages_}) {
+            const std::string cause = url_.tls ? "this program cannot speak TLS to Redis" : connection->open(url_);
+            if (!cause.empty()) return fail(cause, url_.tls);
+        }
+    }
+    void greet(RedisConnection& connection) {
+        if (!url_.password.empty()) {
+            RedisArguments arguments{"AUTH", url_.user, url_.password};
+            if (url_.user.empty()) arguments.erase(arguments.begin() + 1);
+            setup(connection, arguments, [](const redisReply*) {});
+        }
+        if (url_.database != 0) setup(connection, {"SELECT", std::to_string(url_.database)}, [](const redisReply*) {});
+        if (&connection == commands_.get())
+            return setup(connection, {"INFO", "server"},
+                         [this](const redisReply* reply) { on_info(redis_text(reply)); });
+        for (const auto& [name, subscription] : subscriptions_)
+            if (name != channel("node:" + node_)) connection.subscribe("SUBSCRIBE", name);
+        connection.subscribe("SUBSCRIBE", channel("node:" + node_));  // the last one, its answer says that all work
+    }
+    template <class Then>
+    void setup(RedisConnection& connection, const RedisArguments& arguments, Then&& then) {
+        connection.send(arguments, [this, then](const redisReply* reply, const std::string& cause) {
+            if (state_ != State::connecting) return;
+            if (reply != nullptr) return then(reply);
+            if (!cause.empty()) fail(cause, !text::starts_with(cause, "LOADING"));
+        });
+    }
+    void on_info(std::string_view info) {
+        const auto value = [info](std::string_view key) {
+            const std::size_t at = info.find(key);
+            std::string_view rest = at == std::string_view::npos ? std::string_view() : info.substr(at + key.size());
+            return text::consume_until(rest, '\r');
+        };
+        version_ = std::string(value("redis_version:"));
+        run_id_ = std::string(value("run_id:"));
+        std::string_view rest = version_;
+        const auto major = text::parse_unsigned(text::consume_until(rest, '.'), 1'000'000);
+        if (!major || run_id_.empty()) return fail("it answers INFO, but not as Redis does", true);
+        if (*major < 6)
+            return fail(text::concat({"Redis ", escape_for_log(version_), " is too old: version 6 or newer is needed"}),
+                        true);
+        on_working();
+    }
+    void on_published(const redisReply& reply) {
+        if (reply.type == REDIS_REPLY_ERROR) return fail(std::string(redis_text(&reply)), true);
+        if (reply.type != REDIS_REPLY_ARRAY || reply.elements < 3) return;
+        heard_messages_ = loop_.now();
+        const std::string_view kind = redis_text(reply.element[0]), name = redis_text(reply.element[1]);
+        const Subscription* const found = subscriptions_.find(name);
+        if (found == nullptr) return;
+        if (kind == "message" && reply.element[2]->type == REDIS_REPLY_STRING) {
+            const auto on_message = found->on_message;  // it may unsubscribe
+            return on_message(redis_text(reply.element[2]));
+        }
+        if (kind != "subscribe") return;
+        if (state_ == State::connecting && name == channel("node:" + node_)) return on_working();
+        if (up() && found->on_subscribed) std::function<void()>(found->on_subscribed)();
+    }
+    // One of the two connections works.
+    void on_working() {
+        if (++working_ != 2) return;
+        loop_.cancel(timeout_);
+        state_ = State::up;
+        log(LogLevel::info, "redis_connected",
+            {{"redis", name()}, {"version", version_}, {"attempts", std::to_string(attempts_ + 1)}});
+        attempts_ = 0;
+        cause_.clear();
+        heard_commands_ = heard_messages_ = loop_.now();
+        heartbeat_ = loop_.call_every(beat_interval(), [this] { beat(); });
+        const std::vector<RedisUser*> users = users_;
+        for (RedisUser* user : users) user->on_redis_up();
+        for (const std::string& each : subscribed_channels()) {
+            const Subscription* const found = subscriptions_.find(each);
+            if (up() && found != nullptr && found->on_subscribed) std::function<void()>(found->on_subscribed)();
+        }
+    }
+    std::vector<std::string> subscribed_channels() const {
+        std::vector<std::string> names;
+        for (const auto& [name, subscription] : subscriptions_) names.push_back(name);
+        return names;
+    }
+    Duration beat_interval() const {
+        return (std::max)(options_.answer_timeout / 4, Duration(std::chrono::milliseconds(50)));
+    }
+    // A message of this process to itself shows that both connections work.
+    void beat() {
+        if (!up()) return;
+        const Time oldest = (std::min)(heard_commands_, heard_messages_);
+        if (loop_.now() - oldest > options_.answer_timeout) return fail("Redis does not answer");
+        send({"PUBLISH", channel("node:" + node_), "beat"}, {});
+    }
+
+    const RedisUrl url_;
+    const RedisOptions options_;
+    std::string node_;
+    Loop loop_;
+    State state_ = State::idle;
+    std::shared_ptr<RedisConnection> commands_, messages_;
+    int working_ = 0;  // of the two connections, while they are opened
+    unsigned attempts_ = 0;
+    std::string cause_;  // of the latest failure
+    bool permanent_ = false;
+    std::string version_, run_id_;
+    Time heard_commands_{}, heard_messages_{};
+    Loop::TimerId timeout_ = 0, heartbeat_ = 0, retry_ = 0;
+    StringMap<Subscription> subscriptions_;  // by channel
+    std::vector<RedisUser*> users_;
+    std::thread thread_;
+};
+
+// Lets a thread wait for the first result of a connection.
+class RedisStart {
+public:
+    void succeed() { set(true, false, {}); }
+    void fail(const std::string& cause, bool permanent) { set(false, permanent, cause); }
+    // Throws Error if there is no success in this time.
+    void wait(const std::string& who, Duration timeout) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait_for(lock, timeout, [this] { return success_ || permanent_; });
+        if (!success_)
+            throw Error(text::concat({who, ": ", cause_.empty() ? "Redis has not answered in time" : cause_}));
+    }
+
+private:
+    void set(bool success, bool permanent, const std::string& cause) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        success_ = success;
+        permanent_ = permanent;
+        cause_ = cause;
+        changed_.notify_all();
+    }
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool success_ = false, permanent_ = false;
+    std::string cause_;
+};
+
+}  // namespace detail
+
+// ---- the history ---------------------------------------------------------------------------------------------------
+
+#if WSCHAT_CHAT
+
+namespace detail {
+
+// What runs in Redis: each call is one step for all servers. KEYS[1] is PREFIXmeta, ARGV[1] the call, ARGV[2] the epoch
+// that the server knows. The keys, with the prefix:
+//
+//   meta      hash: format, epoch, opening (the number of that epoch), run (of the Redis process), floor (the largest
+//             id of all deleted rooms), bytes, facts (their number), gid (the newest id of the feed), use
+//   openings  hash: the number of each epoch. A restart of Redis begins a new one, because it may have lost entries.
+//   rooms     sorted set: rooms by their last use
+//   r:ROOM    hash: last, first, bytes, opening (in which the last id was given), firsts ("2:101,": 101 is the first
+//             id that was given in opening 2)
+//   s:ROOM    stream: the entries, as ID-TIME with the field m. An entry that was changed is in a:ROOM instead, so that
+//             no older text is kept.
+//   a:ROOM    hash: "TIME:RECORD" by id
+//   t:ROOM    hash: "ID OP" by the tag of an entry, or by its operation
+//   f:SCOPE   hash: facts by key; i:SCOPE sorted set: their keys; scopes: all scopes; x: expiries
+//   feed      stream: conversations and facts, which each server gets
+constexpr const char* redis_script = R"lua(
+if redis.replicate_commands then redis.replicate_commands() end
+local call, meta, cmd = redis.call, KEYS[1], ARGV[1]
+local P = string.sub(meta, 1, -5)
+local pack, unpack = cmsgpack.pack, cmsgpack.unpack
+local function str(n) return string.format('%.0f', n) end
+local function num(s) return tonumber(s or 0) or 0 end
+local clock = call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+if cmd == 'open' then
+  local kind = call('TYPE', meta).ok
+  if kind ~= 'none' and kind ~= 'hash' then
+    return redis.error_reply('FOREIGN the key "' .. meta .. '" belongs to another program: it is a ' .. kind)
+  end
+  local h = call('HMGET', meta, 'format', 'run', 'epoch', 'opening')
+  if kind == 'hash' and not h[1] then
+    return redis.error_reply('FOREIGN the key "' .. meta .. '" belongs to another program: it has no format')
+  end
+  if h[1] and h[1] ~= '1' then
+    return redis.error_reply('FORMAT the keys "' .. P .. '" have format ' .. h[1] .. ', and this program knows 1')
+  end
+  local epoch = h[3]
+  if h[2] ~= ARGV[2] or not epoch then
+    epoch = ARGV[3]
+    local opening = call('HINCRBY', meta, 'opening', 1)
+    call('HSET', meta, 'format', '1', 'run', ARGV[2], 'epoch', epoch)
+    call('HSET', P .. 'openings', epoch, opening)
+  end
+  return {'ok', epoch, str(now)}
+end
+
+local m = call('HMGET', meta, 'epoch', 'opening', 'floor')
+if m[1] ~= ARGV[2] then return {'lost'} end
+local opening = num(m[2])
+if cmd == 'beat' then return {'ok'} end
+
+local function load(name)
+  local h = call('HMGET', P .. 'r:' .. name, 'last', 'first', 'bytes', 'opening', 'firsts')
+  local floor = num(m[3])
+  local r = {name = name, s = P .. 's:' .. name, a = P .. 'a:' .. name, t = P .. 't:' .. name}
+  r.exists = h[1] and true or false
+  r.last = h[1] and num(h[1]) or floor
+  r.first = h[2] and num(h[2]) or floor + 1
+  r.bytes, r.opening, r.firsts = num(h[3]), num(h[4]), h[5] or ''
+  r.old = r.bytes
+  return r
+end
+local function save(r)
+  call('HSET', P .. 'r:' .. r.name, 'last', str(r.last), 'first', str(r.first), 'bytes', str(r.bytes),
+       'opening', str(r.opening), 'firsts', r.firsts)
+  if r.bytes ~= r.old then call('HINCRBY', meta, 'bytes', str(r.bytes - r.old)) end
+  r.old = r.bytes
+end
+local function gave(r, id)
+  if r.opening == opening then return end
+  r.firsts = string.sub(r.firsts .. str(opening) .. ':' .. str(id) .. ',', -2000)
+  r.opening = opening
+end
+local function known(r, epoch, id)
+  local number = epoch ~= '' and call('HGET', P .. 'openings', epoch)
+  if not number or id > r.last then return false end
+  for later, first in string.gmatch(r.firsts, '(%d+):(%d+),') do
+    if num(later) > num(number) and num(first) <= id then return false end
+  end
+  return true
+end
+local function find(r, id)
+  local a = call('HGET', r.a, id)
+  if a then
+    local colon = string.find(a, ':', 1, true)
+    return string.sub(a, colon + 1), num(string.sub(a, 1, colon - 1)), true
+  end
+  local s = call('XRANGE', r.s, id, id)[1]
+  if s then return s[2][2], num(string.match(s[1], '%-(%d+)')), false end
+end
+local function change(r, id, blob, ms, amended, record)
+  local new = pack(record)
+  if not amended then call('XDEL', r.s, id .. '-' .. str(ms)) end
+  call('HSET', r.a, id, str(ms) .. ':' .. new)
+  r.bytes = r.bytes + #new - #blob
+end
+local function tag_key(record)
+  if record[9] ~= '' then return 't' .. record[8] .. '\n' .. record[9] end
+  return 'o' .. record[10]
+end
+local function trim(r, entries, bytes, age)
+  for _ = 1, 1000 do
+    if r.first > r.last then return end
+    local over = (entries > 0 and r.last - r.first + 1 > entries) or (bytes > 0 and r.bytes > bytes)
+    if not over and age == 0 then return end
+    local id = str(r.first)
+    local blob, ms, amended = find(r, id)
+    if blob then
+      if not over and ms > now - age then return end
+      call('HDEL', r.t, tag_key(unpack(blob)))
+      if amended then call('HDEL', r.a, id) else call('XDEL', r.s, id .. '-' .. str(ms)) end
+      r.bytes = r.bytes - #blob - 256
+    end
+    r.first = r.first + 1
+  end
+end
+local function evict()
+  local name = call('ZRANGE', P .. 'rooms', 0, 0)[1]
+  if not name then return end
+  local r = load(name)
+  if r.last > num(m[3]) then
+    m[3] = str(r.last)
+    call('HSET', meta, 'floor', m[3])
+  end
+  call('HINCRBY', meta, 'bytes', str(-r.bytes))
+  call('UNLINK', P .. 'r:' .. name, r.s, r.a, r.t)
+  call('ZREM', P .. 'rooms', name)
+end
+local function feed(data)
+  local gid = str(call('HINCRBY', meta, 'gid', 1))
+  call('XADD', P .. 'feed', 'MAXLEN', '~', '10000', gid .. '-0', 'm', data)
+  call('PUBLISH', P .. 'feed', gid .. ':' .. data)
+  return gid
+end
+local function add(r, blob, key, op, max_rooms)
+  if not r.exists then
+    if max_rooms > 0 and call('ZCARD', P .. 'rooms') + 1 > max_rooms then
+      evict()
+      r.last = num(m[3])
+      r.first = r.last + 1
+    end
+    r.exists = true
+  end
+  r.last = r.last + 1
+  local id = str(r.last)
+  call('XADD', r.s, id .. '-' .. str(now), 'm', blob)
+  if key ~= '' then call('HSET', r.t, key, id .. ' ' .. op) end
+  r.bytes = r.bytes + #blob + 256
+  gave(r, r.last)
+  call('ZADD', P .. 'rooms', call('HINCRBY', meta, 'use', 1), r.name)
+  if string.sub(r.name, 1, 1) == '\n' then return id, feed('c' .. pack({r.name, id, blob})) end
+  call('PUBLISH', P .. 'c:' .. r.name, id .. ':' .. blob)
+  return id, ''
+end
+local function records(out, r, lo, hi)
+  if lo < r.first then lo = r.first end
+  if hi > r.last then hi = r.last end
+  if lo > hi then return end
+  local found = {}
+  for _, e in ipairs(call('XRANGE', r.s, str(lo), str(hi))) do
+    found[num(string.match(e[1], '^(%d+)'))] = e[2][2]
+  end
+  for id = lo, hi do
+    local blob = found[id]
+    if not blob then
+      local a = call('HGET', r.a, str(id))
+      blob = a and string.sub(a, string.find(a, ':', 1, true) + 1)
+    end
+    if blob then
+      out[#out + 1] = str(id)
+      out[#out + 1] = blob
+    end
+  end
+end
+local function no_reactions(record)
+  for i = #record, 14, -1 do record[i] = nil end
+end
+local function edits(r, record, kind, text)
+  for id in string.gmatch(record[13], '%d+') do
+    local blob, ms, amended = find(r, id)
+    if blob then
+      local edit = unpack(blob)
+      edit[1], edit[6] = kind, text
+      if kind == '3' then edit[7] = '' end
+      change(r, id, blob, ms, amended, edit)
+    end
+  end
+end
+local function remove(r, record)
+  record[12], record[6], record[7] = '1', '', ''
+  edits(r, record, '3', '')
+  record[13] = ''
+  no_reactions(record)
+end
+local function react(record, by, max_reactions)
+  for i = 14, #record, 4 do
+    if record[i] == by[6] and record[i + 3] == by[8] then
+      for _ = 1, 4 do table.remove(record, i) end
+      return true, '1'
+    end
+  end
+  if max_reactions > 0 and (#record - 13) / 4 + 1 > max_reactions then return false end
+  for _, each in ipairs({by[6], by[5], by[4], by[8]}) do record[#record + 1] = each end
+  return true, ''
+end
+local function amend(r, kind, by, moderator, not_before, max_reactions)
+  local target = by[2]
+  local blob, ms, amended = find(r, target)
+  local record = blob and unpack(blob)
+  if not record or (record[1] ~= '0' and record[1] ~= '1') or record[12] ~= '' then return 'bad_id' end
+  local taken_back = ''
+  if kind == '4' then
+    local possible
+    possible, taken_back = react(record, by, max_reactions)
+    if not possible then return 'refused' end
+  else
+    local own = record[8] == by[8] and record[5] == by[5]
+    if not own and not (kind == '3' and moderator == '1') then return 'not_yours' end
+    if kind == '2' and num(record[3]) < not_before then return 'too_late' end
+    if kind == '3' then
+      remove(r, record)
+    else
+      record[6], record[11] = by[6], by[3]
+      if by[7] ~= '' then record[7] = by[7] end
+      edits(r, record, '2', by[6])
+      record[13] = record[13] .. str(r.last + 1) .. ','
+    end
+  end
+  change(r, target, blob, ms, amended, record)
+  return '', taken_back
+end
+
+if cmd == 'append' then
+  local r = load(ARGV[4])
+  local had = call('HGET', r.t, ARGV[7])
+  if had then
+    local id, op = string.match(had, '^(%d+) (.*)$')
+    return {op == ARGV[5] and 'again' or 'duplicate', id, '', ''}
+  end
+  if now > num(ARGV[3]) then return {'late'} end
+  local kind, blob, taken_back, code = ARGV[6], ARGV[16], ''
+  if kind == '2' or kind == '3' or kind == '4' then
+    local by = unpack(blob)
+    code, taken_back = amend(r, kind, by, ARGV[8], num(ARGV[9]), num(ARGV[10]))
+    if code ~= '' then return {'refused', code} end
+    if taken_back ~= '' then
+      by[12] = taken_back
+      blob = pack(by)
+    end
+  end
+  local id, gid = add(r, blob, ARGV[7], ARGV[5], num(ARGV[14]))
+  trim(r, num(ARGV[11]), num(ARGV[12]), num(ARGV[13]))
+  save(r)
+  local total = num(ARGV[15])
+  while total > 0 and num(call('HGET', meta, 'bytes')) > total and call('ZCARD', P .. 'rooms') > 1 do evict() end
+  return {'ok', id, taken_back, gid}
+end
+
+if cmd == 'read' then
+  local r = load(ARGV[3])
+  local age = num(ARGV[4])
+  if age > 0 and r.exists then
+    local first = r.first
+    trim(r, 0, 0, age)
+    if r.first ~= first then save(r) end
+  end
+  local from, to = num(ARGV[6]), num(ARGV[7])
+  local out = {'ok', str(r.last), str(r.first), ''}
+  if ARGV[5] == 'after' then
+    if not known(r, ARGV[8], from) then return out end
+    out[4] = '1'
+    if r.last - from > to then return out end
+    records(out, r, from + 1, r.last)
+  elseif ARGV[5] == 'down' then
+    if from > r.last then from = r.last end
+    records(out, r, from - to + 1, from)
+  else
+    records(out, r, from, to)
+  end
+  return out
+end
+
+if cmd == 'sync' then
+  if ARGV[3] == '\n' then return {'ok', str(num(call('HGET', meta, 'gid'))), '1', '1'} end
+  local r, id = load(ARGV[3]), num(ARGV[5])
+  if ARGV[5] == '' then return {'ok', str(r.last), str(r.first), '1'} end
+  if r.last < id and r.opening ~= opening and call('HGET', P .. 'openings', ARGV[4]) and r.exists then
+    r.last = id
+    gave(r, id + 1)
+    save(r)
+    call('PUBLISH', P .. 'c:' .. r.name, str(id) .. ':')
+  end
+  return {'ok', str(r.last), str(r.first), known(r, ARGV[4], id) and '1' or ''}
+end
+
+if cmd == 'feed' then
+  local out = {'ok'}
+  for _, e in ipairs(call('XRANGE', P .. 'feed', ARGV[3], ARGV[4], 'COUNT', 500)) do
+    out[#out + 1] = string.match(e[1], '^(%d+)')
+    out[#out + 1] = e[2][2]
+  end
+  return out
+end
+
+local function forget(scope, key)
+  if call('HDEL', P .. 'f:' .. scope, key) == 0 then return end
+  call('ZREM', P .. 'i:' .. scope, key)
+  call('ZREM', P .. 'x', scope .. '\n' .. key)
+  call('HINCRBY', meta, 'facts', -1)
+end
+
+if cmd == 'put' then
+  local scope, key, value, author, expires, max = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8], num(ARGV[9])
+  if now > num(ARGV[3]) then return {'late'} end
+  local facts = P .. 'f:' .. scope
+  local old = call('HGET', facts, key)
+  if old and ARGV[10] == '1' then
+    value = unpack(old)[1]
+  elseif value == '' then
+    forget(scope, key)
+  else
+    if not old and max > 0 and num(call('HGET', meta, 'facts')) + 1 > max then
+      for _, each in ipairs(call('ZRANGEBYSCORE', P .. 'x', '-inf', str(now), 'LIMIT', 0, 1000)) do
+        local colon = string.find(each, '\n', 1, true)
+        forget(string.sub(each, 1, colon - 1), string.sub(each, colon + 1))
+      end
+      if num(call('HGET', meta, 'facts')) + 1 > max then return {'full'} end
+    end
+    call('HSET', facts, key, pack({value, author, expires}))
+    if not old then
+      call('HINCRBY', meta, 'facts', 1)
+      call('ZADD', P .. 'i:' .. scope, 0, key)
+      call('SADD', P .. 'scopes', scope)
+    end
+    if expires ~= '0' then call('ZADD', P .. 'x', expires, scope .. '\n' .. key)
+    else call('ZREM', P .. 'x', scope .. '\n' .. key) end
+  end
+  local data = 'f' .. pack({scope, key, value, author, expires})
+  return {'ok', feed(data), data}
+end
+
+if cmd == 'facts' then
+  local out, prefix, lo, hi = {'ok'}, ARGV[4], '-', '+'
+  if prefix ~= '' then lo, hi = '[' .. prefix, '(' .. prefix .. '\255' end
+  for _, key in ipairs(call('ZRANGEBYLEX', P .. 'i:' .. ARGV[3], lo, hi)) do
+    out[#out + 1] = key
+    out[#out + 1] = call('HGET', P .. 'f:' .. ARGV[3], key)
+  end
+  return out
+end
+
+if cmd == 'rooms' then return call('ZRANGE', P .. 'rooms', 0, -1) end
+
+if cmd == 'erase_facts' then
+  local out = {'ok'}
+  for _, scope in ipairs(call('SMEMBERS', P .. 'scopes')) do
+    local all = call('HGETALL', P .. 'f:' .. scope)
+    for i = 1, #all, 2 do
+      if unpack(all[i + 1])[2] == ARGV[3] then
+        forget(scope, all[i])
+        local data = 'f' .. pack({scope, all[i], '', ARGV[3], '0'})
+        out[#out + 1] = feed(data)
+        out[#out + 1] = data
+      end
+    end
+  end
+  return out
+end
+
+if cmd == 'erase' then
+  local r, author, lo, hi = load(ARGV[3]), ARGV[4], num(ARGV[5]), num(ARGV[6])
+  if hi == 0 then hi = r.last end
+  if lo < r.first then lo = r.first end
+  local window, amendments = {}, {}
+  records(window, r, lo, math.min(hi, lo + 199))
+  for i = 1, #window, 2 do
+    local id = window[i]
+    local blob, ms, amended = find(r, id)
+    local record, changed = unpack(blob), false
+    for j = #record - 3, 14, -4 do
+      if record[j + 3] == author then
+        table.insert(amendments, {'4', id, ARGV[7], '', record[j + 1], record[j], '', '', '', '', '', '1', ''})
+        for _ = 1, 4 do table.remove(record, j) end
+        changed = true
+      end
+    end
+    if record[8] == author then
+      call('HDEL', r.t, tag_key(record))
+      if (record[1] == '0' or record[1] == '1') and record[12] == '' then
+        remove(r, record)
+        table.insert(amendments, {'3', id, ARGV[7], '', '', '', '', '', '', '', '', '', ''})
+      end
+      if record[1] ~= '4' then record[5] = '' end
+      record[4], record[8], record[9] = '', '', ''
+      changed = true
+    end
+    if changed then change(r, id, blob, ms, amended, record) end
+  end
+  local out = {'ok', lo + 200 <= hi and str(lo + 200) or '', str(hi)}
+  for _, each in ipairs(amendments) do
+    local blob = pack(each)
+    out[#out + 1] = add(r, blob, '', '', 0)
+    out[#out + 1] = blob
+  end
+  if r.exists then
+    trim(r, num(ARGV[8]), num(ARGV[9]), num(ARGV[10]))
+    save(r)
+  end
+  return out
+end
+return redis.error_reply('UNKNOWN call')
+)lua";
+
+// A list of texts in MessagePack, as the script reads and writes it.
+inline std::string redis_pack(const std::vector<std::string>& texts) {
+    std::string packed;
+    const auto add_size = [&packed](std::size_t size, char lead, unsigned bytes) {
+        packed += lead;
+        while (bytes-- != 0) packed += static_cast<char>(size >> (8 * bytes) & 0xFF);
+    };
+    add_size(texts.size(), '\xDD', 4);
+    for (const std::string& each : texts) {
+        if (each.size() < 32) packed += static_cast<char>(0xA0 | each.size());
+        else add_size(each.size(), '\xDB', 4);
+        packed += each;
+    }
+    return packed;
+}
+// Empty if the text is something else.
+inline std::vector<std::string> redis_unpack(std::string_view packed) {
+    bool valid = true;
+    const auto take = [&](std::size_t size) {
+        valid = valid && size <= packed.size();
+        const std::string_view taken = packed.substr(0, valid ? size : 0);
+        packed.remove_prefix(taken.size());
+        return taken;
+    };
+    const auto take_number = [&](std::size_t bytes) {
+        std::size_t number = 0;
+        for (const char c : take(bytes)) number = number << 8 | static_cast<unsigned char>(c);
+        return number;
+    };
+    const auto take_lead = [&] { return static_cast<unsigned char>((take_number(1)) & 0xFF); };
+    std::vector<std::string> texts;
+    const unsigned char list = take_lead();
+    std::size_t count = (list & 0xF0u) == 0x90 ? list & 15u : take_number(list == 0xDC ? 2 : list == 0xDD ? 4 : 9);
+    for (; valid && count != 0; --count) {
+        const unsigned char lead = take_lead();
+        const bool is_short = (lead & 0xE0u) == 0xA0;
+        const std::size_t bytes = lead == 0xD9 ? 1 : lead == 0xDA ? 2 : lead == 0xDB ? 4 : 9;
+        texts.emplace_back(take(is_short ? lead & 31u : bytes == 9 ? packed.size() + 1 : take_number(bytes)));
+    }
+    return valid && packed.empty() ? texts : std::vector<std::string>();
+}
+
+// An entry as the fields of a record in Redis. `op` names the call of append() that made it.
+struct RedisRecord {
+    ChatEntry entry;
+    std::string op;
+
+    static constexpr std::size_t fields = 13;  // before the reactions, of which each has four
+
+    static std::string pack(const ChatEntry& entry, const std::string& op) {
+        const auto number = [](auto value) { return std::to_string(value); };
+        return redis_pack({number(static_cast<unsigned>(entry.kind)), number(entry.target), number(entry.time),
+                           entry.name, entry.user, entry.text, entry.data, entry.author, entry.tag, op,
+                           entry.edited == 0 ? "" : number(entry.edited), entry.removed ? "1" : "", ""});
+    }
+    static std::optional<RedisRecord> unpack(std::string_view packed) {
+        std::vector<std::string> all = redis_unpack(packed);
+        if (all.size() < fields || (all.size() - fields) % 4 != 0) return std::nullopt;
+        const auto number = [&all](std::size_t i) { return text::parse_unsigned(all[i], INT64_MAX).value_or(0); };
+        RedisRecord record;
+        ChatEntry& entry = record.entry;
+        if (number(0) > static_cast<unsigned>(ChatEntry::Kind::topic)) return std::nullopt;
+        entry.kind = static_cast<ChatEntry::Kind>(number(0));
+        entry.target = number(1);
+        entry.time = static_cast<std::int64_t>(number(2));
+        entry.edited = static_cast<std::int64_t>(number(10));
+        entry.removed = !all[11].empty();
+        std::string* const texts[] = {&entry.name,   &entry.user, &entry.text, &entry.data,
+                                      &entry.author, &entry.tag,  &record.op};
+        for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[3 + i]);
+        for (std::size_t i = fields; i < all.size(); i += 4)
+            entry.reactions.push_back({all[i], all[i + 1], all[i + 2], all[i + 3]});
+        return record;
+    }
+};
+
+// A reply of the script: {"ok", text, text, ...}.
+class RedisTexts {
+public:
+    explicit RedisTexts(const redisReply* reply) : reply_(reply) {}
+    std::size_t size() const { return reply_ != nullptr && reply_->type == REDIS_REPLY_ARRAY ? reply_->elements : 0; }
+    // Empty if there is no such element.
+    std::string_view operator[](std::size_t i) const {
+        return i < size() ? redis_text(reply_->element[i]) : std::string_view();
+    }
+    std::uint64_t number(std::size_t i) const {
+        return text::parse_unsigned((*this)[i], HistoryPosition::max_id).value_or(0);
+    }
+
+private:
+    const redisReply* reply_;
+};
+
+// Calls of the script that wait for an answer, in their order. After a reconnection, those without an answer are sent
+// again: each of them may run twice.
+class RedisQueue {
+public:
+    RedisQueue(RedisLink& link, std::string meta) : link_(link), meta_(std::move(meta)) {}
+    RedisQueue(const RedisQueue&) = delete;
+    RedisQueue& operator=(const RedisQueue&) = delete;
+    ~RedisQueue() {
+        *alive_ = false;
+        link_.loop().cancel(timer_);
+    }
+
+    // `answer` gets the reply, or the cause of a failure. If the call is `timed`, its first argument becomes the time
+    // (of the clock of Redis) after which it does nothing.
+    void call(RedisArguments arguments, bool timed, RedisAnswer answer) {
+        auto request = std::make_shared<Request>();
+        for (const std::string& each : arguments) request->bytes += each.size() + 64;
+        if (queue_.size() >= link_.options().max_queued || bytes_ + request->bytes > link_.options().max_queued_bytes)
+            return answer(nullptr, "too many messages wait for Redis");
+        request->arguments = std::move(arguments);
+        request->timed = timed;
+        request->answer = std::move(answer);
+        request->due = saturating_add(link_.loop().now(), link_.options().answer_timeout);
+        bytes_ += request->bytes;
+        queue_.push_back(request);
+        if (open_) send(request);
+        if (!scheduled_) schedule();
+    }
+    void open(const std::string& script, const std::string& epoch, std::int64_t time) {
+        script_ = script;
+        epoch_ = epoch;
+        time_ = time;
+        opened_ = link_.loop().now();
+        open_ = true;
+        for (const auto& request : queue_) request->sent = false;
+    }
+    void send_all() {
+        const std::deque<std::shared_ptr<Request>> waiting = queue_;
+        for (const auto& request : waiting)
+            if (!request->done && !request->sent) send(request);
+    }
+    void close() { open_ = false; }
+    bool is_open() const { return open_; }
+    const std::string& epoch() const { return epoch_; }
+    std::size_t size() const { return queue_.size(); }
+    std::function<void()> on_lost;  // Redis has other data than the server knows
+
+private:
+    struct Request {
+        RedisArguments arguments{};  // without the epoch
+        RedisAnswer answer{};
+        Time due{};
+        std::size_t bytes = 0;
+        bool timed = false, sent = false, done = false;
+    };
+
+    void send(const std::shared_ptr<Request>& request) {
+        request->sent = true;
+        RedisArguments arguments{"EVALSHA", script_, "1", meta_, request->arguments[0], epoch_};
+        arguments.insert(arguments.end(), request->arguments.begin() + 1, request->arguments.end());
+        if (request->timed) {
+            const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(request->due - opened_).count();
+            arguments[6] = std::to_string(time_ + left);
+        }
+        link_.send(arguments, [this, request, alive = alive_](const redisReply* reply, const std::string& cause) {
+            if (!*alive || request->done || (reply == nullptr && cause.empty())) return;
+            for (const char* again : {"NOSCRIPT", "LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED", "CLUSTERDOWN"})
+                if (text::starts_with(cause, again)) return link_.fail(cause);
+            if (RedisTexts(reply)[0] == "lost") {
+                if (on_lost) on_lost();
+                return;
+            }
+            finish(request, reply, cause);
+        });
+    }
+    void finish(std::shared_ptr<Request> request, const redisReply* reply, const std::string& cause) {
+        request->done = true;
+        while (!queue_.empty() && queue_.front()->done) {
+            bytes_ -= queue_.front()->bytes;
+            queue_.pop_front();
+        }
+        request->answer(reply, cause);
+    }
+    // All requests wait equally long, so the first one is due first. Redis refuses what is too late, so half a second
+    // later nothing can run any more.
+    void schedule() {
+        while (!queue_.empty() && queue_.front()->due + grace <= link_.loop().now())
+            finish(queue_.front(), nullptr, "Redis does not answer");
+        scheduled_ = !queue_.empty();
+        if (scheduled_)
+            timer_ = link_.loop().call_later(queue_.front()->due + grace - link_.loop().now(), [this] { schedule(); });
+    }
+
+    static constexpr std::chrono::milliseconds grace{500};
+    RedisLink& link_;
+    std::string meta_, script_, epoch_;
+    std::int64_t time_ = 0;  // of the clock of Redis at opened_, in milliseconds
+    Time opened_{};
+    bool open_ = false, scheduled_ = false;
+    Loop::TimerId timer_ = 0;
+    std::size_t bytes_ = 0;
+    std::deque<std::shared_ptr<Request>> queue_;
+    const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+// The numbered entries of a room, or of the feed, on their way to the listener: in order, each once.
+struct RedisOrder {
+    std::optional<std::uint64_t> last{};          // the newest id that was delivered
+    std::string epoch{};                          // in which `last` was read
+    std::map<std::uint64_t, std::string> held{};  // later ones, until the hole before them is filled
+    std::uint64_t newest = 0;                     // the largest id that exists
+    bool filling = false;
+    bool synchronized = false;  // since the latest connection; until then, entries are held
+    std::uint64_t unused = 0;   // not zero: the number of a call of unwatch()
+};
+
+// The history on the link's thread.
+class RedisStore final : public RedisUser {
+public:
+    using Listener = ChatStore::Listener;
+
+    RedisStore(std::shared_ptr<RedisLink> link, const HistoryLimits& limits)
+        : link_(std::move(link)), limits_(limits), queue_(*link_, link_->channel("meta")) {
+        queue_.on_lost = [this] { reopen(); };
+        follow_feed();
+    }
+    RedisStore(const RedisStore&) = delete;
+    RedisStore& operator=(const RedisStore&) = delete;
+    ~RedisStore() {
+        *alive_ = false;
+        link_->remove_user(*this);
+        for (const auto& [room, order] : orders_)
+            link_->unsubscribe(room == feed ? link_->channel("feed") : room_channel(room));
+    }
+
+    // False after the destruction.
+    const std::shared_ptr<bool>& alive() const { return alive_; }
+    bool idle() const { return queue_.size() == 0 || !queue_.is_open(); }
+
+    RedisLink& link() { return *link_; }
+    RedisStart& start() { return start_; }
+    void attach(std::shared_ptr<Listener*> listener, std::shared_ptr<Mailbox> mailbox) {
+        listener_ = std::move(listener);
+        mailbox_ = std::move(mailbox);
+        flush();
+    }
+
+    // ---- the calls of the store ------------------------------------------------------------------------------------
+
+    void append(ChatEntry entry) {
+        const std::string op = text::concat({link_->node(), std::to_string(++operations_)});
+        const auto number = [](auto value) { return std::to_string(value); };
+        const std::string key =
+            entry.tag.empty() ? text::concat({"o", op}) : text::concat({"t", entry.author, "\n", entry.tag});
+        RedisArguments arguments{"append",
+                                 "",
+                                 entry.room,
+                                 op,
+                                 number(static_cast<unsigned>(entry.kind)),
+                                 key,
+                                 entry.moderator ? "1" : "",
+                                 number(entry.not_before),
+                                 number(limits_.max_reactions),
+                                 number(limits_.max_entries),
+                                 number(limits_.max_bytes),
+                                 max_age(),
+                                 number(limits_.max_rooms),
+                                 number(limits_.max_total_bytes),
+                                 RedisRecord::pack(entry, op)};
+        auto& pending = pending_.find_or_emplace(op);
+        pending.entry = std::move(entry);
+        queue_.call(std::move(arguments), true, [this, op](const redisReply* reply, const std::string& cause) {
+            on_appended(op, RedisTexts(reply), cause);
+        });
+    }
+    void forward(const ChatEntry& entry) {
+        std::string number = std::to_string(++operations_);
+        const std::string packed = pack_forwarded(entry, number);
+        if (!queue_.is_open() || !link_->send({"PUBLISH", room_channel(entry.room), packed}, {}))
+            return tell([entry](Listener& listener) { listener.on_entry(entry); });
+        forwarded_.emplace_back(std::move(number), entry);
+        if (orders_.find(entry.room) == nullptr) deliver_forwarded(forwarded_.back().first);
+    }
+    void watch(const std::string& room) {
+        RedisOrder& order = orders_.find_or_emplace(room);
+        const bool is_new = watched_.find(room) == nullptr;
+        watched_.find_or_emplace(room) = true;
+        order.unused = 0;
+        if (!is_new) return;
+        link_->subscribe(
+            room_channel(room), [this, room](std::string_view payload) { on_room_message(room, payload); },
+            [this, room] { synchronize(room); });
+    }
+    // The subscription ends some seconds later, so that a room that comes back misses nothing.
+    void unwatch(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || room == feed) return;
+        order->unused = ++operations_;
+        link_->loop().call_later(2 * link_->options().answer_timeout,
+                                 [this, alive = alive_, room, number = order->unused] {
+                                     if (!*alive) return;
+                                     const RedisOrder* const found = orders_.find(room);
+                                     if (found == nullptr || found->unused != number) return;
+                                     link_->unsubscribe(room_channel(room));
+                                     orders_.erase(room);
+                                     watched_.erase(room);
+                                 });
+    }
+    void since(const std::string& room, const std::optional<HistoryPosition>& position, std::size_t limit,
+               ChatStore::PageCallback callback) {
+        if (!position) return newest(room, limit, false, std::move(callback));
+        read(room, "after", position->id, limit, position->epoch,
+             [this, room, position, limit, callback](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage page = new_page(texts, cause);
+                 const bool complete = !texts[3].empty() && texts.number(1) - position->id <= limit &&
+                                       add_records(page, texts) == texts.number(1) - position->id;
+                 if (!page.error.empty()) return answer(callback, std::move(page));
+                 if (!complete) return newest(room, limit, true, callback);
+                 page.more = texts.number(2) <= position->id;
+                 seen(room, page);
+                 answer(callback, std::move(page));
+             });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = std::move(callback);
+        continue_scan(scan, id == 0 ? 0 : id - 1);
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit,
+                ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->wanted = [all = ChatStore::search_words(words)](const ChatEntry& entry) {
+            if (!entry.is_message() || entry.removed || all.empty()) return false;
+            const std::string text = text::to_lower(entry.text);
+            return std::all_of(all.begin(), all.end(),
+                               [&](const std::string& word) { return text.find(word) != std::string::npos; });
+        };
+        scan->callback = std::move(callback);
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    void put(ChatFact fact) {
+        queue_.call({"put", "", fact.scope, fact.key, fact.value, fact.author, std::to_string(fact.expires),
+                     std::to_string(limits_.max_facts), fact.if_new ? "1" : ""},
+                    true, [this, fact](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        const std::string failure = texts[0] == "full"   ? "too many facts"
+                                                    : texts[0] == "late" ? "Redis was too slow"
+                                                                         : cause;
+                        if (!failure.empty())
+                            return tell([fact, failure](Listener& to) { to.on_fact_failure(fact, failure); });
+                        arrive(feed, texts.number(1), std::string(texts[2]));
+                    });
+    }
+    void facts(const std::string& scope, const std::string& prefix, ChatStore::FactsCallback callback) {
+        queue_.call({"facts", scope, prefix}, false,
+                    [this, scope, callback](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        std::vector<ChatFact> found;
+                        const auto now = static_cast<std::uint64_t>(unix_ms());
+                        for (std::size_t i = 1; i + 1 < texts.size(); i += 2) {
+                            const std::vector<std::string> fact = redis_unpack(texts[i + 1]);
+                            if (fact.size() != 3) continue;
+                            const std::uint64_t expires = text::parse_unsigned(fact[2], INT64_MAX).value_or(0);
+                            if (expires != 0 && expires <= now) continue;
+                            found.push_back(
+                                {scope, std::string(texts[i]), fact[0], fact[1], static_cast<std::int64_t>(expires)});
+                        }
+                        tell([callback, found, cause](Listener&) { callback(found, cause); });
+                    });
+    }
+    // Facts first, then room by room, 200 entries at a time.
+    void erase_author(const std::string& author, ChatStore::EraseCallback callback) {
+        auto erasure = std::make_shared<Erasure>();
+        erasure->author = author;
+        erasure->callback = std::move(callback);
+        if (author.empty()) return finish(*erasure, "");
+        queue_.call({"erase_facts", author}, false, [this, erasure](const redisReply* reply, const std::string& cause) {
+            const RedisTexts facts(reply);
+            for (std::size_t i = 1; i + 1 < facts.size(); i += 2)
+                arrive(feed, facts.number(i), std::string(facts[i + 1]));
+            if (!cause.empty()) return finish(*erasure, cause);
+            queue_.call({"rooms"}, false, [this, erasure](const redisReply* list, const std::string& failure) {
+                const RedisTexts rooms(list);
+                for (std::size_t i = 0; i < rooms.size(); ++i) erasure->rooms.emplace_back(rooms[i]);
+                if (!failure.empty()) return finish(*erasure, failure);
+                continue_erasure(erasure);
+            });
+        });
+    }
+    void export_room(const std::string& room, std::uint64_t from, ChatStore::ExportCallback callback) {
+        constexpr std::size_t count = 500;
+        read(room, "up", from, from + count - 1, "",
+             [this, room, from, callback](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage page = new_page(texts, cause);
+                 add_records(page, texts);
+                 HistoryExport part;
+                 for (const ChatEntry& each : page.entries) part.lines += each.to_json_line(room);
+                 const std::uint64_t next = (std::max)(from + count, texts.number(2));
+                 part.error = cause;
+                 part.end = !cause.empty() || next > texts.number(1);
+                 const bool skip = part.lines.empty() && !part.end;
+                 if (skip) return export_room(room, next, callback);
+                 tell([callback, part = std::move(part), me = this, room, next](Listener&) {
+                     const bool end = part.end;
+                     if (callback(part) && !end)
+                         me->link_->post([me, room, next, callback, alive = me->alive_] {
+                             if (*alive) me->export_room(room, next, callback);
+                         });
+                 });
+             });
+    }
+
+    // ---- the link --------------------------------------------------------------------------------------------------
+
+    void on_redis_up() override {
+        link_->send({"SCRIPT", "LOAD", redis_script},
+                    [this, alive = alive_](const redisReply* reply, const std::string& cause) {
+                        if (!*alive) return;
+                        if (reply == nullptr && !cause.empty()) return link_->fail(cause, true);
+                        if (reply == nullptr) return;
+                        open(std::string(redis_text(reply)));
+                    });
+    }
+    void on_redis_down(const std::string& cause, bool permanent) override {
+        queue_.close();
+        for (const auto& [number, entry] : std::exchange(forwarded_, {}))
+            tell([each = entry](Listener& listener) { listener.on_entry(each); });
+        lose_synchronization();
+        start_.fail(cause, permanent);
+    }
+    void on_redis_log(LogLevel level, std::string_view event,
+                      const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        std::vector<std::pair<std::string, std::string>> copies;
+        for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
+        tell([level, name = std::string(event), copies](Listener& listener) {
+            std::vector<std::pair<std::string_view, std::string>> views;
+            for (const auto& [key, value] : copies) views.emplace_back(key, value);
+            listener.on_log(level, name, views);
+        });
+    }
+    void on_turn_end() override { flush(); }
+
+private:
+    struct Pending {
+        ChatEntry entry{};
+        bool delivered = false;
+    };
+    // A walk through a room from its newest entry, for a page.
+    struct Scan {
+        std::string room{};
+        std::size_t limit = 0, bytes = 0;
+        std::function<bool(const ChatEntry&)> wanted{};
+        ChatStore::PageCallback callback{};
+        HistoryPage page{};  // newest first
+        bool gap = false, started = false, is_newest = false;
+    };
+    struct Erasure {
+        std::string author{};
+        ChatStore::EraseCallback callback{};
+        std::vector<std::string> rooms{};
+        std::uint64_t from = 0, to = 0;
+        std::size_t messages = 0;
+    };
+    static constexpr const char* feed = "\n";
+    static constexpr std::size_t max_page_bytes = 1024 * 1024;
+
+    std::string room_channel(const std::string& room) const { return link_->channel("c:" + room); }
+    std::string max_age() const {
+        return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count());
+    }
+
+    // Work for the loop of the listener. All of a turn is posted at once.
+    template <class Work>
+    void tell(Work&& work) {
+        results_.emplace_back(std::forward<Work>(work));
+    }
+    void flush() {
+        if (results_.empty() || mailbox_ == nullptr) return;
+        mailbox_->post([listener = listener_, results = std::exchange(results_, {})] {
+            for (const auto& result : results)
+                if (*listener != nullptr) result(**listener);
+        });
+    }
+    void log(LogLevel level, std::string_view event, const std::string& cause) {
+        on_redis_log(level, event, {{"redis", link_->name()}, {"cause", cause}});
+    }
+
+    // ---- opening ---------------------------------------------------------------------------------------------------
+
+    void open(const std::string& script) {
+        RedisArguments arguments{"EVALSHA", script, "1", link_->channel("meta"), "open", link_->run_id(), new_epoch()};
+        link_->send(arguments, [this, script, alive = alive_](const redisReply* reply, const std::string& cause) {
+            if (!*alive) return;
+            if (reply == nullptr) {
+                if (!cause.empty()) link_->fail(cause, !text::starts_with(cause, "LOADING"));
+                return;
+            }
+            const RedisTexts texts(reply);
+            const bool is_news = queue_.epoch() != texts[1];
+            queue_.open(script, std::string(texts[1]), static_cast<std::int64_t>(texts.number(2)));
+            if (is_news) log(LogLevel::info, "redis_epoch", std::string(texts[1]));
+            for (const auto& [room, order] : orders_)
+                if (order.last) synchronize(room);
+            queue_.send_all();
+            for (const auto& [room, order] : orders_)
+                if (!order.last) synchronize(room);
+            start_.succeed();
+            if (!std::exchange(beating_, true)) beat();
+        });
+    }
+    void lose_synchronization() {
+        for (const auto& [room, order] : orders_) order.filling = order.synchronized = false;
+    }
+    void reopen() {
+        if (!queue_.is_open()) return;
+        queue_.close();
+        lose_synchronization();
+        log(LogLevel::warning, "redis_lost_data", "Redis has other data than before");
+        on_redis_up();
+    }
+    // Notices that Redis has lost its data also when nobody speaks.
+    void beat() {
+        link_->loop().call_later(link_->options().answer_timeout / 2, [this, alive = alive_] {
+            if (!*alive) return;
+            if (queue_.is_open()) queue_.call({"beat"}, false, [](const redisReply*, const std::string&) {});
+            beat();
+        });
+    }
+
+    // ---- what arrives ----------------------------------------------------------------------------------------------
+
+    void follow_feed() {
+        orders_.find_or_emplace(feed);
+        link_->subscribe(
+            link_->channel("feed"),
+            [this](std::string_view payload) {
+                const auto id = text::parse_unsigned(text::consume_until(payload, ':'), HistoryPosition::max_id);
+                if (id && !payload.empty()) arrive(feed, *id, std::string(payload));
+                else foreign("feed");
+            },
+            [this] { synchronize(feed); });
+    }
+    void foreign(const std::string& channel) {
+        if (!std::exchange(foreign_told_, true))
+            log(LogLevel::warning, "redis_foreign_data",
+                "another program uses \"" + escape_for_log(link_->channel(channel)) + "\"");
+    }
+    // "ID:RECORD", "ID:" if the ids up to this one were lost, or "-" and an entry that is not kept.
+    void on_room_message(const std::string& room, std::string_view payload) {
+        if (text::starts_with(payload, "-")) return on_forwarded(room, payload.substr(1));
+        const auto id = text::parse_unsigned(text::consume_until(payload, ':'), HistoryPosition::max_id);
+        if (!id) return foreign("c:" + room);
+        arrive(room, *id, std::string(payload));
+    }
+    void arrive(const std::string& room, std::uint64_t id, std::string data) {
+        std::optional<RedisRecord> record;
+        if (room != feed && !data.empty()) {
+            record = read_record(room, id, data);
+            if (!record) return foreign("c:" + room);
+        }
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr) {
+            if (record) deliver_entry(*record);
+            return;
+        }
+        const bool ready = order->last && order->synchronized;
+        if (ready && id <= *order->last) return;
+        if (record && ready && id == *order->last + 1 && order->held.empty()) {
+            order->last = id;
+            return deliver_entry(*record);
+        }
+        order->newest = (std::max)(order->newest, id);
+        if (!data.empty() && order->held.size() < 1000) order->held[id] = std::move(data);
+        if (ready) advance(room, *order);
+    }
+    static std::optional<RedisRecord> read_record(const std::string& room, std::uint64_t id, std::string_view data) {
+        std::optional<RedisRecord> record = RedisRecord::unpack(data);
+        if (!record) return record;
+        record->entry.room = room;
+        record->entry.id = id;
+        return record;
+    }
+    // Delivers what is in order, and asks for what is missing.
+    void advance(const std::string& room, RedisOrder& order) {
+        for (auto next = order.held.begin(); next != order.held.end() && next->first <= *order.last + 1;) {
+            if (next->first == *order.last + 1) {
+                order.last = next->first;
+                deliver(room, next->first, next->second);
+            }
+            next = order.held.erase(next);
+        }
+        if (*order.last < order.newest) fill(room, order);
+    }
+    void fill(const std::string& room, RedisOrder& order) {
+        if (order.filling || !queue_.is_open()) return;
+        order.filling = true;
+        constexpr std::uint64_t most = 500;
+        const std::uint64_t from = *order.last + 1;
+        const std::uint64_t upto = order.held.empty() ? order.newest : order.held.begin()->first - 1;
+        const std::uint64_t to = (std::min)(upto, from + most - 1);
+        RedisArguments arguments{"read", room, "0", "up", std::to_string(from), std::to_string(to), ""};
+        if (room == feed) arguments = {"feed", std::to_string(from), std::to_string(to)};
+        queue_.call(std::move(arguments), false,
+                    [this, room, from, to](const redisReply* reply, const std::string& cause) {
+                        RedisOrder* const found = orders_.find(room);
+                        if (found == nullptr || !found->filling) return;
+                        found->filling = false;
+                        if (!cause.empty()) return;  // the next message or connection tries again
+                        on_filled(room, *found, RedisTexts(reply), from, to);
+                    });
+    }
+    void on_filled(const std::string& room, RedisOrder& order, const RedisTexts& texts, std::uint64_t from,
+                   std::uint64_t to) {
+        for (std::size_t i = room == feed ? 1 : 4; i + 1 < texts.size(); i += 2)
+            if (texts.number(i) >= from) order.held[texts.number(i)] = std::string(texts[i + 1]);
+        const std::uint64_t expected = to;
+        for (std::uint64_t id = *order.last + 1; id <= expected; ++id)
+            if (order.held.count(id) == 0) return lose(room, order);
+        advance(room, order);
+    }
+    void deliver(const std::string& room, std::uint64_t id, const std::string& data) {
+        if (room == feed) return deliver_from_feed(data);
+        std::optional<RedisRecord> record = read_record(room, id, data);
+        if (!record) return foreign("s:" + room);
+        deliver_entry(*record);
+    }
+    // An entry of this server has the number of its sender again.
+    void deliver_entry(RedisRecord& record) {
+        if (Pending* const pending = pending_.find(record.op)) {
+            if (std::exchange(pending->delivered, true)) return;
+            record.entry.sender = pending->entry.sender;
+        }
+        tell([entry = std::move(record.entry)](Listener& listener) { listener.on_entry(entry); });
+    }
+    void deliver_from_feed(const std::string& data) {
+        const std::vector<std::string> parts = redis_unpack(std::string_view(data).substr(1));
+        if (data[0] == 'f' && parts.size() == 5) {
+            const std::uint64_t expires = text::parse_unsigned(parts[4], INT64_MAX).value_or(0);
+            const ChatFact fact{parts[0], parts[1], parts[2], parts[3], static_cast<std::int64_t>(expires)};
+            return tell([fact](Listener& listener) { listener.on_fact(fact); });
+        }
+        std::optional<RedisRecord> record =
+            data[0] == 'c' && parts.size() == 3 ? RedisRecord::unpack(parts[2]) : std::nullopt;
+        if (!record) return foreign("feed");
+        record->entry.room = parts[0];
+        record->entry.id = text::parse_unsigned(parts[1], HistoryPosition::max_id).value_or(0);
+        deliver_entry(*record);
+    }
+    void on_appended(const std::string& op, const RedisTexts& texts, const std::string& cause) {
+        const Pending pending = *pending_.find(op);
+        ChatEntry entry = pending.entry;
+        entry.id = texts.number(1);
+        const std::string failure = texts[0] == "late" ? "Redis was too slow" : cause;
+        if (!failure.empty()) {
+            pending_.erase(op);
+            if (!pending.delivered) tell([entry, failure](Listener& to) { to.on_failure(entry, failure); });
+            return;
+        }
+        if (texts[0] == "ok" || texts[0] == "again") {
+            entry.removed = texts[2] == "1";
+            const bool in_feed = !texts[3].empty() || (!entry.room.empty() && entry.room[0] == '\n');
+            if (!pending.delivered && in_feed) return arrive_in_feed(op, entry, texts);
+            if (!pending.delivered) arrive(entry.room, entry.id, RedisRecord::pack(entry, op));
+            return forget_when_delivered(op);
+        }
+        pending_.erase(op);
+        if (texts[0] == "duplicate") return tell([entry](Listener& to) { to.on_duplicate(entry); });
+        tell([entry, code = std::string(texts[1])](Listener& to) { to.on_refused(entry, code); });
+    }
+    // The feed has its own numbers. Of an entry that is sent again the number is unknown: the feed brings it.
+    void arrive_in_feed(const std::string& op, const ChatEntry& entry, const RedisTexts& texts) {
+        const std::string record = redis_pack({entry.room, std::to_string(entry.id), RedisRecord::pack(entry, op)});
+        if (!texts[3].empty()) arrive(feed, texts.number(3), "c" + record);
+        forget_when_delivered(op);
+    }
+    // An entry that waits for a hole before it keeps its sender.
+    void forget_when_delivered(const std::string& op) {
+        if (pending_.find(op)->delivered) {
+            pending_.erase(op);
+            return;
+        }
+        link_->loop().call_later(2 * link_->options().answer_timeout, [this, op, alive = alive_] {
+            if (*alive) pending_.erase(op);
+        });
+    }
+
+    // ---- after a connection or a loss ------------------------------------------------------------------------------
+
+    void synchronize(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || !queue_.is_open()) return;
+        const std::string last = order->last ? std::to_string(*order->last) : "";
+        queue_.call({"sync", room, order->epoch, last}, false,
+                    [this, room](const redisReply* reply, const std::string& cause) {
+                        RedisOrder* const found = orders_.find(room);
+                        if (found == nullptr) return;
+                        if (cause.empty()) return on_synchronized(room, *found, RedisTexts(reply));
+                        link_->loop().call_later(std::chrono::seconds(1), [this, room, alive = alive_] {
+                            if (*alive) synchronize(room);
+                        });
+                    });
+    }
+    void on_synchronized(const std::string& room, RedisOrder& order, const RedisTexts& texts) {
+        const std::uint64_t newest = texts.number(1);
+        order.synchronized = true;
+        const bool changed = !order.epoch.empty() && order.epoch != queue_.epoch();
+        if (!order.last) {
+            order.last = newest;
+            order.newest = (std::max)(order.newest, newest);
+            order.epoch = queue_.epoch();
+            return advance(room, order);
+        }
+        if (changed && texts[3].empty()) return lose(room, order);
+        order.newest = (std::max)(changed ? *order.last : order.newest, newest);
+        order.epoch = queue_.epoch();
+        if (changed && room == feed) reload_decisions();
+        else if (changed) tell_position(room, *order.last, false, {});
+        advance(room, order);
+    }
+    void tell_position(const std::string& room, std::uint64_t last, bool gap, std::vector<ChatEntry> entries) {
+        HistoryPage page;
+        page.epoch = queue_.epoch();
+        page.last_id = last;
+        page.gap = gap;
+        page.entries = std::move(entries);
+        tell([room, page = std::move(page)](Listener& listener) { listener.on_position(room, page); });
+    }
+    // Entries after order.last are gone. The members hear of it, and go on with the newest ones.
+    void lose(const std::string& room, RedisOrder& order) {
+        if (room == feed) {
+            order.last = order.newest;
+            order.epoch = queue_.epoch();
+            order.held.clear();
+            return reload_decisions();
+        }
+        order.filling = true;
+        order.synchronized = false;
+        constexpr std::size_t shown = 50;
+        const auto callback = [this, room](const HistoryPage& page) {
+            RedisOrder* const found = orders_.find(room);
+            if (found == nullptr || !found->filling) return;
+            found->filling = false;
+            if (!page.error.empty()) return synchronize(room);
+            found->synchronized = true;
+            found->last = page.last_id;
+            found->epoch = page.epoch;
+            found->newest = (std::max)(page.last_id, found->held.empty() ? 0 : found->held.rbegin()->first);
+            tell_position(room, page.last_id, true, page.entries);
+            advance(room, *found);
+        };
+        // Not through answer(): the order must change before the next message.
+        order.held.clear();
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = shown;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = callback;
+        scan->is_newest = true;
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    // What the feed said about bans and mutes may be lost.
+    void reload_decisions() {
+        for (const char* scope : {"ban", "mute"})
+            facts(scope, "", [listener = listener_](const std::vector<ChatFact>& found, const std::string&) {
+                for (const ChatFact& fact : found) (*listener)->on_fact(fact);
+            });
+    }
+
+    // ---- pages -----------------------------------------------------------------------------------------------------
+
+    template <class Then>
+    void read(const std::string& room, const char* mode, std::uint64_t from, std::uint64_t to, const std::string& epoch,
+              Then&& then) {
+        queue_.call({"read", room, max_age(), mode, std::to_string(from), std::to_string(to), epoch}, false,
+                    [then = std::forward<Then>(then)](const redisReply* reply, const std::string& cause) {
+                        then(RedisTexts(reply), cause);
+                    });
+    }
+    HistoryPage new_page(const RedisTexts& texts, const std::string& cause) const {
+        HistoryPage page;
+        page.epoch = queue_.epoch();
+        page.last_id = texts.number(1);
+        page.error = cause;
+        return page;
+    }
+    static std::size_t add_records(HistoryPage& page, const RedisTexts& texts) {
+        for (std::size_t i = 4; i + 1 < texts.size(); i += 2) {
+            std::optional<RedisRecord> record = RedisRecord::unpack(texts[i + 1]);
+            if (!record) continue;
+            record->entry.id = texts.number(i);
+            page.entries.push_back(std::move(record->entry));
+        }
+        return page.entries.size();
+    }
+    void answer(const ChatStore::PageCallback& callback, HistoryPage page) {
+        tell([callback, page = std::move(page)](Listener&) { callback(page); });
+    }
+    // The first page of a room is where its order begins, if nothing was delivered before.
+    void seen(const std::string& room, const HistoryPage& page) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || order->last) return;
+        order->last = page.last_id;
+        order->epoch = page.epoch;
+    }
+    void newest(const std::string& room, std::size_t limit, bool gap, ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->gap = gap;
+        scan->is_newest = true;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = [this, room, callback = std::move(callback)](HistoryPage page) {
+            if (page.error.empty()) seen(room, page);
+            answer(callback, std::move(page));
+        };
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    void continue_scan(const std::shared_ptr<Scan>& scan, std::uint64_t from) {
+        constexpr std::uint64_t window = 100;
+        read(scan->room, "down", from, window, "",
+             [this, scan, from](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage part = new_page(texts, cause);
+                 add_records(part, texts);
+                 HistoryPage& page = scan->page;
+                 if (!std::exchange(scan->started, true)) page.last_id = part.last_id;
+                 page.error = cause;
+                 page.epoch = part.epoch;
+                 for (auto each = part.entries.rbegin(); each != part.entries.rend() && !page.more; ++each) {
+                     if (!scan->wanted(*each)) continue;
+                     page.more = page.entries.size() == scan->limit || scan->bytes > max_page_bytes;
+                     if (page.more) break;
+                     scan->bytes += each->bytes();
+                     page.entries.push_back(std::move(*each));
+                 }
+                 const std::uint64_t at = (std::min)(from, part.last_id), first = texts.number(2);
+                 if (cause.empty() && !page.more && at > first + window - 1) return continue_scan(scan, at - window);
+                 finish(*scan);
+             });
+    }
+    void finish(Scan& scan) {
+        HistoryPage& page = scan.page;
+        std::reverse(page.entries.begin(), page.entries.end());
+        page.gap = scan.gap;
+        if (!page.error.empty()) page.entries.clear();
+        if (scan.is_newest) return scan.callback(std::move(page));
+        answer(scan.callback, std::move(page));
+    }
+
+    // ---- erasure ---------------------------------------------------------------------------------------------------
+
+    void continue_erasure(const std::shared_ptr<Erasure>& erasure) {
+        if (erasure->rooms.empty()) return finish(*erasure, "");
+        const std::string room = erasure->rooms.back();
+        queue_.call({"erase", room, erasure->author, std::to_string(erasure->from), std::to_string(erasure->to),
+                     std::to_string(unix_ms()), std::to_string(limits_.max_entries), std::to_string(limits_.max_bytes),
+                     max_age()},
+                    false, [this, erasure, room](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        if (!cause.empty()) return finish(*erasure, cause);
+                        for (std::size_t i = 3; i + 1 < texts.size(); i += 2) {
+                            const auto record = RedisRecord::unpack(texts[i + 1]);
+                            if (record && record->entry.kind == ChatEntry::Kind::remove) ++erasure->messages;
+                            if (room[0] != '\n') arrive(room, texts.number(i), std::string(texts[i + 1]));
+                        }
+                        erasure->from = texts.number(1);
+                        erasure->to = texts.number(2);
+                        if (texts[1].empty()) {
+                            erasure->rooms.pop_back();
+                            erasure->from = erasure->to = 0;
+                        }
+                        continue_erasure(erasure);
+                    });
+    }
+    void finish(const Erasure& erasure, const std::string& cause) {
+        tell([callback = erasure.callback, count = erasure.messages, cause](Listener&) { callback(count, cause); });
+    }
+
+    // ---- entries that are not kept ---------------------------------------------------------------------------------
+
+    std::string pack_forwarded(const ChatEntry& entry, const std::string& number) const {
+        return "-" + redis_pack({link_->node(), number, std::to_string(static_cast<unsigned>(entry.kind)),
+                                 std::to_string(entry.time), entry.name, entry.user, entry.text, entry.data, entry.to,
+                                 entry.author, entry.tag, std::to_string(entry.sender)});
+    }
+    void on_forwarded(const std::string& room, std::string_view packed) {
+        std::vector<std::string> all = redis_unpack(packed);
+        const auto kind = all.size() == 12 ? text::parse_unsigned(all[2], 255) : std::nullopt;
+        if (!kind) return foreign("c:" + room);
+        if (all[0] == link_->node()) return deliver_forwarded(all[1]);
+        ChatEntry entry;
+        entry.kind = static_cast<ChatEntry::Kind>(*kind);
+        entry.room = room;
+        entry.time = static_cast<std::int64_t>(text::parse_unsigned(all[3], INT64_MAX).value_or(0));
+        std::string* const texts[] = {&entry.name, &entry.user,   &entry.text, &entry.data,
+                                      &entry.to,   &entry.author, &entry.tag};
+        for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[4 + i]);
+        entry.sender = text::parse_unsigned(all[11], UINT64_MAX).value_or(0);
+        if (entry.kept() || entry.kind > ChatEntry::Kind::event) return foreign("c:" + room);
+        tell([entry](Listener& listener) { listener.on_entry(entry); });
+    }
+    // An own entry is delivered when Redis brings it, so it has its place among those of others.
+    void deliver_forwarded(const std::string& number) {
+        for (auto at = forwarded_.begin(); at != forwarded_.end(); ++at) {
+            if (at->first != number) continue;
+            tell([entry = std::move(at->second)](Listener& listener) { listener.on_entry(entry); });
+            forwarded_.erase(at);
+            return;
+        }
+    }
+
+    std::shared_ptr<RedisLink> link_;
+    HistoryLimits limits_;
+    RedisQueue queue_;
+    RedisStart start_;
+    std::shared_ptr<Listener*> listener_;
+    std::shared_ptr<Mailbox> mailbox_;
+    std::vector<std::function<void(Listener&)>> results_;
+    StringMap<RedisOrder> orders_;  // by room
+    StringMap<bool> watched_;
+    StringMap<Pending> pending_;  // own entries without an answer, by operation
+    std::deque<std::pair<std::string, ChatEntry>> forwarded_;
+    std::uint64_t operations_ = 0;
+    bool beating_ = false, foreign_told_ = false;
+    const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+}  // namespace detail
+
+// A history in Redis, which several servers share: ChatHub::of(server).set_store(RedisHistory("redis://127.0.0.1")).
+// Redis 6 or newer. An entry is acknowledged when Redis has answered. While Redis is away, a message fails after
+// RedisOptions::answer_timeout. An Error if Redis cannot be used within RedisOptions::connect_timeout.
+class RedisHistory final : public ChatStore {
+public:
+    explicit RedisHistory(const std::string& url, RedisOptions options = {},
+                          const HistoryLimits& limits = {10'000, 0, Duration::zero(), 0, 0}) {
+        const std::shared_ptr<detail::RedisLink> link = detail::RedisLink::of(url, options);
+        state_ = std::make_unique<State>(link);
+        link->run([&] { state_->store = std::make_unique<detail::RedisStore>(link, limits); });
+        link->post([store = state_->store.get()] { store->link().add_user(*store); });
+        if (!options.require_at_start) return;
+        state_->store->start().wait(text::concat({"RedisHistory \"", link->name(), "\""}), options.connect_timeout);
+    }
+
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        *state_->listener = &listener;
+        run([shared = state_->listener, mailbox = std::move(mailbox)](detail::RedisStore& store) {
+            store.attach(shared, mailbox);
+        });
+    }
+    void append(ChatEntry entry) override {
+        if (!entry.kept()) return forward(entry);
+        run([entry = std::move(entry)](detail::RedisStore& store) { store.append(entry); });
+    }
+    void forward(const ChatEntry& entry) override {
+        run([entry](detail::RedisStore& store) { store.forward(entry); });
+    }
+    bool watch(const std::string& room) override {
+        run([room](detail::RedisStore& store) { store.watch(room); });
+        return true;
+    }
+    void unwatch(const std::string& room) override {
+        run([room](detail::RedisStore& store) { store.unwatch(room); });
+    }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.since(room, position, limit, callback); });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.before(room, id, limit, callback); });
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.search(room, words, limit, callback); });
+    }
+    void put(ChatFact fact) override {
+        run([fact = std::move(fact)](detail::RedisStore& store) { store.put(fact); });
+    }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        run([=](detail::RedisStore& store) { store.facts(scope, key_prefix, callback); });
+    }
+    void erase_author(const std::string& author, EraseCallback callback) override {
+        run([=](detail::RedisStore& store) { store.erase_author(author, callback); });
+    }
+    void export_room(const std::string& room, ExportCallback callback) override {
+        run([=](detail::RedisStore& store) { store.export_room(room, 0, callback); });
+    }
+
+private:
+    struct State {
+        explicit State(std::shared_ptr<detail::RedisLink> owned) : link(std::move(owned)) {}
+        State(const State&) = delete;
+        State& operator=(const State&) = delete;
+        // What is on its way to Redis has half a second to arrive.
+        ~State() {
+            *listener = nullptr;
+            bool idle = false;
+            for (int i = 0; i < 50 && !idle; ++i) {
+                if (i != 0) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+                link->run([&] { idle = store == nullptr || store->idle(); });
+            }
+            link->run([this] { store.reset(); });
+        }
+        std::shared_ptr<detail::RedisLink> link;
+        std::unique_ptr<detail::RedisStore> store{};
+        // Shared with posted work. Only the loop of the listener uses it.
+        std::shared_ptr<Listener*> listener = std::make_shared<Listener*>(nullptr);
+    };
+    template <class Work>
+    void run(Work&& work) {
+        state_->link->post(
+            [store = state_->store.get(), alive = state_->store->alive(), work = std::forward<Work>(work)]() mutable {
+                if (*alive) work(*store);
+            });
+    }
+
+    std::unique_ptr<State> state_;
+};
+
+#endif  // WSCHAT_CHAT
+
+WSCHAT_END
+
+#endif  // WSCHAT_HIREDIS
 
 #undef WSCHAT_NOINLINE
 #undef WSCHAT_COLD

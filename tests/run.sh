@@ -93,6 +93,9 @@ need libssl-dev header openssl/ssl.h
 need openssl command -v openssl
 need libsqlite3-dev header sqlite3.h
 need libutf8proc-dev header utf8proc.h
+need libhiredis-dev header hiredis/async.h
+need redis-server command -v redis-server
+need redis-tools command -v redis-cli
 need pkg-config command -v pkg-config
 need meson command -v meson
 need python3-websockets /usr/bin/python3 -c 'import websockets'
@@ -103,6 +106,11 @@ need haproxy test -x /usr/sbin/haproxy
 need apache2-bin test -x /usr/sbin/apache2
 need caddy command -v caddy
 need systemd command -v systemd-analyze
+need tinyproxy command -v tinyproxy
+need libwebsockets-dev header libwebsockets.h
+need libboost-dev header boost/beast.hpp
+need default-jdk-headless command -v javac
+need libtomcat9-java test -e /usr/share/java/tomcat9-websocket.jar
 need nodejs command -v node
 need npm command -v npm
 need valgrind command -v valgrind
@@ -131,7 +139,7 @@ if [ -n "$missing" ]; then
 fi
 
 # Exact versions, so no lock file is needed. Node reads the machine's certificates only with --use-openssl-ca.
-npm_packages="ws@8.23.0 playwright-core@1.60.0 axe-core@4.14.1"
+npm_packages="ws@8.23.0 playwright-core@1.60.0 axe-core@4.14.1 typescript@5.9.3"
 if [ "$(cat build/npm/installed 2>/dev/null)" != "$npm_packages" ]; then
     stage "npm install" env NODE_OPTIONS="${NODE_OPTIONS---use-openssl-ca}" npm install --prefix build/npm \
         --no-save --no-package-lock --no-audit --no-fund --prefer-offline $npm_packages
@@ -140,7 +148,7 @@ fi
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
-features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON"
+features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON -DWSCHAT_HIREDIS=ON"
 
 build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON $features -DWSCHAT_LIBURING=ON -DWSCHAT_UTF8PROC=ON
 if [ $mode = quick ]; then
@@ -155,7 +163,7 @@ build asan $features
 tests "asan: tests" ctest --preset asan
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads;stores"
+build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads;stores;cluster"
 tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF

@@ -402,10 +402,10 @@ private:
 
 // ---- the model -----------------------------------------------------------------------------------------------------
 
-const std::set<std::string> types = {"hello",   "room", "users",   "join",   "leave", "nick",
-                                     "said",    "edit", "remove",  "react",  "topic", "search",
-                                     "history", "ack",  "private", "read",   "help",  "typing",
-                                     "rooms",   "bans", "event",   "kicked", "error", "moderation"};
+const std::set<std::string> types = {"hello",   "room",   "users",   "join",   "leave",   "nick",      "said",
+                                     "edit",    "remove", "react",   "topic",  "search",  "history",   "ack",
+                                     "private", "read",   "help",    "typing", "rooms",   "bans",      "event",
+                                     "kicked",  "error",  "options", "peers",  "invited", "moderation"};
 const std::set<std::string> of_members = {"said", "edit", "remove", "react", "topic", "join", "leave", "typing"};
 
 // Takes what a client has got, and checks it.
@@ -646,8 +646,8 @@ private:
         std::string tag;
         if (amount % 4 != 0) tag = "t" + std::to_string(amount % 4 == 1 ? amount / 32 : 1000 + world->lines);
         std::string line = words_of(kind, amount);
-        if (kind / 32 % 4 == 1) line = std::string("/in ") + room_words[amount % 3] + " " + line;
-        const bool answers = kind % 32 < answering;
+        if (kind / 64 == 1) line = std::string("/in ") + room_words[amount % 3] + " " + line;
+        const bool answers = kind % 64 < answering;
         if (!tag.empty()) {
             // A tag that is used again is answered again, by an "ack".
             if (answers && client.wanted.count(tag) == 0) client.wanted[tag] = client.leaves;
@@ -657,13 +657,13 @@ private:
         send(client, line);
     }
     static constexpr std::size_t never = static_cast<std::size_t>(-1);
-    static constexpr unsigned answering = 22;  // the lines below, up to here, have an answer with their tag
+    static constexpr unsigned answering = 35;  // the lines below, up to here, have an answer with their tag
 
     std::string words_of(unsigned kind, unsigned amount) {
         const std::string id = std::to_string(amount / 4 % 16), name = names[amount / 4 % 8];
         const std::string room = room_names[amount / 4 % 3], n = std::to_string(++world->lines);
         const std::string position = world->epochs[room] + "-" + id;
-        switch (kind % 32) {
+        switch (kind % 64) {
             case 0: return "line " + n;
             case 1: return amount % 2 == 0 ? "spam" : "loud " + n;
             case 2: return "/me waves " + n;
@@ -694,7 +694,12 @@ private:
             case 27: return "/read " + id;
             case 28: return "/read @" + some_id(amount) + " " + id;
             case 29: return amount % 2 == 0 ? "/typing" : "/typing stop";
-            case 30: return "/tag";
+            case 30: return "/invite " + name;
+            case 31: return "/invite @" + some_id(amount);
+            case 32: return "/access " + std::string(amount % 8 < 4 ? "private" : "public");
+            case 33: return "/readonly " + std::string(amount % 8 < 4 ? "on" : "off");
+            case 34: return "/slow " + std::to_string(amount % 8);
+            case 35: return "/tag";
             default: return "/" + std::string(input_.bytes(amount % 16));
         }
     }
@@ -757,7 +762,7 @@ private:
                 case 4: room.set_topic("topic " + n); break;
                 case 5: room.kick(name, "kicked"); break;
                 case 6: room.mute(name, std::chrono::seconds(amount % 4)); break;
-                case 7: room.send(wschat::ChatEvent("event").add("n", amount)); break;
+                case 7: room.send("event", wschat::Json{{"n", amount}}); break;
             }
         } else if (kind % 10 == 8) {
             world->hub->ban(amount % 8 == 7 ? "192.0.2.1" : name, std::chrono::seconds(amount / 8 % 4));
@@ -765,7 +770,7 @@ private:
             world->keeps_all = false;
             world->store->erase_author("name " + wschat::chat_fold(name), [](std::size_t, const std::string&) {});
         } else if (!world->clients.empty()) {
-            world->hub->send(some_id(amount), wschat::ChatEvent("event").add("n", amount));
+            world->hub->send(some_id(amount), "event", wschat::Json{{"n", amount}});
         }
         world->server->settle();
     }
@@ -859,6 +864,7 @@ void set_limits(ChatHub& hub, unsigned choice) {
     if (choice % 2 == 0) {
         limits.connection = limits.address = {{1e6, 1e6}, {1e9, 1e9}};
         limits.replies = limits.address_replies = {1e9, 1e9};
+        limits.room_creations = limits.address_room_creations = {1e6, 1e6};
     }
     if (choice / 2 % 4 == 1) limits.presence_list = 2;
     if (choice / 2 % 4 == 2) limits.history_on_join = limits.history_on_resume = 3;

@@ -221,9 +221,9 @@ def chat_seeds():
     seeds = []
     for options in (b"\0\0", b"\1\0", b"\2\1", b"\4\1", b"\x08\2", b"\x10\0", b"\x20\0", b"\x40\1"):
         users = options + connect(24) + connect(49, 4) + connect(2) + line(0, 0, 2) + line(1, 0, 6)
-        for kind in range(32):
+        for kind in range(36):
             for amount in (2, 6, 9, 18, 35, 70):
-                seeds.append(users + line(0, kind, amount) + line(1, kind, amount) + line(0, 32 + kind, amount))
+                seeds.append(users + line(0, kind, amount) + line(1, kind, amount) + line(0, 64 + kind, amount))
         for store in (1, 2, 3, 5, 7, 9, 201, 203):
             late = users + bytes([4, store])
             for kind in (0, 3, 5, 7, 8, 9, 10, 12, 14, 15, 23):
