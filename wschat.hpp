@@ -8395,6 +8395,8 @@ public:
         if (keys_.empty()) throw Error("CookieSigner: there is no key");
     }
     explicit CookieSigner(std::string key) : CookieSigner(std::vector<std::string>{std::move(key)}) {}
+    // Without it, two literals would be two pointers into one string.
+    explicit CookieSigner(std::initializer_list<std::string> keys) : CookieSigner(std::vector<std::string>(keys)) {}
 
     // Sets the cookie. `value` may have any bytes.
     void set(Response& response, std::string_view name, std::string_view value,
