@@ -4967,9 +4967,9 @@ public:
     inline bool leave(WebSocketHandler& handler);
 
     // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
-    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the number
-    // of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that is not
-    // UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the
+    // number of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text
+    // that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -10546,6 +10546,7 @@ private:
     }
 
     void update_http() {
+        if (ended_) return flush();  // nothing new begins, such as a pipelined upgrade
         if (http_->has_reply()) finish_reply();
         if (phase_ != Phase::http && phase_ != Phase::lingering) return mark_dirty();
         flush();
@@ -15179,8 +15180,8 @@ struct ChatLimits {
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
-// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that is
-// read-only or slow, and to enter a private one.
+// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that
+// is read-only or slow, and to enter a private one.
 enum class ChatAction : std::uint8_t {
     say,
     private_message,
@@ -19616,6 +19617,8 @@ namespace detail {
 //   t:ROOM    hash: "ID OP" by the tag of an entry, or by its operation
 //   f:SCOPE   hash: facts by key; i:SCOPE sorted set: their keys; scopes: all scopes; x: expiries
 //   feed      stream: conversations and facts, which each server gets
+//   p:ROOM    hash: who is present, by public id; n:ROOM hash: the ids by folded names; present: the rooms with users
+//   hubs      sorted set: hubs by the time of their latest beat; h:HUB set: the rooms in which a hub may have users
 constexpr const char* redis_script = R"lua(
 if redis.replicate_commands then redis.replicate_commands() end
 local call, meta, cmd = redis.call, KEYS[1], ARGV[1]
@@ -19651,7 +19654,6 @@ end
 local m = call('HMGET', meta, 'epoch', 'opening', 'floor')
 if m[1] ~= ARGV[2] then return {'lost'} end
 local opening = num(m[2])
-if cmd == 'beat' then return {'ok'} end
 
 local function load(name)
   local h = call('HMGET', P .. 'r:' .. name, 'last', 'first', 'bytes', 'opening', 'firsts')
@@ -19906,6 +19908,133 @@ if cmd == 'feed' then
   return out
 end
 
+-- The fields of an entry that is not kept: 3 kind, 5 name, 6 user, 7 text, 10 author, 13 hub, 14 quiet. The fields of a
+-- user: the name, the folded name, the text, the author, the time, then each hub with '1' if the user is away from it.
+local function is_account(author) return string.sub(author, 1, 8) == 'account ' end
+local function hub_at(user, hub)
+  for i = 6, #user, 2 do if user[i] == hub then return i end end
+end
+local function release(names, user, id)
+  if call('HGET', names, user[2]) == id then call('HDEL', names, user[2]) end
+end
+local function join(users, names, e, fold, user)
+  e[14] = user and '1' or ''
+  if not user then
+    local holder = call('HGET', names, fold)
+    if holder then
+      local held = call('HGET', users, holder)
+      if not is_account(e[10]) or (held and is_account(unpack(held)[4])) then return 'name_taken' end
+    end
+    user = {e[5], fold, e[7], e[10], e[4]}
+    call('HSET', names, fold, e[6])
+  elseif e[10] == '' then
+    for i = 6, #user, 2 do
+      if user[i] ~= e[13] and user[i + 1] == '' then return 'name_taken' end
+    end
+  end
+  e[5], e[7] = user[1], user[3]
+  local at = hub_at(user, e[13])
+  if at then user[at + 1] = '' else
+    user[#user + 1] = e[13]
+    user[#user + 1] = ''
+  end
+  return '', user
+end
+local function rename(names, e, fold, user)
+  local holder = call('HGET', names, fold)
+  if holder and holder ~= e[6] then return 'name_taken' end
+  release(names, user, e[6])
+  user[1], user[2] = e[7], fold
+  call('HSET', names, fold, e[6])
+  return '', user
+end
+-- Changes who is in the room. The result is a code; then the entry is complete.
+local function presence(room, kind, fold, e)
+  local users, names = P .. 'p:' .. room, P .. 'n:' .. room
+  local user, code = call('HGET', users, e[6]), ''
+  user = user and unpack(user)
+  if kind == 'join' then
+    code, user = join(users, names, e, fold, user)
+    if code ~= '' then return code end
+    call('SADD', P .. 'h:' .. e[13], room)
+    call('ZADD', P .. 'present', 0, room)
+  else
+    if not user then return 'gone' end
+    e[5] = user[1]
+    local at = hub_at(user, e[13])
+    if kind == 'rename' then
+      code = rename(names, e, fold, user)
+      if code ~= '' then return code end
+    elseif not at then
+      return 'gone'
+    elseif kind == 'away' then
+      user[at + 1], e[14] = '1', '1'
+    else
+      e[14] = #user > 7 and '1' or ''
+      table.remove(user, at)
+      table.remove(user, at)
+      if #user == 5 then
+        release(names, user, e[6])
+        call('HDEL', users, e[6])
+        if call('EXISTS', users) == 0 then call('ZREM', P .. 'present', room) end
+        user = nil
+      end
+    end
+  end
+  if user then call('HSET', users, e[6], pack(user)) end
+  return ''
+end
+local function publish_entry(room, e) call('PUBLISH', P .. 'c:' .. room, '-' .. pack(e)) end
+
+if cmd == 'presence' then
+  local e = unpack(ARGV[6])
+  local code = presence(ARGV[3], ARGV[4], ARGV[5], e)
+  if code ~= '' then return {'refused', code} end
+  publish_entry(ARGV[3], e)
+  return {'ok'}
+end
+
+if cmd == 'users' then
+  call('PUBLISH', ARGV[4], ARGV[5])
+  local out, all = {'ok'}, call('HGETALL', P .. 'p:' .. ARGV[3])
+  for i = 1, #all do out[i + 1] = all[i] end
+  return out
+end
+
+if cmd == 'present' then
+  local out = {'ok'}
+  for _, room in ipairs(call('ZRANGE', P .. 'present', 0, num(ARGV[3]) - 1)) do
+    out[#out + 1] = room
+    out[#out + 1] = str(call('HLEN', P .. 'p:' .. room))
+  end
+  return out
+end
+
+-- ARGV[3] is the kind `leave` as a number.
+local function forget_hub(hub)
+  for _, room in ipairs(call('SMEMBERS', P .. 'h:' .. hub)) do
+    local all = call('HGETALL', P .. 'p:' .. room)
+    for i = 1, #all, 2 do
+      local user = unpack(all[i + 1])
+      if hub_at(user, hub) then
+        local e = {'', '', ARGV[3], str(now), user[1], all[i], '', '', '', '', '', '0', hub, '', '', room}
+        if presence(room, 'leave', '', e) == '' then publish_entry(room, e) end
+      end
+    end
+  end
+  call('UNLINK', P .. 'h:' .. hub)
+end
+
+if cmd == 'beat' then
+  if ARGV[4] == '' then return {'ok', ''} end
+  local is_new = call('ZADD', P .. 'hubs', str(now), ARGV[4])
+  for _, hub in ipairs(call('ZRANGEBYSCORE', P .. 'hubs', '-inf', str(now - 8000), 'LIMIT', 0, 10)) do
+    call('ZREM', P .. 'hubs', hub)
+    forget_hub(hub)
+  end
+  return {'ok', is_new == 1 and 'new' or ''}
+end
+
 local function forget(scope, key)
   if call('HDEL', P .. 'f:' .. scope, key) == 0 then return end
   call('ZREM', P .. 'i:' .. scope, key)
@@ -20149,6 +20278,18 @@ public:
         for (const auto& request : waiting)
             if (!request->done && !request->sent) send(request);
     }
+    // A call that is not repeated. False if Redis is not connected.
+    bool send_once(const RedisArguments& call, RedisAnswer answer) {
+        if (!open_) return false;
+        RedisArguments arguments{"EVALSHA", script_, "1", meta_, call[0], epoch_};
+        arguments.insert(arguments.end(), call.begin() + 1, call.end());
+        return link_.send(arguments, [this, answer = std::move(answer), alive = alive_](const redisReply* reply,
+                                                                                        const std::string& cause) {
+            if (!*alive || (reply == nullptr && cause.empty())) return;
+            if (RedisTexts(reply)[0] == "lost") return on_lost ? on_lost() : void();
+            answer(reply, cause);
+        });
+    }
     void close() { open_ = false; }
     bool is_open() const { return open_; }
     const std::string& epoch() const { return epoch_; }
@@ -20220,8 +20361,10 @@ struct RedisOrder {
     std::map<std::uint64_t, std::string> held{};  // later ones, until the hole before them is filled
     std::uint64_t newest = 0;                     // the largest id that exists
     bool filling = false;
-    bool synchronized = false;  // since the latest connection; until then, entries are held
-    std::uint64_t unused = 0;   // not zero: the number of a call of unwatch()
+    bool subscribed = false;
+    std::vector<ChatEntry> waiting{};  // to be forwarded when it is subscribed
+    bool synchronized = false;         // since the latest connection; until then, entries are held
+    std::uint64_t unused = 0;          // not zero: the number of a call of unwatch()
 };
 
 // The history on the link's thread.
@@ -20241,6 +20384,8 @@ public:
         link_->remove_user(*this);
         for (const auto& [room, order] : orders_)
             link_->unsubscribe(room == feed ? link_->channel("feed") : room_channel(room));
+        link_->unsubscribe(room_channel(""));
+        link_->unsubscribe(link_->channel("marks:" + link_->node()));
     }
 
     // False after the destruction.
@@ -20283,23 +20428,45 @@ public:
             on_appended(op, RedisTexts(reply), cause);
         });
     }
+    // A room whose subscription is on its way gets the entry after that, because this server must hear it too.
     void forward(const ChatEntry& entry) {
+        RedisOrder* const order = orders_.find(common(entry.room) ? feed : entry.room);
+        if (!queue_.is_open() || forwarded_.size() >= link_->options().max_queued) return fail_forwarded(entry);
+        if (order != nullptr && !order->subscribed) return order->waiting.push_back(entry);
         std::string number = std::to_string(++operations_);
         const std::string packed = pack_forwarded(entry, number);
-        if (!queue_.is_open() || !link_->send({"PUBLISH", room_channel(entry.room), packed}, {}))
-            return tell([entry](Listener& listener) { listener.on_entry(entry); });
+        const bool sent = entry.is_presence() ? send_presence(entry, number, packed)
+                                              : link_->send({"PUBLISH", room_channel(entry.room), "-" + packed}, {});
+        if (!sent) return fail_forwarded(entry);
         forwarded_.emplace_back(std::move(number), entry);
-        if (orders_.find(entry.room) == nullptr) deliver_forwarded(forwarded_.back().first);
+        if (order == nullptr && !entry.is_presence()) deliver_forwarded(forwarded_.back().first, entry);
+    }
+    void beat(const std::string& hub) {
+        if (!queue_.is_open()) return;
+        queue_.call({"beat", leave_number(), hub}, false, [this](const redisReply* reply, const std::string&) {
+            if (RedisTexts(reply)[1] != "new") return;
+            for (const auto& [room, order] : orders_) request_users(room);
+        });
+    }
+    void rooms(std::size_t limit, ChatStore::RoomsCallback callback) {
+        queue_.call({"present", std::to_string(limit)}, false,
+                    [this, callback](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        std::vector<std::pair<std::string, std::size_t>> list;
+                        for (std::size_t i = 1; i + 1 < texts.size(); i += 2)
+                            list.emplace_back(std::string(texts[i]), static_cast<std::size_t>(texts.number(i + 1)));
+                        tell([callback, list, cause](Listener&) { callback(list, cause); });
+                    });
     }
     void watch(const std::string& room) {
         RedisOrder& order = orders_.find_or_emplace(room);
         const bool is_new = watched_.find(room) == nullptr;
         watched_.find_or_emplace(room) = true;
         order.unused = 0;
-        if (!is_new) return;
+        if (!is_new) return request_users(room);
         link_->subscribe(
             room_channel(room), [this, room](std::string_view payload) { on_room_message(room, payload); },
-            [this, room] { synchronize(room); });
+            [this, room] { on_subscribed(room); });
     }
     // The subscription ends some seconds later, so that a room that comes back misses nothing.
     void unwatch(const std::string& room) {
@@ -20438,8 +20605,12 @@ public:
     }
     void on_redis_down(const std::string& cause, bool permanent) override {
         queue_.close();
-        for (const auto& [number, entry] : std::exchange(forwarded_, {}))
-            tell([each = entry](Listener& listener) { listener.on_entry(each); });
+        for (const auto& [number, entry] : std::exchange(forwarded_, {})) fail_forwarded(entry);
+        for (const auto& [room, order] : orders_) {
+            for (const ChatEntry& each : std::exchange(order.waiting, {})) fail_forwarded(each);
+            order.subscribed = false;
+        }
+        marks_.clear();
         lose_synchronization();
         start_.fail(cause, permanent);
     }
@@ -20469,6 +20640,12 @@ private:
         HistoryPage page{};  // newest first
         bool gap = false, started = false, is_newest = false;
     };
+    struct Mark {
+        std::string room{};
+        std::vector<ChatEntry> users{};
+        std::vector<std::string> held{};  // what the room got after the mark
+        bool read = false, reached = false;
+    };
     struct Erasure {
         std::string author{};
         ChatStore::EraseCallback callback{};
@@ -20479,7 +20656,11 @@ private:
     static constexpr const char* feed = "\n";
     static constexpr std::size_t max_page_bytes = 1024 * 1024;
 
-    std::string room_channel(const std::string& room) const { return link_->channel("c:" + room); }
+    // Conversations and entries without a room have one channel, to which each server listens.
+    static bool common(const std::string& room) { return room.empty() || room[0] == '\n'; }
+    std::string room_channel(const std::string& room) const {
+        return link_->channel("c:" + (common(room) ? std::string() : room));
+    }
     std::string max_age() const {
         return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count());
     }
@@ -20517,10 +20698,9 @@ private:
             for (const auto& [room, order] : orders_)
                 if (order.last) synchronize(room);
             queue_.send_all();
-            for (const auto& [room, order] : orders_)
-                if (!order.last) synchronize(room);
+            for (const std::string& room : room_names()) on_subscribed(room);
             start_.succeed();
-            if (!std::exchange(beating_, true)) beat();
+            if (!std::exchange(beating_, true)) watch_epoch();
         });
     }
     void lose_synchronization() {
@@ -20534,12 +20714,17 @@ private:
         on_redis_up();
     }
     // Notices that Redis has lost its data also when nobody speaks.
-    void beat() {
+    void watch_epoch() {
         link_->loop().call_later(link_->options().answer_timeout / 2, [this, alive = alive_] {
             if (!*alive) return;
-            if (queue_.is_open()) queue_.call({"beat"}, false, [](const redisReply*, const std::string&) {});
-            beat();
+            beat("");
+            watch_epoch();
         });
+    }
+    std::vector<std::string> room_names() const {
+        std::vector<std::string> names;
+        for (const auto& [name, order] : orders_) names.push_back(name);
+        return names;
     }
 
     // ---- what arrives ----------------------------------------------------------------------------------------------
@@ -20553,7 +20738,13 @@ private:
                 if (id && !payload.empty()) arrive(feed, *id, std::string(payload));
                 else foreign("feed");
             },
-            [this] { synchronize(feed); });
+            [this] { on_subscribed(feed); });
+        link_->subscribe(room_channel(""), [this](std::string_view payload) {
+            if (text::starts_with(payload, "-")) on_forwarded("", payload.substr(1));
+            else foreign("c:");
+        });
+        link_->subscribe(link_->channel("marks:" + link_->node()),
+                         [this](std::string_view mark) { on_mark(std::string(mark)); });
     }
     void foreign(const std::string& channel) {
         if (!std::exchange(foreign_told_, true))
@@ -20562,6 +20753,8 @@ private:
     }
     // "ID:RECORD", "ID:" if the ids up to this one were lost, or "-" and an entry that is not kept.
     void on_room_message(const std::string& room, std::string_view payload) {
+        for (const auto& [number, mark] : marks_)
+            if (mark.room == room && mark.reached) return mark.held.emplace_back(payload), void();
         if (text::starts_with(payload, "-")) return on_forwarded(room, payload.substr(1));
         const auto id = text::parse_unsigned(text::consume_until(payload, ':'), HistoryPosition::max_id);
         if (!id) return foreign("c:" + room);
@@ -20701,6 +20894,15 @@ private:
 
     // ---- after a connection or a loss ------------------------------------------------------------------------------
 
+    void on_subscribed(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr) return;
+        order->subscribed = true;
+        if (!queue_.is_open()) return;  // open() calls it again
+        synchronize(room);
+        request_users(room);
+        for (const ChatEntry& each : std::exchange(order->waiting, {})) forward(each);
+    }
     void synchronize(const std::string& room) {
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr || !queue_.is_open()) return;
@@ -20890,37 +21092,125 @@ private:
         tell([callback = erasure.callback, count = erasure.messages, cause](Listener&) { callback(count, cause); });
     }
 
-    // ---- entries that are not kept ---------------------------------------------------------------------------------
+    // ---- entries that are not kept, and presence -------------------------------------------------------------------
 
+    static std::string leave_number() { return std::to_string(static_cast<unsigned>(ChatEntry::Kind::leave)); }
     std::string pack_forwarded(const ChatEntry& entry, const std::string& number) const {
-        return "-" + redis_pack({link_->node(), number, std::to_string(static_cast<unsigned>(entry.kind)),
-                                 std::to_string(entry.time), entry.name, entry.user, entry.text, entry.data, entry.to,
-                                 entry.author, entry.tag, std::to_string(entry.sender)});
+        return redis_pack({link_->node(), number, std::to_string(static_cast<unsigned>(entry.kind)),
+                           std::to_string(entry.time), entry.name, entry.user, entry.text, entry.data, entry.to,
+                           entry.author, entry.tag, std::to_string(entry.sender), entry.hub, entry.quiet ? "1" : "",
+                           entry.to_user, entry.room});
+    }
+    void fail_forwarded(const ChatEntry& entry) {
+        if (entry.kind == ChatEntry::Kind::typing) return;
+        tell([entry](Listener& listener) { listener.on_failure(entry, "Redis is not connected"); });
+    }
+    bool send_presence(const ChatEntry& entry, const std::string& number, const std::string& packed) {
+        const char* const kind = entry.kind == ChatEntry::Kind::join     ? "join"
+                                 : entry.kind == ChatEntry::Kind::rename ? "rename"
+                                 : entry.kind == ChatEntry::Kind::away   ? "away"
+                                                                         : "leave";
+        const std::string name = chat_fold(entry.kind == ChatEntry::Kind::rename ? entry.text : entry.name);
+        return queue_.send_once({"presence", entry.room, kind, name, packed},
+                                [this, number](const redisReply* reply, const std::string& cause) {
+                                    const RedisTexts texts(reply);
+                                    if (texts[0] == "ok") return;
+                                    on_presence_failed(number, std::string(texts[1]), cause);
+                                });
+    }
+    void on_presence_failed(const std::string& number, const std::string& code, const std::string& cause) {
+        const std::optional<ChatEntry> entry = take_forwarded(number);
+        if (!entry) return;
+        if (cause.empty()) tell([entry, code](Listener& listener) { listener.on_refused(*entry, code); });
+        else tell([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
     }
     void on_forwarded(const std::string& room, std::string_view packed) {
         std::vector<std::string> all = redis_unpack(packed);
-        const auto kind = all.size() == 12 ? text::parse_unsigned(all[2], 255) : std::nullopt;
+        const auto kind = all.size() == 16 ? text::parse_unsigned(all[2], 255) : std::nullopt;
         if (!kind) return foreign("c:" + room);
-        if (all[0] == link_->node()) return deliver_forwarded(all[1]);
         ChatEntry entry;
         entry.kind = static_cast<ChatEntry::Kind>(*kind);
-        entry.room = room;
+        entry.room = room.empty() ? all[15] : room;
         entry.time = static_cast<std::int64_t>(text::parse_unsigned(all[3], INT64_MAX).value_or(0));
         std::string* const texts[] = {&entry.name, &entry.user,   &entry.text, &entry.data,
                                       &entry.to,   &entry.author, &entry.tag};
         for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[4 + i]);
         entry.sender = text::parse_unsigned(all[11], UINT64_MAX).value_or(0);
-        if (entry.kept() || entry.kind > ChatEntry::Kind::event) return foreign("c:" + room);
+        entry.hub = all[12];
+        entry.quiet = !all[13].empty();
+        entry.to_user = all[14];
+        if (entry.kind > ChatEntry::Kind::direct) return foreign("c:" + room);
+        if (all[0] == link_->node()) return deliver_forwarded(all[1], entry);
         tell([entry](Listener& listener) { listener.on_entry(entry); });
     }
-    // An own entry is delivered when Redis brings it, so it has its place among those of others.
-    void deliver_forwarded(const std::string& number) {
+    std::optional<ChatEntry> take_forwarded(const std::string& number) {
         for (auto at = forwarded_.begin(); at != forwarded_.end(); ++at) {
             if (at->first != number) continue;
-            tell([entry = std::move(at->second)](Listener& listener) { listener.on_entry(entry); });
+            std::optional<ChatEntry> entry = std::move(at->second);
             forwarded_.erase(at);
-            return;
+            return entry;
         }
+        return std::nullopt;
+    }
+    // An own entry is delivered when Redis brings it, so it has its place among those of others.
+    void deliver_forwarded(const std::string& number, const ChatEntry& entry) {
+        if (take_forwarded(number)) tell([entry](Listener& listener) { listener.on_entry(entry); });
+    }
+
+    // Who is in a room is read together with a mark, which takes its place among the entries of the room.
+    void request_users(const std::string& room) {
+        const RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || !order->subscribed || room == feed || !queue_.is_open()) return;
+        const std::string mark = std::to_string(++operations_);
+        marks_.find_or_emplace(mark).room = room;
+        const bool sent = queue_.send_once({"users", room, link_->channel("marks:" + link_->node()), mark},
+                                           [this, mark](const redisReply* reply, const std::string& cause) {
+                                               Mark* const found = marks_.find(mark);
+                                               if (found == nullptr) return;
+                                               if (!cause.empty()) return drop_mark(mark);
+                                               found->users = read_users(found->room, RedisTexts(reply));
+                                               found->read = true;
+                                               tell_users(mark, *found);
+                                           });
+        if (!sent) marks_.erase(mark);
+    }
+    void on_mark(const std::string& mark) {
+        Mark* const found = marks_.find(mark);
+        if (found == nullptr) return;
+        found->reached = true;
+        tell_users(mark, *found);
+    }
+    void tell_users(const std::string& mark, Mark& found) {
+        if (!found.read || !found.reached) return;
+        tell([room = found.room, users = std::move(found.users)](Listener& listener) {
+            listener.on_presence(room, users);
+        });
+        drop_mark(mark);
+    }
+    // What has arrived between the mark and the reply follows.
+    void drop_mark(const std::string& mark) {
+        const Mark dropped = std::move(*marks_.find(mark));
+        marks_.erase(mark);
+        for (const std::string& each : dropped.held) on_room_message(dropped.room, each);
+    }
+    static std::vector<ChatEntry> read_users(const std::string& room, const RedisTexts& texts) {
+        std::vector<ChatEntry> users;
+        for (std::size_t i = 1; i + 1 < texts.size(); i += 2) {
+            const std::vector<std::string> all = redis_unpack(texts[i + 1]);
+            for (std::size_t hub = 5; hub + 1 < all.size(); hub += 2) {
+                ChatEntry entry;
+                entry.kind = all[hub + 1].empty() ? ChatEntry::Kind::join : ChatEntry::Kind::away;
+                entry.room = room;
+                entry.user = std::string(texts[i]);
+                entry.name = all[0];
+                entry.text = all[2];
+                entry.author = all[3];
+                entry.time = static_cast<std::int64_t>(text::parse_unsigned(all[4], INT64_MAX).value_or(0));
+                entry.hub = all[hub];
+                users.push_back(std::move(entry));
+            }
+        }
+        return users;
     }
 
     std::shared_ptr<RedisLink> link_;
@@ -20932,8 +21222,9 @@ private:
     std::vector<std::function<void(Listener&)>> results_;
     StringMap<RedisOrder> orders_;  // by room
     StringMap<bool> watched_;
-    StringMap<Pending> pending_;  // own entries without an answer, by operation
-    std::deque<std::pair<std::string, ChatEntry>> forwarded_;
+    StringMap<Pending> pending_;                               // own entries without an answer, by operation
+    std::deque<std::pair<std::string, ChatEntry>> forwarded_;  // own entries that Redis has not brought yet
+    StringMap<Mark> marks_;
     std::uint64_t operations_ = 0;
     bool beating_ = false, foreign_told_ = false;
     const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
@@ -20975,6 +21266,13 @@ public:
     }
     void unwatch(const std::string& room) override {
         run([room](detail::RedisStore& store) { store.unwatch(room); });
+    }
+    void beat(const std::string& hub) override {
+        run([hub](detail::RedisStore& store) { store.beat(hub); });
+    }
+    bool rooms(std::size_t limit, RoomsCallback callback) override {
+        run([=](detail::RedisStore& store) { store.rooms(limit, callback); });
+        return true;
     }
     void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {

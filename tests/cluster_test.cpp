@@ -4,6 +4,9 @@
 
 #if WSCHAT_HIREDIS
 
+#include <map>
+#include <random>
+
 #include "redis.hpp"
 
 namespace {
@@ -19,6 +22,40 @@ RedisOptions options_with(const std::string& prefix) {
     RedisOptions options;
     options.prefix = prefix;
     return options;
+}
+
+// "join:u1=Anna@h1 " with a "~" if it is quiet.
+std::string summary_of(const ChatEntry& entry) {
+    const char* const kind = entry.kind == ChatEntry::Kind::join     ? "join"
+                             : entry.kind == ChatEntry::Kind::leave  ? "leave"
+                             : entry.kind == ChatEntry::Kind::rename ? "rename"
+                                                                     : "away";
+    const std::string to = entry.kind == ChatEntry::Kind::rename ? "->" + entry.text : "";
+    return std::string(kind) + ":" + entry.user + "=" + entry.name + to + "@" + entry.hub + (entry.quiet ? "~ " : " ");
+}
+std::string presence_summary(const std::vector<ChatEntry>& users) {
+    std::vector<std::string> all;
+    for (const ChatEntry& each : users) {
+        ChatEntry plain = each;
+        plain.quiet = false;
+        all.push_back(summary_of(plain));
+    }
+    std::sort(all.begin(), all.end());
+    std::string text;
+    for (const std::string& each : all) text += each;
+    return text;
+}
+ChatEntry presence(ChatEntry::Kind kind, const std::string& user, const std::string& name, const std::string& hub,
+                   const std::string& text = "", const std::string& author = "") {
+    ChatEntry entry;
+    entry.kind = kind;
+    entry.room = "tea";
+    entry.user = user;
+    entry.name = name;
+    entry.hub = hub;
+    entry.text = text;
+    entry.author = author;
+    return entry;
 }
 
 // A hub with its store, on a loop that the test drives.
@@ -60,15 +97,28 @@ public:
 
     std::string heard;  // "1:one 2:two gap:2 "; a star: from this hub
     std::string logged;
+    std::map<std::string, std::string> users;  // of each room, as on_presence() has told last
+    int presences = 0;                         // calls of on_presence()
+    ChatEntry latest;                          // of presence
 
 private:
     void on_entry(const ChatEntry& entry) override {
+        if (entry.is_presence()) {
+            heard += summary_of(entry);
+            latest = entry;
+            return;
+        }
         heard += std::to_string(entry.id) + ":" + entry.text + (entry.sender == 7 ? "* " : " ");
     }
     void on_duplicate(const ChatEntry& entry) override { heard += "duplicate:" + std::to_string(entry.id) + " "; }
     void on_failure(const ChatEntry& entry, const std::string& cause) override {
         heard += "failed:" + entry.text + " ";
         logged += cause + ";";
+    }
+    void on_refused(const ChatEntry&, std::string_view code) override { heard += std::string(code) + " "; }
+    void on_presence(const std::string& room, const std::vector<ChatEntry>& all) override {
+        users[room] = presence_summary(all);
+        ++presences;
     }
     void on_fact(const ChatFact& fact) override { heard += fact.key + "=" + fact.value + " "; }
     void on_position(const std::string&, const HistoryPage& page) override {
@@ -326,6 +376,90 @@ TEST_CASE("a full queue for Redis refuses messages, and a server may start witho
     CHECK(contains(node.logged, "Redis does not answer"));
     CHECK(contains(node.logged, "redis_unreachable redis=redis://127.0.0.1:1/0 cause=Connection refused"));
     CHECK(node.read().error == "Redis does not answer");
+}
+
+TEST_CASE("Redis decides who is present by the rules of PresenceTable") {
+    using Kind = ChatEntry::Kind;
+    const RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) {
+        each->watch();
+        each->wait([&] { return each->presences == 1; });
+        CHECK(each->users["tea"] == "");
+    }
+    PresenceTable table;
+    std::mt19937 random(42);
+    const auto any = [&](unsigned count) { return std::to_string(random() % count + 1); };
+    for (int i = 0; i < 300; ++i) {
+        const Kind kind = std::array{Kind::join, Kind::join, Kind::away, Kind::leave, Kind::rename}[random() % 5];
+        const std::string user = any(6), author = user > "4" ? "" : user > "2" ? "account " + user : "key " + user;
+        ChatEntry entry = presence(kind, user, "Name" + any(4), "h" + any(3),
+                                   kind == Kind::rename ? "NAME" + any(5) : "about", author);
+        for (Node* each : {&one, &two}) each->heard.clear();
+        one.store().forward(entry);
+        const std::string code(table.apply(entry));
+        one.wait_for(code.empty() ? summary_of(entry) : code + " ");
+        if (!code.empty()) continue;
+        two.wait_for(summary_of(entry));
+        CHECK(two.latest.text == entry.text);
+    }
+    const std::string expected = presence_summary(table.users("tea"));
+    CHECK(expected != "");
+    const int before = two.presences;
+    two.store().watch("tea");
+    two.wait([&] { return two.presences > before; });
+    CHECK(two.users["tea"] == expected);
+    std::optional<std::size_t> present;
+    two.store().rooms(10, [&](const std::vector<std::pair<std::string, std::size_t>>& rooms, const std::string&) {
+        present = rooms.size() == 1 && rooms[0].first == "tea" ? rooms[0].second : 0;
+    });
+    two.wait([&] { return present.has_value(); });
+    CHECK(*present == table.rooms(10)[0].second);
+}
+
+TEST_CASE("a hub that no longer beats is forgotten, and hears of it if it lives") {
+    using Kind = ChatEntry::Kind;
+    const RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) each->watch();
+    one.store().beat("h1");
+    two.store().beat("h2");
+    one.store().forward(presence(Kind::join, "u1", "Anna", "h1"));
+    one.store().forward(presence(Kind::join, "u2", "Bert", "h1", "", "key 2"));
+    two.wait_for("join:u2=Bert@h1 ");
+    two.store().forward(presence(Kind::join, "u2", "Bert", "h2", "", "key 2"));
+    two.wait_for("join:u2=Bert@h2~");
+    redis.cli("zadd wschat:hubs 1 h1");
+    two.store().beat("h2");
+    two.wait_for("leave:u1=Anna@h1 ");
+    two.wait_for("leave:u2=Bert@h1~ ");
+    const int before = one.presences;
+    one.store().beat("h1");
+    one.wait([&] { return one.presences > before && one.users["tea"] == "join:u2=Bert@h2 "; });
+    // After a restart without data, each hub hears that nobody is known.
+    redis.cli("flushall");
+    for (Node* each : {&one, &two}) each->wait([&] { return each->users["tea"] == ""; });
+}
+
+TEST_CASE("what is not kept comes once to all servers, and fails while Redis is away") {
+    RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) each->watch();
+    ChatEntry entry = StoreFixture::entry(ChatEntry::Kind::private_message, "psst");
+    entry.to = "bert";
+    one.store().forward(entry);
+    for (Node* each : {&one, &two}) each->wait_for("0:psst ");
+    entry.kind = ChatEntry::Kind::direct;
+    entry.text = "for one";
+    entry.room = "";
+    entry.to_user = "u9";
+    two.store().forward(entry);
+    for (Node* each : {&one, &two}) each->wait_for("0:for one ");
+    redis.kill();
+    one.wait([&] { return contains(one.logged, "redis_lost"); });
+    one.store().forward(entry);
+    one.wait_for("failed:for one");
+    CHECK(one.heard == "0:psst 0:for one failed:for one ");
 }
 
 TEST_CASE("a Redis without memory refuses messages, and takes them again later") {
