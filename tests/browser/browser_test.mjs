@@ -205,7 +205,7 @@ class User {
   }
 
   waitForNotice(text) {
-    return this.waitFor(text => [...document.querySelectorAll('#log .notice bdi')].some(line => line.textContent === text), text);
+    return this.waitFor(text => [...document.querySelectorAll('#log .notice bdi')].some(line => line.textContent.replace(/[\u2068\u2069]/g, '') === text), text);
   }
 
   countMessages(text) {
@@ -477,7 +477,7 @@ async function testRooms(path) {
     await bob.page.click('#room-list button[aria-label="Leave # milk and sugar"]');
     await bob.waitFor(() => document.querySelectorAll('#room-list li').length === 1);
     await bob.submit('/leave');
-    await bob.waitFor(() => document.querySelector('#room').textContent === 'No room' && document.querySelector('#count').textContent === '0 here');
+    await bob.waitFor(() => document.querySelector('#room').textContent === 'No room' && document.querySelector('#count').textContent === '' && document.querySelector('#show-people').hidden);
     await bob.page.evaluate(() => { location.hash = 'tea'; });
     await bob.waitForUsers(['Anna', 'Bob']);
   });
