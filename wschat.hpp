@@ -187,9 +187,11 @@
 
 #if defined(__GNUC__)
 #define WSCHAT_NOINLINE __attribute__((noinline))
+#define WSCHAT_INLINE inline __attribute__((always_inline))  // small, or with one caller that is fast
 #define WSCHAT_COLD __attribute__((cold))  // set-up, pages, refusals, logs: rather small, and soon compiled, than fast
 #else
 #define WSCHAT_NOINLINE
+#define WSCHAT_INLINE inline
 #define WSCHAT_COLD
 #endif
 
@@ -650,6 +652,7 @@ public:
         if (chunk_ != nullptr) chunk_->release();
     }
     Chunk* operator->() const { return chunk_; }
+    Chunk* get() const { return chunk_; }
     explicit operator bool() const { return chunk_ != nullptr; }
     friend bool operator==(const ChunkRef& a, const ChunkRef& b) { return a.chunk_ == b.chunk_; }
 
@@ -678,8 +681,8 @@ public:
     SendArena& operator=(const SendArena&) = delete;
 
     // The caller fills the n bytes through writable(slice).
-    Slice allocate(std::size_t n) {
-        ChunkRef chunk = n > max_pooled_slice ? ChunkRef(Chunk::make(n, false)) : pooled_chunk(n);
+    WSCHAT_INLINE Slice allocate(std::size_t n) {
+        ChunkRef chunk(n > max_pooled_slice ? Chunk::make(n, false) : pooled_chunk(n));
         const std::size_t begin = chunk->size();
         chunk->advance(n);
         return {std::move(chunk), begin, begin + n};
@@ -710,25 +713,26 @@ private:
     static constexpr std::size_t pooled_size = 256 * 1024;
     static constexpr std::size_t max_pooled = 8;
 
-    const ChunkRef& pooled_chunk(std::size_t n) {
-        if (current_ < pool_.size()) {
-            ChunkRef& current = pool_[current_];
-            if (!current->shared()) current->clear();
-            if (current->available() >= n) return current;
-        }
-        for (current_ = 0; current_ < pool_.size(); ++current_) {
-            if (pool_[current_]->shared()) continue;
-            pool_[current_]->clear();
-            return pool_[current_];
+    Chunk* pooled_chunk(std::size_t n) {
+        if (current_ == nullptr) return next_pooled_chunk();
+        if (!current_->shared()) current_->clear();
+        return current_->available() >= n ? current_ : next_pooled_chunk();
+    }
+    WSCHAT_NOINLINE Chunk* next_pooled_chunk() {
+        for (const ChunkRef& chunk : pool_) {
+            if (chunk->shared()) continue;
+            chunk->clear();
+            return current_ = chunk.get();
         }
         ChunkRef chunk(Chunk::make(pooled_size, true));
+        current_ = chunk.get();
         if (pool_.size() < max_pooled) pool_.push_back(std::move(chunk));
-        else pool_[current_ = 0] = std::move(chunk);  // the queues that use the old chunk keep it alive
-        return pool_[current_];
+        else pool_[0] = std::move(chunk);  // the queues that use the old chunk keep it alive
+        return current_;
     }
 
     std::vector<ChunkRef> pool_;
-    std::size_t current_ = 0;
+    Chunk* current_ = nullptr;  // one of the pool, which is filled
     std::vector<Bytes> buffers_;
 };
 
@@ -746,20 +750,23 @@ public:
     bool empty() const { return size_ == 0; }
     // The bytes, and the sent part of the oldest chunk, which stays until all of that chunk is sent.
     std::size_t held() const {
-        const Slice& oldest = front_ < older_.size() ? older_[front_] : tail_;
+        const Slice& oldest = has_older() ? older_[front_] : tail_;
         return oldest.chunk && !oldest.chunk->pooled() ? size_ + oldest.begin : size_;
     }
 
-    void append(const Slice& slice) {
-        if (slice.size() == 0) return;
-        push(slice);
-        size_ += slice.size();
+    template <class AnySlice>
+    void append(AnySlice&& slice) {
+        const std::size_t size = slice.size();
+        if (size == 0) return;
+        push(std::forward<AnySlice>(slice));
+        size_ += size;
     }
 
     // Writes at most max pieces, the oldest first. Returns their number.
     std::size_t gather(std::string_view* pieces, std::size_t max) const {
         std::size_t count = 0;
-        for (std::size_t i = front_; i < older_.size() && count < max; ++i) pieces[count++] = older_[i].view();
+        if (has_older())
+            for (std::size_t i = front_; i < older_.size() && count < max; ++i) pieces[count++] = older_[i].view();
         if (count < max && tail_.size() != 0) pieces[count++] = tail_.view();
         return count;
     }
@@ -767,23 +774,8 @@ public:
     // Removes the first n bytes.
     void consume(std::size_t n) {
         size_ -= n;
-        if (size_ == 0 && older_.empty()) {
-            tail_ = Slice();
-            return;
-        }
-        while (n != 0 && front_ < older_.size()) {
-            Slice& slice = older_[front_];
-            const std::size_t part = n < slice.size() ? n : slice.size();
-            slice.begin += part;
-            n -= part;
-            if (slice.size() == 0) {
-                slice = Slice();
-                ++front_;
-            }
-        }
-        tail_.begin += n;
-        if (tail_.chunk && tail_.size() == 0) tail_ = Slice();
-        if (front_ != 0) erase_sent();
+        if (size_ == 0 && older_.empty()) tail_ = Slice();
+        else consume_pieces(n);
     }
 
     // Copies slices of pooled chunks into private chunks, because a small slice would keep a complete pooled chunk in
@@ -807,13 +799,32 @@ public:
 private:
     static constexpr std::size_t private_chunk_size = 16 * 1024;
 
-    void push(const Slice& slice) {
+    bool has_older() const { return !older_.empty() && front_ < older_.size(); }
+
+    template <class AnySlice>
+    void push(AnySlice&& slice) {
         if (tail_.end == slice.begin && tail_.chunk == slice.chunk) {
             tail_.end = slice.end;
             return;
         }
         if (tail_.size() != 0) older_.push_back(std::move(tail_));
-        tail_ = slice;
+        tail_ = std::forward<AnySlice>(slice);
+    }
+
+    WSCHAT_NOINLINE void consume_pieces(std::size_t n) {
+        while (n != 0 && front_ < older_.size()) {
+            Slice& slice = older_[front_];
+            const std::size_t part = n < slice.size() ? n : slice.size();
+            slice.begin += part;
+            n -= part;
+            if (slice.size() == 0) {
+                slice = Slice();
+                ++front_;
+            }
+        }
+        tail_.begin += n;
+        if (tail_.chunk && tail_.size() == 0) tail_ = Slice();
+        if (front_ != 0) erase_sent();
     }
 
     // Only a private chunk of this queue is not pooled and has free space. It is filled before another one begins, so
@@ -834,7 +845,7 @@ private:
         const std::size_t begin = chunk->size();
         std::memcpy(chunk->end(), bytes.data(), bytes.size());
         chunk->advance(bytes.size());
-        push({std::move(chunk), begin, begin + bytes.size()});
+        push(Slice{std::move(chunk), begin, begin + bytes.size()});
     }
 
     // An empty queue also frees the capacity that a long backlog needed.
@@ -1561,15 +1572,25 @@ private:
     void (*call_)(void* target, Arguments... arguments);
 };
 
-// Runs the call and passes what it throws to report(what). Returns false if it threw.
-WSCHAT_NOINLINE inline bool run_guarded(FunctionRef<> call, FunctionRef<const char*> report) {
+// In a catch block: passes what was thrown to report(what).
+WSCHAT_NOINLINE WSCHAT_COLD inline void report_current(FunctionRef<const char*> report) {
     try {
-        call();
-        return true;
+        throw;
     } catch (const std::exception& error) {
         report(error.what());
     } catch (...) {
         report("not a std::exception");
+    }
+}
+
+// Runs the call and passes what it throws to report(what). Returns false if it threw. Costs nothing if it did not.
+template <class Call, class Report>
+WSCHAT_INLINE bool run_guarded(Call&& call, Report&& report) {
+    try {
+        call();
+        return true;
+    } catch (...) {
+        report_current(report);
     }
     return false;
 }
@@ -1591,12 +1612,6 @@ namespace detail {
 
 // Our end of a connection: a server receives masked frames and sends unmasked ones, a client the reverse.
 enum class Role : std::uint8_t { server, client };
-
-// Code and reason of the Close frame that fails a connection.
-struct Failure {
-    CloseCode code;
-    std::string_view reason;
-};
 
 using MaskKey = std::array<unsigned char, 4>;
 
@@ -1639,27 +1654,50 @@ inline std::size_t mask_blocks_avx2(char*, std::size_t, std::uint64_t, std::uint
 
 #endif
 
-// RFC 6455 5.3: masks or unmasks in place. `offset`: the position of `data` in its payload. Returns whether all bytes
-// are ASCII afterwards, which saves a second pass for the UTF-8 check.
-inline bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
-    MaskKey key = mask;
-    if (offset % 4 != 0)
-        for (std::size_t i = 0; i < 4; ++i) key[i] = mask[(offset + i) % 4];
-    std::uint32_t half;
-    std::memcpy(&half, key.data(), 4);
-    const std::uint64_t word = half * std::uint64_t{0x0000000100000001};
+// Masks with the key in `word`, which is repeated in it. Returns a word that has the bits of all bytes.
+inline std::uint64_t mask_bytes(char* data, std::size_t size, std::uint64_t word) {
     std::uint64_t bits = 0;
-    std::size_t i = size >= 64 && has_avx2() ? mask_blocks_avx2(data, size, word, bits) : 0;
+    std::size_t i = 0;
+#if defined(__GNUC__)
+    typedef std::uint64_t Pair __attribute__((vector_size(16)));
+    Pair all = {0, 0}, next_pair;
+    for (const Pair key = {word, word}; size - i >= 16; i += 16) {
+        std::memcpy(&next_pair, data + i, 16);
+        all |= next_pair ^= key;
+        std::memcpy(data + i, &next_pair, 16);
+    }
+    bits = all[0] | all[1];
+#endif
     for (std::uint64_t next; size - i >= 8; i += 8) {
         std::memcpy(&next, data + i, 8);
         bits |= next ^= word;
         std::memcpy(data + i, &next, 8);
     }
-    for (; i < size; ++i) {
-        const auto byte = static_cast<unsigned char>(static_cast<unsigned char>(data[i]) ^ key[i % 4]);
+    unsigned char key[8];
+    std::memcpy(key, &word, 8);
+    for (std::size_t k = 0; i < size; ++i, ++k) {
+        const auto byte = static_cast<unsigned char>(static_cast<unsigned char>(data[i]) ^ key[k]);
         bits |= byte;
         data[i] = static_cast<char>(byte);
     }
+    return bits;
+}
+WSCHAT_NOINLINE inline std::uint64_t mask_large(char* data, std::size_t size, std::uint64_t word) {
+    std::uint64_t bits = 0;
+    const std::size_t done = has_avx2() ? mask_blocks_avx2(data, size, word, bits) : 0;
+    return bits | mask_bytes(data + done, size - done, word);
+}
+
+// RFC 6455 5.3: masks or unmasks in place. `offset`: the position of `data` in its payload. Returns whether all bytes
+// are ASCII afterwards, which saves a second pass for the UTF-8 check.
+inline bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
+    unsigned char key[8];  // twice, so that it can begin at each offset
+    std::memcpy(key, mask.data(), 4);
+    std::memcpy(key + 4, mask.data(), 4);
+    std::uint32_t half;
+    std::memcpy(&half, key + offset % 4, 4);
+    const std::uint64_t word = half * std::uint64_t{0x0000000100000001};
+    const std::uint64_t bits = size < 256 ? mask_bytes(data, size, word) : mask_large(data, size, word);
     return (bits & 0x8080808080808080u) == 0;
 }
 
@@ -1668,89 +1706,109 @@ constexpr std::size_t encoded_size(const FrameHeader& header) {
 }
 
 // Writes encoded_size(header) bytes, with the length in its shortest form. Returns the end of the header.
-inline char* encode(const FrameHeader& header, char* out) {
+WSCHAT_INLINE char* encode(const FrameHeader& header, char* out) {
     const auto put = [&out](std::uint64_t byte) { *out++ = static_cast<char>(byte & 0xFF); };
     put((header.fin ? 0x80u : 0u) | (header.rsv1 ? 0x40u : 0u) | static_cast<unsigned>(header.opcode));
     const unsigned mask_bit = header.masked ? 0x80u : 0u;
-    const int length_bytes = header.length < 126 ? 0 : header.length < 65536 ? 2 : 8;
-    put(mask_bit | (length_bytes == 0 ? header.length : length_bytes == 2 ? 126u : 127u));
-    for (int i = length_bytes; i-- > 0;) put(header.length >> (8 * i));
-    if (header.masked)
-        for (const unsigned char byte : header.mask) put(byte);
-    return out;
+    if (header.length < 126) {
+        put(mask_bit | header.length);
+    } else {
+        const int length_bytes = header.length < 65536 ? 2 : 8;
+        put(mask_bit | (length_bytes == 2 ? 126u : 127u));
+        for (int i = length_bytes; i-- > 0;) put(header.length >> (8 * i));
+    }
+    if (!header.masked) return out;
+    std::memcpy(out, header.mask.data(), header.mask.size());
+    return out + header.mask.size();
 }
 
 struct ParsedFrame {
     enum class Outcome : std::uint8_t { need_more, header, failure };
 
     Outcome outcome = Outcome::need_more;
-    std::size_t size = 0;  // of the header
-    FrameHeader header{};
-    Failure failure{};
+    std::uint8_t size = 0;         // of the header
+    const char* reason = nullptr;  // of a failure, which closes the connection with CloseCode::protocol_error
 };
 
 // Parses the frame headers of one direction of a connection. Its only state is whether a fragmented message is open.
 class FrameParser {
 public:
     // `role`: our end. `compression`: allows RSV1 in the first frame of a message (RFC 7692 6).
-    explicit FrameParser(Role role = Role::server, bool compression = false) : role_(role), compression_(compression) {}
+    explicit FrameParser(Role role = Role::server, bool compression = false)
+        : masked_(role == Role::server), compression_(compression) {}
 
     // Parses the header at the front of `bytes`, not the payload. Fails as soon as a byte breaks a rule, even if the
-    // header is incomplete.
-    ParsedFrame parse(std::string_view bytes) {
-        ParsedFrame parsed;
+    // header is incomplete. `header` is only valid if the outcome is `header`.
+    WSCHAT_INLINE ParsedFrame parse(std::string_view bytes, FrameHeader& header) {
         const auto byte = [bytes](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
-        if (bytes.empty()) return parsed;
-        FrameHeader& header = parsed.header;
+        if (bytes.empty()) return {};
 
         // 1. The first byte: FIN, RSV1-3, opcode.
-        header.fin = (byte(0) & 0x80) != 0;
-        header.rsv1 = (byte(0) & 0x40) != 0;
-        header.opcode = static_cast<Opcode>(byte(0) & 0x0F);
-        if (const char* reason = first_byte_error(byte(0), header)) return failed(reason);
-        if (bytes.size() < 2) return parsed;
+        const unsigned char first = byte(0);
+        if (const char* reason = first_byte_error(first)) return failed(reason);
+        const bool fin = (first & 0x80) != 0, control = (first & 0x08) != 0;
+        if (bytes.size() < 2) return {};
 
         // 2. The second byte: MASK, and the length or the form of the length.
-        header.masked = (byte(1) & 0x80) != 0;
-        const unsigned short_length = byte(1) & 0x7F;
-        if (header.masked != (role_ == Role::server))
-            return failed(role_ == Role::server ? "frame from a client is not masked"
-                                                : "frame from a server is masked");
-        if (is_control(header.opcode) && short_length > 125) return failed("control frame is longer than 125 bytes");
+        const unsigned char second = byte(1);
+        const bool masked = (second & 0x80) != 0;
+        if (masked != masked_)
+            return failed(masked_ ? "frame from a client is not masked" : "frame from a server is masked");
+        std::uint64_t length = second & 0x7F;
+        std::size_t size = 2;
+        if (length > 125) {
+            const ParsedFrame parsed = parse_length(bytes, control, length);
+            if (parsed.outcome != ParsedFrame::Outcome::header) return parsed;
+            size = parsed.size;
+        }
 
-        // 3. The length.
-        const std::size_t length_bytes = short_length < 126 ? 0 : short_length == 126 ? 2 : 8;
-        const std::size_t size = 2 + length_bytes + (header.masked ? 4 : 0);
-        if (length_bytes == 8)
-            if (const char* reason = long_length_error(bytes.substr(2))) return failed(reason);
-        if (bytes.size() < 2 + length_bytes) return parsed;
-        header.length = length_bytes == 0 ? short_length : 0;
-        for (std::size_t i = 0; i < length_bytes; ++i) header.length = header.length << 8 | byte(2 + i);
-        if (length_bytes == 2 && header.length < 126) return failed(not_shortest);
-
-        // 4. The mask.
-        if (bytes.size() < size) return parsed;
-        if (header.masked) std::memcpy(header.mask.data(), bytes.data() + size - 4, 4);
-        if (!is_control(header.opcode)) message_open_ = !header.fin;
-        parsed.outcome = ParsedFrame::Outcome::header;
-        parsed.size = size;
-        return parsed;
+        // 3. The mask.
+        if (masked) {
+            if (bytes.size() < size + 4) return {};
+            std::memcpy(header.mask.data(), bytes.data() + size, 4);
+            size += 4;
+        }
+        header.fin = fin;
+        header.rsv1 = (first & 0x40) != 0;
+        header.opcode = static_cast<Opcode>(first & 0x0F);
+        header.masked = masked;
+        header.length = length;
+        if (!control) message_open_ = !fin;
+        return {ParsedFrame::Outcome::header, static_cast<std::uint8_t>(size)};
     }
 
 private:
-    const char* first_byte_error(unsigned char byte, const FrameHeader& header) const {
-        if ((byte & 0x70) != 0 && ((byte & 0x30) != 0 || !compression_))
-            return "reserved bit is set and no extension was negotiated";
-        const unsigned opcode = byte & 0x0F;
-        if ((opcode > 0x2 && opcode < 0x8) || opcode > 0xA) return "opcode is reserved";
-        // RFC 7692 6.1: "An endpoint MUST NOT set the "Per-Message Compressed" bit of control frames and non-first
-        // fragments of a data message."
-        if (header.rsv1 && header.opcode != Opcode::text && header.opcode != Opcode::binary)
-            return "frame is marked as compressed and does not begin a message";
-        if (is_control(header.opcode)) return header.fin ? nullptr : "control frame is fragmented";
-        if (header.opcode == Opcode::continuation) return message_open_ ? nullptr : "continuation without a message";
-        return message_open_ ? "new message before the end of a fragmented message" : nullptr;
+    // `length` is the form of the length, and becomes the length. Returns what parse() returns, without the mask.
+    WSCHAT_NOINLINE static ParsedFrame parse_length(std::string_view bytes, bool control, std::uint64_t& length) {
+        if (control) return failed("control frame is longer than 125 bytes");
+        const std::size_t length_bytes = length == 126 ? 2 : 8;
+        if (length_bytes == 8)
+            if (const char* reason = long_length_error(bytes.substr(2))) return failed(reason);
+        if (bytes.size() < 2 + length_bytes) return {};
+        length = 0;
+        for (std::size_t i = 0; i < length_bytes; ++i) length = length << 8 | static_cast<unsigned char>(bytes[2 + i]);
+        if (length_bytes == 2 && length < 126) return failed(not_shortest);
+        return {ParsedFrame::Outcome::header, static_cast<std::uint8_t>(2 + length_bytes)};
     }
+    const char* first_byte_error(unsigned char byte) const {
+        const unsigned opcode = byte & 0x0F;
+        if ((byte & 0x70) != 0)
+            if (const char* reason = reserved_bit_error(byte)) return reason;
+        if (opcode == 0x1 || opcode == 0x2)
+            return message_open_ ? "new message before the end of a fragmented message" : nullptr;
+        if (opcode == 0x0) return message_open_ ? nullptr : "continuation without a message";
+        if (!known(opcode)) return opcode_reserved;
+        return (byte & 0x80) != 0 ? nullptr : "control frame is fragmented";
+    }
+    // RFC 7692 6.1: "An endpoint MUST NOT set the "Per-Message Compressed" bit of control frames and non-first
+    // fragments of a data message."
+    WSCHAT_NOINLINE const char* reserved_bit_error(unsigned char byte) const {
+        const unsigned opcode = byte & 0x0F;
+        if ((byte & 0x30) != 0 || !compression_) return "reserved bit is set and no extension was negotiated";
+        if (opcode == 0x1 || opcode == 0x2) return nullptr;
+        return known(opcode) ? "frame is marked as compressed and does not begin a message" : opcode_reserved;
+    }
+    static bool known(unsigned opcode) { return opcode <= 0x2 || (opcode >= 0x8 && opcode <= 0xA); }
     // RFC 6455 5.2: "the most significant bit MUST be 0", "the minimal number of bytes MUST be used to encode the
     // length". `bytes` is incomplete or longer than the length. Two bytes are enough if the first six are zero.
     static const char* long_length_error(std::string_view bytes) {
@@ -1760,23 +1818,18 @@ private:
         return high_bytes.size() == 6 && high_bytes.find_first_not_of('\0') == std::string_view::npos ? not_shortest
                                                                                                       : nullptr;
     }
-    static ParsedFrame failed(const char* reason) {
-        ParsedFrame parsed;
-        parsed.outcome = ParsedFrame::Outcome::failure;
-        parsed.failure = {CloseCode::protocol_error, reason};
-        return parsed;
-    }
+    static ParsedFrame failed(const char* reason) { return {ParsedFrame::Outcome::failure, 0, reason}; }
 
     static constexpr const char* not_shortest = "length is not in its shortest form";
+    static constexpr const char* opcode_reserved = "opcode is reserved";
 
-    Role role_;
+    bool masked_;  // the frames must be
     bool compression_;
     bool message_open_ = false;
 };
 
-// Encodes the payload with the header, whose length is set from the payload.
-inline Slice encode_frame(SendArena& arena, FrameHeader header, std::string_view payload) {
-    header.length = payload.size();
+// Encodes the payload with the header, which has its length.
+WSCHAT_INLINE Slice encode_frame(SendArena& arena, const FrameHeader& header, std::string_view payload) {
     Slice slice = arena.allocate(encoded_size(header) + payload.size());
     char* out = encode(header, SendArena::writable(slice));
     if (!payload.empty()) std::memcpy(out, payload.data(), payload.size());
@@ -1790,6 +1843,7 @@ inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view pay
     header.opcode = opcode;
     header.masked = true;
     header.mask = mask;
+    header.length = payload.size();
     return encode_frame(arena, header, payload);
 }
 
@@ -3581,10 +3635,12 @@ public:
         input_ = data;
         input_end_ = data + size;
         record_activity(now);
-        if (metered_ && limits_->bytes_per_second != 0)
-            cold().bytes.charge(static_cast<double>(size), byte_rate(), now);
+        if (metered_) charge_bytes(size);
     }
 
+    // Whether the rate of messages or of bytes is limited.
+    bool metered() const { return metered_; }
+    bool over_rate(Time now) const { return input_due() > now; }
     // Limits::messages_per_second and bytes_per_second: when input may continue. The caller pauses it until then.
     Time input_due() const {
         Time due{};
@@ -3599,13 +3655,8 @@ public:
     // The buffer for the next bytes of a large frame, which is the end of its message. Returns {null, 0} if the
     // transport should use its own buffer. The buffer grows with the received bytes, not with the announced length.
     std::pair<char*, std::size_t> receive_buffer() {
-        if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read_size ||
-            message_.size() < direct_read_size || inflating_)
-            return {nullptr, 0};
-        const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
-        if (message_.available() < direct_read_size)
-            message_.reserve(static_cast<std::size_t>(wanted), wanted == frame_left_ && frame_.fin);
-        return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.available()))};
+        if (!in_payload_) return {nullptr, 0};
+        return buffer_for_payload();
     }
 
     // The transport has ended, by a FIN or by an error. The reason says which.
@@ -3613,29 +3664,8 @@ public:
 
     // Returns the next event, or `none` if more bytes are needed. The close event is the last one and occurs once.
     Event next_event() {
-        if (message_delivered_) {
-            arena_->recycle(std::move(message_));
-            message_delivered_ = false;
-        }
-        while (state_ == State::open || state_ == State::closing) {
-            if (!in_payload_ && !read_header()) break;
-            if (!in_payload_) continue;
-            const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
-            if (!whole && input_ == input_end_) break;
-            const Event event = is_control(frame_.opcode) ? read_control() : read_data(whole);
-            if (event.kind == Event::Kind::none) {
-                if (frames_read_ >= frame_budget && input_ != input_end_) return {Event::Kind::paused};
-                continue;
-            }
-            if (metered_ && event.kind == Event::Kind::message && limits_->messages_per_second != 0)
-                cold().messages.charge(1, message_rate(), last_activity_);
-            return event;
-        }
-        if (cold_ && input_ == input_end_) cold_->resumed_input.release();
-        if (state_ != State::closed || close_reported_) return {};
-        close_reported_ = true;
-        message_.release();
-        return {Event::Kind::close, Message(std::string_view())};
+        const bool nothing = input_ == input_end_ && !in_payload_ && !message_delivered_ && !cold_;
+        return nothing && state_ == State::open ? Event() : read_event();
     }
 
     // Stores the rest of the input until resume_input(). The caller must not call receive() in between.
@@ -3685,30 +3715,18 @@ public:
         return !output_.empty() && output_.size() + size > limits_->max_backlog;
     }
 
-    WriteStatus send(Opcode opcode, std::string_view payload) {
-        if (!can_send(frame_size(payload.size()))) return reject_write();
+    WSCHAT_NOINLINE WriteStatus send(Opcode opcode, std::string_view payload) {
+        if (!output_.empty() || state_ != State::open)
+            if (!can_send(frame_size(payload.size()))) return reject_write();
         return enqueue(should_compress(payload.size()) ? compressed_frame(opcode, payload) : frame(opcode, payload));
     }
     // The same, but a server passes a large message to the transport without a copy while the queue is empty:
     // `offer(pieces, count)` returns how many bytes the transport takes. Only the rest is copied.
     template <class Offer>
     WriteStatus send(Opcode opcode, std::string_view payload, Offer&& offer) {
-        if (payload.size() < direct_send_size || mask_source_ != nullptr || !output_.empty() || write_blocked_ ||
-            state_ != State::open || should_compress(payload.size()))
-            return send(opcode, payload);
-        FrameHeader header;
-        header.opcode = opcode;
-        header.length = payload.size();
-        char head[FrameHeader::max_size];
-        const std::string_view pieces[2] = {{head, static_cast<std::size_t>(encode(header, head) - head)}, payload};
-        std::size_t sent = offer(pieces, 2);
-        if (state_ != State::open) return WriteStatus::closed;  // the transport has failed
-        for (std::string_view piece : pieces) {
-            const std::size_t skip = (std::min)(sent, piece.size());
-            sent -= skip;
-            if (skip != piece.size()) output_.append(copy(*arena_, piece.substr(skip)));
-        }
-        return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
+        const bool copied = payload.size() < direct_send_size || mask_source_ != nullptr || !output_.empty() ||
+                            write_blocked_ || state_ != State::open || should_compress(payload.size());
+        return copied ? send(opcode, payload) : send_in_place(opcode, payload, offer);
     }
     // A client must mask each frame with a new key, so only a server shares the frame.
     WriteStatus send(const EncodedFrame& frame) {
@@ -3796,7 +3814,7 @@ public:
     static Duration drain_time(std::size_t backlog) { return std::chrono::seconds(backlog / (64 * 1024)); }
 
     // When to call tick(). Time::max() for never. Input moves it to a later time.
-    Time deadline() const {
+    WSCHAT_INLINE Time deadline() const {
         if (state_ == State::closing) return deadline_after(wait_started_, limits_->closing_timeout);
         if (state_ != State::open || limits_->ping_interval == Duration::zero()) return (Time::max)();
         return ping_unanswered() ? deadline_after(wait_started_, limits_->ping_timeout)
@@ -3832,9 +3850,57 @@ private:
 
     // ---- frames ----------------------------------------------------------------------------------------------------
 
+    WSCHAT_NOINLINE Event read_event() {
+        Event event;
+        if (message_delivered_) recycle_message();
+        while (state_ == State::open || state_ == State::closing) {
+            if (!in_payload_ && !read_header()) break;
+            if (!in_payload_) continue;
+            const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
+            if (!whole && input_ == input_end_) break;
+            if (is_control(frame_.opcode)) event = read_control();
+            else if (inflating_) event = read_compressed();
+            else read_data(whole, event);
+            if (event.kind != Event::Kind::none) {
+                if (metered_ && event.kind == Event::Kind::message) charge_message();
+                return event;
+            }
+            if (frames_read_ >= frame_budget && input_ != input_end_) {
+                event.kind = Event::Kind::paused;
+                return event;
+            }
+        }
+        if (cold_ && input_ == input_end_) cold_->resumed_input.release();
+        if (state_ != State::closed || close_reported_) return event;
+        close_reported_ = true;
+        message_.release();
+        event.kind = Event::Kind::close;
+        return event;
+    }
+
+    WSCHAT_NOINLINE void recycle_message() {
+        arena_->recycle(std::move(message_));
+        message_delivered_ = false;
+    }
+    WSCHAT_NOINLINE std::pair<char*, std::size_t> buffer_for_payload() {
+        if (is_control(frame_.opcode) || frame_left_ < direct_read_size || message_.size() < direct_read_size ||
+            inflating_)
+            return {nullptr, 0};
+        const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
+        if (message_.available() < direct_read_size)
+            message_.reserve(static_cast<std::size_t>(wanted), wanted == frame_left_ && frame_.fin);
+        return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.available()))};
+    }
+    WSCHAT_NOINLINE void charge_bytes(std::size_t size) {
+        if (limits_->bytes_per_second != 0) cold().bytes.charge(static_cast<double>(size), byte_rate(), last_activity_);
+    }
+    WSCHAT_NOINLINE void charge_message() {
+        if (limits_->messages_per_second != 0) cold().messages.charge(1, message_rate(), last_activity_);
+    }
+
     // Parses the next header. Returns false if more bytes are needed. If the header is invalid or breaks a limit, the
     // connection fails, and in_payload_ stays false.
-    bool read_header() {
+    WSCHAT_INLINE bool read_header() {
         const auto available = static_cast<std::size_t>(input_end_ - input_);
         if (available == 0) return false;
 
@@ -3848,9 +3914,9 @@ private:
         }
 
         // 2. Parse. Keep the bytes of an incomplete header.
-        const ParsedFrame parsed = parser_.parse(bytes);
+        const ParsedFrame parsed = parser_.parse(bytes, frame_);
         if (parsed.outcome == ParsedFrame::Outcome::failure) {
-            fail(parsed.failure.code, parsed.failure.reason);
+            fail(CloseCode::protocol_error, parsed.reason);
             return true;
         }
         if (parsed.outcome == ParsedFrame::Outcome::need_more) {
@@ -3864,14 +3930,13 @@ private:
         input_ += parsed.size - before;
         header_size_ = 0;
         ++frames_read_;
-        frame_ = parsed.header;
         frame_left_ = frame_.length;
         in_payload_ = is_control(frame_.opcode) || begin_data_frame();
         return true;
     }
 
     // Checks the limits on sizes and fragments before the payload arrives.
-    bool begin_data_frame() {
+    WSCHAT_INLINE bool begin_data_frame() {
         if (frame_.opcode != Opcode::continuation) {
             message_opcode_ = frame_.opcode;
             fragments_ = 0;
@@ -3879,69 +3944,68 @@ private:
             inflating_ = compression_available && frame_.rsv1;
             if (inflating_) compression_->begin_message();
         }
-        if (++fragments_ > limits_->max_fragments) {
-            fail(CloseCode::policy_violation,
-                 "message has more than " + std::to_string(limits_->max_fragments) + " fragments");
-            return false;
-        }
+        if (++fragments_ > limits_->max_fragments) return fail_fragments(), false;
         const std::size_t max = limits_->max_message_size;
         const bool fits = inflating_ ? compression_->compressed_size_allowed(frame_.length, max)
                                      : frame_.length <= max && message_.size() + frame_.length <= max;
         if (!fits) fail_too_big();
         return fits;
     }
-    void fail_too_big() {
+    WSCHAT_COLD void fail_fragments() {
+        fail(CloseCode::policy_violation,
+             "message has more than " + std::to_string(limits_->max_fragments) + " fragments");
+    }
+    WSCHAT_COLD void fail_too_big() {
         fail(CloseCode::message_too_big,
              "message is larger than " + std::to_string(limits_->max_message_size) + " bytes");
     }
-    Event fail_invalid_text() {
-        fail(CloseCode::invalid_payload, "text is not UTF-8");
-        return {};
-    }
+    WSCHAT_COLD void fail_invalid_text() { fail(CloseCode::invalid_payload, "text is not UTF-8"); }
 
-    // Consumes the available part of the payload: unmasks it in place and checks text, block by block while a block is
-    // in the cache. Returns nothing if the text is invalid.
-    std::optional<std::string_view> read_payload(bool text, std::uint64_t max = UINT64_MAX) {
+    // Consumes the available part of the payload, at most `max` bytes. False: the text is invalid.
+    WSCHAT_INLINE bool read_payload(std::string_view& part, bool text, std::uint64_t max = UINT64_MAX) {
         const auto size =
             static_cast<std::size_t>((std::min)({frame_left_, static_cast<std::uint64_t>(input_end_ - input_), max}));
-        const std::string_view part(input_, size);
-        for (std::size_t done = 0; done < size;) {
-            const std::size_t block = (std::min)(size - done, cached_block);
-            const bool ascii = frame_.masked && apply_mask(input_ + done, block, frame_.mask,
-                                                           static_cast<std::size_t>((frame_.length - frame_left_) % 4));
-            if (text && !(ascii && utf8_.complete()) && !utf8_.feed(input_ + done, block)) return std::nullopt;
-            done += block;
-            frame_left_ -= block;
-        }
+        part = {input_, size};
+        const auto offset = static_cast<std::size_t>((frame_.length - frame_left_) % 4);
         input_ += size;
-        if (frame_left_ == 0) in_payload_ = false;
-        return part;
+        frame_left_ -= size;
+        in_payload_ = frame_left_ != 0;
+        return size <= cached_block ? unmask(part, offset, text) : unmask_blocks(part, offset, text);
+    }
+    // Unmasks in place. False: it is not valid text.
+    WSCHAT_INLINE bool unmask(std::string_view part, std::size_t offset, bool text) {
+        const bool ascii =
+            frame_.masked && apply_mask(const_cast<char*>(part.data()), part.size(), frame_.mask, offset);
+        return !text || (ascii && utf8_.complete()) || utf8_.feed(part.data(), part.size());
+    }
+    // The same, block by block: each is unmasked and then checked while it is in the cache.
+    WSCHAT_NOINLINE bool unmask_blocks(std::string_view part, std::size_t offset, bool text) {
+        for (; !part.empty(); part.remove_prefix((std::min)(part.size(), cached_block)))
+            if (!unmask(part.substr(0, cached_block), offset, text)) return false;
+        return true;
     }
 
     // ---- messages --------------------------------------------------------------------------------------------------
 
-    Event read_data(bool whole) {
-        if (inflating_) return read_compressed();
-
+    // Sets `event` if the message is complete.
+    WSCHAT_INLINE void read_data(bool whole, Event& event) {
         // 1. Consume the input, and store it unless this frame is a whole message: that is delivered in place.
         const bool text = message_opcode_ == Opcode::text;
         const bool in_place = whole && frame_.fin && fragments_ == 1 && frame_left_ == frame_.length;
-        const auto part = read_payload(text);
-        if (!part) return fail_invalid_text();
-        if (!in_place) store(*part);
+        std::string_view part;
+        if (!read_payload(part, text)) return fail_invalid_text();
+        if (!in_place) store(part);
 
         // 2. Deliver the message if it is complete.
-        if (in_payload_ || !frame_.fin) return {};
+        if (in_payload_ || !frame_.fin) return;
         if (text && !utf8_.complete()) return fail_invalid_text();
         // RFC 6455 1.4: after our Close frame, the application gets no more messages.
-        if (state_ != State::open) {
-            message_.release();
-            return {};
-        }
+        if (state_ != State::open) return message_.release();
         message_delivered_ = !in_place;
-        return {Event::Kind::message, Message(in_place ? *part : message_.view(), message_opcode_)};
+        event.message = Message(in_place ? part : message_.view(), message_opcode_);
+        event.kind = Event::Kind::message;
     }
-    void store(std::string_view part) {
+    WSCHAT_NOINLINE void store(std::string_view part) {
         if (message_.capacity() == 0 && frame_.length >= direct_read_size) message_ = arena_->acquire_buffer();
         const bool received_in_place = part.data() == message_.end() && part.size() <= message_.available();
         if (received_in_place) message_.advance(part.size());
@@ -3951,8 +4015,9 @@ private:
     // Inflates each part when it arrives, into a block of the arena, until the budget is spent. A message that fits
     // into one block is delivered from that block. Parts of an unfinished message are copied, because an open message
     // must not hold a whole block.
-    Event read_compressed() {
-        const std::string_view part = *read_payload(false, cached_block);
+    WSCHAT_NOINLINE Event read_compressed() {
+        std::string_view part;
+        read_payload(part, false, cached_block);
         const bool last = !in_payload_ && frame_.fin;
         if (state_ != State::open) return {};  // RFC 6455 1.4, as in read_data()
         compression_->set_input(part, last);
@@ -3971,7 +4036,7 @@ private:
             }
         } while (outcome == Compression::Outcome::output_full);
         if (!last) return {inflate_budget_spent() ? Event::Kind::paused : Event::Kind::none};
-        if (message_opcode_ == Opcode::text && !utf8_.complete()) return fail_invalid_text();
+        if (message_opcode_ == Opcode::text && !utf8_.complete()) return fail_invalid_text(), Event();
         inflating_ = false;
         message_delivered_ = true;
         return {Event::Kind::message, Message(message_.view(), message_opcode_)};
@@ -4004,8 +4069,9 @@ private:
 
     // ---- control frames --------------------------------------------------------------------------------------------
 
-    Event read_control() {
-        std::string_view payload = *read_payload(false);
+    WSCHAT_NOINLINE Event read_control() {
+        std::string_view payload;
+        read_payload(payload, false);
         if (in_payload_ || (cold_ && !cold_->partial_control.empty())) {
             cold().partial_control.append(payload);
             if (in_payload_) return {};
@@ -4081,6 +4147,23 @@ private:
 
     // ---- frames to send --------------------------------------------------------------------------------------------
 
+    template <class Offer>
+    WSCHAT_NOINLINE WriteStatus send_in_place(Opcode opcode, std::string_view payload, Offer& offer) {
+        FrameHeader header;
+        header.opcode = opcode;
+        header.length = payload.size();
+        char head[FrameHeader::max_size];
+        const std::string_view pieces[2] = {{head, static_cast<std::size_t>(encode(header, head) - head)}, payload};
+        std::size_t sent = offer(pieces, 2);
+        if (state_ != State::open) return WriteStatus::closed;  // the transport has failed
+        for (std::string_view piece : pieces) {
+            const std::size_t skip = (std::min)(sent, piece.size());
+            sent -= skip;
+            if (skip != piece.size()) output_.append(copy(*arena_, piece.substr(skip)));
+        }
+        return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
+    }
+
     bool can_send(std::size_t size) const { return state_ == State::open && !exceeds_backlog(size); }
     bool drops_volatile(std::size_t size) const {
         return state_ == State::open && (write_blocked_ || exceeds_backlog(size));
@@ -4097,8 +4180,9 @@ private:
         return WriteStatus::closed;
     }
 
-    WriteStatus enqueue(const Slice& slice) {
-        output_.append(slice);
+    template <class AnySlice>
+    WriteStatus enqueue(AnySlice&& slice) {
+        output_.append(std::forward<AnySlice>(slice));
         return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
     }
     void enqueue_close(CloseCode code, std::string_view reason) {
@@ -4118,10 +4202,11 @@ private:
         header.length = payload_size;
         return encoded_size(header) + payload_size;
     }
-    Slice frame(Opcode opcode, std::string_view payload, bool rsv1 = false) {
+    WSCHAT_INLINE Slice frame(Opcode opcode, std::string_view payload, bool rsv1 = false) {
         FrameHeader header;
         header.opcode = opcode;
         header.rsv1 = rsv1;
+        header.length = payload.size();
         header.masked = mask_source_ != nullptr;
         if (header.masked) header.mask = mask_source_();
         return encode_frame(*arena_, header, payload);
@@ -4623,8 +4708,14 @@ public:
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
-    static void run_hook(WebSocketHandler& handler, const char* name, FunctionRef<> hook) {
-        handler.run_hook(name, hook);
+    // The same as the member, compiled into the caller.
+    template <class Hook>
+    static WSCHAT_INLINE void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
+        try {
+            hook();
+        } catch (...) {
+            report_current([&](const char* what) { handler.fail(name, what); });
+        }
     }
 
     // For HandlerRef::buffered_amount().
@@ -7779,7 +7870,7 @@ public:
     bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
     // The time at which this turn began. Between turns, the current time.
-    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? clock() : now_; }
+    WSCHAT_INLINE Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? clock() : now_; }
     // Returns true on the loop's thread. While the loop does not run, returns true on every thread.
     bool on_loop_thread() const {
         const void* thread = thread_.load(std::memory_order_relaxed);
@@ -7928,10 +8019,15 @@ private:
         return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
     }
 
-    void guarded(const char* where, detail::FunctionRef<> function) {
-        detail::run_guarded(function, [&](const char* what) {
-            if (on_exception_) on_exception_(where, what);
-        });
+    template <class Function>
+    void guarded(const char* where, Function&& function) {
+        try {
+            function();
+        } catch (...) {
+            detail::report_current([&](const char* what) {
+                if (on_exception_) on_exception_(where, what);
+            });
+        }
     }
 
     static constexpr Duration max_timeout = std::chrono::minutes(1);
@@ -9406,7 +9502,7 @@ public:
     bool check_rate(const Limits& limits, Time now, WireCount& wire) {
         const Rate rate{static_cast<double>(limits.control_frames_per_second),
                         static_cast<double>(limits.control_frames_burst)};
-        return !transport_ || transport_->check_rate(socket_, rate, now, wire);
+        return transport_->check_rate(socket_, rate, now, wire);
     }
     IoResult send(const std::string_view* pieces, std::size_t count, WireCount& wire) {
         if (transport_) return transport_->send(socket_, pieces, count, wire);
@@ -9818,11 +9914,12 @@ protected:
     // True: the connection has closed.
     bool dispatch_events() {
         const std::uint64_t deliveries = RoomsAccess::deliveries(host_.rooms);
+        Connection& from = connection();
         for (unsigned events = 1;; ++events) {
-            const Event event = connection().next_event();
+            const Event event = from.next_event();
             switch (event.kind) {
                 case Event::Kind::none:
-                    if (connection().is_open() && connection().input_due() > now()) pause_ = Pause::rate;
+                    if (from.metered() && from.is_open() && from.over_rate(now())) pause_ = Pause::rate;
                     return false;
                 case Event::Kind::message:
                     ++host_.metrics.messages_received;
@@ -9833,11 +9930,12 @@ protected:
                 case Event::Kind::close: return true;
                 case Event::Kind::paused: break;
             }
-            mark_dirty();
-            const bool spent = events >= max_events || connection().budget_spent() ||
+            if (!dirty) mark_dirty();
+            const bool spent = events >= max_events || from.budget_spent() ||
                                RoomsAccess::deliveries(host_.rooms) - deliveries >= max_deliveries;
-            if (connection().is_open() && must_pause(spent)) {
-                connection().pause_input();
+            const bool may_pause = spent || from.metered() || from.output().size() > high_water();
+            if (may_pause && from.is_open() && must_pause(spent)) {
+                from.pause_input();
                 return false;
             }
         }
@@ -9871,8 +9969,15 @@ protected:
     // ---- callbacks -------------------------------------------------------------------------------------------------
 
     // False: it threw, which was logged.
-    bool guarded(const char* where, FunctionRef<> call) {
-        return run_guarded(call, [&](const char* what) { host_.log.exception(where, what, &peer_); });
+    template <class Call>
+    WSCHAT_INLINE bool guarded(const char* where, Call&& call) {
+        try {
+            call();
+            return true;
+        } catch (...) {
+            report_current([&](const char* what) { host_.log.exception(where, what, &peer_); });
+        }
+        return false;
     }
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
     template <class Callback>
@@ -9919,8 +10024,8 @@ private:
         return std::nullopt;
     }
 
-    bool must_pause(bool budget_spent) {
-        if (connection().input_due() > now()) {
+    WSCHAT_NOINLINE bool must_pause(bool budget_spent) {
+        if (connection().over_rate(now())) {
             pause_ = Pause::rate;
             return true;
         }
@@ -10057,7 +10162,7 @@ public:
                 fail_proxy("the header did not arrive in time");
             } else if (phase_ == Phase::http && http_->idle) {
                 // A request may have crossed the deadline on its way.
-                read();
+                if (reading()) read();
                 if (phase_ == Phase::http && http_->idle && !ended_) linger();
             } else {
                 ended_ = true;
@@ -10089,7 +10194,7 @@ public:
             if (phase_ == Phase::websocket) update_websocket();
             else update_http();
             if (!ended_) update_interest();
-            if (pause_ == Pause::budget || (reading() && stream_.has_input())) wait_for_next_turn();
+            if (pause_ == Pause::budget || (stream_.has_input() && reading())) wait_for_next_turn();
         });
         if (ended_) remove();
     }
@@ -10123,23 +10228,17 @@ public:
         mark_dirty();
     }
     std::size_t offer(const std::string_view* pieces, std::size_t count) override {
-        if (blocked() || send_failed_) return 0;
+        return blocked() || send_failed_ ? 0 : send(pieces, count);
+    }
+    std::size_t send(const std::string_view* pieces, std::size_t count) {
         std::size_t size = 0;
         for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
         return note_sent(stream_.send(pieces, count, host_.wire), size);
     }
     void flush() override {
-        SendQueue& queue = output();
         const std::uint64_t sent_before = host_.wire.sent;
-        if (phase_ == Phase::websocket && connection().sends_volatile() && !std::exchange(send_buffer_set_, true) &&
-            limits().send_buffer != 0)
-            stream_.socket().set_send_buffer(limits().send_buffer);
-        if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
-        while (!queue.empty() && !blocked() && !send_failed_) {
-            const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
-            queue.consume(offer(host_.pieces.data(), count));
-        }
-        if (blocked()) queue.detach_from_pool();
+        if (phase_ == Phase::websocket && connection().sends_volatile() && !send_buffer_set_) set_send_buffer();
+        send_queue(output());
         // A page may take as long as its peer makes progress.
         if (phase_ == Phase::http && host_.wire.sent != sent_before && stream_.established()) schedule_request();
         update_backlog();
@@ -10179,7 +10278,8 @@ private:
     }
 
     // An exception in here means that memory ran out, which costs this connection.
-    void protect(FunctionRef<> work) {
+    template <class Work>
+    void protect(Work&& work) {
         if (!guarded("session", work)) abort(CloseCause::connection_lost, "out of memory");
     }
 
@@ -10220,6 +10320,19 @@ private:
         else http_->blocked = blocked;
     }
 
+    WSCHAT_INLINE void send_queue(SendQueue& queue) {
+        if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
+        while (!queue.empty() && !blocked() && !send_failed_) {
+            const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
+            queue.consume(send(host_.pieces.data(), count));
+        }
+        if (blocked()) queue.detach_from_pool();
+    }
+    WSCHAT_NOINLINE void set_send_buffer() {
+        send_buffer_set_ = true;
+        if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
+    }
+
     // Records the result of offering `size` bytes to the kernel. Returns how many bytes the caller removes from the
     // queue: none after an error, because abort() has cleared it.
     std::size_t note_sent(const IoResult& sent, std::size_t size) {
@@ -10240,20 +10353,22 @@ private:
         if (host_.wire.sent != sent_before) connection().record_activity(now());
     }
     // A flush that leaves nothing behind touches no memory but what it needed before.
-    void update_backlog() {
+    WSCHAT_INLINE void update_backlog() {
         std::size_t held = 0;
         if (phase_ == Phase::websocket && !ended_)
-            held = output().held() + connection().buffered_input() + held_request_;
-        else if (http_ && !gone() && !ended_) held = output().held() + http_->buffered_input();
-        if (!gone() && !ended_) held += stream_.buffered();
-        if (held == counted_backlog_) return;
+            held = output().held() + connection().buffered_input() + held_request_ + stream_.buffered();
+        else if (!gone() && !ended_)
+            held = stream_.buffered() + (http_ ? output().held() + http_->buffered_input() : 0);
+        if (held != counted_backlog_) set_backlog(held);
+    }
+    WSCHAT_NOINLINE void set_backlog(std::size_t held) {
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
         if (phase_ == Phase::websocket) HandlerAccess::note_queued(*handler_);
     }
 
     // Tells the poller what the session waits for.
-    void update_interest() {
+    WSCHAT_INLINE void update_interest() {
         const bool read = reading(), write = stream_.encrypted() ? stream_.wants_write() : blocked();
         if (read == watching_read_ && write == watching_write_) return;
         if (!LoopAccess::poller(host_.loop).change(stream_.socket().descriptor(), *this, read, write))
@@ -10264,28 +10379,32 @@ private:
 
     // ---- input -----------------------------------------------------------------------------------------------------
 
-    bool reading() const {
+    WSCHAT_INLINE bool reading() const {
         if (ended_ || pause_ != Pause::none || input_ended_) return false;
+        return phase_ == Phase::websocket || reading_http();
+    }
+    WSCHAT_NOINLINE bool reading_http() const {
         switch (phase_) {
             case Phase::http: return !http_->has_pending();
-            case Phase::websocket: return true;
             case Phase::lingering: return http_->discarded <= limits().linger_bytes;
             default: return false;
         }
     }
 
+    // Only if reading().
     void read() {
-        if (http_ && http_->proxy && !read_proxy_header()) return;
+        if (http_ && http_->proxy && (!read_proxy_header() || !reading())) return;
         constexpr int max_reads = 4;  // then other sessions have their turn
-        for (int i = 0; i < max_reads && reading(); ++i) {
-            if (i != 0 && !host_.turn.take_more()) return;
+        for (int i = 0; i < max_reads; ++i) {
+            if (i != 0 && (!reading() || !host_.turn.take_more())) return;
             if (stream_.encrypted() && !handshake_done_ && !host_.turn.take_handshake()) return;
             std::pair<char*, std::size_t> area{nullptr, 0};
             if (phase_ == Phase::websocket) area = connection().receive_buffer();
             if (area.first == nullptr) area = {host_.receive_buffer.data(), host_.receive_buffer.capacity()};
             if (phase_ == Phase::websocket) area.second = (std::min)(area.second, connection().max_input());
             const IoResult got = stream_.receive(area.first, area.second, host_.wire);
-            if (!stream_.check_rate(limits(), now(), host_.wire)) return end_of_input({IoResult::Outcome::error});
+            if (stream_.has_transport() && !stream_.check_rate(limits(), now(), host_.wire))
+                return end_of_input({IoResult::Outcome::error});
             if (got.outcome == IoResult::Outcome::would_block) return;
             if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
             take_input(area.first, got.size);
@@ -10320,7 +10439,7 @@ private:
 
     void take_input(char* data, std::size_t size) {
         if (phase_ == Phase::websocket) {
-            connection().receive(data, size, now());
+            connection().receive(data, size, host_.loop.now());
             if (dispatch_events()) finish_websocket();
         } else if (phase_ == Phase::http) {
             const std::string_view rest = parse_requests({data, size});
@@ -10647,7 +10766,7 @@ private:
         if (dispatch_events()) finish_websocket();
     }
 
-    void update_websocket() {
+    WSCHAT_INLINE void update_websocket() {
         if (output().size() > high_water()) above_high_water_ = true;
         flush();
         if (connection().state() == Connection::State::closed) {
@@ -10660,14 +10779,15 @@ private:
             call("on_drain", [this] { handler_->on_drain(); });
         }
         // Closing may be due before the next ping, and the answer to a ping before the next ping.
-        if (!scheduled() || websocket_deadline() < due()) schedule(websocket_deadline());
+        const Time deadline = websocket_deadline();
+        if (!scheduled() || deadline < due()) schedule(deadline);
     }
     // Whether the reason of a pause has ended. A connection that is closing only waits for the peer's Close frame.
     bool may_resume() {
         if (pause_ == Pause::backlog) return !connection().is_open() || output().size() <= high_water();
         return pause_ == Pause::rate && (!connection().is_open() || connection().input_due() <= now());
     }
-    Time websocket_deadline() {
+    WSCHAT_INLINE Time websocket_deadline() {
         const Time due = connection().deadline();
         return pause_ == Pause::rate ? (std::min)(due, connection().input_due()) : due;
     }
@@ -17418,6 +17538,7 @@ WSCHAT_END
 #endif  // WSCHAT_CHAT && WSCHAT_SQLITE
 
 #undef WSCHAT_NOINLINE
+#undef WSCHAT_INLINE
 #undef WSCHAT_COLD
 #undef WSCHAT_BEGIN
 #undef WSCHAT_END
