@@ -78,14 +78,14 @@
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
 //   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
 //   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms, utc_time, to_json,
-//   log_to_stderr, log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame,
-//   Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server,
-//   WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
+//   log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate, TokenBucket, big_endian_key,
+//   StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms,
+//   Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply,
-//   ChatRoom, SqliteOptions, SqliteHistory
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
+//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -1369,6 +1369,19 @@ WSCHAT_COLD inline std::string to_json(const LogEntry& entry) {
     return line += '}';
 }
 
+WSCHAT_COLD inline std::string to_json(const AccessEntry& entry) {
+    const auto quoted = [](std::string_view value) {
+        return Json(valid_utf8(value) ? std::string(value) : escape_for_log(value)).dump();
+    };
+    const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
+    char numbers[96];
+    std::snprintf(numbers, sizeof numbers, ",\"status\":%d,\"size\":%llu,\"ms\":%.3f}", entry.status,
+                  static_cast<unsigned long long>(entry.size), ms);
+    return text::concat({"{\"time\":", quoted(utc_time()),
+                         ",\"event\":\"access\",\"peer\":", quoted(entry.remote_address),
+                         ",\"method\":", quoted(entry.method), ",\"path\":", quoted(entry.path), numbers});
+}
+
 // Log functions for Server::on_log(): they write all entries but those of LogLevel::debug to standard error, with the
 // time. The first writes lines for people, the second a JSON object per line, for collectors.
 WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
@@ -1377,13 +1390,17 @@ WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
 WSCHAT_COLD inline void log_json_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
-// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`.
+// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`, or "-" in place
+// of a malformed request.
 WSCHAT_COLD inline void access_to_stderr(const AccessEntry& entry) {
     const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
-    std::fprintf(stderr, "%s %.*s \"%.*s %.*s\" %d %llu %.3fms\n", utc_time().c_str(),
-                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(),
-                 static_cast<int>(entry.method.size()), entry.method.data(), static_cast<int>(entry.path.size()),
-                 entry.path.data(), entry.status, static_cast<unsigned long long>(entry.size), ms);
+    const std::string line = entry.method.empty() ? std::string("-") : text::concat({entry.method, " ", entry.path});
+    std::fprintf(stderr, "%s %.*s \"%s\" %d %llu %.3fms\n", utc_time().c_str(),
+                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(), line.c_str(), entry.status,
+                 static_cast<unsigned long long>(entry.size), ms);
+}
+WSCHAT_COLD inline void access_json_to_stderr(const AccessEntry& entry) {
+    std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
 
 // ---- rates ---------------------------------------------------------------------------------------------------------
@@ -5357,6 +5374,7 @@ WSCHAT_END
 #else
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -5449,6 +5467,10 @@ inline std::string error_message(int error) {
     return size != 0 ? from_wide({text, size}) : "Winsock error";
 }
 inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
+// The number of a zone of link-local IPv6 addresses. Names of interfaces need another library (iphlpapi). 0: none.
+inline std::uint32_t zone_index(const std::string& zone) {
+    return static_cast<std::uint32_t>(text::parse_unsigned(zone, UINT32_MAX).value_or(0));
+}
 inline bool would_block(int error) { return error == EWOULDBLOCK; }
 inline bool interrupted(int) { return false; }
 inline bool out_of_descriptors(int error) { return error == EMFILE; }
@@ -5611,6 +5633,11 @@ constexpr Descriptor no_descriptor = -1;
 inline int last_error() { return errno; }
 inline std::string error_message(int error) { return std::generic_category().message(error); }
 inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
+// The number of a zone of link-local IPv6 addresses: that of an interface ("eth0"). 0: there is no such interface.
+inline std::uint32_t zone_index(const std::string& zone) {
+    const auto number = text::parse_unsigned(zone, UINT32_MAX);
+    return number ? static_cast<std::uint32_t>(*number) : ::if_nametoindex(zone.c_str());
+}
 inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 inline bool interrupted(int error) { return error == EINTR; }
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
@@ -6882,8 +6909,9 @@ namespace detail {
 
 // For the client side of a TlsStream.
 struct TlsClientOptions {
-    std::string authorities{};  // a PEM file; empty: the authorities that the system trusts
-    std::string certificate{};  // sent if the server requests one
+    std::string authorities{};       // a PEM file; empty: the authorities that the system trusts
+    std::string revocation_lists{};  // a PEM file; empty: it is not checked whether a certificate was revoked
+    std::string certificate{};       // sent if the server requests one
     std::string key{};
     std::string key_password{};
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
@@ -6913,6 +6941,7 @@ public:
         const std::string& file = options.authorities;
         if (file.empty()) SSL_CTX_set_default_verify_paths(context);
         else if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("authorities", file);
+        if (!options.revocation_lists.empty()) check_revocation(context, options.revocation_lists);
     }
     TlsContext(const TlsContext&) = delete;
     TlsContext& operator=(const TlsContext&) = delete;
@@ -6943,6 +6972,15 @@ private:
         if (!files.certificate.empty() || !files.key.empty() || method == TLS_server_method())
             load(context, files, password);
         contexts_.push_back(std::move(owned));
+    }
+
+    // RFC 5280 6.3, for the certificate of the peer, not for those of its authorities.
+    static void check_revocation(SSL_CTX* context, const std::string& file) {
+        X509_STORE* const store = SSL_CTX_get_cert_store(context);
+        X509_LOOKUP* const lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
+        if (lookup == nullptr || X509_load_crl_file(lookup, file.c_str(), X509_FILETYPE_PEM) <= 0)
+            fail("revocation_lists", file);
+        X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK);
     }
 
     static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
@@ -8584,6 +8622,7 @@ struct PageAnswer {
     File file{};
     std::uint64_t size = 0;  // of the range, from the file's position on
     int file_error = 0;      // the errno of a file that should be there; it is logged
+    bool missing = false;    // there is no such file: Site::not_found answers, if it is set
 };
 
 // A request for a page, as the page's function sees it.
@@ -8647,6 +8686,12 @@ WSCHAT_COLD inline Response file_refusal(int error) {
         case EOVERFLOW: return Response(503, "The file cannot be read now.\n");
         default: return Response(404, "There is nothing at this path.\n");
     }
+}
+WSCHAT_COLD inline PageAnswer missing_file(int error, bool logged) {
+    PageAnswer answer{file_refusal(error)};
+    answer.file_error = logged ? error : 0;
+    answer.missing = answer.response.status() == 404;
+    return answer;
 }
 
 // RFC 9110 14: the bytes of a file that a request gets, from `first` to before `end`.
@@ -8915,7 +8960,7 @@ public:
         const std::string found = find_file(std::string(pattern), std::string(path));
         add_page("file", "GET", pattern, [found, headers = std::move(headers)](const PageCall& call) {
             File file(found);
-            if (!file) return PageAnswer{file_refusal(file.error()), {}, 0, file.error()};
+            if (!file) return missing_file(file.error(), true);
             return file_answer(std::move(file), content_type(found), call.request, headers);
         });
     }
@@ -9057,7 +9102,7 @@ private:
         if (names.back().empty()) names.back() = "index.html";
         File file = File::beneath(root, names, links);
         if (!file && file.error() == EISDIR) return {redirect_to_folder(request)};
-        if (!file) return {file_refusal(file.error())};
+        if (!file) return missing_file(file.error(), false);
         return file_answer(std::move(file), content_type(names.back()), request, headers);
     }
     // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
@@ -9632,6 +9677,7 @@ public:
         if (function == nullptr) return answer_without_page(page);
         RequestAccess::set_params(*request_, page->pattern().params(request_->raw_path()));
         auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
+        if (answer && answer->missing && host_.site.not_found) answer->response = host_.site.not_found(*request_);
         if (answer) respond(std::move(*answer));
         else if (has_reply()) finish_reply();
     }
@@ -11206,7 +11252,7 @@ public:
     void del(std::string_view pattern, Function&& answer) {
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
-    // The answer where there is nothing, in place of a short 404.
+    // The answer where there is nothing, also in a folder of static_dir(), in place of a short 404.
     void not_found(std::function<Response(const Request&)> answer) { site_.not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
     void set_default_header(std::string_view name, std::string_view value) { site_.set_default_header(name, value); }
@@ -11231,6 +11277,9 @@ public:
                     SymbolicLinks links = SymbolicLinks::refuse) {
         site_.add_static_dir(pattern, folder, std::move(headers), links);
     }
+    void static_dir(std::string_view pattern, std::string_view folder, SymbolicLinks links) {
+        site_.add_static_dir(pattern, folder, {}, links);
+    }
     // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
     // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
     void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
@@ -11254,7 +11303,8 @@ public:
     void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }
-    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr().
+    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr(),
+    // access_json_to_stderr().
     void on_access(std::function<void(const AccessEntry&)> function) { worker_.on_access = std::move(function); }
 
     // ---- running ---------------------------------------------------------------------------------------------------
@@ -11973,6 +12023,9 @@ WSCHAT_BEGIN
 // How a wss:// server is verified. All files are PEM.
 struct ClientTls {
     std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
+    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if the list of its authority is
+    // missing, has expired, or names it. Empty: a revoked certificate is accepted. No authority is asked (OCSP).
+    std::string revocation_lists{};
     // Sent if the server requests a certificate.
     std::string certificate{};
     std::string key{};
@@ -12060,7 +12113,8 @@ inline std::string random_key() {
 
 struct ClientUrl {
     bool secure = false;
-    std::string host;  // without brackets
+    std::string host;  // without brackets and zone
+    std::string zone;  // of a link-local IPv6 address, "eth0" or "2": it means something on this machine only
     int port = 0;
     std::string target;       // "/chat?name=Anna"
     std::string credentials;  // "user:password", decoded; may be empty
@@ -12071,7 +12125,8 @@ struct ClientUrl {
     // For the Host field.
     std::string authority() const { return port == default_port() ? bracketed() : host_and_port(); }
     bool same_server(const ClientUrl& other) const {
-        return secure == other.secure && port == other.port && text::equals_ignore_case(host, other.host);
+        return secure == other.secure && port == other.port && zone == other.zone &&
+               text::equals_ignore_case(host, other.host);
     }
 
     // "ws://host", "wss://user:password@host:port/path?query"; http and https are the same. Returns nothing and sets
@@ -12132,7 +12187,9 @@ private:
             credentials = *decoded;
             authority.remove_prefix(at + 1);
         }
-        if (!valid_host(authority)) return false;
+        std::string without_zone(authority);
+        if (!take_zone(without_zone) || !valid_host(without_zone)) return false;
+        authority = without_zone;
         const std::size_t colon = authority.rfind(':');
         const bool has_port = colon != std::string_view::npos && authority.find(']', colon) == std::string_view::npos;
         host = text::to_lower(has_port ? authority.substr(0, colon) : authority);
@@ -12140,6 +12197,18 @@ private:
         const std::string_view digits = has_port ? authority.substr(colon + 1) : std::string_view();
         port = digits.empty() ? default_port() : static_cast<int>(text::parse_unsigned(digits, 65535).value_or(0));
         return port != 0;
+    }
+    // RFC 6874 2: "[fe80::1%25eth0]". Many programs write "[fe80::1%eth0]", so that is accepted too.
+    bool take_zone(std::string& authority) {
+        zone.clear();
+        const std::size_t percent = authority.find('%'), close = authority.find(']');
+        if (percent == std::string::npos) return true;
+        if (authority.front() != '[' || close == std::string::npos || close < percent) return false;
+        zone = authority.substr(percent + 1, close - percent - 1);
+        if (text::starts_with(zone, "25") && zone.size() > 2) zone.erase(0, 2);
+        authority.erase(percent, close - percent);
+        const auto allowed = [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '.' || c == '_'; };
+        return !zone.empty() && text::all_of(zone, allowed);
     }
     // RFC 3986 5.2.2, without the removal of dot segments, which the server does.
     std::optional<ClientUrl> resolve(std::string_view reference, std::string& error) const {
@@ -12331,10 +12400,11 @@ struct SocketAddress {
     sockaddr_storage storage{};
     socklen_t size = 0;
 
-    SocketAddress(const IpAddress& address, int port) {
+    SocketAddress(const IpAddress& address, int port, std::uint32_t zone = 0) {
         const std::string text = address.to_string();
         if (address.family() == IpAddress::Family::ipv6) {
             sockaddr_in6 in6{};
+            in6.sin6_scope_id = zone;
             in6.sin6_family = AF_INET6;
             in6.sin6_port = htons(static_cast<std::uint16_t>(port));
             ::inet_pton(AF_INET6, text.c_str(), &in6.sin6_addr);
@@ -12423,12 +12493,14 @@ public:
     }
     // Throws Error if a file cannot be used.
     std::shared_ptr<const TlsContext> context(const ClientTls& tls) {
-        const std::vector<std::string> key{tls.authorities, tls.certificate, tls.key, tls.key_password,
-                                           tls.insecure_accept_any_certificate ? "any" : ""};
+        const std::vector<std::string> key{tls.authorities,  tls.revocation_lists,
+                                           tls.certificate,  tls.key,
+                                           tls.key_password, tls.insecure_accept_any_certificate ? "any" : ""};
         for (const auto& [known, context] : contexts_)
             if (known == key) return context;
         TlsClientOptions options;
         options.authorities = tls.authorities;
+        options.revocation_lists = tls.revocation_lists;
         options.certificate = tls.certificate;
         options.key = tls.key;
         options.key_password = tls.key_password;
@@ -12730,6 +12802,10 @@ private:
             dial_error_ = "the host has no address of the family of ClientOptions::bind_address";
         }
         if (addresses.empty()) return fail(stage_, "Cannot connect: " + dial_error_ + ".");
+        const std::string& zone = proxy_ ? proxy_->zone : url_.zone;
+        zone_ = zone.empty() ? 0 : os::zone_index(zone);
+        if (!zone.empty() && zone_ == 0)
+            return fail(stage_, "Cannot connect: this machine has no network interface \"" + zone + "\".");
         const auto ordered = interleave_families(addresses);
         addresses_.assign(ordered.begin(), ordered.end());
         dial_next();
@@ -12742,7 +12818,7 @@ private:
             const IpAddress address = addresses_.front();
             addresses_.pop_front();
             const int port = proxy_ ? proxy_->port : url_.port;
-            if (!dial(address, SocketAddress(address, port))) continue;
+            if (!dial(address, SocketAddress(address, port, zone_))) continue;
             if (active_ == nullptr && !addresses_.empty() && attempt_)
                 timer_ = call_later(between, [](ClientLink& link) { link.dial_next(); });
             return;
@@ -12762,6 +12838,8 @@ private:
         const std::string name = address.bits() == 0 ? options_.unix_path : address.to_string();
         const auto refused = [&] {
             dial_error_ = name + ": " + os::error_text(os::last_error());
+            if (zone_ == 0 && text::starts_with(name, "fe80:"))
+                dial_error_ += "; a link-local address needs a zone, as in [fe80::1%25eth0]";
             return false;
         };
         Socket socket(os::open_socket(to.get()->sa_family));
@@ -13179,6 +13257,7 @@ private:
     LoopTimer timer_;     // the next address, or the next attempt
     LoopTimer deadline_;  // of the attempt
     std::deque<IpAddress> addresses_;
+    std::uint32_t zone_ = 0;  // of a link-local address
     std::string dial_error_;
     std::vector<std::unique_ptr<Dial>> dials_;
     Dial* active_ = nullptr;  // the one that has connected
@@ -13351,7 +13430,8 @@ private:
         detail::check_client_options(options);
 #if WSCHAT_OPENSSL
         const ClientTls& tls = options.tls;
-        if (!tls.authorities.empty() || !tls.certificate.empty() || !tls.key.empty()) core_->context(tls);
+        if (!tls.authorities.empty() || !tls.revocation_lists.empty() || !tls.certificate.empty() || !tls.key.empty())
+            core_->context(tls);
 #endif
         const ConnectionId id = ++last_id_;
         const auto link =
@@ -13414,7 +13494,7 @@ class ChatCommands;
 // ---- entries and stores --------------------------------------------------------------------------------------------
 
 // One event of a room. A store keeps messages (`said` and `action`), amendments of them (`edit`, `remove` and `react`)
-// and `topic`, each under an id of its own. It only delivers the other kinds.
+// and `topic`, each under an id of its own. It only delivers the other kinds. An entry without a room is for all hubs.
 struct ChatEntry {
     // `action` is "/me waves". Files contain the numbers of the first six.
     enum class Kind : std::uint8_t {
@@ -13429,7 +13509,11 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event
+        event,
+        away,    // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        kick,    // closes the connections of a user to the room
+        ban,     // asks all hubs to ban what they know of the user with a name
+        direct,  // an event of the application for one user
     };
     struct Reaction {
         std::string emoji{};
@@ -13442,13 +13526,14 @@ struct ChatEntry {
     std::uint64_t target = 0;  // the id of the message that an amendment changes
     std::int64_t time = 0;     // Unix time in milliseconds
     std::string room{};
-    std::string name{};    // of the author; empty: the server itself
-    std::string user{};    // the public id of the author
-    std::string text{};    // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
-    std::string data{};    // a JSON object of the application, or empty
-    std::string to{};      // the receiver of a private message
-    std::string author{};  // the identity of the author; clients never get it
-    std::string tag{};     // chosen by the author; a second entry with the same tag is a duplicate
+    std::string name{};     // of the author; empty: the server itself
+    std::string user{};     // the public id of the author
+    std::string text{};     // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
+    std::string data{};     // a JSON object of the application, or empty
+    std::string to{};       // the receiver of a private message
+    std::string to_user{};  // the public id of that receiver
+    std::string author{};   // the identity of the author; clients never get it
+    std::string tag{};      // chosen by the author; a second entry with the same tag is a duplicate
 
     // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
     std::int64_t edited = 0;  // the time of the last edit; 0: never edited
@@ -13459,11 +13544,17 @@ struct ChatEntry {
     bool moderator = false;       // may remove the messages of others
     std::int64_t not_before = 0;  // an edit of an older message is refused as "too_late"; Unix time in milliseconds
 
-    std::uint64_t sender = 0;  // a number of the connection that no other server uses; not kept
+    std::uint64_t sender = 0;  // a number of the connection that no other hub uses; not kept
+    std::string hub{};         // the id of the hub that made the entry; not kept
+    bool quiet = false;        // of presence: the user is also connected to another hub, so nobody hears of it
 
     bool kept() const { return kind <= Kind::topic; }
     bool is_message() const { return kind <= Kind::action; }
     bool is_amendment() const { return kept() && !is_message() && kind != Kind::topic; }
+    // Whether it changes who is in a room: see PresenceTable.
+    bool is_presence() const {
+        return kind == Kind::join || kind == Kind::away || kind == Kind::leave || kind == Kind::rename;
+    }
 
     // The size that counts for HistoryLimits.
     std::size_t bytes() const {
@@ -13493,6 +13584,7 @@ struct ChatFact {
     std::string value{};       // empty: the fact is deleted
     std::string author{};      // the identity of the user to whom it belongs; ChatStore::erase_author() deletes it
     std::int64_t expires = 0;  // Unix time in milliseconds; 0: never
+    bool if_new = false;       // an older fact stays; on_fact() gets the one that is kept
 };
 
 // The newest id that a client has of a room, and the epoch of the store that gave it: "9f86d081884c7d65-105".
@@ -13536,29 +13628,38 @@ struct HistoryExport {
     std::string error{};  // why the export ended early
 };
 
-// Stores entries and facts, and delivers them to this server and perhaps to others. A server shows an entry when the
-// store delivers it, so all servers show the same order. All calls are made on the loop's thread. Each is answered on
-// that thread, immediately or later, but never after the destruction of the store.
+// Stores entries and facts, and delivers them to the hubs that share it. A hub is the chat of one loop: a server has
+// one for each of its loops. A hub shows an entry when the store delivers it, so all hubs show the same order. All
+// calls are made on the loop's thread. Each is answered on that thread, immediately or later, but never after the
+// destruction of the store.
 class ChatStore {
 public:
     class Listener {
     public:
-        // An entry of append() or forward(), from this server or another. Entries with ids come in the order of their
-        // room. A new server gets an entry of the kind `join` for each user who is already present.
+        // An entry of append() or forward(), from this hub or another. All hubs get the entries of a room in one order,
+        // that of their ids.
         virtual void on_entry(const ChatEntry& entry) = 0;
         // The author has sent this tag before. The entry has the id of the first one, and is not delivered again.
         virtual void on_duplicate(const ChatEntry& entry) = 0;
         // An entry that this server appended could not be kept. Nobody received it.
         virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
         // An amendment that this server appended is not possible. The code is "bad_id" (the message is not kept, or is
-        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions).
+        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions). Or a `join` or `rename`
+        // that this hub forwarded: see PresenceTable::apply().
         virtual void on_refused(const ChatEntry&, std::string_view /*code*/) {}
         // A fact was kept, by this server or another.
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // Who is in a room: a `join` or an `away` for each user and hub. It follows watch(), and comes again when the
+        // store may have lost entries. It replaces what was known; the hub forwards its own users who are missing.
+        virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
         // The time by which a history in memory expires.
         virtual Time now() const { return Clock::now(); }
+        // The id of this hub: 16 lower-case hexadecimal digits at random.
+        virtual std::string hub() const { return {}; }
+        // Whether this hub gets the entries of all rooms, not only of those that it watches.
+        virtual bool watches_all() const { return false; }
 
     protected:
         ~Listener() = default;
@@ -13567,6 +13668,8 @@ public:
     using FactsCallback = std::function<void(std::vector<ChatFact>, std::string error)>;
     using EraseCallback = std::function<void(std::size_t messages, std::string error)>;
     using ExportCallback = std::function<bool(HistoryExport)>;
+    // The names of rooms with the numbers of their users.
+    using RoomsCallback = std::function<void(std::vector<std::pair<std::string, std::size_t>>, std::string error)>;
 
     ChatStore() = default;
     ChatStore(const ChatStore&) = delete;
@@ -13580,7 +13683,7 @@ public:
     // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
     // has reacted with that emoji before. One call of the listener follows.
     virtual void append(ChatEntry entry) = 0;
-    // Delivers the entry without keeping it.
+    // Delivers the entry without keeping it. A store of several hubs also applies it to a PresenceTable.
     virtual void forward(const ChatEntry& entry) = 0;
     // Reads all entries after a position, if there are at most `limit`. Otherwise, and without a position, the newest
     // messages and topics, at most `limit`; what amendments have changed is in the messages.
@@ -13588,7 +13691,8 @@ public:
                        PageCallback callback) = 0;
     // Reads the newest messages and topics with ids below this one, at most `limit`.
     virtual void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) = 0;
-    // Keeps a fact in place of the one with the same scope and key. on_fact() or on_fact_failure() follows.
+    // Keeps a fact in place of the one with the same scope and key, unless ChatFact::if_new. on_fact() or
+    // on_fact_failure() follows.
     virtual void put(ChatFact fact) = 0;
     // Reads the facts of a scope whose keys begin with the prefix, in order, without those that have expired.
     virtual void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) = 0;
@@ -13618,6 +13722,20 @@ public:
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
     // Reads the history of a room in parts, as JSON lines, until the callback returns false.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
+
+    // A store of several hubs has the next four. By default a store has one hub, which knows its users itself.
+
+    // This hub needs the entries of a room until unwatch(). Conversations (names that begin with a line feed) and
+    // entries without a room come to all hubs. True: on_presence() follows, if possible before the answers to later
+    // reads of the room. False: this hub alone has users in the room.
+    virtual bool watch(const std::string& /*room*/) { return false; }
+    virtual void unwatch(const std::string& /*room*/) {}
+    // Each hub calls it every two seconds. Of a hub that has not called it for eight seconds, the store removes the
+    // users, and all other hubs get a `leave` for each. If that hub lives, it gets on_presence() for its rooms.
+    virtual void beat(const std::string& /*hub*/) {}
+    // Reads which rooms have users, at most `limit`, in the order of their names. False, and no call: this hub alone
+    // has users.
+    virtual bool rooms(std::size_t /*limit*/, RoomsCallback /*callback*/) { return false; }
 
 private:
     static constexpr const char* cannot = "this store cannot do that";
@@ -13904,7 +14022,9 @@ public:
 
     void put(ChatFact fact) override {
         const std::string key = text::concat({fact.scope, "\n", fact.key});
-        if (fact.value.empty()) {
+        if (const ChatFact* older = facts_.find(key); older != nullptr && fact.if_new) {
+            fact = *older;
+        } else if (fact.value.empty()) {
             facts_.erase(key);
         } else {
             if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
@@ -14609,6 +14729,148 @@ private:
 };
 
 }  // namespace detail
+
+// The rules by which a store of several hubs decides who is in a room: names are unique, and the first one wins. A
+// store applies each `join`, `away`, `leave` and `rename` in the order of the room before it delivers it. A store in
+// another program does the same with its own means.
+class PresenceTable {
+public:
+    // Empty: the entry is applied, is complete now, and is to be delivered. Otherwise nothing has changed, and the code
+    // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
+    //
+    //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
+    //           An account also takes the name of a user without one, whom a hub renames after that. A guest (an entry
+    //           without author) who is present must be away from all hubs, or it is another guest: "name_taken".
+    //   away    The user has no connection to the hub for now.
+    //   leave   The hub has no such user any more. It is quiet if other hubs have.
+    //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
+    std::string_view apply(ChatEntry& entry) {
+        if (entry.kind == ChatEntry::Kind::join) return join(entry);
+        Room* const room = rooms_.find(entry.room);
+        User* const user = room == nullptr ? nullptr : room->users.find(entry.user);
+        if (user == nullptr) return "gone";
+        entry.name = user->join.name;
+        if (entry.kind == ChatEntry::Kind::rename) return rename(*room, *user, entry);
+        bool* const away = user->hubs.find(entry.hub);
+        if (away == nullptr) return "gone";
+        if (entry.kind == ChatEntry::Kind::leave) leave(*room, *user, entry);
+        else *away = entry.quiet = true;
+        return {};
+    }
+    // For Listener::on_presence().
+    std::vector<ChatEntry> users(const std::string& room) const {
+        std::vector<ChatEntry> list;
+        const Room* const found = rooms_.find(room);
+        if (found == nullptr) return list;
+        for (const auto& [id, user] : found->users) {
+            for (const auto& [hub, away] : user.hubs) {
+                list.push_back(user.join);
+                list.back().hub = hub;
+                if (away) list.back().kind = ChatEntry::Kind::away;
+            }
+        }
+        return list;
+    }
+    // The opposite of users().
+    void replace(const std::string& room, const std::vector<ChatEntry>& users) {
+        rooms_.erase(room);
+        for (const ChatEntry& each : users) {
+            Room& added = rooms_.find_or_emplace(room);
+            User& user = added.users.find_or_emplace(each.user);
+            user.join = each;
+            user.join.kind = ChatEntry::Kind::join;
+            user.hubs.find_or_emplace(each.hub) = each.kind == ChatEntry::Kind::away;
+            added.names.find_or_emplace(chat_fold(each.name)) = each.user;
+        }
+    }
+    // Removes all users of a hub. The result has a `leave` for each, to be delivered.
+    std::vector<ChatEntry> forget(const std::string& hub) {
+        std::vector<ChatEntry> leaves;
+        for (const auto& [name, room] : rooms_) {
+            for (const auto& [id, user] : room.users) {
+                if (user.hubs.find(hub) == nullptr) continue;
+                leaves.push_back(user.join);
+                leaves.back().kind = ChatEntry::Kind::leave;
+                leaves.back().hub = hub;
+                leaves.back().time = unix_ms();
+            }
+        }
+        for (ChatEntry& each : leaves) apply(each);
+        return leaves;
+    }
+    // In the order of their names, with the numbers of their users.
+    std::vector<std::pair<std::string, std::size_t>> rooms(std::size_t limit) const {
+        std::vector<std::pair<std::string, std::size_t>> list;
+        for (const auto& [name, room] : rooms_)
+            if (list.size() < limit) list.emplace_back(name, room.users.size());
+        return list;
+    }
+
+private:
+    struct User {
+        ChatEntry join;        // the first one, with the present name
+        StringMap<bool> hubs;  // whether the user is away from the hub
+    };
+    struct Room {
+        StringMap<User> users;         // by their public ids
+        StringMap<std::string> names;  // the ids, by chat_fold() of the names
+    };
+
+    static bool is_account(const ChatEntry& join) { return text::starts_with(join.author, "account "); }
+
+    std::string_view join(ChatEntry& entry) {
+        Room& room = rooms_.find_or_emplace(entry.room);
+        User* user = room.users.find(entry.user);
+        entry.quiet = user != nullptr;
+        if (user == nullptr) {
+            const std::string key = chat_fold(entry.name);
+            const std::string* const holder = room.names.find(key);
+            const bool takes = is_account(entry) && holder != nullptr && !is_account(room.users.find(*holder)->join);
+            if (holder != nullptr && !takes) return "name_taken";
+            user = &room.users.find_or_emplace(entry.user);
+            user->join = entry;
+            room.names.find_or_emplace(key) = entry.user;
+        } else if (entry.author.empty() && present_elsewhere(*user, entry.hub)) {
+            return "name_taken";
+        }
+        entry.name = user->join.name;
+        entry.text = user->join.text;
+        user->hubs.find_or_emplace(entry.hub) = false;
+        return {};
+    }
+    static bool present_elsewhere(const User& user, const std::string& than) {
+        for (const auto& [hub, away] : user.hubs)
+            if (hub != than && !away) return true;
+        return false;
+    }
+    void leave(Room& room, const User& user, ChatEntry& entry) {
+        entry.quiet = user.hubs.size() > 1;
+        if (entry.quiet) {
+            room.users.find(entry.user)->hubs.erase(entry.hub);
+            return;
+        }
+        release(room, user);
+        room.users.erase(entry.user);
+        if (room.users.empty()) rooms_.erase(entry.room);
+    }
+    static std::string_view rename(Room& room, User& user, const ChatEntry& entry) {
+        const std::string key = chat_fold(entry.text);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder != entry.user) return "name_taken";
+        release(room, user);
+        user.join.name = entry.text;
+        room.names.find_or_emplace(key) = entry.user;
+        return {};
+    }
+    // An account may have taken the name.
+    static void release(Room& room, const User& user) {
+        const std::string key = chat_fold(user.join.name);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder == user.join.user) room.names.erase(key);
+    }
+
+    StringMap<Room> rooms_;
+};
 
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
 
@@ -16336,7 +16598,11 @@ inline void ChatHub::deliver(const ChatEntry& entry) {
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
-        case ChatEntry::Kind::event: return;
+        case ChatEntry::Kind::event:
+        case ChatEntry::Kind::away:
+        case ChatEntry::Kind::kick:
+        case ChatEntry::Kind::ban:
+        case ChatEntry::Kind::direct: return;
     }
 }
 
@@ -16788,8 +17054,18 @@ public:
         return erased;
     }
 
-    void put(const ChatFact& fact) {
+    // Returns the fact that is kept.
+    ChatFact put(const ChatFact& fact) {
+        ChatFact kept = fact;
         database_.transaction("BEGIN IMMEDIATE", [&] {
+            if (fact.if_new) {
+                Query query(database_, "SELECT value, author, expires FROM fact WHERE scope = ?1 AND key = ?2");
+                query.bind(fact.scope).bind(fact.key);
+                if (query.next_row()) {
+                    kept = {fact.scope, fact.key, query.text(0), query.text(1), query.number(2)};
+                    return;
+                }
+            }
             database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
             if (fact.value.empty()) return;
             if (too_many_facts()) delete_expired_facts();
@@ -16797,6 +17073,7 @@ public:
             database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
                           fact.key, fact.value, fact.author, fact.expires);
         });
+        return kept;
     }
     std::vector<ChatFact> facts(const std::string& scope, const std::string& key_prefix) {
         std::vector<ChatFact> facts;
@@ -17326,9 +17603,10 @@ public:
     void put(ChatFact fact) override {
         if (!worker_->has_space()) return worker_->listener().on_fact_failure(fact, "too many facts wait");
         worker_->add_write([worker = worker_.get(), fact = std::move(fact)](detail::SqliteFile& file) {
-            const std::string cause = error_of([&] { file.put(fact); });
-            worker->post([fact, cause](Listener& listener) {
-                if (cause.empty()) listener.on_fact(fact);
+            ChatFact kept;
+            const std::string cause = error_of([&] { kept = file.put(fact); });
+            worker->post([fact, kept, cause](Listener& listener) {
+                if (cause.empty()) listener.on_fact(kept);
                 else listener.on_fact_failure(fact, cause);
             });
         });
