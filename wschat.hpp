@@ -795,6 +795,13 @@ public:
     }
 
     void clear() { *this = SendQueue(); }
+    void swap(SendQueue& other) noexcept {
+        std::swap(tail_, other.tail_);
+        std::swap(size_, other.size_);
+        older_.swap(other.older_);
+        std::swap(front_, other.front_);
+        std::swap(detached_, other.detached_);
+    }
 
 private:
     static constexpr std::size_t private_chunk_size = 16 * 1024;
@@ -1023,35 +1030,75 @@ inline std::string_view truncate_utf8(std::string_view text, std::size_t max) {
 
 namespace detail {
 
+constexpr std::uint32_t rotate(std::uint32_t x, int n) { return (x << n) | (x >> (32 - n)); }
+
+// One step: v is the first of the five variables, and `to` the last, which is the first of the next step.
+template <class Function>
+WSCHAT_INLINE void sha1_step(std::uint32_t v, std::uint32_t& x, std::uint32_t y, std::uint32_t z, std::uint32_t& to,
+                             std::uint32_t word, Function&& f) {
+    to += rotate(v, 5) + f(x, y, z) + word;
+    x = rotate(x, 30);
+}
+// Five steps, after which each variable has its own role again, so that none is moved.
+template <class Function>
+WSCHAT_INLINE void sha1_steps(std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, std::uint32_t& d, std::uint32_t& e,
+                              const std::uint32_t* w, std::uint32_t constant, Function&& f) {
+    sha1_step(a, b, c, d, e, constant + w[0], f);
+    sha1_step(e, a, b, c, d, constant + w[1], f);
+    sha1_step(d, e, a, b, c, constant + w[2], f);
+    sha1_step(c, d, e, a, b, constant + w[3], f);
+    sha1_step(b, c, d, e, a, constant + w[4], f);
+}
+
+// A word for each of the 80 steps.
+using Sha1Words = std::array<std::uint32_t, 80>;
+
+// Makes the words from the first 16, which are those of a block.
+constexpr void sha1_expand(Sha1Words& w) {
+    for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
+}
+
+inline void sha1_rounds(std::uint32_t (&state)[5], const std::uint32_t* w) {
+    using Word = std::uint32_t;
+    const auto choose = [](Word x, Word y, Word z) { return z ^ (x & (y ^ z)); };
+    const auto parity = [](Word x, Word y, Word z) { return x ^ y ^ z; };
+    const auto majority = [](Word x, Word y, Word z) { return (x & y) | (z & (x | y)); };
+    Word a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
+    std::size_t i = 0;
+    for (; i < 20; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x5A827999, choose);
+    for (; i < 40; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x6ED9EBA1, parity);
+    for (; i < 60; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x8F1BBCDC, majority);
+    for (; i < 80; i += 5) sha1_steps(a, b, c, d, e, w + i, 0xCA62C1D6, parity);
+    state[0] += a;
+    state[1] += b;
+    state[2] += c;
+    state[3] += d;
+    state[4] += e;
+}
+
 inline void sha1_block(std::uint32_t (&state)[5], const unsigned char* p) {
-    const auto rotate = [](std::uint32_t x, int n) { return (x << n) | (x >> (32 - n)); };
-    std::uint32_t w[80];
+    Sha1Words w;
     for (std::size_t k = 0; k < 16; ++k, p += 4)
         w[k] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
-    for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
-    std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
-    const auto step = [&](std::uint32_t f) {
-        const std::uint32_t next = rotate(a, 5) + f + e;
-        e = d;
-        d = c;
-        c = rotate(b, 30);
-        b = a;
-        a = next;
-    };
-    std::size_t i = 0;
-    for (; i < 20; ++i) step((d ^ (b & (c ^ d))) + 0x5A827999 + w[i]);
-    for (; i < 40; ++i) step((b ^ c ^ d) + 0x6ED9EBA1 + w[i]);
-    for (; i < 60; ++i) step(((b & c) | (d & (b | c))) + 0x8F1BBCDC + w[i]);
-    for (; i < 80; ++i) step((b ^ c ^ d) + 0xCA62C1D6 + w[i]);
-    const std::uint32_t sum[5] = {a, b, c, d, e};
-    for (std::size_t k = 0; k < 5; ++k) state[k] += sum[k];
+    sha1_expand(w);
+    sha1_rounds(state, w.data());
+}
+
+constexpr std::uint32_t sha1_begin[5] = {0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0};
+
+inline std::array<unsigned char, 20> sha1_digest(const std::uint32_t (&state)[5]) {
+    std::array<unsigned char, 20> digest{};
+    for (std::size_t i = 0; i < 5; ++i)
+        for (std::size_t k = 0; k < 4; ++k) digest[4 * i + k] = static_cast<unsigned char>(state[i] >> (24 - 8 * k));
+    return digest;
 }
 
 }  // namespace detail
 
 // FIPS 180-4, for the opening handshake. SHA-1 gives no security today.
 inline std::array<unsigned char, 20> sha1(std::string_view input) {
-    std::uint32_t state[5] = {0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0};
+    std::uint32_t state[5];
+    std::memcpy(state, detail::sha1_begin, sizeof state);
     const auto bytes = reinterpret_cast<const unsigned char*>(input.data());
     std::size_t done = 0;
     for (; input.size() - done >= 64; done += 64) detail::sha1_block(state, bytes + done);
@@ -1063,26 +1110,31 @@ inline std::array<unsigned char, 20> sha1(std::string_view input) {
     const std::uint64_t bits = std::uint64_t{input.size()} * 8;
     for (std::size_t i = 0; i < 8; ++i) last[padded - 1 - i] = static_cast<unsigned char>(bits >> (8 * i));
     for (std::size_t i = 0; i < padded; i += 64) detail::sha1_block(state, last + i);
-
-    std::array<unsigned char, 20> digest{};
-    for (std::size_t i = 0; i < 20; ++i) digest[i] = static_cast<unsigned char>(state[i / 4] >> (24 - 8 * (i % 4)));
-    return digest;
+    return detail::sha1_digest(state);
 }
 
-// RFC 4648 4, with padding.
-inline std::string base64(const unsigned char* data, std::size_t size) {
+namespace detail {
+
+// Writes (size + 2) / 3 * 4 characters.
+inline void encode_base64(const unsigned char* data, std::size_t size, char* out) {
     constexpr char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    std::string text;
-    text.reserve((size + 2) / 3 * 4);
-    for (std::size_t i = 0; i < size; i += 3) {
+    for (std::size_t i = 0; i < size; i += 3, out += 4) {
         const std::size_t left = size - i;
         const unsigned bits = (unsigned{data[i]} << 16) | (left > 1 ? unsigned{data[i + 1]} << 8 : 0u) |
                               (left > 2 ? unsigned{data[i + 2]} : 0u);
-        text += alphabet[bits >> 18];
-        text += alphabet[(bits >> 12) & 63];
-        text += left > 1 ? alphabet[(bits >> 6) & 63] : '=';
-        text += left > 2 ? alphabet[bits & 63] : '=';
+        out[0] = alphabet[bits >> 18];
+        out[1] = alphabet[(bits >> 12) & 63];
+        out[2] = left > 1 ? alphabet[(bits >> 6) & 63] : '=';
+        out[3] = left > 2 ? alphabet[bits & 63] : '=';
     }
+}
+
+}  // namespace detail
+
+// RFC 4648 4, with padding.
+inline std::string base64(const unsigned char* data, std::size_t size) {
+    std::string text((size + 2) / 3 * 4, '=');
+    detail::encode_base64(data, size, &text[0]);
     return text;
 }
 
@@ -1207,6 +1259,30 @@ inline Json::Json(std::initializer_list<Member> members) : text_("{") {
 
 // ---- text ----------------------------------------------------------------------------------------------------------
 
+namespace detail {
+
+// The characters of RFC 9110 5.6.2.
+inline constexpr auto token_characters = [] {
+    std::array<bool, 256> allowed{};
+    for (const char c :
+         std::string_view("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+        allowed[static_cast<unsigned char>(c)] = true;
+    return allowed;
+}();
+
+// Whether eight characters each are equal, or are the same letter of ASCII.
+constexpr bool equal_but_case(std::uint64_t x, std::uint64_t y) {
+    constexpr std::uint64_t each = 0x0101010101010101, high = 0x80 * each;
+    const std::uint64_t difference = x ^ y, lower = x | (0x20 * each);
+    if ((difference & ~(0x20 * each)) != 0) return false;
+    // The highest bit of each byte of `lower` that is in a-z. No sum carries into the next byte.
+    const std::uint64_t low_bits = lower & ~high;
+    const std::uint64_t letters = (low_bits + (0x80 - 'a') * each) & ~(low_bits + (0x7F - 'z') * each) & ~lower & high;
+    return ((difference << 2) & ~letters) == 0;
+}
+
+}  // namespace detail
+
 namespace text {
 
 // All functions of this namespace know ASCII only and do not depend on the locale.
@@ -1220,8 +1296,16 @@ WSCHAT_NOINLINE inline std::string to_lower(std::string_view s) {
     return result;
 }
 WSCHAT_NOINLINE inline bool equals_ignore_case(std::string_view a, std::string_view b) {
-    return a.size() == b.size() &&
-           std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return to_lower(x) == to_lower(y); });
+    if (a.size() != b.size()) return false;
+    std::size_t i = 0;
+    for (std::uint64_t x, y; a.size() - i >= 8; i += 8) {
+        std::memcpy(&x, a.data() + i, 8);
+        std::memcpy(&y, b.data() + i, 8);
+        if (!detail::equal_but_case(x, y)) return false;
+    }
+    for (; i < a.size(); ++i)
+        if (a[i] != b[i] && to_lower(a[i]) != to_lower(b[i])) return false;
+    return true;
 }
 inline bool starts_with(std::string_view s, std::string_view prefix) { return s.substr(0, prefix.size()) == prefix; }
 
@@ -1232,12 +1316,7 @@ WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
     return s;
 }
 // RFC 9110 5.6.2.
-constexpr bool is_token_char(char c) {
-    // A bit for each character from 0x20 to 0x5F and from 0x60 to 0x9F.
-    constexpr std::uint64_t first = 0xC7FF'FFFE'03FF'6CFA, second = 0x0000'0000'57FF'FFFF;
-    const unsigned index = static_cast<unsigned char>(c) - 0x20u;
-    return index < 128 && ((index < 64 ? first >> index : second >> (index - 64)) & 1) != 0;
-}
+constexpr bool is_token_char(char c) { return detail::token_characters[static_cast<unsigned char>(c)]; }
 // The standard algorithms are unrolled for each predicate, which takes long to compile.
 template <class Predicate>
 bool all_of(std::string_view s, Predicate predicate) {
@@ -1960,12 +2039,43 @@ inline std::string http_date(std::int64_t unix_seconds) {
 
 }  // namespace detail
 
+namespace detail {
+
+// Which field names a message has: one bit for all names of the same length with the same first and last letter, and
+// another bit if there may be two of them. Most look-ups are for a field that a message does not have, or has once.
+class FieldNames {
+public:
+    void add(std::string_view name) {
+        const std::uint32_t bit = bit_of(name);
+        repeated_ |= present_ & bit;
+        present_ |= bit;
+    }
+    void add_all() { present_ = repeated_ = ~std::uint32_t{0}; }
+    bool may_have(std::string_view name) const { return (present_ & bit_of(name)) != 0; }
+    bool may_repeat(std::string_view name) const { return (repeated_ & bit_of(name)) != 0; }
+
+private:
+    // Letters differ from their other case in 0x20.
+    static std::uint32_t bit_of(std::string_view name) {
+        if (name.empty()) return 0;
+        const unsigned first = static_cast<unsigned char>(name.front()) | 0x20u;
+        const unsigned last = static_cast<unsigned char>(name.back()) | 0x20u;
+        return std::uint32_t{1} << ((name.size() + 5 * first + 11 * last) % 32);
+    }
+
+    std::uint32_t present_ = 0;
+    std::uint32_t repeated_ = 0;
+};
+
+}  // namespace detail
+
 // A view of the header fields of a message, after field_line_error() has accepted each line. Names are compared without
 // case. Each look-up reads all lines.
 class Fields {
 public:
     Fields() = default;
-    explicit Fields(std::string_view lines) : lines_(lines) {}
+    explicit Fields(std::string_view lines) : lines_(lines) { names_.add_all(); }
+    Fields(std::string_view lines, detail::FieldNames names) : lines_(lines), names_(names) {}
     // The lines must outlive the view, which a temporary string does not.
     template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
     explicit Fields(T&&) = delete;
@@ -1984,24 +2094,24 @@ public:
     }
     // Returns the first field of that name.
     std::optional<std::string_view> find(std::string_view name) const {
-        std::string_view rest = lines_;
+        std::string_view rest = searched_for(name);
         return next(rest, name);
     }
     std::size_t count(std::string_view name) const {
         std::size_t n = 0;
-        for (std::string_view rest = lines_; next(rest, name);) ++n;
+        for (std::string_view rest = searched_for(name); next(rest, name);) ++n;
         return n;
     }
     // Returns the field of that name if there is exactly one.
     std::optional<std::string_view> only(std::string_view name) const {
-        std::string_view rest = lines_;
+        std::string_view rest = searched_for(name);
         const auto found = next(rest, name);
         return next(rest, name) ? std::nullopt : found;
     }
     // Calls visit(element) for each element of the comma-separated lists in all fields of that name (RFC 9110 5.6.1).
     template <class Visit>
     void each_element(std::string_view name, Visit&& visit) const {
-        std::string_view rest = lines_;
+        std::string_view rest = searched_for(name);
         while (auto value = next(rest, name))
             while (!value->empty()) {
                 const std::string_view element = text::trim(text::consume_until(*value, ','));
@@ -2015,42 +2125,65 @@ public:
     }
 
 private:
-    // Removes the lines up to the next field of that name, and returns its value. A request is searched for some twenty
-    // names, so other lines cost a look at one byte.
-    WSCHAT_NOINLINE static std::optional<std::string_view> next(std::string_view& rest, std::string_view name) {
+    std::string_view searched_for(std::string_view name) const {
+        return names_.may_have(name) ? lines_ : std::string_view();
+    }
+    // Removes the lines up to the next field of that name, and returns its value. After the only one, nothing is left.
+    std::optional<std::string_view> next(std::string_view& rest, std::string_view name) const {
+        if (rest.empty()) return std::nullopt;
+        const auto value = next_line(rest, name);
+        if (!names_.may_repeat(name)) rest = {};
+        return value;
+    }
+    WSCHAT_NOINLINE static std::optional<std::string_view> next_line(std::string_view& rest, std::string_view name) {
         while (!rest.empty()) {
-            const std::size_t end = (std::min)(rest.find('\n'), rest.size() - 1);
-            std::string_view line = rest.substr(0, end + 1);
-            if (line == "\n" || line == "\r\n") return std::nullopt;
-            rest.remove_prefix(line.size());
-            if (line.size() <= name.size() || line[name.size()] != ':') continue;
-            if (!text::equals_ignore_case(line.substr(0, name.size()), name)) continue;
-            line.remove_prefix(name.size() + 1);
-            if (!line.empty() && line.back() == '\n') line.remove_suffix(1);
+            const void* const feed = std::memchr(rest.data(), '\n', rest.size());
+            const char* const end = feed != nullptr ? static_cast<const char*>(feed) : rest.data() + rest.size();
+            std::string_view line(rest.data(), static_cast<std::size_t>(end - rest.data()));
             if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+            if (line.empty()) return std::nullopt;
+            const char* const next = feed != nullptr ? end + 1 : end;
+            rest.remove_prefix(static_cast<std::size_t>(next - rest.data()));
+            if (line.size() <= name.size() || line[name.size()] != ':') continue;
+            if (!text::equals_ignore_case({line.data(), name.size()}, name)) continue;
+            line.remove_prefix(name.size() + 1);
             return text::trim(line);
         }
         return std::nullopt;
     }
 
     std::string_view lines_;
+    detail::FieldNames names_;
 };
 
 namespace detail {
 
 inline bool has_control_character(std::string_view value) {
-    return !text::all_of(value,
-                         [](char c) { return (static_cast<unsigned char>(c) >= 0x20 || c == '\t') && c != 0x7F; });
+    const auto allowed = [](char c) { return (static_cast<unsigned char>(c) >= 0x20 || c == '\t') && c != 0x7F; };
+    // Eight bytes at a time: those below 0x20, or 0x7F, leave the highest bit of their byte, and so do some others.
+    constexpr std::uint64_t each = 0x0101010101010101;
+    for (std::uint64_t word = 0; value.size() >= 8; value.remove_prefix(8)) {
+        std::memcpy(&word, value.data(), 8);
+        const std::uint64_t deleted = word ^ (0x7F * each);
+        const bool suspicious = ((((word - 0x20 * each) & ~word) | ((deleted - each) & ~deleted)) & (0x80 * each)) != 0;
+        if (suspicious && !text::all_of(value.substr(0, 8), allowed)) return true;
+    }
+    return !text::all_of(value, allowed);
 }
 
-// Returns why a line without its CR LF is not a header field (RFC 9112 5), or null if it is one.
-inline const char* field_line_error(std::string_view line) {
+// Returns why a line without its CR LF is not a header field (RFC 9112 5), or null if it is one. Adds its name to
+// `names`.
+inline const char* field_line_error(std::string_view line, FieldNames* names = nullptr) {
+    std::size_t size = 0;
+    while (size < line.size() && text::is_token_char(line[size])) ++size;
+    if (size != 0 && size < line.size() && line[size] == ':') {
+        if (names != nullptr) names->add(line.substr(0, size));
+        return has_control_character(line.substr(size + 1)) ? "A header value has a control character." : nullptr;
+    }
     if (line.front() == ' ' || line.front() == '\t') return "A header line is folded.";
-    const std::size_t colon = line.find(':');
-    if (colon == std::string_view::npos) return "A header line has no colon.";
-    if (colon == 0) return "A header has no name.";
-    if (!text::is_token(line.substr(0, colon))) return "A header name has an illegal character.";
-    return has_control_character(line.substr(colon + 1)) ? "A header value has a control character." : nullptr;
+    if (line.front() == ':') return "A header has no name.";
+    return line.find(':') == std::string_view::npos ? "A header line has no colon."
+                                                    : "A header name has an illegal character.";
 }
 
 // A name, an IPv4 address, or an IPv6 address in brackets, with or without a port. Stricter than RFC 3986 3.2.2: no
@@ -2164,7 +2297,7 @@ public:
         return std::string_view(bytes_).substr(bytes_.size() - body_size_ - certificate_size_, certificate_size_);
     }
 
-    Fields fields() const { return Fields(std::string_view(bytes_).substr(fields_begin_)); }
+    Fields fields() const { return Fields(std::string_view(bytes_).substr(fields_begin_), names_); }
     // The first header of that name, compared without case. Empty if the request has none.
     std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
 
@@ -2287,6 +2420,7 @@ private:
     std::uint32_t body_size_ = 0;
     std::uint16_t certificate_size_ = 0;
     Flags flags_{};
+    detail::FieldNames names_;
     std::string remote_address_;
     std::vector<std::pair<std::string, std::string>> params_;
 };
@@ -2333,11 +2467,14 @@ public:
     // Consumes at most the bytes up to the end of a head.
     Outcome feed(std::string_view bytes, std::size_t& consumed) {
         consumed = 0;
+        // Usually the whole head has arrived, and memory for all of it is allocated at once.
+        constexpr std::size_t usual = 2048;
+        if (status_ == 0 && !started()) request_.bytes_.reserve((std::min)(bytes.size(), usual));
         while (status_ == 0 && consumed < bytes.size()) {
             const std::size_t end = bytes.find('\n', consumed);
             const bool complete = end != std::string_view::npos;
-            const std::string_view piece = bytes.substr(consumed, complete ? end + 1 - consumed : end);
-            if (!check_first_byte(piece) || !check_limits(piece)) break;
+            const std::string_view piece(bytes.data() + consumed, (complete ? end + 1 : bytes.size()) - consumed);
+            if ((!started() && !check_first_byte(piece.front())) || !check_limits(piece)) break;
             request_.bytes_.append(piece);
             consumed += piece.size();
             if (complete && parse_line()) return check_head() ? Outcome::request : Outcome::failure;
@@ -2348,8 +2485,10 @@ public:
     // Moves the parsed request out. The parser is then ready for the next head.
     Request take_request() {
         Request request = std::move(request_);
-        request.bytes_.shrink_to_fit();
-        *this = RequestParser(*limits_);
+        if (request.bytes_.capacity() > request.bytes_.size()) request.bytes_.shrink_to_fit();
+        request_ = Request();
+        line_begin_ = field_count_ = 0;
+        skipped_empty_line_ = false;
         return request;
     }
     // Whether an incomplete head has been received.
@@ -2370,8 +2509,7 @@ private:
     }
 
     // Rejects a client of another protocol at its first byte instead of after a timeout.
-    bool check_first_byte(std::string_view piece) {
-        const char first = head().empty() ? piece.front() : head().front();
+    bool check_first_byte(char first) {
         if (text::is_token_char(first) || first == '\r' || first == '\n') return true;
         return fail(400, first == '\x16' ? "This port speaks plain HTTP, and the client began with TLS."
                                          : "The request does not begin with a method.");
@@ -2380,6 +2518,8 @@ private:
     // Runs before the bytes are stored. A line end at the end of the bytes does not count.
     bool check_limits(std::string_view piece) {
         std::size_t size = head().size() + piece.size();
+        const std::size_t begin = request_.fields_begin_;
+        if (size <= begin + (begin == 0 ? limits_->max_request_line : limits_->max_header_bytes)) return true;
         const auto ends_with = [&](char c) {
             return size != 0 && (size > head().size() ? piece[size - head().size() - 1] : head().back()) == c;
         };
@@ -2417,7 +2557,7 @@ private:
     bool parse_field(std::string_view line) {
         if (++field_count_ > limits_->max_header_fields)
             return fail(431, "There are more than " + std::to_string(limits_->max_header_fields) + " headers.");
-        if (const char* error = field_line_error(line)) fail(400, error);
+        if (const char* error = field_line_error(line, &request_.names_)) fail(400, error);
         return false;
     }
 
@@ -2467,10 +2607,11 @@ private:
     // Checks what needs the complete head: Host and the length of the body.
     bool check_head() {
         const Fields fields = request_.fields();
-        const std::size_t hosts = fields.count("host");
+        const auto only_host = fields.only("host");
+        const std::size_t hosts = only_host ? 1 : fields.count("host");
         if (hosts > 1 || (hosts == 0 && !request_.flags_.http_1_0))
             return fail(400, hosts == 0 ? "There is no Host header." : "There is more than one Host header.");
-        const std::string_view host = fields.find("host").value_or(std::string_view());
+        const std::string_view host = only_host.value_or(std::string_view());
         if (hosts == 1 && !valid_host(host)) return fail(400, "The Host header is invalid.");
         if (request_.host_.size == 0 && hosts == 1) request_.host_ = request_.part_of(host);
         return check_body(fields);
@@ -2846,11 +2987,33 @@ public:
     static const std::vector<std::string>& cookies(const Response& response) { return response.cookies_; }
 };
 
-// RFC 6455 4.2.2 / 5.4.
-inline std::string accept_key(std::string_view key) {
-    const auto digest = sha1(std::string(key) + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
-    return base64(digest.data(), digest.size());
-}
+// RFC 6455 4.2.2 / 5.4: the base64 form of the SHA-1 of the key and a GUID.
+class AcceptKey {
+public:
+    // A key has 24 bytes; see valid_key(). Of a longer text, only as much counts.
+    explicit AcceptKey(std::string_view key) {
+        // Key and GUID have 60 bytes. The first block ends with the first four bytes of the padding.
+        unsigned char block[65] = "000000000000000000000000258EAFA5-E914-47DA-95CA-C5AB0DC85B11\x80\0\0";
+        if (!key.empty()) std::memcpy(block, key.data(), (std::min)(key.size(), std::size_t{24}));
+        std::uint32_t state[5];
+        std::memcpy(state, sha1_begin, sizeof state);
+        sha1_block(state, block);
+        // The second block has only zeros and the number of bits, whatever the key is.
+        static constexpr Sha1Words padding = [] {
+            Sha1Words words{};
+            words[15] = 60 * 8;
+            sha1_expand(words);
+            return words;
+        }();
+        sha1_rounds(state, padding.data());
+        const auto digest = sha1_digest(state);
+        encode_base64(digest.data(), digest.size(), text_);
+    }
+    std::string_view view() const { return {text_, sizeof text_}; }
+
+private:
+    char text_[28];
+};
 
 // The base64 form of 16 bytes: 22 characters of the alphabet and two of padding.
 inline bool valid_key(std::string_view key) {
@@ -2904,15 +3067,16 @@ inline void reject_control_characters(const char* call, std::string_view value) 
         throw Error(std::string(call) + ": \"" + escape_for_log(value) + "\" has a control character");
 }
 
-// The 101 (RFC 6455 4.2.2 / 5).
-inline std::string switching_protocols(std::string_view key, std::string_view subprotocol,
-                                       std::string_view extensions = {}, std::string_view more_lines = {}) {
+// The 101 (RFC 6455 4.2.2 / 5). Calls write(parts) once with an initializer_list<std::string_view>.
+template <class Write>
+void switching_protocols(std::string_view key, std::string_view subprotocol, std::string_view extensions,
+                         std::string_view more_lines, Write&& write) {
     for (const std::string_view value : {subprotocol, extensions})
         reject_control_characters("switching_protocols", value);
-    return text::concat(
+    write(
         {"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
          "Sec-WebSocket-Accept: ",
-         accept_key(key), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
+         AcceptKey(key).view(), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
          extensions.empty() ? "" : "\r\nSec-WebSocket-Extensions: ", extensions, "\r\n", more_lines, "\r\n"});
 }
 
@@ -2944,7 +3108,7 @@ inline std::string handshake_response_error(std::string_view head, std::string_v
     const Fields fields(rest);
     if (!fields.has_element("upgrade", "websocket")) return "the response has no Upgrade: websocket";
     if (!fields.has_element("connection", "upgrade")) return "the response has no Connection: Upgrade";
-    if (fields.count("sec-websocket-accept") != 1 || *fields.find("sec-websocket-accept") != accept_key(key))
+    if (fields.count("sec-websocket-accept") != 1 || *fields.find("sec-websocket-accept") != AcceptKey(key).view())
         return "Sec-WebSocket-Accept does not match the key";
     if (!extension_offered && fields.count("sec-websocket-extensions") != 0)
         return "the server chose an extension that was not offered";
@@ -4741,21 +4905,27 @@ public:
         if (cell) cell->queued = handler.core_.connection.output().size();
     }
 
-    // The session's end of a Reply. It gives up by close_reply(); what the Reply is given after that has no effect.
+    // The session's end of a Reply. It gives up by recycle_reply(); what the Reply is given after that has no effect.
     using ReplyState = std::shared_ptr<Reply::State>;
-    static ReplyState open_reply(HandlerHost& host) {
-        return ReplyState(new Reply::State{host.mailbox(), std::this_thread::get_id(), {true}, &host});
+    // `spare`: one that recycle_reply() has kept for the same loop; may be null.
+    static ReplyState open_reply(HandlerHost& host, ReplyState spare) {
+        if (!spare) return ReplyState(new Reply::State{host.mailbox(), std::this_thread::get_id(), {true}, &host});
+        spare->host = &host;
+        spare->open = true;
+        return spare;
+    }
+    // Closes a Reply, and keeps its state for the next one if nobody refers to it.
+    static void recycle_reply(ReplyState& state, ReplyState& spare) {
+        if (!state) return;
+        state->open = false;
+        state->host = nullptr;
+        if (state.use_count() == 1 && !spare) spare = std::move(state);
+        else state.reset();
     }
     static Reply make_reply(const ReplyState& state) {
         Reply reply;
         reply.state_ = state;
         return reply;
-    }
-    static void close_reply(ReplyState& state) {
-        if (!state) return;
-        state->open = false;
-        state->host = nullptr;
-        state.reset();
     }
 };
 
@@ -5827,9 +5997,7 @@ public:
     Family family() const { return family_; }
     std::string to_string() const {
         if (family_ == Family::unix_socket) return "unix";
-        if (family_ == Family::ipv4)  // inet_ntop() would print it with sprintf()
-            return text::concat({std::to_string(bytes_[0]), ".", std::to_string(bytes_[1]), ".",
-                                 std::to_string(bytes_[2]), ".", std::to_string(bytes_[3])});
+        if (family_ == Family::ipv4) return ipv4_text();
         char text[64] = "";
         ::inet_ntop(AF_INET6, bytes_.data(), text, sizeof text);
         return text;
@@ -5861,6 +6029,19 @@ private:
         family_ = Family::ipv4;
         std::memmove(bytes_.data(), bytes_.data() + 12, 4);
         std::fill(bytes_.begin() + 4, bytes_.end(), static_cast<unsigned char>(0));
+    }
+    // inet_ntop() would print it with sprintf().
+    std::string ipv4_text() const {
+        char text[16];
+        char* out = text;
+        for (std::size_t i = 0; i < 4; ++i) {
+            const unsigned value = bytes_[i];
+            if (i != 0) *out++ = '.';
+            if (value >= 100) *out++ = static_cast<char>('0' + value / 100);
+            if (value >= 10) *out++ = static_cast<char>('0' + value / 10 % 10);
+            *out++ = static_cast<char>('0' + value % 10);
+        }
+        return std::string(text, out);
     }
 
     Family family_ = Family::unix_socket;
@@ -9498,6 +9679,7 @@ public:
     ServerLog log;
     std::function<void(const AccessEntry&)> on_access;  // may be empty
     AddressCounts addresses;
+    HandlerAccess::ReplyState spare_reply;  // for the next handshake; may be null
     TurnState turn;
     OwnedDescriptor reserve;  // closed to accept one connection when all descriptors are used
     bool draining = false;    // shutdown() was called
@@ -9598,7 +9780,7 @@ public:
     HttpExchange(const HttpExchange&) = delete;
     HttpExchange& operator=(const HttpExchange&) = delete;
     ~HttpExchange() {
-        HandlerAccess::close_reply(reply_);
+        HandlerAccess::recycle_reply(reply_, host_.spare_reply);
         close_file();
     }
 
@@ -9700,21 +9882,21 @@ public:
     // ---- answers that come later -----------------------------------------------------------------------------------
 
     Reply make_reply(HandlerHost& session) {
-        HandlerAccess::close_reply(reply_);
-        reply_ = HandlerAccess::open_reply(session);
+        HandlerAccess::recycle_reply(reply_, host_.spare_reply);
+        reply_ = HandlerAccess::open_reply(session, std::move(host_.spare_reply));
         return HandlerAccess::make_reply(reply_);
     }
     bool awaits_reply() const { return reply_ != nullptr; }
-    void set_reply(ReplyAnswer answer) { answer_ = std::make_unique<ReplyAnswer>(std::move(answer)); }
-    bool has_reply() const { return answer_ != nullptr; }
+    void set_reply(ReplyAnswer answer) { answer_ = std::move(answer); }
+    bool has_reply() const { return answer_.has_value(); }
     // Ends the waiting. What the Reply is given from now on has no effect.
-    std::unique_ptr<ReplyAnswer> take_reply() {
-        HandlerAccess::close_reply(reply_);
-        return std::move(answer_);
+    std::optional<ReplyAnswer> take_reply() {
+        HandlerAccess::recycle_reply(reply_, host_.spare_reply);
+        return std::exchange(answer_, std::nullopt);
     }
     // The answer of a page has come.
     void finish_reply() {
-        const std::unique_ptr<ReplyAnswer> answer = take_reply();
+        const std::optional<ReplyAnswer> answer = take_reply();
         if (answer->dropped || !answer->response)
             host_.log.exception(
                 "page", answer->dropped ? "a Reply was destroyed unused" : "Reply::accept() is for prepare_async()",
@@ -9748,6 +9930,17 @@ public:
     }
     void queue(std::string_view bytes) {
         if (!bytes.empty()) output.append(copy(host_.arena, bytes));
+    }
+    void queue_parts(std::initializer_list<std::string_view> parts) {
+        std::size_t size = 0;
+        for (const std::string_view part : parts) size += part.size();
+        Slice slice = host_.arena.allocate(size);
+        char* out = SendArena::writable(slice);
+        for (const std::string_view part : parts) {
+            if (!part.empty()) std::memcpy(out, part.data(), part.size());
+            out += part.size();
+        }
+        output.append(std::move(slice));
     }
 
 private:
@@ -9872,11 +10065,11 @@ private:
     RequestParser parser_;
     std::string pending_;
     std::size_t pending_begin_ = 0;
-    std::unique_ptr<BodyParser> body_;     // of the request whose body is being received
-    std::unique_ptr<Request> request_;     // that a page's function answers
-    HandlerAccess::ReplyState reply_;      // null unless an answer comes later
-    std::unique_ptr<ReplyAnswer> answer_;  // has come, and is acted on at the end of the turn
-    File file_;                            // the body that is being sent
+    std::unique_ptr<BodyParser> body_;   // of the request whose body is being received
+    std::unique_ptr<Request> request_;   // that a page's function answers
+    HandlerAccess::ReplyState reply_;    // null unless an answer comes later
+    std::optional<ReplyAnswer> answer_;  // has come, and is acted on at the end of the turn
+    File file_;                          // the body that is being sent
     std::uint64_t file_left_ = 0;
     bool head_only_ = false;
 };
@@ -9929,7 +10122,7 @@ protected:
     // ---- the opening handshake -------------------------------------------------------------------------------------
 
     // Makes the handler and calls its checks. Returns the refusal, or nothing if the handshake continues.
-    std::optional<Response> start_handler(const Route& route, Request request) {
+    std::optional<Response> start_handler(const Route& route, Request&& request) {
         handler_ = route.make_handler();
         if (!handler_) throw Error("route \"" + route.pattern().text() + "\": the factory made no handler");
         core().host = this;
@@ -10625,7 +10818,7 @@ private:
         if (!rest.empty()) http_->keep_rest(std::move(pending), rest.size());
     }
 
-    WSCHAT_COLD void answer(Request request, std::string_view& rest) {
+    void answer(Request&& request, std::string_view& rest) {
         if (!RequestAccess::body_complete(request)) begin_request(request);
         http_->answered = true;
         if (host_.draining && wants_upgrade(request))
@@ -10720,7 +10913,7 @@ private:
     // ---- WebSocket -------------------------------------------------------------------------------------------------
 
     // `rest` follows the request; it is consumed if the handshake succeeds.
-    void upgrade(Request request, std::string_view& rest) {
+    void upgrade(Request&& request, std::string_view& rest) {
         const Route* route = host_.site.routes.find(request.raw_path());
         if (route == nullptr) return refuse(Response(404, "There is no WebSocket at this path.\n"), request);
         if (auto refusal = reject_upgrade(request)) return refuse(*refusal, request);
@@ -10741,7 +10934,7 @@ private:
     }
     // prepare_async() has been answered.
     void finish_upgrade(std::string_view& rest) {
-        const std::unique_ptr<ReplyAnswer> answer = http_->take_reply();
+        const std::optional<ReplyAnswer> answer = http_->take_reply();
         if (answer->dropped) host_.log.exception("prepare_async", "the Reply was destroyed unused", &peer_);
         if (answer->response) return refuse_upgrade(*answer->response);
         if (host_.draining) return refuse_upgrade(Response(503, "The server is shutting down.\n"));
@@ -10791,8 +10984,8 @@ private:
         std::string lines;
         for (const auto& [name, value] : headers.headers()) add_line(lines, name, value);
         add_cookies(lines, headers, core().request);
-        http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
-                                         compression.response, lines));
+        switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol, compression.response, lines,
+                            [&](std::initializer_list<std::string_view> parts) { http_->queue_parts(parts); });
         http_->note_answer(101, &core().request, 0);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
@@ -10800,7 +10993,7 @@ private:
         const std::size_t size = RequestAccess::held(core().request);
         held_request_ = size > 4 * 1024 ? static_cast<std::uint16_t>((std::min)(size, std::size_t{UINT16_MAX})) : 0;
         // From here to open() nothing throws, so that on_close() comes only after open().
-        std::swap(connection().output(), http_->output);
+        connection().output().swap(http_->output);
         connection().set_write_blocked(http_->blocked);
         phase_ = Phase::websocket;
         http_.reset();
@@ -10847,7 +11040,7 @@ private:
         auto http = std::make_unique<HttpExchange>(host_, limits(), peer_);
         http->keep_alive = false;
         http->blocked = connection().write_blocked();
-        std::swap(http->output, connection().output());
+        http->output.swap(connection().output());
         server_closes_first_ = owner() != nullptr && connection().close_cause() != CloseCause::protocol_error;
         close_handler();
         http_ = std::move(http);
