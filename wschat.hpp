@@ -85,7 +85,7 @@
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
 //   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
-//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -11590,6 +11590,11 @@ public:
         worker_.log(level, event, fields);
     }
 
+    // Counts and logs an exception that left a callback, for what is built on the server.
+    void report_exception(const char* callback, const char* what) noexcept {
+        worker_.log.exception(callback, what, nullptr);
+    }
+
     // Calls visit(handler) for each WebSocketHandler that is open, on the loop's thread. visit() may close and write,
     // but not delete.
     template <class Visit>
@@ -13702,11 +13707,12 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event,
-        away,    // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
-        kick,    // closes the connections of a user to the room
-        ban,     // asks all hubs to ban what they know of the user with a name
-        direct,  // an event of the application for one user
+        event,       // of the program, for a room: `text` is its name, `data` its JSON value
+        away,        // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        kick,        // closes the connections of the user `to` to the room; `text` is the reason
+        ban,         // asks all hubs to ban what they know of the user with a name
+        direct,      // the same as `event`, for the user `to_user`
+        moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
     };
     struct Reaction {
         std::string emoji{};
@@ -13761,7 +13767,7 @@ struct ChatEntry {
         if (target == nullptr || !target->is_message() || target->removed) return "bad_id";
         if (amendment.kind == Kind::react) return {};
         const bool by_moderator = amendment.kind == Kind::remove && amendment.moderator;
-        // The author of a guest is only a name, but the public id is that of one connection.
+        // In older files the author of a guest is only a name, but the public id is that of one connection.
         const bool own = amendment.author == target->author && amendment.user == target->user;
         if (!own && !by_moderator) return "not_yours";
         const bool too_late = amendment.kind == Kind::edit && target->time < amendment.not_before;
@@ -14805,20 +14811,16 @@ public:
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
-    std::size_t max_name = 40;  // of the names that free_name() makes
+    std::size_t max_name = 40;                         // of the names that free_name() makes
+    const StringMap<std::string>* reserved = nullptr;  // the names of accounts, by chat_fold()
 
-    // Adds a connection to the user with its identity. Without an identity: to a user of that name who has none either
-    // and is in the grace period. Otherwise to a new user with a free name; then `joined` is true.
+    // Adds a connection to the user with its identity, or to a new user with a free name; then `joined` is true.
     struct Connected {
         User& user;
         bool joined;
     };
     Connected connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
         User* user = find_identity(identity);
-        if (user == nullptr && identity.empty()) {
-            user = find(info.name);
-            if (user != nullptr && (!user->identity.empty() || user->expires == (Time::max)())) user = nullptr;
-        }
         const bool joined = user == nullptr;
         if (joined) user = &add(info, identity);
         user->connections.push_back(connection);
@@ -14827,7 +14829,7 @@ public:
     }
     // Adds a user without connections.
     User& add(ChatUser info, const std::string& identity) {
-        info.name = free_name(info.name);
+        if (!info.account || find(info.name) != nullptr) info.name = free_name(info.name);
         const std::string key = chat_fold(info.name);
         longest_name_ = (std::max)(longest_name_, 3 * info.name.size());
         User& user = users_.find_or_emplace(key);
@@ -14892,7 +14894,7 @@ public:
     std::string free_name(const std::string& name) const {
         std::string free = name;
         std::size_t step = 1;
-        for (std::size_t n = 2; find(free) != nullptr; n += step) {
+        for (std::size_t n = 2; taken(free); n += step) {
             if (n == 10) n = (std::max)(n, users_.size());
             if (n >= 10) step *= 2;
             const std::string number = std::to_string(n);
@@ -14900,6 +14902,10 @@ public:
             free = text::concat({truncate_utf8(name, longest - (std::min)(longest, number.size() + 1)), "-", number});
         }
         return free;
+    }
+    bool taken(const std::string& name) const {
+        const std::string key = chat_fold(name);
+        return users_.find(key) != nullptr || (reserved != nullptr && reserved->find(key) != nullptr);
     }
     // Finds the user with whose name the text begins, and removes the name and the space after it from the text. The
     // longest name wins. Null if there is no such user.
@@ -15080,6 +15086,7 @@ struct ChatLimits {
     std::size_t max_rooms_per_connection = 10;
     std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
     std::size_t max_rooms = 10'000;
+    std::size_t max_read_markers = 1000;         // of a user
     std::size_t history_on_join = 50;            // entries for a client without an id
     std::size_t history_on_resume = 500;         // entries for a client with an id
     std::size_t max_history_event = 256 * 1024;  // of one "history" event; older entries are left out
@@ -15089,19 +15096,71 @@ struct ChatLimits {
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
     // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
     Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
+    // Rooms that a user, and all of an address, may enter while nobody is in them.
+    Rate room_creations{1.0 / 60, 30}, address_room_creations{1.0 / 30, 200};
+    std::size_t max_invitations = 100'000;  // of all rooms
 };
 
-// What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
-enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute, remove, topic };
+// What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
+// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that is
+// read-only or slow, and to enter a private one.
+enum class ChatAction : std::uint8_t {
+    say,
+    private_message,
+    rename,
+    join,
+    create_room,
+    list_rooms,
+    invite,
+    kick,
+    ban,
+    mute,
+    remove,
+    topic,
+    manage
+};
+
+// In what rooms differ. A moderator changes the first three with commands; the store keeps that.
+struct ChatRoomOptions {
+    bool is_private = false;    // in no list of rooms; only who is invited enters
+    bool read_only = false;     // only who may(ChatAction::manage) speaks
+    Duration slow{};            // between two messages of a user
+    bool kept = true;           // false: the store keeps no messages of the room
+    std::size_t max_users = 0;  // 0: no limit
+    // Empty: as in ChatLimits.
+    std::optional<std::size_t> max_text{}, history_on_join{}, history_on_resume{};
+
+    // The value of the fact with which the store keeps what moderators have changed: "private=1 readonly=0 slow=10".
+    std::string to_fact() const {
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(slow).count();
+        return text::concat({"private=", is_private ? "1" : "0", " readonly=", read_only ? "1" : "0",
+                             " slow=", std::to_string(seconds)});
+    }
+    void apply_fact(std::string_view fact) {
+        while (!fact.empty()) {
+            std::string_view value = text::consume_until(fact, ' ');
+            const std::string_view name = text::consume_until(value, '=');
+            const auto number = text::parse_unsigned(value, 1'000'000'000).value_or(0);
+            if (name == "private") is_private = number != 0;
+            if (name == "readonly") read_only = number != 0;
+            if (name == "slow") slow = std::chrono::seconds(number);
+        }
+    }
+};
 
 // A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
 public:
-    ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), hub_(hub) {}
+    ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), key_(chat_fold(name_)), hub_(hub) {}
     ChatRoom(const ChatRoom&) = delete;
     ChatRoom& operator=(const ChatRoom&) = delete;
 
+    // As the first member has written it.
     const std::string& name() const { return name_; }
+    // chat_fold() of the name: the room of ChatEntry::room, of the store and of facts.
+    const std::string& key() const { return key_; }
+    // May be changed at any time. ChatHub::room_options sets them for a new room.
+    ChatRoomOptions options{};
     std::vector<ChatUser> users() const { return presence_.users(); }
     // Empty: none, or the store has not delivered it yet.
     const std::string& topic() const { return topic_; }
@@ -15111,12 +15170,14 @@ public:
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
     // Changes a text that publish() said, removes a message of anybody, sets the topic; all members hear of it. If the
-    // store does not know the message, nothing happens. An Error as for publish().
+    // store does not know the message, nothing happens. An Error as for publish(), or if a topic is longer than
+    // ChatLimits::max_topic.
     inline void edit(std::uint64_t id, std::string_view text);
     inline void remove(std::uint64_t id);
     inline void set_topic(std::string_view text);
-    // Sends an event of the application to all members. It is not kept.
-    inline void send(const ChatEvent& event);
+    // Sends {"type":"event","room":...,"name":...,"data":...} to all members, on all servers. It is not kept. An Error
+    // if the name is not 1 to 64 bytes of visible text, or the data is longer than ChatLimits::max_data.
+    inline void send(std::string_view name, const Json& data = {});
     // Reads the entries after a position, or the newest messages: see ChatStore::since().
     inline void since(std::optional<HistoryPosition> position, std::size_t limit, ChatStore::PageCallback callback);
     // Closes all connections of the user in this room, with 1008. False if there is no such user.
@@ -15131,9 +15192,10 @@ private:
 
     inline ChatEntry new_text(const char* call, std::string_view text, std::string_view name) const;
 
-    std::string name_;
+    std::string name_, key_;
     ChatHub& hub_;
     detail::Presence presence_;
+    detail::Deadlines slow_;  // who has to wait until the next message
     std::string topic_;
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
@@ -15169,28 +15231,29 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
-        load_decisions("ban");
-        load_decisions("mute");
+        for (const char* scope : {"ban", "mute", "room", "invite", "account"}) load_facts(scope);
         load_secret();  // the last one: connections wait for it
     }
     ChatStore& store() { return *store_; }
 
-    // Creates the room if it does not exist.
+    // Creates the room if it does not exist. Names of rooms are compared by chat_fold().
     ChatRoom& room(std::string_view name) {
         if (ChatRoom* room = find(name)) return *room;
         prune_later();
-        ChatRoom& room = rooms_.find_or_emplace(name, std::string(name), *this);
+        ChatRoom& room = rooms_.find_or_emplace(chat_fold(name), std::string(name), *this);
+        room.options = options_of(name);
         room.presence_.max_name = limits.max_name;
-        load_topic(room.name());
+        room.presence_.reserved = &accounts_;
+        load_topic(room.key());
         return room;
     }
     // Null if there is no such room.
-    ChatRoom* find(std::string_view name) const { return rooms_.find(name); }
+    ChatRoom* find(std::string_view name) const { return rooms_.find(chat_fold(name)); }
     std::size_t room_count() const { return rooms_.size(); }
-    // The names of all rooms, in order, with the number of their users.
+    // The names of all rooms, in the order of their keys, with the number of their users.
     std::vector<std::pair<std::string, std::size_t>> rooms() const {
         std::vector<std::pair<std::string, std::size_t>> list;
-        for (const auto& [name, room] : rooms_) list.emplace_back(name, room.presence_.size());
+        for (const auto& [key, room] : rooms_) list.emplace_back(room.name(), room.presence_.size());
         return list;
     }
 
@@ -15203,11 +15266,14 @@ public:
     std::function<void(const ChatEntry&)> on_event;
     // An entry of this server that the store could not keep, and why.
     std::function<void(const ChatEntry&, const std::string& cause)> on_not_kept;
-    // A ban or a mute that begins or ends (an empty value): ChatFact::scope is "ban" or "mute".
+    // Sets what is special about a room, before the first user enters. What moderators have changed comes after it.
+    std::function<void(std::string_view name, ChatRoomOptions&)> room_options;
+    // A ban or a mute that begins or ends (an empty value), or a kick: ChatFact::scope is "ban", "mute" or "kick".
     std::function<void(const ChatFact&)> on_decision;
 
-    // Sends an event of the application to all connections of a user, by the public id. Returns how many there are.
-    inline std::size_t send(const std::string& user_id, const ChatEvent& event) const;
+    // Sends {"type":"event","name":...,"data":...} to all connections of a user, by the public id, on all servers.
+    // Returns how many of them this server has. An Error as for ChatRoom::send().
+    inline std::size_t send(const std::string& user_id, std::string_view name, const Json& data = {});
 
     // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
     // who is in a room is never taken for an address.
@@ -15236,8 +15302,24 @@ private:
 
     struct AddressUse {
         detail::FloodLimiter limiter;
-        TokenBucket replies;
+        TokenBucket replies, creations;
         std::size_t connections = 0;
+
+        bool unused(Time now) const {
+            return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now);
+        }
+    };
+    // A user who is connected to this server.
+    struct UserState {
+        std::vector<ChatHandler*> connections{};
+        enum class Markers : std::uint8_t { unknown, requested, known } markers = Markers::unknown;
+        StringMap<std::uint64_t> read{};               // the read markers: by room, or by "@" and the id of a peer
+        std::vector<std::function<void()>> waiting{};  // for the markers
+        TokenBucket creations{};
+    };
+    struct Asked {
+        std::uint64_t number;  // of the connection
+        std::string tag;
     };
 
     static std::string rate_limit_key(const std::string& address) {
@@ -15285,17 +15367,24 @@ private:
 
     // The connections of a user, in all rooms.
     std::vector<ChatHandler*> connections_of(const std::string& id) const {
-        const std::vector<ChatHandler*>* found = connections_by_id_.find(id);
-        return found == nullptr ? std::vector<ChatHandler*>() : *found;
+        const UserState* found = users_.find(id);
+        return found == nullptr ? std::vector<ChatHandler*>() : found->connections;
+    }
+    static std::vector<ChatHandler*> connections_in(const ChatRoom& room) {
+        std::vector<ChatHandler*> all;
+        for (const auto& [name, user] : room.presence_)
+            all.insert(all.end(), user.connections.begin(), user.connections.end());
+        return all;
     }
     void add_user(const std::string& id, ChatHandler& handler) {
-        connections_by_id_.find_or_emplace(id).push_back(&handler);
+        users_.find_or_emplace(id).connections.push_back(&handler);
     }
     void remove_user(const std::string& id, const ChatHandler& handler) {
-        std::vector<ChatHandler*>* const all = connections_by_id_.find(id);
-        if (all == nullptr) return;
-        all->erase(std::remove(all->begin(), all->end(), &handler), all->end());
-        if (all->empty()) connections_by_id_.erase(id);
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        auto& all = user->connections;
+        all.erase(std::remove(all.begin(), all.end(), &handler), all.end());
+        if (all.empty()) users_.erase(id);
     }
 
     AddressUse& add_address(const std::string& remote_address) {
@@ -15305,9 +15394,7 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) {
-            return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now());
-        });
+        addresses_.erase_if([time = now()](const AddressUse& use) { return use.unused(time); });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -15322,9 +15409,13 @@ private:
         if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
         if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
     }
-    void rename(ChatRoom& room, User& user, const std::string& name) {
+    // `sender` and `tag`: of the line that renames.
+    void rename(ChatRoom& room, User& user, const std::string& name, std::uint64_t sender = 0,
+                const std::string& tag = {}) {
         ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
+        entry.sender = tag.empty() ? 0 : sender;
+        entry.tag = tag;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
         move_mute(key, mute_key(room, user), name);
@@ -15335,8 +15426,8 @@ private:
         if (room.presence_.empty()) prune_later();
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
-        server_.loop().call_later(delay, [this, name = room.name()] {
-            ChatRoom* found = find(name);
+        server_.loop().call_later(delay, [this, key = room.key()] {
+            ChatRoom* found = rooms_.find(key);
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
@@ -15352,8 +15443,8 @@ private:
     bool count_only(ChatRoom& room) {
         if (room.presence_.size() > limits.presence_list) room.counting_ = true;
         if (!room.counting_ || std::exchange(room.count_scheduled_, true)) return room.counting_;
-        server_.loop().call_later(std::chrono::seconds(1), [this, name = room.name()] {
-            ChatRoom* const found = find(name);
+        server_.loop().call_later(std::chrono::seconds(1), [this, key = room.key()] {
+            ChatRoom* const found = rooms_.find(key);
             if (found == nullptr) return;
             found->count_scheduled_ = false;
             found->counting_ = found->presence_.size() > limits.presence_list;
@@ -15394,12 +15485,57 @@ private:
         store_->put(std::move(fact));
     }
     // The room of an entry, or the other user of its conversation.
-    static ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) {
+    ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) const {
         return is_conversation(entry.room) ? event.add_text("peer", peer_in(entry.room, entry.user))
-                                           : event.add_text("room", entry.room);
+                                           : event.add_text("room", shown(entry.room));
+    }
+    // The name of the room with this key.
+    const std::string& shown(const std::string& key) const {
+        const ChatRoom* const room = rooms_.find(key);
+        return room == nullptr ? key : room->name();
     }
     inline void on_conversation(const ChatEntry& entry);
+
+    // Calls then() when the read markers of a user are known. Not if the user has gone before.
+    void with_markers(const std::string& id, std::function<void()> then) {
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        if (user->markers == UserState::Markers::known) return then();
+        user->waiting.push_back(std::move(then));
+        if (std::exchange(user->markers, UserState::Markers::requested) != UserState::Markers::unknown) return;
+        store_->facts("read", id + "\n", [this, id](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            on_markers(id, facts);
+        });
+    }
+    void on_markers(const std::string& id, const std::vector<ChatFact>& facts) {
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        for (const ChatFact& fact : facts) {
+            std::uint64_t& marker = user->read.find_or_emplace(fact.key.substr(id.size() + 1), std::uint64_t{0});
+            marker = (std::max)(marker, text::parse_unsigned(fact.value, HistoryPosition::max_id).value_or(0));
+        }
+        user->markers = UserState::Markers::known;
+        for (const auto& then : std::exchange(user->waiting, {})) then();
+    }
+    // 0: nothing was read.
+    std::uint64_t marker_of(const std::string& id, const std::string& what) const {
+        const UserState* const user = users_.find(id);
+        const std::uint64_t* const marker = user == nullptr ? nullptr : user->read.find(what);
+        return marker == nullptr ? 0 : *marker;
+    }
     inline void on_read(const ChatFact& fact);
+    // The connection gets the answer to its line when the store has kept the fact, or has not.
+    void ask(const ChatFact& fact, std::uint64_t number, const std::string& tag) {
+        asked_.find_or_emplace(asked_key(fact)).push_back({number, tag});
+    }
+    // The values of markers tell two lines of a user apart.
+    static std::string asked_key(const ChatFact& fact) {
+        return text::concat({fact.scope, "\n", fact.key, "\n", fact.scope == "read" ? fact.value : std::string()});
+    }
+    inline std::vector<Asked> take_asked(const ChatFact& fact);
+    inline void put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
+                           const std::string& tag);
 
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
@@ -15407,16 +15543,16 @@ private:
         return text::concat({"address ", rate_limit_key(address)});
     }
     static std::string name_key(std::string_view name) { return text::concat({"name ", chat_fold(name)}); }
-    // The identity to which the tags of an author belong; without one, the name.
+    // To whom the messages and tags of a user belong. A guest is one connection: a later one may have the same name.
     static std::string author_of(const User& user) {
-        return user.identity.empty() ? name_key(user.info.name) : user.identity;
+        return user.identity.empty() ? text::concat({"guest ", user.info.id}) : user.identity;
     }
 
     static std::string user_key(const std::string& id) { return text::concat({"user ", id}); }
     // Users with a key or an account are known by their ids, and all others by their names.
     std::string mute_key(const ChatRoom& room, const User& user) const {
         const std::string who = user.identity.empty() ? name_key(user.info.name) : user_key(user.info.id);
-        return text::concat({room.name(), "\n", who});
+        return text::concat({room.key(), "\n", who});
     }
 
     // `id`: the public id of a user with a key or an account; empty: unknown.
@@ -15442,27 +15578,87 @@ private:
         const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
         ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
         on_fact(fact);
-        if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
+        tell_decision(fact);
         store_->put(std::move(fact));
     }
+    void tell_decision(const ChatFact& fact) {
+        if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
+    }
+    // Tells the moderators of the room, on all hubs, before it happens. The name of the entry is that of the moderator;
+    // empty: the program.
+    void report_moderation(ChatEntry entry, std::string_view action, std::string_view name, std::uint64_t seconds) {
+        entry.kind = ChatEntry::Kind::moderation;
+        entry.text = action;
+        entry.to = name;
+        entry.data = std::to_string(seconds);
+        forward(std::move(entry));
+    }
+    inline void on_moderation(const ChatEntry& entry);
+    inline void on_own_event(const ChatEntry& entry);
+    inline ChatEntry new_own_event(const char* call, std::string_view name, const Json& data) const;
+    // Closes the connections of a user to a room, on all hubs.
+    inline void kick(const ChatRoom& room, const std::string& name, std::string_view reason);
+    inline void on_kick(const ChatEntry& entry);
     inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
     inline void on_fact(const ChatFact& fact) override;
-    void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
-        server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
-    }
-    void load_decisions(const char* scope) {
+    inline void on_fact_failure(const ChatFact& fact, const std::string& cause) override;
+    void load_facts(const char* scope) {
         store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
             for (const ChatFact& fact : facts) on_fact(fact);
         });
     }
 
+    // ---- options of rooms, invitations, names of accounts ----------------------------------------------------------
+
+    ChatRoomOptions options_of(std::string_view name) {
+        ChatRoomOptions options;
+        if (room_options) run_hook("ChatHub::room_options", [&] { room_options(name, options); });
+        if (const std::string* const changed = changed_options_.find(chat_fold(name))) options.apply_fact(*changed);
+        return options;
+    }
+    void on_options(const ChatFact& fact) {
+        if (fact.value.empty()) changed_options_.erase(fact.key);
+        else changed_options_.find_or_emplace(fact.key) = fact.value;
+        if (ChatRoom* const room = rooms_.find(fact.key)) {
+            if (!fact.value.empty()) room->options.apply_fact(fact.value);
+            send_options(*room, fact);
+        }
+    }
+    inline void send_options(const ChatRoom& room, const ChatFact& fact);
+
+    static std::string invitation_key(std::string_view room, const std::string& user) {
+        return text::concat({chat_fold(room), "\n", user});
+    }
+    bool invited(std::string_view room, const std::string& user) const {
+        const std::int64_t* const expires = invitations_.find(invitation_key(room, user));
+        return expires != nullptr && (*expires == 0 || *expires > unix_ms());
+    }
+    // The public id of a guest ends with the connection, so the invitation of an unknown user does not stay.
+    void invite(const ChatRoom& room, const std::string& user, bool known, const std::string& by,
+                const std::string& author) {
+        constexpr std::int64_t day = 86'400'000;
+        store_->put(
+            {"invite", invitation_key(room.name(), user), by.empty() ? "?" : by, author, known ? 0 : unix_ms() + day});
+    }
+    inline void on_invitation(const ChatFact& fact);
+
+    // False: too many for now.
+    bool may_create_room(const std::string& user, AddressUse* address) {
+        UserState* const state = users_.find(user);
+        const Time time = now();
+        return (state == nullptr || state->creations.take(1, limits.room_creations, time)) &&
+               (address == nullptr || address->creations.take(1, limits.address_room_creations, time));
+    }
+    // The name of an account belongs to it in all rooms, also while it is not here.
+    bool is_account_name(const std::string& name) const { return accounts_.find(chat_fold(name)) != nullptr; }
+
     // ---- entries ---------------------------------------------------------------------------------------------------
 
     WSCHAT_NOINLINE static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
         ChatEntry entry;
         entry.kind = kind;
-        entry.room = room.name();
+        entry.room = room.key();
         entry.name = name;
         return entry;
     }
@@ -15473,6 +15669,10 @@ private:
     }
     void append(ChatEntry entry) {
         entry.time = unix_ms();
+        const ChatRoom* const room = rooms_.find(entry.room);
+        const bool unkept =
+            room != nullptr && !room->options.kept && (entry.is_message() || entry.kind == ChatEntry::Kind::topic);
+        if (unkept) return store_->forward(entry);
         store_->append(std::move(entry));
     }
     WSCHAT_NOINLINE void forward(ChatEntry entry) {
@@ -15480,10 +15680,10 @@ private:
         store_->forward(entry);
     }
     // The store answers before it answers the first member's request for the history.
-    void load_topic(const std::string& name) {
-        store_->facts("topic", name, [this, name](const std::vector<ChatFact>& facts, const std::string&) {
-            ChatRoom* const room = find(name);
-            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == name)
+    void load_topic(const std::string& key) {
+        store_->facts("topic", key, [this, key](const std::vector<ChatFact>& facts, const std::string&) {
+            ChatRoom* const room = rooms_.find(key);
+            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == key)
                 room->topic_ = facts[0].value;
         });
     }
@@ -15499,7 +15699,7 @@ private:
     }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
-        if (members_.find(room.name()) == nullptr || !room.delivered_id_) {
+        if (members_.find(room.key()) == nullptr || !room.delivered_id_) {
             room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
             return;
         }
@@ -15512,9 +15712,9 @@ private:
         try {
             hook();
         } catch (const std::exception& error) {
-            server_.report(LogLevel::error, "exception", {{"in", name}, {"cause", error.what()}});
+            server_.report_exception(name, error.what());
         } catch (...) {
-            server_.report(LogLevel::error, "exception", {{"in", name}, {"cause", "not a std::exception"}});
+            server_.report_exception(name, "not a std::exception");
         }
     }
     inline void on_entry(const ChatEntry& entry) override;
@@ -15535,7 +15735,11 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
-    StringMap<std::vector<ChatHandler*>> connections_by_id_;
+    StringMap<UserState> users_;          // by public id
+    StringMap<std::string> changed_options_;  // by key of the room; as ChatRoomOptions::to_fact()
+    StringMap<std::int64_t> invitations_;     // when they expire in Unix time, by invitation_key(); 0: never
+    StringMap<std::string> accounts_;         // their names, by chat_fold()
+    StringMap<std::vector<Asked>> asked_;     // who waits until a fact is kept, by asked_key()
     StringMap<bool> noted_;             // the facts about users and conversations that the store has
     const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
@@ -15584,7 +15788,9 @@ public:
     // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
     // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
     virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
-    // Whether this user may do it. Default: everything except moderation.
+    // Whether this user may do it in a room, which need not exist. Default: may(action).
+    virtual bool may(ChatAction action, std::string_view /*room*/) { return may(action); }
+    // Whether this user may do it in all rooms, or in none. Default: everything except moderation.
     virtual bool may(ChatAction action) { return action < ChatAction::kick; }
     // May change a text that the user says, also in private. False refuses it.
     virtual bool filter(std::string&) { return true; }
@@ -15653,6 +15859,7 @@ public:
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
         if (!name_accepted || user_.name.empty()) user_.name = "guest";
+        if (user_.account) hub_->note({"account", chat_fold(user_.name), user_.name, identity_});
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
         const auto refusal = refuse_room(wanted);
         const bool to_lobby = refusal.code == "room_bad" && !refuse_room("lobby");
@@ -15733,6 +15940,11 @@ private:
         explicit operator bool() const { return !code.empty(); }
     };
 
+    // Whether it has the form of the public id of a user.
+    static bool is_user_id(std::string_view id) {
+        return id.size() == 16 &&
+               text::all_of(id, [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '_'; });
+    }
     // The secret of the client: an offered subprotocol "wschat.key.BASE64URL", or "?key=". An address is in the history
     // of a browser and in the logs of proxies, a subprotocol is not.
     static std::string key_of(const Request& request) {
@@ -15772,9 +15984,11 @@ private:
         ChatEvent event("hello");
         event.add("version", 3).add_text("server", "wschat");
         add_room(event).add_text("name", user().name).add_text("user", user().id);
-        event.add_json("features", R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
-                                   R"("private","edit","delete","react","topic","data","in","read","commands"])");
-        event.add_json("may", permissions_json());
+        event.add_json("features",
+                       R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
+                       R"("private","edit","delete","react","topic","data","in","read","invite","commands"])");
+        first_permissions_ = permissions();
+        event.add_json("may", permissions_json(first_permissions_));
         const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"data", hub_->limits.max_data},
@@ -15785,22 +15999,43 @@ private:
                                  {"burst", hub_->limits.connection.messages.burst}});
         return event;
     }
-    // What this user may do, as a JSON array.
-    std::string permissions_json() {
+    // What permissions() returned, as a JSON array.
+    static std::string permissions_json(std::uint32_t mask) {
         detail::JsonList list;
         const std::pair<ChatAction, const char*> actions[] = {{ChatAction::say, R"("say","edit","react")"},
                                                               {ChatAction::private_message, R"("private")"},
                                                               {ChatAction::rename, R"("rename")"},
                                                               {ChatAction::join, R"("join")"},
+                                                              {ChatAction::create_room, R"("create")"},
                                                               {ChatAction::list_rooms, R"("rooms")"},
+                                                              {ChatAction::invite, R"("invite")"},
                                                               {ChatAction::kick, R"("kick")"},
                                                               {ChatAction::ban, R"("ban")"},
                                                               {ChatAction::mute, R"("mute")"},
                                                               {ChatAction::remove, R"("remove")"},
-                                                              {ChatAction::topic, R"("topic")"}};
+                                                              {ChatAction::topic, R"("topic")"},
+                                                              {ChatAction::manage, R"("slow","access","readonly")"}};
         for (const auto& [action, name] : actions)
-            if (may(action)) list.add(name);
+            if ((mask >> static_cast<unsigned>(action) & 1) != 0) list.add(name);
         return std::string(list.dump());
+    }
+    // A bit for each ChatAction that is allowed in the current room.
+    std::uint32_t permissions() {
+        std::uint32_t mask = 0;
+        for (unsigned i = 0; i <= static_cast<unsigned>(ChatAction::manage); ++i)
+            if (allowed(static_cast<ChatAction>(i))) mask |= std::uint32_t{1} << i;
+        return mask;
+    }
+    // In the current room.
+    bool allowed(ChatAction action) {
+        const ChatRoom* const room = current_room();
+        return room == nullptr ? may(action) : may(action, room->name());
+    }
+    static void add_options(ChatEvent& event, const ChatRoomOptions& options) {
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(options.slow).count();
+        if (options.is_private) event.add_json("private", "true");
+        if (options.read_only) event.add_json("read_only", "true");
+        if (seconds != 0) event.add("slow", seconds);
     }
     ChatEvent& add_room(ChatEvent& event) {
         return current_room() == nullptr ? event.add_json("room", "null")
@@ -15848,9 +16083,10 @@ private:
         const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
         const std::size_t index = membership_index(name ? hub_->find(*name) : nullptr);
         if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
-        detail::ChatLine line = detail::ChatLine::parse(rest);
-        line.tag = {};
+        const detail::ChatLine line = detail::ChatLine::parse(rest);
         if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
+        if (!line.tag.empty() && !tag_.empty()) return reply_error("bad_tag", "A line has one tag.");
+        if (detail::ChatLine::valid_tag(line.tag)) tag_ = line.tag;
         current_ = index;
         dispatch(message, line);
         const std::size_t back = membership_index(previous);
@@ -15872,7 +16108,7 @@ private:
     // Filters the text. The result says why it is refused. A message with data needs no text.
     Refusal refuse_text(std::string& text, bool may_be_empty = false) {
         const auto is_empty = [&] { return !may_be_empty && detail::all_characters(text, detail::is_white_space); };
-        const std::size_t max = hub_->limits.max_text;
+        const std::size_t max = max_text();
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
         if (text.size() > max)
@@ -15884,13 +16120,36 @@ private:
             throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
         return {};
     }
+    std::size_t max_text() const {
+        const std::size_t max = hub_->limits.max_text;
+        return memberships_.empty() ? max : memberships_[current_].room->options.max_text.value_or(max);
+    }
+    // Why this user may not say anything in the room now.
+    Refusal refuse_speaking() {
+        if (memberships_.empty()) return {};
+        const ChatRoom& room = *current_room();
+        const bool managed = room.options.read_only || room.options.slow > Duration::zero();
+        if (!managed || allowed(ChatAction::manage)) return {};
+        if (room.options.read_only) return Refusal{"read_only", "Only moderators speak in this room."};
+        const Duration left = room.slow_.left(slow_key(), hub_->now());
+        if (left == Duration::zero()) return {};
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(left).count() + 1;
+        return Refusal{"slow", text::concat({"This room is slow; wait ", std::to_string(seconds), " seconds."})};
+    }
+    // A guest could connect again, so the guests of an address wait together.
+    std::string slow_key() const {
+        return identity_.empty() ? ChatHub::address_key(remote_address()) : ChatHub::user_key(user_.id);
+    }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
     // `data`: a JSON object, or empty.
     void say(ChatEntry::Kind kind, std::string_view said, std::string_view data = {}) {
         std::string text(said);
-        if (!may(ChatAction::say)) return reply_forbidden();
+        if (!allowed(ChatAction::say)) return reply_forbidden();
         if (const auto refusal = refuse_text(text, !data.empty())) return reply_error(refusal);
+        if (const auto refusal = refuse_speaking()) return reply_error(refusal);
+        ChatRoom& room = *current_room();
+        if (room.options.slow > Duration::zero()) room.slow_.set(slow_key(), "", room.options.slow, hub_->now());
         ChatEntry entry = new_kept_entry(kind);
         entry.text = std::move(text);
         entry.data = data;
@@ -15898,7 +16157,7 @@ private:
     }
     // Says something in the conversation with another user.
     void say_to(const std::string& id, const std::string& name, std::string text, const std::string& tag) {
-        if (memberships_.empty()) return;
+        if (memberships_.empty()) return write_error("no_room", "You are in no room; /join ROOM.", tag);
         ChatEntry entry = new_kept_entry(ChatEntry::Kind::said);
         entry.room = ChatHub::conversation(user_.id, id);
         entry.user = user_.id;
@@ -15923,6 +16182,17 @@ private:
         return entry;
     }
     void reply_error(const Refusal& refusal) { reply_error(refusal.code, refusal.sentence); }
+    // The answer to a line that waited for the store.
+    void write_error(std::string_view code, std::string_view sentence, std::string_view tag) {
+        ChatEvent event("error");
+        event.add_text("code", code).add_text("text", sentence);
+        write_message(event.add_unless_empty("tag", tag).dump());
+    }
+    // The answer to a line with a tag that has no other one.
+    void reply_done() {
+        ChatEvent event("ack");
+        if (!tag_.empty()) reply(add_room(event));
+    }
     void reply_forbidden() { reply_error("forbidden", "You may not do that."); }
 
     // ---- rooms -----------------------------------------------------------------------------------------------------
@@ -15940,12 +16210,23 @@ private:
             return Refusal{"room_bad", text::concat({"The name of a room is 1 to ",
                                                      std::to_string(limits.max_room_name), " bytes of visible text."})};
         if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
-        if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
+        const ChatRoom* const room = hub_->find(name);
+        const bool is_new = room == nullptr || room->presence_.empty();
+        if (!may(ChatAction::join, name) || (is_new && !may(ChatAction::create_room, name)))
+            return Refusal{"forbidden", "You may not join that room."};
+        const ChatRoomOptions options = room == nullptr ? hub_->options_of(name) : room->options;
+        if (options.is_private && !hub_->invited(name, user_.id) && !may(ChatAction::manage, name))
+            return Refusal{"not_invited", "That room is private; somebody in it can invite you."};
         if (memberships_.size() >= limits.max_rooms_per_connection)
             return Refusal{"room_limit", text::concat({"You are in ", std::to_string(memberships_.size()),
                                                        " rooms already; /leave one."})};
-        if (hub_->room_count() >= limits.max_rooms && hub_->find(name) == nullptr)
+        if (hub_->room_count() >= limits.max_rooms && room == nullptr)
             return Refusal{"room_limit", "There are too many rooms."};
+        const bool full = options.max_users != 0 && room != nullptr && room->presence_.size() >= options.max_users;
+        if (full && room->presence_.find_identity(identity_) == nullptr)
+            return Refusal{"room_full", "That room is full."};
+        if (is_new && !hub_->may_create_room(user_.id, address_))
+            return Refusal{"room_limit", "You have opened too many rooms. Wait a little."};
         return {};
     }
 
@@ -15964,7 +16245,7 @@ private:
         if (index == memberships_.size()) return;  // the hook has left the room
         memberships_.erase(memberships_.begin() + static_cast<std::ptrdiff_t>(index));
         if (current_ >= index && current_ != 0) --current_;
-        if (Room* members = hub_->members_.find(left.room->name())) members->leave(*this);
+        if (Room* members = hub_->members_.find(left.room->key())) members->leave(*this);
         hub_->disconnect(*left.room, *left.user, *this, at_once);
     }
 
@@ -15983,10 +16264,12 @@ private:
 
     void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
                          const std::string& tag = {}) {
-        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const ChatLimits& limits = hub_->limits;
+        const std::size_t wanted = position ? room.options.history_on_resume.value_or(limits.history_on_resume)
+                                            : room.options.history_on_join.value_or(limits.history_on_join);
         const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
-        const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
-        hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
+        const HistoryRequest history_request{room.key(), position, room.delivered_id_, tag};
+        hub_->store().since(room.key(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
         });
     }
@@ -15994,14 +16277,14 @@ private:
     // A connection becomes a member of the room when it has everything that the members have. So it misses nothing and
     // gets nothing twice, even if the store answers late.
     void on_history(const HistoryRequest& requested, HistoryPage page) {
-        ChatRoom* chat_room = hub_->find(requested.room);
+        ChatRoom* chat_room = hub_->rooms_.find(requested.room);
         if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
         Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_charged(users_event(*chat_room));
+        if (joining) write_charged(users_event(*chat_room).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
@@ -16010,7 +16293,7 @@ private:
             page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         members.join(*this);
-        request_read_marker(chat_room->name());
+        request_read_marker(chat_room->key());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
@@ -16033,49 +16316,73 @@ private:
 
     // ---- conversations ---------------------------------------------------------------------------------------------
 
-    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or the
-    // newest messages.
+    // The conversations of a user, one after the other, so that each is charged before the next one is read.
+    struct Conversations {
+        HandlerRef handler;
+        std::vector<ChatFact> facts{};
+        std::size_t next = 0;
+        bool calling = false, answered = false;
+        std::vector<std::string> read{};  // {"user":...,"name":...,"read":...} of those without anything new
+    };
+    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or
+    // after the read marker. A conversation without anything new is only in "peers".
     void request_conversations() {
-        hub_->store().facts(
-            "talk", user_.id + "\n", [me = ref()](const std::vector<ChatFact>& facts, const std::string&) {
-                auto* self = static_cast<ChatHandler*>(me.get());
-                constexpr std::size_t max_conversations = 100;
-                for (std::size_t i = 0; self != nullptr && self->is_open() && i < facts.size() && i < max_conversations;
-                     ++i)
-                    self->request_conversation(facts[i].key.substr(facts[i].key.find('\n') + 1), facts[i].value);
+        hub_->with_markers(user_.id, [me = ref(), hub = hub_, id = user_.id] {
+            if (me.get() == nullptr) return;
+            hub->store().facts("talk", id + "\n", [me](std::vector<ChatFact> facts, const std::string&) {
+                if (me.get() == nullptr || facts.empty()) return;
+                auto all = std::make_shared<Conversations>(Conversations{me, std::move(facts)});
+                static_cast<ChatHandler*>(me.get())->continue_conversations(all);
             });
+        });
     }
-    void request_conversation(const std::string& peer, const std::string& name) {
-        std::optional<HistoryPosition> position;
-        for (const std::string& each : request().query_all("peer")) {
-            std::string_view rest = each;
-            if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
+    // A store that answers at once must not add a call to the stack for each conversation.
+    void continue_conversations(const std::shared_ptr<Conversations>& all) {
+        while (is_open() && all->next != all->facts.size()) {
+            const ChatFact& fact = all->facts[all->next++];
+            all->calling = true;
+            all->answered = false;
+            request_conversation(all, fact.key.substr(fact.key.find('\n') + 1), fact.value);
+            all->calling = false;
+            if (!all->answered) return;
         }
-        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
-        const std::string log = ChatHub::conversation(user_.id, peer);
-        const auto answer = [me = ref(), peer, name, log](const HistoryPage& page) {
-            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_conversation(peer, name, log, page);
-        };
-        hub_->store().since(log, position, may_read() ? wanted : 0, answer);
+        if (!is_open() || all->read.empty()) return;
+        detail::JsonList list;
+        for (const std::string& each : all->read) list.add(each);
+        write_charged(ChatEvent("peers").add_json("peers", list.dump()).dump());
     }
-    inline void on_conversation(const std::string& peer, const std::string& name, const std::string& log,
-                                const HistoryPage& page);
+    inline void request_conversation(const std::shared_ptr<Conversations>& all, const std::string& peer,
+                                     const std::string& name);
+    inline void write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
+                                   bool resumed, std::uint64_t before, std::string_view tag);
+    // False: nothing is newer than the read marker.
+    inline bool on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
+                                bool resumed);
     // Of a room, or of "@" and the id of a peer.
-    inline void request_read_marker(const std::string& what);
+    void request_read_marker(const std::string& what) {
+        if (identity_.empty()) return;
+        hub_->with_markers(user_.id, [me = ref(), what] {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->send_read_marker(what, {});
+        });
+    }
+    inline void send_read_marker(const std::string& what, std::string_view tag);
+    inline void mark_read(const std::string& what, std::uint64_t id, const std::string& tag);
 
     // The store's answer to /before and /search becomes the end of this event.
     ChatStore::PageCallback answer_with_page(ChatEvent event) {
         return
-            [me = ref(), event = std::move(event), room = current_room()->name(), tag = tag_](const HistoryPage& page) {
+            [me = ref(), event = std::move(event), room = current_room()->key(), tag = tag_](const HistoryPage& page) {
                 auto* self = static_cast<ChatHandler*>(me.get());
                 if (self != nullptr) self->on_page(event, room, tag, page);
             };
     }
-    inline void on_page(ChatEvent event, const std::string& room_name, const std::string& tag, const HistoryPage& page);
+    inline void on_page(ChatEvent event, const std::string& room_key, const std::string& tag, const HistoryPage& page);
 
+    template <class MakeEvent>
+    detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    static inline std::string users_event(const ChatRoom& room);
+    static inline ChatEvent users_event(const ChatRoom& room);
 
     ChatHub* hub_ = nullptr;
     ChatUser user_;
@@ -16088,6 +16395,7 @@ private:
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line in progress
+    std::uint32_t first_permissions_ = 0;  // what "hello" says
     bool connected_ = false;
     bool kicked_ = false;
 };
@@ -16110,7 +16418,7 @@ public:
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
             if (command.name != name || command.run == nullptr) continue;
-            if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            if (command.action && !handler_.allowed(*command.action)) handler_.reply_forbidden();
             else if (command.reads && !handler_.may_read())
                 error("flood", "You have asked for too much. Wait a little.");
             else (this->*command.run)(rest);
@@ -16127,8 +16435,8 @@ private:
         bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 25>& commands() {
-        static constexpr std::array<Command, 25> all = {{
+    static const std::array<Command, 29>& commands() {
+        static constexpr std::array<Command, 29> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
@@ -16144,6 +16452,7 @@ private:
             {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
             {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
+            {"invite", "/invite NAME|@ID", "invites a user to this room", &ChatCommands::invite, ChatAction::invite},
             {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
             {"before",
              "/before ID [LIMIT]",
@@ -16156,6 +16465,12 @@ private:
             {"help", "/help", "this list", &ChatCommands::help},
             {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
              ChatAction::topic},
+            {"access", "/access private|public", "who enters this room: who is invited, or everybody",
+             &ChatCommands::access, ChatAction::manage},
+            {"readonly", "/readonly on|off", "lets only moderators speak in this room", &ChatCommands::read_only,
+             ChatAction::manage},
+            {"slow", "/slow SECONDS", "the time between two messages of a user; 0 ends it", &ChatCommands::slow,
+             ChatAction::manage},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"unban", "/unban NAME|ADDRESS", "ends a ban", &ChatCommands::unban, ChatAction::ban},
@@ -16186,6 +16501,8 @@ private:
         std::string text(rest);
         if (!id) return error("bad_command", "/edit ID TEXT");
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (room_->options.read_only && !handler_.allowed(ChatAction::manage))
+            return error("read_only", "Only moderators speak in this room.");
         if (hub.limits.edit_for == Duration::zero()) return error("too_late", "Messages cannot be changed here.");
         ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::edit, *id);
         entry.text = std::move(text);
@@ -16198,7 +16515,7 @@ private:
         if (!id) return error("bad_command", "/delete ID");
         if (room_ == nullptr) return reply_no_room();
         ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::remove, *id);
-        entry.moderator = handler_.may(ChatAction::remove);
+        entry.moderator = handler_.allowed(ChatAction::remove);
         handler_.hub_->append(std::move(entry));
     }
     void react(std::string_view rest) {
@@ -16248,6 +16565,7 @@ private:
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         if (handler_.identity_.empty())
             return error("forbidden", "Only users with a key or an account write to users by their ids.");
+        if (!ChatHandler::is_user_id(id)) return error("unknown_user", "There is no user with that id.");
         handler_.hub_->store().facts(
             "user", id,
             [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](const std::vector<ChatFact>& facts,
@@ -16255,19 +16573,20 @@ private:
                 auto* self = static_cast<ChatHandler*>(me.get());
                 if (self == nullptr) return;
                 if (!facts.empty() && facts[0].key == id) return self->say_to(id, "", text, tag);
-                ChatEvent event("error");
-                event.add_text("code", "unknown_user").add_text("text", "There is no user with that id.");
-                self->write_message(event.add_unless_empty("tag", tag).dump());
+                self->write_error("unknown_user", "There is no user with that id.", tag);
             });
     }
     void read(std::string_view rest) {
-        std::string what = room_ == nullptr ? "" : room_->name();
+        std::string what = room_ == nullptr ? "" : room_->key();
         if (text::starts_with(rest, "@")) what = text::consume_until(rest, ' ');
         const auto id = ChatHandler::to_number(rest);
-        if (!id || what.empty() || what.size() > 100) return error("bad_command", "/read [@ID] NUMBER");
+        if (!id) return error("bad_command", "/read [@ID] NUMBER");
+        if (what.empty()) return reply_no_room();
         if (handler_.identity_.empty()) return error("forbidden", "A guest without a key has no read markers.");
-        handler_.hub_->store().put(
-            {"read", text::concat({handler_.user_.id, "\n", what}), std::to_string(*id), handler_.identity_});
+        if (what[0] == '@' && !ChatHandler::is_user_id(what.substr(1))) return reply_no_conversation();
+        handler_.hub_->with_markers(handler_.user_.id, [me = handler_.ref(), what, id = *id, tag = handler_.tag_] {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->mark_read(what, id, tag);
+        });
     }
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
     bool is_duplicate() {
@@ -16278,44 +16597,60 @@ private:
         return false;
     }
 
+    // Pages send it at each change of the input. So an error goes only to a line with a tag.
     void typing(std::string_view rest) {
-        if (room_ == nullptr || !handler_.may(ChatAction::say) || handler_.muted()) return;
+        const bool tagged = !handler_.tag_.empty();
+        if (room_ == nullptr) return tagged ? reply_no_room() : void();
+        if (!handler_.allowed(ChatAction::say)) return tagged ? handler_.reply_forbidden() : void();
+        if (handler_.muted()) return tagged ? error("muted", "You are muted for a while.") : void();
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::typing);
         entry.text = rest == "stop" ? "stop" : "";
         handler_.hub_->forward(std::move(entry));
+        handler_.reply_done();
     }
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_charged(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void rooms(std::string_view) {
         JsonList list;
-        for (const auto& [name, room] : handler_.hub_->rooms_)
-            if (!room.presence_.empty() && list.size() < 500)
-                list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
+        for (const auto& [key, room] : handler_.hub_->rooms_) {
+            const bool is_member = handler_.membership_index(&room) != handler_.memberships_.size();
+            if (room.presence_.empty() || list.size() == 500 || (room.options.is_private && !is_member)) continue;
+            list.add(room_entry(room));
+        }
         ChatEvent event("rooms");
         handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
+    }
+
+    // The room in a list.
+    std::string room_entry(const ChatRoom& room) const {
+        std::string entry = Json{{"room", room.name()}, {"users", room.presence_.size()}}.dump();
+        entry.pop_back();
+        if (!room.topic().empty()) entry += ",\"topic\":" + Json(room.topic()).dump();
+        if (room.options.is_private) entry += ",\"private\":true";
+        return entry + "}";
     }
 
     void nick(std::string_view rest) {
         const std::string name(rest);
         ChatHub& hub = *handler_.hub_;
         if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
-        if (!handler_.may(ChatAction::rename)) return handler_.reply_forbidden();
+        if (!handler_.allowed(ChatAction::rename)) return handler_.reply_forbidden();
         if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
         if (hub.banned("unix", name, "")) return error("name_banned", "That name is banned.");
         if (room_ == nullptr) return reply_no_room();
-        if (name == handler_.user().name) return;
+        if (name == handler_.user().name) return handler_.reply_done();
         if (handler_.muted()) return error("muted", "You are muted for a while.");
         Presence::User& user = *membership().user;
         const Presence::User* holder = room_->presence_.find(name);
-        if (holder != nullptr && holder != &user)
+        if ((holder != nullptr && holder != &user) || hub.is_account_name(name))
             return error("name_taken",
                          text::concat({"That name is taken; ", room_->presence_.free_name(name), " is free."}));
         handler_.user_.name = name;
-        hub.rename(*room_, user, name);
+        hub.rename(*room_, user, name, handler_.number_, handler_.tag_);
     }
 
     // "/join ROOM EPOCH-ID" brings what was said after that position.
@@ -16346,40 +16681,137 @@ private:
     void reply_room() {
         ChatEvent event("room");
         handler_.add_room(event).add_text("name", handler_.user().name);
-        if (const ChatRoom* room = handler_.current_room()) event.add_unless_empty("topic", room->topic());
+        if (const ChatRoom* room = handler_.current_room()) {
+            event.add_unless_empty("topic", room->topic());
+            ChatHandler::add_options(event, room->options);
+            // "hello" says the rest.
+            const std::uint32_t may = handler_.permissions();
+            if (may != handler_.first_permissions_) event.add_json("may", ChatHandler::permissions_json(may));
+        }
         handler_.reply(event);
     }
 
+    void invite(std::string_view rest) {
+        if (room_ == nullptr) return reply_no_room();
+        if (handler_.muted()) return error("muted", "You are muted for a while.");
+        const Presence::User* user = nullptr;
+        const bool by_id = text::starts_with(rest, "@") && ChatHandler::is_user_id(rest.substr(1));
+        for (const auto& membership : handler_.memberships_)
+            if (user == nullptr && !by_id) user = membership.room->presence_.find(rest);
+        if (user == nullptr && !by_id) return error("unknown_user", "Nobody in your rooms has that name.");
+        ChatHub& hub = *handler_.hub_;
+        if (hub.invitations_.size() >= hub.limits.max_invitations)
+            return error("refused", "There are too many invitations.");
+        const std::string id = by_id ? std::string(rest.substr(1)) : user->info.id;
+        hub.ask({"invite", ChatHub::invitation_key(room_->name(), id)}, handler_.number_, handler_.tag_);
+        hub.invite(*room_, id, by_id || !user->identity.empty() || user->remote, handler_.user().name,
+                   handler_.identity_);
+    }
+    void access(std::string_view rest) {
+        if (rest != "private" && rest != "public") return error("bad_command", "/access private|public");
+        if (room_ == nullptr) return reply_no_room();
+        ChatHub& hub = *handler_.hub_;
+        ChatRoomOptions options = room_->options;
+        options.is_private = rest == "private";
+        // Who is here may come again.
+        for (const auto& [name, user] : room_->presence_)
+            if (options.is_private && !hub.invited(room_->name(), user.info.id))
+                hub.invite(*room_, user.info.id, !user.identity.empty() || user.remote, "", {});
+        set_options(options);
+    }
+    void read_only(std::string_view rest) {
+        if (rest != "on" && rest != "off") return error("bad_command", "/readonly on|off");
+        if (room_ == nullptr) return reply_no_room();
+        ChatRoomOptions options = room_->options;
+        options.read_only = rest == "on";
+        set_options(options);
+    }
+    void slow(std::string_view rest) {
+        const auto seconds = ChatHandler::to_number(rest);
+        if (!seconds || *seconds > 86'400) return error("bad_command", "/slow SECONDS, at most 86400");
+        if (room_ == nullptr) return reply_no_room();
+        ChatRoomOptions options = room_->options;
+        options.slow = std::chrono::seconds(*seconds);
+        set_options(options);
+    }
+    void set_options(const ChatRoomOptions& options) {
+        ChatFact fact{"room", room_->key(), options.to_fact()};
+        handler_.hub_->ask(fact, handler_.number_, handler_.tag_);
+        handler_.hub_->store().put(std::move(fact));
+        handler_.server().report(LogLevel::info, "chat_moderation",
+                                 {{"action", "options"},
+                                  {"room", room_->name()},
+                                  {"options", options.to_fact()},
+                                  {"by", handler_.user().name}});
+    }
+
     void since(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return conversation_since(rest.substr(1));
         const auto position = HistoryPosition::parse(rest);
         if (!position || room_ == nullptr) return error("bad_command", "/since EPOCH-ID, in a room.");
         handler_.request_history(*room_, position, handler_.tag_);
     }
-    void before(std::string_view rest) {
-        const ChatLimits& limits = handler_.hub_->limits;
+    // In a conversation: "@ID EPOCH-ID".
+    void conversation_since(std::string_view rest) {
+        const std::string peer(text::consume_until(rest, ' '));
+        const auto position = HistoryPosition::parse(rest);
+        if (!position) return error("bad_command", "/since @ID EPOCH-ID");
+        if (!has_conversations(peer)) return reply_no_conversation();
+        handler_.hub_->store().since(ChatHub::conversation(handler_.user_.id, peer), position,
+                                     handler_.hub_->limits.history_on_resume, answer_in_conversation(peer, 0));
+    }
+    // In a conversation: "@ID NUMBER [LIMIT]".
+    void conversation_before(std::string_view rest) {
+        const std::string peer(text::consume_until(rest, ' '));
         const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
-        const auto wanted =
-            rest.empty() ? std::optional<std::uint64_t>(limits.history_on_join) : ChatHandler::to_number(rest);
-        if (!id || !wanted || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
-        const auto limit = static_cast<std::size_t>((std::min)(*wanted, std::uint64_t{limits.history_on_resume}));
+        const auto limit = page_limit(rest);
+        if (!id || !limit) return error("bad_command", "/before @ID NUMBER [LIMIT]");
+        if (!has_conversations(peer)) return reply_no_conversation();
+        handler_.hub_->store().before(ChatHub::conversation(handler_.user_.id, peer), *id, *limit,
+                                      answer_in_conversation(peer, *id));
+    }
+    bool has_conversations(const std::string& peer) const {
+        return !handler_.identity_.empty() && ChatHandler::is_user_id(peer);
+    }
+    void reply_no_conversation() { error("unknown_user", "You have no conversation with such a user."); }
+    ChatStore::PageCallback answer_in_conversation(const std::string& peer, std::uint64_t before) {
+        return [me = handler_.ref(), peer, before, tag = handler_.tag_](const HistoryPage& page) {
+            if (auto* self = static_cast<ChatHandler*>(me.get()))
+                self->write_conversation(peer, {}, page, true, before, tag);
+        };
+    }
+    // How many entries the client wants; nothing if that is no number.
+    std::optional<std::size_t> page_limit(std::string_view rest) const {
+        const ChatLimits& limits = handler_.hub_->limits;
+        if (rest.empty()) return limits.history_on_join;
+        const auto wanted = ChatHandler::to_number(rest);
+        if (!wanted) return std::nullopt;
+        return static_cast<std::size_t>((std::min)(*wanted, std::uint64_t{limits.history_on_resume}));
+    }
+
+    void before(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return conversation_before(rest.substr(1));
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        const auto limit = page_limit(rest);
+        if (!id || !limit || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
         const std::uint64_t newest = room_->delivered_id_ ? *room_->delivered_id_ + 1 : *id;
         ChatEvent event("history");
         event.add_text("room", room_->name()).add("before", *id).add_json("gap", "false");
-        handler_.hub_->store().before(room_->name(), (std::min)(*id, newest), limit, handler_.answer_with_page(event));
+        handler_.hub_->store().before(room_->key(), (std::min)(*id, newest), *limit, handler_.answer_with_page(event));
     }
     void search(std::string_view rest) {
         if (room_ == nullptr) return reply_no_room();
         if (ChatStore::search_words(rest).empty()) return error("bad_command", "/search WORDS, in a room.");
         ChatEvent event("search");
         event.add_text("room", room_->name()).add_text("words", rest);
-        handler_.hub_->store().search(room_->name(), std::string(rest), handler_.hub_->limits.history_on_join,
+        handler_.hub_->store().search(room_->key(), std::string(rest), handler_.hub_->limits.history_on_join,
                                       handler_.answer_with_page(event));
     }
 
     void help(std::string_view) {
         JsonList list;
         for (const Command& command : commands())
-            if (!command.action || *command.action < ChatAction::kick || handler_.may(*command.action))
+            if (!command.action || *command.action < ChatAction::kick || handler_.allowed(*command.action))
                 list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
         handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
@@ -16387,8 +16819,9 @@ private:
     void kick(std::string_view rest) {
         const Presence::User* user = consume_user(rest);
         if (user == nullptr) return reply_unknown_user();
-        report("kick", user->info.name, 0);
-        room_->kick(std::string(user->info.name), rest.empty() ? "You were asked to leave." : rest);
+        const std::string name = user->info.name;
+        report("kick", name, 0);
+        handler_.hub_->kick(*room_, name, rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
@@ -16430,17 +16863,19 @@ private:
         report("unmute", user->info.name, 0);
         handler_.hub_->mute(*room_, *user, Duration::zero());
     }
-    // Tells the moderator and the log.
-    void report(std::string_view action, std::string_view name, std::uint64_t seconds) {
-        const std::string room = room_ == nullptr ? "" : room_->name();
-        ChatEvent event("moderation");
-        event.add_unless_empty("room", room).add_text("action", action).add_text("name", name);
-        if (seconds != 0) event.add("seconds", (std::min)(seconds, max_seconds));
-        handler_.reply(event.add_text("by", handler_.user().name));
+    // Tells the moderators of the room and the log.
+    void report(std::string_view action, std::string_view target, std::uint64_t seconds) {
+        const std::string name(target), room = room_ == nullptr ? "" : room_->name();
+        ChatEntry entry;
+        if (room_ != nullptr) entry = handler_.new_entry(ChatEntry::Kind::moderation);
+        else entry.name = handler_.user().name;
+        entry.sender = handler_.number_;
+        entry.tag = handler_.tag_;
+        handler_.hub_->report_moderation(std::move(entry), action, name, (std::min)(seconds, max_seconds));
         handler_.server().report(LogLevel::info, "chat_moderation",
                                  {{"action", std::string(action)},
                                   {"room", room},
-                                  {"name", std::string(name)},
+                                  {"name", name},
                                   {"by", handler_.user().name},
                                   {"seconds", std::to_string(seconds)}});
     }
@@ -16461,9 +16896,9 @@ private:
     ChatRoom* room_;  // the current room at the beginning of the line
 };
 
-WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
+WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry, std::string_view room) {
     ChatEvent event(type);
-    event.add_text("room", entry.room).add_text("name", entry.name).add_unless_empty("user", entry.user);
+    event.add_text("room", room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
 }
 // The reactions to a message, for the user with this identity.
@@ -16503,17 +16938,16 @@ inline ChatEvent private_event(const ChatEntry& entry, const std::string& id, bo
     event.add_text("text", entry.text).add("time", entry.time);
     return with_tag ? event.add_unless_empty("tag", entry.tag) : event;
 }
-// The key of a read marker is the public id of its user, a line feed, and a room or "@" with the id of a peer.
-inline ChatEvent read_event(const ChatFact& fact) {
-    const std::string what = fact.key.substr(fact.key.find('\n') + 1);
+// `what`: a room, or "@" with the id of a peer.
+inline ChatEvent read_event(const std::string& what, std::uint64_t id) {
     const bool is_peer = text::starts_with(what, "@");
     ChatEvent event("read");
-    event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what);
-    return event.add_json("id", fact.value);
+    return event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what).add("id", id);
 }
 
-// The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag.
-inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer = {}) {
+// The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag. In a
+// history it has no room.
+inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer, std::string_view room = {}) {
     using Kind = ChatEntry::Kind;
     const char* const type = entry.is_message()           ? "said"
                              : entry.kind == Kind::edit   ? "edit"
@@ -16521,7 +16955,7 @@ inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer = 
                              : entry.kind == Kind::react  ? "react"
                                                           : "topic";
     ChatEvent event(type);
-    event.add_unless_empty("room", entry.room);
+    event.add_unless_empty("room", room);
     if (entry.id != 0) event.add("id", entry.id);
     if (entry.target != 0) event.add("target", entry.target);
     if (entry.kind == Kind::react) event.add_text("emoji", entry.text).add_json("on", entry.removed ? "false" : "true");
@@ -16546,17 +16980,21 @@ inline bool ChatHandler::on_command(std::string_view command, std::string_view r
 }
 
 // The newest entries that fit into an event.
-inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const HistoryPage& page) const {
-    const std::string viewer = ChatHub::author_of(*memberships_[membership_index(&room)].user);
+template <class MakeEvent>
+detail::JsonList ChatHandler::newest_events(const HistoryPage& page, MakeEvent&& make_event) const {
     std::size_t bytes = 0;
     std::vector<std::string> events;
     for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
-        events.push_back(detail::kept_event(page.entries[i], viewer).dump());
+        events.push_back(make_event(page.entries[i]));
         bytes += events.back().size();
     }
     detail::JsonList list;
     for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
     return list;
+}
+inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const HistoryPage& page) const {
+    const std::string viewer = ChatHub::author_of(*memberships_[membership_index(&room)].user);
+    return newest_events(page, [&](const ChatEntry& entry) { return detail::kept_event(entry, viewer).dump(); });
 }
 
 // `resumed`: the client asked with a position, so missing entries are a gap.
@@ -16570,40 +17008,112 @@ inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryP
     return event.add_json("entries", list.dump());
 }
 
-inline void ChatHandler::on_conversation(const std::string& peer, const std::string& name, const std::string& log,
-                                         const HistoryPage& page) {
-    if (!is_open() || (page.last_id == 0 && page.error.empty())) return;
-    detail::JsonList list;
-    for (ChatEntry entry : page.entries) {
-        entry.room = log;
-        if (entry.is_message()) list.add(detail::private_event(entry, user_.id, entry.user == user_.id).dump());
+inline void ChatHandler::request_conversation(const std::shared_ptr<Conversations>& all, const std::string& peer,
+                                              const std::string& name) {
+    std::optional<HistoryPosition> position;
+    for (const std::string& each : request().query_all("peer")) {
+        std::string_view rest = each;
+        if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
     }
-    ChatEvent event("history");
-    event.add_text("peer", peer).add_text("name", name).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
-    event.add("gap", page.gap || !page.error.empty()).add("more", page.more);
-    write_charged(event.add_json("entries", list.dump()).dump());
-    request_read_marker("@" + peer);
+    const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+    const bool resumed = position.has_value();
+    const auto answer = [all, peer, name, resumed](const HistoryPage& page) {
+        auto* self = static_cast<ChatHandler*>(all->handler.get());
+        if (self == nullptr) return;
+        if (!self->on_conversation(peer, name, page, resumed)) {
+            const std::uint64_t marker = self->hub_->marker_of(self->user_.id, "@" + peer);
+            all->read.push_back(Json{{"user", peer}, {"name", name}, {"read", marker}}.dump());
+        }
+        all->answered = true;
+        if (!all->calling) self->continue_conversations(all);
+    };
+    hub_->store().since(ChatHub::conversation(user_.id, peer), position, may_read() ? wanted : 0, answer);
 }
 
-inline void ChatHandler::request_read_marker(const std::string& what) {
-    if (identity_.empty()) return;
-    const std::string key = text::concat({user_.id, "\n", what});
-    hub_->store().facts("read", key, [me = ref(), key](const std::vector<ChatFact>& facts, const std::string&) {
-        auto* self = static_cast<ChatHandler*>(me.get());
-        if (self != nullptr && !facts.empty() && facts[0].key == key)
-            self->write_message(detail::read_event(facts[0]).dump());
+inline bool ChatHandler::on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
+                                         bool resumed) {
+    if (!is_open()) return true;
+    const std::uint64_t marker = hub_->marker_of(user_.id, "@" + peer);
+    if (resumed || !page.error.empty()) {
+        write_conversation(peer, name, page, resumed, 0, {});
+    } else {
+        if (page.last_id <= marker) return false;
+        HistoryPage rest = page;
+        const auto is_read = [marker](const ChatEntry& entry) { return entry.id <= marker; };
+        auto& entries = rest.entries;
+        entries.erase(std::remove_if(entries.begin(), entries.end(), is_read), entries.end());
+        rest.more = rest.more || entries.size() != page.entries.size();
+        write_conversation(peer, name, rest, false, 0, {});
+    }
+    if (marker != 0) send_read_marker("@" + peer, {});
+    return true;
+}
+
+// `before`: the answer to /before with that id.
+inline void ChatHandler::write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
+                                            bool resumed, std::uint64_t before, std::string_view tag) {
+    if (!is_open()) return;
+    if (!page.error.empty()) server().report(LogLevel::error, "chat_not_read", {{"cause", page.error}});
+    if (!page.error.empty() && !tag.empty())
+        return write_error("not_read", "The history cannot be read now. Try again soon.", tag);
+    std::size_t messages = 0;
+    const std::string log = ChatHub::conversation(user_.id, peer);
+    HistoryPage said = page;
+    auto& entries = said.entries;
+    entries.erase(std::remove_if(entries.begin(), entries.end(), [](const ChatEntry& e) { return !e.is_message(); }),
+                  entries.end());
+    messages = entries.size();
+    const detail::JsonList list = newest_events(said, [&](const ChatEntry& kept) {
+        ChatEntry entry = kept;
+        entry.room = log;
+        return detail::private_event(entry, user_.id, entry.user == user_.id).dump();
     });
+    const bool cut = list.size() != messages;
+    ChatEvent event("history");
+    event.add_text("peer", peer).add_unless_empty("name", name);
+    if (before != 0) event.add("before", before);
+    else event.add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add("gap", before == 0 && (page.gap || !page.error.empty() || (cut && resumed)));
+    event.add("more", page.more || cut).add_json("entries", list.dump());
+    write_charged(event.add_unless_empty("tag", tag).dump());
 }
 
-inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, const std::string& tag,
+inline void ChatHandler::send_read_marker(const std::string& what, std::string_view tag) {
+    const std::uint64_t marker = hub_->marker_of(user_.id, what);
+    if (marker == 0 && tag.empty()) return;
+    ChatEvent event = detail::read_event(hub_->shown(what), marker);
+    write_message(event.add_unless_empty("tag", tag).dump());
+}
+
+// A marker never goes back: another device may have read more.
+inline void ChatHandler::mark_read(const std::string& what, std::uint64_t id, const std::string& tag) {
+    const ChatHub::UserState* const user = hub_->users_.find(user_.id);
+    if (user == nullptr) return;
+    const std::uint64_t* const marker = user->read.find(what);
+    if (marker != nullptr && *marker >= id) return send_read_marker(what, tag);
+    if (marker == nullptr && user->read.size() >= hub_->limits.max_read_markers)
+        return write_error("read_limit", "You have too many read markers.", tag);
+    if (marker != nullptr || what[0] != '@') return hub_->put_marker(*this, what, id, tag);
+    const std::string talk = text::concat({user_.id, "\n", std::string_view(what).substr(1)});
+    hub_->store().facts("talk", talk,
+                        [me = ref(), what, id, tag, talk](const std::vector<ChatFact>& facts, const std::string&) {
+                            auto* self = static_cast<ChatHandler*>(me.get());
+                            if (self == nullptr) return;
+                            if (!facts.empty() && facts[0].key == talk)
+                                return self->hub_->put_marker(*self, what, id, tag);
+                            self->write_error("unknown_user", "You have no conversation with such a user.", tag);
+                        });
+}
+
+inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, const std::string& tag,
                                  const HistoryPage& page) {
-    const ChatRoom* const room = hub_->find(room_name);
+    const ChatRoom* const room = hub_->rooms_.find(room_key);
     if (membership_index(room) == memberships_.size() || !is_open()) return;
     if (!page.error.empty()) {
-        server().report(LogLevel::error, "chat_not_read", {{"room", room_name}, {"cause", page.error}});
+        server().report(LogLevel::error, "chat_not_read", {{"room", room_key}, {"cause", page.error}});
         event = ChatEvent("error");
         event.add_text("code", "not_read").add_text("text", "The history cannot be read now. Try again soon.");
-        write_message(event.add_text("room", room_name).add_unless_empty("tag", tag).dump());
+        write_message(event.add_text("room", room->name()).add_unless_empty("tag", tag).dump());
         return;
     }
     const detail::JsonList list = page_events(*room, page);
@@ -16624,12 +17134,12 @@ inline void ChatHandler::join_more_rooms() {
     reply(add_room(event).add_text("name", user().name));
 }
 
-inline std::string ChatHandler::users_event(const ChatRoom& room) {
+inline ChatEvent ChatHandler::users_event(const ChatRoom& room) {
     detail::JsonList users;
     const std::size_t count = room.presence_.size();
     ChatEvent event("users");
     event.add_text("room", room.name()).add("count", count);
-    if (room.counting_ || count > room.hub_.limits.presence_list) return event.dump();
+    if (room.counting_ || count > room.hub_.limits.presence_list) return event;
     for (const auto& [key, user] : room.presence_) {
         std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
         if (!user.info.about.empty()) {
@@ -16638,11 +17148,11 @@ inline std::string ChatHandler::users_event(const ChatRoom& room) {
         }
         users.add(text);
     }
-    return event.add_json("users", users.dump()).dump();
+    return event.add_json("users", users.dump());
 }
 
 inline void ChatHub::send_count(const ChatRoom& room) {
-    if (Room* members = members_.find(room.name())) members->broadcast(ChatHandler::users_event(room));
+    if (Room* members = members_.find(room.key())) members->broadcast(ChatHandler::users_event(room).dump());
 }
 
 inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
@@ -16658,8 +17168,10 @@ inline void ChatRoom::publish(std::string_view text, std::string_view name) {
 inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
     hub_.forward(new_text("broadcast", text, name));
 }
-inline void ChatRoom::send(const ChatEvent& event) {
-    if (Room* members = hub_.members_.find(name_)) members->broadcast(event.dump());
+inline void ChatRoom::send(std::string_view name, const Json& data) {
+    ChatEntry entry = hub_.new_own_event("ChatRoom::send", name, data);
+    entry.room = key_;
+    hub_.forward(std::move(entry));
 }
 inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
     ChatEntry entry = new_text("edit", text, {});
@@ -16674,6 +17186,8 @@ inline void ChatRoom::remove(std::uint64_t id) {
     hub_.append(std::move(entry));
 }
 inline void ChatRoom::set_topic(std::string_view text) {
+    if (text.size() > hub_.limits.max_topic)
+        throw Error("ChatRoom::set_topic: the topic is longer than ChatLimits::max_topic");
     ChatEntry entry = new_text("set_topic", text, {});
     entry.kind = ChatEntry::Kind::topic;
     entry.sender = hub_.first_number_;
@@ -16681,12 +17195,14 @@ inline void ChatRoom::set_topic(std::string_view text) {
 }
 inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t limit,
                             ChatStore::PageCallback callback) {
-    hub_.store().since(name_, std::move(position), limit, std::move(callback));
+    hub_.store().since(key_, std::move(position), limit, std::move(callback));
 }
 inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
     const detail::Presence::User* user = presence_.find(name);
     if (user == nullptr) return false;
-    for (ChatHandler* connection : std::vector<ChatHandler*>(user->connections)) connection->kick(reason);
+    const std::string who = user->info.name;
+    hub_.report_moderation(ChatHub::new_entry(ChatEntry::Kind::moderation, *this, ""), "kick", who, 0);
+    hub_.kick(*this, who, reason);
     return true;
 }
 inline bool ChatRoom::mute(std::string_view name, Duration duration) {
@@ -16726,16 +17242,92 @@ inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::str
     decide("ban", key, name, duration);
 }
 
-// A read marker goes to all connections of its user.
+// A read marker goes to all connections of its user. Its key is the public id of the user, a line feed, and a room or
+// "@" with the id of a peer.
 inline void ChatHub::on_read(const ChatFact& fact) {
     const std::size_t end = fact.key.find('\n');
-    const std::string id = fact.key.substr(0, end);
-    for (ChatHandler* each : connections_of(id)) each->write_message(detail::read_event(fact).dump());
+    const std::string id = fact.key.substr(0, end), what = fact.key.substr(end + 1);
+    const std::vector<Asked> asked = take_asked(fact);
+    UserState* const user = users_.find(id);
+    if (user == nullptr) return;
+    if (fact.value.empty()) {
+        user->read.erase(what);
+        return;
+    }
+    const std::uint64_t value = text::parse_unsigned(fact.value, HistoryPosition::max_id).value_or(0);
+    std::uint64_t& marker = user->read.find_or_emplace(what, std::uint64_t{0});
+    const bool is_new = value > marker;
+    // Another server did not know that this user has read more.
+    if (value < marker) store_->put({"read", fact.key, std::to_string(marker), fact.author});
+    else marker = value;
+    for (ChatHandler* each : connections_of(id)) {
+        const auto is_own = [each](const Asked& one) { return one.number == each->number_; };
+        const auto own = std::find_if(asked.begin(), asked.end(), is_own);
+        if (own != asked.end()) each->send_read_marker(what, own->tag);
+        else if (is_new) each->send_read_marker(what, {});
+    }
+}
+inline std::vector<ChatHub::Asked> ChatHub::take_asked(const ChatFact& fact) {
+    const std::string key = asked_key(fact);
+    std::vector<Asked>* const found = asked_.find(key);
+    if (found == nullptr) return {};
+    std::vector<Asked> asked = std::move(*found);
+    asked_.erase(key);
+    return asked;
+}
+inline void ChatHub::put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
+                                const std::string& tag) {
+    ChatFact fact{"read", text::concat({handler.user_.id, "\n", what}), std::to_string(id), handler.identity_};
+    ask(fact, handler.number_, tag);
+    store_->put(std::move(fact));
+}
+// All members hear of it, because their pages show whether they may speak.
+inline void ChatHub::send_options(const ChatRoom& room, const ChatFact& fact) {
+    ChatEvent event("options");
+    ChatHandler::add_options(event.add_text("room", room.name()), room.options);
+    const std::vector<Asked> asked = take_asked(fact);
+    ChatHandler* sender = nullptr;
+    for (const Asked& one : asked)
+        if (ChatHandler* const handler = connection(one.number)) {
+            handler->write_message(ChatEvent(event).add_unless_empty("tag", one.tag).dump());
+            sender = handler;
+        }
+    if (Room* members = members_.find(room.key())) members->broadcast(event.dump(), sender);
+}
+// The user and who has invited hear of it.
+inline void ChatHub::on_invitation(const ChatFact& fact) {
+    const std::size_t end = fact.key.rfind('\n');
+    const std::string key = fact.key.substr(0, end), id = fact.key.substr(end + 1);
+    const std::vector<Asked> asked = take_asked(fact);
+    if (fact.value.empty()) {
+        invitations_.erase(fact.key);
+        return;
+    }
+    invitations_.find_or_emplace(fact.key) = fact.expires;
+    if (fact.value == "?") return;
+    ChatEvent event("invited");
+    event.add_text("room", shown(key)).add_text("user", id).add_text("by", fact.value);
+    for (const Asked& one : asked)
+        if (ChatHandler* const handler = connection(one.number))
+            handler->write_message(ChatEvent(event).add_unless_empty("tag", one.tag).dump());
+    for (ChatHandler* each : connections_of(id)) each->write_message(event.dump());
+}
+inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& cause) {
+    server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
+    for (const Asked& one : take_asked(fact))
+        if (ChatHandler* const handler = connection(one.number))
+            handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
 inline void ChatHub::on_fact(const ChatFact& fact) {
-    if (fact.scope == "read" && !fact.value.empty()) return on_read(fact);
+    if (fact.scope == "read") return on_read(fact);
     if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
+    if (fact.scope == "room") return on_options(fact);
+    if (fact.scope == "invite") return on_invitation(fact);
+    if (fact.scope == "account") {
+        if (fact.value.empty()) accounts_.erase(fact.key);
+        else accounts_.find_or_emplace(fact.key) = fact.value;
+    }
     const bool is_ban = fact.scope == "ban";
     if (!is_ban && fact.scope != "mute") return;
     const Duration left = fact.value.empty() ? Duration::zero() : std::chrono::milliseconds(fact.expires - unix_ms());
@@ -16752,9 +17344,16 @@ inline void ChatHub::on_fact(const ChatFact& fact) {
 
 inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, const std::string& identity,
                                        ChatHandler& handler, std::uint64_t number) {
+    User* holder = room.presence_.find(info.name);
+    // A guest has no key, so this may be another guest. The one who is away leaves now.
+    if (holder != nullptr && holder->identity.empty() && holder->connections.empty() && !holder->remote) {
+        const ChatUser left = holder->info;
+        room.presence_.remove(*std::exchange(holder, nullptr));
+        announce_leave(room, left);
+    }
     // An account owns its name, so a visitor with that name gets another one.
-    User* holder = info.account ? room.presence_.find(info.name) : nullptr;
-    if (holder != nullptr && !holder->info.account) rename(room, *holder, room.presence_.free_name(info.name));
+    if (info.account && holder != nullptr && !holder->info.account)
+        rename(room, *holder, room.presence_.free_name(info.name));
     const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
     if (!connected.joined) return connected.user;
     try {
@@ -16769,10 +17368,67 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     return connected.user;
 }
 
-inline std::size_t ChatHub::send(const std::string& user_id, const ChatEvent& event) const {
-    const std::vector<ChatHandler*> connections = connections_of(user_id);
-    for (ChatHandler* each : connections) each->write_message(event.dump());
-    return connections.size();
+inline std::size_t ChatHub::send(const std::string& user_id, std::string_view name, const Json& data) {
+    ChatEntry entry = new_own_event("ChatHub::send", name, data);
+    entry.kind = ChatEntry::Kind::direct;
+    entry.to_user = user_id;
+    forward(std::move(entry));
+    return connections_of(user_id).size();
+}
+inline ChatEntry ChatHub::new_own_event(const char* call, std::string_view name, const Json& data) const {
+    if (!detail::valid_chat_name(name, 64))
+        throw Error(std::string(call) + ": the name of an event is 1 to 64 bytes of visible text");
+    if (data.dump().size() > limits.max_data || !detail::valid_json(data.dump()))
+        throw Error(std::string(call) + ": the data is longer than ChatLimits::max_data, or is no JSON");
+    ChatEntry entry;
+    entry.kind = ChatEntry::Kind::event;
+    entry.text = name;
+    entry.data = data.dump();
+    return entry;
+}
+// Its type keeps it apart from the events of the chat.
+inline void ChatHub::on_own_event(const ChatEntry& entry) {
+    ChatEvent event("event");
+    event.add_unless_empty("room", shown(entry.room)).add_text("name", entry.text);
+    event.add_json("data", entry.data).add("time", entry.time);
+    if (entry.kind == ChatEntry::Kind::event) return send_to_others(entry, event);
+    for (ChatHandler* each : connections_of(entry.to_user)) each->write_message(event.dump());
+}
+
+inline void ChatHub::kick(const ChatRoom& room, const std::string& name, std::string_view reason) {
+    const User* const user = room.presence_.find(name);
+    if (user == nullptr) return;
+    tell_decision({"kick", mute_key(room, *user), user->info.name});
+    if (invited(room.name(), user->info.id)) store_->put({"invite", invitation_key(room.name(), user->info.id)});
+    ChatEntry entry = new_entry(ChatEntry::Kind::kick, room, "");
+    entry.to = user->info.name;
+    entry.to_user = user->info.id;
+    entry.text = reason;
+    forward(std::move(entry));
+}
+inline void ChatHub::on_kick(const ChatEntry& entry) {
+    const ChatRoom* const room = rooms_.find(entry.room);
+    const User* const user = room == nullptr ? nullptr : room->presence_.find(entry.to);
+    if (user == nullptr || user->info.id != entry.to_user) return;
+    for (ChatHandler* each : std::vector<ChatHandler*>(user->connections)) each->kick(entry.text);
+}
+// The moderators of the room and the one who acts hear of it.
+inline void ChatHub::on_moderation(const ChatEntry& entry) {
+    ChatEvent event("moderation");
+    event.add_unless_empty("room", shown(entry.room)).add_text("action", entry.text).add_text("name", entry.to);
+    if (entry.data != "0") event.add_json("seconds", entry.data);
+    event.add_text("by", entry.name);
+    ChatHandler* const sender = connection(entry.sender);
+    if (sender != nullptr) sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
+    const ChatRoom* const room = rooms_.find(entry.room);
+    if (room == nullptr) return;
+    const auto has = [&](const char* word) { return entry.text.find(word) != std::string::npos; };
+    const ChatAction action = has("ban") ? ChatAction::ban : has("mute") ? ChatAction::mute : ChatAction::kick;
+    for (ChatHandler* each : connections_in(*room)) {
+        bool moderates = false;
+        if (each != sender) each->run_hook("may", [&] { moderates = each->may(action, room->name()); });
+        if (moderates) each->write_message(event.dump());
+    }
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
     deliver(entry);
@@ -16792,10 +17448,11 @@ inline void ChatHub::deliver(const ChatEntry& entry) {
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
         case ChatEntry::Kind::event:
+        case ChatEntry::Kind::direct: return on_own_event(entry);
+        case ChatEntry::Kind::kick: return on_kick(entry);
+        case ChatEntry::Kind::moderation: return on_moderation(entry);
         case ChatEntry::Kind::away:
-        case ChatEntry::Kind::kick:
-        case ChatEntry::Kind::ban:
-        case ChatEntry::Kind::direct: return;
+        case ChatEntry::Kind::ban: return;
     }
 }
 
@@ -16804,7 +17461,7 @@ inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& eve
 }
 
 inline void ChatHub::on_typing(const ChatEntry& entry) {
-    ChatEvent event = detail::entry_event("typing", entry);
+    ChatEvent event = detail::entry_event("typing", entry, shown(entry.room));
     if (!entry.text.empty()) event.add_json("stop", "true");
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
@@ -16826,7 +17483,7 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
         return;
     }
     ChatHandler* sender = connection(entry.sender);
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room != nullptr && entry.id != 0) {
         if (room->delivered_id_ && entry.id <= *room->delivered_id_) return;
         room->delivered_id_ = entry.id;
@@ -16834,20 +17491,20 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
-        members->broadcast(detail::kept_event(entry).dump(), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(detail::kept_event(entry, entry.author).dump());
+        members->broadcast(detail::kept_event(entry, {}, shown(entry.room)).dump(), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(detail::kept_event(entry, entry.author, shown(entry.room)).dump());
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     const User* author = room->presence_.find(entry.name);
     const User* receiver = room->presence_.find(entry.to);
     for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
         const User* const peer = user == author ? receiver : author;
-        ChatEvent event = detail::entry_event("private", entry);
+        ChatEvent event = detail::entry_event("private", entry, room->name());
         if (peer != nullptr) event.add_text("peer", peer->info.id);
         event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
         const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
@@ -16859,40 +17516,42 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
 // In the next three, the users of this server are already in the list; those of other servers are not.
 
 inline void ChatHub::on_join(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     if (room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
+        room->presence_.add(ChatUser{entry.name, entry.text, true, entry.user}, {}).remote = true;  // keeps its name
     if (count_only(*room)) return;
-    ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
+    ChatEvent event = detail::entry_event("join", entry, room->name()).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
 }
 
 inline void ChatHub::on_leave(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.remove(*user);
     if (count_only(*room)) return;
-    send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
+    send_to_others(entry, detail::entry_event("leave", entry, room->name()).add("time", entry.time));
 }
 
 inline void ChatHub::on_rename(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
     if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
-    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_text("room", room->name()).add_text("old", entry.name).add_text("name", entry.text);
     event.add_unless_empty("user", entry.user).add("time", entry.time);
     send_to_others(entry, event);
+    if (ChatHandler* const sender = connection(entry.sender))
+        sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
     if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
     for (ChatHandler* each : renamed->connections)
-        if (!members.has(*each)) each->reply(event);
+        if (!members.has(*each) && each != connection(entry.sender)) each->reply(event);
 }
 
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
