@@ -725,10 +725,10 @@ private:
             return current_ = chunk.get();
         }
         ChunkRef chunk(Chunk::make(pooled_size, true));
-        current_ = chunk.get();
+        Chunk* const made = chunk.get();
         if (pool_.size() < max_pooled) pool_.push_back(std::move(chunk));
         else pool_[0] = std::move(chunk);  // the queues that use the old chunk keep it alive
-        return current_;
+        return current_ = made;
     }
 
     std::vector<ChunkRef> pool_;
