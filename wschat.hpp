@@ -14810,6 +14810,7 @@ public:
     struct Place {
         std::string hub;
         bool away;
+        bool missing = false;  // the store has forgotten it; perhaps that hub forwards it again
     };
     struct User {
         ChatUser info;
@@ -14838,7 +14839,7 @@ public:
         void set_place(const std::string& hub, bool is_away) {
             for (Place& each : places) {
                 if (each.hub != hub) continue;
-                each.away = is_away;
+                each = {hub, is_away};
                 return;
             }
             places.push_back({hub, is_away});
@@ -16216,6 +16217,7 @@ private:
     inline void change_name(ChatRoom& room, User& user, const std::string& name);
     inline void on_presence_refused(const ChatEntry& entry, std::string_view code);
     inline void forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users);
+    inline void remove_missing(const ChatRoom& room);
     inline void forward_missing(ChatRoom& room);
     inline void dismiss(ChatRoom& room, const User& guest);
     inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
@@ -18191,14 +18193,27 @@ inline void ChatHub::on_presence(const std::string& key, const std::vector<ChatE
     // The first time, what this hub has forwarded is on its way.
     if (std::exchange(room->presence_known_, true)) forward_missing(*room);
 }
-// Removes the users who are not in the list.
+// When a store has lost its data, all hubs forward their users again. Who is missing after the grace period has left.
 inline void ChatHub::forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users) {
     StringMap<bool> listed;
     for (const ChatEntry& each : users) listed.find_or_emplace(text::concat({each.user, "\n", each.hub}));
+    bool any = false;
+    for (const auto& [key, user] : room.presence_) {
+        for (detail::Presence::Place& each : user.places) {
+            each.missing = listed.find(text::concat({user.info.id, "\n", each.hub})) == nullptr;
+            any = any || each.missing;
+        }
+    }
+    if (!any) return;
+    server_.loop().call_later(limits.grace, [this, key = room.key()] {
+        if (ChatRoom* const found = rooms_.find(key)) remove_missing(*found);
+    });
+}
+inline void ChatHub::remove_missing(const ChatRoom& room) {
     std::vector<ChatEntry> missing;
     for (const auto& [key, user] : room.presence_) {
         for (const detail::Presence::Place& each : user.places) {
-            if (listed.find(text::concat({user.info.id, "\n", each.hub})) != nullptr) continue;
+            if (!each.missing) continue;
             missing.push_back(new_entry(ChatEntry::Kind::leave, room, user.info));
             missing.back().hub = each.hub;
             missing.back().time = unix_ms();
@@ -18214,10 +18229,11 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
         User* const user = room.presence_.find_id(id);
         if (user == nullptr) continue;
         const detail::Presence::Place* const place = user->place(id_);
-        if (user->connections.empty() && place != nullptr && user->told == Told::nothing) forward_leave(room, *user);
-        else if (!user->connections.empty() && (place == nullptr || place->away))
+        if (user->connections.empty() && place != nullptr && !place->missing && user->told == Told::nothing)
+            forward_leave(room, *user);
+        else if (!user->connections.empty() && (place == nullptr || place->away || place->missing))
             forward_join(room, *user, user->connections.front()->number_);
-        else if (user->connections.empty() && place != nullptr && !place->away && user->told == Told::away)
+        else if (user->connections.empty() && place != nullptr && user->told == Told::away)
             forward(new_entry(ChatEntry::Kind::away, room, user->info));
     }
     if (room.presence_.own() == 0) prune_later();
