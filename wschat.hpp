@@ -7932,6 +7932,7 @@ private:
 
     // The loop expects to begin the turn at `expected` or earlier.
     void turn(Time expected, Duration max_wait) {
+        busy_since_.store(0, std::memory_order_relaxed);
         const Time begin = clock();
         note_span(now_, expected, begin);
         const int timeout = timeout_ms((std::min)(next_timeout(begin), max_wait));
@@ -7941,6 +7942,7 @@ private:
         }
         now_ = clock();
         if (timeout >= 0) note_span(begin, begin + std::chrono::milliseconds(timeout), now_);
+        busy_since_.store(now_.time_since_epoch().count(), std::memory_order_relaxed);
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -7986,6 +7988,7 @@ private:
     Time now_;
     Duration away_{};  // LoopAccess::away()
     std::atomic<const void*> thread_{nullptr};
+    std::atomic<Time::rep> busy_since_{0};  // when this turn began; 0: the loop waits
     bool stop_ = false;
     bool poll_again_ = false;
     std::function<bool()> at_turn_end_;
@@ -8010,6 +8013,11 @@ public:
     // The sum of all times in which the loop did not poll: it was stopped, or a callback took more than a second. A
     // deadline of a peer can leave it out.
     static Duration away(const Loop& loop) { return loop.away_; }
+    // Whether the loop has been in the same turn for longer than this. Any thread may ask.
+    static bool busy(const Loop& loop, Time now, Duration longer_than) {
+        const Time::rep since = loop.busy_since_.load(std::memory_order_relaxed);
+        return since != 0 && now.time_since_epoch().count() - since > longer_than.count();
+    }
     // The next turn does not wait.
     static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
@@ -9126,7 +9134,7 @@ struct Metrics {
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
     std::uint64_t rooms = 0;
-    std::uint64_t broadcasts_dropped = 0;  // not passed on to another loop: ServerLimits::max_loop_backlog
+    std::uint64_t broadcasts_dropped = 0;       // not passed on to another loop: ServerLimits::max_loop_backlog
     detail::CountersOf<int> responses;          // by HTTP status
     detail::CountersOf<CloseCause> closed;      // WebSocket connections, by cause
     detail::CountersOf<CloseCode> close_codes;  // and by code
@@ -9379,14 +9387,13 @@ public:
     struct Load {
         SharedNumber connections;
         SharedNumber open_files;
-        SharedNumber backlog;                   // bytes
-        std::atomic<bool> accepts{false};       // it has listeners
-        std::atomic<std::size_t> coming{0};     // connections that another loop has accepted for this one
-        std::atomic<std::int64_t> since{0};     // when the first of these was accepted
+        SharedNumber backlog;                // bytes
+        std::atomic<bool> accepts{false};    // it has listeners
+        std::atomic<std::size_t> coming{0};  // connections that another loop has accepted for this one
         std::atomic<bool> asked_to_evict{false};
         std::atomic<bool> asked_for_metrics{false};
-        Metrics metrics;              // as asked for; under the lock
-        std::uint64_t answers = 0;    // how often; under the lock
+        Metrics metrics;            // as asked for; under the lock
+        std::uint64_t answers = 0;  // how often; under the lock
     };
 
     explicit LoopLoads(std::size_t loops) : loads_(loops) {}
@@ -9407,28 +9414,6 @@ public:
         std::size_t sum = 0;
         for (const Load& load : loads_) sum += load.backlog;
         return sum;
-    }
-
-    // The loop for a connection that this loop has accepted: the one with the fewest, but this one if they are equal. A
-    // loop that has not taken a connection for 50 ms is busy and gets no more.
-    std::size_t choose(std::size_t here, Time now) const {
-        std::size_t best = here, fewest = loads_[here].connections + loads_[here].coming;
-        for (std::size_t i = 0; i < loads_.size(); ++i) {
-            const Load& load = loads_[i];
-            const std::size_t coming = load.coming.load(std::memory_order_relaxed), count = load.connections + coming;
-            const bool busy = coming != 0 && ticks(now) - load.since.load(std::memory_order_relaxed) > 50;
-            if (count >= fewest || busy || !load.accepts.load(std::memory_order_relaxed)) continue;
-            best = i;
-            fewest = count;
-        }
-        return best;
-    }
-    void add_coming(std::size_t loop, Time now) {
-        if (loads_[loop].coming.fetch_add(1) == 0) loads_[loop].since.store(ticks(now));
-    }
-    void remove_coming(std::size_t loop, Time now) {
-        --loads_[loop].coming;
-        loads_[loop].since.store(ticks(now));
     }
 
     // ---- metrics of all loops --------------------------------------------------------------------------------------
@@ -9468,9 +9453,6 @@ public:
     std::atomic<std::size_t> others_running{0};  // loops beside the first one
 
 private:
-    static std::int64_t ticks(Time now) {
-        return std::chrono::duration_cast<std::chrono::milliseconds>(now.time_since_epoch()).count();
-    }
     void answer_locked(std::size_t loop, Metrics metrics) {
         loads_[loop].asked_for_metrics.store(false);
         loads_[loop].metrics = std::move(metrics);
@@ -9530,6 +9512,8 @@ public:
 
     // `proxied`: the connection begins with a PROXY header.
     virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) = 0;
+    // The loop for a connection that this loop has accepted.
+    virtual std::size_t choose_loop() const = 0;
     // Passes an accepted connection on to the listener of that socket on another loop.
     virtual void pass_on(std::size_t loop_number, Socket socket, const IpAddress& peer,
                          const std::shared_ptr<ListenSocket>& from) = 0;
@@ -9555,8 +9539,8 @@ public:
     Server& server;
     const ServerOptions& options;
     const Site& site;
-    LoopLoads& loads;          // of all loops of the server
-    const std::size_t number;  // of this loop
+    LoopLoads& loads;                                     // of all loops of the server
+    const std::size_t number;                             // of this loop
     SharedNumber& open_files = loads[number].open_files;  // that sessions send
     SharedNumber& backlog = loads[number].backlog;        // bytes that all sessions of this loop hold
     Loop loop;
@@ -10985,14 +10969,12 @@ public:
 private:
     // On this loop or on another one.
     void place(Socket accepted, const IpAddress& peer) {
-        const std::size_t loop = host_.loads.choose(host_.number, host_.loop.now());
+        const std::size_t loop = host_.choose_loop();
         if (loop == host_.number) return accept(std::move(accepted), peer);
         run_guarded([&] { host_.pass_on(loop, std::move(accepted), peer, socket_); },
                     [&](const char* what) { host_.log.exception("accept", what, &peer); });
     }
-    bool watch() {
-        return watching_ = LoopAccess::poller(host_.loop).add_shared(socket_->descriptor(), *this);
-    }
+    bool watch() { return watching_ = LoopAccess::poller(host_.loop).add_shared(socket_->descriptor(), *this); }
     // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for
     // ever. The descriptor in reserve serves to accept it and to answer 503.
     void reject_one(int error) {
@@ -11083,19 +11065,32 @@ public:
         RoomsAccess::share(rooms, directory, number);
         directory_ = directory;
     }
+    // The one with the fewest connections, but this one if they are equal. A loop that has been in one turn for 20 ms gets
+    // none.
+    std::size_t choose_loop() const override {
+        const auto count = [this](std::size_t i) { return loads[i].connections + loads[i].coming.load(); };
+        std::size_t best = number, fewest = count(number);
+        for (std::size_t i = 0; i < loads.size(); ++i) {
+            if (fewest <= count(i) || !loads[i].accepts.load()) continue;
+            if (LoopAccess::busy((*group_)[i]->loop, loop.now(), std::chrono::milliseconds(20))) continue;
+            best = i;
+            fewest = count(i);
+        }
+        return best;
+    }
     void pass_on(std::size_t to, Socket socket, const IpAddress& peer,
                  const std::shared_ptr<ListenSocket>& from) override {
         Worker& worker = *(*group_)[to];
-        loads.add_coming(to, loop.now());
+        ++loads[to].coming;
         auto take = [&worker, to, peer, from, accepted = std::move(socket)]() mutable {
-            worker.loads.remove_coming(to, worker.loop.now());
+            --worker.loads[to].coming;
             for (const auto& [key, listener] : worker.listeners_)
                 if (listener.listens_on(*from)) return listener.accept(std::move(accepted), peer);
             // The loop has closed its listeners, so the connection ends as those in the queue of the socket do.
         };
         run_guarded([&] { worker.loop.post(std::move(take)); },
                     [&](const char* what) {
-                        loads.remove_coming(to, loop.now());
+                        --loads[to].coming;
                         log.exception("accept", what, &peer);
                     });
     }
@@ -11183,9 +11178,7 @@ public:
         made_session = &session;
         session.start_client(std::move(opened));
     }
-    bool descriptors_used() const override {
-        return loads.connections() + loads.open_files() >= usable_descriptors();
-    }
+    bool descriptors_used() const override { return loads.connections() + loads.open_files() >= usable_descriptors(); }
     WSCHAT_COLD Response too_many_connections() override {
         ++metrics.connections_refused;
         log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
@@ -11389,9 +11382,7 @@ public:
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
     // The answer where there is nothing, in place of a short 404.
-    void not_found(std::function<Response(const Request&)> answer) {
-        site("not_found").not_found = std::move(answer);
-    }
+    void not_found(std::function<Response(const Request&)> answer) { site("not_found").not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
     void set_default_header(std::string_view name, std::string_view value) {
         site("set_default_header").set_default_header(name, value);
@@ -11436,17 +11427,13 @@ public:
     // Origins that may connect beside the server's own: "https://chat.example", "https://*.chat.example" for its
     // subdomains, "capacitor://localhost", "moz-extension://*", "null", "file://", or "*" for all. Throws an Error if
     // one is not an origin.
-    void allow_origins(const std::vector<std::string>& origins) {
-        site("allow_origins").allow_origins(origins);
-    }
+    void allow_origins(const std::vector<std::string>& origins) { site("allow_origins").allow_origins(origins); }
     // If set, a request for another host gets a 421. Protects pages in a private network from DNS rebinding.
     void allow_hosts(const std::vector<std::string>& hosts) { site("allow_hosts").allow_hosts(hosts); }
     // Proxies ("10.0.0.0/8", "unix") that are believed about the client's address and scheme: X-Forwarded-For, read
     // from the right, and X-Forwarded-Proto; or, if the request has neither, Forwarded (RFC 7239). A proxy that only
     // forwards TCP passes on what clients write into these headers: do not trust it.
-    void trusted_proxies(const std::vector<std::string>& proxies) {
-        site("trusted_proxies").trust_proxies(proxies);
-    }
+    void trusted_proxies(const std::vector<std::string>& proxies) { site("trusted_proxies").trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     // With several loops, one call at a time.
     void on_log(std::function<void(const LogEntry&)> function) {
@@ -11610,8 +11597,8 @@ private:
         if (first().draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
         if (!threads_.empty() && &current() != &first())
             throw Error("listen " + std::string(address) + ": with several loops, call it on the first one");
-        const auto socket = std::make_shared<detail::ListenSocket>(detail::ListenAddress::parse(address),
-                                                                   options_.reuse_port, options);
+        const auto socket =
+            std::make_shared<detail::ListenSocket>(detail::ListenAddress::parse(address), options_.reuse_port, options);
         const auto listen_on = [socket, transports, proxied = options.proxy_protocol](detail::Worker& worker) {
             worker.listen(socket, transports ? transports->clone() : nullptr, proxied);
         };
@@ -11766,10 +11753,10 @@ private:
     const ServerOptions options_;
     detail::Site site_;
     detail::LoopLoads loads_;
-    std::unique_ptr<detail::RoomDirectory> directory_;       // null with one loop
-    std::vector<std::unique_ptr<detail::Worker>> workers_;   // one for each loop; they do not change
-    std::vector<std::thread> threads_;                       // of all loops but the first, while they run
-    std::atomic<bool> stopping_{false};                      // stop_threads() waits for them
+    std::unique_ptr<detail::RoomDirectory> directory_;      // null with one loop
+    std::vector<std::unique_ptr<detail::Worker>> workers_;  // one for each loop; they do not change
+    std::vector<std::thread> threads_;                      // of all loops but the first, while they run
+    std::atomic<bool> stopping_{false};                     // stop_threads() waits for them
     bool signalled_ = false;
     bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown

@@ -123,7 +123,8 @@ TEST_CASE("a session that pauses and is closed in the turn in which it continues
     FakeTransport::Behavior behavior;
     behavior.buffered = 5 * frame.size();
     behavior.piece = frame.size();
-    WorkerThread running(behavior, [&] { return std::make_unique<Handler>(seen); }, limits);
+    WorkerThread running(
+        behavior, [&] { return std::make_unique<Handler>(seen); }, limits);
     WsClient client(running.port);
     REQUIRE(client.is_open());
     client.raw.send(test::repeated(20, frame));
