@@ -532,6 +532,83 @@ TEST_CASE("the search for a name reads no more of a text than the longest name")
     CHECK(text.size() == spaces.size() - 1);
 }
 
+// ---- presence of several hubs ---------------------------------------------------------------------------------------
+
+namespace {
+
+ChatEntry presence(ChatEntry::Kind kind, const std::string& user, const std::string& hub, const std::string& name = "",
+                   const std::string& text = "") {
+    ChatEntry made;
+    made.kind = kind;
+    made.room = "tea";
+    made.user = user;
+    made.hub = hub;
+    made.name = name;
+    made.text = text;
+    made.author = text::starts_with(user, "guest") ? "" : text::starts_with(user, "account") ? user : "key " + user;
+    return made;
+}
+
+// "Anna/a@1 Bert/b@2?": name, user and hub; a question mark: away.
+std::string rows(const PresenceTable& table) {
+    std::string all;
+    for (const ChatEntry& each : table.users("tea"))
+        all += (all.empty() ? "" : " ") + each.name + "/" + each.user + "@" + each.hub +
+               (each.kind == ChatEntry::Kind::away ? "?" : "");
+    return all;
+}
+
+}  // namespace
+
+TEST_CASE("a table of users lets the first one have a name, and keeps a user while one hub has connections") {
+    using Kind = ChatEntry::Kind;
+    PresenceTable table;
+    const auto apply = [&](ChatEntry entry) {
+        const std::string code(table.apply(entry));
+        return code + (entry.quiet ? "quiet " : "") + entry.name;
+    };
+    CHECK(apply(presence(Kind::join, "a", "1", "Anna")) == "Anna");
+    CHECK(apply(presence(Kind::join, "b", "2", "ANNA")) == "name_takenANNA");
+    CHECK(apply(presence(Kind::join, "b", "2", "Bert")) == "Bert");
+    CHECK(apply(presence(Kind::join, "a", "2", "Other")) == "quiet Anna");
+    CHECK(rows(table) == "Anna/a@1 Anna/a@2 Bert/b@2");
+    CHECK(apply(presence(Kind::rename, "b", "2", "", "anna")) == "name_takenBert");
+    CHECK(apply(presence(Kind::rename, "b", "2", "", "Bea")) == "Bert");
+    CHECK(apply(presence(Kind::away, "a", "1")) == "quiet Anna");
+    CHECK(rows(table) == "Anna/a@1? Anna/a@2 Bea/b@2");
+    CHECK(apply(presence(Kind::leave, "a", "1")) == "quiet Anna");
+    CHECK(apply(presence(Kind::leave, "a", "1")) == "goneAnna");
+    CHECK(apply(presence(Kind::leave, "a", "2")) == "Anna");
+    CHECK(apply(presence(Kind::away, "a", "2")) == "gone");
+    CHECK(apply(presence(Kind::join, "c", "2", "Anna")) == "Anna");
+    CHECK(apply(presence(Kind::join, "d", "2", "Bert")) == "Bert");
+    CHECK(table.rooms(10) == std::vector<std::pair<std::string, std::size_t>>{{"tea", 3}});
+    PresenceTable copy;
+    copy.replace("tea", table.users("tea"));
+    CHECK(rows(copy) == rows(table));
+    CHECK(copy.forget("2").size() == 3);
+    CHECK(rows(copy) == "");
+    CHECK(copy.rooms(10).empty());
+}
+
+TEST_CASE("in a table of users an account takes its name, and a guest returns only after the connection is lost") {
+    using Kind = ChatEntry::Kind;
+    PresenceTable table;
+    const auto apply = [&](ChatEntry entry) { return std::string(table.apply(entry)); };
+    CHECK(apply(presence(Kind::join, "guest", "1", "Holly")) == "");
+    CHECK(apply(presence(Kind::join, "guest", "2", "Holly")) == "name_taken");
+    CHECK(apply(presence(Kind::away, "guest", "1")) == "");
+    CHECK(apply(presence(Kind::join, "guest", "2", "Holly")) == "");
+    CHECK(apply(presence(Kind::join, "account Holly", "3", "Holly")) == "");
+    CHECK(apply(presence(Kind::join, "account 2", "3", "Holly")) == "name_taken");
+    CHECK(rows(table) == "Holly/account Holly@3 Holly/guest@1? Holly/guest@2");
+    CHECK(apply(presence(Kind::rename, "guest", "2", "", "Holly-2")) == "");
+    CHECK(apply(presence(Kind::join, "other", "1", "Holly")) == "name_taken");
+    CHECK(table.forget("3").size() == 1);
+    CHECK(apply(presence(Kind::join, "other", "1", "Holly")) == "");
+    CHECK(rows(table) == "Holly-2/guest@1? Holly-2/guest@2 Holly/other@1");
+}
+
 // ---- history -------------------------------------------------------------------------------------------------------
 
 TEST_CASE("a history in memory does what every store must do") {
