@@ -11577,7 +11577,7 @@ public:
     Metrics metrics() const { return sum_of(metrics_per_loop()); }
     // The same for each loop, by its number.
     std::vector<Metrics> metrics_per_loop() const {
-        if (!threads_.empty()) return current().metrics_of_all_loops();
+        if (threads_run_.load()) return current().metrics_of_all_loops();
         std::vector<Metrics> all;
         for (const auto& worker : workers_) all.push_back(worker->current_metrics());
         return all;
@@ -11595,7 +11595,7 @@ private:
     void add_listener(std::string_view address, const std::shared_ptr<detail::TransportFactory>& transports,
                       const ListenOptions& options) {
         if (first().draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
-        if (!threads_.empty() && &current() != &first())
+        if (threads_run_.load() && &current() != &first())
             throw Error("listen " + std::string(address) + ": with several loops, call it on the first one");
         const auto socket =
             std::make_shared<detail::ListenSocket>(detail::ListenAddress::parse(address), options_.reuse_port, options);
@@ -11643,7 +11643,7 @@ private:
         return worker != nullptr && &worker->server == this ? *worker : first();
     }
     void check_stopped(const char* call) const {
-        if (!threads_.empty()) throw Error(std::string(call) + ": with several loops, call it before run()");
+        if (threads_run_.load()) throw Error(std::string(call) + ": with several loops, call it before run()");
     }
     detail::Site& site(const char* call) {
         check_stopped(call);
@@ -11654,7 +11654,7 @@ private:
     void each_other(const Work& work) {
         for (std::size_t i = 1; i < workers_.size(); ++i) {
             detail::Worker& worker = *workers_[i];
-            if (threads_.empty()) work(worker);
+            if (!threads_run_.load()) work(worker);
             else
                 worker.loop.post([this, &worker, work, start = starts_.load()] {
                     if (start == starts_.load()) work(worker);
@@ -11662,7 +11662,7 @@ private:
         }
     }
     void start_threads() {
-        if (!threads_.empty()) return;
+        if (workers_.size() == 1 || threads_run_.exchange(true)) return;
         try {
             for (std::size_t i = 1; i < workers_.size(); ++i) {
                 ++loads_.others_running;
@@ -11685,7 +11685,7 @@ private:
         });
     }
     void stop_threads() {
-        if (threads_.empty()) return;
+        if (!threads_run_.load()) return;
         stopping_ = true;
         for (std::size_t i = 1; i <= threads_.size(); ++i)
             workers_[i]->loop.post([this, &worker = *workers_[i]] {
@@ -11693,6 +11693,7 @@ private:
             });
         for (std::thread& thread : threads_) thread.join();
         threads_.clear();
+        threads_run_ = false;
         // What was posted too late: connections that another loop had accepted, and calls for handlers that have gone.
         for (std::size_t i = 1; i < workers_.size(); ++i) {
             const detail::Worker::Thread thread(*workers_[i]);
@@ -11756,7 +11757,8 @@ private:
     std::unique_ptr<detail::RoomDirectory> directory_;      // null with one loop
     std::vector<std::unique_ptr<detail::Worker>> workers_;  // one for each loop; they do not change
     std::vector<std::thread> threads_;                      // of all loops but the first, while they run
-    std::atomic<bool> stopping_{false};                     // stop_threads() waits for them
+    std::atomic<bool> threads_run_{false};
+    std::atomic<bool> stopping_{false};  // stop_threads() waits for them
     bool signalled_ = false;
     bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
@@ -13807,14 +13809,14 @@ struct ChatEntry {
     std::uint64_t target = 0;  // the id of the message that an amendment changes
     std::int64_t time = 0;     // Unix time in milliseconds
     std::string room{};
-    std::string name{};    // of the author; empty: the server itself
-    std::string user{};    // the public id of the author
-    std::string text{};    // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
-    std::string data{};    // a JSON object of the application, or empty
-    std::string to{};      // the receiver of a private message
+    std::string name{};     // of the author; empty: the server itself
+    std::string user{};     // the public id of the author
+    std::string text{};     // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
+    std::string data{};     // a JSON object of the application, or empty
+    std::string to{};       // the receiver of a private message
     std::string to_user{};  // the public id of that receiver
-    std::string author{};  // the identity of the author; clients never get it
-    std::string tag{};     // chosen by the author; a second entry with the same tag is a duplicate
+    std::string author{};   // the identity of the author; clients never get it
+    std::string tag{};      // chosen by the author; a second entry with the same tag is a duplicate
 
     // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
     std::int64_t edited = 0;  // the time of the last edit; 0: never edited

@@ -73,6 +73,16 @@ std::vector<std::unique_ptr<WsClient>> connect_members(int port, std::size_t cou
     return clients;
 }
 
+Socket connect_to_path(const std::string& path) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::memcpy(name.sun_path, path.data(), path.size());
+    Socket socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    REQUIRE(::connect(socket.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0);
+    os::make_nonblocking(socket.descriptor());
+    return socket;
+}
+
 // Blocks one loop until the end of the scope, or until release().
 class BusyLoop {
 public:
@@ -121,8 +131,7 @@ TEST_CASE("the messages of each sender arrive in order on all loops") {
     std::vector<std::thread> threads;
     for (std::size_t i = 0; i < clients.size(); ++i)
         threads.emplace_back([&, i] {
-            for (int n = 0; n < messages; ++n)
-                clients[i]->send(std::to_string(i) + " " + std::to_string(n));
+            for (int n = 0; n < messages; ++n) clients[i]->send(std::to_string(i) + " " + std::to_string(n));
         });
     for (std::thread& thread : threads) thread.join();
     for (const auto& client : clients) {
@@ -142,7 +151,8 @@ TEST_CASE("a callback runs on the loop of its connection, and finds that loop by
             Loop& mine = server().loop();
             const bool here = mine.on_loop_thread();
             mine.call_later(1ms, [me = ref(), &mine, here] {
-                if (WebSocketHandler* self = me.get()) self->write_message(here && mine.on_loop_thread() ? "yes" : "no");
+                if (WebSocketHandler* self = me.get())
+                    self->write_message(here && mine.on_loop_thread() ? "yes" : "no");
             });
         }
     };
@@ -160,7 +170,7 @@ TEST_CASE("a callback runs on the loop of its connection, and finds that loop by
 }
 
 TEST_CASE("references to handlers write from any thread") {
-    struct Handler : WebSocketHandler {
+    struct Handler : test::Echo {
         explicit Handler(std::pair<std::mutex, std::vector<HandlerRef>>& its_refs) : refs(its_refs) {}
         void open() override {
             const std::lock_guard<std::mutex> lock(refs.first);
@@ -317,8 +327,8 @@ TEST_CASE("a server with several loops listens on further addresses while it run
     running.on_loop([&] { running.server.listen(address); });
     std::vector<test::RawClient> clients;
     for (int i = 0; i < 6; ++i) {
-        clients.push_back(test::RawClient(test::connect_to_unix(path), nullptr));
-        clients.back().send(test::handshake_request());
+        clients.emplace_back(connect_to_path(path), nullptr);
+        clients.back().send(test::upgrade_request());
         CHECK(clients.back().read_until("hello"));
     }
     CHECK(handlers_of_each_loop(running.server) == std::vector<int>{2, 2, 2});
@@ -357,6 +367,7 @@ TEST_CASE("broadcasts for a loop that is too far behind are dropped and counted"
         CHECK(dropped > 80);
         CHECK(dropped < 100);
     }
+    on_each_loop(running.server, [] { return true; });  // the second loop has caught up
     running.on_loop([&] { running.server.rooms()["all"].broadcast("last"); });
     for (const auto& client : clients) {
         std::optional<std::string> text = client->next();
@@ -387,6 +398,7 @@ TEST_CASE("find() and names() know the rooms of all loops") {
             room("room-" + std::to_string(server().loop_number())).join(*this);
             write_message("hello");
         }
+        void on_message(const Message&) override {}
     };
     HandlerServer<Handler> running(with_loops());
     const auto clients = connect_members(running.port(), 3);
@@ -403,9 +415,13 @@ TEST_CASE("find() and names() know the rooms of all loops") {
     CHECK(sizes == std::vector<std::size_t>{1, 1, 1});
     CHECK(running.on_loop([&] { return running.server.rooms().find("nowhere") == nullptr; }));
     CHECK(running.on_loop([&] { return running.server.rooms()["room-2"].broadcast("over there"); }) == 1);
+    for (int turn = 0; turn < 2; ++turn) on_each_loop(running.server, [] { return true; });  // it has arrived
+    on_each_loop(running.server, [&] {
+        running.server.each_handler([](WebSocketHandler& handler) { handler.close(); });
+        return true;
+    });
     int received = 0;
     for (const auto& client : clients) {
-        client->close();
         received += client->next() == "over there" ? 1 : 0;
     }
     CHECK(received == 1);
@@ -443,7 +459,9 @@ TEST_CASE("more than 256 loops are an error, and 0 is one for each core") {
 #if !defined(_WIN32)
 TEST_CASE("SIGTERM ends all loops") {
     test::ServerProcess process([](int) {
-        auto server = std::make_unique<Server>(with_loops());
+        ServerOptions options = with_loops();
+        options.shutdown_deadline = 500ms;  // the clients do not answer
+        auto server = std::make_unique<Server>(options);
         server->route<Member>("/");
         test::listen(*server);
         return server;
