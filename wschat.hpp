@@ -41,7 +41,7 @@
 //   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
 //   7   Protocol       Connection                                                       2-6
 //   8   Handler        WebSocketHandler, Reply, HandlerRef                               2-7
-//   9   Rooms          Room, Rooms                                                      2-4, 7-8
+//   9   Rooms          Room, Rooms, RoomDirectory, RoomBus                              2-4, 7-8
 //   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)       2-3
 //   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport                  2-3, 10
 //   12  Loop           Loop, timers, post(), signals                                    2-3, 10
@@ -65,6 +65,8 @@
 //   a method, a body         Page (13), BodyParser (5), HttpExchange::expect_body() (14)
 //   answers that come later  Reply (8); HttpExchange::make_reply(), Session::finish_upgrade() (14)
 //   a header on each answer  HttpExchange::queue_head() (14); on files alone: file_answer() (13)
+//   broadcasts over loops    RoomDirectory (9); a loop for a connection: Worker::choose_loop() (14)
+//   what loops share         LoopLoads (14); when they start and end: Server::start_threads(), stop_threads() (14)
 //   routing, static files    Pattern, PatternMap, Site; a media type: content_type() (13)
 //   origins                  Site::origin_allowed() (13), same_host() (5), WebSocketDriver::check_handshake() (14)
 //   hosts, trusted proxies   Site (13)
@@ -104,10 +106,11 @@
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
 //
-// Threads. A server is one loop on one thread, the thread that calls run() or poll(). Any thread may use Loop::post(),
-// Loop::mailbox(), Mailbox::post(), HandlerRef (except get()), Reply and Server::shutdown(). Everything else belongs to
-// the loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run
-// several servers, one per thread, with ServerOptions::reuse_port.
+// Threads. A loop is one thread, and a handler lives on one loop. A server has one loop, on the thread that calls run()
+// or poll(); with ServerOptions::threads it has more, each on a thread of its own, and callbacks of different
+// connections run at the same time. Any thread may use Loop::post(), Loop::mailbox(), Mailbox::post(), HandlerRef
+// (except get()), Reply, Server::shutdown(), mailbox() and post_to_all(). Everything else belongs to the loop's thread;
+// builds without NDEBUG check that (assert) in each send and close.
 //
 // Lifetime. The server owns handlers. After open(), a handler lives until on_close() returns. If the handshake is
 // refused, it is destroyed without on_close(). A Message and a Room& are valid until the callback returns. To refer to
@@ -4948,9 +4951,9 @@ public:
     inline bool leave(WebSocketHandler& handler);
 
     // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
-    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the number
-    // of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that is not
-    // UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the
+    // number of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text
+    // that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -9208,7 +9211,8 @@ WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
     labelled("close_codes_total", "code", metrics.close_codes, number_of);
     return text;
 }
-// The same for a server with several loops: the sum of all, and each figure of each loop as "wschat_loop_...{loop="0"}".
+// The same for a server with several loops: the sum of all, and each figure of each loop, such as
+// wschat_loop_requests_total{loop="0"}.
 WSCHAT_COLD inline std::string prometheus_text(const Metrics& sum, const std::vector<Metrics>& loops) {
     std::string text = prometheus_text(sum);
     for (const detail::MetricInfo& info : detail::metric_table) {
@@ -11065,8 +11069,8 @@ public:
         RoomsAccess::share(rooms, directory, number);
         directory_ = directory;
     }
-    // The one with the fewest connections, but this one if they are equal. A loop that has been in one turn for 20 ms gets
-    // none.
+    // The one with the fewest connections, but this one if they are equal. A loop that has been in one turn for 20 ms
+    // gets none.
     std::size_t choose_loop() const override {
         const auto count = [this](std::size_t i) { return loads[i].connections + loads[i].coming.load(); };
         std::size_t best = number, fewest = count(number);
@@ -11536,7 +11540,7 @@ public:
     std::size_t loop_number() const { return current().number; }
     Loop& loop() { return current().loop; }
     Rooms& rooms() { return current().rooms; }
-    // Runs the function once on each loop, on its thread, with the number of the loop: timers of all loops, for example.
+    // Runs the function once on each loop, on its thread, with the number of the loop: to start a timer on each.
     // Any thread may call it.
     void post_to_all(const std::function<void(std::size_t loop)>& function) {
         for (const auto& worker : workers_)
