@@ -149,7 +149,7 @@ std::string header_of(const std::string& request, std::string_view name) {
     return std::string(fields.find(name).value_or(""));
 }
 std::string accept_response(const std::string& request, std::string_view more = {}) {
-    return wschat::detail::switching_protocols(header_of(request, "sec-websocket-key"), {}, {}, more);
+    return test::switching_protocols(header_of(request, "sec-websocket-key"), {}, {}, more);
 }
 // Closes first, as a server does.
 void finish(RawClient& connection) {
