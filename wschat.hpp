@@ -50,6 +50,7 @@
 //   15  Client         Client, ClientOptions, ResolverPool, ClientLink                  all above
 //   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
 //   17  Stores         SqliteHistory                                                    2-3, 12, 16
+//   18  Cluster        RedisHistory, RedisLink                                          2-3, 9-10, 12, 16
 //
 // Where to change what:
 //
@@ -85,7 +86,7 @@
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
 //   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
-//   ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -99,7 +100,7 @@
 //   WSCHAT_LIBURING    1: on Linux, many sends in one system call: link with -luring
 //   WSCHAT_SQLITE      1: SqliteHistory (section 17) with SQLite 3: link with -lsqlite3
 //   WSCHAT_UTF8PROC    1: chat_fold() (section 16) for all scripts, with utf8proc: link with -lutf8proc
-//   WSCHAT_HIREDIS     reserved; 0
+//   WSCHAT_HIREDIS     1: RedisHistory (section 18) with hiredis: link with -lhiredis
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
@@ -180,6 +181,9 @@
 #endif
 #if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
 #error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
+#endif
+#if WSCHAT_HIREDIS && !__has_include(<hiredis/async.h>)
+#error "WSCHAT_HIREDIS needs hiredis: <hiredis/async.h> is not found (Debian: libhiredis-dev)"
 #endif
 #if WSCHAT_LIBURING && defined(__linux__) && !__has_include(<liburing.h>)
 #error "WSCHAT_LIBURING needs liburing: <liburing.h> is not found (Debian: liburing-dev)"
@@ -8391,6 +8395,8 @@ public:
         if (keys_.empty()) throw Error("CookieSigner: there is no key");
     }
     explicit CookieSigner(std::string key) : CookieSigner(std::vector<std::string>{std::move(key)}) {}
+    // Without it, two literals would be two pointers into one string.
+    explicit CookieSigner(std::initializer_list<std::string> keys) : CookieSigner(std::vector<std::string>(keys)) {}
 
     // Sets the cookie. `value` may have any bytes.
     void set(Response& response, std::string_view name, std::string_view value,
@@ -13537,6 +13543,12 @@ public:
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // Other entries of the room follow than those that were expected, from page.last_id on: page.epoch is new, or
+        // entries were lost (page.gap). All have received what is in the page, if it is not a gap.
+        virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
+        // The store has something to log.
+        virtual void on_log(LogLevel, std::string_view /*event*/,
+                            const std::vector<std::pair<std::string_view, std::string>>& /*fields*/) {}
         // Who is in a room: a `join` or an `away` for each user and hub. It follows watch(), and comes again when the
         // store may have lost entries. It replaces what was known; the hub forwards its own users who are missing.
         virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
@@ -14963,6 +14975,7 @@ public:
         room.options = options_of(name);
         room.presence_.max_name = limits.max_name;
         room.presence_.reserved = &accounts_;
+        store_->watch(room.key());
         load_topic(room.key());
         return room;
     }
@@ -15057,10 +15070,25 @@ private:
             if (facts.empty()) {
                 const std::string bytes = random_bytes(30);
                 secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-                if (error.empty()) store_->put({"server", "secret", secret_});
+                if (error.empty()) return keep_secret();
             } else secret_ = facts[0].value;
-            for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+            be_ready();
         });
+    }
+    // Of two servers that begin at the same time, the first one decides.
+    void keep_secret() {
+        store_->put({"server", "secret", std::exchange(secret_, {}), {}, 0, true});
+        store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (facts.empty()) {
+                server_.report(LogLevel::error, "chat_not_kept", {{"fact", "secret"}, {"cause", error}});
+                const std::string bytes = random_bytes(30);
+                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+            } else secret_ = facts[0].value;
+            be_ready();
+        });
+    }
+    void be_ready() {
+        for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
     }
     // Calls start() when the ids of users are known.
     void when_ready(std::function<void()> start) {
@@ -15213,7 +15241,11 @@ private:
         if (std::exchange(pruning_, true)) return;
         server_.loop().post([this] {
             pruning_ = false;
-            rooms_.erase_if([](ChatRoom& room) { return room.presence_.empty(); });
+            rooms_.erase_if([this](ChatRoom& room) {
+                if (!room.presence_.empty()) return false;
+                store_->unwatch(room.key());
+                return true;
+            });
         });
     }
 
@@ -15523,6 +15555,11 @@ private:
     inline void deliver(const ChatEntry& entry);
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
+    inline void on_position(const std::string& name, const HistoryPage& page) override;
+    void on_log(LogLevel level, std::string_view event,
+                const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        server_.report(level, event, fields);
+    }
     inline void on_refused(const ChatEntry& entry, std::string_view code) override;
     Time now() const override { return server_.loop().now(); }
     inline void on_kept(const ChatEntry& entry);
@@ -17424,6 +17461,18 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
         if ((!told || !members.has(*each)) && each != connection(entry.sender)) each->write_message(event.dump());
 }
 
+inline void ChatHub::on_position(const std::string& name, const HistoryPage& page) {
+    ChatRoom* const room = rooms_.find(name);
+    if (room == nullptr) return;
+    room->delivered_id_ = page.last_id;
+    const Room* const members = members_.find(name);
+    if (members == nullptr) return;
+    for (WebSocketHandler& each : *members) {
+        const auto& handler = static_cast<ChatHandler&>(each);
+        each.write_message(handler.history_event(*room, page, true).dump());
+    }
+}
+
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
@@ -18536,6 +18585,2302 @@ private:
 WSCHAT_END
 
 #endif  // WSCHAT_CHAT && WSCHAT_SQLITE
+
+// ====================================================================================================================
+// section 18: Cluster
+//
+// Redis between several servers: RedisHistory is a history of the chat that they share. A thread of its own speaks to
+// Redis through hiredis.
+// ====================================================================================================================
+
+#if WSCHAT_HIREDIS
+
+#include <hiredis/async.h>
+#include <hiredis/hiredis.h>
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+
+WSCHAT_BEGIN
+
+struct RedisOptions {
+    std::string prefix = "wschat:";                      // of all keys and channels; each cluster needs one of its own
+    bool require_at_start = true;                        // false: start without Redis, and try again later
+    Duration connect_timeout = std::chrono::seconds(5);  // until Redis has answered the first commands
+    // How long a command may wait for its answer, in all. A connection that is silent for so long is closed.
+    Duration answer_timeout = std::chrono::seconds(5);
+    // Between two attempts to connect. The time doubles with each attempt, and a random part of it is left out.
+    Duration min_retry = std::chrono::milliseconds(100), max_retry = std::chrono::seconds(5);
+    std::size_t max_queued = 10'000;                  // commands without an answer; more are refused
+    std::size_t max_queued_bytes = 64 * 1024 * 1024;  // of these commands
+};
+
+namespace detail {
+
+// "redis://user:password@host:6379/0", "rediss://..." (TLS), "unix://user:password@/run/redis.sock?db=0". Everything
+// but the host or the path may be left out.
+struct RedisUrl {
+    bool tls = false;
+    std::string host;
+    std::string path;  // of a Unix socket
+    int port = 6379;
+    std::string user, password;
+    int database = 0;
+
+    // Throws Error, without the user and the password.
+    WSCHAT_COLD static RedisUrl parse(std::string_view url) {
+        RedisUrl parsed;
+        std::string_view rest = url;
+        const std::string_view scheme = text::consume_until(rest, ':');
+        parsed.tls = scheme == "rediss";
+        const bool is_unix = scheme == "unix";
+        if (scheme != "redis" && !parsed.tls && !is_unix)
+            fail(url, "the URL begins with redis://, rediss:// or unix://");
+        if (text::starts_with(rest, "//")) rest.remove_prefix(2);
+        else if (!is_unix) fail(url, "the two slashes after the scheme are missing");
+        parsed.take_user(url, rest);
+        if (is_unix) {
+            parsed.path = std::string(text::consume_until(rest, '?'));
+            if (parsed.path.empty() || parsed.path[0] != '/') fail(url, "the absolute path of the socket is missing");
+            if (!rest.empty() && !text::starts_with(rest, "db=")) fail(url, "the only parameter is \"db\"");
+            if (!rest.empty()) parsed.database = number(url, rest.substr(3), 1'000'000, "database");
+            return parsed;
+        }
+        std::string_view place = text::consume_until(rest, '/');
+        if (!rest.empty()) parsed.database = number(url, rest, 1'000'000, "database");
+        if (text::starts_with(place, "[")) {
+            place.remove_prefix(1);
+            parsed.host = std::string(text::consume_until(place, ']'));
+            if (text::starts_with(place, ":")) place.remove_prefix(1);
+        } else parsed.host = std::string(text::consume_until(place, ':'));
+        if (!place.empty()) parsed.port = number(url, place, 65535, "port");
+        if (parsed.host.empty()) fail(url, "the host is missing");
+        return parsed;
+    }
+    // Without the user and the password.
+    std::string name() const {
+        const std::string db = std::to_string(database);
+        if (!path.empty()) return text::concat({"unix://", path, "?db=", db});
+        const bool v6 = host.find(':') != std::string::npos;
+        return text::concat(
+            {tls ? "rediss://" : "redis://", v6 ? "[" : "", host, v6 ? "]:" : ":", std::to_string(port), "/", db});
+    }
+
+private:
+    void take_user(std::string_view url, std::string_view& rest) {
+        const std::size_t end = rest.substr(0, rest.find('/')).rfind('@');
+        if (end == std::string_view::npos) return;
+        std::string_view credentials = rest.substr(0, end);
+        rest.remove_prefix(end + 1);
+        const bool has_password = credentials.find(':') != std::string_view::npos;
+        const auto decoded_user = text::percent_decode(text::consume_until(credentials, ':'));
+        const auto decoded_password = text::percent_decode(credentials);
+        if (!has_password || !decoded_user || !decoded_password || decoded_password->empty())
+            fail(url, "a user or a password is incomplete: redis://user:password@host, redis://:password@host");
+        user = *decoded_user;
+        password = *decoded_password;
+    }
+    static int number(std::string_view url, std::string_view digits, std::uint64_t max, const char* what) {
+        const auto value = text::parse_unsigned(digits, max);
+        if (!value) fail(url, text::concat({"the ", what, " is not a number up to ", std::to_string(max)}));
+        return static_cast<int>(*value);
+    }
+    [[noreturn]] static void fail(std::string_view url, const std::string& cause) {
+        const std::size_t slashes = url.find("//"), at = url.rfind('@');
+        std::string shown(url);
+        if (at != std::string_view::npos) {
+            const std::size_t from = slashes == std::string_view::npos || slashes > at ? 0 : slashes + 2;
+            shown = text::concat({url.substr(0, from), "...", url.substr(at)});
+        }
+        throw Error(text::concat({"Redis \"", escape_for_log(shown), "\": ", cause}));
+    }
+};
+
+// ---- one connection ------------------------------------------------------------------------------------------------
+
+using RedisArguments = std::vector<std::string>;
+// A reply of Redis, or null with the cause: an error of Redis, or the end of the connection (then it is empty).
+using RedisAnswer = std::function<void(const redisReply*, const std::string& cause)>;
+
+inline std::string_view redis_text(const redisReply* reply) {
+    return reply == nullptr || reply->str == nullptr ? std::string_view() : std::string_view(reply->str, reply->len);
+}
+
+// A connection of hiredis on the poller of a loop. The callback `on_closed` is called once with the cause, unless
+// close() was called. hiredis is C, so no exception may pass through it.
+class RedisConnection final : public Pollable, public std::enable_shared_from_this<RedisConnection> {
+public:
+    explicit RedisConnection(Loop& loop) : loop_(loop) {}
+    RedisConnection(const RedisConnection&) = delete;
+    RedisConnection& operator=(const RedisConnection&) = delete;
+    ~RedisConnection() { close(); }
+
+    std::function<void()> on_connected;
+    std::function<void(const std::string& cause)> on_closed;
+    std::function<void(const redisReply&)> on_published;  // messages and confirmations of subscriptions
+
+    // Returns the cause of a failure, or an empty text. A name of a host is resolved here, which may take seconds.
+    std::string open(const RedisUrl& url) {
+        context_ = url.path.empty() ? ::redisAsyncConnect(url.host.c_str(), url.port)
+                                    : ::redisAsyncConnectUnix(url.path.c_str());
+        if (context_ == nullptr) return "memory ran out";
+        if (context_->err != 0) {
+            const std::string cause = context_->errstr;
+            ::redisAsyncFree(std::exchange(context_, nullptr));
+            return cause;
+        }
+        descriptor_ = context_->c.fd;
+#if !defined(_WIN32)
+        ::fcntl(descriptor_, F_SETFD, FD_CLOEXEC);
+#endif
+        if (!LoopAccess::poller(loop_).add(descriptor_, *this, false, false)) {
+            ::redisAsyncFree(std::exchange(context_, nullptr));
+            return "the poller has no memory";
+        }
+        watch_context();
+        return {};
+    }
+    void close() {
+        if (context_ == nullptr) return;
+        on_closed = nullptr;
+        ::redisAsyncFree(context_);
+        context_ = nullptr;
+    }
+    // False if the connection has ended. The answer follows later, also when the connection ends before it.
+    bool send(const RedisArguments& arguments, RedisAnswer answer) {
+        auto holder = std::make_unique<RedisAnswer>(std::move(answer));
+        if (!send_raw(arguments, &RedisConnection::answer_callback, holder.get())) return false;
+        holder.release();  // NOLINT: answer_callback() owns it
+        return true;
+    }
+    // The results go to on_published().
+    bool subscribe(const char* command, const std::string& channel) {
+        return send_raw({command, channel}, &RedisConnection::published_callback, this);
+    }
+
+    void on_ready(bool readable, bool writable, bool broken) override {
+        const auto self = shared_from_this();
+        if (context_ != nullptr && (readable || broken) && (reads_ || broken)) ::redisAsyncHandleRead(context_);
+        if (context_ != nullptr && (writable || broken) && (writes_ || broken)) ::redisAsyncHandleWrite(context_);
+    }
+
+private:
+    static RedisConnection& self(void* data) { return *static_cast<RedisConnection*>(data); }
+
+    void watch_context() {
+        context_->data = this;
+        context_->ev.data = this;
+        context_->ev.addRead = [](void* data) { self(data).watch(true, self(data).writes_); };
+        context_->ev.delRead = [](void* data) { self(data).watch(false, self(data).writes_); };
+        context_->ev.addWrite = [](void* data) { self(data).watch(self(data).reads_, true); };
+        context_->ev.delWrite = [](void* data) { self(data).watch(self(data).reads_, false); };
+        context_->ev.cleanup = [](void* data) { self(data).cleanup(); };
+        // It also starts to wait for the end of connect().
+        ::redisAsyncSetConnectCallback(context_, [](const redisAsyncContext* context, int status) {
+            RedisConnection& me = self(context->data);
+            if (status == REDIS_OK && me.on_connected) run_guarded([&] { me.on_connected(); }, [](const char*) {});
+        });
+    }
+    void watch(bool reads, bool writes) {
+        if (reads == reads_ && writes == writes_) return;
+        reads_ = reads;
+        writes_ = writes;
+        LoopAccess::poller(loop_).change(descriptor_, *this, reads, writes);
+    }
+    // hiredis destroys the context after this.
+    void cleanup() {
+        LoopAccess::poller(loop_).remove(descriptor_);
+        if (context_ == nullptr) return;
+        const std::string cause = context_->err != 0 ? context_->errstr : "the connection has ended";
+        context_ = nullptr;
+        if (on_closed) run_guarded([&] { std::exchange(on_closed, nullptr)(cause); }, [](const char*) {});
+    }
+    bool send_raw(const RedisArguments& arguments, redisCallbackFn* callback, void* data) {
+        if (context_ == nullptr) return false;
+        pieces_.clear();
+        sizes_.clear();
+        for (const std::string& each : arguments) {
+            pieces_.push_back(each.data());
+            sizes_.push_back(each.size());
+        }
+        return ::redisAsyncCommandArgv(context_, callback, data, static_cast<int>(pieces_.size()), pieces_.data(),
+                                       sizes_.data()) == REDIS_OK;
+    }
+    static void answer_callback(redisAsyncContext*, void* data, void* answer) {
+        const std::unique_ptr<RedisAnswer> owner(static_cast<RedisAnswer*>(answer));
+        const auto* const reply = static_cast<const redisReply*>(data);
+        const bool failed = reply != nullptr && reply->type == REDIS_REPLY_ERROR;
+        run_guarded(
+            [&] { (*owner)(failed ? nullptr : reply, failed ? std::string(redis_text(reply)) : std::string()); },
+            [](const char*) {});
+    }
+    static void published_callback(redisAsyncContext*, void* data, void* me) {
+        const auto* const reply = static_cast<const redisReply*>(data);
+        if (reply == nullptr || !self(me).on_published) return;
+        run_guarded([&] { self(me).on_published(*reply); }, [](const char*) {});
+    }
+
+    Loop& loop_;
+    redisAsyncContext* context_ = nullptr;
+    os::Descriptor descriptor_ = os::no_descriptor;
+    bool reads_ = false, writes_ = false;
+    std::vector<const char*> pieces_;
+    std::vector<std::size_t> sizes_;
+};
+
+// ---- the link ------------------------------------------------------------------------------------------------------
+
+// What uses a RedisLink. All calls come on the link's thread.
+class RedisUser {
+public:
+    virtual void on_redis_up() = 0;  // both connections work, and everything is subscribed
+    // A connection was lost, or an attempt to connect has failed. Permanent: another attempt will not help.
+    virtual void on_redis_down(const std::string& cause, bool permanent) = 0;
+    virtual void on_redis_log(LogLevel level, std::string_view event,
+                              const std::vector<std::pair<std::string_view, std::string>>& fields) = 0;
+    virtual void on_turn_end() = 0;
+
+protected:
+    ~RedisUser() = default;
+};
+
+// The connections of a process to one Redis: one for commands, one for subscriptions. They live on a loop with a thread
+// of its own, which ends with the last owner. If one of them ends, both are opened again.
+class RedisLink {
+public:
+    // The link of this process to that Redis: the same for equal URLs, while somebody owns it.
+    static std::shared_ptr<RedisLink> of(const std::string& url, const RedisOptions& options) {
+        static std::mutex mutex;
+        static std::map<std::string, std::weak_ptr<RedisLink>> links;
+        const RedisUrl parsed = RedisUrl::parse(url);
+        const std::lock_guard<std::mutex> lock(mutex);
+        std::weak_ptr<RedisLink>& known = links[text::concat({options.prefix, "\n", url})];
+        std::shared_ptr<RedisLink> link = known.lock();
+        if (link != nullptr) return link;
+        link = std::make_shared<RedisLink>(parsed, options);
+        known = link;
+        return link;
+    }
+    RedisLink(RedisUrl url, RedisOptions options) : url_(std::move(url)), options_(std::move(options)) {
+        node_ = random_bytes(8);
+        for (char& c : node_) c = static_cast<char>('a' + (static_cast<unsigned char>(c) & 15));
+        LoopAccess::at_turn_end(loop_, [this] {
+            for (RedisUser* user : users_) user->on_turn_end();
+            return false;
+        });
+        subscribe(channel("node:" + node_), [](std::string_view) {});
+        try {
+            thread_ = std::thread([this] { loop_.run(); });
+        } catch (const std::system_error& error) {
+            throw Error(text::concat({"Redis \"", name(), "\": the system refuses a thread: ", error.what()}));
+        }
+    }
+    RedisLink(const RedisLink&) = delete;
+    RedisLink& operator=(const RedisLink&) = delete;
+    ~RedisLink() {
+        loop_.post([this] { loop_.stop(); });
+        thread_.join();
+        state_ = State::waiting;
+        close();
+    }
+
+    // ---- on any thread -----------------------------------------------------------------------------------------
+
+    template <class Work>
+    void post(Work&& work) {
+        loop_.post(std::forward<Work>(work));
+    }
+    // Runs the work on the link's thread, and waits for its end.
+    void run(FunctionRef<> work) {
+        std::mutex mutex;
+        std::condition_variable changed;
+        bool done = false;
+        loop_.post([&] {
+            run_guarded(work, [](const char*) {});
+            const std::lock_guard<std::mutex> lock(mutex);
+            done = true;
+            changed.notify_one();
+        });
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait(lock, [&] { return done; });
+    }
+    std::string name() const { return url_.name(); }
+    const RedisOptions& options() const { return options_; }
+    const std::string& node() const { return node_; }  // a name that no other process has
+    std::string channel(const std::string& suffix) const { return options_.prefix + suffix; }
+
+    // ---- on the link's thread ------------------------------------------------------------------------------------
+
+    Loop& loop() { return loop_; }
+    bool up() const { return state_ == State::up; }
+    const std::string& run_id() const { return run_id_; }
+
+    void add_user(RedisUser& user) {
+        users_.push_back(&user);
+        if (state_ == State::idle) connect();
+        else if (up()) user.on_redis_up();
+        else if (!cause_.empty()) user.on_redis_down(cause_, permanent_);
+    }
+    void remove_user(RedisUser& user) { users_.erase(std::remove(users_.begin(), users_.end(), &user), users_.end()); }
+
+    // False if Redis is not connected.
+    bool send(const RedisArguments& arguments, RedisAnswer answer) {
+        if (!up()) return false;
+        return commands_->send(arguments,
+                               [this, answer = std::move(answer)](const redisReply* reply, const std::string& cause) {
+                                   heard_commands_ = loop_.now();
+                                   if (answer) answer(reply, cause);
+                               });
+    }
+    // `on_subscribed` is called when the subscription works, also after each reconnection.
+    void subscribe(const std::string& channel, std::function<void(std::string_view)> on_message,
+                   std::function<void()> on_subscribed = {}) {
+        Subscription& made = subscriptions_.find_or_emplace(channel);
+        made.on_message = std::move(on_message);
+        made.on_subscribed = std::move(on_subscribed);
+        if (up()) messages_->subscribe("SUBSCRIBE", channel);
+    }
+    void unsubscribe(const std::string& channel) {
+        subscriptions_.erase(channel);
+        if (up()) messages_->subscribe("UNSUBSCRIBE", channel);
+    }
+    // Both connections begin again.
+    void fail(const std::string& cause, bool permanent = false) {
+        if (state_ != State::connecting && state_ != State::up) return;
+        const bool was_up = up(), is_news = was_up || cause != cause_;
+        state_ = State::waiting;
+        cause_ = cause;
+        permanent_ = permanent;
+        loop_.post([this] { close(); });
+        for (RedisUser* user : users_) user->on_redis_down(cause, permanent);
+        const Duration delay = retry_delay();
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(delay).count();
+        if (is_news)
+            log(LogLevel::warning, was_up ? "redis_lost" : "redis_unreachable",
+                {{"redis", name()}, {"cause", cause}, {"retry_in_ms", std::to_string(ms)}});
+        retry_ = loop_.call_later(delay, [this] { connect(); });
+    }
+
+private:
+    enum class State : std::uint8_t { idle, connecting, up, waiting };
+    struct Subscription {
+        std::function<void(std::string_view)> on_message;
+        std::function<void()> on_subscribed;
+    };
+
+    void log(LogLevel level, std::string_view event,
+             const std::vector<std::pair<std::string_view, std::string>>& fields) {
+        for (RedisUser* user : users_) user->on_redis_log(level, event, fields);
+    }
+    Duration retry_delay() {
+        const unsigned doublings = (std::min)(attempts_++, 16u);
+        const Duration longest = (std::min)(options_.max_retry, options_.min_retry * (1 << doublings));
+        const std::string random = random_bytes(1);
+        return longest / 2 + longest / 2 * static_cast<unsigned char>(random[0]) / 256;
+    }
+    void close() {
+        if (state_ == State::connecting || state_ == State::up) return;
+        loop_.cancel(timeout_);
+        loop_.cancel(heartbeat_);
+        // An object must live until the loop's turn has ended.
+        for (auto* connection : {&commands_, &messages_}) {
+            if (*connection == nullptr) continue;
+            (*connection)->close();
+            loop_.post([kept = std::move(*connection)] {});
+        }
+    }
+
+    void connect() {
+        close();
+        state_ = State::connecting;
+        working_ = 0;
+        timeout_ = loop_.call_later(options_.connect_timeout, [this] { fail("Redis has not answered in time"); });
+        commands_ = std::make_shared<RedisConnection>(loop_);
+        messages_ = std::make_shared<RedisConnection>(loop_);
+        for (const auto& connection : {commands_, messages_}) {
+            connection->on_closed = [this](const std::string& cause) { fail(cause); };
+            connection->on_connected = [this, made = connection.get()] { greet(*made); };
+        }
+        messages_->on_published = [this](const redisReply& reply) { on_published(reply); };
+        for (const auto& connection : {commands_, messages_}) {
+            const std::string cause = url_.tls ? "this program cannot speak TLS to Redis" : connection->open(url_);
+            if (!cause.empty()) return fail(cause, url_.tls);
+        }
+    }
+    void greet(RedisConnection& connection) {
+        if (!url_.password.empty()) {
+            RedisArguments arguments{"AUTH", url_.user, url_.password};
+            if (url_.user.empty()) arguments.erase(arguments.begin() + 1);
+            setup(connection, arguments, [](const redisReply*) {});
+        }
+        if (url_.database != 0) setup(connection, {"SELECT", std::to_string(url_.database)}, [](const redisReply*) {});
+        if (&connection == commands_.get())
+            return setup(connection, {"INFO", "server"},
+                         [this](const redisReply* reply) { on_info(redis_text(reply)); });
+        for (const auto& [name, subscription] : subscriptions_)
+            if (name != channel("node:" + node_)) connection.subscribe("SUBSCRIBE", name);
+        connection.subscribe("SUBSCRIBE", channel("node:" + node_));  // the last one, its answer says that all work
+    }
+    template <class Then>
+    void setup(RedisConnection& connection, const RedisArguments& arguments, Then&& then) {
+        connection.send(arguments, [this, then](const redisReply* reply, const std::string& cause) {
+            if (state_ != State::connecting) return;
+            if (reply != nullptr) return then(reply);
+            if (!cause.empty()) fail(cause, !text::starts_with(cause, "LOADING"));
+        });
+    }
+    void on_info(std::string_view info) {
+        const auto value = [info](std::string_view key) {
+            const std::size_t at = info.find(key);
+            std::string_view rest = at == std::string_view::npos ? std::string_view() : info.substr(at + key.size());
+            return text::consume_until(rest, '\r');
+        };
+        version_ = std::string(value("redis_version:"));
+        run_id_ = std::string(value("run_id:"));
+        std::string_view rest = version_;
+        const auto major = text::parse_unsigned(text::consume_until(rest, '.'), 1'000'000);
+        if (!major || run_id_.empty()) return fail("it answers INFO, but not as Redis does", true);
+        if (*major < 6)
+            return fail(text::concat({"Redis ", escape_for_log(version_), " is too old: version 6 or newer is needed"}),
+                        true);
+        on_working();
+    }
+    void on_published(const redisReply& reply) {
+        if (reply.type == REDIS_REPLY_ERROR) return fail(std::string(redis_text(&reply)), true);
+        if (reply.type != REDIS_REPLY_ARRAY || reply.elements < 3) return;
+        heard_messages_ = loop_.now();
+        const std::string_view kind = redis_text(reply.element[0]), name = redis_text(reply.element[1]);
+        const Subscription* const found = subscriptions_.find(name);
+        if (found == nullptr) return;
+        if (kind == "message" && reply.element[2]->type == REDIS_REPLY_STRING) {
+            const auto on_message = found->on_message;  // it may unsubscribe
+            return on_message(redis_text(reply.element[2]));
+        }
+        if (kind != "subscribe") return;
+        if (state_ == State::connecting && name == channel("node:" + node_)) return on_working();
+        if (up() && found->on_subscribed) std::function<void()>(found->on_subscribed)();
+    }
+    // One of the two connections works.
+    void on_working() {
+        if (++working_ != 2) return;
+        loop_.cancel(timeout_);
+        state_ = State::up;
+        log(LogLevel::info, "redis_connected",
+            {{"redis", name()}, {"version", version_}, {"attempts", std::to_string(attempts_ + 1)}});
+        attempts_ = 0;
+        cause_.clear();
+        heard_commands_ = heard_messages_ = loop_.now();
+        heartbeat_ = loop_.call_every(beat_interval(), [this] { beat(); });
+        const std::vector<RedisUser*> users = users_;
+        for (RedisUser* user : users) user->on_redis_up();
+        for (const std::string& each : subscribed_channels()) {
+            const Subscription* const found = subscriptions_.find(each);
+            if (up() && found != nullptr && found->on_subscribed) std::function<void()>(found->on_subscribed)();
+        }
+    }
+    std::vector<std::string> subscribed_channels() const {
+        std::vector<std::string> names;
+        for (const auto& [name, subscription] : subscriptions_) names.push_back(name);
+        return names;
+    }
+    Duration beat_interval() const {
+        return (std::max)(options_.answer_timeout / 4, Duration(std::chrono::milliseconds(50)));
+    }
+    // A message of this process to itself shows that both connections work.
+    void beat() {
+        if (!up()) return;
+        const Time oldest = (std::min)(heard_commands_, heard_messages_);
+        if (loop_.now() - oldest > options_.answer_timeout) return fail("Redis does not answer");
+        send({"PUBLISH", channel("node:" + node_), "beat"}, {});
+    }
+
+    const RedisUrl url_;
+    const RedisOptions options_;
+    std::string node_;
+    Loop loop_;
+    State state_ = State::idle;
+    std::shared_ptr<RedisConnection> commands_, messages_;
+    int working_ = 0;  // of the two connections, while they are opened
+    unsigned attempts_ = 0;
+    std::string cause_;  // of the latest failure
+    bool permanent_ = false;
+    std::string version_, run_id_;
+    Time heard_commands_{}, heard_messages_{};
+    Loop::TimerId timeout_ = 0, heartbeat_ = 0, retry_ = 0;
+    StringMap<Subscription> subscriptions_;  // by channel
+    std::vector<RedisUser*> users_;
+    std::thread thread_;
+};
+
+// Lets a thread wait for the first result of a connection.
+class RedisStart {
+public:
+    void succeed() { set(true, false, {}); }
+    void fail(const std::string& cause, bool permanent) { set(false, permanent, cause); }
+    // Throws Error if there is no success in this time.
+    void wait(const std::string& who, Duration timeout) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait_for(lock, timeout, [this] { return success_ || permanent_; });
+        if (!success_)
+            throw Error(text::concat({who, ": ", cause_.empty() ? "Redis has not answered in time" : cause_}));
+    }
+
+private:
+    void set(bool success, bool permanent, const std::string& cause) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        success_ = success;
+        permanent_ = permanent;
+        cause_ = cause;
+        changed_.notify_all();
+    }
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool success_ = false, permanent_ = false;
+    std::string cause_;
+};
+
+}  // namespace detail
+
+// ---- the history ---------------------------------------------------------------------------------------------------
+
+#if WSCHAT_CHAT
+
+namespace detail {
+
+// What runs in Redis: each call is one step for all servers. KEYS[1] is PREFIXmeta, ARGV[1] the call, ARGV[2] the epoch
+// that the server knows. The keys, with the prefix:
+//
+//   meta      hash: format, epoch, opening (the number of that epoch), run (of the Redis process), floor (the largest
+//             id of all deleted rooms), bytes, facts (their number), gid (the newest id of the feed), use
+//   openings  hash: the number of each epoch. A restart of Redis begins a new one, because it may have lost entries.
+//   rooms     sorted set: rooms by their last use
+//   r:ROOM    hash: last, first, bytes, opening (in which the last id was given), firsts ("2:101,": 101 is the first
+//             id that was given in opening 2)
+//   s:ROOM    stream: the entries, as ID-TIME with the field m. An entry that was changed is in a:ROOM instead, so that
+//             no older text is kept.
+//   a:ROOM    hash: "TIME:RECORD" by id
+//   t:ROOM    hash: "ID OP" by the tag of an entry, or by its operation
+//   f:SCOPE   hash: facts by key; i:SCOPE sorted set: their keys; scopes: all scopes; x: expiries
+//   feed      stream: conversations and facts, which each server gets
+//   p:ROOM    hash: who is present, by public id; n:ROOM hash: the ids by folded names; present: the rooms with users
+//   hubs      sorted set: hubs by the time of their latest beat; h:HUB set: the rooms in which a hub may have users
+constexpr const char* redis_script = R"lua(
+if redis.replicate_commands then redis.replicate_commands() end
+local call, meta, cmd = redis.call, KEYS[1], ARGV[1]
+local P = string.sub(meta, 1, -5)
+local pack, unpack = cmsgpack.pack, cmsgpack.unpack
+local function str(n) return string.format('%.0f', n) end
+local function num(s) return tonumber(s or 0) or 0 end
+local clock = call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+if cmd == 'open' then
+  local kind = call('TYPE', meta).ok
+  if kind ~= 'none' and kind ~= 'hash' then
+    return redis.error_reply('FOREIGN the key "' .. meta .. '" belongs to another program: it is a ' .. kind)
+  end
+  local h = call('HMGET', meta, 'format', 'run', 'epoch', 'opening')
+  if kind == 'hash' and not h[1] then
+    return redis.error_reply('FOREIGN the key "' .. meta .. '" belongs to another program: it has no format')
+  end
+  if h[1] and h[1] ~= '1' then
+    return redis.error_reply('FORMAT the keys "' .. P .. '" have format ' .. h[1] .. ', and this program knows 1')
+  end
+  local epoch = h[3]
+  if h[2] ~= ARGV[2] or not epoch then
+    epoch = ARGV[3]
+    local opening = call('HINCRBY', meta, 'opening', 1)
+    call('HSET', meta, 'format', '1', 'run', ARGV[2], 'epoch', epoch)
+    call('HSET', P .. 'openings', epoch, opening)
+  end
+  return {'ok', epoch, str(now)}
+end
+
+local m = call('HMGET', meta, 'epoch', 'opening', 'floor')
+if m[1] ~= ARGV[2] then return {'lost'} end
+local opening = num(m[2])
+
+local function load(name)
+  local h = call('HMGET', P .. 'r:' .. name, 'last', 'first', 'bytes', 'opening', 'firsts')
+  local floor = num(m[3])
+  local r = {name = name, s = P .. 's:' .. name, a = P .. 'a:' .. name, t = P .. 't:' .. name}
+  r.exists = h[1] and true or false
+  r.last = h[1] and num(h[1]) or floor
+  r.first = h[2] and num(h[2]) or floor + 1
+  r.bytes, r.opening, r.firsts = num(h[3]), num(h[4]), h[5] or ''
+  r.old = r.bytes
+  return r
+end
+local function save(r)
+  call('HSET', P .. 'r:' .. r.name, 'last', str(r.last), 'first', str(r.first), 'bytes', str(r.bytes),
+       'opening', str(r.opening), 'firsts', r.firsts)
+  if r.bytes ~= r.old then call('HINCRBY', meta, 'bytes', str(r.bytes - r.old)) end
+  r.old = r.bytes
+end
+local function gave(r, id)
+  if r.opening == opening then return end
+  r.firsts = string.sub(r.firsts .. str(opening) .. ':' .. str(id) .. ',', -2000)
+  r.opening = opening
+end
+local function known(r, epoch, id)
+  local number = epoch ~= '' and call('HGET', P .. 'openings', epoch)
+  if not number or id > r.last then return false end
+  for later, first in string.gmatch(r.firsts, '(%d+):(%d+),') do
+    if num(later) > num(number) and num(first) <= id then return false end
+  end
+  return true
+end
+local function find(r, id)
+  local a = call('HGET', r.a, id)
+  if a then
+    local colon = string.find(a, ':', 1, true)
+    return string.sub(a, colon + 1), num(string.sub(a, 1, colon - 1)), true
+  end
+  local s = call('XRANGE', r.s, id, id)[1]
+  if s then return s[2][2], num(string.match(s[1], '%-(%d+)')), false end
+end
+local function change(r, id, blob, ms, amended, record)
+  local new = pack(record)
+  if not amended then call('XDEL', r.s, id .. '-' .. str(ms)) end
+  call('HSET', r.a, id, str(ms) .. ':' .. new)
+  r.bytes = r.bytes + #new - #blob
+end
+local function tag_key(record)
+  if record[9] ~= '' then return 't' .. record[8] .. '\n' .. record[9] end
+  return 'o' .. record[10]
+end
+local function trim(r, entries, bytes, age)
+  for _ = 1, 1000 do
+    if r.first > r.last then return end
+    local over = (entries > 0 and r.last - r.first + 1 > entries) or (bytes > 0 and r.bytes > bytes)
+    if not over and age == 0 then return end
+    local id = str(r.first)
+    local blob, ms, amended = find(r, id)
+    if blob then
+      if not over and ms > now - age then return end
+      call('HDEL', r.t, tag_key(unpack(blob)))
+      if amended then call('HDEL', r.a, id) else call('XDEL', r.s, id .. '-' .. str(ms)) end
+      r.bytes = r.bytes - #blob - 256
+    end
+    r.first = r.first + 1
+  end
+end
+local function evict()
+  local name = call('ZRANGE', P .. 'rooms', 0, 0)[1]
+  if not name then return end
+  local r = load(name)
+  if r.last > num(m[3]) then
+    m[3] = str(r.last)
+    call('HSET', meta, 'floor', m[3])
+  end
+  call('HINCRBY', meta, 'bytes', str(-r.bytes))
+  call('UNLINK', P .. 'r:' .. name, r.s, r.a, r.t)
+  call('ZREM', P .. 'rooms', name)
+end
+local function feed(data)
+  local gid = str(call('HINCRBY', meta, 'gid', 1))
+  call('XADD', P .. 'feed', 'MAXLEN', '~', '10000', gid .. '-0', 'm', data)
+  call('PUBLISH', P .. 'feed', gid .. ':' .. data)
+  return gid
+end
+local function add(r, blob, key, op, max_rooms)
+  if not r.exists then
+    if max_rooms > 0 and call('ZCARD', P .. 'rooms') + 1 > max_rooms then
+      evict()
+      r.last = num(m[3])
+      r.first = r.last + 1
+    end
+    r.exists = true
+  end
+  r.last = r.last + 1
+  local id = str(r.last)
+  call('XADD', r.s, id .. '-' .. str(now), 'm', blob)
+  if key ~= '' then call('HSET', r.t, key, id .. ' ' .. op) end
+  r.bytes = r.bytes + #blob + 256
+  gave(r, r.last)
+  call('ZADD', P .. 'rooms', call('HINCRBY', meta, 'use', 1), r.name)
+  if string.sub(r.name, 1, 1) == '\n' then return id, feed('c' .. pack({r.name, id, blob})) end
+  call('PUBLISH', P .. 'c:' .. r.name, id .. ':' .. blob)
+  return id, ''
+end
+local function records(out, r, lo, hi)
+  if lo < r.first then lo = r.first end
+  if hi > r.last then hi = r.last end
+  if lo > hi then return end
+  local found = {}
+  for _, e in ipairs(call('XRANGE', r.s, str(lo), str(hi))) do
+    found[num(string.match(e[1], '^(%d+)'))] = e[2][2]
+  end
+  for id = lo, hi do
+    local blob = found[id]
+    if not blob then
+      local a = call('HGET', r.a, str(id))
+      blob = a and string.sub(a, string.find(a, ':', 1, true) + 1)
+    end
+    if blob then
+      out[#out + 1] = str(id)
+      out[#out + 1] = blob
+    end
+  end
+end
+local function no_reactions(record)
+  for i = #record, 14, -1 do record[i] = nil end
+end
+local function edits(r, record, kind, text)
+  for id in string.gmatch(record[13], '%d+') do
+    local blob, ms, amended = find(r, id)
+    if blob then
+      local edit = unpack(blob)
+      edit[1], edit[6] = kind, text
+      if kind == '3' then edit[7] = '' end
+      change(r, id, blob, ms, amended, edit)
+    end
+  end
+end
+local function remove(r, record)
+  record[12], record[6], record[7] = '1', '', ''
+  edits(r, record, '3', '')
+  record[13] = ''
+  no_reactions(record)
+end
+local function react(record, by, max_reactions)
+  for i = 14, #record, 4 do
+    if record[i] == by[6] and record[i + 3] == by[8] then
+      for _ = 1, 4 do table.remove(record, i) end
+      return true, '1'
+    end
+  end
+  if max_reactions > 0 and (#record - 13) / 4 + 1 > max_reactions then return false end
+  for _, each in ipairs({by[6], by[5], by[4], by[8]}) do record[#record + 1] = each end
+  return true, ''
+end
+local function amend(r, kind, by, moderator, not_before, max_reactions)
+  local target = by[2]
+  local blob, ms, amended = find(r, target)
+  local record = blob and unpack(blob)
+  if not record or (record[1] ~= '0' and record[1] ~= '1') or record[12] ~= '' then return 'bad_id' end
+  local taken_back = ''
+  if kind == '4' then
+    local possible
+    possible, taken_back = react(record, by, max_reactions)
+    if not possible then return 'refused' end
+  else
+    local own = record[8] == by[8] and record[5] == by[5]
+    if not own and not (kind == '3' and moderator == '1') then return 'not_yours' end
+    if kind == '2' and num(record[3]) < not_before then return 'too_late' end
+    if kind == '3' then
+      remove(r, record)
+    else
+      record[6], record[11] = by[6], by[3]
+      if by[7] ~= '' then record[7] = by[7] end
+      edits(r, record, '2', by[6])
+      record[13] = record[13] .. str(r.last + 1) .. ','
+    end
+  end
+  change(r, target, blob, ms, amended, record)
+  return '', taken_back
+end
+
+if cmd == 'append' then
+  local r = load(ARGV[4])
+  local had = call('HGET', r.t, ARGV[7])
+  if had then
+    local id, op = string.match(had, '^(%d+) (.*)$')
+    return {op == ARGV[5] and 'again' or 'duplicate', id, '', ''}
+  end
+  if now > num(ARGV[3]) then return {'late'} end
+  local kind, blob, taken_back, code = ARGV[6], ARGV[16], ''
+  if kind == '2' or kind == '3' or kind == '4' then
+    local by = unpack(blob)
+    code, taken_back = amend(r, kind, by, ARGV[8], num(ARGV[9]), num(ARGV[10]))
+    if code ~= '' then return {'refused', code} end
+    if taken_back ~= '' then
+      by[12] = taken_back
+      blob = pack(by)
+    end
+  end
+  local id, gid = add(r, blob, ARGV[7], ARGV[5], num(ARGV[14]))
+  trim(r, num(ARGV[11]), num(ARGV[12]), num(ARGV[13]))
+  save(r)
+  local total = num(ARGV[15])
+  while total > 0 and num(call('HGET', meta, 'bytes')) > total and call('ZCARD', P .. 'rooms') > 1 do evict() end
+  return {'ok', id, taken_back, gid}
+end
+
+if cmd == 'read' then
+  local r = load(ARGV[3])
+  local age = num(ARGV[4])
+  if age > 0 and r.exists then
+    local first = r.first
+    trim(r, 0, 0, age)
+    if r.first ~= first then save(r) end
+  end
+  local from, to = num(ARGV[6]), num(ARGV[7])
+  local out = {'ok', str(r.last), str(r.first), ''}
+  if ARGV[5] == 'after' then
+    if not known(r, ARGV[8], from) then return out end
+    out[4] = '1'
+    if r.last - from > to then return out end
+    records(out, r, from + 1, r.last)
+  elseif ARGV[5] == 'down' then
+    if from > r.last then from = r.last end
+    records(out, r, from - to + 1, from)
+  else
+    records(out, r, from, to)
+  end
+  return out
+end
+
+if cmd == 'sync' then
+  if ARGV[3] == '\n' then return {'ok', str(num(call('HGET', meta, 'gid'))), '1', '1'} end
+  local r, id = load(ARGV[3]), num(ARGV[5])
+  if ARGV[5] == '' then return {'ok', str(r.last), str(r.first), '1'} end
+  if r.last < id and r.opening ~= opening and call('HGET', P .. 'openings', ARGV[4]) and r.exists then
+    r.last = id
+    gave(r, id + 1)
+    save(r)
+    call('PUBLISH', P .. 'c:' .. r.name, str(id) .. ':')
+  end
+  return {'ok', str(r.last), str(r.first), known(r, ARGV[4], id) and '1' or ''}
+end
+
+if cmd == 'feed' then
+  local out = {'ok'}
+  for _, e in ipairs(call('XRANGE', P .. 'feed', ARGV[3], ARGV[4], 'COUNT', 500)) do
+    out[#out + 1] = string.match(e[1], '^(%d+)')
+    out[#out + 1] = e[2][2]
+  end
+  return out
+end
+
+-- The fields of an entry that is not kept: 3 kind, 5 name, 6 user, 7 text, 10 author, 13 hub, 14 quiet. The fields of a
+-- user: the name, the folded name, the text, the author, the time, then each hub with '1' if the user is away from it.
+local function is_account(author) return string.sub(author, 1, 8) == 'account ' end
+local function hub_at(user, hub)
+  for i = 6, #user, 2 do if user[i] == hub then return i end end
+end
+local function release(names, user, id)
+  if call('HGET', names, user[2]) == id then call('HDEL', names, user[2]) end
+end
+local function join(users, names, e, fold, user)
+  e[14] = user and '1' or ''
+  if not user then
+    local holder = call('HGET', names, fold)
+    if holder then
+      local held = call('HGET', users, holder)
+      if not is_account(e[10]) or (held and is_account(unpack(held)[4])) then return 'name_taken' end
+    end
+    user = {e[5], fold, e[7], e[10], e[4]}
+    call('HSET', names, fold, e[6])
+  elseif e[10] == '' then
+    for i = 6, #user, 2 do
+      if user[i] ~= e[13] and user[i + 1] == '' then return 'name_taken' end
+    end
+  end
+  e[5], e[7] = user[1], user[3]
+  local at = hub_at(user, e[13])
+  if at then user[at + 1] = '' else
+    user[#user + 1] = e[13]
+    user[#user + 1] = ''
+  end
+  return '', user
+end
+local function rename(names, e, fold, user)
+  local holder = call('HGET', names, fold)
+  if holder and holder ~= e[6] then return 'name_taken' end
+  release(names, user, e[6])
+  user[1], user[2] = e[7], fold
+  call('HSET', names, fold, e[6])
+  return '', user
+end
+-- Changes who is in the room. The result is a code; then the entry is complete.
+local function presence(room, kind, fold, e)
+  local users, names = P .. 'p:' .. room, P .. 'n:' .. room
+  local user, code = call('HGET', users, e[6]), ''
+  user = user and unpack(user)
+  if kind == 'join' then
+    code, user = join(users, names, e, fold, user)
+    if code ~= '' then return code end
+    call('SADD', P .. 'h:' .. e[13], room)
+    call('ZADD', P .. 'present', 0, room)
+  else
+    if not user then return 'gone' end
+    e[5] = user[1]
+    local at = hub_at(user, e[13])
+    if kind == 'rename' then
+      code = rename(names, e, fold, user)
+      if code ~= '' then return code end
+    elseif not at then
+      return 'gone'
+    elseif kind == 'away' then
+      user[at + 1], e[14] = '1', '1'
+    else
+      e[14] = #user > 7 and '1' or ''
+      table.remove(user, at)
+      table.remove(user, at)
+      if #user == 5 then
+        release(names, user, e[6])
+        call('HDEL', users, e[6])
+        if call('EXISTS', users) == 0 then call('ZREM', P .. 'present', room) end
+        user = nil
+      end
+    end
+  end
+  if user then call('HSET', users, e[6], pack(user)) end
+  return ''
+end
+local function publish_entry(room, e) call('PUBLISH', P .. 'c:' .. room, '-' .. pack(e)) end
+
+if cmd == 'presence' then
+  local e = unpack(ARGV[6])
+  local code = presence(ARGV[3], ARGV[4], ARGV[5], e)
+  if code ~= '' then return {'refused', code} end
+  publish_entry(ARGV[3], e)
+  return {'ok'}
+end
+
+if cmd == 'users' then
+  call('PUBLISH', ARGV[4], ARGV[5])
+  local out, all = {'ok'}, call('HGETALL', P .. 'p:' .. ARGV[3])
+  for i = 1, #all do out[i + 1] = all[i] end
+  return out
+end
+
+if cmd == 'present' then
+  local out = {'ok'}
+  for _, room in ipairs(call('ZRANGE', P .. 'present', 0, num(ARGV[3]) - 1)) do
+    out[#out + 1] = room
+    out[#out + 1] = str(call('HLEN', P .. 'p:' .. room))
+  end
+  return out
+end
+
+-- ARGV[3] is the kind `leave` as a number.
+local function forget_hub(hub)
+  for _, room in ipairs(call('SMEMBERS', P .. 'h:' .. hub)) do
+    local all = call('HGETALL', P .. 'p:' .. room)
+    for i = 1, #all, 2 do
+      local user = unpack(all[i + 1])
+      if hub_at(user, hub) then
+        local e = {'', '', ARGV[3], str(now), user[1], all[i], '', '', '', '', '', '0', hub, '', '', room}
+        if presence(room, 'leave', '', e) == '' then publish_entry(room, e) end
+      end
+    end
+  end
+  call('UNLINK', P .. 'h:' .. hub)
+end
+
+if cmd == 'beat' then
+  if ARGV[4] == '' then return {'ok', ''} end
+  local is_new = call('ZADD', P .. 'hubs', str(now), ARGV[4])
+  for _, hub in ipairs(call('ZRANGEBYSCORE', P .. 'hubs', '-inf', str(now - 8000), 'LIMIT', 0, 10)) do
+    call('ZREM', P .. 'hubs', hub)
+    forget_hub(hub)
+  end
+  return {'ok', is_new == 1 and 'new' or ''}
+end
+
+local function forget(scope, key)
+  if call('HDEL', P .. 'f:' .. scope, key) == 0 then return end
+  call('ZREM', P .. 'i:' .. scope, key)
+  call('ZREM', P .. 'x', scope .. '\n' .. key)
+  call('HINCRBY', meta, 'facts', -1)
+end
+
+if cmd == 'put' then
+  local scope, key, value, author, expires, max = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8], num(ARGV[9])
+  if now > num(ARGV[3]) then return {'late'} end
+  local facts = P .. 'f:' .. scope
+  local old = call('HGET', facts, key)
+  if old and ARGV[10] == '1' then
+    value = unpack(old)[1]
+  elseif value == '' then
+    forget(scope, key)
+  else
+    if not old and max > 0 and num(call('HGET', meta, 'facts')) + 1 > max then
+      for _, each in ipairs(call('ZRANGEBYSCORE', P .. 'x', '-inf', str(now), 'LIMIT', 0, 1000)) do
+        local colon = string.find(each, '\n', 1, true)
+        forget(string.sub(each, 1, colon - 1), string.sub(each, colon + 1))
+      end
+      if num(call('HGET', meta, 'facts')) + 1 > max then return {'full'} end
+    end
+    call('HSET', facts, key, pack({value, author, expires}))
+    if not old then
+      call('HINCRBY', meta, 'facts', 1)
+      call('ZADD', P .. 'i:' .. scope, 0, key)
+      call('SADD', P .. 'scopes', scope)
+    end
+    if expires ~= '0' then call('ZADD', P .. 'x', expires, scope .. '\n' .. key)
+    else call('ZREM', P .. 'x', scope .. '\n' .. key) end
+  end
+  local data = 'f' .. pack({scope, key, value, author, expires})
+  return {'ok', feed(data), data}
+end
+
+if cmd == 'facts' then
+  local out, prefix, lo, hi = {'ok'}, ARGV[4], '-', '+'
+  if prefix ~= '' then lo, hi = '[' .. prefix, '(' .. prefix .. '\255' end
+  for _, key in ipairs(call('ZRANGEBYLEX', P .. 'i:' .. ARGV[3], lo, hi)) do
+    out[#out + 1] = key
+    out[#out + 1] = call('HGET', P .. 'f:' .. ARGV[3], key)
+  end
+  return out
+end
+
+if cmd == 'rooms' then return call('ZRANGE', P .. 'rooms', 0, -1) end
+
+if cmd == 'erase_facts' then
+  local out = {'ok'}
+  for _, scope in ipairs(call('SMEMBERS', P .. 'scopes')) do
+    local all = call('HGETALL', P .. 'f:' .. scope)
+    for i = 1, #all, 2 do
+      if unpack(all[i + 1])[2] == ARGV[3] then
+        forget(scope, all[i])
+        local data = 'f' .. pack({scope, all[i], '', ARGV[3], '0'})
+        out[#out + 1] = feed(data)
+        out[#out + 1] = data
+      end
+    end
+  end
+  return out
+end
+
+if cmd == 'erase' then
+  local r, author, lo, hi = load(ARGV[3]), ARGV[4], num(ARGV[5]), num(ARGV[6])
+  if hi == 0 then hi = r.last end
+  if lo < r.first then lo = r.first end
+  local window, amendments = {}, {}
+  records(window, r, lo, math.min(hi, lo + 199))
+  for i = 1, #window, 2 do
+    local id = window[i]
+    local blob, ms, amended = find(r, id)
+    local record, changed = unpack(blob), false
+    for j = #record - 3, 14, -4 do
+      if record[j + 3] == author then
+        table.insert(amendments, {'4', id, ARGV[7], '', record[j + 1], record[j], '', '', '', '', '', '1', ''})
+        for _ = 1, 4 do table.remove(record, j) end
+        changed = true
+      end
+    end
+    if record[8] == author then
+      call('HDEL', r.t, tag_key(record))
+      if (record[1] == '0' or record[1] == '1') and record[12] == '' then
+        remove(r, record)
+        table.insert(amendments, {'3', id, ARGV[7], '', '', '', '', '', '', '', '', '', ''})
+      end
+      if record[1] ~= '4' then record[5] = '' end
+      record[4], record[8], record[9] = '', '', ''
+      changed = true
+    end
+    if changed then change(r, id, blob, ms, amended, record) end
+  end
+  local out = {'ok', lo + 200 <= hi and str(lo + 200) or '', str(hi)}
+  for _, each in ipairs(amendments) do
+    local blob = pack(each)
+    out[#out + 1] = add(r, blob, '', '', 0)
+    out[#out + 1] = blob
+  end
+  if r.exists then
+    trim(r, num(ARGV[8]), num(ARGV[9]), num(ARGV[10]))
+    save(r)
+  end
+  return out
+end
+return redis.error_reply('UNKNOWN call')
+)lua";
+
+// A list of texts in MessagePack, as the script reads and writes it.
+inline std::string redis_pack(const std::vector<std::string>& texts) {
+    std::string packed;
+    const auto add_size = [&packed](std::size_t size, char lead, unsigned bytes) {
+        packed += lead;
+        while (bytes-- != 0) packed += static_cast<char>(size >> (8 * bytes) & 0xFF);
+    };
+    add_size(texts.size(), '\xDD', 4);
+    for (const std::string& each : texts) {
+        if (each.size() < 32) packed += static_cast<char>(0xA0 | each.size());
+        else add_size(each.size(), '\xDB', 4);
+        packed += each;
+    }
+    return packed;
+}
+// Empty if the text is something else.
+inline std::vector<std::string> redis_unpack(std::string_view packed) {
+    bool valid = true;
+    const auto take = [&](std::size_t size) {
+        valid = valid && size <= packed.size();
+        const std::string_view taken = packed.substr(0, valid ? size : 0);
+        packed.remove_prefix(taken.size());
+        return taken;
+    };
+    const auto take_number = [&](std::size_t bytes) {
+        std::size_t number = 0;
+        for (const char c : take(bytes)) number = number << 8 | static_cast<unsigned char>(c);
+        return number;
+    };
+    const auto take_lead = [&] { return static_cast<unsigned char>((take_number(1)) & 0xFF); };
+    std::vector<std::string> texts;
+    const unsigned char list = take_lead();
+    std::size_t count = (list & 0xF0u) == 0x90 ? list & 15u : take_number(list == 0xDC ? 2 : list == 0xDD ? 4 : 9);
+    for (; valid && count != 0; --count) {
+        const unsigned char lead = take_lead();
+        const bool is_short = (lead & 0xE0u) == 0xA0;
+        const std::size_t bytes = lead == 0xD9 ? 1 : lead == 0xDA ? 2 : lead == 0xDB ? 4 : 9;
+        texts.emplace_back(take(is_short ? lead & 31u : bytes == 9 ? packed.size() + 1 : take_number(bytes)));
+    }
+    return valid && packed.empty() ? texts : std::vector<std::string>();
+}
+
+// An entry as the fields of a record in Redis. `op` names the call of append() that made it.
+struct RedisRecord {
+    ChatEntry entry;
+    std::string op;
+
+    static constexpr std::size_t fields = 13;  // before the reactions, of which each has four
+
+    static std::string pack(const ChatEntry& entry, const std::string& op) {
+        const auto number = [](auto value) { return std::to_string(value); };
+        return redis_pack({number(static_cast<unsigned>(entry.kind)), number(entry.target), number(entry.time),
+                           entry.name, entry.user, entry.text, entry.data, entry.author, entry.tag, op,
+                           entry.edited == 0 ? "" : number(entry.edited), entry.removed ? "1" : "", ""});
+    }
+    static std::optional<RedisRecord> unpack(std::string_view packed) {
+        std::vector<std::string> all = redis_unpack(packed);
+        if (all.size() < fields || (all.size() - fields) % 4 != 0) return std::nullopt;
+        const auto number = [&all](std::size_t i) { return text::parse_unsigned(all[i], INT64_MAX).value_or(0); };
+        RedisRecord record;
+        ChatEntry& entry = record.entry;
+        if (number(0) > static_cast<unsigned>(ChatEntry::Kind::topic)) return std::nullopt;
+        entry.kind = static_cast<ChatEntry::Kind>(number(0));
+        entry.target = number(1);
+        entry.time = static_cast<std::int64_t>(number(2));
+        entry.edited = static_cast<std::int64_t>(number(10));
+        entry.removed = !all[11].empty();
+        std::string* const texts[] = {&entry.name,   &entry.user, &entry.text, &entry.data,
+                                      &entry.author, &entry.tag,  &record.op};
+        for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[3 + i]);
+        for (std::size_t i = fields; i < all.size(); i += 4)
+            entry.reactions.push_back({all[i], all[i + 1], all[i + 2], all[i + 3]});
+        return record;
+    }
+};
+
+// A reply of the script: {"ok", text, text, ...}.
+class RedisTexts {
+public:
+    explicit RedisTexts(const redisReply* reply) : reply_(reply) {}
+    std::size_t size() const { return reply_ != nullptr && reply_->type == REDIS_REPLY_ARRAY ? reply_->elements : 0; }
+    // Empty if there is no such element.
+    std::string_view operator[](std::size_t i) const {
+        return i < size() ? redis_text(reply_->element[i]) : std::string_view();
+    }
+    std::uint64_t number(std::size_t i) const {
+        return text::parse_unsigned((*this)[i], HistoryPosition::max_id).value_or(0);
+    }
+
+private:
+    const redisReply* reply_;
+};
+
+// Calls of the script that wait for an answer, in their order. After a reconnection, those without an answer are sent
+// again: each of them may run twice.
+class RedisQueue {
+public:
+    RedisQueue(RedisLink& link, std::string meta) : link_(link), meta_(std::move(meta)) {}
+    RedisQueue(const RedisQueue&) = delete;
+    RedisQueue& operator=(const RedisQueue&) = delete;
+    ~RedisQueue() {
+        *alive_ = false;
+        link_.loop().cancel(timer_);
+    }
+
+    // `answer` gets the reply, or the cause of a failure. If the call is `timed`, its first argument becomes the time
+    // (of the clock of Redis) after which it does nothing.
+    void call(RedisArguments arguments, bool timed, RedisAnswer answer) {
+        auto request = std::make_shared<Request>();
+        for (const std::string& each : arguments) request->bytes += each.size() + 64;
+        if (queue_.size() >= link_.options().max_queued || bytes_ + request->bytes > link_.options().max_queued_bytes)
+            return answer(nullptr, "too many messages wait for Redis");
+        request->arguments = std::move(arguments);
+        request->timed = timed;
+        request->answer = std::move(answer);
+        request->due = saturating_add(link_.loop().now(), link_.options().answer_timeout);
+        bytes_ += request->bytes;
+        queue_.push_back(request);
+        if (open_) send(request);
+        if (!scheduled_) schedule();
+    }
+    void open(const std::string& script, const std::string& epoch, std::int64_t time) {
+        script_ = script;
+        epoch_ = epoch;
+        time_ = time;
+        opened_ = link_.loop().now();
+        open_ = true;
+        for (const auto& request : queue_) request->sent = false;
+    }
+    void send_all() {
+        const std::deque<std::shared_ptr<Request>> waiting = queue_;
+        for (const auto& request : waiting)
+            if (!request->done && !request->sent) send(request);
+    }
+    // A call that is not repeated. False if Redis is not connected.
+    bool send_once(const RedisArguments& call, RedisAnswer answer) {
+        if (!open_) return false;
+        RedisArguments arguments{"EVALSHA", script_, "1", meta_, call[0], epoch_};
+        arguments.insert(arguments.end(), call.begin() + 1, call.end());
+        return link_.send(arguments, [this, answer = std::move(answer), alive = alive_](const redisReply* reply,
+                                                                                        const std::string& cause) {
+            if (!*alive || (reply == nullptr && cause.empty())) return;
+            if (RedisTexts(reply)[0] == "lost") return on_lost ? on_lost() : void();
+            answer(reply, cause);
+        });
+    }
+    void close() { open_ = false; }
+    bool is_open() const { return open_; }
+    const std::string& epoch() const { return epoch_; }
+    std::size_t size() const { return queue_.size(); }
+    std::function<void()> on_lost;  // Redis has other data than the server knows
+
+private:
+    struct Request {
+        RedisArguments arguments{};  // without the epoch
+        RedisAnswer answer{};
+        Time due{};
+        std::size_t bytes = 0;
+        bool timed = false, sent = false, done = false;
+    };
+
+    void send(const std::shared_ptr<Request>& request) {
+        request->sent = true;
+        RedisArguments arguments{"EVALSHA", script_, "1", meta_, request->arguments[0], epoch_};
+        arguments.insert(arguments.end(), request->arguments.begin() + 1, request->arguments.end());
+        if (request->timed) {
+            const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(request->due - opened_).count();
+            arguments[6] = std::to_string(time_ + left);
+        }
+        link_.send(arguments, [this, request, alive = alive_](const redisReply* reply, const std::string& cause) {
+            if (!*alive || request->done || (reply == nullptr && cause.empty())) return;
+            for (const char* again : {"NOSCRIPT", "LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED", "CLUSTERDOWN"})
+                if (text::starts_with(cause, again)) return link_.fail(cause);
+            if (RedisTexts(reply)[0] == "lost") {
+                if (on_lost) on_lost();
+                return;
+            }
+            finish(request, reply, cause);
+        });
+    }
+    void finish(std::shared_ptr<Request> request, const redisReply* reply, const std::string& cause) {
+        request->done = true;
+        while (!queue_.empty() && queue_.front()->done) {
+            bytes_ -= queue_.front()->bytes;
+            queue_.pop_front();
+        }
+        request->answer(reply, cause);
+    }
+    // All requests wait equally long, so the first one is due first. Redis refuses what is too late, so half a second
+    // later nothing can run any more.
+    void schedule() {
+        while (!queue_.empty() && queue_.front()->due + grace <= link_.loop().now())
+            finish(queue_.front(), nullptr, "Redis does not answer");
+        scheduled_ = !queue_.empty();
+        if (scheduled_)
+            timer_ = link_.loop().call_later(queue_.front()->due + grace - link_.loop().now(), [this] { schedule(); });
+    }
+
+    static constexpr std::chrono::milliseconds grace{500};
+    RedisLink& link_;
+    std::string meta_, script_, epoch_;
+    std::int64_t time_ = 0;  // of the clock of Redis at opened_, in milliseconds
+    Time opened_{};
+    bool open_ = false, scheduled_ = false;
+    Loop::TimerId timer_ = 0;
+    std::size_t bytes_ = 0;
+    std::deque<std::shared_ptr<Request>> queue_;
+    const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+// The numbered entries of a room, or of the feed, on their way to the listener: in order, each once.
+struct RedisOrder {
+    std::optional<std::uint64_t> last{};          // the newest id that was delivered
+    std::string epoch{};                          // in which `last` was read
+    std::map<std::uint64_t, std::string> held{};  // later ones, until the hole before them is filled
+    std::uint64_t newest = 0;                     // the largest id that exists
+    bool filling = false;
+    bool subscribed = false;
+    std::vector<ChatEntry> waiting{};  // to be forwarded when it is subscribed
+    bool synchronized = false;         // since the latest connection; until then, entries are held
+    std::uint64_t unused = 0;          // not zero: the number of a call of unwatch()
+};
+
+// The history on the link's thread.
+class RedisStore final : public RedisUser {
+public:
+    using Listener = ChatStore::Listener;
+
+    RedisStore(std::shared_ptr<RedisLink> link, const HistoryLimits& limits)
+        : link_(std::move(link)), limits_(limits), queue_(*link_, link_->channel("meta")) {
+        queue_.on_lost = [this] { reopen(); };
+        follow_feed();
+    }
+    RedisStore(const RedisStore&) = delete;
+    RedisStore& operator=(const RedisStore&) = delete;
+    ~RedisStore() {
+        *alive_ = false;
+        link_->remove_user(*this);
+        for (const auto& [room, order] : orders_)
+            link_->unsubscribe(room == feed ? link_->channel("feed") : room_channel(room));
+        link_->unsubscribe(room_channel(""));
+        link_->unsubscribe(link_->channel("marks:" + link_->node()));
+    }
+
+    // False after the destruction.
+    const std::shared_ptr<bool>& alive() const { return alive_; }
+    bool idle() const { return queue_.size() == 0 || !queue_.is_open(); }
+
+    RedisLink& link() { return *link_; }
+    RedisStart& start() { return start_; }
+    void attach(std::shared_ptr<Listener*> listener, std::shared_ptr<Mailbox> mailbox) {
+        listener_ = std::move(listener);
+        mailbox_ = std::move(mailbox);
+        flush();
+    }
+
+    // ---- the calls of the store ------------------------------------------------------------------------------------
+
+    void append(ChatEntry entry) {
+        const std::string op = text::concat({link_->node(), std::to_string(++operations_)});
+        const auto number = [](auto value) { return std::to_string(value); };
+        const std::string key =
+            entry.tag.empty() ? text::concat({"o", op}) : text::concat({"t", entry.author, "\n", entry.tag});
+        RedisArguments arguments{"append",
+                                 "",
+                                 entry.room,
+                                 op,
+                                 number(static_cast<unsigned>(entry.kind)),
+                                 key,
+                                 entry.moderator ? "1" : "",
+                                 number(entry.not_before),
+                                 number(limits_.max_reactions),
+                                 number(limits_.max_entries),
+                                 number(limits_.max_bytes),
+                                 max_age(),
+                                 number(limits_.max_rooms),
+                                 number(limits_.max_total_bytes),
+                                 RedisRecord::pack(entry, op)};
+        auto& pending = pending_.find_or_emplace(op);
+        pending.entry = std::move(entry);
+        queue_.call(std::move(arguments), true, [this, op](const redisReply* reply, const std::string& cause) {
+            on_appended(op, RedisTexts(reply), cause);
+        });
+    }
+    // A room whose subscription is on its way gets the entry after that, because this server must hear it too.
+    void forward(const ChatEntry& entry) {
+        RedisOrder* const order = orders_.find(common(entry.room) ? feed : entry.room);
+        if (!queue_.is_open() || forwarded_.size() >= link_->options().max_queued) return fail_forwarded(entry);
+        if (order != nullptr && !order->subscribed) return order->waiting.push_back(entry);
+        std::string number = std::to_string(++operations_);
+        const std::string packed = pack_forwarded(entry, number);
+        const bool sent = entry.is_presence() ? send_presence(entry, number, packed)
+                                              : link_->send({"PUBLISH", room_channel(entry.room), "-" + packed}, {});
+        if (!sent) return fail_forwarded(entry);
+        forwarded_.emplace_back(std::move(number), entry);
+        if (order == nullptr && !entry.is_presence()) deliver_forwarded(forwarded_.back().first, entry);
+    }
+    void beat(const std::string& hub) {
+        if (!queue_.is_open()) return;
+        queue_.call({"beat", leave_number(), hub}, false, [this](const redisReply* reply, const std::string&) {
+            if (RedisTexts(reply)[1] != "new") return;
+            for (const auto& [room, order] : orders_) request_users(room);
+        });
+    }
+    void rooms(std::size_t limit, ChatStore::RoomsCallback callback) {
+        queue_.call({"present", std::to_string(limit)}, false,
+                    [this, callback](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        std::vector<std::pair<std::string, std::size_t>> list;
+                        for (std::size_t i = 1; i + 1 < texts.size(); i += 2)
+                            list.emplace_back(std::string(texts[i]), static_cast<std::size_t>(texts.number(i + 1)));
+                        tell([callback, list, cause](Listener&) { callback(list, cause); });
+                    });
+    }
+    void watch(const std::string& room) {
+        RedisOrder& order = orders_.find_or_emplace(room);
+        const bool is_new = watched_.find(room) == nullptr;
+        watched_.find_or_emplace(room) = true;
+        order.unused = 0;
+        if (!is_new) return request_users(room);
+        link_->subscribe(
+            room_channel(room), [this, room](std::string_view payload) { on_room_message(room, payload); },
+            [this, room] { on_subscribed(room); });
+    }
+    // The subscription ends some seconds later, so that a room that comes back misses nothing.
+    void unwatch(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || room == feed) return;
+        order->unused = ++operations_;
+        link_->loop().call_later(2 * link_->options().answer_timeout,
+                                 [this, alive = alive_, room, number = order->unused] {
+                                     if (!*alive) return;
+                                     const RedisOrder* const found = orders_.find(room);
+                                     if (found == nullptr || found->unused != number) return;
+                                     link_->unsubscribe(room_channel(room));
+                                     orders_.erase(room);
+                                     watched_.erase(room);
+                                 });
+    }
+    void since(const std::string& room, const std::optional<HistoryPosition>& position, std::size_t limit,
+               ChatStore::PageCallback callback) {
+        if (!position) return newest(room, limit, false, std::move(callback));
+        read(room, "after", position->id, limit, position->epoch,
+             [this, room, position, limit, callback](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage page = new_page(texts, cause);
+                 const bool complete = !texts[3].empty() && texts.number(1) - position->id <= limit &&
+                                       add_records(page, texts) == texts.number(1) - position->id;
+                 if (!page.error.empty()) return answer(callback, std::move(page));
+                 if (!complete) return newest(room, limit, true, callback);
+                 page.more = texts.number(2) <= position->id;
+                 seen(room, page);
+                 answer(callback, std::move(page));
+             });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = std::move(callback);
+        continue_scan(scan, id == 0 ? 0 : id - 1);
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit,
+                ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->wanted = [all = ChatStore::search_words(words)](const ChatEntry& entry) {
+            if (!entry.is_message() || entry.removed || all.empty()) return false;
+            const std::string text = text::to_lower(entry.text);
+            return std::all_of(all.begin(), all.end(),
+                               [&](const std::string& word) { return text.find(word) != std::string::npos; });
+        };
+        scan->callback = std::move(callback);
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    void put(ChatFact fact) {
+        queue_.call({"put", "", fact.scope, fact.key, fact.value, fact.author, std::to_string(fact.expires),
+                     std::to_string(limits_.max_facts), fact.if_new ? "1" : ""},
+                    true, [this, fact](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        const std::string failure = texts[0] == "full"   ? "too many facts"
+                                                    : texts[0] == "late" ? "Redis was too slow"
+                                                                         : cause;
+                        if (!failure.empty())
+                            return tell([fact, failure](Listener& to) { to.on_fact_failure(fact, failure); });
+                        arrive(feed, texts.number(1), std::string(texts[2]));
+                    });
+    }
+    void facts(const std::string& scope, const std::string& prefix, ChatStore::FactsCallback callback) {
+        queue_.call({"facts", scope, prefix}, false,
+                    [this, scope, callback](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        std::vector<ChatFact> found;
+                        const auto now = static_cast<std::uint64_t>(unix_ms());
+                        for (std::size_t i = 1; i + 1 < texts.size(); i += 2) {
+                            const std::vector<std::string> fact = redis_unpack(texts[i + 1]);
+                            if (fact.size() != 3) continue;
+                            const std::uint64_t expires = text::parse_unsigned(fact[2], INT64_MAX).value_or(0);
+                            if (expires != 0 && expires <= now) continue;
+                            found.push_back(
+                                {scope, std::string(texts[i]), fact[0], fact[1], static_cast<std::int64_t>(expires)});
+                        }
+                        tell([callback, found, cause](Listener&) { callback(found, cause); });
+                    });
+    }
+    // Facts first, then room by room, 200 entries at a time.
+    void erase_author(const std::string& author, ChatStore::EraseCallback callback) {
+        auto erasure = std::make_shared<Erasure>();
+        erasure->author = author;
+        erasure->callback = std::move(callback);
+        if (author.empty()) return finish(*erasure, "");
+        queue_.call({"erase_facts", author}, false, [this, erasure](const redisReply* reply, const std::string& cause) {
+            const RedisTexts facts(reply);
+            for (std::size_t i = 1; i + 1 < facts.size(); i += 2)
+                arrive(feed, facts.number(i), std::string(facts[i + 1]));
+            if (!cause.empty()) return finish(*erasure, cause);
+            queue_.call({"rooms"}, false, [this, erasure](const redisReply* list, const std::string& failure) {
+                const RedisTexts rooms(list);
+                for (std::size_t i = 0; i < rooms.size(); ++i) erasure->rooms.emplace_back(rooms[i]);
+                if (!failure.empty()) return finish(*erasure, failure);
+                continue_erasure(erasure);
+            });
+        });
+    }
+    void export_room(const std::string& room, std::uint64_t from, ChatStore::ExportCallback callback) {
+        constexpr std::size_t count = 500;
+        read(room, "up", from, from + count - 1, "",
+             [this, room, from, callback](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage page = new_page(texts, cause);
+                 add_records(page, texts);
+                 HistoryExport part;
+                 for (const ChatEntry& each : page.entries) part.lines += each.to_json_line(room);
+                 const std::uint64_t next = (std::max)(from + count, texts.number(2));
+                 part.error = cause;
+                 part.end = !cause.empty() || next > texts.number(1);
+                 const bool skip = part.lines.empty() && !part.end;
+                 if (skip) return export_room(room, next, callback);
+                 tell([callback, part = std::move(part), me = this, room, next](Listener&) {
+                     const bool end = part.end;
+                     if (callback(part) && !end)
+                         me->link_->post([me, room, next, callback, alive = me->alive_] {
+                             if (*alive) me->export_room(room, next, callback);
+                         });
+                 });
+             });
+    }
+
+    // ---- the link --------------------------------------------------------------------------------------------------
+
+    void on_redis_up() override {
+        link_->send({"SCRIPT", "LOAD", redis_script},
+                    [this, alive = alive_](const redisReply* reply, const std::string& cause) {
+                        if (!*alive) return;
+                        if (reply == nullptr && !cause.empty()) return link_->fail(cause, true);
+                        if (reply == nullptr) return;
+                        open(std::string(redis_text(reply)));
+                    });
+    }
+    void on_redis_down(const std::string& cause, bool permanent) override {
+        queue_.close();
+        for (const auto& [number, entry] : std::exchange(forwarded_, {})) fail_forwarded(entry);
+        for (const auto& [room, order] : orders_) {
+            for (const ChatEntry& each : std::exchange(order.waiting, {})) fail_forwarded(each);
+            order.subscribed = false;
+        }
+        marks_.clear();
+        lose_synchronization();
+        start_.fail(cause, permanent);
+    }
+    void on_redis_log(LogLevel level, std::string_view event,
+                      const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        std::vector<std::pair<std::string, std::string>> copies;
+        for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
+        tell([level, name = std::string(event), copies](Listener& listener) {
+            std::vector<std::pair<std::string_view, std::string>> views;
+            for (const auto& [key, value] : copies) views.emplace_back(key, value);
+            listener.on_log(level, name, views);
+        });
+    }
+    void on_turn_end() override { flush(); }
+
+private:
+    struct Pending {
+        ChatEntry entry{};
+        bool delivered = false;
+    };
+    // A walk through a room from its newest entry, for a page.
+    struct Scan {
+        std::string room{};
+        std::size_t limit = 0, bytes = 0;
+        std::function<bool(const ChatEntry&)> wanted{};
+        ChatStore::PageCallback callback{};
+        HistoryPage page{};  // newest first
+        bool gap = false, started = false, is_newest = false;
+    };
+    struct Mark {
+        std::string room{};
+        std::vector<ChatEntry> users{};
+        std::vector<std::string> held{};  // what the room got after the mark
+        bool read = false, reached = false;
+    };
+    struct Erasure {
+        std::string author{};
+        ChatStore::EraseCallback callback{};
+        std::vector<std::string> rooms{};
+        std::uint64_t from = 0, to = 0;
+        std::size_t messages = 0;
+    };
+    static constexpr const char* feed = "\n";
+    static constexpr std::size_t max_page_bytes = 1024 * 1024;
+
+    // Conversations and entries without a room have one channel, to which each server listens.
+    static bool common(const std::string& room) { return room.empty() || room[0] == '\n'; }
+    std::string room_channel(const std::string& room) const {
+        return link_->channel("c:" + (common(room) ? std::string() : room));
+    }
+    std::string max_age() const {
+        return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count());
+    }
+
+    // Work for the loop of the listener. All of a turn is posted at once.
+    template <class Work>
+    void tell(Work&& work) {
+        results_.emplace_back(std::forward<Work>(work));
+    }
+    void flush() {
+        if (results_.empty() || mailbox_ == nullptr) return;
+        mailbox_->post([listener = listener_, results = std::exchange(results_, {})] {
+            for (const auto& result : results)
+                if (*listener != nullptr) result(**listener);
+        });
+    }
+    void log(LogLevel level, std::string_view event, const std::string& cause) {
+        on_redis_log(level, event, {{"redis", link_->name()}, {"cause", cause}});
+    }
+
+    // ---- opening ---------------------------------------------------------------------------------------------------
+
+    void open(const std::string& script) {
+        RedisArguments arguments{"EVALSHA", script, "1", link_->channel("meta"), "open", link_->run_id(), new_epoch()};
+        link_->send(arguments, [this, script, alive = alive_](const redisReply* reply, const std::string& cause) {
+            if (!*alive) return;
+            if (reply == nullptr) {
+                if (!cause.empty()) link_->fail(cause, !text::starts_with(cause, "LOADING"));
+                return;
+            }
+            const RedisTexts texts(reply);
+            const bool is_news = queue_.epoch() != texts[1];
+            queue_.open(script, std::string(texts[1]), static_cast<std::int64_t>(texts.number(2)));
+            if (is_news) log(LogLevel::info, "redis_epoch", std::string(texts[1]));
+            for (const auto& [room, order] : orders_)
+                if (order.last) synchronize(room);
+            queue_.send_all();
+            for (const std::string& room : room_names()) on_subscribed(room);
+            start_.succeed();
+            if (!std::exchange(beating_, true)) watch_epoch();
+        });
+    }
+    void lose_synchronization() {
+        for (const auto& [room, order] : orders_) order.filling = order.synchronized = false;
+    }
+    void reopen() {
+        if (!queue_.is_open()) return;
+        queue_.close();
+        lose_synchronization();
+        log(LogLevel::warning, "redis_lost_data", "Redis has other data than before");
+        on_redis_up();
+    }
+    // Notices that Redis has lost its data also when nobody speaks.
+    void watch_epoch() {
+        link_->loop().call_later(link_->options().answer_timeout / 2, [this, alive = alive_] {
+            if (!*alive) return;
+            beat("");
+            watch_epoch();
+        });
+    }
+    std::vector<std::string> room_names() const {
+        std::vector<std::string> names;
+        for (const auto& [name, order] : orders_) names.push_back(name);
+        return names;
+    }
+
+    // ---- what arrives ----------------------------------------------------------------------------------------------
+
+    void follow_feed() {
+        orders_.find_or_emplace(feed);
+        link_->subscribe(
+            link_->channel("feed"),
+            [this](std::string_view payload) {
+                const auto id = text::parse_unsigned(text::consume_until(payload, ':'), HistoryPosition::max_id);
+                if (id && !payload.empty()) arrive(feed, *id, std::string(payload));
+                else foreign("feed");
+            },
+            [this] { on_subscribed(feed); });
+        link_->subscribe(room_channel(""), [this](std::string_view payload) {
+            if (text::starts_with(payload, "-")) on_forwarded("", payload.substr(1));
+            else foreign("c:");
+        });
+        link_->subscribe(link_->channel("marks:" + link_->node()),
+                         [this](std::string_view mark) { on_mark(std::string(mark)); });
+    }
+    void foreign(const std::string& channel) {
+        if (!std::exchange(foreign_told_, true))
+            log(LogLevel::warning, "redis_foreign_data",
+                "another program uses \"" + escape_for_log(link_->channel(channel)) + "\"");
+    }
+    // "ID:RECORD", "ID:" if the ids up to this one were lost, or "-" and an entry that is not kept.
+    void on_room_message(const std::string& room, std::string_view payload) {
+        for (const auto& [number, mark] : marks_)
+            if (mark.room == room && mark.reached) return mark.held.emplace_back(payload), void();
+        if (text::starts_with(payload, "-")) return on_forwarded(room, payload.substr(1));
+        const auto id = text::parse_unsigned(text::consume_until(payload, ':'), HistoryPosition::max_id);
+        if (!id) return foreign("c:" + room);
+        arrive(room, *id, std::string(payload));
+    }
+    void arrive(const std::string& room, std::uint64_t id, std::string data) {
+        std::optional<RedisRecord> record;
+        if (room != feed && !data.empty()) {
+            record = read_record(room, id, data);
+            if (!record) return foreign("c:" + room);
+        }
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr) {
+            if (record) deliver_entry(*record);
+            return;
+        }
+        const bool ready = order->last && order->synchronized;
+        if (ready && id <= *order->last) return;
+        if (record && ready && id == *order->last + 1 && order->held.empty()) {
+            order->last = id;
+            return deliver_entry(*record);
+        }
+        order->newest = (std::max)(order->newest, id);
+        if (!data.empty() && order->held.size() < 1000) order->held[id] = std::move(data);
+        if (ready) advance(room, *order);
+    }
+    static std::optional<RedisRecord> read_record(const std::string& room, std::uint64_t id, std::string_view data) {
+        std::optional<RedisRecord> record = RedisRecord::unpack(data);
+        if (!record) return record;
+        record->entry.room = room;
+        record->entry.id = id;
+        return record;
+    }
+    // Delivers what is in order, and asks for what is missing.
+    void advance(const std::string& room, RedisOrder& order) {
+        for (auto next = order.held.begin(); next != order.held.end() && next->first <= *order.last + 1;) {
+            if (next->first == *order.last + 1) {
+                order.last = next->first;
+                deliver(room, next->first, next->second);
+            }
+            next = order.held.erase(next);
+        }
+        if (*order.last < order.newest) fill(room, order);
+    }
+    void fill(const std::string& room, RedisOrder& order) {
+        if (order.filling || !queue_.is_open()) return;
+        order.filling = true;
+        constexpr std::uint64_t most = 500;
+        const std::uint64_t from = *order.last + 1;
+        const std::uint64_t upto = order.held.empty() ? order.newest : order.held.begin()->first - 1;
+        const std::uint64_t to = (std::min)(upto, from + most - 1);
+        RedisArguments arguments{"read", room, "0", "up", std::to_string(from), std::to_string(to), ""};
+        if (room == feed) arguments = {"feed", std::to_string(from), std::to_string(to)};
+        queue_.call(std::move(arguments), false,
+                    [this, room, from, to](const redisReply* reply, const std::string& cause) {
+                        RedisOrder* const found = orders_.find(room);
+                        if (found == nullptr || !found->filling) return;
+                        found->filling = false;
+                        if (!cause.empty()) return;  // the next message or connection tries again
+                        on_filled(room, *found, RedisTexts(reply), from, to);
+                    });
+    }
+    void on_filled(const std::string& room, RedisOrder& order, const RedisTexts& texts, std::uint64_t from,
+                   std::uint64_t to) {
+        for (std::size_t i = room == feed ? 1 : 4; i + 1 < texts.size(); i += 2)
+            if (texts.number(i) >= from) order.held[texts.number(i)] = std::string(texts[i + 1]);
+        const std::uint64_t expected = to;
+        for (std::uint64_t id = *order.last + 1; id <= expected; ++id)
+            if (order.held.count(id) == 0) return lose(room, order);
+        advance(room, order);
+    }
+    void deliver(const std::string& room, std::uint64_t id, const std::string& data) {
+        if (room == feed) return deliver_from_feed(data);
+        std::optional<RedisRecord> record = read_record(room, id, data);
+        if (!record) return foreign("s:" + room);
+        deliver_entry(*record);
+    }
+    // An entry of this server has the number of its sender again.
+    void deliver_entry(RedisRecord& record) {
+        if (Pending* const pending = pending_.find(record.op)) {
+            if (std::exchange(pending->delivered, true)) return;
+            record.entry.sender = pending->entry.sender;
+        }
+        tell([entry = std::move(record.entry)](Listener& listener) { listener.on_entry(entry); });
+    }
+    void deliver_from_feed(const std::string& data) {
+        const std::vector<std::string> parts = redis_unpack(std::string_view(data).substr(1));
+        if (data[0] == 'f' && parts.size() == 5) {
+            const std::uint64_t expires = text::parse_unsigned(parts[4], INT64_MAX).value_or(0);
+            const ChatFact fact{parts[0], parts[1], parts[2], parts[3], static_cast<std::int64_t>(expires)};
+            return tell([fact](Listener& listener) { listener.on_fact(fact); });
+        }
+        std::optional<RedisRecord> record =
+            data[0] == 'c' && parts.size() == 3 ? RedisRecord::unpack(parts[2]) : std::nullopt;
+        if (!record) return foreign("feed");
+        record->entry.room = parts[0];
+        record->entry.id = text::parse_unsigned(parts[1], HistoryPosition::max_id).value_or(0);
+        deliver_entry(*record);
+    }
+    void on_appended(const std::string& op, const RedisTexts& texts, const std::string& cause) {
+        const Pending pending = *pending_.find(op);
+        ChatEntry entry = pending.entry;
+        entry.id = texts.number(1);
+        const std::string failure = texts[0] == "late" ? "Redis was too slow" : cause;
+        if (!failure.empty()) {
+            pending_.erase(op);
+            if (!pending.delivered) tell([entry, failure](Listener& to) { to.on_failure(entry, failure); });
+            return;
+        }
+        if (texts[0] == "ok" || texts[0] == "again") {
+            entry.removed = texts[2] == "1";
+            const bool in_feed = !texts[3].empty() || (!entry.room.empty() && entry.room[0] == '\n');
+            if (!pending.delivered && in_feed) return arrive_in_feed(op, entry, texts);
+            if (!pending.delivered) arrive(entry.room, entry.id, RedisRecord::pack(entry, op));
+            return forget_when_delivered(op);
+        }
+        pending_.erase(op);
+        if (texts[0] == "duplicate") return tell([entry](Listener& to) { to.on_duplicate(entry); });
+        tell([entry, code = std::string(texts[1])](Listener& to) { to.on_refused(entry, code); });
+    }
+    // The feed has its own numbers. Of an entry that is sent again the number is unknown: the feed brings it.
+    void arrive_in_feed(const std::string& op, const ChatEntry& entry, const RedisTexts& texts) {
+        const std::string record = redis_pack({entry.room, std::to_string(entry.id), RedisRecord::pack(entry, op)});
+        if (!texts[3].empty()) arrive(feed, texts.number(3), "c" + record);
+        forget_when_delivered(op);
+    }
+    // An entry that waits for a hole before it keeps its sender.
+    void forget_when_delivered(const std::string& op) {
+        if (pending_.find(op)->delivered) {
+            pending_.erase(op);
+            return;
+        }
+        link_->loop().call_later(2 * link_->options().answer_timeout, [this, op, alive = alive_] {
+            if (*alive) pending_.erase(op);
+        });
+    }
+
+    // ---- after a connection or a loss ------------------------------------------------------------------------------
+
+    void on_subscribed(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr) return;
+        order->subscribed = true;
+        if (!queue_.is_open()) return;  // open() calls it again
+        synchronize(room);
+        request_users(room);
+        for (const ChatEntry& each : std::exchange(order->waiting, {})) forward(each);
+    }
+    void synchronize(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || !queue_.is_open()) return;
+        const std::string last = order->last ? std::to_string(*order->last) : "";
+        queue_.call({"sync", room, order->epoch, last}, false,
+                    [this, room](const redisReply* reply, const std::string& cause) {
+                        RedisOrder* const found = orders_.find(room);
+                        if (found == nullptr) return;
+                        if (cause.empty()) return on_synchronized(room, *found, RedisTexts(reply));
+                        link_->loop().call_later(std::chrono::seconds(1), [this, room, alive = alive_] {
+                            if (*alive) synchronize(room);
+                        });
+                    });
+    }
+    void on_synchronized(const std::string& room, RedisOrder& order, const RedisTexts& texts) {
+        const std::uint64_t newest = texts.number(1);
+        order.synchronized = true;
+        const bool changed = !order.epoch.empty() && order.epoch != queue_.epoch();
+        if (!order.last) {
+            order.last = newest;
+            order.newest = (std::max)(order.newest, newest);
+            order.epoch = queue_.epoch();
+            return advance(room, order);
+        }
+        if (changed && texts[3].empty()) return lose(room, order);
+        order.newest = (std::max)(changed ? *order.last : order.newest, newest);
+        order.epoch = queue_.epoch();
+        if (changed && room == feed) reload_decisions();
+        else if (changed) tell_position(room, *order.last, false, {});
+        advance(room, order);
+    }
+    void tell_position(const std::string& room, std::uint64_t last, bool gap, std::vector<ChatEntry> entries) {
+        HistoryPage page;
+        page.epoch = queue_.epoch();
+        page.last_id = last;
+        page.gap = gap;
+        page.entries = std::move(entries);
+        tell([room, page = std::move(page)](Listener& listener) { listener.on_position(room, page); });
+    }
+    // Entries after order.last are gone. The members hear of it, and go on with the newest ones.
+    void lose(const std::string& room, RedisOrder& order) {
+        if (room == feed) {
+            order.last = order.newest;
+            order.epoch = queue_.epoch();
+            order.held.clear();
+            return reload_decisions();
+        }
+        order.filling = true;
+        order.synchronized = false;
+        constexpr std::size_t shown = 50;
+        const auto callback = [this, room](const HistoryPage& page) {
+            RedisOrder* const found = orders_.find(room);
+            if (found == nullptr || !found->filling) return;
+            found->filling = false;
+            if (!page.error.empty()) return synchronize(room);
+            found->synchronized = true;
+            found->last = page.last_id;
+            found->epoch = page.epoch;
+            found->newest = (std::max)(page.last_id, found->held.empty() ? 0 : found->held.rbegin()->first);
+            tell_position(room, page.last_id, true, page.entries);
+            advance(room, *found);
+        };
+        // Not through answer(): the order must change before the next message.
+        order.held.clear();
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = shown;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = callback;
+        scan->is_newest = true;
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    // What the feed said about bans and mutes may be lost.
+    void reload_decisions() {
+        for (const char* scope : {"ban", "mute"})
+            facts(scope, "", [listener = listener_](const std::vector<ChatFact>& found, const std::string&) {
+                for (const ChatFact& fact : found) (*listener)->on_fact(fact);
+            });
+    }
+
+    // ---- pages -----------------------------------------------------------------------------------------------------
+
+    template <class Then>
+    void read(const std::string& room, const char* mode, std::uint64_t from, std::uint64_t to, const std::string& epoch,
+              Then&& then) {
+        queue_.call({"read", room, max_age(), mode, std::to_string(from), std::to_string(to), epoch}, false,
+                    [then = std::forward<Then>(then)](const redisReply* reply, const std::string& cause) {
+                        then(RedisTexts(reply), cause);
+                    });
+    }
+    HistoryPage new_page(const RedisTexts& texts, const std::string& cause) const {
+        HistoryPage page;
+        page.epoch = queue_.epoch();
+        page.last_id = texts.number(1);
+        page.error = cause;
+        return page;
+    }
+    static std::size_t add_records(HistoryPage& page, const RedisTexts& texts) {
+        for (std::size_t i = 4; i + 1 < texts.size(); i += 2) {
+            std::optional<RedisRecord> record = RedisRecord::unpack(texts[i + 1]);
+            if (!record) continue;
+            record->entry.id = texts.number(i);
+            page.entries.push_back(std::move(record->entry));
+        }
+        return page.entries.size();
+    }
+    void answer(const ChatStore::PageCallback& callback, HistoryPage page) {
+        tell([callback, page = std::move(page)](Listener&) { callback(page); });
+    }
+    // The first page of a room is where its order begins, if nothing was delivered before.
+    void seen(const std::string& room, const HistoryPage& page) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || order->last) return;
+        order->last = page.last_id;
+        order->epoch = page.epoch;
+    }
+    void newest(const std::string& room, std::size_t limit, bool gap, ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->gap = gap;
+        scan->is_newest = true;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = [this, room, callback = std::move(callback)](HistoryPage page) {
+            if (page.error.empty()) seen(room, page);
+            answer(callback, std::move(page));
+        };
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    void continue_scan(const std::shared_ptr<Scan>& scan, std::uint64_t from) {
+        constexpr std::uint64_t window = 100;
+        read(scan->room, "down", from, window, "",
+             [this, scan, from](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage part = new_page(texts, cause);
+                 add_records(part, texts);
+                 HistoryPage& page = scan->page;
+                 if (!std::exchange(scan->started, true)) page.last_id = part.last_id;
+                 page.error = cause;
+                 page.epoch = part.epoch;
+                 for (auto each = part.entries.rbegin(); each != part.entries.rend() && !page.more; ++each) {
+                     if (!scan->wanted(*each)) continue;
+                     page.more = page.entries.size() == scan->limit || scan->bytes > max_page_bytes;
+                     if (page.more) break;
+                     scan->bytes += each->bytes();
+                     page.entries.push_back(std::move(*each));
+                 }
+                 const std::uint64_t at = (std::min)(from, part.last_id), first = texts.number(2);
+                 if (cause.empty() && !page.more && at > first + window - 1) return continue_scan(scan, at - window);
+                 finish(*scan);
+             });
+    }
+    void finish(Scan& scan) {
+        HistoryPage& page = scan.page;
+        std::reverse(page.entries.begin(), page.entries.end());
+        page.gap = scan.gap;
+        if (!page.error.empty()) page.entries.clear();
+        if (scan.is_newest) return scan.callback(std::move(page));
+        answer(scan.callback, std::move(page));
+    }
+
+    // ---- erasure ---------------------------------------------------------------------------------------------------
+
+    void continue_erasure(const std::shared_ptr<Erasure>& erasure) {
+        if (erasure->rooms.empty()) return finish(*erasure, "");
+        const std::string room = erasure->rooms.back();
+        queue_.call({"erase", room, erasure->author, std::to_string(erasure->from), std::to_string(erasure->to),
+                     std::to_string(unix_ms()), std::to_string(limits_.max_entries), std::to_string(limits_.max_bytes),
+                     max_age()},
+                    false, [this, erasure, room](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        if (!cause.empty()) return finish(*erasure, cause);
+                        for (std::size_t i = 3; i + 1 < texts.size(); i += 2) {
+                            const auto record = RedisRecord::unpack(texts[i + 1]);
+                            if (record && record->entry.kind == ChatEntry::Kind::remove) ++erasure->messages;
+                            if (room[0] != '\n') arrive(room, texts.number(i), std::string(texts[i + 1]));
+                        }
+                        erasure->from = texts.number(1);
+                        erasure->to = texts.number(2);
+                        if (texts[1].empty()) {
+                            erasure->rooms.pop_back();
+                            erasure->from = erasure->to = 0;
+                        }
+                        continue_erasure(erasure);
+                    });
+    }
+    void finish(const Erasure& erasure, const std::string& cause) {
+        tell([callback = erasure.callback, count = erasure.messages, cause](Listener&) { callback(count, cause); });
+    }
+
+    // ---- entries that are not kept, and presence -------------------------------------------------------------------
+
+    static std::string leave_number() { return std::to_string(static_cast<unsigned>(ChatEntry::Kind::leave)); }
+    std::string pack_forwarded(const ChatEntry& entry, const std::string& number) const {
+        return redis_pack({link_->node(), number, std::to_string(static_cast<unsigned>(entry.kind)),
+                           std::to_string(entry.time), entry.name, entry.user, entry.text, entry.data, entry.to,
+                           entry.author, entry.tag, std::to_string(entry.sender), entry.hub, entry.quiet ? "1" : "",
+                           entry.to_user, entry.room});
+    }
+    void fail_forwarded(const ChatEntry& entry) {
+        if (entry.kind == ChatEntry::Kind::typing) return;
+        tell([entry](Listener& listener) { listener.on_failure(entry, "Redis is not connected"); });
+    }
+    bool send_presence(const ChatEntry& entry, const std::string& number, const std::string& packed) {
+        const char* const kind = entry.kind == ChatEntry::Kind::join     ? "join"
+                                 : entry.kind == ChatEntry::Kind::rename ? "rename"
+                                 : entry.kind == ChatEntry::Kind::away   ? "away"
+                                                                         : "leave";
+        const std::string name = chat_fold(entry.kind == ChatEntry::Kind::rename ? entry.text : entry.name);
+        return queue_.send_once({"presence", entry.room, kind, name, packed},
+                                [this, number](const redisReply* reply, const std::string& cause) {
+                                    const RedisTexts texts(reply);
+                                    if (texts[0] == "ok") return;
+                                    on_presence_failed(number, std::string(texts[1]), cause);
+                                });
+    }
+    void on_presence_failed(const std::string& number, const std::string& code, const std::string& cause) {
+        const std::optional<ChatEntry> entry = take_forwarded(number);
+        if (!entry) return;
+        if (cause.empty()) tell([entry, code](Listener& listener) { listener.on_refused(*entry, code); });
+        else tell([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
+    }
+    void on_forwarded(const std::string& room, std::string_view packed) {
+        std::vector<std::string> all = redis_unpack(packed);
+        const auto kind = all.size() == 16 ? text::parse_unsigned(all[2], 255) : std::nullopt;
+        if (!kind) return foreign("c:" + room);
+        ChatEntry entry;
+        entry.kind = static_cast<ChatEntry::Kind>(*kind);
+        entry.room = room.empty() ? all[15] : room;
+        entry.time = static_cast<std::int64_t>(text::parse_unsigned(all[3], INT64_MAX).value_or(0));
+        std::string* const texts[] = {&entry.name, &entry.user,   &entry.text, &entry.data,
+                                      &entry.to,   &entry.author, &entry.tag};
+        for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[4 + i]);
+        entry.sender = text::parse_unsigned(all[11], UINT64_MAX).value_or(0);
+        entry.hub = all[12];
+        entry.quiet = !all[13].empty();
+        entry.to_user = all[14];
+        if (entry.kind > ChatEntry::Kind::direct) return foreign("c:" + room);
+        if (all[0] == link_->node()) return deliver_forwarded(all[1], entry);
+        tell([entry](Listener& listener) { listener.on_entry(entry); });
+    }
+    std::optional<ChatEntry> take_forwarded(const std::string& number) {
+        for (auto at = forwarded_.begin(); at != forwarded_.end(); ++at) {
+            if (at->first != number) continue;
+            std::optional<ChatEntry> entry = std::move(at->second);
+            forwarded_.erase(at);
+            return entry;
+        }
+        return std::nullopt;
+    }
+    // An own entry is delivered when Redis brings it, so it has its place among those of others.
+    void deliver_forwarded(const std::string& number, const ChatEntry& entry) {
+        if (take_forwarded(number)) tell([entry](Listener& listener) { listener.on_entry(entry); });
+    }
+
+    // Who is in a room is read together with a mark, which takes its place among the entries of the room.
+    void request_users(const std::string& room) {
+        const RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || !order->subscribed || room == feed || !queue_.is_open()) return;
+        const std::string mark = std::to_string(++operations_);
+        marks_.find_or_emplace(mark).room = room;
+        const bool sent = queue_.send_once({"users", room, link_->channel("marks:" + link_->node()), mark},
+                                           [this, mark](const redisReply* reply, const std::string& cause) {
+                                               Mark* const found = marks_.find(mark);
+                                               if (found == nullptr) return;
+                                               if (!cause.empty()) return drop_mark(mark);
+                                               found->users = read_users(found->room, RedisTexts(reply));
+                                               found->read = true;
+                                               tell_users(mark, *found);
+                                           });
+        if (!sent) marks_.erase(mark);
+    }
+    void on_mark(const std::string& mark) {
+        Mark* const found = marks_.find(mark);
+        if (found == nullptr) return;
+        found->reached = true;
+        tell_users(mark, *found);
+    }
+    void tell_users(const std::string& mark, Mark& found) {
+        if (!found.read || !found.reached) return;
+        tell([room = found.room, users = std::move(found.users)](Listener& listener) {
+            listener.on_presence(room, users);
+        });
+        drop_mark(mark);
+    }
+    // What has arrived between the mark and the reply follows.
+    void drop_mark(const std::string& mark) {
+        const Mark dropped = std::move(*marks_.find(mark));
+        marks_.erase(mark);
+        for (const std::string& each : dropped.held) on_room_message(dropped.room, each);
+    }
+    static std::vector<ChatEntry> read_users(const std::string& room, const RedisTexts& texts) {
+        std::vector<ChatEntry> users;
+        for (std::size_t i = 1; i + 1 < texts.size(); i += 2) {
+            const std::vector<std::string> all = redis_unpack(texts[i + 1]);
+            for (std::size_t hub = 5; hub + 1 < all.size(); hub += 2) {
+                ChatEntry entry;
+                entry.kind = all[hub + 1].empty() ? ChatEntry::Kind::join : ChatEntry::Kind::away;
+                entry.room = room;
+                entry.user = std::string(texts[i]);
+                entry.name = all[0];
+                entry.text = all[2];
+                entry.author = all[3];
+                entry.time = static_cast<std::int64_t>(text::parse_unsigned(all[4], INT64_MAX).value_or(0));
+                entry.hub = all[hub];
+                users.push_back(std::move(entry));
+            }
+        }
+        return users;
+    }
+
+    std::shared_ptr<RedisLink> link_;
+    HistoryLimits limits_;
+    RedisQueue queue_;
+    RedisStart start_;
+    std::shared_ptr<Listener*> listener_;
+    std::shared_ptr<Mailbox> mailbox_;
+    std::vector<std::function<void(Listener&)>> results_;
+    StringMap<RedisOrder> orders_;  // by room
+    StringMap<bool> watched_;
+    StringMap<Pending> pending_;                               // own entries without an answer, by operation
+    std::deque<std::pair<std::string, ChatEntry>> forwarded_;  // own entries that Redis has not brought yet
+    StringMap<Mark> marks_;
+    std::uint64_t operations_ = 0;
+    bool beating_ = false, foreign_told_ = false;
+    const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+}  // namespace detail
+
+// A history in Redis, which several servers share: ChatHub::of(server).set_store(RedisHistory("redis://127.0.0.1")).
+// Redis 6 or newer. An entry is acknowledged when Redis has answered. While Redis is away, a message fails after
+// RedisOptions::answer_timeout. An Error if Redis cannot be used within RedisOptions::connect_timeout.
+class RedisHistory final : public ChatStore {
+public:
+    explicit RedisHistory(const std::string& url, RedisOptions options = {},
+                          const HistoryLimits& limits = {10'000, 0, Duration::zero(), 0, 0}) {
+        const std::shared_ptr<detail::RedisLink> link = detail::RedisLink::of(url, options);
+        state_ = std::make_unique<State>(link);
+        link->run([&] { state_->store = std::make_unique<detail::RedisStore>(link, limits); });
+        link->post([store = state_->store.get()] { store->link().add_user(*store); });
+        if (!options.require_at_start) return;
+        state_->store->start().wait(text::concat({"RedisHistory \"", link->name(), "\""}), options.connect_timeout);
+    }
+
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        *state_->listener = &listener;
+        run([shared = state_->listener, mailbox = std::move(mailbox)](detail::RedisStore& store) {
+            store.attach(shared, mailbox);
+        });
+    }
+    void append(ChatEntry entry) override {
+        if (!entry.kept()) return forward(entry);
+        run([entry = std::move(entry)](detail::RedisStore& store) { store.append(entry); });
+    }
+    void forward(const ChatEntry& entry) override {
+        run([entry](detail::RedisStore& store) { store.forward(entry); });
+    }
+    bool watch(const std::string& room) override {
+        run([room](detail::RedisStore& store) { store.watch(room); });
+        return true;
+    }
+    void unwatch(const std::string& room) override {
+        run([room](detail::RedisStore& store) { store.unwatch(room); });
+    }
+    void beat(const std::string& hub) override {
+        run([hub](detail::RedisStore& store) { store.beat(hub); });
+    }
+    bool rooms(std::size_t limit, RoomsCallback callback) override {
+        run([=](detail::RedisStore& store) { store.rooms(limit, callback); });
+        return true;
+    }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.since(room, position, limit, callback); });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.before(room, id, limit, callback); });
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.search(room, words, limit, callback); });
+    }
+    void put(ChatFact fact) override {
+        run([fact = std::move(fact)](detail::RedisStore& store) { store.put(fact); });
+    }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        run([=](detail::RedisStore& store) { store.facts(scope, key_prefix, callback); });
+    }
+    void erase_author(const std::string& author, EraseCallback callback) override {
+        run([=](detail::RedisStore& store) { store.erase_author(author, callback); });
+    }
+    void export_room(const std::string& room, ExportCallback callback) override {
+        run([=](detail::RedisStore& store) { store.export_room(room, 0, callback); });
+    }
+
+private:
+    struct State {
+        explicit State(std::shared_ptr<detail::RedisLink> owned) : link(std::move(owned)) {}
+        State(const State&) = delete;
+        State& operator=(const State&) = delete;
+        // What is on its way to Redis has half a second to arrive.
+        ~State() {
+            *listener = nullptr;
+            bool idle = false;
+            for (int i = 0; i < 50 && !idle; ++i) {
+                if (i != 0) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+                link->run([&] { idle = store == nullptr || store->idle(); });
+            }
+            link->run([this] { store.reset(); });
+        }
+        std::shared_ptr<detail::RedisLink> link;
+        std::unique_ptr<detail::RedisStore> store{};
+        // Shared with posted work. Only the loop of the listener uses it.
+        std::shared_ptr<Listener*> listener = std::make_shared<Listener*>(nullptr);
+    };
+    template <class Work>
+    void run(Work&& work) {
+        state_->link->post(
+            [store = state_->store.get(), alive = state_->store->alive(), work = std::forward<Work>(work)]() mutable {
+                if (*alive) work(*store);
+            });
+    }
+
+    std::unique_ptr<State> state_;
+};
+
+#endif  // WSCHAT_CHAT
+
+WSCHAT_END
+
+#endif  // WSCHAT_HIREDIS
 
 #undef WSCHAT_NOINLINE
 #undef WSCHAT_COLD
