@@ -85,8 +85,8 @@
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
-//   ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, SharedStore, ChatLimits,
+//   ChatAction, ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -13681,6 +13681,8 @@ WSCHAT_END
 
 #if WSCHAT_CHAT
 
+#include <atomic>
+#include <mutex>
 #if WSCHAT_UTF8PROC
 #include <utf8proc.h>
 #endif
@@ -13714,11 +13716,12 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event,       // of the program, for a room: `text` is its name, `data` its JSON value
-        away,        // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
-        kick,        // closes the connections of the user `to` to the room; `text` is the reason
-        ban,         // asks all hubs to ban what they know of the user with a name
-        direct,      // the same as `event`, for the user `to_user`
+        event,   // of the program, for a room: `text` is its name, `data` its JSON value
+        away,    // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        kick,    // closes the connections of the user `to` to the room; `text` is the reason
+        ban,     // asks all hubs to ban what they know of the user `text`; `target`: milliseconds. With an address
+                 // in `to`: asks whether only the guest `user` has it; a hub where others have it answers with `quiet`
+        direct,  // the same as `event`, for the user `to_user`
         moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
     };
     struct Reaction {
@@ -14800,17 +14803,58 @@ struct ChatUser {
 
 namespace detail {
 
-// The users of a room. A user joins with the first connection, and leaves when the last connection has been gone for
-// the grace period. Names are unique in the room, compared by chat_fold().
+// The users of a room, as one hub knows them. Names are unique in the room, compared by chat_fold(). The store says who
+// is present: a user is confirmed when the store has delivered a `join`. A user of this hub who is not confirmed has a
+// name that seems to be free, and may get another one.
 class Presence {
 public:
+    // The last entry about a user that this hub has forwarded.
+    enum class Told : std::uint8_t { nothing, join, away, leave };
+
+    struct Place {
+        std::string hub;
+        bool away;
+    };
     struct User {
         ChatUser info;
-        std::string identity;                   // connections with the same one are one user; empty: unknown
-        std::vector<ChatHandler*> connections;  // empty in the grace period, and for remote users
-        Time expires = (Time::max)();           // the end of the grace period
-        bool remote = false;                    // connected to another server
+        std::string identity;                   // connections with the same one are one user; empty: a guest
+        std::vector<ChatHandler*> connections;  // to this hub
+        Time expires = (Time::max)();           // the end of the grace period on this hub
+        Told told = Told::nothing;
+        std::vector<Place> places{};         // the hubs to which the user is connected or was before the grace period
+        std::string wanted{};                // the name that the user asked for
+        std::vector<std::string> refused{};  // names that the store refused, folded
+        std::string key{};                   // of the user in the map
         std::vector<std::string> tags{};        // of the latest private messages
+
+        bool confirmed() const { return !places.empty(); }
+        // No hub has a connection.
+        bool away() const {
+            return connections.empty() &&
+                   std::all_of(places.begin(), places.end(), [](const Place& place) { return place.away; });
+        }
+        // Null if the user is not connected to the hub.
+        const Place* place(const std::string& hub) const {
+            for (const Place& each : places)
+                if (each.hub == hub) return &each;
+            return nullptr;
+        }
+        void set_place(const std::string& hub, bool is_away) {
+            for (Place& each : places) {
+                if (each.hub != hub) continue;
+                each.away = is_away;
+                return;
+            }
+            places.push_back({hub, is_away});
+        }
+        // False if the user is not connected to the hub.
+        bool erase_place(const std::string& hub) {
+            const auto is_there = [&](const Place& each) { return each.hub == hub; };
+            const auto at = std::find_if(places.begin(), places.end(), is_there);
+            if (at == places.end()) return false;
+            places.erase(at);
+            return true;
+        }
     };
 
     // Null if nobody has the name.
@@ -14818,59 +14862,64 @@ public:
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
+    User* find_id(const std::string& id) const { return ids_.find(id); }
     // Ordered by name.
     StringMap<User>::Iterator begin() const { return users_.begin(); }
     StringMap<User>::Iterator end() const { return users_.end(); }
+    // Those that are confirmed.
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
-        for (const auto& [name, user] : users_) list.push_back(user.info);
+        for (const auto& [name, user] : users_)
+            if (user.confirmed()) list.push_back(user.info);
         return list;
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
+    // Users of this hub: the store has been told of them.
+    std::size_t own() const { return own_; }
     std::size_t max_name = 40;                         // of the names that free_name() makes
     const StringMap<std::string>* reserved = nullptr;  // the names of accounts, by chat_fold()
 
-    // Adds a connection to the user with its identity, or to a new user with a free name; then `joined` is true.
-    struct Connected {
-        User& user;
-        bool joined;
-    };
-    Connected connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
+    // Adds a connection to the user with its identity, or to a new user with a free name. The name of an account is
+    // free, unless another account has it.
+    User& connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
         User* user = find_identity(identity);
-        const bool joined = user == nullptr;
-        if (joined) user = &add(info, identity);
+        if (user == nullptr) {
+            const User* const holder = find(info.name);
+            const bool takes = info.account && (holder == nullptr || !holder->info.account);
+            ChatUser added = info;
+            if (!takes) added.name = free_name(info.name);
+            user = &add(std::move(added), identity);
+            user->wanted = info.name;
+        }
         user->connections.push_back(connection);
         user->expires = (Time::max)();
-        return {*user, joined};
+        return *user;
     }
-    // Adds a user without connections.
+    // Adds a user without connections, who takes the name from another user.
     User& add(ChatUser info, const std::string& identity) {
-        if (!info.account || find(info.name) != nullptr) info.name = free_name(info.name);
-        const std::string key = chat_fold(info.name);
-        longest_name_ = (std::max)(longest_name_, 3 * info.name.size());
+        std::string key = take_key(info.name);
         User& user = users_.find_or_emplace(key);
         try {
             user.identity = identity;
+            user.key = std::move(key);
             user.connections.reserve(1);  // connect() must not fail after this
+            if (!info.id.empty()) ids_.insert_reference(info.id, user);
             if (!identity.empty()) identities_.insert_reference(identity, user);
         } catch (...) {
-            users_.erase(key);
+            ids_.erase(info.id);
+            users_.erase(user.key);
             throw;
         }
         user.info = std::move(info);
         return user;
     }
-
-    // Removes a connection. After the last one the user is removed and destroyed: immediately if `at_once` (then the
-    // result is true), else by expire().
-    bool disconnect(User& user, ChatHandler* connection, Time expires, bool at_once) {
-        detach(user, connection, expires);
-        if (!user.connections.empty()) return false;
-        if (at_once) remove(user);
-        return at_once;
+    void set_told(User& user, Told told) {
+        own_ += told != Told::nothing;
+        own_ -= std::exchange(user.told, told) != Told::nothing;
     }
-    // Allocates nothing.
+
+    // Removes a connection; after the last one the grace period begins. Allocates nothing.
     static void detach(User& user, ChatHandler* connection, Time expires) {
         auto& all = user.connections;
         for (auto at = all.begin(); at != all.end(); ++at) {
@@ -14880,38 +14929,51 @@ public:
         }
         if (all.empty()) user.expires = expires;
     }
-    // Removes the users whose grace period is over, and returns them. `next` is the end of the next period.
-    std::vector<ChatUser> expire(Time now, Time& next) {
-        std::vector<ChatUser> expired;
+    // The ids of the users whose grace period is over. `next` is the end of the next period.
+    std::vector<std::string> expired(Time now, Time& next) const {
+        std::vector<std::string> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(user.info);
+            if (user.expires <= now) expired.push_back(user.info.id);
             else next = (std::min)(next, user.expires);
         }
-        for (const ChatUser& user : expired) remove(*find(user.name));
         return expired;
     }
     void remove(User& user) {
-        const std::string key = chat_fold(user.info.name);
+        const std::string key = user.key;
+        set_told(user, Told::nothing);
+        ids_.erase(user.info.id);
         if (!user.identity.empty()) identities_.erase(user.identity);
         users_.erase(key);
     }
 
-    // False if another user has the name.
-    bool rename(User& user, const std::string& name) {
-        const User* holder = find(name);
-        if (holder != nullptr && holder != &user) return false;
-        longest_name_ = (std::max)(longest_name_, 3 * name.size());
-        std::string copy = name;  // allocated first: a failure after users_.rename() would lose the user
-        if (holder == nullptr) users_.rename(chat_fold(user.info.name), chat_fold(name));
+    // Gives the user a name, and takes it from another user, who keeps it without being found by it.
+    void set_name(User& user, const std::string& name) {
+        if (user.key == chat_fold(name)) {
+            user.info.name = name;
+            return;
+        }
+        std::string key = take_key(name), copy = name;  // allocated first: a failure would lose the user
+        users_.rename(user.key, key);
+        user.key = std::move(key);
         user.info.name = std::move(copy);
-        return true;
     }
-    // The name, with a free number behind it if it is taken. The steps grow, so the tries are few in any room.
-    std::string free_name(const std::string& name) const {
+    // Others may take the name of a user who is about to leave.
+    void release_name(User& user) {
+        std::string key = lost_key(user);
+        if (user.key == key) return;
+        users_.rename(user.key, key);
+        user.key = std::move(key);
+    }
+    // Whether another user has taken the name.
+    bool lost_name(const User& user) const { return user.key == lost_key(user); }
+
+    // The name, with a free number behind it if it is taken. The steps grow, so the tries are few in any room. `user`:
+    // who gets the name; what the store has refused to that user is taken.
+    std::string free_name(const std::string& name, const User* user = nullptr) const {
         std::string free = name;
         std::size_t step = 1;
-        for (std::size_t n = 2; taken(free); n += step) {
+        for (std::size_t n = 2; taken(chat_fold(free), user); n += step) {
             if (n == 10) n = (std::max)(n, users_.size());
             if (n >= 10) step *= 2;
             const std::string number = std::to_string(n);
@@ -14919,10 +14981,6 @@ public:
             free = text::concat({truncate_utf8(name, longest - (std::min)(longest, number.size() + 1)), "-", number});
         }
         return free;
-    }
-    bool taken(const std::string& name) const {
-        const std::string key = chat_fold(name);
-        return users_.find(key) != nullptr || (reserved != nullptr && reserved->find(key) != nullptr);
     }
     // The user with the longest name with which the text begins. A word must not go on after it. Null if there is none.
     template <class ContinuesWord>
@@ -14948,8 +15006,27 @@ public:
     }
 
 private:
+    bool taken(const std::string& folded, const User* by) const {
+        const User* const holder = users_.find(folded);
+        if ((holder != nullptr && holder != by) || (by != nullptr && text::contains(by->refused, folded))) return true;
+        const bool is_account = by != nullptr && by->info.account;
+        return !is_account && reserved != nullptr && reserved->find(folded) != nullptr;
+    }
+    // The key of a user who has lost the name to another. No folded name has a line feed.
+    static std::string lost_key(const User& user) {
+        return text::concat({chat_fold(user.info.name), "\n", user.info.id});
+    }
+    std::string take_key(const std::string& name) {
+        longest_name_ = (std::max)(longest_name_, 3 * name.size());
+        std::string key = chat_fold(name);
+        if (User* const holder = users_.find(key)) release_name(*holder);
+        return key;
+    }
+
     StringMap<User> users_;  // by chat_fold() of the name
     StringMap<User> identities_;
+    StringMap<User> ids_;
+    std::size_t own_ = 0;
     std::size_t longest_name_ = 0;  // of all users so far, in the longest form that chat_fold() takes for the same
 };
 
@@ -14964,10 +15041,9 @@ public:
     // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
     //
     //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
-    //           An account also takes the name of a user without one, whom a hub renames after that. A guest (an entry
-    //           without author) who is present must be away from all hubs, or it is another guest: "name_taken".
+    //           An account also takes the name of a user without one, whom a hub renames after that.
     //   away    The user has no connection to the hub for now.
-    //   leave   The hub has no such user any more. It is quiet if other hubs have.
+    //   leave   The hub has no such user any more. It is quiet if other hubs have. Another hub may have sent it.
     //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
     std::string_view apply(ChatEntry& entry) {
         if (entry.kind == ChatEntry::Kind::join) return join(entry);
@@ -15008,8 +15084,8 @@ public:
             added.names.find_or_emplace(chat_fold(each.name)) = each.user;
         }
     }
-    // Removes all users of a hub. The result has a `leave` for each, to be delivered.
-    std::vector<ChatEntry> forget(const std::string& hub) {
+    // A `leave` for each user of a hub that has ended, which is not applied yet.
+    std::vector<ChatEntry> leaves(const std::string& hub) const {
         std::vector<ChatEntry> leaves;
         for (const auto& [name, room] : rooms_) {
             for (const auto& [id, user] : room.users) {
@@ -15020,7 +15096,6 @@ public:
                 leaves.back().time = unix_ms();
             }
         }
-        for (ChatEntry& each : leaves) apply(each);
         return leaves;
     }
     // In the order of their names, with the numbers of their users.
@@ -15055,18 +15130,11 @@ private:
             user = &room.users.find_or_emplace(entry.user);
             user->join = entry;
             room.names.find_or_emplace(key) = entry.user;
-        } else if (entry.author.empty() && present_elsewhere(*user, entry.hub)) {
-            return "name_taken";
         }
         entry.name = user->join.name;
         entry.text = user->join.text;
         user->hubs.find_or_emplace(entry.hub) = false;
         return {};
-    }
-    static bool present_elsewhere(const User& user, const std::string& than) {
-        for (const auto& [hub, away] : user.hubs)
-            if (hub != than && !away) return true;
-        return false;
     }
     void leave(Room& room, const User& user, ChatEntry& entry) {
         entry.quiet = user.hubs.size() > 1;
@@ -15095,6 +15163,316 @@ private:
     }
 
     StringMap<Room> rooms_;
+};
+
+// ---- one store for several hubs ------------------------------------------------------------------------------------
+
+// Lets several hubs use one store: several servers of a program, each on a thread of its own. Copies are the same one:
+//
+//   wschat::SharedStore store(wschat::SqliteHistory("chat.db"));
+//   wschat::ChatHub::of(server).set_store(store);  // in each thread, before run()
+//
+// The store works on the loop of the first hub to which it was given, whose server must run as long as the others. The
+// calls of other hubs are posted to that loop, and the answers and entries to theirs.
+class SharedStore final : public ChatStore {
+public:
+    explicit SharedStore(std::unique_ptr<ChatStore> store) : share_(std::make_shared<Share>(std::move(store))) {}
+    template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, std::decay_t<Store>> &&
+                                                !std::is_same_v<std::decay_t<Store>, SharedStore>,
+                                            int> = 0>
+    explicit SharedStore(Store&& store)
+        : SharedStore(std::unique_ptr<ChatStore>(new std::decay_t<Store>(std::forward<Store>(store)))) {}
+    SharedStore(const SharedStore& other) : ChatStore(), share_(other.share_) {}
+    ~SharedStore() override {
+        if (!port_) return;
+        port_->listener = nullptr;
+        call([port = port_](Share& share) { share.remove(port); });
+    }
+
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        port_ = std::make_shared<Port>(listener, std::move(mailbox));
+        share_->attach(port_);
+    }
+    void append(ChatEntry entry) override {
+        if (!call([entry](Share& share) { share.store().append(entry); })) port_->listener->on_failure(entry, ended);
+    }
+    void forward(const ChatEntry& entry) override {
+        if (port_->home) return share_->store().forward(entry);
+        if (!call([entry](Share& share) { share.store().forward(entry); })) port_->listener->on_failure(entry, ended);
+    }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        read(std::move(callback), [room, position = std::move(position), limit](ChatStore& store, PageCallback then) {
+            store.since(room, position, limit, std::move(then));
+        });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        read(std::move(callback), [room, id, limit](ChatStore& store, PageCallback then) {
+            store.before(room, id, limit, std::move(then));
+        });
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
+        read(std::move(callback), [room, words, limit](ChatStore& store, PageCallback then) {
+            store.search(room, words, limit, std::move(then));
+        });
+    }
+    void put(ChatFact fact) override {
+        if (!call([fact](Share& share) { share.store().put(fact); })) port_->listener->on_fact_failure(fact, ended);
+    }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        const bool called = call([scope, key_prefix, then = answer(callback)](Share& share) {
+            share.store().facts(scope, key_prefix, then);
+        });
+        if (!called) callback({}, ended);
+    }
+    void erase_author(const std::string& author, EraseCallback callback) override {
+        if (!call([author, then = answer(callback)](Share& share) { share.store().erase_author(author, then); }))
+            callback(0, ended);
+    }
+    // The parts come from the loop of the store until this hub's callback has returned false.
+    void export_room(const std::string& room, ExportCallback callback) override {
+        const auto open = std::make_shared<std::atomic<bool>>(true);
+        const auto then = answer(std::function<void(HistoryExport)>([callback, open](HistoryExport part) {
+            if (open->load()) open->store(callback(std::move(part)));
+        }));
+        const bool called = call([room, then, open](Share& share) {
+            share.store().export_room(room, [then, open](HistoryExport part) {
+                then(std::move(part));
+                return open->load();
+            });
+        });
+        if (!called) callback({"", true, ended});
+    }
+    bool watch(const std::string& room) override {
+        return call([room, port = port_](Share& share) { share.watch(port, room); });
+    }
+    void unwatch(const std::string& room) override {
+        call([room, port = port_](Share& share) { share.unwatch(*port, room); });
+    }
+    void beat(const std::string& hub) override {
+        call([hub](Share& share) { share.store().beat(hub); });
+    }
+    bool rooms(std::size_t limit, RoomsCallback callback) override {
+        return call([limit, then = answer(callback)](Share& share) { share.rooms(limit, then); });
+    }
+
+private:
+    static constexpr const char* ended = "the server with the store has ended";
+
+    // A hub that uses the store. Only its own thread uses the listener.
+    struct Port {
+        Port(Listener& its_listener, std::shared_ptr<Mailbox> its_mailbox)
+            : hub(its_listener.hub()),
+              all_at_first(its_listener.watches_all()),
+              mailbox(std::move(its_mailbox)),
+              listener(&its_listener) {}
+        // On the thread of the store.
+        bool all() const { return home && listener != nullptr ? listener->watches_all() : all_at_first; }
+
+        const std::string hub;
+        const bool all_at_first;
+        const std::shared_ptr<Mailbox> mailbox;
+        Listener* listener;
+        bool home = false;  // on the loop of the store
+    };
+    using PortPtr = std::shared_ptr<Port>;
+
+    // Calls work(listener) on the thread of the hub.
+    template <class Work>
+    static void deliver(const PortPtr& port, Work&& work) {
+        if (port->home) {
+            if (port->listener != nullptr) work(*port->listener);
+            return;
+        }
+        port->mailbox->post([port, work = std::forward<Work>(work)]() mutable {
+            if (port->listener != nullptr) work(*port->listener);
+        });
+    }
+
+    // The store and the hubs that use it. All on the thread of the first hub, except attach() and call().
+    class Share final : public std::enable_shared_from_this<Share>, private Listener {
+    public:
+        explicit Share(std::unique_ptr<ChatStore> store) : store_(std::move(store)) {}
+
+        ChatStore& store() { return *store_; }
+
+        void attach(const PortPtr& port) {
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                port->home = mailbox_ == nullptr;
+                if (port->home) mailbox_ = port->mailbox;
+            }
+            if (!port->home) {
+                call([port](Share& share) { share.ports_.push_back(port); });
+                return;
+            }
+            ports_.push_back(port);
+            store_->attach(*this, port->mailbox);
+        }
+        // From any thread. False if the loop of the store has ended.
+        template <class Work>
+        bool call(Work&& work) {
+            std::shared_ptr<Mailbox> mailbox;
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                mailbox = mailbox_;
+            }
+            return mailbox->post([share = shared_from_this(), work = std::forward<Work>(work)]() mutable {
+                if (share->store_) work(*share);
+            });
+        }
+
+        void remove(const PortPtr& port) {
+            ports_.erase(std::remove(ports_.begin(), ports_.end(), port), ports_.end());
+            if (port->home) return store_.reset();
+            std::vector<std::string> watched;
+            for (const auto& [name, room] : rooms_)
+                if (room.watched_by(*port)) watched.push_back(name);
+            for (const ChatEntry& each : table_.leaves(port->hub)) store_->forward(each);
+            for (const std::string& name : watched) unwatch(*port, name);
+        }
+        void watch(const PortPtr& port, const std::string& name) {
+            WatchedRoom& room = rooms_.find_or_emplace(name);
+            const bool first = room.ports.empty();
+            if (!room.watched_by(*port)) room.ports.push_back(port);
+            if (first) {
+                room.by_store = store_->watch(name);  // the store may answer in the call
+                if (room.by_store) return;
+                room.known = true;
+            }
+            if (room.known)
+                deliver(port, [name, users = table_.users(name)](Listener& to) { to.on_presence(name, users); });
+        }
+        void unwatch(const Port& port, const std::string& name) {
+            WatchedRoom* const room = rooms_.find(name);
+            if (room == nullptr) return;
+            const auto is_it = [&](const PortPtr& each) { return each.get() == &port; };
+            room->ports.erase(std::remove_if(room->ports.begin(), room->ports.end(), is_it), room->ports.end());
+            if (!room->ports.empty()) return;
+            if (room->by_store) table_.replace(name, {});
+            rooms_.erase(name);
+            store_->unwatch(name);
+        }
+        void rooms(std::size_t limit, const RoomsCallback& callback) {
+            if (!store_->rooms(limit, callback)) callback(table_.rooms(limit), "");
+        }
+
+    private:
+        struct WatchedRoom {
+            bool watched_by(const Port& port) const {
+                for (const PortPtr& each : ports)
+                    if (each.get() == &port) return true;
+                return false;
+            }
+            std::vector<PortPtr> ports{};
+            bool by_store = false;  // the store knows the users
+            bool known = false;     // so does the table
+        };
+
+        void on_entry(const ChatEntry& entry) override {
+            const WatchedRoom* const room = rooms_.find(entry.room);
+            if (!entry.is_presence()) return deliver_entry(entry, room);
+            ChatEntry complete = entry;
+            if (room != nullptr && room->by_store) {
+                table_.apply(complete);
+                return deliver_entry(entry, room);
+            }
+            const std::string_view code = table_.apply(complete);
+            if (code.empty()) deliver_entry(complete, room);
+            else on_refused(entry, code);
+        }
+        void deliver_entry(const ChatEntry& entry, const WatchedRoom* room) {
+            const bool to_all = entry.room.empty() || entry.room[0] == '\n';
+            std::shared_ptr<const ChatEntry> copy;  // one for all other threads
+            const std::vector<PortPtr> ports = to_all || room == nullptr ? ports_ : room->ports;
+            const auto add = [&](const PortPtr& port) {
+                if (port->home) return deliver(port, [&](Listener& to) { to.on_entry(entry); });
+                if (!copy) copy = std::make_shared<const ChatEntry>(entry);
+                deliver(port, [copy](Listener& to) { to.on_entry(*copy); });
+            };
+            for (const PortPtr& each : ports)
+                if (to_all || each->all() || room != nullptr) add(each);
+            if (to_all || room == nullptr) return;
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                if (each->all() && std::find(ports.begin(), ports.end(), each) == ports.end()) add(each);
+        }
+        // To the hub that made the entry.
+        template <class Work>
+        void reply(const ChatEntry& entry, const Work& work) {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                if (each->hub == entry.hub) return deliver(each, work);
+            for (const PortPtr& each : std::vector<PortPtr>(ports_)) deliver(each, work);
+        }
+        void on_duplicate(const ChatEntry& entry) override {
+            reply(entry, [entry](Listener& to) { to.on_duplicate(entry); });
+        }
+        void on_failure(const ChatEntry& entry, const std::string& cause) override {
+            reply(entry, [entry, cause](Listener& to) { to.on_failure(entry, cause); });
+        }
+        void on_refused(const ChatEntry& entry, std::string_view code) override {
+            reply(entry, [entry, code = std::string(code)](Listener& to) { to.on_refused(entry, code); });
+        }
+        void on_fact(const ChatFact& fact) override {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                deliver(each, [fact](Listener& to) { to.on_fact(fact); });
+        }
+        void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                deliver(each, [fact, cause](Listener& to) { to.on_fact_failure(fact, cause); });
+        }
+        void on_presence(const std::string& name, const std::vector<ChatEntry>& users) override {
+            WatchedRoom* const room = rooms_.find(name);
+            if (room == nullptr) return;
+            room->known = true;
+            table_.replace(name, users);
+            for (const PortPtr& each : std::vector<PortPtr>(room->ports))
+                deliver(each, [name, users](Listener& to) { to.on_presence(name, users); });
+        }
+        Time now() const override {
+            for (const PortPtr& each : ports_)
+                if (each->home && each->listener != nullptr) return each->listener->now();
+            return Clock::now();
+        }
+        std::string hub() const override { return ports_.empty() ? "" : ports_.front()->hub; }
+        bool watches_all() const override {
+            return std::any_of(ports_.begin(), ports_.end(), [](const PortPtr& each) { return each->all(); });
+        }
+
+        std::mutex mutex_;
+        std::shared_ptr<Mailbox> mailbox_;  // of the first hub
+        std::vector<PortPtr> ports_;
+        StringMap<WatchedRoom> rooms_;
+        PresenceTable table_;
+        std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
+    };
+
+    // Calls work(share) on the thread of the store. False if that has ended.
+    template <class Work>
+    bool call(Work&& work) {
+        if (!port_->home) return share_->call(std::forward<Work>(work));
+        work(*share_);
+        return true;
+    }
+    // A callback for the store, which calls this one on the thread of the hub.
+    template <class... Results>
+    std::function<void(Results...)> answer(std::function<void(Results...)> callback) {
+        if (port_->home) return callback;
+        return [port = port_, callback = std::move(callback)](Results... results) {
+            deliver(port, [callback, results...](Listener&) { callback(results...); });
+        };
+    }
+    template <class Read>
+    void read(PageCallback callback, Read&& work) {
+        const bool called = call(
+            [then = answer(callback), work = std::forward<Read>(work)](Share& share) { work(share.store(), then); });
+        if (called) return;
+        HistoryPage page;
+        page.error = ended;
+        callback(std::move(page));
+    }
+
+    std::shared_ptr<Share> share_;
+    PortPtr port_;
 };
 
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
@@ -15231,6 +15609,7 @@ private:
     std::string topic_;
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
+    bool presence_known_ = false;                // the store has said who is present
     bool expiry_scheduled_ = false;
     struct Change {
         bool joined;
@@ -15255,7 +15634,8 @@ public:
     explicit ChatHub(Server& server)
         : server_(server),
           members_(&server.rooms()),
-          first_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16),
+          id_(new_id()),
+          first_number_(std::stoull(id_, nullptr, 16) & ~std::uint64_t{0xFFFFFF}),
           last_number_(first_number_) {
         set_store(MemoryHistory());
     }
@@ -15289,7 +15669,7 @@ public:
         room.options = options_of(name);
         room.presence_.max_name = limits.max_name;
         room.presence_.reserved = &accounts_;
-        store_->watch(room.key());
+        watch(room);
         load_topic(room.key());
         return room;
     }
@@ -15325,7 +15705,7 @@ public:
     // who is in a room is never taken for an address.
     //
     // A ban of a user who is present is one of his name, of his public id if he has a key or an account, and otherwise
-    // of his addresses, if nobody else is connected from there. The store keeps bans.
+    // of his addresses, if nobody else is connected from there, on any hub. The store keeps bans.
     inline void ban(std::string_view address_or_name, Duration duration);
     // The bans that hold now: what is banned ("name anna", "user ID" or "address 192.0.2.1"), the name that ban() got,
     // and the time that is left.
@@ -15345,6 +15725,7 @@ private:
     friend class ChatRoom;
     friend class detail::ChatCommands;
     using User = detail::Presence::User;
+    using Told = detail::Presence::Told;
 
     struct AddressUse {
         detail::FloodLimiter limiter;
@@ -15374,6 +15755,15 @@ private:
         return parsed ? parsed->rate_limit_key() : address;
     }
 
+    // 16 lower-case hexadecimal digits at random.
+    static std::string new_id() {
+        std::string id;
+        for (const char c : random_bytes(8))
+            for (const unsigned shift : {4u, 0u})
+                id += "0123456789abcdef"[static_cast<unsigned>(static_cast<unsigned char>(c)) >> shift & 15];
+        return id;
+    }
+
     // ---- public ids ------------------------------------------------------------------------------------------------
 
     // The ids of users depend on a secret of the store, so nobody can find the key of a user by trying keys.
@@ -15383,25 +15773,16 @@ private:
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
             if (facts.empty()) {
                 const std::string bytes = random_bytes(30);
-                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-                if (error.empty()) return keep_secret();
-            } else secret_ = facts[0].value;
-            be_ready();
+                const std::string secret = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+                // Of several hubs that start at once, the first one decides.
+                if (error.empty()) store_->put({"server", "secret", secret, {}, 0, true});
+                else set_secret(secret);
+            } else set_secret(facts[0].value);
         });
     }
-    // Of two servers that begin at the same time, the first one decides.
-    void keep_secret() {
-        store_->put({"server", "secret", std::exchange(secret_, {}), {}, 0, true});
-        store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
-            if (facts.empty()) {
-                server_.report(LogLevel::error, "chat_not_kept", {{"fact", "secret"}, {"cause", error}});
-                const std::string bytes = random_bytes(30);
-                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-            } else secret_ = facts[0].value;
-            be_ready();
-        });
-    }
-    void be_ready() {
+    void set_secret(const std::string& secret) {
+        if (!secret_.empty() || secret.empty()) return;
+        secret_ = secret;
         for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
     }
     // Calls start() when the ids of users are known.
@@ -15465,27 +15846,54 @@ private:
     inline User& connect(ChatRoom& room, const ChatUser& info, const std::string& identity, ChatHandler& handler,
                          std::uint64_t number);
     void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
-        const Time expires = saturating_add(now(), limits.grace);
-        detail::Presence::detach(user, &handler, expires);  // first, because the rest may run out of memory
-        const ChatUser left = user.info;
-        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
-        if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
+        // First, because the rest may run out of memory.
+        detail::Presence::detach(user, &handler, saturating_add(now(), limits.grace));
+        if (!user.connections.empty()) return;
+        if (user.place(id_) != nullptr) user.set_place(id_, true);
+        if (at_once) return forward_leave(room, user);
+        if (!room.expiry_scheduled_) schedule_expiry(room, limits.grace);
+        room.presence_.set_told(user, Told::away);
+        forward(new_entry(ChatEntry::Kind::away, room, user.info));
     }
-    // `sender` and `tag`: of the line that renames.
-    void rename(ChatRoom& room, User& user, const std::string& name, std::uint64_t sender = 0,
+    // The store decides: the user has the name when it delivers the entry. `sender` and `tag`: of the line of a user.
+    void rename(const ChatRoom& room, const User& user, const std::string& name, std::uint64_t sender = 0,
                 const std::string& tag = {}) {
         ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
-        entry.sender = tag.empty() ? 0 : sender;
+        entry.sender = sender;
         entry.tag = tag;
-        const std::string key = mute_key(room, user);
-        room.presence_.rename(user, name);
-        move_mute(key, mute_key(room, user), name);
         forward(std::move(entry));
     }
-    void announce_leave(ChatRoom& room, const ChatUser& user) {
-        forward(new_entry(ChatEntry::Kind::leave, room, user));
-        if (room.presence_.empty()) prune_later();
+    void forward_join(ChatRoom& room, User& user, std::uint64_t sender) {
+        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, user.info);
+        entry.text = user.info.about;
+        entry.author = user.identity;
+        entry.sender = sender;
+        room.presence_.set_told(user, Told::join);
+        forward(std::move(entry));
+    }
+    // It may destroy the user.
+    void forward_leave(ChatRoom& room, User& user) {
+        ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, user.info);
+        user.expires = (Time::max)();
+        room.presence_.set_told(user, Told::leave);
+        // The name is free for what this hub forwards next.
+        if (only_here(user)) room.presence_.release_name(user);
+        forward(std::move(entry));
+    }
+    bool only_here(const User& user) const {
+        for (const detail::Presence::Place& each : user.places)
+            if (each.hub != id_) return false;
+        return true;
+    }
+    // Of all hubs with the user, one acts for the user.
+    bool acts_for(const User& user) const {
+        bool here = user.places.empty();
+        for (const detail::Presence::Place& each : user.places) {
+            if (each.hub < id_) return false;
+            here = here || each.hub == id_;
+        }
+        return here;
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
         server_.loop().call_later(delay, [this, key = room.key()] {
@@ -15493,12 +15901,18 @@ private:
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
-            for (const ChatUser& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
+            for (const std::string& expired : found->presence_.expired(now(), next))
+                if (User* const user = found->presence_.find_id(expired)) forward_leave(*found, *user);
             // The minimum of 50 ms lets users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
         });
         room.expiry_scheduled_ = true;
+    }
+    void watch(const ChatRoom& room) {
+        if (!beating_) store_->beat(id_);
+        if (!store_->watch(room.key()) || std::exchange(beating_, true)) return;
+        server_.loop().call_every(std::chrono::seconds(2), [this] { store_->beat(id_); });
     }
     // In a large room, a list or an event for each user who comes would cost the square of their number. The members
     // hear of the number of users, once a second, and get the list when it is short again.
@@ -15550,16 +15964,18 @@ private:
     }
     inline void send_changes(ChatRoom& room, ChatHandler* except);
     inline void send_count(const ChatRoom& room);
-    // Removes rooms without users in the next turn, when no callback has a reference to them.
+    // Removes rooms without users of this hub in the next turn, when no callback has a reference to them.
     void prune_later() {
         if (std::exchange(pruning_, true)) return;
         server_.loop().post([this] {
             pruning_ = false;
-            rooms_.erase_if([this](ChatRoom& room) {
-                if (!room.presence_.empty()) return false;
-                store_->unwatch(room.key());
+            std::vector<std::string> unwatched;
+            rooms_.erase_if([&](const ChatRoom& room) {
+                if (room.presence_.own() != 0) return false;
+                unwatched.push_back(room.key());
                 return true;
             });
+            for (const std::string& name : unwatched) store_->unwatch(name);
         });
     }
 
@@ -15719,12 +16135,16 @@ private:
         decide("mute", key, "", Duration::zero());
     }
 
+    // At most ten years.
+    static std::uint64_t to_milliseconds(Duration duration) {
+        const Duration bounded = (std::min)(duration, Duration(std::chrono::hours(24 * 365 * 10)));
+        return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(bounded).count());
+    }
     // A decision holds at once, and the store keeps it for restarts and other servers. Zero ends it.
     void decide(const char* scope, const std::string& key, const std::string& name, Duration duration) {
         const bool ending = duration <= Duration::zero();
-        constexpr Duration longest = std::chrono::hours(24 * 365 * 10);
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
-        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
+        const std::int64_t expires = ending ? 0 : unix_ms() + static_cast<std::int64_t>(to_milliseconds(duration));
+        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, expires};
         on_fact(fact);
         tell_decision(fact);
         store_->put(std::move(fact));
@@ -15748,6 +16168,8 @@ private:
     inline void kick(const ChatRoom& room, const std::string& name, std::string_view reason);
     inline void on_kick(const ChatEntry& entry);
     inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
+    inline bool has_others(const std::string& key, const std::string& than) const;
+    inline void on_address_question(const ChatEntry& entry);
     inline void on_fact(const ChatFact& fact) override;
     inline void on_fact_failure(const ChatFact& fact, const std::string& cause) override;
     void load_facts(const char* scope) {
@@ -15817,6 +16239,7 @@ private:
     }
     void append(ChatEntry entry) {
         entry.time = unix_ms();
+        entry.hub = id_;
         const ChatRoom* const room = rooms_.find(entry.room);
         const bool unkept =
             room != nullptr && !room->options.kept && (entry.is_message() || entry.kind == ChatEntry::Kind::topic);
@@ -15825,6 +16248,7 @@ private:
     }
     WSCHAT_NOINLINE void forward(ChatEntry entry) {
         entry.time = unix_ms();
+        if (entry.hub.empty()) entry.hub = id_;
         store_->forward(entry);
     }
     // The store answers before it answers the first member's request for the history.
@@ -15835,16 +16259,14 @@ private:
                 room->topic_ = facts[0].value;
         });
     }
-    // The topic outlives its entry in the history. The server that appended the entry keeps it as a fact.
+    // The topic outlives its entry in the history. The hub that appended the entry keeps it as a fact.
     void on_topic(ChatRoom* room, const ChatEntry& entry) {
         if (appended_here(entry)) store_->put({"topic", entry.room, entry.text});
         if (room == nullptr) return;
         room->topic_ = entry.text;
         room->topic_id_ = entry.id;
     }
-    bool appended_here(const ChatEntry& entry) const {
-        return entry.sender >= first_number_ && entry.sender <= last_number_;
-    }
+    bool appended_here(const ChatEntry& entry) const { return entry.hub == id_; }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
         if (members_.find(room.key()) == nullptr || !room.delivered_id_) {
@@ -15866,7 +16288,10 @@ private:
         }
     }
     inline void on_entry(const ChatEntry& entry) override;
-    inline void deliver(const ChatEntry& entry);
+    inline bool deliver(const ChatEntry& entry);
+    void tell(const ChatEntry& entry) {
+        if (on_event) run_hook("ChatHub::on_event", [&] { on_event(entry); });
+    }
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
     inline void on_position(const std::string& name, const HistoryPage& page) override;
@@ -15875,13 +16300,39 @@ private:
         server_.report(level, event, fields);
     }
     inline void on_refused(const ChatEntry& entry, std::string_view code) override;
+    inline void on_presence(const std::string& key, const std::vector<ChatEntry>& users) override;
     Time now() const override { return server_.loop().now(); }
+    std::string hub() const override { return id_; }
+    bool watches_all() const override { return on_event != nullptr; }
     inline void on_kept(const ChatEntry& entry);
     inline void on_private_message(const ChatEntry& entry);
+    // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
+    static bool is_duplicate(User& author, const std::string& tag) {
+        std::vector<std::string>& tags = author.tags;
+        if (tag.empty()) return false;
+        if (text::contains(tags, tag)) return true;
+        if (tags.size() == 64) tags.erase(tags.begin());
+        tags.push_back(tag);
+        return false;
+    }
     inline void on_typing(const ChatEntry& entry);
-    inline void on_join(const ChatEntry& entry);
-    inline void on_leave(const ChatEntry& entry);
-    inline void on_rename(const ChatEntry& entry);
+    // False: nobody hears of it.
+    inline bool on_join(const ChatEntry& entry);
+    bool on_away(const ChatEntry& entry) {
+        const ChatRoom* const room = rooms_.find(entry.room);
+        User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
+        if (user != nullptr && user->place(entry.hub) != nullptr) user->set_place(entry.hub, true);
+        return false;
+    }
+    inline bool on_leave(const ChatEntry& entry);
+    inline bool on_rename(const ChatEntry& entry);
+    inline bool on_ban(const ChatEntry& entry);
+    inline void on_lost_name(ChatRoom& room, User& user);
+    inline void change_name(ChatRoom& room, User& user, const std::string& name);
+    inline void on_presence_refused(const ChatEntry& entry, std::string_view code);
+    inline void forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users);
+    inline void forward_missing(ChatRoom& room);
+    inline void dismiss(ChatRoom& room, const User& guest);
     inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
 
     Server& server_;
@@ -15894,12 +16345,15 @@ private:
     StringMap<std::string> accounts_;         // their names, by chat_fold()
     StringMap<std::vector<Asked>> asked_;     // who waits until a fact is kept, by asked_key()
     StringMap<bool> noted_;             // the facts about users and conversations that the store has
-    const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
+    const std::string id_;
+    const std::uint64_t first_number_;  // no other hub has numbers near; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
     detail::Deadlines bans_, mutes_;
+    StringMap<bool> lone_addresses_;  // of guests who were banned, with their ids, while other hubs are asked
     bool pruning_ = false;
+    bool beating_ = false;                        // ChatStore::beat() is called every two seconds
     std::string secret_;                          // empty: the store has not answered yet
     std::vector<std::function<void()>> waiting_;  // handshakes, until then
     std::unique_ptr<ChatStore> store_;            // the last member, because its destructor may call the listener
@@ -16453,7 +16907,7 @@ private:
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
         if (page.error.empty()) ChatHub::note_latest(*chat_room, page, requested.position);
-        if (joining) write_charged(users_event(*chat_room).dump());
+        if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
@@ -16551,7 +17005,7 @@ private:
     detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    static inline ChatEvent users_event(const ChatRoom& room);
+    static inline ChatEvent users_event(const ChatRoom& room, const detail::Presence::User* viewer = nullptr);
 
     ChatHub* hub_ = nullptr;
     ChatUser user_;
@@ -16720,13 +17174,12 @@ private:
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         const bool kept = !handler_.identity_.empty() && !receiver->identity.empty();
         if (kept) return handler_.say_to(receiver->info.id, receiver->info.name, std::move(text), handler_.tag_);
-        if (receiver->expires != (Time::max)())
+        if (receiver->away())
             return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
-        if (!handler_.tag_.empty() && is_duplicate())
-            return handler_.reply(ChatEvent("ack").add_text("room", room_->name()));
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
         entry.text = std::move(text);
         entry.to = receiver->info.name;
+        entry.to_user = receiver->info.id;
         entry.tag = handler_.tag_;
         handler_.hub_->forward(std::move(entry));
     }
@@ -16760,15 +17213,6 @@ private:
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->mark_read(what, id, tag);
         });
     }
-    // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
-    bool is_duplicate() {
-        std::vector<std::string>& tags = membership().user->tags;
-        if (text::contains(tags, handler_.tag_)) return true;
-        if (tags.size() == 64) tags.erase(tags.begin());
-        tags.push_back(std::string(handler_.tag_));
-        return false;
-    }
-
     // Pages send it at each change of the input. So an error goes only to a line with a tag.
     void typing(std::string_view rest) {
         const bool tagged = !handler_.tag_.empty();
@@ -16783,27 +17227,41 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_charged(ChatHandler::users_event(*room_).add_unless_empty("tag", handler_.tag_).dump());
+        ChatEvent event = ChatHandler::users_event(*room_, membership().user);
+        handler_.write_charged(event.add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void rooms(std::string_view) {
-        JsonList list;
-        for (const auto& [key, room] : handler_.hub_->rooms_) {
-            const bool is_member = handler_.membership_index(&room) != handler_.memberships_.size();
-            if (room.presence_.empty() || list.size() == 500 || (room.options.is_private && !is_member)) continue;
-            list.add(room_entry(room));
-        }
-        ChatEvent event("rooms");
-        handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
+        constexpr std::size_t limit = 500;
+        const auto answer = [me = handler_.ref(), tag = handler_.tag_](
+                                const std::vector<std::pair<std::string, std::size_t>>& rooms, const std::string&) {
+            auto* self = static_cast<ChatHandler*>(me.get());
+            if (self == nullptr) return;
+            JsonList list;
+            for (const auto& [key, users] : rooms) {
+                if (users == 0 || list.size() == limit) continue;
+                if (const std::string entry = ChatCommands(*self).room_entry(key, users); !entry.empty())
+                    list.add(entry);
+            }
+            ChatEvent event("rooms");
+            self->write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", tag).dump());
+        };
+        if (!handler_.hub_->store().rooms(limit, answer)) answer(handler_.hub_->rooms(), "");
     }
 
-    // The room in a list.
-    std::string room_entry(const ChatRoom& room) const {
+    // The room in a list; empty if the user must not see it. A room that only other hubs have is shown with its key.
+    std::string room_entry(const std::string& name, std::size_t users) const {
+        ChatHub& hub = *handler_.hub_;
+        const ChatRoom* const room = hub.find(name);
+        const bool is_member = handler_.membership_index(room) != handler_.memberships_.size();
+        const bool is_private = room == nullptr ? hub.options_of(name).is_private : room->options.is_private;
+        if (is_private && !is_member) return {};
         ChatEvent entry = ChatEvent::without_type();
-        entry.add_text("room", room.name()).add("users", room.presence_.size());
-        entry.add_unless_empty("topic", room.topic());
-        if (room.options.is_private) entry.add_json("private", "true");
-        return handler_.hub_->add_unread(entry, room, handler_.user_.id).dump();
+        entry.add_text("room", room == nullptr ? name : room->name()).add("users", users);
+        if (room != nullptr) entry.add_unless_empty("topic", room->topic());
+        if (is_private) entry.add_json("private", "true");
+        if (room != nullptr) hub.add_unread(entry, *room, handler_.user_.id);
+        return entry.dump();
     }
 
     void nick(std::string_view rest) {
@@ -16877,7 +17335,7 @@ private:
             return error("refused", "There are too many invitations.");
         const std::string id = by_id ? std::string(rest.substr(1)) : user->info.id;
         hub.ask({"invite", ChatHub::invitation_key(room_->name(), id)}, handler_.number_, handler_.tag_);
-        hub.invite(*room_, id, by_id || !user->identity.empty() || user->remote, handler_.user().name,
+        hub.invite(*room_, id, by_id || !user->identity.empty(), handler_.user().name,
                    handler_.identity_);
     }
     void access(std::string_view rest) {
@@ -16889,7 +17347,7 @@ private:
         // Who is here may come again.
         for (const auto& [name, user] : room_->presence_)
             if (options.is_private && !hub.invited(room_->name(), user.info.id))
-                hub.invite(*room_, user.info.id, !user.identity.empty() || user.remote, "", {});
+                hub.invite(*room_, user.info.id, !user.identity.empty(), "", {});
         set_options(options);
     }
     void read_only(std::string_view rest) {
@@ -17328,7 +17786,8 @@ inline void ChatHandler::join_more_rooms() {
     reply(add_room(event).add_text("name", user().name));
 }
 
-inline ChatEvent ChatHandler::users_event(const ChatRoom& room) {
+// Those whom the store has delivered, and the viewer.
+inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Presence::User* viewer) {
     detail::JsonList users;
     const std::size_t count = room.presence_.size();
     ChatEvent event("users");
@@ -17336,7 +17795,8 @@ inline ChatEvent ChatHandler::users_event(const ChatRoom& room) {
     if (room.options.presence == ChatRoomOptions::Presence::off) return event;
     event.add("count", count);
     if (room.counting_ || room.hub_.is_large(room)) return event;
-    for (const auto& [key, user] : room.presence_) users.add(detail::user_json(user.info));
+    for (const auto& [key, user] : room.presence_)
+        if (user.confirmed() || &user == viewer) users.add(detail::user_json(user.info));
     return event.add_json("users", users.dump());
 }
 
@@ -17379,7 +17839,6 @@ inline void ChatRoom::set_topic(std::string_view text) {
         throw Error("ChatRoom::set_topic: the topic is longer than ChatLimits::max_topic");
     ChatEntry entry = new_text("set_topic", text, {});
     entry.kind = ChatEntry::Kind::topic;
-    entry.sender = hub_.first_number_;
     hub_.append(std::move(entry));
 }
 inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t limit,
@@ -17410,25 +17869,63 @@ inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
         return;
     }
     bool is_user = false;
-    for (const auto& [name, room] : rooms_) {
-        const User* user = room.presence_.find(target);
-        if (user == nullptr) continue;
-        is_user = true;
-        if (!user->identity.empty()) {
-            decide("ban", user_key(user->info.id), target, duration);
-            continue;
-        }
-        for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
-            ban_lone_address(*each, target, duration);
-    }
+    for (const auto& [name, room] : rooms_) is_user = is_user || room.presence_.find(target) != nullptr;
+    ChatEntry entry;
+    entry.kind = ChatEntry::Kind::ban;
+    entry.text = target;
+    entry.target = to_milliseconds(duration);
+    forward(std::move(entry));
     const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
     decide("ban", is_address && !is_user ? address_key(target) : name_key(target), target, duration);
 }
+// The hub that has the connections of a user knows the addresses.
+inline bool ChatHub::on_ban(const ChatEntry& entry) {
+    if (!entry.to.empty()) {
+        on_address_question(entry);
+        return false;
+    }
+    const Duration duration = std::chrono::milliseconds(entry.target);
+    for (const auto& [name, room] : rooms_) {
+        const User* user = room.presence_.find(entry.text);
+        if (user == nullptr) continue;
+        if (!user->identity.empty()) {
+            if (acts_for(*user)) decide("ban", user_key(user->info.id), entry.text, duration);
+            continue;
+        }
+        for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
+            ban_lone_address(*each, entry.text, duration);
+    }
+    return false;
+}
+// Bans the address of a guest, unless others are connected from it. Other hubs have a second to say so.
 inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration) {
     const std::string key = address_key(handler.remote_address());
+    if (has_others(key, handler.user_.id)) return;
+    if (!beating_) return decide("ban", key, name, duration);
+    ChatEntry entry;
+    entry.kind = ChatEntry::Kind::ban;
+    entry.user = handler.user_.id;
+    entry.to = key;
+    lone_addresses_.find_or_emplace(text::concat({key, "\n", entry.user}));
+    forward(entry);
+    server_.loop().call_later(std::chrono::seconds(1), [this, key, id = entry.user, name, duration] {
+        if (lone_addresses_.erase(text::concat({key, "\n", id}))) decide("ban", key, name, duration);
+    });
+}
+inline bool ChatHub::has_others(const std::string& key, const std::string& than) const {
     for (const auto& [number, other] : connections_)
-        if (other.user_.id != handler.user_.id && address_key(other.remote_address()) == key) return;
-    decide("ban", key, name, duration);
+        if (other.user_.id != than && address_key(other.remote_address()) == key) return true;
+    return false;
+}
+inline void ChatHub::on_address_question(const ChatEntry& entry) {
+    if (entry.quiet) {
+        lone_addresses_.erase(text::concat({entry.to, "\n", entry.user}));
+    } else if (!appended_here(entry) && has_others(entry.to, entry.user)) {
+        ChatEntry answer = entry;
+        answer.quiet = true;
+        answer.hub = id_;
+        forward(std::move(answer));
+    }
 }
 
 // A read marker goes to all connections of its user. Its key is the public id of the user, a line feed, and a room or
@@ -17503,12 +18000,14 @@ inline void ChatHub::on_invitation(const ChatFact& fact) {
 }
 inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& cause) {
     server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
+    if (fact.scope == "server") set_secret(fact.value);
     for (const Asked& one : take_asked(fact))
         if (ChatHandler* const handler = connection(one.number))
             handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
 inline void ChatHub::on_fact(const ChatFact& fact) {
+    if (fact.scope == "server") return set_secret(fact.value);
     if (fact.scope == "read") return on_read(fact);
     if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
     if (fact.scope == "room") return on_options(fact);
@@ -17533,28 +18032,38 @@ inline void ChatHub::on_fact(const ChatFact& fact) {
 
 inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, const std::string& identity,
                                        ChatHandler& handler, std::uint64_t number) {
-    User* holder = room.presence_.find(info.name);
-    // A guest has no key, so this may be another guest. The one who is away leaves now.
-    if (holder != nullptr && holder->identity.empty() && holder->connections.empty() && !holder->remote) {
-        const ChatUser left = holder->info;
-        room.presence_.remove(*std::exchange(holder, nullptr));
-        announce_leave(room, left);
+    const User* holder = room.presence_.find(info.name);
+    if (holder != nullptr && holder->identity.empty() && holder->away()) {
+        dismiss(room, *holder);
+        holder = room.presence_.find(info.name);
     }
     // An account owns its name, so a visitor with that name gets another one.
-    if (info.account && holder != nullptr && !holder->info.account)
+    if (info.account && holder != nullptr && !holder->info.account && holder->place(id_) != nullptr)
         rename(room, *holder, room.presence_.free_name(info.name));
-    const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
-    if (!connected.joined) return connected.user;
+    User& user = room.presence_.connect(info, identity, &handler);
+    if (user.told == Told::join) return user;
     try {
-        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info);
-        entry.text = info.about;
-        entry.sender = number;
-        forward(std::move(entry));
+        if (user.told == Told::leave && room.presence_.lost_name(user))
+            room.presence_.set_name(user, room.presence_.free_name(user.info.name, &user));
+        forward_join(room, user, number);
     } catch (...) {
-        detail::Presence::detach(connected.user, &handler, now());
+        detail::Presence::detach(user, &handler, now());
         throw;
     }
-    return connected.user;
+    return user;
+}
+// A guest who is away may be the one who comes now. Without a key nobody knows, so the one who is away leaves.
+inline void ChatHub::dismiss(ChatRoom& room, const User& guest) {
+    const ChatUser info = guest.info;
+    const std::vector<detail::Presence::Place> places = guest.places;
+    if (guest.told == Told::away) forward_leave(room, *room.presence_.find_id(info.id));
+    for (const detail::Presence::Place& each : places) {
+        if (each.hub == id_) continue;
+        ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, info);
+        entry.hub = each.hub;
+        forward(std::move(entry));
+    }
+    if (User* const rest = room.presence_.find_id(info.id)) room.presence_.release_name(*rest);
 }
 
 inline std::size_t ChatHub::send(const std::string& user_id, std::string_view name, const Json& data) {
@@ -17597,8 +18106,8 @@ inline void ChatHub::kick(const ChatRoom& room, const std::string& name, std::st
 }
 inline void ChatHub::on_kick(const ChatEntry& entry) {
     const ChatRoom* const room = rooms_.find(entry.room);
-    const User* const user = room == nullptr ? nullptr : room->presence_.find(entry.to);
-    if (user == nullptr || user->info.id != entry.to_user) return;
+    const User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.to_user);
+    if (user == nullptr) return;
     for (ChatHandler* each : std::vector<ChatHandler*>(user->connections)) each->kick(entry.text);
 }
 // The moderators of the room and the one who acts hear of it.
@@ -17620,29 +18129,30 @@ inline void ChatHub::on_moderation(const ChatEntry& entry) {
     }
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
-    deliver(entry);
-    if (on_event && entry.kind != ChatEntry::Kind::typing) run_hook("ChatHub::on_event", [&] { on_event(entry); });
+    if (deliver(entry)) tell(entry);
 }
-inline void ChatHub::deliver(const ChatEntry& entry) {
+// False: a program does not hear of it.
+inline bool ChatHub::deliver(const ChatEntry& entry) {
     switch (entry.kind) {
         case ChatEntry::Kind::said:
         case ChatEntry::Kind::action:
         case ChatEntry::Kind::edit:
         case ChatEntry::Kind::remove:
         case ChatEntry::Kind::react:
-        case ChatEntry::Kind::topic: return on_kept(entry);
-        case ChatEntry::Kind::private_message: return on_private_message(entry);
-        case ChatEntry::Kind::typing: return on_typing(entry);
+        case ChatEntry::Kind::topic: on_kept(entry); break;
+        case ChatEntry::Kind::private_message: on_private_message(entry); break;
+        case ChatEntry::Kind::typing: on_typing(entry); return false;
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
         case ChatEntry::Kind::event:
-        case ChatEntry::Kind::direct: return on_own_event(entry);
-        case ChatEntry::Kind::kick: return on_kick(entry);
-        case ChatEntry::Kind::moderation: return on_moderation(entry);
-        case ChatEntry::Kind::away:
-        case ChatEntry::Kind::ban: return;
+        case ChatEntry::Kind::direct: on_own_event(entry); break;
+        case ChatEntry::Kind::kick: on_kick(entry); return false;
+        case ChatEntry::Kind::moderation: on_moderation(entry); return false;
+        case ChatEntry::Kind::away: return on_away(entry);
+        case ChatEntry::Kind::ban: return on_ban(entry);
     }
+    return true;
 }
 
 inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& event) {
@@ -17697,8 +18207,10 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
-    const User* author = room->presence_.find(entry.name);
-    const User* receiver = room->presence_.find(entry.to);
+    User* const known = room->presence_.find_id(entry.user);
+    if (known != nullptr && is_duplicate(*known, entry.tag)) return on_duplicate(entry);
+    const User* const author = known;
+    const User* const receiver = room->presence_.find_id(entry.to_user);
     for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
         const User* const peer = user == author ? receiver : author;
@@ -17711,23 +18223,24 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
     }
 }
 
-// In the next three, the users of this server are already in the list; those of other servers are not. A store may
-// deliver late: the user may have left since, and another one may have the name.
-
-inline void ChatHub::on_join(const ChatEntry& entry) {
+inline bool ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = rooms_.find(entry.room);
-    if (room == nullptr) return;
-    if (!appended_here(entry) && room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text, true, entry.user}, {}).remote = true;  // keeps its name
+    if (room == nullptr) return !entry.quiet;
+    User* const holder = room->presence_.find(entry.name);
+    User* user = room->presence_.find_id(entry.user);
+    const bool was_present = user != nullptr && user->confirmed();
+    if (user == nullptr) {
+        const bool account = text::starts_with(entry.author, "account ");
+        user = &room->presence_.add(ChatUser{entry.name, entry.text, account, entry.user}, entry.author);
+    } else if (user != holder || user->info.name != entry.name) {
+        change_name(*room, *user, entry.name);
+    }
+    user->set_place(entry.hub, entry.kind == ChatEntry::Kind::away);
+    user->refused.clear();
+    if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
+    if (was_present) return false;
     if (!count_only(*room)) note_change(*room, entry, true);
-}
-
-inline void ChatHub::on_leave(const ChatEntry& entry) {
-    ChatRoom* room = rooms_.find(entry.room);
-    if (room == nullptr) return;
-    User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote && user->info.id == entry.user) room->presence_.remove(*user);
-    if (!count_only(*room)) note_change(*room, entry, false);
+    return true;
 }
 // A single user stands in the event itself.
 inline void ChatHub::send_changes(ChatRoom& room, ChatHandler* except) {
@@ -17754,26 +18267,144 @@ inline void ChatHub::send_changes(ChatRoom& room, ChatHandler* except) {
         members->broadcast(event.dump(), except);
     }
 }
-
-inline void ChatHub::on_rename(const ChatEntry& entry) {
-    ChatRoom* room = rooms_.find(entry.room);
-    if (room == nullptr) return;
-    User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote && user->info.id == entry.user) room->presence_.rename(*user, entry.text);
-    send_changes(*room, nullptr);  // they have the old name
+// Another user has got the name.
+inline void ChatHub::on_lost_name(ChatRoom& room, User& user) {
+    const User* const holder = room.presence_.find(user.info.name);
+    const bool gone = holder != nullptr && holder->identity.empty() && holder->away();
+    if (gone && !user.confirmed()) {
+        dismiss(room, *holder);
+        room.presence_.set_name(user, user.info.name);
+    } else if (!user.confirmed()) change_name(room, user, room.presence_.free_name(user.wanted, &user));
+    else if (acts_for(user)) rename(room, user, room.presence_.free_name(user.info.name, &user));
+}
+// The others have not heard of the user yet, or hear of it elsewhere.
+inline void ChatHub::change_name(ChatRoom& room, User& user, const std::string& name) {
     ChatEvent event("nick");
-    event.add_text("room", room->name()).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_text("room", room.name()).add_text("old", user.info.name).add_text("name", name);
+    event.add_unless_empty("user", user.info.id).add("time", unix_ms());
+    const bool is_new = name != user.info.name;
+    room.presence_.set_name(user, name);
+    for (ChatHandler* each : user.connections)
+        if (is_new) each->write_message(event.dump());
+}
+
+inline bool ChatHub::on_leave(const ChatEntry& entry) {
+    ChatRoom* room = rooms_.find(entry.room);
+    if (room == nullptr) return !entry.quiet;
+    User* user = room->presence_.find_id(entry.user);
+    if (user == nullptr) return false;
+    if (entry.hub == id_ && user->told == Told::leave) room->presence_.set_told(*user, Told::nothing);
+    const bool was_present = user->erase_place(entry.hub);
+    if (user->confirmed()) return false;
+    ChatEntry left = entry;
+    left.name = user->info.name;
+    // With a connection, the user joins again: that entry is on its way, or on_presence() forwards it.
+    if (user->connections.empty()) room->presence_.remove(*user);
+    if (room->presence_.own() == 0) prune_later();
+    if (!was_present) return false;
+    if (!count_only(*room)) note_change(*room, left, false);
+    return true;
+}
+
+inline bool ChatHub::on_rename(const ChatEntry& entry) {
+    ChatRoom* room = rooms_.find(entry.room);
+    if (room == nullptr) return true;
+    User* user = room->presence_.find_id(entry.user);
+    if (user == nullptr) return false;
+    User* const holder = room->presence_.find(entry.text);
+    ChatEvent event("nick");
+    event.add_text("room", room->name()).add_text("old", user->info.name).add_text("name", entry.text);
     event.add_unless_empty("user", entry.user).add("time", entry.time);
+    const std::string key = mute_key(*room, *user);
+    room->presence_.set_name(*user, entry.text);
+    if (appended_here(entry)) move_mute(key, mute_key(*room, *user), entry.text);
+    if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
     const bool told = room->options.presence == ChatRoomOptions::Presence::full && !room->counting_;
+    send_changes(*room, nullptr);  // they have the old name
     if (told) send_to_others(entry, event);
     if (ChatHandler* const sender = connection(entry.sender))
         sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
-    const User* renamed = room->presence_.find(entry.text);
-    if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
-    for (ChatHandler* each : renamed->connections)
+    for (ChatHandler* each : user->connections)
         if ((!told || !members.has(*each)) && each != connection(entry.sender)) each->write_message(event.dump());
+    return true;
+}
+
+// Two hubs have forwarded the same name at once, or the store has forgotten a user.
+inline void ChatHub::on_presence_refused(const ChatEntry& entry, std::string_view code) {
+    ChatRoom* const room = rooms_.find(entry.room);
+    User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
+    if (user == nullptr) return;
+    const bool retry = code == "name_taken" && !user->connections.empty();
+    const std::string refused = chat_fold(entry.kind == ChatEntry::Kind::join ? entry.name : entry.text);
+    // A name that seems to be free is tried again once: its user may have left since.
+    const bool again = text::contains(user->refused, refused);
+    if (code == "name_taken" && !again) user->refused.push_back(refused);
+    if (!user->confirmed() && user->connections.empty()) {
+        room->presence_.remove(*user);
+        if (room->presence_.own() == 0) prune_later();
+    } else if (entry.kind == ChatEntry::Kind::join && retry) {
+        if (again && user->info.name == entry.name)
+            change_name(*room, *user, room->presence_.free_name(user->wanted, user));
+        forward_join(*room, *user, entry.sender);
+    } else if (entry.kind == ChatEntry::Kind::rename && connection(entry.sender) != nullptr) {
+        ChatEvent event("error");
+        event.add_text("code", "name_taken").add_text("text", "That name has just been taken.");
+        connection(entry.sender)->write_message(event.add_unless_empty("tag", entry.tag).dump());
+    } else if (entry.kind == ChatEntry::Kind::rename && retry && room->presence_.lost_name(*user)) {
+        rename(*room, *user, room->presence_.free_name(user->info.name, user));
+    }
+}
+
+inline void ChatHub::on_presence(const std::string& key, const std::vector<ChatEntry>& users) {
+    ChatRoom* const room = rooms_.find(key);
+    if (room == nullptr) return;
+    forget_missing(*room, users);
+    for (const ChatEntry& each : users) {
+        const User* const known = room->presence_.find_id(each.user);
+        if (known != nullptr && known->confirmed() && known->info.name != each.name) {
+            ChatEntry renamed = each;
+            renamed.kind = ChatEntry::Kind::rename;
+            renamed.text = each.name;
+            on_entry(renamed);
+        }
+        // The first time, they have joined before.
+        if (on_join(each) && room->presence_known_) tell(each);
+    }
+    // The first time, what this hub has forwarded is on its way.
+    if (std::exchange(room->presence_known_, true)) forward_missing(*room);
+}
+// Removes the users who are not in the list.
+inline void ChatHub::forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users) {
+    StringMap<bool> listed;
+    for (const ChatEntry& each : users) listed.find_or_emplace(text::concat({each.user, "\n", each.hub}));
+    std::vector<ChatEntry> missing;
+    for (const auto& [key, user] : room.presence_) {
+        for (const detail::Presence::Place& each : user.places) {
+            if (listed.find(text::concat({user.info.id, "\n", each.hub})) != nullptr) continue;
+            missing.push_back(new_entry(ChatEntry::Kind::leave, room, user.info));
+            missing.back().hub = each.hub;
+            missing.back().time = unix_ms();
+        }
+    }
+    for (const ChatEntry& each : missing) on_entry(each);
+}
+// Tells the store about the users of this hub whom it has forgotten.
+inline void ChatHub::forward_missing(ChatRoom& room) {
+    std::vector<std::string> ids;
+    for (const auto& [key, user] : room.presence_) ids.push_back(user.info.id);
+    for (const std::string& id : ids) {
+        User* const user = room.presence_.find_id(id);
+        if (user == nullptr) continue;
+        const detail::Presence::Place* const place = user->place(id_);
+        if (user->connections.empty() && place != nullptr && user->told == Told::nothing) forward_leave(room, *user);
+        else if (!user->connections.empty() && (place == nullptr || place->away))
+            forward_join(room, *user, user->connections.front()->number_);
+        else if (user->connections.empty() && place != nullptr && !place->away && user->told == Told::away)
+            forward(new_entry(ChatEntry::Kind::away, room, user->info));
+    }
+    if (room.presence_.own() == 0) prune_later();
 }
 
 inline void ChatHub::on_position(const std::string& name, const HistoryPage& page) {
@@ -17792,11 +18423,13 @@ inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    add_place(event, entry).add_text("tag", entry.tag).add("id", entry.id);
+    add_place(event, entry).add_text("tag", entry.tag);
+    if (entry.id != 0) event.add("id", entry.id);
     sender->write_message(event.dump());
 }
 
 inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
+    if (entry.is_presence()) return on_presence_refused(entry, code);
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     const char* const sentence = code == "not_yours"  ? "That message is not yours."
@@ -17809,6 +18442,7 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
+    if (entry.is_presence()) return;  // on_presence() follows when the store works again
     server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
     if (on_not_kept) run_hook("ChatHub::on_not_kept", [&] { on_not_kept(entry, cause); });
     ChatHandler* sender = connection(entry.sender);
