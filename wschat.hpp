@@ -15143,6 +15143,8 @@ inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string
 class ChatEvent {
 public:
     WSCHAT_NOINLINE explicit ChatEvent(std::string_view type) { add_text("type", type); }
+    // A part of an event.
+    static ChatEvent without_type() { return ChatEvent(); }
     ChatEvent& add(std::string_view name, const Json& value) { return add_json(name, value.dump()); }
     // The same as add() with a text, but the caller makes no Json.
     WSCHAT_NOINLINE ChatEvent& add_text(std::string_view name, std::string_view text) {
@@ -15159,6 +15161,8 @@ public:
     const std::string& dump() const { return text_; }
 
 private:
+    ChatEvent() = default;
+
     std::string text_ = "{";
 };
 
@@ -15463,6 +15467,15 @@ public:
             free = text::concat({truncate_utf8(name, longest - (std::min)(longest, number.size() + 1)), "-", number});
         }
         return free;
+    }
+    // The user with the longest name with which the text begins. A word must not go on after it. Null if there is none.
+    template <class ContinuesWord>
+    User* find_prefix(std::string_view text, ContinuesWord&& continues_word) const {
+        for (std::size_t end = (std::min)(text.size(), longest_name_); end != 0; --end) {
+            if (end != text.size() && (continues_word(text[end]) || text[end - 1] == ' ')) continue;
+            if (User* const user = find(text.substr(0, end))) return user;
+        }
+        return nullptr;
     }
     // Finds the user with whose name the text begins, and removes the name and the space after it from the text. The
     // longest name wins. Null if there is no such user.
@@ -15962,6 +15975,8 @@ struct ChatLimits {
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
     std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
+    // After a join or a leave, the next ones in the room are collected for this time, and sent in one event.
+    Duration presence_window = std::chrono::milliseconds(500);
     std::size_t max_rooms = 10'000;
     std::size_t max_read_markers = 1000;         // of a user
     std::size_t history_on_join = 50;            // entries for a client without an id
@@ -15973,6 +15988,8 @@ struct ChatLimits {
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
     // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
     Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
+    // What a connection, and all of an address, may cause: bytes of messages times the users of the room.
+    Rate fan_out{16 * 1024 * 1024, 256 * 1024 * 1024}, address_fan_out{64 * 1024 * 1024, 1024 * 1024 * 1024};
     // Rooms that a user, and all of an address, may enter while nobody is in them.
     Rate room_creations{1.0 / 60, 30}, address_room_creations{1.0 / 30, 200};
     std::size_t max_invitations = 100'000;  // of all rooms
@@ -16004,8 +16021,10 @@ struct ChatRoomOptions {
     Duration slow{};            // between two messages of a user
     bool kept = true;           // false: the store keeps no messages of the room
     std::size_t max_users = 0;  // 0: no limit
+    // What members hear of each other: who comes and goes; how many there are; nothing.
+    enum class Presence : std::uint8_t { full, count, off } presence = Presence::full;
     // Empty: as in ChatLimits.
-    std::optional<std::size_t> max_text{}, history_on_join{}, history_on_resume{};
+    std::optional<std::size_t> max_text{}, history_on_join{}, history_on_resume{}, presence_list{};
 
     // The value of the fact with which the store keeps what moderators have changed: "private=1 readonly=0 slow=10".
     std::string to_fact() const {
@@ -16078,6 +16097,19 @@ private:
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     bool presence_known_ = false;                // the store has said who is present
     bool expiry_scheduled_ = false;
+    struct Change {
+        bool joined;
+        ChatUser user;
+        std::int64_t time;
+    };
+    std::vector<Change> changes_{};  // joins and leaves of the present window
+    bool window_open_ = false;
+    struct Latest {
+        std::uint64_t id;
+        std::string user;
+    };
+    std::vector<Latest> latest_{};                 // the latest messages, for counts of unread ones
+    std::optional<std::uint64_t> latest_after_{};  // no message after this id is missing there
     bool counting_ = false;  // the members have no list of users
     bool count_scheduled_ = false;
 };
@@ -16183,11 +16215,12 @@ private:
 
     struct AddressUse {
         detail::FloodLimiter limiter;
-        TokenBucket replies, creations;
+        TokenBucket replies, creations, fan_out;
         std::size_t connections = 0;
 
         bool unused(Time now) const {
-            return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now);
+            return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now) &&
+                   fan_out.full(now);
         }
     };
     // A user who is connected to this server.
@@ -16370,17 +16403,52 @@ private:
     // In a large room, a list or an event for each user who comes would cost the square of their number. The members
     // hear of the number of users, once a second, and get the list when it is short again.
     bool count_only(ChatRoom& room) {
-        if (room.presence_.size() > limits.presence_list) room.counting_ = true;
-        if (!room.counting_ || std::exchange(room.count_scheduled_, true)) return room.counting_;
+        if (room.options.presence == ChatRoomOptions::Presence::off) return true;
+        room.counting_ = room.counting_ || is_large(room);
+        if (!room.counting_) return false;
+        room.changes_.clear();  // the list follows
+        if (std::exchange(room.count_scheduled_, true)) return true;
         server_.loop().call_later(std::chrono::seconds(1), [this, key = room.key()] {
             ChatRoom* const found = rooms_.find(key);
             if (found == nullptr) return;
             found->count_scheduled_ = false;
-            found->counting_ = found->presence_.size() > limits.presence_list;
+            found->counting_ = is_large(*found);
             send_count(*found);
         });
         return true;
     }
+    bool is_large(const ChatRoom& room) const {
+        return room.options.presence == ChatRoomOptions::Presence::count ||
+               room.presence_.size() > room.options.presence_list.value_or(limits.presence_list);
+    }
+    // The first change is told at once; those of the next time together.
+    void note_change(ChatRoom& room, const ChatEntry& entry, bool joined) {
+        const auto is_opposite = [&](const ChatRoom::Change& change) {
+            return change.joined != joined && change.user.id == entry.user && change.user.name == entry.name;
+        };
+        auto& changes = room.changes_;
+        const auto opposite = std::find_if(changes.begin(), changes.end(), is_opposite);
+        if (opposite != changes.end()) {
+            changes.erase(opposite);
+            return;
+        }
+        changes.push_back({joined, {entry.name, entry.text, false, entry.user}, entry.time});
+        if (room.window_open_) return;
+        send_changes(room, connection(entry.sender));
+        if (limits.presence_window > Duration::zero()) open_window(room);
+    }
+    void open_window(ChatRoom& room) {
+        room.window_open_ = true;
+        server_.loop().call_later(limits.presence_window, [this, key = room.key()] {
+            ChatRoom* const found = rooms_.find(key);
+            if (found == nullptr) return;
+            found->window_open_ = false;
+            if (found->changes_.empty()) return;
+            send_changes(*found, nullptr);
+            open_window(*found);
+        });
+    }
+    inline void send_changes(ChatRoom& room, ChatHandler* except);
     inline void send_count(const ChatRoom& room);
     // Removes rooms without users of this hub in the next turn, when no callback has a reference to them.
     void prune_later() {
@@ -16471,6 +16539,53 @@ private:
     inline std::vector<Asked> take_asked(const ChatFact& fact);
     inline void put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
                            const std::string& tag);
+
+    // ---- counts of unread messages ---------------------------------------------------------------------------------
+
+    static constexpr std::size_t max_latest = 100;  // messages that are counted, for each room
+
+    // A message is added, or a removed one is left out.
+    static void note_latest(ChatRoom& room, const ChatEntry& entry) {
+        auto& latest = room.latest_;
+        if (entry.kind == ChatEntry::Kind::remove) {
+            const auto is_target = [&](const ChatRoom::Latest& message) { return message.id == entry.target; };
+            latest.erase(std::remove_if(latest.begin(), latest.end(), is_target), latest.end());
+        }
+        if (!entry.is_message() || entry.id == 0) return;
+        latest.push_back({entry.id, entry.user});
+        trim_latest(room);
+    }
+    static void trim_latest(ChatRoom& room) {
+        auto& latest = room.latest_;
+        if (latest.size() <= max_latest) return;
+        const auto end = latest.end() - static_cast<std::ptrdiff_t>(max_latest);
+        room.latest_after_ = (std::max)(room.latest_after_.value_or(0), (end - 1)->id);
+        latest.erase(latest.begin(), end);
+    }
+    // What a member reads may go further back.
+    static void note_latest(ChatRoom& room, const HistoryPage& page, const std::optional<HistoryPosition>& position) {
+        const bool resumed = position && !page.gap;
+        const std::uint64_t oldest = page.entries.empty() ? page.last_id + 1 : page.entries.front().id;
+        const std::uint64_t after = resumed ? position->id : page.more ? oldest - 1 : 0;
+        if (room.latest_after_ && *room.latest_after_ <= after) return;
+        const std::uint64_t known = room.latest_.empty() ? page.last_id + 1 : room.latest_.front().id;
+        std::vector<ChatRoom::Latest> all;
+        for (const ChatEntry& entry : page.entries)
+            if (entry.is_message() && !entry.removed && entry.id < known) all.push_back({entry.id, entry.user});
+        all.insert(all.end(), room.latest_.begin(), room.latest_.end());
+        room.latest_ = std::move(all);
+        room.latest_after_ = after;
+        trim_latest(room);
+    }
+    // Adds how far the user has read in the room, and how many messages are newer, at most `max_latest`.
+    ChatEvent& add_unread(ChatEvent& event, const ChatRoom& room, const std::string& user) const {
+        const std::uint64_t marker = marker_of(user, room.key());
+        if (marker == 0) return event;
+        event.add("read", marker);
+        if (!room.latest_after_) return event;
+        const auto is_unread = [&](const ChatRoom::Latest& each) { return each.id > marker && each.user != user; };
+        return event.add("unread", std::count_if(room.latest_.begin(), room.latest_.end(), is_unread));
+    }
 
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
@@ -17047,13 +17162,27 @@ private:
                (address_ == nullptr || address_->replies.take(1, limits.address_replies, now));
     }
     void write_charged(const std::string& event) {
-        const auto charge = [&](TokenBucket& bucket, const Rate& rate) {
-            if (rate.per_second > 0) bucket.charge(static_cast<double>(event.size()), rate, hub_->now());
-        };
-        charge(replies_, hub_->limits.replies);
-        if (address_ != nullptr) charge(address_->replies, hub_->limits.address_replies);
+        charge(replies_, hub_->limits.replies, event.size());
+        if (address_ != nullptr) charge(address_->replies, hub_->limits.address_replies, event.size());
         write_message(event);
     }
+    void charge(TokenBucket& bucket, const Rate& rate, std::size_t bytes) const {
+        if (rate.per_second > 0) bucket.charge(static_cast<double>(bytes), rate, hub_->now());
+    }
+    // Whether a line of this size may go to all users of the current room now. It is charged for all of them.
+    bool may_spread(std::size_t size) {
+        if (memberships_.empty()) return true;
+        constexpr std::size_t event_size = 200;
+        const std::size_t cost = (size + event_size) * current_room()->presence_.size();
+        const ChatLimits& limits = hub_->limits;
+        const Time now = hub_->now();
+        if (!fan_out_.take(1, limits.fan_out, now)) return false;
+        if (address_ != nullptr && !address_->fan_out.take(1, limits.address_fan_out, now)) return false;
+        charge(fan_out_, limits.fan_out, cost);
+        if (address_ != nullptr) charge(address_->fan_out, limits.address_fan_out, cost);
+        return true;
+    }
+    void reply_spread() { reply_error("flood", "That is too much for so large a room. Wait a little."); }
 
     // "/in ROOM LINE" speaks in a room and stays in the current one. Percent-encoded, a name with spaces is one word.
     void dispatch_in(const Message& message, std::string_view rest) {
@@ -17126,6 +17255,7 @@ private:
         if (!allowed(ChatAction::say)) return reply_forbidden();
         if (const auto refusal = refuse_text(text, !data.empty())) return reply_error(refusal);
         if (const auto refusal = refuse_speaking()) return reply_error(refusal);
+        if (!may_spread(text.size() + data.size())) return reply_spread();
         ChatRoom& room = *current_room();
         if (room.options.slow > Duration::zero()) room.slow_.set(slow_key(), "", room.options.slow, hub_->now());
         ChatEntry entry = new_kept_entry(kind);
@@ -17262,6 +17392,7 @@ private:
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
+        if (page.error.empty()) ChatHub::note_latest(*chat_room, page, requested.position);
         if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
@@ -17369,7 +17500,7 @@ private:
     ChatHub::AddressUse* address_ = nullptr;
     detail::FloodLimiter limiter_;
     detail::FloodPolicy flood_policy_;
-    TokenBucket replies_;
+    TokenBucket replies_, fan_out_;
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;                      // of the line in progress
@@ -17399,6 +17530,7 @@ public:
             if (command.action && !handler_.allowed(*command.action)) handler_.reply_forbidden();
             else if (command.reads && !handler_.may_read())
                 error("flood", "You have asked for too much. Wait a little.");
+            else if (command.spreads && !handler_.may_spread(rest.size())) handler_.reply_spread();
             else (this->*command.run)(rest);
             return true;
         }
@@ -17411,21 +17543,23 @@ private:
         void (ChatCommands::*run)(std::string_view rest);
         std::optional<ChatAction> action{};  // that the user must be allowed to do
         bool reads = false;                  // the answer may be long
+        bool spreads = false;                // all members get something
     };
 
     static const std::array<Command, 29>& commands() {
         static constexpr std::array<Command, 29> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
-            {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
-            {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
+            {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say, false,
+             true},
+            {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove, {}, false, true},
             {"react", "/react ID EMOJI", "reacts to a message; once more takes it back", &ChatCommands::react,
-             ChatAction::say},
+             ChatAction::say, false, true},
             {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
             {"msg", "/msg NAME|@ID TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
             {"read", "/read [@ID] NUMBER", "remembers what you have read", &ChatCommands::read},
             {"who", "/who", "who is in this room", &ChatCommands::who, {}, true},
-            {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick},
+            {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick, {}, false, true},
             {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms, true},
             {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
             {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
@@ -17439,10 +17573,10 @@ private:
              {},
              true},
             {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search, {}, true},
-            {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing},
+            {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing, {}, false, true},
             {"help", "/help", "this list", &ChatCommands::help},
-            {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
-             ChatAction::topic},
+            {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic, ChatAction::topic,
+             false, true},
             {"access", "/access private|public", "who enters this room: who is invited, or everybody",
              &ChatCommands::access, ChatAction::manage},
             {"readonly", "/readonly on|off", "lets only moderators speak in this room", &ChatCommands::read_only,
@@ -17608,11 +17742,12 @@ private:
         const bool is_member = handler_.membership_index(room) != handler_.memberships_.size();
         const bool is_private = room == nullptr ? hub.options_of(name).is_private : room->options.is_private;
         if (is_private && !is_member) return {};
-        std::string entry = Json{{"room", room == nullptr ? name : room->name()}, {"users", users}}.dump();
-        entry.pop_back();
-        if (room != nullptr && !room->topic().empty()) entry += ",\"topic\":" + Json(room->topic()).dump();
-        if (is_private) entry += ",\"private\":true";
-        return entry + "}";
+        ChatEvent entry = ChatEvent::without_type();
+        entry.add_text("room", room == nullptr ? name : room->name()).add("users", users);
+        if (room != nullptr) entry.add_unless_empty("topic", room->topic());
+        if (is_private) entry.add_json("private", "true");
+        if (room != nullptr) hub.add_unread(entry, *room, handler_.user_.id);
+        return entry.dump();
     }
 
     void nick(std::string_view rest) {
@@ -17665,6 +17800,7 @@ private:
         if (const ChatRoom* room = handler_.current_room()) {
             event.add_unless_empty("topic", room->topic());
             ChatHandler::add_options(event, room->options);
+            handler_.hub_->add_unread(event, *room, handler_.user_.id);
             // "hello" says the rest.
             const std::uint32_t may = handler_.permissions();
             if (may != handler_.first_permissions_) event.add_json("may", ChatHandler::permissions_json(may));
@@ -17880,6 +18016,27 @@ WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEn
     ChatEvent event(type);
     event.add_text("room", room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
+}
+// The user in a list.
+inline std::string user_json(const ChatUser& user) {
+    std::string text = Json{{"user", user.id}, {"name", user.name}}.dump();
+    if (user.about.empty()) return text;
+    text.back() = ',';
+    return text::concat({text, "\"about\":", user.about, "}"});
+}
+// The public ids of the users of a room whom a text names: "@Anna". At most ten are searched.
+inline std::vector<std::string> mentioned_users(std::string_view text, const Presence& presence) {
+    const auto continues_word = [](char c) {
+        return text::is_alphanumeric(c) || c == '_' || static_cast<unsigned char>(c) >= 0x80;
+    };
+    std::vector<std::string> ids;
+    std::size_t at = text.find('@');
+    for (int searched = 0; at != std::string_view::npos && searched != 10; at = text.find('@', at + 1), ++searched) {
+        if (at != 0 && continues_word(text[at - 1])) continue;
+        const Presence::User* const user = presence.find_prefix(text.substr(at + 1), continues_word);
+        if (user != nullptr && !text::contains(ids, user->info.id)) ids.push_back(user->info.id);
+    }
+    return ids;
 }
 // The reactions to a message, for the user with this identity.
 inline std::string reactions_json(const ChatEntry& entry, const std::string& viewer) {
@@ -18119,17 +18276,12 @@ inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Pr
     detail::JsonList users;
     const std::size_t count = room.presence_.size();
     ChatEvent event("users");
-    event.add_text("room", room.name()).add("count", count);
-    if (room.counting_ || count > room.hub_.limits.presence_list) return event;
-    for (const auto& [key, user] : room.presence_) {
-        if (!user.confirmed() && &user != viewer) continue;
-        std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
-        if (!user.info.about.empty()) {
-            text.back() = ',';
-            text += text::concat({"\"about\":", user.info.about, "}"});
-        }
-        users.add(text);
-    }
+    event.add_text("room", room.name());
+    if (room.options.presence == ChatRoomOptions::Presence::off) return event;
+    event.add("count", count);
+    if (room.counting_ || room.hub_.is_large(room)) return event;
+    for (const auto& [key, user] : room.presence_)
+        if (user.confirmed() || &user == viewer) users.add(detail::user_json(user.info));
     return event.add_json("users", users.dump());
 }
 
@@ -18522,9 +18674,18 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     }
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     const bool tagged = sender != nullptr && !entry.tag.empty();
-    if (Room* members = members_.find(entry.room))
-        members->broadcast(detail::kept_event(entry, {}, shown(entry.room)).dump(), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(detail::kept_event(entry, entry.author, shown(entry.room)).dump());
+    if (room != nullptr) note_latest(*room, entry);
+    std::string mentions;
+    if (room != nullptr && entry.is_message() && !room->presence_.empty()) {
+        const std::vector<std::string> ids = detail::mentioned_users(entry.text, room->presence_);
+        if (!ids.empty()) mentions = Json::array(ids).dump();
+    }
+    const auto event_for = [&](const std::string& viewer) {
+        ChatEvent event = detail::kept_event(entry, viewer, shown(entry.room));
+        return mentions.empty() ? event : event.add_json("mentions", mentions);
+    };
+    if (Room* members = members_.find(entry.room)) members->broadcast(event_for({}).dump(), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(event_for(entry.author).dump());
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
@@ -18563,11 +18724,33 @@ inline bool ChatHub::on_join(const ChatEntry& entry) {
     user->refused.clear();
     if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
     if (was_present) return false;
-    if (count_only(*room)) return true;
-    ChatEvent event = detail::entry_event("join", entry, room->name()).add("time", entry.time);
-    if (!entry.text.empty()) event.add_json("about", entry.text);
-    send_to_others(entry, event);
+    if (!count_only(*room)) note_change(*room, entry, true);
     return true;
+}
+// A single user stands in the event itself.
+inline void ChatHub::send_changes(ChatRoom& room, ChatHandler* except) {
+    const std::vector<ChatRoom::Change> changes = std::exchange(room.changes_, {});
+    Room* const members = members_.find(room.key());
+    if (members == nullptr) return;
+    for (const bool joined : {false, true}) {
+        detail::JsonList list;
+        const ChatRoom::Change* last = nullptr;
+        for (const ChatRoom::Change& each : changes) {
+            if (each.joined != joined) continue;
+            last = &each;
+            list.add(detail::user_json(each.user));
+        }
+        if (last == nullptr) continue;
+        ChatEvent event(joined ? "join" : "leave");
+        event.add_text("room", room.name());
+        if (list.size() == 1) {
+            event.add_text("name", last->user.name).add_unless_empty("user", last->user.id).add("time", last->time);
+            if (!last->user.about.empty()) event.add_json("about", last->user.about);
+        } else {
+            event.add("count", room.presence_.size()).add("time", last->time).add_json("users", list.dump());
+        }
+        members->broadcast(event.dump(), except);
+    }
 }
 // Another user has got the name.
 inline void ChatHub::on_lost_name(ChatRoom& room, User& user) {
@@ -18604,8 +18787,7 @@ inline bool ChatHub::on_leave(const ChatEntry& entry) {
     if (user->connections.empty()) room->presence_.remove(*user);
     if (room->presence_.own() == 0) prune_later();
     if (!was_present) return false;
-    if (count_only(*room)) return true;
-    send_to_others(entry, detail::entry_event("leave", left, room->name()).add("time", entry.time));
+    if (!count_only(*room)) note_change(*room, left, false);
     return true;
 }
 
@@ -18622,13 +18804,15 @@ inline bool ChatHub::on_rename(const ChatEntry& entry) {
     room->presence_.set_name(*user, entry.text);
     if (appended_here(entry)) move_mute(key, mute_key(*room, *user), entry.text);
     if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
-    send_to_others(entry, event);
+    const bool told = room->options.presence == ChatRoomOptions::Presence::full && !room->counting_;
+    send_changes(*room, nullptr);  // they have the old name
+    if (told) send_to_others(entry, event);
     if (ChatHandler* const sender = connection(entry.sender))
         sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const Room& members = members_[entry.room];
     for (ChatHandler* each : user->connections)
-        if (!members.has(*each) && each != connection(entry.sender)) each->reply(event);
+        if ((!told || !members.has(*each)) && each != connection(entry.sender)) each->write_message(event.dump());
     return true;
 }
 
