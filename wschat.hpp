@@ -9823,6 +9823,13 @@ struct ClientHandshake {
     std::string_view frames;  // that came with the response
 };
 
+// What the listeners of one socket on all loops share.
+struct ListenerParts {
+    std::shared_ptr<ListenSocket> socket;
+    std::shared_ptr<const TransportFactory> transports;  // null if the connections are plain
+    bool proxied = false;                                // each connection begins with a PROXY header
+};
+
 // What sessions and listeners need of the worker that serves them: the state that they share, and three calls.
 class SessionHost {
 public:
@@ -9846,9 +9853,9 @@ public:
     virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) = 0;
     // The loop for a connection that this loop has accepted.
     virtual std::size_t choose_loop() const = 0;
-    // Passes an accepted connection on to the listener of that socket on another loop.
-    virtual void pass_on(std::size_t loop_number, Socket socket, const IpAddress& peer,
-                         const std::shared_ptr<ListenSocket>& from) = 0;
+    // Passes an accepted connection on to another loop. Returns false, and leaves the socket, if that loop has closed its
+    // listeners.
+    virtual bool pass_on(std::size_t loop_number, Socket& socket, const IpAddress& peer, const ListenerParts& from) = 0;
     // The refusal of a connection over a limit; it is counted and logged.
     virtual Response too_many_connections() = 0;
     // Counts and logs a connection that is closed because of its PROXY header.
@@ -11290,20 +11297,19 @@ private:
 // Accepts connections for the server.
 class Listener final : public Pollable, public Timer {
 public:
-    Listener(SessionHost& host, std::shared_ptr<ListenSocket> socket, std::unique_ptr<TransportFactory> transports,
-             bool proxied)
-        : host_(host), socket_(std::move(socket)), transports_(std::move(transports)), proxied_(proxied) {
+    Listener(SessionHost& host, const ListenerParts& parts)
+        : host_(host), parts_(parts), transports_(parts.transports ? parts.transports->clone() : nullptr) {
         if (!watch()) throw Error("listen " + address().to_string() + ": " + os::error_text(os::last_error()));
     }
     Listener(const Listener&) = delete;
     Listener& operator=(const Listener&) = delete;
     ~Listener() override {
         LoopAccess::timers(host_.loop).cancel(*this);
-        if (watching_) LoopAccess::poller(host_.loop).remove(socket_->descriptor());
+        if (watching_) LoopAccess::poller(host_.loop).remove(parts_.socket->descriptor());
     }
 
-    const ListenAddress& address() const { return socket_->address(); }
-    bool listens_on(const ListenSocket& socket) const { return socket_.get() == &socket; }
+    const ListenAddress& address() const { return parts_.socket->address(); }
+    bool listens_on(const ListenSocket& socket) const { return parts_.socket.get() == &socket; }
     bool secure() const { return transports_ != nullptr; }
     void reload() {
         if (transports_) transports_->reload();
@@ -11314,7 +11320,7 @@ public:
         int error = 0;
         for (int i = 0; i < max_accepts && !host_.draining; ++i) {
             IpAddress peer;
-            Socket accepted = socket_->accept(peer, error);
+            Socket accepted = parts_.socket->accept(peer, error);
             if (accepted) place(std::move(accepted), peer);
             else if (os::would_block(error)) return;
             else if (os::out_of_descriptors(error)) return reject_one(error);
@@ -11332,7 +11338,9 @@ public:
     void accept(Socket accepted, const IpAddress& peer) {
         ++host_.metrics.connections_accepted;  // also if memory runs out in make()
         run_guarded(
-            [&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr, proxied_); },
+            [&] {
+                host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr, parts_.proxied);
+            },
             [&](const char* what) { host_.log.exception("accept", what, &peer); });
     }
 
@@ -11340,18 +11348,16 @@ private:
     // On this loop or on another one.
     void place(Socket accepted, const IpAddress& peer) {
         const std::size_t loop = host_.choose_loop();
-        if (loop == host_.number) return accept(std::move(accepted), peer);
-        run_guarded([&] { host_.pass_on(loop, std::move(accepted), peer, socket_); },
-                    [&](const char* what) { host_.log.exception("accept", what, &peer); });
+        if (loop == host_.number || !host_.pass_on(loop, accepted, peer, parts_)) accept(std::move(accepted), peer);
     }
-    bool watch() { return watching_ = LoopAccess::poller(host_.loop).add_shared(socket_->descriptor(), *this); }
+    bool watch() { return watching_ = LoopAccess::poller(host_.loop).add_shared(parts_.socket->descriptor(), *this); }
     // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for
     // ever. The descriptor in reserve serves to accept it and to answer 503.
     void reject_one(int error) {
         host_.reserve.close();
         IpAddress peer;
         int ignored = 0;
-        Socket rejected = socket_->accept(peer, ignored);
+        Socket rejected = parts_.socket->accept(peer, ignored);
         if (rejected) {
             constexpr std::string_view answer =
                 "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 20\r\n\r\nThe server is "
@@ -11368,16 +11374,15 @@ private:
     void pause_accept(int error) {
         host_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
         schedule_retry(host_.loop.now());  // before the removal, because it may need memory
-        if (std::exchange(watching_, false)) LoopAccess::poller(host_.loop).remove(socket_->descriptor());
+        if (std::exchange(watching_, false)) LoopAccess::poller(host_.loop).remove(parts_.socket->descriptor());
     }
     void schedule_retry(Time now) {
         LoopAccess::timers(host_.loop).schedule(*this, now + std::chrono::milliseconds(50));
     }
 
     SessionHost& host_;
-    std::shared_ptr<ListenSocket> socket_;          // of the listeners on all loops
-    std::unique_ptr<TransportFactory> transports_;  // null if the connections are plain
-    const bool proxied_;
+    const ListenerParts parts_;
+    std::unique_ptr<TransportFactory> transports_;  // of this loop; null if the connections are plain
     bool watching_ = false;
 };
 
@@ -11400,9 +11405,8 @@ public:
     // Something is to be done although the poller reports nothing.
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
-    WSCHAT_COLD void listen(std::shared_ptr<ListenSocket> socket, std::unique_ptr<TransportFactory> transports,
-                            bool proxied) {
-        listeners_.append(*this, std::move(socket), std::move(transports), proxied);
+    WSCHAT_COLD void listen(const ListenerParts& parts) {
+        listeners_.append(*this, parts);
         loads[number].accepts.store(true);
     }
 
@@ -11448,21 +11452,24 @@ public:
         }
         return best;
     }
-    void pass_on(std::size_t to, Socket socket, const IpAddress& peer,
-                 const std::shared_ptr<ListenSocket>& from) override {
+    bool pass_on(std::size_t to, Socket& socket, const IpAddress& peer, const ListenerParts& from) override {
         Worker& worker = *(*group_)[to];
+        // First the count: the loop does not end while it is above zero.
         ++loads[to].coming;
-        auto take = [&worker, to, peer, from, accepted = std::move(socket)]() mutable {
-            --worker.loads[to].coming;
-            for (const auto& [key, listener] : worker.listeners_)
-                if (listener.listens_on(*from)) return listener.accept(std::move(accepted), peer);
-            // The loop has closed its listeners, so the connection ends as those in the queue of the socket do.
+        if (!loads[to].accepts.load()) {
+            --loads[to].coming;
+            return false;
+        }
+        auto take = [&worker, peer, from, accepted = std::move(socket)]() mutable {
+            --worker.loads[worker.number].coming;
+            worker.accept_from(from, std::move(accepted), peer);
         };
         run_guarded([&] { worker.loop.post(std::move(take)); },
                     [&](const char* what) {
                         --loads[to].coming;
                         log.exception("accept", what, &peer);
                     });
+        return true;
     }
     std::vector<Metrics> metrics_of_all_loops() {
         return loads.ask_for_metrics(
@@ -11576,6 +11583,16 @@ private:
 
     static Session& session_of(SessionNode& node) { return static_cast<Session&>(node); }
 
+    // What another loop has accepted for this one. If this loop has closed its listeners since, it answers as it answers
+    // all that was accepted before.
+    void accept_from(const ListenerParts& from, Socket socket, const IpAddress& peer) {
+        for (const auto& [key, listener] : listeners_)
+            if (listener.listens_on(*from.socket)) return listener.accept(std::move(socket), peer);
+        ++metrics.connections_accepted;
+        accept(std::move(socket), peer, from.transports ? from.transports->clone()->make() : nullptr, from.proxied);
+        if (!sessions_.empty()) sessions_.back()->shut_down();
+    }
+
     std::size_t max_connections() const {
         const std::size_t max = options.server_limits.max_connections;
         return max != 0 ? max : usable_descriptors();
@@ -11606,7 +11623,8 @@ private:
         turn.handshakes_left = TurnState::max_handshakes;
         turn.more_reads_left = TurnState::max_more_reads;
         // The first loop runs as long as another one, whose handlers may need it.
-        if (draining && sessions_.empty() && (number != 0 || loads.others_running.load() == 0)) loop.stop();
+        const bool expected = loads[number].coming.load() != 0 || (number == 0 && loads.others_running.load() != 0);
+        if (draining && sessions_.empty() && !expected) loop.stop();
         return has_work();
     }
     // Sessions that used up their budget in an earlier turn, in order, a limited number per turn.
@@ -11978,7 +11996,7 @@ private:
         const auto socket =
             std::make_shared<detail::ListenSocket>(detail::ListenAddress::parse(address), options_.reuse_port, options);
         const auto listen_on = [socket, transports, proxied = options.proxy_protocol](detail::Worker& worker) {
-            worker.listen(socket, transports ? transports->clone() : nullptr, proxied);
+            worker.listen({socket, transports, proxied});
         };
         listen_on(first());
         each_other(listen_on);
@@ -16110,7 +16128,7 @@ private:
     };
     std::vector<Latest> latest_{};                 // the latest messages, for counts of unread ones
     std::optional<std::uint64_t> latest_after_{};  // no message after this id is missing there
-    bool counting_ = false;  // the members have no list of users
+    bool counting_ = false;                        // the members have no list of users
     bool count_scheduled_ = false;
 };
 
