@@ -1389,26 +1389,27 @@ public:
     // Returns false and takes none if the bucket holds fewer tokens. To take more than `burst`, it must be full.
     WSCHAT_NOINLINE bool take(double tokens, const Rate& rate, Time now) {
         if (rate.per_second <= 0) return true;
-        const Time start = (std::max)(full_at_, now);
-        const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
-        if (missing + (std::min)(tokens, rate.burst) > rate.burst) return false;
+        if (available_at((std::min)(tokens, rate.burst), rate) > now) return false;
         charge(tokens, rate, now);
         return true;
     }
     // Takes tokens also if the bucket does not hold them; then it owes them. The rate must not be 0.
     void charge(double tokens, const Rate& rate, Time now) {
-        full_at_ = saturating_add((std::max)(full_at_, now), seconds(tokens / rate.per_second));
+        full_at_ = saturating_add((std::max)(full_at_, now), time_for(tokens, rate));
     }
     // When the bucket holds this number of tokens again. The rate must not be 0.
     Time available_at(double tokens, const Rate& rate) const {
-        return saturating_add(full_at_, -seconds((rate.burst - tokens) / rate.per_second));
+        return saturating_add(full_at_, -time_for(rate.burst - tokens, rate));
     }
     bool full(Time now) const { return full_at_ <= now; }
 
 private:
-    static Duration seconds(double count) {
-        constexpr double max_seconds = 1e9;
-        return std::chrono::duration_cast<Duration>(std::chrono::duration<double>((std::min)(count, max_seconds)));
+    // Rounds down. The product is exact, so that the quotient does not depend on the precision of the processor (x87).
+    static Duration time_for(double tokens, const Rate& rate) {
+        constexpr double ticks_per_second = static_cast<double>(Duration::period::den) / Duration::period::num;
+        constexpr double max_ticks = 1e9 * ticks_per_second;
+        const double ticks = (std::min)(max_ticks, tokens * ticks_per_second / rate.per_second);
+        return Duration(static_cast<Duration::rep>((std::max)(-max_ticks, ticks)));
     }
 
     Time full_at_{};
@@ -5893,8 +5894,13 @@ private:
         // On Windows, SO_REUSEADDR would let two processes share a port.
         socket_.set_option(SOL_SOCKET, SO_REUSEADDR, 1);
 #endif
+#if defined(SO_REUSEPORT_LB)
+        constexpr int share_port = SO_REUSEPORT_LB;  // FreeBSD; its SO_REUSEPORT does not distribute connections
+#elif defined(SO_REUSEPORT)
+        constexpr int share_port = SO_REUSEPORT;
+#endif
 #if defined(SO_REUSEPORT)
-        if (reuse_port && !socket_.set_option(SOL_SOCKET, SO_REUSEPORT, 1))
+        if (reuse_port && !socket_.set_option(SOL_SOCKET, share_port, 1))
             fail(os::last_error(), "setsockopt SO_REUSEPORT");
 #else
         if (reuse_port) throw Error("listen " + address_.to_string() + ": this system has no SO_REUSEPORT");
@@ -6410,6 +6416,9 @@ using SystemPoller = EpollPoller;
 #elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
     defined(__DragonFly__)
 
+// Each descriptor always has both filters. What is not watched has an edge-triggered filter with a low-water mark that no
+// buffer reaches: it reports the end or an error, once. EV_EOF of the read filter means that the peer ended its
+// sending side. EV_EOF of the write filter alone means that this side ended its own.
 class KqueuePoller final : public Poller {
 public:
     KqueuePoller() : queue_(::kqueue()) {
@@ -6418,27 +6427,42 @@ public:
     }
     const char* name() const override { return "kqueue"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        return control(descriptor, &owner, EVFILT_READ, EV_ADD | (read ? EV_ENABLE : EV_DISABLE)) &&
-               control(descriptor, &owner, EVFILT_WRITE, EV_ADD | (write ? EV_ENABLE : EV_DISABLE));
+        const auto index = static_cast<std::size_t>(descriptor);
+        if (index >= watched_.size()) watched_.resize(index + 1);
+        watched_[index] = {&owner, read, write, false, false, false};
+        if (control(descriptor, EVFILT_READ, read, false) && control(descriptor, EVFILT_WRITE, write, false))
+            return true;
+        const int error = errno;
+        remove(descriptor);
+        errno = error;
+        return false;
     }
-    bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        return add(descriptor, owner, read, write);
+    bool change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
+        Watched& watched = watched_[static_cast<std::size_t>(descriptor)];
+        const bool changes_read = watched.read != read, changes_write = watched.write != write && !watched.broken;
+        watched.read = read;
+        watched.write = write;
+        return (!changes_read || control(descriptor, EVFILT_READ, read, true)) &&
+               (!changes_write || control(descriptor, EVFILT_WRITE, write, true));
     }
     void remove(os::Descriptor descriptor) override {
-        control(descriptor, nullptr, EVFILT_READ, EV_DELETE);
-        control(descriptor, nullptr, EVFILT_WRITE, EV_DELETE);
+        for (const int filter : {int{EVFILT_READ}, int{EVFILT_WRITE}}) {
+            const struct kevent event = make_event(descriptor, filter, EV_DELETE);
+            ::kevent(queue_.descriptor(), &event, 1, nullptr, 0, nullptr);
+        }
     }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
-        timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1000000L};
-        const int count =
-            ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
-        for (int i = 0; i < count; ++i) {
-            const struct kevent& event = events_[i];
-            // EV_EOF on the read filter is reported as readable. On the write filter both directions are closed.
-            const bool broken = event.filter == EVFILT_WRITE && (event.flags & EV_EOF) != 0;
-            ready.push_back({static_cast<Pollable*>(event.udata), event.filter == EVFILT_READ,
-                             event.filter == EVFILT_WRITE, broken});
+        const Time end = Clock::now() + std::chrono::milliseconds(timeout_ms);
+        for (;;) {
+            const timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1000000L};
+            const int count =
+                ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
+            for (int i = 0; i < count; ++i) report(events_[i], ready);
+            if (count <= 0 || !ready.empty()) return;
+            // All events were of filters that are not watched.
+            const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()).count();
+            if (timeout_ms > 0) timeout_ms = static_cast<int>((std::max)(left, decltype(left){0}));
         }
     }
 
@@ -6447,14 +6471,51 @@ public:
 private:
     static constexpr int batch = 512;
 
-    bool control(os::Descriptor descriptor, Pollable* owner, int filter, int flags) {
-        struct kevent event;
-        EV_SET(&event, static_cast<uintptr_t>(descriptor), static_cast<short>(filter),
-               static_cast<unsigned short>(flags), 0, 0, owner);
-        return ::kevent(queue_.descriptor(), &event, 1, nullptr, 0, nullptr) == 0;
+    struct Watched {
+        Pollable* owner;
+        bool read;
+        bool write;
+        bool input_ended;
+        bool output_ended;
+        bool broken;  // then the write filter is level-triggered
+    };
+
+    static struct kevent make_event(os::Descriptor descriptor, int filter, int flags) {
+        struct kevent event {};
+        event.ident = static_cast<decltype(event.ident)>(descriptor);
+        event.filter = static_cast<decltype(event.filter)>(filter);
+        event.flags = static_cast<decltype(event.flags)>(flags);
+        return event;
+    }
+    // `replace`: the filter exists. To add it again would not change whether it is edge-triggered.
+    bool control(os::Descriptor descriptor, int filter, bool watch, bool replace) {
+        struct kevent changes[] = {make_event(descriptor, filter, EV_DELETE),
+                                   make_event(descriptor, filter, watch ? EV_ADD : EV_ADD | EV_CLEAR)};
+        if (!watch) {
+            changes[1].fflags = NOTE_LOWAT;
+            changes[1].data = INT32_MAX;
+        }
+        const struct kevent* first = replace ? changes : changes + 1;
+        return ::kevent(queue_.descriptor(), first, replace ? 2 : 1, nullptr, 0, nullptr) == 0;
+    }
+    void report(const struct kevent& event, std::vector<Ready>& ready) {
+        Watched& watched = watched_[static_cast<std::size_t>(event.ident)];
+        const bool of_input = event.filter == EVFILT_READ, ended = (event.flags & EV_EOF) != 0;
+        if (ended) (of_input ? watched.input_ended : watched.output_ended) = true;
+        const bool failed = ended && event.fflags != 0;  // fflags is the error of the socket
+        if (!watched.broken && (failed || (watched.input_ended && watched.output_ended))) {
+            watched.broken = true;
+            // From now on each wait() reports it, also if memory runs out below.
+            if (!watched.write) control(static_cast<os::Descriptor>(event.ident), EVFILT_WRITE, true, true);
+        }
+        const bool readable = of_input && watched.read, writable = !of_input && watched.write;
+        // If reading is not watched, only the write filter reports what is broken.
+        const bool broken = watched.broken && (readable || !of_input);
+        if (readable || writable || broken) ready.push_back({watched.owner, readable, writable, broken});
     }
 
     OwnedDescriptor queue_;
+    std::vector<Watched> watched_;  // the index is the descriptor
     struct kevent events_[batch];
 };
 using SystemPoller = KqueuePoller;
