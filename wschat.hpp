@@ -6416,8 +6416,8 @@ using SystemPoller = EpollPoller;
 #elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
     defined(__DragonFly__)
 
-// Each descriptor always has both filters. What is not watched has an edge-triggered filter with a low-water mark that no
-// buffer reaches: it reports the end or an error, once. EV_EOF of the read filter means that the peer ended its
+// Each descriptor always has both filters. What is not watched has an edge-triggered filter with a low-water mark that
+// no buffer reaches: it reports the end or an error, once. EV_EOF of the read filter means that the peer ended its
 // sending side. EV_EOF of the write filter alone means that this side ended its own.
 class KqueuePoller final : public Poller {
 public:
