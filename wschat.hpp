@@ -78,14 +78,14 @@
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
 //   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
 //   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms, utc_time, to_json,
-//   log_to_stderr, log_json_to_stderr, access_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame,
-//   Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms, Server,
-//   WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
+//   log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate, TokenBucket, big_endian_key,
+//   StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms,
+//   Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, ChatLimits, ChatAction, ChatReply,
-//   ChatRoom, SqliteOptions, SqliteHistory
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
+//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -1358,6 +1358,19 @@ WSCHAT_COLD inline std::string to_json(const LogEntry& entry) {
     return line += '}';
 }
 
+WSCHAT_COLD inline std::string to_json(const AccessEntry& entry) {
+    const auto quoted = [](std::string_view value) {
+        return Json(valid_utf8(value) ? std::string(value) : escape_for_log(value)).dump();
+    };
+    const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
+    char numbers[96];
+    std::snprintf(numbers, sizeof numbers, ",\"status\":%d,\"size\":%llu,\"ms\":%.3f}", entry.status,
+                  static_cast<unsigned long long>(entry.size), ms);
+    return text::concat({"{\"time\":", quoted(utc_time()),
+                         ",\"event\":\"access\",\"peer\":", quoted(entry.remote_address),
+                         ",\"method\":", quoted(entry.method), ",\"path\":", quoted(entry.path), numbers});
+}
+
 // Log functions for Server::on_log(): they write all entries but those of LogLevel::debug to standard error, with the
 // time. The first writes lines for people, the second a JSON object per line, for collectors.
 WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
@@ -1366,13 +1379,17 @@ WSCHAT_COLD inline void log_to_stderr(const LogEntry& entry) {
 WSCHAT_COLD inline void log_json_to_stderr(const LogEntry& entry) {
     if (entry.level != LogLevel::debug) std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
-// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`.
+// The same for Server::on_access(): `2026-11-29T08:49:37.123Z 203.0.113.7 "GET /chat" 101 0 0.213ms`, or "-" in place
+// of a malformed request.
 WSCHAT_COLD inline void access_to_stderr(const AccessEntry& entry) {
     const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
-    std::fprintf(stderr, "%s %.*s \"%.*s %.*s\" %d %llu %.3fms\n", utc_time().c_str(),
-                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(),
-                 static_cast<int>(entry.method.size()), entry.method.data(), static_cast<int>(entry.path.size()),
-                 entry.path.data(), entry.status, static_cast<unsigned long long>(entry.size), ms);
+    const std::string line = entry.method.empty() ? std::string("-") : text::concat({entry.method, " ", entry.path});
+    std::fprintf(stderr, "%s %.*s \"%s\" %d %llu %.3fms\n", utc_time().c_str(),
+                 static_cast<int>(entry.remote_address.size()), entry.remote_address.data(), line.c_str(), entry.status,
+                 static_cast<unsigned long long>(entry.size), ms);
+}
+WSCHAT_COLD inline void access_json_to_stderr(const AccessEntry& entry) {
+    std::fprintf(stderr, "%s\n", to_json(entry).c_str());
 }
 
 // ---- rates ---------------------------------------------------------------------------------------------------------
@@ -4681,13 +4698,209 @@ WSCHAT_END
 //
 // Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
 // nothing of what members send.
+//
+// On several loops, a room is one Room on each loop that has members in it, and a SharedRoom that they have in common.
+// A broadcast is added to the queues of the members on its own loop without a lock. For each other loop with members it
+// goes into an outbox, and the outboxes go to the other loops at the end of the turn: one post for each.
 // ====================================================================================================================
+
+#include <atomic>
+#include <mutex>
 
 WSCHAT_BEGIN
 
 namespace detail {
 
 class RoomsAccess;
+
+// What the loops of a server know of one room.
+struct SharedRoom {
+    // What one loop has of the room.
+    struct Part {
+        std::atomic<std::size_t> members{0};  // written by that loop, read by all
+        Room* room = nullptr;                 // only that loop may use it
+    };
+
+    SharedRoom(std::string its_name, std::size_t loops) : name(std::move(its_name)), parts(loops) {}
+    std::size_t members() const {
+        std::size_t sum = 0;
+        for (const Part& part : parts) sum += part.members.load(std::memory_order_acquire);
+        return sum;
+    }
+
+    const std::string name;
+    std::vector<Part> parts;
+    std::size_t users = 0;    // loops with a Room of the name; under the lock of the directory
+    bool subscribed = false;  // to the room on other machines; only the first loop uses it
+};
+
+// Carries broadcasts to the rooms of other machines. All calls come on the first loop of the server.
+class RoomBus {
+public:
+    virtual ~RoomBus() = default;
+    // This process has members in the room from now on, or has none any more.
+    virtual void subscribe(const std::string& room) = 0;
+    virtual void unsubscribe(const std::string& room) = 0;
+    // Never waits. Whether it arrives is not known.
+    virtual void publish(const std::string& room, Opcode opcode, std::string_view payload) = 0;
+};
+
+// The rooms of all loops of a server, and the way of broadcasts from one loop to another. Not needed by a server with
+// one loop and no other machines.
+class RoomDirectory {
+public:
+    // One entry for each loop, the first loop first. `max_backlog`: bytes that wait for one loop.
+    RoomDirectory(std::vector<Rooms*> rooms, std::vector<std::shared_ptr<Mailbox>> mailboxes, std::size_t max_backlog)
+        : max_backlog_(max_backlog), loops_(rooms.size()) {
+        for (std::size_t i = 0; i < loops_.size(); ++i) {
+            loops_[i].rooms = rooms[i];
+            loops_[i].mailbox = std::move(mailboxes[i]);
+            loops_[i].outboxes.resize(loops_.size());
+        }
+    }
+    RoomDirectory(const RoomDirectory&) = delete;
+    RoomDirectory& operator=(const RoomDirectory&) = delete;
+
+    // ---- any thread ------------------------------------------------------------------------------------------------
+
+    // Null if no loop has members in a room of that name.
+    std::shared_ptr<SharedRoom> find(std::string_view name) const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::shared_ptr<SharedRoom>* found = rooms_.find(name);
+        return found == nullptr || (*found)->members() == 0 ? nullptr : *found;
+    }
+    // The rooms with members.
+    std::vector<std::string> names() const {
+        std::vector<std::string> result;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (const auto& [name, room] : rooms_)
+            if (room->members() != 0) result.push_back(name);
+        return result;
+    }
+    std::size_t size() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return rooms_.size();
+    }
+    // Broadcasts that found too much waiting for a loop, and were not passed on to it.
+    std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
+
+    // ---- the loop with this number ---------------------------------------------------------------------------------
+
+    // A loop has made a Room of that name, or has destroyed it.
+    std::shared_ptr<SharedRoom> attach(std::size_t loop, Room& room, const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        auto& shared = rooms_.find_or_emplace(name);
+        if (!shared) shared = std::make_shared<SharedRoom>(name, loops_.size());
+        shared->parts[loop].room = &room;
+        ++shared->users;
+        return shared;
+    }
+    void detach(std::size_t loop, SharedRoom& room) {
+        room.parts[loop].room = nullptr;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (--room.users == 0) rooms_.erase(room.name);
+    }
+    void set_members(std::size_t loop, const std::shared_ptr<SharedRoom>& room, std::size_t members) {
+        auto& count = room->parts[loop].members;
+        const std::size_t before = count.load(std::memory_order_relaxed);
+        count.store(members, std::memory_order_release);
+        if (bus_ != nullptr && (before == 0) != (members == 0))
+            loops_[0].mailbox->post([this, room] { refresh_subscription(*room); });
+    }
+    // Passes a broadcast on to the other loops with members, and to other machines. Returns how many members there are
+    // on the other loops.
+    std::size_t publish(std::size_t loop, const std::shared_ptr<SharedRoom>& room, Opcode opcode,
+                        std::string_view payload, bool is_volatile) {
+        if (bus_ != nullptr && loop == 0) bus_->publish(room->name, opcode, payload);
+        const bool by_first = bus_ != nullptr && loop != 0;
+        return pass_on(loop, {room, nullptr, opcode, is_volatile, by_first}, payload);
+    }
+    // At the end of a turn.
+    void flush(std::size_t loop) {
+        if (!std::exchange(loops_[loop].outboxes_used, false)) return;
+        for (std::size_t target = 0; target < loops_.size(); ++target) {
+            std::vector<Delivery>& outbox = loops_[loop].outboxes[target];
+            if (outbox.empty()) continue;
+            loops_[target].mailbox->post(
+                [this, target, deliveries = std::exchange(outbox, {})] { deliver_all(target, deliveries); });
+        }
+    }
+
+    // ---- the first loop --------------------------------------------------------------------------------------------
+
+    // Before the first connection.
+    void set_bus(RoomBus* bus) { bus_ = bus; }
+    // To the members of all loops: what the bus has received from another machine.
+    void deliver_from_bus(std::string_view name, Opcode opcode, std::string_view payload) {
+        const std::shared_ptr<SharedRoom> room = find(name);
+        if (!room) return;
+        deliver(*room, 0, opcode, payload, false);
+        pass_on(0, {room, nullptr, opcode, false, false}, payload);
+    }
+
+private:
+    struct Delivery {
+        std::shared_ptr<SharedRoom> room;
+        std::shared_ptr<const std::string> payload;
+        Opcode opcode;
+        bool is_volatile;
+        bool by_bus;  // also to other machines
+    };
+    struct PerLoop {
+        Rooms* rooms = nullptr;
+        std::shared_ptr<Mailbox> mailbox;
+        std::vector<std::vector<Delivery>> outboxes{};  // by target; only this loop uses them
+        bool outboxes_used = false;
+        std::atomic<std::size_t> waiting{0};  // bytes in the outboxes of all other loops for this one
+    };
+
+    static std::size_t cost(const Delivery& delivery) { return delivery.payload->size() + sizeof(Delivery); }
+
+    std::size_t pass_on(std::size_t loop, Delivery delivery, std::string_view payload) {
+        std::size_t members = 0;
+        for (std::size_t target = 0; target < loops_.size(); ++target) {
+            const std::size_t there =
+                target == loop ? 0 : delivery.room->parts[target].members.load(std::memory_order_acquire);
+            const bool to_bus = delivery.by_bus && target == 0;
+            if (there == 0 && !to_bus) continue;
+            // One copy for all loops, because a slice of a queue belongs to one loop.
+            if (!delivery.payload) delivery.payload = std::make_shared<const std::string>(payload);
+            if (loops_[target].waiting.load(std::memory_order_relaxed) > max_backlog_) {
+                dropped_.fetch_add(1, std::memory_order_relaxed);
+                continue;
+            }
+            loops_[loop].outboxes[target].push_back(delivery);
+            loops_[loop].outboxes[target].back().by_bus = to_bus;
+            loops_[loop].outboxes_used = true;
+            loops_[target].waiting.fetch_add(cost(delivery), std::memory_order_relaxed);
+            members += there;
+        }
+        return members;
+    }
+    void deliver_all(std::size_t loop, const std::vector<Delivery>& deliveries) {
+        for (const Delivery& delivery : deliveries) {
+            loops_[loop].waiting.fetch_sub(cost(delivery), std::memory_order_relaxed);
+            if (delivery.by_bus && bus_ != nullptr)
+                bus_->publish(delivery.room->name, delivery.opcode, *delivery.payload);
+            deliver(*delivery.room, loop, delivery.opcode, *delivery.payload, delivery.is_volatile);
+        }
+    }
+    inline void deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload, bool is_volatile);
+    // The counts may have changed several times since the call was posted.
+    void refresh_subscription(SharedRoom& room) {
+        const bool wanted = room.members() != 0;
+        if (bus_ == nullptr || std::exchange(room.subscribed, wanted) == wanted) return;
+        if (wanted) bus_->subscribe(room.name);
+        else bus_->unsubscribe(room.name);
+    }
+
+    const std::size_t max_backlog_;
+    mutable std::mutex mutex_;
+    StringMap<std::shared_ptr<SharedRoom>> rooms_;
+    std::vector<PerLoop> loops_;
+    RoomBus* bus_ = nullptr;
+    std::atomic<std::uint64_t> dropped_{0};
+};
 
 }  // namespace detail
 
@@ -4698,8 +4911,8 @@ class Room {
     };
 
 public:
-    // Iterates over a copy of the members and skips those that have left since. The body of a loop may therefore close,
-    // join and leave.
+    // Iterates over a copy of the members on this loop and skips those that have left since. The body may therefore
+    // close, join and leave.
     class Iterator {
     public:
         explicit Iterator(const Room& room) : room_(&room), members_(room.members_) { skip(); }
@@ -4726,8 +4939,9 @@ public:
     Room& operator=(const Room&) = delete;
 
     const std::string& name() const { return name_; }
-    std::size_t size() const { return members_.size(); }
-    bool empty() const { return members_.empty(); }
+    // The members on all loops of this server. Costs one atomic read for each loop.
+    std::size_t size() const { return shared_ ? shared_->members() : members_.size(); }
+    bool empty() const { return size() == 0; }
     bool has(const WebSocketHandler& handler) const { return index_of(handler) != npos; }
     Iterator begin() const { return Iterator(*this); }
     std::nullptr_t end() const { return nullptr; }
@@ -4743,13 +4957,16 @@ public:
         if (rooms.size() >= few) add_slot(handler);
         members_.push_back({&handler, rooms.size()});
         rooms.push_back({this, members_.size() - 1});
+        if (shared_) share_size();
         return true;
     }
     // Returns false if the handler is not a member.
     inline bool leave(WebSocketHandler& handler);
 
-    // Sends to all members except `except`. Returns the number of members whose WriteStatus is sent or queued. Throws
-    // Error for text that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
+    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the number
+    // of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that is not
+    // UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -4783,6 +5000,7 @@ public:
 
 private:
     friend class Rooms;
+    friend class detail::RoomDirectory;
 
     static constexpr std::size_t npos = static_cast<std::size_t>(-1);
     static constexpr std::size_t few = 16;
@@ -4820,18 +5038,27 @@ private:
     void remove_at(std::size_t index) {
         members_[index] = members_.back();
         members_.pop_back();
+        if (shared_) share_size();
         if (index == members_.size()) return;
         detail::HandlerAccess::core(*members_[index].handler).rooms[members_[index].slot].index = index;
     }
 
+    inline void share_size() const;
+    // To the members on this loop.
+    std::size_t send_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    std::size_t send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    inline std::size_t publish(Opcode opcode, std::string_view payload, bool is_volatile) const;
+
     std::string name_;
     Rooms& rooms_;
     std::vector<Member> members_;
+    std::shared_ptr<detail::SharedRoom> shared_;  // null on a server with one loop
     Room* next_to_prune_ = nullptr;
     bool prune_pending_ = false;
 };
 
-// The rooms of a server, by name.
+// The rooms of a server, by name. On a server with several loops, each loop has its own Rooms; their names and members
+// are those of all loops.
 class Rooms {
 public:
     explicit Rooms(detail::SendArena& arena) : arena_(arena), root_(this) {}
@@ -4846,15 +5073,18 @@ public:
         Room& room = rooms_.find_or_emplace(name, std::string(name), *this);
         ++root_->size_;
         prune_later(room);
+        if (directory_ != nullptr) room.shared_ = directory_->attach(loop_, room, room.name_);
         return room;
     }
-    // Returns null if no room of that name has members.
-    Room* find(std::string_view name) const {
+    // Returns null if no room of that name has members. Takes a lock if this loop has none.
+    Room* find(std::string_view name) {
         Room* room = rooms_.find(name);
+        if (room == nullptr && directory_ != nullptr && directory_->find(name)) room = &(*this)[name];
         return room == nullptr || room->empty() ? nullptr : room;
     }
-    std::size_t size() const { return size_; }
+    std::size_t size() const { return directory_ != nullptr ? directory_->size() : size_; }
     std::vector<std::string> names() const {
+        if (directory_ != nullptr) return directory_->names();
         std::vector<std::string> result;
         for (const auto& [name, room] : rooms_) result.push_back(name);
         return result;
@@ -4873,6 +5103,7 @@ public:
 private:
     friend class Room;
     friend class detail::RoomsAccess;
+    friend class detail::RoomDirectory;
 
     void remove_from_all(WebSocketHandler& handler) {
         for (const auto& membership : detail::HandlerAccess::core(handler).rooms) {
@@ -4888,7 +5119,9 @@ private:
             Room& room = *prune_list_;
             prune_list_ = room.next_to_prune_;
             room.prune_pending_ = false;
-            if (room.empty() && room.rooms_.rooms_.erase(room.name())) --size_;
+            if (!room.members_.empty()) continue;
+            if (room.shared_) directory_->detach(loop_, *room.shared_);
+            if (room.rooms_.rooms_.erase(room.name())) --size_;
         }
     }
 
@@ -4898,6 +5131,8 @@ private:
     std::uint64_t deliveries_ = 0;
     StringMap<Room> rooms_;
     Room* prune_list_ = nullptr;  // linked through the rooms, because the end of a handler must not allocate
+    detail::RoomDirectory* directory_ = nullptr;  // null on a server with one loop
+    std::size_t loop_ = 0;                        // its number in the directory
 };
 
 namespace detail {
@@ -4910,6 +5145,12 @@ public:
     // Removes empty rooms at the end of a turn.
     static void prune(Rooms& rooms) { rooms.prune(); }
     static SendArena& arena(Rooms& rooms) { return rooms.arena_; }
+    // Makes the rooms part of those of several loops. Throws an Error if there is a room already.
+    static void share(Rooms& rooms, RoomDirectory* directory, std::size_t loop) {
+        if (rooms.size_ != 0) throw Error("rooms exist already; the server cannot share them with other loops now");
+        rooms.directory_ = directory;
+        rooms.loop_ = loop;
+    }
     // How often broadcasts have visited a member, as a measure of work.
     static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
@@ -4930,11 +5171,31 @@ inline bool Room::leave(WebSocketHandler& handler) {
         rooms[slot].room->members_[rooms[slot].index].slot = slot;
         if (positions) *positions->find(key(*rooms[slot].room)) = slot;
     }
-    if (empty()) rooms_.prune_later(*this);
+    if (members_.empty()) rooms_.prune_later(*this);
     return true;
 }
 
+inline void Room::share_size() const { rooms_.directory_->set_members(rooms_.loop_, shared_, members_.size()); }
+
+inline std::size_t Room::publish(Opcode opcode, std::string_view payload, bool is_volatile) const {
+    return rooms_.directory_->publish(rooms_.loop_, shared_, opcode, payload, is_volatile);
+}
+
+inline void detail::RoomDirectory::deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload,
+                                           bool is_volatile) {
+    Room* const here = room.parts[loop].room;
+    if (here == nullptr || here->members_.empty()) return;
+    const EncodedFrame frame = EncodedFrame::borrowed(loops_[loop].rooms->arena_, opcode, payload);
+    if (is_volatile) here->send_volatile_here(frame, nullptr);
+    else here->send_here(frame, nullptr);
+}
+
 inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHandler* except) {
+    const std::size_t elsewhere = shared_ ? publish(frame.opcode(), frame.payload(), false) : 0;
+    return send_here(frame, except) + elsewhere;
+}
+
+inline std::size_t Room::send_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     constexpr std::size_t ahead = 4;  // the prefetch hides cache misses, which dominate a large fan-out
     std::size_t count = 0;
     for (std::size_t i = 0; i < members_.size(); ++i) {
@@ -4951,11 +5212,16 @@ inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHan
 }
 
 inline std::size_t Room::broadcast(const Message& message, const WebSocketHandler* except) {
-    if (empty()) return 0;
+    if (members_.empty() && !shared_) return 0;
     return broadcast(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
 inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const WebSocketHandler* except) {
+    const std::size_t elsewhere = shared_ ? publish(frame.opcode(), frame.payload(), true) : 0;
+    return send_volatile_here(frame, except) + elsewhere;
+}
+
+inline std::size_t Room::send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     std::size_t count = 0;
     for (const Member& member : members_)
         if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++count;
@@ -4964,7 +5230,7 @@ inline std::size_t Room::broadcast_volatile(const EncodedFrame& frame, const Web
 }
 
 inline std::size_t Room::broadcast_volatile(const Message& message, const WebSocketHandler* except) {
-    if (empty()) return 0;
+    if (members_.empty() && !shared_) return 0;
     return broadcast_volatile(EncodedFrame::borrowed(rooms_.arena_, message.opcode(), message.data()), except);
 }
 
@@ -5018,6 +5284,7 @@ WSCHAT_END
 #else
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -5110,6 +5377,10 @@ inline std::string error_message(int error) {
     return size != 0 ? from_wide({text, size}) : "Winsock error";
 }
 inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
+// The number of a zone of link-local IPv6 addresses. Names of interfaces need another library (iphlpapi). 0: none.
+inline std::uint32_t zone_index(const std::string& zone) {
+    return static_cast<std::uint32_t>(text::parse_unsigned(zone, UINT32_MAX).value_or(0));
+}
 inline bool would_block(int error) { return error == EWOULDBLOCK; }
 inline bool interrupted(int) { return false; }
 inline bool out_of_descriptors(int error) { return error == EMFILE; }
@@ -5272,6 +5543,11 @@ constexpr Descriptor no_descriptor = -1;
 inline int last_error() { return errno; }
 inline std::string error_message(int error) { return std::generic_category().message(error); }
 inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
+// The number of a zone of link-local IPv6 addresses: that of an interface ("eth0"). 0: there is no such interface.
+inline std::uint32_t zone_index(const std::string& zone) {
+    const auto number = text::parse_unsigned(zone, UINT32_MAX);
+    return number ? static_cast<std::uint32_t>(*number) : ::if_nametoindex(zone.c_str());
+}
 inline bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 inline bool interrupted(int error) { return error == EINTR; }
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
@@ -6603,8 +6879,9 @@ namespace detail {
 
 // For the client side of a TlsStream.
 struct TlsClientOptions {
-    std::string authorities{};  // a PEM file; empty: the authorities that the system trusts
-    std::string certificate{};  // sent if the server requests one
+    std::string authorities{};       // a PEM file; empty: the authorities that the system trusts
+    std::string revocation_lists{};  // a PEM file; empty: it is not checked whether a certificate was revoked
+    std::string certificate{};       // sent if the server requests one
     std::string key{};
     std::string key_password{};
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
@@ -6634,6 +6911,7 @@ public:
         const std::string& file = options.authorities;
         if (file.empty()) SSL_CTX_set_default_verify_paths(context);
         else if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("authorities", file);
+        if (!options.revocation_lists.empty()) check_revocation(context, options.revocation_lists);
     }
     TlsContext(const TlsContext&) = delete;
     TlsContext& operator=(const TlsContext&) = delete;
@@ -6664,6 +6942,15 @@ private:
         if (!files.certificate.empty() || !files.key.empty() || method == TLS_server_method())
             load(context, files, password);
         contexts_.push_back(std::move(owned));
+    }
+
+    // RFC 5280 6.3, for the certificate of the peer, not for those of its authorities.
+    static void check_revocation(SSL_CTX* context, const std::string& file) {
+        X509_STORE* const store = SSL_CTX_get_cert_store(context);
+        X509_LOOKUP* const lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
+        if (lookup == nullptr || X509_load_crl_file(lookup, file.c_str(), X509_FILETYPE_PEM) <= 0)
+            fail("revocation_lists", file);
+        X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK);
     }
 
     static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
@@ -7531,7 +7818,7 @@ public:
     void run() {
         const Running running(*this, "run");
         stop_ = false;
-        while (!stop_) turn((Duration::max)());
+        while (!stop_) turn(now_, (Duration::max)());
         stop_ = false;
     }
     // Ends run() after this turn. Call it on the loop's thread; other threads post() the call.
@@ -7544,7 +7831,10 @@ public:
     // callbacks throw does not leave it. Throws an Error if the loop is running already: in a callback.
     bool poll(Duration timeout = Duration::zero()) {
         const Running running(*this, "poll");
-        turn(timeout);
+        turn((std::max)(now_, timers_.next()), timeout);
+        const Time end = clock();
+        note_span(now_, now_, end);
+        now_ = end;
         return !std::exchange(stop_, false);
     }
     // An epoll or kqueue descriptor that is readable while a socket, posted work or a signal needs poll(). Only wait
@@ -7559,11 +7849,7 @@ public:
     }
     // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero if
     // work is left. Duration::max() if there is none. Ask again before each wait, because any call may change it.
-    Duration next_timeout() const {
-        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
-        if (timers_.next() == (Time::max)()) return (Duration::max)();
-        return (std::max)(timers_.next() - clock(), Duration::zero());
-    }
+    Duration next_timeout() const { return next_timeout(clock()); }
 
     // ---- work and timers -------------------------------------------------------------------------------------------
 
@@ -7703,12 +7989,17 @@ private:
         return id;
     }
 
-    void turn(Duration max_wait) {
+    // The loop expects to begin the turn at `expected` or earlier.
+    void turn(Time expected, Duration max_wait) {
+        const Time begin = clock();
+        note_span(now_, expected, begin);
+        const int timeout = timeout_ms((std::min)(next_timeout(begin), max_wait));
         try {
-            poller_->wait(timeout_ms(max_wait), ready_);
+            poller_->wait(timeout, ready_);
         } catch (const std::bad_alloc&) {  // the next wait() reports the missing entries
         }
         now_ = clock();
+        if (timeout >= 0) note_span(begin, begin + std::chrono::milliseconds(timeout), now_);
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -7717,9 +8008,20 @@ private:
         poll_again_ = at_turn_end_ && at_turn_end_();
     }
 
+    // Work, a wait or a pause of the program that ends more than a second later than expected, for example because the
+    // process was stopped, counts as time in which the loop did not poll. Nobody knows when a late wait was stopped, so
+    // all of it counts.
+    void note_span(Time begin, Time expected, Time end) {
+        if (end > saturating_add(expected, std::chrono::seconds(1))) away_ += end - begin;
+    }
+
+    Duration next_timeout(Time now) const {
+        if (poll_again_ || stop_ || mailbox_->has_work.load()) return Duration::zero();
+        if (timers_.next() == (Time::max)()) return (Duration::max)();
+        return (std::max)(timers_.next() - now, Duration::zero());
+    }
     // Rounds up: rounding down would spin until the timer is due.
-    int timeout_ms(Duration max_wait) const {
-        const Duration wait = (std::min)(next_timeout(), max_wait);
+    static int timeout_ms(Duration wait) {
         if (wait <= Duration::zero()) return 0;
         if (wait == (Duration::max)()) return -1;
         return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
@@ -7741,6 +8043,7 @@ private:
     TimerId last_call_ = 0;
     std::vector<detail::Poller::Ready> ready_;
     Time now_;
+    Duration away_{};  // LoopAccess::away()
     std::atomic<const void*> thread_{nullptr};
     bool stop_ = false;
     bool poll_again_ = false;
@@ -7763,6 +8066,9 @@ public:
         loop.poller_ = std::move(poller);
         loop.now_ = loop.poller_->now();
     }
+    // The sum of all times in which the loop did not poll: it was stopped, or a callback took more than a second. A
+    // deadline of a peer can leave it out.
+    static Duration away(const Loop& loop) { return loop.away_; }
     // The next turn does not wait.
     static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
@@ -8281,6 +8587,7 @@ struct PageAnswer {
     File file{};
     std::uint64_t size = 0;  // of the range, from the file's position on
     int file_error = 0;      // the errno of a file that should be there; it is logged
+    bool missing = false;    // there is no such file: Site::not_found answers, if it is set
 };
 
 // A request for a page, as the page's function sees it.
@@ -8344,6 +8651,12 @@ WSCHAT_COLD inline Response file_refusal(int error) {
         case EOVERFLOW: return Response(503, "The file cannot be read now.\n");
         default: return Response(404, "There is nothing at this path.\n");
     }
+}
+WSCHAT_COLD inline PageAnswer missing_file(int error, bool logged) {
+    PageAnswer answer{file_refusal(error)};
+    answer.file_error = logged ? error : 0;
+    answer.missing = answer.response.status() == 404;
+    return answer;
 }
 
 // RFC 9110 14: the bytes of a file that a request gets, from `first` to before `end`.
@@ -8612,7 +8925,7 @@ public:
         const std::string found = find_file(std::string(pattern), std::string(path));
         add_page("file", "GET", pattern, [found, headers = std::move(headers)](const PageCall& call) {
             File file(found);
-            if (!file) return PageAnswer{file_refusal(file.error()), {}, 0, file.error()};
+            if (!file) return missing_file(file.error(), true);
             return file_answer(std::move(file), content_type(found), call.request, headers);
         });
     }
@@ -8754,7 +9067,7 @@ private:
         if (names.back().empty()) names.back() = "index.html";
         File file = File::beneath(root, names, links);
         if (!file && file.error() == EISDIR) return {redirect_to_folder(request)};
-        if (!file) return {file_refusal(file.error())};
+        if (!file) return missing_file(file.error(), false);
         return file_answer(std::move(file), content_type(names.back()), request, headers);
     }
     // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
@@ -9261,6 +9574,7 @@ public:
     bool answered = false;               // at least one request
     bool idle = false;                   // waits for the next request
     std::size_t discarded = 0;           // bytes that were read while lingering
+    Duration away_before{};              // LoopAccess::away() when the deadline was set
     std::unique_ptr<ProxyHeader> proxy;  // null if no PROXY header is due
 
     // An answer is being sent, or comes later.
@@ -9328,6 +9642,7 @@ public:
         if (function == nullptr) return answer_without_page(page);
         RequestAccess::set_params(*request_, page->pattern().params(request_->raw_path()));
         auto answer = (*function)({*request_, page->pattern(), [&] { return make_reply(session); }});
+        if (answer && answer->missing && host_.site.not_found) answer->response = host_.site.not_found(*request_);
         if (answer) respond(std::move(*answer));
         else if (has_reply()) finish_reply();
     }
@@ -9782,6 +10097,7 @@ public:
     void start(bool full) {
         protect([&] {
             schedule(after(limits().handshake_timeout));
+            http_->away_before = LoopAccess::away(host_.loop);
             if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
                 return abort(CloseCause::connection_lost, "cannot be watched");
             full_ = full;
@@ -9831,10 +10147,9 @@ public:
 
     void on_timer(Time now) override {
         if (gone()) return;
-        const Duration late = now - due();
-        const std::uint64_t received_before = host_.wire.received;
+        const Time was_due = due();
         protect([&] {
-            if (read_late_input() || extend_handshake(late, host_.wire.received != received_before)) {
+            if (read_late_input() || extend_handshake(was_due)) {
                 // The peer was in time.
             } else if (phase_ == Phase::websocket) {
                 connection().tick(now);
@@ -10096,16 +10411,17 @@ private:
         return in_time;
     }
 
-    // The same for a TLS handshake: its deadline does not run while the server itself is behind. The peer gets more
-    // time if this turn has no budget left for its input, or if that was read now, after a long turn.
-    bool extend_handshake(Duration late, bool received) {
-        constexpr Duration long_turn = std::chrono::seconds(1);
-        if (ended_ || !reading() || !stream_.encrypted() || stream_.established()) return false;
+    // The deadline of a TLS handshake, and of the request after it, does not run while the loop is away, and not while
+    // the handshakes of others use up the budget of each turn.
+    bool extend_handshake(Time was_due) {
+        if (ended_ || phase_ != Phase::http || !stream_.encrypted() || http_->answered || !reading()) return false;
+        const Duration away = LoopAccess::away(host_.loop);
+        const Duration missed = away - std::exchange(http_->away_before, away);
         char byte = 0;
-        const bool unread =
-            host_.turn.handshakes_left == 0 && stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
-        if (!unread && (!received || late < long_turn)) return false;
-        schedule(saturating_add(now(), (std::max)(late, long_turn)));
+        const bool unread = !stream_.established() && host_.turn.handshakes_left == 0 &&
+                            stream_.socket().peek(&byte, 1).outcome == IoResult::Outcome::done;
+        if (missed == Duration::zero() && !unread) return false;
+        schedule((std::max)(saturating_add(was_due, missed), now() + std::chrono::seconds(1)));
         return true;
     }
 
@@ -10877,7 +11193,7 @@ public:
     void del(std::string_view pattern, Function&& answer) {
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
-    // The answer where there is nothing, in place of a short 404.
+    // The answer where there is nothing, also in a folder of static_dir(), in place of a short 404.
     void not_found(std::function<Response(const Request&)> answer) { site_.not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
     void set_default_header(std::string_view name, std::string_view value) { site_.set_default_header(name, value); }
@@ -10902,6 +11218,9 @@ public:
                     SymbolicLinks links = SymbolicLinks::refuse) {
         site_.add_static_dir(pattern, folder, std::move(headers), links);
     }
+    void static_dir(std::string_view pattern, std::string_view folder, SymbolicLinks links) {
+        site_.add_static_dir(pattern, folder, {}, links);
+    }
     // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
     // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
     void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
@@ -10925,7 +11244,8 @@ public:
     void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }
-    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr().
+    // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr(),
+    // access_json_to_stderr().
     void on_access(std::function<void(const AccessEntry&)> function) { worker_.on_access = std::move(function); }
 
     // ---- running ---------------------------------------------------------------------------------------------------
@@ -11016,6 +11336,11 @@ public:
     // Adds an entry to the log, for what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
         worker_.log(level, event, fields);
+    }
+
+    // Counts and logs an exception that left a callback, for what is built on the server.
+    void report_exception(const char* callback, const char* what) noexcept {
+        worker_.log.exception(callback, what, nullptr);
     }
 
     // Calls visit(handler) for each WebSocketHandler that is open, on the loop's thread. visit() may close and write,
@@ -11644,6 +11969,9 @@ WSCHAT_BEGIN
 // How a wss:// server is verified. All files are PEM.
 struct ClientTls {
     std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
+    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if the list of its authority is
+    // missing, has expired, or names it. Empty: a revoked certificate is accepted. No authority is asked (OCSP).
+    std::string revocation_lists{};
     // Sent if the server requests a certificate.
     std::string certificate{};
     std::string key{};
@@ -11731,7 +12059,8 @@ inline std::string random_key() {
 
 struct ClientUrl {
     bool secure = false;
-    std::string host;  // without brackets
+    std::string host;  // without brackets and zone
+    std::string zone;  // of a link-local IPv6 address, "eth0" or "2": it means something on this machine only
     int port = 0;
     std::string target;       // "/chat?name=Anna"
     std::string credentials;  // "user:password", decoded; may be empty
@@ -11742,7 +12071,8 @@ struct ClientUrl {
     // For the Host field.
     std::string authority() const { return port == default_port() ? bracketed() : host_and_port(); }
     bool same_server(const ClientUrl& other) const {
-        return secure == other.secure && port == other.port && text::equals_ignore_case(host, other.host);
+        return secure == other.secure && port == other.port && zone == other.zone &&
+               text::equals_ignore_case(host, other.host);
     }
 
     // "ws://host", "wss://user:password@host:port/path?query"; http and https are the same. Returns nothing and sets
@@ -11803,7 +12133,9 @@ private:
             credentials = *decoded;
             authority.remove_prefix(at + 1);
         }
-        if (!valid_host(authority)) return false;
+        std::string without_zone(authority);
+        if (!take_zone(without_zone) || !valid_host(without_zone)) return false;
+        authority = without_zone;
         const std::size_t colon = authority.rfind(':');
         const bool has_port = colon != std::string_view::npos && authority.find(']', colon) == std::string_view::npos;
         host = text::to_lower(has_port ? authority.substr(0, colon) : authority);
@@ -11811,6 +12143,18 @@ private:
         const std::string_view digits = has_port ? authority.substr(colon + 1) : std::string_view();
         port = digits.empty() ? default_port() : static_cast<int>(text::parse_unsigned(digits, 65535).value_or(0));
         return port != 0;
+    }
+    // RFC 6874 2: "[fe80::1%25eth0]". Many programs write "[fe80::1%eth0]", so that is accepted too.
+    bool take_zone(std::string& authority) {
+        zone.clear();
+        const std::size_t percent = authority.find('%'), close = authority.find(']');
+        if (percent == std::string::npos) return true;
+        if (authority.front() != '[' || close == std::string::npos || close < percent) return false;
+        zone = authority.substr(percent + 1, close - percent - 1);
+        if (text::starts_with(zone, "25") && zone.size() > 2) zone.erase(0, 2);
+        authority.erase(percent, close - percent);
+        const auto allowed = [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '.' || c == '_'; };
+        return !zone.empty() && text::all_of(zone, allowed);
     }
     // RFC 3986 5.2.2, without the removal of dot segments, which the server does.
     std::optional<ClientUrl> resolve(std::string_view reference, std::string& error) const {
@@ -12002,10 +12346,11 @@ struct SocketAddress {
     sockaddr_storage storage{};
     socklen_t size = 0;
 
-    SocketAddress(const IpAddress& address, int port) {
+    SocketAddress(const IpAddress& address, int port, std::uint32_t zone = 0) {
         const std::string text = address.to_string();
         if (address.family() == IpAddress::Family::ipv6) {
             sockaddr_in6 in6{};
+            in6.sin6_scope_id = zone;
             in6.sin6_family = AF_INET6;
             in6.sin6_port = htons(static_cast<std::uint16_t>(port));
             ::inet_pton(AF_INET6, text.c_str(), &in6.sin6_addr);
@@ -12094,12 +12439,14 @@ public:
     }
     // Throws Error if a file cannot be used.
     std::shared_ptr<const TlsContext> context(const ClientTls& tls) {
-        const std::vector<std::string> key{tls.authorities, tls.certificate, tls.key, tls.key_password,
-                                           tls.insecure_accept_any_certificate ? "any" : ""};
+        const std::vector<std::string> key{tls.authorities,  tls.revocation_lists,
+                                           tls.certificate,  tls.key,
+                                           tls.key_password, tls.insecure_accept_any_certificate ? "any" : ""};
         for (const auto& [known, context] : contexts_)
             if (known == key) return context;
         TlsClientOptions options;
         options.authorities = tls.authorities;
+        options.revocation_lists = tls.revocation_lists;
         options.certificate = tls.certificate;
         options.key = tls.key;
         options.key_password = tls.key_password;
@@ -12401,6 +12748,10 @@ private:
             dial_error_ = "the host has no address of the family of ClientOptions::bind_address";
         }
         if (addresses.empty()) return fail(stage_, "Cannot connect: " + dial_error_ + ".");
+        const std::string& zone = proxy_ ? proxy_->zone : url_.zone;
+        zone_ = zone.empty() ? 0 : os::zone_index(zone);
+        if (!zone.empty() && zone_ == 0)
+            return fail(stage_, "Cannot connect: this machine has no network interface \"" + zone + "\".");
         const auto ordered = interleave_families(addresses);
         addresses_.assign(ordered.begin(), ordered.end());
         dial_next();
@@ -12413,7 +12764,7 @@ private:
             const IpAddress address = addresses_.front();
             addresses_.pop_front();
             const int port = proxy_ ? proxy_->port : url_.port;
-            if (!dial(address, SocketAddress(address, port))) continue;
+            if (!dial(address, SocketAddress(address, port, zone_))) continue;
             if (active_ == nullptr && !addresses_.empty() && attempt_)
                 timer_ = call_later(between, [](ClientLink& link) { link.dial_next(); });
             return;
@@ -12433,6 +12784,8 @@ private:
         const std::string name = address.bits() == 0 ? options_.unix_path : address.to_string();
         const auto refused = [&] {
             dial_error_ = name + ": " + os::error_text(os::last_error());
+            if (zone_ == 0 && text::starts_with(name, "fe80:"))
+                dial_error_ += "; a link-local address needs a zone, as in [fe80::1%25eth0]";
             return false;
         };
         Socket socket(os::open_socket(to.get()->sa_family));
@@ -12850,6 +13203,7 @@ private:
     LoopTimer timer_;     // the next address, or the next attempt
     LoopTimer deadline_;  // of the attempt
     std::deque<IpAddress> addresses_;
+    std::uint32_t zone_ = 0;  // of a link-local address
     std::string dial_error_;
     std::vector<std::unique_ptr<Dial>> dials_;
     Dial* active_ = nullptr;  // the one that has connected
@@ -13022,7 +13376,8 @@ private:
         detail::check_client_options(options);
 #if WSCHAT_OPENSSL
         const ClientTls& tls = options.tls;
-        if (!tls.authorities.empty() || !tls.certificate.empty() || !tls.key.empty()) core_->context(tls);
+        if (!tls.authorities.empty() || !tls.revocation_lists.empty() || !tls.certificate.empty() || !tls.key.empty())
+            core_->context(tls);
 #endif
         const ConnectionId id = ++last_id_;
         const auto link =
@@ -13085,7 +13440,7 @@ class ChatCommands;
 // ---- entries and stores --------------------------------------------------------------------------------------------
 
 // One event of a room. A store keeps messages (`said` and `action`), amendments of them (`edit`, `remove` and `react`)
-// and `topic`, each under an id of its own. It only delivers the other kinds.
+// and `topic`, each under an id of its own. It only delivers the other kinds. An entry without a room is for all hubs.
 struct ChatEntry {
     // `action` is "/me waves". Files contain the numbers of the first six.
     enum class Kind : std::uint8_t {
@@ -13100,7 +13455,12 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event
+        event,       // of the program, for a room: `text` is its name, `data` its JSON value
+        away,        // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        kick,        // closes the connections of the user `to` to the room; `text` is the reason
+        ban,         // asks all hubs to ban what they know of the user with a name
+        direct,      // the same as `event`, for the user `to_user`
+        moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
     };
     struct Reaction {
         std::string emoji{};
@@ -13113,13 +13473,14 @@ struct ChatEntry {
     std::uint64_t target = 0;  // the id of the message that an amendment changes
     std::int64_t time = 0;     // Unix time in milliseconds
     std::string room{};
-    std::string name{};    // of the author; empty: the server itself
-    std::string user{};    // the public id of the author
-    std::string text{};    // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
-    std::string data{};    // a JSON object of the application, or empty
-    std::string to{};      // the receiver of a private message
-    std::string author{};  // the identity of the author; clients never get it
-    std::string tag{};     // chosen by the author; a second entry with the same tag is a duplicate
+    std::string name{};     // of the author; empty: the server itself
+    std::string user{};     // the public id of the author
+    std::string text{};     // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
+    std::string data{};     // a JSON object of the application, or empty
+    std::string to{};       // the receiver of a private message
+    std::string to_user{};  // the public id of that receiver
+    std::string author{};   // the identity of the author; clients never get it
+    std::string tag{};      // chosen by the author; a second entry with the same tag is a duplicate
 
     // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
     std::int64_t edited = 0;  // the time of the last edit; 0: never edited
@@ -13130,11 +13491,17 @@ struct ChatEntry {
     bool moderator = false;       // may remove the messages of others
     std::int64_t not_before = 0;  // an edit of an older message is refused as "too_late"; Unix time in milliseconds
 
-    std::uint64_t sender = 0;  // a number of the connection that no other server uses; not kept
+    std::uint64_t sender = 0;  // a number of the connection that no other hub uses; not kept
+    std::string hub{};         // the id of the hub that made the entry; not kept
+    bool quiet = false;        // of presence: the user is also connected to another hub, so nobody hears of it
 
     bool kept() const { return kind <= Kind::topic; }
     bool is_message() const { return kind <= Kind::action; }
     bool is_amendment() const { return kept() && !is_message() && kind != Kind::topic; }
+    // Whether it changes who is in a room: see PresenceTable.
+    bool is_presence() const {
+        return kind == Kind::join || kind == Kind::away || kind == Kind::leave || kind == Kind::rename;
+    }
 
     // The size that counts for HistoryLimits.
     std::size_t bytes() const {
@@ -13148,7 +13515,7 @@ struct ChatEntry {
         if (target == nullptr || !target->is_message() || target->removed) return "bad_id";
         if (amendment.kind == Kind::react) return {};
         const bool by_moderator = amendment.kind == Kind::remove && amendment.moderator;
-        // The author of a guest is only a name, but the public id is that of one connection.
+        // In older files the author of a guest is only a name, but the public id is that of one connection.
         const bool own = amendment.author == target->author && amendment.user == target->user;
         if (!own && !by_moderator) return "not_yours";
         const bool too_late = amendment.kind == Kind::edit && target->time < amendment.not_before;
@@ -13164,6 +13531,7 @@ struct ChatFact {
     std::string value{};       // empty: the fact is deleted
     std::string author{};      // the identity of the user to whom it belongs; ChatStore::erase_author() deletes it
     std::int64_t expires = 0;  // Unix time in milliseconds; 0: never
+    bool if_new = false;       // an older fact stays; on_fact() gets the one that is kept
 };
 
 // The newest id that a client has of a room, and the epoch of the store that gave it: "9f86d081884c7d65-105".
@@ -13207,29 +13575,38 @@ struct HistoryExport {
     std::string error{};  // why the export ended early
 };
 
-// Stores entries and facts, and delivers them to this server and perhaps to others. A server shows an entry when the
-// store delivers it, so all servers show the same order. All calls are made on the loop's thread. Each is answered on
-// that thread, immediately or later, but never after the destruction of the store.
+// Stores entries and facts, and delivers them to the hubs that share it. A hub is the chat of one loop: a server has
+// one for each of its loops. A hub shows an entry when the store delivers it, so all hubs show the same order. All
+// calls are made on the loop's thread. Each is answered on that thread, immediately or later, but never after the
+// destruction of the store.
 class ChatStore {
 public:
     class Listener {
     public:
-        // An entry of append() or forward(), from this server or another. Entries with ids come in the order of their
-        // room. A new server gets an entry of the kind `join` for each user who is already present.
+        // An entry of append() or forward(), from this hub or another. All hubs get the entries of a room in one order,
+        // that of their ids.
         virtual void on_entry(const ChatEntry& entry) = 0;
         // The author has sent this tag before. The entry has the id of the first one, and is not delivered again.
         virtual void on_duplicate(const ChatEntry& entry) = 0;
         // An entry that this server appended could not be kept. Nobody received it.
         virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
         // An amendment that this server appended is not possible. The code is "bad_id" (the message is not kept, or is
-        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions).
+        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions). Or a `join` or `rename`
+        // that this hub forwarded: see PresenceTable::apply().
         virtual void on_refused(const ChatEntry&, std::string_view /*code*/) {}
         // A fact was kept, by this server or another.
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // Who is in a room: a `join` or an `away` for each user and hub. It follows watch(), and comes again when the
+        // store may have lost entries. It replaces what was known; the hub forwards its own users who are missing.
+        virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
         // The time by which a history in memory expires.
         virtual Time now() const { return Clock::now(); }
+        // The id of this hub: 16 lower-case hexadecimal digits at random.
+        virtual std::string hub() const { return {}; }
+        // Whether this hub gets the entries of all rooms, not only of those that it watches.
+        virtual bool watches_all() const { return false; }
 
     protected:
         ~Listener() = default;
@@ -13238,6 +13615,8 @@ public:
     using FactsCallback = std::function<void(std::vector<ChatFact>, std::string error)>;
     using EraseCallback = std::function<void(std::size_t messages, std::string error)>;
     using ExportCallback = std::function<bool(HistoryExport)>;
+    // The names of rooms with the numbers of their users.
+    using RoomsCallback = std::function<void(std::vector<std::pair<std::string, std::size_t>>, std::string error)>;
 
     ChatStore() = default;
     ChatStore(const ChatStore&) = delete;
@@ -13251,7 +13630,7 @@ public:
     // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
     // has reacted with that emoji before. One call of the listener follows.
     virtual void append(ChatEntry entry) = 0;
-    // Delivers the entry without keeping it.
+    // Delivers the entry without keeping it. A store of several hubs also applies it to a PresenceTable.
     virtual void forward(const ChatEntry& entry) = 0;
     // Reads all entries after a position, if there are at most `limit`. Otherwise, and without a position, the newest
     // messages and topics, at most `limit`; what amendments have changed is in the messages.
@@ -13259,7 +13638,8 @@ public:
                        PageCallback callback) = 0;
     // Reads the newest messages and topics with ids below this one, at most `limit`.
     virtual void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) = 0;
-    // Keeps a fact in place of the one with the same scope and key. on_fact() or on_fact_failure() follows.
+    // Keeps a fact in place of the one with the same scope and key, unless ChatFact::if_new. on_fact() or
+    // on_fact_failure() follows.
     virtual void put(ChatFact fact) = 0;
     // Reads the facts of a scope whose keys begin with the prefix, in order, without those that have expired.
     virtual void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) = 0;
@@ -13289,6 +13669,20 @@ public:
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
     // Reads the history of a room in parts, as JSON lines, until the callback returns false.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
+
+    // A store of several hubs has the next four. By default a store has one hub, which knows its users itself.
+
+    // This hub needs the entries of a room until unwatch(). Conversations (names that begin with a line feed) and
+    // entries without a room come to all hubs. True: on_presence() follows, if possible before the answers to later
+    // reads of the room. False: this hub alone has users in the room.
+    virtual bool watch(const std::string& /*room*/) { return false; }
+    virtual void unwatch(const std::string& /*room*/) {}
+    // Each hub calls it every two seconds. Of a hub that has not called it for eight seconds, the store removes the
+    // users, and all other hubs get a `leave` for each. If that hub lives, it gets on_presence() for its rooms.
+    virtual void beat(const std::string& /*hub*/) {}
+    // Reads which rooms have users, at most `limit`, in the order of their names. False, and no call: this hub alone
+    // has users.
+    virtual bool rooms(std::size_t /*limit*/, RoomsCallback /*callback*/) { return false; }
 
 private:
     static constexpr const char* cannot = "this store cannot do that";
@@ -13575,7 +13969,9 @@ public:
 
     void put(ChatFact fact) override {
         const std::string key = text::concat({fact.scope, "\n", fact.key});
-        if (fact.value.empty()) {
+        if (const ChatFact* older = facts_.find(key); older != nullptr && fact.if_new) {
+            fact = *older;
+        } else if (fact.value.empty()) {
             facts_.erase(key);
         } else {
             if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
@@ -14165,18 +14561,13 @@ public:
     std::size_t size() const { return users_.size(); }
     std::size_t max_name = 40;  // of the names that free_name() makes
 
-    // Adds a connection to the user with its identity. Without an identity: to a user of that name who has none either
-    // and is in the grace period. Otherwise to a new user with a free name; then `joined` is true.
+    // Adds a connection to the user with its identity, or to a new user with a free name; then `joined` is true.
     struct Connected {
         User& user;
         bool joined;
     };
     Connected connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
         User* user = find_identity(identity);
-        if (user == nullptr && identity.empty()) {
-            user = find(info.name);
-            if (user != nullptr && (!user->identity.empty() || user->expires == (Time::max)())) user = nullptr;
-        }
         const bool joined = user == nullptr;
         if (joined) user = &add(info, identity);
         user->connections.push_back(connection);
@@ -14281,6 +14672,148 @@ private:
 
 }  // namespace detail
 
+// The rules by which a store of several hubs decides who is in a room: names are unique, and the first one wins. A
+// store applies each `join`, `away`, `leave` and `rename` in the order of the room before it delivers it. A store in
+// another program does the same with its own means.
+class PresenceTable {
+public:
+    // Empty: the entry is applied, is complete now, and is to be delivered. Otherwise nothing has changed, and the code
+    // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
+    //
+    //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
+    //           An account also takes the name of a user without one, whom a hub renames after that. A guest (an entry
+    //           without author) who is present must be away from all hubs, or it is another guest: "name_taken".
+    //   away    The user has no connection to the hub for now.
+    //   leave   The hub has no such user any more. It is quiet if other hubs have.
+    //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
+    std::string_view apply(ChatEntry& entry) {
+        if (entry.kind == ChatEntry::Kind::join) return join(entry);
+        Room* const room = rooms_.find(entry.room);
+        User* const user = room == nullptr ? nullptr : room->users.find(entry.user);
+        if (user == nullptr) return "gone";
+        entry.name = user->join.name;
+        if (entry.kind == ChatEntry::Kind::rename) return rename(*room, *user, entry);
+        bool* const away = user->hubs.find(entry.hub);
+        if (away == nullptr) return "gone";
+        if (entry.kind == ChatEntry::Kind::leave) leave(*room, *user, entry);
+        else *away = entry.quiet = true;
+        return {};
+    }
+    // For Listener::on_presence().
+    std::vector<ChatEntry> users(const std::string& room) const {
+        std::vector<ChatEntry> list;
+        const Room* const found = rooms_.find(room);
+        if (found == nullptr) return list;
+        for (const auto& [id, user] : found->users) {
+            for (const auto& [hub, away] : user.hubs) {
+                list.push_back(user.join);
+                list.back().hub = hub;
+                if (away) list.back().kind = ChatEntry::Kind::away;
+            }
+        }
+        return list;
+    }
+    // The opposite of users().
+    void replace(const std::string& room, const std::vector<ChatEntry>& users) {
+        rooms_.erase(room);
+        for (const ChatEntry& each : users) {
+            Room& added = rooms_.find_or_emplace(room);
+            User& user = added.users.find_or_emplace(each.user);
+            user.join = each;
+            user.join.kind = ChatEntry::Kind::join;
+            user.hubs.find_or_emplace(each.hub) = each.kind == ChatEntry::Kind::away;
+            added.names.find_or_emplace(chat_fold(each.name)) = each.user;
+        }
+    }
+    // Removes all users of a hub. The result has a `leave` for each, to be delivered.
+    std::vector<ChatEntry> forget(const std::string& hub) {
+        std::vector<ChatEntry> leaves;
+        for (const auto& [name, room] : rooms_) {
+            for (const auto& [id, user] : room.users) {
+                if (user.hubs.find(hub) == nullptr) continue;
+                leaves.push_back(user.join);
+                leaves.back().kind = ChatEntry::Kind::leave;
+                leaves.back().hub = hub;
+                leaves.back().time = unix_ms();
+            }
+        }
+        for (ChatEntry& each : leaves) apply(each);
+        return leaves;
+    }
+    // In the order of their names, with the numbers of their users.
+    std::vector<std::pair<std::string, std::size_t>> rooms(std::size_t limit) const {
+        std::vector<std::pair<std::string, std::size_t>> list;
+        for (const auto& [name, room] : rooms_)
+            if (list.size() < limit) list.emplace_back(name, room.users.size());
+        return list;
+    }
+
+private:
+    struct User {
+        ChatEntry join;        // the first one, with the present name
+        StringMap<bool> hubs;  // whether the user is away from the hub
+    };
+    struct Room {
+        StringMap<User> users;         // by their public ids
+        StringMap<std::string> names;  // the ids, by chat_fold() of the names
+    };
+
+    static bool is_account(const ChatEntry& join) { return text::starts_with(join.author, "account "); }
+
+    std::string_view join(ChatEntry& entry) {
+        Room& room = rooms_.find_or_emplace(entry.room);
+        User* user = room.users.find(entry.user);
+        entry.quiet = user != nullptr;
+        if (user == nullptr) {
+            const std::string key = chat_fold(entry.name);
+            const std::string* const holder = room.names.find(key);
+            const bool takes = is_account(entry) && holder != nullptr && !is_account(room.users.find(*holder)->join);
+            if (holder != nullptr && !takes) return "name_taken";
+            user = &room.users.find_or_emplace(entry.user);
+            user->join = entry;
+            room.names.find_or_emplace(key) = entry.user;
+        } else if (entry.author.empty() && present_elsewhere(*user, entry.hub)) {
+            return "name_taken";
+        }
+        entry.name = user->join.name;
+        entry.text = user->join.text;
+        user->hubs.find_or_emplace(entry.hub) = false;
+        return {};
+    }
+    static bool present_elsewhere(const User& user, const std::string& than) {
+        for (const auto& [hub, away] : user.hubs)
+            if (hub != than && !away) return true;
+        return false;
+    }
+    void leave(Room& room, const User& user, ChatEntry& entry) {
+        entry.quiet = user.hubs.size() > 1;
+        if (entry.quiet) {
+            room.users.find(entry.user)->hubs.erase(entry.hub);
+            return;
+        }
+        release(room, user);
+        room.users.erase(entry.user);
+        if (room.users.empty()) rooms_.erase(entry.room);
+    }
+    static std::string_view rename(Room& room, User& user, const ChatEntry& entry) {
+        const std::string key = chat_fold(entry.text);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder != entry.user) return "name_taken";
+        release(room, user);
+        user.join.name = entry.text;
+        room.names.find_or_emplace(key) = entry.user;
+        return {};
+    }
+    // An account may have taken the name.
+    static void release(Room& room, const User& user) {
+        const std::string key = chat_fold(user.join.name);
+        const std::string* const holder = room.names.find(key);
+        if (holder != nullptr && *holder == user.join.user) room.names.erase(key);
+    }
+
+    StringMap<Room> rooms_;
+};
+
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
 
 // The limits of all chats of a server, in ChatHub::limits. Sizes in bytes.
@@ -14296,6 +14829,7 @@ struct ChatLimits {
     std::size_t max_rooms_per_connection = 10;
     std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
     std::size_t max_rooms = 10'000;
+    std::size_t max_read_markers = 1000;         // of a user
     std::size_t history_on_join = 50;            // entries for a client without an id
     std::size_t history_on_resume = 500;         // entries for a client with an id
     std::size_t max_history_event = 256 * 1024;  // of one "history" event; older entries are left out
@@ -14327,12 +14861,14 @@ public:
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
     // Changes a text that publish() said, removes a message of anybody, sets the topic; all members hear of it. If the
-    // store does not know the message, nothing happens. An Error as for publish().
+    // store does not know the message, nothing happens. An Error as for publish(), or if a topic is longer than
+    // ChatLimits::max_topic.
     inline void edit(std::uint64_t id, std::string_view text);
     inline void remove(std::uint64_t id);
     inline void set_topic(std::string_view text);
-    // Sends an event of the application to all members. It is not kept.
-    inline void send(const ChatEvent& event);
+    // Sends {"type":"event","room":...,"name":...,"data":...} to all members, on all servers. It is not kept. An Error
+    // if the name is not 1 to 64 bytes of visible text, or the data is longer than ChatLimits::max_data.
+    inline void send(std::string_view name, const Json& data = {});
     // Reads the entries after a position, or the newest messages: see ChatStore::since().
     inline void since(std::optional<HistoryPosition> position, std::size_t limit, ChatStore::PageCallback callback);
     // Closes all connections of the user in this room, with 1008. False if there is no such user.
@@ -14419,11 +14955,12 @@ public:
     std::function<void(const ChatEntry&)> on_event;
     // An entry of this server that the store could not keep, and why.
     std::function<void(const ChatEntry&, const std::string& cause)> on_not_kept;
-    // A ban or a mute that begins or ends (an empty value): ChatFact::scope is "ban" or "mute".
+    // A ban or a mute that begins or ends (an empty value), or a kick: ChatFact::scope is "ban", "mute" or "kick".
     std::function<void(const ChatFact&)> on_decision;
 
-    // Sends an event of the application to all connections of a user, by the public id. Returns how many there are.
-    inline std::size_t send(const std::string& user_id, const ChatEvent& event) const;
+    // Sends {"type":"event","name":...,"data":...} to all connections of a user, by the public id, on all servers.
+    // Returns how many of them this server has. An Error as for ChatRoom::send().
+    inline std::size_t send(const std::string& user_id, std::string_view name, const Json& data = {});
 
     // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
     // who is in a room is never taken for an address.
@@ -14454,6 +14991,17 @@ private:
         detail::FloodLimiter limiter;
         TokenBucket replies;
         std::size_t connections = 0;
+    };
+    // A user who is connected to this server.
+    struct UserState {
+        std::vector<ChatHandler*> connections{};
+        enum class Markers : std::uint8_t { unknown, requested, known } markers = Markers::unknown;
+        StringMap<std::uint64_t> read{};               // the read markers: by room, or by "@" and the id of a peer
+        std::vector<std::function<void()>> waiting{};  // for the markers
+    };
+    struct Asked {
+        std::uint64_t number;  // of the connection
+        std::string tag;
     };
 
     static std::string rate_limit_key(const std::string& address) {
@@ -14501,17 +15049,24 @@ private:
 
     // The connections of a user, in all rooms.
     std::vector<ChatHandler*> connections_of(const std::string& id) const {
-        const std::vector<ChatHandler*>* found = connections_by_id_.find(id);
-        return found == nullptr ? std::vector<ChatHandler*>() : *found;
+        const UserState* found = users_.find(id);
+        return found == nullptr ? std::vector<ChatHandler*>() : found->connections;
+    }
+    static std::vector<ChatHandler*> connections_in(const ChatRoom& room) {
+        std::vector<ChatHandler*> all;
+        for (const auto& [name, user] : room.presence_)
+            all.insert(all.end(), user.connections.begin(), user.connections.end());
+        return all;
     }
     void add_user(const std::string& id, ChatHandler& handler) {
-        connections_by_id_.find_or_emplace(id).push_back(&handler);
+        users_.find_or_emplace(id).connections.push_back(&handler);
     }
     void remove_user(const std::string& id, const ChatHandler& handler) {
-        std::vector<ChatHandler*>* const all = connections_by_id_.find(id);
-        if (all == nullptr) return;
-        all->erase(std::remove(all->begin(), all->end(), &handler), all->end());
-        if (all->empty()) connections_by_id_.erase(id);
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        auto& all = user->connections;
+        all.erase(std::remove(all.begin(), all.end(), &handler), all.end());
+        if (all.empty()) users_.erase(id);
     }
 
     AddressUse& add_address(const std::string& remote_address) {
@@ -14538,9 +15093,13 @@ private:
         if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
         if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
     }
-    void rename(ChatRoom& room, User& user, const std::string& name) {
+    // `sender` and `tag`: of the line that renames.
+    void rename(ChatRoom& room, User& user, const std::string& name, std::uint64_t sender = 0,
+                const std::string& tag = {}) {
         ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
+        entry.sender = tag.empty() ? 0 : sender;
+        entry.tag = tag;
         const std::string key = mute_key(room, user);
         room.presence_.rename(user, name);
         move_mute(key, mute_key(room, user), name);
@@ -14615,7 +15174,39 @@ private:
                                            : event.add_text("room", entry.room);
     }
     inline void on_conversation(const ChatEntry& entry);
+
+    // Calls then() when the read markers of a user are known. Not if the user has gone before.
+    void with_markers(const std::string& id, std::function<void()> then) {
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        if (user->markers == UserState::Markers::known) return then();
+        user->waiting.push_back(std::move(then));
+        if (std::exchange(user->markers, UserState::Markers::requested) != UserState::Markers::unknown) return;
+        store_->facts("read", id + "\n", [this, id](const std::vector<ChatFact>& facts, const std::string& error) {
+            if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
+            on_markers(id, facts);
+        });
+    }
+    void on_markers(const std::string& id, const std::vector<ChatFact>& facts) {
+        UserState* const user = users_.find(id);
+        if (user == nullptr) return;
+        for (const ChatFact& fact : facts) {
+            std::uint64_t& marker = user->read.find_or_emplace(fact.key.substr(id.size() + 1), std::uint64_t{0});
+            marker = (std::max)(marker, text::parse_unsigned(fact.value, HistoryPosition::max_id).value_or(0));
+        }
+        user->markers = UserState::Markers::known;
+        for (const auto& then : std::exchange(user->waiting, {})) then();
+    }
+    // 0: nothing was read.
+    std::uint64_t marker_of(const std::string& id, const std::string& what) const {
+        const UserState* const user = users_.find(id);
+        const std::uint64_t* const marker = user == nullptr ? nullptr : user->read.find(what);
+        return marker == nullptr ? 0 : *marker;
+    }
     inline void on_read(const ChatFact& fact);
+    inline std::vector<Asked> take_asked(const ChatFact& fact);
+    inline void put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
+                           const std::string& tag);
 
     // ---- bans and mutes --------------------------------------------------------------------------------------------
 
@@ -14623,9 +15214,9 @@ private:
         return text::concat({"address ", rate_limit_key(address)});
     }
     static std::string name_key(std::string_view name) { return text::concat({"name ", chat_fold(name)}); }
-    // The identity to which the tags of an author belong; without one, the name.
+    // To whom the messages and tags of a user belong. A guest is one connection: a later one may have the same name.
     static std::string author_of(const User& user) {
-        return user.identity.empty() ? name_key(user.info.name) : user.identity;
+        return user.identity.empty() ? text::concat({"guest ", user.info.id}) : user.identity;
     }
 
     static std::string user_key(const std::string& id) { return text::concat({"user ", id}); }
@@ -14658,14 +15249,30 @@ private:
         const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
         ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
         on_fact(fact);
-        if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
+        tell_decision(fact);
         store_->put(std::move(fact));
     }
+    void tell_decision(const ChatFact& fact) {
+        if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
+    }
+    // Tells the moderators of the room, on all hubs, before it happens. The name of the entry is that of the moderator;
+    // empty: the program.
+    void report_moderation(ChatEntry entry, std::string_view action, std::string_view name, std::uint64_t seconds) {
+        entry.kind = ChatEntry::Kind::moderation;
+        entry.text = action;
+        entry.to = name;
+        entry.data = std::to_string(seconds);
+        forward(std::move(entry));
+    }
+    inline void on_moderation(const ChatEntry& entry);
+    inline void on_own_event(const ChatEntry& entry);
+    inline ChatEntry new_own_event(const char* call, std::string_view name, const Json& data) const;
+    // Closes the connections of a user to a room, on all hubs.
+    inline void kick(const ChatRoom& room, const std::string& name, std::string_view reason);
+    inline void on_kick(const ChatEntry& entry);
     inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
     inline void on_fact(const ChatFact& fact) override;
-    void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
-        server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
-    }
+    inline void on_fact_failure(const ChatFact& fact, const std::string& cause) override;
     void load_decisions(const char* scope) {
         store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
@@ -14728,9 +15335,9 @@ private:
         try {
             hook();
         } catch (const std::exception& error) {
-            server_.report(LogLevel::error, "exception", {{"in", name}, {"cause", error.what()}});
+            server_.report_exception(name, error.what());
         } catch (...) {
-            server_.report(LogLevel::error, "exception", {{"in", name}, {"cause", "not a std::exception"}});
+            server_.report_exception(name, "not a std::exception");
         }
     }
     inline void on_entry(const ChatEntry& entry) override;
@@ -14751,7 +15358,8 @@ private:
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
-    StringMap<std::vector<ChatHandler*>> connections_by_id_;
+    StringMap<UserState> users_;          // by public id
+    StringMap<std::vector<Asked>> asked_;  // who waits for a read marker, by its key and its value
     StringMap<bool> noted_;             // the facts about users and conversations that the store has
     const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
     std::uint64_t last_number_;
@@ -14949,6 +15557,11 @@ private:
         explicit operator bool() const { return !code.empty(); }
     };
 
+    // Whether it has the form of the public id of a user.
+    static bool is_user_id(std::string_view id) {
+        return id.size() == 16 &&
+               text::all_of(id, [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '_'; });
+    }
     // The secret of the client: an offered subprotocol "wschat.key.BASE64URL", or "?key=". An address is in the history
     // of a browser and in the logs of proxies, a subprotocol is not.
     static std::string key_of(const Request& request) {
@@ -15064,9 +15677,10 @@ private:
         const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
         const std::size_t index = membership_index(name ? hub_->find(*name) : nullptr);
         if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
-        detail::ChatLine line = detail::ChatLine::parse(rest);
-        line.tag = {};
+        const detail::ChatLine line = detail::ChatLine::parse(rest);
         if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
+        if (!line.tag.empty() && !tag_.empty()) return reply_error("bad_tag", "A line has one tag.");
+        if (detail::ChatLine::valid_tag(line.tag)) tag_ = line.tag;
         current_ = index;
         dispatch(message, line);
         const std::size_t back = membership_index(previous);
@@ -15114,7 +15728,7 @@ private:
     }
     // Says something in the conversation with another user.
     void say_to(const std::string& id, const std::string& name, std::string text, const std::string& tag) {
-        if (memberships_.empty()) return;
+        if (memberships_.empty()) return write_error("no_room", "You are in no room; /join ROOM.", tag);
         ChatEntry entry = new_kept_entry(ChatEntry::Kind::said);
         entry.room = ChatHub::conversation(user_.id, id);
         entry.user = user_.id;
@@ -15139,6 +15753,17 @@ private:
         return entry;
     }
     void reply_error(const Refusal& refusal) { reply_error(refusal.code, refusal.sentence); }
+    // The answer to a line that waited for the store.
+    void write_error(std::string_view code, std::string_view sentence, std::string_view tag) {
+        ChatEvent event("error");
+        event.add_text("code", code).add_text("text", sentence);
+        write_message(event.add_unless_empty("tag", tag).dump());
+    }
+    // The answer to a line with a tag that has no other one.
+    void reply_done() {
+        ChatEvent event("ack");
+        if (!tag_.empty()) reply(add_room(event));
+    }
     void reply_forbidden() { reply_error("forbidden", "You may not do that."); }
 
     // ---- rooms -----------------------------------------------------------------------------------------------------
@@ -15217,7 +15842,7 @@ private:
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_charged(users_event(*chat_room));
+        if (joining) write_charged(users_event(*chat_room).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
@@ -15249,35 +15874,57 @@ private:
 
     // ---- conversations ---------------------------------------------------------------------------------------------
 
-    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or the
-    // newest messages.
+    // The conversations of a user, one after the other, so that each is charged before the next one is read.
+    struct Conversations {
+        HandlerRef handler;
+        std::vector<ChatFact> facts{};
+        std::size_t next = 0;
+        bool calling = false, answered = false;
+        std::vector<std::string> read{};  // {"user":...,"name":...,"read":...} of those without anything new
+    };
+    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or
+    // after the read marker. A conversation without anything new is only in "peers".
     void request_conversations() {
-        hub_->store().facts(
-            "talk", user_.id + "\n", [me = ref()](const std::vector<ChatFact>& facts, const std::string&) {
-                auto* self = static_cast<ChatHandler*>(me.get());
-                constexpr std::size_t max_conversations = 100;
-                for (std::size_t i = 0; self != nullptr && self->is_open() && i < facts.size() && i < max_conversations;
-                     ++i)
-                    self->request_conversation(facts[i].key.substr(facts[i].key.find('\n') + 1), facts[i].value);
+        hub_->with_markers(user_.id, [me = ref(), hub = hub_, id = user_.id] {
+            if (me.get() == nullptr) return;
+            hub->store().facts("talk", id + "\n", [me](std::vector<ChatFact> facts, const std::string&) {
+                if (me.get() == nullptr || facts.empty()) return;
+                auto all = std::make_shared<Conversations>(Conversations{me, std::move(facts)});
+                static_cast<ChatHandler*>(me.get())->continue_conversations(all);
             });
+        });
     }
-    void request_conversation(const std::string& peer, const std::string& name) {
-        std::optional<HistoryPosition> position;
-        for (const std::string& each : request().query_all("peer")) {
-            std::string_view rest = each;
-            if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
+    // A store that answers at once must not add a call to the stack for each conversation.
+    void continue_conversations(const std::shared_ptr<Conversations>& all) {
+        while (is_open() && all->next != all->facts.size()) {
+            const ChatFact& fact = all->facts[all->next++];
+            all->calling = true;
+            all->answered = false;
+            request_conversation(all, fact.key.substr(fact.key.find('\n') + 1), fact.value);
+            all->calling = false;
+            if (!all->answered) return;
         }
-        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
-        const std::string log = ChatHub::conversation(user_.id, peer);
-        const auto answer = [me = ref(), peer, name, log](const HistoryPage& page) {
-            if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_conversation(peer, name, log, page);
-        };
-        hub_->store().since(log, position, may_read() ? wanted : 0, answer);
+        if (!is_open() || all->read.empty()) return;
+        detail::JsonList list;
+        for (const std::string& each : all->read) list.add(each);
+        write_charged(ChatEvent("peers").add_json("peers", list.dump()).dump());
     }
-    inline void on_conversation(const std::string& peer, const std::string& name, const std::string& log,
-                                const HistoryPage& page);
+    inline void request_conversation(const std::shared_ptr<Conversations>& all, const std::string& peer,
+                                     const std::string& name);
+    inline void write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
+                                   bool resumed, std::uint64_t before, std::string_view tag);
+    // False: nothing is newer than the read marker.
+    inline bool on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
+                                bool resumed);
     // Of a room, or of "@" and the id of a peer.
-    inline void request_read_marker(const std::string& what);
+    void request_read_marker(const std::string& what) {
+        if (identity_.empty()) return;
+        hub_->with_markers(user_.id, [me = ref(), what] {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->send_read_marker(what, {});
+        });
+    }
+    inline void send_read_marker(const std::string& what, std::string_view tag);
+    inline void mark_read(const std::string& what, std::uint64_t id, const std::string& tag);
 
     // The store's answer to /before and /search becomes the end of this event.
     ChatStore::PageCallback answer_with_page(ChatEvent event) {
@@ -15289,9 +15936,11 @@ private:
     }
     inline void on_page(ChatEvent event, const std::string& room_name, const std::string& tag, const HistoryPage& page);
 
+    template <class MakeEvent>
+    detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    static inline std::string users_event(const ChatRoom& room);
+    static inline ChatEvent users_event(const ChatRoom& room);
 
     ChatHub* hub_ = nullptr;
     ChatUser user_;
@@ -15464,6 +16113,7 @@ private:
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         if (handler_.identity_.empty())
             return error("forbidden", "Only users with a key or an account write to users by their ids.");
+        if (!ChatHandler::is_user_id(id)) return error("unknown_user", "There is no user with that id.");
         handler_.hub_->store().facts(
             "user", id,
             [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](const std::vector<ChatFact>& facts,
@@ -15471,19 +16121,20 @@ private:
                 auto* self = static_cast<ChatHandler*>(me.get());
                 if (self == nullptr) return;
                 if (!facts.empty() && facts[0].key == id) return self->say_to(id, "", text, tag);
-                ChatEvent event("error");
-                event.add_text("code", "unknown_user").add_text("text", "There is no user with that id.");
-                self->write_message(event.add_unless_empty("tag", tag).dump());
+                self->write_error("unknown_user", "There is no user with that id.", tag);
             });
     }
     void read(std::string_view rest) {
         std::string what = room_ == nullptr ? "" : room_->name();
         if (text::starts_with(rest, "@")) what = text::consume_until(rest, ' ');
         const auto id = ChatHandler::to_number(rest);
-        if (!id || what.empty() || what.size() > 100) return error("bad_command", "/read [@ID] NUMBER");
+        if (!id) return error("bad_command", "/read [@ID] NUMBER");
+        if (what.empty()) return reply_no_room();
         if (handler_.identity_.empty()) return error("forbidden", "A guest without a key has no read markers.");
-        handler_.hub_->store().put(
-            {"read", text::concat({handler_.user_.id, "\n", what}), std::to_string(*id), handler_.identity_});
+        if (what[0] == '@' && !ChatHandler::is_user_id(what.substr(1))) return reply_no_conversation();
+        handler_.hub_->with_markers(handler_.user_.id, [me = handler_.ref(), what, id = *id, tag = handler_.tag_] {
+            if (auto* self = static_cast<ChatHandler*>(me.get())) self->mark_read(what, id, tag);
+        });
     }
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
     bool is_duplicate() {
@@ -15494,16 +16145,21 @@ private:
         return false;
     }
 
+    // Pages send it at each change of the input. So an error goes only to a line with a tag.
     void typing(std::string_view rest) {
-        if (room_ == nullptr || !handler_.may(ChatAction::say) || handler_.muted()) return;
+        const bool tagged = !handler_.tag_.empty();
+        if (room_ == nullptr) return tagged ? reply_no_room() : void();
+        if (!handler_.may(ChatAction::say)) return tagged ? handler_.reply_forbidden() : void();
+        if (handler_.muted()) return tagged ? error("muted", "You are muted for a while.") : void();
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::typing);
         entry.text = rest == "stop" ? "stop" : "";
         handler_.hub_->forward(std::move(entry));
+        handler_.reply_done();
     }
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_charged(ChatHandler::users_event(*room_));
+        handler_.write_charged(ChatHandler::users_event(*room_).add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void rooms(std::string_view) {
@@ -15523,7 +16179,7 @@ private:
         if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
         if (hub.banned("unix", name, "")) return error("name_banned", "That name is banned.");
         if (room_ == nullptr) return reply_no_room();
-        if (name == handler_.user().name) return;
+        if (name == handler_.user().name) return handler_.reply_done();
         if (handler_.muted()) return error("muted", "You are muted for a while.");
         Presence::User& user = *membership().user;
         const Presence::User* holder = room_->presence_.find(name);
@@ -15531,7 +16187,7 @@ private:
             return error("name_taken",
                          text::concat({"That name is taken; ", room_->presence_.free_name(name), " is free."}));
         handler_.user_.name = name;
-        hub.rename(*room_, user, name);
+        hub.rename(*room_, user, name, handler_.number_, handler_.tag_);
     }
 
     // "/join ROOM EPOCH-ID" brings what was said after that position.
@@ -15567,21 +16223,58 @@ private:
     }
 
     void since(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return conversation_since(rest.substr(1));
         const auto position = HistoryPosition::parse(rest);
         if (!position || room_ == nullptr) return error("bad_command", "/since EPOCH-ID, in a room.");
         handler_.request_history(*room_, position, handler_.tag_);
     }
-    void before(std::string_view rest) {
-        const ChatLimits& limits = handler_.hub_->limits;
+    // In a conversation: "@ID EPOCH-ID".
+    void conversation_since(std::string_view rest) {
+        const std::string peer(text::consume_until(rest, ' '));
+        const auto position = HistoryPosition::parse(rest);
+        if (!position) return error("bad_command", "/since @ID EPOCH-ID");
+        if (!has_conversations(peer)) return reply_no_conversation();
+        handler_.hub_->store().since(ChatHub::conversation(handler_.user_.id, peer), position,
+                                     handler_.hub_->limits.history_on_resume, answer_in_conversation(peer, 0));
+    }
+    // In a conversation: "@ID NUMBER [LIMIT]".
+    void conversation_before(std::string_view rest) {
+        const std::string peer(text::consume_until(rest, ' '));
         const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
-        const auto wanted =
-            rest.empty() ? std::optional<std::uint64_t>(limits.history_on_join) : ChatHandler::to_number(rest);
-        if (!id || !wanted || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
-        const auto limit = static_cast<std::size_t>((std::min)(*wanted, std::uint64_t{limits.history_on_resume}));
+        const auto limit = page_limit(rest);
+        if (!id || !limit) return error("bad_command", "/before @ID NUMBER [LIMIT]");
+        if (!has_conversations(peer)) return reply_no_conversation();
+        handler_.hub_->store().before(ChatHub::conversation(handler_.user_.id, peer), *id, *limit,
+                                      answer_in_conversation(peer, *id));
+    }
+    bool has_conversations(const std::string& peer) const {
+        return !handler_.identity_.empty() && ChatHandler::is_user_id(peer);
+    }
+    void reply_no_conversation() { error("unknown_user", "You have no conversation with such a user."); }
+    ChatStore::PageCallback answer_in_conversation(const std::string& peer, std::uint64_t before) {
+        return [me = handler_.ref(), peer, before, tag = handler_.tag_](const HistoryPage& page) {
+            if (auto* self = static_cast<ChatHandler*>(me.get()))
+                self->write_conversation(peer, {}, page, true, before, tag);
+        };
+    }
+    // How many entries the client wants; nothing if that is no number.
+    std::optional<std::size_t> page_limit(std::string_view rest) const {
+        const ChatLimits& limits = handler_.hub_->limits;
+        if (rest.empty()) return limits.history_on_join;
+        const auto wanted = ChatHandler::to_number(rest);
+        if (!wanted) return std::nullopt;
+        return static_cast<std::size_t>((std::min)(*wanted, std::uint64_t{limits.history_on_resume}));
+    }
+
+    void before(std::string_view rest) {
+        if (text::starts_with(rest, "@")) return conversation_before(rest.substr(1));
+        const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
+        const auto limit = page_limit(rest);
+        if (!id || !limit || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
         const std::uint64_t newest = room_->delivered_id_ ? *room_->delivered_id_ + 1 : *id;
         ChatEvent event("history");
         event.add_text("room", room_->name()).add("before", *id).add_json("gap", "false");
-        handler_.hub_->store().before(room_->name(), (std::min)(*id, newest), limit, handler_.answer_with_page(event));
+        handler_.hub_->store().before(room_->name(), (std::min)(*id, newest), *limit, handler_.answer_with_page(event));
     }
     void search(std::string_view rest) {
         if (room_ == nullptr) return reply_no_room();
@@ -15603,8 +16296,9 @@ private:
     void kick(std::string_view rest) {
         const Presence::User* user = consume_user(rest);
         if (user == nullptr) return reply_unknown_user();
-        report("kick", user->info.name, 0);
-        room_->kick(std::string(user->info.name), rest.empty() ? "You were asked to leave." : rest);
+        const std::string name = user->info.name;
+        report("kick", name, 0);
+        handler_.hub_->kick(*room_, name, rest.empty() ? "You were asked to leave." : rest);
     }
 
     void ban(std::string_view rest) {
@@ -15646,17 +16340,19 @@ private:
         report("unmute", user->info.name, 0);
         handler_.hub_->mute(*room_, *user, Duration::zero());
     }
-    // Tells the moderator and the log.
-    void report(std::string_view action, std::string_view name, std::uint64_t seconds) {
-        const std::string room = room_ == nullptr ? "" : room_->name();
-        ChatEvent event("moderation");
-        event.add_unless_empty("room", room).add_text("action", action).add_text("name", name);
-        if (seconds != 0) event.add("seconds", (std::min)(seconds, max_seconds));
-        handler_.reply(event.add_text("by", handler_.user().name));
+    // Tells the moderators of the room and the log.
+    void report(std::string_view action, std::string_view target, std::uint64_t seconds) {
+        const std::string name(target), room = room_ == nullptr ? "" : room_->name();
+        ChatEntry entry;
+        if (room_ != nullptr) entry = handler_.new_entry(ChatEntry::Kind::moderation);
+        else entry.name = handler_.user().name;
+        entry.sender = handler_.number_;
+        entry.tag = handler_.tag_;
+        handler_.hub_->report_moderation(std::move(entry), action, name, (std::min)(seconds, max_seconds));
         handler_.server().report(LogLevel::info, "chat_moderation",
                                  {{"action", std::string(action)},
                                   {"room", room},
-                                  {"name", std::string(name)},
+                                  {"name", name},
                                   {"by", handler_.user().name},
                                   {"seconds", std::to_string(seconds)}});
     }
@@ -15719,13 +16415,11 @@ inline ChatEvent private_event(const ChatEntry& entry, const std::string& id, bo
     event.add_text("text", entry.text).add("time", entry.time);
     return with_tag ? event.add_unless_empty("tag", entry.tag) : event;
 }
-// The key of a read marker is the public id of its user, a line feed, and a room or "@" with the id of a peer.
-inline ChatEvent read_event(const ChatFact& fact) {
-    const std::string what = fact.key.substr(fact.key.find('\n') + 1);
+// `what`: a room, or "@" with the id of a peer.
+inline ChatEvent read_event(const std::string& what, std::uint64_t id) {
     const bool is_peer = text::starts_with(what, "@");
     ChatEvent event("read");
-    event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what);
-    return event.add_json("id", fact.value);
+    return event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what).add("id", id);
 }
 
 // The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag.
@@ -15762,17 +16456,21 @@ inline bool ChatHandler::on_command(std::string_view command, std::string_view r
 }
 
 // The newest entries that fit into an event.
-inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const HistoryPage& page) const {
-    const std::string viewer = ChatHub::author_of(*memberships_[membership_index(&room)].user);
+template <class MakeEvent>
+detail::JsonList ChatHandler::newest_events(const HistoryPage& page, MakeEvent&& make_event) const {
     std::size_t bytes = 0;
     std::vector<std::string> events;
     for (std::size_t i = page.entries.size(); i-- > 0 && bytes <= hub_->limits.max_history_event;) {
-        events.push_back(detail::kept_event(page.entries[i], viewer).dump());
+        events.push_back(make_event(page.entries[i]));
         bytes += events.back().size();
     }
     detail::JsonList list;
     for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
     return list;
+}
+inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const HistoryPage& page) const {
+    const std::string viewer = ChatHub::author_of(*memberships_[membership_index(&room)].user);
+    return newest_events(page, [&](const ChatEntry& entry) { return detail::kept_event(entry, viewer).dump(); });
 }
 
 // `resumed`: the client asked with a position, so missing entries are a gap.
@@ -15786,29 +16484,101 @@ inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryP
     return event.add_json("entries", list.dump());
 }
 
-inline void ChatHandler::on_conversation(const std::string& peer, const std::string& name, const std::string& log,
-                                         const HistoryPage& page) {
-    if (!is_open() || (page.last_id == 0 && page.error.empty())) return;
-    detail::JsonList list;
-    for (ChatEntry entry : page.entries) {
-        entry.room = log;
-        if (entry.is_message()) list.add(detail::private_event(entry, user_.id, entry.user == user_.id).dump());
+inline void ChatHandler::request_conversation(const std::shared_ptr<Conversations>& all, const std::string& peer,
+                                              const std::string& name) {
+    std::optional<HistoryPosition> position;
+    for (const std::string& each : request().query_all("peer")) {
+        std::string_view rest = each;
+        if (text::consume_until(rest, ' ') == peer) position = HistoryPosition::parse(rest);
     }
-    ChatEvent event("history");
-    event.add_text("peer", peer).add_text("name", name).add_unless_empty("epoch", page.epoch).add("last", page.last_id);
-    event.add("gap", page.gap || !page.error.empty()).add("more", page.more);
-    write_charged(event.add_json("entries", list.dump()).dump());
-    request_read_marker("@" + peer);
+    const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+    const bool resumed = position.has_value();
+    const auto answer = [all, peer, name, resumed](const HistoryPage& page) {
+        auto* self = static_cast<ChatHandler*>(all->handler.get());
+        if (self == nullptr) return;
+        if (!self->on_conversation(peer, name, page, resumed)) {
+            const std::uint64_t marker = self->hub_->marker_of(self->user_.id, "@" + peer);
+            all->read.push_back(Json{{"user", peer}, {"name", name}, {"read", marker}}.dump());
+        }
+        all->answered = true;
+        if (!all->calling) self->continue_conversations(all);
+    };
+    hub_->store().since(ChatHub::conversation(user_.id, peer), position, may_read() ? wanted : 0, answer);
 }
 
-inline void ChatHandler::request_read_marker(const std::string& what) {
-    if (identity_.empty()) return;
-    const std::string key = text::concat({user_.id, "\n", what});
-    hub_->store().facts("read", key, [me = ref(), key](const std::vector<ChatFact>& facts, const std::string&) {
-        auto* self = static_cast<ChatHandler*>(me.get());
-        if (self != nullptr && !facts.empty() && facts[0].key == key)
-            self->write_message(detail::read_event(facts[0]).dump());
+inline bool ChatHandler::on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
+                                         bool resumed) {
+    if (!is_open()) return true;
+    const std::uint64_t marker = hub_->marker_of(user_.id, "@" + peer);
+    if (resumed || !page.error.empty()) {
+        write_conversation(peer, name, page, resumed, 0, {});
+    } else {
+        if (page.last_id <= marker) return false;
+        HistoryPage rest = page;
+        const auto is_read = [marker](const ChatEntry& entry) { return entry.id <= marker; };
+        auto& entries = rest.entries;
+        entries.erase(std::remove_if(entries.begin(), entries.end(), is_read), entries.end());
+        rest.more = rest.more || entries.size() != page.entries.size();
+        write_conversation(peer, name, rest, false, 0, {});
+    }
+    if (marker != 0) send_read_marker("@" + peer, {});
+    return true;
+}
+
+// `before`: the answer to /before with that id.
+inline void ChatHandler::write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
+                                            bool resumed, std::uint64_t before, std::string_view tag) {
+    if (!is_open()) return;
+    if (!page.error.empty()) server().report(LogLevel::error, "chat_not_read", {{"cause", page.error}});
+    if (!page.error.empty() && !tag.empty())
+        return write_error("not_read", "The history cannot be read now. Try again soon.", tag);
+    std::size_t messages = 0;
+    const std::string log = ChatHub::conversation(user_.id, peer);
+    HistoryPage said = page;
+    auto& entries = said.entries;
+    entries.erase(std::remove_if(entries.begin(), entries.end(), [](const ChatEntry& e) { return !e.is_message(); }),
+                  entries.end());
+    messages = entries.size();
+    const detail::JsonList list = newest_events(said, [&](const ChatEntry& kept) {
+        ChatEntry entry = kept;
+        entry.room = log;
+        return detail::private_event(entry, user_.id, entry.user == user_.id).dump();
     });
+    const bool cut = list.size() != messages;
+    ChatEvent event("history");
+    event.add_text("peer", peer).add_unless_empty("name", name);
+    if (before != 0) event.add("before", before);
+    else event.add_unless_empty("epoch", page.epoch).add("last", page.last_id);
+    event.add("gap", before == 0 && (page.gap || !page.error.empty() || (cut && resumed)));
+    event.add("more", page.more || cut).add_json("entries", list.dump());
+    write_charged(event.add_unless_empty("tag", tag).dump());
+}
+
+inline void ChatHandler::send_read_marker(const std::string& what, std::string_view tag) {
+    const std::uint64_t marker = hub_->marker_of(user_.id, what);
+    if (marker == 0 && tag.empty()) return;
+    ChatEvent event = detail::read_event(what, marker);
+    write_message(event.add_unless_empty("tag", tag).dump());
+}
+
+// A marker never goes back: another device may have read more.
+inline void ChatHandler::mark_read(const std::string& what, std::uint64_t id, const std::string& tag) {
+    const ChatHub::UserState* const user = hub_->users_.find(user_.id);
+    if (user == nullptr) return;
+    const std::uint64_t* const marker = user->read.find(what);
+    if (marker != nullptr && *marker >= id) return send_read_marker(what, tag);
+    if (marker == nullptr && user->read.size() >= hub_->limits.max_read_markers)
+        return write_error("read_limit", "You have too many read markers.", tag);
+    if (marker != nullptr || what[0] != '@') return hub_->put_marker(*this, what, id, tag);
+    const std::string talk = text::concat({user_.id, "\n", std::string_view(what).substr(1)});
+    hub_->store().facts("talk", talk,
+                        [me = ref(), what, id, tag, talk](const std::vector<ChatFact>& facts, const std::string&) {
+                            auto* self = static_cast<ChatHandler*>(me.get());
+                            if (self == nullptr) return;
+                            if (!facts.empty() && facts[0].key == talk)
+                                return self->hub_->put_marker(*self, what, id, tag);
+                            self->write_error("unknown_user", "You have no conversation with such a user.", tag);
+                        });
 }
 
 inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, const std::string& tag,
@@ -15840,12 +16610,12 @@ inline void ChatHandler::join_more_rooms() {
     reply(add_room(event).add_text("name", user().name));
 }
 
-inline std::string ChatHandler::users_event(const ChatRoom& room) {
+inline ChatEvent ChatHandler::users_event(const ChatRoom& room) {
     detail::JsonList users;
     const std::size_t count = room.presence_.size();
     ChatEvent event("users");
     event.add_text("room", room.name()).add("count", count);
-    if (room.counting_ || count > room.hub_.limits.presence_list) return event.dump();
+    if (room.counting_ || count > room.hub_.limits.presence_list) return event;
     for (const auto& [key, user] : room.presence_) {
         std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
         if (!user.info.about.empty()) {
@@ -15854,11 +16624,11 @@ inline std::string ChatHandler::users_event(const ChatRoom& room) {
         }
         users.add(text);
     }
-    return event.add_json("users", users.dump()).dump();
+    return event.add_json("users", users.dump());
 }
 
 inline void ChatHub::send_count(const ChatRoom& room) {
-    if (Room* members = members_.find(room.name())) members->broadcast(ChatHandler::users_event(room));
+    if (Room* members = members_.find(room.name())) members->broadcast(ChatHandler::users_event(room).dump());
 }
 
 inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
@@ -15874,8 +16644,10 @@ inline void ChatRoom::publish(std::string_view text, std::string_view name) {
 inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
     hub_.forward(new_text("broadcast", text, name));
 }
-inline void ChatRoom::send(const ChatEvent& event) {
-    if (Room* members = hub_.members_.find(name_)) members->broadcast(event.dump());
+inline void ChatRoom::send(std::string_view name, const Json& data) {
+    ChatEntry entry = hub_.new_own_event("ChatRoom::send", name, data);
+    entry.room = name_;
+    hub_.forward(std::move(entry));
 }
 inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
     ChatEntry entry = new_text("edit", text, {});
@@ -15890,6 +16662,8 @@ inline void ChatRoom::remove(std::uint64_t id) {
     hub_.append(std::move(entry));
 }
 inline void ChatRoom::set_topic(std::string_view text) {
+    if (text.size() > hub_.limits.max_topic)
+        throw Error("ChatRoom::set_topic: the topic is longer than ChatLimits::max_topic");
     ChatEntry entry = new_text("set_topic", text, {});
     entry.kind = ChatEntry::Kind::topic;
     entry.sender = hub_.first_number_;
@@ -15902,7 +16676,9 @@ inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t
 inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
     const detail::Presence::User* user = presence_.find(name);
     if (user == nullptr) return false;
-    for (ChatHandler* connection : std::vector<ChatHandler*>(user->connections)) connection->kick(reason);
+    const std::string who = user->info.name;
+    hub_.report_moderation(ChatHub::new_entry(ChatEntry::Kind::moderation, *this, ""), "kick", who, 0);
+    hub_.kick(*this, who, reason);
     return true;
 }
 inline bool ChatRoom::mute(std::string_view name, Duration duration) {
@@ -15942,15 +16718,55 @@ inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::str
     decide("ban", key, name, duration);
 }
 
-// A read marker goes to all connections of its user.
+// A read marker goes to all connections of its user. Its key is the public id of the user, a line feed, and a room or
+// "@" with the id of a peer.
 inline void ChatHub::on_read(const ChatFact& fact) {
     const std::size_t end = fact.key.find('\n');
-    const std::string id = fact.key.substr(0, end);
-    for (ChatHandler* each : connections_of(id)) each->write_message(detail::read_event(fact).dump());
+    const std::string id = fact.key.substr(0, end), what = fact.key.substr(end + 1);
+    const std::vector<Asked> asked = take_asked(fact);
+    UserState* const user = users_.find(id);
+    if (user == nullptr) return;
+    if (fact.value.empty()) {
+        user->read.erase(what);
+        return;
+    }
+    const std::uint64_t value = text::parse_unsigned(fact.value, HistoryPosition::max_id).value_or(0);
+    std::uint64_t& marker = user->read.find_or_emplace(what, std::uint64_t{0});
+    const bool is_new = value > marker;
+    // Another server did not know that this user has read more.
+    if (value < marker) store_->put({"read", fact.key, std::to_string(marker), fact.author});
+    else marker = value;
+    for (ChatHandler* each : connections_of(id)) {
+        const auto is_own = [each](const Asked& one) { return one.number == each->number_; };
+        const auto own = std::find_if(asked.begin(), asked.end(), is_own);
+        if (own != asked.end()) each->send_read_marker(what, own->tag);
+        else if (is_new) each->send_read_marker(what, {});
+    }
+}
+inline std::vector<ChatHub::Asked> ChatHub::take_asked(const ChatFact& fact) {
+    const std::string key = text::concat({fact.key, "\n", fact.value});
+    std::vector<Asked>* const found = asked_.find(key);
+    if (found == nullptr) return {};
+    std::vector<Asked> asked = std::move(*found);
+    asked_.erase(key);
+    return asked;
+}
+inline void ChatHub::put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
+                                const std::string& tag) {
+    ChatFact fact{"read", text::concat({handler.user_.id, "\n", what}), std::to_string(id), handler.identity_};
+    asked_.find_or_emplace(text::concat({fact.key, "\n", fact.value})).push_back({handler.number_, tag});
+    store_->put(std::move(fact));
+}
+inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& cause) {
+    server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
+    if (fact.scope != "read") return;
+    for (const Asked& one : take_asked(fact))
+        if (ChatHandler* const handler = connection(one.number))
+            handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
 inline void ChatHub::on_fact(const ChatFact& fact) {
-    if (fact.scope == "read" && !fact.value.empty()) return on_read(fact);
+    if (fact.scope == "read") return on_read(fact);
     if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
     const bool is_ban = fact.scope == "ban";
     if (!is_ban && fact.scope != "mute") return;
@@ -15968,9 +16784,16 @@ inline void ChatHub::on_fact(const ChatFact& fact) {
 
 inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, const std::string& identity,
                                        ChatHandler& handler, std::uint64_t number) {
+    User* holder = room.presence_.find(info.name);
+    // A guest has no key, so this may be another guest. The one who is away leaves now.
+    if (holder != nullptr && holder->identity.empty() && holder->connections.empty() && !holder->remote) {
+        const ChatUser left = holder->info;
+        room.presence_.remove(*std::exchange(holder, nullptr));
+        announce_leave(room, left);
+    }
     // An account owns its name, so a visitor with that name gets another one.
-    User* holder = info.account ? room.presence_.find(info.name) : nullptr;
-    if (holder != nullptr && !holder->info.account) rename(room, *holder, room.presence_.free_name(info.name));
+    if (info.account && holder != nullptr && !holder->info.account)
+        rename(room, *holder, room.presence_.free_name(info.name));
     const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
     if (!connected.joined) return connected.user;
     try {
@@ -15985,10 +16808,66 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     return connected.user;
 }
 
-inline std::size_t ChatHub::send(const std::string& user_id, const ChatEvent& event) const {
-    const std::vector<ChatHandler*> connections = connections_of(user_id);
-    for (ChatHandler* each : connections) each->write_message(event.dump());
-    return connections.size();
+inline std::size_t ChatHub::send(const std::string& user_id, std::string_view name, const Json& data) {
+    ChatEntry entry = new_own_event("ChatHub::send", name, data);
+    entry.kind = ChatEntry::Kind::direct;
+    entry.to_user = user_id;
+    forward(std::move(entry));
+    return connections_of(user_id).size();
+}
+inline ChatEntry ChatHub::new_own_event(const char* call, std::string_view name, const Json& data) const {
+    if (!detail::valid_chat_name(name, 64))
+        throw Error(std::string(call) + ": the name of an event is 1 to 64 bytes of visible text");
+    if (data.dump().size() > limits.max_data || !detail::valid_json(data.dump()))
+        throw Error(std::string(call) + ": the data is longer than ChatLimits::max_data, or is no JSON");
+    ChatEntry entry;
+    entry.kind = ChatEntry::Kind::event;
+    entry.text = name;
+    entry.data = data.dump();
+    return entry;
+}
+// Its type keeps it apart from the events of the chat.
+inline void ChatHub::on_own_event(const ChatEntry& entry) {
+    ChatEvent event("event");
+    event.add_unless_empty("room", entry.room).add_text("name", entry.text);
+    event.add_json("data", entry.data).add("time", entry.time);
+    if (entry.kind == ChatEntry::Kind::event) return send_to_others(entry, event);
+    for (ChatHandler* each : connections_of(entry.to_user)) each->write_message(event.dump());
+}
+
+inline void ChatHub::kick(const ChatRoom& room, const std::string& name, std::string_view reason) {
+    const User* const user = room.presence_.find(name);
+    if (user == nullptr) return;
+    tell_decision({"kick", mute_key(room, *user), user->info.name});
+    ChatEntry entry = new_entry(ChatEntry::Kind::kick, room, "");
+    entry.to = user->info.name;
+    entry.to_user = user->info.id;
+    entry.text = reason;
+    forward(std::move(entry));
+}
+inline void ChatHub::on_kick(const ChatEntry& entry) {
+    const ChatRoom* const room = find(entry.room);
+    const User* const user = room == nullptr ? nullptr : room->presence_.find(entry.to);
+    if (user == nullptr || user->info.id != entry.to_user) return;
+    for (ChatHandler* each : std::vector<ChatHandler*>(user->connections)) each->kick(entry.text);
+}
+// The moderators of the room and the one who acts hear of it.
+inline void ChatHub::on_moderation(const ChatEntry& entry) {
+    ChatEvent event("moderation");
+    event.add_unless_empty("room", entry.room).add_text("action", entry.text).add_text("name", entry.to);
+    if (entry.data != "0") event.add_json("seconds", entry.data);
+    event.add_text("by", entry.name);
+    ChatHandler* const sender = connection(entry.sender);
+    if (sender != nullptr) sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
+    const ChatRoom* const room = find(entry.room);
+    if (room == nullptr) return;
+    const auto has = [&](const char* word) { return entry.text.find(word) != std::string::npos; };
+    const ChatAction action = has("ban") ? ChatAction::ban : has("mute") ? ChatAction::mute : ChatAction::kick;
+    for (ChatHandler* each : connections_in(*room)) {
+        bool moderates = false;
+        if (each != sender) each->run_hook("may", [&] { moderates = each->may(action); });
+        if (moderates) each->write_message(event.dump());
+    }
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
     deliver(entry);
@@ -16007,7 +16886,12 @@ inline void ChatHub::deliver(const ChatEntry& entry) {
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
-        case ChatEntry::Kind::event: return;
+        case ChatEntry::Kind::event:
+        case ChatEntry::Kind::direct: return on_own_event(entry);
+        case ChatEntry::Kind::kick: return on_kick(entry);
+        case ChatEntry::Kind::moderation: return on_moderation(entry);
+        case ChatEntry::Kind::away:
+        case ChatEntry::Kind::ban: return;
     }
 }
 
@@ -16099,12 +16983,14 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
     event.add_unless_empty("user", entry.user).add("time", entry.time);
     send_to_others(entry, event);
+    if (ChatHandler* const sender = connection(entry.sender))
+        sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const User* renamed = room->presence_.find(entry.text);
     if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
     for (ChatHandler* each : renamed->connections)
-        if (!members.has(*each)) each->reply(event);
+        if (!members.has(*each) && each != connection(entry.sender)) each->reply(event);
 }
 
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
@@ -16459,8 +17345,18 @@ public:
         return erased;
     }
 
-    void put(const ChatFact& fact) {
+    // Returns the fact that is kept.
+    ChatFact put(const ChatFact& fact) {
+        ChatFact kept = fact;
         database_.transaction("BEGIN IMMEDIATE", [&] {
+            if (fact.if_new) {
+                Query query(database_, "SELECT value, author, expires FROM fact WHERE scope = ?1 AND key = ?2");
+                query.bind(fact.scope).bind(fact.key);
+                if (query.next_row()) {
+                    kept = {fact.scope, fact.key, query.text(0), query.text(1), query.number(2)};
+                    return;
+                }
+            }
             database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
             if (fact.value.empty()) return;
             if (too_many_facts()) delete_expired_facts();
@@ -16468,6 +17364,7 @@ public:
             database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
                           fact.key, fact.value, fact.author, fact.expires);
         });
+        return kept;
     }
     std::vector<ChatFact> facts(const std::string& scope, const std::string& key_prefix) {
         std::vector<ChatFact> facts;
@@ -16997,9 +17894,10 @@ public:
     void put(ChatFact fact) override {
         if (!worker_->has_space()) return worker_->listener().on_fact_failure(fact, "too many facts wait");
         worker_->add_write([worker = worker_.get(), fact = std::move(fact)](detail::SqliteFile& file) {
-            const std::string cause = error_of([&] { file.put(fact); });
-            worker->post([fact, cause](Listener& listener) {
-                if (cause.empty()) listener.on_fact(fact);
+            ChatFact kept;
+            const std::string cause = error_of([&] { kept = file.put(fact); });
+            worker->post([fact, kept, cause](Listener& listener) {
+                if (cause.empty()) listener.on_fact(kept);
                 else listener.on_fact_failure(fact, cause);
             });
         });

@@ -1,12 +1,13 @@
 // A WebSocket client for the terminal: prints what arrives and sends each line of standard input.
 //
-//   client URL [--echo] [--reconnect] [--header "Name: value"]... [--subprotocol P]... [--insecure]
+//   client URL [--echo] [--reconnect] [--header "Name: value"]... [--subprotocol P]... [--insecure] [--proxy URL]
 //
 // g++ -std=c++17 -O2 examples/client.cpp -o client -pthread && ./client ws://127.0.0.1:8888/chat
 //
 // With -DWSCHAT_OPENSSL=1 -lssl -lcrypto it speaks wss://, with -DWSCHAT_ZLIB=1 -lz it compresses. --echo sends back
-// what arrives instead of reading the input, and ends with the connection. --insecure accepts any certificate. At the
-// end of the input, the program closes when nothing has arrived for a second. Messages go to standard output, everything
+// what arrives instead of reading the input, and ends with the connection. --insecure accepts any certificate. --proxy
+// is the URL of an HTTP proxy; without it, http_proxy, https_proxy and no_proxy of the environment count. At the end of
+// the input, the program closes when nothing has arrived for a second. Messages go to standard output, everything
 // else to standard error.
 #include "../wschat.hpp"
 
@@ -88,6 +89,7 @@ int main(int argc, char** argv) try {
     options.compression->server_context_takeover = options.compression->client_context_takeover = true;
     options.limits.max_message_size = 64 * 1024 * 1024;
     options.limits.max_fragments = 1000 * 1000;
+    options.proxy_from_environment = true;
     bool echo = false;
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
@@ -98,6 +100,8 @@ int main(int argc, char** argv) try {
             options.reconnect.emplace();
         } else if (word == "--insecure") {
             options.tls.insecure_accept_any_certificate = true;
+        } else if (word == "--proxy" && has_value) {
+            options.proxy = argv[++i];
         } else if (word == "--subprotocol" && has_value) {
             options.subprotocols.emplace_back(argv[++i]);
         } else if (word == "--header" && has_value) {
@@ -122,7 +126,7 @@ int main(int argc, char** argv) try {
 } catch (const wschat::Error& error) {
     std::fprintf(stderr,
                  "client: %s\nusage: client URL [--echo] [--reconnect] [--header \"Name: value\"]... "
-                 "[--subprotocol P]... [--insecure]\n",
+                 "[--subprotocol P]... [--insecure] [--proxy URL]\n",
                  error.what());
     return 1;
 }

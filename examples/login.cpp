@@ -6,6 +6,7 @@
 #define WSCHAT_CHAT 1
 #include "../wschat.hpp"
 
+#include <fstream>
 #include <map>
 #include <random>
 
@@ -111,7 +112,8 @@ int main(int argc, char** argv) try {
     server.on_log(wschat::log_to_stderr);
     server.set_default_header("X-Frame-Options", "DENY");
     server.file("/rooms.html", page);
-    server.file("/wschat.js", wschat::beside(__FILE__, "wschat.js"));
+    const std::string module = wschat::beside(page, "wschat.js");  // a page of your own may have none beside it
+    server.file("/wschat.js", std::ifstream(module) ? module : wschat::beside(__FILE__, "wschat.js"));
     server.get("/", [&](const wschat::Request& request) {
         return wschat::Response::redirect(members.member(request) ? "/rooms.html" : "/login", 303);
     });

@@ -6,6 +6,7 @@
 #define WSCHAT_CHAT 1
 #include "../wschat.hpp"
 
+#include <fstream>
 #include <random>
 
 namespace {
@@ -31,7 +32,8 @@ int main(int argc, char** argv) try {
     wschat::Server server;
     server.on_log(wschat::log_to_stderr);
     server.file("/", page);
-    server.file("/wschat.js", wschat::beside(__FILE__, "wschat.js"));
+    const std::string module = wschat::beside(page, "wschat.js");  // a page of your own may have none beside it
+    server.file("/wschat.js", std::ifstream(module) ? module : wschat::beside(__FILE__, "wschat.js"));
     server.route<wschat::ChatHandler>("/chat");
     server.route<wschat::ChatHandler>("/chat/{room}");
     // The time to compare two digests tells nothing about the token.
@@ -40,7 +42,7 @@ int main(int argc, char** argv) try {
         if (wschat::sha1(request.header("authorization")) != digest)
             return wschat::Response(401, "Send the header \"Authorization: Bearer TOKEN\".\n");
         const auto text = request.form("text");
-        if (!text) return wschat::Response(400, "The form has no field \"text\".\n");
+        if (!text || text->empty()) return wschat::Response(400, "The form has no text in its field \"text\".\n");
         try {
             wschat::ChatHub::of(server).room(request.param("room")).publish(*text, request.form("name").value_or(""));
         } catch (const wschat::Error& error) {

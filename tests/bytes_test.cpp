@@ -760,6 +760,15 @@ TEST_CASE("a log entry is one line of text or one object of JSON, also with byte
     CHECK(valid_utf8(json));
 }
 
+TEST_CASE("an entry of the access log is one object of JSON, also with bytes from a peer") {
+    const wschat::AccessEntry entry{"::1", "GET", "/a\"\xff", 404, 31, std::chrono::microseconds(1250)};
+    const std::string json = to_json(entry);
+    CHECK(json.substr(0, 9) == "{\"time\":\"");
+    CHECK(json.substr(34) ==
+          R"(,"event":"access","peer":"::1","method":"GET","path":"/a\\x22\\xff","status":404,"size":31,"ms":1.250})");
+    CHECK(valid_utf8(json));
+}
+
 TEST_CASE("a time of the log is UTC with milliseconds") {
     const auto at = [](long long ms) {
         return utc_time(std::chrono::system_clock::time_point(std::chrono::milliseconds(ms)));

@@ -150,6 +150,17 @@ std::string names_of(const std::vector<ChatUser>& users) {
     return all;
 }
 
+// The texts in an event, each with a semicolon.
+std::string texts_of(const std::string& event) {
+    std::string all;
+    const std::string field = "\"text\":\"";
+    for (std::size_t at = event.find(field); at != std::string::npos; at = event.find(field, at)) {
+        at += field.size();
+        all += event.substr(at, event.find('"', at) - at) + ";";
+    }
+    return all;
+}
+
 ChatUser named(const std::string& name) { return ChatUser{name}; }
 
 // The position that a client has after a history event.
@@ -429,8 +440,8 @@ TEST_CASE("a user who returns in the grace period has not left, and one who retu
     ChatHandler one;
     Time next;
     const auto connect = [&](const std::string& key) { return presence.connect(named("Anna"), key, &one); };
-    for (const std::string key : {"", "key"}) {
-        CAPTURE(key);
+    {
+        const std::string key = "key";
         CHECK_FALSE(presence.disconnect(connect(key).user, &one, start + 3s, false));
         CHECK(presence.expire(start + 2999ms, next).empty());
         CHECK((next == start + 3s));
@@ -530,6 +541,83 @@ TEST_CASE("the search for a name reads no more of a text than the longest name")
     text = line;
     CHECK(presence.consume_user(text) == &anna);
     CHECK(text.size() == spaces.size() - 1);
+}
+
+// ---- presence of several hubs ---------------------------------------------------------------------------------------
+
+namespace {
+
+ChatEntry presence(ChatEntry::Kind kind, const std::string& user, const std::string& hub, const std::string& name = "",
+                   const std::string& text = "") {
+    ChatEntry made;
+    made.kind = kind;
+    made.room = "tea";
+    made.user = user;
+    made.hub = hub;
+    made.name = name;
+    made.text = text;
+    made.author = text::starts_with(user, "guest") ? "" : text::starts_with(user, "account") ? user : "key " + user;
+    return made;
+}
+
+// "Anna/a@1 Bert/b@2?": name, user and hub; a question mark: away.
+std::string rows(const PresenceTable& table) {
+    std::string all;
+    for (const ChatEntry& each : table.users("tea"))
+        all += (all.empty() ? "" : " ") + each.name + "/" + each.user + "@" + each.hub +
+               (each.kind == ChatEntry::Kind::away ? "?" : "");
+    return all;
+}
+
+}  // namespace
+
+TEST_CASE("a table of users lets the first one have a name, and keeps a user while one hub has connections") {
+    using Kind = ChatEntry::Kind;
+    PresenceTable table;
+    const auto apply = [&](ChatEntry entry) {
+        const std::string code(table.apply(entry));
+        return code + (entry.quiet ? "quiet " : "") + entry.name;
+    };
+    CHECK(apply(presence(Kind::join, "a", "1", "Anna")) == "Anna");
+    CHECK(apply(presence(Kind::join, "b", "2", "ANNA")) == "name_takenANNA");
+    CHECK(apply(presence(Kind::join, "b", "2", "Bert")) == "Bert");
+    CHECK(apply(presence(Kind::join, "a", "2", "Other")) == "quiet Anna");
+    CHECK(rows(table) == "Anna/a@1 Anna/a@2 Bert/b@2");
+    CHECK(apply(presence(Kind::rename, "b", "2", "", "anna")) == "name_takenBert");
+    CHECK(apply(presence(Kind::rename, "b", "2", "", "Bea")) == "Bert");
+    CHECK(apply(presence(Kind::away, "a", "1")) == "quiet Anna");
+    CHECK(rows(table) == "Anna/a@1? Anna/a@2 Bea/b@2");
+    CHECK(apply(presence(Kind::leave, "a", "1")) == "quiet Anna");
+    CHECK(apply(presence(Kind::leave, "a", "1")) == "goneAnna");
+    CHECK(apply(presence(Kind::leave, "a", "2")) == "Anna");
+    CHECK(apply(presence(Kind::away, "a", "2")) == "gone");
+    CHECK(apply(presence(Kind::join, "c", "2", "Anna")) == "Anna");
+    CHECK(apply(presence(Kind::join, "d", "2", "Bert")) == "Bert");
+    CHECK(table.rooms(10) == std::vector<std::pair<std::string, std::size_t>>{{"tea", 3}});
+    PresenceTable copy;
+    copy.replace("tea", table.users("tea"));
+    CHECK(rows(copy) == rows(table));
+    CHECK(copy.forget("2").size() == 3);
+    CHECK(rows(copy) == "");
+    CHECK(copy.rooms(10).empty());
+}
+
+TEST_CASE("in a table of users an account takes its name, and a guest returns only after the connection is lost") {
+    using Kind = ChatEntry::Kind;
+    PresenceTable table;
+    const auto apply = [&](ChatEntry entry) { return std::string(table.apply(entry)); };
+    CHECK(apply(presence(Kind::join, "guest", "1", "Holly")) == "");
+    CHECK(apply(presence(Kind::join, "guest", "2", "Holly")) == "name_taken");
+    CHECK(apply(presence(Kind::away, "guest", "1")) == "");
+    CHECK(apply(presence(Kind::join, "guest", "2", "Holly")) == "");
+    CHECK(apply(presence(Kind::join, "account Holly", "3", "Holly")) == "");
+    CHECK(apply(presence(Kind::join, "account 2", "3", "Holly")) == "name_taken");
+    CHECK(rows(table) == "Holly/account Holly@3 Holly/guest@1? Holly/guest@2");
+    CHECK(apply(presence(Kind::rename, "guest", "2", "", "Holly-2")) == "");
+    CHECK(apply(presence(Kind::join, "other", "1", "Holly")) == "name_taken");
+    CHECK(table.forget("3").size() == 1);
+    CHECK(apply(presence(Kind::join, "other", "1", "Holly")) == "");
+    CHECK(rows(table) == "Holly-2/guest@1? Holly-2/guest@2 Holly/other@1");
 }
 
 // ---- history -------------------------------------------------------------------------------------------------------
@@ -1103,12 +1191,239 @@ TEST_CASE("a read marker reaches all connections of its user, and is there after
         CHECK(anna.answer_to("/read 7") == read);
         CHECK(tab.only_event() == read);
         CHECK(bert.events().empty());
-        CHECK(anna.answer_to("/read @xyz 3") == "{\"type\":\"read\",\"peer\":\"xyz\",\"id\":3}");
         CHECK(field_of(anna.answer_to("/read x"), "code") == "bad_command");
         CHECK(field_of(bert.answer_to("/read 7"), "code") == "forbidden");
     }
     ChatClient<> again(host, "name=Anna&key=anna-secret");
     CHECK(again.events().back() == "{\"type\":\"read\",\"room\":\"tea\",\"id\":7}");
+}
+
+TEST_CASE("a read marker names a conversation that exists, does not go back, and is one of a limited number") {
+    TestHost host;
+    host.hub().limits.max_read_markers = 2;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert&key=bert-secret");
+    const std::string bert_id = bert.handler.user().id, peer = "@" + bert_id;
+    anna.events();
+    for (const std::string& who :
+         {std::string("@xyz"), std::string("@"), peer, std::string("@") + std::string(16, 'a')})
+        CHECK(field_of(anna.answer_to("/tag t1 /read " + who + " 3"), "code") == "unknown_user");
+    host.hub().store().facts("read", "",
+                             [](const std::vector<ChatFact>& facts, const std::string&) { CHECK(facts.empty()); });
+    anna.send("/msg Bert psst");
+    CHECK(anna.answer_to("/tag t2 /read " + peer + " 3") ==
+          "{\"type\":\"read\",\"peer\":\"" + bert_id + "\",\"id\":3,\"tag\":\"t2\"}");
+    CHECK(field_of(anna.answer_to("/read " + peer + " 2"), "id") == "3");
+    CHECK(field_of(anna.answer_to("/read " + peer + " 4"), "id") == "4");
+    anna.send("/read 7");
+    CHECK(field_of(anna.answer_to("/tag t3 /read 6"), "id") == "7");
+    anna.send("/join coffee");
+    CHECK(field_of(anna.answer_to("/tag t4 /read 1"), "code") == "read_limit");
+    anna.send("/leave");
+    anna.send("/leave");
+    CHECK(field_of(anna.answer_to("/read 1"), "code") == "no_room");
+
+    // Another server that did not know: the larger marker stays, here and in the store.
+    host.hub().store().put({"read", anna.handler.user().id + "\ntea", "5", "x", 0});
+    CHECK(anna.events().empty());
+    host.hub().store().facts("read", anna.handler.user().id + "\ntea",
+                             [](const std::vector<ChatFact>& facts, const std::string&) {
+                                 REQUIRE(facts.size() == 1);
+                                 CHECK(facts[0].value == "7");
+                             });
+}
+
+TEST_CASE("a conversation is sent at connect only if something in it is newer than the read marker") {
+    TestHost host;
+    std::string bert_id;
+    {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert&key=bert-secret");
+        bert_id = bert.handler.user().id;
+        for (int i = 1; i <= 3; ++i) bert.send("/msg Anna text " + std::to_string(i));
+        anna.send("/read @" + bert_id + " 2");
+    }
+    const auto last_events = [&](const std::string& query) {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret" + query);
+        std::vector<std::string> events = anna.events();
+        events.erase(events.begin(), events.begin() + 3);
+        return events;
+    };
+    std::vector<std::string> events = last_events("");
+    REQUIRE(events.size() == 2);
+    CHECK(texts_of(events[0]) == "text 3;");
+    CHECK(field_of(events[0], "more") == "true");
+    CHECK(field_of(events[0], "gap") == "false");
+    CHECK(events[1] == "{\"type\":\"read\",\"peer\":\"" + bert_id + "\",\"id\":2}");
+    {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret");
+        anna.send("/read @" + bert_id + " 3");
+    }
+    events = last_events("");
+    REQUIRE(events.size() == 1);
+    CHECK(events[0] == "{\"type\":\"peers\",\"peers\":[{\"user\":\"" + bert_id + "\",\"name\":\"Bert\",\"read\":3}]}");
+    const std::string position = host.position("1");
+    events = last_events("&peer=" + bert_id + "%20" + position);  // a client that resumes gets what it asks for
+    REQUIRE(events.size() == 2);
+    CHECK(texts_of(events[0]) == "text 2;text 3;");
+
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");
+    anna.events();
+    const std::string page = anna.answer_to("/tag t1 /before @" + bert_id + " 3 1");
+    CHECK(texts_of(page) == "text 2;");
+    CHECK(field_of(page, "peer") == bert_id);
+    CHECK(field_of(page, "before") == "3");
+    CHECK(field_of(page, "more") == "true");
+    CHECK(field_of(page, "tag") == "t1");
+    CHECK(texts_of(anna.answer_to("/tag t2 /since @" + bert_id + " " + position)) == "text 2;text 3;");
+    CHECK(field_of(anna.answer_to("/before @xyz 3"), "code") == "unknown_user");
+    CHECK(field_of(anna.answer_to("/before @" + bert_id), "code") == "bad_command");
+    CHECK(field_of(anna.answer_to("/since @" + bert_id + " x"), "code") == "bad_command");
+}
+
+TEST_CASE("hundreds of conversations are charged one by one, and each that has something new is announced") {
+    TestHost host;
+    host.hub().limits.replies = {1, 20'000};
+    host.hub().limits.connection = host.hub().limits.address = FloodRates();
+    {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret");
+        for (int i = 0; i < 300; ++i) {
+            ChatClient<> other(host, "name=Other&key=secret-" + std::to_string(i));
+            other.send("/msg Anna " + std::string(1000, 'x'));
+            other.disconnect(CloseCode::normal);
+        }
+    }
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");
+    std::size_t histories = 0, whole = 0, bytes = 0;
+    for (const std::string& event : anna.events()) {
+        bytes += event.size();
+        if (!contains(event, "{\"type\":\"history\",\"peer\"")) continue;
+        ++histories;
+        const bool has_text = contains(event, "xxx");
+        whole += has_text ? 1 : 0;
+        CHECK(field_of(event, "more") == (has_text ? "false" : "true"));
+    }
+    CHECK(histories == 300);
+    CHECK(whole > 5);
+    CHECK(whole < 40);
+    CHECK(bytes < 120'000);
+}
+
+TEST_CASE("the history of a conversation has a limit of bytes too") {
+    TestHost host;
+    host.hub().limits.max_history_event = 2000;
+    const std::string bert_id = [&] {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert&key=bert-secret");
+        for (int i = 0; i < 10; ++i) bert.send("/msg Anna " + std::string(500, 'q') + std::to_string(i));
+        return bert.handler.user().id;
+    }();
+    ChatClient<> fresh(host, "name=Anna&key=anna-secret"),
+        resumed(host, "name=Anna&key=anna-secret&peer=" + bert_id + "%20" + host.position("1"));
+    for (ChatClient<>* client : {&fresh, &resumed}) {
+        const std::string history = client->events().at(3);
+        CHECK(history.size() < 3500);
+        CHECK(contains(history, "q9"));
+        CHECK_FALSE(contains(history, "q0"));
+        CHECK(field_of(history, "more") == "true");
+        CHECK(field_of(history, "gap") == (client == &resumed ? "true" : "false"));
+    }
+}
+
+TEST_CASE("a guest who takes a name later does not meet the tags of the first") {
+    for (const CloseCode code : {CloseCode::normal, CloseCode::abnormal}) {
+        TestHost host;
+        ChatClient<> bert(host, "name=Bert");
+        std::string id;
+        {
+            ChatClient<> first(host, "name=Anna");
+            id = field_of(first.answer_to("/tag t1 mine"), "id");
+            first.send("/tag t2 /msg Bert psst");
+            first.disconnect(code);
+        }
+        ChatClient<> second(host, "name=Anna");
+        bert.events();
+        const auto events = second.events();
+        CHECK_FALSE(contains(events.at(2), "\"tag\""));
+        CHECK(second.handler.user().name == "Anna");
+        CHECK(field_of(second.answer_to("/tag t1 mine too"), "type") == "said");
+        CHECK(field_of(second.answer_to("/tag t2 /msg Bert psst"), "type") == "private");
+        CHECK(field_of(second.answer_to("/tag t3 /delete " + id), "code") == "not_yours");
+    }
+}
+
+TEST_CASE("a guest who is away leaves when another one takes the name") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert");
+    std::string first_id;
+    {
+        ChatClient<> first(host, "name=Anna");
+        first_id = first.handler.user().id;
+    }
+    bert.events();
+    ChatClient<> second(host, "name=Anna");
+    const auto events = bert.events();
+    REQUIRE(events.size() == 2);
+    CHECK(field_of(events[0], "type") == "leave");
+    CHECK(field_of(events[0], "user") == first_id);
+    CHECK(field_of(events[1], "type") == "join");
+    CHECK(field_of(events[1], "user") == second.handler.user().id);
+    CHECK(second.handler.user().id != first_id);
+}
+
+TEST_CASE("each command with a tag has an answer with it") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert");
+    const std::string id = field_of(bert.answer_to("hello"), "id");
+    anna.events();
+    const std::pair<std::string, std::string> table[] = {
+        {"/read 1", "read"},
+        {"/read 1", "read"},
+        {"/who", "users"},
+        {"/nick Cleo", "nick"},
+        {"/nick Cleo", "ack"},
+        {"/typing", "ack"},
+        {"/typing stop", "ack"},
+        {"/help", "help"},
+        {"/rooms", "rooms"},
+        {"/join tea", "room"},
+        {"/react " + id + " +1", "react"},
+        {"/before 1", "history"},
+        {"/since x", "error"},
+        {"/in tea hello", "said"},
+        {"/leave", "room"},
+        {"/typing", "error"},
+        {"/who", "error"},
+        {"/read 1", "error"},
+        {"/nick Dora", "error"},
+    };
+    int n = 0;
+    for (const auto& row : table) {
+        CAPTURE(row.first);
+        const std::string tag = "t" + std::to_string(++n), answer = anna.answer_to("/tag " + tag + " " + row.first);
+        CHECK(field_of(answer, "type") == row.second);
+        CHECK(field_of(answer, "tag") == tag);
+    }
+    for (const std::string& event : bert.events()) CHECK_FALSE(contains(event, "\"tag\""));
+}
+
+TEST_CASE("the tag of a line can stand inside /in, but a line has one tag") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna");
+    CHECK(field_of(anna.answer_to("/in tea /tag t1 hello"), "tag") == "t1");
+    CHECK(field_of(anna.answer_to("/in tea /tag t1 hello"), "type") == "ack");
+    CHECK(field_of(anna.answer_to("/tag t2 /in tea /tag t3 hello"), "code") == "bad_tag");
+    CHECK(field_of(anna.answer_to("/in tea /tag " + std::string(65, 'x') + " hello"), "code") == "bad_tag");
+    CHECK(field_of(anna.answer_to("hello"), "tag") == "");
+}
+
+TEST_CASE("a read marker that cannot be stored is an error for the line") {
+    HistoryLimits none;
+    none.max_facts = 2;
+    TestHost host;
+    host.hub().set_store(MemoryHistory(none));
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");  // the secret and the user are two facts
+    anna.events();
+    const std::string error = anna.answer_to("/tag t1 /read 1");
+    CHECK(field_of(error, "code") == "not_kept");
+    CHECK(field_of(error, "tag") == "t1");
 }
 
 TEST_CASE("a private message to a user without a connection is an error") {
@@ -1376,12 +1691,12 @@ TEST_CASE("a history event has a limit of bytes, and omits older entries") {
     host.hub().limits.max_history_event = 2000;
     ChatClient<> bert(host, "name=Bert");
     const std::string last = host.position(field_of(bert.answer_to("first"), "id"));
-    for (int i = 0; i < 10; ++i) bert.send(std::string(500, 'a') + std::to_string(i));
+    for (int i = 0; i < 10; ++i) bert.send(std::string(500, 'q') + std::to_string(i));
     ChatClient<> anna(host, "name=Anna&last=" + last);
     const std::string history = anna.events().at(2);
     CHECK(history.size() < 3000);
-    CHECK(contains(history, "a9"));
-    CHECK_FALSE(contains(history, "a0"));
+    CHECK(contains(history, "q9"));
+    CHECK_FALSE(contains(history, "q0"));
     CHECK(contains(history, "\"gap\":true"));
 }
 
@@ -1779,12 +2094,71 @@ TEST_CASE("the hub tells a program about all events, and an exception of a hook 
     host.hub().ban("192.0.2.9", 0s);
     CHECK(seen == "34:Anna: 34:Bert: 0:Anna:hello ");
     CHECK(decisions == std::vector<std::string>{"ban address 192.0.2.9", "ban address 192.0.2.9"});
-    CHECK(host.hub().send(id, ChatEvent("alarm").add("level", 3)) == 1);
-    CHECK(anna.only_event() == "{\"type\":\"alarm\",\"level\":3}");
-    CHECK(host.hub().send("nobody", ChatEvent("alarm")) == 0);
+}
+
+TEST_CASE("an exception out of a hook of the hub is counted") {
+    RunningServer running;
+    running.server.route<ChatHandler>("/chat/{room}");
+    ChatHub::of(running.server).on_event = [](const ChatEntry&) { throw std::runtime_error("on purpose"); };
+    running.start();
+    WsClient anna(running.port(), "/chat/tea?name=Anna");
+    next_with(anna, "\"history\"");
+    anna.send("hello");
+    next_with(anna, "\"said\"");
+    CHECK(running.metrics().handler_exceptions == 2);  // a join and a message
+}
+
+TEST_CASE("the program sends events of its own, which no event of the chat can be mistaken for") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert");
+    anna.events();
     bert.events();
-    host.room("tea").send(ChatEvent("poll").add_text("question", "Tea?"));
-    CHECK(bert.only_event() == "{\"type\":\"poll\",\"question\":\"Tea?\"}");
+    std::string seen;
+    host.hub().on_event = [&](const ChatEntry& entry) { seen += entry.text + entry.data; };
+    CHECK(host.hub().send(anna.handler.user().id, "alarm", {{"level", 3}}) == 1);
+    CHECK(contains(anna.only_event(), R"({"type":"event","name":"alarm","data":{"level":3},"time":)"));
+    CHECK(bert.events().empty());
+    CHECK(host.hub().send("nobody", "alarm") == 0);
+    host.room("tea").send("said", Json{{"text", "Tea?"}});
+    for (ChatClient<>* client : {&anna, &bert})
+        CHECK(contains(client->only_event(),
+                       R"({"type":"event","room":"tea","name":"said","data":{"text":"Tea?"},"time":)"));
+    CHECK(seen == R"(alarm{"level":3}alarmnullsaid{"text":"Tea?"})");
+    CHECK_THROWS_WITH_AS(host.room("tea").send(""),
+                         "ChatRoom::send: the name of an event is 1 to 64 bytes of visible text", Error);
+    CHECK_THROWS_AS(host.room("tea").send("x\n"), Error);
+    CHECK_THROWS_AS(host.room("tea").send("poll", std::string(5000, 'x')), Error);
+}
+
+TEST_CASE("all moderators of a room hear of each kick, ban and mute, and other members do not") {
+    TestHost host;
+    std::vector<std::string> decisions;
+    host.hub().on_decision = [&](const ChatFact& fact) {
+        decisions.push_back(fact.scope + "/" + fact.key.substr(0, 8) + "/" + fact.value);
+    };
+    ChatClient<Moderator> moderator(host, "account=Holly"), second(host, "account=Ivy"),
+        elsewhere(host, "account=Jo", "coffee");
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
+    for (ChatClient<>* client : {&anna, &bert}) client->events();
+    second.events();
+    elsewhere.events();
+    CHECK(field_of(moderator.send("/tag t1 /mute Anna 60").back(), "tag") == "t1");
+    const std::string told = second.only_event();
+    CHECK(told ==
+          "{\"type\":\"moderation\",\"room\":\"tea\",\"action\":\"mute\",\"name\":\"Anna\",\"seconds\":60,"
+          "\"by\":\"Holly\"}");
+    CHECK(bert.events().empty());
+    CHECK(elsewhere.events().empty());
+    moderator.send("/kick Anna");
+    CHECK(contains(second.only_event(), R"("action":"kick","name":"Anna","by":"Holly")"));
+    CHECK_FALSE(anna.handler.is_open());
+    host.room("tea").kick("Bert", "closing time");
+    CHECK(contains(second.only_event(), R"("action":"kick","name":"Bert","by":"")"));
+    CHECK(field_of(bert.events().back(), "text") == "closing time");
+    CHECK_FALSE(host.room("tea").kick("Nobody"));
+    CHECK(decisions == std::vector<std::string>{"mute/tea\nname/Anna", "kick/tea\nname/Anna", "kick/tea\nname/Bert"});
+    CHECK_THROWS_WITH_AS(host.room("tea").set_topic(std::string(501, 'x')),
+                         "ChatRoom::set_topic: the topic is longer than ChatLimits::max_topic", Error);
 }
 
 TEST_CASE("hello says what the user may do, and at what rate a client may send") {

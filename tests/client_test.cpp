@@ -236,14 +236,40 @@ TEST_CASE("a URL has a scheme, a host, a port and a target") {
     CHECK(parse("ws://[::1]:9/").host == "::1");
     CHECK(parse("ws://[::1]:9/").authority() == "[::1]:9");
     CHECK(parse("ws://[::1]/").port == 80);
+    for (const char* text : {"ws://[fe80::1%25eth0.2]:9/", "ws://[fe80::1%eth0.2]:9/"}) {
+        CHECK(parse(text).host == "fe80::1");
+        CHECK(parse(text).zone == "eth0.2");
+        CHECK(parse(text).authority() == "[fe80::1]:9");
+    }
+    CHECK(parse("ws://[fe80::1%2525]").zone == "25");
+    CHECK(parse("ws://[fe80::1%25]").zone == "25");
     CHECK(parse("ws://anna:p%40ss@h/").credentials == "anna:p@ss");
     CHECK(parse("ws://anna:p%40ss@h/").host == "h");
 }
 
 TEST_CASE("a text that is no URL of a WebSocket is refused, and its secrets stay out of the sentence") {
-    for (const char* text : {"", "h", "ftp://h/", "ws:h", "ws://", "ws://:80", "ws://h:0", "ws://h:70000", "ws://h:x",
-                             "ws://a b/", "ws://h/\r\nA: b", "ws://h/#a", "ws://\xc3\xa9/", "ws://a@b@/", "ws://[::1",
-                             "ws://h:80:80/", "ws://h/%", "ws://h/%4x?a"}) {
+    for (const char* text : {"",
+                             "h",
+                             "ftp://h/",
+                             "ws:h",
+                             "ws://",
+                             "ws://:80",
+                             "ws://h:0",
+                             "ws://h:70000",
+                             "ws://h:x",
+                             "ws://a b/",
+                             "ws://h/\r\nA: b",
+                             "ws://h/#a",
+                             "ws://\xc3\xa9/",
+                             "ws://a@b@/",
+                             "ws://[::1",
+                             "ws://h:80:80/",
+                             "ws://h/%",
+                             "ws://h/%4x?a",
+                             "ws://h%25eth0/",
+                             "ws://[fe80::1%]/",
+                             "ws://[fe80::1%25a/b]/",
+                             "ws://[fe80::1]%25eth0/"}) {
         CAPTURE(text);
         std::string error;
         CHECK_FALSE(ClientUrl::parse(text, error));
@@ -269,6 +295,10 @@ TEST_CASE("the Location of a redirect may be relative") {
     CHECK(resolve("http://g/x#f") == "g:80/x");
     CHECK(resolve("https://g") == "g:443/");
     CHECK(resolve("mailto://g") == "none");
+    const auto link_local = ClientUrl::parse("ws://[fe80::1%25eth0]/", error);
+    CHECK(ClientUrl::parse("/x", error, &*link_local)->zone == "eth0");
+    CHECK(ClientUrl::parse("ws://h/", error, &*link_local)->zone.empty());
+    CHECK_FALSE(link_local->same_server(*ClientUrl::parse("ws://[fe80::1%25eth1]/", error)));
 }
 
 TEST_CASE("no_proxy names hosts, domains, ports and networks") {
@@ -358,6 +388,11 @@ TEST_CASE("options that can never work are an Error of connect()") {
                        o.tls.insecure_accept_any_certificate = false;
                    }),
                    "/nowhere.pem"));
+    CHECK(contains(sentence([](auto& o) {
+                       o.tls.revocation_lists = "/nowhere.crl";
+                       o.tls.insecure_accept_any_certificate = false;
+                   }),
+                   "TLS revocation_lists \"/nowhere.crl\""));
 #endif
     CHECK(client.connections() == 0);
     CHECK_THROWS_AS(client.run(), wschat::Error);
@@ -751,6 +786,32 @@ TEST_CASE("an address that does not answer is raced against the next one") {
     CHECK(error.sentence == "There was no connection within 100 ms.");
 }
 
+TEST_CASE("an IPv6 address may have a zone, which is a network interface of this machine") {
+    std::string request;
+    const Raw server(
+        [&](RawClient& connection, int) {
+            connection.read_until("\r\n\r\n");
+            request = connection.received;
+            connection.send(accept_response(connection.received) + test::hex("88 02 03 e8"));
+            finish(connection);
+        },
+        "[::1]:0");
+    const std::string port = std::to_string(server.port());
+    for (const std::string zone : {"25lo", "lo", "251"}) {
+        CAPTURE(zone);
+        Story story;
+        play(story, "ws://[::1%" + zone + "]:" + port + "/", options());
+        CHECK(story.events == std::vector<std::string>{"open", "close 1000 peer"});
+        CHECK(header_of(request, "host") == "[::1]:" + port);
+    }
+    Story story;
+    const ConnectError& error = only_failure(story, "ws://[fe80::1%25none9]:" + port + "/", options());
+    CHECK(error.stage == ConnectStage::connect);
+    CHECK(error.sentence == "Cannot connect: this machine has no network interface \"none9\".");
+    Story without;
+    CHECK(contains(only_failure(without, "ws://[fe80::1]:" + port + "/", options()).sentence, "needs a zone"));
+}
+
 TEST_CASE("a client binds to an address, and has no other family then") {
     EchoServer server;
     Story story;
@@ -859,6 +920,75 @@ TEST_CASE("a client asks a proxy for a tunnel, with its credentials") {
         "CONNECT chat.example:80 HTTP/1.1\r\nHost: chat.example:80\r\nProxy-Authorization: Basic YW5uYTp0ZWE=\r\n\r\n");
 }
 
+// Sets variables of the environment for one test, and then restores them.
+class Environment {
+public:
+    using Variables = std::vector<std::pair<std::string, std::string>>;
+
+    explicit Environment(const Variables& variables) {
+        for (const char* name : {"http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}) {
+            const char* value = std::getenv(name);
+            before_.emplace_back(name, value == nullptr ? std::nullopt : std::optional<std::string>(value));
+            ::unsetenv(name);
+        }
+        for (const auto& [name, value] : variables) ::setenv(name.c_str(), value.c_str(), 1);
+    }
+    Environment(const Environment&) = delete;
+    Environment& operator=(const Environment&) = delete;
+    ~Environment() {
+        for (const auto& [name, value] : before_)
+            if (value) ::setenv(name.c_str(), value->c_str(), 1);
+            else ::unsetenv(name.c_str());
+    }
+
+private:
+    std::vector<std::pair<std::string, std::optional<std::string>>> before_;
+};
+
+TEST_CASE("the proxy of the environment is used on request, by the scheme and without the hosts of no_proxy") {
+    const Raw proxy(answering("HTTP/1.1 403 x\r\nContent-Length: 0\r\n\r\n"));
+    const Raw server(answering("HTTP/1.1 404 x\r\nContent-Length: 0\r\n\r\n"));
+    const std::string address = "http://127.0.0.1:" + std::to_string(proxy.port());
+    struct Row {
+        Environment::Variables variables;
+        int status;  // 403: it came through the proxy
+    };
+    const Row rows[] = {{{{"http_proxy", address}}, 403},
+                        {{{"http_proxy", address}, {"no_proxy", "a.example,127.0.0.1"}}, 404},
+                        {{{"http_proxy", address}, {"NO_PROXY", "127.0.0.0/8"}}, 404},
+                        {{{"http_proxy", address}, {"no_proxy", "127.0.0.1:1"}}, 403},
+                        {{{"http_proxy", ""}}, 404},
+                        {{{"HTTP_PROXY", address}}, 404},
+                        {{{"https_proxy", address}}, 404},
+                        {{}, 404}};
+    ClientOptions with = options();
+    with.proxy_from_environment = true;
+    for (const Row& row : rows) {
+        CAPTURE(row.variables);
+        const Environment environment(row.variables);
+        Story story;
+        CHECK(only_failure(story, plain_url(server.port()), with).status == row.status);
+    }
+    const Environment environment(Environment::Variables{{"http_proxy", address}});
+    Story unasked, chosen;
+    CHECK(only_failure(unasked, plain_url(server.port()), options()).status == 404);
+    with.proxy = "http://127.0.0.1:" + std::to_string(server.port());
+    CHECK(only_failure(chosen, plain_url(server.port()), with).status == 404);
+}
+
+TEST_CASE("a proxy of the environment that is none is a failure of its stage, without its password") {
+    for (const char* value : {"http://anna:secret@h:x/", "https://anna:secret@h/", "socks5://anna:secret@h/"}) {
+        CAPTURE(value);
+        const Environment environment(Environment::Variables{{"http_proxy", value}});
+        ClientOptions with = options();
+        with.proxy_from_environment = true;
+        Story story;
+        const ConnectError& error = only_failure(story, "ws://127.0.0.1:1/", with);
+        CHECK(error.stage == ConnectStage::proxy);
+        CHECK_FALSE(contains(error.sentence, "secret"));
+    }
+}
+
 TEST_CASE("a proxy that refuses, hangs up or sends too much is a failure of its stage") {
     const std::pair<const char*, int> rows[] = {
         {"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 2\r\n\r\nno", 407},
@@ -897,7 +1027,20 @@ public:
         make("expired", "root", "DNS:localhost,IP:127.0.0.1", "-days -1");
         make("other", "root", "DNS:other.example", "-days 2");
         make("below", "middle", "DNS:localhost,IP:127.0.0.1", "-days 2");
+        make("kept", "root", "DNS:localhost,IP:127.0.0.1", "-days 2");
         run("cat below.pem middle.pem > chain.pem && cp below.key chain.key");
+        write("revoke.cnf", "[ca]\ndefault_ca=here\n[here]\ndatabase=index.txt\ndefault_md=sha256\n");
+        write("index.txt", "");
+    }
+    void revoke(const std::string& name) const {
+        run("openssl ca -config revoke.cnf -cert root.pem -keyfile root.key -revoke " + name + ".pem");
+    }
+    // Of all that was revoked. It expires after so many days.
+    void write_revocation_list(const std::string& issuer, const std::string& file, int days) const {
+        const std::string until = days < 0 ? "-crl_lastupdate 20200101000000Z -crl_nextupdate 20200102000000Z"
+                                           : "-crldays " + std::to_string(days);
+        run("openssl ca -config revoke.cnf -cert " + issuer + ".pem -keyfile " + issuer + ".key -gencrl " + until +
+            " -out " + file);
     }
     std::string path(const std::string& name) const { return folder_.path() + "/" + name; }
     wschat::TlsOptions server(const std::string& name) const { return {path(name + ".pem"), path(name + ".key")}; }
@@ -993,6 +1136,135 @@ TEST_CASE("a pinned key is required, also of a certificate that nobody signed") 
     second.on_open = [](WebSocketHandler& handler) { handler.close(); };
     play(second, url, with);
     CHECK(second.count("open") == 1);
+}
+
+// A proxy that knows only CONNECT, and keeps the first request.
+class TunnelProxy {
+public:
+    TunnelProxy()
+        : raw_([this](RawClient& client, int) {
+              client.read_until("\r\n\r\n");
+              asked_ = std::exchange(client.received, std::string());
+              const std::string port = asked_.substr(asked_.find(':') + 1);
+              wschat::detail::Socket server(wschat::detail::os::open_socket(AF_INET));
+              const wschat::detail::SocketAddress to(*wschat::IpAddress::parse("127.0.0.1"), std::atoi(port.c_str()));
+              static_cast<void>(::connect(server.descriptor(), to.get(), to.size));
+              client.send("HTTP/1.1 200 Connection established\r\n\r\n");
+              forward(client.descriptor(), server.descriptor());
+          }) {}
+    std::string url(const std::string& host) const { return "http://" + host + ":" + std::to_string(raw_.port()); }
+    const std::string& asked() const { return asked_; }
+
+private:
+    // Copies both ways until one side ends.
+    static void forward(int first, int second) {
+        pollfd entries[] = {{first, POLLIN, 0}, {second, POLLIN, 0}};
+        char bytes[16384];
+        for (;;) {
+            if (::poll(entries, 2, static_cast<int>(std::chrono::milliseconds(test::deadline).count())) <= 0) return;
+            for (const int i : {0, 1}) {
+                if (entries[i].revents == 0) continue;
+                const ssize_t size = ::recv(entries[i].fd, bytes, sizeof bytes, MSG_DONTWAIT);
+                if (size < 0 && errno == EAGAIN) continue;
+                if (size <= 0) return;
+                for (ssize_t sent = 0; sent < size;) {
+                    pollfd ready{entries[1 - i].fd, POLLOUT, 0};
+                    ::poll(&ready, 1, 1000);
+                    const ssize_t count = ::send(ready.fd, bytes + sent, static_cast<std::size_t>(size - sent),
+                                                 MSG_NOSIGNAL | MSG_DONTWAIT);
+                    if (count < 0 && errno != EAGAIN) return;
+                    sent += (std::max)(count, ssize_t{0});
+                }
+            }
+        }
+    }
+
+    std::string asked_;
+    Raw raw_;
+};
+
+TEST_CASE("TLS goes through the tunnel of a proxy, and verifies the server behind it") {
+    const Authority authority;
+    for (const bool trusted : {true, false}) {
+        CAPTURE(trusted);
+        RunningServer running;
+        running.server.route<test::Echo>("/");
+        running.server.listen_tls("127.0.0.1:0", authority.server(trusted ? "good" : "other"));
+        running.run();
+        std::vector<std::string> resolved;
+        Story story;
+        std::string asked;
+        {
+            const TunnelProxy proxy;
+            ClientOptions with = options();
+            with.tls.insecure_accept_any_certificate = false;
+            with.tls.authorities = authority.path("root.pem");
+            with.proxy = proxy.url("proxy.example");
+            with.resolver = [&](const std::string& host) {
+                resolved.push_back(host);
+                return std::vector<wschat::IpAddress>{*wschat::IpAddress::parse("127.0.0.1")};
+            };
+            story.on_open = [](WebSocketHandler& handler) { handler.write_message(std::string(200'000, 'x')); };
+            story.on_message = [](WebSocketHandler& handler, const Message&) { handler.close(); };
+            play(story, "wss://localhost:" + std::to_string(running.port()) + "/", with);
+            asked = proxy.asked();
+        }
+        CHECK(contains(asked, "CONNECT localhost:" + std::to_string(running.port()) + " HTTP/1.1\r\n"));
+        CHECK(resolved == std::vector<std::string>{"proxy.example"});  // the proxy resolves the server
+        if (trusted) {
+            CHECK(story.count(std::string(200'000, 'x')) == 1);
+            CHECK(story.count("close 1000 local") == 1);
+        } else {
+            REQUIRE(story.failures.size() == 1);
+            CHECK(story.failures.front().stage == ConnectStage::tls);
+            CHECK(contains(story.failures.front().sentence, "ostname mismatch"));
+        }
+    }
+}
+
+TEST_CASE("https_proxy is the proxy for wss, also in upper case") {
+    const Raw proxy(answering("HTTP/1.1 403 x\r\nContent-Length: 0\r\n\r\n"));
+    for (const char* name : {"https_proxy", "HTTPS_PROXY"}) {
+        CAPTURE(name);
+        const Environment environment(
+            Environment::Variables{{name, "http://127.0.0.1:" + std::to_string(proxy.port())}});
+        ClientOptions with = options();
+        with.proxy_from_environment = true;
+        Story story;
+        const ConnectError& error = only_failure(story, "wss://chat.example/", with);
+        CHECK(error.stage == ConnectStage::proxy);
+        CHECK(error.status == 403);
+    }
+}
+
+TEST_CASE("a revoked certificate is refused if there is a revocation list, and so is one without a list") {
+    const Authority authority;
+    const auto outcome = [&](const std::string& certificate, const std::string& lists) -> std::string {
+        RunningServer running;
+        running.server.route<test::Echo>("/");
+        running.server.listen_tls("127.0.0.1:0", authority.server(certificate));
+        running.run();
+        ClientOptions with = options();
+        with.tls.insecure_accept_any_certificate = false;
+        with.tls.authorities = authority.path("root.pem");
+        with.tls.revocation_lists = lists.empty() ? "" : authority.path(lists);
+        Story story;
+        story.on_open = [](WebSocketHandler& handler) { handler.close(); };
+        play(story, "wss://127.0.0.1:" + std::to_string(running.port()) + "/", with);
+        if (story.failures.empty()) return story.events.front();
+        CHECK(story.failures.front().stage == ConnectStage::tls);
+        return story.failures.front().sentence;
+    };
+    authority.revoke("good");
+    authority.write_revocation_list("root", "revoked.crl", 2);
+    authority.write_revocation_list("root", "old.crl", -1);
+    CHECK(outcome("good", "") == "open");
+    CHECK(contains(outcome("good", "revoked.crl"), "certificate revoked"));
+    CHECK(outcome("kept", "revoked.crl") == "open");
+    CHECK(contains(outcome("kept", "old.crl"), "CRL has expired"));
+    CHECK(contains(outcome("chain", "revoked.crl"), "unable to get certificate CRL"));
+    authority.write_revocation_list("middle", "middle.crl", 2);
+    CHECK(outcome("chain", "middle.crl") == "open");
 }
 
 TEST_CASE("a client sends its certificate to a server that requests one") {
@@ -1174,7 +1446,31 @@ TEST_CASE("before_attempt changes the URL and the headers of each attempt") {
     CHECK(contains(only_failure(story, "ws://127.0.0.1:1/", bad).sentence, "\"A\" is not a header field"));
 }
 
-TEST_CASE("Retry-After and 1012 delay the next attempt") {
+TEST_CASE("1012 and 1013 delay the next attempt, by a sixth of the largest delay at least") {
+    for (const char* code : {"88 02 03 f4", "88 02 03 f5"}) {
+        CAPTURE(code);
+        const Raw server([&](RawClient& connection, int) {
+            connection.read_until("\r\n\r\n");
+            connection.send(accept_response(connection.received) + test::hex(code));
+            finish(connection);
+        });
+        Client client(test::poller_kind());
+        Story story;
+        ClientOptions with = reconnecting();
+        with.reconnect->max_delay = 12h;
+        client.connect<Actor>(plain_url(server.port()), with, std::ref(story));
+        const auto end = wschat::Clock::now() + test::deadline;
+        // The only timer that is left is that of the next attempt.
+        while (wschat::Clock::now() < end && client.poll(10ms))
+            if (!story.events.empty() && story.events.back() != "open" && client.next_timeout() > 1h) break;
+        CHECK(story.count("open") == 1);
+        CHECK(client.next_timeout() > 1h + 50min);
+        CHECK(client.next_timeout() <= 4h);
+        CHECK(client.connections() == 1);
+    }
+}
+
+TEST_CASE("Retry-After delays the next attempt") {
     const Raw server([&](RawClient& connection, int number) {
         connection.read_until("\r\n\r\n");
         if (number == 0) connection.send("HTTP/1.1 503 x\r\nRetry-After: 1200\r\nContent-Length: 0\r\n\r\n");

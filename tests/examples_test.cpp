@@ -416,6 +416,7 @@ TEST_CASE("another program says something in a room of the chat, if it has the t
     };
     CHECK(status("wrong", "text=hello") == 401);
     CHECK(status("secret", "") == 400);
+    CHECK(status("secret", "text=") == 400);
     CHECK(status("secret", "text=a%00b") == 400);
     CHECK(status("secret", "text=hello+there&name=Robot") == 204);
     CHECK(contains(next_with(anna, "hello there"), "\"name\":\"Robot\""));

@@ -50,6 +50,24 @@ public:
     }
 };
 
+// Its clock advances in wait(), as far as the test says, or else to the end of the wait.
+class FakePoller final : public Poller {
+public:
+    const char* name() const override { return "fake"; }
+    bool add(os::Descriptor, Pollable&, bool, bool) override { return true; }
+    bool change(os::Descriptor, Pollable&, bool, bool) override { return true; }
+    void remove(os::Descriptor) override {}
+    void wait(int timeout_ms, std::vector<Ready>& ready) override {
+        ready.clear();
+        time += waits.empty() ? milliseconds(timeout_ms) : waits.front();
+        if (!waits.empty()) waits.erase(waits.begin());
+    }
+    Time now() const override { return time; }
+
+    Time time = at(0);
+    std::vector<milliseconds> waits;
+};
+
 // A loop on its own thread.
 class RunningLoop {
 public:
@@ -746,6 +764,47 @@ TEST_CASE("next_timeout is the time to the next timer, zero if work is left, and
     CHECK(loop.next_timeout() == Duration::zero());
     loop.poll();
     CHECK(loop.next_timeout() == Duration::max());
+}
+
+TEST_CASE("away() counts work, waits and pauses of the program that end more than a second too late") {
+    Loop loop;
+    auto made = std::make_unique<FakePoller>();
+    FakePoller& poller = *made;
+    LoopAccess::set_poller(loop, std::move(made));
+    const auto run = [&](milliseconds first_wait, milliseconds work) {
+        const Duration before = LoopAccess::away(loop);
+        poller.waits = {first_wait};
+        loop.call_later(10s, [&poller, work] { poller.time += work; });
+        loop.call_later(11s, [&loop] { loop.stop(); });
+        loop.run();
+        loop.poll();  // after the work there is another turn
+        return LoopAccess::away(loop) - before;
+    };
+    CHECK(run(10s, 0s) == 0s);
+    CHECK(run(11s, 0s) == 0s);
+    CHECK(run(11'001ms, 0s) == 11'001ms);  // nobody knows when the process was stopped
+    CHECK(run(3s, 0s) == 0s);              // a socket was ready
+    CHECK(run(10s, 1s) == 0s);
+    CHECK(run(10s, 9s) == 9s);
+    const auto pause = [&](milliseconds time) {
+        const Duration before = LoopAccess::away(loop);
+        const auto id = loop.call_later(10s, [] {});
+        poller.time += time;
+        loop.poll();
+        loop.cancel(id);
+        return LoopAccess::away(loop) - before;
+    };
+    CHECK(pause(9s) == 0s);
+    CHECK(pause(11s) == 0s);
+    CHECK(pause(60s) == 60s);
+    loop.poll();  // without a timer, no pause is too long
+    poller.time += 60s;
+    const Duration before = LoopAccess::away(loop);
+    loop.poll();
+    CHECK(LoopAccess::away(loop) == before);
+    loop.post([&] { poller.time += 5s; });
+    loop.poll();
+    CHECK(LoopAccess::away(loop) == before + 5s);
 }
 
 TEST_CASE("exceptions of callbacks are reported and do not leave poll") {

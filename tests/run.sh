@@ -103,6 +103,11 @@ need haproxy test -x /usr/sbin/haproxy
 need apache2-bin test -x /usr/sbin/apache2
 need caddy command -v caddy
 need systemd command -v systemd-analyze
+need tinyproxy command -v tinyproxy
+need libwebsockets-dev header libwebsockets.h
+need libboost-dev header boost/beast.hpp
+need default-jdk-headless command -v javac
+need libtomcat9-java test -e /usr/share/java/tomcat9-websocket.jar
 need nodejs command -v node
 need npm command -v npm
 need valgrind command -v valgrind
@@ -131,7 +136,7 @@ if [ -n "$missing" ]; then
 fi
 
 # Exact versions, so no lock file is needed. Node reads the machine's certificates only with --use-openssl-ca.
-npm_packages="ws@8.23.0 playwright-core@1.60.0 axe-core@4.14.1"
+npm_packages="ws@8.23.0 playwright-core@1.60.0 axe-core@4.14.1 typescript@5.9.3"
 if [ "$(cat build/npm/installed 2>/dev/null)" != "$npm_packages" ]; then
     stage "npm install" env NODE_OPTIONS="${NODE_OPTIONS---use-openssl-ca}" npm install --prefix build/npm \
         --no-save --no-package-lock --no-audit --no-fund --prefer-offline $npm_packages

@@ -795,9 +795,11 @@ TEST_CASE("a link that stays inside of a folder is followed if that is allowed")
     fs::create_symlink("nothing", folder / "www/dangling");
     RunningServer running;
     running.server.static_dir("/inside", (folder / "www").string(), {}, SymbolicLinks::inside);
+    running.server.static_dir("/short", (folder / "www").string(), SymbolicLinks::inside);
     running.server.static_dir("/refuse", (folder / "www").string());
     running.start();
     CHECK(fetch(running.port(), "/inside/").body == "first");
+    CHECK(fetch(running.port(), "/short/").body == "first");
     fs::create_directory_symlink("..second", folder / "www/..new");
     fs::rename(folder / "www/..new", folder / "www/..data");
     CHECK(fetch(running.port(), "/inside/index.html").body == "second");

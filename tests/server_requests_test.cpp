@@ -387,6 +387,22 @@ TEST_CASE("the program answers where there is nothing") {
     CHECK(answer.body == "No /a b here.");
 }
 
+TEST_CASE("the program answers also for a file that is not in a folder, or no longer there") {
+    test::TemporaryFolder folder;
+    const std::string file = folder.write("b.txt", "b");
+    RunningServer running;
+    running.server.not_found([](const Request& r) { return Response(404, "No " + r.path() + " here."); });
+    running.server.static_dir("/static", folder.path());
+    running.server.file("/file", file);
+    running.server.get("/own", [](const Request&) { return Response(404, "own"); });
+    running.start();
+    CHECK(fetch(running.port(), "/static/b.txt").body == "b");
+    CHECK(fetch(running.port(), "/static/a.txt").body == "No /static/a.txt here.");
+    CHECK(fetch(running.port(), "/own").body == "own");
+    std::remove(file.c_str());
+    CHECK(fetch(running.port(), "/file").body == "No /file here.");
+}
+
 TEST_CASE("a cookie has safe attributes, and one that would split the header is an Error") {
     RunningServer running;
     running.server.get("/", [](const Request&) {

@@ -276,6 +276,14 @@ inline void test_facts(const StoreFactory& make) {
     CHECK(fixture.facts("ban") == "name anna=1");
     fixture.put({"ban", "later", "5", "", 9'000'000'000'000});  // takes the place of the expired one
     CHECK(fixture.facts("ban") == "later=5 name anna=1");
+    fixture.put({"ban", "later", "", "", 0});
+    wschat::ChatFact first{"server", "token", "one", "", 0, true};
+    fixture.told.clear();
+    fixture.put(first);
+    first.value = "two";
+    fixture.put(first);
+    CHECK(fixture.told == "token=one;token=one;");
+    CHECK(fixture.facts("server") == "token=one");
 }
 
 inline void test_erasure(const StoreFactory& make) {

@@ -466,7 +466,7 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
     std::string last;
     {
         Chat chat(temporary.path);
-        WsClient anna(chat.port(), "/chat/tea?name=Anna"), bert(chat.port(), "/chat/tea?name=Bert");
+        WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret"), bert(chat.port(), "/chat/tea?name=Bert");
         last = test::field_of(next_with(anna, "\"type\":\"history\""), "epoch") + "-1";
         next_with(bert, "\"type\":\"history\"");
         anna.send("/tag t1 hello");
@@ -480,7 +480,7 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
         next_with(bert, "are you there?");
     }
     Chat chat(temporary.path);
-    WsClient anna(chat.port(), "/chat/tea?name=Anna&last=" + last);
+    WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret&last=" + last);
     const std::string history = next_with(anna, "\"type\":\"history\"");
     CHECK(contains(history, "\"last\":3,\"gap\":false"));
     CHECK_FALSE(contains(history, "\"text\":\"hello\""));

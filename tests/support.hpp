@@ -475,6 +475,7 @@ public:
     // Always uses TLS.
     static RawClient encrypted(int port) { return RawClient(connect_to(port), client_transport()); }
     explicit operator bool() const { return static_cast<bool>(socket_); }
+    int descriptor() const { return socket_.descriptor(); }
 
     void send(std::string_view bytes) {
         while (!bytes.empty()) {

@@ -2,8 +2,8 @@
 //
 //   node tests/interop/wschat_js_test.mjs --rooms BIN [--db FILE] [--modules DIR] [--only TEXT]
 //
-// --db is for a rooms program with SQLite. DIR is the folder of ws: a node_modules or its parent; the default is the
-// folder of this file. Prints one line per check, and ends with status 1 if a check failed.
+// --db is for a rooms program with SQLite. DIR is the folder of ws and typescript: a node_modules or its parent; the default
+// is the folder of this file. Prints one line per check, and ends with status 1 if a check failed.
 
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
@@ -69,7 +69,7 @@ function newClient(url, rooms, name, more = {}) {
 }
 
 async function joined(client, room) { await until(() => client.rooms.get(room)?.joined, `${client.me.name} to be in ${room}`); }
-function texts(client, room) { return client.rooms.get(room).messages.map(message => message.text); }
+function texts(client, room) { return (client.rooms.get(room)?.messages ?? []).map(message => message.text); }
 async function saw(client, room, count) {
   await until(() => texts(client, room).length >= count, `${count} messages in ${room}, not ${texts(client, room).length}`);
 }
@@ -268,6 +268,59 @@ if (options.rooms && options.db) {
     assert.deepEqual(texts(anna, 'tea'), sent);
   });
 
+  await check('private messages to a user who is away wait for him, and a restart does not lose the conversation', async () => {
+    const db = database(), keys = { Anna: 'the secret of Anna', Bob: 'the secret of Bob' };
+    let server = await start(0, db);
+    const anna = newClient(server.url, ['tea'], 'Anna', { key: keys.Anna });
+    let bob = newClient(server.url, ['tea'], 'Bob', { key: keys.Bob });
+    const phone = newClient(server.url, ['tea'], 'Bob', { key: keys.Bob });
+    for (const each of [anna, bob, phone]) await joined(each, 'tea');
+    await until(() => anna.rooms.get('tea').users.size === 2, 'both users');
+    const toBob = anna.converse({ user: bob.me.user, name: 'Bob' }).name, toAnna = '@' + anna.me.user;
+    anna.say(toBob, 'are you there?');
+    for (const each of [bob, phone]) await saw(each, toAnna, 1);
+    assert.equal(phone.rooms.get(toAnna).unread, 1);
+    bob.markRead(toAnna);
+    await until(() => phone.rooms.get(toAnna).unread === 0, 'the marker on the other device');
+    for (const each of [bob, phone]) each.close();
+    anna.say(toBob, 'read this later');
+    await until(() => anna.outbox.length === 0, 'the message');
+    await server.stop('SIGKILL');
+    server = await start(server.port, db);
+    await until(() => anna.state === 'connected', 'Anna');
+    bob = newClient(server.url, ['tea'], 'Bob', { key: keys.Bob });
+    await saw(bob, toAnna, 2);
+    await until(() => bob.rooms.get(toAnna).unread === 1, 'the marker');
+    assert.deepEqual(bob.rooms.get(toAnna).messages.map(each => [each.text, each.own]), [['are you there?', false], ['read this later', false]]);
+    assert.deepEqual([bob.rooms.get(toAnna).title, bob.rooms.get(toAnna).mentions], ['Anna', 1]);
+    bob.say(toAnna, 'I do');
+    await saw(anna, toBob, 3);
+    assert.deepEqual(anna.rooms.get(toBob).messages.map(each => [each.text, each.own]), [['are you there?', true], ['read this later', true], ['I do', false]]);
+  });
+
+  await check('read markers are those of the user on each device; a newcomer has nothing unread', async () => {
+    const server = await start(0, database());
+    const device = () => newClient(server.url, ['tea'], 'Anna', { key: 'the secret of Anna' });
+    const writer = newClient(server.url, ['tea'], 'Bob'), desk = device(), tablet = device();
+    for (const each of [desk, tablet, writer]) await joined(each, 'tea');
+    writer.say('tea', 'one');
+    for (const each of [desk, tablet]) await saw(each, 'tea', 1);
+    assert.equal(tablet.rooms.get('tea').unread, 1);
+    desk.markRead('tea');
+    await until(() => tablet.rooms.get('tea').unread === 0, 'the marker on the other device');
+    for (const each of [desk, tablet]) each.close();
+    for (const each of ['two', 'for @Anna']) writer.say('tea', each);
+    await until(() => writer.outbox.length === 0, 'the messages');
+    const phone = device(), newcomer = newClient(server.url, ['tea'], 'Cy');
+    await saw(phone, 'tea', 3);
+    await until(() => phone.rooms.get('tea').unread === 2, 'the marker');
+    assert.equal(phone.rooms.get('tea').mentions, 1);
+    await saw(newcomer, 'tea', 3);
+    assert.equal(newcomer.rooms.get('tea').unread, 0);
+    writer.say('tea', 'four');
+    await until(() => newcomer.rooms.get('tea').unread === 1, 'the new message');
+  });
+
   await check('another database under a client is a gap: it forgets what it knew, and repeats nothing', async () => {
     let server = await start(0, database());
     const { port, url } = server;
@@ -414,6 +467,16 @@ await check('private messages are conversations', async () => {
   assert.deepEqual([client.rooms.get('@BOB').title, client.rooms.get('@BOB').mentions], ['Bob', 1]);
 });
 
+await check('a history has the topic; an older topic on a page of older messages changes nothing', async () => {
+  const { script, room } = await scripted();
+  const history = { type: 'history', room: 'tea', gap: false, more: false };
+  script.send({ ...history, epoch: 'e'.repeat(16), last: 11, topic: 'milk', entries: [{ type: 'topic', room: 'tea', id: 11, user: 'BOB', name: 'Bob', text: 'milk', time: 3 }] });
+  await until(() => room.last === 11, 'the history');
+  script.send({ ...history, before: 9, entries: [{ type: 'topic', room: 'tea', id: 3, user: 'BOB', name: 'Bob', text: 'cheese', time: 1 }] });
+  await until(() => room.messages.length === 4, 'the older page');
+  assert.equal(room.topic, 'milk');
+});
+
 await check('several people join and leave in one event, and names change', async () => {
   const { script, client, room } = await scripted();
   script.send({ type: 'join', room: 'tea', count: 300, users: [{ user: 'C', name: 'Cy' }, { user: 'D', name: 'Di' }], time: 1 });
@@ -476,6 +539,19 @@ await check('the address resumes each room, and has no key', async () => {
 await check('a mention is a whole name, in any case', () => {
   assert.ok(mentions('hi @anna!', 'Anna') && mentions('@Anna', 'Anna') && mentions('(@ANNA)', 'Anna'));
   assert.ok(!mentions('@annabel', 'Anna') && !mentions('x@anna', 'Anna') && !mentions('anna', 'Anna') && !mentions('@', ''));
+});
+
+await check('the JSDoc types of the module are right, and find mistakes of an application', () => {
+  const typescript = load('typescript');
+  const { ModuleKind, ModuleResolutionKind, ScriptTarget } = typescript;
+  const program = typescript.createProgram([join(HERE, '../../examples/wschat.js'), join(HERE, 'wschat_js_types.ts')], {
+    allowJs: true, checkJs: true, strict: true, noImplicitAny: false, noEmit: true, types: [], target: ScriptTarget.ES2022,
+    module: ModuleKind.ESNext, moduleResolution: ModuleResolutionKind.Bundler, lib: ['lib.es2022.d.ts', 'lib.dom.d.ts'] });
+  const found = typescript.getPreEmitDiagnostics(program).map(({ file, start, messageText }) => {
+    const line = file ? file.getLineAndCharacterOfPosition(start).line + 1 : 0;
+    return `${file?.fileName ?? ''}:${line}: ${typescript.flattenDiagnosticMessageText(messageText, ' ')}`;
+  });
+  assert.deepEqual(found, []);
 });
 
 console.log(`${results.passed} passed, ${results.failed} failed`);
