@@ -160,7 +160,7 @@
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wschat.hpp needs C++17: compile with -std=c++17 or newer (Visual Studio: /std:c++17)"
 #endif
-#if !defined(__cpp_exceptions)
+#if !defined(__cpp_exceptions) && !defined(_CPPUNWIND)
 #error "wschat.hpp needs exceptions: compile without -fno-exceptions (Visual Studio: with /EHsc)"
 #endif
 #if defined(_WIN32) && defined(_WINSOCKAPI_) && !defined(_WINSOCK2API_)
@@ -5528,6 +5528,14 @@ inline std::string absolute_path(const std::string& path) {
     resolved.resize(::GetFullPathNameW(wide.c_str(), 32767, resolved.data(), nullptr));
     return resolved.empty() || resolved.size() > 32766 ? path : from_wide(resolved);
 }
+// The value of an environment variable, or nothing.
+inline std::optional<std::string> environment(const char* name) {
+    std::wstring value(32768, L'\0');
+    ::SetLastError(ERROR_SUCCESS);
+    value.resize(::GetEnvironmentVariableW(to_wide(name).c_str(), value.data(), 32767));
+    if (value.empty() && ::GetLastError() != ERROR_SUCCESS) return std::nullopt;
+    return from_wide(value);
+}
 inline std::string executable_path() {
     std::wstring path(32768, L'\0');
     path.resize(::GetModuleFileNameW(nullptr, path.data(), 32767));
@@ -5651,6 +5659,11 @@ inline int open_file_beneath(const std::string& root, const std::vector<std::str
 inline std::string absolute_path(const std::string& path) {
     const std::unique_ptr<char, void (*)(void*)> resolved(::realpath(path.c_str(), nullptr), &std::free);
     return resolved ? resolved.get() : path;
+}
+inline std::optional<std::string> environment(const char* name) {
+    const char* value = std::getenv(name);
+    if (value == nullptr) return std::nullopt;
+    return value;
 }
 inline std::string executable_path() {
 #if defined(__APPLE__)
@@ -5935,7 +5948,7 @@ private:
     std::size_t size_ = 0;
 };
 
-#if WSCHAT_LIBURING
+#if WSCHAT_LIBURING && defined(__linux__)
 
 // MSG_DONTWAIT: each send completes within the call that submits it.
 class UringSendBatch final : public SendBatch {
@@ -6417,18 +6430,17 @@ private:
 // How many listening sockets systemd has passed to this process, from descriptor 3 on. Throws Error if there is none.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
 WSCHAT_COLD inline int inherited_sockets() {
-    const char *count = std::getenv("LISTEN_FDS"), *process = std::getenv("LISTEN_PID");
-    if (count == nullptr || process == nullptr)
-        throw Error("listen_inherited: there is no socket: LISTEN_FDS or LISTEN_PID is not set");
+    const std::optional<std::string> count = os::environment("LISTEN_FDS"), process = os::environment("LISTEN_PID");
+    if (!count || !process) throw Error("listen_inherited: there is no socket: LISTEN_FDS or LISTEN_PID is not set");
 #if !defined(_WIN32)
-    const auto id = text::parse_unsigned(process, INT32_MAX);
+    const auto id = text::parse_unsigned(*process, INT32_MAX);
     if (!id || static_cast<pid_t>(*id) != ::getpid())
-        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(process) + "\", and this process is " +
+        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(*process) + "\", and this process is " +
                     std::to_string(::getpid()) + ": the sockets are for another process");
 #endif
-    const auto sockets = text::parse_unsigned(count, 1024);
+    const auto sockets = text::parse_unsigned(*count, 1024);
     if (!sockets || *sockets == 0)
-        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(count) + "\", not a number of sockets");
+        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(*count) + "\", not a number of sockets");
     return static_cast<int>(*sockets);
 }
 
@@ -6438,13 +6450,13 @@ WSCHAT_COLD inline void notify_systemd(std::string_view state) {
 #if defined(_WIN32)
     static_cast<void>(state);
 #else
-    const char* path = std::getenv("NOTIFY_SOCKET");
+    const std::string path = os::environment("NOTIFY_SOCKET").value_or("");
     sockaddr_un name{};
     name.sun_family = AF_UNIX;
-    const std::size_t size = path != nullptr ? std::strlen(path) : 0;
-    if (size < 2 || size >= sizeof name.sun_path || (*path != '/' && *path != '@')) return;
-    std::memcpy(name.sun_path, path, size);
-    if (*path == '@') name.sun_path[0] = '\0';  // the abstract name space of Linux
+    const std::size_t size = path.size();
+    if (size < 2 || size >= sizeof name.sun_path || (path[0] != '/' && path[0] != '@')) return;
+    std::memcpy(name.sun_path, path.data(), size);
+    if (path[0] == '@') name.sun_path[0] = '\0';  // the abstract name space of Linux
     const OwnedDescriptor sender(::socket(AF_UNIX, SOCK_DGRAM, 0));
     if (!sender || !os::make_nonblocking(sender.descriptor())) return;
     const auto name_size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + size);
@@ -8393,33 +8405,53 @@ WSCHAT_COLD inline std::string_view content_type(std::string_view name) {
     return "application/octet-stream";
 }
 
+// The parts of an HTTP date by the letters of its form: w (weekday, of any length), d, b (month), y, h, m, s.
+struct HttpDateParts {
+    int d = 0, y = 0, h = 0, m = 0, s = 0;
+    std::string b;
+
+    // Returns true if the text has the form. A digit of the day may be a space.
+    bool match(std::string_view date, std::string_view form) {
+        *this = {};
+        const std::string_view letters = "dyhms";
+        int* const numbers[] = {&d, &y, &h, &m, &s};
+        for (const char kind : form) {
+            const std::size_t number = letters.find(kind);
+            if (kind == 'w') {
+                const std::size_t size = date.find_first_of(", ");
+                if (size == 0 || size == std::string_view::npos) return false;
+                date.remove_prefix(size);
+                continue;
+            }
+            if (date.empty()) return false;
+            const char c = date.front();
+            date.remove_prefix(1);
+            if (kind == 'b') b += c;
+            else if (number == std::string_view::npos ? c != kind : !text::is_digit(c) && (kind != 'd' || c != ' '))
+                return false;
+            else if (number != std::string_view::npos && c != ' ') *numbers[number] = *numbers[number] * 10 + (c - '0');
+        }
+        return date.empty();
+    }
+    bool valid() const { return d >= 1 && d <= 31 && h < 24 && m < 60 && s <= 60; }  // 60: a leap second
+};
+
 // The Unix time of an HTTP date in one of the three forms of RFC 9110 5.6.7, or nothing.
 WSCHAT_COLD inline std::optional<std::int64_t> parse_http_date(std::string_view date) {
-    const std::string copy(date);
-    char month[4] = "";
-    int day = 0, year = 0, hour = 0, minute = 0, second = 0, end = 0;
-    const auto parsed = [&](const char* format) {
-        end = 0;
-        std::sscanf(copy.c_str(), format, &day, month, &year, &hour, &minute, &second, &end);
-        return end != 0 && copy.size() == static_cast<std::size_t>(end);
-    };
-    const auto parsed_asctime = [&] {
-        end = 0;
-        std::sscanf(copy.c_str(), "%*3[A-Za-z] %3s %2d %2d:%2d:%2d %4d%n", month, &day, &hour, &minute, &second, &year,
-                    &end);
-        return end != 0 && copy.size() == static_cast<std::size_t>(end);
-    };
-    if (parsed("%*9[A-Za-z], %2d-%3s-%2d %2d:%2d:%2d GMT%n")) year += year < 70 ? 2000 : 1900;
-    else if (!parsed("%*3[A-Za-z], %2d %3s %4d %2d:%2d:%2d GMT%n") && !parsed_asctime()) return std::nullopt;
-    const std::size_t index = std::string_view("JanFebMarAprMayJunJulAugSepOctNovDec").find(month);
-    if (std::strlen(month) != 3 || index == std::string_view::npos || index % 3 != 0 || day < 1 || day > 31)
+    HttpDateParts parts;
+    const bool two_digits = parts.match(date, "w, dd-bbb-yy hh:mm:ss GMT");
+    if (!two_digits && !parts.match(date, "w, dd bbb yyyy hh:mm:ss GMT") &&
+        !parts.match(date, "w bbb dd hh:mm:ss yyyy"))
         return std::nullopt;
+    const int year = two_digits ? parts.y + (parts.y < 70 ? 2000 : 1900) : parts.y;
+    const std::size_t index = std::string_view("JanFebMarAprMayJunJulAugSepOctNovDec").find(parts.b);
+    if (index == std::string_view::npos || index % 3 != 0 || !parts.valid()) return std::nullopt;
     // Days since 1970-03-01 of a calendar that begins in March, so that the leap day is the last of its year.
     const auto m = static_cast<std::int64_t>(index / 3);
     const std::int64_t y = m < 2 ? year - 1 : year;
     const std::int64_t days =
-        365 * y + y / 4 - y / 100 + y / 400 + (153 * (m < 2 ? m + 10 : m - 2) + 2) / 5 + day - 719469;
-    return days * 86400 + hour * 3600 + minute * 60 + second;
+        365 * y + y / 4 - y / 100 + y / 400 + (153 * (m < 2 ? m + 10 : m - 2) + 2) / 5 + parts.d - 719469;
+    return days * 86400 + parts.h * 3600 + parts.m * 60 + parts.s;
 }
 
 // Whether the client's copy is current. RFC 9110 13.1.3: "A recipient MUST ignore If-Modified-Since if the request
@@ -12711,9 +12743,8 @@ private:
         std::string text = options_.proxy;
         if (text.empty() && options_.proxy_from_environment && options_.unix_path.empty()) {
             const auto variable = [](const char* lower, const char* upper) -> std::string {
-                const char* value = std::getenv(lower);
-                if (value == nullptr || *value == '\0') value = std::getenv(upper);
-                return value == nullptr ? "" : value;
+                const std::string value = os::environment(lower).value_or("");
+                return !value.empty() ? value : os::environment(upper).value_or("");
             };
             // HTTP_PROXY is not read: a CGI server sets it from a header of its client.
             text = url_.secure ? variable("https_proxy", "HTTPS_PROXY") : variable("http_proxy", "http_proxy");
