@@ -50,6 +50,7 @@
 //   15  Client         Client, ClientOptions, ResolverPool, ClientLink                  all above
 //   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
 //   17  Stores         SqliteHistory                                                    2-3, 12, 16
+//   18  Cluster        RedisHistory, RedisLink                                          2-3, 9-10, 12, 16
 //
 // Where to change what:
 //
@@ -84,8 +85,8 @@
 //   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
-//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory
+//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, SharedStore, ChatLimits,
+//   ChatAction, ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -99,7 +100,7 @@
 //   WSCHAT_LIBURING    1: on Linux, many sends in one system call: link with -luring
 //   WSCHAT_SQLITE      1: SqliteHistory (section 17) with SQLite 3: link with -lsqlite3
 //   WSCHAT_UTF8PROC    1: chat_fold() (section 16) for all scripts, with utf8proc: link with -lutf8proc
-//   WSCHAT_HIREDIS     reserved; 0
+//   WSCHAT_HIREDIS     1: RedisHistory (section 18) with hiredis: link with -lhiredis
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
@@ -181,15 +182,20 @@
 #if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
 #error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
 #endif
+#if WSCHAT_HIREDIS && !__has_include(<hiredis/async.h>)
+#error "WSCHAT_HIREDIS needs hiredis: <hiredis/async.h> is not found (Debian: libhiredis-dev)"
+#endif
 #if WSCHAT_LIBURING && defined(__linux__) && !__has_include(<liburing.h>)
 #error "WSCHAT_LIBURING needs liburing: <liburing.h> is not found (Debian: liburing-dev)"
 #endif
 
 #if defined(__GNUC__)
 #define WSCHAT_NOINLINE __attribute__((noinline))
+#define WSCHAT_INLINE inline __attribute__((always_inline))  // small, or with one caller that is fast
 #define WSCHAT_COLD __attribute__((cold))  // set-up, pages, refusals, logs: rather small, and soon compiled, than fast
 #else
 #define WSCHAT_NOINLINE
+#define WSCHAT_INLINE inline
 #define WSCHAT_COLD
 #endif
 
@@ -650,6 +656,7 @@ public:
         if (chunk_ != nullptr) chunk_->release();
     }
     Chunk* operator->() const { return chunk_; }
+    Chunk* get() const { return chunk_; }
     explicit operator bool() const { return chunk_ != nullptr; }
     friend bool operator==(const ChunkRef& a, const ChunkRef& b) { return a.chunk_ == b.chunk_; }
 
@@ -678,8 +685,8 @@ public:
     SendArena& operator=(const SendArena&) = delete;
 
     // The caller fills the n bytes through writable(slice).
-    Slice allocate(std::size_t n) {
-        ChunkRef chunk = n > max_pooled_slice ? ChunkRef(Chunk::make(n, false)) : pooled_chunk(n);
+    WSCHAT_INLINE Slice allocate(std::size_t n) {
+        ChunkRef chunk(n > max_pooled_slice ? Chunk::make(n, false) : pooled_chunk(n));
         const std::size_t begin = chunk->size();
         chunk->advance(n);
         return {std::move(chunk), begin, begin + n};
@@ -710,25 +717,26 @@ private:
     static constexpr std::size_t pooled_size = 256 * 1024;
     static constexpr std::size_t max_pooled = 8;
 
-    const ChunkRef& pooled_chunk(std::size_t n) {
-        if (current_ < pool_.size()) {
-            ChunkRef& current = pool_[current_];
-            if (!current->shared()) current->clear();
-            if (current->available() >= n) return current;
-        }
-        for (current_ = 0; current_ < pool_.size(); ++current_) {
-            if (pool_[current_]->shared()) continue;
-            pool_[current_]->clear();
-            return pool_[current_];
+    Chunk* pooled_chunk(std::size_t n) {
+        if (current_ == nullptr) return next_pooled_chunk();
+        if (!current_->shared()) current_->clear();
+        return current_->available() >= n ? current_ : next_pooled_chunk();
+    }
+    WSCHAT_NOINLINE Chunk* next_pooled_chunk() {
+        for (const ChunkRef& chunk : pool_) {
+            if (chunk->shared()) continue;
+            chunk->clear();
+            return current_ = chunk.get();
         }
         ChunkRef chunk(Chunk::make(pooled_size, true));
+        Chunk* const made = chunk.get();
         if (pool_.size() < max_pooled) pool_.push_back(std::move(chunk));
-        else pool_[current_ = 0] = std::move(chunk);  // the queues that use the old chunk keep it alive
-        return pool_[current_];
+        else pool_[0] = std::move(chunk);  // the queues that use the old chunk keep it alive
+        return current_ = made;
     }
 
     std::vector<ChunkRef> pool_;
-    std::size_t current_ = 0;
+    Chunk* current_ = nullptr;  // one of the pool, which is filled
     std::vector<Bytes> buffers_;
 };
 
@@ -746,20 +754,23 @@ public:
     bool empty() const { return size_ == 0; }
     // The bytes, and the sent part of the oldest chunk, which stays until all of that chunk is sent.
     std::size_t held() const {
-        const Slice& oldest = front_ < older_.size() ? older_[front_] : tail_;
+        const Slice& oldest = has_older() ? older_[front_] : tail_;
         return oldest.chunk && !oldest.chunk->pooled() ? size_ + oldest.begin : size_;
     }
 
-    void append(const Slice& slice) {
-        if (slice.size() == 0) return;
-        push(slice);
-        size_ += slice.size();
+    template <class AnySlice>
+    void append(AnySlice&& slice) {
+        const std::size_t size = slice.size();
+        if (size == 0) return;
+        push(std::forward<AnySlice>(slice));
+        size_ += size;
     }
 
     // Writes at most max pieces, the oldest first. Returns their number.
     std::size_t gather(std::string_view* pieces, std::size_t max) const {
         std::size_t count = 0;
-        for (std::size_t i = front_; i < older_.size() && count < max; ++i) pieces[count++] = older_[i].view();
+        if (has_older())
+            for (std::size_t i = front_; i < older_.size() && count < max; ++i) pieces[count++] = older_[i].view();
         if (count < max && tail_.size() != 0) pieces[count++] = tail_.view();
         return count;
     }
@@ -767,23 +778,8 @@ public:
     // Removes the first n bytes.
     void consume(std::size_t n) {
         size_ -= n;
-        if (size_ == 0 && older_.empty()) {
-            tail_ = Slice();
-            return;
-        }
-        while (n != 0 && front_ < older_.size()) {
-            Slice& slice = older_[front_];
-            const std::size_t part = n < slice.size() ? n : slice.size();
-            slice.begin += part;
-            n -= part;
-            if (slice.size() == 0) {
-                slice = Slice();
-                ++front_;
-            }
-        }
-        tail_.begin += n;
-        if (tail_.chunk && tail_.size() == 0) tail_ = Slice();
-        if (front_ != 0) erase_sent();
+        if (size_ == 0 && older_.empty()) tail_ = Slice();
+        else consume_pieces(n);
     }
 
     // Copies slices of pooled chunks into private chunks, because a small slice would keep a complete pooled chunk in
@@ -803,17 +799,43 @@ public:
     }
 
     void clear() { *this = SendQueue(); }
+    void swap(SendQueue& other) noexcept {
+        std::swap(tail_, other.tail_);
+        std::swap(size_, other.size_);
+        older_.swap(other.older_);
+        std::swap(front_, other.front_);
+        std::swap(detached_, other.detached_);
+    }
 
 private:
     static constexpr std::size_t private_chunk_size = 16 * 1024;
 
-    void push(const Slice& slice) {
+    bool has_older() const { return !older_.empty() && front_ < older_.size(); }
+
+    template <class AnySlice>
+    void push(AnySlice&& slice) {
         if (tail_.end == slice.begin && tail_.chunk == slice.chunk) {
             tail_.end = slice.end;
             return;
         }
         if (tail_.size() != 0) older_.push_back(std::move(tail_));
-        tail_ = slice;
+        tail_ = std::forward<AnySlice>(slice);
+    }
+
+    WSCHAT_NOINLINE void consume_pieces(std::size_t n) {
+        while (n != 0 && front_ < older_.size()) {
+            Slice& slice = older_[front_];
+            const std::size_t part = n < slice.size() ? n : slice.size();
+            slice.begin += part;
+            n -= part;
+            if (slice.size() == 0) {
+                slice = Slice();
+                ++front_;
+            }
+        }
+        tail_.begin += n;
+        if (tail_.chunk && tail_.size() == 0) tail_ = Slice();
+        if (front_ != 0) erase_sent();
     }
 
     // Only a private chunk of this queue is not pooled and has free space. It is filled before another one begins, so
@@ -834,7 +856,7 @@ private:
         const std::size_t begin = chunk->size();
         std::memcpy(chunk->end(), bytes.data(), bytes.size());
         chunk->advance(bytes.size());
-        push({std::move(chunk), begin, begin + bytes.size()});
+        push(Slice{std::move(chunk), begin, begin + bytes.size()});
     }
 
     // An empty queue also frees the capacity that a long backlog needed.
@@ -1012,35 +1034,75 @@ inline std::string_view truncate_utf8(std::string_view text, std::size_t max) {
 
 namespace detail {
 
+constexpr std::uint32_t rotate(std::uint32_t x, int n) { return (x << n) | (x >> (32 - n)); }
+
+// One step: v is the first of the five variables, and `to` the last, which is the first of the next step.
+template <class Function>
+WSCHAT_INLINE void sha1_step(std::uint32_t v, std::uint32_t& x, std::uint32_t y, std::uint32_t z, std::uint32_t& to,
+                             std::uint32_t word, Function&& f) {
+    to += rotate(v, 5) + f(x, y, z) + word;
+    x = rotate(x, 30);
+}
+// Five steps, after which each variable has its own role again, so that none is moved.
+template <class Function>
+WSCHAT_INLINE void sha1_steps(std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, std::uint32_t& d, std::uint32_t& e,
+                              const std::uint32_t* w, std::uint32_t constant, Function&& f) {
+    sha1_step(a, b, c, d, e, constant + w[0], f);
+    sha1_step(e, a, b, c, d, constant + w[1], f);
+    sha1_step(d, e, a, b, c, constant + w[2], f);
+    sha1_step(c, d, e, a, b, constant + w[3], f);
+    sha1_step(b, c, d, e, a, constant + w[4], f);
+}
+
+// A word for each of the 80 steps.
+using Sha1Words = std::array<std::uint32_t, 80>;
+
+// Makes the words from the first 16, which are those of a block.
+constexpr void sha1_expand(Sha1Words& w) {
+    for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
+}
+
+inline void sha1_rounds(std::uint32_t (&state)[5], const std::uint32_t* w) {
+    using Word = std::uint32_t;
+    const auto choose = [](Word x, Word y, Word z) { return z ^ (x & (y ^ z)); };
+    const auto parity = [](Word x, Word y, Word z) { return x ^ y ^ z; };
+    const auto majority = [](Word x, Word y, Word z) { return (x & y) | (z & (x | y)); };
+    Word a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
+    std::size_t i = 0;
+    for (; i < 20; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x5A827999, choose);
+    for (; i < 40; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x6ED9EBA1, parity);
+    for (; i < 60; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x8F1BBCDC, majority);
+    for (; i < 80; i += 5) sha1_steps(a, b, c, d, e, w + i, 0xCA62C1D6, parity);
+    state[0] += a;
+    state[1] += b;
+    state[2] += c;
+    state[3] += d;
+    state[4] += e;
+}
+
 inline void sha1_block(std::uint32_t (&state)[5], const unsigned char* p) {
-    const auto rotate = [](std::uint32_t x, int n) { return (x << n) | (x >> (32 - n)); };
-    std::uint32_t w[80];
+    Sha1Words w;
     for (std::size_t k = 0; k < 16; ++k, p += 4)
         w[k] = std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];
-    for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
-    std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
-    const auto step = [&](std::uint32_t f) {
-        const std::uint32_t next = rotate(a, 5) + f + e;
-        e = d;
-        d = c;
-        c = rotate(b, 30);
-        b = a;
-        a = next;
-    };
-    std::size_t i = 0;
-    for (; i < 20; ++i) step((d ^ (b & (c ^ d))) + 0x5A827999 + w[i]);
-    for (; i < 40; ++i) step((b ^ c ^ d) + 0x6ED9EBA1 + w[i]);
-    for (; i < 60; ++i) step(((b & c) | (d & (b | c))) + 0x8F1BBCDC + w[i]);
-    for (; i < 80; ++i) step((b ^ c ^ d) + 0xCA62C1D6 + w[i]);
-    const std::uint32_t sum[5] = {a, b, c, d, e};
-    for (std::size_t k = 0; k < 5; ++k) state[k] += sum[k];
+    sha1_expand(w);
+    sha1_rounds(state, w.data());
+}
+
+constexpr std::uint32_t sha1_begin[5] = {0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0};
+
+inline std::array<unsigned char, 20> sha1_digest(const std::uint32_t (&state)[5]) {
+    std::array<unsigned char, 20> digest{};
+    for (std::size_t i = 0; i < 5; ++i)
+        for (std::size_t k = 0; k < 4; ++k) digest[4 * i + k] = static_cast<unsigned char>(state[i] >> (24 - 8 * k));
+    return digest;
 }
 
 }  // namespace detail
 
 // FIPS 180-4, for the opening handshake. SHA-1 gives no security today.
 inline std::array<unsigned char, 20> sha1(std::string_view input) {
-    std::uint32_t state[5] = {0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0};
+    std::uint32_t state[5];
+    std::memcpy(state, detail::sha1_begin, sizeof state);
     const auto bytes = reinterpret_cast<const unsigned char*>(input.data());
     std::size_t done = 0;
     for (; input.size() - done >= 64; done += 64) detail::sha1_block(state, bytes + done);
@@ -1052,26 +1114,31 @@ inline std::array<unsigned char, 20> sha1(std::string_view input) {
     const std::uint64_t bits = std::uint64_t{input.size()} * 8;
     for (std::size_t i = 0; i < 8; ++i) last[padded - 1 - i] = static_cast<unsigned char>(bits >> (8 * i));
     for (std::size_t i = 0; i < padded; i += 64) detail::sha1_block(state, last + i);
-
-    std::array<unsigned char, 20> digest{};
-    for (std::size_t i = 0; i < 20; ++i) digest[i] = static_cast<unsigned char>(state[i / 4] >> (24 - 8 * (i % 4)));
-    return digest;
+    return detail::sha1_digest(state);
 }
 
-// RFC 4648 4, with padding.
-inline std::string base64(const unsigned char* data, std::size_t size) {
+namespace detail {
+
+// Writes (size + 2) / 3 * 4 characters.
+inline void encode_base64(const unsigned char* data, std::size_t size, char* out) {
     constexpr char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    std::string text;
-    text.reserve((size + 2) / 3 * 4);
-    for (std::size_t i = 0; i < size; i += 3) {
+    for (std::size_t i = 0; i < size; i += 3, out += 4) {
         const std::size_t left = size - i;
         const unsigned bits = (unsigned{data[i]} << 16) | (left > 1 ? unsigned{data[i + 1]} << 8 : 0u) |
                               (left > 2 ? unsigned{data[i + 2]} : 0u);
-        text += alphabet[bits >> 18];
-        text += alphabet[(bits >> 12) & 63];
-        text += left > 1 ? alphabet[(bits >> 6) & 63] : '=';
-        text += left > 2 ? alphabet[bits & 63] : '=';
+        out[0] = alphabet[bits >> 18];
+        out[1] = alphabet[(bits >> 12) & 63];
+        out[2] = left > 1 ? alphabet[(bits >> 6) & 63] : '=';
+        out[3] = left > 2 ? alphabet[bits & 63] : '=';
     }
+}
+
+}  // namespace detail
+
+// RFC 4648 4, with padding.
+inline std::string base64(const unsigned char* data, std::size_t size) {
+    std::string text((size + 2) / 3 * 4, '=');
+    detail::encode_base64(data, size, &text[0]);
     return text;
 }
 
@@ -1196,6 +1263,30 @@ inline Json::Json(std::initializer_list<Member> members) : text_("{") {
 
 // ---- text ----------------------------------------------------------------------------------------------------------
 
+namespace detail {
+
+// The characters of RFC 9110 5.6.2.
+inline constexpr auto token_characters = [] {
+    std::array<bool, 256> allowed{};
+    for (const char c :
+         std::string_view("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+        allowed[static_cast<unsigned char>(c)] = true;
+    return allowed;
+}();
+
+// Whether eight characters each are equal, or are the same letter of ASCII.
+constexpr bool equal_but_case(std::uint64_t x, std::uint64_t y) {
+    constexpr std::uint64_t each = 0x0101010101010101, high = 0x80 * each;
+    const std::uint64_t difference = x ^ y, lower = x | (0x20 * each);
+    if ((difference & ~(0x20 * each)) != 0) return false;
+    // The highest bit of each byte of `lower` that is in a-z. No sum carries into the next byte.
+    const std::uint64_t low_bits = lower & ~high;
+    const std::uint64_t letters = (low_bits + (0x80 - 'a') * each) & ~(low_bits + (0x7F - 'z') * each) & ~lower & high;
+    return ((difference << 2) & ~letters) == 0;
+}
+
+}  // namespace detail
+
 namespace text {
 
 // All functions of this namespace know ASCII only and do not depend on the locale.
@@ -1209,8 +1300,16 @@ WSCHAT_NOINLINE inline std::string to_lower(std::string_view s) {
     return result;
 }
 WSCHAT_NOINLINE inline bool equals_ignore_case(std::string_view a, std::string_view b) {
-    return a.size() == b.size() &&
-           std::equal(a.begin(), a.end(), b.begin(), [](char x, char y) { return to_lower(x) == to_lower(y); });
+    if (a.size() != b.size()) return false;
+    std::size_t i = 0;
+    for (std::uint64_t x, y; a.size() - i >= 8; i += 8) {
+        std::memcpy(&x, a.data() + i, 8);
+        std::memcpy(&y, b.data() + i, 8);
+        if (!detail::equal_but_case(x, y)) return false;
+    }
+    for (; i < a.size(); ++i)
+        if (a[i] != b[i] && to_lower(a[i]) != to_lower(b[i])) return false;
+    return true;
 }
 inline bool starts_with(std::string_view s, std::string_view prefix) { return s.substr(0, prefix.size()) == prefix; }
 
@@ -1221,12 +1320,7 @@ WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
     return s;
 }
 // RFC 9110 5.6.2.
-constexpr bool is_token_char(char c) {
-    // A bit for each character from 0x20 to 0x5F and from 0x60 to 0x9F.
-    constexpr std::uint64_t first = 0xC7FF'FFFE'03FF'6CFA, second = 0x0000'0000'57FF'FFFF;
-    const unsigned index = static_cast<unsigned char>(c) - 0x20u;
-    return index < 128 && ((index < 64 ? first >> index : second >> (index - 64)) & 1) != 0;
-}
+constexpr bool is_token_char(char c) { return detail::token_characters[static_cast<unsigned char>(c)]; }
 // The standard algorithms are unrolled for each predicate, which takes long to compile.
 template <class Predicate>
 bool all_of(std::string_view s, Predicate predicate) {
@@ -1579,15 +1673,25 @@ private:
     void (*call_)(void* target, Arguments... arguments);
 };
 
-// Runs the call and passes what it throws to report(what). Returns false if it threw.
-WSCHAT_NOINLINE inline bool run_guarded(FunctionRef<> call, FunctionRef<const char*> report) {
+// In a catch block: passes what was thrown to report(what).
+WSCHAT_NOINLINE WSCHAT_COLD inline void report_current(FunctionRef<const char*> report) {
     try {
-        call();
-        return true;
+        throw;
     } catch (const std::exception& error) {
         report(error.what());
     } catch (...) {
         report("not a std::exception");
+    }
+}
+
+// Runs the call and passes what it throws to report(what). Returns false if it threw. Costs nothing if it did not.
+template <class Call, class Report>
+WSCHAT_INLINE bool run_guarded(Call&& call, Report&& report) {
+    try {
+        call();
+        return true;
+    } catch (...) {
+        report_current(report);
     }
     return false;
 }
@@ -1609,12 +1713,6 @@ namespace detail {
 
 // Our end of a connection: a server receives masked frames and sends unmasked ones, a client the reverse.
 enum class Role : std::uint8_t { server, client };
-
-// Code and reason of the Close frame that fails a connection.
-struct Failure {
-    CloseCode code;
-    std::string_view reason;
-};
 
 using MaskKey = std::array<unsigned char, 4>;
 
@@ -1657,27 +1755,50 @@ inline std::size_t mask_blocks_avx2(char*, std::size_t, std::uint64_t, std::uint
 
 #endif
 
-// RFC 6455 5.3: masks or unmasks in place. `offset`: the position of `data` in its payload. Returns whether all bytes
-// are ASCII afterwards, which saves a second pass for the UTF-8 check.
-inline bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
-    MaskKey key = mask;
-    if (offset % 4 != 0)
-        for (std::size_t i = 0; i < 4; ++i) key[i] = mask[(offset + i) % 4];
-    std::uint32_t half;
-    std::memcpy(&half, key.data(), 4);
-    const std::uint64_t word = half * std::uint64_t{0x0000000100000001};
+// Masks with the key in `word`, which is repeated in it. Returns a word that has the bits of all bytes.
+inline std::uint64_t mask_bytes(char* data, std::size_t size, std::uint64_t word) {
     std::uint64_t bits = 0;
-    std::size_t i = size >= 64 && has_avx2() ? mask_blocks_avx2(data, size, word, bits) : 0;
+    std::size_t i = 0;
+#if defined(__GNUC__)
+    typedef std::uint64_t Pair __attribute__((vector_size(16)));
+    Pair all = {0, 0}, next_pair;
+    for (const Pair key = {word, word}; size - i >= 16; i += 16) {
+        std::memcpy(&next_pair, data + i, 16);
+        all |= next_pair ^= key;
+        std::memcpy(data + i, &next_pair, 16);
+    }
+    bits = all[0] | all[1];
+#endif
     for (std::uint64_t next; size - i >= 8; i += 8) {
         std::memcpy(&next, data + i, 8);
         bits |= next ^= word;
         std::memcpy(data + i, &next, 8);
     }
-    for (; i < size; ++i) {
-        const auto byte = static_cast<unsigned char>(static_cast<unsigned char>(data[i]) ^ key[i % 4]);
+    unsigned char key[8];
+    std::memcpy(key, &word, 8);
+    for (std::size_t k = 0; i < size; ++i, ++k) {
+        const auto byte = static_cast<unsigned char>(static_cast<unsigned char>(data[i]) ^ key[k]);
         bits |= byte;
         data[i] = static_cast<char>(byte);
     }
+    return bits;
+}
+WSCHAT_NOINLINE inline std::uint64_t mask_large(char* data, std::size_t size, std::uint64_t word) {
+    std::uint64_t bits = 0;
+    const std::size_t done = has_avx2() ? mask_blocks_avx2(data, size, word, bits) : 0;
+    return bits | mask_bytes(data + done, size - done, word);
+}
+
+// RFC 6455 5.3: masks or unmasks in place. `offset`: the position of `data` in its payload. Returns whether all bytes
+// are ASCII afterwards, which saves a second pass for the UTF-8 check.
+inline bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
+    unsigned char key[8];  // twice, so that it can begin at each offset
+    std::memcpy(key, mask.data(), 4);
+    std::memcpy(key + 4, mask.data(), 4);
+    std::uint32_t half;
+    std::memcpy(&half, key + offset % 4, 4);
+    const std::uint64_t word = half * std::uint64_t{0x0000000100000001};
+    const std::uint64_t bits = size < 256 ? mask_bytes(data, size, word) : mask_large(data, size, word);
     return (bits & 0x8080808080808080u) == 0;
 }
 
@@ -1686,89 +1807,109 @@ constexpr std::size_t encoded_size(const FrameHeader& header) {
 }
 
 // Writes encoded_size(header) bytes, with the length in its shortest form. Returns the end of the header.
-inline char* encode(const FrameHeader& header, char* out) {
+WSCHAT_INLINE char* encode(const FrameHeader& header, char* out) {
     const auto put = [&out](std::uint64_t byte) { *out++ = static_cast<char>(byte & 0xFF); };
     put((header.fin ? 0x80u : 0u) | (header.rsv1 ? 0x40u : 0u) | static_cast<unsigned>(header.opcode));
     const unsigned mask_bit = header.masked ? 0x80u : 0u;
-    const int length_bytes = header.length < 126 ? 0 : header.length < 65536 ? 2 : 8;
-    put(mask_bit | (length_bytes == 0 ? header.length : length_bytes == 2 ? 126u : 127u));
-    for (int i = length_bytes; i-- > 0;) put(header.length >> (8 * i));
-    if (header.masked)
-        for (const unsigned char byte : header.mask) put(byte);
-    return out;
+    if (header.length < 126) {
+        put(mask_bit | header.length);
+    } else {
+        const int length_bytes = header.length < 65536 ? 2 : 8;
+        put(mask_bit | (length_bytes == 2 ? 126u : 127u));
+        for (int i = length_bytes; i-- > 0;) put(header.length >> (8 * i));
+    }
+    if (!header.masked) return out;
+    std::memcpy(out, header.mask.data(), header.mask.size());
+    return out + header.mask.size();
 }
 
 struct ParsedFrame {
     enum class Outcome : std::uint8_t { need_more, header, failure };
 
     Outcome outcome = Outcome::need_more;
-    std::size_t size = 0;  // of the header
-    FrameHeader header{};
-    Failure failure{};
+    std::uint8_t size = 0;         // of the header
+    const char* reason = nullptr;  // of a failure, which closes the connection with CloseCode::protocol_error
 };
 
 // Parses the frame headers of one direction of a connection. Its only state is whether a fragmented message is open.
 class FrameParser {
 public:
     // `role`: our end. `compression`: allows RSV1 in the first frame of a message (RFC 7692 6).
-    explicit FrameParser(Role role = Role::server, bool compression = false) : role_(role), compression_(compression) {}
+    explicit FrameParser(Role role = Role::server, bool compression = false)
+        : masked_(role == Role::server), compression_(compression) {}
 
     // Parses the header at the front of `bytes`, not the payload. Fails as soon as a byte breaks a rule, even if the
-    // header is incomplete.
-    ParsedFrame parse(std::string_view bytes) {
-        ParsedFrame parsed;
+    // header is incomplete. `header` is only valid if the outcome is `header`.
+    WSCHAT_INLINE ParsedFrame parse(std::string_view bytes, FrameHeader& header) {
         const auto byte = [bytes](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
-        if (bytes.empty()) return parsed;
-        FrameHeader& header = parsed.header;
+        if (bytes.empty()) return {};
 
         // 1. The first byte: FIN, RSV1-3, opcode.
-        header.fin = (byte(0) & 0x80) != 0;
-        header.rsv1 = (byte(0) & 0x40) != 0;
-        header.opcode = static_cast<Opcode>(byte(0) & 0x0F);
-        if (const char* reason = first_byte_error(byte(0), header)) return failed(reason);
-        if (bytes.size() < 2) return parsed;
+        const unsigned char first = byte(0);
+        if (const char* reason = first_byte_error(first)) return failed(reason);
+        const bool fin = (first & 0x80) != 0, control = (first & 0x08) != 0;
+        if (bytes.size() < 2) return {};
 
         // 2. The second byte: MASK, and the length or the form of the length.
-        header.masked = (byte(1) & 0x80) != 0;
-        const unsigned short_length = byte(1) & 0x7F;
-        if (header.masked != (role_ == Role::server))
-            return failed(role_ == Role::server ? "frame from a client is not masked"
-                                                : "frame from a server is masked");
-        if (is_control(header.opcode) && short_length > 125) return failed("control frame is longer than 125 bytes");
+        const unsigned char second = byte(1);
+        const bool masked = (second & 0x80) != 0;
+        if (masked != masked_)
+            return failed(masked_ ? "frame from a client is not masked" : "frame from a server is masked");
+        std::uint64_t length = second & 0x7F;
+        std::size_t size = 2;
+        if (length > 125) {
+            const ParsedFrame parsed = parse_length(bytes, control, length);
+            if (parsed.outcome != ParsedFrame::Outcome::header) return parsed;
+            size = parsed.size;
+        }
 
-        // 3. The length.
-        const std::size_t length_bytes = short_length < 126 ? 0 : short_length == 126 ? 2 : 8;
-        const std::size_t size = 2 + length_bytes + (header.masked ? 4 : 0);
-        if (length_bytes == 8)
-            if (const char* reason = long_length_error(bytes.substr(2))) return failed(reason);
-        if (bytes.size() < 2 + length_bytes) return parsed;
-        header.length = length_bytes == 0 ? short_length : 0;
-        for (std::size_t i = 0; i < length_bytes; ++i) header.length = header.length << 8 | byte(2 + i);
-        if (length_bytes == 2 && header.length < 126) return failed(not_shortest);
-
-        // 4. The mask.
-        if (bytes.size() < size) return parsed;
-        if (header.masked) std::memcpy(header.mask.data(), bytes.data() + size - 4, 4);
-        if (!is_control(header.opcode)) message_open_ = !header.fin;
-        parsed.outcome = ParsedFrame::Outcome::header;
-        parsed.size = size;
-        return parsed;
+        // 3. The mask.
+        if (masked) {
+            if (bytes.size() < size + 4) return {};
+            std::memcpy(header.mask.data(), bytes.data() + size, 4);
+            size += 4;
+        }
+        header.fin = fin;
+        header.rsv1 = (first & 0x40) != 0;
+        header.opcode = static_cast<Opcode>(first & 0x0F);
+        header.masked = masked;
+        header.length = length;
+        if (!control) message_open_ = !fin;
+        return {ParsedFrame::Outcome::header, static_cast<std::uint8_t>(size)};
     }
 
 private:
-    const char* first_byte_error(unsigned char byte, const FrameHeader& header) const {
-        if ((byte & 0x70) != 0 && ((byte & 0x30) != 0 || !compression_))
-            return "reserved bit is set and no extension was negotiated";
-        const unsigned opcode = byte & 0x0F;
-        if ((opcode > 0x2 && opcode < 0x8) || opcode > 0xA) return "opcode is reserved";
-        // RFC 7692 6.1: "An endpoint MUST NOT set the "Per-Message Compressed" bit of control frames and non-first
-        // fragments of a data message."
-        if (header.rsv1 && header.opcode != Opcode::text && header.opcode != Opcode::binary)
-            return "frame is marked as compressed and does not begin a message";
-        if (is_control(header.opcode)) return header.fin ? nullptr : "control frame is fragmented";
-        if (header.opcode == Opcode::continuation) return message_open_ ? nullptr : "continuation without a message";
-        return message_open_ ? "new message before the end of a fragmented message" : nullptr;
+    // `length` is the form of the length, and becomes the length. Returns what parse() returns, without the mask.
+    WSCHAT_NOINLINE static ParsedFrame parse_length(std::string_view bytes, bool control, std::uint64_t& length) {
+        if (control) return failed("control frame is longer than 125 bytes");
+        const std::size_t length_bytes = length == 126 ? 2 : 8;
+        if (length_bytes == 8)
+            if (const char* reason = long_length_error(bytes.substr(2))) return failed(reason);
+        if (bytes.size() < 2 + length_bytes) return {};
+        length = 0;
+        for (std::size_t i = 0; i < length_bytes; ++i) length = length << 8 | static_cast<unsigned char>(bytes[2 + i]);
+        if (length_bytes == 2 && length < 126) return failed(not_shortest);
+        return {ParsedFrame::Outcome::header, static_cast<std::uint8_t>(2 + length_bytes)};
     }
+    const char* first_byte_error(unsigned char byte) const {
+        const unsigned opcode = byte & 0x0F;
+        if ((byte & 0x70) != 0)
+            if (const char* reason = reserved_bit_error(byte)) return reason;
+        if (opcode == 0x1 || opcode == 0x2)
+            return message_open_ ? "new message before the end of a fragmented message" : nullptr;
+        if (opcode == 0x0) return message_open_ ? nullptr : "continuation without a message";
+        if (!known(opcode)) return opcode_reserved;
+        return (byte & 0x80) != 0 ? nullptr : "control frame is fragmented";
+    }
+    // RFC 7692 6.1: "An endpoint MUST NOT set the "Per-Message Compressed" bit of control frames and non-first
+    // fragments of a data message."
+    WSCHAT_NOINLINE const char* reserved_bit_error(unsigned char byte) const {
+        const unsigned opcode = byte & 0x0F;
+        if ((byte & 0x30) != 0 || !compression_) return "reserved bit is set and no extension was negotiated";
+        if (opcode == 0x1 || opcode == 0x2) return nullptr;
+        return known(opcode) ? "frame is marked as compressed and does not begin a message" : opcode_reserved;
+    }
+    static bool known(unsigned opcode) { return opcode <= 0x2 || (opcode >= 0x8 && opcode <= 0xA); }
     // RFC 6455 5.2: "the most significant bit MUST be 0", "the minimal number of bytes MUST be used to encode the
     // length". `bytes` is incomplete or longer than the length. Two bytes are enough if the first six are zero.
     static const char* long_length_error(std::string_view bytes) {
@@ -1778,23 +1919,18 @@ private:
         return high_bytes.size() == 6 && high_bytes.find_first_not_of('\0') == std::string_view::npos ? not_shortest
                                                                                                       : nullptr;
     }
-    static ParsedFrame failed(const char* reason) {
-        ParsedFrame parsed;
-        parsed.outcome = ParsedFrame::Outcome::failure;
-        parsed.failure = {CloseCode::protocol_error, reason};
-        return parsed;
-    }
+    static ParsedFrame failed(const char* reason) { return {ParsedFrame::Outcome::failure, 0, reason}; }
 
     static constexpr const char* not_shortest = "length is not in its shortest form";
+    static constexpr const char* opcode_reserved = "opcode is reserved";
 
-    Role role_;
+    bool masked_;  // the frames must be
     bool compression_;
     bool message_open_ = false;
 };
 
-// Encodes the payload with the header, whose length is set from the payload.
-inline Slice encode_frame(SendArena& arena, FrameHeader header, std::string_view payload) {
-    header.length = payload.size();
+// Encodes the payload with the header, which has its length.
+WSCHAT_INLINE Slice encode_frame(SendArena& arena, const FrameHeader& header, std::string_view payload) {
     Slice slice = arena.allocate(encoded_size(header) + payload.size());
     char* out = encode(header, SendArena::writable(slice));
     if (!payload.empty()) std::memcpy(out, payload.data(), payload.size());
@@ -1808,6 +1944,7 @@ inline Slice encode_masked(SendArena& arena, Opcode opcode, std::string_view pay
     header.opcode = opcode;
     header.masked = true;
     header.mask = mask;
+    header.length = payload.size();
     return encode_frame(arena, header, payload);
 }
 
@@ -1907,12 +2044,43 @@ inline std::string http_date(std::int64_t unix_seconds) {
 
 }  // namespace detail
 
+namespace detail {
+
+// Which field names a message has: one bit for all names of the same length with the same first and last letter, and
+// another bit if there may be two of them. Most look-ups are for a field that a message does not have, or has once.
+class FieldNames {
+public:
+    void add(std::string_view name) {
+        const std::uint32_t bit = bit_of(name);
+        repeated_ |= present_ & bit;
+        present_ |= bit;
+    }
+    void add_all() { present_ = repeated_ = ~std::uint32_t{0}; }
+    bool may_have(std::string_view name) const { return (present_ & bit_of(name)) != 0; }
+    bool may_repeat(std::string_view name) const { return (repeated_ & bit_of(name)) != 0; }
+
+private:
+    // Letters differ from their other case in 0x20.
+    static std::uint32_t bit_of(std::string_view name) {
+        if (name.empty()) return 0;
+        const unsigned first = static_cast<unsigned char>(name.front()) | 0x20u;
+        const unsigned last = static_cast<unsigned char>(name.back()) | 0x20u;
+        return std::uint32_t{1} << ((name.size() + 5 * first + 11 * last) % 32);
+    }
+
+    std::uint32_t present_ = 0;
+    std::uint32_t repeated_ = 0;
+};
+
+}  // namespace detail
+
 // A view of the header fields of a message, after field_line_error() has accepted each line. Names are compared without
 // case. Each look-up reads all lines.
 class Fields {
 public:
     Fields() = default;
-    explicit Fields(std::string_view lines) : lines_(lines) {}
+    explicit Fields(std::string_view lines) : lines_(lines) { names_.add_all(); }
+    Fields(std::string_view lines, detail::FieldNames names) : lines_(lines), names_(names) {}
     // The lines must outlive the view, which a temporary string does not.
     template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
     explicit Fields(T&&) = delete;
@@ -1931,24 +2099,24 @@ public:
     }
     // Returns the first field of that name.
     std::optional<std::string_view> find(std::string_view name) const {
-        std::string_view rest = lines_;
+        std::string_view rest = searched_for(name);
         return next(rest, name);
     }
     std::size_t count(std::string_view name) const {
         std::size_t n = 0;
-        for (std::string_view rest = lines_; next(rest, name);) ++n;
+        for (std::string_view rest = searched_for(name); next(rest, name);) ++n;
         return n;
     }
     // Returns the field of that name if there is exactly one.
     std::optional<std::string_view> only(std::string_view name) const {
-        std::string_view rest = lines_;
+        std::string_view rest = searched_for(name);
         const auto found = next(rest, name);
         return next(rest, name) ? std::nullopt : found;
     }
     // Calls visit(element) for each element of the comma-separated lists in all fields of that name (RFC 9110 5.6.1).
     template <class Visit>
     void each_element(std::string_view name, Visit&& visit) const {
-        std::string_view rest = lines_;
+        std::string_view rest = searched_for(name);
         while (auto value = next(rest, name))
             while (!value->empty()) {
                 const std::string_view element = text::trim(text::consume_until(*value, ','));
@@ -1962,42 +2130,65 @@ public:
     }
 
 private:
-    // Removes the lines up to the next field of that name, and returns its value. A request is searched for some twenty
-    // names, so other lines cost a look at one byte.
-    WSCHAT_NOINLINE static std::optional<std::string_view> next(std::string_view& rest, std::string_view name) {
+    std::string_view searched_for(std::string_view name) const {
+        return names_.may_have(name) ? lines_ : std::string_view();
+    }
+    // Removes the lines up to the next field of that name, and returns its value. After the only one, nothing is left.
+    std::optional<std::string_view> next(std::string_view& rest, std::string_view name) const {
+        if (rest.empty()) return std::nullopt;
+        const auto value = next_line(rest, name);
+        if (!names_.may_repeat(name)) rest = {};
+        return value;
+    }
+    WSCHAT_NOINLINE static std::optional<std::string_view> next_line(std::string_view& rest, std::string_view name) {
         while (!rest.empty()) {
-            const std::size_t end = (std::min)(rest.find('\n'), rest.size() - 1);
-            std::string_view line = rest.substr(0, end + 1);
-            if (line == "\n" || line == "\r\n") return std::nullopt;
-            rest.remove_prefix(line.size());
-            if (line.size() <= name.size() || line[name.size()] != ':') continue;
-            if (!text::equals_ignore_case(line.substr(0, name.size()), name)) continue;
-            line.remove_prefix(name.size() + 1);
-            if (!line.empty() && line.back() == '\n') line.remove_suffix(1);
+            const void* const feed = std::memchr(rest.data(), '\n', rest.size());
+            const char* const end = feed != nullptr ? static_cast<const char*>(feed) : rest.data() + rest.size();
+            std::string_view line(rest.data(), static_cast<std::size_t>(end - rest.data()));
             if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+            if (line.empty()) return std::nullopt;
+            const char* const next = feed != nullptr ? end + 1 : end;
+            rest.remove_prefix(static_cast<std::size_t>(next - rest.data()));
+            if (line.size() <= name.size() || line[name.size()] != ':') continue;
+            if (!text::equals_ignore_case({line.data(), name.size()}, name)) continue;
+            line.remove_prefix(name.size() + 1);
             return text::trim(line);
         }
         return std::nullopt;
     }
 
     std::string_view lines_;
+    detail::FieldNames names_;
 };
 
 namespace detail {
 
 inline bool has_control_character(std::string_view value) {
-    return !text::all_of(value,
-                         [](char c) { return (static_cast<unsigned char>(c) >= 0x20 || c == '\t') && c != 0x7F; });
+    const auto allowed = [](char c) { return (static_cast<unsigned char>(c) >= 0x20 || c == '\t') && c != 0x7F; };
+    // Eight bytes at a time: those below 0x20, or 0x7F, leave the highest bit of their byte, and so do some others.
+    constexpr std::uint64_t each = 0x0101010101010101;
+    for (std::uint64_t word = 0; value.size() >= 8; value.remove_prefix(8)) {
+        std::memcpy(&word, value.data(), 8);
+        const std::uint64_t deleted = word ^ (0x7F * each);
+        const bool suspicious = ((((word - 0x20 * each) & ~word) | ((deleted - each) & ~deleted)) & (0x80 * each)) != 0;
+        if (suspicious && !text::all_of(value.substr(0, 8), allowed)) return true;
+    }
+    return !text::all_of(value, allowed);
 }
 
-// Returns why a line without its CR LF is not a header field (RFC 9112 5), or null if it is one.
-inline const char* field_line_error(std::string_view line) {
+// Returns why a line without its CR LF is not a header field (RFC 9112 5), or null if it is one. Adds its name to
+// `names`.
+inline const char* field_line_error(std::string_view line, FieldNames* names = nullptr) {
+    std::size_t size = 0;
+    while (size < line.size() && text::is_token_char(line[size])) ++size;
+    if (size != 0 && size < line.size() && line[size] == ':') {
+        if (names != nullptr) names->add(line.substr(0, size));
+        return has_control_character(line.substr(size + 1)) ? "A header value has a control character." : nullptr;
+    }
     if (line.front() == ' ' || line.front() == '\t') return "A header line is folded.";
-    const std::size_t colon = line.find(':');
-    if (colon == std::string_view::npos) return "A header line has no colon.";
-    if (colon == 0) return "A header has no name.";
-    if (!text::is_token(line.substr(0, colon))) return "A header name has an illegal character.";
-    return has_control_character(line.substr(colon + 1)) ? "A header value has a control character." : nullptr;
+    if (line.front() == ':') return "A header has no name.";
+    return line.find(':') == std::string_view::npos ? "A header line has no colon."
+                                                    : "A header name has an illegal character.";
 }
 
 // A name, an IPv4 address, or an IPv6 address in brackets, with or without a port. Stricter than RFC 3986 3.2.2: no
@@ -2111,7 +2302,7 @@ public:
         return std::string_view(bytes_).substr(bytes_.size() - body_size_ - certificate_size_, certificate_size_);
     }
 
-    Fields fields() const { return Fields(std::string_view(bytes_).substr(fields_begin_)); }
+    Fields fields() const { return Fields(std::string_view(bytes_).substr(fields_begin_), names_); }
     // The first header of that name, compared without case. Empty if the request has none.
     std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
 
@@ -2234,6 +2425,7 @@ private:
     std::uint32_t body_size_ = 0;
     std::uint16_t certificate_size_ = 0;
     Flags flags_{};
+    detail::FieldNames names_;
     std::string remote_address_;
     std::vector<std::pair<std::string, std::string>> params_;
 };
@@ -2280,11 +2472,14 @@ public:
     // Consumes at most the bytes up to the end of a head.
     Outcome feed(std::string_view bytes, std::size_t& consumed) {
         consumed = 0;
+        // Usually the whole head has arrived, and memory for all of it is allocated at once.
+        constexpr std::size_t usual = 2048;
+        if (status_ == 0 && !started()) request_.bytes_.reserve((std::min)(bytes.size(), usual));
         while (status_ == 0 && consumed < bytes.size()) {
             const std::size_t end = bytes.find('\n', consumed);
             const bool complete = end != std::string_view::npos;
-            const std::string_view piece = bytes.substr(consumed, complete ? end + 1 - consumed : end);
-            if (!check_first_byte(piece) || !check_limits(piece)) break;
+            const std::string_view piece(bytes.data() + consumed, (complete ? end + 1 : bytes.size()) - consumed);
+            if ((!started() && !check_first_byte(piece.front())) || !check_limits(piece)) break;
             request_.bytes_.append(piece);
             consumed += piece.size();
             if (complete && parse_line()) return check_head() ? Outcome::request : Outcome::failure;
@@ -2295,8 +2490,10 @@ public:
     // Moves the parsed request out. The parser is then ready for the next head.
     Request take_request() {
         Request request = std::move(request_);
-        request.bytes_.shrink_to_fit();
-        *this = RequestParser(*limits_);
+        if (request.bytes_.capacity() > request.bytes_.size()) request.bytes_.shrink_to_fit();
+        request_ = Request();
+        line_begin_ = field_count_ = 0;
+        skipped_empty_line_ = false;
         return request;
     }
     // Whether an incomplete head has been received.
@@ -2317,8 +2514,7 @@ private:
     }
 
     // Rejects a client of another protocol at its first byte instead of after a timeout.
-    bool check_first_byte(std::string_view piece) {
-        const char first = head().empty() ? piece.front() : head().front();
+    bool check_first_byte(char first) {
         if (text::is_token_char(first) || first == '\r' || first == '\n') return true;
         return fail(400, first == '\x16' ? "This port speaks plain HTTP, and the client began with TLS."
                                          : "The request does not begin with a method.");
@@ -2327,6 +2523,8 @@ private:
     // Runs before the bytes are stored. A line end at the end of the bytes does not count.
     bool check_limits(std::string_view piece) {
         std::size_t size = head().size() + piece.size();
+        const std::size_t begin = request_.fields_begin_;
+        if (size <= begin + (begin == 0 ? limits_->max_request_line : limits_->max_header_bytes)) return true;
         const auto ends_with = [&](char c) {
             return size != 0 && (size > head().size() ? piece[size - head().size() - 1] : head().back()) == c;
         };
@@ -2364,7 +2562,7 @@ private:
     bool parse_field(std::string_view line) {
         if (++field_count_ > limits_->max_header_fields)
             return fail(431, "There are more than " + std::to_string(limits_->max_header_fields) + " headers.");
-        if (const char* error = field_line_error(line)) fail(400, error);
+        if (const char* error = field_line_error(line, &request_.names_)) fail(400, error);
         return false;
     }
 
@@ -2414,10 +2612,11 @@ private:
     // Checks what needs the complete head: Host and the length of the body.
     bool check_head() {
         const Fields fields = request_.fields();
-        const std::size_t hosts = fields.count("host");
+        const auto only_host = fields.only("host");
+        const std::size_t hosts = only_host ? 1 : fields.count("host");
         if (hosts > 1 || (hosts == 0 && !request_.flags_.http_1_0))
             return fail(400, hosts == 0 ? "There is no Host header." : "There is more than one Host header.");
-        const std::string_view host = fields.find("host").value_or(std::string_view());
+        const std::string_view host = only_host.value_or(std::string_view());
         if (hosts == 1 && !valid_host(host)) return fail(400, "The Host header is invalid.");
         if (request_.host_.size == 0 && hosts == 1) request_.host_ = request_.part_of(host);
         return check_body(fields);
@@ -2793,11 +2992,33 @@ public:
     static const std::vector<std::string>& cookies(const Response& response) { return response.cookies_; }
 };
 
-// RFC 6455 4.2.2 / 5.4.
-inline std::string accept_key(std::string_view key) {
-    const auto digest = sha1(std::string(key) + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
-    return base64(digest.data(), digest.size());
-}
+// RFC 6455 4.2.2 / 5.4: the base64 form of the SHA-1 of the key and a GUID.
+class AcceptKey {
+public:
+    // A key has 24 bytes; see valid_key(). Of a longer text, only as much counts.
+    explicit AcceptKey(std::string_view key) {
+        // Key and GUID have 60 bytes. The first block ends with the first four bytes of the padding.
+        unsigned char block[65] = "000000000000000000000000258EAFA5-E914-47DA-95CA-C5AB0DC85B11\x80\0\0";
+        if (!key.empty()) std::memcpy(block, key.data(), (std::min)(key.size(), std::size_t{24}));
+        std::uint32_t state[5];
+        std::memcpy(state, sha1_begin, sizeof state);
+        sha1_block(state, block);
+        // The second block has only zeros and the number of bits, whatever the key is.
+        static constexpr Sha1Words padding = [] {
+            Sha1Words words{};
+            words[15] = 60 * 8;
+            sha1_expand(words);
+            return words;
+        }();
+        sha1_rounds(state, padding.data());
+        const auto digest = sha1_digest(state);
+        encode_base64(digest.data(), digest.size(), text_);
+    }
+    std::string_view view() const { return {text_, sizeof text_}; }
+
+private:
+    char text_[28];
+};
 
 // The base64 form of 16 bytes: 22 characters of the alphabet and two of padding.
 inline bool valid_key(std::string_view key) {
@@ -2851,15 +3072,16 @@ inline void reject_control_characters(const char* call, std::string_view value) 
         throw Error(std::string(call) + ": \"" + escape_for_log(value) + "\" has a control character");
 }
 
-// The 101 (RFC 6455 4.2.2 / 5).
-inline std::string switching_protocols(std::string_view key, std::string_view subprotocol,
-                                       std::string_view extensions = {}, std::string_view more_lines = {}) {
+// The 101 (RFC 6455 4.2.2 / 5). Calls write(parts) once with an initializer_list<std::string_view>.
+template <class Write>
+void switching_protocols(std::string_view key, std::string_view subprotocol, std::string_view extensions,
+                         std::string_view more_lines, Write&& write) {
     for (const std::string_view value : {subprotocol, extensions})
         reject_control_characters("switching_protocols", value);
-    return text::concat(
+    write(
         {"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
          "Sec-WebSocket-Accept: ",
-         accept_key(key), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
+         AcceptKey(key).view(), subprotocol.empty() ? "" : "\r\nSec-WebSocket-Protocol: ", subprotocol,
          extensions.empty() ? "" : "\r\nSec-WebSocket-Extensions: ", extensions, "\r\n", more_lines, "\r\n"});
 }
 
@@ -2891,7 +3113,7 @@ inline std::string handshake_response_error(std::string_view head, std::string_v
     const Fields fields(rest);
     if (!fields.has_element("upgrade", "websocket")) return "the response has no Upgrade: websocket";
     if (!fields.has_element("connection", "upgrade")) return "the response has no Connection: Upgrade";
-    if (fields.count("sec-websocket-accept") != 1 || *fields.find("sec-websocket-accept") != accept_key(key))
+    if (fields.count("sec-websocket-accept") != 1 || *fields.find("sec-websocket-accept") != AcceptKey(key).view())
         return "Sec-WebSocket-Accept does not match the key";
     if (!extension_offered && fields.count("sec-websocket-extensions") != 0)
         return "the server chose an extension that was not offered";
@@ -3599,10 +3821,12 @@ public:
         input_ = data;
         input_end_ = data + size;
         record_activity(now);
-        if (metered_ && limits_->bytes_per_second != 0)
-            cold().bytes.charge(static_cast<double>(size), byte_rate(), now);
+        if (metered_) charge_bytes(size);
     }
 
+    // Whether the rate of messages or of bytes is limited.
+    bool metered() const { return metered_; }
+    bool over_rate(Time now) const { return input_due() > now; }
     // Limits::messages_per_second and bytes_per_second: when input may continue. The caller pauses it until then.
     Time input_due() const {
         Time due{};
@@ -3617,13 +3841,8 @@ public:
     // The buffer for the next bytes of a large frame, which is the end of its message. Returns {null, 0} if the
     // transport should use its own buffer. The buffer grows with the received bytes, not with the announced length.
     std::pair<char*, std::size_t> receive_buffer() {
-        if (!in_payload_ || is_control(frame_.opcode) || frame_left_ < direct_read_size ||
-            message_.size() < direct_read_size || inflating_)
-            return {nullptr, 0};
-        const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
-        if (message_.available() < direct_read_size)
-            message_.reserve(static_cast<std::size_t>(wanted), wanted == frame_left_ && frame_.fin);
-        return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.available()))};
+        if (!in_payload_) return {nullptr, 0};
+        return buffer_for_payload();
     }
 
     // The transport has ended, by a FIN or by an error. The reason says which.
@@ -3631,29 +3850,8 @@ public:
 
     // Returns the next event, or `none` if more bytes are needed. The close event is the last one and occurs once.
     Event next_event() {
-        if (message_delivered_) {
-            arena_->recycle(std::move(message_));
-            message_delivered_ = false;
-        }
-        while (state_ == State::open || state_ == State::closing) {
-            if (!in_payload_ && !read_header()) break;
-            if (!in_payload_) continue;
-            const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
-            if (!whole && input_ == input_end_) break;
-            const Event event = is_control(frame_.opcode) ? read_control() : read_data(whole);
-            if (event.kind == Event::Kind::none) {
-                if (frames_read_ >= frame_budget && input_ != input_end_) return {Event::Kind::paused};
-                continue;
-            }
-            if (metered_ && event.kind == Event::Kind::message && limits_->messages_per_second != 0)
-                cold().messages.charge(1, message_rate(), last_activity_);
-            return event;
-        }
-        if (cold_ && input_ == input_end_) cold_->resumed_input.release();
-        if (state_ != State::closed || close_reported_) return {};
-        close_reported_ = true;
-        message_.release();
-        return {Event::Kind::close, Message(std::string_view())};
+        const bool nothing = input_ == input_end_ && !in_payload_ && !message_delivered_ && !cold_;
+        return nothing && state_ == State::open ? Event() : read_event();
     }
 
     // Stores the rest of the input until resume_input(). The caller must not call receive() in between.
@@ -3703,30 +3901,18 @@ public:
         return !output_.empty() && output_.size() + size > limits_->max_backlog;
     }
 
-    WriteStatus send(Opcode opcode, std::string_view payload) {
-        if (!can_send(frame_size(payload.size()))) return reject_write();
+    WSCHAT_NOINLINE WriteStatus send(Opcode opcode, std::string_view payload) {
+        if (!output_.empty() || state_ != State::open)
+            if (!can_send(frame_size(payload.size()))) return reject_write();
         return enqueue(should_compress(payload.size()) ? compressed_frame(opcode, payload) : frame(opcode, payload));
     }
     // The same, but a server passes a large message to the transport without a copy while the queue is empty:
     // `offer(pieces, count)` returns how many bytes the transport takes. Only the rest is copied.
     template <class Offer>
     WriteStatus send(Opcode opcode, std::string_view payload, Offer&& offer) {
-        if (payload.size() < direct_send_size || mask_source_ != nullptr || !output_.empty() || write_blocked_ ||
-            state_ != State::open || should_compress(payload.size()))
-            return send(opcode, payload);
-        FrameHeader header;
-        header.opcode = opcode;
-        header.length = payload.size();
-        char head[FrameHeader::max_size];
-        const std::string_view pieces[2] = {{head, static_cast<std::size_t>(encode(header, head) - head)}, payload};
-        std::size_t sent = offer(pieces, 2);
-        if (state_ != State::open) return WriteStatus::closed;  // the transport has failed
-        for (std::string_view piece : pieces) {
-            const std::size_t skip = (std::min)(sent, piece.size());
-            sent -= skip;
-            if (skip != piece.size()) output_.append(copy(*arena_, piece.substr(skip)));
-        }
-        return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
+        const bool copied = payload.size() < direct_send_size || mask_source_ != nullptr || !output_.empty() ||
+                            write_blocked_ || state_ != State::open || should_compress(payload.size());
+        return copied ? send(opcode, payload) : send_in_place(opcode, payload, offer);
     }
     // A client must mask each frame with a new key, so only a server shares the frame.
     WriteStatus send(const EncodedFrame& frame) {
@@ -3814,7 +4000,7 @@ public:
     static Duration drain_time(std::size_t backlog) { return std::chrono::seconds(backlog / (64 * 1024)); }
 
     // When to call tick(). Time::max() for never. Input moves it to a later time.
-    Time deadline() const {
+    WSCHAT_INLINE Time deadline() const {
         if (state_ == State::closing) return deadline_after(wait_started_, limits_->closing_timeout);
         if (state_ != State::open || limits_->ping_interval == Duration::zero()) return (Time::max)();
         return ping_unanswered() ? deadline_after(wait_started_, limits_->ping_timeout)
@@ -3850,9 +4036,57 @@ private:
 
     // ---- frames ----------------------------------------------------------------------------------------------------
 
+    WSCHAT_NOINLINE Event read_event() {
+        Event event;
+        if (message_delivered_) recycle_message();
+        while (state_ == State::open || state_ == State::closing) {
+            if (!in_payload_ && !read_header()) break;
+            if (!in_payload_) continue;
+            const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
+            if (!whole && input_ == input_end_) break;
+            if (is_control(frame_.opcode)) event = read_control();
+            else if (inflating_) event = read_compressed();
+            else read_data(whole, event);
+            if (event.kind != Event::Kind::none) {
+                if (metered_ && event.kind == Event::Kind::message) charge_message();
+                return event;
+            }
+            if (frames_read_ >= frame_budget && input_ != input_end_) {
+                event.kind = Event::Kind::paused;
+                return event;
+            }
+        }
+        if (cold_ && input_ == input_end_) cold_->resumed_input.release();
+        if (state_ != State::closed || close_reported_) return event;
+        close_reported_ = true;
+        message_.release();
+        event.kind = Event::Kind::close;
+        return event;
+    }
+
+    WSCHAT_NOINLINE void recycle_message() {
+        arena_->recycle(std::move(message_));
+        message_delivered_ = false;
+    }
+    WSCHAT_NOINLINE std::pair<char*, std::size_t> buffer_for_payload() {
+        if (is_control(frame_.opcode) || frame_left_ < direct_read_size || message_.size() < direct_read_size ||
+            inflating_)
+            return {nullptr, 0};
+        const std::uint64_t wanted = std::min<std::uint64_t>(frame_left_, message_.size());
+        if (message_.available() < direct_read_size)
+            message_.reserve(static_cast<std::size_t>(wanted), wanted == frame_left_ && frame_.fin);
+        return {message_.end(), static_cast<std::size_t>(std::min<std::uint64_t>(frame_left_, message_.available()))};
+    }
+    WSCHAT_NOINLINE void charge_bytes(std::size_t size) {
+        if (limits_->bytes_per_second != 0) cold().bytes.charge(static_cast<double>(size), byte_rate(), last_activity_);
+    }
+    WSCHAT_NOINLINE void charge_message() {
+        if (limits_->messages_per_second != 0) cold().messages.charge(1, message_rate(), last_activity_);
+    }
+
     // Parses the next header. Returns false if more bytes are needed. If the header is invalid or breaks a limit, the
     // connection fails, and in_payload_ stays false.
-    bool read_header() {
+    WSCHAT_INLINE bool read_header() {
         const auto available = static_cast<std::size_t>(input_end_ - input_);
         if (available == 0) return false;
 
@@ -3866,9 +4100,9 @@ private:
         }
 
         // 2. Parse. Keep the bytes of an incomplete header.
-        const ParsedFrame parsed = parser_.parse(bytes);
+        const ParsedFrame parsed = parser_.parse(bytes, frame_);
         if (parsed.outcome == ParsedFrame::Outcome::failure) {
-            fail(parsed.failure.code, parsed.failure.reason);
+            fail(CloseCode::protocol_error, parsed.reason);
             return true;
         }
         if (parsed.outcome == ParsedFrame::Outcome::need_more) {
@@ -3882,14 +4116,13 @@ private:
         input_ += parsed.size - before;
         header_size_ = 0;
         ++frames_read_;
-        frame_ = parsed.header;
         frame_left_ = frame_.length;
         in_payload_ = is_control(frame_.opcode) || begin_data_frame();
         return true;
     }
 
     // Checks the limits on sizes and fragments before the payload arrives.
-    bool begin_data_frame() {
+    WSCHAT_INLINE bool begin_data_frame() {
         if (frame_.opcode != Opcode::continuation) {
             message_opcode_ = frame_.opcode;
             fragments_ = 0;
@@ -3897,69 +4130,68 @@ private:
             inflating_ = compression_available && frame_.rsv1;
             if (inflating_) compression_->begin_message();
         }
-        if (++fragments_ > limits_->max_fragments) {
-            fail(CloseCode::policy_violation,
-                 "message has more than " + std::to_string(limits_->max_fragments) + " fragments");
-            return false;
-        }
+        if (++fragments_ > limits_->max_fragments) return fail_fragments(), false;
         const std::size_t max = limits_->max_message_size;
         const bool fits = inflating_ ? compression_->compressed_size_allowed(frame_.length, max)
                                      : frame_.length <= max && message_.size() + frame_.length <= max;
         if (!fits) fail_too_big();
         return fits;
     }
-    void fail_too_big() {
+    WSCHAT_COLD void fail_fragments() {
+        fail(CloseCode::policy_violation,
+             "message has more than " + std::to_string(limits_->max_fragments) + " fragments");
+    }
+    WSCHAT_COLD void fail_too_big() {
         fail(CloseCode::message_too_big,
              "message is larger than " + std::to_string(limits_->max_message_size) + " bytes");
     }
-    Event fail_invalid_text() {
-        fail(CloseCode::invalid_payload, "text is not UTF-8");
-        return {};
-    }
+    WSCHAT_COLD void fail_invalid_text() { fail(CloseCode::invalid_payload, "text is not UTF-8"); }
 
-    // Consumes the available part of the payload: unmasks it in place and checks text, block by block while a block is
-    // in the cache. Returns nothing if the text is invalid.
-    std::optional<std::string_view> read_payload(bool text, std::uint64_t max = UINT64_MAX) {
+    // Consumes the available part of the payload, at most `max` bytes. False: the text is invalid.
+    WSCHAT_INLINE bool read_payload(std::string_view& part, bool text, std::uint64_t max = UINT64_MAX) {
         const auto size =
             static_cast<std::size_t>((std::min)({frame_left_, static_cast<std::uint64_t>(input_end_ - input_), max}));
-        const std::string_view part(input_, size);
-        for (std::size_t done = 0; done < size;) {
-            const std::size_t block = (std::min)(size - done, cached_block);
-            const bool ascii = frame_.masked && apply_mask(input_ + done, block, frame_.mask,
-                                                           static_cast<std::size_t>((frame_.length - frame_left_) % 4));
-            if (text && !(ascii && utf8_.complete()) && !utf8_.feed(input_ + done, block)) return std::nullopt;
-            done += block;
-            frame_left_ -= block;
-        }
+        part = {input_, size};
+        const auto offset = static_cast<std::size_t>((frame_.length - frame_left_) % 4);
         input_ += size;
-        if (frame_left_ == 0) in_payload_ = false;
-        return part;
+        frame_left_ -= size;
+        in_payload_ = frame_left_ != 0;
+        return size <= cached_block ? unmask(part, offset, text) : unmask_blocks(part, offset, text);
+    }
+    // Unmasks in place. False: it is not valid text.
+    WSCHAT_INLINE bool unmask(std::string_view part, std::size_t offset, bool text) {
+        const bool ascii =
+            frame_.masked && apply_mask(const_cast<char*>(part.data()), part.size(), frame_.mask, offset);
+        return !text || (ascii && utf8_.complete()) || utf8_.feed(part.data(), part.size());
+    }
+    // The same, block by block: each is unmasked and then checked while it is in the cache.
+    WSCHAT_NOINLINE bool unmask_blocks(std::string_view part, std::size_t offset, bool text) {
+        for (; !part.empty(); part.remove_prefix((std::min)(part.size(), cached_block)))
+            if (!unmask(part.substr(0, cached_block), offset, text)) return false;
+        return true;
     }
 
     // ---- messages --------------------------------------------------------------------------------------------------
 
-    Event read_data(bool whole) {
-        if (inflating_) return read_compressed();
-
+    // Sets `event` if the message is complete.
+    WSCHAT_INLINE void read_data(bool whole, Event& event) {
         // 1. Consume the input, and store it unless this frame is a whole message: that is delivered in place.
         const bool text = message_opcode_ == Opcode::text;
         const bool in_place = whole && frame_.fin && fragments_ == 1 && frame_left_ == frame_.length;
-        const auto part = read_payload(text);
-        if (!part) return fail_invalid_text();
-        if (!in_place) store(*part);
+        std::string_view part;
+        if (!read_payload(part, text)) return fail_invalid_text();
+        if (!in_place) store(part);
 
         // 2. Deliver the message if it is complete.
-        if (in_payload_ || !frame_.fin) return {};
+        if (in_payload_ || !frame_.fin) return;
         if (text && !utf8_.complete()) return fail_invalid_text();
         // RFC 6455 1.4: after our Close frame, the application gets no more messages.
-        if (state_ != State::open) {
-            message_.release();
-            return {};
-        }
+        if (state_ != State::open) return message_.release();
         message_delivered_ = !in_place;
-        return {Event::Kind::message, Message(in_place ? *part : message_.view(), message_opcode_)};
+        event.message = Message(in_place ? part : message_.view(), message_opcode_);
+        event.kind = Event::Kind::message;
     }
-    void store(std::string_view part) {
+    WSCHAT_NOINLINE void store(std::string_view part) {
         if (message_.capacity() == 0 && frame_.length >= direct_read_size) message_ = arena_->acquire_buffer();
         const bool received_in_place = part.data() == message_.end() && part.size() <= message_.available();
         if (received_in_place) message_.advance(part.size());
@@ -3969,8 +4201,9 @@ private:
     // Inflates each part when it arrives, into a block of the arena, until the budget is spent. A message that fits
     // into one block is delivered from that block. Parts of an unfinished message are copied, because an open message
     // must not hold a whole block.
-    Event read_compressed() {
-        const std::string_view part = *read_payload(false, cached_block);
+    WSCHAT_NOINLINE Event read_compressed() {
+        std::string_view part;
+        read_payload(part, false, cached_block);
         const bool last = !in_payload_ && frame_.fin;
         if (state_ != State::open) return {};  // RFC 6455 1.4, as in read_data()
         compression_->set_input(part, last);
@@ -3989,7 +4222,7 @@ private:
             }
         } while (outcome == Compression::Outcome::output_full);
         if (!last) return {inflate_budget_spent() ? Event::Kind::paused : Event::Kind::none};
-        if (message_opcode_ == Opcode::text && !utf8_.complete()) return fail_invalid_text();
+        if (message_opcode_ == Opcode::text && !utf8_.complete()) return fail_invalid_text(), Event();
         inflating_ = false;
         message_delivered_ = true;
         return {Event::Kind::message, Message(message_.view(), message_opcode_)};
@@ -4022,8 +4255,9 @@ private:
 
     // ---- control frames --------------------------------------------------------------------------------------------
 
-    Event read_control() {
-        std::string_view payload = *read_payload(false);
+    WSCHAT_NOINLINE Event read_control() {
+        std::string_view payload;
+        read_payload(payload, false);
         if (in_payload_ || (cold_ && !cold_->partial_control.empty())) {
             cold().partial_control.append(payload);
             if (in_payload_) return {};
@@ -4099,6 +4333,23 @@ private:
 
     // ---- frames to send --------------------------------------------------------------------------------------------
 
+    template <class Offer>
+    WSCHAT_NOINLINE WriteStatus send_in_place(Opcode opcode, std::string_view payload, Offer& offer) {
+        FrameHeader header;
+        header.opcode = opcode;
+        header.length = payload.size();
+        char head[FrameHeader::max_size];
+        const std::string_view pieces[2] = {{head, static_cast<std::size_t>(encode(header, head) - head)}, payload};
+        std::size_t sent = offer(pieces, 2);
+        if (state_ != State::open) return WriteStatus::closed;  // the transport has failed
+        for (std::string_view piece : pieces) {
+            const std::size_t skip = (std::min)(sent, piece.size());
+            sent -= skip;
+            if (skip != piece.size()) output_.append(copy(*arena_, piece.substr(skip)));
+        }
+        return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
+    }
+
     bool can_send(std::size_t size) const { return state_ == State::open && !exceeds_backlog(size); }
     bool drops_volatile(std::size_t size) const {
         return state_ == State::open && (write_blocked_ || exceeds_backlog(size));
@@ -4115,8 +4366,9 @@ private:
         return WriteStatus::closed;
     }
 
-    WriteStatus enqueue(const Slice& slice) {
-        output_.append(slice);
+    template <class AnySlice>
+    WriteStatus enqueue(AnySlice&& slice) {
+        output_.append(std::forward<AnySlice>(slice));
         return write_blocked_ ? WriteStatus::queued : WriteStatus::sent;
     }
     void enqueue_close(CloseCode code, std::string_view reason) {
@@ -4136,10 +4388,11 @@ private:
         header.length = payload_size;
         return encoded_size(header) + payload_size;
     }
-    Slice frame(Opcode opcode, std::string_view payload, bool rsv1 = false) {
+    WSCHAT_INLINE Slice frame(Opcode opcode, std::string_view payload, bool rsv1 = false) {
         FrameHeader header;
         header.opcode = opcode;
         header.rsv1 = rsv1;
+        header.length = payload.size();
         header.masked = mask_source_ != nullptr;
         if (header.masked) header.mask = mask_source_();
         return encode_frame(*arena_, header, payload);
@@ -4641,8 +4894,14 @@ public:
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
-    static void run_hook(WebSocketHandler& handler, const char* name, FunctionRef<> hook) {
-        handler.run_hook(name, hook);
+    // The same as the member, compiled into the caller.
+    template <class Hook>
+    static WSCHAT_INLINE void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
+        try {
+            hook();
+        } catch (...) {
+            report_current([&](const char* what) { handler.fail(name, what); });
+        }
     }
 
     // For HandlerRef::buffered_amount().
@@ -4651,21 +4910,27 @@ public:
         if (cell) cell->queued = handler.core_.connection.output().size();
     }
 
-    // The session's end of a Reply. It gives up by close_reply(); what the Reply is given after that has no effect.
+    // The session's end of a Reply. It gives up by recycle_reply(); what the Reply is given after that has no effect.
     using ReplyState = std::shared_ptr<Reply::State>;
-    static ReplyState open_reply(HandlerHost& host) {
-        return ReplyState(new Reply::State{host.mailbox(), std::this_thread::get_id(), {true}, &host});
+    // `spare`: one that recycle_reply() has kept for the same loop; may be null.
+    static ReplyState open_reply(HandlerHost& host, ReplyState spare) {
+        if (!spare) return ReplyState(new Reply::State{host.mailbox(), std::this_thread::get_id(), {true}, &host});
+        spare->host = &host;
+        spare->open = true;
+        return spare;
+    }
+    // Closes a Reply, and keeps its state for the next one if nobody refers to it.
+    static void recycle_reply(ReplyState& state, ReplyState& spare) {
+        if (!state) return;
+        state->open = false;
+        state->host = nullptr;
+        if (state.use_count() == 1 && !spare) spare = std::move(state);
+        else state.reset();
     }
     static Reply make_reply(const ReplyState& state) {
         Reply reply;
         reply.state_ = state;
         return reply;
-    }
-    static void close_reply(ReplyState& state) {
-        if (!state) return;
-        state->open = false;
-        state->host = nullptr;
-        state.reset();
     }
 };
 
@@ -4964,9 +5229,9 @@ public:
     inline bool leave(WebSocketHandler& handler);
 
     // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
-    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the number
-    // of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text that is not
-    // UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the
+    // number of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text
+    // that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -5750,9 +6015,7 @@ public:
     Family family() const { return family_; }
     std::string to_string() const {
         if (family_ == Family::unix_socket) return "unix";
-        if (family_ == Family::ipv4)  // inet_ntop() would print it with sprintf()
-            return text::concat({std::to_string(bytes_[0]), ".", std::to_string(bytes_[1]), ".",
-                                 std::to_string(bytes_[2]), ".", std::to_string(bytes_[3])});
+        if (family_ == Family::ipv4) return ipv4_text();
         char text[64] = "";
         ::inet_ntop(AF_INET6, bytes_.data(), text, sizeof text);
         return text;
@@ -5784,6 +6047,19 @@ private:
         family_ = Family::ipv4;
         std::memmove(bytes_.data(), bytes_.data() + 12, 4);
         std::fill(bytes_.begin() + 4, bytes_.end(), static_cast<unsigned char>(0));
+    }
+    // inet_ntop() would print it with sprintf().
+    std::string ipv4_text() const {
+        char text[16];
+        char* out = text;
+        for (std::size_t i = 0; i < 4; ++i) {
+            const unsigned value = bytes_[i];
+            if (i != 0) *out++ = '.';
+            if (value >= 100) *out++ = static_cast<char>('0' + value / 100);
+            if (value >= 10) *out++ = static_cast<char>('0' + value / 10 % 10);
+            *out++ = static_cast<char>('0' + value % 10);
+        }
+        return std::string(text, out);
     }
 
     Family family_ = Family::unix_socket;
@@ -7890,7 +8166,7 @@ public:
     bool cancel(TimerId id) { return calls_.erase(big_endian_key(id)); }
 
     // The time at which this turn began. Between turns, the current time.
-    Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? clock() : now_; }
+    WSCHAT_INLINE Time now() const { return thread_.load(std::memory_order_relaxed) == nullptr ? clock() : now_; }
     // Returns true on the loop's thread. While the loop does not run, returns true on every thread.
     bool on_loop_thread() const {
         const void* thread = thread_.load(std::memory_order_relaxed);
@@ -8039,10 +8315,15 @@ private:
         return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>((std::min)(wait, max_timeout)).count());
     }
 
-    void guarded(const char* where, detail::FunctionRef<> function) {
-        detail::run_guarded(function, [&](const char* what) {
-            if (on_exception_) on_exception_(where, what);
-        });
+    template <class Function>
+    void guarded(const char* where, Function&& function) {
+        try {
+            function();
+        } catch (...) {
+            detail::report_current([&](const char* what) {
+                if (on_exception_) on_exception_(where, what);
+            });
+        }
     }
 
     static constexpr Duration max_timeout = std::chrono::minutes(1);
@@ -8484,6 +8765,8 @@ public:
         if (keys_.empty()) throw Error("CookieSigner: there is no key");
     }
     explicit CookieSigner(std::string key) : CookieSigner(std::vector<std::string>{std::move(key)}) {}
+    // Without it, two literals would be two pointers into one string.
+    explicit CookieSigner(std::initializer_list<std::string> keys) : CookieSigner(std::vector<std::string>(keys)) {}
 
     // Sets the cookie. `value` may have any bytes.
     void set(Response& response, std::string_view name, std::string_view value,
@@ -9495,6 +9778,7 @@ public:
     ServerLog log;
     std::function<void(const AccessEntry&)> on_access;  // may be empty
     AddressCounts addresses;
+    HandlerAccess::ReplyState spare_reply;  // for the next handshake; may be null
     TurnState turn;
     OwnedDescriptor reserve;  // closed to accept one connection when all descriptors are used
     bool draining = false;    // shutdown() was called
@@ -9544,7 +9828,7 @@ public:
     bool check_rate(const Limits& limits, Time now, WireCount& wire) {
         const Rate rate{static_cast<double>(limits.control_frames_per_second),
                         static_cast<double>(limits.control_frames_burst)};
-        return !transport_ || transport_->check_rate(socket_, rate, now, wire);
+        return transport_->check_rate(socket_, rate, now, wire);
     }
     IoResult send(const std::string_view* pieces, std::size_t count, WireCount& wire) {
         if (transport_) return transport_->send(socket_, pieces, count, wire);
@@ -9595,7 +9879,7 @@ public:
     HttpExchange(const HttpExchange&) = delete;
     HttpExchange& operator=(const HttpExchange&) = delete;
     ~HttpExchange() {
-        HandlerAccess::close_reply(reply_);
+        HandlerAccess::recycle_reply(reply_, host_.spare_reply);
         close_file();
     }
 
@@ -9697,21 +9981,21 @@ public:
     // ---- answers that come later -----------------------------------------------------------------------------------
 
     Reply make_reply(HandlerHost& session) {
-        HandlerAccess::close_reply(reply_);
-        reply_ = HandlerAccess::open_reply(session);
+        HandlerAccess::recycle_reply(reply_, host_.spare_reply);
+        reply_ = HandlerAccess::open_reply(session, std::move(host_.spare_reply));
         return HandlerAccess::make_reply(reply_);
     }
     bool awaits_reply() const { return reply_ != nullptr; }
-    void set_reply(ReplyAnswer answer) { answer_ = std::make_unique<ReplyAnswer>(std::move(answer)); }
-    bool has_reply() const { return answer_ != nullptr; }
+    void set_reply(ReplyAnswer answer) { answer_ = std::move(answer); }
+    bool has_reply() const { return answer_.has_value(); }
     // Ends the waiting. What the Reply is given from now on has no effect.
-    std::unique_ptr<ReplyAnswer> take_reply() {
-        HandlerAccess::close_reply(reply_);
-        return std::move(answer_);
+    std::optional<ReplyAnswer> take_reply() {
+        HandlerAccess::recycle_reply(reply_, host_.spare_reply);
+        return std::exchange(answer_, std::nullopt);
     }
     // The answer of a page has come.
     void finish_reply() {
-        const std::unique_ptr<ReplyAnswer> answer = take_reply();
+        const std::optional<ReplyAnswer> answer = take_reply();
         if (answer->dropped || !answer->response)
             host_.log.exception(
                 "page", answer->dropped ? "a Reply was destroyed unused" : "Reply::accept() is for prepare_async()",
@@ -9745,6 +10029,17 @@ public:
     }
     void queue(std::string_view bytes) {
         if (!bytes.empty()) output.append(copy(host_.arena, bytes));
+    }
+    void queue_parts(std::initializer_list<std::string_view> parts) {
+        std::size_t size = 0;
+        for (const std::string_view part : parts) size += part.size();
+        Slice slice = host_.arena.allocate(size);
+        char* out = SendArena::writable(slice);
+        for (const std::string_view part : parts) {
+            if (!part.empty()) std::memcpy(out, part.data(), part.size());
+            out += part.size();
+        }
+        output.append(std::move(slice));
     }
 
 private:
@@ -9869,11 +10164,11 @@ private:
     RequestParser parser_;
     std::string pending_;
     std::size_t pending_begin_ = 0;
-    std::unique_ptr<BodyParser> body_;     // of the request whose body is being received
-    std::unique_ptr<Request> request_;     // that a page's function answers
-    HandlerAccess::ReplyState reply_;      // null unless an answer comes later
-    std::unique_ptr<ReplyAnswer> answer_;  // has come, and is acted on at the end of the turn
-    File file_;                            // the body that is being sent
+    std::unique_ptr<BodyParser> body_;   // of the request whose body is being received
+    std::unique_ptr<Request> request_;   // that a page's function answers
+    HandlerAccess::ReplyState reply_;    // null unless an answer comes later
+    std::optional<ReplyAnswer> answer_;  // has come, and is acted on at the end of the turn
+    File file_;                          // the body that is being sent
     std::uint64_t file_left_ = 0;
     bool head_only_ = false;
 };
@@ -9926,7 +10221,7 @@ protected:
     // ---- the opening handshake -------------------------------------------------------------------------------------
 
     // Makes the handler and calls its checks. Returns the refusal, or nothing if the handshake continues.
-    std::optional<Response> start_handler(const Route& route, Request request) {
+    std::optional<Response> start_handler(const Route& route, Request&& request) {
         handler_ = route.make_handler();
         if (!handler_) throw Error("route \"" + route.pattern().text() + "\": the factory made no handler");
         core().host = this;
@@ -9957,11 +10252,12 @@ protected:
     // True: the connection has closed.
     bool dispatch_events() {
         const std::uint64_t deliveries = RoomsAccess::deliveries(host_.rooms);
+        Connection& from = connection();
         for (unsigned events = 1;; ++events) {
-            const Event event = connection().next_event();
+            const Event event = from.next_event();
             switch (event.kind) {
                 case Event::Kind::none:
-                    if (connection().is_open() && connection().input_due() > now()) pause_ = Pause::rate;
+                    if (from.metered() && from.is_open() && from.over_rate(now())) pause_ = Pause::rate;
                     return false;
                 case Event::Kind::message:
                     ++host_.metrics.messages_received;
@@ -9972,11 +10268,12 @@ protected:
                 case Event::Kind::close: return true;
                 case Event::Kind::paused: break;
             }
-            mark_dirty();
-            const bool spent = events >= max_events || connection().budget_spent() ||
+            if (!dirty) mark_dirty();
+            const bool spent = events >= max_events || from.budget_spent() ||
                                RoomsAccess::deliveries(host_.rooms) - deliveries >= max_deliveries;
-            if (connection().is_open() && must_pause(spent)) {
-                connection().pause_input();
+            const bool may_pause = spent || from.metered() || from.output().size() > high_water();
+            if (may_pause && from.is_open() && must_pause(spent)) {
+                from.pause_input();
                 return false;
             }
         }
@@ -10010,8 +10307,15 @@ protected:
     // ---- callbacks -------------------------------------------------------------------------------------------------
 
     // False: it threw, which was logged.
-    bool guarded(const char* where, FunctionRef<> call) {
-        return run_guarded(call, [&](const char* what) { host_.log.exception(where, what, &peer_); });
+    template <class Call>
+    WSCHAT_INLINE bool guarded(const char* where, Call&& call) {
+        try {
+            call();
+            return true;
+        } catch (...) {
+            report_current([&](const char* what) { host_.log.exception(where, what, &peer_); });
+        }
+        return false;
     }
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
     template <class Callback>
@@ -10058,8 +10362,8 @@ private:
         return std::nullopt;
     }
 
-    bool must_pause(bool budget_spent) {
-        if (connection().input_due() > now()) {
+    WSCHAT_NOINLINE bool must_pause(bool budget_spent) {
+        if (connection().over_rate(now())) {
             pause_ = Pause::rate;
             return true;
         }
@@ -10196,7 +10500,7 @@ public:
                 fail_proxy("the header did not arrive in time");
             } else if (phase_ == Phase::http && http_->idle) {
                 // A request may have crossed the deadline on its way.
-                read();
+                if (reading()) read();
                 if (phase_ == Phase::http && http_->idle && !ended_) linger();
             } else {
                 ended_ = true;
@@ -10228,7 +10532,7 @@ public:
             if (phase_ == Phase::websocket) update_websocket();
             else update_http();
             if (!ended_) update_interest();
-            if (pause_ == Pause::budget || (reading() && stream_.has_input())) wait_for_next_turn();
+            if (pause_ == Pause::budget || (stream_.has_input() && reading())) wait_for_next_turn();
         });
         if (ended_) remove();
     }
@@ -10262,23 +10566,17 @@ public:
         mark_dirty();
     }
     std::size_t offer(const std::string_view* pieces, std::size_t count) override {
-        if (blocked() || send_failed_) return 0;
+        return blocked() || send_failed_ ? 0 : send(pieces, count);
+    }
+    std::size_t send(const std::string_view* pieces, std::size_t count) {
         std::size_t size = 0;
         for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
         return note_sent(stream_.send(pieces, count, host_.wire), size);
     }
     void flush() override {
-        SendQueue& queue = output();
         const std::uint64_t sent_before = host_.wire.sent;
-        if (phase_ == Phase::websocket && connection().sends_volatile() && !std::exchange(send_buffer_set_, true) &&
-            limits().send_buffer != 0)
-            stream_.socket().set_send_buffer(limits().send_buffer);
-        if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
-        while (!queue.empty() && !blocked() && !send_failed_) {
-            const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
-            queue.consume(offer(host_.pieces.data(), count));
-        }
-        if (blocked()) queue.detach_from_pool();
+        if (phase_ == Phase::websocket && connection().sends_volatile() && !send_buffer_set_) set_send_buffer();
+        send_queue(output());
         // A page may take as long as its peer makes progress.
         if (phase_ == Phase::http && host_.wire.sent != sent_before && stream_.established()) schedule_request();
         update_backlog();
@@ -10318,7 +10616,8 @@ private:
     }
 
     // An exception in here means that memory ran out, which costs this connection.
-    void protect(FunctionRef<> work) {
+    template <class Work>
+    void protect(Work&& work) {
         if (!guarded("session", work)) abort(CloseCause::connection_lost, "out of memory");
     }
 
@@ -10359,6 +10658,19 @@ private:
         else http_->blocked = blocked;
     }
 
+    WSCHAT_INLINE void send_queue(SendQueue& queue) {
+        if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
+        while (!queue.empty() && !blocked() && !send_failed_) {
+            const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
+            queue.consume(send(host_.pieces.data(), count));
+        }
+        if (blocked()) queue.detach_from_pool();
+    }
+    WSCHAT_NOINLINE void set_send_buffer() {
+        send_buffer_set_ = true;
+        if (limits().send_buffer != 0) stream_.socket().set_send_buffer(limits().send_buffer);
+    }
+
     // Records the result of offering `size` bytes to the kernel. Returns how many bytes the caller removes from the
     // queue: none after an error, because abort() has cleared it.
     std::size_t note_sent(const IoResult& sent, std::size_t size) {
@@ -10379,20 +10691,22 @@ private:
         if (host_.wire.sent != sent_before) connection().record_activity(now());
     }
     // A flush that leaves nothing behind touches no memory but what it needed before.
-    void update_backlog() {
+    WSCHAT_INLINE void update_backlog() {
         std::size_t held = 0;
         if (phase_ == Phase::websocket && !ended_)
-            held = output().held() + connection().buffered_input() + held_request_;
-        else if (http_ && !gone() && !ended_) held = output().held() + http_->buffered_input();
-        if (!gone() && !ended_) held += stream_.buffered();
-        if (held == counted_backlog_) return;
+            held = output().held() + connection().buffered_input() + held_request_ + stream_.buffered();
+        else if (!gone() && !ended_)
+            held = stream_.buffered() + (http_ ? output().held() + http_->buffered_input() : 0);
+        if (held != counted_backlog_) set_backlog(held);
+    }
+    WSCHAT_NOINLINE void set_backlog(std::size_t held) {
         host_.backlog += held - counted_backlog_;
         counted_backlog_ = held;
         if (phase_ == Phase::websocket) HandlerAccess::note_queued(*handler_);
     }
 
     // Tells the poller what the session waits for.
-    void update_interest() {
+    WSCHAT_INLINE void update_interest() {
         const bool read = reading(), write = stream_.encrypted() ? stream_.wants_write() : blocked();
         if (read == watching_read_ && write == watching_write_) return;
         if (!LoopAccess::poller(host_.loop).change(stream_.socket().descriptor(), *this, read, write))
@@ -10403,28 +10717,32 @@ private:
 
     // ---- input -----------------------------------------------------------------------------------------------------
 
-    bool reading() const {
+    WSCHAT_INLINE bool reading() const {
         if (ended_ || pause_ != Pause::none || input_ended_) return false;
+        return phase_ == Phase::websocket || reading_http();
+    }
+    WSCHAT_NOINLINE bool reading_http() const {
         switch (phase_) {
             case Phase::http: return !http_->has_pending();
-            case Phase::websocket: return true;
             case Phase::lingering: return http_->discarded <= limits().linger_bytes;
             default: return false;
         }
     }
 
+    // Only if reading().
     void read() {
-        if (http_ && http_->proxy && !read_proxy_header()) return;
+        if (http_ && http_->proxy && (!read_proxy_header() || !reading())) return;
         constexpr int max_reads = 4;  // then other sessions have their turn
-        for (int i = 0; i < max_reads && reading(); ++i) {
-            if (i != 0 && !host_.turn.take_more()) return;
+        for (int i = 0; i < max_reads; ++i) {
+            if (i != 0 && (!reading() || !host_.turn.take_more())) return;
             if (stream_.encrypted() && !handshake_done_ && !host_.turn.take_handshake()) return;
             std::pair<char*, std::size_t> area{nullptr, 0};
             if (phase_ == Phase::websocket) area = connection().receive_buffer();
             if (area.first == nullptr) area = {host_.receive_buffer.data(), host_.receive_buffer.capacity()};
             if (phase_ == Phase::websocket) area.second = (std::min)(area.second, connection().max_input());
             const IoResult got = stream_.receive(area.first, area.second, host_.wire);
-            if (!stream_.check_rate(limits(), now(), host_.wire)) return end_of_input({IoResult::Outcome::error});
+            if (stream_.has_transport() && !stream_.check_rate(limits(), now(), host_.wire))
+                return end_of_input({IoResult::Outcome::error});
             if (got.outcome == IoResult::Outcome::would_block) return;
             if (got.outcome != IoResult::Outcome::done) return end_of_input(got);
             take_input(area.first, got.size);
@@ -10459,7 +10777,7 @@ private:
 
     void take_input(char* data, std::size_t size) {
         if (phase_ == Phase::websocket) {
-            connection().receive(data, size, now());
+            connection().receive(data, size, host_.loop.now());
             if (dispatch_events()) finish_websocket();
         } else if (phase_ == Phase::http) {
             const std::string_view rest = parse_requests({data, size});
@@ -10599,7 +10917,7 @@ private:
         if (!rest.empty()) http_->keep_rest(std::move(pending), rest.size());
     }
 
-    WSCHAT_COLD void answer(Request request, std::string_view& rest) {
+    void answer(Request&& request, std::string_view& rest) {
         if (!RequestAccess::body_complete(request)) begin_request(request);
         http_->answered = true;
         if (host_.draining && wants_upgrade(request))
@@ -10633,6 +10951,7 @@ private:
     }
 
     void update_http() {
+        if (ended_) return flush();  // nothing new begins, such as a pipelined upgrade
         if (http_->has_reply()) finish_reply();
         if (phase_ != Phase::http && phase_ != Phase::lingering) return mark_dirty();
         flush();
@@ -10694,7 +11013,7 @@ private:
     // ---- WebSocket -------------------------------------------------------------------------------------------------
 
     // `rest` follows the request; it is consumed if the handshake succeeds.
-    void upgrade(Request request, std::string_view& rest) {
+    void upgrade(Request&& request, std::string_view& rest) {
         const Route* route = host_.site.routes.find(request.raw_path());
         if (route == nullptr) return refuse(Response(404, "There is no WebSocket at this path.\n"), request);
         if (auto refusal = reject_upgrade(request)) return refuse(*refusal, request);
@@ -10715,7 +11034,7 @@ private:
     }
     // prepare_async() has been answered.
     void finish_upgrade(std::string_view& rest) {
-        const std::unique_ptr<ReplyAnswer> answer = http_->take_reply();
+        const std::optional<ReplyAnswer> answer = http_->take_reply();
         if (answer->dropped) host_.log.exception("prepare_async", "the Reply was destroyed unused", &peer_);
         if (answer->response) return refuse_upgrade(*answer->response);
         if (host_.draining) return refuse_upgrade(Response(503, "The server is shutting down.\n"));
@@ -10765,8 +11084,8 @@ private:
         std::string lines;
         for (const auto& [name, value] : headers.headers()) add_line(lines, name, value);
         add_cookies(lines, headers, core().request);
-        http_->queue(switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol,
-                                         compression.response, lines));
+        switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol, compression.response, lines,
+                            [&](std::initializer_list<std::string_view> parts) { http_->queue_parts(parts); });
         http_->note_answer(101, &core().request, 0);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
@@ -10774,7 +11093,7 @@ private:
         const std::size_t size = RequestAccess::held(core().request);
         held_request_ = size > 4 * 1024 ? static_cast<std::uint16_t>((std::min)(size, std::size_t{UINT16_MAX})) : 0;
         // From here to open() nothing throws, so that on_close() comes only after open().
-        std::swap(connection().output(), http_->output);
+        connection().output().swap(http_->output);
         connection().set_write_blocked(http_->blocked);
         phase_ = Phase::websocket;
         http_.reset();
@@ -10786,7 +11105,7 @@ private:
         if (dispatch_events()) finish_websocket();
     }
 
-    void update_websocket() {
+    WSCHAT_INLINE void update_websocket() {
         if (output().size() > high_water()) above_high_water_ = true;
         flush();
         if (connection().state() == Connection::State::closed) {
@@ -10799,14 +11118,15 @@ private:
             call("on_drain", [this] { handler_->on_drain(); });
         }
         // Closing may be due before the next ping, and the answer to a ping before the next ping.
-        if (!scheduled() || websocket_deadline() < due()) schedule(websocket_deadline());
+        const Time deadline = websocket_deadline();
+        if (!scheduled() || deadline < due()) schedule(deadline);
     }
     // Whether the reason of a pause has ended. A connection that is closing only waits for the peer's Close frame.
     bool may_resume() {
         if (pause_ == Pause::backlog) return !connection().is_open() || output().size() <= high_water();
         return pause_ == Pause::rate && (!connection().is_open() || connection().input_due() <= now());
     }
-    Time websocket_deadline() {
+    WSCHAT_INLINE Time websocket_deadline() {
         const Time due = connection().deadline();
         return pause_ == Pause::rate ? (std::min)(due, connection().input_due()) : due;
     }
@@ -10820,7 +11140,7 @@ private:
         auto http = std::make_unique<HttpExchange>(host_, limits(), peer_);
         http->keep_alive = false;
         http->blocked = connection().write_blocked();
-        std::swap(http->output, connection().output());
+        http->output.swap(connection().output());
         server_closes_first_ = owner() != nullptr && connection().close_cause() != CloseCause::protocol_error;
         close_handler();
         http_ = std::move(http);
@@ -13453,6 +13773,8 @@ WSCHAT_END
 
 #if WSCHAT_CHAT
 
+#include <atomic>
+#include <mutex>
 #if WSCHAT_UTF8PROC
 #include <utf8proc.h>
 #endif
@@ -13486,11 +13808,12 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event,       // of the program, for a room: `text` is its name, `data` its JSON value
-        away,        // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
-        kick,        // closes the connections of the user `to` to the room; `text` is the reason
-        ban,         // asks all hubs to ban what they know of the user with a name
-        direct,      // the same as `event`, for the user `to_user`
+        event,   // of the program, for a room: `text` is its name, `data` its JSON value
+        away,    // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        kick,    // closes the connections of the user `to` to the room; `text` is the reason
+        ban,     // asks all hubs to ban what they know of the user `text`; `target`: milliseconds. With an address
+                 // in `to`: asks whether only the guest `user` has it; a hub where others have it answers with `quiet`
+        direct,  // the same as `event`, for the user `to_user`
         moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
     };
     struct Reaction {
@@ -13629,6 +13952,12 @@ public:
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // Other entries of the room follow than those that were expected, from page.last_id on: page.epoch is new, or
+        // entries were lost (page.gap). All have received what is in the page, if it is not a gap.
+        virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
+        // The store has something to log.
+        virtual void on_log(LogLevel, std::string_view /*event*/,
+                            const std::vector<std::pair<std::string_view, std::string>>& /*fields*/) {}
         // Who is in a room: a `join` or an `away` for each user and hub. It follows watch(), and comes again when the
         // store may have lost entries. It replaces what was known; the hub forwards its own users who are missing.
         virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
@@ -14562,17 +14891,58 @@ struct ChatUser {
 
 namespace detail {
 
-// The users of a room. A user joins with the first connection, and leaves when the last connection has been gone for
-// the grace period. Names are unique in the room, compared by chat_fold().
+// The users of a room, as one hub knows them. Names are unique in the room, compared by chat_fold(). The store says who
+// is present: a user is confirmed when the store has delivered a `join`. A user of this hub who is not confirmed has a
+// name that seems to be free, and may get another one.
 class Presence {
 public:
+    // The last entry about a user that this hub has forwarded.
+    enum class Told : std::uint8_t { nothing, join, away, leave };
+
+    struct Place {
+        std::string hub;
+        bool away;
+    };
     struct User {
         ChatUser info;
-        std::string identity;                   // connections with the same one are one user; empty: unknown
-        std::vector<ChatHandler*> connections;  // empty in the grace period, and for remote users
-        Time expires = (Time::max)();           // the end of the grace period
-        bool remote = false;                    // connected to another server
+        std::string identity;                   // connections with the same one are one user; empty: a guest
+        std::vector<ChatHandler*> connections;  // to this hub
+        Time expires = (Time::max)();           // the end of the grace period on this hub
+        Told told = Told::nothing;
+        std::vector<Place> places{};         // the hubs to which the user is connected or was before the grace period
+        std::string wanted{};                // the name that the user asked for
+        std::vector<std::string> refused{};  // names that the store refused, folded
+        std::string key{};                   // of the user in the map
         std::vector<std::string> tags{};        // of the latest private messages
+
+        bool confirmed() const { return !places.empty(); }
+        // No hub has a connection.
+        bool away() const {
+            return connections.empty() &&
+                   std::all_of(places.begin(), places.end(), [](const Place& place) { return place.away; });
+        }
+        // Null if the user is not connected to the hub.
+        const Place* place(const std::string& hub) const {
+            for (const Place& each : places)
+                if (each.hub == hub) return &each;
+            return nullptr;
+        }
+        void set_place(const std::string& hub, bool is_away) {
+            for (Place& each : places) {
+                if (each.hub != hub) continue;
+                each.away = is_away;
+                return;
+            }
+            places.push_back({hub, is_away});
+        }
+        // False if the user is not connected to the hub.
+        bool erase_place(const std::string& hub) {
+            const auto is_there = [&](const Place& each) { return each.hub == hub; };
+            const auto at = std::find_if(places.begin(), places.end(), is_there);
+            if (at == places.end()) return false;
+            places.erase(at);
+            return true;
+        }
     };
 
     // Null if nobody has the name.
@@ -14580,58 +14950,64 @@ public:
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
     }
+    User* find_id(const std::string& id) const { return ids_.find(id); }
     // Ordered by name.
     StringMap<User>::Iterator begin() const { return users_.begin(); }
     StringMap<User>::Iterator end() const { return users_.end(); }
+    // Those that are confirmed.
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
-        for (const auto& [name, user] : users_) list.push_back(user.info);
+        for (const auto& [name, user] : users_)
+            if (user.confirmed()) list.push_back(user.info);
         return list;
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
-    std::size_t max_name = 40;  // of the names that free_name() makes
+    // Users of this hub: the store has been told of them.
+    std::size_t own() const { return own_; }
+    std::size_t max_name = 40;                         // of the names that free_name() makes
+    const StringMap<std::string>* reserved = nullptr;  // the names of accounts, by chat_fold()
 
-    // Adds a connection to the user with its identity, or to a new user with a free name; then `joined` is true.
-    struct Connected {
-        User& user;
-        bool joined;
-    };
-    Connected connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
+    // Adds a connection to the user with its identity, or to a new user with a free name. The name of an account is
+    // free, unless another account has it.
+    User& connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
         User* user = find_identity(identity);
-        const bool joined = user == nullptr;
-        if (joined) user = &add(info, identity);
+        if (user == nullptr) {
+            const User* const holder = find(info.name);
+            const bool takes = info.account && (holder == nullptr || !holder->info.account);
+            ChatUser added = info;
+            if (!takes) added.name = free_name(info.name);
+            user = &add(std::move(added), identity);
+            user->wanted = info.name;
+        }
         user->connections.push_back(connection);
         user->expires = (Time::max)();
-        return {*user, joined};
+        return *user;
     }
-    // Adds a user without connections.
+    // Adds a user without connections, who takes the name from another user.
     User& add(ChatUser info, const std::string& identity) {
-        info.name = free_name(info.name);
-        const std::string key = chat_fold(info.name);
-        longest_name_ = (std::max)(longest_name_, 3 * info.name.size());
+        std::string key = take_key(info.name);
         User& user = users_.find_or_emplace(key);
         try {
             user.identity = identity;
+            user.key = std::move(key);
             user.connections.reserve(1);  // connect() must not fail after this
+            if (!info.id.empty()) ids_.insert_reference(info.id, user);
             if (!identity.empty()) identities_.insert_reference(identity, user);
         } catch (...) {
-            users_.erase(key);
+            ids_.erase(info.id);
+            users_.erase(user.key);
             throw;
         }
         user.info = std::move(info);
         return user;
     }
-
-    // Removes a connection. After the last one the user is removed and destroyed: immediately if `at_once` (then the
-    // result is true), else by expire().
-    bool disconnect(User& user, ChatHandler* connection, Time expires, bool at_once) {
-        detach(user, connection, expires);
-        if (!user.connections.empty()) return false;
-        if (at_once) remove(user);
-        return at_once;
+    void set_told(User& user, Told told) {
+        own_ += told != Told::nothing;
+        own_ -= std::exchange(user.told, told) != Told::nothing;
     }
-    // Allocates nothing.
+
+    // Removes a connection; after the last one the grace period begins. Allocates nothing.
     static void detach(User& user, ChatHandler* connection, Time expires) {
         auto& all = user.connections;
         for (auto at = all.begin(); at != all.end(); ++at) {
@@ -14641,38 +15017,51 @@ public:
         }
         if (all.empty()) user.expires = expires;
     }
-    // Removes the users whose grace period is over, and returns them. `next` is the end of the next period.
-    std::vector<ChatUser> expire(Time now, Time& next) {
-        std::vector<ChatUser> expired;
+    // The ids of the users whose grace period is over. `next` is the end of the next period.
+    std::vector<std::string> expired(Time now, Time& next) const {
+        std::vector<std::string> expired;
         next = (Time::max)();
         for (const auto& [key, user] : users_) {
-            if (user.expires <= now) expired.push_back(user.info);
+            if (user.expires <= now) expired.push_back(user.info.id);
             else next = (std::min)(next, user.expires);
         }
-        for (const ChatUser& user : expired) remove(*find(user.name));
         return expired;
     }
     void remove(User& user) {
-        const std::string key = chat_fold(user.info.name);
+        const std::string key = user.key;
+        set_told(user, Told::nothing);
+        ids_.erase(user.info.id);
         if (!user.identity.empty()) identities_.erase(user.identity);
         users_.erase(key);
     }
 
-    // False if another user has the name.
-    bool rename(User& user, const std::string& name) {
-        const User* holder = find(name);
-        if (holder != nullptr && holder != &user) return false;
-        longest_name_ = (std::max)(longest_name_, 3 * name.size());
-        std::string copy = name;  // allocated first: a failure after users_.rename() would lose the user
-        if (holder == nullptr) users_.rename(chat_fold(user.info.name), chat_fold(name));
+    // Gives the user a name, and takes it from another user, who keeps it without being found by it.
+    void set_name(User& user, const std::string& name) {
+        if (user.key == chat_fold(name)) {
+            user.info.name = name;
+            return;
+        }
+        std::string key = take_key(name), copy = name;  // allocated first: a failure would lose the user
+        users_.rename(user.key, key);
+        user.key = std::move(key);
         user.info.name = std::move(copy);
-        return true;
     }
-    // The name, with a free number behind it if it is taken. The steps grow, so the tries are few in any room.
-    std::string free_name(const std::string& name) const {
+    // Others may take the name of a user who is about to leave.
+    void release_name(User& user) {
+        std::string key = lost_key(user);
+        if (user.key == key) return;
+        users_.rename(user.key, key);
+        user.key = std::move(key);
+    }
+    // Whether another user has taken the name.
+    bool lost_name(const User& user) const { return user.key == lost_key(user); }
+
+    // The name, with a free number behind it if it is taken. The steps grow, so the tries are few in any room. `user`:
+    // who gets the name; what the store has refused to that user is taken.
+    std::string free_name(const std::string& name, const User* user = nullptr) const {
         std::string free = name;
         std::size_t step = 1;
-        for (std::size_t n = 2; find(free) != nullptr; n += step) {
+        for (std::size_t n = 2; taken(chat_fold(free), user); n += step) {
             if (n == 10) n = (std::max)(n, users_.size());
             if (n >= 10) step *= 2;
             const std::string number = std::to_string(n);
@@ -14696,8 +15085,27 @@ public:
     }
 
 private:
+    bool taken(const std::string& folded, const User* by) const {
+        const User* const holder = users_.find(folded);
+        if ((holder != nullptr && holder != by) || (by != nullptr && text::contains(by->refused, folded))) return true;
+        const bool is_account = by != nullptr && by->info.account;
+        return !is_account && reserved != nullptr && reserved->find(folded) != nullptr;
+    }
+    // The key of a user who has lost the name to another. No folded name has a line feed.
+    static std::string lost_key(const User& user) {
+        return text::concat({chat_fold(user.info.name), "\n", user.info.id});
+    }
+    std::string take_key(const std::string& name) {
+        longest_name_ = (std::max)(longest_name_, 3 * name.size());
+        std::string key = chat_fold(name);
+        if (User* const holder = users_.find(key)) release_name(*holder);
+        return key;
+    }
+
     StringMap<User> users_;  // by chat_fold() of the name
     StringMap<User> identities_;
+    StringMap<User> ids_;
+    std::size_t own_ = 0;
     std::size_t longest_name_ = 0;  // of all users so far, in the longest form that chat_fold() takes for the same
 };
 
@@ -14712,10 +15120,9 @@ public:
     // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
     //
     //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
-    //           An account also takes the name of a user without one, whom a hub renames after that. A guest (an entry
-    //           without author) who is present must be away from all hubs, or it is another guest: "name_taken".
+    //           An account also takes the name of a user without one, whom a hub renames after that.
     //   away    The user has no connection to the hub for now.
-    //   leave   The hub has no such user any more. It is quiet if other hubs have.
+    //   leave   The hub has no such user any more. It is quiet if other hubs have. Another hub may have sent it.
     //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
     std::string_view apply(ChatEntry& entry) {
         if (entry.kind == ChatEntry::Kind::join) return join(entry);
@@ -14756,8 +15163,8 @@ public:
             added.names.find_or_emplace(chat_fold(each.name)) = each.user;
         }
     }
-    // Removes all users of a hub. The result has a `leave` for each, to be delivered.
-    std::vector<ChatEntry> forget(const std::string& hub) {
+    // A `leave` for each user of a hub that has ended, which is not applied yet.
+    std::vector<ChatEntry> leaves(const std::string& hub) const {
         std::vector<ChatEntry> leaves;
         for (const auto& [name, room] : rooms_) {
             for (const auto& [id, user] : room.users) {
@@ -14768,7 +15175,6 @@ public:
                 leaves.back().time = unix_ms();
             }
         }
-        for (ChatEntry& each : leaves) apply(each);
         return leaves;
     }
     // In the order of their names, with the numbers of their users.
@@ -14803,18 +15209,11 @@ private:
             user = &room.users.find_or_emplace(entry.user);
             user->join = entry;
             room.names.find_or_emplace(key) = entry.user;
-        } else if (entry.author.empty() && present_elsewhere(*user, entry.hub)) {
-            return "name_taken";
         }
         entry.name = user->join.name;
         entry.text = user->join.text;
         user->hubs.find_or_emplace(entry.hub) = false;
         return {};
-    }
-    static bool present_elsewhere(const User& user, const std::string& than) {
-        for (const auto& [hub, away] : user.hubs)
-            if (hub != than && !away) return true;
-        return false;
     }
     void leave(Room& room, const User& user, ChatEntry& entry) {
         entry.quiet = user.hubs.size() > 1;
@@ -14845,6 +15244,316 @@ private:
     StringMap<Room> rooms_;
 };
 
+// ---- one store for several hubs ------------------------------------------------------------------------------------
+
+// Lets several hubs use one store: several servers of a program, each on a thread of its own. Copies are the same one:
+//
+//   wschat::SharedStore store(wschat::SqliteHistory("chat.db"));
+//   wschat::ChatHub::of(server).set_store(store);  // in each thread, before run()
+//
+// The store works on the loop of the first hub to which it was given, whose server must run as long as the others. The
+// calls of other hubs are posted to that loop, and the answers and entries to theirs.
+class SharedStore final : public ChatStore {
+public:
+    explicit SharedStore(std::unique_ptr<ChatStore> store) : share_(std::make_shared<Share>(std::move(store))) {}
+    template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, std::decay_t<Store>> &&
+                                                !std::is_same_v<std::decay_t<Store>, SharedStore>,
+                                            int> = 0>
+    explicit SharedStore(Store&& store)
+        : SharedStore(std::unique_ptr<ChatStore>(new std::decay_t<Store>(std::forward<Store>(store)))) {}
+    SharedStore(const SharedStore& other) : ChatStore(), share_(other.share_) {}
+    ~SharedStore() override {
+        if (!port_) return;
+        port_->listener = nullptr;
+        call([port = port_](Share& share) { share.remove(port); });
+    }
+
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        port_ = std::make_shared<Port>(listener, std::move(mailbox));
+        share_->attach(port_);
+    }
+    void append(ChatEntry entry) override {
+        if (!call([entry](Share& share) { share.store().append(entry); })) port_->listener->on_failure(entry, ended);
+    }
+    void forward(const ChatEntry& entry) override {
+        if (port_->home) return share_->store().forward(entry);
+        if (!call([entry](Share& share) { share.store().forward(entry); })) port_->listener->on_failure(entry, ended);
+    }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        read(std::move(callback), [room, position = std::move(position), limit](ChatStore& store, PageCallback then) {
+            store.since(room, position, limit, std::move(then));
+        });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        read(std::move(callback), [room, id, limit](ChatStore& store, PageCallback then) {
+            store.before(room, id, limit, std::move(then));
+        });
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
+        read(std::move(callback), [room, words, limit](ChatStore& store, PageCallback then) {
+            store.search(room, words, limit, std::move(then));
+        });
+    }
+    void put(ChatFact fact) override {
+        if (!call([fact](Share& share) { share.store().put(fact); })) port_->listener->on_fact_failure(fact, ended);
+    }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        const bool called = call([scope, key_prefix, then = answer(callback)](Share& share) {
+            share.store().facts(scope, key_prefix, then);
+        });
+        if (!called) callback({}, ended);
+    }
+    void erase_author(const std::string& author, EraseCallback callback) override {
+        if (!call([author, then = answer(callback)](Share& share) { share.store().erase_author(author, then); }))
+            callback(0, ended);
+    }
+    // The parts come from the loop of the store until this hub's callback has returned false.
+    void export_room(const std::string& room, ExportCallback callback) override {
+        const auto open = std::make_shared<std::atomic<bool>>(true);
+        const auto then = answer(std::function<void(HistoryExport)>([callback, open](HistoryExport part) {
+            if (open->load()) open->store(callback(std::move(part)));
+        }));
+        const bool called = call([room, then, open](Share& share) {
+            share.store().export_room(room, [then, open](HistoryExport part) {
+                then(std::move(part));
+                return open->load();
+            });
+        });
+        if (!called) callback({"", true, ended});
+    }
+    bool watch(const std::string& room) override {
+        return call([room, port = port_](Share& share) { share.watch(port, room); });
+    }
+    void unwatch(const std::string& room) override {
+        call([room, port = port_](Share& share) { share.unwatch(*port, room); });
+    }
+    void beat(const std::string& hub) override {
+        call([hub](Share& share) { share.store().beat(hub); });
+    }
+    bool rooms(std::size_t limit, RoomsCallback callback) override {
+        return call([limit, then = answer(callback)](Share& share) { share.rooms(limit, then); });
+    }
+
+private:
+    static constexpr const char* ended = "the server with the store has ended";
+
+    // A hub that uses the store. Only its own thread uses the listener.
+    struct Port {
+        Port(Listener& its_listener, std::shared_ptr<Mailbox> its_mailbox)
+            : hub(its_listener.hub()),
+              all_at_first(its_listener.watches_all()),
+              mailbox(std::move(its_mailbox)),
+              listener(&its_listener) {}
+        // On the thread of the store.
+        bool all() const { return home && listener != nullptr ? listener->watches_all() : all_at_first; }
+
+        const std::string hub;
+        const bool all_at_first;
+        const std::shared_ptr<Mailbox> mailbox;
+        Listener* listener;
+        bool home = false;  // on the loop of the store
+    };
+    using PortPtr = std::shared_ptr<Port>;
+
+    // Calls work(listener) on the thread of the hub.
+    template <class Work>
+    static void deliver(const PortPtr& port, Work&& work) {
+        if (port->home) {
+            if (port->listener != nullptr) work(*port->listener);
+            return;
+        }
+        port->mailbox->post([port, work = std::forward<Work>(work)]() mutable {
+            if (port->listener != nullptr) work(*port->listener);
+        });
+    }
+
+    // The store and the hubs that use it. All on the thread of the first hub, except attach() and call().
+    class Share final : public std::enable_shared_from_this<Share>, private Listener {
+    public:
+        explicit Share(std::unique_ptr<ChatStore> store) : store_(std::move(store)) {}
+
+        ChatStore& store() { return *store_; }
+
+        void attach(const PortPtr& port) {
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                port->home = mailbox_ == nullptr;
+                if (port->home) mailbox_ = port->mailbox;
+            }
+            if (!port->home) {
+                call([port](Share& share) { share.ports_.push_back(port); });
+                return;
+            }
+            ports_.push_back(port);
+            store_->attach(*this, port->mailbox);
+        }
+        // From any thread. False if the loop of the store has ended.
+        template <class Work>
+        bool call(Work&& work) {
+            std::shared_ptr<Mailbox> mailbox;
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                mailbox = mailbox_;
+            }
+            return mailbox->post([share = shared_from_this(), work = std::forward<Work>(work)]() mutable {
+                if (share->store_) work(*share);
+            });
+        }
+
+        void remove(const PortPtr& port) {
+            ports_.erase(std::remove(ports_.begin(), ports_.end(), port), ports_.end());
+            if (port->home) return store_.reset();
+            std::vector<std::string> watched;
+            for (const auto& [name, room] : rooms_)
+                if (room.watched_by(*port)) watched.push_back(name);
+            for (const ChatEntry& each : table_.leaves(port->hub)) store_->forward(each);
+            for (const std::string& name : watched) unwatch(*port, name);
+        }
+        void watch(const PortPtr& port, const std::string& name) {
+            WatchedRoom& room = rooms_.find_or_emplace(name);
+            const bool first = room.ports.empty();
+            if (!room.watched_by(*port)) room.ports.push_back(port);
+            if (first) {
+                room.by_store = store_->watch(name);  // the store may answer in the call
+                if (room.by_store) return;
+                room.known = true;
+            }
+            if (room.known)
+                deliver(port, [name, users = table_.users(name)](Listener& to) { to.on_presence(name, users); });
+        }
+        void unwatch(const Port& port, const std::string& name) {
+            WatchedRoom* const room = rooms_.find(name);
+            if (room == nullptr) return;
+            const auto is_it = [&](const PortPtr& each) { return each.get() == &port; };
+            room->ports.erase(std::remove_if(room->ports.begin(), room->ports.end(), is_it), room->ports.end());
+            if (!room->ports.empty()) return;
+            if (room->by_store) table_.replace(name, {});
+            rooms_.erase(name);
+            store_->unwatch(name);
+        }
+        void rooms(std::size_t limit, const RoomsCallback& callback) {
+            if (!store_->rooms(limit, callback)) callback(table_.rooms(limit), "");
+        }
+
+    private:
+        struct WatchedRoom {
+            bool watched_by(const Port& port) const {
+                for (const PortPtr& each : ports)
+                    if (each.get() == &port) return true;
+                return false;
+            }
+            std::vector<PortPtr> ports{};
+            bool by_store = false;  // the store knows the users
+            bool known = false;     // so does the table
+        };
+
+        void on_entry(const ChatEntry& entry) override {
+            const WatchedRoom* const room = rooms_.find(entry.room);
+            if (!entry.is_presence()) return deliver_entry(entry, room);
+            ChatEntry complete = entry;
+            if (room != nullptr && room->by_store) {
+                table_.apply(complete);
+                return deliver_entry(entry, room);
+            }
+            const std::string_view code = table_.apply(complete);
+            if (code.empty()) deliver_entry(complete, room);
+            else on_refused(entry, code);
+        }
+        void deliver_entry(const ChatEntry& entry, const WatchedRoom* room) {
+            const bool to_all = entry.room.empty() || entry.room[0] == '\n';
+            std::shared_ptr<const ChatEntry> copy;  // one for all other threads
+            const std::vector<PortPtr> ports = to_all || room == nullptr ? ports_ : room->ports;
+            const auto add = [&](const PortPtr& port) {
+                if (port->home) return deliver(port, [&](Listener& to) { to.on_entry(entry); });
+                if (!copy) copy = std::make_shared<const ChatEntry>(entry);
+                deliver(port, [copy](Listener& to) { to.on_entry(*copy); });
+            };
+            for (const PortPtr& each : ports)
+                if (to_all || each->all() || room != nullptr) add(each);
+            if (to_all || room == nullptr) return;
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                if (each->all() && std::find(ports.begin(), ports.end(), each) == ports.end()) add(each);
+        }
+        // To the hub that made the entry.
+        template <class Work>
+        void reply(const ChatEntry& entry, const Work& work) {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                if (each->hub == entry.hub) return deliver(each, work);
+            for (const PortPtr& each : std::vector<PortPtr>(ports_)) deliver(each, work);
+        }
+        void on_duplicate(const ChatEntry& entry) override {
+            reply(entry, [entry](Listener& to) { to.on_duplicate(entry); });
+        }
+        void on_failure(const ChatEntry& entry, const std::string& cause) override {
+            reply(entry, [entry, cause](Listener& to) { to.on_failure(entry, cause); });
+        }
+        void on_refused(const ChatEntry& entry, std::string_view code) override {
+            reply(entry, [entry, code = std::string(code)](Listener& to) { to.on_refused(entry, code); });
+        }
+        void on_fact(const ChatFact& fact) override {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                deliver(each, [fact](Listener& to) { to.on_fact(fact); });
+        }
+        void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                deliver(each, [fact, cause](Listener& to) { to.on_fact_failure(fact, cause); });
+        }
+        void on_presence(const std::string& name, const std::vector<ChatEntry>& users) override {
+            WatchedRoom* const room = rooms_.find(name);
+            if (room == nullptr) return;
+            room->known = true;
+            table_.replace(name, users);
+            for (const PortPtr& each : std::vector<PortPtr>(room->ports))
+                deliver(each, [name, users](Listener& to) { to.on_presence(name, users); });
+        }
+        Time now() const override {
+            for (const PortPtr& each : ports_)
+                if (each->home && each->listener != nullptr) return each->listener->now();
+            return Clock::now();
+        }
+        std::string hub() const override { return ports_.empty() ? "" : ports_.front()->hub; }
+        bool watches_all() const override {
+            return std::any_of(ports_.begin(), ports_.end(), [](const PortPtr& each) { return each->all(); });
+        }
+
+        std::mutex mutex_;
+        std::shared_ptr<Mailbox> mailbox_;  // of the first hub
+        std::vector<PortPtr> ports_;
+        StringMap<WatchedRoom> rooms_;
+        PresenceTable table_;
+        std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
+    };
+
+    // Calls work(share) on the thread of the store. False if that has ended.
+    template <class Work>
+    bool call(Work&& work) {
+        if (!port_->home) return share_->call(std::forward<Work>(work));
+        work(*share_);
+        return true;
+    }
+    // A callback for the store, which calls this one on the thread of the hub.
+    template <class... Results>
+    std::function<void(Results...)> answer(std::function<void(Results...)> callback) {
+        if (port_->home) return callback;
+        return [port = port_, callback = std::move(callback)](Results... results) {
+            deliver(port, [callback, results...](Listener&) { callback(results...); });
+        };
+    }
+    template <class Read>
+    void read(PageCallback callback, Read&& work) {
+        const bool called = call(
+            [then = answer(callback), work = std::forward<Read>(work)](Share& share) { work(share.store(), then); });
+        if (called) return;
+        HistoryPage page;
+        page.error = ended;
+        callback(std::move(page));
+    }
+
+    std::shared_ptr<Share> share_;
+    PortPtr port_;
+};
+
 // ---- rooms and the hub ---------------------------------------------------------------------------------------------
 
 // The limits of all chats of a server, in ChatHub::limits. Sizes in bytes.
@@ -14870,19 +15579,71 @@ struct ChatLimits {
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
     // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
     Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
+    // Rooms that a user, and all of an address, may enter while nobody is in them.
+    Rate room_creations{1.0 / 60, 30}, address_room_creations{1.0 / 30, 200};
+    std::size_t max_invitations = 100'000;  // of all rooms
 };
 
-// What a user may do: ChatHandler::may(). From `kick` on it is moderation; `remove`: the messages of others.
-enum class ChatAction : std::uint8_t { say, private_message, rename, join, list_rooms, kick, ban, mute, remove, topic };
+// What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
+// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that
+// is read-only or slow, and to enter a private one.
+enum class ChatAction : std::uint8_t {
+    say,
+    private_message,
+    rename,
+    join,
+    create_room,
+    list_rooms,
+    invite,
+    kick,
+    ban,
+    mute,
+    remove,
+    topic,
+    manage
+};
+
+// In what rooms differ. A moderator changes the first three with commands; the store keeps that.
+struct ChatRoomOptions {
+    bool is_private = false;    // in no list of rooms; only who is invited enters
+    bool read_only = false;     // only who may(ChatAction::manage) speaks
+    Duration slow{};            // between two messages of a user
+    bool kept = true;           // false: the store keeps no messages of the room
+    std::size_t max_users = 0;  // 0: no limit
+    // Empty: as in ChatLimits.
+    std::optional<std::size_t> max_text{}, history_on_join{}, history_on_resume{};
+
+    // The value of the fact with which the store keeps what moderators have changed: "private=1 readonly=0 slow=10".
+    std::string to_fact() const {
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(slow).count();
+        return text::concat({"private=", is_private ? "1" : "0", " readonly=", read_only ? "1" : "0",
+                             " slow=", std::to_string(seconds)});
+    }
+    void apply_fact(std::string_view fact) {
+        while (!fact.empty()) {
+            std::string_view value = text::consume_until(fact, ' ');
+            const std::string_view name = text::consume_until(value, '=');
+            const auto number = text::parse_unsigned(value, 1'000'000'000).value_or(0);
+            if (name == "private") is_private = number != 0;
+            if (name == "readonly") read_only = number != 0;
+            if (name == "slow") slow = std::chrono::seconds(number);
+        }
+    }
+};
 
 // A room of the chat, independent of the Room of the same name. A reference is valid until the callback returns.
 class ChatRoom {
 public:
-    ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), hub_(hub) {}
+    ChatRoom(std::string name, ChatHub& hub) : name_(std::move(name)), key_(chat_fold(name_)), hub_(hub) {}
     ChatRoom(const ChatRoom&) = delete;
     ChatRoom& operator=(const ChatRoom&) = delete;
 
+    // As the first member has written it.
     const std::string& name() const { return name_; }
+    // chat_fold() of the name: the room of ChatEntry::room, of the store and of facts.
+    const std::string& key() const { return key_; }
+    // May be changed at any time. ChatHub::room_options sets them for a new room.
+    ChatRoomOptions options{};
     std::vector<ChatUser> users() const { return presence_.users(); }
     // Empty: none, or the store has not delivered it yet.
     const std::string& topic() const { return topic_; }
@@ -14914,12 +15675,14 @@ private:
 
     inline ChatEntry new_text(const char* call, std::string_view text, std::string_view name) const;
 
-    std::string name_;
+    std::string name_, key_;
     ChatHub& hub_;
     detail::Presence presence_;
+    detail::Deadlines slow_;  // who has to wait until the next message
     std::string topic_;
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
+    bool presence_known_ = false;                // the store has said who is present
     bool expiry_scheduled_ = false;
     bool counting_ = false;  // the members have no list of users
     bool count_scheduled_ = false;
@@ -14931,7 +15694,8 @@ public:
     explicit ChatHub(Server& server)
         : server_(server),
           members_(&server.rooms()),
-          first_number_(static_cast<std::uint64_t>(Clock::now().time_since_epoch().count()) << 16),
+          id_(new_id()),
+          first_number_(std::stoull(id_, nullptr, 16) & ~std::uint64_t{0xFFFFFF}),
           last_number_(first_number_) {
         set_store(MemoryHistory());
     }
@@ -14952,28 +15716,30 @@ public:
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
-        load_decisions("ban");
-        load_decisions("mute");
+        for (const char* scope : {"ban", "mute", "room", "invite", "account"}) load_facts(scope);
         load_secret();  // the last one: connections wait for it
     }
     ChatStore& store() { return *store_; }
 
-    // Creates the room if it does not exist.
+    // Creates the room if it does not exist. Names of rooms are compared by chat_fold().
     ChatRoom& room(std::string_view name) {
         if (ChatRoom* room = find(name)) return *room;
         prune_later();
-        ChatRoom& room = rooms_.find_or_emplace(name, std::string(name), *this);
+        ChatRoom& room = rooms_.find_or_emplace(chat_fold(name), std::string(name), *this);
+        room.options = options_of(name);
         room.presence_.max_name = limits.max_name;
-        load_topic(room.name());
+        room.presence_.reserved = &accounts_;
+        watch(room);
+        load_topic(room.key());
         return room;
     }
     // Null if there is no such room.
-    ChatRoom* find(std::string_view name) const { return rooms_.find(name); }
+    ChatRoom* find(std::string_view name) const { return rooms_.find(chat_fold(name)); }
     std::size_t room_count() const { return rooms_.size(); }
-    // The names of all rooms, in order, with the number of their users.
+    // The names of all rooms, in the order of their keys, with the number of their users.
     std::vector<std::pair<std::string, std::size_t>> rooms() const {
         std::vector<std::pair<std::string, std::size_t>> list;
-        for (const auto& [name, room] : rooms_) list.emplace_back(name, room.presence_.size());
+        for (const auto& [key, room] : rooms_) list.emplace_back(room.name(), room.presence_.size());
         return list;
     }
 
@@ -14986,6 +15752,8 @@ public:
     std::function<void(const ChatEntry&)> on_event;
     // An entry of this server that the store could not keep, and why.
     std::function<void(const ChatEntry&, const std::string& cause)> on_not_kept;
+    // Sets what is special about a room, before the first user enters. What moderators have changed comes after it.
+    std::function<void(std::string_view name, ChatRoomOptions&)> room_options;
     // A ban or a mute that begins or ends (an empty value), or a kick: ChatFact::scope is "ban", "mute" or "kick".
     std::function<void(const ChatFact&)> on_decision;
 
@@ -14997,7 +15765,7 @@ public:
     // who is in a room is never taken for an address.
     //
     // A ban of a user who is present is one of his name, of his public id if he has a key or an account, and otherwise
-    // of his addresses, if nobody else is connected from there. The store keeps bans.
+    // of his addresses, if nobody else is connected from there, on any hub. The store keeps bans.
     inline void ban(std::string_view address_or_name, Duration duration);
     // The bans that hold now: what is banned ("name anna", "user ID" or "address 192.0.2.1"), the name that ban() got,
     // and the time that is left.
@@ -15017,11 +15785,16 @@ private:
     friend class ChatRoom;
     friend class detail::ChatCommands;
     using User = detail::Presence::User;
+    using Told = detail::Presence::Told;
 
     struct AddressUse {
         detail::FloodLimiter limiter;
-        TokenBucket replies;
+        TokenBucket replies, creations;
         std::size_t connections = 0;
+
+        bool unused(Time now) const {
+            return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now);
+        }
     };
     // A user who is connected to this server.
     struct UserState {
@@ -15029,6 +15802,7 @@ private:
         enum class Markers : std::uint8_t { unknown, requested, known } markers = Markers::unknown;
         StringMap<std::uint64_t> read{};               // the read markers: by room, or by "@" and the id of a peer
         std::vector<std::function<void()>> waiting{};  // for the markers
+        TokenBucket creations{};
     };
     struct Asked {
         std::uint64_t number;  // of the connection
@@ -15040,6 +15814,15 @@ private:
         return parsed ? parsed->rate_limit_key() : address;
     }
 
+    // 16 lower-case hexadecimal digits at random.
+    static std::string new_id() {
+        std::string id;
+        for (const char c : random_bytes(8))
+            for (const unsigned shift : {4u, 0u})
+                id += "0123456789abcdef"[static_cast<unsigned>(static_cast<unsigned char>(c)) >> shift & 15];
+        return id;
+    }
+
     // ---- public ids ------------------------------------------------------------------------------------------------
 
     // The ids of users depend on a secret of the store, so nobody can find the key of a user by trying keys.
@@ -15049,11 +15832,17 @@ private:
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
             if (facts.empty()) {
                 const std::string bytes = random_bytes(30);
-                secret_ = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-                if (error.empty()) store_->put({"server", "secret", secret_});
-            } else secret_ = facts[0].value;
-            for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+                const std::string secret = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+                // Of several hubs that start at once, the first one decides.
+                if (error.empty()) store_->put({"server", "secret", secret, {}, 0, true});
+                else set_secret(secret);
+            } else set_secret(facts[0].value);
         });
+    }
+    void set_secret(const std::string& secret) {
+        if (!secret_.empty() || secret.empty()) return;
+        secret_ = secret;
+        for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
     }
     // Calls start() when the ids of users are known.
     void when_ready(std::function<void()> start) {
@@ -15107,9 +15896,7 @@ private:
         return use;
     }
     void prune_addresses() {
-        addresses_.erase_if([this](AddressUse& use) {
-            return use.connections == 0 && use.limiter.full(now()) && use.replies.full(now());
-        });
+        addresses_.erase_if([time = now()](const AddressUse& use) { return use.unused(time); });
         prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
     }
 
@@ -15118,48 +15905,81 @@ private:
     inline User& connect(ChatRoom& room, const ChatUser& info, const std::string& identity, ChatHandler& handler,
                          std::uint64_t number);
     void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
-        const Time expires = saturating_add(now(), limits.grace);
-        detail::Presence::detach(user, &handler, expires);  // first, because the rest may run out of memory
-        const ChatUser left = user.info;
-        if (room.presence_.disconnect(user, &handler, expires, at_once)) return announce_leave(room, left);
-        if (user.connections.empty() && !room.expiry_scheduled_) schedule_expiry(room, limits.grace);
+        // First, because the rest may run out of memory.
+        detail::Presence::detach(user, &handler, saturating_add(now(), limits.grace));
+        if (!user.connections.empty()) return;
+        if (user.place(id_) != nullptr) user.set_place(id_, true);
+        if (at_once) return forward_leave(room, user);
+        if (!room.expiry_scheduled_) schedule_expiry(room, limits.grace);
+        room.presence_.set_told(user, Told::away);
+        forward(new_entry(ChatEntry::Kind::away, room, user.info));
     }
-    // `sender` and `tag`: of the line that renames.
-    void rename(ChatRoom& room, User& user, const std::string& name, std::uint64_t sender = 0,
+    // The store decides: the user has the name when it delivers the entry. `sender` and `tag`: of the line of a user.
+    void rename(const ChatRoom& room, const User& user, const std::string& name, std::uint64_t sender = 0,
                 const std::string& tag = {}) {
         ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
         entry.text = name;
-        entry.sender = tag.empty() ? 0 : sender;
+        entry.sender = sender;
         entry.tag = tag;
-        const std::string key = mute_key(room, user);
-        room.presence_.rename(user, name);
-        move_mute(key, mute_key(room, user), name);
         forward(std::move(entry));
     }
-    void announce_leave(ChatRoom& room, const ChatUser& user) {
-        forward(new_entry(ChatEntry::Kind::leave, room, user));
-        if (room.presence_.empty()) prune_later();
+    void forward_join(ChatRoom& room, User& user, std::uint64_t sender) {
+        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, user.info);
+        entry.text = user.info.about;
+        entry.author = user.identity;
+        entry.sender = sender;
+        room.presence_.set_told(user, Told::join);
+        forward(std::move(entry));
+    }
+    // It may destroy the user.
+    void forward_leave(ChatRoom& room, User& user) {
+        ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, user.info);
+        user.expires = (Time::max)();
+        room.presence_.set_told(user, Told::leave);
+        // The name is free for what this hub forwards next.
+        if (only_here(user)) room.presence_.release_name(user);
+        forward(std::move(entry));
+    }
+    bool only_here(const User& user) const {
+        for (const detail::Presence::Place& each : user.places)
+            if (each.hub != id_) return false;
+        return true;
+    }
+    // Of all hubs with the user, one acts for the user.
+    bool acts_for(const User& user) const {
+        bool here = user.places.empty();
+        for (const detail::Presence::Place& each : user.places) {
+            if (each.hub < id_) return false;
+            here = here || each.hub == id_;
+        }
+        return here;
     }
     void schedule_expiry(ChatRoom& room, Duration delay) {
-        server_.loop().call_later(delay, [this, name = room.name()] {
-            ChatRoom* found = find(name);
+        server_.loop().call_later(delay, [this, key = room.key()] {
+            ChatRoom* found = rooms_.find(key);
             if (found == nullptr) return;
             Time next;
             found->expiry_scheduled_ = false;
-            for (const ChatUser& expired : found->presence_.expire(now(), next)) announce_leave(*found, expired);
+            for (const std::string& expired : found->presence_.expired(now(), next))
+                if (User* const user = found->presence_.find_id(expired)) forward_leave(*found, *user);
             // The minimum of 50 ms lets users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
         });
         room.expiry_scheduled_ = true;
     }
+    void watch(const ChatRoom& room) {
+        if (!beating_) store_->beat(id_);
+        if (!store_->watch(room.key()) || std::exchange(beating_, true)) return;
+        server_.loop().call_every(std::chrono::seconds(2), [this] { store_->beat(id_); });
+    }
     // In a large room, a list or an event for each user who comes would cost the square of their number. The members
     // hear of the number of users, once a second, and get the list when it is short again.
     bool count_only(ChatRoom& room) {
         if (room.presence_.size() > limits.presence_list) room.counting_ = true;
         if (!room.counting_ || std::exchange(room.count_scheduled_, true)) return room.counting_;
-        server_.loop().call_later(std::chrono::seconds(1), [this, name = room.name()] {
-            ChatRoom* const found = find(name);
+        server_.loop().call_later(std::chrono::seconds(1), [this, key = room.key()] {
+            ChatRoom* const found = rooms_.find(key);
             if (found == nullptr) return;
             found->count_scheduled_ = false;
             found->counting_ = found->presence_.size() > limits.presence_list;
@@ -15168,12 +15988,18 @@ private:
         return true;
     }
     inline void send_count(const ChatRoom& room);
-    // Removes rooms without users in the next turn, when no callback has a reference to them.
+    // Removes rooms without users of this hub in the next turn, when no callback has a reference to them.
     void prune_later() {
         if (std::exchange(pruning_, true)) return;
         server_.loop().post([this] {
             pruning_ = false;
-            rooms_.erase_if([](ChatRoom& room) { return room.presence_.empty(); });
+            std::vector<std::string> unwatched;
+            rooms_.erase_if([&](const ChatRoom& room) {
+                if (room.presence_.own() != 0) return false;
+                unwatched.push_back(room.key());
+                return true;
+            });
+            for (const std::string& name : unwatched) store_->unwatch(name);
         });
     }
 
@@ -15200,9 +16026,14 @@ private:
         store_->put(std::move(fact));
     }
     // The room of an entry, or the other user of its conversation.
-    static ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) {
+    ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) const {
         return is_conversation(entry.room) ? event.add_text("peer", peer_in(entry.room, entry.user))
-                                           : event.add_text("room", entry.room);
+                                           : event.add_text("room", shown(entry.room));
+    }
+    // The name of the room with this key.
+    const std::string& shown(const std::string& key) const {
+        const ChatRoom* const room = rooms_.find(key);
+        return room == nullptr ? key : room->name();
     }
     inline void on_conversation(const ChatEntry& entry);
 
@@ -15235,6 +16066,14 @@ private:
         return marker == nullptr ? 0 : *marker;
     }
     inline void on_read(const ChatFact& fact);
+    // The connection gets the answer to its line when the store has kept the fact, or has not.
+    void ask(const ChatFact& fact, std::uint64_t number, const std::string& tag) {
+        asked_.find_or_emplace(asked_key(fact)).push_back({number, tag});
+    }
+    // The values of markers tell two lines of a user apart.
+    static std::string asked_key(const ChatFact& fact) {
+        return text::concat({fact.scope, "\n", fact.key, "\n", fact.scope == "read" ? fact.value : std::string()});
+    }
     inline std::vector<Asked> take_asked(const ChatFact& fact);
     inline void put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
                            const std::string& tag);
@@ -15254,7 +16093,7 @@ private:
     // Users with a key or an account are known by their ids, and all others by their names.
     std::string mute_key(const ChatRoom& room, const User& user) const {
         const std::string who = user.identity.empty() ? name_key(user.info.name) : user_key(user.info.id);
-        return text::concat({room.name(), "\n", who});
+        return text::concat({room.key(), "\n", who});
     }
 
     // `id`: the public id of a user with a key or an account; empty: unknown.
@@ -15273,12 +16112,16 @@ private:
         decide("mute", key, "", Duration::zero());
     }
 
+    // At most ten years.
+    static std::uint64_t to_milliseconds(Duration duration) {
+        const Duration bounded = (std::min)(duration, Duration(std::chrono::hours(24 * 365 * 10)));
+        return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(bounded).count());
+    }
     // A decision holds at once, and the store keeps it for restarts and other servers. Zero ends it.
     void decide(const char* scope, const std::string& key, const std::string& name, Duration duration) {
         const bool ending = duration <= Duration::zero();
-        constexpr Duration longest = std::chrono::hours(24 * 365 * 10);
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>((std::min)(duration, longest)).count();
-        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, ending ? 0 : unix_ms() + ms};
+        const std::int64_t expires = ending ? 0 : unix_ms() + static_cast<std::int64_t>(to_milliseconds(duration));
+        ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, expires};
         on_fact(fact);
         tell_decision(fact);
         store_->put(std::move(fact));
@@ -15302,21 +16145,67 @@ private:
     inline void kick(const ChatRoom& room, const std::string& name, std::string_view reason);
     inline void on_kick(const ChatEntry& entry);
     inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
+    inline bool has_others(const std::string& key, const std::string& than) const;
+    inline void on_address_question(const ChatEntry& entry);
     inline void on_fact(const ChatFact& fact) override;
     inline void on_fact_failure(const ChatFact& fact, const std::string& cause) override;
-    void load_decisions(const char* scope) {
+    void load_facts(const char* scope) {
         store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
             for (const ChatFact& fact : facts) on_fact(fact);
         });
     }
 
+    // ---- options of rooms, invitations, names of accounts ----------------------------------------------------------
+
+    ChatRoomOptions options_of(std::string_view name) {
+        ChatRoomOptions options;
+        if (room_options) run_hook("ChatHub::room_options", [&] { room_options(name, options); });
+        if (const std::string* const changed = changed_options_.find(chat_fold(name))) options.apply_fact(*changed);
+        return options;
+    }
+    void on_options(const ChatFact& fact) {
+        if (fact.value.empty()) changed_options_.erase(fact.key);
+        else changed_options_.find_or_emplace(fact.key) = fact.value;
+        if (ChatRoom* const room = rooms_.find(fact.key)) {
+            if (!fact.value.empty()) room->options.apply_fact(fact.value);
+            send_options(*room, fact);
+        }
+    }
+    inline void send_options(const ChatRoom& room, const ChatFact& fact);
+
+    static std::string invitation_key(std::string_view room, const std::string& user) {
+        return text::concat({chat_fold(room), "\n", user});
+    }
+    bool invited(std::string_view room, const std::string& user) const {
+        const std::int64_t* const expires = invitations_.find(invitation_key(room, user));
+        return expires != nullptr && (*expires == 0 || *expires > unix_ms());
+    }
+    // The public id of a guest ends with the connection, so the invitation of an unknown user does not stay.
+    void invite(const ChatRoom& room, const std::string& user, bool known, const std::string& by,
+                const std::string& author) {
+        constexpr std::int64_t day = 86'400'000;
+        store_->put(
+            {"invite", invitation_key(room.name(), user), by.empty() ? "?" : by, author, known ? 0 : unix_ms() + day});
+    }
+    inline void on_invitation(const ChatFact& fact);
+
+    // False: too many for now.
+    bool may_create_room(const std::string& user, AddressUse* address) {
+        UserState* const state = users_.find(user);
+        const Time time = now();
+        return (state == nullptr || state->creations.take(1, limits.room_creations, time)) &&
+               (address == nullptr || address->creations.take(1, limits.address_room_creations, time));
+    }
+    // The name of an account belongs to it in all rooms, also while it is not here.
+    bool is_account_name(const std::string& name) const { return accounts_.find(chat_fold(name)) != nullptr; }
+
     // ---- entries ---------------------------------------------------------------------------------------------------
 
     WSCHAT_NOINLINE static ChatEntry new_entry(ChatEntry::Kind kind, const ChatRoom& room, std::string_view name) {
         ChatEntry entry;
         entry.kind = kind;
-        entry.room = room.name();
+        entry.room = room.key();
         entry.name = name;
         return entry;
     }
@@ -15327,33 +16216,37 @@ private:
     }
     void append(ChatEntry entry) {
         entry.time = unix_ms();
+        entry.hub = id_;
+        const ChatRoom* const room = rooms_.find(entry.room);
+        const bool unkept =
+            room != nullptr && !room->options.kept && (entry.is_message() || entry.kind == ChatEntry::Kind::topic);
+        if (unkept) return store_->forward(entry);
         store_->append(std::move(entry));
     }
     WSCHAT_NOINLINE void forward(ChatEntry entry) {
         entry.time = unix_ms();
+        if (entry.hub.empty()) entry.hub = id_;
         store_->forward(entry);
     }
     // The store answers before it answers the first member's request for the history.
-    void load_topic(const std::string& name) {
-        store_->facts("topic", name, [this, name](const std::vector<ChatFact>& facts, const std::string&) {
-            ChatRoom* const room = find(name);
-            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == name)
+    void load_topic(const std::string& key) {
+        store_->facts("topic", key, [this, key](const std::vector<ChatFact>& facts, const std::string&) {
+            ChatRoom* const room = rooms_.find(key);
+            if (room != nullptr && room->topic_id_ == 0 && !facts.empty() && facts[0].key == key)
                 room->topic_ = facts[0].value;
         });
     }
-    // The topic outlives its entry in the history. The server that appended the entry keeps it as a fact.
+    // The topic outlives its entry in the history. The hub that appended the entry keeps it as a fact.
     void on_topic(ChatRoom* room, const ChatEntry& entry) {
         if (appended_here(entry)) store_->put({"topic", entry.room, entry.text});
         if (room == nullptr) return;
         room->topic_ = entry.text;
         room->topic_id_ = entry.id;
     }
-    bool appended_here(const ChatEntry& entry) const {
-        return entry.sender >= first_number_ && entry.sender <= last_number_;
-    }
+    bool appended_here(const ChatEntry& entry) const { return entry.hub == id_; }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
-        if (members_.find(room.name()) == nullptr || !room.delivered_id_) {
+        if (members_.find(room.key()) == nullptr || !room.delivered_id_) {
             room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
             return;
         }
@@ -15372,17 +16265,51 @@ private:
         }
     }
     inline void on_entry(const ChatEntry& entry) override;
-    inline void deliver(const ChatEntry& entry);
+    inline bool deliver(const ChatEntry& entry);
+    void tell(const ChatEntry& entry) {
+        if (on_event) run_hook("ChatHub::on_event", [&] { on_event(entry); });
+    }
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
+    inline void on_position(const std::string& name, const HistoryPage& page) override;
+    void on_log(LogLevel level, std::string_view event,
+                const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        server_.report(level, event, fields);
+    }
     inline void on_refused(const ChatEntry& entry, std::string_view code) override;
+    inline void on_presence(const std::string& key, const std::vector<ChatEntry>& users) override;
     Time now() const override { return server_.loop().now(); }
+    std::string hub() const override { return id_; }
+    bool watches_all() const override { return on_event != nullptr; }
     inline void on_kept(const ChatEntry& entry);
     inline void on_private_message(const ChatEntry& entry);
+    // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
+    static bool is_duplicate(User& author, const std::string& tag) {
+        std::vector<std::string>& tags = author.tags;
+        if (tag.empty()) return false;
+        if (text::contains(tags, tag)) return true;
+        if (tags.size() == 64) tags.erase(tags.begin());
+        tags.push_back(tag);
+        return false;
+    }
     inline void on_typing(const ChatEntry& entry);
-    inline void on_join(const ChatEntry& entry);
-    inline void on_leave(const ChatEntry& entry);
-    inline void on_rename(const ChatEntry& entry);
+    // False: nobody hears of it.
+    inline bool on_join(const ChatEntry& entry);
+    bool on_away(const ChatEntry& entry) {
+        const ChatRoom* const room = rooms_.find(entry.room);
+        User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
+        if (user != nullptr && user->place(entry.hub) != nullptr) user->set_place(entry.hub, true);
+        return false;
+    }
+    inline bool on_leave(const ChatEntry& entry);
+    inline bool on_rename(const ChatEntry& entry);
+    inline bool on_ban(const ChatEntry& entry);
+    inline void on_lost_name(ChatRoom& room, User& user);
+    inline void change_name(ChatRoom& room, User& user, const std::string& name);
+    inline void on_presence_refused(const ChatEntry& entry, std::string_view code);
+    inline void forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users);
+    inline void forward_missing(ChatRoom& room);
+    inline void dismiss(ChatRoom& room, const User& guest);
     inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
 
     Server& server_;
@@ -15390,14 +16317,20 @@ private:
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;  // by number
     StringMap<UserState> users_;          // by public id
-    StringMap<std::vector<Asked>> asked_;  // who waits for a read marker, by its key and its value
+    StringMap<std::string> changed_options_;  // by key of the room; as ChatRoomOptions::to_fact()
+    StringMap<std::int64_t> invitations_;     // when they expire in Unix time, by invitation_key(); 0: never
+    StringMap<std::string> accounts_;         // their names, by chat_fold()
+    StringMap<std::vector<Asked>> asked_;     // who waits until a fact is kept, by asked_key()
     StringMap<bool> noted_;             // the facts about users and conversations that the store has
-    const std::uint64_t first_number_;  // of what the hub itself says; the connections have the next ones
+    const std::string id_;
+    const std::uint64_t first_number_;  // no other hub has numbers near; the connections have the next ones
     std::uint64_t last_number_;
     StringMap<AddressUse> addresses_;
     std::size_t prune_addresses_at_ = 1024;
     detail::Deadlines bans_, mutes_;
+    StringMap<bool> lone_addresses_;  // of guests who were banned, with their ids, while other hubs are asked
     bool pruning_ = false;
+    bool beating_ = false;                        // ChatStore::beat() is called every two seconds
     std::string secret_;                          // empty: the store has not answered yet
     std::vector<std::function<void()>> waiting_;  // handshakes, until then
     std::unique_ptr<ChatStore> store_;            // the last member, because its destructor may call the listener
@@ -15439,7 +16372,9 @@ public:
     // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
     // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
     virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
-    // Whether this user may do it. Default: everything except moderation.
+    // Whether this user may do it in a room, which need not exist. Default: may(action).
+    virtual bool may(ChatAction action, std::string_view /*room*/) { return may(action); }
+    // Whether this user may do it in all rooms, or in none. Default: everything except moderation.
     virtual bool may(ChatAction action) { return action < ChatAction::kick; }
     // May change a text that the user says, also in private. False refuses it.
     virtual bool filter(std::string&) { return true; }
@@ -15508,6 +16443,7 @@ public:
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
         if (!name_accepted || user_.name.empty()) user_.name = "guest";
+        if (user_.account) hub_->note({"account", chat_fold(user_.name), user_.name, identity_});
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
         const auto refusal = refuse_room(wanted);
         const bool to_lobby = refusal.code == "room_bad" && !refuse_room("lobby");
@@ -15632,9 +16568,11 @@ private:
         ChatEvent event("hello");
         event.add("version", 3).add_text("server", "wschat");
         add_room(event).add_text("name", user().name).add_text("user", user().id);
-        event.add_json("features", R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
-                                   R"("private","edit","delete","react","topic","data","in","read","commands"])");
-        event.add_json("may", permissions_json());
+        event.add_json("features",
+                       R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
+                       R"("private","edit","delete","react","topic","data","in","read","invite","commands"])");
+        first_permissions_ = permissions();
+        event.add_json("may", permissions_json(first_permissions_));
         const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"data", hub_->limits.max_data},
@@ -15645,22 +16583,43 @@ private:
                                  {"burst", hub_->limits.connection.messages.burst}});
         return event;
     }
-    // What this user may do, as a JSON array.
-    std::string permissions_json() {
+    // What permissions() returned, as a JSON array.
+    static std::string permissions_json(std::uint32_t mask) {
         detail::JsonList list;
         const std::pair<ChatAction, const char*> actions[] = {{ChatAction::say, R"("say","edit","react")"},
                                                               {ChatAction::private_message, R"("private")"},
                                                               {ChatAction::rename, R"("rename")"},
                                                               {ChatAction::join, R"("join")"},
+                                                              {ChatAction::create_room, R"("create")"},
                                                               {ChatAction::list_rooms, R"("rooms")"},
+                                                              {ChatAction::invite, R"("invite")"},
                                                               {ChatAction::kick, R"("kick")"},
                                                               {ChatAction::ban, R"("ban")"},
                                                               {ChatAction::mute, R"("mute")"},
                                                               {ChatAction::remove, R"("remove")"},
-                                                              {ChatAction::topic, R"("topic")"}};
+                                                              {ChatAction::topic, R"("topic")"},
+                                                              {ChatAction::manage, R"("slow","access","readonly")"}};
         for (const auto& [action, name] : actions)
-            if (may(action)) list.add(name);
+            if ((mask >> static_cast<unsigned>(action) & 1) != 0) list.add(name);
         return std::string(list.dump());
+    }
+    // A bit for each ChatAction that is allowed in the current room.
+    std::uint32_t permissions() {
+        std::uint32_t mask = 0;
+        for (unsigned i = 0; i <= static_cast<unsigned>(ChatAction::manage); ++i)
+            if (allowed(static_cast<ChatAction>(i))) mask |= std::uint32_t{1} << i;
+        return mask;
+    }
+    // In the current room.
+    bool allowed(ChatAction action) {
+        const ChatRoom* const room = current_room();
+        return room == nullptr ? may(action) : may(action, room->name());
+    }
+    static void add_options(ChatEvent& event, const ChatRoomOptions& options) {
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(options.slow).count();
+        if (options.is_private) event.add_json("private", "true");
+        if (options.read_only) event.add_json("read_only", "true");
+        if (seconds != 0) event.add("slow", seconds);
     }
     ChatEvent& add_room(ChatEvent& event) {
         return current_room() == nullptr ? event.add_json("room", "null")
@@ -15733,7 +16692,7 @@ private:
     // Filters the text. The result says why it is refused. A message with data needs no text.
     Refusal refuse_text(std::string& text, bool may_be_empty = false) {
         const auto is_empty = [&] { return !may_be_empty && detail::all_characters(text, detail::is_white_space); };
-        const std::size_t max = hub_->limits.max_text;
+        const std::size_t max = max_text();
         if (memberships_.empty()) return Refusal{"no_room", "You are in no room; /join ROOM."};
         if (muted()) return Refusal{"muted", "You are muted for a while."};
         if (text.size() > max)
@@ -15745,13 +16704,36 @@ private:
             throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
         return {};
     }
+    std::size_t max_text() const {
+        const std::size_t max = hub_->limits.max_text;
+        return memberships_.empty() ? max : memberships_[current_].room->options.max_text.value_or(max);
+    }
+    // Why this user may not say anything in the room now.
+    Refusal refuse_speaking() {
+        if (memberships_.empty()) return {};
+        const ChatRoom& room = *current_room();
+        const bool managed = room.options.read_only || room.options.slow > Duration::zero();
+        if (!managed || allowed(ChatAction::manage)) return {};
+        if (room.options.read_only) return Refusal{"read_only", "Only moderators speak in this room."};
+        const Duration left = room.slow_.left(slow_key(), hub_->now());
+        if (left == Duration::zero()) return {};
+        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(left).count() + 1;
+        return Refusal{"slow", text::concat({"This room is slow; wait ", std::to_string(seconds), " seconds."})};
+    }
+    // A guest could connect again, so the guests of an address wait together.
+    std::string slow_key() const {
+        return identity_.empty() ? ChatHub::address_key(remote_address()) : ChatHub::user_key(user_.id);
+    }
     bool muted() const { return hub_->muted(*memberships_[current_].room, *memberships_[current_].user); }
 
     // `data`: a JSON object, or empty.
     void say(ChatEntry::Kind kind, std::string_view said, std::string_view data = {}) {
         std::string text(said);
-        if (!may(ChatAction::say)) return reply_forbidden();
+        if (!allowed(ChatAction::say)) return reply_forbidden();
         if (const auto refusal = refuse_text(text, !data.empty())) return reply_error(refusal);
+        if (const auto refusal = refuse_speaking()) return reply_error(refusal);
+        ChatRoom& room = *current_room();
+        if (room.options.slow > Duration::zero()) room.slow_.set(slow_key(), "", room.options.slow, hub_->now());
         ChatEntry entry = new_kept_entry(kind);
         entry.text = std::move(text);
         entry.data = data;
@@ -15812,12 +16794,23 @@ private:
             return Refusal{"room_bad", text::concat({"The name of a room is 1 to ",
                                                      std::to_string(limits.max_room_name), " bytes of visible text."})};
         if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
-        if (!may(ChatAction::join)) return Refusal{"forbidden", "You may not join that room."};
+        const ChatRoom* const room = hub_->find(name);
+        const bool is_new = room == nullptr || room->presence_.empty();
+        if (!may(ChatAction::join, name) || (is_new && !may(ChatAction::create_room, name)))
+            return Refusal{"forbidden", "You may not join that room."};
+        const ChatRoomOptions options = room == nullptr ? hub_->options_of(name) : room->options;
+        if (options.is_private && !hub_->invited(name, user_.id) && !may(ChatAction::manage, name))
+            return Refusal{"not_invited", "That room is private; somebody in it can invite you."};
         if (memberships_.size() >= limits.max_rooms_per_connection)
             return Refusal{"room_limit", text::concat({"You are in ", std::to_string(memberships_.size()),
                                                        " rooms already; /leave one."})};
-        if (hub_->room_count() >= limits.max_rooms && hub_->find(name) == nullptr)
+        if (hub_->room_count() >= limits.max_rooms && room == nullptr)
             return Refusal{"room_limit", "There are too many rooms."};
+        const bool full = options.max_users != 0 && room != nullptr && room->presence_.size() >= options.max_users;
+        if (full && room->presence_.find_identity(identity_) == nullptr)
+            return Refusal{"room_full", "That room is full."};
+        if (is_new && !hub_->may_create_room(user_.id, address_))
+            return Refusal{"room_limit", "You have opened too many rooms. Wait a little."};
         return {};
     }
 
@@ -15836,7 +16829,7 @@ private:
         if (index == memberships_.size()) return;  // the hook has left the room
         memberships_.erase(memberships_.begin() + static_cast<std::ptrdiff_t>(index));
         if (current_ >= index && current_ != 0) --current_;
-        if (Room* members = hub_->members_.find(left.room->name())) members->leave(*this);
+        if (Room* members = hub_->members_.find(left.room->key())) members->leave(*this);
         hub_->disconnect(*left.room, *left.user, *this, at_once);
     }
 
@@ -15855,10 +16848,12 @@ private:
 
     void request_history(const ChatRoom& room, const std::optional<HistoryPosition>& position,
                          const std::string& tag = {}) {
-        const std::size_t wanted = position ? hub_->limits.history_on_resume : hub_->limits.history_on_join;
+        const ChatLimits& limits = hub_->limits;
+        const std::size_t wanted = position ? room.options.history_on_resume.value_or(limits.history_on_resume)
+                                            : room.options.history_on_join.value_or(limits.history_on_join);
         const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
-        const HistoryRequest history_request{room.name(), position, room.delivered_id_, tag};
-        hub_->store().since(room.name(), position, limit, [me = ref(), history_request](HistoryPage page) {
+        const HistoryRequest history_request{room.key(), position, room.delivered_id_, tag};
+        hub_->store().since(room.key(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
         });
     }
@@ -15866,14 +16861,14 @@ private:
     // A connection becomes a member of the room when it has everything that the members have. So it misses nothing and
     // gets nothing twice, even if the store answers late.
     void on_history(const HistoryRequest& requested, HistoryPage page) {
-        ChatRoom* chat_room = hub_->find(requested.room);
+        ChatRoom* chat_room = hub_->rooms_.find(requested.room);
         if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
         Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
-        if (joining) write_charged(users_event(*chat_room).dump());
+        if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
@@ -15882,7 +16877,7 @@ private:
             page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         members.join(*this);
-        request_read_marker(chat_room->name());
+        request_read_marker(chat_room->key());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
@@ -15960,18 +16955,18 @@ private:
     // The store's answer to /before and /search becomes the end of this event.
     ChatStore::PageCallback answer_with_page(ChatEvent event) {
         return
-            [me = ref(), event = std::move(event), room = current_room()->name(), tag = tag_](const HistoryPage& page) {
+            [me = ref(), event = std::move(event), room = current_room()->key(), tag = tag_](const HistoryPage& page) {
                 auto* self = static_cast<ChatHandler*>(me.get());
                 if (self != nullptr) self->on_page(event, room, tag, page);
             };
     }
-    inline void on_page(ChatEvent event, const std::string& room_name, const std::string& tag, const HistoryPage& page);
+    inline void on_page(ChatEvent event, const std::string& room_key, const std::string& tag, const HistoryPage& page);
 
     template <class MakeEvent>
     detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    static inline ChatEvent users_event(const ChatRoom& room);
+    static inline ChatEvent users_event(const ChatRoom& room, const detail::Presence::User* viewer = nullptr);
 
     ChatHub* hub_ = nullptr;
     ChatUser user_;
@@ -15984,6 +16979,7 @@ private:
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;  // of the line in progress
+    std::uint32_t first_permissions_ = 0;  // what "hello" says
     bool connected_ = false;
     bool kicked_ = false;
 };
@@ -16006,7 +17002,7 @@ public:
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
             if (command.name != name || command.run == nullptr) continue;
-            if (command.action && !handler_.may(*command.action)) handler_.reply_forbidden();
+            if (command.action && !handler_.allowed(*command.action)) handler_.reply_forbidden();
             else if (command.reads && !handler_.may_read())
                 error("flood", "You have asked for too much. Wait a little.");
             else (this->*command.run)(rest);
@@ -16023,8 +17019,8 @@ private:
         bool reads = false;                  // the answer may be long
     };
 
-    static const std::array<Command, 25>& commands() {
-        static constexpr std::array<Command, 25> all = {{
+    static const std::array<Command, 29>& commands() {
+        static constexpr std::array<Command, 29> all = {{
             {"me", "/me TEXT", "says what you do", &ChatCommands::me},
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove},
@@ -16040,6 +17036,7 @@ private:
             {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
             {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
+            {"invite", "/invite NAME|@ID", "invites a user to this room", &ChatCommands::invite, ChatAction::invite},
             {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
             {"before",
              "/before ID [LIMIT]",
@@ -16052,6 +17049,12 @@ private:
             {"help", "/help", "this list", &ChatCommands::help},
             {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic,
              ChatAction::topic},
+            {"access", "/access private|public", "who enters this room: who is invited, or everybody",
+             &ChatCommands::access, ChatAction::manage},
+            {"readonly", "/readonly on|off", "lets only moderators speak in this room", &ChatCommands::read_only,
+             ChatAction::manage},
+            {"slow", "/slow SECONDS", "the time between two messages of a user; 0 ends it", &ChatCommands::slow,
+             ChatAction::manage},
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"unban", "/unban NAME|ADDRESS", "ends a ban", &ChatCommands::unban, ChatAction::ban},
@@ -16082,6 +17085,8 @@ private:
         std::string text(rest);
         if (!id) return error("bad_command", "/edit ID TEXT");
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
+        if (room_->options.read_only && !handler_.allowed(ChatAction::manage))
+            return error("read_only", "Only moderators speak in this room.");
         if (hub.limits.edit_for == Duration::zero()) return error("too_late", "Messages cannot be changed here.");
         ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::edit, *id);
         entry.text = std::move(text);
@@ -16094,7 +17099,7 @@ private:
         if (!id) return error("bad_command", "/delete ID");
         if (room_ == nullptr) return reply_no_room();
         ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::remove, *id);
-        entry.moderator = handler_.may(ChatAction::remove);
+        entry.moderator = handler_.allowed(ChatAction::remove);
         handler_.hub_->append(std::move(entry));
     }
     void react(std::string_view rest) {
@@ -16127,13 +17132,12 @@ private:
         if (const auto refusal = handler_.refuse_text(text)) return handler_.reply_error(refusal);
         const bool kept = !handler_.identity_.empty() && !receiver->identity.empty();
         if (kept) return handler_.say_to(receiver->info.id, receiver->info.name, std::move(text), handler_.tag_);
-        if (receiver->expires != (Time::max)())
+        if (receiver->away())
             return error("user_away", text::concat({receiver->info.name, " has lost the connection; try again soon."}));
-        if (!handler_.tag_.empty() && is_duplicate())
-            return handler_.reply(ChatEvent("ack").add_text("room", room_->name()));
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::private_message);
         entry.text = std::move(text);
         entry.to = receiver->info.name;
+        entry.to_user = receiver->info.id;
         entry.tag = handler_.tag_;
         handler_.hub_->forward(std::move(entry));
     }
@@ -16156,7 +17160,7 @@ private:
             });
     }
     void read(std::string_view rest) {
-        std::string what = room_ == nullptr ? "" : room_->name();
+        std::string what = room_ == nullptr ? "" : room_->key();
         if (text::starts_with(rest, "@")) what = text::consume_until(rest, ' ');
         const auto id = ChatHandler::to_number(rest);
         if (!id) return error("bad_command", "/read [@ID] NUMBER");
@@ -16167,20 +17171,11 @@ private:
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->mark_read(what, id, tag);
         });
     }
-    // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
-    bool is_duplicate() {
-        std::vector<std::string>& tags = membership().user->tags;
-        if (text::contains(tags, handler_.tag_)) return true;
-        if (tags.size() == 64) tags.erase(tags.begin());
-        tags.push_back(std::string(handler_.tag_));
-        return false;
-    }
-
     // Pages send it at each change of the input. So an error goes only to a line with a tag.
     void typing(std::string_view rest) {
         const bool tagged = !handler_.tag_.empty();
         if (room_ == nullptr) return tagged ? reply_no_room() : void();
-        if (!handler_.may(ChatAction::say)) return tagged ? handler_.reply_forbidden() : void();
+        if (!handler_.allowed(ChatAction::say)) return tagged ? handler_.reply_forbidden() : void();
         if (handler_.muted()) return tagged ? error("muted", "You are muted for a while.") : void();
         ChatEntry entry = handler_.new_entry(ChatEntry::Kind::typing);
         entry.text = rest == "stop" ? "stop" : "";
@@ -16190,23 +17185,47 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        handler_.write_charged(ChatHandler::users_event(*room_).add_unless_empty("tag", handler_.tag_).dump());
+        ChatEvent event = ChatHandler::users_event(*room_, membership().user);
+        handler_.write_charged(event.add_unless_empty("tag", handler_.tag_).dump());
     }
 
     void rooms(std::string_view) {
-        JsonList list;
-        for (const auto& [name, room] : handler_.hub_->rooms_)
-            if (!room.presence_.empty() && list.size() < 500)
-                list.add(Json{{"room", name}, {"users", room.presence_.size()}}.dump());
-        ChatEvent event("rooms");
-        handler_.write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
+        constexpr std::size_t limit = 500;
+        const auto answer = [me = handler_.ref(), tag = handler_.tag_](
+                                const std::vector<std::pair<std::string, std::size_t>>& rooms, const std::string&) {
+            auto* self = static_cast<ChatHandler*>(me.get());
+            if (self == nullptr) return;
+            JsonList list;
+            for (const auto& [key, users] : rooms) {
+                if (users == 0 || list.size() == limit) continue;
+                if (const std::string entry = ChatCommands(*self).room_entry(key, users); !entry.empty())
+                    list.add(entry);
+            }
+            ChatEvent event("rooms");
+            self->write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", tag).dump());
+        };
+        if (!handler_.hub_->store().rooms(limit, answer)) answer(handler_.hub_->rooms(), "");
+    }
+
+    // The room in a list; empty if the user must not see it. A room that only other hubs have is shown with its key.
+    std::string room_entry(const std::string& name, std::size_t users) const {
+        ChatHub& hub = *handler_.hub_;
+        const ChatRoom* const room = hub.find(name);
+        const bool is_member = handler_.membership_index(room) != handler_.memberships_.size();
+        const bool is_private = room == nullptr ? hub.options_of(name).is_private : room->options.is_private;
+        if (is_private && !is_member) return {};
+        std::string entry = Json{{"room", room == nullptr ? name : room->name()}, {"users", users}}.dump();
+        entry.pop_back();
+        if (room != nullptr && !room->topic().empty()) entry += ",\"topic\":" + Json(room->topic()).dump();
+        if (is_private) entry += ",\"private\":true";
+        return entry + "}";
     }
 
     void nick(std::string_view rest) {
         const std::string name(rest);
         ChatHub& hub = *handler_.hub_;
         if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
-        if (!handler_.may(ChatAction::rename)) return handler_.reply_forbidden();
+        if (!handler_.allowed(ChatAction::rename)) return handler_.reply_forbidden();
         if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
         if (hub.banned("unix", name, "")) return error("name_banned", "That name is banned.");
         if (room_ == nullptr) return reply_no_room();
@@ -16214,7 +17233,7 @@ private:
         if (handler_.muted()) return error("muted", "You are muted for a while.");
         Presence::User& user = *membership().user;
         const Presence::User* holder = room_->presence_.find(name);
-        if (holder != nullptr && holder != &user)
+        if ((holder != nullptr && holder != &user) || hub.is_account_name(name))
             return error("name_taken",
                          text::concat({"That name is taken; ", room_->presence_.free_name(name), " is free."}));
         handler_.user_.name = name;
@@ -16249,8 +17268,68 @@ private:
     void reply_room() {
         ChatEvent event("room");
         handler_.add_room(event).add_text("name", handler_.user().name);
-        if (const ChatRoom* room = handler_.current_room()) event.add_unless_empty("topic", room->topic());
+        if (const ChatRoom* room = handler_.current_room()) {
+            event.add_unless_empty("topic", room->topic());
+            ChatHandler::add_options(event, room->options);
+            // "hello" says the rest.
+            const std::uint32_t may = handler_.permissions();
+            if (may != handler_.first_permissions_) event.add_json("may", ChatHandler::permissions_json(may));
+        }
         handler_.reply(event);
+    }
+
+    void invite(std::string_view rest) {
+        if (room_ == nullptr) return reply_no_room();
+        if (handler_.muted()) return error("muted", "You are muted for a while.");
+        const Presence::User* user = nullptr;
+        const bool by_id = text::starts_with(rest, "@") && ChatHandler::is_user_id(rest.substr(1));
+        for (const auto& membership : handler_.memberships_)
+            if (user == nullptr && !by_id) user = membership.room->presence_.find(rest);
+        if (user == nullptr && !by_id) return error("unknown_user", "Nobody in your rooms has that name.");
+        ChatHub& hub = *handler_.hub_;
+        if (hub.invitations_.size() >= hub.limits.max_invitations)
+            return error("refused", "There are too many invitations.");
+        const std::string id = by_id ? std::string(rest.substr(1)) : user->info.id;
+        hub.ask({"invite", ChatHub::invitation_key(room_->name(), id)}, handler_.number_, handler_.tag_);
+        hub.invite(*room_, id, by_id || !user->identity.empty(), handler_.user().name,
+                   handler_.identity_);
+    }
+    void access(std::string_view rest) {
+        if (rest != "private" && rest != "public") return error("bad_command", "/access private|public");
+        if (room_ == nullptr) return reply_no_room();
+        ChatHub& hub = *handler_.hub_;
+        ChatRoomOptions options = room_->options;
+        options.is_private = rest == "private";
+        // Who is here may come again.
+        for (const auto& [name, user] : room_->presence_)
+            if (options.is_private && !hub.invited(room_->name(), user.info.id))
+                hub.invite(*room_, user.info.id, !user.identity.empty(), "", {});
+        set_options(options);
+    }
+    void read_only(std::string_view rest) {
+        if (rest != "on" && rest != "off") return error("bad_command", "/readonly on|off");
+        if (room_ == nullptr) return reply_no_room();
+        ChatRoomOptions options = room_->options;
+        options.read_only = rest == "on";
+        set_options(options);
+    }
+    void slow(std::string_view rest) {
+        const auto seconds = ChatHandler::to_number(rest);
+        if (!seconds || *seconds > 86'400) return error("bad_command", "/slow SECONDS, at most 86400");
+        if (room_ == nullptr) return reply_no_room();
+        ChatRoomOptions options = room_->options;
+        options.slow = std::chrono::seconds(*seconds);
+        set_options(options);
+    }
+    void set_options(const ChatRoomOptions& options) {
+        ChatFact fact{"room", room_->key(), options.to_fact()};
+        handler_.hub_->ask(fact, handler_.number_, handler_.tag_);
+        handler_.hub_->store().put(std::move(fact));
+        handler_.server().report(LogLevel::info, "chat_moderation",
+                                 {{"action", "options"},
+                                  {"room", room_->name()},
+                                  {"options", options.to_fact()},
+                                  {"by", handler_.user().name}});
     }
 
     void since(std::string_view rest) {
@@ -16305,21 +17384,21 @@ private:
         const std::uint64_t newest = room_->delivered_id_ ? *room_->delivered_id_ + 1 : *id;
         ChatEvent event("history");
         event.add_text("room", room_->name()).add("before", *id).add_json("gap", "false");
-        handler_.hub_->store().before(room_->name(), (std::min)(*id, newest), *limit, handler_.answer_with_page(event));
+        handler_.hub_->store().before(room_->key(), (std::min)(*id, newest), *limit, handler_.answer_with_page(event));
     }
     void search(std::string_view rest) {
         if (room_ == nullptr) return reply_no_room();
         if (ChatStore::search_words(rest).empty()) return error("bad_command", "/search WORDS, in a room.");
         ChatEvent event("search");
         event.add_text("room", room_->name()).add_text("words", rest);
-        handler_.hub_->store().search(room_->name(), std::string(rest), handler_.hub_->limits.history_on_join,
+        handler_.hub_->store().search(room_->key(), std::string(rest), handler_.hub_->limits.history_on_join,
                                       handler_.answer_with_page(event));
     }
 
     void help(std::string_view) {
         JsonList list;
         for (const Command& command : commands())
-            if (!command.action || *command.action < ChatAction::kick || handler_.may(*command.action))
+            if (!command.action || *command.action < ChatAction::kick || handler_.allowed(*command.action))
                 list.add(Json{{"command", command.usage}, {"text", command.description}}.dump());
         handler_.reply(ChatEvent("help").add_json("commands", list.dump()));
     }
@@ -16404,9 +17483,9 @@ private:
     ChatRoom* room_;  // the current room at the beginning of the line
 };
 
-WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry) {
+WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry, std::string_view room) {
     ChatEvent event(type);
-    event.add_text("room", entry.room).add_text("name", entry.name).add_unless_empty("user", entry.user);
+    event.add_text("room", room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
 }
 // The reactions to a message, for the user with this identity.
@@ -16453,8 +17532,9 @@ inline ChatEvent read_event(const std::string& what, std::uint64_t id) {
     return event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what).add("id", id);
 }
 
-// The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag.
-inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer = {}) {
+// The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag. In a
+// history it has no room.
+inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer, std::string_view room = {}) {
     using Kind = ChatEntry::Kind;
     const char* const type = entry.is_message()           ? "said"
                              : entry.kind == Kind::edit   ? "edit"
@@ -16462,7 +17542,7 @@ inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer = 
                              : entry.kind == Kind::react  ? "react"
                                                           : "topic";
     ChatEvent event(type);
-    event.add_unless_empty("room", entry.room);
+    event.add_unless_empty("room", room);
     if (entry.id != 0) event.add("id", entry.id);
     if (entry.target != 0) event.add("target", entry.target);
     if (entry.kind == Kind::react) event.add_text("emoji", entry.text).add_json("on", entry.removed ? "false" : "true");
@@ -16588,7 +17668,7 @@ inline void ChatHandler::write_conversation(const std::string& peer, std::string
 inline void ChatHandler::send_read_marker(const std::string& what, std::string_view tag) {
     const std::uint64_t marker = hub_->marker_of(user_.id, what);
     if (marker == 0 && tag.empty()) return;
-    ChatEvent event = detail::read_event(what, marker);
+    ChatEvent event = detail::read_event(hub_->shown(what), marker);
     write_message(event.add_unless_empty("tag", tag).dump());
 }
 
@@ -16612,15 +17692,15 @@ inline void ChatHandler::mark_read(const std::string& what, std::uint64_t id, co
                         });
 }
 
-inline void ChatHandler::on_page(ChatEvent event, const std::string& room_name, const std::string& tag,
+inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, const std::string& tag,
                                  const HistoryPage& page) {
-    const ChatRoom* const room = hub_->find(room_name);
+    const ChatRoom* const room = hub_->rooms_.find(room_key);
     if (membership_index(room) == memberships_.size() || !is_open()) return;
     if (!page.error.empty()) {
-        server().report(LogLevel::error, "chat_not_read", {{"room", room_name}, {"cause", page.error}});
+        server().report(LogLevel::error, "chat_not_read", {{"room", room_key}, {"cause", page.error}});
         event = ChatEvent("error");
         event.add_text("code", "not_read").add_text("text", "The history cannot be read now. Try again soon.");
-        write_message(event.add_text("room", room_name).add_unless_empty("tag", tag).dump());
+        write_message(event.add_text("room", room->name()).add_unless_empty("tag", tag).dump());
         return;
     }
     const detail::JsonList list = page_events(*room, page);
@@ -16641,13 +17721,15 @@ inline void ChatHandler::join_more_rooms() {
     reply(add_room(event).add_text("name", user().name));
 }
 
-inline ChatEvent ChatHandler::users_event(const ChatRoom& room) {
+// Those whom the store has delivered, and the viewer.
+inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Presence::User* viewer) {
     detail::JsonList users;
     const std::size_t count = room.presence_.size();
     ChatEvent event("users");
     event.add_text("room", room.name()).add("count", count);
     if (room.counting_ || count > room.hub_.limits.presence_list) return event;
     for (const auto& [key, user] : room.presence_) {
+        if (!user.confirmed() && &user != viewer) continue;
         std::string text = Json{{"user", user.info.id}, {"name", user.info.name}}.dump();
         if (!user.info.about.empty()) {
             text.back() = ',';
@@ -16659,7 +17741,7 @@ inline ChatEvent ChatHandler::users_event(const ChatRoom& room) {
 }
 
 inline void ChatHub::send_count(const ChatRoom& room) {
-    if (Room* members = members_.find(room.name())) members->broadcast(ChatHandler::users_event(room).dump());
+    if (Room* members = members_.find(room.key())) members->broadcast(ChatHandler::users_event(room).dump());
 }
 
 inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
@@ -16677,7 +17759,7 @@ inline void ChatRoom::broadcast(std::string_view text, std::string_view name) {
 }
 inline void ChatRoom::send(std::string_view name, const Json& data) {
     ChatEntry entry = hub_.new_own_event("ChatRoom::send", name, data);
-    entry.room = name_;
+    entry.room = key_;
     hub_.forward(std::move(entry));
 }
 inline void ChatRoom::edit(std::uint64_t id, std::string_view text) {
@@ -16697,12 +17779,11 @@ inline void ChatRoom::set_topic(std::string_view text) {
         throw Error("ChatRoom::set_topic: the topic is longer than ChatLimits::max_topic");
     ChatEntry entry = new_text("set_topic", text, {});
     entry.kind = ChatEntry::Kind::topic;
-    entry.sender = hub_.first_number_;
     hub_.append(std::move(entry));
 }
 inline void ChatRoom::since(std::optional<HistoryPosition> position, std::size_t limit,
                             ChatStore::PageCallback callback) {
-    hub_.store().since(name_, std::move(position), limit, std::move(callback));
+    hub_.store().since(key_, std::move(position), limit, std::move(callback));
 }
 inline bool ChatRoom::kick(std::string_view name, std::string_view reason) {
     const detail::Presence::User* user = presence_.find(name);
@@ -16728,25 +17809,63 @@ inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
         return;
     }
     bool is_user = false;
-    for (const auto& [name, room] : rooms_) {
-        const User* user = room.presence_.find(target);
-        if (user == nullptr) continue;
-        is_user = true;
-        if (!user->identity.empty()) {
-            decide("ban", user_key(user->info.id), target, duration);
-            continue;
-        }
-        for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
-            ban_lone_address(*each, target, duration);
-    }
+    for (const auto& [name, room] : rooms_) is_user = is_user || room.presence_.find(target) != nullptr;
+    ChatEntry entry;
+    entry.kind = ChatEntry::Kind::ban;
+    entry.text = target;
+    entry.target = to_milliseconds(duration);
+    forward(std::move(entry));
     const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
     decide("ban", is_address && !is_user ? address_key(target) : name_key(target), target, duration);
 }
+// The hub that has the connections of a user knows the addresses.
+inline bool ChatHub::on_ban(const ChatEntry& entry) {
+    if (!entry.to.empty()) {
+        on_address_question(entry);
+        return false;
+    }
+    const Duration duration = std::chrono::milliseconds(entry.target);
+    for (const auto& [name, room] : rooms_) {
+        const User* user = room.presence_.find(entry.text);
+        if (user == nullptr) continue;
+        if (!user->identity.empty()) {
+            if (acts_for(*user)) decide("ban", user_key(user->info.id), entry.text, duration);
+            continue;
+        }
+        for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
+            ban_lone_address(*each, entry.text, duration);
+    }
+    return false;
+}
+// Bans the address of a guest, unless others are connected from it. Other hubs have a second to say so.
 inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration) {
     const std::string key = address_key(handler.remote_address());
+    if (has_others(key, handler.user_.id)) return;
+    if (!beating_) return decide("ban", key, name, duration);
+    ChatEntry entry;
+    entry.kind = ChatEntry::Kind::ban;
+    entry.user = handler.user_.id;
+    entry.to = key;
+    lone_addresses_.find_or_emplace(text::concat({key, "\n", entry.user}));
+    forward(entry);
+    server_.loop().call_later(std::chrono::seconds(1), [this, key, id = entry.user, name, duration] {
+        if (lone_addresses_.erase(text::concat({key, "\n", id}))) decide("ban", key, name, duration);
+    });
+}
+inline bool ChatHub::has_others(const std::string& key, const std::string& than) const {
     for (const auto& [number, other] : connections_)
-        if (other.user_.id != handler.user_.id && address_key(other.remote_address()) == key) return;
-    decide("ban", key, name, duration);
+        if (other.user_.id != than && address_key(other.remote_address()) == key) return true;
+    return false;
+}
+inline void ChatHub::on_address_question(const ChatEntry& entry) {
+    if (entry.quiet) {
+        lone_addresses_.erase(text::concat({entry.to, "\n", entry.user}));
+    } else if (!appended_here(entry) && has_others(entry.to, entry.user)) {
+        ChatEntry answer = entry;
+        answer.quiet = true;
+        answer.hub = id_;
+        forward(std::move(answer));
+    }
 }
 
 // A read marker goes to all connections of its user. Its key is the public id of the user, a line feed, and a room or
@@ -16775,7 +17894,7 @@ inline void ChatHub::on_read(const ChatFact& fact) {
     }
 }
 inline std::vector<ChatHub::Asked> ChatHub::take_asked(const ChatFact& fact) {
-    const std::string key = text::concat({fact.key, "\n", fact.value});
+    const std::string key = asked_key(fact);
     std::vector<Asked>* const found = asked_.find(key);
     if (found == nullptr) return {};
     std::vector<Asked> asked = std::move(*found);
@@ -16785,20 +17904,58 @@ inline std::vector<ChatHub::Asked> ChatHub::take_asked(const ChatFact& fact) {
 inline void ChatHub::put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
                                 const std::string& tag) {
     ChatFact fact{"read", text::concat({handler.user_.id, "\n", what}), std::to_string(id), handler.identity_};
-    asked_.find_or_emplace(text::concat({fact.key, "\n", fact.value})).push_back({handler.number_, tag});
+    ask(fact, handler.number_, tag);
     store_->put(std::move(fact));
+}
+// All members hear of it, because their pages show whether they may speak.
+inline void ChatHub::send_options(const ChatRoom& room, const ChatFact& fact) {
+    ChatEvent event("options");
+    ChatHandler::add_options(event.add_text("room", room.name()), room.options);
+    const std::vector<Asked> asked = take_asked(fact);
+    ChatHandler* sender = nullptr;
+    for (const Asked& one : asked)
+        if (ChatHandler* const handler = connection(one.number)) {
+            handler->write_message(ChatEvent(event).add_unless_empty("tag", one.tag).dump());
+            sender = handler;
+        }
+    if (Room* members = members_.find(room.key())) members->broadcast(event.dump(), sender);
+}
+// The user and who has invited hear of it.
+inline void ChatHub::on_invitation(const ChatFact& fact) {
+    const std::size_t end = fact.key.rfind('\n');
+    const std::string key = fact.key.substr(0, end), id = fact.key.substr(end + 1);
+    const std::vector<Asked> asked = take_asked(fact);
+    if (fact.value.empty()) {
+        invitations_.erase(fact.key);
+        return;
+    }
+    invitations_.find_or_emplace(fact.key) = fact.expires;
+    if (fact.value == "?") return;
+    ChatEvent event("invited");
+    event.add_text("room", shown(key)).add_text("user", id).add_text("by", fact.value);
+    for (const Asked& one : asked)
+        if (ChatHandler* const handler = connection(one.number))
+            handler->write_message(ChatEvent(event).add_unless_empty("tag", one.tag).dump());
+    for (ChatHandler* each : connections_of(id)) each->write_message(event.dump());
 }
 inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& cause) {
     server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
-    if (fact.scope != "read") return;
+    if (fact.scope == "server") set_secret(fact.value);
     for (const Asked& one : take_asked(fact))
         if (ChatHandler* const handler = connection(one.number))
             handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
 inline void ChatHub::on_fact(const ChatFact& fact) {
+    if (fact.scope == "server") return set_secret(fact.value);
     if (fact.scope == "read") return on_read(fact);
     if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
+    if (fact.scope == "room") return on_options(fact);
+    if (fact.scope == "invite") return on_invitation(fact);
+    if (fact.scope == "account") {
+        if (fact.value.empty()) accounts_.erase(fact.key);
+        else accounts_.find_or_emplace(fact.key) = fact.value;
+    }
     const bool is_ban = fact.scope == "ban";
     if (!is_ban && fact.scope != "mute") return;
     const Duration left = fact.value.empty() ? Duration::zero() : std::chrono::milliseconds(fact.expires - unix_ms());
@@ -16815,28 +17972,38 @@ inline void ChatHub::on_fact(const ChatFact& fact) {
 
 inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, const std::string& identity,
                                        ChatHandler& handler, std::uint64_t number) {
-    User* holder = room.presence_.find(info.name);
-    // A guest has no key, so this may be another guest. The one who is away leaves now.
-    if (holder != nullptr && holder->identity.empty() && holder->connections.empty() && !holder->remote) {
-        const ChatUser left = holder->info;
-        room.presence_.remove(*std::exchange(holder, nullptr));
-        announce_leave(room, left);
+    const User* holder = room.presence_.find(info.name);
+    if (holder != nullptr && holder->identity.empty() && holder->away()) {
+        dismiss(room, *holder);
+        holder = room.presence_.find(info.name);
     }
     // An account owns its name, so a visitor with that name gets another one.
-    if (info.account && holder != nullptr && !holder->info.account)
+    if (info.account && holder != nullptr && !holder->info.account && holder->place(id_) != nullptr)
         rename(room, *holder, room.presence_.free_name(info.name));
-    const detail::Presence::Connected connected = room.presence_.connect(info, identity, &handler);
-    if (!connected.joined) return connected.user;
+    User& user = room.presence_.connect(info, identity, &handler);
+    if (user.told == Told::join) return user;
     try {
-        ChatEntry entry = new_entry(ChatEntry::Kind::join, room, connected.user.info);
-        entry.text = info.about;
-        entry.sender = number;
-        forward(std::move(entry));
+        if (user.told == Told::leave && room.presence_.lost_name(user))
+            room.presence_.set_name(user, room.presence_.free_name(user.info.name, &user));
+        forward_join(room, user, number);
     } catch (...) {
-        detail::Presence::detach(connected.user, &handler, now());
+        detail::Presence::detach(user, &handler, now());
         throw;
     }
-    return connected.user;
+    return user;
+}
+// A guest who is away may be the one who comes now. Without a key nobody knows, so the one who is away leaves.
+inline void ChatHub::dismiss(ChatRoom& room, const User& guest) {
+    const ChatUser info = guest.info;
+    const std::vector<detail::Presence::Place> places = guest.places;
+    if (guest.told == Told::away) forward_leave(room, *room.presence_.find_id(info.id));
+    for (const detail::Presence::Place& each : places) {
+        if (each.hub == id_) continue;
+        ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, info);
+        entry.hub = each.hub;
+        forward(std::move(entry));
+    }
+    if (User* const rest = room.presence_.find_id(info.id)) room.presence_.release_name(*rest);
 }
 
 inline std::size_t ChatHub::send(const std::string& user_id, std::string_view name, const Json& data) {
@@ -16860,7 +18027,7 @@ inline ChatEntry ChatHub::new_own_event(const char* call, std::string_view name,
 // Its type keeps it apart from the events of the chat.
 inline void ChatHub::on_own_event(const ChatEntry& entry) {
     ChatEvent event("event");
-    event.add_unless_empty("room", entry.room).add_text("name", entry.text);
+    event.add_unless_empty("room", shown(entry.room)).add_text("name", entry.text);
     event.add_json("data", entry.data).add("time", entry.time);
     if (entry.kind == ChatEntry::Kind::event) return send_to_others(entry, event);
     for (ChatHandler* each : connections_of(entry.to_user)) each->write_message(event.dump());
@@ -16870,6 +18037,7 @@ inline void ChatHub::kick(const ChatRoom& room, const std::string& name, std::st
     const User* const user = room.presence_.find(name);
     if (user == nullptr) return;
     tell_decision({"kick", mute_key(room, *user), user->info.name});
+    if (invited(room.name(), user->info.id)) store_->put({"invite", invitation_key(room.name(), user->info.id)});
     ChatEntry entry = new_entry(ChatEntry::Kind::kick, room, "");
     entry.to = user->info.name;
     entry.to_user = user->info.id;
@@ -16877,53 +18045,54 @@ inline void ChatHub::kick(const ChatRoom& room, const std::string& name, std::st
     forward(std::move(entry));
 }
 inline void ChatHub::on_kick(const ChatEntry& entry) {
-    const ChatRoom* const room = find(entry.room);
-    const User* const user = room == nullptr ? nullptr : room->presence_.find(entry.to);
-    if (user == nullptr || user->info.id != entry.to_user) return;
+    const ChatRoom* const room = rooms_.find(entry.room);
+    const User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.to_user);
+    if (user == nullptr) return;
     for (ChatHandler* each : std::vector<ChatHandler*>(user->connections)) each->kick(entry.text);
 }
 // The moderators of the room and the one who acts hear of it.
 inline void ChatHub::on_moderation(const ChatEntry& entry) {
     ChatEvent event("moderation");
-    event.add_unless_empty("room", entry.room).add_text("action", entry.text).add_text("name", entry.to);
+    event.add_unless_empty("room", shown(entry.room)).add_text("action", entry.text).add_text("name", entry.to);
     if (entry.data != "0") event.add_json("seconds", entry.data);
     event.add_text("by", entry.name);
     ChatHandler* const sender = connection(entry.sender);
     if (sender != nullptr) sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
-    const ChatRoom* const room = find(entry.room);
+    const ChatRoom* const room = rooms_.find(entry.room);
     if (room == nullptr) return;
     const auto has = [&](const char* word) { return entry.text.find(word) != std::string::npos; };
     const ChatAction action = has("ban") ? ChatAction::ban : has("mute") ? ChatAction::mute : ChatAction::kick;
     for (ChatHandler* each : connections_in(*room)) {
         bool moderates = false;
-        if (each != sender) each->run_hook("may", [&] { moderates = each->may(action); });
+        if (each != sender) each->run_hook("may", [&] { moderates = each->may(action, room->name()); });
         if (moderates) each->write_message(event.dump());
     }
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
-    deliver(entry);
-    if (on_event && entry.kind != ChatEntry::Kind::typing) run_hook("ChatHub::on_event", [&] { on_event(entry); });
+    if (deliver(entry)) tell(entry);
 }
-inline void ChatHub::deliver(const ChatEntry& entry) {
+// False: a program does not hear of it.
+inline bool ChatHub::deliver(const ChatEntry& entry) {
     switch (entry.kind) {
         case ChatEntry::Kind::said:
         case ChatEntry::Kind::action:
         case ChatEntry::Kind::edit:
         case ChatEntry::Kind::remove:
         case ChatEntry::Kind::react:
-        case ChatEntry::Kind::topic: return on_kept(entry);
-        case ChatEntry::Kind::private_message: return on_private_message(entry);
-        case ChatEntry::Kind::typing: return on_typing(entry);
+        case ChatEntry::Kind::topic: on_kept(entry); break;
+        case ChatEntry::Kind::private_message: on_private_message(entry); break;
+        case ChatEntry::Kind::typing: on_typing(entry); return false;
         case ChatEntry::Kind::join: return on_join(entry);
         case ChatEntry::Kind::leave: return on_leave(entry);
         case ChatEntry::Kind::rename: return on_rename(entry);
         case ChatEntry::Kind::event:
-        case ChatEntry::Kind::direct: return on_own_event(entry);
-        case ChatEntry::Kind::kick: return on_kick(entry);
-        case ChatEntry::Kind::moderation: return on_moderation(entry);
-        case ChatEntry::Kind::away:
-        case ChatEntry::Kind::ban: return;
+        case ChatEntry::Kind::direct: on_own_event(entry); break;
+        case ChatEntry::Kind::kick: on_kick(entry); return false;
+        case ChatEntry::Kind::moderation: on_moderation(entry); return false;
+        case ChatEntry::Kind::away: return on_away(entry);
+        case ChatEntry::Kind::ban: return on_ban(entry);
     }
+    return true;
 }
 
 inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& event) {
@@ -16931,7 +18100,7 @@ inline void ChatHub::send_to_others(const ChatEntry& entry, const ChatEvent& eve
 }
 
 inline void ChatHub::on_typing(const ChatEntry& entry) {
-    ChatEvent event = detail::entry_event("typing", entry);
+    ChatEvent event = detail::entry_event("typing", entry, shown(entry.room));
     if (!entry.text.empty()) event.add_json("stop", "true");
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
@@ -16953,7 +18122,7 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
         return;
     }
     ChatHandler* sender = connection(entry.sender);
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room != nullptr && entry.id != 0) {
         if (room->delivered_id_ && entry.id <= *room->delivered_id_) return;
         room->delivered_id_ = entry.id;
@@ -16961,20 +18130,22 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     const bool tagged = sender != nullptr && !entry.tag.empty();
     if (Room* members = members_.find(entry.room))
-        members->broadcast(detail::kept_event(entry).dump(), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(detail::kept_event(entry, entry.author).dump());
+        members->broadcast(detail::kept_event(entry, {}, shown(entry.room)).dump(), tagged ? sender : nullptr);
+    if (tagged) sender->write_message(detail::kept_event(entry, entry.author, shown(entry.room)).dump());
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
+    ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
-    const User* author = room->presence_.find(entry.name);
-    const User* receiver = room->presence_.find(entry.to);
+    User* const known = room->presence_.find_id(entry.user);
+    if (known != nullptr && is_duplicate(*known, entry.tag)) return on_duplicate(entry);
+    const User* const author = known;
+    const User* const receiver = room->presence_.find_id(entry.to_user);
     for (const User* user : {author, receiver == author ? nullptr : receiver}) {
         if (user == nullptr) continue;
         const User* const peer = user == author ? receiver : author;
-        ChatEvent event = detail::entry_event("private", entry);
+        ChatEvent event = detail::entry_event("private", entry, room->name());
         if (peer != nullptr) event.add_text("peer", peer->info.id);
         event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
         const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
@@ -16983,56 +18154,190 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
     }
 }
 
-// In the next three, the users of this server are already in the list; those of other servers are not.
-
-inline void ChatHub::on_join(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
-    if (room == nullptr) return;
-    if (room->presence_.find(entry.name) == nullptr)
-        room->presence_.add(ChatUser{entry.name, entry.text, false, entry.user}, {}).remote = true;
-    if (count_only(*room)) return;
-    ChatEvent event = detail::entry_event("join", entry).add("time", entry.time);
+inline bool ChatHub::on_join(const ChatEntry& entry) {
+    ChatRoom* room = rooms_.find(entry.room);
+    if (room == nullptr) return !entry.quiet;
+    User* const holder = room->presence_.find(entry.name);
+    User* user = room->presence_.find_id(entry.user);
+    const bool was_present = user != nullptr && user->confirmed();
+    if (user == nullptr) {
+        const bool account = text::starts_with(entry.author, "account ");
+        user = &room->presence_.add(ChatUser{entry.name, entry.text, account, entry.user}, entry.author);
+    } else if (user != holder || user->info.name != entry.name) {
+        change_name(*room, *user, entry.name);
+    }
+    user->set_place(entry.hub, entry.kind == ChatEntry::Kind::away);
+    user->refused.clear();
+    if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
+    if (was_present) return false;
+    if (count_only(*room)) return true;
+    ChatEvent event = detail::entry_event("join", entry, room->name()).add("time", entry.time);
     if (!entry.text.empty()) event.add_json("about", entry.text);
     send_to_others(entry, event);
+    return true;
 }
-
-inline void ChatHub::on_leave(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
-    if (room == nullptr) return;
-    User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote) room->presence_.remove(*user);
-    if (count_only(*room)) return;
-    send_to_others(entry, detail::entry_event("leave", entry).add("time", entry.time));
+// Another user has got the name.
+inline void ChatHub::on_lost_name(ChatRoom& room, User& user) {
+    const User* const holder = room.presence_.find(user.info.name);
+    const bool gone = holder != nullptr && holder->identity.empty() && holder->away();
+    if (gone && !user.confirmed()) {
+        dismiss(room, *holder);
+        room.presence_.set_name(user, user.info.name);
+    } else if (!user.confirmed()) change_name(room, user, room.presence_.free_name(user.wanted, &user));
+    else if (acts_for(user)) rename(room, user, room.presence_.free_name(user.info.name, &user));
 }
-
-inline void ChatHub::on_rename(const ChatEntry& entry) {
-    ChatRoom* room = find(entry.room);
-    if (room == nullptr) return;
-    User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
+// The others have not heard of the user yet, or hear of it elsewhere.
+inline void ChatHub::change_name(ChatRoom& room, User& user, const std::string& name) {
     ChatEvent event("nick");
-    event.add_text("room", entry.room).add_text("old", entry.name).add_text("name", entry.text);
+    event.add_text("room", room.name()).add_text("old", user.info.name).add_text("name", name);
+    event.add_unless_empty("user", user.info.id).add("time", unix_ms());
+    const bool is_new = name != user.info.name;
+    room.presence_.set_name(user, name);
+    for (ChatHandler* each : user.connections)
+        if (is_new) each->write_message(event.dump());
+}
+
+inline bool ChatHub::on_leave(const ChatEntry& entry) {
+    ChatRoom* room = rooms_.find(entry.room);
+    if (room == nullptr) return !entry.quiet;
+    User* user = room->presence_.find_id(entry.user);
+    if (user == nullptr) return false;
+    if (entry.hub == id_ && user->told == Told::leave) room->presence_.set_told(*user, Told::nothing);
+    const bool was_present = user->erase_place(entry.hub);
+    if (user->confirmed()) return false;
+    ChatEntry left = entry;
+    left.name = user->info.name;
+    // With a connection, the user joins again: that entry is on its way, or on_presence() forwards it.
+    if (user->connections.empty()) room->presence_.remove(*user);
+    if (room->presence_.own() == 0) prune_later();
+    if (!was_present) return false;
+    if (count_only(*room)) return true;
+    send_to_others(entry, detail::entry_event("leave", left, room->name()).add("time", entry.time));
+    return true;
+}
+
+inline bool ChatHub::on_rename(const ChatEntry& entry) {
+    ChatRoom* room = rooms_.find(entry.room);
+    if (room == nullptr) return true;
+    User* user = room->presence_.find_id(entry.user);
+    if (user == nullptr) return false;
+    User* const holder = room->presence_.find(entry.text);
+    ChatEvent event("nick");
+    event.add_text("room", room->name()).add_text("old", user->info.name).add_text("name", entry.text);
     event.add_unless_empty("user", entry.user).add("time", entry.time);
+    const std::string key = mute_key(*room, *user);
+    room->presence_.set_name(*user, entry.text);
+    if (appended_here(entry)) move_mute(key, mute_key(*room, *user), entry.text);
+    if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
     send_to_others(entry, event);
     if (ChatHandler* const sender = connection(entry.sender))
         sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
-    const User* renamed = room->presence_.find(entry.text);
-    if (renamed == nullptr) return;
     const Room& members = members_[entry.room];
-    for (ChatHandler* each : renamed->connections)
+    for (ChatHandler* each : user->connections)
         if (!members.has(*each) && each != connection(entry.sender)) each->reply(event);
+    return true;
+}
+
+// Two hubs have forwarded the same name at once, or the store has forgotten a user.
+inline void ChatHub::on_presence_refused(const ChatEntry& entry, std::string_view code) {
+    ChatRoom* const room = rooms_.find(entry.room);
+    User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
+    if (user == nullptr) return;
+    const bool retry = code == "name_taken" && !user->connections.empty();
+    const std::string refused = chat_fold(entry.kind == ChatEntry::Kind::join ? entry.name : entry.text);
+    // A name that seems to be free is tried again once: its user may have left since.
+    const bool again = text::contains(user->refused, refused);
+    if (code == "name_taken" && !again) user->refused.push_back(refused);
+    if (!user->confirmed() && user->connections.empty()) {
+        room->presence_.remove(*user);
+        if (room->presence_.own() == 0) prune_later();
+    } else if (entry.kind == ChatEntry::Kind::join && retry) {
+        if (again && user->info.name == entry.name)
+            change_name(*room, *user, room->presence_.free_name(user->wanted, user));
+        forward_join(*room, *user, entry.sender);
+    } else if (entry.kind == ChatEntry::Kind::rename && connection(entry.sender) != nullptr) {
+        ChatEvent event("error");
+        event.add_text("code", "name_taken").add_text("text", "That name has just been taken.");
+        connection(entry.sender)->write_message(event.add_unless_empty("tag", entry.tag).dump());
+    } else if (entry.kind == ChatEntry::Kind::rename && retry && room->presence_.lost_name(*user)) {
+        rename(*room, *user, room->presence_.free_name(user->info.name, user));
+    }
+}
+
+inline void ChatHub::on_presence(const std::string& key, const std::vector<ChatEntry>& users) {
+    ChatRoom* const room = rooms_.find(key);
+    if (room == nullptr) return;
+    forget_missing(*room, users);
+    for (const ChatEntry& each : users) {
+        const User* const known = room->presence_.find_id(each.user);
+        if (known != nullptr && known->confirmed() && known->info.name != each.name) {
+            ChatEntry renamed = each;
+            renamed.kind = ChatEntry::Kind::rename;
+            renamed.text = each.name;
+            on_entry(renamed);
+        }
+        // The first time, they have joined before.
+        if (on_join(each) && room->presence_known_) tell(each);
+    }
+    // The first time, what this hub has forwarded is on its way.
+    if (std::exchange(room->presence_known_, true)) forward_missing(*room);
+}
+// Removes the users who are not in the list.
+inline void ChatHub::forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users) {
+    StringMap<bool> listed;
+    for (const ChatEntry& each : users) listed.find_or_emplace(text::concat({each.user, "\n", each.hub}));
+    std::vector<ChatEntry> missing;
+    for (const auto& [key, user] : room.presence_) {
+        for (const detail::Presence::Place& each : user.places) {
+            if (listed.find(text::concat({user.info.id, "\n", each.hub})) != nullptr) continue;
+            missing.push_back(new_entry(ChatEntry::Kind::leave, room, user.info));
+            missing.back().hub = each.hub;
+            missing.back().time = unix_ms();
+        }
+    }
+    for (const ChatEntry& each : missing) on_entry(each);
+}
+// Tells the store about the users of this hub whom it has forgotten.
+inline void ChatHub::forward_missing(ChatRoom& room) {
+    std::vector<std::string> ids;
+    for (const auto& [key, user] : room.presence_) ids.push_back(user.info.id);
+    for (const std::string& id : ids) {
+        User* const user = room.presence_.find_id(id);
+        if (user == nullptr) continue;
+        const detail::Presence::Place* const place = user->place(id_);
+        if (user->connections.empty() && place != nullptr && user->told == Told::nothing) forward_leave(room, *user);
+        else if (!user->connections.empty() && (place == nullptr || place->away))
+            forward_join(room, *user, user->connections.front()->number_);
+        else if (user->connections.empty() && place != nullptr && !place->away && user->told == Told::away)
+            forward(new_entry(ChatEntry::Kind::away, room, user->info));
+    }
+    if (room.presence_.own() == 0) prune_later();
+}
+
+inline void ChatHub::on_position(const std::string& name, const HistoryPage& page) {
+    ChatRoom* const room = rooms_.find(name);
+    if (room == nullptr) return;
+    room->delivered_id_ = page.last_id;
+    const Room* const members = members_.find(name);
+    if (members == nullptr) return;
+    for (WebSocketHandler& each : *members) {
+        const auto& handler = static_cast<ChatHandler&>(each);
+        each.write_message(handler.history_event(*room, page, true).dump());
+    }
 }
 
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("ack");
-    add_place(event, entry).add_text("tag", entry.tag).add("id", entry.id);
+    add_place(event, entry).add_text("tag", entry.tag);
+    if (entry.id != 0) event.add("id", entry.id);
     sender->write_message(event.dump());
 }
 
 inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
+    if (entry.is_presence()) return on_presence_refused(entry, code);
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     const char* const sentence = code == "not_yours"  ? "That message is not yours."
@@ -17045,6 +18350,7 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
+    if (entry.is_presence()) return;  // on_presence() follows when the store works again
     server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
     if (on_not_kept) run_hook("ChatHub::on_not_kept", [&] { on_not_kept(entry, cause); });
     ChatHandler* sender = connection(entry.sender);
@@ -18137,7 +19443,2304 @@ WSCHAT_END
 
 #endif  // WSCHAT_CHAT && WSCHAT_SQLITE
 
+// ====================================================================================================================
+// section 18: Cluster
+//
+// Redis between several servers: RedisHistory is a history of the chat that they share. A thread of its own speaks to
+// Redis through hiredis.
+// ====================================================================================================================
+
+#if WSCHAT_HIREDIS
+
+#include <hiredis/async.h>
+#include <hiredis/hiredis.h>
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+
+WSCHAT_BEGIN
+
+struct RedisOptions {
+    std::string prefix = "wschat:";                      // of all keys and channels; each cluster needs one of its own
+    bool require_at_start = true;                        // false: start without Redis, and try again later
+    Duration connect_timeout = std::chrono::seconds(5);  // until Redis has answered the first commands
+    // How long a command may wait for its answer, in all. A connection that is silent for so long is closed.
+    Duration answer_timeout = std::chrono::seconds(5);
+    // Between two attempts to connect. The time doubles with each attempt, and a random part of it is left out.
+    Duration min_retry = std::chrono::milliseconds(100), max_retry = std::chrono::seconds(5);
+    std::size_t max_queued = 10'000;                  // commands without an answer; more are refused
+    std::size_t max_queued_bytes = 64 * 1024 * 1024;  // of these commands
+};
+
+namespace detail {
+
+// "redis://user:password@host:6379/0", "rediss://..." (TLS), "unix://user:password@/run/redis.sock?db=0". Everything
+// but the host or the path may be left out.
+struct RedisUrl {
+    bool tls = false;
+    std::string host;
+    std::string path;  // of a Unix socket
+    int port = 6379;
+    std::string user, password;
+    int database = 0;
+
+    // Throws Error, without the user and the password.
+    WSCHAT_COLD static RedisUrl parse(std::string_view url) {
+        RedisUrl parsed;
+        std::string_view rest = url;
+        const std::string_view scheme = text::consume_until(rest, ':');
+        parsed.tls = scheme == "rediss";
+        const bool is_unix = scheme == "unix";
+        if (scheme != "redis" && !parsed.tls && !is_unix)
+            fail(url, "the URL begins with redis://, rediss:// or unix://");
+        if (text::starts_with(rest, "//")) rest.remove_prefix(2);
+        else if (!is_unix) fail(url, "the two slashes after the scheme are missing");
+        parsed.take_user(url, rest);
+        if (is_unix) {
+            parsed.path = std::string(text::consume_until(rest, '?'));
+            if (parsed.path.empty() || parsed.path[0] != '/') fail(url, "the absolute path of the socket is missing");
+            if (!rest.empty() && !text::starts_with(rest, "db=")) fail(url, "the only parameter is \"db\"");
+            if (!rest.empty()) parsed.database = number(url, rest.substr(3), 1'000'000, "database");
+            return parsed;
+        }
+        std::string_view place = text::consume_until(rest, '/');
+        if (!rest.empty()) parsed.database = number(url, rest, 1'000'000, "database");
+        if (text::starts_with(place, "[")) {
+            place.remove_prefix(1);
+            parsed.host = std::string(text::consume_until(place, ']'));
+            if (text::starts_with(place, ":")) place.remove_prefix(1);
+        } else parsed.host = std::string(text::consume_until(place, ':'));
+        if (!place.empty()) parsed.port = number(url, place, 65535, "port");
+        if (parsed.host.empty()) fail(url, "the host is missing");
+        return parsed;
+    }
+    // Without the user and the password.
+    std::string name() const {
+        const std::string db = std::to_string(database);
+        if (!path.empty()) return text::concat({"unix://", path, "?db=", db});
+        const bool v6 = host.find(':') != std::string::npos;
+        return text::concat(
+            {tls ? "rediss://" : "redis://", v6 ? "[" : "", host, v6 ? "]:" : ":", std::to_string(port), "/", db});
+    }
+
+private:
+    void take_user(std::string_view url, std::string_view& rest) {
+        const std::size_t end = rest.substr(0, rest.find('/')).rfind('@');
+        if (end == std::string_view::npos) return;
+        std::string_view credentials = rest.substr(0, end);
+        rest.remove_prefix(end + 1);
+        const bool has_password = credentials.find(':') != std::string_view::npos;
+        const auto decoded_user = text::percent_decode(text::consume_until(credentials, ':'));
+        const auto decoded_password = text::percent_decode(credentials);
+        if (!has_password || !decoded_user || !decoded_password || decoded_password->empty())
+            fail(url, "a user or a password is incomplete: redis://user:password@host, redis://:password@host");
+        user = *decoded_user;
+        password = *decoded_password;
+    }
+    static int number(std::string_view url, std::string_view digits, std::uint64_t max, const char* what) {
+        const auto value = text::parse_unsigned(digits, max);
+        if (!value) fail(url, text::concat({"the ", what, " is not a number up to ", std::to_string(max)}));
+        return static_cast<int>(*value);
+    }
+    [[noreturn]] static void fail(std::string_view url, const std::string& cause) {
+        const std::size_t slashes = url.find("//"), at = url.rfind('@');
+        std::string shown(url);
+        if (at != std::string_view::npos) {
+            const std::size_t from = slashes == std::string_view::npos || slashes > at ? 0 : slashes + 2;
+            shown = text::concat({url.substr(0, from), "...", url.substr(at)});
+        }
+        throw Error(text::concat({"Redis \"", escape_for_log(shown), "\": ", cause}));
+    }
+};
+
+// ---- one connection ------------------------------------------------------------------------------------------------
+
+using RedisArguments = std::vector<std::string>;
+// A reply of Redis, or null with the cause: an error of Redis, or the end of the connection (then it is empty).
+using RedisAnswer = std::function<void(const redisReply*, const std::string& cause)>;
+
+inline std::string_view redis_text(const redisReply* reply) {
+    return reply == nullptr || reply->str == nullptr ? std::string_view() : std::string_view(reply->str, reply->len);
+}
+
+// A connection of hiredis on the poller of a loop. The callback `on_closed` is called once with the cause, unless
+// close() was called. hiredis is C, so no exception may pass through it.
+class RedisConnection final : public Pollable, public std::enable_shared_from_this<RedisConnection> {
+public:
+    explicit RedisConnection(Loop& loop) : loop_(loop) {}
+    RedisConnection(const RedisConnection&) = delete;
+    RedisConnection& operator=(const RedisConnection&) = delete;
+    ~RedisConnection() { close(); }
+
+    std::function<void()> on_connected;
+    std::function<void(const std::string& cause)> on_closed;
+    std::function<void(const redisReply&)> on_published;  // messages and confirmations of subscriptions
+
+    // Returns the cause of a failure, or an empty text. A name of a host is resolved here, which may take seconds.
+    std::string open(const RedisUrl& url) {
+        context_ = url.path.empty() ? ::redisAsyncConnect(url.host.c_str(), url.port)
+                                    : ::redisAsyncConnectUnix(url.path.c_str());
+        if (context_ == nullptr) return "memory ran out";
+        if (context_->err != 0) {
+            const std::string cause = context_->errstr;
+            ::redisAsyncFree(std::exchange(context_, nullptr));
+            return cause;
+        }
+        descriptor_ = context_->c.fd;
+#if !defined(_WIN32)
+        ::fcntl(descriptor_, F_SETFD, FD_CLOEXEC);
+#endif
+        if (!LoopAccess::poller(loop_).add(descriptor_, *this, false, false)) {
+            ::redisAsyncFree(std::exchange(context_, nullptr));
+            return "the poller has no memory";
+        }
+        watch_context();
+        return {};
+    }
+    void close() {
+        if (context_ == nullptr) return;
+        on_closed = nullptr;
+        ::redisAsyncFree(context_);
+        context_ = nullptr;
+    }
+    // False if the connection has ended. The answer follows later, also when the connection ends before it.
+    bool send(const RedisArguments& arguments, RedisAnswer answer) {
+        auto holder = std::make_unique<RedisAnswer>(std::move(answer));
+        if (!send_raw(arguments, &RedisConnection::answer_callback, holder.get())) return false;
+        holder.release();  // NOLINT: answer_callback() owns it
+        return true;
+    }
+    // The results go to on_published().
+    bool subscribe(const char* command, const std::string& channel) {
+        return send_raw({command, channel}, &RedisConnection::published_callback, this);
+    }
+
+    void on_ready(bool readable, bool writable, bool broken) override {
+        const auto self = shared_from_this();
+        if (context_ != nullptr && (readable || broken) && (reads_ || broken)) ::redisAsyncHandleRead(context_);
+        if (context_ != nullptr && (writable || broken) && (writes_ || broken)) ::redisAsyncHandleWrite(context_);
+    }
+
+private:
+    static RedisConnection& self(void* data) { return *static_cast<RedisConnection*>(data); }
+
+    void watch_context() {
+        context_->data = this;
+        context_->ev.data = this;
+        context_->ev.addRead = [](void* data) { self(data).watch(true, self(data).writes_); };
+        context_->ev.delRead = [](void* data) { self(data).watch(false, self(data).writes_); };
+        context_->ev.addWrite = [](void* data) { self(data).watch(self(data).reads_, true); };
+        context_->ev.delWrite = [](void* data) { self(data).watch(self(data).reads_, false); };
+        context_->ev.cleanup = [](void* data) { self(data).cleanup(); };
+        // It also starts to wait for the end of connect().
+        ::redisAsyncSetConnectCallback(context_, [](const redisAsyncContext* context, int status) {
+            RedisConnection& me = self(context->data);
+            if (status == REDIS_OK && me.on_connected) run_guarded([&] { me.on_connected(); }, [](const char*) {});
+        });
+    }
+    void watch(bool reads, bool writes) {
+        if (reads == reads_ && writes == writes_) return;
+        reads_ = reads;
+        writes_ = writes;
+        LoopAccess::poller(loop_).change(descriptor_, *this, reads, writes);
+    }
+    // hiredis destroys the context after this.
+    void cleanup() {
+        LoopAccess::poller(loop_).remove(descriptor_);
+        if (context_ == nullptr) return;
+        const std::string cause = context_->err != 0 ? context_->errstr : "the connection has ended";
+        context_ = nullptr;
+        if (on_closed) run_guarded([&] { std::exchange(on_closed, nullptr)(cause); }, [](const char*) {});
+    }
+    bool send_raw(const RedisArguments& arguments, redisCallbackFn* callback, void* data) {
+        if (context_ == nullptr) return false;
+        pieces_.clear();
+        sizes_.clear();
+        for (const std::string& each : arguments) {
+            pieces_.push_back(each.data());
+            sizes_.push_back(each.size());
+        }
+        return ::redisAsyncCommandArgv(context_, callback, data, static_cast<int>(pieces_.size()), pieces_.data(),
+                                       sizes_.data()) == REDIS_OK;
+    }
+    static void answer_callback(redisAsyncContext*, void* data, void* answer) {
+        const std::unique_ptr<RedisAnswer> owner(static_cast<RedisAnswer*>(answer));
+        const auto* const reply = static_cast<const redisReply*>(data);
+        const bool failed = reply != nullptr && reply->type == REDIS_REPLY_ERROR;
+        run_guarded(
+            [&] { (*owner)(failed ? nullptr : reply, failed ? std::string(redis_text(reply)) : std::string()); },
+            [](const char*) {});
+    }
+    static void published_callback(redisAsyncContext*, void* data, void* me) {
+        const auto* const reply = static_cast<const redisReply*>(data);
+        if (reply == nullptr || !self(me).on_published) return;
+        run_guarded([&] { self(me).on_published(*reply); }, [](const char*) {});
+    }
+
+    Loop& loop_;
+    redisAsyncContext* context_ = nullptr;
+    os::Descriptor descriptor_ = os::no_descriptor;
+    bool reads_ = false, writes_ = false;
+    std::vector<const char*> pieces_;
+    std::vector<std::size_t> sizes_;
+};
+
+// ---- the link ------------------------------------------------------------------------------------------------------
+
+// What uses a RedisLink. All calls come on the link's thread.
+class RedisUser {
+public:
+    virtual void on_redis_up() = 0;  // both connections work, and everything is subscribed
+    // A connection was lost, or an attempt to connect has failed. Permanent: another attempt will not help.
+    virtual void on_redis_down(const std::string& cause, bool permanent) = 0;
+    virtual void on_redis_log(LogLevel level, std::string_view event,
+                              const std::vector<std::pair<std::string_view, std::string>>& fields) = 0;
+    virtual void on_turn_end() = 0;
+
+protected:
+    ~RedisUser() = default;
+};
+
+// The connections of a process to one Redis: one for commands, one for subscriptions. They live on a loop with a thread
+// of its own, which ends with the last owner. If one of them ends, both are opened again.
+class RedisLink {
+public:
+    // The link of this process to that Redis: the same for equal URLs, while somebody owns it.
+    static std::shared_ptr<RedisLink> of(const std::string& url, const RedisOptions& options) {
+        static std::mutex mutex;
+        static std::map<std::string, std::weak_ptr<RedisLink>> links;
+        const RedisUrl parsed = RedisUrl::parse(url);
+        const std::lock_guard<std::mutex> lock(mutex);
+        std::weak_ptr<RedisLink>& known = links[text::concat({options.prefix, "\n", url})];
+        std::shared_ptr<RedisLink> link = known.lock();
+        if (link != nullptr) return link;
+        link = std::make_shared<RedisLink>(parsed, options);
+        known = link;
+        return link;
+    }
+    RedisLink(RedisUrl url, RedisOptions options) : url_(std::move(url)), options_(std::move(options)) {
+        node_ = random_bytes(8);
+        for (char& c : node_) c = static_cast<char>('a' + (static_cast<unsigned char>(c) & 15));
+        LoopAccess::at_turn_end(loop_, [this] {
+            for (RedisUser* user : users_) user->on_turn_end();
+            return false;
+        });
+        subscribe(channel("node:" + node_), [](std::string_view) {});
+        try {
+            thread_ = std::thread([this] { loop_.run(); });
+        } catch (const std::system_error& error) {
+            throw Error(text::concat({"Redis \"", name(), "\": the system refuses a thread: ", error.what()}));
+        }
+    }
+    RedisLink(const RedisLink&) = delete;
+    RedisLink& operator=(const RedisLink&) = delete;
+    ~RedisLink() {
+        loop_.post([this] { loop_.stop(); });
+        thread_.join();
+        state_ = State::waiting;
+        close();
+    }
+
+    // ---- on any thread -----------------------------------------------------------------------------------------
+
+    template <class Work>
+    void post(Work&& work) {
+        loop_.post(std::forward<Work>(work));
+    }
+    // Runs the work on the link's thread, and waits for its end.
+    void run(FunctionRef<> work) {
+        std::mutex mutex;
+        std::condition_variable changed;
+        bool done = false;
+        loop_.post([&] {
+            run_guarded(work, [](const char*) {});
+            const std::lock_guard<std::mutex> lock(mutex);
+            done = true;
+            changed.notify_one();
+        });
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait(lock, [&] { return done; });
+    }
+    std::string name() const { return url_.name(); }
+    const RedisOptions& options() const { return options_; }
+    const std::string& node() const { return node_; }  // a name that no other process has
+    std::string channel(const std::string& suffix) const { return options_.prefix + suffix; }
+
+    // ---- on the link's thread ------------------------------------------------------------------------------------
+
+    Loop& loop() { return loop_; }
+    bool up() const { return state_ == State::up; }
+    const std::string& run_id() const { return run_id_; }
+
+    void add_user(RedisUser& user) {
+        users_.push_back(&user);
+        if (state_ == State::idle) connect();
+        else if (up()) user.on_redis_up();
+        else if (!cause_.empty()) user.on_redis_down(cause_, permanent_);
+    }
+    void remove_user(RedisUser& user) { users_.erase(std::remove(users_.begin(), users_.end(), &user), users_.end()); }
+
+    // False if Redis is not connected.
+    bool send(const RedisArguments& arguments, RedisAnswer answer) {
+        if (!up()) return false;
+        return commands_->send(arguments,
+                               [this, answer = std::move(answer)](const redisReply* reply, const std::string& cause) {
+                                   heard_commands_ = loop_.now();
+                                   if (answer) answer(reply, cause);
+                               });
+    }
+    // `on_subscribed` is called when the subscription works, also after each reconnection.
+    void subscribe(const std::string& channel, std::function<void(std::string_view)> on_message,
+                   std::function<void()> on_subscribed = {}) {
+        Subscription& made = subscriptions_.find_or_emplace(channel);
+        made.on_message = std::move(on_message);
+        made.on_subscribed = std::move(on_subscribed);
+        if (up()) messages_->subscribe("SUBSCRIBE", channel);
+    }
+    void unsubscribe(const std::string& channel) {
+        subscriptions_.erase(channel);
+        if (up()) messages_->subscribe("UNSUBSCRIBE", channel);
+    }
+    // Both connections begin again.
+    void fail(const std::string& cause, bool permanent = false) {
+        if (state_ != State::connecting && state_ != State::up) return;
+        const bool was_up = up(), is_news = was_up || cause != cause_;
+        state_ = State::waiting;
+        cause_ = cause;
+        permanent_ = permanent;
+        loop_.post([this] { close(); });
+        for (RedisUser* user : users_) user->on_redis_down(cause, permanent);
+        const Duration delay = retry_delay();
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(delay).count();
+        if (is_news)
+            log(LogLevel::warning, was_up ? "redis_lost" : "redis_unreachable",
+                {{"redis", name()}, {"cause", cause}, {"retry_in_ms", std::to_string(ms)}});
+        retry_ = loop_.call_later(delay, [this] { connect(); });
+    }
+
+private:
+    enum class State : std::uint8_t { idle, connecting, up, waiting };
+    struct Subscription {
+        std::function<void(std::string_view)> on_message;
+        std::function<void()> on_subscribed;
+    };
+
+    void log(LogLevel level, std::string_view event,
+             const std::vector<std::pair<std::string_view, std::string>>& fields) {
+        for (RedisUser* user : users_) user->on_redis_log(level, event, fields);
+    }
+    Duration retry_delay() {
+        const unsigned doublings = (std::min)(attempts_++, 16u);
+        const Duration longest = (std::min)(options_.max_retry, options_.min_retry * (1 << doublings));
+        const std::string random = random_bytes(1);
+        return longest / 2 + longest / 2 * static_cast<unsigned char>(random[0]) / 256;
+    }
+    void close() {
+        if (state_ == State::connecting || state_ == State::up) return;
+        loop_.cancel(timeout_);
+        loop_.cancel(heartbeat_);
+        // An object must live until the loop's turn has ended.
+        for (auto* connection : {&commands_, &messages_}) {
+            if (*connection == nullptr) continue;
+            (*connection)->close();
+            loop_.post([kept = std::move(*connection)] {});
+        }
+    }
+
+    void connect() {
+        close();
+        state_ = State::connecting;
+        working_ = 0;
+        timeout_ = loop_.call_later(options_.connect_timeout, [this] { fail("Redis has not answered in time"); });
+        commands_ = std::make_shared<RedisConnection>(loop_);
+        messages_ = std::make_shared<RedisConnection>(loop_);
+        for (const auto& connection : {commands_, messages_}) {
+            connection->on_closed = [this](const std::string& cause) { fail(cause); };
+            connection->on_connected = [this, made = connection.get()] { greet(*made); };
+        }
+        messages_->on_published = [this](const redisReply& reply) { on_published(reply); };
+        for (const auto& connection : {commands_, messages_}) {
+            const std::string cause = url_.tls ? "this program cannot speak TLS to Redis" : connection->open(url_);
+            if (!cause.empty()) return fail(cause, url_.tls);
+        }
+    }
+    void greet(RedisConnection& connection) {
+        if (!url_.password.empty()) {
+            RedisArguments arguments{"AUTH", url_.user, url_.password};
+            if (url_.user.empty()) arguments.erase(arguments.begin() + 1);
+            setup(connection, arguments, [](const redisReply*) {});
+        }
+        if (url_.database != 0) setup(connection, {"SELECT", std::to_string(url_.database)}, [](const redisReply*) {});
+        if (&connection == commands_.get())
+            return setup(connection, {"INFO", "server"},
+                         [this](const redisReply* reply) { on_info(redis_text(reply)); });
+        for (const auto& [name, subscription] : subscriptions_)
+            if (name != channel("node:" + node_)) connection.subscribe("SUBSCRIBE", name);
+        connection.subscribe("SUBSCRIBE", channel("node:" + node_));  // the last one, its answer says that all work
+    }
+    template <class Then>
+    void setup(RedisConnection& connection, const RedisArguments& arguments, Then&& then) {
+        connection.send(arguments, [this, then](const redisReply* reply, const std::string& cause) {
+            if (state_ != State::connecting) return;
+            if (reply != nullptr) return then(reply);
+            if (!cause.empty()) fail(cause, !text::starts_with(cause, "LOADING"));
+        });
+    }
+    void on_info(std::string_view info) {
+        const auto value = [info](std::string_view key) {
+            const std::size_t at = info.find(key);
+            std::string_view rest = at == std::string_view::npos ? std::string_view() : info.substr(at + key.size());
+            return text::consume_until(rest, '\r');
+        };
+        version_ = std::string(value("redis_version:"));
+        run_id_ = std::string(value("run_id:"));
+        std::string_view rest = version_;
+        const auto major = text::parse_unsigned(text::consume_until(rest, '.'), 1'000'000);
+        if (!major || run_id_.empty()) return fail("it answers INFO, but not as Redis does", true);
+        if (*major < 6)
+            return fail(text::concat({"Redis ", escape_for_log(version_), " is too old: version 6 or newer is needed"}),
+                        true);
+        on_working();
+    }
+    void on_published(const redisReply& reply) {
+        if (reply.type == REDIS_REPLY_ERROR) return fail(std::string(redis_text(&reply)), true);
+        if (reply.type != REDIS_REPLY_ARRAY || reply.elements < 3) return;
+        heard_messages_ = loop_.now();
+        const std::string_view kind = redis_text(reply.element[0]), name = redis_text(reply.element[1]);
+        const Subscription* const found = subscriptions_.find(name);
+        if (found == nullptr) return;
+        if (kind == "message" && reply.element[2]->type == REDIS_REPLY_STRING) {
+            const auto on_message = found->on_message;  // it may unsubscribe
+            return on_message(redis_text(reply.element[2]));
+        }
+        if (kind != "subscribe") return;
+        if (state_ == State::connecting && name == channel("node:" + node_)) return on_working();
+        if (up() && found->on_subscribed) std::function<void()>(found->on_subscribed)();
+    }
+    // One of the two connections works.
+    void on_working() {
+        if (++working_ != 2) return;
+        loop_.cancel(timeout_);
+        state_ = State::up;
+        log(LogLevel::info, "redis_connected",
+            {{"redis", name()}, {"version", version_}, {"attempts", std::to_string(attempts_ + 1)}});
+        attempts_ = 0;
+        cause_.clear();
+        heard_commands_ = heard_messages_ = loop_.now();
+        heartbeat_ = loop_.call_every(beat_interval(), [this] { beat(); });
+        const std::vector<RedisUser*> users = users_;
+        for (RedisUser* user : users) user->on_redis_up();
+        for (const std::string& each : subscribed_channels()) {
+            const Subscription* const found = subscriptions_.find(each);
+            if (up() && found != nullptr && found->on_subscribed) std::function<void()>(found->on_subscribed)();
+        }
+    }
+    std::vector<std::string> subscribed_channels() const {
+        std::vector<std::string> names;
+        for (const auto& [name, subscription] : subscriptions_) names.push_back(name);
+        return names;
+    }
+    Duration beat_interval() const {
+        return (std::max)(options_.answer_timeout / 4, Duration(std::chrono::milliseconds(50)));
+    }
+    // A message of this process to itself shows that both connections work.
+    void beat() {
+        if (!up()) return;
+        const Time oldest = (std::min)(heard_commands_, heard_messages_);
+        if (loop_.now() - oldest > options_.answer_timeout) return fail("Redis does not answer");
+        send({"PUBLISH", channel("node:" + node_), "beat"}, {});
+    }
+
+    const RedisUrl url_;
+    const RedisOptions options_;
+    std::string node_;
+    Loop loop_;
+    State state_ = State::idle;
+    std::shared_ptr<RedisConnection> commands_, messages_;
+    int working_ = 0;  // of the two connections, while they are opened
+    unsigned attempts_ = 0;
+    std::string cause_;  // of the latest failure
+    bool permanent_ = false;
+    std::string version_, run_id_;
+    Time heard_commands_{}, heard_messages_{};
+    Loop::TimerId timeout_ = 0, heartbeat_ = 0, retry_ = 0;
+    StringMap<Subscription> subscriptions_;  // by channel
+    std::vector<RedisUser*> users_;
+    std::thread thread_;
+};
+
+// Lets a thread wait for the first result of a connection.
+class RedisStart {
+public:
+    void succeed() { set(true, false, {}); }
+    void fail(const std::string& cause, bool permanent) { set(false, permanent, cause); }
+    // Throws Error if there is no success in this time.
+    void wait(const std::string& who, Duration timeout) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait_for(lock, timeout, [this] { return success_ || permanent_; });
+        if (!success_)
+            throw Error(text::concat({who, ": ", cause_.empty() ? "Redis has not answered in time" : cause_}));
+    }
+
+private:
+    void set(bool success, bool permanent, const std::string& cause) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        success_ = success;
+        permanent_ = permanent;
+        cause_ = cause;
+        changed_.notify_all();
+    }
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool success_ = false, permanent_ = false;
+    std::string cause_;
+};
+
+}  // namespace detail
+
+// ---- the history ---------------------------------------------------------------------------------------------------
+
+#if WSCHAT_CHAT
+
+namespace detail {
+
+// What runs in Redis: each call is one step for all servers. KEYS[1] is PREFIXmeta, ARGV[1] the call, ARGV[2] the epoch
+// that the server knows. The keys, with the prefix:
+//
+//   meta      hash: format, epoch, opening (the number of that epoch), run (of the Redis process), floor (the largest
+//             id of all deleted rooms), bytes, facts (their number), gid (the newest id of the feed), use
+//   openings  hash: the number of each epoch. A restart of Redis begins a new one, because it may have lost entries.
+//   rooms     sorted set: rooms by their last use
+//   r:ROOM    hash: last, first, bytes, opening (in which the last id was given), firsts ("2:101,": 101 is the first
+//             id that was given in opening 2)
+//   s:ROOM    stream: the entries, as ID-TIME with the field m. An entry that was changed is in a:ROOM instead, so that
+//             no older text is kept.
+//   a:ROOM    hash: "TIME:RECORD" by id
+//   t:ROOM    hash: "ID OP" by the tag of an entry, or by its operation
+//   f:SCOPE   hash: facts by key; i:SCOPE sorted set: their keys; scopes: all scopes; x: expiries
+//   feed      stream: conversations and facts, which each server gets
+//   p:ROOM    hash: who is present, by public id; n:ROOM hash: the ids by folded names; present: the rooms with users
+//   hubs      sorted set: hubs by the time of their latest beat; h:HUB set: the rooms in which a hub may have users
+constexpr const char* redis_script = R"lua(
+if redis.replicate_commands then redis.replicate_commands() end
+local call, meta, cmd = redis.call, KEYS[1], ARGV[1]
+local P = string.sub(meta, 1, -5)
+local pack, unpack = cmsgpack.pack, cmsgpack.unpack
+local function str(n) return string.format('%.0f', n) end
+local function num(s) return tonumber(s or 0) or 0 end
+local clock = call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+if cmd == 'open' then
+  local kind = call('TYPE', meta).ok
+  if kind ~= 'none' and kind ~= 'hash' then
+    return redis.error_reply('FOREIGN the key "' .. meta .. '" belongs to another program: it is a ' .. kind)
+  end
+  local h = call('HMGET', meta, 'format', 'run', 'epoch', 'opening')
+  if kind == 'hash' and not h[1] then
+    return redis.error_reply('FOREIGN the key "' .. meta .. '" belongs to another program: it has no format')
+  end
+  if h[1] and h[1] ~= '1' then
+    return redis.error_reply('FORMAT the keys "' .. P .. '" have format ' .. h[1] .. ', and this program knows 1')
+  end
+  local epoch = h[3]
+  if h[2] ~= ARGV[2] or not epoch then
+    epoch = ARGV[3]
+    local opening = call('HINCRBY', meta, 'opening', 1)
+    call('HSET', meta, 'format', '1', 'run', ARGV[2], 'epoch', epoch)
+    call('HSET', P .. 'openings', epoch, opening)
+  end
+  return {'ok', epoch, str(now)}
+end
+
+local m = call('HMGET', meta, 'epoch', 'opening', 'floor')
+if m[1] ~= ARGV[2] then return {'lost'} end
+local opening = num(m[2])
+
+local function load(name)
+  local h = call('HMGET', P .. 'r:' .. name, 'last', 'first', 'bytes', 'opening', 'firsts')
+  local floor = num(m[3])
+  local r = {name = name, s = P .. 's:' .. name, a = P .. 'a:' .. name, t = P .. 't:' .. name}
+  r.exists = h[1] and true or false
+  r.last = h[1] and num(h[1]) or floor
+  r.first = h[2] and num(h[2]) or floor + 1
+  r.bytes, r.opening, r.firsts = num(h[3]), num(h[4]), h[5] or ''
+  r.old = r.bytes
+  return r
+end
+local function save(r)
+  call('HSET', P .. 'r:' .. r.name, 'last', str(r.last), 'first', str(r.first), 'bytes', str(r.bytes),
+       'opening', str(r.opening), 'firsts', r.firsts)
+  if r.bytes ~= r.old then call('HINCRBY', meta, 'bytes', str(r.bytes - r.old)) end
+  r.old = r.bytes
+end
+local function gave(r, id)
+  if r.opening == opening then return end
+  r.firsts = string.sub(r.firsts .. str(opening) .. ':' .. str(id) .. ',', -2000)
+  r.opening = opening
+end
+local function known(r, epoch, id)
+  local number = epoch ~= '' and call('HGET', P .. 'openings', epoch)
+  if not number or id > r.last then return false end
+  for later, first in string.gmatch(r.firsts, '(%d+):(%d+),') do
+    if num(later) > num(number) and num(first) <= id then return false end
+  end
+  return true
+end
+local function find(r, id)
+  local a = call('HGET', r.a, id)
+  if a then
+    local colon = string.find(a, ':', 1, true)
+    return string.sub(a, colon + 1), num(string.sub(a, 1, colon - 1)), true
+  end
+  local s = call('XRANGE', r.s, id, id)[1]
+  if s then return s[2][2], num(string.match(s[1], '%-(%d+)')), false end
+end
+local function change(r, id, blob, ms, amended, record)
+  local new = pack(record)
+  if not amended then call('XDEL', r.s, id .. '-' .. str(ms)) end
+  call('HSET', r.a, id, str(ms) .. ':' .. new)
+  r.bytes = r.bytes + #new - #blob
+end
+local function tag_key(record)
+  if record[9] ~= '' then return 't' .. record[8] .. '\n' .. record[9] end
+  return 'o' .. record[10]
+end
+local function trim(r, entries, bytes, age)
+  for _ = 1, 1000 do
+    if r.first > r.last then return end
+    local over = (entries > 0 and r.last - r.first + 1 > entries) or (bytes > 0 and r.bytes > bytes)
+    if not over and age == 0 then return end
+    local id = str(r.first)
+    local blob, ms, amended = find(r, id)
+    if blob then
+      if not over and ms > now - age then return end
+      call('HDEL', r.t, tag_key(unpack(blob)))
+      if amended then call('HDEL', r.a, id) else call('XDEL', r.s, id .. '-' .. str(ms)) end
+      r.bytes = r.bytes - #blob - 256
+    end
+    r.first = r.first + 1
+  end
+end
+local function evict()
+  local name = call('ZRANGE', P .. 'rooms', 0, 0)[1]
+  if not name then return end
+  local r = load(name)
+  if r.last > num(m[3]) then
+    m[3] = str(r.last)
+    call('HSET', meta, 'floor', m[3])
+  end
+  call('HINCRBY', meta, 'bytes', str(-r.bytes))
+  call('UNLINK', P .. 'r:' .. name, r.s, r.a, r.t)
+  call('ZREM', P .. 'rooms', name)
+end
+local function feed(data)
+  local gid = str(call('HINCRBY', meta, 'gid', 1))
+  call('XADD', P .. 'feed', 'MAXLEN', '~', '10000', gid .. '-0', 'm', data)
+  call('PUBLISH', P .. 'feed', gid .. ':' .. data)
+  return gid
+end
+local function add(r, blob, key, op, max_rooms)
+  if not r.exists then
+    if max_rooms > 0 and call('ZCARD', P .. 'rooms') + 1 > max_rooms then
+      evict()
+      r.last = num(m[3])
+      r.first = r.last + 1
+    end
+    r.exists = true
+  end
+  r.last = r.last + 1
+  local id = str(r.last)
+  call('XADD', r.s, id .. '-' .. str(now), 'm', blob)
+  if key ~= '' then call('HSET', r.t, key, id .. ' ' .. op) end
+  r.bytes = r.bytes + #blob + 256
+  gave(r, r.last)
+  call('ZADD', P .. 'rooms', call('HINCRBY', meta, 'use', 1), r.name)
+  if string.sub(r.name, 1, 1) == '\n' then return id, feed('c' .. pack({r.name, id, blob})) end
+  call('PUBLISH', P .. 'c:' .. r.name, id .. ':' .. blob)
+  return id, ''
+end
+local function records(out, r, lo, hi)
+  if lo < r.first then lo = r.first end
+  if hi > r.last then hi = r.last end
+  if lo > hi then return end
+  local found = {}
+  for _, e in ipairs(call('XRANGE', r.s, str(lo), str(hi))) do
+    found[num(string.match(e[1], '^(%d+)'))] = e[2][2]
+  end
+  for id = lo, hi do
+    local blob = found[id]
+    if not blob then
+      local a = call('HGET', r.a, str(id))
+      blob = a and string.sub(a, string.find(a, ':', 1, true) + 1)
+    end
+    if blob then
+      out[#out + 1] = str(id)
+      out[#out + 1] = blob
+    end
+  end
+end
+local function no_reactions(record)
+  for i = #record, 14, -1 do record[i] = nil end
+end
+local function edits(r, record, kind, text)
+  for id in string.gmatch(record[13], '%d+') do
+    local blob, ms, amended = find(r, id)
+    if blob then
+      local edit = unpack(blob)
+      edit[1], edit[6] = kind, text
+      if kind == '3' then edit[7] = '' end
+      change(r, id, blob, ms, amended, edit)
+    end
+  end
+end
+local function remove(r, record)
+  record[12], record[6], record[7] = '1', '', ''
+  edits(r, record, '3', '')
+  record[13] = ''
+  no_reactions(record)
+end
+local function react(record, by, max_reactions)
+  for i = 14, #record, 4 do
+    if record[i] == by[6] and record[i + 3] == by[8] then
+      for _ = 1, 4 do table.remove(record, i) end
+      return true, '1'
+    end
+  end
+  if max_reactions > 0 and (#record - 13) / 4 + 1 > max_reactions then return false end
+  for _, each in ipairs({by[6], by[5], by[4], by[8]}) do record[#record + 1] = each end
+  return true, ''
+end
+local function amend(r, kind, by, moderator, not_before, max_reactions)
+  local target = by[2]
+  local blob, ms, amended = find(r, target)
+  local record = blob and unpack(blob)
+  if not record or (record[1] ~= '0' and record[1] ~= '1') or record[12] ~= '' then return 'bad_id' end
+  local taken_back = ''
+  if kind == '4' then
+    local possible
+    possible, taken_back = react(record, by, max_reactions)
+    if not possible then return 'refused' end
+  else
+    local own = record[8] == by[8] and record[5] == by[5]
+    if not own and not (kind == '3' and moderator == '1') then return 'not_yours' end
+    if kind == '2' and num(record[3]) < not_before then return 'too_late' end
+    if kind == '3' then
+      remove(r, record)
+    else
+      record[6], record[11] = by[6], by[3]
+      if by[7] ~= '' then record[7] = by[7] end
+      edits(r, record, '2', by[6])
+      record[13] = record[13] .. str(r.last + 1) .. ','
+    end
+  end
+  change(r, target, blob, ms, amended, record)
+  return '', taken_back
+end
+
+if cmd == 'append' then
+  local r = load(ARGV[4])
+  local had = call('HGET', r.t, ARGV[7])
+  if had then
+    local id, op = string.match(had, '^(%d+) (.*)$')
+    return {op == ARGV[5] and 'again' or 'duplicate', id, '', ''}
+  end
+  if now > num(ARGV[3]) then return {'late'} end
+  local kind, blob, taken_back, code = ARGV[6], ARGV[16], ''
+  if kind == '2' or kind == '3' or kind == '4' then
+    local by = unpack(blob)
+    code, taken_back = amend(r, kind, by, ARGV[8], num(ARGV[9]), num(ARGV[10]))
+    if code ~= '' then return {'refused', code} end
+    if taken_back ~= '' then
+      by[12] = taken_back
+      blob = pack(by)
+    end
+  end
+  local id, gid = add(r, blob, ARGV[7], ARGV[5], num(ARGV[14]))
+  trim(r, num(ARGV[11]), num(ARGV[12]), num(ARGV[13]))
+  save(r)
+  local total = num(ARGV[15])
+  while total > 0 and num(call('HGET', meta, 'bytes')) > total and call('ZCARD', P .. 'rooms') > 1 do evict() end
+  return {'ok', id, taken_back, gid}
+end
+
+if cmd == 'read' then
+  local r = load(ARGV[3])
+  local age = num(ARGV[4])
+  if age > 0 and r.exists then
+    local first = r.first
+    trim(r, 0, 0, age)
+    if r.first ~= first then save(r) end
+  end
+  local from, to = num(ARGV[6]), num(ARGV[7])
+  local out = {'ok', str(r.last), str(r.first), ''}
+  if ARGV[5] == 'after' then
+    if not known(r, ARGV[8], from) then return out end
+    out[4] = '1'
+    if r.last - from > to then return out end
+    records(out, r, from + 1, r.last)
+  elseif ARGV[5] == 'down' then
+    if from > r.last then from = r.last end
+    records(out, r, from - to + 1, from)
+  else
+    records(out, r, from, to)
+  end
+  return out
+end
+
+if cmd == 'sync' then
+  if ARGV[3] == '\n' then return {'ok', str(num(call('HGET', meta, 'gid'))), '1', '1'} end
+  local r, id = load(ARGV[3]), num(ARGV[5])
+  if ARGV[5] == '' then return {'ok', str(r.last), str(r.first), '1'} end
+  if r.last < id and r.opening ~= opening and call('HGET', P .. 'openings', ARGV[4]) and r.exists then
+    r.last = id
+    gave(r, id + 1)
+    save(r)
+    call('PUBLISH', P .. 'c:' .. r.name, str(id) .. ':')
+  end
+  return {'ok', str(r.last), str(r.first), known(r, ARGV[4], id) and '1' or ''}
+end
+
+if cmd == 'feed' then
+  local out = {'ok'}
+  for _, e in ipairs(call('XRANGE', P .. 'feed', ARGV[3], ARGV[4], 'COUNT', 500)) do
+    out[#out + 1] = string.match(e[1], '^(%d+)')
+    out[#out + 1] = e[2][2]
+  end
+  return out
+end
+
+-- The fields of an entry that is not kept: 3 kind, 5 name, 6 user, 7 text, 10 author, 13 hub, 14 quiet. The fields of a
+-- user: the name, the folded name, the text, the author, the time, then each hub with '1' if the user is away from it.
+local function is_account(author) return string.sub(author, 1, 8) == 'account ' end
+local function hub_at(user, hub)
+  for i = 6, #user, 2 do if user[i] == hub then return i end end
+end
+local function release(names, user, id)
+  if call('HGET', names, user[2]) == id then call('HDEL', names, user[2]) end
+end
+local function join(users, names, e, fold, user)
+  e[14] = user and '1' or ''
+  if not user then
+    local holder = call('HGET', names, fold)
+    if holder then
+      local held = call('HGET', users, holder)
+      if not is_account(e[10]) or (held and is_account(unpack(held)[4])) then return 'name_taken' end
+    end
+    user = {e[5], fold, e[7], e[10], e[4]}
+    call('HSET', names, fold, e[6])
+  elseif e[10] == '' then
+    for i = 6, #user, 2 do
+      if user[i] ~= e[13] and user[i + 1] == '' then return 'name_taken' end
+    end
+  end
+  e[5], e[7] = user[1], user[3]
+  local at = hub_at(user, e[13])
+  if at then user[at + 1] = '' else
+    user[#user + 1] = e[13]
+    user[#user + 1] = ''
+  end
+  return '', user
+end
+local function rename(names, e, fold, user)
+  local holder = call('HGET', names, fold)
+  if holder and holder ~= e[6] then return 'name_taken' end
+  release(names, user, e[6])
+  user[1], user[2] = e[7], fold
+  call('HSET', names, fold, e[6])
+  return '', user
+end
+-- Changes who is in the room. The result is a code; then the entry is complete.
+local function presence(room, kind, fold, e)
+  local users, names = P .. 'p:' .. room, P .. 'n:' .. room
+  local user, code = call('HGET', users, e[6]), ''
+  user = user and unpack(user)
+  if kind == 'join' then
+    code, user = join(users, names, e, fold, user)
+    if code ~= '' then return code end
+    call('SADD', P .. 'h:' .. e[13], room)
+    call('ZADD', P .. 'present', 0, room)
+  else
+    if not user then return 'gone' end
+    e[5] = user[1]
+    local at = hub_at(user, e[13])
+    if kind == 'rename' then
+      code = rename(names, e, fold, user)
+      if code ~= '' then return code end
+    elseif not at then
+      return 'gone'
+    elseif kind == 'away' then
+      user[at + 1], e[14] = '1', '1'
+    else
+      e[14] = #user > 7 and '1' or ''
+      table.remove(user, at)
+      table.remove(user, at)
+      if #user == 5 then
+        release(names, user, e[6])
+        call('HDEL', users, e[6])
+        if call('EXISTS', users) == 0 then call('ZREM', P .. 'present', room) end
+        user = nil
+      end
+    end
+  end
+  if user then call('HSET', users, e[6], pack(user)) end
+  return ''
+end
+local function publish_entry(room, e) call('PUBLISH', P .. 'c:' .. room, '-' .. pack(e)) end
+
+if cmd == 'presence' then
+  local e = unpack(ARGV[6])
+  local code = presence(ARGV[3], ARGV[4], ARGV[5], e)
+  if code ~= '' then return {'refused', code} end
+  publish_entry(ARGV[3], e)
+  return {'ok'}
+end
+
+if cmd == 'users' then
+  call('PUBLISH', ARGV[4], ARGV[5])
+  local out, all = {'ok'}, call('HGETALL', P .. 'p:' .. ARGV[3])
+  for i = 1, #all do out[i + 1] = all[i] end
+  return out
+end
+
+if cmd == 'present' then
+  local out = {'ok'}
+  for _, room in ipairs(call('ZRANGE', P .. 'present', 0, num(ARGV[3]) - 1)) do
+    out[#out + 1] = room
+    out[#out + 1] = str(call('HLEN', P .. 'p:' .. room))
+  end
+  return out
+end
+
+-- ARGV[3] is the kind `leave` as a number.
+local function forget_hub(hub)
+  for _, room in ipairs(call('SMEMBERS', P .. 'h:' .. hub)) do
+    local all = call('HGETALL', P .. 'p:' .. room)
+    for i = 1, #all, 2 do
+      local user = unpack(all[i + 1])
+      if hub_at(user, hub) then
+        local e = {'', '', ARGV[3], str(now), user[1], all[i], '', '', '', '', '', '0', hub, '', '', room}
+        if presence(room, 'leave', '', e) == '' then publish_entry(room, e) end
+      end
+    end
+  end
+  call('UNLINK', P .. 'h:' .. hub)
+end
+
+if cmd == 'beat' then
+  if ARGV[4] == '' then return {'ok', ''} end
+  local is_new = call('ZADD', P .. 'hubs', str(now), ARGV[4])
+  for _, hub in ipairs(call('ZRANGEBYSCORE', P .. 'hubs', '-inf', str(now - 8000), 'LIMIT', 0, 10)) do
+    call('ZREM', P .. 'hubs', hub)
+    forget_hub(hub)
+  end
+  return {'ok', is_new == 1 and 'new' or ''}
+end
+
+local function forget(scope, key)
+  if call('HDEL', P .. 'f:' .. scope, key) == 0 then return end
+  call('ZREM', P .. 'i:' .. scope, key)
+  call('ZREM', P .. 'x', scope .. '\n' .. key)
+  call('HINCRBY', meta, 'facts', -1)
+end
+
+if cmd == 'put' then
+  local scope, key, value, author, expires, max = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8], num(ARGV[9])
+  if now > num(ARGV[3]) then return {'late'} end
+  local facts = P .. 'f:' .. scope
+  local old = call('HGET', facts, key)
+  if old and ARGV[10] == '1' then
+    value = unpack(old)[1]
+  elseif value == '' then
+    forget(scope, key)
+  else
+    if not old and max > 0 and num(call('HGET', meta, 'facts')) + 1 > max then
+      for _, each in ipairs(call('ZRANGEBYSCORE', P .. 'x', '-inf', str(now), 'LIMIT', 0, 1000)) do
+        local colon = string.find(each, '\n', 1, true)
+        forget(string.sub(each, 1, colon - 1), string.sub(each, colon + 1))
+      end
+      if num(call('HGET', meta, 'facts')) + 1 > max then return {'full'} end
+    end
+    call('HSET', facts, key, pack({value, author, expires}))
+    if not old then
+      call('HINCRBY', meta, 'facts', 1)
+      call('ZADD', P .. 'i:' .. scope, 0, key)
+      call('SADD', P .. 'scopes', scope)
+    end
+    if expires ~= '0' then call('ZADD', P .. 'x', expires, scope .. '\n' .. key)
+    else call('ZREM', P .. 'x', scope .. '\n' .. key) end
+  end
+  local data = 'f' .. pack({scope, key, value, author, expires})
+  return {'ok', feed(data), data}
+end
+
+if cmd == 'facts' then
+  local out, prefix, lo, hi = {'ok'}, ARGV[4], '-', '+'
+  if prefix ~= '' then lo, hi = '[' .. prefix, '(' .. prefix .. '\255' end
+  for _, key in ipairs(call('ZRANGEBYLEX', P .. 'i:' .. ARGV[3], lo, hi)) do
+    out[#out + 1] = key
+    out[#out + 1] = call('HGET', P .. 'f:' .. ARGV[3], key)
+  end
+  return out
+end
+
+if cmd == 'rooms' then return call('ZRANGE', P .. 'rooms', 0, -1) end
+
+if cmd == 'erase_facts' then
+  local out = {'ok'}
+  for _, scope in ipairs(call('SMEMBERS', P .. 'scopes')) do
+    local all = call('HGETALL', P .. 'f:' .. scope)
+    for i = 1, #all, 2 do
+      if unpack(all[i + 1])[2] == ARGV[3] then
+        forget(scope, all[i])
+        local data = 'f' .. pack({scope, all[i], '', ARGV[3], '0'})
+        out[#out + 1] = feed(data)
+        out[#out + 1] = data
+      end
+    end
+  end
+  return out
+end
+
+if cmd == 'erase' then
+  local r, author, lo, hi = load(ARGV[3]), ARGV[4], num(ARGV[5]), num(ARGV[6])
+  if hi == 0 then hi = r.last end
+  if lo < r.first then lo = r.first end
+  local window, amendments = {}, {}
+  records(window, r, lo, math.min(hi, lo + 199))
+  for i = 1, #window, 2 do
+    local id = window[i]
+    local blob, ms, amended = find(r, id)
+    local record, changed = unpack(blob), false
+    for j = #record - 3, 14, -4 do
+      if record[j + 3] == author then
+        table.insert(amendments, {'4', id, ARGV[7], '', record[j + 1], record[j], '', '', '', '', '', '1', ''})
+        for _ = 1, 4 do table.remove(record, j) end
+        changed = true
+      end
+    end
+    if record[8] == author then
+      call('HDEL', r.t, tag_key(record))
+      if (record[1] == '0' or record[1] == '1') and record[12] == '' then
+        remove(r, record)
+        table.insert(amendments, {'3', id, ARGV[7], '', '', '', '', '', '', '', '', '', ''})
+      end
+      if record[1] ~= '4' then record[5] = '' end
+      record[4], record[8], record[9] = '', '', ''
+      changed = true
+    end
+    if changed then change(r, id, blob, ms, amended, record) end
+  end
+  local out = {'ok', lo + 200 <= hi and str(lo + 200) or '', str(hi)}
+  for _, each in ipairs(amendments) do
+    local blob = pack(each)
+    out[#out + 1] = add(r, blob, '', '', 0)
+    out[#out + 1] = blob
+  end
+  if r.exists then
+    trim(r, num(ARGV[8]), num(ARGV[9]), num(ARGV[10]))
+    save(r)
+  end
+  return out
+end
+return redis.error_reply('UNKNOWN call')
+)lua";
+
+// A list of texts in MessagePack, as the script reads and writes it.
+inline std::string redis_pack(const std::vector<std::string>& texts) {
+    std::string packed;
+    const auto add_size = [&packed](std::size_t size, char lead, unsigned bytes) {
+        packed += lead;
+        while (bytes-- != 0) packed += static_cast<char>(size >> (8 * bytes) & 0xFF);
+    };
+    add_size(texts.size(), '\xDD', 4);
+    for (const std::string& each : texts) {
+        if (each.size() < 32) packed += static_cast<char>(0xA0 | each.size());
+        else add_size(each.size(), '\xDB', 4);
+        packed += each;
+    }
+    return packed;
+}
+// Empty if the text is something else.
+inline std::vector<std::string> redis_unpack(std::string_view packed) {
+    bool valid = true;
+    const auto take = [&](std::size_t size) {
+        valid = valid && size <= packed.size();
+        const std::string_view taken = packed.substr(0, valid ? size : 0);
+        packed.remove_prefix(taken.size());
+        return taken;
+    };
+    const auto take_number = [&](std::size_t bytes) {
+        std::size_t number = 0;
+        for (const char c : take(bytes)) number = number << 8 | static_cast<unsigned char>(c);
+        return number;
+    };
+    const auto take_lead = [&] { return static_cast<unsigned char>((take_number(1)) & 0xFF); };
+    std::vector<std::string> texts;
+    const unsigned char list = take_lead();
+    std::size_t count = (list & 0xF0u) == 0x90 ? list & 15u : take_number(list == 0xDC ? 2 : list == 0xDD ? 4 : 9);
+    for (; valid && count != 0; --count) {
+        const unsigned char lead = take_lead();
+        const bool is_short = (lead & 0xE0u) == 0xA0;
+        const std::size_t bytes = lead == 0xD9 ? 1 : lead == 0xDA ? 2 : lead == 0xDB ? 4 : 9;
+        texts.emplace_back(take(is_short ? lead & 31u : bytes == 9 ? packed.size() + 1 : take_number(bytes)));
+    }
+    return valid && packed.empty() ? texts : std::vector<std::string>();
+}
+
+// An entry as the fields of a record in Redis. `op` names the call of append() that made it.
+struct RedisRecord {
+    ChatEntry entry;
+    std::string op;
+
+    static constexpr std::size_t fields = 13;  // before the reactions, of which each has four
+
+    static std::string pack(const ChatEntry& entry, const std::string& op) {
+        const auto number = [](auto value) { return std::to_string(value); };
+        return redis_pack({number(static_cast<unsigned>(entry.kind)), number(entry.target), number(entry.time),
+                           entry.name, entry.user, entry.text, entry.data, entry.author, entry.tag, op,
+                           entry.edited == 0 ? "" : number(entry.edited), entry.removed ? "1" : "", ""});
+    }
+    static std::optional<RedisRecord> unpack(std::string_view packed) {
+        std::vector<std::string> all = redis_unpack(packed);
+        if (all.size() < fields || (all.size() - fields) % 4 != 0) return std::nullopt;
+        const auto number = [&all](std::size_t i) { return text::parse_unsigned(all[i], INT64_MAX).value_or(0); };
+        RedisRecord record;
+        ChatEntry& entry = record.entry;
+        if (number(0) > static_cast<unsigned>(ChatEntry::Kind::topic)) return std::nullopt;
+        entry.kind = static_cast<ChatEntry::Kind>(number(0));
+        entry.target = number(1);
+        entry.time = static_cast<std::int64_t>(number(2));
+        entry.edited = static_cast<std::int64_t>(number(10));
+        entry.removed = !all[11].empty();
+        std::string* const texts[] = {&entry.name,   &entry.user, &entry.text, &entry.data,
+                                      &entry.author, &entry.tag,  &record.op};
+        for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[3 + i]);
+        for (std::size_t i = fields; i < all.size(); i += 4)
+            entry.reactions.push_back({all[i], all[i + 1], all[i + 2], all[i + 3]});
+        return record;
+    }
+};
+
+// A reply of the script: {"ok", text, text, ...}.
+class RedisTexts {
+public:
+    explicit RedisTexts(const redisReply* reply) : reply_(reply) {}
+    std::size_t size() const { return reply_ != nullptr && reply_->type == REDIS_REPLY_ARRAY ? reply_->elements : 0; }
+    // Empty if there is no such element.
+    std::string_view operator[](std::size_t i) const {
+        return i < size() ? redis_text(reply_->element[i]) : std::string_view();
+    }
+    std::uint64_t number(std::size_t i) const {
+        return text::parse_unsigned((*this)[i], HistoryPosition::max_id).value_or(0);
+    }
+
+private:
+    const redisReply* reply_;
+};
+
+// Calls of the script that wait for an answer, in their order. After a reconnection, those without an answer are sent
+// again: each of them may run twice.
+class RedisQueue {
+public:
+    RedisQueue(RedisLink& link, std::string meta) : link_(link), meta_(std::move(meta)) {}
+    RedisQueue(const RedisQueue&) = delete;
+    RedisQueue& operator=(const RedisQueue&) = delete;
+    ~RedisQueue() {
+        *alive_ = false;
+        link_.loop().cancel(timer_);
+    }
+
+    // `answer` gets the reply, or the cause of a failure. If the call is `timed`, its first argument becomes the time
+    // (of the clock of Redis) after which it does nothing.
+    void call(RedisArguments arguments, bool timed, RedisAnswer answer) {
+        auto request = std::make_shared<Request>();
+        for (const std::string& each : arguments) request->bytes += each.size() + 64;
+        if (queue_.size() >= link_.options().max_queued || bytes_ + request->bytes > link_.options().max_queued_bytes)
+            return answer(nullptr, "too many messages wait for Redis");
+        request->arguments = std::move(arguments);
+        request->timed = timed;
+        request->answer = std::move(answer);
+        request->due = saturating_add(link_.loop().now(), link_.options().answer_timeout);
+        bytes_ += request->bytes;
+        queue_.push_back(request);
+        if (open_) send(request);
+        if (!scheduled_) schedule();
+    }
+    void open(const std::string& script, const std::string& epoch, std::int64_t time) {
+        script_ = script;
+        epoch_ = epoch;
+        time_ = time;
+        opened_ = link_.loop().now();
+        open_ = true;
+        for (const auto& request : queue_) request->sent = false;
+    }
+    void send_all() {
+        const std::deque<std::shared_ptr<Request>> waiting = queue_;
+        for (const auto& request : waiting)
+            if (!request->done && !request->sent) send(request);
+    }
+    // A call that is not repeated. False if Redis is not connected.
+    bool send_once(const RedisArguments& call, RedisAnswer answer) {
+        if (!open_) return false;
+        RedisArguments arguments{"EVALSHA", script_, "1", meta_, call[0], epoch_};
+        arguments.insert(arguments.end(), call.begin() + 1, call.end());
+        return link_.send(arguments, [this, answer = std::move(answer), alive = alive_](const redisReply* reply,
+                                                                                        const std::string& cause) {
+            if (!*alive || (reply == nullptr && cause.empty())) return;
+            if (RedisTexts(reply)[0] == "lost") return on_lost ? on_lost() : void();
+            answer(reply, cause);
+        });
+    }
+    void close() { open_ = false; }
+    bool is_open() const { return open_; }
+    const std::string& epoch() const { return epoch_; }
+    std::size_t size() const { return queue_.size(); }
+    std::function<void()> on_lost;  // Redis has other data than the server knows
+
+private:
+    struct Request {
+        RedisArguments arguments{};  // without the epoch
+        RedisAnswer answer{};
+        Time due{};
+        std::size_t bytes = 0;
+        bool timed = false, sent = false, done = false;
+    };
+
+    void send(const std::shared_ptr<Request>& request) {
+        request->sent = true;
+        RedisArguments arguments{"EVALSHA", script_, "1", meta_, request->arguments[0], epoch_};
+        arguments.insert(arguments.end(), request->arguments.begin() + 1, request->arguments.end());
+        if (request->timed) {
+            const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(request->due - opened_).count();
+            arguments[6] = std::to_string(time_ + left);
+        }
+        link_.send(arguments, [this, request, alive = alive_](const redisReply* reply, const std::string& cause) {
+            if (!*alive || request->done || (reply == nullptr && cause.empty())) return;
+            for (const char* again : {"NOSCRIPT", "LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED", "CLUSTERDOWN"})
+                if (text::starts_with(cause, again)) return link_.fail(cause);
+            if (RedisTexts(reply)[0] == "lost") {
+                if (on_lost) on_lost();
+                return;
+            }
+            finish(request, reply, cause);
+        });
+    }
+    void finish(std::shared_ptr<Request> request, const redisReply* reply, const std::string& cause) {
+        request->done = true;
+        while (!queue_.empty() && queue_.front()->done) {
+            bytes_ -= queue_.front()->bytes;
+            queue_.pop_front();
+        }
+        request->answer(reply, cause);
+    }
+    // All requests wait equally long, so the first one is due first. Redis refuses what is too late, so half a second
+    // later nothing can run any more.
+    void schedule() {
+        while (!queue_.empty() && queue_.front()->due + grace <= link_.loop().now())
+            finish(queue_.front(), nullptr, "Redis does not answer");
+        scheduled_ = !queue_.empty();
+        if (scheduled_)
+            timer_ = link_.loop().call_later(queue_.front()->due + grace - link_.loop().now(), [this] { schedule(); });
+    }
+
+    static constexpr std::chrono::milliseconds grace{500};
+    RedisLink& link_;
+    std::string meta_, script_, epoch_;
+    std::int64_t time_ = 0;  // of the clock of Redis at opened_, in milliseconds
+    Time opened_{};
+    bool open_ = false, scheduled_ = false;
+    Loop::TimerId timer_ = 0;
+    std::size_t bytes_ = 0;
+    std::deque<std::shared_ptr<Request>> queue_;
+    const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+// The numbered entries of a room, or of the feed, on their way to the listener: in order, each once.
+struct RedisOrder {
+    std::optional<std::uint64_t> last{};          // the newest id that was delivered
+    std::string epoch{};                          // in which `last` was read
+    std::map<std::uint64_t, std::string> held{};  // later ones, until the hole before them is filled
+    std::uint64_t newest = 0;                     // the largest id that exists
+    bool filling = false;
+    bool subscribed = false;
+    std::vector<ChatEntry> waiting{};  // to be forwarded when it is subscribed
+    bool synchronized = false;         // since the latest connection; until then, entries are held
+    std::uint64_t unused = 0;          // not zero: the number of a call of unwatch()
+};
+
+// The history on the link's thread.
+class RedisStore final : public RedisUser {
+public:
+    using Listener = ChatStore::Listener;
+
+    RedisStore(std::shared_ptr<RedisLink> link, const HistoryLimits& limits)
+        : link_(std::move(link)), limits_(limits), queue_(*link_, link_->channel("meta")) {
+        queue_.on_lost = [this] { reopen(); };
+        follow_feed();
+    }
+    RedisStore(const RedisStore&) = delete;
+    RedisStore& operator=(const RedisStore&) = delete;
+    ~RedisStore() {
+        *alive_ = false;
+        link_->remove_user(*this);
+        for (const auto& [room, order] : orders_)
+            link_->unsubscribe(room == feed ? link_->channel("feed") : room_channel(room));
+        link_->unsubscribe(room_channel(""));
+        link_->unsubscribe(link_->channel("marks:" + link_->node()));
+    }
+
+    // False after the destruction.
+    const std::shared_ptr<bool>& alive() const { return alive_; }
+    bool idle() const { return queue_.size() == 0 || !queue_.is_open(); }
+
+    RedisLink& link() { return *link_; }
+    RedisStart& start() { return start_; }
+    void attach(std::shared_ptr<Listener*> listener, std::shared_ptr<Mailbox> mailbox) {
+        listener_ = std::move(listener);
+        mailbox_ = std::move(mailbox);
+        flush();
+    }
+
+    // ---- the calls of the store ------------------------------------------------------------------------------------
+
+    void append(ChatEntry entry) {
+        const std::string op = text::concat({link_->node(), std::to_string(++operations_)});
+        const auto number = [](auto value) { return std::to_string(value); };
+        const std::string key =
+            entry.tag.empty() ? text::concat({"o", op}) : text::concat({"t", entry.author, "\n", entry.tag});
+        RedisArguments arguments{"append",
+                                 "",
+                                 entry.room,
+                                 op,
+                                 number(static_cast<unsigned>(entry.kind)),
+                                 key,
+                                 entry.moderator ? "1" : "",
+                                 number(entry.not_before),
+                                 number(limits_.max_reactions),
+                                 number(limits_.max_entries),
+                                 number(limits_.max_bytes),
+                                 max_age(),
+                                 number(limits_.max_rooms),
+                                 number(limits_.max_total_bytes),
+                                 RedisRecord::pack(entry, op)};
+        auto& pending = pending_.find_or_emplace(op);
+        pending.entry = std::move(entry);
+        queue_.call(std::move(arguments), true, [this, op](const redisReply* reply, const std::string& cause) {
+            on_appended(op, RedisTexts(reply), cause);
+        });
+    }
+    // A room whose subscription is on its way gets the entry after that, because this server must hear it too.
+    void forward(const ChatEntry& entry) {
+        RedisOrder* const order = orders_.find(common(entry.room) ? feed : entry.room);
+        if (!queue_.is_open() || forwarded_.size() >= link_->options().max_queued) return fail_forwarded(entry);
+        if (order != nullptr && !order->subscribed) return order->waiting.push_back(entry);
+        std::string number = std::to_string(++operations_);
+        const std::string packed = pack_forwarded(entry, number);
+        const bool sent = entry.is_presence() ? send_presence(entry, number, packed)
+                                              : link_->send({"PUBLISH", room_channel(entry.room), "-" + packed}, {});
+        if (!sent) return fail_forwarded(entry);
+        forwarded_.emplace_back(std::move(number), entry);
+        if (order == nullptr && !entry.is_presence()) deliver_forwarded(forwarded_.back().first, entry);
+    }
+    void beat(const std::string& hub) {
+        if (!queue_.is_open()) return;
+        queue_.call({"beat", leave_number(), hub}, false, [this](const redisReply* reply, const std::string&) {
+            if (RedisTexts(reply)[1] != "new") return;
+            for (const auto& [room, order] : orders_) request_users(room);
+        });
+    }
+    void rooms(std::size_t limit, ChatStore::RoomsCallback callback) {
+        queue_.call({"present", std::to_string(limit)}, false,
+                    [this, callback](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        std::vector<std::pair<std::string, std::size_t>> list;
+                        for (std::size_t i = 1; i + 1 < texts.size(); i += 2)
+                            list.emplace_back(std::string(texts[i]), static_cast<std::size_t>(texts.number(i + 1)));
+                        tell([callback, list, cause](Listener&) { callback(list, cause); });
+                    });
+    }
+    void watch(const std::string& room) {
+        RedisOrder& order = orders_.find_or_emplace(room);
+        const bool is_new = watched_.find(room) == nullptr;
+        watched_.find_or_emplace(room) = true;
+        order.unused = 0;
+        if (!is_new) return request_users(room);
+        link_->subscribe(
+            room_channel(room), [this, room](std::string_view payload) { on_room_message(room, payload); },
+            [this, room] { on_subscribed(room); });
+    }
+    // The subscription ends some seconds later, so that a room that comes back misses nothing.
+    void unwatch(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || room == feed) return;
+        order->unused = ++operations_;
+        link_->loop().call_later(2 * link_->options().answer_timeout,
+                                 [this, alive = alive_, room, number = order->unused] {
+                                     if (!*alive) return;
+                                     const RedisOrder* const found = orders_.find(room);
+                                     if (found == nullptr || found->unused != number) return;
+                                     link_->unsubscribe(room_channel(room));
+                                     orders_.erase(room);
+                                     watched_.erase(room);
+                                 });
+    }
+    void since(const std::string& room, const std::optional<HistoryPosition>& position, std::size_t limit,
+               ChatStore::PageCallback callback) {
+        if (!position) return newest(room, limit, false, std::move(callback));
+        read(room, "after", position->id, limit, position->epoch,
+             [this, room, position, limit, callback](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage page = new_page(texts, cause);
+                 const bool complete = !texts[3].empty() && texts.number(1) - position->id <= limit &&
+                                       add_records(page, texts) == texts.number(1) - position->id;
+                 if (!page.error.empty()) return answer(callback, std::move(page));
+                 if (!complete) return newest(room, limit, true, callback);
+                 page.more = texts.number(2) <= position->id;
+                 seen(room, page);
+                 answer(callback, std::move(page));
+             });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = std::move(callback);
+        continue_scan(scan, id == 0 ? 0 : id - 1);
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit,
+                ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->wanted = [all = ChatStore::search_words(words)](const ChatEntry& entry) {
+            if (!entry.is_message() || entry.removed || all.empty()) return false;
+            const std::string text = text::to_lower(entry.text);
+            return std::all_of(all.begin(), all.end(),
+                               [&](const std::string& word) { return text.find(word) != std::string::npos; });
+        };
+        scan->callback = std::move(callback);
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    void put(ChatFact fact) {
+        queue_.call({"put", "", fact.scope, fact.key, fact.value, fact.author, std::to_string(fact.expires),
+                     std::to_string(limits_.max_facts), fact.if_new ? "1" : ""},
+                    true, [this, fact](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        const std::string failure = texts[0] == "full"   ? "too many facts"
+                                                    : texts[0] == "late" ? "Redis was too slow"
+                                                                         : cause;
+                        if (!failure.empty())
+                            return tell([fact, failure](Listener& to) { to.on_fact_failure(fact, failure); });
+                        arrive(feed, texts.number(1), std::string(texts[2]));
+                    });
+    }
+    void facts(const std::string& scope, const std::string& prefix, ChatStore::FactsCallback callback) {
+        queue_.call({"facts", scope, prefix}, false,
+                    [this, scope, callback](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        std::vector<ChatFact> found;
+                        const auto now = static_cast<std::uint64_t>(unix_ms());
+                        for (std::size_t i = 1; i + 1 < texts.size(); i += 2) {
+                            const std::vector<std::string> fact = redis_unpack(texts[i + 1]);
+                            if (fact.size() != 3) continue;
+                            const std::uint64_t expires = text::parse_unsigned(fact[2], INT64_MAX).value_or(0);
+                            if (expires != 0 && expires <= now) continue;
+                            found.push_back(
+                                {scope, std::string(texts[i]), fact[0], fact[1], static_cast<std::int64_t>(expires)});
+                        }
+                        tell([callback, found, cause](Listener&) { callback(found, cause); });
+                    });
+    }
+    // Facts first, then room by room, 200 entries at a time.
+    void erase_author(const std::string& author, ChatStore::EraseCallback callback) {
+        auto erasure = std::make_shared<Erasure>();
+        erasure->author = author;
+        erasure->callback = std::move(callback);
+        if (author.empty()) return finish(*erasure, "");
+        queue_.call({"erase_facts", author}, false, [this, erasure](const redisReply* reply, const std::string& cause) {
+            const RedisTexts facts(reply);
+            for (std::size_t i = 1; i + 1 < facts.size(); i += 2)
+                arrive(feed, facts.number(i), std::string(facts[i + 1]));
+            if (!cause.empty()) return finish(*erasure, cause);
+            queue_.call({"rooms"}, false, [this, erasure](const redisReply* list, const std::string& failure) {
+                const RedisTexts rooms(list);
+                for (std::size_t i = 0; i < rooms.size(); ++i) erasure->rooms.emplace_back(rooms[i]);
+                if (!failure.empty()) return finish(*erasure, failure);
+                continue_erasure(erasure);
+            });
+        });
+    }
+    void export_room(const std::string& room, std::uint64_t from, ChatStore::ExportCallback callback) {
+        constexpr std::size_t count = 500;
+        read(room, "up", from, from + count - 1, "",
+             [this, room, from, callback](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage page = new_page(texts, cause);
+                 add_records(page, texts);
+                 HistoryExport part;
+                 for (const ChatEntry& each : page.entries) part.lines += each.to_json_line(room);
+                 const std::uint64_t next = (std::max)(from + count, texts.number(2));
+                 part.error = cause;
+                 part.end = !cause.empty() || next > texts.number(1);
+                 const bool skip = part.lines.empty() && !part.end;
+                 if (skip) return export_room(room, next, callback);
+                 tell([callback, part = std::move(part), me = this, room, next](Listener&) {
+                     const bool end = part.end;
+                     if (callback(part) && !end)
+                         me->link_->post([me, room, next, callback, alive = me->alive_] {
+                             if (*alive) me->export_room(room, next, callback);
+                         });
+                 });
+             });
+    }
+
+    // ---- the link --------------------------------------------------------------------------------------------------
+
+    void on_redis_up() override {
+        link_->send({"SCRIPT", "LOAD", redis_script},
+                    [this, alive = alive_](const redisReply* reply, const std::string& cause) {
+                        if (!*alive) return;
+                        if (reply == nullptr && !cause.empty()) return link_->fail(cause, true);
+                        if (reply == nullptr) return;
+                        open(std::string(redis_text(reply)));
+                    });
+    }
+    void on_redis_down(const std::string& cause, bool permanent) override {
+        queue_.close();
+        for (const auto& [number, entry] : std::exchange(forwarded_, {})) fail_forwarded(entry);
+        for (const auto& [room, order] : orders_) {
+            for (const ChatEntry& each : std::exchange(order.waiting, {})) fail_forwarded(each);
+            order.subscribed = false;
+        }
+        marks_.clear();
+        lose_synchronization();
+        start_.fail(cause, permanent);
+    }
+    void on_redis_log(LogLevel level, std::string_view event,
+                      const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        std::vector<std::pair<std::string, std::string>> copies;
+        for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
+        tell([level, name = std::string(event), copies](Listener& listener) {
+            std::vector<std::pair<std::string_view, std::string>> views;
+            for (const auto& [key, value] : copies) views.emplace_back(key, value);
+            listener.on_log(level, name, views);
+        });
+    }
+    void on_turn_end() override { flush(); }
+
+private:
+    struct Pending {
+        ChatEntry entry{};
+        bool delivered = false;
+    };
+    // A walk through a room from its newest entry, for a page.
+    struct Scan {
+        std::string room{};
+        std::size_t limit = 0, bytes = 0;
+        std::function<bool(const ChatEntry&)> wanted{};
+        ChatStore::PageCallback callback{};
+        HistoryPage page{};  // newest first
+        bool gap = false, started = false, is_newest = false;
+    };
+    struct Mark {
+        std::string room{};
+        std::vector<ChatEntry> users{};
+        std::vector<std::string> held{};  // what the room got after the mark
+        bool read = false, reached = false;
+    };
+    struct Erasure {
+        std::string author{};
+        ChatStore::EraseCallback callback{};
+        std::vector<std::string> rooms{};
+        std::uint64_t from = 0, to = 0;
+        std::size_t messages = 0;
+    };
+    static constexpr const char* feed = "\n";
+    static constexpr std::size_t max_page_bytes = 1024 * 1024;
+
+    // Conversations and entries without a room have one channel, to which each server listens.
+    static bool common(const std::string& room) { return room.empty() || room[0] == '\n'; }
+    std::string room_channel(const std::string& room) const {
+        return link_->channel("c:" + (common(room) ? std::string() : room));
+    }
+    std::string max_age() const {
+        return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count());
+    }
+
+    // Work for the loop of the listener. All of a turn is posted at once.
+    template <class Work>
+    void tell(Work&& work) {
+        results_.emplace_back(std::forward<Work>(work));
+    }
+    void flush() {
+        if (results_.empty() || mailbox_ == nullptr) return;
+        mailbox_->post([listener = listener_, results = std::exchange(results_, {})] {
+            for (const auto& result : results)
+                if (*listener != nullptr) result(**listener);
+        });
+    }
+    void log(LogLevel level, std::string_view event, const std::string& cause) {
+        on_redis_log(level, event, {{"redis", link_->name()}, {"cause", cause}});
+    }
+
+    // ---- opening ---------------------------------------------------------------------------------------------------
+
+    void open(const std::string& script) {
+        RedisArguments arguments{"EVALSHA", script, "1", link_->channel("meta"), "open", link_->run_id(), new_epoch()};
+        link_->send(arguments, [this, script, alive = alive_](const redisReply* reply, const std::string& cause) {
+            if (!*alive) return;
+            if (reply == nullptr) {
+                if (!cause.empty()) link_->fail(cause, !text::starts_with(cause, "LOADING"));
+                return;
+            }
+            const RedisTexts texts(reply);
+            const bool is_news = queue_.epoch() != texts[1];
+            queue_.open(script, std::string(texts[1]), static_cast<std::int64_t>(texts.number(2)));
+            if (is_news) log(LogLevel::info, "redis_epoch", std::string(texts[1]));
+            for (const auto& [room, order] : orders_)
+                if (order.last) synchronize(room);
+            queue_.send_all();
+            for (const std::string& room : room_names()) on_subscribed(room);
+            start_.succeed();
+            if (!std::exchange(beating_, true)) watch_epoch();
+        });
+    }
+    void lose_synchronization() {
+        for (const auto& [room, order] : orders_) order.filling = order.synchronized = false;
+    }
+    void reopen() {
+        if (!queue_.is_open()) return;
+        queue_.close();
+        lose_synchronization();
+        log(LogLevel::warning, "redis_lost_data", "Redis has other data than before");
+        on_redis_up();
+    }
+    // Notices that Redis has lost its data also when nobody speaks.
+    void watch_epoch() {
+        link_->loop().call_later(link_->options().answer_timeout / 2, [this, alive = alive_] {
+            if (!*alive) return;
+            beat("");
+            watch_epoch();
+        });
+    }
+    std::vector<std::string> room_names() const {
+        std::vector<std::string> names;
+        for (const auto& [name, order] : orders_) names.push_back(name);
+        return names;
+    }
+
+    // ---- what arrives ----------------------------------------------------------------------------------------------
+
+    void follow_feed() {
+        orders_.find_or_emplace(feed);
+        link_->subscribe(
+            link_->channel("feed"),
+            [this](std::string_view payload) {
+                const auto id = text::parse_unsigned(text::consume_until(payload, ':'), HistoryPosition::max_id);
+                if (id && !payload.empty()) arrive(feed, *id, std::string(payload));
+                else foreign("feed");
+            },
+            [this] { on_subscribed(feed); });
+        link_->subscribe(room_channel(""), [this](std::string_view payload) {
+            if (text::starts_with(payload, "-")) on_forwarded("", payload.substr(1));
+            else foreign("c:");
+        });
+        link_->subscribe(link_->channel("marks:" + link_->node()),
+                         [this](std::string_view mark) { on_mark(std::string(mark)); });
+    }
+    void foreign(const std::string& channel) {
+        if (!std::exchange(foreign_told_, true))
+            log(LogLevel::warning, "redis_foreign_data",
+                "another program uses \"" + escape_for_log(link_->channel(channel)) + "\"");
+    }
+    // "ID:RECORD", "ID:" if the ids up to this one were lost, or "-" and an entry that is not kept.
+    void on_room_message(const std::string& room, std::string_view payload) {
+        for (const auto& [number, mark] : marks_)
+            if (mark.room == room && mark.reached) return mark.held.emplace_back(payload), void();
+        if (text::starts_with(payload, "-")) return on_forwarded(room, payload.substr(1));
+        const auto id = text::parse_unsigned(text::consume_until(payload, ':'), HistoryPosition::max_id);
+        if (!id) return foreign("c:" + room);
+        arrive(room, *id, std::string(payload));
+    }
+    void arrive(const std::string& room, std::uint64_t id, std::string data) {
+        std::optional<RedisRecord> record;
+        if (room != feed && !data.empty()) {
+            record = read_record(room, id, data);
+            if (!record) return foreign("c:" + room);
+        }
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr) {
+            if (record) deliver_entry(*record);
+            return;
+        }
+        const bool ready = order->last && order->synchronized;
+        if (ready && id <= *order->last) return;
+        if (record && ready && id == *order->last + 1 && order->held.empty()) {
+            order->last = id;
+            return deliver_entry(*record);
+        }
+        order->newest = (std::max)(order->newest, id);
+        if (!data.empty() && order->held.size() < 1000) order->held[id] = std::move(data);
+        if (ready) advance(room, *order);
+    }
+    static std::optional<RedisRecord> read_record(const std::string& room, std::uint64_t id, std::string_view data) {
+        std::optional<RedisRecord> record = RedisRecord::unpack(data);
+        if (!record) return record;
+        record->entry.room = room;
+        record->entry.id = id;
+        return record;
+    }
+    // Delivers what is in order, and asks for what is missing.
+    void advance(const std::string& room, RedisOrder& order) {
+        for (auto next = order.held.begin(); next != order.held.end() && next->first <= *order.last + 1;) {
+            if (next->first == *order.last + 1) {
+                order.last = next->first;
+                deliver(room, next->first, next->second);
+            }
+            next = order.held.erase(next);
+        }
+        if (*order.last < order.newest) fill(room, order);
+    }
+    void fill(const std::string& room, RedisOrder& order) {
+        if (order.filling || !queue_.is_open()) return;
+        order.filling = true;
+        constexpr std::uint64_t most = 500;
+        const std::uint64_t from = *order.last + 1;
+        const std::uint64_t upto = order.held.empty() ? order.newest : order.held.begin()->first - 1;
+        const std::uint64_t to = (std::min)(upto, from + most - 1);
+        RedisArguments arguments{"read", room, "0", "up", std::to_string(from), std::to_string(to), ""};
+        if (room == feed) arguments = {"feed", std::to_string(from), std::to_string(to)};
+        queue_.call(std::move(arguments), false,
+                    [this, room, from, to](const redisReply* reply, const std::string& cause) {
+                        RedisOrder* const found = orders_.find(room);
+                        if (found == nullptr || !found->filling) return;
+                        found->filling = false;
+                        if (!cause.empty()) return;  // the next message or connection tries again
+                        on_filled(room, *found, RedisTexts(reply), from, to);
+                    });
+    }
+    void on_filled(const std::string& room, RedisOrder& order, const RedisTexts& texts, std::uint64_t from,
+                   std::uint64_t to) {
+        for (std::size_t i = room == feed ? 1 : 4; i + 1 < texts.size(); i += 2)
+            if (texts.number(i) >= from) order.held[texts.number(i)] = std::string(texts[i + 1]);
+        const std::uint64_t expected = to;
+        for (std::uint64_t id = *order.last + 1; id <= expected; ++id)
+            if (order.held.count(id) == 0) return lose(room, order);
+        advance(room, order);
+    }
+    void deliver(const std::string& room, std::uint64_t id, const std::string& data) {
+        if (room == feed) return deliver_from_feed(data);
+        std::optional<RedisRecord> record = read_record(room, id, data);
+        if (!record) return foreign("s:" + room);
+        deliver_entry(*record);
+    }
+    // An entry of this server has the number of its sender again.
+    void deliver_entry(RedisRecord& record) {
+        if (Pending* const pending = pending_.find(record.op)) {
+            if (std::exchange(pending->delivered, true)) return;
+            record.entry.sender = pending->entry.sender;
+        }
+        tell([entry = std::move(record.entry)](Listener& listener) { listener.on_entry(entry); });
+    }
+    void deliver_from_feed(const std::string& data) {
+        const std::vector<std::string> parts = redis_unpack(std::string_view(data).substr(1));
+        if (data[0] == 'f' && parts.size() == 5) {
+            const std::uint64_t expires = text::parse_unsigned(parts[4], INT64_MAX).value_or(0);
+            const ChatFact fact{parts[0], parts[1], parts[2], parts[3], static_cast<std::int64_t>(expires)};
+            return tell([fact](Listener& listener) { listener.on_fact(fact); });
+        }
+        std::optional<RedisRecord> record =
+            data[0] == 'c' && parts.size() == 3 ? RedisRecord::unpack(parts[2]) : std::nullopt;
+        if (!record) return foreign("feed");
+        record->entry.room = parts[0];
+        record->entry.id = text::parse_unsigned(parts[1], HistoryPosition::max_id).value_or(0);
+        deliver_entry(*record);
+    }
+    void on_appended(const std::string& op, const RedisTexts& texts, const std::string& cause) {
+        const Pending pending = *pending_.find(op);
+        ChatEntry entry = pending.entry;
+        entry.id = texts.number(1);
+        const std::string failure = texts[0] == "late" ? "Redis was too slow" : cause;
+        if (!failure.empty()) {
+            pending_.erase(op);
+            if (!pending.delivered) tell([entry, failure](Listener& to) { to.on_failure(entry, failure); });
+            return;
+        }
+        if (texts[0] == "ok" || texts[0] == "again") {
+            entry.removed = texts[2] == "1";
+            const bool in_feed = !texts[3].empty() || (!entry.room.empty() && entry.room[0] == '\n');
+            if (!pending.delivered && in_feed) return arrive_in_feed(op, entry, texts);
+            if (!pending.delivered) arrive(entry.room, entry.id, RedisRecord::pack(entry, op));
+            return forget_when_delivered(op);
+        }
+        pending_.erase(op);
+        if (texts[0] == "duplicate") return tell([entry](Listener& to) { to.on_duplicate(entry); });
+        tell([entry, code = std::string(texts[1])](Listener& to) { to.on_refused(entry, code); });
+    }
+    // The feed has its own numbers. Of an entry that is sent again the number is unknown: the feed brings it.
+    void arrive_in_feed(const std::string& op, const ChatEntry& entry, const RedisTexts& texts) {
+        const std::string record = redis_pack({entry.room, std::to_string(entry.id), RedisRecord::pack(entry, op)});
+        if (!texts[3].empty()) arrive(feed, texts.number(3), "c" + record);
+        forget_when_delivered(op);
+    }
+    // An entry that waits for a hole before it keeps its sender.
+    void forget_when_delivered(const std::string& op) {
+        if (pending_.find(op)->delivered) {
+            pending_.erase(op);
+            return;
+        }
+        link_->loop().call_later(2 * link_->options().answer_timeout, [this, op, alive = alive_] {
+            if (*alive) pending_.erase(op);
+        });
+    }
+
+    // ---- after a connection or a loss ------------------------------------------------------------------------------
+
+    void on_subscribed(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr) return;
+        order->subscribed = true;
+        if (!queue_.is_open()) return;  // open() calls it again
+        synchronize(room);
+        request_users(room);
+        for (const ChatEntry& each : std::exchange(order->waiting, {})) forward(each);
+    }
+    void synchronize(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || !queue_.is_open()) return;
+        const std::string last = order->last ? std::to_string(*order->last) : "";
+        queue_.call({"sync", room, order->epoch, last}, false,
+                    [this, room](const redisReply* reply, const std::string& cause) {
+                        RedisOrder* const found = orders_.find(room);
+                        if (found == nullptr) return;
+                        if (cause.empty()) return on_synchronized(room, *found, RedisTexts(reply));
+                        link_->loop().call_later(std::chrono::seconds(1), [this, room, alive = alive_] {
+                            if (*alive) synchronize(room);
+                        });
+                    });
+    }
+    void on_synchronized(const std::string& room, RedisOrder& order, const RedisTexts& texts) {
+        const std::uint64_t newest = texts.number(1);
+        order.synchronized = true;
+        const bool changed = !order.epoch.empty() && order.epoch != queue_.epoch();
+        if (!order.last) {
+            order.last = newest;
+            order.newest = (std::max)(order.newest, newest);
+            order.epoch = queue_.epoch();
+            return advance(room, order);
+        }
+        if (changed && texts[3].empty()) return lose(room, order);
+        order.newest = (std::max)(changed ? *order.last : order.newest, newest);
+        order.epoch = queue_.epoch();
+        if (changed && room == feed) reload_decisions();
+        else if (changed) tell_position(room, *order.last, false, {});
+        advance(room, order);
+    }
+    void tell_position(const std::string& room, std::uint64_t last, bool gap, std::vector<ChatEntry> entries) {
+        HistoryPage page;
+        page.epoch = queue_.epoch();
+        page.last_id = last;
+        page.gap = gap;
+        page.entries = std::move(entries);
+        tell([room, page = std::move(page)](Listener& listener) { listener.on_position(room, page); });
+    }
+    // Entries after order.last are gone. The members hear of it, and go on with the newest ones.
+    void lose(const std::string& room, RedisOrder& order) {
+        if (room == feed) {
+            order.last = order.newest;
+            order.epoch = queue_.epoch();
+            order.held.clear();
+            return reload_decisions();
+        }
+        order.filling = true;
+        order.synchronized = false;
+        constexpr std::size_t shown = 50;
+        const auto callback = [this, room](const HistoryPage& page) {
+            RedisOrder* const found = orders_.find(room);
+            if (found == nullptr || !found->filling) return;
+            found->filling = false;
+            if (!page.error.empty()) return synchronize(room);
+            found->synchronized = true;
+            found->last = page.last_id;
+            found->epoch = page.epoch;
+            found->newest = (std::max)(page.last_id, found->held.empty() ? 0 : found->held.rbegin()->first);
+            tell_position(room, page.last_id, true, page.entries);
+            advance(room, *found);
+        };
+        // Not through answer(): the order must change before the next message.
+        order.held.clear();
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = shown;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = callback;
+        scan->is_newest = true;
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    // What the feed said about bans and mutes may be lost.
+    void reload_decisions() {
+        for (const char* scope : {"ban", "mute"})
+            facts(scope, "", [listener = listener_](const std::vector<ChatFact>& found, const std::string&) {
+                for (const ChatFact& fact : found) (*listener)->on_fact(fact);
+            });
+    }
+
+    // ---- pages -----------------------------------------------------------------------------------------------------
+
+    template <class Then>
+    void read(const std::string& room, const char* mode, std::uint64_t from, std::uint64_t to, const std::string& epoch,
+              Then&& then) {
+        queue_.call({"read", room, max_age(), mode, std::to_string(from), std::to_string(to), epoch}, false,
+                    [then = std::forward<Then>(then)](const redisReply* reply, const std::string& cause) {
+                        then(RedisTexts(reply), cause);
+                    });
+    }
+    HistoryPage new_page(const RedisTexts& texts, const std::string& cause) const {
+        HistoryPage page;
+        page.epoch = queue_.epoch();
+        page.last_id = texts.number(1);
+        page.error = cause;
+        return page;
+    }
+    static std::size_t add_records(HistoryPage& page, const RedisTexts& texts) {
+        for (std::size_t i = 4; i + 1 < texts.size(); i += 2) {
+            std::optional<RedisRecord> record = RedisRecord::unpack(texts[i + 1]);
+            if (!record) continue;
+            record->entry.id = texts.number(i);
+            page.entries.push_back(std::move(record->entry));
+        }
+        return page.entries.size();
+    }
+    void answer(const ChatStore::PageCallback& callback, HistoryPage page) {
+        tell([callback, page = std::move(page)](Listener&) { callback(page); });
+    }
+    // The first page of a room is where its order begins, if nothing was delivered before.
+    void seen(const std::string& room, const HistoryPage& page) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || order->last) return;
+        order->last = page.last_id;
+        order->epoch = page.epoch;
+    }
+    void newest(const std::string& room, std::size_t limit, bool gap, ChatStore::PageCallback callback) {
+        auto scan = std::make_shared<Scan>();
+        scan->room = room;
+        scan->limit = limit;
+        scan->gap = gap;
+        scan->is_newest = true;
+        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
+        scan->callback = [this, room, callback = std::move(callback)](HistoryPage page) {
+            if (page.error.empty()) seen(room, page);
+            answer(callback, std::move(page));
+        };
+        continue_scan(scan, HistoryPosition::max_id);
+    }
+    void continue_scan(const std::shared_ptr<Scan>& scan, std::uint64_t from) {
+        constexpr std::uint64_t window = 100;
+        read(scan->room, "down", from, window, "",
+             [this, scan, from](const RedisTexts& texts, const std::string& cause) {
+                 HistoryPage part = new_page(texts, cause);
+                 add_records(part, texts);
+                 HistoryPage& page = scan->page;
+                 if (!std::exchange(scan->started, true)) page.last_id = part.last_id;
+                 page.error = cause;
+                 page.epoch = part.epoch;
+                 for (auto each = part.entries.rbegin(); each != part.entries.rend() && !page.more; ++each) {
+                     if (!scan->wanted(*each)) continue;
+                     page.more = page.entries.size() == scan->limit || scan->bytes > max_page_bytes;
+                     if (page.more) break;
+                     scan->bytes += each->bytes();
+                     page.entries.push_back(std::move(*each));
+                 }
+                 const std::uint64_t at = (std::min)(from, part.last_id), first = texts.number(2);
+                 if (cause.empty() && !page.more && at > first + window - 1) return continue_scan(scan, at - window);
+                 finish(*scan);
+             });
+    }
+    void finish(Scan& scan) {
+        HistoryPage& page = scan.page;
+        std::reverse(page.entries.begin(), page.entries.end());
+        page.gap = scan.gap;
+        if (!page.error.empty()) page.entries.clear();
+        if (scan.is_newest) return scan.callback(std::move(page));
+        answer(scan.callback, std::move(page));
+    }
+
+    // ---- erasure ---------------------------------------------------------------------------------------------------
+
+    void continue_erasure(const std::shared_ptr<Erasure>& erasure) {
+        if (erasure->rooms.empty()) return finish(*erasure, "");
+        const std::string room = erasure->rooms.back();
+        queue_.call({"erase", room, erasure->author, std::to_string(erasure->from), std::to_string(erasure->to),
+                     std::to_string(unix_ms()), std::to_string(limits_.max_entries), std::to_string(limits_.max_bytes),
+                     max_age()},
+                    false, [this, erasure, room](const redisReply* reply, const std::string& cause) {
+                        const RedisTexts texts(reply);
+                        if (!cause.empty()) return finish(*erasure, cause);
+                        for (std::size_t i = 3; i + 1 < texts.size(); i += 2) {
+                            const auto record = RedisRecord::unpack(texts[i + 1]);
+                            if (record && record->entry.kind == ChatEntry::Kind::remove) ++erasure->messages;
+                            if (room[0] != '\n') arrive(room, texts.number(i), std::string(texts[i + 1]));
+                        }
+                        erasure->from = texts.number(1);
+                        erasure->to = texts.number(2);
+                        if (texts[1].empty()) {
+                            erasure->rooms.pop_back();
+                            erasure->from = erasure->to = 0;
+                        }
+                        continue_erasure(erasure);
+                    });
+    }
+    void finish(const Erasure& erasure, const std::string& cause) {
+        tell([callback = erasure.callback, count = erasure.messages, cause](Listener&) { callback(count, cause); });
+    }
+
+    // ---- entries that are not kept, and presence -------------------------------------------------------------------
+
+    static std::string leave_number() { return std::to_string(static_cast<unsigned>(ChatEntry::Kind::leave)); }
+    std::string pack_forwarded(const ChatEntry& entry, const std::string& number) const {
+        return redis_pack({link_->node(), number, std::to_string(static_cast<unsigned>(entry.kind)),
+                           std::to_string(entry.time), entry.name, entry.user, entry.text, entry.data, entry.to,
+                           entry.author, entry.tag, std::to_string(entry.sender), entry.hub, entry.quiet ? "1" : "",
+                           entry.to_user, entry.room});
+    }
+    void fail_forwarded(const ChatEntry& entry) {
+        if (entry.kind == ChatEntry::Kind::typing) return;
+        tell([entry](Listener& listener) { listener.on_failure(entry, "Redis is not connected"); });
+    }
+    bool send_presence(const ChatEntry& entry, const std::string& number, const std::string& packed) {
+        const char* const kind = entry.kind == ChatEntry::Kind::join     ? "join"
+                                 : entry.kind == ChatEntry::Kind::rename ? "rename"
+                                 : entry.kind == ChatEntry::Kind::away   ? "away"
+                                                                         : "leave";
+        const std::string name = chat_fold(entry.kind == ChatEntry::Kind::rename ? entry.text : entry.name);
+        return queue_.send_once({"presence", entry.room, kind, name, packed},
+                                [this, number](const redisReply* reply, const std::string& cause) {
+                                    const RedisTexts texts(reply);
+                                    if (texts[0] == "ok") return;
+                                    on_presence_failed(number, std::string(texts[1]), cause);
+                                });
+    }
+    void on_presence_failed(const std::string& number, const std::string& code, const std::string& cause) {
+        const std::optional<ChatEntry> entry = take_forwarded(number);
+        if (!entry) return;
+        if (cause.empty()) tell([entry, code](Listener& listener) { listener.on_refused(*entry, code); });
+        else tell([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
+    }
+    void on_forwarded(const std::string& room, std::string_view packed) {
+        std::vector<std::string> all = redis_unpack(packed);
+        const auto kind = all.size() == 16 ? text::parse_unsigned(all[2], 255) : std::nullopt;
+        if (!kind) return foreign("c:" + room);
+        ChatEntry entry;
+        entry.kind = static_cast<ChatEntry::Kind>(*kind);
+        entry.room = room.empty() ? all[15] : room;
+        entry.time = static_cast<std::int64_t>(text::parse_unsigned(all[3], INT64_MAX).value_or(0));
+        std::string* const texts[] = {&entry.name, &entry.user,   &entry.text, &entry.data,
+                                      &entry.to,   &entry.author, &entry.tag};
+        for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[4 + i]);
+        entry.sender = text::parse_unsigned(all[11], UINT64_MAX).value_or(0);
+        entry.hub = all[12];
+        entry.quiet = !all[13].empty();
+        entry.to_user = all[14];
+        if (entry.kind > ChatEntry::Kind::direct) return foreign("c:" + room);
+        if (all[0] == link_->node()) return deliver_forwarded(all[1], entry);
+        tell([entry](Listener& listener) { listener.on_entry(entry); });
+    }
+    std::optional<ChatEntry> take_forwarded(const std::string& number) {
+        for (auto at = forwarded_.begin(); at != forwarded_.end(); ++at) {
+            if (at->first != number) continue;
+            std::optional<ChatEntry> entry = std::move(at->second);
+            forwarded_.erase(at);
+            return entry;
+        }
+        return std::nullopt;
+    }
+    // An own entry is delivered when Redis brings it, so it has its place among those of others.
+    void deliver_forwarded(const std::string& number, const ChatEntry& entry) {
+        if (take_forwarded(number)) tell([entry](Listener& listener) { listener.on_entry(entry); });
+    }
+
+    // Who is in a room is read together with a mark, which takes its place among the entries of the room.
+    void request_users(const std::string& room) {
+        const RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || !order->subscribed || room == feed || !queue_.is_open()) return;
+        const std::string mark = std::to_string(++operations_);
+        marks_.find_or_emplace(mark).room = room;
+        const bool sent = queue_.send_once({"users", room, link_->channel("marks:" + link_->node()), mark},
+                                           [this, mark](const redisReply* reply, const std::string& cause) {
+                                               Mark* const found = marks_.find(mark);
+                                               if (found == nullptr) return;
+                                               if (!cause.empty()) return drop_mark(mark);
+                                               found->users = read_users(found->room, RedisTexts(reply));
+                                               found->read = true;
+                                               tell_users(mark, *found);
+                                           });
+        if (!sent) marks_.erase(mark);
+    }
+    void on_mark(const std::string& mark) {
+        Mark* const found = marks_.find(mark);
+        if (found == nullptr) return;
+        found->reached = true;
+        tell_users(mark, *found);
+    }
+    void tell_users(const std::string& mark, Mark& found) {
+        if (!found.read || !found.reached) return;
+        tell([room = found.room, users = std::move(found.users)](Listener& listener) {
+            listener.on_presence(room, users);
+        });
+        drop_mark(mark);
+    }
+    // What has arrived between the mark and the reply follows.
+    void drop_mark(const std::string& mark) {
+        const Mark dropped = std::move(*marks_.find(mark));
+        marks_.erase(mark);
+        for (const std::string& each : dropped.held) on_room_message(dropped.room, each);
+    }
+    static std::vector<ChatEntry> read_users(const std::string& room, const RedisTexts& texts) {
+        std::vector<ChatEntry> users;
+        for (std::size_t i = 1; i + 1 < texts.size(); i += 2) {
+            const std::vector<std::string> all = redis_unpack(texts[i + 1]);
+            for (std::size_t hub = 5; hub + 1 < all.size(); hub += 2) {
+                ChatEntry entry;
+                entry.kind = all[hub + 1].empty() ? ChatEntry::Kind::join : ChatEntry::Kind::away;
+                entry.room = room;
+                entry.user = std::string(texts[i]);
+                entry.name = all[0];
+                entry.text = all[2];
+                entry.author = all[3];
+                entry.time = static_cast<std::int64_t>(text::parse_unsigned(all[4], INT64_MAX).value_or(0));
+                entry.hub = all[hub];
+                users.push_back(std::move(entry));
+            }
+        }
+        return users;
+    }
+
+    std::shared_ptr<RedisLink> link_;
+    HistoryLimits limits_;
+    RedisQueue queue_;
+    RedisStart start_;
+    std::shared_ptr<Listener*> listener_;
+    std::shared_ptr<Mailbox> mailbox_;
+    std::vector<std::function<void(Listener&)>> results_;
+    StringMap<RedisOrder> orders_;  // by room
+    StringMap<bool> watched_;
+    StringMap<Pending> pending_;                               // own entries without an answer, by operation
+    std::deque<std::pair<std::string, ChatEntry>> forwarded_;  // own entries that Redis has not brought yet
+    StringMap<Mark> marks_;
+    std::uint64_t operations_ = 0;
+    bool beating_ = false, foreign_told_ = false;
+    const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+}  // namespace detail
+
+// A history in Redis, which several servers share: ChatHub::of(server).set_store(RedisHistory("redis://127.0.0.1")).
+// Redis 6 or newer. An entry is acknowledged when Redis has answered. While Redis is away, a message fails after
+// RedisOptions::answer_timeout. An Error if Redis cannot be used within RedisOptions::connect_timeout.
+class RedisHistory final : public ChatStore {
+public:
+    explicit RedisHistory(const std::string& url, RedisOptions options = {},
+                          const HistoryLimits& limits = {10'000, 0, Duration::zero(), 0, 0}) {
+        const std::shared_ptr<detail::RedisLink> link = detail::RedisLink::of(url, options);
+        state_ = std::make_unique<State>(link);
+        link->run([&] { state_->store = std::make_unique<detail::RedisStore>(link, limits); });
+        link->post([store = state_->store.get()] { store->link().add_user(*store); });
+        if (!options.require_at_start) return;
+        state_->store->start().wait(text::concat({"RedisHistory \"", link->name(), "\""}), options.connect_timeout);
+    }
+
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        *state_->listener = &listener;
+        run([shared = state_->listener, mailbox = std::move(mailbox)](detail::RedisStore& store) {
+            store.attach(shared, mailbox);
+        });
+    }
+    void append(ChatEntry entry) override {
+        if (!entry.kept()) return forward(entry);
+        run([entry = std::move(entry)](detail::RedisStore& store) { store.append(entry); });
+    }
+    void forward(const ChatEntry& entry) override {
+        run([entry](detail::RedisStore& store) { store.forward(entry); });
+    }
+    bool watch(const std::string& room) override {
+        run([room](detail::RedisStore& store) { store.watch(room); });
+        return true;
+    }
+    void unwatch(const std::string& room) override {
+        run([room](detail::RedisStore& store) { store.unwatch(room); });
+    }
+    void beat(const std::string& hub) override {
+        run([hub](detail::RedisStore& store) { store.beat(hub); });
+    }
+    bool rooms(std::size_t limit, RoomsCallback callback) override {
+        run([=](detail::RedisStore& store) { store.rooms(limit, callback); });
+        return true;
+    }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.since(room, position, limit, callback); });
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.before(room, id, limit, callback); });
+    }
+    void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
+        run([=](detail::RedisStore& store) { store.search(room, words, limit, callback); });
+    }
+    void put(ChatFact fact) override {
+        run([fact = std::move(fact)](detail::RedisStore& store) { store.put(fact); });
+    }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        run([=](detail::RedisStore& store) { store.facts(scope, key_prefix, callback); });
+    }
+    void erase_author(const std::string& author, EraseCallback callback) override {
+        run([=](detail::RedisStore& store) { store.erase_author(author, callback); });
+    }
+    void export_room(const std::string& room, ExportCallback callback) override {
+        run([=](detail::RedisStore& store) { store.export_room(room, 0, callback); });
+    }
+
+private:
+    struct State {
+        explicit State(std::shared_ptr<detail::RedisLink> owned) : link(std::move(owned)) {}
+        State(const State&) = delete;
+        State& operator=(const State&) = delete;
+        // What is on its way to Redis has half a second to arrive.
+        ~State() {
+            *listener = nullptr;
+            bool idle = false;
+            for (int i = 0; i < 50 && !idle; ++i) {
+                if (i != 0) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+                link->run([&] { idle = store == nullptr || store->idle(); });
+            }
+            link->run([this] { store.reset(); });
+        }
+        std::shared_ptr<detail::RedisLink> link;
+        std::unique_ptr<detail::RedisStore> store{};
+        // Shared with posted work. Only the loop of the listener uses it.
+        std::shared_ptr<Listener*> listener = std::make_shared<Listener*>(nullptr);
+    };
+    template <class Work>
+    void run(Work&& work) {
+        state_->link->post(
+            [store = state_->store.get(), alive = state_->store->alive(), work = std::forward<Work>(work)]() mutable {
+                if (*alive) work(*store);
+            });
+    }
+
+    std::unique_ptr<State> state_;
+};
+
+#endif  // WSCHAT_CHAT
+
+WSCHAT_END
+
+#endif  // WSCHAT_HIREDIS
+
 #undef WSCHAT_NOINLINE
+#undef WSCHAT_INLINE
 #undef WSCHAT_COLD
 #undef WSCHAT_BEGIN
 #undef WSCHAT_END

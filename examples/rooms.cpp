@@ -1,23 +1,27 @@
-// A chat with rooms, names, presence and a history.   rooms [port] [--page FILE] [--db FILE] [--trust PROXY]...
+// A chat with rooms, names, presence and a history.
+//
+//   rooms [port] [--page FILE] [--db FILE] [--redis URL] [--trust PROXY]...
 //
 // ws://127.0.0.1:8888/chat/tea?name=Anna is the room "tea"; /chat is the lobby. Clients send lines of text. A line with
 // a slash in front is a command (/help lists them), and all other lines are said to the room. rooms.html is one client,
 // over the module wschat.js.
 //
-// With -DWSCHAT_SQLITE=1 and -lsqlite3, --db keeps the history in a file. --trust 127.0.0.1: the address of a client is
-// what the proxy at this address reports.
+// With -DWSCHAT_SQLITE=1 and -lsqlite3, --db keeps the history in a file. With -DWSCHAT_HIREDIS=1 and -lhiredis,
+// --redis redis://127.0.0.1:6379 keeps it in Redis, and all servers with the same Redis are one chat. --trust 127.0.0.1:
+// the address of a client is what the proxy at this address reports.
 #define WSCHAT_CHAT 1
 #include "../wschat.hpp"
 
 #include <fstream>
 
 int main(int argc, char** argv) try {
-    std::string port = "8888", page = wschat::beside(__FILE__, "rooms.html"), db;
+    std::string port = "8888", page = wschat::beside(__FILE__, "rooms.html"), db, redis;
     std::vector<std::string> proxies;
     for (int i = 1; i < argc; ++i) {
         const std::string argument = argv[i];
         if (argument == "--page" && i + 1 < argc) page = argv[++i];
         else if (argument == "--db" && i + 1 < argc) db = argv[++i];
+        else if (argument == "--redis" && i + 1 < argc) redis = argv[++i];
         else if (argument == "--trust" && i + 1 < argc) proxies.emplace_back(argv[++i]);
         else port = argument;
     }
@@ -27,6 +31,11 @@ int main(int argc, char** argv) try {
     if (!db.empty()) wschat::ChatHub::of(server).set_store(wschat::SqliteHistory(db));
 #else
     if (!db.empty()) throw wschat::Error("--db: this program was built without WSCHAT_SQLITE");
+#endif
+#if WSCHAT_HIREDIS
+    if (!redis.empty()) wschat::ChatHub::of(server).set_store(wschat::RedisHistory(redis));
+#else
+    if (!redis.empty()) throw wschat::Error("--redis: this program was built without WSCHAT_HIREDIS");
 #endif
     server.on_log(wschat::log_to_stderr);
     server.trusted_proxies(proxies);
@@ -41,6 +50,7 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "rooms: %s\nusage: rooms [port] [--page FILE] [--db FILE] [--trust PROXY]...\n", error.what());
+    std::fprintf(stderr, "rooms: %s\nusage: rooms [port] [--page FILE] [--db FILE] [--redis URL] [--trust PROXY]...\n",
+                 error.what());
     return 1;
 }

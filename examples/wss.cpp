@@ -7,6 +7,10 @@
 // after a renewal.
 #include "../wschat.hpp"
 
+#if !WSCHAT_OPENSSL
+#error "wss.cpp needs TLS: compile it with -DWSCHAT_OPENSSL=1 and link with -lssl -lcrypto, as the command above does"
+#endif
+
 #include <openssl/evp.h>
 #include <openssl/pem.h>
 

@@ -162,6 +162,7 @@ std::string texts_of(const std::string& event) {
 }
 
 ChatUser named(const std::string& name) { return ChatUser{name}; }
+ChatUser identified(const std::string& name, const std::string& key) { return {name, "", false, "id of " + key}; }
 
 // The position that a client has after a history event.
 std::string position_of(const std::string& history) {
@@ -325,7 +326,7 @@ TEST_CASE("two users of a room have no names that look alike") {
 
 TEST_CASE("a free name is found in few steps in a room of thousands of guests") {
     Presence presence;
-    for (int i = 0; i < 5000; ++i) presence.add(named("guest"), "");
+    for (int i = 0; i < 5000; ++i) presence.add(named(presence.free_name("guest")), "");
     CHECK(presence.size() == 5000);
     for (std::size_t n = 5000; n < 5100; ++n) presence.add(named("guest-" + std::to_string(n)), "");
     CHECK(presence.find(presence.free_name("guest")) == nullptr);
@@ -421,49 +422,51 @@ TEST_CASE("the flood policy warns, drops and closes, and restarts after ten quie
 
 // ---- presence ------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a user joins with the first connection and leaves with the last") {
+TEST_CASE("connections with one identity are one user, whose grace period begins with the end of the last one") {
     Presence presence;
     ChatHandler one, two;
-    const auto first = presence.connect(named("Anna"), "key", &one),
-               second = presence.connect(named("Anna"), "key", &two);
-    CHECK(first.joined);
-    CHECK_FALSE(second.joined);
-    CHECK(&first.user == &second.user);
-    CHECK_FALSE(presence.disconnect(first.user, &one, start, true));
+    Time next;
+    Presence::User& user = presence.connect(identified("Anna", "key"), "key", &one);
+    CHECK(&presence.connect(identified("Anna", "key"), "key", &two) == &user);
+    CHECK(presence.users().empty());  // the store has not delivered the join
+    user.set_place("hub", false);
     CHECK(names_of(presence.users()) == "Anna");
-    CHECK(presence.disconnect(first.user, &two, start, true));
+    Presence::detach(user, &one, start + 3s);
+    CHECK(presence.expired(start + 1h, next).empty());
+    CHECK((next == (Time::max)()));
+    Presence::detach(user, &two, start + 3s);
+    CHECK(presence.expired(start + 2999ms, next).empty());
+    CHECK((next == start + 3s));
+    CHECK(&presence.connect(identified("Anna", "key"), "key", &one) == &user);
+    CHECK(presence.expired(start + 1h, next).empty());
+    Presence::detach(user, &one, start + 3s);
+    CHECK(presence.expired(start + 3s, next) == std::vector<std::string>{"id of key"});
+    presence.remove(user);
     CHECK(presence.empty());
+    CHECK(presence.find_identity("key") == nullptr);
+    CHECK(presence.find_id("id of key") == nullptr);
 }
 
-TEST_CASE("a user who returns in the grace period has not left, and one who returns later has") {
+TEST_CASE("the number of users of which a hub has told the store is known") {
     Presence presence;
-    ChatHandler one;
-    Time next;
-    const auto connect = [&](const std::string& key) { return presence.connect(named("Anna"), key, &one); };
-    {
-        const std::string key = "key";
-        CHECK_FALSE(presence.disconnect(connect(key).user, &one, start + 3s, false));
-        CHECK(presence.expire(start + 2999ms, next).empty());
-        CHECK((next == start + 3s));
-        CHECK_FALSE(connect(key).joined);
-        CHECK(presence.expire(start + 1h, next).empty());
-        CHECK((next == (Time::max)()));
-        presence.disconnect(*presence.find("Anna"), &one, start + 3s, false);
-        const std::vector<ChatUser> expired = presence.expire(start + 3s, next);
-        REQUIRE(expired.size() == 1);
-        CHECK(expired[0].name == "Anna");
-        CHECK(presence.empty());
-        CHECK(presence.find_identity(key) == nullptr);
-    }
+    Presence::User &anna = presence.add(named("Anna"), ""), &bert = presence.add(named("Bert"), "");
+    CHECK(presence.own() == 0);
+    presence.set_told(anna, Presence::Told::join);
+    presence.set_told(anna, Presence::Told::away);
+    presence.set_told(bert, Presence::Told::join);
+    CHECK(presence.own() == 2);
+    presence.set_told(anna, Presence::Told::nothing);
+    presence.remove(bert);
+    CHECK(presence.own() == 0);
 }
 
 TEST_CASE("a name that is taken gets the first free number") {
     Presence presence;
     ChatHandler connections[4];
-    CHECK(presence.connect(named("Anna"), "", &connections[0]).user.info.name == "Anna");
-    CHECK(presence.connect(named("Anna"), "", &connections[1]).user.info.name == "Anna-2");
-    CHECK(presence.connect(named("anna"), "", &connections[2]).user.info.name == "anna-3");
-    CHECK(presence.connect(named("Anna-2"), "", &connections[3]).user.info.name == "Anna-2-2");
+    CHECK(presence.connect(named("Anna"), "", &connections[0]).info.name == "Anna");
+    CHECK(presence.connect(named("Anna"), "", &connections[1]).info.name == "Anna-2");
+    CHECK(presence.connect(named("anna"), "", &connections[2]).info.name == "anna-3");
+    CHECK(presence.connect(named("Anna-2"), "", &connections[3]).info.name == "Anna-2-2");
     std::vector<ChatHandler> guests(300);
     for (ChatHandler& guest : guests) presence.connect(named("guest"), "", &guest);
     CHECK(presence.size() == 304);
@@ -475,7 +478,7 @@ TEST_CASE("a name with a number keeps the limit of names and whole characters") 
     std::string name;
     for (int i = 0; i < 20; ++i) name += "\xC3\xBC";
     presence.connect(named(name), "", &connections[0]);
-    CHECK(presence.connect(named(name), "", &connections[1]).user.info.name == name.substr(0, 38) + "-2");
+    CHECK(presence.connect(named(name), "", &connections[1]).info.name == name.substr(0, 38) + "-2");
     CHECK(valid_chat_name(presence.free_name(name), 40));
     presence.max_name = 60;
     CHECK(presence.free_name(name) == name + "-2");
@@ -484,23 +487,37 @@ TEST_CASE("a name with a number keeps the limit of names and whole characters") 
 TEST_CASE("nobody takes the name of a user who is present or is away with a key") {
     Presence presence;
     ChatHandler one, two, three;
-    presence.disconnect(presence.connect(named("Anna"), "key", &one).user, &one, start, false);
-    CHECK(presence.connect(named("Anna"), "", &two).user.info.name == "Anna-2");
-    CHECK(presence.connect(named("Anna"), "another key", &three).user.info.name == "Anna-3");
-    CHECK(presence.connect(named("Berta"), "key", &one).user.info.name == "Anna");
+    Presence::detach(presence.connect(identified("Anna", "key"), "key", &one), &one, start);
+    CHECK(presence.connect(named("Anna"), "", &two).info.name == "Anna-2");
+    CHECK(presence.connect(named("Anna"), "another key", &three).info.name == "Anna-3");
+    CHECK(presence.connect(named("Berta"), "key", &one).info.name == "Anna");
 }
 
-TEST_CASE("a user can change to any free name and the case of letters does not count") {
+TEST_CASE("a user whose name another one takes keeps it until there is a new one, and the case of letters is free") {
     Presence presence;
     ChatHandler one, two;
-    Presence::User& anna = presence.connect(named("Anna"), "", &one).user;
-    presence.connect(named("Bert"), "", &two);
-    CHECK_FALSE(presence.rename(anna, "BERT"));
-    CHECK(presence.rename(anna, "ANNA"));
-    CHECK(presence.rename(anna, "Carl"));
-    CHECK(names_of(presence.users()) == "Bert Carl");
+    Presence::User &anna = presence.connect(identified("Anna", "a"), "a", &one),
+                   &bert = presence.connect(identified("Bert", "b"), "b", &two);
+    anna.set_place("hub", false);
+    bert.set_place("hub", false);
+    presence.set_name(anna, "ANNA");
+    CHECK(presence.find("anna") == &anna);
+    presence.set_name(anna, "BERT");
+    CHECK(presence.find("bert") == &anna);
+    CHECK(presence.lost_name(bert));
+    CHECK(names_of(presence.users()) == "BERT Bert");
+    CHECK(presence.free_name(bert.info.name, &bert) == "Bert-2");
+    bert.refused.push_back("bert-2");
+    CHECK(presence.free_name(bert.info.name, &bert) == "Bert-3");
+    presence.set_name(bert, "Carl");
+    CHECK_FALSE(presence.lost_name(bert));
+    CHECK(names_of(presence.users()) == "BERT Carl");
     CHECK(presence.find("anna") == nullptr);
-    CHECK(presence.find("carl") == &anna);
+    CHECK(presence.find("carl") == &bert);
+    presence.release_name(bert);
+    CHECK(presence.find("carl") == nullptr);
+    presence.remove(bert);
+    CHECK(presence.size() == 1);
 }
 
 TEST_CASE("the longest name at the beginning of a text finds the user") {
@@ -532,11 +549,11 @@ TEST_CASE("the longest name at the beginning of a text finds the user") {
 TEST_CASE("the search for a name reads no more of a text than the longest name") {
     Presence presence;
     ChatHandler connection;
-    Presence::User& anna = presence.connect(named("Anna"), "", &connection).user;
+    Presence::User& anna = presence.connect(named("Anna"), "", &connection);
     const std::string spaces(16 * 1024 * 1024, ' ');  // a search of each prefix would take years
     std::string_view text = spaces;
     CHECK(presence.consume_user(text) == nullptr);
-    presence.rename(anna, "Anna Maria Magdalena");
+    presence.set_name(anna, "Anna Maria Magdalena");
     const std::string line = "anna maria magdalena" + spaces;
     text = line;
     CHECK(presence.consume_user(text) == &anna);
@@ -597,17 +614,16 @@ TEST_CASE("a table of users lets the first one have a name, and keeps a user whi
     PresenceTable copy;
     copy.replace("tea", table.users("tea"));
     CHECK(rows(copy) == rows(table));
-    CHECK(copy.forget("2").size() == 3);
+    for (ChatEntry& each : copy.leaves("2")) CHECK(copy.apply(each) == "");
     CHECK(rows(copy) == "");
     CHECK(copy.rooms(10).empty());
 }
 
-TEST_CASE("in a table of users an account takes its name, and a guest returns only after the connection is lost") {
+TEST_CASE("in a table of users an account takes its name, and who loses it gets another one") {
     using Kind = ChatEntry::Kind;
     PresenceTable table;
     const auto apply = [&](ChatEntry entry) { return std::string(table.apply(entry)); };
     CHECK(apply(presence(Kind::join, "guest", "1", "Holly")) == "");
-    CHECK(apply(presence(Kind::join, "guest", "2", "Holly")) == "name_taken");
     CHECK(apply(presence(Kind::away, "guest", "1")) == "");
     CHECK(apply(presence(Kind::join, "guest", "2", "Holly")) == "");
     CHECK(apply(presence(Kind::join, "account Holly", "3", "Holly")) == "");
@@ -615,7 +631,7 @@ TEST_CASE("in a table of users an account takes its name, and a guest returns on
     CHECK(rows(table) == "Holly/account Holly@3 Holly/guest@1? Holly/guest@2");
     CHECK(apply(presence(Kind::rename, "guest", "2", "", "Holly-2")) == "");
     CHECK(apply(presence(Kind::join, "other", "1", "Holly")) == "name_taken");
-    CHECK(table.forget("3").size() == 1);
+    for (ChatEntry& each : table.leaves("3")) CHECK(table.apply(each) == "");
     CHECK(apply(presence(Kind::join, "other", "1", "Holly")) == "");
     CHECK(rows(table) == "Holly-2/guest@1? Holly-2/guest@2 Holly/other@1");
 }
@@ -2161,13 +2177,262 @@ TEST_CASE("all moderators of a room hear of each kick, ban and mute, and other m
                          "ChatRoom::set_topic: the topic is longer than ChatLimits::max_topic", Error);
 }
 
+namespace {
+
+// Anna moderates the room "tea" alone, nobody speaks in "museum", and only Bert enters "cellar".
+struct Rule : ChatHandler {
+    bool may(ChatAction action, std::string_view room) override {
+        if (room == "museum" && action == ChatAction::say) return false;
+        if (room == "cellar" && action == ChatAction::join) return user().name == "Bert";
+        if (room == "new" && action == ChatAction::create_room) return false;
+        if (room == "tea" && user().name == "Anna") return true;
+        return ChatHandler::may(action, room);
+    }
+};
+
+}  // namespace
+
+TEST_CASE("what a user may do can differ from room to room") {
+    TestHost host;
+    ChatClient<Rule> anna(host, "name=Anna"), bert(host, "name=Bert");
+    CHECK(contains(anna.events().front(), R"("kick","ban","mute","remove","topic","slow","access","readonly"])"));
+    CHECK_FALSE(contains(bert.events().front(), "\"kick\""));
+    CHECK(field_of(anna.send("/mute Bert 0").back(), "type") == "moderation");
+    CHECK(field_of(anna.send("/join cellar").back(), "code") == "forbidden");
+    CHECK(field_of(bert.send("/join cellar").front(), "room") == "cellar");
+    const std::string museum = anna.send("/join museum").front();
+    CHECK(field_of(museum, "type") == "room");
+    CHECK_FALSE(contains(museum, "\"kick\""));
+    CHECK_FALSE(contains(museum, "\"say\""));
+    CHECK(field_of(anna.answer_to("hello"), "code") == "forbidden");
+    CHECK(field_of(anna.answer_to("/kick Bert"), "code") == "forbidden");
+    CHECK(field_of(anna.answer_to("/in tea /mute Bert 0"), "type") == "moderation");
+    CHECK(field_of(anna.answer_to("/join new"), "code") == "forbidden");
+    CHECK_FALSE(contains(anna.answer_to("/help"), "/kick"));
+}
+
+TEST_CASE("names of rooms are compared like names of users, and the first member decides how a room is written") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna&key=anna-secret", "Tea Room"), bert(host, "name=Bert", "tea%20room");
+    ChatClient<> carl(host, "name=Carl&join=%EF%BC%B4EA+ROOM", "lobby");
+    CHECK(field_of(anna.events().front(), "room") == "Tea Room");
+    bert.events();
+    ChatClient<> dora(host, "name=Dora", "TEA ROOM");
+    CHECK(field_of(dora.events().front(), "room") == "Tea Room");
+    CHECK(field_of(carl.answer_to("/join tea room"), "room") == "Tea Room");
+    anna.events();
+    const std::string said = anna.answer_to("/tag t1 hello");
+    CHECK(field_of(said, "room") == "Tea Room");
+    CHECK(field_of(anna.answer_to("/tag t1 hello"), "room") == "Tea Room");
+    CHECK(field_of(carl.only_event(), "room") == "Tea Room");
+    CHECK(field_of(anna.answer_to("/read 1"), "room") == "Tea Room");
+    CHECK(field_of(carl.answer_to("/in TEA%20ROOM hello"), "room") == "Tea Room");
+    CHECK(field_of(carl.answer_to("/tag t2 /edit 99 x"), "room") == "Tea Room");
+    for (const char* line : {"/typing", "/nick Cleo"}) {
+        anna.events();
+        carl.send(line);
+        CHECK(field_of(anna.only_event(), "room") == "Tea Room");
+    }
+    CHECK(contains(carl.answer_to("/rooms"), R"({"room":"Tea Room","users":3})"));
+    CHECK(&host.room("tea room") == host.hub().find("TEA ROOM"));
+    CHECK(host.room("tea room").key() == "tea room");
+    std::string texts;
+    host.hub().store().since("tea room", std::nullopt, 10, [&](const HistoryPage& page) {
+        for (const ChatEntry& each : page.entries) texts += each.text + ";";
+    });
+    CHECK(texts == "hello;hello;");
+    CHECK(contains(carl.answer_to("/leave Tea ROOM"), "\"lobby\""));
+}
+
+TEST_CASE("who is not invited does not see or enter a private room") {
+    TestHost host;
+    host.hub().limits.connection = FloodRates();
+    ChatClient<Rule> anna(host, "name=Anna"), guest(host, "name=Gus");
+    ChatClient<Rule> bert(host, "name=Bert&key=bert-secret"), carl(host, "name=Carl&key=carl-secret", "lobby");
+    const std::string carl_id = carl.handler.user().id;
+    CHECK(field_of(bert.send("/access private").back(), "code") == "forbidden");
+    CHECK(field_of(anna.answer_to("/access ajar"), "code") == "bad_command");
+    for (ChatClient<Rule>* client : {&bert, &guest}) client->events();
+    CHECK(anna.answer_to("/tag t1 /access private") == R"({"type":"options","room":"tea","private":true,"tag":"t1"})");
+    CHECK(bert.only_event() == R"({"type":"options","room":"tea","private":true})");
+    CHECK(contains(bert.answer_to("/rooms"), R"("room":"tea","users":3,"private":true)"));
+    CHECK_FALSE(contains(carl.send("/rooms").back(), "tea"));
+    CHECK(field_of(carl.answer_to("/join TEA"), "code") == "not_invited");
+    ChatClient<Rule> dora(host, "name=Dora");
+    const auto events = dora.events();
+    CHECK(contains(events.at(0), "\"room\":null"));
+    CHECK(field_of(events.at(1), "code") == "not_invited");
+
+    CHECK(field_of(bert.answer_to("/invite Nobody"), "code") == "unknown_user");
+    const std::string answer = bert.answer_to("/tag t2 /invite @" + carl_id);
+    CHECK(answer ==
+          "{\"type\":\"invited\",\"room\":\"tea\",\"user\":\"" + carl_id + "\",\"by\":\"Bert\",\"tag\":\"t2\"}");
+    CHECK(field_of(carl.only_event(), "type") == "invited");
+    const std::string room = carl.send("/join tea").front();
+    CHECK(field_of(room, "type") == "room");
+    CHECK(field_of(room, "private") == "true");
+    carl.send("/join lobby");
+    ChatClient<Rule> emil(host, "name=Emil", "lobby");
+    CHECK(field_of(carl.send("/in tea /invite Emil").back(), "type") == "invited");  // in another room of Carl
+    emil.events();
+    CHECK(field_of(emil.send("/join tea").front(), "type") == "room");
+
+    // Who was there may come again, also by a new connection; who was kicked may not.
+    bert.disconnect(CloseCode::normal);
+    ChatClient<Rule> again(host, "name=Bert&key=bert-secret");
+    CHECK(field_of(again.events().front(), "room") == "tea");
+    anna.send("/kick Bert");
+    again.disconnect();
+    ChatClient<Rule> kicked(host, "name=Bert&key=bert-secret");
+    CHECK(contains(kicked.events().front(), "\"room\":null"));
+    CHECK(field_of(anna.answer_to("/access public"), "type") == "options");
+    CHECK(field_of(kicked.send("/join tea").front(), "type") == "room");
+}
+
+TEST_CASE("the store keeps what moderators change in a room, and it comes after the rule of the program") {
+    TestHost host;
+    host.hub().room_options = [](std::string_view name, ChatRoomOptions& options) {
+        if (name == "Board") options.is_private = options.read_only = true;
+    };
+    ChatClient<> out(host, "name=Anna", "Board");
+    CHECK(field_of(out.events().at(1), "code") == "not_invited");
+    host.hub().store().put({"room", "board", "private=0 readonly=1 slow=7"});
+    ChatClient<> anna(host, "name=Anna", "Board");
+    CHECK(field_of(anna.events().front(), "room") == "Board");
+    CHECK(host.room("Board").options.read_only);
+    CHECK_FALSE(host.room("Board").options.is_private);
+    CHECK((host.room("Board").options.slow == 7s));
+    CHECK(field_of(anna.answer_to("hello"), "code") == "read_only");
+}
+
+TEST_CASE("in a read-only room only moderators speak, and all may react and write in private") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
+    const std::string id = field_of(anna.answer_to("before"), "id");
+    CHECK(field_of(moderator.send("/readonly on").back(), "read_only") == "true");
+    CHECK(field_of(anna.send("hello").back(), "code") == "read_only");
+    CHECK(field_of(anna.send("/me waves").back(), "code") == "read_only");
+    CHECK(field_of(anna.send("/edit " + id + " after").back(), "code") == "read_only");
+    CHECK(field_of(anna.send("/react " + id + " +1").back(), "type") == "react");
+    CHECK(field_of(anna.send("/msg Bert psst").back(), "type") == "private");
+    CHECK(field_of(moderator.send("news").back(), "type") == "said");
+    CHECK(field_of(moderator.send("/readonly maybe").back(), "code") == "bad_command");
+    moderator.send("/readonly off");
+    CHECK(field_of(anna.send("hello").back(), "type") == "said");
+}
+
+TEST_CASE("in a slow room a user waits between two messages, also after a new connection or a new name") {
+    TestHost host;
+    ChatClient<Moderator> moderator(host, "account=Holly", "tea", "192.0.2.9");
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert");
+    CHECK(field_of(moderator.send("/slow 30").back(), "slow") == "30");
+    CHECK(field_of(anna.send("one").back(), "type") == "said");
+    const std::string refused = anna.send("/tag t1 two").back();
+    CHECK(field_of(refused, "code") == "slow");
+    CHECK(contains(refused, "wait 3"));
+    CHECK(field_of(refused, "tag") == "t1");
+    anna.disconnect(CloseCode::normal);
+    ChatClient<> again(host, "name=Zoe&key=anna-secret");
+    CHECK(field_of(again.send("two").back(), "code") == "slow");
+    CHECK(field_of(bert.send("one").back(), "type") == "said");
+    bert.disconnect(CloseCode::normal);
+    ChatClient<> guest(host, "name=Gus");
+    CHECK(field_of(guest.send("two").back(), "code") == "slow");
+    for (int i = 0; i < 3; ++i) CHECK(field_of(moderator.send("x").back(), "type") == "said");
+    again.events();
+    CHECK(field_of(again.send("/join coffee").front(), "type") == "room");
+    CHECK(field_of(again.send("here it is not slow").back(), "type") == "said");
+    for (const char* bad : {"/slow", "/slow x", "/slow 86401"})
+        CHECK(field_of(moderator.send(bad).back(), "code") == "bad_command");
+    moderator.send("/slow 0");
+    CHECK(field_of(guest.send("two").back(), "type") == "said");
+}
+
+TEST_CASE("a room has its own limits of texts, users and histories, or no history") {
+    TestHost host;
+    host.hub().room_options = [](std::string_view, ChatRoomOptions& options) {
+        options.max_text = 10;
+        options.max_users = 2;
+        options.history_on_join = 1;
+        options.history_on_resume = 2;
+    };
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert"), carl(host, "name=Carl");
+    CHECK(field_of(carl.events().at(1), "code") == "room_full");
+    ChatClient<> tab(host, "key=anna-secret");  // no further user
+    CHECK(field_of(tab.events().front(), "room") == "tea");
+    CHECK(field_of(anna.send(std::string(11, 'x')).back(), "code") == "too_long");
+    const std::string first = field_of(anna.answer_to("one"), "id");
+    for (const char* text : {"two", "three", "four"}) anna.send(text);
+    bert.disconnect(CloseCode::normal);
+    {
+        ChatClient<> dora(host, "name=Dora");
+        CHECK(texts_of(dora.events().at(2)) == "four;");
+        dora.disconnect(CloseCode::normal);
+    }
+    ChatClient<> dora(host, "name=Dora&last=" + host.position(first));
+    CHECK(texts_of(dora.events().at(2)) == "three;four;");
+
+    host.room("tea").options.kept = false;
+    const std::string said = anna.answer_to("/tag t1 unkept");
+    CHECK(field_of(said, "text") == "unkept");
+    CHECK(field_of(said, "tag") == "t1");
+    CHECK(field_of(said, "id") == "");
+    CHECK(texts_of(anna.answer_to("/before 99 1")) == "four;");
+}
+
+TEST_CASE("a user and an address open only so many rooms") {
+    TestHost host;
+    host.hub().limits.room_creations = {0.001, 3};
+    host.hub().limits.address_room_creations = {0.001, 5};
+    host.hub().limits.connection = host.hub().limits.address = FloodRates();
+    ChatClient<> anna(host, "name=Anna");
+    std::string codes;
+    const auto open_rooms = [](ChatClient<>& client, const std::string& prefix) {
+        std::string opened;
+        for (int i = 0; i < 5; ++i) {
+            const auto events = client.send("/join " + prefix + std::to_string(i));
+            opened += field_of(events.front(), "code") == "room_limit" ? "-" : "+";
+        }
+        return opened;
+    };
+    anna.events();
+    CHECK(open_rooms(anna, "a") == "++---");
+    ChatClient<> bert(host, "name=Bert");
+    bert.events();
+    CHECK(open_rooms(bert, "b") == "++---");  // two more of this address
+    ChatClient<> carl(host, "name=Carl"), elsewhere(host, "name=Dora", "tea", "192.0.2.7");
+    carl.events();
+    CHECK(open_rooms(carl, "c") == "-----");
+    CHECK(field_of(carl.send("/join a0").front(), "type") == "room");  // somebody is there
+    elsewhere.events();
+    CHECK(open_rooms(elsewhere, "d") == "+++--");
+}
+
+TEST_CASE("the name of an account belongs to it, also while it is away and after a restart") {
+    TestHost host;
+    { ChatClient<Moderator> moderator(host, "account=Holly", "coffee"); }
+    host.hub().store().put({"account", "ivy", "Ivy", "account Ivy"});  // of a former run
+    ChatClient<> visitor(host, "name=Holly"), twin(host, "name=HOLLY"), ivy(host, "name=ivy"), bert(host, "name=Bert");
+    CHECK(field_of(visitor.events().front(), "name") == "Holly-2");
+    CHECK(field_of(twin.events().front(), "name") == "HOLLY-3");
+    CHECK(field_of(ivy.events().front(), "name") == "ivy-2");
+    CHECK(contains(bert.send("/nick holly").back(), "That name is taken; holly-4 is free."));
+    ChatClient<Moderator> moderator(host, "account=Holly");
+    CHECK(field_of(moderator.events().front(), "name") == "Holly");
+    host.hub().store().put({"account", "ivy"});
+    CHECK(field_of(bert.send("/nick Ivy").back(), "name") == "Ivy");
+    host.hub().store().erase_author("account Holly", [](std::size_t, const std::string&) {});
+    CHECK_FALSE(contains(bert.send("/nick Holly Day").back(), "taken"));
+}
+
 TEST_CASE("hello says what the user may do, and at what rate a client may send") {
     TestHost host;
     ChatClient<Moderator> moderator(host, "account=Holly");
     ChatClient<> anna(host, "name=Anna");
-    CHECK(contains(moderator.events().front(), R"("rooms","kick","ban","mute")"));
+    CHECK(contains(moderator.events().front(), R"("rooms","invite","kick","ban","mute")"));
     const std::string hello = anna.events().front();
-    CHECK(contains(hello, R"("may":["say","edit","react","private","rename","join","rooms"])"));
+    CHECK(contains(hello, R"("may":["say","edit","react","private","rename","join","create","rooms","invite"])"));
     CHECK(field_of(hello, "per_second") == "5");
     CHECK(field_of(hello, "burst") == "20");
 }
@@ -2334,6 +2599,8 @@ public:
         ChatEntry made = entry(text);
         made.kind = kind;
         made.name = name;
+        made.user = "remote user";
+        made.hub = "remote hub";
         listener_->on_entry(made);
     }
     void answer() {
@@ -2428,6 +2695,34 @@ TEST_CASE("on_leave() is called only after on_join(), which waits for the histor
     CHECK(patient.handler.log == "connect;join tea;leave tea;disconnect;");
 }
 
+TEST_CASE("an event of presence that is delivered late adds nobody who has left or has another name") {
+    struct LatePresence : ManualStore {
+        using ManualStore::ManualStore;
+        void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+            ManualStore::attach(listener, std::move(mailbox));
+            late_listener = &listener;
+        }
+        void forward(const ChatEntry& entry) override { forwarded.push_back(entry); }
+        void since(const std::string&, std::optional<HistoryPosition>, std::size_t, PageCallback then) override {
+            then({});
+        }
+        void deliver_forwarded() {
+            for (const ChatEntry& entry : std::exchange(forwarded, {})) late_listener->on_entry(entry);
+        }
+        std::vector<ChatEntry> forwarded;
+        Listener* late_listener = nullptr;
+    };
+    TestHost host;
+    ManualStore* store = nullptr;
+    host.hub().set_store(std::make_unique<LatePresence>(store));
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert"), carl(host, "name=Carl");
+    bert.send("/nick Berta");
+    carl.disconnect(CloseCode::normal);
+    static_cast<LatePresence*>(store)->deliver_forwarded();
+    anna.events();
+    CHECK(names_in(anna.answer_to("/who")) == "Anna, Berta");
+}
+
 TEST_CASE("a history that cannot be read is a gap, and the chat continues") {
     struct Broken : ManualStore {
         using ManualStore::ManualStore;
@@ -2496,7 +2791,7 @@ TEST_CASE("users of other servers are in the list, and their names are taken") {
     store->deliver_remote(ChatEntry::Kind::leave, "Further");
     CHECK(contains(anna.only_event(), "\"leave\""));
     CHECK(names_of(host.room("tea").users()) == "Anna far-2");
-    store->deliver_remote(ChatEntry::Kind::leave, "Anna");  // another user of that name on another server
+    store->deliver_remote(ChatEntry::Kind::leave, "Anna");  // a user whom nobody knows
     CHECK(names_of(host.room("tea").users()) == "Anna far-2");
 }
 

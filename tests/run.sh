@@ -93,6 +93,9 @@ need libssl-dev header openssl/ssl.h
 need openssl command -v openssl
 need libsqlite3-dev header sqlite3.h
 need libutf8proc-dev header utf8proc.h
+need libhiredis-dev header hiredis/async.h
+need redis-server command -v redis-server
+need redis-tools command -v redis-cli
 need pkg-config command -v pkg-config
 need meson command -v meson
 need python3-websockets /usr/bin/python3 -c 'import websockets'
@@ -145,7 +148,7 @@ fi
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
-features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON"
+features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON -DWSCHAT_HIREDIS=ON"
 
 build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON $features -DWSCHAT_LIBURING=ON -DWSCHAT_UTF8PROC=ON
 if [ $mode = quick ]; then
@@ -160,7 +163,7 @@ build asan $features
 tests "asan: tests" ctest --preset asan
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads;stores"
+build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads;stores;cluster"
 tests "tsan: tests" ctest --preset tsan
 
 build clang -DWSCHAT_TESTS=OFF

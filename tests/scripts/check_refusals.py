@@ -13,7 +13,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMPILER, FLAGS = sys.argv[1], [flag for flag in sys.argv[2:] if not flag.startswith("-std=")]
 WORK = pathlib.Path(tempfile.mkdtemp(prefix="wschat-refusals-"))
-ALL = ["-DWSCHAT_CHAT=1", "-DWSCHAT_ZLIB=1", "-DWSCHAT_OPENSSL=1", "-DWSCHAT_SQLITE=1", "-DWSCHAT_LIBURING=1"]
+ALL = ["-DWSCHAT_CHAT=1", "-DWSCHAT_ZLIB=1", "-DWSCHAT_OPENSSL=1", "-DWSCHAT_SQLITE=1", "-DWSCHAT_LIBURING=1",
+       "-DWSCHAT_HIREDIS=1"]
 
 NO_ERROR_LIMIT = "-ferror-limit=0" if "clang" in COMPILER else "-fmax-errors=0"
 

@@ -1,0 +1,480 @@
+// section 18: the history in Redis, and a Redis that is wrong, late, away or empty.
+#define WSCHAT_CHAT 1
+#include "store_suite.hpp"
+
+#if WSCHAT_HIREDIS
+
+#include <map>
+#include <random>
+
+#include "redis.hpp"
+
+namespace {
+
+using namespace wschat;
+using namespace std::chrono_literals;
+using test::contains;
+using test::RedisServer;
+using test::StoreFixture;
+
+// Stores in one test have a Redis in common, and keys of their own.
+RedisOptions options_with(const std::string& prefix) {
+    RedisOptions options;
+    options.prefix = prefix;
+    return options;
+}
+
+// "join:u1=Anna@h1 " with a "~" if it is quiet.
+std::string summary_of(const ChatEntry& entry) {
+    const char* const kind = entry.kind == ChatEntry::Kind::join     ? "join"
+                             : entry.kind == ChatEntry::Kind::leave  ? "leave"
+                             : entry.kind == ChatEntry::Kind::rename ? "rename"
+                                                                     : "away";
+    const std::string to = entry.kind == ChatEntry::Kind::rename ? "->" + entry.text : "";
+    return std::string(kind) + ":" + entry.user + "=" + entry.name + to + "@" + entry.hub + (entry.quiet ? "~ " : " ");
+}
+std::string presence_summary(const std::vector<ChatEntry>& users) {
+    std::vector<std::string> all;
+    for (const ChatEntry& each : users) {
+        ChatEntry plain = each;
+        plain.quiet = false;
+        all.push_back(summary_of(plain));
+    }
+    std::sort(all.begin(), all.end());
+    std::string text;
+    for (const std::string& each : all) text += each;
+    return text;
+}
+ChatEntry presence(ChatEntry::Kind kind, const std::string& user, const std::string& name, const std::string& hub,
+                   const std::string& text = "", const std::string& author = "") {
+    ChatEntry entry;
+    entry.kind = kind;
+    entry.room = "tea";
+    entry.user = user;
+    entry.name = name;
+    entry.hub = hub;
+    entry.text = text;
+    entry.author = author;
+    return entry;
+}
+
+// A hub with its store, on a loop that the test drives.
+class Node final : private ChatStore::Listener {
+public:
+    explicit Node(const std::string& url, const RedisOptions& options = {}, const HistoryLimits& limits = {})
+        : store_(std::make_unique<RedisHistory>(url, options, limits)) {
+        store_->attach(*this, loop_.mailbox());
+    }
+    ChatStore& store() { return *store_; }
+    void say(const std::string& text, const std::string& tag = "", const std::string& room = "tea") {
+        ChatEntry entry = StoreFixture::entry(ChatEntry::Kind::said, text, "anna", tag);
+        entry.room = room;
+        entry.sender = 7;
+        store_->append(std::move(entry));
+    }
+    // Follows the room from its newest entry on.
+    void watch(const std::string& room = "tea") {
+        store_->watch(room);
+        read(room);
+    }
+    HistoryPage read(const std::string& room = "tea", const std::optional<HistoryPosition>& position = {}) {
+        std::optional<HistoryPage> result;
+        store_->since(room, position, 100, [&](const HistoryPage& page) { result = page; });
+        wait([&] { return result.has_value(); });
+        return *result;
+    }
+    template <class Done>
+    void wait(Done&& done) {
+        const auto until = Clock::now() + test::deadline;
+        while (!done() && Clock::now() < until) loop_.poll(10ms);
+        CHECK(done());
+    }
+    void wait_for(const std::string& what) {
+        wait([&] { return contains(heard, what); });
+        CHECK_MESSAGE(contains(heard, what), heard);
+    }
+    void poll() { loop_.poll(1ms); }
+
+    std::string heard;  // "1:one 2:two gap:2 "; a star: from this hub
+    std::string logged;
+    std::map<std::string, std::string> users;  // of each room, as on_presence() has told last
+    int presences = 0;                         // calls of on_presence()
+    ChatEntry latest;                          // of presence
+
+private:
+    void on_entry(const ChatEntry& entry) override {
+        if (entry.is_presence()) {
+            heard += summary_of(entry);
+            latest = entry;
+            return;
+        }
+        heard += std::to_string(entry.id) + ":" + entry.text + (entry.sender == 7 ? "* " : " ");
+    }
+    void on_duplicate(const ChatEntry& entry) override { heard += "duplicate:" + std::to_string(entry.id) + " "; }
+    void on_failure(const ChatEntry& entry, const std::string& cause) override {
+        heard += "failed:" + entry.text + " ";
+        logged += cause + ";";
+    }
+    void on_refused(const ChatEntry&, std::string_view code) override { heard += std::string(code) + " "; }
+    void on_presence(const std::string& room, const std::vector<ChatEntry>& all) override {
+        users[room] = presence_summary(all);
+        ++presences;
+    }
+    void on_fact(const ChatFact& fact) override { heard += fact.key + "=" + fact.value + " "; }
+    void on_position(const std::string&, const HistoryPage& page) override {
+        heard += (page.gap ? "gap:" : "position:") + std::to_string(page.last_id) + " ";
+    }
+    void on_log(LogLevel, std::string_view event,
+                const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        logged += std::string(event);
+        for (const auto& [key, value] : fields) logged += " " + std::string(key) + "=" + value;
+        logged += ";";
+    }
+
+    Loop loop_;
+    std::unique_ptr<RedisHistory> store_;
+};
+
+RedisOptions quick() {
+    RedisOptions options;
+    options.answer_timeout = 1s;
+    options.connect_timeout = 1s;
+    options.min_retry = 20ms;
+    options.max_retry = 100ms;
+    return options;
+}
+
+std::string error_of(const std::string& url, const RedisOptions& options = quick()) {
+    try {
+        RedisHistory store(url, options);
+    } catch (const Error& error) {
+        return error.what();
+    }
+    return "no error";
+}
+
+}  // namespace
+
+TEST_SUITE_BEGIN("cluster");
+
+TEST_CASE("a history in Redis does what every store must do") {
+    const RedisServer redis;
+    int stores = 0;
+    const test::StoreFactory make = [&](const HistoryLimits& limits) {
+        return std::make_unique<RedisHistory>(redis.url(), options_with("test" + std::to_string(++stores) + ":"),
+                                              limits);
+    };
+    test::test_store(make);
+}
+
+TEST_CASE("a URL of Redis that cannot be used is an Error, without the password") {
+    using detail::RedisUrl;
+    const RedisUrl full = RedisUrl::parse("redis://us%40er:p%3Ass@example.com:1234/5");
+    CHECK(full.user == "us@er");
+    CHECK(full.password == "p:ss");
+    CHECK(full.name() == "redis://example.com:1234/5");
+    CHECK(RedisUrl::parse("redis://[::1]").name() == "redis://[::1]:6379/0");
+    CHECK(RedisUrl::parse("redis://:secret@h").password == "secret");
+    CHECK(RedisUrl::parse("unix://:secret@/run/redis.sock?db=2").name() == "unix:///run/redis.sock?db=2");
+    CHECK(RedisUrl::parse("rediss://h").tls);
+    const auto error = [](const char* url) {
+        try {
+            RedisUrl::parse(url);
+        } catch (const Error& caught) {
+            return std::string(caught.what());
+        }
+        return std::string("no error");
+    };
+    CHECK(error("http://h") == "Redis \"http://h\": the URL begins with redis://, rediss:// or unix://");
+    CHECK(error("redis:h") == "Redis \"redis:h\": the two slashes after the scheme are missing");
+    CHECK(error("redis://") == "Redis \"redis://\": the host is missing");
+    CHECK(error("redis://h:0x") == "Redis \"redis://h:0x\": the port is not a number up to 65535");
+    CHECK(error("redis://h/x") == "Redis \"redis://h/x\": the database is not a number up to 1000000");
+    CHECK(error("unix://run") == "Redis \"unix://run\": the absolute path of the socket is missing");
+    CHECK(error("unix:///run?x=1") == "Redis \"unix:///run?x=1\": the only parameter is \"db\"");
+    CHECK_FALSE(contains(error("redis://user:secret@h:x"), "secret"));
+    CHECK_FALSE(contains(error("redis://secret@h"), "secret"));
+    CHECK(contains(error("redis://user@h"), "a user or a password is incomplete"));
+}
+
+TEST_CASE("a Redis that cannot be used at the start is an Error, after a bounded time") {
+    CHECK(contains(error_of("redis://127.0.0.1:1"), "RedisHistory \"redis://127.0.0.1:1/0\": Connection refused"));
+    CHECK(contains(error_of("unix:///tmp/wschat-no-such-socket"), "No such file or directory"));
+    RedisServer redis({"--requirepass", "secret"});
+    CHECK(contains(error_of(redis.url()), "NOAUTH"));
+    CHECK(contains(error_of(redis.url(":wrong@")), "WRONGPASS"));
+    CHECK(contains(error_of(redis.url(":secret@") + "/99"), "DB index is out of range"));
+    CHECK(error_of(redis.url(":secret@")) == "no error");
+    CHECK(error_of(redis.url("default:secret@") + "/1") == "no error");
+    CHECK(error_of("unix://:secret@" + redis.socket()) == "no error");
+    redis.signal(SIGSTOP);
+    CHECK(contains(error_of(redis.url(":secret@")), "Redis has not answered in time"));
+}
+
+TEST_CASE("keys of another program are not touched") {
+    const RedisServer redis;
+    redis.cli("set a:meta x");
+    redis.cli("hset b:meta x y");
+    redis.cli("hset c:meta format 2 epoch y");
+    redis.cli("set d:r:tea x");
+    CHECK(contains(error_of(redis.url(), options_with("a:")), "belongs to another program: it is a string"));
+    CHECK(contains(error_of(redis.url(), options_with("b:")), "belongs to another program: it has no format"));
+    CHECK(contains(error_of(redis.url(), options_with("c:")), "have format 2, and this program knows 1"));
+    Node node(redis.url(), options_with("d:"));
+    node.say("hello");
+    node.wait_for("failed:hello");
+    CHECK(contains(node.logged, "WRONGTYPE"));
+    CHECK(contains(node.read().error, "WRONGTYPE"));
+    node.watch("milk");
+    CHECK(contains(redis.cli("publish d:c:milk nonsense"), "1"));
+    CHECK(contains(redis.cli("publish d:c:milk 1:nonsense"), "1"));
+    CHECK(contains(redis.cli("publish d:feed 1:nonsense"), "1"));
+    node.wait([&] { return contains(node.logged, "redis_foreign_data"); });
+    node.say("still here", "", "milk");
+    node.wait_for("1:still here*");
+}
+
+TEST_CASE("all servers get the messages of a room in one order, each once") {
+    const RedisServer redis;
+    Node one(redis.url(), options_with("x:")), two(redis.url() + "/0", options_with("x:"));
+    Node other(redis.url(), options_with("y:"));
+    for (Node* each : {&one, &two, &other}) each->watch();
+    for (int i = 0; i < 50; ++i) {
+        one.say("a" + std::to_string(i));
+        two.say("b" + std::to_string(i));
+    }
+    other.say("mine");
+    for (Node* each : {&one, &two}) each->wait_for("100:");
+    other.wait_for("1:mine*");
+    std::string expected;
+    for (const ChatEntry& each : one.read().entries) expected += std::to_string(each.id) + ":" + each.text + " ";
+    for (Node* each : {&one, &two}) {
+        std::string plain = each->heard;
+        plain.erase(std::remove(plain.begin(), plain.end(), '*'), plain.end());
+        CHECK(plain == expected);
+    }
+    CHECK(other.heard == "1:mine* ");
+    one.store().put({"ban", "name bert", "x", "", 0});
+    two.wait_for("name bert=x");
+    one.say("again", "t1");
+    one.wait_for("101:again*");
+    one.say("again", "t1");
+    one.wait_for("duplicate:101");
+    two.say("conversation", "", "\nanna\nbert");
+    one.wait_for("1:conversation ");
+}
+
+TEST_CASE("a server that loses its connections catches up: nothing is lost, nothing comes twice") {
+    const RedisServer redis;
+    Node one(redis.url(), options_with("x:")), two(redis.url() + "/0", options_with("x:"));
+    for (Node* each : {&one, &two}) each->watch();
+    std::string expected;
+    for (int i = 1; i <= 60; ++i) {
+        two.say("m" + std::to_string(i));
+        expected += std::to_string(i) + ":m" + std::to_string(i) + " ";
+        if (i % 10 == 5) redis.cli("client kill type pubsub");
+        if (i % 10 == 0) redis.cli("client kill type normal");
+    }
+    one.wait_for("60:m60 ");
+    two.wait_for("60:m60");
+    CHECK(one.heard == expected);
+    two.heard.erase(std::remove(two.heard.begin(), two.heard.end(), '*'), two.heard.end());
+    CHECK(two.heard == expected);
+    CHECK(contains(one.logged, "redis_lost"));
+}
+
+TEST_CASE("a message that waits for Redis is kept when Redis is back, with the data of before") {
+    RedisServer redis;
+    RedisOptions options = quick();
+    options.answer_timeout = 30s;
+    Node one(redis.url(), options), two(redis.url() + "/0", options);
+    for (Node* each : {&one, &two}) each->watch();
+    one.say("before");
+    for (Node* each : {&one, &two}) each->wait_for("1:before");
+    const std::string epoch = one.read().epoch;
+    redis.kill();
+    one.wait([&] { return contains(one.logged, "redis_lost"); });
+    one.say("while it is away", "t1");
+    redis.start();
+    for (Node* each : {&one, &two}) each->wait_for("2:while it is away");
+    CHECK(one.heard == "1:before* position:1 2:while it is away* ");
+    CHECK(two.heard == "1:before position:1 2:while it is away ");
+    CHECK(one.read().epoch != epoch);
+    CHECK_FALSE(one.read("tea", HistoryPosition{epoch, 1}).gap);
+    CHECK(one.read("tea", HistoryPosition{epoch, 2}).gap);
+}
+
+TEST_CASE("an empty Redis is a gap for all, and new entries follow") {
+    RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) each->watch();
+    for (int i = 0; i < 3; ++i) one.say("x");
+    for (Node* each : {&one, &two}) each->wait_for("3:x");
+    const HistoryPage page = one.read();
+    SUBCASE("after a restart") {
+        redis.kill();
+        redis.erase();
+        redis.start();
+    }
+    SUBCASE("after FLUSHALL") { redis.cli("flushall"); }
+    for (Node* each : {&one, &two}) each->wait_for("gap:0");
+    two.say("new");
+    for (Node* each : {&one, &two}) each->wait_for("1:new");
+    CHECK(one.read("tea", HistoryPosition{page.epoch, 3}).gap);
+    CHECK(one.read("tea", HistoryPosition{page.epoch, 1}).gap);
+    CHECK_FALSE(one.read("tea", HistoryPosition{one.read().epoch, 1}).gap);
+}
+
+TEST_CASE("a Redis that lost its last entries is a gap for those who do not have them") {
+    RedisServer redis({"--appendonly", "no"});
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) each->watch();
+    one.say("kept");
+    for (Node* each : {&one, &two}) each->wait_for("1:kept");
+    const HistoryPosition kept{one.read().epoch, 1};
+    CHECK(contains(redis.cli("save"), "OK"));
+    one.say("lost");
+    for (Node* each : {&one, &two}) each->wait_for("2:lost");
+    redis.kill();
+    redis.start();
+    // Both have all that was said. Their position is known, and its number is not given again.
+    for (Node* each : {&one, &two}) each->wait_for("position:2");
+    one.say("new");
+    for (Node* each : {&one, &two}) each->wait_for("3:new");
+    CHECK(two.heard == "1:kept 2:lost position:2 3:new ");
+    const HistoryPage resumed = two.read("tea", kept);
+    CHECK(resumed.gap);
+    CHECK(test::summary(resumed) == "1:kept 3:new gap");
+}
+
+TEST_CASE("while Redis is stopped, a message fails within a bound and is not kept later") {
+    const RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) each->watch();
+    redis.signal(SIGSTOP);
+    one.say("too late", "t1");
+    one.wait_for("failed:too late");
+    redis.signal(SIGCONT);
+    one.say("in time", "t2");
+    two.wait_for("1:in time");
+    one.say("too late", "t1");
+    for (Node* each : {&one, &two}) each->wait_for("2:too late");
+    CHECK(two.heard == "1:in time 2:too late ");
+    CHECK(one.heard == "failed:too late 1:in time* 2:too late* ");
+}
+
+TEST_CASE("a full queue for Redis refuses messages, and a server may start without Redis") {
+    RedisOptions options = quick();
+    options.require_at_start = false;
+    options.max_queued = 2;
+    options.answer_timeout = 300ms;
+    Node node("redis://127.0.0.1:1", options);
+    for (const char* text : {"a", "b", "c"}) node.say(text);
+    node.wait_for("failed:c");
+    CHECK(contains(node.logged, "too many messages wait for Redis"));
+    for (const char* each : {"failed:a", "failed:b"}) node.wait_for(each);
+    CHECK(contains(node.logged, "Redis does not answer"));
+    CHECK(contains(node.logged, "redis_unreachable redis=redis://127.0.0.1:1/0 cause=Connection refused"));
+    CHECK(node.read().error == "Redis does not answer");
+}
+
+TEST_CASE("Redis decides who is present by the rules of PresenceTable") {
+    using Kind = ChatEntry::Kind;
+    const RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) {
+        each->watch();
+        each->wait([&] { return each->presences == 1; });
+        CHECK(each->users["tea"] == "");
+    }
+    PresenceTable table;
+    std::mt19937 random(42);
+    const auto any = [&](unsigned count) { return std::to_string(random() % count + 1); };
+    for (int i = 0; i < 300; ++i) {
+        const Kind kind = std::array{Kind::join, Kind::join, Kind::away, Kind::leave, Kind::rename}[random() % 5];
+        const std::string user = any(6), author = user > "4" ? "" : user > "2" ? "account " + user : "key " + user;
+        ChatEntry entry = presence(kind, user, "Name" + any(4), "h" + any(3),
+                                   kind == Kind::rename ? "NAME" + any(5) : "about", author);
+        for (Node* each : {&one, &two}) each->heard.clear();
+        one.store().forward(entry);
+        const std::string code(table.apply(entry));
+        one.wait_for(code.empty() ? summary_of(entry) : code + " ");
+        if (!code.empty()) continue;
+        two.wait_for(summary_of(entry));
+        CHECK(two.latest.text == entry.text);
+    }
+    const std::string expected = presence_summary(table.users("tea"));
+    CHECK(expected != "");
+    const int before = two.presences;
+    two.store().watch("tea");
+    two.wait([&] { return two.presences > before; });
+    CHECK(two.users["tea"] == expected);
+    std::optional<std::size_t> present;
+    two.store().rooms(10, [&](const std::vector<std::pair<std::string, std::size_t>>& rooms, const std::string&) {
+        present = rooms.size() == 1 && rooms[0].first == "tea" ? rooms[0].second : 0;
+    });
+    two.wait([&] { return present.has_value(); });
+    CHECK(*present == table.rooms(10)[0].second);
+}
+
+TEST_CASE("a hub that no longer beats is forgotten, and hears of it if it lives") {
+    using Kind = ChatEntry::Kind;
+    const RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) each->watch();
+    one.store().beat("h1");
+    two.store().beat("h2");
+    one.store().forward(presence(Kind::join, "u1", "Anna", "h1"));
+    one.store().forward(presence(Kind::join, "u2", "Bert", "h1", "", "key 2"));
+    two.wait_for("join:u2=Bert@h1 ");
+    two.store().forward(presence(Kind::join, "u2", "Bert", "h2", "", "key 2"));
+    two.wait_for("join:u2=Bert@h2~");
+    redis.cli("zadd wschat:hubs 1 h1");
+    two.store().beat("h2");
+    two.wait_for("leave:u1=Anna@h1 ");
+    two.wait_for("leave:u2=Bert@h1~ ");
+    const int before = one.presences;
+    one.store().beat("h1");
+    one.wait([&] { return one.presences > before && one.users["tea"] == "join:u2=Bert@h2 "; });
+    // After a restart without data, each hub hears that nobody is known.
+    redis.cli("flushall");
+    for (Node* each : {&one, &two}) each->wait([&] { return each->users["tea"] == ""; });
+}
+
+TEST_CASE("what is not kept comes once to all servers, and fails while Redis is away") {
+    RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
+    for (Node* each : {&one, &two}) each->watch();
+    ChatEntry entry = StoreFixture::entry(ChatEntry::Kind::private_message, "psst");
+    entry.to = "bert";
+    one.store().forward(entry);
+    for (Node* each : {&one, &two}) each->wait_for("0:psst ");
+    entry.kind = ChatEntry::Kind::direct;
+    entry.text = "for one";
+    entry.room = "";
+    entry.to_user = "u9";
+    two.store().forward(entry);
+    for (Node* each : {&one, &two}) each->wait_for("0:for one ");
+    redis.kill();
+    one.wait([&] { return contains(one.logged, "redis_lost"); });
+    one.store().forward(entry);
+    one.wait_for("failed:for one");
+    CHECK(one.heard == "0:psst 0:for one failed:for one ");
+}
+
+TEST_CASE("a Redis without memory refuses messages, and takes them again later") {
+    const RedisServer redis;
+    Node node(redis.url(), quick());
+    node.watch();
+    redis.cli("config set maxmemory 1");
+    node.say("full");
+    node.wait_for("failed:full");
+    CHECK(contains(node.logged, "OOM"));
+    redis.cli("config set maxmemory 0");
+    node.say("there is memory");
+    node.wait_for("1:there is memory*");
+}
+
+TEST_SUITE_END();
+
+#endif  // WSCHAT_HIREDIS
