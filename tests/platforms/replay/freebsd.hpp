@@ -7,7 +7,6 @@
 
 #include <arpa/inet.h>
 #include <dirent.h>
-#include <doctest/doctest.h>
 #include <fcntl.h>
 #include <malloc.h>
 #include <netdb.h>
@@ -21,6 +20,7 @@
 #include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -29,8 +29,12 @@
 #include <array>
 #include <atomic>
 #include <cassert>
+#include <cctype>
+#include <cfloat>
+#include <climits>
 #include <cmath>
 #include <condition_variable>
+#include <csetjmp>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -39,16 +43,20 @@
 #include <fstream>
 #include <functional>
 #include <initializer_list>
+#include <iomanip>
+#include <iostream>
 #include <limits>
 #include <new>
 #include <random>
 #include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string_view>
 #include <system_error>
 #include <thread>
 #include <tuple>
 #include <type_traits>
+#include <unordered_set>
 #include <utility>
 
 #undef __linux__
