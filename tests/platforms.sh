@@ -12,8 +12,8 @@
 #     musl            static, by zig
 #     s390x aarch64 armhf             other CPUs, by qemu-user; s390x is big-endian
 #     g++-11 clang-newest libc++ c++20 c++23 funsigned-char glibcxx-debug fortify lto native
-#   tests/platforms.sh quick        kqueue, mingw, mingw-unicode, msvc, m32 with few suites, and macOS, not linked, if zig
-#                                   is there; it installs no zig
+#   tests/platforms.sh quick        kqueue and m32 with two suites, mingw, mingw-unicode (compiled), msvc, and macOS (not
+#                                   linked) if zig is there; it installs no zig
 #
 # A target whose packages cannot be installed, or would remove others, is SKIPPED with the reason. WSCHAT_ZIG names a zig.
 set -u
@@ -30,6 +30,9 @@ table=$work/table
 failures=0
 mkdir -p "$work/include/doctest"
 : >"$table"
+
+# choose SUITES: these in the mode quick, otherwise all
+choose() { if test -n "$quick"; then echo "$1"; else echo "$all_suites"; fi; }
 
 row() {
     printf '%-15s %-9s %-7s %-7s %-7s %s\n' "$@" | tee -a "$table"
@@ -158,9 +161,16 @@ cross() {
 run() {
     case $1 in
     mingw) mingw mingw ;;
-    mingw-unicode) mingw mingw-unicode -DUNICODE -D_UNICODE ;;
+    mingw-unicode)
+        if test -z "$quick"; then
+            mingw mingw-unicode -DUNICODE -D_UNICODE
+            return
+        fi
+        packages mingw-unicode g++-mingw-w64-x86-64-posix || return
+        compiled mingw-unicode "" x86_64-w64-mingw32-g++-posix -DUNICODE -D_UNICODE -fsyntax-only
+        ;;
     kqueue)
-        suites kqueue "" "${quick:-$all_suites}" g++ -std=c++17 -O0 $warnings -isystem tests/platforms/replay \
+        suites kqueue "" "$(choose "sockets loop")" g++ -std=c++17 -O0 $warnings -isystem tests/platforms/replay \
             -include tests/platforms/replay/freebsd.hpp
         ;;
     msvc)
@@ -184,7 +194,7 @@ run() {
         ;;
     m32)
         packages m32 g++-i686-linux-gnu || return
-        suites m32 "" "${quick:-$all_suites}" i686-linux-gnu-g++ -std=c++17 -O0 $warnings -static \
+        suites m32 "" "$(choose "bytes protocol")" i686-linux-gnu-g++ -std=c++17 -O0 $warnings -static \
             -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
         ;;
     g++-11) packages "$1" g++-11 && suites "$1" "" "$suites" g++-11 -std=c++17 -O1 $warnings ;;
@@ -215,7 +225,7 @@ cp /usr/include/doctest/doctest.h "$work/include/doctest/"
 test $# != 0 || set -- kqueue mingw mingw-unicode msvc m32 macos-x86_64 macos-aarch64 musl g++-11 clang-newest libc++ \
     c++20 c++23 funsigned-char glibcxx-debug fortify lto native s390x aarch64 armhf
 if test "$*" = quick; then
-    quick="bytes protocol sockets loop"
+    quick=1
     set -- kqueue mingw mingw-unicode msvc m32 macos-x86_64
 fi
 for target; do run "$target"; done
