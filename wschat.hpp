@@ -50,7 +50,7 @@
 //   15  Client         Client, ClientOptions, ResolverPool, ClientLink                  all above
 //   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
 //   17  Stores         SqliteHistory                                                    2-3, 12, 16
-//   18  Cluster        RedisHistory, RedisLink                                          2-3, 9-10, 12, 16
+//   18  Cluster        RedisCluster, RedisHistory, RedisLink                            2-3, 9-10, 12, 16
 //
 // Where to change what:
 //
@@ -86,7 +86,8 @@
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
 //   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, ChatLimits, ChatAction,
-//   ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
+//   ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisCluster,
+//   RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -100,7 +101,7 @@
 //   WSCHAT_LIBURING    1: on Linux, many sends in one system call: link with -luring
 //   WSCHAT_SQLITE      1: SqliteHistory (section 17) with SQLite 3: link with -lsqlite3
 //   WSCHAT_UTF8PROC    1: chat_fold() (section 16) for all scripts, with utf8proc: link with -lutf8proc
-//   WSCHAT_HIREDIS     1: RedisHistory (section 18) with hiredis: link with -lhiredis
+//   WSCHAT_HIREDIS     1: RedisCluster and RedisHistory (section 18) with hiredis: link with -lhiredis
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
@@ -18406,8 +18407,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 18: Cluster
 //
-// Redis between several servers: RedisHistory is a history of the chat that they share. A thread of its own speaks to
-// Redis through hiredis.
+// Redis between several servers: RedisCluster connects their rooms, and RedisHistory is a history of the chat that they
+// share. A thread of its own speaks to Redis through hiredis.
 // ====================================================================================================================
 
 #if WSCHAT_HIREDIS
@@ -18790,7 +18791,7 @@ private:
 
     void log(LogLevel level, std::string_view event,
              const std::vector<std::pair<std::string_view, std::string>>& fields) {
-        for (RedisUser* user : users_) user->on_redis_log(level, event, fields);
+        if (!users_.empty()) users_.front()->on_redis_log(level, event, fields);
     }
     Duration retry_delay() {
         const unsigned doublings = (std::min)(attempts_++, 16u);
@@ -18960,6 +18961,201 @@ private:
 };
 
 }  // namespace detail
+
+// ---- plain rooms ---------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+// Carries the broadcasts of plain rooms through PUB/SUB, at most once. The order of one sender is kept.
+class RedisBus final : public RoomBus {
+public:
+    using Deliver = std::function<void(const std::string& room, Opcode opcode, std::string_view payload)>;
+    using Log = std::function<void(LogLevel level, std::string_view event,
+                                   const std::vector<std::pair<std::string_view, std::string>>& fields)>;
+
+    // `deliver` and `log` are called through the mailbox.
+    RedisBus(const std::string& url, const RedisOptions& options, std::shared_ptr<Mailbox> mailbox, Deliver deliver,
+             Log log)
+        : link_(RedisLink::of(url, options)) {
+        shared_->deliver = std::move(deliver);
+        shared_->log = std::move(log);
+        link_->run([&] { side_ = std::make_unique<Side>(*link_, std::move(mailbox), shared_); });
+        link_->post([this] { link_->add_user(*side_); });
+        if (!options.require_at_start) return;
+        try {
+            side_->start.wait(text::concat({"RedisCluster \"", link_->name(), "\""}), options.connect_timeout);
+        } catch (...) {
+            end();
+            throw;
+        }
+    }
+    RedisBus(const RedisBus&) = delete;
+    RedisBus& operator=(const RedisBus&) = delete;
+    ~RedisBus() override { end(); }
+
+    void subscribe(const std::string& room) override {
+        link_->post([this, room] { side_->subscribe(room); });
+    }
+    void unsubscribe(const std::string& room) override {
+        link_->post([this, room] { side_->unsubscribe(room); });
+    }
+    void publish(const std::string& room, Opcode opcode, std::string_view payload) override {
+        {
+            const std::lock_guard<std::mutex> lock(shared_->mutex);
+            if (shared_->bytes + payload.size() > link_->options().max_queued_bytes) {
+                ++shared_->dropped;
+                return;
+            }
+            shared_->bytes += payload.size();
+            shared_->outbox.push_back({room, opcode, std::string(payload)});
+            if (shared_->outbox.size() != 1) return;
+        }
+        link_->post([this] { side_->send_all(); });
+    }
+    // Broadcasts that did not go out: Redis was away or too slow.
+    std::uint64_t dropped() const {
+        const std::lock_guard<std::mutex> lock(shared_->mutex);
+        return shared_->dropped;
+    }
+
+private:
+    struct Broadcast {
+        std::string room;
+        Opcode opcode;
+        std::string payload;
+    };
+    // What both threads use. Only the server's loop uses the functions.
+    struct Shared {
+        Deliver deliver{};
+        Log log{};
+        std::mutex mutex{};
+        std::vector<Broadcast> outbox{};
+        std::size_t bytes = 0;  // in the outbox, and sent without an answer
+        std::uint64_t dropped = 0;
+    };
+
+    // On the link's thread.
+    class Side final : public RedisUser {
+    public:
+        Side(RedisLink& link, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<Shared> shared)
+            : link_(link), mailbox_(std::move(mailbox)), shared_(std::move(shared)) {}
+        Side(const Side&) = delete;
+        Side& operator=(const Side&) = delete;
+        ~Side() {
+            link_.remove_user(*this);
+            for (const auto& [room, subscribed] : rooms_) link_.unsubscribe(channel(room));
+        }
+
+        RedisStart start;
+
+        std::string channel(const std::string& room) const { return link_.channel("b:" + room); }
+        void subscribe(const std::string& room) {
+            rooms_.find_or_emplace(room) = true;
+            link_.subscribe(channel(room), [this, room](std::string_view message) { on_message(room, message); });
+        }
+        void unsubscribe(const std::string& room) {
+            rooms_.erase(room);
+            link_.unsubscribe(channel(room));
+        }
+        void send_all() {
+            std::vector<Broadcast> outbox;
+            {
+                const std::lock_guard<std::mutex> lock(shared_->mutex);
+                outbox.swap(shared_->outbox);
+            }
+            for (const Broadcast& each : outbox) {
+                const auto done = [shared = shared_, size = each.payload.size()](const redisReply* reply,
+                                                                                 const std::string&) {
+                    const std::lock_guard<std::mutex> lock(shared->mutex);
+                    shared->bytes -= size;
+                    if (reply == nullptr) ++shared->dropped;
+                };
+                const char opcode = each.opcode == Opcode::text ? 't' : 'b';
+                if (!link_.send({"PUBLISH", channel(each.room),
+                                 text::concat({link_.node(), std::string_view(&opcode, 1), each.payload})},
+                                done))
+                    done(nullptr, "");
+            }
+        }
+
+        void on_redis_up() override { start.succeed(); }
+        void on_redis_down(const std::string& cause, bool permanent) override { start.fail(cause, permanent); }
+        void on_redis_log(LogLevel level, std::string_view event,
+                          const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+            std::vector<std::pair<std::string, std::string>> copies;
+            for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
+            mailbox_->post([level, name = std::string(event), copies, shared = shared_] {
+                std::vector<std::pair<std::string_view, std::string>> views;
+                for (const auto& [key, value] : copies) views.emplace_back(key, value);
+                if (shared->log) shared->log(level, name, views);
+            });
+        }
+        void on_turn_end() override {
+            if (arrived_.empty()) return;
+            mailbox_->post([arrived = std::exchange(arrived_, {}), shared = shared_] {
+                for (const Broadcast& each : arrived)
+                    if (shared->deliver) shared->deliver(each.room, each.opcode, each.payload);
+            });
+        }
+
+    private:
+        // The name of the sender, 't' or 'b', and the payload.
+        void on_message(const std::string& room, std::string_view message) {
+            const std::string& node = link_.node();
+            if (message.substr(0, node.size()) == node) return;  // the members here have got it before
+            message.remove_prefix((std::min)(node.size(), message.size()));
+            const bool is_text = !message.empty() && message[0] == 't';
+            const bool valid = is_text ? valid_utf8(message.substr(1)) : !message.empty() && message[0] == 'b';
+            if (valid)
+                arrived_.push_back({room, is_text ? Opcode::text : Opcode::binary, std::string(message.substr(1))});
+            else if (!std::exchange(foreign_told_, true))
+                on_redis_log(
+                    LogLevel::warning, "redis_foreign_data",
+                    {{"redis", link_.name()}, {"cause", "another program uses " + escape_for_log(channel(room))}});
+        }
+
+        RedisLink& link_;
+        std::shared_ptr<Mailbox> mailbox_;
+        std::shared_ptr<Shared> shared_;
+        StringMap<bool> rooms_;
+        std::vector<Broadcast> arrived_;
+        bool foreign_told_ = false;
+    };
+
+    void end() {
+        shared_->deliver = nullptr;
+        shared_->log = nullptr;
+        link_->run([this] { side_.reset(); });
+    }
+
+    std::shared_ptr<RedisLink> link_;
+    std::shared_ptr<Shared> shared_ = std::make_shared<Shared>();
+    std::unique_ptr<Side> side_;
+};
+
+}  // namespace detail
+
+// Connects the plain rooms of several servers: server.join_cluster(RedisCluster("redis://127.0.0.1:6379")). A broadcast
+// reaches the members of this server at once, and those of other servers through Redis, at most once. It never waits
+// for Redis: while Redis is away, only the members of this server get it. The prefix and the Redis may be those of a
+// RedisHistory; then both have the same connections.
+class RedisCluster {
+public:
+    explicit RedisCluster(std::string url, RedisOptions options = {})
+        : url_(std::move(url)), options_(std::move(options)) {
+        detail::RedisUrl::parse(url_);
+    }
+    // What Server::join_cluster() calls. An Error if Redis cannot be used within RedisOptions::connect_timeout.
+    std::unique_ptr<detail::RoomBus> open(std::shared_ptr<Mailbox> mailbox, detail::RedisBus::Deliver deliver,
+                                          detail::RedisBus::Log log) const {
+        return std::make_unique<detail::RedisBus>(url_, options_, std::move(mailbox), std::move(deliver),
+                                                  std::move(log));
+    }
+
+private:
+    std::string url_;
+    RedisOptions options_;
+};
 
 // ---- the history ---------------------------------------------------------------------------------------------------
 
