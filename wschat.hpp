@@ -10547,6 +10547,7 @@ private:
     }
 
     void update_http() {
+        if (ended_) return flush();  // nothing new begins, such as a pipelined upgrade
         if (http_->has_reply()) finish_reply();
         if (phase_ != Phase::http && phase_ != Phase::lingering) return mark_dirty();
         flush();
@@ -17238,12 +17239,13 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
     }
 }
 
-// In the next three, the users of this server are already in the list; those of other servers are not.
+// In the next three, the users of this server are already in the list; those of other servers are not. A store may
+// deliver late: the user may have left since, and another one may have the name.
 
 inline void ChatHub::on_join(const ChatEntry& entry) {
     ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
-    if (room->presence_.find(entry.name) == nullptr)
+    if (!appended_here(entry) && room->presence_.find(entry.name) == nullptr)
         room->presence_.add(ChatUser{entry.name, entry.text, true, entry.user}, {}).remote = true;  // keeps its name
     if (count_only(*room)) return;
     ChatEvent event = detail::entry_event("join", entry, room->name()).add("time", entry.time);
@@ -17255,7 +17257,7 @@ inline void ChatHub::on_leave(const ChatEntry& entry) {
     ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote) room->presence_.remove(*user);
+    if (user != nullptr && user->remote && user->info.id == entry.user) room->presence_.remove(*user);
     if (count_only(*room)) return;
     send_to_others(entry, detail::entry_event("leave", entry, room->name()).add("time", entry.time));
 }
@@ -17264,7 +17266,7 @@ inline void ChatHub::on_rename(const ChatEntry& entry) {
     ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return;
     User* user = room->presence_.find(entry.name);
-    if (user != nullptr && user->remote) room->presence_.rename(*user, entry.text);
+    if (user != nullptr && user->remote && user->info.id == entry.user) room->presence_.rename(*user, entry.text);
     ChatEvent event("nick");
     event.add_text("room", room->name()).add_text("old", entry.name).add_text("name", entry.text);
     event.add_unless_empty("user", entry.user).add("time", entry.time);

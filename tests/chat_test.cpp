@@ -2677,6 +2677,34 @@ TEST_CASE("on_leave() is called only after on_join(), which waits for the histor
     CHECK(patient.handler.log == "connect;join tea;leave tea;disconnect;");
 }
 
+TEST_CASE("an event of presence that is delivered late adds nobody who has left or has another name") {
+    struct LatePresence : ManualStore {
+        using ManualStore::ManualStore;
+        void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+            ManualStore::attach(listener, std::move(mailbox));
+            late_listener = &listener;
+        }
+        void forward(const ChatEntry& entry) override { forwarded.push_back(entry); }
+        void since(const std::string&, std::optional<HistoryPosition>, std::size_t, PageCallback then) override {
+            then({});
+        }
+        void deliver_forwarded() {
+            for (const ChatEntry& entry : std::exchange(forwarded, {})) late_listener->on_entry(entry);
+        }
+        std::vector<ChatEntry> forwarded;
+        Listener* late_listener = nullptr;
+    };
+    TestHost host;
+    ManualStore* store = nullptr;
+    host.hub().set_store(std::make_unique<LatePresence>(store));
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert"), carl(host, "name=Carl");
+    bert.send("/nick Berta");
+    carl.disconnect(CloseCode::normal);
+    static_cast<LatePresence*>(store)->deliver_forwarded();
+    anna.events();
+    CHECK(names_in(anna.answer_to("/who")) == "Anna, Berta");
+}
+
 TEST_CASE("a history that cannot be read is a gap, and the chat continues") {
     struct Broken : ManualStore {
         using ManualStore::ManualStore;

@@ -56,6 +56,7 @@ public:
     }
     // Records progress. Without it, many waits in a row count as spinning.
     void progress() { waits_without_progress_ = 0; }
+    int patience = 60;  // so many waits; more if there is work that takes many turns
 
     // ---- the calls -------------------------------------------------------------------------------------------------
 
@@ -295,7 +296,7 @@ private:
     template <class Collect>
     int wait(int timeout_ms, Collect collect) {
         ++waits;
-        check(++waits_without_progress_ < 60, "the server spins");
+        check(++waits_without_progress_ < patience, "the server spins");
         int error = 0;
         if (take_fault(Operation::wait, error)) return failed(error);
         const Nanoseconds until = now + std::chrono::milliseconds(timeout_ms);

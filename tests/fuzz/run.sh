@@ -1,7 +1,7 @@
 #!/bin/sh
 # sh tests/fuzz/run.sh SECONDS [NAME...]
 #
-# Builds the harnesses (http body fields text connection client server tls, or the named ones) with libFuzzer,
+# Builds the harnesses (http body fields text connection client chat server tls, or the named ones) with libFuzzer,
 # AddressSanitizer and UndefinedBehaviorSanitizer into build/fuzz. Runs each for SECONDS, two at a time. The first
 # inputs come from seeds.py, from tests/fuzz/corpus, and from earlier runs in build/fuzz/corpus. Prints a table. If a
 # harness fails, prints the input as hex and ends with status 1.
@@ -79,7 +79,7 @@ pack) ;;
 "" | *[!0-9]*) usage ;;
 esac
 shift
-names=${*:-http body fields text connection client server tls}
+names=${*:-http body fields text connection client chat server tls}
 for name in $names; do
     [ -e "$fuzz/$name.cpp" ] || die "unknown harness: $name"
 done

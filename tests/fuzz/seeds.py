@@ -11,7 +11,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 SAVED = HERE / "corpus"
-NAMES = ("http", "body", "fields", "text", "connection", "server", "tls", "client")
+NAMES = ("http", "body", "fields", "text", "connection", "server", "tls", "client", "chat")
 PACKED = 80_000  # largest size of a packed file in bytes
 
 # ---- the strings of the tests -------------------------------------------------------------------------------------
@@ -207,6 +207,34 @@ def tls_seeds():
                         seeds += [room + step + message + b"\0" + step + message, bytes([options, 1, address]) + step + room[1:] + message,
                                   room + message + step + b"\0" + bytes([8, 0]),
                                   room + bytes([9, 0, 3]) + step + message + message + b"\0" + bytes([9, 0, 255]) + b"\0" + message]
+    return seeds
+
+
+def chat_seeds():
+    """Each command of the protocol among three users, with each behaviour of the store."""
+    def connect(who, how=0, more=0):
+        return bytes([0, who, how, more]) + (b"\1\2\3\4\5" if more // 4 % 4 == 1 else b"")
+
+    def line(user, kind, amount):
+        return bytes([1, user, kind, amount])
+
+    seeds = []
+    for options in (b"\0\0", b"\1\0", b"\2\1", b"\4\1", b"\x08\2", b"\x10\0", b"\x20\0", b"\x40\1"):
+        users = options + connect(24) + connect(49, 4) + connect(2) + line(0, 0, 2) + line(1, 0, 6)
+        for kind in range(36):
+            for amount in (2, 6, 9, 18, 35, 70):
+                seeds.append(users + line(0, kind, amount) + line(1, kind, amount) + line(0, 64 + kind, amount))
+        for store in (1, 2, 3, 5, 7, 9, 201, 203):
+            late = users + bytes([4, store])
+            for kind in (0, 3, 5, 7, 8, 9, 10, 12, 14, 15, 23):
+                seeds.append(late + line(0, kind, 6) + connect(26, 64, 1) + line(2, kind, 10) + bytes([5, 0, 5, 150]) * 3 + line(1, kind, 6))
+        for how in range(3):
+            seeds.append(users + bytes([3, 0, how]) + connect(24, 0, 16 + 64) + bytes([6, 2]) + bytes([3, 1, how, 6, 3]))
+        for action in range(10):
+            seeds.append(users + bytes([0, 72, 0, 4, action, 0, 0, 0, 0]) + bytes([0, 73, 0, 4, 0, action, action, action, action]) + line(3, 0, 2))
+        for call_ in range(30):
+            seeds += [users + bytes([8, call_, amount]) + line(0, 0, 2) for amount in (0, 1, 7, 9)]
+        seeds.append(users + bytes([7, 0, 1]) + line(1, 0, 2) * 9 + bytes([7, 0, 0]) + bytes([9, 2, 63]) + connect(24, 16) + bytes([5, 200]))
     return seeds
 
 
