@@ -50,6 +50,16 @@ inline std::string to_hex(std::string_view bytes) {
     return digits;
 }
 
+// The 101 of a server.
+inline std::string switching_protocols(std::string_view key, std::string_view subprotocol,
+                                       std::string_view extensions = {}, std::string_view more_lines = {}) {
+    std::string response;
+    wschat::detail::switching_protocols(
+        key, subprotocol, extensions, more_lines,
+        [&](std::initializer_list<std::string_view> parts) { response = wschat::text::concat(parts); });
+    return response;
+}
+
 inline bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
 // The value of a field of a flat JSON object, a string without its quotes; "" if the object does not have the field.

@@ -354,11 +354,20 @@ class Nemesis:
 # ---- the checks ------------------------------------------------------------------------------------------------------
 
 
+def check_gap(client, number, nemesis):
+    """A gap is right if Redis was emptied after the position, or if it could not be read. Then the position stays."""
+    epoch, start, _, position = client.segments[number][0]
+    before = client.segments[number - 1] if number else []
+    old = before[-1][0] if len(before) > 1 else before[0][0] if before else position.split("-")[0]
+    if nemesis.generations.get(old) != nemesis.generations.get(epoch) or f"{epoch}-{start}" == position:
+        return []
+    return [f"{client.name}: a gap after {position}, but nothing was lost: {client.segments[number][0]}"]
+
+
 def check(clients, nemesis):
     problems, generation = [], nemesis.generations
     order = {}  # (room, generation, id) -> text, as any client has seen it
     acked = {}  # (room, generation) -> {id: text}
-    lost_epoch = set()
     for client in clients:
         for text, (id_, epoch) in client.acked.items():
             acked.setdefault((client.room, generation.get(epoch)), {})[id_] = text
@@ -375,16 +384,13 @@ def check(clients, nemesis):
             epoch, start, why, position = segment[0]
             gen = generation.get(epoch)
             if gen is None:
-                lost_epoch.add(epoch)
+                problems.append(f"{client.name}: the epoch {epoch!r} is unknown")
                 continue
             if why == "gap":
                 gaps += 1
-                old = generation.get(position.split("-")[0]) if position else None
-                # A gap is right if Redis was emptied after the position.
-                if number and old == gen and generation.get(segment[0][0]) == old:
-                    before = [each for each in client.segments[number - 1][1:]]
-                    if before and generation.get(before[-1][0]) == gen:
-                        problems.append(f"{client.name}: a gap after {position}, but nothing was lost: {segment[0]}")
+                problems += check_gap(client, number, nemesis)
+            if f"{epoch}-{start}" == position and len(segment) > 1:
+                start = segment[1][1] - 1  # the history could not be read: the client goes on with what comes next
             seen, previous = {}, start
             for entry_epoch, id_, text in segment[1:]:
                 if generation.get(entry_epoch) != gen:
@@ -405,8 +411,6 @@ def check(clients, nemesis):
             for id_, text in acked.get((client.room, gen), {}).items():
                 if start < id_ <= end and id_ not in seen:
                     problems.append(f"{client.name}: acknowledged {text!r} with id {id_} is missing after {segment[0]}")
-    for epoch in lost_epoch:
-        print(f"note: nothing is known about the epoch {epoch!r}")
     messages = sum(len(each.acked) for each in clients)
     print(f"{messages} messages acknowledged, {len(order)} seen, {gaps} gaps, "
           f"{sum(each.connections for each in clients)} connections, faults: {nemesis.faults}")
@@ -458,7 +462,7 @@ async def main():
             node.kill()
         redis.kill()
         shutil.rmtree(redis.folder)
-    for problem in problems[:50]:
+    for problem in problems[:OPTIONS.show]:
         print("WRONG", problem)
     print(f"seed {OPTIONS.seed}: {len(problems)} problems")
     return 1 if problems else 0
@@ -468,6 +472,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--rooms", required=True)
 parser.add_argument("--minutes", type=float, default=2)
 parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--show", type=int, default=50, help="problems")
 parser.add_argument("--logs", default=None, help="a folder for the logs of the nodes")
 OPTIONS = parser.parse_args()
 OPTIONS.calm = False
