@@ -20450,10 +20450,6 @@ local function join(users, names, e, fold, user)
     end
     user = {e[5], fold, e[7], e[10], e[4]}
     call('HSET', names, fold, e[6])
-  elseif e[10] == '' then
-    for i = 6, #user, 2 do
-      if user[i] ~= e[13] and user[i + 1] == '' then return 'name_taken' end
-    end
   end
   e[5], e[7] = user[1], user[3]
   local at = hub_at(user, e[13])

@@ -425,7 +425,7 @@ async def check_presence(clients):
         expected.setdefault(client.room, set()).add(client.name)
     deadline = time.monotonic() + 10
     while True:
-        wrong = [client for client in clients if client.users != expected[client.room]]
+        wrong = [each for each in clients if each.users | {each.name} != expected[each.room]]
         if not wrong or time.monotonic() > deadline:
             return [f"{each.name} sees {sorted(each.users)} instead of {sorted(expected[each.room])}" for each in wrong]
         await asyncio.sleep(0.2)
