@@ -10051,9 +10051,10 @@ public:
         });
     }
 
+    // For start_client(): what may run out of memory.
+    void prepare_client() { rare_ = std::make_unique<Rare>(); }
     // Instead of start(): a client's connection. The frames must be valid and writable until this returns.
     void start_client(ClientHandshake opened) {
-        rare_ = std::make_unique<Rare>();
         rare_->owner = std::move(opened.owner);
         route_limits_ = &owner()->session_limits();
         handshake_done_ = true;
@@ -10957,6 +10958,7 @@ public:
                Session*& made_session) {
         auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), false);
         Session& session = *made;
+        session.prepare_client();  // before there is a session that nobody owns
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
         made_session = &session;
@@ -12575,19 +12577,17 @@ public:
         if (options_.reconnect && loop().now() - opened_at_ >= options_.reconnect->stable) failures_ = 0;
         if (!may_reconnect()) return end();
         const bool asked = close_code_ == CloseCode::service_restart || close_code_ == CloseCode::try_again_later;
-        start_later(retry_delay(asked ? options_.reconnect->max_delay / 6 : Duration::zero()));
+        try_again(asked ? options_.reconnect->max_delay / 6 : Duration::zero());
     }
 
     // ---- called by a Dial ------------------------------------------------------------------------------------------
 
     void on_ready(Dial& dial, bool readable, bool writable, bool broken) {
         const auto self = shared_from_this();
-        run_guarded(
-            [&] {
-                if (&dial == active_) transfer(readable || broken, writable);
-                else finish_dial(dial);
-            },
-            [&](const char* what) { fail(stage_, what); });
+        guarded([&] {
+            if (&dial == active_) transfer(readable || broken, writable);
+            else finish_dial(dial);
+        });
     }
 
 private:
@@ -12598,12 +12598,41 @@ private:
     LoopTimer call_later(Duration delay, Function function) {
         return loop().call_later(delay, [weak = weak_from_this(), function] {
             const auto self = weak.lock();
-            if (self && self->core_ != nullptr)
-                run_guarded([&] { function(*self); }, [&](const char* what) { self->fail(self->stage_, what); });
+            if (self && self->core_ != nullptr) self->guarded([&] { function(*self); });
         });
     }
     void cancel(LoopTimer& timer) {
         if (timer) loop().cancel(*std::exchange(timer, std::nullopt));
+    }
+
+    // What throws in an attempt ends it. If memory ran out, the next attempt may be better.
+    void guarded(FunctionRef<> work) {
+        bool out_of_memory = false;
+        auto watched = [&] {
+            try {
+                work();
+            } catch (const std::bad_alloc&) {
+                out_of_memory = true;
+                throw;
+            }
+        };
+        run_guarded(watched, [&](const char* what) {
+            const ConnectStage stage = out_of_memory ? (std::max)(stage_, ConnectStage::resolve) : stage_;
+            // If there is no memory for the failure either, it is not told.
+            auto nothing = [](const char*) {};
+            if (attempting_ && run_guarded([&] { fail(stage, what); }, nothing)) return;
+            if (core_ == nullptr || ended_ || session_ != nullptr) return;
+            stop_attempt();
+            if (may_reconnect()) try_again(Duration::zero());
+            else end();
+        });
+    }
+    // Gives up if there is no memory for the timer at the second try either.
+    void try_again(Duration least) {
+        const Duration delay = retry_delay(least);
+        for (int i = 0; i < 2; ++i)
+            if (run_guarded([&] { start_later(delay); }, [](const char*) {})) return;
+        end();
     }
 
     // ---- an attempt ------------------------------------------------------------------------------------------------
@@ -12611,6 +12640,7 @@ private:
     void start() {
         timer_.reset();
         if (core_->worker.draining) return end();
+        attempting_ = true;
         attempt_ = std::make_shared<char>();
         redirects_ = 0;
         stage_ = ConnectStage::url;
@@ -12673,14 +12703,12 @@ private:
     }
 
     void on_resolved(ResolverResult result) {
-        run_guarded(
-            [&] {
-                const std::string& host = proxy_ ? proxy_->host : url_.host;
-                if (result.addresses.empty())
-                    fail(stage_, "The host \"" + escape_for_log(host) + "\" cannot be resolved: " + result.error + ".");
-                else dial_all(std::move(result.addresses));
-            },
-            [&](const char* what) { fail(stage_, what); });
+        guarded([&] {
+            const std::string& host = proxy_ ? proxy_->host : url_.host;
+            if (result.addresses.empty())
+                fail(stage_, "The host \"" + escape_for_log(host) + "\" cannot be resolved: " + result.error + ".");
+            else dial_all(std::move(result.addresses));
+        });
     }
 
     // ---- connecting ------------------------------------------------------------------------------------------------
@@ -13025,7 +13053,7 @@ private:
 
     // `status`: of the response, whose body is in body_.
     WSCHAT_COLD void fail(ConnectStage stage, std::string sentence, int status = 0) {
-        if (core_ == nullptr || !attempt_) return;
+        if (core_ == nullptr || !attempting_) return;
         const auto self = shared_from_this();
         ConnectError error{stage, status, body_.take(), std::move(sentence), std::nullopt};
         Duration wait = Duration::zero();
@@ -13082,6 +13110,7 @@ private:
         output_.clear();
         body_ = {};
         attempt_.reset();
+        attempting_ = false;
     }
     // No attempt and no connection follows.
     void end() {
@@ -13143,6 +13172,7 @@ private:
 
     ClientAttempt attempted_;
     std::shared_ptr<char> attempt_;  // null between attempts
+    bool attempting_ = false;
     ConnectStage stage_ = ConnectStage::url;
     ClientUrl url_;  // of the present hop
     std::optional<ClientUrl> proxy_;
