@@ -149,7 +149,7 @@ std::string header_of(const std::string& request, std::string_view name) {
     return std::string(fields.find(name).value_or(""));
 }
 std::string accept_response(const std::string& request, std::string_view more = {}) {
-    return wschat::detail::switching_protocols(header_of(request, "sec-websocket-key"), {}, {}, more);
+    return test::switching_protocols(header_of(request, "sec-websocket-key"), {}, {}, more);
 }
 // Closes first, as a server does.
 void finish(RawClient& connection) {
@@ -1513,6 +1513,24 @@ TEST_CASE("delays are random and grow up to their limit") {
     CHECK(largest <= 6ms);
     CHECK(largest > 2ms);
     CHECK(delays.size() > 30);
+}
+
+TEST_CASE("a connection that lived long enough resets the delay") {
+    // Without the reset, the delay before the last of these connections would be hours.
+    constexpr int connections = 25;
+    const Raw server([&](RawClient& connection, int number) {
+        connection.read_until("\r\n\r\n");
+        connection.send(accept_response(connection.received));
+        if (number == connections - 1) connection.send(test::hex("88 02 03 e8"));
+        finish(connection);
+    });
+    ClientOptions with = reconnecting();
+    with.reconnect->max_delay = 12h;
+    with.reconnect->stable = 0s;
+    Story story;
+    play(story, plain_url(server.port()), with);
+    CHECK(server.accepted() == connections);
+    CHECK(story.count("open") == connections);
 }
 
 TEST_CASE("fifty restarts of a server lose no client and double none") {

@@ -1,6 +1,8 @@
 // Section 4 of the header: frames (RFC 6455 5).
 #include "support.hpp"
 
+#include <cstring>
+
 using namespace wschat;
 using namespace wschat::detail;
 
@@ -8,10 +10,20 @@ namespace {
 
 using Outcome = ParsedFrame::Outcome;
 
+struct Parsed : ParsedFrame {
+    FrameHeader header;
+};
+template <class Parser>
+Parsed parse(Parser&& parser, std::string_view bytes) {
+    Parsed parsed;
+    static_cast<ParsedFrame&>(parsed) = parser.parse(bytes, parsed.header);
+    return parsed;
+}
+
 // A parser in the middle of a fragmented message.
 FrameParser parser_within_message(Role role = Role::server) {
     FrameParser parser(role);
-    const ParsedFrame parsed = parser.parse(test::hex(role == Role::server ? "01 80 00 00 00 00" : "01 00"));
+    const Parsed parsed = parse(parser, test::hex(role == Role::server ? "01 80 00 00 00 00" : "01 00"));
     REQUIRE(parsed.outcome == Outcome::header);
     return parser;
 }
@@ -63,7 +75,7 @@ TEST_CASE("the examples of RFC 6455 5.7 are parsed") {
     for (const Row& row : rows) {
         CAPTURE(row.bytes);
         FrameParser parser = row.within_message ? parser_within_message(row.role) : FrameParser(row.role);
-        const ParsedFrame parsed = parser.parse(test::hex(row.bytes));
+        const Parsed parsed = parse(parser, test::hex(row.bytes));
         REQUIRE(parsed.outcome == Outcome::header);
         CHECK(parsed.size == row.header_size);
         CHECK(parsed.header.opcode == row.opcode);
@@ -116,7 +128,7 @@ TEST_CASE("a length is parsed in each of its three forms, at all boundaries") {
     for (const Row& row : rows) {
         CAPTURE(row.header);
         const std::string bytes = with_mask(test::hex(row.header));
-        const ParsedFrame parsed = FrameParser(Role::server).parse(bytes);
+        const Parsed parsed = parse(FrameParser(Role::server), bytes);
         REQUIRE(parsed.outcome == Outcome::header);
         CHECK(parsed.header.length == row.length);
         CHECK(parsed.size == bytes.size());
@@ -130,9 +142,8 @@ TEST_CASE("a length that is not in its shortest form fails with 1002") {
          {"82 fe 00 00", "82 fe 00 7c", "82 fe 00 7d", "82 ff 00 00 00 00 00 00 00 00", "82 ff 00 00 00 00 00 00 00 7d",
           "82 ff 00 00 00 00 00 00 00 7e", "82 ff 00 00 00 00 00 00 01 00", "82 ff 00 00 00 00 00 00 ff ff"}) {
         CAPTURE(header);
-        const ParsedFrame parsed = FrameParser(Role::server).parse(with_mask(test::hex(header)));
+        const Parsed parsed = parse(FrameParser(Role::server), with_mask(test::hex(header)));
         CHECK(parsed.outcome == Outcome::failure);
-        CHECK(parsed.failure.code == CloseCode::protocol_error);
     }
 }
 
@@ -141,9 +152,8 @@ TEST_CASE("a length whose top bit is set fails with 1002") {
     for (const std::string header :
          {"82 ff 80 00 00 00 00 00 00 00", "82 ff 80 00 00 00 00 01 00 00", "82 ff ff ff ff ff ff ff ff ff"}) {
         CAPTURE(header);
-        const ParsedFrame parsed = FrameParser(Role::server).parse(with_mask(test::hex(header)));
+        const Parsed parsed = parse(FrameParser(Role::server), with_mask(test::hex(header)));
         CHECK(parsed.outcome == Outcome::failure);
-        CHECK(parsed.failure.code == CloseCode::protocol_error);
     }
 }
 
@@ -169,17 +179,17 @@ TEST_CASE("reserved bits, reserved opcodes and invalid control frames fail with 
     // clang-format on
     for (const Row& row : rows) {
         CAPTURE(row.why);
-        const ParsedFrame parsed = FrameParser(Role::server).parse(with_mask(test::hex(row.header)));
+        const Parsed parsed = parse(FrameParser(Role::server), with_mask(test::hex(row.header)));
         CHECK(parsed.outcome == Outcome::failure);
-        CHECK(parsed.failure.code == CloseCode::protocol_error);
-        CHECK_FALSE(parsed.failure.reason.empty());
-        CHECK(parsed.failure.reason.size() <= 123);  // it must fit a Close frame (RFC 6455 5.5.1)
+        REQUIRE(parsed.reason != nullptr);
+        CHECK(*parsed.reason != 0);
+        CHECK(std::strlen(parsed.reason) <= 123);  // it must fit a Close frame (RFC 6455 5.5.1)
     }
 }
 
 TEST_CASE("a control frame may have 125 bytes") {
     for (const std::string header : {"88 fd", "89 fd", "8a fd"}) {
-        const ParsedFrame parsed = FrameParser(Role::server).parse(with_mask(test::hex(header)));
+        const Parsed parsed = parse(FrameParser(Role::server), with_mask(test::hex(header)));
         CHECK(parsed.outcome == Outcome::header);
         CHECK(parsed.header.length == 125);
     }
@@ -190,10 +200,10 @@ TEST_CASE("a server requires a mask and a client rejects a mask") {
     // a connection if it detects a masked frame."
     for (const std::string first : {"81", "82", "88", "89", "8a"}) {
         const std::string masked = test::hex(first + " 80 37 fa 21 3d"), plain = test::hex(first + " 00");
-        CHECK(FrameParser(Role::server).parse(masked).outcome == Outcome::header);
-        CHECK(FrameParser(Role::client).parse(plain).outcome == Outcome::header);
-        CHECK(FrameParser(Role::server).parse(plain).failure.code == CloseCode::protocol_error);
-        CHECK(FrameParser(Role::client).parse(masked).failure.code == CloseCode::protocol_error);
+        CHECK(parse(FrameParser(Role::server), masked).outcome == Outcome::header);
+        CHECK(parse(FrameParser(Role::client), plain).outcome == Outcome::header);
+        CHECK(parse(FrameParser(Role::server), plain).outcome == Outcome::failure);
+        CHECK(parse(FrameParser(Role::client), masked).outcome == Outcome::failure);
     }
 }
 
@@ -215,11 +225,10 @@ TEST_CASE("each of the 65,536 ways to begin a frame is parsed as RFC 6455 5.2-5.
                     if (length == 127) bytes += test::hex("00 00 00 00 00 01 00 00");
                     if (masked) bytes += test::hex("01 02 03 04");
                     FrameParser parser = initial;
-                    const ParsedFrame parsed = parser.parse(bytes);
-                    const bool correct =
-                        legal ? parsed.outcome == Outcome::header && parsed.size == bytes.size() &&
-                                    parsed.header.fin == fin && parsed.header.opcode == Opcode(opcode)
-                              : parsed.outcome == Outcome::failure && parsed.failure.code == CloseCode::protocol_error;
+                    const Parsed parsed = parse(parser, bytes);
+                    const bool correct = legal ? parsed.outcome == Outcome::header && parsed.size == bytes.size() &&
+                                                     parsed.header.fin == fin && parsed.header.opcode == Opcode(opcode)
+                                               : parsed.outcome == Outcome::failure;
                     if (!correct) FAIL_CHECK(test::to_hex(bytes));
                 }
             }
@@ -241,7 +250,7 @@ TEST_CASE("continuations follow the rules of RFC 6455 5.4 in every sequence of f
             bytes += first;
             const bool control = first == '\x89', continues = first == '\x00' || first == '\x80';
             const bool legal = control || continues == open;
-            const bool parsed = parser.parse(std::string{first, '\x00'}).outcome == Outcome::header;
+            const bool parsed = parse(parser, std::string{first, '\x00'}).outcome == Outcome::header;
             if (parsed != legal) FAIL_CHECK(test::to_hex(bytes));
             if (!legal) break;
             if (!control) open = first == '\x02' || first == '\x00';
@@ -251,11 +260,11 @@ TEST_CASE("continuations follow the rules of RFC 6455 5.4 in every sequence of f
 
 TEST_CASE("a control frame in the middle of a message leaves the message open") {
     FrameParser parser = parser_within_message();
-    CHECK(parser.parse(with_mask(test::hex("89 80"))).outcome == Outcome::header);
-    CHECK(parser.parse(with_mask(test::hex("00 80"))).outcome == Outcome::header);
-    CHECK(parser.parse(with_mask(test::hex("8a 80"))).outcome == Outcome::header);
-    CHECK(parser.parse(with_mask(test::hex("80 80"))).outcome == Outcome::header);
-    CHECK(parser.parse(with_mask(test::hex("80 80"))).outcome == Outcome::failure);
+    CHECK(parse(parser, with_mask(test::hex("89 80"))).outcome == Outcome::header);
+    CHECK(parse(parser, with_mask(test::hex("00 80"))).outcome == Outcome::header);
+    CHECK(parse(parser, with_mask(test::hex("8a 80"))).outcome == Outcome::header);
+    CHECK(parse(parser, with_mask(test::hex("80 80"))).outcome == Outcome::header);
+    CHECK(parse(parser, with_mask(test::hex("80 80"))).outcome == Outcome::failure);
 }
 
 // ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -267,9 +276,9 @@ TEST_CASE("an incomplete header needs more bytes at every split") {
         const std::string bytes = with_mask(test::hex(header));
         FrameParser parser(Role::server);
         for (std::size_t size = 0; size < bytes.size(); ++size)
-            CHECK(parser.parse(std::string_view(bytes).substr(0, size)).outcome == Outcome::need_more);
-        const ParsedFrame parsed = parser.parse(bytes);
-        const ParsedFrame followed = FrameParser(Role::server).parse(bytes + "payload");
+            CHECK(parse(parser, std::string_view(bytes).substr(0, size)).outcome == Outcome::need_more);
+        const Parsed parsed = parse(parser, bytes);
+        const Parsed followed = parse(FrameParser(Role::server), bytes + "payload");
         REQUIRE(parsed.outcome == Outcome::header);
         REQUIRE(followed.outcome == Outcome::header);
         CHECK(parsed.size == bytes.size());
@@ -301,7 +310,7 @@ TEST_CASE("a header fails at the first byte that breaks a rule") {
         for (std::size_t size = 0; size <= bytes.size(); ++size) {
             CAPTURE(size);
             FrameParser parser = row.within_message ? parser_within_message() : FrameParser(Role::server);
-            const ParsedFrame parsed = parser.parse(std::string_view(bytes).substr(0, size));
+            const Parsed parsed = parse(parser, std::string_view(bytes).substr(0, size));
             CHECK(parsed.outcome == (size < row.fails_at ? Outcome::need_more : Outcome::failure));
         }
     }
@@ -331,7 +340,7 @@ TEST_CASE("an encoded header has the shortest form and parses to the same header
                     const Role role = masked ? Role::server : Role::client;
                     FrameParser parser =
                         opcode == Opcode::continuation ? parser_within_message(role) : FrameParser(role);
-                    const ParsedFrame parsed = parser.parse(bytes);
+                    const Parsed parsed = parse(parser, bytes);
                     REQUIRE(parsed.outcome == Outcome::header);
                     CHECK(parsed.size == bytes.size());
                     CHECK(parsed.header.fin == fin);

@@ -788,7 +788,7 @@ TEST_CASE("a date before 1970 is correct") {
 // ---- the opening handshake ------------------------------------------------------------------------------------------
 
 TEST_CASE("the accept key agrees with RFC 6455 1.3") {
-    CHECK(accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    CHECK(AcceptKey("dGhlIHNhbXBsZSBub25jZQ==").view() == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
 }
 
 TEST_CASE("a key is 16 bytes of base64") {
@@ -900,14 +900,14 @@ TEST_CASE("the offered subprotocols are those of all fields, in order") {
 }
 
 TEST_CASE("the response to a handshake agrees with RFC 6455 1.3") {
-    CHECK(switching_protocols("dGhlIHNhbXBsZSBub25jZQ==", "chat") ==
+    CHECK(test::switching_protocols("dGhlIHNhbXBsZSBub25jZQ==", "chat") ==
           "HTTP/1.1 101 Switching Protocols\r\n"
           "Upgrade: websocket\r\n"
           "Connection: Upgrade\r\n"
           "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"
           "Sec-WebSocket-Protocol: chat\r\n"
           "\r\n");
-    CHECK(switching_protocols("dGhlIHNhbXBsZSBub25jZQ==", "").find("Protocol:") == std::string::npos);
+    CHECK(test::switching_protocols("dGhlIHNhbXBsZSBub25jZQ==", "").find("Protocol:") == std::string::npos);
 }
 
 TEST_CASE("a server accepts the handshake of a client") {
@@ -931,7 +931,7 @@ TEST_CASE("a value in a handshake cannot begin another line") {
         CHECK_THROWS_AS(handshake_request(bad, "/", key), Error);
         CHECK_THROWS_AS(handshake_request("a", "/" + bad, key), Error);
         CHECK_THROWS_AS(handshake_request("a", "/", key, bad), Error);
-        CHECK_THROWS_AS(switching_protocols(key, bad), Error);
+        CHECK_THROWS_AS(test::switching_protocols(key, bad), Error);
     }
     CHECK_THROWS_AS(handshake_request("a", "/ HTTP/1.1", key), Error);
 }
@@ -1121,16 +1121,16 @@ TEST_CASE("the tab is the only control character that a handshake accepts") {
     CHECK(parsed(handshake_request("a", "/", key, "chat,\tsuperchat")).header("sec-websocket-protocol") ==
           "chat,\tsuperchat");
     CHECK_THROWS_AS(handshake_request("a", "/", key, "chat\x7F"), Error);
-    CHECK_THROWS_AS(switching_protocols(key, "chat\x7F"), Error);
+    CHECK_THROWS_AS(test::switching_protocols(key, "chat\x7F"), Error);
 }
 
 TEST_CASE("a server may choose any of the offered subprotocols") {
     const std::string key = "dGhlIHNhbXBsZSBub25jZQ==";
     for (const std::string chosen : {"one", "two", "three"}) {
         CAPTURE(chosen);
-        CHECK(handshake_response_error(switching_protocols(key, chosen), key, "one, two, three") == "");
+        CHECK(handshake_response_error(test::switching_protocols(key, chosen), key, "one, two, three") == "");
     }
-    CHECK(handshake_response_error(switching_protocols(key, "four"), key, "one, two, three") ==
+    CHECK(handshake_response_error(test::switching_protocols(key, "four"), key, "one, two, three") ==
           "the server chose a subprotocol that was not offered");
 }
 

@@ -50,6 +50,16 @@ inline std::string to_hex(std::string_view bytes) {
     return digits;
 }
 
+// The 101 of a server.
+inline std::string switching_protocols(std::string_view key, std::string_view subprotocol,
+                                       std::string_view extensions = {}, std::string_view more_lines = {}) {
+    std::string response;
+    wschat::detail::switching_protocols(
+        key, subprotocol, extensions, more_lines,
+        [&](std::initializer_list<std::string_view> parts) { response = wschat::text::concat(parts); });
+    return response;
+}
+
 inline bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
 // The value of a field of a flat JSON object, a string without its quotes; "" if the object does not have the field.
@@ -129,6 +139,13 @@ inline wschat::PollerKind poller_kind() {
     const char* wanted = std::getenv("WSCHAT_TEST_POLLER");
     return wanted != nullptr && std::string(wanted) == "poll" ? wschat::PollerKind::poll
                                                               : wschat::PollerKind::automatic;
+}
+
+// The number of loops that the environment variable WSCHAT_TEST_THREADS gives to each server that does not ask for more
+// than one.
+inline unsigned loop_count() {
+    const char* wanted = std::getenv("WSCHAT_TEST_THREADS");
+    return wanted != nullptr ? static_cast<unsigned>(std::atoi(wanted)) : 1;
 }
 
 #if WSCHAT_OPENSSL
@@ -421,6 +438,7 @@ private:
     static wschat::ServerOptions with_test_poller(wschat::ServerOptions options) {
         options.poller = poller_kind();
         options.handle_signals = false;
+        if (options.threads == 1) options.threads = loop_count();
         return options;
     }
 

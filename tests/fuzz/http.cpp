@@ -245,8 +245,11 @@ void check_upgrade(const Request& request, const ExpectedRequest& same) {
     std::string list;
     for (const std::string_view name : offered) (list += list.empty() ? "" : ",") += name;
     const std::string_view key = request.header("sec-websocket-key");
-    check(wschat::detail::handshake_response_error(wschat::detail::switching_protocols(key, chosen), key, list).empty(),
-          "a client rejects the 101 response");
+    std::string response;
+    wschat::detail::switching_protocols(key, chosen, {}, {}, [&](std::initializer_list<std::string_view> parts) {
+        response = wschat::text::concat(parts);
+    });
+    check(wschat::detail::handshake_response_error(response, key, list).empty(), "a client rejects the 101 response");
 }
 
 }  // namespace
