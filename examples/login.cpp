@@ -1,14 +1,16 @@
 // A chat that only members enter: a form, a session in a cookie, and the chat with the member's name.
-//   login [port] [--page FILE] [--user NAME:PASSWORD]...
+//   login [port] [--page FILE] [--user NAME:PASSWORD]... [--moderator NAME:PASSWORD]...
 //
-// Without --user there is the member "anna" with the password "tea". A real program keeps salted hashes of passwords
-// (argon2, scrypt), and sessions in a database, or in the cookie itself, signed by wschat::CookieSigner.
+// Without members there is "anna" with the password "tea". A moderator may do everything. A real program keeps salted
+// hashes of passwords (argon2, scrypt), and sessions in a database, or in the cookie itself, signed by
+// wschat::CookieSigner.
 #define WSCHAT_CHAT 1
 #include "../wschat.hpp"
 
 #include <fstream>
 #include <map>
 #include <random>
+#include <set>
 
 namespace {
 
@@ -17,7 +19,16 @@ constexpr const char* cookie_name = "session";
 // The members, and who is logged in.
 class Members {
 public:
-    void add(const std::string& name, const std::string& password) { passwords_[name] = wschat::sha1(password); }
+    // Takes "NAME:PASSWORD".
+    void add(const std::string& pair, bool is_moderator) {
+        const std::size_t colon = pair.find(':');
+        if (colon == std::string::npos) throw wschat::Error("\"" + pair + "\" is not NAME:PASSWORD");
+        const std::string name = pair.substr(0, colon);
+        passwords_[name] = wschat::sha1(pair.substr(colon + 1));
+        if (is_moderator) moderators_.insert(name);
+    }
+    bool empty() const { return passwords_.empty(); }
+    bool is_moderator(const std::string& name) const { return moderators_.count(name) != 0; }
     // The id of a new session. Nothing if the name or the password is wrong.
     std::optional<std::string> log_in(const std::string& name, const std::string& password) {
         const auto found = passwords_.find(name);
@@ -41,6 +52,7 @@ private:
     }
 
     std::map<std::string, std::array<unsigned char, 20>> passwords_;
+    std::set<std::string> moderators_;
     std::map<std::string, std::string> sessions_;  // the name of the member, by the id of the session
     std::random_device random_;
 };
@@ -68,6 +80,9 @@ public:
         user.account = true;
         return user;
     }
+    bool may(wschat::ChatAction action) override {
+        return ChatHandler::may(action) || members_.is_moderator(user().name);
+    }
 
 private:
     const Members& members_;
@@ -91,22 +106,14 @@ int main(int argc, char** argv) try {
     std::string port = "8888", page = wschat::beside(__FILE__, "rooms.html");
     Members members;
     Attempts attempts;
-    bool has_members = false;
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
-        if (word == "--page" && i + 1 < argc) {
-            page = argv[++i];
-        } else if (word == "--user" && i + 1 < argc) {
-            const std::string user = argv[++i];
-            const std::size_t colon = user.find(':');
-            if (colon == std::string::npos) throw wschat::Error("--user: \"" + user + "\" is not NAME:PASSWORD");
-            members.add(user.substr(0, colon), user.substr(colon + 1));
-            has_members = true;
-        } else {
-            port = word;
-        }
+        if (word == "--page" && i + 1 < argc) page = argv[++i];
+        else if (word == "--user" && i + 1 < argc) members.add(argv[++i], false);
+        else if (word == "--moderator" && i + 1 < argc) members.add(argv[++i], true);
+        else port = word;
     }
-    if (!has_members) members.add("anna", "tea");
+    if (members.empty()) members.add("anna:tea", false);
 
     wschat::Server server;
     server.on_log(wschat::log_to_stderr);
@@ -136,6 +143,7 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "login: %s\nusage: login [port] [--page FILE] [--user NAME:PASSWORD]...\n", error.what());
+    std::fprintf(stderr, "login: %s\nusage: login [port] [--page FILE] [--user|--moderator NAME:PASSWORD]...\n",
+                 error.what());
     return 1;
 }

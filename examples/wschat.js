@@ -478,7 +478,6 @@ export class ChatClient extends EventTarget {
     this._count(state, message);
     this._tell('message', { room: state, message });
   }
-  // People came or left.
   _came(state, event) {
     const people = this._people(event.users ?? [event]), before = state.users.size;
     for (const each of people) event.type === 'join' ? state.users.set(each.user, each) : state.users.delete(each.user);
@@ -523,6 +522,7 @@ const ROOM_EVENTS = {
   read(state, { id }) {
     if (state.readKnown && !(Number(id) > state.read)) return;
     Object.assign(state, { read: Number(id) || 0, readKnown: true, unread: 0, mentions: 0 });
+    this._tell('room', { room: state });
     for (const each of state.messages) this._count(state, each);
     this._tell('room', { room: state });
   },

@@ -1,9 +1,11 @@
-// Tests examples/chat and examples/rooms in a real browser: users chat with each other.
+// Tests examples/chat, examples/rooms and examples/login in a real browser: users chat with each other.
 //
-//   node tests/browser/browser_test.mjs --chat build/chat --rooms build/rooms [--db FILE] [--shots DIR] [--modules DIR]
+//   node tests/browser/browser_test.mjs --chat build/chat --rooms build/rooms --login build/login [--db FILE] [--shots DIR]
+//        [--modules DIR]
 //
-// --db is for a rooms program with SQLite: its history then survives a restart. Either server may be left out, with
-// its steps. Needs Chromium (CHROMIUM names another binary than the packaged one) and playwright-core, which is
+// --db is for a rooms program with SQLite: its history then survives a restart. A server may be left out, with its steps.
+// --timeout MS is the deadline for one event.
+// login has moderators. Needs Chromium (CHROMIUM names another binary than the packaged one) and playwright-core, which is
 // searched for in --modules DIR, then in NODE_PATH, then beside this file. Prints one line per step and ends with
 // status 1 if a step failed. --shots makes the pictures of the README.
 
@@ -16,7 +18,7 @@ import { fileURLToPath } from 'node:url';
 
 const HERE = dirname(fileURLToPath(import.meta.url));
 const PAGES = Object.fromEntries(['chat', 'rooms'].map(name => [name, join(HERE, `../../examples/${name}.html`)]));
-const TIMEOUT = 60_000;  // ms for one event; generous, because a machine under load is slow
+const TIMEOUT = Number(option('timeout')) || 60_000;  // ms for one event; generous, because a machine under load is slow
 const TOTAL_TIMEOUT = 9 * 60_000;  // ms for all steps
 const FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
                '--disable-component-update', '--disable-sync', '--disable-quic'];
@@ -46,7 +48,8 @@ function findChromium() {
   return candidates.find(candidate => candidate && existsSync(candidate)) ?? usage('Chromium was not found. Install chromium-headless-shell.');
 }
 
-if (!option('chat') && !option('rooms')) usage('Usage: browser_test.mjs --chat PROGRAM --rooms PROGRAM [--shots DIR] [--modules DIR]');
+if (!option('chat') && !option('rooms') && !option('login'))
+  usage('Usage: browser_test.mjs --chat PROGRAM --rooms PROGRAM --login PROGRAM [--db FILE] [--shots DIR] [--modules DIR]');
 const { chromium } = loadModule('playwright-core')
   ?? usage('playwright-core was not found. Run "npm install --no-package-lock" in tests/browser, or use --modules DIR or NODE_PATH.');
 const executablePath = findChromium();
@@ -142,19 +145,25 @@ async function launch() {
 
 // A user with their own browser context. Contexts share nothing.
 class User {
-  static async open(browser, address, { name = '', ...options } = {}) {
+  // `prepare` is called with the page before it loads anything; `script` runs in the page before its own script.
+  static async open(browser, address, { name = '', prepare, script, ...options } = {}) {
     const user = new User();
     user.problems = [];
     user.context = await browser.newContext({ locale: 'en-GB', ...options });
     if (name) await user.context.addInitScript(name => localStorage.setItem('wschat.name', name), name);
     await user.context.addInitScript(() => {
       // Records what happens in the page for the test.
-      globalThis.testLog = { states: [], violations: [], socket: null, hello: '' };
+      globalThis.testLog = { states: [], violations: [], socket: null, hello: '', longest: 0, read: false };
       globalThis.WebSocket = class extends WebSocket {
         constructor(...options) {
           super(...options);
           testLog.socket = this;
           this.addEventListener('message', event => { if (event.data.startsWith('{"type":"hello"')) testLog.hello = event.data; });
+        }
+        send(line) {
+          testLog.longest = Math.max(testLog.longest, line.length);
+          if (line.startsWith('/read ')) testLog.read = true;
+          super.send(line);
         }
       };
       addEventListener('securitypolicyviolation', event => testLog.violations.push(`${event.violatedDirective} ${event.blockedURI}`));
@@ -163,7 +172,9 @@ class User {
         new MutationObserver(record).observe(document.body, { attributeFilter: ['data-state'] });
       });
     });
+    if (script) await user.context.addInitScript(script);
     user.page = await user.context.newPage();
+    await prepare?.(user.page);
     user.page.setDefaultTimeout(TIMEOUT);
     user.recordProblems();
     await user.page.goto(address);
@@ -205,7 +216,7 @@ class User {
   }
 
   waitForNotice(text) {
-    return this.waitFor(text => [...document.querySelectorAll('#log .notice bdi')].some(line => line.textContent === text), text);
+    return this.waitFor(text => [...document.querySelectorAll('#log .notice bdi')].some(line => line.textContent.replace(/[\u2068\u2069]/g, '') === text), text);
   }
 
   countMessages(text) {
@@ -229,6 +240,14 @@ class User {
   }
 
   waitForName(name) { return this.waitFor(name => document.querySelector('#name').textContent === name, name); }
+
+  // The tab is hidden, or is shown again. For a user with the script recordAttention.
+  async setHidden(hidden) {
+    await this.page.evaluate(hidden => {
+      attention.hidden = hidden;
+      document.dispatchEvent(new Event('visibilitychange'));
+    }, hidden);
+  }
 
   // Returns the states of the connection since the last call.
   states() { return this.page.evaluate(() => testLog.states.splice(0)); }
@@ -356,6 +375,39 @@ async function openMessageMenu(user, text) {
   await message.hover();
   await message.locator('.tools').click();
 }
+async function chooseOption(user, text) {
+  await user.page.click('#options');
+  await chooseInMenu(user, text);
+}
+async function menuOf(user, name) {
+  await user.page.click(`#roster button:has-text("${name}")`);
+  await user.page.waitForSelector('#menu:popover-open');
+}
+
+// Replaces in a page what asks for the user's attention, and records it.
+function recordAttention() {
+  globalThis.attention = { asked: 0, shown: [], tones: 0, hidden: false };
+  globalThis.Notification = class {
+    static permission = 'default';
+    static async requestPermission() {
+      attention.asked += 1;
+      return Notification.permission = 'granted';
+    }
+    constructor(title, { body }) { attention.shown.push(`${title} | ${body.replace(/[\u2068\u2069]/g, '')}`); }
+    close() {}
+  };
+  globalThis.AudioContext = class {
+    currentTime = 0;
+    createOscillator() {
+      attention.tones += 1;
+      return { frequency: {}, connect: next => next, start() {}, stop() {} };
+    }
+    createGain() { return { gain: {}, connect() {} }; }
+    close() {}
+  };
+  Object.defineProperty(Document.prototype, 'hidden', { get: () => attention.hidden });
+}
+
 function title(user, text) { return user.waitFor(text => document.title === text, text); }
 
 async function testRooms(path) {
@@ -477,7 +529,7 @@ async function testRooms(path) {
     await bob.page.click('#room-list button[aria-label="Leave # milk and sugar"]');
     await bob.waitFor(() => document.querySelectorAll('#room-list li').length === 1);
     await bob.submit('/leave');
-    await bob.waitFor(() => document.querySelector('#room').textContent === 'No room' && document.querySelector('#count').textContent === '0 here');
+    await bob.waitFor(() => document.querySelector('#room').textContent === 'No room' && document.querySelector('#count').textContent === '' && document.querySelector('#show-people').hidden);
     await bob.page.evaluate(() => { location.hash = 'tea'; });
     await bob.waitForUsers(['Anna', 'Bob']);
   });
@@ -532,6 +584,121 @@ async function testRooms(path) {
     await tabTo(anna, 'message', 'Tab');
   });
 
+  await step('notifications: the page asks only on a click, and shows mentions and private messages of a hidden tab', async () => {
+    const dora = await openUser('tea', { name: 'Dora', script: recordAttention });
+    const shown = () => dora.page.evaluate(() => attention.shown);
+    await dora.setHidden(true);
+    await anna.sendMessage('@Dora before the click');
+    await dora.waitForMessage('@Dora before the click');
+    await title(dora, '(1) tea \u00B7 wschat');
+    await dora.setHidden(false);
+    expect([await dora.page.evaluate(() => attention.asked), await shown()], [0, []], 'questions and notifications');
+    await chooseOption(dora, 'Notify me about mentions');
+    await dora.waitFor(() => attention.asked === 1);
+    await anna.sendMessage('@Dora while the tab is shown');
+    await dora.waitForMessage('@Dora while the tab is shown');
+    await dora.setHidden(true);
+    await anna.sendMessage('@Dora in a hidden tab');
+    await anna.sendMessage('for nobody');
+    await menuOf(anna, 'Dora');
+    await chooseInMenu(anna, 'Message privately');
+    await anna.sendMessage('a secret for Dora');
+    await anna.page.click('#room-list button:has-text("# tea")');
+    await dora.waitFor(() => attention.shown.length === 2);
+    expect(await shown(), ['# tea | Anna: @Dora in a hidden tab', '@ Anna | Anna: a secret for Dora'], 'notifications');
+    await dora.setHidden(false);
+    await title(dora, '(1) tea \u00B7 wschat');
+    await dora.close();
+  });
+
+  await step('a sound is off until it is switched on, and then tells of mentions', async () => {
+    const dana = await openUser('tea', { name: 'Dana', script: recordAttention });
+    const tones = () => dana.page.evaluate(() => attention.tones);
+    await dana.setHidden(true);
+    await anna.sendMessage('@Dana without a sound');
+    await dana.waitForMessage('@Dana without a sound');
+    expect(await tones(), 0, 'tones');
+    await dana.setHidden(false);
+    await chooseOption(dana, 'Play a sound');
+    expect(await tones(), 1, 'tones: the choice is heard');
+    await dana.setHidden(true);
+    await anna.sendMessage('@Dana with a sound');
+    await dana.waitFor(() => attention.tones === 2);
+    await dana.close();
+  });
+
+  await step('text from right to left stays in its place, and a name cannot turn the line around', async () => {
+    const arabic = '\u0645\u0631\u062D\u0628\u0627';
+    await bob.submit('/nick Bob\u202Eevil');
+    await bob.page.waitForSelector('#log .notice.bad:has-text("visible text")');
+    expect(await bob.page.textContent('#name'), 'Bob', 'the name');
+    const guest = await openUser('tea', { name: arabic });
+    await anna.waitForNotice(`${arabic} joined`);
+    await guest.sendMessage(`${arabic} 1 2 3`);
+    await anna.waitForMessage(`${arabic} 1 2 3`);
+    const seen = await anna.page.evaluate(name => {
+      const line = [...document.querySelectorAll('#log .notice bdi')].find(each => each.textContent.includes(name)).firstChild;
+      const left = word => {
+        const range = document.createRange();
+        range.setStart(line, line.data.indexOf(word));
+        range.setEnd(line, line.data.indexOf(word) + word.length);
+        return range.getBoundingClientRect().left;
+      };
+      const text = [...document.querySelectorAll('#log .message .text')].at(-1);
+      return { nameFirst: left(name) < left('joined'), direction: getComputedStyle(text).direction, time: getComputedStyle(text.parentElement).direction };
+    }, arabic);
+    expect(seen, { nameFirst: true, direction: 'rtl', time: 'ltr' }, 'the directions');
+    await guest.submit('https://example.org/\u202Egnp.exe');
+    await anna.page.waitForSelector('#log a:has-text("[U+202E]")');
+    await guest.close();
+  });
+
+  await step('a text that is too long in bytes stays in the input, with a sentence, and is not sent', async () => {
+    await bob.page.evaluate(() => { testLog.longest = 0; });
+    await bob.submit('\u8336'.repeat(6000));
+    await bob.waitForNotice('The message has 18000 bytes, but the limit is 16384. It is still in the input.');
+    expect((await bob.page.inputValue('#message')).length, 6000, 'characters in the input');
+    expect(await bob.page.evaluate(() => testLog.longest < 6000), true, 'nothing long was sent');
+    await bob.sendMessage('\u8336'.repeat(5000));
+    await bob.page.fill('#message', '');
+  });
+
+  await step('a change that the server refuses comes back into the input, with the reason', async () => {
+    await anna.sendMessage('about to go');
+    await anna.page.press('#message', 'ArrowUp');
+    await anna.context.setOffline(true);
+    await anna.waitForState('waiting');
+    await anna.submit('changed while offline');
+    await anna.waitForNotice('There is no connection.');
+    expect([await anna.page.inputValue('#message'), await anna.page.isVisible('#editing')], ['changed while offline', true], 'the input');
+    await anna.context.setOffline(false);
+    await anna.waitForState('connected');
+    const tab = await anna.context.newPage();                                 // of the same user, who deletes the message there
+    await tab.goto(server.address + '#tea');
+    const message = tab.locator('#log .message', { hasText: 'about to go' });
+    await message.hover();
+    await message.locator('.tools').click();
+    await tab.click('#menu [role="menuitem"]:has-text("Delete")');
+    await anna.waitFor(() => [...document.querySelectorAll('#log .message')].at(-1).classList.contains('removed'));
+    await tab.close();
+    await anna.submit('changed too late');
+    await anna.waitForNotice('There is no such message in this room.');
+    expect([await anna.page.inputValue('#message'), await anna.page.isVisible('#editing')], ['changed too late', false], 'the input');
+    await anna.page.fill('#message', '');
+  });
+
+  await step('a page that loads again shows what is new since the user left', async () => {
+    const flo = await openUser('tea', { name: 'Flo' });
+    await anna.sendMessage('read by Flo');
+    await flo.waitForMessage('read by Flo');
+    await flo.waitFor(() => testLog.read);                                    // the read marker was sent
+    await flo.page.goto('about:blank');
+    await anna.sendMessage('new for Flo');
+    await flo.page.goto(server.address + '#tea');
+    await flo.page.waitForSelector('#log .divider + .message:has-text("new for Flo")');
+    await flo.close();
+  });
+
   await step('a screen of 320 by 640 does not scroll horizontally, and shows rooms and users', async () => {
     const small = await openUser('tea', { name: 'Small', viewport: { width: 320, height: 640 }, isMobile: true, hasTouch: true });
     expect(await small.horizontalOverflow(), [0, 0, 0], 'overflow of document, body and log');
@@ -572,6 +739,229 @@ async function testRooms(path) {
     await expectChat(anna, bob, 'After the return');
   });
 
+  await step('private messages wait for a user who is away, and the conversation survives a restart of the server', async () => {
+    const eve = await openUser('tea', { name: 'Eve' });
+    await anna.waitForNotice('Eve joined');
+    await menuOf(anna, 'Eve');
+    await chooseInMenu(anna, 'Message privately');
+    await anna.sendMessage('for now');
+    await eve.page.click('#room-list button:has-text("@ Anna")');
+    await eve.waitForMessage('for now');
+    expect(await eve.countMessages('for now'), 1, 'copies');
+    expect(await eve.users(), ['Anna', 'Eve'], 'the users of the conversation');
+    await eve.sendMessage('thank you');
+    await anna.waitForMessage('thank you');
+    const storageState = await eve.context.storageState();
+    await eve.close();
+    await anna.sendMessage('for later');
+    if (db.length) {
+      expect(await server.stop('SIGTERM'), { status: 0, signal: null }, 'how the server ended');
+      server = await start(path, server.port, db);
+      await anna.waitForState('connected');
+    }
+    const back = await openUser('tea', { storageState });
+    await back.page.click('#room-list li.unread button:has-text("@ Anna")');
+    await back.waitForMessage('for later');
+    await back.waitForMessage('thank you', { own: true });
+    await back.sendMessage('I am back');
+    await anna.waitForMessage('I am back');
+    expect([await anna.countMessages('thank you'), await anna.countMessages('for later')], [1, 1], 'copies');
+    await anna.page.reload();
+    await anna.page.click('#room-list button:has-text("@ Eve")');
+    await anna.waitForMessage('I am back');
+    await anna.page.click('#room-list button[aria-label="Leave @ Eve"]');
+    await anna.waitFor(() => document.querySelector('#room').textContent === '# tea');
+    await back.close();
+  });
+
+  await server.stop('SIGINT');
+  await main.browser.close();
+}
+
+// ---- login: members and moderators -------------------------------------------------------------------------------
+
+class Members {
+  static async start(browser, path, names) {
+    const members = new Members();
+    members.browser = browser;
+    members.server = await start(path, undefined, names.flatMap((name, at) => [at === 0 ? '--moderator' : '--user', `${name}:tea`]));
+    return members;
+  }
+  // Logs in by the form of the program, and opens the page.
+  open(name, options) {
+    const prepare = async page => {
+      await page.goto(this.server.address + 'login');
+      await page.fill('[name=name]', name);
+      await page.fill('[name=password]', 'tea');
+      await page.click('button');
+      await page.waitForSelector('body[data-state="connected"]');
+    };
+    return User.open(this.browser, this.server.address + 'rooms.html#tea', { ...options, prepare });
+  }
+}
+
+async function testModeration(path) {
+  const main = await launch();
+  let members, mo, anna, bob;
+  const menuTexts = async (user, name) => {
+    await menuOf(user, name);
+    const texts = await user.page.$$eval('#menu [role="menuitem"]', all => all.map(each => each.textContent));
+    await user.page.keyboard.press('Escape');
+    return texts;
+  };
+
+  await step('members log in, and only the menu of a moderator can mute, remove and ban', async () => {
+    members = await Members.start(main.browser, path, ['Mo', 'Anna', 'Bob']);
+    [mo, anna, bob] = [await members.open('Mo'), await members.open('Anna'), await members.open('Bob')];
+    for (const user of [mo, anna, bob]) await user.waitForUsers(['Anna', 'Bob', 'Mo']);
+    expect(await menuTexts(mo, 'Bob'), ['Message privately', 'Mention', 'Mute for 10 minutes', 'Remove from the room', 'Ban for an hour'], 'the menu of Mo');
+    expect(await menuTexts(anna, 'Bob'), ['Message privately', 'Mention'], 'the menu of Anna');
+  });
+  if (!bob) return;
+
+  await step('a moderator deletes the message of another one', async () => {
+    await anna.sendMessage('not for this room');
+    await mo.waitForMessage('not for this room');
+    await openMessageMenu(mo, 'not for this room');
+    await chooseInMenu(mo, 'Delete');
+    await anna.page.waitForSelector('#log .message.removed');
+  });
+
+  await step('a muted user reads why a message was not sent, and may discard it', async () => {
+    await menuOf(mo, 'Bob');
+    await chooseInMenu(mo, 'Mute for 10 minutes');
+    await mo.waitForNotice('You have muted Bob.');
+    await bob.submit('may I?');
+    await bob.page.waitForSelector('#outbox .message.refused .fate:has-text("Not sent: ")');
+    await bob.page.click('#outbox .fate button:has-text("Discard")');
+    await bob.page.waitForSelector('#outbox .message', { state: 'detached' });
+    await mo.submit('/unmute Bob');
+    await mo.waitForNotice('Bob may speak again.');
+    await bob.sendMessage('thank you');
+    await anna.waitForMessage('thank you');
+  });
+
+  await step('a user who is removed reads why, stays away, and comes back on a click', async () => {
+    await menuOf(mo, 'Bob');
+    await chooseInMenu(mo, 'Remove from the room');
+    await bob.waitForState('closed');
+    expect(await bob.page.textContent('#countdown'), 'You are not connected. You were asked to leave.', 'the reason');
+    expect(await bob.users(), [], 'the users');
+    for (const user of [mo, anna]) await user.waitForUsers(['Anna', 'Mo']);
+    await mo.waitForNotice('You have removed Bob from the room.');
+    await bob.page.click('#retry');
+    await bob.waitForState('connected');
+    await anna.waitForUsers(['Anna', 'Bob', 'Mo']);
+  });
+
+  await step('a banned user stays out until the moderator ends the ban', async () => {
+    await menuOf(mo, 'Bob');
+    await chooseInMenu(mo, 'Ban for an hour');
+    await bob.waitForState('closed');
+    expect(await bob.page.textContent('#countdown'), 'You are not connected. You are banned.', 'the reason');
+    await bob.page.click('#retry');
+    await bob.waitForState('waiting');
+    await mo.page.click('#options');
+    await mo.page.click('#menu [role="menuitem"]:has-text("End a ban")');
+    await mo.page.click('#menu [role="menuitem"]:has-text("Bob")');
+    await mo.waitForNotice('The ban of Bob has ended.');
+    await bob.page.evaluate(() => document.querySelector('#retry').click());
+    await bob.waitForState('connected');
+    await bob.sendMessage('back again');
+    await anna.waitForMessage('back again');
+    await chooseOption(mo, 'End a ban');
+    await mo.waitForNotice('Nobody is banned.');
+  });
+
+  await step('there was no console error and no violation of the content policy', async () => {
+    bob.problems = bob.problems.filter(each => !each.includes('403'));         // Chromium logs the refused handshake
+    await expectNoProblems(mo, anna, bob);
+  });
+  await members.server.stop('SIGINT');
+  await main.browser.close();
+}
+
+// ---- A room of 10,000 messages: the page is real, the server is a script --------------------------------------------
+
+const MANY = 10_000;
+function numbered(id) {
+  return { type: 'said', room: 'tea', id, user: 'BOB', name: 'Bob', text: `number ${id}${' and so on'.repeat(id % 23)}`, time: 1.7e12 + 1000 * id };
+}
+function numbers(from, to) { return Array.from({ length: Math.max(0, to - from) }, (_, at) => numbered(from + at)); }
+
+class ManyMessages {
+  async route(page) {
+    await page.routeWebSocket(/\/chat/, socket => {
+      this.socket = socket;
+      this.last = MANY;
+      this.send({ type: 'hello', version: 3, room: 'tea', name: 'Anna', user: 'ANNA', features: ['before', 'history'], may: ['say'], limits: {} });
+      this.send({ type: 'history', room: 'tea', epoch: 'e', last: MANY, gap: false, more: true, entries: numbers(MANY - 99, MANY + 1) });
+      socket.onMessage(line => {
+        const [, tag, rest] = line.match(/^\/tag (\S+) (.*)$/) ?? [];
+        const [, before, limit] = rest?.match(/^\/before (\d+) (\d+)$/) ?? [];
+        const from = Math.max(1, before - limit);
+        if (before) this.send({ type: 'history', room: 'tea', before: Number(before), gap: false, more: from > 1, entries: numbers(from, Number(before)), tag });
+        else if (tag) this.send({ type: 'help', commands: [], tag });
+      });
+    });
+  }
+  send(event) { this.socket.send(JSON.stringify(event)); }
+  say(count) { for (let i = 0; i < count; i++) this.send(numbered(this.last += 1)); }
+}
+
+// The numbers of the drawn messages. They must follow each other.
+async function drawnNumbers(user) {
+  const { found, nodes } = await user.page.evaluate(() => ({ nodes: document.querySelectorAll('#log *').length,
+    found: [...document.querySelectorAll('#log .message .text')].map(each => parseInt(each.textContent.slice(7))) }));
+  found.forEach((number, at) => { if (at > 0 && number !== found[at - 1] + 1) throw new Error(`${number} follows ${found[at - 1]}`); });
+  if (found.length > 450 || nodes > 5000) throw new Error(`${found.length} messages and ${nodes} elements are drawn`);
+  return { first: found[0], last: found.at(-1) };
+}
+
+function waitForNewest(user, number) {
+  return user.waitFor(number => parseInt([...document.querySelectorAll('#log .message .text')].at(-1)?.textContent.slice(7)) === number, number);
+}
+
+async function testMany(path) {
+  const main = await launch(), server = await start(path), many = new ManyMessages();
+  let anna;
+  await step('a room of 10,000 messages: the page keeps its place while it scrolls back, and draws few of them', async () => {
+    anna = await User.open(main.browser, server.address + '#tea', { name: 'Anna', prepare: page => many.route(page) });
+    await waitForNewest(anna, 10000);
+    for (let { first } = await drawnNumbers(anna); first > 1; { first } = await drawnNumbers(anna)) {
+      const moved = await anna.page.evaluate(async first => {
+        const scroll = document.querySelector('#scroll'), number = each => parseInt(each.textContent.slice(7));
+        const textOf = wanted => [...document.querySelectorAll('#log .message .text')].find(each => number(each) === wanted);
+        scroll.scrollTop = 60;
+        const before = textOf(first).getBoundingClientRect().bottom;
+        while (number(document.querySelector('#log .message .text')) === first) await new Promise(requestAnimationFrame);
+        return Math.abs(textOf(first).getBoundingClientRect().bottom - before);
+      }, first);
+      if (moved > 2) throw new Error(`the page moved by ${moved} pixels when messages before ${first} came`);
+    }
+    await anna.page.evaluate(() => { document.querySelector('#scroll').scrollTop = 0; });
+    await anna.waitForNotice('This is the beginning.');
+  });
+
+  await step('new messages do not move a page that is read further up, and are counted', async () => {
+    const { last } = await drawnNumbers(anna);
+    many.say(300);
+    await anna.page.waitForSelector('#pill:has-text("300 new messages")');
+    expect((await drawnNumbers(anna)).last, last, 'the last message that is drawn');
+    await anna.page.click('#pill');
+    await waitForNewest(anna, 10300);
+    await drawnNumbers(anna);
+  });
+
+  await step('thousands of new messages leave the page small, and older ones come back in their order', async () => {
+    many.say(3000);
+    await waitForNewest(anna, 13300);
+    const { first } = await drawnNumbers(anna);
+    await anna.page.evaluate(() => { document.querySelector('#scroll').scrollTop = 0; });
+    await anna.waitFor(first => parseInt(document.querySelector('#log .message .text').textContent.slice(7)) < first, first);
+    await drawnNumbers(anna);
+  });
+  await step('there was no console error', () => expectNoProblems(anna));
   await server.stop('SIGINT');
   await main.browser.close();
 }
@@ -670,7 +1060,7 @@ setTimeout(() => {
 }, TOTAL_TIMEOUT).unref();
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => { results.failed += 1; end(); });
 
-const paths = { chat: option('chat'), rooms: option('rooms') };
+const paths = { chat: option('chat'), rooms: option('rooms'), login: option('login') };
 
 for (const [name, page] of Object.entries(PAGES)) {
   await step(`${name}.html: its content policy has the hashes of its script and its style`, () => {
@@ -685,6 +1075,8 @@ for (const [name, page] of Object.entries(PAGES)) {
 try {
   if (paths.chat) await testChat(paths.chat);
   if (paths.rooms) await testRooms(paths.rooms);
+  if (paths.login) await testModeration(paths.login);
+  if (paths.rooms) await testMany(paths.rooms);
   if (option('shots')) await makePictures(paths, resolve(option('shots')));
 } catch (error) {
   results.failed += 1;
