@@ -37,6 +37,7 @@ public:
     void report_exception(const char*, const char*) noexcept override {}
 
     ChatHub& hub() { return ChatHub::of(server_); }
+    TestHost() { hub().limits.presence_window = Duration::zero(); }  // nothing would end a window
     ChatRoom& room(std::string_view name) { return hub().room(name); }
     // "EPOCH-ID"
     std::string position(const std::string& id) {
@@ -162,6 +163,7 @@ std::string texts_of(const std::string& event) {
 }
 
 ChatUser named(const std::string& name) { return ChatUser{name}; }
+ChatUser identified(const std::string& name, const std::string& key) { return {name, "", false, "id of " + key}; }
 
 // The position that a client has after a history event.
 std::string position_of(const std::string& history) {
@@ -325,7 +327,7 @@ TEST_CASE("two users of a room have no names that look alike") {
 
 TEST_CASE("a free name is found in few steps in a room of thousands of guests") {
     Presence presence;
-    for (int i = 0; i < 5000; ++i) presence.add(named("guest"), "");
+    for (int i = 0; i < 5000; ++i) presence.add(named(presence.free_name("guest")), "");
     CHECK(presence.size() == 5000);
     for (std::size_t n = 5000; n < 5100; ++n) presence.add(named("guest-" + std::to_string(n)), "");
     CHECK(presence.find(presence.free_name("guest")) == nullptr);
@@ -421,49 +423,51 @@ TEST_CASE("the flood policy warns, drops and closes, and restarts after ten quie
 
 // ---- presence ------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a user joins with the first connection and leaves with the last") {
+TEST_CASE("connections with one identity are one user, whose grace period begins with the end of the last one") {
     Presence presence;
     ChatHandler one, two;
-    const auto first = presence.connect(named("Anna"), "key", &one),
-               second = presence.connect(named("Anna"), "key", &two);
-    CHECK(first.joined);
-    CHECK_FALSE(second.joined);
-    CHECK(&first.user == &second.user);
-    CHECK_FALSE(presence.disconnect(first.user, &one, start, true));
+    Time next;
+    Presence::User& user = presence.connect(identified("Anna", "key"), "key", &one);
+    CHECK(&presence.connect(identified("Anna", "key"), "key", &two) == &user);
+    CHECK(presence.users().empty());  // the store has not delivered the join
+    user.set_place("hub", false);
     CHECK(names_of(presence.users()) == "Anna");
-    CHECK(presence.disconnect(first.user, &two, start, true));
+    Presence::detach(user, &one, start + 3s);
+    CHECK(presence.expired(start + 1h, next).empty());
+    CHECK((next == (Time::max)()));
+    Presence::detach(user, &two, start + 3s);
+    CHECK(presence.expired(start + 2999ms, next).empty());
+    CHECK((next == start + 3s));
+    CHECK(&presence.connect(identified("Anna", "key"), "key", &one) == &user);
+    CHECK(presence.expired(start + 1h, next).empty());
+    Presence::detach(user, &one, start + 3s);
+    CHECK(presence.expired(start + 3s, next) == std::vector<std::string>{"id of key"});
+    presence.remove(user);
     CHECK(presence.empty());
+    CHECK(presence.find_identity("key") == nullptr);
+    CHECK(presence.find_id("id of key") == nullptr);
 }
 
-TEST_CASE("a user who returns in the grace period has not left, and one who returns later has") {
+TEST_CASE("the number of users of which a hub has told the store is known") {
     Presence presence;
-    ChatHandler one;
-    Time next;
-    const auto connect = [&](const std::string& key) { return presence.connect(named("Anna"), key, &one); };
-    {
-        const std::string key = "key";
-        CHECK_FALSE(presence.disconnect(connect(key).user, &one, start + 3s, false));
-        CHECK(presence.expire(start + 2999ms, next).empty());
-        CHECK((next == start + 3s));
-        CHECK_FALSE(connect(key).joined);
-        CHECK(presence.expire(start + 1h, next).empty());
-        CHECK((next == (Time::max)()));
-        presence.disconnect(*presence.find("Anna"), &one, start + 3s, false);
-        const std::vector<ChatUser> expired = presence.expire(start + 3s, next);
-        REQUIRE(expired.size() == 1);
-        CHECK(expired[0].name == "Anna");
-        CHECK(presence.empty());
-        CHECK(presence.find_identity(key) == nullptr);
-    }
+    Presence::User &anna = presence.add(named("Anna"), ""), &bert = presence.add(named("Bert"), "");
+    CHECK(presence.own() == 0);
+    presence.set_told(anna, Presence::Told::join);
+    presence.set_told(anna, Presence::Told::away);
+    presence.set_told(bert, Presence::Told::join);
+    CHECK(presence.own() == 2);
+    presence.set_told(anna, Presence::Told::nothing);
+    presence.remove(bert);
+    CHECK(presence.own() == 0);
 }
 
 TEST_CASE("a name that is taken gets the first free number") {
     Presence presence;
     ChatHandler connections[4];
-    CHECK(presence.connect(named("Anna"), "", &connections[0]).user.info.name == "Anna");
-    CHECK(presence.connect(named("Anna"), "", &connections[1]).user.info.name == "Anna-2");
-    CHECK(presence.connect(named("anna"), "", &connections[2]).user.info.name == "anna-3");
-    CHECK(presence.connect(named("Anna-2"), "", &connections[3]).user.info.name == "Anna-2-2");
+    CHECK(presence.connect(named("Anna"), "", &connections[0]).info.name == "Anna");
+    CHECK(presence.connect(named("Anna"), "", &connections[1]).info.name == "Anna-2");
+    CHECK(presence.connect(named("anna"), "", &connections[2]).info.name == "anna-3");
+    CHECK(presence.connect(named("Anna-2"), "", &connections[3]).info.name == "Anna-2-2");
     std::vector<ChatHandler> guests(300);
     for (ChatHandler& guest : guests) presence.connect(named("guest"), "", &guest);
     CHECK(presence.size() == 304);
@@ -475,7 +479,7 @@ TEST_CASE("a name with a number keeps the limit of names and whole characters") 
     std::string name;
     for (int i = 0; i < 20; ++i) name += "\xC3\xBC";
     presence.connect(named(name), "", &connections[0]);
-    CHECK(presence.connect(named(name), "", &connections[1]).user.info.name == name.substr(0, 38) + "-2");
+    CHECK(presence.connect(named(name), "", &connections[1]).info.name == name.substr(0, 38) + "-2");
     CHECK(valid_chat_name(presence.free_name(name), 40));
     presence.max_name = 60;
     CHECK(presence.free_name(name) == name + "-2");
@@ -484,23 +488,37 @@ TEST_CASE("a name with a number keeps the limit of names and whole characters") 
 TEST_CASE("nobody takes the name of a user who is present or is away with a key") {
     Presence presence;
     ChatHandler one, two, three;
-    presence.disconnect(presence.connect(named("Anna"), "key", &one).user, &one, start, false);
-    CHECK(presence.connect(named("Anna"), "", &two).user.info.name == "Anna-2");
-    CHECK(presence.connect(named("Anna"), "another key", &three).user.info.name == "Anna-3");
-    CHECK(presence.connect(named("Berta"), "key", &one).user.info.name == "Anna");
+    Presence::detach(presence.connect(identified("Anna", "key"), "key", &one), &one, start);
+    CHECK(presence.connect(named("Anna"), "", &two).info.name == "Anna-2");
+    CHECK(presence.connect(named("Anna"), "another key", &three).info.name == "Anna-3");
+    CHECK(presence.connect(named("Berta"), "key", &one).info.name == "Anna");
 }
 
-TEST_CASE("a user can change to any free name and the case of letters does not count") {
+TEST_CASE("a user whose name another one takes keeps it until there is a new one, and the case of letters is free") {
     Presence presence;
     ChatHandler one, two;
-    Presence::User& anna = presence.connect(named("Anna"), "", &one).user;
-    presence.connect(named("Bert"), "", &two);
-    CHECK_FALSE(presence.rename(anna, "BERT"));
-    CHECK(presence.rename(anna, "ANNA"));
-    CHECK(presence.rename(anna, "Carl"));
-    CHECK(names_of(presence.users()) == "Bert Carl");
+    Presence::User &anna = presence.connect(identified("Anna", "a"), "a", &one),
+                   &bert = presence.connect(identified("Bert", "b"), "b", &two);
+    anna.set_place("hub", false);
+    bert.set_place("hub", false);
+    presence.set_name(anna, "ANNA");
+    CHECK(presence.find("anna") == &anna);
+    presence.set_name(anna, "BERT");
+    CHECK(presence.find("bert") == &anna);
+    CHECK(presence.lost_name(bert));
+    CHECK(names_of(presence.users()) == "BERT Bert");
+    CHECK(presence.free_name(bert.info.name, &bert) == "Bert-2");
+    bert.refused.push_back("bert-2");
+    CHECK(presence.free_name(bert.info.name, &bert) == "Bert-3");
+    presence.set_name(bert, "Carl");
+    CHECK_FALSE(presence.lost_name(bert));
+    CHECK(names_of(presence.users()) == "BERT Carl");
     CHECK(presence.find("anna") == nullptr);
-    CHECK(presence.find("carl") == &anna);
+    CHECK(presence.find("carl") == &bert);
+    presence.release_name(bert);
+    CHECK(presence.find("carl") == nullptr);
+    presence.remove(bert);
+    CHECK(presence.size() == 1);
 }
 
 TEST_CASE("the longest name at the beginning of a text finds the user") {
@@ -532,11 +550,11 @@ TEST_CASE("the longest name at the beginning of a text finds the user") {
 TEST_CASE("the search for a name reads no more of a text than the longest name") {
     Presence presence;
     ChatHandler connection;
-    Presence::User& anna = presence.connect(named("Anna"), "", &connection).user;
+    Presence::User& anna = presence.connect(named("Anna"), "", &connection);
     const std::string spaces(16 * 1024 * 1024, ' ');  // a search of each prefix would take years
     std::string_view text = spaces;
     CHECK(presence.consume_user(text) == nullptr);
-    presence.rename(anna, "Anna Maria Magdalena");
+    presence.set_name(anna, "Anna Maria Magdalena");
     const std::string line = "anna maria magdalena" + spaces;
     text = line;
     CHECK(presence.consume_user(text) == &anna);
@@ -597,17 +615,16 @@ TEST_CASE("a table of users lets the first one have a name, and keeps a user whi
     PresenceTable copy;
     copy.replace("tea", table.users("tea"));
     CHECK(rows(copy) == rows(table));
-    CHECK(copy.forget("2").size() == 3);
+    for (ChatEntry& each : copy.leaves("2")) CHECK(copy.apply(each) == "");
     CHECK(rows(copy) == "");
     CHECK(copy.rooms(10).empty());
 }
 
-TEST_CASE("in a table of users an account takes its name, and a guest returns only after the connection is lost") {
+TEST_CASE("in a table of users an account takes its name, and who loses it gets another one") {
     using Kind = ChatEntry::Kind;
     PresenceTable table;
     const auto apply = [&](ChatEntry entry) { return std::string(table.apply(entry)); };
     CHECK(apply(presence(Kind::join, "guest", "1", "Holly")) == "");
-    CHECK(apply(presence(Kind::join, "guest", "2", "Holly")) == "name_taken");
     CHECK(apply(presence(Kind::away, "guest", "1")) == "");
     CHECK(apply(presence(Kind::join, "guest", "2", "Holly")) == "");
     CHECK(apply(presence(Kind::join, "account Holly", "3", "Holly")) == "");
@@ -615,7 +632,7 @@ TEST_CASE("in a table of users an account takes its name, and a guest returns on
     CHECK(rows(table) == "Holly/account Holly@3 Holly/guest@1? Holly/guest@2");
     CHECK(apply(presence(Kind::rename, "guest", "2", "", "Holly-2")) == "");
     CHECK(apply(presence(Kind::join, "other", "1", "Holly")) == "name_taken");
-    CHECK(table.forget("3").size() == 1);
+    for (ChatEntry& each : table.leaves("3")) CHECK(table.apply(each) == "");
     CHECK(apply(presence(Kind::join, "other", "1", "Holly")) == "");
     CHECK(rows(table) == "Holly-2/guest@1? Holly-2/guest@2 Holly/other@1");
 }
@@ -1424,6 +1441,143 @@ TEST_CASE("a read marker that cannot be stored is an error for the line") {
     const std::string error = anna.answer_to("/tag t1 /read 1");
     CHECK(field_of(error, "code") == "not_kept");
     CHECK(field_of(error, "tag") == "t1");
+}
+
+TEST_CASE("room and rooms say how far a user has read, and how many messages are newer") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert");
+    std::string first;
+    {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret");
+        anna.events();
+        CHECK_FALSE(contains(anna.answer_to("/join tea"), "unread"));  // nothing was read yet
+        first = field_of(anna.answer_to("one"), "id");
+        for (const char* text : {"two", "three"}) bert.send(text);
+        anna.send("/read " + first);
+        anna.send("mine");
+        anna.events();
+        const std::string room = anna.answer_to("/join tea");
+        CHECK(field_of(room, "read") == first);
+        CHECK(field_of(room, "unread") == "2");
+        CHECK(contains(anna.answer_to("/rooms"), R"([{"room":"tea","users":2,"read":1,"unread":2}])"));
+        CHECK_FALSE(contains(bert.send("/rooms").back(), "unread"));
+    }
+    const std::string rude = field_of(bert.send("rude").back(), "id");
+    host.room("tea").remove(std::stoull(rude));
+    ChatClient<> lobby(host, "name=Anna&key=anna-secret", "lobby");
+    host.room("tea").set_topic("Scones");
+    lobby.events();
+    CHECK(contains(lobby.answer_to("/rooms"), R"({"room":"tea","users":2,"topic":"Scones","read":1,"unread":2})"));
+    for (int i = 0; i < 150; ++i) host.room("tea").publish("x");
+    CHECK(contains(lobby.answer_to("/rooms"), R"("unread":100})"));
+}
+
+TEST_CASE("the number of unread messages is right after a restart, when a member has read the history") {
+    TestHost host;
+    for (const char* text : {"one", "two", "three"}) host.room("tea").publish(text, "Desk");
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");
+    anna.send("/read 1");
+    anna.events();
+    CHECK(field_of(anna.answer_to("/join tea"), "unread") == "2");
+    // A client that resumes reads only the end of the history.
+    TestHost other;
+    for (const char* text : {"one", "two", "three"}) other.room("tea").publish(text, "Desk");
+    ChatClient<> resumed(other, "name=Anna&key=anna-secret&last=" + other.position("2"));
+    resumed.send("/read 2");
+    resumed.events();
+    CHECK(field_of(resumed.answer_to("/join tea"), "unread") == "1");
+}
+
+TEST_CASE("a message names the users of the room whom it mentions") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), maria(host, "name=Anna%20Maria"), bert(host, "name=Bert");
+    const std::string a = "\"" + anna.handler.user().id + "\"", m = "\"" + maria.handler.user().id + "\"",
+                      b = "\"" + bert.handler.user().id + "\"";
+    const std::pair<std::string, std::string> table[] = {
+        {"@Anna, tea?", a},
+        {"tea, @anna maria?", m},
+        {"@Bert @Anna @Bert", b + "," + a},
+        {"(@bert)", b},
+        {"mail to x@Bert", ""},
+        {"@Berta", ""},
+        {"@Bert_", ""},
+        {"@", ""},
+        {"@ Bert", ""},
+        {"Bert", ""},
+        {"@Nobody and @@Bert", b},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.first);
+        bert.events();
+        const std::string said = bert.answer_to(row.first);
+        if (row.second.empty()) CHECK_FALSE(contains(said, "mentions"));
+        else CHECK(contains(said, "\"mentions\":[" + row.second + "]"));
+        CHECK(contains(anna.events().back(), "mentions") == !row.second.empty());
+    }
+}
+
+TEST_CASE("a room can hide who is in it, or tell only their number") {
+    TestHost host;
+    host.hub().room_options = [](std::string_view name, ChatRoomOptions& options) {
+        options.presence = name == "hall" ? ChatRoomOptions::Presence::off : ChatRoomOptions::Presence::count;
+    };
+    ChatClient<> anna(host, "name=Anna", "hall"), bert(host, "name=Bert", "hall");
+    CHECK(anna.events().at(1) == R"({"type":"users","room":"hall"})");
+    bert.events();
+    CHECK(field_of(bert.answer_to("/nick Berta"), "name") == "Berta");
+    CHECK(anna.events().empty());
+    bert.disconnect(CloseCode::normal);
+    CHECK(anna.events().empty());
+    ChatClient<> carl(host, "name=Carl", "stand"), dora(host, "name=Dora", "stand");
+    CHECK(dora.events().at(1) == R"({"type":"users","room":"stand","count":2})");
+    CHECK(carl.events().size() == 3);
+    CHECK(carl.answer_to("/who") == R"({"type":"users","room":"stand","count":2})");
+}
+
+TEST_CASE("a room of 5,000 users costs each who joins a bounded number of bytes") {
+    TestHost host;
+    constexpr std::size_t users = 5000;
+    std::vector<std::unique_ptr<ChatClient<>>> all;
+    std::size_t bytes = 0;
+    const auto count = [&] {
+        for (const auto& each : all)
+            for (const std::string& event : each->events()) bytes += event.size();
+    };
+    for (std::size_t i = 0; i < users; ++i) all.push_back(std::make_unique<ChatClient<>>(host, "name=Guest"));
+    count();
+    // Each gets about 900 bytes of its own. Up to ChatLimits::presence_list there are lists and events of about 60 and 100
+    // bytes for each user. Without that limit, they would be 300,000 bytes for each user.
+    CHECK(bytes / users > 500);
+    CHECK(bytes / users < 3000);
+    bytes = 0;
+    for (std::size_t i = 0; i < users / 2; ++i) all[i]->disconnect(CloseCode::normal);
+    count();
+    CHECK(bytes == 0);  // the number of users follows in a second
+}
+
+TEST_CASE("a message is charged for all users of the room, to the connection and to the address") {
+    TestHost host;
+    host.hub().limits.connection = host.hub().limits.address = FloodRates();
+    host.hub().limits.fan_out = {1, 30'000};
+    host.hub().limits.address_fan_out = {1, 50'000};
+    std::vector<std::unique_ptr<ChatClient<>>> crowd;
+    for (int i = 0; i < 9; ++i) crowd.push_back(std::make_unique<ChatClient<>>(host, "name=Other", "tea", "192.0.2.1"));
+    ChatClient<> anna(host, "name=Anna"), alone(host, "name=Anna", "empty");
+    const std::string text(800, 'x');  // with the event 1,000 bytes for ten users
+    std::string taken;
+    const auto send = [&](ChatClient<>& client) {
+        client.events();
+        return field_of(client.answer_to(text), "type") == "said" ? "+" : "-";
+    };
+    for (int i = 0; i < 5; ++i) taken += send(anna);
+    CHECK(taken == "+++--");
+    CHECK(field_of(anna.send("/tag t1 /react 1 +1").back(), "code") == "flood");
+    CHECK(field_of(anna.send("/nick Cleo").back(), "code") == "flood");
+    CHECK(field_of(anna.send("/tag t2 /who").back(), "type") == "users");
+    taken.clear();
+    for (int i = 0; i < 25; ++i) taken += send(alone);
+    CHECK(taken == "++++++++++++++++++++-----");  // what is left for the address
+    CHECK(std::string(send(*crowd[0])) == "+");
 }
 
 TEST_CASE("a private message to a user without a connection is an error") {
@@ -2583,6 +2737,8 @@ public:
         ChatEntry made = entry(text);
         made.kind = kind;
         made.name = name;
+        made.user = "remote user";
+        made.hub = "remote hub";
         listener_->on_entry(made);
     }
     void answer() {
@@ -2773,7 +2929,7 @@ TEST_CASE("users of other servers are in the list, and their names are taken") {
     store->deliver_remote(ChatEntry::Kind::leave, "Further");
     CHECK(contains(anna.only_event(), "\"leave\""));
     CHECK(names_of(host.room("tea").users()) == "Anna far-2");
-    store->deliver_remote(ChatEntry::Kind::leave, "Anna");  // another user of that name on another server
+    store->deliver_remote(ChatEntry::Kind::leave, "Anna");  // a user whom nobody knows
     CHECK(names_of(host.room("tea").users()) == "Anna far-2");
 }
 
@@ -2794,6 +2950,7 @@ struct Chat : RunningServer {
     explicit Chat(Duration grace = std::chrono::hours(1), std::size_t presence_list = 1000) {
         ChatHub::of(server).limits.grace = grace;
         ChatHub::of(server).limits.presence_list = presence_list;
+        ChatHub::of(server).limits.presence_window = Duration::zero();
         ChatHub::of(server).limits.connection = ChatHub::of(server).limits.address = FloodRates();
         server.route<ChatHandler>("/chat/{room}");
         start();

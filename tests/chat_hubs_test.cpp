@@ -1,0 +1,629 @@
+// Section 16 with several hubs: servers in memory that share a store. What one hub sends to another waits until the test
+// lets that server work, so every order of events can be made.
+#define WSCHAT_CHAT 1
+#include <map>
+#include <random>
+#include <set>
+#include "support.hpp"
+
+using namespace wschat;
+using namespace std::chrono_literals;
+using test::contains;
+using test::field_of;
+
+namespace {
+
+// May do everything.
+struct Host : ChatHandler {
+    bool may(ChatAction) override { return true; }
+    std::optional<ChatUser> authenticate(const Request& request) override {
+        if (const auto account = request.query("account")) return ChatUser{*account, "", true};
+        return ChatHandler::authenticate(request);
+    }
+};
+
+class Hubs {
+public:
+    explicit Hubs(std::size_t count) : Hubs(count, SharedStore(MemoryHistory())) {}
+    Hubs(std::size_t count, const SharedStore& store) {
+        for (std::size_t i = 0; i < count; ++i) {
+            servers.push_back(std::make_unique<TestServer>());
+            servers.back()->route<Host>("/chat/{room}");
+            hub(i).set_store(store);
+            hub(i).limits.connection = hub(i).limits.address = FloodRates();
+            hub(i).limits.replies = hub(i).limits.address_replies = Rate();
+            hub(i).limits.room_creations = hub(i).limits.address_room_creations = Rate();
+        }
+        settle();
+    }
+
+    ChatHub& hub(std::size_t i) { return ChatHub::of(*servers[i]); }
+    // In the room "tea", unless the query begins with another one: "hall?name=Anna".
+    TestClient connect(std::size_t i, const std::string& query) {
+        const bool has_room = query.find('?') != std::string::npos;
+        return servers[i]->connect("/chat/" + (has_room ? query : "tea?" + query));
+    }
+    // Lets all servers work until nothing is left to do.
+    void settle() {
+        for (int round = 0; round < 8; ++round)
+            for (const auto& server : servers)
+                if (server != nullptr) server->settle();
+    }
+    void advance(Duration duration) {
+        settle();
+        for (const auto& server : servers)
+            if (server != nullptr) server->advance(duration);
+        settle();
+    }
+    // "Anna Bert" of a room, by each hub that has the room, with the hubs that have other users: "Anna Bert | Anna".
+    std::string users(const std::string& room = "tea") {
+        std::vector<std::string> all;
+        for (std::size_t i = 0; i < servers.size(); ++i) {
+            if (servers[i] == nullptr) continue;
+            const ChatRoom* const found = hub(i).find(room);
+            if (found == nullptr) continue;
+            std::string names;
+            for (const ChatUser& user : found->users()) names += (names.empty() ? "" : " ") + user.name;
+            if (std::find(all.begin(), all.end(), names) == all.end()) all.push_back(names);
+        }
+        std::string text;
+        for (const std::string& each : all) text += (text.empty() ? "" : " | ") + each;
+        return text;
+    }
+
+    std::vector<std::unique_ptr<TestServer>> servers;
+};
+
+// The types of all new events, without those of the beginning: "join nick leave".
+std::string types(TestClient& client) {
+    std::string all;
+    for (const std::string& event : client.received()) {
+        const std::string type = field_of(event, "type");
+        if (type != "hello" && type != "users" && type != "history") all += (all.empty() ? "" : " ") + type;
+    }
+    return all;
+}
+// The last new event of the type, or "".
+std::string last(TestClient& client, const std::string& type) {
+    std::string found;
+    for (const std::string& event : client.received())
+        if (field_of(event, "type") == type) found = event;
+    return found;
+}
+std::string own_name(TestClient& client) { return client.handler<Host>().user().name; }
+
+// A store of several hubs that keeps what this hub forwards, and says about others what the test wants.
+class ScriptedStore final : public ChatStore {
+public:
+    explicit ScriptedStore(ScriptedStore*& self) { self = this; }
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        listener_ = &listener;
+        history_.attach(listener, std::move(mailbox));
+    }
+    void append(ChatEntry entry) override { history_.append(std::move(entry)); }
+    void forward(const ChatEntry& entry) override {
+        forwarded += (forwarded.empty() ? "" : " ") + std::to_string(static_cast<int>(entry.kind)) + ":" + entry.name;
+        if (delivering) listener_->on_entry(entry);
+    }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        history_.since(room, std::move(position), limit, std::move(callback));
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        history_.before(room, id, limit, std::move(callback));
+    }
+    void put(ChatFact fact) override { history_.put(std::move(fact)); }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        history_.facts(scope, key_prefix, std::move(callback));
+    }
+    bool watch(const std::string&) override {
+        listener_->on_presence("tea", users);
+        return true;
+    }
+    void unwatch(const std::string&) override { ++unwatched; }
+    void beat(const std::string& hub) override {
+        ++beats;
+        CHECK(hub == listener_->hub());
+        CHECK(hub.size() == 16);
+    }
+    // Somebody of another hub.
+    static ChatEntry remote(ChatEntry::Kind kind, const std::string& name, const std::string& hub = "other hub") {
+        ChatEntry entry;
+        entry.kind = kind;
+        entry.room = "tea";
+        entry.name = name;
+        entry.user = "id of " + name;
+        entry.hub = hub;
+        return entry;
+    }
+    void deliver(const ChatEntry& entry) { listener_->on_entry(entry); }
+    void refuse(const ChatEntry& entry) { listener_->on_refused(entry, "name_taken"); }
+    void present() { listener_->on_presence("tea", users); }
+
+    std::vector<ChatEntry> users;
+    std::string forwarded;
+    bool delivering = true;
+    int beats = 0, unwatched = 0;
+
+private:
+    MemoryHistory history_;
+    Listener* listener_ = nullptr;
+};
+
+// A server whose chat has such a store.
+struct Scripted {
+    Scripted() {
+        server.route<Host>("/chat/{room}");
+        ChatHub::of(server).set_store(std::make_unique<ScriptedStore>(store));
+    }
+    std::string users() {
+        std::string names;
+        for (const ChatUser& user : ChatHub::of(server).room("tea").users())
+            names += (names.empty() ? "" : " ") + user.name;
+        return names;
+    }
+    ScriptedStore* store = nullptr;
+    TestServer server;
+};
+
+// Who is in a room, in the view of a client.
+class View {
+public:
+    explicit View(TestClient client) : client_(std::move(client)) {}
+    TestClient& client() { return client_; }
+
+    // "Anna Bert", in order.
+    std::string names() {
+        for (const std::string& event : client_.received()) read(event);
+        std::set<std::string> sorted;
+        for (const auto& [id, name] : users_) sorted.insert(chat_fold(name) + "\n" + name);
+        std::string all;
+        for (const std::string& name : sorted) all += (all.empty() ? "" : " ") + name.substr(name.find('\n') + 1);
+        return all;
+    }
+    std::size_t repeated() const { return repeated_; }
+
+private:
+    void read(const std::string& event) {
+        const std::string type = field_of(event, "type"), user = field_of(event, "user");
+        if (type == "hello") own_ = user;
+        if (type == "users") {
+            users_.clear();
+            for (std::size_t at = event.find("{\"user\":"); at != std::string::npos; at = event.find("{\"user\":", at + 1))
+                users_[field_of(event.substr(at), "user")] = field_of(event.substr(at), "name");
+        }
+        if (type == "join") {
+            if (user != own_ && users_.count(user) != 0) ++repeated_;
+            users_[user] = field_of(event, "name");
+        }
+        if (type == "leave" && users_.erase(user) == 0) ++repeated_;
+        if (type == "nick" && users_.count(user) != 0) users_[user] = field_of(event, "name");
+    }
+
+    TestClient client_;
+    std::string own_;
+    std::map<std::string, std::string> users_;  // names by ids
+    std::size_t repeated_ = 0;                  // joins of users who are present, and leaves of others
+};
+
+}  // namespace
+
+TEST_SUITE_BEGIN("chat");
+
+TEST_CASE("users of several hubs are in one room: joins, messages, names, typing and leaves") {
+    Hubs hubs(3);
+    TestClient anna = hubs.connect(0, "name=Anna"), bert = hubs.connect(1, "name=Bert"),
+               carl = hubs.connect(2, "name=Carl");
+    hubs.settle();
+    CHECK(hubs.users() == "Anna Bert Carl");
+    CHECK(types(anna) == "join join");
+    for (TestClient* each : {&bert, &carl}) each->received();
+    bert.send("/tag t1 hello");
+    hubs.settle();
+    for (TestClient* each : {&anna, &bert, &carl}) {
+        const std::string said = last(*each, "said");
+        CHECK(field_of(said, "text") == "hello");
+        CHECK(field_of(said, "tag") == (each == &bert ? "t1" : ""));
+    }
+    carl.send("/typing");
+    hubs.settle();
+    CHECK(types(anna) == "typing");
+    CHECK(types(carl) == "");
+    bert.send("/nick Berta");
+    hubs.settle();
+    CHECK(contains(last(carl, "nick"), "\"old\":\"Bert\",\"name\":\"Berta\""));
+    CHECK(hubs.users() == "Anna Berta Carl");
+    bert.close();
+    hubs.settle();
+    CHECK(types(carl) == "leave");
+    CHECK(hubs.users() == "Anna Carl");
+    carl.send("/who");
+    CHECK(field_of(last(carl, "users"), "count") == "2");
+}
+
+TEST_CASE("of two users who come with one name at once, the first in the order of the store has it") {
+    Hubs hubs(3);
+    TestClient one = hubs.connect(1, "name=Anna&key=first-secret"), two = hubs.connect(2, "name=Anna&key=other-secret");
+    hubs.settle();
+    CHECK(own_name(one) == "Anna");
+    CHECK(own_name(two) == "Anna-2");
+    CHECK(contains(last(two, "nick"), "\"old\":\"Anna\",\"name\":\"Anna-2\""));
+    CHECK(types(one) == "join");
+    CHECK(hubs.users() == "Anna Anna-2");
+
+    // A third and a fourth one, and both have been refused once.
+    TestClient three = hubs.connect(1, "name=anna&key=third-secret"), four = hubs.connect(2, "name=ANNA&key=last-secret");
+    hubs.settle();
+    CHECK(hubs.users() == "Anna Anna-2 anna-3 ANNA-4");
+}
+
+TEST_CASE("of two users who take one name at once, the second gets an error with its tag") {
+    Hubs hubs(3);
+    TestClient one = hubs.connect(1, "name=Anna"), two = hubs.connect(2, "name=Bert");
+    hubs.settle();
+    two.received();
+    one.send("/tag t1 /nick Cleo");
+    two.send("/tag t2 /nick cleo");
+    hubs.settle();
+    CHECK(hubs.users() == "Bert Cleo");
+    const std::string error = last(two, "error");
+    CHECK(field_of(error, "code") == "name_taken");
+    CHECK(field_of(error, "tag") == "t2");
+    CHECK(own_name(two) == "Bert");
+}
+
+TEST_CASE("an account takes its name on all hubs, and a user of another hub gets a new one") {
+    Hubs hubs(3);
+    TestClient guest = hubs.connect(2, "name=Holly");
+    hubs.settle();
+    guest.received();
+    TestClient account = hubs.connect(1, "account=Holly");
+    hubs.settle();
+    CHECK(own_name(account) == "Holly");
+    CHECK(own_name(guest) == "Holly-2");
+    CHECK(hubs.users() == "Holly Holly-2");
+    CHECK(field_of(last(guest, "nick"), "name") == "Holly-2");
+}
+
+TEST_CASE("a user with connections to several hubs is one user, who joins and leaves once") {
+    Hubs hubs(3);
+    View watcher(hubs.connect(0, "name=Watcher"));
+    hubs.settle();
+    TestClient desk = hubs.connect(1, "name=Anna&key=anna-secret"), phone = hubs.connect(2, "name=Ann&key=anna-secret");
+    hubs.settle();
+    CHECK(watcher.names() == "Anna Watcher");
+    CHECK(own_name(phone) == "Anna");
+    CHECK(field_of(last(phone, "nick"), "old") == "Ann");
+    phone.send("/nick Annabel");
+    hubs.settle();
+    CHECK(own_name(desk) == "Annabel");
+    CHECK(field_of(last(desk, "nick"), "name") == "Annabel");
+    desk.hang_up();
+    hubs.advance(10s);
+    CHECK(watcher.names() == "Annabel Watcher");
+    phone.close();
+    hubs.settle();
+    CHECK(watcher.names() == "Watcher");
+    CHECK(watcher.repeated() == 0);
+}
+
+TEST_CASE("a reload that comes to another hub in the grace period is no leave") {
+    Hubs hubs(3);
+    TestClient watcher = hubs.connect(0, "name=Watcher"), anna = hubs.connect(1, "name=Anna&key=anna-secret");
+    hubs.settle();
+    watcher.received();
+    anna.hang_up();
+    hubs.advance(2s);
+    TestClient again = hubs.connect(2, "name=Anna&key=anna-secret");
+    hubs.advance(10s);
+    CHECK(types(watcher) == "");
+    CHECK(hubs.users() == "Anna Watcher");
+    again.hang_up();
+    hubs.advance(2s);
+    CHECK(types(watcher) == "");
+    hubs.advance(2s);
+    CHECK(types(watcher) == "leave");
+    CHECK(hubs.users() == "Watcher");
+}
+
+TEST_CASE("a guest who reloads on another hub has the name again") {
+    Hubs hubs(3);
+    TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(0, "name=Bert");
+    hubs.settle();
+    bert.received();
+    anna.hang_up();
+    hubs.settle();
+    TestClient again = hubs.connect(2, "name=Anna");
+    hubs.advance(10s);
+    CHECK(own_name(again) == "Anna");
+    CHECK(types(bert) == "leave join");
+    CHECK(hubs.users() == "Anna Bert");
+}
+
+TEST_CASE("a private message reaches the receiver on each hub, and its tag counts once") {
+    Hubs hubs(3);
+    TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(2, "name=Bert&key=bert-secret"),
+               phone = hubs.connect(0, "name=Bert&key=bert-secret"), carl = hubs.connect(0, "name=Carl");
+    hubs.settle();
+    for (TestClient* each : {&anna, &bert, &phone, &carl}) each->received();
+    anna.send("/tag t1 /msg Bert psst");
+    hubs.settle();
+    for (TestClient* each : {&anna, &bert, &phone}) CHECK(field_of(last(*each, "private"), "text") == "psst");
+    CHECK(types(carl) == "");
+    anna.send("/tag t1 /msg Bert psst");
+    hubs.settle();
+    CHECK(types(anna) == "ack");
+    CHECK(types(bert) == "");
+    bert.hang_up();
+    phone.hang_up();
+    hubs.settle();
+    anna.send("/msg Bert psst");
+    CHECK(field_of(last(anna, "error"), "code") == "user_away");
+}
+
+TEST_CASE("a kept private message reaches all hubs, also by the id of the receiver") {
+    Hubs hubs(3);
+    TestClient anna = hubs.connect(1, "name=Anna&key=anna-secret"), bert = hubs.connect(2, "hall?name=Bert&key=bert-secret");
+    hubs.settle();
+    bert.received();
+    anna.send("/tag t1 /msg @" + bert.handler<Host>().user().id + " psst");
+    hubs.settle();
+    CHECK(field_of(last(bert, "private"), "text") == "psst");
+    CHECK(field_of(last(anna, "private"), "tag") == "t1");
+    anna.send("/tag t1 /msg @" + bert.handler<Host>().user().id + " psst");
+    hubs.settle();
+    CHECK(types(anna) == "ack");
+}
+
+TEST_CASE("kicks, mutes and bans hold on all hubs") {
+    Hubs hubs(3);
+    TestClient host = hubs.connect(1, "account=Holly"), desk = hubs.connect(0, "name=Anna&key=anna-secret"),
+               phone = hubs.connect(2, "name=Anna&key=anna-secret"), guest = hubs.connect(2, "name=Gus");
+    hubs.settle();
+    host.send("/mute Anna 60");
+    hubs.settle();
+    desk.received();
+    desk.send("hello");
+    phone.send("hello");
+    CHECK(field_of(last(desk, "error"), "code") == "muted");
+    CHECK(field_of(last(phone, "error"), "code") == "muted");
+    host.send("/kick Anna");
+    hubs.settle();
+    CHECK_FALSE(desk.is_open());
+    CHECK_FALSE(phone.is_open());
+    CHECK(hubs.users() == "Gus Holly");
+
+    TestClient again = hubs.connect(0, "name=Anna&key=anna-secret");
+    hubs.settle();
+    host.send("/ban Anna 60");
+    hubs.settle();
+    CHECK_FALSE(again.is_open());
+    TestClient renamed = hubs.connect(2, "name=Zoe&key=anna-secret");
+    hubs.settle();
+    CHECK(renamed.response().status() == 403);
+    hubs.hub(0).ban("Gus", 1h);
+    hubs.settle();
+    CHECK_FALSE(guest.is_open());
+    hubs.hub(2).ban("Gus", 0s);
+    hubs.settle();
+    TestClient forgiven = hubs.connect(1, "name=Gus");
+    hubs.settle();
+    CHECK(forgiven.is_open());
+}
+
+TEST_CASE("the address of a banned guest is banned on all hubs, unless a hub has others with that address") {
+    Hubs hubs(3);
+    const auto connect = [&](std::size_t hub, const std::string& name, const std::string& address) {
+        return hubs.servers[hub]->connect(TestRequest("/chat/tea?name=" + name).address(address));
+    };
+    TestClient gus = connect(2, "Gus", "192.0.2.1"), neighbour = connect(1, "Nora", "192.0.2.1"),
+               lone = connect(2, "Lou", "192.0.2.2");
+    hubs.settle();
+    hubs.hub(0).ban("Gus", 1h);
+    hubs.hub(0).ban("Lou", 1h);
+    hubs.advance(2s);
+    CHECK_FALSE(gus.is_open());
+    CHECK_FALSE(lone.is_open());
+    CHECK(neighbour.is_open());
+    TestClient other = connect(0, "Carl", "192.0.2.1"), again = connect(1, "Carla", "192.0.2.2");
+    hubs.settle();
+    CHECK(other.is_open());
+    CHECK(again.response().status() == 403);
+}
+
+TEST_CASE("a hub that gets its first member of a room knows who is there, and /rooms lists the rooms of all") {
+    Hubs hubs(3);
+    TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(2, "hall?name=Bert");
+    hubs.settle();
+    CHECK(hubs.hub(0).find("tea") == nullptr);
+    TestClient carl = hubs.connect(0, "name=Carl"), dora = hubs.connect(1, "hall?name=Dora");
+    hubs.settle();
+    CHECK(hubs.users("tea") == "Anna Carl");
+    CHECK(hubs.users("hall") == "Bert Dora");
+    CHECK(View(dora).names() == "Bert Dora");
+    carl.send("/tag t1 /rooms");
+    hubs.settle();
+    CHECK(last(carl, "rooms") ==
+          R"({"type":"rooms","rooms":[{"room":"hall","users":2},{"room":"tea","users":2}],"tag":"t1"})");
+    bert.close();
+    hubs.settle();
+    CHECK(hubs.hub(2).find("hall") == nullptr);
+    CHECK(hubs.users("hall") == "Dora");
+}
+
+TEST_CASE("the users of a hub that ends leave once, also if they are in the grace period") {
+    Hubs hubs(3);
+    View watcher(hubs.connect(0, "name=Watcher"));
+    TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(1, "name=Bert&key=bert-secret"),
+               tab = hubs.connect(2, "name=Bert&key=bert-secret"), carl = hubs.connect(1, "name=Carl&key=carl-secret");
+    carl.hang_up();
+    hubs.settle();
+    CHECK(watcher.names() == "Anna Bert Carl Watcher");
+    hubs.servers[1].reset();
+    hubs.settle();
+    CHECK(watcher.names() == "Bert Watcher");
+    CHECK(watcher.repeated() == 0);
+    CHECK(hubs.users() == "Bert Watcher");
+}
+
+TEST_CASE("a program hears of each event once on the first hub, also of rooms without members there") {
+    SharedStore store{MemoryHistory()};
+    Hubs hubs(3, store);
+    std::string seen;
+    hubs.hub(0).on_event = [&](const ChatEntry& entry) {
+        seen += std::to_string(static_cast<int>(entry.kind)) + ":" + entry.name + " ";
+    };
+    TestClient desk = hubs.connect(1, "name=Anna&key=anna-secret"), phone = hubs.connect(2, "name=Anna&key=anna-secret");
+    hubs.settle();
+    desk.send("hello");
+    hubs.settle();
+    desk.close();
+    hubs.settle();
+    phone.hang_up();
+    hubs.advance(10s);
+    CHECK(seen == "34:Anna 0:Anna 35:Anna ");
+}
+
+TEST_CASE("a hub beats every two seconds while it has watched a room, and ends to watch a room without users") {
+    Scripted scripted;
+    CHECK(scripted.store->beats == 0);
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    CHECK(scripted.store->beats == 1);
+    scripted.server.advance(10s);
+    CHECK(scripted.store->beats == 6);
+    anna.close();
+    CHECK(scripted.store->unwatched == 1);
+}
+
+TEST_CASE("when the store forgets users, their hub forwards them again, and who is not forwarded again has left") {
+    using Kind = ChatEntry::Kind;
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    store.users = {ScriptedStore::remote(Kind::join, "Bert"), ScriptedStore::remote(Kind::join, "Carl")};
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    CHECK(scripted.users() == "Anna Bert Carl");
+    CHECK(store.forwarded == "34:Anna");
+    anna.received();
+    store.users.clear();
+    store.present();
+    CHECK(store.forwarded == "34:Anna 34:Anna");
+    scripted.server.advance(1s);
+    store.deliver(ScriptedStore::remote(Kind::join, "Carl"));
+    CHECK(types(anna) == "");
+    scripted.server.advance(2s);
+    CHECK(types(anna) == "leave");
+    CHECK(scripted.users() == "Anna Carl");
+
+    // A list with another name for Carl, and with somebody who is away.
+    store.users = {ScriptedStore::remote(Kind::join, "Carla"), ScriptedStore::remote(Kind::away, "Dora")};
+    store.users[0].user = "id of Carl";
+    store.present();
+    scripted.server.settle();
+    CHECK(types(anna) == "nick join");
+    CHECK(scripted.users() == "Anna Carla Dora");
+    anna.send("/msg Dora psst");
+    CHECK(field_of(last(anna, "error"), "code") == "user_away");
+}
+
+TEST_CASE("a user whose hub has been forgotten while the connection was lost leaves once") {
+    using Kind = ChatEntry::Kind;
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna"),
+               bert = scripted.server.connect("/chat/tea?name=Bert&key=bert-secret");
+    anna.received();
+    bert.hang_up();
+    store.present();
+    store.deliver(ScriptedStore::remote(Kind::leave, "Nobody"));
+    scripted.server.advance(10s);
+    CHECK(types(anna) == "leave");
+    CHECK(scripted.users() == "Anna");
+    CHECK(scripted.server.exceptions().empty());
+}
+
+TEST_CASE("a name that the store refuses is tried once more, and then changed") {
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    store.delivering = false;
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    anna.received();
+    const std::string id = anna.handler<Host>().user().id;
+    for (int i = 0; i < 3; ++i) {
+        ChatEntry join = ScriptedStore::remote(ChatEntry::Kind::join, own_name(anna));
+        join.user = id;
+        store.refuse(join);
+    }
+    CHECK(store.forwarded == "34:Anna 34:Anna 34:Anna-2 34:Anna-2");
+    scripted.server.settle();
+    CHECK(types(anna) == "nick");
+    CHECK(scripted.users() == "");
+    store.delivering = true;
+    ChatEntry join = ScriptedStore::remote(ChatEntry::Kind::join, "Anna-3");
+    join.user = id;
+    store.deliver(join);
+    CHECK(own_name(anna) == "Anna-3");
+    CHECK(scripted.users() == "Anna-3");
+}
+
+TEST_CASE("whatever joins, leaves, reloads, renames and kicks come in whatever order, all hubs and clients agree") {
+    for (unsigned seed = 1; seed <= 40; ++seed) {
+        CAPTURE(seed);
+        std::mt19937 random(seed);
+        const auto below = [&](std::size_t n) { return static_cast<std::size_t>(random()) % n; };
+        Hubs hubs(3);
+        struct Client {
+            View view;
+            std::string room, key;
+        };
+        std::vector<Client> clients;
+        const std::vector<std::string> names{"Anna", "anna", "Bert", "Carl"}, rooms{"tea", "hall"};
+        for (int step = 0; step < 120; ++step) {
+            const std::size_t what = below(12), hub = below(3);
+            if (what < 4 || clients.empty()) {
+                const std::string room = rooms[below(2)], name = names[below(4)];
+                const std::string key = below(3) == 0 ? "" : "secret-of-" + std::to_string(below(5));
+                const bool account = below(8) == 0;
+                const std::string query = account ? "account=" + name : "name=" + name + "&key=" + key;
+                clients.push_back({View(hubs.connect(hub, room + "?" + query)), room, account ? "account " + name : key});
+            } else if (what < 8) {
+                Client& client = clients[below(clients.size())];
+                if (what == 4) client.view.client().hang_up();
+                else if (what == 5) client.view.client().close();
+                else if (what == 6) client.view.client().send("/nick " + names[below(4)] + std::to_string(below(3)));
+                else client.view.client().send("/kick " + names[below(4)]);
+            } else if (what < 11) {
+                hubs.servers[hub]->settle();
+            } else {
+                hubs.servers[hub]->advance(std::chrono::milliseconds(1 + below(2500)));
+            }
+        }
+        hubs.advance(10s);
+        for (const std::string& room : rooms) {
+            CAPTURE(room);
+            std::set<std::string> expected;
+            std::size_t guests = 0;
+            for (Client& each : clients) {
+                if (each.room != room || !each.view.client().is_open()) continue;
+                if (each.key.empty()) ++guests;
+                else expected.insert(each.key);
+            }
+            const std::string users = hubs.users(room);
+            CHECK_FALSE(contains(users, "|"));
+            const auto count = users.empty() ? 0 : std::count(users.begin(), users.end(), ' ') + 1;
+            CHECK(static_cast<std::size_t>(count) == expected.size() + guests);
+            for (Client& each : clients) {
+                if (each.room != room || !each.view.client().is_open()) continue;
+                CHECK(each.view.names() == users);
+                CHECK(each.view.repeated() == 0);
+            }
+        }
+        for (Client& each : clients) each.view.client().hang_up();
+        hubs.advance(10s);
+        for (std::size_t i = 0; i < 3; ++i) {
+            CHECK(hubs.hub(i).room_count() == 0);
+            CHECK(hubs.servers[i]->exceptions().empty());
+        }
+    }
+}
+
+TEST_SUITE_END();
