@@ -722,7 +722,7 @@ private:
     static constexpr std::size_t pooled_size = 256 * 1024;
     static constexpr std::size_t max_pooled = 8;
 
-    Chunk* pooled_chunk(std::size_t n) {
+    WSCHAT_INLINE Chunk* pooled_chunk(std::size_t n) {
         if (current_ == nullptr) return next_pooled_chunk();
         if (!current_->shared()) current_->clear();
         return current_->available() >= n ? current_ : next_pooled_chunk();
@@ -758,7 +758,7 @@ public:
     std::size_t size() const { return size_; }
     bool empty() const { return size_ == 0; }
     // The bytes, and the sent part of the oldest chunk, which stays until all of that chunk is sent.
-    std::size_t held() const {
+    WSCHAT_INLINE std::size_t held() const {
         const Slice& oldest = has_older() ? older_[front_] : tail_;
         return oldest.chunk && !oldest.chunk->pooled() ? size_ + oldest.begin : size_;
     }
@@ -1765,11 +1765,13 @@ inline std::uint64_t mask_bytes(char* data, std::size_t size, std::uint64_t word
     std::size_t i = 0;
 #if defined(__GNUC__)
     typedef std::uint64_t Pair __attribute__((vector_size(16)));
-    Pair all = {0, 0}, next_pair;
-    for (const Pair key = {word, word}; size - i >= 16; i += 16) {
-        std::memcpy(&next_pair, data + i, 16);
-        all |= next_pair ^= key;
-        std::memcpy(data + i, &next_pair, 16);
+    Pair all = {0, 0}, low, high;
+    for (const Pair key = {word, word}; size - i >= 32; i += 32) {
+        std::memcpy(&low, data + i, 16);
+        std::memcpy(&high, data + i + 16, 16);
+        all |= (low ^= key) | (high ^= key);
+        std::memcpy(data + i, &low, 16);
+        std::memcpy(data + i + 16, &high, 16);
     }
     bits = all[0] | all[1];
 #endif
@@ -10584,7 +10586,7 @@ public:
             // A session that paused for its budget first handles what has arrived. Then it reads the end.
             if (readable && reading()) read();
             else if (broken && pause_ != Pause::budget) abort(CloseCause::connection_lost, "the connection was reset");
-            mark_dirty();
+            if (!dirty) mark_dirty();
         });
     }
 
