@@ -58,4 +58,37 @@ TEST_CASE("the flood limits of the chat in memory follow the clock of the test")
     CHECK(arrived() == 20);
 }
 
+TEST_CASE("joins and leaves after the first are told together, and who comes and goes in between is left out") {
+    TestServer server;
+    server.route<ChatHandler>("/chat/{room}");
+    TestClient anna = server.connect("/chat/tea?name=Anna");
+    server.advance(1s);
+    TestClient first = server.connect("/chat/tea?name=First");
+    CHECK(contains(received(anna), R"({"type":"join","room":"tea","name":"First",)"));
+    std::vector<TestClient> others;
+    for (const char* name : {"One", "Two", "Three"})
+        others.push_back(server.connect(std::string("/chat/tea?name=") + name));
+    others.back().close();
+    first.close();
+    CHECK(received(anna).empty());
+    server.advance(499ms);
+    CHECK(received(anna).empty());
+    server.advance(1ms);  // ChatLimits::presence_window
+    const std::string told = received(anna);
+    CHECK(contains(told, R"({"type":"leave","room":"tea","name":"First",)"));
+    CHECK(contains(told, R"({"type":"join","room":"tea","count":3,"time":)"));
+    CHECK(contains(told, R"("name":"One"},{)"));
+    CHECK(contains(told, R"("name":"Two"})"));
+    CHECK_FALSE(contains(told, "\"Three\""));
+    server.advance(5s);
+    CHECK(received(anna).empty());
+    // A new name does not overtake the join with the old one.
+    TestClient bert = server.connect("/chat/tea?name=Bert"), carl = server.connect("/chat/tea?name=Carl");
+    received(anna);
+    carl.send("/nick Carla");
+    const std::string renamed = received(anna);
+    CHECK(renamed.find("\"join\"") < renamed.find("\"nick\""));
+    CHECK(contains(renamed, R"("old":"Carl","name":"Carla")"));
+}
+
 TEST_SUITE_END();

@@ -37,6 +37,7 @@ public:
     void report_exception(const char*, const char*) noexcept override {}
 
     ChatHub& hub() { return ChatHub::of(server_); }
+    TestHost() { hub().limits.presence_window = Duration::zero(); }  // nothing would end a window
     ChatRoom& room(std::string_view name) { return hub().room(name); }
     // "EPOCH-ID"
     std::string position(const std::string& id) {
@@ -1442,6 +1443,143 @@ TEST_CASE("a read marker that cannot be stored is an error for the line") {
     CHECK(field_of(error, "tag") == "t1");
 }
 
+TEST_CASE("room and rooms say how far a user has read, and how many messages are newer") {
+    TestHost host;
+    ChatClient<> bert(host, "name=Bert");
+    std::string first;
+    {
+        ChatClient<> anna(host, "name=Anna&key=anna-secret");
+        anna.events();
+        CHECK_FALSE(contains(anna.answer_to("/join tea"), "unread"));  // nothing was read yet
+        first = field_of(anna.answer_to("one"), "id");
+        for (const char* text : {"two", "three"}) bert.send(text);
+        anna.send("/read " + first);
+        anna.send("mine");
+        anna.events();
+        const std::string room = anna.answer_to("/join tea");
+        CHECK(field_of(room, "read") == first);
+        CHECK(field_of(room, "unread") == "2");
+        CHECK(contains(anna.answer_to("/rooms"), R"([{"room":"tea","users":2,"read":1,"unread":2}])"));
+        CHECK_FALSE(contains(bert.send("/rooms").back(), "unread"));
+    }
+    const std::string rude = field_of(bert.send("rude").back(), "id");
+    host.room("tea").remove(std::stoull(rude));
+    ChatClient<> lobby(host, "name=Anna&key=anna-secret", "lobby");
+    host.room("tea").set_topic("Scones");
+    lobby.events();
+    CHECK(contains(lobby.answer_to("/rooms"), R"({"room":"tea","users":2,"topic":"Scones","read":1,"unread":2})"));
+    for (int i = 0; i < 150; ++i) host.room("tea").publish("x");
+    CHECK(contains(lobby.answer_to("/rooms"), R"("unread":100})"));
+}
+
+TEST_CASE("the number of unread messages is right after a restart, when a member has read the history") {
+    TestHost host;
+    for (const char* text : {"one", "two", "three"}) host.room("tea").publish(text, "Desk");
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");
+    anna.send("/read 1");
+    anna.events();
+    CHECK(field_of(anna.answer_to("/join tea"), "unread") == "2");
+    // A client that resumes reads only the end of the history.
+    TestHost other;
+    for (const char* text : {"one", "two", "three"}) other.room("tea").publish(text, "Desk");
+    ChatClient<> resumed(other, "name=Anna&key=anna-secret&last=" + other.position("2"));
+    resumed.send("/read 2");
+    resumed.events();
+    CHECK(field_of(resumed.answer_to("/join tea"), "unread") == "1");
+}
+
+TEST_CASE("a message names the users of the room whom it mentions") {
+    TestHost host;
+    ChatClient<> anna(host, "name=Anna"), maria(host, "name=Anna%20Maria"), bert(host, "name=Bert");
+    const std::string a = "\"" + anna.handler.user().id + "\"", m = "\"" + maria.handler.user().id + "\"",
+                      b = "\"" + bert.handler.user().id + "\"";
+    const std::pair<std::string, std::string> table[] = {
+        {"@Anna, tea?", a},
+        {"tea, @anna maria?", m},
+        {"@Bert @Anna @Bert", b + "," + a},
+        {"(@bert)", b},
+        {"mail to x@Bert", ""},
+        {"@Berta", ""},
+        {"@Bert_", ""},
+        {"@", ""},
+        {"@ Bert", ""},
+        {"Bert", ""},
+        {"@Nobody and @@Bert", b},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.first);
+        bert.events();
+        const std::string said = bert.answer_to(row.first);
+        if (row.second.empty()) CHECK_FALSE(contains(said, "mentions"));
+        else CHECK(contains(said, "\"mentions\":[" + row.second + "]"));
+        CHECK(contains(anna.events().back(), "mentions") == !row.second.empty());
+    }
+}
+
+TEST_CASE("a room can hide who is in it, or tell only their number") {
+    TestHost host;
+    host.hub().room_options = [](std::string_view name, ChatRoomOptions& options) {
+        options.presence = name == "hall" ? ChatRoomOptions::Presence::off : ChatRoomOptions::Presence::count;
+    };
+    ChatClient<> anna(host, "name=Anna", "hall"), bert(host, "name=Bert", "hall");
+    CHECK(anna.events().at(1) == R"({"type":"users","room":"hall"})");
+    bert.events();
+    CHECK(field_of(bert.answer_to("/nick Berta"), "name") == "Berta");
+    CHECK(anna.events().empty());
+    bert.disconnect(CloseCode::normal);
+    CHECK(anna.events().empty());
+    ChatClient<> carl(host, "name=Carl", "stand"), dora(host, "name=Dora", "stand");
+    CHECK(dora.events().at(1) == R"({"type":"users","room":"stand","count":2})");
+    CHECK(carl.events().size() == 3);
+    CHECK(carl.answer_to("/who") == R"({"type":"users","room":"stand","count":2})");
+}
+
+TEST_CASE("a room of 5,000 users costs each who joins a bounded number of bytes") {
+    TestHost host;
+    constexpr std::size_t users = 5000;
+    std::vector<std::unique_ptr<ChatClient<>>> all;
+    std::size_t bytes = 0;
+    const auto count = [&] {
+        for (const auto& each : all)
+            for (const std::string& event : each->events()) bytes += event.size();
+    };
+    for (std::size_t i = 0; i < users; ++i) all.push_back(std::make_unique<ChatClient<>>(host, "name=Guest"));
+    count();
+    // Each gets about 900 bytes of its own. Up to ChatLimits::presence_list there are lists and events of about 60 and 100
+    // bytes for each user. Without that limit, they would be 300,000 bytes for each user.
+    CHECK(bytes / users > 500);
+    CHECK(bytes / users < 3000);
+    bytes = 0;
+    for (std::size_t i = 0; i < users / 2; ++i) all[i]->disconnect(CloseCode::normal);
+    count();
+    CHECK(bytes == 0);  // the number of users follows in a second
+}
+
+TEST_CASE("a message is charged for all users of the room, to the connection and to the address") {
+    TestHost host;
+    host.hub().limits.connection = host.hub().limits.address = FloodRates();
+    host.hub().limits.fan_out = {1, 30'000};
+    host.hub().limits.address_fan_out = {1, 50'000};
+    std::vector<std::unique_ptr<ChatClient<>>> crowd;
+    for (int i = 0; i < 9; ++i) crowd.push_back(std::make_unique<ChatClient<>>(host, "name=Other", "tea", "192.0.2.1"));
+    ChatClient<> anna(host, "name=Anna"), alone(host, "name=Anna", "empty");
+    const std::string text(800, 'x');  // with the event 1,000 bytes for ten users
+    std::string taken;
+    const auto send = [&](ChatClient<>& client) {
+        client.events();
+        return field_of(client.answer_to(text), "type") == "said" ? "+" : "-";
+    };
+    for (int i = 0; i < 5; ++i) taken += send(anna);
+    CHECK(taken == "+++--");
+    CHECK(field_of(anna.send("/tag t1 /react 1 +1").back(), "code") == "flood");
+    CHECK(field_of(anna.send("/nick Cleo").back(), "code") == "flood");
+    CHECK(field_of(anna.send("/tag t2 /who").back(), "type") == "users");
+    taken.clear();
+    for (int i = 0; i < 25; ++i) taken += send(alone);
+    CHECK(taken == "++++++++++++++++++++-----");  // what is left for the address
+    CHECK(std::string(send(*crowd[0])) == "+");
+}
+
 TEST_CASE("a private message to a user without a connection is an error") {
     TestHost host;
     ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
@@ -2812,6 +2950,7 @@ struct Chat : RunningServer {
     explicit Chat(Duration grace = std::chrono::hours(1), std::size_t presence_list = 1000) {
         ChatHub::of(server).limits.grace = grace;
         ChatHub::of(server).limits.presence_list = presence_list;
+        ChatHub::of(server).limits.presence_window = Duration::zero();
         ChatHub::of(server).limits.connection = ChatHub::of(server).limits.address = FloodRates();
         server.route<ChatHandler>("/chat/{room}");
         start();

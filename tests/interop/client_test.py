@@ -137,10 +137,23 @@ def tomcat_server():
 
 async def converse(port, lines, *arguments):
     """Passes the lines to the client, and returns the lines that it prints, its errors and its status."""
-    process = await start(OPTIONS.client, f"ws://127.0.0.1:{port}/", *arguments, stdin=asyncio.subprocess.PIPE,
+    return await talk(f"ws://127.0.0.1:{port}/", lines, *arguments)
+
+
+async def talk(url, lines, *arguments):
+    """Waits for as many lines as it passes, or for the end, because the client ends a second after its input."""
+    process = await start(OPTIONS.client, url, *arguments, stdin=asyncio.subprocess.PIPE,
                           stderr=asyncio.subprocess.PIPE)
-    output, errors = await asyncio.wait_for(process.communicate("".join(f"{l}\n" for l in lines).encode()), TIMEOUT)
-    return output.decode().splitlines(), errors.decode(), process.returncode
+    errors = asyncio.ensure_future(process.stderr.read())
+    output = []
+    with contextlib.suppress(ConnectionError):
+        process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+        await process.stdin.drain()
+    while len(output) < len(lines) and (line := await asyncio.wait_for(process.stdout.readline(), TIMEOUT)):
+        output.append(line.decode().removesuffix("\n"))
+    process.stdin.close()
+    output += (await asyncio.wait_for(process.stdout.read(), TIMEOUT)).decode().splitlines()
+    return output, (await asyncio.wait_for(errors, TIMEOUT)).decode(), await asyncio.wait_for(process.wait(), TIMEOUT)
 
 
 async def check_echo(server, deflate):
@@ -210,19 +223,13 @@ async def check_tunnel():
                 break
             await asyncio.sleep(0.05)
 
-        async def talk(url, *arguments):
-            client = await start(OPTIONS.client, url, *arguments, stdin=asyncio.subprocess.PIPE,
-                                 stderr=asyncio.subprocess.PIPE)
-            output, errors = await asyncio.wait_for(client.communicate(b"hello\n"), TIMEOUT)
-            return output.decode(), errors.decode()
-
         good = ("--insecure", "--proxy", f"http://anna:tea@127.0.0.1:{port}")
         for url in (f"ws://127.0.0.1:{chat_port}/chat", f"wss://localhost:{wss_port}/chat"):
-            expect((await talk(url, *good))[0], "hello\n", f"what comes back from {url}")
-            expect_in("proxy: The proxy answered 401", (await talk(url, "--proxy", f"http://anna:x@127.0.0.1:{port}"))[1],
-                      "the log with a wrong password")
-        expect_in("proxy: The proxy answered 403", (await talk(f"ws://127.0.0.1:{port}/", *good))[1],
-                  "the log with a port that the proxy does not allow")
+            expect((await talk(url, ["hello"], *good))[0], ["hello"], f"what comes back from {url}")
+            _, errors, _ = await talk(url, ["hello"], "--proxy", f"http://anna:x@127.0.0.1:{port}")
+            expect_in("proxy: The proxy answered 401", errors, "the log with a wrong password")
+        _, errors, _ = await talk(f"ws://127.0.0.1:{port}/", ["hello"], *good)
+        expect_in("proxy: The proxy answered 403", errors, "the log with a port that the proxy does not allow")
         await stop(proxy)
         await stop(process)
     await stop(chat)
