@@ -11804,6 +11804,27 @@ public:
         close_all();
     }
 
+    // Connects the rooms with those of other servers: join_cluster(RedisCluster("redis://127.0.0.1:6379")). Call it
+    // before run(), once. An Error if the cluster cannot be used, or if a room exists already.
+    template <class Cluster>
+    void join_cluster(const Cluster& cluster) {
+        if (bus_) throw Error("join_cluster: the server is in a cluster already");
+        if (!directory_) {
+            make_directory();
+            first().share_rooms(directory_.get());
+        }
+        bus_ = cluster.open(
+            first().loop.mailbox(),
+            [this](const std::string& room, Opcode opcode, std::string_view payload) {
+                directory_->deliver_from_bus(room, opcode, payload);
+            },
+            [this](LogLevel level, std::string_view event,
+                   const std::vector<std::pair<std::string_view, std::string>>& fields) {
+                report(level, event, fields);
+            });
+        directory_->set_bus(bus_.get());
+    }
+
     // ---- routes and pages, before run() or in callbacks ------------------------------------------------------------
 
     // Each connection to the pattern gets its own handler, made with copies of the arguments (std::ref passes a
@@ -12240,6 +12261,7 @@ private:
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
     std::vector<detail::ErasedMap> extensions_;  // by loop
+    std::unique_ptr<detail::RoomBus> bus_;       // to other machines; null without a cluster
 };
 
 // ---- tests without sockets -----------------------------------------------------------------------------------------

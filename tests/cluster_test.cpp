@@ -532,6 +532,37 @@ TEST_CASE("broadcasts of plain rooms reach the rooms of other servers, in order 
     }
 }
 
+TEST_CASE("join_cluster() connects the rooms of two servers") {
+    struct Lobby : WebSocketHandler {
+        void open() override { room("lobby").join(*this); }
+        void on_message(const Message& message) override { room("lobby").broadcast(message); }
+    };
+    const RedisServer redis;
+    struct Machine : test::RunningServer {
+        explicit Machine(const std::string& url) {
+            server.join_cluster(RedisCluster(url, quick()));
+            server.route<Lobby>("/chat");
+            start();
+        }
+        ~Machine() { stop(); }
+    };
+    Machine one(redis.url()), two(redis.url() + "/0");
+    test::WsClient anna(one.port(), "/chat"), bert(two.port(), "/chat");
+    const auto until = Clock::now() + test::deadline;
+    while (!contains(redis.cli("pubsub numsub wschat:b:lobby"), "\n2") && Clock::now() < until) {
+    }
+    anna.send("hello");
+    CHECK(anna.next() == "hello");
+    CHECK(bert.next() == "hello");
+    bert.send("hello, Anna");
+    CHECK(bert.next() == "hello, Anna");
+    CHECK(anna.next() == "hello, Anna");
+    Server again;
+    again.join_cluster(RedisCluster(redis.url(), quick()));
+    CHECK_THROWS_WITH_AS(again.join_cluster(RedisCluster(redis.url())),
+                         "join_cluster: the server is in a cluster already", Error);
+}
+
 TEST_CASE("a Redis without memory refuses messages, and takes them again later") {
     const RedisServer redis;
     Node node(redis.url(), quick());
