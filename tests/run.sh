@@ -163,8 +163,9 @@ build asan $features
 tests "asan: tests" ctest --preset asan
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads;stores;cluster"
+build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;limits;threads;stores;cluster"
 tests "tsan: tests" ctest --preset tsan
+tests "tsan: three loops" env WSCHAT_TEST_THREADS=3 ctest --preset tsan -L loops
 
 build clang -DWSCHAT_TESTS=OFF
 

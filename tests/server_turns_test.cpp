@@ -121,6 +121,7 @@ TEST_CASE("one session handles a bounded number of messages in one turn, and con
 }
 
 TEST_CASE("fifty sessions with many small messages do not keep the loop in one turn") {
+    const test::OneLoop one_loop;
     // An honest session is served once in each turn. It waits at most for the work of one turn.
     Work work;
     RunningServer running;
@@ -233,6 +234,7 @@ TEST_CASE("twenty sessions that inflate much do not keep the loop in one turn") 
 }
 
 TEST_CASE("one session sends a bounded part of a file in one turn, and many sessions share a budget") {
+    const test::OneLoop one_loop;
     if (test::over_tls()) return;  // clients would begin a TLS handshake while the loop is held
     for (const std::size_t readers : {1u, 40u}) {
         CAPTURE(readers);
