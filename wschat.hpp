@@ -41,7 +41,7 @@
 //   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
 //   7   Protocol       Connection                                                       2-6
 //   8   Handler        WebSocketHandler, Reply, HandlerRef                               2-7
-//   9   Rooms          Room, Rooms                                                      2-4, 7-8
+//   9   Rooms          Room, Rooms, RoomDirectory, RoomBus                              2-4, 7-8
 //   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)       2-3
 //   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport                  2-3, 10
 //   12  Loop           Loop, timers, post(), signals                                    2-3, 10
@@ -66,6 +66,8 @@
 //   a method, a body         Page (13), BodyParser (5), HttpExchange::expect_body() (14)
 //   answers that come later  Reply (8); HttpExchange::make_reply(), Session::finish_upgrade() (14)
 //   a header on each answer  HttpExchange::queue_head() (14); on files alone: file_answer() (13)
+//   broadcasts over loops    RoomDirectory (9); a loop for a connection: Worker::choose_loop() (14)
+//   what loops share         LoopLoads (14); when they start and end: Server::start_threads(), stop_threads() (14)
 //   routing, static files    Pattern, PatternMap, Site; a media type: content_type() (13)
 //   origins                  Site::origin_allowed() (13), same_host() (5), WebSocketDriver::check_handshake() (14)
 //   hosts, trusted proxies   Site (13)
@@ -105,10 +107,11 @@
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
 //
-// Threads. A server is one loop on one thread, the thread that calls run() or poll(). Any thread may use Loop::post(),
-// Loop::mailbox(), Mailbox::post(), HandlerRef (except get()), Reply and Server::shutdown(). Everything else belongs to
-// the loop's thread; builds without NDEBUG check that (assert) in each send and close. To use several cores, run
-// several servers, one per thread, with ServerOptions::reuse_port.
+// Threads. A loop is one thread, and a handler lives on one loop. A server has one loop, on the thread that calls run()
+// or poll(); with ServerOptions::threads it has more, each on a thread of its own, and callbacks of different
+// connections run at the same time. Any thread may use Loop::post(), Loop::mailbox(), Mailbox::post(), HandlerRef
+// (except get()), Reply, Server::shutdown(), mailbox() and post_to_all(). Everything else belongs to the loop's thread;
+// builds without NDEBUG check that (assert) in each send and close.
 //
 // Lifetime. The server owns handlers. After open(), a handler lives until on_close() returns. If the handshake is
 // refused, it is destroyed without on_close(). A Message and a Room& are valid until the callback returns. To refer to
@@ -421,6 +424,8 @@ struct ServerLimits {
     std::size_t max_total_backlog = 256 * 1024 * 1024;
     std::size_t max_connections = 0;              // 503; 0: the descriptor limit of the process minus 64; files count
     std::size_t max_connections_per_address = 0;  // 503; 0: no limit. An IPv6 /64 counts as one address
+    // Broadcasts that wait for one loop of a server with several. Above it, they are not passed on to that loop.
+    std::size_t max_loop_backlog = 64 * 1024 * 1024;
 };
 
 enum class LogLevel : std::uint8_t { debug, info, warning, error };
@@ -5415,6 +5420,7 @@ public:
         rooms.directory_ = directory;
         rooms.loop_ = loop;
     }
+    static std::size_t size_here(const Rooms& rooms) { return rooms.size_; }
     // How often broadcasts have visited a member, as a measure of work.
     static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
@@ -6322,7 +6328,10 @@ class TransportFactory {
 public:
     virtual ~TransportFactory() = default;
     virtual std::unique_ptr<Transport> make() = 0;
-    // Reads the files again, for new connections. Throws Error and changes nothing if a file cannot be used.
+    // A factory for another loop, with the same certificates.
+    virtual std::unique_ptr<TransportFactory> clone() const = 0;
+    // Reads the files again, for new connections of all clones. Throws Error and changes nothing if a file cannot be
+    // used.
     virtual void reload() = 0;
 };
 
@@ -6830,6 +6839,9 @@ public:
     virtual ~Poller() = default;
     virtual const char* name() const = 0;
     virtual bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
+    // As add(), to read, for a descriptor that several pollers watch. Where the system can do so, it wakes one of them
+    // and not all. Such an entry is not changed, but removed and added again.
+    virtual bool add_shared(os::Descriptor descriptor, Pollable& owner) { return add(descriptor, owner, true, false); }
     virtual bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual void remove(os::Descriptor descriptor) = 0;
     virtual void wait(int timeout_ms, std::vector<Ready>& ready) = 0;
@@ -6927,6 +6939,13 @@ public:
     const char* name() const override { return "epoll"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
         return control(EPOLL_CTL_ADD, descriptor, &owner, read, write);
+    }
+    bool add_shared(os::Descriptor descriptor, Pollable& owner) override {
+        epoll_event event{};
+        event.events = std::uint32_t{EPOLLIN} | std::uint32_t{EPOLLEXCLUSIVE};
+        event.data.ptr = &owner;
+        return ::epoll_ctl(epoll_.descriptor(), EPOLL_CTL_ADD, descriptor, &event) == 0 ||
+               (errno == EINVAL && add(descriptor, owner, true, false));  // before Linux 4.5
     }
     bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
         return control(EPOLL_CTL_MOD, descriptor, &owner, read, write);
@@ -7802,18 +7821,42 @@ private:
     bool borrowed_ = false;
 };
 
-// Makes the TLS transports of one listener.
+// Makes the TLS transports of one listener on one loop.
 class TlsListener final : public TransportFactory {
 public:
-    explicit TlsListener(TlsOptions options)
-        : options_(std::move(options)), context_(std::make_shared<const TlsContext>(options_)) {}
+    explicit TlsListener(TlsOptions options) : shared_(std::make_shared<Shared>(std::move(options))) {}
 
-    std::unique_ptr<Transport> make() override { return std::make_unique<TlsTransport>(buffers_, context_); }
-    void reload() override { context_ = std::make_shared<const TlsContext>(options_); }
+    std::unique_ptr<Transport> make() override { return std::make_unique<TlsTransport>(buffers_, shared_->context()); }
+    std::unique_ptr<TransportFactory> clone() const override {
+        return std::unique_ptr<TransportFactory>(new TlsListener(shared_));
+    }
+    void reload() override { shared_->reload(); }
 
 private:
-    TlsOptions options_;
-    std::shared_ptr<const TlsContext> context_;
+    // What the loops have in common.
+    class Shared {
+    public:
+        explicit Shared(TlsOptions options)
+            : options_(std::move(options)), context_(std::make_shared<const TlsContext>(options_)) {}
+        std::shared_ptr<const TlsContext> context() const {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            return context_;
+        }
+        void reload() {
+            auto context = std::make_shared<const TlsContext>(options_);
+            const std::lock_guard<std::mutex> lock(mutex_);
+            context_.swap(context);
+        }
+
+    private:
+        const TlsOptions options_;
+        mutable std::mutex mutex_;
+        std::shared_ptr<const TlsContext> context_;
+    };
+
+    explicit TlsListener(std::shared_ptr<Shared> shared) : shared_(std::move(shared)) {}
+
+    std::shared_ptr<Shared> shared_;
     std::shared_ptr<TlsBuffers> buffers_ = std::make_shared<TlsBuffers>();
 };
 
@@ -8206,6 +8249,7 @@ private:
 
     // The loop expects to begin the turn at `expected` or earlier.
     void turn(Time expected, Duration max_wait) {
+        busy_since_.store(0, std::memory_order_relaxed);
         const Time begin = clock();
         note_span(now_, expected, begin);
         const int timeout = timeout_ms((std::min)(next_timeout(begin), max_wait));
@@ -8215,6 +8259,7 @@ private:
         }
         now_ = clock();
         if (timeout >= 0) note_span(begin, begin + std::chrono::milliseconds(timeout), now_);
+        busy_since_.store(now_.time_since_epoch().count(), std::memory_order_relaxed);
         for (const detail::Poller::Ready& ready : ready_)
             guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
@@ -8265,6 +8310,7 @@ private:
     Time now_;
     Duration away_{};  // LoopAccess::away()
     std::atomic<const void*> thread_{nullptr};
+    std::atomic<Time::rep> busy_since_{0};  // when this turn began; 0: the loop waits
     bool stop_ = false;
     bool poll_again_ = false;
     std::function<bool()> at_turn_end_;
@@ -8289,6 +8335,11 @@ public:
     // The sum of all times in which the loop did not poll: it was stopped, or a callback took more than a second. A
     // deadline of a peer can leave it out.
     static Duration away(const Loop& loop) { return loop.away_; }
+    // Whether the loop has been in the same turn for longer than this. Any thread may ask.
+    static bool busy(const Loop& loop, Time now, Duration longer_than) {
+        const Time::rep since = loop.busy_since_.load(std::memory_order_relaxed);
+        return since != 0 && now.time_since_epoch().count() - since > longer_than.count();
+    }
     // The next turn does not wait.
     static void poll_again(Loop& loop) { loop.poll_again_ = true; }
     // Calls the hook at the end of each turn. If it returns true, the next turn does not wait.
@@ -9334,6 +9385,8 @@ WSCHAT_END
 // turns continue, then flushes every dirty session and removes those that have ended.
 // ====================================================================================================================
 
+#include <condition_variable>
+
 WSCHAT_BEGIN
 
 // ---- metrics -------------------------------------------------------------------------------------------------------
@@ -9383,6 +9436,10 @@ public:
     std::uint64_t& operator[](Key key) { return counter(static_cast<int>(key)); }
     // Returns 0 if the key was never counted.
     std::uint64_t at(Key key) const { return value(static_cast<int>(key)); }
+    CountersOf& operator+=(const CountersOf& other) {
+        for (const Entry& entry : other) counter(entry.key) += entry.count;
+        return *this;
+    }
 };
 
 }  // namespace detail
@@ -9408,6 +9465,7 @@ struct Metrics {
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
     std::uint64_t rooms = 0;
+    std::uint64_t broadcasts_dropped = 0;       // not passed on to another loop: ServerLimits::max_loop_backlog
     detail::CountersOf<int> responses;          // by HTTP status
     detail::CountersOf<CloseCause> closed;      // WebSocket connections, by cause
     detail::CountersOf<CloseCode> close_codes;  // and by code
@@ -9439,7 +9497,16 @@ constexpr MetricInfo metric_table[] = {
     {"backlog_bytes", "Bytes waiting for slow peers now.", &Metrics::backlog_bytes},
     {"handler_exceptions_total", "Exceptions that left a callback.", &Metrics::handler_exceptions},
     {"log_entries_suppressed_total", "Log entries over the rate limit.", &Metrics::log_entries_suppressed},
-    {"rooms", "Rooms with members now.", &Metrics::rooms}};
+    {"rooms", "Rooms with members now.", &Metrics::rooms},
+    {"broadcasts_dropped_total", "Broadcasts not passed on to another loop.", &Metrics::broadcasts_dropped}};
+
+// Counts of another loop of the same server.
+inline void add_metrics(Metrics& sum, const Metrics& other) {
+    for (const MetricInfo& info : metric_table) sum.*info.value += other.*info.value;
+    sum.responses += other.responses;
+    sum.closed += other.closed;
+    sum.close_codes += other.close_codes;
+}
 
 }  // namespace detail
 
@@ -9472,6 +9539,20 @@ WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
     labelled("close_codes_total", "code", metrics.close_codes, number_of);
     return text;
 }
+// The same for a server with several loops: the sum of all, and each figure of each loop, such as
+// wschat_loop_requests_total{loop="0"}.
+WSCHAT_COLD inline std::string prometheus_text(const Metrics& sum, const std::vector<Metrics>& loops) {
+    std::string text = prometheus_text(sum);
+    for (const detail::MetricInfo& info : detail::metric_table) {
+        const std::string name = text::concat({"wschat_loop_", info.name});
+        text += text::concat({"# HELP ", name, " ", info.help, " Of one loop.\n# TYPE ", name,
+                              name.find("_total") == std::string::npos ? " gauge\n" : " counter\n"});
+        for (std::size_t loop = 0; loop < loops.size(); ++loop)
+            text += text::concat(
+                {name, "{loop=\"", std::to_string(loop), "\"} ", std::to_string(loops[loop].*info.value), "\n"});
+    }
+    return text;
+}
 
 // ---- what sessions share -------------------------------------------------------------------------------------------
 
@@ -9483,7 +9564,10 @@ struct ServerOptions {
     // once.
     bool handle_signals = true;
     Duration shutdown_deadline = std::chrono::seconds(5);
-    bool reuse_port = false;      // SO_REUSEPORT: several servers, one per thread or process, share a port
+    // Loops, each on a thread of its own; the first one on the thread that calls run() or poll(). 0: one for each
+    // core. Callbacks of different connections then run at the same time. Rooms, limits and metrics are of all loops.
+    unsigned threads = 1;
+    bool reuse_port = false;      // SO_REUSEPORT: several servers, such as processes, share a port
     bool require_origin = false;  // refuse a handshake without an Origin header, which no browser sends
 };
 
@@ -9592,24 +9676,125 @@ struct TurnState {
     }
 };
 
-// Open connections by IpAddress::rate_limit_key(), for ServerLimits::max_connections_per_address.
+// Open connections by IpAddress::rate_limit_key(), for ServerLimits::max_connections_per_address. For all threads.
 class AddressCounts {
 public:
     // False if the address has `max` connections already.
     bool add(const std::string& key, std::size_t max) {
         if (key == "unix") return true;
+        const std::lock_guard<std::mutex> lock(mutex_);
         std::size_t& connections = counts_.find_or_emplace(key, std::size_t{0});
         if (connections >= max) return false;
         ++connections;
         return true;
     }
     void remove(const std::string& key) {
+        const std::lock_guard<std::mutex> lock(mutex_);
         std::size_t* connections = counts_.find(key);
         if (connections != nullptr && --*connections == 0) counts_.erase(key);
     }
 
 private:
+    std::mutex mutex_;
     StringMap<std::size_t> counts_;
+};
+
+// A number that one thread changes and all may read. On its thread it costs what a plain number costs.
+class SharedNumber {
+public:
+    operator std::size_t() const { return value_.load(std::memory_order_relaxed); }
+    SharedNumber& operator+=(std::size_t n) { return *this = *this + n; }
+    SharedNumber& operator=(std::size_t n) {
+        value_.store(n, std::memory_order_relaxed);
+        return *this;
+    }
+
+private:
+    std::atomic<std::size_t> value_{0};
+};
+
+// What the loops of a server share to keep limits that are for all of them, and to spread connections.
+class LoopLoads {
+public:
+    struct Load {
+        SharedNumber connections;
+        SharedNumber open_files;
+        SharedNumber backlog;                // bytes
+        std::atomic<bool> accepts{false};    // it has listeners
+        std::atomic<std::size_t> coming{0};  // connections that another loop has accepted for this one
+        std::atomic<bool> asked_to_evict{false};
+        std::atomic<bool> asked_for_metrics{false};
+        Metrics metrics;            // as asked for; under the lock
+        std::uint64_t answers = 0;  // how often; under the lock
+    };
+
+    explicit LoopLoads(std::size_t loops) : loads_(loops) {}
+    std::size_t size() const { return loads_.size(); }
+    Load& operator[](std::size_t loop) { return loads_[loop]; }
+
+    std::size_t connections() const {
+        std::size_t sum = 0;
+        for (const Load& load : loads_) sum += load.connections + load.coming.load(std::memory_order_relaxed);
+        return sum;
+    }
+    std::size_t open_files() const {
+        std::size_t sum = 0;
+        for (const Load& load : loads_) sum += load.open_files;
+        return sum;
+    }
+    std::size_t backlog() const {
+        std::size_t sum = 0;
+        for (const Load& load : loads_) sum += load.backlog;
+        return sum;
+    }
+
+    // ---- metrics of all loops --------------------------------------------------------------------------------------
+
+    // A loop answers at the end of its turn, so nothing is counted twice or read while it changes. Calls wake(loop) for
+    // each loop that must answer. A loop that is busy for 100 ms is seen as it was at its latest answer.
+    std::vector<Metrics> ask_for_metrics(std::size_t here, const std::function<Metrics()>& own,
+                                         FunctionRef<std::size_t> wake) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        std::vector<std::uint64_t> before(loads_.size());
+        for (std::size_t i = 0; i < loads_.size(); ++i) {
+            before[i] = loads_[i].answers;
+            if (i == here) continue;
+            loads_[i].asked_for_metrics.store(true);
+            wake(i);
+        }
+        answered_.notify_all();  // others may wait in this function for our answer
+        const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
+        const auto ready = [&] {
+            if (loads_[here].asked_for_metrics.load()) answer_locked(here, own());
+            for (std::size_t i = 0; i < loads_.size(); ++i)
+                if (i != here && loads_[i].answers == before[i]) return false;
+            return true;
+        };
+        answered_.wait_until(lock, deadline, ready);
+        loads_[here].metrics = own();
+        std::vector<Metrics> all;
+        for (const Load& load : loads_) all.push_back(load.metrics);
+        return all;
+    }
+    void answer(std::size_t loop, Metrics metrics) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        answer_locked(loop, std::move(metrics));
+    }
+
+    AddressCounts addresses;
+    std::atomic<std::size_t> others_running{0};  // loops beside the first one
+
+private:
+    void answer_locked(std::size_t loop, Metrics metrics) {
+        loads_[loop].asked_for_metrics.store(false);
+        loads_[loop].metrics = std::move(metrics);
+        ++loads_[loop].answers;
+        answered_.notify_all();
+    }
+
+    std::vector<Load> loads_;
+    std::mutex mutex_;
+    std::condition_variable answered_;
 };
 
 class Session;
@@ -9641,8 +9826,16 @@ struct ClientHandshake {
 // What sessions and listeners need of the worker that serves them: the state that they share, and three calls.
 class SessionHost {
 public:
-    SessionHost(Server& its_server, const ServerOptions& its_options, const Site& its_site)
-        : server(its_server), options(its_options), site(its_site), loop(options.poller), rooms(arena), log(metrics) {
+    SessionHost(Server& its_server, const ServerOptions& its_options, const Site& its_site, LoopLoads& its_loads,
+                std::size_t its_number)
+        : server(its_server),
+          options(its_options),
+          site(its_site),
+          loads(its_loads),
+          number(its_number),
+          loop(options.poller),
+          rooms(arena),
+          log(metrics) {
         receive_buffer.reserve(receive_size);
         reserve_descriptor();
     }
@@ -9651,6 +9844,11 @@ public:
 
     // `proxied`: the connection begins with a PROXY header.
     virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) = 0;
+    // The loop for a connection that this loop has accepted.
+    virtual std::size_t choose_loop() const = 0;
+    // Passes an accepted connection on to the listener of that socket on another loop.
+    virtual void pass_on(std::size_t loop_number, Socket socket, const IpAddress& peer,
+                         const std::shared_ptr<ListenSocket>& from) = 0;
     // The refusal of a connection over a limit; it is counted and logged.
     virtual Response too_many_connections() = 0;
     // Counts and logs a connection that is closed because of its PROXY header.
@@ -9673,19 +9871,20 @@ public:
     Server& server;
     const ServerOptions& options;
     const Site& site;
+    LoopLoads& loads;                                     // of all loops of the server
+    const std::size_t number;                             // of this loop
+    SharedNumber& open_files = loads[number].open_files;  // that sessions send
+    SharedNumber& backlog = loads[number].backlog;        // bytes that all sessions of this loop hold
     Loop loop;
     SendArena arena;
     Rooms rooms;
     Bytes receive_buffer;                                       // of the session that reads
     std::array<std::string_view, Socket::max_pieces> pieces{};  // of the session that flushes
     WireCount wire;
-    std::size_t backlog = 0;     // bytes that all sessions hold
-    std::size_t open_files = 0;  // that sessions send
     Metrics metrics;
     ServerLog log;
     std::function<void(const AccessEntry&)> on_access;  // may be empty
-    AddressCounts addresses;
-    HandlerAccess::ReplyState spare_reply;  // for the next handshake; may be null
+    HandlerAccess::ReplyState spare_reply;              // for the next handshake; may be null
     TurnState turn;
     OwnedDescriptor reserve;  // closed to accept one connection when all descriptors are used
     bool draining = false;    // shutdown() was called
@@ -9986,7 +10185,7 @@ private:
         if (head_only_ || answer.size == 0) return;
         file_left_ = answer.size;
         file_ = std::move(answer.file);
-        ++host_.open_files;
+        host_.open_files += 1;
         if (at_once) queue_file_piece();
     }
 
@@ -10054,7 +10253,7 @@ private:
     void close_file() {
         if (!file_) return;
         file_.close();
-        --host_.open_files;
+        host_.open_files += static_cast<std::size_t>(-1);
     }
     // Whether another request may follow the answer to this one (RFC 9112 9.3). The rest of a body that was not read
     // would look like a request.
@@ -10349,9 +10548,10 @@ public:
         });
     }
 
+    // For start_client(): what may run out of memory.
+    void prepare_client() { rare_ = std::make_unique<Rare>(); }
     // Instead of start(): a client's connection. The frames must be valid and writable until this returns.
     void start_client(ClientHandshake opened) {
-        rare_ = std::make_unique<Rare>();
         rare_->owner = std::move(opened.owner);
         route_limits_ = &owner()->session_limits();
         handshake_done_ = true;
@@ -11063,7 +11263,7 @@ private:
         if (max == 0 || address_key() != nullptr) return true;
         auto rare = std::make_unique<Rare>();
         rare->address_key = client.rate_limit_key();
-        if (!host_.addresses.add(rare->address_key, max)) return false;
+        if (!host_.loads.addresses.add(rare->address_key, max)) return false;
         rare_ = std::move(rare);
         return true;
     }
@@ -11091,23 +11291,20 @@ private:
 // Accepts connections for the server.
 class Listener final : public Pollable, public Timer {
 public:
-    Listener(SessionHost& host, const ListenAddress& address, std::shared_ptr<TransportFactory> transports,
-             const ListenOptions& options)
-        : host_(host),
-          socket_(address, host.options.reuse_port, options),
-          transports_(std::move(transports)),
-          proxied_(options.proxy_protocol) {
-        if (!LoopAccess::poller(host_.loop).add(socket_.descriptor(), *this, true, false))
-            throw Error("listen " + socket_.address().to_string() + ": " + os::error_text(os::last_error()));
+    Listener(SessionHost& host, std::shared_ptr<ListenSocket> socket, std::unique_ptr<TransportFactory> transports,
+             bool proxied)
+        : host_(host), socket_(std::move(socket)), transports_(std::move(transports)), proxied_(proxied) {
+        if (!watch()) throw Error("listen " + address().to_string() + ": " + os::error_text(os::last_error()));
     }
     Listener(const Listener&) = delete;
     Listener& operator=(const Listener&) = delete;
     ~Listener() override {
         LoopAccess::timers(host_.loop).cancel(*this);
-        LoopAccess::poller(host_.loop).remove(socket_.descriptor());
+        if (watching_) LoopAccess::poller(host_.loop).remove(socket_->descriptor());
     }
 
-    const ListenAddress& address() const { return socket_.address(); }
+    const ListenAddress& address() const { return socket_->address(); }
+    bool listens_on(const ListenSocket& socket) const { return socket_.get() == &socket; }
     bool secure() const { return transports_ != nullptr; }
     void reload() {
         if (transports_) transports_->reload();
@@ -11118,8 +11315,8 @@ public:
         int error = 0;
         for (int i = 0; i < max_accepts && !host_.draining; ++i) {
             IpAddress peer;
-            Socket accepted = socket_.accept(peer, error);
-            if (accepted) accept(std::move(accepted), peer);
+            Socket accepted = socket_->accept(peer, error);
+            if (accepted) place(std::move(accepted), peer);
             else if (os::would_block(error)) return;
             else if (os::out_of_descriptors(error)) return reject_one(error);
             else if (error == ENOBUFS || error == ENOMEM) return pause_accept(error);
@@ -11129,23 +11326,33 @@ public:
         if (error != 0) pause_accept(error);
     }
     void on_timer(Time now) override {
-        if (!LoopAccess::poller(host_.loop).change(socket_.descriptor(), *this, true, false)) schedule_retry(now);
+        if (!watch()) schedule_retry(now);
     }
 
-private:
+    // Begins a connection on this loop.
     void accept(Socket accepted, const IpAddress& peer) {
         ++host_.metrics.connections_accepted;  // also if memory runs out in make()
         run_guarded(
             [&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr, proxied_); },
             [&](const char* what) { host_.log.exception("accept", what, &peer); });
     }
+
+private:
+    // On this loop or on another one.
+    void place(Socket accepted, const IpAddress& peer) {
+        const std::size_t loop = host_.choose_loop();
+        if (loop == host_.number) return accept(std::move(accepted), peer);
+        run_guarded([&] { host_.pass_on(loop, std::move(accepted), peer, socket_); },
+                    [&](const char* what) { host_.log.exception("accept", what, &peer); });
+    }
+    bool watch() { return watching_ = LoopAccess::poller(host_.loop).add_shared(socket_->descriptor(), *this); }
     // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for
     // ever. The descriptor in reserve serves to accept it and to answer 503.
     void reject_one(int error) {
         host_.reserve.close();
         IpAddress peer;
         int ignored = 0;
-        Socket rejected = socket_.accept(peer, ignored);
+        Socket rejected = socket_->accept(peer, ignored);
         if (rejected) {
             constexpr std::string_view answer =
                 "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 20\r\n\r\nThe server is "
@@ -11161,17 +11368,18 @@ private:
     // Tries again a little later, so that a shortage does not make the loop spin.
     void pause_accept(int error) {
         host_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
-        schedule_retry(host_.loop.now());  // before the change, because it may need memory
-        LoopAccess::poller(host_.loop).change(socket_.descriptor(), *this, false, false);
+        schedule_retry(host_.loop.now());  // before the removal, because it may need memory
+        if (std::exchange(watching_, false)) LoopAccess::poller(host_.loop).remove(socket_->descriptor());
     }
     void schedule_retry(Time now) {
         LoopAccess::timers(host_.loop).schedule(*this, now + std::chrono::milliseconds(50));
     }
 
     SessionHost& host_;
-    ListenSocket socket_;
-    std::shared_ptr<TransportFactory> transports_;  // null if the connections are plain
+    std::shared_ptr<ListenSocket> socket_;          // of the listeners on all loops
+    std::unique_ptr<TransportFactory> transports_;  // null if the connections are plain
     const bool proxied_;
+    bool watching_ = false;
 };
 
 // ---- one loop ------------------------------------------------------------------------------------------------------
@@ -11179,8 +11387,9 @@ private:
 // Serves a site on one loop: its listeners, its sessions and their turns.
 class Worker final : public SessionHost {
 public:
-    WSCHAT_COLD Worker(Server& its_server, const ServerOptions& its_options, const Site& its_site)
-        : SessionHost(its_server, its_options, its_site) {
+    WSCHAT_COLD Worker(Server& its_server, const ServerOptions& its_options, const Site& its_site, LoopLoads& its_loads,
+                       std::size_t its_number = 0)
+        : SessionHost(its_server, its_options, its_site, its_loads, its_number) {
         LoopAccess::at_turn_end(loop, [this] { return end_turn(); });
         LoopAccess::set_owner(loop, this);
         LoopAccess::on_exception(loop,
@@ -11192,12 +11401,74 @@ public:
     // Something is to be done although the poller reports nothing.
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
-    WSCHAT_COLD void listen(std::string_view address, std::shared_ptr<TransportFactory> transports,
-                            const ListenOptions& listen_options = {}) {
-        if (draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
-        const Listener& added =
-            listeners_.append(*this, ListenAddress::parse(address), std::move(transports), listen_options);
-        log(LogLevel::debug, "listening", {{"address", added.address().to_string()}});
+    WSCHAT_COLD void listen(std::shared_ptr<ListenSocket> socket, std::unique_ptr<TransportFactory> transports,
+                            bool proxied) {
+        listeners_.append(*this, std::move(socket), std::move(transports), proxied);
+        loads[number].accepts.store(true);
+    }
+
+    // ---- several loops ---------------------------------------------------------------------------------------------
+
+    // While it exists, this thread is that of the worker.
+    class Thread {
+    public:
+        explicit Thread(Worker& worker) : before_(std::exchange(current(), &worker)) {}
+        Thread(const Thread&) = delete;
+        Thread& operator=(const Thread&) = delete;
+        ~Thread() { current() = before_; }
+        // The worker of this thread; null if it has none.
+        static Worker*& current() {
+            static thread_local Worker* worker = nullptr;
+            return worker;
+        }
+
+    private:
+        Worker* const before_;
+    };
+
+    // The workers of the server by number, and the rooms that they share; null for a server with one loop.
+    void join_group(const std::vector<std::unique_ptr<Worker>>* group, RoomDirectory* directory) {
+        group_ = group;
+        share_rooms(directory);
+    }
+    void share_rooms(RoomDirectory* directory) {
+        RoomsAccess::prune(rooms);
+        RoomsAccess::share(rooms, directory, number);
+        directory_ = directory;
+    }
+    // The one with the fewest connections, but this one if they are equal. A loop that has been in one turn for 20 ms
+    // gets none.
+    std::size_t choose_loop() const override {
+        const auto count = [this](std::size_t i) { return loads[i].connections + loads[i].coming.load(); };
+        std::size_t best = number, fewest = count(number);
+        for (std::size_t i = 0; i < loads.size(); ++i) {
+            if (fewest <= count(i) || !loads[i].accepts.load()) continue;
+            if (LoopAccess::busy((*group_)[i]->loop, loop.now(), std::chrono::milliseconds(20))) continue;
+            best = i;
+            fewest = count(i);
+        }
+        return best;
+    }
+    void pass_on(std::size_t to, Socket socket, const IpAddress& peer,
+                 const std::shared_ptr<ListenSocket>& from) override {
+        Worker& worker = *(*group_)[to];
+        ++loads[to].coming;
+        auto take = [&worker, to, peer, from, accepted = std::move(socket)]() mutable {
+            --worker.loads[to].coming;
+            for (const auto& [key, listener] : worker.listeners_)
+                if (listener.listens_on(*from)) return listener.accept(std::move(accepted), peer);
+            // The loop has closed its listeners, so the connection ends as those in the queue of the socket do.
+        };
+        run_guarded([&] { worker.loop.post(std::move(take)); },
+                    [&](const char* what) {
+                        --loads[to].coming;
+                        log.exception("accept", what, &peer);
+                    });
+    }
+    std::vector<Metrics> metrics_of_all_loops() {
+        return loads.ask_for_metrics(
+            number, [this] { return current_metrics(); },
+            [this](std::size_t other) { (*group_)[other]->loop.post([] {}); });
     }
 
     // ---- shutdown --------------------------------------------------------------------------------------------------
@@ -11206,6 +11477,7 @@ public:
         const bool first = !std::exchange(draining, true);
         const std::size_t connections = sessions_.size();
         if (first) notify_systemd("STOPPING=1");
+        if (first) loads[number].accepts.store(false);
         if (first) std::swap(closed_listeners_, listeners_);
         for (const auto& session : sessions_) session->shut_down();
         // Without a deadline it might never end.
@@ -11239,7 +11511,7 @@ public:
     Metrics current_metrics() const {
         Metrics now = metrics;
         now.connections_open = sessions_.size();
-        now.rooms = rooms.size();
+        now.rooms = RoomsAccess::size_here(rooms);
         now.backlog_bytes = backlog;
         now.bytes_received = wire.received;
         now.bytes_sent = wire.sent;
@@ -11252,8 +11524,8 @@ public:
     void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
         const std::size_t max = max_connections();
         // Files take descriptors of connections. Without files only `max` counts, which the program may have raised.
-        const std::size_t used = sessions_.size() + open_files;
-        const std::size_t usable = open_files == 0 ? max : (std::min)(max + open_files, usable_descriptors());
+        const std::size_t files = loads.open_files(), used = loads.connections() + files;
+        const std::size_t usable = files == 0 ? max : (std::min)(max + files, usable_descriptors());
         if (used >= usable + max_rejections_at_once) {
             ++metrics.connections_refused;
             return;
@@ -11263,6 +11535,7 @@ public:
         Session& session = *made;
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
+        loads[number].connections = sessions_.size();
         session.start(full);
     }
     // A connection that a client has made. `made_session` is set before callbacks run.
@@ -11270,12 +11543,14 @@ public:
                Session*& made_session) {
         auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), false);
         Session& session = *made;
+        session.prepare_client();  // before there is a session that nobody owns
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
+        loads[number].connections = sessions_.size();
         made_session = &session;
         session.start_client(std::move(opened));
     }
-    bool descriptors_used() const override { return sessions_.size() + open_files >= usable_descriptors(); }
+    bool descriptors_used() const override { return loads.connections() + loads.open_files() >= usable_descriptors(); }
     WSCHAT_COLD Response too_many_connections() override {
         ++metrics.connections_refused;
         log(LogLevel::warning, "refused", {{"status", "503"}, {"sentence", "too many connections"}});
@@ -11289,11 +11564,12 @@ public:
             {{"peer", peer.to_string()}, {"cause", std::string(cause)}});
     }
     void remove(Session& session) override {
-        if (session.address_key() != nullptr) addresses.remove(*session.address_key());
+        if (session.address_key() != nullptr) loads.addresses.remove(*session.address_key());
         std::swap(sessions_[session.index], sessions_.back());
         sessions_[session.index]->index = session.index;
         session.next_deleted = std::exchange(deleted_, std::move(sessions_.back()));
         sessions_.pop_back();
+        loads[number].connections = sessions_.size();
     }
 
 private:
@@ -11322,14 +11598,17 @@ private:
         for (int round = 0; round < max_rounds && !turn.dirty.empty(); ++round) {
             if (batch_) send_together();
             finish_dirty();
-            if (backlog > options.server_limits.max_total_backlog) evict_largest();
+            if (loads.backlog() > options.server_limits.max_total_backlog) evict_largest();
         }
+        if (directory_ != nullptr) directory_->flush(number);
         RoomsAccess::prune(rooms);
         reap();
         closed_listeners_.clear();
+        if (loads[number].asked_for_metrics.load(std::memory_order_relaxed)) loads.answer(number, current_metrics());
         turn.handshakes_left = TurnState::max_handshakes;
         turn.more_reads_left = TurnState::max_more_reads;
-        if (draining && sessions_.empty()) loop.stop();
+        // The first loop runs as long as another one, whose handlers may need it.
+        if (draining && sessions_.empty() && (number != 0 || loads.others_running.load() == 0)) loop.stop();
         return has_work();
     }
     // Sessions that used up their budget in an earlier turn, in order, a limited number per turn.
@@ -11370,19 +11649,31 @@ private:
         turn.waiting.remove_if(gone);
         while (deleted_) deleted_ = std::move(deleted_->next_deleted);
     }
-    // Closes the connections with the largest backlog until all together are within the limit.
+    // Closes the connections with the largest backlog until all together are within the limit. Of several loops, each
+    // that holds more than its share does so.
     // The list of sessions itself is the heap: n sessions of which k are closed cost n + k log n steps, and no memory.
     void evict_largest() {
+        const std::size_t max = options.server_limits.max_total_backlog, share = max / loads.size();
+        for (std::size_t i = 0; i < loads.size(); ++i) {
+            if (i == number || loads[i].backlog <= share || loads[i].asked_to_evict.exchange(true)) continue;
+            Worker& worker = *(*group_)[i];
+            worker.loop.post([&worker] {
+                worker.loads[worker.number].asked_to_evict.store(false);
+                if (worker.loads.backlog() > worker.options.server_limits.max_total_backlog) worker.evict_largest();
+            });
+        }
         const auto smaller = [](const auto& a, const auto& b) { return a->backlog() < b->backlog(); };
         std::make_heap(sessions_.begin(), sessions_.end(), smaller);
         for (auto end = sessions_.end(); end != sessions_.begin();) {
-            if (backlog <= options.server_limits.max_total_backlog || sessions_.front()->backlog() == 0) break;
+            if (loads.backlog() <= max || backlog <= share || sessions_.front()->backlog() == 0) break;
             std::pop_heap(sessions_.begin(), end, smaller);
             (*--end)->abort(CloseCause::backlog, "all backlogs together are over their limit");
         }
         for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = i;
     }
 
+    const std::vector<std::unique_ptr<Worker>>* group_ = nullptr;
+    RoomDirectory* directory_ = nullptr;  // null for a server with one loop
     TokenBucket proxy_failure_entries_;
     std::unique_ptr<SendBatch> batch_ = SendBatch::make();
     StringMap<Listener> listeners_;
@@ -11398,14 +11689,24 @@ private:
 
 class Server {
 public:
+    // Throws an Error if there are more than 256 threads.
     WSCHAT_COLD explicit Server(ServerOptions options = {})
-        : options_(std::move(options)), worker_(*this, options_, site_) {
-        detail::LoopAccess::on_signal(worker_.loop, [this](int) { on_signal(); });
+        : options_(std::move(options)), loads_(loops(options_.threads)), extensions_(loads_.size()) {
+        for (std::size_t i = 0; i < loads_.size(); ++i)
+            workers_.push_back(std::make_unique<detail::Worker>(*this, options_, site_, loads_, i));
+        if (workers_.size() > 1) {
+            make_directory();
+            for (const auto& worker : workers_) worker->join_group(&workers_, directory_.get());
+        }
+        detail::LoopAccess::on_signal(first().loop, [this](int) { on_signal(); });
     }
     Server(const Server&) = delete;
     Server& operator=(const Server&) = delete;
     // Connections that are still open end without a closing handshake; their on_close() is called.
-    ~Server() { worker_.close(); }
+    ~Server() {
+        stop_threads();
+        close_all();
+    }
 
     // ---- routes and pages, before run() or in callbacks ------------------------------------------------------------
 
@@ -11421,7 +11722,7 @@ public:
         });
     }
     Route& add_route(std::string_view pattern, Route::Factory factory) {
-        return site_.routes.add("route", detail::Pattern("route", pattern), std::move(factory));
+        return site("route").routes.add("route", detail::Pattern("route", pattern), std::move(factory));
     }
 
     // A page for each request of a method; GET answers HEAD too. The function returns the Response, or it takes a Reply
@@ -11453,13 +11754,15 @@ public:
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
     // The answer where there is nothing, also in a folder of static_dir(), in place of a short 404.
-    void not_found(std::function<Response(const Request&)> answer) { site_.not_found = std::move(answer); }
+    void not_found(std::function<Response(const Request&)> answer) { site("not_found").not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
-    void set_default_header(std::string_view name, std::string_view value) { site_.set_default_header(name, value); }
+    void set_default_header(std::string_view name, std::string_view value) {
+        site("set_default_header").set_default_header(name, value);
+    }
     // Pages of these origins may use the answers of this server ("*": of all origins). Preflights of browsers are
     // answered. Throws an Error if one is not an origin, and for "*" with credentials.
     void allow_cors(const std::vector<std::string>& origins, const CorsOptions& options = {}) {
-        site_.allow_cors(origins, options);
+        site("allow_cors").allow_cors(origins, options);
     }
 
     // One file, read for each request of a client that has no current copy; with ranges. A relative path starts at the
@@ -11467,7 +11770,7 @@ public:
     // "Cache-Control: no-cache". Throws an Error if there is no such file.
     void file(std::string_view pattern, std::string_view path,
               std::vector<std::pair<std::string, std::string>> headers = {}) {
-        site_.add_file(pattern, path, std::move(headers));
+        site("file").add_file(pattern, path, std::move(headers));
     }
     // The files in a folder and its subfolders; "index.html" for a folder. No listings, no hidden files except
     // "/.well-known/", no symbolic links unless they stay inside and `links` allows them. Throws an Error if there is
@@ -11475,10 +11778,10 @@ public:
     void static_dir(std::string_view pattern, std::string_view folder,
                     std::vector<std::pair<std::string, std::string>> headers = {},
                     SymbolicLinks links = SymbolicLinks::refuse) {
-        site_.add_static_dir(pattern, folder, std::move(headers), links);
+        site("static_dir").add_static_dir(pattern, folder, std::move(headers), links);
     }
     void static_dir(std::string_view pattern, std::string_view folder, SymbolicLinks links) {
-        site_.add_static_dir(pattern, folder, {}, links);
+        site("static_dir").add_static_dir(pattern, folder, {}, links);
     }
     // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
     // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
@@ -11487,25 +11790,39 @@ public:
         get(pattern, [this, blocks](const Request& request) {
             if (!blocks.empty() && !detail::Site::contains(blocks, request.remote_address()))
                 return Response(404, "There is nothing at this path.\n");
-            return Response(200, prometheus_text(metrics()), "text/plain; version=0.0.4");
+            const std::vector<Metrics> loops = metrics_per_loop();
+            const std::string text =
+                loops.size() == 1 ? prometheus_text(loops[0]) : prometheus_text(sum_of(loops), loops);
+            return Response(200, text, "text/plain; version=0.0.4");
         });
     }
+
+    // With several loops, all of the above must be set before run(); it is an Error later.
 
     // Origins that may connect beside the server's own: "https://chat.example", "https://*.chat.example" for its
     // subdomains, "capacitor://localhost", "moz-extension://*", "null", "file://", or "*" for all. Throws an Error if
     // one is not an origin.
-    void allow_origins(const std::vector<std::string>& origins) { site_.allow_origins(origins); }
+    void allow_origins(const std::vector<std::string>& origins) { site("allow_origins").allow_origins(origins); }
     // If set, a request for another host gets a 421. Protects pages in a private network from DNS rebinding.
-    void allow_hosts(const std::vector<std::string>& hosts) { site_.allow_hosts(hosts); }
+    void allow_hosts(const std::vector<std::string>& hosts) { site("allow_hosts").allow_hosts(hosts); }
     // Proxies ("10.0.0.0/8", "unix") that are believed about the client's address and scheme: X-Forwarded-For, read
     // from the right, and X-Forwarded-Proto; or, if the request has neither, Forwarded (RFC 7239). A proxy that only
     // forwards TCP passes on what clients write into these headers: do not trust it.
-    void trusted_proxies(const std::vector<std::string>& proxies) { site_.trust_proxies(proxies); }
+    void trusted_proxies(const std::vector<std::string>& proxies) { site("trusted_proxies").trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
-    void on_log(std::function<void(const LogEntry&)> function) { worker_.log.set(std::move(function)); }
+    // With several loops, one call at a time.
+    void on_log(std::function<void(const LogEntry&)> function) {
+        check_stopped("on_log");
+        function = one_at_a_time(std::move(function));
+        for (const auto& worker : workers_) worker->log.set(function);
+    }
     // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr(),
-    // access_json_to_stderr().
-    void on_access(std::function<void(const AccessEntry&)> function) { worker_.on_access = std::move(function); }
+    // access_json_to_stderr(). With several loops, one call at a time.
+    void on_access(std::function<void(const AccessEntry&)> function) {
+        check_stopped("on_access");
+        function = one_at_a_time(std::move(function));
+        for (const auto& worker : workers_) worker->on_access = function;
+    }
 
     // ---- running ---------------------------------------------------------------------------------------------------
 
@@ -11534,21 +11851,21 @@ public:
     // Reads the certificates of all listeners again; open connections stay. Throws an Error if a file cannot be used;
     // that listener keeps what it has.
     void reload_certificates() {
-        for (const auto& [key, listener] : worker_.listeners()) listener.reload();
+        for (const auto& [key, listener] : first().listeners()) listener.reload();
     }
     // The port of the first listener, or 0.
-    int port() const { return worker_.listeners().empty() ? 0 : worker_.listeners().front().address().port; }
+    int port() const { return first().listeners().empty() ? 0 : first().listeners().front().address().port; }
     // The address of the first listener, for a client on this machine: "http://127.0.0.1:8888/" or "https://...". It
     // has a loopback address if the server listens on all addresses.
     std::string url() const {
-        if (worker_.listeners().empty()) return {};
-        const detail::Listener& first = worker_.listeners().front();
-        detail::ListenAddress address = first.address();
+        if (first().listeners().empty()) return {};
+        const detail::Listener& listener = first().listeners().front();
+        detail::ListenAddress address = listener.address();
         if (!address.unix_path.empty()) return address.to_string();
         const auto any = IpAddress::parse(address.host == "*" || address.host == "0" ? "0.0.0.0" : address.host);
         if (any && *any == any->prefix(0))
             address.host = any->family() == IpAddress::Family::ipv6 ? "::1" : "127.0.0.1";
-        return (first.secure() ? "https://" : "http://") + address.to_string() + "/";
+        return (listener.secure() ? "https://" : "http://") + address.to_string() + "/";
     }
 
     // Serves until shutdown() has finished. Then listen() and run() may be called again. Throws an Error if there is no
@@ -11556,65 +11873,95 @@ public:
     void run() {
         if (!serving()) throw Error("run: nothing to serve: call listen() first");
         start_turns();
-        if (!worker_.draining) detail::notify_systemd("READY=1");
-        worker_.loop.run();
+        if (!first().draining) detail::notify_systemd("READY=1");
+        first().loop.run();
         end_turns();
     }
     // From any thread: stops accepting, closes every WebSocket with 1001, and ends run() when all connections are gone,
     // at the latest after the deadline. Has no effect on what listens after the end.
     void shutdown(Duration deadline) {
-        worker_.loop.post([this, deadline, start = starts_.load()] {
-            if (start == starts_.load()) worker_.begin_shutdown(deadline);
+        first().loop.post([this, deadline, start = starts_.load()] {
+            if (start == starts_.load()) begin_shutdown(deadline);
         });
     }
     void shutdown() { shutdown(options_.shutdown_deadline); }
 
-    // Instead of run(), in the event loop of another program, all on one thread: wait until descriptor() is readable or
+    // Instead of run(), in the event loop of another program, on its thread: wait until descriptor() is readable or
     // next_timeout() is over, then call poll(). Loop has the same three functions and describes them.
     //
     // Returns true while the server serves: from listen() until shutdown() has finished or loop().stop() is called.
     bool poll(Duration timeout = Duration::zero()) {
         start_turns();
-        if (worker_.loop.poll(timeout)) return serving();
+        if (first().loop.poll(timeout)) return serving();
         end_turns();
         return false;
     }
-    int descriptor() const { return worker_.loop.descriptor(); }
+    int descriptor() const { return first().loop.descriptor(); }
     // Zero also if output is queued between two turns, such as a broadcast.
-    Duration next_timeout() const { return worker_.has_work() ? Duration::zero() : worker_.loop.next_timeout(); }
+    Duration next_timeout() const { return first().has_work() ? Duration::zero() : first().loop.next_timeout(); }
 
-    // The one object of a type that belongs to this server: made as Extension(server) at the first call, destroyed
-    // before the loop and the rooms.
+    // ---- the loops -------------------------------------------------------------------------------------------------
+    //
+    // A server with several loops has one Loop, one Rooms and one of each extension on each of them. These functions
+    // give those of the calling thread, and on all other threads those of the first loop.
+
+    // The number of loops: ServerOptions::threads.
+    std::size_t loop_count() const { return workers_.size(); }
+    // The number of this thread's loop, from 0.
+    std::size_t loop_number() const { return current().number; }
+    Loop& loop() { return current().loop; }
+    Rooms& rooms() { return current().rooms; }
+    // Runs the function once on each loop, on its thread, with the number of the loop: to start a timer on each.
+    // Any thread may call it.
+    void post_to_all(const std::function<void(std::size_t loop)>& function) {
+        for (const auto& worker : workers_)
+            worker->loop.post([function, number = worker->number] { function(number); });
+    }
+    // A mailbox of the loop with this number. Throws an Error if there is none.
+    std::shared_ptr<Mailbox> mailbox(std::size_t loop) const {
+        if (loop >= workers_.size())
+            throw Error("mailbox: there is no loop " + std::to_string(loop) + " of " + std::to_string(workers_.size()));
+        return workers_[loop]->loop.mailbox();
+    }
+
+    // The one object of a type that belongs to this loop: made as Extension(server) at the first call, destroyed before
+    // the loops and the rooms.
     template <class Extension>
     Extension& extension() {
         static char key;
         const std::string name = big_endian_key(reinterpret_cast<std::uintptr_t>(&key));
-        if (void* known = extensions_.find(name)) return *static_cast<Extension*>(known);
-        return *static_cast<Extension*>(extensions_.add(name, detail::make_erased<Extension>(*this)));
+        detail::ErasedMap& mine = extensions_[current().number];
+        if (void* known = mine.find(name)) return *static_cast<Extension*>(known);
+        return *static_cast<Extension*>(mine.add(name, detail::make_erased<Extension>(*this)));
     }
     // Adds an entry to the log, for what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
-        worker_.log(level, event, fields);
+        current().log(level, event, fields);
     }
 
     // Counts and logs an exception that left a callback, for what is built on the server.
     void report_exception(const char* callback, const char* what) noexcept {
-        worker_.log.exception(callback, what, nullptr);
+        current().log.exception(callback, what, nullptr);
     }
 
-    // Calls visit(handler) for each WebSocketHandler that is open, on the loop's thread. visit() may close and write,
-    // but not delete.
+    // Calls visit(handler) for each WebSocketHandler that is open on this loop. visit() may close and write, but not
+    // delete.
     template <class Visit>
     void each_handler(Visit&& visit) {
-        worker_.each_handler(visit);
+        current().each_handler(visit);
     }
 
-    Loop& loop() { return worker_.loop; }
-    Rooms& rooms() { return worker_.rooms; }
     const Limits& limits() const { return options_.limits; }
     const ServerLimits& server_limits() const { return options_.server_limits; }
-    // On the loop's thread.
-    Metrics metrics() const { return worker_.current_metrics(); }
+    // Of all loops. On the thread of a loop. With several loops it waits for the others, 100 ms at most.
+    Metrics metrics() const { return sum_of(metrics_per_loop()); }
+    // The same for each loop, by its number.
+    std::vector<Metrics> metrics_per_loop() const {
+        if (threads_run_.load()) return current().metrics_of_all_loops();
+        std::vector<Metrics> all;
+        for (const auto& worker : workers_) all.push_back(worker->current_metrics());
+        return all;
+    }
 
 private:
     friend class TestServer;
@@ -11622,45 +11969,181 @@ private:
     template <class Function>
     void add_page(const char* call, std::string_view method, std::string_view pattern, Function&& answer) {
         if constexpr (std::is_invocable_v<Function&, const Request&, Reply>)
-            site_.add_later_page(call, method, pattern, std::forward<Function>(answer));
-        else site_.add_function_page(call, method, pattern, std::forward<Function>(answer));
+            site(call).add_later_page(call, method, pattern, std::forward<Function>(answer));
+        else site(call).add_function_page(call, method, pattern, std::forward<Function>(answer));
     }
-    void add_listener(std::string_view address, std::shared_ptr<detail::TransportFactory> transports,
+    void add_listener(std::string_view address, const std::shared_ptr<detail::TransportFactory>& transports,
                       const ListenOptions& options) {
-        worker_.listen(address, std::move(transports), options);
+        if (first().draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
+        if (threads_run_.load() && &current() != &first())
+            throw Error("listen " + std::string(address) + ": with several loops, call it on the first one");
+        const auto socket =
+            std::make_shared<detail::ListenSocket>(detail::ListenAddress::parse(address), options_.reuse_port, options);
+        const auto listen_on = [socket, transports, proxied = options.proxy_protocol](detail::Worker& worker) {
+            worker.listen(socket, transports ? transports->clone() : nullptr, proxied);
+        };
+        listen_on(first());
+        each_other(listen_on);
+        report(LogLevel::debug, "listening", {{"address", socket->address().to_string()}});
         if (std::exchange(ended_, false)) ++starts_;
         handle_signals();
     }
-    bool serving() const { return !worker_.listeners().empty() || worker_.draining; }
+    bool serving() const { return !first().listeners().empty() || first().draining; }
     void start_turns() {
-        if (serving()) handle_signals();
-        if (worker_.has_work()) detail::LoopAccess::poll_again(worker_.loop);
+        if (serving()) {
+            handle_signals();
+            start_threads();
+        }
+        if (first().has_work()) detail::LoopAccess::poll_again(first().loop);
     }
     void end_turns() {
-        if (worker_.end_shutdown()) {
+        stop_threads();
+        if (first().end_shutdown()) {
             ended_ = true;
             signalled_ = false;
         }
         signals_.reset();
     }
+    void begin_shutdown(Duration deadline) {
+        first().begin_shutdown(deadline);
+        each_other([deadline](detail::Worker& worker) { worker.begin_shutdown(deadline); });
+    }
+
+    // ---- threads ---------------------------------------------------------------------------------------------------
+
+    static std::size_t loops(unsigned threads) {
+        constexpr unsigned max = 256;
+        if (threads > max) throw Error("ServerOptions::threads: more than " + std::to_string(max));
+        return threads != 0 ? threads : (std::min)(max, (std::max)(1u, std::thread::hardware_concurrency()));
+    }
+    detail::Worker& first() const { return *workers_.front(); }
+    // The worker of this thread, or the first one.
+    detail::Worker& current() const {
+        detail::Worker* const worker = detail::Worker::Thread::current();
+        return worker != nullptr && &worker->server == this ? *worker : first();
+    }
+    void check_stopped(const char* call) const {
+        if (threads_run_.load()) throw Error(std::string(call) + ": with several loops, call it before run()");
+    }
+    detail::Site& site(const char* call) {
+        check_stopped(call);
+        return site_;
+    }
+    // While the other loops run, the work runs on them, unless the server has ended and begun again before.
+    template <class Work>
+    void each_other(const Work& work) {
+        for (std::size_t i = 1; i < workers_.size(); ++i) {
+            detail::Worker& worker = *workers_[i];
+            if (!threads_run_.load()) work(worker);
+            else
+                worker.loop.post([this, &worker, work, start = starts_.load()] {
+                    if (start == starts_.load()) work(worker);
+                });
+        }
+    }
+    void start_threads() {
+        if (workers_.size() == 1 || threads_run_.exchange(true)) return;
+        try {
+            for (std::size_t i = 1; i < workers_.size(); ++i) {
+                ++loads_.others_running;
+                threads_.emplace_back([this, &worker = *workers_[i]] { run_other(worker); });
+            }
+        } catch (const std::system_error& error) {
+            --loads_.others_running;
+            stop_threads();
+            throw Error(std::string("run: a thread cannot be started: ") + error.what());
+        }
+    }
+    void run_other(detail::Worker& worker) {
+        const detail::Worker::Thread thread(worker);
+        worker.loop.run();
+        const bool shut_down = worker.end_shutdown();
+        --loads_.others_running;
+        // The first loop ends when all others have. If a callback has called loop().stop(), it ends now.
+        first().loop.post([this, shut_down] {
+            if (!shut_down && !stopping_) first().loop.stop();
+        });
+    }
+    void stop_threads() {
+        if (!threads_run_.load()) return;
+        stopping_ = true;
+        for (std::size_t i = 1; i <= threads_.size(); ++i)
+            workers_[i]->loop.post([this, &worker = *workers_[i]] {
+                if (stopping_) worker.loop.stop();
+            });
+        for (std::thread& thread : threads_) thread.join();
+        threads_.clear();
+        threads_run_ = false;
+        // What was posted too late: connections that another loop had accepted, and calls for handlers that have gone.
+        for (std::size_t i = 1; i < workers_.size(); ++i) {
+            const detail::Worker::Thread thread(*workers_[i]);
+            workers_[i]->loop.poll();
+        }
+        stopping_ = false;
+    }
+    void close_all() {
+        for (const auto& worker : workers_) {
+            const detail::Worker::Thread thread(*worker);
+            worker->close();
+        }
+        for (std::size_t i = workers_.size(); i-- != 0;) {
+            const detail::Worker::Thread thread(*workers_[i]);
+            extensions_[i].clear();
+        }
+    }
+    void make_directory() {
+        std::vector<Rooms*> rooms;
+        std::vector<std::shared_ptr<Mailbox>> mailboxes;
+        for (const auto& worker : workers_) {
+            rooms.push_back(&worker->rooms);
+            mailboxes.push_back(worker->loop.mailbox());
+        }
+        directory_ = std::make_unique<detail::RoomDirectory>(std::move(rooms), std::move(mailboxes),
+                                                             options_.server_limits.max_loop_backlog);
+    }
+    Metrics sum_of(const std::vector<Metrics>& loops) const {
+        Metrics sum;
+        for (const Metrics& each : loops) detail::add_metrics(sum, each);
+        if (directory_) sum.rooms = directory_->size();
+        if (directory_) sum.broadcasts_dropped = directory_->dropped();
+        return sum;
+    }
+    template <class Entry>
+    std::function<void(const Entry&)> one_at_a_time(std::function<void(const Entry&)> function) const {
+        if (workers_.size() == 1 || !function) return function;
+        // A log function may log.
+        return [function = std::move(function), mutex = std::make_shared<std::recursive_mutex>()](const Entry& entry) {
+            const std::lock_guard<std::recursive_mutex> lock(*mutex);
+            function(entry);
+        };
+    }
+
+    // ---- signals ---------------------------------------------------------------------------------------------------
+
     // From the first listen() on, because a signal may come before run().
     void handle_signals() {
         if (options_.handle_signals && !signals_)
-            signals_ = std::make_unique<detail::SignalGuard>(detail::LoopAccess::wake_descriptor(worker_.loop));
+            signals_ = std::make_unique<detail::SignalGuard>(detail::LoopAccess::wake_descriptor(first().loop));
     }
     void on_signal() {
-        if (std::exchange(signalled_, true)) worker_.abort_all();
-        else worker_.begin_shutdown(options_.shutdown_deadline);
+        if (!std::exchange(signalled_, true)) return begin_shutdown(options_.shutdown_deadline);
+        first().abort_all();
+        each_other([](detail::Worker& worker) { worker.abort_all(); });
     }
 
     const ServerOptions options_;
     detail::Site site_;
-    detail::Worker worker_;
+    detail::LoopLoads loads_;
+    std::unique_ptr<detail::RoomDirectory> directory_;      // null with one loop
+    std::vector<std::unique_ptr<detail::Worker>> workers_;  // one for each loop; they do not change
+    std::vector<std::thread> threads_;                      // of all loops but the first, while they run
+    std::atomic<bool> threads_run_{false};
+    std::atomic<bool> stopping_{false};  // stop_threads() waits for them
     bool signalled_ = false;
     bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
-    detail::ErasedMap extensions_;
+    std::vector<detail::ErasedMap> extensions_;  // by loop
 };
 
 // ---- tests without sockets -----------------------------------------------------------------------------------------
@@ -12071,7 +12554,8 @@ private:
 // A server whose clients are in memory. It has all functions of a Server except listen() and run().
 class TestServer : public Server {
 public:
-    explicit TestServer(ServerOptions options = {}) : Server(std::move(options)) {
+    // It has one loop, whatever ServerOptions::threads is.
+    explicit TestServer(ServerOptions options = {}) : Server(with_one_loop(std::move(options))) {
         auto poller = std::make_unique<detail::MemoryPoller>(Clock::now());
         poller_ = poller.get();
         detail::LoopAccess::set_poller(loop(), std::move(poller));
@@ -12079,7 +12563,7 @@ public:
     }
     // Open connections end without a closing handshake. The clients keep what they have got.
     ~TestServer() {
-        worker_.close();
+        first().close();
         deliver();
         *self_ = nullptr;
     }
@@ -12138,6 +12622,10 @@ public:
 private:
     friend class TestClient;
 
+    static ServerOptions with_one_loop(ServerOptions options) {
+        options.threads = 1;
+        return options;
+    }
     template <class Link>
     std::shared_ptr<TestClient::State> start(const TestRequest& request, std::string bytes) {
         const auto link = std::make_shared<Link>();
@@ -12146,8 +12634,8 @@ private:
         link->to_server = std::move(bytes);
         auto transport = std::make_unique<detail::MemoryTransport<Link>>(link);
         poller_->expect(link);
-        ++worker_.metrics.connections_accepted;
-        if (!worker_.draining) worker_.accept(detail::Socket(), request.address_, std::move(transport), false);
+        ++first().metrics.connections_accepted;
+        if (!first().draining) first().accept(detail::Socket(), request.address_, std::move(transport), false);
         poller_->expect(nullptr);  // it was refused
         return client;
     }
@@ -12888,19 +13376,17 @@ public:
         if (options_.reconnect && loop().now() - opened_at_ >= options_.reconnect->stable) failures_ = 0;
         if (!may_reconnect()) return end();
         const bool asked = close_code_ == CloseCode::service_restart || close_code_ == CloseCode::try_again_later;
-        start_later(retry_delay(asked ? options_.reconnect->max_delay / 6 : Duration::zero()));
+        try_again(asked ? options_.reconnect->max_delay / 6 : Duration::zero());
     }
 
     // ---- called by a Dial ------------------------------------------------------------------------------------------
 
     void on_ready(Dial& dial, bool readable, bool writable, bool broken) {
         const auto self = shared_from_this();
-        run_guarded(
-            [&] {
-                if (&dial == active_) transfer(readable || broken, writable);
-                else finish_dial(dial);
-            },
-            [&](const char* what) { fail(stage_, what); });
+        guarded([&] {
+            if (&dial == active_) transfer(readable || broken, writable);
+            else finish_dial(dial);
+        });
     }
 
 private:
@@ -12911,12 +13397,41 @@ private:
     LoopTimer call_later(Duration delay, Function function) {
         return loop().call_later(delay, [weak = weak_from_this(), function] {
             const auto self = weak.lock();
-            if (self && self->core_ != nullptr)
-                run_guarded([&] { function(*self); }, [&](const char* what) { self->fail(self->stage_, what); });
+            if (self && self->core_ != nullptr) self->guarded([&] { function(*self); });
         });
     }
     void cancel(LoopTimer& timer) {
         if (timer) loop().cancel(*std::exchange(timer, std::nullopt));
+    }
+
+    // What throws in an attempt ends it. If memory ran out, the next attempt may be better.
+    void guarded(FunctionRef<> work) {
+        bool out_of_memory = false;
+        auto watched = [&] {
+            try {
+                work();
+            } catch (const std::bad_alloc&) {
+                out_of_memory = true;
+                throw;
+            }
+        };
+        run_guarded(watched, [&](const char* what) {
+            const ConnectStage stage = out_of_memory ? (std::max)(stage_, ConnectStage::resolve) : stage_;
+            // If there is no memory for the failure either, it is not told.
+            auto nothing = [](const char*) {};
+            if (attempting_ && run_guarded([&] { fail(stage, what); }, nothing)) return;
+            if (core_ == nullptr || ended_ || session_ != nullptr) return;
+            stop_attempt();
+            if (may_reconnect()) try_again(Duration::zero());
+            else end();
+        });
+    }
+    // Gives up if there is no memory for the timer at the second try either.
+    void try_again(Duration least) {
+        const Duration delay = retry_delay(least);
+        for (int i = 0; i < 2; ++i)
+            if (run_guarded([&] { start_later(delay); }, [](const char*) {})) return;
+        end();
     }
 
     // ---- an attempt ------------------------------------------------------------------------------------------------
@@ -12924,6 +13439,7 @@ private:
     void start() {
         timer_.reset();
         if (core_->worker.draining) return end();
+        attempting_ = true;
         attempt_ = std::make_shared<char>();
         redirects_ = 0;
         stage_ = ConnectStage::url;
@@ -12986,14 +13502,12 @@ private:
     }
 
     void on_resolved(ResolverResult result) {
-        run_guarded(
-            [&] {
-                const std::string& host = proxy_ ? proxy_->host : url_.host;
-                if (result.addresses.empty())
-                    fail(stage_, "The host \"" + escape_for_log(host) + "\" cannot be resolved: " + result.error + ".");
-                else dial_all(std::move(result.addresses));
-            },
-            [&](const char* what) { fail(stage_, what); });
+        guarded([&] {
+            const std::string& host = proxy_ ? proxy_->host : url_.host;
+            if (result.addresses.empty())
+                fail(stage_, "The host \"" + escape_for_log(host) + "\" cannot be resolved: " + result.error + ".");
+            else dial_all(std::move(result.addresses));
+        });
     }
 
     // ---- connecting ------------------------------------------------------------------------------------------------
@@ -13338,7 +13852,7 @@ private:
 
     // `status`: of the response, whose body is in body_.
     WSCHAT_COLD void fail(ConnectStage stage, std::string sentence, int status = 0) {
-        if (core_ == nullptr || !attempt_) return;
+        if (core_ == nullptr || !attempting_) return;
         const auto self = shared_from_this();
         ConnectError error{stage, status, body_.take(), std::move(sentence), std::nullopt};
         Duration wait = Duration::zero();
@@ -13395,6 +13909,7 @@ private:
         output_.clear();
         body_ = {};
         attempt_.reset();
+        attempting_ = false;
     }
     // No attempt and no connection follows.
     void end() {
@@ -13456,6 +13971,7 @@ private:
 
     ClientAttempt attempted_;
     std::shared_ptr<char> attempt_;  // null between attempts
+    bool attempting_ = false;
     ConnectStage stage_ = ConnectStage::url;
     ClientUrl url_;  // of the present hop
     std::optional<ClientUrl> proxy_;
@@ -14814,6 +15330,7 @@ public:
     struct Place {
         std::string hub;
         bool away;
+        bool missing = false;  // the store has forgotten it; perhaps that hub forwards it again
     };
     struct User {
         ChatUser info;
@@ -14825,7 +15342,7 @@ public:
         std::string wanted{};                // the name that the user asked for
         std::vector<std::string> refused{};  // names that the store refused, folded
         std::string key{};                   // of the user in the map
-        std::vector<std::string> tags{};        // of the latest private messages
+        std::vector<std::string> tags{};     // of the latest private messages
 
         bool confirmed() const { return !places.empty(); }
         // No hub has a connection.
@@ -14842,7 +15359,7 @@ public:
         void set_place(const std::string& hub, bool is_away) {
             for (Place& each : places) {
                 if (each.hub != hub) continue;
-                each.away = is_away;
+                each = {hub, is_away};
                 return;
             }
             places.push_back({hub, is_away});
@@ -16331,6 +16848,7 @@ private:
     inline void change_name(ChatRoom& room, User& user, const std::string& name);
     inline void on_presence_refused(const ChatEntry& entry, std::string_view code);
     inline void forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users);
+    inline void remove_missing(const ChatRoom& room);
     inline void forward_missing(ChatRoom& room);
     inline void dismiss(ChatRoom& room, const User& guest);
     inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
@@ -16338,13 +16856,13 @@ private:
     Server& server_;
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
-    StringMap<ChatHandler> connections_;  // by number
-    StringMap<UserState> users_;          // by public id
+    StringMap<ChatHandler> connections_;      // by number
+    StringMap<UserState> users_;              // by public id
     StringMap<std::string> changed_options_;  // by key of the room; as ChatRoomOptions::to_fact()
     StringMap<std::int64_t> invitations_;     // when they expire in Unix time, by invitation_key(); 0: never
     StringMap<std::string> accounts_;         // their names, by chat_fold()
     StringMap<std::vector<Asked>> asked_;     // who waits until a fact is kept, by asked_key()
-    StringMap<bool> noted_;             // the facts about users and conversations that the store has
+    StringMap<bool> noted_;                   // the facts about users and conversations that the store has
     const std::string id_;
     const std::uint64_t first_number_;  // no other hub has numbers near; the connections have the next ones
     std::uint64_t last_number_;
@@ -17017,7 +17535,7 @@ private:
     TokenBucket replies_, fan_out_;
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
-    std::string tag_;  // of the line in progress
+    std::string tag_;                      // of the line in progress
     std::uint32_t first_permissions_ = 0;  // what "hello" says
     bool connected_ = false;
     bool kicked_ = false;
@@ -17191,15 +17709,15 @@ private:
         if (handler_.identity_.empty())
             return error("forbidden", "Only users with a key or an account write to users by their ids.");
         if (!ChatHandler::is_user_id(id)) return error("unknown_user", "There is no user with that id.");
-        handler_.hub_->store().facts(
-            "user", id,
-            [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](const std::vector<ChatFact>& facts,
-                                                                                   const std::string&) {
-                auto* self = static_cast<ChatHandler*>(me.get());
-                if (self == nullptr) return;
-                if (!facts.empty() && facts[0].key == id) return self->say_to(id, "", text, tag);
-                self->write_error("unknown_user", "There is no user with that id.", tag);
-            });
+        handler_.hub_->store().facts("user", id,
+                                     [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](
+                                         const std::vector<ChatFact>& facts, const std::string&) {
+                                         auto* self = static_cast<ChatHandler*>(me.get());
+                                         if (self == nullptr) return;
+                                         if (!facts.empty() && facts[0].key == id)
+                                             return self->say_to(id, "", text, tag);
+                                         self->write_error("unknown_user", "There is no user with that id.", tag);
+                                     });
     }
     void read(std::string_view rest) {
         std::string what = room_ == nullptr ? "" : room_->key();
@@ -17335,8 +17853,7 @@ private:
             return error("refused", "There are too many invitations.");
         const std::string id = by_id ? std::string(rest.substr(1)) : user->info.id;
         hub.ask({"invite", ChatHub::invitation_key(room_->name(), id)}, handler_.number_, handler_.tag_);
-        hub.invite(*room_, id, by_id || !user->identity.empty(), handler_.user().name,
-                   handler_.identity_);
+        hub.invite(*room_, id, by_id || !user->identity.empty(), handler_.user().name, handler_.identity_);
     }
     void access(std::string_view rest) {
         if (rest != "private" && rest != "public") return error("bad_command", "/access private|public");
@@ -18375,14 +18892,27 @@ inline void ChatHub::on_presence(const std::string& key, const std::vector<ChatE
     // The first time, what this hub has forwarded is on its way.
     if (std::exchange(room->presence_known_, true)) forward_missing(*room);
 }
-// Removes the users who are not in the list.
+// When a store has lost its data, all hubs forward their users again. Who is missing after the grace period has left.
 inline void ChatHub::forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users) {
     StringMap<bool> listed;
     for (const ChatEntry& each : users) listed.find_or_emplace(text::concat({each.user, "\n", each.hub}));
+    bool any = false;
+    for (const auto& [key, user] : room.presence_) {
+        for (detail::Presence::Place& each : user.places) {
+            each.missing = listed.find(text::concat({user.info.id, "\n", each.hub})) == nullptr;
+            any = any || each.missing;
+        }
+    }
+    if (!any) return;
+    server_.loop().call_later(limits.grace, [this, key = room.key()] {
+        if (ChatRoom* const found = rooms_.find(key)) remove_missing(*found);
+    });
+}
+inline void ChatHub::remove_missing(const ChatRoom& room) {
     std::vector<ChatEntry> missing;
     for (const auto& [key, user] : room.presence_) {
         for (const detail::Presence::Place& each : user.places) {
-            if (listed.find(text::concat({user.info.id, "\n", each.hub})) != nullptr) continue;
+            if (!each.missing) continue;
             missing.push_back(new_entry(ChatEntry::Kind::leave, room, user.info));
             missing.back().hub = each.hub;
             missing.back().time = unix_ms();
@@ -18398,10 +18928,11 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
         User* const user = room.presence_.find_id(id);
         if (user == nullptr) continue;
         const detail::Presence::Place* const place = user->place(id_);
-        if (user->connections.empty() && place != nullptr && user->told == Told::nothing) forward_leave(room, *user);
-        else if (!user->connections.empty() && (place == nullptr || place->away))
+        if (user->connections.empty() && place != nullptr && !place->missing && user->told == Told::nothing)
+            forward_leave(room, *user);
+        else if (!user->connections.empty() && (place == nullptr || place->away || place->missing))
             forward_join(room, *user, user->connections.front()->number_);
-        else if (user->connections.empty() && place != nullptr && !place->away && user->told == Told::away)
+        else if (user->connections.empty() && place != nullptr && user->told == Told::away)
             forward(new_entry(ChatEntry::Kind::away, room, user->info));
     }
     if (room.presence_.own() == 0) prune_later();

@@ -92,6 +92,80 @@ std::string last(TestClient& client, const std::string& type) {
 }
 std::string own_name(TestClient& client) { return client.handler<Host>().user().name; }
 
+// A store of several hubs that keeps what this hub forwards, and says about others what the test wants.
+class ScriptedStore final : public ChatStore {
+public:
+    explicit ScriptedStore(ScriptedStore*& self) { self = this; }
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        listener_ = &listener;
+        history_.attach(listener, std::move(mailbox));
+    }
+    void append(ChatEntry entry) override { history_.append(std::move(entry)); }
+    void forward(const ChatEntry& entry) override {
+        forwarded += (forwarded.empty() ? "" : " ") + std::to_string(static_cast<int>(entry.kind)) + ":" + entry.name;
+        if (delivering) listener_->on_entry(entry);
+    }
+    void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
+               PageCallback callback) override {
+        history_.since(room, std::move(position), limit, std::move(callback));
+    }
+    void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
+        history_.before(room, id, limit, std::move(callback));
+    }
+    void put(ChatFact fact) override { history_.put(std::move(fact)); }
+    void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
+        history_.facts(scope, key_prefix, std::move(callback));
+    }
+    bool watch(const std::string&) override {
+        listener_->on_presence("tea", users);
+        return true;
+    }
+    void unwatch(const std::string&) override { ++unwatched; }
+    void beat(const std::string& hub) override {
+        ++beats;
+        CHECK(hub == listener_->hub());
+        CHECK(hub.size() == 16);
+    }
+    // Somebody of another hub.
+    static ChatEntry remote(ChatEntry::Kind kind, const std::string& name, const std::string& hub = "other hub") {
+        ChatEntry entry;
+        entry.kind = kind;
+        entry.room = "tea";
+        entry.name = name;
+        entry.user = "id of " + name;
+        entry.hub = hub;
+        return entry;
+    }
+    void deliver(const ChatEntry& entry) { listener_->on_entry(entry); }
+    void refuse(const ChatEntry& entry) { listener_->on_refused(entry, "name_taken"); }
+    void present() { listener_->on_presence("tea", users); }
+
+    std::vector<ChatEntry> users;
+    std::string forwarded;
+    bool delivering = true;
+    int beats = 0, unwatched = 0;
+
+private:
+    MemoryHistory history_;
+    Listener* listener_ = nullptr;
+};
+
+// A server whose chat has such a store.
+struct Scripted {
+    Scripted() {
+        server.route<Host>("/chat/{room}");
+        ChatHub::of(server).set_store(std::make_unique<ScriptedStore>(store));
+    }
+    std::string users() {
+        std::string names;
+        for (const ChatUser& user : ChatHub::of(server).room("tea").users())
+            names += (names.empty() ? "" : " ") + user.name;
+        return names;
+    }
+    ScriptedStore* store = nullptr;
+    TestServer server;
+};
+
 // Who is in a room, in the view of a client.
 class View {
 public:
@@ -408,6 +482,87 @@ TEST_CASE("a program hears of each event once on the first hub, also of rooms wi
     phone.hang_up();
     hubs.advance(10s);
     CHECK(seen == "34:Anna 0:Anna 35:Anna ");
+}
+
+TEST_CASE("a hub beats every two seconds while it has watched a room, and ends to watch a room without users") {
+    Scripted scripted;
+    CHECK(scripted.store->beats == 0);
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    CHECK(scripted.store->beats == 1);
+    scripted.server.advance(10s);
+    CHECK(scripted.store->beats == 6);
+    anna.close();
+    CHECK(scripted.store->unwatched == 1);
+}
+
+TEST_CASE("when the store forgets users, their hub forwards them again, and who is not forwarded again has left") {
+    using Kind = ChatEntry::Kind;
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    store.users = {ScriptedStore::remote(Kind::join, "Bert"), ScriptedStore::remote(Kind::join, "Carl")};
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    CHECK(scripted.users() == "Anna Bert Carl");
+    CHECK(store.forwarded == "34:Anna");
+    anna.received();
+    store.users.clear();
+    store.present();
+    CHECK(store.forwarded == "34:Anna 34:Anna");
+    scripted.server.advance(1s);
+    store.deliver(ScriptedStore::remote(Kind::join, "Carl"));
+    CHECK(types(anna) == "");
+    scripted.server.advance(2s);
+    CHECK(types(anna) == "leave");
+    CHECK(scripted.users() == "Anna Carl");
+
+    // A list with another name for Carl, and with somebody who is away.
+    store.users = {ScriptedStore::remote(Kind::join, "Carla"), ScriptedStore::remote(Kind::away, "Dora")};
+    store.users[0].user = "id of Carl";
+    store.present();
+    scripted.server.settle();
+    CHECK(types(anna) == "nick join");
+    CHECK(scripted.users() == "Anna Carla Dora");
+    anna.send("/msg Dora psst");
+    CHECK(field_of(last(anna, "error"), "code") == "user_away");
+}
+
+TEST_CASE("a user whose hub has been forgotten while the connection was lost leaves once") {
+    using Kind = ChatEntry::Kind;
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna"),
+               bert = scripted.server.connect("/chat/tea?name=Bert&key=bert-secret");
+    anna.received();
+    bert.hang_up();
+    store.present();
+    store.deliver(ScriptedStore::remote(Kind::leave, "Nobody"));
+    scripted.server.advance(10s);
+    CHECK(types(anna) == "leave");
+    CHECK(scripted.users() == "Anna");
+    CHECK(scripted.server.exceptions().empty());
+}
+
+TEST_CASE("a name that the store refuses is tried once more, and then changed") {
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    store.delivering = false;
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    anna.received();
+    const std::string id = anna.handler<Host>().user().id;
+    for (int i = 0; i < 3; ++i) {
+        ChatEntry join = ScriptedStore::remote(ChatEntry::Kind::join, own_name(anna));
+        join.user = id;
+        store.refuse(join);
+    }
+    CHECK(store.forwarded == "34:Anna 34:Anna 34:Anna-2 34:Anna-2");
+    scripted.server.settle();
+    CHECK(types(anna) == "nick");
+    CHECK(scripted.users() == "");
+    store.delivering = true;
+    ChatEntry join = ScriptedStore::remote(ChatEntry::Kind::join, "Anna-3");
+    join.user = id;
+    store.deliver(join);
+    CHECK(own_name(anna) == "Anna-3");
+    CHECK(scripted.users() == "Anna-3");
 }
 
 TEST_CASE("whatever joins, leaves, reloads, renames and kicks come in whatever order, all hubs and clients agree") {

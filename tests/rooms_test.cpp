@@ -707,3 +707,223 @@ TEST_SUITE("rooms") {
         CHECK(fixture.on_loop([&] { return fixture.room("lobby").begin().operator->() == &fixture["anna"]; }));
     }
 }
+
+// ---- rooms of several loops, in memory ------------------------------------------------------------------------------
+
+namespace {
+
+using wschat::TestClient;
+using wschat::TestServer;
+using wschat::detail::RoomBus;
+using wschat::detail::RoomDirectory;
+using wschat::detail::RoomsAccess;
+
+// Joins the room of its path.
+struct PathMember : WebSocketHandler {
+    void open() override { room(request().param("room")).join(*this); }
+    void on_message(const Message& m) override { room(request().param("room")).broadcast(m, this); }
+};
+
+// Keeps what is posted until run().
+struct HeldMailbox final : wschat::Mailbox {
+    bool post(wschat::detail::Task work) override {
+        posts.push_back(std::move(work));
+        return true;
+    }
+    void run() {
+        for (wschat::detail::Task& work : std::exchange(posts, {})) work();
+    }
+    std::vector<wschat::detail::Task> posts;
+};
+
+// Three servers in memory that share their rooms as three loops of one server do. Each step is a call.
+struct ThreeLoops {
+    explicit ThreeLoops(std::size_t max_backlog = 1'000'000) {
+        std::vector<wschat::Rooms*> rooms;
+        for (TestServer& server : servers) rooms.push_back(&server.rooms());
+        directory = std::make_unique<RoomDirectory>(
+            std::move(rooms), std::vector<std::shared_ptr<wschat::Mailbox>>(mailboxes.begin(), mailboxes.end()),
+            max_backlog);
+        for (std::size_t i = 0; i < 3; ++i) {
+            RoomsAccess::share(servers[i].rooms(), directory.get(), i);
+            servers[i].route<PathMember>("/{room}");
+        }
+    }
+    ~ThreeLoops() {
+        for (TestServer& server : servers) server.settle();
+    }
+    TestClient connect(std::size_t loop, std::string_view room) {
+        return servers[loop].connect("/" + std::string(room));
+    }
+    Room& room(std::size_t loop, std::string_view name) { return servers[loop].rooms()[name]; }
+    // What the client has got since the last call.
+    std::vector<std::string> received(TestClient& client) {
+        for (TestServer& server : servers) server.settle();
+        return client.received();
+    }
+    // The end of a turn on this loop.
+    void flush(std::size_t loop) { directory->flush(loop); }
+    // The posts of this loop run.
+    void run(std::size_t loop) {
+        mailboxes[loop]->run();
+        servers[loop].settle();
+    }
+    std::vector<std::size_t> posts() const {
+        return {mailboxes[0]->posts.size(), mailboxes[1]->posts.size(), mailboxes[2]->posts.size()};
+    }
+
+    std::array<std::shared_ptr<HeldMailbox>, 3> mailboxes = {
+        std::make_shared<HeldMailbox>(), std::make_shared<HeldMailbox>(), std::make_shared<HeldMailbox>()};
+    std::unique_ptr<RoomDirectory> directory;  // outlives the servers
+    std::array<TestServer, 3> servers;
+};
+
+using Counts = std::vector<std::size_t>;
+using Texts = std::vector<std::string>;
+
+}  // namespace
+
+TEST_SUITE("rooms") {
+    TEST_CASE("a turn makes one post for each loop that has members in the room, and none for the others") {
+        ThreeLoops loops;
+        TestClient anna = loops.connect(0, "tea"), bert = loops.connect(1, "tea"), cleo = loops.connect(2, "milk");
+        CHECK(loops.room(0, "tea").size() == 2);
+        CHECK(loops.room(0, "tea").broadcast("one") == 2);
+        CHECK(loops.room(0, "tea").broadcast("two") == 2);
+        CHECK(loops.posts() == Counts{0, 0, 0});
+        loops.flush(0);
+        CHECK(loops.posts() == Counts{0, 1, 0});
+        loops.servers[0].settle();
+        CHECK(loops.received(anna) == Texts{"one", "two"});
+        CHECK(loops.received(bert) == Texts{});
+        loops.run(1);
+        CHECK(loops.received(bert) == Texts{"one", "two"});
+        CHECK(loops.received(cleo) == Texts{});
+        loops.flush(0);
+        CHECK(loops.posts() == Counts{0, 0, 0});
+    }
+
+    TEST_CASE("a loop without members reaches a room of another loop, and knows its size") {
+        ThreeLoops loops;
+        TestClient anna = loops.connect(0, "tea");
+        Room* const found = loops.servers[2].rooms().find("tea");
+        REQUIRE(found != nullptr);
+        CHECK(found->size() == 1);
+        CHECK_FALSE(found->begin() != found->end());  // no member is on this loop
+        CHECK(found->broadcast("from afar") == 1);
+        loops.flush(2);
+        loops.run(0);
+        CHECK(loops.received(anna) == Texts{"from afar"});
+        CHECK(loops.servers[2].rooms().find("milk") == nullptr);
+    }
+
+    TEST_CASE("the sender is left out on its own loop") {
+        ThreeLoops loops;
+        TestClient anna = loops.connect(0, "tea"), bert = loops.connect(1, "tea");
+        anna.send("hi");
+        loops.flush(0);
+        loops.run(1);
+        CHECK(loops.received(anna) == Texts{});
+        CHECK(loops.received(bert) == Texts{"hi"});
+    }
+
+    TEST_CASE("who leaves before a broadcast arrives at the loop does not get it") {
+        ThreeLoops loops;
+        TestClient anna = loops.connect(0, "tea"), bert = loops.connect(1, "tea"), cleo = loops.connect(1, "tea");
+        loops.room(0, "tea").broadcast("one");
+        loops.flush(0);
+        bert.hang_up();
+        loops.run(1);
+        CHECK(loops.received(bert) == Texts{});
+        CHECK(loops.received(cleo) == Texts{"one"});
+        cleo.hang_up();
+        loops.room(0, "tea").broadcast("two");
+        loops.flush(0);
+        CHECK(loops.posts() == Counts{0, 0, 0});
+        CHECK(loops.received(anna) == Texts{"one", "two"});
+    }
+
+    TEST_CASE("the directory forgets a room when no loop has it") {
+        ThreeLoops loops;
+        CHECK(loops.directory->size() == 0);
+        {
+            TestClient anna = loops.connect(0, "tea"), bert = loops.connect(1, "tea");
+            CHECK(loops.directory->size() == 1);
+            CHECK(loops.servers[2].rooms().names() == Texts{"tea"});
+            anna.hang_up();
+            CHECK(loops.directory->size() == 1);
+            loops.room(1, "tea").broadcast("on its way");  // and never arrives
+            loops.flush(1);
+            bert.hang_up();
+        }
+        CHECK(loops.directory->size() == 0);
+        for (std::size_t i = 0; i < 3; ++i) loops.run(i);
+    }
+
+    TEST_CASE("above max_loop_backlog, broadcasts for a loop are dropped until it has caught up") {
+        ThreeLoops loops(10'000);
+        TestClient anna = loops.connect(0, "tea"), bert = loops.connect(1, "tea");
+        const std::string text(1000, 'x');
+        for (int i = 0; i < 20; ++i) loops.room(0, "tea").broadcast(text);
+        loops.flush(0);
+        loops.run(1);
+        const std::size_t arrived = loops.received(bert).size();
+        CHECK(arrived == 10);
+        CHECK(loops.directory->dropped() == 10);
+        CHECK(loops.received(anna).size() == 20);
+        CHECK(loops.room(0, "tea").broadcast(text) == 2);
+        loops.flush(0);
+        loops.run(1);
+        CHECK(loops.received(bert).size() == 1);
+    }
+
+    TEST_CASE("the bus hears of rooms with members, and of each broadcast once, on the first loop") {
+        struct Bus final : RoomBus {
+            void subscribe(const std::string& room) override { calls.push_back("subscribe " + room); }
+            void unsubscribe(const std::string& room) override { calls.push_back("unsubscribe " + room); }
+            void publish(const std::string& room, Opcode opcode, std::string_view payload) override {
+                calls.push_back("publish " + room + (opcode == Opcode::text ? " " : " binary ") + std::string(payload));
+            }
+            Texts take() { return std::exchange(calls, {}); }
+            Texts calls;
+        };
+        Bus bus;
+        ThreeLoops loops;
+        loops.directory->set_bus(&bus);
+        TestClient anna = loops.connect(1, "tea");
+        CHECK(bus.take() == Texts{});
+        loops.run(0);
+        CHECK(bus.take() == Texts{"subscribe tea"});
+        TestClient bert = loops.connect(0, "tea"), cleo = loops.connect(2, "tea");
+        loops.run(0);
+        CHECK(bus.take() == Texts{});
+
+        loops.room(0, "tea").broadcast("one");
+        CHECK(bus.take() == Texts{"publish tea one"});
+        loops.room(2, "tea").broadcast_binary("two");
+        CHECK(bus.take() == Texts{});
+        for (std::size_t i = 0; i < 3; ++i) loops.flush(i);
+        for (std::size_t i = 0; i < 3; ++i) loops.run(i);
+        CHECK(bus.take() == Texts{"publish tea binary two"});
+
+        // Another machine says something. It is not published again.
+        loops.directory->deliver_from_bus("tea", Opcode::text, "three");
+        loops.directory->deliver_from_bus("milk", Opcode::text, "nobody");
+        loops.flush(0);
+        for (std::size_t i = 0; i < 3; ++i) loops.run(i);
+        CHECK(bus.take() == Texts{});
+        for (TestClient* client : {&anna, &bert}) CHECK(loops.received(*client) == Texts{"one", "two", "three"});
+        CHECK(loops.received(cleo) == Texts{"two", "one", "three"});  // its own loop first
+
+        // The room is empty for a moment.
+        anna.hang_up();
+        bert.hang_up();
+        cleo.hang_up();
+        TestClient dora = loops.connect(2, "tea");
+        loops.run(0);
+        CHECK(bus.take() == Texts{"unsubscribe tea", "subscribe tea"});
+        dora.hang_up();
+        loops.run(0);
+        CHECK(bus.take() == Texts{"unsubscribe tea"});
+    }
+}

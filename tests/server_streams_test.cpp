@@ -58,6 +58,7 @@ struct FakeTransport : Transport {
 struct FakeFactory : TransportFactory {
     explicit FakeFactory(const FakeTransport::Behavior& its_behavior) : behavior(its_behavior) {}
     std::unique_ptr<Transport> make() override { return std::make_unique<FakeTransport>(behavior); }
+    std::unique_ptr<TransportFactory> clone() const override { return std::make_unique<FakeFactory>(behavior); }
     void reload() override {}
     const FakeTransport::Behavior behavior;
 };
@@ -66,7 +67,8 @@ struct WorkerThread {
     WorkerThread(const FakeTransport::Behavior& behavior, Route::Factory factory, const Limits& limits = {}) {
         options.limits = limits;
         site.routes.add("route", Pattern("route", "/"), std::move(factory));
-        worker.listen("0", std::make_shared<FakeFactory>(behavior));
+        worker.listen(std::make_shared<ListenSocket>(ListenAddress::parse("0"), false),
+                      std::make_unique<FakeFactory>(behavior), false);
         port = worker.listeners().front().address().port;
         thread = std::thread([this] { worker.loop.run(); });
     }
@@ -82,7 +84,8 @@ struct WorkerThread {
     Server server;
     ServerOptions options;
     Site site;
-    Worker worker{server, options, site};
+    LoopLoads loads{1};
+    Worker worker{server, options, site, loads};
     std::thread thread;
     int port = 0;
 };
@@ -120,7 +123,8 @@ TEST_CASE("a session that pauses and is closed in the turn in which it continues
     FakeTransport::Behavior behavior;
     behavior.buffered = 5 * frame.size();
     behavior.piece = frame.size();
-    WorkerThread running(behavior, [&] { return std::make_unique<Handler>(seen); }, limits);
+    WorkerThread running(
+        behavior, [&] { return std::make_unique<Handler>(seen); }, limits);
     WsClient client(running.port);
     REQUIRE(client.is_open());
     client.raw.send(test::repeated(20, frame));

@@ -141,6 +141,13 @@ inline wschat::PollerKind poller_kind() {
                                                               : wschat::PollerKind::automatic;
 }
 
+// The number of loops that the environment variable WSCHAT_TEST_THREADS gives to each server that does not ask for more
+// than one.
+inline unsigned loop_count() {
+    const char* wanted = std::getenv("WSCHAT_TEST_THREADS");
+    return wanted != nullptr ? static_cast<unsigned>(std::atoi(wanted)) : 1;
+}
+
 #if WSCHAT_OPENSSL
 
 // With WSCHAT_TEST_TLS=1 every server of the tests listens with TLS, and every client uses TLS.
@@ -431,6 +438,7 @@ private:
     static wschat::ServerOptions with_test_poller(wschat::ServerOptions options) {
         options.poller = poller_kind();
         options.handle_signals = false;
+        if (options.threads == 1) options.threads = loop_count();
         return options;
     }
 

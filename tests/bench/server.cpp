@@ -1,11 +1,8 @@
 // The server that the benchmarks measure: it only passes messages on.   bench_server PORT room|echo|deflate [threads]
 //
 // room: every message goes to every connection, the sender included. echo: back to the sender. deflate: as room, with
-// every message compressed (needs -DWSCHAT_ZLIB=1 -lz). With several threads, each has its own server and rooms, and all
-// share the port (SO_REUSEPORT).
+// every message compressed (needs -DWSCHAT_ZLIB=1 -lz). With several threads, the room spans all of them.
 #include "../../wschat.hpp"
-
-#include <thread>
 
 namespace {
 
@@ -28,18 +25,6 @@ struct DeflateMember : Member {
     }
 };
 
-std::unique_ptr<wschat::Server> make_server(const std::string& address, const std::string& mode, bool reuse_port) {
-    wschat::ServerOptions options;
-    options.reuse_port = reuse_port;
-    options.limits.max_message_size = 64 * 1024 * 1024;
-    auto server = std::make_unique<wschat::Server>(options);
-    if (mode == "echo") server->route<Echo>("/");
-    else if (mode == "deflate") server->route<DeflateMember>("/");
-    else server->route<Member>("/");
-    server->listen(address);
-    return server;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) try {
@@ -50,18 +35,17 @@ int main(int argc, char** argv) try {
         std::fprintf(stderr, "usage: bench_server PORT room|echo%s [threads, 1-64]\n", WSCHAT_ZLIB ? "|deflate" : "");
         return 1;
     }
-    std::vector<std::unique_ptr<wschat::Server>> servers;
-    std::string address = argv[1];
-    for (int i = 0; i < threads; ++i) {
-        servers.push_back(make_server(address, mode, threads > 1));
-        address = std::to_string(servers.front()->port());
-    }
-    std::printf("bench_server: %s\n", servers.front()->url().c_str());
+    wschat::ServerOptions options;
+    options.threads = static_cast<unsigned>(threads);
+    options.limits.max_message_size = 64 * 1024 * 1024;
+    wschat::Server server(options);
+    if (mode == "echo") server.route<Echo>("/");
+    else if (mode == "deflate") server.route<DeflateMember>("/");
+    else server.route<Member>("/");
+    server.listen(argv[1]);
+    std::printf("bench_server: %s\n", server.url().c_str());
     std::fflush(stdout);
-    std::vector<std::thread> others;
-    for (std::size_t i = 1; i < servers.size(); ++i) others.emplace_back([&, i] { servers[i]->run(); });
-    servers.front()->run();
-    for (std::thread& other : others) other.join();
+    server.run();
 } catch (const wschat::Error& error) {
     std::fprintf(stderr, "bench_server: %s\n", error.what());
     return 1;
