@@ -165,7 +165,7 @@
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wschat.hpp needs C++17: compile with -std=c++17 or newer (Visual Studio: /std:c++17)"
 #endif
-#if !defined(__cpp_exceptions)
+#if !defined(__cpp_exceptions) && !defined(_CPPUNWIND)
 #error "wschat.hpp needs exceptions: compile without -fno-exceptions (Visual Studio: with /EHsc)"
 #endif
 #if defined(_WIN32) && defined(_WINSOCKAPI_) && !defined(_WINSOCK2API_)
@@ -1506,26 +1506,27 @@ public:
     // Returns false and takes none if the bucket holds fewer tokens. To take more than `burst`, it must be full.
     WSCHAT_NOINLINE bool take(double tokens, const Rate& rate, Time now) {
         if (rate.per_second <= 0) return true;
-        const Time start = (std::max)(full_at_, now);
-        const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
-        if (missing + (std::min)(tokens, rate.burst) > rate.burst) return false;
+        if (available_at((std::min)(tokens, rate.burst), rate) > now) return false;
         charge(tokens, rate, now);
         return true;
     }
     // Takes tokens also if the bucket does not hold them; then it owes them. The rate must not be 0.
     void charge(double tokens, const Rate& rate, Time now) {
-        full_at_ = saturating_add((std::max)(full_at_, now), seconds(tokens / rate.per_second));
+        full_at_ = saturating_add((std::max)(full_at_, now), time_for(tokens, rate));
     }
     // When the bucket holds this number of tokens again. The rate must not be 0.
     Time available_at(double tokens, const Rate& rate) const {
-        return saturating_add(full_at_, -seconds((rate.burst - tokens) / rate.per_second));
+        return saturating_add(full_at_, -time_for(rate.burst - tokens, rate));
     }
     bool full(Time now) const { return full_at_ <= now; }
 
 private:
-    static Duration seconds(double count) {
-        constexpr double max_seconds = 1e9;
-        return std::chrono::duration_cast<Duration>(std::chrono::duration<double>((std::min)(count, max_seconds)));
+    // Rounds down. The product is exact, so that the quotient does not depend on the precision of the processor (x87).
+    static Duration time_for(double tokens, const Rate& rate) {
+        constexpr double ticks_per_second = static_cast<double>(Duration::period::den) / Duration::period::num;
+        constexpr double max_ticks = 1e9 * ticks_per_second;
+        const double ticks = (std::min)(max_ticks, tokens * ticks_per_second / rate.per_second);
+        return Duration(static_cast<Duration::rep>((std::max)(-max_ticks, ticks)));
     }
 
     Time full_at_{};
@@ -5801,6 +5802,14 @@ inline std::string absolute_path(const std::string& path) {
     resolved.resize(::GetFullPathNameW(wide.c_str(), 32767, resolved.data(), nullptr));
     return resolved.empty() || resolved.size() > 32766 ? path : from_wide(resolved);
 }
+// The value of an environment variable, or nothing.
+inline std::optional<std::string> environment(const char* name) {
+    std::wstring value(32768, L'\0');
+    ::SetLastError(ERROR_SUCCESS);
+    value.resize(::GetEnvironmentVariableW(to_wide(name).c_str(), value.data(), 32767));
+    if (value.empty() && ::GetLastError() != ERROR_SUCCESS) return std::nullopt;
+    return from_wide(value);
+}
 inline std::string executable_path() {
     std::wstring path(32768, L'\0');
     path.resize(::GetModuleFileNameW(nullptr, path.data(), 32767));
@@ -5924,6 +5933,11 @@ inline int open_file_beneath(const std::string& root, const std::vector<std::str
 inline std::string absolute_path(const std::string& path) {
     const std::unique_ptr<char, void (*)(void*)> resolved(::realpath(path.c_str(), nullptr), &std::free);
     return resolved ? resolved.get() : path;
+}
+inline std::optional<std::string> environment(const char* name) {
+    const char* value = std::getenv(name);
+    if (value == nullptr) return std::nullopt;
+    return value;
 }
 inline std::string executable_path() {
 #if defined(__APPLE__)
@@ -6219,7 +6233,7 @@ private:
     std::size_t size_ = 0;
 };
 
-#if WSCHAT_LIBURING
+#if WSCHAT_LIBURING && defined(__linux__)
 
 // MSG_DONTWAIT: each send completes within the call that submits it.
 class UringSendBatch final : public SendBatch {
@@ -6457,8 +6471,13 @@ private:
         // On Windows, SO_REUSEADDR would let two processes share a port.
         socket_.set_option(SOL_SOCKET, SO_REUSEADDR, 1);
 #endif
+#if defined(SO_REUSEPORT_LB)
+        constexpr int share_port = SO_REUSEPORT_LB;  // FreeBSD; its SO_REUSEPORT does not distribute connections
+#elif defined(SO_REUSEPORT)
+        constexpr int share_port = SO_REUSEPORT;
+#endif
 #if defined(SO_REUSEPORT)
-        if (reuse_port && !socket_.set_option(SOL_SOCKET, SO_REUSEPORT, 1))
+        if (reuse_port && !socket_.set_option(SOL_SOCKET, share_port, 1))
             fail(os::last_error(), "setsockopt SO_REUSEPORT");
 #else
         if (reuse_port) throw Error("listen " + address_.to_string() + ": this system has no SO_REUSEPORT");
@@ -6699,18 +6718,17 @@ private:
 // How many listening sockets systemd has passed to this process, from descriptor 3 on. Throws Error if there is none.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
 WSCHAT_COLD inline int inherited_sockets() {
-    const char *count = std::getenv("LISTEN_FDS"), *process = std::getenv("LISTEN_PID");
-    if (count == nullptr || process == nullptr)
-        throw Error("listen_inherited: there is no socket: LISTEN_FDS or LISTEN_PID is not set");
+    const std::optional<std::string> count = os::environment("LISTEN_FDS"), process = os::environment("LISTEN_PID");
+    if (!count || !process) throw Error("listen_inherited: there is no socket: LISTEN_FDS or LISTEN_PID is not set");
 #if !defined(_WIN32)
-    const auto id = text::parse_unsigned(process, INT32_MAX);
+    const auto id = text::parse_unsigned(*process, INT32_MAX);
     if (!id || static_cast<pid_t>(*id) != ::getpid())
-        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(process) + "\", and this process is " +
+        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(*process) + "\", and this process is " +
                     std::to_string(::getpid()) + ": the sockets are for another process");
 #endif
-    const auto sockets = text::parse_unsigned(count, 1024);
+    const auto sockets = text::parse_unsigned(*count, 1024);
     if (!sockets || *sockets == 0)
-        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(count) + "\", not a number of sockets");
+        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(*count) + "\", not a number of sockets");
     return static_cast<int>(*sockets);
 }
 
@@ -6720,13 +6738,13 @@ WSCHAT_COLD inline void notify_systemd(std::string_view state) {
 #if defined(_WIN32)
     static_cast<void>(state);
 #else
-    const char* path = std::getenv("NOTIFY_SOCKET");
+    const std::string path = os::environment("NOTIFY_SOCKET").value_or("");
     sockaddr_un name{};
     name.sun_family = AF_UNIX;
-    const std::size_t size = path != nullptr ? std::strlen(path) : 0;
-    if (size < 2 || size >= sizeof name.sun_path || (*path != '/' && *path != '@')) return;
-    std::memcpy(name.sun_path, path, size);
-    if (*path == '@') name.sun_path[0] = '\0';  // the abstract name space of Linux
+    const std::size_t size = path.size();
+    if (size < 2 || size >= sizeof name.sun_path || (path[0] != '/' && path[0] != '@')) return;
+    std::memcpy(name.sun_path, path.data(), size);
+    if (path[0] == '@') name.sun_path[0] = '\0';  // the abstract name space of Linux
     const OwnedDescriptor sender(::socket(AF_UNIX, SOCK_DGRAM, 0));
     if (!sender || !os::make_nonblocking(sender.descriptor())) return;
     const auto name_size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + size);
@@ -6984,6 +7002,9 @@ using SystemPoller = EpollPoller;
 #elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
     defined(__DragonFly__)
 
+// Each descriptor always has both filters. What is not watched has an edge-triggered filter with a low-water mark that
+// no buffer reaches: it reports the end or an error, once. EV_EOF of the read filter means that the peer ended its
+// sending side. EV_EOF of the write filter alone means that this side ended its own.
 class KqueuePoller final : public Poller {
 public:
     KqueuePoller() : queue_(::kqueue()) {
@@ -6992,27 +7013,42 @@ public:
     }
     const char* name() const override { return "kqueue"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        return control(descriptor, &owner, EVFILT_READ, EV_ADD | (read ? EV_ENABLE : EV_DISABLE)) &&
-               control(descriptor, &owner, EVFILT_WRITE, EV_ADD | (write ? EV_ENABLE : EV_DISABLE));
+        const auto index = static_cast<std::size_t>(descriptor);
+        if (index >= watched_.size()) watched_.resize(index + 1);
+        watched_[index] = {&owner, read, write, false, false, false};
+        if (control(descriptor, EVFILT_READ, read, false) && control(descriptor, EVFILT_WRITE, write, false))
+            return true;
+        const int error = errno;
+        remove(descriptor);
+        errno = error;
+        return false;
     }
-    bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        return add(descriptor, owner, read, write);
+    bool change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
+        Watched& watched = watched_[static_cast<std::size_t>(descriptor)];
+        const bool changes_read = watched.read != read, changes_write = watched.write != write && !watched.broken;
+        watched.read = read;
+        watched.write = write;
+        return (!changes_read || control(descriptor, EVFILT_READ, read, true)) &&
+               (!changes_write || control(descriptor, EVFILT_WRITE, write, true));
     }
     void remove(os::Descriptor descriptor) override {
-        control(descriptor, nullptr, EVFILT_READ, EV_DELETE);
-        control(descriptor, nullptr, EVFILT_WRITE, EV_DELETE);
+        for (const int filter : {int{EVFILT_READ}, int{EVFILT_WRITE}}) {
+            const struct kevent event = make_event(descriptor, filter, EV_DELETE);
+            ::kevent(queue_.descriptor(), &event, 1, nullptr, 0, nullptr);
+        }
     }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
-        timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1000000L};
-        const int count =
-            ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
-        for (int i = 0; i < count; ++i) {
-            const struct kevent& event = events_[i];
-            // EV_EOF on the read filter is reported as readable. On the write filter both directions are closed.
-            const bool broken = event.filter == EVFILT_WRITE && (event.flags & EV_EOF) != 0;
-            ready.push_back({static_cast<Pollable*>(event.udata), event.filter == EVFILT_READ,
-                             event.filter == EVFILT_WRITE, broken});
+        const Time end = Clock::now() + std::chrono::milliseconds(timeout_ms);
+        for (;;) {
+            const timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1000000L};
+            const int count =
+                ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
+            for (int i = 0; i < count; ++i) report(events_[i], ready);
+            if (count <= 0 || !ready.empty()) return;
+            // All events were of filters that are not watched.
+            const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()).count();
+            if (timeout_ms > 0) timeout_ms = static_cast<int>((std::max)(left, decltype(left){0}));
         }
     }
 
@@ -7021,14 +7057,51 @@ public:
 private:
     static constexpr int batch = 512;
 
-    bool control(os::Descriptor descriptor, Pollable* owner, int filter, int flags) {
-        struct kevent event;
-        EV_SET(&event, static_cast<uintptr_t>(descriptor), static_cast<short>(filter),
-               static_cast<unsigned short>(flags), 0, 0, owner);
-        return ::kevent(queue_.descriptor(), &event, 1, nullptr, 0, nullptr) == 0;
+    struct Watched {
+        Pollable* owner;
+        bool read;
+        bool write;
+        bool input_ended;
+        bool output_ended;
+        bool broken;  // then the write filter is level-triggered
+    };
+
+    static struct kevent make_event(os::Descriptor descriptor, int filter, int flags) {
+        struct kevent event {};
+        event.ident = static_cast<decltype(event.ident)>(descriptor);
+        event.filter = static_cast<decltype(event.filter)>(filter);
+        event.flags = static_cast<decltype(event.flags)>(flags);
+        return event;
+    }
+    // `replace`: the filter exists. To add it again would not change whether it is edge-triggered.
+    bool control(os::Descriptor descriptor, int filter, bool watch, bool replace) {
+        struct kevent changes[] = {make_event(descriptor, filter, EV_DELETE),
+                                   make_event(descriptor, filter, watch ? EV_ADD : EV_ADD | EV_CLEAR)};
+        if (!watch) {
+            changes[1].fflags = NOTE_LOWAT;
+            changes[1].data = INT32_MAX;
+        }
+        const struct kevent* first = replace ? changes : changes + 1;
+        return ::kevent(queue_.descriptor(), first, replace ? 2 : 1, nullptr, 0, nullptr) == 0;
+    }
+    void report(const struct kevent& event, std::vector<Ready>& ready) {
+        Watched& watched = watched_[static_cast<std::size_t>(event.ident)];
+        const bool of_input = event.filter == EVFILT_READ, ended = (event.flags & EV_EOF) != 0;
+        if (ended) (of_input ? watched.input_ended : watched.output_ended) = true;
+        const bool failed = ended && event.fflags != 0;  // fflags is the error of the socket
+        if (!watched.broken && (failed || (watched.input_ended && watched.output_ended))) {
+            watched.broken = true;
+            // From now on each wait() reports it, also if memory runs out below.
+            if (!watched.write) control(static_cast<os::Descriptor>(event.ident), EVFILT_WRITE, true, true);
+        }
+        const bool readable = of_input && watched.read, writable = !of_input && watched.write;
+        // If reading is not watched, only the write filter reports what is broken.
+        const bool broken = watched.broken && (readable || !of_input);
+        if (readable || writable || broken) ready.push_back({watched.owner, readable, writable, broken});
     }
 
     OwnedDescriptor queue_;
+    std::vector<Watched> watched_;  // the index is the descriptor
     struct kevent events_[batch];
 };
 using SystemPoller = KqueuePoller;
@@ -8667,33 +8740,53 @@ WSCHAT_COLD inline std::string_view content_type(std::string_view name) {
     return "application/octet-stream";
 }
 
+// The parts of an HTTP date by the letters of its form: w (weekday, of any length), d, b (month), y, h, m, s.
+struct HttpDateParts {
+    int d = 0, y = 0, h = 0, m = 0, s = 0;
+    std::string b;
+
+    // Returns true if the text has the form. A digit of the day may be a space.
+    bool match(std::string_view date, std::string_view form) {
+        *this = {};
+        const std::string_view letters = "dyhms";
+        int* const numbers[] = {&d, &y, &h, &m, &s};
+        for (const char kind : form) {
+            const std::size_t number = letters.find(kind);
+            if (kind == 'w') {
+                const std::size_t size = date.find_first_of(", ");
+                if (size == 0 || size == std::string_view::npos) return false;
+                date.remove_prefix(size);
+                continue;
+            }
+            if (date.empty()) return false;
+            const char c = date.front();
+            date.remove_prefix(1);
+            if (kind == 'b') b += c;
+            else if (number == std::string_view::npos ? c != kind : !text::is_digit(c) && (kind != 'd' || c != ' '))
+                return false;
+            else if (number != std::string_view::npos && c != ' ') *numbers[number] = *numbers[number] * 10 + (c - '0');
+        }
+        return date.empty();
+    }
+    bool valid() const { return d >= 1 && d <= 31 && h < 24 && m < 60 && s <= 60; }  // 60: a leap second
+};
+
 // The Unix time of an HTTP date in one of the three forms of RFC 9110 5.6.7, or nothing.
 WSCHAT_COLD inline std::optional<std::int64_t> parse_http_date(std::string_view date) {
-    const std::string copy(date);
-    char month[4] = "";
-    int day = 0, year = 0, hour = 0, minute = 0, second = 0, end = 0;
-    const auto parsed = [&](const char* format) {
-        end = 0;
-        std::sscanf(copy.c_str(), format, &day, month, &year, &hour, &minute, &second, &end);
-        return end != 0 && copy.size() == static_cast<std::size_t>(end);
-    };
-    const auto parsed_asctime = [&] {
-        end = 0;
-        std::sscanf(copy.c_str(), "%*3[A-Za-z] %3s %2d %2d:%2d:%2d %4d%n", month, &day, &hour, &minute, &second, &year,
-                    &end);
-        return end != 0 && copy.size() == static_cast<std::size_t>(end);
-    };
-    if (parsed("%*9[A-Za-z], %2d-%3s-%2d %2d:%2d:%2d GMT%n")) year += year < 70 ? 2000 : 1900;
-    else if (!parsed("%*3[A-Za-z], %2d %3s %4d %2d:%2d:%2d GMT%n") && !parsed_asctime()) return std::nullopt;
-    const std::size_t index = std::string_view("JanFebMarAprMayJunJulAugSepOctNovDec").find(month);
-    if (std::strlen(month) != 3 || index == std::string_view::npos || index % 3 != 0 || day < 1 || day > 31)
+    HttpDateParts parts;
+    const bool two_digits = parts.match(date, "w, dd-bbb-yy hh:mm:ss GMT");
+    if (!two_digits && !parts.match(date, "w, dd bbb yyyy hh:mm:ss GMT") &&
+        !parts.match(date, "w bbb dd hh:mm:ss yyyy"))
         return std::nullopt;
+    const int year = two_digits ? parts.y + (parts.y < 70 ? 2000 : 1900) : parts.y;
+    const std::size_t index = std::string_view("JanFebMarAprMayJunJulAugSepOctNovDec").find(parts.b);
+    if (index == std::string_view::npos || index % 3 != 0 || !parts.valid()) return std::nullopt;
     // Days since 1970-03-01 of a calendar that begins in March, so that the leap day is the last of its year.
     const auto m = static_cast<std::int64_t>(index / 3);
     const std::int64_t y = m < 2 ? year - 1 : year;
     const std::int64_t days =
-        365 * y + y / 4 - y / 100 + y / 400 + (153 * (m < 2 ? m + 10 : m - 2) + 2) / 5 + day - 719469;
-    return days * 86400 + hour * 3600 + minute * 60 + second;
+        365 * y + y / 4 - y / 100 + y / 400 + (153 * (m < 2 ? m + 10 : m - 2) + 2) / 5 + parts.d - 719469;
+    return days * 86400 + parts.h * 3600 + parts.m * 60 + parts.s;
 }
 
 // Whether the client's copy is current. RFC 9110 13.1.3: "A recipient MUST ignore If-Modified-Since if the request
@@ -13511,9 +13604,8 @@ private:
         std::string text = options_.proxy;
         if (text.empty() && options_.proxy_from_environment && options_.unix_path.empty()) {
             const auto variable = [](const char* lower, const char* upper) -> std::string {
-                const char* value = std::getenv(lower);
-                if (value == nullptr || *value == '\0') value = std::getenv(upper);
-                return value == nullptr ? "" : value;
+                const std::string value = os::environment(lower).value_or("");
+                return !value.empty() ? value : os::environment(upper).value_or("");
             };
             // HTTP_PROXY is not read: a CGI server sets it from a header of its client.
             text = url_.secure ? variable("https_proxy", "HTTPS_PROXY") : variable("http_proxy", "http_proxy");
