@@ -172,6 +172,10 @@ build clang -DWSCHAT_TESTS=OFF
 stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
 stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
 
+# kqueue and the branches for FreeBSD, Windows, Visual C++ and 32 bits. What cannot be installed is skipped, and said.
+stage "platforms: the short ones" sh tests/platforms.sh quick
+cat build/platforms/table
+
 # This build has no optional features.
 test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true
 stage "meson: build" meson compile -C build/meson -j 2

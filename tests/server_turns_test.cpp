@@ -400,6 +400,12 @@ TEST_CASE("If-Modified-Since with a date after the last change is answered with 
         {"Fri, 32 Dec 2100 23:59:59 GMT", 200},
         {"Fri, 31 Dec 2100 23:59:59 GMT x", 200},
         {"Fri, 31 Dec 99999999999999999999 23:59:59 GMT", 200},
+        {"Fri, 31 Dec 2100 24:59:59 GMT", 200},
+        {"Fri, 31 Dec 2100 23:59:+9 GMT", 200},
+        {"Fri, 31 Dec 2100 23:59:59 CET", 200},
+        {"Fri, 31 anF 2100 23:59:59 GMT", 200},
+        {", 31 Dec 2100 23:59:59 GMT", 200},
+        {"Fri", 200},
         {"", 200},
     };
     for (const auto& row : table) {
