@@ -19559,6 +19559,7 @@ private:
          "CREATE TABLE fact(scope TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, author TEXT NOT NULL,"
          " expires INTEGER NOT NULL, PRIMARY KEY(scope, key)) WITHOUT ROWID;"
          "CREATE INDEX fact_author ON fact(author) WHERE author <> '';"),
+        "",  // fold_rooms()
     };
     static constexpr int version = sizeof migrations / sizeof migrations[0];
     static constexpr int application_id = 0x77736368;  // "wsch"
@@ -19588,11 +19589,28 @@ private:
     }
     void migrate() {
         database_.transaction("BEGIN IMMEDIATE", [this] {
-            for (auto at = database_.number("PRAGMA user_version"); at < version; ++at)
+            for (auto at = database_.number("PRAGMA user_version"); at < version; ++at) {
                 database_.execute(migrations[at]);
+                if (at == 4) fold_rooms();
+            }
             database_.execute("PRAGMA application_id = " + std::to_string(application_id));
             database_.execute("PRAGMA user_version = " + std::to_string(version));
         });
+    }
+    // Since version 5 rooms are known by chat_fold() of their names. Of rooms with names that look alike, the one that
+    // was used last is found.
+    void fold_rooms() {
+        std::vector<std::pair<std::int64_t, std::string>> rooms;
+        {
+            Query query(database_, "SELECT id, name FROM room ORDER BY used DESC, id");
+            while (query.next_row()) rooms.emplace_back(query.number(0), query.text(1));
+        }
+        for (const auto& [id, name] : rooms) {
+            const std::string key = chat_fold(name);
+            if (key == name || text::starts_with(name, "\n")) continue;  // a conversation
+            database_.run("UPDATE OR IGNORE room SET name = ?1 WHERE id = ?2", key, id);
+            database_.run("UPDATE OR IGNORE fact SET key = ?1 WHERE scope = 'topic' AND key = ?2", key, name);
+        }
     }
     // Every opening has a number and a random token. Rows of `first` that no kept position needs are deleted.
     void open_epoch() {

@@ -447,7 +447,8 @@ async def main():
         await nemesis.run(OPTIONS.minutes * 60)
         print(f"{time.monotonic() - START:6.1f} s  the faults end", flush=True)
         stop_talking.set()
-        await asyncio.wait_for(asyncio.gather(*talks), PATIENCE)
+        _, late = await asyncio.wait(talks, timeout=PATIENCE)
+        unanswered = [f"{each.name}: {each.sending} has no answer" for each in clients if late and each.sending]
         OPTIONS.calm = True
         for client in clients:
             await asyncio.wait_for(client.connected.wait(), PATIENCE)
@@ -456,7 +457,7 @@ async def main():
         nemesis.note_epochs()
         stop.set()
         await asyncio.wait_for(asyncio.gather(*lives), PATIENCE)
-        problems = check(clients, nemesis) + presence
+        problems = check(clients, nemesis) + unanswered + presence
     finally:
         for node in nodes:
             node.kill()
