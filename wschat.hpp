@@ -50,7 +50,7 @@
 //   15  Client         Client, ClientOptions, ResolverPool, ClientLink                  all above
 //   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
 //   17  Stores         SqliteHistory                                                    2-3, 12, 16
-//   18  Cluster        RedisHistory, RedisLink                                          2-3, 9-10, 12, 16
+//   18  Cluster        RedisCluster, RedisHistory, RedisLink                            2-3, 9-10, 12, 16
 //
 // Where to change what:
 //
@@ -88,7 +88,8 @@
 //   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
 //   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
 //   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, SharedStore, ChatLimits,
-//   ChatAction, ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisHistory
+//   ChatAction, ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisCluster,
+//   RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -102,7 +103,7 @@
 //   WSCHAT_LIBURING    1: on Linux, many sends in one system call: link with -luring
 //   WSCHAT_SQLITE      1: SqliteHistory (section 17) with SQLite 3: link with -lsqlite3
 //   WSCHAT_UTF8PROC    1: chat_fold() (section 16) for all scripts, with utf8proc: link with -lutf8proc
-//   WSCHAT_HIREDIS     1: RedisHistory (section 18) with hiredis: link with -lhiredis
+//   WSCHAT_HIREDIS     1: RedisCluster and RedisHistory (section 18) with hiredis: link with -lhiredis
 //
 // Defined here to be read: WSCHAT_VERSION_MAJOR, _MINOR, _PATCH, WSCHAT_VERSION (10000 * major + 100 * minor + patch),
 // WSCHAT_VERSION_STRING.
@@ -164,7 +165,7 @@
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 201703L : __cplusplus < 201703L
 #error "wschat.hpp needs C++17: compile with -std=c++17 or newer (Visual Studio: /std:c++17)"
 #endif
-#if !defined(__cpp_exceptions)
+#if !defined(__cpp_exceptions) && !defined(_CPPUNWIND)
 #error "wschat.hpp needs exceptions: compile without -fno-exceptions (Visual Studio: with /EHsc)"
 #endif
 #if defined(_WIN32) && defined(_WINSOCKAPI_) && !defined(_WINSOCK2API_)
@@ -722,7 +723,7 @@ private:
     static constexpr std::size_t pooled_size = 256 * 1024;
     static constexpr std::size_t max_pooled = 8;
 
-    Chunk* pooled_chunk(std::size_t n) {
+    WSCHAT_INLINE Chunk* pooled_chunk(std::size_t n) {
         if (current_ == nullptr) return next_pooled_chunk();
         if (!current_->shared()) current_->clear();
         return current_->available() >= n ? current_ : next_pooled_chunk();
@@ -758,7 +759,7 @@ public:
     std::size_t size() const { return size_; }
     bool empty() const { return size_ == 0; }
     // The bytes, and the sent part of the oldest chunk, which stays until all of that chunk is sent.
-    std::size_t held() const {
+    WSCHAT_INLINE std::size_t held() const {
         const Slice& oldest = has_older() ? older_[front_] : tail_;
         return oldest.chunk && !oldest.chunk->pooled() ? size_ + oldest.begin : size_;
     }
@@ -1505,26 +1506,27 @@ public:
     // Returns false and takes none if the bucket holds fewer tokens. To take more than `burst`, it must be full.
     WSCHAT_NOINLINE bool take(double tokens, const Rate& rate, Time now) {
         if (rate.per_second <= 0) return true;
-        const Time start = (std::max)(full_at_, now);
-        const double missing = std::chrono::duration<double>(start - now).count() * rate.per_second;
-        if (missing + (std::min)(tokens, rate.burst) > rate.burst) return false;
+        if (available_at((std::min)(tokens, rate.burst), rate) > now) return false;
         charge(tokens, rate, now);
         return true;
     }
     // Takes tokens also if the bucket does not hold them; then it owes them. The rate must not be 0.
     void charge(double tokens, const Rate& rate, Time now) {
-        full_at_ = saturating_add((std::max)(full_at_, now), seconds(tokens / rate.per_second));
+        full_at_ = saturating_add((std::max)(full_at_, now), time_for(tokens, rate));
     }
     // When the bucket holds this number of tokens again. The rate must not be 0.
     Time available_at(double tokens, const Rate& rate) const {
-        return saturating_add(full_at_, -seconds((rate.burst - tokens) / rate.per_second));
+        return saturating_add(full_at_, -time_for(rate.burst - tokens, rate));
     }
     bool full(Time now) const { return full_at_ <= now; }
 
 private:
-    static Duration seconds(double count) {
-        constexpr double max_seconds = 1e9;
-        return std::chrono::duration_cast<Duration>(std::chrono::duration<double>((std::min)(count, max_seconds)));
+    // Rounds down. The product is exact, so that the quotient does not depend on the precision of the processor (x87).
+    static Duration time_for(double tokens, const Rate& rate) {
+        constexpr double ticks_per_second = static_cast<double>(Duration::period::den) / Duration::period::num;
+        constexpr double max_ticks = 1e9 * ticks_per_second;
+        const double ticks = (std::min)(max_ticks, tokens * ticks_per_second / rate.per_second);
+        return Duration(static_cast<Duration::rep>((std::max)(-max_ticks, ticks)));
     }
 
     Time full_at_{};
@@ -1765,11 +1767,13 @@ inline std::uint64_t mask_bytes(char* data, std::size_t size, std::uint64_t word
     std::size_t i = 0;
 #if defined(__GNUC__)
     typedef std::uint64_t Pair __attribute__((vector_size(16)));
-    Pair all = {0, 0}, next_pair;
-    for (const Pair key = {word, word}; size - i >= 16; i += 16) {
-        std::memcpy(&next_pair, data + i, 16);
-        all |= next_pair ^= key;
-        std::memcpy(data + i, &next_pair, 16);
+    Pair all = {0, 0}, low, high;
+    for (const Pair key = {word, word}; size - i >= 32; i += 32) {
+        std::memcpy(&low, data + i, 16);
+        std::memcpy(&high, data + i + 16, 16);
+        all |= (low ^= key) | (high ^= key);
+        std::memcpy(data + i, &low, 16);
+        std::memcpy(data + i + 16, &high, 16);
     }
     bits = all[0] | all[1];
 #endif
@@ -5798,6 +5802,14 @@ inline std::string absolute_path(const std::string& path) {
     resolved.resize(::GetFullPathNameW(wide.c_str(), 32767, resolved.data(), nullptr));
     return resolved.empty() || resolved.size() > 32766 ? path : from_wide(resolved);
 }
+// The value of an environment variable, or nothing.
+inline std::optional<std::string> environment(const char* name) {
+    std::wstring value(32768, L'\0');
+    ::SetLastError(ERROR_SUCCESS);
+    value.resize(::GetEnvironmentVariableW(to_wide(name).c_str(), value.data(), 32767));
+    if (value.empty() && ::GetLastError() != ERROR_SUCCESS) return std::nullopt;
+    return from_wide(value);
+}
 inline std::string executable_path() {
     std::wstring path(32768, L'\0');
     path.resize(::GetModuleFileNameW(nullptr, path.data(), 32767));
@@ -5921,6 +5933,11 @@ inline int open_file_beneath(const std::string& root, const std::vector<std::str
 inline std::string absolute_path(const std::string& path) {
     const std::unique_ptr<char, void (*)(void*)> resolved(::realpath(path.c_str(), nullptr), &std::free);
     return resolved ? resolved.get() : path;
+}
+inline std::optional<std::string> environment(const char* name) {
+    const char* value = std::getenv(name);
+    if (value == nullptr) return std::nullopt;
+    return value;
 }
 inline std::string executable_path() {
 #if defined(__APPLE__)
@@ -6216,7 +6233,7 @@ private:
     std::size_t size_ = 0;
 };
 
-#if WSCHAT_LIBURING
+#if WSCHAT_LIBURING && defined(__linux__)
 
 // MSG_DONTWAIT: each send completes within the call that submits it.
 class UringSendBatch final : public SendBatch {
@@ -6454,8 +6471,13 @@ private:
         // On Windows, SO_REUSEADDR would let two processes share a port.
         socket_.set_option(SOL_SOCKET, SO_REUSEADDR, 1);
 #endif
+#if defined(SO_REUSEPORT_LB)
+        constexpr int share_port = SO_REUSEPORT_LB;  // FreeBSD; its SO_REUSEPORT does not distribute connections
+#elif defined(SO_REUSEPORT)
+        constexpr int share_port = SO_REUSEPORT;
+#endif
 #if defined(SO_REUSEPORT)
-        if (reuse_port && !socket_.set_option(SOL_SOCKET, SO_REUSEPORT, 1))
+        if (reuse_port && !socket_.set_option(SOL_SOCKET, share_port, 1))
             fail(os::last_error(), "setsockopt SO_REUSEPORT");
 #else
         if (reuse_port) throw Error("listen " + address_.to_string() + ": this system has no SO_REUSEPORT");
@@ -6696,18 +6718,17 @@ private:
 // How many listening sockets systemd has passed to this process, from descriptor 3 on. Throws Error if there is none.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
 WSCHAT_COLD inline int inherited_sockets() {
-    const char *count = std::getenv("LISTEN_FDS"), *process = std::getenv("LISTEN_PID");
-    if (count == nullptr || process == nullptr)
-        throw Error("listen_inherited: there is no socket: LISTEN_FDS or LISTEN_PID is not set");
+    const std::optional<std::string> count = os::environment("LISTEN_FDS"), process = os::environment("LISTEN_PID");
+    if (!count || !process) throw Error("listen_inherited: there is no socket: LISTEN_FDS or LISTEN_PID is not set");
 #if !defined(_WIN32)
-    const auto id = text::parse_unsigned(process, INT32_MAX);
+    const auto id = text::parse_unsigned(*process, INT32_MAX);
     if (!id || static_cast<pid_t>(*id) != ::getpid())
-        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(process) + "\", and this process is " +
+        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(*process) + "\", and this process is " +
                     std::to_string(::getpid()) + ": the sockets are for another process");
 #endif
-    const auto sockets = text::parse_unsigned(count, 1024);
+    const auto sockets = text::parse_unsigned(*count, 1024);
     if (!sockets || *sockets == 0)
-        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(count) + "\", not a number of sockets");
+        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(*count) + "\", not a number of sockets");
     return static_cast<int>(*sockets);
 }
 
@@ -6717,13 +6738,13 @@ WSCHAT_COLD inline void notify_systemd(std::string_view state) {
 #if defined(_WIN32)
     static_cast<void>(state);
 #else
-    const char* path = std::getenv("NOTIFY_SOCKET");
+    const std::string path = os::environment("NOTIFY_SOCKET").value_or("");
     sockaddr_un name{};
     name.sun_family = AF_UNIX;
-    const std::size_t size = path != nullptr ? std::strlen(path) : 0;
-    if (size < 2 || size >= sizeof name.sun_path || (*path != '/' && *path != '@')) return;
-    std::memcpy(name.sun_path, path, size);
-    if (*path == '@') name.sun_path[0] = '\0';  // the abstract name space of Linux
+    const std::size_t size = path.size();
+    if (size < 2 || size >= sizeof name.sun_path || (path[0] != '/' && path[0] != '@')) return;
+    std::memcpy(name.sun_path, path.data(), size);
+    if (path[0] == '@') name.sun_path[0] = '\0';  // the abstract name space of Linux
     const OwnedDescriptor sender(::socket(AF_UNIX, SOCK_DGRAM, 0));
     if (!sender || !os::make_nonblocking(sender.descriptor())) return;
     const auto name_size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + size);
@@ -6981,6 +7002,9 @@ using SystemPoller = EpollPoller;
 #elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
     defined(__DragonFly__)
 
+// Each descriptor always has both filters. What is not watched has an edge-triggered filter with a low-water mark that
+// no buffer reaches: it reports the end or an error, once. EV_EOF of the read filter means that the peer ended its
+// sending side. EV_EOF of the write filter alone means that this side ended its own.
 class KqueuePoller final : public Poller {
 public:
     KqueuePoller() : queue_(::kqueue()) {
@@ -6989,27 +7013,42 @@ public:
     }
     const char* name() const override { return "kqueue"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        return control(descriptor, &owner, EVFILT_READ, EV_ADD | (read ? EV_ENABLE : EV_DISABLE)) &&
-               control(descriptor, &owner, EVFILT_WRITE, EV_ADD | (write ? EV_ENABLE : EV_DISABLE));
+        const auto index = static_cast<std::size_t>(descriptor);
+        if (index >= watched_.size()) watched_.resize(index + 1);
+        watched_[index] = {&owner, read, write, false, false, false};
+        if (control(descriptor, EVFILT_READ, read, false) && control(descriptor, EVFILT_WRITE, write, false))
+            return true;
+        const int error = errno;
+        remove(descriptor);
+        errno = error;
+        return false;
     }
-    bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
-        return add(descriptor, owner, read, write);
+    bool change(os::Descriptor descriptor, Pollable&, bool read, bool write) override {
+        Watched& watched = watched_[static_cast<std::size_t>(descriptor)];
+        const bool changes_read = watched.read != read, changes_write = watched.write != write && !watched.broken;
+        watched.read = read;
+        watched.write = write;
+        return (!changes_read || control(descriptor, EVFILT_READ, read, true)) &&
+               (!changes_write || control(descriptor, EVFILT_WRITE, write, true));
     }
     void remove(os::Descriptor descriptor) override {
-        control(descriptor, nullptr, EVFILT_READ, EV_DELETE);
-        control(descriptor, nullptr, EVFILT_WRITE, EV_DELETE);
+        for (const int filter : {int{EVFILT_READ}, int{EVFILT_WRITE}}) {
+            const struct kevent event = make_event(descriptor, filter, EV_DELETE);
+            ::kevent(queue_.descriptor(), &event, 1, nullptr, 0, nullptr);
+        }
     }
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
-        timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1000000L};
-        const int count =
-            ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
-        for (int i = 0; i < count; ++i) {
-            const struct kevent& event = events_[i];
-            // EV_EOF on the read filter is reported as readable. On the write filter both directions are closed.
-            const bool broken = event.filter == EVFILT_WRITE && (event.flags & EV_EOF) != 0;
-            ready.push_back({static_cast<Pollable*>(event.udata), event.filter == EVFILT_READ,
-                             event.filter == EVFILT_WRITE, broken});
+        const Time end = Clock::now() + std::chrono::milliseconds(timeout_ms);
+        for (;;) {
+            const timespec timeout{timeout_ms / 1000, (timeout_ms % 1000) * 1000000L};
+            const int count =
+                ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
+            for (int i = 0; i < count; ++i) report(events_[i], ready);
+            if (count <= 0 || !ready.empty()) return;
+            // All events were of filters that are not watched.
+            const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()).count();
+            if (timeout_ms > 0) timeout_ms = static_cast<int>((std::max)(left, decltype(left){0}));
         }
     }
 
@@ -7018,14 +7057,51 @@ public:
 private:
     static constexpr int batch = 512;
 
-    bool control(os::Descriptor descriptor, Pollable* owner, int filter, int flags) {
-        struct kevent event;
-        EV_SET(&event, static_cast<uintptr_t>(descriptor), static_cast<short>(filter),
-               static_cast<unsigned short>(flags), 0, 0, owner);
-        return ::kevent(queue_.descriptor(), &event, 1, nullptr, 0, nullptr) == 0;
+    struct Watched {
+        Pollable* owner;
+        bool read;
+        bool write;
+        bool input_ended;
+        bool output_ended;
+        bool broken;  // then the write filter is level-triggered
+    };
+
+    static struct kevent make_event(os::Descriptor descriptor, int filter, int flags) {
+        struct kevent event {};
+        event.ident = static_cast<decltype(event.ident)>(descriptor);
+        event.filter = static_cast<decltype(event.filter)>(filter);
+        event.flags = static_cast<decltype(event.flags)>(flags);
+        return event;
+    }
+    // `replace`: the filter exists. To add it again would not change whether it is edge-triggered.
+    bool control(os::Descriptor descriptor, int filter, bool watch, bool replace) {
+        struct kevent changes[] = {make_event(descriptor, filter, EV_DELETE),
+                                   make_event(descriptor, filter, watch ? EV_ADD : EV_ADD | EV_CLEAR)};
+        if (!watch) {
+            changes[1].fflags = NOTE_LOWAT;
+            changes[1].data = INT32_MAX;
+        }
+        const struct kevent* first = replace ? changes : changes + 1;
+        return ::kevent(queue_.descriptor(), first, replace ? 2 : 1, nullptr, 0, nullptr) == 0;
+    }
+    void report(const struct kevent& event, std::vector<Ready>& ready) {
+        Watched& watched = watched_[static_cast<std::size_t>(event.ident)];
+        const bool of_input = event.filter == EVFILT_READ, ended = (event.flags & EV_EOF) != 0;
+        if (ended) (of_input ? watched.input_ended : watched.output_ended) = true;
+        const bool failed = ended && event.fflags != 0;  // fflags is the error of the socket
+        if (!watched.broken && (failed || (watched.input_ended && watched.output_ended))) {
+            watched.broken = true;
+            // From now on each wait() reports it, also if memory runs out below.
+            if (!watched.write) control(static_cast<os::Descriptor>(event.ident), EVFILT_WRITE, true, true);
+        }
+        const bool readable = of_input && watched.read, writable = !of_input && watched.write;
+        // If reading is not watched, only the write filter reports what is broken.
+        const bool broken = watched.broken && (readable || !of_input);
+        if (readable || writable || broken) ready.push_back({watched.owner, readable, writable, broken});
     }
 
     OwnedDescriptor queue_;
+    std::vector<Watched> watched_;  // the index is the descriptor
     struct kevent events_[batch];
 };
 using SystemPoller = KqueuePoller;
@@ -8664,33 +8740,53 @@ WSCHAT_COLD inline std::string_view content_type(std::string_view name) {
     return "application/octet-stream";
 }
 
+// The parts of an HTTP date by the letters of its form: w (weekday, of any length), d, b (month), y, h, m, s.
+struct HttpDateParts {
+    int d = 0, y = 0, h = 0, m = 0, s = 0;
+    std::string b;
+
+    // Returns true if the text has the form. A digit of the day may be a space.
+    bool match(std::string_view date, std::string_view form) {
+        *this = {};
+        const std::string_view letters = "dyhms";
+        int* const numbers[] = {&d, &y, &h, &m, &s};
+        for (const char kind : form) {
+            const std::size_t number = letters.find(kind);
+            if (kind == 'w') {
+                const std::size_t size = date.find_first_of(", ");
+                if (size == 0 || size == std::string_view::npos) return false;
+                date.remove_prefix(size);
+                continue;
+            }
+            if (date.empty()) return false;
+            const char c = date.front();
+            date.remove_prefix(1);
+            if (kind == 'b') b += c;
+            else if (number == std::string_view::npos ? c != kind : !text::is_digit(c) && (kind != 'd' || c != ' '))
+                return false;
+            else if (number != std::string_view::npos && c != ' ') *numbers[number] = *numbers[number] * 10 + (c - '0');
+        }
+        return date.empty();
+    }
+    bool valid() const { return d >= 1 && d <= 31 && h < 24 && m < 60 && s <= 60; }  // 60: a leap second
+};
+
 // The Unix time of an HTTP date in one of the three forms of RFC 9110 5.6.7, or nothing.
 WSCHAT_COLD inline std::optional<std::int64_t> parse_http_date(std::string_view date) {
-    const std::string copy(date);
-    char month[4] = "";
-    int day = 0, year = 0, hour = 0, minute = 0, second = 0, end = 0;
-    const auto parsed = [&](const char* format) {
-        end = 0;
-        std::sscanf(copy.c_str(), format, &day, month, &year, &hour, &minute, &second, &end);
-        return end != 0 && copy.size() == static_cast<std::size_t>(end);
-    };
-    const auto parsed_asctime = [&] {
-        end = 0;
-        std::sscanf(copy.c_str(), "%*3[A-Za-z] %3s %2d %2d:%2d:%2d %4d%n", month, &day, &hour, &minute, &second, &year,
-                    &end);
-        return end != 0 && copy.size() == static_cast<std::size_t>(end);
-    };
-    if (parsed("%*9[A-Za-z], %2d-%3s-%2d %2d:%2d:%2d GMT%n")) year += year < 70 ? 2000 : 1900;
-    else if (!parsed("%*3[A-Za-z], %2d %3s %4d %2d:%2d:%2d GMT%n") && !parsed_asctime()) return std::nullopt;
-    const std::size_t index = std::string_view("JanFebMarAprMayJunJulAugSepOctNovDec").find(month);
-    if (std::strlen(month) != 3 || index == std::string_view::npos || index % 3 != 0 || day < 1 || day > 31)
+    HttpDateParts parts;
+    const bool two_digits = parts.match(date, "w, dd-bbb-yy hh:mm:ss GMT");
+    if (!two_digits && !parts.match(date, "w, dd bbb yyyy hh:mm:ss GMT") &&
+        !parts.match(date, "w bbb dd hh:mm:ss yyyy"))
         return std::nullopt;
+    const int year = two_digits ? parts.y + (parts.y < 70 ? 2000 : 1900) : parts.y;
+    const std::size_t index = std::string_view("JanFebMarAprMayJunJulAugSepOctNovDec").find(parts.b);
+    if (index == std::string_view::npos || index % 3 != 0 || !parts.valid()) return std::nullopt;
     // Days since 1970-03-01 of a calendar that begins in March, so that the leap day is the last of its year.
     const auto m = static_cast<std::int64_t>(index / 3);
     const std::int64_t y = m < 2 ? year - 1 : year;
     const std::int64_t days =
-        365 * y + y / 4 - y / 100 + y / 400 + (153 * (m < 2 ? m + 10 : m - 2) + 2) / 5 + day - 719469;
-    return days * 86400 + hour * 3600 + minute * 60 + second;
+        365 * y + y / 4 - y / 100 + y / 400 + (153 * (m < 2 ? m + 10 : m - 2) + 2) / 5 + parts.d - 719469;
+    return days * 86400 + parts.h * 3600 + parts.m * 60 + parts.s;
 }
 
 // Whether the client's copy is current. RFC 9110 13.1.3: "A recipient MUST ignore If-Modified-Since if the request
@@ -9823,6 +9919,13 @@ struct ClientHandshake {
     std::string_view frames;  // that came with the response
 };
 
+// What the listeners of one socket on all loops share.
+struct ListenerParts {
+    std::shared_ptr<ListenSocket> socket;
+    std::shared_ptr<const TransportFactory> transports;  // null if the connections are plain
+    bool proxied = false;                                // each connection begins with a PROXY header
+};
+
 // What sessions and listeners need of the worker that serves them: the state that they share, and three calls.
 class SessionHost {
 public:
@@ -9846,9 +9949,9 @@ public:
     virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) = 0;
     // The loop for a connection that this loop has accepted.
     virtual std::size_t choose_loop() const = 0;
-    // Passes an accepted connection on to the listener of that socket on another loop.
-    virtual void pass_on(std::size_t loop_number, Socket socket, const IpAddress& peer,
-                         const std::shared_ptr<ListenSocket>& from) = 0;
+    // Passes an accepted connection on to another loop. Returns false, and leaves the socket, if that loop has closed its
+    // listeners.
+    virtual bool pass_on(std::size_t loop_number, Socket& socket, const IpAddress& peer, const ListenerParts& from) = 0;
     // The refusal of a connection over a limit; it is counted and logged.
     virtual Response too_many_connections() = 0;
     // Counts and logs a connection that is closed because of its PROXY header.
@@ -10548,9 +10651,10 @@ public:
         });
     }
 
+    // For start_client(): what may run out of memory.
+    void prepare_client() { rare_ = std::make_unique<Rare>(); }
     // Instead of start(): a client's connection. The frames must be valid and writable until this returns.
     void start_client(ClientHandshake opened) {
-        rare_ = std::make_unique<Rare>();
         rare_->owner = std::move(opened.owner);
         route_limits_ = &owner()->session_limits();
         handshake_done_ = true;
@@ -10583,7 +10687,7 @@ public:
             // A session that paused for its budget first handles what has arrived. Then it reads the end.
             if (readable && reading()) read();
             else if (broken && pause_ != Pause::budget) abort(CloseCause::connection_lost, "the connection was reset");
-            mark_dirty();
+            if (!dirty) mark_dirty();
         });
     }
 
@@ -11290,20 +11394,19 @@ private:
 // Accepts connections for the server.
 class Listener final : public Pollable, public Timer {
 public:
-    Listener(SessionHost& host, std::shared_ptr<ListenSocket> socket, std::unique_ptr<TransportFactory> transports,
-             bool proxied)
-        : host_(host), socket_(std::move(socket)), transports_(std::move(transports)), proxied_(proxied) {
+    Listener(SessionHost& host, const ListenerParts& parts)
+        : host_(host), parts_(parts), transports_(parts.transports ? parts.transports->clone() : nullptr) {
         if (!watch()) throw Error("listen " + address().to_string() + ": " + os::error_text(os::last_error()));
     }
     Listener(const Listener&) = delete;
     Listener& operator=(const Listener&) = delete;
     ~Listener() override {
         LoopAccess::timers(host_.loop).cancel(*this);
-        if (watching_) LoopAccess::poller(host_.loop).remove(socket_->descriptor());
+        if (watching_) LoopAccess::poller(host_.loop).remove(parts_.socket->descriptor());
     }
 
-    const ListenAddress& address() const { return socket_->address(); }
-    bool listens_on(const ListenSocket& socket) const { return socket_.get() == &socket; }
+    const ListenAddress& address() const { return parts_.socket->address(); }
+    bool listens_on(const ListenSocket& socket) const { return parts_.socket.get() == &socket; }
     bool secure() const { return transports_ != nullptr; }
     void reload() {
         if (transports_) transports_->reload();
@@ -11314,7 +11417,7 @@ public:
         int error = 0;
         for (int i = 0; i < max_accepts && !host_.draining; ++i) {
             IpAddress peer;
-            Socket accepted = socket_->accept(peer, error);
+            Socket accepted = parts_.socket->accept(peer, error);
             if (accepted) place(std::move(accepted), peer);
             else if (os::would_block(error)) return;
             else if (os::out_of_descriptors(error)) return reject_one(error);
@@ -11332,7 +11435,9 @@ public:
     void accept(Socket accepted, const IpAddress& peer) {
         ++host_.metrics.connections_accepted;  // also if memory runs out in make()
         run_guarded(
-            [&] { host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr, proxied_); },
+            [&] {
+                host_.accept(std::move(accepted), peer, transports_ ? transports_->make() : nullptr, parts_.proxied);
+            },
             [&](const char* what) { host_.log.exception("accept", what, &peer); });
     }
 
@@ -11340,18 +11445,16 @@ private:
     // On this loop or on another one.
     void place(Socket accepted, const IpAddress& peer) {
         const std::size_t loop = host_.choose_loop();
-        if (loop == host_.number) return accept(std::move(accepted), peer);
-        run_guarded([&] { host_.pass_on(loop, std::move(accepted), peer, socket_); },
-                    [&](const char* what) { host_.log.exception("accept", what, &peer); });
+        if (loop == host_.number || !host_.pass_on(loop, accepted, peer, parts_)) accept(std::move(accepted), peer);
     }
-    bool watch() { return watching_ = LoopAccess::poller(host_.loop).add_shared(socket_->descriptor(), *this); }
+    bool watch() { return watching_ = LoopAccess::poller(host_.loop).add_shared(parts_.socket->descriptor(), *this); }
     // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for
     // ever. The descriptor in reserve serves to accept it and to answer 503.
     void reject_one(int error) {
         host_.reserve.close();
         IpAddress peer;
         int ignored = 0;
-        Socket rejected = socket_->accept(peer, ignored);
+        Socket rejected = parts_.socket->accept(peer, ignored);
         if (rejected) {
             constexpr std::string_view answer =
                 "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 20\r\n\r\nThe server is "
@@ -11368,16 +11471,15 @@ private:
     void pause_accept(int error) {
         host_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
         schedule_retry(host_.loop.now());  // before the removal, because it may need memory
-        if (std::exchange(watching_, false)) LoopAccess::poller(host_.loop).remove(socket_->descriptor());
+        if (std::exchange(watching_, false)) LoopAccess::poller(host_.loop).remove(parts_.socket->descriptor());
     }
     void schedule_retry(Time now) {
         LoopAccess::timers(host_.loop).schedule(*this, now + std::chrono::milliseconds(50));
     }
 
     SessionHost& host_;
-    std::shared_ptr<ListenSocket> socket_;          // of the listeners on all loops
-    std::unique_ptr<TransportFactory> transports_;  // null if the connections are plain
-    const bool proxied_;
+    const ListenerParts parts_;
+    std::unique_ptr<TransportFactory> transports_;  // of this loop; null if the connections are plain
     bool watching_ = false;
 };
 
@@ -11400,9 +11502,8 @@ public:
     // Something is to be done although the poller reports nothing.
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
-    WSCHAT_COLD void listen(std::shared_ptr<ListenSocket> socket, std::unique_ptr<TransportFactory> transports,
-                            bool proxied) {
-        listeners_.append(*this, std::move(socket), std::move(transports), proxied);
+    WSCHAT_COLD void listen(const ListenerParts& parts) {
+        listeners_.append(*this, parts);
         loads[number].accepts.store(true);
     }
 
@@ -11448,21 +11549,24 @@ public:
         }
         return best;
     }
-    void pass_on(std::size_t to, Socket socket, const IpAddress& peer,
-                 const std::shared_ptr<ListenSocket>& from) override {
+    bool pass_on(std::size_t to, Socket& socket, const IpAddress& peer, const ListenerParts& from) override {
         Worker& worker = *(*group_)[to];
+        // First the count: the loop does not end while it is above zero.
         ++loads[to].coming;
-        auto take = [&worker, to, peer, from, accepted = std::move(socket)]() mutable {
-            --worker.loads[to].coming;
-            for (const auto& [key, listener] : worker.listeners_)
-                if (listener.listens_on(*from)) return listener.accept(std::move(accepted), peer);
-            // The loop has closed its listeners, so the connection ends as those in the queue of the socket do.
+        if (!loads[to].accepts.load()) {
+            --loads[to].coming;
+            return false;
+        }
+        auto take = [&worker, peer, from, accepted = std::move(socket)]() mutable {
+            --worker.loads[worker.number].coming;
+            worker.accept_from(from, std::move(accepted), peer);
         };
         run_guarded([&] { worker.loop.post(std::move(take)); },
                     [&](const char* what) {
                         --loads[to].coming;
                         log.exception("accept", what, &peer);
                     });
+        return true;
     }
     std::vector<Metrics> metrics_of_all_loops() {
         return loads.ask_for_metrics(
@@ -11542,6 +11646,7 @@ public:
                Session*& made_session) {
         auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), false);
         Session& session = *made;
+        session.prepare_client();  // before there is a session that nobody owns
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
         loads[number].connections = sessions_.size();
@@ -11576,6 +11681,16 @@ private:
 
     static Session& session_of(SessionNode& node) { return static_cast<Session&>(node); }
 
+    // What another loop has accepted for this one. If this loop has closed its listeners since, it answers as it answers
+    // all that was accepted before.
+    void accept_from(const ListenerParts& from, Socket socket, const IpAddress& peer) {
+        for (const auto& [key, listener] : listeners_)
+            if (listener.listens_on(*from.socket)) return listener.accept(std::move(socket), peer);
+        ++metrics.connections_accepted;
+        accept(std::move(socket), peer, from.transports ? from.transports->clone()->make() : nullptr, from.proxied);
+        if (!sessions_.empty()) sessions_.back()->shut_down();
+    }
+
     std::size_t max_connections() const {
         const std::size_t max = options.server_limits.max_connections;
         return max != 0 ? max : usable_descriptors();
@@ -11606,7 +11721,8 @@ private:
         turn.handshakes_left = TurnState::max_handshakes;
         turn.more_reads_left = TurnState::max_more_reads;
         // The first loop runs as long as another one, whose handlers may need it.
-        if (draining && sessions_.empty() && (number != 0 || loads.others_running.load() == 0)) loop.stop();
+        const bool expected = loads[number].coming.load() != 0 || (number == 0 && loads.others_running.load() != 0);
+        if (draining && sessions_.empty() && !expected) loop.stop();
         return has_work();
     }
     // Sessions that used up their budget in an earlier turn, in order, a limited number per turn.
@@ -11704,6 +11820,27 @@ public:
     ~Server() {
         stop_threads();
         close_all();
+    }
+
+    // Connects the rooms with those of other servers: join_cluster(RedisCluster("redis://127.0.0.1:6379")). Call it
+    // before run(), once. An Error if the cluster cannot be used, or if a room exists already.
+    template <class Cluster>
+    void join_cluster(const Cluster& cluster) {
+        if (bus_) throw Error("join_cluster: the server is in a cluster already");
+        if (!directory_) {
+            make_directory();
+            first().share_rooms(directory_.get());
+        }
+        bus_ = cluster.open(
+            first().loop.mailbox(),
+            [this](const std::string& room, Opcode opcode, std::string_view payload) {
+                directory_->deliver_from_bus(room, opcode, payload);
+            },
+            [this](LogLevel level, std::string_view event,
+                   const std::vector<std::pair<std::string_view, std::string>>& fields) {
+                report(level, event, fields);
+            });
+        directory_->set_bus(bus_.get());
     }
 
     // ---- routes and pages, before run() or in callbacks ------------------------------------------------------------
@@ -11978,7 +12115,7 @@ private:
         const auto socket =
             std::make_shared<detail::ListenSocket>(detail::ListenAddress::parse(address), options_.reuse_port, options);
         const auto listen_on = [socket, transports, proxied = options.proxy_protocol](detail::Worker& worker) {
-            worker.listen(socket, transports ? transports->clone() : nullptr, proxied);
+            worker.listen({socket, transports, proxied});
         };
         listen_on(first());
         each_other(listen_on);
@@ -12142,6 +12279,7 @@ private:
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
     std::vector<detail::ErasedMap> extensions_;  // by loop
+    std::unique_ptr<detail::RoomBus> bus_;       // to other machines; null without a cluster
 };
 
 // ---- tests without sockets -----------------------------------------------------------------------------------------
@@ -13374,19 +13512,17 @@ public:
         if (options_.reconnect && loop().now() - opened_at_ >= options_.reconnect->stable) failures_ = 0;
         if (!may_reconnect()) return end();
         const bool asked = close_code_ == CloseCode::service_restart || close_code_ == CloseCode::try_again_later;
-        start_later(retry_delay(asked ? options_.reconnect->max_delay / 6 : Duration::zero()));
+        try_again(asked ? options_.reconnect->max_delay / 6 : Duration::zero());
     }
 
     // ---- called by a Dial ------------------------------------------------------------------------------------------
 
     void on_ready(Dial& dial, bool readable, bool writable, bool broken) {
         const auto self = shared_from_this();
-        run_guarded(
-            [&] {
-                if (&dial == active_) transfer(readable || broken, writable);
-                else finish_dial(dial);
-            },
-            [&](const char* what) { fail(stage_, what); });
+        guarded([&] {
+            if (&dial == active_) transfer(readable || broken, writable);
+            else finish_dial(dial);
+        });
     }
 
 private:
@@ -13397,12 +13533,41 @@ private:
     LoopTimer call_later(Duration delay, Function function) {
         return loop().call_later(delay, [weak = weak_from_this(), function] {
             const auto self = weak.lock();
-            if (self && self->core_ != nullptr)
-                run_guarded([&] { function(*self); }, [&](const char* what) { self->fail(self->stage_, what); });
+            if (self && self->core_ != nullptr) self->guarded([&] { function(*self); });
         });
     }
     void cancel(LoopTimer& timer) {
         if (timer) loop().cancel(*std::exchange(timer, std::nullopt));
+    }
+
+    // What throws in an attempt ends it. If memory ran out, the next attempt may be better.
+    void guarded(FunctionRef<> work) {
+        bool out_of_memory = false;
+        auto watched = [&] {
+            try {
+                work();
+            } catch (const std::bad_alloc&) {
+                out_of_memory = true;
+                throw;
+            }
+        };
+        run_guarded(watched, [&](const char* what) {
+            const ConnectStage stage = out_of_memory ? (std::max)(stage_, ConnectStage::resolve) : stage_;
+            // If there is no memory for the failure either, it is not told.
+            auto nothing = [](const char*) {};
+            if (attempting_ && run_guarded([&] { fail(stage, what); }, nothing)) return;
+            if (core_ == nullptr || ended_ || session_ != nullptr) return;
+            stop_attempt();
+            if (may_reconnect()) try_again(Duration::zero());
+            else end();
+        });
+    }
+    // Gives up if there is no memory for the timer at the second try either.
+    void try_again(Duration least) {
+        const Duration delay = retry_delay(least);
+        for (int i = 0; i < 2; ++i)
+            if (run_guarded([&] { start_later(delay); }, [](const char*) {})) return;
+        end();
     }
 
     // ---- an attempt ------------------------------------------------------------------------------------------------
@@ -13410,6 +13575,7 @@ private:
     void start() {
         timer_.reset();
         if (core_->worker.draining) return end();
+        attempting_ = true;
         attempt_ = std::make_shared<char>();
         redirects_ = 0;
         stage_ = ConnectStage::url;
@@ -13456,9 +13622,8 @@ private:
         std::string text = options_.proxy;
         if (text.empty() && options_.proxy_from_environment && options_.unix_path.empty()) {
             const auto variable = [](const char* lower, const char* upper) -> std::string {
-                const char* value = std::getenv(lower);
-                if (value == nullptr || *value == '\0') value = std::getenv(upper);
-                return value == nullptr ? "" : value;
+                const std::string value = os::environment(lower).value_or("");
+                return !value.empty() ? value : os::environment(upper).value_or("");
             };
             // HTTP_PROXY is not read: a CGI server sets it from a header of its client.
             text = url_.secure ? variable("https_proxy", "HTTPS_PROXY") : variable("http_proxy", "http_proxy");
@@ -13472,14 +13637,12 @@ private:
     }
 
     void on_resolved(ResolverResult result) {
-        run_guarded(
-            [&] {
-                const std::string& host = proxy_ ? proxy_->host : url_.host;
-                if (result.addresses.empty())
-                    fail(stage_, "The host \"" + escape_for_log(host) + "\" cannot be resolved: " + result.error + ".");
-                else dial_all(std::move(result.addresses));
-            },
-            [&](const char* what) { fail(stage_, what); });
+        guarded([&] {
+            const std::string& host = proxy_ ? proxy_->host : url_.host;
+            if (result.addresses.empty())
+                fail(stage_, "The host \"" + escape_for_log(host) + "\" cannot be resolved: " + result.error + ".");
+            else dial_all(std::move(result.addresses));
+        });
     }
 
     // ---- connecting ------------------------------------------------------------------------------------------------
@@ -13824,7 +13987,7 @@ private:
 
     // `status`: of the response, whose body is in body_.
     WSCHAT_COLD void fail(ConnectStage stage, std::string sentence, int status = 0) {
-        if (core_ == nullptr || !attempt_) return;
+        if (core_ == nullptr || !attempting_) return;
         const auto self = shared_from_this();
         ConnectError error{stage, status, body_.take(), std::move(sentence), std::nullopt};
         Duration wait = Duration::zero();
@@ -13881,6 +14044,7 @@ private:
         output_.clear();
         body_ = {};
         attempt_.reset();
+        attempting_ = false;
     }
     // No attempt and no connection follows.
     void end() {
@@ -13942,6 +14106,7 @@ private:
 
     ClientAttempt attempted_;
     std::shared_ptr<char> attempt_;  // null between attempts
+    bool attempting_ = false;
     ConnectStage stage_ = ConnectStage::url;
     ClientUrl url_;  // of the present hop
     std::optional<ClientUrl> proxy_;
@@ -15922,6 +16087,18 @@ private:
             for (const PortPtr& each : std::vector<PortPtr>(room->ports))
                 deliver(each, [name, users](Listener& to) { to.on_presence(name, users); });
         }
+        void on_position(const std::string& name, const HistoryPage& page) override {
+            const WatchedRoom* const room = rooms_.find(name);
+            if (room == nullptr) return;
+            for (const PortPtr& each : std::vector<PortPtr>(room->ports))
+                deliver(each, [name, page](Listener& to) { to.on_position(name, page); });
+        }
+        // The hub on the loop of the store logs for all.
+        void on_log(LogLevel level, std::string_view event,
+                    const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+            for (const PortPtr& each : ports_)
+                if (each->home && each->listener != nullptr) return each->listener->on_log(level, event, fields);
+        }
         Time now() const override {
             for (const PortPtr& each : ports_)
                 if (each->home && each->listener != nullptr) return each->listener->now();
@@ -16118,7 +16295,7 @@ private:
     };
     std::vector<Latest> latest_{};                 // the latest messages, for counts of unread ones
     std::optional<std::uint64_t> latest_after_{};  // no message after this id is missing there
-    bool counting_ = false;  // the members have no list of users
+    bool counting_ = false;                        // the members have no list of users
     bool count_scheduled_ = false;
 };
 
@@ -18741,7 +18918,9 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
         room->delivered_id_ = entry.id;
     }
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
-    const bool tagged = sender != nullptr && !entry.tag.empty();
+    Room* const members = members_.find(entry.room);
+    // One who is not a member yet gets it in the history.
+    const bool tagged = sender != nullptr && !entry.tag.empty() && members != nullptr && members->has(*sender);
     if (room != nullptr) note_latest(*room, entry);
     std::string mentions;
     if (room != nullptr && entry.is_message() && !room->presence_.empty()) {
@@ -18752,7 +18931,7 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
         ChatEvent event = detail::kept_event(entry, viewer, shown(entry.room));
         return mentions.empty() ? event : event.add_json("mentions", mentions);
     };
-    if (Room* members = members_.find(entry.room)) members->broadcast(event_for({}).dump(), tagged ? sender : nullptr);
+    if (members != nullptr) members->broadcast(event_for({}).dump(), tagged ? sender : nullptr);
     if (tagged) sender->write_message(event_for(entry.author).dump());
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
@@ -19449,6 +19628,7 @@ private:
          "CREATE TABLE fact(scope TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, author TEXT NOT NULL,"
          " expires INTEGER NOT NULL, PRIMARY KEY(scope, key)) WITHOUT ROWID;"
          "CREATE INDEX fact_author ON fact(author) WHERE author <> '';"),
+        "",  // fold_rooms()
     };
     static constexpr int version = sizeof migrations / sizeof migrations[0];
     static constexpr int application_id = 0x77736368;  // "wsch"
@@ -19478,11 +19658,28 @@ private:
     }
     void migrate() {
         database_.transaction("BEGIN IMMEDIATE", [this] {
-            for (auto at = database_.number("PRAGMA user_version"); at < version; ++at)
+            for (auto at = database_.number("PRAGMA user_version"); at < version; ++at) {
                 database_.execute(migrations[at]);
+                if (at == 4) fold_rooms();
+            }
             database_.execute("PRAGMA application_id = " + std::to_string(application_id));
             database_.execute("PRAGMA user_version = " + std::to_string(version));
         });
+    }
+    // Since version 5 rooms are known by chat_fold() of their names. Of rooms with names that look alike, the one that
+    // was used last is found.
+    void fold_rooms() {
+        std::vector<std::pair<std::int64_t, std::string>> rooms;
+        {
+            Query query(database_, "SELECT id, name FROM room ORDER BY used DESC, id");
+            while (query.next_row()) rooms.emplace_back(query.number(0), query.text(1));
+        }
+        for (const auto& [id, name] : rooms) {
+            const std::string key = chat_fold(name);
+            if (key == name || text::starts_with(name, "\n")) continue;  // a conversation
+            database_.run("UPDATE OR IGNORE room SET name = ?1 WHERE id = ?2", key, id);
+            database_.run("UPDATE OR IGNORE fact SET key = ?1 WHERE scope = 'topic' AND key = ?2", key, name);
+        }
     }
     // Every opening has a number and a random token. Rows of `first` that no kept position needs are deleted.
     void open_epoch() {
@@ -20108,8 +20305,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 18: Cluster
 //
-// Redis between several servers: RedisHistory is a history of the chat that they share. A thread of its own speaks to
-// Redis through hiredis.
+// Redis between several servers: RedisCluster connects their rooms, and RedisHistory is a history of the chat that they
+// share. A thread of its own speaks to Redis through hiredis.
 // ====================================================================================================================
 
 #if WSCHAT_HIREDIS
@@ -20492,7 +20689,7 @@ private:
 
     void log(LogLevel level, std::string_view event,
              const std::vector<std::pair<std::string_view, std::string>>& fields) {
-        for (RedisUser* user : users_) user->on_redis_log(level, event, fields);
+        if (!users_.empty()) users_.front()->on_redis_log(level, event, fields);
     }
     Duration retry_delay() {
         const unsigned doublings = (std::min)(attempts_++, 16u);
@@ -20662,6 +20859,201 @@ private:
 };
 
 }  // namespace detail
+
+// ---- plain rooms ---------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+// Carries the broadcasts of plain rooms through PUB/SUB, at most once. The order of one sender is kept.
+class RedisBus final : public RoomBus {
+public:
+    using Deliver = std::function<void(const std::string& room, Opcode opcode, std::string_view payload)>;
+    using Log = std::function<void(LogLevel level, std::string_view event,
+                                   const std::vector<std::pair<std::string_view, std::string>>& fields)>;
+
+    // `deliver` and `log` are called through the mailbox.
+    RedisBus(const std::string& url, const RedisOptions& options, std::shared_ptr<Mailbox> mailbox, Deliver deliver,
+             Log log)
+        : link_(RedisLink::of(url, options)) {
+        shared_->deliver = std::move(deliver);
+        shared_->log = std::move(log);
+        link_->run([&] { side_ = std::make_unique<Side>(*link_, std::move(mailbox), shared_); });
+        link_->post([this] { link_->add_user(*side_); });
+        if (!options.require_at_start) return;
+        try {
+            side_->start.wait(text::concat({"RedisCluster \"", link_->name(), "\""}), options.connect_timeout);
+        } catch (...) {
+            end();
+            throw;
+        }
+    }
+    RedisBus(const RedisBus&) = delete;
+    RedisBus& operator=(const RedisBus&) = delete;
+    ~RedisBus() override { end(); }
+
+    void subscribe(const std::string& room) override {
+        link_->post([this, room] { side_->subscribe(room); });
+    }
+    void unsubscribe(const std::string& room) override {
+        link_->post([this, room] { side_->unsubscribe(room); });
+    }
+    void publish(const std::string& room, Opcode opcode, std::string_view payload) override {
+        {
+            const std::lock_guard<std::mutex> lock(shared_->mutex);
+            if (shared_->bytes + payload.size() > link_->options().max_queued_bytes) {
+                ++shared_->dropped;
+                return;
+            }
+            shared_->bytes += payload.size();
+            shared_->outbox.push_back({room, opcode, std::string(payload)});
+            if (shared_->outbox.size() != 1) return;
+        }
+        link_->post([this] { side_->send_all(); });
+    }
+    // Broadcasts that did not go out: Redis was away or too slow.
+    std::uint64_t dropped() const {
+        const std::lock_guard<std::mutex> lock(shared_->mutex);
+        return shared_->dropped;
+    }
+
+private:
+    struct Broadcast {
+        std::string room;
+        Opcode opcode;
+        std::string payload;
+    };
+    // What both threads use. Only the server's loop uses the functions.
+    struct Shared {
+        Deliver deliver{};
+        Log log{};
+        std::mutex mutex{};
+        std::vector<Broadcast> outbox{};
+        std::size_t bytes = 0;  // in the outbox, and sent without an answer
+        std::uint64_t dropped = 0;
+    };
+
+    // On the link's thread.
+    class Side final : public RedisUser {
+    public:
+        Side(RedisLink& link, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<Shared> shared)
+            : link_(link), mailbox_(std::move(mailbox)), shared_(std::move(shared)) {}
+        Side(const Side&) = delete;
+        Side& operator=(const Side&) = delete;
+        ~Side() {
+            link_.remove_user(*this);
+            for (const auto& [room, subscribed] : rooms_) link_.unsubscribe(channel(room));
+        }
+
+        RedisStart start;
+
+        std::string channel(const std::string& room) const { return link_.channel("b:" + room); }
+        void subscribe(const std::string& room) {
+            rooms_.find_or_emplace(room) = true;
+            link_.subscribe(channel(room), [this, room](std::string_view message) { on_message(room, message); });
+        }
+        void unsubscribe(const std::string& room) {
+            rooms_.erase(room);
+            link_.unsubscribe(channel(room));
+        }
+        void send_all() {
+            std::vector<Broadcast> outbox;
+            {
+                const std::lock_guard<std::mutex> lock(shared_->mutex);
+                outbox.swap(shared_->outbox);
+            }
+            for (const Broadcast& each : outbox) {
+                const auto done = [shared = shared_, size = each.payload.size()](const redisReply* reply,
+                                                                                 const std::string&) {
+                    const std::lock_guard<std::mutex> lock(shared->mutex);
+                    shared->bytes -= size;
+                    if (reply == nullptr) ++shared->dropped;
+                };
+                const char opcode = each.opcode == Opcode::text ? 't' : 'b';
+                if (!link_.send({"PUBLISH", channel(each.room),
+                                 text::concat({link_.node(), std::string_view(&opcode, 1), each.payload})},
+                                done))
+                    done(nullptr, "");
+            }
+        }
+
+        void on_redis_up() override { start.succeed(); }
+        void on_redis_down(const std::string& cause, bool permanent) override { start.fail(cause, permanent); }
+        void on_redis_log(LogLevel level, std::string_view event,
+                          const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+            std::vector<std::pair<std::string, std::string>> copies;
+            for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
+            mailbox_->post([level, name = std::string(event), copies, shared = shared_] {
+                std::vector<std::pair<std::string_view, std::string>> views;
+                for (const auto& [key, value] : copies) views.emplace_back(key, value);
+                if (shared->log) shared->log(level, name, views);
+            });
+        }
+        void on_turn_end() override {
+            if (arrived_.empty()) return;
+            mailbox_->post([arrived = std::exchange(arrived_, {}), shared = shared_] {
+                for (const Broadcast& each : arrived)
+                    if (shared->deliver) shared->deliver(each.room, each.opcode, each.payload);
+            });
+        }
+
+    private:
+        // The name of the sender, 't' or 'b', and the payload.
+        void on_message(const std::string& room, std::string_view message) {
+            const std::string& node = link_.node();
+            if (message.substr(0, node.size()) == node) return;  // the members here have got it before
+            message.remove_prefix((std::min)(node.size(), message.size()));
+            const bool is_text = !message.empty() && message[0] == 't';
+            const bool valid = is_text ? valid_utf8(message.substr(1)) : !message.empty() && message[0] == 'b';
+            if (valid)
+                arrived_.push_back({room, is_text ? Opcode::text : Opcode::binary, std::string(message.substr(1))});
+            else if (!std::exchange(foreign_told_, true))
+                on_redis_log(
+                    LogLevel::warning, "redis_foreign_data",
+                    {{"redis", link_.name()}, {"cause", "another program uses " + escape_for_log(channel(room))}});
+        }
+
+        RedisLink& link_;
+        std::shared_ptr<Mailbox> mailbox_;
+        std::shared_ptr<Shared> shared_;
+        StringMap<bool> rooms_;
+        std::vector<Broadcast> arrived_;
+        bool foreign_told_ = false;
+    };
+
+    void end() {
+        shared_->deliver = nullptr;
+        shared_->log = nullptr;
+        link_->run([this] { side_.reset(); });
+    }
+
+    std::shared_ptr<RedisLink> link_;
+    std::shared_ptr<Shared> shared_ = std::make_shared<Shared>();
+    std::unique_ptr<Side> side_;
+};
+
+}  // namespace detail
+
+// Connects the plain rooms of several servers: server.join_cluster(RedisCluster("redis://127.0.0.1:6379")). A broadcast
+// reaches the members of this server at once, and those of other servers through Redis, at most once. It never waits
+// for Redis: while Redis is away, only the members of this server get it. The prefix and the Redis may be those of a
+// RedisHistory; then both have the same connections.
+class RedisCluster {
+public:
+    explicit RedisCluster(std::string url, RedisOptions options = {})
+        : url_(std::move(url)), options_(std::move(options)) {
+        detail::RedisUrl::parse(url_);
+    }
+    // What Server::join_cluster() calls. An Error if Redis cannot be used within RedisOptions::connect_timeout.
+    std::unique_ptr<detail::RoomBus> open(std::shared_ptr<Mailbox> mailbox, detail::RedisBus::Deliver deliver,
+                                          detail::RedisBus::Log log) const {
+        return std::make_unique<detail::RedisBus>(url_, options_, std::move(mailbox), std::move(deliver),
+                                                  std::move(log));
+    }
+
+private:
+    std::string url_;
+    RedisOptions options_;
+};
 
 // ---- the history ---------------------------------------------------------------------------------------------------
 
@@ -20994,10 +21386,6 @@ local function join(users, names, e, fold, user)
     end
     user = {e[5], fold, e[7], e[10], e[4]}
     call('HSET', names, fold, e[6])
-  elseif e[10] == '' then
-    for i = 6, #user, 2 do
-      if user[i] ~= e[13] and user[i + 1] == '' then return 'name_taken' end
-    end
   end
   e[5], e[7] = user[1], user[3]
   local at = hub_at(user, e[13])

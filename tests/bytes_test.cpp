@@ -1089,6 +1089,21 @@ TEST_CASE("a bucket allows its burst at once, and then its rate") {
     CHECK_FALSE(bucket.take(1, rate, start + hours(1)));
 }
 
+TEST_CASE("a bucket of any rate allows its whole burst, one by one, and is exact to the nanosecond") {
+    const Time start = Clock::now();
+    for (int per_second = 1; per_second <= 1000; ++per_second) {
+        CAPTURE(per_second);
+        TokenBucket bucket;
+        const Rate rate{static_cast<double>(per_second), static_cast<double>(per_second)};
+        int taken = 0;
+        while (taken <= per_second && bucket.take(1, rate, start)) ++taken;
+        REQUIRE(taken == per_second);
+        const Time next = start + nanoseconds(1'000'000'000 / per_second);
+        REQUIRE_FALSE(bucket.take(1, rate, next - nanoseconds(per_second + 1)));
+        REQUIRE(bucket.take(1, rate, next));
+    }
+}
+
 TEST_CASE("a full bucket allows more than its burst and takes longer to refill") {
     TokenBucket bucket;
     const Rate rate{10, 100};

@@ -462,6 +462,107 @@ TEST_CASE("what is not kept comes once to all servers, and fails while Redis is 
     CHECK(one.heard == "0:psst 0:for one failed:for one ");
 }
 
+TEST_CASE("broadcasts of plain rooms reach the rooms of other servers, in order and not their own") {
+    RedisServer redis;
+    struct Machine {
+        explicit Machine(const std::string& url) {
+            bus =
+                RedisCluster(url, quick())
+                    .open(
+                        loop.mailbox(),
+                        [this](const std::string& room, Opcode opcode, std::string_view payload) {
+                            heard += room + (opcode == Opcode::text ? ":" : "#") + std::string(payload) + " ";
+                        },
+                        [this](LogLevel, std::string_view event, const auto&) { logged += std::string(event) + ";"; });
+        }
+        void wait_for(const std::string& what) {
+            const auto until = Clock::now() + test::deadline;
+            while (!contains(heard, what) && Clock::now() < until) loop.poll(10ms);
+            CHECK_MESSAGE(contains(heard, what), heard);
+        }
+        void wait_for_log(const std::string& what) {
+            const auto until = Clock::now() + test::deadline;
+            while (!contains(logged, what) && Clock::now() < until) loop.poll(10ms);
+            CHECK(contains(logged, what));
+        }
+        Loop loop;
+        std::string heard, logged;
+        std::unique_ptr<detail::RoomBus> bus;
+    };
+    const auto subscribed = [&](const std::string& channel, const std::string& count) {
+        const auto until = Clock::now() + test::deadline;
+        while (!contains(redis.cli("pubsub numsub " + channel), "\n" + count) && Clock::now() < until) {
+        }
+        CHECK(contains(redis.cli("pubsub numsub " + channel), "\n" + count));
+    };
+    Machine one(redis.url()), two(redis.url() + "/0");
+    for (Machine* each : {&one, &two}) each->bus->subscribe("tea");
+    one.bus->subscribe("milk");
+    subscribed("wschat:b:tea", "2");
+    subscribed("wschat:b:milk", "1");
+    std::string expected;
+    for (int i = 0; i < 100; ++i) {
+        one.bus->publish("tea", i % 2 == 0 ? Opcode::text : Opcode::binary, std::to_string(i));
+        expected += (i % 2 == 0 ? "tea:" : "tea#") + std::to_string(i) + " ";
+    }
+    two.wait_for("tea#99 ");
+    CHECK(two.heard == expected);
+    two.bus->publish("milk", Opcode::text, "hot");
+    one.wait_for("milk:hot ");
+    CHECK(one.heard == "milk:hot ");
+    one.bus->unsubscribe("milk");
+    subscribed("wschat:b:milk", "0");
+    redis.cli("publish wschat:b:tea nonsense");
+    one.wait_for_log("redis_foreign_data");
+
+    redis.kill();
+    one.wait_for_log("redis_lost");
+    one.bus->publish("tea", Opcode::text, "lost");
+    redis.start();
+    subscribed("wschat:b:tea", "2");
+    one.wait_for_log("redis_lost;redis_connected;");
+    one.bus->publish("tea", Opcode::text, "again");
+    two.wait_for("tea:again ");
+    CHECK_FALSE(contains(two.heard, "lost"));
+    try {
+        RedisCluster("redis://127.0.0.1:1", quick()).open(one.loop.mailbox(), {}, {});
+        FAIL("it is connected");
+    } catch (const Error& error) {
+        CHECK(std::string(error.what()) == "RedisCluster \"redis://127.0.0.1:1/0\": Connection refused");
+    }
+}
+
+TEST_CASE("join_cluster() connects the rooms of two servers") {
+    struct Lobby : WebSocketHandler {
+        void open() override { room("lobby").join(*this); }
+        void on_message(const Message& message) override { room("lobby").broadcast(message); }
+    };
+    const RedisServer redis;
+    struct Machine : test::RunningServer {
+        explicit Machine(const std::string& url) {
+            server.join_cluster(RedisCluster(url, quick()));
+            server.route<Lobby>("/chat");
+            start();
+        }
+        ~Machine() { stop(); }
+    };
+    Machine one(redis.url()), two(redis.url() + "/0");
+    test::WsClient anna(one.port(), "/chat"), bert(two.port(), "/chat");
+    const auto until = Clock::now() + test::deadline;
+    while (!contains(redis.cli("pubsub numsub wschat:b:lobby"), "\n2") && Clock::now() < until) {
+    }
+    anna.send("hello");
+    CHECK(anna.next() == "hello");
+    CHECK(bert.next() == "hello");
+    bert.send("hello, Anna");
+    CHECK(bert.next() == "hello, Anna");
+    CHECK(anna.next() == "hello, Anna");
+    Server again;
+    again.join_cluster(RedisCluster(redis.url(), quick()));
+    CHECK_THROWS_WITH_AS(again.join_cluster(RedisCluster(redis.url())),
+                         "join_cluster: the server is in a cluster already", Error);
+}
+
 TEST_CASE("a Redis without memory refuses messages, and takes them again later") {
     const RedisServer redis;
     Node node(redis.url(), quick());

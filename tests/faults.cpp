@@ -228,7 +228,7 @@ private:
         server.static_dir("/files", folder().path);
         server.static_dir("/relative", ".");  // a relative path needs the working directory
         server.get("/is_made", [](const Request&) { return Response(200, made_page()); });
-        server.listen(0);
+        test::listen(server);
         server.listen("unix:" + folder().socket());
     }
     void publish_port(Server& server) {
@@ -343,7 +343,8 @@ bool explained_by_fault(std::string_view got, int status, std::string_view body,
 
 // Sockets: five members of a room, a client that reads slowly, a client that does not read, pages, refusals, all ways to
 // close a connection, a late client, and the shutdown. Chat: three clients of a ChatHandler, one of which reconnects.
-enum class ScenarioKind { sockets, chat };
+// TLS: handshakes that are completed, broken off or not TLS, and what follows them.
+enum class ScenarioKind { sockets, chat, tls };
 
 class Scenario {
 public:
@@ -357,6 +358,7 @@ public:
             FaultyServer subject(plans, ending);
             if (subject.port != 0 && which == ScenarioKind::sockets) run_sockets(subject);
             if (subject.port != 0 && which == ScenarioKind::chat) run_chat(subject);
+            if (subject.port != 0 && which == ScenarioKind::tls) run_tls(subject);
             subject.end();
             subject.join();
             check(subject);
@@ -413,6 +415,32 @@ private:
         send_line(back, "hello again");
         late_client();
         send_line(member(0), "the last word");
+        end(subject);
+    }
+    void run_tls(FaultyServer& subject) {
+        port_ = subject.port;
+        for (int i = 0; i < 3; ++i) add("guest " + std::to_string(i)).connect(port_, "/room");
+        for (int i = 0; i < 3; ++i) {
+            if (member(i).is_active()) member(i).client->send(message(i, 0));
+            receive_own(i, 0);
+        }
+        RawClient broken_off = RawClient::plain(port_);
+        broken_off.send(hex("16 03 01 02 00 01 00 01 fc 03 03"));  // the beginning of a ClientHello
+        RawClient not_tls = RawClient::plain(port_);
+        not_tls.send("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
+        Actor& reader = add("the reader of pieces");
+        reader.connect(port_, "/desk");
+        if (reader.is_active()) reader.client->send("pieces 3");
+        for (int i = 0; i < 3; ++i) receive_piece(reader, i);
+        fetch("/page", 200, folder().content);
+        if (member(1).is_active()) member(1).client->close();
+        member(1).expect_close(CloseCode::normal);
+        if (member(2).is_active()) member(2).client->raw.reset();
+        for (const auto& actor : actors_)
+            if (actor != actors_[0]) actor->disconnect();
+        broken_off.close();
+        not_tls.close();
+        late_client();
         end(subject);
     }
     static std::string chatter(int i) { return i == 0 ? "Anna" : i == 1 ? "Bert" : "Carl"; }
@@ -653,6 +681,151 @@ bool is_made(Call call) {
     return call == Call::poll ? poll : !epoll || !poll;
 }
 
+// ---- a client under faults ------------------------------------------------------------------------------------------
+
+struct BotLog {
+    int opened = 0, closed = 0, failures = 0, rounds = 0;
+};
+
+// Connects twice: the server closes the first connection, and the bot the second one.
+struct Bot : WebSocketHandler {
+    explicit Bot(BotLog& of_all) : log(of_all) {}
+    void open() override {
+        ++log.opened;
+        write_message("post");
+    }
+    void on_message(const Message& m) override {
+        if (m.text() != "posted") return;
+        if (++log.rounds == 1) write_message("close");
+        else close();
+    }
+    void on_close() override { ++log.closed; }
+    void on_failure(const ConnectError& error) override { log.failures += error.sentence.empty() ? 0 : 1; }
+    BotLog& log;
+};
+
+// A client on its own thread, whose calls go through a seam. The server has no faults.
+class FaultyClient {
+public:
+    FaultyClient(const Plan& plan, const std::string& url) {
+        const std::size_t descriptors = open_descriptors();
+        const long blocks = faults::live_blocks();
+        seam.plans[0] = plan;
+        std::future<void> ended = std::async(std::launch::async, [&] { run(url); });
+        if (ended.wait_for(test::deadline) != std::future_status::ready) {
+            std::fprintf(stderr, "the client does not end: %s\n", to_string(plan).c_str());
+            std::abort();
+        }
+        ended.get();
+        // The server closes its descriptors a little later.
+        if (!test::eventually([&] { return open_descriptors() == descriptors; }))
+            complaints += "descriptors were lost\n";
+        if (faults::live_blocks() != blocks) complaints += "memory was lost\n";
+        if (!set_up_error.empty()) {
+            if (seam.faults == 0) complaints += "the set-up failed without a fault: " + set_up_error + "\n";
+            return;
+        }
+        if (!run_error.empty()) complaints += "run() threw: " + run_error + "\n";
+        if (log.opened != log.closed) complaints += "open() and on_close() do not pair\n";
+        if (log.rounds < 2) complaints += "the client has given up\n";
+    }
+    bool fired() const { return seam.calls_of(seam.plans[0].call) >= seam.plans[0].first; }
+
+    Seam seam;
+    BotLog log;
+    std::string complaints, set_up_error, run_error;
+
+private:
+    void run(const std::string& url) {
+        const Armed armed(&seam);
+        try {
+            Client client(test::poller_kind());
+            ClientOptions options;
+            options.reconnect.emplace();
+            options.reconnect->min_delay = options.reconnect->max_delay = 1ms;
+            options.tls.insecure_accept_any_certificate = true;
+            client.connect<Bot>(url, options, std::ref(log));
+            try {
+                client.run();
+            } catch (const std::exception& error) {
+                const Armed off(nullptr);
+                run_error = error.what();
+            }
+        } catch (const std::exception& error) {
+            const Armed off(nullptr);
+            set_up_error = error.what();
+        }
+    }
+};
+
+// Lets the first such call of a client fail, then the second, and so on.
+void sweep_client(Call call, const std::vector<int>& errors, const std::string& url) {
+    for (const int error : errors) {
+        Plan plan{call, error};
+        for (bool fired = true; fired; ++plan.first) {
+            const FaultyClient client(plan, url);
+            fired = client.fired();
+            CAPTURE(to_string(plan));
+            CHECK(client.complaints == "");
+        }
+    }
+}
+void sweep_client_calls(const std::string& url) {
+    { const FaultyClient fills_caches({}, url); }
+    const FaultyClient clean({}, url);
+    CHECK(clean.complaints == "");
+    CHECK(clean.log.opened == 2);
+    sweep_client(Call::recv, {EINTR, EAGAIN, ENOBUFS, ECONNRESET, ETIMEDOUT, 0}, url);
+    for (const Call send : {Call::send, Call::sendmsg}) sweep_client(send, {EINTR, EAGAIN, ENOBUFS, EPIPE, 0}, url);
+    sweep_client(Call::socket, {EMFILE, ENOBUFS}, url);
+    sweep_client(Call::connect, {ECONNREFUSED, ENETUNREACH, EADDRNOTAVAIL, EINTR}, url);
+    sweep_client(Call::setsockopt, {ENOMEM}, url);
+    sweep_client(Call::close, {EINTR}, url);
+    sweep_client(Call::shutdown, {ENOTCONN}, url);
+    sweep_client(is_made(Call::poll) ? Call::poll : Call::epoll_wait, {EINTR}, url);
+    if (!is_made(Call::poll)) sweep_client(Call::epoll_ctl, {ENOMEM}, url);
+    sweep_client(Call::allocate, {ENOMEM}, url);
+}
+
+// A server for clients, without faults.
+struct DeskServer : test::RunningServer {
+    DeskServer() : test::RunningServer(server_options()) {
+        server.route<CommandHandler>("/desk", std::ref(tally));
+        start();
+    }
+    static ServerOptions server_options() {
+        ServerOptions options;
+        options.handle_signals = false;
+        return options;
+    }
+    std::string url() {
+        return (test::over_tls() ? "wss://127.0.0.1:" : "ws://127.0.0.1:") + std::to_string(port()) + "/desk";
+    }
+    Tally tally;
+};
+
+#if WSCHAT_OPENSSL
+// Servers and clients of the tests use TLS.
+class WithTls {
+public:
+    WithTls() {
+        if (const char* const value = std::getenv("WSCHAT_TEST_TLS")) before_ = value;
+        ::setenv("WSCHAT_TEST_TLS", "1", 1);
+        Server server;
+        test::listen_tls(server, "0");  // makes the certificate, which stays
+    }
+    WithTls(const WithTls&) = delete;
+    WithTls& operator=(const WithTls&) = delete;
+    ~WithTls() {
+        if (before_.empty()) ::unsetenv("WSCHAT_TEST_TLS");
+        else ::setenv("WSCHAT_TEST_TLS", before_.c_str(), 1);
+    }
+
+private:
+    std::string before_;
+};
+#endif
+
 }  // namespace
 
 TEST_SUITE_BEGIN("faults");
@@ -869,6 +1042,50 @@ TEST_CASE("a failed allocation in a chat disturbs one connection at most") {
 
 TEST_CASE("a signal shuts down the server also if an allocation fails") {
     sweep({Call::allocate, ENOMEM}, Victims::one, Ending::signal, {}, step_of(4));
+}
+
+// ---- TLS, and clients -----------------------------------------------------------------------------------------------
+
+#if WSCHAT_OPENSSL
+TEST_CASE("a failed system call in or after a TLS handshake ends at most its connection") {
+    const WithTls tls;
+    { const Scenario fills_caches({}, Victims::none, Ending::shutdown, ScenarioKind::tls); }
+    const Scenario clean({}, Victims::none, Ending::shutdown, ScenarioKind::tls);
+    CHECK(clean.complaints() == "");
+    const auto sweep_tls = [](const Row& row) {
+        for (const int error : row.errors)
+            sweep({row.call, error}, row.victims, Ending::shutdown, {}, 1, ScenarioKind::tls);
+    };
+    sweep_tls({Call::recv, Victims::none, {EINTR, EAGAIN, ENOBUFS, 0}});
+    sweep_tls({Call::recv, Victims::connection, {ECONNRESET, ETIMEDOUT}});
+    for (const Call send : {Call::send, Call::sendmsg}) {
+        sweep_tls({send, Victims::none, {EINTR, EAGAIN, ENOBUFS, 0}});
+        sweep_tls({send, Victims::connection, {ECONNRESET, EPIPE}});
+    }
+    sweep_tls({Call::accept, Victims::none, {EINTR, ENOBUFS}});
+    sweep_tls({Call::accept, Victims::connection, {ECONNABORTED, EMFILE}});
+    sweep_tls({Call::shutdown, Victims::none, {ENOTCONN}});
+    sweep_tls({Call::close, Victims::none, {EINTR}});
+    if (!is_made(Call::poll)) sweep_tls({Call::epoll_ctl, Victims::connection, {ENOMEM}});
+}
+
+TEST_CASE("a failed allocation in or after a TLS handshake disturbs one connection at most") {
+    const WithTls tls;
+    { const Scenario fills_caches({}, Victims::none, Ending::shutdown, ScenarioKind::tls); }
+    sweep({Call::allocate, ENOMEM}, Victims::one, Ending::shutdown, {}, 1, ScenarioKind::tls);
+    sweep({Call::allocate, ENOMEM, 1, 5}, Victims::one, Ending::shutdown, {}, step_of(3), ScenarioKind::tls);
+}
+
+TEST_CASE("a client over TLS connects again after a failed system call or allocation") {
+    const WithTls tls;
+    DeskServer server;
+    sweep_client_calls(server.url());
+}
+#endif
+
+TEST_CASE("a client connects again after a failed system call or allocation") {
+    DeskServer server;
+    sweep_client_calls(server.url());
 }
 
 TEST_SUITE_END();

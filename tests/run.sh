@@ -163,14 +163,19 @@ build asan $features
 tests "asan: tests" ctest --preset asan
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;threads;stores;cluster"
+build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;limits;threads;stores;cluster"
 tests "tsan: tests" ctest --preset tsan
+tests "tsan: three loops" env WSCHAT_TEST_THREADS=3 ctest --preset tsan -L loops
 
 build clang -DWSCHAT_TESTS=OFF
 
 # Short rounds. README.md has the commands for long ones.
 stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
 stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
+
+# kqueue and the branches for FreeBSD, Windows, Visual C++ and 32 bits. What cannot be installed is skipped, and said.
+stage "platforms: the short ones" sh tests/platforms.sh quick
+cat build/platforms/table
 
 # This build has no optional features.
 test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true

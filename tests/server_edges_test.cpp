@@ -313,6 +313,7 @@ TEST_CASE("listen() during a shutdown is an Error") {
 }
 
 TEST_CASE("a request that has arrived before a shutdown is answered, and its connection closes") {
+    const test::OneLoop one_loop;
     if (test::over_tls()) return;  // the server does not shake hands while its loop sends for the clients
     RunningServer running;
     running.server.get("/", [](const Request&) { return Response(200, "hello"); });
@@ -599,6 +600,7 @@ TEST_CASE("a PROXY header can arrive in any two pieces, and byte by byte") {
 }
 
 TEST_CASE("a connection without a valid PROXY header is closed and counted, and the log says so once") {
+    const test::OneLoop one_loop;
     ProxiedServer running;
     const std::string headers[] = {
         upgrade_request(),

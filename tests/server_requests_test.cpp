@@ -324,6 +324,7 @@ TEST_CASE("pages of allowed origins may read answers, after a preflight where it
 }
 
 TEST_CASE("allow_cors() for all origins does not allow cookies") {
+    const test::OneLoop one_loop;
     RunningServer running;
     running.server.get("/", mirror);
     running.server.allow_cors({"*"});
@@ -362,6 +363,7 @@ TEST_CASE("a page knows the address and the scheme of its client") {
 // ---- headers, cookies, files ----------------------------------------------------------------------------------------
 
 TEST_CASE("default headers are on each answer that does not set them itself") {
+    const test::OneLoop one_loop;
     const TemporaryFile file("default-headers.html", "x");
     RunningServer running;
     running.server.get(
@@ -571,6 +573,7 @@ TEST_CASE("the page of metrics is there for allowed addresses only") {
 }
 
 TEST_CASE("the server visits each open handler, which may be closed then") {
+    const test::OneLoop one_loop;
     RunningServer running;
     running.server.route<test::Echo>("/");
     running.start();

@@ -67,8 +67,8 @@ struct WorkerThread {
     WorkerThread(const FakeTransport::Behavior& behavior, Route::Factory factory, const Limits& limits = {}) {
         options.limits = limits;
         site.routes.add("route", Pattern("route", "/"), std::move(factory));
-        worker.listen(std::make_shared<ListenSocket>(ListenAddress::parse("0"), false),
-                      std::make_unique<FakeFactory>(behavior), false);
+        worker.listen({std::make_shared<ListenSocket>(ListenAddress::parse("0"), false),
+                       std::make_shared<FakeFactory>(behavior), false});
         port = worker.listeners().front().address().port;
         thread = std::thread([this] { worker.loop.run(); });
     }

@@ -269,6 +269,7 @@ TEST_CASE("a page and a WebSocket can have the same path") {
 }
 
 TEST_CASE("a route can be added while the server runs") {
+    const test::OneLoop one_loop;
     RunningServer running;
     running.server.route<Echo>("/old");
     running.start();
@@ -350,6 +351,7 @@ TEST_CASE("many messages in one piece are answered in order") {
 // ---- rooms ----------------------------------------------------------------------------------------------------------
 
 TEST_CASE("all 200 members of a room get every message in the same order") {
+    const test::OneLoop one_loop;
     HandlerServer<LobbyMember> running;
     constexpr std::size_t members = 200, speakers = 50;
     std::vector<std::unique_ptr<WsClient>> clients;

@@ -916,6 +916,8 @@ TEST_CASE("the system's poller is the default, and poll can be forced") {
     CHECK(Poller::make(PollerKind::poll)->name() == std::string("poll"));
 #if defined(__linux__)
     CHECK(Poller::make(PollerKind::automatic)->name() == std::string("epoll"));
+#elif defined(__FreeBSD__) || defined(__APPLE__)
+    CHECK(Poller::make(PollerKind::automatic)->name() == std::string("kqueue"));
 #endif
 }
 
@@ -983,6 +985,67 @@ TEST_CASE("after the peer ends its sending side the socket is readable and not b
         CHECK(pair.events() == "r");
         pair.watch(false, false);
         CHECK(pair.events() == "");
+    });
+}
+
+TEST_CASE("each wait reports a broken connection until it is removed, whatever is watched") {
+    for_each_poller([&](Poller& poller) {
+        BoundListener listener;
+        test::RawClient client(connect_to(listener.address()));
+        IpAddress peer;
+        const Socket accepted = accept(listener, peer);
+        Owner owner;
+        REQUIRE(poller.add(accepted.descriptor(), owner, false, false));
+        client.reset();
+        for (int i = 0; i < 3; ++i) CHECK(wait_for(poller, owner, 20'000) == "b");
+        REQUIRE(poller.change(accepted.descriptor(), owner, true, false));
+        CHECK(contains(wait_for(poller, owner), "b"));
+        REQUIRE(poller.change(accepted.descriptor(), owner, false, true));
+        CHECK(wait_for(poller, owner) == "wb");
+        REQUIRE(poller.change(accepted.descriptor(), owner, false, false));
+        CHECK(wait_for(poller, owner) == "b");
+        poller.remove(accepted.descriptor());
+        CHECK(wait_for(poller, owner) == "");
+    });
+}
+
+TEST_CASE("after this side ends its sending side the socket is not broken until the peer ends its own") {
+    for_each_poller([&](Poller& poller) {
+        for (const bool read : {false, true}) {
+            CAPTURE(read);
+            BoundListener listener;
+            test::RawClient client(connect_to(listener.address()));
+            IpAddress peer;
+            Socket accepted = accept(listener, peer);
+            Owner owner;
+            REQUIRE(poller.add(accepted.descriptor(), owner, read, false));
+            accepted.shutdown_send();
+            CHECK(client.read_to_end());
+            CHECK(wait_for(poller, owner) == "");
+            client.send("a");
+            if (read) CHECK(wait_for(poller, owner, 20'000) == "r");
+            else CHECK(wait_for(poller, owner) == "");
+            REQUIRE(poller.change(accepted.descriptor(), owner, false, true));
+            CHECK(wait_for(poller, owner) == "w");
+            REQUIRE(poller.change(accepted.descriptor(), owner, false, false));
+            client.shutdown_send();
+            CHECK(wait_for(poller, owner, 20'000) == "b");  // the byte is still unread
+            poller.remove(accepted.descriptor());
+        }
+    });
+}
+
+TEST_CASE("a poller waits while the peer only sends, or ends its sending side, and nothing is watched for") {
+    for_each_poller([&](Poller& poller) {
+        WatchedPair pair(poller, false, false), other(poller, true, false);
+        send(pair.peer, "ab");
+        pair.peer.shutdown_send();
+        CHECK(pair.events() == "");
+        std::thread sender([&] { send(other.peer, "c"); });
+        CHECK(wait_for(poller, other.owner, 20'000) == "r");
+        sender.join();
+        pair.watch(true, false);
+        CHECK(pair.events() == "r");
     });
 }
 

@@ -143,9 +143,27 @@ inline wschat::PollerKind poller_kind() {
 
 // The number of loops that the environment variable WSCHAT_TEST_THREADS gives to each server that does not ask for more
 // than one.
+inline unsigned loop_count();
+
+// For a test that knows on which loop a handler is, or what one turn does: WSCHAT_TEST_THREADS has no effect in its scope.
+class OneLoop {
+public:
+    OneLoop() { ++count(); }
+    OneLoop(const OneLoop&) = delete;
+    OneLoop& operator=(const OneLoop&) = delete;
+    ~OneLoop() { --count(); }
+
+private:
+    friend unsigned loop_count();
+    static int& count() {
+        static int scopes = 0;
+        return scopes;
+    }
+};
+
 inline unsigned loop_count() {
     const char* wanted = std::getenv("WSCHAT_TEST_THREADS");
-    return wanted != nullptr ? static_cast<unsigned>(std::atoi(wanted)) : 1;
+    return wanted != nullptr && OneLoop::count() == 0 ? static_cast<unsigned>(std::atoi(wanted)) : 1;
 }
 
 #if WSCHAT_OPENSSL

@@ -1525,6 +1525,7 @@ TEST_CASE("messages of all sizes pass a peer that reads late, and nothing is los
 }
 
 TEST_CASE("after a message of any size that pauses a connection, the input that waits in TLS is handled") {
+    const test::OneLoop one_loop;
     // Answers each large message with more than the buffers of the kernel hold.
     struct Amplifier : WebSocketHandler {
         void on_message(const Message& m) override {

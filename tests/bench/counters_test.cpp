@@ -172,6 +172,34 @@ TEST_SUITE("counters") {
         CHECK(after.waits - before.waits <= 56);
     }
 
+    TEST_CASE("a connection needs few allocations and system calls from the accept to its end") {
+        RunningRoom room(0);
+        const auto connect_and_close = [&](int connections) {
+            for (int i = 0; i < connections; ++i) {
+                WsClient client(room.running.port(), "/echo");
+                REQUIRE(client.is_open());
+                client.close();
+                REQUIRE(client.close_code() == wschat::CloseCode::normal);
+            }
+        };
+        const auto count_when_gone = [&] {
+            REQUIRE(room.running.eventually([&] { return room.running.server.metrics().connections_open == 0; }));
+            return room.count();
+        };
+        connect_and_close(20);  // the tables have grown
+        const Counters before = count_when_gone();
+        connect_and_close(50);
+        const Counters served = room.count();
+        const Counters after = count_when_gone();
+        // The session, its HTTP part, the request, the handler, and the HTTP part that lingers after the Close frame.
+        // The rest is for the counting.
+        CHECK(served.allocations - before.allocations <= 50 * 5 + 10);
+        CHECK(after.sends - before.sends == 2 * 50);
+        CHECK(after.receives - before.receives <= 4 * 50);
+        CHECK(after.poll_changes - before.poll_changes == 2 * 50);
+        CHECK(after.bytes_held <= before.bytes_held);
+    }
+
     TEST_CASE("in the steady state a delivery allocates nothing") {
         RunningRoom room(20);
         const auto send_messages = [&](int messages) {

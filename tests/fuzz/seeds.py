@@ -110,7 +110,8 @@ def client_seeds():
             b"Sec-WebSocket-Accept: {accept}\r\nSec-WebSocket-Protocol: two\r\n\r\n\x81\x02hi")
     refusals = [b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnone", b"HTTP/1.0 200\r\n\r\nx",
                 b"HTTP/1.1 302 x\r\nTransfer-Encoding: chunked\r\n\r\n2;a\r\nab\r\n0\r\n\r\n"]
-    urls = [b"ws://h", b"wss://a:b@h.example:81/c?d=e", b"http://[::1]:8/", b"//h/x", b"?a", b"../b#c"]
+    urls = [b"ws://h", b"wss://a:b@h.example:81/c?d=e", b"http://[::1]:8/", b"ws://[fe80::1%25eth0]/", b"//h/x", b"?a",
+            b"../b#c"]
     return [bytes([limits, len(url)]) + url + stream for limits in (0, 1) for url in urls for stream in [good, *refusals]]
 
 

@@ -1,7 +1,8 @@
 #!/bin/sh
 # package_test.sh KIND COMPILER WORK: builds the program in consumer/ in the directory WORK, and runs it. KIND is how the
-# program finds wschat: add_subdirectory, find_package, pkg_config or meson. The KIND install follows README's commands
-# on a machine without doctest.
+# program finds wschat: add_subdirectory, find_package, pkg_config, fetch_content, meson or wrap. The KIND options builds
+# it with each option from an installed tree that was moved. The KIND install follows README's commands on a machine
+# without doctest.
 set -eu
 kind=$1 CXX=$2 work=$3
 export CXX
@@ -24,6 +25,14 @@ installed() {
     cmake --build wschat --target install
     mv first moved
     ! grep -rF "$work" moved || fail "an installed file names the directory of its build"
+}
+
+# Packs what a release has, as wschat-VERSION.tar.gz, and sets `hash`.
+archive() {
+    mkdir "wschat-$version"
+    (cd "$root" && cp wschat.hpp LICENSE CMakeLists.txt meson.build meson_options.txt "$work/wschat-$version")
+    tar -czf "wschat-$version.tar.gz" "wschat-$version"
+    hash=$(sha256sum "wschat-$version.tar.gz" | cut -d ' ' -f 1)
 }
 
 rm -rf "$work"
@@ -57,6 +66,39 @@ find_package)
     cmake -S consumer -B components -DCMAKE_PREFIX_PATH="$work/moved" "-DCOMPONENTS=zlib;chat"
     cmake --build components
     prints components/consumer "wschat $version with the chat"
+    ;;
+options)
+    for option in zlib:ZLIB openssl:OPENSSL sqlite3:SQLITE libutf8proc:UTF8PROC liburing:LIBURING; do
+        pkg-config --exists "${option%:*}" || { echo "SKIPPED: WSCHAT_${option#*:}: there is no ${option%:*}" && continue; }
+        component=$(echo "${option#*:}" | tr A-Z a-z)
+        rm -rf build
+        installed -DWSCHAT_${option#*:}=ON
+        cmake -S consumer -B build -DCMAKE_PREFIX_PATH="$work/moved" -DCOMPONENTS=$component
+        cmake --build build
+        prints build/consumer "wschat $version"
+        PKG_CONFIG_PATH=$work/moved/share/pkgconfig pkg-config --cflags --libs wschat | grep -q "WSCHAT_${option#*:}=1" ||
+            fail "wschat.pc does not define WSCHAT_${option#*:}"
+    done
+    # A program that installs a part of its subprojects can name ours.
+    cmake --install wschat --prefix part --component wschat
+    test -f part/include/wschat.hpp || fail "the component of the install is not wschat"
+    cmake --install wschat --prefix none --component other
+    test ! -e none || fail "files have another component than wschat"
+    ;;
+fetch_content)
+    archive
+    cmake -S consumer -B build -DWSCHAT_ARCHIVE="$work/wschat-$version.tar.gz" -DWSCHAT_HASH=$hash -DWSCHAT_CHAT=ON
+    cmake --build build
+    prints build/consumer "wschat $version with the chat"
+    ;;
+wrap)
+    archive
+    mkdir -p consumer/subprojects/packagefiles
+    cp "wschat-$version.tar.gz" consumer/subprojects/packagefiles
+    sed "s/VERSION/$version/; s/HASH/$hash/" "$here/wschat.wrap" >consumer/subprojects/wschat.wrap
+    meson setup build consumer --wrap-mode=nodownload  # the archive is there
+    meson compile -C build
+    prints build/consumer "wschat $version"
     ;;
 pkg_config)
     installed

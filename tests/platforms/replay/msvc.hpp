@@ -1,0 +1,48 @@
+// Makes the header believe that Visual C++ compiles it, so that MinGW checks its branches for that compiler: include this
+// file first (-include). The headers of the system come before, because they must see the true compiler.
+#pragma once
+
+#include <winsock2.h>
+
+#include <fcntl.h>
+#include <io.h>
+#include <stdlib.h>
+#include <time.h>
+#include <windows.h>
+#include <ws2tcpip.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cassert>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <csignal>
+#include <cstdio>
+#include <deque>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#undef __GNUC__
+#undef __MINGW32__
+#undef __MINGW64__
+#undef __x86_64__
+#define _MSC_VER 1930
+#define _MSVC_LANG 201703L
