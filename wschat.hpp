@@ -16288,6 +16288,7 @@ private:
         std::int64_t time;
     };
     std::vector<Change> changes_{};  // joins and leaves of the present window
+    mutable bool listed_ = false;    // a client has a list that contains these changes
     bool window_open_ = false;
     struct Latest {
         std::uint64_t id;
@@ -16299,8 +16300,8 @@ private:
     bool count_scheduled_ = false;
 };
 
-// The chat of a server, shared by its handlers: rooms, the history, bans. A server with several loops has a hub for each
-// of them, and they are one chat: the same rooms, users, history and moderation. All calls on the loop's thread.
+// The chat of a server, shared by its handlers: rooms, the history, bans. A server with several loops has a hub for
+// each of them, and they are one chat: the same rooms, users, history and moderation. All calls on the loop's thread.
 class ChatHub final : private ChatStore::Listener {
     // What the hubs of a server share.
     struct Common {
@@ -16312,7 +16313,8 @@ class ChatHub final : private ChatStore::Listener {
             static StringMap<std::weak_ptr<Common>> all;
             const std::lock_guard<std::mutex> lock(mutex);
             all.erase_if([](const std::weak_ptr<Common>& each) { return each.expired(); });
-            std::weak_ptr<Common>& known = all.find_or_emplace(big_endian_key(reinterpret_cast<std::uintptr_t>(&server)));
+            const std::string key = big_endian_key(reinterpret_cast<std::uintptr_t>(&server));
+            std::weak_ptr<Common>& known = all.find_or_emplace(key);
             std::shared_ptr<Common> common = known.lock();
             if (!common) known = common = std::make_shared<Common>(server);
             return common;
@@ -16400,8 +16402,8 @@ public:
 
     // ---- hooks for bots, webhooks and logs ------------------------------------------------------------------------
     //
-    // Set them before run(), on the first loop. They are called there, once for each event; room_options on each loop. An
-    // exception is logged and changes nothing.
+    // Set them before run(), on the first loop. They are called there, once for each event; room_options on each loop.
+    // An exception is logged and changes nothing.
 
     // What the store delivers, in the order of the room: messages, amendments, topics, joins, leaves, new names and
     // private messages. ChatEntry::room of a kept private message begins with a line feed. Typing is left out.
@@ -16667,11 +16669,14 @@ private:
     // The first change is told at once; those of the next time together.
     void note_change(ChatRoom& room, const ChatEntry& entry, bool joined) {
         const auto is_opposite = [&](const ChatRoom::Change& change) {
-            return change.joined != joined && change.user.id == entry.user && change.user.name == entry.name;
+            const bool same = change.user.id == entry.user && change.joined != joined;
+            return same && (change.joined || change.user.name == entry.name);  // or leaves and joins with a new name
         };
         auto& changes = room.changes_;
         const auto opposite = std::find_if(changes.begin(), changes.end(), is_opposite);
-        if (opposite != changes.end()) {
+        if (opposite != changes.end() && room.listed_) {
+            send_changes(room, nullptr);
+        } else if (opposite != changes.end()) {
             changes.erase(opposite);
             return;
         }
@@ -18526,6 +18531,7 @@ inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Pr
     if (room.counting_ || room.hub_.is_large(room)) return event.add("count", room.presence_.size());
     for (const auto& [key, user] : room.presence_)
         if (user.confirmed() || &user == viewer) users.add(detail::user_json(user.info));
+    room.listed_ = true;
     event.add("count", users.size());
     return event.add_json("users", users.dump());
 }
@@ -18977,6 +18983,7 @@ inline bool ChatHub::on_join(const ChatEntry& entry) {
 // A single user stands in the event itself.
 inline void ChatHub::send_changes(ChatRoom& room, ChatHandler* except) {
     const std::vector<ChatRoom::Change> changes = std::exchange(room.changes_, {});
+    room.listed_ = false;
     Room* const members = members_.find(room.key());
     if (members == nullptr) return;
     for (const bool joined : {false, true}) {
