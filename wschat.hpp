@@ -15909,7 +15909,12 @@ public:
     }
 
 private:
+    friend class ChatHub;
+
     static constexpr const char* ended = "the server with the store has ended";
+
+    // For the loops of a server. The first one sets the store before it attaches.
+    explicit SharedStore(std::shared_ptr<Mailbox> home) : share_(std::make_shared<Share>(nullptr, std::move(home))) {}
 
     // A hub that uses the store. Only its own thread uses the listener.
     struct Port {
@@ -15944,15 +15949,17 @@ private:
     // The store and the hubs that use it. All on the thread of the first hub, except attach() and call().
     class Share final : public std::enable_shared_from_this<Share>, private Listener {
     public:
-        explicit Share(std::unique_ptr<ChatStore> store) : store_(std::move(store)) {}
+        explicit Share(std::unique_ptr<ChatStore> store, std::shared_ptr<Mailbox> home = nullptr)
+            : mailbox_(std::move(home)), store_(std::move(store)) {}
 
         ChatStore& store() { return *store_; }
+        void set_store(std::unique_ptr<ChatStore> store) { store_ = std::move(store); }
 
         void attach(const PortPtr& port) {
             {
                 const std::lock_guard<std::mutex> lock(mutex_);
-                port->home = mailbox_ == nullptr;
-                if (port->home) mailbox_ = port->mailbox;
+                if (mailbox_ == nullptr) mailbox_ = port->mailbox;
+                port->home = mailbox_ == port->mailbox;
             }
             if (!port->home) {
                 call([port](Share& share) { share.ports_.push_back(port); });
@@ -16103,7 +16110,7 @@ private:
         }
 
         std::mutex mutex_;
-        std::shared_ptr<Mailbox> mailbox_;  // of the first hub
+        std::shared_ptr<Mailbox> mailbox_;  // of the loop of the store
         std::vector<PortPtr> ports_;
         StringMap<WatchedRoom> rooms_;
         PresenceTable table_;
@@ -16292,25 +16299,68 @@ private:
     bool count_scheduled_ = false;
 };
 
-// The chat of a server, shared by its handlers: rooms, the history, bans. All calls on the loop's thread.
+// The chat of a server, shared by its handlers: rooms, the history, bans. A server with several loops has a hub for each
+// of them, and they are one chat: the same rooms, users, history and moderation. All calls on the loop's thread.
 class ChatHub final : private ChatStore::Listener {
+    // What the hubs of a server share.
+    struct Common {
+        explicit Common(const Server& server)
+            : first(server.mailbox(0)), several(server.loop_count() > 1), store(server.mailbox(0)) {}
+        // The same for all loops of a server.
+        static std::shared_ptr<Common> of(const Server& server) {
+            static std::mutex mutex;
+            static StringMap<std::weak_ptr<Common>> all;
+            const std::lock_guard<std::mutex> lock(mutex);
+            all.erase_if([](const std::weak_ptr<Common>& each) { return each.expired(); });
+            std::weak_ptr<Common>& known = all.find_or_emplace(big_endian_key(reinterpret_cast<std::uintptr_t>(&server)));
+            std::shared_ptr<Common> common = known.lock();
+            if (!common) known = common = std::make_shared<Common>(server);
+            return common;
+        }
+
+        const std::shared_ptr<Mailbox> first;  // of the first loop
+        const bool several;
+        const SharedStore store;
+        ChatLimits limits;
+        std::function<void(std::string_view, ChatRoomOptions&)> room_options;
+        std::function<void(const ChatEntry&)> on_event;
+        std::function<void(const ChatEntry&, const std::string&)> on_not_kept;
+        std::function<void(const ChatFact&)> on_decision;
+    };
+    const std::shared_ptr<Common> common_;
+
 public:
     explicit ChatHub(Server& server)
-        : server_(server),
+        : common_(Common::of(server)),
+          limits(common_->limits),
+          on_event(common_->on_event),
+          on_not_kept(common_->on_not_kept),
+          room_options(common_->room_options),
+          on_decision(common_->on_decision),
+          server_(server),
+          is_first_(server.loop_number() == 0),
           members_(&server.rooms()),
           id_(new_id()),
           first_number_(std::stoull(id_, nullptr, 16) & ~std::uint64_t{0xFFFFFF}),
           last_number_(first_number_) {
-        set_store(MemoryHistory());
+        if (is_first_) {
+            set_store(MemoryHistory());
+            return;
+        }
+        common_->first->post([&server] { of(server); });  // what this hub posts finds the first one
+        attach_store(std::make_unique<SharedStore>(common_->store));
     }
     ChatHub(const ChatHub&) = delete;
     ChatHub& operator=(const ChatHub&) = delete;
 
     static ChatHub& of(Server& server) { return server.extension<ChatHub>(); }
 
-    ChatLimits limits;
+    // Change them before run(), on the first loop: they hold for all loops. The limits of a connection are exact; those
+    // of an address and the number of rooms count for each loop.
+    ChatLimits& limits;
 
-    // Replaces the store: set_store(SqliteHistory("chat.db")). An Error after the first connection.
+    // Replaces the store: set_store(SqliteHistory("chat.db")). An Error after the first connection, and on another loop
+    // than the first one, whose store all loops use.
     template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, Store>, int> = 0>
     void set_store(Store store) {
         set_store(std::unique_ptr<ChatStore>(new Store(std::move(store))));
@@ -16318,10 +16368,11 @@ public:
     void set_store(std::unique_ptr<ChatStore> store) {
         if (!rooms_.empty())
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
-        store_ = std::move(store);
-        store_->attach(*this, server_.loop().mailbox());
-        for (const char* scope : {"ban", "mute", "room", "invite", "account"}) load_facts(scope);
-        load_secret();  // the last one: connections wait for it
+        if (!is_first_) throw Error("ChatHub::set_store: this is not the first loop of the server");
+        if (!common_->several) return attach_store(std::move(store));
+        store_.reset();
+        common_->store.share_->set_store(std::move(store));
+        attach_store(std::make_unique<SharedStore>(common_->store));
     }
     ChatStore& store() { return *store_; }
 
@@ -16349,17 +16400,18 @@ public:
 
     // ---- hooks for bots, webhooks and logs ------------------------------------------------------------------------
     //
-    // Set them before run(). They are called on the loop's thread; an exception is logged and changes nothing.
+    // Set them before run(), on the first loop. They are called there, once for each event; room_options on each loop. An
+    // exception is logged and changes nothing.
 
     // What the store delivers, in the order of the room: messages, amendments, topics, joins, leaves, new names and
     // private messages. ChatEntry::room of a kept private message begins with a line feed. Typing is left out.
-    std::function<void(const ChatEntry&)> on_event;
+    std::function<void(const ChatEntry&)>& on_event;
     // An entry of this server that the store could not keep, and why.
-    std::function<void(const ChatEntry&, const std::string& cause)> on_not_kept;
+    std::function<void(const ChatEntry&, const std::string& cause)>& on_not_kept;
     // Sets what is special about a room, before the first user enters. What moderators have changed comes after it.
-    std::function<void(std::string_view name, ChatRoomOptions&)> room_options;
+    std::function<void(std::string_view name, ChatRoomOptions&)>& room_options;
     // A ban or a mute that begins or ends (an empty value), or a kick: ChatFact::scope is "ban", "mute" or "kick".
-    std::function<void(const ChatFact&)> on_decision;
+    std::function<void(const ChatFact&)>& on_decision;
 
     // Sends {"type":"event","name":...,"data":...} to all connections of a user, by the public id, on all servers.
     // Returns how many of them this server has. An Error as for ChatRoom::send().
@@ -16426,6 +16478,19 @@ private:
             for (const unsigned shift : {4u, 0u})
                 id += "0123456789abcdef"[static_cast<unsigned>(static_cast<unsigned char>(c)) >> shift & 15];
         return id;
+    }
+
+    void attach_store(std::unique_ptr<ChatStore> store) {
+        store_ = std::move(store);
+        store_->attach(*this, server_.loop().mailbox());
+        for (const char* scope : {"ban", "mute", "room", "invite", "account"}) load_facts(scope);
+        load_secret();  // the last one: connections wait for it
+    }
+    // Calls work(hub) on the first loop.
+    template <class Work>
+    void on_first_hub(const Work& work) {
+        if (is_first_) work(*this);
+        else common_->first->post([server = &server_, work] { work(of(*server)); });
     }
 
     // ---- public ids ------------------------------------------------------------------------------------------------
@@ -16814,7 +16879,8 @@ private:
         store_->put(std::move(fact));
     }
     void tell_decision(const ChatFact& fact) {
-        if (on_decision) run_hook("ChatHub::on_decision", [&] { on_decision(fact); });
+        if (!on_decision) return;
+        on_first_hub([fact](ChatHub& hub) { hub.run_hook("ChatHub::on_decision", [&] { hub.on_decision(fact); }); });
     }
     // Tells the moderators of the room, on all hubs, before it happens. The name of the entry is that of the moderator;
     // empty: the program.
@@ -16954,7 +17020,7 @@ private:
     inline void on_entry(const ChatEntry& entry) override;
     inline bool deliver(const ChatEntry& entry);
     void tell(const ChatEntry& entry) {
-        if (on_event) run_hook("ChatHub::on_event", [&] { on_event(entry); });
+        if (is_first_ && on_event) run_hook("ChatHub::on_event", [&] { on_event(entry); });
     }
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
@@ -16967,7 +17033,7 @@ private:
     inline void on_presence(const std::string& key, const std::vector<ChatEntry>& users) override;
     Time now() const override { return server_.loop().now(); }
     std::string hub() const override { return id_; }
-    bool watches_all() const override { return on_event != nullptr; }
+    bool watches_all() const override { return is_first_ && on_event != nullptr; }
     inline void on_kept(const ChatEntry& entry);
     inline void on_private_message(const ChatEntry& entry);
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
@@ -17001,6 +17067,7 @@ private:
     inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
 
     Server& server_;
+    const bool is_first_;  // on the first loop
     Rooms members_;  // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;      // by number
@@ -18453,14 +18520,13 @@ inline void ChatHandler::join_more_rooms() {
 // Those whom the store has delivered, and the viewer.
 inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Presence::User* viewer) {
     detail::JsonList users;
-    const std::size_t count = room.presence_.size();
     ChatEvent event("users");
     event.add_text("room", room.name());
     if (room.options.presence == ChatRoomOptions::Presence::off) return event;
-    event.add("count", count);
-    if (room.counting_ || room.hub_.is_large(room)) return event;
+    if (room.counting_ || room.hub_.is_large(room)) return event.add("count", room.presence_.size());
     for (const auto& [key, user] : room.presence_)
         if (user.confirmed() || &user == viewer) users.add(detail::user_json(user.info));
+    event.add("count", users.size());
     return event.add_json("users", users.dump());
 }
 
@@ -19124,7 +19190,10 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
     if (entry.is_presence()) return;  // on_presence() follows when the store works again
     server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
-    if (on_not_kept) run_hook("ChatHub::on_not_kept", [&] { on_not_kept(entry, cause); });
+    if (on_not_kept)
+        on_first_hub([entry, cause](ChatHub& hub) {
+            hub.run_hook("ChatHub::on_not_kept", [&] { hub.on_not_kept(entry, cause); });
+        });
     ChatHandler* sender = connection(entry.sender);
     if (sender == nullptr) return;
     ChatEvent event("error");
