@@ -9949,8 +9949,8 @@ public:
     virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) = 0;
     // The loop for a connection that this loop has accepted.
     virtual std::size_t choose_loop() const = 0;
-    // Passes an accepted connection on to another loop. Returns false, and leaves the socket, if that loop has closed its
-    // listeners.
+    // Passes an accepted connection on to another loop. Returns false, and leaves the socket, if that loop has closed
+    // its listeners.
     virtual bool pass_on(std::size_t loop_number, Socket& socket, const IpAddress& peer, const ListenerParts& from) = 0;
     // The refusal of a connection over a limit; it is counted and logged.
     virtual Response too_many_connections() = 0;
@@ -11681,8 +11681,8 @@ private:
 
     static Session& session_of(SessionNode& node) { return static_cast<Session&>(node); }
 
-    // What another loop has accepted for this one. If this loop has closed its listeners since, it answers as it answers
-    // all that was accepted before.
+    // What another loop has accepted for this one. If this loop has closed its listeners since, it answers it as all
+    // that was accepted before.
     void accept_from(const ListenerParts& from, Socket socket, const IpAddress& peer) {
         for (const auto& [key, listener] : listeners_)
             if (listener.listens_on(*from.socket)) return listener.accept(std::move(socket), peer);
