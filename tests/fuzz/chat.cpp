@@ -871,6 +871,7 @@ void set_limits(ChatHub& hub, unsigned choice) {
     if (choice / 2 % 4 == 1) limits.presence_list = 2;
     if (choice / 2 % 4 == 2) limits.history_on_join = limits.history_on_resume = 3;
     if (choice / 8 % 4 == 1) limits.grace = 0s;
+    limits.presence_window = 0s;  // the checks of presence know single joins and leaves
     if (choice / 8 % 4 == 2) limits.max_rooms_per_connection = 2;
     if (choice / 32 % 4 == 1) limits.max_text = 20;
     if (choice / 32 % 4 == 2) limits.max_history_event = 300;
