@@ -16299,6 +16299,7 @@ private:
         std::int64_t time;
     };
     std::vector<Change> changes_{};  // joins and leaves of the present window
+    bool listed_ = false;            // somebody has got a list of users in this window
     bool window_open_ = false;
     struct Latest {
         std::uint64_t id;
@@ -16663,7 +16664,8 @@ private:
         return room.options.presence == ChatRoomOptions::Presence::count ||
                room.presence_.size() > room.options.presence_list.value_or(limits.presence_list);
     }
-    // The first change is told at once; those of the next time together.
+    // The first change is told at once; those of the next time together. A join and a leave of a user cancel each other,
+    // unless somebody has got a list of users in between: then the later one is told.
     void note_change(ChatRoom& room, const ChatEntry& entry, bool joined) {
         const auto is_opposite = [&](const ChatRoom::Change& change) {
             return change.joined != joined && change.user.id == entry.user && change.user.name == entry.name;
@@ -16672,7 +16674,7 @@ private:
         const auto opposite = std::find_if(changes.begin(), changes.end(), is_opposite);
         if (opposite != changes.end()) {
             changes.erase(opposite);
-            return;
+            if (!room.listed_) return;
         }
         changes.push_back({joined, {entry.name, entry.text, false, entry.user}, entry.time});
         if (room.window_open_) return;
@@ -16691,7 +16693,7 @@ private:
         });
     }
     inline void send_changes(ChatRoom& room, ChatHandler* except);
-    inline void send_count(const ChatRoom& room);
+    inline void send_count(ChatRoom& room);
     // Removes rooms without users of this hub in the next turn, when no callback has a reference to them.
     void prune_later() {
         if (std::exchange(pruning_, true)) return;
@@ -17736,7 +17738,7 @@ private:
     detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    static inline ChatEvent users_event(const ChatRoom& room, const detail::Presence::User* viewer = nullptr);
+    static inline ChatEvent users_event(ChatRoom& room, const detail::Presence::User* viewer = nullptr);
 
     ChatHub* hub_ = nullptr;
     ChatUser user_;
@@ -18517,7 +18519,8 @@ inline void ChatHandler::join_more_rooms() {
 }
 
 // Those whom the store has delivered, and the viewer.
-inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Presence::User* viewer) {
+inline ChatEvent ChatHandler::users_event(ChatRoom& room, const detail::Presence::User* viewer) {
+    room.listed_ = true;
     detail::JsonList users;
     ChatEvent event("users");
     event.add_text("room", room.name());
@@ -18529,7 +18532,7 @@ inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Pr
     return event.add_json("users", users.dump());
 }
 
-inline void ChatHub::send_count(const ChatRoom& room) {
+inline void ChatHub::send_count(ChatRoom& room) {
     if (Room* members = members_.find(room.key())) members->broadcast(ChatHandler::users_event(room).dump());
 }
 
@@ -18976,6 +18979,7 @@ inline bool ChatHub::on_join(const ChatEntry& entry) {
 // A single user stands in the event itself.
 inline void ChatHub::send_changes(ChatRoom& room, ChatHandler* except) {
     const std::vector<ChatRoom::Change> changes = std::exchange(room.changes_, {});
+    room.listed_ = false;
     Room* const members = members_.find(room.key());
     if (members == nullptr) return;
     for (const bool joined : {false, true}) {
