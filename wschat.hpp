@@ -16299,7 +16299,7 @@ private:
         std::int64_t time;
     };
     std::vector<Change> changes_{};  // joins and leaves of the present window
-    bool listed_ = false;            // somebody has got a list of users in this window
+    mutable bool listed_ = false;    // a client has a list that contains these changes
     bool window_open_ = false;
     struct Latest {
         std::uint64_t id;
@@ -16664,17 +16664,20 @@ private:
         return room.options.presence == ChatRoomOptions::Presence::count ||
                room.presence_.size() > room.options.presence_list.value_or(limits.presence_list);
     }
-    // The first change is told at once; those of the next time together. A join and a leave of a user cancel each other,
-    // unless somebody has got a list of users in between: then the later one is told.
+    // The first change is told at once; those of the next time together. A join and a leave of a user cancel each
+    // other, unless somebody has got a list of users since: then both are told.
     void note_change(ChatRoom& room, const ChatEntry& entry, bool joined) {
         const auto is_opposite = [&](const ChatRoom::Change& change) {
-            return change.joined != joined && change.user.id == entry.user && change.user.name == entry.name;
+            const bool same = change.user.id == entry.user && change.joined != joined;
+            return same && (change.joined || change.user.name == entry.name);  // or leaves and joins with a new name
         };
         auto& changes = room.changes_;
         const auto opposite = std::find_if(changes.begin(), changes.end(), is_opposite);
-        if (opposite != changes.end()) {
+        if (opposite != changes.end() && room.listed_) {
+            send_changes(room, nullptr);
+        } else if (opposite != changes.end()) {
             changes.erase(opposite);
-            if (!room.listed_) return;
+            return;
         }
         changes.push_back({joined, {entry.name, entry.text, false, entry.user}, entry.time});
         if (room.window_open_) return;
@@ -16693,7 +16696,7 @@ private:
         });
     }
     inline void send_changes(ChatRoom& room, ChatHandler* except);
-    inline void send_count(ChatRoom& room);
+    inline void send_count(const ChatRoom& room);
     // Removes rooms without users of this hub in the next turn, when no callback has a reference to them.
     void prune_later() {
         if (std::exchange(pruning_, true)) return;
@@ -17738,7 +17741,7 @@ private:
     detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    static inline ChatEvent users_event(ChatRoom& room, const detail::Presence::User* viewer = nullptr);
+    static inline ChatEvent users_event(const ChatRoom& room, const detail::Presence::User* viewer = nullptr);
 
     ChatHub* hub_ = nullptr;
     ChatUser user_;
@@ -18519,8 +18522,7 @@ inline void ChatHandler::join_more_rooms() {
 }
 
 // Those whom the store has delivered, and the viewer.
-inline ChatEvent ChatHandler::users_event(ChatRoom& room, const detail::Presence::User* viewer) {
-    room.listed_ = true;
+inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Presence::User* viewer) {
     detail::JsonList users;
     ChatEvent event("users");
     event.add_text("room", room.name());
@@ -18528,11 +18530,12 @@ inline ChatEvent ChatHandler::users_event(ChatRoom& room, const detail::Presence
     if (room.counting_ || room.hub_.is_large(room)) return event.add("count", room.presence_.size());
     for (const auto& [key, user] : room.presence_)
         if (user.confirmed() || &user == viewer) users.add(detail::user_json(user.info));
+    room.listed_ = true;
     event.add("count", users.size());
     return event.add_json("users", users.dump());
 }
 
-inline void ChatHub::send_count(ChatRoom& room) {
+inline void ChatHub::send_count(const ChatRoom& room) {
     if (Room* members = members_.find(room.key())) members->broadcast(ChatHandler::users_event(room).dump());
 }
 
