@@ -17072,7 +17072,7 @@ private:
 
     Server& server_;
     const bool is_first_;  // on the first loop
-    Rooms members_;  // the connections in each room that have received its history
+    Rooms members_;        // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;      // by number
     StringMap<UserState> users_;              // by public id
