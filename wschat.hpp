@@ -12069,6 +12069,15 @@ public:
         if (void* known = mine.find(name)) return *static_cast<Extension*>(known);
         return *static_cast<Extension*>(mine.add(name, detail::make_erased<Extension>(*this)));
     }
+    // The same, one for all loops. Its members must be safe on all threads.
+    template <class Extension>
+    Extension& shared_extension() {
+        static char key;
+        const std::string name = big_endian_key(reinterpret_cast<std::uintptr_t>(&key));
+        const std::lock_guard<std::recursive_mutex> lock(shared_mutex_);  // the constructor may call this too
+        if (void* known = shared_extensions_.find(name)) return *static_cast<Extension*>(known);
+        return *static_cast<Extension*>(shared_extensions_.add(name, detail::make_erased<Extension>(*this)));
+    }
     // Adds an entry to the log, for what is built on the server.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
         current().log(level, event, fields);
@@ -12278,6 +12287,8 @@ private:
     bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
+    std::recursive_mutex shared_mutex_;
+    detail::ErasedMap shared_extensions_;
     std::vector<detail::ErasedMap> extensions_;  // by loop
     std::unique_ptr<detail::RoomBus> bus_;       // to other machines; null without a cluster
 };
@@ -16307,19 +16318,6 @@ class ChatHub final : private ChatStore::Listener {
     struct Common {
         explicit Common(const Server& server)
             : first(server.mailbox(0)), several(server.loop_count() > 1), store(server.mailbox(0)) {}
-        // The same for all loops of a server.
-        static std::shared_ptr<Common> of(const Server& server) {
-            static std::mutex mutex;
-            static StringMap<std::weak_ptr<Common>> all;
-            const std::lock_guard<std::mutex> lock(mutex);
-            all.erase_if([](const std::weak_ptr<Common>& each) { return each.expired(); });
-            const std::string key = big_endian_key(reinterpret_cast<std::uintptr_t>(&server));
-            std::weak_ptr<Common>& known = all.find_or_emplace(key);
-            std::shared_ptr<Common> common = known.lock();
-            if (!common) known = common = std::make_shared<Common>(server);
-            return common;
-        }
-
         const std::shared_ptr<Mailbox> first;  // of the first loop
         const bool several;
         const SharedStore store;
@@ -16329,16 +16327,16 @@ class ChatHub final : private ChatStore::Listener {
         std::function<void(const ChatEntry&, const std::string&)> on_not_kept;
         std::function<void(const ChatFact&)> on_decision;
     };
-    const std::shared_ptr<Common> common_;
+    Common& common_;
 
 public:
     explicit ChatHub(Server& server)
-        : common_(Common::of(server)),
-          limits(common_->limits),
-          on_event(common_->on_event),
-          on_not_kept(common_->on_not_kept),
-          room_options(common_->room_options),
-          on_decision(common_->on_decision),
+        : common_(server.shared_extension<Common>()),
+          limits(common_.limits),
+          on_event(common_.on_event),
+          on_not_kept(common_.on_not_kept),
+          room_options(common_.room_options),
+          on_decision(common_.on_decision),
           server_(server),
           is_first_(server.loop_number() == 0),
           members_(&server.rooms()),
@@ -16349,8 +16347,8 @@ public:
             set_store(MemoryHistory());
             return;
         }
-        common_->first->post([&server] { of(server); });  // what this hub posts finds the first one
-        attach_store(std::make_unique<SharedStore>(common_->store));
+        common_.first->post([&server] { of(server); });  // what this hub posts finds the first one
+        attach_store(std::make_unique<SharedStore>(common_.store));
     }
     ChatHub(const ChatHub&) = delete;
     ChatHub& operator=(const ChatHub&) = delete;
@@ -16371,10 +16369,10 @@ public:
         if (!rooms_.empty())
             throw Error("ChatHub::set_store: a connection is open; set the store before the first connection");
         if (!is_first_) throw Error("ChatHub::set_store: this is not the first loop of the server");
-        if (!common_->several) return attach_store(std::move(store));
+        if (!common_.several) return attach_store(std::move(store));
         store_.reset();
-        common_->store.share_->set_store(std::move(store));
-        attach_store(std::make_unique<SharedStore>(common_->store));
+        common_.store.share_->set_store(std::move(store));
+        attach_store(std::make_unique<SharedStore>(common_.store));
     }
     ChatStore& store() { return *store_; }
 
@@ -16492,7 +16490,7 @@ private:
     template <class Work>
     void on_first_hub(const Work& work) {
         if (is_first_) work(*this);
-        else common_->first->post([server = &server_, work] { work(of(*server)); });
+        else common_.first->post([server = &server_, work] { work(of(*server)); });
     }
 
     // ---- public ids ------------------------------------------------------------------------------------------------
@@ -16666,7 +16664,8 @@ private:
         return room.options.presence == ChatRoomOptions::Presence::count ||
                room.presence_.size() > room.options.presence_list.value_or(limits.presence_list);
     }
-    // The first change is told at once; those of the next time together.
+    // The first change is told at once; those of the next time together. A join and a leave of a user cancel each
+    // other, unless somebody has got a list of users since: then both are told.
     void note_change(ChatRoom& room, const ChatEntry& entry, bool joined) {
         const auto is_opposite = [&](const ChatRoom::Change& change) {
             const bool same = change.user.id == entry.user && change.joined != joined;
@@ -17073,7 +17072,7 @@ private:
 
     Server& server_;
     const bool is_first_;  // on the first loop
-    Rooms members_;  // the connections in each room that have received its history
+    Rooms members_;        // the connections in each room that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;      // by number
     StringMap<UserState> users_;              // by public id

@@ -191,7 +191,8 @@ private:
         if (type == "hello") own_ = user;
         if (type == "users") {
             users_.clear();
-            for (std::size_t at = event.find("{\"user\":"); at != std::string::npos; at = event.find("{\"user\":", at + 1))
+            for (std::size_t at = event.find("{\"user\":"); at != std::string::npos;
+                 at = event.find("{\"user\":", at + 1))
                 users_[field_of(event.substr(at), "user")] = field_of(event.substr(at), "name");
         }
         const std::size_t list = event.find("{\"user\":");  // of several users
@@ -261,7 +262,8 @@ TEST_CASE("of two users who come with one name at once, the first in the order o
     CHECK(hubs.users() == "Anna Anna-2");
 
     // A third and a fourth one, and both have been refused once.
-    TestClient three = hubs.connect(1, "name=anna&key=third-secret"), four = hubs.connect(2, "name=ANNA&key=last-secret");
+    TestClient three = hubs.connect(1, "name=anna&key=third-secret"),
+               four = hubs.connect(2, "name=ANNA&key=last-secret");
     hubs.settle();
     CHECK(hubs.users() == "Anna Anna-2 anna-3 ANNA-4");
 }
@@ -372,7 +374,8 @@ TEST_CASE("a private message reaches the receiver on each hub, and its tag count
 
 TEST_CASE("a kept private message reaches all hubs, also by the id of the receiver") {
     Hubs hubs(3);
-    TestClient anna = hubs.connect(1, "name=Anna&key=anna-secret"), bert = hubs.connect(2, "hall?name=Bert&key=bert-secret");
+    TestClient anna = hubs.connect(1, "name=Anna&key=anna-secret"),
+               bert = hubs.connect(2, "hall?name=Bert&key=bert-secret");
     hubs.settle();
     bert.received();
     anna.send("/tag t1 /msg @" + bert.handler<Host>().user().id + " psst");
@@ -482,7 +485,8 @@ TEST_CASE("a program hears of each event once on the first hub, also of rooms wi
     hubs.hub(0).on_event = [&](const ChatEntry& entry) {
         seen += std::to_string(static_cast<int>(entry.kind)) + ":" + entry.name + " ";
     };
-    TestClient desk = hubs.connect(1, "name=Anna&key=anna-secret"), phone = hubs.connect(2, "name=Anna&key=anna-secret");
+    TestClient desk = hubs.connect(1, "name=Anna&key=anna-secret"),
+               phone = hubs.connect(2, "name=Anna&key=anna-secret");
     hubs.settle();
     desk.send("hello");
     hubs.settle();
@@ -639,7 +643,8 @@ TEST_CASE("whatever joins, leaves, reloads, renames and kicks come in whatever o
                 const std::string key = below(3) == 0 ? "" : "secret-of-" + std::to_string(below(5));
                 const bool account = below(8) == 0;
                 const std::string query = account ? "account=" + name : "name=" + name + "&key=" + key;
-                clients.push_back({View(hubs.connect(hub, room + "?" + query)), room, account ? "account " + name : key});
+                clients.push_back(
+                    {View(hubs.connect(hub, room + "?" + query)), room, account ? "account " + name : key});
             } else if (what < 8) {
                 Client& client = clients[below(clients.size())];
                 if (what == 4) client.view.client().hang_up();

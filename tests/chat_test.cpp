@@ -2933,6 +2933,29 @@ TEST_CASE("users of other servers are in the list, and their names are taken") {
     CHECK(names_of(host.room("tea").users()) == "Anna far-2");
 }
 
+TEST_CASE("a user who leaves and comes back in one presence window is not missing in a list of that time") {
+    TestServer server;
+    server.route<ChatHandler>("/chat/{room}");
+    const auto connect = [&](const std::string& name) {
+        return server.connect("/chat/tea?name=" + name + "&key=secret-of-" + name);
+    };
+    TestClient anna = connect("Anna"), bert = connect("Bert");
+    server.advance(10s);
+    TestClient cleo = connect("Cleo");  // a window begins
+    bert.close();
+    TestClient dora = connect("Dora");
+    const auto has = [](const std::vector<std::string>& events, const std::string& type) {
+        return std::any_of(events.begin(), events.end(), [&](const std::string& event) {
+            return contains(event, "\"type\":\"" + type + "\"") && contains(event, "\"name\":\"Bert\"");
+        });
+    };
+    CHECK_FALSE(has(dora.received(), "users"));
+    TestClient bert_again = connect("Bert");
+    server.advance(1s);
+    CHECK(has(dora.received(), "join"));
+    CHECK_FALSE(has(anna.received(), "leave"));
+}
+
 TEST_CASE("set_store() after the first connection is an Error") {
     TestHost host;
     host.hub().set_store(MemoryHistory());

@@ -468,18 +468,24 @@ void chat_names(std::size_t n) {
     detail::Presence presence;
     std::vector<detail::Presence::User*> users;
     const Measured measured;
-    for (std::size_t i = 0; i < n; ++i) users.push_back(&presence.connect({"guest"}, "", nullptr).user);
-    for (detail::Presence::User* user : users) presence.disconnect(*user, nullptr, Time(), true);
+    for (std::size_t i = 0; i < n; ++i) users.push_back(&presence.connect({"guest"}, "", nullptr));
+    for (detail::Presence::User* user : users) {
+        detail::Presence::detach(*user, nullptr, Time());
+        presence.remove(*user);
+    }
 }
 void chat_lost_users(std::size_t n) {
     detail::Presence presence;
     const Measured measured;
     for (std::size_t i = 0; i < n; ++i) {
-        const auto connected = presence.connect({"user " + std::to_string(i)}, "key " + std::to_string(i), nullptr);
-        presence.disconnect(connected.user, nullptr, Time(), false);
+        const std::string number = std::to_string(i);
+        detail::Presence::detach(presence.connect({"user " + number, "", false, number}, "key " + number, nullptr),
+                                 nullptr, Time());
     }
     Time next;
-    require(presence.expire(Time(), next).size() == n, "a user remains");
+    const std::vector<std::string> expired = presence.expired(Time(), next);
+    require(expired.size() == n, "a user remains");
+    for (const std::string& id : expired) presence.remove(*presence.find_id(id));
 }
 void chat_receiver(std::size_t n) {
     detail::Presence presence;

@@ -155,6 +155,11 @@ class Node:
         self.process.wait()
 
 
+def names_in(event):
+    """The names of a join or a leave: of one user, or of several that come together."""
+    return {each["name"] for each in event.get("users", [event])}
+
+
 class Client:
     def __init__(self, number, nodes, seed):
         self.number, self.nodes, self.room = number, nodes, f"room{number % ROOMS}"
@@ -214,9 +219,9 @@ class Client:
         elif kind == "users":
             self.users = {each["name"] for each in event["users"]}
         elif kind == "join":
-            self.users.add(event["name"])
+            self.users |= names_in(event)
         elif kind == "leave":
-            self.users.discard(event["name"])
+            self.users -= names_in(event)
         elif kind == "error" and event["code"] not in ("not_kept", "flood"):
             self.errors.append(event)
 
