@@ -16665,7 +16665,7 @@ private:
                room.presence_.size() > room.options.presence_list.value_or(limits.presence_list);
     }
     // The first change is told at once; those of the next time together. A join and a leave of a user cancel each
-    // other, unless somebody has got a list of users since: then both are told.
+    // other, unless somebody has got a list of users since: then the later one is told.
     void note_change(ChatRoom& room, const ChatEntry& entry, bool joined) {
         const auto is_opposite = [&](const ChatRoom::Change& change) {
             const bool same = change.user.id == entry.user && change.joined != joined;
@@ -16673,11 +16673,9 @@ private:
         };
         auto& changes = room.changes_;
         const auto opposite = std::find_if(changes.begin(), changes.end(), is_opposite);
-        if (opposite != changes.end() && room.listed_) {
-            send_changes(room, nullptr);
-        } else if (opposite != changes.end()) {
+        if (opposite != changes.end()) {
             changes.erase(opposite);
-            return;
+            if (!room.listed_) return;
         }
         changes.push_back({joined, {entry.name, entry.text, false, entry.user}, entry.time});
         if (room.window_open_) return;

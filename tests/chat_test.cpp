@@ -1136,7 +1136,7 @@ TEST_CASE("a private message reaches all connections of both users and nobody el
     for (ChatClient<>* client : {&tab, &bert, &tab2}) {
         const std::string event = client->only_event();
         CHECK(contains(event, "\"text\":\"psst\""));
-        CHECK_FALSE(contains(event, "tag"));
+        CHECK_FALSE(contains(event, "\"tag\""));
     }
     CHECK(carl.events().empty());
     CHECK(contains(anna.answer_to("/tag t1 /msg Bert psst"), "{\"type\":\"ack\",\"peer\":\""));
