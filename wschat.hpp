@@ -18922,8 +18922,10 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     }
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     Room* const members = members_.find(entry.room);
-    // One who is not a member yet gets it in the history.
-    const bool tagged = sender != nullptr && !entry.tag.empty() && members != nullptr && members->has(*sender);
+    // One who is not a member yet gets it in the history; one who has left the room, as an acknowledgement.
+    const bool answered = sender != nullptr && !entry.tag.empty();
+    const bool tagged = answered && members != nullptr && members->has(*sender);
+    const bool has_left = answered && sender->membership_index(room) == sender->memberships_.size();
     if (room != nullptr) note_latest(*room, entry);
     std::string mentions;
     if (room != nullptr && entry.is_message() && !room->presence_.empty()) {
@@ -18936,6 +18938,7 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     };
     if (members != nullptr) members->broadcast(event_for({}).dump(), tagged ? sender : nullptr);
     if (tagged) sender->write_message(event_for(entry.author).dump());
+    if (has_left) on_duplicate(entry);
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 

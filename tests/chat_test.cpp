@@ -2792,6 +2792,24 @@ TEST_CASE("a message is delivered when the store returns it") {
     CHECK(bert.events().empty());
 }
 
+TEST_CASE("a message of a user who has left the room in the meantime is acknowledged") {
+    for (const bool was_member : {false, true}) {
+        CAPTURE(was_member);
+        TestHost host;
+        ManualStore* store = nullptr;
+        host.hub().set_store(std::make_unique<ManualStore>(store));
+        ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
+        if (was_member) store->answer();
+        CHECK(anna.answer_to("/tag t1 hello") == "0 events");
+        anna.send("/leave");
+        anna.events();
+        store->deliver();
+        const std::string ack = anna.only_event();
+        CHECK(contains(ack, "\"type\":\"ack\""));
+        CHECK(contains(ack, "\"tag\":\"t1\""));
+    }
+}
+
 TEST_CASE("a new member gets everything once and in order, however late the store answers") {
     // Each letter is a step: s says the next digit, t delivers it, j joins, a answers the oldest request.
     for (const std::string steps : {"ssttja", "sstjta", "ssjtta", "sjstta", "sjatst", "jsstta", "sstjat", "jastst",
