@@ -62,12 +62,13 @@ tests() {
     grep -E 'tests passed|^Total Test time|^Ok:|^Fail:|\(Skipped\)' "$log"
 }
 
-# build PRESET OPTION...
+# build PRESET TARGET OPTION...
 build() {
     preset=$1
-    shift
+    target=$2
+    shift 2
     stage "$preset: configure" cmake --preset "$preset" -DWSCHAT_WERROR=ON "$@"
-    stage "$preset: build" cmake --build "build/$preset" -j 2
+    stage "$preset: build" cmake --build "build/$preset" -j 2 --target "$target"
 }
 
 # ---- packages -------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ fi
 
 features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON -DWSCHAT_HIREDIS=ON"
 
-build dev -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON $features -DWSCHAT_LIBURING=ON -DWSCHAT_UTF8PROC=ON
+build dev all -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON $features -DWSCHAT_LIBURING=ON -DWSCHAT_UTF8PROC=ON
 if [ $mode = quick ]; then
     tests "dev: tests" ctest --preset dev -LE browser
     finish
@@ -159,15 +160,15 @@ tests "dev: tests" ctest --preset dev
 tests "dev: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset dev -L poll
 tests "dev: over TLS" env WSCHAT_TEST_TLS=1 ctest --preset dev -L over_tls
 
-build asan $features
+build asan wschat_tests $features
 tests "asan: tests" ctest --preset asan
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;limits;threads;stores;cluster"
+build tsan wschat_tests $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;limits;threads;stores;cluster"
 tests "tsan: tests" ctest --preset tsan
 tests "tsan: three loops" env WSCHAT_TEST_THREADS=3 ctest --preset tsan -L loops
 
-build clang -DWSCHAT_TESTS=OFF
+build clang all -DWSCHAT_TESTS=OFF
 
 # Short rounds. README.md has the commands for long ones.
 stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
