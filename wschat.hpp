@@ -16297,9 +16297,9 @@ private:
         bool joined;
         ChatUser user;
         std::int64_t time;
+        bool listed = false;  // another user has got a list that contains the change
     };
-    std::vector<Change> changes_{};  // joins and leaves of the present window
-    mutable bool listed_ = false;    // a client has a list that contains these changes
+    mutable std::vector<Change> changes_{};  // joins and leaves of the present window
     bool window_open_ = false;
     struct Latest {
         std::uint64_t id;
@@ -16665,7 +16665,7 @@ private:
                room.presence_.size() > room.options.presence_list.value_or(limits.presence_list);
     }
     // The first change is told at once; those of the next time together. A join and a leave of a user cancel each
-    // other, unless somebody has got a list of users since: then the later one is told.
+    // other, unless another user has got a list in between: then the later one is told.
     void note_change(ChatRoom& room, const ChatEntry& entry, bool joined) {
         const auto is_opposite = [&](const ChatRoom::Change& change) {
             const bool same = change.user.id == entry.user && change.joined != joined;
@@ -16673,11 +16673,12 @@ private:
         };
         auto& changes = room.changes_;
         const auto opposite = std::find_if(changes.begin(), changes.end(), is_opposite);
+        const bool listed = opposite != changes.end() && opposite->listed;
         if (opposite != changes.end()) {
             changes.erase(opposite);
-            if (!room.listed_) return;
+            if (!listed) return;
         }
-        changes.push_back({joined, {entry.name, entry.text, false, entry.user}, entry.time});
+        changes.push_back({joined, {entry.name, entry.text, false, entry.user}, entry.time, listed});
         if (room.window_open_) return;
         send_changes(room, connection(entry.sender));
         if (limits.presence_window > Duration::zero()) open_window(room);
@@ -18528,7 +18529,8 @@ inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Pr
     if (room.counting_ || room.hub_.is_large(room)) return event.add("count", room.presence_.size());
     for (const auto& [key, user] : room.presence_)
         if (user.confirmed() || &user == viewer) users.add(detail::user_json(user.info));
-    room.listed_ = true;
+    for (ChatRoom::Change& change : room.changes_)
+        change.listed = change.listed || viewer == nullptr || change.user.id != viewer->info.id;
     event.add("count", users.size());
     return event.add_json("users", users.dump());
 }
@@ -18983,7 +18985,6 @@ inline bool ChatHub::on_join(const ChatEntry& entry) {
 // A single user stands in the event itself.
 inline void ChatHub::send_changes(ChatRoom& room, ChatHandler* except) {
     const std::vector<ChatRoom::Change> changes = std::exchange(room.changes_, {});
-    room.listed_ = false;
     Room* const members = members_.find(room.key());
     if (members == nullptr) return;
     for (const bool joined : {false, true}) {
