@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs the missing packages (as root, on Debian), builds, and runs every test.
+# Installs the missing packages (as root, on Debian), builds, and runs every test but the long ones: tests/platforms.sh,
+# and "ctest --preset dev -L long" (more ways to package) after it.
 #
 #   tests/run.sh          everything
 #   tests/run.sh quick    the g++ build and its tests, without the browser
@@ -153,10 +154,10 @@ features="-DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON -DWSCHAT_HIRED
 
 build dev all -DCMAKE_CXX_COMPILER=g++ -DWSCHAT_TESTS_INTEROP=ON $features -DWSCHAT_LIBURING=ON -DWSCHAT_UTF8PROC=ON
 if [ $mode = quick ]; then
-    tests "dev: tests" ctest --preset dev -LE browser
+    tests "dev: tests" ctest --preset dev -LE 'browser|long'
     finish
 fi
-tests "dev: tests" ctest --preset dev
+tests "dev: tests" ctest --preset dev -LE long
 tests "dev: the poll backend" env WSCHAT_TEST_POLLER=poll ctest --preset dev -L poll
 tests "dev: over TLS" env WSCHAT_TEST_TLS=1 ctest --preset dev -L over_tls
 
@@ -173,10 +174,6 @@ build clang all -DWSCHAT_TESTS=OFF
 # Short rounds. README.md has the commands for long ones.
 stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
 stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
-
-# kqueue and the branches for FreeBSD, Windows, Visual C++ and 32 bits. What cannot be installed is skipped, and said.
-stage "platforms: the short ones" sh tests/platforms.sh quick
-cat build/platforms/table
 
 # This build has no optional features.
 test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true
