@@ -165,7 +165,7 @@ build asan wschat_tests $features
 tests "asan: tests" ctest --preset asan
 tests "asan: over TLS, the poll backend" env WSCHAT_TEST_TLS=1 WSCHAT_TEST_POLLER=poll ctest --preset asan -L over_tls
 
-build tsan wschat_tests $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;limits;threads;stores;cluster"
+build tsan wschat_tests $features "-DWSCHAT_TEST_SUITES=handler;rooms;tls;loop;server;limits;threads;stores"
 tests "tsan: tests" ctest --preset tsan
 tests "tsan: three loops" env WSCHAT_TEST_THREADS=3 ctest --preset tsan -L loops
 
