@@ -37,7 +37,7 @@
 //   2   Vocabulary     Opcode, CloseCode, Message, Limits, Error, LogEntry, Mailbox     1
 //   3   Bytes          SendArena, SendQueue, Utf8Validator, Json, TokenBucket           2
 //   4   Frames         FrameHeader, FrameParser, EncodedFrame                           2-3
-//   5   HTTP           Request, Response, RequestParser, ResponseParser, BodyParser       2-3
+//   5   HTTP           Request, Response, RequestParser, ResponseParser, BodyParser     2-3
 //   6   Compression    CompressionOptions, Deflater, Inflater, CompressionPool          2-5
 //   7   Protocol       Connection                                                       2-6
 //   8   Handler        WebSocketHandler, Reply, HandlerRef                               2-7
@@ -5003,8 +5003,8 @@ struct SharedRoom {
 
     const std::string name;
     std::vector<Part> parts;
-    std::size_t users = 0;    // loops with a Room of the name; under the lock of the directory
-    bool subscribed = false;  // to the room on other machines; only the first loop uses it
+    std::size_t attached = 0;  // loops with a Room of the name; under the lock of the directory
+    bool subscribed = false;   // to the room on other machines; only the first loop uses it
 };
 
 // Carries broadcasts to the rooms of other machines. All calls come on the first loop of the server.
@@ -5065,13 +5065,13 @@ public:
         auto& shared = rooms_.find_or_emplace(name);
         if (!shared) shared = std::make_shared<SharedRoom>(name, loops_.size());
         shared->parts[loop].room = &room;
-        ++shared->users;
+        ++shared->attached;
         return shared;
     }
     void detach(std::size_t loop, SharedRoom& room) {
         room.parts[loop].room = nullptr;
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (--room.users == 0) rooms_.erase(room.name);
+        if (--room.attached == 0) rooms_.erase(room.name);
     }
     void set_members(std::size_t loop, const std::shared_ptr<SharedRoom>& room, std::size_t members) {
         auto& count = room->parts[loop].members;
