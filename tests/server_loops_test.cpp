@@ -434,7 +434,7 @@ TEST_CASE("a server in poll() runs its other loops too") {
     options.handle_signals = false;
     Server server(options);
     server.route<Member>("/");
-    server.listen(0);
+    test::listen(server);
     const int port = server.port();
     std::atomic<bool> done{false};
     std::thread clients_thread([&] {
