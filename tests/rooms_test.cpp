@@ -739,12 +739,9 @@ struct HeldMailbox final : wschat::Mailbox {
 // Three servers in memory that share their rooms as three loops of one server do. Each step is a call.
 struct ThreeLoops {
     explicit ThreeLoops(std::size_t max_backlog = 1'000'000) {
-        std::vector<wschat::Rooms*> rooms;
-        for (TestServer& server : servers) rooms.push_back(&server.rooms());
-        directory = std::make_unique<RoomDirectory>(
-            std::move(rooms), std::vector<std::shared_ptr<wschat::Mailbox>>(mailboxes.begin(), mailboxes.end()),
-            max_backlog);
+        directory = std::make_unique<RoomDirectory>(servers.size(), max_backlog);
         for (std::size_t i = 0; i < 3; ++i) {
+            directory->set_loop(i, servers[i].rooms(), mailboxes[i]);
             RoomsAccess::share(servers[i].rooms(), directory.get(), i);
             servers[i].route<PathMember>("/{room}");
         }
