@@ -3959,7 +3959,7 @@ public:
         if (payload.size() > 125)
             throw Error("ping: a payload of " + std::to_string(payload.size()) + " bytes is over 125");
         if (state_ != State::open) return WriteStatus::closed;
-        return enqueue(frame(opcode, payload));
+        return enqueue_control(opcode, payload);
     }
 
     // Starts the closing handshake; later calls have no effect. Throws Error for an illegal code, and for a reason that
@@ -4005,7 +4005,7 @@ public:
     void send_pending_pong() {
         if (!cold_ || !cold_->pending_pong) return;
         const auto payload = std::exchange(cold_->pending_pong, std::nullopt);
-        enqueue(frame(Opcode::pong, *payload));
+        enqueue_control(Opcode::pong, *payload);
     }
 
     std::uint64_t dropped_messages() const { return dropped_; }
@@ -4032,7 +4032,7 @@ public:
         if (state_ == State::closing)
             return abort(CloseCause::closing_timeout, "the peer did not answer our Close frame");
         if (ping_unanswered()) return abort(CloseCause::ping_timeout, "the peer did not answer a ping");
-        enqueue(frame(Opcode::ping, {}));
+        enqueue_control(Opcode::ping, {});
         wait_started_ = now;
     }
 
@@ -4065,7 +4065,7 @@ private:
             const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
             if (!whole && input_ == input_end_) break;
             if (is_control(frame_.opcode)) event = read_control();
-            else if (inflating_) event = read_compressed();
+            else if (compression_available && inflating_) event = read_compressed();
             else read_data(whole, event);
             if (event.kind != Event::Kind::none) {
                 if (metered_ && event.kind == Event::Kind::message) charge_message();
@@ -4301,7 +4301,7 @@ private:
     // Ping frame(s), the endpoint MAY elect to send a Pong frame for only the most recently processed Ping frame."
     void answer_ping(std::string_view payload) {
         if (write_blocked_) cold().pending_pong = payload;
-        else enqueue(frame(Opcode::pong, payload));
+        else enqueue_control(Opcode::pong, payload);
     }
 
     bool control_frame_allowed() {
@@ -4398,7 +4398,10 @@ private:
             body += static_cast<char>(number(code) & 0xFF);
             body += reason;
         }
-        enqueue(frame(Opcode::close, body));
+        enqueue_control(Opcode::close, body);
+    }
+    WSCHAT_NOINLINE WriteStatus enqueue_control(Opcode opcode, std::string_view payload) {
+        return enqueue(frame(opcode, payload));
     }
 
     // The size of an uncompressed frame.
@@ -6196,7 +6199,7 @@ public:
 
 private:
     template <class Call>
-    static IoResult result(Call&& call) {
+    WSCHAT_INLINE static IoResult result(Call&& call) {
         for (;;) {
             const std::ptrdiff_t n = call();
             if (n > 0) return {IoResult::Outcome::done, static_cast<std::size_t>(n)};
