@@ -676,6 +676,7 @@ void sweep_each(const Row& row) {
 bool is_made(Call call) {
     const bool poll = test::poller_kind() == PollerKind::poll;
     if (call == Call::ring_init) return WSCHAT_LIBURING != 0;
+    if (call == Call::openssl_allocate) return test::over_tls();
     if (call == Call::ring_submit || call == Call::ring_wait) return false;  // a ring serves only larger rooms
     const bool epoll = call == Call::epoll_create || call == Call::epoll_ctl || call == Call::epoll_wait;
     return call == Call::poll ? poll : !epoll || !poll;
@@ -1074,6 +1075,19 @@ TEST_CASE("a failed allocation in or after a TLS handshake disturbs one connecti
     { const Scenario fills_caches({}, Victims::none, Ending::shutdown, ScenarioKind::tls); }
     sweep({Call::allocate, ENOMEM}, Victims::one, Ending::shutdown, {}, 1, ScenarioKind::tls);
     sweep({Call::allocate, ENOMEM, 1, 5}, Victims::one, Ending::shutdown, {}, step_of(3), ScenarioKind::tls);
+}
+
+TEST_CASE("a failed allocation of OpenSSL in or after a TLS handshake disturbs one connection at most") {
+    const WithTls tls;
+    { const Scenario fills_caches({}, Victims::none, Ending::shutdown, ScenarioKind::tls); }
+    const Scenario clean({}, Victims::none, Ending::shutdown, ScenarioKind::tls);
+    const long calls = clean.calls.calls_of(Call::openssl_allocate);
+    CHECK(calls > 1000);
+    // About fifty of them, unless all are wanted. OpenSSL goes on after some of these failures.
+    sweep({Call::openssl_allocate, ENOMEM}, Victims::one, Ending::shutdown, {}, step_of(1 + calls / 50),
+          ScenarioKind::tls);
+    sweep({Call::openssl_allocate, ENOMEM, 5, 3}, Victims::one, Ending::shutdown, {}, step_of(1 + calls / 20),
+          ScenarioKind::tls);
 }
 
 TEST_CASE("a client over TLS connects again after a failed system call or allocation") {

@@ -399,6 +399,36 @@ void check_kind(const Kind& kind) {
 
 TEST_SUITE_BEGIN("fairness");
 
+TEST_CASE("routing allocates nothing before a path matches") {
+    wschat::detail::Site site;
+    for (int i = 0; i < 100; ++i) {
+        const std::string pattern = (i % 2 == 0 ? "/room" : "/{a}/{b}/c") + std::to_string(i);
+        site.routes.add("route", Pattern("route", pattern), [] { return std::make_unique<Sink>(); });
+        site.add_function_page("get", "GET", pattern + "/page", [](const Request&) { return Response(204); });
+    }
+    for (const std::string& path : {std::string("/"), std::string(8000, '/'), "/room1" + std::string(8000, '0'),
+                                    repeated("/a", 8000), "/" + repeated("%72", 8000), std::string("/x/y/c99")}) {
+        const std::string head = "GET " + path + " HTTP/1.1\r\nHost: x\r\n\r\n";
+        Limits limits;
+        RequestParser parser(limits);
+        std::size_t consumed = 0;
+        REQUIRE(parser.feed(head, consumed) == RequestParser::Outcome::request);
+        const Request request = parser.take_request();
+        bool route = false, page = false, allocates = false;
+        heap.fail_after = 1;
+        try {
+            route = site.routes.find(request.raw_path()) != nullptr;
+            page = site.pages.find(request.raw_path()) != nullptr;
+        } catch (const std::bad_alloc&) {
+            allocates = true;
+        }
+        heap.fail_after = 0;
+        CHECK_FALSE(allocates);
+        CHECK(route == (path == "/x/y/c99"));
+        CHECK_FALSE(page);
+    }
+}
+
 TEST_CASE("between two visits of an honest session the work is bounded by the budget and the number of greedy peers") {
     for (const Kind& kind : plain_kinds) check_kind(kind);
 }

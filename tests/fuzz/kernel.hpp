@@ -516,11 +516,19 @@ int epoll_wait(int poller, epoll_event* events, int size, int timeout_ms) {
         "epoll_wait", poller, [&] { return fuzz::kernel->wait(events, size, timeout_ms); },
         [&] { return ::syscall(SYS_epoll_pwait, poller, events, size, timeout_ms, nullptr, 8); });
 }
+// g++ takes the entries of poll() for output alone.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 int poll(pollfd* entries, nfds_t size, int timeout_ms) {
     return fuzz::dispatch<int>(
         "poll", size == 0 ? -1 : entries[0].fd, [&] { return fuzz::kernel->poll(entries, size, timeout_ms); },
         [&] { return ::syscall(SYS_poll, entries, size, timeout_ms); });
 }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 int clock_gettime(clockid_t clock, timespec* time) noexcept {
     if (fuzz::kernel == nullptr || clock != CLOCK_MONOTONIC)
         return static_cast<int>(::syscall(SYS_clock_gettime, clock, time));
