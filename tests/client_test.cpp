@@ -320,14 +320,27 @@ TEST_CASE("no_proxy names hosts, domains, ports and networks") {
 }
 
 TEST_CASE("the addresses of the two families take turns") {
-    std::vector<wschat::IpAddress> all;
+    std::vector<wschat::detail::ResolvedAddress> all;
     for (const char* text : {"::1", "::2", "::3", "10.0.0.1", "10.0.0.2"})
-        all.push_back(*wschat::IpAddress::parse(text));
+        all.push_back({*wschat::IpAddress::parse(text)});
     std::string order;
-    for (const auto& each : wschat::detail::interleave_families(all)) order += each.to_string() + " ";
+    for (const auto& each : wschat::detail::interleave_families(all)) order += each.address.to_string() + " ";
     CHECK(order == "::1 10.0.0.1 ::2 10.0.0.2 ::3 ");
     CHECK(wschat::detail::interleave_families({}).empty());
 }
+
+#if !defined(_WIN32)
+TEST_CASE("a link-local address of the system's resolver keeps its network interface") {
+    const auto found = wschat::detail::resolve_by_system("fe80::1%lo");
+    REQUIRE(found.size() == 1);
+    CHECK(found[0].address.to_string() == "fe80::1");
+    CHECK(found[0].zone == wschat::detail::os::zone_index("lo"));
+    CHECK(found[0].zone != 0);
+    const wschat::detail::SocketAddress address(found[0].address, 80, found[0].zone);
+    CHECK(wschat::detail::zone_of(address.storage) == found[0].zone);
+    for (const auto& each : wschat::detail::resolve_by_system("localhost")) CHECK(each.zone == 0);
+}
+#endif
 
 TEST_CASE("masks and keys of handshakes do not repeat") {
     std::set<wschat::detail::MaskKey> masks;
