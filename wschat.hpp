@@ -725,8 +725,8 @@ private:
     static constexpr std::size_t pooled_size = 256 * 1024;
     static constexpr std::size_t max_pooled = 8;
 
-    // The chunk has no free bytes for other slices. A stored chunk is used for frames that are a little smaller, so that
-    // a queue does not hold much more memory than bytes.
+    // The chunk has no free bytes for other slices. A stored chunk is used for frames that are up to an eighth smaller:
+    // a queue holds little more memory than bytes.
     WSCHAT_NOINLINE Slice large_slice(std::size_t n) {
         ChunkRef* stored = nullptr;  // the one to replace
         for (ChunkRef& each : large_) {

@@ -1428,6 +1428,61 @@ TEST_CASE("a client does not connect again after 1000, 1008, its own close and a
     }
 }
 
+TEST_CASE("each kind of failure is tried again, except a bad URL and a refusal") {
+    struct Row {
+        std::string url;     // empty: that of a server that gives the answer
+        std::string answer;  // empty: it says nothing
+        ConnectStage stage;
+        bool again;
+    };
+    const std::string upgrade = "HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
+    const Row rows[] = {
+        {"chat.example", "", ConnectStage::url, false},
+        {"ws://unknown.example/", "", ConnectStage::resolve, true},
+        {"ws://127.0.0.1:1/", "", ConnectStage::connect, true},
+        {"", "HTTP/1.1 301 x\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", ConnectStage::http, false},
+        {"", "HTTP/1.1 401 x\r\nContent-Length: 0\r\n\r\n", ConnectStage::http, false},
+        {"", "HTTP/1.1 200 x\r\nContent-Length: 0\r\n\r\n", ConnectStage::http, false},
+        {"", "HTTP/1.1 503 x\r\nContent-Length: 0\r\n\r\n", ConnectStage::http, true},
+        {"", "garbage\r\n", ConnectStage::http, true},
+        {"", upgrade + "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n", ConnectStage::upgrade, true},
+        {"", "", ConnectStage::http, true},
+#if WSCHAT_OPENSSL
+        {"wss", "garbage\r\n", ConnectStage::tls, true},
+        {"wss", "", ConnectStage::tls, true},
+#endif
+    };
+    for (const Row& row : rows) {
+        CAPTURE(row.url);
+        CAPTURE(row.answer);
+        const Raw server([&](RawClient& connection, int) {
+            connection.read_at_least(1);
+            connection.send(row.answer);
+            connection.read_to_end();
+        });
+        ClientOptions with = reconnecting();
+        with.resolver = [](const std::string&) { return std::vector<wschat::IpAddress>(); };
+        if (row.answer.empty()) with.connect_timeout = row.url.empty() || row.url == "wss" ? 100ms : test::deadline;
+        std::string to = row.url.empty() ? plain_url(server.port()) : row.url;
+        if (to == "wss") to = "wss://127.0.0.1:" + std::to_string(server.port()) + "/";
+        Client client(test::poller_kind());
+        Story story;
+        wschat::Client::ConnectionId id = 0;
+        story.on_failure = [&](WebSocketHandler& handler, const ConnectError&) {
+            if (story.failures.size() >= 2) handler.loop().post([&] { client.disconnect(id); });
+        };
+        id = client.connect<Actor>(to, with, std::ref(story));
+        run(client);
+        CHECK((row.again ? story.failures.size() >= 2 : story.failures.size() == 1));
+        CHECK(story.events.size() == story.failures.size());
+        for (const ConnectError& error : story.failures) {
+            CHECK(error.stage == row.stage);
+            CHECK_FALSE(error.sentence.empty());
+            CHECK(error.retry_in.has_value() == row.again);
+        }
+    }
+}
+
 TEST_CASE("before_attempt changes the URL and the headers of each attempt") {
     std::vector<std::string> requests;
     {
