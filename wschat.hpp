@@ -17245,7 +17245,7 @@ public:
         if (!refusal || to_lobby) join_room(refusal ? "lobby" : wanted);
         reply(hello_event());
         if (!name_accepted) reply_error("name_bad", name_rule());
-        if (refusal) reply_error(refusal);
+        if (refusal) reply_refused_room(refusal, wanted);
         connected_ = true;
         run_hook("on_connect", [this] { on_connect(); });
         if (current_room() != nullptr)
@@ -17316,6 +17316,7 @@ private:
     struct Refusal {
         std::string_view code{};  // empty: nothing is refused
         std::string sentence{};
+        std::int64_t seconds = 0;  // until it may be repeated, if the server knows
         explicit operator bool() const { return !code.empty(); }
     };
 
@@ -17363,6 +17364,7 @@ private:
         ChatEvent event("hello");
         event.add("version", 3).add_text("server", "wschat");
         add_room(event).add_text("name", user().name).add_text("user", user().id);
+        if (const ChatRoom* const room = current_room()) add_options(event, room->options);
         event.add_json("features",
                        R"(["rooms","names","users","history","before","search","resume","tags","typing",)"
                        R"("private","edit","delete","react","topic","data","in","read","invite","commands"])");
@@ -17527,7 +17529,8 @@ private:
         const Duration left = room.slow_.left(slow_key(), hub_->now());
         if (left == Duration::zero()) return {};
         const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(left).count() + 1;
-        return Refusal{"slow", text::concat({"This room is slow; wait ", std::to_string(seconds), " seconds."})};
+        return Refusal{"slow", text::concat({"This room is slow; wait ", std::to_string(seconds), " seconds."}),
+                       seconds};
     }
     // A guest could connect again, so the guests of an address wait together.
     std::string slow_key() const {
@@ -17575,7 +17578,19 @@ private:
         entry.sender = number_;
         return entry;
     }
-    void reply_error(const Refusal& refusal) { reply_error(refusal.code, refusal.sentence); }
+    void reply_error(const Refusal& refusal) { reply(error_event(refusal)); }
+    // A client that has asked for several rooms must know which one is meant.
+    void reply_refused_room(const Refusal& refusal, std::string_view name) {
+        ChatEvent event = error_event(refusal);
+        if (detail::valid_chat_text(name)) event.add_text("room", name);
+        reply(event);
+    }
+    static ChatEvent error_event(const Refusal& refusal) {
+        ChatEvent event("error");
+        event.add_text("code", refusal.code).add_text("text", refusal.sentence);
+        if (refusal.seconds != 0) event.add("seconds", refusal.seconds);
+        return event;
+    }
     // The answer to a line that waited for the store.
     void write_error(std::string_view code, std::string_view sentence, std::string_view tag) {
         ChatEvent event("error");
@@ -18069,7 +18084,7 @@ private:
             if (position) handler_.request_history(*handler_.current_room(), position);
             return;
         }
-        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_error(refusal);
+        if (const auto refusal = handler_.refuse_room(rest)) return handler_.reply_refused_room(refusal, rest);
         handler_.join_room(rest);
         reply_room();
         handler_.request_history(*handler_.current_room(), position);
@@ -18552,9 +18567,7 @@ inline void ChatHandler::join_more_rooms() {
         detail::ChatCommands(*this).run("join", lines[i]);
     const std::size_t index = membership_index(first);
     if (lines.empty() || current_ == index || index == memberships_.size()) return;
-    current_ = index;
-    ChatEvent event("room");
-    reply(add_room(event).add_text("name", user().name));
+    detail::ChatCommands(*this).run("join", first->name());
 }
 
 // Those whom the store has delivered, and the viewer.
