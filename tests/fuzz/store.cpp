@@ -265,7 +265,7 @@ private:
         const unsigned kind = input_.byte() % 12;
         if (kind == 10) return fail_calls();
         if (kind == 11) {
-            heap.fail_after = 1 + input_.byte();
+            fail_memory_ = 1 + input_.byte();
             return;
         }
         if (!file_ || kind == 9) return open();
@@ -281,7 +281,7 @@ private:
             case 8: attempt([&] { file_->sweep(); }); break;
         }
     }
-    static void stop_faults() { files.fail_after = heap.fail_after = 0; }
+    void stop_faults() { files.fail_after = fail_memory_ = 0; }
     void fail_calls() {
         constexpr int errors[] = {SQLITE_IOERR, SQLITE_FULL,  SQLITE_IOERR_WRITE,
                                   SQLITE_BUSY,  SQLITE_NOMEM, SQLITE_AUTH};
@@ -290,21 +290,26 @@ private:
         files.failures = choice / 8 % 4 == 3 ? 20 : 1 + choice / 8 % 4;
         files.error = errors[choice % 6];
     }
-    // False if the call has failed, which needs a fault.
+    // False if the call has failed, which needs a fault. Only within it memory runs out.
     template <class Work>
     bool attempt(Work work) {
-        const bool faulty = files.fail_after != 0 || heap.fail_after != 0;
+        const bool faulty = files.fail_after != 0 || fail_memory_ != 0;
+        bool done = true;
+        heap.fail_after = fail_memory_;
         try {
             work();
-            return true;
         } catch (const wschat::Error& error) {
             const HarnessAllocations guard;
             last_error_ = error.what();
+            done = false;
         } catch (const std::bad_alloc&) {
+            const HarnessAllocations guard;
             last_error_ = "bad_alloc";
+            done = false;
         }
-        check(faulty, "a call fails although nothing is wrong", last_error_);
-        return false;
+        fail_memory_ = std::exchange(heap.fail_after, 0u);
+        check(done || faulty, "a call fails although nothing is wrong", last_error_);
+        return done;
     }
     void open() {
         file_.reset();
@@ -454,6 +459,7 @@ private:
     InputReader& input_;
     Model model_;
     std::unique_ptr<SqliteFile> file_;
+    std::size_t fail_memory_ = 0;  // heap.fail_after of the next call
     std::string last_error_;
 };
 
