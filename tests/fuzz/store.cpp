@@ -283,8 +283,9 @@ private:
     }
     void stop_faults() { files.fail_after = fail_memory_ = 0; }
     void fail_calls() {
-        constexpr int errors[] = {SQLITE_IOERR, SQLITE_FULL,  SQLITE_IOERR_WRITE,
-                                  SQLITE_BUSY,  SQLITE_NOMEM, SQLITE_AUTH};
+        // What file systems answer. SQLite takes only these for failures of the file.
+        constexpr int errors[] = {SQLITE_IOERR,      SQLITE_FULL,        SQLITE_IOERR_WRITE,
+                                  SQLITE_IOERR_READ, SQLITE_IOERR_FSYNC, SQLITE_IOERR_NOMEM};
         const unsigned choice = input_.byte();
         files.fail_after = 1 + input_.byte();
         files.failures = choice / 8 % 4 == 3 ? 20 : 1 + choice / 8 % 4;
