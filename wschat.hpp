@@ -19404,6 +19404,8 @@ public:
         ::sqlite3_busy_timeout(database_, static_cast<int>(sqlite_milliseconds(timeout)));
     }
     bool read_only() const { return ::sqlite3_db_readonly(database_, "main") == 1; }
+    // Whether a call since the last one has failed because an index of FTS5 does not fit its table.
+    bool take_index_damaged() { return std::exchange(index_damaged_, false); }
     template <class Work>
     void transaction(const char* begin, Work&& work) {
         // Entries in a deleted file would be lost.
@@ -19423,14 +19425,16 @@ public:
     }
 
 private:
-    void check_result(int result) const {
+    void check_result(int result) {
         if (result == SQLITE_OK) return;
+        if (database_ != nullptr && ::sqlite3_extended_errcode(database_) == SQLITE_CORRUPT_VTAB) index_damaged_ = true;
         const std::string cause = database_ == nullptr ? ::sqlite3_errstr(result) : ::sqlite3_errmsg(database_);
         fail(cause + " (" + std::to_string(result) + ")");
     }
 
     std::string path_;
     sqlite3* database_ = nullptr;
+    bool index_damaged_ = false;
     std::map<std::string, sqlite3_stmt*> statements_;  // by their text
 };
 
@@ -19501,7 +19505,8 @@ public:
     // code with which an amendment is refused.
     std::vector<std::string_view> append(std::vector<ChatEntry>& entries) {
         std::vector<std::string_view> results;
-        database_.transaction("BEGIN IMMEDIATE", [&] {
+        change([&] {
+            results.clear();
             for (ChatEntry& entry : entries) results.push_back(append_one(entry));
             delete_rooms_above_bytes();
         });
@@ -19569,7 +19574,7 @@ public:
         Erased erased;
         if (author.empty()) return erased;
         database_.execute("PRAGMA secure_delete = ON");
-        database_.transaction("BEGIN IMMEDIATE", [&] {
+        change([&] {
             erased.facts = erase_facts(author);
             erased.amendments = erase_reactions(author, limit);
             for (ChatEntry& amendment : erase_messages(author, limit))
@@ -19623,7 +19628,7 @@ public:
     // Deletes expired facts, and the expired entries of some rooms. True: another call has more to do.
     bool sweep() {
         bool more = false;
-        database_.transaction("BEGIN IMMEDIATE", [&] {
+        change([&] {
             delete_expired_facts();
             if (swept_ && limits_.max_age == Duration::zero()) return;  // appends delete what is above other limits
             std::vector<std::int64_t> rooms;
@@ -19757,6 +19762,22 @@ private:
                 " (SELECT min(id) FROM entry WHERE entry.room = first.room))");
         });
     }
+    // A transaction that changes entries. After memory ran out within FTS5, its index may not fit the entries any more.
+    // Then no entry could be changed, so it is made again. The work may run twice.
+    template <class Work>
+    void change(Work&& work) {
+        try {
+            return database_.transaction("BEGIN IMMEDIATE", work);
+        } catch (const Error&) {
+            if (!database_.take_index_damaged()) throw;
+        }
+        database_.transaction("BEGIN IMMEDIATE", [&] {
+            database_.execute(drop_search_triggers);
+            database_.execute(search_schema);
+            work();
+        });
+    }
+
     // The index of FTS5, if this SQLite has it. The triggers keep it up to date.
     void prepare_search() {
         indexed_ = database_.number("SELECT 1 FROM pragma_compile_options WHERE compile_options = 'ENABLE_FTS5'") != 0;
@@ -19764,13 +19785,13 @@ private:
             const bool complete =
                 database_.number(
                     "SELECT count(*) FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'search_%'") == 3;
-            if (!indexed_)
-                database_.execute(
-                    "DROP TRIGGER IF EXISTS search_insert; DROP TRIGGER IF EXISTS search_delete;"
-                    "DROP TRIGGER IF EXISTS search_update;");
+            if (!indexed_) database_.execute(drop_search_triggers);
             else if (!complete) database_.execute(search_schema);
         });
     }
+    static constexpr const char* drop_search_triggers =
+        "DROP TRIGGER IF EXISTS search_insert; DROP TRIGGER IF EXISTS search_delete;"
+        "DROP TRIGGER IF EXISTS search_update;";
     static constexpr const char* search_schema =
         ("DROP TABLE IF EXISTS search;"
          "CREATE VIRTUAL TABLE search USING fts5(text, room, content = 'entry', content_rowid = 'row',"

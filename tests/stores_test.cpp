@@ -390,6 +390,30 @@ TEST_CASE("the index for the search is made again when a program without FTS5 ha
     CHECK(summary_of(file.search("tea", "tea", 50)) == "1green tea 2black tea 3red tea ");
 }
 
+TEST_CASE("an index for the search that does not fit the entries is made again by the next change") {
+    const DatabaseFile temporary;
+    SqliteOptions options;
+    options.limits.max_entries = 2;
+    SqliteFile file(temporary.path, options);
+    const auto damage = [&] {
+        OtherProgram(temporary.path).execute("INSERT INTO search(search) VALUES('delete-all')");
+    };
+    append(file, entry("green tea"));
+    damage();
+    ChatEntry edit = entry("black tea");
+    edit.kind = ChatEntry::Kind::edit;
+    edit.target = 1;
+    CHECK(append(file, edit) == 2);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "1black tea ");
+    damage();
+    CHECK(append(file, entry("red tea")) == 3);  // the first one is above the limit
+    CHECK(append(file, entry("white tea")) == 4);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "3red tea 4white tea ");
+    damage();
+    file.erase("key a", 100);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "");
+}
+
 TEST_CASE("a file that cannot be used is an Error with the reason") {
     DatabaseFile garbage, newer, foreign, unmarked;
     garbage.write(std::string(8192, 'x'));
