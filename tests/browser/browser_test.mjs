@@ -48,11 +48,18 @@ function findChromium() {
   return candidates.find(candidate => candidate && existsSync(candidate)) ?? usage('Chromium was not found. Install chromium-headless-shell.');
 }
 
+// The stock Firefox, over WebDriver BiDi.
+function findFirefox() {
+  const candidates = [process.env.FIREFOX, '/usr/bin/firefox-esr', '/usr/bin/firefox'];
+  return candidates.find(candidate => candidate && existsSync(candidate)) ?? usage('Firefox was not found. Install firefox-esr.');
+}
+
 if (!option('chat') && !option('rooms') && !option('login'))
   usage('Usage: browser_test.mjs --chat PROGRAM --rooms PROGRAM --login PROGRAM [--db FILE] [--shots DIR] [--modules DIR]');
-const { chromium } = loadModule('playwright-core')
+const IN_FIREFOX = option('browser') === 'firefox';
+const { chromium, firefox } = loadModule('playwright-core')
   ?? usage('playwright-core was not found. Run "npm install --no-package-lock" in tests/browser, or use --modules DIR or NODE_PATH.');
-const executablePath = findChromium();
+const executablePath = IN_FIREFOX ? findFirefox() : findChromium();
 
 // ---- Steps -------------------------------------------------------------------------------------------------------
 
@@ -136,11 +143,9 @@ async function start(path, port, more) {
 const browsers = new Set();
 
 async function launch() {
-  const server = await chromium.launchServer({ executablePath, args: FLAGS });
-  const browser = await chromium.connect(server.wsEndpoint());
-  const both = { server, browser };
-  browsers.add(both);
-  return both;
+  const browser = IN_FIREFOX ? await firefox.launch({ executablePath, channel: 'moz-firefox' }) : await chromium.launch({ executablePath, args: FLAGS });
+  browsers.add(browser);
+  return { browser };
 }
 
 // A user with their own browser context. Contexts share nothing.
@@ -150,7 +155,8 @@ class User {
     const user = new User();
     user.problems = [];
     user.context = await browser.newContext({ locale: 'en-GB', ...options });
-    if (name) await user.context.addInitScript(name => localStorage.setItem('wschat.name', name), name);
+    if (name) await user.context.addInitScript(name => { if (location.protocol === 'http:') localStorage.setItem('wschat.name', name); }, name);
+    if (IN_FIREFOX) await user.context.addInitScript({ content: axeSource() });
     await user.context.addInitScript(() => {
       // Records what happens in the page for the test.
       globalThis.testLog = { states: [], violations: [], socket: null, hello: '', longest: 0, read: false };
@@ -185,12 +191,13 @@ class User {
   recordProblems() {
     const { page, problems } = this;
     page.on('console', message => {
-      // Chromium logs each attempt to connect while the test has taken the page offline.
+      // Browsers log each attempt to connect while the test has taken the page offline.
       const offline = message.text().includes('net::ERR_INTERNET_DISCONNECTED');
       if (!offline && ['error', 'warning'].includes(message.type())) problems.push('console: ' + message.text());
     });
-    page.on('pageerror', error => problems.push('exception: ' + error.message));
-    page.on('requestfailed', request => problems.push('failed: ' + request.url()));
+    const isAttempt = text => IN_FIREFOX && /^Firefox can.t establish a connection|^The connection to ws:.* was interrupted/.test(text);
+    page.on('pageerror', error => { if (!isAttempt(error.message)) problems.push('exception: ' + error.message); });
+    page.on('requestfailed', request => { if (!IN_FIREFOX || !/\/chat\b/.test(request.url())) problems.push('failed: ' + request.url()); });
     page.on('response', response => { if (response.status() >= 400) problems.push(`${response.status()}: ${response.url()}`); });
     page.on('dialog', dialog => { problems.push('dialog: ' + dialog.message()); dialog.dismiss(); });
   }
@@ -200,7 +207,9 @@ class User {
   waitFor(condition, argument) { return this.page.waitForFunction(condition, argument); }
 
   async submit(text) {
-    await this.page.fill('#message', text);
+    // Firefox gets each character as a key.
+    if (text.length < 500) await this.page.fill('#message', text);
+    else await this.page.$eval('#message', (field, text) => { field.value = text; field.dispatchEvent(new Event('input')); }, text);
     await this.page.press('#message', 'Enter');
   }
 
@@ -291,13 +300,14 @@ async function expectChat(a, b, topic) {
 
 // Presses the key until the element has the focus. Every focused element must show its focus.
 async function tabTo(user, id, key) {
+  await user.page.bringToFront();                    // in Firefox, only a window in front shows its focus
   for (let i = 0; i < 30; i++) {
     const focused = await user.page.evaluate(() => {
       const element = document.activeElement;
       const style = getComputedStyle(element);
-      return { id: element.id, visible: element === document.body || (style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 1) };
+      return { id: element.id || element.outerHTML.slice(0, 100), visible: element === document.body || (style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 1) };
     });
-    if (!focused.visible) throw new Error(`the focus on #${focused.id} cannot be seen`);
+    if (!focused.visible) throw new Error(`the focus on ${focused.id} cannot be seen`);
     if (focused.id === id) return;
     await user.page.keyboard.press(key);
   }
@@ -357,13 +367,17 @@ async function testChat(path) {
 
 // ---- rooms: the whole chat ---------------------------------------------------------------------------------------
 
+function axeSource() {
+  return loadModule('axe-core')?.source ?? usage('axe-core was not found. Run "npm install --no-package-lock" in tests/browser.');
+}
+
 // axe-core finds what assistive technology cannot use.
 async function expectAccessible(user, scheme) {
   await user.page.emulateMedia({ colorScheme: scheme });
-  const axe = loadModule('axe-core');
-  const script = axe?.source ?? usage('axe-core was not found. Run "npm install --no-package-lock" in tests/browser.');
-  const cdp = await user.context.newCDPSession(user.page);                 // the content policy allows no added script
-  await cdp.send('Runtime.evaluate', { expression: script });
+  if (!IN_FIREFOX) {
+    const cdp = await user.context.newCDPSession(user.page);               // the content policy allows no added script
+    await cdp.send('Runtime.evaluate', { expression: axeSource() });
+  }
   const found = await user.page.evaluate(() => globalThis.axe.run(document, { resultTypes: ['violations'] }).then(result =>
     result.violations.map(each => `${each.id}: ${each.nodes.slice(0, 3).map(node => node.target.join(' ') + ' ' + (node.any[0]?.message ?? '')).join('; ')}`)));
   expect(found, [], `axe, ${scheme}`);
@@ -1059,7 +1073,7 @@ async function makePictures(paths, folder) {
 
 async function cleanUp() {
   for (const child of children) child.kill('SIGKILL');
-  await Promise.allSettled([...browsers].map(({ server }) => server.kill()));
+  await Promise.allSettled([...browsers].map(browser => withTimeout(browser.close(), 'the browser to end', 10_000)));
 }
 
 async function end() {
