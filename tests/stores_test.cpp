@@ -401,7 +401,7 @@ TEST_CASE("a file that cannot be used is an Error with the reason") {
         std::string path, sentence;
     } table[] = {
         {garbage.path, "file is not a database (26)"},
-        {newer.path, "it is of version 9, and this program knows 5"},
+        {newer.path, "it is of version 9, and this program knows 6"},
         {foreign.path, "it is a database of another program"},
         {unmarked.path, "it is a database of another program"},
         {"/nowhere/at/all.db", "unable to open database file (14)"},
