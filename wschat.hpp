@@ -14566,7 +14566,7 @@ public:
     // Called once, before all other calls. A store with threads of its own posts its results to the mailbox.
     virtual void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) = 0;
     // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
-    // has reacted with that emoji before. One call of the listener follows.
+    // has reacted with that emoji before. ChatEntry::retention holds from now on. One call of the listener follows.
     virtual void append(ChatEntry entry) = 0;
     // Delivers the entry without keeping it. A store of several hubs also applies it to a PresenceTable.
     virtual void forward(const ChatEntry& entry) = 0;
@@ -16678,8 +16678,7 @@ private:
         if (!beating_) store_->beat(id_);
         if (!store_->watch(room.key())) return;
         // Of the hubs that write the name differently, the first one decides.
-        if (spellings_.find(room.key()) == nullptr)
-            store_->put({"spelling", room.key(), room.name(), {}, 0, true});
+        if (spellings_.find(room.key()) == nullptr) store_->put({"spelling", room.key(), room.name(), {}, 0, true});
         if (std::exchange(beating_, true)) return;
         server_.loop().call_every(std::chrono::seconds(2), [this] { store_->beat(id_); });
     }
@@ -17811,6 +17810,9 @@ private:
                                      const std::string& name);
     inline void write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
                                    bool resumed, std::uint64_t before, std::string_view tag);
+    void report_conversation(const HistoryPage& page) {
+        if (!page.error.empty()) server().report(LogLevel::error, "chat_not_read", {{"cause", page.error}});
+    }
     // False: nothing is newer than the read marker.
     inline bool on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
                                 bool resumed);
@@ -18241,8 +18243,11 @@ private:
     void reply_no_conversation() { error("unknown_user", "You have no conversation with such a user."); }
     ChatStore::PageCallback answer_in_conversation(const std::string& peer, std::uint64_t before) {
         return [me = handler_.ref(), peer, before, tag = handler_.tag_](const HistoryPage& page) {
-            if (auto* self = static_cast<ChatHandler*>(me.get()))
-                self->write_conversation(peer, {}, page, true, before, tag);
+            auto* self = static_cast<ChatHandler*>(me.get());
+            if (self == nullptr) return;
+            self->report_conversation(page);
+            if (!page.error.empty()) return self->write_not_read(tag);
+            self->write_conversation(peer, {}, page, true, before, tag);
         };
     }
     // How many entries the client wants; nothing if that is no number.
@@ -18532,6 +18537,7 @@ inline bool ChatHandler::on_conversation(const std::string& peer, const std::str
                                          bool resumed) {
     if (!is_open()) return true;
     const std::uint64_t marker = hub_->marker_of(user_.id, "@" + peer);
+    report_conversation(page);
     if (resumed || !page.error.empty()) {
         write_conversation(peer, name, page, resumed, 0, {});
     } else {
@@ -18551,9 +18557,6 @@ inline bool ChatHandler::on_conversation(const std::string& peer, const std::str
 inline void ChatHandler::write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
                                             bool resumed, std::uint64_t before, std::string_view tag) {
     if (!is_open()) return;
-    if (!page.error.empty()) server().report(LogLevel::error, "chat_not_read", {{"cause", page.error}});
-    if (!page.error.empty() && !tag.empty())
-        return write_not_read(tag);
     std::size_t messages = 0;
     const std::string log = ChatHub::conversation(user_.id, peer);
     HistoryPage said = page;
@@ -18593,15 +18596,15 @@ inline void ChatHandler::mark_read(const std::string& what, std::uint64_t id, co
         return write_error("read_limit", "You have too many read markers.", tag);
     if (marker != nullptr || what[0] != '@') return hub_->put_marker(*this, what, id, tag);
     const std::string talk = text::concat({user_.id, "\n", std::string_view(what).substr(1)});
-    hub_->store().facts("talk", talk,
-                        [me = ref(), what, id, tag, talk](const std::vector<ChatFact>& facts, const std::string& failure) {
-                            auto* self = static_cast<ChatHandler*>(me.get());
-                            if (self == nullptr) return;
-                            if (!failure.empty()) return self->write_not_read(tag);
-                            if (!facts.empty() && facts[0].key == talk)
-                                return self->hub_->put_marker(*self, what, id, tag);
-                            self->write_error("unknown_user", "You have no conversation with such a user.", tag);
-                        });
+    hub_->store().facts(
+        "talk", talk,
+        [me = ref(), what, id, tag, talk](const std::vector<ChatFact>& facts, const std::string& failure) {
+            auto* self = static_cast<ChatHandler*>(me.get());
+            if (self == nullptr) return;
+            if (!failure.empty()) return self->write_not_read(tag);
+            if (!facts.empty() && facts[0].key == talk) return self->hub_->put_marker(*self, what, id, tag);
+            self->write_error("unknown_user", "You have no conversation with such a user.", tag);
+        });
 }
 
 inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, const std::string& tag,
@@ -19205,8 +19208,8 @@ inline void ChatHub::send_changes(ChatRoom& room) {
     }
 }
 // Those who have joined, or left, except one; empty if there are none. A single user stands in the event itself.
-inline std::string ChatHub::changes_event(const ChatRoom& room, const std::vector<ChatRoom::Change>& changes, bool joined,
-                                          std::string_view except) {
+inline std::string ChatHub::changes_event(const ChatRoom& room, const std::vector<ChatRoom::Change>& changes,
+                                          bool joined, std::string_view except) {
     detail::JsonList list;
     const ChatRoom::Change* last = nullptr;
     for (const ChatRoom::Change& each : changes) {
@@ -19790,10 +19793,12 @@ public:
         bool more = false;
         database_.transaction("BEGIN IMMEDIATE", [&] {
             delete_expired_facts();
-            const bool all = !swept_ || limits_.max_age != Duration::zero();  // appends delete what is above other limits
+            const bool all =
+                !swept_ || limits_.max_age != Duration::zero();  // appends delete what is above other limits
             std::vector<std::int64_t> rooms;
             {
-                Query query(database_, "SELECT id FROM room WHERE id >= ?1 AND (?2 OR max_age > 0) ORDER BY id LIMIT 20");
+                Query query(database_,
+                            "SELECT id FROM room WHERE id >= ?1 AND (?2 OR max_age > 0) ORDER BY id LIMIT 20");
                 query.bind(sweep_from_).bind(all);
                 while (query.next_row()) rooms.push_back(query.number(0));
             }
@@ -19985,8 +19990,7 @@ private:
         Query query(database_,
                     "SELECT id, last, opening, ifnull(max_entries, -1), ifnull(max_age, -1) FROM room WHERE name = ?1");
         query.bind(name);
-        if (query.next_row())
-            return {query.number(0), query.id(1), query.number(2), query.number(3), query.number(4)};
+        if (query.next_row()) return {query.number(0), query.id(1), query.number(2), query.number(3), query.number(4)};
         return {0, static_cast<std::uint64_t>(database_.number("SELECT id FROM start")), 0};
     }
     RoomRow add_room(const std::string& name) {

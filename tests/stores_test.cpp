@@ -237,6 +237,60 @@ TEST_CASE("a file of the third version is migrated and keeps its entries, tags a
     CHECK(append(*std::make_unique<SqliteFile>(temporary.path, SqliteOptions()), entry("x")) == 1700000000000003);
 }
 
+TEST_CASE("a file of the fifth version is migrated, and finds what it knows about rooms by the folded names") {
+    const DatabaseFile temporary;
+    {
+        SqliteFile file(temporary.path, {});
+        append(file, entry("one", "", "tea room"));
+        append(file, entry("lost", "", "Hall"));  // another room has this name, folded
+        append(file, entry("found", "", "hall"));
+        for (const auto& [scope, key] :
+             std::vector<std::pair<std::string, std::string>>{{"mute", "Tea Room\nname anna"},
+                                                              {"read", "ID\nTea Room"},
+                                                              {"read", "ID\n@Peer"},
+                                                              {"read", "ID\nHall"},
+                                                              {"room", "Tea Room"},
+                                                              {"invite", "tea room\nID"},
+                                                              {"topic", "TEA"}})
+            file.put({scope, key, "1", "", 0});
+    }
+    OtherProgram(temporary.path)
+        .execute(
+            "ALTER TABLE room DROP COLUMN max_entries; ALTER TABLE room DROP COLUMN max_age;"
+            "ALTER TABLE entry DROP COLUMN mentions; PRAGMA user_version = 5");
+    SqliteFile file(temporary.path, {});
+    const auto keys = [&](const std::string& scope) {
+        std::string all;
+        for (const ChatFact& each : file.facts(scope, "")) all += each.key + ";";
+        return all;
+    };
+    CHECK(keys("mute") == "tea room\nname anna;");
+    CHECK(keys("read") == "ID\n@Peer;ID\nHall;ID\ntea room;");
+    CHECK(keys("room") == "tea room;");
+    CHECK(keys("invite") == "tea room\nID;");
+    CHECK(keys("topic") == "tea;");
+    CHECK(summary_of(file.since("tea room", std::nullopt, 50)) == "1one ");
+}
+
+TEST_CASE("a room whose entries expire earlier than others is swept while nobody speaks, also after a restart") {
+    const DatabaseFile temporary;
+    ChatEntry first = entry("old"), other = entry("stays", "", "hall");
+    first.retention = ChatEntry::Retention{std::nullopt, 1h};
+    first.time = other.time = unix_ms() - 2 * 3600 * 1000;
+    for (const bool restart : {false, true}) {
+        CAPTURE(restart);
+        SqliteFile file(temporary.path, {});
+        if (!restart) {
+            CHECK(append(file, first) == 1);
+            append(file, other);
+        }
+        while (file.sweep()) {
+        }
+        CHECK(summary_of(file.since("tea", std::nullopt, 50)) == "");
+        CHECK(summary_of(file.since("hall", std::nullopt, 50)) == "1stays ");
+    }
+}
+
 TEST_CASE("a position is known after restarts, and unknown after a copy of the file was restored") {
     const DatabaseFile live, copy;
     const auto take_copy = [](const DatabaseFile& from, const DatabaseFile& to) {
