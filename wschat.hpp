@@ -19083,7 +19083,8 @@ inline void ChatHub::show(const ChatEntry& entry, ChatRoom* room, Room* members,
 
 // It allocates nothing but the timer.
 inline void ChatHub::on_undelivered(const ChatEntry& entry) {
-    if (ChatRoom* const room = rooms_.find(entry.room); room != nullptr && room->delivered_id_ && entry.id != 0) {
+    ChatRoom* const room = rooms_.find(entry.room);
+    if (room != nullptr && room->delivered_id_ && entry.id > *room->delivered_id_) {
         room->behind_ = true;
         room->skipped_id_ = entry.id;
         try {

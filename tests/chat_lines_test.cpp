@@ -414,6 +414,53 @@ TEST_CASE("bytes, invalid UTF-8 and bad tags are refused, and each line has one 
     CHECK(anna.is_open());
 }
 
+TEST_CASE("the secret of a user is in no line of a log") {
+    Fixture chat;
+    std::string log;
+    chat.server.on_log([&](const LogEntry& entry) { log += to_json(entry) + "\n"; });
+    chat.server.on_access([&](const AccessEntry& entry) { log += to_json(entry) + "\n"; });
+    TestClient anna = chat.connect("name=Anna&key=annas-secret&mod=1");
+    TestClient bert = chat.server.connect(
+        TestRequest("/chat/tea?name=Bert").subprotocol("wschat").subprotocol("wschat.key.YW5uYXMtc2VjcmV0"));
+    CHECK(id_of(anna) == id_of(bert));
+    anna.send("/kick Nobody");
+    anna.send("/mute Anna 1");
+    chat.store->fails = true;
+    anna.send("x");
+    anna.send("/search x");
+    for (TestClient* each : {&anna, &bert}) each->close();
+    CHECK(contains(log, "/chat/tea"));
+    CHECK(contains(log, "chat_not_read"));
+    CHECK_FALSE(contains(log, "annas-secret"));
+    CHECK_FALSE(contains(log, "YW5uYXMtc2VjcmV0"));
+}
+
+TEST_CASE("what moderators do and what cannot be kept is in the log, and the program hears of it") {
+    Fixture chat;
+    std::string log, decisions, lost;
+    chat.server.on_log([&](const LogEntry& entry) { log += to_json(entry) + "\n"; });
+    chat.hub().on_decision = [&](const ChatFact& fact) {
+        decisions += fact.scope + (fact.value.empty() ? "- " : "+ ");
+    };
+    chat.hub().on_not_kept = [&](const ChatEntry& entry, const std::string& cause) {
+        lost += entry.name + ":" + entry.text + ":" + cause;
+    };
+    TestClient mod = chat.connect("name=Mod&mod=1"), anna = chat.connect("name=Anna&key=annas-secret"),
+               bert = chat.connect("name=Bert", "tea");
+    mod.received();
+    for (const char* line : {"/mute Anna 5", "/unmute Anna", "/kick Bert out", "/ban Zed 5", "/unban Zed", "/slow 3"})
+        mod.send(line);
+    CHECK(decisions == "mute+ mute- kick+ ban+ ban- ");
+    for (const char* action : {"mute", "unmute", "kick", "ban", "unban", "options"})
+        CHECK(contains(log, std::string("\"action\":\"") + action + "\""));
+    CHECK(contains(log, "\"by\":\"Mod\""));
+    CHECK(bert.close_code() == CloseCode::policy_violation);
+    chat.store->fails = true;
+    anna.send("hello");
+    CHECK(lost == "Anna:hello:disk full");
+    CHECK(contains(log, "chat_not_kept"));
+}
+
 TEST_CASE("a private message whose receiver leaves before the store delivers it is an error for the sender") {
     Fixture chat;
     TestClient anna = chat.connect("name=Anna"), bert = chat.connect("name=Bert");

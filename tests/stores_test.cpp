@@ -543,6 +543,46 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
     CHECK(next_with(anna, "\"t1\"") == "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\",\"id\":1}");
 }
 
+TEST_CASE("what moderators decide, what was read, and what waits in private is there after a restart") {
+    const DatabaseFile temporary;
+    const std::string history = "\"type\":\"history\"", bert_key = "/chat/tea?name=Bert&key=bert-secret";
+    {
+        Chat chat(temporary.path);
+        std::string anna_id;
+        WsClient bert(chat.port(), bert_key);
+        next_with(bert, history);
+        {
+            WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+            anna_id = test::field_of(next_with(anna, "\"hello\""), "user");
+            next_with(anna, history);
+            anna.send("hello");
+            next_with(anna, "\"said\"");
+        }
+        next_with(bert, "\"said\"");
+        bert.send("/read 1");
+        next_with(bert, "\"read\"");
+        bert.send("/msg @" + anna_id + " psst");
+        next_with(bert, "\"private\"");
+        chat.on_loop([&] {
+            ChatHub& hub = ChatHub::of(chat.server);
+            hub.ban("Zed", 1h);
+            hub.room("tea").mute("Bert", 1h);
+            hub.room("tea").set_topic("Scones");
+        });
+        next_with(bert, "Scones");
+    }
+    Chat chat(temporary.path);
+    const WsClient zed(chat.port(), "/chat/tea?name=Zed");
+    CHECK(contains(zed.head, " 403 "));
+    WsClient bert(chat.port(), bert_key);
+    CHECK(contains(next_with(bert, history), "\"topic\":\"Scones\""));
+    CHECK(contains(next_with(bert, "\"read\""), "\"id\":1"));
+    bert.send("hello");
+    CHECK(contains(next_with(bert, "\"error\""), "\"muted\""));
+    WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+    CHECK(contains(next_with(anna, "\"peer\""), "psst"));
+}
+
 TEST_CASE("a full file is an error for the sender and a log entry, and the chat continues") {
     const DatabaseFile temporary;
     SqliteOptions options;
