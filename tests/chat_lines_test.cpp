@@ -415,8 +415,8 @@ TEST_CASE("bytes, invalid UTF-8 and bad tags are refused, and each line has one 
 }
 
 TEST_CASE("the secret of a user is in no line of a log") {
-    Fixture chat;
     std::string log;
+    Fixture chat;
     chat.server.on_log([&](const LogEntry& entry) { log += to_json(entry) + "\n"; });
     chat.server.on_access([&](const AccessEntry& entry) { log += to_json(entry) + "\n"; });
     TestClient anna = chat.connect("name=Anna&key=annas-secret&mod=1");
@@ -436,8 +436,8 @@ TEST_CASE("the secret of a user is in no line of a log") {
 }
 
 TEST_CASE("what moderators do and what cannot be kept is in the log, and the program hears of it") {
-    Fixture chat;
     std::string log, decisions, lost;
+    Fixture chat;
     chat.server.on_log([&](const LogEntry& entry) { log += to_json(entry) + "\n"; });
     chat.hub().on_decision = [&](const ChatFact& fact) {
         decisions += fact.scope + (fact.value.empty() ? "- " : "+ ");
