@@ -21,7 +21,8 @@ using namespace std::chrono_literals;
 
 class Member;
 
-// A server whose members have names, "/?name=anna", and join a room when they open, "&room=lobby".
+// A server whose members have names, "/?name=anna", and join a room when they open, "&room=lobby". All members are on one
+// loop, because the tests act on several of them at once. server_loops_test.cpp has the rooms of several loops.
 struct Fixture {
     explicit Fixture(const wschat::Limits& limits = {}) : running(test::with_limits(limits)) {
         running.server.route<Member>("/", std::ref(*this));
@@ -47,6 +48,7 @@ struct Fixture {
         return on_loop([&] { return running.server.rooms().size(); });
     }
 
+    const test::OneLoop one_loop;
     std::map<std::string, Member*> members;  // only for the loop's thread
     std::function<void(Member&)> on_close;
     std::function<void(Member&, const Message&)> on_message;
