@@ -4950,7 +4950,13 @@ inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const 
     const std::size_t size = payload.size();
     cell_->posted += size;
     const bool posted = cell_->mailbox->post([cell = cell_, payload = std::move(payload), opcode] {
-        cell->posted -= payload.size();
+        // Until the end the bytes count as posted, so that no thread sees them nowhere.
+        struct Posted {
+            ~Posted() { of.posted -= bytes; }
+            Cell& of;
+            const std::size_t bytes;
+        };
+        const Posted until_end{*cell, payload.size()};
         if (cell->handler == nullptr) return;
         cell->handler->write_message(Message(payload, opcode));
         detail::HandlerAccess::note_queued(*cell->handler);
@@ -5050,9 +5056,10 @@ public:
             if (room->members() != 0) result.push_back(name);
         return result;
     }
+    // With the rooms of second sets.
     std::size_t size() const {
         const std::lock_guard<std::mutex> lock(mutex_);
-        return rooms_.size();
+        return rooms_.size() + others_.size();
     }
     // Broadcasts that found too much waiting for a loop, and were not passed on to it.
     std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
@@ -5072,6 +5079,15 @@ public:
         room.parts[loop].room = nullptr;
         const std::lock_guard<std::mutex> lock(mutex_);
         if (--room.attached == 0) rooms_.erase(room.name);
+    }
+    // A loop has made a Room in a second set, or has destroyed it. Such rooms are only counted.
+    void attach_other(const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        ++others_.find_or_emplace(name);
+    }
+    void detach_other(const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (std::size_t* loops = others_.find(name); loops != nullptr && --*loops == 0) others_.erase(name);
     }
     void set_members(std::size_t loop, const std::shared_ptr<SharedRoom>& room, std::size_t members) {
         auto& count = room->parts[loop].members;
@@ -5170,6 +5186,7 @@ private:
     const std::size_t max_backlog_;
     mutable std::mutex mutex_;
     StringMap<std::shared_ptr<SharedRoom>> rooms_;
+    StringMap<std::size_t> others_;  // the number of loops that have such a room in a second set
     std::vector<PerLoop> loops_;
     RoomBus* bus_ = nullptr;
     std::atomic<std::uint64_t> dropped_{0};
@@ -5347,6 +5364,7 @@ public:
         ++root_->size_;
         prune_later(room);
         if (directory_ != nullptr) room.shared_ = directory_->attach(loop_, room, room.name_);
+        else if (root_->directory_ != nullptr) root_->directory_->attach_other(room.name_);
         return room;
     }
     // Returns null if no room of that name has members. Takes a lock if this loop has none.
@@ -5394,6 +5412,7 @@ private:
             room.prune_pending_ = false;
             if (!room.members_.empty()) continue;
             if (room.shared_) directory_->detach(loop_, *room.shared_);
+            else if (directory_ != nullptr) directory_->detach_other(room.name_);
             if (room.rooms_.rooms_.erase(room.name())) --size_;
         }
     }

@@ -862,6 +862,22 @@ TEST_SUITE("rooms") {
         for (std::size_t i = 0; i < 3; ++i) loops.run(i);
     }
 
+    TEST_CASE("a room of a second set counts once, on however many loops it is") {
+        ThreeLoops loops;
+        wschat::Rooms second0(&loops.servers[0].rooms()), second1(&loops.servers[1].rooms());
+        second0["tea"];
+        second1["tea"];
+        CHECK(loops.directory->size() == 1);
+        loops.room(2, "tea");
+        CHECK(loops.servers[0].rooms().size() == 2);
+        RoomsAccess::prune(loops.servers[0].rooms());
+        CHECK(loops.directory->size() == 2);
+        RoomsAccess::prune(loops.servers[1].rooms());
+        CHECK(loops.directory->size() == 1);
+        RoomsAccess::prune(loops.servers[2].rooms());
+        CHECK(loops.directory->size() == 0);
+    }
+
     TEST_CASE("above max_loop_backlog, broadcasts for a loop are dropped until it has caught up") {
         ThreeLoops loops(10'000);
         TestClient anna = loops.connect(0, "tea"), bert = loops.connect(1, "tea");
