@@ -237,6 +237,60 @@ TEST_CASE("a file of the third version is migrated and keeps its entries, tags a
     CHECK(append(*std::make_unique<SqliteFile>(temporary.path, SqliteOptions()), entry("x")) == 1700000000000003);
 }
 
+TEST_CASE("a file of the fifth version is migrated, and finds what it knows about rooms by the folded names") {
+    const DatabaseFile temporary;
+    {
+        SqliteFile file(temporary.path, {});
+        append(file, entry("one", "", "tea room"));
+        append(file, entry("lost", "", "Hall"));  // another room has this name, folded
+        append(file, entry("found", "", "hall"));
+        for (const auto& [scope, key] :
+             std::vector<std::pair<std::string, std::string>>{{"mute", "Tea Room\nname anna"},
+                                                              {"read", "ID\nTea Room"},
+                                                              {"read", "ID\n@Peer"},
+                                                              {"read", "ID\nHall"},
+                                                              {"room", "Tea Room"},
+                                                              {"invite", "tea room\nID"},
+                                                              {"topic", "TEA"}})
+            file.put({scope, key, "1", "", 0});
+    }
+    OtherProgram(temporary.path)
+        .execute(
+            "ALTER TABLE room DROP COLUMN max_entries; ALTER TABLE room DROP COLUMN max_age;"
+            "ALTER TABLE entry DROP COLUMN mentions; PRAGMA user_version = 5");
+    SqliteFile file(temporary.path, {});
+    const auto keys = [&](const std::string& scope) {
+        std::string all;
+        for (const ChatFact& each : file.facts(scope, "")) all += each.key + ";";
+        return all;
+    };
+    CHECK(keys("mute") == "tea room\nname anna;");
+    CHECK(keys("read") == "ID\n@Peer;ID\nHall;ID\ntea room;");
+    CHECK(keys("room") == "tea room;");
+    CHECK(keys("invite") == "tea room\nID;");
+    CHECK(keys("topic") == "tea;");
+    CHECK(summary_of(file.since("tea room", std::nullopt, 50)) == "1one ");
+}
+
+TEST_CASE("a room whose entries expire earlier than others is swept while nobody speaks, also after a restart") {
+    const DatabaseFile temporary;
+    ChatEntry first = entry("old"), other = entry("stays", "", "hall");
+    first.retention = ChatEntry::Retention{std::nullopt, 1h};
+    first.time = other.time = unix_ms() - 2 * 3600 * 1000;
+    for (const bool restart : {false, true}) {
+        CAPTURE(restart);
+        SqliteFile file(temporary.path, {});
+        if (!restart) {
+            CHECK(append(file, first) == 1);
+            append(file, other);
+        }
+        while (file.sweep()) {
+        }
+        CHECK(summary_of(file.since("tea", std::nullopt, 50)) == "");
+        CHECK(summary_of(file.since("hall", std::nullopt, 50)) == "1stays ");
+    }
+}
+
 TEST_CASE("a position is known after restarts, and unknown after a copy of the file was restored") {
     const DatabaseFile live, copy;
     const auto take_copy = [](const DatabaseFile& from, const DatabaseFile& to) {
@@ -390,6 +444,30 @@ TEST_CASE("the index for the search is made again when a program without FTS5 ha
     CHECK(summary_of(file.search("tea", "tea", 50)) == "1green tea 2black tea 3red tea ");
 }
 
+TEST_CASE("an index for the search that does not fit the entries is made again by the next change") {
+    const DatabaseFile temporary;
+    SqliteOptions options;
+    options.limits.max_entries = 2;
+    SqliteFile file(temporary.path, options);
+    const auto damage = [&] {
+        OtherProgram(temporary.path).execute("INSERT INTO search(search) VALUES('delete-all')");
+    };
+    append(file, entry("green tea"));
+    damage();
+    ChatEntry edit = entry("black tea");
+    edit.kind = ChatEntry::Kind::edit;
+    edit.target = 1;
+    CHECK(append(file, edit) == 2);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "1black tea ");
+    damage();
+    CHECK(append(file, entry("red tea")) == 3);  // the first one is above the limit
+    CHECK(append(file, entry("white tea")) == 4);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "3red tea 4white tea ");
+    damage();
+    file.erase("key a", 100);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "");
+}
+
 TEST_CASE("a file that cannot be used is an Error with the reason") {
     DatabaseFile garbage, newer, foreign, unmarked;
     garbage.write(std::string(8192, 'x'));
@@ -401,7 +479,7 @@ TEST_CASE("a file that cannot be used is an Error with the reason") {
         std::string path, sentence;
     } table[] = {
         {garbage.path, "file is not a database (26)"},
-        {newer.path, "it is of version 9, and this program knows 5"},
+        {newer.path, "it is of version 9, and this program knows 6"},
         {foreign.path, "it is a database of another program"},
         {unmarked.path, "it is a database of another program"},
         {"/nowhere/at/all.db", "unable to open database file (14)"},
@@ -487,6 +565,46 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
     CHECK(history.find("hello, Anna") < history.find("are you there?"));
     anna.send("/tag t1 hello");
     CHECK(next_with(anna, "\"t1\"") == "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\",\"id\":1}");
+}
+
+TEST_CASE("what moderators decide, what was read, and what waits in private is there after a restart") {
+    const DatabaseFile temporary;
+    const std::string history = "\"type\":\"history\"", bert_key = "/chat/tea?name=Bert&key=bert-secret";
+    {
+        Chat chat(temporary.path);
+        std::string anna_id;
+        WsClient bert(chat.port(), bert_key);
+        next_with(bert, history);
+        {
+            WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+            anna_id = test::field_of(next_with(anna, "\"hello\""), "user");
+            next_with(anna, history);
+            anna.send("hello");
+            next_with(anna, "\"said\"");
+        }
+        next_with(bert, "\"said\"");
+        bert.send("/read 1");
+        next_with(bert, "\"read\"");
+        bert.send("/msg @" + anna_id + " psst");
+        next_with(bert, "\"private\"");
+        chat.on_loop([&] {
+            ChatHub& hub = ChatHub::of(chat.server);
+            hub.ban("Zed", 1h);
+            hub.room("tea").mute("Bert", 1h);
+            hub.room("tea").set_topic("Scones");
+        });
+        next_with(bert, "Scones");
+    }
+    Chat chat(temporary.path);
+    const WsClient zed(chat.port(), "/chat/tea?name=Zed");
+    CHECK(contains(zed.head, " 403 "));
+    WsClient bert(chat.port(), bert_key);
+    CHECK(contains(next_with(bert, history), "\"topic\":\"Scones\""));
+    CHECK(contains(next_with(bert, "\"read\""), "\"id\":1"));
+    bert.send("hello");
+    CHECK(contains(next_with(bert, "\"error\""), "\"muted\""));
+    WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+    CHECK(contains(next_with(anna, "\"peer\""), "psst"));
 }
 
 TEST_CASE("a full file is an error for the sender and a log entry, and the chat continues") {
@@ -996,6 +1114,96 @@ TEST_CASE("whatever is killed, restored or unreadable, a client sees every messa
         CHECK(writer.acknowledged.size() > 50);
         CHECK(reader.resumed > 10);
     }
+}
+
+// What outlives the connections of a Returning client.
+struct Returns {
+    std::string epoch;
+    std::uint64_t last = 0;
+    std::vector<std::string> texts;  // of all messages that have arrived
+    std::vector<int> unconfirmed;    // own messages that the chat has not acknowledged
+    int sent = 0, repeated = 0;
+};
+
+std::string value_of(std::string_view event, const std::string& name) {
+    const std::size_t at = event.find("\"" + name + "\":");
+    if (at == std::string_view::npos) return {};
+    std::string_view rest = event.substr(at + name.size() + 3);
+    const bool quoted = rest.front() == '"';
+    if (quoted) rest.remove_prefix(1);
+    return std::string(rest.substr(0, rest.find_first_of(quoted ? "\"" : ",}")));
+}
+
+struct Returning : WebSocketHandler {
+    explicit Returning(Returns& its_memory) : memory(its_memory) {}
+    void on_message(const Message& message) override {
+        const std::string_view event = message.text();
+        const std::string tag = value_of(event, "tag"), type = value_of(event, "type");
+        const std::string_view said = "{\"type\":\"said\"";
+        for (std::size_t at = event.find(said); at != std::string_view::npos; at = event.find(said, at + 1)) {
+            const std::uint64_t id = std::stoull(value_of(event.substr(at), "id"));
+            if (id <= memory.last) ++memory.repeated;
+            memory.last = id;
+            memory.texts.push_back(value_of(event.substr(at), "text"));
+        }
+        if ((type == "said" || type == "ack") && !tag.empty()) {
+            auto& all = memory.unconfirmed;
+            all.erase(std::remove(all.begin(), all.end(), std::stoi(tag.substr(1))), all.end());
+        }
+        if (type != "history") return;
+        memory.epoch = value_of(event, "epoch");
+        for (const int number : memory.unconfirmed) {
+            const std::string text = std::to_string(number);
+            write_message("/tag t" + text + " message " + text);
+            memory.sent = (std::max)(memory.sent, number + 1);
+        }
+    }
+    Returns& memory;
+};
+
+TEST_CASE("a client that connects again over fifty restarts sends and gets each message once") {
+    const DatabaseFile temporary;
+    Client client(test::poller_kind());
+    Returns memory;
+    int port = 0;
+    constexpr int restarts = 50;
+    for (int i = 0; i < restarts; ++i) {
+        CAPTURE(i);
+        ServerOptions options;
+        options.handle_signals = false;
+        options.poller = test::poller_kind();
+        Server server(options);
+        ChatHub::of(server).set_store(SqliteHistory(temporary.path));
+        server.route<ChatHandler>("/chat/{room}");
+        server.listen(port);
+        memory.unconfirmed.push_back(i);
+        if (port == 0) {
+            port = server.port();
+            ClientOptions with;
+            with.reconnect.emplace();
+            with.reconnect->min_delay = 1ms;
+            with.reconnect->max_delay = 5ms;
+            with.before_attempt = [&](ClientAttempt& attempt) {
+                if (!memory.epoch.empty()) attempt.url += "&last=" + memory.epoch + "-" + std::to_string(memory.last);
+            };
+            client.connect<Returning>("ws://127.0.0.1:" + std::to_string(port) + "/chat/tea?name=Anna&key=anna-secret",
+                                      with, std::ref(memory));
+        }
+        // The server ends when a message is acknowledged, or while it is on its way.
+        const bool acknowledged = i % 3 == 0 || i == restarts - 1;
+        REQUIRE(test::eventually([&] {
+            server.poll(1ms);
+            client.poll();
+            return acknowledged ? memory.unconfirmed.empty() : memory.sent == i + 1;
+        }));
+        if (i % 2 == 0) continue;  // without a closing handshake
+        server.shutdown(1s);
+        while (server.poll(1ms)) client.poll();
+    }
+    CHECK(memory.repeated == 0);
+    CHECK(memory.texts.size() == restarts);
+    for (int i = 0; i < restarts; ++i)
+        CHECK(std::count(memory.texts.begin(), memory.texts.end(), "message " + std::to_string(i)) == 1);
 }
 
 TEST_CASE("a server that is killed fifty times loses no acknowledged message and keeps none twice") {
