@@ -163,10 +163,14 @@ macos() {
 mingw() {
     target=$1
     shift
-    packages "$target" g++-mingw-w64-x86-64-posix wine wine64 || return
-    # -O1: the linker is slow with the many small functions of -O0.
-    if ! x86_64-w64-mingw32-g++-posix -std=c++17 -O1 $warnings "$@" tests/platforms/windows_test.cpp \
-        -o "$work/$target.exe" -static -lws2_32 >"$work/$target.log" 2>&1; then
+    packages "$target" g++-mingw-w64-x86-64-posix lld wine wine64 || return
+    object=$work/$target.o
+    # The linker of binutils needs minutes for the sections of this object, lld a second. GCC starts only its own linker.
+    if ! x86_64-w64-mingw32-g++-posix -std=c++17 -O0 $warnings "$@" -c tests/platforms/windows_test.cpp -o "$object" \
+        >"$work/$target.log" 2>&1 ||
+        ! ld.lld $(x86_64-w64-mingw32-g++-posix -static "$object" -o "$work/$target.exe" -lws2_32 '-###' 2>&1 |
+            sed -n '/collect2/{s/^ *[^ ]*collect2//; s/-plugin [^ ]*//; s/-plugin-opt=[^ ]*//g; s/"//g; p;}') \
+            >>"$work/$target.log" 2>&1; then
         tail -n 20 "$work/$target.log"
         failures=$((failures + 1))
         row "$target" FAILED - - - "$work/$target.log"

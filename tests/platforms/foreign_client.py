@@ -1,13 +1,12 @@
 #!/usr/bin/python3
 """Chats with a program that runs under Wine, ends it with Ctrl-C, and looks how it closes its clients.
 
-    foreign_client.py PROGRAM...    PROGRAM prints "port N" and serves the chat at /chat/ROOM
+    foreign_client.py PROGRAM...    PROGRAM prints "port N" and serves the chat at /chat/ROOM; a line is its Ctrl-C
 
 The clients are those of Python's websockets. The last line is "passed: SENTENCE" or "FAILED: CAUSE".
 """
 import asyncio
 import json
-import signal
 import sys
 
 import websockets
@@ -38,7 +37,8 @@ async def chat(program):
         assert (said["text"], said["name"]) == (text, "user0"), said
     await users[1].close()
     assert (await event(users[2], "leave"))["name"] == "user1"
-    program.send_signal(signal.SIGINT)
+    program.stdin.write(b"\n")
+    await program.stdin.drain()
     for user in users[:1] + users[2:]:
         await asyncio.wait_for(user.wait_closed(), WAIT)
         assert user.close_code == 1001, f"a client is closed with {user.close_code}"
@@ -48,7 +48,8 @@ async def chat(program):
 
 
 async def main():
-    program = await asyncio.create_subprocess_exec(*sys.argv[1:], stdout=asyncio.subprocess.PIPE)
+    program = await asyncio.create_subprocess_exec(*sys.argv[1:], stdin=asyncio.subprocess.PIPE,
+                                                   stdout=asyncio.subprocess.PIPE)
     try:
         await chat(program)
         print("passed: six clients of another author chat over two loops, and Ctrl-C closes them with 1001")

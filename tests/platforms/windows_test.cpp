@@ -2,7 +2,8 @@
 // tests/platforms.sh builds this program with MinGW and runs it under Wine.
 //
 //   windows_test FOLDER         the tests; the program may fill the folder
-//   windows_test FOLDER serve   a chat with two loops for foreign clients; it prints its port, and ends after Ctrl-C
+//   windows_test FOLDER serve   a chat with two loops for foreign clients; it prints its port; a line on
+//                               standard input is Ctrl-C
 #define WSCHAT_CHAT 1
 #include "../../wschat.hpp"
 
@@ -47,21 +48,19 @@ public:
     void send(const std::string& bytes) { ::send(socket_, bytes.data(), static_cast<int>(bytes.size()), 0); }
     void get(const std::string& path) { send("GET " + path + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); }
     void shutdown_send() { ::shutdown(socket_, SD_SEND); }
+    // Returns what arrives up to the end of the text; all that arrived if the text does not.
     std::string read_until(const std::string& text) {
-        std::string all;
-        char buffer[65536];
-        while (all.find(text) == std::string::npos) {
-            const int n = ::recv(socket_, buffer, sizeof buffer, 0);
-            if (n <= 0) return all;
-            all.append(buffer, static_cast<std::size_t>(n));
-        }
-        return all;
+        while (received_.find(text) == std::string::npos)
+            if (!receive()) return std::exchange(received_, {});
+        const std::size_t end = received_.find(text) + text.size();
+        const std::string found = received_.substr(0, end);
+        received_.erase(0, end);
+        return found;
     }
     std::string read_all() {
-        std::string all;
-        char buffer[65536];
-        for (int n; (n = ::recv(socket_, buffer, sizeof buffer, 0)) > 0;) all.append(buffer, static_cast<std::size_t>(n));
-        return all;
+        while (receive()) {
+        }
+        return std::exchange(received_, {});
     }
     void upgrade(const std::string& path) {
         send("GET " + path + " HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -74,7 +73,15 @@ public:
     }
 
 private:
+    bool receive() {
+        char buffer[65536];
+        const int n = ::recv(socket_, buffer, sizeof buffer, 0);
+        if (n > 0) received_.append(buffer, static_cast<std::size_t>(n));
+        return n > 0;
+    }
+
     SOCKET socket_;
+    std::string received_;  // and not yet returned
 };
 
 struct Echo : wschat::WebSocketHandler {
@@ -133,7 +140,8 @@ void raise_console_event(DWORD event) {
     if (routine == nullptr) return;
     LPTHREAD_START_ROUTINE start = nullptr;
     std::memcpy(&start, &routine, sizeof start);
-    ::CloseHandle(::CreateThread(nullptr, 0, start, reinterpret_cast<void*>(static_cast<std::uintptr_t>(event)), 0, nullptr));
+    void* const argument = reinterpret_cast<void*>(static_cast<std::uintptr_t>(event));
+    ::CloseHandle(::CreateThread(nullptr, 0, start, argument, 0, nullptr));
 }
 
 // A message reaches the users of a room on both loops.
@@ -142,7 +150,8 @@ void test_chat(int port) {
     for (int i = 0; i < 6; ++i) {
         users.push_back(std::make_unique<Client>(port));
         users.back()->upgrade("/chat/tea?name=user" + std::to_string(i));
-        expect(users.back()->read_until("\"history\"").find("\"hello\"") != std::string::npos, "a user joins the room");
+        const std::string joined = users.back()->read_until("\"type\":\"history\"");
+        expect(joined.find("\"type\":\"hello\"") != std::string::npos, "a user joins the room");
     }
     users.front()->say("Is there tea?");
     for (const auto& user : users)
@@ -188,6 +197,9 @@ void test_server(const std::string& folder) {
 }
 
 int serve() {
+    std::thread([] {
+        if (std::getchar() != EOF) raise_console_event(CTRL_C_EVENT);
+    }).detach();
     wschat::ServerOptions options;
     options.threads = 2;
     wschat::Server server(options);
