@@ -1,12 +1,13 @@
 #!/usr/bin/python3
 """Chats with a program that runs under Wine, ends it with Ctrl-C, and looks how it closes its clients.
 
-    foreign_client.py PROGRAM...    PROGRAM prints "port N" and serves the chat at /chat/ROOM; a line is its Ctrl-C
+    foreign_client.py PROGRAM...    PROGRAM prints "port N" and serves the chat at /chat/ROOM
 
 The clients are those of Python's websockets. The last line is "passed: SENTENCE" or "FAILED: CAUSE".
 """
 import asyncio
 import json
+import signal
 import sys
 
 import websockets
@@ -37,8 +38,7 @@ async def chat(program):
         assert (said["text"], said["name"]) == (text, "user0"), said
     await users[1].close()
     assert (await event(users[2], "leave"))["name"] == "user1"
-    program.stdin.write(b"\n")
-    await program.stdin.drain()
+    program.send_signal(signal.SIGINT)  # Wine makes a console event of it
     for user in users[:1] + users[2:]:
         await asyncio.wait_for(user.wait_closed(), WAIT)
         assert user.close_code == 1001, f"a client is closed with {user.close_code}"
@@ -47,9 +47,14 @@ async def chat(program):
     assert await asyncio.wait_for(program.wait(), WAIT) == 0, "the exit status is not 0"
 
 
+def stop_ignoring():
+    """A shell ignores SIGINT for a program that it starts in the background, and a child inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 async def main():
-    program = await asyncio.create_subprocess_exec(*sys.argv[1:], stdin=asyncio.subprocess.PIPE,
-                                                   stdout=asyncio.subprocess.PIPE)
+    program = await asyncio.create_subprocess_exec(*sys.argv[1:], stdout=asyncio.subprocess.PIPE,
+                                                   preexec_fn=stop_ignoring)
     try:
         await chat(program)
         print("passed: six clients of another author chat over two loops, and Ctrl-C closes them with 1001")

@@ -2,8 +2,7 @@
 // tests/platforms.sh builds this program with MinGW and runs it under Wine.
 //
 //   windows_test FOLDER         the tests; the program may fill the folder
-//   windows_test FOLDER serve   a chat with two loops for foreign clients; it prints its port; a line on
-//                               standard input is Ctrl-C
+//   windows_test FOLDER serve   a chat with two loops for foreign clients; it prints its port, and ends after Ctrl-C
 #define WSCHAT_CHAT 1
 #include "../../wschat.hpp"
 
@@ -197,9 +196,6 @@ void test_server(const std::string& folder) {
 }
 
 int serve() {
-    std::thread([] {
-        if (std::getchar() != EOF) raise_console_event(CTRL_C_EVENT);
-    }).detach();
     wschat::ServerOptions options;
     options.threads = 2;
     wschat::Server server(options);
