@@ -186,6 +186,9 @@
 #if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
 #error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
 #endif
+#if WSCHAT_UTF8PROC && !__has_include(<utf8proc.h>)
+#error "WSCHAT_UTF8PROC needs utf8proc: <utf8proc.h> is not found (Debian: libutf8proc-dev)"
+#endif
 #if WSCHAT_HIREDIS && !__has_include(<hiredis/async.h>)
 #error "WSCHAT_HIREDIS needs hiredis: <hiredis/async.h> is not found (Debian: libhiredis-dev)"
 #endif
