@@ -186,6 +186,9 @@
 #if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
 #error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
 #endif
+#if WSCHAT_UTF8PROC && !__has_include(<utf8proc.h>)
+#error "WSCHAT_UTF8PROC needs utf8proc: <utf8proc.h> is not found (Debian: libutf8proc-dev)"
+#endif
 #if WSCHAT_HIREDIS && !__has_include(<hiredis/async.h>)
 #error "WSCHAT_HIREDIS needs hiredis: <hiredis/async.h> is not found (Debian: libhiredis-dev)"
 #endif
@@ -4986,7 +4989,13 @@ inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const 
     const std::size_t size = payload.size();
     cell_->posted += size;
     const bool posted = cell_->mailbox->post([cell = cell_, payload = std::move(payload), opcode] {
-        cell->posted -= payload.size();
+        // Until the end the bytes count as posted, so that no thread sees them nowhere.
+        struct Posted {
+            ~Posted() { of.posted -= bytes; }
+            Cell& of;
+            const std::size_t bytes;
+        };
+        const Posted until_end{*cell, payload.size()};
         if (cell->handler == nullptr) return;
         cell->handler->write_message(Message(payload, opcode));
         detail::HandlerAccess::note_queued(*cell->handler);
@@ -5084,9 +5093,10 @@ public:
             if (room->members() != 0) result.push_back(name);
         return result;
     }
+    // With the rooms of second sets.
     std::size_t size() const {
         const std::lock_guard<std::mutex> lock(mutex_);
-        return rooms_.size();
+        return rooms_.size() + others_.size();
     }
     // Broadcasts that found too much waiting for a loop, and were not passed on to it.
     std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
@@ -5106,6 +5116,15 @@ public:
         room.parts[loop].room = nullptr;
         const std::lock_guard<std::mutex> lock(mutex_);
         if (--room.attached == 0) rooms_.erase(room.name);
+    }
+    // A loop has made a Room in a second set, or has destroyed it. Such rooms are only counted.
+    void attach_other(const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        ++others_.find_or_emplace(name);
+    }
+    void detach_other(const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (std::size_t* loops = others_.find(name); loops != nullptr && --*loops == 0) others_.erase(name);
     }
     void set_members(std::size_t loop, const std::shared_ptr<SharedRoom>& room, std::size_t members) {
         auto& count = room->parts[loop].members;
@@ -5204,6 +5223,7 @@ private:
     const std::size_t max_backlog_;
     mutable std::mutex mutex_;
     StringMap<std::shared_ptr<SharedRoom>> rooms_;
+    StringMap<std::size_t> others_;  // the number of loops that have such a room in a second set
     std::vector<PerLoop> loops_;
     RoomBus* bus_ = nullptr;
     std::atomic<std::uint64_t> dropped_{0};
@@ -5381,6 +5401,7 @@ public:
         ++root_->size_;
         prune_later(room);
         if (directory_ != nullptr) room.shared_ = directory_->attach(loop_, room, room.name_);
+        else if (root_->directory_ != nullptr) root_->directory_->attach_other(room.name_);
         return room;
     }
     // Returns null if no room of that name has members. Takes a lock if this loop has none.
@@ -5428,6 +5449,7 @@ private:
             room.prune_pending_ = false;
             if (!room.members_.empty()) continue;
             if (room.shared_) directory_->detach(loop_, *room.shared_);
+            else if (directory_ != nullptr) directory_->detach_other(room.name_);
             if (room.rooms_.rooms_.erase(room.name())) --size_;
         }
     }
