@@ -6203,7 +6203,7 @@ class Socket : public OwnedDescriptor {
 public:
     using OwnedDescriptor::OwnedDescriptor;
 
-    IoResult receive(char* data, std::size_t size) {
+    WSCHAT_INLINE IoResult receive(char* data, std::size_t size) {
         return result([&] { return os::receive(descriptor(), data, size); });
     }
 
