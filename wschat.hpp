@@ -16291,7 +16291,13 @@ private:
     std::string topic_;
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
-    bool presence_known_ = false;                // the store has said who is present
+    struct Ahead {
+        std::uint64_t connection;
+        std::uint64_t id;
+        std::function<void()> resume;
+    };
+    std::vector<Ahead> ahead_{};   // connections that have more than the members, from another server
+    bool presence_known_ = false;  // the store has said who is present
     bool expiry_scheduled_ = false;
     struct Change {
         bool joined;
@@ -17000,6 +17006,22 @@ private:
         room->topic_id_ = entry.id;
     }
     bool appended_here(const ChatEntry& entry) const { return entry.hub == id_; }
+    // The members have not received the entry yet.
+    bool is_behind(const ChatRoom& room, std::uint64_t id) {
+        return room.delivered_id_ && *room.delivered_id_ < id && members_.find(room.key()) != nullptr;
+    }
+    static void add_ahead(ChatRoom& room, ChatRoom::Ahead added) {
+        const auto is_it = [&](const ChatRoom::Ahead& each) { return each.connection == added.connection; };
+        room.ahead_.erase(std::remove_if(room.ahead_.begin(), room.ahead_.end(), is_it), room.ahead_.end());
+        room.ahead_.push_back(std::move(added));
+    }
+    // Continues with those who have no more than the members now.
+    static void resume_ahead(ChatRoom& room) {
+        std::vector<ChatRoom::Ahead> ready;
+        for (ChatRoom::Ahead& each : std::exchange(room.ahead_, {}))
+            (each.id <= room.delivered_id_ ? ready : room.ahead_).push_back(std::move(each));
+        for (const ChatRoom::Ahead& each : ready) each.resume();
+    }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
         if (members_.find(room.key()) == nullptr || !room.delivered_id_) {
@@ -17636,6 +17658,8 @@ private:
     void on_history(const HistoryRequest& requested, HistoryPage page) {
         ChatRoom* chat_room = hub_->rooms_.find(requested.room);
         if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
+        const bool is_ahead = requested.position && page.error.empty() && !page.gap;
+        if (is_ahead && hub_->is_behind(*chat_room, requested.position->id)) return resume_later(*chat_room, requested);
         Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
         if (!page.error.empty()) report_unread(requested, page);
@@ -17654,6 +17678,20 @@ private:
         request_read_marker(chat_room->key());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
+    }
+    // The client comes from another server, where it has got what the members here will get. Until then it waits, or it
+    // would get that twice.
+    void resume_later(ChatRoom& room, const HistoryRequest& requested) {
+        hub_->add_ahead(room, {number_, requested.position->id, [me = ref(), requested] {
+                                   auto* const self = static_cast<ChatHandler*>(me.get());
+                                   const ChatRoom* const found = self == nullptr ? nullptr : self->room_of(requested);
+                                   if (found != nullptr) self->request_history(*found, requested.position, requested.tag);
+                               }});
+    }
+    // Null if this connection is not in that room any more.
+    const ChatRoom* room_of(const HistoryRequest& requested) const {
+        const ChatRoom* const room = hub_->rooms_.find(requested.room);
+        return membership_index(room) == memberships_.size() ? nullptr : room;
     }
     // The client can ask for the same entries later.
     void report_unread(const HistoryRequest& requested, HistoryPage& page) {
@@ -18941,6 +18979,7 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     if (members != nullptr) members->broadcast(event_for({}).dump(), tagged ? sender : nullptr);
     if (tagged) sender->write_message(event_for(entry.author).dump());
     if (has_left) on_duplicate(entry);
+    if (room != nullptr && !room->ahead_.empty()) resume_ahead(*room);
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 
@@ -19151,8 +19190,8 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
         User* const user = room.presence_.find_id(id);
         if (user == nullptr) continue;
         const detail::Presence::Place* const place = user->place(id_);
-        if (user->connections.empty() && place != nullptr && !place->missing && user->told == Told::nothing)
-            forward_leave(room, *user);
+        const bool leaves = user->told == Told::nothing || user->told == Told::leave;  // that leave was lost
+        if (user->connections.empty() && place != nullptr && !place->missing && leaves) forward_leave(room, *user);
         else if (!user->connections.empty() && (place == nullptr || place->away || place->missing))
             forward_join(room, *user, user->connections.front()->number_);
         else if (user->connections.empty() && place != nullptr && user->told == Told::away)
@@ -19164,13 +19203,18 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
 inline void ChatHub::on_position(const std::string& name, const HistoryPage& page) {
     ChatRoom* const room = rooms_.find(name);
     if (room == nullptr) return;
-    room->delivered_id_ = page.last_id;
+    HistoryPage told = page;
+    // Without a gap, what the members have read ahead of the store's entries stays.
+    if (!page.gap) told.last_id = (std::max)(page.last_id, room->delivered_id_.value_or(0));
+    room->delivered_id_ = told.last_id;
     const Room* const members = members_.find(name);
-    if (members == nullptr) return;
+    if (members == nullptr) return resume_ahead(*room);
     for (WebSocketHandler& each : *members) {
         const auto& handler = static_cast<ChatHandler&>(each);
-        each.write_message(handler.history_event(*room, page, true).dump());
+        each.write_message(handler.history_event(*room, told, true).dump());
     }
+    // After a gap, all of them begin with what they find.
+    for (const ChatRoom::Ahead& each : std::exchange(room->ahead_, {})) each.resume();
 }
 
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
@@ -19196,7 +19240,11 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
-    if (entry.is_presence()) return;  // on_presence() follows when the store works again
+    if (entry.is_presence()) {
+        // on_presence() follows when the store works again, and then the users of this hub are forwarded.
+        if (ChatRoom* const room = rooms_.find(entry.room)) room->presence_known_ = true;
+        return;
+    }
     server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
     if (on_not_kept)
         on_first_hub([entry, cause](ChatHub& hub) {
@@ -21490,6 +21538,11 @@ end
 
 if cmd == 'beat' then
   if ARGV[4] == '' then return {'ok', ''} end
+  -- If no hub has beaten for long, Redis was away: then all of them have another eight seconds.
+  local newest = call('ZREVRANGE', P .. 'hubs', 0, 0, 'WITHSCORES')
+  if newest[2] and now - newest[2] > 5000 then
+    for _, hub in ipairs(call('ZRANGE', P .. 'hubs', 0, -1)) do call('ZADD', P .. 'hubs', str(now), hub) end
+  end
   local is_new = call('ZADD', P .. 'hubs', str(now), ARGV[4])
   for _, hub in ipairs(call('ZRANGEBYSCORE', P .. 'hubs', '-inf', str(now - 8000), 'LIMIT', 0, 10)) do
     call('ZREM', P .. 'hubs', hub)
@@ -21828,6 +21881,9 @@ struct RedisOrder {
     std::vector<ChatEntry> waiting{};  // to be forwarded when it is subscribed
     bool synchronized = false;         // since the latest connection; until then, entries are held
     std::uint64_t unused = 0;          // not zero: the number of a call of unwatch()
+    bool asks_users = false;           // request_users() follows
+    std::uint64_t read = 0;            // the newest id in the pages that were read, which may be ahead of `last`
+    std::string read_epoch{};          // of these pages
 };
 
 // The history on the link's thread.
@@ -22173,6 +22229,12 @@ private:
         if (!queue_.is_open()) return;
         queue_.close();
         lose_synchronization();
+        std::deque<std::pair<std::string, ChatEntry>> others;
+        for (auto& each : std::exchange(forwarded_, {})) {
+            if (each.second.is_presence()) fail_forwarded(each.second);
+            else others.push_back(std::move(each));
+        }
+        forwarded_ = std::move(others);
         log(LogLevel::warning, "redis_lost_data", "Redis has other data than before");
         on_redis_up();
     }
@@ -22369,7 +22431,9 @@ private:
     void synchronize(const std::string& room) {
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr || !queue_.is_open()) return;
-        const std::string last = order->last ? std::to_string(*order->last) : "";
+        // Clients may have read what has not been delivered yet. Redis must know that, too.
+        const std::uint64_t read = order->read_epoch == order->epoch ? order->read : 0;
+        const std::string last = order->last ? std::to_string((std::max)(*order->last, read)) : "";
         queue_.call({"sync", room, order->epoch, last}, false,
                     [this, room](const redisReply* reply, const std::string& cause) {
                         RedisOrder* const found = orders_.find(room);
@@ -22478,7 +22542,11 @@ private:
     // The first page of a room is where its order begins, if nothing was delivered before.
     void seen(const std::string& room, const HistoryPage& page) {
         RedisOrder* const order = orders_.find(room);
-        if (order == nullptr || order->last) return;
+        if (order == nullptr) return;
+        if (order->read_epoch != page.epoch) order->read = 0;
+        order->read = (std::max)(order->read, page.last_id);
+        order->read_epoch = page.epoch;
+        if (order->last) return;
         order->last = page.last_id;
         order->epoch = page.epoch;
     }
@@ -22566,6 +22634,7 @@ private:
     }
     void fail_forwarded(const ChatEntry& entry) {
         if (entry.kind == ChatEntry::Kind::typing) return;
+        if (entry.is_presence()) request_users_later(entry.room);
         tell([entry](Listener& listener) { listener.on_failure(entry, "Redis is not connected"); });
     }
     bool send_presence(const ChatEntry& entry, const std::string& number, const std::string& packed) {
@@ -22585,7 +22654,10 @@ private:
         const std::optional<ChatEntry> entry = take_forwarded(number);
         if (!entry) return;
         if (cause.empty()) tell([entry, code](Listener& listener) { listener.on_refused(*entry, code); });
-        else tell([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
+        else {
+            request_users_later(entry->room);
+            tell([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
+        }
     }
     void on_forwarded(const std::string& room, std::string_view packed) {
         std::vector<std::string> all = redis_unpack(packed);
@@ -22630,12 +22702,26 @@ private:
                                            [this, mark](const redisReply* reply, const std::string& cause) {
                                                Mark* const found = marks_.find(mark);
                                                if (found == nullptr) return;
-                                               if (!cause.empty()) return drop_mark(mark);
+                                               if (!cause.empty()) {
+                                                   request_users_later(found->room);
+                                                   return drop_mark(mark);
+                                               }
                                                found->users = read_users(found->room, RedisTexts(reply));
                                                found->read = true;
                                                tell_users(mark, *found);
                                            });
         if (!sent) marks_.erase(mark);
+    }
+    // The hubs hear who is present, and forward again what is missing.
+    void request_users_later(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || std::exchange(order->asks_users, true)) return;
+        link_->loop().call_later(std::chrono::seconds(1), [this, room, alive = alive_] {
+            RedisOrder* const found = *alive ? orders_.find(room) : nullptr;
+            if (found == nullptr) return;
+            found->asks_users = false;
+            request_users(room);
+        });
     }
     void on_mark(const std::string& mark) {
         Mark* const found = marks_.find(mark);
