@@ -14601,6 +14601,8 @@ public:
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // The store may have lost facts, for example because another program has emptied it.
+        virtual void on_facts_lost() {}
         // Other entries of the room follow than those that were expected, from page.last_id on: page.epoch is new, or
         // entries were lost (page.gap). All have received what is in the page, if it is not a gap.
         virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
@@ -16197,6 +16199,10 @@ private:
             for (const PortPtr& each : std::vector<PortPtr>(room->ports))
                 deliver(each, [name, users](Listener& to) { to.on_presence(name, users); });
         }
+        void on_facts_lost() override {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                deliver(each, [](Listener& to) { to.on_facts_lost(); });
+        }
         void on_position(const std::string& name, const HistoryPage& page) override {
             const WatchedRoom* const room = rooms_.find(name);
             if (room == nullptr) return;
@@ -16272,7 +16278,7 @@ struct ChatLimits {
     std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
     // After a join or a leave, the next ones in the room are collected for this time, and sent in one event.
     Duration presence_window = std::chrono::milliseconds(500);
-    std::size_t max_rooms = 10'000;
+    std::size_t max_rooms = 10'000;              // with users on one loop
     std::size_t max_read_markers = 1000;         // of a user
     std::size_t history_on_join = 50;            // entries for a client without an id
     std::size_t history_on_resume = 500;         // entries for a client with an id
@@ -16291,8 +16297,8 @@ struct ChatLimits {
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
-// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that
-// is read-only or slow, and to enter a private one.
+// on the same loop is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to
+// speak in a room that is read-only or slow, and to enter a private one.
 enum class ChatAction : std::uint8_t {
     say,
     private_message,
@@ -16627,9 +16633,17 @@ private:
         for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
         server_.loop().call_later(std::chrono::seconds(1), [this] { load_secret(); });
     }
+    // A second one comes if the store has lost the first one, and a server that started made another: then all users
+    // connect again, and have new ids on all servers.
     void set_secret(const std::string& secret) {
-        if (!secret_.empty() || secret.empty()) return;
+        if (secret.empty() || secret == secret_) return;
+        const bool had_another = !secret_.empty();
         secret_ = secret;
+        if (had_another) {
+            server_.report(LogLevel::error, "chat_secret_changed", {});
+            for (const auto& [number, handler] : connections_)
+                handler.close(CloseCode::service_restart, "The chat has lost its data.");
+        }
         for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
     }
     bool ready() const { return !secret_.empty(); }
@@ -17162,6 +17176,10 @@ private:
     }
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
+    // All hubs have the secret, so one of them gives it to the next server that starts.
+    void on_facts_lost() override {
+        if (ready()) store_->put({"server", "secret", secret_, {}, 0, true});
+    }
     inline void on_position(const std::string& name, const HistoryPage& page) override;
     void on_log(LogLevel level, std::string_view event,
                 const std::vector<std::pair<std::string_view, std::string>>& fields) override {
@@ -22933,6 +22951,7 @@ private:
             facts(scope, "", [listener = listener_](const std::vector<ChatFact>& found, const std::string&) {
                 for (const ChatFact& fact : found) (*listener)->on_fact(fact);
             });
+        tell([](Listener& listener) { listener.on_facts_lost(); });
     }
 
     // ---- pages -----------------------------------------------------------------------------------------------------

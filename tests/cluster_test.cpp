@@ -581,6 +581,23 @@ TEST_CASE("while the store of several servers cannot be read, a handshake gets a
     redis.start();
     while (two.status() != 101 && Clock::now() < until) std::this_thread::sleep_for(10ms);
     CHECK(two.id_of_anna() == id);
+
+    // A server that lives gives the secret to an empty Redis, and a server that starts finds it there.
+    redis.cli("flushall");
+    while (!contains(redis.cli("exists wschat:f:server"), "1") && Clock::now() < until)
+        std::this_thread::sleep_for(10ms);
+    Machine three(redis.url());
+    while (three.status() != 101 && Clock::now() < until) std::this_thread::sleep_for(10ms);
+    CHECK(three.id_of_anna() == id);
+
+    // If it starts too early, all agree on its secret.
+    test::WsClient bert(one.port(), "/chat/tea?name=Bert");
+    Node other(redis.url(), quick());
+    other.store().put({"server", "secret", "another one", "", 0});
+    CHECK(bert.close_code() == CloseCode::service_restart);
+    const auto same = [&] { return one.id_of_anna() == two.id_of_anna() && one.id_of_anna() != id; };
+    while (!same() && Clock::now() < until) std::this_thread::sleep_for(10ms);
+    CHECK(same());
 }
 
 TEST_CASE("keys of another program are not touched") {

@@ -14,7 +14,7 @@ At the end, a node is killed for good, and each tenth client leaves at the same 
   - every client has each acknowledged message of its room exactly once, in one order for all clients;
   - where messages are missing, the client has been told "gap", and only there;
   - all nodes show the same users, which are those who are there, within ten seconds; and those who stay have seen each
-    of those who left leave once.
+    of those who left leave once; and nobody hears of a leave of a user who is there, on a node without troubles.
 
 Prints the faults and what was found, and ends with status 1 if a check fails. Needs Debian's python3-websockets.
 """
@@ -54,9 +54,9 @@ class Redis:
 
     async def start(self, *more):
         self.process = subprocess.Popen(
-            [*DIE_TOGETHER, "redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes",
-             "--appendfsync", "always", "--repl-diskless-sync-delay", "0", "--dir", self.folder,
-             "--loglevel", "warning", *more],
+            [*DIE_TOGETHER, "redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+             "--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync-delay", "0",
+             "--dir", self.folder, "--loglevel", "warning", *more],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while "PONG" not in self.cli("ping"):
             await asyncio.sleep(0.05)
@@ -168,11 +168,13 @@ class Node:
     def __init__(self, number, redis):
         self.number, self.proxy, self.port = number, Proxy(redis), free_port()
         self.process = None
+        self.troubles = []  # [start, end] of each time when it was stopped, or cut off from Redis
 
     async def start(self):
         self.log = open(f"{OPTIONS.logs}/node{self.number}.log", "a", encoding="utf-8")
         self.process = subprocess.Popen(
-            [*DIE_TOGETHER, OPTIONS.rooms, str(self.port), "--threads", "2", "--redis", f"redis://127.0.0.1:{self.proxy.port}"],
+            [*DIE_TOGETHER, OPTIONS.rooms, str(self.port), "--threads", "2",
+             "--redis", f"redis://127.0.0.1:{self.proxy.port}"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.log, text=True)
         line = await asyncio.get_running_loop().run_in_executor(None, self.process.stdout.readline)
         return "rooms: open" in line
@@ -208,6 +210,8 @@ class Client:
         self.errors, self.connections, self.port = [], 0, 0
         self.users, self.left = None, []  # the names, when the first list has come; who has left
         self.quit = False
+        self.stays = []  # [start, end, node] of each connection, from its history on
+        self.leaves = []  # (time, name, node) of each leave that it has seen
 
     # ---- what arrives ----
 
@@ -227,6 +231,8 @@ class Client:
         for entry in event["entries"]:
             self.on_entry(entry)
         self.last = event["last"]
+        if not self.joined:
+            self.stays.append([time.monotonic(), None, self.node])
         self.joined = True
         self.connected.set()
 
@@ -257,6 +263,7 @@ class Client:
         elif kind == "leave" and self.users is not None:
             self.users -= names_in(event)
             self.left += sorted(names_in(event))
+            self.leaves += [(time.monotonic(), name, self.node) for name in names_in(event)]
         elif kind == "nick" or kind == "hello" and event["name"] != self.name:
             self.errors.append(f"a name has changed: {event}")
         elif kind == "error" and event["code"] not in ("not_kept", "flood"):
@@ -267,7 +274,7 @@ class Client:
     async def run(self, until):
         while not until.is_set() and not self.quit:
             node = self.random.choice(self.nodes)
-            self.users, self.left, self.port = None, [], node.port
+            self.users, self.left, self.port, self.node = None, [], node.port, node
             self.last_position = f"{self.epoch}-{self.last}" if self.epoch else ""
             self.joined = self.unread = False
             address = f"ws://127.0.0.1:{node.port}/chat/{self.room}?name={self.name}"
@@ -277,6 +284,8 @@ class Client:
                 await self.stay(address, until)
             except (OSError, asyncio.TimeoutError, websockets.WebSocketException):
                 pass
+            if self.joined:
+                self.stays[-1][1] = time.monotonic()
             self.connected.clear()
             self.socket = None
             await asyncio.sleep(self.random.random())
@@ -380,15 +389,20 @@ class Nemesis:
 
     async def node_stop(self):
         node = self.random.choice(self.nodes)
+        node.troubles.append([time.monotonic(), None])
         node.process.send_signal(signal.SIGSTOP)
         await asyncio.sleep(self.random.choice([1, 4, 12]))
         node.process.send_signal(signal.SIGCONT)
+        node.troubles[-1][1] = time.monotonic()
 
     async def partition(self):
-        proxy = self.random.choice(self.nodes).proxy
+        node = self.random.choice(self.nodes)
+        proxy = node.proxy
+        node.troubles.append([time.monotonic(), None])
         proxy.cut = True
         await asyncio.sleep(self.random.choice([4, 12]))
         proxy.cut = False
+        node.troubles[-1][1] = time.monotonic()
         if self.random.random() < 0.5:
             proxy.reset()
 
@@ -480,6 +494,25 @@ def check(clients, nemesis):
     return problems
 
 
+def check_leaves(clients):
+    """Nobody hears that a user has left who was there for seconds before and after, on a node without troubles."""
+    by_name = {each.name: each for each in clients}
+    problems = []
+    for client in clients:
+        for when, name, node in client.leaves:
+            if name not in by_name:
+                problems.append(f"{client.name} heard that {name} left, whose name is none of ours")
+                continue
+            for start, end, at in by_name[name].stays:
+                if not start + 4 < when < (end or time.monotonic()) - 4:
+                    continue
+                troubles = [each for each in at.troubles + node.troubles if each[0] < when < (each[1] or when) + 30]
+                if not troubles:
+                    problems.append(f"{client.name} heard at {when - START:.1f} s that {name} left, who was at "
+                                    f"{at.port} from {start - START:.1f} s on")
+    return problems
+
+
 async def check_presence(all_clients):
     """The clients with `quit` leave now, and all others stay."""
     clients = [each for each in all_clients if not each.quit]
@@ -534,7 +567,7 @@ async def main():
         nemesis.note_epochs()
         stop.set()
         await asyncio.wait_for(asyncio.gather(*lives), PATIENCE)
-        problems = check(clients, nemesis) + unanswered + presence
+        problems = check(clients, nemesis) + unanswered + presence + check_leaves(clients)
     finally:
         for node in nodes:
             node.kill()
