@@ -6,20 +6,19 @@
 //   chat.connect();
 //   chat.say('tea', 'Hello');
 //
-// It reconnects, gets what it missed, sends what was written offline, and keeps messages and users of each room.
-// examples/README.md is the reference. The chat's protocol is there as well: version 3.
+// It reconnects, gets what it missed, sends what was written offline, and keeps messages and users of each room. In
+// examples/README.md are the reference and the protocol (version 3).
 
-const FIRST_DELAY = 500;          // ms; the longest delay before the first attempt to reconnect. It doubles each time
-const LONGEST_DELAY = 30000;
-const CONNECT_DEADLINE = 10000;
-const STABLE_AFTER = 5000;        // a connection of this age resets the delays
+const FIRST_DELAY = 500, LONGEST_DELAY = 30000;   // ms; the longest delay before the first attempt to reconnect doubles each time
+const CONNECT_DEADLINE = 10000, STABLE_AFTER = 5000;   // ms; a connection of this age resets the delays
 const ANSWER_DEADLINE = 15000;    // the server answers each line with a tag; the option `deadline`
 const SILENCE = 45000;            // after this silence, the client asks whether the server is alive
 const TYPING_EVERY = 3000;
 const READ_AFTER = 1000;          // a read marker waits for others, so that there is one for several messages
 const MOST_MESSAGES = 10000;      // of a room in memory; older ones can be loaded again
 const MOST_SENDS = 6;             // of a message without an answer; then it counts as refused
-const NEED_PERMISSION = ['edit', 'react', 'kick', 'ban', 'mute', 'slow', 'invite', 'remove', 'topic'];   // else a feature is enough
+const NEED_PERMISSION = ['say', 'private', 'edit', 'react', 'kick', 'ban', 'mute', 'slow', 'access', 'readonly', 'invite',
+                         'remove', 'topic'];   // else a feature is enough
 const PASSED = ['rooms', 'help', 'search', 'moderation'];   // events of the server that the client passes on
 
 /**
@@ -46,8 +45,8 @@ const PASSED = ['rooms', 'help', 'search', 'moderation'];   // events of the ser
 
 /** What a promise of ChatClient is rejected with. `code` is one of the protocol, or "offline", "timeout". */
 export class ChatError extends Error {
-  /** @param {string} code @param {string} text */
-  constructor(code, text) { super(text || code); this.code = code; }
+  /** @param {string} code @param {string} text @param {number} [seconds] until it may be repeated */
+  constructor(code, text, seconds = 0) { super(text || code); this.code = code; this.seconds = seconds; }
 }
 
 /** A room, or a private conversation: its name is then "@" and `peer`. The client changes it; read it only. */
@@ -55,40 +54,44 @@ export class ChatRoomState {
   topic = '';
   users = /** @type {Map<string, Person>} */ (new Map());  // by user id
   count = 0;                          // of users; `users` may have less
+  private = false;                    // only who is invited enters
+  readOnly = false;                   // only moderators speak; see ChatClient.can()
   slow = 0;                           // seconds between two messages of a user
+  slowUntil = 0;                      // until then (Unix time in ms) the next message of this user waits
+  refused = /** @type {ChatError | null} */ (null);  // why the server did not let this user in
   may = /** @type {Set<string> | null} */ (null);  // what this user may do here; null: as everywhere
   messages = /** @type {ChatMessage[]} */ ([]);  // in the order of their ids
   byId = /** @type {Map<number, ChatMessage>} */ (new Map());
   more = false;                       // the server has older messages
-  unread = 0;
-  mentions = 0;
+  unread = 0; mentions = 0;           // messages of others; of those, the mentions of this user
   read = 0;                           // the id of the newest message that was read
   readKnown = false;                  // else it is a guess: a newcomer has read what is there
-  epoch = '';
-  last = 0;
+  epoch = ''; last = 0;               // the position of the newest entry
   /** @param {string} name @param {string} title */
   constructor(name, title = name) {
-    this.name = name;
-    this.title = title;
+    this.name = name; this.title = title;
     this.peer = name.startsWith('@') ? name.slice(1) : '';
     this.joined = this.peer !== '';
   }
   forget() {
-    Object.assign(this, { messages: [], byId: new Map(), more: false, epoch: '', last: 0 });
-    Object.assign(this, { unread: 0, mentions: 0, read: 0, readKnown: false });
+    Object.assign(this, { messages: [], byId: new Map(), more: false, epoch: '', last: 0, unread: 0, mentions: 0, read: 0, readKnown: false });
+  }
+  setOptions(event) {       // of "hello", "room" and "options"
+    const slow = Number(event.slow) || 0, slowUntil = slow ? this.slowUntil : 0;
+    return Object.assign(this, { private: event.private === true, readOnly: event.read_only === true, slow, slowUntil });
   }
   /** Where a later connection resumes, or ''. */
   get position() { return this.epoch ? `${this.epoch}-${this.last}` : ''; }
-  /** Gives the message its place by its id. False: it is there already. @param {ChatMessage} message */
+  /** Gives the message its place by its id. Null: it is there already. @param {ChatMessage} message */
   insert(message) {
-    if (this.byId.has(message.id)) return false;
+    if (this.byId.has(message.id)) return null;
     let at = this.messages.length;
     if (message.id !== 0) {
       this.byId.set(message.id, message);
       while (at > 0 && this.messages[at - 1].id > message.id) at -= 1;
     }
     this.messages.splice(at, 0, message);
-    return true;
+    return message;
   }
 }
 
@@ -113,12 +116,11 @@ export class ChatClient extends EventTarget {
     this.rooms = /** @type {Map<string, ChatRoomState>} */ (new Map());  // rooms and conversations, in the order of entering
     this.outbox = /** @type {Outgoing[]} */ ([]);  // in the order of writing
     this.state = /** @type {'closed' | 'connecting' | 'connected' | 'waiting'} */ ('closed');
-    this.reason = '';                 // why it is closed
-    this.retryAt = 0;
+    this.reason = ''; this.retryAt = 0;  // why it is closed; when it connects again
     this.me = { name: options.name ?? '', user: '' };
     this.features = /** @type {Set<string>} */ (new Set());
-    this.limits = /** @type {Record<string, number>} */ ({});
     this.may = /** @type {Set<string>} */ (new Set());  // what this user may do
+    this.limits = /** @type {Record<string, number>} */ ({});
     this.visible = '';                // the room on the screen: its messages are read
     this._socket = /** @type {any} */ (null);
     this._at = '';                    // the room in which the server understands lines
@@ -136,8 +138,7 @@ export class ChatClient extends EventTarget {
     this._listeners.abort();
     this._listeners = new AbortController();
     this._watchPage(this._listeners.signal);
-    this._failures = 0;
-    this.reason = '';
+    Object.assign(this, { _failures: 0, reason: '' });
     this._connect();
   }
   /** Leaves the chat. Messages of the outbox stay in it. */
@@ -148,7 +149,9 @@ export class ChatClient extends EventTarget {
   }
   /** Whether the server knows a command, and this user may use it. @param {string} action @param {string} [room] */
   can(action, room) {
-    const may = this.rooms.get(room ?? '')?.may ?? this.may;
+    const state = this.rooms.get(room ?? ''), may = state?.may ?? this.may;
+    if (action === 'say' && state?.peer) return may.has('private');
+    if (['say', 'edit'].includes(action) && state?.readOnly && !may.has('readonly')) return false;
     return NEED_PERMISSION.includes(action) ? may.has(action) : this.features.has(action);
   }
 
@@ -157,11 +160,10 @@ export class ChatClient extends EventTarget {
    * @param {string} room @param {string} text @param {{ data?: object, me?: boolean }} [more] @returns {Outgoing} */
   say(room, text, { data, me } = {}) {
     const line = data ? `/data ${JSON.stringify(data)} ${text}` : me ? `/me ${text}` : text.replace(/^\//, '//');
-    /** @type {Outgoing} */
-    const entry = { tag: randomToken(), room, text, line, state: 'waiting', code: '', reason: '', sends: 0, time: Date.now() };
+    const entry = /** @type {Outgoing} */ ({ tag: randomToken(), room, text, line, sends: 0, time: Date.now() });
     this.outbox.push(entry);
     this._typed = 0;
-    this._change(entry, {});
+    this.retry(entry);
     return entry;
   }
   /** Sends a refused message again. @param {Outgoing} entry */
@@ -179,8 +181,7 @@ export class ChatClient extends EventTarget {
   command(line, room, tag = randomToken()) {
     if (this.state !== 'connected') return Promise.reject(new ChatError('offline', 'There is no connection.'));
     return new Promise((resolve, reject) => {
-      const asked = Date.now();
-      const timer = setTimeout(() => {
+      const asked = Date.now(), timer = setTimeout(() => {
         this._answer(tag, null, new ChatError('timeout', 'The server did not answer.'));
         if (this._heard < asked) this._lost();               // the connection is dead
       }, this.options.deadline ?? ANSWER_DEADLINE);
@@ -188,39 +189,33 @@ export class ChatClient extends EventTarget {
       this._write(line, room, tag);
     });
   }
-  /** @param {string} room @param {number} id @param {string} text */
-  edit(room, id, text) { return this.command(`/edit ${id} ${text}`, room); }
-  /** @param {string} room @param {number} id */
-  remove(room, id) { return this.command(`/delete ${id}`, room); }
+  /** @param {string} room @param {number} id @param {string} text */ edit(room, id, text) { return this.command(`/edit ${id} ${text}`, room); }
+  /** @param {string} room @param {number} id */ remove(room, id) { return this.command(`/delete ${id}`, room); }
   /** Reacts, or takes the reaction back. @param {string} room @param {number} id @param {string} emoji */
   react(room, id, emoji) { return this.command(`/react ${id} ${emoji}`, room); }
-  /** @param {string} room @param {string} text */
-  topic(room, text) { return this.command(`/topic ${text}`, room); }
+  /** @param {string} room @param {string} text */ topic(room, text) { return this.command(`/topic ${text}`, room); }
   /** @param {string} name */
-  nick(name) {
-    this.me.name = name;
-    return this.state === 'connected' ? this.command(`/nick ${name}`) : Promise.resolve(null);
+  async nick(name) {
+    if (this.state === 'connected') await this.command(`/nick ${name}`);
+    else this.me.name = name;
   }
   /** Loads older messages into the room. Resolves to how many came. @param {string} room @param {number} [limit] */
   async before(room, limit = 100) {
     const state = this.rooms.get(room), first = state?.messages.find(each => each.id > 0);
-    if (!state || !first || !state.more) return 0;
+    if (!state?.more || !first && !state.peer) return 0;
     const count = state.messages.length;
-    await this.command(`/before ${first.id} ${limit}`, room);
+    await this.command(`/before ${state.peer ? room + ' ' : ''}${first?.id ?? '9'.repeat(18)} ${limit}`, room);
     return state.messages.length - count;
   }
   /** The user has seen everything in the room. @param {string} room */
   markRead(room) {
     const state = this.rooms.get(room);
     if (!state) return;
-    const isNew = state.read < state.last;
-    state.readKnown = true;
+    const isNew = state.read < state.last, changed = isNew || state.unread > 0;
+    Object.assign(state, { readKnown: true, unread: 0, mentions: 0, read: Math.max(state.read, state.last) });
     if (isNew && this.features.has('read') && this.state === 'connected')
       this._soon('read ' + room, READ_AFTER, () => this._write(`/read ${state.peer ? room + ' ' : ''}${state.read}`, room));
-    const changed = isNew || state.unread > 0;
-    state.unread = state.mentions = 0;
-    state.read = Math.max(state.read, state.last);
-    if (changed) this._tell('room', { room: state });
+    if (changed) this._set(state, {});
   }
   /** Tells the others that this user writes; call it for each change of the input. @param {string} room @param {boolean} [stop] */
   typing(room, stop = false) {
@@ -234,10 +229,11 @@ export class ChatClient extends EventTarget {
   // ---- rooms -------------------------------------------------------------------------------------------------------
   /** Enters a room, now and after each reconnection. @param {string} name */
   async join(name) {
-    const state = this._room(name);
+    const known = this._find(name), state = known ?? this._room(name);
     if (state.joined || this.state !== 'connected') return state;
     const { room } = await this.command(`/join ${name}`).catch(error => {
-      if (!['offline', 'timeout'].includes(error.code)) this._forgetRoom(name);
+      if (known) this._set(known, { refused: error });
+      else if (!['offline', 'timeout'].includes(error.code)) this._forgetRoom(name);
       throw error;
     });
     return this.rooms.get(room) ?? state;
@@ -250,8 +246,8 @@ export class ChatClient extends EventTarget {
   }
   /** Opens the conversation with a user. @param {Person} person */
   converse(person) {
-    const state = this._room('@' + person.user, person.name);
-    this._tell('room', { room: state });
+    const name = '@' + person.user, isNew = !this.rooms.has(name), state = this._room(name, person.name);
+    this._set(state, isNew ? { more: this.features.has('before') } : {});      // there may be earlier messages
     return state;
   }
   /** The rooms of the server. @returns {Promise<{ room: string, users: number, topic?: string }[]>} */
@@ -260,8 +256,7 @@ export class ChatClient extends EventTarget {
   // ---- the connection, inside --------------------------------------------------------------------------------------
   _findKey() {
     try {
-      const { storage = page.localStorage } = this.options;
-      const made = storage?.getItem('wschat.key') || randomToken();
+      const { storage = page.localStorage } = this.options, made = storage?.getItem('wschat.key') || randomToken();
       storage?.setItem('wschat.key', made);
       return made;
     } catch { return randomToken(); }              // a browser may forbid storage
@@ -273,17 +268,15 @@ export class ChatClient extends EventTarget {
     page.addEventListener('offline', () => this._lost(), { signal });
     page.addEventListener('pageshow', event => { if (event.persisted && !this.reason) this._connect(); }, { signal });
     page.document.addEventListener('visibilitychange', () => {
-      if (page.document.hidden) return;
-      if (this.state === 'connected' && Date.now() - this._heard > SILENCE / 2) this._probe();
-      retry();
+      if (!page.document.hidden && this.state === 'connected' && Date.now() - this._heard > SILENCE / 2) this._probe();
+      if (!page.document.hidden) retry();
     }, { signal });
   }
   _address() {
     const url = new URL(this.options.url ?? 'chat', page.document?.baseURI);
     url.protocol = url.protocol.replace('http', 'ws');
-    const all = [...this.rooms.values()], wanted = all.filter(each => !each.peer);
-    if (/^\.\.?$/.test(wanted[0]?.name)) wanted.unshift(new ChatRoomState('lobby'));   // a path cannot end in ".."
-    const [first, ...rest] = wanted;
+    const all = [...this.rooms.values()], wanted = all.filter(each => !each.peer), isPath = !/^\.\.?$/.test(wanted[0]?.name);
+    const [first, ...rest] = isPath ? wanted : [new ChatRoomState('lobby'), ...wanted];      // a path cannot end in ".."
     if (first) url.pathname = url.pathname.replace(/\/$/, '') + '/' + encodeURIComponent(first.name);
     if (this.me.name) url.searchParams.set('name', this.me.name);
     if (first?.position) url.searchParams.set('last', first.position);
@@ -325,9 +318,9 @@ export class ChatClient extends EventTarget {
     this._setState('waiting', reason);
     this._soon('retry', delay, () => this._connect());
   }
-  _setState(state, reason) {
+  _setState(state, reason = this.reason) {
     this.state = state;
-    this._tell('state', { state, retryAt: this.retryAt, reason: reason || this.reason });
+    this._tell('state', { state, retryAt: this.retryAt, reason });
   }
   _soon(name, ms, action) {
     clearTimeout(this._timers[name]);
@@ -346,16 +339,17 @@ export class ChatClient extends EventTarget {
 
   // ---- the outbox, inside ------------------------------------------------------------------------------------------
   _change(entry, changes) {
-    Object.assign(entry, changes);
-    this._tell('outbox', { entry });
+    this._tell('outbox', { entry: Object.assign(entry, changes) });
     this._flush();
   }
   // One message is on its way at a time. So the order is kept even if the server refuses one for a while.
   _flush() {
     if (this.state !== 'connected' || this._socket.readyState !== 1 || this.outbox.some(each => each.state === 'sent')) return;
-    const entry = this.outbox.find(each => each.state === 'waiting' && this.rooms.get(each.room)?.joined);
+    const untilSlow = each => (this.rooms.get(each.room)?.slowUntil ?? 0) - Date.now();
+    const ready = this.outbox.filter(each => each.state === 'waiting' && this.rooms.get(each.room)?.joined);
+    const entry = ready.find(each => untilSlow(each) <= 0) ?? ready[0];
     if (!entry) return;
-    const wait = Math.max(this._pausedUntil - Date.now(), this._untilToken());
+    const wait = Math.max(this._pausedUntil - Date.now(), this._untilToken(), Math.min(...ready.map(untilSlow)));
     if (wait > 0) return this._soon('flush', wait, () => this._flush());
     this._change(entry, { state: 'sent', sends: entry.sends + 1 });
     this._speak(entry).then(() => this.discard(entry), error => this._failed(entry, error));
@@ -367,10 +361,11 @@ export class ChatClient extends EventTarget {
     const room = [...this.rooms.values()].find(each => each.joined && each.users.has(peer));
     return this.command(`/msg ${room?.users.get(peer)?.name ?? '@' + peer} ${text}`, room?.name, tag);
   }
-  // What came too early, or has no answer, is sent again. A private message is sent again to the id of a user who has just
-  // left the room.
-  _failed(entry, { code, message }) {
-    if (!this.outbox.includes(entry)) return;
+  // What came too early, or has no answer, is sent again. So is a private message to a user who has just left the room.
+  _failed(entry, { code, message, seconds }) {
+    const room = this.rooms.get(entry.room);
+    if (!room || !this.outbox.includes(entry)) return;
+    if (code === 'slow') this._set(room, { slowUntil: Date.now() + 1000 * (seconds || 2) });
     if (['flood', 'slow', 'offline'].includes(code)) this._change(entry, { state: 'waiting', sends: entry.sends - 1 });
     else if (entry.sends < ({ timeout: MOST_SENDS, unknown_user: 2 }[code] ?? 0)) this._change(entry, { state: 'waiting' });
     else this._change(entry, { state: 'refused', code, reason: message });
@@ -384,11 +379,9 @@ export class ChatClient extends EventTarget {
   }
   _answer(tag, event, error) {
     const asked = this._asked.get(tag);
-    if (!asked) return false;
-    this._asked.delete(tag);
-    clearTimeout(asked.timer);
-    error ? asked.reject(error) : asked.resolve(event);
-    return true;
+    clearTimeout(asked?.timer);
+    error ? asked?.reject(error) : asked?.resolve(event);
+    return this._asked.delete(tag);
   }
 
   // ---- rooms and messages, inside ----------------------------------------------------------------------------------
@@ -398,27 +391,30 @@ export class ChatClient extends EventTarget {
     this.rooms.set(name, state);
     return state;
   }
+  // Names of rooms that differ in case alone are one room.
+  _find(name) {
+    const fold = (/** @type {any} */ each) => String(each ?? '').normalize('NFKC').toLowerCase(), folded = fold(name);
+    return this.rooms.get(name) ?? [...this.rooms.values()].find(each => !each.peer && fold(each.name) === folded);
+  }
+  // Changes values of a room.
+  _set(state, values) { this._tell('room', { room: Object.assign(state, values) }); }
   _forgetRoom(name) {
     const state = this.rooms.get(name);
-    if (!state) return;
-    this.rooms.delete(name);
+    if (!this.rooms.delete(name)) return;
     this.outbox = this.outbox.filter(each => each.room !== name || each.state === 'refused');
     this._tell('left', { room: state });
   }
   // The server understands lines in this room now. It decides how the name is written.
   _enter(name) {
     this._at = String(name ?? '');
-    const fold = (/** @type {string} */ each) => each.normalize('NFKC').toLowerCase();
-    const asked = [...this.rooms.values()].find(each => !each.peer && fold(each.name) === fold(this._at));
-    if (!asked || this.rooms.has(this._at)) return;
+    const asked = this._find(this._at);
+    if (!asked || asked.name === this._at) return;
     this.rooms.delete(asked.name);
     for (const entry of this.outbox) if (entry.room === asked.name) entry.room = this._at;
-    asked.name = asked.title = this._at;
-    this.rooms.set(this._at, asked);
+    this.rooms.set(this._at, Object.assign(asked, { name: this._at, title: this._at }));
   }
-  /** @returns {Person[]} */
   _people(values) {
-    return values.filter(each => each?.user).map(({ user, name = '', about }) => ({ user: String(user), name: String(name), about }));
+    return /** @type {Person[]} */ (values).filter(each => each?.user).map(({ user, name = '', about }) => ({ user: String(user), name: String(name), about }));
   }
   _messageOf(event, asOf) {
     const text = String(event.text ?? ''), user = String(event.user ?? '');
@@ -427,9 +423,11 @@ export class ChatClient extends EventTarget {
       ({ emoji: String(emoji), count: Number(count) || 0, users: [...users], me: me === true || users.includes(this.me.user) }));
     return /** @type {ChatMessage} */ ({
       id: Number(event.id) || 0, kind: event.type === 'topic' ? 'topic' : 'said', user, name: String(event.name ?? ''), text,
-      time: Number(event.time) || Date.now(), own, me: event.me === true, mention: !own && mentions(text, this.me.name),
+      time: Number(event.time) || Date.now(), own, me: event.me === true, mention: !own && this._isMentioned(event, text),
       data: event.data ?? null, edited: Number(event.edited) || 0, removed: event.removed === true, reactions, asOf });
   }
+  // By the ids in the message. A history and an edit may have none: then by the name.
+  _isMentioned(event, text) { return Array.isArray(event.mentions) ? event.mentions.includes(this.me.user) : mentions(text, this.me.name); }
   _isSeen(state) { return this.visible === state.name && !page.document?.hidden; }
   _count(state, message) {
     if (message.own || message.kind !== 'said' || message.removed) return;
@@ -442,8 +440,7 @@ export class ChatClient extends EventTarget {
   _log(state, event, asOf) {
     if (event.type === 'topic' && !(event.id < state.last)) state.topic = String(event.text ?? '');
     if (['edit', 'remove', 'react'].includes(event.type)) return this._amend(state, event);
-    const message = this._messageOf(event, asOf);
-    return state.insert(message) ? message : null;
+    return state.insert(this._messageOf(event, asOf));
   }
   // An amendment may come twice, and the present state of a message may include it.
   _amend(state, event) {
@@ -454,8 +451,7 @@ export class ChatClient extends EventTarget {
     else if (event.type === 'react') this._react(message, event);
     else {
       const { text = '', time = Date.now(), data = message.data } = event;
-      Object.assign(message, { text: String(text), edited: Number(time), data });
-      message.mention = !message.own && mentions(message.text, this.me.name);
+      Object.assign(message, { text: String(text), edited: Number(time), data, mention: !message.own && this._isMentioned(event, String(text)) });
     }
     this._tell('change', { room: state, message });
     return null;
@@ -471,10 +467,12 @@ export class ChatClient extends EventTarget {
   }
   // What is in the log of a room, live.
   _logged(state, event) {
+    if (event.type === 'said') event.mentions ??= [];
     const id = Number(event.id) || 0, message = this._log(state, event, id);
     state.last = Math.max(state.last, id);
     if (!message) return;
-    for (; state.messages.length > MOST_MESSAGES; state.more = !state.peer) state.byId.delete(state.messages.shift().id);
+    if (message.own && state.slow && !this.can('slow', state.name)) this._set(state, { slowUntil: Date.now() + 1000 * state.slow });
+    for (; state.messages.length > MOST_MESSAGES; state.more = true) state.byId.delete(state.messages.shift().id);
     this._count(state, message);
     this._tell('message', { room: state, message });
   }
@@ -501,30 +499,27 @@ export class ChatClient extends EventTarget {
 }
 
 // ---- events of the server --------------------------------------------------------------------------------------------
-
 const { _logged: logged, _came: came } = ChatClient.prototype;
 
 /** @type {Record<string, (this: ChatClient, state: ChatRoomState, event: any) => void>} in a room that the client knows */
 const ROOM_EVENTS = {
   users(state, { users = [], count }) {
-    state.users = new Map(this._people(users).map(each => [each.user, each]));
-    state.count = Number(count ?? state.users.size);
-    this._tell('users', { room: state });
+    const known = new Map(this._people(users).map(each => [each.user, each]));
+    this._tell('users', { room: Object.assign(state, { users: known, count: Number(count ?? known.size) }) });
   },
   join: came, leave: came,
   nick(state, event) {
     const name = String(event.name), person = state.users.get(event.user), mine = event.user === this.me.user;
-    if (person) person.name = name;
-    if (mine) this.me.name = name;
+    for (const each of [person, mine ? this.me : null]) if (each) each.name = name;
     this._tell('nick', { room: state, old: String(event.old), name, mine, time: Number(event.time) });
   },
+  options(state, event) { this._set(state.setOptions(event), {}); this._flush(); },
   said: logged, topic: logged, edit: logged, remove: logged, react: logged,
   read(state, { id }) {
     if (state.readKnown && !(Number(id) > state.read)) return;
-    Object.assign(state, { read: Number(id) || 0, readKnown: true, unread: 0, mentions: 0 });
-    this._tell('room', { room: state });
+    this._set(state, { read: Number(id) || 0, readKnown: true, unread: 0, mentions: 0 });
     for (const each of state.messages) this._count(state, each);
-    this._tell('room', { room: state });
+    this._set(state, {});
   },
   typing(state, { user, name, stop }) {
     if (user !== this.me.user) this._tell('typing', { room: state, name: String(name), stop: stop === true });
@@ -535,12 +530,11 @@ const ROOM_EVENTS = {
 const EVENTS = {
   hello(event) {
     clearTimeout(this._timers.connect);
-    this.features = new Set(event.features ?? []);
-    this.limits = event.limits ?? {};
-    this.may = new Set(event.may ?? []);
+    Object.assign(this, { features: new Set(event.features ?? []), limits: event.limits ?? {}, may: new Set(event.may ?? []) });
     this.me = { name: String(event.name ?? this.me.name), user: String(event.user ?? '') };
     this._enter(event.room);
-    if (this._at) this._room(this._at);
+    for (const each of this.rooms.values()) Object.assign(each, { may: null, refused: null });
+    if (this._at) this._room(this._at).setOptions(event);
     this._tokens = (this.limits.burst || 20) * 0.8;
     this._soon('stable', STABLE_AFTER, () => { this._failures = 0; });
     this.state = 'connected';
@@ -550,15 +544,12 @@ const EVENTS = {
   },
   room(event) {
     this._enter(event.room);
-    if (event.name) this.me.name = String(event.name);
     const state = this.rooms.get(this._at);
+    if (event.name) this.me.name = String(event.name);
     if (!state) return;
-    state.topic = String(event.topic ?? state.topic);
-    state.read = Math.max(state.read, Number(event.read) || 0);
     if (event.unread !== undefined && this.visible !== state.name) state.unread = Number(event.unread);
-    if (Array.isArray(event.may)) state.may = new Set(event.may);
-    state.slow = Number(event.slow) || 0;
-    this._tell('room', { room: state });
+    this._set(state.setOptions(event), { topic: String(event.topic ?? state.topic), may: Array.isArray(event.may) ? new Set(event.may) : null,
+      read: Math.max(state.read, Number(event.read) || 0) });
   },
   history(event) {
     const state = event.peer !== undefined ? this._room('@' + event.peer, event.name) : this.rooms.get(event.room);
@@ -571,11 +562,9 @@ const EVENTS = {
       const message = this._log(state, each, Math.max(older ? state.last : last, Number(each.id) || 0));
       if (message) messages.push(message);
     }
-    if (!older) {
-      Object.assign(state, { epoch: String(event.epoch ?? state.epoch), topic: String(event.topic ?? state.topic), joined: true });
-      state.last = Math.max(state.last, last);
-    }
-    if (!resumed) state.more = event.more === true && !state.peer;
+    const epoch = String(event.epoch ?? state.epoch), topic = String(event.topic ?? state.topic);
+    if (!older) Object.assign(state, { epoch, topic, joined: true, refused: null, last: Math.max(state.last, last) });
+    if (older || !resumed) state.more = event.more === true || !older && state.peer !== '';
     if (resumed || state.peer) for (const each of messages) this._count(state, each);
     else if (!older && !state.readKnown) state.read = state.last;
     this._tell('history', { room: state, messages, gap: event.gap === true, older });
@@ -587,6 +576,15 @@ const EVENTS = {
     const state = event.peer ? this._room('@' + event.peer, title) : known;    // without an id, the other one has just left
     if (state) logged.call(this, state, event);
   },
+  peers({ peers = [] }) {                          // conversations without anything new
+    for (const { user, name, read } of peers.filter(each => each?.user)) {
+      const state = this._room('@' + user, String(name)), more = state.more || state.messages.length === 0;
+      this._set(state, { read: Math.max(state.read, Number(read) || 0), readKnown: true, more });
+    }
+  },
+  invited({ room, user, by }) {
+    if (user === this.me.user && !this._find(room)?.joined) this._tell('invited', { room: String(room), by: String(by) });
+  },
   kicked(event) {
     this.reason = String(event.text || 'You were asked to leave.');
     this._tell('kicked', { text: this.reason, code: String(event.code ?? 'kick'), seconds: event.seconds });
@@ -594,7 +592,9 @@ const EVENTS = {
   error(event) {
     const code = String(event.code ?? ''), text = String(event.text ?? code);
     if (code === 'flood') this._pausedUntil = Date.now() + 1000 * 2 ** Math.min(this._floods++, 4);
-    if (code === 'slow') this._pausedUntil = Date.now() + 2000;
-    if (!this._answer(event.tag, null, new ChatError(code, text))) this._tell('error', { code, text });
+    const error = new ChatError(code, text, Number(event.seconds) || 0), room = this._find(event.room);
+    if (this._answer(event.tag, null, error)) return;
+    if (room && !room.joined) this._set(room, { refused: error });
+    else this._tell('error', { code, text });
   },
 };

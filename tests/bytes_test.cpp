@@ -3,6 +3,7 @@
 
 #include <limits>
 #include <random>
+#include <set>
 
 using namespace wschat;
 using namespace wschat::detail;
@@ -401,6 +402,37 @@ TEST_CASE("queues share a large slice instead of copying it") {
     for (SendQueue& queue : members) queue.detach_from_pool();
     CHECK(heap.live - live < payload.size());
     for (const SendQueue& queue : members) CHECK(content_of(queue) == "before" + payload + "after");
+}
+
+TEST_CASE("a large slice gets memory that an earlier one no longer needs") {
+    SendArena arena;
+    const std::size_t size = 1'000'000;
+    std::vector<Slice> held;
+    std::set<const char*> memory;
+    for (int i = 0; i < 4; ++i) {
+        held.push_back(copy(arena, std::string(size, static_cast<char>('a' + i))));
+        memory.insert(held.back().data());
+    }
+    CHECK(memory.size() == 4);
+    SUBCASE("but not memory that is in use") {
+        const Slice fifth = copy(arena, std::string(size, 'x'));
+        CHECK(memory.count(fifth.data()) == 0);
+        for (int i = 0; i < 4; ++i)
+            CHECK(held[static_cast<std::size_t>(i)].view() == std::string(size, static_cast<char>('a' + i)));
+    }
+    SUBCASE("if it has nearly the same size") {
+        held.clear();
+        for (const std::size_t other : {size, size - size / 10}) {
+            SendQueue queue;
+            queue.append(copy(arena, std::string(other, 'y')));
+            queue.append(copy(arena, "next"));
+            CHECK(memory.count(pieces_of(queue, 1)[0].data()) == 1);
+            CHECK(content_of(queue) == std::string(other, 'y') + "next");
+            queue.detach_from_pool();
+            CHECK(content_of(queue) == std::string(other, 'y') + "next");
+        }
+        for (const std::size_t other : {size + 1, size / 2}) CHECK(copy(arena, std::string(other, 'z')).size() == other);
+    }
 }
 
 TEST_CASE("an empty queue frees the memory of a long backlog") {

@@ -2395,11 +2395,14 @@ TEST_CASE("who is not invited does not see or enter a private room") {
     CHECK(bert.only_event() == R"({"type":"options","room":"tea","private":true})");
     CHECK(contains(bert.answer_to("/rooms"), R"("room":"tea","users":3,"private":true)"));
     CHECK_FALSE(contains(carl.send("/rooms").back(), "tea"));
-    CHECK(field_of(carl.answer_to("/join TEA"), "code") == "not_invited");
+    const std::string refused = carl.answer_to("/join TEA");
+    CHECK(field_of(refused, "code") == "not_invited");
+    CHECK(field_of(refused, "room") == "TEA");
     ChatClient<Rule> dora(host, "name=Dora");
     const auto events = dora.events();
     CHECK(contains(events.at(0), "\"room\":null"));
     CHECK(field_of(events.at(1), "code") == "not_invited");
+    CHECK(field_of(events.at(1), "room") == "tea");
 
     CHECK(field_of(bert.answer_to("/invite Nobody"), "code") == "unknown_user");
     const std::string answer = bert.answer_to("/tag t2 /invite @" + carl_id);
@@ -2425,6 +2428,28 @@ TEST_CASE("who is not invited does not see or enter a private room") {
     CHECK(contains(kicked.events().front(), "\"room\":null"));
     CHECK(field_of(anna.answer_to("/access public"), "type") == "options");
     CHECK(field_of(kicked.send("/join tea").front(), "type") == "room");
+}
+
+TEST_CASE("a client that connects gets the options of all its rooms") {
+    TestHost host;
+    host.hub().room_options = [](std::string_view name, ChatRoomOptions& options) {
+        options.read_only = name == "board";
+        if (name == "tea") options.slow = 30s;
+    };
+    ChatClient<> anna(host, "name=Anna&join=board");
+    std::vector<std::string> rooms;
+    for (const std::string& event : anna.events())
+        if (field_of(event, "type") == "hello" || field_of(event, "type") == "room") rooms.push_back(event);
+    REQUIRE(rooms.size() == 3);  // hello in tea, the other room, the current room again
+    CHECK(field_of(rooms[0], "slow") == "30");
+    CHECK(field_of(rooms[1], "room") == "board");
+    CHECK(field_of(rooms[1], "read_only") == "true");
+    CHECK(field_of(rooms[2], "room") == "tea");
+    CHECK(field_of(rooms[2], "slow") == "30");
+    ChatClient<> bert(host, "name=Bert&join=board%00", "tea");
+    bool answered = false;
+    for (const std::string& event : bert.events()) answered = answered || field_of(event, "code") == "room_bad";
+    CHECK(answered);
 }
 
 TEST_CASE("the store keeps what moderators change in a room, and it comes after the rule of the program") {
@@ -2469,6 +2494,7 @@ TEST_CASE("in a slow room a user waits between two messages, also after a new co
     const std::string refused = anna.send("/tag t1 two").back();
     CHECK(field_of(refused, "code") == "slow");
     CHECK(contains(refused, "wait 3"));
+    CHECK(field_of(refused, "seconds").substr(0, 1) == "3");
     CHECK(field_of(refused, "tag") == "t1");
     anna.disconnect(CloseCode::normal);
     ChatClient<> again(host, "name=Zoe&key=anna-secret");

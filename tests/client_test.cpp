@@ -320,14 +320,27 @@ TEST_CASE("no_proxy names hosts, domains, ports and networks") {
 }
 
 TEST_CASE("the addresses of the two families take turns") {
-    std::vector<wschat::IpAddress> all;
+    std::vector<wschat::detail::ResolvedAddress> all;
     for (const char* text : {"::1", "::2", "::3", "10.0.0.1", "10.0.0.2"})
-        all.push_back(*wschat::IpAddress::parse(text));
+        all.push_back({*wschat::IpAddress::parse(text)});
     std::string order;
-    for (const auto& each : wschat::detail::interleave_families(all)) order += each.to_string() + " ";
+    for (const auto& each : wschat::detail::interleave_families(all)) order += each.address.to_string() + " ";
     CHECK(order == "::1 10.0.0.1 ::2 10.0.0.2 ::3 ");
     CHECK(wschat::detail::interleave_families({}).empty());
 }
+
+#if !defined(_WIN32)
+TEST_CASE("a link-local address of the system's resolver keeps its network interface") {
+    const auto found = wschat::detail::resolve_by_system("fe80::1%lo");
+    REQUIRE(found.size() == 1);
+    CHECK(found[0].address.to_string() == "fe80::1");
+    CHECK(found[0].zone == wschat::detail::os::zone_index("lo"));
+    CHECK(found[0].zone != 0);
+    const wschat::detail::SocketAddress address(found[0].address, 80, found[0].zone);
+    CHECK(wschat::detail::zone_of(address.storage) == found[0].zone);
+    for (const auto& each : wschat::detail::resolve_by_system("localhost")) CHECK(each.zone == 0);
+}
+#endif
 
 TEST_CASE("masks and keys of handshakes do not repeat") {
     std::set<wschat::detail::MaskKey> masks;
@@ -1412,6 +1425,61 @@ TEST_CASE("a client does not connect again after 1000, 1008, its own close and a
         play(story, plain_url(server.port()), reconnecting());
         CHECK(story.events.back() == row.last_event);
         CHECK(server.accepted() == 1);
+    }
+}
+
+TEST_CASE("each kind of failure is tried again, except a bad URL and a refusal") {
+    struct Row {
+        std::string url;     // empty: that of a server that gives the answer
+        std::string answer;  // empty: it says nothing
+        ConnectStage stage;
+        bool again;
+    };
+    const std::string upgrade = "HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
+    const Row rows[] = {
+        {"chat.example", "", ConnectStage::url, false},
+        {"ws://unknown.example/", "", ConnectStage::resolve, true},
+        {"ws://127.0.0.1:1/", "", ConnectStage::connect, true},
+        {"", "HTTP/1.1 301 x\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", ConnectStage::http, false},
+        {"", "HTTP/1.1 401 x\r\nContent-Length: 0\r\n\r\n", ConnectStage::http, false},
+        {"", "HTTP/1.1 200 x\r\nContent-Length: 0\r\n\r\n", ConnectStage::http, false},
+        {"", "HTTP/1.1 503 x\r\nContent-Length: 0\r\n\r\n", ConnectStage::http, true},
+        {"", "garbage\r\n", ConnectStage::http, true},
+        {"", upgrade + "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n", ConnectStage::upgrade, true},
+        {"", "", ConnectStage::http, true},
+#if WSCHAT_OPENSSL
+        {"wss", "garbage\r\n", ConnectStage::tls, true},
+        {"wss", "", ConnectStage::tls, true},
+#endif
+    };
+    for (const Row& row : rows) {
+        CAPTURE(row.url);
+        CAPTURE(row.answer);
+        const Raw server([&](RawClient& connection, int) {
+            connection.read_at_least(1);
+            connection.send(row.answer);
+            connection.read_to_end();
+        });
+        ClientOptions with = reconnecting();
+        with.resolver = [](const std::string&) { return std::vector<wschat::IpAddress>(); };
+        if (row.answer.empty()) with.connect_timeout = row.url.empty() || row.url == "wss" ? 100ms : test::deadline;
+        std::string to = row.url.empty() ? plain_url(server.port()) : row.url;
+        if (to == "wss") to = "wss://127.0.0.1:" + std::to_string(server.port()) + "/";
+        Client client(test::poller_kind());
+        Story story;
+        wschat::Client::ConnectionId id = 0;
+        story.on_failure = [&](WebSocketHandler& handler, const ConnectError&) {
+            if (story.failures.size() >= 2) handler.loop().post([&] { client.disconnect(id); });
+        };
+        id = client.connect<Actor>(to, with, std::ref(story));
+        run(client);
+        CHECK((row.again ? story.failures.size() >= 2 : story.failures.size() == 1));
+        CHECK(story.events.size() == story.failures.size());
+        for (const ConnectError& error : story.failures) {
+            CHECK(error.stage == row.stage);
+            CHECK_FALSE(error.sentence.empty());
+            CHECK(error.retry_in.has_value() == row.again);
+        }
     }
 }
 

@@ -216,7 +216,10 @@ class User {
   }
 
   waitForNotice(text) {
-    return this.waitFor(text => [...document.querySelectorAll('#log .notice bdi')].some(line => line.textContent.replace(/[\u2068\u2069]/g, '') === text), text);
+    return this.waitFor(text => [...document.querySelectorAll('#log .notice bdi')].some(line => {
+      const seen = line.textContent.replace(/[\u2068\u2069]/g, '');
+      return seen === text || seen.split(', ').includes(text);            // who came and who went are one line
+    }), text);
   }
 
   countMessages(text) {

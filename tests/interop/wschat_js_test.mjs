@@ -410,9 +410,10 @@ await check('a message in its present state includes the amendments that the sam
 
 await check('unread messages and mentions are counted in rooms that are not on the screen, and read markers reset them', async () => {
   const { script, client, room } = await scripted();
-  for (const [id, said] of [[11, 'one'], [12, 'for @Anna'], [13, 'mail to x@annabel']])
-    script.send({ type: 'said', room: 'tea', id, user: 'BOB', name: 'Bob', text: said, time: id });
+  for (const [id, said, mentions] of [[11, 'one'], [12, 'for @Anna', ['ANNA']], [13, 'for the other @Anna', ['OTHER']]])
+    script.send({ type: 'said', room: 'tea', id, user: 'BOB', name: 'Bob', text: said, mentions, time: id });
   await until(() => room.last === 13, 'the messages');
+  assert.deepEqual(room.messages.slice(-3).map(each => each.mention), [false, true, false]);
   assert.deepEqual([room.unread, room.mentions], [3, 1]);
   script.send({ type: 'read', room: 'tea', id: 12 });
   await until(() => room.read === 12, 'the marker of another device');
@@ -534,6 +535,84 @@ await check('the address resumes each room, and has no key', async () => {
   assert.equal(url.searchParams.get('last'), `${'e'.repeat(16)}-10`);
   assert.deepEqual(url.searchParams.getAll('join'), ['milk and sugar', '..']);
   assert.equal(url.searchParams.has('key'), false);
+});
+
+await check('the options of a room say who may speak; moderators may always', async () => {
+  const { script, client, room } = await scripted();
+  assert.deepEqual([room.private, room.readOnly, room.slow, client.can('say', 'tea')], [false, false, 0, true]);
+  script.send({ type: 'options', room: 'tea', private: true, read_only: true, slow: 7 });
+  await until(() => room.slow === 7, 'the options');
+  assert.deepEqual([room.private, room.readOnly, client.can('say', 'tea'), client.can('edit', 'tea')], [true, true, false, false]);
+  script.send({ type: 'room', room: 'tea', read_only: true, may: ['say', 'edit', 'readonly', 'slow'] });
+  await until(() => client.can('say', 'tea'), 'the rights of a moderator');
+  assert.deepEqual([room.private, room.readOnly, room.slow, client.can('edit', 'tea')], [false, true, 0, true]);
+  script.send({ type: 'room', room: 'tea' });
+  await until(() => !room.readOnly, 'the end of it');
+  assert.deepEqual([client.can('say', 'tea'), client.can('readonly', 'tea')], [true, false]);
+});
+
+await check('in a slow room a message waits for its time, and delays no other room', async () => {
+  let slow = 1;
+  const { script, client, room } = await scripted((self, rest, tag) => {
+    if (rest === '/join milk') {
+      self.send({ type: 'room', room: 'milk', name: 'Anna', tag });
+      self.send({ type: 'history', room: 'milk', epoch: 'e'.repeat(16), last: 0, gap: false, more: false, entries: [] });
+    } else if (rest.endsWith('early') && slow-- > 0) self.send({ type: 'error', code: 'slow', text: 'Wait.', seconds: 1, tag });
+    else self.send({ type: 'said', room: rest.startsWith('/in tea') ? 'tea' : 'milk', id: 20 + self.lines.length, user: 'ANNA', name: 'Anna', text: rest, time: 5, tag });
+  });
+  await client.join('milk');
+  await joined(client, 'milk');
+  script.send({ type: 'options', room: 'tea', slow: 60 });
+  await until(() => room.slow === 60, 'the options');
+  const early = client.say('tea', 'early');
+  client.say('milk', 'at once');
+  await until(() => script.lines.includes('at once'), 'the line in the other room');
+  assert.deepEqual([early.state, early.code], ['waiting', '']);
+  await until(() => script.lines.filter(line => line.endsWith('early')).length === 2, 'the second attempt');
+  await until(() => client.outbox.length === 0, 'its answer');
+  assert.ok(room.slowUntil > Date.now() + 30_000, 'the next message waits');
+  const late = client.say('tea', 'late');
+  client.say('milk', 'at once again');
+  await until(() => script.lines.includes('at once again'), 'the second line in the other room');
+  assert.equal(late.state, 'waiting');
+  script.send({ type: 'options', room: 'tea' });
+  await until(() => client.outbox.length === 0, 'the message, as the room is not slow any more');
+});
+
+await check('a room that lets nobody in says why, and stays until it is left', async () => {
+  const { script, client } = await scripted((self, rest, tag) => {
+    if (rest.startsWith('/join')) self.send({ type: 'error', code: 'room_full', text: 'That room is full.', room: rest.slice(6), tag });
+  });
+  const milk = client._room('milk');
+  script.send({ type: 'error', code: 'not_invited', text: 'That room is private.', room: 'Milk' });
+  await until(() => milk.refused, 'the refusal');
+  assert.deepEqual([milk.refused.code, milk.refused.message, milk.joined], ['not_invited', 'That room is private.', false]);
+  await assert.rejects(client.join('milk'), { code: 'room_full' });
+  assert.deepEqual([client.rooms.get('milk').refused.code, client.log.filter(each => each.on === 'error').length], ['room_full', 0]);
+  await assert.rejects(client.join('cake'), { code: 'room_full' });
+  assert.equal(client.rooms.has('cake'), false);
+});
+
+await check('an invitation is an event, unless the user is in the room', async () => {
+  const { script, client } = await scripted();
+  const invitations = [];
+  client.addEventListener('invited', ({ detail }) => invitations.push(detail));
+  for (const [room, user] of [['tea', 'ANNA'], ['milk', 'BOB'], ['milk', 'ANNA']]) script.send({ type: 'invited', room, user, by: 'Bob' });
+  await until(() => invitations.length > 0, 'the invitation');
+  assert.deepEqual(invitations, [{ room: 'milk', by: 'Bob' }]);
+});
+
+await check('conversations without anything new are there, and their messages come on request', async () => {
+  const { script, client } = await scripted((self, rest, tag) => {
+    const entry = { type: 'private', peer: 'BOB', id: 4, user: 'BOB', name: 'Bob', to: 'Anna', text: 'earlier', time: 1 };
+    if (rest === '/before @BOB 999999999999999999 50') self.send({ type: 'history', peer: 'BOB', before: 10 ** 18, gap: false, more: false, entries: [entry], tag });
+  });
+  script.send({ type: 'peers', peers: [null, { user: 'BOB', name: 'Bob', read: 4 }] });
+  await until(() => client.rooms.has('@BOB'), 'the conversation');
+  const room = client.rooms.get('@BOB');
+  assert.deepEqual([room.title, room.unread, room.more, room.messages.length], ['Bob', 0, true, 0]);
+  assert.equal(await client.before('@BOB', 50), 1);
+  assert.deepEqual([room.messages[0].text, room.more, room.unread], ['earlier', false, 0]);
 });
 
 await check('a mention is a whole name, in any case', () => {
