@@ -16670,19 +16670,7 @@ private:
         for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
         server_.loop().call_later(std::chrono::seconds(1), [this] { load_secret(); });
     }
-    // A second one comes if the store has lost the first one, and a server that started made another: then all users
-    // connect again, and have new ids on all servers.
-    void set_secret(const std::string& secret) {
-        if (secret.empty() || secret == secret_) return;
-        const bool had_another = !secret_.empty();
-        secret_ = secret;
-        if (had_another) {
-            server_.report(LogLevel::error, "chat_secret_changed", {});
-            for (const auto& [number, handler] : connections_)
-                handler.close(CloseCode::service_restart, "The chat has lost its data.");
-        }
-        for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
-    }
+    inline void set_secret(const std::string& secret);
     bool ready() const { return !secret_.empty(); }
     // Calls start() when the ids of users are known, or if the store cannot be read.
     void when_ready(std::function<void()> start) {
@@ -18965,6 +18953,20 @@ inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& ca
             handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
+// A second one comes if the store has lost the first one, and a server that started made another: then all users connect
+// again, and have new ids on all servers.
+inline void ChatHub::set_secret(const std::string& secret) {
+    if (secret.empty() || secret == secret_) return;
+    const bool had_another = !secret_.empty();
+    secret_ = secret;
+    if (had_another) {
+        server_.report(LogLevel::error, "chat_secret_changed", {});
+        for (const auto& [number, handler] : connections_)
+            handler.close(CloseCode::service_restart, "The chat has lost its data.");
+    }
+    for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+}
+
 inline void ChatHub::on_fact(const ChatFact& fact) {
     if (fact.scope == "server") return set_secret(fact.value);
     if (fact.scope == "read") return on_read(fact);
@@ -20696,8 +20698,8 @@ public:
         const auto resolved = [weak = weak_from_this(), url](const ResolverResult& result) {
             const auto self = weak.lock();
             if (self == nullptr || self->ended_) return;
-            for (const IpAddress& each : interleave_families(result.addresses))
-                self->places_.emplace_back(each, url.port);
+            for (const ResolvedAddress& each : interleave_families(result.addresses))
+                self->places_.emplace_back(each.address, url.port, each.zone);
             self->connect_next(text::concat({"the host \"", escape_for_log(url.host), "\": ", result.error}));
         };
         try {
@@ -20819,13 +20821,18 @@ private:
         watch();  // all commands of a turn leave together
     }
     void flush() {
-        const std::string_view rest(output_);
+        const std::string_view rest = std::string_view(output_).substr(written_);
         const std::size_t count = rest.empty() ? 0 : 1;
         IoResult sent{IoResult::Outcome::done};
         if (transport_ != nullptr) sent = transport_->send(socket_, &rest, count, wire_);
         else if (count != 0) sent = socket_.send(&rest, count);
         if (sent.outcome == IoResult::Outcome::error) return fail_on(sent);
-        output_.erase(0, sent.size);
+        written_ += sent.size;
+        // Moves each byte at most once, and keeps no memory of a burst.
+        if (written_ == output_.size()) output_ = std::string();
+        else if (written_ > output_.size() / 2) output_.erase(0, written_);
+        else return watch();
+        written_ = 0;
         watch();
     }
     void receive() {
@@ -20893,6 +20900,7 @@ private:
     WireCount wire_;
     std::unique_ptr<redisReader, FreeReader> reader_;
     std::string output_;
+    std::size_t written_ = 0;          // of the output
     std::deque<RedisAnswer> answers_;  // that Redis owes, in their order
     bool connected_ = false, greeted_ = false, ended_ = false;
     bool watches_read_ = false, watches_write_ = false;
