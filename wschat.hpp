@@ -17244,6 +17244,7 @@ private:
     inline void forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users);
     inline void remove_missing(const ChatRoom& room);
     inline void forward_missing(ChatRoom& room);
+    inline void leave_again(ChatRoom& room, User& user);
     inline void dismiss(ChatRoom& room, const User& guest);
     inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
 
@@ -18953,8 +18954,8 @@ inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& ca
             handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
-// A second one comes if the store has lost the first one, and a server that started made another: then all users connect
-// again, and have new ids on all servers.
+// A second one comes if the store has lost the first one, and a server that started made another. Then all users
+// connect again, and have new ids on all servers.
 inline void ChatHub::set_secret(const std::string& secret) {
     if (secret.empty() || secret == secret_) return;
     const bool had_another = !secret_.empty();
@@ -19370,6 +19371,12 @@ inline void ChatHub::remove_missing(const ChatRoom& room) {
     }
     for (const ChatEntry& each : missing) on_entry(each);
 }
+// The store has lost the leave. Perhaps it has also lost the join at another hub, which comes first then.
+inline void ChatHub::leave_again(ChatRoom& room, User& user) {
+    constexpr std::chrono::seconds delay{1};
+    user.expires = saturating_add(now(), delay);
+    if (!room.expiry_scheduled_) schedule_expiry(room, delay);
+}
 // Tells the store about the users of this hub whom it has forgotten.
 inline void ChatHub::forward_missing(ChatRoom& room) {
     std::vector<std::string> ids;
@@ -19378,8 +19385,9 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
         User* const user = room.presence_.find_id(id);
         if (user == nullptr) continue;
         const detail::Presence::Place* const place = user->place(id_);
-        const bool leaves = user->told == Told::nothing || user->told == Told::leave;  // that leave was lost
-        if (user->connections.empty() && place != nullptr && !place->missing && leaves) forward_leave(room, *user);
+        const bool listed = user->connections.empty() && place != nullptr && !place->missing;
+        if (listed && user->told == Told::nothing) forward_leave(room, *user);
+        else if (listed && user->told == Told::leave) leave_again(room, *user);
         else if (!user->connections.empty() && (place == nullptr || place->away || place->missing))
             forward_join(room, *user, user->connections.front()->number_);
         else if (user->connections.empty() && place != nullptr && user->told == Told::away)

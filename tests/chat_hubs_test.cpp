@@ -344,6 +344,8 @@ TEST_CASE("what the store has lost of a join or a leave is forwarded again") {
     bert.close();
     scripted.store->forwarded.clear();
     scripted.store->present();  // Bert is still in the list
+    CHECK(scripted.store->forwarded == "");
+    scripted.server.advance(2s);
     CHECK(scripted.store->forwarded == std::to_string(static_cast<int>(ChatEntry::Kind::leave)) + ":Bert");
 }
 

@@ -325,7 +325,9 @@ TEST_CASE("rediss:// speaks TLS, and verifies the server") {
     CHECK(error_of("redis://localhost:" + std::to_string(port)) != "no error");
     CHECK(error_of("rediss://localhost:" + redis->url().substr(redis->url().rfind(':') + 1), options) != "no error");
     {
-        Node one(url, options), two(url + "/0", options);
+        RedisOptions patient = options;
+        patient.answer_timeout = 30s;
+        Node one(url, patient), two(url + "/0", patient);
         for (Node* each : {&one, &two}) each->watch();
         const std::string large(300'000, 'x');
         one.say(large);
@@ -570,24 +572,26 @@ TEST_CASE("while the store of several servers cannot be read, a handshake gets a
                 .status;
         }
     };
+    const auto wait = [](const std::function<bool()>& done) {
+        const auto until = Clock::now() + test::deadline;
+        while (!done() && Clock::now() < until) std::this_thread::sleep_for(10ms);
+    };
     Machine one(redis.url());
-    const auto until = Clock::now() + test::deadline;
-    while (one.status() != 101 && Clock::now() < until) std::this_thread::sleep_for(10ms);
+    wait([&] { return one.status() == 101; });
     const std::string id = one.id_of_anna();
     CHECK(id != "");
     redis.kill();
     Machine two(redis.url());
     CHECK(two.status() == 503);
     redis.start();
-    while (two.status() != 101 && Clock::now() < until) std::this_thread::sleep_for(10ms);
+    wait([&] { return two.status() == 101; });
     CHECK(two.id_of_anna() == id);
 
     // A server that lives gives the secret to an empty Redis, and a server that starts finds it there.
     redis.cli("flushall");
-    while (!contains(redis.cli("exists wschat:f:server"), "1") && Clock::now() < until)
-        std::this_thread::sleep_for(10ms);
+    wait([&] { return contains(redis.cli("exists wschat:f:server"), "1"); });
     Machine three(redis.url());
-    while (three.status() != 101 && Clock::now() < until) std::this_thread::sleep_for(10ms);
+    wait([&] { return three.status() == 101; });
     CHECK(three.id_of_anna() == id);
 
     // If it starts too early, all agree on its secret.
@@ -595,9 +599,15 @@ TEST_CASE("while the store of several servers cannot be read, a handshake gets a
     Node other(redis.url(), quick());
     other.store().put({"server", "secret", "another one", "", 0});
     CHECK(bert.close_code() == CloseCode::service_restart);
-    const auto same = [&] { return one.id_of_anna() == two.id_of_anna() && one.id_of_anna() != id; };
-    while (!same() && Clock::now() < until) std::this_thread::sleep_for(10ms);
-    CHECK(same());
+    std::string first, second;
+    const auto same = [&] {
+        first = one.id_of_anna();
+        second = two.id_of_anna();
+        return first == second && first != id && first.size() == id.size();
+    };
+    wait([&] { return same(); });
+    CHECK_MESSAGE(first == second, first + " " + second);
+    CHECK(first != id);
 }
 
 TEST_CASE("keys of another program are not touched") {

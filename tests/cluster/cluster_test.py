@@ -14,7 +14,7 @@ At the end, a node is killed for good, and each tenth client leaves at the same 
   - every client has each acknowledged message of its room exactly once, in one order for all clients;
   - where messages are missing, the client has been told "gap", and only there;
   - all nodes show the same users, which are those who are there, within ten seconds; and those who stay have seen each
-    of those who left leave once; and nobody hears of a leave of a user who is there, on a node without troubles.
+    of those who left leave once; and nobody hears of a leave of a user who is there, unless something was in trouble.
 
 Prints the faults and what was found, and ends with status 1 if a check fails. Needs Debian's python3-websockets.
 """
@@ -335,6 +335,7 @@ class Nemesis:
         self.generations = {}  # epoch -> how often Redis had been emptied before
         self.emptied = 0
         self.faults, self.was_long = {}, {}
+        self.troubles = []  # [start, end] of each fault of Redis
 
     def long(self, seconds):
         """Long for the first time, and then something up to that."""
@@ -422,7 +423,10 @@ class Nemesis:
             fault = left.pop()
             self.faults[fault.__name__] = self.faults.get(fault.__name__, 0) + 1
             print(f"{time.monotonic() - START:6.1f} s  {fault.__name__}", flush=True)
+            start = time.monotonic()
             await fault()
+            if fault.__name__.startswith("redis"):
+                self.troubles.append([start, time.monotonic()])
             self.note_epochs()
 
 
@@ -494,8 +498,8 @@ def check(clients, nemesis):
     return problems
 
 
-def check_leaves(clients):
-    """Nobody hears that a user has left who was there for seconds before and after, on a node without troubles."""
+def check_leaves(clients, nemesis):
+    """Nobody hears that a user has left who was there for seconds before and after, if nothing was in trouble."""
     by_name = {each.name: each for each in clients}
     problems = []
     for client in clients:
@@ -506,8 +510,8 @@ def check_leaves(clients):
             for start, end, at in by_name[name].stays:
                 if not start + 4 < when < (end or time.monotonic()) - 4:
                     continue
-                troubles = [each for each in at.troubles + node.troubles if each[0] < when < (each[1] or when) + 30]
-                if not troubles:
+                troubles = at.troubles + node.troubles + nemesis.troubles
+                if not any(begin < when < (stop or when) + 30 for begin, stop in troubles):
                     problems.append(f"{client.name} heard at {when - START:.1f} s that {name} left, who was at "
                                     f"{at.port} from {start - START:.1f} s on")
     return problems
@@ -567,7 +571,7 @@ async def main():
         nemesis.note_epochs()
         stop.set()
         await asyncio.wait_for(asyncio.gather(*lives), PATIENCE)
-        problems = check(clients, nemesis) + unanswered + presence + check_leaves(clients)
+        problems = check(clients, nemesis) + unanswered + presence + check_leaves(clients, nemesis)
     finally:
         for node in nodes:
             node.kill()
@@ -589,5 +593,7 @@ OPTIONS = parser.parse_args()
 OPTIONS.calm = False
 OPTIONS.logs = OPTIONS.logs or tempfile.mkdtemp(prefix="wschat-cluster-logs-")
 OPTIONS.rooms = os.path.abspath(OPTIONS.rooms)
+if not os.access(OPTIONS.rooms, os.X_OK):
+    parser.error(f"--rooms {OPTIONS.rooms}: there is no such program")
 START = time.monotonic()
 sys.exit(asyncio.run(main()))
