@@ -14521,6 +14521,7 @@ struct ChatEntry {
     std::string to_user{};  // the public id of that receiver
     std::string author{};   // the identity of the author; clients never get it
     std::string tag{};      // chosen by the author; a second entry with the same tag is a duplicate
+    std::string mentions{};  // the public ids of the users whom a message or an edit names, with spaces between them
 
     // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
     std::int64_t edited = 0;  // the time of the last edit; 0: never edited
@@ -14534,6 +14535,12 @@ struct ChatEntry {
     std::uint64_t sender = 0;  // a number of the connection that no other hub uses; not kept
     std::string hub{};         // the id of the hub that made the entry; not kept
     bool quiet = false;        // of presence: the user is also connected to another hub, so nobody hears of it
+    // What is kept of the room from now on, in place of these limits of the store; what is empty is as there.
+    struct Retention {
+        std::optional<std::size_t> max_entries{};  // 0: no limit
+        std::optional<Duration> max_age{};         // zero: no limit
+    };
+    std::optional<Retention> retention{};  // empty: as before
 
     bool kept() const { return kind <= Kind::topic; }
     bool is_message() const { return kind <= Kind::action; }
@@ -14545,7 +14552,8 @@ struct ChatEntry {
 
     // The size that counts for HistoryLimits.
     std::size_t bytes() const {
-        std::size_t size = name.size() + user.size() + text.size() + data.size() + author.size() + 2 * tag.size() + 256;
+        std::size_t size = name.size() + user.size() + text.size() + data.size() + author.size() + 2 * tag.size() +
+                           mentions.size() + 256;
         for (const Reaction& each : reactions)
             size += each.emoji.size() + each.user.size() + each.name.size() + each.author.size() + 128;
         return size;
@@ -14676,7 +14684,7 @@ public:
     // Called once, before all other calls. A store with threads of its own posts its results to the mailbox.
     virtual void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) = 0;
     // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
-    // has reacted with that emoji before. One call of the listener follows.
+    // has reacted with that emoji before. ChatEntry::retention holds from now on. One call of the listener follows.
     virtual void append(ChatEntry entry) = 0;
     // Delivers the entry without keeping it. A store of several hubs also applies it to a PresenceTable.
     virtual void forward(const ChatEntry& entry) = 0;
@@ -14776,6 +14784,8 @@ public:
             records_.erase(key);
             throw;
         }
+        if (entry.retention) retention_ = *entry.retention;
+        record.entry.retention.reset();
         record.entry.room.clear();
         record.entry.id = ++last_id_;
         bytes_ += record.bytes = entry.bytes();
@@ -14860,6 +14870,7 @@ private:
     // No entry keeps an older text of the message.
     void edit(Record& target, const ChatEntry& amendment) {
         target.entry.text = amendment.text;
+        target.entry.mentions = amendment.mentions;
         if (!amendment.data.empty()) target.entry.data = amendment.data;
         target.entry.edited = amendment.time;
         target.edits.push_back(last_id_ + 1);
@@ -14867,6 +14878,7 @@ private:
             Record* const older = record(id);
             if (older == nullptr) continue;
             older->entry.text = amendment.text;
+            older->entry.mentions = amendment.mentions;
             resize(*older);
         }
     }
@@ -14874,6 +14886,7 @@ private:
         target.entry.removed = true;
         target.entry.text.clear();
         target.entry.data.clear();
+        target.entry.mentions.clear();
         target.entry.reactions.clear();
         for (const std::uint64_t id : target.edits) {
             Record* const edit = record(id);
@@ -14881,6 +14894,7 @@ private:
             edit->entry.kind = ChatEntry::Kind::remove;
             edit->entry.text.clear();
             edit->entry.data.clear();
+            edit->entry.mentions.clear();
             resize(*edit);
         }
         target.edits.clear();
@@ -14946,11 +14960,12 @@ private:
     }
 
     void trim(const HistoryLimits& limits, Time now) {
+        const Duration max_age = retention_.max_age.value_or(limits.max_age);
+        const std::size_t max_entries = retention_.max_entries.value_or(limits.max_entries);
         while (!records_.empty()) {
             const Record& oldest = records_.front();
-            const bool expired =
-                limits.max_age != Duration::zero() && saturating_add(oldest.time, limits.max_age) <= now;
-            if (!expired && !HistoryLimits::exceeds(records_.size(), limits.max_entries) &&
+            const bool expired = max_age != Duration::zero() && saturating_add(oldest.time, max_age) <= now;
+            if (!expired && !HistoryLimits::exceeds(records_.size(), max_entries) &&
                 !HistoryLimits::exceeds(bytes_, limits.max_bytes))
                 return;
             bytes_ -= oldest.bytes;
@@ -14963,6 +14978,7 @@ private:
     StringMap<Record> tags_;     // by author and tag
     std::uint64_t last_id_;
     std::size_t bytes_ = 0;
+    ChatEntry::Retention retention_;
 };
 
 // A token that no other opening of a store has.
@@ -16358,6 +16374,10 @@ struct ChatRoomOptions {
     bool read_only = false;     // only who may(ChatAction::manage) speaks
     Duration slow{};            // between two messages of a user
     bool kept = true;           // false: the store keeps no messages of the room
+    // What the store keeps of the room, in place of the same limits of HistoryLimits, from the next entry on. Zero: no
+    // limit.
+    std::optional<std::size_t> max_entries{};
+    std::optional<Duration> max_age{};
     std::size_t max_users = 0;  // 0: no limit
     // What members hear of each other: who comes and goes; how many there are; nothing.
     enum class Presence : std::uint8_t { full, count, off } presence = Presence::full;
@@ -16389,7 +16409,7 @@ public:
     ChatRoom(const ChatRoom&) = delete;
     ChatRoom& operator=(const ChatRoom&) = delete;
 
-    // As the first member has written it.
+    // As the first member has written it, on all hubs.
     const std::string& name() const { return name_; }
     // chat_fold() of the name: the room of ChatEntry::room, of the store and of facts.
     const std::string& key() const { return key_; }
@@ -16438,8 +16458,12 @@ private:
         std::uint64_t id;
         std::function<void()> resume;
     };
-    std::vector<Ahead> ahead_{};   // connections that have more than the members, from another server
-    bool presence_known_ = false;  // the store has said who is present
+    std::vector<Ahead> ahead_{};                 // connections that have more than the members, from another server
+    std::string epoch_;                          // of that id
+    bool behind_ = false;           // memory ran out, so the members have not received what came after that id
+    bool catching_up_ = false;      // the store reads it
+    std::uint64_t skipped_id_ = 0;  // the newest id since
+    bool presence_known_ = false;   // the store has said who is present
     bool expiry_scheduled_ = false;
     struct Change {
         bool joined;
@@ -16523,12 +16547,24 @@ public:
         attach_store(std::make_unique<SharedStore>(common_.store));
     }
     ChatStore& store() { return *store_; }
+    // Removes all that a user has said, by the public id: see ChatStore::erase_author().
+    void erase_user(const std::string& user_id, ChatStore::EraseCallback callback) {
+        store_->facts("user", user_id,
+                      [this, user_id, callback = std::move(callback)](const std::vector<ChatFact>& facts,
+                                                                      const std::string& error) {
+                          if (!error.empty()) return callback(0, error);
+                          const bool known = !facts.empty() && facts[0].key == user_id;
+                          store_->erase_author(known ? facts[0].author : "guest " + user_id, callback);
+                      });
+    }
 
     // Creates the room if it does not exist. Names of rooms are compared by chat_fold().
     ChatRoom& room(std::string_view name) {
         if (ChatRoom* room = find(name)) return *room;
         prune_later();
-        ChatRoom& room = rooms_.find_or_emplace(chat_fold(name), std::string(name), *this);
+        const std::string* const spelled = spellings_.find(chat_fold(name));
+        ChatRoom& room =
+            rooms_.find_or_emplace(chat_fold(name), spelled == nullptr ? std::string(name) : *spelled, *this);
         room.options = options_of(name);
         room.presence_.max_name = limits.max_name;
         room.presence_.reserved = &accounts_;
@@ -16632,7 +16668,7 @@ private:
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
         if (is_first_) server_.add_metrics(store_->metrics());
-        for (const char* scope : {"ban", "mute", "room", "invite", "account"}) load_facts(scope);
+        for (const char* scope : {"ban", "mute", "room", "invite", "account", "spelling"}) load_facts(scope);
         load_secret();  // the last one: connections wait for it
     }
     // Calls work(hub) on the first loop.
@@ -16798,7 +16834,10 @@ private:
     }
     void watch(const ChatRoom& room) {
         if (!beating_) store_->beat(id_);
-        if (!store_->watch(room.key()) || std::exchange(beating_, true)) return;
+        if (!store_->watch(room.key())) return;
+        // Of the hubs that write the name differently, the first one decides.
+        if (spellings_.find(room.key()) == nullptr) store_->put({"spelling", room.key(), room.name(), {}, 0, true});
+        if (std::exchange(beating_, true)) return;
         server_.loop().call_every(std::chrono::seconds(2), [this] { store_->beat(id_); });
     }
     // In a large room, a list or an event for each user who comes would cost the square of their number. The members
@@ -16838,7 +16877,7 @@ private:
         }
         changes.push_back({joined, {entry.name, entry.text, false, entry.user}, entry.time, listed});
         if (room.window_open_) return;
-        send_changes(room, connection(entry.sender));
+        send_changes(room);
         if (limits.presence_window > Duration::zero()) open_window(room);
     }
     void open_window(ChatRoom& room) {
@@ -16848,24 +16887,29 @@ private:
             if (found == nullptr) return;
             found->window_open_ = false;
             if (found->changes_.empty()) return;
-            send_changes(*found, nullptr);
+            send_changes(*found);
             open_window(*found);
         });
     }
-    inline void send_changes(ChatRoom& room, ChatHandler* except);
+    inline void send_changes(ChatRoom& room);
+    static inline std::string changes_event(const ChatRoom& room, const std::vector<ChatRoom::Change>& changes,
+                                            bool joined, std::string_view except);
     inline void send_count(const ChatRoom& room);
     // Removes rooms without users of this hub in the next turn, when no callback has a reference to them.
     void prune_later() {
         if (std::exchange(pruning_, true)) return;
         server_.loop().post([this] {
             pruning_ = false;
-            std::vector<std::string> unwatched;
+            std::vector<std::string> unwatched, empty;
             rooms_.erase_if([&](const ChatRoom& room) {
                 if (room.presence_.own() != 0) return false;
                 unwatched.push_back(room.key());
+                const bool spelled = spellings_.find(room.key()) != nullptr;
+                if (spelled && room.presence_known_ && room.presence_.empty()) empty.push_back(room.key());
                 return true;
             });
             for (const std::string& name : unwatched) store_->unwatch(name);
+            for (const std::string& name : empty) store_->put({"spelling", name});  // the next member decides again
         });
     }
 
@@ -16899,7 +16943,9 @@ private:
     // The name of the room with this key.
     const std::string& shown(const std::string& key) const {
         const ChatRoom* const room = rooms_.find(key);
-        return room == nullptr ? key : room->name();
+        if (room != nullptr) return room->name();
+        const std::string* const spelled = spellings_.find(key);
+        return spelled == nullptr ? key : *spelled;
     }
     inline void on_conversation(const ChatEntry& entry);
 
@@ -17132,11 +17178,16 @@ private:
         entry.time = unix_ms();
         entry.hub = id_;
         const ChatRoom* const room = rooms_.find(entry.room);
+        if (room != nullptr) {
+            entry.retention = ChatEntry::Retention{room->options.max_entries, room->options.max_age};
+            add_mentions(entry, *room);
+        }
         const bool unkept =
             room != nullptr && !room->options.kept && (entry.is_message() || entry.kind == ChatEntry::Kind::topic);
         if (unkept) return store_->forward(entry);
         store_->append(std::move(entry));
     }
+    inline static void add_mentions(ChatEntry& entry, const ChatRoom& room);
     WSCHAT_NOINLINE void forward(ChatEntry entry) {
         entry.time = unix_ms();
         if (entry.hub.empty()) entry.hub = id_;
@@ -17176,6 +17227,7 @@ private:
     }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
+        room.epoch_ = page.epoch;
         if (members_.find(room.key()) == nullptr || !room.delivered_id_) {
             room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
             return;
@@ -17183,6 +17235,46 @@ private:
         while (!page.entries.empty() && page.entries.back().id > *room.delivered_id_) page.entries.pop_back();
         page.last_id = (std::min)(page.last_id, *room.delivered_id_);
     }
+
+    // Memory ran out, so a kept entry has not reached the members. They get it from the store.
+    inline void on_undelivered(const ChatEntry& entry);
+    void catch_up_later(const std::string& key, Duration delay) {
+        server_.loop().call_later(delay, [this, key] {
+            ChatRoom* const room = rooms_.find(key);
+            if (room == nullptr || !room->behind_ || room->catching_up_) return;
+            try {
+                catch_up(*room);
+            } catch (const std::bad_alloc&) {
+                catch_up_later(key, std::chrono::seconds(1));
+            }
+        });
+    }
+    void catch_up(ChatRoom& room) {
+        room.catching_up_ = true;
+        try {
+            store_->since(room.key(), HistoryPosition{room.epoch_, room.delivered_id_.value_or(0)},
+                          limits.history_on_resume, [this, key = room.key()](const HistoryPage& page) {
+                              if (ChatRoom* const found = rooms_.find(key)) on_caught_up(*found, page);
+                          });
+        } catch (...) {
+            room.catching_up_ = false;
+            throw;
+        }
+    }
+    inline void on_caught_up(ChatRoom& room, const HistoryPage& page);
+    // Calls work(sender). Without memory for the answer, the connection of the sender ends, and others go on.
+    template <class Work>
+    void answer(const ChatEntry& entry, const Work& work) {
+        ChatHandler* const sender = connection(entry.sender);
+        if (sender == nullptr) return;
+        try {
+            work(*sender);
+        } catch (const std::bad_alloc& error) {
+            server_.report_exception("ChatHub::answer", error.what());
+            end_without_memory(*sender);
+        }
+    }
+    static inline void end_without_memory(ChatHandler& handler);
 
     template <class Hook>
     void run_hook(const char* name, Hook&& hook) {
@@ -17216,6 +17308,7 @@ private:
     std::string hub() const override { return id_; }
     bool watches_all() const override { return is_first_ && on_event != nullptr; }
     inline void on_kept(const ChatEntry& entry);
+    inline void show(const ChatEntry& entry, ChatRoom* room, Room* members, ChatHandler* tagged);
     inline void on_private_message(const ChatEntry& entry);
     // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
     static bool is_duplicate(User& author, const std::string& tag) {
@@ -17257,6 +17350,7 @@ private:
     StringMap<std::string> changed_options_;  // by key of the room; as ChatRoomOptions::to_fact()
     StringMap<std::int64_t> invitations_;     // when they expire in Unix time, by invitation_key(); 0: never
     StringMap<std::string> accounts_;         // their names, by chat_fold()
+    StringMap<std::string> spellings_;        // the names of rooms that several hubs may have, by their keys
     StringMap<std::vector<Asked>> asked_;     // who waits until a fact is kept, by asked_key()
     StringMap<bool> noted_;                   // the facts about users and conversations that the store has
     const std::string id_;
@@ -17743,6 +17837,9 @@ private:
         event.add_text("code", code).add_text("text", sentence);
         write_message(event.add_unless_empty("tag", tag).dump());
     }
+    void write_not_read(std::string_view tag) {
+        write_error("not_read", "The history cannot be read now. Try again soon.", tag);
+    }
     // The answer to a line with a tag that has no other one.
     void reply_done() {
         ChatEvent event("ack");
@@ -17928,6 +18025,9 @@ private:
                                      const std::string& name);
     inline void write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
                                    bool resumed, std::uint64_t before, std::string_view tag);
+    void report_conversation(const HistoryPage& page) {
+        if (!page.error.empty()) server().report(LogLevel::error, "chat_not_read", {{"cause", page.error}});
+    }
     // False: nothing is newer than the read marker.
     inline bool on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
                                 bool resumed);
@@ -18143,9 +18243,10 @@ private:
         if (!ChatHandler::is_user_id(id)) return error("unknown_user", "There is no user with that id.");
         handler_.hub_->store().facts("user", id,
                                      [me = handler_.ref(), id, text = std::move(text), tag = handler_.tag_](
-                                         const std::vector<ChatFact>& facts, const std::string&) {
+                                         const std::vector<ChatFact>& facts, const std::string& failure) {
                                          auto* self = static_cast<ChatHandler*>(me.get());
                                          if (self == nullptr) return;
+                                         if (!failure.empty()) return self->write_not_read(tag);
                                          if (!facts.empty() && facts[0].key == id)
                                              return self->say_to(id, "", text, tag);
                                          self->write_error("unknown_user", "There is no user with that id.", tag);
@@ -18199,7 +18300,7 @@ private:
         if (!handler_.hub_->store().rooms(limit, answer)) answer(handler_.hub_->rooms(), "");
     }
 
-    // The room in a list; empty if the user must not see it. A room that only other hubs have is shown with its key.
+    // The room in a list; empty if the user must not see it.
     std::string room_entry(const std::string& name, std::size_t users) const {
         ChatHub& hub = *handler_.hub_;
         const ChatRoom* const room = hub.find(name);
@@ -18207,7 +18308,7 @@ private:
         const bool is_private = room == nullptr ? hub.options_of(name).is_private : room->options.is_private;
         if (is_private && !is_member) return {};
         ChatEvent entry = ChatEvent::without_type();
-        entry.add_text("room", room == nullptr ? name : room->name()).add("users", users);
+        entry.add_text("room", hub.shown(chat_fold(name))).add("users", users);
         if (room != nullptr) entry.add_unless_empty("topic", room->topic());
         if (is_private) entry.add_json("private", "true");
         if (room != nullptr) hub.add_unread(entry, *room, handler_.user_.id);
@@ -18328,7 +18429,8 @@ private:
     void since(std::string_view rest) {
         if (text::starts_with(rest, "@")) return conversation_since(rest.substr(1));
         const auto position = HistoryPosition::parse(rest);
-        if (!position || room_ == nullptr) return error("bad_command", "/since EPOCH-ID, in a room.");
+        if (!position) return error("bad_command", "/since EPOCH-ID");
+        if (room_ == nullptr) return reply_no_room();
         handler_.request_history(*room_, position, handler_.tag_);
     }
     // In a conversation: "@ID EPOCH-ID".
@@ -18356,8 +18458,11 @@ private:
     void reply_no_conversation() { error("unknown_user", "You have no conversation with such a user."); }
     ChatStore::PageCallback answer_in_conversation(const std::string& peer, std::uint64_t before) {
         return [me = handler_.ref(), peer, before, tag = handler_.tag_](const HistoryPage& page) {
-            if (auto* self = static_cast<ChatHandler*>(me.get()))
-                self->write_conversation(peer, {}, page, true, before, tag);
+            auto* self = static_cast<ChatHandler*>(me.get());
+            if (self == nullptr) return;
+            self->report_conversation(page);
+            if (!page.error.empty()) return self->write_not_read(tag);
+            self->write_conversation(peer, {}, page, true, before, tag);
         };
     }
     // How many entries the client wants; nothing if that is no number.
@@ -18373,7 +18478,8 @@ private:
         if (text::starts_with(rest, "@")) return conversation_before(rest.substr(1));
         const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
         const auto limit = page_limit(rest);
-        if (!id || !limit || room_ == nullptr) return error("bad_command", "/before ID [LIMIT], in a room.");
+        if (!id || !limit) return error("bad_command", "/before ID [LIMIT]");
+        if (room_ == nullptr) return reply_no_room();
         const std::uint64_t newest = room_->delivered_id_ ? *room_->delivered_id_ + 1 : *id;
         ChatEvent event("history");
         event.add_text("room", room_->name()).add("before", *id).add_json("gap", "false");
@@ -18381,7 +18487,7 @@ private:
     }
     void search(std::string_view rest) {
         if (room_ == nullptr) return reply_no_room();
-        if (ChatStore::search_words(rest).empty()) return error("bad_command", "/search WORDS, in a room.");
+        if (ChatStore::search_words(rest).empty()) return error("bad_command", "/search WORDS");
         ChatEvent event("search");
         event.add_text("room", room_->name()).add_text("words", rest);
         handler_.hub_->store().search(room_->key(), std::string(rest), handler_.hub_->limits.history_on_join,
@@ -18470,7 +18576,10 @@ private:
     ChatHandler::Membership& membership() { return handler_.memberships_[handler_.current_]; }
     void error(std::string_view code, std::string_view sentence) { handler_.reply_error(code, sentence); }
     void reply_no_room() { error("no_room", "You are in no room; /join ROOM."); }
-    void reply_unknown_user() { error("unknown_user", "Nobody in this room has that name."); }
+    void reply_unknown_user() {
+        if (room_ == nullptr) return reply_no_room();
+        error("unknown_user", "Nobody in this room has that name.");
+    }
 
     ChatHandler& handler_;
     ChatRoom* room_;  // the current room at the beginning of the line
@@ -18488,8 +18597,8 @@ inline std::string user_json(const ChatUser& user) {
     text.back() = ',';
     return text::concat({text, "\"about\":", user.about, "}"});
 }
-// The public ids of the users of a room whom a text names: "@Anna". At most ten are searched.
-inline std::vector<std::string> mentioned_users(std::string_view text, const Presence& presence) {
+// The public ids of the users of a room whom a text names, with spaces between them: "@Anna". At most ten are searched.
+inline std::string mentioned_users(std::string_view text, const Presence& presence) {
     const auto continues_word = [](char c) {
         return text::is_alphanumeric(c) || c == '_' || static_cast<unsigned char>(c) >= 0x80;
     };
@@ -18500,7 +18609,14 @@ inline std::vector<std::string> mentioned_users(std::string_view text, const Pre
         const Presence::User* const user = presence.find_prefix(text.substr(at + 1), continues_word);
         if (user != nullptr && !text::contains(ids, user->info.id)) ids.push_back(user->info.id);
     }
-    return ids;
+    std::string list;
+    for (const std::string& id : ids) (list += list.empty() ? "" : " ") += id;
+    return list;
+}
+inline std::string mentions_json(std::string_view mentions) {
+    JsonList list;
+    while (!mentions.empty()) list.add(Json(text::consume_until(mentions, ' ')).dump());
+    return std::string(list.dump());
 }
 // The reactions to a message, for the user with this identity.
 inline std::string reactions_json(const ChatEntry& entry, const std::string& viewer) {
@@ -18567,6 +18683,7 @@ inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer, s
     if (!entry.data.empty()) event.add_json("data", entry.data);
     if (entry.edited != 0) event.add("edited", entry.edited);
     if (entry.is_message() && entry.removed) event.add_json("removed", "true");
+    if (!entry.mentions.empty()) event.add_json("mentions", mentions_json(entry.mentions));
     if (!entry.reactions.empty()) event.add_json("reactions", reactions_json(entry, viewer));
     if (!viewer.empty() && entry.author == viewer) event.add_unless_empty("tag", entry.tag);
     return event;
@@ -18635,6 +18752,7 @@ inline bool ChatHandler::on_conversation(const std::string& peer, const std::str
                                          bool resumed) {
     if (!is_open()) return true;
     const std::uint64_t marker = hub_->marker_of(user_.id, "@" + peer);
+    report_conversation(page);
     if (resumed || !page.error.empty()) {
         write_conversation(peer, name, page, resumed, 0, {});
     } else {
@@ -18654,9 +18772,6 @@ inline bool ChatHandler::on_conversation(const std::string& peer, const std::str
 inline void ChatHandler::write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
                                             bool resumed, std::uint64_t before, std::string_view tag) {
     if (!is_open()) return;
-    if (!page.error.empty()) server().report(LogLevel::error, "chat_not_read", {{"cause", page.error}});
-    if (!page.error.empty() && !tag.empty())
-        return write_error("not_read", "The history cannot be read now. Try again soon.", tag);
     std::size_t messages = 0;
     const std::string log = ChatHub::conversation(user_.id, peer);
     HistoryPage said = page;
@@ -18696,14 +18811,15 @@ inline void ChatHandler::mark_read(const std::string& what, std::uint64_t id, co
         return write_error("read_limit", "You have too many read markers.", tag);
     if (marker != nullptr || what[0] != '@') return hub_->put_marker(*this, what, id, tag);
     const std::string talk = text::concat({user_.id, "\n", std::string_view(what).substr(1)});
-    hub_->store().facts("talk", talk,
-                        [me = ref(), what, id, tag, talk](const std::vector<ChatFact>& facts, const std::string&) {
-                            auto* self = static_cast<ChatHandler*>(me.get());
-                            if (self == nullptr) return;
-                            if (!facts.empty() && facts[0].key == talk)
-                                return self->hub_->put_marker(*self, what, id, tag);
-                            self->write_error("unknown_user", "You have no conversation with such a user.", tag);
-                        });
+    hub_->store().facts(
+        "talk", talk,
+        [me = ref(), what, id, tag, talk](const std::vector<ChatFact>& facts, const std::string& failure) {
+            auto* self = static_cast<ChatHandler*>(me.get());
+            if (self == nullptr) return;
+            if (!failure.empty()) return self->write_not_read(tag);
+            if (!facts.empty() && facts[0].key == talk) return self->hub_->put_marker(*self, what, id, tag);
+            self->write_error("unknown_user", "You have no conversation with such a user.", tag);
+        });
 }
 
 inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, const std::string& tag,
@@ -18974,9 +19090,12 @@ inline void ChatHub::on_fact(const ChatFact& fact) {
     if (fact.value.empty()) noted_.erase(text::concat({fact.scope, "\n", fact.key}));
     if (fact.scope == "room") return on_options(fact);
     if (fact.scope == "invite") return on_invitation(fact);
-    if (fact.scope == "account") {
-        if (fact.value.empty()) accounts_.erase(fact.key);
-        else accounts_.find_or_emplace(fact.key) = fact.value;
+    const bool is_account = fact.scope == "account";
+    if (is_account || fact.scope == "spelling") {
+        StringMap<std::string>& names = is_account ? accounts_ : spellings_;
+        if (fact.value.empty()) names.erase(fact.key);
+        else names.find_or_emplace(fact.key) = fact.value;
+        return;
     }
     const bool is_ban = fact.scope == "ban";
     if (!is_ban && fact.scope != "mute") return;
@@ -19091,7 +19210,15 @@ inline void ChatHub::on_moderation(const ChatEntry& entry) {
     }
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
-    if (deliver(entry)) tell(entry);
+    bool heard = true;
+    try {
+        heard = deliver(entry);
+    } catch (const std::bad_alloc& error) {
+        if (!entry.kept()) throw;
+        server_.report_exception("ChatHub::on_entry", error.what());
+        on_undelivered(entry);
+    }
+    if (heard) tell(entry);
 }
 // False: a program does not hear of it.
 inline bool ChatHub::deliver(const ChatEntry& entry) {
@@ -19138,6 +19265,11 @@ inline void ChatHub::on_conversation(const ChatEntry& entry) {
     }
 }
 
+inline void ChatHub::add_mentions(ChatEntry& entry, const ChatRoom& room) {
+    const bool has_text = entry.is_message() || entry.kind == ChatEntry::Kind::edit;
+    if (has_text && !room.presence_.empty()) entry.mentions = detail::mentioned_users(entry.text, room.presence_);
+}
+
 inline void ChatHub::on_kept(const ChatEntry& entry) {
     if (is_conversation(entry.room)) {
         if (entry.is_message()) on_conversation(entry);
@@ -19145,50 +19277,120 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     }
     ChatHandler* sender = connection(entry.sender);
     ChatRoom* room = rooms_.find(entry.room);
-    if (room != nullptr && entry.id != 0) {
-        if (room->delivered_id_ && entry.id <= *room->delivered_id_) return;
-        room->delivered_id_ = entry.id;
-    }
+    const bool has_id = room != nullptr && entry.id != 0;
+    if (has_id && room->delivered_id_ && entry.id <= *room->delivered_id_) return;
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     Room* const members = members_.find(entry.room);
     // One who is not a member yet gets it in the history; one who has left the room, as an acknowledgement.
     const bool answered = sender != nullptr && !entry.tag.empty();
     const bool tagged = answered && members != nullptr && members->has(*sender);
     const bool has_left = answered && sender->membership_index(room) == sender->memberships_.size();
-    if (room != nullptr) note_latest(*room, entry);
-    std::string mentions;
-    if (room != nullptr && entry.is_message() && !room->presence_.empty()) {
-        const std::vector<std::string> ids = detail::mentioned_users(entry.text, room->presence_);
-        if (!ids.empty()) mentions = Json::array(ids).dump();
-    }
-    const auto event_for = [&](const std::string& viewer) {
-        ChatEvent event = detail::kept_event(entry, viewer, shown(entry.room));
-        return mentions.empty() ? event : event.add_json("mentions", mentions);
-    };
-    if (members != nullptr) members->broadcast(event_for({}).dump(), tagged ? sender : nullptr);
-    if (tagged) sender->write_message(event_for(entry.author).dump());
+    if (has_id && room->behind_) room->skipped_id_ = entry.id;  // it is in what the members get next
+    else show(entry, room, members, tagged ? sender : nullptr);
     if (has_left) on_duplicate(entry);
     if (room != nullptr && !room->ahead_.empty()) resume_ahead(*room);
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
+// To all members; `tagged` is the one who gets it with the tag. All that may run out of memory comes first, so that all
+// members get the entry or none.
+inline void ChatHub::show(const ChatEntry& entry, ChatRoom* room, Room* members, ChatHandler* tagged) {
+    ChatEntry shown_entry = entry;
+    if (room != nullptr && entry.id == 0) add_mentions(shown_entry, *room);
+    const auto event_for = [&](const std::string& viewer) {
+        return detail::kept_event(shown_entry, viewer, shown(entry.room)).dump();
+    };
+    std::optional<EncodedFrame> frame;
+    std::string own;
+    if (members != nullptr) frame = members_.encode(event_for({}));
+    if (tagged != nullptr) own = event_for(entry.author);
+    if (room != nullptr) note_latest(*room, entry);
+    if (room != nullptr && entry.id != 0) room->delivered_id_ = entry.id;
+    if (frame) members->broadcast(*frame, tagged);
+    if (tagged != nullptr) tagged->write_message(own);
+}
+
+// It allocates nothing but the timer.
+inline void ChatHub::on_undelivered(const ChatEntry& entry) {
+    ChatRoom* const room = rooms_.find(entry.room);
+    if (room != nullptr && room->delivered_id_ && entry.id > *room->delivered_id_) {
+        room->behind_ = true;
+        room->skipped_id_ = entry.id;
+        try {
+            catch_up_later(room->key(), Duration::zero());
+        } catch (const std::bad_alloc&) {
+            Room* const members = members_.find(room->key());
+            if (members == nullptr) return;
+            for (WebSocketHandler& each : *members) end_without_memory(static_cast<ChatHandler&>(each));
+            room->behind_ = false;
+            room->delivered_id_ = entry.id;
+        }
+    }
+    ChatHandler* const sender = connection(entry.sender);
+    const Room* const members = members_.find(entry.room);
+    if (sender != nullptr && (members == nullptr || !members->has(*sender))) end_without_memory(*sender);
+    if (!is_conversation(entry.room)) return;
+    const std::string_view users = entry.room;
+    const std::size_t middle = users.find('\n', 1);
+    for (const std::string_view id : {users.substr(1, middle - 1), users.substr(middle + 1)})
+        if (const UserState* const user = users_.find(id))
+            for (ChatHandler* each : user->connections) end_without_memory(*each);
+}
+// The client connects again, and resumes.
+inline void ChatHub::end_without_memory(ChatHandler& handler) {
+    handler.close(CloseCode::internal_error, "out of memory");
+}
+inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
+    room.catching_up_ = false;
+    if (!page.error.empty()) {
+        server_.report(LogLevel::error, "chat_not_read", {{"room", room.name()}, {"cause", page.error}});
+        return catch_up_later(room.key(), std::chrono::seconds(1));
+    }
+    for (const ChatEntry& entry : page.entries) {
+        if (entry.id <= room.delivered_id_.value_or(0)) continue;
+        if (entry.kind == ChatEntry::Kind::topic) room.topic_ = entry.text;
+        note_latest(room, entry);
+    }
+    room.epoch_ = page.epoch;
+    room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
+    room.behind_ = room.skipped_id_ > page.last_id;
+    if (room.behind_) catch_up_later(room.key(), Duration::zero());
+    const Room* const members = members_.find(room.key());
+    if (members == nullptr) return resume_ahead(room);
+    for (WebSocketHandler& each : *members) {
+        auto& handler = static_cast<ChatHandler&>(each);
+        try {
+            handler.write_message(handler.history_event(room, page, true).dump());
+        } catch (const std::bad_alloc&) {
+            end_without_memory(handler);
+        }
+    }
+    resume_ahead(room);
+}
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
-    ChatRoom* room = rooms_.find(entry.room);
-    if (room == nullptr) return;
-    User* const known = room->presence_.find_id(entry.user);
-    if (known != nullptr && is_duplicate(*known, entry.tag)) return on_duplicate(entry);
-    const User* const author = known;
-    const User* const receiver = room->presence_.find_id(entry.to_user);
-    for (const User* user : {author, receiver == author ? nullptr : receiver}) {
-        if (user == nullptr) continue;
-        const User* const peer = user == author ? receiver : author;
-        ChatEvent event = detail::entry_event("private", entry, room->name());
+    ChatRoom* const room = rooms_.find(entry.room);
+    User* const author = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
+    const User* const receiver = room == nullptr ? nullptr : room->presence_.find_id(entry.to_user);
+    // It was said before the others have heard that the receiver has left.
+    if (room != nullptr && (receiver == nullptr || receiver->away()))
+        return answer(entry, [&](ChatHandler& sender) {
+            sender.write_error("user_away", text::concat({entry.to, " is not here any more."}), entry.tag);
+        });
+    if (author != nullptr && is_duplicate(*author, entry.tag)) return on_duplicate(entry);
+    ChatHandler* const sender = connection(entry.sender);
+    const auto event_for = [&](const User* peer) {
+        ChatEvent event = detail::entry_event("private", entry, shown(entry.room));
         if (peer != nullptr) event.add_text("peer", peer->info.id);
-        event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
-        const std::string plain = event.dump(), tagged = event.add_unless_empty("tag", entry.tag).dump();
+        return event.add_text("to", entry.to).add_text("text", entry.text).add("time", entry.time);
+    };
+    for (const User* user : {static_cast<const User*>(author), receiver == author ? nullptr : receiver}) {
+        if (user == nullptr) continue;
+        const std::string plain = event_for(user == author ? receiver : author).dump();
         for (ChatHandler* each : user->connections)
-            each->write_message(each == connection(entry.sender) ? tagged : plain);
+            if (each != sender) each->write_message(plain);
     }
+    // The sender may have left the room in the meantime.
+    if (sender != nullptr) sender->write_message(event_for(receiver).add_unless_empty("tag", entry.tag).dump());
 }
 
 inline bool ChatHub::on_join(const ChatEntry& entry) {
@@ -19210,30 +19412,51 @@ inline bool ChatHub::on_join(const ChatEntry& entry) {
     if (!count_only(*room)) note_change(*room, entry, true);
     return true;
 }
-// A single user stands in the event itself.
-inline void ChatHub::send_changes(ChatRoom& room, ChatHandler* except) {
+// Nobody hears of himself. The connections of the users who have joined are few or wait for their history.
+inline void ChatHub::send_changes(ChatRoom& room) {
     const std::vector<ChatRoom::Change> changes = std::exchange(room.changes_, {});
     Room* const members = members_.find(room.key());
     if (members == nullptr) return;
     for (const bool joined : {false, true}) {
-        detail::JsonList list;
-        const ChatRoom::Change* last = nullptr;
-        for (const ChatRoom::Change& each : changes) {
-            if (each.joined != joined) continue;
-            last = &each;
-            list.add(detail::user_json(each.user));
+        const std::string event = changes_event(room, changes, joined, "");
+        if (event.empty()) continue;
+        StringMap<bool> concerned;
+        for (const ChatRoom::Change& each : changes)
+            for (const ChatHandler* connection : connections_of(each.user.id))
+                if (each.joined == joined && members->has(*connection)) concerned.find_or_emplace(each.user.id) = true;
+        const EncodedFrame frame = members_.encode(event);
+        if (concerned.empty()) {
+            members->broadcast(frame);
+            continue;
         }
-        if (last == nullptr) continue;
-        ChatEvent event(joined ? "join" : "leave");
-        event.add_text("room", room.name());
-        if (list.size() == 1) {
-            event.add_text("name", last->user.name).add_unless_empty("user", last->user.id).add("time", last->time);
-            if (!last->user.about.empty()) event.add_json("about", last->user.about);
-        } else {
-            event.add("count", room.presence_.size()).add("time", last->time).add_json("users", list.dump());
+        for (WebSocketHandler& each : *members) {
+            const std::string& id = static_cast<ChatHandler&>(each).user_.id;
+            const std::string others = concerned.find(id) == nullptr ? "" : changes_event(room, changes, joined, id);
+            if (concerned.find(id) == nullptr) each.write_message(frame);
+            else if (!others.empty()) each.write_message(others);
         }
-        members->broadcast(event.dump(), except);
     }
+}
+// Those who have joined, or left, except one; empty if there are none. A single user stands in the event itself.
+inline std::string ChatHub::changes_event(const ChatRoom& room, const std::vector<ChatRoom::Change>& changes,
+                                          bool joined, std::string_view except) {
+    detail::JsonList list;
+    const ChatRoom::Change* last = nullptr;
+    for (const ChatRoom::Change& each : changes) {
+        if (each.joined != joined || each.user.id == except) continue;
+        last = &each;
+        list.add(detail::user_json(each.user));
+    }
+    if (last == nullptr) return {};
+    ChatEvent event(joined ? "join" : "leave");
+    event.add_text("room", room.name());
+    if (list.size() == 1) {
+        event.add_text("name", last->user.name).add_unless_empty("user", last->user.id).add("time", last->time);
+        if (!last->user.about.empty()) event.add_json("about", last->user.about);
+    } else {
+        event.add("count", room.presence_.size()).add("time", last->time).add_json("users", list.dump());
+    }
+    return event.dump();
 }
 // Another user has got the name.
 inline void ChatHub::on_lost_name(ChatRoom& room, User& user) {
@@ -19288,7 +19511,7 @@ inline bool ChatHub::on_rename(const ChatEntry& entry) {
     if (appended_here(entry)) move_mute(key, mute_key(*room, *user), entry.text);
     if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
     const bool told = room->options.presence == ChatRoomOptions::Presence::full && !room->counting_;
-    send_changes(*room, nullptr);  // they have the old name
+    send_changes(*room);  // they have the old name
     if (told) send_to_others(entry, event);
     if (ChatHandler* const sender = connection(entry.sender))
         sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
@@ -19403,6 +19626,7 @@ inline void ChatHub::on_position(const std::string& name, const HistoryPage& pag
     // Without a gap, what the members have read ahead of the store's entries stays.
     if (!page.gap) told.last_id = (std::max)(page.last_id, room->delivered_id_.value_or(0));
     room->delivered_id_ = told.last_id;
+    room->epoch_ = page.epoch;
     const Room* const members = members_.find(name);
     if (members == nullptr) return resume_ahead(*room);
     for (WebSocketHandler& each : *members) {
@@ -19414,25 +19638,25 @@ inline void ChatHub::on_position(const std::string& name, const HistoryPage& pag
 }
 
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
-    ChatHandler* sender = connection(entry.sender);
-    if (sender == nullptr) return;
-    ChatEvent event("ack");
-    add_place(event, entry).add_text("tag", entry.tag);
-    if (entry.id != 0) event.add("id", entry.id);
-    sender->write_message(event.dump());
+    answer(entry, [&](ChatHandler& sender) {
+        ChatEvent event("ack");
+        add_place(event, entry).add_text("tag", entry.tag);
+        if (entry.id != 0) event.add("id", entry.id);
+        sender.write_message(event.dump());
+    });
 }
 
 inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
     if (entry.is_presence()) return on_presence_refused(entry, code);
-    ChatHandler* sender = connection(entry.sender);
-    if (sender == nullptr) return;
     const char* const sentence = code == "not_yours"  ? "That message is not yours."
                                  : code == "too_late" ? "It is too late to change that message."
                                  : code == "refused"  ? "That message has too many reactions."
                                                       : "There is no such message in this room.";
-    ChatEvent event("error");
-    event.add_text("code", code).add_text("text", sentence);
-    sender->write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
+    answer(entry, [&](ChatHandler& sender) {
+        ChatEvent event("error");
+        event.add_text("code", code).add_text("text", sentence);
+        sender.write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
+    });
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
@@ -19446,12 +19670,12 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
         on_first_hub([entry, cause](ChatHub& hub) {
             hub.run_hook("ChatHub::on_not_kept", [&] { hub.on_not_kept(entry, cause); });
         });
-    ChatHandler* sender = connection(entry.sender);
-    if (sender == nullptr) return;
-    ChatEvent event("error");
-    event.add_text("code", "not_kept")
-        .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
-    sender->write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
+    answer(entry, [&](ChatHandler& sender) {
+        ChatEvent event("error");
+        event.add_text("code", "not_kept")
+            .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
+        sender.write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
+    });
 }
 
 WSCHAT_END
@@ -19815,11 +20039,13 @@ public:
         bool more = false;
         database_.transaction("BEGIN IMMEDIATE", [&] {
             delete_expired_facts();
-            if (swept_ && limits_.max_age == Duration::zero()) return;  // appends delete what is above other limits
+            const bool all =
+                !swept_ || limits_.max_age != Duration::zero();  // appends delete what is above other limits
             std::vector<std::int64_t> rooms;
             {
-                Query query(database_, "SELECT id FROM room WHERE id >= ?1 ORDER BY id LIMIT 20");
-                query.bind(sweep_from_);
+                Query query(database_,
+                            "SELECT id FROM room WHERE id >= ?1 AND (?2 OR max_age > 0) ORDER BY id LIMIT 20");
+                query.bind(sweep_from_).bind(all);
                 while (query.next_row()) rooms.push_back(query.number(0));
             }
             for (const std::int64_t room : rooms) {
@@ -19881,6 +20107,10 @@ private:
          " expires INTEGER NOT NULL, PRIMARY KEY(scope, key)) WITHOUT ROWID;"
          "CREATE INDEX fact_author ON fact(author) WHERE author <> '';"),
         "",  // fold_rooms()
+        // Null: as in HistoryLimits. The age is in milliseconds. Then fold_facts().
+        ("ALTER TABLE room ADD COLUMN max_entries INTEGER;"
+         "ALTER TABLE room ADD COLUMN max_age INTEGER;"
+         "ALTER TABLE entry ADD COLUMN mentions TEXT NOT NULL DEFAULT '';"),
     };
     static constexpr int version = sizeof migrations / sizeof migrations[0];
     static constexpr int application_id = 0x77736368;  // "wsch"
@@ -19913,6 +20143,7 @@ private:
             for (auto at = database_.number("PRAGMA user_version"); at < version; ++at) {
                 database_.execute(migrations[at]);
                 if (at == 4) fold_rooms();
+                if (at == 5) fold_facts();
             }
             database_.execute("PRAGMA application_id = " + std::to_string(application_id));
             database_.execute("PRAGMA user_version = " + std::to_string(version));
@@ -19931,6 +20162,25 @@ private:
             if (key == name || text::starts_with(name, "\n")) continue;  // a conversation
             database_.run("UPDATE OR IGNORE room SET name = ?1 WHERE id = ?2", key, id);
             database_.run("UPDATE OR IGNORE fact SET key = ?1 WHERE scope = 'topic' AND key = ?2", key, name);
+        }
+    }
+    // The same for what is known about rooms. A room that is not found any more keeps its facts for itself.
+    void fold_facts() {
+        std::vector<std::pair<std::string, std::string>> facts;
+        {
+            Query query(database_,
+                        "SELECT scope, key FROM fact WHERE scope IN ('topic', 'room', 'mute', 'invite', 'read')");
+            while (query.next_row()) facts.emplace_back(query.text(0), query.text(1));
+        }
+        for (const auto& [scope, key] : facts) {
+            const std::size_t line = scope == "read" ? key.find('\n') : key.rfind('\n');
+            const std::string before = scope == "read" ? key.substr(0, line + 1) : "";
+            const std::string room = scope == "read" ? key.substr(line + 1) : key.substr(0, line);
+            const std::string after = scope == "read" || line == std::string::npos ? "" : key.substr(line);
+            if (text::starts_with(room, "@") || room == chat_fold(room)) continue;  // the peer of a conversation
+            if (database_.number("SELECT count(*) FROM room WHERE name = ?1", room) != 0) continue;
+            database_.run("UPDATE OR IGNORE fact SET key = ?1 WHERE scope = ?2 AND key = ?3",
+                          before + chat_fold(room) + after, scope, key);
         }
     }
     // Every opening has a number and a random token. Rows of `first` that no kept position needs are deleted.
@@ -19980,11 +20230,13 @@ private:
         std::int64_t number = 0;  // 0: the room has no row yet
         std::uint64_t last_id = 0;
         std::int64_t opening = 0;  // in which the last id was given
+        std::int64_t max_entries = -1, max_age = -1;  // -1: as in HistoryLimits
     };
     RoomRow find_room(const std::string& name) {
-        Query query(database_, "SELECT id, last, opening FROM room WHERE name = ?1");
+        Query query(database_,
+                    "SELECT id, last, opening, ifnull(max_entries, -1), ifnull(max_age, -1) FROM room WHERE name = ?1");
         query.bind(name);
-        if (query.next_row()) return {query.number(0), query.id(1), query.number(2)};
+        if (query.next_row()) return {query.number(0), query.id(1), query.number(2), query.number(3), query.number(4)};
         return {0, static_cast<std::uint64_t>(database_.number("SELECT id FROM start")), 0};
     }
     RoomRow add_room(const std::string& name) {
@@ -20027,9 +20279,19 @@ private:
             if (!code.empty()) return code;
         }
         if (room.number == 0) room = add_room(entry.room);
+        if (entry.retention) set_retention(room, *entry.retention);
         add_entry(entry, room);
         prune(room.number);
         return {};
+    }
+    void set_retention(const RoomRow& room, const ChatEntry::Retention& retention) {
+        constexpr std::size_t most = 1'000'000'000'000;
+        const std::int64_t entries =
+            retention.max_entries ? static_cast<std::int64_t>((std::min)(*retention.max_entries, most)) : -1;
+        const std::int64_t age = retention.max_age ? milliseconds(*retention.max_age) : -1;
+        if (room.max_entries == entries && room.max_age == age) return;
+        database_.run("UPDATE room SET max_entries = nullif(?2, -1), max_age = nullif(?3, -1) WHERE id = ?1",
+                      room.number, entries, age);
     }
     void add_entry(ChatEntry& entry, const RoomRow& room) {
         entry.id = room.last_id + 1;
@@ -20037,11 +20299,11 @@ private:
         Query add(
             database_,
             "INSERT INTO entry(room, id, target, time, kind, name, user, text, data, author, tag, edited, removed,"
-            " bytes) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)");
+            " bytes, mentions) VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)");
         add.bind(room.number).bind(entry.id).bind(entry.target).bind(entry.time);
         add.bind(static_cast<std::int64_t>(entry.kind)).bind(entry.name).bind(entry.user).bind(entry.text);
         add.bind(entry.data).bind(entry.author).bind(entry.tag).bind(entry.edited).bind(entry.removed).bind(bytes);
-        add.next_row();
+        add.bind(entry.mentions).next_row();
         const std::int64_t row = database_.inserted_row();
         database_.run("UPDATE room SET last = ?2, opening = ?3, used = ?4, bytes = bytes + ?5 WHERE id = ?1",
                       room.number, entry.id, opening_, row, bytes);
@@ -20072,16 +20334,18 @@ private:
     // No entry keeps an older text of the message.
     void edit(const ChatEntry& amendment, const RoomRow& room, std::int64_t row) {
         database_.run(
-            "UPDATE entry SET text = ?2, data = CASE ?3 WHEN '' THEN data ELSE ?3 END, edited = ?4"
+            "UPDATE entry SET text = ?2, data = CASE ?3 WHEN '' THEN data ELSE ?3 END, edited = ?4, mentions = ?5"
             " WHERE row = ?1",
-            row, amendment.text, amendment.data, amendment.time);
-        database_.run("UPDATE entry SET text = ?3 WHERE room = ?1 AND target = ?2 AND target <> 0 AND kind = 2",
-                      room.number, amendment.target, amendment.text);
+            row, amendment.text, amendment.data, amendment.time, amendment.mentions);
+        database_.run(
+            "UPDATE entry SET text = ?3, mentions = ?4"
+            " WHERE room = ?1 AND target = ?2 AND target <> 0 AND kind = 2",
+            room.number, amendment.target, amendment.text, amendment.mentions);
     }
     void remove(std::int64_t row, std::int64_t room, std::uint64_t id) {
-        database_.run("UPDATE entry SET text = '', data = '', removed = 1 WHERE row = ?1", row);
+        database_.run("UPDATE entry SET text = '', data = '', mentions = '', removed = 1 WHERE row = ?1", row);
         database_.run(
-            "UPDATE entry SET text = '', data = '', kind = 3"
+            "UPDATE entry SET text = '', data = '', mentions = '', kind = 3"
             " WHERE room = ?1 AND target = ?2 AND target <> 0 AND kind = 2",
             room, id);
         database_.run("DELETE FROM reaction WHERE entry = ?1", row);
@@ -20167,22 +20431,25 @@ private:
     // Deletes the oldest entries above the limits, at most 1,000. True: there are more.
     bool prune(std::int64_t room) {
         const std::int64_t now = unix_ms();
-        const std::int64_t age = limits_.max_age == Duration::zero() ? 0 : sqlite_age();
+        std::int64_t age = 0;
         std::uint64_t last = 0, until = 0;
-        std::size_t bytes = 0, freed = 0, count = 0;
+        std::size_t bytes = 0, freed = 0, count = 0, max_entries = 0;
         {
-            Query query(database_, "SELECT last, bytes FROM room WHERE id = ?1");
-            query.bind(room);
+            Query query(database_,
+                        "SELECT last, bytes, ifnull(max_entries, ?2), ifnull(max_age, ?3) FROM room WHERE id = ?1");
+            query.bind(room).bind(std::uint64_t{limits_.max_entries}).bind(milliseconds(limits_.max_age));
             if (!query.next_row()) return false;
             last = query.id(0);
             bytes = static_cast<std::size_t>(query.number(1));
+            max_entries = static_cast<std::size_t>(query.number(2));
+            age = query.number(3);
         }
         {
             Query query(database_, "SELECT id, time, bytes FROM entry WHERE room = ?1 ORDER BY id LIMIT 1000");
             for (query.bind(room); query.next_row(); ++count) {
                 const bool expired = age != 0 && query.number(1) <= now - age;
                 if (!expired &&
-                    !HistoryLimits::exceeds(static_cast<std::size_t>(last - query.id(0) + 1), limits_.max_entries) &&
+                    !HistoryLimits::exceeds(static_cast<std::size_t>(last - query.id(0) + 1), max_entries) &&
                     !HistoryLimits::exceeds(bytes - (std::min)(bytes, freed), limits_.max_bytes))
                     break;
                 until = query.id(0);
@@ -20196,8 +20463,8 @@ private:
         database_.run("UPDATE room SET bytes = max(0, bytes - ?2) WHERE id = ?1", room, std::uint64_t{freed});
         return count == 1000;
     }
-    std::int64_t sqlite_age() const {
-        return std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count();
+    static std::int64_t milliseconds(Duration duration) {
+        return std::chrono::duration_cast<std::chrono::milliseconds>(duration).count();
     }
 
     bool too_many_facts() {
@@ -20226,7 +20493,7 @@ private:
     static std::string select(const char* rest) {
         return std::string(
                    "SELECT entry.row, entry.id, target, time, kind, name, user, entry.text, data, author, tag,"
-                   " edited, removed FROM entry") +
+                   " edited, removed, mentions FROM entry") +
                rest;
     }
     ChatEntry read_entry(const Query& query, bool with_reactions = true) {
@@ -20243,6 +20510,7 @@ private:
         entry.tag = query.text(10);
         entry.edited = query.number(11);
         entry.removed = query.number(12) != 0;
+        entry.mentions = query.text(13);
         if (!with_reactions || !entry.is_message()) return entry;
         Query reactions(database_, "SELECT emoji, user, name, author FROM reaction WHERE entry = ?1 ORDER BY number");
         reactions.bind(query.number(0));
@@ -20471,18 +20739,35 @@ private:
             }
         }
         void write(std::vector<Job>& jobs, std::size_t begin, std::size_t end) {
-            std::vector<ChatEntry> entries;
-            for (; begin != end; ++begin) entries.push_back(std::move(jobs[begin].entry));
-            std::vector<std::string_view> results;
-            const std::string cause = error_of([&] { results = file_.append(entries); });
-            post([entries = std::move(entries), results = std::move(results), cause](Listener& listener) {
-                for (std::size_t i = 0; i < entries.size(); ++i) {
-                    if (!cause.empty()) listener.on_failure(entries[i], cause);
-                    else if (results[i].empty()) listener.on_entry(entries[i]);
-                    else if (results[i] == "duplicate") listener.on_duplicate(entries[i]);
-                    else listener.on_refused(entries[i], results[i]);
+            struct Batch {
+                std::vector<ChatEntry> entries{};
+                std::vector<std::string_view> results{};
+                std::string cause{};
+            };
+            const auto batch = std::make_shared<Batch>();
+            for (; begin != end; ++begin) batch->entries.push_back(std::move(jobs[begin].entry));
+            batch->cause = error_of([&] { batch->results = file_.append(batch->entries); });
+            post_kept([batch](Listener& listener) {
+                for (std::size_t i = 0; i < batch->entries.size(); ++i) {
+                    const ChatEntry& entry = batch->entries[i];
+                    if (!batch->cause.empty()) listener.on_failure(entry, batch->cause);
+                    else if (batch->results[i].empty()) listener.on_entry(entry);
+                    else if (batch->results[i] == "duplicate") listener.on_duplicate(entry);
+                    else listener.on_refused(entry, batch->results[i]);
                 }
             });
+        }
+        // What is in the file must reach the hub, so this waits a second for memory.
+        template <class Work>
+        void post_kept(const Work& work) {
+            for (int tries = 0;; ++tries) {
+                try {
+                    return post(Work(work));
+                } catch (const std::bad_alloc&) {
+                    if (tries == 100) throw;
+                    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+                }
+            }
         }
         void sweep() {
             bool more = false;
@@ -21650,7 +21935,7 @@ if m[1] ~= ARGV[2] then return {'lost'} end
 local opening = num(m[2])
 
 local function load(name)
-  local h = call('HMGET', P .. 'r:' .. name, 'last', 'first', 'bytes', 'opening', 'firsts')
+  local h = call('HMGET', P .. 'r:' .. name, 'last', 'first', 'bytes', 'opening', 'firsts', 'entries', 'age')
   local floor = num(m[3])
   local r = {name = name, s = P .. 's:' .. name, a = P .. 'a:' .. name, t = P .. 't:' .. name}
   r.exists = h[1] and true or false
@@ -21658,7 +21943,15 @@ local function load(name)
   r.first = h[2] and num(h[2]) or floor + 1
   r.bytes, r.opening, r.firsts = num(h[3]), num(h[4]), h[5] or ''
   r.old = r.bytes
+  r.entries, r.age = h[6] or '', h[7] or ''
   return r
+end
+-- Limits of the room, in place of those of the store; empty: as there. '-' changes nothing.
+local function set_limit(r, field, value)
+  if value == '-' or value == r[field] then return end
+  if value == '' then call('HDEL', P .. 'r:' .. r.name, field)
+  else call('HSET', P .. 'r:' .. r.name, field, value) end
+  r[field] = value
 end
 local function save(r)
   call('HSET', P .. 'r:' .. r.name, 'last', str(r.last), 'first', str(r.first), 'bytes', str(r.bytes),
@@ -21699,6 +21992,8 @@ local function tag_key(record)
   return 'o' .. record[10]
 end
 local function trim(r, entries, bytes, age)
+  if r.entries ~= '' then entries = num(r.entries) end
+  if r.age ~= '' then age = num(r.age) end
   for _ = 1, 1000 do
     if r.first > r.last then return end
     local over = (entries > 0 and r.last - r.first + 1 > entries) or (bytes > 0 and r.bytes > bytes)
@@ -21772,15 +22067,22 @@ local function records(out, r, lo, hi)
     end
   end
 end
-local function no_reactions(record)
-  for i = #record, 14, -1 do record[i] = nil end
+-- Older records have no mentions. Each reaction has four fields.
+local function reactions_at(record) return (#record - 13) % 4 == 0 and 14 or 15 end
+local function set_mentions(record, mentions)
+  if reactions_at(record) == 14 then table.insert(record, 14, '') end
+  record[14] = mentions or ''
 end
-local function edits(r, record, kind, text)
+local function no_reactions(record)
+  for i = #record, reactions_at(record), -1 do record[i] = nil end
+end
+local function edits(r, record, kind, text, mentions)
   for id in string.gmatch(record[13], '%d+') do
     local blob, ms, amended = find(r, id)
     if blob then
       local edit = unpack(blob)
       edit[1], edit[6] = kind, text
+      set_mentions(edit, mentions)
       if kind == '3' then edit[7] = '' end
       change(r, id, blob, ms, amended, edit)
     end
@@ -21788,18 +22090,19 @@ local function edits(r, record, kind, text)
 end
 local function remove(r, record)
   record[12], record[6], record[7] = '1', '', ''
-  edits(r, record, '3', '')
+  edits(r, record, '3', '', '')
   record[13] = ''
   no_reactions(record)
+  set_mentions(record, '')
 end
 local function react(record, by, max_reactions)
-  for i = 14, #record, 4 do
+  for i = reactions_at(record), #record, 4 do
     if record[i] == by[6] and record[i + 3] == by[8] then
       for _ = 1, 4 do table.remove(record, i) end
       return true, '1'
     end
   end
-  if max_reactions > 0 and (#record - 13) / 4 + 1 > max_reactions then return false end
+  if max_reactions > 0 and (#record + 1 - reactions_at(record)) / 4 + 1 > max_reactions then return false end
   for _, each in ipairs({by[6], by[5], by[4], by[8]}) do record[#record + 1] = each end
   return true, ''
 end
@@ -21822,7 +22125,8 @@ local function amend(r, kind, by, moderator, not_before, max_reactions)
     else
       record[6], record[11] = by[6], by[3]
       if by[7] ~= '' then record[7] = by[7] end
-      edits(r, record, '2', by[6])
+      set_mentions(record, by[14])
+      edits(r, record, '2', by[6], by[14])
       record[13] = record[13] .. str(r.last + 1) .. ','
     end
   end
@@ -21849,6 +22153,8 @@ if cmd == 'append' then
     end
   end
   local id, gid = add(r, blob, ARGV[7], ARGV[5], num(ARGV[14]))
+  set_limit(r, 'entries', ARGV[17])
+  set_limit(r, 'age', ARGV[18])
   trim(r, num(ARGV[11]), num(ARGV[12]), num(ARGV[13]))
   save(r)
   local total = num(ARGV[15])
@@ -21859,7 +22165,7 @@ end
 if cmd == 'read' then
   local r = load(ARGV[3])
   local age = num(ARGV[4])
-  if age > 0 and r.exists then
+  if (age > 0 or r.age ~= '') and r.exists then
     local first = r.first
     trim(r, 0, 0, age)
     if r.first ~= first then save(r) end
@@ -22105,7 +22411,7 @@ if cmd == 'erase' then
     local id = window[i]
     local blob, ms, amended = find(r, id)
     local record, changed = unpack(blob), false
-    for j = #record - 3, 14, -4 do
+    for j = #record - 3, reactions_at(record), -4 do
       if record[j + 3] == author then
         table.insert(amendments, {'4', id, ARGV[7], '', record[j + 1], record[j], '', '', '', '', '', '1', ''})
         for _ = 1, 4 do table.remove(record, j) end
@@ -22186,16 +22492,20 @@ struct RedisRecord {
     ChatEntry entry;
     std::string op;
 
-    static constexpr std::size_t fields = 13;  // before the reactions, of which each has four
+    // Before the reactions, of which each has four. Older records have no mentions, which are the last field.
+    static constexpr std::size_t fields = 14;
 
     static std::string pack(const ChatEntry& entry, const std::string& op) {
         const auto number = [](auto value) { return std::to_string(value); };
         return redis_pack({number(static_cast<unsigned>(entry.kind)), number(entry.target), number(entry.time),
                            entry.name, entry.user, entry.text, entry.data, entry.author, entry.tag, op,
-                           entry.edited == 0 ? "" : number(entry.edited), entry.removed ? "1" : "", ""});
+                           entry.edited == 0 ? "" : number(entry.edited), entry.removed ? "1" : "", "",
+                           entry.mentions});
     }
     static std::optional<RedisRecord> unpack(std::string_view packed) {
         std::vector<std::string> all = redis_unpack(packed);
+        if (all.size() + 1 >= fields && (all.size() + 1 - fields) % 4 == 0)
+            all.insert(all.begin() + static_cast<std::ptrdiff_t>(fields - 1), "");
         if (all.size() < fields || (all.size() - fields) % 4 != 0) return std::nullopt;
         const auto number = [&all](std::size_t i) { return text::parse_unsigned(all[i], INT64_MAX).value_or(0); };
         RedisRecord record;
@@ -22206,6 +22516,7 @@ struct RedisRecord {
         entry.time = static_cast<std::int64_t>(number(2));
         entry.edited = static_cast<std::int64_t>(number(10));
         entry.removed = !all[11].empty();
+        entry.mentions = all[13];
         std::string* const texts[] = {&entry.name,   &entry.user, &entry.text, &entry.data,
                                       &entry.author, &entry.tag,  &record.op};
         for (std::size_t i = 0; i < 7; ++i) *texts[i] = std::move(all[3 + i]);
@@ -22423,7 +22734,14 @@ public:
                                  max_age(),
                                  number(limits_.max_rooms),
                                  number(limits_.max_total_bytes),
-                                 RedisRecord::pack(entry, op)};
+                                 RedisRecord::pack(entry, op),
+                                 "-",
+                                 "-"};
+        if (entry.retention) {
+            const auto& [entries, age] = *entry.retention;
+            arguments[arguments.size() - 2] = entries ? number(*entries) : "";
+            arguments.back() = age ? milliseconds(*age) : "";
+        }
         auto& pending = pending_.find_or_emplace(op);
         pending.entry = std::move(entry);
         queue_.call(std::move(arguments), true, [this, op](const redisReply* reply, const std::string& cause) {
@@ -22672,9 +22990,10 @@ private:
     std::string room_channel(const std::string& room) const {
         return link_->channel("c:" + (common(room) ? std::string() : room));
     }
-    std::string max_age() const {
-        return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(limits_.max_age).count());
+    static std::string milliseconds(Duration duration) {
+        return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(duration).count());
     }
+    std::string max_age() const { return milliseconds(limits_.max_age); }
 
     // Work for the loop of the listener. All of a turn is posted at once.
     template <class Work>

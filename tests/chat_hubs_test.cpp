@@ -650,6 +650,33 @@ TEST_CASE("a hub beats every two seconds while it has watched a room, and ends t
     CHECK(scripted.store->unwatched == 1);
 }
 
+TEST_CASE("all hubs write the name of a room as its first member has, until nobody is in it") {
+    Hubs hubs(2);
+    TestClient anna = hubs.connect(0, "Tea%20Room?name=Anna");
+    hubs.settle();
+    TestClient bert = hubs.connect(1, "TEA%20room?name=Bert");
+    hubs.settle();
+    CHECK(field_of(last(bert, "hello"), "room") == "Tea Room");
+    bert.send("hello");
+    hubs.settle();
+    CHECK(field_of(last(anna, "said"), "room") == "Tea Room");
+    TestClient carl = hubs.connect(1, "hall?name=Carl");
+    hubs.settle();
+    carl.send("/rooms");
+    hubs.settle();
+    CHECK(contains(last(carl, "rooms"), R"({"room":"Tea Room","users":2})"));
+    anna.close();
+    hubs.advance(10s);
+    CHECK(hubs.hub(0).room_count() == 0);
+    TestClient dora = hubs.connect(0, "tea%20room?name=Dora");  // Bert is still there
+    CHECK(field_of(last(dora, "hello"), "room") == "Tea Room");
+    dora.close();
+    bert.close();
+    hubs.advance(10s);
+    TestClient emma = hubs.connect(0, "TEA%20ROOM?name=Emma");
+    CHECK(field_of(last(emma, "hello"), "room") == "TEA ROOM");
+}
+
 TEST_CASE("when the store forgets users, their hub forwards them again, and who is not forwarded again has left") {
     using Kind = ChatEntry::Kind;
     Scripted scripted;

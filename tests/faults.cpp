@@ -4,6 +4,7 @@
 #include "faults.hpp"
 
 #define WSCHAT_CHAT 1
+#include <map>
 #include "support.hpp"
 
 #include <csignal>
@@ -288,8 +289,26 @@ struct Actor {
         if (!message) {
             disturbed = true;
             check_end();
+        } else if (message->compare(0, 9, "{\"type\":\"") == 0) {
+            take_chat_event(*message);
         }
         return message;
+    }
+    // Every kept entry of the chat comes once, in order: alone, or in a history that says so.
+    void take_chat_event(const std::string& event) {
+        const std::string type = test::field_of(event, "type");
+        if (type != "said" && type != "history") return;
+        std::uint64_t& last = last_ids[test::field_of(event, "room")];
+        const std::uint64_t before = last;
+        if (type == "history") last = std::strtoull(test::field_of(event, "last").c_str(), nullptr, 10);
+        else last = std::strtoull(test::field_of(event, "id").c_str(), nullptr, 10);
+        const bool joins = type == "history" && before == 0;
+        const bool in_order = type == "said" ? last == before + 1 : last >= before;
+        if (!joins && !in_order) wrong = "missed an entry before " + event;
+        for (std::uint64_t id = before + 1; !joins && type == "history" && id <= last; ++id)
+            if (event.find("\"id\":" + std::to_string(id) + ",") == std::string::npos &&
+                !test::contains(event, "\"gap\":true"))
+                wrong = "missed the entry " + std::to_string(id) + " of " + event;
     }
     void expect(std::string_view wanted) {
         if (!is_active()) return;
@@ -319,6 +338,7 @@ struct Actor {
     std::unique_ptr<WsClient> client;
     std::uint16_t local = 0;
     std::vector<std::string> messages;
+    std::map<std::string, std::uint64_t> last_ids;  // by room of the chat
     bool disturbed = false;
     std::string wrong;
 };

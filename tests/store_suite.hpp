@@ -216,6 +216,30 @@ inline void test_amendments(const StoreFactory& make) {
     CHECK(summary(fixture.since()) == "1:*- 2:- ");
 }
 
+inline void test_mentions(const StoreFactory& make) {
+    using Kind = wschat::ChatEntry::Kind;
+    StoreFixture fixture(make({}));
+    const auto append = [&](Kind kind, const std::string& mentions) {
+        wschat::ChatEntry made = StoreFixture::entry(kind, "text");
+        made.mentions = mentions;
+        made.target = kind == Kind::said ? 0 : 1;
+        return fixture.append(made);
+    };
+    const auto mentions = [&] { return fixture.since().entries.at(0).mentions; };
+    append(Kind::said, "one two");
+    CHECK(fixture.delivered.back().mentions == "one two");
+    fixture.amend(Kind::react, 1, "+1", "bert");
+    CHECK(mentions() == "one two");
+    CHECK(append(Kind::edit, "three") == "3");
+    CHECK(append(Kind::edit, "four") == "4");
+    CHECK(mentions() == "four");
+    CHECK(reactions_of(fixture.since().entries.at(0)) == "+1 bert,");
+    for (const wschat::ChatEntry& edit : fixture.after(2).entries) CHECK(edit.mentions == "four");
+    fixture.amend(Kind::remove, 1, "");
+    CHECK(mentions() == "");
+    for (const wschat::ChatEntry& edit : fixture.after(2).entries) CHECK(edit.mentions == "");
+}
+
 inline void test_reactions(const StoreFactory& make) {
     using Kind = wschat::ChatEntry::Kind;
     wschat::HistoryLimits limits;
@@ -376,6 +400,28 @@ inline void test_retention(const StoreFactory& make) {
         CHECK(say_in("two") == "3");  // ids are not used again
     }
     limits.max_rooms = 0;
+    {
+        // A room has limits of its own, more or less than the store, from the entry on that says so.
+        limits.max_entries = 3;
+        StoreFixture fixture(make(limits));
+        const auto say = [&](std::optional<std::size_t> entries, std::optional<wschat::Duration> age = {}) {
+            wschat::ChatEntry made = StoreFixture::entry(wschat::ChatEntry::Kind::said, "x");
+            made.time = wschat::unix_ms();
+            made.retention = wschat::ChatEntry::Retention{entries, age};
+            fixture.append(made);
+            return fixture.since().entries.size();
+        };
+        for (const std::size_t kept : {1u, 2u, 3u, 4u, 5u}) CHECK(say(5) == kept);
+        CHECK(say(5) == 5);
+        fixture.say("as before");
+        CHECK(fixture.since().entries.size() == 5);
+        CHECK(say(0) == 6);
+        CHECK(say(2) == 2);
+        CHECK(say({}) == 3);
+        CHECK(say({}) == 3);
+        CHECK(say({}, 1h) == 3);
+        limits.max_entries = 0;
+    }
     limits.max_total_bytes = 3000;
     {
         StoreFixture fixture(make(limits));
@@ -393,6 +439,7 @@ inline void test_retention(const StoreFactory& make) {
 inline void test_store(const StoreFactory& make) {
     SUBCASE("pages") { test_pages(make); }
     SUBCASE("amendments") { test_amendments(make); }
+    SUBCASE("mentions") { test_mentions(make); }
     SUBCASE("reactions") { test_reactions(make); }
     SUBCASE("search") { test_search(make); }
     SUBCASE("facts") { test_facts(make); }

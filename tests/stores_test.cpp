@@ -237,6 +237,60 @@ TEST_CASE("a file of the third version is migrated and keeps its entries, tags a
     CHECK(append(*std::make_unique<SqliteFile>(temporary.path, SqliteOptions()), entry("x")) == 1700000000000003);
 }
 
+TEST_CASE("a file of the fifth version is migrated, and finds what it knows about rooms by the folded names") {
+    const DatabaseFile temporary;
+    {
+        SqliteFile file(temporary.path, {});
+        append(file, entry("one", "", "tea room"));
+        append(file, entry("lost", "", "Hall"));  // another room has this name, folded
+        append(file, entry("found", "", "hall"));
+        for (const auto& [scope, key] :
+             std::vector<std::pair<std::string, std::string>>{{"mute", "Tea Room\nname anna"},
+                                                              {"read", "ID\nTea Room"},
+                                                              {"read", "ID\n@Peer"},
+                                                              {"read", "ID\nHall"},
+                                                              {"room", "Tea Room"},
+                                                              {"invite", "tea room\nID"},
+                                                              {"topic", "TEA"}})
+            file.put({scope, key, "1", "", 0});
+    }
+    OtherProgram(temporary.path)
+        .execute(
+            "ALTER TABLE room DROP COLUMN max_entries; ALTER TABLE room DROP COLUMN max_age;"
+            "ALTER TABLE entry DROP COLUMN mentions; PRAGMA user_version = 5");
+    SqliteFile file(temporary.path, {});
+    const auto keys = [&](const std::string& scope) {
+        std::string all;
+        for (const ChatFact& each : file.facts(scope, "")) all += each.key + ";";
+        return all;
+    };
+    CHECK(keys("mute") == "tea room\nname anna;");
+    CHECK(keys("read") == "ID\n@Peer;ID\nHall;ID\ntea room;");
+    CHECK(keys("room") == "tea room;");
+    CHECK(keys("invite") == "tea room\nID;");
+    CHECK(keys("topic") == "tea;");
+    CHECK(summary_of(file.since("tea room", std::nullopt, 50)) == "1one ");
+}
+
+TEST_CASE("a room whose entries expire earlier than others is swept while nobody speaks, also after a restart") {
+    const DatabaseFile temporary;
+    ChatEntry first = entry("old"), other = entry("stays", "", "hall");
+    first.retention = ChatEntry::Retention{std::nullopt, 1h};
+    first.time = other.time = unix_ms() - 2 * 3600 * 1000;
+    for (const bool restart : {false, true}) {
+        CAPTURE(restart);
+        SqliteFile file(temporary.path, {});
+        if (!restart) {
+            CHECK(append(file, first) == 1);
+            append(file, other);
+        }
+        while (file.sweep()) {
+        }
+        CHECK(summary_of(file.since("tea", std::nullopt, 50)) == "");
+        CHECK(summary_of(file.since("hall", std::nullopt, 50)) == "1stays ");
+    }
+}
+
 TEST_CASE("a position is known after restarts, and unknown after a copy of the file was restored") {
     const DatabaseFile live, copy;
     const auto take_copy = [](const DatabaseFile& from, const DatabaseFile& to) {
@@ -401,7 +455,7 @@ TEST_CASE("a file that cannot be used is an Error with the reason") {
         std::string path, sentence;
     } table[] = {
         {garbage.path, "file is not a database (26)"},
-        {newer.path, "it is of version 9, and this program knows 5"},
+        {newer.path, "it is of version 9, and this program knows 6"},
         {foreign.path, "it is a database of another program"},
         {unmarked.path, "it is a database of another program"},
         {"/nowhere/at/all.db", "unable to open database file (14)"},
@@ -487,6 +541,46 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
     CHECK(history.find("hello, Anna") < history.find("are you there?"));
     anna.send("/tag t1 hello");
     CHECK(next_with(anna, "\"t1\"") == "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\",\"id\":1}");
+}
+
+TEST_CASE("what moderators decide, what was read, and what waits in private is there after a restart") {
+    const DatabaseFile temporary;
+    const std::string history = "\"type\":\"history\"", bert_key = "/chat/tea?name=Bert&key=bert-secret";
+    {
+        Chat chat(temporary.path);
+        std::string anna_id;
+        WsClient bert(chat.port(), bert_key);
+        next_with(bert, history);
+        {
+            WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+            anna_id = test::field_of(next_with(anna, "\"hello\""), "user");
+            next_with(anna, history);
+            anna.send("hello");
+            next_with(anna, "\"said\"");
+        }
+        next_with(bert, "\"said\"");
+        bert.send("/read 1");
+        next_with(bert, "\"read\"");
+        bert.send("/msg @" + anna_id + " psst");
+        next_with(bert, "\"private\"");
+        chat.on_loop([&] {
+            ChatHub& hub = ChatHub::of(chat.server);
+            hub.ban("Zed", 1h);
+            hub.room("tea").mute("Bert", 1h);
+            hub.room("tea").set_topic("Scones");
+        });
+        next_with(bert, "Scones");
+    }
+    Chat chat(temporary.path);
+    const WsClient zed(chat.port(), "/chat/tea?name=Zed");
+    CHECK(contains(zed.head, " 403 "));
+    WsClient bert(chat.port(), bert_key);
+    CHECK(contains(next_with(bert, history), "\"topic\":\"Scones\""));
+    CHECK(contains(next_with(bert, "\"read\""), "\"id\":1"));
+    bert.send("hello");
+    CHECK(contains(next_with(bert, "\"error\""), "\"muted\""));
+    WsClient anna(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
+    CHECK(contains(next_with(anna, "\"peer\""), "psst"));
 }
 
 TEST_CASE("a full file is an error for the sender and a log entry, and the chat continues") {

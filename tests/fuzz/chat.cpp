@@ -164,7 +164,7 @@ struct World {
     std::size_t lines = 0;
     bool keeps_all = true;    // the history loses nothing
     bool keeps_rooms = true;  // the ids of a room have no holes
-    bool late = false;        // the store was late at some time
+    bool has_windows = false;  // joins and leaves come together
     bool disturbed = false;   // a hook has changed the rooms of its connection, so the order of events is another one
 };
 World* world = nullptr;
@@ -457,6 +457,10 @@ private:
             check(entry.text.find_first_of("\\\t") != std::string::npos || event.string("text") == entry.text,
                   "a message has another text", text);
         check_equal(event.string("user"), entry.user, "a message has another author");
+        std::string mentions;
+        if (const Value* const list = event.find("mentions"))
+            for (const Value& id_of_user : list->items) mentions += (mentions.empty() ? "" : " ") + id_of_user.text;
+        check_equal(mentions, entry.mentions, "a message has other mentions");
         if (type == "said" && !event.string("tag").empty())
             check(++client_.said[event.string("tag")] == 1, "a message with a tag comes twice", text);
         if (client_.visited.count(room) == 0) return;  // the sender has left the room
@@ -510,18 +514,27 @@ private:
     }
 
     void take_presence(const Value& event, const std::string& type, const std::string& room, const std::string& text) {
+        if (const Value* const list = event.find("users")) {
+            check(list->items.size() > 1 && world->has_windows, "a list of one user", text);
+            for (const Value& each : list->items) take_change(each, type, room, text);
+        } else {
+            take_change(event, type, room, text);
+        }
+    }
+    void take_change(const Value& change, const std::string& type, const std::string& room, const std::string& text) {
         auto& users = client_.views[room].users;
-        const std::string user = event.string("user");
+        const std::string user = change.string("user");
+        check(type == "nick" || user != client_.me, "a user hears of the own join or leave", text);
         if (!users) return;
-        const bool known = users->count(user) != 0, strict = !world->late && !world->disturbed;
+        const bool known = users->count(user) != 0, strict = !world->has_windows && !world->disturbed;
         if (type == "join") {
             if (strict) check(!known, "a user joins twice", text);
-            (*users)[user] = event.string("name");
+            (*users)[user] = change.string("name");
         } else if (type == "leave") {
             if (strict) check(known, "a user leaves who was not there", text);
-            if (user != client_.me) users->erase(user);  // an earlier one of its own may come late
+            users->erase(user);
         } else if (known) {
-            (*users)[user] = event.string("name");
+            (*users)[user] = change.string("name");
         }
     }
 
@@ -647,8 +660,7 @@ private:
         if (amount % 4 != 0) tag = "t" + std::to_string(amount % 4 == 1 ? amount / 32 : 1000 + world->lines);
         std::string line = words_of(kind, amount);
         if (kind / 64 == 1) line = std::string("/in ") + room_words[amount % 3] + " " + line;
-        // A late /msg goes by names, which may belong to others then.
-        const bool answers = kind % 64 < answering && !(world->late && kind % 64 == 8);
+        const bool answers = kind % 64 < answering;
         if (!tag.empty()) {
             // A tag that is used again is answered again, by an "ack".
             if (answers && client.wanted.count(tag) == 0) client.wanted[tag] = client.leaves;
@@ -665,7 +677,7 @@ private:
         const std::string room = room_names[amount / 4 % 3], n = std::to_string(++world->lines);
         const std::string position = world->epochs[room] + "-" + id;
         switch (kind % 64) {
-            case 0: return "line " + n;
+            case 0: return amount % 32 < 8 ? "line " + n + " @" + name : "line " + n;
             case 1: return amount % 2 == 0 ? "spam" : "loud " + n;
             case 2: return "/me waves " + n;
             case 3: return "/edit " + id + " edited " + n;
@@ -729,7 +741,6 @@ private:
         world->store->late = amount % 2 == 1;
         world->store->read = static_cast<LateStore::Read>(amount / 2 % 5);
         if (amount >= 200) world->store->failing = 1 + amount % 3;
-        world->late = world->late || world->store->late || world->store->read != LateStore::Read::now;
         if (!world->store->late) world->store->deliver_all();
     }
     void answer() {
@@ -830,8 +841,7 @@ private:
             check(*view.live >= kept.rbegin()->first, "a member has missed the last entries", name);
         const ChatRoom* const room = world->hub->find(name);
         check(room != nullptr, "a room with a member is gone");
-        // Late events of presence may undo what a later list of users said.
-        if (!view.users || world->late) return;
+        if (!view.users) return;
         std::map<std::string, std::string> users;
         for (const ChatUser& user : room->users()) users[user.id] = user.name;
         std::string expected, actual;
@@ -871,7 +881,8 @@ void set_limits(ChatHub& hub, unsigned choice) {
     if (choice / 2 % 4 == 1) limits.presence_list = 2;
     if (choice / 2 % 4 == 2) limits.history_on_join = limits.history_on_resume = 3;
     if (choice / 8 % 4 == 1) limits.grace = 0s;
-    limits.presence_window = 0s;  // the checks of presence know single joins and leaves
+    world->has_windows = choice / 8 % 4 == 3;
+    if (!world->has_windows) limits.presence_window = 0s;
     if (choice / 8 % 4 == 2) limits.max_rooms_per_connection = 2;
     if (choice / 32 % 4 == 1) limits.max_text = 20;
     if (choice / 32 % 4 == 2) limits.max_history_event = 300;
@@ -885,7 +896,7 @@ void run(InputReader& input) {
     wschat::HistoryLimits history;
     if (of_history % 4 == 1) history.max_entries = 5;
     if (of_history % 4 == 2) history.max_rooms = 2;
-    run.keeps_all = of_history % 4 == 0 || of_history % 4 == 3;
+    run.keeps_all = (of_history % 4 == 0 || of_history % 4 == 3) && of_history / 4 % 4 != 1;
     run.keeps_rooms = of_history % 4 != 2;
     {
         wschat::TestServer server(server_options());
@@ -895,6 +906,11 @@ void run(InputReader& input) {
         auto store = std::make_unique<LateStore>(history);
         run.store = store.get();
         run.hub->set_store(std::move(store));
+        if (of_history / 4 % 4 == 1)
+            run.hub->room_options = [](std::string_view name, wschat::ChatRoomOptions& options) {
+                if (name == "coffee") options.max_entries = 4;
+                if (name == "a b") options.max_age = 2s;
+            };
         server.route<Guest>("/chat/{room}");
         Script(input).run();
         run.replies.clear();
