@@ -17552,6 +17552,7 @@ private:
         std::optional<HistoryPosition> position;
         std::optional<std::uint64_t> delivered_id;  // of the room at the time of the request
         std::string tag{};
+        std::string epoch{};  // of that id
     };
     struct Refusal {
         std::string_view code{};  // empty: nothing is refused
@@ -17920,7 +17921,7 @@ private:
         const std::size_t wanted = position ? room.options.history_on_resume.value_or(limits.history_on_resume)
                                             : room.options.history_on_join.value_or(limits.history_on_join);
         const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
-        const HistoryRequest history_request{room.key(), position, room.delivered_id_, tag};
+        const HistoryRequest history_request{room.key(), position, room.delivered_id_, tag, room.epoch_};
         hub_->store().since(room.key(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
         });
@@ -17944,8 +17945,8 @@ private:
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
         if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
-        const bool behind =
-            page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
+        const bool moved = requested.epoch != page.epoch || requested.delivered_id < chat_room->delivered_id_;
+        const bool behind = page.last_id < chat_room->delivered_id_ && moved;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         members.join(*this);
         request_read_marker(chat_room->key());
