@@ -927,6 +927,7 @@ TEST_SUITE("rooms") {
         CHECK(bus.take() == Texts{"unsubscribe tea"});
     }
 
+<<<<<<< HEAD
     // What a program needs to connect servers in another way than Redis.
     TEST_CASE("a bus of a program connects the rooms of several servers") {
         struct End {
@@ -994,5 +995,20 @@ TEST_SUITE("rooms") {
                                  "# HELP wschat_tea_pots Pots.\n# TYPE wschat_tea_pots gauge\nwschat_tea_pots 3\n"));
             CHECK(test::contains(text, "wschat_cable_published_total{name=\"a\\\"b\\n\"} 1\n"));
         }
+=======
+    TEST_CASE("broadcasts of all sizes around the buffers reach a member that reads late") {
+        struct Late : WebSocketHandler {
+            void open() override { room("all").join(*this); }
+            void on_message(const Message& m) override {
+                room("all").broadcast_binary(m.data() == "large" ? std::string_view(test::more_than_kernel_takes())
+                                                                 : m.data());
+            }
+        };
+        RunningServer running(test::without_pings());
+        running.server.route<Late>("/");
+        running.start();
+        WsClient client(running.port());
+        CHECK(test::complaint_of_late_reader(running, client) == "");
+>>>>>>> main
     }
 }
