@@ -16350,6 +16350,7 @@ private:
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
     std::string epoch_;                          // of that id
     bool behind_ = false;           // memory ran out, so the members have not received what came after that id
+    bool catch_up_scheduled_ = false;
     bool catching_up_ = false;      // the store reads it
     std::uint64_t skipped_id_ = 0;  // the newest id since
     bool presence_known_ = false;   // the store has said who is present
@@ -17101,16 +17102,25 @@ private:
 
     // Memory ran out, so a kept entry has not reached the members. They get it from the store.
     inline void on_undelivered(const ChatEntry& entry);
-    void catch_up_later(const std::string& key, Duration delay) {
-        server_.loop().call_later(delay, [this, key] {
-            ChatRoom* const room = rooms_.find(key);
-            if (room == nullptr || !room->behind_ || room->catching_up_) return;
-            try {
-                catch_up(*room);
-            } catch (const std::bad_alloc&) {
-                catch_up_later(key, std::chrono::seconds(1));
-            }
-        });
+    // Without memory for the timer, the next entry or member of the room tries again.
+    void catch_up_later(ChatRoom& room, Duration delay) {
+        if (room.catch_up_scheduled_ || room.catching_up_) return;
+        try {
+            server_.loop().call_later(delay, [this, key = room.key()] {
+                ChatRoom* const found = rooms_.find(key);
+                if (found == nullptr) return;
+                found->catch_up_scheduled_ = false;
+                if (!found->behind_ || found->catching_up_) return;
+                try {
+                    catch_up(*found);
+                } catch (const std::bad_alloc&) {
+                    catch_up_later(*found, std::chrono::seconds(1));
+                }
+            });
+            room.catch_up_scheduled_ = true;
+        } catch (const std::bad_alloc& error) {
+            server_.report_exception("ChatHub::catch_up_later", error.what());
+        }
     }
     void catch_up(ChatRoom& room) {
         room.catching_up_ = true;
@@ -17800,6 +17810,7 @@ private:
             page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         members.join(*this);
+        if (chat_room->behind_) hub_->catch_up_later(*chat_room, Duration::zero());
         request_read_marker(chat_room->key());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
@@ -19108,8 +19119,12 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     const bool answered = sender != nullptr && !entry.tag.empty();
     const bool tagged = answered && members != nullptr && members->has(*sender);
     const bool has_left = answered && sender->membership_index(room) == sender->memberships_.size();
-    if (has_id && room->behind_) room->skipped_id_ = entry.id;  // it is in what the members get next
-    else show(entry, room, members, tagged ? sender : nullptr);
+    if (has_id && room->behind_) {
+        room->skipped_id_ = entry.id;  // it is in what the members get next
+        catch_up_later(*room, Duration::zero());
+    } else {
+        show(entry, room, members, tagged ? sender : nullptr);
+    }
     if (has_left) on_duplicate(entry);
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
@@ -19131,25 +19146,18 @@ inline void ChatHub::show(const ChatEntry& entry, ChatRoom* room, Room* members,
     if (tagged != nullptr) tagged->write_message(own);
 }
 
-// It allocates nothing but the timer.
 inline void ChatHub::on_undelivered(const ChatEntry& entry) {
     ChatRoom* const room = rooms_.find(entry.room);
     if (room != nullptr && room->delivered_id_ && entry.id > *room->delivered_id_) {
         room->behind_ = true;
         room->skipped_id_ = entry.id;
-        try {
-            catch_up_later(room->key(), Duration::zero());
-        } catch (const std::bad_alloc&) {
-            Room* const members = members_.find(room->key());
-            if (members == nullptr) return;
-            for (WebSocketHandler& each : *members) end_without_memory(static_cast<ChatHandler&>(each));
-            room->behind_ = false;
-            room->delivered_id_ = entry.id;
-        }
+        catch_up_later(*room, Duration::zero());
     }
     ChatHandler* const sender = connection(entry.sender);
     const Room* const members = members_.find(entry.room);
-    if (sender != nullptr && (members == nullptr || !members->has(*sender))) end_without_memory(*sender);
+    const bool comes = room != nullptr && room->catch_up_scheduled_ && members != nullptr;
+    if (sender != nullptr && (!comes || !members->has(*sender)))
+        end_without_memory(*sender);  // it waits for the answer
     if (!is_conversation(entry.room)) return;
     const std::string_view users = entry.room;
     const std::size_t middle = users.find('\n', 1);
@@ -19165,7 +19173,7 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
     room.catching_up_ = false;
     if (!page.error.empty()) {
         server_.report(LogLevel::error, "chat_not_read", {{"room", room.name()}, {"cause", page.error}});
-        return catch_up_later(room.key(), std::chrono::seconds(1));
+        return catch_up_later(room, std::chrono::seconds(1));
     }
     for (const ChatEntry& entry : page.entries) {
         if (entry.id <= room.delivered_id_.value_or(0)) continue;
@@ -19175,7 +19183,7 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
     room.epoch_ = page.epoch;
     room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
     room.behind_ = room.skipped_id_ > page.last_id;
-    if (room.behind_) catch_up_later(room.key(), Duration::zero());
+    if (room.behind_) catch_up_later(room, Duration::zero());
     const Room* const members = members_.find(room.key());
     if (members == nullptr) return;
     for (WebSocketHandler& each : *members) {
