@@ -17804,11 +17804,11 @@ private:
         if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
-        if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
         const bool behind =
             page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
+        if (!joining) return;
         members.join(*this);
         if (chat_room->behind_) hub_->catch_up_later(*chat_room, Duration::zero());
         request_read_marker(chat_room->key());
