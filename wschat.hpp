@@ -2091,7 +2091,7 @@ public:
 private:
     // Letters differ from their other case in 0x20.
     static std::uint32_t bit_of(std::string_view name) {
-        if (name.empty()) return 0;
+        if (name.empty()) return 1;
         const unsigned first = static_cast<unsigned char>(name.front()) | 0x20u;
         const unsigned last = static_cast<unsigned char>(name.back()) | 0x20u;
         return std::uint32_t{1} << ((name.size() + 5 * first + 11 * last) % 32);
@@ -7236,11 +7236,11 @@ public:
         add(TLS_client_method(), {options.certificate, options.key}, options.key_password);
         SSL_CTX* context = contexts_.front().get();
         const unsigned char http[] = "\x08http/1.1";
-        SSL_CTX_set_alpn_protos(context, http, sizeof http - 1);
+        require(SSL_CTX_set_alpn_protos(context, http, sizeof http - 1) == 0);
         if (!verify_) return;
         SSL_CTX_set_verify(context, SSL_VERIFY_PEER, nullptr);
         const std::string& file = options.authorities;
-        if (file.empty()) SSL_CTX_set_default_verify_paths(context);
+        if (file.empty()) require(SSL_CTX_set_default_verify_paths(context) == 1);
         else if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("authorities", file);
         if (!options.revocation_lists.empty()) check_revocation(context, options.revocation_lists);
     }
@@ -7256,17 +7256,21 @@ private:
     [[noreturn]] static void fail(const char* option, const std::string& file) {
         throw Error(std::string("TLS ") + option + " \"" + file + "\": " + pop_tls_error());
     }
+    // For calls that fail only if memory runs out, or if this OpenSSL is built without what they name.
+    static void require(bool done) {
+        if (!done) throw Error("TLS: " + pop_tls_error());
+    }
 
     void add(const SSL_METHOD* method, const TlsCertificate& files, const std::string& password) {
         ERR_clear_error();
         Context owned(SSL_CTX_new(method));
-        if (!owned) throw Error("TLS: " + pop_tls_error());
+        require(owned != nullptr);
         SSL_CTX* context = owned.get();
-        SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
+        require(SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) == 1);
         SSL_CTX_set_options(context, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
         SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
         // TLS 1.2 only with forward secrecy and authenticated encryption. TLS 1.3 always has both.
-        SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20");
+        require(SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20") == 1);
         // Tickets let a client resume a session. A cache in the server would grow with the number of clients.
         SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
         SSL_CTX_set_alpn_select_cb(context, &select_protocol, nullptr);
@@ -7281,7 +7285,7 @@ private:
         X509_LOOKUP* const lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
         if (lookup == nullptr || X509_load_crl_file(lookup, file.c_str(), X509_FILETYPE_PEM) <= 0)
             fail("revocation_lists", file);
-        X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK);
+        require(X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK) == 1);
     }
 
     static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
@@ -7317,7 +7321,7 @@ private:
         SSL_CTX_set_max_cert_list(context, max_tls_message);
         // A ticket proves the client's certificate to this server only.
         const unsigned char id[] = "wschat";
-        SSL_CTX_set_session_id_context(context, id, sizeof id - 1);
+        require(SSL_CTX_set_session_id_context(context, id, sizeof id - 1) == 1);
     }
 
     // Selects the certificate for the name that the client sends (RFC 6066 3).
@@ -19631,6 +19635,8 @@ public:
         ::sqlite3_busy_timeout(database_, static_cast<int>(sqlite_milliseconds(timeout)));
     }
     bool read_only() const { return ::sqlite3_db_readonly(database_, "main") == 1; }
+    // Whether a call since the last one has failed because an index of FTS5 does not fit its table.
+    bool take_index_damaged() { return std::exchange(index_damaged_, false); }
     template <class Work>
     void transaction(const char* begin, Work&& work) {
         // Entries in a deleted file would be lost.
@@ -19650,14 +19656,16 @@ public:
     }
 
 private:
-    void check_result(int result) const {
+    void check_result(int result) {
         if (result == SQLITE_OK) return;
+        if (database_ != nullptr && ::sqlite3_extended_errcode(database_) == SQLITE_CORRUPT_VTAB) index_damaged_ = true;
         const std::string cause = database_ == nullptr ? ::sqlite3_errstr(result) : ::sqlite3_errmsg(database_);
         fail(cause + " (" + std::to_string(result) + ")");
     }
 
     std::string path_;
     sqlite3* database_ = nullptr;
+    bool index_damaged_ = false;
     std::map<std::string, sqlite3_stmt*> statements_;  // by their text
 };
 
@@ -19728,7 +19736,8 @@ public:
     // code with which an amendment is refused.
     std::vector<std::string_view> append(std::vector<ChatEntry>& entries) {
         std::vector<std::string_view> results;
-        database_.transaction("BEGIN IMMEDIATE", [&] {
+        change([&] {
+            results.clear();
             for (ChatEntry& entry : entries) results.push_back(append_one(entry));
             delete_rooms_above_bytes();
         });
@@ -19796,7 +19805,7 @@ public:
         Erased erased;
         if (author.empty()) return erased;
         database_.execute("PRAGMA secure_delete = ON");
-        database_.transaction("BEGIN IMMEDIATE", [&] {
+        change([&] {
             erased.facts = erase_facts(author);
             erased.amendments = erase_reactions(author, limit);
             for (ChatEntry& amendment : erase_messages(author, limit))
@@ -19850,7 +19859,7 @@ public:
     // Deletes expired facts, and the expired entries of some rooms. True: another call has more to do.
     bool sweep() {
         bool more = false;
-        database_.transaction("BEGIN IMMEDIATE", [&] {
+        change([&] {
             delete_expired_facts();
             const bool all =
                 !swept_ || limits_.max_age != Duration::zero();  // appends delete what is above other limits
@@ -20010,6 +20019,22 @@ private:
                 " (SELECT min(id) FROM entry WHERE entry.room = first.room))");
         });
     }
+    // A transaction that changes entries. After memory ran out within FTS5, its index may not fit the entries any more.
+    // Then no entry could be changed, so it is made again. The work may run twice.
+    template <class Work>
+    void change(Work&& work) {
+        try {
+            return database_.transaction("BEGIN IMMEDIATE", work);
+        } catch (const Error&) {
+            if (!database_.take_index_damaged()) throw;
+        }
+        database_.transaction("BEGIN IMMEDIATE", [&] {
+            database_.execute(drop_search_triggers);
+            database_.execute(search_schema);
+            work();
+        });
+    }
+
     // The index of FTS5, if this SQLite has it. The triggers keep it up to date.
     void prepare_search() {
         indexed_ = database_.number("SELECT 1 FROM pragma_compile_options WHERE compile_options = 'ENABLE_FTS5'") != 0;
@@ -20017,13 +20042,13 @@ private:
             const bool complete =
                 database_.number(
                     "SELECT count(*) FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'search_%'") == 3;
-            if (!indexed_)
-                database_.execute(
-                    "DROP TRIGGER IF EXISTS search_insert; DROP TRIGGER IF EXISTS search_delete;"
-                    "DROP TRIGGER IF EXISTS search_update;");
+            if (!indexed_) database_.execute(drop_search_triggers);
             else if (!complete) database_.execute(search_schema);
         });
     }
+    static constexpr const char* drop_search_triggers =
+        "DROP TRIGGER IF EXISTS search_insert; DROP TRIGGER IF EXISTS search_delete;"
+        "DROP TRIGGER IF EXISTS search_update;";
     static constexpr const char* search_schema =
         ("DROP TABLE IF EXISTS search;"
          "CREATE VIRTUAL TABLE search USING fts5(text, room, content = 'entry', content_rowid = 'row',"

@@ -23,19 +23,15 @@ const PASSED = ['rooms', 'help', 'search', 'moderation'];   // events of the ser
 
 /**
  * @typedef {{ emoji: string, count: number, users: string[], me: boolean }} Reaction  users: ids, 20 at most
- *
  * @typedef {{ id: number, kind: 'said' | 'topic', user: string, name: string, text: string, time: number, own: boolean,
  *   me: boolean, mention: boolean, data: object | null, edited: number, removed: boolean, reactions: Reaction[],
  *   asOf: number }} ChatMessage  id: 0 if the server does not keep it; user: the public id of the author; name: '' if the
  *   chat itself speaks; time: Unix time in ms; me: an action, as in "/me waves"; mention: of this user; edited: when, or 0;
  *   asOf: amendments with this id, and older ones, are included
- *
  * @typedef {{ user: string, name: string, about?: any }} Person  user: the public id
  * @typedef {{ resolve: (event: any) => void, reject: (error: ChatError) => void, timer: any }} Asked  a command without its answer
- *
  * @typedef {{ tag: string, room: string, text: string, line: string, state: 'waiting' | 'sent' | 'refused', code: string,
  *   reason: string, sends: number, time: number }} Outgoing  a message in the outbox; code and reason: why it was refused
- *
  * @typedef {{ url?: string, rooms?: string[], name?: string, key?: string, deadline?: number, WebSocket?: any, storage?:
  *   { getItem(name: string): string | null, setItem(name: string, value: string): void } | null }} ClientOptions
  *   url: of the lobby, without a query (default: "chat" beside the page); rooms: to enter (the room that the server selects);
@@ -65,7 +61,7 @@ export class ChatRoomState {
   more = false;                       // the server has older messages
   unread = 0; mentions = 0;           // messages of others; of those, the mentions of this user
   read = 0;                           // the id of the newest message that was read
-  readKnown = false;                  // else it is a guess: a newcomer has read what is there
+  readKnown = false; unsent = false;  // else `read` is a guess: a newcomer has read what is there; the server does not know it yet
   epoch = ''; last = 0;               // the position of the newest entry
   /** @param {string} name @param {string} title */
   constructor(name, title = name) {
@@ -94,7 +90,6 @@ export class ChatRoomState {
     return message;
   }
 }
-
 const page = /** @type {any} */ (globalThis);     // in Node, it has no document and no storage
 function randomToken() { return btoa(String.fromCharCode(...crypto.getRandomValues(new Uint8Array(16)))); }
 
@@ -212,9 +207,8 @@ export class ChatClient extends EventTarget {
     const state = this.rooms.get(room);
     if (!state) return;
     const isNew = state.read < state.last, changed = isNew || state.unread > 0;
-    Object.assign(state, { readKnown: true, unread: 0, mentions: 0, read: Math.max(state.read, state.last) });
-    if (isNew && this.features.has('read') && this.state === 'connected')
-      this._soon('read ' + room, READ_AFTER, () => this._write(`/read ${state.peer ? room + ' ' : ''}${state.read}`, room));
+    Object.assign(state, { readKnown: true, unread: 0, mentions: 0, read: Math.max(state.read, state.last), unsent: state.unsent || isNew });
+    if (state.unsent && this.state === 'connected') this._soon('read ' + room, READ_AFTER, () => this._sendRead(state));
     if (changed) this._set(state, {});
   }
   /** Tells the others that this user writes; call it for each change of the input. @param {string} room @param {boolean} [stop] */
@@ -241,6 +235,7 @@ export class ChatClient extends EventTarget {
   /** Leaves a room, or closes a conversation. @param {string} name */
   async leave(name) {
     const state = this.rooms.get(name);
+    this._sendRead(state);
     this._forgetRoom(name);
     if (state?.joined && !state.peer && this.state === 'connected') await this.command(`/leave ${name}`);
   }
@@ -266,6 +261,7 @@ export class ChatClient extends EventTarget {
     const retry = () => { if (this.state === 'waiting') { this._failures = 0; this._connect(); } };
     page.addEventListener('online', retry, { signal });
     page.addEventListener('offline', () => this._lost(), { signal });
+    page.addEventListener('pagehide', () => this.rooms.forEach(each => this._sendRead(each)), { signal });
     page.addEventListener('pageshow', event => { if (event.persisted && !this.reason) this._connect(); }, { signal });
     page.document.addEventListener('visibilitychange', () => {
       if (!page.document.hidden && this.state === 'connected' && Date.now() - this._heard > SILENCE / 2) this._probe();
@@ -325,6 +321,11 @@ export class ChatClient extends EventTarget {
   _soon(name, ms, action) {
     clearTimeout(this._timers[name]);
     this._timers[name] = setTimeout(action, ms);
+  }
+  _sendRead(state) {
+    if (!state?.unsent || this.state !== 'connected' || !this.features.has('read')) return;
+    this._write(`/read ${state.peer ? state.name + ' ' : ''}${state.read}`, state.name);
+    state.unsent = false;
   }
   // Asks something small whose answer also shows whether anything was missed.
   _probe() {
@@ -500,7 +501,6 @@ export class ChatClient extends EventTarget {
 
 // ---- events of the server --------------------------------------------------------------------------------------------
 const { _logged: logged, _came: came } = ChatClient.prototype;
-
 /** @type {Record<string, (this: ChatClient, state: ChatRoomState, event: any) => void>} in a room that the client knows */
 const ROOM_EVENTS = {
   users(state, { users = [], count }) {

@@ -1759,4 +1759,12 @@ TEST_SUITE("handler") {
         CHECK(fixture.script.events.wait_for("close 4000 local"));
         CHECK(fixture.script.events.count("drain") == 0);
     }
+
+    TEST_CASE("messages of all sizes around the buffers come back to a peer that reads late") {
+        RunningServer running(test::without_pings());
+        running.server.route<test::LateEcho>("/");
+        running.start();
+        WsClient client(running.port());
+        CHECK(test::complaint_of_late_reader(running, client) == "");
+    }
 }

@@ -926,4 +926,19 @@ TEST_SUITE("rooms") {
         loops.run(0);
         CHECK(bus.take() == Texts{"unsubscribe tea"});
     }
+
+    TEST_CASE("broadcasts of all sizes around the buffers reach a member that reads late") {
+        struct Late : WebSocketHandler {
+            void open() override { room("all").join(*this); }
+            void on_message(const Message& m) override {
+                room("all").broadcast_binary(m.data() == "large" ? std::string_view(test::more_than_kernel_takes())
+                                                                 : m.data());
+            }
+        };
+        RunningServer running(test::without_pings());
+        running.server.route<Late>("/");
+        running.start();
+        WsClient client(running.port());
+        CHECK(test::complaint_of_late_reader(running, client) == "");
+    }
 }

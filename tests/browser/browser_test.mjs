@@ -4,22 +4,24 @@
 //        [--modules DIR]
 //
 // --db is for a rooms program with SQLite: its history then survives a restart. A server may be left out, with its steps.
-// --timeout MS is the deadline for one event. --part chat, rooms, login or many: only this part.
+// --timeout MS is the deadline for one event. --part chat, rooms, own, login, scripted or many: only this part.
+// --browser firefox: the stock Firefox in place of Chromium (FIREFOX names another binary than firefox-esr).
 // login has moderators. Needs Chromium (CHROMIUM names another binary than the packaged one) and playwright-core, which is
 // searched for in --modules DIR, then in NODE_PATH, then beside this file. Prints one line per step and ends with
 // status 1 if a step failed. --shots makes the pictures of the README.
 
 import { spawn, spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { createServer } from 'node:net';
+import { tmpdir } from 'node:os';
 import { basename, dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const HERE = dirname(fileURLToPath(import.meta.url));
 const PAGES = Object.fromEntries(['chat', 'rooms'].map(name => [name, join(HERE, `../../examples/${name}.html`)]));
 const TIMEOUT = Number(option('timeout')) || 60_000;  // ms for one event; generous, because a machine under load is slow
-const TOTAL_TIMEOUT = 9 * 60_000;  // ms for all steps
+const TOTAL_TIMEOUT = (option('browser') ? 30 : 9) * 60_000;  // ms for all steps; over WebDriver BiDi they are slower
 const FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
                '--disable-component-update', '--disable-sync', '--disable-quic'];
 
@@ -48,11 +50,18 @@ function findChromium() {
   return candidates.find(candidate => candidate && existsSync(candidate)) ?? usage('Chromium was not found. Install chromium-headless-shell.');
 }
 
+// The stock Firefox, over WebDriver BiDi.
+function findFirefox() {
+  const candidates = [process.env.FIREFOX, '/usr/bin/firefox-esr', '/usr/bin/firefox'];
+  return candidates.find(candidate => candidate && existsSync(candidate)) ?? usage('Firefox was not found. Install firefox-esr.');
+}
+
 if (!option('chat') && !option('rooms') && !option('login'))
   usage('Usage: browser_test.mjs --chat PROGRAM --rooms PROGRAM --login PROGRAM [--db FILE] [--shots DIR] [--modules DIR]');
-const { chromium } = loadModule('playwright-core')
+const IN_FIREFOX = option('browser') === 'firefox';
+const { chromium, firefox } = loadModule('playwright-core')
   ?? usage('playwright-core was not found. Run "npm install --no-package-lock" in tests/browser, or use --modules DIR or NODE_PATH.');
-const executablePath = findChromium();
+const executablePath = IN_FIREFOX ? findFirefox() : findChromium();
 
 // ---- Steps -------------------------------------------------------------------------------------------------------
 
@@ -136,11 +145,9 @@ async function start(path, port, more) {
 const browsers = new Set();
 
 async function launch() {
-  const server = await chromium.launchServer({ executablePath, args: FLAGS });
-  const browser = await chromium.connect(server.wsEndpoint());
-  const both = { server, browser };
-  browsers.add(both);
-  return both;
+  const browser = IN_FIREFOX ? await firefox.launch({ executablePath, channel: 'moz-firefox' }) : await chromium.launch({ executablePath, args: FLAGS });
+  browsers.add(browser);
+  return { browser };
 }
 
 // A user with their own browser context. Contexts share nothing.
@@ -150,7 +157,8 @@ class User {
     const user = new User();
     user.problems = [];
     user.context = await browser.newContext({ locale: 'en-GB', ...options });
-    if (name) await user.context.addInitScript(name => localStorage.setItem('wschat.name', name), name);
+    if (name) await user.context.addInitScript(name => { if (location.protocol === 'http:') localStorage.setItem('wschat.name', name); }, name);
+    if (IN_FIREFOX) await user.context.addInitScript({ content: axeSource() });
     await user.context.addInitScript(() => {
       // Records what happens in the page for the test.
       globalThis.testLog = { states: [], violations: [], socket: null, hello: '', longest: 0, read: false };
@@ -185,12 +193,13 @@ class User {
   recordProblems() {
     const { page, problems } = this;
     page.on('console', message => {
-      // Chromium logs each attempt to connect while the test has taken the page offline.
+      // Browsers log each attempt to connect while the test has taken the page offline.
       const offline = message.text().includes('net::ERR_INTERNET_DISCONNECTED');
       if (!offline && ['error', 'warning'].includes(message.type())) problems.push('console: ' + message.text());
     });
-    page.on('pageerror', error => problems.push('exception: ' + error.message));
-    page.on('requestfailed', request => problems.push('failed: ' + request.url()));
+    const isAttempt = text => IN_FIREFOX && /^Firefox can.t establish a connection|^The connection to ws:.* was interrupted/.test(text);
+    page.on('pageerror', error => { if (!isAttempt(error.message)) problems.push('exception: ' + error.message); });
+    page.on('requestfailed', request => { if (!IN_FIREFOX || !/\/chat\b/.test(request.url())) problems.push('failed: ' + request.url()); });
     page.on('response', response => { if (response.status() >= 400) problems.push(`${response.status()}: ${response.url()}`); });
     page.on('dialog', dialog => { problems.push('dialog: ' + dialog.message()); dialog.dismiss(); });
   }
@@ -200,7 +209,9 @@ class User {
   waitFor(condition, argument) { return this.page.waitForFunction(condition, argument); }
 
   async submit(text) {
-    await this.page.fill('#message', text);
+    // Firefox gets each character as a key.
+    if (text.length < 500) await this.page.fill('#message', text);
+    else await this.page.$eval('#message', (field, text) => { field.value = text; field.dispatchEvent(new Event('input')); }, text);
     await this.page.press('#message', 'Enter');
   }
 
@@ -291,13 +302,14 @@ async function expectChat(a, b, topic) {
 
 // Presses the key until the element has the focus. Every focused element must show its focus.
 async function tabTo(user, id, key) {
+  await user.page.bringToFront();                    // in Firefox, only a window in front shows its focus
   for (let i = 0; i < 30; i++) {
     const focused = await user.page.evaluate(() => {
       const element = document.activeElement;
       const style = getComputedStyle(element);
-      return { id: element.id, visible: element === document.body || (style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 1) };
+      return { id: element.id || element.outerHTML.slice(0, 100), visible: element === document.body || (style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 1) };
     });
-    if (!focused.visible) throw new Error(`the focus on #${focused.id} cannot be seen`);
+    if (!focused.visible) throw new Error(`the focus on ${focused.id} cannot be seen`);
     if (focused.id === id) return;
     await user.page.keyboard.press(key);
   }
@@ -357,13 +369,17 @@ async function testChat(path) {
 
 // ---- rooms: the whole chat ---------------------------------------------------------------------------------------
 
+function axeSource() {
+  return loadModule('axe-core')?.source ?? usage('axe-core was not found. Run "npm install --no-package-lock" in tests/browser.');
+}
+
 // axe-core finds what assistive technology cannot use.
 async function expectAccessible(user, scheme) {
   await user.page.emulateMedia({ colorScheme: scheme });
-  const axe = loadModule('axe-core');
-  const script = axe?.source ?? usage('axe-core was not found. Run "npm install --no-package-lock" in tests/browser.');
-  const cdp = await user.context.newCDPSession(user.page);                 // the content policy allows no added script
-  await cdp.send('Runtime.evaluate', { expression: script });
+  if (!IN_FIREFOX) {
+    const cdp = await user.context.newCDPSession(user.page);               // the content policy allows no added script
+    await cdp.send('Runtime.evaluate', { expression: axeSource() });
+  }
   const found = await user.page.evaluate(() => globalThis.axe.run(document, { resultTypes: ['violations'] }).then(result =>
     result.violations.map(each => `${each.id}: ${each.nodes.slice(0, 3).map(node => node.target.join(' ') + ' ' + (node.any[0]?.message ?? '')).join('; ')}`)));
   expect(found, [], `axe, ${scheme}`);
@@ -389,7 +405,9 @@ async function menuOf(user, name) {
 
 // Replaces in a page what asks for the user's attention, and records it.
 function recordAttention() {
-  globalThis.attention = { asked: 0, shown: [], tones: 0, hidden: false };
+  globalThis.attention = { asked: 0, shown: [], tones: 0, badge: 0, hidden: false };
+  Navigator.prototype.setAppBadge = async count => { attention.badge = count; };
+  Navigator.prototype.clearAppBadge = async () => { attention.badge = 0; };
   globalThis.Notification = class {
     static permission = 'default';
     static async requestPermission() {
@@ -446,6 +464,37 @@ async function testRooms(path) {
     expect(await anna.page.$$eval('#log i, #roster b', all => all.length), 0, 'elements from text');
     await gil.close();
     await anna.waitForUsers(['Anna', 'Bob']).catch(() => {});                  // the grace period may be long
+  });
+
+  await step('a name that is taken needs no warning: the second user gets another one, and is another user', async () => {
+    const other = await openUser('tea', { name: 'Anna' });
+    await other.waitForName('Anna-2');
+    await anna.sendMessage('from the first Anna');
+    await other.waitForMessage('from the first Anna');
+    expect(await other.page.$$eval('#log .message.own, #log .notice.bad', all => all.length), 0, 'own messages and warnings');
+    await other.close();
+  });
+
+  await step('a command that the server refuses comes back into the input, with the reason', async () => {
+    await bob.submit('/nick Anna');
+    await bob.page.waitForSelector('#log .notice.bad:has-text("That name is taken")');
+    expect(await bob.page.inputValue('#message'), '/nick Anna', 'the input');
+    await bob.page.fill('#message', '');
+  });
+
+  await step('Enter does not send while a character is composed, also where only the key code tells', async () => {
+    await bob.page.fill('#message', 'composed in a room');
+    for (const init of [{ isComposing: true }, { keyCode: 229 }])
+      await bob.page.$eval('#message', (field, init) => field.dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter', bubbles: true, cancelable: true, ...init })), init);
+    expect(await bob.page.inputValue('#message'), 'composed in a room', 'the input');
+    await bob.sendMessage('composed in a room');
+  });
+
+  await step('a room with the name ".." is a room', async () => {
+    const dot = await openUser('..', { name: 'Dot' });
+    await dot.waitFor(() => document.querySelector('#room').textContent === '# ..');
+    await dot.sendMessage('between the dots');
+    await dot.close();
   });
 
   await step('an unknown command stays in the input, and is sent as text on request', async () => {
@@ -528,6 +577,15 @@ async function testRooms(path) {
     await bob.page.fill('#message', '');
   });
 
+  await step('the list of rooms has a button for each', async () => {
+    await anna.submit('/rooms');
+    await anna.page.click('#ask-choices button:has-text("# milk and sugar, 1 here")');
+    await anna.waitFor(() => document.querySelector('#room').textContent === '# milk and sugar');
+    await anna.waitForUsers(['Anna', 'Bob']);
+    await anna.page.click('#room-list button[aria-label="Leave # milk and sugar"]');
+    await anna.waitFor(() => document.querySelector('#room').textContent === '# tea');
+  });
+
   await step('leaving a room leaves nothing of it in the header and the list', async () => {
     await bob.page.click('#room-list button[aria-label="Leave # milk and sugar"]');
     await bob.waitFor(() => document.querySelectorAll('#room-list li').length === 1);
@@ -587,6 +645,19 @@ async function testRooms(path) {
     await tabTo(anna, 'message', 'Tab');
   });
 
+  await step('the keyboard goes through the page from its top to its end', async () => {
+    const order = [];
+    await anna.page.bringToFront();
+    await anna.page.evaluate(() => { document.activeElement.blur(); document.body.tabIndex = -1; document.body.focus(); });
+    while (order.at(-1) !== 'roster') {
+      await anna.page.keyboard.press('Tab');
+      order.push(await anna.page.evaluate(() => document.activeElement.closest('#room-list, #roster, [id]').id));
+      if (order.length > 30) break;
+    }
+    expect([...new Set(order)], ['options', 'add-room', 'room-list', 'scroll', 'log', 'message', 'send', 'name', 'roster'], 'the order; in the log is an address');
+    await anna.page.evaluate(() => document.body.removeAttribute('tabindex'));
+  });
+
   await step('notifications: the page asks only on a click, and shows mentions and private messages of a hidden tab', async () => {
     const dora = await openUser('tea', { name: 'Dora', script: recordAttention });
     const shown = () => dora.page.evaluate(() => attention.shown);
@@ -594,8 +665,12 @@ async function testRooms(path) {
     await anna.sendMessage('@Dora before the click');
     await dora.waitForMessage('@Dora before the click');
     await title(dora, '(1) tea \u00B7 wschat');
+    expect(await dora.page.evaluate(() => attention.badge), 1, 'the badge');
+    await dora.page.waitForSelector('#log .divider');                       // new since the user left
     await dora.setHidden(false);
-    expect([await dora.page.evaluate(() => attention.asked), await shown()], [0, []], 'questions and notifications');
+    await title(dora, 'tea \u00B7 wschat');
+    expect(await dora.page.evaluate(() => [attention.badge, attention.asked]), [0, 0], 'the badge, questions');
+    expect(await shown(), [], 'notifications');
     await chooseOption(dora, 'Notify me about mentions');
     await dora.waitFor(() => attention.asked === 1);
     await anna.sendMessage('@Dora while the tab is shown');
@@ -705,6 +780,7 @@ async function testRooms(path) {
   await step('a screen of 320 by 640 does not scroll horizontally, and shows rooms and users', async () => {
     const small = await openUser('tea', { name: 'Small', viewport: { width: 320, height: 640 }, isMobile: true, hasTouch: true });
     expect(await small.horizontalOverflow(), [0, 0, 0], 'overflow of document, body and log');
+    expect(await small.page.$eval('#room', name => name.scrollWidth > name.clientWidth), false, 'the name of the room is cut off');
     await small.page.click('#show-people');
     await small.page.waitForSelector('#roster li:has-text("Anna")', { state: 'visible' });
     await small.page.keyboard.press('Escape');
@@ -713,7 +789,41 @@ async function testRooms(path) {
     await small.close();
   });
 
-  await step('axe finds nothing in either colour scheme', async () => { for (const scheme of ['light', 'dark']) await expectAccessible(anna, scheme); });
+  await step('axe finds nothing in either colour scheme, also in menus, dialogs and panels', async () => {
+    const small = await openUser('tea', { name: 'Small', viewport: { width: 320, height: 640 } });
+    for (const scheme of ['light', 'dark']) {
+      await expectAccessible(anna, scheme);
+      await menuOf(anna, 'Bob');
+      await expectAccessible(anna, scheme);
+      await anna.page.keyboard.press('Escape');
+      await anna.page.click('#add-room');
+      await anna.page.waitForSelector('#ask-choices button');
+      await expectAccessible(anna, scheme);
+      await anna.page.click('#ask-cancel');
+      for (const panel of ['#show-people', '#show-rooms']) {
+        await small.page.click(panel);
+        await expectAccessible(small, scheme);
+        await small.page.keyboard.press('Escape');
+      }
+    }
+    await small.close();
+  });
+
+  await step('the page does not jump when it loads, when the connection is lost and when it is back', async () => {
+    if (IN_FIREFOX) return;                                                   // it does not measure that
+    const still = await openUser('tea', { name: 'Still', script: () => {
+      globalThis.jumps = 0;
+      new PerformanceObserver(list => { for (const entry of list.getEntries()) jumps += entry.value; }).observe({ type: 'layout-shift', buffered: true });
+    } });
+    await still.page.waitForSelector('#log .message');
+    await still.context.setOffline(true);
+    await still.waitForState('waiting');
+    await still.context.setOffline(false);
+    await still.waitForState('connected');
+    const jumps = await still.page.evaluate(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(jumps)))));
+    if (jumps > 0.03) throw new Error(`the layout shift is ${jumps}`);
+    await still.close();
+  });
 
   await step('an offline user gets missed messages, and messages written meanwhile arrive once', async () => {
     await anna.context.setOffline(true);
@@ -774,6 +884,19 @@ async function testRooms(path) {
     await anna.waitForMessage('I am back');
     await anna.page.click('#room-list button[aria-label="Leave @ Eve"]');
     await anna.waitFor(() => document.querySelector('#room').textContent === '# tea');
+    await back.page.reload();                                               // nothing is new, and the conversation is there
+    await back.page.click('#room-list button:has-text("@ Anna")');
+    await back.waitForMessage('for later');
+    expect(await back.page.$$eval('#room-list .badge', all => all.length), 0, 'badges');
+    await anna.page.reload();
+    await anna.waitForState('connected');
+    await anna.waitForUsers(['Anna', 'Bob', 'Eve']);
+    expect(await anna.page.$$eval('#room-list li', all => all.map(each => each.firstChild.textContent).sort()), ['# tea', '@ Bob', '@ Dora'], 'what Anna has not closed');
+    await menuOf(anna, 'Eve');
+    await chooseInMenu(anna, 'Message privately');
+    await anna.waitForMessage('I am back');
+    await back.sendMessage('still there?');
+    await anna.waitForMessage('still there?');
     await back.close();
   });
 
@@ -814,7 +937,7 @@ async function testModeration(path) {
   };
 
   await step('members log in, and only the menu of a moderator can mute, remove and ban', async () => {
-    members = await Members.start(main.browser, path, ['Mo', 'Anna', 'Bob']);
+    members = await Members.start(main.browser, path, ['Mo', 'Anna', 'Bob', 'Dora']);
     [mo, anna, bob] = [await members.open('Mo'), await members.open('Anna'), await members.open('Bob')];
     for (const user of [mo, anna, bob]) await user.waitForUsers(['Anna', 'Bob', 'Mo']);
     expect(await menuTexts(mo, 'Bob'), ['Message privately', 'Mention', 'Mute for 10 minutes', 'Remove from the room', 'Ban for an hour'], 'the menu of Mo');
@@ -836,12 +959,101 @@ async function testModeration(path) {
     await mo.waitForNotice('You have muted Bob.');
     await bob.submit('may I?');
     await bob.page.waitForSelector('#outbox .message.refused .fate:has-text("Not sent: ")');
+    await bob.page.click('#outbox .fate button:has-text("Send again")');
+    await bob.page.waitForSelector('#outbox .message.refused .fate:has-text("Not sent: ")');
+    await bob.page.click('#outbox .fate button:has-text("Edit")');
+    expect(await bob.page.inputValue('#message'), 'may I?', 'the input');
+    await bob.submit('may I speak?');
+    await bob.page.waitForSelector('#outbox .message.refused:has-text("may I speak?")');
     await bob.page.click('#outbox .fate button:has-text("Discard")');
     await bob.page.waitForSelector('#outbox .message', { state: 'detached' });
     await mo.submit('/unmute Bob');
     await mo.waitForNotice('Bob may speak again.');
     await bob.sendMessage('thank you');
     await anna.waitForMessage('thank you');
+  });
+
+  const gate = (user, text) => user.waitFor(text => document.querySelector('#gate-text').textContent.startsWith(text) && !document.querySelector('#gate').hidden, text);
+  const noGate = user => user.waitFor(() => document.querySelector('#gate').hidden);
+  const setSlow = async seconds => {
+    await chooseOption(mo, 'Slow mode');
+    await mo.page.fill('#ask-input', String(seconds));
+    await mo.page.press('#ask-input', 'Enter');
+  };
+
+  await step('in a slow room a countdown stands above the input, and what is written too early stays there', async () => {
+    await setSlow(600);
+    await gate(anna, 'Slow room: one message in 600 s.');
+    await anna.waitForNotice('The room is public. Everybody writes. One message in 600 s.');
+    await anna.sendMessage('the first of mine');
+    await gate(anna, 'Slow room: you may write again in 5');
+    await anna.submit('too early');
+    await anna.waitFor(() => document.querySelector('#announce').textContent.startsWith('Slow room: '));
+    expect([await anna.page.inputValue('#message'), await anna.page.$$eval('#outbox .message', all => all.length)], ['too early', 0], 'the input and the outbox');
+    if (!IN_FIREFOX) await expectAccessible(anna, 'dark');
+    for (const text of ['one', 'two']) await mo.sendMessage(`${text} of a moderator`);
+    await setSlow(0);
+    await noGate(anna);
+    await anna.page.press('#message', 'Enter');
+    await mo.waitForMessage('too early');
+    await setSlow('x');
+    await mo.page.waitForSelector('#log .notice.bad:has-text("/slow SECONDS")');
+  });
+
+  await step('in a read-only room the input is locked with a sentence, except for moderators', async () => {
+    await anna.page.fill('#message', 'a draft');
+    await chooseOption(mo, 'Only moderators write');
+    await gate(anna, 'Only moderators write in this room.');
+    expect(await anna.page.$eval('#message', field => field.readOnly), true, 'the input is locked');
+    await anna.page.press('#message', 'Enter');
+    await expectAccessible(anna, 'light');
+    expect(await mo.page.$eval('#message', field => field.readOnly), false, 'the input of the moderator is locked');
+    await mo.sendMessage('news');
+    await chooseOption(mo, 'Everybody writes');
+    await noGate(anna);
+    expect(await anna.page.inputValue('#message'), 'a draft', 'the draft');
+    await anna.sendMessage('written again');
+  });
+
+  await step('a private room has a lock, lets nobody in without an invitation, and its users invite', async () => {
+    await chooseOption(mo, 'Make the room private');
+    for (const user of [mo, anna]) await user.page.waitForSelector('#title .lock');
+    await anna.page.waitForSelector('#room-list li:has-text("# tea") .lock');
+    const dora = await members.open('Dora');
+    await dora.waitForNotice('That room is private; somebody in it can invite you.');
+    await dora.page.reload();
+    await gate(dora, 'That room is private');
+    await dora.page.waitForSelector('#room-list li.refused:has-text("# tea")');
+    expect([await dora.page.$eval('#message', field => field.readOnly), await dora.users()], [true, []], 'the locked input, the users');
+    await expectAccessible(dora, 'dark');
+    await dora.page.click('#try-again');
+    await dora.waitFor(() => document.querySelector('#announce').textContent.startsWith('That room is private'));
+    for (const user of [dora, anna]) {
+      await user.page.click('#room-list button:has-text("# lobby")');
+      await user.waitForUsers(['Anna', 'Bob', 'Dora', 'Mo']);
+    }
+    await menuOf(anna, 'Dora');
+    await chooseInMenu(anna, 'Invite to # tea');
+    await anna.waitForNotice('You have invited Dora to tea.');
+    await dora.page.waitForSelector('#invitation:has-text("invites you to #")');
+    await expectAccessible(dora, 'light');
+    await dora.page.click('#not-now');
+    await dora.page.waitForSelector('#invitation', { state: 'hidden' });
+    await anna.page.click('#room-list button:has-text("# tea")');
+    await anna.waitForUsers(['Anna', 'Bob', 'Mo']);
+    await chooseOption(anna, 'Invite somebody');
+    await anna.page.fill('#ask-input', 'Dora');
+    await anna.page.press('#ask-input', 'Enter');
+    await dora.page.click('#enter');
+    await dora.waitForUsers(['Anna', 'Bob', 'Dora', 'Mo']);
+    await noGate(dora);
+    await dora.sendMessage('thank you for the invitation');
+    await chooseOption(mo, 'Make the room public');
+    await anna.page.waitForSelector('#title .lock', { state: 'detached' });
+    await dora.submit('/leave');
+    await dora.waitFor(() => document.querySelector('#room').textContent === '# lobby');
+    await dora.close();
+    await anna.waitForUsers(['Anna', 'Bob', 'Mo']);
   });
 
   await step('a user who is removed reads why, stays away, and comes back on a click', async () => {
@@ -884,6 +1096,117 @@ async function testModeration(path) {
   await main.browser.close();
 }
 
+// ---- What a server seldom does: the page is real, the server is a script --------------------------------------------
+
+async function testScripted(path) {
+  const main = await launch(), server = await start(path);
+  let user, socket, answer = () => {};
+  const send = event => socket.send(JSON.stringify(event));
+  const said = (id, text, more) => ({ type: 'said', room: 'tea', id, user: 'BOB', name: 'Bob', text, time: Date.now(), ...more });
+  const prepare = page => page.routeWebSocket(/\/chat/, route => {
+    socket = route;
+    send({ type: 'hello', version: 3, room: 'tea', name: 'Anna', user: 'ANNA', features: ['history', 'before', 'read'], may: ['say', 'private'], limits: {} });
+    send({ type: 'users', room: 'tea', count: 2, users: [{ user: 'ANNA', name: 'Anna' }, { user: 'BOB', name: 'Bob' }] });
+    send({ type: 'history', room: 'tea', epoch: 'e', last: 1, gap: false, more: false, entries: [said(1, 'hello')] });
+    route.onMessage(line => {
+      const [, tag, rest] = line.match(/^\/tag (\S+) ([^]*)$/) ?? [, undefined, line];
+      if (rest === '/help') send({ type: 'help', commands: [], tag });
+      else if (tag) answer(rest, tag);
+    });
+  });
+
+  await step('a mention is one of the id of the user, not of the name', async () => {
+    user = await User.open(main.browser, server.address + '#tea', { name: 'Anna', prepare });
+    await user.waitForMessage('hello');
+    send(said(2, 'for another @Anna', { mentions: ['OTHER'] }));
+    send(said(3, 'for this @Anna', { mentions: ['ANNA'] }));
+    await user.page.waitForSelector('#log .message.mention:has-text("for this")');
+    expect(await user.page.$$eval('#log .message.mention', all => all.length), 1, 'mentions');
+  });
+  if (!user) return;
+
+  await step('what a room refuses as read-only goes back into the input', async () => {
+    answer = (rest, tag) => send({ type: 'error', code: 'read_only', text: 'Only moderators speak in this room.', tag });
+    await user.submit('a moment too late');
+    await user.waitFor(() => document.querySelector('#message').value === 'a moment too late' && document.querySelector('#outbox').childElementCount === 0);
+    await user.page.fill('#message', '');
+  });
+
+  await step('a full room says so, and is entered when a place is free', async () => {
+    answer = (rest, tag) => send({ type: 'error', code: 'room_full', text: 'That room is full.', room: 'milk', tag });
+    send({ type: 'error', code: 'room_full', text: 'That room is full.', room: 'tea' });             // of a room that was entered: a notice
+    await user.waitForNotice('That room is full.');
+    await user.submit('/join milk');
+    await user.waitFor(() => document.querySelectorAll('#log .notice.bad').length === 2);
+    expect(await user.page.inputValue('#message'), '/join milk', 'the input');
+    await user.page.fill('#message', '');
+  });
+
+  await step('a limit of read markers is told once', async () => {
+    for (let i = 0; i < 3; i++) send({ type: 'error', code: 'read_limit', text: 'You have too many read markers.' });
+    send(said(4, 'after the errors'));
+    await user.waitForMessage('after the errors');
+    expect(await user.page.$$eval('#log .notice.bad', all => all.filter(each => each.textContent.includes('read markers')).length), 1, 'notices');
+  });
+
+  await step('joins and leaves are one line, with the last that each one did', async () => {
+    const people = Array.from({ length: 12 }, (_, i) => ({ user: `U${i}`, name: `User ${i}` }));
+    send({ type: 'join', room: 'tea', count: 14, users: people, time: Date.now() });
+    await user.waitForNotice('12 people joined');
+    await user.waitFor(() => document.querySelector('#count').textContent === '14 here');
+    for (let i = 0; i < 5; i++) for (const type of ['leave', 'join']) send({ type, room: 'tea', count: 13, ...people[0], time: Date.now() });
+    send({ type: 'leave', room: 'tea', count: 13, ...people[1], time: Date.now() });
+    await user.waitFor(() => [...document.querySelectorAll('#log .notice bdi')].at(-1).textContent.replace(/[\u2068\u2069]/g, '') === '11 people joined, User 1 left');
+  });
+
+  await step('a large room shows a number, and one that hides its users says so', async () => {
+    send({ type: 'users', room: 'tea', count: 4321 });
+    await user.waitFor(() => document.querySelector('#count').textContent === '4321 here' && document.querySelector('#roster').textContent === 'and 4321 more');
+    send({ type: 'users', room: 'tea' });
+    await user.waitFor(() => document.querySelector('#count').textContent === 'This room does not show who is here.');
+  });
+
+  await step('an own event and an unknown event of a program change nothing', async () => {
+    send({ type: 'event', room: 'tea', name: 'weather', data: { sun: true }, time: 1 });
+    send({ type: 'of tomorrow', room: 'tea' });
+    send(said(5, 'with data', { data: { cups: 2 } }));
+    await user.waitForMessage('with data');
+  });
+  await step('there was no console error', () => expectNoProblems(user));
+  await server.stop('SIGINT');
+  await main.browser.close();
+}
+
+// ---- The page of the guide in examples/README.md ---------------------------------------------------------------------
+
+async function testOwnPage(path) {
+  const main = await launch(), folder = mkdtempSync(join(tmpdir(), 'wschat-own-'));
+  let server;
+  await step('the page of the guide has 30 lines, and two of them chat', async () => {
+    const page = readFileSync(join(HERE, '../../examples/README.md'), 'utf8').match(/```html\n([^]*?)```/)[1];
+    expect(page.split('\n').length - 1 <= 30, true, 'at most 30 lines');
+    writeFileSync(join(folder, 'own.html'), page);
+    server = await start(path, undefined, ['--page', join(folder, 'own.html')]);
+    const open = async () => {
+      const context = await main.browser.newContext(), opened = await context.newPage();
+      opened.setDefaultTimeout(TIMEOUT);
+      await opened.goto(server.address);
+      await opened.waitForSelector('#state:has-text("connected")');
+      return opened;
+    };
+    const [one, two] = [await open(), await open()];
+    for (const [from, to, text] of [[one, two, '<b>Hello</b>'], [two, one, 'Hello yourself']]) {
+      await from.fill('#text', text);
+      await from.press('#text', 'Enter');
+      for (const each of [from, to]) await each.waitForFunction(text => [...document.querySelectorAll('#log li')].at(-1)?.textContent.endsWith(': ' + text), text);
+    }
+    expect(await one.$$eval('#log li', all => all.length), 2, 'messages');
+  });
+  await server?.stop('SIGINT');
+  rmSync(folder, { recursive: true });
+  await main.browser.close();
+}
+
 // ---- A room of 10,000 messages: the page is real, the server is a script --------------------------------------------
 
 const MANY = 10_000;
@@ -898,6 +1221,7 @@ class ManyMessages {
       this.socket = socket;
       this.last = MANY;
       this.send({ type: 'hello', version: 3, room: 'tea', name: 'Anna', user: 'ANNA', features: ['before', 'history'], may: ['say'], limits: {} });
+      this.send({ type: 'users', room: 'tea', count: 200, users: Array.from({ length: 200 }, (_, i) => ({ user: `U${i}`, name: `User ${i}` })) });
       this.send({ type: 'history', room: 'tea', epoch: 'e', last: MANY, gap: false, more: true, entries: numbers(MANY - 99, MANY + 1) });
       socket.onMessage(line => {
         const [, tag, rest] = line.match(/^\/tag (\S+) (.*)$/) ?? [];
@@ -946,19 +1270,41 @@ async function testMany(path) {
     await anna.waitForNotice('This is the beginning.');
   });
 
+  await step('a message costs the page little', async () => {
+    if (IN_FIREFOX) return;                                                   // it does not measure that
+    const cdp = await anna.context.newCDPSession(anna.page);
+    await cdp.send('Performance.enable');
+    const measure = async () => Object.fromEntries((await cdp.send('Performance.getMetrics')).metrics.map(({ name, value }) => [name, value]));
+    many.say(1);
+    await anna.page.click('#pill');                                           // to the end of the conversation
+    await waitForNewest(anna, many.last);
+    const before = await measure();
+    many.say(500);
+    await waitForNewest(anna, many.last);
+    await cdp.send('HeapProfiler.collectGarbage');
+    const after = await measure(), per = name => ((after[name] - before[name]) * 1000 / 500).toFixed(3);
+    console.log(`# per message: ${per('ScriptDuration')} ms of script, ${per('LayoutDuration')} ms of layout, ${per('RecalcStyleDuration')} ms of style; ${after.Nodes} nodes, ${Math.round(after.JSHeapUsedSize / 1e6)} MB`);
+    if (after.Nodes > 20_000) throw new Error(`the document has ${after.Nodes} nodes`);
+  });
+
   await step('new messages do not move a page that is read further up, and are counted', async () => {
+    for (let { first } = await drawnNumbers(anna), i = 0; i < 8; i++) {
+      await anna.page.evaluate(() => { document.querySelector('#scroll').scrollTop = 60; });
+      await anna.waitFor(first => parseInt(document.querySelector('#log .message .text').textContent.slice(7)) < first, first);
+      ({ first } = await drawnNumbers(anna));
+    }
     const { last } = await drawnNumbers(anna);
     many.say(300);
     await anna.page.waitForSelector('#pill:has-text("300 new messages")');
     expect((await drawnNumbers(anna)).last, last, 'the last message that is drawn');
     await anna.page.click('#pill');
-    await waitForNewest(anna, 10300);
+    await waitForNewest(anna, many.last);
     await drawnNumbers(anna);
   });
 
   await step('hundreds of new messages at once leave the page small, and older ones come back in their order', async () => {
     many.say(700);
-    await waitForNewest(anna, 11000);
+    await waitForNewest(anna, many.last);
     const { first } = await drawnNumbers(anna);
     await anna.page.evaluate(() => { document.querySelector('#scroll').scrollTop = 0; });
     await anna.waitFor(first => parseInt(document.querySelector('#log .message .text').textContent.slice(7)) < first, first);
@@ -1059,7 +1405,7 @@ async function makePictures(paths, folder) {
 
 async function cleanUp() {
   for (const child of children) child.kill('SIGKILL');
-  await Promise.allSettled([...browsers].map(({ server }) => server.kill()));
+  await Promise.allSettled([...browsers].map(browser => withTimeout(browser.close(), 'the browser to end', 10_000)));
 }
 
 async function end() {
@@ -1070,7 +1416,7 @@ async function end() {
 
 setTimeout(() => {
   results.failed += 1;
-  console.log(`not ok - logText ends withTimeout ${TOTAL_TIMEOUT / 1000} s`);
+  console.log(`not ok - the run ends within ${TOTAL_TIMEOUT / 1000} s`);
   end();
 }, TOTAL_TIMEOUT).unref();
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => { results.failed += 1; end(); });
@@ -1088,10 +1434,17 @@ for (const [name, page] of Object.entries(PAGES)) {
     expect(found ?? [], [], 'forbidden code');
   });
 }
+await step('rooms.html: all its text is in the table TEXT', () => {
+  const [, markup] = readFileSync(PAGES.rooms, 'utf8').match(/<body[^>]*>([^]*?)<script/);
+  expect(markup.replace(/<[^>]*>/g, ' ').match(/[\p{L}]+/gu) ?? [], [], 'words in the markup');
+  expect(markup.match(/\b(?:aria-label|placeholder|title|alt)="[^"]*"/g) ?? [], [], 'words in attributes');
+});
 try {
   if (paths.chat && runs('chat')) await testChat(paths.chat);
   if (paths.rooms && runs('rooms')) await testRooms(paths.rooms);
+  if (paths.rooms && runs('own')) await testOwnPage(paths.rooms);
   if (paths.login && runs('login')) await testModeration(paths.login);
+  if (paths.rooms && runs('scripted')) await testScripted(paths.rooms);
   if (paths.rooms && runs('many')) await testMany(paths.rooms);
   if (option('shots')) await makePictures(paths, resolve(option('shots')));
 } catch (error) {

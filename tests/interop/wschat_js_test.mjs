@@ -8,7 +8,7 @@
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { rmSync } from 'node:fs';
+import { readFileSync, rmSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import net from 'node:net';
 import { dirname, join, resolve } from 'node:path';
@@ -28,7 +28,7 @@ function load(name) {
   return process.exit(2);
 }
 const { WebSocket, WebSocketServer } = load('ws');
-const { ChatClient, mentions } = await import(pathToFileURL(join(HERE, '../../examples/wschat.js')).href);
+const { ChatClient, ChatRoomState, mentions } = await import(pathToFileURL(join(HERE, '../../examples/wschat.js')).href);
 
 // ---- Checks ------------------------------------------------------------------------------------------------------
 
@@ -241,6 +241,30 @@ if (options.rooms) {
     for (const client of [anna, bob]) for (const name of ['Anna', 'Bob'])
       assert.deepEqual(texts(client, 'tea').filter(each => each.startsWith(name)), sent[name]);
     assert.deepEqual(texts(anna, 'tea'), texts(bob, 'tea'));
+  });
+}
+
+// Ids of users, epochs and times differ in each run.
+function masked(event) {
+  return event.replace(/"(user|epoch)":"[^"]*"/g, '"$1":"?"').replace(/"time":\d+/g, '"time":0');
+}
+
+if (options.rooms) {
+  await check('the session in examples/README.md is what the server and a client exchange', async () => {
+    const readme = readFileSync(join(HERE, '../../examples/README.md'), 'utf8');
+    const lines = readme.match(/```text\n(< \{"type":"hello"[^]*?)```/)[1].trim().split('\n');
+    const server = await start(), events = [];
+    const socket = new WebSocket(`${server.url}/tea?name=Anna&key=a-key-of-Anna`);
+    socket.on('message', data => events.push(String(data)));
+    for (const line of lines) {
+      if (line.startsWith('> ')) socket.send(line.slice(2));
+      else {
+        await until(() => events.length > 0, line);
+        assert.equal(masked(events.shift()), masked(line.slice(2)));
+      }
+    }
+    assert.deepEqual(events, []);
+    socket.terminate();
   });
 }
 
@@ -613,6 +637,17 @@ await check('conversations without anything new are there, and their messages co
   assert.deepEqual([room.title, room.unread, room.more, room.messages.length], ['Bob', 0, true, 0]);
   assert.equal(await client.before('@BOB', 50), 1);
   assert.deepEqual([room.messages[0].text, room.more, room.unread], ['earlier', false, 0]);
+});
+
+await check('the reference names each call, each property and each event', () => {
+  const reference = readFileSync(join(HERE, '../../examples/README.md'), 'utf8').split('### Reference of wschat.js')[1];
+  const isPublic = name => !name.startsWith('_') && !['constructor', 'forget', 'insert', 'setOptions', 'readKnown', 'unsent'].includes(name);
+  const names = [ChatClient.prototype, new ChatClient({ storage: null }), ChatRoomState.prototype, new ChatRoomState('tea')]
+    .flatMap(each => Object.getOwnPropertyNames(each)).filter(isPublic);
+  const source = readFileSync(join(HERE, '../../examples/wschat.js'), 'utf8');
+  names.push(...[...source.matchAll(/_tell\('(\w+)'/g)].map(([, name]) => name));
+  assert.ok(names.length > 50, 'the names were found');
+  assert.deepEqual([...new Set(names)].filter(name => !new RegExp(`\`${name}\\b`).test(reference)), []);
 });
 
 await check('a mention is a whole name, in any case', () => {
