@@ -623,26 +623,6 @@ void chat_rooms(std::size_t n) {
     server.advance(std::chrono::hours(1));
     sink = sink + client.messages().size();
 }
-// n users join one room: names, lists, histories, what the others hear. From the first question in open() to the end of
-// the join; what a TestServer does in between is not measured.
-struct Joiner final : ChatHandler {
-    bool may(ChatAction action) override {
-        if (action == ChatAction::join && !std::exchange(joins, true)) CALLGRIND_TOGGLE_COLLECT;
-        return ChatHandler::may(action);
-    }
-    void on_join(ChatRoom&) override { CALLGRIND_TOGGLE_COLLECT; }
-    bool joins = false;
-};
-void chat_joins(std::size_t n) {
-    ServerOptions options;
-    options.handle_signals = false;
-    TestServer server(options);
-    server.route<Joiner>("/chat/{room}");
-    ChatHub::of(server).limits.presence_list = 50;  // above it, a join must not cost more
-    std::vector<TestClient> clients;
-    for (std::size_t i = 0; i < n; ++i) clients.push_back(server.connect("/chat/tea?name=Guest"));
-    require(ChatHub::of(server).room("tea").users().size() == n, "a user is missing");
-}
 void chat_receiver(std::size_t n) {
     detail::Presence presence;
     presence.connect({std::string(40, 'a')}, "", nullptr);
@@ -726,7 +706,6 @@ constexpr Case cases[] = {
     {"chat_stores", chat_stores, 1000},
     {"chat_names", chat_names, 500},
     {"chat_lost_users", chat_lost_users, 1000},
-    {"chat_joins", chat_joins, 1000},
     {"chat_receiver", chat_receiver, 50'000},
     {"chat_rooms", chat_rooms, 300},
 };
