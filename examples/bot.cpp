@@ -9,6 +9,7 @@
 #include "../wschat.hpp"
 
 #include <ctime>
+#include <filesystem>
 #include <fstream>
 #include <set>
 
@@ -34,7 +35,7 @@ struct Memory {
     std::string epoch;              // of the history whose ids these are; empty before the first start
     std::uint64_t last = 0;         // all messages up to this one are done
     std::uint64_t newest = 0;       // the last one that has arrived
-    std::set<std::uint64_t> asked;  // questions whose answers the chat has not confirmed
+    std::set<std::uint64_t> asked;  // questions whose answers the chat has not taken
 
     void load() {
         if (!file.empty()) std::ifstream(file) >> epoch >> last;
@@ -46,8 +47,13 @@ struct Memory {
         last = done;
         save();
     }
+    // The old file stays until the new one is complete, because the bot may be killed at any time.
     void save() const {
-        if (!file.empty()) std::ofstream(file) << epoch << ' ' << last << '\n';
+        if (file.empty()) return;
+        std::ofstream(file + ".new") << epoch << ' ' << last << '\n';
+        std::error_code error;
+        std::filesystem::rename(file + ".new", file, error);
+        if (error) std::fprintf(stderr, "bot: %s: %s\n", file.c_str(), error.message().c_str());
     }
     // Another history has begun, with ids of its own.
     void begin(std::string_view its_epoch) {
@@ -83,11 +89,12 @@ struct Bot : wschat::WebSocketHandler {
         if (type == "error") {
             std::fprintf(stderr, "bot: the chat says: %s\n", wschat::escape_for_log(event).c_str());
         }
-        if (const std::string_view tag = field(event, "tag"); wschat::text::starts_with(tag, "time-")) confirm(tag);
+        if (wschat::text::starts_with(field(event, "tag"), "time-")) confirm(event);
         // A history contains what was said while there was no connection.
         const std::string_view said = "{\"type\":\"said\"";
         for (std::size_t at = event.find(said); at != std::string_view::npos; at = event.find(said, at + 1))
             read(event.substr(at));
+        answer();
     }
     void on_close() override {
         std::fprintf(stderr, "bot: closed: %u (%s)\n", number(close_code()),
@@ -101,18 +108,32 @@ struct Bot : wschat::WebSocketHandler {
         const std::uint64_t id = wschat::text::parse_unsigned(field(said, "id"), UINT64_MAX).value_or(0);
         if (id <= memory.last) return;
         memory.newest = (std::max)(memory.newest, id);
-        if (field(said, "text") == "!time") {
-            memory.asked.insert(id);
-            write_message("/tag time-" + std::to_string(id) + " " + now());
-        }
+        if (field(said, "text") == "!time") memory.asked.insert(id);
         memory.note(memory.newest);
     }
-    void confirm(std::string_view tag) {
-        memory.asked.erase(wschat::text::parse_unsigned(tag.substr(5), UINT64_MAX).value_or(0));
-        memory.note(memory.newest);
+    // One answer at a time: the chat refuses a flood, as after a long time without a connection.
+    void answer() {
+        if (waiting || memory.asked.empty()) return;
+        waiting = true;
+        write_message("/tag time-" + std::to_string(*memory.asked.begin()) + " " + now());
+    }
+    void confirm(std::string_view event) {
+        const std::string_view code = field(event, "code");
+        const bool refused_now = code == "flood" || code == "slow" || code == "not_kept";
+        if (!refused_now) {
+            memory.asked.erase(wschat::text::parse_unsigned(field(event, "tag").substr(5), UINT64_MAX).value_or(0));
+            memory.note(memory.newest);
+        }
+        loop().call_later(std::chrono::milliseconds(refused_now ? 2000 : 250), [me = ref()] {
+            Bot* const bot = static_cast<Bot*>(me.get());
+            if (bot == nullptr) return;
+            bot->waiting = false;
+            bot->answer();
+        });
     }
 
     Memory& memory;
+    bool waiting = false;  // for what the chat says about the last answer
 };
 
 }  // namespace

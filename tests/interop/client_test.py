@@ -272,6 +272,17 @@ async def check_bot():
                 await next_said(anna, "!time")
                 bot = await start(*bot_command, stderr=asyncio.subprocess.PIPE)
                 await next_said(anna, "It is ")
+            # More questions than the chat takes answers at once.
+            await stop(bot)
+            async with websockets.connect(url + "?name=carl", ping_interval=None) as carl:
+                for asker in (anna, carl):
+                    for _ in range(12):
+                        await asker.send("!time")
+                for _ in range(24):
+                    await next_said(anna, "!time")
+            bot = await start(*bot_command, stderr=asyncio.subprocess.PIPE)
+            for _ in range(24):
+                await next_said(anna, "It is ")
             # A bot that has forgotten its state asks for all again; the chat knows the tags of its answers.
             await stop(bot)
             with open(state) as file:
@@ -289,8 +300,8 @@ async def check_bot():
                 if event["type"] == "history":
                     break
         said = [entry["text"] for entry in event["entries"]]
-        expect(sum(text == "!time" for text in said), 5, "the questions")
-        expect(sum(text.startswith("It is ") for text in said), 5, "the answers")
+        expect(sum(text == "!time" for text in said), 29, "the questions")
+        expect(sum(text.startswith("It is ") for text in said), 29, "the answers")
         await stop(server)
         server, _ = await start_server(OPTIONS.rooms, str(port))
         async with websockets.connect(url + "?name=anna", ping_interval=None) as anna:
