@@ -1779,4 +1779,33 @@ TEST_CASE("a client on a port without a listener does not leak descriptors or ro
     CHECK(story.failures.size() == 200);
 }
 
+TEST_CASE("messages of all sizes around the buffers come back to a client that reads late") {
+    RunningServer server(test::without_pings());
+    server.server.route<test::LateEcho>("/");
+    server.start();
+    const std::vector<std::size_t> sizes = test::sizes_around_buffers();
+    std::size_t next = 0, wrong = 0;
+    bool first = true;
+    Story story;
+    story.on_open = [&](WebSocketHandler& handler) {
+        handler.write_binary("large");
+        for (const std::size_t size : sizes) handler.write_binary(test::bytes_of_size(size));
+        // The loop of the client reads nothing before the server holds a part of its answer.
+        handler.loop().call_later(
+            1ms, [&] { CHECK(server.eventually([&] { return server.server.metrics().backlog_bytes > 64 * 1024; })); });
+    };
+    story.on_message = [&](WebSocketHandler& handler, const Message& got) {
+        story.events.clear();
+        const std::size_t size = first ? 0 : sizes[next++];
+        if (got.data() != (first ? test::more_than_kernel_takes() : test::bytes_of_size(size))) ++wrong;
+        first = false;
+        if (next == sizes.size()) handler.close();
+    };
+    ClientOptions with = options();
+    with.limits.max_message_size = with.limits.max_backlog = 16'000'000;
+    play(story, url(server.port()), with);
+    CHECK(next == sizes.size());
+    CHECK(wrong == 0);
+}
+
 TEST_SUITE_END();

@@ -1156,6 +1156,25 @@ TEST_SUITE("compression") {
         }));
         CHECK(running.metrics().websockets_open >= 10);
     }
+
+    TEST_CASE("compressed messages of all sizes around the buffers come back to a peer that reads late") {
+        for (const bool takeover : {false, true}) {
+            struct Late : test::LateEcho {
+                explicit Late(bool with_takeover) : takeover(with_takeover) {}
+                std::optional<CompressionOptions> get_compression_options() override {
+                    return options_of(15, 15, takeover, takeover);
+                }
+                bool takeover;
+            };
+            CAPTURE(takeover);
+            RunningServer running(test::without_pings());
+            running.server.route<Late>("/", takeover);
+            running.start();
+            WsClient client(running.port(), "/", {}, options_of(15, 15, takeover, takeover));
+            CHECK(client.compressed);
+            CHECK(test::complaint_of_late_reader(running, client) == "");
+        }
+    }
 }
 
 #else

@@ -39,7 +39,8 @@ enum class Call : std::uint8_t {
     socket,
     unlink,
     write,
-    allocate,  // operator new
+    allocate,          // operator new
+    openssl_allocate,  // malloc() and realloc() of OpenSSL
     count
 };
 constexpr std::size_t call_count = static_cast<std::size_t>(Call::count);

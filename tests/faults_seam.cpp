@@ -18,6 +18,9 @@
 #include <new>
 #include <utility>
 
+#if defined(WSCHAT_OPENSSL) && WSCHAT_OPENSSL
+#include <openssl/crypto.h>
+#endif
 #if defined(WSCHAT_LIBURING) && WSCHAT_LIBURING
 #define WITH_RING
 #include <liburing.h>
@@ -109,7 +112,7 @@ const char* to_string(Call call) {
         "accept4", "bind", "close", "connect", "epoll_create1", "epoll_ctl", "epoll_wait", "fstat",
         "getaddrinfo", "getrlimit", "getsockname", "listen", "lstat", "open", "openat", "pipe2", "poll", "read",
         "realpath", "recv", "io_uring_queue_init", "io_uring_submit", "io_uring_wait_cqe", "send", "sendmsg",
-        "setsockopt", "shutdown", "socket", "unlink", "write", "operator new",
+        "setsockopt", "shutdown", "socket", "unlink", "write", "operator new", "malloc of OpenSSL",
     };
     // clang-format on
     static_assert(sizeof names / sizeof *names == call_count);
@@ -309,3 +312,20 @@ void operator delete(void* place, std::size_t) noexcept { release(place); }
 void operator delete[](void* place, std::size_t) noexcept { release(place); }
 void operator delete(void* place, const std::nothrow_t&) noexcept { release(place); }
 void operator delete[](void* place, const std::nothrow_t&) noexcept { release(place); }
+
+#if defined(WSCHAT_OPENSSL) && WSCHAT_OPENSSL
+namespace {
+
+void* allocate_for_openssl(std::size_t size, const char*, int) {
+    return faults::fails(Call::openssl_allocate) ? nullptr : std::malloc(size);
+}
+void* reallocate_for_openssl(void* block, std::size_t size, const char*, int) {
+    return faults::fails(Call::openssl_allocate) ? nullptr : std::realloc(block, size);
+}
+void free_for_openssl(void* block, const char*, int) { std::free(block); }
+
+[[maybe_unused]] const int openssl_prepared =
+    ::CRYPTO_set_mem_functions(&allocate_for_openssl, &reallocate_for_openssl, &free_for_openssl);
+
+}  // namespace
+#endif

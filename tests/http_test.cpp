@@ -612,6 +612,14 @@ TEST_CASE("fields are found by name without case, in order") {
     CHECK(all == "Host=a;X-Forwarded-For=1;x-forwarded-for=2;");
 }
 
+TEST_CASE("lines that no parser has checked may have a field with an empty name") {
+    const wschat::Fields fields("a: 1\r\n: 2\r\n:3\r\n");
+    CHECK(fields.find("") == "2");
+    CHECK(fields.count("") == 2);
+    CHECK(fields.find("a") == "1");
+    CHECK(parsed(with_lines("")).fields().count("") == 0);
+}
+
 TEST_CASE("a list has the elements of all its fields, without empty ones") {
     const Request request =
         parsed(with_lines("List: a, b\tc ,,d\r\nOther: x\r\nLis: x\r\nLists: x\r\nLIST: , \r\nlist:e\r\n"));

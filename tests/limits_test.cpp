@@ -430,4 +430,14 @@ TEST_CASE("the log reports a hundred entries at once") {
     CHECK(running.metrics().log_entries_suppressed == 0);
 }
 
+TEST_CASE("with the smallest backlog, messages of all sizes around the buffers come back to a peer that reads late") {
+    ServerOptions options = test::without_pings();
+    options.limits.max_backlog = 1;
+    RunningServer running(options);
+    running.server.route<test::LateEcho>("/");
+    running.start();
+    WsClient client(running.port());
+    CHECK(test::complaint_of_late_reader(running, client) == "");
+}
+
 TEST_SUITE_END();

@@ -267,4 +267,24 @@ TEST_CASE("close_notify that arrives together with a request ends the connection
 }
 #endif
 
+TEST_CASE("bodies of all sizes around the buffers reach a client that pipelines its requests and reads late") {
+    test::RunningServer running(test::without_pings());
+    running.server.get("/large", [](const Request&) { return Response(200, test::more_than_kernel_takes()); });
+    running.server.get("/{size}", [](const Request& request) {
+        return Response(200, test::bytes_of_size(std::stoul(std::string(request.param("size")))));
+    });
+    running.start();
+    test::RawClient client(running.port());
+    client.send(test::request("/large"));
+    CHECK(running.eventually([&] { return running.server.metrics().backlog_bytes > 64 * 1024; }));
+    std::string requests;
+    for (const std::size_t size : test::sizes_around_buffers()) requests += test::request("/" + std::to_string(size));
+    client.send(requests);
+    CHECK((test::next_answer(client).body == test::more_than_kernel_takes()));
+    for (const std::size_t size : test::sizes_around_buffers()) {
+        CAPTURE(size);
+        REQUIRE((test::next_answer(client).body == test::bytes_of_size(size)));
+    }
+}
+
 TEST_SUITE_END();

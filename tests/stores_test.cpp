@@ -444,6 +444,30 @@ TEST_CASE("the index for the search is made again when a program without FTS5 ha
     CHECK(summary_of(file.search("tea", "tea", 50)) == "1green tea 2black tea 3red tea ");
 }
 
+TEST_CASE("an index for the search that does not fit the entries is made again by the next change") {
+    const DatabaseFile temporary;
+    SqliteOptions options;
+    options.limits.max_entries = 2;
+    SqliteFile file(temporary.path, options);
+    const auto damage = [&] {
+        OtherProgram(temporary.path).execute("INSERT INTO search(search) VALUES('delete-all')");
+    };
+    append(file, entry("green tea"));
+    damage();
+    ChatEntry edit = entry("black tea");
+    edit.kind = ChatEntry::Kind::edit;
+    edit.target = 1;
+    CHECK(append(file, edit) == 2);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "1black tea ");
+    damage();
+    CHECK(append(file, entry("red tea")) == 3);  // the first one is above the limit
+    CHECK(append(file, entry("white tea")) == 4);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "3red tea 4white tea ");
+    damage();
+    file.erase("key a", 100);
+    CHECK(summary_of(file.search("tea", "tea", 50)) == "");
+}
+
 TEST_CASE("a file that cannot be used is an Error with the reason") {
     DatabaseFile garbage, newer, foreign, unmarked;
     garbage.write(std::string(8192, 'x'));
@@ -1090,6 +1114,96 @@ TEST_CASE("whatever is killed, restored or unreadable, a client sees every messa
         CHECK(writer.acknowledged.size() > 50);
         CHECK(reader.resumed > 10);
     }
+}
+
+// What outlives the connections of a Returning client.
+struct Returns {
+    std::string epoch;
+    std::uint64_t last = 0;
+    std::vector<std::string> texts;  // of all messages that have arrived
+    std::vector<int> unconfirmed;    // own messages that the chat has not acknowledged
+    int sent = 0, repeated = 0;
+};
+
+std::string value_of(std::string_view event, const std::string& name) {
+    const std::size_t at = event.find("\"" + name + "\":");
+    if (at == std::string_view::npos) return {};
+    std::string_view rest = event.substr(at + name.size() + 3);
+    const bool quoted = rest.front() == '"';
+    if (quoted) rest.remove_prefix(1);
+    return std::string(rest.substr(0, rest.find_first_of(quoted ? "\"" : ",}")));
+}
+
+struct Returning : WebSocketHandler {
+    explicit Returning(Returns& its_memory) : memory(its_memory) {}
+    void on_message(const Message& message) override {
+        const std::string_view event = message.text();
+        const std::string tag = value_of(event, "tag"), type = value_of(event, "type");
+        const std::string_view said = "{\"type\":\"said\"";
+        for (std::size_t at = event.find(said); at != std::string_view::npos; at = event.find(said, at + 1)) {
+            const std::uint64_t id = std::stoull(value_of(event.substr(at), "id"));
+            if (id <= memory.last) ++memory.repeated;
+            memory.last = id;
+            memory.texts.push_back(value_of(event.substr(at), "text"));
+        }
+        if ((type == "said" || type == "ack") && !tag.empty()) {
+            auto& all = memory.unconfirmed;
+            all.erase(std::remove(all.begin(), all.end(), std::stoi(tag.substr(1))), all.end());
+        }
+        if (type != "history") return;
+        memory.epoch = value_of(event, "epoch");
+        for (const int number : memory.unconfirmed) {
+            const std::string text = std::to_string(number);
+            write_message("/tag t" + text + " message " + text);
+            memory.sent = (std::max)(memory.sent, number + 1);
+        }
+    }
+    Returns& memory;
+};
+
+TEST_CASE("a client that connects again over fifty restarts sends and gets each message once") {
+    const DatabaseFile temporary;
+    Client client(test::poller_kind());
+    Returns memory;
+    int port = 0;
+    constexpr int restarts = 50;
+    for (int i = 0; i < restarts; ++i) {
+        CAPTURE(i);
+        ServerOptions options;
+        options.handle_signals = false;
+        options.poller = test::poller_kind();
+        Server server(options);
+        ChatHub::of(server).set_store(SqliteHistory(temporary.path));
+        server.route<ChatHandler>("/chat/{room}");
+        server.listen(port);
+        memory.unconfirmed.push_back(i);
+        if (port == 0) {
+            port = server.port();
+            ClientOptions with;
+            with.reconnect.emplace();
+            with.reconnect->min_delay = 1ms;
+            with.reconnect->max_delay = 5ms;
+            with.before_attempt = [&](ClientAttempt& attempt) {
+                if (!memory.epoch.empty()) attempt.url += "&last=" + memory.epoch + "-" + std::to_string(memory.last);
+            };
+            client.connect<Returning>("ws://127.0.0.1:" + std::to_string(port) + "/chat/tea?name=Anna&key=anna-secret",
+                                      with, std::ref(memory));
+        }
+        // The server ends when a message is acknowledged, or while it is on its way.
+        const bool acknowledged = i % 3 == 0 || i == restarts - 1;
+        REQUIRE(test::eventually([&] {
+            server.poll(1ms);
+            client.poll();
+            return acknowledged ? memory.unconfirmed.empty() : memory.sent == i + 1;
+        }));
+        if (i % 2 == 0) continue;  // without a closing handshake
+        server.shutdown(1s);
+        while (server.poll(1ms)) client.poll();
+    }
+    CHECK(memory.repeated == 0);
+    CHECK(memory.texts.size() == restarts);
+    for (int i = 0; i < restarts; ++i)
+        CHECK(std::count(memory.texts.begin(), memory.texts.end(), "message " + std::to_string(i)) == 1);
 }
 
 TEST_CASE("a server that is killed fifty times loses no acknowledged message and keeps none twice") {

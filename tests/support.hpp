@@ -806,4 +806,64 @@ inline std::string next_with(WsClient& client, std::string_view part) {
     return "no such message";
 }
 
+// ---- peers that read late ------------------------------------------------------------------------------------------
+
+// Sizes around those of all buffers between two peers: the lengths of frames, the chunks of queues, the records of TLS,
+// the buffer for input, and these with the bytes that a frame, a record or compression adds.
+inline std::vector<std::size_t> sizes_around_buffers() {
+    std::vector<std::size_t> sizes = {0, 1};
+    for (const std::size_t limit : {126u, 4096u, 16'384u, 32'768u, 65'536u, 131'072u}) {
+        for (const std::size_t less : {29u, 22u, 14u, 10u, 8u, 5u, 4u, 2u, 1u, 0u}) sizes.push_back(limit - less);
+        sizes.push_back(limit + 1);
+    }
+    return sizes;
+}
+// Bytes that do not compress. The messages of all sizes have different ones.
+inline std::string bytes_of_size(std::size_t size) {
+    std::uint32_t state = static_cast<std::uint32_t>(size) * 2654435761u + 1;
+    std::string bytes(size, ' ');
+    for (char& c : bytes) c = static_cast<char>((state = state * 1664525u + 1013904223u) >> 24);
+    return bytes;
+}
+// The kernel does not take it if nobody reads.
+inline const std::string& more_than_kernel_takes() {
+    static const std::string bytes = bytes_of_size(8'000'000);
+    return bytes;
+}
+// Without pings, whose answers would disturb a thread that sends.
+inline wschat::ServerOptions without_pings() {
+    wschat::ServerOptions options;
+    options.limits.ping_interval = options.limits.handshake_timeout = wschat::Duration::zero();
+    return options;
+}
+
+// The answers of a server that sends back each message, and more_than_kernel_takes() for the message "large". The client
+// begins to read when the server holds a part of that, and when messages of all sizes are on their way behind it.
+// Returns what is wrong, or an empty text.
+inline std::string complaint_of_late_reader(RunningServer& running, WsClient& client) {
+    if (!client.is_open()) return "the connection is not open";
+    client.connection.send(wschat::Opcode::binary, "large");
+    for (const std::size_t size : sizes_around_buffers())
+        client.connection.send(wschat::Opcode::binary, bytes_of_size(size));
+    const std::string bytes = take_output(client.connection);
+    std::thread sender([&] { client.raw.send(bytes); });
+    std::string complaint;
+    if (!running.eventually([&] { return running.server.metrics().backlog_bytes > 64 * 1024; }))
+        complaint = "the server holds nothing";
+    if (client.next() != more_than_kernel_takes()) complaint = "the first answer is wrong";
+    for (const std::size_t size : sizes_around_buffers()) {
+        if (!complaint.empty()) break;
+        if (client.next() != bytes_of_size(size)) complaint = "wrong after " + std::to_string(size) + " bytes";
+    }
+    if (!complaint.empty()) client.raw.shutdown_send();
+    sender.join();
+    return complaint;
+}
+// A handler for it.
+struct LateEcho : wschat::WebSocketHandler {
+    void on_message(const wschat::Message& m) override {
+        write_binary(m.data() == "large" ? std::string_view(more_than_kernel_takes()) : m.data());
+    }
+};
+
 }  // namespace test

@@ -140,6 +140,124 @@ void entity_tags(std::size_t n) {
     sink = sink + (detail::not_modified(request, "\"y\"", 0) ? 1 : 0);
 }
 
+void forwarded_header(std::size_t n) {
+    const Request request = parsed(
+        upgrade_head("/", "Forwarded: " + repeated(n, "for=\"[fd00::1]:80\";proto=https, ") + "for=10.1.2.3\r\n"));
+    detail::Site site;
+    site.trust_proxies({"10.0.0.0/8", "fd00::/8"});
+    const IpAddress peer = *IpAddress::parse("10.0.0.1");
+    const Measured measured;
+    sink = sink + site.client(peer, request, false).address.to_string().size();
+}
+void forwarded_schemes(std::size_t n) {
+    const Request request =
+        parsed(upgrade_head("/", "X-Forwarded-For: " + repeated(n, "10.1.2.3, ") +
+                                     "1.2.3.4\r\nX-Forwarded-Proto: " + repeated(n, "https,") + "http\r\n"));
+    detail::Site site;
+    site.trust_proxies({"10.0.0.0/8", "1.2.3.4"});
+    const IpAddress peer = *IpAddress::parse("10.0.0.1");
+    const Measured measured;
+    sink = sink + site.client(peer, request, false).scheme.size();
+}
+void ranges(std::size_t n) {
+    const Request request = parsed(upgrade_head("/", "Range: bytes=" + numbered(n, "", "-,") + "0-1\r\n"));
+    const Measured measured;
+    for (int i = 0; i < 40; ++i) sink = sink + static_cast<std::size_t>(detail::requested_range(request, 100).end);
+}
+#if WSCHAT_OPENSSL
+void signed_cookie(std::size_t n) {
+    const std::string value = "2|1:0|10:1700000000|4:name|" + std::to_string(n) + ":" + std::string(n, 'A') + "|";
+    const Request request = parsed(upgrade_head("/", "Cookie: name=" + value + std::string(64, '0') + "\r\n"));
+    const CookieSigner signer("a key of sixteen bytes");
+    const Measured measured;
+    sink = sink + (signer.get(request, "name") ? 1 : 0);
+}
+#endif
+
+// A request with a body, in pieces of 100 bytes.
+Request with_body(const std::string& fields, std::string_view bytes) {
+    static const Limits limits = [] {
+        Limits large = no_limits();
+        large.max_body = 100'000'000;
+        return large;
+    }();
+    detail::BodyParser parser(parsed("POST / HTTP/1.1\r\nHost: x\r\n" + fields + "\r\n"), limits);
+    auto outcome = detail::BodyParser::Outcome::need_more;
+    while (!bytes.empty() && outcome == detail::BodyParser::Outcome::need_more) {
+        std::size_t consumed = 0;
+        outcome = parser.feed(bytes.substr(0, 100), consumed);
+        bytes.remove_prefix(consumed);
+    }
+    require(outcome == detail::BodyParser::Outcome::body, "a body is not complete");
+    return parser.take_request();
+}
+std::string content(const char* type, const std::string& body) {
+    return std::string("Content-Type: ") + type + "\r\nContent-Length: " + std::to_string(body.size()) + "\r\n";
+}
+void body_bytes(std::size_t n) {
+    const std::string body(n, 'x');
+    const Measured measured;
+    sink = sink + with_body(content("text/plain", body), body).body().size();
+}
+void body_chunks(std::size_t n) {
+    const std::string body = repeated(n, "2\r\nab\r\n") + "0\r\n\r\n";
+    const Measured measured;
+    sink = sink + with_body("Transfer-Encoding: chunked\r\n", body).body().size();
+}
+void body_trailers(std::size_t n) {
+    const std::string body = "0\r\n" + numbered(n, "A", ": b\r\n") + "\r\n";
+    const Measured measured;
+    sink = sink + with_body("Transfer-Encoding: chunked\r\n", body).body().size();
+}
+void form_fields(std::size_t n) {
+    const std::string body = numbered(n, "a%41", "=b%20c&") + "last=1";
+    const Request request = with_body(content("application/x-www-form-urlencoded", body), body);
+    const Measured measured;
+    sink = sink + request.form_all("absent").size() + (request.form("last") ? 1 : 0);
+}
+void form_parts(std::size_t n) {
+    const std::string body =
+        numbered(n, "--B\r\nContent-Disposition: form-data; name=\"a", "\"\r\n\r\nvalue\r\n") + "--B--";
+    const Request request = with_body(content("multipart/form-data; boundary=B", body), body);
+    const Measured measured;
+    sink = sink + request.form_parts().size() + (request.form("absent") ? 1 : 0);
+}
+// Lines that are almost the delimiter.
+void form_delimiters(std::size_t n) {
+    const std::string delimiter(70, 'B');
+    const std::string body =
+        "--" + delimiter + "\r\n\r\n\r\n" + repeated(n, "\r\n--" + delimiter.substr(1)) + "\r\n--" + delimiter + "--";
+    const Request request = with_body(content(("multipart/form-data; boundary=" + delimiter).c_str(), body), body);
+    const Measured measured;
+    sink = sink + request.form_parts().size();
+}
+// What a server sends to the client of section 15, in pieces of 100 bytes.
+void response_fields(std::size_t n) {
+    const std::string head = "HTTP/1.1 101 Switching Protocols\r\n" + numbered(n, "A", ": value\r\n") + "\r\n";
+    const Measured measured;
+    detail::ResponseParser parser(no_limits());
+    auto outcome = detail::ResponseParser::Outcome::need_more;
+    for (std::string_view rest = head; !rest.empty();) {
+        std::size_t consumed = 0;
+        outcome = parser.feed(rest.substr(0, 100), consumed);
+        rest.remove_prefix(consumed);
+    }
+    require(outcome == detail::ResponseParser::Outcome::response, "a response is not complete");
+    sink = sink + parser.fields().count("upgrade");
+}
+void proxy_header(std::size_t n) {
+    std::string header("\r\n\r\n\0\r\nQUIT\n\x20\0", 14);
+    header += static_cast<char>(n >> 8 & 0xFF);
+    header += static_cast<char>(n & 0xFF);
+    header += std::string(n, '\0');
+    const Measured measured;
+    detail::ProxyHeader parser;
+    for (const char& byte : header) {
+        std::size_t consumed = 0;
+        require(parser.feed({&byte, 1}, consumed) != detail::ProxyHeader::Outcome::failure, "a header is not valid");
+    }
+}
+
 struct Silent final : WebSocketHandler {
     void on_message(const Message&) override {}
 };
@@ -487,6 +605,24 @@ void chat_lost_users(std::size_t n) {
     require(expired.size() == n, "a user remains");
     for (const std::string& id : expired) presence.remove(*presence.find_id(id));
 }
+// One user goes to n rooms, in a whole chat, and asks for lists.
+void chat_rooms(std::size_t n) {
+    TestServer server;
+    ChatLimits& limits = ChatHub::of(server).limits;
+    limits.max_rooms_per_connection = limits.max_rooms = 1'000'000;
+    limits.connection = limits.address = {{1e9, 1e9}, {1e9, 1e9}};
+    limits.room_creations = limits.address_room_creations = {1e9, 1e9};
+    limits.replies = limits.address_replies = {1e12, 1e12};
+    server.route<ChatHandler>("/");
+    TestClient client = server.connect("/?name=Anna");
+    const Measured measured;
+    for (std::size_t i = 0; i < n; ++i) client.send("/join room " + std::to_string(i));
+    client.send("/rooms");
+    client.send("/who");
+    client.close();
+    server.advance(std::chrono::hours(1));
+    sink = sink + client.messages().size();
+}
 // n users join one room, over its whole server: handshakes, names, lists, histories, what the others hear.
 void chat_joins(std::size_t n) {
     ServerOptions options;
@@ -536,7 +672,21 @@ constexpr Case cases[] = {
     {"compressed_bytes", compressed_bytes, 200},
 #endif
     {"forwarded", forwarded, 1000},
+    {"forwarded_header", forwarded_header, 1000},
+    {"forwarded_schemes", forwarded_schemes, 1000},
     {"entity_tags", entity_tags, 2000},
+    {"ranges", ranges, 2000},
+#if WSCHAT_OPENSSL
+    {"signed_cookie", signed_cookie, 4000},
+#endif
+    {"body_bytes", body_bytes, 40'000},
+    {"body_chunks", body_chunks, 2000},
+    {"body_trailers", body_trailers, 500},
+    {"form_fields", form_fields, 2000},
+    {"form_parts", form_parts, 400},
+    {"form_delimiters", form_delimiters, 500},
+    {"response_fields", response_fields, 1000},
+    {"proxy_header", proxy_header, 2000},
     {"slashes", slashes, 4000},
     {"segments", segments, 8000},
     {"long_segment", long_segment, 4000},
@@ -570,6 +720,7 @@ constexpr Case cases[] = {
     {"chat_lost_users", chat_lost_users, 1000},
     {"chat_joins", chat_joins, 2500},  // twice that is 5,000 users
     {"chat_receiver", chat_receiver, 50'000},
+    {"chat_rooms", chat_rooms, 300},
 };
 
 void run(const std::string& name, void (*function)(std::size_t), std::size_t n) {

@@ -27,11 +27,13 @@ struct Peer {
     bool shut_down = false;  // the server has shut down its sending side
     bool closed = false;     // the server has closed the descriptor
     bool impaired = false;   // it limits what it accepts, or has reset
+    // The other end of a connection that the program makes to itself.
+    std::weak_ptr<Peer> other{};
 };
 
 class Kernel {
 public:
-    enum class Operation { accept, receive, send, watch, wait, open, read };
+    enum class Operation { accept, receive, send, watch, wait, open, read, connect };
     using Nanoseconds = std::chrono::nanoseconds;
 
     // Runs while nothing is ready. Returns false if no more events follow.
@@ -41,9 +43,10 @@ public:
     Nanoseconds now = std::chrono::hours(1);
     std::size_t descriptor_limit = Peer::unlimited;
     std::optional<std::size_t> fail_after;  // copied to heap.fail_after when the call returns
-    bool in_call = false;                   // a call is in progress; the script may make the server call again
+    Random random{1};
+    bool in_call = false;  // a call is in progress; the script may make the server call again
     std::size_t file_size = 40'000;
-    std::size_t bytes_in = 0, bytes_out = 0, accepted = 0, waits = 0;
+    std::size_t bytes_in = 0, bytes_out = 0, file_bytes = 0, accepted = 0, waits = 0;
 
     std::size_t open_descriptors() const {
         return count_if([](const Descriptor&) { return true; });
@@ -51,6 +54,7 @@ public:
     std::size_t open_streams() const {
         return count_if([](const Descriptor& d) { return d.kind == Kind::stream; });
     }
+    std::vector<std::shared_ptr<Peer>> outgoing;  // the near ends of connect()
     bool owns(int descriptor) const {
         return descriptor >= first && descriptor < first + static_cast<int>(table_.size());
     }
@@ -115,7 +119,8 @@ public:
         std::size_t available = (std::min)(peer.window, peer.call_limit), sent = 0;
         for (const std::string_view piece : pieces) {
             const std::size_t n = (std::min)(piece.size(), available);
-            peer.received += piece.substr(0, n);
+            if (const auto other = peer.other.lock()) other->sent += piece.substr(0, n);
+            else peer.received += piece.substr(0, n);
             available -= n;
             sent += n;
         }
@@ -126,13 +131,36 @@ public:
         return static_cast<ssize_t>(sent);
     }
     void shut_down(int descriptor) {
-        stream(descriptor).shut_down = true;
+        Peer& peer = stream(descriptor);
+        peer.shut_down = true;
+        if (const auto other = peer.other.lock()) other->fin = true;
         progress();
     }
+    // Connects to a listener of the program itself, at once or later.
+    int connect(int descriptor) {
+        int error = 0;
+        if (take_fault(Operation::connect, error) && error != EINPROGRESS) return failed(error);
+        const auto near = std::make_shared<Peer>(), far = std::make_shared<Peer>();
+        near->address = far->address = "127.0.0.1";
+        near->other = far;
+        far->other = near;
+        at(descriptor) = {Kind::stream, near, 0};
+        backlog.push_back(far);
+        outgoing.push_back(near);
+        progress();
+        return error == 0 ? 0 : failed(error);
+    }
+    // Of a stream that connects.
+    int pending_error(int descriptor) { return stream(descriptor).reset ? ECONNREFUSED : 0; }
 
     int close(int descriptor) {
         Descriptor& closed = at(descriptor);
-        if (closed.peer) closed.peer->closed = true;
+        if (closed.peer) {
+            closed.peer->closed = true;
+            // Unread input makes a reset of it.
+            if (const auto other = closed.peer->other.lock())
+                (closed.peer->sent.empty() ? other->fin : other->reset) = true;
+        }
         watched_.erase(descriptor);
         closed = {};
         progress();
@@ -166,6 +194,7 @@ public:
             n = (std::min)(size, file_size - (std::min)(file_size, from.other));
             std::memset(data, 'f', n);
             from.other += n;
+            file_bytes += n;
         }
         progress();
         return static_cast<ssize_t>(n);
@@ -401,6 +430,28 @@ ssize_t sendmsg(int descriptor, const msghdr* message, int flags) {
         },
         [&] { return ::syscall(SYS_sendmsg, descriptor, message, flags); });
 }
+int connect(int descriptor, const sockaddr* address, socklen_t size) {
+    return fuzz::dispatch<int>(
+        "connect", descriptor, [&] { return fuzz::kernel->connect(descriptor); },
+        [&] { return ::syscall(SYS_connect, descriptor, address, size); });
+}
+int getsockopt(int descriptor, int level, int name, void* value, socklen_t* size) noexcept {
+    return fuzz::dispatch<int>(
+        "getsockopt", descriptor,
+        [&] {
+            const int error = name == SO_ERROR ? fuzz::kernel->pending_error(descriptor) : 0;
+            std::memcpy(value, &error, (std::min)(sizeof error, std::size_t{*size}));
+            return 0;
+        },
+        [&] { return ::syscall(SYS_getsockopt, descriptor, level, name, value, size); });
+}
+// The same numbers in each run.
+ssize_t getrandom(void* bytes, size_t size, unsigned flags) {
+    if (fuzz::kernel == nullptr) return ::syscall(SYS_getrandom, bytes, size, flags);
+    for (std::size_t i = 0; i < size; ++i)
+        static_cast<unsigned char*>(bytes)[i] = static_cast<unsigned char>(fuzz::kernel->random.below(256));
+    return static_cast<ssize_t>(size);
+}
 int shutdown(int descriptor, int how) noexcept {
     return fuzz::dispatch<int>(
         "shutdown", descriptor, [&] { return fuzz::kernel->shut_down(descriptor), 0; },
@@ -465,11 +516,19 @@ int epoll_wait(int poller, epoll_event* events, int size, int timeout_ms) {
         "epoll_wait", poller, [&] { return fuzz::kernel->wait(events, size, timeout_ms); },
         [&] { return ::syscall(SYS_epoll_pwait, poller, events, size, timeout_ms, nullptr, 8); });
 }
+// g++ takes the entries of poll() for output alone.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 int poll(pollfd* entries, nfds_t size, int timeout_ms) {
     return fuzz::dispatch<int>(
         "poll", size == 0 ? -1 : entries[0].fd, [&] { return fuzz::kernel->poll(entries, size, timeout_ms); },
         [&] { return ::syscall(SYS_poll, entries, size, timeout_ms); });
 }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 int clock_gettime(clockid_t clock, timespec* time) noexcept {
     if (fuzz::kernel == nullptr || clock != CLOCK_MONOTONIC)
         return static_cast<int>(::syscall(SYS_clock_gettime, clock, time));

@@ -1,7 +1,7 @@
 #!/bin/sh
 # sh tests/fuzz/run.sh SECONDS [NAME...]
 #
-# Builds the harnesses (http body fields text connection client chat server tls, or the named ones) with libFuzzer,
+# Builds the harnesses (http body fields text connection client chat store server tls, or the named ones) with libFuzzer,
 # AddressSanitizer and UndefinedBehaviorSanitizer into build/fuzz. Runs each for SECONDS, two at a time. The first
 # inputs come from seeds.py, from tests/fuzz/corpus, and from earlier runs in build/fuzz/corpus. Prints a table. If a
 # harness fails, prints the input as hex and ends with status 1.
@@ -31,6 +31,7 @@ build_one() { # build_one NAME
     say "building $1"
     libraries=""
     [ "$1" = tls ] && libraries="-lssl -lcrypto"
+    [ "$1" = store ] && libraries="-lsqlite3"
     # shellcheck disable=SC2086
     clang++ -std=c++17 -O2 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
         $fuzz/"$1".cpp -o "$out/$1" $libraries >"$out/$1.build.log" 2>&1 && return 0
@@ -79,7 +80,7 @@ pack) ;;
 "" | *[!0-9]*) usage ;;
 esac
 shift
-names=${*:-http body fields text connection client chat server tls}
+names=${*:-http body fields text connection client chat store server tls}
 for name in $names; do
     [ -e "$fuzz/$name.cpp" ] || die "unknown harness: $name"
 done
@@ -94,6 +95,7 @@ need() {
 libfuzzer() { ls "$(clang++ -print-resource-dir)"/lib/*/libclang_rt.fuzzer*; }
 need clang command -v clang++
 need libclang-rt-dev libfuzzer
+case " $names " in *" store "*) need libsqlite3-dev test -e /usr/include/sqlite3.h ;; esac
 case " $names " in *" tls "*) need libssl-dev test -e /usr/include/openssl/ssl.h ;; esac
 need python3 test -x $python
 if [ -n "$missing" ]; then

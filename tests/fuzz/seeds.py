@@ -11,7 +11,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 SAVED = HERE / "corpus"
-NAMES = ("http", "body", "fields", "text", "connection", "server", "tls", "client", "chat")
+NAMES = ("http", "body", "fields", "text", "connection", "server", "tls", "client", "chat", "store")
 PACKED = 80_000  # largest size of a packed file in bytes
 
 # ---- the strings of the tests -------------------------------------------------------------------------------------
@@ -192,6 +192,31 @@ def server_seeds():
         seeds.append(head + request() + bytes([13, 0]) + request() + b"\0" + bytes([11, 3]) + bytes([13, 1]) + b"\0")
         for how in (0, 1, 50):
             seeds.append(head + request() + b"\0" + request(1) + bytes([15, how]) + b"\0" + bytes([15, how, 11, 5]))
+    # Connections of the client, step 16: it connects, gives up, is disturbed.
+    for options in (0, 1, 4, 12):
+        for path in range(6):
+            link = bytes([options, 16, 200, path + 30, 255])
+            for disturbed in (b"", bytes([16, 231, 0]), bytes([16, 236, 0]), bytes([16, 241, 0]), bytes([16, 246, 0]),
+                              bytes([16, 251, 7])):
+                seeds += [link + disturbed + b"\0" + bytes([11, 3]), link + b"\0\0" + disturbed + bytes([11, 5])]
+        for fault in range(4):
+            seeds.append(bytes([options, 16, 200, 1, fault, 16, 201, 7, 255, 0, 11, 3]))
+    return seeds
+
+
+def store_seeds():
+    """Entries of all kinds in three rooms, then a fault at each of many calls, then reads and another opening."""
+    some = b"".join(bytes([0, choice, more]) for choice in (0, 1, 9, 63) for more in (0, 9, 18, 200))
+    changed = b"".join(bytes([1, 0, kind, target]) for kind in (4, 5, 6, 7) for target in (0, 2))
+    reads = b"".join(bytes([kind, choice]) for kind in (3, 4, 5) for choice in (0, 1, 3, 61, 80)) + bytes([7])
+    facts = b"".join(bytes([6, choice]) for choice in (0, 7, 50, 150, 151))
+    seeds = [some + changed + facts + reads, some + bytes([9]) + changed + bytes([9]) + reads + bytes([8])]
+    for after in (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144):
+        for error in (0, 1, 2, 3, 4, 24):
+            seeds.append(some + bytes([10, error, after, 2, 0, 1, 9]) + changed + facts + reads)
+        seeds.append(some + bytes([10, 25, after, 9, 9]) + some + reads)
+        seeds.append(some + bytes([11, after]) + changed + bytes([11, after]) + facts + bytes([11, after]) + reads)
+        seeds.append(bytes([11, after, 9, 11, after, 9]) + some + reads)
     return seeds
 
 

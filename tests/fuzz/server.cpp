@@ -34,6 +34,10 @@ struct World {
     bool raw = false;                  // raw bytes were sent, which may not be a request of the harness
     bool faults_injected = false;      // a call, an allocation or a descriptor was made to fail
     bool stopped = false;              // a handler has stopped the loop
+    wschat::Client* client = nullptr;  // on the loop of the server, to which it connects
+    bool connected = false;            // it was used
+    std::size_t failures = 0;          // of its attempts
+    std::size_t bots = 0;              // its live handlers
     bool chat_failed = false;          // a handler of the chat was made, and may have failed before on_connect()
     bool in_callback = false;
 };
@@ -153,8 +157,8 @@ private:
     // trusted.
     void check_address() const {
         const HarnessAllocations guard;
-        if (world->raw) return;
         const std::string_view number = request().header("x-peer");
+        if (world->raw || number.empty()) return;  // the client of the harness has no number
         std::string client = world->peers[std::strtoul(std::string(number).c_str(), nullptr, 10)]->address;
         const bool forwarded = request().header("x-forwarded-for").empty();
         std::vector<std::string> hops = split(request().header(forwarded ? "forwarded" : "x-forwarded-for"), ',');
@@ -252,6 +256,50 @@ public:
     }
     void on_disconnect() override { ++world->closed; }
     bool may(wschat::ChatAction) override { return true; }
+};
+
+// The client's role, on the same loop. It says what the request says, answers half of what it gets, and then closes.
+class Bot final : public wschat::WebSocketHandler {
+public:
+    explicit Bot(unsigned its_words) : words_(its_words) { ++world->bots; }
+    ~Bot() override {
+        check(!opened_ || closed_, "a handler of a client is destroyed between open() and on_close()");
+        --world->bots;
+    }
+    void open() override {
+        const CallbackScope scope;
+        check(!opened_ && !failed_, "open() of a client is called twice, or after on_failure()");
+        opened_ = true;
+        ++world->opened;
+        write_message(std::string(1, static_cast<char>('A' + words_ % 26)) +
+                      std::string(words_ * std::size_t{20}, 'b'));
+    }
+    void on_message(const Message& message) override {
+        const CallbackScope scope;
+        check(opened_ && !closed_, "a client gets a message before open() or after on_close()");
+        check(message.binary() || reference_utf8(message.text()), "a client gets a text that is not UTF-8");
+        if (++messages_ > words_ % 8) close(CloseCode{4000}, "enough");
+        else if (messages_ % 2 == 0) write_message("Again");
+        if (words_ % 32 == 31) throw std::runtime_error("on purpose");
+    }
+    void on_close() override {
+        const CallbackScope scope;
+        check(opened_ && !closed_, "on_close() of a client is called twice, or without open()");
+        closed_ = true;
+        ++world->closed;
+        check(write_message("x") == WriteStatus::closed, "a closed client accepts a message");
+    }
+    void on_failure(const wschat::ConnectError& error) override {
+        const CallbackScope scope;
+        check(!opened_ && !failed_ && !error.sentence.empty(), "a failure of a client comes twice, or has no text");
+        failed_ = true;
+        ++world->failures;
+    }
+
+private:
+    const unsigned words_;
+    unsigned messages_ = 0;
+    bool opened_ = false, closed_ = false, failed_ = false;
 };
 
 // ---- the script ----------------------------------------------------------------------------------------------------
@@ -492,6 +540,7 @@ private:
     }
     void post() {
         const unsigned which = input_.byte();
+        if (which >= 200) return client(which);
         if (world->members.empty()) return;
         Member& member = *world->members[which % world->members.size()];
         if (!member.opened()) return;
@@ -500,12 +549,49 @@ private:
         else ref.write_message("by reference");
     }
 
+    // Makes a connection of the client, gives up all of them, or disturbs one.
+    void client(unsigned which) {
+        constexpr const char* paths[] = {"/chat", "/room/tea", "/small", "/page", "/throws", "/talk/tea?name=Bot"};
+        std::vector<std::shared_ptr<Peer>>& links = world->kernel.outgoing;
+        const unsigned amount = input_.byte();
+        world->connected = true;
+        if (which < 230 && world->kernel.outgoing.size() < 10) {
+            const unsigned fault = input_.byte();
+            constexpr int errors[] = {EINPROGRESS, ECONNREFUSED, EINTR, ENETUNREACH};
+            if (fault < 4) world->kernel.faults[Kernel::Operation::connect].push_back(errors[fault]);
+            world->faults_injected = world->faults_injected || fault < 4;
+            wschat::ClientOptions options;
+            options.tls.insecure_accept_any_certificate = true;
+            options.connect_timeout = 2s;
+            options.limits.ping_interval = options.limits.ping_timeout = 5s;
+#if WSCHAT_OPENSSL
+            const std::string scheme = "wss";
+#else
+            const std::string scheme = "ws";
+#endif
+            const HarnessAllocations guard;
+            ids_.push_back(
+                world->client->connect<Bot>(scheme + "://127.0.0.1:8888" + paths[amount % 6], options, amount));
+        } else if (which < 234) {
+            for (const auto id : ids_) world->client->disconnect(id);
+        } else if (!links.empty()) {
+            world->faults_injected = true;
+            Peer& near = *links[amount % links.size()];
+            const std::shared_ptr<Peer> far = near.other.lock();
+            if (which < 240) near.window = amount * std::size_t{10};
+            else if (which < 245) near.call_limit = 1 + amount % 100;
+            else if (which < 250 && far) near.reset = far->reset = true;
+            else if (!near.sent.empty()) near.sent[amount % near.sent.size()] ^= 1;
+        }
+    }
+
     // Stops all faults, and lets half of the peers read everything. They ping the server.
     void unhinder() {
         Kernel& kernel = world->kernel;
         kernel.faults.clear();
         kernel.descriptor_limit = Peer::unlimited;
         kernel.fail_after = 0;
+        for (const auto& near : kernel.outgoing) near->window = near->call_limit = Peer::unlimited;
         for (std::size_t i = 0; i < world->peers.size(); ++i) {
             Peer& peer = *world->peers[i];
             peer.call_limit = Peer::unlimited;
@@ -552,8 +638,12 @@ private:
     void check_server() {
         const wschat::ServerLimits& server_limits = world->server->server_limits();
         const wschat::Metrics metrics = world->server->metrics();
-        check(metrics.connections_open == world->kernel.open_streams(), "the server lost a connection");
-        check(metrics.connections_open <= server_limits.max_connections + 32, "there are too many connections");
+        // A client's socket becomes a connection of the loop with the response.
+        check(metrics.connections_open == world->kernel.open_streams() ||
+                  (world->connected && metrics.connections_open < world->kernel.open_streams()),
+              "the server lost a connection");
+        check(metrics.connections_open <= server_limits.max_connections + 32 + world->kernel.outgoing.size(),
+              "there are too many connections");
         check(metrics.websockets_open == world->opened - world->closed || world->chat_failed,
               "websockets_open differs from the handlers");
         check(metrics.backlog_bytes <= server_limits.max_total_backlog, "the total backlog exceeds its limit",
@@ -578,6 +668,7 @@ private:
     bool finished_ = false;
     std::size_t last_wait_ = 0;
     std::vector<std::size_t> pinged_;
+    std::vector<wschat::Client::ConnectionId> ids_;
     int turns_at_end_ = 0;
 };
 
@@ -731,6 +822,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
         Server server(options_of(choice));
         run.server = &server;
         set_up(server, choice);
+        wschat::Client client(server.loop());
+        run.client = &client;
         try {
             server.run();
         } catch (const std::exception& error) {
@@ -745,10 +838,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
         }
         check(metrics.connections_accepted + metrics.connections_refused >= run.kernel.accepted,
               "a connection is missing in the metrics");
-        check(metrics.bytes_received == run.kernel.bytes_in, "received bytes are missing in the metrics");
+        check(run.connected || metrics.bytes_received == run.kernel.bytes_in,
+              "received bytes are missing in the metrics");
         check(metrics.websockets_opened == run.opened || run.chat_failed,
               "opened connections are missing in the metrics");
     }
+    check(run.bots == 0, "a handler of a client is never destroyed");
     check(run.opened == run.closed && run.members.empty(), "open() and on_close() do not pair");
     check(run.kernel.open_descriptors() == 0, "a descriptor is still open",
           std::to_string(run.kernel.open_descriptors()));
