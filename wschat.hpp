@@ -186,6 +186,9 @@
 #if WSCHAT_SQLITE && !__has_include(<sqlite3.h>)
 #error "WSCHAT_SQLITE needs SQLite 3: <sqlite3.h> is not found (Debian: libsqlite3-dev)"
 #endif
+#if WSCHAT_UTF8PROC && !__has_include(<utf8proc.h>)
+#error "WSCHAT_UTF8PROC needs utf8proc: <utf8proc.h> is not found (Debian: libutf8proc-dev)"
+#endif
 #if WSCHAT_HIREDIS && !__has_include(<hiredis/hiredis.h>)
 #error "WSCHAT_HIREDIS needs hiredis: <hiredis/hiredis.h> is not found (Debian: libhiredis-dev)"
 #endif
@@ -1565,6 +1568,16 @@ private:
 
 // ---- maps ----------------------------------------------------------------------------------------------------------
 
+namespace detail {
+
+// Adds a pair at the end: compiled once for texts of all types.
+WSCHAT_NOINLINE inline void add_pair(std::vector<std::pair<std::string, std::string>>& list, std::string_view first,
+                                     std::string_view second) {
+    list.emplace_back(first, second);
+}
+
+}  // namespace detail
+
 // A big-endian key that fits the small-string buffer: keys have the order of their numbers.
 WSCHAT_NOINLINE inline std::string big_endian_key(std::uint64_t number) {
     std::string name(8, '\0');
@@ -2063,7 +2076,7 @@ namespace detail {
 
 // RFC 9110 5.6.7: "Sun, 06 Nov 1994 08:49:37 GMT". Not with strftime(), whose names depend on the locale.
 // The calendar arithmetic is civil_from_days() by Howard Hinnant.
-inline std::string http_date(std::int64_t unix_seconds) {
+WSCHAT_COLD inline std::string http_date(std::int64_t unix_seconds) {
     const std::int64_t days = unix_seconds / 86400 - (unix_seconds % 86400 < 0 ? 1 : 0);
     const std::int64_t second = unix_seconds - days * 86400;
     const std::int64_t z = days + 719468, era = z / 146097, of_era = z % 146097;
@@ -2831,7 +2844,9 @@ private:
         status_ = status;
         reason_ = std::move(reason);
     }
-    void too_large() { fail(413, "The body is larger than " + std::to_string(limits_->max_body) + " bytes."); }
+    WSCHAT_COLD void too_large() {
+        fail(413, "The body is larger than " + std::to_string(limits_->max_body) + " bytes.");
+    }
 
     std::size_t take_data(std::string_view bytes) {
         const auto size = static_cast<std::size_t>((std::min)(left_, std::uint64_t{bytes.size()}));
@@ -2976,7 +2991,7 @@ public:
         // RFC 9110 5.3: Set-Cookie is the only field that repeats.
         if (!text::equals_ignore_case(name, "set-cookie"))
             headers_.erase(std::remove_if(headers_.begin(), headers_.end(), same), headers_.end());
-        headers_.emplace_back(name, value);
+        detail::add_pair(headers_, name, value);
         return *this;
     }
 
@@ -3169,7 +3184,7 @@ inline std::string handshake_response_error(std::string_view head, std::string_v
 // RFC 6454 7, and what programs send that contain a browser: lower case, without the default port and without a slash
 // at the end: "https://chat.example:8443", "capacitor://localhost", "file://", "null". ws and wss, which some clients
 // send, become http and https. Returns nothing for all other texts.
-inline std::optional<std::string> normalized_origin(std::string_view origin) {
+WSCHAT_COLD inline std::optional<std::string> normalized_origin(std::string_view origin) {
     std::string normal = text::to_lower(origin);
     if (normal == "null") return normal;
     const std::size_t colon = normal.find("://");
@@ -3978,7 +3993,7 @@ public:
         if (payload.size() > 125)
             throw Error("ping: a payload of " + std::to_string(payload.size()) + " bytes is over 125");
         if (state_ != State::open) return WriteStatus::closed;
-        return enqueue(frame(opcode, payload));
+        return enqueue_control(opcode, payload);
     }
 
     // Starts the closing handshake; later calls have no effect. Throws Error for an illegal code, and for a reason that
@@ -4024,7 +4039,7 @@ public:
     void send_pending_pong() {
         if (!cold_ || !cold_->pending_pong) return;
         const auto payload = std::exchange(cold_->pending_pong, std::nullopt);
-        enqueue(frame(Opcode::pong, *payload));
+        enqueue_control(Opcode::pong, *payload);
     }
 
     std::uint64_t dropped_messages() const { return dropped_; }
@@ -4051,7 +4066,7 @@ public:
         if (state_ == State::closing)
             return abort(CloseCause::closing_timeout, "the peer did not answer our Close frame");
         if (ping_unanswered()) return abort(CloseCause::ping_timeout, "the peer did not answer a ping");
-        enqueue(frame(Opcode::ping, {}));
+        enqueue_control(Opcode::ping, {});
         wait_started_ = now;
     }
 
@@ -4084,7 +4099,7 @@ private:
             const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
             if (!whole && input_ == input_end_) break;
             if (is_control(frame_.opcode)) event = read_control();
-            else if (inflating_) event = read_compressed();
+            else if (compression_available && inflating_) event = read_compressed();
             else read_data(whole, event);
             if (event.kind != Event::Kind::none) {
                 if (metered_ && event.kind == Event::Kind::message) charge_message();
@@ -4320,7 +4335,7 @@ private:
     // Ping frame(s), the endpoint MAY elect to send a Pong frame for only the most recently processed Ping frame."
     void answer_ping(std::string_view payload) {
         if (write_blocked_) cold().pending_pong = payload;
-        else enqueue(frame(Opcode::pong, payload));
+        else enqueue_control(Opcode::pong, payload);
     }
 
     bool control_frame_allowed() {
@@ -4417,7 +4432,10 @@ private:
             body += static_cast<char>(number(code) & 0xFF);
             body += reason;
         }
-        enqueue(frame(Opcode::close, body));
+        enqueue_control(Opcode::close, body);
+    }
+    WSCHAT_NOINLINE WriteStatus enqueue_control(Opcode opcode, std::string_view payload) {
+        return enqueue(frame(opcode, payload));
     }
 
     // The size of an uncompressed frame.
@@ -4981,7 +4999,13 @@ inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const 
     const std::size_t size = payload.size();
     cell_->posted += size;
     const bool posted = cell_->mailbox->post([cell = cell_, payload = std::move(payload), opcode] {
-        cell->posted -= payload.size();
+        // Until the end the bytes count as posted, so that no thread sees them nowhere.
+        struct Posted {
+            ~Posted() { of.posted -= bytes; }
+            Cell& of;
+            const std::size_t bytes;
+        };
+        const Posted until_end{*cell, payload.size()};
         if (cell->handler == nullptr) return;
         cell->handler->write_message(Message(payload, opcode));
         detail::HandlerAccess::note_queued(*cell->handler);
@@ -5068,14 +5092,12 @@ namespace detail {
 // one loop and no other machines.
 class RoomDirectory {
 public:
-    // One entry for each loop, the first loop first. `max_backlog`: bytes that wait for one loop.
-    RoomDirectory(std::vector<Rooms*> rooms, std::vector<std::shared_ptr<Mailbox>> mailboxes, std::size_t max_backlog)
-        : max_backlog_(max_backlog), loops_(rooms.size()) {
-        for (std::size_t i = 0; i < loops_.size(); ++i) {
-            loops_[i].rooms = rooms[i];
-            loops_[i].mailbox = std::move(mailboxes[i]);
-            loops_[i].outboxes.resize(loops_.size());
-        }
+    // `max_backlog`: bytes that wait for one loop. set_loop() follows for each loop.
+    WSCHAT_COLD RoomDirectory(std::size_t loops, std::size_t max_backlog) : max_backlog_(max_backlog), loops_(loops) {}
+    WSCHAT_COLD void set_loop(std::size_t loop, Rooms& rooms, std::shared_ptr<Mailbox> mailbox) {
+        loops_[loop].rooms = &rooms;
+        loops_[loop].mailbox = std::move(mailbox);
+        loops_[loop].outboxes = std::vector<std::vector<Delivery>>(loops_.size());
     }
     RoomDirectory(const RoomDirectory&) = delete;
     RoomDirectory& operator=(const RoomDirectory&) = delete;
@@ -5096,9 +5118,10 @@ public:
             if (room->members() != 0) result.push_back(name);
         return result;
     }
+    // With the rooms of second sets.
     std::size_t size() const {
         const std::lock_guard<std::mutex> lock(mutex_);
-        return rooms_.size();
+        return rooms_.size() + others_.size();
     }
     // Broadcasts that found too much waiting for a loop, and were not passed on to it.
     std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
@@ -5118,6 +5141,15 @@ public:
         room.parts[loop].room = nullptr;
         const std::lock_guard<std::mutex> lock(mutex_);
         if (--room.attached == 0) rooms_.erase(room.name);
+    }
+    // A loop has made a Room in a second set, or has destroyed it. Such rooms are only counted.
+    void attach_other(const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        ++others_.find_or_emplace(name);
+    }
+    void detach_other(const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (std::size_t* loops = others_.find(name); loops != nullptr && --*loops == 0) others_.erase(name);
     }
     void set_members(std::size_t loop, const std::shared_ptr<SharedRoom>& room, std::size_t members) {
         auto& count = room->parts[loop].members;
@@ -5216,6 +5248,7 @@ private:
     const std::size_t max_backlog_;
     mutable std::mutex mutex_;
     StringMap<std::shared_ptr<SharedRoom>> rooms_;
+    StringMap<std::size_t> others_;  // the number of loops that have such a room in a second set
     std::vector<PerLoop> loops_;
     RoomBus* bus_ = nullptr;
     std::atomic<std::uint64_t> dropped_{0};
@@ -5393,6 +5426,7 @@ public:
         ++root_->size_;
         prune_later(room);
         if (directory_ != nullptr) room.shared_ = directory_->attach(loop_, room, room.name_);
+        else if (root_->directory_ != nullptr) root_->directory_->attach_other(room.name_);
         return room;
     }
     // Returns null if no room of that name has members. Takes a lock if this loop has none.
@@ -5440,6 +5474,7 @@ private:
             room.prune_pending_ = false;
             if (!room.members_.empty()) continue;
             if (room.shared_) directory_->detach(loop_, *room.shared_);
+            else if (directory_ != nullptr) directory_->detach_other(room.name_);
             if (room.rooms_.rooms_.erase(room.name())) --size_;
         }
     }
@@ -6028,7 +6063,7 @@ inline const char* error_name(int error) {
 }
 
 // "Address already in use (EADDRINUSE)"
-inline std::string error_text(int error) {
+WSCHAT_COLD inline std::string error_text(int error) {
     const char* name = error_name(error);
     return error_message(error) + " (" + (name != nullptr ? name : std::to_string(error)) + ")";
 }
@@ -6232,7 +6267,7 @@ public:
 
 private:
     template <class Call>
-    static IoResult result(Call&& call) {
+    WSCHAT_INLINE static IoResult result(Call&& call) {
         for (;;) {
             const std::ptrdiff_t n = call();
             if (n > 0) return {IoResult::Outcome::done, static_cast<std::size_t>(n)};
@@ -6433,7 +6468,7 @@ struct ListenAddress {
         address.port = static_cast<int>(*port);
         return address;
     }
-    std::string to_string() const {
+    WSCHAT_COLD std::string to_string() const {
         if (!unix_path.empty()) return "unix:" + unix_path;
         if (inherited != -1 && port == 0) return "fd:" + std::to_string(inherited);
         const bool ipv6 = host.find(':') != std::string::npos;
@@ -6444,7 +6479,8 @@ struct ListenAddress {
 // A listening socket. The constructor throws Error with the address and the cause if the system refuses.
 class ListenSocket {
 public:
-    ListenSocket(const ListenAddress& address, bool reuse_port, const ListenOptions& options = {}) : address_(address) {
+    WSCHAT_COLD ListenSocket(const ListenAddress& address, bool reuse_port, const ListenOptions& options = {})
+        : address_(address) {
         const bool makes_path = address.inherited == -1 && !address.unix_path.empty();
         if (options.unix_mode && (!makes_path || *options.unix_mode > 07777))
             throw Error("listen " + address.to_string() + ": " +
@@ -6456,7 +6492,7 @@ public:
     }
     ListenSocket(const ListenSocket&) = delete;
     ListenSocket& operator=(const ListenSocket&) = delete;
-    ~ListenSocket() {
+    WSCHAT_COLD ~ListenSocket() {
 #if !defined(_WIN32)
         if (socket_ && address_.inherited == -1 && !address_.unix_path.empty()) ::unlink(address_.unix_path.c_str());
 #endif
@@ -6480,7 +6516,7 @@ public:
     }
 
 private:
-    [[noreturn]] void fail(int error, const char* call) const {
+    [[noreturn]] WSCHAT_COLD void fail(int error, const char* call) const {
         std::string sentence = "listen " + address_.to_string() + ": " + os::error_text(error);
         if (error == EADDRINUSE) sentence += ": another process has it";
         else if (error == EACCES && address_.port != 0 && address_.port < 1024)
@@ -6616,7 +6652,7 @@ private:
     }
 #if !defined(_WIN32)
     // Unlinks the socket of a dead process: bind() would fail while the path exists.
-    static void unlink_stale_socket(const sockaddr_un& name) {
+    WSCHAT_COLD static void unlink_stale_socket(const sockaddr_un& name) {
         struct stat status {};
         if (::lstat(name.sun_path, &status) != 0 || !S_ISSOCK(status.st_mode)) return;
         const Socket probe(os::open_socket(AF_UNIX));
@@ -6676,19 +6712,19 @@ private:
         return (std::min)(end == std::string_view::npos ? next.size() : end + 1, max_line - header_.size());
     }
 
-    void check_header() {
+    WSCHAT_COLD void check_header() {
         if (binary()) check_binary();
         else check_line();
     }
 
-    void check_line() {
+    WSCHAT_COLD void check_line() {
         constexpr std::string_view begin = "PROXY ";
         const std::string_view line = header_;
         if (line.substr(0, begin.size()) != begin.substr(0, line.size())) failure_ = "there is no PROXY header";
         else if (line.back() == '\n') parse_line(line.substr(begin.size()));
         else if (line.size() == max_line) failure_ = "the line is longer than 107 bytes";
     }
-    void parse_line(std::string_view rest) {
+    WSCHAT_COLD void parse_line(std::string_view rest) {
         failure_ = "the line is malformed";
         if (rest.size() < 2 || rest[rest.size() - 2] != '\r') return;
         rest.remove_suffix(2);
@@ -6710,7 +6746,7 @@ private:
         complete(IpAddress::parse(source));
     }
 
-    void check_binary() {
+    WSCHAT_COLD void check_binary() {
         const std::size_t known = (std::min)(header_.size(), signature.size());
         if (header_.compare(0, known, signature.substr(0, known)) != 0) failure_ = "there is no PROXY header";
         else if (header_.size() > 12 && (byte(12) >> 4 != 2 || (byte(12) & 0xF) > 1))
@@ -6718,7 +6754,7 @@ private:
         else if (header_.size() >= fixed_size && announced_size() > max_size) failure_ = "the header is too large";
         else if (header_.size() >= fixed_size && header_.size() == announced_size()) parse_binary();
     }
-    void parse_binary() {
+    WSCHAT_COLD void parse_binary() {
         const bool local = (byte(12) & 0xF) == 0;
         const unsigned protocol = byte(13);
         sockaddr_storage source{};
@@ -6934,7 +6970,7 @@ template <class System>
 class BasicPollPoller final : public Poller {
 public:
     const char* name() const override { return "poll"; }
-    bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
+    WSCHAT_COLD bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
         // Reserve first: after that neither insert() can throw, and the two lists stay equal in size.
         if (entries_.size() == entries_.capacity()) entries_.reserve(2 * entries_.size() + 16);
         owners_.reserve(entries_.capacity());
@@ -6947,7 +6983,7 @@ public:
         entries_.begin()[position(descriptor)].events = events(read, write);
         return true;
     }
-    void remove(os::Descriptor descriptor) override {
+    WSCHAT_COLD void remove(os::Descriptor descriptor) override {
         const auto entry = entries_.begin() + position(descriptor);
         if (entry == entries_.end() || entry->fd != descriptor) return;
         owners_.erase(owners_.begin() + (entry - entries_.begin()));
@@ -8492,7 +8528,6 @@ WSCHAT_END
 // values that several loops can share. Does not know connections.
 // ====================================================================================================================
 
-#include <deque>
 #include <tuple>
 
 WSCHAT_BEGIN
@@ -8511,14 +8546,14 @@ public:
         std::string_view rest = pattern.substr(1);
         for (bool more = true; more;) {
             if (open_ended_) throw Error(quoted + "nothing follows a {name...}");
-            std::string segment(cut_segment(rest, more));
-            const bool param = segment.size() > 2 && segment.front() == '{' && segment.back() == '}';
-            if (param) segment = segment.substr(1, segment.size() - 2);
-            open_ended_ = param && segment.size() >= 3 && segment.substr(segment.size() - 3) == "...";
-            if (open_ended_) segment.resize(segment.size() - 3);
-            if (segment.find_first_of("{}?#%") != std::string::npos || (param && segment.empty()))
+            std::string_view name = cut_segment(rest, more);
+            const bool param = name.size() > 2 && name.front() == '{' && name.back() == '}';
+            if (param) name = name.substr(1, name.size() - 2);
+            open_ended_ = param && name.size() >= 3 && name.substr(name.size() - 3) == "...";
+            if (open_ended_) name.remove_suffix(3);
+            if (name.find_first_of("{}?#%") != std::string_view::npos || (param && name.empty()))
                 throw Error(quoted + "a segment is plain text, one {name} or, at the end, one {name...}");
-            segments_.push_back({param, std::move(segment)});
+            segments_.push_back(text::concat({param ? "{" : "", name}));
         }
     }
 
@@ -8529,10 +8564,10 @@ public:
         if (!text::starts_with(raw_path, "/")) return false;
         std::string_view rest = raw_path.substr(1);
         bool more = true;
-        for (const Segment& segment : segments_) {
+        for (const std::string& segment : segments_) {
             if (!more) return false;
             if (open_ended_ && &segment == &segments_.back()) return true;
-            if (segment.param ? cut_segment(rest, more).empty() : !cut_literal(rest, more, segment.text)) return false;
+            if (is_param(segment) ? cut_segment(rest, more).empty() : !cut_literal(rest, more, segment)) return false;
         }
         return !more;
     }
@@ -8542,16 +8577,17 @@ public:
         std::vector<std::pair<std::string, std::string>> result;
         std::string_view rest = raw_path.substr(1);
         bool more = true;
-        for (const Segment& segment : segments_) {
+        for (const std::string& segment : segments_) {
             const bool last = open_ended_ && &segment == &segments_.back();
             const std::string_view raw = last ? rest : cut_segment(rest, more);
-            if (segment.param) result.emplace_back(segment.text, text::percent_decode(raw).value_or(std::string()));
+            if (is_param(segment))
+                add_pair(result, segment.substr(1), text::percent_decode(raw).value_or(std::string()));
         }
         return result;
     }
 
     // The segments that "{name...}" matched, each decoded by itself.
-    std::vector<std::string> tail(std::string_view raw_path) const {
+    WSCHAT_COLD std::vector<std::string> tail(std::string_view raw_path) const {
         std::vector<std::string> result;
         std::string_view rest = raw_path.substr(1);
         bool more = true;
@@ -8563,24 +8599,21 @@ public:
     // If several patterns match, the one with the highest rank wins: more plain text first, open-ended ones last.
     std::size_t rank() const {
         std::size_t rank = open_ended_ ? 0 : 1000;
-        for (const Segment& segment : segments_) rank += segment.param ? 1 : 2;
+        for (const std::string& segment : segments_) rank += is_param(segment) ? 1u : 2u;
         return rank;
     }
     // Whether both match the same paths.
     friend bool operator==(const Pattern& a, const Pattern& b) {
-        const auto same = [](const Segment& x, const Segment& y) {
-            return x.param == y.param && (x.param || x.text == y.text);
-        };
-        return a.open_ended_ == b.open_ended_ && a.segments_.size() == b.segments_.size() &&
-               std::equal(a.segments_.begin(), a.segments_.end(), b.segments_.begin(), same);
+        if (a.open_ended_ != b.open_ended_ || a.segments_.size() != b.segments_.size()) return false;
+        for (std::size_t i = 0; i < a.segments_.size(); ++i) {
+            const std::string &x = a.segments_[i], &y = b.segments_[i];
+            if (x != y && !(is_param(x) && is_param(y))) return false;
+        }
+        return true;
     }
 
 private:
-    struct Segment {
-        bool param;
-        std::string text;
-    };
-
+    static bool is_param(const std::string& segment) { return !segment.empty() && segment.front() == '{'; }
     // Cuts off the first segment and its slash. `more`: another segment follows, which may be empty.
     static std::string_view cut_segment(std::string_view& path, bool& more) {
         const std::size_t size = path.size();
@@ -8607,7 +8640,7 @@ private:
     }
 
     std::string text_;
-    std::vector<Segment> segments_;
+    std::vector<std::string> segments_;  // plain text, or "{name" for a parameter
     bool open_ended_ = false;
 };
 
@@ -8797,7 +8830,7 @@ struct HttpDateParts {
     std::string b;
 
     // Returns true if the text has the form. A digit of the day may be a space.
-    bool match(std::string_view date, std::string_view form) {
+    WSCHAT_COLD bool match(std::string_view date, std::string_view form) {
         *this = {};
         const std::string_view letters = "dyhms";
         int* const numbers[] = {&d, &y, &h, &m, &s};
@@ -8842,7 +8875,7 @@ WSCHAT_COLD inline std::optional<std::int64_t> parse_http_date(std::string_view 
 
 // Whether the client's copy is current. RFC 9110 13.1.3: "A recipient MUST ignore If-Modified-Since if the request
 // contains an If-None-Match header field".
-inline bool not_modified(const Request& request, const std::string& etag, std::int64_t modified_seconds) {
+WSCHAT_COLD inline bool not_modified(const Request& request, const std::string& etag, std::int64_t modified_seconds) {
     if (request.fields().find("if-none-match")) {
         bool match = false;
         request.fields().each_element("if-none-match", [&](std::string_view tag) {
@@ -8960,7 +8993,7 @@ inline std::string replace_name(std::string_view path, std::string_view name) {
 
 // A path beside a source file: beside(__FILE__, "page.html"). If nothing is there, because the program runs where its
 // source is not, the file of this name in the folder of the program.
-inline std::string beside(std::string_view source_file, std::string_view name) {
+WSCHAT_COLD inline std::string beside(std::string_view source_file, std::string_view name) {
     std::string path = detail::replace_name(source_file, name);
     if (detail::File{path}) return path;
     std::string beside_program = detail::replace_name(detail::os::executable_path(), name);
@@ -8978,18 +9011,19 @@ public:
 
     // Replaces all of ServerOptions::limits for new connections of this route; start from a copy of Server::limits().
     Route& set_limits(const Limits& limits) {
-        limits_.push_back(limits);
+        current_limits_ = &limits_.append(limits);
         return *this;
     }
     // Null if the route has no limits of its own.
-    const Limits* limits() const { return limits_.empty() ? nullptr : &limits_.back(); }
+    const Limits* limits() const { return current_limits_; }
     const detail::Pattern& pattern() const { return pattern_; }
     std::unique_ptr<WebSocketHandler> make_handler() const { return factory_(); }
 
 private:
     detail::Pattern pattern_;
     Factory factory_;
-    std::deque<Limits> limits_;  // the last is current; open connections keep those that they began with
+    StringMap<Limits> limits_;  // all that were set: open connections keep those that they began with
+    const Limits* current_limits_ = nullptr;
 };
 
 // What pages of other origins may do with the answers of this server: Server::allow_cors().
@@ -9038,7 +9072,7 @@ public:
         return found == nullptr && method == "HEAD" ? find_exactly("GET") : found;
     }
     // For the header Allow.
-    std::string allowed() const {
+    WSCHAT_COLD std::string allowed() const {
         std::string list;
         for (const auto& [method, function] : methods_) {
             list += method + ", ";
@@ -9085,7 +9119,7 @@ struct ByteRange {
     bool partial;  // the request asks for this range. No byte of the file is in it if it is empty
 };
 // Several ranges, and ranges that are malformed, are answered with the whole file.
-inline ByteRange requested_range(const Request& request, std::uint64_t size) {
+WSCHAT_COLD inline ByteRange requested_range(const Request& request, std::uint64_t size) {
     const ByteRange whole{0, size, false};
     std::string_view last = request.header("range");
     if (text::trim(text::consume_until(last, '=')) != "bytes") return whole;
@@ -9099,7 +9133,7 @@ inline ByteRange requested_range(const Request& request, std::uint64_t size) {
     return {*from, to ? (std::min)(*to + 1, size) : size, true};
 }
 // RFC 9110 13.1.5: "If-Range" names the copy that the client has a part of, by a strong tag or the exact date.
-inline bool range_applies(const Request& request, const std::string& etag, std::int64_t modified_seconds) {
+WSCHAT_COLD inline bool range_applies(const Request& request, const std::string& etag, std::int64_t modified_seconds) {
     const auto condition = request.fields().find("if-range");
     return !condition || *condition == etag || parse_http_date(*condition) == modified_seconds;
 }
@@ -9188,7 +9222,7 @@ inline std::string_view without_quotes(std::string_view s) {
 // An address as proxies write it: "203.0.113.7", "203.0.113.7:51234", "[2001:db8::7]:443", "2001:db8::7", also in
 // quotes (RFC 7239 6). Returns nothing for "unknown", for a name that hides the address ("_hidden"), and for other
 // texts.
-inline std::optional<IpAddress> parse_hop(std::string_view hop) {
+WSCHAT_COLD inline std::optional<IpAddress> parse_hop(std::string_view hop) {
     hop = without_quotes(hop);
     if (hop.size() > 64) return std::nullopt;
     std::string_view address = hop, port = "0";
@@ -9259,7 +9293,7 @@ struct ForwardedClient {
 };
 
 // The value of a parameter of a Forwarded element ("for=203.0.113.7;proto=https"). Empty if it is absent.
-inline std::string_view forwarded_parameter(std::string_view element, std::string_view name) {
+WSCHAT_COLD inline std::string_view forwarded_parameter(std::string_view element, std::string_view name) {
     while (!element.empty()) {
         std::string_view value = consume_last(element, ';');
         if (text::equals_ignore_case(text::trim(text::consume_until(value, '=')), name)) return text::trim(value);
@@ -9268,7 +9302,7 @@ inline std::string_view forwarded_parameter(std::string_view element, std::strin
 }
 
 // "https" for https and wss, "http" for http and ws, otherwise `unknown`.
-inline std::string_view forwarded_scheme(std::string_view scheme, std::string_view unknown) {
+WSCHAT_COLD inline std::string_view forwarded_scheme(std::string_view scheme, std::string_view unknown) {
     scheme = without_quotes(scheme);
     if (text::equals_ignore_case(scheme, "https") || text::equals_ignore_case(scheme, "wss")) return "https";
     if (text::equals_ignore_case(scheme, "http") || text::equals_ignore_case(scheme, "ws")) return "http";
@@ -9280,7 +9314,7 @@ inline std::string_view forwarded_scheme(std::string_view scheme, std::string_vi
 // and pass on a Forwarded (RFC 7239) that the client wrote. So Forwarded counts only if the request has neither
 // X-Forwarded-For nor X-Forwarded-Proto.
 template <class Trusted>
-void read_forwarded(const Fields& fields, ForwardedClient& client, Trusted&& trusted) {
+WSCHAT_COLD void read_forwarded(const Fields& fields, ForwardedClient& client, Trusted&& trusted) {
     const bool legacy = fields.count("x-forwarded-for") + fields.count("x-forwarded-proto") != 0;
     ElementsFromLast hops(fields, legacy ? "x-forwarded-for" : "forwarded"), schemes(fields, "x-forwarded-proto");
     for (bool first = true;; first = false) {
@@ -9333,7 +9367,7 @@ public:
         });
     }
     // From "/static" to "/static/" if that is a static folder, for a path that has no page.
-    std::optional<Response> folder_redirect(const Request& request) const {
+    WSCHAT_COLD std::optional<Response> folder_redirect(const Request& request) const {
         const Page* page = pages.find(std::string(request.raw_path()) + "/");
         if (page == nullptr || !page->folder()) return std::nullopt;
         return redirect_to_folder(request);
@@ -9381,22 +9415,22 @@ public:
     WSCHAT_COLD Headers cors_headers(const Request& request, std::string_view methods) const {
         Headers headers;
         if (cors_origins_.list().empty()) return headers;
-        headers.emplace_back("Vary", "Origin");
+        add_pair(headers, "Vary", "Origin");
         const auto origin = request.fields().find("origin");
         if (!origin || !cors_origins_.contains(*origin)) return headers;
         const bool any = text::contains(cors_origins_.list(), "*");
-        headers.emplace_back("Access-Control-Allow-Origin", any ? "*" : *origin);
-        if (cors_.credentials) headers.emplace_back("Access-Control-Allow-Credentials", "true");
+        add_pair(headers, "Access-Control-Allow-Origin", any ? "*" : *origin);
+        if (cors_.credentials) add_pair(headers, "Access-Control-Allow-Credentials", "true");
         if (methods.empty()) return headers;
-        headers.emplace_back("Access-Control-Allow-Methods", methods);
-        headers.emplace_back("Access-Control-Allow-Headers", cors_.headers);
-        headers.emplace_back("Access-Control-Max-Age", std::to_string(cors_.max_age.count()));
+        add_pair(headers, "Access-Control-Allow-Methods", methods);
+        add_pair(headers, "Access-Control-Allow-Headers", cors_.headers);
+        add_pair(headers, "Access-Control-Max-Age", std::to_string(cors_.max_age.count()));
         return headers;
     }
     void set_default_header(std::string_view name, std::string_view value) {
         Response checked(200);
         checked.set_header(name, value);
-        default_headers.emplace_back(name, value);
+        add_pair(default_headers, name, value);
     }
     void allow_hosts(const std::vector<std::string>& hosts) {
         for (const std::string& host : hosts) hosts_.push_back(text::to_lower(host));
@@ -9492,13 +9526,13 @@ private:
     }
     // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
     // this cannot lead to another host.
-    static Response redirect_to_folder(const Request& request) {
+    WSCHAT_COLD static Response redirect_to_folder(const Request& request) {
         const std::string query = request.query_string().empty() ? "" : "?" + std::string(request.query_string());
         return Response::redirect(std::string(request.raw_path()) + "/" + query, 301);
     }
 
     // Whether the origin is of a public host, and the Host is not; or the Host has lost its port.
-    static bool host_seems_replaced(std::string_view origin, std::string_view host) {
+    WSCHAT_COLD static bool host_seems_replaced(std::string_view origin, std::string_view host) {
         const auto normal = normalized_origin(origin);
         if (!normal || !text::starts_with(*normal, "http")) return false;
         const std::string_view page = std::string_view(*normal).substr(normal->find("://") + 3);
@@ -9550,30 +9584,29 @@ public:
     };
     static constexpr std::size_t max_keys = 48;
 
-    bool empty() const { return entries_.empty(); }
-    std::vector<Entry>::const_iterator begin() const { return entries_.begin(); }
-    std::vector<Entry>::const_iterator end() const { return entries_.end(); }
+    bool empty() const { return size_ == 0; }
+    const Entry* begin() const { return entries_; }
+    const Entry* end() const { return entries_ + size_; }
 
 protected:
     std::uint64_t& counter(int key) {
-        auto at = lower_bound(key);
-        if (at != entries_.end() && at->key == key) return at->count;
-        if (entries_.size() >= max_keys && key != -1) return counter(-1);
-        return entries_.insert(at, {key, 0})->count;
+        Entry* at = entries_;
+        while (at != end() && at->key < key) ++at;
+        if (at != end() && at->key == key) return at->count;
+        if (size_ >= max_keys && key != -1) return counter(-1);
+        for (Entry* moved = entries_ + size_++; moved != at; --moved) *moved = moved[-1];
+        *at = {key, 0};
+        return at->count;
     }
     std::uint64_t value(int key) const {
-        for (const Entry& entry : entries_)
+        for (const Entry& entry : *this)
             if (entry.key == key) return entry.count;
         return 0;
     }
 
 private:
-    std::vector<Entry>::iterator lower_bound(int key) {
-        auto at = entries_.begin();
-        while (at != entries_.end() && at->key < key) ++at;
-        return at;
-    }
-    std::vector<Entry> entries_;
+    Entry entries_[max_keys + 1] = {};  // and one for -1
+    std::size_t size_ = 0;
 };
 
 // Counters whose keys are numbers or enumerators; the bodies are the same for all.
@@ -9757,19 +9790,25 @@ using LogFields = std::vector<std::pair<std::string_view, std::string>>;
 // so that one level does not use up the entries of another.
 class ServerLog {
 public:
-    explicit ServerLog(Metrics& metrics) : metrics_(metrics) {}
+    // `mutex`: held during each call of the function. It is recursive, because a log function may log.
+    ServerLog(Metrics& metrics, std::recursive_mutex& mutex) : metrics_(metrics), mutex_(mutex) {}
 
     void set(std::function<void(const LogEntry&)> log) { log_ = std::move(log); }
     // False if nobody reads the log. The caller then does not make the fields of an entry.
     explicit operator bool() const { return static_cast<bool>(log_); }
 
-    void operator()(LogLevel level, std::string_view event, const LogFields& fields) {
+    WSCHAT_COLD void operator()(LogLevel level, std::string_view event, const LogFields& fields) {
         if (!log_) return;
         if (!buckets_[static_cast<std::size_t>(level)].take(1, {100, 100}, Clock::now())) {
             ++metrics_.log_entries_suppressed;
             return;
         }
-        run_guarded([&] { log_({level, event, fields}); }, [](const char*) {});
+        run_guarded(
+            [&] {
+                const std::lock_guard<std::recursive_mutex> lock(mutex_);
+                log_({level, event, fields});
+            },
+            [](const char*) {});
     }
     // Called by catch blocks, so it throws nothing, even if memory runs out. `peer` may be null.
     WSCHAT_COLD void exception(const char* where, const char* what, const IpAddress* peer) noexcept {
@@ -9784,6 +9823,7 @@ public:
 
 private:
     Metrics& metrics_;
+    std::recursive_mutex& mutex_;
     std::function<void(const LogEntry&)> log_;
     TokenBucket buckets_[4];  // by level
 };
@@ -9930,8 +9970,8 @@ public:
 
     // A loop answers at the end of its turn, so nothing is counted twice or read while it changes. Calls wake(loop) for
     // each loop that must answer. A loop that is busy for 100 ms is seen as it was at its latest answer.
-    std::vector<Metrics> ask_for_metrics(std::size_t here, const std::function<Metrics()>& own,
-                                         FunctionRef<std::size_t> wake) {
+    WSCHAT_COLD std::vector<Metrics> ask_for_metrics(std::size_t here, const std::function<Metrics()>& own,
+                                                     FunctionRef<std::size_t> wake) {
         std::unique_lock<std::mutex> lock(mutex_);
         std::vector<std::uint64_t> before(loads_.size());
         for (std::size_t i = 0; i < loads_.size(); ++i) {
@@ -9960,6 +10000,7 @@ public:
     }
 
     AddressCounts addresses;
+    std::recursive_mutex entries;                // one call of on_log() or on_access() at a time
     std::atomic<std::size_t> others_running{0};  // loops beside the first one
 
 private:
@@ -10020,7 +10061,7 @@ public:
           number(its_number),
           loop(options.poller),
           rooms(arena),
-          log(metrics) {
+          log(metrics, loads.entries) {
         receive_buffer.reserve(receive_size);
         reserve_descriptor();
     }
@@ -10265,8 +10306,12 @@ public:
                                 status,
                                 size,
                                 Clock::now() - request_time_};
-        run_guarded([&] { host_.on_access(entry); },
-                    [&](const char* what) { host_.log.exception("on_access", what, &peer_); });
+        run_guarded(
+            [&] {
+                const std::lock_guard<std::recursive_mutex> lock(host_.loads.entries);
+                host_.on_access(entry);
+            },
+            [&](const char* what) { host_.log.exception("on_access", what, &peer_); });
     }
 
     // ---- answers that come later -----------------------------------------------------------------------------------
@@ -10357,7 +10402,7 @@ private:
         if (expects) queue("HTTP/1.1 100 Continue\r\n\r\n");
     }
 
-    void respond(PageAnswer answer) {
+    WSCHAT_COLD void respond(PageAnswer answer) {
         const std::unique_ptr<Request> request = std::move(request_);
         if (answer.file_error != 0)
             host_.log(LogLevel::warning, "file_missing",
@@ -10736,7 +10781,7 @@ public:
     // For start_client(): what may run out of memory.
     void prepare_client() { rare_ = std::make_unique<Rare>(); }
     // Instead of start(): a client's connection. The frames must be valid and writable until this returns.
-    void start_client(ClientHandshake opened) {
+    WSCHAT_COLD void start_client(ClientHandshake opened) {
         rare_->owner = std::move(opened.owner);
         route_limits_ = &owner()->session_limits();
         handshake_done_ = true;
@@ -10830,7 +10875,7 @@ public:
     }
 
     // The server shuts down: an open WebSocket gets a Close frame, an answer is finished, anything else ends.
-    void shut_down() {
+    WSCHAT_COLD void shut_down() {
         protect([&] {
             if (phase_ == Phase::websocket)
                 connection().close(CloseCode::going_away, "server is shutting down", now(), CloseCause::shutdown);
@@ -10853,7 +10898,7 @@ public:
         if (!std::exchange(dirty, true)) host_.turn.dirty.push(*this);
     }
     void set_nodelay(bool on) override { stream_.socket().set_nodelay(on); }
-    void on_reply(ReplyAnswer answer) override {
+    WSCHAT_COLD void on_reply(ReplyAnswer answer) override {
         http_->set_reply(std::move(answer));
         mark_dirty();
     }
@@ -11044,7 +11089,7 @@ private:
 
     // For a timer that is due. After a long turn, input that came in time may still wait in the kernel, behind that of
     // other sessions: it is read first. True: the session has ended, or its timer is set again.
-    bool read_late_input() {
+    WSCHAT_COLD bool read_late_input() {
         if (phase_ == Phase::lingering || !reading() || (phase_ == Phase::http && http_->busy())) return false;
         read();
         if (ended_ || scheduled()) return true;
@@ -11055,7 +11100,7 @@ private:
 
     // The deadline of a TLS handshake, and of the request after it, does not run while the loop is away, and not while
     // the handshakes of others use up the budget of each turn.
-    bool extend_handshake(Time was_due) {
+    WSCHAT_COLD bool extend_handshake(Time was_due) {
         if (ended_ || phase_ != Phase::http || !stream_.encrypted() || http_->answered || !reading()) return false;
         const Duration away = LoopAccess::away(host_.loop);
         const Duration missed = away - std::exchange(http_->away_before, away);
@@ -11100,7 +11145,7 @@ private:
     // ---- the PROXY header ------------------------------------------------------------------------------------------
 
     // Receives no more than the header, because the bytes after it may be TLS. True: it is complete and valid.
-    bool read_proxy_header() {
+    WSCHAT_COLD bool read_proxy_header() {
         for (;;) {
             char* const data = host_.receive_buffer.data();
             IoResult got = stream_.socket().peek(data, host_.receive_buffer.capacity());
@@ -11122,7 +11167,7 @@ private:
         return true;
     }
     // A peer that sends nothing is a check of the port, not a failure.
-    bool fail_proxy(std::string_view cause) {
+    WSCHAT_COLD bool fail_proxy(std::string_view cause) {
         const bool check = !http_->proxy->started() && host_.site.trusted(peer_);
         if (!check) host_.note_proxy_failure(peer_, cause);
         ended_ = true;
@@ -11177,7 +11222,7 @@ private:
     }
 
     // An answer is finished, and so is a request that waits for it. A request that has arrived is answered.
-    void shut_down_http() {
+    WSCHAT_COLD void shut_down_http() {
         if (http_->busy() || http_->has_pending()) {
             if (!http_->has_pending()) http_->keep_alive = false;
             return;
@@ -11236,7 +11281,7 @@ private:
         RequestAccess::set_connection(request, address, client.scheme == "https",
                                       stream_.encrypted() ? stream_.peer_name() : std::string());
     }
-    void give_up_reply(const Response& response) {
+    WSCHAT_COLD void give_up_reply(const Response& response) {
         http_->give_up_reply(response);
         handler_.reset();
         mark_dirty();
@@ -11278,7 +11323,7 @@ private:
         if (http_->busy() || !http_->keep_alive || !http_->has_pending()) return;
         parse_pending();
     }
-    void send_file() {
+    WSCHAT_COLD void send_file() {
         constexpr int max_pieces = 8;  // then other sessions have their turn
         for (int i = 0; i < max_pieces && http_->has_file() && !blocked() && !send_failed_; ++i) {
             if (!http_->queue_file_piece()) ended_ = true;
@@ -11343,11 +11388,11 @@ private:
         if (refusal) return refuse_upgrade(*refusal);
         open_websocket(std::move(compression), headers, rest);
     }
-    void refuse_upgrade(const Response& response) {
+    WSCHAT_COLD void refuse_upgrade(const Response& response) {
         const std::unique_ptr<WebSocketHandler> refused = std::move(handler_);
         refuse(response, HandlerAccess::core(*refused).request);
     }
-    void fail_upgrade() {
+    WSCHAT_COLD void fail_upgrade() {
         http_->take_reply();
         handler_.reset();
         respond(Response(500, "The server failed to open the connection.\n"), nullptr);
@@ -11550,7 +11595,7 @@ private:
         pause_accept(error);
     }
     // Tries again a little later, so that a shortage does not make the loop spin.
-    void pause_accept(int error) {
+    WSCHAT_COLD void pause_accept(int error) {
         host_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
         schedule_retry(host_.loop.now());  // before the removal, because it may need memory
         if (std::exchange(watching_, false)) LoopAccess::poller(host_.loop).remove(parts_.socket->descriptor());
@@ -11578,6 +11623,7 @@ public:
         LoopAccess::on_exception(loop,
                                  [this](const char* where, const char* what) { log.exception(where, what, nullptr); });
     }
+    WSCHAT_COLD WSCHAT_NOINLINE ~Worker() = default;  // one body, not one at each place that destroys workers
 
     const StringMap<Listener>& listeners() const { return listeners_; }
     bool idle() const { return sessions_.empty(); }
@@ -11590,6 +11636,8 @@ public:
     }
 
     // ---- several loops ---------------------------------------------------------------------------------------------
+
+    std::thread thread;  // that runs the loop; none while it does not run, and for the first loop
 
     // While it exists, this thread is that of the worker.
     class Thread {
@@ -11609,7 +11657,7 @@ public:
     };
 
     // The workers of the server by number, and the rooms that they share; null for a server with one loop.
-    void join_group(const std::vector<std::unique_ptr<Worker>>* group, RoomDirectory* directory) {
+    WSCHAT_COLD void join_group(const std::vector<std::unique_ptr<Worker>>* group, RoomDirectory* directory) {
         group_ = group;
         share_rooms(directory);
     }
@@ -11673,14 +11721,14 @@ public:
         if (first) log(LogLevel::debug, "shutdown", {{"connections", std::to_string(connections)}});
     }
     // True if a shutdown has finished. The server may listen again.
-    bool end_shutdown() {
+    WSCHAT_COLD bool end_shutdown() {
         if (!draining || !idle()) return false;
         draining = false;
         ++shutdowns_;  // the deadline is for no later connection
         return true;
     }
     // Ends all connections at the end of this turn, without a closing handshake.
-    void abort_all() {
+    WSCHAT_COLD void abort_all() {
         for (const auto& session : sessions_) session->abort(CloseCause::shutdown, "server is shutting down");
     }
     // The same at once.
@@ -11693,7 +11741,7 @@ public:
         for (const auto& session : sessions_)
             if (WebSocketHandler* handler = session->opened_handler()) visit(*handler);
     }
-    Metrics current_metrics() const {
+    WSCHAT_COLD Metrics current_metrics() const {
         Metrics now = metrics;
         now.connections_open = sessions_.size();
         now.rooms = RoomsAccess::size_here(rooms);
@@ -11848,7 +11896,7 @@ private:
     // Closes the connections with the largest backlog until all together are within the limit. Of several loops, each
     // that holds more than its share does so.
     // The list of sessions itself is the heap: n sessions of which k are closed cost n + k log n steps, and no memory.
-    void evict_largest() {
+    WSCHAT_COLD void evict_largest() {
         const std::size_t max = options.server_limits.max_total_backlog, share = max / loads.size();
         for (std::size_t i = 0; i < loads.size(); ++i) {
             if (i == number || loads[i].backlog <= share || loads[i].asked_to_evict.exchange(true)) continue;
@@ -11887,9 +11935,12 @@ class Server {
 public:
     // Throws an Error if there are more than 256 threads.
     WSCHAT_COLD explicit Server(ServerOptions options = {})
-        : options_(std::move(options)), loads_(loops(options_.threads)), extensions_(loads_.size()) {
+        : options_(std::move(options)),
+          loads_(loops(options_.threads)),
+          workers_(loads_.size()),
+          extensions_(loads_.size()) {
         for (std::size_t i = 0; i < loads_.size(); ++i)
-            workers_.push_back(std::make_unique<detail::Worker>(*this, options_, site_, loads_, i));
+            workers_[i] = std::make_unique<detail::Worker>(*this, options_, site_, loads_, i);
         if (workers_.size() > 1) {
             make_directory();
             for (const auto& worker : workers_) worker->join_group(&workers_, directory_.get());
@@ -11899,7 +11950,7 @@ public:
     Server(const Server&) = delete;
     Server& operator=(const Server&) = delete;
     // Connections that are still open end without a closing handshake; their on_close() is called.
-    ~Server() {
+    WSCHAT_COLD ~Server() {
         stop_threads();
         close_all();
     }
@@ -12037,16 +12088,14 @@ public:
     void trusted_proxies(const std::vector<std::string>& proxies) { site("trusted_proxies").trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     // With several loops, one call at a time.
-    void on_log(std::function<void(const LogEntry&)> function) {
+    WSCHAT_COLD void on_log(const std::function<void(const LogEntry&)>& function) {
         check_stopped("on_log");
-        function = one_at_a_time(std::move(function));
         for (const auto& worker : workers_) worker->log.set(function);
     }
     // Receives each answer to an HTTP request on the loop's thread, without a limit: access_to_stderr(),
     // access_json_to_stderr(). With several loops, one call at a time.
-    void on_access(std::function<void(const AccessEntry&)> function) {
+    WSCHAT_COLD void on_access(const std::function<void(const AccessEntry&)>& function) {
         check_stopped("on_access");
-        function = one_at_a_time(std::move(function));
         for (const auto& worker : workers_) worker->on_access = function;
     }
 
@@ -12083,7 +12132,7 @@ public:
     int port() const { return first().listeners().empty() ? 0 : first().listeners().front().address().port; }
     // The address of the first listener, for a client on this machine: "http://127.0.0.1:8888/" or "https://...". It
     // has a loopback address if the server listens on all addresses.
-    std::string url() const {
+    WSCHAT_COLD std::string url() const {
         if (first().listeners().empty()) return {};
         const detail::Listener& listener = first().listeners().front();
         detail::ListenAddress address = listener.address();
@@ -12207,8 +12256,8 @@ private:
             site(call).add_later_page(call, method, pattern, std::forward<Function>(answer));
         else site(call).add_function_page(call, method, pattern, std::forward<Function>(answer));
     }
-    void add_listener(std::string_view address, const std::shared_ptr<detail::TransportFactory>& transports,
-                      const ListenOptions& options) {
+    WSCHAT_COLD void add_listener(std::string_view address, const std::shared_ptr<detail::TransportFactory>& transports,
+                                  const ListenOptions& options) {
         if (first().draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
         if (threads_run_.load() && &current() != &first())
             throw Error("listen " + std::string(address) + ": with several loops, call it on the first one");
@@ -12224,14 +12273,14 @@ private:
         handle_signals();
     }
     bool serving() const { return !first().listeners().empty() || first().draining; }
-    void start_turns() {
+    WSCHAT_COLD void start_turns() {
         if (serving()) {
             handle_signals();
             start_threads();
         }
         if (first().has_work()) detail::LoopAccess::poll_again(first().loop);
     }
-    void end_turns() {
+    WSCHAT_COLD void end_turns() {
         stop_threads();
         if (first().end_shutdown()) {
             ended_ = true;
@@ -12239,7 +12288,7 @@ private:
         }
         signals_.reset();
     }
-    void begin_shutdown(Duration deadline) {
+    WSCHAT_COLD void begin_shutdown(Duration deadline) {
         first().begin_shutdown(deadline);
         each_other([deadline](detail::Worker& worker) { worker.begin_shutdown(deadline); });
     }
@@ -12276,12 +12325,12 @@ private:
                 });
         }
     }
-    void start_threads() {
+    WSCHAT_COLD void start_threads() {
         if (workers_.size() == 1 || threads_run_.exchange(true)) return;
         try {
             for (std::size_t i = 1; i < workers_.size(); ++i) {
                 ++loads_.others_running;
-                threads_.emplace_back([this, &worker = *workers_[i]] { run_other(worker); });
+                workers_[i]->thread = std::thread([this, &worker = *workers_[i]] { run_other(worker); });
             }
         } catch (const std::system_error& error) {
             --loads_.others_running;
@@ -12289,7 +12338,7 @@ private:
             throw Error(std::string("run: a thread cannot be started: ") + error.what());
         }
     }
-    void run_other(detail::Worker& worker) {
+    WSCHAT_COLD void run_other(detail::Worker& worker) {
         const detail::Worker::Thread thread(worker);
         worker.loop.run();
         const bool shut_down = worker.end_shutdown();
@@ -12299,15 +12348,16 @@ private:
             if (!shut_down && !stopping_) first().loop.stop();
         });
     }
-    void stop_threads() {
+    WSCHAT_COLD void stop_threads() {
         if (!threads_run_.load()) return;
         stopping_ = true;
-        for (std::size_t i = 1; i <= threads_.size(); ++i)
-            workers_[i]->loop.post([this, &worker = *workers_[i]] {
-                if (stopping_) worker.loop.stop();
-            });
-        for (std::thread& thread : threads_) thread.join();
-        threads_.clear();
+        for (const auto& worker : workers_)
+            if (worker->thread.joinable())
+                worker->loop.post([this, &loop = worker->loop] {
+                    if (stopping_) loop.stop();
+                });
+        for (const auto& worker : workers_)
+            if (worker->thread.joinable()) worker->thread.join();
         threads_run_ = false;
         // What was posted too late: connections that another loop had accepted, and calls for handlers that have gone.
         for (std::size_t i = 1; i < workers_.size(); ++i) {
@@ -12316,7 +12366,7 @@ private:
         }
         stopping_ = false;
     }
-    void close_all() {
+    WSCHAT_COLD void close_all() {
         for (const auto& worker : workers_) {
             const detail::Worker::Thread thread(*worker);
             worker->close();
@@ -12326,17 +12376,11 @@ private:
             extensions_[i].clear();
         }
     }
-    void make_directory() {
-        std::vector<Rooms*> rooms;
-        std::vector<std::shared_ptr<Mailbox>> mailboxes;
-        for (const auto& worker : workers_) {
-            rooms.push_back(&worker->rooms);
-            mailboxes.push_back(worker->loop.mailbox());
-        }
-        directory_ = std::make_unique<detail::RoomDirectory>(std::move(rooms), std::move(mailboxes),
-                                                             options_.server_limits.max_loop_backlog);
+    WSCHAT_COLD void make_directory() {
+        directory_ = std::make_unique<detail::RoomDirectory>(workers_.size(), options_.server_limits.max_loop_backlog);
+        for (const auto& worker : workers_) directory_->set_loop(worker->number, worker->rooms, worker->loop.mailbox());
     }
-    Metrics sum_of(const std::vector<Metrics>& loops) const {
+    WSCHAT_COLD Metrics sum_of(const std::vector<Metrics>& loops) const {
         Metrics sum;
         for (const Metrics& each : loops) detail::add_metrics(sum, each);
         if (directory_) sum.rooms = directory_->size();
@@ -12345,24 +12389,15 @@ private:
         for (const MetricSource& each : metric_sources_) each(sum.more);
         return sum;
     }
-    template <class Entry>
-    std::function<void(const Entry&)> one_at_a_time(std::function<void(const Entry&)> function) const {
-        if (workers_.size() == 1 || !function) return function;
-        // A log function may log.
-        return [function = std::move(function), mutex = std::make_shared<std::recursive_mutex>()](const Entry& entry) {
-            const std::lock_guard<std::recursive_mutex> lock(*mutex);
-            function(entry);
-        };
-    }
 
     // ---- signals ---------------------------------------------------------------------------------------------------
 
     // From the first listen() on, because a signal may come before run().
-    void handle_signals() {
+    WSCHAT_COLD void handle_signals() {
         if (options_.handle_signals && !signals_)
             signals_ = std::make_unique<detail::SignalGuard>(detail::LoopAccess::wake_descriptor(first().loop));
     }
-    void on_signal() {
+    WSCHAT_COLD void on_signal() {
         if (!std::exchange(signalled_, true)) return begin_shutdown(options_.shutdown_deadline);
         first().abort_all();
         each_other([](detail::Worker& worker) { worker.abort_all(); });
@@ -12373,7 +12408,6 @@ private:
     detail::LoopLoads loads_;
     std::unique_ptr<detail::RoomDirectory> directory_;      // null with one loop
     std::vector<std::unique_ptr<detail::Worker>> workers_;  // one for each loop; they do not change
-    std::vector<std::thread> threads_;                      // of all loops but the first, while they run
     std::atomic<bool> threads_run_{false};
     std::atomic<bool> stopping_{false};  // stop_threads() waits for them
     bool signalled_ = false;
@@ -12950,8 +12984,6 @@ WSCHAT_END
 
 #include <condition_variable>
 #include <deque>
-#include <map>
-#include <random>
 
 WSCHAT_BEGIN
 
@@ -13239,17 +13271,14 @@ inline std::vector<ResolvedAddress> resolve_by_system(const std::string& host) {
 }
 
 // RFC 8305 4: the families take turns, beginning with that of the first address.
-inline std::deque<ResolvedAddress> interleave_families(const std::vector<ResolvedAddress>& addresses) {
-    std::deque<ResolvedAddress> first, second;
+inline std::vector<ResolvedAddress> interleave_families(const std::vector<ResolvedAddress>& addresses) {
+    std::vector<ResolvedAddress> first, second, result;
     for (const ResolvedAddress& each : addresses)
         (each.address.family() == addresses.front().address.family() ? first : second).push_back(each);
-    std::deque<ResolvedAddress> result;
-    while (!first.empty() || !second.empty())
-        for (auto* family : {&first, &second}) {
-            if (family->empty()) continue;
-            result.push_back(family->front());
-            family->pop_front();
-        }
+    for (std::size_t i = 0; i < addresses.size(); ++i) {
+        if (i < first.size()) result.push_back(first[i]);
+        if (i < second.size()) result.push_back(second[i]);
+    }
     return result;
 }
 
@@ -13435,22 +13464,26 @@ inline TlsClientOptions to_tls_options(const ClientTls& tls, bool http) {
 
 class ClientCore {
 public:
-    explicit ClientCore(Worker& its_worker) : worker(its_worker) {
-        std::uint64_t seed = 0;
-        for (const char byte : random_bytes(8)) seed = seed << 8 | static_cast<unsigned char>(byte);
-        random_.seed(seed);
-    }
+    explicit ClientCore(Worker& its_worker) : worker(its_worker) {}
     ClientCore(const ClientCore&) = delete;
     ClientCore& operator=(const ClientCore&) = delete;
 
     Loop& loop() { return worker.loop; }
     Duration random_up_to(Duration max) {
-        return Duration(
-            std::uniform_int_distribution<Duration::rep>(0, (std::max)(max, Duration::zero()).count())(random_));
+        std::uint64_t random = 0;
+        for (const char byte : random_bytes(sizeof random)) random = random << 8 | static_cast<unsigned char>(byte);
+        const auto range = static_cast<std::uint64_t>((std::max)(max, Duration::zero()).count()) + 1;
+        return Duration(static_cast<Duration::rep>(random % range));
     }
     void remove(std::uint64_t id) {
-        links.erase(id);
+        links.erase(big_endian_key(id));
         if (links.empty() && on_idle) on_idle();
+    }
+    // A copy, because what is done to a link may remove it.
+    std::vector<std::shared_ptr<ClientLink>> all_links() const {
+        std::vector<std::shared_ptr<ClientLink>> all;
+        for (const auto& [id, link] : links) all.push_back(link);
+        return all;
     }
 
 #if WSCHAT_OPENSSL
@@ -13474,11 +13507,10 @@ public:
 
     Worker& worker;
     ResolverPool resolvers;
-    std::map<std::uint64_t, std::shared_ptr<ClientLink>> links;  // by what connect() returned
-    std::function<void()> on_idle;                               // the last link has gone
+    StringMap<std::shared_ptr<ClientLink>> links;  // by the big_endian_key() of what connect() returned
+    std::function<void()> on_idle;                 // the last link has gone
 
 private:
-    std::mt19937_64 random_;
 #if WSCHAT_OPENSSL
     static constexpr std::size_t max_contexts = 16;
     std::shared_ptr<TlsBuffers> buffers_ = std::make_shared<TlsBuffers>();
@@ -13802,7 +13834,7 @@ private:
         cancel(timer_);
         while (!addresses_.empty()) {
             const ResolvedAddress next = addresses_.front();
-            addresses_.pop_front();
+            addresses_.erase(addresses_.begin());
             const int port = proxy_ ? proxy_->port : url_.port;
             if (!dial(next.address, SocketAddress(next.address, port, next.zone), next.zone)) continue;
             if (active_ == nullptr && !addresses_.empty() && attempt_)
@@ -14242,9 +14274,9 @@ private:
     ConnectStage stage_ = ConnectStage::url;
     ClientUrl url_;  // of the present hop
     std::optional<ClientUrl> proxy_;
-    LoopTimer timer_;     // the next address, or the next attempt
-    LoopTimer deadline_;  // of the attempt
-    std::deque<ResolvedAddress> addresses_;  // that were not tried yet
+    LoopTimer timer_;                         // the next address, or the next attempt
+    LoopTimer deadline_;                      // of the attempt
+    std::vector<ResolvedAddress> addresses_;  // that were not tried yet
     std::string dial_error_;
     std::vector<std::unique_ptr<Dial>> dials_;
     Dial* active_ = nullptr;  // the one that has connected
@@ -14352,9 +14384,9 @@ public:
     // on_failure() follows. Returns false if it is over already.
     bool disconnect(ConnectionId id, CloseCode code = CloseCode::normal, std::string_view reason = {}) {
         detail::Connection::check_close(code, reason);
-        const auto found = core_->links.find(id);
-        if (found == core_->links.end()) return false;
-        const auto link = found->second;
+        const auto* const found = core_->links.find(big_endian_key(id));
+        if (found == nullptr) return false;
+        const auto link = *found;
         link->disconnect(code, reason);
         return true;
     }
@@ -14423,7 +14455,7 @@ private:
         const ConnectionId id = ++last_id_;
         const auto link =
             std::make_shared<detail::ClientLink>(*core_, id, std::string(url), std::move(options), std::move(factory));
-        core_->links.emplace(id, link);
+        core_->links.find_or_emplace(big_endian_key(id), link);
         link->start_later(Duration::zero());
         return id;
     }
@@ -14431,14 +14463,14 @@ private:
         if (core_->worker.has_work()) detail::LoopAccess::poll_again(loop());
     }
     static void begin_shutdown(const std::shared_ptr<detail::ClientCore>& core, Duration deadline) {
-        for (const auto& [id, link] : std::map(core->links)) link->shut_down();
+        for (const auto& link : core->all_links()) link->shut_down();
         if (core->links.empty()) return;
         core->loop().call_later(deadline, [weak = std::weak_ptr<detail::ClientCore>(core)] {
             if (const auto live = weak.lock()) abort_all(*live);
         });
     }
     static void abort_all(detail::ClientCore& core) {
-        for (const auto& [id, link] : std::map(core.links)) link->abort();
+        for (const auto& link : core.all_links()) link->abort();
     }
     void on_signal() {
         if (std::exchange(signalled_, true)) abort_all(*core_);
@@ -16465,6 +16497,7 @@ private:
     std::vector<Ahead> ahead_{};                 // connections that have more than the members, from another server
     std::string epoch_;                          // of that id
     bool behind_ = false;           // memory ran out, so the members have not received what came after that id
+    bool catch_up_scheduled_ = false;
     bool catching_up_ = false;      // the store reads it
     std::uint64_t skipped_id_ = 0;  // the newest id since
     bool presence_known_ = false;   // the store has said who is present
@@ -17242,16 +17275,25 @@ private:
 
     // Memory ran out, so a kept entry has not reached the members. They get it from the store.
     inline void on_undelivered(const ChatEntry& entry);
-    void catch_up_later(const std::string& key, Duration delay) {
-        server_.loop().call_later(delay, [this, key] {
-            ChatRoom* const room = rooms_.find(key);
-            if (room == nullptr || !room->behind_ || room->catching_up_) return;
-            try {
-                catch_up(*room);
-            } catch (const std::bad_alloc&) {
-                catch_up_later(key, std::chrono::seconds(1));
-            }
-        });
+    // Without memory for the timer, the next entry or member of the room tries again.
+    void catch_up_later(ChatRoom& room, Duration delay) {
+        if (room.catch_up_scheduled_ || room.catching_up_) return;
+        try {
+            server_.loop().call_later(delay, [this, key = room.key()] {
+                ChatRoom* const found = rooms_.find(key);
+                if (found == nullptr) return;
+                found->catch_up_scheduled_ = false;
+                if (!found->behind_ || found->catching_up_) return;
+                try {
+                    catch_up(*found);
+                } catch (const std::bad_alloc&) {
+                    catch_up_later(*found, std::chrono::seconds(1));
+                }
+            });
+            room.catch_up_scheduled_ = true;
+        } catch (const std::bad_alloc& error) {
+            server_.report_exception("ChatHub::catch_up_later", error.what());
+        }
     }
     void catch_up(ChatRoom& room) {
         room.catching_up_ = true;
@@ -17947,12 +17989,13 @@ private:
         if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
-        if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
         const bool moved = requested.epoch != page.epoch || requested.delivered_id < chat_room->delivered_id_;
         const bool behind = page.last_id < chat_room->delivered_id_ && moved;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
+        if (!joining) return;
         members.join(*this);
+        if (chat_room->behind_) hub_->catch_up_later(*chat_room, Duration::zero());
         request_read_marker(chat_room->key());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
@@ -19290,8 +19333,12 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     const bool answered = sender != nullptr && !entry.tag.empty();
     const bool tagged = answered && members != nullptr && members->has(*sender);
     const bool has_left = answered && sender->membership_index(room) == sender->memberships_.size();
-    if (has_id && room->behind_) room->skipped_id_ = entry.id;  // it is in what the members get next
-    else show(entry, room, members, tagged ? sender : nullptr);
+    if (has_id && room->behind_) {
+        room->skipped_id_ = entry.id;  // it is in what the members get next
+        catch_up_later(*room, Duration::zero());
+    } else {
+        show(entry, room, members, tagged ? sender : nullptr);
+    }
     if (has_left) on_duplicate(entry);
     if (room != nullptr && !room->ahead_.empty()) resume_ahead(*room);
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
@@ -19314,25 +19361,18 @@ inline void ChatHub::show(const ChatEntry& entry, ChatRoom* room, Room* members,
     if (tagged != nullptr) tagged->write_message(own);
 }
 
-// It allocates nothing but the timer.
 inline void ChatHub::on_undelivered(const ChatEntry& entry) {
     ChatRoom* const room = rooms_.find(entry.room);
     if (room != nullptr && room->delivered_id_ && entry.id > *room->delivered_id_) {
         room->behind_ = true;
         room->skipped_id_ = entry.id;
-        try {
-            catch_up_later(room->key(), Duration::zero());
-        } catch (const std::bad_alloc&) {
-            Room* const members = members_.find(room->key());
-            if (members == nullptr) return;
-            for (WebSocketHandler& each : *members) end_without_memory(static_cast<ChatHandler&>(each));
-            room->behind_ = false;
-            room->delivered_id_ = entry.id;
-        }
+        catch_up_later(*room, Duration::zero());
     }
     ChatHandler* const sender = connection(entry.sender);
     const Room* const members = members_.find(entry.room);
-    if (sender != nullptr && (members == nullptr || !members->has(*sender))) end_without_memory(*sender);
+    const bool comes = room != nullptr && room->catch_up_scheduled_ && members != nullptr;
+    if (sender != nullptr && (!comes || !members->has(*sender)))
+        end_without_memory(*sender);  // it waits for the answer
     if (!is_conversation(entry.room)) return;
     const std::string_view users = entry.room;
     const std::size_t middle = users.find('\n', 1);
@@ -19348,7 +19388,7 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
     room.catching_up_ = false;
     if (!page.error.empty()) {
         server_.report(LogLevel::error, "chat_not_read", {{"room", room.name()}, {"cause", page.error}});
-        return catch_up_later(room.key(), std::chrono::seconds(1));
+        return catch_up_later(room, std::chrono::seconds(1));
     }
     for (const ChatEntry& entry : page.entries) {
         if (entry.id <= room.delivered_id_.value_or(0)) continue;
@@ -19358,7 +19398,7 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
     room.epoch_ = page.epoch;
     room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
     room.behind_ = room.skipped_id_ > page.last_id;
-    if (room.behind_) catch_up_later(room.key(), Duration::zero());
+    if (room.behind_) catch_up_later(room, Duration::zero());
     const Room* const members = members_.find(room.key());
     if (members == nullptr) return resume_ahead(room);
     for (WebSocketHandler& each : *members) {

@@ -803,7 +803,7 @@ TEST_CASE("an entry of the access log is one object of JSON, also with bytes fro
 
 TEST_CASE("a time of the log is UTC with milliseconds") {
     const auto at = [](long long ms) {
-        return utc_time(std::chrono::system_clock::time_point(std::chrono::milliseconds(ms)));
+        return wschat::utc_time(std::chrono::system_clock::time_point(std::chrono::milliseconds(ms)));
     };
     CHECK(at(0) == "1970-01-01T00:00:00.000Z");
     CHECK(at(951782400007) == "2000-02-29T00:00:00.007Z");

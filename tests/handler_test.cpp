@@ -75,14 +75,21 @@ struct Script {
     std::function<void(Scripted&, std::string_view)> on_callback;
 
     EventLog events;
-    std::set<Scripted*> handlers;  // that exist; for the loop's thread
+    std::mutex mutex;
+    std::set<Scripted*> handlers;  // that exist; without the lock only for the thread of the only loop
 };
 
 class Scripted : public WebSocketHandler {
 public:
-    explicit Scripted(Script& script) : script_(script) { script_.handlers.insert(this); }
+    explicit Scripted(Script& script) : script_(script) {
+        const std::lock_guard<std::mutex> lock(script_.mutex);
+        script_.handlers.insert(this);
+    }
     ~Scripted() override {
-        script_.handlers.erase(this);
+        {
+            const std::lock_guard<std::mutex> lock(script_.mutex);
+            script_.handlers.erase(this);
+        }
         script_.events.add("destroyed");
     }
 
@@ -135,7 +142,7 @@ struct Fixture {
         return *this;
     }
     int port() const { return running.port(); }
-    // Calls the function on the loop's thread with the only handler.
+    // Calls the function on the thread of the only loop with the only handler.
     template <class Function>
     auto with_handler(Function function) {
         return running.on_loop([&] { return function(**script.handlers.begin()); });
@@ -859,6 +866,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("an exception in the log function has no effect") {
+        const test::OneLoop one_loop;
         Fixture fixture;
         fixture.running.server.on_log([](const wschat::LogEntry& entry) {
             if (entry.event != "listening") throw std::runtime_error("no space for the log");
@@ -1112,6 +1120,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("with the drop policy a slow peer's messages are sent, then queued, then dropped") {
+        const test::OneLoop one_loop;
         wschat::Limits limits;
         limits.backlog_policy = BacklogPolicy::drop;
         Fill fill;
@@ -1142,6 +1151,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("on_drain runs when a slow peer has read half of its backlog") {
+        const test::OneLoop one_loop;
         wschat::Limits limits;
         limits.backlog_policy = BacklogPolicy::drop;
         Fill fill;
@@ -1164,6 +1174,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("with the close policy a slow peer is closed with 1008 and can read what was queued") {
+        const test::OneLoop one_loop;
         wschat::Limits limits;
         limits.closing_timeout = test::deadline;
         Fill fill;
@@ -1199,6 +1210,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("the server stops reading from a peer that does not read and loses no message") {
+        const test::OneLoop one_loop;
         wschat::Limits limits;
         limits.max_backlog = 256 * 1024;
         Fixture fixture(with_limits(limits));
@@ -1225,6 +1237,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("close ends a connection whose input is paused") {
+        const test::OneLoop one_loop;
         wschat::Limits limits;
         limits.max_backlog = 64 * 1024;
         limits.closing_timeout = 50ms;
@@ -1265,6 +1278,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("writing to a peer that has reset throws nothing and ends the connection") {
+        const test::OneLoop one_loop;
         for (const std::size_t size : std::initializer_list<std::size_t>{10, 100'000}) {
             CAPTURE(size);
             Fixture fixture;
@@ -1280,6 +1294,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("pings of a peer that does not read take no memory and the latest is answered") {
+        const test::OneLoop one_loop;
         wschat::Limits limits;
         limits.control_frames_per_second = 0;
         std::size_t max_buffered = 0;
@@ -1350,6 +1365,7 @@ TEST_SUITE("handler") {
     // ---- references ------------------------------------------------------------------------------------------------
 
     TEST_CASE("another thread can write and close through a reference") {
+        const test::OneLoop one_loop;
         Fixture fixture;
         fixture.start();
         WsClient client(fixture.port());
@@ -1370,6 +1386,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("work for a handler that is gone is dropped") {
+        const test::OneLoop one_loop;
         Fixture fixture;
         fixture.start();
         WsClient client(fixture.port());
@@ -1386,6 +1403,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("a reference from prepare is valid later and empty after a rejected handshake") {
+        const test::OneLoop one_loop;
         HandlerRef ref;
         Fixture fixture;
         fixture.script.prepare = [&](Scripted& self) -> std::optional<Response> {
@@ -1402,6 +1420,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("a reference can outlive the server") {
+        const test::OneLoop one_loop;
         std::optional<Fixture> fixture(std::in_place);
         fixture->start();
         WsClient client(fixture->port());
@@ -1416,6 +1435,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("threads write through references while connections close and the server shuts down") {
+        const test::OneLoop one_loop;
         std::atomic<bool> stop{false};
         std::mutex mutex;
         std::vector<HandlerRef> refs;
@@ -1678,6 +1698,7 @@ TEST_SUITE("handler") {
 
     // One test for each callback, because ctest then names the one that fails.
     void try_all_actions(const std::string& callback) {
+        const test::OneLoop one_loop;
         for (const Action& action : actions) {
             CAPTURE(callback);
             CAPTURE(action.name);
@@ -1740,6 +1761,7 @@ TEST_SUITE("handler") {
     }
 
     TEST_CASE("on_drain does not run after close") {
+        const test::OneLoop one_loop;
         wschat::Limits limits;
         limits.backlog_policy = BacklogPolicy::drop;
         limits.closing_timeout = test::deadline;

@@ -21,7 +21,8 @@ using namespace std::chrono_literals;
 
 class Member;
 
-// A server whose members have names, "/?name=anna", and join a room when they open, "&room=lobby".
+// A server whose members have names, "/?name=anna", and join a room when they open, "&room=lobby". All members are on one
+// loop, because the tests act on several of them at once. server_loops_test.cpp has the rooms of several loops.
 struct Fixture {
     explicit Fixture(const wschat::Limits& limits = {}) : running(test::with_limits(limits)) {
         running.server.route<Member>("/", std::ref(*this));
@@ -47,6 +48,7 @@ struct Fixture {
         return on_loop([&] { return running.server.rooms().size(); });
     }
 
+    const test::OneLoop one_loop;
     std::map<std::string, Member*> members;  // only for the loop's thread
     std::function<void(Member&)> on_close;
     std::function<void(Member&, const Message&)> on_message;
@@ -739,12 +741,9 @@ struct HeldMailbox final : wschat::Mailbox {
 // Three servers in memory that share their rooms as three loops of one server do. Each step is a call.
 struct ThreeLoops {
     explicit ThreeLoops(std::size_t max_backlog = 1'000'000) {
-        std::vector<wschat::Rooms*> rooms;
-        for (TestServer& server : servers) rooms.push_back(&server.rooms());
-        directory = std::make_unique<RoomDirectory>(
-            std::move(rooms), std::vector<std::shared_ptr<wschat::Mailbox>>(mailboxes.begin(), mailboxes.end()),
-            max_backlog);
+        directory = std::make_unique<RoomDirectory>(servers.size(), max_backlog);
         for (std::size_t i = 0; i < 3; ++i) {
+            directory->set_loop(i, servers[i].rooms(), mailboxes[i]);
             RoomsAccess::share(servers[i].rooms(), directory.get(), i);
             servers[i].route<PathMember>("/{room}");
         }
@@ -858,6 +857,22 @@ TEST_SUITE("rooms") {
         }
         CHECK(loops.directory->size() == 0);
         for (std::size_t i = 0; i < 3; ++i) loops.run(i);
+    }
+
+    TEST_CASE("a room of a second set counts once, on however many loops it is") {
+        ThreeLoops loops;
+        wschat::Rooms second0(&loops.servers[0].rooms()), second1(&loops.servers[1].rooms());
+        second0["tea"];
+        second1["tea"];
+        CHECK(loops.directory->size() == 1);
+        loops.room(2, "tea");
+        CHECK(loops.servers[0].rooms().size() == 2);
+        RoomsAccess::prune(loops.servers[0].rooms());
+        CHECK(loops.directory->size() == 2);
+        RoomsAccess::prune(loops.servers[1].rooms());
+        CHECK(loops.directory->size() == 1);
+        RoomsAccess::prune(loops.servers[2].rooms());
+        CHECK(loops.directory->size() == 0);
     }
 
     TEST_CASE("above max_loop_backlog, broadcasts for a loop are dropped until it has caught up") {

@@ -29,6 +29,13 @@ void check_body(RawClient& client, const std::string& body) {
     CHECK((answer.body == body));
 }
 
+// The file of this program. Only Linux has the link; elsewhere the header itself is asked.
+fs::path program_file() {
+    std::error_code error;
+    const fs::path file = fs::read_symlink("/proc/self/exe", error);
+    return error ? fs::path(wschat::detail::os::executable_path()) : file;
+}
+
 // A server with one page.
 struct PageServer : RunningServer {
     PageServer(std::string_view pattern, std::function<Response(const Request&)> page) {
@@ -520,7 +527,7 @@ TEST_CASE("a missing file is an Error at set-up, and a 404 later") {
     // A relative path may be in two folders.
     CHECK(error_of([&] { running.server.file("/", "no/such/page.html"); }) ==
           "file \"/\": no/such/page.html: No such file or directory (ENOENT); looked in " +
-              fs::current_path().string() + " and in the folder of " + fs::read_symlink("/proc/self/exe").string());
+              fs::current_path().string() + " and in the folder of " + program_file().string());
     folder.write("a.txt", "here");
     running.server.file("/", path);
     running.start();
@@ -545,7 +552,7 @@ TEST_CASE("a relative path starts at the working directory at the time of file()
 
 TEST_CASE("a relative path that is not below the working directory starts at the folder of the program") {
     const std::string name = "wschat-test-page-" + std::to_string(::getpid()) + ".txt";
-    const fs::path beside_program = fs::read_symlink("/proc/self/exe").parent_path() / name;
+    const fs::path beside_program = program_file().parent_path() / name;
     std::ofstream(beside_program) << "beside the program";
     TemporaryFolder folder;
     const fs::path before = fs::current_path();
@@ -567,7 +574,7 @@ TEST_CASE("beside() returns a path in the folder of another file, where the file
 
 TEST_CASE("beside() returns a path in the folder of the program if the file is only there") {
     const std::string name = "wschat-test-beside-" + std::to_string(::getpid()) + ".txt";
-    const fs::path beside_program = fs::read_symlink("/proc/self/exe").parent_path() / name;
+    const fs::path beside_program = program_file().parent_path() / name;
     std::ofstream(beside_program) << "beside the program";
     TemporaryFolder folder;
     CHECK(beside("/no/such/folder/chat.cpp", name) == beside_program.string());

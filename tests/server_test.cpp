@@ -52,6 +52,7 @@ struct RouteServer : RunningServer {
 
 // Records how the connections have ended. Read it when the server has stopped.
 struct Endings {
+    std::mutex mutex;
     std::vector<CloseCause> causes;
     std::vector<CloseCode> codes;
 };
@@ -59,6 +60,7 @@ struct RecordedEcho : WebSocketHandler {
     explicit RecordedEcho(Endings& endings) : endings_(endings) {}
     void on_message(const Message& m) override { write_message(m); }
     void on_close() override {
+        const std::lock_guard<std::mutex> lock(endings_.mutex);
         endings_.causes.push_back(close_cause());
         endings_.codes.push_back(close_code());
     }

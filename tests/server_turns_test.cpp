@@ -101,6 +101,7 @@ TEST_SUITE_BEGIN("server");
 // ---- fairness (rows 48 and 50) --------------------------------------------------------------------------------------
 
 TEST_CASE("one session handles a bounded number of messages in one turn, and continues in the next turn") {
+    const test::OneLoop one_loop;
     Work work;
     RunningServer running;
     running.server.add_route("/", [&] { return std::make_unique<Counting>(work, false); });
@@ -146,6 +147,7 @@ TEST_CASE("fifty sessions with many small messages do not keep the loop in one t
 }
 
 TEST_CASE("between two messages of one session the other sessions handle a bounded number of messages") {
+    const test::OneLoop one_loop;
     // Each session has more messages than one turn allows, and each must wait for all the others.
     struct Honest : WebSocketHandler {
         Honest(std::size_t& of_others, std::size_t& longest_wait) : others(of_others), most(longest_wait) {}
@@ -188,6 +190,7 @@ TEST_CASE("between two messages of one session the other sessions handle a bound
 }
 
 TEST_CASE("one session inflates a bounded number of bytes in one turn") {
+    const test::OneLoop one_loop;
     if (!compression_available) return;
     Work work;
     RunningServer running;
@@ -210,6 +213,7 @@ TEST_CASE("one session inflates a bounded number of bytes in one turn") {
 }
 
 TEST_CASE("twenty sessions that inflate much do not keep the loop in one turn") {
+    const test::OneLoop one_loop;
     if (!compression_available) return;
     Work work;
     RunningServer running;

@@ -6,8 +6,10 @@
 
 #include "load_support.hpp"
 
+#include <dirent.h>
 #include <sys/prctl.h>
 
+#include <map>
 #include <memory>
 
 const load_support::Program load_support::program = {"bench_load", 1};
@@ -126,6 +128,7 @@ Nanoseconds now() { return read_clock(CLOCK_MONOTONIC); }
 
 struct CpuTimes {
     Nanoseconds wall, server, load;
+    std::map<std::string, Nanoseconds> threads;  // of the server, by the number of the thread
 };
 
 struct Memory {
@@ -138,10 +141,27 @@ public:
     explicit ServerProcess(int pid) : pid_(pid) {
         if (clock_getcpuclockid(pid, &clock_) != 0) fail("--pid %d: no such process", pid);
     }
-    CpuTimes times() const { return {now(), read_clock(clock_), read_clock(CLOCK_PROCESS_CPUTIME_ID)}; }
+    CpuTimes times() const {
+        return {now(), read_clock(clock_), read_clock(CLOCK_PROCESS_CPUTIME_ID), thread_times()};
+    }
     Memory memory() const { return {field("status", "VmRSS:"), field("smaps_rollup", "Pss:")}; }
 
 private:
+    std::map<std::string, Nanoseconds> thread_times() const {
+        std::map<std::string, Nanoseconds> times;
+        const std::string folder = "/proc/" + std::to_string(pid_) + "/task/";
+        DIR* const tasks = opendir(folder.c_str());
+        if (tasks == nullptr) return times;
+        while (const dirent* task = readdir(tasks)) {
+            std::FILE* f = std::fopen((folder + task->d_name + "/schedstat").c_str(), "r");
+            if (f == nullptr) continue;  // "." or ".."
+            long long running = 0;
+            if (std::fscanf(f, "%lld", &running) == 1) times[task->d_name] = running;
+            std::fclose(f);
+        }
+        closedir(tasks);
+        return times;
+    }
     long field(const char* file, const char* name) const {
         const std::string path = "/proc/" + std::to_string(pid_) + "/" + file;
         long value = -1;
@@ -708,6 +728,15 @@ protected:
     }
     double wall() const { return static_cast<double>(last_.wall - first_.wall) / 1e9; }
     double server_share() const { return static_cast<double>(last_.server - first_.server) / 1e9 / wall(); }
+    // CPU time of the thread that used most.
+    double busiest_thread_seconds() const {
+        Nanoseconds most = 0;
+        for (const auto& [thread, time] : last_.threads) {
+            const auto before = first_.threads.find(thread);
+            most = (std::max)(most, time - (before == first_.threads.end() ? 0 : before->second));
+        }
+        return static_cast<double>(most) / 1e9;
+    }
     double load_share() const { return static_cast<double>(last_.load - first_.load) / 1e9 / wall(); }
     // The side that used more of its CPU was the limit.
     const char* busier() const { return server_share() >= load_share() ? "server" : "load"; }
@@ -724,6 +753,7 @@ protected:
         r.number("count", count);
         r.number("per_second", count / wall());
         if (count > 0) r.number("server_cpu_us", server_share() * wall() * 1e6 / count);
+        if (count > 0) r.number("busiest_thread_us", busiest_thread_seconds() * 1e6 / count);
         if (count > 0) r.number("load_cpu_us", load_share() * wall() * 1e6 / count);
         r.number("server_share", server_share());
         r.number("load_share", load_share());

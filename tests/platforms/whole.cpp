@@ -1,4 +1,4 @@
-// Uses a server, a client and the chat, so that a compiler sees the bodies of all templates. It is not run.
+// Uses a server with two loops, a client and the chat, so that a compiler sees the bodies of all templates. It is not run.
 #define WSCHAT_CHAT 1
 #include "../../wschat.hpp"
 
@@ -13,7 +13,9 @@ struct Echo : wschat::WebSocketHandler {
 }  // namespace
 
 int main() {
-    wschat::Server server;
+    wschat::ServerOptions options;
+    options.threads = 2;
+    wschat::Server server(options);
     server.route<Echo>("/echo");
     server.route<wschat::ChatHandler>("/chat");
     server.static_dir("/files/", "files");

@@ -1,5 +1,9 @@
-// Windows: files, half-closed clients, inheritance, texts of errors, and the end of the console. tests/platforms.sh
-// builds this program with MinGW and runs it under Wine. The argument is a folder that the program may fill.
+// Windows: files, half-closed clients, inheritance, texts of errors, the chat on two loops, and the end of the console.
+// tests/platforms.sh builds this program with MinGW and runs it under Wine.
+//
+//   windows_test FOLDER         the tests; the program may fill the folder
+//   windows_test FOLDER serve   a chat with two loops for foreign clients; it prints its port, and ends after Ctrl-C
+#define WSCHAT_CHAT 1
 #include "../../wschat.hpp"
 
 #include <cstdio>
@@ -43,30 +47,40 @@ public:
     void send(const std::string& bytes) { ::send(socket_, bytes.data(), static_cast<int>(bytes.size()), 0); }
     void get(const std::string& path) { send("GET " + path + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); }
     void shutdown_send() { ::shutdown(socket_, SD_SEND); }
+    // Returns what arrives up to the end of the text; all that arrived if the text does not.
     std::string read_until(const std::string& text) {
-        std::string all;
-        char buffer[65536];
-        while (all.find(text) == std::string::npos) {
-            const int n = ::recv(socket_, buffer, sizeof buffer, 0);
-            if (n <= 0) return all;
-            all.append(buffer, static_cast<std::size_t>(n));
-        }
-        return all;
+        while (received_.find(text) == std::string::npos)
+            if (!receive()) return std::exchange(received_, {});
+        const std::size_t end = received_.find(text) + text.size();
+        const std::string found = received_.substr(0, end);
+        received_.erase(0, end);
+        return found;
     }
     std::string read_all() {
-        std::string all;
-        char buffer[65536];
-        for (int n; (n = ::recv(socket_, buffer, sizeof buffer, 0)) > 0;) all.append(buffer, static_cast<std::size_t>(n));
-        return all;
+        while (receive()) {
+        }
+        return std::exchange(received_, {});
     }
-    void upgrade() {
-        send("GET /chat HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    void upgrade(const std::string& path) {
+        send("GET " + path + " HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
              "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n");
         expect(read_until("\r\n\r\n").find(" 101 ") != std::string::npos, "a client gets 101");
     }
+    // A text frame, masked with zeros. At most 125 bytes.
+    void say(const std::string& text) {
+        send(std::string{'\x81', static_cast<char>(0x80u | text.size()), '\0', '\0', '\0', '\0'} + text);
+    }
 
 private:
+    bool receive() {
+        char buffer[65536];
+        const int n = ::recv(socket_, buffer, sizeof buffer, 0);
+        if (n > 0) received_.append(buffer, static_cast<std::size_t>(n));
+        return n > 0;
+    }
+
     SOCKET socket_;
+    std::string received_;  // and not yet returned
 };
 
 struct Echo : wschat::WebSocketHandler {
@@ -125,16 +139,34 @@ void raise_console_event(DWORD event) {
     if (routine == nullptr) return;
     LPTHREAD_START_ROUTINE start = nullptr;
     std::memcpy(&start, &routine, sizeof start);
-    ::CloseHandle(::CreateThread(nullptr, 0, start, reinterpret_cast<void*>(static_cast<std::uintptr_t>(event)), 0, nullptr));
+    void* const argument = reinterpret_cast<void*>(static_cast<std::uintptr_t>(event));
+    ::CloseHandle(::CreateThread(nullptr, 0, start, argument, 0, nullptr));
+}
+
+// A message reaches the users of a room on both loops.
+void test_chat(int port) {
+    std::vector<std::unique_ptr<Client>> users;
+    for (int i = 0; i < 6; ++i) {
+        users.push_back(std::make_unique<Client>(port));
+        users.back()->upgrade("/chat/tea?name=user" + std::to_string(i));
+        const std::string joined = users.back()->read_until("\"type\":\"history\"");
+        expect(joined.find("\"type\":\"hello\"") != std::string::npos, "a user joins the room");
+    }
+    users.front()->say("Is there tea?");
+    for (const auto& user : users)
+        expect(user->read_until("Is there tea?").find("\"said\"") != std::string::npos, "each user gets the message");
 }
 
 void test_server(const std::string& folder) {
     constexpr std::size_t large = 30 * 1024 * 1024;
     write_file(folder + "/large.bin", std::string(large, 'x'));
     for (const DWORD event : {DWORD{CTRL_C_EVENT}, DWORD{CTRL_CLOSE_EVENT}}) {
-        wschat::Server server;
+        wschat::ServerOptions options;
+        options.threads = 2;
+        wschat::Server server(options);
         server.static_dir("/files/", folder + "/");
-        server.route<Echo>("/chat");
+        server.route<Echo>("/echo");
+        server.route<wschat::ChatHandler>("/chat/{room}");
         server.listen(0);
         std::thread loop([&] { server.run(); });
         Client half(server.port());
@@ -148,18 +180,33 @@ void test_server(const std::string& folder) {
         expect(page.read_all().find("unicode") != std::string::npos, "a path in UTF-8 is served");
         std::vector<std::unique_ptr<Client>> crowd;
         for (int i = 0; i < 200; ++i) crowd.push_back(std::make_unique<Client>(server.port()));
-        Client chat(server.port());
-        chat.upgrade();
-        chat.send({"\x81\x82\0\0\0\0hi", 8});
-        expect(chat.read_until("hi") == "\x81\x02hi", "with 200 other connections, a message is echoed");
+        Client echo(server.port());
+        echo.upgrade("/echo");
+        echo.say("hi");
+        expect(echo.read_until("hi") == "\x81\x02hi", "with 200 other connections, a message is echoed");
         crowd.clear();
+        test_chat(server.port());
         raise_console_event(event);
-        expect(chat.read_until("\x03\xE9").find("\x03\xE9") != std::string::npos,
+        expect(echo.read_until("\x03\xE9").find("\x03\xE9") != std::string::npos,
                "at the end of the console, clients get 1001");
-        chat.send({"\x88\x82\0\0\0\0\x03\xE9", 8});
+        echo.send({"\x88\x82\0\0\0\0\x03\xE9", 8});
         loop.join();
         expect(true, "run() returns");
     }
+}
+
+int serve() {
+    wschat::ServerOptions options;
+    options.threads = 2;
+    wschat::Server server(options);
+    server.on_log(wschat::log_to_stderr);
+    server.route<wschat::ChatHandler>("/chat/{room}");
+    server.listen(0);
+    std::printf("port %d\n", server.port());
+    std::fflush(stdout);
+    server.run();
+    std::printf("run() returned\n");
+    return 0;
 }
 
 }  // namespace
@@ -167,6 +214,7 @@ void test_server(const std::string& folder) {
 int main(int count, char** arguments) {
     const std::string folder = os::absolute_path(count > 1 ? arguments[1] : "windows_test_files");
     ::CreateDirectoryW(os::to_wide(folder).c_str(), nullptr);
+    if (count > 2 && std::string(arguments[2]) == "serve") return serve();
     test_descriptors();
     test_files(folder);
     test_server(folder);

@@ -426,6 +426,31 @@ def abi():
     run([*COMPILER, "-std=c++17", use, make, "-o", WORK / "abi"], "two translation units that agree do not link")
 
 
+def unsupported():
+    """An unsupported compiler, option or system gets one #error with a sentence. So does a feature whose library is
+    missing, and the sentence names the package. Preprocesses section 1, which includes nothing."""
+    end = next(line for line, number, _ in sections() if number == 2)
+    unit = write("section1.cpp", prefix(end))
+    write("posix/sys/socket.h", "")
+    posix = ["-I", WORK / "posix"]
+    cases = [(["-std=c++14", *posix], "needs C++17: compile with -std=c++17 or newer"),
+             (["-std=c++17", "-fno-exceptions", *posix], "needs exceptions: compile without -fno-exceptions"),
+             (["-std=c++17", "-D_WIN32", "-D_WINSOCKAPI_"], "needs winsock2.h: include wschat.hpp before windows.h"),
+             (["-std=c++17", "-D_WIN32", "-D_WIN32_WINNT=0x0501"], "needs Windows Vista or newer"),
+             (["-std=c++17"], "needs the sockets of POSIX or Windows")]
+    packages = {"WSCHAT_ZLIB": "zlib1g-dev", "WSCHAT_OPENSSL": "libssl-dev", "WSCHAT_SQLITE": "libsqlite3-dev",
+                "WSCHAT_LIBURING": "liburing-dev", "WSCHAT_UTF8PROC": "libutf8proc-dev",
+                "WSCHAT_HIREDIS": "libhiredis-dev"}
+    require({*packages, "WSCHAT_CHAT"} == {*FEATURES}, "the check does not know the package of each feature")
+    cases += [(["-std=c++17", f"-D{feature}=1", *posix], f"is not found (Debian: {package})")
+              for feature, package in packages.items()]
+    for options, sentence in cases:
+        done = subprocess.run([*COMPILER, "-E", "-nostdinc", "-I", WORK, *options, unit], capture_output=True, text=True)
+        errors = [line for line in done.stderr.splitlines() if "error:" in line]
+        require(done.returncode != 0 and len(errors) == 1 and sentence in errors[0],
+                f"{options}: not one error with the sentence \"{sentence}\":\n{done.stderr}")
+
+
 def features():
     """Each example compiles without warnings with zlib alone and with OpenSSL alone. The build compiles them with the
     features that are on, and the check "examples" with those that they name."""
@@ -528,7 +553,7 @@ def readme():
 
 
 CHECKS = (version, ascii, columns, style, contents, uses, uses_finds, public_names, prefixes, macros, hostile_macros,
-          bits32, two_units, abi, features, examples, any_directory, map_program, readme)
+          bits32, two_units, abi, unsupported, features, examples, any_directory, map_program, readme)
 
 if __name__ == "__main__":
     os.environ["LC_ALL"] = "C.UTF-8"
