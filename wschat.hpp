@@ -50,7 +50,7 @@
 //   15  Client         Client, ClientOptions, ResolverPool, ClientLink                  all above
 //   16  Chat           ChatHandler, ChatHub, ChatRoom, MemoryHistory     public names of the sections above
 //   17  Stores         SqliteHistory                                                    2-3, 12, 16
-//   18  Cluster        RedisCluster, RedisHistory, RedisLink                            2-3, 9-10, 12, 16
+//   18  Cluster        RedisCluster, RedisHistory, RedisLink                            2-3, 9-12, 15-16
 //
 // Where to change what:
 //
@@ -79,17 +79,17 @@
 //
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
-//   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Mailbox, valid_utf8,
-//   truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms, utc_time, to_json,
-//   log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate, TokenBucket, big_endian_key,
-//   StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response, CompressionOptions, Loop, Room, Rooms,
-//   Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind,
-//   TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest,
-//   TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt,
-//   ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore,
-//   HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, SharedStore, ChatLimits,
-//   ChatAction, ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisCluster,
-//   RedisHistory
+//   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Metric, MetricSource,
+//   Mailbox, valid_utf8, truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms,
+//   utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate, TokenBucket,
+//   big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response, CompressionOptions,
+//   Loop, RoomBus, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress,
+//   ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text,
+//   ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls,
+//   ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition,
+//   HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser,
+//   PresenceTable, SharedStore, ChatLimits, ChatAction, ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions,
+//   SqliteHistory, RedisOptions, RedisCluster, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::percent_decode
@@ -189,8 +189,8 @@
 #if WSCHAT_UTF8PROC && !__has_include(<utf8proc.h>)
 #error "WSCHAT_UTF8PROC needs utf8proc: <utf8proc.h> is not found (Debian: libutf8proc-dev)"
 #endif
-#if WSCHAT_HIREDIS && !__has_include(<hiredis/async.h>)
-#error "WSCHAT_HIREDIS needs hiredis: <hiredis/async.h> is not found (Debian: libhiredis-dev)"
+#if WSCHAT_HIREDIS && !__has_include(<hiredis/hiredis.h>)
+#error "WSCHAT_HIREDIS needs hiredis: <hiredis/hiredis.h> is not found (Debian: libhiredis-dev)"
 #endif
 #if WSCHAT_LIBURING && defined(__linux__) && !__has_include(<liburing.h>)
 #error "WSCHAT_LIBURING needs liburing: <liburing.h> is not found (Debian: liburing-dev)"
@@ -485,6 +485,16 @@ private:
 };
 
 }  // namespace detail
+
+// A figure of a part of a program that is not always there, such as a connection to Redis.
+struct Metric {
+    std::string name;  // after "wschat_"; it ends in "_total" if the figure only grows
+    std::string help;  // a sentence
+    std::uint64_t value = 0;
+    std::vector<std::pair<std::string, std::string>> labels{};  // keys and values
+};
+// Adds the present figures. Any thread may call it, also after the destruction of what it came from.
+using MetricSource = std::function<void(std::vector<Metric>&)>;
 
 // Runs work on the thread of a loop. Any thread may call post(), also after the end of the loop. `work` is any callable
 // without arguments. Returns false if the loop is gone; then the work does not run.
@@ -5052,16 +5062,31 @@ struct SharedRoom {
     bool subscribed = false;   // to the room on other machines; only the first loop uses it
 };
 
-// Carries broadcasts to the rooms of other machines. All calls come on the first loop of the server.
+}  // namespace detail
+
+// Carries the broadcasts of the rooms of a server to its other servers: see Server::join_cluster(). RedisCluster has
+// one; another one is a class with these functions. All calls come on the first loop of the server.
 class RoomBus {
 public:
+    // A broadcast of another server, for the members here. The payload is valid UTF-8 if it is text.
+    using Deliver = std::function<void(const std::string& room, Opcode opcode, std::string_view payload)>;
+    // Something for the log of the server.
+    using Log = std::function<void(LogLevel level, std::string_view event,
+                                   const std::vector<std::pair<std::string_view, std::string>>& fields)>;
+
+    RoomBus() = default;
+    RoomBus(const RoomBus&) = delete;
+    RoomBus& operator=(const RoomBus&) = delete;
     virtual ~RoomBus() = default;
-    // This process has members in the room from now on, or has none any more.
+    // This server has members in the room from now on, or has none any more.
     virtual void subscribe(const std::string& room) = 0;
     virtual void unsubscribe(const std::string& room) = 0;
-    // Never waits. Whether it arrives is not known.
+    // A broadcast of this server, whose own members have got it. Must not wait. Whether it arrives is not known.
     virtual void publish(const std::string& room, Opcode opcode, std::string_view payload) = 0;
+    virtual MetricSource metrics() const { return {}; }
 };
+
+namespace detail {
 
 // The rooms of all loops of a server, and the way of broadcasts from one loop to another. Not needed by a server with
 // one loop and no other machines.
@@ -7253,6 +7278,7 @@ struct TlsClientOptions {
     std::string key_password{};
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
     bool accept_any_certificate = false;
+    bool http = true;  // the server is told that the protocol is HTTP/1.1
 };
 
 // The largest handshake message of a client. Honest ones have less than 2 KiB, or 8 KiB with certificates.
@@ -7272,7 +7298,7 @@ public:
         add(TLS_client_method(), {options.certificate, options.key}, options.key_password);
         SSL_CTX* context = contexts_.front().get();
         const unsigned char http[] = "\x08http/1.1";
-        require(SSL_CTX_set_alpn_protos(context, http, sizeof http - 1) == 0);
+        if (options.http) require(SSL_CTX_set_alpn_protos(context, http, sizeof http - 1) == 0);
         if (!verify_) return;
         SSL_CTX_set_verify(context, SSL_VERIFY_PEER, nullptr);
         const std::string& file = options.authorities;
@@ -9623,6 +9649,7 @@ struct Metrics {
     detail::CountersOf<int> responses;          // by HTTP status
     detail::CountersOf<CloseCause> closed;      // WebSocket connections, by cause
     detail::CountersOf<CloseCode> close_codes;  // and by code
+    std::vector<Metric> more;                   // of Server::add_metrics(), of the cluster and of the chat's store
 };
 
 namespace detail {
@@ -9664,6 +9691,25 @@ inline void add_metrics(Metrics& sum, const Metrics& other) {
 
 }  // namespace detail
 
+namespace detail {
+
+// {redis="redis://a:6379/0"}
+WSCHAT_COLD inline std::string metric_labels(const Metric& metric) {
+    std::string text;
+    for (const auto& [key, value] : metric.labels) {
+        text += text::concat({text.empty() ? "{" : ",", key, "=\""});
+        for (const char c : value) {
+            if (c == '"' || c == '\\') text += '\\';
+            if (c == '\n') text += "\\n";
+            else text += c;
+        }
+        text += '"';
+    }
+    return text.empty() ? text : text + "}";
+}
+
+}  // namespace detail
+
 // Metrics in the text format of Prometheus (version 0.0.4).
 WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
     std::string text;
@@ -9691,6 +9737,17 @@ WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
              [](int key) { return std::string(to_string(static_cast<CloseCause>(key))); });
     head("close_codes_total", "WebSocket connections closed, by close code.");
     labelled("close_codes_total", "code", metrics.close_codes, number_of);
+    // The figures of a name stand together, each once: two parts may share a connection.
+    StringMap<StringMap<const Metric*>> more;
+    for (const Metric& each : metrics.more)
+        more.find_or_emplace(each.name).find_or_emplace(detail::metric_labels(each)) = &each;
+    for (const auto& [name, figures] : more) {
+        bool first = true;
+        for (const auto& [labels, each] : figures) {
+            if (std::exchange(first, false)) head(name, each->help);
+            line(name + labels, each->value);
+        }
+    }
     return text;
 }
 // The same for a server with several loops: the sum of all, and each figure of each loop, such as
@@ -11899,7 +11956,10 @@ public:
     }
 
     // Connects the rooms with those of other servers: join_cluster(RedisCluster("redis://127.0.0.1:6379")). Call it
-    // before run(), once. An Error if the cluster cannot be used, or if a room exists already.
+    // before run(), once. An Error if the cluster cannot be used, or if a room exists already. `Cluster` is any type
+    // with a function that makes its bus, and that posts all calls of the two others to the mailbox:
+    //
+    //   std::unique_ptr<RoomBus> open(std::shared_ptr<Mailbox>, RoomBus::Deliver, RoomBus::Log) const;
     template <class Cluster>
     void join_cluster(const Cluster& cluster) {
         if (bus_) throw Error("join_cluster: the server is in a cluster already");
@@ -11917,6 +11977,7 @@ public:
                 report(level, event, fields);
             });
         directory_->set_bus(bus_.get());
+        add_metrics(bus_->metrics());
     }
 
     // ---- routes and pages, before run() or in callbacks ------------------------------------------------------------
@@ -11994,6 +12055,11 @@ public:
     void static_dir(std::string_view pattern, std::string_view folder, SymbolicLinks links) {
         site("static_dir").add_static_dir(pattern, folder, {}, links);
     }
+    // Figures of your own in metrics() and on its page. The source is called with each of them. Any thread.
+    void add_metrics(MetricSource source) {
+        const std::lock_guard<std::mutex> lock(sources_mutex_);
+        if (source) metric_sources_.push_back(std::move(source));
+    }
     // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
     // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
     void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
@@ -12003,7 +12069,7 @@ public:
                 return Response(404, "There is nothing at this path.\n");
             const std::vector<Metrics> loops = metrics_per_loop();
             const std::string text =
-                loops.size() == 1 ? prometheus_text(loops[0]) : prometheus_text(sum_of(loops), loops);
+                loops.size() == 1 ? prometheus_text(sum_of(loops)) : prometheus_text(sum_of(loops), loops);
             return Response(200, text, "text/plain; version=0.0.4");
         });
     }
@@ -12319,6 +12385,8 @@ private:
         for (const Metrics& each : loops) detail::add_metrics(sum, each);
         if (directory_) sum.rooms = directory_->size();
         if (directory_) sum.broadcasts_dropped = directory_->dropped();
+        const std::lock_guard<std::mutex> lock(sources_mutex_);
+        for (const MetricSource& each : metric_sources_) each(sum.more);
         return sum;
     }
 
@@ -12349,7 +12417,9 @@ private:
     std::recursive_mutex shared_mutex_;
     detail::ErasedMap shared_extensions_;
     std::vector<detail::ErasedMap> extensions_;  // by loop
-    std::unique_ptr<detail::RoomBus> bus_;       // to other machines; null without a cluster
+    mutable std::mutex sources_mutex_;
+    std::vector<MetricSource> metric_sources_;
+    std::unique_ptr<RoomBus> bus_;  // to other machines; null without a cluster
 };
 
 // ---- tests without sockets -----------------------------------------------------------------------------------------
@@ -13376,6 +13446,22 @@ private:
 
 // ---- what the connections of a client share ------------------------------------------------------------------------
 
+#if WSCHAT_OPENSSL
+
+inline TlsClientOptions to_tls_options(const ClientTls& tls, bool http) {
+    TlsClientOptions options;
+    options.authorities = tls.authorities;
+    options.revocation_lists = tls.revocation_lists;
+    options.certificate = tls.certificate;
+    options.key = tls.key;
+    options.key_password = tls.key_password;
+    options.accept_any_certificate = tls.insecure_accept_any_certificate;
+    options.http = http;
+    return options;
+}
+
+#endif
+
 class ClientCore {
 public:
     explicit ClientCore(Worker& its_worker) : worker(its_worker) {}
@@ -13412,14 +13498,7 @@ public:
                                            tls.key_password, tls.insecure_accept_any_certificate ? "any" : ""};
         for (const auto& [known, context] : contexts_)
             if (known == key) return context;
-        TlsClientOptions options;
-        options.authorities = tls.authorities;
-        options.revocation_lists = tls.revocation_lists;
-        options.certificate = tls.certificate;
-        options.key = tls.key;
-        options.key_password = tls.key_password;
-        options.accept_any_certificate = tls.insecure_accept_any_certificate;
-        auto made = std::make_shared<const TlsContext>(options);
+        auto made = std::make_shared<const TlsContext>(to_tls_options(tls, true));
         if (contexts_.size() == max_contexts) contexts_.erase(contexts_.begin());
         contexts_.emplace_back(key, made);
         return made;
@@ -14603,6 +14682,8 @@ public:
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
+        // The store may have lost facts, for example because another program has emptied it.
+        virtual void on_facts_lost() {}
         // Other entries of the room follow than those that were expected, from page.last_id on: page.epoch is new, or
         // entries were lost (page.gap). All have received what is in the page, if it is not a gap.
         virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
@@ -14664,6 +14745,11 @@ public:
         }
         return words;
     }
+
+    // Whether other programs use the same store at the same time.
+    virtual bool shared() const { return false; }
+    // Figures for Server::metrics().
+    virtual MetricSource metrics() const { return {}; }
 
     // The rest is optional. By default the answer is the error "this store cannot do that".
 
@@ -16007,6 +16093,8 @@ public:
     bool rooms(std::size_t limit, RoomsCallback callback) override {
         return call([limit, then = answer(callback)](Share& share) { share.rooms(limit, then); });
     }
+    bool shared() const override { return share_->shared(); }
+    MetricSource metrics() const override { return share_->metrics(); }
 
 private:
     friend class ChatHub;
@@ -16053,7 +16141,19 @@ private:
             : mailbox_(std::move(home)), store_(std::move(store)) {}
 
         ChatStore& store() { return *store_; }
-        void set_store(std::unique_ptr<ChatStore> store) { store_ = std::move(store); }
+        void set_store(std::unique_ptr<ChatStore> store) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            store_.swap(store);  // the old one ends without the lock
+        }
+        // From any thread.
+        bool shared() {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            return store_ != nullptr && store_->shared();
+        }
+        MetricSource metrics() {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            return store_ == nullptr ? MetricSource() : store_->metrics();
+        }
 
         void attach(const PortPtr& port) {
             {
@@ -16083,7 +16183,7 @@ private:
 
         void remove(const PortPtr& port) {
             ports_.erase(std::remove(ports_.begin(), ports_.end(), port), ports_.end());
-            if (port->home) return store_.reset();
+            if (port->home) return set_store(nullptr);
             std::vector<std::string> watched;
             for (const auto& [name, room] : rooms_)
                 if (room.watched_by(*port)) watched.push_back(name);
@@ -16132,6 +16232,7 @@ private:
             const WatchedRoom* const room = rooms_.find(entry.room);
             if (!entry.is_presence()) return deliver_entry(entry, room);
             ChatEntry complete = entry;
+            if (room == nullptr && store_->shared()) return deliver_entry(entry, room);
             if (room != nullptr && room->by_store) {
                 table_.apply(complete);
                 return deliver_entry(entry, room);
@@ -16186,6 +16287,10 @@ private:
             table_.replace(name, users);
             for (const PortPtr& each : std::vector<PortPtr>(room->ports))
                 deliver(each, [name, users](Listener& to) { to.on_presence(name, users); });
+        }
+        void on_facts_lost() override {
+            for (const PortPtr& each : std::vector<PortPtr>(ports_))
+                deliver(each, [](Listener& to) { to.on_facts_lost(); });
         }
         void on_position(const std::string& name, const HistoryPage& page) override {
             const WatchedRoom* const room = rooms_.find(name);
@@ -16262,7 +16367,7 @@ struct ChatLimits {
     std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
     // After a join or a leave, the next ones in the room are collected for this time, and sent in one event.
     Duration presence_window = std::chrono::milliseconds(500);
-    std::size_t max_rooms = 10'000;
+    std::size_t max_rooms = 10'000;              // with users on one loop
     std::size_t max_read_markers = 1000;         // of a user
     std::size_t history_on_join = 50;            // entries for a client without an id
     std::size_t history_on_resume = 500;         // entries for a client with an id
@@ -16281,8 +16386,8 @@ struct ChatLimits {
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
-// is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to speak in a room that
-// is read-only or slow, and to enter a private one.
+// on the same loop is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to
+// speak in a room that is read-only or slow, and to enter a private one.
 enum class ChatAction : std::uint8_t {
     say,
     private_message,
@@ -16384,8 +16489,15 @@ private:
     std::string topic_;
     std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
     std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
+    struct Ahead {
+        std::uint64_t connection;
+        std::uint64_t id;
+        std::function<void()> resume;
+    };
+    std::vector<Ahead> ahead_{};                 // connections that have more than the members, from another server
     std::string epoch_;                          // of that id
     bool behind_ = false;           // memory ran out, so the members have not received what came after that id
+    bool catch_up_scheduled_ = false;
     bool catching_up_ = false;      // the store reads it
     std::uint64_t skipped_id_ = 0;  // the newest id since
     bool presence_known_ = false;   // the store has said who is present
@@ -16592,6 +16704,7 @@ private:
     void attach_store(std::unique_ptr<ChatStore> store) {
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
+        if (is_first_) server_.add_metrics(store_->metrics());
         for (const char* scope : {"ban", "mute", "room", "invite", "account", "spelling"}) load_facts(scope);
         load_secret();  // the last one: connections wait for it
     }
@@ -16609,21 +16722,30 @@ private:
         secret_.clear();
         store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
-            if (facts.empty()) {
-                const std::string bytes = random_bytes(30);
-                const std::string secret = base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-                // Of several hubs that start at once, the first one decides.
-                if (error.empty()) store_->put({"server", "secret", secret, {}, 0, true});
-                else set_secret(secret);
-            } else set_secret(facts[0].value);
+            // Of several hubs that start at once, the first one decides.
+            if (!facts.empty()) set_secret(facts[0].value);
+            else if (error.empty()) store_->put({"server", "secret", new_secret(), {}, 0, true});
+            else if (store_->shared()) try_secret_again();
+            else set_secret(secret_of_this_process());
         });
     }
-    void set_secret(const std::string& secret) {
-        if (!secret_.empty() || secret.empty()) return;
-        secret_ = secret;
-        for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+    static std::string new_secret() {
+        const std::string bytes = random_bytes(30);
+        return base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
     }
-    // Calls start() when the ids of users are known.
+    // The same for all hubs, so that a user has one id.
+    static const std::string& secret_of_this_process() {
+        static const std::string secret = new_secret();
+        return secret;
+    }
+    // Other servers have a secret, and with another one a user would have two ids. Who waits gets a 503.
+    void try_secret_again() {
+        for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+        server_.loop().call_later(std::chrono::seconds(1), [this] { load_secret(); });
+    }
+    inline void set_secret(const std::string& secret);
+    bool ready() const { return !secret_.empty(); }
+    // Calls start() when the ids of users are known, or if the store cannot be read.
     void when_ready(std::function<void()> start) {
         if (!secret_.empty()) start();
         else waiting_.push_back(std::move(start));
@@ -17124,6 +17246,22 @@ private:
         room->topic_id_ = entry.id;
     }
     bool appended_here(const ChatEntry& entry) const { return entry.hub == id_; }
+    // The members have not received the entry yet.
+    bool is_behind(const ChatRoom& room, std::uint64_t id) {
+        return room.delivered_id_ && *room.delivered_id_ < id && members_.find(room.key()) != nullptr;
+    }
+    static void add_ahead(ChatRoom& room, ChatRoom::Ahead added) {
+        const auto is_it = [&](const ChatRoom::Ahead& each) { return each.connection == added.connection; };
+        room.ahead_.erase(std::remove_if(room.ahead_.begin(), room.ahead_.end(), is_it), room.ahead_.end());
+        room.ahead_.push_back(std::move(added));
+    }
+    // Continues with those who have no more than the members now.
+    static void resume_ahead(ChatRoom& room) {
+        std::vector<ChatRoom::Ahead> ready;
+        for (ChatRoom::Ahead& each : std::exchange(room.ahead_, {}))
+            (each.id <= room.delivered_id_ ? ready : room.ahead_).push_back(std::move(each));
+        for (const ChatRoom::Ahead& each : ready) each.resume();
+    }
     // Removes entries that the members have not received. A new member receives them together with the members.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
         room.epoch_ = page.epoch;
@@ -17137,16 +17275,25 @@ private:
 
     // Memory ran out, so a kept entry has not reached the members. They get it from the store.
     inline void on_undelivered(const ChatEntry& entry);
-    void catch_up_later(const std::string& key, Duration delay) {
-        server_.loop().call_later(delay, [this, key] {
-            ChatRoom* const room = rooms_.find(key);
-            if (room == nullptr || !room->behind_ || room->catching_up_) return;
-            try {
-                catch_up(*room);
-            } catch (const std::bad_alloc&) {
-                catch_up_later(key, std::chrono::seconds(1));
-            }
-        });
+    // Without memory for the timer, the next entry or member of the room tries again.
+    void catch_up_later(ChatRoom& room, Duration delay) {
+        if (room.catch_up_scheduled_ || room.catching_up_) return;
+        try {
+            server_.loop().call_later(delay, [this, key = room.key()] {
+                ChatRoom* const found = rooms_.find(key);
+                if (found == nullptr) return;
+                found->catch_up_scheduled_ = false;
+                if (!found->behind_ || found->catching_up_) return;
+                try {
+                    catch_up(*found);
+                } catch (const std::bad_alloc&) {
+                    catch_up_later(*found, std::chrono::seconds(1));
+                }
+            });
+            room.catch_up_scheduled_ = true;
+        } catch (const std::bad_alloc& error) {
+            server_.report_exception("ChatHub::catch_up_later", error.what());
+        }
     }
     void catch_up(ChatRoom& room) {
         room.catching_up_ = true;
@@ -17192,6 +17339,10 @@ private:
     }
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
+    // All hubs have the secret, so one of them gives it to the next server that starts.
+    void on_facts_lost() override {
+        if (ready()) store_->put({"server", "secret", secret_, {}, 0, true});
+    }
     inline void on_position(const std::string& name, const HistoryPage& page) override;
     void on_log(LogLevel level, std::string_view event,
                 const std::vector<std::pair<std::string_view, std::string>>& fields) override {
@@ -17232,6 +17383,7 @@ private:
     inline void forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users);
     inline void remove_missing(const ChatRoom& room);
     inline void forward_missing(ChatRoom& room);
+    inline void leave_again(ChatRoom& room, User& user);
     inline void dismiss(ChatRoom& room, const User& guest);
     inline void send_to_others(const ChatEntry& entry, const ChatEvent& event);
 
@@ -17345,6 +17497,10 @@ public:
         hub_->when_ready([this, answer = std::make_shared<Reply>(std::move(reply))] {
             // If the client has gone, so may this handler have.
             if (!answer->is_open()) return;
+            if (!hub_->ready()) {
+                answer->send(Response(503, "The chat cannot be read now. Try again soon.\n"));
+                return;
+            }
             if (!identity_.empty()) user_.id = hub_->user_id(identity_);
             if (auto refusal = refuse_banned()) {
                 answer->send(std::move(*refusal));
@@ -17442,6 +17598,7 @@ private:
         std::optional<HistoryPosition> position;
         std::optional<std::uint64_t> delivered_id;  // of the room at the time of the request
         std::string tag{};
+        std::string epoch{};  // of that id
     };
     struct Refusal {
         std::string_view code{};  // empty: nothing is refused
@@ -17810,7 +17967,7 @@ private:
         const std::size_t wanted = position ? room.options.history_on_resume.value_or(limits.history_on_resume)
                                             : room.options.history_on_join.value_or(limits.history_on_join);
         const std::size_t limit = may_read() ? wanted : 0;  // a client that reconnects in a loop gets a gap
-        const HistoryRequest history_request{room.key(), position, room.delivered_id_, tag};
+        const HistoryRequest history_request{room.key(), position, room.delivered_id_, tag, room.epoch_};
         hub_->store().since(room.key(), position, limit, [me = ref(), history_request](HistoryPage page) {
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->on_history(history_request, std::move(page));
         });
@@ -17821,6 +17978,8 @@ private:
     void on_history(const HistoryRequest& requested, HistoryPage page) {
         ChatRoom* chat_room = hub_->rooms_.find(requested.room);
         if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
+        const bool is_ahead = requested.position && page.error.empty() && !page.gap;
+        if (is_ahead && hub_->is_behind(*chat_room, requested.position->id)) return resume_later(*chat_room, requested);
         Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
         if (!page.error.empty()) report_unread(requested, page);
@@ -17830,15 +17989,31 @@ private:
         if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
-        if (!joining) return;
         // The members may have received more since the request. A working store has those entries now.
-        const bool behind =
-            page.last_id < chat_room->delivered_id_ && requested.delivered_id < chat_room->delivered_id_;
+        const bool moved = requested.epoch != page.epoch || requested.delivered_id < chat_room->delivered_id_;
+        const bool behind = page.last_id < chat_room->delivered_id_ && moved;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
+        if (!joining) return;
         members.join(*this);
+        if (chat_room->behind_) hub_->catch_up_later(*chat_room, Duration::zero());
         request_read_marker(chat_room->key());
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
+    }
+    // The client comes from another server, where it has got what the members here will get. Until then it waits, or it
+    // would get that twice.
+    void resume_later(ChatRoom& room, const HistoryRequest& requested) {
+        const auto resume = [me = ref(), requested] {
+            auto* const self = static_cast<ChatHandler*>(me.get());
+            const ChatRoom* const found = self == nullptr ? nullptr : self->room_of(requested);
+            if (found != nullptr) self->request_history(*found, requested.position, requested.tag);
+        };
+        hub_->add_ahead(room, {number_, requested.position->id, resume});
+    }
+    // Null if this connection is not in that room any more.
+    const ChatRoom* room_of(const HistoryRequest& requested) const {
+        const ChatRoom* const room = hub_->rooms_.find(requested.room);
+        return membership_index(room) == memberships_.size() ? nullptr : room;
     }
     // The client can ask for the same entries later.
     void report_unread(const HistoryRequest& requested, HistoryPage& page) {
@@ -18943,6 +19118,20 @@ inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& ca
             handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
+// A second one comes if the store has lost the first one, and a server that started made another. Then all users
+// connect again, and have new ids on all servers.
+inline void ChatHub::set_secret(const std::string& secret) {
+    if (secret.empty() || secret == secret_) return;
+    const bool had_another = !secret_.empty();
+    secret_ = secret;
+    if (had_another) {
+        server_.report(LogLevel::error, "chat_secret_changed", {});
+        for (const auto& [number, handler] : connections_)
+            handler.close(CloseCode::service_restart, "The chat has lost its data.");
+    }
+    for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
+}
+
 inline void ChatHub::on_fact(const ChatFact& fact) {
     if (fact.scope == "server") return set_secret(fact.value);
     if (fact.scope == "read") return on_read(fact);
@@ -19144,9 +19333,14 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     const bool answered = sender != nullptr && !entry.tag.empty();
     const bool tagged = answered && members != nullptr && members->has(*sender);
     const bool has_left = answered && sender->membership_index(room) == sender->memberships_.size();
-    if (has_id && room->behind_) room->skipped_id_ = entry.id;  // it is in what the members get next
-    else show(entry, room, members, tagged ? sender : nullptr);
+    if (has_id && room->behind_) {
+        room->skipped_id_ = entry.id;  // it is in what the members get next
+        catch_up_later(*room, Duration::zero());
+    } else {
+        show(entry, room, members, tagged ? sender : nullptr);
+    }
     if (has_left) on_duplicate(entry);
+    if (room != nullptr && !room->ahead_.empty()) resume_ahead(*room);
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
 // To all members; `tagged` is the one who gets it with the tag. All that may run out of memory comes first, so that all
@@ -19167,25 +19361,18 @@ inline void ChatHub::show(const ChatEntry& entry, ChatRoom* room, Room* members,
     if (tagged != nullptr) tagged->write_message(own);
 }
 
-// It allocates nothing but the timer.
 inline void ChatHub::on_undelivered(const ChatEntry& entry) {
     ChatRoom* const room = rooms_.find(entry.room);
     if (room != nullptr && room->delivered_id_ && entry.id > *room->delivered_id_) {
         room->behind_ = true;
         room->skipped_id_ = entry.id;
-        try {
-            catch_up_later(room->key(), Duration::zero());
-        } catch (const std::bad_alloc&) {
-            Room* const members = members_.find(room->key());
-            if (members == nullptr) return;
-            for (WebSocketHandler& each : *members) end_without_memory(static_cast<ChatHandler&>(each));
-            room->behind_ = false;
-            room->delivered_id_ = entry.id;
-        }
+        catch_up_later(*room, Duration::zero());
     }
     ChatHandler* const sender = connection(entry.sender);
     const Room* const members = members_.find(entry.room);
-    if (sender != nullptr && (members == nullptr || !members->has(*sender))) end_without_memory(*sender);
+    const bool comes = room != nullptr && room->catch_up_scheduled_ && members != nullptr;
+    if (sender != nullptr && (!comes || !members->has(*sender)))
+        end_without_memory(*sender);  // it waits for the answer
     if (!is_conversation(entry.room)) return;
     const std::string_view users = entry.room;
     const std::size_t middle = users.find('\n', 1);
@@ -19201,7 +19388,7 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
     room.catching_up_ = false;
     if (!page.error.empty()) {
         server_.report(LogLevel::error, "chat_not_read", {{"room", room.name()}, {"cause", page.error}});
-        return catch_up_later(room.key(), std::chrono::seconds(1));
+        return catch_up_later(room, std::chrono::seconds(1));
     }
     for (const ChatEntry& entry : page.entries) {
         if (entry.id <= room.delivered_id_.value_or(0)) continue;
@@ -19211,9 +19398,9 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
     room.epoch_ = page.epoch;
     room.delivered_id_ = (std::max)(room.delivered_id_.value_or(0), page.last_id);
     room.behind_ = room.skipped_id_ > page.last_id;
-    if (room.behind_) catch_up_later(room.key(), Duration::zero());
+    if (room.behind_) catch_up_later(room, Duration::zero());
     const Room* const members = members_.find(room.key());
-    if (members == nullptr) return;
+    if (members == nullptr) return resume_ahead(room);
     for (WebSocketHandler& each : *members) {
         auto& handler = static_cast<ChatHandler&>(each);
         try {
@@ -19222,6 +19409,7 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
             end_without_memory(handler);
         }
     }
+    resume_ahead(room);
 }
 
 inline void ChatHub::on_private_message(const ChatEntry& entry) {
@@ -19451,6 +19639,12 @@ inline void ChatHub::remove_missing(const ChatRoom& room) {
     }
     for (const ChatEntry& each : missing) on_entry(each);
 }
+// The store has lost the leave. Perhaps it has also lost the join at another hub, which comes first then.
+inline void ChatHub::leave_again(ChatRoom& room, User& user) {
+    constexpr std::chrono::seconds delay{1};
+    user.expires = saturating_add(now(), delay);
+    if (!room.expiry_scheduled_) schedule_expiry(room, delay);
+}
 // Tells the store about the users of this hub whom it has forgotten.
 inline void ChatHub::forward_missing(ChatRoom& room) {
     std::vector<std::string> ids;
@@ -19459,8 +19653,9 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
         User* const user = room.presence_.find_id(id);
         if (user == nullptr) continue;
         const detail::Presence::Place* const place = user->place(id_);
-        if (user->connections.empty() && place != nullptr && !place->missing && user->told == Told::nothing)
-            forward_leave(room, *user);
+        const bool listed = user->connections.empty() && place != nullptr && !place->missing;
+        if (listed && user->told == Told::nothing) forward_leave(room, *user);
+        else if (listed && user->told == Told::leave) leave_again(room, *user);
         else if (!user->connections.empty() && (place == nullptr || place->away || place->missing))
             forward_join(room, *user, user->connections.front()->number_);
         else if (user->connections.empty() && place != nullptr && user->told == Told::away)
@@ -19472,14 +19667,19 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
 inline void ChatHub::on_position(const std::string& name, const HistoryPage& page) {
     ChatRoom* const room = rooms_.find(name);
     if (room == nullptr) return;
-    room->delivered_id_ = page.last_id;
+    HistoryPage told = page;
+    // Without a gap, what the members have read ahead of the store's entries stays.
+    if (!page.gap) told.last_id = (std::max)(page.last_id, room->delivered_id_.value_or(0));
+    room->delivered_id_ = told.last_id;
     room->epoch_ = page.epoch;
     const Room* const members = members_.find(name);
-    if (members == nullptr) return;
+    if (members == nullptr) return resume_ahead(*room);
     for (WebSocketHandler& each : *members) {
         const auto& handler = static_cast<ChatHandler&>(each);
-        each.write_message(handler.history_event(*room, page, true).dump());
+        each.write_message(handler.history_event(*room, told, true).dump());
     }
+    // After a gap, all of them begin with what they find.
+    for (const ChatRoom::Ahead& each : std::exchange(room->ahead_, {})) each.resume();
 }
 
 inline void ChatHub::on_duplicate(const ChatEntry& entry) {
@@ -19505,7 +19705,11 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
 }
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
-    if (entry.is_presence()) return;  // on_presence() follows when the store works again
+    if (entry.is_presence()) {
+        // on_presence() follows when the store works again, and then the users of this hub are forwarded.
+        if (ChatRoom* const room = rooms_.find(entry.room)) room->presence_known_ = true;
+        return;
+    }
     server_.report(LogLevel::error, "chat_not_kept", {{"room", entry.room}, {"cause", cause}});
     if (on_not_kept)
         on_first_hub([entry, cause](ChatHub& hub) {
@@ -20705,12 +20909,11 @@ WSCHAT_END
 // section 18: Cluster
 //
 // Redis between several servers: RedisCluster connects their rooms, and RedisHistory is a history of the chat that they
-// share. A thread of its own speaks to Redis through hiredis.
+// share. A thread of its own speaks to Redis; hiredis reads the replies.
 // ====================================================================================================================
 
 #if WSCHAT_HIREDIS
 
-#include <hiredis/async.h>
 #include <hiredis/hiredis.h>
 
 #include <condition_variable>
@@ -20731,6 +20934,7 @@ struct RedisOptions {
     Duration min_retry = std::chrono::milliseconds(100), max_retry = std::chrono::seconds(5);
     std::size_t max_queued = 10'000;                  // commands without an answer; more are refused
     std::size_t max_queued_bytes = 64 * 1024 * 1024;  // of these commands
+    ClientTls tls{};                                  // how a server with rediss:// is verified
 };
 
 namespace detail {
@@ -20752,6 +20956,9 @@ struct RedisUrl {
         const std::string_view scheme = text::consume_until(rest, ':');
         parsed.tls = scheme == "rediss";
         const bool is_unix = scheme == "unix";
+#if !WSCHAT_OPENSSL
+        if (parsed.tls) fail(url, "rediss:// needs a program that was built with WSCHAT_OPENSSL");
+#endif
         if (scheme != "redis" && !parsed.tls && !is_unix)
             fail(url, "the URL begins with redis://, rediss:// or unix://");
         if (text::starts_with(rest, "//")) rest.remove_prefix(2);
@@ -20824,11 +21031,15 @@ inline std::string_view redis_text(const redisReply* reply) {
     return reply == nullptr || reply->str == nullptr ? std::string_view() : std::string_view(reply->str, reply->len);
 }
 
-// A connection of hiredis on the poller of a loop. The callback `on_closed` is called once with the cause, unless
-// close() was called. hiredis is C, so no exception may pass through it.
+// A connection to Redis on the poller of a loop. hiredis reads the replies; its own sockets have no TLS in many
+// versions, so the socket and TLS are those of sections 10 and 11. Calls on_connected() when it works, and on_closed()
+// once with the cause when it ends, unless close() was called.
 class RedisConnection final : public Pollable, public std::enable_shared_from_this<RedisConnection> {
 public:
-    explicit RedisConnection(Loop& loop) : loop_(loop) {}
+    // `refuse`: why the certificate of the server is not accepted, or an empty text.
+    explicit RedisConnection(Loop& loop, std::unique_ptr<Transport> transport = nullptr,
+                             std::function<std::string()> refuse = {})
+        : loop_(loop), transport_(std::move(transport)), refuse_(std::move(refuse)) {}
     RedisConnection(const RedisConnection&) = delete;
     RedisConnection& operator=(const RedisConnection&) = delete;
     ~RedisConnection() { close(); }
@@ -20837,116 +21048,295 @@ public:
     std::function<void(const std::string& cause)> on_closed;
     std::function<void(const redisReply&)> on_published;  // messages and confirmations of subscriptions
 
-    // Returns the cause of a failure, or an empty text. A name of a host is resolved here, which may take seconds.
-    std::string open(const RedisUrl& url) {
-        context_ = url.path.empty() ? ::redisAsyncConnect(url.host.c_str(), url.port)
-                                    : ::redisAsyncConnectUnix(url.path.c_str());
-        if (context_ == nullptr) return "memory ran out";
-        if (context_->err != 0) {
-            const std::string cause = context_->errstr;
-            ::redisAsyncFree(std::exchange(context_, nullptr));
-            return cause;
+    void open(const RedisUrl& url, ResolverPool& resolvers) {
+        if (!url.path.empty()) return open_unix(url.path);
+        if (const auto address = IpAddress::parse(url.host)) {
+            places_.emplace_back(*address, url.port);
+            return connect_next({});
         }
-        descriptor_ = context_->c.fd;
-#if !defined(_WIN32)
-        ::fcntl(descriptor_, F_SETFD, FD_CLOEXEC);
-#endif
-        if (!LoopAccess::poller(loop_).add(descriptor_, *this, false, false)) {
-            ::redisAsyncFree(std::exchange(context_, nullptr));
-            return "the poller has no memory";
+        const auto resolved = [weak = weak_from_this(), url](const ResolverResult& result) {
+            const auto self = weak.lock();
+            if (self == nullptr || self->ended_) return;
+            for (const ResolvedAddress& each : interleave_families(result.addresses))
+                self->places_.emplace_back(each.address, url.port, each.zone);
+            self->connect_next(text::concat({"the host \"", escape_for_log(url.host), "\": ", result.error}));
+        };
+        try {
+            resolvers.resolve({}, url.host, loop_.mailbox(), weak_from_this(), resolved);
+        } catch (const std::exception& error) {
+            fail(error.what());
         }
-        watch_context();
-        return {};
     }
     void close() {
-        if (context_ == nullptr) return;
         on_closed = nullptr;
-        ::redisAsyncFree(context_);
-        context_ = nullptr;
+        end();
     }
     // False if the connection has ended. The answer follows later, also when the connection ends before it.
     bool send(const RedisArguments& arguments, RedisAnswer answer) {
-        auto holder = std::make_unique<RedisAnswer>(std::move(answer));
-        if (!send_raw(arguments, &RedisConnection::answer_callback, holder.get())) return false;
-        holder.release();  // NOLINT: answer_callback() owns it
+        if (!connected_ || ended_) return false;
+        answers_.push_back(std::move(answer));
+        try {
+            append(arguments);
+        } catch (...) {
+            answers_.pop_back();
+            throw;
+        }
         return true;
     }
     // The results go to on_published().
-    bool subscribe(const char* command, const std::string& channel) {
-        return send_raw({command, channel}, &RedisConnection::published_callback, this);
+    void subscribe(const char* command, const std::string& channel) {
+        if (connected_ && !ended_) append({command, channel});
     }
 
     void on_ready(bool readable, bool writable, bool broken) override {
         const auto self = shared_from_this();
-        if (context_ != nullptr && (readable || broken) && (reads_ || broken)) ::redisAsyncHandleRead(context_);
-        if (context_ != nullptr && (writable || broken) && (writes_ || broken)) ::redisAsyncHandleWrite(context_);
+        if (ended_) return;
+        if (!connected_) return finish_connect();
+        if (readable || broken) receive();
+        if (writable && !ended_) flush();
     }
 
 private:
-    static RedisConnection& self(void* data) { return *static_cast<RedisConnection*>(data); }
+    struct FreeReader {
+        void operator()(redisReader* reader) const { ::redisReaderFree(reader); }
+    };
+    struct FreeReply {
+        void operator()(redisReply* reply) const { ::freeReplyObject(reply); }
+    };
 
-    void watch_context() {
-        context_->data = this;
-        context_->ev.data = this;
-        context_->ev.addRead = [](void* data) { self(data).watch(true, self(data).writes_); };
-        context_->ev.delRead = [](void* data) { self(data).watch(false, self(data).writes_); };
-        context_->ev.addWrite = [](void* data) { self(data).watch(self(data).reads_, true); };
-        context_->ev.delWrite = [](void* data) { self(data).watch(self(data).reads_, false); };
-        context_->ev.cleanup = [](void* data) { self(data).cleanup(); };
-        // It also starts to wait for the end of connect().
-        ::redisAsyncSetConnectCallback(context_, [](const redisAsyncContext* context, int status) {
-            RedisConnection& me = self(context->data);
-            if (status == REDIS_OK && me.on_connected) run_guarded([&] { me.on_connected(); }, [](const char*) {});
-        });
+    void open_unix(const std::string& path) {
+#if defined(_WIN32)
+        fail("there are no Unix sockets on this system");
+#else
+        if (path.size() >= sizeof sockaddr_un::sun_path) return fail("the path of the socket is too long");
+        places_.emplace_back(path);
+        connect_next({});
+#endif
     }
-    void watch(bool reads, bool writes) {
-        if (reads == reads_ && writes == writes_) return;
-        reads_ = reads;
-        writes_ = writes;
-        LoopAccess::poller(loop_).change(descriptor_, *this, reads, writes);
-    }
-    // hiredis destroys the context after this.
-    void cleanup() {
-        LoopAccess::poller(loop_).remove(descriptor_);
-        if (context_ == nullptr) return;
-        const std::string cause = context_->err != 0 ? context_->errstr : "the connection has ended";
-        context_ = nullptr;
-        if (on_closed) run_guarded([&] { std::exchange(on_closed, nullptr)(cause); }, [](const char*) {});
-    }
-    bool send_raw(const RedisArguments& arguments, redisCallbackFn* callback, void* data) {
-        if (context_ == nullptr) return false;
-        pieces_.clear();
-        sizes_.clear();
-        for (const std::string& each : arguments) {
-            pieces_.push_back(each.data());
-            sizes_.push_back(each.size());
+    // Tries the next address. `cause`: of the latest failure.
+    void connect_next(std::string cause) {
+        while (!places_.empty()) {
+            const SocketAddress to = places_.front();
+            places_.pop_front();
+            socket_ = Socket(os::open_socket(to.get()->sa_family));
+            if (socket_ && start_connect(to)) return;
+            cause = os::error_text(os::last_error());
+            socket_.close();
         }
-        return ::redisAsyncCommandArgv(context_, callback, data, static_cast<int>(pieces_.size()), pieces_.data(),
-                                       sizes_.data()) == REDIS_OK;
+        fail(cause);
     }
-    static void answer_callback(redisAsyncContext*, void* data, void* answer) {
-        const std::unique_ptr<RedisAnswer> owner(static_cast<RedisAnswer*>(answer));
-        const auto* const reply = static_cast<const redisReply*>(data);
-        const bool failed = reply != nullptr && reply->type == REDIS_REPLY_ERROR;
+    bool start_connect(const SocketAddress& to) {
+        if (::connect(socket_.descriptor(), to.get(), to.size) != 0) {
+            const int error = os::last_error();
+            if (error != EINPROGRESS && !os::interrupted(error) && !os::would_block(error)) return false;
+        }
+        watches_write_ = true;
+        return LoopAccess::poller(loop_).add(socket_.descriptor(), *this, false, true);
+    }
+    void finish_connect() {
+        int error = 0;
+        socklen_t size = sizeof error;
+        ::getsockopt(socket_.descriptor(), SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&error), &size);
+        sockaddr_storage peer{};
+        socklen_t peer_size = sizeof peer;
+        if (error == 0 && ::getpeername(socket_.descriptor(), reinterpret_cast<sockaddr*>(&peer), &peer_size) != 0)
+            return;  // an older batch of the poller had the socket of another address
+        if (error != 0) {
+            LoopAccess::poller(loop_).remove(socket_.descriptor());
+            socket_.close();
+            return connect_next(os::error_text(error));
+        }
+        socket_.set_nodelay(true);
+        reader_.reset(::redisReaderCreate());
+        if (reader_ == nullptr) return fail("memory ran out");
+        connected_ = true;
+        places_.clear();
+        watch();
+        if (transport_ != nullptr) flush();  // begins the handshake
+        greet();
+    }
+    // The handshake of TLS is done.
+    void greet() {
+        if (ended_ || greeted_ || (transport_ != nullptr && !transport_->established())) return;
+        greeted_ = true;
+        const std::string cause = refuse_ ? refuse_() : std::string();
+        if (!cause.empty()) return fail(cause);
+        if (on_connected) run_guarded([&] { on_connected(); }, [](const char*) {});
+    }
+    void watch() {
+        const bool waits = !output_.empty() && (transport_ == nullptr || transport_->established());
+        const bool writes = waits || (transport_ != nullptr && transport_->wants_write());
+        if (writes == watches_write_ && watches_read_) return;
+        watches_write_ = writes;
+        watches_read_ = true;
+        if (!LoopAccess::poller(loop_).change(socket_.descriptor(), *this, true, writes))
+            fail("the poller has no memory");
+    }
+    void append(const RedisArguments& arguments) {
+        std::string command = text::concat({"*", std::to_string(arguments.size()), "\r\n"});
+        for (const std::string& each : arguments)
+            (((command += '$') += std::to_string(each.size())) += "\r\n").append(each) += "\r\n";
+        output_ += command;
+        watch();  // all commands of a turn leave together
+    }
+    void flush() {
+        const std::string_view rest = std::string_view(output_).substr(written_);
+        const std::size_t count = rest.empty() ? 0 : 1;
+        IoResult sent{IoResult::Outcome::done};
+        if (transport_ != nullptr) sent = transport_->send(socket_, &rest, count, wire_);
+        else if (count != 0) sent = socket_.send(&rest, count);
+        if (sent.outcome == IoResult::Outcome::error) return fail_on(sent);
+        written_ += sent.size;
+        // Moves each byte at most once, and keeps no memory of a burst.
+        if (written_ == output_.size()) output_ = std::string();
+        else if (written_ > output_.size() / 2) output_.erase(0, written_);
+        else return watch();
+        written_ = 0;
+        watch();
+    }
+    void receive() {
+        std::array<char, 16 * 1024> data;
+        bool more = true;
+        for (int round = 0; more && !ended_; ++round) {
+            const IoResult got = transport_ != nullptr ? transport_->receive(socket_, data.data(), data.size(), wire_)
+                                                       : socket_.receive(data.data(), data.size());
+            if (got.outcome == IoResult::Outcome::error) return fail_on(got);
+            if (got.outcome == IoResult::Outcome::end) return fail("Redis has closed the connection");
+            if (got.outcome == IoResult::Outcome::done) read({data.data(), got.size});
+            if (ended_) return;
+            greet();
+            const bool has_input = transport_ != nullptr && transport_->has_input();
+            more = has_input || (got.size == data.size() && round < 64);
+        }
+        if (!ended_) watch();
+    }
+    void read(std::string_view bytes) {
+        if (::redisReaderFeed(reader_.get(), bytes.data(), bytes.size()) != REDIS_OK) return fail(reader_->errstr);
+        while (!ended_) {
+            void* next = nullptr;
+            if (::redisReaderGetReply(reader_.get(), &next) != REDIS_OK)
+                return fail(text::concat({"it does not answer as Redis does: ", reader_->errstr}));
+            if (next == nullptr) return;
+            const std::unique_ptr<redisReply, FreeReply> reply(static_cast<redisReply*>(next));
+            on_reply(*reply);
+        }
+    }
+    void on_reply(const redisReply& reply) {
+        if (answers_.empty()) {
+            if (on_published) run_guarded([&] { on_published(reply); }, [](const char*) {});
+            return;
+        }
+        const RedisAnswer answer = std::move(answers_.front());
+        answers_.pop_front();
+        if (!answer) return;
+        const bool failed = reply.type == REDIS_REPLY_ERROR;
         run_guarded(
-            [&] { (*owner)(failed ? nullptr : reply, failed ? std::string(redis_text(reply)) : std::string()); },
+            [&] { answer(failed ? nullptr : &reply, failed ? std::string(redis_text(&reply)) : std::string()); },
             [](const char*) {});
     }
-    static void published_callback(redisAsyncContext*, void* data, void* me) {
-        const auto* const reply = static_cast<const redisReply*>(data);
-        if (reply == nullptr || !self(me).on_published) return;
-        run_guarded([&] { self(me).on_published(*reply); }, [](const char*) {});
+    void fail_on(const IoResult& result) {
+        const bool encrypted = transport_ != nullptr && !transport_->failure().empty();
+        fail(encrypted ? transport_->failure() : os::error_text(result.error));
+    }
+    void fail(const std::string& cause) {
+        if (ended_) return;
+        end();
+        if (on_closed) run_guarded([&] { std::exchange(on_closed, nullptr)(cause); }, [](const char*) {});
+    }
+    void end() {
+        if (std::exchange(ended_, true)) return;
+        if (socket_) LoopAccess::poller(loop_).remove(socket_.descriptor());
+        socket_.close();
+        for (const RedisAnswer& each : std::exchange(answers_, {}))
+            if (each) run_guarded([&] { each(nullptr, {}); }, [](const char*) {});
     }
 
     Loop& loop_;
-    redisAsyncContext* context_ = nullptr;
-    os::Descriptor descriptor_ = os::no_descriptor;
-    bool reads_ = false, writes_ = false;
-    std::vector<const char*> pieces_;
-    std::vector<std::size_t> sizes_;
+    std::unique_ptr<Transport> transport_;
+    std::function<std::string()> refuse_;
+    std::deque<SocketAddress> places_;  // that were not tried yet
+    Socket socket_;
+    WireCount wire_;
+    std::unique_ptr<redisReader, FreeReader> reader_;
+    std::string output_;
+    std::size_t written_ = 0;          // of the output
+    std::deque<RedisAnswer> answers_;  // that Redis owes, in their order
+    bool connected_ = false, greeted_ = false, ended_ = false;
+    bool watches_read_ = false, watches_write_ = false;
+};
+
+// ---- several endpoints ---------------------------------------------------------------------------------------------
+
+// One URL, or several.
+struct RedisUrls {
+    RedisUrls(const char* url) : list{url} {}
+    RedisUrls(std::string url) : list{std::move(url)} {}
+    RedisUrls(std::vector<std::string> urls) : list(std::move(urls)) {}
+    RedisUrls(std::initializer_list<std::string> urls) : list(urls) {}
+    std::vector<std::string> list;
+};
+
+// Which endpoint has a room: consistent hashing. Each endpoint has points on a ring, and a name belongs to the next
+// point after its own. So a new endpoint takes its share of the names from all others, and no other name moves.
+class RedisRing {
+public:
+    // Throws Error if there is no URL, a wrong one, or one of them twice. The passwords do not count.
+    explicit RedisRing(const RedisUrls& urls) {
+        if (urls.list.empty()) throw Error("Redis: the list of URLs is empty");
+        std::vector<std::string> names;
+        for (const std::string& each : urls.list) {
+            const std::string name = RedisUrl::parse(each).name();
+            if (text::contains(names, name))
+                throw Error(text::concat({"Redis \"", name, "\": the URL is given twice"}));
+            for (int i = 0; i < points_of_each; ++i)
+                points_.emplace_back(point(text::concat({name, "#", std::to_string(i)})), names.size());
+            names.push_back(name);
+        }
+        std::sort(points_.begin(), points_.end());
+    }
+    std::size_t of(std::string_view name) const {
+        const std::pair<std::string, std::size_t> own(point(name), 0);
+        const auto at = std::lower_bound(points_.begin(), points_.end(), own);
+        return at == points_.end() ? points_.front().second : at->second;
+    }
+
+private:
+    static constexpr int points_of_each = 128;
+    static std::string point(std::string_view name) {
+        const auto digest = sha1(name);
+        return std::string(reinterpret_cast<const char*>(digest.data()), 8);
+    }
+    std::vector<std::pair<std::string, std::size_t>> points_;
 };
 
 // ---- the link ------------------------------------------------------------------------------------------------------
+
+// What Server::metrics() has of a link. Any thread reads it.
+struct RedisCounts {
+    std::atomic<std::uint64_t> up{0}, connects{0}, failures{0}, outbox_bytes{0}, commands{0}, published{0}, received{0},
+        filled{0}, not_kept{0}, dropped{0}, gaps{0};
+
+    static MetricSource source(const std::shared_ptr<RedisCounts>& counts, const std::string& redis,
+                               const std::string& prefix) {
+        return [counts, redis, prefix](std::vector<Metric>& all) {
+            const auto add = [&](const char* name, const char* help, const std::atomic<std::uint64_t>& value) {
+                all.push_back(
+                    {text::concat({"redis_", name}), help, value.load(), {{"redis", redis}, {"prefix", prefix}}});
+            };
+            add("up", "1 while Redis is connected.", counts->up);
+            add("connects_total", "Connections to Redis that worked.", counts->connects);
+            add("failures_total", "Attempts to connect that failed, and connections that were lost.", counts->failures);
+            add("outbox_bytes", "Bytes waiting for an answer of Redis now.", counts->outbox_bytes);
+            add("commands_total", "Commands sent to Redis.", counts->commands);
+            add("published_total", "Messages that this server has sent to others.", counts->published);
+            add("received_total", "Messages that came by a subscription.", counts->received);
+            add("filled_total", "Messages that were read because a subscription had lost them.", counts->filled);
+            add("gaps_total", "Times that messages of a room were lost.", counts->gaps);
+            add("not_kept_total", "Messages of the chat that Redis has not kept.", counts->not_kept);
+            add("broadcasts_dropped_total", "Broadcasts that did not go out.", counts->dropped);
+        };
+    }
+};
 
 // What uses a RedisLink. All calls come on the link's thread.
 class RedisUser {
@@ -20966,20 +21356,30 @@ protected:
 // of its own, which ends with the last owner. If one of them ends, both are opened again.
 class RedisLink {
 public:
-    // The link of this process to that Redis: the same for equal URLs, while somebody owns it.
-    static std::shared_ptr<RedisLink> of(const std::string& url, const RedisOptions& options) {
+    enum class Use : std::uint8_t { rooms, history };
+    // A RedisCluster and a RedisHistory of this process with the same URL and prefix have one link; the options of the
+    // first one count. Two histories have two, as if they were in two processes.
+    static std::shared_ptr<RedisLink> of(const std::string& url, const RedisOptions& options, Use use) {
         static std::mutex mutex;
-        static std::map<std::string, std::weak_ptr<RedisLink>> links;
+        static std::map<std::string, std::vector<std::weak_ptr<RedisLink>>> links;
         const RedisUrl parsed = RedisUrl::parse(url);
         const std::lock_guard<std::mutex> lock(mutex);
-        std::weak_ptr<RedisLink>& known = links[text::concat({options.prefix, "\n", url})];
-        std::shared_ptr<RedisLink> link = known.lock();
-        if (link != nullptr) return link;
-        link = std::make_shared<RedisLink>(parsed, options);
-        known = link;
+        auto& known = links[text::concat({options.prefix, "\n", url})];
+        known.erase(std::remove_if(known.begin(), known.end(), [](const auto& each) { return each.expired(); }),
+                    known.end());
+        for (const auto& each : known)
+            if (const auto link = each.lock(); link && !std::exchange(link->used_[static_cast<std::size_t>(use)], true))
+                return link;
+        const auto link = std::make_shared<RedisLink>(parsed, options);
+        link->used_[static_cast<std::size_t>(use)] = true;
+        known.push_back(link);
         return link;
     }
+    // Throws Error if a file of the options for TLS cannot be used.
     RedisLink(RedisUrl url, RedisOptions options) : url_(std::move(url)), options_(std::move(options)) {
+#if WSCHAT_OPENSSL
+        if (url_.tls) tls_ = std::make_shared<const TlsContext>(to_tls_options(options_.tls, false));
+#endif
         node_ = random_bytes(8);
         for (char& c : node_) c = static_cast<char>('a' + (static_cast<unsigned char>(c) & 15));
         LoopAccess::at_turn_end(loop_, [this] {
@@ -21026,6 +21426,9 @@ public:
     const RedisOptions& options() const { return options_; }
     const std::string& node() const { return node_; }  // a name that no other process has
     std::string channel(const std::string& suffix) const { return options_.prefix + suffix; }
+    RedisCounts& counts() const { return *counts_; }
+    const std::shared_ptr<RedisCounts>& shared_counts() const { return counts_; }
+    MetricSource metrics() const { return RedisCounts::source(counts_, name(), options_.prefix); }
 
     // ---- on the link's thread ------------------------------------------------------------------------------------
 
@@ -21044,6 +21447,7 @@ public:
     // False if Redis is not connected.
     bool send(const RedisArguments& arguments, RedisAnswer answer) {
         if (!up()) return false;
+        ++counts_->commands;
         return commands_->send(arguments,
                                [this, answer = std::move(answer)](const redisReply* reply, const std::string& cause) {
                                    heard_commands_ = loop_.now();
@@ -21062,10 +21466,22 @@ public:
         subscriptions_.erase(channel);
         if (up()) messages_->subscribe("UNSUBSCRIBE", channel);
     }
+    // All channels that begin so. `on_message` gets the rest of the name.
+    void subscribe_all(const std::string& begin, std::function<void(std::string_view, std::string_view)> on_message) {
+        all_begin_ = begin;
+        on_any_ = std::move(on_message);
+        if (up()) messages_->subscribe("PSUBSCRIBE", all_pattern());
+    }
+    void unsubscribe_all() {
+        if (on_any_ && up()) messages_->subscribe("PUNSUBSCRIBE", all_pattern());
+        on_any_ = nullptr;
+    }
     // Both connections begin again.
     void fail(const std::string& cause, bool permanent = false) {
         if (state_ != State::connecting && state_ != State::up) return;
         const bool was_up = up(), is_news = was_up || cause != cause_;
+        ++counts_->failures;
+        counts_->up = 0;
         state_ = State::waiting;
         cause_ = cause;
         permanent_ = permanent;
@@ -21113,17 +21529,30 @@ private:
         state_ = State::connecting;
         working_ = 0;
         timeout_ = loop_.call_later(options_.connect_timeout, [this] { fail("Redis has not answered in time"); });
-        commands_ = std::make_shared<RedisConnection>(loop_);
-        messages_ = std::make_shared<RedisConnection>(loop_);
+        commands_ = make_connection();
+        messages_ = make_connection();
         for (const auto& connection : {commands_, messages_}) {
             connection->on_closed = [this](const std::string& cause) { fail(cause); };
             connection->on_connected = [this, made = connection.get()] { greet(*made); };
         }
         messages_->on_published = [this](const redisReply& reply) { on_published(reply); };
-        for (const auto& connection : {commands_, messages_}) {
-            const std::string cause = url_.tls ? "this program cannot speak TLS to Redis" : connection->open(url_);
-            if (!cause.empty()) return fail(cause, url_.tls);
+        for (const auto& connection : {commands_, messages_})
+            if (state_ == State::connecting) connection->open(url_, resolvers_);
+    }
+    std::shared_ptr<RedisConnection> make_connection() {
+#if WSCHAT_OPENSSL
+        if (url_.tls) {
+            auto transport = std::make_unique<TlsTransport>(tls_buffers_, tls_, url_.host);
+            const auto refuse = [this, made = transport.get()] {
+                const auto& pins = options_.tls.pinned_keys;
+                const std::string pin = pins.empty() ? std::string() : made->peer_key_pin();
+                if (pins.empty() || text::contains(pins, pin)) return std::string();
+                return text::concat({"the public key of Redis is not one of ClientTls::pinned_keys; it is ", pin});
+            };
+            return std::make_shared<RedisConnection>(loop_, std::move(transport), refuse);
         }
+#endif
+        return std::make_shared<RedisConnection>(loop_);
     }
     void greet(RedisConnection& connection) {
         if (!url_.password.empty()) {
@@ -21137,6 +21566,7 @@ private:
                          [this](const redisReply* reply) { on_info(redis_text(reply)); });
         for (const auto& [name, subscription] : subscriptions_)
             if (name != channel("node:" + node_)) connection.subscribe("SUBSCRIBE", name);
+        if (on_any_) connection.subscribe("PSUBSCRIBE", all_pattern());
         connection.subscribe("SUBSCRIBE", channel("node:" + node_));  // the last one, its answer says that all work
     }
     template <class Then>
@@ -21168,6 +21598,14 @@ private:
         if (reply.type != REDIS_REPLY_ARRAY || reply.elements < 3) return;
         heard_messages_ = loop_.now();
         const std::string_view kind = redis_text(reply.element[0]), name = redis_text(reply.element[1]);
+        counts_->received += kind == "message" || kind == "pmessage";
+        if (kind == "pmessage" && reply.elements == 4 && on_any_) {
+            const auto on_any = on_any_;
+            const std::string_view channel_name = redis_text(reply.element[2]);
+            if (channel_name.size() >= all_begin_.size())
+                on_any(channel_name.substr(all_begin_.size()), redis_text(reply.element[3]));
+            return;
+        }
         const Subscription* const found = subscriptions_.find(name);
         if (found == nullptr) return;
         if (kind == "message" && reply.element[2]->type == REDIS_REPLY_STRING) {
@@ -21183,6 +21621,8 @@ private:
         if (++working_ != 2) return;
         loop_.cancel(timeout_);
         state_ = State::up;
+        counts_->up = 1;
+        ++counts_->connects;
         log(LogLevel::info, "redis_connected",
             {{"redis", name()}, {"version", version_}, {"attempts", std::to_string(attempts_ + 1)}});
         attempts_ = 0;
@@ -21195,6 +21635,15 @@ private:
             const Subscription* const found = subscriptions_.find(each);
             if (up() && found != nullptr && found->on_subscribed) std::function<void()>(found->on_subscribed)();
         }
+    }
+    // In a pattern, these characters stand for others.
+    std::string all_pattern() const {
+        std::string pattern;
+        for (const char c : all_begin_) {
+            if (std::string_view("*?[]\\^").find(c) != std::string_view::npos) pattern += '\\';
+            pattern += c;
+        }
+        return pattern + "*";
     }
     std::vector<std::string> subscribed_channels() const {
         std::vector<std::string> names;
@@ -21215,7 +21664,12 @@ private:
     const RedisUrl url_;
     const RedisOptions options_;
     std::string node_;
+#if WSCHAT_OPENSSL
+    std::shared_ptr<const TlsContext> tls_;
+    std::shared_ptr<TlsBuffers> tls_buffers_ = std::make_shared<TlsBuffers>();
+#endif
     Loop loop_;
+    ResolverPool resolvers_;
     State state_ = State::idle;
     std::shared_ptr<RedisConnection> commands_, messages_;
     int working_ = 0;  // of the two connections, while they are opened
@@ -21226,6 +21680,10 @@ private:
     Time heard_commands_{}, heard_messages_{};
     Loop::TimerId timeout_ = 0, heartbeat_ = 0, retry_ = 0;
     StringMap<Subscription> subscriptions_;  // by channel
+    std::string all_begin_;
+    std::function<void(std::string_view, std::string_view)> on_any_;  // of subscribe_all()
+    const std::shared_ptr<RedisCounts> counts_ = std::make_shared<RedisCounts>();
+    std::array<bool, 2> used_{};  // by Use; under the lock of of()
     std::vector<RedisUser*> users_;
     std::thread thread_;
 };
@@ -21266,14 +21724,10 @@ namespace detail {
 // Carries the broadcasts of plain rooms through PUB/SUB, at most once. The order of one sender is kept.
 class RedisBus final : public RoomBus {
 public:
-    using Deliver = std::function<void(const std::string& room, Opcode opcode, std::string_view payload)>;
-    using Log = std::function<void(LogLevel level, std::string_view event,
-                                   const std::vector<std::pair<std::string_view, std::string>>& fields)>;
-
     // `deliver` and `log` are called through the mailbox.
     RedisBus(const std::string& url, const RedisOptions& options, std::shared_ptr<Mailbox> mailbox, Deliver deliver,
              Log log)
-        : link_(RedisLink::of(url, options)) {
+        : link_(RedisLink::of(url, options, RedisLink::Use::rooms)) {
         shared_->deliver = std::move(deliver);
         shared_->log = std::move(log);
         link_->run([&] { side_ = std::make_unique<Side>(*link_, std::move(mailbox), shared_); });
@@ -21300,20 +21754,17 @@ public:
         {
             const std::lock_guard<std::mutex> lock(shared_->mutex);
             if (shared_->bytes + payload.size() > link_->options().max_queued_bytes) {
-                ++shared_->dropped;
+                ++link_->counts().dropped;
                 return;
             }
             shared_->bytes += payload.size();
+            link_->counts().outbox_bytes += payload.size();
             shared_->outbox.push_back({room, opcode, std::string(payload)});
             if (shared_->outbox.size() != 1) return;
         }
         link_->post([this] { side_->send_all(); });
     }
-    // Broadcasts that did not go out: Redis was away or too slow.
-    std::uint64_t dropped() const {
-        const std::lock_guard<std::mutex> lock(shared_->mutex);
-        return shared_->dropped;
-    }
+    MetricSource metrics() const override { return link_->metrics(); }
 
 private:
     struct Broadcast {
@@ -21328,7 +21779,6 @@ private:
         std::mutex mutex{};
         std::vector<Broadcast> outbox{};
         std::size_t bytes = 0;  // in the outbox, and sent without an answer
-        std::uint64_t dropped = 0;
     };
 
     // On the link's thread.
@@ -21361,11 +21811,12 @@ private:
                 outbox.swap(shared_->outbox);
             }
             for (const Broadcast& each : outbox) {
-                const auto done = [shared = shared_, size = each.payload.size()](const redisReply* reply,
-                                                                                 const std::string&) {
+                const auto done = [shared = shared_, counts = link_.shared_counts(), size = each.payload.size()](
+                                      const redisReply* reply, const std::string&) {
                     const std::lock_guard<std::mutex> lock(shared->mutex);
                     shared->bytes -= size;
-                    if (reply == nullptr) ++shared->dropped;
+                    counts->outbox_bytes -= size;
+                    ++(reply == nullptr ? counts->dropped : counts->published);
                 };
                 const char opcode = each.opcode == Opcode::text ? 't' : 'b';
                 if (!link_.send({"PUBLISH", channel(each.room),
@@ -21423,6 +21874,9 @@ private:
         shared_->deliver = nullptr;
         shared_->log = nullptr;
         link_->run([this] { side_.reset(); });
+        const std::lock_guard<std::mutex> lock(shared_->mutex);
+        for (const Broadcast& each : shared_->outbox) link_->counts().outbox_bytes -= each.payload.size();
+        shared_->outbox.clear();
     }
 
     std::shared_ptr<RedisLink> link_;
@@ -21432,25 +21886,58 @@ private:
 
 }  // namespace detail
 
+namespace detail {
+
+// A bus for each of several endpoints.
+class RedisBuses final : public RoomBus {
+public:
+    RedisBuses(RedisRing ring, std::vector<std::unique_ptr<RedisBus>> buses)
+        : ring_(std::move(ring)), buses_(std::move(buses)) {}
+    void subscribe(const std::string& room) override { of(room).subscribe(room); }
+    void unsubscribe(const std::string& room) override { of(room).unsubscribe(room); }
+    void publish(const std::string& room, Opcode opcode, std::string_view payload) override {
+        of(room).publish(room, opcode, payload);
+    }
+    MetricSource metrics() const override {
+        std::vector<MetricSource> sources;
+        for (const auto& each : buses_) sources.push_back(each->metrics());
+        return [sources](std::vector<Metric>& all) {
+            for (const MetricSource& each : sources) each(all);
+        };
+    }
+
+private:
+    RedisBus& of(const std::string& room) const { return *buses_[ring_.of(room)]; }
+
+    const RedisRing ring_;
+    const std::vector<std::unique_ptr<RedisBus>> buses_;
+};
+
+}  // namespace detail
+
 // Connects the plain rooms of several servers: server.join_cluster(RedisCluster("redis://127.0.0.1:6379")). A broadcast
 // reaches the members of this server at once, and those of other servers through Redis, at most once. It never waits
 // for Redis: while Redis is away, only the members of this server get it. The prefix and the Redis may be those of a
 // RedisHistory; then both have the same connections.
+//
+// RedisCluster({"redis://a", "redis://b"}) spreads the rooms over several endpoints (consistent hashing of the names).
+// All servers need the same list. While one endpoint is away, the rooms of the others go on.
 class RedisCluster {
 public:
-    explicit RedisCluster(std::string url, RedisOptions options = {})
-        : url_(std::move(url)), options_(std::move(options)) {
-        detail::RedisUrl::parse(url_);
-    }
+    // An Error if a URL is wrong.
+    explicit RedisCluster(detail::RedisUrls urls, RedisOptions options = {})
+        : urls_(std::move(urls)), ring_(urls_), options_(std::move(options)) {}
     // What Server::join_cluster() calls. An Error if Redis cannot be used within RedisOptions::connect_timeout.
-    std::unique_ptr<detail::RoomBus> open(std::shared_ptr<Mailbox> mailbox, detail::RedisBus::Deliver deliver,
-                                          detail::RedisBus::Log log) const {
-        return std::make_unique<detail::RedisBus>(url_, options_, std::move(mailbox), std::move(deliver),
-                                                  std::move(log));
+    std::unique_ptr<RoomBus> open(std::shared_ptr<Mailbox> mailbox, RoomBus::Deliver deliver, RoomBus::Log log) const {
+        std::vector<std::unique_ptr<detail::RedisBus>> buses;
+        for (const std::string& each : urls_.list)
+            buses.push_back(std::make_unique<detail::RedisBus>(each, options_, mailbox, deliver, log));
+        return std::make_unique<detail::RedisBuses>(ring_, std::move(buses));
     }
 
 private:
-    std::string url_;
+    detail::RedisUrls urls_;
+    detail::RedisRing ring_;
     RedisOptions options_;
 };
 
@@ -21902,6 +22389,11 @@ end
 
 if cmd == 'beat' then
   if ARGV[4] == '' then return {'ok', ''} end
+  -- If no hub has beaten for long, Redis was away: then all of them have another eight seconds.
+  local newest = call('ZREVRANGE', P .. 'hubs', 0, 0, 'WITHSCORES')
+  if newest[2] and now - newest[2] > 5000 then
+    for _, hub in ipairs(call('ZRANGE', P .. 'hubs', 0, -1)) do call('ZADD', P .. 'hubs', str(now), hub) end
+  end
   local is_new = call('ZADD', P .. 'hubs', str(now), ARGV[4])
   for _, hub in ipairs(call('ZRANGEBYSCORE', P .. 'hubs', '-inf', str(now - 8000), 'LIMIT', 0, 10)) do
     call('ZREM', P .. 'hubs', hub)
@@ -22126,6 +22618,7 @@ public:
     RedisQueue& operator=(const RedisQueue&) = delete;
     ~RedisQueue() {
         *alive_ = false;
+        link_.counts().outbox_bytes -= bytes_;
         link_.loop().cancel(timer_);
     }
 
@@ -22141,6 +22634,7 @@ public:
         request->answer = std::move(answer);
         request->due = saturating_add(link_.loop().now(), link_.options().answer_timeout);
         bytes_ += request->bytes;
+        link_.counts().outbox_bytes += request->bytes;
         queue_.push_back(request);
         if (open_) send(request);
         if (!scheduled_) schedule();
@@ -22208,6 +22702,7 @@ private:
         request->done = true;
         while (!queue_.empty() && queue_.front()->done) {
             bytes_ -= queue_.front()->bytes;
+            link_.counts().outbox_bytes -= queue_.front()->bytes;
             queue_.pop_front();
         }
         request->answer(reply, cause);
@@ -22245,6 +22740,9 @@ struct RedisOrder {
     std::vector<ChatEntry> waiting{};  // to be forwarded when it is subscribed
     bool synchronized = false;         // since the latest connection; until then, entries are held
     std::uint64_t unused = 0;          // not zero: the number of a call of unwatch()
+    bool asks_users = false;           // request_users() follows
+    std::uint64_t read = 0;            // the newest id in the pages that were read, which may be ahead of `last`
+    std::string read_epoch{};          // of these pages
 };
 
 // The history on the link's thread.
@@ -22266,6 +22764,7 @@ public:
             link_->unsubscribe(room == feed ? link_->channel("feed") : room_channel(room));
         link_->unsubscribe(room_channel(""));
         link_->unsubscribe(link_->channel("marks:" + link_->node()));
+        if (all_) link_->unsubscribe_all();
     }
 
     // False after the destruction.
@@ -22354,6 +22853,15 @@ public:
         link_->subscribe(
             room_channel(room), [this, room](std::string_view payload) { on_room_message(room, payload); },
             [this, room] { on_subscribed(room); });
+    }
+    // The entries of rooms that are not watched come as Redis brings them: what is lost on the way is not read again.
+    void watch_all(bool all) {
+        if (std::exchange(all_, all) == all) return;
+        if (!all) return link_->unsubscribe_all();
+        link_->subscribe_all(link_->channel("c:"), [this](std::string_view name, std::string_view payload) {
+            const std::string room(name);
+            if (!room.empty() && orders_.find(room) == nullptr) on_room_message(room, payload);
+        });
     }
     // The subscription ends some seconds later, so that a room that comes back misses nothing.
     void unwatch(const std::string& room) {
@@ -22598,6 +23106,12 @@ private:
         if (!queue_.is_open()) return;
         queue_.close();
         lose_synchronization();
+        std::deque<std::pair<std::string, ChatEntry>> others;
+        for (auto& each : std::exchange(forwarded_, {})) {
+            if (each.second.is_presence()) fail_forwarded(each.second);
+            else others.push_back(std::move(each));
+        }
+        forwarded_ = std::move(others);
         log(LogLevel::warning, "redis_lost_data", "Redis has other data than before");
         on_redis_up();
     }
@@ -22707,8 +23221,11 @@ private:
     }
     void on_filled(const std::string& room, RedisOrder& order, const RedisTexts& texts, std::uint64_t from,
                    std::uint64_t to) {
-        for (std::size_t i = room == feed ? 1 : 4; i + 1 < texts.size(); i += 2)
-            if (texts.number(i) >= from) order.held[texts.number(i)] = std::string(texts[i + 1]);
+        for (std::size_t i = room == feed ? 1 : 4; i + 1 < texts.size(); i += 2) {
+            if (texts.number(i) < from) continue;
+            order.held[texts.number(i)] = std::string(texts[i + 1]);
+            ++link_->counts().filled;
+        }
         const std::uint64_t expected = to;
         for (std::uint64_t id = *order.last + 1; id <= expected; ++id)
             if (order.held.count(id) == 0) return lose(room, order);
@@ -22747,12 +23264,15 @@ private:
         ChatEntry entry = pending.entry;
         entry.id = texts.number(1);
         const std::string failure = texts[0] == "late" ? "Redis was too slow" : cause;
+        note_refusal(cause);
         if (!failure.empty()) {
+            ++link_->counts().not_kept;
             pending_.erase(op);
             if (!pending.delivered) tell([entry, failure](Listener& to) { to.on_failure(entry, failure); });
             return;
         }
         if (texts[0] == "ok" || texts[0] == "again") {
+            ++link_->counts().published;
             entry.removed = texts[2] == "1";
             const bool in_feed = !texts[3].empty() || (!entry.room.empty() && entry.room[0] == '\n');
             if (!pending.delivered && in_feed) return arrive_in_feed(op, entry, texts);
@@ -22762,6 +23282,16 @@ private:
         pending_.erase(op);
         if (texts[0] == "duplicate") return tell([entry](Listener& to) { to.on_duplicate(entry); });
         tell([entry, code = std::string(texts[1])](Listener& to) { to.on_refused(entry, code); });
+    }
+    // A Redis that is connected may refuse to write: it has no memory, no disk, or too few replicas.
+    void note_refusal(const std::string& cause) {
+        const bool refuses =
+            !cause.empty() && queue_.is_open() && cause.find(' ') != std::string::npos &&
+            text::all_of(cause.substr(0, cause.find(' ')), [](char c) { return c >= 'A' && c <= 'Z'; });
+        if (refuses == refuses_ || (!refuses && !cause.empty())) return;
+        refuses_ = refuses;
+        if (refuses) log(LogLevel::error, "redis_refuses", escape_for_log(cause));
+        else log(LogLevel::info, "redis_accepts", "it keeps messages again");
     }
     // The feed has its own numbers. Of an entry that is sent again the number is unknown: the feed brings it.
     void arrive_in_feed(const std::string& op, const ChatEntry& entry, const RedisTexts& texts) {
@@ -22794,7 +23324,9 @@ private:
     void synchronize(const std::string& room) {
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr || !queue_.is_open()) return;
-        const std::string last = order->last ? std::to_string(*order->last) : "";
+        // Clients may have read what has not been delivered yet. Redis must know that, too.
+        const std::uint64_t read = order->read_epoch == order->epoch ? order->read : 0;
+        const std::string last = order->last ? std::to_string((std::max)(*order->last, read)) : "";
         queue_.call({"sync", room, order->epoch, last}, false,
                     [this, room](const redisReply* reply, const std::string& cause) {
                         RedisOrder* const found = orders_.find(room);
@@ -22832,6 +23364,7 @@ private:
     }
     // Entries after order.last are gone. The members hear of it, and go on with the newest ones.
     void lose(const std::string& room, RedisOrder& order) {
+        ++link_->counts().gaps;
         if (room == feed) {
             order.last = order.newest;
             order.epoch = queue_.epoch();
@@ -22869,6 +23402,7 @@ private:
             facts(scope, "", [listener = listener_](const std::vector<ChatFact>& found, const std::string&) {
                 for (const ChatFact& fact : found) (*listener)->on_fact(fact);
             });
+        tell([](Listener& listener) { listener.on_facts_lost(); });
     }
 
     // ---- pages -----------------------------------------------------------------------------------------------------
@@ -22903,7 +23437,11 @@ private:
     // The first page of a room is where its order begins, if nothing was delivered before.
     void seen(const std::string& room, const HistoryPage& page) {
         RedisOrder* const order = orders_.find(room);
-        if (order == nullptr || order->last) return;
+        if (order == nullptr) return;
+        if (order->read_epoch != page.epoch) order->read = 0;
+        order->read = (std::max)(order->read, page.last_id);
+        order->read_epoch = page.epoch;
+        if (order->last) return;
         order->last = page.last_id;
         order->epoch = page.epoch;
     }
@@ -22991,6 +23529,7 @@ private:
     }
     void fail_forwarded(const ChatEntry& entry) {
         if (entry.kind == ChatEntry::Kind::typing) return;
+        if (entry.is_presence()) request_users_later(entry.room);
         tell([entry](Listener& listener) { listener.on_failure(entry, "Redis is not connected"); });
     }
     bool send_presence(const ChatEntry& entry, const std::string& number, const std::string& packed) {
@@ -23010,7 +23549,11 @@ private:
         const std::optional<ChatEntry> entry = take_forwarded(number);
         if (!entry) return;
         if (cause.empty()) tell([entry, code](Listener& listener) { listener.on_refused(*entry, code); });
-        else tell([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
+        else {
+            note_refusal(cause);
+            request_users_later(entry->room);
+            tell([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
+        }
     }
     void on_forwarded(const std::string& room, std::string_view packed) {
         std::vector<std::string> all = redis_unpack(packed);
@@ -23055,12 +23598,26 @@ private:
                                            [this, mark](const redisReply* reply, const std::string& cause) {
                                                Mark* const found = marks_.find(mark);
                                                if (found == nullptr) return;
-                                               if (!cause.empty()) return drop_mark(mark);
+                                               if (!cause.empty()) {
+                                                   request_users_later(found->room);
+                                                   return drop_mark(mark);
+                                               }
                                                found->users = read_users(found->room, RedisTexts(reply));
                                                found->read = true;
                                                tell_users(mark, *found);
                                            });
         if (!sent) marks_.erase(mark);
+    }
+    // The hubs hear who is present, and forward again what is missing.
+    void request_users_later(const std::string& room) {
+        RedisOrder* const order = orders_.find(room);
+        if (order == nullptr || std::exchange(order->asks_users, true)) return;
+        link_->loop().call_later(std::chrono::seconds(1), [this, room, alive = alive_] {
+            RedisOrder* const found = *alive ? orders_.find(room) : nullptr;
+            if (found == nullptr) return;
+            found->asks_users = false;
+            request_users(room);
+        });
     }
     void on_mark(const std::string& mark) {
         Mark* const found = marks_.find(mark);
@@ -23114,7 +23671,7 @@ private:
     std::deque<std::pair<std::string, ChatEntry>> forwarded_;  // own entries that Redis has not brought yet
     StringMap<Mark> marks_;
     std::uint64_t operations_ = 0;
-    bool beating_ = false, foreign_told_ = false;
+    bool beating_ = false, foreign_told_ = false, refuses_ = false, all_ = false;
     const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
@@ -23123,76 +23680,127 @@ private:
 // A history in Redis, which several servers share: ChatHub::of(server).set_store(RedisHistory("redis://127.0.0.1")).
 // Redis 6 or newer. An entry is acknowledged when Redis has answered. While Redis is away, a message fails after
 // RedisOptions::answer_timeout. An Error if Redis cannot be used within RedisOptions::connect_timeout.
+//
+// RedisHistory({"redis://a", "redis://b"}) spreads the chat over several endpoints; all servers need the same list. A
+// room, with its history and its users, is on the endpoint that consistent hashing of its name gives; so is a private
+// conversation, by its two users, and what is kept for one user (a fact whose key has a line feed), by that user. All
+// other facts, such as bans, accounts and options of rooms, are on the first endpoint. While one endpoint is away, what
+// is on the others goes on. With another list, some rooms begin again on another endpoint, and their clients get a gap.
+// The limits of the history count for each endpoint.
 class RedisHistory final : public ChatStore {
 public:
-    explicit RedisHistory(const std::string& url, RedisOptions options = {},
-                          const HistoryLimits& limits = {10'000, 0, Duration::zero(), 0, 0}) {
-        const std::shared_ptr<detail::RedisLink> link = detail::RedisLink::of(url, options);
-        state_ = std::make_unique<State>(link);
-        link->run([&] { state_->store = std::make_unique<detail::RedisStore>(link, limits); });
-        link->post([store = state_->store.get()] { store->link().add_user(*store); });
+    explicit RedisHistory(const detail::RedisUrls& urls, RedisOptions options = {},
+                          const HistoryLimits& limits = {10'000, 0, Duration::zero(), 0, 0})
+        : state_(std::make_unique<State>(detail::RedisRing(urls))) {
+        for (const std::string& url : urls.list) {
+            const auto link = detail::RedisLink::of(url, options, detail::RedisLink::Use::history);
+            state_->shards.push_back(std::make_unique<Shard>(link));
+            Shard& shard = *state_->shards.back();
+            link->run([&] { shard.store = std::make_unique<detail::RedisStore>(link, limits); });
+            link->post([store = shard.store.get()] { store->link().add_user(*store); });
+        }
         if (!options.require_at_start) return;
-        state_->store->start().wait(text::concat({"RedisHistory \"", link->name(), "\""}), options.connect_timeout);
+        const Time until = saturating_add(Clock::now(), options.connect_timeout);
+        for (const auto& each : state_->shards)
+            each->store->start().wait(text::concat({"RedisHistory \"", each->link->name(), "\""}),
+                                      (std::max)(until - Clock::now(), Duration::zero()));
     }
 
     void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
         *state_->listener = &listener;
-        run([shared = state_->listener, mailbox = std::move(mailbox)](detail::RedisStore& store) {
-            store.attach(shared, mailbox);
-        });
+        run_on_all([shared = state_->listener, mailbox](detail::RedisStore& store) { store.attach(shared, mailbox); });
+        // When the loop runs, the listener knows what it wants.
+        state_->follow = follow_all();
+        mailbox->post([follow = state_->follow] { follow(); });
     }
     void append(ChatEntry entry) override {
         if (!entry.kept()) return forward(entry);
-        run([entry = std::move(entry)](detail::RedisStore& store) { store.append(entry); });
+        Shard& shard = of_room(entry.room);
+        run(shard, [entry = std::move(entry)](detail::RedisStore& store) { store.append(entry); });
     }
     void forward(const ChatEntry& entry) override {
-        run([entry](detail::RedisStore& store) { store.forward(entry); });
+        run(of_room(entry.room), [entry](detail::RedisStore& store) { store.forward(entry); });
     }
     bool watch(const std::string& room) override {
-        run([room](detail::RedisStore& store) { store.watch(room); });
+        run(of_room(room), [room](detail::RedisStore& store) { store.watch(room); });
         return true;
     }
     void unwatch(const std::string& room) override {
-        run([room](detail::RedisStore& store) { store.unwatch(room); });
+        run(of_room(room), [room](detail::RedisStore& store) { store.unwatch(room); });
     }
     void beat(const std::string& hub) override {
-        run([hub](detail::RedisStore& store) { store.beat(hub); });
+        if (state_->follow) state_->follow();
+        run_on_all([hub](detail::RedisStore& store) { store.beat(hub); });
     }
     bool rooms(std::size_t limit, RoomsCallback callback) override {
-        run([=](detail::RedisStore& store) { store.rooms(limit, callback); });
+        using List = std::vector<std::pair<std::string, std::size_t>>;
+        const auto merge = gather<List>([limit, callback](List all, const std::string& error) {
+            std::sort(all.begin(), all.end());
+            if (all.size() > limit) all.resize(limit);
+            callback(std::move(all), error);
+        });
+        run_on_all([=](detail::RedisStore& store) { store.rooms(limit, merge); });
         return true;
     }
     void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {
-        run([=](detail::RedisStore& store) { store.since(room, position, limit, callback); });
+        run(of_room(room), [=](detail::RedisStore& store) { store.since(room, position, limit, callback); });
     }
     void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
-        run([=](detail::RedisStore& store) { store.before(room, id, limit, callback); });
+        run(of_room(room), [=](detail::RedisStore& store) { store.before(room, id, limit, callback); });
     }
     void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
-        run([=](detail::RedisStore& store) { store.search(room, words, limit, callback); });
+        run(of_room(room), [=](detail::RedisStore& store) { store.search(room, words, limit, callback); });
     }
     void put(ChatFact fact) override {
-        run([fact = std::move(fact)](detail::RedisStore& store) { store.put(fact); });
+        Shard& shard = of_fact(fact.key);
+        run(shard, [fact = std::move(fact)](detail::RedisStore& store) { store.put(fact); });
     }
     void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
-        run([=](detail::RedisStore& store) { store.facts(scope, key_prefix, callback); });
+        if (key_prefix.find('\n') != std::string::npos)
+            return run(of_fact(key_prefix),
+                       [=](detail::RedisStore& store) { store.facts(scope, key_prefix, callback); });
+        using Facts = std::vector<ChatFact>;
+        const auto merge = gather<Facts>([callback](Facts all, const std::string& error) {
+            std::sort(all.begin(), all.end(), [](const ChatFact& a, const ChatFact& b) { return a.key < b.key; });
+            callback(std::move(all), error);
+        });
+        run_on_all([=](detail::RedisStore& store) { store.facts(scope, key_prefix, merge); });
     }
     void erase_author(const std::string& author, EraseCallback callback) override {
-        run([=](detail::RedisStore& store) { store.erase_author(author, callback); });
+        struct Sum {
+            std::size_t left, messages = 0;
+            std::string error{};
+        };
+        const auto sum = std::make_shared<Sum>(Sum{state_->shards.size()});
+        run_on_all([=](detail::RedisStore& store) {
+            store.erase_author(author, [sum, callback](std::size_t messages, const std::string& error) {
+                sum->messages += messages;
+                if (sum->error.empty()) sum->error = error;
+                if (--sum->left == 0) callback(sum->messages, sum->error);
+            });
+        });
     }
     void export_room(const std::string& room, ExportCallback callback) override {
-        run([=](detail::RedisStore& store) { store.export_room(room, 0, callback); });
+        run(of_room(room), [=](detail::RedisStore& store) { store.export_room(room, 0, callback); });
+    }
+    bool shared() const override { return true; }
+    MetricSource metrics() const override {
+        std::vector<MetricSource> sources;
+        for (const auto& each : state_->shards) sources.push_back(each->link->metrics());
+        return [sources](std::vector<Metric>& all) {
+            for (const MetricSource& each : sources) each(all);
+        };
     }
 
 private:
-    struct State {
-        explicit State(std::shared_ptr<detail::RedisLink> owned) : link(std::move(owned)) {}
-        State(const State&) = delete;
-        State& operator=(const State&) = delete;
+    // One endpoint.
+    struct Shard {
+        explicit Shard(std::shared_ptr<detail::RedisLink> owned) : link(std::move(owned)) {}
+        Shard(const Shard&) = delete;
+        Shard& operator=(const Shard&) = delete;
         // What is on its way to Redis has half a second to arrive.
-        ~State() {
-            *listener = nullptr;
+        ~Shard() {
             bool idle = false;
             for (int i = 0; i < 50 && !idle; ++i) {
                 if (i != 0) std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -23202,15 +23810,68 @@ private:
         }
         std::shared_ptr<detail::RedisLink> link;
         std::unique_ptr<detail::RedisStore> store{};
+    };
+    struct State {
+        explicit State(detail::RedisRing made) : ring(std::move(made)) {}
+        State(const State&) = delete;
+        State& operator=(const State&) = delete;
+        ~State() { *listener = nullptr; }
+        const detail::RedisRing ring;
         // Shared with posted work. Only the loop of the listener uses it.
         std::shared_ptr<Listener*> listener = std::make_shared<Listener*>(nullptr);
+        std::function<void()> follow{};
+        std::vector<std::unique_ptr<Shard>> shards{};
     };
+
+    // What belongs to no room is on the first endpoint.
+    Shard& of_room(const std::string& room) const {
+        return *state_->shards[room.empty() || state_->shards.size() == 1 ? 0 : state_->ring.of(room)];
+    }
+    // The key of a fact about a user begins with the id of the user and a line feed.
+    Shard& of_fact(const std::string& key) const {
+        const std::size_t end = key.find('\n');
+        return of_room(end == std::string::npos ? std::string() : key.substr(0, end));
+    }
     template <class Work>
-    void run(Work&& work) {
-        state_->link->post(
-            [store = state_->store.get(), alive = state_->store->alive(), work = std::forward<Work>(work)]() mutable {
+    static void run(Shard& shard, Work&& work) {
+        shard.link->post(
+            [store = shard.store.get(), alive = shard.store->alive(), work = std::forward<Work>(work)]() mutable {
                 if (*alive) work(*store);
             });
+    }
+    template <class Work>
+    void run_on_all(const Work& work) const {
+        for (const auto& each : state_->shards) run(*each, work);
+    }
+    // A callback for each endpoint. `done` gets what all have found, and the first error.
+    template <class List, class Done>
+    std::function<void(List, std::string)> gather(Done done) const {
+        struct Gathered {
+            std::size_t left;
+            List all{};
+            std::string error{};
+        };
+        const auto gathered = std::make_shared<Gathered>(Gathered{state_->shards.size()});
+        return [gathered, done = std::move(done)](List found, const std::string& error) {
+            gathered->all.insert(gathered->all.end(), found.begin(), found.end());
+            if (gathered->error.empty()) gathered->error = error;
+            if (--gathered->left == 0) done(std::move(gathered->all), gathered->error);
+        };
+    }
+    // Asks the listener whether it wants the entries of all rooms. The function may outlive the store.
+    std::function<void()> follow_all() const {
+        std::vector<std::function<void(bool)>> stores;
+        for (const auto& each : state_->shards)
+            stores.emplace_back([link = each->link, store = each->store.get(), alive = each->store->alive()](bool all) {
+                link->post([store, alive, all] {
+                    if (*alive) store->watch_all(all);
+                });
+            });
+        return [stores, listener = state_->listener, last = std::make_shared<bool>(false)] {
+            if (*listener == nullptr || (*listener)->watches_all() == *last) return;
+            *last = !*last;
+            for (const auto& each : stores) each(*last);
+        };
     }
 
     std::unique_ptr<State> state_;

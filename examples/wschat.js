@@ -427,7 +427,7 @@ export class ChatClient extends EventTarget {
       time: Number(event.time) || Date.now(), own, me: event.me === true, mention: !own && this._isMentioned(event, text),
       data: event.data ?? null, edited: Number(event.edited) || 0, removed: event.removed === true, reactions, asOf });
   }
-  // By the ids in the message. A history and an edit may have none: then by the name.
+  // By the ids of users who were there. A message of a history may have none: then by the name, as this user may have been away.
   _isMentioned(event, text) { return Array.isArray(event.mentions) ? event.mentions.includes(this.me.user) : mentions(text, this.me.name); }
   _isSeen(state) { return this.visible === state.name && !page.document?.hidden; }
   _count(state, message) {
@@ -468,7 +468,7 @@ export class ChatClient extends EventTarget {
   }
   // What is in the log of a room, live.
   _logged(state, event) {
-    if (event.type === 'said') event.mentions ??= [];
+    event.mentions ??= [];
     const id = Number(event.id) || 0, message = this._log(state, event, id);
     state.last = Math.max(state.last, id);
     if (!message) return;

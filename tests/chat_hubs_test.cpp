@@ -92,6 +92,7 @@ std::string last(TestClient& client, const std::string& type) {
     return found;
 }
 std::string own_name(TestClient& client) { return client.handler<Host>().user().name; }
+std::string own_id(TestClient& client) { return client.handler<Host>().user().id; }
 
 // A store of several hubs that keeps what this hub forwards, and says about others what the test wants.
 class ScriptedStore final : public ChatStore {
@@ -108,6 +109,7 @@ public:
     }
     void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {
+        if (read) return callback(read(position));
         history_.since(room, std::move(position), limit, std::move(callback));
     }
     void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
@@ -137,13 +139,17 @@ public:
         entry.hub = hub;
         return entry;
     }
+    std::string hub() const { return listener_->hub(); }
     void deliver(const ChatEntry& entry) { listener_->on_entry(entry); }
     void refuse(const ChatEntry& entry) { listener_->on_refused(entry, "name_taken"); }
     void present() { listener_->on_presence("tea", users); }
+    void fail(const ChatEntry& entry) { listener_->on_failure(entry, "it is away"); }
+    void move(const HistoryPage& page) { listener_->on_position("tea", page); }
 
     std::vector<ChatEntry> users;
     std::string forwarded;
     bool delivering = true;
+    std::function<HistoryPage(const std::optional<HistoryPosition>&)> read;  // answers since() in place of the history
     int beats = 0, unwatched = 0;
 
 private:
@@ -163,6 +169,10 @@ struct Scripted {
         for (const ChatUser& user : ChatHub::of(server).room("tea").users())
             names += (names.empty() ? "" : " ") + user.name;
         return names;
+    }
+    void deliver(const ChatEntry& entry) {
+        store->deliver(entry);
+        server.settle();
     }
     ScriptedStore* store = nullptr;
     TestServer server;
@@ -249,6 +259,94 @@ TEST_CASE("users of several hubs are in one room: joins, messages, names, typing
     CHECK(hubs.users() == "Anna Carl");
     carl.send("/who");
     CHECK(field_of(last(carl, "users"), "count") == "2");
+}
+
+TEST_CASE("who comes from a server that is ahead gets nothing twice") {
+    Scripted scripted;
+    std::uint64_t newest = 1;
+    const std::string epoch = "0123456789abcdef";
+    const auto said = [](std::uint64_t id) {
+        ChatEntry entry = ScriptedStore::remote(ChatEntry::Kind::said, "Carl");
+        entry.id = id;
+        entry.text = "text " + std::to_string(id);
+        return entry;
+    };
+    scripted.store->read = [&](const std::optional<HistoryPosition>& position) {
+        HistoryPage page;
+        page.epoch = epoch;
+        page.last_id = newest;
+        for (std::uint64_t id = position ? position->id + 1 : 1; id <= newest; ++id) page.entries.push_back(said(id));
+        return page;
+    };
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    CHECK(contains(last(anna, "history"), "\"last\":1"));
+    newest = 3;  // the members here have got the first one only
+    TestClient bert = scripted.server.connect("/chat/tea?name=Bert&last=" + epoch + "-3");
+    CHECK(last(bert, "history") == "");
+    SUBCASE("it waits until the members have the same") {
+        scripted.deliver(said(2));
+        CHECK(types(bert) == "");
+        scripted.deliver(said(3));
+    }
+    SUBCASE("it goes on when the store says that nothing is missing") {
+        HistoryPage page;
+        page.epoch = epoch;
+        page.last_id = 3;
+        scripted.store->move(page);
+        scripted.server.settle();
+    }
+    const std::vector<std::string> received = bert.received();
+    REQUIRE(received.size() >= 1);
+    CHECK(field_of(received.back(), "type") == "history");
+    CHECK(contains(received.back(), "\"last\":3"));
+    CHECK(contains(received.back(), "\"entries\":[]"));
+    scripted.deliver(said(3));
+    CHECK(types(bert) == "");
+    scripted.deliver(said(4));
+    CHECK(field_of(last(bert, "said"), "text") == "text 4");
+}
+
+TEST_CASE("a position without a gap takes nothing back that the members have") {
+    Scripted scripted;
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    for (const char* text : {"one", "two"}) anna.send(text);
+    anna.received();
+    HistoryPage page;
+    page.epoch = "fedcba9876543210";
+    page.last_id = 1;
+    scripted.store->move(page);
+    scripted.server.settle();
+    CHECK(contains(last(anna, "history"), "\"last\":2"));
+    ChatEntry entry = ScriptedStore::remote(ChatEntry::Kind::said, "Carl");
+    entry.id = 2;
+    scripted.deliver(entry);
+    CHECK(types(anna) == "");
+}
+
+TEST_CASE("what the store has lost of a join or a leave is forwarded again") {
+    Scripted scripted;
+    scripted.store->delivering = false;
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna"), bert = scripted.server.connect("/chat/tea?name=Bert");
+    ChatEntry join = ScriptedStore::remote(ChatEntry::Kind::join, "Anna");
+    const std::string hub = scripted.store->hub();
+    scripted.store->fail(join);
+    scripted.store->forwarded.clear();
+    scripted.store->present();
+    const std::string kind = std::to_string(static_cast<int>(ChatEntry::Kind::join));
+    CHECK(scripted.store->forwarded == kind + ":Anna " + kind + ":Bert");
+    for (const TestClient* each : {&anna, &bert}) {
+        join = ScriptedStore::remote(ChatEntry::Kind::join, each == &anna ? "Anna" : "Bert", hub);
+        join.user = each == &anna ? own_id(anna) : own_id(bert);
+        scripted.store->deliver(join);
+        scripted.store->users.push_back(join);
+    }
+    CHECK(scripted.users() == "Anna Bert");
+    bert.close();
+    scripted.store->forwarded.clear();
+    scripted.store->present();  // Bert is still in the list
+    CHECK(scripted.store->forwarded == "");
+    scripted.server.advance(2s);
+    CHECK(scripted.store->forwarded == std::to_string(static_cast<int>(ChatEntry::Kind::leave)) + ":Bert");
 }
 
 TEST_CASE("of two users who come with one name at once, the first in the order of the store has it") {

@@ -4,8 +4,12 @@
 
 #if WSCHAT_HIREDIS
 
+#include <poll.h>
+
+#include <atomic>
 #include <map>
 #include <random>
+#include <thread>
 
 #include "redis.hpp"
 
@@ -61,8 +65,8 @@ ChatEntry presence(ChatEntry::Kind kind, const std::string& user, const std::str
 // A hub with its store, on a loop that the test drives.
 class Node final : private ChatStore::Listener {
 public:
-    explicit Node(const std::string& url, const RedisOptions& options = {}, const HistoryLimits& limits = {})
-        : store_(std::make_unique<RedisHistory>(url, options, limits)) {
+    explicit Node(const detail::RedisUrls& urls, const RedisOptions& options = {}, const HistoryLimits& limits = {})
+        : store_(std::make_unique<RedisHistory>(urls, options, limits)) {
         store_->attach(*this, loop_.mailbox());
     }
     ChatStore& store() { return *store_; }
@@ -99,6 +103,7 @@ public:
     std::string logged;
     std::map<std::string, std::string> users;  // of each room, as on_presence() has told last
     int presences = 0;                         // calls of on_presence()
+    bool all = false;                          // it wants the entries of all rooms
     ChatEntry latest;                          // of presence
 
 private:
@@ -116,14 +121,15 @@ private:
         logged += cause + ";";
     }
     void on_refused(const ChatEntry&, std::string_view code) override { heard += std::string(code) + " "; }
-    void on_presence(const std::string& room, const std::vector<ChatEntry>& all) override {
-        users[room] = presence_summary(all);
+    void on_presence(const std::string& room, const std::vector<ChatEntry>& present) override {
+        users[room] = presence_summary(present);
         ++presences;
     }
     void on_fact(const ChatFact& fact) override { heard += fact.key + "=" + fact.value + " "; }
     void on_position(const std::string&, const HistoryPage& page) override {
         heard += (page.gap ? "gap:" : "position:") + std::to_string(page.last_id) + " ";
     }
+    bool watches_all() const override { return all; }
     void on_log(LogLevel, std::string_view event,
                 const std::vector<std::pair<std::string_view, std::string>>& fields) override {
         logged += std::string(event);
@@ -144,13 +150,74 @@ RedisOptions quick() {
     return options;
 }
 
-std::string error_of(const std::string& url, const RedisOptions& options = quick()) {
+std::string error_of(const detail::RedisUrls& urls, const RedisOptions& options = quick()) {
     try {
-        RedisHistory store(url, options);
+        RedisHistory store(urls, options);
     } catch (const Error& error) {
         return error.what();
     }
     return "no error";
+}
+
+// A program on the port of a Redis that gives the same answer to whatever comes.
+class FakeRedis {
+public:
+    explicit FakeRedis(std::string answer) : answer_(std::move(answer)) {
+        listener_ = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        sockaddr_in address{};
+        address.sin_family = AF_INET;
+        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        socklen_t size = sizeof address;
+        REQUIRE(::bind(listener_, reinterpret_cast<sockaddr*>(&address), size) == 0);
+        REQUIRE(::listen(listener_, 8) == 0);
+        REQUIRE(::getsockname(listener_, reinterpret_cast<sockaddr*>(&address), &size) == 0);
+        port_ = ntohs(address.sin_port);
+        thread_ = std::thread([this] { run(); });
+    }
+    FakeRedis(const FakeRedis&) = delete;
+    FakeRedis& operator=(const FakeRedis&) = delete;
+    ~FakeRedis() {
+        ended_ = true;
+        thread_.join();
+        for (const pollfd& each : sockets_) ::close(each.fd);
+    }
+    std::string url() const { return "redis://127.0.0.1:" + std::to_string(port_); }
+
+private:
+    void run() {
+        sockets_.push_back({listener_, POLLIN, 0});
+        while (!ended_) {
+            if (::poll(sockets_.data(), sockets_.size(), 10) <= 0) continue;
+            for (std::size_t i = sockets_.size(); i-- > 1;) {
+                char data[1024];
+                if (sockets_[i].revents == 0) continue;
+                if (::recv(sockets_[i].fd, data, sizeof data, 0) > 0) {
+                    ::send(sockets_[i].fd, answer_.data(), answer_.size(), MSG_NOSIGNAL);
+                } else {
+                    ::close(sockets_[i].fd);
+                    sockets_.erase(sockets_.begin() + static_cast<std::ptrdiff_t>(i));
+                }
+            }
+            if (sockets_[0].revents == 0) continue;
+            const int made = ::accept(listener_, nullptr, nullptr);
+            if (made >= 0) sockets_.push_back({made, POLLIN, 0});
+        }
+    }
+    const std::string answer_;
+    int listener_ = -1, port_ = 0;
+    std::vector<pollfd> sockets_;
+    std::atomic<bool> ended_{false};
+    std::thread thread_;
+};
+
+// The value of a figure, summed over all endpoints.
+std::uint64_t figure(const MetricSource& source, const std::string& name) {
+    std::vector<Metric> all;
+    source(all);
+    std::uint64_t sum = 0;
+    for (const Metric& each : all)
+        if (each.name == name) sum += each.value;
+    return sum;
 }
 
 }  // namespace
@@ -176,7 +243,12 @@ TEST_CASE("a URL of Redis that cannot be used is an Error, without the password"
     CHECK(RedisUrl::parse("redis://[::1]").name() == "redis://[::1]:6379/0");
     CHECK(RedisUrl::parse("redis://:secret@h").password == "secret");
     CHECK(RedisUrl::parse("unix://:secret@/run/redis.sock?db=2").name() == "unix:///run/redis.sock?db=2");
+#if WSCHAT_OPENSSL
     CHECK(RedisUrl::parse("rediss://h").tls);
+#else
+    CHECK_THROWS_WITH_AS(RedisUrl::parse("rediss://h"),
+                         "Redis \"rediss://h\": rediss:// needs a program that was built with WSCHAT_OPENSSL", Error);
+#endif
     const auto error = [](const char* url) {
         try {
             RedisUrl::parse(url);
@@ -209,6 +281,318 @@ TEST_CASE("a Redis that cannot be used at the start is an Error, after a bounded
     CHECK(error_of("unix://:secret@" + redis.socket()) == "no error");
     redis.signal(SIGSTOP);
     CHECK(contains(error_of(redis.url(":secret@")), "Redis has not answered in time"));
+}
+
+TEST_CASE("a program that is no Redis, or an old one, is refused with a sentence") {
+    const std::string info = "redis_version:5.0.7\r\nrun_id:0123456789abcdef0123456789abcdef01234567\r\n";
+    const FakeRedis old("$" + std::to_string(info.size()) + "\r\n" + info + "\r\n");
+    CHECK(contains(error_of(old.url()), "Redis 5.0.7 is too old: version 6 or newer is needed"));
+    const FakeRedis web("HTTP/1.1 400 Bad Request\r\n\r\n");
+    CHECK(contains(error_of(web.url()), "it does not answer as Redis does: Protocol error, got \"H\""));
+    const FakeRedis other("+hello\r\n");
+    CHECK(contains(error_of(other.url()), "it answers INFO, but not as Redis does"));
+    const FakeRedis denied("-ERR nobody may do that\r\n");
+    CHECK(contains(error_of(denied.url()), "ERR nobody may do that"));
+    CHECK(contains(error_of("redis://no-such-host.invalid"), "the host \"no-such-host.invalid\": "));
+    CHECK(contains(error_of("unix:///" + std::string(200, 'x')), "the path of the socket is too long"));
+    CHECK(contains(error_of(std::vector<std::string>{}), "Redis: the list of URLs is empty"));
+    CHECK(contains(error_of({"redis://h/0", "redis://:secret@h"}), "\"redis://h:6379/0\": the URL is given twice"));
+}
+
+#if WSCHAT_OPENSSL
+
+TEST_CASE("rediss:// speaks TLS, and verifies the server") {
+    const test::CertificateFiles files("redis"), others("redis-other", {"elsewhere.example"});
+    const int port = RedisServer::free_port();
+    const auto start = [&](const std::string& clients) {
+        return std::make_unique<RedisServer>(std::vector<std::string>{
+            "--tls-port", std::to_string(port), "--tls-cert-file", files.certificate, "--tls-key-file", files.key,
+            "--tls-ca-cert-file", files.certificate, "--tls-auth-clients", clients});
+    };
+    auto redis = start("no");
+    const std::string url = "rediss://localhost:" + std::to_string(port);
+    RedisOptions options = quick();
+    CHECK(contains(error_of(url, options), "certificate"));
+    options.tls.authorities = others.certificate;
+    CHECK(contains(error_of(url, options), "certificate"));
+    options.tls.authorities = "/no/such/file";
+    CHECK(contains(error_of(url, options), "/no/such/file"));
+    options.tls.authorities = files.certificate;
+    options.tls.pinned_keys = {"AAAA"};
+    CHECK(contains(error_of(url, options), "the public key of Redis is not one of ClientTls::pinned_keys"));
+    options.tls.pinned_keys.clear();
+    CHECK(contains(error_of("rediss://127.0.0.2:" + std::to_string(port), options), "127.0.0.2"));
+    CHECK(error_of("redis://localhost:" + std::to_string(port)) != "no error");
+    CHECK(error_of("rediss://localhost:" + redis->url().substr(redis->url().rfind(':') + 1), options) != "no error");
+    {
+        RedisOptions patient = options;
+        patient.answer_timeout = 30s;
+        Node one(url, patient), two(url + "/0", patient);
+        for (Node* each : {&one, &two}) each->watch();
+        const std::string large(300'000, 'x');
+        one.say(large);
+        for (Node* each : {&one, &two}) each->wait_for("1:" + large);
+        for (int i = 2; i <= 300; ++i) two.say("m" + std::to_string(i));
+        for (Node* each : {&one, &two}) each->wait_for("300:m300");
+        redis->kill();
+        one.wait([&] { return contains(one.logged, "redis_lost"); });
+        redis->start();
+        one.say("again");
+        two.wait_for("301:again");
+    }
+    redis.reset();
+    redis = start("yes");
+    CHECK(error_of(url, options) != "no error");
+    options.tls.certificate = files.certificate;
+    options.tls.key = files.key;
+    CHECK(error_of(url, options) == "no error");
+}
+
+#endif
+
+TEST_CASE("several endpoints share the rooms, and each room is whole") {
+    const RedisServer first, second;
+    int stores = 0;
+    const test::StoreFactory make = [&](const HistoryLimits& limits) {
+        return std::make_unique<RedisHistory>(detail::RedisUrls{first.url(), second.url()},
+                                              options_with("test" + std::to_string(++stores) + ":"), limits);
+    };
+    SUBCASE("pages") { test::test_pages(make); }
+    SUBCASE("amendments") { test::test_amendments(make); }
+    SUBCASE("reactions") { test::test_reactions(make); }
+    SUBCASE("search") { test::test_search(make); }
+    SUBCASE("facts") { test::test_facts(make); }
+    SUBCASE("erasure") { test::test_erasure(make); }
+    SUBCASE("export") { test::test_export(make); }
+}
+
+TEST_CASE("while one of several endpoints is away, the rooms of the others go on") {
+    RedisServer first, second;
+    const std::vector<std::string> urls{first.url(), second.url()}, same{second.url() + "/0", first.url() + "/0"};
+    Node one(urls, quick()), two(same, quick());
+    std::vector<std::string> rooms;
+    for (int i = 0; i < 40; ++i) rooms.push_back("room" + std::to_string(i));
+    for (Node* each : {&one, &two})
+        for (const std::string& room : rooms) each->watch(room);
+    for (const std::string& room : rooms) one.say("in " + room, "", room);
+    for (Node* each : {&one, &two})
+        for (const std::string& room : rooms) each->wait_for("1:in " + room);
+    std::string on_first, on_second;
+    std::size_t count = 0;
+    for (const std::string& room : rooms) {
+        const bool is_first = contains(first.cli("exists wschat:s:" + room), "1");
+        CHECK(is_first != contains(second.cli("exists wschat:s:" + room), "1"));
+        (is_first ? on_first : on_second) = room;
+        count += is_first;
+    }
+    CHECK(count > 5);
+    CHECK(count < 35);
+    // What belongs to no room is on the first endpoint of a list; the rest of a user is where the user is.
+    one.store().put({"ban", "name bert", "x", "", 0});
+    one.wait_for("name bert=x");
+    CHECK(contains(first.cli("exists wschat:f:ban"), "1"));
+    for (int i = 0; i < 40; ++i) one.store().put({"read", "user" + std::to_string(i) + "\ntea", "7", "", 0});
+    one.wait_for("user39\ntea=7");
+    CHECK(contains(first.cli("exists wschat:f:read"), "1"));
+    CHECK(contains(second.cli("exists wschat:f:read"), "1"));
+    std::optional<std::size_t> found;
+    one.store().facts("read", "", [&](const std::vector<ChatFact>& facts, const std::string& error) {
+        CHECK(error == "");
+        found = facts.size();
+        CHECK(std::is_sorted(facts.begin(), facts.end(),
+                             [](const ChatFact& a, const ChatFact& b) { return a.key < b.key; }));
+    });
+    one.wait([&] { return found.has_value(); });
+    CHECK(*found == 40);
+    std::string listed;
+    for (const std::string& room : {on_first, on_second}) {
+        ChatEntry join = presence(ChatEntry::Kind::join, "u1", "Anna", "h1");
+        join.room = room;
+        one.store().forward(join);
+        one.wait_for("join:u1=Anna@h1 ");
+        one.heard.clear();
+    }
+    one.store().rooms(10, [&](const std::vector<std::pair<std::string, std::size_t>>& all, const std::string&) {
+        for (const auto& [room, users] : all) listed += room + "=" + std::to_string(users) + " ";
+    });
+    one.wait([&] { return !listed.empty(); });
+    CHECK(contains(listed, on_first + "=1 "));
+    CHECK(contains(listed, on_second + "=1 "));
+
+    second.kill();
+    one.wait([&] { return contains(one.logged, "redis_lost"); });
+    one.say("it goes on", "", on_first);
+    two.wait_for("2:it goes on");
+    one.say("it fails", "", on_second);
+    one.wait_for("failed:it fails");
+    CHECK(figure(one.store().metrics(), "redis_up") == 1);
+    second.start();
+    one.wait([&] { return figure(one.store().metrics(), "redis_up") == 2; });
+    one.say("it is back", "", on_second);
+    two.wait_for("2:it is back");
+}
+
+TEST_CASE("a list of endpoints spreads the names evenly, and a new one moves only its share") {
+    const auto ring_of = [](int endpoints) {
+        std::vector<std::string> urls;
+        for (int i = 0; i < endpoints; ++i) urls.push_back("redis://host" + std::to_string(i));
+        return detail::RedisRing(urls);
+    };
+    const detail::RedisRing four = ring_of(4), five = ring_of(5);
+    std::array<int, 4> counts{};
+    int moved = 0;
+    for (int i = 0; i < 10'000; ++i) {
+        const std::string room = "room" + std::to_string(i);
+        ++counts[four.of(room)];
+        if (four.of(room) == five.of(room)) continue;
+        ++moved;
+        CHECK(five.of(room) == 4);
+    }
+    for (const int each : counts) {
+        CHECK(each > 1500);
+        CHECK(each < 3500);
+    }
+    CHECK(moved > 1000);
+    CHECK(moved < 3000);
+}
+
+TEST_CASE("two histories of one process on one Redis are as those of two processes") {
+    const RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url(), quick());
+    for (Node* each : {&one, &two}) each->watch();
+    one.say("hello");
+    for (Node* each : {&one, &two}) each->wait_for("1:hello");
+    two.say("hello, you");
+    for (Node* each : {&one, &two}) each->wait_for("2:hello, you");
+}
+
+TEST_CASE("a hub that watches all rooms hears of each, also of those that it does not watch") {
+    const RedisServer redis;
+    Node one(redis.url(), options_with("x[*]:")), two(redis.url(), options_with("x[*]:"));
+    one.all = true;
+    one.wait([&] { return contains(redis.cli("pubsub numpat"), "1"); });
+    one.watch("milk");
+    two.say("in tea", "", "tea");
+    one.wait_for("1:in tea ");
+    two.say("in milk", "", "milk");
+    two.say("in tea again", "", "tea");
+    one.wait_for("2:in tea again ");
+    one.wait_for("1:in milk ");
+    CHECK(one.heard.find("in milk") == one.heard.rfind("in milk"));
+    two.wait_for("2:in tea again*");
+    CHECK(two.heard == "1:in tea* 1:in milk* 2:in tea again* ");
+    one.all = false;
+    one.store().beat("h1");
+    one.wait([&] { return contains(redis.cli("pubsub numpat"), "0"); });
+}
+
+TEST_CASE("after a pause of Redis, no hub that lives is forgotten") {
+    const RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url(), quick());
+    for (Node* each : {&one, &two}) each->watch();
+    one.store().beat("h1");
+    two.store().beat("h2");
+    one.store().forward(presence(ChatEntry::Kind::join, "u1", "Anna", "h1"));
+    two.wait_for("join:u1=Anna@h1 ");
+    redis.cli("zadd wschat:hubs 1 h1 2 h2");  // nobody could beat for long
+    two.store().beat("h2");
+    two.wait([&] { return redis.cli("zscore wschat:hubs h1").size() > 5; });
+    two.say("in order");
+    two.wait_for("1:in order");
+    CHECK_FALSE(contains(two.heard, "leave"));
+}
+
+TEST_CASE("figures of Redis are in the metrics of the server, and each state is in its log") {
+    RedisServer redis;
+    Node node(redis.url(), quick());
+    node.watch();
+    node.say("hello");
+    node.wait_for("1:hello*");
+    const MetricSource metrics = node.store().metrics();
+    CHECK(figure(metrics, "redis_up") == 1);
+    CHECK(figure(metrics, "redis_connects_total") == 1);
+    CHECK(figure(metrics, "redis_published_total") == 1);
+    CHECK(figure(metrics, "redis_received_total") >= 1);
+    CHECK(figure(metrics, "redis_commands_total") > 3);
+    node.wait([&] { return figure(metrics, "redis_outbox_bytes") == 0; });
+    CHECK(contains(node.logged, "redis_connected redis="));
+    CHECK(contains(node.logged, "version=7."));
+    redis.cli("config set maxmemory 1");
+    node.say("full");
+    node.wait_for("failed:full");
+    node.wait([&] { return contains(node.logged, "redis_refuses"); });
+    CHECK(figure(metrics, "redis_not_kept_total") == 1);
+    const int before = node.presences;
+    node.store().forward(presence(ChatEntry::Kind::join, "u1", "Anna", "h1"));
+    node.wait_for("failed: ");
+    node.wait([&] { return node.presences > before; });  // the hub forwards it again after that
+    redis.cli("config set maxmemory 0");
+    node.say("there is memory");
+    node.wait_for("2:there is memory*");
+    node.wait([&] { return contains(node.logged, "redis_accepts"); });
+    redis.kill();
+    node.wait([&] { return contains(node.logged, "redis_lost"); });
+    node.say("waiting");
+    node.wait([&] { return figure(metrics, "redis_outbox_bytes") > 0; });
+    CHECK(figure(metrics, "redis_up") == 0);
+    node.wait([&] { return contains(node.logged, "redis_unreachable"); });
+    CHECK(figure(metrics, "redis_failures_total") >= 2);
+
+    Server server;
+    ChatHub::of(server).set_store(std::make_unique<RedisHistory>(RedisServer().url(), quick()));
+    const std::string text = prometheus_text(server.metrics());
+    CHECK(contains(text,
+                   "# HELP wschat_redis_up 1 while Redis is connected.\n# TYPE wschat_redis_up gauge\n"
+                   "wschat_redis_up{redis=\"redis://127.0.0.1:"));
+    CHECK(contains(text, "/0\",prefix=\"wschat:\"} "));
+    CHECK(contains(text, "# TYPE wschat_redis_commands_total counter\n"));
+}
+
+TEST_CASE("while the store of several servers cannot be read, a handshake gets a 503, and no user gets another id") {
+    RedisServer redis;
+    struct Machine : test::RunningServer {
+        explicit Machine(const std::string& url) {
+            RedisOptions options = quick();
+            options.answer_timeout = 300ms;
+            options.require_at_start = false;
+            ChatHub::of(server).set_store(RedisHistory(url, options));
+            server.route<ChatHandler>("/chat/{room}");
+            start();
+        }
+        ~Machine() { stop(); }
+        std::string id_of_anna() const {
+            test::WsClient anna(port(), "/chat/tea?name=Anna&key=0123456789abcdef");
+            return test::field_of(test::next_with(anna, "hello"), "user");
+        }
+        // The status of a handshake.
+        int status() const {
+            return test::fetch(port(), "/chat/tea?name=Anna",
+                               "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                               "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n")
+                .status;
+        }
+    };
+    const auto wait = [](const std::function<bool()>& done) {
+        const auto until = Clock::now() + test::deadline;
+        while (!done() && Clock::now() < until) std::this_thread::sleep_for(10ms);
+    };
+    Machine one(redis.url());
+    wait([&] { return one.status() == 101; });
+    const std::string id = one.id_of_anna();
+    CHECK(id != "");
+    redis.kill();
+    Machine two(redis.url());
+    CHECK(two.status() == 503);
+    redis.start();
+    wait([&] { return two.status() == 101; });
+    CHECK(two.id_of_anna() == id);
+
+    // A server that lives gives the secret to an empty Redis, and a server that starts finds it there.
+    redis.cli("flushall");
+    wait([&] { return contains(redis.cli("exists wschat:f:server"), "1"); });
+    Machine three(redis.url());
+    wait([&] { return three.status() == 101; });
+    CHECK(three.id_of_anna() == id);
 }
 
 TEST_CASE("keys of another program are not touched") {
@@ -429,10 +813,13 @@ TEST_CASE("a hub that no longer beats is forgotten, and hears of it if it lives"
     two.wait_for("join:u2=Bert@h1 ");
     two.store().forward(presence(Kind::join, "u2", "Bert", "h2", "", "key 2"));
     two.wait_for("join:u2=Bert@h2~");
-    redis.cli("zadd wschat:hubs 1 h1");
-    two.store().beat("h2");
-    two.wait_for("leave:u1=Anna@h1 ");
-    two.wait_for("leave:u2=Bert@h1~ ");
+    // A test that is stopped for seconds looks like a Redis that was away, so h2 beats more than once.
+    two.wait([&] {
+        redis.cli("zadd wschat:hubs xx 1 h1");
+        two.store().beat("h2");
+        two.poll();
+        return contains(two.heard, "leave:u1=Anna@h1 ") && contains(two.heard, "leave:u2=Bert@h1~ ");
+    });
     const int before = one.presences;
     one.store().beat("h1");
     one.wait([&] { return one.presences > before && one.users["tea"] == "join:u2=Bert@h2 "; });
@@ -487,7 +874,7 @@ TEST_CASE("broadcasts of plain rooms reach the rooms of other servers, in order 
         }
         Loop loop;
         std::string heard, logged;
-        std::unique_ptr<detail::RoomBus> bus;
+        std::unique_ptr<RoomBus> bus;
     };
     const auto subscribed = [&](const std::string& channel, const std::string& count) {
         const auto until = Clock::now() + test::deadline;
@@ -529,7 +916,7 @@ TEST_CASE("broadcasts of plain rooms reach the rooms of other servers, in order 
         RedisCluster("redis://127.0.0.1:1", quick()).open(one.loop.mailbox(), {}, {});
         FAIL("it is connected");
     } catch (const Error& error) {
-        CHECK(std::string(error.what()) == "RedisCluster \"redis://127.0.0.1:1/0\": Connection refused");
+        CHECK(contains(error.what(), "RedisCluster \"redis://127.0.0.1:1/0\": Connection refused"));
     }
 }
 

@@ -84,6 +84,17 @@ public:
         ::pclose(pipe);
         return output;
     }
+    static int free_port() {
+        const int descriptor = ::socket(AF_INET, SOCK_STREAM, 0);
+        sockaddr_in address{};
+        address.sin_family = AF_INET;
+        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        socklen_t size = sizeof address;
+        REQUIRE(::bind(descriptor, reinterpret_cast<sockaddr*>(&address), size) == 0);
+        REQUIRE(::getsockname(descriptor, reinterpret_cast<sockaddr*>(&address), &size) == 0);
+        ::close(descriptor);
+        return ntohs(address.sin_port);
+    }
 
 private:
     [[noreturn]] static void execute(std::vector<std::string>& words) {
@@ -95,17 +106,6 @@ private:
         for (int descriptor = 3; descriptor < 1024; ++descriptor) ::close(descriptor);
         ::execvp(arguments[0], arguments.data());
         ::_exit(127);
-    }
-    static int free_port() {
-        const int descriptor = ::socket(AF_INET, SOCK_STREAM, 0);
-        sockaddr_in address{};
-        address.sin_family = AF_INET;
-        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        socklen_t size = sizeof address;
-        REQUIRE(::bind(descriptor, reinterpret_cast<sockaddr*>(&address), size) == 0);
-        REQUIRE(::getsockname(descriptor, reinterpret_cast<sockaddr*>(&address), &size) == 0);
-        ::close(descriptor);
-        return ntohs(address.sin_port);
     }
     // Whether it has opened its socket.
     bool answers() const {

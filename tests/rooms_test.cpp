@@ -714,9 +714,9 @@ TEST_SUITE("rooms") {
 
 namespace {
 
+using wschat::RoomBus;
 using wschat::TestClient;
 using wschat::TestServer;
-using wschat::detail::RoomBus;
 using wschat::detail::RoomDirectory;
 using wschat::detail::RoomsAccess;
 
@@ -942,6 +942,75 @@ TEST_SUITE("rooms") {
         CHECK(bus.take() == Texts{"unsubscribe tea"});
     }
 
+<<<<<<< HEAD
+    // What a program needs to connect servers in another way than Redis.
+    TEST_CASE("a bus of a program connects the rooms of several servers") {
+        struct End {
+            std::shared_ptr<wschat::Mailbox> mailbox;
+            RoomBus::Deliver deliver;
+            std::vector<std::string> rooms{};
+            std::uint64_t published = 0;
+        };
+        struct Cable {
+            class Bus final : public RoomBus {
+            public:
+                Bus(std::vector<std::shared_ptr<End>>& ends, std::shared_ptr<End> own)
+                    : ends_(ends), own_(std::move(own)) {}
+                void subscribe(const std::string& room) override { own_->rooms.push_back(room); }
+                void unsubscribe(const std::string& room) override {
+                    own_->rooms.erase(std::remove(own_->rooms.begin(), own_->rooms.end(), room), own_->rooms.end());
+                }
+                void publish(const std::string& room, Opcode opcode, std::string_view payload) override {
+                    ++own_->published;
+                    for (const auto& end : ends_) {
+                        if (end == own_ || !wschat::text::contains(end->rooms, room)) continue;
+                        end->mailbox->post(
+                            [end, room, opcode, text = std::string(payload)] { end->deliver(room, opcode, text); });
+                    }
+                }
+                wschat::MetricSource metrics() const override {
+                    return [own = own_](std::vector<wschat::Metric>& all) {
+                        all.push_back({"cable_published_total", "Broadcasts.", own->published, {{"name", "a\"b\n"}}});
+                    };
+                }
+
+            private:
+                std::vector<std::shared_ptr<End>>& ends_;
+                std::shared_ptr<End> own_;
+            };
+
+            std::unique_ptr<RoomBus> open(std::shared_ptr<wschat::Mailbox> mailbox, RoomBus::Deliver deliver,
+                                          const RoomBus::Log& log) const {
+                log(wschat::LogLevel::info, "cable_connected", {});
+                ends.push_back(std::make_shared<End>(End{std::move(mailbox), std::move(deliver)}));
+                return std::make_unique<Bus>(ends, ends.back());
+            }
+            std::vector<std::shared_ptr<End>>& ends;
+        };
+        std::vector<std::shared_ptr<End>> ends;
+        {
+            std::array<TestServer, 3> servers;
+            std::string logged;
+            servers[0].on_log([&](const wschat::LogEntry& entry) { logged += entry.event; });
+            for (TestServer& each : servers) {
+                each.route<PathMember>("/{room}");
+                each.join_cluster(Cable{ends});
+            }
+            CHECK(logged == "cable_connected");
+            TestClient anna = servers[0].connect("/tea"), bert = servers[1].connect("/tea"),
+                       cleo = servers[2].connect("/milk");
+            anna.send("hello");
+            for (TestServer& each : servers) each.settle();
+            CHECK(bert.received() == std::vector<std::string>{"hello"});
+            CHECK(anna.received() == std::vector<std::string>{});
+            CHECK(cleo.received() == std::vector<std::string>{});
+            servers[0].add_metrics([](std::vector<wschat::Metric>& all) { all.push_back({"tea_pots", "Pots.", 3}); });
+            const std::string text = wschat::prometheus_text(servers[0].metrics());
+            CHECK(test::contains(text,
+                                 "# HELP wschat_tea_pots Pots.\n# TYPE wschat_tea_pots gauge\nwschat_tea_pots 3\n"));
+            CHECK(test::contains(text, "wschat_cable_published_total{name=\"a\\\"b\\n\"} 1\n"));
+        }
+=======
     TEST_CASE("broadcasts of all sizes around the buffers reach a member that reads late") {
         struct Late : WebSocketHandler {
             void open() override { room("all").join(*this); }
@@ -955,5 +1024,6 @@ TEST_SUITE("rooms") {
         running.start();
         WsClient client(running.port());
         CHECK(test::complaint_of_late_reader(running, client) == "");
+>>>>>>> main
     }
 }

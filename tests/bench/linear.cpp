@@ -623,18 +623,6 @@ void chat_rooms(std::size_t n) {
     server.advance(std::chrono::hours(1));
     sink = sink + client.messages().size();
 }
-// n users join one room, over its whole server: handshakes, names, lists, histories, what the others hear.
-void chat_joins(std::size_t n) {
-    ServerOptions options;
-    options.handle_signals = false;
-    TestServer server(options);
-    server.route<ChatHandler>("/chat/{room}");
-    std::vector<TestClient> clients;
-    clients.reserve(n);
-    const Measured measured;
-    for (std::size_t i = 0; i < n; ++i) clients.push_back(server.connect("/chat/tea?name=Guest"));
-    require(ChatHub::of(server).room("tea").users().size() == n, "a user is missing");
-}
 void chat_receiver(std::size_t n) {
     detail::Presence presence;
     presence.connect({std::string(40, 'a')}, "", nullptr);
@@ -718,7 +706,6 @@ constexpr Case cases[] = {
     {"chat_stores", chat_stores, 1000},
     {"chat_names", chat_names, 500},
     {"chat_lost_users", chat_lost_users, 1000},
-    {"chat_joins", chat_joins, 2500},  // twice that is 5,000 users
     {"chat_receiver", chat_receiver, 50'000},
     {"chat_rooms", chat_rooms, 300},
 };

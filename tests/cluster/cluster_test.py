@@ -3,16 +3,18 @@
 
     /usr/bin/python3 tests/cluster/cluster_test.py --rooms BIN [--minutes M] [--seed N]
 
-BIN is examples/rooms.cpp, built with WSCHAT_HIREDIS. Three nodes and a real redis-server run on free ports; each node
-reaches Redis through a proxy of this program. 60 clients in 6 rooms publish numbered messages, lose their connections,
-and go to other nodes with their last position. Meanwhile Redis is killed, stopped, emptied, slowed down and cut off
-from a node, and nodes are killed and stopped. A client repeats a message with the same tag until it is acknowledged.
+BIN is examples/rooms.cpp, built with WSCHAT_HIREDIS. Three nodes with two threads each and a real redis-server run on
+free ports; each node reaches Redis through a proxy of this program. 60 clients in 6 rooms publish numbered messages,
+lose their connections, and go to other nodes with their last position. Meanwhile Redis is killed, stopped, emptied,
+filled up, slowed down, cut off from a node and failed over to a replica, and nodes are killed and stopped. Each fault
+comes once before any of them comes again. A client repeats a message with the same tag until it is acknowledged.
 
-Afterwards:
+At the end, a node is killed for good, and each tenth client leaves at the same moment. Then:
 
   - every client has each acknowledged message of its room exactly once, in one order for all clients;
   - where messages are missing, the client has been told "gap", and only there;
-  - all nodes show the same users.
+  - all nodes show the same users, which are those who are there, within ten seconds; and those who stay have seen each
+    of those who left leave once; and nobody hears of a leave of a user who is there, unless something was in trouble.
 
 Prints the faults and what was found, and ends with status 1 if a check fails. Needs Debian's python3-websockets.
 """
@@ -34,6 +36,7 @@ import time
 import websockets
 
 NODES, ROOMS, CLIENTS = 3, 6, 60
+DIE_TOGETHER = ["setpriv", "--pdeathsig", "KILL"]  # when this program ends
 PATIENCE = 60  # seconds for the end of a step on a busy machine
 
 
@@ -49,13 +52,43 @@ class Redis:
         self.port = free_port()
         self.process = None
 
-    async def start(self):
+    async def start(self, *more):
         self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes",
-             "--appendfsync", "always", "--dir", self.folder, "--loglevel", "warning"],
+            [*DIE_TOGETHER, "redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+             "--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync-delay", "0",
+             "--dir", self.folder, "--loglevel", "warning", *more],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while "PONG" not in self.cli("ping"):
             await asyncio.sleep(0.05)
+
+    async def wait_for_info(self, *lines):
+        until = time.monotonic() + PATIENCE
+        while not all(each in self.cli("info") for each in lines):
+            if time.monotonic() > until:
+                raise RuntimeError(f"Redis does not come to {lines}")
+            await asyncio.sleep(0.1)
+
+    async def fail_over(self, planned):
+        """A replica takes the place of this Redis, with all that was acknowledged."""
+        replica = Redis()
+        await replica.start("--replicaof", "127.0.0.1", str(self.port))
+        # Until its file is written, the replica would lose everything in a restart.
+        await replica.wait_for_info("master_link_status:up", "aof_enabled:1", "aof_rewrite_in_progress:0",
+                                    "aof_rewrite_scheduled:0")
+        if planned:
+            self.cli("failover")
+            await replica.wait_for_info("role:master")
+        else:
+            self.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(0.5)  # what it has sent arrives at the replica
+            self.kill()
+            replica.cli("replicaof", "no", "one")
+        self.remove()
+        self.folder, self.port, self.process = replica.folder, replica.port, replica.process
+
+    def remove(self):
+        self.kill()
+        shutil.rmtree(self.folder)
 
     def cli(self, *words):
         return subprocess.run(["redis-cli", "-p", str(self.port), *words], capture_output=True, text=True,
@@ -76,8 +109,8 @@ class Redis:
 class Proxy:
     """Between a node and Redis: adds a delay, or passes nothing on."""
 
-    def __init__(self, target):
-        self.target, self.port = target, free_port()
+    def __init__(self, redis):
+        self.redis, self.port = redis, free_port()
         self.delay, self.cut = 0, False
         self.writers = set()
 
@@ -89,7 +122,7 @@ class Proxy:
         try:
             if self.cut:
                 return
-            other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self.redis.port)
             self.writers.add(other_writer)
             await asyncio.gather(self.copy(reader, other_writer), self.copy(other_reader, writer))
         except OSError:
@@ -127,19 +160,21 @@ class Proxy:
         self.writers.discard(writer)
 
     def reset(self):
-        for writer in self.writers:
+        for writer in list(self.writers):
             writer.transport.abort()
 
 
 class Node:
     def __init__(self, number, redis):
-        self.number, self.proxy, self.port = number, Proxy(redis.port), free_port()
+        self.number, self.proxy, self.port = number, Proxy(redis), free_port()
         self.process = None
+        self.troubles = []  # [start, end] of each time when it was stopped, or cut off from Redis
 
     async def start(self):
         self.log = open(f"{OPTIONS.logs}/node{self.number}.log", "a", encoding="utf-8")
         self.process = subprocess.Popen(
-            [OPTIONS.rooms, str(self.port), "--redis", f"redis://127.0.0.1:{self.proxy.port}"],
+            [*DIE_TOGETHER, OPTIONS.rooms, str(self.port), "--threads", "2",
+             "--redis", f"redis://127.0.0.1:{self.proxy.port}"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.log, text=True)
         line = await asyncio.get_running_loop().run_in_executor(None, self.process.stdout.readline)
         return "rooms: open" in line
@@ -172,8 +207,11 @@ class Client:
         self.acked = {}  # text -> (id, epoch)
         self.counter, self.sending = 0, None
         self.connected, self.socket = asyncio.Event(), None
-        self.errors, self.connections = [], 0
-        self.users = set()
+        self.errors, self.connections, self.port = [], 0, 0
+        self.users, self.left = None, []  # the names, when the first list has come; who has left
+        self.quit = False
+        self.stays = []  # [start, end, node] of each connection, from its history on
+        self.leaves = []  # (time, name, node) of each leave that it has seen
 
     # ---- what arrives ----
 
@@ -193,6 +231,8 @@ class Client:
         for entry in event["entries"]:
             self.on_entry(entry)
         self.last = event["last"]
+        if not self.joined:
+            self.stays.append([time.monotonic(), None, self.node])
         self.joined = True
         self.connected.set()
 
@@ -218,18 +258,23 @@ class Client:
             self.acknowledge(event.get("tag"), event.get("id"))
         elif kind == "users":
             self.users = {each["name"] for each in event["users"]}
-        elif kind == "join":
+        elif kind == "join" and self.users is not None:
             self.users |= names_in(event)
-        elif kind == "leave":
+        elif kind == "leave" and self.users is not None:
             self.users -= names_in(event)
+            self.left += sorted(names_in(event))
+            self.leaves += [(time.monotonic(), name, self.node) for name in names_in(event)]
+        elif kind == "nick" or kind == "hello" and event["name"] != self.name:
+            self.errors.append(f"a name has changed: {event}")
         elif kind == "error" and event["code"] not in ("not_kept", "flood"):
             self.errors.append(event)
 
     # ---- life ----
 
     async def run(self, until):
-        while not until.is_set():
+        while not until.is_set() and not self.quit:
             node = self.random.choice(self.nodes)
+            self.users, self.left, self.port, self.node = None, [], node.port, node
             self.last_position = f"{self.epoch}-{self.last}" if self.epoch else ""
             self.joined = self.unread = False
             address = f"ws://127.0.0.1:{node.port}/chat/{self.room}?name={self.name}"
@@ -239,6 +284,8 @@ class Client:
                 await self.stay(address, until)
             except (OSError, asyncio.TimeoutError, websockets.WebSocketException):
                 pass
+            if self.joined:
+                self.stays[-1][1] = time.monotonic()
             self.connected.clear()
             self.socket = None
             await asyncio.sleep(self.random.random())
@@ -248,7 +295,7 @@ class Client:
                                       ping_interval=2, ping_timeout=6, close_timeout=2) as connection:
             self.socket, self.connections = connection, self.connections + 1
             leave_at = time.monotonic() + self.random.choice([0.5, 5, 20, 40])
-            while not until.is_set():
+            while not until.is_set() and not self.quit:
                 now = time.monotonic()
                 if (now > leave_at and not OPTIONS.calm) or self.unread:
                     return
@@ -287,7 +334,14 @@ class Nemesis:
         self.redis, self.nodes, self.random = redis, nodes, random.Random(seed)
         self.generations = {}  # epoch -> how often Redis had been emptied before
         self.emptied = 0
-        self.faults = {}
+        self.faults, self.was_long = {}, {}
+        self.troubles = []  # [start, end] of each fault of Redis
+
+    def long(self, seconds):
+        """Long for the first time, and then something up to that."""
+        seconds = self.random.choice([1, 4, seconds]) if self.was_long.get(seconds) else seconds
+        self.was_long[seconds] = True
+        return seconds
 
     def note_epochs(self):
         for epoch in self.redis.epochs():
@@ -309,8 +363,19 @@ class Nemesis:
 
     async def redis_stop(self):
         self.redis.process.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(self.random.choice([1, 4, 12]))
+        await asyncio.sleep(self.long(30))
         self.redis.process.send_signal(signal.SIGCONT)
+
+    async def redis_full(self):
+        self.redis.cli("config", "set", "maxmemory", "1")
+        await asyncio.sleep(self.random.choice([1, 8]))
+        self.redis.cli("config", "set", "maxmemory", "0")
+
+    async def redis_fail_over(self):
+        self.note_epochs()
+        await self.redis.fail_over(planned=self.random.random() < 0.5)
+        for node in self.nodes:
+            node.proxy.reset()
 
     async def redis_drop(self):
         for kind in ("pubsub", "normal"):
@@ -325,15 +390,20 @@ class Nemesis:
 
     async def node_stop(self):
         node = self.random.choice(self.nodes)
+        node.troubles.append([time.monotonic(), None])
         node.process.send_signal(signal.SIGSTOP)
         await asyncio.sleep(self.random.choice([1, 4, 12]))
         node.process.send_signal(signal.SIGCONT)
+        node.troubles[-1][1] = time.monotonic()
 
     async def partition(self):
-        proxy = self.random.choice(self.nodes).proxy
+        node = self.random.choice(self.nodes)
+        proxy = node.proxy
+        node.troubles.append([time.monotonic(), None])
         proxy.cut = True
-        await asyncio.sleep(self.random.choice([1, 4, 12]))
+        await asyncio.sleep(self.random.choice([4, 12]))
         proxy.cut = False
+        node.troubles[-1][1] = time.monotonic()
         if self.random.random() < 0.5:
             proxy.reset()
 
@@ -344,15 +414,19 @@ class Nemesis:
         proxy.delay = 0
 
     async def run(self, seconds):
-        faults = [self.redis_restart, self.redis_stop, self.redis_drop, self.node_kill, self.node_stop, self.partition,
-                  self.slow, self.redis_empty]
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        faults = [self.redis_restart, self.redis_stop, self.redis_drop, self.redis_full, self.redis_fail_over,
+                  self.redis_empty, self.node_kill, self.node_stop, self.partition, self.slow]
+        left, end = [], time.monotonic() + seconds
+        while time.monotonic() < end or len(self.faults) < len(faults):
             await asyncio.sleep(self.random.uniform(1, 5))
-            fault = self.random.choice(faults)
+            left = left or self.random.sample(faults, len(faults))
+            fault = left.pop()
             self.faults[fault.__name__] = self.faults.get(fault.__name__, 0) + 1
             print(f"{time.monotonic() - START:6.1f} s  {fault.__name__}", flush=True)
+            start = time.monotonic()
             await fault()
+            if fault.__name__.startswith("redis"):
+                self.troubles.append([start, time.monotonic()])
             self.note_epochs()
 
 
@@ -411,7 +485,7 @@ def check(clients, nemesis):
             texts = [text for _, _, text in segment[1:]]
             problems += [f"{client.name}: {text} came twice" for text in set(texts) if texts.count(text) > 1]
             # The last segment of the last generation has everything up to the end.
-            is_last = number == len(client.segments) - 1 and gen == nemesis.emptied
+            is_last = number == len(client.segments) - 1 and gen == nemesis.emptied and not client.quit
             end = last_of.get((client.room, gen), 0) if is_last else previous
             for id_, text in acked.get((client.room, gen), {}).items():
                 if start < id_ <= end and id_ not in seen:
@@ -424,16 +498,47 @@ def check(clients, nemesis):
     return problems
 
 
-async def check_presence(clients):
-    expected = {}
+def check_leaves(clients, nemesis):
+    """Nobody hears that a user has left who was there for seconds before and after, if nothing was in trouble."""
+    by_name = {each.name: each for each in clients}
+    problems = []
     for client in clients:
-        expected.setdefault(client.room, set()).add(client.name)
-    deadline = time.monotonic() + 10
+        for when, name, node in client.leaves:
+            if name not in by_name:
+                problems.append(f"{client.name} heard that {name} left, whose name is none of ours")
+                continue
+            for start, end, at in by_name[name].stays:
+                if not start + 4 < when < (end or time.monotonic()) - 4:
+                    continue
+                troubles = at.troubles + node.troubles + nemesis.troubles
+                if not any(begin < when < (stop or when) + 30 for begin, stop in troubles):
+                    problems.append(f"{client.name} heard at {when - START:.1f} s that {name} left, who was at "
+                                    f"{at.port} from {start - START:.1f} s on")
+    return problems
+
+
+async def check_presence(all_clients):
+    """The clients with `quit` leave now, and all others stay."""
+    clients = [each for each in all_clients if not each.quit]
+    expected, gone = {}, {}
+    for client in all_clients:
+        (gone if client.quit else expected).setdefault(client.room, set()).add(client.name)
+        client.left = []
+    staying = {each: each.connections for each in clients}
+    start = time.monotonic()
     while True:
-        wrong = [each for each in clients if each.users | {each.name} != expected[each.room]]
-        if not wrong or time.monotonic() > deadline:
-            return [f"{each.name} sees {sorted(each.users)} instead of {sorted(expected[each.room])}" for each in wrong]
-        await asyncio.sleep(0.2)
+        wrong = [each for each in clients if each.users != expected[each.room]]
+        waited = time.monotonic() - start
+        if not wrong or waited > OPTIONS.presence:
+            print(f"{len(clients) - len(wrong)} clients know who is there, {waited:.1f} s after a node died")
+            problems = [f"{each.name} at {each.port} sees {sorted(each.users or [])} instead of "
+                        f"{sorted(expected[each.room])}" for each in wrong]
+            for each, connections in staying.items():
+                times = [each.left.count(name) for name in gone.get(each.room, [])]
+                if each.connections == connections and not wrong and times != [1] * len(times):
+                    problems.append(f"{each.name} has seen leave {each.left}, but these have left: {gone[each.room]}")
+            return problems
+        await asyncio.sleep(0.1)
 
 
 async def main():
@@ -457,17 +562,20 @@ async def main():
         OPTIONS.calm = True
         for client in clients:
             await asyncio.wait_for(client.connected.wait(), PATIENCE)
+        print(f"{time.monotonic() - START:6.1f} s  a node dies for good, and some clients leave", flush=True)
+        for client in clients[::10]:
+            client.quit = True
+        nodes.pop().kill()
         presence = await check_presence(clients)
         await asyncio.sleep(3)
         nemesis.note_epochs()
         stop.set()
         await asyncio.wait_for(asyncio.gather(*lives), PATIENCE)
-        problems = check(clients, nemesis) + unanswered + presence
+        problems = check(clients, nemesis) + unanswered + presence + check_leaves(clients, nemesis)
     finally:
         for node in nodes:
             node.kill()
-        redis.kill()
-        shutil.rmtree(redis.folder)
+        redis.remove()
     for problem in problems[:OPTIONS.show]:
         print("WRONG", problem)
     print(f"seed {OPTIONS.seed}: {len(problems)} problems")
@@ -478,11 +586,14 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--rooms", required=True)
 parser.add_argument("--minutes", type=float, default=2)
 parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--presence", type=float, default=10, help="seconds until all nodes show the same users")
 parser.add_argument("--show", type=int, default=50, help="problems")
 parser.add_argument("--logs", default=None, help="a folder for the logs of the nodes")
 OPTIONS = parser.parse_args()
 OPTIONS.calm = False
 OPTIONS.logs = OPTIONS.logs or tempfile.mkdtemp(prefix="wschat-cluster-logs-")
 OPTIONS.rooms = os.path.abspath(OPTIONS.rooms)
+if not os.access(OPTIONS.rooms, os.X_OK):
+    parser.error(f"--rooms {OPTIONS.rooms}: there is no such program")
 START = time.monotonic()
 sys.exit(asyncio.run(main()))

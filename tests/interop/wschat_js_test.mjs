@@ -409,7 +409,7 @@ async function scripted(answer) {
 
 await check('an amendment changes its message once, however often it comes', async () => {
   const { script, client, room } = await scripted();
-  const edit = { type: 'edit', room: 'tea', id: 11, target: 9, user: 'BOB', name: 'Bob', text: 'NINE for @anna', time: 3 };
+  const edit = { type: 'edit', room: 'tea', id: 11, target: 9, user: 'BOB', name: 'Bob', text: 'NINE for @anna', mentions: ['ANNA'], time: 3 };
   const on = { type: 'react', room: 'tea', id: 12, target: 9, emoji: '+', on: true, user: 'ANNA', name: 'Anna', time: 4 };
   const off = { type: 'react', room: 'tea', id: 13, target: 9, emoji: '+', on: false, user: 'BOB', name: 'Bob', time: 5 };
   for (const event of [edit, on, on, off, off, edit, on]) script.send(event);
