@@ -19119,7 +19119,7 @@ inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& ca
 }
 
 // A second one comes if the store has lost the first one, and a server that started made another. Then all users
-// connect again, and have new ids on all servers.
+// connect again. A user gets a new id when the presence of all servers has forgotten the old one.
 inline void ChatHub::set_secret(const std::string& secret) {
     if (secret.empty() || secret == secret_) return;
     const bool had_another = !secret_.empty();
