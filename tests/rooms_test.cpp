@@ -942,7 +942,6 @@ TEST_SUITE("rooms") {
         CHECK(bus.take() == Texts{"unsubscribe tea"});
     }
 
-<<<<<<< HEAD
     // What a program needs to connect servers in another way than Redis.
     TEST_CASE("a bus of a program connects the rooms of several servers") {
         struct End {
@@ -1010,7 +1009,8 @@ TEST_SUITE("rooms") {
                                  "# HELP wschat_tea_pots Pots.\n# TYPE wschat_tea_pots gauge\nwschat_tea_pots 3\n"));
             CHECK(test::contains(text, "wschat_cable_published_total{name=\"a\\\"b\\n\"} 1\n"));
         }
-=======
+    }
+
     TEST_CASE("broadcasts of all sizes around the buffers reach a member that reads late") {
         struct Late : WebSocketHandler {
             void open() override { room("all").join(*this); }
@@ -1024,6 +1024,5 @@ TEST_SUITE("rooms") {
         running.start();
         WsClient client(running.port());
         CHECK(test::complaint_of_late_reader(running, client) == "");
->>>>>>> main
     }
 }
