@@ -7298,11 +7298,11 @@ public:
         add(TLS_client_method(), {options.certificate, options.key}, options.key_password);
         SSL_CTX* context = contexts_.front().get();
         const unsigned char http[] = "\x08http/1.1";
-        if (options.http) require(SSL_CTX_set_alpn_protos(context, http, sizeof http - 1) == 0);
+        if (options.http) throw_unless(SSL_CTX_set_alpn_protos(context, http, sizeof http - 1) == 0);
         if (!verify_) return;
         SSL_CTX_set_verify(context, SSL_VERIFY_PEER, nullptr);
         const std::string& file = options.authorities;
-        if (file.empty()) require(SSL_CTX_set_default_verify_paths(context) == 1);
+        if (file.empty()) throw_unless(SSL_CTX_set_default_verify_paths(context) == 1);
         else if (SSL_CTX_load_verify_locations(context, file.c_str(), nullptr) != 1) fail("authorities", file);
         if (!options.revocation_lists.empty()) check_revocation(context, options.revocation_lists);
     }
@@ -7319,20 +7319,20 @@ private:
         throw Error(std::string("TLS ") + option + " \"" + file + "\": " + pop_tls_error());
     }
     // For calls that fail only if memory runs out, or if this OpenSSL is built without what they name.
-    static void require(bool done) {
+    static void throw_unless(bool done) {
         if (!done) throw Error("TLS: " + pop_tls_error());
     }
 
     void add(const SSL_METHOD* method, const TlsCertificate& files, const std::string& password) {
         ERR_clear_error();
         Context owned(SSL_CTX_new(method));
-        require(owned != nullptr);
+        throw_unless(owned != nullptr);
         SSL_CTX* context = owned.get();
-        require(SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) == 1);
+        throw_unless(SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) == 1);
         SSL_CTX_set_options(context, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
         SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
         // TLS 1.2 only with forward secrecy and authenticated encryption. TLS 1.3 always has both.
-        require(SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20") == 1);
+        throw_unless(SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20") == 1);
         // Tickets let a client resume a session. A cache in the server would grow with the number of clients.
         SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
         SSL_CTX_set_alpn_select_cb(context, &select_protocol, nullptr);
@@ -7347,7 +7347,7 @@ private:
         X509_LOOKUP* const lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
         if (lookup == nullptr || X509_load_crl_file(lookup, file.c_str(), X509_FILETYPE_PEM) <= 0)
             fail("revocation_lists", file);
-        require(X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK) == 1);
+        throw_unless(X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK) == 1);
     }
 
     static void load(SSL_CTX* context, const TlsCertificate& files, const std::string& password) {
@@ -7383,7 +7383,7 @@ private:
         SSL_CTX_set_max_cert_list(context, max_tls_message);
         // A ticket proves the client's certificate to this server only.
         const unsigned char id[] = "wschat";
-        require(SSL_CTX_set_session_id_context(context, id, sizeof id - 1) == 1);
+        throw_unless(SSL_CTX_set_session_id_context(context, id, sizeof id - 1) == 1);
     }
 
     // Selects the certificate for the name that the client sends (RFC 6066 3).
@@ -20351,9 +20351,9 @@ private:
         return {};
     }
     void set_retention(const RoomRow& room, const ChatEntry::Retention& retention) {
-        constexpr std::size_t most = 1'000'000'000'000;
-        const std::int64_t entries =
-            retention.max_entries ? static_cast<std::int64_t>((std::min)(*retention.max_entries, most)) : -1;
+        constexpr std::uint64_t most = 1'000'000'000'000;
+        const std::uint64_t wanted = retention.max_entries.value_or(0);
+        const std::int64_t entries = retention.max_entries ? static_cast<std::int64_t>((std::min)(wanted, most)) : -1;
         const std::int64_t age = retention.max_age ? milliseconds(*retention.max_age) : -1;
         if (room.max_entries == entries && room.max_age == age) return;
         database_.run("UPDATE room SET max_entries = nullif(?2, -1), max_age = nullif(?3, -1) WHERE id = ?1",
