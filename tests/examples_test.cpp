@@ -149,7 +149,7 @@ std::vector<Example> all_programs() {
 // What a program with a page prints after an error.
 std::string usage_of(const std::string& name) {
     return "usage: " + name + " [port] [--page FILE]" +
-           (name == "rooms" ? " [--db FILE] [--redis URL] [--threads N] [--trust PROXY]..." : "") + "\n";
+           (name == "rooms" ? " [--db FILE] [--redis URL]... [--threads N] [--trust PROXY]..." : "") + "\n";
 }
 
 // Sends a form.
