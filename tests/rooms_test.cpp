@@ -988,8 +988,8 @@ TEST_SUITE("rooms") {
         };
         std::vector<std::shared_ptr<End>> ends;
         {
-            std::array<TestServer, 3> servers;
             std::string logged;
+            std::array<TestServer, 3> servers;
             servers[0].on_log([&](const wschat::LogEntry& entry) { logged += entry.event; });
             for (TestServer& each : servers) {
                 each.route<PathMember>("/{room}");

@@ -657,6 +657,7 @@ TEST_CASE("a Reply that is used at once, in the page's function, is an ordinary 
 }
 
 TEST_CASE("a Reply that is destroyed unused answers 500, and so does one of a function that throws") {
+    const test::OneLoop one_loop;
     ReplyServer running;
     running.server.get("/throws", [](const Request&, Reply) { throw std::runtime_error("no"); });
     RawClient client(running.port());
