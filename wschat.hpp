@@ -9689,10 +9689,6 @@ inline void add_metrics(Metrics& sum, const Metrics& other) {
     sum.close_codes += other.close_codes;
 }
 
-}  // namespace detail
-
-namespace detail {
-
 // {redis="redis://a:6379/0"}
 WSCHAT_COLD inline std::string metric_labels(const Metric& metric) {
     std::string text;
