@@ -14650,9 +14650,10 @@ struct HistoryPage {
 
 // A part of ChatStore::export_room().
 struct HistoryExport {
-    std::string lines{};  // JSON objects, each with a line feed
-    bool end = false;     // the last part
-    std::string error{};  // why the export ended early
+    std::string lines{};     // JSON objects, each with a line feed
+    bool end = false;        // the last part
+    std::string error{};     // why the export ended early
+    std::uint64_t last = 0;  // the newest id in this part and those before it
 };
 
 // Stores entries and facts, and delivers them to the hubs that share it. A hub is the chat of one loop: a server has
@@ -14760,8 +14761,12 @@ public:
     // listener gets a `remove` entry for each message, and each fact with an empty value. The callback gets the number
     // of messages.
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
-    // Reads the history of a room in parts, as JSON lines, until the callback returns false.
-    virtual void export_room(const std::string& /*room*/, ExportCallback callback) { callback({"", true, cannot}); }
+    // Reads what a room has after an id in parts, as JSON lines, until the callback returns false. The store reads a
+    // part when the callback has taken the one before it. Who cannot take more now returns false, and calls again with
+    // HistoryExport::last.
+    virtual void export_room(const std::string& /*room*/, ExportCallback callback, std::uint64_t /*after*/ = 0) {
+        callback({"", true, cannot});
+    }
 
     // A store of several hubs has the next four. By default a store has one hub, which knows its users itself.
 
@@ -14874,9 +14879,13 @@ public:
         }
         return amendments;
     }
+    // Calls visit(entry) for the first `count` entries after an id. True: these are all.
     template <class Visit>
-    void for_each(Visit&& visit) const {
-        for (const auto& [key, record] : records_) visit(record.entry);
+    bool for_each_after(std::uint64_t id, std::size_t count, Visit&& visit) const {
+        const std::uint64_t before_first = last_id_ - records_.size();
+        std::uint64_t at = (std::max)(id, before_first);
+        for (; at < last_id_ && count != 0; --count) visit(record(++at)->entry);
+        return at >= last_id_;
     }
 
     std::size_t size() const { return records_.size(); }
@@ -15119,12 +15128,21 @@ public:
         }
         callback(messages, "");
     }
-    void export_room(const std::string& room, ExportCallback callback) override {
-        HistoryExport all;
-        all.end = true;
-        if (const detail::RoomHistory* history = histories_.find(room))
-            history->for_each([&](const ChatEntry& entry) { all.lines += entry.to_json_line(room); });
-        callback(std::move(all));
+    void export_room(const std::string& room, ExportCallback callback, std::uint64_t after = 0) override {
+        constexpr std::size_t count = 500;
+        for (bool more = true; more;) {
+            HistoryExport part;
+            part.end = true;
+            part.last = after;
+            if (const detail::RoomHistory* history = histories_.find(room))
+                part.end = history->for_each_after(after, count, [&](const ChatEntry& entry) {
+                    part.lines += entry.to_json_line(room);
+                    part.last = entry.id;
+                });
+            after = part.last;
+            const bool end = part.end;
+            more = callback(std::move(part)) && !end;
+        }
     }
 
 private:
@@ -16063,17 +16081,20 @@ public:
         if (!call([author, then = answer(callback)](Share& share) { share.store().erase_author(author, then); }))
             callback(0, ended);
     }
-    // The parts come from the loop of the store until this hub's callback has returned false.
-    void export_room(const std::string& room, ExportCallback callback) override {
-        const auto open = std::make_shared<std::atomic<bool>>(true);
-        const auto then = answer(std::function<void(HistoryExport)>([callback, open](HistoryExport part) {
-            if (open->load()) open->store(callback(std::move(part)));
+    // Another loop asks for each part when its callback has taken the one before it.
+    void export_room(const std::string& room, ExportCallback callback, std::uint64_t after = 0) override {
+        if (port_->home) return share_->store().export_room(room, std::move(callback), after);
+        const auto then = answer(std::function<void(HistoryExport)>([this, room, callback](HistoryExport part) {
+            const bool end = part.end;
+            const std::uint64_t last = part.last;
+            if (callback(std::move(part)) && !end) export_room(room, callback, last);
         }));
-        const bool called = call([room, then, open](Share& share) {
-            share.store().export_room(room, [then, open](HistoryExport part) {
+        const bool called = call([room, then, after](Share& share) {
+            const auto take_one = [then](HistoryExport part) {
                 then(std::move(part));
-                return open->load();
-            });
+                return false;
+            };
+            share.store().export_room(room, take_one, after);
         });
         if (!called) callback({"", true, ended});
     }
@@ -20691,8 +20712,8 @@ public:
     void erase_author(const std::string& author, EraseCallback callback) override {
         worker_->add_write(EraseJob{worker_.get(), author, std::move(callback), 0});
     }
-    void export_room(const std::string& room, ExportCallback callback) override {
-        worker_->add_read(ExportJob{worker_.get(), room, std::move(callback), 0});
+    void export_room(const std::string& room, ExportCallback callback, std::uint64_t after = 0) override {
+        worker_->add_read(ExportJob{worker_.get(), room, std::move(callback), after});
     }
 
 private:
@@ -20882,6 +20903,7 @@ private:
             part.end = entries.size() < limit;
             for (const ChatEntry& each : entries) part.lines += each.to_json_line(room);
             if (!entries.empty()) id = entries.back().id;
+            part.last = id;
             worker->post([job = *this, part = std::move(part)](Listener&) mutable {
                 const bool end = part.end;
                 if (job.callback(std::move(part)) && !end) job.worker->add_read(job);
@@ -22960,24 +22982,24 @@ public:
             });
         });
     }
-    void export_room(const std::string& room, std::uint64_t from, ChatStore::ExportCallback callback) {
+    void export_room(const std::string& room, std::uint64_t after, ChatStore::ExportCallback callback) {
         constexpr std::size_t count = 500;
-        read(room, "up", from, from + count - 1, "",
-             [this, room, from, callback](const RedisTexts& texts, const std::string& cause) {
+        read(room, "up", after + 1, after + count, "",
+             [this, room, after, callback](const RedisTexts& texts, const std::string& cause) {
                  HistoryPage page = new_page(texts, cause);
                  add_records(page, texts);
                  HistoryExport part;
                  for (const ChatEntry& each : page.entries) part.lines += each.to_json_line(room);
-                 const std::uint64_t next = (std::max)(from + count, texts.number(2));
+                 const std::uint64_t first = texts.number(2);
+                 part.last = cause.empty() ? (std::max)(after + count, first == 0 ? 0 : first - 1) : after;
                  part.error = cause;
-                 part.end = !cause.empty() || next > texts.number(1);
+                 part.end = !cause.empty() || part.last >= texts.number(1);
                  const bool skip = part.lines.empty() && !part.end;
-                 if (skip) return export_room(room, next, callback);
-                 tell([callback, part = std::move(part), me = this, room, next](Listener&) {
-                     const bool end = part.end;
-                     if (callback(part) && !end)
-                         me->link_->post([me, room, next, callback, alive = me->alive_] {
-                             if (*alive) me->export_room(room, next, callback);
+                 if (skip) return export_room(room, part.last, callback);
+                 tell([callback, part = std::move(part), me = this, room](Listener&) {
+                     if (callback(part) && !part.end)
+                         me->link_->post([me, room, last = part.last, callback, alive = me->alive_] {
+                             if (*alive) me->export_room(room, last, callback);
                          });
                  });
              });
@@ -23777,8 +23799,8 @@ public:
             });
         });
     }
-    void export_room(const std::string& room, ExportCallback callback) override {
-        run(of_room(room), [=](detail::RedisStore& store) { store.export_room(room, 0, callback); });
+    void export_room(const std::string& room, ExportCallback callback, std::uint64_t after = 0) override {
+        run(of_room(room), [=](detail::RedisStore& store) { store.export_room(room, after, callback); });
     }
     bool shared() const override { return true; }
     MetricSource metrics() const override {

@@ -129,6 +129,11 @@ public:
         CHECK(hub == listener_->hub());
         CHECK(hub.size() == 16);
     }
+    // Has a hundred parts.
+    void export_room(const std::string&, ExportCallback callback, std::uint64_t after = 0) override {
+        do ++exported;
+        while (callback({std::to_string(++after) + " ", after == 100, "", after}) && after != 100);
+    }
     // Somebody of another hub.
     static ChatEntry remote(ChatEntry::Kind kind, const std::string& name, const std::string& hub = "other hub") {
         ChatEntry entry;
@@ -150,7 +155,7 @@ public:
     std::string forwarded;
     bool delivering = true;
     std::function<HistoryPage(const std::optional<HistoryPosition>&)> read;  // answers since() in place of the history
-    int beats = 0, unwatched = 0;
+    int beats = 0, unwatched = 0, exported = 0;
 
 private:
     MemoryHistory history_;
@@ -637,6 +642,26 @@ TEST_CASE("a server with three loops has one chat, with one store, the same limi
     server.stop();
     CHECK(seen[ChatEntry::Kind::join] == count);
     CHECK(seen[ChatEntry::Kind::said] == count);
+}
+
+TEST_CASE("an export to another hub reads a part when that hub has taken the one before it") {
+    ScriptedStore* store = nullptr;
+    Hubs hubs(2, SharedStore(std::make_unique<ScriptedStore>(store)));
+    for (const std::size_t hub : {0u, 1u}) {
+        CAPTURE(hub);
+        store->exported = 0;
+        int taken = 0;
+        std::string lines;
+        hubs.hub(hub).store().export_room("tea", [&](const HistoryExport& part) {
+            CHECK(store->exported == ++taken);
+            lines += part.lines;
+            return taken != 5;
+        });
+        for (int i = 0; i < 200 && taken < 5; ++i) hubs.settle();
+        hubs.settle();
+        CHECK(lines == "1 2 3 4 5 ");
+        CHECK(store->exported == 5);
+    }
 }
 
 TEST_CASE("a hub beats every two seconds while it has watched a room, and ends to watch a room without users") {

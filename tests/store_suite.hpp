@@ -79,22 +79,26 @@ public:
         return wait(erased);
     }
     // The lines of all parts; the export ends after `max_parts`.
-    std::string export_room(int max_parts = 1000) {
+    std::string export_room(int max_parts = 1000, std::uint64_t after = 0) {
         std::string lines;
         std::optional<bool> ended;
         int parts = 0;
-        store_->export_room("tea", [&](const wschat::HistoryExport& part) {
+        const auto take = [&](const wschat::HistoryExport& part) {
             CHECK(part.error == "");
+            CHECK(std::count(part.lines.begin(), part.lines.end(), '\n') <= 500);
             lines += part.lines;
+            exported = part.last;
             if (part.end || ++parts == max_parts) ended = true;
             return !ended;
-        });
+        };
+        store_->export_room("tea", take, after);
         wait(ended);
         return lines;
     }
 
     std::vector<wschat::ChatEntry> delivered;
-    std::string told;  // facts
+    std::string told;            // facts
+    std::uint64_t exported = 0;  // HistoryExport::last of the newest part
 
 private:
     void on_entry(const wschat::ChatEntry& entry) override {
@@ -360,7 +364,14 @@ inline void test_export(const StoreFactory& make) {
     for (int i = 0; i < 900; ++i) fixture.say("x");
     const std::string lines = fixture.export_room();
     CHECK(std::count(lines.begin(), lines.end(), '\n') == 902);
-    CHECK(contains(fixture.export_room(1), "hello"));  // the callback ends it
+    // The callback ends it, and it goes on from there.
+    std::string parts = fixture.export_room(1);
+    CHECK(contains(parts, "hello"));
+    CHECK(parts.size() < lines.size());
+    for (int i = 0; i < 5 && parts.size() < lines.size(); ++i) parts += fixture.export_room(1, fixture.exported);
+    CHECK(parts == lines);
+    CHECK(fixture.export_room(1, 902) == "");
+    CHECK(fixture.export_room(1, wschat::HistoryPosition::max_id) == "");
 }
 
 inline void test_retention(const StoreFactory& make) {

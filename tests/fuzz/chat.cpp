@@ -243,8 +243,8 @@ public:
     void erase_author(const std::string& author, EraseCallback callback) override {
         inner_.erase_author(author, std::move(callback));
     }
-    void export_room(const std::string& room, ExportCallback callback) override {
-        inner_.export_room(room, std::move(callback));
+    void export_room(const std::string& room, ExportCallback callback, std::uint64_t after = 0) override {
+        inner_.export_room(room, std::move(callback), after);
     }
 
     std::size_t pending() const { return deliveries_.size() + answers_.size(); }
