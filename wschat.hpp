@@ -325,12 +325,12 @@ constexpr std::string_view to_string(CloseCause cause) {
 
 // How far an attempt of a client to connect came before it failed.
 enum class ConnectStage : std::uint8_t {
-    url,      // the URL is none that this build can connect to; never tried again
+    url,      // this build cannot connect to the URL; never tried again
     resolve,  // the host's name
     connect,  // TCP, or a Unix socket
     proxy,    // the proxy refused
     tls,      // the TLS handshake, with the server's certificate
-    http,     // the response is no HTTP, or not a 101
+    http,     // the response is not HTTP, or not a 101
     upgrade   // the 101 breaks RFC 6455 4.1
 };
 
@@ -390,8 +390,7 @@ struct Limits {
     std::size_t max_header_bytes = 16 * 1024;  // 431
     std::size_t max_header_fields = 100;       // 431
     std::size_t max_body = 1024 * 1024;        // of a request for a page; 413
-    // A page or a handshake that is answered by a Reply has this time; 503. For a handshake, handshake_timeout counts
-    // too.
+    // The time for a Reply to answer a page or a handshake; 503. For a handshake, handshake_timeout also counts.
     Duration reply_timeout = std::chrono::seconds(60);
 
     std::size_t max_message_size = 1024 * 1024;  // of a complete message, after decompression; 1009
@@ -399,18 +398,18 @@ struct Limits {
     unsigned control_frames_per_second = 100;    // the average rate of pings and pongs; 1008. 0: no limit
     unsigned control_frames_burst = 500;         // the number of pings and pongs that may arrive at once
 
-    // Average rates of a WebSocket's input. 0: no limit. Past them nothing is lost and nothing is closed: reading
-    // pauses until the rate is kept again, and TCP slows the peer down.
+    // Average rates of a WebSocket's input. 0: no limit. Above a rate nothing is lost and nothing is closed: reading
+    // pauses until the average is below it again, and TCP slows the peer down.
     unsigned messages_per_second = 0;
     unsigned messages_burst = 0;       // the number of messages that may arrive at once. 0: messages_per_second
     std::size_t bytes_per_second = 0;  // frames and headers, before decompression; this number may arrive at once
 
-    // Bytes that were written and that the kernel has not taken. An empty queue accepts one message of any size.
+    // Written bytes that the kernel has not taken. An empty queue accepts one message of any size.
     std::size_t max_backlog = 1024 * 1024;
     BacklogPolicy backlog_policy = BacklogPolicy::close;
-    // Unsent bytes that the kernel may hold for a WebSocket from its first volatile message on (TCP_NOTSENT_LOWAT, or
-    // SO_SNDBUF where that is missing). A slow peer would otherwise get volatile messages that have grown old in there:
-    // Linux holds up to 4 MB. 0: the system decides.
+    // Unsent bytes that the kernel may hold for a WebSocket after its first volatile message (TCP_NOTSENT_LOWAT, or
+    // SO_SNDBUF where that is missing). Linux holds up to 4 MB by default: volatile messages for a slow peer would
+    // grow old there. 0: the system decides.
     std::size_t send_buffer = 64 * 1024;
 
     Duration ping_interval = std::chrono::seconds(20);  // the server pings a peer that is silent for this time
@@ -486,14 +485,14 @@ private:
 
 }  // namespace detail
 
-// A figure of a part of a program that is not always there, such as a connection to Redis.
+// A metric of an optional part of a program, such as a connection to Redis.
 struct Metric {
     std::string name;  // after "wschat_"; it ends in "_total" if the figure only grows
     std::string help;  // a sentence
     std::uint64_t value = 0;
     std::vector<std::pair<std::string, std::string>> labels{};  // keys and values
 };
-// Adds the present figures. Any thread may call it, also after the destruction of what it came from.
+// Adds the current metrics. Any thread may call it, even after the object that made it is destroyed.
 using MetricSource = std::function<void(std::vector<Metric>&)>;
 
 // Runs work on the thread of a loop. Any thread may call post(), also after the end of the loop. `work` is any callable
@@ -738,10 +737,10 @@ private:
     static constexpr std::size_t pooled_size = 256 * 1024;
     static constexpr std::size_t max_pooled = 8;
 
-    // The chunk has no free bytes for other slices. A stored chunk is used for frames that are up to an eighth smaller:
-    // a queue holds little more memory than bytes.
+    // The chunk has no free bytes for other slices. A stored chunk is used again for frames that are at most an
+    // eighth smaller, so the memory of a queue is little larger than its bytes.
     WSCHAT_NOINLINE Slice large_slice(std::size_t n) {
-        ChunkRef* stored = nullptr;  // the one to replace
+        ChunkRef* stored = nullptr;  // the one to reuse or to replace
         for (ChunkRef& each : large_) {
             if (each && each->shared()) continue;
             stored = &each;
@@ -879,7 +878,7 @@ private:
     }
 
     // Only a private chunk of this queue is not pooled and has free space. It is filled before another one begins, so
-    // that a queue holds little more memory than bytes.
+    // the memory of a queue is little larger than its bytes.
     void push_detached(const Slice& slice) {
         if (!slice.chunk->pooled()) return push(slice);
         std::string_view bytes = slice.view();
@@ -1097,7 +1096,7 @@ WSCHAT_INLINE void sha1_steps(std::uint32_t& a, std::uint32_t& b, std::uint32_t&
 // A word for each of the 80 steps.
 using Sha1Words = std::array<std::uint32_t, 80>;
 
-// Makes the words from the first 16, which are those of a block.
+// Computes the other words from the first 16, which are the block.
 constexpr void sha1_expand(Sha1Words& w) {
     for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
 }
@@ -1314,12 +1313,12 @@ inline constexpr auto token_characters = [] {
     return allowed;
 }();
 
-// Whether eight characters each are equal, or are the same letter of ASCII.
+// Compares eight characters, without the case of ASCII letters.
 constexpr bool equal_but_case(std::uint64_t x, std::uint64_t y) {
     constexpr std::uint64_t each = 0x0101010101010101, high = 0x80 * each;
     const std::uint64_t difference = x ^ y, lower = x | (0x20 * each);
     if ((difference & ~(0x20 * each)) != 0) return false;
-    // The highest bit of each byte of `lower` that is in a-z. No sum carries into the next byte.
+    // The highest bit of each byte is set if that byte of `lower` is in a-z. No sum carries into the next byte.
     const std::uint64_t low_bits = lower & ~high;
     const std::uint64_t letters = (low_bits + (0x80 - 'a') * each) & ~(low_bits + (0x7F - 'z') * each) & ~lower & high;
     return ((difference << 2) & ~letters) == 0;
@@ -1544,7 +1543,7 @@ public:
         charge(tokens, rate, now);
         return true;
     }
-    // Takes tokens also if the bucket does not hold them; then it owes them. The rate must not be 0.
+    // Takes the tokens even if the bucket holds fewer: then it owes them. The rate must not be 0.
     void charge(double tokens, const Rate& rate, Time now) {
         full_at_ = saturating_add((std::max)(full_at_, now), time_for(tokens, rate));
     }
@@ -1570,7 +1569,7 @@ private:
 
 namespace detail {
 
-// Adds a pair at the end: compiled once for texts of all types.
+// Appends a pair. Compiled once, for all types of text.
 WSCHAT_NOINLINE inline void add_pair(std::vector<std::pair<std::string, std::string>>& list, std::string_view first,
                                      std::string_view second) {
     list.emplace_back(first, second);
@@ -2112,7 +2111,7 @@ public:
     bool may_repeat(std::string_view name) const { return (repeated_ & bit_of(name)) != 0; }
 
 private:
-    // Letters differ from their other case in 0x20.
+    // The two cases of a letter differ in the bit 0x20.
     static std::uint32_t bit_of(std::string_view name) {
         if (name.empty()) return 1;
         const unsigned first = static_cast<unsigned char>(name.front()) | 0x20u;
@@ -2133,7 +2132,7 @@ public:
     Fields() = default;
     explicit Fields(std::string_view lines) : lines_(lines) { names_.add_all(); }
     Fields(std::string_view lines, detail::FieldNames names) : lines_(lines), names_(names) {}
-    // The lines must outlive the view, which a temporary string does not.
+    // The lines must outlive the view. A temporary string would not.
     template <class T, std::enable_if_t<std::is_same_v<T, std::string>, int> = 0>
     explicit Fields(T&&) = delete;
 
@@ -2217,7 +2216,8 @@ namespace detail {
 
 inline bool has_control_character(std::string_view value) {
     const auto allowed = [](char c) { return (static_cast<unsigned char>(c) >= 0x20 || c == '\t') && c != 0x7F; };
-    // Eight bytes at a time: those below 0x20, or 0x7F, leave the highest bit of their byte, and so do some others.
+    // Eight bytes at a time. A control character sets the highest bit of its byte in the result. So do some other
+    // bytes, so the second check reads the eight bytes one by one.
     constexpr std::uint64_t each = 0x0101010101010101;
     for (std::uint64_t word = 0; value.size() >= 8; value.remove_prefix(8)) {
         std::memcpy(&word, value.data(), 8);
@@ -2297,8 +2297,8 @@ void each_urlencoded(std::string_view fields, std::string_view name, Visit&& vis
     }
 }
 
-// The value of a parameter of a header value: parameter("form-data; name=\"a\"", "name") is "a". A backslash in quotes
-// stays as it is, because browsers send file names so.
+// The value of a parameter of a header value: parameter("form-data; name=\"a\"", "name") is "a". A backslash in
+// quotes is a plain character, because browsers send it in file names.
 inline std::string_view parameter(std::string_view value, std::string_view name) {
     text::consume_until(value, ';');
     while (!value.empty()) {
@@ -2492,7 +2492,7 @@ public:
     }
     // The memory of the head and the body.
     static std::size_t held(const Request& request) { return request.bytes_.capacity(); }
-    // What the request does not say itself. The certificate may be empty.
+    // Sets what the request itself does not contain. The certificate may be empty.
     static void set_connection(Request& request, std::string remote_address, bool https,
                                std::string_view client_certificate = {}) {
         request.remote_address_ = std::move(remote_address);
@@ -2674,7 +2674,7 @@ private:
         return check_body(fields);
     }
 
-    // RFC 9112 6.1-6.3. Rejects all on which a proxy might disagree about the end of the request (request smuggling).
+    // RFC 9112 6.1-6.3. Rejects a request if a proxy might see its end elsewhere (request smuggling).
     bool check_body(const Fields& fields) {
         const std::size_t lengths = fields.count("content-length"), codings = fields.count("transfer-encoding");
         if (lengths > 0 && codings > 0) return fail(400, "There are both Content-Length and Transfer-Encoding.");
@@ -2828,7 +2828,7 @@ public:
     // The request with its body, after Outcome::body.
     Request take_request() { return std::move(request_); }
     const Request& request() const { return request_; }
-    // What is held for the body now, and what it may become.
+    // The size of the body so far, and its largest possible size.
     std::size_t received() const { return body_->size() - body_begin_; }
     std::size_t expected() const { return chunked_ ? limits_->max_body : received() + static_cast<std::size_t>(left_); }
     // After a failure, which can be right after the constructor: the status of the response, and a sentence.
@@ -2856,7 +2856,7 @@ private:
         return size;
     }
 
-    // The lines between chunks. What is not data is limited, so that framing cannot cost much more than data.
+    // The lines between chunks. Their total size is limited, so that framing cannot cost much more than data.
     std::size_t take_line(std::string_view bytes) {
         const std::size_t end = bytes.find('\n');
         const bool complete = end != std::string_view::npos;
@@ -2955,7 +2955,7 @@ struct CookieOptions {
     std::string domain;                  // empty: only the host that set it
     std::chrono::seconds max_age{-1};    // negative: until the browser ends; zero deletes the cookie
     bool http_only = true;               // hidden from scripts
-    bool secure = false;                 // only over https; a request over https gets it so in any case
+    bool secure = false;                 // only over https; always set if the request came over https
     std::string_view same_site = "Lax";  // "Strict", "Lax" or "None"
 };
 
@@ -3049,7 +3049,7 @@ public:
 // RFC 6455 4.2.2 / 5.4: the base64 form of the SHA-1 of the key and a GUID.
 class AcceptKey {
 public:
-    // A key has 24 bytes; see valid_key(). Of a longer text, only as much counts.
+    // A key has 24 bytes: see valid_key(). Further bytes are ignored.
     explicit AcceptKey(std::string_view key) {
         // Key and GUID have 60 bytes. The first block ends with the first four bytes of the padding.
         unsigned char block[65] = "000000000000000000000000258EAFA5-E914-47DA-95CA-C5AB0DC85B11\x80\0\0";
@@ -3057,7 +3057,7 @@ public:
         std::uint32_t state[5];
         std::memcpy(state, sha1_begin, sizeof state);
         sha1_block(state, block);
-        // The second block has only zeros and the number of bits, whatever the key is.
+        // The second block has only zeros and the number of bits, so its words are the same for every key.
         static constexpr Sha1Words padding = [] {
             Sha1Words words{};
             words[15] = 60 * 8;
@@ -3181,9 +3181,9 @@ inline std::string handshake_response_error(std::string_view head, std::string_v
     return {};
 }
 
-// RFC 6454 7, and what programs send that contain a browser: lower case, without the default port and without a slash
-// at the end: "https://chat.example:8443", "capacitor://localhost", "file://", "null". ws and wss, which some clients
-// send, become http and https. Returns nothing for all other texts.
+// RFC 6454 7, and the origins that programs with an embedded browser send. In lower case, without the default port
+// and without a slash at the end: "https://chat.example:8443", "capacitor://localhost", "file://", "null". ws and
+// wss, which some clients send, become http and https. Returns nothing for all other texts.
 WSCHAT_COLD inline std::optional<std::string> normalized_origin(std::string_view origin) {
     std::string normal = text::to_lower(origin);
     if (normal == "null") return normal;
@@ -3596,7 +3596,7 @@ private:
     }
 };
 
-// What the connections of a loop share: one compressor for each set of parameters, and a few decompressors. Must
+// Shared by the connections of a loop: one compressor for each set of parameters, and a few decompressors. Must
 // outlive the connections.
 class CompressionPool {
 public:
@@ -4043,7 +4043,7 @@ public:
     }
 
     std::uint64_t dropped_messages() const { return dropped_; }
-    // Whether there was a volatile message.
+    // Whether a volatile message was sent.
     bool sends_volatile() const { return sends_volatile_; }
 
     // ---- time ------------------------------------------------------------------------------------------------------
@@ -4281,7 +4281,7 @@ private:
         message_delivered_ = true;
         return {Event::Kind::message, Message(message_.view(), message_opcode_)};
     }
-    // Gives the last n bytes of the payload back to the input, masked as they came. The frame continues, also with 0.
+    // Returns the last n bytes of the payload to the input, masked again. The frame continues, even if n is 0.
     void put_back(std::size_t n) {
         input_ -= n;
         frame_left_ += n;
@@ -4471,8 +4471,8 @@ private:
     // Allocated on demand, which keeps idle connections small.
     struct ColdState {
         Bytes paused_input;
-        std::size_t paused_begin = 0;  // its bytes before this were read already
-        Bytes resumed_input;           // that next_event() reads
+        std::size_t paused_begin = 0;  // the bytes before this index are already read
+        Bytes resumed_input;           // next_event() reads it
         std::string partial_control;   // the beginning of a control frame's payload
         std::string complete_control;  // the payload of the last event, if it arrived in parts
         std::optional<std::string> pending_pong;
@@ -4558,17 +4558,17 @@ struct ReplyAnswer {
     bool dropped = false;  // the Reply was destroyed unused
 };
 
-// What a handler needs of the session that owns it; section 14 implements it.
+// The functions of its session that a handler needs. Section 14 implements them.
 class HandlerHost {
 public:
     bool dirty = false;  // mark_dirty() was called in this turn
 
-    // What the session has waited for: the answer of a Reply.
+    // The answer of the Reply that the session waits for.
     virtual void on_reply(ReplyAnswer answer) = 0;
 
     // The handler has output, or its connection has changed its state: the session acts on it at the end of the turn.
     virtual void mark_dirty() = 0;
-    // Offers what is queued to the kernel now.
+    // Offers the queued output to the kernel now.
     virtual void flush() = 0;
     // Offers pieces to the kernel while nothing is queued. Returns how many bytes it took.
     virtual std::size_t offer(const std::string_view* pieces, std::size_t count) = 0;
@@ -4589,9 +4589,9 @@ protected:
 
 }  // namespace detail
 
-// The answer to a request that comes later. A page's function or prepare_async() gets it, may keep it, and uses it
-// once, on any thread. Only this connection waits for it, at most Limits::reply_timeout. A Reply that is destroyed
-// unused answers 500.
+// Answers a request later. A page's function or prepare_async() gets a Reply, may keep it, and uses it once, on any
+// thread. Only this connection waits for it, at most Limits::reply_timeout. A Reply that is destroyed unused answers
+// 500.
 class Reply {
 public:
     Reply() = default;
@@ -4608,9 +4608,9 @@ public:
     bool send(Response response) const { return answer({std::move(response), {}}); }
     // In prepare_async() only: the handshake continues.
     bool accept() const { return answer({std::nullopt, {}}); }
-    // The same. setup(handler) is called on the loop's thread, before open(), if the client is still there: it can give
-    // the handler what was looked up. It may return a std::optional<Response>, which rejects the handshake. Both return
-    // what send() returns.
+    // The same. setup(handler) is called on the loop's thread, before open(), if the client is still there: it can
+    // pass data to the handler. It may return a std::optional<Response>, which rejects the handshake. accept()
+    // returns what send() returns.
     template <class Setup>
     bool accept(Setup setup) const {
         return answer({std::nullopt, [setup = std::move(setup)](WebSocketHandler& handler) -> std::optional<Response> {
@@ -4684,8 +4684,8 @@ public:
     template <class T>
     bool write_binary(std::initializer_list<T>) const = delete;
 
-    // The bytes that were written here and are not with the kernel yet, at the latest flush. A thread that produces
-    // much waits while it is large. 0 if the handler is gone.
+    // Bytes that were written and that the kernel had not taken at the last flush. A thread that writes much should
+    // wait while this number is large. 0 if the handler is gone.
     std::size_t buffered_amount() const { return cell_ ? cell_->posted.load() + cell_->queued.load() : 0; }
 
     // Returns null if the handler is gone. Only for the loop's thread.
@@ -4707,7 +4707,7 @@ private:
 
 namespace detail {
 
-// What the server and the rooms keep for a handler.
+// The data of a handler that the server and the rooms use.
 struct HandlerCore {
     struct Membership {
         Room* room;
@@ -4730,8 +4730,8 @@ struct HandlerCore {
 // prepare() and select_subprotocol() before the 101 response, then open(). It destroys the handler after on_close().
 //
 // A Client uses the same class for its side. It creates a handler for each attempt to connect, and calls either
-// on_failure() or open() first; the functions about the request of a server are not called. So a handler has no state
-// of an earlier connection, which a program could use by mistake.
+// on_failure() or open() first. It does not call the functions for a server's request. A program cannot use state of
+// an earlier connection by mistake, because each attempt has a new handler.
 class WebSocketHandler {
 public:
     WebSocketHandler() = default;
@@ -4784,17 +4784,17 @@ public:
         check_payload("write_message", payload, opcode);
         return send_payload(opcode, payload);
     }
-    // A received message; not checked again.
+    // A received message. Its text is not checked again.
     WriteStatus write_message(const Message& message) { return send_payload(message.opcode(), message.data()); }
-    // A frame for many handlers: Rooms::encode().
+    // A frame for several handlers: Rooms::encode().
     WriteStatus write_message(const EncodedFrame& frame) {
         return send_data(frame.size(), [&](detail::Connection& connection) { return connection.send(frame); });
     }
     WriteStatus write_binary(std::string_view bytes) { return send_payload(Opcode::binary, bytes); }
     // Takes braces as in {{"type", "join"}}, a Json, and any object with .dump(), such as nlohmann::json.
     WriteStatus write_json(const Json& value) { return send_payload(Opcode::text, value.dump()); }
-    // For a message that is useless when it is late (who is typing, a pointer's position): it is dropped and counted if
-    // it would wait behind output that the kernel refuses.
+    // For a message that is useless when it is late (who is typing, a pointer's position). It is dropped and counted
+    // if it would wait behind output that the kernel has refused.
     WriteStatus write_volatile(std::string_view payload, Opcode opcode = Opcode::text) {
         check_payload("write_volatile", payload, opcode);
         return send_data(payload.size(),
@@ -4834,7 +4834,8 @@ public:
         close(static_cast<CloseCode>(code), reason);
     }
 
-    // From the peer's Close frame, or from ours until it arrives. CloseCode::no_status before both.
+    // The code of the peer's Close frame; before it arrives, that of our Close frame; CloseCode::no_status before
+    // both.
     CloseCode close_code() const { return core_.connection.close_code(); }
     const std::string& close_reason() const { return core_.connection.close_reason(); }
     CloseCause close_cause() const { return core_.connection.close_cause(); }
@@ -4853,7 +4854,7 @@ public:
     // The rooms that contain this handler.
     inline std::vector<Room*> rooms() const;
 
-    // Bytes that are queued and not taken by the kernel yet.
+    // Queued bytes that the kernel has not taken.
     std::size_t buffered_amount() const { return core_.connection.output().size(); }
     // How many messages were dropped, by BacklogPolicy::drop or write_volatile().
     std::uint64_t dropped_messages() const { return core_.connection.dropped_messages(); }
@@ -4967,9 +4968,9 @@ public:
         if (cell) cell->queued = handler.core_.connection.output().size();
     }
 
-    // The session's end of a Reply. It gives up by recycle_reply(); what the Reply is given after that has no effect.
+    // The session's side of a Reply. After recycle_reply(), an answer of that Reply has no effect.
     using ReplyState = std::shared_ptr<Reply::State>;
-    // `spare`: one that recycle_reply() has kept for the same loop; may be null.
+    // `spare`: a state that recycle_reply() kept for the same loop, or null.
     static ReplyState open_reply(HandlerHost& host, ReplyState spare) {
         if (!spare) return ReplyState(new Reply::State{host.mailbox(), std::this_thread::get_id(), {true}, &host});
         spare->host = &host;
@@ -4999,7 +5000,7 @@ inline bool HandlerRef::write_message(std::string payload, Opcode opcode) const 
     const std::size_t size = payload.size();
     cell_->posted += size;
     const bool posted = cell_->mailbox->post([cell = cell_, payload = std::move(payload), opcode] {
-        // Until the end the bytes count as posted, so that no thread sees them nowhere.
+        // The bytes count as posted until the end, so that each of them is always in one of the two counts.
         struct Posted {
             ~Posted() { of.posted -= bytes; }
             Cell& of;
@@ -5027,9 +5028,9 @@ WSCHAT_END
 // Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
 // nothing of what members send.
 //
-// On several loops, a room is one Room on each loop that has members in it, and a SharedRoom that they have in common.
-// A broadcast is added to the queues of the members on its own loop without a lock. For each other loop with members it
-// goes into an outbox, and the outboxes go to the other loops at the end of the turn: one post for each.
+// On several loops, a room is one Room on each loop that has members in it, and a SharedRoom that these Rooms refer
+// to. A broadcast is added to the queues of the members on its own loop without a lock. For each other loop with
+// members it is added to an outbox. At the end of the turn, one post for each loop delivers the outboxes.
 // ====================================================================================================================
 
 #include <atomic>
@@ -5041,9 +5042,9 @@ namespace detail {
 
 class RoomsAccess;
 
-// What the loops of a server know of one room.
+// The data of one room that all loops of a server share.
 struct SharedRoom {
-    // What one loop has of the room.
+    // The part of one loop.
     struct Part {
         std::atomic<std::size_t> members{0};  // written by that loop, read by all
         Room* room = nullptr;                 // only that loop may use it
@@ -5058,19 +5059,19 @@ struct SharedRoom {
 
     const std::string name;
     std::vector<Part> parts;
-    std::size_t attached = 0;  // loops with a Room of the name; under the lock of the directory
-    bool subscribed = false;   // to the room on other machines; only the first loop uses it
+    std::size_t attached = 0;  // loops with a Room of that name; guarded by the mutex of RoomDirectory
+    bool subscribed = false;   // the bus delivers broadcasts of other machines; only the first loop uses it
 };
 
 }  // namespace detail
 
-// Carries the broadcasts of the rooms of a server to its other servers: see Server::join_cluster(). RedisCluster has
-// one; another one is a class with these functions. All calls come on the first loop of the server.
+// Carries the broadcasts of a server's rooms to other servers: see Server::join_cluster(). RedisCluster opens such a
+// bus; a program can derive another. All calls come on the first loop of the server.
 class RoomBus {
 public:
-    // A broadcast of another server, for the members here. The payload is valid UTF-8 if it is text.
+    // A broadcast of another server, for the members here. A text payload is valid UTF-8.
     using Deliver = std::function<void(const std::string& room, Opcode opcode, std::string_view payload)>;
-    // Something for the log of the server.
+    // Adds an entry to the log of the server.
     using Log = std::function<void(LogLevel level, std::string_view event,
                                    const std::vector<std::pair<std::string_view, std::string>>& fields)>;
 
@@ -5078,21 +5079,22 @@ public:
     RoomBus(const RoomBus&) = delete;
     RoomBus& operator=(const RoomBus&) = delete;
     virtual ~RoomBus() = default;
-    // This server has members in the room from now on, or has none any more.
+    // The room has its first member on this server, or has lost the last one.
     virtual void subscribe(const std::string& room) = 0;
     virtual void unsubscribe(const std::string& room) = 0;
-    // A broadcast of this server, whose own members have got it. Must not wait. Whether it arrives is not known.
+    // Sends a broadcast of this server to the other servers; the members here already have it. Must not block.
+    // Delivery is not guaranteed.
     virtual void publish(const std::string& room, Opcode opcode, std::string_view payload) = 0;
     virtual MetricSource metrics() const { return {}; }
 };
 
 namespace detail {
 
-// The rooms of all loops of a server, and the way of broadcasts from one loop to another. Not needed by a server with
-// one loop and no other machines.
+// The rooms of all loops of a server. Passes broadcasts from one loop to the others. A server with one loop and no
+// other machines does not need it.
 class RoomDirectory {
 public:
-    // `max_backlog`: bytes that wait for one loop. set_loop() follows for each loop.
+    // `max_backlog`: the limit of the bytes that wait for one loop. Call set_loop() for each loop next.
     WSCHAT_COLD RoomDirectory(std::size_t loops, std::size_t max_backlog) : max_backlog_(max_backlog), loops_(loops) {}
     WSCHAT_COLD void set_loop(std::size_t loop, Rooms& rooms, std::shared_ptr<Mailbox> mailbox) {
         loops_[loop].rooms = &rooms;
@@ -5104,13 +5106,13 @@ public:
 
     // ---- any thread ------------------------------------------------------------------------------------------------
 
-    // Null if no loop has members in a room of that name.
+    // Returns null if no loop has members in a room of that name.
     std::shared_ptr<SharedRoom> find(std::string_view name) const {
         const std::lock_guard<std::mutex> lock(mutex_);
         const std::shared_ptr<SharedRoom>* found = rooms_.find(name);
         return found == nullptr || (*found)->members() == 0 ? nullptr : *found;
     }
-    // The rooms with members.
+    // The names of the rooms with members.
     std::vector<std::string> names() const {
         std::vector<std::string> result;
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -5118,17 +5120,17 @@ public:
             if (room->members() != 0) result.push_back(name);
         return result;
     }
-    // With the rooms of second sets.
+    // Includes the rooms of second sets.
     std::size_t size() const {
         const std::lock_guard<std::mutex> lock(mutex_);
         return rooms_.size() + others_.size();
     }
-    // Broadcasts that found too much waiting for a loop, and were not passed on to it.
+    // Broadcasts that were not passed on to a loop, because too many bytes already waited for it.
     std::uint64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
 
     // ---- the loop with this number ---------------------------------------------------------------------------------
 
-    // A loop has made a Room of that name, or has destroyed it.
+    // A loop has created or destroyed a Room of that name.
     std::shared_ptr<SharedRoom> attach(std::size_t loop, Room& room, const std::string& name) {
         const std::lock_guard<std::mutex> lock(mutex_);
         auto& shared = rooms_.find_or_emplace(name);
@@ -5142,7 +5144,7 @@ public:
         const std::lock_guard<std::mutex> lock(mutex_);
         if (--room.attached == 0) rooms_.erase(room.name);
     }
-    // A loop has made a Room in a second set, or has destroyed it. Such rooms are only counted.
+    // A loop has created or destroyed a Room in a second set. Such rooms are only counted.
     void attach_other(const std::string& name) {
         const std::lock_guard<std::mutex> lock(mutex_);
         ++others_.find_or_emplace(name);
@@ -5158,15 +5160,15 @@ public:
         if (bus_ != nullptr && (before == 0) != (members == 0))
             loops_[0].mailbox->post([this, room] { refresh_subscription(*room); });
     }
-    // Passes a broadcast on to the other loops with members, and to other machines. Returns how many members there are
-    // on the other loops.
+    // Passes a broadcast on to the other loops with members, and to other machines. Returns the number of members on
+    // the other loops.
     std::size_t publish(std::size_t loop, const std::shared_ptr<SharedRoom>& room, Opcode opcode,
                         std::string_view payload, bool is_volatile) {
         if (bus_ != nullptr && loop == 0) bus_->publish(room->name, opcode, payload);
         const bool by_first = bus_ != nullptr && loop != 0;
         return pass_on(loop, {room, nullptr, opcode, is_volatile, by_first}, payload);
     }
-    // At the end of a turn.
+    // Call it at the end of each turn.
     void flush(std::size_t loop) {
         if (!std::exchange(loops_[loop].outboxes_used, false)) return;
         for (std::size_t target = 0; target < loops_.size(); ++target) {
@@ -5179,9 +5181,9 @@ public:
 
     // ---- the first loop --------------------------------------------------------------------------------------------
 
-    // Before the first connection.
+    // Call it before the first connection.
     void set_bus(RoomBus* bus) { bus_ = bus; }
-    // To the members of all loops: what the bus has received from another machine.
+    // Delivers a broadcast that the bus has received from another machine to the members on all loops.
     void deliver_from_bus(std::string_view name, Opcode opcode, std::string_view payload) {
         const std::shared_ptr<SharedRoom> room = find(name);
         if (!room) return;
@@ -5195,7 +5197,7 @@ private:
         std::shared_ptr<const std::string> payload;
         Opcode opcode;
         bool is_volatile;
-        bool by_bus;  // also to other machines
+        bool by_bus;  // publish it on the bus too
     };
     struct PerLoop {
         Rooms* rooms = nullptr;
@@ -5237,7 +5239,7 @@ private:
         }
     }
     inline void deliver(SharedRoom& room, std::size_t loop, Opcode opcode, std::string_view payload, bool is_volatile);
-    // The counts may have changed several times since the call was posted.
+    // The number of members may have changed several times since this was posted.
     void refresh_subscription(SharedRoom& room) {
         const bool wanted = room.members() != 0;
         if (bus_ == nullptr || std::exchange(room.subscribed, wanted) == wanted) return;
@@ -5248,7 +5250,7 @@ private:
     const std::size_t max_backlog_;
     mutable std::mutex mutex_;
     StringMap<std::shared_ptr<SharedRoom>> rooms_;
-    StringMap<std::size_t> others_;  // the number of loops that have such a room in a second set
+    StringMap<std::size_t> others_;  // rooms in second sets: how many loops have each
     std::vector<PerLoop> loops_;
     RoomBus* bus_ = nullptr;
     std::atomic<std::uint64_t> dropped_{0};
@@ -5303,7 +5305,7 @@ public:
     bool join(WebSocketHandler& handler) {
         if (!handler.is_open() || has(handler)) return false;
         auto& rooms = detail::HandlerAccess::core(handler).rooms;
-        // First all that may run out of memory.
+        // First the steps that may run out of memory.
         if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);
         if (members_.size() == members_.capacity()) members_.reserve(2 * members_.size() + 4);
         if (rooms.size() >= few) add_slot(handler);
@@ -5315,10 +5317,10 @@ public:
     // Returns false if the handler is not a member.
     inline bool leave(WebSocketHandler& handler);
 
-    // Sends to all members except `except`, who is one on this loop. Members on other loops get it when this turn has
-    // ended; members on other machines, at most once. What one loop sends to a room arrives in order. Returns the
-    // number of members whose WriteStatus is sent or queued, with all members on other loops. Throws Error for text
-    // that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
+    // Sends to all members except `except`, a member on this loop. Members on other loops get the message after this
+    // turn. Members on other machines get it at most once. Broadcasts from one loop to a room arrive in order.
+    // Returns how many members on this loop have the WriteStatus sent or queued, plus the number of members on other
+    // loops. Throws Error for text that is not UTF-8; a Message, a Json and an EncodedFrame are not checked again.
     std::size_t broadcast(const Message& message, const WebSocketHandler* except = nullptr);
     std::size_t broadcast(std::string_view payload, const WebSocketHandler* except = nullptr,
                           Opcode opcode = Opcode::text) {
@@ -5357,7 +5359,7 @@ private:
     static constexpr std::size_t npos = static_cast<std::size_t>(-1);
     static constexpr std::size_t few = 16;
 
-    // Searches the shorter list: the members of the room or the rooms of the handler. If both are long, a map.
+    // Searches the shorter list: the members of the room or the rooms of the handler. If both are long, uses a map.
     std::size_t index_of(const WebSocketHandler& handler) const {
         const detail::HandlerCore& core = detail::HandlerAccess::core(handler);
         const auto index_at = [&](std::size_t slot) {  // on_close() may still see rooms that it has left
@@ -5376,7 +5378,7 @@ private:
         return npos;
     }
     static std::string key(const Room& room) { return big_endian_key(reinterpret_cast<std::uintptr_t>(&room)); }
-    // Adds this room, which is not in the list yet, at the end of the list.
+    // Call it before this room is added to the end of the handler's list.
     void add_slot(WebSocketHandler& handler) const {
         detail::HandlerCore& core = detail::HandlerAccess::core(handler);
         if (!core.positions) {
@@ -5396,7 +5398,7 @@ private:
     }
 
     inline void share_size() const;
-    // To the members on this loop.
+    // Sends to the members on this loop.
     std::size_t send_here(const EncodedFrame& frame, const WebSocketHandler* except);
     std::size_t send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except);
     inline std::size_t publish(Opcode opcode, std::string_view payload, bool is_volatile) const;
@@ -5409,8 +5411,8 @@ private:
     bool prune_pending_ = false;
 };
 
-// The rooms of a server, by name. On a server with several loops, each loop has its own Rooms; their names and members
-// are those of all loops.
+// The rooms of a server, by name. On a server with several loops, each loop has its own Rooms, but names(), size()
+// and find() include the rooms of all loops.
 class Rooms {
 public:
     explicit Rooms(detail::SendArena& arena) : arena_(arena), root_(this) {}
@@ -5429,7 +5431,7 @@ public:
         else if (root_->directory_ != nullptr) root_->directory_->attach_other(room.name_);
         return room;
     }
-    // Returns null if no room of that name has members. Takes a lock if this loop has none.
+    // Returns null if no room of that name has members. Takes a lock if this loop has no Room of that name.
     Room* find(std::string_view name) {
         Room* room = rooms_.find(name);
         if (room == nullptr && directory_ != nullptr && directory_->find(name)) room = &(*this)[name];
@@ -5484,14 +5486,14 @@ private:
     std::size_t size_ = 0;
     std::uint64_t deliveries_ = 0;
     StringMap<Room> rooms_;
-    Room* prune_list_ = nullptr;  // linked through the rooms, because the end of a handler must not allocate
+    Room* prune_list_ = nullptr;  // linked through the rooms, so that leaving a room never allocates
     detail::RoomDirectory* directory_ = nullptr;  // null on a server with one loop
     std::size_t loop_ = 0;                        // its number in the directory
 };
 
 namespace detail {
 
-// What only the server calls.
+// The members of Rooms that only the server calls.
 class RoomsAccess {
 public:
     // Removes the handler from all rooms when its connection ends. Its own list stays for on_close().
@@ -5499,14 +5501,14 @@ public:
     // Removes empty rooms at the end of a turn.
     static void prune(Rooms& rooms) { rooms.prune(); }
     static SendArena& arena(Rooms& rooms) { return rooms.arena_; }
-    // Makes the rooms part of those of several loops. Throws an Error if there is a room already.
+    // Connects the rooms with those of the other loops. Throws an Error if a room already exists.
     static void share(Rooms& rooms, RoomDirectory* directory, std::size_t loop) {
         if (rooms.size_ != 0) throw Error("rooms exist already; the server cannot share them with other loops now");
         rooms.directory_ = directory;
         rooms.loop_ = loop;
     }
     static std::size_t size_here(const Rooms& rooms) { return rooms.size_; }
-    // How often broadcasts have visited a member, as a measure of work.
+    // The number of visits of broadcasts to members: a measure of work.
     static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
 
@@ -5687,7 +5689,7 @@ struct Winsock {
     }
 };
 inline void start_winsock() { static const Winsock winsock; }
-// Errors of Winsock, each with its errno.
+// Pairs of a Winsock error and its errno.
 // clang-format off
 constexpr int winsock_errors[][2] = {
     {WSAEACCES, EACCES}, {WSAEADDRINUSE, EADDRINUSE}, {WSAEADDRNOTAVAIL, EADDRNOTAVAIL},
@@ -5697,14 +5699,14 @@ constexpr int winsock_errors[][2] = {
     {WSAENOTCONN, ENOTCONN}, {WSAENOTSOCK, ENOTSOCK}, {WSAESHUTDOWN, EPIPE}, {WSAETIMEDOUT, ETIMEDOUT},
     {WSAEWOULDBLOCK, EWOULDBLOCK}};
 // clang-format on
-// The errno for the last error of Winsock; that error itself if the table does not have it.
+// The errno for the last Winsock error, or that error itself if the table does not have it.
 inline int last_error() {
     const int error = WSAGetLastError();
     for (const auto& row : winsock_errors)
         if (row[0] == error) return row[1];
     return error;
 }
-// File names are UTF-8. A text that is not UTF-8 becomes an empty text, which names no file.
+// File names are UTF-8. Invalid UTF-8 becomes an empty text, which names no file.
 inline std::wstring to_wide(std::string_view text) {
     const int size = static_cast<int>((std::min)(text.size(), std::size_t{1} << 20));
     const int wide_size = ::MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text.data(), size, nullptr, 0);
@@ -5719,9 +5721,9 @@ inline std::string from_wide(std::wstring_view wide) {
     ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(), bytes, nullptr, nullptr);
     return text;
 }
-// The sentence for an errno or for an error of Winsock.
+// Describes an errno or a Winsock error.
 inline std::string error_message(int error) {
-    constexpr int first_of_sockets = 100;  // the C library of Windows has no texts for an errno from here on
+    constexpr int first_of_sockets = 100;  // from this errno on, the C library of Windows has no texts
     if (error < first_of_sockets) return std::generic_category().message(error);
     for (const auto& row : winsock_errors)
         if (row[1] == error) error = row[0];
@@ -5732,7 +5734,8 @@ inline std::string error_message(int error) {
     return size != 0 ? from_wide({text, size}) : "Winsock error";
 }
 inline const char* resolver_error_text(int status) { return ::gai_strerrorA(status); }
-// The number of a zone of link-local IPv6 addresses. Names of interfaces need another library (iphlpapi). 0: none.
+// The number of the zone of a link-local IPv6 address. Names of interfaces would need another library (iphlpapi). 0:
+// none.
 inline std::uint32_t zone_index(const std::string& zone) {
     return static_cast<std::uint32_t>(text::parse_unsigned(zone, UINT32_MAX).value_or(0));
 }
@@ -5791,7 +5794,7 @@ inline bool handle_status(HANDLE file, FileStatus& status) {
     BY_HANDLE_FILE_INFORMATION found;
     if (::GetFileInformationByHandle(file, &found) == 0) return errno = EIO, false;
     const auto join = [](DWORD high, DWORD low) { return std::int64_t{high} << 32 | std::int64_t{low}; };
-    constexpr std::int64_t ticks_to_1970 = 116'444'736'000'000'000;  // of 100 ns, since 1601
+    constexpr std::int64_t ticks_to_1970 = 116'444'736'000'000'000;  // in units of 100 ns since 1601
     status.st_size = join(found.nFileSizeHigh, found.nFileSizeLow);
     status.modified_ns =
         (join(found.ftLastWriteTime.dwHighDateTime, found.ftLastWriteTime.dwLowDateTime) - ticks_to_1970) * 100;
@@ -5849,9 +5852,9 @@ inline std::wstring final_path(HANDLE file) {
     path.resize(::GetFinalPathNameByHandleW(file, path.data(), 32767, FILE_NAME_NORMALIZED));
     return path;
 }
-// Opens the file, and then asks the system for its path: what a link, a junction or a short name leads to has another
-// path. `follow`: links are followed if what they lead to is below the root. Windows does not look for devices in a
-// path that begins as the final one does.
+// Opens the file, and then asks the system for its path, which differs if a link, a junction or a short name was
+// followed. `follow`: links are followed if their target is below the root. Windows does not look for devices in a
+// path of the form that final_path() returns.
 inline int open_file_beneath(const std::string& root, const std::vector<std::string>& names, bool follow) {
     const HANDLE folder = open_handle(to_wide(root));
     if (folder == INVALID_HANDLE_VALUE) return -1;
@@ -5906,7 +5909,7 @@ constexpr Descriptor no_descriptor = -1;
 inline int last_error() { return errno; }
 inline std::string error_message(int error) { return std::generic_category().message(error); }
 inline const char* resolver_error_text(int status) { return ::gai_strerror(status); }
-// The number of a zone of link-local IPv6 addresses: that of an interface ("eth0"). 0: there is no such interface.
+// The number of the zone of a link-local IPv6 address: that of an interface ("eth0"). 0: there is no such interface.
 inline std::uint32_t zone_index(const std::string& zone) {
     const auto number = text::parse_unsigned(zone, UINT32_MAX);
     return number ? static_cast<std::uint32_t>(*number) : ::if_nametoindex(zone.c_str());
@@ -6247,7 +6250,7 @@ public:
     // The peer reads the end of the stream. Receiving stays possible.
     void shutdown_send() { os::shutdown_send(descriptor()); }
     void set_nodelay(bool on) { set_option(IPPROTO_TCP, TCP_NODELAY, on ? 1 : 0); }
-    // How many bytes the kernel holds that it has not sent yet.
+    // Limits the unsent bytes that the kernel holds.
     void set_send_buffer(std::size_t size) {
         const int value = static_cast<int>((std::min)(size, std::size_t{INT32_MAX}));
 #if defined(TCP_NOTSENT_LOWAT)
@@ -6259,7 +6262,7 @@ public:
         return ::setsockopt(descriptor(), level, name, reinterpret_cast<const char*>(&value), sizeof value) == 0;
     }
 
-    // ENOBUFS and ENOMEM count as would_block: the kernel has no memory now, and the socket itself works.
+    // ENOBUFS and ENOMEM count as would_block: the kernel lacks memory for now, but the socket still works.
     static IoResult failure(int error) {
         const bool temporary = os::would_block(error) || error == ENOBUFS || error == ENOMEM;
         return {temporary ? IoResult::Outcome::would_block : IoResult::Outcome::error, 0, error};
@@ -6279,7 +6282,7 @@ private:
 };
 
 // Sends to many sockets with one system call (io_uring), which saves 10 to 20% of the CPU time of a broadcast.
-// Optional: the caller uses Socket::send() if there is no batch, and for each item that the batch did not try.
+// Optional: without a batch, and for each item that the batch did not try, the caller uses Socket::send().
 class SendBatch {
 public:
     struct Item {
@@ -6297,8 +6300,8 @@ public:
 
     void add(Socket& socket, std::string_view bytes, void* owner) { items_[size_++] = {&socket, bytes, owner, {}}; }
     bool full() const { return size_ == max_items; }
-    // Sends the items and calls visit(item) for each; does neither if there are fewer than min_items. Then the batch is
-    // empty.
+    // Sends the items, calls visit(item) for each, and empties the batch. With fewer than min_items, only empties the
+    // batch.
     template <class Visit>
     void send(Visit&& visit) {
         const std::size_t count = std::exchange(size_, 0u);
@@ -6343,10 +6346,11 @@ private:
         }
         std::size_t completed = 0;
         while (completed != submitted && complete_one()) ++completed;
-        // Items without a result fail: it is unknown whether they were sent, and a second send would repeat the bytes.
+        // Items without a result fail: nobody knows whether they were sent, and a second send could repeat the bytes.
         for (std::size_t i = 0; i < submitted && completed != submitted; ++i)
             if (!items[i].sent) items[i].sent = Socket::failure(EIO);
-        // Close a ring that still has entries: it would send them later, after Socket::send() has sent them.
+        // Close a ring that still has entries: otherwise it would send them later, after Socket::send() has already
+        // sent them.
         if (completed != count) close_ring();
     }
     // Stores the result of one send in its item. Returns false if the ring fails.
@@ -6381,7 +6385,7 @@ inline std::unique_ptr<SendBatch> SendBatch::make() { return nullptr; }
 
 #endif
 
-// Bytes that went through sockets.
+// Numbers of bytes that went through sockets.
 struct WireCount {
     std::uint64_t received = 0;
     std::uint64_t sent = 0;
@@ -6402,7 +6406,8 @@ public:
     virtual bool has_input() const = 0;
     // True if ciphertext waits until the socket is writable.
     virtual bool wants_write() const = 0;
-    // Bytes that wait in here, in both directions, except the ciphertext of what the caller repeats in send().
+    // Bytes that wait here, in both directions. Not counted: the ciphertext of bytes that the caller repeats in
+    // send().
     virtual std::size_t buffered() const { return 0; }
     // Call it after each receive(). False: the peer has sent more messages without data (key updates) than the rate
     // allows; the encryption has failed.
@@ -6688,8 +6693,8 @@ public:
         return Outcome::failure;
     }
     bool started() const { return !header_.empty(); }
-    // The client's address. Empty if the header has none: the proxy's own check of the server (LOCAL), UNKNOWN, and
-    // families other than TCP over IPv4 and IPv6.
+    // The client's address. Empty if the header has none: with the command LOCAL (a health check of the proxy
+    // itself), with UNKNOWN, and with families other than TCP over IPv4 and IPv6.
     const std::optional<IpAddress>& client() const { return client_; }
     // After a failure: the cause.
     const char* failure() const { return failure_; }
@@ -6704,7 +6709,7 @@ private:
     unsigned byte(std::size_t at) const { return static_cast<unsigned char>(header_[at]); }
     std::size_t announced_size() const { return fixed_size + byte(14) * 256 + byte(15); }
 
-    // How many of the next bytes surely belong to the header; at least one.
+    // The number of next bytes that certainly belong to the header; at least one.
     std::size_t missing(std::string_view next) const {
         if (header_.empty()) return 1;
         if (binary()) return (header_.size() < fixed_size ? fixed_size : announced_size()) - header_.size();
@@ -6739,7 +6744,7 @@ private:
         const auto valid_port = [](std::string_view port) {
             return text::parse_unsigned(port, 65535) && (port.size() == 1 || port.front() != '0');
         };
-        // Proxies mix the families of the two addresses, and only the source counts here.
+        // Some proxies mix the families of the two addresses. Only the source counts here.
         if ((!v6 && protocol != "TCP4") || !valid_address(source) || !IpAddress::parse(destination) ||
             !valid_port(source_port) || !valid_port(destination_port))
             return;
@@ -6942,8 +6947,8 @@ public:
     virtual ~Poller() = default;
     virtual const char* name() const = 0;
     virtual bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
-    // As add(), to read, for a descriptor that several pollers watch. Where the system can do so, it wakes one of them
-    // and not all. Such an entry is not changed, but removed and added again.
+    // As add(), for reading, with a descriptor that several pollers watch. Where the system supports it, only one of
+    // them is woken. Such an entry cannot be changed: remove it and add it again.
     virtual bool add_shared(os::Descriptor descriptor, Pollable& owner) { return add(descriptor, owner, true, false); }
     virtual bool change(os::Descriptor descriptor, Pollable& owner, bool read, bool write) = 0;
     virtual void remove(os::Descriptor descriptor) = 0;
@@ -6964,8 +6969,8 @@ struct PollSystem {
     }
 };
 
-// WSAPoll() reports POLLHUP also if the peer only ended its sending side, and does so until the end is read. If nobody
-// reads it, wait() looks at such an entry every 10 ms instead of spinning.
+// WSAPoll() also reports POLLHUP if the peer only ended its sending side, and repeats it until the end is read. If
+// nobody reads it, wait() checks such an entry every 10 ms instead of spinning.
 template <class System>
 class BasicPollPoller final : public Poller {
 public:
@@ -7084,9 +7089,9 @@ using SystemPoller = EpollPoller;
 #elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
     defined(__DragonFly__)
 
-// Each descriptor always has both filters. What is not watched has an edge-triggered filter with a low-water mark that
-// no buffer reaches: it reports the end or an error, once. EV_EOF of the read filter means that the peer ended its
-// sending side. EV_EOF of the write filter alone means that this side ended its own.
+// Each descriptor always has both filters. A filter that is not watched is edge-triggered, with a low-water mark that
+// no buffer reaches: it reports only the end or an error, once. EV_EOF of the read filter means that the peer ended
+// its sending side. EV_EOF of the write filter alone means that this side ended its own.
 class KqueuePoller final : public Poller {
 public:
     KqueuePoller() : queue_(::kqueue()) {
@@ -7128,7 +7133,7 @@ public:
                 ::kevent(queue_.descriptor(), nullptr, 0, events_, batch, timeout_ms < 0 ? nullptr : &timeout);
             for (int i = 0; i < count; ++i) report(events_[i], ready);
             if (count <= 0 || !ready.empty()) return;
-            // All events were of filters that are not watched.
+            // All events came from filters that are not watched.
             const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()).count();
             if (timeout_ms > 0) timeout_ms = static_cast<int>((std::max)(left, decltype(left){0}));
         }
@@ -7155,7 +7160,7 @@ private:
         event.flags = static_cast<decltype(event.flags)>(flags);
         return event;
     }
-    // `replace`: the filter exists. To add it again would not change whether it is edge-triggered.
+    // `replace`: the filter exists. EV_ADD alone could not make it edge-triggered or level-triggered.
     bool control(os::Descriptor descriptor, int filter, bool watch, bool replace) {
         struct kevent changes[] = {make_event(descriptor, filter, EV_DELETE),
                                    make_event(descriptor, filter, watch ? EV_ADD : EV_ADD | EV_CLEAR)};
@@ -7173,11 +7178,11 @@ private:
         const bool failed = ended && event.fflags != 0;  // fflags is the error of the socket
         if (!watched.broken && (failed || (watched.input_ended && watched.output_ended))) {
             watched.broken = true;
-            // From now on each wait() reports it, also if memory runs out below.
+            // From now on each wait() reports it, even if memory runs out below.
             if (!watched.write) control(static_cast<os::Descriptor>(event.ident), EVFILT_WRITE, true, true);
         }
         const bool readable = of_input && watched.read, writable = !of_input && watched.write;
-        // If reading is not watched, only the write filter reports what is broken.
+        // If reading is not watched, only the write filter reports the failure.
         const bool broken = watched.broken && (readable || !of_input);
         if (readable || writable || broken) ready.push_back({watched.owner, readable, writable, broken});
     }
@@ -7272,7 +7277,7 @@ namespace detail {
 // For the client side of a TlsStream.
 struct TlsClientOptions {
     std::string authorities{};       // a PEM file; empty: the authorities that the system trusts
-    std::string revocation_lists{};  // a PEM file; empty: it is not checked whether a certificate was revoked
+    std::string revocation_lists{};  // a PEM file; empty: revocation is not checked
     std::string certificate{};       // sent if the server requests one
     std::string key{};
     std::string key_password{};
@@ -7281,7 +7286,8 @@ struct TlsClientOptions {
     bool http = true;  // the server is told that the protocol is HTTP/1.1
 };
 
-// The largest handshake message of a client. Honest ones have less than 2 KiB, or 8 KiB with certificates.
+// The largest handshake message that a client may send. Real clients send less than 2 KiB, or 8 KiB with
+// certificates.
 constexpr std::size_t max_tls_message = 16 * 1024;
 
 // The certificates, keys and rules of all streams of a listener. The constructor throws Error with the file's name and
@@ -7318,7 +7324,7 @@ private:
     [[noreturn]] static void fail(const char* option, const std::string& file) {
         throw Error(std::string("TLS ") + option + " \"" + file + "\": " + pop_tls_error());
     }
-    // For calls that fail only if memory runs out, or if this OpenSSL is built without what they name.
+    // For calls that fail only if memory runs out, or if this OpenSSL was built without the requested feature.
     static void throw_unless(bool done) {
         if (!done) throw Error("TLS: " + pop_tls_error());
     }
@@ -7341,7 +7347,7 @@ private:
         contexts_.push_back(std::move(owned));
     }
 
-    // RFC 5280 6.3, for the certificate of the peer, not for those of its authorities.
+    // RFC 5280 6.3. Checks the peer's certificate, but not those of its authorities.
     static void check_revocation(SSL_CTX* context, const std::string& file) {
         X509_STORE* const store = SSL_CTX_get_cert_store(context);
         X509_LOOKUP* const lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
@@ -7422,8 +7428,9 @@ private:
 // Outcomes: would_block means that it needs ciphertext from the peer, unless has_input(); end means that the peer has
 // sent close_notify. After an error, failure() has the cause and output() may contain an alert for the peer.
 //
-// OpenSSL gets only whole records, and from a client, while its handshake is not encrypted, only whole messages: it
-// would allocate what a header announces. A server has no OpenSSL object before a whole ClientHello has arrived.
+// OpenSSL gets only whole records. While a client's handshake is not encrypted, it gets only whole messages of it,
+// because it would allocate the size that a header announces. A server creates no OpenSSL object until a whole
+// ClientHello has arrived.
 class TlsStream {
 public:
     // The largest plaintext of one record (RFC 8446 5.1).
@@ -7459,8 +7466,8 @@ public:
         stored_.release();
         input_ = ciphertext;
     }
-    // Decrypts up to `size` bytes out of at most `max_records` records. Continues the handshake first. would_block with
-    // has_input(): these records had no data.
+    // Decrypts up to `size` bytes from at most `max_records` records. Continues the handshake first. If the outcome
+    // is would_block and has_input() is true, these records had no data.
     IoResult read(char* data, std::size_t size, std::size_t max_records = static_cast<std::size_t>(-1)) {
         records_left_ = max_records;
         std::size_t done = 0;
@@ -7488,17 +7495,17 @@ public:
         if (!failure_.empty()) return false;
         return passed_ != 0 || decrypted() != 0 || next_unit().complete();
     }
-    // Bytes of input that wait in here.
+    // Bytes of input that wait here.
     std::size_t buffered_input() const { return stored_.size() + decrypted(); }
-    // About what OpenSSL holds for a handshake and frees at its end: the messages, their hash, the keys.
+    // The approximate memory that OpenSSL holds during a handshake: the messages, their hash and the keys.
     std::size_t handshake_memory() const { return ssl_ && !established_ ? std::size_t{42} * 1024 : 0; }
-    // The messages without data that have come after the handshake, since the last call: key updates, and attempts to
-    // renegotiate. One costs as much as 16 records with data.
+    // The number of messages without data since the last call: key updates and attempts to renegotiate, after the
+    // handshake. One costs as much as 16 records with data.
     std::size_t take_control_records() { return std::exchange(control_records_, std::size_t{0}); }
 
     // ---- output ----------------------------------------------------------------------------------------------------
 
-    // Starts or continues the handshake. For a client, which sends first.
+    // Starts or continues the handshake. Only for a client, because a client sends first.
     IoResult handshake() {
         return call_openssl([&] { return SSL_do_handshake(ssl_.get()); });
     }
@@ -7516,7 +7523,7 @@ public:
         shutdown_sent_ = true;
         call_openssl([&] { return SSL_shutdown(ssl_.get()) < 0 ? 0 : 1; });
     }
-    // Ends the stream because of what the peer does.
+    // Ends the stream because the peer broke a rule.
     void fail(const char* cause) {
         shutdown();
         if (failure_.empty()) failure_ = cause;
@@ -7586,23 +7593,23 @@ public:
         OPENSSL_free(key);
         return done ? base64(digest, digest_size) : std::string();
     }
-    // For OpenSSL functions that this class does not wrap. Null for a server before a whole ClientHello has arrived.
+    // For OpenSSL functions that this class does not wrap. On a server, null until a whole ClientHello has arrived.
     SSL* native() { return ssl_.get(); }
 
 private:
     using Outcome = IoResult::Outcome;
 
-    // What OpenSSL gets at once, at the front of the input.
+    // The next bytes at the front of the input that OpenSSL gets together.
     struct Unit {
         std::size_t size = 0;           // 0: more must arrive
-        const char* refusal = nullptr;  // OpenSSL gets nothing more
+        const char* refusal = nullptr;  // why OpenSSL gets no more input
         bool complete() const { return size != 0 || refusal != nullptr; }
     };
     static constexpr std::size_t record_header = 5;
     static constexpr std::size_t max_ciphertext = max_record + 2048;  // RFC 5246 6.2.3; RFC 8446 allows less
     static constexpr std::size_t max_fragments = 16;                  // records of one message of a handshake
 
-    // Follows messages through the records that carry them: a type, three bytes of length, and the body.
+    // Follows handshake messages through the records that carry them: a type, three bytes of length, and the body.
     class HandshakeMessages {
     public:
         bool complete() const { return header_ == 0; }
@@ -7630,7 +7637,7 @@ private:
         std::size_t body_left_ = 0;
     };
 
-    // A peer can request key updates and not read the answers. Honest peers stay far below this limit.
+    // A peer can request key updates without reading the answers. Real peers stay far below this limit.
     static constexpr std::size_t max_output = 128 * 1024;
 
     void initialize() {
@@ -7679,13 +7686,13 @@ private:
     }
     std::size_t decrypted() const { return ssl_ ? static_cast<std::size_t>(SSL_pending(ssl_.get())) : 0; }
 
-    // True if a record of this type has handshake messages that are not encrypted. In TLS 1.2 messages are encrypted
-    // after ChangeCipherSpec. In TLS 1.3 that means nothing, and encrypted records have another type.
+    // True if a record of this type has handshake messages that are not encrypted. In TLS 1.2, messages are encrypted
+    // after ChangeCipherSpec. In TLS 1.3, ChangeCipherSpec has no meaning, and encrypted records have another type.
     bool has_plain_messages(char type) const {
         if (!server_ || type != SSL3_RT_HANDSHAKE) return false;
         return !ssl_ || !change_cipher_spec_seen_ || SSL_version(ssl_.get()) != TLS1_2_VERSION;
     }
-    // A record that OpenSSL refuses is complete at once: OpenSSL knows the alert for it.
+    // A record with an illegal header is complete at once, because OpenSSL rejects it with the right alert.
     Unit next_unit() const {
         if (!ssl_ && !input_.empty() && input_.front() != SSL3_RT_HANDSHAKE) return {0, "the peer does not speak TLS"};
         HandshakeMessages messages;
@@ -7718,7 +7725,7 @@ private:
         if (input_.front() == SSL3_RT_CHANGE_CIPHER_SPEC) change_cipher_spec_seen_ = true;
         return passed_ = unit.size;
     }
-    // Fails with an alert in plain text: only such handshakes are refused.
+    // Fails with an alert in plain text, because only unencrypted handshakes are refused here.
     IoResult refuse() {
         failure_ = refusal_;
         drop_input();
@@ -7781,12 +7788,12 @@ private:
         }
         return stream.output_error_ == nullptr ? size : -1;
     }
-    // OpenSSL calls it with the header of each record, with the true type of each record of TLS 1.3, and more.
+    // OpenSSL calls it for the header of each record, for the real type of each TLS 1.3 record, and for other things.
     static void note_record(int sent, int, int kind, const void* data, std::size_t size, SSL* ssl, void* self) {
         const bool type_follows = kind == SSL3_RT_HEADER || kind == SSL3_RT_INNER_CONTENT_TYPE;
         if (sent != 0 || !type_follows || size == 0 || SSL_is_init_finished(ssl) != 1) return;
         if (*static_cast<const unsigned char*>(data) != SSL3_RT_HANDSHAKE) return;
-        constexpr std::size_t cost = 15;  // more than that of another record
+        constexpr std::size_t cost = 15;  // in addition to the 1 that every record costs
         TlsStream& stream = *static_cast<TlsStream*>(self);
         ++stream.control_records_;
         stream.records_left_ -= (std::min)(stream.records_left_, cost);
@@ -7798,12 +7805,12 @@ private:
     OpensslPtr<SSL, &SSL_free> ssl_;
     std::string_view input_;         // not decrypted yet; a view of stored_ or of the caller's bytes
     std::size_t passed_ = 0;         // bytes at the front of the input that OpenSSL may read
-    std::size_t records_left_ = 64;  // that OpenSSL may read now; read() sets it
+    std::size_t records_left_ = 64;  // records that OpenSSL may read now; read() sets it
     std::size_t control_records_ = 0;
     const char* refusal_ = nullptr;  // why readable() passes nothing more
     Bytes stored_;
     Bytes output_;
-    std::size_t sent_ = 0;  // of output_
+    std::size_t sent_ = 0;  // bytes of output_
     std::string failure_;
     const char* output_error_ = nullptr;  // why write_output() failed
     const bool server_ = false;
@@ -7812,7 +7819,7 @@ private:
     bool plain_text_ = false;
     bool established_ = false;
     bool shutdown_sent_ = false;
-    bool end_pending_ = false;  // the end or an error came after bytes that read() has returned
+    bool end_pending_ = false;  // the end or an error followed bytes that read() has returned
 };
 
 // Buffers that all connections of a listener share. An idle connection has no buffers of its own.
@@ -7852,7 +7859,7 @@ public:
     }
     bool check_rate(Socket& socket, const Rate& rate, Time now, WireCount& wire) override {
         const auto records = static_cast<double>(stream_.take_control_records());
-        // The bucket alone would allow one at a time if its burst is 0.
+        // A bucket with a burst of 0 would still allow one at a time.
         if (records == 0 || rate.per_second <= 0) return true;
         if (rate.burst >= 1 && control_records_.take(records, rate, now)) return true;
         stream_.fail("the peer sends too many key updates");
@@ -7870,9 +7877,9 @@ public:
     std::string peer_key_pin() const { return stream_.peer_key_pin(); }
 
 private:
-    // The plaintext that is encrypted between two sends.
+    // The number of plaintext bytes that are encrypted between two sends.
     static constexpr std::size_t batch = 64 * 1024;
-    // The records that one receive() decrypts: small ones cost much more than their bytes.
+    // The number of records that one receive() decrypts: small records cost much more than their bytes.
     static constexpr std::size_t max_records = 64;
 
     // Uses the shared buffer for the output of one call, unless older output is pending.
@@ -7888,11 +7895,11 @@ private:
     IoResult decrypt(Socket& socket, char* data, std::size_t size, WireCount& wire) {
         const IoResult decrypted = stream_.read(data, size, max_records);
         if (decrypted.outcome != IoResult::Outcome::would_block || stream_.has_input()) return decrypted;
-        // The rest of the last input is a part of a record, or of a handshake message.
+        // The unread input is the beginning of a record or of a handshake message.
         const std::string_view rest = stream_.unread();
         char* const begin = buffers_->received.data();
         if (!rest.empty()) std::memcpy(begin, rest.data(), rest.size());
-        // Receives little more than `size`, so that store_input() copies little.
+        // Receives only a little more than `size`, so that store_input() copies little.
         const std::size_t wanted = (std::min)(buffers_->received.size() - rest.size(), size + TlsStream::max_record);
         const IoResult received = socket.receive(begin + rest.size(), wanted);
         if (received.outcome != IoResult::Outcome::done) return received;
@@ -7915,8 +7922,8 @@ private:
         return {IoResult::Outcome::done};
     }
 
-    // Encrypts and sends batch by batch. When the kernel accepts no more, the ciphertext of at most one batch is
-    // pending; its plaintext does not count as sent until the ciphertext is sent.
+    // Encrypts and sends batch by batch. When the kernel accepts no more, at most one batch of ciphertext is pending.
+    // Its plaintext counts as sent only when the ciphertext is sent.
     IoResult encrypt(Socket& socket, const std::string_view* pieces, std::size_t count, WireCount& wire) {
         PieceCursor rest{pieces, count};
         std::size_t done = 0;
@@ -7958,10 +7965,10 @@ private:
             rest.skip(record.size());
             encrypted_ += record.size();
         }
-        batch_ciphertext_ = stream_.output().size();  // it was empty
+        batch_ciphertext_ = stream_.output().size();  // the output was empty before
         return encrypted_ != 0;
     }
-    // Joins small pieces to one record. Copies nothing if the record is a part of one piece.
+    // Joins small pieces into one record. Copies nothing if one piece contains the whole record.
     std::string_view next_record(PieceCursor rest) {
         const std::string_view first = rest.first().substr(0, TlsStream::max_record);
         if (first.size() == TlsStream::max_record || rest.count == 1) return first;
@@ -7980,7 +7987,7 @@ private:
     TlsStream stream_;
     TokenBucket control_records_;
     std::size_t encrypted_ = 0;         // plaintext bytes whose ciphertext is pending
-    std::size_t batch_ciphertext_ = 0;  // of these, at the front of the stream's output
+    std::size_t batch_ciphertext_ = 0;  // their ciphertext, at the front of the stream's output
     bool borrowed_ = false;
 };
 
@@ -7996,7 +8003,7 @@ public:
     void reload() override { shared_->reload(); }
 
 private:
-    // What the loops have in common.
+    // The part that all loops share.
     class Shared {
     public:
         explicit Shared(TlsOptions options)
@@ -8044,7 +8051,7 @@ WSCHAT_BEGIN
 
 namespace detail {
 
-// A callback that is due at a time. Its owner keeps it alive; a Timers heap contains it at most once.
+// A callback for a point in time. Its owner keeps it alive; a Timers heap contains it at most once.
 class Timer {
 public:
     Timer() = default;
@@ -8119,7 +8126,7 @@ private:
 };
 
 // While at least one guard exists, SIGINT and SIGTERM (on Windows: Ctrl-C and closing the console) only write their
-// number to the wake-up pipe of each guard. The last guard restores what the signals did before.
+// number to the wake-up pipe of each guard. The last guard restores the previous signal handlers.
 class SignalGuard {
 public:
     explicit SignalGuard(os::Descriptor wake) : wake_(wake) {
@@ -8156,8 +8163,8 @@ private:
         const bool may_return = event == CTRL_C_EVENT || event == CTRL_BREAK_EVENT;
         if (!may_return) closing_.store(true);
         wake_all(SIGINT);
-        // The console closes, or the user logs off: Windows ends the process when this function returns, or after some
-        // seconds. The program ends it earlier, when it has said goodbye to its clients.
+        // The console closes, or the user logs off: Windows ends the process when this function returns, or after
+        // some seconds. The program ends earlier than that, after it has closed its clients.
         while (!may_return) ::Sleep(INFINITE);
         return TRUE;
     }
@@ -8247,9 +8254,9 @@ public:
 
     // ---- in the event loop of another program ----------------------------------------------------------------------
 
-    // Runs one turn, instead of run(). If there is nothing to do, it waits for this time at most, rounded up to a
-    // millisecond; a negative time counts as zero. Returns false if stop() was called since the last turn. What
-    // callbacks throw does not leave it. Throws an Error if the loop is running already: in a callback.
+    // Runs one turn, instead of run(). If there is nothing to do, it waits for at most this time, rounded up to a
+    // millisecond; a negative time counts as zero. Returns false if stop() was called since the last turn. Exceptions
+    // of callbacks do not leave it. Throws an Error in a callback of this loop.
     bool poll(Duration timeout = Duration::zero()) {
         const Running running(*this, "poll");
         turn((std::max)(now_, timers_.next()), timeout);
@@ -8259,8 +8266,8 @@ public:
         return !std::exchange(stop_, false);
     }
     // An epoll or kqueue descriptor that is readable while a socket, posted work or a signal needs poll(). Only wait
-    // for it, level-triggered; do not read it. Throws an Error if the poller has none: with PollerKind::poll, and on
-    // Windows.
+    // for it, level-triggered; do not read it. Throws an Error if the poller has no such descriptor:
+    // PollerKind::poll, and Windows.
     int descriptor() const {
         const auto descriptor = poller_->descriptor();
         if (descriptor == detail::os::no_descriptor)
@@ -8268,8 +8275,9 @@ public:
                         "\" has no descriptor to wait for: call poll() at intervals");
         return static_cast<int>(descriptor);
     }
-    // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero if
-    // work is left. Duration::max() if there is none. Ask again before each wait, because any call may change it.
+    // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero
+    // if work is left. Duration::max(): no timer and no work. Call it before each wait, because any call may change
+    // it.
     Duration next_timeout() const { return next_timeout(clock()); }
 
     // ---- work and timers -------------------------------------------------------------------------------------------
@@ -8431,9 +8439,8 @@ private:
         poll_again_ = at_turn_end_ && at_turn_end_();
     }
 
-    // Work, a wait or a pause of the program that ends more than a second later than expected, for example because the
-    // process was stopped, counts as time in which the loop did not poll. Nobody knows when a late wait was stopped, so
-    // all of it counts.
+    // If work, a wait, or the time between two calls of poll() ends more than a second late, for example because the
+    // process was stopped, all of it counts as time in which the loop did not poll: nobody knows when the stop began.
     void note_span(Time begin, Time expected, Time end) {
         if (end > saturating_add(expected, std::chrono::seconds(1))) away_ += end - begin;
     }
@@ -8490,13 +8497,13 @@ public:
     static Poller& poller(Loop& loop) { return *loop.poller_; }
     static Timers& timers(Loop& loop) { return loop.timers_; }
     static os::Descriptor wake_descriptor(const Loop& loop) { return loop.mailbox_->wake_up.write_end(); }
-    // Replaces the poller before anything is added to it. One that never blocks need not watch the wake-up pipe.
+    // Replaces the poller before anything is added to it. A poller that never blocks need not watch the wake-up pipe.
     static void set_poller(Loop& loop, std::unique_ptr<Poller> poller) {
         loop.poller_ = std::move(poller);
         loop.now_ = loop.poller_->now();
     }
-    // The sum of all times in which the loop did not poll: it was stopped, or a callback took more than a second. A
-    // deadline of a peer can leave it out.
+    // The sum of all times in which the loop did not poll, because the process was stopped or a callback took more
+    // than a second. A peer's deadline can be extended by it.
     static Duration away(const Loop& loop) { return loop.away_; }
     // Whether the loop has been in the same turn for longer than this. Any thread may ask.
     static bool busy(const Loop& loop, Time now, Duration longer_than) {
@@ -8512,7 +8519,7 @@ public:
     static void on_exception(Loop& loop, std::function<void(const char* where, const char* what)> handler) {
         loop.on_exception_ = std::move(handler);
     }
-    // The object whose hooks these are: the worker of a server; null if there is none.
+    // The object that has set these hooks: a server's worker, or null.
     static void set_owner(Loop& loop, void* owner) { loop.owner_ = owner; }
     static void* owner(const Loop& loop) { return loop.owner_; }
 };
@@ -8524,8 +8531,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 13: Site
 //
-// What is served, the same for every loop: routes, pages, files, and the policies on origins, hosts and proxies. Plain
-// values that several loops can share. Does not know connections.
+// The description of what a server serves, the same for every loop: routes, pages, files, and the policies on
+// origins, hosts and proxies. Plain values that several loops can share. Does not know connections.
 // ====================================================================================================================
 
 #include <tuple>
@@ -8586,7 +8593,7 @@ public:
         return result;
     }
 
-    // The segments that "{name...}" matched, each decoded by itself.
+    // The segments that "{name...}" matched, each decoded on its own.
     WSCHAT_COLD std::vector<std::string> tail(std::string_view raw_path) const {
         std::vector<std::string> result;
         std::string_view rest = raw_path.substr(1);
@@ -8596,7 +8603,8 @@ public:
         return result;
     }
 
-    // If several patterns match, the one with the highest rank wins: more plain text first, open-ended ones last.
+    // If several patterns match, the one with the highest rank wins: patterns with more plain text first, open-ended
+    // ones last.
     std::size_t rank() const {
         std::size_t rank = open_ended_ ? 0 : 1000;
         for (const std::string& segment : segments_) rank += is_param(segment) ? 1u : 2u;
@@ -8621,7 +8629,7 @@ private:
         more = segment.size() != size;
         return segment;
     }
-    // The same if the first segment, decoded, is that text.
+    // The same, but only if the decoded first segment equals `literal`.
     static bool cut_literal(std::string_view& path, bool& more, std::string_view literal) {
         std::size_t at = 0;
         for (const char expected : literal) {
@@ -8648,7 +8656,7 @@ private:
 template <class Entry>
 class PatternMap {
 public:
-    // Throws an Error if an entry matches the same paths already.
+    // Throws an Error if another entry already matches the same paths.
     template <class... Arguments>
     Entry& add(const char* what, const Pattern& pattern, Arguments&&... arguments) {
         if (find_same(pattern) != nullptr) throw Error(std::string(what) + " \"" + pattern.text() + "\": given twice");
@@ -8676,13 +8684,13 @@ private:
 
 }  // namespace detail
 
-// What static_dir() does with symbolic links below its folder. `inside`: a link is followed if what it leads to is also
-// below the folder, as in the volumes of Kubernetes.
+// How static_dir() treats symbolic links below its folder. `inside`: a link is followed if its target is also below
+// the folder, as in the volumes of Kubernetes.
 enum class SymbolicLinks : std::uint8_t { refuse, inside };
 
 namespace detail {
 
-// Whether Windows reads the name as a device in any folder: CON, NUL, COM1, also "nul.txt" and "NUL .txt".
+// Whether Windows treats the name as a device in every folder: CON, NUL, COM1, also "nul.txt" and "NUL .txt".
 inline bool is_windows_device(std::string_view name) {
     std::string_view stem = name.substr(0, name.find_first_of(".:"));
     while (!stem.empty() && stem.back() == ' ') stem.remove_suffix(1);
@@ -8714,8 +8722,8 @@ public:
     }
     ~File() { close(); }
 
-    // root/names[0]/names[1]/...; never outside of the root, never a hidden file, no symbolic link unless it may be
-    // followed.
+    // root/names[0]/names[1]/...; never outside the root, never a hidden file. Symbolic links are refused unless
+    // `links` allows them.
     static File beneath(const std::string& root, const std::vector<std::string>& names, SymbolicLinks links) {
         for (const std::string& name : names)
             if (!plain_name(name)) return File(-1, ENOENT);
@@ -8767,8 +8775,8 @@ private:
     }
 
 #if !defined(_WIN32)
-    // Resolves the links first, and then opens what they lead to without following any: it cannot leave the root, even
-    // if links change meanwhile.
+    // Resolves the links first, and then opens the target without following any link. So a path cannot leave the
+    // root, even if links change in the meantime.
     WSCHAT_COLD static File beneath_resolved(const std::string& root, const std::vector<std::string>& names) {
         std::string path = root;
         for (const std::string& name : names) (path += '/') += name;
@@ -8781,7 +8789,7 @@ private:
         return opened(os::open_file_beneath(real_root, resolved));
     }
 #endif
-    // Refuses "..", hidden files, separators of every system, and names that Windows reads as a device or a stream.
+    // Refuses "..", hidden files, separators of every system, and names of Windows devices and streams.
     // RFC 8615: "/.well-known/" is public.
     static bool plain_name(const std::string& name) {
         return !name.empty() && (name.front() != '.' || name == ".well-known") &&
@@ -8824,7 +8832,7 @@ WSCHAT_COLD inline std::string_view content_type(std::string_view name) {
     return "application/octet-stream";
 }
 
-// The parts of an HTTP date by the letters of its form: w (weekday, of any length), d, b (month), y, h, m, s.
+// The parts of an HTTP date by the letters of its form: w (weekday, any length), d, b (month), y, h, m, s.
 struct HttpDateParts {
     int d = 0, y = 0, h = 0, m = 0, s = 0;
     std::string b;
@@ -8865,7 +8873,8 @@ WSCHAT_COLD inline std::optional<std::int64_t> parse_http_date(std::string_view 
     const int year = two_digits ? parts.y + (parts.y < 70 ? 2000 : 1900) : parts.y;
     const std::size_t index = std::string_view("JanFebMarAprMayJunJulAugSepOctNovDec").find(parts.b);
     if (index == std::string_view::npos || index % 3 != 0 || !parts.valid()) return std::nullopt;
-    // Days since 1970-03-01 of a calendar that begins in March, so that the leap day is the last of its year.
+    // Days since 1970-03-01 in a calendar whose years begin in March, so that the leap day is the last day of its
+    // year.
     const auto m = static_cast<std::int64_t>(index / 3);
     const std::int64_t y = m < 2 ? year - 1 : year;
     const std::int64_t days =
@@ -8891,27 +8900,28 @@ WSCHAT_COLD inline bool not_modified(const Request& request, const std::string& 
 }  // namespace detail
 
 #if WSCHAT_OPENSSL
-// Cookies that a client can read but not change, in the format of Tornado's set_signed_cookie() (version 2): the value,
-// its name and the time are signed with HMAC-SHA256. Both programs read the cookies of the other.
+// Cookies that a client can read but not change, in the format of Tornado's set_signed_cookie() (version 2): the
+// value, its name and the time are signed with HMAC-SHA256. Tornado and wschat accept the cookies of each other.
 class CookieSigner {
 public:
-    // The first key signs, and each of them is accepted: to replace a key, put a new one before it. Throws an Error for
-    // a key of less than 16 bytes. `openssl rand -base64 32` makes a good one.
+    // The first key signs. All keys are accepted: to replace a key, put a new one before it. Throws an Error for a
+    // key of less than 16 bytes. `openssl rand -base64 32` makes a good key.
     explicit CookieSigner(std::vector<std::string> keys) : keys_(std::move(keys)) {
         for (const std::string& key : keys_)
             if (key.size() < 16) throw Error("CookieSigner: a key has less than 16 bytes");
         if (keys_.empty()) throw Error("CookieSigner: there is no key");
     }
     explicit CookieSigner(std::string key) : CookieSigner(std::vector<std::string>{std::move(key)}) {}
-    // Without it, two literals would be two pointers into one string.
+    // Without this constructor, two literals would be read as two pointers into one string.
     explicit CookieSigner(std::initializer_list<std::string> keys) : CookieSigner(std::vector<std::string>(keys)) {}
 
-    // Sets the cookie. `value` may have any bytes.
+    // Sets the cookie. `value` may contain any bytes.
     void set(Response& response, std::string_view name, std::string_view value,
              const CookieOptions& options = {}) const {
         response.set_cookie(name, sign(name, value), options);
     }
-    // The value of the cookie. Nothing if the request has none, or it is older, forged, or signed for another name.
+    // The value of the cookie. Returns nothing if the request has no such cookie, or if it is too old, forged, or
+    // signed for another name.
     std::optional<std::string> get(const Request& request, std::string_view name,
                                    std::chrono::seconds max_age = std::chrono::hours(31 * 24)) const {
         const auto cookie = request.cookie(name);
@@ -8934,7 +8944,7 @@ public:
                    CRYPTO_memcmp(given.data(), expected.data(), expected.size()) == 0;
         };
         if (signed_size == 0 || !std::any_of(keys_.begin(), keys_.end(), matches)) return std::nullopt;
-        // Only what was signed with a key comes here, so the fields are well formed, or another program's.
+        // The signature is valid, so the fields are well formed, or another program with the same key wrote them.
         std::string_view rest = signed_text;
         if (text::consume_until(rest, '|') != "2" || !next_field(rest)) return std::nullopt;
         const auto time = next_field(rest), its_name = next_field(rest), encoded = next_field(rest);
@@ -8991,8 +9001,8 @@ inline std::string replace_name(std::string_view path, std::string_view name) {
 
 }  // namespace detail
 
-// A path beside a source file: beside(__FILE__, "page.html"). If nothing is there, because the program runs where its
-// source is not, the file of this name in the folder of the program.
+// A path beside a source file: beside(__FILE__, "page.html"). If no file is there, because the program runs where its
+// source is missing: the file of this name in the folder of the program.
 WSCHAT_COLD inline std::string beside(std::string_view source_file, std::string_view name) {
     std::string path = detail::replace_name(source_file, name);
     if (detail::File{path}) return path;
@@ -9002,7 +9012,7 @@ WSCHAT_COLD inline std::string beside(std::string_view source_file, std::string_
 
 // ---- routes and pages ----------------------------------------------------------------------------------------------
 
-// A WebSocket route; Server::route() makes it.
+// A WebSocket route. Server::route() returns it.
 class Route {
 public:
     using Factory = std::function<std::unique_ptr<WebSocketHandler>()>;
@@ -9014,7 +9024,7 @@ public:
         current_limits_ = &limits_.append(limits);
         return *this;
     }
-    // Null if the route has no limits of its own.
+    // Returns null if the route has no limits of its own.
     const Limits* limits() const { return current_limits_; }
     const detail::Pattern& pattern() const { return pattern_; }
     std::unique_ptr<WebSocketHandler> make_handler() const { return factory_(); }
@@ -9022,56 +9032,56 @@ public:
 private:
     detail::Pattern pattern_;
     Factory factory_;
-    StringMap<Limits> limits_;  // all that were set: open connections keep those that they began with
+    StringMap<Limits> limits_;  // all limits that were set: open connections keep theirs
     const Limits* current_limits_ = nullptr;
 };
 
-// What pages of other origins may do with the answers of this server: Server::allow_cors().
+// How pages of other origins may use the answers of this server: Server::allow_cors().
 struct CorsOptions {
-    std::string headers = "Content-Type, Authorization";  // that a request may carry
+    std::string headers = "Content-Type, Authorization";  // the headers that a request may carry
     bool credentials = false;                             // requests may carry cookies
-    std::chrono::seconds max_age{600};                    // for which a browser remembers a preflight
+    std::chrono::seconds max_age{600};                    // how long a browser remembers a preflight
 };
 
 namespace detail {
 
-// What answers a request for a page: a response whose body is in memory, or a range of a file if that is open.
+// The answer to a request for a page: a response whose body is in memory, or a range of `file` if that is open.
 struct PageAnswer {
     Response response;
     File file{};
-    std::uint64_t size = 0;  // of the range, from the file's position on
-    int file_error = 0;      // the errno of a file that should be there; it is logged
-    bool missing = false;    // there is no such file: Site::not_found answers, if it is set
+    std::uint64_t size = 0;  // of the range, which begins at the file's position
+    int file_error = 0;      // the errno of a file that should exist; it is logged
+    bool missing = false;    // the path has no file: Site::not_found answers, if it is set
 };
 
 // A request for a page, as the page's function sees it.
 struct PageCall {
     const Request& request;
     const Pattern& pattern;
-    const std::function<Reply()>& make_reply;  // for an answer that comes later; called at most once
+    const std::function<Reply()>& make_reply;  // for a later answer; called at most once
 };
 
-// A pattern, and for each method the function that answers it. The function returns nothing if the answer comes later.
+// A pattern, and for each method the function that answers it. The function returns nothing if it answers later.
 class Page {
 public:
     using Function = std::function<std::optional<PageAnswer>(const PageCall&)>;
 
     explicit Page(Pattern pattern, bool folder = false) : pattern_(std::move(pattern)), folder_(folder) {}
     const Pattern& pattern() const { return pattern_; }
-    bool folder() const { return folder_; }  // of static_dir()
+    bool folder() const { return folder_; }  // a folder of static_dir()
 
-    // False if the method has a function already.
+    // Returns false if the method already has a function.
     bool add(std::string_view method, Function function) {
         if (find_exactly(method) != nullptr) return false;
         methods_.push_back({std::string(method), std::move(function)});
         return true;
     }
-    // Null if the page does not answer the method. GET answers HEAD too (RFC 9110 9.3.2).
+    // Returns null if the page does not answer the method. GET also answers HEAD (RFC 9110 9.3.2).
     const Function* find(std::string_view method) const {
         const Function* found = find_exactly(method);
         return found == nullptr && method == "HEAD" ? find_exactly("GET") : found;
     }
-    // For the header Allow.
+    // The value of the header Allow.
     WSCHAT_COLD std::string allowed() const {
         std::string list;
         for (const auto& [method, function] : methods_) {
@@ -9093,7 +9103,7 @@ private:
     bool folder_;
 };
 
-// A 404 may be cached, so an error that can pass is a 503.
+// A 404 may be cached, so a temporary error is a 503.
 WSCHAT_COLD inline Response file_refusal(int error) {
     switch (error) {
         case EMFILE:
@@ -9113,12 +9123,12 @@ WSCHAT_COLD inline PageAnswer missing_file(int error, bool logged) {
     return answer;
 }
 
-// RFC 9110 14: the bytes of a file that a request gets, from `first` to before `end`.
+// RFC 9110 14: the bytes of a file that a request gets, from `first` up to but without `end`.
 struct ByteRange {
     std::uint64_t first, end;
-    bool partial;  // the request asks for this range. No byte of the file is in it if it is empty
+    bool partial;  // the request asks for this range; if the range is empty, the file has no such bytes
 };
-// Several ranges, and ranges that are malformed, are answered with the whole file.
+// Requests for several ranges and malformed ranges get the whole file.
 WSCHAT_COLD inline ByteRange requested_range(const Request& request, std::uint64_t size) {
     const ByteRange whole{0, size, false};
     std::string_view last = request.header("range");
@@ -9132,7 +9142,7 @@ WSCHAT_COLD inline ByteRange requested_range(const Request& request, std::uint64
     if (*from >= size) return {0, 0, true};
     return {*from, to ? (std::min)(*to + 1, size) : size, true};
 }
-// RFC 9110 13.1.5: "If-Range" names the copy that the client has a part of, by a strong tag or the exact date.
+// RFC 9110 13.1.5: "If-Range" names the copy of which the client has a part, by a strong tag or an exact date.
 WSCHAT_COLD inline bool range_applies(const Request& request, const std::string& etag, std::int64_t modified_seconds) {
     const auto condition = request.fields().find("if-range");
     return !condition || *condition == etag || parse_http_date(*condition) == modified_seconds;
@@ -9219,8 +9229,8 @@ inline std::string_view without_quotes(std::string_view s) {
     return s.size() >= 2 && s.front() == '"' && s.back() == '"' ? s.substr(1, s.size() - 2) : s;
 }
 
-// An address as proxies write it: "203.0.113.7", "203.0.113.7:51234", "[2001:db8::7]:443", "2001:db8::7", also in
-// quotes (RFC 7239 6). Returns nothing for "unknown", for a name that hides the address ("_hidden"), and for other
+// Parses an address as proxies write it: "203.0.113.7", "203.0.113.7:51234", "[2001:db8::7]:443", "2001:db8::7", also
+// in quotes (RFC 7239 6). Returns nothing for "unknown", for a name that hides the address ("_hidden"), and for other
 // texts.
 WSCHAT_COLD inline std::optional<IpAddress> parse_hop(std::string_view hop) {
     hop = without_quotes(hop);
@@ -9236,15 +9246,15 @@ WSCHAT_COLD inline std::optional<IpAddress> parse_hop(std::string_view hop) {
         port = hop;
         address = text::consume_until(port, ':');
     }
-    // RFC 7239 6.3: a port may be hidden too ("_8f3a").
+    // RFC 7239 6.3: a port may also be hidden ("_8f3a").
     if (!text::parse_unsigned(port, 65535) && !(text::starts_with(port, "_") && text::is_token(port)))
         return std::nullopt;
     return IpAddress::parse(address);
 }
 
 // Removes the text after the last separator, and the separator, from `list`. Returns the text. A separator in quotes
-// does not count. It reads from the right, because only there stands what the nearest proxy wrote: a quote that a
-// client has opened further left changes nothing.
+// does not count. It reads from the right, because the nearest proxy wrote the last part: an open quote that a client
+// wrote further left has no effect.
 inline std::string_view consume_last(std::string_view& list, char separator) {
     bool quoted = false;
     std::size_t at = list.size();
@@ -9269,7 +9279,7 @@ public:
             return true;
         });
     }
-    // Skips empty elements. Empty at the end.
+    // Skips empty elements. Returns an empty text at the end.
     std::string_view next() {
         std::string_view element;
         while (element.empty() && !lines_.empty()) {
@@ -9283,12 +9293,12 @@ private:
     std::vector<std::string_view> lines_;
 };
 
-// What is known about a client, with the headers of trusted proxies.
+// The address and the scheme of a client, from its connection and from the headers of trusted proxies.
 struct ForwardedClient {
     IpAddress address;
     std::string_view scheme;  // "http" or "https"
-    // What a trusted proxy wrote instead of an address. Not empty: `address` is that of a proxy, and all its clients
-    // share the limits for one address. Should be logged.
+    // The text that a trusted proxy wrote instead of an address. If it is not empty, `address` is the address of a
+    // proxy, and all its clients share the limits for one address, so it should be logged.
     std::string_view unreadable{};
 };
 
@@ -9309,10 +9319,10 @@ WSCHAT_COLD inline std::string_view forwarded_scheme(std::string_view scheme, st
     return unknown;
 }
 
-// Reads from the right: each trusted proxy says who connected to it, and with which scheme. Stops at the first address
-// that is not trusted, because its client can have written what stands left of it. Most proxies write X-Forwarded-For
-// and pass on a Forwarded (RFC 7239) that the client wrote. So Forwarded counts only if the request has neither
-// X-Forwarded-For nor X-Forwarded-Proto.
+// Reads from the right: each trusted proxy says who connected to it, and with which scheme. Stops at the first
+// address that is not trusted, because that client may have written everything further left. Most proxies write
+// X-Forwarded-For and pass on the client's own Forwarded (RFC 7239). So Forwarded counts only if the request has
+// neither X-Forwarded-For nor X-Forwarded-Proto.
 template <class Trusted>
 WSCHAT_COLD void read_forwarded(const Fields& fields, ForwardedClient& client, Trusted&& trusted) {
     const bool legacy = fields.count("x-forwarded-for") + fields.count("x-forwarded-proto") != 0;
@@ -9334,7 +9344,7 @@ WSCHAT_COLD void read_forwarded(const Fields& fields, ForwardedClient& client, T
 
 // ---- the site ------------------------------------------------------------------------------------------------------
 
-// All that a server serves, and from whom it accepts it.
+// The description of a server: what it serves, and to whom.
 class Site {
 public:
     PatternMap<Route> routes;
@@ -9342,7 +9352,7 @@ public:
     std::function<Response(const Request&)> not_found;  // may be empty
     Headers default_headers;                            // of each answer that does not set them itself
 
-    // Throws an Error if the page answers the method already.
+    // Throws an Error if the page already answers the method.
     WSCHAT_COLD void add_page(const char* call, std::string_view method, std::string_view pattern,
                               Page::Function function, bool folder = false) {
         if (!text::is_token(method) || method == "CONNECT")
@@ -9366,14 +9376,14 @@ public:
             return std::optional<PageAnswer>();
         });
     }
-    // From "/static" to "/static/" if that is a static folder, for a path that has no page.
+    // Redirects "/static" to "/static/" if that is a static folder, for a path that has no page.
     WSCHAT_COLD std::optional<Response> folder_redirect(const Request& request) const {
         const Page* page = pages.find(std::string(request.raw_path()) + "/");
         if (page == nullptr || !page->folder()) return std::nullopt;
         return redirect_to_folder(request);
     }
 
-    // One file, opened again for each request, so that a symbolic link on its path may change.
+    // One file. It is opened again for each request, so a symbolic link on its path may change.
     WSCHAT_COLD void add_file(std::string_view pattern, std::string_view path, Headers headers) {
         check_headers(headers);
         const std::string found = find_file(std::string(pattern), std::string(path));
@@ -9410,8 +9420,8 @@ public:
         check_headers({{"Access-Control-Allow-Headers", options.headers}});
         cors_ = options;
     }
-    // The headers that let a page of another origin read the answer (the Fetch standard, 3.3). `methods`: those that
-    // the path answers, if this is the answer to a preflight, else empty.
+    // The headers that let a page of another origin read the answer (the Fetch standard, 3.3). `methods`: for the
+    // answer to a preflight, the methods that the path answers; otherwise empty.
     WSCHAT_COLD Headers cors_headers(const Request& request, std::string_view methods) const {
         Headers headers;
         if (cors_origins_.list().empty()) return headers;
@@ -9467,12 +9477,12 @@ public:
             if (block.contains(address)) return true;
         return false;
     }
-    // `address`: as Request::remote_address() gives it.
+    // `address`: in the form of Request::remote_address().
     static bool contains(const std::vector<Cidr>& blocks, const std::string& address) {
         const auto parsed = address == "unix" ? IpAddress() : IpAddress::parse(address);
         return parsed && contains(blocks, *parsed);
     }
-    // What the headers of trusted proxies say about the client. Other peers are the client themselves.
+    // The client according to the headers of trusted proxies. Any other peer is the client itself.
     ForwardedClient client(const IpAddress& peer, const Request& request, bool encrypted) const {
         ForwardedClient client{peer, encrypted ? "https" : "http", {}};
         if (trusted(peer))
@@ -9487,12 +9497,13 @@ public:
     }
 
 private:
-    // Throws an Error at set-up, not at the first request.
+    // Checks the headers at set-up: an Error here is better than one at the first request.
     static void check_headers(const Headers& headers) {
         Response response(200);
         for (const auto& [name, value] : headers) response.set_header(name, value);
     }
-    // A relative path from the working directory at the start. Symbolic links are followed at each request.
+    // Makes a relative path absolute, with the present working directory. Symbolic links are followed at each
+    // request.
     static std::string anchored(const std::string& path) {
 #if defined(_WIN32)
         const bool relative = !path.empty() && path.front() != '/' && path.front() != '\\' && path.find(':') != 1;
@@ -9524,14 +9535,15 @@ private:
         if (!file) return missing_file(file.error(), false);
         return file_answer(std::move(file), content_type(names.back()), request, headers);
     }
-    // A path that begins with two slashes cannot come here, because File::beneath() refuses its empty first name. So
-    // this cannot lead to another host.
+    // A path that begins with two slashes never gets here, because File::beneath() refuses its empty first name. So
+    // the redirect cannot lead to another host.
     WSCHAT_COLD static Response redirect_to_folder(const Request& request) {
         const std::string query = request.query_string().empty() ? "" : "?" + std::string(request.query_string());
         return Response::redirect(std::string(request.raw_path()) + "/" + query, 301);
     }
 
-    // Whether the origin is of a public host, and the Host is not; or the Host has lost its port.
+    // Whether a proxy seems to have replaced the Host: the origin has a public host, and the Host is internal or
+    // lacks the origin's port.
     WSCHAT_COLD static bool host_seems_replaced(std::string_view origin, std::string_view host) {
         const auto normal = normalized_origin(origin);
         if (!normal || !text::starts_with(*normal, "http")) return false;
