@@ -16396,7 +16396,7 @@ struct ChatLimits {
     std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
     // After a join or a leave, the next ones in the room are collected for this time, and sent in one event.
     Duration presence_window = std::chrono::milliseconds(500);
-    std::size_t max_rooms = 10'000;              // with users on one loop
+    std::size_t max_rooms = 10'000;              // with users on this server
     std::size_t max_read_markers = 1000;         // of a user
     std::size_t history_on_join = 50;            // entries for a client without an id
     std::size_t history_on_resume = 500;         // entries for a client with an id
@@ -16415,7 +16415,7 @@ struct ChatLimits {
 };
 
 // What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
-// on the same loop is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to
+// on the same server is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to
 // speak in a room that is read-only or slow, and to enter a private one.
 enum class ChatAction : std::uint8_t {
     say,
@@ -16539,6 +16539,7 @@ private:
     };
     mutable std::vector<Change> changes_{};  // joins and leaves of the present window
     bool window_open_ = false;
+    bool counted_ = false;  // in ChatHub::Uses
     struct Latest {
         std::uint64_t id;
         std::string user;
@@ -16552,6 +16553,72 @@ private:
 // The chat of a server, shared by its handlers: rooms, the history, bans. A server with several loops has a hub for
 // each of them, and they are one chat: the same rooms, users, history and moderation. All calls on the loop's thread.
 class ChatHub final : private ChatStore::Listener {
+    // Of an address, on all hubs of a server.
+    struct AddressUse {
+        bool unused(Time now) const {
+            return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now) &&
+                   fan_out.full(now);
+        }
+        std::mutex mutex{};  // of the buckets
+        detail::FloodLimiter limiter{};
+        TokenBucket replies{}, creations{}, fan_out{};
+        std::size_t connections = 0;  // under the lock of Uses
+    };
+    // What the hubs of a server count together. Any loop uses it.
+    class Uses {
+    public:
+        AddressUse& add_address(const std::string& key, Time now) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (addresses_.size() >= prune_addresses_at_) {
+                addresses_.erase_if([now](const AddressUse& use) { return use.unused(now); });
+                prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
+            }
+            AddressUse& use = addresses_.find_or_emplace(key);
+            ++use.connections;
+            return use;
+        }
+        void remove_address(AddressUse& use) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            --use.connections;
+        }
+        // False: the user has created too many rooms for now.
+        bool may_create_room(const std::string& user, const Rate& rate, Time now) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (creations_.size() >= prune_creations_at_) {
+                creations_.erase_if([now](const TokenBucket& bucket) { return bucket.full(now); });
+                prune_creations_at_ = (std::max)(std::size_t{1024}, 2 * creations_.size());
+            }
+            return creations_.find_or_emplace(user).take(1, rate, now);
+        }
+        // Rooms with users. A hub adds a room once, and removes it when its last user of the room has left.
+        bool has_room(const std::string& key, std::size_t hubs = 1) const {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            const std::size_t* const count = rooms_.find(key);
+            return count != nullptr && *count >= hubs;
+        }
+        std::size_t room_count() const {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            return rooms_.size();
+        }
+        // False: there are too many.
+        bool add_room(const std::string& key, std::size_t max) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (rooms_.size() >= max && rooms_.find(key) == nullptr) return false;
+            ++rooms_.find_or_emplace(key, std::size_t{0});
+            return true;
+        }
+        void remove_room(const std::string& key) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (--*rooms_.find(key) == 0) rooms_.erase(key);
+        }
+
+    private:
+        mutable std::mutex mutex_;
+        StringMap<AddressUse> addresses_;
+        StringMap<TokenBucket> creations_;  // by public id of the user
+        StringMap<std::size_t> rooms_;      // the number of hubs, by key
+        std::size_t prune_addresses_at_ = 1024, prune_creations_at_ = 1024;
+    };
     // What the hubs of a server share.
     struct Common {
         explicit Common(const Server& server)
@@ -16559,6 +16626,7 @@ class ChatHub final : private ChatStore::Listener {
         const std::shared_ptr<Mailbox> first;  // of the first loop
         const bool several;
         const SharedStore store;
+        Uses uses;
         ChatLimits limits;
         std::function<void(std::string_view, ChatRoomOptions&)> room_options;
         std::function<void(const ChatEntry&)> on_event;
@@ -16593,8 +16661,7 @@ public:
 
     static ChatHub& of(Server& server) { return server.extension<ChatHub>(); }
 
-    // Change them before run(), on the first loop: they hold for all loops. The limits of a connection are exact; those
-    // of an address and the number of rooms count for each loop.
+    // Change them before run(), on the first loop: they hold for all loops together.
     ChatLimits& limits;
 
     // Replaces the store: set_store(SqliteHistory("chat.db")). An Error after the first connection, and on another loop
@@ -16693,23 +16760,12 @@ private:
     using User = detail::Presence::User;
     using Told = detail::Presence::Told;
 
-    struct AddressUse {
-        detail::FloodLimiter limiter;
-        TokenBucket replies, creations, fan_out;
-        std::size_t connections = 0;
-
-        bool unused(Time now) const {
-            return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now) &&
-                   fan_out.full(now);
-        }
-    };
     // A user who is connected to this server.
     struct UserState {
         std::vector<ChatHandler*> connections{};
         enum class Markers : std::uint8_t { unknown, requested, known } markers = Markers::unknown;
         StringMap<std::uint64_t> read{};               // the read markers: by room, or by "@" and the id of a peer
         std::vector<std::function<void()>> waiting{};  // for the markers
-        TokenBucket creations{};
     };
     struct Asked {
         std::uint64_t number;  // of the connection
@@ -16820,14 +16876,7 @@ private:
     }
 
     AddressUse& add_address(const std::string& remote_address) {
-        if (addresses_.size() >= prune_addresses_at_) prune_addresses();
-        AddressUse& use = addresses_.find_or_emplace(rate_limit_key(remote_address));
-        ++use.connections;
-        return use;
-    }
-    void prune_addresses() {
-        addresses_.erase_if([time = now()](const AddressUse& use) { return use.unused(time); });
-        prune_addresses_at_ = (std::max)(std::size_t{1024}, 2 * addresses_.size());
+        return common_.uses.add_address(rate_limit_key(remote_address), now());
     }
 
     // ---- users -----------------------------------------------------------------------------------------------------
@@ -16969,6 +17018,7 @@ private:
             std::vector<std::string> unwatched, empty;
             rooms_.erase_if([&](const ChatRoom& room) {
                 if (room.presence_.own() != 0) return false;
+                if (room.counted_) common_.uses.remove_room(room.key());
                 unwatched.push_back(room.key());
                 const bool spelled = spellings_.find(room.key()) != nullptr;
                 if (spelled && room.presence_known_ && room.presence_.empty()) empty.push_back(room.key());
@@ -17218,10 +17268,33 @@ private:
 
     // False: too many for now.
     bool may_create_room(const std::string& user, AddressUse* address) {
-        UserState* const state = users_.find(user);
         const Time time = now();
-        return (state == nullptr || state->creations.take(1, limits.room_creations, time)) &&
-               (address == nullptr || address->creations.take(1, limits.address_room_creations, time));
+        if (!common_.uses.may_create_room(user, limits.room_creations, time)) return false;
+        return take_of(address,
+                       [&](AddressUse& use) { return use.creations.take(1, limits.address_room_creations, time); });
+    }
+    // Of no address, everything may be taken.
+    template <class Take>
+    static bool take_of(AddressUse* address, const Take& take) {
+        if (address == nullptr) return true;
+        const std::lock_guard<std::mutex> lock(address->mutex);
+        return take(*address);
+    }
+    // Whether nobody on this server is in the room.
+    bool is_new(std::string_view name) const {
+        const ChatRoom* const room = find(name);
+        if (room != nullptr && !room->presence_.empty()) return false;
+        return !common_.uses.has_room(chat_fold(name), room != nullptr && room->counted_ ? 2 : 1);
+    }
+    bool has_too_many_rooms(std::string_view name) const {
+        return find(name) == nullptr && common_.uses.room_count() >= limits.max_rooms &&
+               !common_.uses.has_room(chat_fold(name));
+    }
+    // The room counts until it is pruned. False: there are too many.
+    bool count_room(std::string_view name) {
+        ChatRoom& counted = room(name);
+        counted.counted_ = counted.counted_ || common_.uses.add_room(counted.key(), limits.max_rooms);
+        return counted.counted_;
     }
     // The name of an account belongs to it in all rooms, also while it is not here.
     bool is_account_name(const std::string& name) const { return accounts_.find(chat_fold(name)) != nullptr; }
@@ -17431,8 +17504,6 @@ private:
     const std::string id_;
     const std::uint64_t first_number_;  // no other hub has numbers near; the connections have the next ones
     std::uint64_t last_number_;
-    StringMap<AddressUse> addresses_;
-    std::size_t prune_addresses_at_ = 1024;
     detail::Deadlines bans_, mutes_;
     StringMap<bool> lone_addresses_;  // of guests who were banned, with their ids, while other hubs are asked
     bool pruning_ = false;
@@ -17749,8 +17820,8 @@ private:
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
         // What its own limit refuses is not charged to the neighbours of the address.
-        const bool within = limiter_.take(size, limits.connection, now) &&
-                            (address_ == nullptr || address_->limiter.take(size, limits.address, now));
+        const auto take = [&](ChatHub::AddressUse& use) { return use.limiter.take(size, limits.address, now); };
+        const bool within = limiter_.take(size, limits.connection, now) && ChatHub::take_of(address_, take);
         const Action action = flood_policy_.decide(within, limits.flood_patience, now);
         if (action == Action::warn || (action == Action::drop && !tag_.empty()))
             reply_error("flood", "That was too much at once, and was not taken. Wait a little.");
@@ -17762,16 +17833,21 @@ private:
     bool may_read() {
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
-        return replies_.take(1, limits.replies, now) &&
-               (address_ == nullptr || address_->replies.take(1, limits.address_replies, now));
+        const auto take = [&](ChatHub::AddressUse& use) { return use.replies.take(1, limits.address_replies, now); };
+        return replies_.take(1, limits.replies, now) && ChatHub::take_of(address_, take);
     }
     void write_charged(const std::string& event) {
+        const auto take = [&](ChatHub::AddressUse& use) {
+            return charge(use.replies, hub_->limits.address_replies, event.size());
+        };
         charge(replies_, hub_->limits.replies, event.size());
-        if (address_ != nullptr) charge(address_->replies, hub_->limits.address_replies, event.size());
+        ChatHub::take_of(address_, take);
         write_message(event);
     }
-    void charge(TokenBucket& bucket, const Rate& rate, std::size_t bytes) const {
+    // Returns true.
+    bool charge(TokenBucket& bucket, const Rate& rate, std::size_t bytes) const {
         if (rate.per_second > 0) bucket.charge(static_cast<double>(bytes), rate, hub_->now());
+        return true;
     }
     // Whether a line of this size may go to all users of the current room now. It is charged for all of them.
     bool may_spread(std::size_t size) {
@@ -17781,10 +17857,11 @@ private:
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
         if (!fan_out_.take(1, limits.fan_out, now)) return false;
-        if (address_ != nullptr && !address_->fan_out.take(1, limits.address_fan_out, now)) return false;
-        charge(fan_out_, limits.fan_out, cost);
-        if (address_ != nullptr) charge(address_->fan_out, limits.address_fan_out, cost);
-        return true;
+        const Rate& of_address = limits.address_fan_out;
+        const auto take = [&](ChatHub::AddressUse& use) {
+            return use.fan_out.take(1, of_address, now) && charge(use.fan_out, of_address, cost);
+        };
+        return ChatHub::take_of(address_, take) && charge(fan_out_, limits.fan_out, cost);
     }
     void reply_spread() { reply_error("flood", "That is too much for so large a room. Wait a little."); }
 
@@ -17939,7 +18016,7 @@ private:
                                                      std::to_string(limits.max_room_name), " bytes of visible text."})};
         if (!is_open()) return Refusal{"forbidden", "The connection has ended."};
         const ChatRoom* const room = hub_->find(name);
-        const bool is_new = room == nullptr || room->presence_.empty();
+        const bool is_new = hub_->is_new(name);
         if (!may(ChatAction::join, name) || (is_new && !may(ChatAction::create_room, name)))
             return Refusal{"forbidden", "You may not join that room."};
         const ChatRoomOptions options = room == nullptr ? hub_->options_of(name) : room->options;
@@ -17948,16 +18025,17 @@ private:
         if (memberships_.size() >= limits.max_rooms_per_connection)
             return Refusal{"room_limit", text::concat({"You are in ", std::to_string(memberships_.size()),
                                                        " rooms already; /leave one."})};
-        if (hub_->room_count() >= limits.max_rooms && room == nullptr)
-            return Refusal{"room_limit", "There are too many rooms."};
+        const Refusal too_many{"room_limit", "There are too many rooms."};
+        if (hub_->has_too_many_rooms(name)) return too_many;
         const bool full = options.max_users != 0 && room != nullptr && room->presence_.size() >= options.max_users;
         if (full && room->presence_.find_identity(identity_) == nullptr)
             return Refusal{"room_full", "That room is full."};
         if (is_new && !hub_->may_create_room(user_.id, address_))
             return Refusal{"room_limit", "You have opened too many rooms. Wait a little."};
-        return {};
+        return hub_->count_room(name) ? Refusal() : too_many;
     }
 
+    // After refuse_room(), which counts the room.
     void join_room(std::string_view name) {
         memberships_.reserve(memberships_.size() + 1);  // push_back() must not fail after connect()
         ChatRoom& room = hub_->room(name);
@@ -17980,7 +18058,7 @@ private:
     // Leaves all rooms and the hub. The destructor calls it too, so nothing refers to a destroyed handler.
     void disconnect(bool at_once) {
         while (!memberships_.empty()) run_hook("on_close", [&] { leave_room(memberships_.size() - 1, at_once); });
-        if (address_ != nullptr) --std::exchange(address_, nullptr)->connections;
+        if (address_ != nullptr) hub_->common_.uses.remove_address(*std::exchange(address_, nullptr));
         if (number_ == 0) return;
         hub_->remove_user(user_.id, *this);
         hub_->remove_connection(std::exchange(number_, 0));

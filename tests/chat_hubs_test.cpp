@@ -644,6 +644,63 @@ TEST_CASE("a server with three loops has one chat, with one store, the same limi
     CHECK(seen[ChatEntry::Kind::said] == count);
 }
 
+TEST_CASE("the number of rooms and the limits of an address are those of all loops together") {
+    ServerOptions options;
+    options.threads = 3;
+    test::RunningServer server(options);
+    server.server.route<Host>("/chat/{room}");
+    {
+        ChatLimits& limits = ChatHub::of(server.server).limits;
+        limits.max_rooms = 4;
+        limits.address.messages = {0.001, 10};
+        limits.address_room_creations = {0.001, 4};
+    }
+    server.start();
+    std::vector<std::unique_ptr<test::WsClient>> clients;
+    const auto connect = [&](const std::string& room) -> test::WsClient& {
+        clients.push_back(std::make_unique<test::WsClient>(server.port(), "/chat/" + room));
+        return *clients.back();
+    };
+    for (int i = 0; i < 4; ++i) CHECK(contains(test::next_with(connect("room" + std::to_string(i)), "history"), "room"));
+    for (int i = 0; i < 3; ++i) CHECK(contains(test::next_with(connect("more"), "room_limit"), "too many rooms."));
+    for (int i = 0; i < 3; ++i) CHECK(contains(test::next_with(connect("room1"), "history"), "room1"));
+    for (std::size_t i = 0; i < 12; ++i) {
+        test::WsClient& client = *clients[i % 4];
+        const std::string tag = "tag" + std::to_string(100 + i);
+        client.send("/tag " + tag + " hello");
+        CHECK(field_of(test::next_with(client, tag), "type") == (i < 10 ? "said" : "error"));
+    }
+    // When the users of a room have left, there may be another one. But the address has opened four.
+    clients[0]->close();
+    std::string refusal = "too many rooms.";
+    for (int i = 0; i < 1000 && contains(refusal, "too many rooms."); ++i)
+        refusal = test::next_with(connect("other"), "room_limit");
+    CHECK(contains(refusal, "You have opened too many rooms."));
+    clients.clear();
+    server.stop();
+}
+
+TEST_CASE("who may not create a room enters a room that somebody on another loop is in") {
+    struct Visitor : Host {
+        bool may(ChatAction action) override {
+            return action != ChatAction::create_room || request().query("name") == "Anna";
+        }
+    };
+    ServerOptions options;
+    options.threads = 3;
+    test::RunningServer server(options);
+    server.server.route<Visitor>("/chat/{room}");
+    server.start();
+    test::WsClient anna(server.port(), "/chat/tea?name=Anna");
+    test::next_with(anna, "history");
+    for (int i = 0; i < 3; ++i) {
+        test::WsClient bert(server.port(), "/chat/Tea?name=Bert"), carl(server.port(), "/chat/hall?name=Carl");
+        CHECK(contains(test::next_with(bert, "history"), "tea"));
+        CHECK(contains(test::next_with(carl, "forbidden"), "hall"));
+    }
+    server.stop();
+}
+
 TEST_CASE("an export to another hub reads a part when that hub has taken the one before it") {
     ScriptedStore* store = nullptr;
     Hubs hubs(2, SharedStore(std::make_unique<ScriptedStore>(store)));
