@@ -9586,8 +9586,8 @@ WSCHAT_BEGIN
 
 namespace detail {
 
-// Counts by number, in ascending order. A peer can choose some of these numbers, so past max_keys all others are
-// counted under -1.
+// Counts by number, in ascending order. A peer can choose some of these numbers. After max_keys different numbers,
+// all others are counted under -1.
 class Counters {
 public:
     struct Entry {
@@ -9617,11 +9617,11 @@ protected:
     }
 
 private:
-    Entry entries_[max_keys + 1] = {};  // and one for -1
+    Entry entries_[max_keys + 1] = {};  // the last one is for -1
     std::size_t size_ = 0;
 };
 
-// Counters whose keys are numbers or enumerators; the bodies are the same for all.
+// Counters whose keys are numbers or enumerators. All instances share the code of Counters.
 template <class Key>
 class CountersOf : public Counters {
 public:
@@ -9636,7 +9636,7 @@ public:
 
 }  // namespace detail
 
-// Counts since the start, and what is open now. Messages are payloads; bytes are octets on sockets.
+// Counts since the start, and the present state. Messages are counted by their payloads, bytes on the sockets.
 struct Metrics {
     std::uint64_t connections_accepted = 0;
     std::uint64_t connections_open = 0;
@@ -9652,7 +9652,7 @@ struct Metrics {
     std::uint64_t messages_dropped = 0;  // by BacklogPolicy::drop
     std::uint64_t bytes_received = 0;
     std::uint64_t bytes_sent = 0;
-    // Output, unfinished messages and requests, pipelined requests and TLS records: what waits now.
+    // Bytes that wait now: output, unfinished messages and requests, pipelined requests and TLS records.
     std::uint64_t backlog_bytes = 0;
     std::uint64_t handler_exceptions = 0;
     std::uint64_t log_entries_suppressed = 0;
@@ -9661,7 +9661,7 @@ struct Metrics {
     detail::CountersOf<int> responses;          // by HTTP status
     detail::CountersOf<CloseCause> closed;      // WebSocket connections, by cause
     detail::CountersOf<CloseCode> close_codes;  // and by code
-    std::vector<Metric> more;                   // of Server::add_metrics(), of the cluster and of the chat's store
+    std::vector<Metric> more;                   // from Server::add_metrics(), the cluster and the chat's store
 };
 
 namespace detail {
@@ -9693,7 +9693,7 @@ constexpr MetricInfo metric_table[] = {
     {"rooms", "Rooms with members now.", &Metrics::rooms},
     {"broadcasts_dropped_total", "Broadcasts not passed on to another loop.", &Metrics::broadcasts_dropped}};
 
-// Counts of another loop of the same server.
+// Adds the counts of another loop of the same server.
 inline void add_metrics(Metrics& sum, const Metrics& other) {
     for (const MetricInfo& info : metric_table) sum.*info.value += other.*info.value;
     sum.responses += other.responses;
@@ -9745,7 +9745,8 @@ WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
              [](int key) { return std::string(to_string(static_cast<CloseCause>(key))); });
     head("close_codes_total", "WebSocket connections closed, by close code.");
     labelled("close_codes_total", "code", metrics.close_codes, number_of);
-    // The figures of a name stand together, each once: two parts may share a connection.
+    // Metrics with the same name must stand together. One with the same labels appears once: two parts may share a
+    // connection.
     StringMap<StringMap<const Metric*>> more;
     for (const Metric& each : metrics.more)
         more.find_or_emplace(each.name).find_or_emplace(detail::metric_labels(each)) = &each;
@@ -9758,7 +9759,7 @@ WSCHAT_COLD inline std::string prometheus_text(const Metrics& metrics) {
     }
     return text;
 }
-// The same for a server with several loops: the sum of all, and each figure of each loop, such as
+// The same for a server with several loops: the sums, and each metric of each loop, such as
 // wschat_loop_requests_total{loop="0"}.
 WSCHAT_COLD inline std::string prometheus_text(const Metrics& sum, const std::vector<Metrics>& loops) {
     std::string text = prometheus_text(sum);
@@ -9776,15 +9777,16 @@ WSCHAT_COLD inline std::string prometheus_text(const Metrics& sum, const std::ve
 // ---- what sessions share -------------------------------------------------------------------------------------------
 
 struct ServerOptions {
-    Limits limits;  // of each connection whose route has no limits of its own
+    Limits limits;  // of each connection, unless its route has limits of its own
     ServerLimits server_limits;
     PollerKind poller = PollerKind::automatic;
-    // From listen() to the end of run(), SIGINT and SIGTERM call shutdown(shutdown_deadline). A second signal ends at
-    // once.
+    // From listen() to the end of run(), SIGINT and SIGTERM call shutdown(shutdown_deadline). A second signal ends
+    // the connections at once.
     bool handle_signals = true;
     Duration shutdown_deadline = std::chrono::seconds(5);
-    // Loops, each on a thread of its own; the first one on the thread that calls run() or poll(). 0: one for each
-    // core. Callbacks of different connections then run at the same time. Rooms, limits and metrics are of all loops.
+    // The number of loops, each on its own thread; the first one runs on the thread that calls run() or poll(). 0:
+    // one for each core. With several, callbacks of different connections run at the same time. Rooms, limits and
+    // metrics cover all loops.
     unsigned threads = 1;
     bool reuse_port = false;      // SO_REUSEPORT: several servers, such as processes, share a port
     bool require_origin = false;  // refuse a handshake without an Origin header, which no browser sends
@@ -9794,15 +9796,15 @@ namespace detail {
 
 using LogFields = std::vector<std::pair<std::string_view, std::string>>;
 
-// The log of a server. A peer cannot flood it: each level has a bucket of 100 entries that refills with 100 per second,
-// so that one level does not use up the entries of another.
+// The log of a server. A peer cannot flood it: each level has a bucket of 100 entries that refills with 100 per
+// second. A level does not use up the entries of another.
 class ServerLog {
 public:
-    // `mutex`: held during each call of the function. It is recursive, because a log function may log.
+    // `mutex` is held during each call of the log function. It is recursive, because a log function may log.
     ServerLog(Metrics& metrics, std::recursive_mutex& mutex) : metrics_(metrics), mutex_(mutex) {}
 
     void set(std::function<void(const LogEntry&)> log) { log_ = std::move(log); }
-    // False if nobody reads the log. The caller then does not make the fields of an entry.
+    // False if there is no log function. The caller then skips making the fields of an entry.
     explicit operator bool() const { return static_cast<bool>(log_); }
 
     WSCHAT_COLD void operator()(LogLevel level, std::string_view event, const LogFields& fields) {
@@ -9836,7 +9838,7 @@ private:
     TokenBucket buckets_[4];  // by level
 };
 
-// What the lists of a server need of a session.
+// The part of a session that the lists of a server use.
 struct SessionNode : HandlerHost {
     SessionNode* next_dirty = nullptr;    // in the list of dirty sessions
     SessionNode* next_waiting = nullptr;  // in the list of sessions with work left
@@ -9845,7 +9847,8 @@ protected:
     ~SessionNode() = default;
 };
 
-// A list of sessions, first in, first out, linked through the sessions, so that adding one needs no memory.
+// A first-in, first-out list of sessions. It is linked through the sessions, so that adding a session needs no
+// memory.
 template <SessionNode* SessionNode::*Next>
 class SessionList {
 public:
@@ -9876,11 +9879,11 @@ private:
     SessionNode* last_ = nullptr;
 };
 
-// What one turn of the loop has to do, and how much it may do.
+// The lists of sessions and the budgets of a turn.
 struct TurnState {
     static constexpr unsigned max_handshakes = 64;  // steps of TLS handshakes
     static constexpr unsigned max_continued = 16;   // sessions with work left from earlier turns
-    static constexpr unsigned max_more_reads = 64;  // from sockets that have been read in this turn
+    static constexpr unsigned max_more_reads = 64;  // repeated reads of sessions that have already read in this turn
 
     SessionList<&SessionNode::next_dirty> dirty;      // to flush, or to remove, at the end of this turn
     SessionList<&SessionNode::next_waiting> waiting;  // continue in the next turn: they used up their budget
@@ -9888,13 +9891,13 @@ struct TurnState {
     unsigned handshakes_left = max_handshakes;
     unsigned more_reads_left = max_more_reads;
 
-    // TLS handshakes cost much more than messages, so a turn does a limited number of steps.
+    // TLS handshakes cost much more than messages, so a turn makes a limited number of steps.
     bool take_handshake() {
         if (handshakes_left == 0) return false;
         --handshakes_left;
         return true;
     }
-    // A session reads once. Whether it may read again depends on how much the others have read.
+    // Each session may read once per turn. Further reads share one budget.
     bool take_more() {
         if (more_reads_left == 0) return false;
         --more_reads_left;
@@ -9902,10 +9905,10 @@ struct TurnState {
     }
 };
 
-// Open connections by IpAddress::rate_limit_key(), for ServerLimits::max_connections_per_address. For all threads.
+// Open connections by IpAddress::rate_limit_key(), for ServerLimits::max_connections_per_address. Thread-safe.
 class AddressCounts {
 public:
-    // False if the address has `max` connections already.
+    // Returns false if the address already has `max` connections.
     bool add(const std::string& key, std::size_t max) {
         if (key == "unix") return true;
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -9925,7 +9928,7 @@ private:
     StringMap<std::size_t> counts_;
 };
 
-// A number that one thread changes and all may read. On its thread it costs what a plain number costs.
+// A number that one thread changes and all threads may read. On its own thread it costs no more than a plain number.
 class SharedNumber {
 public:
     operator std::size_t() const { return value_.load(std::memory_order_relaxed); }
@@ -9939,7 +9942,7 @@ private:
     std::atomic<std::size_t> value_{0};
 };
 
-// What the loops of a server share to keep limits that are for all of them, and to spread connections.
+// The state that the loops of a server share to keep common limits and to spread connections.
 class LoopLoads {
 public:
     struct Load {
@@ -9950,8 +9953,8 @@ public:
         std::atomic<std::size_t> coming{0};  // connections that another loop has accepted for this one
         std::atomic<bool> asked_to_evict{false};
         std::atomic<bool> asked_for_metrics{false};
-        Metrics metrics;            // as asked for; under the lock
-        std::uint64_t answers = 0;  // how often; under the lock
+        Metrics metrics;            // the latest answer; guarded by mutex_
+        std::uint64_t answers = 0;  // the number of answers; guarded by mutex_
     };
 
     explicit LoopLoads(std::size_t loops) : loads_(loops) {}
@@ -9976,8 +9979,9 @@ public:
 
     // ---- metrics of all loops --------------------------------------------------------------------------------------
 
-    // A loop answers at the end of its turn, so nothing is counted twice or read while it changes. Calls wake(loop) for
-    // each loop that must answer. A loop that is busy for 100 ms is seen as it was at its latest answer.
+    // Each loop answers at the end of its turn, so nothing is counted twice or read while it changes. Calls
+    // wake(loop) for each loop that must answer. For a loop that does not answer within 100 ms, its latest answer
+    // counts.
     WSCHAT_COLD std::vector<Metrics> ask_for_metrics(std::size_t here, const std::function<Metrics()>& own,
                                                      FunctionRef<std::size_t> wake) {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -9988,7 +9992,7 @@ public:
             loads_[i].asked_for_metrics.store(true);
             wake(i);
         }
-        answered_.notify_all();  // others may wait in this function for our answer
+        answered_.notify_all();  // threads that wait in this function may need our answer
         const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
         const auto ready = [&] {
             if (loads_[here].asked_for_metrics.load()) answer_locked(here, own());
@@ -10026,38 +10030,38 @@ private:
 
 class Session;
 
-// What a session needs of the client that has made its connection.
+// The functions of a client that a session calls if the client made its connection.
 class SessionOwner {
 public:
     virtual const Limits& session_limits() const = 0;
-    // After on_close().
+    // Called after on_close().
     virtual void note_close(CloseCode code, CloseCause cause) noexcept = 0;
-    // The socket is closed.
+    // Called after the socket is closed.
     virtual void on_session_end() = 0;
 
 protected:
     ~SessionOwner() = default;
 };
 
-// A connection that a client has made, after the opening handshake.
+// A connection that a client has made, at the end of its opening handshake.
 struct ClientHandshake {
     std::shared_ptr<SessionOwner> owner;
     std::unique_ptr<WebSocketHandler> handler;
     Request request;
-    std::string subprotocol;  // that the server chose; one of those in the request, or empty
+    std::string subprotocol;  // chosen by the server, from those in the request; may be empty
     std::unique_ptr<Compression> compression;
     Connection::MaskSource mask_source;
-    std::string_view frames;  // that came with the response
+    std::string_view frames;  // bytes that came with the response
 };
 
-// What the listeners of one socket on all loops share.
+// The part that the listeners of one socket on all loops share.
 struct ListenerParts {
     std::shared_ptr<ListenSocket> socket;
     std::shared_ptr<const TransportFactory> transports;  // null if the connections are plain
     bool proxied = false;                                // each connection begins with a PROXY header
 };
 
-// What sessions and listeners need of the worker that serves them: the state that they share, and three calls.
+// The state of a worker that sessions and listeners use, and a few calls.
 class SessionHost {
 public:
     SessionHost(Server& its_server, const ServerOptions& its_options, const Site& its_site, LoopLoads& its_loads,
@@ -10078,18 +10082,18 @@ public:
 
     // `proxied`: the connection begins with a PROXY header.
     virtual void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) = 0;
-    // The loop for a connection that this loop has accepted.
+    // Returns the loop that serves a connection that this loop has accepted.
     virtual std::size_t choose_loop() const = 0;
-    // Passes an accepted connection on to another loop. Returns false, and leaves the socket, if that loop has closed
+    // Passes an accepted connection on to another loop. Returns false and keeps the socket if that loop has closed
     // its listeners.
     virtual bool pass_on(std::size_t loop_number, Socket& socket, const IpAddress& peer, const ListenerParts& from) = 0;
-    // The refusal of a connection over a limit; it is counted and logged.
+    // Returns the answer to a connection above a limit; counts and logs it.
     virtual Response too_many_connections() = 0;
     // Counts and logs a connection that is closed because of its PROXY header.
     virtual void note_proxy_failure(const IpAddress& peer, std::string_view cause) = 0;
-    // Takes the session out of the list of open ones and destroys it at the end of the turn.
+    // Removes the session from the list of open sessions, and destroys it at the end of the turn.
     virtual void remove(Session& session) = 0;
-    // Whether sessions and the files that they send leave no descriptor but those that are kept.
+    // Whether sessions and the files that they send use all descriptors except the reserved ones.
     virtual bool descriptors_used() const = 0;
 
     CompressionPool& compression() {
@@ -10107,13 +10111,13 @@ public:
     const Site& site;
     LoopLoads& loads;                                     // of all loops of the server
     const std::size_t number;                             // of this loop
-    SharedNumber& open_files = loads[number].open_files;  // that sessions send
+    SharedNumber& open_files = loads[number].open_files;  // files that sessions send
     SharedNumber& backlog = loads[number].backlog;        // bytes that all sessions of this loop hold
     Loop loop;
     SendArena arena;
     Rooms rooms;
-    Bytes receive_buffer;                                       // of the session that reads
-    std::array<std::string_view, Socket::max_pieces> pieces{};  // of the session that flushes
+    Bytes receive_buffer;                                       // for the session that reads
+    std::array<std::string_view, Socket::max_pieces> pieces{};  // for the session that flushes
     WireCount wire;
     Metrics metrics;
     ServerLog log;
@@ -10134,7 +10138,7 @@ private:
 
 // ---- the byte stream -----------------------------------------------------------------------------------------------
 
-// A socket, and the encryption over it if there is any.
+// A socket, and its encryption if there is any.
 class Stream {
 public:
     Stream(Socket socket, std::unique_ptr<Transport> transport)
@@ -10144,11 +10148,11 @@ public:
     bool has_transport() const { return transport_ != nullptr; }
     bool encrypted() const { return transport_ && transport_->encrypts(); }
     bool established() const { return !transport_ || transport_->established(); }
-    // Whether input waits here, which the poller does not report.
+    // Whether input waits here that the poller does not report.
     bool has_input() const { return transport_ && transport_->has_input(); }
-    // Bytes that wait here and nowhere else, in both directions.
+    // Bytes that only this stream holds, in both directions.
     std::size_t buffered() const { return transport_ ? transport_->buffered() : 0; }
-    // Whether the kernel has refused encrypted bytes that are still owed.
+    // Whether encrypted bytes wait because the kernel has refused them.
     bool wants_write() const { return transport_ && transport_->wants_write(); }
     bool tls_failed() const { return transport_ && !transport_->failure().empty(); }
     const std::string& tls_failure() const { return transport_->failure(); }
@@ -10164,7 +10168,8 @@ public:
         wire.received += got.size;
         return got;
     }
-    // False: the peer sends more TLS messages without data than pings are allowed. tls_failure() says so.
+    // Returns false if the peer sends TLS messages without data faster than pings are allowed. tls_failure() has the
+    // cause.
     bool check_rate(const Limits& limits, Time now, WireCount& wire) {
         const Rate rate{static_cast<double>(limits.control_frames_per_second),
                         static_cast<double>(limits.control_frames_burst)};
@@ -10176,7 +10181,8 @@ public:
         wire.sent += sent.size;
         return sent;
     }
-    // Tells the peer that nothing more comes (TLS close_notify). False: the kernel does not take it yet.
+    // Tells the peer that nothing more follows (TLS close_notify). Returns false if the kernel does not accept it
+    // yet.
     bool end(WireCount& wire) { return !transport_ || transport_->end(socket_, wire); }
     std::string error_text(const IoResult& result) const {
         return result.error != 0 || !transport_ ? os::error_text(result.error) : transport_->failure();
@@ -10196,7 +10202,7 @@ private:
 inline void add_line(std::string& head, std::string_view name, std::string_view value) {
     (((head += name) += ": ") += value) += "\r\n";
 }
-// Unless the response has a header of that name.
+// Adds the line unless the response has a header of that name.
 inline void add_missing_line(std::string& head, const Response& response, std::string_view name,
                              std::string_view value) {
     for (const auto& header : response.headers())
@@ -10210,8 +10216,8 @@ inline void add_cookies(std::string& head, const Response& response, const Reque
     }
 }
 
-// The HTTP part of a connection: requests in, answers out. Lingering, after the last answer or Close frame, uses it
-// too; an open WebSocket has none.
+// The HTTP part of a connection: requests in, answers out. It is also used for lingering, after the last answer or
+// Close frame. An open WebSocket has none.
 class HttpExchange {
 public:
     HttpExchange(SessionHost& host, const Limits& limits, const IpAddress& peer)
@@ -10227,34 +10233,35 @@ public:
     bool blocked = false;                // the kernel refused output that is still queued
     bool keep_alive = true;              // another request may follow the answer
     bool shut_down = false;              // our side of the stream is shut
-    bool answered = false;               // at least one request
-    bool idle = false;                   // waits for the next request
+    bool answered = false;               // at least one request was answered
+    bool idle = false;                   // the connection waits for the next request
     std::size_t discarded = 0;           // bytes that were read while lingering
     Duration away_before{};              // LoopAccess::away() when the deadline was set
-    std::unique_ptr<ProxyHeader> proxy;  // null if no PROXY header is due
+    std::unique_ptr<ProxyHeader> proxy;  // null if no PROXY header is expected
 
-    // An answer is being sent, or comes later.
+    // An answer is being sent or will follow later.
     bool busy() const { return output_queued() || awaits_reply(); }
     bool output_queued() const { return !output.empty() || file_left_ != 0; }
     bool has_file() const { return file_left_ != 0; }
-    // Part of a request has arrived.
+    // A part of a request has arrived.
     bool started() const { return parser_.started() || body_; }
-    // How much of a body may still arrive before its deadline.
+    // The number of bytes of a body that may still arrive.
     std::size_t body_expected() const { return body_ ? body_->expected() : 0; }
     bool has_pending() const { return pending_begin_ != pending_.size(); }
-    // They begin at `begin`.
+    // Returns the pending bytes, which begin at `begin`.
     std::string take_pending(std::size_t& begin) {
         begin = std::exchange(pending_begin_, std::size_t{0});
         return std::exchange(pending_, std::string());
     }
-    // Memory of input that waits: an incomplete head or body, and pipelined bytes.
+    // The memory of waiting input: an incomplete head or body, and pipelined bytes.
     std::size_t buffered_input() const {
         return parser_.buffered() + (body_ ? RequestAccess::held(body_->request()) : 0) +
                (has_pending() ? pending_.capacity() : 0);
     }
 
-    // The next request in the bytes, which are consumed; nothing if more are needed, or if the request is refused. A
-    // request whose body is awaited is returned twice: first for expect_body() or an answer, then with its body.
+    // Consumes bytes and returns the next request. Returns nothing if more bytes are needed, or if the request is
+    // refused. A request with a body is returned twice: first without the body, for expect_body() or an answer, then
+    // with it.
     std::optional<Request> parse(std::string_view& bytes) {
         std::size_t consumed = 0;
         if (body_) return parse_body(bytes);
@@ -10266,11 +10273,11 @@ public:
         respond(Response(parser_.status(), parser_.reason() + "\n"), nullptr);
         return std::nullopt;
     }
-    // Keeps pipelined bytes that wait for the answer before them. After the last answer nothing is a request.
+    // Keeps pipelined bytes until the previous request is answered. Bytes after the last answer are ignored.
     void keep(std::string_view bytes) {
         if (keep_alive) pending_.append(bytes);
     }
-    // Keeps the last `size` bytes of what take_pending() returned, without a copy.
+    // Keeps the last `size` bytes of the result of take_pending(), without a copy.
     void keep_rest(std::string bytes, std::size_t size) {
         if (!keep_alive) return;
         pending_begin_ = bytes.size() - size;
@@ -10288,8 +10295,8 @@ public:
         respond(response, &request);
     }
 
-    // Answers a request that does not want to become a WebSocket, or waits for its body or its Reply. What a page's
-    // function throws passes through.
+    // Answers a request that does not ask for a WebSocket, or waits for its body or its Reply. An exception of the
+    // page's function leaves it.
     WSCHAT_COLD void answer(Request request, HandlerHost& session) {
         const Page* page = host_.site.pages.find(request.raw_path());
         const Page::Function* function = page == nullptr ? nullptr : page->find(request.method());
@@ -10332,12 +10339,12 @@ public:
     bool awaits_reply() const { return reply_ != nullptr; }
     void set_reply(ReplyAnswer answer) { answer_ = std::move(answer); }
     bool has_reply() const { return answer_.has_value(); }
-    // Ends the waiting. What the Reply is given from now on has no effect.
+    // Stops waiting. A later answer of the Reply has no effect.
     std::optional<ReplyAnswer> take_reply() {
         HandlerAccess::recycle_reply(reply_, host_.spare_reply);
         return std::exchange(answer_, std::nullopt);
     }
-    // The answer of a page has come.
+    // Sends the answer of a page's Reply.
     void finish_reply() {
         const std::optional<ReplyAnswer> answer = take_reply();
         if (answer->dropped || !answer->response)
@@ -10347,7 +10354,7 @@ public:
         const std::unique_ptr<Request> request = std::move(request_);
         respond(answer->response ? *answer->response : Response(500, "The server failed to answer.\n"), request.get());
     }
-    // The answer does not come, or the call that should give it failed.
+    // There is no answer, or the call that should answer has failed.
     void give_up_reply(const Response& response) {
         take_reply();
         keep_alive = false;
@@ -10355,7 +10362,7 @@ public:
         request_.reset();
     }
 
-    // Queues the next piece of the file. False: the file has become shorter than its Content-Length.
+    // Queues the next piece of the file. Returns false if the file has become shorter than its Content-Length.
     bool queue_file_piece() {
         const auto wanted = static_cast<std::size_t>((std::min)(file_left_, max_piece));
         Slice piece = host_.arena.allocate(wanted);
@@ -10416,7 +10423,7 @@ private:
             host_.log(LogLevel::warning, "file_missing",
                       {{"path", request->path()}, {"cause", os::error_text(answer.file_error)}});
         if (!answer.file) return respond(answer.response, request.get());
-        // A file that is sent piece by piece takes a descriptor until its end. A small one is read at once.
+        // A file that is sent piece by piece holds a descriptor until its end. A small file is read at once.
         const bool at_once = answer.size <= max_piece;
         if (!at_once && host_.descriptors_used()) return respond(file_refusal(EMFILE), request.get());
         queue_head(answer.response, request.get(), answer.size);
@@ -10427,7 +10434,7 @@ private:
         if (at_once) queue_file_piece();
     }
 
-    // `page` is null, or does not answer the request's method.
+    // `page` is null or does not answer the request's method.
     WSCHAT_COLD void answer_without_page(const Page* page) {
         const Response response = response_without_page(*request_, page);
         const std::unique_ptr<Request> request = std::move(request_);
@@ -10454,7 +10461,7 @@ private:
         return Response(404, "There is nothing at this path.\n");
     }
 
-    // `length` is empty for an answer that has no body by its status.
+    // `length` is empty if the status allows no body.
     WSCHAT_COLD void queue_head(const Response& response, const Request* request, std::optional<std::uint64_t> length) {
         head_only_ = request != nullptr && request->method() == "HEAD";
         keep_alive = keep_alive && request != nullptr && persistent(*request) && !host_.draining;
@@ -10493,7 +10500,7 @@ private:
         file_.close();
         host_.open_files += static_cast<std::size_t>(-1);
     }
-    // Whether another request may follow the answer to this one (RFC 9112 9.3). The rest of a body that was not read
+    // Whether another request may follow this one (RFC 9112 9.3). Not if a part of its body was not read: those bytes
     // would look like a request.
     static bool persistent(const Request& request) {
         const Fields fields = request.fields();
@@ -10509,9 +10516,9 @@ private:
     std::string pending_;
     std::size_t pending_begin_ = 0;
     std::unique_ptr<BodyParser> body_;   // of the request whose body is being received
-    std::unique_ptr<Request> request_;   // that a page's function answers
-    HandlerAccess::ReplyState reply_;    // null unless an answer comes later
-    std::optional<ReplyAnswer> answer_;  // has come, and is acted on at the end of the turn
+    std::unique_ptr<Request> request_;   // the request that a page's function answers
+    HandlerAccess::ReplyState reply_;    // null unless the answer comes later
+    std::optional<ReplyAnswer> answer_;  // the answer of the Reply; it is sent at the end of the turn
     File file_;                          // the body that is being sent
     std::uint64_t file_left_ = 0;
     bool head_only_ = false;
@@ -10549,8 +10556,8 @@ public:
 protected:
     enum class Pause : std::uint8_t {
         none,
-        backlog,  // the peer does not read: reading stops until half of the backlog has gone
-        budget,   // the messages cost much: the others have their turn first
+        backlog,  // the peer does not read: reading stops until the backlog is half empty
+        budget,   // the messages cost much: other sessions run first
         rate      // the peer sends more than messages_per_second or bytes_per_second
     };
 
@@ -10572,7 +10579,7 @@ protected:
         core().request = std::move(request);
         return check_handshake();
     }
-    // What is agreed on with a client that offers compression.
+    // Negotiates compression with the client.
     AcceptedCompression accept_compression() {
         const Fields offers = core().request.fields();
         if (!compression_available || offers.count("sec-websocket-extensions") == 0) return {};
@@ -10592,8 +10599,8 @@ protected:
 
     // ---- events ----------------------------------------------------------------------------------------------------
 
-    // Calls the handler for what has arrived, until nothing is left, the budget is used up, or the peer does not read.
-    // True: the connection has closed.
+    // Calls the handler for the events in the input, until no event is left, the budget is used up, or the peer does
+    // not read. Returns true if the connection has closed.
     bool dispatch_events() {
         const std::uint64_t deliveries = RoomsAccess::deliveries(host_.rooms);
         Connection& from = connection();
@@ -10622,16 +10629,16 @@ protected:
             }
         }
     }
-    // Continues with the input that was kept. True: the connection has closed.
+    // Continues with the stored input. Returns true if the connection has closed.
     bool resume_input() {
-        // The peer has sent what is kept here; its pong may be behind it.
+        // This input has already arrived, and the pong may be behind it.
         if (pause_ == Pause::rate) connection().record_activity(now());
         pause_ = Pause::none;
         connection().resume_input();
         return dispatch_events();
     }
 
-    // Calls on_close(), exactly once, and destroys the handler. If memory runs out, only counts and the log entry are
+    // Calls on_close() exactly once and destroys the handler. If memory runs out, only counts and the log entry are
     // missing.
     void close_handler() {
         RoomsAccess::remove_from_all(host_.rooms, *handler_);
@@ -10650,7 +10657,7 @@ protected:
 
     // ---- callbacks -------------------------------------------------------------------------------------------------
 
-    // False: it threw, which was logged.
+    // Returns false if the call threw; then the exception is logged.
     template <class Call>
     WSCHAT_INLINE bool guarded(const char* where, Call&& call) {
         try {
@@ -10671,20 +10678,20 @@ protected:
     std::unique_ptr<WebSocketHandler> handler_;
     IpAddress peer_;
     Pause pause_ = Pause::none;
-    bool above_high_water_ = false;  // on_drain() follows when the backlog has fallen
+    bool above_high_water_ = false;  // on_drain() follows when the backlog is small again
     bool server_closes_first_ = false;
-    // What few connections have.
+    // Members that few connections need.
     struct Rare {
-        std::string address_key{};              // under which it is counted; empty if it is not
+        std::string address_key{};              // the key under which it is counted; empty if it is not counted
         std::shared_ptr<SessionOwner> owner{};  // null for a server's connection
     };
     std::unique_ptr<Rare> rare_;
     SessionOwner* owner() const { return rare_ ? rare_->owner.get() : nullptr; }
 
 private:
-    // The budget of a visit, beside what Connection may inflate.
+    // The budget of a visit, in addition to Connection::budget_spent().
     static constexpr unsigned max_events = 256;
-    static constexpr std::uint64_t max_deliveries = 4096;  // of broadcasts
+    static constexpr std::uint64_t max_deliveries = 4096;  // visits of broadcasts to members
 
     std::optional<Response> check_handshake() {
         const Request& request = core().request;
@@ -10737,13 +10744,13 @@ private:
 
 // ---- one connection ------------------------------------------------------------------------------------------------
 
-// A connection from accept() to its last byte: first HTTP, then perhaps WebSocket, at last lingering: our last byte is
-// sent, and input is only discarded, because closing a socket with unread input makes the kernel send a reset, which
-// destroys what the peer has not read.
+// A connection from accept() to its last byte: first HTTP, then perhaps WebSocket, and at the end lingering. While it
+// lingers, our last byte has been sent and input is discarded. Without that, closing a socket with unread input would
+// make the kernel send a reset, which destroys data that the peer has not read.
 //
-// One way to die: whatever ends a session only changes its state (abort(), `ended_`, or the state of its Connection)
-// and marks it dirty. finish_turn() sees that, calls on_close() once, drains what can be drained, and removes the
-// session.
+// One way to die: an end of a session only changes its state (abort(), `ended_`, or the state of its Connection) and
+// marks it dirty. finish_turn() sees that, calls on_close() once, sends as much queued output as possible, and
+// removes the session.
 class Session final : public WebSocketDriver, public Pollable, public Timer {
 public:
     Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
@@ -10757,13 +10764,13 @@ public:
     ~Session() override { LoopAccess::timers(host_.loop).cancel(*this); }
 
     std::size_t index = 0;                  // in the worker's list of sessions
-    std::unique_ptr<Session> next_deleted;  // in the worker's list of removed sessions
+    std::unique_ptr<Session> next_deleted;  // the next one in the worker's list of removed sessions
 
     bool gone() const { return phase_ == Phase::gone; }
-    // Null before open() and after on_close().
+    // Returns null before open() and after on_close().
     WebSocketHandler* opened_handler() const { return phase_ == Phase::websocket ? handler_.get() : nullptr; }
     std::size_t backlog() const { return counted_backlog_; }
-    // Null if it is not counted.
+    // Returns null if the connection is not counted.
     const std::string* address_key() const {
         return rare_ && !rare_->address_key.empty() ? &rare_->address_key : nullptr;
     }
@@ -10773,7 +10780,7 @@ public:
         if (next_dirty != nullptr) detail::prefetch(next_dirty, 2);
     }
 
-    // `full`: the server has no room for it; it gets a 503.
+    // `full`: the server has too many connections, so this one gets a 503.
     void start(bool full) {
         protect([&] {
             schedule(after(limits().handshake_timeout));
@@ -10786,9 +10793,9 @@ public:
         });
     }
 
-    // For start_client(): what may run out of memory.
+    // The part of start_client() that may run out of memory.
     void prepare_client() { rare_ = std::make_unique<Rare>(); }
-    // Instead of start(): a client's connection. The frames must be valid and writable until this returns.
+    // Starts a client's connection, instead of start(). The frames must be valid and writable until this returns.
     WSCHAT_COLD void start_client(ClientHandshake opened) {
         rare_->owner = std::move(opened.owner);
         route_limits_ = &owner()->session_limits();
@@ -10819,7 +10826,7 @@ public:
         if (gone()) return;
         protect([&] {
             if (writable) resume_output();
-            // A session that paused for its budget first handles what has arrived. Then it reads the end.
+            // A session that used up its budget first handles its stored input, and then reads the end of the stream.
             if (readable && reading()) read();
             else if (broken && pause_ != Pause::budget) abort(CloseCause::connection_lost, "the connection was reset");
             if (!dirty) mark_dirty();
@@ -10844,7 +10851,7 @@ public:
             } else if (http_->proxy) {
                 fail_proxy("the header did not arrive in time");
             } else if (phase_ == Phase::http && http_->idle) {
-                // A request may have crossed the deadline on its way.
+                // A request may have arrived just before the deadline.
                 if (reading()) read();
                 if (phase_ == Phase::http && http_->idle && !ended_) linger();
             } else {
@@ -10854,11 +10861,12 @@ public:
         });
     }
 
-    // Continues with work that a budget of an earlier turn has left over.
+    // Continues work that exceeded the budget of an earlier turn.
     void continue_work() {
         waiting_ = false;
         if (gone() || ended_) return;
-        // After a pause for its backlog or rate it continues in finish_turn(), after a flush: may_work() must be true.
+        // If the session was paused for its backlog or rate, finish_turn() resumes it after a flush, so may_work()
+        // must still return true in this turn.
         if (pause_ == Pause::none || pause_ == Pause::budget) work_turn_ = host_.turn.number;
         protect([&] {
             if (phase_ == Phase::websocket && pause_ == Pause::budget && resume_input()) finish_websocket();
@@ -10868,7 +10876,7 @@ public:
         });
     }
 
-    // The end of a turn in which something happened here: flushes, and removes the session if it has ended.
+    // The end of a turn in which this session was marked dirty: flushes, and removes the session if it has ended.
     void finish_turn() {
         dirty = false;
         if (gone()) return;
@@ -10882,7 +10890,7 @@ public:
         if (ended_) remove();
     }
 
-    // The server shuts down: an open WebSocket gets a Close frame, an answer is finished, anything else ends.
+    // The server shuts down: an open WebSocket gets a Close frame, a started answer is completed, anything else ends.
     WSCHAT_COLD void shut_down() {
         protect([&] {
             if (phase_ == Phase::websocket)
@@ -10922,14 +10930,14 @@ public:
         const std::uint64_t sent_before = host_.wire.sent;
         if (phase_ == Phase::websocket && connection().sends_volatile() && !send_buffer_set_) set_send_buffer();
         send_queue(output());
-        // A page may take as long as its peer makes progress.
+        // A page may take as long as needed while its peer makes progress.
         if (phase_ == Phase::http && host_.wire.sent != sent_before && stream_.established()) schedule_request();
         update_backlog();
     }
 
     // ---- for a batch of sends --------------------------------------------------------------------------------------
 
-    // All that is queued, if it is one piece that may be sent together with what others send; else empty.
+    // Returns the whole output if it is one piece that can be sent in a batch, otherwise an empty text.
     std::string_view batchable() {
         std::string_view piece;
         if (phase_ != Phase::websocket || stream_.has_transport() || blocked() || send_failed_ ||
@@ -10947,7 +10955,7 @@ public:
 private:
     enum class Phase : std::uint8_t { http, websocket, lingering, gone };
 
-    // If a shutdown begins, a connection has this time from its accept to send its first request.
+    // After a shutdown has begun, a new connection has this time since its accept to send its first request.
     static constexpr Duration drain_grace = std::chrono::milliseconds(100);
 
     const Limits& limits() const { return route_limits_ != nullptr ? *route_limits_ : host_.options.limits; }
@@ -10960,7 +10968,7 @@ private:
         schedule(saturating_add(after(limits().handshake_timeout), Connection::drain_time(http_->body_expected())));
     }
 
-    // An exception in here means that memory ran out, which costs this connection.
+    // An exception in the work means that memory ran out. Only this connection ends.
     template <class Work>
     void protect(Work&& work) {
         if (!guarded("session", work)) abort(CloseCause::connection_lost, "out of memory");
@@ -10970,7 +10978,7 @@ private:
     void remove() {
         if (phase_ == Phase::websocket) close_handler();
         phase_ = Phase::gone;
-        handler_.reset();  // one that was never opened, because memory ran out
+        handler_.reset();  // a handler that was never opened, because memory ran out
         LoopAccess::timers(host_.loop).cancel(*this);
         LoopAccess::poller(host_.loop).remove(stream_.socket().descriptor());
         update_backlog();
@@ -10981,7 +10989,7 @@ private:
         if (owner()) guarded("client", [this] { owner()->on_session_end(); });
     }
 
-    // Work beyond flushing is done once per turn. False: it continues in the next turn.
+    // Work other than flushing is done once per turn. Returns false if it must wait for the next turn.
     bool may_work() {
         if (work_turn_ == host_.turn.number) {
             wait_for_next_turn();
@@ -11026,7 +11034,7 @@ private:
         mark_dirty();
         return 0;
     }
-    // The kernel takes output again.
+    // The kernel accepts output again.
     void resume_output() {
         set_blocked(false);
         if (phase_ != Phase::websocket) return flush();
@@ -11035,7 +11043,7 @@ private:
         flush();
         if (host_.wire.sent != sent_before) connection().record_activity(now());
     }
-    // A flush that leaves nothing behind touches no memory but what it needed before.
+    // After a flush that leaves nothing, this reads no additional memory.
     WSCHAT_INLINE void update_backlog() {
         std::size_t held = 0;
         if (phase_ == Phase::websocket && !ended_)
@@ -11050,7 +11058,7 @@ private:
         if (phase_ == Phase::websocket) HandlerAccess::note_queued(*handler_);
     }
 
-    // Tells the poller what the session waits for.
+    // Tells the poller which events the session waits for.
     WSCHAT_INLINE void update_interest() {
         const bool read = reading(), write = stream_.encrypted() ? stream_.wants_write() : blocked();
         if (read == watching_read_ && write == watching_write_) return;
@@ -11077,7 +11085,7 @@ private:
     // Only if reading().
     void read() {
         if (http_ && http_->proxy && (!read_proxy_header() || !reading())) return;
-        constexpr int max_reads = 4;  // then other sessions have their turn
+        constexpr int max_reads = 4;  // then other sessions run
         for (int i = 0; i < max_reads; ++i) {
             if (i != 0 && (!reading() || !host_.turn.take_more())) return;
             if (stream_.encrypted() && !handshake_done_ && !host_.turn.take_handshake()) return;
@@ -11095,8 +11103,8 @@ private:
         }
     }
 
-    // For a timer that is due. After a long turn, input that came in time may still wait in the kernel, behind that of
-    // other sessions: it is read first. True: the session has ended, or its timer is set again.
+    // Called when the timer is due. After a long turn, input that arrived in time may still wait in the kernel, so it
+    // is read first. Returns true if the session has ended, or if its timer is set again.
     WSCHAT_COLD bool read_late_input() {
         if (phase_ == Phase::lingering || !reading() || (phase_ == Phase::http && http_->busy())) return false;
         read();
@@ -11106,8 +11114,8 @@ private:
         return in_time;
     }
 
-    // The deadline of a TLS handshake, and of the request after it, does not run while the loop is away, and not while
-    // the handshakes of others use up the budget of each turn.
+    // The deadline of a TLS handshake and of the request after it is extended by the time in which the loop did not
+    // poll, and while the handshakes of others use up the budget of each turn.
     WSCHAT_COLD bool extend_handshake(Time was_due) {
         if (ended_ || phase_ != Phase::http || !stream_.encrypted() || http_->answered || !reading()) return false;
         const Duration away = LoopAccess::away(host_.loop);
@@ -11152,7 +11160,7 @@ private:
 
     // ---- the PROXY header ------------------------------------------------------------------------------------------
 
-    // Receives no more than the header, because the bytes after it may be TLS. True: it is complete and valid.
+    // Receives only the header, because the bytes after it may be TLS. Returns true if it is complete and valid.
     WSCHAT_COLD bool read_proxy_header() {
         for (;;) {
             char* const data = host_.receive_buffer.data();
@@ -11174,7 +11182,7 @@ private:
         admit();
         return true;
     }
-    // A peer that sends nothing is a check of the port, not a failure.
+    // A trusted proxy that connects and sends nothing only checks the port: that is not counted as a failure.
     WSCHAT_COLD bool fail_proxy(std::string_view cause) {
         const bool check = !http_->proxy->started() && host_.site.trusted(peer_);
         if (!check) host_.note_proxy_failure(peer_, cause);
@@ -11182,7 +11190,8 @@ private:
         mark_dirty();
         return false;
     }
-    // Answers 503 if a limit of connections does not allow this one. That of a proxy applies to its clients.
+    // Answers 503 if a limit of connections is reached. The limit for one address does not apply to a trusted proxy,
+    // but to its clients.
     void admit() {
         if (full_ || (!host_.site.trusted(peer_) && !count_address(peer_)))
             respond(host_.too_many_connections(), nullptr);
@@ -11200,14 +11209,14 @@ private:
 
     WSCHAT_COLD void log_tls_failure() {
         ++host_.metrics.tls_failures;
-        // Anybody can fail a handshake: port scanners and clients of other protocols do.
+        // Port scanners and clients of other protocols also fail handshakes, so that is only a debug entry.
         if (host_.log)
             host_.log(handshake_done_ ? LogLevel::info : LogLevel::debug, "tls_failed",
                       {{"peer", peer_.to_string()}, {"cause", stream_.tls_failure()}});
     }
 
-    // TLS has failed before there was a WebSocket. A peer that speaks plain HTTP gets a plain answer. Any other peer
-    // has got an alert, which a reset would destroy.
+    // TLS has failed before the WebSocket opened. A peer that speaks plain HTTP gets a plain answer. Any other peer
+    // has been sent an alert, and lingering keeps a reset from destroying it.
     WSCHAT_COLD void continue_without_tls() {
         const bool plain_text = stream_.peer_speaks_plain_text();
         stream_.drop_encryption();
@@ -11229,7 +11238,7 @@ private:
         mark_dirty();
     }
 
-    // An answer is finished, and so is a request that waits for it. A request that has arrived is answered.
+    // A shutdown completes a started answer, and answers requests that have already arrived.
     WSCHAT_COLD void shut_down_http() {
         if (http_->busy() || http_->has_pending()) {
             if (!http_->has_pending()) http_->keep_alive = false;
@@ -11238,7 +11247,7 @@ private:
         const bool idle = http_->idle;
         if (reading() && !http_->proxy) read();
         if (phase_ != Phase::http || ended_ || http_->busy() || http_->has_pending()) return;
-        // A client sends its first request at once: an older connection need not wait for one.
+        // A client sends its first request at once. So an older connection without a request ends now.
         const Time accepted = scheduled() ? due() - limits().handshake_timeout : now();
         if (idle || accepted + drain_grace <= now()) ended_ = true;
         else schedule(accepted + drain_grace);
@@ -11274,7 +11283,7 @@ private:
         }
         if (wants_upgrade(request)) return upgrade(std::move(request), rest);
         const bool answered = guarded("page", [&] { http_->answer(std::move(request), *this); });
-        // Half an answer can neither be taken back nor be followed by another.
+        // A half-sent answer can be neither withdrawn nor followed by another one.
         if (!answered && http_->output_queued())
             return abort(CloseCause::connection_lost, "the answer was not finished");
         if (!answered) return give_up_reply(Response(500, "The server failed to answer.\n"));
@@ -11296,7 +11305,7 @@ private:
     }
 
     void update_http() {
-        if (ended_) return flush();  // nothing new begins, such as a pipelined upgrade
+        if (ended_) return flush();  // nothing new may begin, such as a pipelined upgrade
         if (http_->has_reply()) finish_reply();
         if (phase_ != Phase::http && phase_ != Phase::lingering) return mark_dirty();
         flush();
@@ -11314,7 +11323,7 @@ private:
             schedule(after(limits().keep_alive_timeout));
         }
     }
-    // A Reply has been used: by a page, or in prepare_async().
+    // The Reply of a page or of prepare_async() has an answer.
     void finish_reply() {
         if (!handler_) {
             if (!guarded("page", [&] { http_->finish_reply(); }))
@@ -11332,14 +11341,14 @@ private:
         parse_pending();
     }
     WSCHAT_COLD void send_file() {
-        constexpr int max_pieces = 8;  // then other sessions have their turn
+        constexpr int max_pieces = 8;  // then other sessions run
         for (int i = 0; i < max_pieces && http_->has_file() && !blocked() && !send_failed_; ++i) {
             if (!http_->queue_file_piece()) ended_ = true;
             flush();
         }
     }
 
-    // Our last byte is with the kernel: tells the peer so, and discards what still arrives, for a bounded time.
+    // The kernel has our last byte: tells the peer so, and discards further input for a limited time.
     void linger() {
         if (http_->shut_down) return;
         phase_ = Phase::lingering;
@@ -11357,7 +11366,7 @@ private:
 
     // ---- WebSocket -------------------------------------------------------------------------------------------------
 
-    // `rest` follows the request; it is consumed if the handshake succeeds.
+    // `rest`: the bytes after the request. They are consumed if the handshake succeeds.
     void upgrade(Request&& request, std::string_view& rest) {
         const Route* route = host_.site.routes.find(request.raw_path());
         if (route == nullptr) return refuse(Response(404, "There is no WebSocket at this path.\n"), request);
@@ -11377,7 +11386,7 @@ private:
         const Time latest = after(limits().reply_timeout);
         if (!scheduled() || latest < due()) schedule(latest);
     }
-    // prepare_async() has been answered.
+    // The Reply of prepare_async() has an answer.
     void finish_upgrade(std::string_view& rest) {
         const std::optional<ReplyAnswer> answer = http_->take_reply();
         if (answer->dropped) host_.log.exception("prepare_async", "the Reply was destroyed unused", &peer_);
@@ -11406,7 +11415,7 @@ private:
         respond(Response(500, "The server failed to open the connection.\n"), nullptr);
     }
 
-    // All clients of this proxy share the limits for one address now.
+    // All clients of this proxy now share the limits for one address.
     WSCHAT_COLD void log_unreadable(const ForwardedClient& forwarded) {
         if (!host_.log) return;
         host_.log(LogLevel::warning, "forwarded_address_unreadable",
@@ -11434,7 +11443,7 @@ private:
         http_->note_answer(101, &core().request, 0);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
-        // One of normal size is part of what an idle connection needs.
+        // A request of normal size is not counted: it is part of an idle connection.
         const std::size_t size = RequestAccess::held(core().request);
         held_request_ = size > 4 * 1024 ? static_cast<std::uint16_t>((std::min)(size, std::size_t{UINT16_MAX})) : 0;
         // From here to open() nothing throws, so that on_close() comes only after open().
@@ -11445,7 +11454,7 @@ private:
         open_handler();
         const std::string_view frames = std::exchange(rest, std::string_view());
         if (frames.empty()) return;
-        // They lie in the receive buffer or in pipelined input, and both are ours to unmask in place.
+        // The bytes are in the receive buffer or in pipelined input. Both may be unmasked in place.
         connection().receive(const_cast<char*>(frames.data()), frames.size(), now());
         if (dispatch_events()) finish_websocket();
     }
@@ -11462,11 +11471,12 @@ private:
             above_high_water_ = false;
             call("on_drain", [this] { handler_->on_drain(); });
         }
-        // Closing may be due before the next ping, and the answer to a ping before the next ping.
+        // The time to close, or to answer a ping, may be before the next ping.
         const Time deadline = websocket_deadline();
         if (!scheduled() || deadline < due()) schedule(deadline);
     }
-    // Whether the reason of a pause has ended. A connection that is closing only waits for the peer's Close frame.
+    // Whether the reason of a pause has ended. A closing connection is not paused, because it waits for the Close
+    // frame.
     bool may_resume() {
         if (pause_ == Pause::backlog) return !connection().is_open() || output().size() <= high_water();
         return pause_ == Pause::rate && (!connection().is_open() || connection().input_due() <= now());
@@ -11476,7 +11486,7 @@ private:
         return pause_ == Pause::rate ? (std::min)(due, connection().input_due()) : due;
     }
 
-    // The connection has closed: the handler ends. What is queued still goes out, unless nothing can be delivered.
+    // The connection has closed, so the handler ends. Queued output is still sent, unless the peer is unreachable.
     void finish_websocket() {
         if (connection().aborted()) {
             ended_ = true;
@@ -11495,7 +11505,7 @@ private:
         mark_dirty();
     }
 
-    // False if its address has as many connections as it may have. Counts once.
+    // Returns false if the address has its maximum of connections. Counts a connection once.
     bool count_address(const IpAddress& client) {
         const std::size_t max = host_.options.server_limits.max_connections_per_address;
         if (max == 0 || address_key() != nullptr) return true;
@@ -11509,7 +11519,7 @@ private:
     Stream stream_;
     Phase phase_ = Phase::http;
     bool ended_ = false;  // finish_turn() removes the session
-    bool full_ = false;   // the server has no room for it
+    bool full_ = false;   // the server has too many connections
     bool send_buffer_set_ = false;
     bool send_failed_ = false;
     bool input_ended_ = false;     // the peer has shut its sending side
@@ -11518,7 +11528,7 @@ private:
     bool watching_read_ = true;
     bool watching_write_ = false;
     std::uint16_t held_request_ = 0;      // bytes of the request that an open WebSocket keeps, if it is a large one
-    std::uint32_t work_turn_ = 0;         // the last turn in which it did work beyond flushing
+    std::uint32_t work_turn_ = 0;         // the last turn with work other than flushing
     std::unique_ptr<HttpExchange> http_;  // null while a WebSocket is open
     std::size_t counted_backlog_ = 0;
     const Limits* route_limits_ = nullptr;  // null: those of the server
@@ -11548,7 +11558,7 @@ public:
     }
 
     void on_ready(bool, bool, bool) override {
-        constexpr int max_accepts = 64;  // then sessions have their turn
+        constexpr int max_accepts = 64;  // then sessions run
         int error = 0;
         for (int i = 0; i < max_accepts && !host_.draining; ++i) {
             IpAddress peer;
@@ -11557,8 +11567,8 @@ public:
             else if (os::would_block(error)) return;
             else if (os::out_of_descriptors(error)) return reject_one(error);
             else if (error == ENOBUFS || error == ENOMEM) return pause_accept(error);
-            // Any other error belongs to one connection that is gone already (ECONNABORTED), unless it does not end
-            // (EPERM, ENETDOWN).
+            // Other errors belong to one connection that has already ended (ECONNABORTED). If the error repeats
+            // (EPERM, ENETDOWN), accepting pauses below.
         }
         if (error != 0) pause_accept(error);
     }
@@ -11566,7 +11576,7 @@ public:
         if (!watch()) schedule_retry(now);
     }
 
-    // Begins a connection on this loop.
+    // Starts a connection on this loop.
     void accept(Socket accepted, const IpAddress& peer) {
         ++host_.metrics.connections_accepted;  // also if memory runs out in make()
         run_guarded(
@@ -11577,14 +11587,14 @@ public:
     }
 
 private:
-    // On this loop or on another one.
+    // Starts a connection on this loop or on another one.
     void place(Socket accepted, const IpAddress& peer) {
         const std::size_t loop = host_.choose_loop();
         if (loop == host_.number || !host_.pass_on(loop, accepted, peer, parts_)) accept(std::move(accepted), peer);
     }
     bool watch() { return watching_ = LoopAccess::poller(host_.loop).add_shared(parts_.socket->descriptor(), *this); }
-    // Without a descriptor the connection can be neither accepted nor rejected, and the poller would report it for
-    // ever. The descriptor in reserve serves to accept it and to answer 503.
+    // Without a free descriptor, a connection can be neither accepted nor rejected, and the poller would report it
+    // forever. So the reserved descriptor is closed to accept the connection and to answer 503.
     void reject_one(int error) {
         host_.reserve.close();
         IpAddress peer;
@@ -11602,7 +11612,7 @@ private:
         host_.reserve_descriptor();
         pause_accept(error);
     }
-    // Tries again a little later, so that a shortage does not make the loop spin.
+    // Pauses accepting for a short time, so that the loop does not spin.
     WSCHAT_COLD void pause_accept(int error) {
         host_.log(LogLevel::warning, "accept_paused", {{"cause", os::error_text(error)}});
         schedule_retry(host_.loop.now());  // before the removal, because it may need memory
@@ -11631,11 +11641,11 @@ public:
         LoopAccess::on_exception(loop,
                                  [this](const char* where, const char* what) { log.exception(where, what, nullptr); });
     }
-    WSCHAT_COLD WSCHAT_NOINLINE ~Worker() = default;  // one body, not one at each place that destroys workers
+    WSCHAT_COLD WSCHAT_NOINLINE ~Worker() = default;  // compiled once, not at each place that destroys workers
 
     const StringMap<Listener>& listeners() const { return listeners_; }
     bool idle() const { return sessions_.empty(); }
-    // Something is to be done although the poller reports nothing.
+    // There is work although the poller reports nothing.
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
     WSCHAT_COLD void listen(const ListenerParts& parts) {
@@ -11645,16 +11655,16 @@ public:
 
     // ---- several loops ---------------------------------------------------------------------------------------------
 
-    std::thread thread;  // that runs the loop; none while it does not run, and for the first loop
+    std::thread thread;  // runs the loop; empty while the loop does not run, and for the first loop
 
-    // While it exists, this thread is that of the worker.
+    // While a Thread object exists, current() on its thread is that worker.
     class Thread {
     public:
         explicit Thread(Worker& worker) : before_(std::exchange(current(), &worker)) {}
         Thread(const Thread&) = delete;
         Thread& operator=(const Thread&) = delete;
         ~Thread() { current() = before_; }
-        // The worker of this thread; null if it has none.
+        // The worker of this thread, or null.
         static Worker*& current() {
             static thread_local Worker* worker = nullptr;
             return worker;
@@ -11664,7 +11674,7 @@ public:
         Worker* const before_;
     };
 
-    // The workers of the server by number, and the rooms that they share; null for a server with one loop.
+    // `group`: the workers of the server by number; `directory`: the rooms that they share. Both null with one loop.
     WSCHAT_COLD void join_group(const std::vector<std::unique_ptr<Worker>>* group, RoomDirectory* directory) {
         group_ = group;
         share_rooms(directory);
@@ -11674,8 +11684,8 @@ public:
         RoomsAccess::share(rooms, directory, number);
         directory_ = directory;
     }
-    // The one with the fewest connections, but this one if they are equal. A loop that has been in one turn for 20 ms
-    // gets none.
+    // The loop with the fewest connections; this loop if it has equally few. A loop that has been in one turn for 20
+    // ms is skipped.
     std::size_t choose_loop() const override {
         const auto count = [this](std::size_t i) { return loads[i].connections + loads[i].coming.load(); };
         std::size_t best = number, fewest = count(number);
@@ -11721,25 +11731,25 @@ public:
         if (first) loads[number].accepts.store(false);
         if (first) std::swap(closed_listeners_, listeners_);
         for (const auto& session : sessions_) session->shut_down();
-        // Without a deadline it might never end.
+        // Without a deadline the shutdown might never end.
         const auto abort = [this, shutdown = shutdowns_] {
             if (shutdown == shutdowns_) abort_all();
         };
         run_guarded([&] { loop.call_later(deadline, abort); }, [this](const char*) { abort_all(); });
         if (first) log(LogLevel::debug, "shutdown", {{"connections", std::to_string(connections)}});
     }
-    // True if a shutdown has finished. The server may listen again.
+    // Returns true if a shutdown has finished. Then the server may listen again.
     WSCHAT_COLD bool end_shutdown() {
         if (!draining || !idle()) return false;
         draining = false;
-        ++shutdowns_;  // the deadline is for no later connection
+        ++shutdowns_;  // the deadline must not abort later connections
         return true;
     }
     // Ends all connections at the end of this turn, without a closing handshake.
     WSCHAT_COLD void abort_all() {
         for (const auto& session : sessions_) session->abort(CloseCause::shutdown, "server is shutting down");
     }
-    // The same at once.
+    // The same, but immediately.
     WSCHAT_COLD void close() {
         abort_all();
         while (!sessions_.empty()) end_turn();
@@ -11764,7 +11774,8 @@ public:
 
     void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
         const std::size_t max = max_connections();
-        // Files take descriptors of connections. Without files only `max` counts, which the program may have raised.
+        // Open files use descriptors of connections. Without files only `max` counts, which the program may have set
+        // above the descriptor limit.
         const std::size_t files = loads.open_files(), used = loads.connections() + files;
         const std::size_t usable = files == 0 ? max : (std::min)(max + files, usable_descriptors());
         if (used >= usable + max_rejections_at_once) {
@@ -11779,12 +11790,12 @@ public:
         loads[number].connections = sessions_.size();
         session.start(full);
     }
-    // A connection that a client has made. `made_session` is set before callbacks run.
+    // Adds a connection that a client has made. Sets `made_session` before callbacks run.
     void adopt(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, ClientHandshake opened,
                Session*& made_session) {
         auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), false);
         Session& session = *made;
-        session.prepare_client();  // before there is a session that nobody owns
+        session.prepare_client();  // first, because it may run out of memory
         session.index = sessions_.size();
         sessions_.push_back(std::move(made));
         loads[number].connections = sessions_.size();
@@ -11799,7 +11810,7 @@ public:
     }
     WSCHAT_COLD void note_proxy_failure(const IpAddress& peer, std::string_view cause) override {
         ++metrics.proxy_failures;
-        // A wrong configuration fails for each connection; one entry per minute says so.
+        // A wrong configuration fails for each connection, so only one entry per minute is a warning.
         const bool first = proxy_failure_entries_.take(1, {1.0 / 60, 1}, Clock::now());
         log(first ? LogLevel::warning : LogLevel::debug, "proxy_header_refused",
             {{"peer", peer.to_string()}, {"cause", std::string(cause)}});
@@ -11814,13 +11825,13 @@ public:
     }
 
 private:
-    static constexpr std::size_t descriptors_kept = 64;        // for files, pipes and what the program opens itself
+    static constexpr std::size_t descriptors_kept = 64;        // for files, pipes and descriptors of the program
     static constexpr std::size_t max_rejections_at_once = 32;  // connections that wait for their 503
 
     static Session& session_of(SessionNode& node) { return static_cast<Session&>(node); }
 
-    // What another loop has accepted for this one. If this loop has closed its listeners since, it answers it as all
-    // that was accepted before.
+    // Accepts a connection that another loop has passed on. If this loop has closed its listeners in the meantime,
+    // the connection is treated like those that were accepted before the shutdown.
     void accept_from(const ListenerParts& from, Socket socket, const IpAddress& peer) {
         for (const auto& [key, listener] : listeners_)
             if (listener.listens_on(*from.socket)) return listener.accept(std::move(socket), peer);
@@ -11840,11 +11851,11 @@ private:
 
     // ---- turns -----------------------------------------------------------------------------------------------------
 
-    // True: work is left, so the next turn does not wait for the poller.
+    // Returns true if work is left; then the next turn does not wait for the poller.
     bool end_turn() {
         ++turn.number;
         continue_waiting();
-        // Flushing calls on_drain() and on_close(), which may queue more for others.
+        // Flushing calls on_drain() and on_close(), which may queue output for other sessions.
         constexpr int max_rounds = 16;
         for (int round = 0; round < max_rounds && !turn.dirty.empty(); ++round) {
             if (batch_) send_together();
@@ -11858,12 +11869,12 @@ private:
         if (loads[number].asked_for_metrics.load(std::memory_order_relaxed)) loads.answer(number, current_metrics());
         turn.handshakes_left = TurnState::max_handshakes;
         turn.more_reads_left = TurnState::max_more_reads;
-        // The first loop runs as long as another one, whose handlers may need it.
+        // The first loop runs until all others have ended, because their handlers may need it.
         const bool expected = loads[number].coming.load() != 0 || (number == 0 && loads.others_running.load() != 0);
         if (draining && sessions_.empty() && !expected) loop.stop();
         return has_work();
     }
-    // Sessions that used up their budget in an earlier turn, in order, a limited number per turn.
+    // Continues sessions that used up their budget in an earlier turn, in order, at most max_continued in one turn.
     void continue_waiting() {
         const SessionNode* const last = turn.waiting.last();
         for (unsigned i = 0; i < TurnState::max_continued && !turn.waiting.empty(); ++i) {
@@ -11879,8 +11890,8 @@ private:
             session.finish_turn();
         }
     }
-    // io_uring: sends what is queued for many connections in a few system calls; 10 to 20% less CPU per delivery from
-    // 200 members on. finish_turn() then finds it sent.
+    // Sends the output of many connections in a few system calls (io_uring), before finish_turn() would. Gain: 10 to
+    // 20% less CPU per delivery from 200 members on.
     void send_together() {
         const auto note = [](const SendBatch::Item& item) { static_cast<Session*>(item.owner)->note_batched(item); };
         for (SessionNode* node = turn.dirty.first(); node != nullptr; node = node->next_dirty) {
@@ -11892,8 +11903,8 @@ private:
         }
         batch_->send(note);
     }
-    // Destroys removed sessions when nothing in this turn can refer to them any more, one by one: the destructor of the
-    // chain would need a stack frame for each.
+    // Destroys removed sessions, when nothing in this turn refers to them any more. One by one, because a destructor
+    // of the chain would need a stack frame for each session.
     void reap() {
         if (!deleted_) return;
         const auto gone = [](SessionNode& node) { return session_of(node).gone(); };
@@ -11901,9 +11912,9 @@ private:
         turn.waiting.remove_if(gone);
         while (deleted_) deleted_ = std::move(deleted_->next_deleted);
     }
-    // Closes the connections with the largest backlog until all together are within the limit. Of several loops, each
-    // that holds more than its share does so.
-    // The list of sessions itself is the heap: n sessions of which k are closed cost n + k log n steps, and no memory.
+    // Closes the connections with the largest backlog until the total is within the limit. With several loops, each
+    // loop that holds more than its share does so. The list of sessions is used as the heap: closing k of n sessions
+    // takes n + k log n steps and no memory.
     WSCHAT_COLD void evict_largest() {
         const std::size_t max = options.server_limits.max_total_backlog, share = max / loads.size();
         for (std::size_t i = 0; i < loads.size(); ++i) {
@@ -11941,7 +11952,7 @@ private:
 
 class Server {
 public:
-    // Throws an Error if there are more than 256 threads.
+    // Throws an Error for more than 256 threads.
     WSCHAT_COLD explicit Server(ServerOptions options = {})
         : options_(std::move(options)),
           loads_(loops(options_.threads)),
@@ -11964,8 +11975,8 @@ public:
     }
 
     // Connects the rooms with those of other servers: join_cluster(RedisCluster("redis://127.0.0.1:6379")). Call it
-    // before run(), once. An Error if the cluster cannot be used, or if a room exists already. `Cluster` is any type
-    // with a function that makes its bus, and that posts all calls of the two others to the mailbox:
+    // once, before run(). Throws an Error if the cluster cannot be used, or if a room already exists. `Cluster` is
+    // any type with this function, which opens its bus. The bus posts all calls of Deliver and Log to the mailbox:
     //
     //   std::unique_ptr<RoomBus> open(std::shared_ptr<Mailbox>, RoomBus::Deliver, RoomBus::Log) const;
     template <class Cluster>
@@ -12005,10 +12016,10 @@ public:
         return site("route").routes.add("route", detail::Pattern("route", pattern), std::move(factory));
     }
 
-    // A page for each request of a method; GET answers HEAD too. The function returns the Response, or it takes a Reply
-    // and gives the answer later: void(const Request&, Reply). A body has at most Limits::max_body bytes (413) and is
-    // complete when the function is called. If the function throws, the answer is a 500. Throws an Error if the pattern
-    // was given before with the same method.
+    // A page for each request of a method; GET also answers HEAD. The function returns the Response; or it has the
+    // form void(const Request&, Reply) and answers later. A body has at most Limits::max_body bytes (413) and is
+    // complete when the function is called. If the function throws, the answer is a 500. Throws an Error if the
+    // pattern already has a page for the method.
     template <class Function>
     void handle(std::string_view method, std::string_view pattern, Function&& answer) {
         add_page("handle", method, pattern, std::forward<Function>(answer));
@@ -12033,20 +12044,20 @@ public:
     void del(std::string_view pattern, Function&& answer) {
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
-    // The answer where there is nothing, also in a folder of static_dir(), in place of a short 404.
+    // Replaces the short 404 for paths without a page, also in folders of static_dir().
     void not_found(std::function<Response(const Request&)> answer) { site("not_found").not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
     void set_default_header(std::string_view name, std::string_view value) {
         site("set_default_header").set_default_header(name, value);
     }
-    // Pages of these origins may use the answers of this server ("*": of all origins). Preflights of browsers are
-    // answered. Throws an Error if one is not an origin, and for "*" with credentials.
+    // Pages of these origins may use the answers of this server ("*": pages of all origins). Preflights of browsers
+    // are answered. Throws an Error if a text is not an origin, and for "*" with credentials.
     void allow_cors(const std::vector<std::string>& origins, const CorsOptions& options = {}) {
         site("allow_cors").allow_cors(origins, options);
     }
 
-    // One file, read for each request of a client that has no current copy; with ranges. A relative path starts at the
-    // working directory, then at the folder of the program. `headers` replace the default ones, such as
+    // One file, with ranges. It is read for each request, unless the client has a current copy. A relative path
+    // starts at the working directory, then at the folder of the program. `headers` replace the default ones, such as
     // "Cache-Control: no-cache". Throws an Error if there is no such file.
     void file(std::string_view pattern, std::string_view path,
               std::vector<std::pair<std::string, std::string>> headers = {}) {
@@ -12063,13 +12074,14 @@ public:
     void static_dir(std::string_view pattern, std::string_view folder, SymbolicLinks links) {
         site("static_dir").add_static_dir(pattern, folder, {}, links);
     }
-    // Figures of your own in metrics() and on its page. The source is called with each of them. Any thread.
+    // Adds your own metrics to metrics() and to its page. Each call of metrics() calls the source. Any thread may
+    // call it.
     void add_metrics(MetricSource source) {
         const std::lock_guard<std::mutex> lock(sources_mutex_);
         if (source) metric_sources_.push_back(std::move(source));
     }
-    // metrics() in the format of Prometheus. `allowed`: the addresses of clients that get it, such as "127.0.0.1",
-    // "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
+    // metrics() in the format of Prometheus. `allowed`: the addresses of clients that may read it, such as
+    // "127.0.0.1", "10.0.0.0/8" or "unix"; all others get a 404. Empty: everybody who can reach the server.
     void metrics_page(std::string_view pattern, const std::vector<std::string>& allowed = {}) {
         const std::vector<detail::Cidr> blocks(allowed.begin(), allowed.end());
         get(pattern, [this, blocks](const Request& request) {
@@ -12082,7 +12094,7 @@ public:
         });
     }
 
-    // With several loops, all of the above must be set before run(); it is an Error later.
+    // With several loops, call all functions above before run(); later calls throw an Error.
 
     // Origins that may connect beside the server's own: "https://chat.example", "https://*.chat.example" for its
     // subdomains, "capacitor://localhost", "moz-extension://*", "null", "file://", or "*" for all. Throws an Error if
@@ -12109,21 +12121,22 @@ public:
 
     // ---- running ---------------------------------------------------------------------------------------------------
 
-    // On 127.0.0.1. Port 0: the system picks one, see port(). Throws an Error if the system refuses.
+    // Listens on 127.0.0.1. Port 0: the system picks a port, see port(). Throws an Error if the system refuses.
     void listen(int port, const ListenOptions& options = {}) { listen(std::to_string(port), options); }
     // "8888", "0.0.0.0:8888", "[::1]:80", "*:80", "unix:/run/chat.sock", "fd:3" (a listening socket that the process
     // has inherited; the server closes it).
     void listen(std::string_view address, const ListenOptions& options = {}) {
         add_listener(address, nullptr, options);
     }
-    // On each socket that systemd passes (LISTEN_FDS): a socket unit keeps it open, so that a restart of the service
-    // refuses no connection. Throws an Error if there is none, or if they are for another process.
+    // Listens on each socket that systemd passes (LISTEN_FDS). A socket unit keeps it open, so that a restart of the
+    // service refuses no connection. Throws an Error if there is no socket, or if the sockets are for another
+    // process.
     void listen_inherited(const ListenOptions& options = {}) {
         for (int i = 0, count = detail::inherited_sockets(); i < count; ++i)
             listen("fd:" + std::to_string(3 + i), options);
     }
 #if WSCHAT_OPENSSL
-    // The same with TLS: https and wss. Throws an Error also if a file cannot be read or a key does not match.
+    // The same with TLS: https and wss. Also throws an Error if a file cannot be read or a key does not match.
     void listen_tls(int port, TlsOptions tls, const ListenOptions& options = {}) {
         listen_tls(std::to_string(port), std::move(tls), options);
     }
@@ -12132,7 +12145,7 @@ public:
     }
 #endif
     // Reads the certificates of all listeners again; open connections stay. Throws an Error if a file cannot be used;
-    // that listener keeps what it has.
+    // that listener keeps its certificates.
     void reload_certificates() {
         for (const auto& [key, listener] : first().listeners()) listener.reload();
     }
@@ -12160,8 +12173,8 @@ public:
         first().loop.run();
         end_turns();
     }
-    // From any thread: stops accepting, closes every WebSocket with 1001, and ends run() when all connections are gone,
-    // at the latest after the deadline. Has no effect on what listens after the end.
+    // Any thread may call it: stops accepting, closes every WebSocket with 1001, and ends run() when all connections
+    // are closed, at the latest after the deadline. It does not affect listeners that are added after that.
     void shutdown(Duration deadline) {
         first().loop.post([this, deadline, start = starts_.load()] {
             if (start == starts_.load()) begin_shutdown(deadline);
@@ -12180,13 +12193,13 @@ public:
         return false;
     }
     int descriptor() const { return first().loop.descriptor(); }
-    // Zero also if output is queued between two turns, such as a broadcast.
+    // Also zero if output was queued between two turns, for example by a broadcast.
     Duration next_timeout() const { return first().has_work() ? Duration::zero() : first().loop.next_timeout(); }
 
     // ---- the loops -------------------------------------------------------------------------------------------------
     //
-    // A server with several loops has one Loop, one Rooms and one of each extension on each of them. These functions
-    // give those of the calling thread, and on all other threads those of the first loop.
+    // A server with several loops has one Loop, one Rooms and one object of each extension per loop. These functions
+    // return those of the calling thread's loop; on other threads, those of the first loop.
 
     // The number of loops: ServerOptions::threads.
     std::size_t loop_count() const { return workers_.size(); }
@@ -12207,8 +12220,8 @@ public:
         return workers_[loop]->loop.mailbox();
     }
 
-    // The one object of a type that belongs to this loop: made as Extension(server) at the first call, destroyed before
-    // the loops and the rooms.
+    // The object of a type that belongs to this loop. It is made as Extension(server) at the first call, and
+    // destroyed before the loops and the rooms.
     template <class Extension>
     Extension& extension() {
         static char key;
@@ -12217,7 +12230,7 @@ public:
         if (void* known = mine.find(name)) return *static_cast<Extension*>(known);
         return *static_cast<Extension*>(mine.add(name, detail::make_erased<Extension>(*this)));
     }
-    // The same, one for all loops. Its members must be safe on all threads.
+    // The same, but one object for all loops. Its members must be thread-safe.
     template <class Extension>
     Extension& shared_extension() {
         static char key;
@@ -12226,18 +12239,18 @@ public:
         if (void* known = shared_extensions_.find(name)) return *static_cast<Extension*>(known);
         return *static_cast<Extension*>(shared_extensions_.add(name, detail::make_erased<Extension>(*this)));
     }
-    // Adds an entry to the log, for what is built on the server.
+    // Adds an entry to the log, for extensions.
     void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
         current().log(level, event, fields);
     }
 
-    // Counts and logs an exception that left a callback, for what is built on the server.
+    // Counts and logs an exception that left a callback, for extensions.
     void report_exception(const char* callback, const char* what) noexcept {
         current().log.exception(callback, what, nullptr);
     }
 
-    // Calls visit(handler) for each WebSocketHandler that is open on this loop. visit() may close and write, but not
-    // delete.
+    // Calls visit(handler) for each open WebSocketHandler on this loop. visit() may write and close, but not delete
+    // the handler.
     template <class Visit>
     void each_handler(Visit&& visit) {
         current().each_handler(visit);
@@ -12245,7 +12258,8 @@ public:
 
     const Limits& limits() const { return options_.limits; }
     const ServerLimits& server_limits() const { return options_.server_limits; }
-    // Of all loops. On the thread of a loop. With several loops it waits for the others, 100 ms at most.
+    // The metrics of all loops. Call it on the thread of a loop. With several loops it waits for the others, at most
+    // 100 ms.
     Metrics metrics() const { return sum_of(metrics_per_loop()); }
     // The same for each loop, by its number.
     std::vector<Metrics> metrics_per_loop() const {
@@ -12321,7 +12335,8 @@ private:
         check_stopped(call);
         return site_;
     }
-    // While the other loops run, the work runs on them, unless the server has ended and begun again before.
+    // Runs the work on each of the other loops while they run, unless the server has ended and started again in the
+    // meantime.
     template <class Work>
     void each_other(const Work& work) {
         for (std::size_t i = 1; i < workers_.size(); ++i) {
@@ -12367,7 +12382,7 @@ private:
         for (const auto& worker : workers_)
             if (worker->thread.joinable()) worker->thread.join();
         threads_run_ = false;
-        // What was posted too late: connections that another loop had accepted, and calls for handlers that have gone.
+        // Runs late work: connections that another loop had accepted, and calls for handlers that no longer exist.
         for (std::size_t i = 1; i < workers_.size(); ++i) {
             const detail::Worker::Thread thread(*workers_[i]);
             workers_[i]->loop.poll();
@@ -12419,7 +12434,7 @@ private:
     std::atomic<bool> threads_run_{false};
     std::atomic<bool> stopping_{false};  // stop_threads() waits for them
     bool signalled_ = false;
-    bool ended_ = false;                    // a shutdown has finished, and listen() was not called since
+    bool ended_ = false;                    // a shutdown has finished, and listen() was not called after it
     std::atomic<std::uint32_t> starts_{0};  // calls of listen() after a shutdown
     std::unique_ptr<detail::SignalGuard> signals_;
     std::recursive_mutex shared_mutex_;
@@ -12432,14 +12447,14 @@ private:
 
 // ---- tests without sockets -----------------------------------------------------------------------------------------
 
-// For the tests of programs that use the library. A TestServer is a Server whose clients are in memory: its sessions,
-// rooms and timers are those of any server, but there is no socket, no thread and no waiting, and the clock stands
-// still until advance(). What a call of a client causes has happened when it returns.
+// For tests of programs that use the library. A TestServer is a Server whose clients are in memory: sessions, rooms
+// and timers are those of any server, but there is no socket, no thread and no waiting. The clock only moves in
+// advance(). When a call of a client returns, all its effects have happened.
 
 class TestServer;
 
-// The request of a test client: a target such as "/chat/tea?name=Anna", and what is not usual. By default it comes from
-// 127.0.0.1, for the host "localhost", without an Origin.
+// The request of a test client: a target such as "/chat/tea?name=Anna", and optional details. By default it comes
+// from 127.0.0.1, for the host "localhost", without an Origin.
 class TestRequest {
 public:
     template <class Text, class = std::enable_if_t<std::is_convertible_v<const Text&, std::string_view>>>
@@ -12458,7 +12473,7 @@ public:
         host_ = host;
         return *this;
     }
-    // The address that the client connects from, such as "203.0.113.7". Throws an Error if it is not an address.
+    // The client's address, such as "203.0.113.7". Throws an Error if it is not an address.
     TestRequest& address(std::string_view address) {
         const auto parsed = IpAddress::parse(address);
         if (!parsed) throw Error("TestRequest::address: \"" + escape_for_log(address) + "\" is not an IP address");
@@ -12475,7 +12490,7 @@ public:
         compression_ = options;
         return *this;
     }
-    // Of a request for a page.
+    // The method of a request for a page.
     TestRequest& method(std::string_view method) {
         method_ = method;
         return *this;
@@ -12486,7 +12501,7 @@ public:
         return *this;
     }
 
-    // Without the query.
+    // The target without the query.
     std::string_view path() const { return std::string_view(target_).substr(0, target_.find('?')); }
 
 private:
@@ -12507,10 +12522,10 @@ private:
     std::optional<CompressionOptions> compression_;
 };
 
-// The answer to a test client: that of a page, or of a handshake.
+// The answer to a test client, from a page or for a handshake.
 class TestResponse {
 public:
-    // 0 if there is no complete answer.
+    // Returns 0 if there is no complete answer.
     int status() const { return status_; }
     const std::string& body() const { return body_; }
     // The first header of that name, compared without case. Empty if there is none.
@@ -12554,8 +12569,8 @@ struct MemoryLink {
     bool closed = false;             // the server has closed its end
 };
 
-// The server's end of a link, instead of a socket. This and the functions that use it are templates, because GCC emits
-// the only Transport of a program without TLS although nothing uses it.
+// The server's end of a link, in place of a socket. This class and the functions that use it are templates, because
+// GCC would otherwise emit it in each program without TLS, even unused.
 template <class Link>
 class MemoryTransport final : public Transport {
 public:
@@ -12600,14 +12615,14 @@ private:
     std::string no_failure_;
 };
 
-// Reports links, which have no descriptors, and never blocks. Its clock stands still.
+// Reports links, which have no descriptors, and never blocks. Its clock only moves when the test moves it.
 class MemoryPoller final : public Poller {
 public:
     explicit MemoryPoller(Time now) : now_(now) {}
 
-    // The next add() belongs to this link.
+    // The next add() is for this link.
     void expect(std::shared_ptr<MemoryLink> link) { expected_ = std::move(link); }
-    // The owner of a link that the server has not closed, or null.
+    // Returns the owner of a link that the server has not closed, or null.
     Pollable* owner(const MemoryLink& link) const {
         for (const Entry& entry : entries_)
             if (entry.link.get() == &link && !link.closed) return entry.owner;
@@ -12661,7 +12676,8 @@ private:
 
 }  // namespace detail
 
-// One client of a TestServer. Copies are the same client, which ends with close(), hang_up() or the server.
+// One client of a TestServer. Copies refer to the same client. It ends with close(), with hang_up(), or when the
+// server closes it.
 class TestClient {
 public:
     struct Received {
@@ -12673,7 +12689,7 @@ public:
 
     // ---- what the client has got -----------------------------------------------------------------------------------
 
-    // The answer to the handshake: 101, or that of a refusal. Its status is 0 if the server shuts down.
+    // The answer to the handshake: 101 or a refusal. The status is 0 if the server shuts down.
     const TestResponse& response() const { return state().response; }
     bool is_open() const { return state().connection.is_open(); }
     // The data of the messages that have arrived since the last call.
@@ -12688,13 +12704,13 @@ public:
     // The payloads of all pings and pongs since the handshake. The client answers pings itself.
     const std::vector<std::string>& pings() const { return state().pings; }
     const std::vector<std::string>& pongs() const { return state().pongs; }
-    // From the server's Close frame, or from the client's until it arrives. CloseCode::no_status before both, and
-    // CloseCode::abnormal if the connection ended without a Close frame.
+    // The code of the server's Close frame; before it arrives, that of the client's. CloseCode::no_status before
+    // both, and CloseCode::abnormal if the connection ended without a Close frame.
     CloseCode close_code() const { return state().connection.close_code(); }
     const std::string& close_reason() const { return state().connection.close_reason(); }
     std::string_view selected_subprotocol() const { return response().header("sec-websocket-protocol"); }
 
-    // The handler of this client, in the server. Throws an Error if it is gone, or not a Handler.
+    // The handler of this client, in the server. Throws an Error if it no longer exists or is not a Handler.
     template <class Handler>
     Handler& handler() const {
         const auto found = dynamic_cast<Handler*>(find_handler());
@@ -12704,7 +12720,7 @@ public:
 
     // ---- what the client does --------------------------------------------------------------------------------------
 
-    // WriteStatus::closed if the connection is not open. The client sends also text that is not UTF-8.
+    // Returns WriteStatus::closed if the connection is not open. The client may also send text that is not UTF-8.
     WriteStatus send(std::string_view text, Opcode opcode = Opcode::text) {
         return act([&](State& state) { return state.connection.send(opcode, text); });
     }
@@ -12726,8 +12742,8 @@ public:
             return WriteStatus::closed;
         });
     }
-    // The client does not read any more, and so it does not answer pings. The server can send this many bytes, then its
-    // output waits.
+    // The client stops reading, so it does not answer pings. The server can send `window` more bytes, then its output
+    // waits.
     void pause_reading(std::size_t window = 0) {
         state().paused = true;
         state().link->window = window;
@@ -12752,7 +12768,7 @@ private:
             limits.ping_interval = Duration::zero();
         }
 
-        // Takes what has arrived, and answers. Returns false if nothing has.
+        // Reads the bytes that have arrived, and answers. Returns false if there are none.
         bool read() {
             const bool at_end = link->server_ended && !link->client_ended;
             if (paused || (link->to_client.empty() && !at_end)) return false;
@@ -12764,7 +12780,7 @@ private:
             write();
             return true;
         }
-        // Passes on what the connection has queued.
+        // Passes on the output of the connection.
         void write() {
             SendQueue& output = connection.output();
             for (std::string_view piece; output.gather(&piece, 1) != 0; output.consume(piece.size()))
@@ -12838,21 +12854,21 @@ private:
 // A server whose clients are in memory. It has all functions of a Server except listen() and run().
 class TestServer : public Server {
 public:
-    // It has one loop, whatever ServerOptions::threads is.
+    // It has one loop, even if ServerOptions::threads is larger.
     explicit TestServer(ServerOptions options = {}) : Server(with_one_loop(std::move(options))) {
         auto poller = std::make_unique<detail::MemoryPoller>(Clock::now());
         poller_ = poller.get();
         detail::LoopAccess::set_poller(loop(), std::move(poller));
         on_log(nullptr);
     }
-    // Open connections end without a closing handshake. The clients keep what they have got.
+    // Open connections end without a closing handshake. The clients keep their messages.
     ~TestServer() {
         first().close();
         deliver();
         *self_ = nullptr;
     }
 
-    // Opens a WebSocket. TestClient::response() has the answer if it is refused.
+    // Opens a WebSocket. If it is refused, TestClient::response() has the answer.
     template <class Link = detail::MemoryLink>
     TestClient connect(const TestRequest& request) {
         const auto client = start<Link>(request, request.handshake());
@@ -12870,7 +12886,8 @@ public:
         return client->response;
     }
 
-    // Moves the clock from timer to timer: calls what is due, sends pings, and ends what has a timeout.
+    // Moves the clock from timer to timer: runs due callbacks, sends pings, and ends connections whose timeout is
+    // over.
     void advance(Duration duration) {
         settle();
         const Time end = saturating_add(poller_->now(), (std::max)(duration, Duration::zero()));
@@ -12880,8 +12897,8 @@ public:
         }
         poller_->set_now((std::max)(end, poller_->now()));
     }
-    // Runs turns until nothing is left to do. All calls of clients do this; call it after work was posted or a handler
-    // was used directly. Throws an Error if there is no end.
+    // Runs turns until nothing is left to do. All calls of clients do this. Call it after work was posted or a
+    // handler was used directly. Throws an Error if the work never ends.
     void settle() {
         constexpr int max_turns = 100'000;
         constexpr Duration tick(1);  // the delay of call_later(0s)
@@ -12892,9 +12909,9 @@ public:
         }
     }
 
-    // What callbacks and pages have thrown, as "on_message: sentence".
+    // The exceptions of callbacks and pages, as "on_message: sentence".
     const std::vector<std::string>& exceptions() const { return *exceptions_; }
-    // As Server::on_log(), which would turn off exceptions().
+    // Use it in place of Server::on_log(), which would turn off exceptions().
     void on_log(std::function<void(const LogEntry&)> function) {
         Server::on_log([exceptions = exceptions_, function = std::move(function)](const LogEntry& entry) {
             if (entry.event == "exception")
@@ -12923,7 +12940,7 @@ private:
         poller_->expect(nullptr);  // it was refused
         return client;
     }
-    // Lets the clients take what has arrived. Returns false if nothing has.
+    // Lets the clients read the bytes that have arrived. Returns false if there are none.
     bool deliver() {
         bool any = false;
         for (const auto& client : clients_) any = client->read() || any;
@@ -12934,7 +12951,7 @@ private:
 
     detail::MemoryPoller* poller_;
     std::shared_ptr<TestServer*> self_ = std::make_shared<TestServer*>(this);
-    std::vector<std::shared_ptr<TestClient::State>> clients_;  // that have not ended
+    std::vector<std::shared_ptr<TestClient::State>> clients_;  // clients that have not ended
     std::shared_ptr<std::vector<std::string>> exceptions_ = std::make_shared<std::vector<std::string>>();
 };
 
@@ -12955,7 +12972,7 @@ inline WebSocketHandler* TestClient::find_handler() const {
 template <class Handler>
 class HandlerTest {
 public:
-    // The path of the request is the pattern of the route.
+    // The route's pattern is the path of the request.
     explicit HandlerTest(const TestRequest& request = "/") : HandlerTest(request.path(), request) {}
     // The handler is made with the arguments.
     template <class... Arguments>
