@@ -13015,62 +13015,64 @@ WSCHAT_BEGIN
 // How a wss:// server is verified. All files are PEM.
 struct ClientTls {
     std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
-    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if the list of its authority is
-    // missing, has expired, or names it. Empty: a revoked certificate is accepted. No authority is asked (OCSP).
+    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if its authority's list is
+    // missing, has expired, or contains the certificate. Empty: a revoked certificate is accepted. OCSP is not used.
     std::string revocation_lists{};
     // Sent if the server requests a certificate.
     std::string certificate{};
     std::string key{};
     std::string key_password{};
-    // If set, the server's public key must be one of these: the SHA-256 of its SubjectPublicKeyInfo in base64
-    // (RFC 7469 2.4). This comes in addition to the other checks.
+    // If set, the server's public key must be one of these: the SHA-256 of its SubjectPublicKeyInfo in base64 (RFC
+    // 7469 2.4). The other checks remain.
     std::vector<std::string> pinned_keys{};
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data,
     // unless there are pinned_keys.
     bool insecure_accept_any_certificate = false;
 };
 
-// When a client connects again. The delay is random, between zero and a limit that begins at min_delay and doubles with
-// each failure up to max_delay, so that the clients of a server that restarts do not come at the same moment.
+// When a client connects again. The delay is random, between zero and a limit that begins at min_delay and doubles
+// with each failure up to max_delay. So the clients of a restarted server do not all come at once.
 struct ReconnectOptions {
     Duration min_delay = std::chrono::milliseconds(500);
     Duration max_delay = std::chrono::seconds(30);
-    Duration stable = std::chrono::minutes(1);  // a connection that lived so long resets the delay to min_delay
-    // Retry-After of a response counts, up to this. After 1012 and 1013 the delay is at least a sixth of max_delay.
+    Duration stable = std::chrono::minutes(1);  // a connection that lasted this long resets the delay to min_delay
+    // Retry-After of a response is obeyed, up to this time. After 1012 and 1013 the delay is at least a sixth of
+    // max_delay.
     Duration max_retry_after = std::chrono::hours(1);
     bool after_normal_close = false;  // also if the server closed with 1000 or 1008
     bool after_refusal = false;       // also after a response with a status of 200-499
 };
 
-// What may differ from attempt to attempt. It begins as what connect() got.
+// The values that may differ from attempt to attempt. They begin as the arguments of connect().
 struct ClientAttempt {
     std::string url;
     std::vector<std::pair<std::string, std::string>> headers;
     std::vector<std::pair<std::string, std::string>> cookies;
 };
 
-// What is the same for all attempts of one Client::connect().
+// The values that are the same for all attempts of one Client::connect().
 struct ClientOptions {
-    Limits limits;                                        // of the connection; those on requests hold for the response
-    Duration connect_timeout = std::chrono::seconds(10);  // from the name to the 101, redirects included
+    Limits limits;                                        // of the connection; request limits apply to the response
+    Duration connect_timeout = std::chrono::seconds(10);  // from resolving the name to the 101, including redirects
     std::vector<std::pair<std::string, std::string>> headers;
     std::vector<std::pair<std::string, std::string>> cookies;
     std::vector<std::string> subprotocols;          // in the order of preference
-    std::string origin;                             // empty: none is sent
+    std::string origin;                             // empty: no Origin is sent
     std::optional<CompressionOptions> compression;  // offered if the program is built with WSCHAT_ZLIB
-    std::optional<ReconnectOptions> reconnect;      // nothing: one attempt, and no other after the connection
-    unsigned max_redirects = 0;  // at most 5 are followed; never from wss to ws, no secrets to another server
-    // Called on the loop's thread before each attempt: for a token that expires, or the id of the last message.
+    std::optional<ReconnectOptions> reconnect;      // nothing: only one attempt, and no new one after the connection
+    unsigned max_redirects = 0;  // at most 5; never from wss to ws; credentials are not sent to another server
+    // Called on the loop's thread before each attempt, for example to renew a token or to set the id of the last
+    // message.
     std::function<void(ClientAttempt&)> before_attempt;
     ClientTls tls;
     std::string bind_address;  // a numeric address of this machine to connect from
     std::string unix_path;     // connects to this Unix socket; the URL still gives the host, the path and the scheme
     // "http://user:password@proxy.example:3128": the connection is a tunnel through this proxy (CONNECT).
     std::string proxy;
-    // Takes https_proxy (for wss), http_proxy (for ws) and no_proxy from the environment, if `proxy` is empty.
+    // Reads https_proxy (for wss), http_proxy (for ws) and no_proxy from the environment, if `proxy` is empty.
     bool proxy_from_environment = false;
-    // Replaces the system's resolver, for tests and for DNS libraries: returns the addresses of a host, best first. It
-    // is called on another thread, and may block and throw. It may still run when the client is gone.
+    // Replaces the system's resolver, for tests and for DNS libraries: returns the addresses of a host, best first.
+    // It is called on another thread, and may block and throw. It may still run after the client is destroyed.
     std::function<std::vector<IpAddress>(const std::string& host)> resolver;
 };
 
@@ -13078,8 +13080,8 @@ namespace detail {
 
 // ---- random numbers ------------------------------------------------------------------------------------------------
 
-// RFC 6455 10.3: "The masking key needs to be unpredictable". Each is new from the system's generator, which is asked
-// for 64 at a time.
+// RFC 6455 10.3: "The masking key needs to be unpredictable". Each mask comes from the system's generator, which is
+// called for 64 masks at a time.
 inline MaskKey random_mask() {
     struct Store {
         std::string bytes;
@@ -13106,7 +13108,7 @@ inline std::string random_key() {
 struct ClientUrl {
     bool secure = false;
     std::string host;  // without brackets and zone
-    std::string zone;  // of a link-local IPv6 address, "eth0" or "2": it means something on this machine only
+    std::string zone;  // of a link-local IPv6 address, "eth0" or "2"; valid on this machine only
     int port = 0;
     std::string target;       // "/chat?name=Anna"
     std::string credentials;  // "user:password", decoded; may be empty
@@ -13114,15 +13116,15 @@ struct ClientUrl {
     int default_port() const { return secure ? 443 : 80; }
     // "host:port", with brackets around an IPv6 address.
     std::string host_and_port() const { return bracketed() + ":" + std::to_string(port); }
-    // For the Host field.
+    // The value of the Host field.
     std::string authority() const { return port == default_port() ? bracketed() : host_and_port(); }
     bool same_server(const ClientUrl& other) const {
         return secure == other.secure && port == other.port && zone == other.zone &&
                text::equals_ignore_case(host, other.host);
     }
 
-    // "ws://host", "wss://user:password@host:port/path?query"; http and https are the same. Returns nothing and sets
-    // `error` to a sentence if the text is none of these. `base` resolves a Location that is relative (RFC 3986 5.2).
+    // Parses "ws://host" or "wss://user:password@host:port/path?query"; http and https mean the same. Otherwise
+    // returns nothing and sets `error` to a sentence. `base` resolves a relative Location (RFC 3986 5.2).
     WSCHAT_COLD static std::optional<ClientUrl> parse(std::string_view text, std::string& error,
                                                       const ClientUrl* base = nullptr) {
         ClientUrl url;
@@ -13156,7 +13158,7 @@ struct ClientUrl {
         }
         return url.with_valid_path(error);
     }
-    // For log entries and sentences: without a password and without the query.
+    // For log entries and error sentences: removes the password and the query.
     static std::string without_secrets(std::string_view text) {
         std::string shown(text.substr(0, text.find_first_of("?#")));
         const std::size_t begin = shown.find("://"), at = shown.rfind('@');
@@ -13190,7 +13192,7 @@ private:
         port = digits.empty() ? default_port() : static_cast<int>(text::parse_unsigned(digits, 65535).value_or(0));
         return port != 0;
     }
-    // RFC 6874 2: "[fe80::1%25eth0]". Many programs write "[fe80::1%eth0]", so that is accepted too.
+    // RFC 6874 2: "[fe80::1%25eth0]". Many programs write "[fe80::1%eth0]", so that is also accepted.
     bool take_zone(std::string& authority) {
         zone.clear();
         const std::size_t percent = authority.find('%'), close = authority.find(']');
@@ -13295,7 +13297,7 @@ inline std::vector<ResolvedAddress> resolve_by_system(const std::string& host) {
     return addresses;
 }
 
-// RFC 8305 4: the families take turns, beginning with that of the first address.
+// RFC 8305 4: alternates between the address families, beginning with that of the first address.
 inline std::vector<ResolvedAddress> interleave_families(const std::vector<ResolvedAddress>& addresses) {
     std::vector<ResolvedAddress> first, second, result;
     for (const ResolvedAddress& each : addresses)
@@ -13307,8 +13309,8 @@ inline std::vector<ResolvedAddress> interleave_families(const std::vector<Resolv
     return result;
 }
 
-// A few threads that resolve names, because getaddrinfo() blocks. Nobody waits for them: a thread that hangs in a
-// resolver keeps only the state that the threads share.
+// A few threads that resolve names, because getaddrinfo() blocks. Nothing joins them: a thread that hangs in a
+// resolver only keeps the shared state alive.
 class ResolverPool {
 public:
     using Resolver = std::function<std::vector<IpAddress>(const std::string&)>;
@@ -13324,7 +13326,7 @@ public:
         state_->changed.notify_all();
     }
 
-    // Calls done(result) by the mailbox. A job that nobody waits for any more (`waiting` has expired) is skipped.
+    // Calls done(result) through the mailbox. Skips a job whose result is no longer needed (`waiting` has expired).
     void resolve(Resolver resolver, std::string host, std::shared_ptr<Mailbox> mailbox, std::weak_ptr<void> waiting,
                  Done done) {
         const std::lock_guard<std::mutex> lock(state_->mutex);
@@ -13387,7 +13389,7 @@ private:
                 if (result.addresses.empty()) result.error = "it has no address";
             },
             [&](const char* what) { result.error = what; });
-        // Only memory that runs out can throw here. The attempt then ends at its deadline.
+        // Only lack of memory can throw here. The attempt then ends at its deadline.
         run_guarded(
             [&] {
                 job.mailbox->post(
@@ -13443,14 +13445,14 @@ private:
 
 class ClientLink;
 
-// One socket of an attempt, and what the poller knows it by. An earlier batch of the poller may still name it after the
-// attempt has dropped it, so it is destroyed later: retire().
+// One socket of an attempt, and its entry in the poller. An earlier batch of the poller may still refer to it after
+// the attempt has dropped it, so retire() destroys it later.
 class Dial final : public Pollable {
 public:
     Dial(ClientLink& link, Socket its_socket, const IpAddress& address)
         : socket(std::move(its_socket)), peer(address), link_(&link) {}
     inline void on_ready(bool readable, bool writable, bool broken) override;
-    // Takes the socket away from the poller.
+    // Removes the socket from the poller.
     void unwatch(Loop& loop) {
         if (std::exchange(watched, false)) LoopAccess::poller(loop).remove(socket.descriptor());
     }
@@ -13466,7 +13468,7 @@ public:
     bool watched = false;
 
 private:
-    ClientLink* link_;  // null if it is retired
+    ClientLink* link_;  // null after retire()
 };
 
 // ---- what the connections of a client share ------------------------------------------------------------------------
@@ -13504,7 +13506,7 @@ public:
         links.erase(big_endian_key(id));
         if (links.empty() && on_idle) on_idle();
     }
-    // A copy, because what is done to a link may remove it.
+    // A copy, because a call on a link may remove it.
     std::vector<std::shared_ptr<ClientLink>> all_links() const {
         std::vector<std::shared_ptr<ClientLink>> all;
         for (const auto& [id, link] : links) all.push_back(link);
@@ -13512,7 +13514,7 @@ public:
     }
 
 #if WSCHAT_OPENSSL
-    // Reading the authorities of the system takes milliseconds, so equal options share a context.
+    // Reading the system's authorities takes milliseconds, so equal options share a context.
     std::unique_ptr<TlsTransport> make_transport(const ClientTls& tls, const std::string& host) {
         return std::make_unique<TlsTransport>(buffers_, context(tls), host);
     }
@@ -13532,8 +13534,8 @@ public:
 
     Worker& worker;
     ResolverPool resolvers;
-    StringMap<std::shared_ptr<ClientLink>> links;  // by the big_endian_key() of what connect() returned
-    std::function<void()> on_idle;                 // the last link has gone
+    StringMap<std::shared_ptr<ClientLink>> links;  // by the big_endian_key() of the id that connect() returned
+    std::function<void()> on_idle;                 // called when the last link has ended
 
 private:
 #if WSCHAT_OPENSSL
@@ -13580,7 +13582,7 @@ public:
         else if (length && !chunked_) left_ = text::parse_unsigned(*length, UINT64_MAX).value_or(max_size);
     }
     void feed(std::string_view bytes) { raw_ += bytes.substr(0, max_size + 1 - (std::min)(raw_.size(), max_size)); }
-    // Whether more bytes would change nothing.
+    // Whether more bytes would not change the body.
     bool complete() const {
         return raw_.size() >= (std::min)(left_, std::uint64_t{max_size}) || (chunked_ && decode(nullptr));
     }
@@ -13592,7 +13594,7 @@ public:
     }
 
 private:
-    // RFC 9112 7.1. Returns true if the last chunk has arrived, or if the rest makes no sense.
+    // RFC 9112 7.1. Returns true if the last chunk has arrived, or if the coding is malformed.
     bool decode(std::string* body) const {
         std::string_view rest = raw_;
         for (;;) {
@@ -13613,11 +13615,11 @@ private:
     }
 
     std::string raw_;
-    std::uint64_t left_ = UINT64_MAX;  // the size of the whole body, if the head has it
+    std::uint64_t left_ = UINT64_MAX;  // the size of the body, if the head announces it
     bool chunked_ = false;
 };
 
-// Throws Error for what is not a header field or a cookie, or is one that only the client sets.
+// Throws Error for an invalid header field or cookie, and for one that only the client may set.
 WSCHAT_COLD inline void check_client_headers(const char* call,
                                              const std::vector<std::pair<std::string, std::string>>& headers,
                                              const std::vector<std::pair<std::string, std::string>>& cookies) {
@@ -13640,9 +13642,9 @@ WSCHAT_COLD inline void check_client_headers(const char* call,
 
 // ---- one connect() -------------------------------------------------------------------------------------------------
 
-// What Client::connect() started: attempt, connection, pause, next attempt. It has at most one connection at a time,
-// because the next attempt is scheduled when the socket of the last connection is closed. An attempt ends in one of two
-// functions, fail() and open().
+// The work of one Client::connect(): attempt, connection, delay, next attempt. It has at most one connection at a
+// time, because the next attempt is scheduled when the socket of the last connection is closed. An attempt ends in
+// one of two functions, fail() and open().
 class ClientLink final : public SessionOwner, public std::enable_shared_from_this<ClientLink> {
 public:
     ClientLink(ClientCore& core, std::uint64_t id, std::string url, ClientOptions options, Route::Factory factory)
@@ -13660,7 +13662,7 @@ public:
     void start_later(Duration delay) {
         timer_ = call_later(delay, [](ClientLink& link) { link.start(); });
     }
-    // The handle was given to Client::disconnect(): closes what is open, and tries nothing more.
+    // For Client::disconnect(): closes the connection or gives up the attempt, and does not try again.
     void disconnect(CloseCode code, std::string_view reason) {
         const auto self = shared_from_this();
         finishing_ = true;
@@ -13728,7 +13730,7 @@ private:
         if (timer) loop().cancel(*std::exchange(timer, std::nullopt));
     }
 
-    // What throws in an attempt ends it. If memory ran out, the next attempt may be better.
+    // An exception in an attempt ends it. If memory ran out, a later attempt may succeed.
     void guarded(FunctionRef<> work) {
         bool out_of_memory = false;
         auto watched = [&] {
@@ -13741,7 +13743,7 @@ private:
         };
         run_guarded(watched, [&](const char* what) {
             const ConnectStage stage = out_of_memory ? (std::max)(stage_, ConnectStage::resolve) : stage_;
-            // If there is no memory for the failure either, it is not told.
+            // If there is no memory to report the failure either, on_failure() is not called.
             auto nothing = [](const char*) {};
             if (attempting_ && run_guarded([&] { fail(stage, what); }, nothing)) return;
             if (core_ == nullptr || ended_ || session_ != nullptr) return;
@@ -13782,7 +13784,7 @@ private:
         sends_secrets_ = true;
         start_hop();
     }
-    // The server of the URL, or of a redirect.
+    // Connects to the server of the URL, or of a redirect.
     void start_hop() {
 #if !WSCHAT_OPENSSL
         if (url_.secure)
@@ -13813,7 +13815,7 @@ private:
                 const std::string value = os::environment(lower).value_or("");
                 return !value.empty() ? value : os::environment(upper).value_or("");
             };
-            // HTTP_PROXY is not read: a CGI server sets it from a header of its client.
+            // HTTP_PROXY is not read, because a CGI server sets it from a header of its client.
             text = url_.secure ? variable("https_proxy", "HTTPS_PROXY") : variable("http_proxy", "http_proxy");
             if (excluded_from_proxy(variable("no_proxy", "NO_PROXY"), url_)) text.clear();
         }
@@ -13853,7 +13855,7 @@ private:
         addresses_ = interleave_families(addresses);
         dial_next();
     }
-    // RFC 8305 5: tries the next address at once if the last has failed, otherwise after 250 ms.
+    // RFC 8305 5: tries the next address immediately if the last one has failed, otherwise after 250 ms.
     void dial_next() {
         constexpr Duration between = std::chrono::milliseconds(250);
         cancel(timer_);
@@ -13876,7 +13878,7 @@ private:
         if (!dial(IpAddress(), SocketAddress(options_.unix_path))) fail(stage_, "Cannot connect: " + dial_error_ + ".");
 #endif
     }
-    // Returns false and sets dial_error_ if the system refuses at once.
+    // Returns false and sets dial_error_ if the system refuses immediately.
     bool dial(const IpAddress& address, const SocketAddress& to, std::uint32_t zone = 0) {
         const std::string name = address.bits() == 0 ? options_.unix_path : address.to_string();
         const auto refused = [&] {
@@ -13905,7 +13907,7 @@ private:
         return true;
     }
     static bool connects_later(int error, const IpAddress& address) {
-        // A Unix socket that is full answers EAGAIN, and the kernel does not connect later.
+        // A Unix socket whose queue is full answers EAGAIN, and the kernel does not connect it later.
         return error == EINPROGRESS || os::interrupted(error) || (os::would_block(error) && address.bits() != 0);
     }
     void drop(Dial& dial) {
@@ -13916,7 +13918,7 @@ private:
         Dial::retire(std::move(dropped), loop());
     }
 
-    // The system has connected a socket, or has given up.
+    // The system has connected a socket or has failed.
     void finish_dial(Dial& dial) {
         int error = 0;
         socklen_t size = sizeof error;
@@ -14053,7 +14055,7 @@ private:
                                              : active_->socket.send(&piece, count);
             if (!transport_) wire().sent += sent.size;
             if (sent.outcome == IoResult::Outcome::error) {
-                // The response may have arrived before.
+                // The response may have arrived before the connection failed.
                 output_.clear();
                 return receive() && end_of_input(sent);
             }
@@ -14066,7 +14068,7 @@ private:
         const bool write = !output_.empty() || (transport_ && transport_->wants_write());
         if (!LoopAccess::poller(loop()).change(active_->socket.descriptor(), *active_, true, write))
             return fail(stage_, "The socket cannot be watched: " + os::error_text(os::last_error()) + ".");
-        // What TLS has decrypted already, the poller does not report.
+        // The poller does not report bytes that TLS has already decrypted.
         if (transport_ && transport_->has_input())
             loop().post([weak = weak_from_this(), attempt = std::weak_ptr<char>(attempt_)] {
                 const auto self = weak.lock();
@@ -14105,7 +14107,7 @@ private:
         reads_body_ = true;
         body_.start(parser_.status(), parser_.fields());
     }
-    // The response is complete, and it is not the one that was hoped for.
+    // The response is complete, but it is not the expected one.
     void fail_response() {
         const int status = parser_.status();
         if (stage_ == ConnectStage::http && status >= 300 && status < 400 && options_.max_redirects != 0)
@@ -14174,7 +14176,7 @@ private:
         if (session_ == nullptr) on_session_end();  // memory ran out
     }
 
-    // `status`: of the response, whose body is in body_.
+    // `status`: of the response; its body is in body_.
     WSCHAT_COLD void fail(ConnectStage stage, std::string sentence, int status = 0) {
         if (core_ == nullptr || !attempting_) return;
         const auto self = shared_from_this();
@@ -14197,7 +14199,7 @@ private:
     }
     void fail_late() {
         deadline_.reset();
-        // A response whose body does not end is a response.
+        // A response whose body does not end is reported as a response.
         if (reads_body_) return fail_response();
         constexpr std::string_view waited_for[] = {
             "valid URL", "answer of the resolver", "connection", "answer of the proxy", "TLS handshake", "response",
@@ -14206,7 +14208,7 @@ private:
         fail(stage_, "There was no " + std::string(waited_for[static_cast<std::size_t>(stage_)]) + " within " +
                          std::to_string(seconds) + " ms.");
     }
-    // The handshake's request, which a handler sees as request().
+    // The request of the handshake, for WebSocketHandler::request().
     Request current_request() {
         RequestParser parser(options_.limits);
         std::size_t consumed = 0;
@@ -14235,7 +14237,7 @@ private:
         attempt_.reset();
         attempting_ = false;
     }
-    // No attempt and no connection follows.
+    // Ends this link: no attempt and no connection follows.
     void end() {
         if (std::exchange(ended_, true)) return;
         stop_attempt();
@@ -14251,7 +14253,7 @@ private:
     }
     bool may_reconnect() const {
         if (!options_.reconnect || finishing_ || core_->worker.draining) return false;
-        // This side has ended it.
+        // This side has ended the connection.
         if (close_cause_ == CloseCause::local || close_cause_ == CloseCause::shutdown ||
             close_cause_ == CloseCause::closing_timeout)
             return false;
@@ -14287,7 +14289,7 @@ private:
 
     static constexpr unsigned max_interim = 16;
 
-    ClientCore* core_;  // null if the client is gone
+    ClientCore* core_;  // null if the client is destroyed
     const std::uint64_t id_;
     const std::string url_text_;
     const ClientOptions options_;
@@ -14297,17 +14299,17 @@ private:
     std::shared_ptr<char> attempt_;  // null between attempts
     bool attempting_ = false;
     ConnectStage stage_ = ConnectStage::url;
-    ClientUrl url_;  // of the present hop
+    ClientUrl url_;  // the server of the URL or of the latest redirect
     std::optional<ClientUrl> proxy_;
-    LoopTimer timer_;                         // the next address, or the next attempt
+    LoopTimer timer_;                         // for the next address, or for the next attempt
     LoopTimer deadline_;                      // of the attempt
-    std::vector<ResolvedAddress> addresses_;  // that were not tried yet
+    std::vector<ResolvedAddress> addresses_;  // not tried yet
     std::string dial_error_;
     std::vector<std::unique_ptr<Dial>> dials_;
-    Dial* active_ = nullptr;  // the one that has connected
+    Dial* active_ = nullptr;  // the socket that has connected
     std::unique_ptr<Transport> transport_;
 #if WSCHAT_OPENSSL
-    TlsTransport* tls_ = nullptr;  // the same
+    TlsTransport* tls_ = nullptr;  // the same object as transport_
 #endif
     std::string key_, request_, output_;
     ResponseParser parser_;
@@ -14318,12 +14320,12 @@ private:
     unsigned interim_ = 0;
     unsigned redirects_ = 0;
 
-    Session* session_ = nullptr;  // of the open connection
+    Session* session_ = nullptr;  // the open connection
     Time opened_at_{};
     CloseCode close_code_ = CloseCode::abnormal;
     CloseCause close_cause_ = CloseCause::none;
     unsigned failures_ = 0;   // since the last stable connection
-    bool finishing_ = false;  // nothing more is tried
+    bool finishing_ = false;  // no further attempt
     bool ended_ = false;
 };
 
@@ -14331,7 +14333,7 @@ inline void Dial::on_ready(bool readable, bool writable, bool broken) {
     if (link_ != nullptr) link_->on_ready(*this, readable, writable, broken);
 }
 
-// Throws Error for what can never work, because the caller made a mistake.
+// Throws Error for options that can never work.
 WSCHAT_COLD inline void check_client_options(const ClientOptions& options) {
     const auto bad = [](const std::string& what) { throw Error("Client::connect: " + what); };
     check_client_headers("Client::connect", options.headers, options.cookies);
@@ -14371,8 +14373,8 @@ public:
         };
         detail::LoopAccess::on_signal(loop(), [this](int) { on_signal(); });
     }
-    // On the loop of a server or of another client, which must live longer: Client client(server.loop()). Server::run()
-    // runs both. Throws an Error for any other loop.
+    // Uses the loop of a server or of another client, which must live longer: Client client(server.loop()).
+    // Server::run() then runs both. Throws an Error for any other loop.
     WSCHAT_COLD explicit Client(Loop& loop) {
         if (worker_of(loop) == nullptr)
             throw Error("Client: the loop is not that of a server: use Client() and its loop()");
@@ -14380,16 +14382,16 @@ public:
     }
     Client(const Client&) = delete;
     Client& operator=(const Client&) = delete;
-    // Connections that are still open end without a closing handshake, after the turn if the loop is a server's; their
-    // on_close() is called. Do not destroy a client in a callback of its own handlers.
+    // Open connections end without a closing handshake, and their on_close() is called; on the loop of a server,
+    // after the turn. Do not destroy a client in a callback of its own handlers.
     WSCHAT_COLD ~Client() {
         core_->on_idle = nullptr;
         for (const auto& [id, link] : std::exchange(core_->links, {})) link->detach();
     }
 
-    // Connects in the loop's next turn. Each attempt gets its own handler, made with copies of the arguments (std::ref
-    // passes a reference). Whatever fails is an on_failure(), also a URL that is none. Throws an Error for options that
-    // can never work: a header with a line break, a certificate file that cannot be read.
+    // Connects in the loop's next turn. Each attempt gets its own handler, made with copies of the arguments
+    // (std::ref passes a reference). Each failure calls on_failure(), also an invalid URL. Throws an Error for
+    // options that can never work, such as a header with a line break or a certificate file that cannot be read.
     template <class Handler, class... Arguments>
     ConnectionId connect(std::string_view url, ClientOptions options, Arguments&&... arguments) {
         return add(url, std::move(options),
@@ -14405,8 +14407,8 @@ public:
     ConnectionId connect(std::string_view url) {
         return connect<Handler>(url, ClientOptions());
     }
-    // Ends what connect() started: closes the connection, or gives up the attempt, and does not try again. No
-    // on_failure() follows. Returns false if it is over already.
+    // Ends the work of connect(): closes the connection or gives up the attempt, and does not try again. on_failure()
+    // is not called. Returns false if that work has already ended.
     bool disconnect(ConnectionId id, CloseCode code = CloseCode::normal, std::string_view reason = {}) {
         detail::Connection::check_close(code, reason);
         const auto* const found = core_->links.find(big_endian_key(id));
@@ -14415,13 +14417,14 @@ public:
         link->disconnect(code, reason);
         return true;
     }
-    // How many calls of connect() are not over: connecting, open, or waiting for the next attempt.
+    // The number of calls of connect() that have not ended: connecting, open, or waiting for the next attempt.
     std::size_t connections() const { return core_->links.size(); }
 
     // ---- running; only with a loop of its own ----------------------------------------------------------------------
 
-    // Returns when all connections are over and none is tried again, or after loop().stop(). Throws an Error if there
-    // was no connect(), and on the loop of a server. SIGINT and SIGTERM call shutdown(); a second one ends at once.
+    // Returns when all connections have ended and no attempt is left, or after loop().stop(). Throws an Error if
+    // connect() was not called, and on the loop of a server. SIGINT and SIGTERM call shutdown(); a second one aborts
+    // all connections.
     void run() {
         if (!server_) throw Error("Client::run: the loop is that of a server: call Server::run()");
         if (core_->links.empty()) throw Error("Client::run: nothing to do: call connect() first");
@@ -14432,8 +14435,8 @@ public:
             loop().run();
         } while (idle_ && !core_->links.empty());
     }
-    // One turn, instead of run(), in the event loop of another program; see Loop::poll(). Returns false if all
-    // connections are over, and after loop().stop().
+    // Runs one turn, instead of run(), in the event loop of another program; see Loop::poll(). Returns false if all
+    // connections have ended, and after loop().stop().
     bool poll(Duration timeout = Duration::zero()) {
         if (!server_) throw Error("Client::poll: the loop is that of a server: call Server::poll()");
         start_turn();
@@ -14442,21 +14445,21 @@ public:
     int descriptor() const { return core_->loop().descriptor(); }
     Duration next_timeout() const { return core_->worker.has_work() ? Duration::zero() : core_->loop().next_timeout(); }
 
-    // From any thread while the client lives: closes every connection with 1001, gives up all attempts, and ends run().
-    // What has not closed at the deadline is dropped.
+    // Any thread may call it while the client lives: closes every connection with 1001, gives up all attempts, and
+    // ends run(). Connections that are not closed at the deadline are aborted.
     void shutdown(Duration deadline = std::chrono::seconds(5)) {
         loop().post([weak = std::weak_ptr<detail::ClientCore>(core_), deadline] {
             if (const auto core = weak.lock()) begin_shutdown(core, deadline);
         });
     }
 
-    // Receives the log. Throws an Error on the loop of a server, which has its own.
+    // Receives the log. Throws an Error on the loop of a server, because the server has its own log.
     void on_log(std::function<void(const LogEntry&)> function) {
         if (!server_) throw Error("Client::on_log: the loop is that of a server: call Server::on_log()");
         server_->on_log(std::move(function));
     }
     Loop& loop() { return core_->loop(); }
-    // Those of its handlers' room(): the server's, if the loop is a server's.
+    // The rooms of its handlers' room(). On the loop of a server, these are the server's rooms.
     Rooms& rooms() { return core_->worker.rooms; }
 
 private:
@@ -14502,7 +14505,7 @@ private:
         else begin_shutdown(core_, std::chrono::seconds(5));
     }
 
-    std::unique_ptr<Server> server_;  // that never listens: its worker runs the sessions. Null on the loop of another
+    std::unique_ptr<Server> server_;  // never listens: its worker runs the sessions; null on another loop
     std::shared_ptr<detail::ClientCore> core_;
     ConnectionId last_id_ = 0;
     bool idle_ = false;
@@ -14539,10 +14542,10 @@ class ChatCommands;
 
 // ---- entries and stores --------------------------------------------------------------------------------------------
 
-// One event of a room. A store keeps messages (`said` and `action`), amendments of them (`edit`, `remove` and `react`)
-// and `topic`, each under an id of its own. It only delivers the other kinds. An entry without a room is for all hubs.
+// One event of a room. A store keeps messages (`said` and `action`), their amendments (`edit`, `remove` and `react`)
+// and `topic`, each under its own id. It only delivers the other kinds. An entry without a room is for all hubs.
 struct ChatEntry {
-    // `action` is "/me waves". Files contain the numbers of the first six.
+    // `action` is "/me waves". Files contain the numbers of the first six kinds.
     enum class Kind : std::uint8_t {
         said = 0,
         action = 1,
@@ -14555,11 +14558,11 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event,   // of the program, for a room: `text` is its name, `data` its JSON value
-        away,    // a user has lost the last connection to a hub; a `leave` or a `join` of that hub follows
+        event,   // sent by the program to a room: `text` is its name, `data` its JSON value
+        away,    // a user has lost the last connection to a hub; a `leave` or a `join` from that hub follows
         kick,    // closes the connections of the user `to` to the room; `text` is the reason
-        ban,     // asks all hubs to ban what they know of the user `text`; `target`: milliseconds. With an address
-                 // in `to`: asks whether only the guest `user` has it; a hub where others have it answers with `quiet`
+        ban,     // each hub bans what it knows of the user `text`; `target`: milliseconds. An address in `to` asks
+                 // whether only the guest `user` has it; a hub where others have it answers with `quiet`
         direct,  // the same as `event`, for the user `to_user`
         moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
     };
@@ -14589,24 +14592,24 @@ struct ChatEntry {
     bool removed = false;     // its text and data are empty
     std::vector<Reaction> reactions{};
 
-    // Of an amendment that is appended, not kept.
+    // Only in an amendment that is appended. A store does not keep these two.
     bool moderator = false;       // may remove the messages of others
     std::int64_t not_before = 0;  // an edit of an older message is refused as "too_late"; Unix time in milliseconds
 
-    std::uint64_t sender = 0;  // a number of the connection that no other hub uses; not kept
+    std::uint64_t sender = 0;  // the number of the connection, unique among all hubs; not kept
     std::string hub{};         // the id of the hub that made the entry; not kept
-    bool quiet = false;        // of presence: the user is also connected to another hub, so nobody hears of it
-    // What is kept of the room from now on, in place of these limits of the store; what is empty is as there.
+    bool quiet = false;        // presence: the user is also connected to another hub, so nobody is told
+    // The limits of this room, in place of those of the store. An empty one means the limit of the store.
     struct Retention {
         std::optional<std::size_t> max_entries{};  // 0: no limit
         std::optional<Duration> max_age{};         // zero: no limit
     };
-    std::optional<Retention> retention{};  // empty: as before
+    std::optional<Retention> retention{};  // empty: no change
 
     bool kept() const { return kind <= Kind::topic; }
     bool is_message() const { return kind <= Kind::action; }
     bool is_amendment() const { return kept() && !is_message() && kind != Kind::topic; }
-    // Whether it changes who is in a room: see PresenceTable.
+    // Whether it changes the users of a room: see PresenceTable.
     bool is_presence() const {
         return kind == Kind::join || kind == Kind::away || kind == Kind::leave || kind == Kind::rename;
     }
@@ -14619,12 +14622,12 @@ struct ChatEntry {
             size += each.emoji.size() + each.user.size() + each.name.size() + each.author.size() + 128;
         return size;
     }
-    // Why the amendment of a message is refused: a code of ChatStore::Listener::on_refused(). Empty: it is possible.
+    // Returns why the amendment is refused: a code of ChatStore::Listener::on_refused(). Empty: it is allowed.
     static std::string_view refuse_amendment(const ChatEntry& amendment, const ChatEntry* target) {
         if (target == nullptr || !target->is_message() || target->removed) return "bad_id";
         if (amendment.kind == Kind::react) return {};
         const bool by_moderator = amendment.kind == Kind::remove && amendment.moderator;
-        // In older files the author of a guest is only a name, but the public id is that of one connection.
+        // In older files, `author` of a guest is only a name, but `user` belongs to one connection.
         const bool own = amendment.author == target->author && amendment.user == target->user;
         if (!own && !by_moderator) return "not_yours";
         const bool too_late = amendment.kind == Kind::edit && target->time < amendment.not_before;
@@ -14634,21 +14637,21 @@ struct ChatEntry {
     inline std::string to_json_line(const std::string& of_room) const;
 };
 
-// What a server remembers beside the order of a room: bans, topics, markers and so on.
+// Data that is not part of a room's sequence of entries: bans, topics, read markers and so on.
 struct ChatFact {
     std::string scope{}, key{};
     std::string value{};       // empty: the fact is deleted
-    std::string author{};      // the identity of the user to whom it belongs; ChatStore::erase_author() deletes it
+    std::string author{};      // the identity of the user who owns it; ChatStore::erase_author() deletes it
     std::int64_t expires = 0;  // Unix time in milliseconds; 0: never
-    bool if_new = false;       // an older fact stays; on_fact() gets the one that is kept
+    bool if_new = false;       // an existing fact stays; on_fact() gets the fact that is kept
 };
 
-// The newest id that a client has of a room, and the epoch of the store that gave it: "9f86d081884c7d65-105".
+// The newest id of a room that a client has, and the epoch of the store that assigned it: "9f86d081884c7d65-105".
 struct HistoryPosition {
     std::string epoch{};
     std::uint64_t id = 0;
 
-    // A number without an epoch is a position that no store knows. An id above 10^18 counts as 10^18.
+    // A number without an epoch is a position that no store knows. An id above 10^18 becomes 10^18.
     static std::optional<HistoryPosition> parse(std::string_view text) {
         HistoryPosition position;
         if (text.size() > epoch_size && text[epoch_size] == '-') {
@@ -14673,8 +14676,8 @@ struct HistoryPage {
     std::uint64_t last_id = 0;         // the newest id of the room
     std::string epoch{};               // of the store, for HistoryPosition
     bool gap = false;     // an entry after the requested position is missing, or the store does not know the position
-    bool more = false;    // older messages than these exist
-    std::string error{};  // why the history could not be read; empty: it was read
+    bool more = false;    // there are messages older than these
+    std::string error{};  // why the history could not be read, or empty
 };
 
 // A part of ChatStore::export_room().
@@ -14682,48 +14685,48 @@ struct HistoryExport {
     std::string lines{};     // JSON objects, each with a line feed
     bool end = false;        // the last part
     std::string error{};     // why the export ended early
-    std::uint64_t last = 0;  // the newest id in this part and those before it
+    std::uint64_t last = 0;  // the newest id in this part and in earlier parts
 };
 
 // Stores entries and facts, and delivers them to the hubs that share it. A hub is the chat of one loop: a server has
-// one for each of its loops. A hub shows an entry when the store delivers it, so all hubs show the same order. All
-// calls are made on the loop's thread. Each is answered on that thread, immediately or later, but never after the
-// destruction of the store.
+// one hub per loop. A hub shows an entry when the store delivers it, so all hubs show the same order. All calls are
+// made on the loop's thread. Each is answered on that thread, immediately or later, but never after the store is
+// destroyed.
 class ChatStore {
 public:
     class Listener {
     public:
-        // An entry of append() or forward(), from this hub or another. All hubs get the entries of a room in one order,
-        // that of their ids.
+        // An entry of append() or forward(), from this hub or another. All hubs get the entries of a room in the
+        // order of their ids.
         virtual void on_entry(const ChatEntry& entry) = 0;
-        // The author has sent this tag before. The entry has the id of the first one, and is not delivered again.
+        // The author has already sent this tag. The entry has the id of the first one, and is not delivered again.
         virtual void on_duplicate(const ChatEntry& entry) = 0;
-        // An entry that this server appended could not be kept. Nobody received it.
+        // An entry that this server appended could not be kept. Nobody has received it.
         virtual void on_failure(const ChatEntry& entry, const std::string& cause) = 0;
-        // An amendment that this server appended is not possible. The code is "bad_id" (the message is not kept, or is
-        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions). Or a `join` or `rename`
-        // that this hub forwarded: see PresenceTable::apply().
+        // An amendment that this server appended is refused. The code is "bad_id" (the message is not kept, or is
+        // removed), "not_yours", "too_late" or "refused" (the message has too many reactions). Or a `join` or
+        // `rename` that this hub forwarded is refused: see PresenceTable::apply().
         virtual void on_refused(const ChatEntry&, std::string_view /*code*/) {}
-        // A fact was kept, by this server or another.
+        // This server or another has stored a fact, or has deleted it (an empty value).
         virtual void on_fact(const ChatFact&) {}
         // A fact that this server put could not be kept.
         virtual void on_fact_failure(const ChatFact&, const std::string& /*cause*/) {}
         // The store may have lost facts, for example because another program has emptied it.
         virtual void on_facts_lost() {}
-        // Other entries of the room follow than those that were expected, from page.last_id on: page.epoch is new, or
-        // entries were lost (page.gap). All have received what is in the page, if it is not a gap.
+        // The room continues after page.last_id, but not with the expected entries: page.epoch is new, or entries
+        // were lost (page.gap). Without a gap, all members have already received the entries of the page.
         virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
         // The store has something to log.
         virtual void on_log(LogLevel, std::string_view /*event*/,
                             const std::vector<std::pair<std::string_view, std::string>>& /*fields*/) {}
-        // Who is in a room: a `join` or an `away` for each user and hub. It follows watch(), and comes again when the
-        // store may have lost entries. It replaces what was known; the hub forwards its own users who are missing.
+        // The users of a room: a `join` or an `away` for each user and hub. Called after watch(), and again when the
+        // store may have lost entries. It replaces earlier data. The hub forwards its own users who are missing.
         virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
-        // The time by which a history in memory expires.
+        // The clock by which a history in memory expires.
         virtual Time now() const { return Clock::now(); }
-        // The id of this hub: 16 lower-case hexadecimal digits at random.
+        // The id of this hub: 16 random lower-case hexadecimal digits.
         virtual std::string hub() const { return {}; }
-        // Whether this hub gets the entries of all rooms, not only of those that it watches.
+        // Whether this hub gets the entries of all rooms, and not only of those that it watches.
         virtual bool watches_all() const { return false; }
 
     protected:
@@ -14743,23 +14746,24 @@ public:
     ChatStore& operator=(ChatStore&&) = default;
     virtual ~ChatStore() = default;
 
-    // Called once, before all other calls. A store with threads of its own posts its results to the mailbox.
+    // Called once, before all other calls. A store with its own threads posts its results to the mailbox.
     virtual void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) = 0;
-    // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or takes it back if the author
-    // has reacted with that emoji before. ChatEntry::retention holds from now on. One call of the listener follows.
+    // Keeps the entry. An amendment also changes its message; `react` adds a reaction, or removes it if the author
+    // has already reacted with that emoji. ChatEntry::retention applies from then on. One call of the listener
+    // follows.
     virtual void append(ChatEntry entry) = 0;
-    // Delivers the entry without keeping it. A store of several hubs also applies it to a PresenceTable.
+    // Delivers the entry without keeping it. A store for several hubs also applies it to a PresenceTable.
     virtual void forward(const ChatEntry& entry) = 0;
-    // Reads all entries after a position, if there are at most `limit`. Otherwise, and without a position, the newest
-    // messages and topics, at most `limit`; what amendments have changed is in the messages.
+    // Reads all entries after a position, if there are at most `limit`. Otherwise, or without a position, reads the
+    // newest messages and topics, at most `limit`; the messages include the changes of amendments.
     virtual void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                        PageCallback callback) = 0;
     // Reads the newest messages and topics with ids below this one, at most `limit`.
     virtual void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) = 0;
-    // Keeps a fact in place of the one with the same scope and key, unless ChatFact::if_new. on_fact() or
+    // Keeps a fact, in place of an older one with the same scope and key (see ChatFact::if_new). on_fact() or
     // on_fact_failure() follows.
     virtual void put(ChatFact fact) = 0;
-    // Reads the facts of a scope whose keys begin with the prefix, in order, without those that have expired.
+    // Reads the facts of a scope whose keys begin with the prefix, in the order of the keys, without expired ones.
     virtual void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) = 0;
 
     // The words of a search in lower case, at most eight.
@@ -14774,41 +14778,41 @@ public:
 
     // Whether other programs use the same store at the same time.
     virtual bool shared() const { return false; }
-    // Figures for Server::metrics().
+    // Metrics for Server::metrics().
     virtual MetricSource metrics() const { return {}; }
 
-    // The rest is optional. By default the answer is the error "this store cannot do that".
+    // The following functions are optional. By default they answer with the error "this store cannot do that".
 
-    // Reads the newest messages that contain words with these beginnings, at most `limit`.
+    // Reads the newest messages that contain all of the words, at most `limit`; the beginning of a word is enough.
     virtual void search(const std::string& /*room*/, const std::string& /*words*/, std::size_t /*limit*/,
                         PageCallback callback) {
         HistoryPage page;
         page.error = cannot;
         callback(std::move(page));
     }
-    // Removes everything that an author has written, in all rooms, and the facts that belong to the author. The
-    // listener gets a `remove` entry for each message, and each fact with an empty value. The callback gets the number
-    // of messages.
+    // Removes everything that an author has written, in all rooms, and the author's facts. The listener gets a
+    // `remove` entry for each message, and each fact with an empty value. The callback gets the number of messages.
     virtual void erase_author(const std::string& /*author*/, EraseCallback callback) { callback(0, cannot); }
-    // Reads what a room has after an id in parts, as JSON lines, until the callback returns false. The store reads a
-    // part when the callback has taken the one before it. Who cannot take more now returns false, and calls again with
-    // HistoryExport::last.
+    // Reads the entries of a room after an id in parts, as JSON lines, until the callback returns false. The store
+    // reads the next part when the callback has taken the previous one. To pause, return false and call it again
+    // later with HistoryExport::last.
     virtual void export_room(const std::string& /*room*/, ExportCallback callback, std::uint64_t /*after*/ = 0) {
         callback({"", true, cannot});
     }
 
-    // A store of several hubs has the next four. By default a store has one hub, which knows its users itself.
+    // A store for several hubs implements the next four functions. By default a store has one hub, which knows its
+    // users.
 
-    // This hub needs the entries of a room until unwatch(). Conversations (names that begin with a line feed) and
-    // entries without a room come to all hubs. True: on_presence() follows, if possible before the answers to later
-    // reads of the room. False: this hub alone has users in the room.
+    // The hub needs the entries of this room until unwatch(). All hubs get conversations (names that begin with a
+    // line feed) and entries without a room. True: on_presence() follows, if possible before the answers to later
+    // reads of the room. False: only this hub has users in the room.
     virtual bool watch(const std::string& /*room*/) { return false; }
     virtual void unwatch(const std::string& /*room*/) {}
-    // Each hub calls it every two seconds. Of a hub that has not called it for eight seconds, the store removes the
-    // users, and all other hubs get a `leave` for each. If that hub lives, it gets on_presence() for its rooms.
+    // Each hub calls it every two seconds. If a hub has not called it for eight seconds, the store removes its users,
+    // and the other hubs get a `leave` for each. If that hub still runs, it gets on_presence() for its rooms.
     virtual void beat(const std::string& /*hub*/) {}
-    // Reads which rooms have users, at most `limit`, in the order of their names. False, and no call: this hub alone
-    // has users.
+    // Reads the names of rooms with users, in order, at most `limit`. False: the callback is not called, because only
+    // this hub has users.
     virtual bool rooms(std::size_t /*limit*/, RoomsCallback /*callback*/) { return false; }
 
 private:
@@ -14821,7 +14825,7 @@ struct HistoryLimits {
     std::size_t max_bytes = 1024 * 1024;             // of a room
     Duration max_age = std::chrono::hours(168);      // of an entry
     std::size_t max_rooms = 1000;                    // above it, the least recently used room is deleted
-    std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; above it, the same
+    std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; above it, too
     std::size_t max_facts = 100'000;                 // above it, a new fact is refused
     std::size_t max_reactions = 500;                 // of a message; above it, a new reaction is refused
 
@@ -14830,7 +14834,7 @@ struct HistoryLimits {
 
 namespace detail {
 
-// The history of one room in memory. Its ids have no holes.
+// The history of one room in memory. Its ids have no gaps.
 class RoomHistory {
 public:
     // The first entry gets the id `last_id` + 1.
@@ -14858,7 +14862,7 @@ public:
         trim(limits, now);
         return last_id_;
     }
-    // Changes the message of an amendment that append() keeps next. The result says why it is refused.
+    // Changes the message of an amendment, which append() keeps after that. Returns why the amendment is refused.
     std::string_view amend(ChatEntry& amendment, const HistoryLimits& limits) {
         Record* target = record(amendment.target);
         const auto code = ChatEntry::refuse_amendment(amendment, target == nullptr ? nullptr : &target->entry);
@@ -14870,7 +14874,7 @@ public:
         return {};
     }
 
-    // Without an id, or with one of another history, the newest messages.
+    // Without an id, or with an id of another history, returns the newest messages.
     HistoryPage since(std::optional<std::uint64_t> id, std::size_t limit, const HistoryLimits& limits, Time now) {
         trim(limits, now);
         const std::uint64_t before_first = last_id_ - records_.size();
@@ -14898,7 +14902,7 @@ public:
                                [&](const std::string& word) { return text.find(word) != std::string::npos; });
         });
     }
-    // Removes everything of an author. The result has the amendments that say so, which are not kept yet.
+    // Removes everything of an author. Returns amendments for that, which are not kept yet.
     std::vector<ChatEntry> erase(const std::string& author) {
         std::vector<ChatEntry> amendments;
         for (const auto& [key, record] : records_) {
@@ -14908,7 +14912,7 @@ public:
         }
         return amendments;
     }
-    // Calls visit(entry) for the first `count` entries after an id. True: these are all.
+    // Calls visit(entry) for the first `count` entries after an id. Returns true if no entry is left.
     template <class Visit>
     bool for_each_after(std::uint64_t id, std::size_t count, Visit&& visit) const {
         const std::uint64_t before_first = last_id_ - records_.size();
@@ -14920,7 +14924,7 @@ public:
     std::size_t size() const { return records_.size(); }
     std::size_t bytes() const { return bytes_; }
     std::uint64_t last_id() const { return last_id_; }
-    std::string use_key{};  // of the room in the order of use
+    std::string use_key{};  // the key of the room in MemoryHistory::by_use_
 
 private:
     struct Record {
@@ -14937,7 +14941,7 @@ private:
         const std::size_t bytes = record.entry.bytes() + 8 * record.edits.size();
         bytes_ += bytes - std::exchange(record.bytes, bytes);
     }
-    // No entry keeps an older text of the message.
+    // No older text of the message is kept in any entry.
     void edit(Record& target, const ChatEntry& amendment) {
         target.entry.text = amendment.text;
         target.entry.mentions = amendment.mentions;
@@ -14969,7 +14973,7 @@ private:
         }
         target.edits.clear();
     }
-    // False if the message has too many reactions.
+    // Returns false if the message has too many reactions.
     static bool react(Record& target, ChatEntry& amendment, std::size_t max_reactions) {
         auto& all = target.entry.reactions;
         const auto same = std::find_if(all.begin(), all.end(), [&](const ChatEntry::Reaction& reaction) {
@@ -15051,7 +15055,7 @@ private:
     ChatEntry::Retention retention_;
 };
 
-// A token that no other opening of a store has.
+// A random token for each opening of a store.
 inline std::string new_epoch() {
     static std::atomic<std::uint64_t> openings{0};
     const auto wall = std::chrono::system_clock::now().time_since_epoch().count();
@@ -15068,7 +15072,7 @@ inline std::string new_epoch() {
 
 }  // namespace detail
 
-// The default store: a history in memory, which ends with the server.
+// The default store: a history in memory, which is lost when the server ends.
 class MemoryHistory final : public ChatStore {
 public:
     explicit MemoryHistory(const HistoryLimits& limits = {}) : limits_(limits) {}
@@ -15175,7 +15179,7 @@ public:
     }
 
 private:
-    // Runs `work` on the history and updates the total of bytes.
+    // Runs `work` on the history and updates the total size.
     template <class Work>
     auto update(const detail::RoomHistory& history, Work&& work) -> decltype(work()) {
         const std::size_t before = history.bytes();
@@ -15236,7 +15240,7 @@ private:
 namespace detail {
 
 // Whether a character is invisible: C0, C1 and DEL. With `formats` also characters that join, reverse or hide others,
-// and that look like a space or like nothing: Unicode's Default_Ignorable_Code_Point, all spaces except U+0020, line
+// or that look like a space or like nothing: Unicode's Default_Ignorable_Code_Point, all spaces except U+0020, line
 // separators, the blank Braille pattern, interlinear annotations.
 inline bool is_invisible(char32_t c, bool formats) {
     if (c < 0x20 || (c >= 0x7F && c < 0xA0)) return true;
@@ -15284,7 +15288,7 @@ WSCHAT_NOINLINE inline void append_character(std::string& text, char32_t c) {
     add(0x80 | (c & 0x3F));
 }
 
-// Letters with marks, and the letter without the mark. In each range all letters have the same base.
+// Maps a letter with marks to the letter without them. All letters of a range have the same base.
 inline char32_t latin_base(char32_t c) {
     constexpr struct {
         char32_t first, last;
@@ -15313,7 +15317,7 @@ inline char32_t latin_base(char32_t c) {
     return c;
 }
 
-// The small letter, for ASCII, Greek and Cyrillic, and for the Latin letters that latin_base() does not know.
+// Lower case for ASCII, Greek and Cyrillic, and for the Latin letters that latin_base() does not know.
 inline char32_t small_letter(char32_t c) {
     if ((c >= 'A' && c <= 'Z') || (c >= 0xC0 && c <= 0xDE && c != 0xD7)) return c + 0x20;
     if (c == 0x132 || c == 0x14A || c == 0x152) return c + 1;
@@ -15323,8 +15327,8 @@ inline char32_t small_letter(char32_t c) {
     return c;
 }
 
-// The small Latin letter that a small Greek or Cyrillic letter resembles, itself or as a capital. Greek letters and
-// some Cyrillic ones lose their marks.
+// The small Latin letter that looks like a Greek or Cyrillic letter or like its capital. Greek letters and some
+// Cyrillic ones lose their marks.
 inline char32_t latin_twin(char32_t c) {
     constexpr struct {
         char32_t letter, twin;
@@ -15341,14 +15345,14 @@ inline char32_t latin_twin(char32_t c) {
     return c;
 }
 
-// Marks that stand over, under or through the letter before them.
+// Marks above, below or through the letter before them.
 inline bool is_combining_mark(char32_t c) {
     return (c >= 0x300 && c <= 0x36F) || (c >= 0x1AB0 && c <= 0x1AFF) || (c >= 0x1DC0 && c <= 0x1DFF) ||
            (c >= 0x20D0 && c <= 0x20FF) || (c >= 0xFE20 && c <= 0xFE2F);
 }
 
 #if WSCHAT_UTF8PROC
-// Unicode's NFKC with full case folding, without what is ignorable.
+// Unicode's NFKC with full case folding, without ignorable characters.
 inline std::string normal_form(std::string_view text) {
     utf8proc_uint8_t* mapped = nullptr;
     const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPAT | UTF8PROC_COMPOSE |
@@ -15363,10 +15367,10 @@ inline std::string normal_form(std::string_view text) {
 
 }  // namespace detail
 
-// The form in which the chat compares names: two names that look alike have the same one. Case, marks of Latin letters,
-// invisible characters and the width of a letter do not count, and Greek and Cyrillic letters equal the Latin ones that
-// they resemble. With WSCHAT_UTF8PROC that holds for the case and the forms of all scripts, and a letter is another one
-// with a mark. A text that is not UTF-8 stays as it is.
+// The form in which the chat compares names: two names that look alike have the same form. Case, marks of Latin
+// letters, invisible characters and the width of a letter do not count, and Greek and Cyrillic letters equal the
+// Latin letters that they resemble. With WSCHAT_UTF8PROC, case and width do not count in any script, but a mark makes
+// another letter. Invalid UTF-8 is returned unchanged.
 inline std::string chat_fold(std::string_view name) {
     if (!valid_utf8(name)) return std::string(name);
     std::string folded;
@@ -15391,8 +15395,8 @@ inline std::string chat_fold(std::string_view name) {
 namespace detail {
 
 // Names of users and rooms: 1 to `max` bytes of visible characters, no space at either end, no two spaces in a row. A
-// space is U+0020 or U+3000. Joiners (U+200C, U+200D) stand between two characters, as in Persian names and in emoji,
-// and the variation selector U+FE0F after one.
+// space is U+0020 or U+3000. Joiners (U+200C, U+200D) must stand between two characters, as in Persian names and in
+// emoji, and the variation selector U+FE0F must follow one.
 inline bool valid_chat_name(std::string_view name, std::size_t max) {
     if (name.empty() || name.size() > max || !valid_utf8(name)) return false;
     bool expects_visible = true;
@@ -15410,11 +15414,11 @@ inline bool valid_chat_text(std::string_view text) {
            all_characters(text, [](char32_t c) { return c == '\n' || c == '\t' || !is_invisible(c, false); });
 }
 
-// A line of a client. "/me waves" is the command "me"; "hello" and "//hello" are said, the second with one slash. In
-// "/tag TAG LINE" the line has a tag, which the answer repeats.
+// A line from a client. "/me waves" is the command "me". "hello" and "//hello" are messages, the second one with one
+// slash. In "/tag TAG LINE" the line has a tag, which the answer repeats.
 struct ChatLine {
     std::string_view tag;
-    std::string_view command;  // empty: the line is said
+    std::string_view command;  // empty: the line is a message
     std::string_view rest;
 
     static ChatLine parse(std::string_view line) {
@@ -15436,7 +15440,7 @@ struct ChatLine {
     }
 };
 
-// The bytes of a text in base64url without padding (RFC 4648 5). Empty if it has other characters.
+// Decodes base64url without padding (RFC 4648 5). Returns an empty text if a character is illegal.
 inline std::string base64url_decode(std::string_view text) {
     constexpr std::string_view alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     std::string bytes;
@@ -15451,13 +15455,13 @@ inline std::string base64url_decode(std::string_view text) {
     return bytes;
 }
 
-// Removes a token from the front of the text. False if the text does not begin with it.
+// Removes a token from the front of the text. Returns false if the text does not begin with it.
 WSCHAT_NOINLINE inline bool consume(std::string_view& text, std::string_view token) {
     const bool found = text::starts_with(text, token);
     if (found) text.remove_prefix(token.size());
     return found;
 }
-// Removes all characters of a set from the front of the text. False if there is none.
+// Removes all characters of a set from the front of the text. Returns false if there are none.
 WSCHAT_NOINLINE inline bool consume_all(std::string_view& text, std::string_view set) {
     const std::size_t size = (std::min)(text.find_first_not_of(set), text.size());
     text.remove_prefix(size);
@@ -15477,8 +15481,8 @@ inline bool consume_json_string(std::string_view& text) {
     return false;
 }
 
-// Removes a JSON value (RFC 8259) and the white space around it from the front of the text. False if it is invalid, or
-// has more than 32 levels of arrays and objects.
+// Removes a JSON value (RFC 8259) and the white space around it from the front of the text. Returns false if it is
+// invalid or has more than 32 levels of arrays and objects.
 inline bool consume_json(std::string_view& text, unsigned depth = 0) {
     constexpr std::string_view space = " \t\r\n", digits = "0123456789";
     consume_all(text, space);
@@ -15537,10 +15541,10 @@ inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string
 class ChatEvent {
 public:
     WSCHAT_NOINLINE explicit ChatEvent(std::string_view type) { add_text("type", type); }
-    // A part of an event.
+    // An event without "type", to be part of another one.
     static ChatEvent without_type() { return ChatEvent(); }
     ChatEvent& add(std::string_view name, const Json& value) { return add_json(name, value.dump()); }
-    // The same as add() with a text, but the caller makes no Json.
+    // The same as add() with a text, but the caller need not make a Json.
     WSCHAT_NOINLINE ChatEvent& add_text(std::string_view name, std::string_view text) {
         return add_json(name, Json(text).dump());
     }
@@ -15598,7 +15602,7 @@ inline std::string ChatEntry::to_json_line(const std::string& of_room) const {
 
 // ---- flood limits --------------------------------------------------------------------------------------------------
 
-// How many messages and bytes a connection or an address may send.
+// How many messages and bytes may be sent by a connection, or from an address.
 struct FloodRates {
     Rate messages, bytes;
 };
@@ -15607,7 +15611,7 @@ namespace detail {
 
 class FloodLimiter {
 public:
-    // What is refused for its number is not charged for its bytes.
+    // A message that is refused because of the message rate is not charged for its bytes.
     bool take(std::size_t size, const FloodRates& rates, Time now) {
         return messages_.take(1, rates.messages, now) && bytes_.take(static_cast<double>(size), rates.bytes, now);
     }
@@ -15617,8 +15621,8 @@ private:
     TokenBucket messages_, bytes_;
 };
 
-// Decides about messages above the limit: a warning for the first, silence for the next ones, and after `patience` of
-// them the connection is closed. The count restarts after ten seconds without such a message.
+// The policy for messages above the limit: the first one gets a warning, the next ones are dropped, and after
+// `patience` messages the connection is closed. The count restarts after ten seconds without such a message.
 class FloodPolicy {
 public:
     enum class Action : std::uint8_t { accept, warn, drop, close };
@@ -15638,7 +15642,7 @@ private:
     Time last_{};
 };
 
-// Bans or mutes by key, with the name that they are known by. One that has ended counts as absent.
+// Bans or mutes by key, each with the name that was banned or muted. An expired one counts as absent.
 class Deadlines {
 public:
     struct Deadline {
@@ -15650,12 +15654,12 @@ public:
         const Deadline* deadline = deadlines_.find(key);
         return deadline != nullptr && deadline->end > now;
     }
-    // Zero if it is not active.
+    // Returns zero if it is not active.
     Duration left(std::string_view key, Time now) const {
         const Deadline* deadline = deadlines_.find(key);
         return deadline == nullptr ? Duration::zero() : (std::max)(deadline->end - now, Duration::zero());
     }
-    // Zero removes the key.
+    // A duration of zero removes the key.
     WSCHAT_NOINLINE void set(const std::string& key, const std::string& name, Duration duration, Time now) {
         deadlines_.erase_if([now](const Deadline& deadline) { return deadline.end <= now; });
         if (duration > Duration::zero()) deadlines_.find_or_emplace(key) = {saturating_add(now, duration), name};
@@ -15672,20 +15676,20 @@ private:
 
 // ---- presence ------------------------------------------------------------------------------------------------------
 
-// A user as ChatHandler::authenticate() describes it.
+// A user, as the result of ChatHandler::authenticate().
 struct ChatUser {
     std::string name{};
     std::string about{};   // a JSON value for everybody in the room, at most ChatLimits::max_about bytes; may be empty
     bool account = false;  // the name cannot be changed, and all connections with it are one user
-    // Public. The same for all connections of an account or a key, also later; made by the chat.
+    // The public id, made by the chat. It is the same for all connections of an account or a key, now and later.
     std::string id{};
 };
 
 namespace detail {
 
-// The users of a room, as one hub knows them. Names are unique in the room, compared by chat_fold(). The store says who
-// is present: a user is confirmed when the store has delivered a `join`. A user of this hub who is not confirmed has a
-// name that seems to be free, and may get another one.
+// The users of a room, as one hub knows them. Names are unique in a room; chat_fold() compares them. The store
+// decides who is present: a user is confirmed when the store has delivered a `join`. The name of a user of this hub
+// who is not confirmed may still change.
 class Presence {
 public:
     // The last entry about a user that this hub has forwarded.
@@ -15694,27 +15698,27 @@ public:
     struct Place {
         std::string hub;
         bool away;
-        bool missing = false;  // the store has forgotten it; perhaps that hub forwards it again
+        bool missing = false;  // the store has lost it; that hub may forward it again
     };
     struct User {
         ChatUser info;
-        std::string identity;                   // connections with the same one are one user; empty: a guest
+        std::string identity;                   // connections with the same identity are one user; empty: a guest
         std::vector<ChatHandler*> connections;  // to this hub
         Time expires = (Time::max)();           // the end of the grace period on this hub
         Told told = Told::nothing;
         std::vector<Place> places{};         // the hubs to which the user is connected or was before the grace period
         std::string wanted{};                // the name that the user asked for
         std::vector<std::string> refused{};  // names that the store refused, folded
-        std::string key{};                   // of the user in the map
-        std::vector<std::string> tags{};     // of the latest private messages
+        std::string key{};                   // the key of the user in users_
+        std::vector<std::string> tags{};     // tags of the latest private messages
 
         bool confirmed() const { return !places.empty(); }
-        // No hub has a connection.
+        // Whether no hub has a connection of the user.
         bool away() const {
             return connections.empty() &&
                    std::all_of(places.begin(), places.end(), [](const Place& place) { return place.away; });
         }
-        // Null if the user is not connected to the hub.
+        // Returns null if the user is not connected to the hub.
         const Place* place(const std::string& hub) const {
             for (const Place& each : places)
                 if (each.hub == hub) return &each;
@@ -15728,7 +15732,7 @@ public:
             }
             places.push_back({hub, is_away});
         }
-        // False if the user is not connected to the hub.
+        // Returns false if the user is not connected to the hub.
         bool erase_place(const std::string& hub) {
             const auto is_there = [&](const Place& each) { return each.hub == hub; };
             const auto at = std::find_if(places.begin(), places.end(), is_there);
@@ -15738,7 +15742,7 @@ public:
         }
     };
 
-    // Null if nobody has the name.
+    // Returns null if nobody has the name.
     WSCHAT_NOINLINE User* find(std::string_view name) const { return users_.find(chat_fold(name)); }
     User* find_identity(const std::string& identity) const {
         return identity.empty() ? nullptr : identities_.find(identity);
@@ -15747,7 +15751,7 @@ public:
     // Ordered by name.
     StringMap<User>::Iterator begin() const { return users_.begin(); }
     StringMap<User>::Iterator end() const { return users_.end(); }
-    // Those that are confirmed.
+    // The confirmed users.
     std::vector<ChatUser> users() const {
         std::vector<ChatUser> list;
         for (const auto& [name, user] : users_)
@@ -15756,13 +15760,13 @@ public:
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
-    // Users of this hub: the store has been told of them.
+    // The number of this hub's users that the store knows.
     std::size_t own() const { return own_; }
-    std::size_t max_name = 40;                         // of the names that free_name() makes
+    std::size_t max_name = 40;                         // the limit for names that free_name() makes
     const StringMap<std::string>* reserved = nullptr;  // the names of accounts, by chat_fold()
 
-    // Adds a connection to the user with its identity, or to a new user with a free name. The name of an account is
-    // free, unless another account has it.
+    // Adds a connection to the user with this identity, or to a new user with a free name. An account always gets its
+    // name, unless another account has it.
     User& connect(const ChatUser& info, const std::string& identity, ChatHandler* connection) {
         User* user = find_identity(identity);
         if (user == nullptr) {
@@ -15777,14 +15781,14 @@ public:
         user->expires = (Time::max)();
         return *user;
     }
-    // Adds a user without connections, who takes the name from another user.
+    // Adds a user without connections. Another user with the same name loses it.
     User& add(ChatUser info, const std::string& identity) {
         std::string key = take_key(info.name);
         User& user = users_.find_or_emplace(key);
         try {
             user.identity = identity;
             user.key = std::move(key);
-            user.connections.reserve(1);  // connect() must not fail after this
+            user.connections.reserve(1);  // so that connect() cannot fail after this
             if (!info.id.empty()) ids_.insert_reference(info.id, user);
             if (!identity.empty()) identities_.insert_reference(identity, user);
         } catch (...) {
@@ -15828,7 +15832,7 @@ public:
         users_.erase(key);
     }
 
-    // Gives the user a name, and takes it from another user, who keeps it without being found by it.
+    // Gives the user a name. Another user with that name keeps it, but find() no longer returns that user.
     void set_name(User& user, const std::string& name) {
         if (user.key == chat_fold(name)) {
             user.info.name = name;
@@ -15839,7 +15843,7 @@ public:
         user.key = std::move(key);
         user.info.name = std::move(copy);
     }
-    // Others may take the name of a user who is about to leave.
+    // Lets others take the name of a user who is about to leave.
     void release_name(User& user) {
         std::string key = lost_key(user);
         if (user.key == key) return;
@@ -15849,8 +15853,8 @@ public:
     // Whether another user has taken the name.
     bool lost_name(const User& user) const { return user.key == lost_key(user); }
 
-    // The name, with a free number behind it if it is taken. The steps grow, so the tries are few in any room. `user`:
-    // who gets the name; what the store has refused to that user is taken.
+    // Returns the name, with a free number after it if it is taken. The steps grow, so there are few tries even in a
+    // large room. `user`: gets the name; names that the store refused to that user count as taken.
     std::string free_name(const std::string& name, const User* user = nullptr) const {
         std::string free = name;
         std::size_t step = 1;
@@ -15863,7 +15867,7 @@ public:
         }
         return free;
     }
-    // The user with the longest name with which the text begins. A word must not go on after it. Null if there is none.
+    // The user with the longest name at the beginning of the text, unless a word continues after the name. Or null.
     template <class ContinuesWord>
     User* find_prefix(std::string_view text, ContinuesWord&& continues_word) const {
         for (std::size_t end = (std::min)(text.size(), longest_name_); end != 0; --end) {
@@ -15872,10 +15876,10 @@ public:
         }
         return nullptr;
     }
-    // Finds the user with whose name the text begins, and removes the name and the space after it from the text. The
-    // longest name wins. Null if there is no such user.
+    // Finds the user whose name begins the text, and removes the name and the space after it. The longest name wins.
+    // Returns null if there is no such user.
     User* consume_user(std::string_view& text) const {
-        // A text may be a megabyte of spaces, so only the length of a name is searched.
+        // A text may be a megabyte of spaces, so the search is limited to the length of a name.
         std::size_t end = text.size() <= longest_name_ ? text.size() : text.rfind(' ', longest_name_);
         for (; end != std::string_view::npos && end != 0; end = text.rfind(' ', end - 1)) {
             User* user = find(text.substr(0, end));
@@ -15893,7 +15897,7 @@ private:
         const bool is_account = by != nullptr && by->info.account;
         return !is_account && reserved != nullptr && reserved->find(folded) != nullptr;
     }
-    // The key of a user who has lost the name to another. No folded name has a line feed.
+    // The key of a user whose name another user has taken. No folded name contains a line feed.
     static std::string lost_key(const User& user) {
         return text::concat({chat_fold(user.info.name), "\n", user.info.id});
     }
@@ -15908,23 +15912,24 @@ private:
     StringMap<User> identities_;
     StringMap<User> ids_;
     std::size_t own_ = 0;
-    std::size_t longest_name_ = 0;  // of all users so far, in the longest form that chat_fold() takes for the same
+    std::size_t longest_name_ = 0;  // 3 times the longest name so far: a text that folds to it may be longer
 };
 
 }  // namespace detail
 
-// The rules by which a store of several hubs decides who is in a room: names are unique, and the first one wins. A
+// The rules by which a store for several hubs decides who is in a room: names are unique, and the first user wins. A
 // store applies each `join`, `away`, `leave` and `rename` in the order of the room before it delivers it. A store in
-// another program does the same with its own means.
+// another program must implement the same rules.
 class PresenceTable {
 public:
-    // Empty: the entry is applied, is complete now, and is to be delivered. Otherwise nothing has changed, and the code
-    // is for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
+    // Empty result: the entry is applied and completed, and must be delivered. Otherwise nothing has changed, and the
+    // result is the code for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
     //
-    //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
-    //           An account also takes the name of a user without one, whom a hub renames after that.
+    //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be
+    //   free.
+    //           An account also takes the name of a user without an account; a hub renames that user later.
     //   away    The user has no connection to the hub for now.
-    //   leave   The hub has no such user any more. It is quiet if other hubs have. Another hub may have sent it.
+    //   leave   The user has left the hub. It is quiet if the user is on other hubs. Another hub may have sent it.
     //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
     std::string_view apply(ChatEntry& entry) {
         if (entry.kind == ChatEntry::Kind::join) return join(entry);
@@ -15939,7 +15944,7 @@ public:
         else *away = entry.quiet = true;
         return {};
     }
-    // For Listener::on_presence().
+    // The users for Listener::on_presence().
     std::vector<ChatEntry> users(const std::string& room) const {
         std::vector<ChatEntry> list;
         const Room* const found = rooms_.find(room);
@@ -15953,7 +15958,7 @@ public:
         }
         return list;
     }
-    // The opposite of users().
+    // Replaces the users of a room by those that users() returned.
     void replace(const std::string& room, const std::vector<ChatEntry>& users) {
         rooms_.erase(room);
         for (const ChatEntry& each : users) {
@@ -15965,7 +15970,7 @@ public:
             added.names.find_or_emplace(chat_fold(each.name)) = each.user;
         }
     }
-    // A `leave` for each user of a hub that has ended, which is not applied yet.
+    // Returns a `leave` for each user of a hub that has ended. They are not applied yet.
     std::vector<ChatEntry> leaves(const std::string& hub) const {
         std::vector<ChatEntry> leaves;
         for (const auto& [name, room] : rooms_) {
@@ -15979,7 +15984,7 @@ public:
         }
         return leaves;
     }
-    // In the order of their names, with the numbers of their users.
+    // The names of rooms in order, with the numbers of their users.
     std::vector<std::pair<std::string, std::size_t>> rooms(std::size_t limit) const {
         std::vector<std::pair<std::string, std::size_t>> list;
         for (const auto& [name, room] : rooms_)
@@ -15989,12 +15994,12 @@ public:
 
 private:
     struct User {
-        ChatEntry join;        // the first one, with the present name
-        StringMap<bool> hubs;  // whether the user is away from the hub
+        ChatEntry join;        // the first `join`, with the present name
+        StringMap<bool> hubs;  // by hub: whether the user is away from it
     };
     struct Room {
         StringMap<User> users;         // by their public ids
-        StringMap<std::string> names;  // the ids, by chat_fold() of the names
+        StringMap<std::string> names;  // public ids by chat_fold() of the names
     };
 
     static bool is_account(const ChatEntry& join) { return text::starts_with(join.author, "account "); }
@@ -16036,7 +16041,7 @@ private:
         room.names.find_or_emplace(key) = entry.user;
         return {};
     }
-    // An account may have taken the name.
+    // Frees the name, unless an account has taken it.
     static void release(Room& room, const User& user) {
         const std::string key = chat_fold(user.join.name);
         const std::string* const holder = room.names.find(key);
@@ -16048,13 +16053,13 @@ private:
 
 // ---- one store for several hubs ------------------------------------------------------------------------------------
 
-// Lets several hubs use one store: several servers of a program, each on a thread of its own. Copies are the same one:
+// Lets several hubs use one store: several servers of a program, each on its own thread. Copies use the same store:
 //
 //   wschat::SharedStore store(wschat::SqliteHistory("chat.db"));
 //   wschat::ChatHub::of(server).set_store(store);  // in each thread, before run()
 //
-// The store works on the loop of the first hub to which it was given, whose server must run as long as the others. The
-// calls of other hubs are posted to that loop, and the answers and entries to theirs.
+// The store works on the loop of the first hub that got it. The server of that hub must run as long as the others.
+// Calls of other hubs are posted to that loop, and answers and entries to the loops of the hubs.
 class SharedStore final : public ChatStore {
 public:
     explicit SharedStore(std::unique_ptr<ChatStore> store) : share_(std::make_shared<Share>(std::move(store))) {}
@@ -16110,7 +16115,7 @@ public:
         if (!call([author, then = answer(callback)](Share& share) { share.store().erase_author(author, then); }))
             callback(0, ended);
     }
-    // Another loop asks for each part when its callback has taken the one before it.
+    // On another loop, each part is requested when the callback has taken the previous one.
     void export_room(const std::string& room, ExportCallback callback, std::uint64_t after = 0) override {
         if (port_->home) return share_->store().export_room(room, std::move(callback), after);
         const auto then = answer(std::function<void(HistoryExport)>([this, room, callback](HistoryExport part) {
@@ -16147,7 +16152,7 @@ private:
 
     static constexpr const char* ended = "the server with the store has ended";
 
-    // For the loops of a server. The first one sets the store before it attaches.
+    // For the loops of a server. The first loop sets the store before it attaches.
     explicit SharedStore(std::shared_ptr<Mailbox> home) : share_(std::make_shared<Share>(nullptr, std::move(home))) {}
 
     // A hub that uses the store. Only its own thread uses the listener.
@@ -16157,7 +16162,7 @@ private:
               all_at_first(its_listener.watches_all()),
               mailbox(std::move(its_mailbox)),
               listener(&its_listener) {}
-        // On the thread of the store.
+        // Only on the thread of the store.
         bool all() const { return home && listener != nullptr ? listener->watches_all() : all_at_first; }
 
         const std::string hub;
@@ -16180,7 +16185,7 @@ private:
         });
     }
 
-    // The store and the hubs that use it. All on the thread of the first hub, except attach() and call().
+    // The store and the hubs that use it. Everything runs on the thread of the first hub, except attach() and call().
     class Share final : public std::enable_shared_from_this<Share>, private Listener {
     public:
         explicit Share(std::unique_ptr<ChatStore> store, std::shared_ptr<Mailbox> home = nullptr)
@@ -16189,9 +16194,9 @@ private:
         ChatStore& store() { return *store_; }
         void set_store(std::unique_ptr<ChatStore> store) {
             const std::lock_guard<std::mutex> lock(mutex_);
-            store_.swap(store);  // the old one ends without the lock
+            store_.swap(store);  // the old one is destroyed after the lock is released
         }
-        // From any thread.
+        // Any thread may call it.
         bool shared() {
             const std::lock_guard<std::mutex> lock(mutex_);
             return store_ != nullptr && store_->shared();
@@ -16214,7 +16219,7 @@ private:
             ports_.push_back(port);
             store_->attach(*this, port->mailbox);
         }
-        // From any thread. False if the loop of the store has ended.
+        // Any thread may call it. Returns false if the loop of the store has ended.
         template <class Work>
         bool call(Work&& work) {
             std::shared_ptr<Mailbox> mailbox;
@@ -16241,7 +16246,7 @@ private:
             const bool first = room.ports.empty();
             if (!room.watched_by(*port)) room.ports.push_back(port);
             if (first) {
-                room.by_store = store_->watch(name);  // the store may answer in the call
+                room.by_store = store_->watch(name);  // the store may answer before it returns
                 if (room.by_store) return;
                 room.known = true;
             }
@@ -16270,8 +16275,8 @@ private:
                 return false;
             }
             std::vector<PortPtr> ports{};
-            bool by_store = false;  // the store knows the users
-            bool known = false;     // so does the table
+            bool by_store = false;  // the store decides about the users
+            bool known = false;     // table_ has the users of the room
         };
 
         void on_entry(const ChatEntry& entry) override {
@@ -16302,7 +16307,7 @@ private:
             for (const PortPtr& each : std::vector<PortPtr>(ports_))
                 if (each->all() && std::find(ports.begin(), ports.end(), each) == ports.end()) add(each);
         }
-        // To the hub that made the entry.
+        // Calls work(listener) for the hub that made the entry.
         template <class Work>
         void reply(const ChatEntry& entry, const Work& work) {
             for (const PortPtr& each : std::vector<PortPtr>(ports_))
@@ -16344,7 +16349,7 @@ private:
             for (const PortPtr& each : std::vector<PortPtr>(room->ports))
                 deliver(each, [name, page](Listener& to) { to.on_position(name, page); });
         }
-        // The hub on the loop of the store logs for all.
+        // The hub on the store's loop writes the log for all hubs.
         void on_log(LogLevel level, std::string_view event,
                     const std::vector<std::pair<std::string_view, std::string>>& fields) override {
             for (const PortPtr& each : ports_)
@@ -16361,21 +16366,21 @@ private:
         }
 
         std::mutex mutex_;
-        std::shared_ptr<Mailbox> mailbox_;  // of the loop of the store
+        std::shared_ptr<Mailbox> mailbox_;  // of the store's loop
         std::vector<PortPtr> ports_;
         StringMap<WatchedRoom> rooms_;
         PresenceTable table_;
         std::unique_ptr<ChatStore> store_;  // the last member, because its destructor may call the listener
     };
 
-    // Calls work(share) on the thread of the store. False if that has ended.
+    // Calls work(share) on the thread of the store. Returns false if that thread has ended.
     template <class Work>
     bool call(Work&& work) {
         if (!port_->home) return share_->call(std::forward<Work>(work));
         work(*share_);
         return true;
     }
-    // A callback for the store, which calls this one on the thread of the hub.
+    // Wraps a callback, so that the store may call it on its thread, and it runs on the thread of the hub.
     template <class... Results>
     std::function<void(Results...)> answer(std::function<void(Results...)> callback) {
         if (port_->home) return callback;
