@@ -13036,7 +13036,7 @@ struct ReconnectOptions {
     Duration min_delay = std::chrono::milliseconds(500);
     Duration max_delay = std::chrono::seconds(30);
     Duration stable = std::chrono::minutes(1);  // a connection that lasted this long resets the delay to min_delay
-    // Retry-After of a response is obeyed, up to this time. After 1012 and 1013 the delay is at least a sixth of
+    // Retry-After of a response is followed, up to this time. After 1012 and 1013 the delay is at least a sixth of
     // max_delay.
     Duration max_retry_after = std::chrono::hours(1);
     bool after_normal_close = false;  // also if the server closed with 1000 or 1008
@@ -15760,7 +15760,7 @@ public:
     }
     bool empty() const { return users_.empty(); }
     std::size_t size() const { return users_.size(); }
-    // The number of this hub's users that the store knows.
+    // The number of this hub's users that were forwarded to the store.
     std::size_t own() const { return own_; }
     std::size_t max_name = 40;                         // the limit for names that free_name() makes
     const StringMap<std::string>* reserved = nullptr;  // the names of accounts, by chat_fold()
@@ -15925,8 +15925,7 @@ public:
     // Empty result: the entry is applied and completed, and must be delivered. Otherwise nothing has changed, and the
     // result is the code for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
     //
-    //   join    A user who is present keeps the name: the entry gets it, and is quiet. Otherwise the name must be
-    //   free.
+    //   join    A present user keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
     //           An account also takes the name of a user without an account; a hub renames that user later.
     //   away    The user has no connection to the hub for now.
     //   leave   The user has left the hub. It is quiet if the user is on other hubs. Another hub may have sent it.
@@ -16415,8 +16414,9 @@ struct ChatLimits {
     Duration edit_for = std::chrono::hours(1);  // how long an author may edit a message; zero: never
     std::size_t max_room_name = 64;
     std::size_t max_rooms_per_connection = 10;
-    std::size_t presence_list = 200;  // above so many users, the members of a room hear of their number alone
-    // After a join or a leave, the next ones in the room are collected for this time, and sent in one event.
+    std::size_t presence_list = 200;  // above this number of users, the members of a room only get the number
+    // The first join or leave in a room is sent at once. The next ones are collected for this time and sent in one
+    // event.
     Duration presence_window = std::chrono::milliseconds(500);
     std::size_t max_rooms = 10'000;              // with users on this server
     std::size_t max_read_markers = 1000;         // of a user
@@ -16455,23 +16455,23 @@ enum class ChatAction : std::uint8_t {
     manage
 };
 
-// In what rooms differ. A moderator changes the first three with commands; the store keeps that.
+// The options of a room. Moderators change the first three with commands, and the store keeps their changes.
 struct ChatRoomOptions {
-    bool is_private = false;    // in no list of rooms; only who is invited enters
-    bool read_only = false;     // only who may(ChatAction::manage) speaks
+    bool is_private = false;    // in no list of rooms; only invited users may enter
+    bool read_only = false;     // only users with may(ChatAction::manage) may speak
     Duration slow{};            // between two messages of a user
     bool kept = true;           // false: the store keeps no messages of the room
-    // What the store keeps of the room, in place of the same limits of HistoryLimits, from the next entry on. Zero: no
-    // limit.
+    // Limits of the store for this room, in place of those in HistoryLimits. They apply from the next entry on. Zero:
+    // no limit.
     std::optional<std::size_t> max_entries{};
     std::optional<Duration> max_age{};
     std::size_t max_users = 0;  // 0: no limit
-    // What members hear of each other: who comes and goes; how many there are; nothing.
+    // What members learn about each other: the users who come and go; only the number of users; nothing.
     enum class Presence : std::uint8_t { full, count, off } presence = Presence::full;
     // Empty: as in ChatLimits.
     std::optional<std::size_t> max_text{}, history_on_join{}, history_on_resume{}, presence_list{};
 
-    // The value of the fact with which the store keeps what moderators have changed: "private=1 readonly=0 slow=10".
+    // The fact with the changes of moderators: "private=1 readonly=0 slow=10".
     std::string to_fact() const {
         const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(slow).count();
         return text::concat({"private=", is_private ? "1" : "0", " readonly=", read_only ? "1" : "0",
@@ -16496,9 +16496,9 @@ public:
     ChatRoom(const ChatRoom&) = delete;
     ChatRoom& operator=(const ChatRoom&) = delete;
 
-    // As the first member has written it, on all hubs.
+    // The spelling of the first member, on all hubs.
     const std::string& name() const { return name_; }
-    // chat_fold() of the name: the room of ChatEntry::room, of the store and of facts.
+    // chat_fold() of the name. ChatEntry::room, the store and facts use it.
     const std::string& key() const { return key_; }
     // May be changed at any time. ChatHub::room_options sets them for a new room.
     ChatRoomOptions options{};
@@ -16506,24 +16506,24 @@ public:
     // Empty: none, or the store has not delivered it yet.
     const std::string& topic() const { return topic_; }
 
-    // Says a text to all, as the server or under a name. publish() also keeps it in the history. An Error if the text
-    // contains control characters or is not UTF-8.
+    // Sends a message to all members, from the server or under a name. publish() also keeps it in the history. Throws
+    // an Error if the text contains control characters or is not UTF-8.
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
-    // Changes a text that publish() said, removes a message of anybody, sets the topic; all members hear of it. If the
-    // store does not know the message, nothing happens. An Error as for publish(), or if a topic is longer than
+    // Changes a message of publish(), removes any message, or sets the topic; all members get the event. If the store
+    // does not know the message, nothing happens. Throws an Error as publish() does, and if a topic is longer than
     // ChatLimits::max_topic.
     inline void edit(std::uint64_t id, std::string_view text);
     inline void remove(std::uint64_t id);
     inline void set_topic(std::string_view text);
-    // Sends {"type":"event","room":...,"name":...,"data":...} to all members, on all servers. It is not kept. An Error
-    // if the name is not 1 to 64 bytes of visible text, or the data is longer than ChatLimits::max_data.
+    // Sends {"type":"event","room":...,"name":...,"data":...} to all members, on all servers. It is not kept. Throws
+    // an Error if the name is not 1 to 64 bytes of visible text, or if the data is longer than ChatLimits::max_data.
     inline void send(std::string_view name, const Json& data = {});
     // Reads the entries after a position, or the newest messages: see ChatStore::since().
     inline void since(std::optional<HistoryPosition> position, std::size_t limit, ChatStore::PageCallback callback);
-    // Closes all connections of the user in this room, with 1008. False if there is no such user.
+    // Closes all connections of the user in this room, with 1008. Returns false if there is no such user.
     inline bool kick(std::string_view name, std::string_view reason = {});
-    // Refuses all messages of the user for this time; zero ends it. False if there is no such user.
+    // Refuses all messages of the user for this time; zero ends it. Returns false if there is no such user.
     inline bool mute(std::string_view name, Duration duration);
 
 private:
@@ -16675,7 +16675,7 @@ public:
             set_store(MemoryHistory());
             return;
         }
-        common_.first->post([&server] { of(server); });  // what this hub posts finds the first one
+        common_.first->post([&server] { of(server); });  // the first hub must exist before this one posts to it
         attach_store(std::make_unique<SharedStore>(common_.store));
     }
     ChatHub(const ChatHub&) = delete;
@@ -16702,7 +16702,7 @@ public:
         attach_store(std::make_unique<SharedStore>(common_.store));
     }
     ChatStore& store() { return *store_; }
-    // Removes all that a user has said, by the public id: see ChatStore::erase_author().
+    // Removes everything that a user has said, by the public id: see ChatStore::erase_author().
     void erase_user(const std::string& user_id, ChatStore::EraseCallback callback) {
         store_->facts("user", user_id,
                       [this, user_id, callback = std::move(callback)](const std::vector<ChatFact>& facts,
@@ -16713,7 +16713,7 @@ public:
                       });
     }
 
-    // Creates the room if it does not exist. Names of rooms are compared by chat_fold().
+    // Creates the room if it does not exist. chat_fold() compares the names.
     ChatRoom& room(std::string_view name) {
         if (ChatRoom* room = find(name)) return *room;
         prune_later();
@@ -16727,7 +16727,7 @@ public:
         load_topic(room.key());
         return room;
     }
-    // Null if there is no such room.
+    // Returns null if there is no such room.
     ChatRoom* find(std::string_view name) const { return rooms_.find(chat_fold(name)); }
     std::size_t room_count() const { return rooms_.size(); }
     // The names of all rooms, in the order of their keys, with the number of their users.
@@ -16739,31 +16739,31 @@ public:
 
     // ---- hooks for bots, webhooks and logs ------------------------------------------------------------------------
     //
-    // Set them before run(), on the first loop. They are called there, once for each event; room_options on each loop.
-    // An exception is logged and changes nothing.
+    // Set them before run(), on the first loop. They are called on that loop, once for each event; room_options is
+    // called on each loop. An exception is logged and has no other effect.
 
-    // What the store delivers, in the order of the room: messages, amendments, topics, joins, leaves, new names and
-    // private messages. ChatEntry::room of a kept private message begins with a line feed. Typing is left out.
+    // Each delivered entry, in the order of the room: messages, amendments, topics, joins, leaves, new names and
+    // private messages. ChatEntry::room of a kept private message begins with a line feed. Typing is omitted.
     std::function<void(const ChatEntry&)>& on_event;
-    // An entry of this server that the store could not keep, and why.
+    // An entry of this server that the store could not keep, and the cause.
     std::function<void(const ChatEntry&, const std::string& cause)>& on_not_kept;
-    // Sets what is special about a room, before the first user enters. What moderators have changed comes after it.
+    // Sets the options of a new room, before the first user enters. Changes of moderators are applied after it.
     std::function<void(std::string_view name, ChatRoomOptions&)>& room_options;
-    // A ban or a mute that begins or ends (an empty value), or a kick: ChatFact::scope is "ban", "mute" or "kick".
+    // The begin or the end (an empty value) of a ban or mute, or a kick: ChatFact::scope is "ban", "mute" or "kick".
     std::function<void(const ChatFact&)>& on_decision;
 
     // Sends {"type":"event","name":...,"data":...} to all connections of a user, by the public id, on all servers.
-    // Returns how many of them this server has. An Error as for ChatRoom::send().
+    // Returns the number of these connections on this loop. Throws an Error as ChatRoom::send() does.
     inline std::size_t send(const std::string& user_id, std::string_view name, const Json& data = {});
 
-    // Closes and refuses the connections of a user or an address for this time; zero ends the ban. The name of a user
-    // who is in a room is never taken for an address.
+    // Closes and refuses the connections of a user or an address for this time; zero ends the ban. A text that is the
+    // name of a user in a room is always that user, never an address. The store keeps bans.
     //
-    // A ban of a user who is present is one of his name, of his public id if he has a key or an account, and otherwise
-    // of his addresses, if nobody else is connected from there, on any hub. The store keeps bans.
+    // If the user is present, the ban applies to the name, and to the public id if the user has a key or an account.
+    // For a guest it applies to each address from which nobody else is connected to any hub.
     inline void ban(std::string_view address_or_name, Duration duration);
-    // The bans that hold now: what is banned ("name anna", "user ID" or "address 192.0.2.1"), the name that ban() got,
-    // and the time that is left.
+    // The present bans: their subject ("name anna", "user ID" or "address 192.0.2.1"), the argument of ban(), and the
+    // time that is left.
     struct Ban {
         std::string key, name;
         Duration left;
@@ -16799,7 +16799,7 @@ private:
         return parsed ? parsed->rate_limit_key() : address;
     }
 
-    // 16 lower-case hexadecimal digits at random.
+    // 16 random lower-case hexadecimal digits.
     static std::string new_id() {
         std::string id;
         for (const char c : random_bytes(8))
@@ -16813,7 +16813,7 @@ private:
         store_->attach(*this, server_.loop().mailbox());
         if (is_first_) server_.add_metrics(store_->metrics());
         for (const char* scope : {"ban", "mute", "room", "invite", "account", "spelling"}) load_facts(scope);
-        load_secret();  // the last one: connections wait for it
+        load_secret();  // last, because connections wait for it
     }
     // Calls work(hub) on the first loop.
     template <class Work>
@@ -16824,12 +16824,12 @@ private:
 
     // ---- public ids ------------------------------------------------------------------------------------------------
 
-    // The ids of users depend on a secret of the store, so nobody can find the key of a user by trying keys.
+    // Public ids depend on a secret of the store, so that nobody can find a user's key by trial.
     void load_secret() {
         secret_.clear();
         store_->facts("server", "secret", [this](const std::vector<ChatFact>& facts, const std::string& error) {
             if (!error.empty()) server_.report(LogLevel::error, "chat_not_read", {{"cause", error}});
-            // Of several hubs that start at once, the first one decides.
+            // If several hubs start at once, the first secret wins.
             if (!facts.empty()) set_secret(facts[0].value);
             else if (error.empty()) store_->put({"server", "secret", new_secret(), {}, 0, true});
             else if (store_->shared()) try_secret_again();
@@ -16840,19 +16840,19 @@ private:
         const std::string bytes = random_bytes(30);
         return base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
     }
-    // The same for all hubs, so that a user has one id.
+    // All hubs of this process use it, so that a user has one id.
     static const std::string& secret_of_this_process() {
         static const std::string secret = new_secret();
         return secret;
     }
-    // Other servers have a secret, and with another one a user would have two ids. Who waits gets a 503.
+    // Other servers may have another secret, which would give a user two ids. So waiting handshakes get a 503.
     void try_secret_again() {
         for (const std::function<void()>& start : std::exchange(waiting_, {})) start();
         server_.loop().call_later(std::chrono::seconds(1), [this] { load_secret(); });
     }
     inline void set_secret(const std::string& secret);
     bool ready() const { return !secret_.empty(); }
-    // Calls start() when the ids of users are known, or if the store cannot be read.
+    // Calls start() when the secret is known, or when the store cannot be read.
     void when_ready(std::function<void()> start) {
         if (!secret_.empty()) start();
         else waiting_.push_back(std::move(start));
@@ -16875,7 +16875,7 @@ private:
         return connections_.find(big_endian_key(number));
     }
 
-    // The connections of a user, in all rooms.
+    // The connections of a user in all rooms.
     std::vector<ChatHandler*> connections_of(const std::string& id) const {
         const UserState* found = users_.find(id);
         return found == nullptr ? std::vector<ChatHandler*>() : found->connections;
@@ -16906,7 +16906,7 @@ private:
     inline User& connect(ChatRoom& room, const ChatUser& info, const std::string& identity, ChatHandler& handler,
                          std::uint64_t number);
     void disconnect(ChatRoom& room, User& user, ChatHandler& handler, bool at_once) {
-        // First, because the rest may run out of memory.
+        // First, because later steps may run out of memory.
         detail::Presence::detach(user, &handler, saturating_add(now(), limits.grace));
         if (!user.connections.empty()) return;
         if (user.place(id_) != nullptr) user.set_place(id_, true);
@@ -16915,7 +16915,8 @@ private:
         room.presence_.set_told(user, Told::away);
         forward(new_entry(ChatEntry::Kind::away, room, user.info));
     }
-    // The store decides: the user has the name when it delivers the entry. `sender` and `tag`: of the line of a user.
+    // The store decides: the user has the name when it delivers the entry. `sender` and `tag` belong to the user's
+    // line.
     void rename(const ChatRoom& room, const User& user, const std::string& name, std::uint64_t sender = 0,
                 const std::string& tag = {}) {
         ChatEntry entry = new_entry(ChatEntry::Kind::rename, room, user.info);
@@ -16932,12 +16933,12 @@ private:
         room.presence_.set_told(user, Told::join);
         forward(std::move(entry));
     }
-    // It may destroy the user.
+    // This may destroy the user.
     void forward_leave(ChatRoom& room, User& user) {
         ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, user.info);
         user.expires = (Time::max)();
         room.presence_.set_told(user, Told::leave);
-        // The name is free for what this hub forwards next.
+        // Later joins on this hub may use the name.
         if (only_here(user)) room.presence_.release_name(user);
         forward(std::move(entry));
     }
@@ -16946,7 +16947,7 @@ private:
             if (each.hub != id_) return false;
         return true;
     }
-    // Of all hubs with the user, one acts for the user.
+    // If the user is on several hubs, only the hub with the smallest id acts for the user.
     bool acts_for(const User& user) const {
         bool here = user.places.empty();
         for (const detail::Presence::Place& each : user.places) {
@@ -16963,7 +16964,7 @@ private:
             found->expiry_scheduled_ = false;
             for (const std::string& expired : found->presence_.expired(now(), next))
                 if (User* const user = found->presence_.find_id(expired)) forward_leave(*found, *user);
-            // The minimum of 50 ms lets users who leave together share one timer.
+            // At least 50 ms, so that users who leave together share one timer.
             if (next != (Time::max)())
                 schedule_expiry(*found, (std::max)(next - now(), Duration(std::chrono::milliseconds(50))));
         });
@@ -16972,18 +16973,18 @@ private:
     void watch(const ChatRoom& room) {
         if (!beating_) store_->beat(id_);
         if (!store_->watch(room.key())) return;
-        // Of the hubs that write the name differently, the first one decides.
+        // If hubs spell the name differently, the first one decides.
         if (spellings_.find(room.key()) == nullptr) store_->put({"spelling", room.key(), room.name(), {}, 0, true});
         if (std::exchange(beating_, true)) return;
         server_.loop().call_every(std::chrono::seconds(2), [this] { store_->beat(id_); });
     }
-    // In a large room, a list or an event for each user who comes would cost the square of their number. The members
-    // hear of the number of users, once a second, and get the list when it is short again.
+    // In a large room, a list or an event for each new user would cost the square of their number. Instead the
+    // members get the number of users once a second. They get the list when it is short again.
     bool count_only(ChatRoom& room) {
         if (room.options.presence == ChatRoomOptions::Presence::off) return true;
         room.counting_ = room.counting_ || is_large(room);
         if (!room.counting_) return false;
-        room.changes_.clear();  // the list follows
+        room.changes_.clear();  // the list will contain them
         if (std::exchange(room.count_scheduled_, true)) return true;
         server_.loop().call_later(std::chrono::seconds(1), [this, key = room.key()] {
             ChatRoom* const found = rooms_.find(key);
@@ -16998,12 +16999,12 @@ private:
         return room.options.presence == ChatRoomOptions::Presence::count ||
                room.presence_.size() > room.options.presence_list.value_or(limits.presence_list);
     }
-    // The first change is told at once; those of the next time together. A join and a leave of a user cancel each
-    // other, unless another user has got a list in between: then the later one is told.
+    // Sends the first change at once, and the changes of the next window together. A join and a leave of the same
+    // user cancel each other, unless another user has received a list in between: then the second one is sent.
     void note_change(ChatRoom& room, const ChatEntry& entry, bool joined) {
         const auto is_opposite = [&](const ChatRoom::Change& change) {
             const bool same = change.user.id == entry.user && change.joined != joined;
-            return same && (change.joined || change.user.name == entry.name);  // or leaves and joins with a new name
+            return same && (change.joined || change.user.name == entry.name);  // not for a return with a new name
         };
         auto& changes = room.changes_;
         const auto opposite = std::find_if(changes.begin(), changes.end(), is_opposite);
@@ -17032,7 +17033,7 @@ private:
     static inline std::string changes_event(const ChatRoom& room, const std::vector<ChatRoom::Change>& changes,
                                             bool joined, std::string_view except);
     inline void send_count(const ChatRoom& room);
-    // Removes rooms without users of this hub in the next turn, when no callback has a reference to them.
+    // Removes rooms without users of this hub in the next turn, when no callback refers to them.
     void prune_later() {
         if (std::exchange(pruning_, true)) return;
         server_.loop().post([this] {
@@ -17053,18 +17054,18 @@ private:
 
     // ---- private messages and read markers -------------------------------------------------------------------------
 
-    // The log of a conversation in the store. No room of a user has such a name.
+    // The name of a conversation in the store. No ordinary room has such a name.
     static std::string conversation(const std::string& one, const std::string& other) {
         return text::concat({"\n", (std::min)(one, other), "\n", (std::max)(one, other)});
     }
     static bool is_conversation(const std::string& room) { return room.size() > 1 && room[0] == '\n'; }
-    // The other user of a conversation.
+    // The id of the other user in a conversation.
     static std::string peer_in(const std::string& room, const std::string& id) {
         const std::size_t middle = room.find('\n', 1);
         const std::string first = room.substr(1, middle - 1);
         return first == id ? room.substr(middle + 1) : first;
     }
-    // Keeps a fact that does not change, once in the life of this server.
+    // Keeps a constant fact, once in the lifetime of this server.
     void note(ChatFact fact) {
         const std::string key = text::concat({fact.scope, "\n", fact.key});
         constexpr std::size_t max_noted = 100'000;
@@ -17073,7 +17074,7 @@ private:
         noted_.find_or_emplace(key) = true;
         store_->put(std::move(fact));
     }
-    // The room of an entry, or the other user of its conversation.
+    // Adds the room of an entry, or the other user of its conversation.
     ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) const {
         return is_conversation(entry.room) ? event.add_text("peer", peer_in(entry.room, entry.user))
                                            : event.add_text("room", shown(entry.room));
@@ -17087,7 +17088,7 @@ private:
     }
     inline void on_conversation(const ChatEntry& entry);
 
-    // Calls then() when the read markers of a user are known. Not if the user has gone before.
+    // Calls then() when the read markers of a user are known, unless the user has disconnected before.
     void with_markers(const std::string& id, std::function<void()> then) {
         UserState* const user = users_.find(id);
         if (user == nullptr) return;
@@ -17109,18 +17110,18 @@ private:
         user->markers = UserState::Markers::known;
         for (const auto& then : std::exchange(user->waiting, {})) then();
     }
-    // 0: nothing was read.
+    // Returns 0 if nothing was read.
     std::uint64_t marker_of(const std::string& id, const std::string& what) const {
         const UserState* const user = users_.find(id);
         const std::uint64_t* const marker = user == nullptr ? nullptr : user->read.find(what);
         return marker == nullptr ? 0 : *marker;
     }
     inline void on_read(const ChatFact& fact);
-    // The connection gets the answer to its line when the store has kept the fact, or has not.
+    // The connection gets an answer to its line when the store has kept the fact or has failed to.
     void ask(const ChatFact& fact, std::uint64_t number, const std::string& tag) {
         asked_.find_or_emplace(asked_key(fact)).push_back({number, tag});
     }
-    // The values of markers tell two lines of a user apart.
+    // The value is part of a marker's key, because one user may send two lines for the same room.
     static std::string asked_key(const ChatFact& fact) {
         return text::concat({fact.scope, "\n", fact.key, "\n", fact.scope == "read" ? fact.value : std::string()});
     }
@@ -17130,9 +17131,9 @@ private:
 
     // ---- counts of unread messages ---------------------------------------------------------------------------------
 
-    static constexpr std::size_t max_latest = 100;  // messages that are counted, for each room
+    static constexpr std::size_t max_latest = 100;  // unread messages that are counted in a room
 
-    // A message is added, or a removed one is left out.
+    // Adds a message, or leaves out a removed one.
     static void note_latest(ChatRoom& room, const ChatEntry& entry) {
         auto& latest = room.latest_;
         if (entry.kind == ChatEntry::Kind::remove) {
@@ -17150,7 +17151,7 @@ private:
         room.latest_after_ = (std::max)(room.latest_after_.value_or(0), (end - 1)->id);
         latest.erase(latest.begin(), end);
     }
-    // What a member reads may go further back.
+    // Adds the messages of a page that a member has read, which may be older.
     static void note_latest(ChatRoom& room, const HistoryPage& page, const std::optional<HistoryPosition>& position) {
         const bool resumed = position && !page.gap;
         const std::uint64_t oldest = page.entries.empty() ? page.last_id + 1 : page.entries.front().id;
@@ -17165,7 +17166,7 @@ private:
         room.latest_after_ = after;
         trim_latest(room);
     }
-    // Adds how far the user has read in the room, and how many messages are newer, at most `max_latest`.
+    // Adds the user's read marker, and the number of newer messages in the room, at most `max_latest`.
     ChatEvent& add_unread(ChatEvent& event, const ChatRoom& room, const std::string& user) const {
         const std::uint64_t marker = marker_of(user, room.key());
         if (marker == 0) return event;
@@ -17181,19 +17182,20 @@ private:
         return text::concat({"address ", rate_limit_key(address)});
     }
     static std::string name_key(std::string_view name) { return text::concat({"name ", chat_fold(name)}); }
-    // To whom the messages and tags of a user belong. A guest is one connection: a later one may have the same name.
+    // The owner of a user's messages and tags. A guest is one connection, because a later guest may have the same
+    // name.
     static std::string author_of(const User& user) {
         return user.identity.empty() ? text::concat({"guest ", user.info.id}) : user.identity;
     }
 
     static std::string user_key(const std::string& id) { return text::concat({"user ", id}); }
-    // Users with a key or an account are known by their ids, and all others by their names.
+    // Users with a key or an account are muted by their ids, all others by their names.
     std::string mute_key(const ChatRoom& room, const User& user) const {
         const std::string who = user.identity.empty() ? name_key(user.info.name) : user_key(user.info.id);
         return text::concat({room.key(), "\n", who});
     }
 
-    // `id`: the public id of a user with a key or an account; empty: unknown.
+    // `id`: the public id of a user with a key or an account; otherwise empty.
     bool banned(const std::string& address, const std::string& name, const std::string& id) const {
         return bans_.active(address_key(address), now()) || bans_.active(name_key(name), now()) ||
                (!id.empty() && bans_.active(user_key(id), now()));
@@ -17209,12 +17211,13 @@ private:
         decide("mute", key, "", Duration::zero());
     }
 
-    // At most ten years.
+    // Bounded to ten years.
     static std::uint64_t to_milliseconds(Duration duration) {
         const Duration bounded = (std::min)(duration, Duration(std::chrono::hours(24 * 365 * 10)));
         return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(bounded).count());
     }
-    // A decision holds at once, and the store keeps it for restarts and other servers. Zero ends it.
+    // A decision applies immediately, and the store keeps it for restarts and other servers. A duration of zero ends
+    // it.
     void decide(const char* scope, const std::string& key, const std::string& name, Duration duration) {
         const bool ending = duration <= Duration::zero();
         const std::int64_t expires = ending ? 0 : unix_ms() + static_cast<std::int64_t>(to_milliseconds(duration));
@@ -17227,7 +17230,7 @@ private:
         if (!on_decision) return;
         on_first_hub([fact](ChatHub& hub) { hub.run_hook("ChatHub::on_decision", [&] { hub.on_decision(fact); }); });
     }
-    // Tells the moderators of the room, on all hubs, before it happens. The name of the entry is that of the moderator;
+    // Tells the moderators of the room on all hubs, before the action. The name of the entry is the moderator's name;
     // empty: the program.
     void report_moderation(ChatEntry entry, std::string_view action, std::string_view name, std::uint64_t seconds) {
         entry.kind = ChatEntry::Kind::moderation;
@@ -17279,7 +17282,7 @@ private:
         const std::int64_t* const expires = invitations_.find(invitation_key(room, user));
         return expires != nullptr && (*expires == 0 || *expires > unix_ms());
     }
-    // The public id of a guest ends with the connection, so the invitation of an unknown user does not stay.
+    // The public id of a guest ends with the connection, so an invitation of such a user expires after a day.
     void invite(const ChatRoom& room, const std::string& user, bool known, const std::string& by,
                 const std::string& author) {
         constexpr std::int64_t day = 86'400'000;
@@ -17354,7 +17357,7 @@ private:
         if (entry.hub.empty()) entry.hub = id_;
         store_->forward(entry);
     }
-    // The store answers before it answers the first member's request for the history.
+    // The store answers this before the first member's request for the history.
     void load_topic(const std::string& key) {
         store_->facts("topic", key, [this, key](const std::vector<ChatFact>& facts, const std::string&) {
             ChatRoom* const room = rooms_.find(key);
@@ -17362,7 +17365,7 @@ private:
                 room->topic_ = facts[0].value;
         });
     }
-    // The topic outlives its entry in the history. The hub that appended the entry keeps it as a fact.
+    // The topic stays when its entry leaves the history, because the hub that appended the entry keeps it as a fact.
     void on_topic(ChatRoom* room, const ChatEntry& entry) {
         if (appended_here(entry)) store_->put({"topic", entry.room, entry.text});
         if (room == nullptr) return;
@@ -17370,7 +17373,7 @@ private:
         room->topic_id_ = entry.id;
     }
     bool appended_here(const ChatEntry& entry) const { return entry.hub == id_; }
-    // The members have not received the entry yet.
+    // Whether the members have not received the entry yet.
     bool is_behind(const ChatRoom& room, std::uint64_t id) {
         return room.delivered_id_ && *room.delivered_id_ < id && members_.find(room.key()) != nullptr;
     }
@@ -17379,14 +17382,15 @@ private:
         room.ahead_.erase(std::remove_if(room.ahead_.begin(), room.ahead_.end(), is_it), room.ahead_.end());
         room.ahead_.push_back(std::move(added));
     }
-    // Continues with those who have no more than the members now.
+    // Resumes clients that no longer have newer entries than the members.
     static void resume_ahead(ChatRoom& room) {
         std::vector<ChatRoom::Ahead> ready;
         for (ChatRoom::Ahead& each : std::exchange(room.ahead_, {}))
             (each.id <= room.delivered_id_ ? ready : room.ahead_).push_back(std::move(each));
         for (const ChatRoom::Ahead& each : ready) each.resume();
     }
-    // Removes entries that the members have not received. A new member receives them together with the members.
+    // Removes entries that the members have not received yet. A new member then receives them together with the
+    // others.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
         room.epoch_ = page.epoch;
         if (members_.find(room.key()) == nullptr || !room.delivered_id_) {
@@ -17397,9 +17401,9 @@ private:
         page.last_id = (std::min)(page.last_id, *room.delivered_id_);
     }
 
-    // Memory ran out, so a kept entry has not reached the members. They get it from the store.
+    // Memory ran out before a kept entry was sent to the members. They get it from the store later.
     inline void on_undelivered(const ChatEntry& entry);
-    // Without memory for the timer, the next entry or member of the room tries again.
+    // If there is no memory for the timer, the next entry or member of the room tries again.
     void catch_up_later(ChatRoom& room, Duration delay) {
         if (room.catch_up_scheduled_ || room.catching_up_) return;
         try {
@@ -17432,7 +17436,7 @@ private:
         }
     }
     inline void on_caught_up(ChatRoom& room, const HistoryPage& page);
-    // Calls work(sender). Without memory for the answer, the connection of the sender ends, and others go on.
+    // Calls work(sender). If memory runs out, only the sender's connection ends.
     template <class Work>
     void answer(const ChatEntry& entry, const Work& work) {
         ChatHandler* const sender = connection(entry.sender);
@@ -17463,7 +17467,7 @@ private:
     }
     inline void on_duplicate(const ChatEntry& entry) override;
     inline void on_failure(const ChatEntry& entry, const std::string& cause) override;
-    // All hubs have the secret, so one of them gives it to the next server that starts.
+    // Each hub has the secret, so one of them stores it for the next server that starts.
     void on_facts_lost() override {
         if (ready()) store_->put({"server", "secret", secret_, {}, 0, true});
     }
@@ -17480,7 +17484,7 @@ private:
     inline void on_kept(const ChatEntry& entry);
     inline void show(const ChatEntry& entry, ChatRoom* room, Room* members, ChatHandler* tagged);
     inline void on_private_message(const ChatEntry& entry);
-    // Remembers the tags of a user's latest private messages, because the store does not keep the messages.
+    // Remembers the tags of a user's latest private messages, because the store does not keep these messages.
     static bool is_duplicate(User& author, const std::string& tag) {
         std::vector<std::string>& tags = author.tags;
         if (tag.empty()) return false;
@@ -17490,7 +17494,7 @@ private:
         return false;
     }
     inline void on_typing(const ChatEntry& entry);
-    // False: nobody hears of it.
+    // Returns false if on_event must not be called.
     inline bool on_join(const ChatEntry& entry);
     bool on_away(const ChatEntry& entry) {
         const ChatRoom* const room = rooms_.find(entry.room);
@@ -17541,7 +17545,7 @@ private:
 class ChatReply {
 public:
     explicit ChatReply(Reply reply) : reply_(std::move(reply)) {}
-    // The user enters. Without an argument it is the user of authenticate().
+    // Lets the user enter. Without an argument, that is the user of authenticate().
     bool accept() const { return reply_.accept(); }
     inline bool accept(ChatUser user) const;
     // Refuses the handshake.
@@ -17552,53 +17556,55 @@ private:
     Reply reply_;
 };
 
-// A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line with a slash in front is
-// a command, and all others are said to the room. Clients receive events: one JSON object in a message. The query of
-// the address may contain `name`, `key` (a secret of the client; connections with the same key are one user) and `last`
-// (the newest HistoryPosition of the client), and `join` for each further room. README.md lists the events.
+// A chat as one handler: server.route<ChatHandler>("/chat/{room}"). Clients send lines: a line that begins with a
+// slash is a command, any other line is a message to the room. Clients receive events: one JSON object per message.
+// The query of the URL may contain `name`, `key` (a secret of the client; connections with the same key are one
+// user), `last` (the newest HistoryPosition of the client), and `join` for each further room. README.md lists the
+// events.
 class ChatHandler : public WebSocketHandler {
 public:
     ~ChatHandler() override { disconnect(false); }
 
     // ---- hooks for derived classes; an exception closes the connection with 1011 -----------------------------------
 
-    // Before the 101. A response refuses the handshake, such as a 403 or a redirect.
+    // Called before the 101. A response refuses the handshake, for example with a 403 or a redirect.
     virtual std::optional<Response> on_handshake(const Request&) { return std::nullopt; }
-    // The user who connects. Without a result the handshake is refused with 401. Default: the name in "?name=Anna".
+    // The user who connects. No result refuses the handshake with 401. Default: the name in "?name=Anna".
     virtual std::optional<ChatUser> authenticate(const Request& request) {
         return ChatUser{request.query("name").value_or("")};
     }
-    // The same if the answer comes later, for example from a database: reply.accept(user), or reply.send(response),
-    // which refuses. Called after authenticate(), whose user it may replace. By default that user is accepted.
+    // For an answer that comes later, for example from a database: reply.accept(user), or reply.send(response) to
+    // refuse. Called after authenticate(), whose user it may replace. By default that user is accepted.
     virtual void authenticate_async(const Request&, ChatReply reply) { reply.accept(); }
-    // Whether this user may do it in a room, which need not exist. Default: may(action).
+    // Whether this user may do it in a room, even one that does not exist. Default: may(action).
     virtual bool may(ChatAction action, std::string_view /*room*/) { return may(action); }
-    // Whether this user may do it in all rooms, or in none. Default: everything except moderation.
+    // Whether this user may do it in all rooms, and without a room. Default: everything except moderation.
     virtual bool may(ChatAction action) { return action < ChatAction::kick; }
-    // May change a text that the user says, also in private. False refuses it.
+    // May change a text of the user, also a private one. False refuses it.
     virtual bool filter(std::string&) { return true; }
-    // A pair: after the 101; after the connection has ended and has left its rooms. See close_code() for the reason.
+    // Called in pairs: after the 101, and when the connection has ended and left its rooms. close_code() has the
+    // reason.
     virtual void on_connect() {}
     virtual void on_disconnect() {}
-    // A pair: the connection has received the history of the room; the connection leaves the room.
+    // Called in pairs: when the connection has received the room's history, and when it leaves the room.
     virtual void on_join(ChatRoom&) {}
     virtual void on_leave(ChatRoom&) {}
-    // What this connection said is in the history, and was delivered.
+    // A message of this connection was delivered; unless the room keeps none, it is in the history.
     virtual void on_said(const ChatEntry&) {}
-    // The line "/command rest". False: there is no such command. Default: the commands of /help.
+    // The line "/command rest". Returns false if there is no such command. Default: the commands of /help.
     virtual inline bool on_command(std::string_view command, std::string_view rest);
 
     // ---- calls -----------------------------------------------------------------------------------------------------
 
     ChatHub& hub() { return *hub_; }
-    // The room in which this connection speaks; null if it is in no room.
+    // The room in which this connection speaks, or null.
     ChatRoom* current_room() { return memberships_.empty() ? nullptr : memberships_[current_].room; }
     // The user in that room. In no room: the user of authenticate(), with the latest name.
     const ChatUser& user() const { return memberships_.empty() ? user_ : memberships_[current_].user->info; }
 
-    // Says it to the current room, as if the user had typed it.
+    // Sends a message to the current room, as if the user had typed it.
     void say(std::string_view text) { say(ChatEntry::Kind::said, text); }
-    // Sends an event to this client alone, with the tag of its line.
+    // Sends an event only to this client, with the tag of its line.
     void reply(const ChatEvent& event) { write_message(ChatEvent(event).add_unless_empty("tag", tag_).dump()); }
     void reply_error(std::string_view code, std::string_view sentence) {
         reply(ChatEvent("error").add_text("code", code).add_text("text", sentence));
@@ -17617,7 +17623,7 @@ public:
     }
     void prepare_async(const Request&, Reply reply) final {
         hub_->when_ready([this, answer = std::make_shared<Reply>(std::move(reply))] {
-            // If the client has gone, so may this handler have.
+            // If the client has disconnected, this handler may be destroyed.
             if (!answer->is_open()) return;
             if (!hub_->ready()) {
                 answer->send(Response(503, "The chat cannot be read now. Try again soon.\n"));
@@ -17632,7 +17638,7 @@ public:
         });
     }
 
-    // "wschat", if the client offers it. A browser ends a connection whose offers are all ignored.
+    // Selects "wschat" if the client offers it. A browser closes a connection if none of its offers is selected.
     std::string select_subprotocol(const std::vector<std::string_view>& offered) override {
         return text::contains(offered, "wschat") ? "wschat" : "";
     }
@@ -17678,7 +17684,7 @@ public:
 private:
     friend class ChatReply;
 
-    // Takes the user, unless he is banned. Throws an Error if what authenticate() gave is not valid.
+    // Admits the user unless there is a ban. Throws an Error if the result of authenticate() is invalid.
     std::optional<Response> admit(ChatUser user) {
         check_about(user.about);
         user_ = std::move(user);
@@ -17693,9 +17699,9 @@ private:
         if (!hub_->banned(remote_address(), user_.name, known_id())) return std::nullopt;
         return Response(403, "You are banned from this chat.\n");
     }
-    // Empty for a guest, whose id ends with the connection.
+    // Empty for a guest, because a guest's id ends with the connection.
     std::string known_id() const { return identity_.empty() ? "" : user_.id; }
-    // The client is told why, so that it does not connect again at once.
+    // Tells the client why, so that it does not reconnect at once.
     void end_with(std::string_view code, std::string_view reason, Duration ban) {
         if (!is_open()) return;
         kicked_ = true;
@@ -17718,24 +17724,24 @@ private:
     struct HistoryRequest {
         std::string room;
         std::optional<HistoryPosition> position;
-        std::optional<std::uint64_t> delivered_id;  // of the room at the time of the request
+        std::optional<std::uint64_t> delivered_id;  // the room's delivered_id_ at the time of the request
         std::string tag{};
-        std::string epoch{};  // of that id
+        std::string epoch{};  // the epoch of delivered_id
     };
     struct Refusal {
         std::string_view code{};  // empty: nothing is refused
         std::string sentence{};
-        std::int64_t seconds = 0;  // until it may be repeated, if the server knows
+        std::int64_t seconds = 0;  // until the user may repeat it, if known
         explicit operator bool() const { return !code.empty(); }
     };
 
-    // Whether it has the form of the public id of a user.
+    // Whether the text has the form of a public id.
     static bool is_user_id(std::string_view id) {
         return id.size() == 16 &&
                text::all_of(id, [](char c) { return text::is_alphanumeric(c) || c == '-' || c == '_'; });
     }
-    // The secret of the client: an offered subprotocol "wschat.key.BASE64URL", or "?key=". An address is in the history
-    // of a browser and in the logs of proxies, a subprotocol is not.
+    // The client's secret: an offered subprotocol "wschat.key.BASE64URL", or "?key=". A URL appears in the browser's
+    // history and in the logs of proxies. A subprotocol does not.
     static std::string key_of(const Request& request) {
         std::string_view offered = request.header("sec-websocket-protocol");
         while (!offered.empty()) {
@@ -17760,7 +17766,7 @@ private:
         return value;
     }
 
-    // Events for other users contain it, so an invalid text would break these events.
+    // Events for other users contain it, so invalid JSON would break them.
     void check_about(const std::string& about) const {
         const bool too_long = about.size() > hub_->limits.max_about;
         if (!too_long && (about.empty() || detail::valid_json(about))) return;
@@ -17789,7 +17795,7 @@ private:
                                  {"burst", hub_->limits.connection.messages.burst}});
         return event;
     }
-    // What permissions() returned, as a JSON array.
+    // The result of permissions() as a JSON array.
     static std::string permissions_json(std::uint32_t mask) {
         detail::JsonList list;
         const std::pair<ChatAction, const char*> actions[] = {{ChatAction::say, R"("say","edit","react")"},
@@ -17809,14 +17815,14 @@ private:
             if ((mask >> static_cast<unsigned>(action) & 1) != 0) list.add(name);
         return std::string(list.dump());
     }
-    // A bit for each ChatAction that is allowed in the current room.
+    // One bit for each ChatAction that is allowed in the current room.
     std::uint32_t permissions() {
         std::uint32_t mask = 0;
         for (unsigned i = 0; i <= static_cast<unsigned>(ChatAction::manage); ++i)
             if (allowed(static_cast<ChatAction>(i))) mask |= std::uint32_t{1} << i;
         return mask;
     }
-    // In the current room.
+    // Whether the action is allowed in the current room.
     bool allowed(ChatAction action) {
         const ChatRoom* const room = current_room();
         return room == nullptr ? may(action) : may(action, room->name());
@@ -17851,7 +17857,7 @@ private:
         return action == Action::accept;
     }
 
-    // Whether the client may ask for a history, a search or a list now: the bytes of the earlier answers are charged.
+    // Whether the client may request a history, a search or a list now. The bytes of earlier answers are charged.
     bool may_read() {
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
@@ -17871,7 +17877,7 @@ private:
         if (rate.per_second > 0) bucket.charge(static_cast<double>(bytes), rate, hub_->now());
         return true;
     }
-    // Whether a line of this size may go to all users of the current room now. It is charged for all of them.
+    // Whether a line of this size may go to all users of the current room now. If so, it is charged for all of them.
     bool may_spread(std::size_t size) {
         if (memberships_.empty()) return true;
         constexpr std::size_t event_size = 200;
@@ -17887,7 +17893,8 @@ private:
     }
     void reply_spread() { reply_error("flood", "That is too much for so large a room. Wait a little."); }
 
-    // "/in ROOM LINE" speaks in a room and stays in the current one. Percent-encoded, a name with spaces is one word.
+    // "/in ROOM LINE" runs LINE in that room; the current room stays. With percent-encoding, a name with spaces is
+    // one word.
     void dispatch_in(const Message& message, std::string_view rest) {
         const ChatRoom* const previous = current_room();
         const auto name = text::percent_decode(text::consume_until(rest, ' '), false);
@@ -17915,7 +17922,7 @@ private:
                         text::concat({"There is no command /", line.command.substr(0, 40), "; /help names all."}));
     }
 
-    // Filters the text. The result says why it is refused. A message with data needs no text.
+    // Filters the text. Returns why it is refused. A message with data may have an empty text.
     Refusal refuse_text(std::string& text, bool may_be_empty = false) {
         const auto is_empty = [&] { return !may_be_empty && detail::all_characters(text, detail::is_white_space); };
         const std::size_t max = max_text();
@@ -17947,7 +17954,7 @@ private:
         return Refusal{"slow", text::concat({"This room is slow; wait ", std::to_string(seconds), " seconds."}),
                        seconds};
     }
-    // A guest could connect again, so the guests of an address wait together.
+    // The guests of an address share the delay, because a guest could simply connect again.
     std::string slow_key() const {
         return identity_.empty() ? ChatHub::address_key(remote_address()) : ChatHub::user_key(user_.id);
     }
@@ -17967,7 +17974,7 @@ private:
         entry.data = data;
         hub_->append(std::move(entry));
     }
-    // Says something in the conversation with another user.
+    // Sends a message in the conversation with another user.
     void say_to(const std::string& id, const std::string& name, std::string text, const std::string& tag) {
         if (memberships_.empty()) return write_error("no_room", "You are in no room; /join ROOM.", tag);
         ChatEntry entry = new_kept_entry(ChatEntry::Kind::said);
@@ -17994,7 +18001,7 @@ private:
         return entry;
     }
     void reply_error(const Refusal& refusal) { reply(error_event(refusal)); }
-    // A client that has asked for several rooms must know which one is meant.
+    // A client that requested several rooms must know which one was refused.
     void reply_refused_room(const Refusal& refusal, std::string_view name) {
         ChatEvent event = error_event(refusal);
         if (detail::valid_chat_text(name)) event.add_text("room", name);
@@ -18006,7 +18013,7 @@ private:
         if (refusal.seconds != 0) event.add("seconds", refusal.seconds);
         return event;
     }
-    // The answer to a line that waited for the store.
+    // Answers a line that waited for the store.
     void write_error(std::string_view code, std::string_view sentence, std::string_view tag) {
         ChatEvent event("error");
         event.add_text("code", code).add_text("text", sentence);
@@ -18015,7 +18022,7 @@ private:
     void write_not_read(std::string_view tag) {
         write_error("not_read", "The history cannot be read now. Try again soon.", tag);
     }
-    // The answer to a line with a tag that has no other one.
+    // Acknowledges a line with a tag that gets no other answer.
     void reply_done() {
         ChatEvent event("ack");
         if (!tag_.empty()) reply(add_room(event));
@@ -18024,7 +18031,7 @@ private:
 
     // ---- rooms -----------------------------------------------------------------------------------------------------
 
-    // memberships_.size() if there is none.
+    // Returns memberships_.size() if there is no such membership.
     std::size_t membership_index(const ChatRoom* room) const {
         std::size_t index = 0;
         while (index != memberships_.size() && memberships_[index].room != room) ++index;
@@ -18059,7 +18066,7 @@ private:
 
     // After refuse_room(), which counts the room.
     void join_room(std::string_view name) {
-        memberships_.reserve(memberships_.size() + 1);  // push_back() must not fail after connect()
+        memberships_.reserve(memberships_.size() + 1);  // so that push_back() cannot fail after connect()
         ChatRoom& room = hub_->room(name);
         memberships_.push_back({&room, &hub_->connect(room, user_, identity_, *this, number_)});
         current_ = memberships_.size() - 1;
@@ -18070,14 +18077,14 @@ private:
         memberships_[index].on_join_called = false;
         if (left.on_join_called) run_hook("on_leave", [&] { on_leave(*left.room); });
         index = membership_index(left.room);
-        if (index == memberships_.size()) return;  // the hook has left the room
+        if (index == memberships_.size()) return;  // the hook has already left the room
         memberships_.erase(memberships_.begin() + static_cast<std::ptrdiff_t>(index));
         if (current_ >= index && current_ != 0) --current_;
         if (Room* members = hub_->members_.find(left.room->key())) members->leave(*this);
         hub_->disconnect(*left.room, *left.user, *this, at_once);
     }
 
-    // Leaves all rooms and the hub. The destructor calls it too, so nothing refers to a destroyed handler.
+    // Leaves all rooms and the hub. The destructor also calls it, so that nothing refers to a destroyed handler.
     void disconnect(bool at_once) {
         while (!memberships_.empty()) run_hook("on_close", [&] { leave_room(memberships_.size() - 1, at_once); });
         if (address_ != nullptr) hub_->common_.uses.remove_address(*std::exchange(address_, nullptr));
@@ -18102,8 +18109,8 @@ private:
         });
     }
 
-    // A connection becomes a member of the room when it has everything that the members have. So it misses nothing and
-    // gets nothing twice, even if the store answers late.
+    // A connection becomes a member of the room when it has all entries that the members have. So it misses no entry
+    // and gets none twice, even if the store answers late.
     void on_history(const HistoryRequest& requested, HistoryPage page) {
         ChatRoom* chat_room = hub_->rooms_.find(requested.room);
         if (membership_index(chat_room) == memberships_.size() || !is_open()) return;
@@ -18118,7 +18125,7 @@ private:
         if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
-        // The members may have received more since the request. A working store has those entries now.
+        // The members may have received more entries since the request. A working store has them by now.
         const bool moved = requested.epoch != page.epoch || requested.delivered_id < chat_room->delivered_id_;
         const bool behind = page.last_id < chat_room->delivered_id_ && moved;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
@@ -18129,8 +18136,8 @@ private:
         memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
-    // The client comes from another server, where it has got what the members here will get. Until then it waits, or it
-    // would get that twice.
+    // The client comes from another server, where it has received entries that the members here have not. It waits
+    // until they have them; otherwise it would get these entries twice.
     void resume_later(ChatRoom& room, const HistoryRequest& requested) {
         const auto resume = [me = ref(), requested] {
             auto* const self = static_cast<ChatHandler*>(me.get());
@@ -18139,7 +18146,7 @@ private:
         };
         hub_->add_ahead(room, {number_, requested.position->id, resume});
     }
-    // Null if this connection is not in that room any more.
+    // Returns null if this connection has left that room.
     const ChatRoom* room_of(const HistoryRequest& requested) const {
         const ChatRoom* const room = hub_->rooms_.find(requested.room);
         return membership_index(room) == memberships_.size() ? nullptr : room;
@@ -18151,7 +18158,7 @@ private:
         page.last_id = requested.position ? requested.position->id : 0;
         server().report(LogLevel::error, "chat_not_read", {{"room", requested.room}, {"cause", page.error}});
     }
-    // Every read has failed so far. The members get what this one has found.
+    // All earlier reads have failed, so the members also get the entries of this one.
     void resume_members(ChatRoom& room, Room& members, HistoryPage page) {
         hub_->trim_to_delivered(room, page);
         page.gap = true;
@@ -18163,16 +18170,16 @@ private:
 
     // ---- conversations ---------------------------------------------------------------------------------------------
 
-    // The conversations of a user, one after the other, so that each is charged before the next one is read.
+    // Reads the conversations of a user one after the other, so that each is charged before the next one is read.
     struct Conversations {
         HandlerRef handler;
         std::vector<ChatFact> facts{};
         std::size_t next = 0;
         bool calling = false, answered = false;
-        std::vector<std::string> read{};  // {"user":...,"name":...,"read":...} of those without anything new
+        std::vector<std::string> read{};  // {"user":...,"name":...,"read":...} of those without unread messages
     };
-    // The client gets what was said in the conversations of its user: after a position in "?peer=ID%20EPOCH-ID", or
-    // after the read marker. A conversation without anything new is only in "peers".
+    // Sends the conversations of the user: the messages after a position in "?peer=ID%20EPOCH-ID", or after the read
+    // marker. A conversation without newer messages is only in "peers".
     void request_conversations() {
         hub_->with_markers(user_.id, [me = ref(), hub = hub_, id = user_.id] {
             if (me.get() == nullptr) return;
@@ -18183,7 +18190,7 @@ private:
             });
         });
     }
-    // A store that answers at once must not add a call to the stack for each conversation.
+    // A loop, because a store that answers at once would otherwise add a call to the stack for each conversation.
     void continue_conversations(const std::shared_ptr<Conversations>& all) {
         while (is_open() && all->next != all->facts.size()) {
             const ChatFact& fact = all->facts[all->next++];
@@ -18205,10 +18212,10 @@ private:
     void report_conversation(const HistoryPage& page) {
         if (!page.error.empty()) server().report(LogLevel::error, "chat_not_read", {{"cause", page.error}});
     }
-    // False: nothing is newer than the read marker.
+    // Returns false if no message is newer than the read marker.
     inline bool on_conversation(const std::string& peer, const std::string& name, const HistoryPage& page,
                                 bool resumed);
-    // Of a room, or of "@" and the id of a peer.
+    // `what`: a room, or "@" and the id of a peer.
     void request_read_marker(const std::string& what) {
         if (identity_.empty()) return;
         hub_->with_markers(user_.id, [me = ref(), what] {
@@ -18218,7 +18225,7 @@ private:
     inline void send_read_marker(const std::string& what, std::string_view tag);
     inline void mark_read(const std::string& what, std::uint64_t id, const std::string& tag);
 
-    // The store's answer to /before and /search becomes the end of this event.
+    // Adds the store's answer to /before or /search to the event and sends it.
     ChatStore::PageCallback answer_with_page(ChatEvent event) {
         return
             [me = ref(), event = std::move(event), room = current_room()->key(), tag = tag_](const HistoryPage& page) {
@@ -18237,7 +18244,7 @@ private:
     ChatHub* hub_ = nullptr;
     ChatUser user_;
     std::string identity_;
-    std::uint64_t number_ = 0;  // in the hub
+    std::uint64_t number_ = 0;  // the number of the connection in the hub
     ChatHub::AddressUse* address_ = nullptr;
     detail::FloodLimiter limiter_;
     detail::FloodPolicy flood_policy_;
@@ -18245,7 +18252,7 @@ private:
     std::vector<Membership> memberships_;
     std::size_t current_ = 0;
     std::string tag_;                      // of the line in progress
-    std::uint32_t first_permissions_ = 0;  // what "hello" says
+    std::uint32_t first_permissions_ = 0;  // the permissions in "hello"
     bool connected_ = false;
     bool kicked_ = false;
 };
@@ -18259,12 +18266,12 @@ inline bool ChatReply::accept(ChatUser user) const {
 
 namespace detail {
 
-// The built-in commands. An object handles one line.
+// The built-in commands. Each object handles one line.
 class ChatCommands {
 public:
     explicit ChatCommands(ChatHandler& handler) : handler_(handler), room_(handler.current_room()) {}
 
-    // False: there is no such command.
+    // Returns false if there is no such command.
     bool run(std::string_view name, std::string_view rest) {
         for (const Command& command : commands()) {
             if (command.name != name || command.run == nullptr) continue;
@@ -18282,9 +18289,9 @@ private:
     struct Command {
         std::string_view name, usage, description;
         void (ChatCommands::*run)(std::string_view rest);
-        std::optional<ChatAction> action{};  // that the user must be allowed to do
+        std::optional<ChatAction> action{};  // the permission that the command needs
         bool reads = false;                  // the answer may be long
-        bool spreads = false;                // all members get something
+        bool spreads = false;                // all members get an event
     };
 
     static const std::array<Command, 29>& commands() {
@@ -18347,7 +18354,7 @@ private:
         handler_.say(ChatEntry::Kind::said, rest, text::trim(json));
     }
 
-    // The store answers: it knows the message and its author.
+    // The store decides: it knows the message and its author.
     void edit(std::string_view rest) {
         ChatHub& hub = *handler_.hub_;
         const auto id = ChatHandler::to_number(text::consume_until(rest, ' '));
@@ -18410,7 +18417,7 @@ private:
         entry.tag = handler_.tag_;
         handler_.hub_->forward(std::move(entry));
     }
-    // A user with a key or an account gets it also later.
+    // A user with a key or an account can also read it later.
     void msg_to_id(std::string_view rest) {
         const std::string id(text::consume_until(rest, ' '));
         std::string text(rest);
@@ -18441,7 +18448,7 @@ private:
             if (auto* self = static_cast<ChatHandler*>(me.get())) self->mark_read(what, id, tag);
         });
     }
-    // Pages send it at each change of the input. So an error goes only to a line with a tag.
+    // Pages send it at each change of the input, so only a line with a tag gets an error.
     void typing(std::string_view rest) {
         const bool tagged = !handler_.tag_.empty();
         if (room_ == nullptr) return tagged ? reply_no_room() : void();
@@ -18477,7 +18484,7 @@ private:
         if (!handler_.hub_->store().rooms(limit, answer)) answer(handler_.hub_->rooms(), "");
     }
 
-    // The room in a list; empty if the user must not see it.
+    // A room in a list, or empty if the user must not see it.
     std::string room_entry(const std::string& name, std::size_t users) const {
         ChatHub& hub = *handler_.hub_;
         const ChatRoom* const room = hub.find(name);
@@ -18511,12 +18518,12 @@ private:
         hub.rename(*room_, user, name, handler_.number_, handler_.tag_);
     }
 
-    // "/join ROOM EPOCH-ID" brings what was said after that position.
+    // "/join ROOM EPOCH-ID" also requests the entries after that position.
     void join(std::string_view rest) {
         std::optional<HistoryPosition> position;
         const std::size_t space = rest.rfind(' ');
         if (space != std::string_view::npos) position = HistoryPosition::parse(rest.substr(space + 1));
-        if (position && position->epoch.empty()) position.reset();  // the number belongs to the name
+        if (position && position->epoch.empty()) position.reset();  // the number is a part of the room's name
         if (position) rest = rest.substr(0, space);
         const std::size_t index = handler_.membership_index(handler_.hub_->find(rest));
         if (index != handler_.memberships_.size()) {
@@ -18543,7 +18550,7 @@ private:
             event.add_unless_empty("topic", room->topic());
             ChatHandler::add_options(event, room->options);
             handler_.hub_->add_unread(event, *room, handler_.user_.id);
-            // "hello" says the rest.
+            // "hello" has the other permissions.
             const std::uint32_t may = handler_.permissions();
             if (may != handler_.first_permissions_) event.add_json("may", ChatHandler::permissions_json(may));
         }
@@ -18571,7 +18578,7 @@ private:
         ChatHub& hub = *handler_.hub_;
         ChatRoomOptions options = room_->options;
         options.is_private = rest == "private";
-        // Who is here may come again.
+        // Present users may come back later.
         for (const auto& [name, user] : room_->presence_)
             if (options.is_private && !hub.invited(room_->name(), user.info.id))
                 hub.invite(*room_, user.info.id, !user.identity.empty(), "", {});
@@ -18642,7 +18649,7 @@ private:
             self->write_conversation(peer, {}, page, true, before, tag);
         };
     }
-    // How many entries the client wants; nothing if that is no number.
+    // The number of entries that the client wants, or nothing if the text is not a number.
     std::optional<std::size_t> page_limit(std::string_view rest) const {
         const ChatLimits& limits = handler_.hub_->limits;
         if (rest.empty()) return limits.history_on_join;
@@ -18759,7 +18766,7 @@ private:
     }
 
     ChatHandler& handler_;
-    ChatRoom* room_;  // the current room at the beginning of the line
+    ChatRoom* room_;  // the current room when the line began
 };
 
 WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEntry& entry, std::string_view room) {
@@ -18767,14 +18774,15 @@ WSCHAT_NOINLINE inline ChatEvent entry_event(std::string_view type, const ChatEn
     event.add_text("room", room).add_text("name", entry.name).add_unless_empty("user", entry.user);
     return event;
 }
-// The user in a list.
+// A user in a list.
 inline std::string user_json(const ChatUser& user) {
     std::string text = Json{{"user", user.id}, {"name", user.name}}.dump();
     if (user.about.empty()) return text;
     text.back() = ',';
     return text::concat({text, "\"about\":", user.about, "}"});
 }
-// The public ids of the users of a room whom a text names, with spaces between them: "@Anna". At most ten are searched.
+// The public ids of the room's users that "@Anna" in the text refers to, with spaces between them. Only the first ten
+// "@" are searched.
 inline std::string mentioned_users(std::string_view text, const Presence& presence) {
     const auto continues_word = [](char c) {
         return text::is_alphanumeric(c) || c == '_' || static_cast<unsigned char>(c) >= 0x80;
@@ -18822,7 +18830,7 @@ inline std::string reactions_json(const ChatEntry& entry, const std::string& vie
     return std::string(list.dump());
 }
 
-// A kept private message for the user with this public id.
+// The event of a kept private message, for the user with this public id.
 inline ChatEvent private_event(const ChatEntry& entry, const std::string& id, bool with_tag) {
     ChatEvent event("private");
     const std::size_t middle = entry.room.find('\n', 1);
@@ -18839,8 +18847,8 @@ inline ChatEvent read_event(const std::string& what, std::uint64_t id) {
     return event.add_text(is_peer ? "peer" : "room", is_peer ? what.substr(1) : what).add("id", id);
 }
 
-// The event of an entry that is kept, or could be, for the user with this identity. Only the author gets the tag. In a
-// history it has no room.
+// The event of a message, an amendment or a topic, for the user with this identity. Only the author gets the tag. In
+// a history it has no room.
 inline ChatEvent kept_event(const ChatEntry& entry, const std::string& viewer, std::string_view room = {}) {
     using Kind = ChatEntry::Kind;
     const char* const type = entry.is_message()           ? "said"
@@ -18874,7 +18882,7 @@ inline bool ChatHandler::on_command(std::string_view command, std::string_view r
     return detail::ChatCommands(*this).run(command, rest);
 }
 
-// The newest entries that fit into an event.
+// The newest entries of a page that fit into one event.
 template <class MakeEvent>
 detail::JsonList ChatHandler::newest_events(const HistoryPage& page, MakeEvent&& make_event) const {
     std::size_t bytes = 0;
@@ -18892,7 +18900,7 @@ inline detail::JsonList ChatHandler::page_events(const ChatRoom& room, const His
     return newest_events(page, [&](const ChatEntry& entry) { return detail::kept_event(entry, viewer).dump(); });
 }
 
-// `resumed`: the client asked with a position, so missing entries are a gap.
+// `resumed`: the client gave a position, so missing entries are a gap.
 inline ChatEvent ChatHandler::history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const {
     const detail::JsonList list = page_events(room, page);
     const bool cut = list.size() != page.entries.size();
@@ -18945,7 +18953,7 @@ inline bool ChatHandler::on_conversation(const std::string& peer, const std::str
     return true;
 }
 
-// `before`: the answer to /before with that id.
+// `before`: the id in /before, if this is its answer.
 inline void ChatHandler::write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
                                             bool resumed, std::uint64_t before, std::string_view tag) {
     if (!is_open()) return;
@@ -18978,7 +18986,7 @@ inline void ChatHandler::send_read_marker(const std::string& what, std::string_v
     write_message(event.add_unless_empty("tag", tag).dump());
 }
 
-// A marker never goes back: another device may have read more.
+// A marker only moves forward, because another device may have read more.
 inline void ChatHandler::mark_read(const std::string& what, std::uint64_t id, const std::string& tag) {
     const ChatHub::UserState* const user = hub_->users_.find(user_.id);
     if (user == nullptr) return;
@@ -19015,7 +19023,7 @@ inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, c
     write_charged(event.add_unless_empty("tag", tag).dump());
 }
 
-// "?join=ROOM" or "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.
+// Handles "?join=ROOM" and "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.
 inline void ChatHandler::join_more_rooms() {
     const std::vector<std::string> lines = request().query_all("join");
     const ChatRoom* const first = current_room();
@@ -19026,7 +19034,7 @@ inline void ChatHandler::join_more_rooms() {
     detail::ChatCommands(*this).run("join", first->name());
 }
 
-// Those whom the store has delivered, and the viewer.
+// The confirmed users and the viewer.
 inline ChatEvent ChatHandler::users_event(const ChatRoom& room, const detail::Presence::User* viewer) {
     detail::JsonList users;
     ChatEvent event("users");
@@ -19119,7 +19127,7 @@ inline void ChatHub::ban(std::string_view address_or_name, Duration duration) {
     const bool is_address = target == "unix" || IpAddress::parse(target).has_value();
     decide("ban", is_address && !is_user ? address_key(target) : name_key(target), target, duration);
 }
-// The hub that has the connections of a user knows the addresses.
+// A hub knows only the addresses of its own connections.
 inline bool ChatHub::on_ban(const ChatEntry& entry) {
     if (!entry.to.empty()) {
         on_address_question(entry);
@@ -19138,7 +19146,7 @@ inline bool ChatHub::on_ban(const ChatEntry& entry) {
     }
     return false;
 }
-// Bans the address of a guest, unless others are connected from it. Other hubs have a second to say so.
+// Bans the address of a guest, unless others are connected from it. Other hubs have one second to object.
 inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration) {
     const std::string key = address_key(handler.remote_address());
     if (has_others(key, handler.user_.id)) return;
@@ -19169,8 +19177,8 @@ inline void ChatHub::on_address_question(const ChatEntry& entry) {
     }
 }
 
-// A read marker goes to all connections of its user. Its key is the public id of the user, a line feed, and a room or
-// "@" with the id of a peer.
+// Sends a read marker to all connections of its user. Its key is the public id of the user, a line feed, and a room
+// or "@" with the id of a peer.
 inline void ChatHub::on_read(const ChatFact& fact) {
     const std::size_t end = fact.key.find('\n');
     const std::string id = fact.key.substr(0, end), what = fact.key.substr(end + 1);
@@ -19184,7 +19192,7 @@ inline void ChatHub::on_read(const ChatFact& fact) {
     const std::uint64_t value = text::parse_unsigned(fact.value, HistoryPosition::max_id).value_or(0);
     std::uint64_t& marker = user->read.find_or_emplace(what, std::uint64_t{0});
     const bool is_new = value > marker;
-    // Another server did not know that this user has read more.
+    // Another server has stored an older marker.
     if (value < marker) store_->put({"read", fact.key, std::to_string(marker), fact.author});
     else marker = value;
     for (ChatHandler* each : connections_of(id)) {
@@ -19208,7 +19216,7 @@ inline void ChatHub::put_marker(const ChatHandler& handler, const std::string& w
     ask(fact, handler.number_, tag);
     store_->put(std::move(fact));
 }
-// All members hear of it, because their pages show whether they may speak.
+// All members get the event, because their pages show whether they may speak.
 inline void ChatHub::send_options(const ChatRoom& room, const ChatFact& fact) {
     ChatEvent event("options");
     ChatHandler::add_options(event.add_text("room", room.name()), room.options);
@@ -19221,7 +19229,7 @@ inline void ChatHub::send_options(const ChatRoom& room, const ChatFact& fact) {
         }
     if (Room* members = members_.find(room.key())) members->broadcast(event.dump(), sender);
 }
-// The user and who has invited hear of it.
+// Tells the invited user and the inviter.
 inline void ChatHub::on_invitation(const ChatFact& fact) {
     const std::size_t end = fact.key.rfind('\n');
     const std::string key = fact.key.substr(0, end), id = fact.key.substr(end + 1);
@@ -19247,8 +19255,8 @@ inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& ca
             handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
 
-// A second one comes if the store has lost the first one, and a server that started made another. Then all users
-// connect again. A user gets a new id when the presence of all servers has forgotten the old one.
+// A second secret arrives if the store has lost the first one and a new server has stored another. Then all users
+// connect again. They get new ids when the presence of all servers no longer has the old ones.
 inline void ChatHub::set_secret(const std::string& secret) {
     if (secret.empty() || secret == secret_) return;
     const bool had_another = !secret_.empty();
@@ -19295,7 +19303,7 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
         dismiss(room, *holder);
         holder = room.presence_.find(info.name);
     }
-    // An account owns its name, so a visitor with that name gets another one.
+    // An account owns its name, so another user with that name gets a new one.
     if (info.account && holder != nullptr && !holder->info.account && holder->place(id_) != nullptr)
         rename(room, *holder, room.presence_.free_name(info.name));
     User& user = room.presence_.connect(info, identity, &handler);
@@ -19310,7 +19318,7 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     }
     return user;
 }
-// A guest who is away may be the one who comes now. Without a key nobody knows, so the one who is away leaves.
+// An absent guest may be the one who connects now. Without a key nobody can know, so the absent guest leaves.
 inline void ChatHub::dismiss(ChatRoom& room, const User& guest) {
     const ChatUser info = guest.info;
     const std::vector<detail::Presence::Place> places = guest.places;
@@ -19342,7 +19350,7 @@ inline ChatEntry ChatHub::new_own_event(const char* call, std::string_view name,
     entry.data = data.dump();
     return entry;
 }
-// Its type keeps it apart from the events of the chat.
+// The type "event" separates it from the chat's own events.
 inline void ChatHub::on_own_event(const ChatEntry& entry) {
     ChatEvent event("event");
     event.add_unless_empty("room", shown(entry.room)).add_text("name", entry.text);
@@ -19368,7 +19376,7 @@ inline void ChatHub::on_kick(const ChatEntry& entry) {
     if (user == nullptr) return;
     for (ChatHandler* each : std::vector<ChatHandler*>(user->connections)) each->kick(entry.text);
 }
-// The moderators of the room and the one who acts hear of it.
+// Tells the moderators of the room and the acting user.
 inline void ChatHub::on_moderation(const ChatEntry& entry) {
     ChatEvent event("moderation");
     event.add_unless_empty("room", shown(entry.room)).add_text("action", entry.text).add_text("name", entry.to);
@@ -19397,7 +19405,7 @@ inline void ChatHub::on_entry(const ChatEntry& entry) {
     }
     if (heard) tell(entry);
 }
-// False: a program does not hear of it.
+// Returns false if on_event must not be called.
 inline bool ChatHub::deliver(const ChatEntry& entry) {
     switch (entry.kind) {
         case ChatEntry::Kind::said:
@@ -19431,7 +19439,7 @@ inline void ChatHub::on_typing(const ChatEntry& entry) {
     if (Room* members = members_.find(entry.room)) members->broadcast_volatile(event.dump(), connection(entry.sender));
 }
 
-// Both users get it in all their connections, and later as the history of their conversation.
+// Sends it to all connections of both users. Later it is in the history of their conversation.
 inline void ChatHub::on_conversation(const ChatEntry& entry) {
     const std::string peer = peer_in(entry.room, entry.user);
     const ChatHandler* const sender = connection(entry.sender);
@@ -19458,12 +19466,13 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     if (has_id && room->delivered_id_ && entry.id <= *room->delivered_id_) return;
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     Room* const members = members_.find(entry.room);
-    // One who is not a member yet gets it in the history; one who has left the room, as an acknowledgement.
+    // A sender who is not a member yet gets the entry in the history. A sender who has left the room gets an
+    // acknowledgement.
     const bool answered = sender != nullptr && !entry.tag.empty();
     const bool tagged = answered && members != nullptr && members->has(*sender);
     const bool has_left = answered && sender->membership_index(room) == sender->memberships_.size();
     if (has_id && room->behind_) {
-        room->skipped_id_ = entry.id;  // it is in what the members get next
+        room->skipped_id_ = entry.id;  // the members get it when they catch up
         catch_up_later(*room, Duration::zero());
     } else {
         show(entry, room, members, tagged ? sender : nullptr);
@@ -19472,8 +19481,8 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     if (room != nullptr && !room->ahead_.empty()) resume_ahead(*room);
     if (sender != nullptr && entry.is_message()) sender->run_hook("on_said", [&] { sender->on_said(entry); });
 }
-// To all members; `tagged` is the one who gets it with the tag. All that may run out of memory comes first, so that all
-// members get the entry or none.
+// Sends the entry to all members; `tagged` gets it with the tag. The steps that may run out of memory come first, so
+// that all members get the entry or none.
 inline void ChatHub::show(const ChatEntry& entry, ChatRoom* room, Room* members, ChatHandler* tagged) {
     ChatEntry shown_entry = entry;
     if (room != nullptr && entry.id == 0) add_mentions(shown_entry, *room);
@@ -19501,7 +19510,7 @@ inline void ChatHub::on_undelivered(const ChatEntry& entry) {
     const Room* const members = members_.find(entry.room);
     const bool comes = room != nullptr && room->catch_up_scheduled_ && members != nullptr;
     if (sender != nullptr && (!comes || !members->has(*sender)))
-        end_without_memory(*sender);  // it waits for the answer
+        end_without_memory(*sender);  // it would wait for the answer
     if (!is_conversation(entry.room)) return;
     const std::string_view users = entry.room;
     const std::size_t middle = users.find('\n', 1);
@@ -19509,7 +19518,7 @@ inline void ChatHub::on_undelivered(const ChatEntry& entry) {
         if (const UserState* const user = users_.find(id))
             for (ChatHandler* each : user->connections) end_without_memory(*each);
 }
-// The client connects again, and resumes.
+// The client connects again and resumes.
 inline void ChatHub::end_without_memory(ChatHandler& handler) {
     handler.close(CloseCode::internal_error, "out of memory");
 }
@@ -19545,7 +19554,7 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
     ChatRoom* const room = rooms_.find(entry.room);
     User* const author = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
     const User* const receiver = room == nullptr ? nullptr : room->presence_.find_id(entry.to_user);
-    // It was said before the others have heard that the receiver has left.
+    // The message was sent before the others knew that the receiver had left.
     if (room != nullptr && (receiver == nullptr || receiver->away()))
         return answer(entry, [&](ChatHandler& sender) {
             sender.write_error("user_away", text::concat({entry.to, " is not here any more."}), entry.tag);
@@ -19586,7 +19595,8 @@ inline bool ChatHub::on_join(const ChatEntry& entry) {
     if (!count_only(*room)) note_change(*room, entry, true);
     return true;
 }
-// Nobody hears of himself. The connections of the users who have joined are few or wait for their history.
+// A user does not get an event about himself. The connections of users who have joined are few, or wait for their
+// history.
 inline void ChatHub::send_changes(ChatRoom& room) {
     const std::vector<ChatRoom::Change> changes = std::exchange(room.changes_, {});
     Room* const members = members_.find(room.key());
@@ -19611,7 +19621,8 @@ inline void ChatHub::send_changes(ChatRoom& room) {
         }
     }
 }
-// Those who have joined, or left, except one; empty if there are none. A single user stands in the event itself.
+// The users who joined or left, without `except`. Returns an empty text if there are none. A single user is not in a
+// list.
 inline std::string ChatHub::changes_event(const ChatRoom& room, const std::vector<ChatRoom::Change>& changes,
                                           bool joined, std::string_view except) {
     detail::JsonList list;
@@ -19632,7 +19643,7 @@ inline std::string ChatHub::changes_event(const ChatRoom& room, const std::vecto
     }
     return event.dump();
 }
-// Another user has got the name.
+// Another user has taken the name.
 inline void ChatHub::on_lost_name(ChatRoom& room, User& user) {
     const User* const holder = room.presence_.find(user.info.name);
     const bool gone = holder != nullptr && holder->identity.empty() && holder->away();
@@ -19642,7 +19653,7 @@ inline void ChatHub::on_lost_name(ChatRoom& room, User& user) {
     } else if (!user.confirmed()) change_name(room, user, room.presence_.free_name(user.wanted, &user));
     else if (acts_for(user)) rename(room, user, room.presence_.free_name(user.info.name, &user));
 }
-// The others have not heard of the user yet, or hear of it elsewhere.
+// Only for the user's own connections: the others do not know the user yet, or get another event.
 inline void ChatHub::change_name(ChatRoom& room, User& user, const std::string& name) {
     ChatEvent event("nick");
     event.add_text("room", room.name()).add_text("old", user.info.name).add_text("name", name);
@@ -19663,7 +19674,7 @@ inline bool ChatHub::on_leave(const ChatEntry& entry) {
     if (user->confirmed()) return false;
     ChatEntry left = entry;
     left.name = user->info.name;
-    // With a connection, the user joins again: that entry is on its way, or on_presence() forwards it.
+    // A user with connections joins again: that entry is on its way, or on_presence() forwards it.
     if (user->connections.empty()) room->presence_.remove(*user);
     if (room->presence_.own() == 0) prune_later();
     if (!was_present) return false;
@@ -19685,7 +19696,7 @@ inline bool ChatHub::on_rename(const ChatEntry& entry) {
     if (appended_here(entry)) move_mute(key, mute_key(*room, *user), entry.text);
     if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
     const bool told = room->options.presence == ChatRoomOptions::Presence::full && !room->counting_;
-    send_changes(*room);  // they have the old name
+    send_changes(*room);  // before the rename, because they have the old name
     if (told) send_to_others(entry, event);
     if (ChatHandler* const sender = connection(entry.sender))
         sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
@@ -19696,14 +19707,14 @@ inline bool ChatHub::on_rename(const ChatEntry& entry) {
     return true;
 }
 
-// Two hubs have forwarded the same name at once, or the store has forgotten a user.
+// Two hubs have forwarded the same name at the same time, or the store has lost a user.
 inline void ChatHub::on_presence_refused(const ChatEntry& entry, std::string_view code) {
     ChatRoom* const room = rooms_.find(entry.room);
     User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
     if (user == nullptr) return;
     const bool retry = code == "name_taken" && !user->connections.empty();
     const std::string refused = chat_fold(entry.kind == ChatEntry::Kind::join ? entry.name : entry.text);
-    // A name that seems to be free is tried again once: its user may have left since.
+    // A refused name is tried once more, because its user may have left in the meantime.
     const bool again = text::contains(user->refused, refused);
     if (code == "name_taken" && !again) user->refused.push_back(refused);
     if (!user->confirmed() && user->connections.empty()) {
@@ -19734,13 +19745,14 @@ inline void ChatHub::on_presence(const std::string& key, const std::vector<ChatE
             renamed.text = each.name;
             on_entry(renamed);
         }
-        // The first time, they have joined before.
+        // At the first call these users have joined earlier.
         if (on_join(each) && room->presence_known_) tell(each);
     }
-    // The first time, what this hub has forwarded is on its way.
+    // At the first call, the entries of this hub are still on their way.
     if (std::exchange(room->presence_known_, true)) forward_missing(*room);
 }
-// When a store has lost its data, all hubs forward their users again. Who is missing after the grace period has left.
+// If a store has lost its data, all hubs forward their users again. A user who is missing after the grace period has
+// left.
 inline void ChatHub::forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users) {
     StringMap<bool> listed;
     for (const ChatEntry& each : users) listed.find_or_emplace(text::concat({each.user, "\n", each.hub}));
@@ -19768,13 +19780,13 @@ inline void ChatHub::remove_missing(const ChatRoom& room) {
     }
     for (const ChatEntry& each : missing) on_entry(each);
 }
-// The store has lost the leave. Perhaps it has also lost the join at another hub, which comes first then.
+// The store has lost the leave. It may also have lost a join at another hub, which must be applied first.
 inline void ChatHub::leave_again(ChatRoom& room, User& user) {
     constexpr std::chrono::seconds delay{1};
     user.expires = saturating_add(now(), delay);
     if (!room.expiry_scheduled_) schedule_expiry(room, delay);
 }
-// Tells the store about the users of this hub whom it has forgotten.
+// Forwards the users of this hub that the store has lost.
 inline void ChatHub::forward_missing(ChatRoom& room) {
     std::vector<std::string> ids;
     for (const auto& [key, user] : room.presence_) ids.push_back(user.info.id);
@@ -19797,7 +19809,7 @@ inline void ChatHub::on_position(const std::string& name, const HistoryPage& pag
     ChatRoom* const room = rooms_.find(name);
     if (room == nullptr) return;
     HistoryPage told = page;
-    // Without a gap, what the members have read ahead of the store's entries stays.
+    // Without a gap, entries that the members have already received stay.
     if (!page.gap) told.last_id = (std::max)(page.last_id, room->delivered_id_.value_or(0));
     room->delivered_id_ = told.last_id;
     room->epoch_ = page.epoch;
@@ -19807,7 +19819,7 @@ inline void ChatHub::on_position(const std::string& name, const HistoryPage& pag
         const auto& handler = static_cast<ChatHandler&>(each);
         each.write_message(handler.history_event(*room, told, true).dump());
     }
-    // After a gap, all of them begin with what they find.
+    // After a gap, all of them continue with the present entries.
     for (const ChatRoom::Ahead& each : std::exchange(room->ahead_, {})) each.resume();
 }
 
@@ -19835,7 +19847,7 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
 
 inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause) {
     if (entry.is_presence()) {
-        // on_presence() follows when the store works again, and then the users of this hub are forwarded.
+        // When the store works again, on_presence() follows, and then this hub forwards its users.
         if (ChatRoom* const room = rooms_.find(entry.room)) room->presence_known_ = true;
         return;
     }
