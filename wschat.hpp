@@ -16425,20 +16425,21 @@ struct ChatLimits {
     std::size_t max_history_event = 256 * 1024;  // of one "history" event; older entries are left out
     Duration grace = std::chrono::seconds(3);    // how long a user stays in a room after a lost connection
     FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
-    FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // of all connections of an address or an IPv6 /64
+    FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // for all connections of an address or an IPv6 /64
     unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
-    // Bytes of histories, searches and lists that a connection, and all of an address, may ask for.
+    // Bytes of histories, searches and lists that a connection may request, and all connections of an address.
     Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
-    // What a connection, and all of an address, may cause: bytes of messages times the users of the room.
+    // Work that a connection may cause, and all connections of an address: bytes of messages times the users of the
+    // room.
     Rate fan_out{16 * 1024 * 1024, 256 * 1024 * 1024}, address_fan_out{64 * 1024 * 1024, 1024 * 1024 * 1024};
-    // Rooms that a user, and all of an address, may enter while nobody is in them.
+    // Empty rooms that a user may enter, and all users of an address.
     Rate room_creations{1.0 / 60, 30}, address_room_creations{1.0 / 30, 200};
     std::size_t max_invitations = 100'000;  // of all rooms
 };
 
-// What a user may do: ChatHandler::may(). From `kick` on it is moderation. `create_room` is to enter a room that nobody
-// on the same server is in. `remove`: the messages of others. `manage`: to make a room private, read-only or slow, to
-// speak in a room that is read-only or slow, and to enter a private one.
+// The permissions of a user: ChatHandler::may(). The actions from `kick` on are moderation. `create_room`: enter a
+// room without users on the same server. `remove`: remove messages of others. `manage`: make a room private, read-only
+// or slow, speak in a read-only or slow room, and enter a private one.
 enum class ChatAction : std::uint8_t {
     say,
     private_message,
@@ -16536,30 +16537,30 @@ private:
     std::string name_, key_;
     ChatHub& hub_;
     detail::Presence presence_;
-    detail::Deadlines slow_;  // who has to wait until the next message
+    detail::Deadlines slow_;  // until when each user must wait before the next message
     std::string topic_;
-    std::uint64_t topic_id_ = 0;                 // of the entry that set it; 0: the fact of the store
-    std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if it is known
+    std::uint64_t topic_id_ = 0;                 // the entry that set the topic; 0: the store's fact
+    std::optional<std::uint64_t> delivered_id_;  // the newest id that the members have received, if known
     struct Ahead {
         std::uint64_t connection;
         std::uint64_t id;
         std::function<void()> resume;
     };
-    std::vector<Ahead> ahead_{};                 // connections that have more than the members, from another server
-    std::string epoch_;                          // of that id
-    bool behind_ = false;           // memory ran out, so the members have not received what came after that id
+    std::vector<Ahead> ahead_{};                 // clients from another server, with newer entries
+    std::string epoch_;                          // of delivered_id_
+    bool behind_ = false;           // memory ran out: entries after delivered_id_ were not sent to the members
     bool catch_up_scheduled_ = false;
-    bool catching_up_ = false;      // the store reads it
-    std::uint64_t skipped_id_ = 0;  // the newest id since
-    bool presence_known_ = false;   // the store has said who is present
+    bool catching_up_ = false;      // the store is reading those entries
+    std::uint64_t skipped_id_ = 0;  // the newest entry that was not sent
+    bool presence_known_ = false;   // on_presence() was called
     bool expiry_scheduled_ = false;
     struct Change {
         bool joined;
         ChatUser user;
         std::int64_t time;
-        bool listed = false;  // another user has got a list that contains the change
+        bool listed = false;  // another user has received a list that contains the change
     };
-    mutable std::vector<Change> changes_{};  // joins and leaves of the present window
+    mutable std::vector<Change> changes_{};  // joins and leaves in the current window
     bool window_open_ = false;
     bool counted_ = false;  // in ChatHub::Uses
     struct Latest {
@@ -16567,26 +16568,27 @@ private:
         std::string user;
     };
     std::vector<Latest> latest_{};                 // the latest messages, for counts of unread ones
-    std::optional<std::uint64_t> latest_after_{};  // no message after this id is missing there
-    bool counting_ = false;                        // the members have no list of users
+    std::optional<std::uint64_t> latest_after_{};  // latest_ has all messages after this id
+    bool counting_ = false;                        // the members do not get the list of users
     bool count_scheduled_ = false;
 };
 
 // The chat of a server, shared by its handlers: rooms, the history, bans. A server with several loops has a hub for
-// each of them, and they are one chat: the same rooms, users, history and moderation. All calls on the loop's thread.
+// each loop. Together they are one chat: the same rooms, users, history and moderation. Call everything on the loop's
+// thread.
 class ChatHub final : private ChatStore::Listener {
-    // Of an address, on all hubs of a server.
+    // The counts of an address, for all hubs of a server.
     struct AddressUse {
         bool unused(Time now) const {
             return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now) &&
                    fan_out.full(now);
         }
-        std::mutex mutex{};  // of the buckets
+        std::mutex mutex{};  // guards the buckets
         detail::FloodLimiter limiter{};
         TokenBucket replies{}, creations{}, fan_out{};
-        std::size_t connections = 0;  // under the lock of Uses
+        std::size_t connections = 0;  // guarded by Uses::mutex_
     };
-    // What the hubs of a server count together. Any loop uses it.
+    // Counts that the hubs of a server share. Thread-safe.
     class Uses {
     public:
         AddressUse& add_address(const std::string& key, Time now) {
@@ -16603,7 +16605,7 @@ class ChatHub final : private ChatStore::Listener {
             const std::lock_guard<std::mutex> lock(mutex_);
             --use.connections;
         }
-        // False: the user has created too many rooms for now.
+        // Returns false if the user has created too many rooms.
         bool may_create_room(const std::string& user, const Rate& rate, Time now) {
             const std::lock_guard<std::mutex> lock(mutex_);
             if (creations_.size() >= prune_creations_at_) {
@@ -16612,7 +16614,7 @@ class ChatHub final : private ChatStore::Listener {
             }
             return creations_.find_or_emplace(user).take(1, rate, now);
         }
-        // Rooms with users. A hub adds a room once, and removes it when its last user of the room has left.
+        // Rooms with users. A hub adds a room once, and removes it when the last user on this hub has left it.
         bool has_room(const std::string& key, std::size_t hubs = 1) const {
             const std::lock_guard<std::mutex> lock(mutex_);
             const std::size_t* const count = rooms_.find(key);
@@ -16622,7 +16624,7 @@ class ChatHub final : private ChatStore::Listener {
             const std::lock_guard<std::mutex> lock(mutex_);
             return rooms_.size();
         }
-        // False: there are too many.
+        // Returns false if there are too many rooms.
         bool add_room(const std::string& key, std::size_t max) {
             const std::lock_guard<std::mutex> lock(mutex_);
             if (rooms_.size() >= max && rooms_.find(key) == nullptr) return false;
@@ -16641,7 +16643,7 @@ class ChatHub final : private ChatStore::Listener {
         StringMap<std::size_t> rooms_;      // the number of hubs, by key
         std::size_t prune_addresses_at_ = 1024, prune_creations_at_ = 1024;
     };
-    // What the hubs of a server share.
+    // The data that the hubs of a server share.
     struct Common {
         explicit Common(const Server& server)
             : first(server.mailbox(0)), several(server.loop_count() > 1), store(server.mailbox(0)) {}
@@ -16683,11 +16685,11 @@ public:
 
     static ChatHub& of(Server& server) { return server.extension<ChatHub>(); }
 
-    // Change them before run(), on the first loop: they hold for all loops together.
+    // Change them before run(), on the first loop. They limit all loops together.
     ChatLimits& limits;
 
-    // Replaces the store: set_store(SqliteHistory("chat.db")). An Error after the first connection, and on another loop
-    // than the first one, whose store all loops use.
+    // Replaces the store: set_store(SqliteHistory("chat.db")). Throws an Error after the first connection, and on any
+    // loop but the first one. All loops use the first loop's store.
     template <class Store, std::enable_if_t<std::is_base_of_v<ChatStore, Store>, int> = 0>
     void set_store(Store store) {
         set_store(std::unique_ptr<ChatStore>(new Store(std::move(store))));
@@ -16782,12 +16784,12 @@ private:
     using User = detail::Presence::User;
     using Told = detail::Presence::Told;
 
-    // A user who is connected to this server.
+    // A user with a connection to this hub.
     struct UserState {
         std::vector<ChatHandler*> connections{};
         enum class Markers : std::uint8_t { unknown, requested, known } markers = Markers::unknown;
         StringMap<std::uint64_t> read{};               // the read markers: by room, or by "@" and the id of a peer
-        std::vector<std::function<void()>> waiting{};  // for the markers
+        std::vector<std::function<void()>> waiting{};  // for read markers
     };
     struct Asked {
         std::uint64_t number;  // of the connection
@@ -17291,21 +17293,21 @@ private:
     }
     inline void on_invitation(const ChatFact& fact);
 
-    // False: too many for now.
+    // Returns false if the user has created too many rooms.
     bool may_create_room(const std::string& user, AddressUse* address) {
         const Time time = now();
         if (!common_.uses.may_create_room(user, limits.room_creations, time)) return false;
         return take_of(address,
                        [&](AddressUse& use) { return use.creations.take(1, limits.address_room_creations, time); });
     }
-    // Of no address, everything may be taken.
+    // Calls take(*address) under its lock. Returns true without an address.
     template <class Take>
     static bool take_of(AddressUse* address, const Take& take) {
         if (address == nullptr) return true;
         const std::lock_guard<std::mutex> lock(address->mutex);
         return take(*address);
     }
-    // Whether nobody on this server is in the room.
+    // Whether no user of this server is in the room.
     bool is_new(std::string_view name) const {
         const ChatRoom* const room = find(name);
         if (room != nullptr && !room->presence_.empty()) return false;
@@ -17315,13 +17317,13 @@ private:
         return find(name) == nullptr && common_.uses.room_count() >= limits.max_rooms &&
                !common_.uses.has_room(chat_fold(name));
     }
-    // The room counts until it is pruned. False: there are too many.
+    // Counts the room until it is pruned. Returns false if there are too many rooms.
     bool count_room(std::string_view name) {
         ChatRoom& counted = room(name);
         counted.counted_ = counted.counted_ || common_.uses.add_room(counted.key(), limits.max_rooms);
         return counted.counted_;
     }
-    // The name of an account belongs to it in all rooms, also while it is not here.
+    // An account owns its name in all rooms, even while it is not connected.
     bool is_account_name(const std::string& name) const { return accounts_.find(chat_fold(name)) != nullptr; }
 
     // ---- entries ---------------------------------------------------------------------------------------------------
@@ -17517,25 +17519,25 @@ private:
 
     Server& server_;
     const bool is_first_;  // on the first loop
-    Rooms members_;        // the connections in each room that have received its history
+    Rooms members_;        // by room: the connections that have received its history
     StringMap<ChatRoom> rooms_;
     StringMap<ChatHandler> connections_;      // by number
     StringMap<UserState> users_;              // by public id
     StringMap<std::string> changed_options_;  // by key of the room; as ChatRoomOptions::to_fact()
-    StringMap<std::int64_t> invitations_;     // when they expire in Unix time, by invitation_key(); 0: never
-    StringMap<std::string> accounts_;         // their names, by chat_fold()
-    StringMap<std::string> spellings_;        // the names of rooms that several hubs may have, by their keys
-    StringMap<std::vector<Asked>> asked_;     // who waits until a fact is kept, by asked_key()
-    StringMap<bool> noted_;                   // the facts about users and conversations that the store has
+    StringMap<std::int64_t> invitations_;     // their expiry in Unix time, by invitation_key(); 0: never
+    StringMap<std::string> accounts_;         // names of accounts, by chat_fold()
+    StringMap<std::string> spellings_;        // names of rooms that several hubs may have, by key
+    StringMap<std::vector<Asked>> asked_;     // connections that wait until a fact is kept, by asked_key()
+    StringMap<bool> noted_;                   // constant facts that the store already has
     const std::string id_;
-    const std::uint64_t first_number_;  // no other hub has numbers near; the connections have the next ones
+    const std::uint64_t first_number_;  // no other hub has numbers near it; connections get the next ones
     std::uint64_t last_number_;
     detail::Deadlines bans_, mutes_;
-    StringMap<bool> lone_addresses_;  // of guests who were banned, with their ids, while other hubs are asked
+    StringMap<bool> lone_addresses_;  // addresses of banned guests, with the guests' ids, while other hubs are asked
     bool pruning_ = false;
     bool beating_ = false;                        // ChatStore::beat() is called every two seconds
     std::string secret_;                          // empty: the store has not answered yet
-    std::vector<std::function<void()>> waiting_;  // handshakes, until then
+    std::vector<std::function<void()>> waiting_;  // handshakes that wait for the secret
     std::unique_ptr<ChatStore> store_;            // the last member, because its destructor may call the listener
 };
 
@@ -17847,7 +17849,7 @@ private:
         using Action = detail::FloodPolicy::Action;
         const ChatLimits& limits = hub_->limits;
         const Time now = hub_->now();
-        // What its own limit refuses is not charged to the neighbours of the address.
+        // A message above the connection's own limit is not charged to others with the same address.
         const auto take = [&](ChatHub::AddressUse& use) { return use.limiter.take(size, limits.address, now); };
         const bool within = limiter_.take(size, limits.connection, now) && ChatHub::take_of(address_, take);
         const Action action = flood_policy_.decide(within, limits.flood_patience, now);
@@ -17872,7 +17874,7 @@ private:
         ChatHub::take_of(address_, take);
         write_message(event);
     }
-    // Returns true.
+    // Always returns true, for use in a condition.
     bool charge(TokenBucket& bucket, const Rate& rate, std::size_t bytes) const {
         if (rate.per_second > 0) bucket.charge(static_cast<double>(bytes), rate, hub_->now());
         return true;
@@ -18064,7 +18066,7 @@ private:
         return hub_->count_room(name) ? Refusal() : too_many;
     }
 
-    // After refuse_room(), which counts the room.
+    // Call refuse_room() first, which counts the room.
     void join_room(std::string_view name) {
         memberships_.reserve(memberships_.size() + 1);  // so that push_back() cannot fail after connect()
         ChatRoom& room = hub_->room(name);
