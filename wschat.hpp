@@ -19873,7 +19873,7 @@ WSCHAT_END
 // ====================================================================================================================
 // section 17: Stores
 //
-// SqliteHistory: a history in a file, which a thread of its own reads and writes.
+// SqliteHistory: a history in a file. One thread of its own does all reads and writes of the file.
 // ====================================================================================================================
 
 #if WSCHAT_CHAT && WSCHAT_SQLITE
@@ -19888,12 +19888,12 @@ WSCHAT_END
 WSCHAT_BEGIN
 
 struct SqliteOptions {
-    // Without a limit of bytes, age and rooms.
+    // No limits of bytes, age and rooms.
     HistoryLimits limits{100'000, 0, Duration::zero(), 0, 0};
     std::size_t max_file_bytes = 0;                   // 0: no limit; a full file refuses new entries
-    std::size_t max_queued = 10'000;                  // entries before their commit; more are refused
-    Duration busy_timeout = std::chrono::seconds(2);  // how long to wait for a lock of another program
-    // How long to wait for a server that still uses the file. At a restart, it must be longer than the
+    std::size_t max_queued = 10'000;                  // entries that wait for their commit; more are refused
+    Duration busy_timeout = std::chrono::seconds(2);  // how long to wait for another program's lock
+    // How long to wait for a server that still uses the file. For a restart, it must be longer than the
     // ServerOptions::shutdown_deadline of the old server.
     Duration lock_timeout = std::chrono::seconds(10);
     bool survive_power_loss = false;  // true: each commit waits for the disk. false: a crash of the program loses
@@ -19906,7 +19906,7 @@ inline std::int64_t sqlite_milliseconds(Duration duration) {
     const auto count = std::chrono::duration_cast<std::chrono::milliseconds>(duration).count();
     return (std::min)(static_cast<std::int64_t>(count), std::int64_t{1'000'000'000});
 }
-// A connection to a database. For one thread at a time. Failures are an Error that names `path`.
+// A connection to a database. Only one thread at a time may use it. Failures are an Error that names `path`.
 class SqliteDatabase {
 public:
     SqliteDatabase(const std::string& file, std::string path) : path_(std::move(path)) {
@@ -19955,7 +19955,7 @@ public:
                 ::sqlite3_bind_text64(statement_, ++bound_, value.data(), value.size(), nullptr, SQLITE_UTF8));
             return *this;
         }
-        // False after the last row.
+        // Returns false after the last row.
         bool next_row() {
             const int result = ::sqlite3_step(statement_);
             if (result != SQLITE_ROW && result != SQLITE_DONE) database_.check_result(result);
@@ -19983,7 +19983,7 @@ public:
         (query.bind(values), ...);
         query.next_row();
     }
-    // The first number of the result; 0 if there is none.
+    // The first number of the result, or 0.
     template <class... Values>
     std::int64_t number(const char* sql, const Values&... values) {
         Query query(*this, sql);
@@ -19996,7 +19996,7 @@ public:
     void execute(const std::string& sql) {
         check_result(::sqlite3_exec(database_, sql.c_str(), nullptr, nullptr, nullptr));
     }
-    // False if another program holds the lock until the timeout.
+    // Returns false if another program holds the lock until the timeout.
     bool try_execute(const char* sql) {
         const int result = ::sqlite3_exec(database_, sql, nullptr, nullptr, nullptr);
         if (result != SQLITE_OK && result != SQLITE_BUSY) check_result(result);
@@ -20006,11 +20006,11 @@ public:
         ::sqlite3_busy_timeout(database_, static_cast<int>(sqlite_milliseconds(timeout)));
     }
     bool read_only() const { return ::sqlite3_db_readonly(database_, "main") == 1; }
-    // Whether a call since the last one has failed because an index of FTS5 does not fit its table.
+    // Whether a call since the last check failed because an FTS5 index does not match its table.
     bool take_index_damaged() { return std::exchange(index_damaged_, false); }
     template <class Work>
     void transaction(const char* begin, Work&& work) {
-        // Entries in a deleted file would be lost.
+        // If the file was deleted, new entries would be lost.
         int moved = 0;
         ::sqlite3_file_control(database_, "main", SQLITE_FCNTL_HAS_MOVED, &moved);
         if (moved != 0) fail("the file was moved or deleted");
@@ -20037,11 +20037,11 @@ private:
     std::string path_;
     sqlite3* database_ = nullptr;
     bool index_damaged_ = false;
-    std::map<std::string, sqlite3_stmt*> statements_;  // by their text
+    std::map<std::string, sqlite3_stmt*> statements_;  // by their SQL text
 };
 
-// Keeps other servers from the same file: a transaction in the file PATH-lock, open as long as this object lives. The
-// system ends it with the process. The file says which process that is.
+// Keeps other servers away from the file: a transaction in the file PATH-lock stays open as long as this object
+// lives. The system ends it with the process. The file contains the id of that process.
 class SqliteLock {
 public:
     SqliteLock(const std::string& path, Duration timeout) : lock_(path + "-lock", path) {
@@ -20079,7 +20079,7 @@ private:
             if (query.next_row())
                 return "another server uses it: process " + std::to_string(query.number(0)) + " on \"" +
                        escape_for_log(query.text(1)) + "\"";
-        } catch (const Error&) {  // nothing is known about it
+        } catch (const Error&) {  // the holder is unknown
         }
         return "another server uses it";
     }
@@ -20087,7 +20087,8 @@ private:
     SqliteDatabase lock_;
 };
 
-// The database file: rooms with their newest ids, entries and facts. For one thread at a time. Failures are an Error.
+// The database file: rooms with their newest ids, entries and facts. Only one thread at a time may use it. Failures
+// are an Error.
 class SqliteFile {
 public:
     SqliteFile(const std::string& path, const SqliteOptions& options)
@@ -20102,9 +20103,9 @@ public:
 
     const std::string& epoch() const { return epoch_; }
 
-    // Stores all entries or none, in one transaction, and sets their ids. The results: empty for an entry that is
-    // stored; "duplicate" if its author has sent the tag before, then its id is that of the first entry; otherwise the
-    // code with which an amendment is refused.
+    // Stores all entries or none, in one transaction, and sets their ids. Returns one result for each: empty if the
+    // entry is stored; "duplicate" if its author has already sent the tag (the id is then that of the first entry);
+    // otherwise the code with which the amendment is refused.
     std::vector<std::string_view> append(std::vector<ChatEntry>& entries) {
         std::vector<std::string_view> results;
         change([&] {
@@ -20155,7 +20156,7 @@ public:
         });
         return page;
     }
-    // The entries with ids above this one, in order; fewer than `limit` only at the end.
+    // Returns the entries after this id in order, at most `limit`. Fewer than `limit` means that there are no more.
     std::vector<ChatEntry> entries_after(const std::string& room, std::uint64_t id, std::size_t limit) {
         std::vector<ChatEntry> entries;
         database_.transaction("BEGIN", [&] {
@@ -20166,8 +20167,8 @@ public:
         return entries;
     }
 
-    // Removes everything of an author, at most `limit` messages and reactions at once. The result has the amendments
-    // and the deleted facts, with empty values. It has no amendments when nothing is left.
+    // Removes everything of an author, at most `limit` messages and `limit` reactions per call. Returns the
+    // amendments, and the deleted facts with empty values. Without amendments, the removal is complete.
     struct Erased {
         std::vector<ChatEntry> amendments{};
         std::vector<ChatFact> facts{};
@@ -20227,7 +20228,7 @@ public:
         return facts;
     }
 
-    // Deletes expired facts, and the expired entries of some rooms. True: another call has more to do.
+    // Deletes expired facts, and the expired entries of some rooms. Returns true if another call has more to do.
     bool sweep() {
         bool more = false;
         change([&] {
@@ -20265,8 +20266,8 @@ private:
         "CREATE UNIQUE INDEX entry_tag ON entry(room, author, tag) WHERE tag <> '';",
         ("CREATE TABLE start(id INTEGER NOT NULL);"
          "INSERT INTO start VALUES(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER));"),
-        // Epochs tell other files apart, so ids start at 1. `start` is the largest id of all deleted rooms. `first` has
-        // the first id that a room got in an opening.
+        // Different files have different epochs, so ids start at 1. `start` is the largest id of all deleted rooms.
+        // `first` has the first id of a room in each opening.
         ("UPDATE start SET id = 0 WHERE NOT EXISTS(SELECT 1 FROM room);"
          "CREATE TABLE opening(number INTEGER PRIMARY KEY AUTOINCREMENT, epoch TEXT NOT NULL UNIQUE);"
          "CREATE TABLE first(room INTEGER NOT NULL, opening INTEGER NOT NULL, id INTEGER NOT NULL,"
@@ -20307,7 +20308,7 @@ private:
     };
     static constexpr int version = sizeof migrations / sizeof migrations[0];
     static constexpr int application_id = 0x77736368;  // "wsch"
-    // A page stops after about so much text, because a client can ask for pages at no cost.
+    // A page ends after about this many bytes, because a client can request pages at no cost.
     static constexpr std::size_t max_page_bytes = 1024 * 1024;
 
     // ---- the file --------------------------------------------------------------------------------------------------
@@ -20342,8 +20343,8 @@ private:
             database_.execute("PRAGMA user_version = " + std::to_string(version));
         });
     }
-    // Since version 5 rooms are known by chat_fold() of their names. Of rooms with names that look alike, the one that
-    // was used last is found.
+    // Since version 5 the name of a room is its chat_fold(). If several rooms have the same folded name, the one that
+    // was used last gets it.
     void fold_rooms() {
         std::vector<std::pair<std::int64_t, std::string>> rooms;
         {
@@ -20357,7 +20358,7 @@ private:
             database_.run("UPDATE OR IGNORE fact SET key = ?1 WHERE scope = 'topic' AND key = ?2", key, name);
         }
     }
-    // The same for what is known about rooms. A room that is not found any more keeps its facts for itself.
+    // The same for facts about rooms. A room that did not get the folded name keeps its own facts.
     void fold_facts() {
         std::vector<std::pair<std::string, std::string>> facts;
         {
@@ -20376,7 +20377,7 @@ private:
                           before + chat_fold(room) + after, scope, key);
         }
     }
-    // Every opening has a number and a random token. Rows of `first` that no kept position needs are deleted.
+    // Each opening has a number and a random token. Deletes rows of `first` that no kept entry needs.
     void open_epoch() {
         database_.transaction("BEGIN IMMEDIATE", [this] {
             database_.run("INSERT INTO opening(epoch) VALUES(lower(hex(randomblob(8))))");
@@ -20390,8 +20391,8 @@ private:
                 " (SELECT min(id) FROM entry WHERE entry.room = first.room))");
         });
     }
-    // A transaction that changes entries. After memory ran out within FTS5, its index may not fit the entries any more.
-    // Then no entry could be changed, so it is made again. The work may run twice.
+    // A transaction that changes entries. If memory ran out within FTS5, its index may no longer match the entries,
+    // and no entry could be changed. Then the index is built again, and the work runs a second time.
     template <class Work>
     void change(Work&& work) {
         try {
@@ -20406,7 +20407,7 @@ private:
         });
     }
 
-    // The index of FTS5, if this SQLite has it. The triggers keep it up to date.
+    // The FTS5 index, if this SQLite supports it. Triggers keep it up to date.
     void prepare_search() {
         indexed_ = database_.number("SELECT 1 FROM pragma_compile_options WHERE compile_options = 'ENABLE_FTS5'") != 0;
         database_.transaction("BEGIN IMMEDIATE", [this] {
@@ -20438,7 +20439,7 @@ private:
     struct RoomRow {
         std::int64_t number = 0;  // 0: the room has no row yet
         std::uint64_t last_id = 0;
-        std::int64_t opening = 0;  // in which the last id was given
+        std::int64_t opening = 0;  // in which last_id was assigned
         std::int64_t max_entries = -1, max_age = -1;  // -1: as in HistoryLimits
     };
     RoomRow find_room(const std::string& name) {
@@ -20523,7 +20524,7 @@ private:
 
     // ---- amendments ------------------------------------------------------------------------------------------------
 
-    // Changes the message. The result says why that is refused.
+    // Changes the message. Returns why the amendment is refused.
     std::string_view amend(ChatEntry& amendment, const RoomRow& room) {
         const std::int64_t row =
             database_.number("SELECT row FROM entry WHERE room = ?1 AND id = ?2", room.number, amendment.target);
@@ -20540,7 +20541,7 @@ private:
         else if (!react(amendment, row)) return "refused";
         return {};
     }
-    // No entry keeps an older text of the message.
+    // No older text of the message is kept in any entry.
     void edit(const ChatEntry& amendment, const RoomRow& room, std::int64_t row) {
         database_.run(
             "UPDATE entry SET text = ?2, data = CASE ?3 WHEN '' THEN data ELSE ?3 END, edited = ?4, mentions = ?5"
@@ -20559,7 +20560,7 @@ private:
             room, id);
         database_.run("DELETE FROM reaction WHERE entry = ?1", row);
     }
-    // False if the message has too many reactions.
+    // Returns false if the message has too many reactions.
     bool react(ChatEntry& amendment, std::int64_t row) {
         const std::int64_t same =
             database_.number("SELECT number FROM reaction WHERE entry = ?1 AND emoji = ?2 AND author = ?3", row,
@@ -20637,7 +20638,7 @@ private:
         return amendment;
     }
 
-    // Deletes the oldest entries above the limits, at most 1,000. True: there are more.
+    // Deletes the oldest entries above the limits, at most 1,000. Returns true if there are more.
     bool prune(std::int64_t room) {
         const std::int64_t now = unix_ms();
         std::int64_t age = 0;
@@ -20689,8 +20690,8 @@ private:
         database_.transaction("BEGIN", work);
         page.epoch = epoch_;
     }
-    // Whether the id was given in that opening or an earlier one, and not again since, for example because the file
-    // was restored from a copy.
+    // Whether the id was assigned in that opening or before it, and was not assigned again later (which happens if
+    // the file was restored from a backup).
     bool known(const RoomRow& room, const HistoryPosition& position) {
         const std::int64_t opening = database_.number("SELECT number FROM opening WHERE epoch = ?1", position.epoch);
         if (opening == 0 || position.id > room.last_id) return false;
@@ -20727,7 +20728,7 @@ private:
             entry.reactions.push_back({reactions.text(0), reactions.text(1), reactions.text(2), reactions.text(3)});
         return entry;
     }
-    // The rows are newest first. One more row than `limit` says that there are more.
+    // The rows are newest first. The query may return more than `limit` rows: then page.more becomes true.
     void read_rows(HistoryPage& page, Query& query, std::size_t limit) {
         for (std::size_t bytes = 0; query.next_row(); bytes += page.entries.back().bytes()) {
             page.more = page.entries.size() == limit || bytes > max_page_bytes;
@@ -20778,17 +20779,17 @@ private:
     HistoryLimits limits_;
     std::int64_t opening_ = 0;
     std::string epoch_;
-    bool indexed_ = false;  // with FTS5
+    bool indexed_ = false;  // uses FTS5
     std::int64_t sweep_from_ = 0;
-    bool swept_ = false;  // all rooms since the opening
+    bool swept_ = false;  // sweep() has visited all rooms since the opening
 };
 
 }  // namespace detail
 
 // A history in a file: ChatHub::of(server).set_store(SqliteHistory("chat.db")). A thread writes all queued entries in
-// one transaction, and delivers them after the commit. An Error if the file cannot be opened, or if another server
-// uses it; the file PATH-lock says which one. If a later write fails because the file is full, locked or damaged, each
-// sender gets an error event.
+// one transaction, and delivers them after the commit. Throws an Error if the file cannot be opened, or if another
+// server uses it; the file PATH-lock says which one. If a later write fails because the file is full, locked or
+// damaged, each sender gets an error event.
 class SqliteHistory final : public ChatStore {
 public:
     explicit SqliteHistory(const std::string& path, const SqliteOptions& options = {})
@@ -20843,14 +20844,14 @@ public:
     }
 
 private:
-    // Appends the entry, or runs the work.
+    // Either an entry to append, or work to run.
     struct Job {
         ChatEntry entry{};
         std::function<void(detail::SqliteFile&)> work{};
-        bool is_read = false;  // useless when the store ends
+        bool is_read = false;  // skipped when the store ends
     };
 
-    // What the exception of the call says; empty: there is none.
+    // The text of the exception that the call throws, or empty.
     template <class Call>
     static std::string error_of(Call&& call) {
         try {
@@ -20878,7 +20879,7 @@ private:
             : file_(path, options), max_queued_(options.max_queued) {}
         Worker(const Worker&) = delete;
         Worker& operator=(const Worker&) = delete;
-        // Writes the queued entries first.
+        // Writes the queued entries before it ends.
         ~Worker() {
             if (!thread_.joinable()) return;
             {
@@ -20934,7 +20935,7 @@ private:
                 if (Clock::now() >= next_sweep_) sweep();
             }
         }
-        // In their order, so a page contains exactly what was delivered before it.
+        // In order, so that a page contains exactly the entries that were delivered before it.
         void run_all(std::vector<Job>& jobs, bool stop) {
             for (std::size_t i = 0; i < jobs.size();) {
                 const std::size_t begin = i;
@@ -20966,7 +20967,7 @@ private:
                 }
             });
         }
-        // What is in the file must reach the hub, so this waits a second for memory.
+        // Entries in the file must reach the hub, so this waits up to a second for memory.
         template <class Work>
         void post_kept(const Work& work) {
             for (int tries = 0;; ++tries) {
@@ -20989,7 +20990,7 @@ private:
         std::size_t max_queued_;
         Time next_sweep_ = saturating_add(Clock::now(), sweep_interval);
         std::shared_ptr<Mailbox> mailbox_;
-        // Shared with posted work, for which it becomes null. Only the loop's thread uses the listener.
+        // Shared with posted work, and null after the end of this object. Only the loop's thread uses the listener.
         const std::shared_ptr<Listener*> listener_ = std::make_shared<Listener*>(nullptr);
         std::mutex mutex_;
         std::condition_variable changed_;
@@ -20999,7 +21000,8 @@ private:
         std::thread thread_;
     };
 
-    // Erases 200 messages and reactions, and adds itself to the queue until nothing is left, so others can write.
+    // Erases 200 messages and reactions, and queues itself again until nothing is left, so that others can write in
+    // between.
     struct EraseJob {
         void operator()(detail::SqliteFile& file) {
             detail::SqliteFile::Erased erased;
@@ -21020,7 +21022,7 @@ private:
         std::size_t messages;
     };
 
-    // Reads 500 entries, and adds itself to the queue when the callback has taken them.
+    // Reads 500 entries, and queues itself again when the callback has taken them.
     struct ExportJob {
         void operator()(detail::SqliteFile& file) {
             HistoryExport part;
@@ -21052,8 +21054,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 18: Cluster
 //
-// Redis between several servers: RedisCluster connects their rooms, and RedisHistory is a history of the chat that they
-// share. A thread of its own speaks to Redis; hiredis reads the replies.
+// Redis between several servers: RedisCluster connects their rooms, and RedisHistory is a chat history that they
+// share. A thread of its own communicates with Redis; hiredis parses the replies.
 // ====================================================================================================================
 
 #if WSCHAT_HIREDIS
@@ -21069,22 +21071,22 @@ WSCHAT_END
 WSCHAT_BEGIN
 
 struct RedisOptions {
-    std::string prefix = "wschat:";                      // of all keys and channels; each cluster needs one of its own
+    std::string prefix = "wschat:";                      // of all keys and channels; each cluster needs its own
     bool require_at_start = true;                        // false: start without Redis, and try again later
     Duration connect_timeout = std::chrono::seconds(5);  // until Redis has answered the first commands
-    // How long a command may wait for its answer, in all. A connection that is silent for so long is closed.
+    // The time for an answer to a command, with all waiting. A connection that is silent for this time is closed.
     Duration answer_timeout = std::chrono::seconds(5);
-    // Between two attempts to connect. The time doubles with each attempt, and a random part of it is left out.
+    // The delay between two attempts to connect. It doubles with each attempt, and a random part of it is subtracted.
     Duration min_retry = std::chrono::milliseconds(100), max_retry = std::chrono::seconds(5);
     std::size_t max_queued = 10'000;                  // commands without an answer; more are refused
     std::size_t max_queued_bytes = 64 * 1024 * 1024;  // of these commands
-    ClientTls tls{};                                  // how a server with rediss:// is verified
+    ClientTls tls{};                                  // how the server of rediss:// is verified
 };
 
 namespace detail {
 
-// "redis://user:password@host:6379/0", "rediss://..." (TLS), "unix://user:password@/run/redis.sock?db=0". Everything
-// but the host or the path may be left out.
+// "redis://user:password@host:6379/0", "rediss://..." (TLS), "unix://user:password@/run/redis.sock?db=0". All parts
+// except the host or the path are optional.
 struct RedisUrl {
     bool tls = false;
     std::string host;
@@ -21126,7 +21128,7 @@ struct RedisUrl {
         if (parsed.host.empty()) fail(url, "the host is missing");
         return parsed;
     }
-    // Without the user and the password.
+    // The URL without the user and the password.
     std::string name() const {
         const std::string db = std::to_string(database);
         if (!path.empty()) return text::concat({"unix://", path, "?db=", db});
@@ -21168,19 +21170,19 @@ private:
 // ---- one connection ------------------------------------------------------------------------------------------------
 
 using RedisArguments = std::vector<std::string>;
-// A reply of Redis, or null with the cause: an error of Redis, or the end of the connection (then it is empty).
+// A reply of Redis, or null with the cause: an error from Redis, or empty if the connection has ended.
 using RedisAnswer = std::function<void(const redisReply*, const std::string& cause)>;
 
 inline std::string_view redis_text(const redisReply* reply) {
     return reply == nullptr || reply->str == nullptr ? std::string_view() : std::string_view(reply->str, reply->len);
 }
 
-// A connection to Redis on the poller of a loop. hiredis reads the replies; its own sockets have no TLS in many
-// versions, so the socket and TLS are those of sections 10 and 11. Calls on_connected() when it works, and on_closed()
-// once with the cause when it ends, unless close() was called.
+// A connection to Redis on the poller of a loop. hiredis parses the replies. Its own sockets have no TLS in many
+// versions, so the socket and TLS come from sections 10 and 11. Calls on_connected() when the connection works, and
+// on_closed() once with the cause when it ends, unless close() was called.
 class RedisConnection final : public Pollable, public std::enable_shared_from_this<RedisConnection> {
 public:
-    // `refuse`: why the certificate of the server is not accepted, or an empty text.
+    // `refuse` returns why the certificate of the server is not accepted, or an empty text.
     explicit RedisConnection(Loop& loop, std::unique_ptr<Transport> transport = nullptr,
                              std::function<std::string()> refuse = {})
         : loop_(loop), transport_(std::move(transport)), refuse_(std::move(refuse)) {}
@@ -21215,7 +21217,8 @@ public:
         on_closed = nullptr;
         end();
     }
-    // False if the connection has ended. The answer follows later, also when the connection ends before it.
+    // Returns false if the connection has ended. Otherwise the answer follows later, even if the connection ends
+    // first.
     bool send(const RedisArguments& arguments, RedisAnswer answer) {
         if (!connected_ || ended_) return false;
         answers_.push_back(std::move(answer));
@@ -21257,7 +21260,7 @@ private:
         connect_next({});
 #endif
     }
-    // Tries the next address. `cause`: of the latest failure.
+    // Tries the next address. `cause`: the latest failure.
     void connect_next(std::string cause) {
         while (!places_.empty()) {
             const SocketAddress to = places_.front();
@@ -21284,7 +21287,7 @@ private:
         sockaddr_storage peer{};
         socklen_t peer_size = sizeof peer;
         if (error == 0 && ::getpeername(socket_.descriptor(), reinterpret_cast<sockaddr*>(&peer), &peer_size) != 0)
-            return;  // an older batch of the poller had the socket of another address
+            return;  // the event in the poller's batch was for the socket of another address
         if (error != 0) {
             LoopAccess::poller(loop_).remove(socket_.descriptor());
             socket_.close();
@@ -21296,10 +21299,10 @@ private:
         connected_ = true;
         places_.clear();
         watch();
-        if (transport_ != nullptr) flush();  // begins the handshake
+        if (transport_ != nullptr) flush();  // starts the handshake
         greet();
     }
-    // The handshake of TLS is done.
+    // The TLS handshake is complete.
     void greet() {
         if (ended_ || greeted_ || (transport_ != nullptr && !transport_->established())) return;
         greeted_ = true;
@@ -21321,7 +21324,7 @@ private:
         for (const std::string& each : arguments)
             (((command += '$') += std::to_string(each.size())) += "\r\n").append(each) += "\r\n";
         output_ += command;
-        watch();  // all commands of a turn leave together
+        watch();  // all commands of a turn are sent together
     }
     void flush() {
         const std::string_view rest = std::string_view(output_).substr(written_);
@@ -21331,7 +21334,8 @@ private:
         else if (count != 0) sent = socket_.send(&rest, count);
         if (sent.outcome == IoResult::Outcome::error) return fail_on(sent);
         written_ += sent.size;
-        // Moves each byte at most once, and keeps no memory of a burst.
+        // Removes sent bytes only when they are more than half, so each byte moves at most once. Frees an empty
+        // output.
         if (written_ == output_.size()) output_ = std::string();
         else if (written_ > output_.size() / 2) output_.erase(0, written_);
         else return watch();
@@ -21398,20 +21402,20 @@ private:
     Loop& loop_;
     std::unique_ptr<Transport> transport_;
     std::function<std::string()> refuse_;
-    std::deque<SocketAddress> places_;  // that were not tried yet
+    std::deque<SocketAddress> places_;  // addresses that were not tried yet
     Socket socket_;
     WireCount wire_;
     std::unique_ptr<redisReader, FreeReader> reader_;
     std::string output_;
-    std::size_t written_ = 0;          // of the output
-    std::deque<RedisAnswer> answers_;  // that Redis owes, in their order
+    std::size_t written_ = 0;          // bytes of output_ that were sent
+    std::deque<RedisAnswer> answers_;  // the callbacks of commands without an answer, in order
     bool connected_ = false, greeted_ = false, ended_ = false;
     bool watches_read_ = false, watches_write_ = false;
 };
 
 // ---- several endpoints ---------------------------------------------------------------------------------------------
 
-// One URL, or several.
+// One URL or several.
 struct RedisUrls {
     RedisUrls(const char* url) : list{url} {}
     RedisUrls(std::string url) : list{std::move(url)} {}
@@ -21420,11 +21424,11 @@ struct RedisUrls {
     std::vector<std::string> list;
 };
 
-// Which endpoint has a room: consistent hashing. Each endpoint has points on a ring, and a name belongs to the next
-// point after its own. So a new endpoint takes its share of the names from all others, and no other name moves.
+// Maps each room to an endpoint by consistent hashing. Each endpoint has points on a ring, and a name belongs to the
+// next point after its own. So a new endpoint takes a share of the names from all others, and no other name moves.
 class RedisRing {
 public:
-    // Throws Error if there is no URL, a wrong one, or one of them twice. The passwords do not count.
+    // Throws Error if there is no URL, an invalid one, or the same one twice (compared without the passwords).
     explicit RedisRing(const RedisUrls& urls) {
         if (urls.list.empty()) throw Error("Redis: the list of URLs is empty");
         std::vector<std::string> names;
@@ -21455,7 +21459,7 @@ private:
 
 // ---- the link ------------------------------------------------------------------------------------------------------
 
-// What Server::metrics() has of a link. Any thread reads it.
+// The metrics of a link. Any thread may read them.
 struct RedisCounts {
     std::atomic<std::uint64_t> up{0}, connects{0}, failures{0}, outbox_bytes{0}, commands{0}, published{0}, received{0},
         filled{0}, not_kept{0}, dropped{0}, gaps{0};
@@ -21482,11 +21486,11 @@ struct RedisCounts {
     }
 };
 
-// What uses a RedisLink. All calls come on the link's thread.
+// A user of a RedisLink. All calls come on the link's thread.
 class RedisUser {
 public:
-    virtual void on_redis_up() = 0;  // both connections work, and everything is subscribed
-    // A connection was lost, or an attempt to connect has failed. Permanent: another attempt will not help.
+    virtual void on_redis_up() = 0;  // both connections work, and all channels are subscribed
+    // A connection was lost, or an attempt to connect failed. `permanent`: another attempt will not help.
     virtual void on_redis_down(const std::string& cause, bool permanent) = 0;
     virtual void on_redis_log(LogLevel level, std::string_view event,
                               const std::vector<std::pair<std::string_view, std::string>>& fields) = 0;
@@ -21496,13 +21500,13 @@ protected:
     ~RedisUser() = default;
 };
 
-// The connections of a process to one Redis: one for commands, one for subscriptions. They live on a loop with a thread
-// of its own, which ends with the last owner. If one of them ends, both are opened again.
+// The connections of a process to one Redis: one for commands, one for subscriptions. They run on a loop with its own
+// thread, which ends with the last owner. If one of them ends, both are opened again.
 class RedisLink {
 public:
     enum class Use : std::uint8_t { rooms, history };
-    // A RedisCluster and a RedisHistory of this process with the same URL and prefix have one link; the options of the
-    // first one count. Two histories have two, as if they were in two processes.
+    // A RedisCluster and a RedisHistory of this process with the same URL and prefix share one link, with the options
+    // of the first one. Two histories have two links, as if they were in two processes.
     static std::shared_ptr<RedisLink> of(const std::string& url, const RedisOptions& options, Use use) {
         static std::mutex mutex;
         static std::map<std::string, std::vector<std::weak_ptr<RedisLink>>> links;
@@ -21519,7 +21523,7 @@ public:
         known.push_back(link);
         return link;
     }
-    // Throws Error if a file of the options for TLS cannot be used.
+    // Throws Error if a TLS file cannot be used.
     RedisLink(RedisUrl url, RedisOptions options) : url_(std::move(url)), options_(std::move(options)) {
 #if WSCHAT_OPENSSL
         if (url_.tls) tls_ = std::make_shared<const TlsContext>(to_tls_options(options_.tls, false));
@@ -21552,7 +21556,7 @@ public:
     void post(Work&& work) {
         loop_.post(std::forward<Work>(work));
     }
-    // Runs the work on the link's thread, and waits for its end.
+    // Runs the work on the link's thread and waits until it has ended.
     void run(FunctionRef<> work) {
         std::mutex mutex;
         std::condition_variable changed;
@@ -21568,7 +21572,7 @@ public:
     }
     std::string name() const { return url_.name(); }
     const RedisOptions& options() const { return options_; }
-    const std::string& node() const { return node_; }  // a name that no other process has
+    const std::string& node() const { return node_; }  // a random name of this link
     std::string channel(const std::string& suffix) const { return options_.prefix + suffix; }
     RedisCounts& counts() const { return *counts_; }
     const std::shared_ptr<RedisCounts>& shared_counts() const { return counts_; }
@@ -21588,7 +21592,7 @@ public:
     }
     void remove_user(RedisUser& user) { users_.erase(std::remove(users_.begin(), users_.end(), &user), users_.end()); }
 
-    // False if Redis is not connected.
+    // Returns false if Redis is not connected.
     bool send(const RedisArguments& arguments, RedisAnswer answer) {
         if (!up()) return false;
         ++counts_->commands;
@@ -21598,7 +21602,7 @@ public:
                                    if (answer) answer(reply, cause);
                                });
     }
-    // `on_subscribed` is called when the subscription works, also after each reconnection.
+    // `on_subscribed` is called when the subscription works, and again after each reconnection.
     void subscribe(const std::string& channel, std::function<void(std::string_view)> on_message,
                    std::function<void()> on_subscribed = {}) {
         Subscription& made = subscriptions_.find_or_emplace(channel);
@@ -21610,7 +21614,7 @@ public:
         subscriptions_.erase(channel);
         if (up()) messages_->subscribe("UNSUBSCRIBE", channel);
     }
-    // All channels that begin so. `on_message` gets the rest of the name.
+    // Subscribes to all channels whose names begin with `begin`. `on_message` gets the rest of the name.
     void subscribe_all(const std::string& begin, std::function<void(std::string_view, std::string_view)> on_message) {
         all_begin_ = begin;
         on_any_ = std::move(on_message);
@@ -21620,7 +21624,7 @@ public:
         if (on_any_ && up()) messages_->subscribe("PUNSUBSCRIBE", all_pattern());
         on_any_ = nullptr;
     }
-    // Both connections begin again.
+    // Closes both connections, and opens them again later.
     void fail(const std::string& cause, bool permanent = false) {
         if (state_ != State::connecting && state_ != State::up) return;
         const bool was_up = up(), is_news = was_up || cause != cause_;
@@ -21660,7 +21664,7 @@ private:
         if (state_ == State::connecting || state_ == State::up) return;
         loop_.cancel(timeout_);
         loop_.cancel(heartbeat_);
-        // An object must live until the loop's turn has ended.
+        // A connection must live until the loop's turn has ended.
         for (auto* connection : {&commands_, &messages_}) {
             if (*connection == nullptr) continue;
             (*connection)->close();
@@ -21711,7 +21715,7 @@ private:
         for (const auto& [name, subscription] : subscriptions_)
             if (name != channel("node:" + node_)) connection.subscribe("SUBSCRIBE", name);
         if (on_any_) connection.subscribe("PSUBSCRIBE", all_pattern());
-        connection.subscribe("SUBSCRIBE", channel("node:" + node_));  // the last one, its answer says that all work
+        connection.subscribe("SUBSCRIBE", channel("node:" + node_));  // last: after its answer all are subscribed
     }
     template <class Then>
     void setup(RedisConnection& connection, const RedisArguments& arguments, Then&& then) {
@@ -21753,14 +21757,14 @@ private:
         const Subscription* const found = subscriptions_.find(name);
         if (found == nullptr) return;
         if (kind == "message" && reply.element[2]->type == REDIS_REPLY_STRING) {
-            const auto on_message = found->on_message;  // it may unsubscribe
+            const auto on_message = found->on_message;  // a copy, because the callback may unsubscribe
             return on_message(redis_text(reply.element[2]));
         }
         if (kind != "subscribe") return;
         if (state_ == State::connecting && name == channel("node:" + node_)) return on_working();
         if (up() && found->on_subscribed) std::function<void()>(found->on_subscribed)();
     }
-    // One of the two connections works.
+    // One of the two connections works now.
     void on_working() {
         if (++working_ != 2) return;
         loop_.cancel(timeout_);
@@ -21780,7 +21784,7 @@ private:
             if (up() && found != nullptr && found->on_subscribed) std::function<void()>(found->on_subscribed)();
         }
     }
-    // In a pattern, these characters stand for others.
+    // Escapes characters that have a meaning in a pattern.
     std::string all_pattern() const {
         std::string pattern;
         for (const char c : all_begin_) {
@@ -21797,7 +21801,7 @@ private:
     Duration beat_interval() const {
         return (std::max)(options_.answer_timeout / 4, Duration(std::chrono::milliseconds(50)));
     }
-    // A message of this process to itself shows that both connections work.
+    // A message of this link to itself shows that both connections work.
     void beat() {
         if (!up()) return;
         const Time oldest = (std::min)(heard_commands_, heard_messages_);
@@ -21816,28 +21820,28 @@ private:
     ResolverPool resolvers_;
     State state_ = State::idle;
     std::shared_ptr<RedisConnection> commands_, messages_;
-    int working_ = 0;  // of the two connections, while they are opened
+    int working_ = 0;  // how many of the two connections work, while they are opened
     unsigned attempts_ = 0;
-    std::string cause_;  // of the latest failure
+    std::string cause_;  // the latest failure
     bool permanent_ = false;
     std::string version_, run_id_;
     Time heard_commands_{}, heard_messages_{};
     Loop::TimerId timeout_ = 0, heartbeat_ = 0, retry_ = 0;
     StringMap<Subscription> subscriptions_;  // by channel
     std::string all_begin_;
-    std::function<void(std::string_view, std::string_view)> on_any_;  // of subscribe_all()
+    std::function<void(std::string_view, std::string_view)> on_any_;  // the callback of subscribe_all()
     const std::shared_ptr<RedisCounts> counts_ = std::make_shared<RedisCounts>();
-    std::array<bool, 2> used_{};  // by Use; under the lock of of()
+    std::array<bool, 2> used_{};  // by Use; guarded by the mutex in of()
     std::vector<RedisUser*> users_;
     std::thread thread_;
 };
 
-// Lets a thread wait for the first result of a connection.
+// Lets a thread wait until a connection works or has failed.
 class RedisStart {
 public:
     void succeed() { set(true, false, {}); }
     void fail(const std::string& cause, bool permanent) { set(false, permanent, cause); }
-    // Throws Error if there is no success in this time.
+    // Throws Error if the connection does not work within this time.
     void wait(const std::string& who, Duration timeout) {
         std::unique_lock<std::mutex> lock(mutex_);
         changed_.wait_for(lock, timeout, [this] { return success_ || permanent_; });
@@ -21865,7 +21869,7 @@ private:
 
 namespace detail {
 
-// Carries the broadcasts of plain rooms through PUB/SUB, at most once. The order of one sender is kept.
+// Carries the broadcasts of plain rooms through PUB/SUB, at most once. Broadcasts of one sender stay in order.
 class RedisBus final : public RoomBus {
 public:
     // `deliver` and `log` are called through the mailbox.
@@ -21916,16 +21920,16 @@ private:
         Opcode opcode;
         std::string payload;
     };
-    // What both threads use. Only the server's loop uses the functions.
+    // The state that both threads use. Only the server's loop calls the functions.
     struct Shared {
         Deliver deliver{};
         Log log{};
         std::mutex mutex{};
         std::vector<Broadcast> outbox{};
-        std::size_t bytes = 0;  // in the outbox, and sent without an answer
+        std::size_t bytes = 0;  // bytes in the outbox, and sent bytes without an answer
     };
 
-    // On the link's thread.
+    // The part of the bus on the link's thread.
     class Side final : public RedisUser {
     public:
         Side(RedisLink& link, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<Shared> shared)
@@ -21991,10 +21995,10 @@ private:
         }
 
     private:
-        // The name of the sender, 't' or 'b', and the payload.
+        // `message`: the sender's node(), 't' or 'b', and the payload.
         void on_message(const std::string& room, std::string_view message) {
             const std::string& node = link_.node();
-            if (message.substr(0, node.size()) == node) return;  // the members here have got it before
+            if (message.substr(0, node.size()) == node) return;  // the members here already have it
             message.remove_prefix((std::min)(node.size(), message.size()));
             const bool is_text = !message.empty() && message[0] == 't';
             const bool valid = is_text ? valid_utf8(message.substr(1)) : !message.empty() && message[0] == 'b';
@@ -22032,7 +22036,7 @@ private:
 
 namespace detail {
 
-// A bus for each of several endpoints.
+// One bus for each of several endpoints.
 class RedisBuses final : public RoomBus {
 public:
     RedisBuses(RedisRing ring, std::vector<std::unique_ptr<RedisBus>> buses)
@@ -22059,19 +22063,19 @@ private:
 
 }  // namespace detail
 
-// Connects the plain rooms of several servers: server.join_cluster(RedisCluster("redis://127.0.0.1:6379")). A broadcast
-// reaches the members of this server at once, and those of other servers through Redis, at most once. It never waits
-// for Redis: while Redis is away, only the members of this server get it. The prefix and the Redis may be those of a
-// RedisHistory; then both have the same connections.
+// Connects the plain rooms of several servers: server.join_cluster(RedisCluster("redis://127.0.0.1:6379")). A
+// broadcast reaches the members of this server immediately. It reaches those of other servers through Redis, at most
+// once. It never waits for Redis: while Redis is not reachable, only the members of this server get it. If a
+// RedisHistory has the same URL and prefix, both use the same connections.
 //
-// RedisCluster({"redis://a", "redis://b"}) spreads the rooms over several endpoints (consistent hashing of the names).
-// All servers need the same list. While one endpoint is away, the rooms of the others go on.
+// RedisCluster({"redis://a", "redis://b"}) spreads the rooms over several endpoints (consistent hashing of the
+// names). All servers need the same list. While one endpoint is not reachable, the rooms of the others still work.
 class RedisCluster {
 public:
-    // An Error if a URL is wrong.
+    // Throws an Error for an invalid URL.
     explicit RedisCluster(detail::RedisUrls urls, RedisOptions options = {})
         : urls_(std::move(urls)), ring_(urls_), options_(std::move(options)) {}
-    // What Server::join_cluster() calls. An Error if Redis cannot be used within RedisOptions::connect_timeout.
+    // Server::join_cluster() calls it. Throws an Error if Redis cannot be used within RedisOptions::connect_timeout.
     std::unique_ptr<RoomBus> open(std::shared_ptr<Mailbox> mailbox, RoomBus::Deliver deliver, RoomBus::Log log) const {
         std::vector<std::unique_ptr<detail::RedisBus>> buses;
         for (const std::string& each : urls_.list)
@@ -22091,8 +22095,8 @@ private:
 
 namespace detail {
 
-// What runs in Redis: each call is one step for all servers. KEYS[1] is PREFIXmeta, ARGV[1] the call, ARGV[2] the epoch
-// that the server knows. The keys, with the prefix:
+// The script in Redis. Each call is atomic for all servers. KEYS[1] is PREFIXmeta, ARGV[1] the call, ARGV[2] the
+// epoch that the server knows. The keys, with the prefix:
 //
 //   meta      hash: format, epoch, opening (the number of that epoch), run (of the Redis process), floor (the largest
 //             id of all deleted rooms), bytes, facts (their number), gid (the newest id of the feed), use
@@ -22655,7 +22659,7 @@ end
 return redis.error_reply('UNKNOWN call')
 )lua";
 
-// A list of texts in MessagePack, as the script reads and writes it.
+// Packs a list of texts with MessagePack, in the form of the script.
 inline std::string redis_pack(const std::vector<std::string>& texts) {
     std::string packed;
     const auto add_size = [&packed](std::size_t size, char lead, unsigned bytes) {
@@ -22670,7 +22674,7 @@ inline std::string redis_pack(const std::vector<std::string>& texts) {
     }
     return packed;
 }
-// Empty if the text is something else.
+// Returns an empty list if the text has another form.
 inline std::vector<std::string> redis_unpack(std::string_view packed) {
     bool valid = true;
     const auto take = [&](std::size_t size) {
@@ -22697,12 +22701,12 @@ inline std::vector<std::string> redis_unpack(std::string_view packed) {
     return valid && packed.empty() ? texts : std::vector<std::string>();
 }
 
-// An entry as the fields of a record in Redis. `op` names the call of append() that made it.
+// An entry as the fields of a record in Redis. `op` identifies the call of append().
 struct RedisRecord {
     ChatEntry entry;
     std::string op;
 
-    // Before the reactions, of which each has four. Older records have no mentions, which are the last field.
+    // The fields before the reactions; each reaction has four more. Older records lack the last field, the mentions.
     static constexpr std::size_t fields = 14;
 
     static std::string pack(const ChatEntry& entry, const std::string& op) {
@@ -22741,7 +22745,7 @@ class RedisTexts {
 public:
     explicit RedisTexts(const redisReply* reply) : reply_(reply) {}
     std::size_t size() const { return reply_ != nullptr && reply_->type == REDIS_REPLY_ARRAY ? reply_->elements : 0; }
-    // Empty if there is no such element.
+    // Returns an empty text if there is no such element.
     std::string_view operator[](std::size_t i) const {
         return i < size() ? redis_text(reply_->element[i]) : std::string_view();
     }
@@ -22753,8 +22757,8 @@ private:
     const redisReply* reply_;
 };
 
-// Calls of the script that wait for an answer, in their order. After a reconnection, those without an answer are sent
-// again: each of them may run twice.
+// Calls of the script that wait for an answer, in order. After a reconnection, calls without an answer are sent
+// again. So a call may run twice.
 class RedisQueue {
 public:
     RedisQueue(RedisLink& link, std::string meta) : link_(link), meta_(std::move(meta)) {}
@@ -22766,8 +22770,8 @@ public:
         link_.loop().cancel(timer_);
     }
 
-    // `answer` gets the reply, or the cause of a failure. If the call is `timed`, its first argument becomes the time
-    // (of the clock of Redis) after which it does nothing.
+    // `answer` gets the reply, or the cause of a failure. The first argument of a `timed` call is replaced by a time
+    // of the clock of Redis. After that time the call has no effect.
     void call(RedisArguments arguments, bool timed, RedisAnswer answer) {
         auto request = std::make_shared<Request>();
         for (const std::string& each : arguments) request->bytes += each.size() + 64;
@@ -22796,7 +22800,7 @@ public:
         for (const auto& request : waiting)
             if (!request->done && !request->sent) send(request);
     }
-    // A call that is not repeated. False if Redis is not connected.
+    // Sends a call that is not repeated. Returns false if Redis is not connected.
     bool send_once(const RedisArguments& call, RedisAnswer answer) {
         if (!open_) return false;
         RedisArguments arguments{"EVALSHA", script_, "1", meta_, call[0], epoch_};
@@ -22812,7 +22816,7 @@ public:
     bool is_open() const { return open_; }
     const std::string& epoch() const { return epoch_; }
     std::size_t size() const { return queue_.size(); }
-    std::function<void()> on_lost;  // Redis has other data than the server knows
+    std::function<void()> on_lost;  // Redis does not have the data that the server knows
 
 private:
     struct Request {
@@ -22851,8 +22855,8 @@ private:
         }
         request->answer(reply, cause);
     }
-    // All requests wait equally long, so the first one is due first. Redis refuses what is too late, so half a second
-    // later nothing can run any more.
+    // All requests wait for the same time, so the first one is due first. Redis refuses a late request, so half a
+    // second after the deadline it cannot run any more.
     void schedule() {
         while (!queue_.empty() && queue_.front()->due + grace <= link_.loop().now())
             finish(queue_.front(), nullptr, "Redis does not answer");
@@ -22864,7 +22868,7 @@ private:
     static constexpr std::chrono::milliseconds grace{500};
     RedisLink& link_;
     std::string meta_, script_, epoch_;
-    std::int64_t time_ = 0;  // of the clock of Redis at opened_, in milliseconds
+    std::int64_t time_ = 0;  // the clock of Redis at opened_, in milliseconds
     Time opened_{};
     bool open_ = false, scheduled_ = false;
     Loop::TimerId timer_ = 0;
@@ -22873,23 +22877,23 @@ private:
     const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
-// The numbered entries of a room, or of the feed, on their way to the listener: in order, each once.
+// Delivers the numbered entries of a room or of the feed to the listener: in order, each once.
 struct RedisOrder {
     std::optional<std::uint64_t> last{};          // the newest id that was delivered
-    std::string epoch{};                          // in which `last` was read
-    std::map<std::uint64_t, std::string> held{};  // later ones, until the hole before them is filled
+    std::string epoch{};                          // the epoch of `last`
+    std::map<std::uint64_t, std::string> held{};  // later entries, until the gap before them is filled
     std::uint64_t newest = 0;                     // the largest id that exists
     bool filling = false;
     bool subscribed = false;
-    std::vector<ChatEntry> waiting{};  // to be forwarded when it is subscribed
-    bool synchronized = false;         // since the latest connection; until then, entries are held
-    std::uint64_t unused = 0;          // not zero: the number of a call of unwatch()
-    bool asks_users = false;           // request_users() follows
-    std::uint64_t read = 0;            // the newest id in the pages that were read, which may be ahead of `last`
-    std::string read_epoch{};          // of these pages
+    std::vector<ChatEntry> waiting{};  // forwarded after the subscription
+    bool synchronized = false;         // since the latest connection; before that, entries are held
+    std::uint64_t unused = 0;          // the number of the last call of unwatch(); 0: in use
+    bool asks_users = false;           // request_users() is scheduled
+    std::uint64_t read = 0;            // the newest id in the pages that clients have read, which may be after `last`
+    std::string read_epoch{};          // the epoch of `read`
 };
 
-// The history on the link's thread.
+// The part of RedisHistory on the link's thread.
 class RedisStore final : public RedisUser {
 public:
     using Listener = ChatStore::Listener;
@@ -22911,7 +22915,7 @@ public:
         if (all_) link_->unsubscribe_all();
     }
 
-    // False after the destruction.
+    // False after the store is destroyed.
     const std::shared_ptr<bool>& alive() const { return alive_; }
     bool idle() const { return queue_.size() == 0 || !queue_.is_open(); }
 
@@ -22958,7 +22962,7 @@ public:
             on_appended(op, RedisTexts(reply), cause);
         });
     }
-    // A room whose subscription is on its way gets the entry after that, because this server must hear it too.
+    // While a room is being subscribed, its entries wait, because this server must receive them too.
     void forward(const ChatEntry& entry) {
         RedisOrder* const order = orders_.find(common(entry.room) ? feed : entry.room);
         if (!queue_.is_open() || forwarded_.size() >= link_->options().max_queued) return fail_forwarded(entry);
@@ -22998,7 +23002,8 @@ public:
             room_channel(room), [this, room](std::string_view payload) { on_room_message(room, payload); },
             [this, room] { on_subscribed(room); });
     }
-    // The entries of rooms that are not watched come as Redis brings them: what is lost on the way is not read again.
+    // Delivers the entries of rooms that are not watched as Redis sends them. Lost entries of these rooms are not
+    // read again.
     void watch_all(bool all) {
         if (std::exchange(all_, all) == all) return;
         if (!all) return link_->unsubscribe_all();
@@ -23007,7 +23012,7 @@ public:
             if (!room.empty() && orders_.find(room) == nullptr) on_room_message(room, payload);
         });
     }
-    // The subscription ends some seconds later, so that a room that comes back misses nothing.
+    // The subscription ends some seconds later, so that a room that is watched again soon misses nothing.
     void unwatch(const std::string& room) {
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr || room == feed) return;
@@ -23089,7 +23094,7 @@ public:
                         tell([callback, found, cause](Listener&) { callback(found, cause); });
                     });
     }
-    // Facts first, then room by room, 200 entries at a time.
+    // Erases facts first, then room by room, 200 entries at a time.
     void erase_author(const std::string& author, ChatStore::EraseCallback callback) {
         auto erasure = std::make_shared<Erasure>();
         erasure->author = author;
@@ -23170,7 +23175,7 @@ private:
         ChatEntry entry{};
         bool delivered = false;
     };
-    // A walk through a room from its newest entry, for a page.
+    // Reads a room backward from its newest entry, to fill a page.
     struct Scan {
         std::string room{};
         std::size_t limit = 0, bytes = 0;
@@ -23182,7 +23187,7 @@ private:
     struct Mark {
         std::string room{};
         std::vector<ChatEntry> users{};
-        std::vector<std::string> held{};  // what the room got after the mark
+        std::vector<std::string> held{};  // entries of the room after the mark
         bool read = false, reached = false;
     };
     struct Erasure {
@@ -23195,7 +23200,7 @@ private:
     static constexpr const char* feed = "\n";
     static constexpr std::size_t max_page_bytes = 1024 * 1024;
 
-    // Conversations and entries without a room have one channel, to which each server listens.
+    // Conversations and entries without a room share one channel, and each server subscribes to it.
     static bool common(const std::string& room) { return room.empty() || room[0] == '\n'; }
     std::string room_channel(const std::string& room) const {
         return link_->channel("c:" + (common(room) ? std::string() : room));
@@ -23205,7 +23210,7 @@ private:
     }
     std::string max_age() const { return milliseconds(limits_.max_age); }
 
-    // Work for the loop of the listener. All of a turn is posted at once.
+    // Work for the loop of the listener. The work of a turn is posted together.
     template <class Work>
     void tell(Work&& work) {
         results_.emplace_back(std::forward<Work>(work));
@@ -23259,7 +23264,7 @@ private:
         log(LogLevel::warning, "redis_lost_data", "Redis has other data than before");
         on_redis_up();
     }
-    // Notices that Redis has lost its data also when nobody speaks.
+    // Detects that Redis has lost its data, even if no message is sent.
     void watch_epoch() {
         link_->loop().call_later(link_->options().answer_timeout / 2, [this, alive = alive_] {
             if (!*alive) return;
@@ -23297,7 +23302,7 @@ private:
             log(LogLevel::warning, "redis_foreign_data",
                 "another program uses \"" + escape_for_log(link_->channel(channel)) + "\"");
     }
-    // "ID:RECORD", "ID:" if the ids up to this one were lost, or "-" and an entry that is not kept.
+    // `payload`: "ID:RECORD"; "ID:" if the ids up to this one were lost; "-" and an entry that is not kept.
     void on_room_message(const std::string& room, std::string_view payload) {
         for (const auto& [number, mark] : marks_)
             if (mark.room == room && mark.reached) return mark.held.emplace_back(payload), void();
@@ -23334,7 +23339,7 @@ private:
         record->entry.id = id;
         return record;
     }
-    // Delivers what is in order, and asks for what is missing.
+    // Delivers the entries that are in order, and requests missing ones.
     void advance(const std::string& room, RedisOrder& order) {
         for (auto next = order.held.begin(); next != order.held.end() && next->first <= *order.last + 1;) {
             if (next->first == *order.last + 1) {
@@ -23381,7 +23386,7 @@ private:
         if (!record) return foreign("s:" + room);
         deliver_entry(*record);
     }
-    // An entry of this server has the number of its sender again.
+    // Sets `sender` again if this server made the entry.
     void deliver_entry(RedisRecord& record) {
         if (Pending* const pending = pending_.find(record.op)) {
             if (std::exchange(pending->delivered, true)) return;
@@ -23427,7 +23432,7 @@ private:
         if (texts[0] == "duplicate") return tell([entry](Listener& to) { to.on_duplicate(entry); });
         tell([entry, code = std::string(texts[1])](Listener& to) { to.on_refused(entry, code); });
     }
-    // A Redis that is connected may refuse to write: it has no memory, no disk, or too few replicas.
+    // A connected Redis may refuse to write, because it lacks memory, disk space or replicas.
     void note_refusal(const std::string& cause) {
         const bool refuses =
             !cause.empty() && queue_.is_open() && cause.find(' ') != std::string::npos &&
@@ -23437,13 +23442,14 @@ private:
         if (refuses) log(LogLevel::error, "redis_refuses", escape_for_log(cause));
         else log(LogLevel::info, "redis_accepts", "it keeps messages again");
     }
-    // The feed has its own numbers. Of an entry that is sent again the number is unknown: the feed brings it.
+    // The feed has its own numbers. For an entry that was sent again, its number is unknown, so the feed will deliver
+    // it.
     void arrive_in_feed(const std::string& op, const ChatEntry& entry, const RedisTexts& texts) {
         const std::string record = redis_pack({entry.room, std::to_string(entry.id), RedisRecord::pack(entry, op)});
         if (!texts[3].empty()) arrive(feed, texts.number(3), "c" + record);
         forget_when_delivered(op);
     }
-    // An entry that waits for a hole before it keeps its sender.
+    // If the entry waits for a gap before it, its sender is kept for some time.
     void forget_when_delivered(const std::string& op) {
         if (pending_.find(op)->delivered) {
             pending_.erase(op);
@@ -23468,7 +23474,7 @@ private:
     void synchronize(const std::string& room) {
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr || !queue_.is_open()) return;
-        // Clients may have read what has not been delivered yet. Redis must know that, too.
+        // Clients may have read entries that are not delivered yet. Redis must know the id of the newest one.
         const std::uint64_t read = order->read_epoch == order->epoch ? order->read : 0;
         const std::string last = order->last ? std::to_string((std::max)(*order->last, read)) : "";
         queue_.call({"sync", room, order->epoch, last}, false,
@@ -23506,7 +23512,7 @@ private:
         page.entries = std::move(entries);
         tell([room, page = std::move(page)](Listener& listener) { listener.on_position(room, page); });
     }
-    // Entries after order.last are gone. The members hear of it, and go on with the newest ones.
+    // Entries after order.last are lost. The members are told, and continue with the newest entries.
     void lose(const std::string& room, RedisOrder& order) {
         ++link_->counts().gaps;
         if (room == feed) {
@@ -23530,7 +23536,7 @@ private:
             tell_position(room, page.last_id, true, page.entries);
             advance(room, *found);
         };
-        // Not through answer(): the order must change before the next message.
+        // The callback is not wrapped in answer(), because the order must change before the next message.
         order.held.clear();
         auto scan = std::make_shared<Scan>();
         scan->room = room;
@@ -23540,7 +23546,7 @@ private:
         scan->is_newest = true;
         continue_scan(scan, HistoryPosition::max_id);
     }
-    // What the feed said about bans and mutes may be lost.
+    // Decisions in the feed, such as bans and mutes, may be lost, so they are read again.
     void reload_decisions() {
         for (const char* scope : {"ban", "mute"})
             facts(scope, "", [listener = listener_](const std::vector<ChatFact>& found, const std::string&) {
@@ -23578,7 +23584,7 @@ private:
     void answer(const ChatStore::PageCallback& callback, HistoryPage page) {
         tell([callback, page = std::move(page)](Listener&) { callback(page); });
     }
-    // The first page of a room is where its order begins, if nothing was delivered before.
+    // If nothing was delivered before, the order of the room begins at the first page that was read.
     void seen(const std::string& room, const HistoryPage& page) {
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr) return;
@@ -23727,12 +23733,12 @@ private:
         }
         return std::nullopt;
     }
-    // An own entry is delivered when Redis brings it, so it has its place among those of others.
+    // An entry of this server is delivered when Redis sends it, so that it has its place among the others.
     void deliver_forwarded(const std::string& number, const ChatEntry& entry) {
         if (take_forwarded(number)) tell([entry](Listener& listener) { listener.on_entry(entry); });
     }
 
-    // Who is in a room is read together with a mark, which takes its place among the entries of the room.
+    // The users of a room are read together with a mark, which has a place among the entries of the room.
     void request_users(const std::string& room) {
         const RedisOrder* const order = orders_.find(room);
         if (order == nullptr || !order->subscribed || room == feed || !queue_.is_open()) return;
@@ -23752,7 +23758,7 @@ private:
                                            });
         if (!sent) marks_.erase(mark);
     }
-    // The hubs hear who is present, and forward again what is missing.
+    // Reads the users again after a second. Then the hubs forward missing users again.
     void request_users_later(const std::string& room) {
         RedisOrder* const order = orders_.find(room);
         if (order == nullptr || std::exchange(order->asks_users, true)) return;
@@ -23776,7 +23782,7 @@ private:
         });
         drop_mark(mark);
     }
-    // What has arrived between the mark and the reply follows.
+    // Handles the entries that arrived between the mark and the reply.
     void drop_mark(const std::string& mark) {
         const Mark dropped = std::move(*marks_.find(mark));
         marks_.erase(mark);
@@ -23811,8 +23817,8 @@ private:
     std::vector<std::function<void(Listener&)>> results_;
     StringMap<RedisOrder> orders_;  // by room
     StringMap<bool> watched_;
-    StringMap<Pending> pending_;                               // own entries without an answer, by operation
-    std::deque<std::pair<std::string, ChatEntry>> forwarded_;  // own entries that Redis has not brought yet
+    StringMap<Pending> pending_;                               // appended entries without an answer, by op
+    std::deque<std::pair<std::string, ChatEntry>> forwarded_;  // forwarded entries that Redis has not sent back
     StringMap<Mark> marks_;
     std::uint64_t operations_ = 0;
     bool beating_ = false, foreign_told_ = false, refuses_ = false, all_ = false;
@@ -23822,15 +23828,16 @@ private:
 }  // namespace detail
 
 // A history in Redis, which several servers share: ChatHub::of(server).set_store(RedisHistory("redis://127.0.0.1")).
-// Redis 6 or newer. An entry is acknowledged when Redis has answered. While Redis is away, a message fails after
-// RedisOptions::answer_timeout. An Error if Redis cannot be used within RedisOptions::connect_timeout.
+// It needs Redis 6 or newer. An entry is acknowledged when Redis has answered. While Redis is not reachable, a
+// message fails after RedisOptions::answer_timeout. Throws an Error if Redis cannot be used within
+// RedisOptions::connect_timeout.
 //
-// RedisHistory({"redis://a", "redis://b"}) spreads the chat over several endpoints; all servers need the same list. A
-// room, with its history and its users, is on the endpoint that consistent hashing of its name gives; so is a private
-// conversation, by its two users, and what is kept for one user (a fact whose key has a line feed), by that user. All
-// other facts, such as bans, accounts and options of rooms, are on the first endpoint. While one endpoint is away, what
-// is on the others goes on. With another list, some rooms begin again on another endpoint, and their clients get a gap.
-// The limits of the history count for each endpoint.
+// RedisHistory({"redis://a", "redis://b"}) spreads the chat over several endpoints by consistent hashing; all servers
+// need the same list. It hashes the room's name for its history and users, the two users for a private conversation,
+// and the user for facts about one user (their keys have a line feed). All other facts, such as bans, accounts and
+// options of rooms, are on the first endpoint. While one endpoint is not reachable, the data on the others still
+// works. If the list changes, some rooms begin again on another endpoint, and their clients get a gap. The limits of
+// the history apply to each endpoint.
 class RedisHistory final : public ChatStore {
 public:
     explicit RedisHistory(const detail::RedisUrls& urls, RedisOptions options = {},
@@ -23853,7 +23860,7 @@ public:
     void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
         *state_->listener = &listener;
         run_on_all([shared = state_->listener, mailbox](detail::RedisStore& store) { store.attach(shared, mailbox); });
-        // When the loop runs, the listener knows what it wants.
+        // Ask the listener later, when the loop runs: now it may not be configured yet.
         state_->follow = follow_all();
         mailbox->post([follow = state_->follow] { follow(); });
     }
@@ -23938,12 +23945,12 @@ public:
     }
 
 private:
-    // One endpoint.
+    // The link and the store of one endpoint.
     struct Shard {
         explicit Shard(std::shared_ptr<detail::RedisLink> owned) : link(std::move(owned)) {}
         Shard(const Shard&) = delete;
         Shard& operator=(const Shard&) = delete;
-        // What is on its way to Redis has half a second to arrive.
+        // Waits half a second for calls that are on their way to Redis.
         ~Shard() {
             bool idle = false;
             for (int i = 0; i < 50 && !idle; ++i) {
@@ -23961,17 +23968,17 @@ private:
         State& operator=(const State&) = delete;
         ~State() { *listener = nullptr; }
         const detail::RedisRing ring;
-        // Shared with posted work. Only the loop of the listener uses it.
+        // Shared with posted work. Only the listener's loop uses it.
         std::shared_ptr<Listener*> listener = std::make_shared<Listener*>(nullptr);
         std::function<void()> follow{};
         std::vector<std::unique_ptr<Shard>> shards{};
     };
 
-    // What belongs to no room is on the first endpoint.
+    // Data without a room is on the first endpoint.
     Shard& of_room(const std::string& room) const {
         return *state_->shards[room.empty() || state_->shards.size() == 1 ? 0 : state_->ring.of(room)];
     }
-    // The key of a fact about a user begins with the id of the user and a line feed.
+    // The key of a user's fact begins with the user's id and a line feed.
     Shard& of_fact(const std::string& key) const {
         const std::size_t end = key.find('\n');
         return of_room(end == std::string::npos ? std::string() : key.substr(0, end));
@@ -23987,7 +23994,7 @@ private:
     void run_on_all(const Work& work) const {
         for (const auto& each : state_->shards) run(*each, work);
     }
-    // A callback for each endpoint. `done` gets what all have found, and the first error.
+    // Returns a callback for all endpoints. `done` gets the elements from all of them, and the first error.
     template <class List, class Done>
     std::function<void(List, std::string)> gather(Done done) const {
         struct Gathered {
@@ -24002,7 +24009,7 @@ private:
             if (--gathered->left == 0) done(std::move(gathered->all), gathered->error);
         };
     }
-    // Asks the listener whether it wants the entries of all rooms. The function may outlive the store.
+    // Asks the listener whether it needs the entries of all rooms. The function may outlive the store.
     std::function<void()> follow_all() const {
         std::vector<std::function<void(bool)>> stores;
         for (const auto& each : state_->shards)
