@@ -69,28 +69,6 @@ packages() {
     }
 }
 
-# unity SUITES: prints one translation unit with the files of the suites, each in a namespace of its own, because the
-# header is compiled only once then. Sets `alone`: the files that must be translation units of their own, because they
-# replace operator new or include headers in an #if.
-unity() {
-    alone=main files=
-    for suite in $1; do
-        for file in tests/${suite}_test.cpp tests/${suite}_*_test.cpp; do
-            test -f "$file" || continue
-            name=$(basename "$file" .cpp)
-            if grep -q "void\* operator new\|#include <boost" "$file"; then alone="$alone $name"
-            else files="$files $name"; fi
-        done
-    done
-    # GCC takes for a header what is not the file on its command line.
-    echo '#if defined(__GNUC__) && !defined(__clang__)'
-    echo '#pragma GCC diagnostic ignored "-Wsubobject-linkage"'
-    echo '#endif'
-    (cd tests && for name in $files; do echo "$name.cpp"; done | xargs grep -h '^#include <' | sort -u)
-    (cd tests && for name in $files; do echo "$name.cpp"; done | xargs grep -h '^#include "' | sort -u)
-    for name in $files; do printf 'namespace %s {\n#include "%s.cpp"\n}\n' "$name" "$name"; done
-}
-
 # suites TARGET RUNNER SUITES COMPILER OPTION...: compiles the suites, with the chat, and runs each suite
 suites() {
     target=$1 runner=$2 list=$3
@@ -99,10 +77,15 @@ suites() {
     objects=$work/$target.objects
     mkdir -p "$objects"
     rm -f "$objects/"*
-    unity "$list" >"$objects/unity.cpp"
+    names=
+    for suite in $list; do
+        for file in tests/${suite}_test.cpp tests/${suite}_*_test.cpp; do
+            test ! -f "$file" || names="$names $(basename "$file" _test.cpp)"
+        done
+    done
     {
-        for source in $alone; do echo "tests/$source.cpp"; done
-        echo "$objects/unity.cpp"
+        echo tests/main.cpp
+        sh tests/scripts/unity.sh "$objects" 1 $names
     } | xargs -P "$jobs" -I{} sh -c 'file=$1; shift; exec "$@" -c "$file" -o "$0/$(basename "$file" .cpp).o"' "$objects" {} \
         "$@" -g1 -DWSCHAT_CHAT=1 -I. -Itests -isystem "$work/include" >"$work/$target.log" 2>&1 &&
         "$@" "$objects/"*.o -o "$work/$target" -pthread >>"$work/$target.log" 2>&1 || {

@@ -68,7 +68,7 @@ build() {
     preset=$1
     target=$2
     shift 2
-    stage "$preset: configure" cmake --preset "$preset" -DWSCHAT_WERROR=ON "$@"
+    stage "$preset: configure" cmake --preset "$preset" -DWSCHAT_WERROR=ON -DWSCHAT_TEST_UNITS=2 "$@"
     stage "$preset: build" cmake --build "build/$preset" -j 2 --target "$target"
 }
 
@@ -176,7 +176,7 @@ stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
 stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
 
 # This build has no optional features.
-test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true
+test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true -DWSCHAT_TEST_UNITS=2
 stage "meson: build" meson compile -C build/meson -j 2
 tests "meson: tests" meson test -C build/meson --no-rebuild --num-processes 2 --print-errorlogs
 

@@ -113,19 +113,20 @@ def includes(features):
     return "\n".join(found) + "\n"
 
 
-def one_command(source, program, *features):
-    """Compiles a program with the command that the README promises. The source names its own macros and libraries in a
-    comment "// g++ ...". The compiler must print nothing."""
+def one_command(source, program, *options):
+    """Compiles a program with the command that the README promises; the option -O0 saves half of the time. The source
+    names its own macros and libraries in a comment "// g++ ...". The compiler must print nothing."""
     comment = re.search(r"^// g\+\+ (.*?)(?: &&.*)?$", pathlib.Path(source).read_text(encoding="utf-8"), re.MULTILINE)
-    words = [*(comment[1].split() if comment else []), *features]
+    words = [*(comment[1].split() if comment else []), *options]
     macros_ = [word for word in words if word.startswith("-D")]
     libraries_ = [word for word in words if word.startswith("-l")]
-    output = run([*COMPILER, "-std=c++17", "-O2", *macros_, source, "-o", program, "-I", ROOT, "-pthread", *libraries_],
+    level = "-O0" if "-O0" in options else "-O2"
+    output = run([*COMPILER, "-std=c++17", level, *macros_, source, "-o", program, "-I", ROOT, "-pthread", *libraries_],
                  f"{source} does not compile with the one command")
     require(not output, f"{source} compiles with warnings:\n{output}")
 
 
-def serves(code, name):
+def serves(code, name, *options):
     """Compiles and runs a program that listens on port 8888, here on a free port: it serves a page at /, and ends with
     status 0 on SIGTERM."""
     require("listen(8888)" in code, f"{name} does not listen on port 8888")
@@ -133,7 +134,7 @@ def serves(code, name):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     source = write(f"{name}.cpp", code.replace("listen(8888)", f"listen({port})"))
-    one_command(source, WORK / name)
+    one_command(source, WORK / name, *options)
     for page in ("chat.html", "rooms.html", "wschat.js"):
         shutil.copy(ROOT / "examples" / page, WORK)
     server = subprocess.Popen([WORK / name], cwd=WORK, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -452,11 +453,11 @@ def unsupported():
 
 
 def features():
-    """Each example compiles without warnings with zlib alone and with OpenSSL alone. The build compiles them with the
-    features that are on, and the check "examples" with those that they name."""
-    jobs = [(zlib, openssl, source) for zlib, openssl in ((0, 1), (1, 0))
-            for source in sorted((ROOT / "examples").glob("*.cpp"))
-            if openssl or "TlsOptions" not in source.read_text(encoding="utf-8")]
+    """Each example that speaks of features compiles without warnings with zlib alone and with OpenSSL alone. The build
+    compiles all of them with the features that are on, and the check "examples" with those that they name."""
+    texts = {source: source.read_text(encoding="utf-8") for source in sorted((ROOT / "examples").glob("*.cpp"))}
+    jobs = [(zlib, openssl, source) for zlib, openssl in ((0, 1), (1, 0)) for source, text in texts.items()
+            if "WSCHAT_" in text and (openssl or "TlsOptions" not in text)]
 
     def compiles(job):
         zlib, openssl, source = job
@@ -522,7 +523,7 @@ def map_program():
         program.append(line[indent:])
         if line[indent:] == "}":
             break
-    serves("\n".join(program) + "\n", "map")
+    serves("\n".join(program) + "\n", "map", "-O0")
 
 
 def readme():
@@ -538,7 +539,7 @@ def readme():
     def compiles(number):
         code = programs[number - 1]
         if "int main(" in code:
-            one_command(write(f"block{number}.cpp", code), WORK / f"block{number}")
+            one_command(write(f"block{number}.cpp", code), WORK / f"block{number}", "-O0")
             if code in to_run:
                 run([WORK / f"block{number}"], f"README.md: block {number} does not end with status 0")
         else:
