@@ -23,12 +23,6 @@ constexpr std::size_t size_field = __STDCPP_DEFAULT_NEW_ALIGNMENT__;
 
 }  // namespace
 
-#if defined(__GNUC__)
-#define WSCHAT_TEST_NOINLINE __attribute__((noinline))
-#else
-#define WSCHAT_TEST_NOINLINE
-#endif
-
 WSCHAT_TEST_NOINLINE void* operator new(std::size_t size) {
     void* block = std::malloc(size_field + size);
     if (block == nullptr) throw std::bad_alloc();

@@ -79,6 +79,14 @@ struct CountingInflated : Counting {
     std::optional<CompressionOptions> get_compression_options() override { return CompressionOptions{}; }
 };
 
+struct InflatingServer : RunningServer {
+    InflatingServer() {
+        server.add_route("/", [this] { return std::make_unique<CountingInflated>(work); });
+        start();
+    }
+    Work work;
+};
+
 // As many one-byte messages as fit into that many bytes of frames.
 std::string small_messages(std::size_t bytes) {
     const std::string frame = test::masked_text("x");
@@ -192,33 +200,27 @@ TEST_CASE("between two messages of one session the other sessions handle a bound
 TEST_CASE("one session inflates a bounded number of bytes in one turn") {
     const test::OneLoop one_loop;
     if (!compression_available) return;
-    Work work;
-    RunningServer running;
-    running.server.add_route("/", [&] { return std::make_unique<CountingInflated>(work); });
-    running.start();
+    InflatingServer running;
     WsClient client(running.port(), "/", {}, CompressionOptions{});
     REQUIRE(client.is_open());
     REQUIRE(client.compressed);
     set_send_buffer(client.raw);
     const std::string large(mib, 'x');
     {
-        const EachTurn turns(running, [&] { work.end_turn(); });
+        const EachTurn turns(running, [&] { running.work.end_turn(); });
         for (int i = 0; i < 40; ++i) client.connection.send(Opcode::text, large);
         BlockedLoop blocked(running.server);
         client.flush();
         blocked.release();
-        CHECK(running.eventually([&] { return work.total == 40 * mib; }));
+        CHECK(running.eventually([&] { return running.work.total == 40 * mib; }));
     }
-    CHECK(work.most_in_turn <= 4 * mib);
+    CHECK(running.work.most_in_turn <= 4 * mib);
 }
 
 TEST_CASE("twenty sessions that inflate much do not keep the loop in one turn") {
     const test::OneLoop one_loop;
     if (!compression_available) return;
-    Work work;
-    RunningServer running;
-    running.server.add_route("/", [&] { return std::make_unique<CountingInflated>(work); });
-    running.start();
+    InflatingServer running;
     const std::string large(mib, 'x');
     std::vector<std::unique_ptr<WsClient>> clients;
     for (int i = 0; i < 20; ++i) {
@@ -228,13 +230,13 @@ TEST_CASE("twenty sessions that inflate much do not keep the loop in one turn") 
         for (int message = 0; message < 10; ++message) clients.back()->connection.send(Opcode::text, large);
     }
     {
-        const EachTurn turns(running, [&] { work.end_turn(); });
+        const EachTurn turns(running, [&] { running.work.end_turn(); });
         BlockedLoop blocked(running.server);
         for (auto& client : clients) client->flush();
         blocked.release();
-        CHECK(running.eventually([&] { return work.total == 200 * mib; }));
+        CHECK(running.eventually([&] { return running.work.total == 200 * mib; }));
     }
-    CHECK(work.most_in_turn <= 40 * mib);
+    CHECK(running.work.most_in_turn <= 40 * mib);
 }
 
 TEST_CASE("one session sends a bounded part of a file in one turn, and many sessions share a budget") {

@@ -186,6 +186,28 @@ struct WatchedPair : Pair {
     Owner owner;
 };
 
+// A connection whose peer has reset it, added to a poller that watches for nothing.
+struct BrokenConnection {
+    explicit BrokenConnection(Poller& a_poller) : poller(a_poller) {
+        BoundListener listener;
+        test::RawClient client(connect_to(listener.address()));
+        IpAddress peer;
+        accepted = accept(listener, peer);
+        REQUIRE(poller.add(accepted.descriptor(), owner, false, false));
+        client.reset();
+    }
+    void watch(bool read, bool write) { REQUIRE(poller.change(accepted.descriptor(), owner, read, write)); }
+    void remove() { poller.remove(accepted.descriptor()); }
+    template <class... Timeout>
+    std::string events(Timeout... milliseconds) {
+        return wait_for(poller, owner, milliseconds...);
+    }
+
+    Poller& poller;
+    Owner owner;
+    Socket accepted;
+};
+
 // Sets the soft limit of descriptors until the destructor.
 class DescriptorLimit {
 public:
@@ -967,14 +989,8 @@ TEST_CASE("a poller reports only the events that change asked for last") {
 
 TEST_CASE("a poller reports a broken connection even if it watches for nothing") {
     for_each_poller([&](Poller& poller) {
-        BoundListener listener;
-        test::RawClient client(connect_to(listener.address()));
-        IpAddress peer;
-        const Socket accepted = accept(listener, peer);
-        Owner owner;
-        REQUIRE(poller.add(accepted.descriptor(), owner, false, false));
-        client.reset();
-        CHECK(wait_for(poller, owner, 20'000) == "b");
+        BrokenConnection broken(poller);
+        CHECK(broken.events(20'000) == "b");
     });
 }
 
@@ -990,22 +1006,16 @@ TEST_CASE("after the peer ends its sending side the socket is readable and not b
 
 TEST_CASE("each wait reports a broken connection until it is removed, whatever is watched") {
     for_each_poller([&](Poller& poller) {
-        BoundListener listener;
-        test::RawClient client(connect_to(listener.address()));
-        IpAddress peer;
-        const Socket accepted = accept(listener, peer);
-        Owner owner;
-        REQUIRE(poller.add(accepted.descriptor(), owner, false, false));
-        client.reset();
-        for (int i = 0; i < 3; ++i) CHECK(wait_for(poller, owner, 20'000) == "b");
-        REQUIRE(poller.change(accepted.descriptor(), owner, true, false));
-        CHECK(contains(wait_for(poller, owner), "b"));
-        REQUIRE(poller.change(accepted.descriptor(), owner, false, true));
-        CHECK(wait_for(poller, owner) == "wb");
-        REQUIRE(poller.change(accepted.descriptor(), owner, false, false));
-        CHECK(wait_for(poller, owner) == "b");
-        poller.remove(accepted.descriptor());
-        CHECK(wait_for(poller, owner) == "");
+        BrokenConnection broken(poller);
+        for (int i = 0; i < 3; ++i) CHECK(broken.events(20'000) == "b");
+        broken.watch(true, false);
+        CHECK(contains(broken.events(), "b"));
+        broken.watch(false, true);
+        CHECK(broken.events() == "wb");
+        broken.watch(false, false);
+        CHECK(broken.events() == "b");
+        broken.remove();
+        CHECK(broken.events() == "");
     });
 }
 

@@ -15,6 +15,13 @@
 #include <fstream>
 #include <thread>
 
+// For replaced operators new and delete: g++ warns that free() does not match operator new where it inlines one of them.
+#if defined(__GNUC__)
+#define WSCHAT_TEST_NOINLINE __attribute__((noinline))
+#else
+#define WSCHAT_TEST_NOINLINE
+#endif
+
 namespace test {
 
 using namespace std::chrono_literals;

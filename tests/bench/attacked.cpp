@@ -8,6 +8,7 @@
 // in a running server the bytes arrive bit by bit.
 #include "../../wschat.hpp"
 
+#include "attack.hpp"
 #include "load_support.hpp"
 
 #include <sys/wait.h>
@@ -21,6 +22,8 @@ const load_support::Program load_support::program = {"attacked", 1};
 
 namespace {
 
+using attack::frame;
+using attack::repeated;
 using load_support::fail;
 
 constexpr std::size_t attackers = 100;
@@ -202,23 +205,6 @@ private:
 
 // ---- the attacks ---------------------------------------------------------------------------------------------------
 
-// A frame of at most 65,535 bytes, masked with zeros.
-std::string frame(std::string_view first_byte, std::string_view payload) {
-    std::string bytes(first_byte);
-    if (payload.size() < 126) {
-        bytes += static_cast<char>(0x80 | payload.size());
-    } else {
-        bytes += '\xfe';
-        bytes += static_cast<char>(payload.size() >> 8);
-        bytes += static_cast<char>(payload.size() & 0xFF);
-    }
-    return bytes + std::string(4, '\0') + std::string(payload);
-}
-std::string repeated(std::string_view text, std::size_t size) {
-    std::string all;
-    while (all.size() + text.size() <= size) all += text;
-    return all;
-}
 // About a thousand bytes that inflate to one megabyte.
 std::string bomb() {
     wschat::detail::Deflater deflater(9, 9, 15);

@@ -34,13 +34,6 @@ void release(void* block) noexcept {
 
 }  // namespace
 
-// Not inlined: g++ warns that free() does not match operator new.
-#if defined(__GNUC__)
-#define WSCHAT_TEST_NOINLINE __attribute__((noinline))
-#else
-#define WSCHAT_TEST_NOINLINE
-#endif
-
 WSCHAT_TEST_NOINLINE void* operator new(std::size_t size) {
     return counted(may_allocate() ? std::malloc(size) : nullptr);
 }

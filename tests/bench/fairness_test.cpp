@@ -7,6 +7,7 @@
 #define WSCHAT_LIBURING 0            // a ring does not use the simulated kernel
 #define OPENSSL_SUPPRESS_DEPRECATED  // RAND_set_rand_method()
 #include "../fuzz/kernel.hpp"
+#include "attack.hpp"
 #if WSCHAT_OPENSSL
 #include "../fuzz/tls_client.hpp"
 
@@ -17,6 +18,8 @@
 
 namespace {
 
+using attack::frame;
+using attack::repeated;
 using namespace fuzz;
 using namespace std::chrono_literals;
 
@@ -197,24 +200,6 @@ public:
     std::nullptr_t tls = nullptr;
 #endif
 };
-
-// A frame of at most 65,535 bytes, masked with zeros.
-std::string frame(std::string_view first_byte, std::string_view payload) {
-    std::string bytes(first_byte);
-    if (payload.size() < 126) {
-        bytes += static_cast<char>(0x80 | payload.size());
-    } else {
-        bytes += '\xfe';
-        bytes += static_cast<char>(payload.size() >> 8);
-        bytes += static_cast<char>(payload.size() & 0xFF);
-    }
-    return bytes + std::string(4, '\0') + std::string(payload);
-}
-std::string repeated(std::string_view text, std::size_t size) {
-    std::string all;
-    while (all.size() + text.size() <= size) all += text;
-    return all;
-}
 
 // What a greedy peer does at once.
 struct Kind {

@@ -31,7 +31,7 @@ import h2.events
 import websockets
 
 sys.dont_write_bytecode = True
-from expectations import TIMEOUT, expect, expect_in  # noqa: E402
+from expectations import TIMEOUT, Results, expect, expect_in  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DEPLOY = os.path.join(ROOT, "examples", "deploy")
@@ -576,19 +576,12 @@ if __name__ == "__main__":
     parser.add_argument("--rooms", required=True)
     parser.add_argument("--only", default="", help="run the checks whose titles contain this text")
     OPTIONS = parser.parse_args()
-    passed = failed = 0
+    results = Results()
 
     def run_check(title, function):
-        global passed, failed
         if OPTIONS.only and OPTIONS.only not in title and not title.endswith(("starts with its file", ": ends")):
             return
-        try:
-            function()
-            passed += 1
-            print(f"ok - {title}", flush=True)
-        except Exception as error:  # report the failure and run the other checks
-            failed += 1
-            print(f"not ok - {title}\n  # {type(error).__name__}: {error}", flush=True)
+        results.run(title, function)
 
     def run_checks(proxy):
         for title, kind, function in PROXY_CHECKS:
@@ -614,5 +607,4 @@ if __name__ == "__main__":
             run_check(title, function)
         for program in list(Program.running):
             program.stop()
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed != 0)
+    results.end()

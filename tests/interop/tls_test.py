@@ -24,7 +24,7 @@ import tornado.websocket
 import websockets
 
 sys.dont_write_bytecode = True
-from expectations import TIMEOUT, expect, expect_in  # noqa: E402
+from expectations import TIMEOUT, Results, expect, expect_in  # noqa: E402
 
 CHECKS = []
 
@@ -247,18 +247,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--wss", required=True)
     OPTIONS = parser.parse_args()
-    passed = failed = 0
+    results = Results()
     with tempfile.TemporaryDirectory(prefix="wschat-tls-") as FOLDER:
         WSS = Program(OPTIONS.wss, "0").ready()
         for title, function in CHECKS:
-            try:
-                function()
-                passed += 1
-                print(f"ok - {title}", flush=True)
-            except Exception as error:  # report the failure and run the other checks
-                failed += 1
-                print(f"not ok - {title}\n  # {type(error).__name__}: {error}", flush=True)
+            results.run(title, function)
         if WSS.process.poll() is None:
             WSS.process.kill()
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed != 0)
+    results.end()

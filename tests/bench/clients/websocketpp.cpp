@@ -1,30 +1,15 @@
 // The client of websocketpp, with the Asio transport, no logs and no locks (one thread); see measure.h.
+#include "../websocketpp.hpp"
 #include "measure.h"
 
 #include <websocketpp/client.hpp>
-#include <websocketpp/concurrency/none.hpp>
 #include <websocketpp/config/asio_no_tls_client.hpp>
 
 #include <string>
 
 namespace {
 
-struct Config : websocketpp::config::asio_client {
-    using base = websocketpp::config::asio_client;
-    using concurrency_type = websocketpp::concurrency::none;
-    using elog_type = websocketpp::log::basic<concurrency_type, websocketpp::log::elevel>;
-    using alog_type = websocketpp::log::basic<concurrency_type, websocketpp::log::alevel>;
-    static const websocketpp::log::level elog_level = websocketpp::log::elevel::none;
-    static const websocketpp::log::level alog_level = websocketpp::log::alevel::none;
-    struct transport_config : base::transport_config {
-        using concurrency_type = Config::concurrency_type;
-        using elog_type = Config::elog_type;
-        using alog_type = Config::alog_type;
-        static const bool enable_multithreading = false;
-    };
-    using transport_type = websocketpp::transport::asio::endpoint<transport_config>;
-};
-
+using Config = OneThread<websocketpp::config::asio_client>;
 using Client = websocketpp::client<Config>;
 
 }  // namespace

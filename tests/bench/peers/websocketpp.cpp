@@ -1,7 +1,8 @@
 // websocketpp PORT room|echo: the peer for websocketpp, with the Asio transport, no logs and no locks (one thread).
 // The library's own processor prepares a broadcast once; its example would encode it per member.
 
-#include <websocketpp/concurrency/none.hpp>
+#include "../websocketpp.hpp"
+
 #include <websocketpp/config/asio_no_tls.hpp>
 #include <websocketpp/server.hpp>
 
@@ -13,22 +14,7 @@
 
 namespace {
 
-struct Config : websocketpp::config::asio {
-    using base = websocketpp::config::asio;
-    using concurrency_type = websocketpp::concurrency::none;
-    using elog_type = websocketpp::log::basic<concurrency_type, websocketpp::log::elevel>;
-    using alog_type = websocketpp::log::basic<concurrency_type, websocketpp::log::alevel>;
-    static const websocketpp::log::level elog_level = websocketpp::log::elevel::none;
-    static const websocketpp::log::level alog_level = websocketpp::log::alevel::none;
-    struct transport_config : base::transport_config {
-        using concurrency_type = Config::concurrency_type;
-        using elog_type = Config::elog_type;
-        using alog_type = Config::alog_type;
-        static const bool enable_multithreading = false;
-    };
-    using transport_type = websocketpp::transport::asio::endpoint<transport_config>;
-};
-
+using Config = OneThread<websocketpp::config::asio>;
 using Server = websocketpp::server<Config>;
 using Processor = websocketpp::processor::hybi13<Config>;
 
