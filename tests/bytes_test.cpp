@@ -86,7 +86,7 @@ TEST_SUITE_BEGIN("bytes");
 
 // ---- Bytes ----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a buffer contains what was appended in pieces of any size") {
+TEST_CASE("a buffer contains all appended bytes, for pieces of any size") {
     Random random;
     Bytes bytes;
     std::string expected;
@@ -398,7 +398,7 @@ TEST_CASE("queues share a large slice instead of copying it") {
     for (const SendQueue& queue : members) CHECK(content_of(queue) == "before" + payload + "after");
 }
 
-TEST_CASE("a large slice gets memory that an earlier one no longer needs") {
+TEST_CASE("a large slice reuses the memory of an earlier one") {
     SendArena arena;
     const std::size_t size = 1'000'000;
     std::vector<Slice> held;
@@ -1140,7 +1140,7 @@ TEST_CASE("a full bucket allows more than its burst and takes longer to refill")
     CHECK_FALSE(bucket.take(1000, rate, start + seconds(91)));
 }
 
-TEST_CASE("a bucket can owe tokens, and tells when it has some again") {
+TEST_CASE("a bucket can owe tokens, and knows when it has some again") {
     TokenBucket bucket;
     const Rate rate{10, 5};
     const Time start = Clock::now();

@@ -266,7 +266,7 @@ TEST_CASE("users of several hubs are in one room: joins, messages, names, typing
     CHECK(field_of(last(carl, "users"), "count") == "2");
 }
 
-TEST_CASE("who comes from a server that is ahead gets nothing twice") {
+TEST_CASE("a client from a server with newer entries gets no entry twice") {
     Scripted scripted;
     std::uint64_t newest = 1;
     const std::string epoch = "0123456789abcdef";
@@ -311,7 +311,7 @@ TEST_CASE("who comes from a server that is ahead gets nothing twice") {
     CHECK(field_of(last(bert, "said"), "text") == "text 4");
 }
 
-TEST_CASE("a position without a gap takes nothing back that the members have") {
+TEST_CASE("a position without a gap removes no entry that the members have") {
     Scripted scripted;
     TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
     for (const char* text : {"one", "two"}) anna.send(text);
@@ -328,7 +328,7 @@ TEST_CASE("a position without a gap takes nothing back that the members have") {
     CHECK(types(anna) == "");
 }
 
-TEST_CASE("what the store has lost of a join or a leave is forwarded again") {
+TEST_CASE("a join or a leave that the store has lost is forwarded again") {
     Scripted scripted;
     scripted.store->delivering = false;
     TestClient anna = scripted.server.connect("/chat/tea?name=Anna"), bert = scripted.server.connect("/chat/tea?name=Bert");
@@ -354,7 +354,7 @@ TEST_CASE("what the store has lost of a join or a leave is forwarded again") {
     CHECK(scripted.store->forwarded == std::to_string(static_cast<int>(ChatEntry::Kind::leave)) + ":Bert");
 }
 
-TEST_CASE("of two users who come with one name at once, the first in the order of the store has it") {
+TEST_CASE("if two users join with one name at once, the first in the order of the store gets it") {
     Hubs hubs(3);
     TestClient one = hubs.connect(1, "name=Anna&key=first-secret"), two = hubs.connect(2, "name=Anna&key=other-secret");
     hubs.settle();
@@ -371,7 +371,7 @@ TEST_CASE("of two users who come with one name at once, the first in the order o
     CHECK(hubs.users() == "Anna Anna-2 anna-3 ANNA-4");
 }
 
-TEST_CASE("of two users who take one name at once, the second gets an error with its tag") {
+TEST_CASE("if two users take one name at once, the second gets an error with its tag") {
     Hubs hubs(3);
     TestClient one = hubs.connect(1, "name=Anna"), two = hubs.connect(2, "name=Bert");
     hubs.settle();
@@ -421,7 +421,7 @@ TEST_CASE("a user with connections to several hubs is one user, who joins and le
     CHECK(watcher.repeated() == 0);
 }
 
-TEST_CASE("a reload that comes to another hub in the grace period is no leave") {
+TEST_CASE("a reload on another hub within the grace period does not cause a leave") {
     Hubs hubs(3);
     TestClient watcher = hubs.connect(0, "name=Watcher"), anna = hubs.connect(1, "name=Anna&key=anna-secret");
     hubs.settle();
@@ -490,7 +490,7 @@ TEST_CASE("a kept private message reaches all hubs, also by the id of the receiv
     CHECK(types(anna) == "ack");
 }
 
-TEST_CASE("kicks, mutes and bans hold on all hubs") {
+TEST_CASE("kicks, mutes and bans apply to all hubs") {
     Hubs hubs(3);
     TestClient host = hubs.connect(1, "account=Holly"), desk = hubs.connect(0, "name=Anna&key=anna-secret"),
                phone = hubs.connect(2, "name=Anna&key=anna-secret"), guest = hubs.connect(2, "name=Gus");
@@ -546,7 +546,7 @@ TEST_CASE("the address of a banned guest is banned on all hubs, unless a hub has
     CHECK(again.response().status() == 403);
 }
 
-TEST_CASE("a hub that gets its first member of a room knows who is there, and /rooms lists the rooms of all") {
+TEST_CASE("a hub with its first member of a room has the users, and /rooms lists the rooms of all hubs") {
     Hubs hubs(3);
     TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(2, "hall?name=Bert");
     hubs.settle();
@@ -581,7 +581,7 @@ TEST_CASE("the users of a hub that ends leave once, also if they are in the grac
     CHECK(hubs.users() == "Bert Watcher");
 }
 
-TEST_CASE("a program hears of each event once on the first hub, also of rooms without members there") {
+TEST_CASE("on_event is called once for each event on the first hub, also for rooms without members there") {
     SharedStore store{MemoryHistory()};
     Hubs hubs(3, store);
     std::string seen;
@@ -644,7 +644,7 @@ TEST_CASE("a server with three loops has one chat, with one store, the same limi
     CHECK(seen[ChatEntry::Kind::said] == count);
 }
 
-TEST_CASE("the number of rooms and the limits of an address are those of all loops together") {
+TEST_CASE("the number of rooms and the limits of an address count for all loops together") {
     ServerOptions options;
     options.threads = 3;
     test::RunningServer server(options);
@@ -680,7 +680,7 @@ TEST_CASE("the number of rooms and the limits of an address are those of all loo
     server.stop();
 }
 
-TEST_CASE("who may not create a room enters a room that somebody on another loop is in") {
+TEST_CASE("a user who may not create a room enters a room that has a user on another loop") {
     struct Visitor : Host {
         bool may(ChatAction action) override {
             return action != ChatAction::create_room || request().query("name") == "Anna";
@@ -701,7 +701,7 @@ TEST_CASE("who may not create a room enters a room that somebody on another loop
     server.stop();
 }
 
-TEST_CASE("an export to another hub reads a part when that hub has taken the one before it") {
+TEST_CASE("an export to another hub reads a part when that hub has taken the previous one") {
     ScriptedStore* store = nullptr;
     Hubs hubs(2, SharedStore(std::make_unique<ScriptedStore>(store)));
     for (const std::size_t hub : {0u, 1u}) {
@@ -721,7 +721,7 @@ TEST_CASE("an export to another hub reads a part when that hub has taken the one
     }
 }
 
-TEST_CASE("a hub beats every two seconds while it has watched a room, and ends to watch a room without users") {
+TEST_CASE("a hub beats every two seconds after it has watched a room, and stops watching a room without users") {
     Scripted scripted;
     CHECK(scripted.store->beats == 0);
     TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
@@ -732,7 +732,7 @@ TEST_CASE("a hub beats every two seconds while it has watched a room, and ends t
     CHECK(scripted.store->unwatched == 1);
 }
 
-TEST_CASE("all hubs write the name of a room as its first member has, until nobody is in it") {
+TEST_CASE("all hubs use the first member's spelling of a room's name, until the room is empty") {
     Hubs hubs(2);
     TestClient anna = hubs.connect(0, "Tea%20Room?name=Anna");
     hubs.settle();
@@ -759,7 +759,7 @@ TEST_CASE("all hubs write the name of a room as its first member has, until nobo
     CHECK(field_of(last(emma, "hello"), "room") == "TEA ROOM");
 }
 
-TEST_CASE("when the store forgets users, their hub forwards them again, and who is not forwarded again has left") {
+TEST_CASE("if the store loses users, their hub forwards them again, and all others have left") {
     using Kind = ChatEntry::Kind;
     Scripted scripted;
     ScriptedStore& store = *scripted.store;
@@ -789,7 +789,7 @@ TEST_CASE("when the store forgets users, their hub forwards them again, and who 
     CHECK(field_of(last(anna, "error"), "code") == "user_away");
 }
 
-TEST_CASE("a user whose hub has been forgotten while the connection was lost leaves once") {
+TEST_CASE("a user whose hub the store has removed while the connection was lost leaves once") {
     using Kind = ChatEntry::Kind;
     Scripted scripted;
     ScriptedStore& store = *scripted.store;
@@ -829,7 +829,7 @@ TEST_CASE("a name that the store refuses is tried once more, and then changed") 
     CHECK(scripted.users() == "Anna-3");
 }
 
-TEST_CASE("whatever joins, leaves, reloads, renames and kicks come in whatever order, all hubs and clients agree") {
+TEST_CASE("after joins, leaves, reloads, renames and kicks in any order, all hubs and clients agree") {
     for (unsigned seed = 1; seed <= 40; ++seed) {
         CAPTURE(seed);
         std::mt19937 random(seed);

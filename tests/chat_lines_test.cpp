@@ -153,7 +153,7 @@ std::string last(TestClient& client, const std::string& type) {
 
 TEST_SUITE_BEGIN("chat");
 
-TEST_CASE("every line that is refused gets a code and a sentence, with its tag if it has one") {
+TEST_CASE("each refused line gets a code and a sentence, with its tag if it has one") {
     HistoryLimits limits;
     limits.max_reactions = 1;
     Fixture chat(limits);
@@ -435,7 +435,7 @@ TEST_CASE("the secret of a user is in no line of a log") {
     CHECK_FALSE(contains(log, "YW5uYXMtc2VjcmV0"));
 }
 
-TEST_CASE("what moderators do and what cannot be kept is in the log, and the program hears of it") {
+TEST_CASE("actions of moderators and entries that cannot be kept are logged and passed to the program") {
     std::string log, decisions, lost;
     Fixture chat;
     chat.server.on_log([&](const LogEntry& entry) { log += to_json(entry) + "\n"; });
@@ -531,7 +531,7 @@ TEST_CASE("a history has the users whom its messages mention, also when they hav
     CHECK(history.find(mention, first + 1) != std::string::npos);
 }
 
-TEST_CASE("nobody hears of his own join or leave, also in an event of several users") {
+TEST_CASE("a user never gets his own join or leave, even in an event of several users") {
     Fixture chat;
     chat.hub().limits.presence_window = 500ms;
     TestClient anna = chat.connect("name=Anna"), bert = chat.connect("name=Bert"), carl = chat.connect("name=Carl"),
@@ -553,7 +553,7 @@ TEST_CASE("nobody hears of his own join or leave, also in an event of several us
     CHECK(field_of(last(finn, "join"), "name") == "Emma");
 }
 
-TEST_CASE("a room says how much of it the store keeps") {
+TEST_CASE("a room sets how much of its history the store keeps") {
     Fixture chat;
     chat.hub().room_options = [](std::string_view name, ChatRoomOptions& options) {
         if (name == "tea") options.max_entries = 2;
@@ -576,7 +576,7 @@ TEST_CASE("a room says how much of it the store keeps") {
     CHECK(contains(last(reader, "history"), "\"two\""));
 }
 
-TEST_CASE("a program erases what a user has said by the public id, also of a guest") {
+TEST_CASE("a program erases the messages of a user by the public id, also of a guest") {
     Fixture chat;
     TestClient anna = chat.connect("name=Anna&key=anna-secret"), bert = chat.connect("name=Bert");
     anna.send("of Anna");

@@ -58,7 +58,7 @@ TEST_CASE("the flood limits of the chat in memory follow the clock of the test")
     CHECK(arrived() == 20);
 }
 
-TEST_CASE("joins and leaves after the first are told together, and who comes and goes in between is left out") {
+TEST_CASE("joins and leaves after the first are sent together, without users who join and leave in between") {
     TestServer server;
     server.route<ChatHandler>("/chat/{room}");
     TestClient anna = server.connect("/chat/tea?name=Anna");

@@ -195,7 +195,7 @@ TEST_SUITE_BEGIN("chat");
 
 // ---- lines, names and JSON -----------------------------------------------------------------------------------------
 
-TEST_CASE("a line with one slash in front is a command and all other lines are said") {
+TEST_CASE("a line that begins with one slash is a command, and all other lines are messages") {
     const struct {
         std::string_view line, tag, command, rest;
     } table[] = {
@@ -448,7 +448,7 @@ TEST_CASE("connections with one identity are one user, whose grace period begins
     CHECK(presence.find_id("id of key") == nullptr);
 }
 
-TEST_CASE("the number of users of which a hub has told the store is known") {
+TEST_CASE("a room counts the users that its hub has forwarded to the store") {
     Presence presence;
     Presence::User &anna = presence.add(named("Anna"), ""), &bert = presence.add(named("Bert"), "");
     CHECK(presence.own() == 0);
@@ -494,7 +494,7 @@ TEST_CASE("nobody takes the name of a user who is present or is away with a key"
     CHECK(presence.connect(named("Berta"), "key", &one).info.name == "Anna");
 }
 
-TEST_CASE("a user whose name another one takes keeps it until there is a new one, and the case of letters is free") {
+TEST_CASE("a user who loses a name keeps it until there is a new one, and may change the case of letters") {
     Presence presence;
     ChatHandler one, two;
     Presence::User &anna = presence.connect(identified("Anna", "a"), "a", &one),
@@ -589,7 +589,7 @@ std::string rows(const PresenceTable& table) {
 
 }  // namespace
 
-TEST_CASE("a table of users lets the first one have a name, and keeps a user while one hub has connections") {
+TEST_CASE("in a table of users the first user gets a name, and a user stays while one hub has connections") {
     using Kind = ChatEntry::Kind;
     PresenceTable table;
     const auto apply = [&](ChatEntry entry) {
@@ -620,7 +620,7 @@ TEST_CASE("a table of users lets the first one have a name, and keeps a user whi
     CHECK(copy.rooms(10).empty());
 }
 
-TEST_CASE("in a table of users an account takes its name, and who loses it gets another one") {
+TEST_CASE("in a table of users an account takes its name, and the user who loses it gets another one") {
     using Kind = ChatEntry::Kind;
     PresenceTable table;
     const auto apply = [&](ChatEntry entry) { return std::string(table.apply(entry)); };
@@ -639,7 +639,7 @@ TEST_CASE("in a table of users an account takes its name, and who loses it gets 
 
 // ---- history -------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a history in memory does what every store must do") {
+TEST_CASE("a history in memory passes the tests of every store") {
     const test::StoreFactory make = [](const HistoryLimits& limits) { return std::make_unique<MemoryHistory>(limits); };
     test::test_store(make);
 }
@@ -779,7 +779,7 @@ TEST_CASE("a history in memory expires by the clock of the loop") {
     CHECK(fixture.append("tea") == 3);
 }
 
-TEST_CASE("above the limit of all bytes the least recently used history is deleted") {
+TEST_CASE("above the limit of total bytes the least recently used history is deleted") {
     HistoryLimits limits;
     limits.max_total_bytes = 5000;
     HistoryFixture fixture(limits);
@@ -982,7 +982,7 @@ TEST_CASE("a guest does not change the messages of an earlier guest with the sam
     CHECK(field_of(second.answer_to("/delete " + id), "code") == "not_yours");
 }
 
-TEST_CASE("an edit is refused if it is too late, names no message, or has a text that cannot be said") {
+TEST_CASE("an edit is refused if it is too late, its message does not exist, or its text is illegal") {
     TestHost host;
     ChatClient anna(host, "name=Anna");
     const std::string id = field_of(anna.answer_to("hello"), "id");
@@ -997,7 +997,7 @@ TEST_CASE("an edit is refused if it is too late, names no message, or has a text
     CHECK(field_of(anna.answer_to("/delete " + id), "type") == "remove");
 }
 
-TEST_CASE("a reaction is added, counted, and taken back when it is sent again") {
+TEST_CASE("a reaction is added, counted, and removed when it is sent again") {
     TestHost host;
     ChatClient anna(host, "name=Anna"), bert(host, "name=Bert");
     const std::string id = field_of(anna.answer_to("tea?"), "id");
@@ -1015,7 +1015,7 @@ TEST_CASE("a reaction is added, counted, and taken back when it is sent again") 
         CHECK(field_of(anna.send("/react " + id + bad).back(), "code") == "bad_command");
 }
 
-TEST_CASE("a moderator sets the topic, and who joins later gets it") {
+TEST_CASE("a moderator sets the topic, and later members get it") {
     struct Topical : ChatHandler {
         bool may(ChatAction action) override { return ChatHandler::may(action) || user().name == "Mod"; }
     };
@@ -1058,7 +1058,7 @@ TEST_CASE("a message carries a JSON object of at most 4 KiB beside its text") {
         CHECK(field_of(anna.send(bad).back(), "code") == "bad_data");
 }
 
-TEST_CASE("the program changes what it published and removes what anybody said") {
+TEST_CASE("the program changes its own messages and removes any message") {
     TestHost host;
     ChatClient anna(host, "name=Anna");
     const std::string id = field_of(anna.answer_to("rude"), "id");
@@ -1088,7 +1088,7 @@ TEST_CASE("HMAC-SHA1 gives the results of RFC 2202") {
           "aa4ae5e15272d00e95705637ce8a3b55ed402112");
 }
 
-TEST_CASE("events have the public id of a user, which names change and keys decide") {
+TEST_CASE("events have the public id of a user, which a key decides and a new name does not change") {
     TestHost host;
     ChatClient anna(host, "name=Anna&key=secret-of-anna"), bert(host, "name=Bert"), other(host, "name=Bert");
     const std::string id = anna.handler.user().id;
@@ -1182,7 +1182,7 @@ TEST_CASE("a private message between users with keys is kept, and waits for the 
     for (const std::string& event : carl.events()) CHECK_FALSE(contains(event, "psst"));
 }
 
-TEST_CASE("a private message to an id needs a key and a user who was here") {
+TEST_CASE("a private message to an id needs a key and a user who has connected before") {
     TestHost host;
     ChatClient<> anna(host, "name=Anna&key=anna-secret"), guest(host, "name=Guest");
     anna.events();
@@ -1196,7 +1196,7 @@ TEST_CASE("a private message to an id needs a key and a user who was here") {
     CHECK(field_of(anna.only_event(), "peer") == guest.handler.user().id);
 }
 
-TEST_CASE("a read marker reaches all connections of its user, and is there after a reload") {
+TEST_CASE("a read marker reaches all connections of its user, and survives a reload") {
     TestHost host;
     {
         ChatClient<> anna(host, "name=Anna&key=anna-secret"), tab(host, "name=Anna&key=anna-secret"),
@@ -1215,7 +1215,7 @@ TEST_CASE("a read marker reaches all connections of its user, and is there after
     CHECK(again.events().back() == "{\"type\":\"read\",\"room\":\"tea\",\"id\":7}");
 }
 
-TEST_CASE("a read marker names a conversation that exists, does not go back, and is one of a limited number") {
+TEST_CASE("a read marker needs an existing conversation, never moves back, and their number is limited") {
     TestHost host;
     host.hub().limits.max_read_markers = 2;
     ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert&key=bert-secret");
@@ -1296,7 +1296,7 @@ TEST_CASE("a conversation is sent at connect only if something in it is newer th
     CHECK(field_of(anna.answer_to("/since @" + bert_id + " x"), "code") == "bad_command");
 }
 
-TEST_CASE("hundreds of conversations are charged one by one, and each that has something new is announced") {
+TEST_CASE("hundreds of conversations are charged one by one, and each with new messages is announced") {
     TestHost host;
     host.hub().limits.replies = {1, 20'000};
     host.hub().limits.connection = host.hub().limits.address = FloodRates();
@@ -1324,7 +1324,7 @@ TEST_CASE("hundreds of conversations are charged one by one, and each that has s
     CHECK(bytes < 120'000);
 }
 
-TEST_CASE("the history of a conversation has a limit of bytes too") {
+TEST_CASE("the history of a conversation also has a limit of bytes") {
     TestHost host;
     host.hub().limits.max_history_event = 2000;
     const std::string bert_id = [&] {
@@ -1344,7 +1344,7 @@ TEST_CASE("the history of a conversation has a limit of bytes too") {
     }
 }
 
-TEST_CASE("a guest who takes a name later does not meet the tags of the first") {
+TEST_CASE("a later guest with the same name does not have the tags of the first") {
     for (const CloseCode code : {CloseCode::normal, CloseCode::abnormal}) {
         TestHost host;
         ChatClient<> bert(host, "name=Bert");
@@ -1366,7 +1366,7 @@ TEST_CASE("a guest who takes a name later does not meet the tags of the first") 
     }
 }
 
-TEST_CASE("a guest who is away leaves when another one takes the name") {
+TEST_CASE("a guest who is away leaves when another guest takes the name") {
     TestHost host;
     ChatClient<> bert(host, "name=Bert");
     std::string first_id;
@@ -1443,7 +1443,7 @@ TEST_CASE("a read marker that cannot be stored is an error for the line") {
     CHECK(field_of(error, "tag") == "t1");
 }
 
-TEST_CASE("room and rooms say how far a user has read, and how many messages are newer") {
+TEST_CASE("room and rooms have the read marker of a user and the number of newer messages") {
     TestHost host;
     ChatClient<> bert(host, "name=Bert");
     std::string first;
@@ -1516,7 +1516,7 @@ TEST_CASE("a message names the users of the room whom it mentions") {
     }
 }
 
-TEST_CASE("a room can hide who is in it, or tell only their number") {
+TEST_CASE("a room can hide its users, or show only their number") {
     TestHost host;
     host.hub().room_options = [](std::string_view name, ChatRoomOptions& options) {
         options.presence = name == "hall" ? ChatRoomOptions::Presence::off : ChatRoomOptions::Presence::count;
@@ -1534,7 +1534,7 @@ TEST_CASE("a room can hide who is in it, or tell only their number") {
     CHECK(carl.answer_to("/who") == R"({"type":"users","room":"stand","count":2})");
 }
 
-TEST_CASE("a room of 5,000 users costs each who joins a bounded number of bytes and of visits to members") {
+TEST_CASE("each join of a room of 5,000 users costs a limited number of bytes and of visits to members") {
     TestHost host;
     constexpr std::size_t users = 5000;
     std::vector<std::unique_ptr<ChatClient<>>> all;
@@ -1661,7 +1661,7 @@ TEST_CASE("two connections with one key are one user with one join, one leave an
     CHECK(contains(bert.only_event(), "{\"type\":\"leave\",\"room\":\"tea\",\"name\":\"Anna\""));
 }
 
-TEST_CASE("a lost connection is no leave in the grace period") {
+TEST_CASE("a lost connection does not cause a leave within the grace period") {
     TestHost host;
     ChatClient<> bert(host, "name=Bert");
     bert.events();
@@ -1757,7 +1757,7 @@ TEST_CASE("a client with an id that is too old or unknown gets a gap") {
     CHECK(contains(bad.events().at(2), "\"gap\":false"));
 }
 
-TEST_CASE("/before returns the messages before an id, and says whether there are more") {
+TEST_CASE("/before returns the messages before an id, and whether there are more") {
     TestHost host;
     ChatClient<> anna(host, "name=Anna");
     for (const char* text : {"one", "two", "three", "four"}) anna.send(text);
@@ -1787,7 +1787,7 @@ TEST_CASE("/search returns the messages with the words, and only of this room") 
     CHECK(contains(anna.answer_to("/search  "), "\"code\":\"bad_command\""));
 }
 
-TEST_CASE("/join with a position brings what was said since, and the address can name several rooms") {
+TEST_CASE("/join with a position returns the later entries, and the URL can name several rooms") {
     TestHost host;
     ChatClient<> bert(host, "name=Bert", "green tea");
     const std::string last = host.position(field_of(bert.answer_to("before"), "id"));
@@ -1814,7 +1814,7 @@ TEST_CASE("/join with a position brings what was said since, and the address can
     CHECK(carl.handler.current_room()->name() == "tea");
 }
 
-TEST_CASE("a member gets amendments with their ids, and a newcomer gets what they have changed") {
+TEST_CASE("a member gets amendments with their ids, and a new member gets the changed messages") {
     TestHost host;
     ChatClient<> anna(host, "name=Anna");
     anna.events();
@@ -1926,7 +1926,7 @@ TEST_CASE("the connections of an address share its limits, and an IPv6 /64 is on
     CHECK(contains(third.answer_to("x"), "\"code\":\"flood\""));
 }
 
-TEST_CASE("flooders take nothing from the allowance of an honest neighbour with their address") {
+TEST_CASE("flooders do not use up the limits of an honest user with the same address") {
     TestHost host;
     host.hub().limits.connection = {{1, 2}, {1e6, 1e6}};
     host.hub().limits.address = {{1, 14}, {1e6, 1e6}};
@@ -1953,7 +1953,7 @@ TEST_CASE("each line of a flood that has a tag is answered") {
     }
 }
 
-TEST_CASE("what a client asks for is charged, and histories stop above the limit") {
+TEST_CASE("answers to requests of a client are charged, and histories stop above the limit") {
     TestHost host;
     host.hub().limits.replies = {1, 100'000};
     host.hub().limits.connection = {{1e6, 1e6}, {1e9, 1e9}};
@@ -2004,7 +2004,7 @@ TEST_CASE("the limits of a flooding address stay while thousands of others conne
     CHECK(contains(again.answer_to("x"), "\"code\":\"flood\""));
 }
 
-TEST_CASE("mute() is false if there is no such user") {
+TEST_CASE("mute() returns false if there is no such user") {
     TestHost host;
     ChatClient<> anna(host, "name=Anna");
     CHECK(host.room("tea").mute("anna", 60s));
@@ -2067,7 +2067,7 @@ public:
 
 }  // namespace
 
-TEST_CASE("all hooks are called, and the rest keeps its default") {
+TEST_CASE("all hooks are called, and the others keep their defaults") {
     TestHost host;
     ChatClient<Moderator> moderator(host, "account=Holly"), guest(host, "name=Anna"), nobody(host, "account=nobody"),
         redirected(host, "account=Holly&old=1");
@@ -2114,7 +2114,7 @@ public:
 
 }  // namespace
 
-TEST_CASE("an exception out of a hook closes its own connection with 1011 and no other") {
+TEST_CASE("an exception of a hook closes its own connection with 1011 and no other") {
     TestHost host;
     ChatClient<> anna(host, "name=Anna");
     for (const std::string hook : {"on_join", "on_said", "on_leave"}) {
@@ -2172,7 +2172,7 @@ TEST_CASE("a closed connection cannot join a room") {
     CHECK(rejoining.handler.left == 2);
 }
 
-TEST_CASE("an account owns its name, so a visitor with that name gets another one") {
+TEST_CASE("an account owns its name, so another user with that name gets a new one") {
     TestHost host;
     ChatClient<Moderator> visitor(host, "name=Holly");
     visitor.events();
@@ -2237,7 +2237,7 @@ TEST_CASE("only a moderator can mute, kick and ban") {
     CHECK_FALSE(forgiven.refusal.has_value());
 }
 
-TEST_CASE("the hub tells a program about all events, and an exception of a hook changes nothing") {
+TEST_CASE("the hub calls on_event for all events, and an exception of a hook changes nothing") {
     TestHost host;
     std::string seen;
     host.hub().on_event = [&](const ChatEntry& entry) {
@@ -2257,7 +2257,7 @@ TEST_CASE("the hub tells a program about all events, and an exception of a hook 
     CHECK(decisions == std::vector<std::string>{"ban address 192.0.2.9", "ban address 192.0.2.9"});
 }
 
-TEST_CASE("an exception out of a hook of the hub is counted") {
+TEST_CASE("an exception of a hook of the hub is counted") {
     RunningServer running;
     running.server.route<ChatHandler>("/chat/{room}");
     ChatHub::of(running.server).on_event = [](const ChatEntry&) { throw std::runtime_error("on purpose"); };
@@ -2269,7 +2269,7 @@ TEST_CASE("an exception out of a hook of the hub is counted") {
     CHECK(running.metrics().handler_exceptions == 2);  // a join and a message
 }
 
-TEST_CASE("the program sends events of its own, which no event of the chat can be mistaken for") {
+TEST_CASE("the program sends its own events, which differ from all events of the chat") {
     TestHost host;
     ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert");
     anna.events();
@@ -2291,7 +2291,7 @@ TEST_CASE("the program sends events of its own, which no event of the chat can b
     CHECK_THROWS_AS(host.room("tea").send("poll", std::string(5000, 'x')), Error);
 }
 
-TEST_CASE("all moderators of a room hear of each kick, ban and mute, and other members do not") {
+TEST_CASE("all moderators of a room get each kick, ban and mute, and other members do not") {
     TestHost host;
     std::vector<std::string> decisions;
     host.hub().on_decision = [&](const ChatFact& fact) {
@@ -2337,7 +2337,7 @@ struct Rule : ChatHandler {
 
 }  // namespace
 
-TEST_CASE("what a user may do can differ from room to room") {
+TEST_CASE("the permissions of a user can differ from room to room") {
     TestHost host;
     ChatClient<Rule> anna(host, "name=Anna"), bert(host, "name=Bert");
     CHECK(contains(anna.events().front(), R"("kick","ban","mute","remove","topic","slow","access","readonly"])"));
@@ -2389,7 +2389,7 @@ TEST_CASE("names of rooms are compared like names of users, and the first member
     CHECK(contains(carl.answer_to("/leave Tea ROOM"), "\"lobby\""));
 }
 
-TEST_CASE("who is not invited does not see or enter a private room") {
+TEST_CASE("a user without an invitation does not see or enter a private room") {
     TestHost host;
     host.hub().limits.connection = FloodRates();
     ChatClient<Rule> anna(host, "name=Anna"), guest(host, "name=Gus");
@@ -2459,7 +2459,7 @@ TEST_CASE("a client that connects gets the options of all its rooms") {
     CHECK(answered);
 }
 
-TEST_CASE("the store keeps what moderators change in a room, and it comes after the rule of the program") {
+TEST_CASE("the store keeps changes of moderators, and they are applied after the program's options of a room") {
     TestHost host;
     host.hub().room_options = [](std::string_view name, ChatRoomOptions& options) {
         if (name == "Board") options.is_private = options.read_only = true;
@@ -2552,7 +2552,7 @@ TEST_CASE("a room has its own limits of texts, users and histories, or no histor
     CHECK(texts_of(anna.answer_to("/before 99 1")) == "four;");
 }
 
-TEST_CASE("a user and an address open only so many rooms") {
+TEST_CASE("a user and an address may open a limited number of rooms") {
     TestHost host;
     host.hub().limits.room_creations = {0.001, 3};
     host.hub().limits.address_room_creations = {0.001, 5};
@@ -2580,7 +2580,7 @@ TEST_CASE("a user and an address open only so many rooms") {
     CHECK(open_rooms(elsewhere, "d") == "+++--");
 }
 
-TEST_CASE("the name of an account belongs to it, also while it is away and after a restart") {
+TEST_CASE("an account owns its name, even while it is away and after a restart") {
     TestHost host;
     { ChatClient<Moderator> moderator(host, "account=Holly", "coffee"); }
     host.hub().store().put({"account", "ivy", "Ivy", "account Ivy"});  // of a former run
@@ -2597,7 +2597,7 @@ TEST_CASE("the name of an account belongs to it, also while it is away and after
     CHECK_FALSE(contains(bert.send("/nick Holly Day").back(), "taken"));
 }
 
-TEST_CASE("hello says what the user may do, and at what rate a client may send") {
+TEST_CASE("hello has the permissions of the user and the rate at which a client may send") {
     TestHost host;
     ChatClient<Moderator> moderator(host, "account=Holly");
     ChatClient<> anna(host, "name=Anna");
@@ -2633,7 +2633,7 @@ TEST_CASE("/bans lists the bans, /unban ends one, and /unmute lets a user speak"
     CHECK(field_of(bert.send("hello").back(), "type") == "said");
 }
 
-TEST_CASE("the ban of a guest is also one of the address, unless others use it") {
+TEST_CASE("the ban of a guest also bans the address, unless others use it") {
     TestHost host;
     ChatClient<> alone(host, "name=Anna", "tea", "192.0.2.1"), bert(host, "name=Bert", "tea", "192.0.2.2"),
         neighbour(host, "name=Carl", "tea", "192.0.2.2");
@@ -2843,7 +2843,7 @@ TEST_CASE("a message of a user who has left the room in the meantime is acknowle
     }
 }
 
-TEST_CASE("a new member gets everything once and in order, however late the store answers") {
+TEST_CASE("a new member gets each entry once and in order, even if the store answers late") {
     // Each letter is a step: s says the next digit, t delivers it, j joins, a answers the oldest request.
     for (const std::string steps : {"ssttja", "sstjta", "ssjtta", "sjstta", "sjatst", "jsstta", "sstjat", "jastst",
                                     "ststja", "sjsatt", "ssjatt", "jssatt", "sjtsta", "sjtsat"}) {
@@ -2884,7 +2884,7 @@ TEST_CASE("on_leave() is called only after on_join(), which waits for the histor
     CHECK(patient.handler.log == "connect;join tea;leave tea;disconnect;");
 }
 
-TEST_CASE("an event of presence that is delivered late adds nobody who has left or has another name") {
+TEST_CASE("a late event of presence does not add a user who has left or has another name") {
     struct LatePresence : ManualStore {
         using ManualStore::ManualStore;
         void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
@@ -2984,7 +2984,7 @@ TEST_CASE("users of other servers are in the list, and their names are taken") {
     CHECK(names_of(host.room("tea").users()) == "Anna far-2");
 }
 
-TEST_CASE("a user who leaves and comes back in one presence window is not missing in a list of that time") {
+TEST_CASE("a user who leaves and returns in one presence window is in a list of that time") {
     TestServer server;
     server.route<ChatHandler>("/chat/{room}");
     const auto connect = [&](const std::string& name) {
@@ -3033,7 +3033,7 @@ struct Chat : RunningServer {
 
 }  // namespace
 
-TEST_CASE("a key among the subprotocols is the same as one in the address") {
+TEST_CASE("a key among the subprotocols has the same effect as a key in the URL") {
     Chat chat;
     WsClient named_key(chat.port(), "/chat/tea?name=Anna&key=anna-secret");
     const std::string id = field_of(next_with(named_key, "\"hello\""), "user");
@@ -3086,7 +3086,7 @@ TEST_CASE("a Room and a chat room of the same name have nothing in common") {
     CHECK(plain.next() == "third");
 }
 
-TEST_CASE("an exception out of a hook is counted and is the cause of the close") {
+TEST_CASE("an exception of a hook is counted and is the cause of the close") {
     RunningServer running;
     running.server.route<ThrowingHandler>("/chat/{room}");
     running.start();
@@ -3137,7 +3137,7 @@ TEST_CASE("a page that is reloaded has not left, and one that closes with 1000 l
     CHECK(types == "join leave said ");
 }
 
-TEST_CASE("members of a large room hear of the number of users, and get the list when it is short again") {
+TEST_CASE("members of a large room get the number of users, and the list when it is short again") {
     Chat chat(Duration::zero(), 2);
     WsClient anna(chat.port(), "/chat/tea?name=Anna");
     next_with(anna, "\"history\"");
@@ -3214,7 +3214,7 @@ TEST_CASE("a message that is sent again with its tag arrives once, whenever the 
     }
 }
 
-TEST_CASE("five hundred clients that return at once get what they missed, and others notice nothing") {
+TEST_CASE("five hundred clients that return at once get the messages that they missed, and others notice nothing") {
     rlimit descriptors{};
     ::getrlimit(RLIMIT_NOFILE, &descriptors);
     descriptors.rlim_cur = descriptors.rlim_max;

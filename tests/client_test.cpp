@@ -192,7 +192,7 @@ TEST_CASE("a response is the same in pieces of any size") {
     }
 }
 
-TEST_CASE("what is not an HTTP response is refused with a sentence") {
+TEST_CASE("a text that is not an HTTP response is refused with a sentence") {
     const auto reason = [](const std::string& bytes) {
         const wschat::Limits limits;
         ResponseParser parser(limits);
@@ -247,7 +247,7 @@ TEST_CASE("a URL has a scheme, a host, a port and a target") {
     CHECK(parse("ws://anna:p%40ss@h/").host == "h");
 }
 
-TEST_CASE("a text that is no URL of a WebSocket is refused, and its secrets stay out of the sentence") {
+TEST_CASE("a text that is not a URL of a WebSocket is refused, and the sentence does not contain its secrets") {
     for (const char* text : {"",
                              "h",
                              "ftp://h/",
@@ -319,7 +319,7 @@ TEST_CASE("no_proxy names hosts, domains, ports and networks") {
     CHECK_FALSE(excluded("10.0.0.0/8,x/y", "ws://11.1.2.3"));
 }
 
-TEST_CASE("the addresses of the two families take turns") {
+TEST_CASE("the addresses of the two families alternate") {
     std::vector<wschat::detail::ResolvedAddress> all;
     for (const char* text : {"::1", "::2", "::3", "10.0.0.1", "10.0.0.2"})
         all.push_back({*wschat::IpAddress::parse(text)});
@@ -446,7 +446,7 @@ TEST_CASE("a handler of a client knows its request, its server and its rooms") {
     CHECK(client.rooms().size() == 0);
 }
 
-TEST_CASE("messages of all sizes come back whole, also compressed with each set of parameters") {
+TEST_CASE("messages of all sizes are echoed unchanged, also compressed with each set of parameters") {
     struct Compressing : test::Echo {
         std::optional<wschat::CompressionOptions> get_compression_options() override {
             wschat::CompressionOptions all;
@@ -485,7 +485,7 @@ TEST_CASE("messages of all sizes come back whole, also compressed with each set 
     }
 }
 
-TEST_CASE("frames that come together with the response are read") {
+TEST_CASE("frames that arrive together with the response are processed") {
     const Raw server([](RawClient& connection, int) {
         connection.read_until("\r\n\r\n");
         connection.send(accept_response(connection.received) + test::hex("81 02 68 69 88 02 03 e8"));
@@ -631,7 +631,7 @@ TEST_CASE("a client offers subprotocols, and the handler knows the chosen one") 
 
 // ---- failures ------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a URL that is none is a failure, and is not tried again") {
+TEST_CASE("an invalid URL is a failure, and is not tried again") {
     Story story;
     ClientOptions with = reconnecting();
     const ConnectError& error = only_failure(story, "chat.example", with);
@@ -683,7 +683,7 @@ TEST_CASE("a refused connection is a failure with the system's error") {
     CHECK(contains(error.sentence, "127.0.0.1: Connection refused"));
 }
 
-TEST_CASE("each answer that is no good handshake is one failure with its stage, status and body") {
+TEST_CASE("each answer that does not complete the handshake is one failure with its stage, status and body") {
     struct Row {
         std::string answer;
         ConnectStage stage;
@@ -754,7 +754,7 @@ TEST_CASE("a server that hangs up or falls silent in any stage is a failure with
     }
 }
 
-TEST_CASE("an address that does not answer is raced against the next one") {
+TEST_CASE("the client also tries the next address if one does not answer") {
     // A listening socket whose queue is full: the kernel drops the packets of more clients.
     const wschat::detail::ListenSocket good(wschat::detail::ListenAddress::parse("127.0.0.1:0"), false);
     wschat::detail::Socket full(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
@@ -825,7 +825,7 @@ TEST_CASE("an IPv6 address may have a zone, which is a network interface of this
     CHECK(contains(only_failure(without, "ws://[fe80::1]:" + port + "/", options()).sentence, "needs a zone"));
 }
 
-TEST_CASE("a client binds to an address, and has no other family then") {
+TEST_CASE("a client that binds to an address uses only its family") {
     EchoServer server;
     Story story;
     story.on_open = [](WebSocketHandler& handler) { handler.close(); };
@@ -838,7 +838,7 @@ TEST_CASE("a client binds to an address, and has no other family then") {
     CHECK(contains(only_failure(other, url(server.port()), with).sentence, "bind_address"));
 }
 
-TEST_CASE("what a handler or its factory throws ends its own connection, and is logged") {
+TEST_CASE("an exception of a handler or its factory ends its own connection and is logged") {
     struct Throwing : WebSocketHandler {
         explicit Throwing(int its_where) : where(its_where) {
             if (where == 0) throw std::runtime_error("constructor");
@@ -989,7 +989,7 @@ TEST_CASE("the proxy of the environment is used on request, by the scheme and wi
     CHECK(only_failure(chosen, plain_url(server.port()), with).status == 404);
 }
 
-TEST_CASE("a proxy of the environment that is none is a failure of its stage, without its password") {
+TEST_CASE("an invalid proxy in the environment is a failure of its stage, without its password") {
     for (const char* value : {"http://anna:secret@h:x/", "https://anna:secret@h/", "socks5://anna:secret@h/"}) {
         CAPTURE(value);
         const Environment environment(Environment::Variables{{"http_proxy", value}});
@@ -1119,7 +1119,7 @@ TEST_CASE("a certificate is checked: its authority, its dates, its host and its 
     }
 }
 
-TEST_CASE("without options, a certificate of no authority of the system is refused") {
+TEST_CASE("without options, a certificate whose authority the system does not trust is refused") {
     RunningServer running;
     running.server.route<test::Echo>("/");
     test::listen_tls(running.server, "0");
@@ -1132,7 +1132,7 @@ TEST_CASE("without options, a certificate of no authority of the system is refus
     CHECK(contains(error.sentence, "certificate verify failed"));
 }
 
-TEST_CASE("a pinned key is required, also of a certificate that nobody signed") {
+TEST_CASE("a pinned key is required, also if any certificate is accepted") {
     RunningServer running;
     running.server.route<test::Echo>("/");
     test::listen_tls(running.server, "0");
@@ -1250,7 +1250,7 @@ TEST_CASE("https_proxy is the proxy for wss, also in upper case") {
     }
 }
 
-TEST_CASE("a revoked certificate is refused if there is a revocation list, and so is one without a list") {
+TEST_CASE("a revoked certificate is refused, and so is a certificate whose authority has no revocation list") {
     const Authority authority;
     const auto outcome = [&](const std::string& certificate, const std::string& lists) -> std::string {
         RunningServer running;
@@ -1309,7 +1309,7 @@ TEST_CASE("a client sends its certificate to a server that requests one") {
     CHECK(without.count("open") == 0);
 }
 
-TEST_CASE("a server that does not speak TLS, or says nothing, fails in the stage of TLS") {
+TEST_CASE("a server that does not speak TLS or sends nothing fails in the stage of TLS") {
     const Raw plain(answering("HTTP/1.1 400 x\r\n\r\n"));
     const Raw hangs_up([](RawClient& connection, int) { connection.read_some(); });
     const Raw silent([](RawClient& connection, int) { connection.read_to_end(); });
@@ -1345,7 +1345,7 @@ TEST_CASE("a redirect from wss to ws is not followed") {
     CHECK(error.sentence == "A redirect from wss:// to ws:// is not followed: it gives up the encryption.");
 }
 
-TEST_CASE("messages over TLS come back whole") {
+TEST_CASE("messages over TLS are echoed unchanged") {
     RunningServer running;
     running.server.route<test::Echo>("/");
     test::listen_tls(running.server, "0");
@@ -1361,7 +1361,7 @@ TEST_CASE("messages over TLS come back whole") {
 
 #else
 
-TEST_CASE("a program without TLS says so") {
+TEST_CASE("a program without TLS reports it for wss") {
     Story story;
     const ConnectError& error = only_failure(story, "wss://localhost/", reconnecting());
     CHECK(error.stage == ConnectStage::url);
@@ -1601,7 +1601,7 @@ TEST_CASE("a connection that lived long enough resets the delay") {
     CHECK(story.count("open") == connections);
 }
 
-TEST_CASE("fifty restarts of a server lose no client and double none") {
+TEST_CASE("after fifty restarts of a server each client is connected once") {
     int port = 0;
     Client client(test::poller_kind());
     Story story;
@@ -1719,7 +1719,7 @@ TEST_CASE("callbacks may connect, disconnect and shut down") {
     CHECK_THROWS_AS(client.disconnect(1, CloseCode::abnormal), wschat::Error);
 }
 
-TEST_CASE("a shutdown closes with 1001, and drops at its deadline what does not answer") {
+TEST_CASE("a shutdown closes with 1001, and aborts connections that do not answer by its deadline") {
     const Raw silent([](RawClient& connection, int) {
         connection.read_until("\r\n\r\n");
         connection.send(accept_response(connection.received));

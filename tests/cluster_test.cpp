@@ -224,7 +224,7 @@ std::uint64_t figure(const MetricSource& source, const std::string& name) {
 
 TEST_SUITE_BEGIN("cluster");
 
-TEST_CASE("a history in Redis does what every store must do") {
+TEST_CASE("a history in Redis passes the tests of every store") {
     const RedisServer redis;
     int stores = 0;
     const test::StoreFactory make = [&](const HistoryLimits& limits) {
@@ -269,7 +269,7 @@ TEST_CASE("a URL of Redis that cannot be used is an Error, without the password"
     CHECK(contains(error("redis://user@h"), "a user or a password is incomplete"));
 }
 
-TEST_CASE("a Redis that cannot be used at the start is an Error, after a bounded time") {
+TEST_CASE("a Redis that cannot be used at the start is an Error after a limited time") {
     CHECK(contains(error_of("redis://127.0.0.1:1"), "RedisHistory \"redis://127.0.0.1:1/0\": Connection refused"));
     CHECK(contains(error_of("unix:///tmp/wschat-no-such-socket"), "No such file or directory"));
     RedisServer redis({"--requirepass", "secret"});
@@ -283,7 +283,7 @@ TEST_CASE("a Redis that cannot be used at the start is an Error, after a bounded
     CHECK(contains(error_of(redis.url(":secret@")), "Redis has not answered in time"));
 }
 
-TEST_CASE("a program that is no Redis, or an old one, is refused with a sentence") {
+TEST_CASE("a program that is not Redis, or is an old version, is refused with a sentence") {
     const std::string info = "redis_version:5.0.7\r\nrun_id:0123456789abcdef0123456789abcdef01234567\r\n";
     const FakeRedis old("$" + std::to_string(info.size()) + "\r\n" + info + "\r\n");
     CHECK(contains(error_of(old.url()), "Redis 5.0.7 is too old: version 6 or newer is needed"));
@@ -301,7 +301,7 @@ TEST_CASE("a program that is no Redis, or an old one, is refused with a sentence
 
 #if WSCHAT_OPENSSL
 
-TEST_CASE("rediss:// speaks TLS, and verifies the server") {
+TEST_CASE("rediss:// uses TLS and verifies the server") {
     const test::CertificateFiles files("redis"), others("redis-other", {"elsewhere.example"});
     const int port = RedisServer::free_port();
     const auto start = [&](const std::string& clients) {
@@ -350,7 +350,7 @@ TEST_CASE("rediss:// speaks TLS, and verifies the server") {
 
 #endif
 
-TEST_CASE("several endpoints share the rooms, and each room is whole") {
+TEST_CASE("a history on several endpoints passes the tests of every store") {
     const RedisServer first, second;
     int stores = 0;
     const test::StoreFactory make = [&](const HistoryLimits& limits) {
@@ -366,7 +366,7 @@ TEST_CASE("several endpoints share the rooms, and each room is whole") {
     SUBCASE("export") { test::test_export(make); }
 }
 
-TEST_CASE("while one of several endpoints is away, the rooms of the others go on") {
+TEST_CASE("while one of several endpoints is not reachable, the rooms of the others work") {
     RedisServer first, second;
     const std::vector<std::string> urls{first.url(), second.url()}, same{second.url() + "/0", first.url() + "/0"};
     Node one(urls, quick()), two(same, quick());
@@ -432,7 +432,7 @@ TEST_CASE("while one of several endpoints is away, the rooms of the others go on
     two.wait_for("2:it is back");
 }
 
-TEST_CASE("a list of endpoints spreads the names evenly, and a new one moves only its share") {
+TEST_CASE("a list of endpoints spreads the names evenly, and a new endpoint moves only its share") {
     const auto ring_of = [](int endpoints) {
         std::vector<std::string> urls;
         for (int i = 0; i < endpoints; ++i) urls.push_back("redis://host" + std::to_string(i));
@@ -456,7 +456,7 @@ TEST_CASE("a list of endpoints spreads the names evenly, and a new one moves onl
     CHECK(moved < 3000);
 }
 
-TEST_CASE("two histories of one process on one Redis are as those of two processes") {
+TEST_CASE("two histories of one process on one Redis behave like histories of two processes") {
     const RedisServer redis;
     Node one(redis.url(), quick()), two(redis.url(), quick());
     for (Node* each : {&one, &two}) each->watch();
@@ -466,7 +466,7 @@ TEST_CASE("two histories of one process on one Redis are as those of two process
     for (Node* each : {&one, &two}) each->wait_for("2:hello, you");
 }
 
-TEST_CASE("a hub that watches all rooms hears of each, also of those that it does not watch") {
+TEST_CASE("a hub that watches all rooms gets the entries of each room") {
     const RedisServer redis;
     Node one(redis.url(), options_with("x[*]:")), two(redis.url(), options_with("x[*]:"));
     one.all = true;
@@ -486,7 +486,7 @@ TEST_CASE("a hub that watches all rooms hears of each, also of those that it doe
     one.wait([&] { return contains(redis.cli("pubsub numpat"), "0"); });
 }
 
-TEST_CASE("after a pause of Redis, no hub that lives is forgotten") {
+TEST_CASE("after a pause of Redis, no running hub loses its users") {
     const RedisServer redis;
     Node one(redis.url(), quick()), two(redis.url(), quick());
     for (Node* each : {&one, &two}) each->watch();
@@ -502,7 +502,7 @@ TEST_CASE("after a pause of Redis, no hub that lives is forgotten") {
     CHECK_FALSE(contains(two.heard, "leave"));
 }
 
-TEST_CASE("figures of Redis are in the metrics of the server, and each state is in its log") {
+TEST_CASE("the server has metrics of Redis, and a log entry for each state") {
     RedisServer redis;
     Node node(redis.url(), quick());
     node.watch();
@@ -595,7 +595,7 @@ TEST_CASE("while the store of several servers cannot be read, a handshake gets a
     CHECK(three.id_of_anna() == id);
 }
 
-TEST_CASE("keys of another program are not touched") {
+TEST_CASE("keys of another program do not change") {
     const RedisServer redis;
     redis.cli("set a:meta x");
     redis.cli("hset b:meta x y");
@@ -648,7 +648,7 @@ TEST_CASE("all servers get the messages of a room in one order, each once") {
     one.wait_for("1:conversation ");
 }
 
-TEST_CASE("a server that loses its connections catches up: nothing is lost, nothing comes twice") {
+TEST_CASE("a server that loses its connections reads what it missed: no message is lost or comes twice") {
     const RedisServer redis;
     Node one(redis.url(), options_with("x:")), two(redis.url() + "/0", options_with("x:"));
     for (Node* each : {&one, &two}) each->watch();
@@ -667,7 +667,7 @@ TEST_CASE("a server that loses its connections catches up: nothing is lost, noth
     CHECK(contains(one.logged, "redis_lost"));
 }
 
-TEST_CASE("a message that waits for Redis is kept when Redis is back, with the data of before") {
+TEST_CASE("a message that waits for Redis is kept when Redis is back with its old data") {
     RedisServer redis;
     RedisOptions options = quick();
     options.answer_timeout = 30s;
@@ -709,7 +709,7 @@ TEST_CASE("an empty Redis is a gap for all, and new entries follow") {
     CHECK_FALSE(one.read("tea", HistoryPosition{one.read().epoch, 1}).gap);
 }
 
-TEST_CASE("a Redis that lost its last entries is a gap for those who do not have them") {
+TEST_CASE("a Redis that lost its last entries is a gap for all hubs that do not have them") {
     RedisServer redis({"--appendonly", "no"});
     Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
     for (Node* each : {&one, &two}) each->watch();
@@ -731,7 +731,7 @@ TEST_CASE("a Redis that lost its last entries is a gap for those who do not have
     CHECK(test::summary(resumed) == "1:kept 3:new gap");
 }
 
-TEST_CASE("while Redis is stopped, a message fails within a bound and is not kept later") {
+TEST_CASE("while Redis is stopped, a message fails within a limited time and is not kept later") {
     const RedisServer redis;
     Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
     for (Node* each : {&one, &two}) each->watch();
@@ -801,7 +801,7 @@ TEST_CASE("Redis decides who is present by the rules of PresenceTable") {
     CHECK(*present == table.rooms(10)[0].second);
 }
 
-TEST_CASE("a hub that no longer beats is forgotten, and hears of it if it lives") {
+TEST_CASE("a hub without beats loses its users, and is told if it still runs") {
     using Kind = ChatEntry::Kind;
     const RedisServer redis;
     Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
@@ -828,7 +828,7 @@ TEST_CASE("a hub that no longer beats is forgotten, and hears of it if it lives"
     for (Node* each : {&one, &two}) each->wait([&] { return each->users["tea"] == ""; });
 }
 
-TEST_CASE("what is not kept comes once to all servers, and fails while Redis is away") {
+TEST_CASE("an entry that is not kept reaches all servers once, and fails while Redis is stopped") {
     RedisServer redis;
     Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
     for (Node* each : {&one, &two}) each->watch();
@@ -849,7 +849,7 @@ TEST_CASE("what is not kept comes once to all servers, and fails while Redis is 
     CHECK(one.heard == "0:psst 0:for one failed:for one ");
 }
 
-TEST_CASE("broadcasts of plain rooms reach the rooms of other servers, in order and not their own") {
+TEST_CASE("broadcasts of plain rooms reach the rooms of other servers in order, and not their own room again") {
     RedisServer redis;
     struct Machine {
         explicit Machine(const std::string& url) {
@@ -951,7 +951,7 @@ TEST_CASE("join_cluster() connects the rooms of two servers") {
                          "join_cluster: the server is in a cluster already", Error);
 }
 
-TEST_CASE("a Redis without memory refuses messages, and takes them again later") {
+TEST_CASE("a Redis without memory refuses messages, and accepts them again later") {
     const RedisServer redis;
     Node node(redis.url(), quick());
     node.watch();

@@ -279,7 +279,7 @@ TEST_CASE("the chat sends every message to all clients") {
 }
 
 #if defined(__linux__)
-TEST_CASE("the server in another program's loop sends what is typed to all clients") {
+TEST_CASE("the server in another program's loop sends typed lines to all clients") {
     const std::string path = test::temporary_path("typed");
     REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
     const OwnedDescriptor typed(::open(path.c_str(), O_RDWR | O_CLOEXEC));
@@ -407,7 +407,7 @@ TEST_CASE("the rooms send greetings, members and names, and separate the rooms")
     CHECK(contains(next_with(anna, "\"users\""), "\"name\":\"Anna\"}]"));
 }
 
-TEST_CASE("another program says something in a room of the chat, if it has the token") {
+TEST_CASE("another program sends a message to a room of the chat, if it has the token") {
     Program program({example("publish"), "0", "--token", "secret"});
     WsClient anna(program.port(), "/chat/tea?name=Anna");
     const auto status = [&](std::string_view token, std::string_view body) {

@@ -855,7 +855,7 @@ private:
 
 TEST_SUITE_BEGIN("faults");
 
-TEST_CASE("without faults the scenario has no complaints, and makes every call") {
+TEST_CASE("without faults the scenario succeeds, and makes every call") {
     for (const Ending ending : {Ending::shutdown, Ending::signal}) {
         const Scenario scenario({}, Victims::none, ending);
         CHECK(scenario.complaints() == "");
@@ -1065,7 +1065,7 @@ TEST_CASE("a failed allocation in a chat disturbs one connection at most") {
               ScenarioKind::chat);
 }
 
-TEST_CASE("a signal shuts down the server also if an allocation fails") {
+TEST_CASE("a signal shuts down the server even if an allocation fails") {
     sweep({Call::allocate, ENOMEM}, Victims::one, Ending::signal, {}, step_of(4));
 }
 

@@ -72,7 +72,7 @@ TEST_SUITE_BEGIN("handler");
 
 // ---- one handler ----------------------------------------------------------------------------------------------------
 
-TEST_CASE("a HandlerTest gives messages to a handler and has what it sends") {
+TEST_CASE("a HandlerTest passes messages to a handler and returns its messages") {
     HandlerTest<Chat> test("/chat?name=Anna");
     CHECK(test.client.is_open());
     CHECK(test.client.response().status() == 101);
@@ -251,7 +251,7 @@ TEST_CASE("a TestRequest sets headers, origin, host, address and subprotocols") 
     CHECK(contains(error_of([&] { server.connect("/a b"); }), "the target has a space"));
 }
 
-TEST_CASE("a TestServer checks origins, hosts, routes and limits as any server") {
+TEST_CASE("a TestServer checks origins, hosts, routes and limits like any server") {
     ServerOptions options;
     options.server_limits.max_connections_per_address = 1;
     TestServer server(options);

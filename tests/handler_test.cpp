@@ -203,7 +203,7 @@ TEST_SUITE("handler") {
         CHECK(contains(client.head, "Location: /login\r\n"));
     }
 
-    TEST_CASE("the default check_origin accepts the own host and allow_origins") {
+    TEST_CASE("the default check_origin accepts the server's host and allow_origins") {
         struct Row {
             std::string origin;  // PORT is the server's
             std::vector<std::string> allowed;
@@ -459,7 +459,7 @@ TEST_SUITE("handler") {
         }
     }
 
-    TEST_CASE("what a trusted proxy writes in the place of an address is logged if it is none") {
+    TEST_CASE("a text that a trusted proxy writes in place of an address is logged") {
         Fixture fixture;
         fixture.running.server.trusted_proxies({"127.0.0.1", "10.0.0.0/8"});
         fixture.start();
@@ -1173,7 +1173,7 @@ TEST_SUITE("handler") {
         CHECK(fixture.script.events.count("drain") == 1);
     }
 
-    TEST_CASE("with the close policy a slow peer is closed with 1008 and can read what was queued") {
+    TEST_CASE("with the close policy a slow peer is closed with 1008 and can read the queued messages") {
         const test::OneLoop one_loop;
         wschat::Limits limits;
         limits.closing_timeout = test::deadline;
@@ -1385,7 +1385,7 @@ TEST_SUITE("handler") {
         CHECK(client.connection.close_reason() == "from outside");
     }
 
-    TEST_CASE("work for a handler that is gone is dropped") {
+    TEST_CASE("work for a handler that no longer exists is dropped") {
         const test::OneLoop one_loop;
         Fixture fixture;
         fixture.start();

@@ -151,7 +151,7 @@ std::unique_ptr<Server> server_with_descriptors(rlim_t limit, int report) {
 
 TEST_SUITE_BEGIN("limits");
 
-TEST_CASE("input is served up to each limit, and past the limit it is refused and counted") {
+TEST_CASE("input is served up to each limit, and above the limit it is refused and counted") {
     for (const InputLimit& row : input_limits) {
         Limits limits;
         row.set(limits, row.limit);
@@ -209,7 +209,7 @@ TEST_CASE("a backlog can reach its limit, and the next message is dropped or clo
         }
 }
 
-TEST_CASE("all backlogs together can reach their limit, and past it the largest connection is closed") {
+TEST_CASE("all backlogs together can reach their limit, and above it the largest connection is closed") {
     const test::OneLoop one_loop;
     Limits limits;
     ServerLimits server_limits;
@@ -286,7 +286,7 @@ TEST_CASE("connections past max_connections or max_connections_per_address are c
     }
 }
 
-TEST_CASE("past max_connections 32 refusals at once get an answer, and the others are only closed and counted") {
+TEST_CASE("above max_connections 32 refusals at once get an answer, and the others are only closed and counted") {
     Limits limits;
     ServerLimits server_limits;
     server_limits.max_connections = 1;

@@ -826,7 +826,7 @@ TEST_SUITE("rooms") {
         CHECK(loops.received(bert) == Texts{"hi"});
     }
 
-    TEST_CASE("who leaves before a broadcast arrives at the loop does not get it") {
+    TEST_CASE("a member that leaves before a broadcast arrives at its loop does not get it") {
         ThreeLoops loops;
         TestClient anna = loops.connect(0, "tea"), bert = loops.connect(1, "tea"), cleo = loops.connect(1, "tea");
         loops.room(0, "tea").broadcast("one");
@@ -842,7 +842,7 @@ TEST_SUITE("rooms") {
         CHECK(loops.received(anna) == Texts{"one", "two"});
     }
 
-    TEST_CASE("the directory forgets a room when no loop has it") {
+    TEST_CASE("the directory removes a room when no loop has it") {
         ThreeLoops loops;
         CHECK(loops.directory->size() == 0);
         {
@@ -859,7 +859,7 @@ TEST_SUITE("rooms") {
         for (std::size_t i = 0; i < 3; ++i) loops.run(i);
     }
 
-    TEST_CASE("a room of a second set counts once, on however many loops it is") {
+    TEST_CASE("a room of a second set counts once, even on several loops") {
         ThreeLoops loops;
         wschat::Rooms second0(&loops.servers[0].rooms()), second1(&loops.servers[1].rooms());
         second0["tea"];
@@ -892,7 +892,7 @@ TEST_SUITE("rooms") {
         CHECK(loops.received(bert).size() == 1);
     }
 
-    TEST_CASE("the bus hears of rooms with members, and of each broadcast once, on the first loop") {
+    TEST_CASE("the bus gets each room with members and each broadcast once, on the first loop") {
         struct Bus final : RoomBus {
             void subscribe(const std::string& room) override { calls.push_back("subscribe " + room); }
             void unsubscribe(const std::string& room) override { calls.push_back("unsubscribe " + room); }

@@ -124,7 +124,7 @@ TEST_SUITE_BEGIN("server");
 
 // ---- rates ----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("messages past messages_per_second are delayed, none is lost, and others do not wait") {
+TEST_CASE("messages above messages_per_second are delayed, none is lost, and other peers do not wait") {
     Limits limits;
     limits.messages_per_second = 200;
     limits.messages_burst = 2;
@@ -165,7 +165,7 @@ TEST_CASE("a shutdown does not wait for messages that the rate delays") {
     CHECK(running.server.metrics().close_codes.at(CloseCode::going_away) == 1);
 }
 
-TEST_CASE("a peer that hangs up while the rate delays its messages is still heard to the end") {
+TEST_CASE("all messages of a peer that hangs up while the rate delays them are still delivered") {
     Limits limits;
     limits.messages_per_second = 100;
     limits.messages_burst = 1;
@@ -179,7 +179,7 @@ TEST_CASE("a peer that hangs up while the rate delays its messages is still hear
 
 // ---- keep-alive -----------------------------------------------------------------------------------------------------
 
-TEST_CASE("an answer that keeps the connection alive announces for how long") {
+TEST_CASE("an answer that keeps the connection alive announces the time") {
     RunningServer running;
     running.server.get("/", [](const Request&) { return Response(200, "hello"); });
     running.start();
@@ -233,7 +233,7 @@ TEST_CASE("an idle connection ends with a FIN, not with a reset") {
     CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
 }
 
-TEST_CASE("a request that arrives before the server closes an idle connection is answered, however late the loop is") {
+TEST_CASE("a request that arrives before the server closes an idle connection is answered, even by a late loop") {
     RunningServer running(with_keep_alive(20ms));
     running.server.get("/", [](const Request&) { return Response(200, "hello"); });
     running.start();
@@ -498,7 +498,7 @@ TEST_CASE("listen_inherited() without sockets for this process is an Error with 
     }
 }
 
-TEST_CASE("systemd is told when run() starts and when the shutdown begins") {
+TEST_CASE("run() tells systemd that it is ready and that the shutdown begins") {
     for (const bool abstract : {false, true}) {
         const std::string path = temporary_path("notify.sock");
         sockaddr_un name{};
@@ -599,7 +599,7 @@ TEST_CASE("a PROXY header can arrive in any two pieces, and byte by byte") {
     }
 }
 
-TEST_CASE("a connection without a valid PROXY header is closed and counted, and the log says so once") {
+TEST_CASE("a connection without a valid PROXY header is closed and counted, and logged once") {
     const test::OneLoop one_loop;
     ProxiedServer running;
     const std::string headers[] = {
@@ -674,7 +674,7 @@ TEST_CASE("the limit for one address applies to the address in the PROXY header"
     CHECK(contains(connect("192.0.2.1").received, " 101 "));
 }
 
-TEST_CASE("past max_connections a proxied peer gets its 503 after its PROXY header") {
+TEST_CASE("above max_connections a proxied peer gets its 503 after its PROXY header") {
     ServerLimits server_limits;
     server_limits.max_connections = 1;
     ProxiedServer running(test::with_server_limits(server_limits));
@@ -730,7 +730,7 @@ void probe(int port) {
         }
 }
 
-TEST_CASE("port scanners, checks of the port and clients of other protocols make no log line above debug") {
+TEST_CASE("port scanners, checks of the port and clients of other protocols cause only debug entries") {
     // FAULTS 81
     LogLines log;
     for (const bool tls : {false, true}) {

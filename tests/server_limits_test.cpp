@@ -131,7 +131,7 @@ TEST_SUITE_BEGIN("server");
 
 // ---- the number of connections --------------------------------------------------------------------------------------
 
-TEST_CASE("past max_connections a peer gets a 503, until another connection ends") {
+TEST_CASE("above max_connections a peer gets a 503, until another connection ends") {
     ServerLimits server_limits;
     server_limits.max_connections = 2;
     EchoServer running(with_server_limits(server_limits));
@@ -156,7 +156,7 @@ TEST_CASE("past max_connections a peer gets a 503, until another connection ends
     CHECK(WsClient(running.port()).is_open());
 }
 
-TEST_CASE("past max_connections_per_address an address gets a 503, and other addresses do not") {
+TEST_CASE("above max_connections_per_address an address gets a 503, and other addresses do not") {
     ServerLimits server_limits;
     server_limits.max_connections_per_address = 2;
     EchoServer running(with_server_limits(server_limits));
@@ -385,7 +385,7 @@ TEST_CASE("in a room of twenty a member that does not read is closed, and the ot
     CHECK(contains(slow.received, hex("03 f0") + "the peer reads too slowly"));
 }
 
-TEST_CASE("past max_total_backlog the connection with the largest backlog is closed, and the others stay open") {
+TEST_CASE("above max_total_backlog the connection with the largest backlog is closed, and the others stay open") {
     Limits limits;
     ServerLimits server_limits;
     limits.max_backlog = 64 * 1024 * 1024;
@@ -562,7 +562,7 @@ TEST_CASE("the loop ignores events of connections that ended in the same batch")
         if (i % 3 != 0) CHECK(clients[i]->raw.read_to_end());
 }
 
-TEST_CASE("a server does not change SIGPIPE, and a peer that has gone raises none") {
+TEST_CASE("a server does not change SIGPIPE, and a closed peer raises no signal") {
     static volatile std::sig_atomic_t raised;
     raised = 0;
     SignalAction count{}, before{};

@@ -145,7 +145,7 @@ TEST_CASE("the messages of each sender arrive in order on all loops") {
     }
 }
 
-TEST_CASE("a callback runs on the loop of its connection, and finds that loop by loop()") {
+TEST_CASE("a callback runs on the loop of its connection, and loop() returns that loop") {
     struct Handler : WebSocketHandler {
         void on_message(const Message&) override {
             Loop& mine = server().loop();
@@ -253,7 +253,7 @@ TEST_CASE("loop().stop() in a callback of any loop ends run()") {
     }
 }
 
-TEST_CASE("metrics are the sum of all loops, and are there for each loop") {
+TEST_CASE("metrics are the sum of all loops, and each loop has its own") {
     HandlerServer<Member> running(with_loops());
     const auto clients = connect_members(running.port(), 9);
     clients[0]->send("one");
@@ -286,7 +286,7 @@ TEST_CASE("metrics do not wait for a loop that is busy") {
     CHECK(running.metrics().connections_open == 9);  // as of its latest answer
 }
 
-TEST_CASE("the page of metrics has the sum and the figures of each loop") {
+TEST_CASE("the page of metrics has the sums and the values of each loop") {
     RunningServer running(with_loops());
     running.server.metrics_page("/metrics");
     running.server.route<Member>("/");
@@ -298,7 +298,7 @@ TEST_CASE("the page of metrics has the sum and the figures of each loop") {
         CHECK(contains(page, "\nwschat_loop_websockets_open{loop=\"" + std::string(loop) + "\"} 2\n"));
 }
 
-TEST_CASE("what several loops share cannot change while they run") {
+TEST_CASE("settings that several loops share cannot change while they run") {
     HandlerServer<Member> running(with_loops());
     const auto error = [&](const std::function<void()>& call) {
         return running.on_loop([&] { return test::error_of(call); });
@@ -353,7 +353,7 @@ TEST_CASE("log entries of several loops come one at a time") {
                         [](const std::string& line) { return contains(line, "on purpose"); }) == 12);
 }
 
-TEST_CASE("broadcasts for a loop that is too far behind are dropped and counted") {
+TEST_CASE("broadcasts for a loop with too many waiting bytes are dropped and counted") {
     ServerOptions options = with_loops(2);
     options.server_limits.max_loop_backlog = 100'000;
     HandlerServer<Member> running(options);

@@ -100,7 +100,7 @@ TEST_CASE("allow_origins() accepts web pages, apps, extensions, and a wildcard f
     }
 }
 
-TEST_CASE("without allow_origins() only web pages of the own host are allowed") {
+TEST_CASE("without allow_origins() only web pages of the server's host are allowed") {
     for (const std::string origin : {"http://own.example", "https://own.example", "ws://own.example",
                                      "wss://own.example", "https://own.example/", "wss://own.example:443/"}) {
         CAPTURE(origin);
@@ -116,7 +116,7 @@ TEST_CASE("without allow_origins() only web pages of the own host are allowed") 
     CHECK_FALSE(allowed({}, "file://", "file"));
 }
 
-TEST_CASE("over https a page over http is foreign, also on the own host, unless it is listed") {
+TEST_CASE("over https a page over http is foreign, even on the server's host, unless it is listed") {
     for (const std::string origin : {"http://own.example", "ws://own.example", "http://own.example:443"}) {
         CAPTURE(origin);
         CHECK_FALSE(allowed({}, origin, "own.example", true));

@@ -323,7 +323,7 @@ TEST_CASE("poll() of a server in a callback is an Error") {
     CHECK(error == "poll: the loop is running already");
 }
 
-TEST_CASE("a signal between two polls shuts the server down, and then has its old effect") {
+TEST_CASE("a signal between two polls shuts the server down, and the next signal has its old effect") {
     static volatile std::sig_atomic_t own = 0;
     const test::Disposition terminate(SIGTERM, [](int) { own = 1; });
     ServerOptions options = test_options();
@@ -365,7 +365,7 @@ TEST_CASE("a server that has ended serves again after listen(), and run() withou
     CHECK(server.metrics().websockets_opened == 3);
 }
 
-TEST_CASE("a late shutdown() and an old deadline do not end what listens after the end") {
+TEST_CASE("a late shutdown() and an old deadline do not end a server that listens again") {
     Server server(test_options());
     server.route<Echo>("/");
     test::listen(server);

@@ -297,7 +297,7 @@ TEST_CASE("OPTIONS is answered with the methods of a path") {
     CHECK(allowed("*") == "204 GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
 }
 
-TEST_CASE("pages of allowed origins may read answers, after a preflight where it is needed") {
+TEST_CASE("pages of allowed origins may read answers, after a preflight if it is necessary") {
     RunningServer running;
     running.server.get("/", mirror);
     running.server.put("/", mirror);
@@ -380,7 +380,7 @@ TEST_CASE("default headers are on each answer that does not set them itself") {
     CHECK(contains(error_of([&] { running.server.file("/2", file.path, {{"A", "\r\n"}}); }), "is not a header field"));
 }
 
-TEST_CASE("the program answers where there is nothing") {
+TEST_CASE("the program answers for a path without a page") {
     RunningServer running;
     running.server.not_found([](const Request& r) { return Response(404, "No " + r.path() + " here."); });
     running.start();
@@ -389,7 +389,7 @@ TEST_CASE("the program answers where there is nothing") {
     CHECK(answer.body == "No /a b here.");
 }
 
-TEST_CASE("the program answers also for a file that is not in a folder, or no longer there") {
+TEST_CASE("the program also answers for a file that is not in a folder, or no longer exists") {
     test::TemporaryFolder folder;
     const std::string file = folder.write("b.txt", "b");
     RunningServer running;
@@ -433,7 +433,7 @@ TEST_CASE("a cookie has safe attributes, and one that would split the header is 
 
 #if WSCHAT_OPENSSL
 
-TEST_CASE("a signed cookie is that of Tornado, and one that was changed, aged or renamed is not accepted") {
+TEST_CASE("a signed cookie is that of Tornado, and a changed, old or renamed cookie is not accepted") {
     // From tornado.web.create_signed_value(), version 2.
     const std::string key = "a key of 32 bytes for the tests.", value = "Anna & Bo";
     const std::string made =
@@ -560,7 +560,7 @@ TEST_CASE("each answer is in the access log once, with its path and without its 
                                             "127.0.0.1   400 32"});
 }
 
-TEST_CASE("the page of metrics is there for allowed addresses only") {
+TEST_CASE("only allowed addresses get the page of metrics") {
     RunningServer running;
     running.server.metrics_page("/all");
     running.server.metrics_page("/local", {"10.0.0.0/8", "127.0.0.1"});
@@ -591,7 +591,7 @@ TEST_CASE("the server visits each open handler, which may be closed then") {
     for (const auto& client : clients) CHECK(client->close_code() == CloseCode{4000});
 }
 
-TEST_CASE("another thread sees how much a HandlerRef has written that the peer has not read") {
+TEST_CASE("another thread sees how many written bytes of a HandlerRef the peer has not read") {
     const test::OneLoop one_loop;
     struct Member : WebSocketHandler {
         explicit Member(HandlerRef& self) : self_(self) {}
@@ -629,7 +629,7 @@ TEST_CASE("another thread sees how much a HandlerRef has written that the peer h
 
 // ---- answers that come later ----------------------------------------------------------------------------------------
 
-TEST_CASE("a page may be answered later, from another thread, while others are served") {
+TEST_CASE("a page may be answered later from another thread, while other requests are served") {
     ReplyServer running;
     RawClient slow(running.port()), fast(running.port());
     // A request that is pipelined behind waits for its turn.
@@ -656,7 +656,7 @@ TEST_CASE("a Reply that is used at once, in the page's function, is an ordinary 
     CHECK(fetch(running.port(), "/", {}, "HEAD").header("content-length") == "1");
 }
 
-TEST_CASE("a Reply that is destroyed unused answers 500, and so does one of a function that throws") {
+TEST_CASE("a Reply that is destroyed unused answers 500, and so does a function that takes one and throws") {
     const test::OneLoop one_loop;
     ReplyServer running;
     running.server.get("/throws", [](const Request&, Reply) { throw std::runtime_error("no"); });
@@ -670,7 +670,7 @@ TEST_CASE("a Reply that is destroyed unused answers 500, and so does one of a fu
     CHECK(running.log.has("what=\"no\""));
 }
 
-TEST_CASE("a Reply whose client or whose server has gone has no effect and says so") {
+TEST_CASE("a Reply whose client or server no longer exists has no effect and returns false") {
     Reply after_server;
     {
         ReplyServer running;
@@ -689,7 +689,7 @@ TEST_CASE("a Reply whose client or whose server has gone has no effect and says 
     CHECK_FALSE(Reply().send(Response(200)));
 }
 
-TEST_CASE("a client that has shut its sending side still gets the answer that comes later") {
+TEST_CASE("a client that has shut its sending side still gets a later answer") {
     ReplyServer running;
     RawClient client(running.port());
     client.send(request("/"));
@@ -737,7 +737,7 @@ private:
 
 }  // namespace
 
-TEST_CASE("500 clients log in at once with a slow look-up, and nobody else waits") {
+TEST_CASE("500 clients log in at once with a slow look-up, and no other client waits") {
     Pool pool;
     RunningServer running;
     running.server.route<Member>("/chat", std::ref(pool));
@@ -807,7 +807,7 @@ struct WaitingServer : RunningServer {
 
 }  // namespace
 
-TEST_CASE("the deadline of a handshake holds while its answer is awaited") {
+TEST_CASE("the deadline of a handshake still applies while its Reply is not used") {
     WaitingServer running(test::with_handshake_timeout(100ms));
     RawClient client(running.port());
     client.send(test::upgrade_request());
@@ -817,7 +817,7 @@ TEST_CASE("the deadline of a handshake holds while its answer is awaited") {
     CHECK(running.metrics().websockets_opened == 0);
 }
 
-TEST_CASE("a client that hangs up while its handshake waits is forgotten") {
+TEST_CASE("a client that hangs up while its handshake waits is removed") {
     WaitingServer running;
     Reply reply;
     {
@@ -830,7 +830,7 @@ TEST_CASE("a client that hangs up while its handshake waits is forgotten") {
     CHECK(running.eventually([&] { return running.server.metrics().connections_open == 0; }));
 }
 
-TEST_CASE("a handshake whose answer comes during a shutdown is refused") {
+TEST_CASE("a handshake whose Reply is used during a shutdown is refused") {
     WaitingServer running;
     RawClient client(running.port());
     client.send(test::upgrade_request());

@@ -217,7 +217,7 @@ TEST_CASE("all messages of a peer that hangs up at once are delivered, also over
     CHECK(messages == 2000);
 }
 
-TEST_CASE("input that arrives while the last answer leaves is not a request") {
+TEST_CASE("input that arrives while the last answer is being sent is not a request") {
     std::atomic<bool> hold{true}, released{false};
     FakeTransport::Behavior behavior;
     behavior.hold = &hold;

@@ -174,7 +174,7 @@ TEST_CASE("a path that no pattern matches has no WebSocket") {
     }
 }
 
-TEST_CASE("of several patterns that match, text wins over a parameter, and a parameter wins over {rest...}") {
+TEST_CASE("if several patterns match, text wins over a parameter, and a parameter wins over {rest...}") {
     const std::vector<std::string> patterns = {"/{rest...}", "/chat/{rest...}", "/{user}/{room}", "/chat/{room}",
                                                "/chat/tea"};
     const struct {

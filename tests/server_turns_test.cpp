@@ -129,7 +129,7 @@ TEST_CASE("one session handles a bounded number of messages in one turn, and con
     CHECK(work.most_in_turn <= 1000);
 }
 
-TEST_CASE("fifty sessions with many small messages do not keep the loop in one turn") {
+TEST_CASE("fifty sessions with many small messages do not extend a turn of the loop") {
     const test::OneLoop one_loop;
     // An honest session is served once in each turn. It waits at most for the work of one turn.
     Work work;
@@ -217,7 +217,7 @@ TEST_CASE("one session inflates a bounded number of bytes in one turn") {
     CHECK(running.work.most_in_turn <= 4 * mib);
 }
 
-TEST_CASE("twenty sessions that inflate much do not keep the loop in one turn") {
+TEST_CASE("twenty sessions that inflate much do not extend a turn of the loop") {
     const test::OneLoop one_loop;
     if (!compression_available) return;
     InflatingServer running;

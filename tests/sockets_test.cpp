@@ -583,7 +583,7 @@ TEST_CASE("for port 0 the system picks a different port for each listener") {
     CHECK(connect_to(first.address()));
 }
 
-TEST_CASE("a listener accepts connections with their addresses, and reports when none is left") {
+TEST_CASE("a listener accepts connections with their addresses, and reports when no connection waits") {
     BoundListener listener;
     IpAddress peer;
     int error = 0;
@@ -970,7 +970,7 @@ TEST_CASE("a poller reports a writable socket until the kernel accepts no more")
     });
 }
 
-TEST_CASE("a poller reports only the events that change asked for last") {
+TEST_CASE("a poller reports only the events of the last change") {
     for_each_poller([&](Poller& poller) {
         WatchedPair pair(poller, false, false);
         send(pair.peer, "a");
@@ -1004,7 +1004,7 @@ TEST_CASE("after the peer ends its sending side the socket is readable and not b
     });
 }
 
-TEST_CASE("each wait reports a broken connection until it is removed, whatever is watched") {
+TEST_CASE("each wait reports a broken connection until it is removed, for each set of watched events") {
     for_each_poller([&](Poller& poller) {
         BrokenConnection broken(poller);
         for (int i = 0; i < 3; ++i) CHECK(broken.events(20'000) == "b");
@@ -1045,7 +1045,7 @@ TEST_CASE("after this side ends its sending side the socket is not broken until 
     });
 }
 
-TEST_CASE("a poller waits while the peer only sends, or ends its sending side, and nothing is watched for") {
+TEST_CASE("a poller that watches for nothing waits while the peer sends or ends its sending side") {
     for_each_poller([&](Poller& poller) {
         WatchedPair pair(poller, false, false), other(poller, true, false);
         send(pair.peer, "ab");
@@ -1292,7 +1292,7 @@ TEST_CASE("each error of sockets and files has its name in the text") {
     }
 }
 
-TEST_CASE("an address has 32 or 128 bits, and that of a Unix socket has none") {
+TEST_CASE("an IP address has 32 or 128 bits, and the address of a Unix socket has none") {
     CHECK(address("127.0.0.1").bits() == 32);
     CHECK(address("::1").bits() == 128);
     CHECK(IpAddress().bits() == 0);

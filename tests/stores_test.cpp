@@ -93,7 +93,7 @@ struct Chat : RunningServer {
 
 TEST_SUITE_BEGIN("stores");
 
-TEST_CASE("a history in a file does what every store must do") {
+TEST_CASE("a history in a file passes the tests of every store") {
     std::vector<std::unique_ptr<DatabaseFile>> files;
     const test::StoreFactory make = [&](const HistoryLimits& limits) {
         files.push_back(std::make_unique<DatabaseFile>());
@@ -237,7 +237,7 @@ TEST_CASE("a file of the third version is migrated and keeps its entries, tags a
     CHECK(append(*std::make_unique<SqliteFile>(temporary.path, SqliteOptions()), entry("x")) == 1700000000000003);
 }
 
-TEST_CASE("a file of the fifth version is migrated, and finds what it knows about rooms by the folded names") {
+TEST_CASE("a file of the fifth version is migrated, and its facts about rooms have the folded names") {
     const DatabaseFile temporary;
     {
         SqliteFile file(temporary.path, {});
@@ -272,7 +272,7 @@ TEST_CASE("a file of the fifth version is migrated, and finds what it knows abou
     CHECK(summary_of(file.since("tea room", std::nullopt, 50)) == "1one ");
 }
 
-TEST_CASE("a room whose entries expire earlier than others is swept while nobody speaks, also after a restart") {
+TEST_CASE("entries of a room with a shorter age expire while nobody writes, also after a restart") {
     const DatabaseFile temporary;
     ChatEntry first = entry("old"), other = entry("stays", "", "hall");
     first.retention = ChatEntry::Retention{std::nullopt, 1h};
@@ -317,7 +317,7 @@ TEST_CASE("a position is known after restarts, and unknown after a copy of the f
     CHECK(summary_of(file.since("tea", at(file, 4), 50)) == "5E ");
 }
 
-TEST_CASE("positions stay right while a file is restored from copies again and again") {
+TEST_CASE("positions stay correct while a file is restored from copies many times") {
     // A model: what each position has seen. The file has had everything that the position has, or it says gap.
     std::mt19937 random(7);
     const DatabaseFile live;
@@ -360,7 +360,7 @@ TEST_CASE("positions stay right while a file is restored from copies again and a
     CHECK(resumed > 100);
 }
 
-TEST_CASE("a second server on a file waits for the first one, and then is an Error that names it") {
+TEST_CASE("a second server on a file waits for the first one, and then gets an Error that names it") {
     const DatabaseFile temporary;
     SqliteOptions options;
     options.lock_timeout = Duration::zero();
@@ -425,7 +425,7 @@ TEST_CASE("old entries are deleted when the file is opened") {
     CHECK(file.since("many", std::nullopt, 50).last_id == 5000);
 }
 
-TEST_CASE("the index for the search is made again when a program without FTS5 has used the file") {
+TEST_CASE("the index for the search is built again when a program without FTS5 has used the file") {
     const DatabaseFile temporary;
     {
         SqliteFile file(temporary.path, {});
@@ -444,7 +444,7 @@ TEST_CASE("the index for the search is made again when a program without FTS5 ha
     CHECK(summary_of(file.search("tea", "tea", 50)) == "1green tea 2black tea 3red tea ");
 }
 
-TEST_CASE("an index for the search that does not fit the entries is made again by the next change") {
+TEST_CASE("an index for the search that does not match the entries is built again by the next change") {
     const DatabaseFile temporary;
     SqliteOptions options;
     options.limits.max_entries = 2;
@@ -567,7 +567,7 @@ TEST_CASE("a message is acknowledged after the commit, and a client can resume a
     CHECK(next_with(anna, "\"t1\"") == "{\"type\":\"ack\",\"room\":\"tea\",\"tag\":\"t1\",\"id\":1}");
 }
 
-TEST_CASE("what moderators decide, what was read, and what waits in private is there after a restart") {
+TEST_CASE("decisions of moderators, read markers and waiting private messages survive a restart") {
     const DatabaseFile temporary;
     const std::string history = "\"type\":\"history\"", bert_key = "/chat/tea?name=Bert&key=bert-secret";
     {
@@ -1059,7 +1059,7 @@ private:
 
 }  // namespace
 
-TEST_CASE("whatever is killed, restored or unreadable, a client sees every message once or hears of a gap") {
+TEST_CASE("if servers are killed and files restored or unreadable, a client gets every message once or a gap") {
     for (const unsigned seed : {1u, 2u, 3u}) {
         CAPTURE(seed);
         std::mt19937 random(seed);

@@ -611,7 +611,7 @@ TEST_CASE("a client cannot renegotiate") {
     CHECK(pair.server.failure() == "sslv3 alert handshake failure");
 }
 
-TEST_CASE("a peer may update its keys, but the unread answers are bounded") {
+TEST_CASE("a peer may update its keys, but the number of unread answers is limited") {
     Pair pair;
     pair.connect();
     const auto change_keys = [&] {
@@ -693,7 +693,7 @@ TEST_CASE("a client resumes a session with a ticket") {
     }
 }
 
-TEST_CASE("an error behind data is reported without more input") {
+TEST_CASE("an error after data is reported without more input") {
     for (const int version : versions) {
         Pair pair(version);
         pair.connect();
@@ -711,7 +711,7 @@ TEST_CASE("an error behind data is reported without more input") {
 
 // ---- what a peer can cost -------------------------------------------------------------------------------------------
 
-TEST_CASE("before a whole ClientHello a stream holds what has arrived") {
+TEST_CASE("before a whole ClientHello a stream needs memory only for the received bytes") {
     REQUIRE(openssl_memory.installed);
     const CertificateFiles files("announced");
     const auto context = server_context(files.options());
@@ -730,7 +730,7 @@ TEST_CASE("before a whole ClientHello a stream holds what has arrived") {
     }
 }
 
-TEST_CASE("an established stream holds what has arrived of a record") {
+TEST_CASE("an established stream needs memory only for the received bytes of a record") {
     for (const int version : versions) {
         Pair pair(version);
         pair.connect();
@@ -899,7 +899,7 @@ TEST_CASE("an attempt to renegotiate counts as a key update") {
     CHECK(pair.server.take_control_records() == 0);
 }
 
-TEST_CASE("records that have no data end the stream, or are bounded or counted") {
+TEST_CASE("records without data end the stream, or are limited or counted") {
     const auto forged = [](TlsStream& server, std::string_view content, char type, int count) {
         RecordForge forge;
         for (int i = 0; i < count && server.failure().empty(); ++i) feed(server, forge.record(content, type));

@@ -414,18 +414,18 @@ TEST_CASE("routing allocates nothing before a path matches") {
     }
 }
 
-TEST_CASE("between two visits of an honest session the work is bounded by the budget and the number of greedy peers") {
+TEST_CASE("between two visits to an honest session the work is limited by the budget and the number of greedy peers") {
     for (const Kind& kind : plain_kinds) check_kind(kind);
 }
 
 #if WSCHAT_ZLIB
-TEST_CASE("between two visits of an honest session a bounded number of bytes is inflated") {
+TEST_CASE("between two visits to an honest session a limited number of bytes is inflated") {
     for (const Kind& kind : compressed_kinds) check_kind(kind);
 }
 #endif
 
 #if WSCHAT_OPENSSL
-TEST_CASE("between two visits of an honest session the work for TLS is bounded") {
+TEST_CASE("between two visits to an honest session the work for TLS is limited") {
     for (const Kind& kind : tls_kinds) check_kind(kind);
 }
 #endif
