@@ -5486,7 +5486,7 @@ private:
     std::size_t size_ = 0;
     std::uint64_t deliveries_ = 0;
     StringMap<Room> rooms_;
-    Room* prune_list_ = nullptr;  // linked through the rooms, so that leaving a room never allocates
+    Room* prune_list_ = nullptr;                  // linked through the rooms, so that leaving a room never allocates
     detail::RoomDirectory* directory_ = nullptr;  // null on a server with one loop
     std::size_t loop_ = 0;                        // its number in the directory
 };
@@ -14558,12 +14558,12 @@ struct ChatEntry {
         join,
         leave,
         rename,
-        event,   // sent by the program to a room: `text` is its name, `data` its JSON value
-        away,    // a user has lost the last connection to a hub; a `leave` or a `join` from that hub follows
-        kick,    // closes the connections of the user `to` to the room; `text` is the reason
-        ban,     // each hub bans what it knows of the user `text`; `target`: milliseconds. An address in `to` asks
-                 // whether only the guest `user` has it; a hub where others have it answers with `quiet`
-        direct,  // the same as `event`, for the user `to_user`
+        event,       // sent by the program to a room: `text` is its name, `data` its JSON value
+        away,        // a user has lost the last connection to a hub; a `leave` or a `join` from that hub follows
+        kick,        // closes the connections of the user `to` to the room; `text` is the reason
+        ban,         // each hub bans what it knows of the user `text`; `target`: milliseconds. An address in `to` asks
+                     // whether only the guest `user` has it; a hub where others have it answers with `quiet`
+        direct,      // the same as `event`, for the user `to_user`
         moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
     };
     struct Reaction {
@@ -14577,14 +14577,14 @@ struct ChatEntry {
     std::uint64_t target = 0;  // the id of the message that an amendment changes
     std::int64_t time = 0;     // Unix time in milliseconds
     std::string room{};
-    std::string name{};     // of the author; empty: the server itself
-    std::string user{};     // the public id of the author
-    std::string text{};     // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
-    std::string data{};     // a JSON object of the application, or empty
-    std::string to{};       // the receiver of a private message
-    std::string to_user{};  // the public id of that receiver
-    std::string author{};   // the identity of the author; clients never get it
-    std::string tag{};      // chosen by the author; a second entry with the same tag is a duplicate
+    std::string name{};      // of the author; empty: the server itself
+    std::string user{};      // the public id of the author
+    std::string text{};      // edit: the new text; react: the emoji; rename: the new name; join: ChatUser::about
+    std::string data{};      // a JSON object of the application, or empty
+    std::string to{};        // the receiver of a private message
+    std::string to_user{};   // the public id of that receiver
+    std::string author{};    // the identity of the author; clients never get it
+    std::string tag{};       // chosen by the author; a second entry with the same tag is a duplicate
     std::string mentions{};  // the public ids of the users whom a message or an edit names, with spaces between them
 
     // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
@@ -16458,10 +16458,10 @@ enum class ChatAction : std::uint8_t {
 
 // The options of a room. Moderators change the first three with commands, and the store keeps their changes.
 struct ChatRoomOptions {
-    bool is_private = false;    // in no list of rooms; only invited users may enter
-    bool read_only = false;     // only users with may(ChatAction::manage) may speak
-    Duration slow{};            // between two messages of a user
-    bool kept = true;           // false: the store keeps no messages of the room
+    bool is_private = false;  // in no list of rooms; only invited users may enter
+    bool read_only = false;   // only users with may(ChatAction::manage) may speak
+    Duration slow{};          // between two messages of a user
+    bool kept = true;         // false: the store keeps no messages of the room
     // Limits of the store for this room, in place of those in HistoryLimits. They apply from the next entry on. Zero:
     // no limit.
     std::optional<std::size_t> max_entries{};
@@ -16546,9 +16546,9 @@ private:
         std::uint64_t id;
         std::function<void()> resume;
     };
-    std::vector<Ahead> ahead_{};                 // clients from another server, with newer entries
-    std::string epoch_;                          // of delivered_id_
-    bool behind_ = false;           // memory ran out: entries after delivered_id_ were not sent to the members
+    std::vector<Ahead> ahead_{};  // clients from another server, with newer entries
+    std::string epoch_;           // of delivered_id_
+    bool behind_ = false;         // memory ran out: entries after delivered_id_ were not sent to the members
     bool catch_up_scheduled_ = false;
     bool catching_up_ = false;      // the store is reading those entries
     std::uint64_t skipped_id_ = 0;  // the newest entry that was not sent
@@ -20439,7 +20439,7 @@ private:
     struct RoomRow {
         std::int64_t number = 0;  // 0: the room has no row yet
         std::uint64_t last_id = 0;
-        std::int64_t opening = 0;  // in which last_id was assigned
+        std::int64_t opening = 0;                     // in which last_id was assigned
         std::int64_t max_entries = -1, max_age = -1;  // -1: as in HistoryLimits
     };
     RoomRow find_room(const std::string& name) {
