@@ -17722,6 +17722,7 @@ private:
         ChatRoom* room;
         detail::Presence::User* user;
         bool on_join_called = false;
+        std::optional<HistoryPosition> unread{};  // the client has it, but what follows could not be read
     };
     struct HistoryRequest {
         std::string room;
@@ -18120,6 +18121,7 @@ private:
         if (is_ahead && hub_->is_behind(*chat_room, requested.position->id)) return resume_later(*chat_room, requested);
         Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
+        memberships_[membership_index(chat_room)].unread.reset();
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
@@ -18134,8 +18136,8 @@ private:
         if (!joining) return;
         members.join(*this);
         if (chat_room->behind_) hub_->catch_up_later(*chat_room, Duration::zero());
+        if (std::exchange(memberships_[membership_index(chat_room)].on_join_called, true)) return;
         request_read_marker(chat_room->key());
-        memberships_[membership_index(chat_room)].on_join_called = true;
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
     // The client comes from another server, where it has received entries that the members here have not. It waits
@@ -18158,16 +18160,25 @@ private:
         page.gap = true;
         page.epoch = requested.position ? requested.position->epoch : "";
         page.last_id = requested.position ? requested.position->id : 0;
+        memberships_[membership_index(room_of(requested))].unread = requested.position;
         server().report(LogLevel::error, "chat_not_read", {{"room", requested.room}, {"cause", page.error}});
     }
-    // All earlier reads have failed, so the members also get the entries of this one.
+    // All earlier reads have failed. A member with a position reads again, and becomes a member again after that. The
+    // others get what this one has found.
     void resume_members(ChatRoom& room, Room& members, HistoryPage page) {
         hub_->trim_to_delivered(room, page);
         page.gap = true;
-        for (const auto& [key, user] : room.presence_)
-            for (ChatHandler* each : user.connections)
-                if (each != this && members.has(*each))
-                    each->write_message(each->history_event(room, page, true).dump());
+        std::vector<std::pair<ChatHandler*, HistoryPosition>> unread;
+        for (const auto& [key, user] : room.presence_) {
+            for (ChatHandler* each : user.connections) {
+                if (each == this || !members.has(*each)) continue;
+                const auto& position = each->memberships_[each->membership_index(&room)].unread;
+                if (position) unread.emplace_back(each, *position);
+                else each->write_message(each->history_event(room, page, true).dump());
+            }
+        }
+        for (const auto& [each, position] : unread) members.leave(*each);
+        for (const auto& [each, position] : unread) each->request_history(room, position);
     }
 
     // ---- conversations ---------------------------------------------------------------------------------------------

@@ -328,6 +328,43 @@ TEST_CASE("a position without a gap removes no entry that the members have") {
     CHECK(types(anna) == "");
 }
 
+TEST_CASE("a client that resumed while the store could not be read gets all missing entries later, once and without a gap") {
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    TestClient first = scripted.server.connect("/chat/tea?name=Carl");
+    const std::string epoch = field_of(last(first, "history"), "epoch");
+    for (const char* text : {"one", "two", "three"}) first.send(text);
+    first.close();
+    scripted.server.advance(10s);
+    REQUIRE(ChatHub::of(scripted.server).find("tea") == nullptr);
+
+    store.read = [](const std::optional<HistoryPosition>&) {
+        HistoryPage page;
+        page.error = "it is away";
+        return page;
+    };
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna&last=" + epoch + "-1");
+    CHECK(field_of(last(anna, "history"), "last") == "1");
+    TestClient dora = scripted.server.connect("/chat/tea?name=Dora");
+    CHECK(contains(last(dora, "history"), R"("gap":true)"));
+    store.read = nullptr;
+    TestClient bert = scripted.server.connect("/chat/tea?name=Bert");
+    bert.send("four");
+
+    std::string texts;
+    for (const std::string& event : anna.received()) {
+        if (field_of(event, "type") == "history") CHECK(contains(event, R"("gap":false)"));
+        for (const char* text : {"one", "two", "three", "four"})
+            if (contains(event, "\"text\":\"" + std::string(text))) texts += text + std::string(" ");
+    }
+    CHECK(texts == "two three four ");
+    CHECK(anna.handler<Host>().current_room() != nullptr);
+    // One without a position gets the newest messages. Its empty history before was announced as a gap, too.
+    const std::string found = last(dora, "history");
+    CHECK(contains(found, R"("gap":true)"));
+    CHECK(contains(found, "three"));
+}
+
 TEST_CASE("a join or a leave that the store has lost is forwarded again") {
     Scripted scripted;
     scripted.store->delivering = false;

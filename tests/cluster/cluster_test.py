@@ -25,6 +25,7 @@ import base64
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -79,12 +80,21 @@ class Redis:
             self.cli("failover")
             await replica.wait_for_info("role:master")
         else:
-            self.process.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(0.5)  # what it has sent arrives at the replica
+            # Redis answers before its replica has the entry. So all writing waits until the replica has caught up.
+            self.cli("client", "pause", "60000", "write")
+            until = time.monotonic() + PATIENCE
+            while replica.offset("slave_repl_offset") < self.offset("master_repl_offset"):
+                if time.monotonic() > until:
+                    raise RuntimeError("the replica does not catch up")
+                await asyncio.sleep(0.05)
             self.kill()
             replica.cli("replicaof", "no", "one")
         self.remove()
         self.folder, self.port, self.process = replica.folder, replica.port, replica.process
+
+    def offset(self, field):
+        """How many bytes of the replication stream it has."""
+        return int(re.search(rf"^{field}:(\d+)", self.cli("info", "replication"), re.M).group(1))
 
     def remove(self):
         self.kill()
