@@ -30,7 +30,7 @@
 //   6. At the end of the loop's turn (12) the Worker (14) flushes each dirty Session with one gathered write.
 //
 // A section uses only earlier sections, named in its row under "May use"; a script checks that. You can cut the file at
-// any banner, and what is above compiles. Names for users are in wschat, all others in wschat::detail.
+// any banner, and the part above it compiles. Names for users are in wschat, all others in wschat::detail.
 //
 //   #   Section        Main types                                                       May use
 //   1   Configuration  WSCHAT_* macros, version, ABI-tagged inline namespace            -
@@ -61,13 +61,13 @@
 //   keepalive                Connection::tick(), deadline() (7)
 //   backpressure             Connection::exceeds_backlog() (7); when reading pauses: WebSocketDriver::high_water() (14)
 //   fairness                 one visit's budget: WebSocketDriver::max_events (14), Connection::budget_spent() (7)
-//                            who waits: TurnState, Session::may_work(), Worker::continue_waiting() (14)
+//                            waiting sessions: TurnState, Session::may_work(), Worker::continue_waiting() (14)
 //   order of flushing        Worker::end_turn(), Session::flush() (14)
 //   a method, a body         Page (13), BodyParser (5), HttpExchange::expect_body() (14)
 //   answers that come later  Reply (8); HttpExchange::make_reply(), Session::finish_upgrade() (14)
 //   a header on each answer  HttpExchange::queue_head() (14); on files alone: file_answer() (13)
 //   broadcasts over loops    RoomDirectory (9); a loop for a connection: Worker::choose_loop() (14)
-//   what loops share         LoopLoads (14); when they start and end: Server::start_threads(), stop_threads() (14)
+//   shared by all loops      LoopLoads (14); when they start and end: Server::start_threads(), stop_threads() (14)
 //   routing, static files    Pattern, PatternMap, Site; a media type: content_type() (13)
 //   origins                  Site::origin_allowed() (13), same_host() (5), WebSocketDriver::check_handshake() (14)
 //   hosts, trusted proxies   Site (13)
@@ -496,7 +496,7 @@ struct Metric {
 using MetricSource = std::function<void(std::vector<Metric>&)>;
 
 // Runs work on the thread of a loop. Any thread may call post(), also after the end of the loop. `work` is any callable
-// without arguments. Returns false if the loop is gone; then the work does not run.
+// without arguments. Returns false if the loop no longer exists; then the work does not run.
 class Mailbox {
 public:
     virtual ~Mailbox() = default;
@@ -785,8 +785,8 @@ inline Slice copy(SendArena& arena, std::string_view bytes) {
     return slice;
 }
 
-// The output of one connection as slices in order. Adjacent slices of a chunk are merged: what a turn of the loop
-// writes to a room is one piece in the queue of each member.
+// The output of one connection as slices in order. Adjacent slices of a chunk are merged: all output of a turn to a
+// room is one piece in the queue of each member.
 class SendQueue {
 public:
     std::size_t size() const { return size_; }
@@ -1431,7 +1431,7 @@ inline std::optional<std::string> percent_decode(std::string_view s, bool plus =
 }  // namespace text
 
 // Makes text from a peer safe for a log line and a terminal: control characters, quotes, backslashes and non-ASCII
-// bytes become \xNN, and "..." replaces what follows the first max bytes.
+// bytes become \xNN, and "..." replaces all bytes after the first `max`.
 inline std::string escape_for_log(std::string_view value, std::size_t max = 200) {
     std::string text;
     for (const char c : value.substr(0, max)) {
@@ -1722,7 +1722,7 @@ private:
     void (*call_)(void* target, Arguments... arguments);
 };
 
-// In a catch block: passes what was thrown to report(what).
+// Call it in a catch block: passes the text of the exception to report(what).
 WSCHAT_NOINLINE WSCHAT_COLD inline void report_current(FunctionRef<const char*> report) {
     try {
         throw;
@@ -1733,7 +1733,7 @@ WSCHAT_NOINLINE WSCHAT_COLD inline void report_current(FunctionRef<const char*> 
     }
 }
 
-// Runs the call and passes what it throws to report(what). Returns false if it threw. Costs nothing if it did not.
+// Runs the call and passes the text of an exception to report(what). Returns false if it threw. Free if it did not.
 template <class Call, class Report>
 WSCHAT_INLINE bool run_guarded(Call&& call, Report&& report) {
     try {
@@ -1930,7 +1930,8 @@ public:
     }
 
 private:
-    // `length` is the form of the length, and becomes the length. Returns what parse() returns, without the mask.
+    // `length` has the 7-bit form of the length, and gets the real length. Returns the result of parse(), without the
+    // mask.
     WSCHAT_NOINLINE static ParsedFrame parse_length(std::string_view bytes, bool control, std::uint64_t& length) {
         if (control) return failed("control frame is longer than 125 bytes");
         const std::size_t length_bytes = length == 126 ? 2 : 8;
@@ -2344,7 +2345,7 @@ public:
     bool has_body() const { return flags_.has_body; }
     // The whole body, at most Limits::max_body bytes.
     std::string_view body() const { return std::string_view(bytes_).substr(bytes_.size() - body_size_); }
-    // "https" if the client's connection is encrypted, otherwise "http". Server::trusted_proxies() may say so.
+    // "https" if the client's connection is encrypted, otherwise "http". A trusted proxy may report it.
     std::string_view scheme() const { return flags_.https ? "https" : "http"; }
     // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
     const std::string& remote_address() const { return remote_address_; }
@@ -3239,7 +3240,7 @@ constexpr bool compression_available = WSCHAT_ZLIB != 0;
 
 }  // namespace detail
 
-// The result of WebSocketHandler::get_compression_options(), and what a client offers. By default a connection needs
+// The result of WebSocketHandler::get_compression_options(), and the offer of a client. By default a connection needs
 // less than 100 bytes for compression: each message is compressed by itself, all connections of a loop share one
 // compressor, and a broadcast is compressed once.
 //
@@ -3899,7 +3900,7 @@ public:
         return buffer_for_payload();
     }
 
-    // The transport has ended, by a FIN or by an error. The reason says which.
+    // The transport has ended, by a FIN or by an error. `reason` has the cause.
     void receive_eof(std::string_view reason) { abort(CloseCause::connection_lost, reason); }
 
     // Returns the next event, or `none` if more bytes are needed. The close event is the last one and occurs once.
@@ -4604,7 +4605,7 @@ public:
     ~Reply() { drop(); }
 
     // Answers the request. In prepare_async() it rejects the handshake. Returns false and has no effect if the Reply
-    // was used before, the client has gone, or the server has ended.
+    // was used before, the client has disconnected, or the server has ended.
     bool send(Response response) const { return answer({std::move(response), {}}); }
     // In prepare_async() only: the handshake continues.
     bool accept() const { return answer({std::nullopt, {}}); }
@@ -4659,8 +4660,9 @@ private:
     std::shared_ptr<State> state_;
 };
 
-// A weak reference to a handler that any thread may use. If the handler is gone, a call has no effect. A call returns
-// false if the server is gone too. Illegal arguments throw Error on the calling thread, as in WebSocketHandler.
+// A weak reference to a handler that any thread may use. If the handler no longer exists, a call has no effect. A call
+// returns false if the server no longer exists. Illegal arguments throw Error on the calling thread, as in
+// WebSocketHandler.
 class HandlerRef {
 public:
     HandlerRef() = default;
@@ -4685,10 +4687,10 @@ public:
     bool write_binary(std::initializer_list<T>) const = delete;
 
     // Bytes that were written and that the kernel had not taken at the last flush. A thread that writes much should
-    // wait while this number is large. 0 if the handler is gone.
+    // wait while this number is large. 0 if the handler no longer exists.
     std::size_t buffered_amount() const { return cell_ ? cell_->posted.load() + cell_->queued.load() : 0; }
 
-    // Returns null if the handler is gone. Only for the loop's thread.
+    // Returns null if the handler no longer exists. Only for the loop's thread.
     WebSocketHandler* get() const { return cell_ ? cell_->handler : nullptr; }
 
 private:
@@ -4977,7 +4979,7 @@ public:
         spare->open = true;
         return spare;
     }
-    // Closes a Reply, and keeps its state for the next one if nobody refers to it.
+    // Closes a Reply, and keeps its state for the next one if nothing else refers to it.
     static void recycle_reply(ReplyState& state, ReplyState& spare) {
         if (!state) return;
         state->open = false;
@@ -5026,7 +5028,7 @@ WSCHAT_END
 // section 9: Rooms
 //
 // Named sets of handlers that broadcast: a message is encoded once, and each member's queue holds a slice of it. Knows
-// nothing of what members send.
+// nothing about the content of messages.
 //
 // On several loops, a room is one Room on each loop that has members in it, and a SharedRoom that these Rooms refer
 // to. A broadcast is added to the queues of the members on its own loop without a lock. For each other loop with
@@ -6457,7 +6459,7 @@ struct ListenAddress {
         }
         if (text::starts_with(text, "fd:")) {
             const auto descriptor = text::parse_unsigned(text.substr(3), INT32_MAX);
-            if (!descriptor) throw Error("listen " + escape_for_log(text) + ": not a descriptor, as fd:3 is");
+            if (!descriptor) throw Error("listen " + escape_for_log(text) + ": not a descriptor such as fd:3");
             address.inherited = static_cast<int>(*descriptor);
             return address;
         }
@@ -6489,7 +6491,7 @@ public:
         const bool makes_path = address.inherited == -1 && !address.unix_path.empty();
         if (options.unix_mode && (!makes_path || *options.unix_mode > 07777))
             throw Error("listen " + address.to_string() + ": " +
-                        (makes_path ? "ListenOptions::unix_mode is not a mode, as 0660 is"
+                        (makes_path ? "ListenOptions::unix_mode is not a mode such as 0660"
                                     : "only a Unix socket that listen() makes can have ListenOptions::unix_mode"));
         if (address.inherited != -1) adopt();
         else if (makes_path) listen_unix(options.unix_mode);
@@ -6794,7 +6796,7 @@ private:
         complete_ = true;
     }
 
-    std::string header_;  // grows with what arrives
+    std::string header_;  // grows with the received bytes
     std::optional<IpAddress> client_;
     bool complete_ = false;
     const char* failure_ = nullptr;
@@ -6802,7 +6804,7 @@ private:
 
 // ---- systemd -------------------------------------------------------------------------------------------------------
 
-// How many listening sockets systemd has passed to this process, from descriptor 3 on. Throws Error if there is none.
+// The number of listening sockets that systemd has passed, from descriptor 3 on. Throws Error if there is none.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
 WSCHAT_COLD inline int inherited_sockets() {
     const std::optional<std::string> count = os::environment("LISTEN_FDS"), process = os::environment("LISTEN_PID");
@@ -6921,7 +6923,7 @@ namespace detail {
 // The contract of all pollers:
 //
 //   add()      Starts watching a descriptor for reading, writing, both or neither. Add a descriptor only once.
-//   change()   Replaces what the descriptor is watched for.
+//   change()   Watches the descriptor for other events.
 //   remove()   Stops watching it. Call remove() before close(). A descriptor that was not added is ignored.
 //   wait()     Blocks until a descriptor is ready or the timeout is over (-1: no timeout). Then it replaces `ready`.
 //
@@ -7283,7 +7285,7 @@ struct TlsClientOptions {
     std::string key_password{};
     // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
     bool accept_any_certificate = false;
-    bool http = true;  // the server is told that the protocol is HTTP/1.1
+    bool http = true;  // tells the server by ALPN that the protocol is HTTP/1.1
 };
 
 // The largest handshake message that a client may send. Real clients send less than 2 KiB, or 8 KiB with
@@ -7807,7 +7809,7 @@ private:
     std::size_t passed_ = 0;         // bytes at the front of the input that OpenSSL may read
     std::size_t records_left_ = 64;  // records that OpenSSL may read now; read() sets it
     std::size_t control_records_ = 0;
-    const char* refusal_ = nullptr;  // why readable() passes nothing more
+    const char* refusal_ = nullptr;  // why readable() returns no more bytes
     Bytes stored_;
     Bytes output_;
     std::size_t sent_ = 0;  // bytes of output_
@@ -9191,7 +9193,7 @@ public:
             auto normal = origin == "*" ? origin : normalized_pattern(origin);
             if (!normal)
                 throw Error(std::string(call) + ": \"" + origin +
-                            "\" is not an origin, as https://chat.example or https://*.chat.example is");
+                            "\" is not an origin such as https://chat.example or https://*.chat.example");
             list_.push_back(std::move(*normal));
         }
     }
@@ -9774,7 +9776,7 @@ WSCHAT_COLD inline std::string prometheus_text(const Metrics& sum, const std::ve
     return text;
 }
 
-// ---- what sessions share -------------------------------------------------------------------------------------------
+// ---- state that sessions share -------------------------------------------------------------------------------------
 
 struct ServerOptions {
     Limits limits;  // of each connection, unless its route has limits of its own
@@ -10408,7 +10410,7 @@ private:
     WSCHAT_COLD void expect_body(Request request) {
         const bool expects = request.fields().count("expect") != 0 && !request.http_1_0();
         if (expects && !text::equals_ignore_case(request.header("expect"), "100-continue"))
-            return respond_last(Response(417, "The only expectation that is known here is 100-continue.\n"), request);
+            return respond_last(Response(417, "The only supported expectation is 100-continue.\n"), request);
         body_ = std::make_unique<BodyParser>(std::move(request), limits_);
         if (body_->failed()) {
             const std::unique_ptr<BodyParser> body = std::move(body_);
@@ -10774,7 +10776,7 @@ public:
     const std::string* address_key() const {
         return rare_ && !rare_->address_key.empty() ? &rare_->address_key : nullptr;
     }
-    // Fetches what finish_turn() needs into the cache. Saves 3% of the server's time in a fan-out to 8,000.
+    // Fetches the memory of finish_turn() into the cache. Saves 3% of the server's time in a fan-out to 8,000.
     void prefetch() const {
         HandlerAccess::prefetch(handler_.get());
         if (next_dirty != nullptr) detail::prefetch(next_dirty, 2);
@@ -11770,7 +11772,7 @@ public:
         return now;
     }
 
-    // ---- what sessions and listeners call --------------------------------------------------------------------------
+    // ---- called by sessions and listeners --------------------------------------------------------------------------
 
     void accept(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied) override {
         const std::size_t max = max_connections();
@@ -11930,7 +11932,7 @@ private:
         for (auto end = sessions_.end(); end != sessions_.begin();) {
             if (loads.backlog() <= max || backlog <= share || sessions_.front()->backlog() == 0) break;
             std::pop_heap(sessions_.begin(), end, smaller);
-            (*--end)->abort(CloseCause::backlog, "all backlogs together are over their limit");
+            (*--end)->abort(CloseCause::backlog, "the total backlog is above its limit");
         }
         for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = i;
     }
@@ -12104,7 +12106,7 @@ public:
     void allow_hosts(const std::vector<std::string>& hosts) { site("allow_hosts").allow_hosts(hosts); }
     // Proxies ("10.0.0.0/8", "unix") that are believed about the client's address and scheme: X-Forwarded-For, read
     // from the right, and X-Forwarded-Proto; or, if the request has neither, Forwarded (RFC 7239). A proxy that only
-    // forwards TCP passes on what clients write into these headers: do not trust it.
+    // forwards TCP passes on the headers of its clients: do not trust it.
     void trusted_proxies(const std::vector<std::string>& proxies) { site("trusted_proxies").trust_proxies(proxies); }
     // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
     // With several loops, one call at a time.
@@ -12687,7 +12689,7 @@ public:
 
     TestClient() = default;
 
-    // ---- what the client has got -----------------------------------------------------------------------------------
+    // ---- received by the client ------------------------------------------------------------------------------------
 
     // The answer to the handshake: 101 or a refusal. The status is 0 if the server shuts down.
     const TestResponse& response() const { return state().response; }
@@ -12718,7 +12720,7 @@ public:
         return *found;
     }
 
-    // ---- what the client does --------------------------------------------------------------------------------------
+    // ---- actions of the client -------------------------------------------------------------------------------------
 
     // Returns WriteStatus::closed if the connection is not open. The client may also send text that is not UTF-8.
     WriteStatus send(std::string_view text, Opcode opcode = Opcode::text) {
@@ -12792,7 +12794,7 @@ private:
             link->client_ended = true;
         }
 
-        std::shared_ptr<TestServer*> server;  // points to null if the server is gone
+        std::shared_ptr<TestServer*> server;  // points to null after the end of the server
         std::shared_ptr<detail::MemoryLink> link;
         TestResponse response;
         bool to_head = false;
@@ -12834,7 +12836,7 @@ private:
     explicit TestClient(std::shared_ptr<State> state) : state_(std::move(state)) {}
 
     State& state() const {
-        if (!state_) throw Error("TestClient: this is no client; TestServer::connect() makes one");
+        if (!state_) throw Error("TestClient: this object has no client; use TestServer::connect()");
         return *state_;
     }
     template <class Work>
@@ -12990,7 +12992,7 @@ public:
     // The client closes.
     void close(CloseCode code = CloseCode::normal, std::string_view reason = {}) { client.close(code, reason); }
     void advance(Duration duration) { server.advance(duration); }
-    // Throws an Error if the handler is gone.
+    // Throws an Error if the handler no longer exists.
     Handler& handler() { return client.handler<Handler>(); }
 
     TestServer server;
@@ -13471,7 +13473,7 @@ private:
     ClientLink* link_;  // null after retire()
 };
 
-// ---- what the connections of a client share ------------------------------------------------------------------------
+// ---- shared by the connections of a client -------------------------------------------------------------------------
 
 #if WSCHAT_OPENSSL
 
@@ -13822,7 +13824,7 @@ private:
         if (text.empty()) return true;
         proxy_ = ClientUrl::parse(text, error);
         if (proxy_ && !proxy_->secure) return true;
-        if (proxy_) error = "The proxy is spoken to in plain HTTP: its URL begins with http://.";
+        if (proxy_) error = "The client uses plain HTTP to the proxy: the URL must begin with http://.";
         return false;
     }
 
@@ -14121,11 +14123,13 @@ private:
         const auto location = parser_.fields().find("location");
         std::string error;
         if (!location || status == 300 || status == 304 || status == 305 || status == 306)
-            return fail(stage_, "The server answered " + std::to_string(status) + ", which leads nowhere.", status);
+            return fail(stage_, "The server answered " + std::to_string(status) + ", which cannot be followed.",
+                        status);
         const auto next = ClientUrl::parse(*location, error, &url_);
-        if (!next) return fail(stage_, "The redirect leads nowhere: " + error, status);
+        if (!next) return fail(stage_, "The redirect cannot be followed: " + error, status);
         if (url_.secure && !next->secure)
-            return fail(stage_, "A redirect from wss:// to ws:// is not followed: it gives up the encryption.", status);
+            return fail(stage_, "A redirect from wss:// to ws:// is not followed: it would end the encryption.",
+                        status);
         if (++redirects_ > (std::min)(options_.max_redirects, 5u))
             return fail(stage_, "There are too many redirects.", status);
         ClientUrl from = std::exchange(url_, *next);
@@ -14561,7 +14565,7 @@ struct ChatEntry {
         event,       // sent by the program to a room: `text` is its name, `data` its JSON value
         away,        // a user has lost the last connection to a hub; a `leave` or a `join` from that hub follows
         kick,        // closes the connections of the user `to` to the room; `text` is the reason
-        ban,         // each hub bans what it knows of the user `text`; `target`: milliseconds. An address in `to` asks
+        ban,         // each hub bans the user `text` by id or address; `target`: milliseconds. An address in `to` asks
                      // whether only the guest `user` has it; a hub where others have it answers with `quiet`
         direct,      // the same as `event`, for the user `to_user`
         moderation,  // for moderators: `name` does `text` to `to`; `data` has the seconds
@@ -14587,7 +14591,7 @@ struct ChatEntry {
     std::string tag{};       // chosen by the author; a second entry with the same tag is a duplicate
     std::string mentions{};  // the public ids of the users whom a message or an edit names, with spaces between them
 
-    // The present state of a message. In a `react` entry, `removed` says that the reaction was taken back.
+    // The present state of a message. In a `react` entry, `removed` means that the reaction was removed.
     std::int64_t edited = 0;  // the time of the last edit; 0: never edited
     bool removed = false;     // its text and data are empty
     std::vector<Reaction> reactions{};
@@ -14716,7 +14720,7 @@ public:
         // The room continues after page.last_id, but not with the expected entries: page.epoch is new, or entries
         // were lost (page.gap). Without a gap, all members have already received the entries of the page.
         virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
-        // The store has something to log.
+        // Adds an entry of the store to the log.
         virtual void on_log(LogLevel, std::string_view /*event*/,
                             const std::vector<std::pair<std::string_view, std::string>>& /*fields*/) {}
         // The users of a room: a `join` or an `away` for each user and hub. Called after watch(), and again when the
@@ -16426,7 +16430,7 @@ struct ChatLimits {
     Duration grace = std::chrono::seconds(3);    // how long a user stays in a room after a lost connection
     FloodRates connection{{5, 20}, {16 * 1024, 64 * 1024}};
     FloodRates address{{50, 200}, {128 * 1024, 512 * 1024}};  // for all connections of an address or an IPv6 /64
-    unsigned flood_patience = 100;  // a connection is closed after so many messages above these rates
+    unsigned flood_patience = 100;  // a connection is closed after this number of messages above these rates
     // Bytes of histories, searches and lists that a connection may request, and all connections of an address.
     Rate replies{64 * 1024, 2 * 1024 * 1024}, address_replies{1024 * 1024, 64 * 1024 * 1024};
     // Work that a connection may cause, and all connections of an address: bytes of messages times the users of the
@@ -17855,7 +17859,7 @@ private:
         const bool within = limiter_.take(size, limits.connection, now) && ChatHub::take_of(address_, take);
         const Action action = flood_policy_.decide(within, limits.flood_patience, now);
         if (action == Action::warn || (action == Action::drop && !tag_.empty()))
-            reply_error("flood", "That was too much at once, and was not taken. Wait a little.");
+            reply_error("flood", "That was too much at once and was dropped. Wait a little.");
         if (action == Action::close) close(CloseCode::policy_violation, "flooding");
         return action == Action::accept;
     }
@@ -17894,7 +17898,7 @@ private:
         };
         return ChatHub::take_of(address_, take) && charge(fan_out_, limits.fan_out, cost);
     }
-    void reply_spread() { reply_error("flood", "That is too much for so large a room. Wait a little."); }
+    void reply_spread() { reply_error("flood", "That is too much for a room of this size. Wait a little."); }
 
     // "/in ROOM LINE" runs LINE in that room; the current room stays. With percent-encoding, a name with spaces is
     // one word.
@@ -17905,7 +17909,7 @@ private:
         if (index == memberships_.size()) return reply_error("no_room", "You are not in that room.");
         const detail::ChatLine line = detail::ChatLine::parse(rest);
         if (line.command == "in") return reply_error("bad_command", "/in ROOM LINE");
-        if (!line.tag.empty() && !tag_.empty()) return reply_error("bad_tag", "A line has one tag.");
+        if (!line.tag.empty() && !tag_.empty()) return reply_error("bad_tag", "A line may have only one tag.");
         if (detail::ChatLine::valid_tag(line.tag)) tag_ = line.tag;
         current_ = index;
         dispatch(message, line);
@@ -17914,7 +17918,7 @@ private:
     }
 
     void dispatch(const Message& message, const detail::ChatLine& line) {
-        if (message.binary()) return reply_error("bad_line", "This chat is of text.");
+        if (message.binary()) return reply_error("bad_line", "This chat accepts only text.");
         if (!line.tag.empty() && tag_.empty())
             return reply_error("bad_tag", "A tag is 1 to 64 visible ASCII characters.");
         if (line.command.empty()) return say(ChatEntry::Kind::said, line.rest);
@@ -17934,7 +17938,7 @@ private:
         if (text.size() > max)
             return Refusal{"too_long", text::concat({"A message has at most ", std::to_string(max), " bytes."})};
         if (!detail::valid_chat_text(text)) return Refusal{"bad_text", "Control characters are refused."};
-        if (is_empty()) return Refusal{"empty", "There is nothing in that message."};
+        if (is_empty()) return Refusal{"empty", "That message is empty."};
         if (!filter(text)) return Refusal{"refused", "That message is refused here."};
         if (text.size() > max || !detail::valid_chat_text(text) || is_empty())
             throw Error("ChatHandler::filter: the new text is empty, too long, or contains control characters");
@@ -18313,32 +18317,27 @@ private:
             {"edit", "/edit ID TEXT", "changes your message with that id", &ChatCommands::edit, ChatAction::say, false,
              true},
             {"delete", "/delete ID", "removes your message with that id", &ChatCommands::remove, {}, false, true},
-            {"react", "/react ID EMOJI", "reacts to a message; once more takes it back", &ChatCommands::react,
-             ChatAction::say, false, true},
+            {"react", "/react ID EMOJI", "reacts to a message; the same again removes the reaction",
+             &ChatCommands::react, ChatAction::say, false, true},
             {"data", "/data JSON [TEXT]", "says something with a JSON object for programs", &ChatCommands::data},
             {"msg", "/msg NAME|@ID TEXT", "says something to one user alone", &ChatCommands::msg,
              ChatAction::private_message},
             {"read", "/read [@ID] NUMBER", "remembers what you have read", &ChatCommands::read},
-            {"who", "/who", "who is in this room", &ChatCommands::who, {}, true},
+            {"who", "/who", "lists the users of this room", &ChatCommands::who, {}, true},
             {"nick", "/nick NAME", "changes your name in this room", &ChatCommands::nick, {}, false, true},
-            {"rooms", "/rooms", "which rooms there are", &ChatCommands::rooms, ChatAction::list_rooms, true},
+            {"rooms", "/rooms", "lists the rooms", &ChatCommands::rooms, ChatAction::list_rooms, true},
             {"join", "/join ROOM [EPOCH-ID]", "goes to a room, or speaks in it again", &ChatCommands::join, {}, true},
             {"in", "/in ROOM LINE", "speaks in another of your rooms", nullptr},
             {"leave", "/leave [ROOM]", "leaves this room or another", &ChatCommands::leave},
             {"invite", "/invite NAME|@ID", "invites a user to this room", &ChatCommands::invite, ChatAction::invite},
-            {"since", "/since EPOCH-ID", "what was said after that position", &ChatCommands::since, {}, true},
-            {"before",
-             "/before ID [LIMIT]",
-             "what was said before the message with that id",
-             &ChatCommands::before,
-             {},
-             true},
-            {"search", "/search WORDS", "which messages contain the words", &ChatCommands::search, {}, true},
-            {"typing", "/typing [stop]", "shows the others that you write", &ChatCommands::typing, {}, false, true},
+            {"since", "/since EPOCH-ID", "returns the entries after that position", &ChatCommands::since, {}, true},
+            {"before", "/before ID [LIMIT]", "returns the messages before that id", &ChatCommands::before, {}, true},
+            {"search", "/search WORDS", "finds messages with the words", &ChatCommands::search, {}, true},
+            {"typing", "/typing [stop]", "shows that you are writing", &ChatCommands::typing, {}, false, true},
             {"help", "/help", "this list", &ChatCommands::help},
             {"topic", "/topic [TEXT]", "sets or clears the topic of this room", &ChatCommands::topic, ChatAction::topic,
              false, true},
-            {"access", "/access private|public", "who enters this room: who is invited, or everybody",
+            {"access", "/access private|public", "lets only invited users enter this room, or everybody",
              &ChatCommands::access, ChatAction::manage},
             {"readonly", "/readonly on|off", "lets only moderators speak in this room", &ChatCommands::read_only,
              ChatAction::manage},
@@ -18347,7 +18346,7 @@ private:
             {"kick", "/kick NAME [REASON]", "ends the connections of a user", &ChatCommands::kick, ChatAction::kick},
             {"ban", "/ban NAME|ADDRESS [SECONDS]", "refuses a user for an hour", &ChatCommands::ban, ChatAction::ban},
             {"unban", "/unban NAME|ADDRESS", "ends a ban", &ChatCommands::unban, ChatAction::ban},
-            {"bans", "/bans", "who is banned", &ChatCommands::bans, ChatAction::ban, true},
+            {"bans", "/bans", "lists the bans", &ChatCommands::bans, ChatAction::ban, true},
             {"mute", "/mute NAME [SECONDS]", "silences a user for ten minutes", &ChatCommands::mute, ChatAction::mute},
             {"unmute", "/unmute NAME", "lets a user speak again", &ChatCommands::unmute, ChatAction::mute},
         }};
@@ -18515,7 +18514,7 @@ private:
     void nick(std::string_view rest) {
         const std::string name(rest);
         ChatHub& hub = *handler_.hub_;
-        if (handler_.user_.account) return error("name_fixed", "Your name is that of your account.");
+        if (handler_.user_.account) return error("name_fixed", "Your account decides your name.");
         if (!handler_.allowed(ChatAction::rename)) return handler_.reply_forbidden();
         if (!valid_chat_name(name, hub.limits.max_name)) return error("name_bad", handler_.name_rule());
         if (hub.banned("unix", name, "")) return error("name_banned", "That name is banned.");
@@ -19068,7 +19067,7 @@ inline void ChatHub::send_count(const ChatRoom& room) {
 
 inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
     if (!detail::valid_chat_text(text))
-        throw Error(std::string(call) + ": the text holds control characters, or is not UTF-8");
+        throw Error(std::string(call) + ": the text contains control characters or is not UTF-8");
     ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::said, *this, name);
     entry.text = text;
     return entry;
@@ -19356,7 +19355,7 @@ inline ChatEntry ChatHub::new_own_event(const char* call, std::string_view name,
     if (!detail::valid_chat_name(name, 64))
         throw Error(std::string(call) + ": the name of an event is 1 to 64 bytes of visible text");
     if (data.dump().size() > limits.max_data || !detail::valid_json(data.dump()))
-        throw Error(std::string(call) + ": the data is longer than ChatLimits::max_data, or is no JSON");
+        throw Error(std::string(call) + ": the data is longer than ChatLimits::max_data or is not JSON");
     ChatEntry entry;
     entry.kind = ChatEntry::Kind::event;
     entry.text = name;
@@ -19570,7 +19569,7 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
     // The message was sent before the others knew that the receiver had left.
     if (room != nullptr && (receiver == nullptr || receiver->away()))
         return answer(entry, [&](ChatHandler& sender) {
-            sender.write_error("user_away", text::concat({entry.to, " is not here any more."}), entry.tag);
+            sender.write_error("user_away", text::concat({entry.to, " is no longer connected."}), entry.tag);
         });
     if (author != nullptr && is_duplicate(*author, entry.tag)) return on_duplicate(entry);
     ChatHandler* const sender = connection(entry.sender);
@@ -19872,7 +19871,7 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
     answer(entry, [&](ChatHandler& sender) {
         ChatEvent event("error");
         event.add_text("code", "not_kept")
-            .add_text("text", "That message could not be stored, and nobody has got it. Try again soon.");
+            .add_text("text", "That message could not be stored, and nobody has received it. Try again soon.");
         sender.write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
     });
 }
@@ -20334,7 +20333,7 @@ private:
         if (found > version)
             database_.fail("it is of version " + std::to_string(found) + ", and this program knows " +
                            std::to_string(version));
-        if (database_.read_only()) database_.fail("it may only be read");
+        if (database_.read_only()) database_.fail("it is read-only");
         database_.execute("PRAGMA journal_mode = WAL");
         database_.execute(options.survive_power_loss ? "PRAGMA synchronous = FULL" : "PRAGMA synchronous = NORMAL");
         if (options.max_file_bytes != 0) {
@@ -21374,7 +21373,7 @@ private:
         while (!ended_) {
             void* next = nullptr;
             if (::redisReaderGetReply(reader_.get(), &next) != REDIS_OK)
-                return fail(text::concat({"it does not answer as Redis does: ", reader_->errstr}));
+                return fail(text::concat({"its answer is not in the protocol of Redis: ", reader_->errstr}));
             if (next == nullptr) return;
             const std::unique_ptr<redisReply, FreeReply> reply(static_cast<redisReply*>(next));
             on_reply(*reply);
@@ -21483,16 +21482,16 @@ struct RedisCounts {
                     {text::concat({"redis_", name}), help, value.load(), {{"redis", redis}, {"prefix", prefix}}});
             };
             add("up", "1 while Redis is connected.", counts->up);
-            add("connects_total", "Connections to Redis that worked.", counts->connects);
+            add("connects_total", "Successful connections to Redis.", counts->connects);
             add("failures_total", "Attempts to connect that failed, and connections that were lost.", counts->failures);
-            add("outbox_bytes", "Bytes waiting for an answer of Redis now.", counts->outbox_bytes);
+            add("outbox_bytes", "Bytes of commands that wait for an answer of Redis now.", counts->outbox_bytes);
             add("commands_total", "Commands sent to Redis.", counts->commands);
             add("published_total", "Messages that this server has sent to others.", counts->published);
-            add("received_total", "Messages that came by a subscription.", counts->received);
+            add("received_total", "Messages received by subscriptions.", counts->received);
             add("filled_total", "Messages that were read because a subscription had lost them.", counts->filled);
-            add("gaps_total", "Times that messages of a room were lost.", counts->gaps);
+            add("gaps_total", "Losses of messages of a room.", counts->gaps);
             add("not_kept_total", "Messages of the chat that Redis has not kept.", counts->not_kept);
-            add("broadcasts_dropped_total", "Broadcasts that did not go out.", counts->dropped);
+            add("broadcasts_dropped_total", "Broadcasts that were not sent.", counts->dropped);
         };
     }
 };
@@ -21746,7 +21745,7 @@ private:
         run_id_ = std::string(value("run_id:"));
         std::string_view rest = version_;
         const auto major = text::parse_unsigned(text::consume_until(rest, '.'), 1'000'000);
-        if (!major || run_id_.empty()) return fail("it answers INFO, but not as Redis does", true);
+        if (!major || run_id_.empty()) return fail("its answer to INFO is not that of Redis", true);
         if (*major < 6)
             return fail(text::concat({"Redis ", escape_for_log(version_), " is too old: version 6 or newer is needed"}),
                         true);
@@ -22121,7 +22120,7 @@ namespace detail {
 //   t:ROOM    hash: "ID OP" by the tag of an entry, or by its operation
 //   f:SCOPE   hash: facts by key; i:SCOPE sorted set: their keys; scopes: all scopes; x: expiries
 //   feed      stream: conversations and facts, which each server gets
-//   p:ROOM    hash: who is present, by public id; n:ROOM hash: the ids by folded names; present: the rooms with users
+//   p:ROOM    hash: users by public id; n:ROOM hash: the ids by folded names; present: the rooms with users
 //   hubs      sorted set: hubs by the time of their latest beat; h:HUB set: the rooms in which a hub may have users
 constexpr const char* redis_script = R"lua(
 if redis.replicate_commands then redis.replicate_commands() end
@@ -23272,7 +23271,7 @@ private:
             else others.push_back(std::move(each));
         }
         forwarded_ = std::move(others);
-        log(LogLevel::warning, "redis_lost_data", "Redis has other data than before");
+        log(LogLevel::warning, "redis_lost_data", "Redis does not have the data that it had before");
         on_redis_up();
     }
     // Detects that Redis has lost its data, even if no message is sent.
@@ -23289,7 +23288,7 @@ private:
         return names;
     }
 
-    // ---- what arrives ----------------------------------------------------------------------------------------------
+    // ---- received entries ------------------------------------------------------------------------------------------
 
     void follow_feed() {
         orders_.find_or_emplace(feed);
@@ -23451,7 +23450,7 @@ private:
         if (refuses == refuses_ || (!refuses && !cause.empty())) return;
         refuses_ = refuses;
         if (refuses) log(LogLevel::error, "redis_refuses", escape_for_log(cause));
-        else log(LogLevel::info, "redis_accepts", "it keeps messages again");
+        else log(LogLevel::info, "redis_accepts", "Redis stores messages again");
     }
     // The feed has its own numbers. For an entry that was sent again, its number is unknown, so the feed will deliver
     // it.

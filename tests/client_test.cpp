@@ -1342,7 +1342,7 @@ TEST_CASE("a redirect from wss to ws is not followed") {
     Story story;
     const ConnectError& error = only_failure(story, "wss://localhost:" + std::to_string(running.port()) + "/ws", with);
     CHECK(error.status == 302);
-    CHECK(error.sentence == "A redirect from wss:// to ws:// is not followed: it gives up the encryption.");
+    CHECK(error.sentence == "A redirect from wss:// to ws:// is not followed: it would end the encryption.");
 }
 
 TEST_CASE("messages over TLS are echoed unchanged") {

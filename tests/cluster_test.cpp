@@ -288,9 +288,9 @@ TEST_CASE("a program that is not Redis, or is an old version, is refused with a 
     const FakeRedis old("$" + std::to_string(info.size()) + "\r\n" + info + "\r\n");
     CHECK(contains(error_of(old.url()), "Redis 5.0.7 is too old: version 6 or newer is needed"));
     const FakeRedis web("HTTP/1.1 400 Bad Request\r\n\r\n");
-    CHECK(contains(error_of(web.url()), "it does not answer as Redis does: Protocol error, got \"H\""));
+    CHECK(contains(error_of(web.url()), "its answer is not in the protocol of Redis: Protocol error, got \"H\""));
     const FakeRedis other("+hello\r\n");
-    CHECK(contains(error_of(other.url()), "it answers INFO, but not as Redis does"));
+    CHECK(contains(error_of(other.url()), "its answer to INFO is not that of Redis"));
     const FakeRedis denied("-ERR nobody may do that\r\n");
     CHECK(contains(error_of(denied.url()), "ERR nobody may do that"));
     CHECK(contains(error_of("redis://no-such-host.invalid"), "the host \"no-such-host.invalid\": "));

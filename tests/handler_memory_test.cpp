@@ -419,7 +419,7 @@ TEST_CASE("a shutdown of a TestServer closes its clients with 1001 and accepts n
 TEST_CASE("clients of a TestServer outlive it, and the handlers get on_close") {
     Texts events;
     TestClient client;
-    CHECK(contains(error_of([&] { client.is_open(); }), "this is no client"));
+    CHECK(contains(error_of([&] { client.is_open(); }), "this object has no client"));
     {
         TestServer server;
         server.route<Recorder>("/", std::ref(events));
