@@ -793,7 +793,7 @@ public:
     bool empty() const { return size_ == 0; }
     // The bytes, and the sent part of the oldest chunk, which stays until all of that chunk is sent.
     WSCHAT_INLINE std::size_t held() const {
-        const Slice& oldest = has_older() ? older_[front_] : tail_;
+        const Slice& oldest = has_older() ? older_->slices[older_->sent] : tail_;
         return oldest.chunk && !oldest.chunk->pooled() ? size_ + oldest.begin : size_;
     }
 
@@ -808,8 +808,9 @@ public:
     // Writes at most max pieces, the oldest first. Returns their number.
     std::size_t gather(std::string_view* pieces, std::size_t max) const {
         std::size_t count = 0;
-        if (has_older())
-            for (std::size_t i = front_; i < older_.size() && count < max; ++i) pieces[count++] = older_[i].view();
+        if (older_)
+            for (std::size_t i = older_->sent; i < older_->slices.size() && count < max; ++i)
+                pieces[count++] = older_->slices[i].view();
         if (count < max && tail_.size() != 0) pieces[count++] = tail_.view();
         return count;
     }
@@ -817,24 +818,30 @@ public:
     // Removes the first n bytes.
     void consume(std::size_t n) {
         size_ -= n;
-        if (size_ == 0 && older_.empty()) tail_ = Slice();
+        if (size_ == 0 && (!older_ || older_->slices.empty())) tail_ = Slice();
         else consume_pieces(n);
     }
 
     // Copies slices of pooled chunks into private chunks, because a small slice would keep a complete pooled chunk in
     // use. The session calls it when the kernel accepts no more bytes.
     void detach_from_pool() {
-        const std::size_t from = (std::max)(front_, detached_);
-        if (from == older_.size() && (!tail_.chunk || !tail_.chunk->pooled())) return;
+        const bool tail_pooled = tail_.chunk && tail_.chunk->pooled();
+        const std::size_t from = older_ ? (std::max)(older_->sent, older_->detached) : 0;
+        const std::size_t count = older_ ? older_->slices.size() - from : 0;
+        if (count == 0 && !tail_pooled) return;
         SendQueue copies;  // this queue does not change if memory runs out
-        for (std::size_t i = from; i < older_.size(); ++i) copies.push_detached(older_[i]);
+        for (std::size_t i = 0; i < count; ++i) copies.push_detached(older_->slices[from + i]);
         copies.push_detached(tail_);
-        older_.reserve(from + copies.older_.size());
-        older_.erase(older_.begin() + static_cast<std::ptrdiff_t>(from), older_.end());
-        for (Slice& slice : copies.older_) older_.push_back(std::move(slice));
-        if (older_.capacity() > 2 * older_.size() + 16) older_.shrink_to_fit();
+        if (older_ || copies.older_) {
+            std::vector<Slice>& slices = older().slices;
+            const std::size_t copied = copies.older_ ? copies.older_->slices.size() : 0;
+            slices.reserve(from + copied);
+            slices.erase(slices.begin() + static_cast<std::ptrdiff_t>(from), slices.end());
+            for (std::size_t i = 0; i < copied; ++i) slices.push_back(std::move(copies.older_->slices[i]));
+            if (slices.capacity() > 2 * slices.size() + 16) slices.shrink_to_fit();
+            older_->detached = slices.size();
+        }
         tail_ = std::move(copies.tail_);
-        detached_ = older_.size();
     }
 
     void clear() { *this = SendQueue(); }
@@ -842,14 +849,12 @@ public:
         std::swap(tail_, other.tail_);
         std::swap(size_, other.size_);
         older_.swap(other.older_);
-        std::swap(front_, other.front_);
-        std::swap(detached_, other.detached_);
     }
 
 private:
     static constexpr std::size_t private_chunk_size = 16 * 1024;
 
-    bool has_older() const { return !older_.empty() && front_ < older_.size(); }
+    WSCHAT_INLINE bool has_older() const { return older_ && older_->sent < older_->slices.size(); }
 
     template <class AnySlice>
     void push(AnySlice&& slice) {
@@ -857,24 +862,24 @@ private:
             tail_.end = slice.end;
             return;
         }
-        if (tail_.size() != 0) older_.push_back(std::move(tail_));
+        if (tail_.size() != 0) older().slices.push_back(std::move(tail_));
         tail_ = std::forward<AnySlice>(slice);
     }
 
     WSCHAT_NOINLINE void consume_pieces(std::size_t n) {
-        while (n != 0 && front_ < older_.size()) {
-            Slice& slice = older_[front_];
+        while (n != 0 && has_older()) {
+            Slice& slice = older_->slices[older_->sent];
             const std::size_t part = n < slice.size() ? n : slice.size();
             slice.begin += part;
             n -= part;
             if (slice.size() == 0) {
                 slice = Slice();
-                ++front_;
+                ++older_->sent;
             }
         }
         tail_.begin += n;
         if (tail_.chunk && tail_.size() == 0) tail_ = Slice();
-        if (front_ != 0) erase_sent();
+        if (older_ && older_->sent != 0) erase_sent();
     }
 
     // Only a private chunk of this queue is not pooled and has free space. It is filled before another one begins, so
@@ -898,24 +903,35 @@ private:
         push(Slice{std::move(chunk), begin, begin + bytes.size()});
     }
 
-    // An empty queue also frees the capacity that a long backlog needed.
+    // An empty queue also frees the memory that a long backlog needed.
     void erase_sent() {
-        if (front_ == older_.size()) {
-            older_.clear();
-            if (older_.capacity() > 16) older_.shrink_to_fit();
-            front_ = detached_ = 0;
-        } else if (front_ >= 64 && front_ * 2 >= older_.size()) {
-            older_.erase(older_.begin(), older_.begin() + static_cast<std::ptrdiff_t>(front_));
-            detached_ = detached_ > front_ ? detached_ - front_ : 0;
-            front_ = 0;
+        std::vector<Slice>& slices = older_->slices;
+        std::size_t& sent = older_->sent;
+        if (sent == slices.size()) {
+            if (slices.capacity() > 16) return older_.reset();
+            slices.clear();
+            sent = older_->detached = 0;
+        } else if (sent >= 64 && sent * 2 >= slices.size()) {
+            slices.erase(slices.begin(), slices.begin() + static_cast<std::ptrdiff_t>(sent));
+            older_->detached = older_->detached > sent ? older_->detached - sent : 0;
+            sent = 0;
         }
+    }
+
+    // The slices before tail_: [0, sent) are sent, [sent, detached) are detached.
+    struct Older {
+        std::vector<Slice> slices;
+        std::size_t sent = 0;
+        std::size_t detached = 0;
+    };
+    WSCHAT_NOINLINE Older& older() {
+        if (!older_) older_ = std::make_unique<Older>();
+        return *older_;
     }
 
     Slice tail_;  // the newest slice, which may grow
     std::size_t size_ = 0;
-    std::vector<Slice> older_;  // the slices before tail_: [0, front_) are sent, [front_, detached_) are detached
-    std::size_t front_ = 0;
-    std::size_t detached_ = 0;
+    std::unique_ptr<Older> older_;  // null for a queue that never had several slices
 };
 
 // g++ for Windows does not align the stack to 32 bytes (GCC bug 54412), so that code with AVX2 crashes there.
@@ -3904,9 +3920,33 @@ public:
     void receive_eof(std::string_view reason) { abort(CloseCause::connection_lost, reason); }
 
     // Returns the next event, or `none` if more bytes are needed. The close event is the last one and occurs once.
-    Event next_event() {
-        const bool nothing = input_ == input_end_ && !in_payload_ && !message_delivered_ && !cold_;
-        return nothing && state_ == State::open ? Event() : read_event();
+    WSCHAT_INLINE Event next_event() {
+        Event event;
+        if (input_ == input_end_ && !in_payload_ && !message_delivered_ && !cold_ && state_ == State::open) return event;
+        if (message_delivered_) recycle_message();
+        while (state_ == State::open || state_ == State::closing) {
+            if (!in_payload_ && !read_header()) break;
+            if (!in_payload_) continue;
+            const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
+            if (!whole && input_ == input_end_) break;
+            if (is_control(frame_.opcode)) event = read_control();
+            else if (compression_available && inflating_) event = read_compressed();
+            else read_data(whole, event);
+            if (event.kind != Event::Kind::none) {
+                if (metered_ && event.kind == Event::Kind::message) charge_message();
+                return event;
+            }
+            if (frames_read_ >= frame_budget && input_ != input_end_) {
+                event.kind = Event::Kind::paused;
+                return event;
+            }
+        }
+        if (cold_ && input_ == input_end_) cold_->resumed_input.release();
+        if (state_ != State::closed || close_reported_) return event;
+        close_reported_ = true;
+        message_.release();
+        event.kind = Event::Kind::close;
+        return event;
     }
 
     // Stores the rest of the input until resume_input(). The caller must not call receive() in between.
@@ -4090,34 +4130,6 @@ private:
     bool ping_unanswered() const { return wait_started_ > last_activity_; }
 
     // ---- frames ----------------------------------------------------------------------------------------------------
-
-    WSCHAT_NOINLINE Event read_event() {
-        Event event;
-        if (message_delivered_) recycle_message();
-        while (state_ == State::open || state_ == State::closing) {
-            if (!in_payload_ && !read_header()) break;
-            if (!in_payload_) continue;
-            const bool whole = frame_left_ <= static_cast<std::uint64_t>(input_end_ - input_);
-            if (!whole && input_ == input_end_) break;
-            if (is_control(frame_.opcode)) event = read_control();
-            else if (compression_available && inflating_) event = read_compressed();
-            else read_data(whole, event);
-            if (event.kind != Event::Kind::none) {
-                if (metered_ && event.kind == Event::Kind::message) charge_message();
-                return event;
-            }
-            if (frames_read_ >= frame_budget && input_ != input_end_) {
-                event.kind = Event::Kind::paused;
-                return event;
-            }
-        }
-        if (cold_ && input_ == input_end_) cold_->resumed_input.release();
-        if (state_ != State::closed || close_reported_) return event;
-        close_reported_ = true;
-        message_.release();
-        event.kind = Event::Kind::close;
-        return event;
-    }
 
     WSCHAT_NOINLINE void recycle_message() {
         arena_->recycle(std::move(message_));
@@ -4954,13 +4966,16 @@ public:
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         WebSocketHandler::check_payload(call, payload, opcode);
     }
+    WSCHAT_COLD static void report_hook(WebSocketHandler& handler, const char* name) {
+        report_current([&](const char* what) { handler.fail(name, what); });
+    }
     // The same as the member, compiled into the caller.
     template <class Hook>
     static WSCHAT_INLINE void run_hook(WebSocketHandler& handler, const char* name, Hook&& hook) {
         try {
             hook();
         } catch (...) {
-            report_current([&](const char* what) { handler.fail(name, what); });
+            report_hook(handler, name);
         }
     }
 
@@ -6244,7 +6259,7 @@ public:
 
     // Sends up to max_pieces pieces, in order, with one system call.
     static constexpr std::size_t max_pieces = 64;
-    IoResult send(const std::string_view* pieces, std::size_t count) {
+    WSCHAT_INLINE IoResult send(const std::string_view* pieces, std::size_t count) {
         IoResult sent = result([&] { return os::send(descriptor(), pieces, count); });
         if (sent.outcome == IoResult::Outcome::end) sent.outcome = IoResult::Outcome::would_block;
         return sent;
@@ -10148,14 +10163,14 @@ public:
 
     Socket& socket() { return socket_; }
     bool has_transport() const { return transport_ != nullptr; }
-    bool encrypted() const { return transport_ && transport_->encrypts(); }
+    WSCHAT_INLINE bool encrypted() const { return transport_ && transport_->encrypts(); }
     bool established() const { return !transport_ || transport_->established(); }
     // Whether input waits here that the poller does not report.
     bool has_input() const { return transport_ && transport_->has_input(); }
     // Bytes that only this stream holds, in both directions.
-    std::size_t buffered() const { return transport_ ? transport_->buffered() : 0; }
+    WSCHAT_INLINE std::size_t buffered() const { return transport_ ? transport_->buffered() : 0; }
     // Whether encrypted bytes wait because the kernel has refused them.
-    bool wants_write() const { return transport_ && transport_->wants_write(); }
+    WSCHAT_INLINE bool wants_write() const { return transport_ && transport_->wants_write(); }
     bool tls_failed() const { return transport_ && !transport_->failure().empty(); }
     const std::string& tls_failure() const { return transport_->failure(); }
     bool peer_speaks_plain_text() const { return transport_->plain_text(); }
@@ -10164,7 +10179,7 @@ public:
         if (encrypted()) transport_.reset();
     }
 
-    IoResult receive(char* data, std::size_t size, WireCount& wire) {
+    WSCHAT_INLINE IoResult receive(char* data, std::size_t size, WireCount& wire) {
         if (transport_) return transport_->receive(socket_, data, size, wire);
         const IoResult got = socket_.receive(data, size);
         wire.received += got.size;
@@ -10177,7 +10192,7 @@ public:
                         static_cast<double>(limits.control_frames_burst)};
         return transport_->check_rate(socket_, rate, now, wire);
     }
-    IoResult send(const std::string_view* pieces, std::size_t count, WireCount& wire) {
+    WSCHAT_INLINE IoResult send(const std::string_view* pieces, std::size_t count, WireCount& wire) {
         if (transport_) return transport_->send(socket_, pieces, count, wire);
         const IoResult sent = socket_.send(pieces, count);
         wire.sent += sent.size;
@@ -10232,7 +10247,6 @@ public:
     }
 
     SendQueue output;
-    bool blocked = false;                // the kernel refused output that is still queued
     bool keep_alive = true;              // another request may follow the answer
     bool shut_down = false;              // our side of the stream is shut
     bool answered = false;               // at least one request was answered
@@ -10666,9 +10680,13 @@ protected:
             call();
             return true;
         } catch (...) {
-            report_current([&](const char* what) { host_.log.exception(where, what, &peer_); });
+            report_thrown(where);
         }
         return false;
+    }
+    // Called by a catch block.
+    WSCHAT_COLD void report_thrown(const char* where) {
+        report_current([&](const char* what) { host_.log.exception(where, what, &peer_); });
     }
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
     template <class Callback>
@@ -10826,13 +10844,15 @@ public:
 
     void on_ready(bool readable, bool writable, bool broken) override {
         if (gone()) return;
-        protect([&] {
+        try {  // not protect(), which would be a call
             if (writable) resume_output();
             // A session that used up its budget first handles its stored input, and then reads the end of the stream.
-            if (readable && reading()) read();
+            if (readable && reading()) read_socket();
             else if (broken && pause_ != Pause::budget) abort(CloseCause::connection_lost, "the connection was reset");
             if (!dirty) mark_dirty();
-        });
+        } catch (...) {
+            work_failed();
+        }
     }
 
     void on_timer(Time now) override {
@@ -10882,13 +10902,15 @@ public:
     void finish_turn() {
         dirty = false;
         if (gone()) return;
-        protect([&] {
+        try {  // not protect(), which would be a call
             if (stream_.encrypted()) update_encryption();
             if (phase_ == Phase::websocket) update_websocket();
             else update_http();
             if (!ended_) update_interest();
             if (pause_ == Pause::budget || (stream_.has_input() && reading())) wait_for_next_turn();
-        });
+        } catch (...) {
+            work_failed();
+        }
         if (ended_) remove();
     }
 
@@ -10921,16 +10943,14 @@ public:
         mark_dirty();
     }
     std::size_t offer(const std::string_view* pieces, std::size_t count) override {
-        return blocked() || send_failed_ ? 0 : send(pieces, count);
-    }
-    std::size_t send(const std::string_view* pieces, std::size_t count) {
+        if (blocked_ || send_failed_) return 0;
         std::size_t size = 0;
         for (std::size_t i = 0; i < count; ++i) size += pieces[i].size();
         return note_sent(stream_.send(pieces, count, host_.wire), size);
     }
     void flush() override {
+        if (phase_ == Phase::websocket) return flush_websocket(connection());
         const std::uint64_t sent_before = host_.wire.sent;
-        if (phase_ == Phase::websocket && connection().sends_volatile() && !send_buffer_set_) set_send_buffer();
         send_queue(output());
         // A page may take as long as needed while its peer makes progress.
         if (phase_ == Phase::http && host_.wire.sent != sent_before && stream_.established()) schedule_request();
@@ -10942,7 +10962,7 @@ public:
     // Returns the whole output if it is one piece that can be sent in a batch, otherwise an empty text.
     std::string_view batchable() {
         std::string_view piece;
-        if (phase_ != Phase::websocket || stream_.has_transport() || blocked() || send_failed_ ||
+        if (phase_ != Phase::websocket || stream_.has_transport() || blocked_ || send_failed_ ||
             output().gather(&piece, 1) == 0)
             return {};
         return piece.size() == output().size() ? piece : std::string_view();
@@ -10972,8 +10992,16 @@ private:
 
     // An exception in the work means that memory ran out. Only this connection ends.
     template <class Work>
-    void protect(Work&& work) {
-        if (!guarded("session", work)) abort(CloseCause::connection_lost, "out of memory");
+    WSCHAT_INLINE void protect(Work&& work) {
+        try {
+            work();
+        } catch (...) {
+            work_failed();
+        }
+    }
+    WSCHAT_COLD void work_failed() {
+        report_thrown("session");
+        abort(CloseCause::connection_lost, "out of memory");
     }
 
     // The one place where a session ends.
@@ -11007,19 +11035,28 @@ private:
     // ---- output ----------------------------------------------------------------------------------------------------
 
     SendQueue& output() { return phase_ == Phase::websocket ? connection().output() : http_->output; }
-    bool blocked() { return phase_ == Phase::websocket ? connection().write_blocked() : http_->blocked; }
-    void set_blocked(bool blocked) {
+    WSCHAT_INLINE void set_blocked(bool blocked) {
+        if (blocked == blocked_) return;
+        blocked_ = blocked;
         if (phase_ == Phase::websocket) connection().set_write_blocked(blocked);
-        else http_->blocked = blocked;
     }
 
+    WSCHAT_INLINE void flush_websocket(Connection& from) {
+        if (from.sends_volatile() && !send_buffer_set_) set_send_buffer();
+        send_queue(from.output());
+        update_backlog(ended_ ? 0 : held_by(from));
+    }
     WSCHAT_INLINE void send_queue(SendQueue& queue) {
         if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
-        while (!queue.empty() && !blocked() && !send_failed_) {
+        while (!queue.empty() && !blocked_ && !send_failed_) {
             const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
-            queue.consume(send(host_.pieces.data(), count));
+            // With the most pieces there may be more of them.
+            const std::size_t sent = count < Socket::max_pieces
+                                         ? note_sent(stream_.send(host_.pieces.data(), count, host_.wire), queue.size())
+                                         : offer(host_.pieces.data(), count);
+            queue.consume(sent);
         }
-        if (blocked()) queue.detach_from_pool();
+        if (blocked_) queue.detach_from_pool();
     }
     WSCHAT_NOINLINE void set_send_buffer() {
         send_buffer_set_ = true;
@@ -11028,7 +11065,7 @@ private:
 
     // Records the result of offering `size` bytes to the kernel. Returns how many bytes the caller removes from the
     // queue: none after an error, because abort() has cleared it.
-    std::size_t note_sent(const IoResult& sent, std::size_t size) {
+    WSCHAT_INLINE std::size_t note_sent(const IoResult& sent, std::size_t size) {
         send_failed_ = sent.outcome == IoResult::Outcome::error;
         set_blocked(!send_failed_ && (sent.size < size || stream_.wants_write()));
         if (!send_failed_) return sent.size;
@@ -11045,13 +11082,18 @@ private:
         flush();
         if (host_.wire.sent != sent_before) connection().record_activity(now());
     }
-    // After a flush that leaves nothing, this reads no additional memory.
-    WSCHAT_INLINE void update_backlog() {
+    void update_backlog() {
         std::size_t held = 0;
-        if (phase_ == Phase::websocket && !ended_)
-            held = output().held() + connection().buffered_input() + held_request_ + stream_.buffered();
+        if (phase_ == Phase::websocket && !ended_) held = held_by(connection());
         else if (!gone() && !ended_)
-            held = stream_.buffered() + (http_ ? output().held() + http_->buffered_input() : 0);
+            held = stream_.buffered() + (http_ ? http_->output.held() + http_->buffered_input() : 0);
+        update_backlog(held);
+    }
+    WSCHAT_INLINE std::size_t held_by(const Connection& open) const {
+        return open.output().held() + open.buffered_input() + held_request_ + stream_.buffered();
+    }
+    // After a flush that leaves nothing, this reads no additional memory.
+    WSCHAT_INLINE void update_backlog(std::size_t held) {
         if (held != counted_backlog_) set_backlog(held);
     }
     WSCHAT_NOINLINE void set_backlog(std::size_t held) {
@@ -11062,7 +11104,7 @@ private:
 
     // Tells the poller which events the session waits for.
     WSCHAT_INLINE void update_interest() {
-        const bool read = reading(), write = stream_.encrypted() ? stream_.wants_write() : blocked();
+        const bool read = reading(), write = stream_.encrypted() ? stream_.wants_write() : blocked_;
         if (read == watching_read_ && write == watching_write_) return;
         if (!LoopAccess::poller(host_.loop).change(stream_.socket().descriptor(), *this, read, write))
             return abort(CloseCause::connection_lost, "cannot be watched: " + os::error_text(os::last_error()));
@@ -11085,7 +11127,8 @@ private:
     }
 
     // Only if reading().
-    void read() {
+    WSCHAT_NOINLINE void read() { read_socket(); }
+    WSCHAT_INLINE void read_socket() {
         if (http_ && http_->proxy && (!read_proxy_header() || !reading())) return;
         constexpr int max_reads = 4;  // then other sessions run
         for (int i = 0; i < max_reads; ++i) {
@@ -11130,7 +11173,7 @@ private:
         return true;
     }
 
-    void take_input(char* data, std::size_t size) {
+    WSCHAT_INLINE void take_input(char* data, std::size_t size) {
         if (phase_ == Phase::websocket) {
             connection().receive(data, size, host_.loop.now());
             if (dispatch_events()) finish_websocket();
@@ -11206,7 +11249,7 @@ private:
             handshake_done_ = true;
             ++host_.metrics.tls_handshakes;
         }
-        if (blocked() && !stream_.wants_write()) resume_output();
+        if (blocked_ && !stream_.wants_write()) resume_output();
     }
 
     WSCHAT_COLD void log_tls_failure() {
@@ -11311,11 +11354,11 @@ private:
         if (http_->has_reply()) finish_reply();
         if (phase_ != Phase::http && phase_ != Phase::lingering) return mark_dirty();
         flush();
-        if (!blocked() && http_->has_file() && may_work()) send_file();
+        if (!blocked_ && http_->has_file() && may_work()) send_file();
         if (send_failed_) {
             ended_ = true;
         } else if (http_->busy()) {
-            if (!blocked() && !http_->awaits_reply()) wait_for_next_turn();
+            if (!blocked_ && !http_->awaits_reply()) wait_for_next_turn();
         } else if (phase_ == Phase::lingering || !http_->keep_alive) {
             linger();
         } else if (http_->has_pending() && may_work()) {
@@ -11338,13 +11381,13 @@ private:
         finish_upgrade(rest);
     }
     void continue_http() {
-        if (!blocked() && http_->has_file()) send_file();
+        if (!blocked_ && http_->has_file()) send_file();
         if (http_->busy() || !http_->keep_alive || !http_->has_pending()) return;
         parse_pending();
     }
     WSCHAT_COLD void send_file() {
         constexpr int max_pieces = 8;  // then other sessions run
-        for (int i = 0; i < max_pieces && http_->has_file() && !blocked() && !send_failed_; ++i) {
+        for (int i = 0; i < max_pieces && http_->has_file() && !blocked_ && !send_failed_; ++i) {
             if (!http_->queue_file_piece()) ended_ = true;
             flush();
         }
@@ -11450,7 +11493,7 @@ private:
         held_request_ = size > 4 * 1024 ? static_cast<std::uint16_t>((std::min)(size, std::size_t{UINT16_MAX})) : 0;
         // From here to open() nothing throws, so that on_close() comes only after open().
         connection().output().swap(http_->output);
-        connection().set_write_blocked(http_->blocked);
+        connection().set_write_blocked(blocked_);
         phase_ = Phase::websocket;
         http_.reset();
         open_handler();
@@ -11462,19 +11505,20 @@ private:
     }
 
     WSCHAT_INLINE void update_websocket() {
-        if (output().size() > high_water()) above_high_water_ = true;
-        flush();
-        if (connection().state() == Connection::State::closed) {
+        Connection& from = connection();
+        if (from.output().size() > high_water()) above_high_water_ = true;
+        flush_websocket(from);
+        if (from.state() == Connection::State::closed) {
             if (dispatch_events()) finish_websocket();
             return;
         }
         if (may_resume() && may_work() && resume_input()) return finish_websocket();
-        if (above_high_water_ && output().size() <= high_water() && connection().is_open()) {
+        if (above_high_water_ && from.output().size() <= high_water() && from.is_open()) {
             above_high_water_ = false;
             call("on_drain", [this] { handler_->on_drain(); });
         }
         // The time to close, or to answer a ping, may be before the next ping.
-        const Time deadline = websocket_deadline();
+        const Time deadline = pause_ == Pause::rate ? (std::min)(from.deadline(), from.input_due()) : from.deadline();
         if (!scheduled() || deadline < due()) schedule(deadline);
     }
     // Whether the reason of a pause has ended. A closing connection is not paused, because it waits for the Close
@@ -11482,10 +11526,6 @@ private:
     bool may_resume() {
         if (pause_ == Pause::backlog) return !connection().is_open() || output().size() <= high_water();
         return pause_ == Pause::rate && (!connection().is_open() || connection().input_due() <= now());
-    }
-    WSCHAT_INLINE Time websocket_deadline() {
-        const Time due = connection().deadline();
-        return pause_ == Pause::rate ? (std::min)(due, connection().input_due()) : due;
     }
 
     // The connection has closed, so the handler ends. Queued output is still sent, unless the peer is unreachable.
@@ -11496,7 +11536,6 @@ private:
         }
         auto http = std::make_unique<HttpExchange>(host_, limits(), peer_);
         http->keep_alive = false;
-        http->blocked = connection().write_blocked();
         http->output.swap(connection().output());
         server_closes_first_ = owner() != nullptr && connection().close_cause() != CloseCause::protocol_error;
         close_handler();
@@ -11524,6 +11563,7 @@ private:
     bool full_ = false;   // the server has too many connections
     bool send_buffer_set_ = false;
     bool send_failed_ = false;
+    bool blocked_ = false;         // the kernel refused output that is still queued
     bool input_ended_ = false;     // the peer has shut its sending side
     bool handshake_done_ = false;  // of TLS
     bool waiting_ = false;         // in the list of sessions with work left
