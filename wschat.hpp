@@ -2507,6 +2507,20 @@ public:
     static void set_params(Request& request, std::vector<std::pair<std::string, std::string>> params) {
         request.params_ = std::move(params);
     }
+    static std::string_view part(const Request& request, std::size_t begin, std::size_t size) {
+        return std::string_view(request.bytes_).substr(begin, size);
+    }
+    static std::size_t position(const Request& request, std::string_view part) {
+        return static_cast<std::size_t>(part.data() - request.bytes_.data());
+    }
+    // Forgets all but the address, the scheme, and the part, which is at its beginning then.
+    static void drop(Request& request, std::string_view kept) {
+        Request rest;
+        rest.bytes_ = kept;
+        rest.flags_.https = request.flags_.https;
+        rest.remote_address_ = std::move(request.remote_address_);
+        request = std::move(rest);
+    }
     // The memory of the head and the body.
     static std::size_t held(const Request& request) { return request.bytes_.capacity(); }
     // Sets what the request itself does not contain. The certificate may be empty.
@@ -3865,7 +3879,7 @@ public:
         parser_ = FrameParser(role, compression != nullptr);
         limits_ = &limits;
         arena_ = &arena;
-        mask_source_ = role == Role::client ? mask_source : nullptr;
+        if ((masks_ = role == Role::client)) cold().mask_source = mask_source;
         compression_ = std::move(compression);
         state_ = State::open;
         last_activity_ = now;
@@ -3876,7 +3890,10 @@ public:
     State state() const { return state_; }
     bool is_open() const { return state_ == State::open; }
     CloseCode close_code() const { return close_code_; }
-    const std::string& close_reason() const { return close_reason_; }
+    const std::string& close_reason() const {
+        static const std::string none;
+        return cold_ ? cold_->close_reason : none;
+    }
     CloseCause close_cause() const { return cause_; }
     // Closed by abort(): the caller drops the transport at once.
     bool aborted() const { return state_ == State::closed && close_code_ == CloseCode::abnormal; }
@@ -3922,7 +3939,8 @@ public:
     // Returns the next event, or `none` if more bytes are needed. The close event is the last one and occurs once.
     WSCHAT_INLINE Event next_event() {
         Event event;
-        if (input_ == input_end_ && !in_payload_ && !message_delivered_ && !cold_ && state_ == State::open) return event;
+        const bool nothing = input_ == input_end_ && !in_payload_ && !message_delivered_ && !cold_;
+        if (nothing && state_ == State::open) return event;
         if (message_delivered_) recycle_message();
         while (state_ == State::open || state_ == State::closing) {
             if (!in_payload_ && !read_header()) break;
@@ -4005,13 +4023,13 @@ public:
     // `offer(pieces, count)` returns how many bytes the transport takes. Only the rest is copied.
     template <class Offer>
     WriteStatus send(Opcode opcode, std::string_view payload, Offer&& offer) {
-        const bool copied = payload.size() < direct_send_size || mask_source_ != nullptr || !output_.empty() ||
+        const bool copied = payload.size() < direct_send_size || masks_ || !output_.empty() ||
                             write_blocked_ || state_ != State::open || should_compress(payload.size());
         return copied ? send(opcode, payload) : send_in_place(opcode, payload, offer);
     }
     // A client must mask each frame with a new key, so only a server shares the frame.
     WriteStatus send(const EncodedFrame& frame) {
-        if (mask_source_ != nullptr) return send(frame.opcode(), frame.payload());
+        if (masks_) return send(frame.opcode(), frame.payload());
         if (!can_send(frame.size())) return reject_write();
         if (!should_compress(frame.payload().size())) return enqueue(frame.slice());
         // Without context takeover, all members share one compressed frame.
@@ -4046,7 +4064,7 @@ public:
         state_ = State::closing;
         cause_ = cause;
         close_code_ = code;
-        close_reason_ = reason;
+        if (!reason.empty()) cold().close_reason = reason;
         wait_started_ = saturating_add(now, drain_time(output_.size()));
     }
     static void check_close(CloseCode code, std::string_view reason) {
@@ -4157,13 +4175,13 @@ private:
         const auto available = static_cast<std::size_t>(input_end_ - input_);
         if (available == 0) return false;
 
-        // 1. If the header began in earlier input, continue it in header_bytes_.
+        // 1. If the header began in earlier input, continue it in ColdState::header_bytes.
         const std::size_t before = header_size_;
         std::string_view bytes(input_, available);
         if (before != 0) {
             const std::size_t more = (std::min)(available, FrameHeader::max_size - before);
-            std::memcpy(header_bytes_ + before, input_, more);
-            bytes = {header_bytes_, before + more};
+            std::memcpy(cold_->header_bytes + before, input_, more);
+            bytes = {cold_->header_bytes, before + more};
         }
 
         // 2. Parse. Keep the bytes of an incomplete header.
@@ -4173,7 +4191,7 @@ private:
             return true;
         }
         if (parsed.outcome == ParsedFrame::Outcome::need_more) {
-            if (before == 0) std::memcpy(header_bytes_, input_, available);
+            if (before == 0) std::memcpy(cold().header_bytes, input_, available);
             header_size_ = static_cast<std::uint8_t>(bytes.size());
             input_ = input_end_;
             return false;
@@ -4390,11 +4408,13 @@ private:
         close_code_ = code;
         in_payload_ = false;
         input_ = input_end_ = nullptr;
-        if (cold_) cold_->pending_pong.reset();
+        if (cold_) {
+            cold_->pending_pong.reset();
+            cold_->close_reason.clear();
+        }
         try {
-            close_reason_ = reason;
+            if (!reason.empty()) cold().close_reason = reason;
         } catch (const std::bad_alloc&) {  // closing must not fail
-            close_reason_.clear();
         }
     }
 
@@ -4454,7 +4474,7 @@ private:
     // The size of an uncompressed frame.
     std::size_t frame_size(std::size_t payload_size) const {
         FrameHeader header;
-        header.masked = mask_source_ != nullptr;
+        header.masked = masks_;
         header.length = payload_size;
         return encoded_size(header) + payload_size;
     }
@@ -4463,8 +4483,8 @@ private:
         header.opcode = opcode;
         header.rsv1 = rsv1;
         header.length = payload.size();
-        header.masked = mask_source_ != nullptr;
-        if (header.masked) header.mask = mask_source_();
+        header.masked = masks_;
+        if (header.masked) header.mask = cold_->mask_source();
         return encode_frame(*arena_, header, payload);
     }
 
@@ -4489,6 +4509,9 @@ private:
         std::string partial_control;   // the beginning of a control frame's payload
         std::string complete_control;  // the payload of the last event, if it arrived in parts
         std::optional<std::string> pending_pong;
+        std::string close_reason;
+        MaskSource mask_source = nullptr;          // of a client
+        char header_bytes[FrameHeader::max_size];  // of an incomplete header
         TokenBucket messages, bytes;  // if the rates of the input are limited
     };
     ColdState& cold() {
@@ -4498,14 +4521,13 @@ private:
 
     // The members that each send and each flush use come first, to share cache lines.
     const Limits* limits_ = nullptr;
-    MaskSource mask_source_ = nullptr;  // null for a server
     State state_ = State::connecting;
     CloseCause cause_ = CloseCause::none;
     CloseCode close_code_ = CloseCode::no_status;
     bool write_blocked_ = false;
-    bool close_reported_ = false;
     bool metered_ = false;  // the rate of messages or of bytes is limited
     bool sends_volatile_ = false;
+    bool masks_ = false;  // a client
     SendQueue output_;
     Time last_activity_{};
     Time wait_started_{};  // for the answer to our ping or to our Close frame
@@ -4520,6 +4542,7 @@ private:
     bool in_payload_ = false;
     bool message_delivered_ = false;  // the next next_event() releases message_
     bool inflating_ = false;          // the current message is compressed
+    bool close_reported_ = false;
     Opcode message_opcode_ = Opcode::text;
     Utf8Validator utf8_;
     char* input_ = nullptr;
@@ -4528,11 +4551,9 @@ private:
     std::uint64_t frame_left_ = 0;
     std::uint32_t fragments_ = 0;
     std::uint32_t frames_read_ = 0;  // since receive() or resume_input()
-    char header_bytes_[FrameHeader::max_size];
 
     SendArena* arena_ = nullptr;
     std::uint64_t dropped_ = 0;
-    std::string close_reason_;
 };
 
 }  // namespace detail
@@ -4732,7 +4753,8 @@ struct HandlerCore {
     std::uint64_t messages_sent = 0;
     Connection connection;
     Request request;
-    std::string_view subprotocol;  // a part of the request
+    std::uint32_t subprotocol_begin = 0;  // in the request
+    std::uint32_t subprotocol_size = 0;
     std::vector<Membership> rooms;
     std::unique_ptr<StringMap<std::size_t>> positions;  // positions in `rooms`, by room; null if there never were many
     HandlerRef ref;
@@ -4855,12 +4877,14 @@ public:
     CloseCause close_cause() const { return core_.connection.close_cause(); }
     bool is_open() const { return core_.connection.is_open(); }
 
-    // The request of the opening handshake; valid as long as the handler.
+    // The request of the opening handshake; valid as long as the handler. See Route::keep_request().
     const Request& request() const { return core_.request; }
     // The same as request().remote_address().
     const std::string& remote_address() const { return core_.request.remote_address(); }
     // The result of select_subprotocol(); empty if it chose none.
-    std::string_view selected_subprotocol() const { return core_.subprotocol; }
+    std::string_view selected_subprotocol() const {
+        return detail::RequestAccess::part(core_.request, core_.subprotocol_begin, core_.subprotocol_size);
+    }
 
     // The room of that name, created on demand. An empty room is removed at the end of the turn. Throws Error in the
     // constructor, before the handler has a server.
@@ -8081,10 +8105,10 @@ public:
 
 private:
     friend class Timers;
-    static constexpr std::size_t none = static_cast<std::size_t>(-1);
+    static constexpr std::uint32_t none = static_cast<std::uint32_t>(-1);
 
     Time due_{};
-    std::size_t index_ = none;  // in the heap
+    std::uint32_t index_ = none;  // in the heap
 };
 
 // A binary heap of timers. Each timer stores its index, so that schedule() and cancel() cost O(log n).
@@ -8095,7 +8119,7 @@ public:
         if (due == (Time::max)()) return cancel(timer);
         if (!timer.scheduled()) {
             heap_.push_back(&timer);
-            timer.index_ = heap_.size() - 1;
+            timer.index_ = static_cast<std::uint32_t>(heap_.size() - 1);
         }
         timer.due_ = due;
         sift(timer.index_);
@@ -8121,7 +8145,7 @@ public:
 private:
     void place(std::size_t index, Timer* timer) {
         heap_[index] = timer;
-        timer->index_ = index;
+        timer->index_ = static_cast<std::uint32_t>(index);
     }
     // Moves the timer up or down until the heap is in order.
     WSCHAT_NOINLINE void sift(std::size_t index) {
@@ -9043,6 +9067,13 @@ public:
     }
     // Returns null if the route has no limits of its own.
     const Limits* limits() const { return current_limits_; }
+    // False: after open(), request() has only its remote_address() and scheme(). The request of a browser is often half
+    // of the memory of an idle connection.
+    Route& keep_request(bool keep) {
+        keeps_request_ = keep;
+        return *this;
+    }
+    bool keeps_request() const { return keeps_request_; }
     const detail::Pattern& pattern() const { return pattern_; }
     std::unique_ptr<WebSocketHandler> make_handler() const { return factory_(); }
 
@@ -9051,6 +9082,7 @@ private:
     Factory factory_;
     StringMap<Limits> limits_;  // all limits that were set: open connections keep theirs
     const Limits* current_limits_ = nullptr;
+    bool keeps_request_ = true;
 };
 
 // How pages of other origins may use the answers of this server: Server::allow_cors().
@@ -10595,6 +10627,18 @@ protected:
         core().request = std::move(request);
         return check_handshake();
     }
+    // False if it is not one of those in the request.
+    bool set_subprotocol(const std::vector<std::string_view>& offered, std::string_view chosen) {
+        const auto found = std::find(offered.begin(), offered.end(), chosen);
+        if (found == offered.end()) return false;
+        core().subprotocol_begin = static_cast<std::uint32_t>(RequestAccess::position(core().request, *found));
+        core().subprotocol_size = static_cast<std::uint32_t>(found->size());
+        return true;
+    }
+    void drop_request() {
+        RequestAccess::drop(core().request, handler_->selected_subprotocol());
+        core().subprotocol_begin = 0;
+    }
     // Negotiates compression with the client.
     AcceptedCompression accept_compression() {
         const Fields offers = core().request.fields();
@@ -10700,6 +10744,7 @@ protected:
     Pause pause_ = Pause::none;
     bool above_high_water_ = false;  // on_drain() follows when the backlog is small again
     bool server_closes_first_ = false;
+    std::uint32_t work_turn_ = 0;  // the last turn with work other than flushing
     // Members that few connections need.
     struct Rare {
         std::string address_key{};              // the key under which it is counted; empty if it is not counted
@@ -10726,9 +10771,7 @@ private:
         const std::vector<std::string_view> offered = offered_subprotocols(request);
         if (offered.empty()) return std::nullopt;
         const std::string chosen = handler_->select_subprotocol(offered);
-        for (const std::string_view each : offered)
-            if (each == chosen) core().subprotocol = each;
-        if (core().subprotocol.empty() && !chosen.empty())
+        if (!set_subprotocol(offered, chosen) && !chosen.empty())
             host_.log(LogLevel::warning, "subprotocol_not_offered", {{"subprotocol", chosen}});
         return std::nullopt;
     }
@@ -10776,6 +10819,13 @@ public:
     Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
         : WebSocketDriver(host, peer),
           stream_(std::move(socket), std::move(transport)),
+          watching_read_(true),
+          watching_write_(false),
+          send_buffer_set_(false),
+          full_(false),
+          waiting_(false),
+          handshake_done_(false),
+          drops_request_(false),
           http_(std::make_unique<HttpExchange>(host, host.options.limits, peer_)) {
         if (proxied) http_->proxy = std::make_unique<ProxyHeader>();
     }
@@ -10783,7 +10833,7 @@ public:
     Session& operator=(const Session&) = delete;
     ~Session() override { LoopAccess::timers(host_.loop).cancel(*this); }
 
-    std::size_t index = 0;                  // in the worker's list of sessions
+    std::uint32_t index = 0;                // in the worker's list of sessions
     std::unique_ptr<Session> next_deleted;  // the next one in the worker's list of removed sessions
 
     bool gone() const { return phase_ == Phase::gone; }
@@ -10824,8 +10874,7 @@ public:
         core().host = this;
         protect([&] {
             core().request = std::move(opened.request);
-            for (const std::string_view each : offered_subprotocols(core().request))
-                if (each == opened.subprotocol) core().subprotocol = each;
+            set_subprotocol(offered_subprotocols(core().request), opened.subprotocol);
             if (!LoopAccess::poller(host_.loop).add(stream_.socket().descriptor(), *this, true, false))
                 return abort(CloseCause::connection_lost, "cannot be watched");
             connection().open(Role::client, limits(), host_.arena, now(), opened.mask_source,
@@ -11029,7 +11078,9 @@ private:
         return true;
     }
     void wait_for_next_turn() {
-        if (!std::exchange(waiting_, true)) host_.turn.waiting.push(*this);
+        if (waiting_) return;
+        waiting_ = true;
+        host_.turn.waiting.push(*this);
     }
 
     // ---- output ----------------------------------------------------------------------------------------------------
@@ -11420,6 +11471,7 @@ private:
             return refuse(host_.too_many_connections(), request);
         RequestAccess::set_params(request, route->pattern().params(request.raw_path()));
         route_limits_ = route->limits();
+        drops_request_ = !route->keeps_request();
         std::optional<Response> refusal;
         const bool checked = guarded("handshake", [&] {
             refusal = start_handler(*route, std::move(request));
@@ -11483,13 +11535,14 @@ private:
         std::string lines;
         for (const auto& [name, value] : headers.headers()) add_line(lines, name, value);
         add_cookies(lines, headers, core().request);
-        switching_protocols(core().request.header("sec-websocket-key"), core().subprotocol, compression.response, lines,
+        switching_protocols(core().request.header("sec-websocket-key"), handler_->selected_subprotocol(),
+                            compression.response, lines,
                             [&](std::initializer_list<std::string_view> parts) { http_->queue_parts(parts); });
         http_->note_answer(101, &core().request, 0);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
         schedule(connection().deadline());
         // A request of normal size is not counted: it is part of an idle connection.
-        const std::size_t size = RequestAccess::held(core().request);
+        const std::size_t size = drops_request_ ? 0 : RequestAccess::held(core().request);
         held_request_ = size > 4 * 1024 ? static_cast<std::uint16_t>((std::min)(size, std::size_t{UINT16_MAX})) : 0;
         // From here to open() nothing throws, so that on_close() comes only after open().
         connection().output().swap(http_->output);
@@ -11497,6 +11550,7 @@ private:
         phase_ = Phase::websocket;
         http_.reset();
         open_handler();
+        if (drops_request_) drop_request();
         const std::string_view frames = std::exchange(rest, std::string_view());
         if (frames.empty()) return;
         // The bytes are in the receive buffer or in pipelined input. Both may be unmasked in place.
@@ -11560,17 +11614,16 @@ private:
     Stream stream_;
     Phase phase_ = Phase::http;
     bool ended_ = false;  // finish_turn() removes the session
-    bool full_ = false;   // the server has too many connections
-    bool send_buffer_set_ = false;
     bool send_failed_ = false;
-    bool blocked_ = false;         // the kernel refused output that is still queued
-    bool input_ended_ = false;     // the peer has shut its sending side
-    bool handshake_done_ = false;  // of TLS
-    bool waiting_ = false;         // in the list of sessions with work left
-    bool watching_read_ = true;
-    bool watching_write_ = false;
+    bool blocked_ = false;      // the kernel refused output that is still queued
+    bool input_ended_ = false;  // the peer has shut its sending side
+    // The constructor sets them: bit-fields have no initializers in C++17.
+    bool watching_read_ : 1, watching_write_ : 1, send_buffer_set_ : 1;
+    bool full_ : 1;                       // the server has too many connections
+    bool waiting_ : 1;                    // in the list of sessions with work left
+    bool handshake_done_ : 1;             // of TLS
+    bool drops_request_ : 1;              // after open()
     std::uint16_t held_request_ = 0;      // bytes of the request that an open WebSocket keeps, if it is a large one
-    std::uint32_t work_turn_ = 0;         // the last turn with work other than flushing
     std::unique_ptr<HttpExchange> http_;  // null while a WebSocket is open
     std::size_t counted_backlog_ = 0;
     const Limits* route_limits_ = nullptr;  // null: those of the server
@@ -11827,7 +11880,7 @@ public:
         const bool full = used >= usable;
         auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), proxied);
         Session& session = *made;
-        session.index = sessions_.size();
+        session.index = static_cast<std::uint32_t>(sessions_.size());
         sessions_.push_back(std::move(made));
         loads[number].connections = sessions_.size();
         session.start(full);
@@ -11838,7 +11891,7 @@ public:
         auto made = std::make_unique<Session>(*this, std::move(socket), peer, std::move(transport), false);
         Session& session = *made;
         session.prepare_client();  // first, because it may run out of memory
-        session.index = sessions_.size();
+        session.index = static_cast<std::uint32_t>(sessions_.size());
         sessions_.push_back(std::move(made));
         loads[number].connections = sessions_.size();
         made_session = &session;
@@ -11974,7 +12027,7 @@ private:
             std::pop_heap(sessions_.begin(), end, smaller);
             (*--end)->abort(CloseCause::backlog, "the total backlog is above its limit");
         }
-        for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = i;
+        for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = static_cast<std::uint32_t>(i);
     }
 
     const std::vector<std::unique_ptr<Worker>>* group_ = nullptr;

@@ -251,6 +251,60 @@ TEST_CASE("a TestRequest sets headers, origin, host, address and subprotocols") 
     CHECK(contains(error_of([&] { server.connect("/a b"); }), "the target has a space"));
 }
 
+TEST_CASE("a route that keeps no requests has them until open(), and then only the address, scheme and subprotocol") {
+    struct Teller : WebSocketHandler {
+        std::string select_subprotocol(const std::vector<std::string_view>& offered) override {
+            return std::string(offered.back());
+        }
+        void tell() {
+            std::size_t fields = 0;
+            request().fields().each([&](std::string_view, std::string_view) { return ++fields != 0; });
+            write_json({{"address", remote_address()},
+                        {"scheme", request().scheme()},
+                        {"subprotocol", selected_subprotocol()},
+                        {"request",
+                         text::concat({request().method(), " ", request().target(), " ", request().raw_path(), " ",
+                                       request().host(), " ", request().query("q").value_or("none")})},
+                        {"room", request().param("room")},
+                        {"cookie", request().cookie("id").value_or("none")},
+                        {"fields", fields != 0}});
+        }
+        void open() override { tell(); }
+        void on_message(const Message&) override { tell(); }
+    };
+    TestServer server;
+    server.route<Teller>("/kept/{room}");
+    server.route<Teller>("/dropped/{room}").keep_request(false);
+    const auto received = [&](std::string path, std::string subprotocol) {
+        TestClient client = server.connect(TestRequest(path + "?q=1")
+                                               .header("Cookie", "id=7")
+                                               .host("tea.example")
+                                               .address("2001:db8::7:203:113:7")
+                                               .subprotocol("first")
+                                               .subprotocol(subprotocol));
+        client.send("again");
+        const Texts texts = client.received();
+        client.close();
+        CHECK(client.close_code() == CloseCode::normal);
+        return texts;
+    };
+    for (const std::string subprotocol : {"v2", "one-that-needs-memory-of-its-own"}) {
+        CAPTURE(subprotocol);
+        const auto told = [&](const std::string& rest) {
+            return R"({"address":"2001:db8::7:203:113:7","scheme":"http","subprotocol":")" + subprotocol +
+                   "\"," + rest;
+        };
+        const auto whole = [&](const std::string& path) {
+            return told(R"("request":"GET )" + path + "?q=1 " + path +
+                        R"( tea.example 1","room":"tea","cookie":"7","fields":true})");
+        };
+        CHECK(received("/kept/tea", subprotocol) == Texts{whole("/kept/tea"), whole("/kept/tea")});
+        CHECK(received("/dropped/tea", subprotocol) ==
+              Texts{whole("/dropped/tea"),
+                    told(R"("request":"  /  none","room":"","cookie":"none","fields":false})")});
+    }
+}
+
 TEST_CASE("a TestServer checks origins, hosts, routes and limits like any server") {
     ServerOptions options;
     options.server_limits.max_connections_per_address = 1;

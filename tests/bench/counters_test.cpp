@@ -117,6 +117,7 @@ struct RunningRoom {
     explicit RunningRoom(std::size_t size) {
         running.server.route<Member>("/room");
         running.server.route<Echo>("/echo");
+        running.server.route<Echo>("/dropped").keep_request(false);
         running.start();
         for (std::size_t i = 0; i < size; ++i) members.push_back(std::make_unique<WsClient>(running.port(), "/room"));
         for (const auto& member : members) REQUIRE(member->is_open());
@@ -262,21 +263,25 @@ TEST_SUITE("counters") {
         CHECK(connection.output().empty());
     }
 
-    TEST_CASE("an idle connection holds less than a kibibyte") {
-        RunningRoom room(0);
-        std::vector<std::unique_ptr<WsClient>> clients;
-        const auto connect = [&](std::size_t count) {
-            for (std::size_t i = 0; i < count; ++i) {
-                clients.push_back(std::make_unique<WsClient>(room.running.port(), "/echo"));
-                REQUIRE(clients.back()->is_open());
-            }
-        };
-        connect(64);  // tables grow by doubling, so both counts are taken at a full table
-        const Counters before = room.count();
-        connect(64);
-        const Counters after = room.count();
-        CHECK((after.bytes_held - before.bytes_held) / 64 <=
-              912);  // the rest of the kibibyte is heap overhead between the blocks
+    TEST_CASE("an idle connection holds 800 bytes, and 610 if its route does not keep requests") {
+        for (const bool keeps : {true, false}) {
+            CAPTURE(keeps);
+            RunningRoom room(0);
+            std::vector<std::unique_ptr<WsClient>> clients;
+            const auto connect = [&](std::size_t count) {
+                for (std::size_t i = 0; i < count; ++i) {
+                    clients.push_back(std::make_unique<WsClient>(room.running.port(), keeps ? "/echo" : "/dropped"));
+                    REQUIRE(clients.back()->is_open());
+                }
+            };
+            connect(64);  // tables grow by doubling, so both counts are taken at a full table
+            const Counters before = room.count();
+            connect(64);
+            const Counters after = room.count();
+            const std::int64_t each = (after.bytes_held - before.bytes_held) / 64;
+            CHECK(each <= (keeps ? 800 : 610));
+            CHECK(each > (keeps ? 700 : 500));
+        }
     }
 }
 
