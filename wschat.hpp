@@ -2519,7 +2519,7 @@ public:
         rest.bytes_ = kept;
         rest.flags_.https = request.flags_.https;
         rest.remote_address_ = std::move(request.remote_address_);
-        request = std::move(rest);
+        std::swap(request, rest);  // a move of a short string would keep the memory of the long one
     }
     // The memory of the head and the body.
     static std::size_t held(const Request& request) { return request.bytes_.capacity(); }
@@ -2672,9 +2672,9 @@ private:
     // RFC 9112 3.2: origin-form, absolute-form ("A server MUST accept the absolute-form"), "*".
     bool parse_target(std::string_view target) {
         std::string_view path = target;
-        const std::size_t scheme = text::starts_with(text::to_lower(target.substr(0, 7)), "http://")    ? 7
-                                   : text::starts_with(text::to_lower(target.substr(0, 8)), "https://") ? 8
-                                                                                                        : 0;
+        const std::size_t scheme = text::equals_ignore_case(target.substr(0, 7), "http://")    ? 7
+                                   : text::equals_ignore_case(target.substr(0, 8), "https://") ? 8
+                                                                                               : 0;
         if (scheme != 0) {
             const std::size_t end = (std::min)(target.find_first_of("/?", scheme), target.size());
             const std::string_view authority = target.substr(scheme, end - scheme);
@@ -2686,7 +2686,8 @@ private:
         }
         std::string_view query = path;
         path = text::consume_until(query, '?');
-        if (!text::percent_decode(path)) return fail(400, "The path has a malformed percent escape.");
+        if (path.find('%') != std::string_view::npos && !text::percent_decode(path))
+            return fail(400, "The path has a malformed percent escape.");
         request_.path_ = request_.part_of(path);
         request_.query_ = request_.part_of(query);
         return true;
@@ -6000,19 +6001,23 @@ inline std::ptrdiff_t peek(Descriptor descriptor, char* data, std::size_t size) 
     return ::recv(descriptor, data, size, MSG_PEEK);
 }
 // MSG_NOSIGNAL suppresses SIGPIPE. Systems without that flag have SO_NOSIGPIPE, which accept() sets.
-inline std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
 #if defined(MSG_NOSIGNAL)
-    constexpr int flags = MSG_NOSIGNAL;
+constexpr int send_flags = MSG_NOSIGNAL;
 #else
-    constexpr int flags = 0;
+constexpr int send_flags = 0;
 #endif
-    if (count == 1) return ::send(descriptor, pieces[0].data(), pieces[0].size(), flags);
+WSCHAT_NOINLINE inline std::ptrdiff_t send_pieces(Descriptor descriptor, const std::string_view* pieces,
+                                                  std::size_t count) {
     iovec vectors[64];
     for (std::size_t i = 0; i < count; ++i) vectors[i] = {const_cast<char*>(pieces[i].data()), pieces[i].size()};
     msghdr message{};
     message.msg_iov = vectors;
     message.msg_iovlen = static_cast<decltype(message.msg_iovlen)>(count);
-    return ::sendmsg(descriptor, &message, flags);
+    return ::sendmsg(descriptor, &message, send_flags);
+}
+WSCHAT_INLINE std::ptrdiff_t send(Descriptor descriptor, const std::string_view* pieces, std::size_t count) {
+    return count == 1 ? ::send(descriptor, pieces[0].data(), pieces[0].size(), send_flags)
+                      : send_pieces(descriptor, pieces, count);
 }
 inline void shutdown_send(Descriptor descriptor) { ::shutdown(descriptor, SHUT_WR); }
 inline std::size_t descriptor_limit() {
@@ -7103,10 +7108,12 @@ public:
     void wait(int timeout_ms, std::vector<Ready>& ready) override {
         ready.clear();
         const int count = ::epoll_wait(epoll_.descriptor(), events_, batch, timeout_ms);
-        for (int i = 0; i < count; ++i) {
-            const std::uint32_t events = events_[i].events;
-            ready.push_back({static_cast<Pollable*>(events_[i].data.ptr), (events & EPOLLIN) != 0,
-                             (events & EPOLLOUT) != 0, (events & (EPOLLHUP | EPOLLERR)) != 0});
+        ready.resize(count > 0 ? static_cast<std::size_t>(count) : 0);
+        const epoll_event* from = events_;
+        for (Ready& to : ready) {
+            const std::uint32_t events = from->events;
+            to = {static_cast<Pollable*>(from++->data.ptr), (events & EPOLLIN) != 0, (events & EPOLLOUT) != 0,
+                  (events & (EPOLLHUP | EPOLLERR)) != 0};
         }
     }
 
@@ -11188,7 +11195,8 @@ private:
             std::pair<char*, std::size_t> area{nullptr, 0};
             if (phase_ == Phase::websocket) area = connection().receive_buffer();
             if (area.first == nullptr) area = {host_.receive_buffer.data(), host_.receive_buffer.capacity()};
-            if (phase_ == Phase::websocket) area.second = (std::min)(area.second, connection().max_input());
+            if (phase_ == Phase::websocket && connection().metered())
+                area.second = (std::min)(area.second, connection().max_input());
             const IoResult got = stream_.receive(area.first, area.second, host_.wire);
             if (stream_.has_transport() && !stream_.check_rate(limits(), now(), host_.wire))
                 return end_of_input({IoResult::Outcome::error});
