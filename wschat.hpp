@@ -423,9 +423,9 @@ struct Limits {
 
 // The limits of a whole server: ServerOptions::server_limits. Sizes are in bytes.
 struct ServerLimits {
-    // Output and unfinished input of all connections together. Above it, the connections with the most are closed.
+    // Output and unfinished input of all connections together. Above it, the largest connections are closed.
     std::size_t max_total_backlog = 256 * 1024 * 1024;
-    std::size_t max_connections = 0;              // 503; 0: the descriptor limit of the process minus 64; files count
+    std::size_t max_connections = 0;              // 503; 0: the descriptor limit minus 64. A file that is sent counts
     std::size_t max_connections_per_address = 0;  // 503; 0: no limit. An IPv6 /64 counts as one address
     // Broadcasts that wait for one loop of a server with several. Above it, they are not passed on to that loop.
     std::size_t max_loop_backlog = 64 * 1024 * 1024;
@@ -1098,7 +1098,7 @@ WSCHAT_INLINE void sha1_step(std::uint32_t v, std::uint32_t& x, std::uint32_t y,
     to += rotate(v, 5) + f(x, y, z) + word;
     x = rotate(x, 30);
 }
-// Five steps, after which each variable has its own role again, so that none is moved.
+// Five steps. After them each variable has its first role again, so no value is moved.
 template <class Function>
 WSCHAT_INLINE void sha1_steps(std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, std::uint32_t& d, std::uint32_t& e,
                               const std::uint32_t* w, std::uint32_t constant, Function&& f) {
@@ -1197,7 +1197,7 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
     return text;
 }
 
-// Bytes that nobody can predict, for keys and tokens: from the system's generator. Throws an Error if it fails.
+// Unpredictable bytes for keys and tokens, from the system's generator. Throws an Error if it fails.
 inline std::string random_bytes(std::size_t size) {
     std::string bytes(size, '\0');
 #if defined(__linux__)
@@ -1253,7 +1253,7 @@ public:
     template <class Integer, std::enable_if_t<std::is_integral_v<Integer> && !std::is_same_v<Integer, bool>, int> = 0>
     Json(Integer value) : text_(std::to_string(value)) {}
     Json(std::initializer_list<Member> members);
-    // A pointer is neither text nor a truth value.
+    // Otherwise a pointer would convert to bool.
     template <class T, std::enable_if_t<!std::is_same_v<std::remove_cv_t<T>, char>, int> = 0>
     Json(T*) = delete;
 
@@ -2026,7 +2026,7 @@ public:
         : EncodedFrame(&arena, opcode, payload) {
         payload_ = slice().view().substr(size() - payload.size());
     }
-    // Does not copy the payload, which must outlive the frame. The plain frame too is encoded at its first use.
+    // Does not copy the payload, which must outlive the frame. The plain frame is also encoded at its first use.
     static EncodedFrame borrowed(detail::SendArena& arena, Opcode opcode, std::string_view payload) {
         return EncodedFrame(&arena, opcode, payload);
     }
@@ -2114,7 +2114,7 @@ WSCHAT_COLD inline std::string http_date(std::int64_t unix_seconds) {
 
 namespace detail {
 
-// Which field names a message has: one bit for all names of the same length with the same first and last letter, and
+// The set of a message's field names: one bit for all names of the same length with the same first and last letter, and
 // another bit if there may be two of them. Most look-ups are for a field that a message does not have, or has once.
 class FieldNames {
 public:
@@ -2201,7 +2201,7 @@ private:
     std::string_view searched_for(std::string_view name) const {
         return names_.may_have(name) ? lines_ : std::string_view();
     }
-    // Removes the lines up to the next field of that name, and returns its value. After the only one, nothing is left.
+    // Removes the lines up to the next field of that name, and returns its value. Removes all lines after the only one.
     std::optional<std::string_view> next(std::string_view& rest, std::string_view name) const {
         if (rest.empty()) return std::nullopt;
         const auto value = next_line(rest, name);
@@ -2693,7 +2693,7 @@ private:
         return true;
     }
 
-    // Checks what needs the complete head: Host and the length of the body.
+    // The checks that need the complete head: Host and the length of the body.
     bool check_head() {
         const Fields fields = request_.fields();
         const auto only_host = fields.only("host");
@@ -3567,7 +3567,7 @@ private:
     bool well_formed_ = true;
 };
 
-// How one side of a connection compresses.
+// The compression parameters of one direction.
 struct DeflateDirection {
     bool context_takeover;
     int window_bits;
@@ -3689,7 +3689,7 @@ private:
         check_range("server_max_window_bits", options.server_max_window_bits, 8, 15);
         check_range("client_max_window_bits", options.client_max_window_bits, 8, 15);
     }
-    // A client's offer, and a server's response to an offer without parameters.
+    // The parameters of a client's offer, and of a server's response to an offer without parameters.
     static DeflateParameters parameters_of(const CompressionOptions& options) {
         check_options(options);
         DeflateParameters parameters;
@@ -4092,7 +4092,7 @@ public:
         output_.clear();
     }
 
-    // Whether the kernel refuses output. Pongs wait meanwhile, and only the latest is kept. The caller calls
+    // Whether the kernel refuses output. Meanwhile pongs wait, and only the latest is kept. The caller calls
     // send_pending_pong() when the kernel accepts output again.
     void set_write_blocked(bool blocked) { write_blocked_ = blocked; }
     bool write_blocked() const { return write_blocked_; }
@@ -4757,7 +4757,7 @@ struct HandlerCore {
     std::uint32_t subprotocol_begin = 0;  // in the request
     std::uint32_t subprotocol_size = 0;
     std::vector<Membership> rooms;
-    std::unique_ptr<StringMap<std::size_t>> positions;  // positions in `rooms`, by room; null if there never were many
+    std::unique_ptr<StringMap<std::size_t>> positions;  // positions in `rooms`, by room; null until there were many
     HandlerRef ref;
 };
 
@@ -4914,7 +4914,7 @@ public:
 
 protected:
     // Runs a callback of a derived class. An exception is logged and counted, and closes the connection with 1011 and
-    // CloseCause::handler_exception, as one out of on_message() does.
+    // CloseCause::handler_exception, as an exception of on_message() does.
     void run_hook(const char* name, detail::FunctionRef<> hook) {
         detail::run_guarded(hook, [&](const char* what) { fail(name, what); });
     }
@@ -6168,7 +6168,7 @@ public:
         }
         return result;
     }
-    // The key for limits per client. All addresses of an IPv6 /64 share one key, because one customer has them all.
+    // The key for limits per client. An IPv6 /64 has one key, because one customer usually has the whole block.
     std::string rate_limit_key() const { return (family_ == Family::ipv6 ? prefix(64) : *this).to_string(); }
     // The size of the address: 32, 128, or 0 for a Unix socket.
     unsigned bits() const { return family_ == Family::ipv4 ? 32 : family_ == Family::ipv6 ? 128 : 0; }
@@ -6207,7 +6207,7 @@ private:
 
 // Options of one listener.
 struct ListenOptions {
-    // The permissions of a Unix socket, as 0660: a proxy often runs as another user. Empty: those of the umask.
+    // The permissions of a Unix socket, such as 0660: a proxy often runs as another user. Empty: the umask decides.
     std::optional<unsigned> unix_mode;
     // Each connection begins with a PROXY header (version 1 or 2), which has the client's address. It is believed only
     // from Server::trusted_proxies(); a connection of any other peer, and one without a valid header, is closed.
@@ -6293,7 +6293,7 @@ public:
         if (sent.outcome == IoResult::Outcome::end) sent.outcome = IoResult::Outcome::would_block;
         return sent;
     }
-    // The peer reads the end of the stream. Receiving stays possible.
+    // Ends our side of the stream. Receiving still works.
     void shutdown_send() { os::shutdown_send(descriptor()); }
     void set_nodelay(bool on) { set_option(IPPROTO_TCP, TCP_NODELAY, on ? 1 : 0); }
     // Limits the unsent bytes that the kernel holds.
@@ -9921,7 +9921,7 @@ public:
         first_ = session.*Next;
         return session;
     }
-    // Removes those for which the predicate holds.
+    // Removes the sessions for which the predicate is true.
     template <class Predicate>
     void remove_if(Predicate&& predicate) {
         for (SessionList all = std::exchange(*this, SessionList()); !all.empty();) {
@@ -11802,7 +11802,7 @@ public:
     }
     bool pass_on(std::size_t to, Socket& socket, const IpAddress& peer, const ListenerParts& from) override {
         Worker& worker = *(*group_)[to];
-        // First the count: the loop does not end while it is above zero.
+        // Count first, because the loop does not end while the count is above zero.
         ++loads[to].coming;
         if (!loads[to].accepts.load()) {
             --loads[to].coming;
@@ -12043,7 +12043,7 @@ private:
     TokenBucket proxy_failure_entries_;
     std::unique_ptr<SendBatch> batch_ = SendBatch::make();
     StringMap<Listener> listeners_;
-    StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn, whose events may name them
+    StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn: its events may refer to them
     std::vector<std::unique_ptr<Session>> sessions_;
     std::unique_ptr<Session> deleted_;  // the first of a chain; destroyed at the end of the turn
     unsigned shutdowns_ = 0;            // that have finished
@@ -12105,7 +12105,7 @@ public:
     // ---- routes and pages, before run() or in callbacks ------------------------------------------------------------
 
     // Each connection to the pattern gets its own handler, made with copies of the arguments (std::ref passes a
-    // reference). Throws an Error if the pattern was given before.
+    // reference). Throws an Error if the pattern already has a route.
     template <class Handler, class... Arguments>
     Route& route(std::string_view pattern, Arguments&&... arguments) {
         return add_route(pattern, [stored =
@@ -12199,9 +12199,9 @@ public:
 
     // With several loops, call all functions above before run(); later calls throw an Error.
 
-    // Origins that may connect beside the server's own: "https://chat.example", "https://*.chat.example" for its
+    // More origins that may connect, besides the server's own: "https://chat.example", "https://*.chat.example" for its
     // subdomains, "capacitor://localhost", "moz-extension://*", "null", "file://", or "*" for all. Throws an Error if
-    // one is not an origin.
+    // a text is not an origin.
     void allow_origins(const std::vector<std::string>& origins) { site("allow_origins").allow_origins(origins); }
     // If set, a request for another host gets a 421. Protects pages in a private network from DNS rebinding.
     void allow_hosts(const std::vector<std::string>& hosts) { site("allow_hosts").allow_hosts(hosts); }
@@ -12310,7 +12310,7 @@ public:
     std::size_t loop_number() const { return current().number; }
     Loop& loop() { return current().loop; }
     Rooms& rooms() { return current().rooms; }
-    // Runs the function once on each loop, on its thread, with the number of the loop: to start a timer on each.
+    // Runs the function once on each loop, on its thread, with the number of the loop, for example to start a timer.
     // Any thread may call it.
     void post_to_all(const std::function<void(std::size_t loop)>& function) {
         for (const auto& worker : workers_)
@@ -12518,7 +12518,7 @@ private:
 
     // ---- signals ---------------------------------------------------------------------------------------------------
 
-    // From the first listen() on, because a signal may come before run().
+    // Called at the first listen(), because a signal may come before run().
     WSCHAT_COLD void handle_signals() {
         if (options_.handle_signals && !signals_)
             signals_ = std::make_unique<detail::SignalGuard>(detail::LoopAccess::wake_descriptor(first().loop));
@@ -14464,8 +14464,8 @@ WSCHAT_COLD inline void check_client_options(const ClientOptions& options) {
 //   client.connect<Bot>("wss://chat.example/chat/tea?name=bot");
 //   client.run();
 //
-// A client has a loop and rooms of its own, or those of a server: then handlers of both sides meet in room(), and a
-// broadcast reaches them all. Only shutdown() may be called from other threads.
+// A client has its own loop and rooms, or those of a server. With those of a server, handlers of both share the rooms,
+// and a broadcast reaches all of them. Only shutdown() may be called from other threads.
 class Client {
 public:
     using ConnectionId = std::uint64_t;
@@ -15943,7 +15943,7 @@ public:
             user.info.name = name;
             return;
         }
-        std::string key = take_key(name), copy = name;  // allocated first: a failure would lose the user
+        std::string key = take_key(name), copy = name;  // allocated first: a later failure would lose the user
         users_.rename(user.key, key);
         user.key = std::move(key);
         user.info.name = std::move(copy);
@@ -18049,7 +18049,7 @@ private:
         const std::size_t max = hub_->limits.max_text;
         return memberships_.empty() ? max : memberships_[current_].room->options.max_text.value_or(max);
     }
-    // Why this user may not say anything in the room now.
+    // Returns why this user may not speak in the room now.
     Refusal refuse_speaking() {
         if (memberships_.empty()) return {};
         const ChatRoom& room = *current_room();
