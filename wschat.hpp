@@ -21125,7 +21125,7 @@ private:
                 for (const ChatFact& each : erased.facts) listener.on_fact(each);
             });
             if (!end) return worker->add_write(*this);
-            worker->post([callback = callback, count = messages, cause](Listener&) { callback(count, cause); });
+            worker->post([done = callback, count = messages, cause](Listener&) { done(count, cause); });
         }
         Worker* worker;
         std::string author;
@@ -21362,7 +21362,7 @@ private:
         void operator()(redisReply* reply) const { ::freeReplyObject(reply); }
     };
 
-    void open_unix(const std::string& path) {
+    void open_unix([[maybe_unused]] const std::string& path) {
 #if defined(_WIN32)
         fail("there are no Unix sockets on this system");
 #else

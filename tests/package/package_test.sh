@@ -68,14 +68,14 @@ find_package)
     prints components/consumer "wschat $version with the chat"
     ;;
 options)
-    for option in zlib:ZLIB openssl:OPENSSL sqlite3:SQLITE libutf8proc:UTF8PROC liburing:LIBURING; do
+    for option in zlib:ZLIB openssl:OPENSSL sqlite3:SQLITE hiredis:HIREDIS libutf8proc:UTF8PROC liburing:LIBURING; do
         pkg-config --exists "${option%:*}" || { echo "SKIPPED: WSCHAT_${option#*:}: there is no ${option%:*}" && continue; }
         component=$(echo "${option#*:}" | tr A-Z a-z)
         rm -rf build
-        installed -DWSCHAT_${option#*:}=ON
+        installed -DWSCHAT_${option#*:}=ON -DWSCHAT_CHAT=ON  # some options add code only to the chat
         cmake -S consumer -B build -DCMAKE_PREFIX_PATH="$work/moved" -DCOMPONENTS=$component
         cmake --build build
-        prints build/consumer "wschat $version"
+        prints build/consumer "wschat $version with the chat"
         PKG_CONFIG_PATH=$work/moved/share/pkgconfig pkg-config --cflags --libs wschat | grep -q "WSCHAT_${option#*:}=1" ||
             fail "wschat.pc does not define WSCHAT_${option#*:}"
     done
