@@ -6,7 +6,8 @@
 #   tests/platforms.sh TARGET...    these targets:
 #     kqueue          the branches for FreeBSD, on Linux: kqueue() and sysctl() are replayed (tests/platforms/replay)
 #     mingw           Windows: the header and tests/platforms/windows_test.cpp under Wine; mingw-unicode: with UNICODE
-#     msvc            the branches for Visual C++, compiled by MinGW, without what that compiler calls unsafe
+#     msvc            the branches for Visual C++: compiled by clang for its ABI (x86-64, x86 and ARM64) with the headers of
+#                     libc++ and MinGW, and by MinGW without functions that Visual C++ calls unsafe
 #     m32             32 bits, x87
 #     macos-x86_64 macos-aarch64      compiled and linked by zig
 #     musl            static, by zig
@@ -14,6 +15,8 @@
 #     g++-11 clang-newest libc++ c++20 c++23 c++26 funsigned-char glibcxx-debug fortify lto native
 #   tests/platforms.sh quick        kqueue and m32 with two suites, mingw, mingw-unicode (compiled), msvc, and macOS (not
 #                                   linked) if zig is there; it installs no zig
+#
+# Each compiler also checks all of the header with all optional features, which are not linked.
 #
 # A target whose packages cannot be installed, or would remove others, is SKIPPED with the reason. WSCHAT_ZIG names a zig.
 set -u
@@ -88,7 +91,7 @@ suites() {
         sh tests/scripts/unity.sh "$objects" 1 $names
     } | xargs -P "$jobs" -I{} sh -c 'file=$1; shift; exec "$@" -c "$file" -o "$0/$(basename "$file" .cpp).o"' "$objects" {} \
         "$@" -g1 -DWSCHAT_CHAT=1 -I. -Itests -isystem "$work/include" >"$work/$target.log" 2>&1 &&
-        "$@" "$objects/"*.o -o "$work/$target" -pthread >>"$work/$target.log" 2>&1 || {
+        "$@" "$objects/"*.o -o "$work/$target" -pthread >>"$work/$target.log" 2>&1 && checked "$@" || {
         grep -m 20 "error" "$work/$target.log" || tail -n 20 "$work/$target.log"
         failures=$((failures + 1))
         row "$target" FAILED - - - "$work/$target.log"
@@ -109,13 +112,33 @@ suites() {
     row "$target" yes "$(echo $list | wc -w)" $passed $failed "$notes"
 }
 
+# libraries: sets `features`, which turns on all optional features. As with doctest, their headers stand alone.
+libraries() {
+    features=
+    packages features zlib1g-dev libssl-dev libsqlite3-dev libhiredis-dev libutf8proc-dev liburing-dev || return
+    rm -rf "$work/libraries"
+    mkdir -p "$work/libraries"
+    for folder in /usr/include "/usr/include/$(gcc -dumpmachine)"; do
+        for name in zlib.h zconf.h openssl sqlite3.h hiredis utf8proc.h liburing.h liburing; do
+            test ! -e "$folder/$name" || cp -R "$folder/$name" "$work/libraries/"
+        done
+    done
+    for name in ZLIB OPENSSL SQLITE HIREDIS UTF8PROC LIBURING; do features="$features -DWSCHAT_$name=1"; done
+    features="$features -isystem $work/libraries"
+}
+
+# checked COMPILER OPTION...: whether the compiler accepts all of the header with all features. Adds to the log of $target.
+checked() { "$@" $features -fsyntax-only tests/platforms/whole.cpp >>"$work/$target.log" 2>&1; }
+
 newest_clang() { apt-cache pkgnames clang- | sed -n 's/^clang-\([0-9]*\)$/\1/p' | sort -n | tail -1; }
 
-# compiled TARGET NOTE COMPILER OPTION...: compiles tests/platforms/whole.cpp, which uses all of the header
+# compiled TARGET NOTE OUTPUT COMPILER OPTION...: compiles tests/platforms/whole.cpp, which uses all of the header. OUTPUT:
+# options for what is written, which the check with all features does not get.
 compiled() {
-    target=$1 note=$2
-    shift 2
-    if "$@" -std=c++17 -O0 $warnings tests/platforms/whole.cpp >"$work/$target.log" 2>&1; then
+    target=$1 note=$2 output=$3
+    shift 3
+    set -- "$@" -std=c++17 -O0 $warnings
+    if "$@" $output tests/platforms/whole.cpp >"$work/$target.log" 2>&1 && checked "$@"; then
         row "$target" yes - - - "$note"
     else
         tail -n 20 "$work/$target.log"
@@ -138,8 +161,8 @@ find_zig() {
 # macos TARGET ARCHITECTURE
 macos() {
     find_zig "$1" || return
-    if test -n "$quick"; then compiled "$1" "not linked" "$zig" c++ -target "$2-macos" -c -o "$work/$1.o"
-    else compiled "$1" "linked" "$zig" c++ -target "$2-macos" -o "$work/$1"; fi
+    if test -n "$quick"; then compiled "$1" "not linked" "-c -o $work/$1.o" "$zig" c++ -target "$2-macos"
+    else compiled "$1" "linked" "-o $work/$1" "$zig" c++ -target "$2-macos"; fi
 }
 
 # mingw TARGET OPTION...: all of the header, and the program of tests/platforms under Wine
@@ -153,7 +176,7 @@ mingw() {
         >"$work/$target.log" 2>&1 ||
         ! ld.lld $(x86_64-w64-mingw32-g++-posix -static "$object" -o "$work/$target.exe" -lws2_32 '-###' 2>&1 |
             sed -n '/collect2/{s/^ *[^ ]*collect2//; s/-plugin [^ ]*//; s/-plugin-opt=[^ ]*//g; s/"//g; p;}') \
-            >>"$work/$target.log" 2>&1; then
+            >>"$work/$target.log" 2>&1 || ! checked x86_64-w64-mingw32-g++-posix -std=c++17 $warnings "$@"; then
         tail -n 20 "$work/$target.log"
         failures=$((failures + 1))
         row "$target" FAILED - - - "$work/$target.log"
@@ -176,6 +199,19 @@ mingw() {
     row "$target" yes program $passed $failed "$note"
 }
 
+# msvc ARCHITECTURE: clang knows the ABI and the extensions of Visual C++. It gets libc++, as if it were the library of
+# Visual C++, and the Windows headers of MinGW; they need the names of GCC, which replay/msvc.hpp takes away from ours.
+msvc() {
+    name=msvc-$1 output="-c -o $work/msvc-$1.o" cpu=
+    test -z "$quick" || output=-fsyntax-only
+    test $1 != i686 || cpu=-D_X86_
+    compiled "$name" "by clang, for the ABI of Visual C++" "$output" clang++-14 --target=$1-pc-windows-msvc $cpu \
+        -fgnuc-version=4.2.1 -fno-delayed-template-parsing -nostdinc -isystem /usr/lib/llvm-14/include/c++/v1 \
+        -isystem "$(clang++-14 -print-resource-dir)/include" -isystem /usr/share/mingw-w64/include -D_UCRT \
+        -D_LIBCPP_NO_VCRUNTIME -D_CONST_RETURN=const -D_CRT_CONST_CORRECT_OVERLOADS -D_CRT_SECURE_NO_WARNINGS \
+        -include tests/platforms/replay/msvc.hpp
+}
+
 # cross TARGET TRIPLET QEMU
 cross() {
     packages "$1" "g++-$2" qemu-user || return
@@ -191,14 +227,14 @@ run() {
             return
         fi
         packages mingw-unicode g++-mingw-w64-x86-64-posix || return
-        compiled mingw-unicode "" x86_64-w64-mingw32-g++-posix -DUNICODE -D_UNICODE -fsyntax-only
+        compiled mingw-unicode "" -fsyntax-only x86_64-w64-mingw32-g++-posix -DUNICODE -D_UNICODE
         ;;
     kqueue)
         suites kqueue "" "$(choose "sockets loop")" g++ -std=c++17 -O0 $warnings -isystem tests/platforms/replay \
             -include tests/platforms/replay/freebsd.hpp
         ;;
     msvc)
-        packages msvc g++-mingw-w64-x86-64-posix || return
+        packages msvc g++-mingw-w64-x86-64-posix clang-14 libc++-14-dev || return
         # MinGW also calls memcpy() and memmove() unsafe, Visual C++ does not.
         x86_64-w64-mingw32-g++-posix -std=c++17 -DWSCHAT_CHAT=1 -D__MINGW_MSVC_COMPAT_WARNINGS -fsyntax-only \
             tests/platforms/whole.cpp 2>&1 | grep "warning:.*is deprecated" | grep -v "memcpy\|memmove" >"$work/msvc.unsafe"
@@ -207,8 +243,9 @@ run() {
             failures=$((failures + 1))
             row msvc FAILED - - - "$work/msvc.unsafe"
         else
-            compiled msvc "by MinGW" x86_64-w64-mingw32-g++-posix -include tests/platforms/replay/msvc.hpp \
-                -Wno-unknown-pragmas -fsyntax-only
+            architectures="x86_64 i686 aarch64"
+            test -z "$quick" || architectures=x86_64
+            for architecture in $architectures; do msvc $architecture; done
         fi
         ;;
     macos-*) macos "$1" "${1#macos-}" ;;
@@ -250,6 +287,7 @@ run() {
 
 packages doctest doctest-dev || exit 1
 cp /usr/include/doctest/doctest.h "$work/include/doctest/"
+libraries
 test $# != 0 || set -- kqueue mingw mingw-unicode msvc m32 macos-x86_64 macos-aarch64 musl g++-11 clang-newest libc++ \
     c++20 c++23 c++26 funsigned-char glibcxx-debug fortify lto native s390x aarch64 armhf
 if test "$*" = quick; then

@@ -131,16 +131,17 @@ void test_files(const std::string& folder) {
     expect(os::executable_path().find(".exe") != std::string::npos, "the program knows its path");
 }
 
-// Raises a control event as the system does: on a thread of its own that runs kernelbase's routine.
-void raise_console_event(DWORD event) {
+// Raises a control event as the system does: on a thread of its own that runs kernelbase's routine. Returns the thread.
+// (Wine 8 ends a program without an event if the window of its console is closed.)
+HANDLE raise_console_event(DWORD event) {
     const HMODULE kernel = ::GetModuleHandleA("kernelbase.dll");
     void* const routine = reinterpret_cast<void*>(::GetProcAddress(kernel, "CtrlRoutine"));
     expect(routine != nullptr, "kernelbase has CtrlRoutine");
-    if (routine == nullptr) return;
+    if (routine == nullptr) return nullptr;
     LPTHREAD_START_ROUTINE start = nullptr;
     std::memcpy(&start, &routine, sizeof start);
     void* const argument = reinterpret_cast<void*>(static_cast<std::uintptr_t>(event));
-    ::CloseHandle(::CreateThread(nullptr, 0, start, argument, 0, nullptr));
+    return ::CreateThread(nullptr, 0, start, argument, 0, nullptr);
 }
 
 // A message reaches the users of a room on both loops.
@@ -186,12 +187,17 @@ void test_server(const std::string& folder) {
         expect(echo.read_until("hi") == "\x81\x02hi", "with 200 other connections, a message is echoed");
         crowd.clear();
         test_chat(server.port());
-        raise_console_event(event);
+        const HANDLE raised = raise_console_event(event);
         expect(echo.read_until("\x03\xE9").find("\x03\xE9") != std::string::npos,
                "at the end of the console, clients get 1001");
         echo.send({"\x88\x82\0\0\0\0\x03\xE9", 8});
         loop.join();
         expect(true, "run() returns");
+        if (event == CTRL_C_EVENT)
+            expect(::WaitForSingleObject(raised, 60'000) == WAIT_OBJECT_0, "the handler of Ctrl-C returns");
+        else
+            expect(::WaitForSingleObject(raised, 0) == WAIT_TIMEOUT, "Windows does not end a program that says goodbye");
+        ::CloseHandle(raised);
     }
 }
 

@@ -1,5 +1,5 @@
-// Makes the header believe that Visual C++ compiles it, so that MinGW checks its branches for that compiler: include this
-// file first (-include). The headers of the system come before, because they must see the true compiler.
+// Makes the header believe that Visual C++ compiles it: include this file first (-include). The compiler is MinGW, or
+// clang for the ABI of Visual C++. The headers of the system come before, because they must see the true compiler.
 #pragma once
 
 #include <winsock2.h>
@@ -41,8 +41,11 @@
 #include <vector>
 
 #undef __GNUC__
+#undef __clang__
 #undef __MINGW32__
 #undef __MINGW64__
 #undef __x86_64__
+#ifndef _MSC_VER
 #define _MSC_VER 1930
 #define _MSVC_LANG 201703L
+#endif
