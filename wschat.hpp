@@ -1467,7 +1467,7 @@ WSCHAT_COLD inline std::string to_string(const LogEntry& entry) {
     (line += ' ') += entry.event;
     for (const auto& [name, value] : entry.fields) {
         ((line += ' ') += name) += "=\"";
-        (line += escape_for_log(value)) += '"';
+        (line += escape_for_log(value, 500)) += '"';
     }
     return line;
 }
@@ -2630,7 +2630,8 @@ private:
         if (request_.fields_begin_ != 0) return content.empty() || parse_field(content);
         if (content.empty()) {
             // RFC 9112 2.2: "ignore at least one empty line (CRLF) received prior to the request-line".
-            if (skipped_empty_line_) return fail(400, "The request line is empty.");
+            if (skipped_empty_line_)
+                return fail(400, "The request line is empty, as in a PROXY header: see ListenOptions::proxy_protocol.");
             skipped_empty_line_ = true;
             request_.bytes_.clear();
             line_begin_ = 0;
@@ -2660,7 +2661,9 @@ private:
             if (c <= ' ' || c > '~' || c == '#') return fail(400, "The target has an illegal character.");
         if (version.size() != 8 || !text::starts_with(version, "HTTP/") || !text::is_digit(version[5]) ||
             version[6] != '.' || !text::is_digit(version[7]))
-            return fail(400, "The HTTP version is malformed.");
+            return fail(400, method == "PROXY" ? "The connection begins with a PROXY header, and this listener expects "
+                                                 "none: see ListenOptions::proxy_protocol."
+                                               : "The HTTP version is malformed.");
         // RFC 9110 2.5: a higher minor version is treated as the highest known one.
         if (version[5] != '1') return fail(505, "This server speaks HTTP/1.1.");
         request_.flags_.http_1_0 = version[7] == '0';
@@ -3003,7 +3006,9 @@ public:
     // {"a", "b"} is not a body: as an iterator pair it would be undefined behavior.
     template <class T>
     Response(int, std::initializer_list<T>, std::string_view = {}) = delete;
-    static Response html(std::string body) { return Response(200, std::move(body), "text/html; charset=utf-8"); }
+    static Response html(std::string body, int status = 200) {
+        return Response(status, std::move(body), "text/html; charset=utf-8");
+    }
     static Response json(const Json& body, int status = 200) {
         return Response(status, body.dump(), "application/json");
     }
@@ -3125,6 +3130,9 @@ inline std::vector<std::string_view> offered_subprotocols(const Request& request
     return offered;
 }
 
+// The request is a handshake without Upgrade and Connection: a proxy that does not know WebSockets removes them.
+inline bool lost_upgrade(const Request& request) { return request.fields().count("sec-websocket-key") != 0; }
+
 inline Response upgrade_required(std::string sentence) {
     return std::move(Response(426, std::move(sentence))
                          .set_header("Upgrade", "websocket")
@@ -3140,7 +3148,8 @@ inline std::optional<Response> reject_upgrade(const Request& request) {
         rejection.set_header("Allow", "GET");
         return rejection;
     }
-    if (request.http_1_0()) return Response(505, "A WebSocket handshake needs HTTP/1.1.\n");
+    if (request.http_1_0())
+        return Response(505, "A WebSocket handshake needs HTTP/1.1: in nginx set \"proxy_http_version 1.1;\".\n");
     if (request.has_body()) return Response(400, "A WebSocket handshake has no body.\n");
     if (fields.only("sec-websocket-version") != std::string_view("13"))
         return upgrade_required("This server speaks WebSocket version 13.\n");
@@ -9408,6 +9417,11 @@ public:
     std::function<Response(const Request&)> not_found;  // may be empty
     Headers default_headers;                            // of each answer that does not set them itself
 
+    // The answer for a path without a page.
+    Response nothing(const Request& request) const {
+        return not_found ? not_found(request) : Response(404, "There is nothing at this path.\n");
+    }
+
     // Throws an Error if the page already answers the method.
     WSCHAT_COLD void add_page(const char* call, std::string_view method, std::string_view pattern,
                               Page::Function function, bool folder = false) {
@@ -9876,13 +9890,18 @@ public:
             },
             [](const char*) {});
     }
-    // Called by catch blocks, so it throws nothing, even if memory runs out. `peer` may be null.
-    WSCHAT_COLD void exception(const char* where, const char* what, const IpAddress* peer) noexcept {
+    // Called by catch blocks, so it throws nothing, even if memory runs out. `peer` and `request` may be null.
+    WSCHAT_COLD void exception(const char* where, const char* what, const IpAddress* peer,
+                               const Request* request = nullptr) noexcept {
         ++metrics_.handler_exceptions;
         run_guarded(
             [&] {
-                (*this)(LogLevel::error, "exception",
-                        {{"in", where}, {"what", what}, {"peer", peer != nullptr ? peer->to_string() : std::string()}});
+                std::vector<std::pair<std::string_view, std::string>> fields = {
+                    {"in", where}, {"what", what}, {"peer", peer != nullptr ? peer->to_string() : std::string()}};
+                // Empty for a client, and if the route does not keep it.
+                if (request != nullptr && !request->method().empty())
+                    fields.emplace_back("path", std::string(request->raw_path()));
+                (*this)(LogLevel::error, "exception", std::move(fields));
             },
             [](const char*) {});
     }
@@ -10293,6 +10312,8 @@ public:
     std::size_t discarded = 0;           // bytes that were read while lingering
     Duration away_before{};              // LoopAccess::away() when the deadline was set
     std::unique_ptr<ProxyHeader> proxy;  // null if no PROXY header is expected
+    // The PROXY header had no address. Its sender forwards TCP, so the client wrote X-Forwarded-For itself.
+    bool client_unknown = false;
 
     // An answer is being sent or will follow later.
     bool busy() const { return output_queued() || awaits_reply(); }
@@ -10384,6 +10405,15 @@ public:
             [&](const char* what) { host_.log.exception("on_access", what, &peer_); });
     }
 
+    WSCHAT_COLD void log_refusal(const Response& response, const Request& request) {
+        if (!host_.log) return;
+        host_.log(LogLevel::info, "refused",
+                  {{"status", std::to_string(response.status())},
+                   {"peer", peer_.to_string()},
+                   {"path", std::string(request.raw_path())},
+                   {"sentence", response.body().substr(0, response.body().find('\n'))}});
+    }
+
     // ---- answers that come later -----------------------------------------------------------------------------------
 
     Reply make_reply(HandlerHost& session) {
@@ -10391,6 +10421,8 @@ public:
         reply_ = HandlerAccess::open_reply(session, std::move(host_.spare_reply));
         return HandlerAccess::make_reply(reply_);
     }
+    // The request that a page's function answers, or null.
+    const Request* request() const { return request_.get(); }
     bool awaits_reply() const { return reply_ != nullptr; }
     void set_reply(ReplyAnswer answer) { answer_ = std::move(answer); }
     bool has_reply() const { return answer_.has_value(); }
@@ -10402,11 +10434,11 @@ public:
     // Sends the answer of a page's Reply.
     void finish_reply() {
         const std::optional<ReplyAnswer> answer = take_reply();
+        const std::unique_ptr<Request> request = std::move(request_);
         if (answer->dropped || !answer->response)
             host_.log.exception(
                 "page", answer->dropped ? "a Reply was destroyed unused" : "Reply::accept() is for prepare_async()",
-                nullptr);
-        const std::unique_ptr<Request> request = std::move(request_);
+                &peer_, request.get());
         respond(answer->response ? *answer->response : Response(500, "The server failed to answer.\n"), request.get());
     }
     // There is no answer, or the call that should answer has failed.
@@ -10492,6 +10524,7 @@ private:
     // `page` is null or does not answer the request's method.
     WSCHAT_COLD void answer_without_page(const Page* page) {
         const Response response = response_without_page(*request_, page);
+        if (response.status() == 426 && lost_upgrade(*request_)) log_refusal(response, *request_);
         const std::unique_ptr<Request> request = std::move(request_);
         respond(response, request.get());
     }
@@ -10511,9 +10544,13 @@ private:
             return refusal.set_header("Allow", allowed);
         }
         if (const auto redirect = host_.site.folder_redirect(request)) return *redirect;
+        if (socket && lost_upgrade(request))
+            return upgrade_required(
+                "The handshake has no \"Upgrade: websocket\" and \"Connection: Upgrade\", perhaps because of a proxy: "
+                "in nginx set \"proxy_http_version 1.1;\", \"proxy_set_header Upgrade $http_upgrade;\" and "
+                "\"proxy_set_header Connection upgrade;\", in Apache \"ProxyPass ... upgrade=websocket\".\n");
         if (socket) return upgrade_required("There is a WebSocket at this path, and no page.\n");
-        if (host_.site.not_found) return host_.site.not_found(request);
-        return Response(404, "There is nothing at this path.\n");
+        return host_.site.nothing(request);
     }
 
     // `length` is empty if the status allows no body.
@@ -10597,7 +10634,7 @@ public:
     Server& server() override { return host_.server; }
     std::shared_ptr<Mailbox> mailbox() override { return host_.loop.mailbox(); }
     void report_exception(const char* callback, const char* what) noexcept override {
-        host_.log.exception(callback, what, &peer_);
+        host_.log.exception(callback, what, &peer_, handler_request());
     }
 
     WebSocketHandler* handler() const { return handler_.get(); }
@@ -10619,6 +10656,8 @@ protected:
     WebSocketDriver(SessionHost& host, const IpAddress& peer) : host_(host), peer_(peer) {}
     ~WebSocketDriver() = default;
 
+    // Null before there is a handler.
+    const Request* handler_request() const { return handler_ ? &core().request : nullptr; }
     HandlerCore& core() { return HandlerAccess::core(*handler_); }
     const HandlerCore& core() const { return HandlerAccess::core(*handler_); }
     Connection& connection() { return core().connection; }
@@ -10737,7 +10776,7 @@ protected:
     }
     // Called by a catch block.
     WSCHAT_COLD void report_thrown(const char* where) {
-        report_current([&](const char* what) { host_.log.exception(where, what, &peer_); });
+        report_current([&](const char* what) { host_.log.exception(where, what, &peer_, handler_request()); });
     }
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
     template <class Callback>
@@ -11282,6 +11321,7 @@ private:
             if (outcome == ProxyHeader::Outcome::done) break;
         }
         if (http_->proxy->client()) peer_ = *http_->proxy->client();
+        else http_->client_unknown = true;
         http_->proxy.reset();
         admit();
         return true;
@@ -11386,7 +11426,7 @@ private:
                                        request);
         }
         if (wants_upgrade(request)) return upgrade(std::move(request), rest);
-        const bool answered = guarded("page", [&] { http_->answer(std::move(request), *this); });
+        const bool answered = guarded_page([&] { http_->answer(std::move(request), *this); });
         // A half-sent answer can be neither withdrawn nor followed by another one.
         if (!answered && http_->output_queued())
             return abort(CloseCause::connection_lost, "the answer was not finished");
@@ -11394,9 +11434,18 @@ private:
         if (http_->awaits_reply()) schedule(after(limits().reply_timeout));
         else if (http_->body_expected() != 0) schedule_request();
     }
+    template <class Call>
+    bool guarded_page(Call&& call) {
+        return run_guarded(call,
+                           [&](const char* what) { host_.log.exception("page", what, &peer_, http_->request()); });
+    }
+    ForwardedClient client_of(const Request& request) const {
+        if (http_->client_unknown) return {peer_, stream_.encrypted() ? "https" : "http", {}};
+        return host_.site.client(peer_, request, stream_.encrypted());
+    }
     void begin_request(Request& request) {
         ++host_.metrics.requests;
-        const ForwardedClient client = host_.site.client(peer_, request, stream_.encrypted());
+        const ForwardedClient client = client_of(request);
         if (!client.unreadable.empty()) log_unreadable(client);
         const std::string address = client.address.to_string();
         RequestAccess::set_connection(request, address, client.scheme == "https",
@@ -11430,7 +11479,7 @@ private:
     // The Reply of a page or of prepare_async() has an answer.
     void finish_reply() {
         if (!handler_) {
-            if (!guarded("page", [&] { http_->finish_reply(); }))
+            if (!guarded_page([&] { http_->finish_reply(); }))
                 give_up_reply(Response(500, "The server failed to answer.\n"));
             return;
         }
@@ -11475,8 +11524,7 @@ private:
         const Route* route = host_.site.routes.find(request.raw_path());
         if (route == nullptr) return refuse(Response(404, "There is no WebSocket at this path.\n"), request);
         if (auto refusal = reject_upgrade(request)) return refuse(*refusal, request);
-        if (!count_address(host_.site.client_address(peer_, request)))
-            return refuse(host_.too_many_connections(), request);
+        if (!count_address(client_of(request).address)) return refuse(host_.too_many_connections(), request);
         RequestAccess::set_params(request, route->pattern().params(request.raw_path()));
         route_limits_ = route->limits();
         drops_request_ = !route->keeps_request();
@@ -11494,7 +11542,8 @@ private:
     // The Reply of prepare_async() has an answer.
     void finish_upgrade(std::string_view& rest) {
         const std::optional<ReplyAnswer> answer = http_->take_reply();
-        if (answer->dropped) host_.log.exception("prepare_async", "the Reply was destroyed unused", &peer_);
+        if (answer->dropped)
+            host_.log.exception("prepare_async", "the Reply was destroyed unused", &peer_, handler_request());
         if (answer->response) return refuse_upgrade(*answer->response);
         if (host_.draining) return refuse_upgrade(Response(503, "The server is shutting down.\n"));
         AcceptedCompression compression;
@@ -11530,12 +11579,7 @@ private:
     }
 
     WSCHAT_COLD void refuse(const Response& response, const Request& request) {
-        if (host_.log)
-            host_.log(LogLevel::info, "refused",
-                      {{"status", std::to_string(response.status())},
-                       {"peer", peer_.to_string()},
-                       {"path", std::string(request.raw_path())},
-                       {"sentence", response.body().substr(0, response.body().find('\n'))}});
+        http_->log_refusal(response, request);
         http_->respond_last(response, request);
     }
 
@@ -12108,6 +12152,8 @@ public:
     // reference). Throws an Error if the pattern already has a route.
     template <class Handler, class... Arguments>
     Route& route(std::string_view pattern, Arguments&&... arguments) {
+        static_assert(std::is_base_of_v<WebSocketHandler, Handler>, "route<Handler>: derive from WebSocketHandler");
+        static_assert(!std::is_abstract_v<Handler>, "route<Handler>: override on_message(const Message&)");
         return add_route(pattern, [stored =
                                        std::tuple<std::decay_t<Arguments>...>(std::forward<Arguments>(arguments)...)] {
             return std::apply(
@@ -12147,7 +12193,8 @@ public:
     void del(std::string_view pattern, Function&& answer) {
         add_page("del", "DELETE", pattern, std::forward<Function>(answer));
     }
-    // Replaces the short 404 for paths without a page, also in folders of static_dir().
+    // Replaces the short 404 for paths without a page, also in folders of static_dir(). The status is that of the
+    // Response: Response::html(text, 404).
     void not_found(std::function<Response(const Request&)> answer) { site("not_found").not_found = std::move(answer); }
     // A header of each answer that does not set it itself: "Strict-Transport-Security", "Content-Security-Policy".
     void set_default_header(std::string_view name, std::string_view value) {
@@ -12189,7 +12236,7 @@ public:
         const std::vector<detail::Cidr> blocks(allowed.begin(), allowed.end());
         get(pattern, [this, blocks](const Request& request) {
             if (!blocks.empty() && !detail::Site::contains(blocks, request.remote_address()))
-                return Response(404, "There is nothing at this path.\n");
+                return site_.nothing(request);
             const std::vector<Metrics> loops = metrics_per_loop();
             const std::string text =
                 loops.size() == 1 ? prometheus_text(sum_of(loops)) : prometheus_text(sum_of(loops), loops);
@@ -16613,7 +16660,7 @@ public:
     const std::string& topic() const { return topic_; }
 
     // Sends a message to all members, from the server or under a name. publish() also keeps it in the history. Throws
-    // an Error if the text contains control characters or is not UTF-8.
+    // an Error if the text contains control characters or is not UTF-8, or if the name is not visible text.
     inline void publish(std::string_view text, std::string_view name = {});
     inline void broadcast(std::string_view text, std::string_view name = {});
     // Changes a message of publish(), removes any message, or sets the topic; all members get the event. If the store
@@ -16820,9 +16867,13 @@ public:
                       });
     }
 
-    // Creates the room if it does not exist. chat_fold() compares the names.
+    // Creates the room if it does not exist. chat_fold() compares the names. Throws an Error if users could not enter a
+    // room with this name: it is not 1 to ChatLimits::max_room_name bytes of visible text.
     ChatRoom& room(std::string_view name) {
         if (ChatRoom* room = find(name)) return *room;
+        if (!detail::valid_chat_name(name, limits.max_room_name))
+            throw Error("ChatHub::room: \"" + escape_for_log(name) + "\" is not 1 to " +
+                        std::to_string(limits.max_room_name) + " bytes of visible text");
         prune_later();
         const std::string* const spelled = spellings_.find(chat_fold(name));
         ChatRoom& room =
@@ -19169,6 +19220,8 @@ inline void ChatHub::send_count(const ChatRoom& room) {
 inline ChatEntry ChatRoom::new_text(const char* call, std::string_view text, std::string_view name) const {
     if (!detail::valid_chat_text(text))
         throw Error(std::string(call) + ": the text contains control characters or is not UTF-8");
+    if (!name.empty() && !detail::valid_chat_name(name, name.size()))
+        throw Error(std::string(call) + ": the name \"" + escape_for_log(name) + "\" is not visible text");
     ChatEntry entry = ChatHub::new_entry(ChatEntry::Kind::said, *this, name);
     entry.text = text;
     return entry;

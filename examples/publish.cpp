@@ -42,7 +42,8 @@ int main(int argc, char** argv) try {
         if (wschat::sha1(request.header("authorization")) != digest)
             return wschat::Response(401, "Send the header \"Authorization: Bearer TOKEN\".\n");
         const auto text = request.form("text");
-        if (!text || text->empty()) return wschat::Response(400, "The form has no text in its field \"text\".\n");
+        if (!text || text->empty())
+            return wschat::Response(400, "The body must be a form with the field \"text\", as of curl -d text=hi.\n");
         try {
             wschat::ChatHub::of(server).room(request.param("room")).publish(*text, request.form("name").value_or(""));
         } catch (const wschat::Error& error) {

@@ -53,7 +53,7 @@ int main(int argc, char** argv) try {
     server.file("/wschat.js", std::ifstream(module) ? module : wschat::beside(__FILE__, "wschat.js"));
     server.route<wschat::ChatHandler>("/chat");
     server.route<wschat::ChatHandler>("/chat/{room}");
-    server.metrics_page("/metrics");
+    server.metrics_page("/metrics", {"127.0.0.1", "::1"});  // for this machine, not for the internet
     server.listen(port);
     std::printf("rooms: open %s in two windows\n", server.url().c_str());
     std::fflush(stdout);

@@ -1882,6 +1882,30 @@ TEST_CASE("publish() keeps a text, broadcast() does not, and the author may be t
     CHECK_THROWS_AS(host.room("tea").broadcast("\xFF"), Error);
 }
 
+TEST_CASE("the program names only rooms that users can enter, and only authors whose names can be read") {
+    TestHost host;
+    host.hub().limits.max_room_name = 5;
+    // The last one would be the history of a private conversation.
+    for (const char* name : {"", " ", "a\nb", "\xFF", "\xE2\x80\xAE", "salons", "\na b"}) {
+        CAPTURE(name);
+        CHECK_THROWS_AS(host.room(name), Error);
+        CHECK(host.hub().find(name) == nullptr);
+    }
+    CHECK(test::error_of([&] { host.room("a\nb"); }) ==
+          R"(ChatHub::room: "a\x0ab" is not 1 to 5 bytes of visible text)");
+    ChatClient<> anna(host, "name=Anna");
+    anna.events();
+    for (const char* name : {" ", "a\nb", "\xFF", "live\xE2\x80\xAE"}) {
+        CAPTURE(name);
+        CHECK_THROWS_AS(host.room("tea").publish("hello", name), Error);
+        CHECK_THROWS_AS(host.room("tea").broadcast("hello", name), Error);
+    }
+    CHECK(anna.events().empty());
+    // Longer than a user's name may be.
+    host.room("tea").publish("hello", std::string(100, 'a'));
+    CHECK(anna.events().size() == 1);
+}
+
 TEST_CASE("a flood gets a warning, then silence, then 1008, and other users notice nothing") {
     TestHost host;
     host.hub().limits.flood_patience = 5;

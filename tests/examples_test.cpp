@@ -407,6 +407,12 @@ TEST_CASE("the rooms send greetings, members and names, and separate the rooms")
     CHECK(contains(next_with(anna, "\"users\""), "\"name\":\"Anna\"}]"));
 }
 
+TEST_CASE("the metrics of the rooms are for this machine, also behind a proxy") {
+    Program program({example("rooms"), "0", "--trust", "127.0.0.1"});
+    CHECK(test::fetch(program.port(), "/metrics").status == 200);
+    CHECK(test::fetch(program.port(), "/metrics", "X-Forwarded-For: 203.0.113.7\r\n").status == 404);
+}
+
 TEST_CASE("another program sends a message to a room of the chat, if it has the token") {
     Program program({example("publish"), "0", "--token", "secret"});
     WsClient anna(program.port(), "/chat/tea?name=Anna");
@@ -418,6 +424,9 @@ TEST_CASE("another program sends a message to a room of the chat, if it has the 
     CHECK(status("secret", "") == 400);
     CHECK(status("secret", "text=") == 400);
     CHECK(status("secret", "text=a%00b") == 400);
+    CHECK(status("secret", "text=hello&name=a%0Ab") == 400);
+    CHECK(contains(post(program.port(), "/rooms/%0Aa/messages", "text=hello", "Authorization: Bearer secret\r\n").body,
+                   "is not 1 to 64 bytes of visible text"));
     CHECK(status("secret", "text=hello+there&name=Robot") == 204);
     CHECK(contains(next_with(anna, "hello there"), "\"name\":\"Robot\""));
 }

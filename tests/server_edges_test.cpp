@@ -578,6 +578,29 @@ TEST_CASE("a PROXY header of version 1 or 2 has the address that handlers see") 
     CHECK(running.failures() == 0);
 }
 
+TEST_CASE("after a PROXY header without an address, what the client says about itself is not believed") {
+    const std::string lies = "X-Forwarded-For: 203.0.113.9\r\nX-Forwarded-Proto: https\r\n";
+    ProxiedServer running;
+    running.server.get(
+        "/who", [](const Request& r) { return Response(200, r.remote_address() + " " + std::string(r.scheme())); });
+    const struct {
+        std::string header, answer;
+    } table[] = {
+        {"PROXY UNKNOWN\r\n", "127.0.0.1 http"},
+        {proxy_v2("20 00", ""), "127.0.0.1 http"},
+        {proxy_v2("21 31", std::string(216, '\0')), "127.0.0.1 http"},
+        {"PROXY TCP4 192.0.2.7 198.51.100.2 56324 443\r\n", "192.0.2.7 http"},
+        // The header names a trusted proxy, which writes these lines itself.
+        {"PROXY TCP4 127.0.0.1 198.51.100.2 56324 443\r\n", "203.0.113.9 https"},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.header);
+        RawClient client = RawClient::plain(running.port());
+        client.send(row.header + request("/who", lies));
+        CHECK(next_answer(client).body == row.answer);
+    }
+}
+
 TEST_CASE("a PROXY header can arrive in any two pieces, and byte by byte") {
     ProxiedServer running;
     for (const std::string& header : {proxy_v2_ipv4(), std::string("PROXY TCP4 192.0.2.1 198.51.100.2 1 2\r\n")}) {

@@ -152,7 +152,7 @@ TEST_CASE("an exception in a page is a 500 without its text, and the server cont
     CHECK(fetch(running.port(), "/hello").status == 200);
     CHECK(running.metrics().handler_exceptions == 1);
     running.stop();
-    CHECK(log.has("error exception in=\"page\" what=\"the database is down\""));
+    CHECK(log.has("error exception in=\"page\" what=\"the database is down\" peer=\"127.0.0.1\" path=\"/\""));
 }
 
 TEST_CASE("an exception in a page that is not a std::exception is a 500 too") {
@@ -391,6 +391,48 @@ TEST_CASE("a refusal is a complete answer with a sentence, and bytes after it ar
         if (!row.header.empty()) CHECK(contains(answer.head, "\r\n" + row.header + "\r\n"));
     }
     CHECK(smuggled == 0);
+}
+
+TEST_CASE("a refusal says what to configure: a proxy without upgrades, an HTTP/1.0 proxy, an unexpected PROXY header") {
+    const std::string key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n";
+    RunningServer running;
+    LogLines log;
+    log.attach_to(running.server);
+    running.server.route<Echo>("/chat");
+    running.start();
+    const struct {
+        std::string request;
+        int status;
+        std::string hint;
+    } table[] = {
+        {request("/chat", key), 426, "\"proxy_set_header Upgrade $http_upgrade;\""},
+        {request("/chat", key + "Connection: close\r\n"), 426, "\"proxy_set_header Connection upgrade;\""},
+        {request("/chat", key + "Connection: close\r\nUpgrade: websocket\r\n"), 426, "upgrade=websocket"},
+        {upgrade(key, "GET /chat HTTP/1.0"), 505, "\"proxy_http_version 1.1;\""},
+        {"PROXY TCP4 192.0.2.7 198.51.100.2 56324 443\r\n" + request("/chat"), 400, "ListenOptions::proxy_protocol"},
+        {"PROXY UNKNOWN\r\n" + request("/chat"), 400, "ListenOptions::proxy_protocol"},
+        {hex("0d 0a 0d 0a 00 0d 0a 51 55 49 54 0a 20 00 00 00") + request("/chat"), 400,
+         "ListenOptions::proxy_protocol"},
+    };
+    for (const auto& row : table) {
+        CAPTURE(row.request);
+        RawClient client(running.port());
+        client.send(row.request);
+        const Answer answer = next_answer(client);
+        CHECK(answer.status == row.status);
+        CHECK(contains(answer.body, row.hint));
+    }
+    // A browser that opens the path of a WebSocket is no mistake of a proxy.
+    const Answer page = fetch(running.port(), "/chat");
+    CHECK(page.status == 426);
+    CHECK_FALSE(contains(page.body, "proxy"));
+    running.stop();
+    // Whole, although it is long.
+    CHECK(log.has("info refused status=\"426\" peer=\"127.0.0.1\" path=\"/chat\" sentence=\"The handshake has no"));
+    CHECK(log.has("in Apache \\x22ProxyPass ... upgrade=websocket\\x22.\""));
+    CHECK(log.has("info refused status=\"505\""));
+    CHECK(std::count_if(log.lines.begin(), log.lines.end(),
+                        [](const std::string& line) { return contains(line, "refused"); }) == 4);
 }
 
 TEST_CASE("a refused request with correct syntax leaves the connection open for the next") {

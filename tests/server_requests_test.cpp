@@ -389,6 +389,20 @@ TEST_CASE("the program answers for a path without a page") {
     CHECK(answer.body == "No /a b here.");
 }
 
+TEST_CASE("a page in HTML may have any status, so that there is one for paths without a page") {
+    RunningServer running;
+    running.server.not_found([](const Request&) { return Response::html("<h1>Nothing</h1>", 404); });
+    running.server.metrics_page("/metrics", {"10.0.0.1"});
+    running.start();
+    // Where the metrics are hidden, nothing tells them from a path without a page.
+    for (const char* path : {"/nothing", "/metrics"}) {
+        const Answer answer = fetch(running.port(), path);
+        CHECK(answer.status == 404);
+        CHECK(answer.header("content-type") == "text/html; charset=utf-8");
+        CHECK(answer.body == "<h1>Nothing</h1>");
+    }
+}
+
 TEST_CASE("the program also answers for a file that is not in a folder, or no longer exists") {
     test::TemporaryFolder folder;
     const std::string file = folder.write("b.txt", "b");
@@ -666,8 +680,8 @@ TEST_CASE("a Reply that is destroyed unused answers 500, and so does a function 
     CHECK(is_refusal(client.read_until("answer.\n") ? client.received : "", 500));
     CHECK(fetch(running.port(), "/throws").status == 500);
     running.stop();
-    CHECK(running.log.has("a Reply was destroyed unused"));
-    CHECK(running.log.has("what=\"no\""));
+    CHECK(running.log.has("what=\"a Reply was destroyed unused\" peer=\"127.0.0.1\" path=\"/\""));
+    CHECK(running.log.has("what=\"no\" peer=\"127.0.0.1\" path=\"/throws\""));
 }
 
 TEST_CASE("a Reply whose client or server no longer exists has no effect and returns false") {
