@@ -80,15 +80,9 @@ suites() {
     objects=$work/$target.objects
     mkdir -p "$objects"
     rm -f "$objects/"*
-    names=
-    for suite in $list; do
-        for file in tests/${suite}_test.cpp tests/${suite}_*_test.cpp; do
-            test ! -f "$file" || names="$names $(basename "$file" _test.cpp)"
-        done
-    done
     {
         echo tests/main.cpp
-        sh tests/scripts/unity.sh "$objects" 1 $names
+        sh tests/scripts/unity.sh "$objects" 1 $list
     } | xargs -P "$jobs" -I{} sh -c 'file=$1; shift; exec "$@" -c "$file" -o "$0/$(basename "$file" .cpp).o"' "$objects" {} \
         "$@" -g1 -DWSCHAT_CHAT=1 -I. -Itests -isystem "$work/include" >"$work/$target.log" 2>&1 &&
         "$@" "$objects/"*.o -o "$work/$target" -pthread >>"$work/$target.log" 2>&1 && checked "$@" || {

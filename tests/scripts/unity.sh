@@ -1,9 +1,9 @@
 #!/bin/sh
-# unity.sh FOLDER UNITS NAME...: translation units that compile wschat.hpp once for many test files.
+# unity.sh FOLDER UNITS SUITE...: translation units that compile wschat.hpp once for many test files.
 #
-# Writes FOLDER/unity_1.cpp to FOLDER/unity_UNITS.cpp. They include the files tests/NAME_test.cpp, each in a namespace of
-# its own, so that their names do not clash. Prints what is to be compiled: the units, and the files that must stay alone,
-# because they replace operator new or include headers in an #if.
+# Writes FOLDER/unity_1.cpp to FOLDER/unity_UNITS.cpp. They include the files tests/SUITE_test.cpp and
+# tests/SUITE_*_test.cpp, each in a namespace of its own, so that their names do not clash. Prints the files to compile: the
+# units, and the test files that must stay alone, because they replace operator new or include headers in an #if.
 set -eu
 folder=$1 units=$2
 shift 2
@@ -12,9 +12,12 @@ cd "$(dirname "$0")/.."
 tests=$PWD
 
 together=
-for name; do
-    if grep -q "void\* operator new\|#include <boost" "${name}_test.cpp"; then echo "$tests/${name}_test.cpp"
-    else together="$together ${name}_test.cpp"; fi
+for suite; do
+    for file in "${suite}_test.cpp" "${suite}"_*_test.cpp; do
+        if [ ! -e "$file" ]; then continue; fi
+        if grep -q "void\* operator new\|#include <boost" "$file"; then echo "$tests/$file"
+        else together="$together $file"; fi
+    done
 done
 
 # The largest file first, each to the unit with the fewest lines so far: "UNIT FILE"
