@@ -1959,7 +1959,7 @@ private:
         if (length_bytes == 2 && length < 126) return failed(not_shortest);
         return {ParsedFrame::Outcome::header, static_cast<std::uint8_t>(2 + length_bytes)};
     }
-    const char* first_byte_error(unsigned char byte) const {
+    WSCHAT_INLINE const char* first_byte_error(unsigned char byte) const {
         const unsigned opcode = byte & 0x0F;
         if ((byte & 0x70) != 0)
             if (const char* reason = reserved_bit_error(byte)) return reason;
@@ -2034,7 +2034,7 @@ public:
     static EncodedFrame borrowed(detail::SendArena&, Opcode, T&&) = delete;
 
     const detail::Slice& slice() const {
-        if (!plain_.chunk) plain_ = detail::encode_frame(*arena_, header(), payload_);
+        if (!plain_.chunk) encode_plain();
         return plain_;
     }
     // Of the plain frame, header included.
@@ -2067,6 +2067,7 @@ private:
         header.length = payload_.size();
         return header;
     }
+    WSCHAT_NOINLINE void encode_plain() const { plain_ = detail::encode_frame(*arena_, header(), payload_); }
 
     detail::SendArena* arena_;
     std::string_view payload_;
@@ -4275,10 +4276,12 @@ private:
         const bool in_place = whole && frame_.fin && fragments_ == 1 && frame_left_ == frame_.length;
         std::string_view part;
         if (!read_payload(part, text)) return fail_invalid_text();
-        if (!in_place) store(part);
+        if (!in_place) {
+            store(part);
+            if (in_payload_ || !frame_.fin) return;
+        }
 
-        // 2. Deliver the message if it is complete.
-        if (in_payload_ || !frame_.fin) return;
+        // 2. The message is complete: deliver it.
         if (text && !utf8_.complete()) return fail_invalid_text();
         // RFC 6455 1.4: after our Close frame, the application gets no more messages.
         if (state_ != State::open) return message_.release();
@@ -10712,18 +10715,16 @@ protected:
         Connection& from = connection();
         for (unsigned events = 1;; ++events) {
             const Event event = from.next_event();
-            switch (event.kind) {
-                case Event::Kind::none:
-                    if (from.metered() && from.is_open() && from.over_rate(now())) pause_ = Pause::rate;
-                    return false;
-                case Event::Kind::message:
-                    ++host_.metrics.messages_received;
-                    call("on_message", [&] { handler_->on_message(event.message); });
-                    break;
-                case Event::Kind::ping: call("on_ping", [&] { handler_->on_ping(event.message.data()); }); break;
-                case Event::Kind::pong: call("on_pong", [&] { handler_->on_pong(event.message.data()); }); break;
-                case Event::Kind::close: return true;
-                case Event::Kind::paused: break;
+            if (event.kind == Event::Kind::message) {
+                ++host_.metrics.messages_received;
+                call("on_message", [&] { handler_->on_message(event.message); });
+            } else if (event.kind == Event::Kind::none) {
+                if (from.metered() && from.is_open() && from.over_rate(now())) pause_ = Pause::rate;
+                return false;
+            } else if (event.kind == Event::Kind::close) {
+                return true;
+            } else if (event.kind != Event::Kind::paused) {
+                dispatch_control(event);
             }
             if (!dirty) mark_dirty();
             const bool spent = events >= max_events || from.budget_spent() ||
@@ -10734,6 +10735,11 @@ protected:
                 return false;
             }
         }
+    }
+    WSCHAT_NOINLINE void dispatch_control(const Event& event) {
+        const std::string_view payload = event.message.data();
+        if (event.kind == Event::Kind::ping) call("on_ping", [&] { handler_->on_ping(payload); });
+        else call("on_pong", [&] { handler_->on_pong(payload); });
     }
     // Continues with the stored input. Returns true if the connection has closed.
     bool resume_input() {
