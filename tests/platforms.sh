@@ -122,7 +122,11 @@ libraries() {
 }
 
 # checked COMPILER OPTION...: whether the compiler accepts all of the header with all features. Adds to the log of $target.
-checked() { "$@" $features -fsyntax-only tests/platforms/whole.cpp >>"$work/$target.log" 2>&1; }
+checked() {
+    output=-fsyntax-only
+    case $1 in *zig) output="-c -o $work/$target.checked.o" ;; esac  # zig expects an object
+    "$@" $features $output tests/platforms/whole.cpp >>"$work/$target.log" 2>&1
+}
 
 newest_clang() { apt-cache pkgnames clang- | sed -n 's/^clang-\([0-9]*\)$/\1/p' | sort -n | tail -1; }
 

@@ -565,11 +565,12 @@ public:
 
     // Waits for input and reads it once. Returns false at the end of the stream and at the deadline.
     bool read_some() {
-        std::vector<char> buffer(256 * 1024);
+        constexpr std::size_t size = 256 * 1024;
+        const std::unique_ptr<char[]> buffer(new char[size]);  // a vector would fill it for each read
         for (;;) {
-            const wschat::detail::IoResult got = receive(buffer.data(), buffer.size());
+            const wschat::detail::IoResult got = receive(buffer.get(), size);
             if (got.outcome == wschat::detail::IoResult::Outcome::done) {
-                received.append(buffer.data(), got.size);
+                received.append(buffer.get(), got.size);
                 return true;
             }
             if (got.outcome == wschat::detail::IoResult::Outcome::would_block) {
