@@ -458,29 +458,35 @@ struct AccessEntry {
 
 namespace detail {
 
-// A callable void() of any type. Unlike std::function it also takes callables that can only be moved.
+// A callable void() of any type. Unlike std::function it also takes callables that can only be moved. It has no virtual
+// functions: a compiler optimizes all overrides of a virtual function, also those that the program never creates.
 class Task {
 public:
     template <class Function, class = std::enable_if_t<!std::is_same_v<std::decay_t<Function>, Task> &&
                                                        std::is_invocable_v<std::decay_t<Function>&>>>
     Task(Function&& function) : callable_(new Holder<std::decay_t<Function>>(std::forward<Function>(function))) {}
 
-    void operator()() { callable_->call(); }
+    void operator()() { callable_->act(callable_.get(), true); }
 
 private:
     struct Callable {
-        virtual ~Callable() = default;
-        virtual void call() = 0;
+        void (*act)(Callable* self, bool call);  // calls or destroys it
     };
     template <class Function>
-    struct Holder final : Callable {
+    struct Holder : Callable {
         template <class Argument>
-        explicit Holder(Argument&& argument) : function(std::forward<Argument>(argument)) {}
-        void call() override { function(); }
+        explicit Holder(Argument&& argument) : Callable{act_on}, function(std::forward<Argument>(argument)) {}
+        static void act_on(Callable* self, bool call) {
+            if (call) static_cast<Holder*>(self)->function();
+            else delete static_cast<Holder*>(self);
+        }
         Function function;
     };
+    struct Deleter {
+        void operator()(Callable* callable) const { callable->act(callable, false); }
+    };
 
-    std::unique_ptr<Callable> callable_;
+    std::unique_ptr<Callable, Deleter> callable_;
 };
 
 }  // namespace detail
@@ -6962,10 +6968,26 @@ private:
 class Pollable {
 public:
     // The arguments are those of Poller::Ready.
-    virtual void on_ready(bool readable, bool writable, bool broken) = 0;
+    void notify(bool readable, bool writable, bool broken) { on_ready_(*this, readable, writable, broken); }
 
 protected:
+    using OnReady = void (*)(Pollable&, bool readable, bool writable, bool broken);
+    explicit Pollable(OnReady on_ready) : on_ready_(on_ready) {}
     ~Pollable() = default;
+
+private:
+    OnReady on_ready_;  // and no virtual function, as in Task
+};
+
+// The base of `Owner`, which has a function on_ready().
+template <class Owner>
+class PollableBase : public Pollable {
+protected:
+    PollableBase()
+        : Pollable([](Pollable& self, bool readable, bool writable, bool broken) {
+              static_cast<Owner&>(self).on_ready(readable, writable, broken);
+          }) {}
+    ~PollableBase() = default;
 };
 
 }  // namespace detail
@@ -8407,10 +8429,10 @@ private:
         bool open_ = true;
     };
 
-    class Waker final : public detail::Pollable {
+    class Waker final : public detail::PollableBase<Waker> {
     public:
         explicit Waker(Loop& loop) : loop_(loop) {}
-        void on_ready(bool, bool, bool) override {
+        void on_ready(bool, bool, bool) {
             loop_.mailbox_->wake_up.drain([this](char byte) {
                 if (byte != 0 && loop_.on_signal_) loop_.on_signal_(byte);
             });
@@ -8492,7 +8514,7 @@ private:
         if (timeout >= 0) note_span(begin, begin + std::chrono::milliseconds(timeout), now_);
         busy_since_.store(now_.time_since_epoch().count(), std::memory_order_relaxed);
         for (const detail::Poller::Ready& ready : ready_)
-            guarded("loop", [&] { ready.owner->on_ready(ready.readable, ready.writable, ready.broken); });
+            guarded("loop", [&] { ready.owner->notify(ready.readable, ready.writable, ready.broken); });
         timers_.run_due(now_);
         if (mailbox_->has_work.load())
             for (detail::Task& work : mailbox_->take_all()) guarded("post", work);
@@ -10109,16 +10131,10 @@ private:
 class Session;
 
 // The functions of a client that a session calls if the client made its connection.
-class SessionOwner {
-public:
-    virtual const Limits& session_limits() const = 0;
-    // Called after on_close().
-    virtual void note_close(CloseCode code, CloseCause cause) noexcept = 0;
-    // Called after the socket is closed.
-    virtual void on_session_end() = 0;
-
-protected:
-    ~SessionOwner() = default;
+struct SessionOwner {
+    const Limits& limits;
+    void (*note_close)(SessionOwner&, CloseCode, CloseCause) noexcept;  // called after on_close()
+    void (*on_session_end)(SessionOwner&);                              // called after the socket is closed
 };
 
 // A connection that a client has made, at the end of its opening handshake.
@@ -10761,7 +10777,7 @@ protected:
             log_close();
         });
         guarded("on_close", [this] { handler_->on_close(); });
-        if (owner()) owner()->note_close(connection().close_code(), connection().close_cause());
+        if (owner()) owner()->note_close(*owner(), connection().close_code(), connection().close_cause());
         add_to(host_.metrics);
         core().rooms.clear();
         handler_.reset();
@@ -10866,7 +10882,7 @@ private:
 // One way to die: an end of a session only changes its state (abort(), `ended_`, or the state of its Connection) and
 // marks it dirty. finish_turn() sees that, calls on_close() once, sends as much queued output as possible, and
 // removes the session.
-class Session final : public WebSocketDriver, public Pollable, public Timer {
+class Session final : public WebSocketDriver, public PollableBase<Session>, public Timer {
 public:
     Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
         : WebSocketDriver(host, peer),
@@ -10920,7 +10936,7 @@ public:
     // Starts a client's connection, instead of start(). The frames must be valid and writable until this returns.
     WSCHAT_COLD void start_client(ClientHandshake opened) {
         rare_->owner = std::move(opened.owner);
-        route_limits_ = &owner()->session_limits();
+        route_limits_ = &owner()->limits;
         handshake_done_ = true;
         handler_ = std::move(opened.handler);
         core().host = this;
@@ -10943,7 +10959,7 @@ public:
 
     // ---- called by the loop and the server -------------------------------------------------------------------------
 
-    void on_ready(bool readable, bool writable, bool broken) override {
+    void on_ready(bool readable, bool writable, bool broken) {
         if (gone()) return;
         try {  // not protect(), which would be a call
             if (writable) resume_output();
@@ -11117,7 +11133,7 @@ private:
         stream_.close();
         http_.reset();
         host_.remove(*this);
-        if (owner()) guarded("client", [this] { owner()->on_session_end(); });
+        if (owner()) guarded("client", [this] { owner()->on_session_end(*owner()); });
     }
 
     // Work other than flushing is done once per turn. Returns false if it must wait for the next turn.
@@ -11690,7 +11706,7 @@ private:
 // ---- listening -----------------------------------------------------------------------------------------------------
 
 // Accepts connections for the server.
-class Listener final : public Pollable, public Timer {
+class Listener final : public PollableBase<Listener>, public Timer {
 public:
     Listener(SessionHost& host, const ListenerParts& parts)
         : host_(host), parts_(parts), transports_(parts.transports ? parts.transports->clone() : nullptr) {
@@ -11710,7 +11726,7 @@ public:
         if (transports_) transports_->reload();
     }
 
-    void on_ready(bool, bool, bool) override {
+    void on_ready(bool, bool, bool) {
         constexpr int max_accepts = 64;  // then sessions run
         int error = 0;
         for (int i = 0; i < max_accepts && !host_.draining; ++i) {
@@ -13512,7 +13528,7 @@ private:
 
     void start_thread() {
         try {
-            std::thread([state = state_] { work(*state); }).detach();
+            std::thread(work, state_).detach();
             ++state_->threads;
         } catch (const std::system_error&) {
             if (state_->threads != 0) return;
@@ -13520,7 +13536,8 @@ private:
             throw Error("no thread can be started to resolve the name");
         }
     }
-    static void work(State& state) {
+    static void work(const std::shared_ptr<State>& shared) {
+        State& state = *shared;
         std::unique_lock<std::mutex> lock(state.mutex);
         for (;;) {
             ++state.idle;
@@ -13603,11 +13620,11 @@ class ClientLink;
 
 // One socket of an attempt, and its entry in the poller. An earlier batch of the poller may still refer to it after
 // the attempt has dropped it, so retire() destroys it later.
-class Dial final : public Pollable {
+class Dial final : public PollableBase<Dial> {
 public:
     Dial(ClientLink& link, Socket its_socket, const IpAddress& address)
         : socket(std::move(its_socket)), peer(address), link_(&link) {}
-    inline void on_ready(bool readable, bool writable, bool broken) override;
+    inline void on_ready(bool readable, bool writable, bool broken);
     // Removes the socket from the poller.
     void unwatch(Loop& loop) {
         if (std::exchange(watched, false)) LoopAccess::poller(loop).remove(socket.descriptor());
@@ -13804,7 +13821,12 @@ WSCHAT_COLD inline void check_client_headers(const char* call,
 class ClientLink final : public SessionOwner, public std::enable_shared_from_this<ClientLink> {
 public:
     ClientLink(ClientCore& core, std::uint64_t id, std::string url, ClientOptions options, Route::Factory factory)
-        : core_(&core),
+        : SessionOwner{options_.limits,
+                       [](SessionOwner& self, CloseCode code, CloseCause cause) noexcept {
+                           static_cast<ClientLink&>(self).note_close(code, cause);
+                       },
+                       [](SessionOwner& self) { static_cast<ClientLink&>(self).on_session_end(); }},
+          core_(&core),
           id_(id),
           url_text_(std::move(url)),
           options_(std::move(options)),
@@ -13812,7 +13834,6 @@ public:
           parser_(options_.limits) {}
     ClientLink(const ClientLink&) = delete;
     ClientLink& operator=(const ClientLink&) = delete;
-    virtual ~ClientLink() = default;
 
     // Starts an attempt after the delay. The timer counts from now, not from the beginning of the turn.
     void start_later(Duration delay) {
@@ -13846,12 +13867,11 @@ public:
 
     // ---- called by the session -------------------------------------------------------------------------------------
 
-    const Limits& session_limits() const override { return options_.limits; }
-    void note_close(CloseCode code, CloseCause cause) noexcept override {
+    void note_close(CloseCode code, CloseCause cause) noexcept {
         close_code_ = code;
         close_cause_ = cause;
     }
-    void on_session_end() override {
+    void on_session_end() {
         if (core_ == nullptr) return;
         const auto self = shared_from_this();
         session_ = nullptr;
@@ -21350,7 +21370,8 @@ inline std::string_view redis_text(const redisReply* reply) {
 // A connection to Redis on the poller of a loop. hiredis parses the replies. Its own sockets have no TLS in many
 // versions, so the socket and TLS come from sections 10 and 11. Calls on_connected() when the connection works, and
 // on_closed() once with the cause when it ends, unless close() was called.
-class RedisConnection final : public Pollable, public std::enable_shared_from_this<RedisConnection> {
+class RedisConnection final : public PollableBase<RedisConnection>,
+                              public std::enable_shared_from_this<RedisConnection> {
 public:
     // `refuse` returns why the certificate of the server is not accepted, or an empty text.
     explicit RedisConnection(Loop& loop, std::unique_ptr<Transport> transport = nullptr,
@@ -21405,7 +21426,7 @@ public:
         if (connected_ && !ended_) append({command, channel});
     }
 
-    void on_ready(bool readable, bool writable, bool broken) override {
+    void on_ready(bool readable, bool writable, bool broken) {
         const auto self = shared_from_this();
         if (ended_) return;
         if (!connected_) return finish_connect();

@@ -667,9 +667,9 @@ TEST_CASE("on_loop_thread is true only on the loop's thread while the loop runs,
 }
 
 TEST_CASE("the loop calls the owner of a ready descriptor") {
-    struct Reader final : Pollable {
+    struct Reader final : PollableBase<Reader> {
         Reader(Loop& a_loop, Socket& a_socket) : loop(a_loop), socket(a_socket) {}
-        void on_ready(bool readable, bool, bool) override {
+        void on_ready(bool readable, bool, bool) {
             char bytes[16];
             const IoResult got = readable ? socket.receive(bytes, sizeof bytes) : IoResult{IoResult::Outcome::error};
             text.append(bytes, got.size);

@@ -143,8 +143,8 @@ void fill(Socket& socket) {
     while (send(socket, bytes).outcome == IoResult::Outcome::done) continue;
 }
 
-struct Owner final : Pollable {
-    void on_ready(bool, bool, bool) override {}
+struct Owner final : PollableBase<Owner> {
+    void on_ready(bool, bool, bool) {}
 };
 
 // Calls the function with each kind of poller.
