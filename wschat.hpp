@@ -10113,6 +10113,7 @@ public:
 
     AddressCounts addresses;
     std::recursive_mutex entries;                // one call of on_log() or on_access() at a time
+    TokenBucket proxy_warnings;                  // only with the mutex
     std::atomic<std::size_t> others_running{0};  // loops beside the first one
 
 private:
@@ -11980,7 +11981,8 @@ public:
     WSCHAT_COLD void note_proxy_failure(const IpAddress& peer, std::string_view cause) override {
         ++metrics.proxy_failures;
         // A wrong configuration fails for each connection, so only one entry per minute is a warning.
-        const bool first = proxy_failure_entries_.take(1, {1.0 / 60, 1}, Clock::now());
+        const std::lock_guard<std::recursive_mutex> lock(loads.entries);
+        const bool first = loads.proxy_warnings.take(1, {1.0 / 60, 1}, Clock::now());
         log(first ? LogLevel::warning : LogLevel::debug, "proxy_header_refused",
             {{"peer", peer.to_string()}, {"cause", std::string(cause)}});
     }
@@ -12106,7 +12108,6 @@ private:
 
     const std::vector<std::unique_ptr<Worker>>* group_ = nullptr;
     RoomDirectory* directory_ = nullptr;  // null for a server with one loop
-    TokenBucket proxy_failure_entries_;
     std::unique_ptr<SendBatch> batch_ = SendBatch::make();
     StringMap<Listener> listeners_;
     StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn: its events may refer to them
@@ -12278,7 +12279,8 @@ public:
     // from the right, and X-Forwarded-Proto; or, if the request has neither, Forwarded (RFC 7239). A proxy that only
     // forwards TCP passes on the headers of its clients: do not trust it.
     void trusted_proxies(const std::vector<std::string>& proxies) { site("trusted_proxies").trust_proxies(proxies); }
-    // Receives each log entry on the loop's thread, at most 100 per second and level. Without it nothing is logged.
+    // Receives each log entry on the loop's thread, at most 100 per second, level and loop. Without it nothing is
+    // logged.
     // With several loops, one call at a time.
     WSCHAT_COLD void on_log(const std::function<void(const LogEntry&)>& function) {
         check_stopped("on_log");

@@ -1,5 +1,8 @@
 // A chat that only members enter: a form, a session in a cookie, and the chat with the member's name.
-//   login [port] [--page FILE] [--user NAME:PASSWORD]... [--moderator NAME:PASSWORD]...
+//   login [port] [--page FILE] [--user NAME:PASSWORD]... [--moderator NAME:PASSWORD]... [--trust PROXY]...
+//
+// Behind a proxy, --trust 127.0.0.1 is necessary: the cookie is then Secure over https, and each client has attempts of
+// its own.
 //
 // Without members there is "anna" with the password "tea". A moderator may do everything. A real program keeps salted
 // hashes of passwords (argon2, scrypt), and sessions in a database, or in the cookie itself, signed by
@@ -104,11 +107,13 @@ wschat::Response form(const std::string& sentence, int status = 200) {
 
 int main(int argc, char** argv) try {
     std::string port = "8888", page = wschat::beside(__FILE__, "rooms.html");
+    std::vector<std::string> proxies;
     Members members;
     Attempts attempts;
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
         if (word == "--page" && i + 1 < argc) page = argv[++i];
+        else if (word == "--trust" && i + 1 < argc) proxies.emplace_back(argv[++i]);
         else if (word == "--user" && i + 1 < argc) members.add(argv[++i], false);
         else if (word == "--moderator" && i + 1 < argc) members.add(argv[++i], true);
         else port = word;
@@ -117,6 +122,7 @@ int main(int argc, char** argv) try {
 
     wschat::Server server;
     server.on_log(wschat::log_to_stderr);
+    server.trusted_proxies(proxies);
     server.set_default_header("X-Frame-Options", "DENY");
     server.file("/rooms.html", page);
     const std::string module = wschat::beside(page, "wschat.js");  // a page of your own may have none beside it
@@ -143,7 +149,9 @@ int main(int argc, char** argv) try {
     std::fflush(stdout);
     server.run();
 } catch (const wschat::Error& error) {
-    std::fprintf(stderr, "login: %s\nusage: login [port] [--page FILE] [--user|--moderator NAME:PASSWORD]...\n",
+    std::fprintf(stderr,
+                 "login: %s\nusage: login [port] [--page FILE] [--user|--moderator NAME:PASSWORD]... "
+                 "[--trust PROXY]...\n",
                  error.what());
     return 1;
 }

@@ -451,6 +451,19 @@ TEST_CASE("only members enter the chat, with a session that begins in a form and
     CHECK(post(program.port(), "/login", "name=bo&password=with:colon").status == 429);
 }
 
+TEST_CASE("behind a proxy that the login trusts, the cookie is Secure, and each client has attempts of its own") {
+    Program program({example("login"), "0", "--trust", "127.0.0.1"});
+    const auto log_in = [&](const std::string& address, const std::string& password) {
+        return post(program.port(), "/login", "name=anna&password=" + password,
+                    "X-Forwarded-For: " + address + "\r\nX-Forwarded-Proto: https\r\n");
+    };
+    for (int i = 0; i < 10; ++i) log_in("203.0.113.7", "wrong");
+    CHECK(log_in("203.0.113.7", "tea").status == 429);
+    const test::Answer entered = log_in("203.0.113.8", "tea");
+    CHECK(entered.status == 303);
+    CHECK(contains(entered.header("set-cookie"), "; Secure"));
+}
+
 TEST_CASE("the ticker sends its ticks in order to all clients, and answers with the number of clients") {
     Program program({example("ticker"), "0"});
     WsClient one(program.port(), "/ticks"), two(program.port(), "/ticks");

@@ -626,7 +626,6 @@ TEST_CASE("a PROXY header can arrive in any two pieces, and byte by byte") {
 }
 
 TEST_CASE("a connection without a valid PROXY header is closed and counted, and logged once") {
-    const test::OneLoop one_loop;
     ProxiedServer running;
     const std::string headers[] = {
         upgrade_request(),
