@@ -3225,8 +3225,8 @@ TEST_CASE("a message that is sent again with its tag arrives once, whenever the 
             CHECK(contains(history, "\"gap\":false"));
             CHECK((!contains(history, tag) || phase == before_the_answer));
             anna.send("/tag " + tag + " " + tag);
-            CHECK(contains(next_with(anna, "\"" + tag + "\""),
-                           phase == after_the_answer ? "\"ack\"" : "\"tag\":\"" + tag));
+            const std::string answer = next_with(anna, "\"tag\":\"" + tag + "\"");
+            CHECK((phase != after_the_answer || contains(answer, "\"ack\"")));
             bert.send("end of " + tag);
             int copies = 0;
             for (std::string event; !contains(event, "end of");) {
