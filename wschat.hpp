@@ -381,8 +381,8 @@ enum class BacklogPolicy : std::uint8_t {
 // The limits of one connection. Sizes are in bytes. A duration of zero turns that timer off. ServerOptions::limits is
 // the default of all connections; Route::set_limits() replaces it for the connections of a route.
 struct Limits {
-    // The time from the accept to a complete request. An incomplete request does not extend it. It starts again for
-    // each request, and when the client receives a part of a response.
+    // The time from the accept to a complete request. An incomplete request does not extend it; a body adds a second for
+    // each 64 KiB that it may have. It starts again for each request, and when the client receives a part of a response.
     Duration handshake_timeout = std::chrono::seconds(10);
     // How long a connection may be idle between two requests. Answers announce it in whole seconds.
     Duration keep_alive_timeout = std::chrono::seconds(75);
@@ -10563,6 +10563,8 @@ private:
             Response refusal(405, "This path answers " + allowed + ".\n");
             return refusal.set_header("Allow", allowed);
         }
+        // RFC 9110 9.3.6: after a 2xx the client takes the connection for a tunnel, so a program does not answer this.
+        if (request.method() == "CONNECT") return Response(501, "This server is not a proxy.\n");
         if (const auto redirect = host_.site.folder_redirect(request)) return *redirect;
         if (socket && lost_upgrade(request))
             return upgrade_required(

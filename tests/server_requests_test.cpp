@@ -389,6 +389,16 @@ TEST_CASE("the program answers for a path without a page") {
     CHECK(answer.body == "No /a b here.");
 }
 
+TEST_CASE("no program answers CONNECT, because after a 200 the client would take the connection for a tunnel") {
+    RunningServer running;
+    running.server.not_found([](const Request&) { return Response::html("<h1>Nothing</h1>"); });
+    running.start();
+    RawClient client(running.port());
+    client.send("CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: 127.0.0.1:22\r\n\r\n" + request("/"));
+    CHECK(next_answer(client).status == 501);
+    CHECK(next_answer(client).status == 200);
+}
+
 TEST_CASE("a page in HTML may have any status, so that there is one for paths without a page") {
     RunningServer running;
     running.server.not_found([](const Request&) { return Response::html("<h1>Nothing</h1>", 404); });
