@@ -2,15 +2,16 @@
 """run.py [--out FOLDER] [--seconds S] [--rounds R]: what messages through Redis cost, beside Socket.IO.
 
 Starts a redis-server and two nodes on free ports: the sender is at the first node, 100 members are at the second one,
-which gets each message only through Redis. The same work for four systems:
+which gets each message only through Redis. The same work for these systems:
 
   wschat, rooms               server.join_cluster(RedisCluster(...)): PUB/SUB
   Socket.IO, redis-adapter    the same with @socket.io/redis-adapter
   wschat, chat                RedisHistory: every message is kept, in one order
   Socket.IO, streams-adapter  @socket.io/redis-streams-adapter, with connectionStateRecovery
+  io_uring                    both of wschat with WSCHAT_LIBURING: the sends of a turn are one system call
 
-Prints a table, and writes cluster.json. About three minutes. Needs g++, libhiredis-dev, redis-server, redis-tools, node
-and npm.
+Prints a table, and writes cluster.json. About six minutes. Needs g++, libhiredis-dev, liburing-dev, redis-server,
+redis-tools, node and npm.
 """
 import argparse
 import json
@@ -29,14 +30,15 @@ HERE = pathlib.Path(__file__).resolve().parent
 PACKAGES = ["socket.io@4.8.1", "@socket.io/redis-adapter@8.3.0", "@socket.io/redis-streams-adapter@0.3.0",
             "redis@4.7.1"]
 SYSTEMS = [("wschat, rooms", "room"), ("Socket.IO, redis-adapter", "redis"), ("wschat, chat", "chat"),
-           ("Socket.IO, streams-adapter", "streams")]
+           ("Socket.IO, streams-adapter", "streams"), ("io_uring, rooms", "uring-room"), ("io_uring, chat", "uring-chat")]
 
 
 def build(out):
     out.mkdir(parents=True, exist_ok=True)
     header = HERE.parents[2] / "wschat.hpp"
-    for name, libraries in (("node", ["-DWSCHAT_HIREDIS=1", "-lhiredis"]), ("load", [])):
-        program, source = out / f"cluster_{name}", HERE / f"{name}.cpp"
+    redis = ["-DWSCHAT_HIREDIS=1", "-lhiredis"]
+    for name, libraries in (("node", redis), ("uring-node", [*redis, "-DWSCHAT_LIBURING=1", "-luring"]), ("load", [])):
+        program, source = out / f"cluster_{name}", HERE / f"{name.split('-')[-1]}.cpp"
         newest = max(source.stat().st_mtime, header.stat().st_mtime)
         if not program.exists() or program.stat().st_mtime < newest:
             subprocess.run(["g++", "-std=c++17", "-O2", str(source), "-o", str(program), "-pthread", *libraries],
@@ -88,16 +90,20 @@ class System:
         self.nodes = [self.start_node() for _ in range(2)]
 
     def start_node(self):
-        if self.kind in ("room", "chat"):
-            command = [str(self.out / "cluster_node"), "0", self.redis.url, self.kind]
+        if self.is_ours():
+            name = "uring-node" if self.kind.startswith("uring-") else "node"
+            command = [str(self.out / f"cluster_{name}"), "0", self.redis.url, self.kind.split("-")[-1]]
         else:
             command = ["node", str(HERE / "socketio.mjs"), "0", self.redis.url, self.kind, str(self.out / "npm")]
         node = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         node.port = re.search(r":(\d+)/?$", node.stdout.readline().strip()).group(1)
         return node
 
+    def is_ours(self):
+        return self.kind.endswith(("room", "chat"))
+
     def load(self, **options):
-        kind = self.kind if self.kind in ("room", "chat") else "socketio"
+        kind = self.kind.split("-")[-1] if self.is_ours() else "socketio"
         pids = ",".join(str(process.pid) for process in [*self.nodes, self.redis.process])
         words = [str(self.out / "cluster_load"), kind, self.nodes[0].port, self.nodes[1].port, "--pids", pids]
         for name, value in options.items():
