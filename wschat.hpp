@@ -12098,12 +12098,20 @@ private:
                 if (worker.loads.backlog() > worker.options.server_limits.max_total_backlog) worker.evict_largest();
             });
         }
-        const auto smaller = [](const auto& a, const auto& b) { return a->backlog() < b->backlog(); };
-        std::make_heap(sessions_.begin(), sessions_.end(), smaller);
-        for (auto end = sessions_.end(); end != sessions_.begin();) {
-            if (loads.backlog() <= max || backlog <= share || sessions_.front()->backlog() == 0) break;
-            std::pop_heap(sessions_.begin(), end, smaller);
-            (*--end)->abort(CloseCause::backlog, "the total backlog is above its limit");
+        // std::make_heap() and std::pop_heap() would compile the destructor of Session in several places.
+        std::size_t size = sessions_.size();
+        const auto sift_down = [&](std::size_t parent) {
+            for (std::size_t child; (child = 2 * parent + 1) < size; parent = child) {
+                if (child + 1 < size && sessions_[child]->backlog() < sessions_[child + 1]->backlog()) ++child;
+                if (sessions_[parent]->backlog() >= sessions_[child]->backlog()) return;
+                sessions_[parent].swap(sessions_[child]);
+            }
+        };
+        for (std::size_t i = size / 2; i-- != 0;) sift_down(i);
+        while (size != 0 && loads.backlog() > max && backlog > share && sessions_.front()->backlog() != 0) {
+            sessions_.front().swap(sessions_[--size]);
+            sessions_[size]->abort(CloseCause::backlog, "the total backlog is above its limit");
+            sift_down(0);
         }
         for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = static_cast<std::uint32_t>(i);
     }
