@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the missing packages (as root, on Debian), builds, and runs every test but the long ones: tests/platforms.sh,
-# and "ctest --preset dev -L long" (more ways to package) after it.
+# Installs the missing packages (as root, on Debian), builds, and runs every test but the long ones: the other targets of
+# tests/platforms.sh, and "ctest --preset dev -L long" (more ways to package) after it.
 #
 #   tests/run.sh          everything
 #   tests/run.sh quick    the g++ build and its tests, without the browser
@@ -174,6 +174,8 @@ build clang all -DWSCHAT_TESTS=OFF
 # Short rounds. README.md has the commands for long ones.
 stage "fuzz: ten seconds of each harness" sh tests/fuzz/run.sh 10
 stage "soak: a minute of a thousand connections" sh tests/soak.sh 1 connections=1000
+stage "platforms: the short targets" sh tests/platforms.sh quick
+grep "^SKIPPED" "$log"  # the packages of a target cannot be installed
 
 # This build has no optional features.
 test -f build/meson/build.ninja || stage "meson: setup" meson setup build/meson -Dwerror=true -DWSCHAT_TEST_UNITS=2
