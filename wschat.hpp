@@ -1864,7 +1864,7 @@ WSCHAT_NOINLINE inline std::uint64_t mask_large(char* data, std::size_t size, st
 
 // RFC 6455 5.3: masks or unmasks in place. `offset`: the position of `data` in its payload. Returns whether all bytes
 // are ASCII afterwards, which saves a second pass for the UTF-8 check.
-inline bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
+WSCHAT_INLINE bool apply_mask(char* data, std::size_t size, const MaskKey& mask, std::size_t offset = 0) {
     unsigned char key[8];  // twice, so that it can begin at each offset
     std::memcpy(key, mask.data(), 4);
     std::memcpy(key + 4, mask.data(), 4);
@@ -10244,7 +10244,7 @@ public:
     WSCHAT_INLINE bool encrypted() const { return transport_ && transport_->encrypts(); }
     bool established() const { return !transport_ || transport_->established(); }
     // Whether input waits here that the poller does not report.
-    bool has_input() const { return transport_ && transport_->has_input(); }
+    WSCHAT_INLINE bool has_input() const { return transport_ && transport_->has_input(); }
     // Bytes that only this stream holds, in both directions.
     WSCHAT_INLINE std::size_t buffered() const { return transport_ ? transport_->buffered() : 0; }
     // Whether encrypted bytes wait because the kernel has refused them.
