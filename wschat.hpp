@@ -381,8 +381,9 @@ enum class BacklogPolicy : std::uint8_t {
 // The limits of one connection. Sizes are in bytes. A duration of zero turns that timer off. ServerOptions::limits is
 // the default of all connections; Route::set_limits() replaces it for the connections of a route.
 struct Limits {
-    // The time from the accept to a complete request. An incomplete request does not extend it; a body adds a second for
-    // each 64 KiB that it may have. It starts again for each request, and when the client receives a part of a response.
+    // The time from the accept to a complete request. An incomplete request does not extend it; a body adds a second
+    // for each 64 KiB that it may have. It starts again for each request, and when the client receives a part of a
+    // response.
     Duration handshake_timeout = std::chrono::seconds(10);
     // How long a connection may be idle between two requests. Answers announce it in whole seconds.
     Duration keep_alive_timeout = std::chrono::seconds(75);
@@ -14746,7 +14747,7 @@ struct ChatEntry {
         private_message = 32,
         typing,
         join,
-        leave,
+        leave,       // if `to` is "*", the user has left all hubs that have no connection of the user
         rename,
         event,       // sent by the program to a room: `text` is its name, `data` its JSON value
         away,        // a user has lost the last connection to a hub; a `leave` or a `join` from that hub follows
@@ -17106,7 +17107,7 @@ private:
         detail::Presence::detach(user, &handler, saturating_add(now(), limits.grace));
         if (!user.connections.empty()) return;
         if (user.place(id_) != nullptr) user.set_place(id_, true);
-        if (at_once) return forward_leave(room, user);
+        if (at_once) return forward_leave(room, user, "*");
         if (!room.expiry_scheduled_) schedule_expiry(room, limits.grace);
         room.presence_.set_told(user, Told::away);
         forward(new_entry(ChatEntry::Kind::away, room, user.info));
@@ -17130,8 +17131,9 @@ private:
         forward(std::move(entry));
     }
     // This may destroy the user.
-    void forward_leave(ChatRoom& room, User& user) {
+    void forward_leave(ChatRoom& room, User& user, const char* to = "") {
         ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, user.info);
+        entry.to = to;
         user.expires = (Time::max)();
         room.presence_.set_told(user, Told::leave);
         // Later joins on this hub may use the name.
@@ -17698,6 +17700,7 @@ private:
         if (user != nullptr && user->place(entry.hub) != nullptr) user->set_place(entry.hub, true);
         return false;
     }
+    inline void leave_later(const ChatRoom& room, const User& user);
     inline bool on_leave(const ChatEntry& entry);
     inline bool on_rename(const ChatEntry& entry);
     inline bool on_ban(const ChatEntry& entry);
@@ -19868,6 +19871,14 @@ inline void ChatHub::change_name(ChatRoom& room, User& user, const std::string& 
         if (is_new) each->write_message(event.dump());
 }
 
+// In the next turn: an entry must not be forwarded while another one is delivered.
+inline void ChatHub::leave_later(const ChatRoom& room, const User& user) {
+    server_.loop().post([this, key = room.key(), id = user.info.id] {
+        ChatRoom* const found = rooms_.find(key);
+        User* const away = found == nullptr ? nullptr : found->presence_.find_id(id);
+        if (away != nullptr && away->told == Told::away) forward_leave(*found, *away);
+    });
+}
 inline bool ChatHub::on_leave(const ChatEntry& entry) {
     ChatRoom* room = rooms_.find(entry.room);
     if (room == nullptr) return !entry.quiet;
@@ -19875,7 +19886,10 @@ inline bool ChatHub::on_leave(const ChatEntry& entry) {
     if (user == nullptr) return false;
     if (entry.hub == id_ && user->told == Told::leave) room->presence_.set_told(*user, Told::nothing);
     const bool was_present = user->erase_place(entry.hub);
-    if (user->confirmed()) return false;
+    if (user->confirmed()) {
+        if (entry.to == "*" && user->told == Told::away) leave_later(*room, *user);
+        return false;
+    }
     ChatEntry left = entry;
     left.name = user->info.name;
     // A user with connections joins again: that entry is on its way, or on_presence() forwards it.

@@ -477,6 +477,41 @@ TEST_CASE("a reload on another hub within the grace period does not cause a leav
     CHECK(hubs.users() == "Watcher");
 }
 
+TEST_CASE("a user who leaves has left at once, also if another hub has just lost a connection of the user") {
+    Hubs hubs(3);
+    TestClient watcher = hubs.connect(0, "name=Watcher"), lost = hubs.connect(1, "name=Anna&key=anna-secret");
+    hubs.settle();
+    lost.hang_up();
+    hubs.settle();
+    TestClient again = hubs.connect(2, "name=Anna&key=anna-secret");
+    hubs.settle();
+    watcher.received();
+    SUBCASE("by a close with 1000") { again.close(); }
+    SUBCASE("by /leave") { again.send("/leave"); }
+    hubs.settle();
+    CHECK(types(watcher) == "leave");
+    CHECK(hubs.users() == "Watcher");
+    hubs.advance(10s);
+    CHECK(types(watcher) == "");
+}
+
+TEST_CASE("a user with a connection to another hub stays, whatever connections are lost or leave") {
+    Hubs hubs(3);
+    TestClient watcher = hubs.connect(0, "name=Watcher"), stays = hubs.connect(0, "name=Anna&key=anna-secret"),
+               lost = hubs.connect(1, "name=Anna&key=anna-secret"), leaves = hubs.connect(2, "name=Anna&key=anna-secret");
+    hubs.settle();
+    watcher.received();
+    lost.hang_up();
+    hubs.settle();
+    leaves.close();
+    hubs.advance(10s);
+    CHECK(types(watcher) == "");
+    CHECK(hubs.users() == "Anna Watcher");
+    stays.close();
+    hubs.settle();
+    CHECK(types(watcher) == "leave");
+}
+
 TEST_CASE("a guest who reloads on another hub has the name again") {
     Hubs hubs(3);
     TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(0, "name=Bert");

@@ -3151,6 +3151,7 @@ TEST_CASE("a page that is reloaded has not left, and one that closes with 1000 l
         next_with(anna, "\"type\":\"history\"");
         anna.close(code);
         CHECK(anna.close_code() == code);
+        CHECK(anna.raw.read_to_end());  // so on_close() has run
     }
     std::string types;
     for (std::string event; !contains(event, "\"said\"");) {
