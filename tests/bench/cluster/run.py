@@ -10,7 +10,7 @@ which gets each message only through Redis. The same work for these systems:
   Socket.IO, streams-adapter  @socket.io/redis-streams-adapter, with connectionStateRecovery
   io_uring                    both of wschat with WSCHAT_LIBURING: the sends of a turn are one system call
 
-Prints a table, and writes cluster.json. About six minutes. Needs g++, libhiredis-dev, liburing-dev, redis-server,
+Prints a table, and writes cluster.json. About eight minutes. Needs g++, libhiredis-dev, liburing-dev, redis-server,
 redis-tools, node and npm.
 """
 import argparse
