@@ -44,6 +44,8 @@ need zlib1g-dev header zlib.h
 need libssl-dev header openssl/ssl.h
 need liburing-dev header liburing.h
 need libsqlite3-dev header sqlite3.h
+need libhiredis-dev header hiredis/async.h
+need redis-server command -v redis-server
 if [ -n "$missing" ]; then
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "missing Debian packages:$missing"
     # shellcheck disable=SC2086
@@ -56,7 +58,7 @@ fi
 echo "== build"
 # Relocated counters live in a mapped file, so processes that are killed count as well.
 quietly configure.log cmake -S . -B $out -G Ninja -DCMAKE_BUILD_TYPE= -DCMAKE_CXX_COMPILER=clang++ \
-    -DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON -DWSCHAT_LIBURING=ON \
+    -DWSCHAT_ZLIB=ON -DWSCHAT_OPENSSL=ON -DWSCHAT_SQLITE=ON -DWSCHAT_LIBURING=ON -DWSCHAT_HIREDIS=ON -DWSCHAT_TEST_UNITS=2 \
     -DCMAKE_CXX_FLAGS="-O0 -DNDEBUG -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation"
 quietly build.log cmake --build $out -j 2 --target wschat_tests wschat_faults
 
@@ -75,7 +77,7 @@ suites_of() { sed -n "s/^set($1 \([a-z ]*\)).*/\1/p" tests/CMakeLists.txt | tr '
 rm -rf $out/profiles
 unset WSCHAT_TEST_POLLER WSCHAT_TEST_TLS
 run epoll $tests
-run poll WSCHAT_TEST_POLLER=poll $tests "--test-suite=$(suites_of suites_that_poll)"
+run poll WSCHAT_TEST_POLLER=poll $tests "--test-suite=$(suites_of suites_poll)"
 run tls WSCHAT_TEST_TLS=1 $tests "--test-suite=$(suites_of suites_over_tls)"
 run faults $faults
 run faults-poll WSCHAT_TEST_POLLER=poll $faults
