@@ -33,6 +33,7 @@ emulated=${WSCHAT_SUITES-$emulated}
 table=$work/table
 failures=0
 jobs=${WSCHAT_JOBS-2}  # compilers at the same time
+export DEBIAN_FRONTEND=noninteractive
 mkdir -p "$work/include/doctest"
 : >"$table"
 
