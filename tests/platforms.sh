@@ -211,10 +211,12 @@ msvc() {
         -include tests/platforms/replay/msvc.hpp
 }
 
-# cross TARGET TRIPLET QEMU
+# cross TARGET TRIPLET QEMU OPTION...
 cross() {
     packages "$1" "g++-$2" qemu-user || return
-    suites "$1" "$3" "$emulated" "$2-g++" -std=c++17 -O0 $warnings -static
+    name=$1 triplet=$2 emulator=$3
+    shift 3
+    suites "$name" "$emulator" "$emulated" "$triplet-g++" -std=c++17 -O0 $warnings -static "$@"
 }
 
 run() {
@@ -279,7 +281,7 @@ run() {
     native) suites "$1" "" "$suites" g++ -std=c++17 -O3 $warnings -march=native ;;
     s390x) cross s390x s390x-linux-gnu qemu-s390x ;;
     aarch64) cross aarch64 aarch64-linux-gnu qemu-aarch64 ;;
-    armhf) cross armhf arm-linux-gnueabihf qemu-arm ;;
+    armhf) cross armhf arm-linux-gnueabihf qemu-arm -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64 ;;
     *) echo "tests/platforms.sh: unknown target '$1'" && exit 2 ;;
     esac
 }
