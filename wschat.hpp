@@ -19729,17 +19729,17 @@ inline void ChatHub::resume_unread(ChatRoom& room) {
 }
 
 inline void ChatHub::renew_positions(ChatRoom& room) {
-    if (!room.delivered_id_ || room.epoch_.empty()) return;
     room.has_unread_ = false;
+    const bool is_known = room.delivered_id_ && !room.epoch_.empty();
     HistoryPage page;
     page.epoch = room.epoch_;
-    page.last_id = *room.delivered_id_;
+    page.last_id = room.delivered_id_.value_or(0);
     for (const auto& [key, user] : room.presence_) {
         for (ChatHandler* each : user.connections) {
             ChatHandler::Membership& membership = each->memberships_[each->membership_index(&room)];
             if (!membership.unread) continue;
-            membership.unread.reset();
-            each->write_message(each->history_event(room, page, true).dump());
+            membership.unread.reset();  // or a later read would repeat what comes now
+            if (is_known) each->write_message(each->history_event(room, page, true).dump());
         }
     }
 }
