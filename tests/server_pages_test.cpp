@@ -394,7 +394,7 @@ TEST_CASE("a refusal is a complete answer with a sentence, and bytes after it ar
 }
 
 TEST_CASE("a refusal says what to configure: a proxy without upgrades, an HTTP/1.0 proxy, an unexpected PROXY header") {
-    const std::string key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n";
+    const std::string handshake = key + version;
     RunningServer running;
     LogLines log;
     log.attach_to(running.server);
@@ -405,10 +405,10 @@ TEST_CASE("a refusal says what to configure: a proxy without upgrades, an HTTP/1
         int status;
         std::string hint;
     } table[] = {
-        {request("/chat", key), 426, "\"proxy_set_header Upgrade $http_upgrade;\""},
-        {request("/chat", key + "Connection: close\r\n"), 426, "\"proxy_set_header Connection upgrade;\""},
-        {request("/chat", key + "Connection: close\r\nUpgrade: websocket\r\n"), 426, "upgrade=websocket"},
-        {upgrade(key, "GET /chat HTTP/1.0"), 505, "\"proxy_http_version 1.1;\""},
+        {request("/chat", handshake), 426, "\"proxy_set_header Upgrade $http_upgrade;\""},
+        {request("/chat", handshake + "Connection: close\r\n"), 426, "\"proxy_set_header Connection upgrade;\""},
+        {request("/chat", handshake + "Connection: close\r\nUpgrade: websocket\r\n"), 426, "upgrade=websocket"},
+        {upgrade(handshake, "GET /chat HTTP/1.0"), 505, "\"proxy_http_version 1.1;\""},
         {"PROXY TCP4 192.0.2.7 198.51.100.2 56324 443\r\n" + request("/chat"), 400, "ListenOptions::proxy_protocol"},
         {"PROXY UNKNOWN\r\n" + request("/chat"), 400, "ListenOptions::proxy_protocol"},
         {hex("0d 0a 0d 0a 00 0d 0a 51 55 49 54 0a 20 00 00 00") + request("/chat"), 400,
