@@ -18377,7 +18377,7 @@ private:
         for (const auto& [key, user] : room.presence_)
             for (ChatHandler* each : user.connections)
                 if (each != this && members.has(*each) && !each->memberships_[each->membership_index(&room)].unread)
-                    each->write_message(each->history_event(room, page, true).dump());
+                    each->continue_from(room, page);
         hub_->resume_unread(room);
     }
 
@@ -18452,6 +18452,11 @@ private:
     detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
+    // The member's position is the end of this page from now on, so nothing before it is read again.
+    void continue_from(const ChatRoom& room, const HistoryPage& page) {
+        memberships_[membership_index(&room)].unread.reset();
+        write_message(history_event(room, page, true).dump());
+    }
     static inline ChatEvent users_event(const ChatRoom& room, const detail::Presence::User* viewer = nullptr);
 
     ChatHub* hub_ = nullptr;
@@ -19736,10 +19741,9 @@ inline void ChatHub::renew_positions(ChatRoom& room) {
     page.last_id = room.delivered_id_.value_or(0);
     for (const auto& [key, user] : room.presence_) {
         for (ChatHandler* each : user.connections) {
-            ChatHandler::Membership& membership = each->memberships_[each->membership_index(&room)];
-            if (!membership.unread) continue;
-            membership.unread.reset();  // or a later read would repeat what comes now
-            if (is_known) each->write_message(each->history_event(room, page, true).dump());
+            std::optional<HistoryPosition>& unread = each->memberships_[each->membership_index(&room)].unread;
+            if (unread && is_known) each->continue_from(room, page);
+            unread.reset();  // or a later read would repeat what comes now
         }
     }
 }
@@ -19787,7 +19791,7 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
     for (WebSocketHandler& each : *members) {
         auto& handler = static_cast<ChatHandler&>(each);
         try {
-            handler.write_message(handler.history_event(room, page, true).dump());
+            handler.continue_from(room, page);
         } catch (const std::bad_alloc&) {
             end_without_memory(handler);
         }
@@ -20072,10 +20076,7 @@ inline void ChatHub::on_position(const std::string& name, const HistoryPage& pag
     resume_unread(*room);
     const Room* const members = members_.find(name);
     if (members == nullptr) return resume_ahead(*room);
-    for (WebSocketHandler& each : *members) {
-        const auto& handler = static_cast<ChatHandler&>(each);
-        each.write_message(handler.history_event(*room, told, true).dump());
-    }
+    for (WebSocketHandler& each : *members) static_cast<ChatHandler&>(each).continue_from(*room, told);
     // After a gap, all of them continue with the present entries.
     for (const ChatRoom::Ahead& each : std::exchange(room->ahead_, {})) each.resume();
 }
