@@ -21,7 +21,7 @@ SERVED = {
     "connect": ("echo", 4, 18129),
 }
 ALLOWED_FACTOR = 1.05  # for other neighbours in the binary
-SERVED_FACTOR = 1.08  # the number of events in a turn depends on the machine
+SERVED_FACTOR = 1.25  # on a busy machine a turn has fewer messages: 1.15 was seen
 
 PROGRAM, SERVER, LOAD = sys.argv[1:4]
 

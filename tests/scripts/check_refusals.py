@@ -121,6 +121,16 @@ def unit_of(kind, snippets):
     return '#include "wschat.hpp"\n' + "".join(parts)
 
 
+def unit_of_examples():
+    """One unit with all examples: their headers first, then each in a namespace of its own."""
+    sources = sorted((ROOT / "examples").glob("*.cpp"))
+    headers = sorted({line for source in sources for line in source.read_text().splitlines()
+                      if line.startswith("#include <")})
+    parts = [f'namespace example_{source.stem} {{\n#define main example_main\n#include "{source}"\n#undef main\n}}\n'
+             for source in sources]
+    return '#include "wschat.hpp"\n' + "\n".join(headers) + "\n" + "".join(parts)
+
+
 def check_mistakes(standard):
     code = unit_of("mistake", [mistake for mistake, _ in PAIRS.values()])
     _, errors = compile_unit(f"mistakes_{standard}", code, standard, "-DWSCHAT_CHAT=1", "-w", NO_ERROR_LIMIT)
@@ -139,9 +149,7 @@ def check(standard):
     problems += check_clean(standard, "corrections", corrections, ["-DWSCHAT_CHAT=1"])
     problems += check_clean(standard, "header", '#include "wschat.hpp"\n', strict)
     problems += check_clean(standard, "header_with_all", '#include "wschat.hpp"\n', [*strict, *ALL])
-    for example in sorted((ROOT / "examples").glob("*.cpp")):
-        problems += check_clean(standard, f"example_{example.stem}", f'#include "{example}"\n', [*strict, *ALL])
-    return problems
+    return problems + check_clean(standard, "examples", unit_of_examples(), [*strict, *ALL])
 
 
 with concurrent.futures.ThreadPoolExecutor(2) as pool:
