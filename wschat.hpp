@@ -16754,7 +16754,6 @@ private:
     mutable std::vector<Change> changes_{};  // joins and leaves in the current window
     bool window_open_ = false;
     bool counted_ = false;  // in ChatHub::Uses
-    bool has_unread_ = false;  // a member may have ChatHandler::Membership::unread
     struct Latest {
         std::uint64_t id;
         std::string user;
@@ -17588,11 +17587,6 @@ private:
             (each.id <= room.delivered_id_ ? ready : room.ahead_).push_back(std::move(each));
         for (const ChatRoom::Ahead& each : ready) each.resume();
     }
-    // The store works again: members who could not read the entries after their positions read them now. Each becomes a
-    // member again when it has them. If this fails too, they continue with the next entries.
-    inline void resume_unread(ChatRoom& room);
-    // The same when an entry comes: the position of these members needs the epoch of the entry. They know of the gap.
-    static inline void renew_positions(ChatRoom& room);
     // Removes entries that the members have not received yet. A new member then receives them together with the
     // others.
     void trim_to_delivered(ChatRoom& room, HistoryPage& page) {
@@ -17926,7 +17920,6 @@ private:
         detail::Presence::User* user;
         bool on_join_called = false;
         std::optional<HistoryPosition> unread{};  // the client has it, but what follows could not be read
-        bool read_again = false;                  // since then
     };
     struct HistoryRequest {
         std::string room;
@@ -18325,6 +18318,7 @@ private:
         if (is_ahead && hub_->is_behind(*chat_room, requested.position->id)) return resume_later(*chat_room, requested);
         Room& members = hub_->members_[requested.room];
         const bool joining = !members.has(*this);
+        memberships_[membership_index(chat_room)].unread.reset();
         if (!page.error.empty()) report_unread(requested, page);
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
@@ -18336,15 +18330,10 @@ private:
         const bool moved = requested.epoch != page.epoch || requested.delivered_id < chat_room->delivered_id_;
         const bool behind = page.last_id < chat_room->delivered_id_ && moved;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
-        Membership& own = memberships_[membership_index(chat_room)];
-        own.unread.reset();
-        if (page.error.empty()) own.read_again = false;
         if (!joining) return;
-        hub_->members_[requested.room].join(*this);
-        if (!page.error.empty() && !own.read_again) own.unread = requested.position;
-        chat_room->has_unread_ = chat_room->has_unread_ || own.unread;
+        members.join(*this);
         if (chat_room->behind_) hub_->catch_up_later(*chat_room, Duration::zero());
-        if (std::exchange(own.on_join_called, true)) return;
+        if (std::exchange(memberships_[membership_index(chat_room)].on_join_called, true)) return;
         request_read_marker(chat_room->key());
         run_hook("on_join", [&] { on_join(*chat_room); });
     }
@@ -18368,17 +18357,25 @@ private:
         page.gap = true;
         page.epoch = requested.position ? requested.position->epoch : "";
         page.last_id = requested.position ? requested.position->id : 0;
+        memberships_[membership_index(room_of(requested))].unread = requested.position;
         server().report(LogLevel::error, "chat_not_read", {{"room", requested.room}, {"cause", page.error}});
     }
-    // All earlier reads have failed. A member with a position reads again; the others get what this one has found.
-    void resume_members(ChatRoom& room, const Room& members, HistoryPage page) {
+    // All earlier reads have failed. A member with a position reads again, and becomes a member again after that. The
+    // others get what this one has found.
+    void resume_members(ChatRoom& room, Room& members, HistoryPage page) {
         hub_->trim_to_delivered(room, page);
         page.gap = true;
-        for (const auto& [key, user] : room.presence_)
-            for (ChatHandler* each : user.connections)
-                if (each != this && members.has(*each) && !each->memberships_[each->membership_index(&room)].unread)
-                    each->continue_from(room, page);
-        hub_->resume_unread(room);
+        std::vector<std::pair<ChatHandler*, HistoryPosition>> unread;
+        for (const auto& [key, user] : room.presence_) {
+            for (ChatHandler* each : user.connections) {
+                if (each == this || !members.has(*each)) continue;
+                const auto& position = each->memberships_[each->membership_index(&room)].unread;
+                if (position) unread.emplace_back(each, *position);
+                else each->write_message(each->history_event(room, page, true).dump());
+            }
+        }
+        for (const auto& [each, position] : unread) members.leave(*each);
+        for (const auto& [each, position] : unread) each->request_history(room, position);
     }
 
     // ---- conversations ---------------------------------------------------------------------------------------------
@@ -18452,11 +18449,6 @@ private:
     detail::JsonList newest_events(const HistoryPage& page, MakeEvent&& make_event) const;
     inline detail::JsonList page_events(const ChatRoom& room, const HistoryPage& page) const;
     inline ChatEvent history_event(const ChatRoom& room, const HistoryPage& page, bool resumed) const;
-    // The member's position is the end of this page from now on, so nothing before it is read again.
-    void continue_from(const ChatRoom& room, const HistoryPage& page) {
-        memberships_[membership_index(&room)].unread.reset();
-        write_message(history_event(room, page, true).dump());
-    }
     static inline ChatEvent users_event(const ChatRoom& room, const detail::Presence::User* viewer = nullptr);
 
     ChatHub* hub_ = nullptr;
@@ -19680,7 +19672,6 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     const bool has_id = room != nullptr && entry.id != 0;
     if (has_id && room->delivered_id_ && entry.id <= *room->delivered_id_) return;
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
-    if (has_id && room->has_unread_) renew_positions(*room);
     Room* const members = members_.find(entry.room);
     // A sender who is not a member yet gets the entry in the history. A sender who has left the room gets an
     // acknowledgement.
@@ -19713,39 +19704,6 @@ inline void ChatHub::show(const ChatEntry& entry, ChatRoom* room, Room* members,
     if (room != nullptr && entry.id != 0) room->delivered_id_ = entry.id;
     if (frame) members->broadcast(*frame, tagged);
     if (tagged != nullptr) tagged->write_message(own);
-}
-
-inline void ChatHub::resume_unread(ChatRoom& room) {
-    if (!std::exchange(room.has_unread_, false)) return;
-    for (const auto& [key, user] : room.presence_) {
-        for (ChatHandler* each : user.connections) {
-            ChatHandler::Membership& membership = each->memberships_[each->membership_index(&room)];
-            Room* const members = members_.find(room.key());
-            if (!membership.unread || members == nullptr || !members->has(*each)) continue;
-            members->leave(*each);
-            membership.read_again = true;
-            server_.loop().post([me = each->ref(), name = room.key(), position = *membership.unread] {
-                auto* const self = static_cast<ChatHandler*>(me.get());
-                const ChatRoom* const found = self == nullptr ? nullptr : self->room_of({name, position, {}});
-                if (found != nullptr) self->request_history(*found, position);
-            });
-        }
-    }
-}
-
-inline void ChatHub::renew_positions(ChatRoom& room) {
-    room.has_unread_ = false;
-    const bool is_known = room.delivered_id_ && !room.epoch_.empty();
-    HistoryPage page;
-    page.epoch = room.epoch_;
-    page.last_id = room.delivered_id_.value_or(0);
-    for (const auto& [key, user] : room.presence_) {
-        for (ChatHandler* each : user.connections) {
-            std::optional<HistoryPosition>& unread = each->memberships_[each->membership_index(&room)].unread;
-            if (unread && is_known) each->continue_from(room, page);
-            unread.reset();  // or a later read would repeat what comes now
-        }
-    }
 }
 
 inline void ChatHub::on_undelivered(const ChatEntry& entry) {
@@ -19791,7 +19749,7 @@ inline void ChatHub::on_caught_up(ChatRoom& room, const HistoryPage& page) {
     for (WebSocketHandler& each : *members) {
         auto& handler = static_cast<ChatHandler&>(each);
         try {
-            handler.continue_from(room, page);
+            handler.write_message(handler.history_event(room, page, true).dump());
         } catch (const std::bad_alloc&) {
             end_without_memory(handler);
         }
@@ -20073,10 +20031,12 @@ inline void ChatHub::on_position(const std::string& name, const HistoryPage& pag
     if (!page.gap) told.last_id = (std::max)(page.last_id, room->delivered_id_.value_or(0));
     room->delivered_id_ = told.last_id;
     room->epoch_ = page.epoch;
-    resume_unread(*room);
     const Room* const members = members_.find(name);
     if (members == nullptr) return resume_ahead(*room);
-    for (WebSocketHandler& each : *members) static_cast<ChatHandler&>(each).continue_from(*room, told);
+    for (WebSocketHandler& each : *members) {
+        const auto& handler = static_cast<ChatHandler&>(each);
+        each.write_message(handler.history_event(*room, told, true).dump());
+    }
     // After a gap, all of them continue with the present entries.
     for (const ChatRoom::Ahead& each : std::exchange(room->ahead_, {})) each.resume();
 }

@@ -365,50 +365,6 @@ TEST_CASE("a client that resumed while the store could not be read gets all miss
     CHECK(contains(found, "three"));
 }
 
-TEST_CASE("a client that could not read its history gets it with a new epoch, or the position of the next entry") {
-    Scripted scripted;
-    ScriptedStore& store = *scripted.store;
-    TestClient carl = scripted.server.connect("/chat/tea?name=Carl");
-    const std::string epoch = field_of(last(carl, "history"), "epoch");
-    for (const char* text : {"one", "two", "three"}) carl.send(text);
-    store.read = [](const std::optional<HistoryPosition>&) {
-        HistoryPage page;
-        page.error = "it is away";
-        return page;
-    };
-    TestClient anna = scripted.server.connect("/chat/tea?name=Anna&last=" + epoch + "-1");
-    CHECK(contains(last(anna, "history"), R"("gap":true)"));
-    std::string expected = "history two three four ";
-    // She knows of the gap, and her position is now that of the entry before.
-    SUBCASE("an entry comes") {
-        carl.send("four");
-        expected = "history four ";
-    }
-    SUBCASE("the store has another epoch") {
-        store.read = nullptr;
-        HistoryPage page;
-        page.epoch = "0123456789abcdef";
-        page.last_id = 3;
-        store.move(page);
-        scripted.server.settle();
-        carl.send("four");
-    }
-    std::string seen;
-    for (const std::string& event : anna.received()) {
-        const std::string type = field_of(event, "type");
-        if (type == "history") {
-            seen += "history ";
-            CHECK(contains(event, R"("gap":false)"));
-            CHECK(field_of(event, "epoch") == epoch);
-        }
-        for (const char* text : {"one", "two", "three", "four"})
-            if (contains(event, "\"text\":\"" + std::string(text))) seen += text + std::string(" ");
-    }
-    CHECK(seen == expected);
-    carl.send("five");
-    CHECK(contains(last(anna, "said"), "five"));
-}
-
 TEST_CASE("a join or a leave that the store has lost is forwarded again") {
     Scripted scripted;
     scripted.store->delivering = false;
