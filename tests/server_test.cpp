@@ -437,7 +437,7 @@ TEST_CASE("a failed listen() names the address and the cause, and the server sti
     first.start();
     const std::string taken = "127.0.0.1:" + std::to_string(first.port());
     CHECK(error_of([&] { second.server.listen(first.port()); }) ==
-          "listen " + taken + ": Address already in use (EADDRINUSE): another process has it");
+          "listen " + taken + ": " + os::error_text(EADDRINUSE) + ": another process has it");
     CHECK(contains(error_of([&] { second.server.listen("192.0.2.1:0"); }), "listen 192.0.2.1:0: "));
     CHECK(contains(error_of([&] { second.server.listen(70000); }), "listen 70000: "));
     CHECK(contains(error_of([&] { second.server.listen(-1); }), "listen -1: "));
