@@ -15,7 +15,7 @@ together=
 for suite; do
     for file in "${suite}_test.cpp" "${suite}"_*_test.cpp; do
         if [ ! -e "$file" ]; then continue; fi
-        if grep -q "void\* operator new\|#include <boost" "$file"; then echo "$tests/$file"
+        if grep -q "void\* operator new\|#include <boost\|#include <openssl" "$file"; then echo "$tests/$file"
         else together="$together $file"; fi
     done
 done
