@@ -17920,6 +17920,7 @@ private:
         detail::Presence::User* user;
         bool on_join_called = false;
         std::optional<HistoryPosition> unread{};  // the client has it, but what follows could not be read
+        std::vector<ChatEntry> unanswered{};      // own lines with tags that were kept before the history was read
     };
     struct HistoryRequest {
         std::string room;
@@ -18331,6 +18332,9 @@ private:
         const bool behind = page.last_id < chat_room->delivered_id_ && moved;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         if (!joining) return;
+        // A history that was read has these lines.
+        for (const ChatEntry& each : std::exchange(memberships_[membership_index(chat_room)].unanswered, {}))
+            if (!page.error.empty()) hub_->on_duplicate(each);
         members.join(*this);
         if (chat_room->behind_) hub_->catch_up_later(*chat_room, Duration::zero());
         if (std::exchange(memberships_[membership_index(chat_room)].on_join_called, true)) return;
@@ -19673,11 +19677,13 @@ inline void ChatHub::on_kept(const ChatEntry& entry) {
     if (has_id && room->delivered_id_ && entry.id <= *room->delivered_id_) return;
     if (entry.kind == ChatEntry::Kind::topic) on_topic(room, entry);
     Room* const members = members_.find(entry.room);
-    // A sender who is not a member yet gets the entry in the history. A sender who has left the room gets an
-    // acknowledgement.
+    // A sender who is not a member yet gets the entry in the history, or an acknowledgement if the history cannot be
+    // read. A sender who has left the room gets an acknowledgement.
     const bool answered = sender != nullptr && !entry.tag.empty();
     const bool tagged = answered && members != nullptr && members->has(*sender);
     const bool has_left = answered && sender->membership_index(room) == sender->memberships_.size();
+    if (answered && !tagged && !has_left)
+        sender->memberships_[sender->membership_index(room)].unanswered.push_back(entry);
     if (has_id && room->behind_) {
         room->skipped_id_ = entry.id;  // the members get it when they catch up
         catch_up_later(*room, Duration::zero());

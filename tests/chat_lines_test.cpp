@@ -31,6 +31,8 @@ public:
     }
     void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {
+        if (reads_wait)
+            return later.push_back([=] { fails ? callback(failed()) : history_.since(room, position, limit, callback); });
         if (fails) return callback(failed());
         history_.since(room, std::move(position), limit, std::move(callback));
     }
@@ -54,7 +56,7 @@ public:
         for (const auto& work : std::exchange(later, {})) work();
     }
 
-    bool fails = false, waits = false;
+    bool fails = false, waits = false, reads_wait = false;
     std::vector<std::function<void()>> later;
 
 private:
@@ -459,6 +461,31 @@ TEST_CASE("actions of moderators and entries that cannot be kept are logged and 
     anna.send("hello");
     CHECK(lost == "Anna:hello:disk full");
     CHECK(contains(log, "chat_not_kept"));
+}
+
+TEST_CASE("a line with a tag that is said before the history is read gets its answer, whether it can be read or not") {
+    for (const bool fails : {false, true}) {
+        CAPTURE(fails);
+        Fixture chat;
+        TestClient anna = chat.connect("name=Anna");
+        chat.store->reads_wait = true;
+        TestClient bert = chat.connect("name=Bert");
+        bert.send("/tag t1 hello");
+        chat.server.settle();
+        std::string events;
+        for (const std::string& event : bert.received()) events += event;
+        CHECK_FALSE(contains(events, "t1"));
+        CHECK(contains(last(anna, "said"), "hello"));
+        chat.store->reads_wait = false;
+        chat.store->fails = fails;
+        chat.store->deliver();
+        chat.server.settle();
+        events.clear();
+        for (const std::string& event : bert.received()) events += event;
+        CHECK(contains(events, "\"type\":\"ack\"") == fails);
+        CHECK(contains(events, "\"text\":\"hello\"") == !fails);
+        CHECK(contains(events, "\"tag\":\"t1\""));
+    }
 }
 
 TEST_CASE("a private message whose receiver leaves before the store delivers it is an error for the sender") {
