@@ -18327,14 +18327,14 @@ private:
         if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
         ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
         write_charged(event.add_unless_empty("tag", requested.tag).dump());
+        forget_answered(memberships_[membership_index(chat_room)], page);
         // The members may have received more entries since the request. A working store has them by now.
         const bool moved = requested.epoch != page.epoch || requested.delivered_id < chat_room->delivered_id_;
         const bool behind = page.last_id < chat_room->delivered_id_ && moved;
         if (page.error.empty() && behind) return request_history(*chat_room, HistoryPosition{page.epoch, page.last_id});
         if (!joining) return;
-        // A history that was read has these lines.
         for (const ChatEntry& each : std::exchange(memberships_[membership_index(chat_room)].unanswered, {}))
-            if (!page.error.empty()) hub_->on_duplicate(each);
+            hub_->on_duplicate(each);
         members.join(*this);
         if (chat_room->behind_) hub_->catch_up_later(*chat_room, Duration::zero());
         if (std::exchange(memberships_[membership_index(chat_room)].on_join_called, true)) return;
@@ -18355,6 +18355,15 @@ private:
     const ChatRoom* room_of(const HistoryRequest& requested) const {
         const ChatRoom* const room = hub_->rooms_.find(requested.room);
         return membership_index(room) == memberships_.size() ? nullptr : room;
+    }
+    // The page has their tags.
+    static void forget_answered(Membership& membership, const HistoryPage& page) {
+        auto& all = membership.unanswered;
+        const auto is_answered = [&](const ChatEntry& line) {
+            const auto same = [&](const ChatEntry& entry) { return entry.id == line.id; };
+            return std::any_of(page.entries.begin(), page.entries.end(), same);
+        };
+        all.erase(std::remove_if(all.begin(), all.end(), is_answered), all.end());
     }
     // The client can ask for the same entries later.
     void report_unread(const HistoryRequest& requested, HistoryPage& page) {

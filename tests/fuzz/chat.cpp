@@ -474,7 +474,10 @@ private:
         check(event.find("entries") != nullptr && event.find("gap") != nullptr && event.find("more") != nullptr,
               "a history has no entries", text);
         std::vector<std::uint64_t> ids;
-        for (const Value& entry : event.find("entries")->items) ids.push_back(entry.number("id"));
+        for (const Value& entry : event.find("entries")->items) {
+            ids.push_back(entry.number("id"));
+            client_.answered.insert(entry.string("tag"));  // a line that was said before the history was read
+        }
         for (std::size_t i = 1; i < ids.size(); ++i) check(ids[i - 1] < ids[i], "a history is not in order", text);
         if (event.find("peer") != nullptr) return;
         for (const std::uint64_t id : ids)
