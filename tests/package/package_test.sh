@@ -1,8 +1,8 @@
 #!/bin/sh
 # package_test.sh KIND COMPILER WORK: builds the program in consumer/ in the directory WORK, and runs it. KIND is how the
 # program finds wschat: add_subdirectory, find_package, pkg_config, fetch_content, meson or wrap. The KIND options builds
-# it with each option from an installed tree that was moved. The KIND install follows README's commands on a machine
-# without doctest.
+# it with each option from an installed tree that was moved. The KIND missing has the library of no option: the messages
+# name it. The KIND install follows README's commands on a machine without doctest.
 set -eu
 kind=$1 CXX=$2 work=$3
 export CXX
@@ -84,6 +84,45 @@ options)
     test -f part/include/wschat.hpp || fail "the component of the install is not wschat"
     cmake --install wschat --prefix none --component other
     test ! -e none || fail "files have another component than wschat"
+    ;;
+missing)
+    # refused SENTENCE COMMAND...
+    refused() {
+        sentence=$1
+        shift
+        ! "$@" >refused.log 2>&1 || fail "'$*' does not fail"
+        tr -s '\n ' ' ' <refused.log | grep -qF "$sentence" || { cat refused.log && fail "the message is not '$sentence'"; }
+    }
+    # optional LIBRARY OPTION...: a program that can do without wschat hears which library is missing, and goes on.
+    optional() {
+        library=$1
+        shift
+        cmake -S consumer -B "optional_$library" -DCMAKE_PREFIX_PATH="$work/moved" -DOPTIONAL=ON "$@" >optional.log 2>&1 ||
+            { cat optional.log && fail "a program for which wschat is optional is not configured"; }
+        grep -q "no wschat: .*$library" optional.log || fail "the program does not hear that $library is missing"
+    }
+    nothing="-DWSCHAT_TESTS=OFF -DWSCHAT_EXAMPLES=OFF"
+    for case in ZLIB:ZLIB:zlib1g-dev OPENSSL:OpenSSL:libssl-dev SQLITE:SQLite3:libsqlite3-dev; do
+        option=WSCHAT_${case%%:*} package=${case#*:}
+        refused "$option needs ${package%:*}, which is not found (Debian: ${package#*:})" \
+            cmake -S "$root" -B "$option" $nothing -D$option=ON "-DCMAKE_DISABLE_FIND_PACKAGE_${package%:*}=ON"
+    done
+    for case in HIREDIS:hiredis:libhiredis-dev UTF8PROC:libutf8proc:libutf8proc-dev LIBURING:liburing:liburing-dev; do
+        option=WSCHAT_${case%%:*} module=${case#*:}
+        message="$option needs ${module%:*}, which is not found (Debian: ${module#*:})"
+        refused "$message" env PKG_CONFIG_LIBDIR=/nonexistent cmake -S "$root" -B "$option" $nothing -D$option=ON
+        refused "$option needs PkgConfig, which is not found (Debian: pkg-config)" \
+            cmake -S "$root" -B "$option.no" $nothing -D$option=ON -DCMAKE_DISABLE_FIND_PACKAGE_PkgConfig=ON
+        ! command -v meson >/dev/null || refused "$message" env PKG_CONFIG_LIBDIR=/nonexistent CMAKE=/nonexistent \
+            meson setup "$option.meson" "$root" -DWSCHAT_TESTS=false -DWSCHAT_EXAMPLES=false -D$option=true
+        pkg-config --exists "${module%:*}" || { echo "SKIPPED: $option: there is no ${module%:*}" && continue; }
+        installed -D$option=ON
+        PKG_CONFIG_LIBDIR=/nonexistent optional "${module%:*}"
+    done
+    if pkg-config --exists zlib; then
+        installed -DWSCHAT_ZLIB=ON
+        optional ZLIB -DCMAKE_DISABLE_FIND_PACKAGE_ZLIB=ON
+    fi
     ;;
 fetch_content)
     archive
