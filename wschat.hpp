@@ -5991,19 +5991,17 @@ inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size
 }
 inline int open_pipe(int (&ends)[2]) { return ::pipe2(ends, O_NONBLOCK | O_CLOEXEC); }
 #else
-inline Descriptor open_socket(int family) {
-    const Descriptor descriptor = ::socket(family, SOCK_STREAM, 0);
-    if (descriptor >= 0) make_nonblocking(descriptor);
-    return descriptor;
-}
-inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size) {
-    const Descriptor descriptor = ::accept(listener, address, size);
+inline Descriptor prepared(Descriptor descriptor) {
     if (descriptor >= 0) make_nonblocking(descriptor);
 #if defined(SO_NOSIGPIPE)
     const int on = 1;
     if (descriptor >= 0) ::setsockopt(descriptor, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
 #endif
     return descriptor;
+}
+inline Descriptor open_socket(int family) { return prepared(::socket(family, SOCK_STREAM, 0)); }
+inline Descriptor accept(Descriptor listener, sockaddr* address, socklen_t* size) {
+    return prepared(::accept(listener, address, size));
 }
 inline int open_pipe(int (&ends)[2]) {
     if (::pipe(ends) != 0) return -1;
@@ -6019,7 +6017,7 @@ inline std::ptrdiff_t receive(Descriptor descriptor, char* data, std::size_t siz
 inline std::ptrdiff_t peek(Descriptor descriptor, char* data, std::size_t size) {
     return ::recv(descriptor, data, size, MSG_PEEK);
 }
-// MSG_NOSIGNAL suppresses SIGPIPE. Systems without that flag have SO_NOSIGPIPE, which accept() sets.
+// MSG_NOSIGNAL suppresses SIGPIPE. Systems without that flag have SO_NOSIGPIPE, which each socket gets above.
 #if defined(MSG_NOSIGNAL)
 constexpr int send_flags = MSG_NOSIGNAL;
 #else

@@ -5,6 +5,7 @@
 #   tests/platforms.sh              all targets
 #   tests/platforms.sh TARGET...    these targets:
 #     kqueue          the branches for FreeBSD, on Linux: kqueue() and sysctl() are replayed (tests/platforms/replay)
+#     nosigpipe       the same, with the calls for sockets that macOS has
 #     mingw           Windows: the header and tests/platforms/windows_test.cpp under Wine; mingw-unicode: with UNICODE
 #     msvc            the branches for Visual C++: compiled by clang for its ABI (x86-64, x86 and ARM64) with the headers of
 #                     libc++ and MinGW, and by MinGW without functions that Visual C++ calls unsafe
@@ -13,8 +14,8 @@
 #     musl            static, by zig
 #     s390x aarch64 armhf             other CPUs, by qemu-user; s390x is big-endian
 #     g++-11 clang-newest libc++ c++20 c++23 c++26 funsigned-char glibcxx-debug fortify lto native
-#   tests/platforms.sh quick        kqueue and m32 with two suites, mingw, mingw-unicode (compiled), msvc, and macOS (not
-#                                   linked) if zig is there; it installs no zig
+#   tests/platforms.sh quick        kqueue, nosigpipe and m32 with one or two suites, mingw, mingw-unicode (compiled), msvc,
+#                                   and macOS (not linked) if zig is there; it installs no zig
 #
 # Each compiler also checks all of the header with all optional features, which are not linked.
 #
@@ -234,6 +235,10 @@ run() {
         suites kqueue "" "$(choose "sockets loop")" g++ -std=c++17 -O0 $warnings -isystem tests/platforms/replay \
             -include tests/platforms/replay/freebsd.hpp
         ;;
+    nosigpipe)
+        suites nosigpipe "" "$(choose sockets)" g++ -std=c++17 -O0 $warnings -isystem tests/platforms/replay \
+            -include tests/platforms/replay/nosigpipe.hpp
+        ;;
     msvc)
         packages msvc g++-mingw-w64-x86-64-posix clang-14 libc++-14-dev || return
         # MinGW also calls memcpy() and memmove() unsafe, Visual C++ does not.
@@ -289,11 +294,11 @@ run() {
 packages doctest doctest-dev || exit 1
 cp /usr/include/doctest/doctest.h "$work/include/doctest/"
 libraries
-test $# != 0 || set -- kqueue mingw mingw-unicode msvc m32 macos-x86_64 macos-aarch64 musl g++-11 clang-newest libc++ \
-    c++20 c++23 c++26 funsigned-char glibcxx-debug fortify lto native s390x aarch64 armhf
+test $# != 0 || set -- kqueue nosigpipe mingw mingw-unicode msvc m32 macos-x86_64 macos-aarch64 musl g++-11 clang-newest \
+    libc++ c++20 c++23 c++26 funsigned-char glibcxx-debug fortify lto native s390x aarch64 armhf
 if test "$*" = quick; then
     quick=1
-    set -- kqueue mingw mingw-unicode msvc m32 macos-x86_64
+    set -- kqueue nosigpipe mingw mingw-unicode msvc m32 macos-x86_64
 fi
 for target; do run "$target"; done
 echo

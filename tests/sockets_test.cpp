@@ -824,14 +824,25 @@ TEST_CASE("sending to a closed peer is an error and raises no SIGPIPE") {
     static volatile std::sig_atomic_t raised;
     raised = 0;
     const auto previous = std::signal(SIGPIPE, [](int) { raised = raised + 1; });
-    Pair pair;
-    pair.peer.close();
-    const std::string_view pieces[] = {"one", "two"};
-    for (const std::size_t count_of_pieces : {1u, 2u}) {
-        CAPTURE(count_of_pieces);
-        const IoResult sent = pair.local.send(pieces, count_of_pieces);
-        CHECK(sent.outcome == IoResult::Outcome::error);
-        CHECK(sent.error == EPIPE);
+    TemporaryDirectory directory;
+    const std::string path = directory / "socket";
+    BoundListener listener("unix:" + path);
+    for (const bool from_client : {true, false}) {
+        CAPTURE(from_client);
+        const sockaddr_un name = unix_name(path);
+        Socket client(os::open_socket(AF_UNIX));
+        REQUIRE(::connect(client.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0);
+        IpAddress peer;
+        Socket accepted = accept(listener, peer);
+        (from_client ? accepted : client).close();
+        Socket& sender = from_client ? client : accepted;
+        const std::string_view pieces[] = {"one", "two"};
+        for (const std::size_t count_of_pieces : {1u, 2u}) {
+            CAPTURE(count_of_pieces);
+            const IoResult sent = sender.send(pieces, count_of_pieces);
+            CHECK(sent.outcome == IoResult::Outcome::error);
+            CHECK(sent.error == EPIPE);
+        }
     }
     CHECK(raised == 0);
     std::signal(SIGPIPE, previous);
