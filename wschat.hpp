@@ -1108,20 +1108,25 @@ WSCHAT_INLINE void sha1_step(std::uint32_t v, std::uint32_t& x, std::uint32_t y,
 // Five steps. After them each variable has its first role again, so no value is moved.
 template <class Function>
 WSCHAT_INLINE void sha1_steps(std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, std::uint32_t& d, std::uint32_t& e,
-                              const std::uint32_t* w, std::uint32_t constant, Function&& f) {
-    sha1_step(a, b, c, d, e, constant + w[0], f);
-    sha1_step(e, a, b, c, d, constant + w[1], f);
-    sha1_step(d, e, a, b, c, constant + w[2], f);
-    sha1_step(c, d, e, a, b, constant + w[3], f);
-    sha1_step(b, c, d, e, a, constant + w[4], f);
+                              const std::uint32_t* w, Function&& f) {
+    sha1_step(a, b, c, d, e, w[0], f);
+    sha1_step(e, a, b, c, d, w[1], f);
+    sha1_step(d, e, a, b, c, w[2], f);
+    sha1_step(c, d, e, a, b, w[3], f);
+    sha1_step(b, c, d, e, a, w[4], f);
 }
 
-// A word for each of the 80 steps.
+// For each of the 80 steps the word plus the constant.
 using Sha1Words = std::array<std::uint32_t, 80>;
 
-// Computes the other words from the first 16, which are the block.
+// Computes the other words from the first 16, which are the block, and adds the constants.
 constexpr void sha1_expand(Sha1Words& w) {
-    for (std::size_t k = 16; k < 80; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
+    for (std::size_t k = 16; k < 32; ++k) w[k] = rotate(w[k - 3] ^ w[k - 8] ^ w[k - 14] ^ w[k - 16], 1);
+    // The same formula, applied twice. Compilers compute four of these words at a time.
+    for (std::size_t k = 32; k < 80; ++k) w[k] = rotate(w[k - 6] ^ w[k - 16] ^ w[k - 28] ^ w[k - 32], 2);
+    constexpr std::uint32_t constants[] = {0x5A827999, 0x6ED9EBA1, 0x8F1BBCDC, 0xCA62C1D6};
+    for (std::size_t i = 0; i < 4; ++i)
+        for (std::size_t k = 0; k < 20; ++k) w[20 * i + k] += constants[i];
 }
 
 inline void sha1_rounds(std::uint32_t (&state)[5], const std::uint32_t* w) {
@@ -1131,10 +1136,10 @@ inline void sha1_rounds(std::uint32_t (&state)[5], const std::uint32_t* w) {
     const auto majority = [](Word x, Word y, Word z) { return (x & y) | (z & (x | y)); };
     Word a = state[0], b = state[1], c = state[2], d = state[3], e = state[4];
     std::size_t i = 0;
-    for (; i < 20; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x5A827999, choose);
-    for (; i < 40; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x6ED9EBA1, parity);
-    for (; i < 60; i += 5) sha1_steps(a, b, c, d, e, w + i, 0x8F1BBCDC, majority);
-    for (; i < 80; i += 5) sha1_steps(a, b, c, d, e, w + i, 0xCA62C1D6, parity);
+    for (; i < 20; i += 5) sha1_steps(a, b, c, d, e, w + i, choose);
+    for (; i < 40; i += 5) sha1_steps(a, b, c, d, e, w + i, parity);
+    for (; i < 60; i += 5) sha1_steps(a, b, c, d, e, w + i, majority);
+    for (; i < 80; i += 5) sha1_steps(a, b, c, d, e, w + i, parity);
     state[0] += a;
     state[1] += b;
     state[2] += c;
