@@ -64,6 +64,10 @@ Request parsed(std::string_view head, const Limits& limits = default_limits) {
 // A GET request with more header lines, which end with CR LF.
 std::string with_lines(std::string_view lines) { return "GET / HTTP/1.1\r\nHost: a\r\n" + std::string(lines) + "\r\n"; }
 
+std::optional<Response> rejection_of(const Request& request) {
+    return reject_upgrade(request, HandshakeFields(request));
+}
+
 std::string with_target(std::string_view target) {
     return "GET " + std::string(target) + " HTTP/1.1\r\nHost: a\r\n\r\n";
 }
@@ -574,9 +578,9 @@ TEST_CASE("megabytes of pathological cookies, lists and queries are searched") {
                    limits);
         CHECK(request.cookie("wanted") == "1");
         CHECK_FALSE(request.cookie("absent"));
-        CHECK(wants_upgrade(request));
+        CHECK(wants_upgrade(HandshakeFields(request)));
         CHECK(offered_subprotocols(request).back() == "wanted");
-        CHECK(reject_upgrade(request));
+        CHECK(rejection_of(request));
     }
     for (const std::string unit : {"&", "=", "a=b&", "%41", "+", "?"}) {
         CAPTURE(unit);
@@ -838,8 +842,22 @@ TEST_CASE("an upgrade is wanted if both Upgrade and Connection have their token"
     };
     for (const Row& row : rows) {
         CAPTURE(row.lines);
-        CHECK(wants_upgrade(parsed(with_lines(row.lines))) == row.wanted);
+        CHECK(wants_upgrade(HandshakeFields(parsed(with_lines(row.lines)))) == row.wanted);
     }
+}
+
+TEST_CASE("the fields of a handshake count repeated lines, and outlive a move of the request") {
+    Request request = parsed(with_lines("Upgrade: websocket\r\nORIGIN: http://a\r\nConnection: Upgrade\r\nOrigin:\r\n"
+                                        "Sec-WebSocket-Kez: no\r\nSec-WebSocket-Key:  a key \r\n"));
+    const HandshakeFields fields(request);
+    const Request moved = std::move(request);
+    CHECK(fields.origin.count == 2);
+    CHECK(fields.version.count == 0);
+    CHECK(fields.key.count == 1);
+    CHECK(fields.key.value == "a key");
+    CHECK(fields.key.value.data() == moved.header("sec-websocket-key").data());
+    CHECK(HandshakeFields::possible(moved));
+    CHECK_FALSE(HandshakeFields::possible(parsed(with_lines("Origin: http://a\r\nConnection: Upgrade\r\n"))));
 }
 
 TEST_CASE("an invalid upgrade is rejected with the right status") {
@@ -885,7 +903,7 @@ TEST_CASE("an invalid upgrade is rejected with the right status") {
     for (const Row& row : rows) {
         CAPTURE(row.start);
         CAPTURE(row.lines);
-        const auto rejection = reject_upgrade(parsed(row.start + "\r\nHost: a\r\n" + upgrade + row.lines + "\r\n"));
+        const auto rejection = rejection_of(parsed(row.start + "\r\nHost: a\r\n" + upgrade + row.lines + "\r\n"));
         CHECK((rejection ? rejection->status() : 101) == row.status);
         if (!rejection) continue;
         // The body is a sentence.
@@ -926,8 +944,8 @@ TEST_CASE("a server accepts the handshake of a client") {
     CHECK(request.target() == "/chat?name=Anna");
     CHECK(request.host() == "chat.example:8888");
     CHECK(request.header("sec-websocket-key") == "dGhlIHNhbXBsZSBub25jZQ==");
-    CHECK(wants_upgrade(request));
-    CHECK_FALSE(reject_upgrade(request));
+    CHECK(wants_upgrade(HandshakeFields(request)));
+    CHECK_FALSE(rejection_of(request));
     CHECK(offered_subprotocols(request) == std::vector<std::string_view>{"chat", "superchat"});
     CHECK(offered_subprotocols(parsed(handshake_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ=="))).empty());
 }
@@ -1118,7 +1136,7 @@ TEST_CASE("a host may have all unreserved characters of RFC 3986 2.3") {
 TEST_CASE("an offer of subprotocols is rejected if one of them is not a token") {
     for (const std::string offer : {"super chat, chat", "chat, super chat, superchat", "super chat, super chat"}) {
         CAPTURE(offer);
-        const auto rejection = reject_upgrade(parsed(handshake_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ==", offer)));
+        const auto rejection = rejection_of(parsed(handshake_request("a", "/", "dGhlIHNhbXBsZSBub25jZQ==", offer)));
         REQUIRE(rejection);
         CHECK(rejection->status() == 400);
     }

@@ -82,8 +82,9 @@ Request parsed(std::string_view head, std::size_t piece = 64 * 1024) {
 void handle_upgrade(const std::string& head, std::size_t piece = 64 * 1024) {
     const Measured measured;
     const Request request = parsed(head, piece);
-    require(detail::wants_upgrade(request), "a request is not an upgrade");
-    sink = sink + (detail::reject_upgrade(request) ? 1 : 0);
+    const detail::HandshakeFields fields(request);
+    require(detail::wants_upgrade(fields), "a request is not an upgrade");
+    sink = sink + (detail::reject_upgrade(request, fields) ? 1 : 0);
     sink = sink + request.fields().count("origin");
 }
 

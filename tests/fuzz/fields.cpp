@@ -104,8 +104,8 @@ void check_lists(const std::string& list) {
     const std::vector<std::string> names = elements_of({{"list", list}}, "list");
     const bool tokens =
         std::all_of(names.begin(), names.end(), [](const auto& n) { return contains_only(n, token_characters); });
-    check(wschat::detail::reject_upgrade(*request).has_value() == !tokens, "a list is accepted or rejected wrongly",
-          list);
+    const auto rejection = wschat::detail::reject_upgrade(*request, wschat::detail::HandshakeFields(*request));
+    check(rejection.has_value() == !tokens, "a list is accepted or rejected wrongly", list);
     const auto offered = wschat::detail::offered_subprotocols(*request);
     check(std::equal(offered.begin(), offered.end(), names.begin(), names.end()),
           "the offered subprotocols differ from the reference", list);

@@ -223,11 +223,12 @@ void check_memory(std::string_view stream, const Limits& limits) {
 }
 
 void check_upgrade(const Request& request, const ExpectedRequest& same) {
-    check(wants_upgrade(request) ==
+    const wschat::detail::HandshakeFields fields(request);
+    check(wants_upgrade(fields) ==
               (has_element(same.fields, "upgrade", "websocket") && has_element(same.fields, "connection", "upgrade")),
           "wants_upgrade() is wrong");
     const int status = upgrade_status(same);
-    const std::optional<Response> rejection = wschat::detail::reject_upgrade(request);
+    const std::optional<Response> rejection = wschat::detail::reject_upgrade(request, fields);
     check((rejection ? rejection->status() : 101) == status, "an upgrade has a wrong status",
           std::to_string(rejection ? rejection->status() : 101) + " instead of " + std::to_string(status));
     if (rejection) {
