@@ -1697,6 +1697,8 @@ public:
     Value& front() const { return (*begin()).value; }
     Iterator begin() const { return {map_.tree().begin()}; }
     Iterator end() const { return {map_.tree().end()}; }
+    // The first entry that is not before this name.
+    Iterator lower_bound(std::string_view name) const { return {map_.tree().lower_bound(name)}; }
     std::size_t size() const { return map_.tree().size(); }
     bool empty() const { return map_.tree().empty(); }
 
@@ -14896,6 +14898,13 @@ struct ChatFact {
     std::string author{};      // the identity of the user who owns it; ChatStore::erase_author() deletes it
     std::int64_t expires = 0;  // Unix time in milliseconds; 0: never
     bool if_new = false;       // an existing fact stays; on_fact() gets the fact that is kept
+
+    // Whether it comes from moderators or the program. Any user can make the other facts, as many as the store keeps.
+    bool is_decision() const { return text::contains(decision_scopes(), scope); }
+    static const std::vector<std::string_view>& decision_scopes() {
+        static const std::vector<std::string_view> scopes{"account", "ban", "mute", "room", "server", "topic"};
+        return scopes;
+    }
 };
 
 // The newest id of a room that a client has, and the epoch of the store that assigned it: "9f86d081884c7d65-105".
@@ -15078,7 +15087,7 @@ struct HistoryLimits {
     Duration max_age = std::chrono::hours(168);      // of an entry
     std::size_t max_rooms = 1000;                    // above it, the least recently used room is deleted
     std::size_t max_total_bytes = 64 * 1024 * 1024;  // of all rooms; above it, too
-    std::size_t max_facts = 100'000;                 // above it, a new fact is refused
+    std::size_t max_facts = 100'000;                 // of users, and as many decisions; above it, a new one is refused
     std::size_t max_reactions = 500;                 // of a message; above it, a new reaction is refused
 
     static bool exceeds(std::size_t value, std::size_t limit) { return limit != 0 && value > limit; }
@@ -15364,25 +15373,28 @@ public:
 
     void put(ChatFact fact) override {
         const std::string key = text::concat({fact.scope, "\n", fact.key});
-        if (const ChatFact* older = facts_.find(key); older != nullptr && fact.if_new) {
+        Facts& facts = facts_of(fact.scope);
+        if (const ChatFact* older = facts.all.find(key); older != nullptr && fact.if_new) {
             fact = *older;
         } else if (fact.value.empty()) {
-            facts_.erase(key);
+            facts.all.erase(key);
         } else {
-            if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
-                prune_facts();
-            if (facts_.find(key) == nullptr && HistoryLimits::exceeds(facts_.size() + 1, limits_.max_facts))
+            if (facts.all.find(key) == nullptr && !facts.has_space(limits_.max_facts))
                 return listener_->on_fact_failure(fact, "too many facts");
-            facts_.find_or_emplace(key) = fact;
+            facts.all.find_or_emplace(key) = fact;
+            if (fact.expires != 0) facts.next_expiry = (std::min)(facts.next_expiry, fact.expires);
         }
         listener_->on_fact(fact);
     }
     void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) override {
         const std::string prefix = text::concat({scope, "\n", key_prefix});
         const std::int64_t now = unix_ms();
+        const StringMap<ChatFact>& all = facts_of(scope).all;
         std::vector<ChatFact> found;
-        for (const auto& [key, fact] : facts_)
-            if (text::starts_with(key, prefix) && (fact.expires == 0 || fact.expires > now)) found.push_back(fact);
+        for (auto at = all.lower_bound(prefix); at != all.end() && text::starts_with((*at).name, prefix); ++at) {
+            const ChatFact& fact = (*at).value;
+            if (fact.expires == 0 || fact.expires > now) found.push_back(fact);
+        }
         callback(std::move(found), "");
     }
 
@@ -15397,9 +15409,11 @@ public:
             }
         }
         std::vector<ChatFact> deleted;
-        for (const auto& [key, fact] : facts_)
-            if (fact.author == author) deleted.push_back(fact);
-        facts_.erase_if([&](const ChatFact& fact) { return fact.author == author; });
+        for (Facts* each : {&facts_, &decisions_})
+            each->all.erase_if([&](const ChatFact& fact) {
+                if (fact.author == author) deleted.push_back(fact);
+                return fact.author == author;
+            });
         std::size_t messages = 0;
         for (ChatEntry& amendment : amendments) {
             amendment.time = unix_ms();
@@ -15472,16 +15486,34 @@ private:
         by_use_.erase(history.use_key);
         histories_.erase(room);
     }
-    void prune_facts() {
-        facts_.erase_if([now = unix_ms()](const ChatFact& fact) { return fact.expires != 0 && fact.expires <= now; });
-    }
+
+    struct Facts {
+        StringMap<ChatFact> all{};             // by scope and key
+        std::int64_t next_expiry = INT64_MAX;  // no fact expires earlier
+
+        // Deletes expired facts if there are too many.
+        bool has_space(std::size_t max) {
+            if (HistoryLimits::exceeds(all.size() + 1, max) && next_expiry <= unix_ms()) prune();
+            return !HistoryLimits::exceeds(all.size() + 1, max);
+        }
+        void prune() {
+            next_expiry = INT64_MAX;
+            all.erase_if([this, now = unix_ms()](const ChatFact& fact) {
+                const bool expired = fact.expires != 0 && fact.expires <= now;
+                if (fact.expires != 0 && !expired) next_expiry = (std::min)(next_expiry, fact.expires);
+                return expired;
+            });
+        }
+    };
+
+    Facts& facts_of(const std::string& scope) { return ChatFact{scope}.is_decision() ? decisions_ : facts_; }
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
     std::string epoch_ = detail::new_epoch();
     StringMap<detail::RoomHistory> histories_;  // by room
     StringMap<std::string> by_use_;             // the rooms, in the order of their last entries
-    StringMap<ChatFact> facts_;                 // by scope and key
+    Facts facts_, decisions_;
     std::uint64_t uses_ = 0;
     std::size_t bytes_ = 0;
     std::uint64_t deleted_id_ = 0;  // the largest id of all deleted rooms: ids are not used again
@@ -16686,6 +16718,9 @@ struct ChatLimits {
     Rate fan_out{16 * 1024 * 1024, 256 * 1024 * 1024}, address_fan_out{64 * 1024 * 1024, 1024 * 1024 * 1024};
     // Empty rooms that a user may enter, and all users of an address.
     Rate room_creations{1.0 / 60, 30}, address_room_creations{1.0 / 30, 200};
+    // New users with a key, conversations, invitations and read markers, which the store keeps, of all users of an
+    // address. Otherwise one of them could fill the store for all: see HistoryLimits::max_facts.
+    Rate address_facts{0.5, 2000};
     std::size_t max_invitations = 100'000;  // of all rooms
 };
 
@@ -16833,11 +16868,11 @@ class ChatHub final : private ChatStore::Listener {
     struct AddressUse {
         bool unused(Time now) const {
             return connections == 0 && limiter.full(now) && replies.full(now) && creations.full(now) &&
-                   fan_out.full(now);
+                   facts.full(now) && fan_out.full(now);
         }
         std::mutex mutex{};  // guards the buckets
         detail::FloodLimiter limiter{};
-        TokenBucket replies{}, creations{}, fan_out{};
+        TokenBucket replies{}, creations{}, facts{}, fan_out{};
         std::size_t connections = 0;  // guarded by Uses::mutex_
     };
     // Counts that the hubs of a server share. Thread-safe.
@@ -17324,14 +17359,21 @@ private:
         const std::string first = room.substr(1, middle - 1);
         return first == id ? room.substr(middle + 1) : first;
     }
-    // Keeps a constant fact, once in the lifetime of this server.
-    void note(ChatFact fact) {
+    // Keeps a constant fact, once in the lifetime of this server. Returns false if users of the address have made too
+    // many facts.
+    bool note(ChatFact fact, AddressUse* address) {
         const std::string key = text::concat({fact.scope, "\n", fact.key});
         constexpr std::size_t max_noted = 100'000;
         if (noted_.size() >= max_noted) noted_.erase_if([](bool) { return true; });
-        if (noted_.find(key) != nullptr) return;
+        if (noted_.find(key) != nullptr) return true;
+        if (!may_make_fact(address)) return false;
         noted_.find_or_emplace(key) = true;
         store_->put(std::move(fact));
+        return true;
+    }
+    bool may_make_fact(AddressUse* address) {
+        const Time time = now();
+        return take_of(address, [&](AddressUse& use) { return use.facts.take(1, limits.address_facts, time); });
     }
     // Adds the room of an entry, or the other user of its conversation.
     ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) const {
@@ -17907,12 +17949,12 @@ public:
         number_ = hub_->add_connection(*this);
         user_.id = hub_->user_id(identity_.empty() ? text::concat({"guest ", std::to_string(number_)}) : identity_);
         hub_->add_user(user_.id, *this);
-        if (!identity_.empty()) hub_->note({"user", user_.id, "1", identity_});
         if (remote_address() != "unix") address_ = &hub_->add_address(remote_address());
+        if (!identity_.empty()) hub_->note({"user", user_.id, "1", identity_}, address_);
         const bool name_accepted =
             user_.account || user_.name.empty() || detail::valid_chat_name(user_.name, hub_->limits.max_name);
         if (!name_accepted || user_.name.empty()) user_.name = "guest";
-        if (user_.account) hub_->note({"account", chat_fold(user_.name), user_.name, identity_});
+        if (user_.account) hub_->note({"account", chat_fold(user_.name), user_.name, identity_}, nullptr);
         const std::string_view param = request().param("room"), wanted = param.empty() ? "lobby" : param;
         const auto refusal = refuse_room(wanted);
         const bool to_lobby = refusal.code == "room_bad" && !refuse_room("lobby");
@@ -18239,14 +18281,16 @@ private:
     // Sends a message in the conversation with another user.
     void say_to(const std::string& id, const std::string& name, std::string text, const std::string& tag) {
         if (memberships_.empty()) return write_error("no_room", "You are in no room; /join ROOM.", tag);
+        const std::string mine = text::concat({user_.id, "\n", id}), theirs = text::concat({id, "\n", user_.id});
+        if (!hub_->note({"talk", mine, name.empty() ? "?" : name, identity_}, address_) ||
+            !hub_->note({"talk", theirs, user().name, identity_}, address_))
+            return write_error("flood", "There are too many new conversations. Wait a little.", tag);
         ChatEntry entry = new_kept_entry(ChatEntry::Kind::said);
         entry.room = ChatHub::conversation(user_.id, id);
         entry.user = user_.id;
         entry.to = name;
         entry.text = std::move(text);
         entry.tag = tag;
-        hub_->note({"talk", text::concat({user_.id, "\n", id}), name.empty() ? "?" : name, identity_});
-        hub_->note({"talk", text::concat({id, "\n", user_.id}), user().name, identity_});
         hub_->append(std::move(entry));
     }
     ChatEntry new_kept_entry(ChatEntry::Kind kind, std::uint64_t target = 0) {
@@ -18847,6 +18891,8 @@ private:
         ChatHub& hub = *handler_.hub_;
         if (hub.invitations_.size() >= hub.limits.max_invitations)
             return error("refused", "There are too many invitations.");
+        if (!hub.may_make_fact(handler_.address_))
+            return error("flood", "There are too many new invitations. Wait a little.");
         const std::string id = by_id ? std::string(rest.substr(1)) : user->info.id;
         hub.ask({"invite", ChatHub::invitation_key(room_->name(), id)}, handler_.number_, handler_.tag_);
         hub.invite(*room_, id, by_id || !user->identity.empty(), handler_.user().name, handler_.identity_);
@@ -19273,6 +19319,8 @@ inline void ChatHandler::mark_read(const std::string& what, std::uint64_t id, co
     if (marker != nullptr && *marker >= id) return send_read_marker(what, tag);
     if (marker == nullptr && user->read.size() >= hub_->limits.max_read_markers)
         return write_error("read_limit", "You have too many read markers.", tag);
+    if (marker == nullptr && !hub_->may_make_fact(address_))
+        return write_error("flood", "There are too many new read markers. Wait a little.", tag);
     if (marker != nullptr || what[0] != '@') return hub_->put_marker(*this, what, id, tag);
     const std::string talk = text::concat({user_.id, "\n", std::string_view(what).substr(1)});
     hub_->store().facts(
@@ -20499,8 +20547,9 @@ public:
             }
             database_.run("DELETE FROM fact WHERE scope = ?1 AND key = ?2", fact.scope, fact.key);
             if (fact.value.empty()) return;
-            if (too_many_facts()) delete_expired_facts();
-            if (too_many_facts()) database_.fail("too many facts");
+            if (too_many_facts(fact) && next_expiry_ <= unix_ms()) delete_expired_facts();
+            if (too_many_facts(fact)) database_.fail("too many facts");
+            if (fact.expires != 0) next_expiry_ = (std::min)(next_expiry_, fact.expires);
             database_.run("INSERT INTO fact(scope, key, value, author, expires) VALUES(?1, ?2, ?3, ?4, ?5)", fact.scope,
                           fact.key, fact.value, fact.author, fact.expires);
         });
@@ -20510,11 +20559,10 @@ public:
         std::vector<ChatFact> facts;
         database_.transaction("BEGIN", [&] {
             Query query(database_,
-                        "SELECT scope, key, value, author, expires FROM fact WHERE scope = ?1"
-                        " AND substr(CAST(key AS BLOB), 1, length(CAST(?2 AS BLOB))) = CAST(?2 AS BLOB)"
+                        "SELECT scope, key, value, author, expires FROM fact WHERE scope = ?1 AND key >= ?2"
                         " AND (expires = 0 OR expires > ?3) ORDER BY key");
             query.bind(scope).bind(key_prefix).bind(unix_ms());
-            while (query.next_row())
+            while (query.next_row() && text::starts_with(query.text(1), key_prefix))
                 facts.push_back({query.text(0), query.text(1), query.text(2), query.text(3), query.number(4)});
         });
         return facts;
@@ -20969,11 +21017,21 @@ private:
         return std::chrono::duration_cast<std::chrono::milliseconds>(duration).count();
     }
 
-    bool too_many_facts() {
-        const auto count = static_cast<std::size_t>(database_.number("SELECT count(*) FROM fact"));
-        return HistoryLimits::exceeds(count + 1, limits_.max_facts);
+    bool too_many_facts(const ChatFact& fact) {
+        const std::int64_t all = database_.number("SELECT count(*) FROM fact");
+        if (!HistoryLimits::exceeds(static_cast<std::size_t>(all) + 1, limits_.max_facts)) return false;
+        std::string list;
+        for (const std::string_view scope : ChatFact::decision_scopes())
+            (((list += list.empty() ? "'" : ", '") += scope) += "'");
+        const std::int64_t decisions =
+            database_.number(text::concat({"SELECT count(*) FROM fact WHERE scope IN (", list, ")"}).c_str());
+        const std::int64_t same = fact.is_decision() ? decisions : all - decisions;
+        return HistoryLimits::exceeds(static_cast<std::size_t>(same) + 1, limits_.max_facts);
     }
-    void delete_expired_facts() { database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", unix_ms()); }
+    void delete_expired_facts() {
+        database_.run("DELETE FROM fact WHERE expires <> 0 AND expires <= ?1", unix_ms());
+        next_expiry_ = database_.number("SELECT ifnull(min(expires), ?1) FROM fact WHERE expires <> 0", INT64_MAX);
+    }
 
     // ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -21071,7 +21129,8 @@ private:
     HistoryLimits limits_;
     std::int64_t opening_ = 0;
     std::string epoch_;
-    bool indexed_ = false;  // uses FTS5
+    bool indexed_ = false;          // uses FTS5
+    std::int64_t next_expiry_ = 0;  // no fact expires earlier; 0: unknown
     std::int64_t sweep_from_ = 0;
     bool swept_ = false;  // sweep() has visited all rooms since the opening
 };
@@ -22392,7 +22451,8 @@ namespace detail {
 // epoch that the server knows. The keys, with the prefix:
 //
 //   meta      hash: format, epoch, opening (the number of that epoch), run (of the Redis process), floor (the largest
-//             id of all deleted rooms), bytes, facts (their number), gid (the newest id of the feed), use
+//             id of all deleted rooms), bytes, facts and decisions (their numbers), gid (the newest id of the feed),
+//             use
 //   openings  hash: the number of each epoch. A restart of Redis begins a new one, because it may have lost entries.
 //   rooms     sorted set: rooms by their last use
 //   r:ROOM    hash: last, first, bytes, opening (in which the last id was given), firsts ("2:101,": 101 is the first
@@ -22843,11 +22903,16 @@ if cmd == 'beat' then
   return {'ok', is_new == 1 and 'new' or ''}
 end
 
+-- The number of facts of users, or of decisions: see ChatFact::is_decision().
+local function counter(scope)
+  local decisions = ' account ban mute room server topic '
+  return string.find(decisions, ' ' .. scope .. ' ', 1, true) and 'decisions' or 'facts'
+end
 local function forget(scope, key)
   if call('HDEL', P .. 'f:' .. scope, key) == 0 then return end
   call('ZREM', P .. 'i:' .. scope, key)
   call('ZREM', P .. 'x', scope .. '\n' .. key)
-  call('HINCRBY', meta, 'facts', -1)
+  call('HINCRBY', meta, counter(scope), -1)
 end
 
 if cmd == 'put' then
@@ -22860,16 +22925,16 @@ if cmd == 'put' then
   elseif value == '' then
     forget(scope, key)
   else
-    if not old and max > 0 and num(call('HGET', meta, 'facts')) + 1 > max then
+    if not old and max > 0 and num(call('HGET', meta, counter(scope))) + 1 > max then
       for _, each in ipairs(call('ZRANGEBYSCORE', P .. 'x', '-inf', str(now), 'LIMIT', 0, 1000)) do
         local colon = string.find(each, '\n', 1, true)
         forget(string.sub(each, 1, colon - 1), string.sub(each, colon + 1))
       end
-      if num(call('HGET', meta, 'facts')) + 1 > max then return {'full'} end
+      if num(call('HGET', meta, counter(scope))) + 1 > max then return {'full'} end
     end
     call('HSET', facts, key, pack({value, author, expires}))
     if not old then
-      call('HINCRBY', meta, 'facts', 1)
+      call('HINCRBY', meta, counter(scope), 1)
       call('ZADD', P .. 'i:' .. scope, 0, key)
       call('SADD', P .. 'scopes', scope)
     end

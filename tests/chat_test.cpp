@@ -1433,10 +1433,10 @@ TEST_CASE("the tag of a line can stand inside /in, but a line has one tag") {
 
 TEST_CASE("a read marker that cannot be stored is an error for the line") {
     HistoryLimits none;
-    none.max_facts = 2;
+    none.max_facts = 1;
     TestHost host;
     host.hub().set_store(MemoryHistory(none));
-    ChatClient<> anna(host, "name=Anna&key=anna-secret");  // the secret and the user are two facts
+    ChatClient<> anna(host, "name=Anna&key=anna-secret");  // the user is a fact
     anna.events();
     const std::string error = anna.answer_to("/tag t1 /read 1");
     CHECK(field_of(error, "code") == "not_kept");
@@ -2602,6 +2602,41 @@ TEST_CASE("a user and an address may open a limited number of rooms") {
     CHECK(field_of(carl.send("/join a0").front(), "type") == "room");  // somebody is there
     elsewhere.events();
     CHECK(open_rooms(elsewhere, "d") == "+++--");
+}
+
+TEST_CASE("the users of an address can make a limited number of facts") {
+    TestHost host;
+    host.hub().limits.address_facts = {0.001, 5};
+    ChatClient<> anna(host, "name=Anna&key=anna-secret"), bert(host, "name=Bert&key=bert-secret");
+    for (ChatClient<>* each : {&anna, &bert}) each->events();
+    CHECK(field_of(anna.answer_to("/tag t1 /msg Bert hello"), "type") == "private");  // two facts
+    CHECK(field_of(anna.answer_to("/tag t2 /read 1"), "type") == "read");
+    for (const char* line : {"/read 1", "/invite Anna", "/msg Carl hello"}) {
+        ChatClient<> carl(host, "name=Carl&key=carl-secret");
+        CAPTURE(line);
+        CHECK(field_of(bert.answer_to(text::concat({"/tag t3 ", line})), "code") == "flood");
+    }
+    CHECK(field_of(anna.answer_to("/tag t4 /read 2"), "type") == "read");
+    CHECK(field_of(anna.answer_to("/tag t5 /msg Bert again"), "type") == "private");
+    ChatClient<> elsewhere(host, "name=Dora&key=dora-secret", "tea", "192.0.2.7");
+    elsewhere.events();
+    CHECK(field_of(elsewhere.answer_to("/tag t6 /read 1"), "type") == "read");
+}
+
+TEST_CASE("a moderator bans and mutes also while the facts of users fill the store") {
+    HistoryLimits limits;
+    limits.max_facts = 10;
+    TestHost host;
+    host.hub().set_store(MemoryHistory(limits));
+    ChatClient<Moderator> moderator(host, "account=Holly", "tea");
+    for (int i = 0; i < 20; ++i) ChatClient<> user(host, text::concat({"name=Eve&key=secret-", std::to_string(i)}));
+    ChatClient<> anna(host, "name=Anna"), bert(host, "name=Bert");
+    for (ChatClient<>* each : {&anna, &bert}) each->events();
+    moderator.events();
+    moderator.send("/mute Anna");
+    moderator.send("/ban Bert");
+    CHECK(field_of(anna.answer_to("hello"), "code") == "muted");
+    CHECK_FALSE(bert.handler.is_open());
 }
 
 TEST_CASE("an account owns its name, even while it is away and after a restart") {

@@ -312,6 +312,18 @@ inline void test_facts(const StoreFactory& make) {
     fixture.put(first);
     CHECK(fixture.told == "token=one;token=one;");
     CHECK(fixture.facts("server") == "token=one");
+    for (const char* key : {"a", "a\n1", "ab"}) fixture.put({"user", key, "1", "", 0});
+    CHECK(contains(fixture.put({"user", "b", "1", "", 0}), "too many facts"));
+    CHECK(contains(fixture.put({"read", "b", "1", "", 0}), "too many facts"));
+    CHECK(fixture.facts("user", "a\n") == "a\n1=1");
+    // Facts of users leave the space for decisions.
+    fixture.put({"mute", "name anna", "", "", 0});
+    fixture.put({"ban", "name bert", "6", "", 0});
+    CHECK(fixture.facts("ban") == "name anna=1 name bert=6");
+    CHECK(contains(fixture.put({"mute", "name carl", "7", "", 0}), "too many facts"));
+    fixture.put({"user", "ab", "", "", 0});
+    fixture.put({"read", "b", "8", "", 0});
+    CHECK(fixture.facts("read") == "b=8");
 }
 
 inline void test_erasure(const StoreFactory& make) {

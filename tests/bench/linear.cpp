@@ -564,13 +564,14 @@ void chat_tags(std::size_t n) {
     }
     sink = sink + history.since(std::nullopt, n, limits, Time()).entries.size();
 }
+struct StoreListener final : ChatStore::Listener {
+    void on_entry(const ChatEntry& entry) override { sink = sink + entry.id; }
+    void on_duplicate(const ChatEntry&) override {}
+    void on_failure(const ChatEntry&, const std::string&) override {}
+};
 // Messages in n rooms, of which a half is kept.
 void chat_stores(std::size_t n) {
-    struct Listener final : ChatStore::Listener {
-        void on_entry(const ChatEntry& entry) override { sink = sink + entry.id; }
-        void on_duplicate(const ChatEntry&) override {}
-        void on_failure(const ChatEntry&, const std::string&) override {}
-    } listener;
+    StoreListener listener;
     HistoryLimits limits;
     limits.max_rooms = n / 2;
     MemoryHistory history(limits);
@@ -580,6 +581,23 @@ void chat_stores(std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) {
         entry.room = std::to_string(i);
         history.append(entry);
+    }
+}
+// Facts of n users, which are read, and of which a half is kept.
+void chat_facts(std::size_t n) {
+    StoreListener listener;
+    HistoryLimits limits;
+    limits.max_facts = n / 2;
+    MemoryHistory history(limits);
+    history.attach(listener, nullptr);
+    const std::int64_t later = unix_ms() + 3'600'000;
+    const Measured measured;
+    for (std::size_t i = 0; i < n; ++i) {
+        const std::string user = big_endian_key(i) + "\n";
+        history.put({"read", user + "tea", "1", "", later});
+        history.facts("read", user, [](const std::vector<ChatFact>& facts, const std::string&) {
+            sink = sink + facts.size();
+        });
     }
 }
 // n users join with one name, and leave.
@@ -667,7 +685,8 @@ constexpr Case cases[] = {
     CASE(close_codes, 1000), CASE(json_text, 5000), CASE(json_array, 3000), CASE(log_line, 3000),
     CASE(percent_escapes, 10'000), CASE(utf8, 5000), CASE(timers, 4000), CASE(json_values, 2000),
     CASE(json_depth, 100'000), CASE(chat_text, 5000), CASE(chat_tags, 1000), CASE(chat_stores, 1000),
-    CASE(chat_names, 500), CASE(chat_lost_users, 1000), CASE(chat_receiver, 50'000), CASE(chat_rooms, 300),
+    CASE(chat_facts, 1000), CASE(chat_names, 500), CASE(chat_lost_users, 1000), CASE(chat_receiver, 50'000),
+    CASE(chat_rooms, 300),
 };
 #undef CASE
 
