@@ -14850,9 +14850,10 @@ struct ChatEntry {
     bool moderator = false;       // may remove the messages of others
     std::int64_t not_before = 0;  // an edit of an older message is refused as "too_late"; Unix time in milliseconds
 
-    std::uint64_t sender = 0;  // the number of the connection, unique among all hubs; not kept
-    std::string hub{};         // the id of the hub that made the entry; not kept
-    bool quiet = false;        // presence: the user is also connected to another hub, so nobody is told
+    std::uint64_t sender = 0;   // the number of the connection, unique among all hubs; not kept
+    std::string hub{};          // the id of the hub that made the entry; not kept
+    bool quiet = false;         // presence: the user is also connected to another hub, so nobody is told
+    std::size_t max_users = 0;  // of a `join` that is forwarded: see PresenceTable; 0: no limit
     // The limits of this room, in place of those of the store. An empty one means the limit of the store.
     struct Retention {
         std::optional<std::size_t> max_entries{};  // 0: no limit
@@ -16207,10 +16208,11 @@ private:
 class PresenceTable {
 public:
     // Empty result: the entry is applied and completed, and must be delivered. Otherwise nothing has changed, and the
-    // result is the code for Listener::on_refused(): "name_taken", or "gone" if the hub has no such user.
+    // result is the code for Listener::on_refused(): "room_full", "name_taken", or "gone": the hub has no such user.
     //
-    //   join    A present user keeps the name: the entry gets it, and is quiet. Otherwise the name must be free.
-    //           An account also takes the name of a user without an account; a hub renames that user later.
+    //   join    A present user keeps the name: the entry gets it, and is quiet. Otherwise the room must have fewer
+    //           users than ChatEntry::max_users, and the name must be free. An account also takes the name of a user
+    //           without an account; a hub renames that user later.
     //   away    The user has no connection to the hub for now.
     //   leave   The user has left the hub. It is quiet if the user is on other hubs. Another hub may have sent it.
     //   rename  ChatEntry::text is the new name, which must be free. ChatEntry::name becomes the old one.
@@ -16292,6 +16294,7 @@ private:
         User* user = room.users.find(entry.user);
         entry.quiet = user != nullptr;
         if (user == nullptr) {
+            if (entry.max_users != 0 && room.users.size() >= entry.max_users) return "room_full";
             const std::string key = chat_fold(entry.name);
             const std::string* const holder = room.names.find(key);
             const bool takes = is_account(entry) && holder != nullptr && !is_account(room.users.find(*holder)->join);
@@ -16753,7 +16756,8 @@ struct ChatRoomOptions {
     // no limit.
     std::optional<std::size_t> max_entries{};
     std::optional<Duration> max_age{};
-    std::size_t max_users = 0;  // 0: no limit
+    // 0: no limit. The store decides who gets the last place. Present users stay if the limit becomes lower.
+    std::size_t max_users = 0;
     // What members learn about each other: the users who come and go; only the number of users; nothing.
     enum class Presence : std::uint8_t { full, count, off } presence = Presence::full;
     // Empty: as in ChatLimits.
@@ -17223,6 +17227,8 @@ private:
         entry.text = user.info.about;
         entry.author = user.identity;
         entry.sender = sender;
+        const bool enters = !user.confirmed() || user.told == Told::leave;
+        if (enters) entry.max_users = room.options.max_users;  // users whom the store has lost enter again
         room.presence_.set_told(user, Told::join);
         forward(std::move(entry));
     }
@@ -17810,6 +17816,7 @@ private:
     inline void on_lost_name(ChatRoom& room, User& user);
     inline void change_name(ChatRoom& room, User& user, const std::string& name);
     inline void on_presence_refused(const ChatEntry& entry, std::string_view code);
+    inline void leave_full(const ChatRoom& room, const User& user);
     inline void forget_missing(ChatRoom& room, const std::vector<ChatEntry>& users);
     inline void remove_missing(const ChatRoom& room);
     inline void forward_missing(ChatRoom& room);
@@ -18344,6 +18351,7 @@ private:
         return index;
     }
 
+    static constexpr const char* full_sentence = "That room is full.";
     Refusal refuse_room(std::string_view name) {
         const ChatLimits& limits = hub_->limits;
         if (!detail::valid_chat_name(name, limits.max_room_name))
@@ -18363,8 +18371,7 @@ private:
         const Refusal too_many{"room_limit", "There are too many rooms."};
         if (hub_->has_too_many_rooms(name)) return too_many;
         const bool full = options.max_users != 0 && room != nullptr && room->presence_.size() >= options.max_users;
-        if (full && room->presence_.find_identity(identity_) == nullptr)
-            return Refusal{"room_full", "That room is full."};
+        if (full && room->presence_.find_identity(identity_) == nullptr) return Refusal{"room_full", full_sentence};
         if (is_new && !hub_->may_create_room(user_.id, address_))
             return Refusal{"room_limit", "You have opened too many rooms. Wait a little."};
         return hub_->count_room(name) ? Refusal() : too_many;
@@ -18389,6 +18396,9 @@ private:
         if (Room* members = hub_->members_.find(left.room->key())) members->leave(*this);
         hub_->disconnect(*left.room, *left.user, *this, at_once);
     }
+
+    // Users of other hubs have got the last places.
+    inline void leave_full_room(const ChatRoom& room);
 
     // Leaves all rooms and the hub. The destructor also calls it, so that nothing refers to a destroyed handler.
     void disconnect(bool at_once) {
@@ -18611,6 +18621,20 @@ public:
             return true;
         }
         return false;
+    }
+    // The current room.
+    ChatEvent room_event() {
+        ChatEvent event("room");
+        handler_.add_room(event).add_text("name", handler_.user().name);
+        if (const ChatRoom* room = handler_.current_room()) {
+            event.add_unless_empty("topic", room->topic());
+            ChatHandler::add_options(event, room->options);
+            handler_.hub_->add_unread(event, *room, handler_.user_.id);
+            // "hello" has the other permissions.
+            const std::uint32_t may = handler_.permissions();
+            if (may != handler_.first_permissions_) event.add_json("may", ChatHandler::permissions_json(may));
+        }
+        return event;
     }
 
 private:
@@ -18866,19 +18890,7 @@ private:
         handler_.leave_room(index, true);
         reply_room();
     }
-    void reply_room() {
-        ChatEvent event("room");
-        handler_.add_room(event).add_text("name", handler_.user().name);
-        if (const ChatRoom* room = handler_.current_room()) {
-            event.add_unless_empty("topic", room->topic());
-            ChatHandler::add_options(event, room->options);
-            handler_.hub_->add_unread(event, *room, handler_.user_.id);
-            // "hello" has the other permissions.
-            const std::uint32_t may = handler_.permissions();
-            if (may != handler_.first_permissions_) event.add_json("may", ChatHandler::permissions_json(may));
-        }
-        handler_.reply(event);
-    }
+    void reply_room() { handler_.reply(room_event()); }
 
     void invite(std::string_view rest) {
         if (room_ == nullptr) return reply_no_room();
@@ -19348,6 +19360,15 @@ inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, c
     const detail::JsonList list = page_events(*room, page);
     event.add("more", page.more || list.size() != page.entries.size()).add_json("entries", list.dump());
     write_charged(event.add_unless_empty("tag", tag).dump());
+}
+
+inline void ChatHandler::leave_full_room(const ChatRoom& room) {
+    const std::size_t index = membership_index(&room);
+    if (index == memberships_.size() || !is_open()) return;
+    ChatEvent event = error_event({"room_full", full_sentence});
+    write_message(event.add_text("room", room.name()).dump());
+    leave_room(index, true);
+    write_message(detail::ChatCommands(*this).room_event().dump());
 }
 
 // Handles "?join=ROOM" and "?join=ROOM%20EPOCH-ID". The room of the path stays the current one.
@@ -20049,7 +20070,21 @@ inline bool ChatHub::on_rename(const ChatEntry& entry) {
     return true;
 }
 
-// Two hubs have forwarded the same name at the same time, or the store has lost a user.
+// A store may refuse a user before connect() returns. The handler has its membership after that.
+inline void ChatHub::leave_full(const ChatRoom& room, const User& user) {
+    for (ChatHandler* each : std::vector<ChatHandler*>(user.connections)) {
+        if (each->membership_index(&room) != each->memberships_.size()) {
+            each->leave_full_room(room);
+            continue;
+        }
+        server_.loop().post([this, key = room.key(), me = each->ref()] {
+            const ChatRoom* const found = rooms_.find(key);
+            if (found != nullptr && me.get() != nullptr) static_cast<ChatHandler*>(me.get())->leave_full_room(*found);
+        });
+    }
+}
+
+// Two hubs have forwarded the same name or the last user of a room at the same time, or the store has lost a user.
 inline void ChatHub::on_presence_refused(const ChatEntry& entry, std::string_view code) {
     ChatRoom* const room = rooms_.find(entry.room);
     User* const user = room == nullptr ? nullptr : room->presence_.find_id(entry.user);
@@ -20062,6 +20097,8 @@ inline void ChatHub::on_presence_refused(const ChatEntry& entry, std::string_vie
     if (!user->confirmed() && user->connections.empty()) {
         room->presence_.remove(*user);
         if (room->presence_.own() == 0) prune_later();
+    } else if (code == "room_full") {
+        leave_full(*room, *user);
     } else if (entry.kind == ChatEntry::Kind::join && retry) {
         if (again && user->info.name == entry.name)
             change_name(*room, *user, room->presence_.free_name(user->wanted, user));
@@ -22784,9 +22821,10 @@ end
 local function release(names, user, id)
   if call('HGET', names, user[2]) == id then call('HDEL', names, user[2]) end
 end
-local function join(users, names, e, fold, user)
+local function join(users, names, e, fold, user, max)
   e[14] = user and '1' or ''
   if not user then
+    if max > 0 and call('HLEN', users) >= max then return 'room_full' end
     local holder = call('HGET', names, fold)
     if holder then
       local held = call('HGET', users, holder)
@@ -22812,12 +22850,12 @@ local function rename(names, e, fold, user)
   return '', user
 end
 -- Changes who is in the room. The result is a code; then the entry is complete.
-local function presence(room, kind, fold, e)
+local function presence(room, kind, fold, e, max)
   local users, names = P .. 'p:' .. room, P .. 'n:' .. room
   local user, code = call('HGET', users, e[6]), ''
   user = user and unpack(user)
   if kind == 'join' then
-    code, user = join(users, names, e, fold, user)
+    code, user = join(users, names, e, fold, user, max)
     if code ~= '' then return code end
     call('SADD', P .. 'h:' .. e[13], room)
     call('ZADD', P .. 'present', 0, room)
@@ -22851,7 +22889,7 @@ local function publish_entry(room, e) call('PUBLISH', P .. 'c:' .. room, '-' .. 
 
 if cmd == 'presence' then
   local e = unpack(ARGV[6])
-  local code = presence(ARGV[3], ARGV[4], ARGV[5], e)
+  local code = presence(ARGV[3], ARGV[4], ARGV[5], e, num(ARGV[7]))
   if code ~= '' then return {'refused', code} end
   publish_entry(ARGV[3], e)
   return {'ok'}
@@ -24046,7 +24084,7 @@ private:
                                  : entry.kind == ChatEntry::Kind::away   ? "away"
                                                                          : "leave";
         const std::string name = chat_fold(entry.kind == ChatEntry::Kind::rename ? entry.text : entry.name);
-        return queue_.send_once({"presence", entry.room, kind, name, packed},
+        return queue_.send_once({"presence", entry.room, kind, name, packed, std::to_string(entry.max_users)},
                                 [this, number](const redisReply* reply, const std::string& cause) {
                                     const RedisTexts texts(reply);
                                     if (texts[0] == "ok") return;

@@ -594,7 +594,8 @@ const EVENTS = {
     if (code === 'flood') this._pausedUntil = Date.now() + 1000 * 2 ** Math.min(this._floods++, 4);
     const error = new ChatError(code, text, Number(event.seconds) || 0), room = this._find(event.room);
     if (this._answer(event.tag, null, error)) return;
-    if (room && !room.joined) this._set(room, { refused: error });
+    // Users of other servers may have got the last places of a room that this one had entered.
+    if (room && (!room.joined || code === 'room_full')) this._set(room, { joined: false, refused: error });
     else this._tell('error', { code, text });
   },
 };

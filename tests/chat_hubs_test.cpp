@@ -105,6 +105,7 @@ public:
     void append(ChatEntry entry) override { history_.append(std::move(entry)); }
     void forward(const ChatEntry& entry) override {
         forwarded += (forwarded.empty() ? "" : " ") + std::to_string(static_cast<int>(entry.kind)) + ":" + entry.name;
+        if (entry.kind == ChatEntry::Kind::join) max_users += std::to_string(entry.max_users) + " ";
         if (delivering) listener_->on_entry(entry);
     }
     void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
@@ -152,7 +153,7 @@ public:
     void move(const HistoryPage& page) { listener_->on_position("tea", page); }
 
     std::vector<ChatEntry> users;
-    std::string forwarded;
+    std::string forwarded, max_users;  // max_users of each join
     bool delivering = true;
     std::function<HistoryPage(const std::optional<HistoryPosition>&)> read;  // answers since() in place of the history
     int beats = 0, unwatched = 0, exported = 0;
@@ -189,9 +190,15 @@ public:
     explicit View(TestClient client) : client_(std::move(client)) {}
     TestClient& client() { return client_; }
 
+    // The new events.
+    std::vector<std::string> events() {
+        const std::vector<std::string> all = client_.received();
+        for (const std::string& event : all) read(event);
+        return all;
+    }
     // "Anna Bert", in order.
     std::string names() {
-        for (const std::string& event : client_.received()) read(event);
+        events();
         std::set<std::string> sorted;
         for (const auto& [id, name] : users_) sorted.insert(chat_fold(name) + "\n" + name);
         std::string all;
@@ -406,6 +413,75 @@ TEST_CASE("if two users join with one name at once, the first in the order of th
                four = hubs.connect(2, "name=ANNA&key=last-secret");
     hubs.settle();
     CHECK(hubs.users() == "Anna Anna-2 anna-3 ANNA-4");
+}
+
+TEST_CASE("if two users enter a room with one free place at once, the first in the order of the store gets it") {
+    Hubs hubs(3);
+    for (std::size_t i = 0; i < 3; ++i)
+        hubs.hub(i).room_options = [](std::string_view, ChatRoomOptions& options) { options.max_users = 2; };
+    TestClient anna = hubs.connect(0, "name=Anna&key=anna-secret");
+    hubs.settle();
+    TestClient bert = hubs.connect(1, "name=Bert"), carl = hubs.connect(2, "name=Carl");
+    hubs.settle();
+    CHECK(hubs.users() == "Anna Bert");
+    CHECK(types(bert) == "");
+    const std::vector<std::string> events = carl.received();
+    REQUIRE(events.size() >= 3);
+    const std::string& error = events[events.size() - 2];
+    CHECK(field_of(error, "code") == "room_full");
+    CHECK(field_of(error, "room") == "tea");
+    CHECK(contains(events.back(), "\"type\":\"room\",\"room\":null"));
+    CHECK(hubs.hub(2).find("tea") == nullptr);
+
+    // A further connection of a user who is there, on any hub.
+    TestClient tab = hubs.connect(2, "name=Anna&key=anna-secret");
+    hubs.settle();
+    CHECK(types(tab) == "");
+    CHECK(hubs.users() == "Anna Bert");
+
+    // The refused client stays connected, and gets the next free place. The others hear only of that.
+    CHECK(types(anna) == "join");
+    bert.close();
+    hubs.settle();
+    carl.send("/join tea");
+    hubs.settle();
+    CHECK(hubs.users() == "Anna Carl");
+    CHECK(types(anna) == "leave join");
+}
+
+TEST_CASE("the hub with the store also refuses a user for whom a room has no place") {
+    Hubs hubs(2);
+    for (std::size_t i = 0; i < 2; ++i)
+        hubs.hub(i).room_options = [](std::string_view, ChatRoomOptions& options) { options.max_users = 1; };
+    TestClient anna = hubs.connect(1, "name=Anna");
+    hubs.settle();
+    // This hub does not know the room before its first user enters it.
+    TestClient bert = hubs.connect(0, "name=Bert");
+    hubs.settle();
+    CHECK(contains(last(bert, "error"), "room_full"));
+    CHECK(hubs.users() == "Anna");
+    CHECK(hubs.hub(0).room_count() == 0);
+    anna.close();
+    hubs.settle();
+    bert.send("/join tea");
+    hubs.settle();
+    CHECK(hubs.users() == "Bert");
+}
+
+TEST_CASE("a limit of users that becomes lower removes nobody, also if the store has lost them") {
+    Scripted scripted;
+    ChatHub::of(scripted.server).room_options = [](std::string_view, ChatRoomOptions& options) {
+        options.max_users = 2;
+    };
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna");
+    TestClient bert = scripted.server.connect("/chat/tea?name=Bert");
+    CHECK(scripted.store->max_users == "2 2 ");
+    ChatHub::of(scripted.server).room("tea").options.max_users = 1;
+    scripted.store->max_users.clear();
+    scripted.store->present();  // nobody
+    CHECK(scripted.store->max_users == "0 0 ");
+    TestClient carl = scripted.server.connect("/chat/tea?name=Carl");
+    CHECK(contains(last(carl, "error"), "room_full"));
 }
 
 TEST_CASE("if two users take one name at once, the second gets an error with its tag") {
@@ -907,11 +983,22 @@ TEST_CASE("after joins, leaves, reloads, renames and kicks in any order, all hub
         std::mt19937 random(seed);
         const auto below = [&](std::size_t n) { return static_cast<std::size_t>(random()) % n; };
         Hubs hubs(3);
-        const bool at_once = seed % 2 == 0;  // or joins and leaves come together
+        const bool at_once = seed % 2 == 0;              // or joins and leaves come together
+        const std::size_t limit = seed % 4 < 2 ? 2 : 0;  // of users in the hall
+        for (std::size_t i = 0; i < 3; ++i)
+            hubs.hub(i).room_options = [limit](std::string_view name, ChatRoomOptions& options) {
+                if (name == "hall") options.max_users = limit;
+            };
         for (std::size_t i = 0; i < 3 && !at_once; ++i) hubs.hub(i).limits.presence_window = 500ms;
         struct Client {
             View view;
             std::string room, key;
+            bool refused = false;
+            // Whether it is in its room.
+            bool is_in() {
+                for (const std::string& event : view.events()) refused = refused || contains(event, "room_full");
+                return !refused && view.client().is_open();
+            }
         };
         std::vector<Client> clients;
         const std::vector<std::string> names{"Anna", "anna", "Bert", "Carl"}, rooms{"tea", "hall"};
@@ -943,7 +1030,7 @@ TEST_CASE("after joins, leaves, reloads, renames and kicks in any order, all hub
             std::set<std::string> expected;
             std::size_t guests = 0;
             for (Client& each : clients) {
-                if (each.room != room || !each.view.client().is_open()) continue;
+                if (each.room != room || !each.is_in()) continue;
                 if (each.key.empty()) ++guests;
                 else expected.insert(each.key);
             }
@@ -951,8 +1038,9 @@ TEST_CASE("after joins, leaves, reloads, renames and kicks in any order, all hub
             CHECK_FALSE(contains(users, "|"));
             const auto count = users.empty() ? 0 : std::count(users.begin(), users.end(), ' ') + 1;
             CHECK(static_cast<std::size_t>(count) == expected.size() + guests);
+            if (room == "hall" && limit != 0) CHECK(static_cast<std::size_t>(count) <= limit);
             for (Client& each : clients) {
-                if (each.room != room || !each.view.client().is_open()) continue;
+                if (each.room != room || !each.is_in()) continue;
                 CHECK(each.view.names() == users);
                 if (at_once) CHECK(each.view.repeated() == 0);
             }

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <map>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "redis.hpp"
@@ -772,6 +773,7 @@ TEST_CASE("Redis decides who is present by the rules of PresenceTable") {
         CHECK(each->users["tea"] == "");
     }
     PresenceTable table;
+    std::set<std::string> refusals;
     std::mt19937 random(42);
     const auto any = [&](unsigned count) { return std::to_string(random() % count + 1); };
     for (int i = 0; i < 300; ++i) {
@@ -779,14 +781,17 @@ TEST_CASE("Redis decides who is present by the rules of PresenceTable") {
         const std::string user = any(6), author = user > "4" ? "" : user > "2" ? "account " + user : "key " + user;
         ChatEntry entry = presence(kind, user, "Name" + any(4), "h" + any(3),
                                    kind == Kind::rename ? "NAME" + any(5) : "about", author);
+        entry.max_users = random() % 5;
         for (Node* each : {&one, &two}) each->heard.clear();
         one.store().forward(entry);
         const std::string code(table.apply(entry));
+        refusals.insert(code);
         one.wait_for(code.empty() ? summary_of(entry) : code + " ");
         if (!code.empty()) continue;
         two.wait_for(summary_of(entry));
         CHECK(two.latest.text == entry.text);
     }
+    CHECK(refusals == std::set<std::string>{"", "gone", "name_taken", "room_full"});
     const std::string expected = presence_summary(table.users("tea"));
     CHECK(expected != "");
     const int before = two.presences;

@@ -1134,7 +1134,7 @@ async function testScripted(path) {
 
   await step('a full room says so, and is entered when a place is free', async () => {
     answer = (rest, tag) => send({ type: 'error', code: 'room_full', text: 'That room is full.', room: 'milk', tag });
-    send({ type: 'error', code: 'room_full', text: 'That room is full.', room: 'tea' });             // of a room that was entered: a notice
+    send({ type: 'error', code: 'refused', text: 'That room is full.', room: 'tea' });               // of a room that was entered: a notice
     await user.waitForNotice('That room is full.');
     await user.submit('/join milk');
     await user.waitFor(() => document.querySelectorAll('#log .notice.bad').length === 2);

@@ -615,6 +615,11 @@ await check('a room that lets nobody in says why, and stays until it is left', a
   assert.deepEqual([client.rooms.get('milk').refused.code, client.log.filter(each => each.on === 'error').length], ['room_full', 0]);
   await assert.rejects(client.join('cake'), { code: 'room_full' });
   assert.equal(client.rooms.has('cake'), false);
+  assert.equal(client.rooms.get('tea').joined, true);
+  script.send({ type: 'error', code: 'room_full', text: 'That room is full.', room: 'tea' });
+  script.send({ type: 'room', room: null, name: 'Anna' });
+  await until(() => client.rooms.get('tea').refused, 'the refusal of a room that was entered');
+  assert.deepEqual([client.rooms.get('tea').joined, client.rooms.get('tea').refused.code], [false, 'room_full']);
 });
 
 await check('an invitation is an event, unless the user is in the room', async () => {
