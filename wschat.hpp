@@ -174,6 +174,9 @@
 #if defined(_WIN32_WINNT) && _WIN32_WINNT < 0x0600
 #error "wschat.hpp needs Windows Vista or newer: define _WIN32_WINNT as 0x0600 or more"
 #endif
+#if defined(__MINGW32__) && !defined(__clang__) && __GNUC__ < 10
+#error "wschat.hpp needs g++ 10 or newer with MinGW: the random numbers of older ones are predictable"
+#endif
 #if !defined(_WIN32) && !__has_include(<sys/socket.h>)
 #error "wschat.hpp needs the sockets of POSIX or Windows: this system has no <sys/socket.h>"
 #endif
@@ -5988,7 +5991,7 @@ inline int open_file_beneath(const std::string& root, const std::vector<std::str
         if (!path.empty() && path.back() != L'\\') path += L'\\';
         path += to_wide(name);
     }
-    const HANDLE handle = prefix.empty() ? INVALID_HANDLE_VALUE : open_handle(path);
+    const HANDLE handle = open_handle(prefix.empty() ? std::wstring() : path);  // some file systems have no final path
     if (handle == INVALID_HANDLE_VALUE) return -1;
     const std::wstring found = final_path(handle);
     const auto same = [](std::wstring_view a, std::wstring_view b) {
@@ -8355,7 +8358,7 @@ private:
 template <class Rep, class Period>
 Duration to_clock_duration(std::chrono::duration<Rep, Period> duration, const char* name) {
     const long double ticks = std::chrono::duration<long double, Duration::period>(duration).count();
-    if (!(ticks >= 0 || ticks < 0)) throw Error(std::string(name) + " is not a number");
+    if (std::isnan(ticks)) throw Error(std::string(name) + " is not a number");
     if (ticks >= static_cast<long double>((Duration::max)().count())) return (Duration::max)();
     if (ticks <= static_cast<long double>((Duration::min)().count())) return (Duration::min)();
     const Duration truncated(static_cast<Duration::rep>(ticks));

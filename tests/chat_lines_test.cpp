@@ -32,7 +32,9 @@ public:
     void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {
         if (reads_wait)
-            return later.push_back([=] { fails ? callback(failed()) : history_.since(room, position, limit, callback); });
+            return later.push_back([this, room, position, limit, callback] {
+                fails ? callback(failed()) : history_.since(room, position, limit, callback);
+            });
         if (fails) return callback(failed());
         history_.since(room, std::move(position), limit, std::move(callback));
     }

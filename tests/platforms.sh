@@ -6,7 +6,8 @@
 #   tests/platforms.sh TARGET...    these targets:
 #     kqueue          the branches for FreeBSD, on Linux: kqueue() and sysctl() are replayed (tests/platforms/replay)
 #     nosigpipe       the same, with the calls for sockets that macOS has
-#     mingw           Windows: the header and tests/platforms/windows_test.cpp under Wine; mingw-unicode: with UNICODE
+#     mingw           Windows: the header and tests/platforms/windows_test.cpp under Wine; mingw-unicode: with UNICODE,
+#                     after windows.h
 #     msvc            the branches for Visual C++: compiled by clang for its ABI (x86-64, x86 and ARM64) with the headers of
 #                     libc++ and MinGW, and by MinGW without functions that Visual C++ calls unsafe
 #     m32             32 bits, x87
@@ -224,12 +225,14 @@ run() {
     case $1 in
     mingw) mingw mingw ;;
     mingw-unicode)
+        # With windows.h, and its macros, before the header.
+        options="-DUNICODE -D_UNICODE -DWIN32_LEAN_AND_MEAN -include windows.h"
         if test -z "$quick"; then
-            mingw mingw-unicode -DUNICODE -D_UNICODE
+            mingw mingw-unicode $options
             return
         fi
         packages mingw-unicode g++-mingw-w64-x86-64-posix || return
-        compiled mingw-unicode "" -fsyntax-only x86_64-w64-mingw32-g++-posix -DUNICODE -D_UNICODE
+        compiled mingw-unicode "" -fsyntax-only x86_64-w64-mingw32-g++-posix $options
         ;;
     kqueue)
         suites kqueue "" "$(choose "sockets loop")" g++ -std=c++17 -O0 $warnings -isystem tests/platforms/replay \

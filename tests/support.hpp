@@ -15,6 +15,13 @@
 #include <fstream>
 #include <thread>
 
+// clang 22 calls __COUNTER__, which the macros of doctest use, an extension.
+#if defined(__has_warning)
+#if __has_warning("-Wc2y-extensions")
+#pragma clang diagnostic ignored "-Wc2y-extensions"
+#endif
+#endif
+
 // For replaced operators new and delete: g++ warns that free() does not match operator new where it inlines one of them.
 #if defined(__GNUC__)
 #define WSCHAT_TEST_NOINLINE __attribute__((noinline))

@@ -62,14 +62,19 @@ find_package)
             fail "the component '$component' is found, but it was not installed"
         grep -q "without its component '$component'" refused.log || fail "the message for a missing component is not ours"
     done
+    ! cmake -S consumer -B refused -DCMAKE_PREFIX_PATH="$work/moved" -DWANTED_VERSION=99.0 >refused.log 2>&1 ||
+        fail "version $version is found for version 99.0"
+    grep -q "version: $version" refused.log || fail "the message does not name the installed version"
     installed -DWSCHAT_ZLIB=ON -DWSCHAT_CHAT=ON
     cmake -S consumer -B components -DCMAKE_PREFIX_PATH="$work/moved" "-DCOMPONENTS=zlib;chat"
     cmake --build components
     prints components/consumer "wschat $version with the chat"
     ;;
 options)
+    present=
     for option in zlib:ZLIB openssl:OPENSSL sqlite3:SQLITE hiredis:HIREDIS libutf8proc:UTF8PROC liburing:LIBURING; do
         pkg-config --exists "${option%:*}" || { echo "SKIPPED: WSCHAT_${option#*:}: there is no ${option%:*}" && continue; }
+        present="$present -DWSCHAT_${option#*:}=ON"
         component=$(echo "${option#*:}" | tr A-Z a-z)
         rm -rf build
         installed -DWSCHAT_${option#*:}=ON -DWSCHAT_CHAT=ON  # some options add code only to the chat
@@ -78,6 +83,12 @@ options)
         prints build/consumer "wschat $version with the chat"
         PKG_CONFIG_PATH=$work/moved/share/pkgconfig pkg-config --cflags --libs wschat | grep -q "WSCHAT_${option#*:}=1" ||
             fail "wschat.pc does not define WSCHAT_${option#*:}"
+    done
+    # As a subproject, with all of them: the targets of the libraries belong to the folder of wschat.
+    cmake -S consumer -B subproject -DWSCHAT_SOURCE="$root" -DWSCHAT_CHAT=ON $present
+    grep -q "WSCHAT_CHAT=1" subproject/CMakeFiles/consumer.dir/flags.make || fail "a subproject has no chat"
+    for option in $present; do
+        grep -qF -- "${option%=ON}=1" subproject/CMakeFiles/consumer.dir/flags.make || fail "a subproject has no $option"
     done
     # A program that installs a part of its subprojects can name ours.
     cmake --install wschat --prefix part --component wschat

@@ -438,6 +438,8 @@ def unsupported():
              (["-std=c++17", "-fno-exceptions", *posix], "needs exceptions: compile without -fno-exceptions"),
              (["-std=c++17", "-D_WIN32", "-D_WINSOCKAPI_"], "needs winsock2.h: include wschat.hpp before windows.h"),
              (["-std=c++17", "-D_WIN32", "-D_WIN32_WINNT=0x0501"], "needs Windows Vista or newer"),
+             (["-std=c++17", "-D_WIN32", "-D__MINGW32__", "-U__clang__", "-U__GNUC__", "-D__GNUC__=9"],
+              "needs g++ 10 or newer with MinGW"),
              (["-std=c++17"], "needs the sockets of POSIX or Windows")]
     packages = {"WSCHAT_ZLIB": "zlib1g-dev", "WSCHAT_OPENSSL": "libssl-dev", "WSCHAT_SQLITE": "libsqlite3-dev",
                 "WSCHAT_LIBURING": "liburing-dev", "WSCHAT_UTF8PROC": "libutf8proc-dev",
