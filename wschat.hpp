@@ -92,7 +92,7 @@
 //   SqliteHistory, RedisOptions, RedisCluster, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
-//   text::parse_unsigned, text::hex_value, text::percent_decode
+//   text::parse_unsigned, text::hex_value, text::to_hex, text::percent_decode
 //
 // Macros that the program may set, the same in each translation unit. Units that were compiled with different values of
 // them do not link, because their names are part of the namespace (except WSCHAT_CHAT, which only adds names):
@@ -1211,6 +1211,9 @@ inline std::string base64(const unsigned char* data, std::size_t size) {
     detail::encode_base64(data, size, &text[0]);
     return text;
 }
+inline std::string base64(std::string_view bytes) {
+    return base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+}
 
 // Unpredictable bytes for keys and tokens, from the system's generator. Throws an Error if it fails.
 inline std::string random_bytes(std::size_t size) {
@@ -1442,6 +1445,14 @@ inline int hex_value(char c) {
     if (is_digit(c)) return c - '0';
     return to_lower(c) >= 'a' && to_lower(c) <= 'f' ? to_lower(c) - 'a' + 10 : -1;
 }
+// Two lower-case hexadecimal digits for each byte.
+inline std::string to_hex(std::string_view bytes) {
+    std::string digits;
+    for (const char c : bytes)
+        for (const unsigned shift : {4u, 0u})
+            digits += "0123456789abcdef"[(static_cast<unsigned>(static_cast<unsigned char>(c)) >> shift) & 15];
+    return digits;
+}
 
 // RFC 3986 2.1. Returns nothing if an escape is malformed. `plus`: '+' is a space, as in a query.
 inline std::optional<std::string> percent_decode(std::string_view s, bool plus = false) {
@@ -1509,30 +1520,32 @@ WSCHAT_COLD inline std::string utc_time(std::chrono::system_clock::time_point ti
     return text;
 }
 
+namespace detail {
+
+inline std::string log_json(std::string_view value) {
+    return valid_utf8(value) ? Json(value).dump() : Json(escape_for_log(value)).dump();
+}
+
+}  // namespace detail
+
 // Formats an entry as one line of JSON: {"time":"...","level":"error","event":"exception","in":"on_message"}. Text that
 // is not UTF-8 is escaped.
 WSCHAT_COLD inline std::string to_json(const LogEntry& entry) {
-    std::string line = "{\"time\":" + Json(utc_time()).dump();
-    ((line += ",\"level\":\"") += to_string(entry.level)) += "\",\"event\":";
-    line += Json(std::string(entry.event)).dump();
-    for (const auto& [name, value] : entry.fields) {
-        ((line += ',') += Json(std::string(name)).dump()) += ':';
-        line += Json(valid_utf8(value) ? value : escape_for_log(value)).dump();
-    }
+    std::string line = text::concat({"{\"time\":\"", utc_time(), "\",\"level\":\"", to_string(entry.level),
+                                     "\",\"event\":", detail::log_json(entry.event)});
+    for (const auto& [name, value] : entry.fields)
+        line += text::concat({",", detail::log_json(name), ":", detail::log_json(value)});
     return line += '}';
 }
 
 WSCHAT_COLD inline std::string to_json(const AccessEntry& entry) {
-    const auto quoted = [](std::string_view value) {
-        return Json(valid_utf8(value) ? std::string(value) : escape_for_log(value)).dump();
-    };
     const double ms = std::chrono::duration<double, std::milli>(entry.duration).count();
     char numbers[96];
     std::snprintf(numbers, sizeof numbers, ",\"status\":%d,\"size\":%llu,\"ms\":%.3f}", entry.status,
                   static_cast<unsigned long long>(entry.size), ms);
-    return text::concat({"{\"time\":", quoted(utc_time()),
-                         ",\"event\":\"access\",\"peer\":", quoted(entry.remote_address),
-                         ",\"method\":", quoted(entry.method), ",\"path\":", quoted(entry.path), numbers});
+    return text::concat(
+        {"{\"time\":\"", utc_time(), "\",\"event\":\"access\",\"peer\":", detail::log_json(entry.remote_address),
+         ",\"method\":", detail::log_json(entry.method), ",\"path\":", detail::log_json(entry.path), numbers});
 }
 
 // Log functions for Server::on_log(): they write all entries but those of LogLevel::debug to standard error, with the
@@ -1642,10 +1655,6 @@ ErasedPtr make_erased(Arguments&&... arguments) {
     return ErasedPtr(new Value{std::forward<Arguments>(arguments)...},
                      [](void* value) { delete static_cast<Value*>(value); });
 }
-
-}  // namespace detail
-
-namespace detail {
 
 // The map of StringMap for values of any type. It is compiled once, because one std::map for each value type would be
 // the largest part of the compile time.
@@ -2128,10 +2137,6 @@ WSCHAT_COLD inline std::string http_date(std::int64_t unix_seconds) {
     return text;
 }
 
-}  // namespace detail
-
-namespace detail {
-
 // The set of a message's field names: one bit for all names of the same length with the same first and last letter, and
 // another bit if there may be two of them. Most look-ups are for a field that a message does not have, or has once.
 class FieldNames {
@@ -2316,22 +2321,23 @@ inline bool valid_host(std::string_view host) {
 class RequestParser;
 class RequestAccess;
 
-// Whether percent_decode(encoded, plus) == plain, without the memory for it.
-inline bool decodes_to(std::string_view encoded, std::string_view plain, bool plus = false) {
+// The size of the beginning of `encoded` that percent_decode(..., plus) would turn into `plain`, or npos. Allocates
+// nothing.
+inline std::size_t encoded_prefix(std::string_view encoded, std::string_view plain, bool plus = false) {
     std::size_t at = 0;
     for (const char expected : plain) {
-        if (at == encoded.size()) return false;
+        if (at == encoded.size()) return std::string_view::npos;
         char c = encoded[at++];
         if (plus && c == '+') c = ' ';
         if (c == '%') {
             if (encoded.size() - at < 2 || text::hex_value(encoded[at]) < 0 || text::hex_value(encoded[at + 1]) < 0)
-                return false;
+                return std::string_view::npos;
             c = static_cast<char>(text::hex_value(encoded[at]) * 16 + text::hex_value(encoded[at + 1]));
             at += 2;
         }
-        if (c != expected) return false;
+        if (c != expected) return std::string_view::npos;
     }
-    return at == encoded.size();
+    return at;
 }
 
 // Calls visit(value) with the decoded value of each field of that name in "a=1&b=2" until it returns false. A value
@@ -2340,7 +2346,8 @@ template <class Visit>
 void each_urlencoded(std::string_view fields, std::string_view name, Visit&& visit) {
     for (std::string_view rest = fields; !rest.empty();) {
         std::string_view value = text::consume_until(rest, '&');
-        if (!decodes_to(text::consume_until(value, '='), name, true)) continue;
+        const std::string_view encoded_name = text::consume_until(value, '=');
+        if (encoded_prefix(encoded_name, name, true) != encoded_name.size()) continue;
         if (!visit(text::percent_decode(value, true))) return;
     }
 }
@@ -2532,7 +2539,7 @@ private:
 
 namespace detail {
 
-// The members of a request that only the server may set.
+// The members of a request that only the library may use.
 class RequestAccess {
 public:
     static void set_params(Request& request, std::vector<std::pair<std::string, std::string>> params) {
@@ -2637,19 +2644,17 @@ private:
     // Runs before the bytes are stored. A line end at the end of the bytes does not count.
     bool check_limits(std::string_view piece) {
         std::size_t size = head().size() + piece.size();
-        const std::size_t begin = request_.fields_begin_;
-        if (size <= begin + (begin == 0 ? limits_->max_request_line : limits_->max_header_bytes)) return true;
+        const bool in_fields = request_.fields_begin_ != 0;
+        const std::size_t max = in_fields ? limits_->max_header_bytes : limits_->max_request_line;
+        if (size <= request_.fields_begin_ + max) return true;
         const auto ends_with = [&](char c) {
             return size != 0 && (size > head().size() ? piece[size - head().size() - 1] : head().back()) == c;
         };
         if (ends_with('\n')) --size;
         if (ends_with('\r')) --size;
-        if (request_.fields_begin_ == 0 && size > limits_->max_request_line)
-            return fail(414,
-                        "The request line is longer than " + std::to_string(limits_->max_request_line) + " bytes.");
-        if (request_.fields_begin_ != 0 && size > request_.fields_begin_ + limits_->max_header_bytes)
-            return fail(431, "The headers are longer than " + std::to_string(limits_->max_header_bytes) + " bytes.");
-        return true;
+        if (size <= request_.fields_begin_ + max) return true;
+        return in_fields ? fail(431, "The headers are longer than " + std::to_string(max) + " bytes.")
+                         : fail(414, "The request line is longer than " + std::to_string(max) + " bytes.");
     }
 
     // Parses the last line of head(). Returns true if the line ends the head.
@@ -2808,9 +2813,8 @@ private:
         return false;
     }
     bool within_limits(std::size_t more) {
-        const std::size_t begin = fields_begin_ == 0 ? 0 : fields_begin_;
         const std::size_t max = fields_begin_ == 0 ? limits_->max_request_line : limits_->max_header_bytes;
-        if (head_.size() + more <= begin + max + 2) return true;
+        if (head_.size() + more <= fields_begin_ + max + 2) return true;
         return fail(fields_begin_ == 0 ? "The status line is longer than " + std::to_string(max) + " bytes."
                                        : "The headers are longer than " + std::to_string(max) + " bytes.");
     }
@@ -2986,6 +2990,12 @@ private:
     std::string reason_;
 };
 
+// RFC 6265 4.1.1.
+inline bool valid_cookie(std::string_view name, std::string_view value) {
+    const auto in_value = [](char c) { return c > ' ' && c < 0x7F && c != '"' && c != ',' && c != ';' && c != '\\'; };
+    return text::is_token(name) && text::all_of(value, in_value);
+}
+
 inline std::string_view reason_phrase(int status) {
     struct Phrase {
         int status;
@@ -3009,11 +3019,9 @@ inline std::string_view reason_phrase(int status) {
     return status < 300 ? "Success" : status < 400 ? "Redirection" : status < 500 ? "Client Error" : "Server Error";
 }
 
-}  // namespace detail
-
-namespace detail {
 class ResponseAccess;
-}
+
+}  // namespace detail
 
 // The attributes of a cookie (RFC 6265 4.1). The defaults are safe: scripts and foreign sites cannot use the cookie.
 struct CookieOptions {
@@ -3065,15 +3073,11 @@ public:
 
     // Adds a cookie. Throws Error for a name or a value that RFC 6265 4.1.1 does not allow: encode such a value first.
     Response& set_cookie(std::string_view name, std::string_view value, const CookieOptions& options = {}) {
-        const auto in_value = [](char c) {
-            return c > ' ' && c < 0x7F && c != '"' && c != ',' && c != ';' && c != '\\';
-        };
         const auto in_attribute = [](char c) { return c >= ' ' && c < 0x7F && c != ';'; };
         const std::string& path = options.path;
         const std::string& domain = options.domain;
-        if (!text::is_token(name) || !std::all_of(value.begin(), value.end(), in_value) ||
-            !std::all_of(path.begin(), path.end(), in_attribute) ||
-            !std::all_of(domain.begin(), domain.end(), in_attribute) || !text::is_token(options.same_site))
+        if (!detail::valid_cookie(name, value) || !text::all_of(path, in_attribute) ||
+            !text::all_of(domain, in_attribute) || !text::is_token(options.same_site))
             throw Error("Response::set_cookie: \"" + escape_for_log(name) + "=" + escape_for_log(value) +
                         "\" is not a cookie");
         std::string cookie(name);
@@ -4106,8 +4110,8 @@ public:
     // `offer(pieces, count)` returns how many bytes the transport takes. Only the rest is copied.
     template <class Offer>
     WriteStatus send(Opcode opcode, std::string_view payload, Offer&& offer) {
-        const bool copied = payload.size() < direct_send_size || masks_ || !output_.empty() ||
-                            write_blocked_ || state_ != State::open || should_compress(payload.size());
+        const bool copied = payload.size() < direct_send_size || masks_ || !output_.empty() || write_blocked_ ||
+                            state_ != State::open || should_compress(payload.size());
         return copied ? send(opcode, payload) : send_in_place(opcode, payload, offer);
     }
     // A client must mask each frame with a new key, so only a server shares the frame.
@@ -4597,7 +4601,7 @@ private:
         std::string close_reason;
         MaskSource mask_source = nullptr;          // of a client
         char header_bytes[FrameHeader::max_size];  // of an incomplete header
-        TokenBucket messages, bytes;  // if the rates of the input are limited
+        TokenBucket messages, bytes;               // if the rates of the input are limited
     };
     ColdState& cold() {
         if (!cold_) cold_ = std::make_unique<ColdState>();
@@ -8777,16 +8781,8 @@ private:
     }
     // The same, but only if the decoded first segment equals `literal`.
     static bool cut_literal(std::string_view& path, bool& more, std::string_view literal) {
-        std::size_t at = 0;
-        for (const char expected : literal) {
-            if (at == path.size()) return false;
-            char c = path[at++];
-            if (c == '%' && path.size() - at >= 2) {
-                c = static_cast<char>(text::hex_value(path[at]) * 16 + text::hex_value(path[at + 1]));
-                at += 2;
-            }
-            if (c != expected) return false;
-        }
+        const std::size_t at = encoded_prefix(path, literal);
+        if (at == std::string_view::npos) return false;
         more = at != path.size();
         if (more && path[at] != '/') return false;
         path.remove_prefix(more ? at + 1 : at);
@@ -9075,8 +9071,7 @@ public:
     }
 
     std::string sign(std::string_view name, std::string_view value, std::time_t now = std::time(nullptr)) const {
-        const std::string encoded = base64(reinterpret_cast<const unsigned char*>(value.data()), value.size());
-        const std::string text = "2|1:0|" + field(std::to_string(now)) + field(name) + field(encoded);
+        const std::string text = "2|1:0|" + field(std::to_string(now)) + field(name) + field(base64(value));
         return text + signature(keys_.front(), text);
     }
     std::optional<std::string> decode(std::string_view name, std::string_view text,
@@ -9111,17 +9106,14 @@ private:
         rest.remove_prefix(value.size() + 1);
         return value;
     }
-    static std::string signature(const std::string& key, std::string_view text) {
+    static std::string signature(const std::string& key, std::string_view signed_text) {
         unsigned char bytes[EVP_MAX_MD_SIZE];
         unsigned size = 0;
         if (HMAC(EVP_sha256(), key.data(), static_cast<int>(key.size()),
-                 reinterpret_cast<const unsigned char*>(text.data()), text.size(), bytes, &size) == nullptr)
+                 reinterpret_cast<const unsigned char*>(signed_text.data()), signed_text.size(), bytes,
+                 &size) == nullptr)
             throw std::bad_alloc();
-        std::string hex;
-        for (unsigned i = 0; i < size; ++i)
-            for (const unsigned digit : {unsigned{bytes[i]} >> 4, unsigned{bytes[i]} & 15u})
-                hex += "0123456789abcdef"[digit];
-        return hex;
+        return text::to_hex({reinterpret_cast<const char*>(bytes), size});
     }
     static std::optional<std::string> decode_base64(std::string_view base64_text) {
         std::string bytes(base64_text.size() / 4 * 3 + 3, '\0');
@@ -13349,10 +13341,7 @@ inline MaskKey random_mask() {
 }
 
 // Sec-WebSocket-Key: 16 random bytes (RFC 6455 4.1 / 7).
-inline std::string random_key() {
-    const std::string bytes = random_bytes(16);
-    return base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-}
+inline std::string random_key() { return base64(random_bytes(16)); }
 
 // ---- URLs ----------------------------------------------------------------------------------------------------------
 
@@ -13474,9 +13463,7 @@ private:
     }
 };
 
-inline std::string basic_authorization(std::string_view credentials) {
-    return "Basic " + base64(reinterpret_cast<const unsigned char*>(credentials.data()), credentials.size());
-}
+inline std::string basic_authorization(std::string_view credentials) { return "Basic " + base64(credentials); }
 
 // Whether no_proxy excludes the host: "*", "example.com" (with its subdomains), ".example.com", "10.0.0.0/8".
 WSCHAT_COLD inline bool excluded_from_proxy(std::string_view list, const ClientUrl& url) {
@@ -13884,12 +13871,8 @@ WSCHAT_COLD inline void check_client_headers(const char* call,
         for (const std::string_view each : own) reserved = reserved || text::equals_ignore_case(name, each);
         if (reserved) bad("only the client sets the header " + name);
     }
-    const auto cookie_char = [](char c) {
-        return c > ' ' && c < 0x7F && c != ';' && c != ',' && c != '\\' && c != '"';
-    };
     for (const auto& [name, value] : cookies)
-        if (!text::is_token(name) || !text::all_of(value, cookie_char))
-            bad("\"" + escape_for_log(name) + "\" is not a cookie");
+        if (!valid_cookie(name, value)) bad("\"" + escape_for_log(name) + "\" is not a cookie");
 }
 
 // ---- one connect() -------------------------------------------------------------------------------------------------
@@ -14813,7 +14796,7 @@ struct ChatEntry {
         private_message = 32,
         typing,
         join,
-        leave,       // if `to` is "*", the user has left all hubs that have no connection of the user
+        leave,  // if `to` is "*", the user has left all hubs that have no connection of the user
         rename,
         event,       // sent by the program to a room: `text` is its name, `data` its JSON value
         away,        // a user has lost the last connection to a hub; a `leave` or a `join` from that hub follows
@@ -15320,20 +15303,8 @@ private:
     ChatEntry::Retention retention_;
 };
 
-// A random token for each opening of a store.
-inline std::string new_epoch() {
-    static std::atomic<std::uint64_t> openings{0};
-    const auto wall = std::chrono::system_clock::now().time_since_epoch().count();
-    const auto digest = sha1(
-        text::concat({std::to_string(wall), " ", std::to_string(Clock::now().time_since_epoch().count()), " ",
-                      std::to_string(reinterpret_cast<std::uintptr_t>(&wall)), " ",
-                      std::to_string(reinterpret_cast<std::uintptr_t>(&openings)), " ", std::to_string(++openings)}));
-    std::string epoch;
-    for (std::size_t i = 0; i < HistoryPosition::epoch_size / 2; ++i)
-        for (const unsigned shift : {4u, 0u})
-            epoch += "0123456789abcdef"[(static_cast<unsigned>(digest[i]) >> shift) & 15];
-    return epoch;
-}
+// 16 random lower-case hexadecimal digits: the epoch of an opening of a store, or the id of a hub.
+inline std::string random_token() { return text::to_hex(random_bytes(HistoryPosition::epoch_size / 2)); }
 
 }  // namespace detail
 
@@ -15514,7 +15485,7 @@ private:
 
     HistoryLimits limits_;
     Listener* listener_ = nullptr;
-    std::string epoch_ = detail::new_epoch();
+    std::string epoch_ = detail::random_token();
     StringMap<detail::RoomHistory> histories_;  // by room
     StringMap<std::string> by_use_;             // the rooms, in the order of their last entries
     Facts facts_, decisions_;
@@ -15803,10 +15774,6 @@ inline bool consume_json(std::string_view& text, unsigned depth = 0) {
 }
 
 inline bool valid_json(std::string_view text) { return valid_utf8(text) && consume_json(text) && text.empty(); }
-
-}  // namespace detail
-
-namespace detail {
 
 // RFC 2104 with SHA-1.
 inline std::array<unsigned char, 20> hmac_sha1(std::string_view key, std::string_view message) {
@@ -16964,7 +16931,7 @@ public:
           server_(server),
           is_first_(server.loop_number() == 0),
           members_(&server.rooms()),
-          id_(new_id()),
+          id_(detail::random_token()),
           first_number_(std::stoull(id_, nullptr, 16) & ~std::uint64_t{0xFFFFFF}),
           last_number_(first_number_) {
         if (is_first_) {
@@ -17099,15 +17066,6 @@ private:
         return parsed ? parsed->rate_limit_key() : address;
     }
 
-    // 16 random lower-case hexadecimal digits.
-    static std::string new_id() {
-        std::string id;
-        for (const char c : random_bytes(8))
-            for (const unsigned shift : {4u, 0u})
-                id += "0123456789abcdef"[static_cast<unsigned>(static_cast<unsigned char>(c)) >> shift & 15];
-        return id;
-    }
-
     void attach_store(std::unique_ptr<ChatStore> store) {
         store_ = std::move(store);
         store_->attach(*this, server_.loop().mailbox());
@@ -17136,10 +17094,7 @@ private:
             else set_secret(secret_of_this_process());
         });
     }
-    static std::string new_secret() {
-        const std::string bytes = random_bytes(30);
-        return base64(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
-    }
+    static std::string new_secret() { return base64(random_bytes(30)); }
     // All hubs of this process use it, so that a user has one id.
     static const std::string& secret_of_this_process() {
         static const std::string secret = new_secret();
@@ -22424,10 +22379,6 @@ private:
     std::unique_ptr<Side> side_;
 };
 
-}  // namespace detail
-
-namespace detail {
-
 // One bus for each of several endpoints.
 class RedisBuses final : public RoomBus {
 public:
@@ -23628,7 +23579,8 @@ private:
     // ---- opening ---------------------------------------------------------------------------------------------------
 
     void open(const std::string& script) {
-        RedisArguments arguments{"EVALSHA", script, "1", link_->channel("meta"), "open", link_->run_id(), new_epoch()};
+        RedisArguments arguments{"EVALSHA", script,          "1",           link_->channel("meta"),
+                                 "open",    link_->run_id(), random_token()};
         link_->send(arguments, [this, script, alive = alive_](const redisReply* reply, const std::string& cause) {
             if (!*alive) return;
             if (reply == nullptr) {
