@@ -73,23 +73,25 @@
 //   hosts, trusted proxies   Site (13)
 //   another poller           Poller, SystemPoller, Poller::make() (10)
 //   a metric                 Metrics, metric_table (14); it is counted where it happens
+//   a compression option     CompressionOptions, DeflateParameters, CompressionPool (6)
+//   a client option          ClientOptions, check_client_options(), ClientLink (15)
 //   when a client reconnects ClientLink::retry_delay(), may_retry() (15); its stages: ClientLink (15)
 //   a chat command           ChatCommands::commands() (16); in a program: override ChatHandler::on_command()
 //   another history          ChatStore (16); SqliteHistory (17) is an example
 //
 // Public names:
 //   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
-//   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogEntry, Metric, MetricSource,
-//   Mailbox, valid_utf8, truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry, unix_ms,
-//   utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate, TokenBucket,
-//   big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response, CompressionOptions,
-//   Loop, RoomBus, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner, CorsOptions, IpAddress,
-//   ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route, Metrics, prometheus_text,
-//   ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, Client, ClientTls,
-//   ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact, HistoryPosition,
-//   HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory, chat_fold, ChatEvent, FloodRates, ChatUser,
-//   PresenceTable, SharedStore, ChatLimits, ChatAction, ChatRoomOptions, ChatReply, ChatRoom, SqliteOptions,
-//   SqliteHistory, RedisOptions, RedisCluster, RedisHistory
+//   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogFields, LogEntry, Metric,
+//   MetricSource, Mailbox, valid_utf8, truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry,
+//   unix_ms, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate,
+//   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
+//   CompressionOptions, Loop, RoomBus, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner,
+//   CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route,
+//   Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, Client,
+//   ClientTls, ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact,
+//   HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory, chat_fold, ChatEvent,
+//   FloodRates, ChatUser, PresenceTable, SharedStore, ChatLimits, ChatAction, ChatRoomOptions, ChatReply, ChatRoom,
+//   SqliteOptions, SqliteHistory, RedisOptions, RedisCluster, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::to_hex, text::percent_decode
@@ -442,12 +444,15 @@ constexpr std::string_view to_string(LogLevel level) {
     return names[static_cast<std::size_t>(level)];
 }
 
+// Names and values.
+using LogFields = std::vector<std::pair<std::string_view, std::string>>;
+
 // One event of the server's log: a short constant name, and fields that may contain data from a peer. A view that is
 // valid until the log function returns. to_string(entry) formats it as one safe line.
 struct LogEntry {
     LogLevel level;
     std::string_view event;
-    const std::vector<std::pair<std::string_view, std::string>>& fields;
+    const LogFields& fields;
 };
 
 // One answer to an HTTP request, for an access log: Server::on_access(). A view that is valid until the function
@@ -5202,8 +5207,7 @@ public:
     // A broadcast of another server, for the members here. A text payload is valid UTF-8.
     using Deliver = std::function<void(const std::string& room, Opcode opcode, std::string_view payload)>;
     // Adds an entry to the log of the server.
-    using Log = std::function<void(LogLevel level, std::string_view event,
-                                   const std::vector<std::pair<std::string_view, std::string>>& fields)>;
+    using Log = std::function<void(LogLevel level, std::string_view event, const LogFields& fields)>;
 
     RoomBus() = default;
     RoomBus(const RoomBus&) = delete;
@@ -5734,8 +5738,8 @@ WSCHAT_END
 // ====================================================================================================================
 // section 10: Sockets
 //
-// Addresses, non-blocking sockets, and the poller: one contract over epoll, kqueue and poll. This is the first section
-// that includes headers of the OS, and the only one with code per OS. It does not interpret the bytes.
+// Addresses, non-blocking sockets, and the poller: one contract over epoll, kqueue and poll. Nearly all code that
+// differs between operating systems is here, most of it in the namespace os. It does not interpret the bytes.
 // ====================================================================================================================
 
 #include <cerrno>
@@ -6710,20 +6714,15 @@ private:
         sockaddr_storage bound{};
         socklen_t size = sizeof bound;
         if (::getsockname(socket_.descriptor(), reinterpret_cast<sockaddr*>(&bound), &size) != 0)
-            close_and_fail("getsockname");
+            fail(os::last_error(), "getsockname");
         sockaddr_in in;
         std::memcpy(&in, &bound, sizeof in);  // the port has the same offset in both families
         address_.port = ntohs(in.sin_port);
     }
 
     void bind_and_listen(const sockaddr* address, socklen_t size) {
-        if (::bind(socket_.descriptor(), address, size) != 0) close_and_fail("bind");
-        if (::listen(socket_.descriptor(), SOMAXCONN) != 0) close_and_fail("listen");
-    }
-    [[noreturn]] void close_and_fail(const char* call) {
-        const int error = os::last_error();
-        socket_.close();
-        fail(error, call);
+        if (::bind(socket_.descriptor(), address, size) != 0) fail(os::last_error(), "bind");
+        if (::listen(socket_.descriptor(), SOMAXCONN) != 0) fail(os::last_error(), "listen");
     }
 
     // Takes over a listening socket that another process has opened. It stays open if it cannot be used.
@@ -6777,13 +6776,12 @@ private:
         socket_ = Socket(os::open_socket(AF_UNIX));
         if (!socket_) fail(os::last_error(), "socket");
         if (::bind(socket_.descriptor(), reinterpret_cast<const sockaddr*>(&name), sizeof name) != 0)
-            close_and_fail("bind");
+            fail(os::last_error(), "bind");
         // Before listen(), so that no one can connect with other permissions.
         const bool permitted = !mode || ::chmod(name.sun_path, static_cast<mode_t>(*mode)) == 0;
         if (permitted && ::listen(socket_.descriptor(), SOMAXCONN) == 0) return;
         const int error = os::last_error();
         ::unlink(name.sun_path);
-        socket_.close();
         fail(error, permitted ? "listen" : "chmod");
 #endif
     }
@@ -8609,13 +8607,9 @@ private:
 
     template <class Function>
     void guarded(const char* where, Function&& function) {
-        try {
-            function();
-        } catch (...) {
-            detail::report_current([&](const char* what) {
-                if (on_exception_) on_exception_(where, what);
-            });
-        }
+        detail::run_guarded(function, [&](const char* what) {
+            if (on_exception_) on_exception_(where, what);
+        });
     }
 
     static constexpr Duration max_timeout = std::chrono::minutes(1);
@@ -9640,12 +9634,6 @@ public:
             read_forwarded(request.fields(), client, [this](const IpAddress& hop) { return trusted(hop); });
         return client;
     }
-    IpAddress client_address(const IpAddress& peer, const Request& request) const {
-        return client(peer, request, false).address;
-    }
-    std::string_view client_scheme(const IpAddress& peer, const Request& request, bool encrypted) const {
-        return client(peer, request, encrypted).scheme;
-    }
 
 private:
     // Checks the headers at set-up: an Error here is better than one at the first request.
@@ -9945,8 +9933,6 @@ struct ServerOptions {
 
 namespace detail {
 
-using LogFields = std::vector<std::pair<std::string_view, std::string>>;
-
 // The log of a server. A peer cannot flood it: each level has a bucket of 100 entries that refills with 100 per
 // second. A level does not use up the entries of another.
 class ServerLog {
@@ -9977,12 +9963,12 @@ public:
         ++metrics_.handler_exceptions;
         run_guarded(
             [&] {
-                std::vector<std::pair<std::string_view, std::string>> fields = {
+                LogFields fields = {
                     {"in", where}, {"what", what}, {"peer", peer != nullptr ? peer->to_string() : std::string()}};
                 // Empty for a client, and if the route does not keep it.
                 if (request != nullptr && !request->method().empty())
                     fields.emplace_back("path", std::string(request->raw_path()));
-                (*this)(LogLevel::error, "exception", std::move(fields));
+                (*this)(LogLevel::error, "exception", fields);
             },
             [](const char*) {});
     }
@@ -12230,10 +12216,7 @@ public:
             [this](const std::string& room, Opcode opcode, std::string_view payload) {
                 directory_->deliver_from_bus(room, opcode, payload);
             },
-            [this](LogLevel level, std::string_view event,
-                   const std::vector<std::pair<std::string_view, std::string>>& fields) {
-                report(level, event, fields);
-            });
+            [this](LogLevel level, std::string_view event, const LogFields& fields) { report(level, event, fields); });
         directory_->set_bus(bus_.get());
         add_metrics(bus_->metrics());
     }
@@ -12483,9 +12466,7 @@ public:
         return *static_cast<Extension*>(shared_extensions_.add(name, detail::make_erased<Extension>(*this)));
     }
     // Adds an entry to the log, for extensions.
-    void report(LogLevel level, std::string_view event, std::vector<std::pair<std::string_view, std::string>> fields) {
-        current().log(level, event, fields);
-    }
+    void report(LogLevel level, std::string_view event, LogFields fields) { current().log(level, event, fields); }
 
     // Counts and logs an exception that left a callback, for extensions.
     void report_exception(const char* callback, const char* what) noexcept {
@@ -13690,7 +13671,7 @@ class Dial final : public PollableBase<Dial> {
 public:
     Dial(ClientLink& link, Socket its_socket, const IpAddress& address)
         : socket(std::move(its_socket)), peer(address), link_(&link) {}
-    inline void on_ready(bool readable, bool writable, bool broken);
+    inline void on_ready(bool readable, bool, bool broken);
     // Removes the socket from the poller.
     void unwatch(Loop& loop) {
         if (std::exchange(watched, false)) LoopAccess::poller(loop).remove(socket.descriptor());
@@ -13945,10 +13926,10 @@ public:
 
     // ---- called by a Dial ------------------------------------------------------------------------------------------
 
-    void on_ready(Dial& dial, bool readable, bool writable, bool broken) {
+    void on_ready(Dial& dial, bool readable) {
         const auto self = shared_from_this();
         guarded([&] {
-            if (&dial == active_) transfer(readable || broken, writable);
+            if (&dial == active_) transfer(readable);
             else finish_dial(dial);
         });
     }
@@ -14175,7 +14156,7 @@ private:
         if (dial.peer.bits() != 0) dial.socket.set_nodelay(true);
         if (proxy_) ask_proxy();
         else start_encryption();
-        if (active_ == &dial) transfer(false, true);
+        if (active_ == &dial) transfer(false);
     }
 
     // ---- the stages on one socket ----------------------------------------------------------------------------------
@@ -14215,12 +14196,9 @@ private:
     // RFC 6455 4.1.
     void make_request() {
         key_ = random_key();
-        std::string subprotocols;
-        for (const std::string& each : options_.subprotocols)
-            (subprotocols += subprotocols.empty() ? "" : ", ") += each;
         offers_compression_ = compression_available && options_.compression;
         const std::string offer = offers_compression_ ? CompressionPool::offer(*options_.compression) : std::string();
-        request_ = handshake_request(url_.authority(), url_.target, key_, subprotocols, offer);
+        request_ = handshake_request(url_.authority(), url_.target, key_, subprotocols(), offer);
         std::string lines;
         if (!options_.origin.empty()) add_line(lines, "Origin", options_.origin);
         bool authorized = false;
@@ -14237,6 +14215,11 @@ private:
         if (sends_secrets_ && !cookies.empty()) add_line(lines, "Cookie", cookies);
         request_.insert(request_.size() - 2, lines);
     }
+    std::string subprotocols() const {
+        std::string list;
+        for (const std::string& each : options_.subprotocols) (list += list.empty() ? "" : ", ") += each;
+        return list;
+    }
     static bool is_secret(std::string_view name) {
         return text::equals_ignore_case(name, "authorization") || text::equals_ignore_case(name, "cookie") ||
                text::equals_ignore_case(name, "proxy-authorization");
@@ -14244,10 +14227,9 @@ private:
 
     // ---- input and output of an attempt ----------------------------------------------------------------------------
 
-    void transfer(bool readable, bool writable) {
+    void transfer(bool readable) {
         const Dial* const dial = active_;
         if (readable && !receive()) return;
-        static_cast<void>(writable);
         if (active_ == dial && !send()) return;
         if (active_ == dial && dial != nullptr) watch();
     }
@@ -14310,8 +14292,7 @@ private:
         if (transport_ && transport_->has_input())
             loop().post([weak = weak_from_this(), attempt = std::weak_ptr<char>(attempt_)] {
                 const auto self = weak.lock();
-                if (self && !attempt.expired() && self->active_ != nullptr)
-                    self->on_ready(*self->active_, true, false, false);
+                if (self && !attempt.expired() && self->active_ != nullptr) self->on_ready(*self->active_, true);
             });
     }
     WireCount& wire() { return core_->worker.wire; }
@@ -14378,10 +14359,7 @@ private:
     }
     void finish_handshake(std::string_view frames) {
         stage_ = ConnectStage::upgrade;
-        std::string subprotocols;
-        for (const std::string& each : options_.subprotocols)
-            (subprotocols += subprotocols.empty() ? "" : ", ") += each;
-        std::string error = handshake_response_error(parser_.head(), key_, subprotocols, offers_compression_);
+        std::string error = handshake_response_error(parser_.head(), key_, subprotocols(), offers_compression_);
         std::unique_ptr<Compression> compression;
         if (error.empty() && offers_compression_)
             compression = core_->worker.compression().read_response(parser_.fields(), *options_.compression, error);
@@ -14444,9 +14422,9 @@ private:
         constexpr std::string_view waited_for[] = {
             "valid URL", "answer of the resolver", "connection", "answer of the proxy", "TLS handshake", "response",
             "upgrade"};
-        const auto seconds = std::chrono::duration_cast<std::chrono::milliseconds>(options_.connect_timeout).count();
+        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(options_.connect_timeout).count();
         fail(stage_, "There was no " + std::string(waited_for[static_cast<std::size_t>(stage_)]) + " within " +
-                         std::to_string(seconds) + " ms.");
+                         std::to_string(ms) + " ms.");
     }
     // The request of the handshake, for WebSocketHandler::request().
     Request current_request() {
@@ -14569,8 +14547,8 @@ private:
     bool ended_ = false;
 };
 
-inline void Dial::on_ready(bool readable, bool writable, bool broken) {
-    if (link_ != nullptr) link_->on_ready(*this, readable, writable, broken);
+inline void Dial::on_ready(bool readable, bool, bool broken) {
+    if (link_ != nullptr) link_->on_ready(*this, readable || broken);
 }
 
 // Throws Error for options that can never work.
@@ -14965,8 +14943,7 @@ public:
         // were lost (page.gap). Without a gap, all members have already received the entries of the page.
         virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
         // Adds an entry of the store to the log.
-        virtual void on_log(LogLevel, std::string_view /*event*/,
-                            const std::vector<std::pair<std::string_view, std::string>>& /*fields*/) {}
+        virtual void on_log(LogLevel, std::string_view /*event*/, const LogFields& /*fields*/) {}
         // The users of a room: a `join` or an `away` for each user and hub. Called after watch(), and again when the
         // store may have lost entries. It replaces earlier data. The hub forwards its own users who are missing.
         virtual void on_presence(const std::string& /*room*/, const std::vector<ChatEntry>& /*users*/) {}
@@ -15014,7 +14991,7 @@ public:
     // Reads the facts of a scope whose keys begin with the prefix, in the order of the keys, without expired ones.
     virtual void facts(const std::string& scope, const std::string& key_prefix, FactsCallback callback) = 0;
 
-    // The words of a search in lower case, at most eight.
+    // The words of a search in lower case, at most eight. contains_words() looks for all of them in a text.
     static std::vector<std::string> search_words(std::string_view text) {
         std::vector<std::string> words;
         while (!text.empty() && words.size() < 8) {
@@ -15022,6 +14999,11 @@ public:
             if (!word.empty()) words.push_back(text::to_lower(word));
         }
         return words;
+    }
+    static bool contains_words(std::string_view text, const std::vector<std::string>& words) {
+        const std::string lower = text::to_lower(text);
+        return std::all_of(words.begin(), words.end(),
+                           [&](const std::string& word) { return lower.find(word) != std::string::npos; });
     }
 
     // Whether other programs use the same store at the same time.
@@ -15144,10 +15126,8 @@ public:
     HistoryPage search(const std::vector<std::string>& words, std::size_t limit, const HistoryLimits& limits,
                        Time now) {
         return select(last_id_ + 1, limit, limits, now, [&](const ChatEntry& entry) {
-            if (!entry.is_message() || entry.removed || words.empty()) return false;
-            const std::string text = text::to_lower(entry.text);
-            return std::all_of(words.begin(), words.end(),
-                               [&](const std::string& word) { return text.find(word) != std::string::npos; });
+            return entry.is_message() && !entry.removed && !words.empty() &&
+                   ChatStore::contains_words(entry.text, words);
         });
     }
     // Removes everything of an author. Returns amendments for that, which are not kept yet.
@@ -15206,20 +15186,19 @@ private:
     }
     void remove(Record& target) {
         target.entry.removed = true;
-        target.entry.text.clear();
-        target.entry.data.clear();
-        target.entry.mentions.clear();
+        clear_text(target.entry);
         target.entry.reactions.clear();
         for (const std::uint64_t id : target.edits) {
             Record* const edit = record(id);
             if (edit == nullptr) continue;
             edit->entry.kind = ChatEntry::Kind::remove;
-            edit->entry.text.clear();
-            edit->entry.data.clear();
-            edit->entry.mentions.clear();
+            clear_text(edit->entry);
             resize(*edit);
         }
         target.edits.clear();
+    }
+    static void clear_text(ChatEntry& entry) {
+        for (std::string* field : {&entry.text, &entry.data, &entry.mentions}) field->clear();
     }
     // Returns false if the message has too many reactions.
     static bool react(Record& target, ChatEntry& amendment, std::size_t max_reactions) {
@@ -15698,6 +15677,13 @@ struct ChatLine {
         return !tag.empty() && tag.size() <= 64 && text::all_of(tag, [](char c) { return c > ' ' && c < 0x7F; });
     }
 };
+
+// The id of the other user in a conversation with this name: see ChatHub::conversation().
+inline std::string peer_in(const std::string& room, const std::string& id) {
+    const std::size_t middle = room.find('\n', 1);
+    const std::string first = room.substr(1, middle - 1);
+    return first == id ? room.substr(middle + 1) : first;
+}
 
 // Decodes base64url without padding (RFC 4648 5). Returns an empty text if a character is illegal.
 inline std::string base64url_decode(std::string_view text) {
@@ -16606,8 +16592,7 @@ private:
                 deliver(each, [name, page](Listener& to) { to.on_position(name, page); });
         }
         // The hub on the store's loop writes the log for all hubs.
-        void on_log(LogLevel level, std::string_view event,
-                    const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        void on_log(LogLevel level, std::string_view event, const LogFields& fields) override {
             for (const PortPtr& each : ports_)
                 if (each->home && each->listener != nullptr) return each->listener->on_log(level, event, fields);
         }
@@ -17317,12 +17302,6 @@ private:
         return text::concat({"\n", (std::min)(one, other), "\n", (std::max)(one, other)});
     }
     static bool is_conversation(const std::string& room) { return room.size() > 1 && room[0] == '\n'; }
-    // The id of the other user in a conversation.
-    static std::string peer_in(const std::string& room, const std::string& id) {
-        const std::size_t middle = room.find('\n', 1);
-        const std::string first = room.substr(1, middle - 1);
-        return first == id ? room.substr(middle + 1) : first;
-    }
     // Keeps a constant fact, once in the lifetime of this server. Returns false if users of the address have made too
     // many facts.
     bool note(ChatFact fact, AddressUse* address) {
@@ -17341,7 +17320,7 @@ private:
     }
     // Adds the room of an entry, or the other user of its conversation.
     ChatEvent& add_place(ChatEvent& event, const ChatEntry& entry) const {
-        return is_conversation(entry.room) ? event.add_text("peer", peer_in(entry.room, entry.user))
+        return is_conversation(entry.room) ? event.add_text("peer", detail::peer_in(entry.room, entry.user))
                                            : event.add_text("room", shown(entry.room));
     }
     // The name of the room with this key.
@@ -17737,8 +17716,7 @@ private:
         if (ready()) store_->put({"server", "secret", secret_, {}, 0, true});
     }
     inline void on_position(const std::string& name, const HistoryPage& page) override;
-    void on_log(LogLevel level, std::string_view event,
-                const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+    void on_log(LogLevel level, std::string_view event, const LogFields& fields) override {
         server_.report(level, event, fields);
     }
     inline void on_refused(const ChatEntry& entry, std::string_view code) override;
@@ -17872,10 +17850,8 @@ public:
     // Sends a message to the current room, as if the user had typed it.
     void say(std::string_view text) { say(ChatEntry::Kind::said, text); }
     // Sends an event only to this client, with the tag of its line.
-    void reply(const ChatEvent& event) { write_message(ChatEvent(event).add_unless_empty("tag", tag_).dump()); }
-    void reply_error(std::string_view code, std::string_view sentence) {
-        reply(ChatEvent("error").add_text("code", code).add_text("text", sentence));
-    }
+    void reply(const ChatEvent& event) { write_event(event, tag_); }
+    void reply_error(std::string_view code, std::string_view sentence) { reply(error_event(code, sentence)); }
     // Closes the connection with 1008. The user leaves without a grace period.
     void kick(std::string_view reason) { end_with("kick", reason, Duration::zero()); }
 
@@ -17949,7 +17925,9 @@ public:
     }
 
 private:
+    friend class ChatHub;
     friend class ChatReply;
+    friend class detail::ChatCommands;
 
     // Admits the user unless there is a ban. Throws an Error if the result of authenticate() is invalid.
     std::optional<Response> admit(ChatUser user) {
@@ -17979,9 +17957,6 @@ private:
         write_message(event.dump());
         close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
-
-    friend class ChatHub;
-    friend class detail::ChatCommands;
 
     struct Membership {
         ChatRoom* room;
@@ -18025,14 +18000,8 @@ private:
     }
     // Digits only. A larger number becomes 10^18.
     static std::optional<std::uint64_t> to_number(std::string_view digits) {
-        if (digits.empty()) return std::nullopt;
-        constexpr std::uint64_t max = 1'000'000'000'000'000'000;
-        std::uint64_t value = 0;
-        for (const char c : digits) {
-            if (!text::is_digit(c)) return std::nullopt;
-            value = (std::min)(value * 10 + static_cast<std::uint64_t>(c - '0'), max);
-        }
-        return value;
+        if (digits.empty() || !text::all_of(digits, text::is_digit)) return std::nullopt;
+        return text::parse_unsigned(digits, HistoryPosition::max_id).value_or(HistoryPosition::max_id);
     }
 
     // Events for other users contain it, so invalid JSON would break them.
@@ -18133,13 +18102,19 @@ private:
         const auto take = [&](ChatHub::AddressUse& use) { return use.replies.take(1, limits.address_replies, now); };
         return replies_.take(1, limits.replies, now) && ChatHub::take_of(address_, take);
     }
-    void write_charged(const std::string& event) {
+    // Sends an event with the tag of a line, or without one if the tag is empty.
+    void write_event(ChatEvent event, std::string_view tag) {
+        write_message(event.add_unless_empty("tag", tag).dump());
+    }
+    // The same for the answer to a request of may_read(): its bytes are charged.
+    void write_charged(ChatEvent event, std::string_view tag = {}) {
+        const std::size_t bytes = event.add_unless_empty("tag", tag).dump().size();
         const auto take = [&](ChatHub::AddressUse& use) {
-            return charge(use.replies, hub_->limits.address_replies, event.size());
+            return charge(use.replies, hub_->limits.address_replies, bytes);
         };
-        charge(replies_, hub_->limits.replies, event.size());
+        charge(replies_, hub_->limits.replies, bytes);
         ChatHub::take_of(address_, take);
-        write_message(event);
+        write_message(event.dump());
     }
     // Always returns true, for use in a condition.
     bool charge(TokenBucket& bucket, const Rate& rate, std::size_t bytes) const {
@@ -18278,17 +18253,17 @@ private:
         if (detail::valid_chat_text(name)) event.add_text("room", name);
         reply(event);
     }
+    static ChatEvent error_event(std::string_view code, std::string_view sentence) {
+        return ChatEvent("error").add_text("code", code).add_text("text", sentence);
+    }
     static ChatEvent error_event(const Refusal& refusal) {
-        ChatEvent event("error");
-        event.add_text("code", refusal.code).add_text("text", refusal.sentence);
+        ChatEvent event = error_event(refusal.code, refusal.sentence);
         if (refusal.seconds != 0) event.add("seconds", refusal.seconds);
         return event;
     }
     // Answers a line that waited for the store.
     void write_error(std::string_view code, std::string_view sentence, std::string_view tag) {
-        ChatEvent event("error");
-        event.add_text("code", code).add_text("text", sentence);
-        write_message(event.add_unless_empty("tag", tag).dump());
+        write_event(error_event(code, sentence), tag);
     }
     void write_not_read(std::string_view tag) {
         write_error("not_read", "The history cannot be read now. Try again soon.", tag);
@@ -18397,9 +18372,8 @@ private:
         else if (chat_room->delivered_id_) hub_->trim_to_delivered(*chat_room, page);
         else resume_members(*chat_room, members, page);
         if (page.error.empty()) ChatHub::note_latest(*chat_room, page, requested.position);
-        if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user).dump());
-        ChatEvent event = history_event(*chat_room, page, requested.position.has_value());
-        write_charged(event.add_unless_empty("tag", requested.tag).dump());
+        if (joining) write_charged(users_event(*chat_room, memberships_[membership_index(chat_room)].user));
+        write_charged(history_event(*chat_room, page, requested.position.has_value()), requested.tag);
         forget_answered(memberships_[membership_index(chat_room)], page);
         // The members may have received more entries since the request. A working store has them by now.
         const bool moved = requested.epoch != page.epoch || requested.delivered_id < chat_room->delivered_id_;
@@ -18499,7 +18473,7 @@ private:
         if (!is_open() || all->read.empty()) return;
         detail::JsonList list;
         for (const std::string& each : all->read) list.add(each);
-        write_charged(ChatEvent("peers").add_json("peers", list.dump()).dump());
+        write_charged(ChatEvent("peers").add_json("peers", list.dump()));
     }
     inline void request_conversation(const std::shared_ptr<Conversations>& all, const std::string& peer,
                                      const std::string& name);
@@ -18767,8 +18741,7 @@ private:
 
     void who(std::string_view) {
         if (room_ == nullptr) return reply_no_room();
-        ChatEvent event = ChatHandler::users_event(*room_, membership().user);
-        handler_.write_charged(event.add_unless_empty("tag", handler_.tag_).dump());
+        handler_.write_charged(ChatHandler::users_event(*room_, membership().user), handler_.tag_);
     }
 
     void rooms(std::string_view) {
@@ -18783,8 +18756,7 @@ private:
                 if (const std::string entry = ChatCommands(*self).room_entry(key, users); !entry.empty())
                     list.add(entry);
             }
-            ChatEvent event("rooms");
-            self->write_charged(event.add_json("rooms", list.dump()).add_unless_empty("tag", tag).dump());
+            self->write_charged(ChatEvent("rooms").add_json("rooms", list.dump()), tag);
         };
         if (!handler_.hub_->store().rooms(limit, answer)) answer(handler_.hub_->rooms(), "");
     }
@@ -19010,8 +18982,7 @@ private:
             const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(each.left).count();
             list.add(Json{{"ban", each.key}, {"name", each.name}, {"seconds", seconds}}.dump());
         }
-        ChatEvent event("bans");
-        handler_.write_charged(event.add_json("bans", list.dump()).add_unless_empty("tag", handler_.tag_).dump());
+        handler_.write_charged(ChatEvent("bans").add_json("bans", list.dump()), handler_.tag_);
     }
 
     void mute(std::string_view rest) {
@@ -19128,9 +19099,7 @@ inline std::string reactions_json(const ChatEntry& entry, const std::string& vie
 // The event of a kept private message, for the user with this public id.
 inline ChatEvent private_event(const ChatEntry& entry, const std::string& id, bool with_tag) {
     ChatEvent event("private");
-    const std::size_t middle = entry.room.find('\n', 1);
-    const std::string first = entry.room.substr(1, middle - 1);
-    event.add_text("peer", first == id ? entry.room.substr(middle + 1) : first).add("id", entry.id);
+    event.add_text("peer", peer_in(entry.room, id)).add("id", entry.id);
     event.add_text("user", entry.user).add_text("name", entry.name).add_unless_empty("to", entry.to);
     event.add_text("text", entry.text).add("time", entry.time);
     return with_tag ? event.add_unless_empty("tag", entry.tag) : event;
@@ -19252,33 +19221,30 @@ inline bool ChatHandler::on_conversation(const std::string& peer, const std::str
 inline void ChatHandler::write_conversation(const std::string& peer, std::string_view name, const HistoryPage& page,
                                             bool resumed, std::uint64_t before, std::string_view tag) {
     if (!is_open()) return;
-    std::size_t messages = 0;
     const std::string log = ChatHub::conversation(user_.id, peer);
     HistoryPage said = page;
     auto& entries = said.entries;
     entries.erase(std::remove_if(entries.begin(), entries.end(), [](const ChatEntry& e) { return !e.is_message(); }),
                   entries.end());
-    messages = entries.size();
     const detail::JsonList list = newest_events(said, [&](const ChatEntry& kept) {
         ChatEntry entry = kept;
         entry.room = log;
         return detail::private_event(entry, user_.id, entry.user == user_.id).dump();
     });
-    const bool cut = list.size() != messages;
+    const bool cut = list.size() != entries.size();
     ChatEvent event("history");
     event.add_text("peer", peer).add_unless_empty("name", name);
     if (before != 0) event.add("before", before);
     else event.add_unless_empty("epoch", page.epoch).add("last", page.last_id);
     event.add("gap", before == 0 && (page.gap || !page.error.empty() || (cut && resumed)));
     event.add("more", page.more || cut).add_json("entries", list.dump());
-    write_charged(event.add_unless_empty("tag", tag).dump());
+    write_charged(event, tag);
 }
 
 inline void ChatHandler::send_read_marker(const std::string& what, std::string_view tag) {
     const std::uint64_t marker = hub_->marker_of(user_.id, what);
     if (marker == 0 && tag.empty()) return;
-    ChatEvent event = detail::read_event(hub_->shown(what), marker);
-    write_message(event.add_unless_empty("tag", tag).dump());
+    write_event(detail::read_event(hub_->shown(what), marker), tag);
 }
 
 // A marker only moves forward, because another device may have read more.
@@ -19310,14 +19276,12 @@ inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, c
     if (membership_index(room) == memberships_.size() || !is_open()) return;
     if (!page.error.empty()) {
         server().report(LogLevel::error, "chat_not_read", {{"room", room_key}, {"cause", page.error}});
-        event = ChatEvent("error");
-        event.add_text("code", "not_read").add_text("text", "The history cannot be read now. Try again soon.");
-        write_message(event.add_text("room", room->name()).add_unless_empty("tag", tag).dump());
-        return;
+        event = error_event("not_read", "The history cannot be read now. Try again soon.");
+        return write_event(event.add_text("room", room->name()), tag);
     }
     const detail::JsonList list = page_events(*room, page);
     event.add("more", page.more || list.size() != page.entries.size()).add_json("entries", list.dump());
-    write_charged(event.add_unless_empty("tag", tag).dump());
+    write_charged(event, tag);
 }
 
 inline void ChatHandler::leave_full_room(const ChatRoom& room) {
@@ -19532,7 +19496,7 @@ inline void ChatHub::send_options(const ChatRoom& room, const ChatFact& fact) {
     ChatHandler* sender = nullptr;
     for (const Asked& one : asked)
         if (ChatHandler* const handler = connection(one.number)) {
-            handler->write_message(ChatEvent(event).add_unless_empty("tag", one.tag).dump());
+            handler->write_event(event, one.tag);
             sender = handler;
         }
     if (Room* members = members_.find(room.key())) members->broadcast(event.dump(), sender);
@@ -19551,8 +19515,7 @@ inline void ChatHub::on_invitation(const ChatFact& fact) {
     ChatEvent event("invited");
     event.add_text("room", shown(key)).add_text("user", id).add_text("by", fact.value);
     for (const Asked& one : asked)
-        if (ChatHandler* const handler = connection(one.number))
-            handler->write_message(ChatEvent(event).add_unless_empty("tag", one.tag).dump());
+        if (ChatHandler* const handler = connection(one.number)) handler->write_event(event, one.tag);
     for (ChatHandler* each : connections_of(id)) each->write_message(event.dump());
 }
 inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& cause) {
@@ -19691,7 +19654,7 @@ inline void ChatHub::on_moderation(const ChatEntry& entry) {
     if (entry.data != "0") event.add_json("seconds", entry.data);
     event.add_text("by", entry.name);
     ChatHandler* const sender = connection(entry.sender);
-    if (sender != nullptr) sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
+    if (sender != nullptr) sender->write_event(event, entry.tag);
     const ChatRoom* const room = rooms_.find(entry.room);
     if (room == nullptr) return;
     const auto has = [&](const char* word) { return entry.text.find(word) != std::string::npos; };
@@ -19749,7 +19712,7 @@ inline void ChatHub::on_typing(const ChatEntry& entry) {
 
 // Sends it to all connections of both users. Later it is in the history of their conversation.
 inline void ChatHub::on_conversation(const ChatEntry& entry) {
-    const std::string peer = peer_in(entry.room, entry.user);
+    const std::string peer = detail::peer_in(entry.room, entry.user);
     const ChatHandler* const sender = connection(entry.sender);
     for (const std::string* id : {&entry.user, &peer}) {
         for (ChatHandler* each : connections_of(*id))
@@ -19883,7 +19846,7 @@ inline void ChatHub::on_private_message(const ChatEntry& entry) {
             if (each != sender) each->write_message(plain);
     }
     // The sender may have left the room in the meantime.
-    if (sender != nullptr) sender->write_message(event_for(receiver).add_unless_empty("tag", entry.tag).dump());
+    if (sender != nullptr) sender->write_event(event_for(receiver), entry.tag);
 }
 
 inline bool ChatHub::on_join(const ChatEntry& entry) {
@@ -20019,8 +19982,7 @@ inline bool ChatHub::on_rename(const ChatEntry& entry) {
     const bool told = room->options.presence == ChatRoomOptions::Presence::full && !room->counting_;
     send_changes(*room);  // before the rename, because they have the old name
     if (told) send_to_others(entry, event);
-    if (ChatHandler* const sender = connection(entry.sender))
-        sender->write_message(ChatEvent(event).add_unless_empty("tag", entry.tag).dump());
+    if (ChatHandler* const sender = connection(entry.sender)) sender->write_event(event, entry.tag);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const Room& members = members_[entry.room];
     for (ChatHandler* each : user->connections)
@@ -20062,9 +20024,7 @@ inline void ChatHub::on_presence_refused(const ChatEntry& entry, std::string_vie
             change_name(*room, *user, room->presence_.free_name(user->wanted, user));
         forward_join(*room, *user, entry.sender);
     } else if (entry.kind == ChatEntry::Kind::rename && connection(entry.sender) != nullptr) {
-        ChatEvent event("error");
-        event.add_text("code", "name_taken").add_text("text", "That name has just been taken.");
-        connection(entry.sender)->write_message(event.add_unless_empty("tag", entry.tag).dump());
+        connection(entry.sender)->write_error("name_taken", "That name has just been taken.", entry.tag);
     } else if (entry.kind == ChatEntry::Kind::rename && retry && room->presence_.lost_name(*user)) {
         rename(*room, *user, room->presence_.free_name(user->info.name, user));
     }
@@ -20176,9 +20136,8 @@ inline void ChatHub::on_refused(const ChatEntry& entry, std::string_view code) {
                                  : code == "refused"  ? "That message has too many reactions."
                                                       : "There is no such message in this room.";
     answer(entry, [&](ChatHandler& sender) {
-        ChatEvent event("error");
-        event.add_text("code", code).add_text("text", sentence);
-        sender.write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
+        ChatEvent event = ChatHandler::error_event(code, sentence);
+        sender.write_event(add_place(event, entry), entry.tag);
     });
 }
 
@@ -20194,10 +20153,9 @@ inline void ChatHub::on_failure(const ChatEntry& entry, const std::string& cause
             hub.run_hook("ChatHub::on_not_kept", [&] { hub.on_not_kept(entry, cause); });
         });
     answer(entry, [&](ChatHandler& sender) {
-        ChatEvent event("error");
-        event.add_text("code", "not_kept")
-            .add_text("text", "That message could not be stored, and nobody has received it. Try again soon.");
-        sender.write_message(add_place(event, entry).add_unless_empty("tag", entry.tag).dump());
+        ChatEvent event = ChatHandler::error_event(
+            "not_kept", "That message could not be stored, and nobody has received it. Try again soon.");
+        sender.write_event(add_place(event, entry), entry.tag);
     });
 }
 
@@ -20643,7 +20601,7 @@ private:
     };
     static constexpr int version = sizeof migrations / sizeof migrations[0];
     static constexpr int application_id = 0x77736368;  // "wsch"
-    // A page ends after about this many bytes, because a client can request pages at no cost.
+    // A page ends after about this many bytes: the request of a client must not read a whole file into memory.
     static constexpr std::size_t max_page_bytes = 1024 * 1024;
 
     // ---- the file --------------------------------------------------------------------------------------------------
@@ -21110,9 +21068,7 @@ private:
         Query query(database_, select(" WHERE room = ?1 AND kind < 2 AND removed = 0 ORDER BY id DESC"));
         query.bind(room.number);
         while (query.next_row() && !page.more) {
-            const std::string text = text::to_lower(query.text(7));
-            const auto found = [&](const std::string& word) { return text.find(word) != std::string::npos; };
-            if (!std::all_of(words.begin(), words.end(), found)) continue;
+            if (!ChatStore::contains_words(query.text(7), words)) continue;
             page.more = page.entries.size() == limit;
             if (!page.more) page.entries.push_back(read_entry(query));
         }
@@ -21839,8 +21795,7 @@ public:
     virtual void on_redis_up() = 0;  // both connections work, and all channels are subscribed
     // A connection was lost, or an attempt to connect failed. `permanent`: another attempt will not help.
     virtual void on_redis_down(const std::string& cause, bool permanent) = 0;
-    virtual void on_redis_log(LogLevel level, std::string_view event,
-                              const std::vector<std::pair<std::string_view, std::string>>& fields) = 0;
+    virtual void on_redis_log(LogLevel level, std::string_view event, const LogFields& fields) = 0;
     virtual void on_turn_end() = 0;
 
 protected:
@@ -21997,8 +21952,7 @@ private:
         std::function<void()> on_subscribed;
     };
 
-    void log(LogLevel level, std::string_view event,
-             const std::vector<std::pair<std::string_view, std::string>>& fields) {
+    void log(LogLevel level, std::string_view event, const LogFields& fields) {
         if (!users_.empty()) users_.front()->on_redis_log(level, event, fields);
     }
     Duration retry_delay() {
@@ -22323,12 +22277,11 @@ private:
 
         void on_redis_up() override { start.succeed(); }
         void on_redis_down(const std::string& cause, bool permanent) override { start.fail(cause, permanent); }
-        void on_redis_log(LogLevel level, std::string_view event,
-                          const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+        void on_redis_log(LogLevel level, std::string_view event, const LogFields& fields) override {
             std::vector<std::pair<std::string, std::string>> copies;
             for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
             mailbox_->post([level, name = std::string(event), copies, shared = shared_] {
-                std::vector<std::pair<std::string_view, std::string>> views;
+                LogFields views;
                 for (const auto& [key, value] : copies) views.emplace_back(key, value);
                 if (shared->log) shared->log(level, name, views);
             });
@@ -23406,10 +23359,7 @@ public:
         scan->room = room;
         scan->limit = limit;
         scan->wanted = [all = ChatStore::search_words(words)](const ChatEntry& entry) {
-            if (!entry.is_message() || entry.removed || all.empty()) return false;
-            const std::string text = text::to_lower(entry.text);
-            return std::all_of(all.begin(), all.end(),
-                               [&](const std::string& word) { return text.find(word) != std::string::npos; });
+            return entry.is_message() && !entry.removed && !all.empty() && ChatStore::contains_words(entry.text, all);
         };
         scan->callback = std::move(callback);
         continue_scan(scan, HistoryPosition::max_id);
@@ -23508,12 +23458,11 @@ public:
         lose_synchronization();
         start_.fail(cause, permanent);
     }
-    void on_redis_log(LogLevel level, std::string_view event,
-                      const std::vector<std::pair<std::string_view, std::string>>& fields) override {
+    void on_redis_log(LogLevel level, std::string_view event, const LogFields& fields) override {
         std::vector<std::pair<std::string, std::string>> copies;
         for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
         tell([level, name = std::string(event), copies](Listener& listener) {
-            std::vector<std::pair<std::string_view, std::string>> views;
+            LogFields views;
             for (const auto& [key, value] : copies) views.emplace_back(key, value);
             listener.on_log(level, name, views);
         });
